@@ -1,0 +1,54 @@
+"""``unclip COMMAND``: finds the command and turns a user's mistake into one line."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from pipeline.errors import UserError
+
+COMMANDS = {
+    "run": "make everything a configuration asks for, where it is stale",
+    "plan": "show what a run would make, why, and about what it costs",
+    "sample": "turn captions into pictures with a finished bundle",
+    "pin": "let an artefact stand for later data too",
+    "unpin": "lift a pin",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code: 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: unclip COMMAND ...\n" + "".join(f"\n  {name:8}{text}" for name, text in COMMANDS.items()))
+        print("\nunclip COMMAND --help says more.")
+        return 0 if words else 2
+    name = words[0]
+    if name not in COMMANDS:
+        print(f"error: unknown command {name}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module("jobs.pin" if name == "unpin" else f"jobs.{name}")
+    return guard(module.main, words[1:] if name not in ("pin", "unpin") else words)
+
+
+def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run a command; a user's mistake, a full disk or Ctrl-C end it with one line and no traceback."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("unclip").setLevel(logging.INFO)
+    try:
+        return command(argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what is done is kept: run the same command again to go on", file=sys.stderr)
+        return 130
+    except OSError as e:
+        import errno
+
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: the disk is full ({e.filename}); free space and run the same command again", file=sys.stderr)
+            return 1
+        raise

@@ -1,0 +1,51 @@
+"""``unclip plan CONFIG``: what a run would make, why, and about what it costs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from jobs.project import Project, open_project
+from pipeline.cost import Cost, estimate
+from pipeline.graph import Verdict
+from pipeline.progress import duration
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unclip plan", description=__doc__)
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", help="key.key=value")
+    arguments = parser.parse_args(argv)
+    project = open_project(arguments.config, arguments.overrides)
+    verdicts = project.plan()
+    print_plan(project, verdicts, set(project.graph))
+    return 0
+
+
+def print_plan(project: Project, verdicts: Sequence[Verdict], wanted: set[str]) -> float:
+    """Print one line a stage; return the estimated seconds of all stale ones."""
+    total = 0.0
+    guessed = False
+    rows = sum(shard.ledger.kept for shard in project.scan.shards)
+    print(f"{project.config.project}: {rows:,} pairs in {len(project.scan.shards)} shards, store {project.store.url}")
+    for verdict in verdicts:
+        if verdict.stage not in wanted:
+            continue
+        note = verdict.because
+        if verdict.state == "stale":
+            cost: Cost = estimate(project.graph[verdict.stage], rows, project.config.project, project.store)
+            total += cost.seconds
+            guessed = guessed or not cost.measured
+            note += f", about {duration(cost.seconds)}{'' if cost.measured else ' (a guess)'}"
+        print(f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {note}".rstrip())
+    if total:
+        print(f"about {duration(total)} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
+    return total
+
+
+if __name__ == "__main__":
+    import sys
+
+    from jobs.cli import guard
+
+    sys.exit(guard(main, sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""A configuration, its store, graph and plan: what every command begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.build import build
+from pipeline.config import Config, load_config
+from pipeline.data.source import Scan, scan
+from pipeline.errors import UserError
+from pipeline.graph import Graph, Verdict, ordered, plan
+from pipeline.history import last_run
+from pipeline.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class Project:
+    """Everything known before anything has run."""
+
+    config: Config
+    store: Store
+    graph: Graph
+    scan: Scan
+
+    def plan(self) -> list[Verdict]:
+        """The verdict on every stage, as the store stands now."""
+        previous = last_run(self.store, self.config.project)
+        return plan(self.graph, self.scan.keys, self.config.project, self.store, previous)
+
+    def wanted(self, only: str | None, until: str | None) -> set[str]:
+        """The stages that ``--only`` or ``--until`` ask for. Raises UserError for an unknown one."""
+        for name in (only, until):
+            if name is not None and name not in self.graph:
+                raise UserError(f"unknown stage {name}; this configuration has {', '.join(self.graph)}")
+        if only is None and until is None:
+            return set(self.graph)
+        wanted = {only or until}
+        for stage in reversed(list(ordered(self.graph))):
+            if stage.name in wanted:
+                wanted |= set(stage.inputs)
+        return {str(name) for name in wanted}
+
+
+def open_project(path: str, overrides: Sequence[str]) -> Project:
+    """Load a configuration and read its list. Raises UserError."""
+    config = load_config(path, overrides)
+    store = open_store(config.store)
+    return Project(config, store, build(config), scan(config.source, store, write=False))

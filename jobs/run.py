@@ -1,0 +1,106 @@
+"""``unclip run CONFIG``: make everything the configuration asks for, where it is stale."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jobs.plan import print_plan
+from jobs.project import Project, open_project
+from pipeline.artifacts import Artifact
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph import Verdict
+from pipeline.history import remember
+from pipeline.progress import duration
+from pipeline.store import check_conditions
+
+HEALINGS = 5  # damaged objects that one run makes again before it gives up
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unclip run", description=__doc__)
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", help="key.key=value")
+    parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
+    parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
+    parser.add_argument("--yes", action="store_true", help="go on even above run.budget_hours")
+    arguments = parser.parse_args(argv)
+    if arguments.only and arguments.until:
+        parser.error("--only and --until exclude each other")
+    project = open_project(arguments.config, arguments.overrides)
+    return run(project, arguments.only, arguments.until, arguments.yes)
+
+
+def run(project: Project, only: str | None = None, until: str | None = None, yes: bool = False) -> int:
+    """Plan, ask above the budget, execute, report. Raises UserError."""
+    began = time.monotonic()
+    wanted = project.wanted(only, until)
+    verdicts = project.plan()
+    stale = [v.stage for v in verdicts if v.state == "stale" and v.stage in wanted]
+    if only and [name for name in stale if name != only]:
+        raise UserError(f"--only {only} needs {', '.join(n for n in stale if n != only)} first; use --until {only}")
+    seconds = print_plan(project, verdicts, wanted)
+    if stale:
+        if seconds > project.config.run.budget_hours * 3600 and not yes:
+            raise UserError(
+                f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
+                "add --yes to go on, or raise the budget"
+            )
+        check_conditions(project.store)
+        remember(project.store, project.config.project, project.graph, verdicts)
+        artifacts = _execute(project, wanted)
+        _summary(artifacts, stale, time.monotonic() - began)
+    else:
+        print("nothing to do")
+    _places(project, wanted)
+    return 0
+
+
+def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
+    from pipeline.execute import execute
+    from pipeline.samples import export_pictures
+
+    def on_stage(stage: str, made: Artifact, artifacts: Mapping[str, Artifact]) -> None:
+        print(f"{stage} done: {made.key[:12]}", flush=True)
+        output = Path(project.config.run.output)
+        if stage == "samples":
+            export_pictures(project.store, made, output / "samples")
+        from pipeline.report.page import write_report
+
+        write_report(project.store, project.config, artifacts, output / "report.html")
+
+    for healing in range(HEALINGS + 1):
+        try:
+            return execute(project.graph, project.plan(), wanted, project.store, project.config, on_stage)
+        except CorruptObject:
+            if healing == HEALINGS:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: float) -> None:
+    print(f"\n{'stage':16}{'rows or samples':>18}{'rejected':>10}{'seconds':>9}  key")
+    for name, artifact in artifacts.items():
+        amount = artifact.recipe.get("samples", artifact.ledger.kept) if name != "samples" else artifact.ledger.kept
+        rejected = sum(artifact.ledger.rejected.values())
+        took = f"{artifact.times['seconds']:.1f}" if name in made else "-"
+        print(f"{name:16}{amount:>18,}{rejected:>10,}{took:>9}  {artifact.key[:12]}")
+        for reason, count in sorted(artifact.ledger.rejected.items()):
+            print(f"{'':16}  {count:,} {reason}")
+    print(f"{duration(seconds)} in all\n")
+
+
+def _places(project: Project, wanted: set[str]) -> None:
+    output = Path(project.config.run.output)
+    print(f"report: {output / 'report.html'}")
+    if "samples" in wanted:
+        print(f"pictures: {output / 'samples'}")
+
+
+if __name__ == "__main__":
+    from jobs.cli import guard
+
+    sys.exit(guard(main, sys.argv[1:]))

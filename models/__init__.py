@@ -1,0 +1,1 @@
+"""The unCLIP models and diffusion mathematics: plain PyTorch. No Ray, no store, no YAML."""

@@ -1,0 +1,49 @@
+"""Randomness that does not know how rows were spread over workers."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part, in order, and on nothing else."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Draw:
+    """Random numbers for one batch, row block by row block.
+
+    ``streams`` is a list of (seed, rows): the batch is the concatenation of these blocks, and every block has a
+    generator of its own for each purpose. A block therefore gets the same numbers whichever worker holds it and
+    whatever else is in the batch. Numbers are made on the CPU and moved, so that devices agree.
+    """
+
+    def __init__(self, streams: Sequence[tuple[int, int]], device: torch.device | str = "cpu"):
+        self.streams = tuple(streams)
+        self.rows = sum(rows for _, rows in self.streams)
+        self.device = torch.device(device)
+
+    def _generators(self, purpose: str) -> list[tuple[torch.Generator, int]]:
+        return [(torch.Generator().manual_seed(derive_seed(seed, purpose)), rows) for seed, rows in self.streams]
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """Standard normal numbers, [rows, *shape], fp32."""
+        blocks = [torch.randn(rows, *shape, generator=g) for g, rows in self._generators(purpose)]
+        return torch.cat(blocks).to(self.device)
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """Numbers in [0, 1), [rows, *shape], fp32."""
+        blocks = [torch.rand(rows, *shape, generator=g) for g, rows in self._generators(purpose)]
+        return torch.cat(blocks).to(self.device)
+
+    def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
+        """Integers in [0, high), [rows, *shape], int64."""
+        blocks = [torch.randint(high, (rows, *shape), generator=g) for g, rows in self._generators(purpose)]
+        return torch.cat(blocks).to(self.device)
+
+    def keep(self, purpose: str, drop: float) -> Tensor:
+        """Booleans, [rows]: False with probability ``drop``."""
+        return self.uniform(purpose) >= drop

@@ -1,0 +1,1 @@
+"""Store, keys, graph, data stages and trainings. Knows models, does not know jobs."""

@@ -1,0 +1,173 @@
+"""Artefacts and shards: what a stage leaves in the store, and how to read it back."""
+
+from __future__ import annotations
+
+import io
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from pipeline.crash import crash_point
+from pipeline.ledger import Ledger, total
+from pipeline.records import create_record, put_blob, read_blob, read_record
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of an artefact. ``counts`` are sums that later stages need without opening a blob."""
+
+    number: int
+    key: str
+    ledger: Ledger
+    blobs: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An immutable result. ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards."""
+
+    stage: str
+    key: str
+    inputs: Mapping[str, str]
+    recipe: Mapping[str, Any]
+    ledger: Ledger
+    blobs: Mapping[str, str] = field(default_factory=dict)
+    shard_table: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    times: Mapping[str, float] = field(default_factory=dict)
+
+
+def shard_path(stage: str, key: str) -> str:
+    return f"shards/{stage}/{key}.json"
+
+
+def artifact_path(stage: str, key: str) -> str:
+    return f"artifacts/{stage}/{key}.json"
+
+
+def publish_shard(
+    store: Store, stage: str, number: int, key: str, ledger: Ledger, blobs: Mapping[str, bytes], counts: Mapping[str, int]
+) -> Shard:
+    """Blobs first, the record last. Returns the shard that stands, which may be another worker's."""
+    names = {name: put_blob(store, data) for name, data in sorted(blobs.items())}
+    crash_point("shard.before_record")
+    body = {"number": number, "key": key, "ledger": ledger.as_json(), "blobs": names, "counts": dict(counts)}
+    record = create_record(store, shard_path(stage, key), body)
+    crash_point("shard.after_record")
+    return _shard(record)
+
+
+def read_shard(store: Store, stage: str, key: str) -> Shard | None:
+    """A finished shard, or None if it has still to be made."""
+    record = read_record(store, shard_path(stage, key))
+    return None if record is None else _shard(record)
+
+
+def _shard(record: Mapping[str, Any]) -> Shard:
+    ledger = Ledger.from_json(record["ledger"])
+    return Shard(record["number"], record["key"], ledger, record["blobs"], record["counts"])
+
+
+def write_table(columns: Mapping[str, Any]) -> bytes:
+    """Parquet bytes of equal-length columns (or of a pyarrow Table): equal input, equal bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd", store_schema=False)
+    return out.getvalue()
+
+
+def read_table(store: Store, blob: str, columns: list[str] | None = None) -> Any:
+    """A Parquet blob as a pyarrow Table."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(io.BytesIO(read_blob(store, blob)), columns=columns)
+
+
+def write_shard_table(store: Store, shards: Iterable[Shard]) -> tuple[str, Ledger]:
+    """Store the list of an artefact's shards, ordered by number; return its blob and the sum of its ledgers."""
+    rows = sorted(shards, key=lambda s: s.number)
+    blob_names = sorted({name for s in rows for name in s.blobs})
+    count_names = sorted({name for s in rows for name in s.counts})
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {
+        "number": pa.array([s.number for s in rows], pa.int64()),
+        "key": pa.array([s.key for s in rows], pa.string()),
+        "kept": pa.array([s.ledger.kept for s in rows], pa.int64()),
+        "rejected": pa.array([sum(s.ledger.rejected.values()) for s in rows], pa.int64()),
+        "deferred": pa.array([sum(s.ledger.deferred.values()) for s in rows], pa.int64()),
+    }
+    for name in blob_names:
+        columns[f"blob.{name}"] = pa.array([s.blobs.get(name) for s in rows], pa.string())
+    for name in count_names:
+        columns[f"count.{name}"] = pa.array([s.counts.get(name, 0) for s in rows], pa.int64())
+    return put_blob(store, write_table(columns)), total(s.ledger for s in rows)
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """A shard as an artefact's table lists it: rows are its kept rows."""
+
+    number: int
+    key: str
+    kept: int
+    blobs: Mapping[str, str]
+    counts: Mapping[str, int]
+
+
+def read_shards(store: Store, artifact: Artifact) -> list[ShardRow]:
+    """The shards of an artefact in order of their numbers."""
+    if artifact.shard_table is None:
+        raise ValueError(f"{artifact.stage} has no shards")
+    rows = []
+    for row in read_table(store, artifact.shard_table).to_pylist():
+        blobs = {k[5:]: v for k, v in row.items() if k.startswith("blob.") and v is not None}
+        counts = {k[6:]: v for k, v in row.items() if k.startswith("count.")}
+        rows.append(ShardRow(row["number"], row["key"], row["kept"], blobs, counts))
+    return rows
+
+
+def environment() -> dict[str, str]:
+    """What the bytes of a result may depend on besides its recipe. Recorded, never hashed."""
+    packages = ("ray", "torch", "open_clip_torch", "img2dataset", "numpy", "pyarrow", "pillow", "scikit-learn")
+    return {"python": platform.python_version(), "machine": platform.machine()} | {p: version(p) for p in packages}
+
+
+def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifact:
+    """Create the record of an artefact whose blobs are in the store; return the one that stands."""
+    crash_point("artifact.before_record")
+    body = {
+        "stage": artifact.stage,
+        "key": artifact.key,
+        "inputs": dict(artifact.inputs),
+        "recipe": dict(artifact.recipe),
+        "ledger": artifact.ledger.as_json(),
+        "blobs": dict(artifact.blobs),
+        "shard_table": artifact.shard_table,
+        "metrics": dict(artifact.metrics),
+        "environment": environment() | dict(artifact.environment),
+        "times": {"finished": time.time(), "seconds": seconds} | dict(artifact.times),
+    }
+    record = create_record(store, artifact_path(artifact.stage, artifact.key), body)
+    crash_point("artifact.after_record")
+    return _artifact(record)
+
+
+def load_artifact(store: Store, stage: str, key: str) -> Artifact | None:
+    """A finished artefact, or None."""
+    record = read_record(store, artifact_path(stage, key))
+    return None if record is None else _artifact(record)
+
+
+def _artifact(record: Mapping[str, Any]) -> Artifact:
+    names = ("stage", "key", "inputs", "recipe", "blobs", "shard_table", "metrics", "environment", "times")
+    return Artifact(ledger=Ledger.from_json(record["ledger"]), **{name: record[name] for name in names})

@@ -1,0 +1,42 @@
+"""The graph of one configuration, as a literal that one can read. Imports neither Ray nor torch."""
+
+from __future__ import annotations
+
+from pipeline import bundle
+from pipeline.config import Config
+from pipeline.data import codec, curation, embeddings, pairs, source
+from pipeline.graph import Graph, Stage
+from pipeline.training import stage as training
+
+
+def build(config: Config) -> Graph:
+    """Stages in an order in which every one comes after its inputs."""
+    learn = ("pairs", "captions", "embeddings", "curation")
+    stages = (
+        Stage("source", source.VERSION, config.source, (), source.run_source),
+        Stage("captions", source.VERSION, config.source, (), source.run_captions),
+        Stage("pairs", pairs.VERSION, config.pairs, ("source",), pairs.run_pairs),
+        Stage("clip", training.VERSIONS["clip"], config.clip, ("pairs", "captions"), training.run_clip, pinned=True),
+        Stage("embeddings", embeddings.VERSION, config.embeddings, ("pairs", "captions", "clip"), embeddings.run_embeddings),
+        Stage("curation", curation.VERSION, config.curation, ("pairs", "captions", "embeddings"), curation.run_curation),
+        Stage("codec", codec.VERSION, config.codec, ("embeddings", "curation"), codec.run_codec, pinned=True),
+        Stage("ar_prior", training.VERSIONS["ar_prior"], config.ar_prior, (*learn, "codec"), training.run_ar_prior),
+        Stage("diffusion_prior", training.VERSIONS["diffusion_prior"], config.diffusion_prior, learn, training.run_diffusion_prior),
+        Stage("decoder", training.VERSIONS["decoder"], config.decoder, learn, training.run_decoder),
+        Stage("upsampler_256", training.VERSIONS["upsampler"], config.upsampler_256, ("pairs", "curation"), training.run_upsampler),
+        Stage("upsampler_1024", training.VERSIONS["upsampler"], config.upsampler_1024, ("pairs", "curation"), training.run_upsampler),
+        Stage("bundle", bundle.VERSION, config.bundle, config.bundle.inputs, bundle.run_bundle),
+        Stage("samples", bundle.VERSION, config.samples, ("bundle",), bundle.run_samples),
+    )
+    wanted = {"samples", "bundle", *config.bundle.inputs}
+    needed = _needed(stages, wanted)
+    return {stage.name: stage for stage in stages if stage.name in needed}
+
+
+def _needed(stages: tuple[Stage, ...], wanted: set[str]) -> set[str]:
+    """``wanted`` and everything that they are made from."""
+    needed = set(wanted)
+    for stage in reversed(stages):
+        if stage.name in needed:
+            needed |= set(stage.inputs)
+    return needed

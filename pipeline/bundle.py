@@ -1,0 +1,87 @@
+"""A bundle: the folders of all models that turn a caption into a picture, with sampling defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.artifacts import Artifact, publish_artifact
+from pipeline.graph import Context
+from pipeline.ledger import Ledger
+from pipeline.records import put_blob, read_blob
+from pipeline.store import Store
+
+VERSION = 1
+MODELS = ("ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+
+
+@dataclass(frozen=True)
+class BundleRecipe:
+    """Which models go in, and how to sample from them unless told otherwise.
+
+    ``prior`` is the one used by default, ``candidates`` the embeddings drawn of which the one nearest to the caption is
+    kept. Guidance is the w of (1 + w) eps(C) - w eps(empty). Steps are of the samplers that Table 3 names.
+    """
+
+    models: tuple[str, ...] = MODELS
+    prior: Literal["ar_prior", "diffusion_prior"] = "diffusion_prior"
+    candidates: int = 2
+    prior_steps: int = 64
+    prior_guidance: float = 0.0
+    decoder_steps: int = 250
+    guidance: float = 1.0
+    upsampler_256_steps: int = 27
+    upsampler_1024_steps: int = 15
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.models if name not in MODELS]:
+            raise ValueError(f"models: {unknown[0]} is not one of {', '.join(MODELS)}")
+        if "decoder" not in self.models or not {"ar_prior", "diffusion_prior"} & set(self.models):
+            raise ValueError("models: a bundle needs the decoder and at least one prior")
+        if "upsampler_1024" in self.models and "upsampler_256" not in self.models:
+            raise ValueError("models: upsampler_1024 needs upsampler_256 before it")
+        if self.prior not in self.models:
+            raise ValueError(f"prior: {self.prior} is not among models")
+        if self.candidates < 1:
+            raise ValueError(f"candidates: {self.candidates}; draw at least 1")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The stages that a bundle is made from."""
+        codec = ("codec",) if "ar_prior" in self.models else ()
+        return ("clip", *codec, *(name for name in MODELS if name in self.models))
+
+
+def run_bundle(ctx: Context) -> Artifact:
+    """Gather the models' files under one folder each. Copies nothing: a bundle names the blobs of its parts."""
+    blobs = {f"{stage}/{name}": blob for stage, part in ctx.inputs.items() for name, blob in part.blobs.items()}
+    defaults = {k: v for k, v in dataclasses.asdict(ctx.recipe).items() if k != "models"}
+    blobs["sampling.json"] = put_blob(ctx.store, json.dumps(defaults, indent=1, sort_keys=True).encode())
+    blobs["README.md"] = put_blob(ctx.store, _card(ctx).encode())
+    return publish_artifact(ctx.store, ctx.publishable(blobs=blobs, ledger=Ledger()), 0.0)
+
+
+def _card(ctx: Context) -> str:
+    lines = [f"# {ctx.config.project}", "", "An unCLIP text-to-image bundle. Load it with `UnCLIP.from_folder(path)`.", ""]
+    lines += ["| part | key | samples seen |", "| --- | --- | ---: |"]
+    for name, part in ctx.inputs.items():
+        lines.append(f"| {name} | {part.key[:12]} | {part.recipe.get('samples', '')} |")
+    lines += ["", f"Trained on: {', '.join(ctx.config.source.paths)}."]
+    if any(path.startswith("emoji:") for path in ctx.config.source.paths):
+        lines.append("Pictures: Twemoji (CC-BY 4.0) and OpenMoji (CC BY-SA 4.0); name them when you show samples.")
+    return "\n".join(lines) + "\n"
+
+
+def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path) -> None:
+    """Write the named blobs as files under ``folder``; what is there already is not read again."""
+    for name, blob in blobs.items():
+        file = Path(folder, name)
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{file.name}.part")
+            temporary.write_bytes(read_blob(store, blob))
+            temporary.replace(file)

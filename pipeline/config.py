@@ -1,0 +1,147 @@
+"""The configuration: every stage's recipe, and under ``run`` how to run it. Composes, defines nothing of its own.
+
+Importing this imports neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.presets import PRESETS
+from pipeline.bundle import BundleRecipe, SamplesRecipe
+from pipeline.data.codec import CodecRecipe
+from pipeline.data.curation import CurationRecipe
+from pipeline.data.embeddings import EmbeddingsRecipe
+from pipeline.data.pairs import PairsRecipe
+from pipeline.data.source import SourceRecipe
+from pipeline.errors import UserError
+from pipeline.parse import merge, parse
+from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
+from pipeline.training.recipes import (
+    TRAINING_PRESETS,
+    ARPriorRecipe,
+    ClipRecipe,
+    DecoderRecipe,
+    DiffusionPriorRecipe,
+    UpsamplerRecipe,
+)
+
+TRAININGS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to run. ``output`` is the local folder for the report and pictures; ``budget_hours`` is what a run may
+    cost, by the plan's estimate, before it asks."""
+
+    output: str = "out"
+    budget_hours: float = 12.0
+    lease_s: float = 60.0
+    ray: RaySettings = field(default_factory=RaySettings)
+    pairs: PairsSettings = field(default_factory=PairsSettings)
+    clip: TrainingSettings = field(default_factory=TrainingSettings)
+    embeddings: EmbeddingsSettings = field(default_factory=EmbeddingsSettings)
+    curation: ShardSettings = field(default_factory=ShardSettings)
+    ar_prior: TrainingSettings = field(default_factory=TrainingSettings)
+    diffusion_prior: TrainingSettings = field(default_factory=TrainingSettings)
+    decoder: TrainingSettings = field(default_factory=TrainingSettings)
+    upsampler_256: TrainingSettings = field(default_factory=TrainingSettings)
+    upsampler_1024: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One project. ``project`` names the lineages of its pins; ``store`` is a folder or s3://bucket/prefix."""
+
+    project: str
+    store: str
+    source: SourceRecipe
+    pairs: PairsRecipe = field(default_factory=PairsRecipe)
+    clip: ClipRecipe = field(default_factory=ClipRecipe)
+    embeddings: EmbeddingsRecipe = field(default_factory=EmbeddingsRecipe)
+    curation: CurationRecipe = field(default_factory=CurationRecipe)
+    codec: CodecRecipe = field(default_factory=CodecRecipe)
+    ar_prior: ARPriorRecipe = field(default_factory=ARPriorRecipe)
+    diffusion_prior: DiffusionPriorRecipe = field(default_factory=DiffusionPriorRecipe)
+    decoder: DecoderRecipe = field(default_factory=DecoderRecipe)
+    upsampler_256: UpsamplerRecipe = field(default_factory=UpsamplerRecipe)
+    upsampler_1024: UpsamplerRecipe = field(default_factory=UpsamplerRecipe)
+    bundle: BundleRecipe = field(default_factory=BundleRecipe)
+    samples: SamplesRecipe = field(default_factory=SamplesRecipe)
+    run: Run = field(default_factory=Run)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``key.key=value`` overrides. Raises UserError with one line for any mistake."""
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration; the shipped ones are in configs/") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read ({e})") from None
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of stages")
+    for override in overrides:
+        values = merge(values, _override(override))
+    return make_config(values)
+
+
+def _override(text: str) -> dict[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"{text}: an override is written key.key=value")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{text}: the value is not valid YAML") from None
+    for part in reversed(name.split(".")):
+        nested = {part: nested}
+    return nested
+
+
+def make_config(values: Mapping[str, Any]) -> Config:
+    """A Config from plain values: presets filled in, then parsed. Raises UserError."""
+    values = dict(values)
+    common = values.pop("preset", "paper")
+    for stage in TRAININGS:
+        given = values.get(stage) or {}
+        if not isinstance(given, Mapping):
+            raise UserError(f"{stage}: expected a mapping, got {given!r}")
+        values[stage] = merge(_preset(given.get("preset", common), stage), {k: v for k, v in given.items() if k != "preset"})
+    config = parse(Config, values)
+    _check(config)
+    return config
+
+
+def _preset(name: Any, stage: str) -> dict[str, Any]:
+    """A preset's values for one stage, as plain values."""
+    if name not in PRESETS:
+        raise UserError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
+    return {"model": dataclasses.asdict(PRESETS[name][stage]), **TRAINING_PRESETS[name].get(stage, {})}
+
+
+def _check(config: Config) -> None:
+    """Combinations that no single recipe can see."""
+    for stage, low, high in (("upsampler_256", 64, 256), ("upsampler_1024", 256, 1024)):
+        model = getattr(config, stage).model
+        if (model.low_size, model.image_size) != (low, high):
+            raise UserError(f"{stage}.model: makes {model.low_size} -> {model.image_size}; the cascade needs {low} -> {high}")
+    if config.decoder.model.image_size != 64:
+        raise UserError(f"decoder.model.image_size: {config.decoder.model.image_size}; the cascade begins at 64")
+    for stage in ("upsampler_256", "upsampler_1024"):
+        needed = getattr(config, stage).model.image_size
+        if stage in config.bundle.models and config.pairs.image_size < needed:
+            raise UserError(
+                f"pairs.image_size: {config.pairs.image_size} is too small for {stage}, which learns from {needed} px; "
+                f"raise it or leave {stage} out of bundle.models"
+            )

@@ -1,0 +1,1 @@
+"""Data stages: source, pairs, embeddings, curation, codec."""

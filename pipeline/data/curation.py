@@ -1,0 +1,94 @@
+"""Which rows the models may learn from. Curation may remove rows, never move them to another split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.data.index import index_counts, index_table
+from pipeline.graph import Context, shard_key
+from pipeline.ledger import Ledger
+from pipeline.shards import ShardOutput, ShardTask, map_shards
+from pipeline.store import Store
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CurationRecipe:
+    """Thresholds. Sides are pixels of the stored picture, captions are judged by their first, in characters."""
+
+    min_side: int = 64
+    max_aspect: float = 3.0
+    min_caption: int = 1
+    max_caption: int = 1000
+    min_similarity: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.max_aspect < 1:
+            raise ValueError(f"max_aspect: {self.max_aspect} would reject every picture; it is the long side over the short")
+        if self.min_caption > self.max_caption:
+            raise ValueError(f"min_caption: {self.min_caption} is above max_caption {self.max_caption}")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges the rows of one shard."""
+
+    store: Store
+    recipe: CurationRecipe
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        table = read_table(self.store, task.inputs["pairs"].blobs["index"]).to_pylist()
+        texts = dict(zip(*read_table(self.store, task.inputs["captions"].blobs["captions"]).to_pydict().values(), strict=True))
+        scored = read_table(self.store, task.inputs["embeddings"].blobs["embeddings"], ["key", "similarity"]).to_pydict()
+        similarity = dict(zip(scored["key"], scored["similarity"], strict=True))
+        kept, reasons = [], []
+        for row in table:
+            if row["status"] == "kept":
+                caption = texts[row["key"]][0] if texts[row["key"]] else ""
+                reasons.append(self.reason(row, caption, similarity[row["key"]]))
+                if reasons[-1] is None:
+                    kept.append(row)
+        return ShardOutput(Ledger.count(reasons), {"index": write_table(index_table(kept))}, index_counts(kept))
+
+    def reason(self, row: Mapping[str, Any], caption: str, similarity: float) -> str | None:
+        """Why a row is rejected, or None."""
+        r = self.recipe
+        short, long = sorted((row["width"], row["height"]))
+        if short < r.min_side:
+            return "too_small"
+        if long > r.max_aspect * short:
+            return "bad_aspect"
+        if not caption:
+            return "no_caption"
+        if len(caption) < r.min_caption:
+            return "caption_too_short"
+        if len(caption) > r.max_caption:
+            return "caption_too_long"
+        return "low_similarity" if similarity < r.min_similarity else None
+
+
+@dataclass(frozen=True)
+class MakeJudge:
+    """Nothing to open: a judge needs only the store."""
+
+    store: Store
+    recipe: CurationRecipe
+
+    def __call__(self) -> Judge:
+        return Judge(self.store, self.recipe)
+
+
+def run_curation(ctx: Context) -> Artifact:
+    """Judge every shard."""
+    names = ("pairs", "captions", "embeddings")
+    shards = {name: {s.number: s for s in read_shards(ctx.store, ctx.inputs[name])} for name in names}
+    tasks = []
+    for number, pairs in sorted(shards["pairs"].items()):
+        inputs = {"pairs": pairs, "captions": shards["captions"][number], "embeddings": shards["embeddings"][number]}
+        tasks.append(ShardTask(number, shard_key(ctx, {n: s.key for n, s in inputs.items()}), inputs))
+    rows = sum(s.kept for s in shards["pairs"].values())
+    return map_shards(ctx, tasks, MakeJudge(ctx.store, ctx.recipe), "rows", rows)

@@ -1,0 +1,126 @@
+"""CLIP image and text embeddings, shard by shard.
+
+A shard's rows are encoded in batches that are cut inside the shard and padded, on one thread, so that neither
+neighbours nor workers can change a byte of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.data.index import read_pictures
+from pipeline.graph import Context, shard_key
+from pipeline.ledger import Ledger
+from pipeline.shards import ShardOutput, ShardTask, map_shards
+from pipeline.store import Store
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class EmbeddingsRecipe:
+    """Nothing to choose yet: fp32 mathematics, float16 storage, the first caption of each row."""
+
+
+@dataclass(frozen=True)
+class MakeEncoder:
+    """Opens CLIP once in each worker process."""
+
+    store: Store
+    clip: Mapping[str, str]
+    batch: int
+
+    def __call__(self) -> Encoder:
+        import tempfile
+
+        import torch
+
+        from models.clip import Clip
+        from pipeline.bundle import materialise
+
+        torch.set_num_threads(1)
+        with tempfile.TemporaryDirectory() as folder:
+            materialise(self.store, self.clip, folder)
+            return Encoder(self.store, Clip.from_folder(folder).eval(), self.batch)
+
+
+class Encoder:
+    """Embeds the kept rows of one shard."""
+
+    def __init__(self, store: Store, clip: Any, batch: int):
+        self.store, self.clip, self.batch = store, clip, batch
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        import numpy as np
+        import pyarrow as pa
+
+        pairs, captions = task.inputs["pairs"], task.inputs["captions"]
+        rows = [r for r in read_table(self.store, pairs.blobs["index"]).to_pylist() if r["status"] == "kept"]
+        texts = dict(zip(*read_table(self.store, captions.blobs["captions"]).to_pydict().values(), strict=True))
+        image = self._images(pairs.blobs.get("images"), rows)
+        text = self._texts([texts[r["key"]][0] if texts[r["key"]] else "" for r in rows])
+        columns = {"key": pa.array([r["key"] for r in rows], pa.string())}
+        for name, values in (("image_embedding", image), ("text_embedding", text)):
+            flat = pa.array(values.astype(np.float16).reshape(-1))
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, self.clip.embed_dim)
+        columns["similarity"] = pa.array((image * text).sum(1).astype(np.float32))
+        return ShardOutput(Ledger(kept=len(rows)), {"embeddings": write_table(columns)})
+
+    def _images(self, images: str | None, rows: Sequence[Mapping[str, Any]]) -> Any:
+        import numpy as np
+
+        from models.view import open_view
+
+        result = np.zeros((len(rows), self.clip.embed_dim), np.float32)
+        for start in range(0, len(rows), self.batch):
+            block = rows[start : start + self.batch]
+            pixels = np.zeros((self.batch, self.clip.image_size, self.clip.image_size, 3), np.uint8)
+            for i, data in enumerate(read_pictures(self.store, images, block)):
+                pixels[i] = open_view(data, self.clip.image_size)
+            result[start : start + len(block)] = self._encode(self.clip.encode_image, pixels.transpose(0, 3, 1, 2))[: len(block)]
+        return result
+
+    def _texts(self, texts: Sequence[str]) -> Any:
+        import numpy as np
+
+        result = np.zeros((len(texts), self.clip.embed_dim), np.float32)
+        for start in range(0, len(texts), self.batch):
+            block = list(texts[start : start + self.batch])
+            padded = block + [""] * (self.batch - len(block))
+            tokens = self.clip.tokenize(padded).numpy()
+            result[start : start + len(block)] = self._encode(self.clip.encode_text, tokens)[: len(block)]
+        return result
+
+    def _encode(self, encode: Any, batch: Any) -> Any:
+        import numpy as np
+        import torch
+
+        with torch.no_grad():
+            return encode(torch.from_numpy(np.ascontiguousarray(batch))).float().numpy()
+
+
+def run_embeddings(ctx: Context) -> Artifact:
+    """Embed every shard of pairs with the CLIP of the graph."""
+    clip = ctx.inputs["clip"]
+    captions = {s.number: s for s in read_shards(ctx.store, ctx.inputs["captions"])}
+    tasks = []
+    rows = 0
+    for pairs in read_shards(ctx.store, ctx.inputs["pairs"]):
+        inputs = {"pairs": pairs, "captions": captions[pairs.number]}
+        key = shard_key(ctx, {name: shard.key for name, shard in inputs.items()} | {"clip": clip.key})
+        tasks.append(ShardTask(pairs.number, key, inputs))
+        rows += pairs.kept
+    return map_shards(ctx, tasks, MakeEncoder(ctx.store, clip.blobs, ctx.settings.batch), "rows", rows)
+
+
+def read_embeddings(store: Store, blob: str) -> tuple[list[str], Any, Any, Any]:
+    """Keys [n], image and text embeddings float16 [n, d], similarities float32 [n] of one shard."""
+    table = read_table(store, blob)
+    matrices = [
+        table[name].combine_chunks().values.to_numpy(zero_copy_only=False).reshape(len(table), -1)
+        for name in ("image_embedding", "text_embedding")
+    ]
+    return table["key"].to_pylist(), matrices[0], matrices[1], table["similarity"].to_numpy()

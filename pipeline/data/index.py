@@ -1,0 +1,77 @@
+"""The index of a shard: where every picture lies and how its row ended. Curation keeps the schema and drops rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+from pipeline.errors import CorruptObject
+from pipeline.records import blob_path
+from pipeline.store import Store
+
+STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for pictures whose short side is at least this
+COLUMNS = ("key", "url", "width", "height", "sha256", "tar", "offset", "size", "split", "status", "reason", "license", "attribution")
+WIDE = {"width", "height", "offset", "size"}
+
+
+def index_table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A pyarrow Table of index rows.
+
+    ``tar`` is null where the picture lies in the shard's own ``images`` blob, else the path of an existing tar.
+    ``offset`` and ``size`` are bytes; ``sha256`` is of the stored bytes; ``status`` is kept, rejected or deferred.
+    """
+    import pyarrow as pa
+
+    return pa.table(
+        {name: pa.array([row.get(name) for row in rows], pa.int64() if name in WIDE else pa.string()) for name in COLUMNS}
+    )
+
+
+def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Kept rows by split and by the stage sizes their short side reaches, e.g. {"train/64": 812}."""
+    counts = {f"{split}/{side}": 0 for split in ("train", "validation", "test") for side in STAGE_SIDES}
+    for row in rows:
+        if row["status"] == "kept":
+            for side in STAGE_SIDES:
+                counts[f"{row['split']}/{side}"] += min(row["width"], row["height"]) >= side
+    return counts
+
+
+def read_pictures(store: Store, images: str | None, rows: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    """The stored bytes of index rows, each checked against its sha256. ``images`` is the shard's own tar blob.
+
+    Neighbours are read together. Raises CorruptObject for a blob whose bytes do not match.
+    """
+    result: list[bytes] = [b""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: (rows[i]["tar"] or "", rows[i]["offset"]))
+    start = 0
+    while start < len(order):
+        first = rows[order[start]]
+        stop, end = start + 1, first["offset"] + first["size"]
+        # One read for members with at most a few headers and paddings between them.
+        while stop < len(order) and rows[order[stop]]["tar"] == first["tar"] and rows[order[stop]]["offset"] - end <= 4096:
+            end = rows[order[stop]]["offset"] + rows[order[stop]]["size"]
+            stop += 1
+        data = _read(store, images, first["tar"], first["offset"], end)
+        for i in order[start:stop]:
+            begin = rows[i]["offset"] - first["offset"]
+            result[i] = data[begin : begin + rows[i]["size"]]
+            if hashlib.sha256(result[i]).hexdigest() != rows[i]["sha256"]:
+                path = blob_path(images or "") if rows[i]["tar"] is None else rows[i]["tar"]
+                raise CorruptObject(path, f"the picture of row {rows[i]['key']} has other bytes than the index says")
+        start = stop
+    return result
+
+
+def _read(store: Store, images: str | None, tar: str | None, start: int, stop: int) -> bytes:
+    if tar is not None:
+        with open(unquote(tar), "rb") as f:
+            f.seek(start)
+            return f.read(stop - start)
+    assert images is not None
+    try:
+        return store.read(blob_path(images), start, stop)
+    except FileNotFoundError:
+        raise CorruptObject(blob_path(images), "is missing") from None

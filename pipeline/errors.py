@@ -1,0 +1,16 @@
+"""Errors that a person can do something about."""
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for or in the machine it was asked of: one line, what to do next, no traceback."""
+
+
+class CorruptObject(Exception):
+    """A stored object is missing or its bytes do not match its name.
+
+    ``path`` is the object in the store. Whoever runs stages deletes it with the records that name it and redoes them.
+    """
+
+    def __init__(self, path: str, why: str):
+        super().__init__(f"{path}: {why}")
+        self.path = path

@@ -1,0 +1,104 @@
+"""Run what the plan calls stale, stage by stage, and heal what turns out to be damaged."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
+from pipeline.config import Config
+from pipeline.crash import crash_point
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph import Context, Graph, Stage, Verdict, ordered, pin_path, trajectory_key
+from pipeline.leases import lead_or_wait
+from pipeline.store import Store
+from pipeline.training.recipes import TrainingRecipe
+
+log = logging.getLogger("unclip")
+OnStage = Callable[[str, Artifact, Mapping[str, Artifact]], None]
+
+
+def execute(graph: Graph, verdicts: Sequence[Verdict], wanted: set[str], store: Store, config: Config, on_stage: OnStage) -> dict[str, Artifact]:
+    """The artefacts of ``wanted`` stages and of all that they need, made where they are stale.
+
+    ``on_stage`` is called after each stage that was made, with all artefacts so far. Raises CorruptObject after having
+    deleted a damaged object and the records that name it: plan again and call again.
+    """
+    artifacts: dict[str, Artifact] = {}
+    keys = {verdict.stage: verdict for verdict in verdicts}
+    try:
+        for stage in ordered(graph):
+            if stage.name not in wanted:
+                continue
+            verdict = keys[stage.name]
+            made = load_artifact(store, stage.name, verdict.key)
+            if made is None:
+                made = _run_stage(stage, verdict.key, artifacts, store, config)
+                artifacts[stage.name] = made
+                on_stage(stage.name, made, artifacts)
+            artifacts[stage.name] = made
+            if verdict.lineage is not None:
+                _pin(store, verdict.lineage, verdict.key)
+    except CorruptObject as e:
+        heal(store, e, artifacts)
+        raise
+    return artifacts
+
+
+def _run_stage(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Config) -> Artifact:
+    inputs = {name: artifacts[name] for name in stage.inputs}
+    settings = getattr(config.run, stage.name, None)
+    ctx = Context(store, stage.name, stage.version, key, stage.recipe, settings, inputs, config)
+
+    def finished() -> bool:
+        return bool(list(store.list(artifact_path(stage.name, key))))
+
+    def progress() -> str:
+        if not isinstance(stage.recipe, TrainingRecipe):
+            return ""
+        return max((entry.path for entry in store.list(f"checkpoints/{trajectory_key(ctx)}/")), default="")
+
+    from pipeline.training.checkpoints import Superseded
+
+    while True:
+        lease = lead_or_wait(store, key, config.run.lease_s, finished, progress)
+        if lease is not None:
+            with lease:
+                try:
+                    return load_artifact(store, stage.name, key) or stage.run(ctx)
+                except Superseded:
+                    log.warning("%s: another run has taken over; waiting for its result", stage.name)
+        made = load_artifact(store, stage.name, key)
+        if made is not None:
+            return made
+
+
+def _pin(store: Store, lineage: str, key: str) -> None:
+    """Pin the first one made; whoever comes first has won."""
+    crash_point("pin.before_swap")
+    store.swap(pin_path(lineage), None, json.dumps({"key": key}).encode())
+
+
+def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact]) -> None:
+    """Delete a damaged blob and every record that names it, so that the next plan makes it again.
+
+    Raises UserError if the object is not ours to make again.
+    """
+    if not damage.path.startswith("blobs/"):
+        raise UserError(f"{damage}; it is a file of yours: restore it, or list it again as a new source")
+    blob = damage.path.rpartition("/")[2]
+    doomed = [damage.path]
+    for artifact in artifacts.values():
+        named = blob == artifact.shard_table or blob in artifact.blobs.values()
+        if artifact.shard_table is not None and not named:
+            shards = [s for s in read_shards(store, artifact) if blob in s.blobs.values()]
+            doomed += [shard_path(artifact.stage, s.key) for s in shards]
+            named = bool(shards)
+        if named:
+            doomed.append(artifact_path(artifact.stage, artifact.key))
+    for entry in store.list("shards/source/segment-"):
+        if blob.encode() in store.read(entry.path):
+            doomed.append(entry.path)
+    log.warning("%s; it is deleted with %d records that name it, and its work done again", damage, len(doomed) - 1)
+    store.delete(doomed)

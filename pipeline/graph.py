@@ -1,0 +1,183 @@
+"""Stages, keys and the plan. Pure: nothing here runs a stage, and neither Ray nor torch is imported.
+
+A key is a recipe: sha256 of the stage's name and version, the recipe fields that differ from their defaults, and the
+keys of all inputs. So every key is known before anything has run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.artifacts import Artifact, load_artifact
+from pipeline.records import digest
+from pipeline.store import Store
+
+SOURCES = ("source", "captions")  # their keys come from the content of the user's list
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a running stage is given."""
+
+    store: Store
+    stage: str
+    version: int
+    key: str
+    recipe: Any
+    settings: Any  # the stage's run settings
+    inputs: Mapping[str, Artifact]
+    config: Any  # the whole Config, for Ray's settings and the list of the user
+
+    def publishable(self, **fields: Any) -> Artifact:
+        """An artefact of this stage with key, inputs and recipe filled in."""
+        keys = {name: artifact.key for name, artifact in self.inputs.items()}
+        return Artifact(stage=self.stage, key=self.key, inputs=keys, recipe=flatten(self.recipe), **fields)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A node of the graph. ``pinned``: once made, it stands for later data too (design rule 6)."""
+
+    name: str
+    version: int
+    recipe: Any
+    inputs: tuple[str, ...]
+    run: Callable[[Context], Artifact]
+    pinned: bool = False
+
+
+Graph = Mapping[str, Stage]
+
+
+def differences(recipe: Any) -> dict[str, Any]:
+    """The fields of a (nested) recipe dataclass that differ from their defaults, as plain JSON values."""
+    result = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if dataclasses.is_dataclass(value):
+            if inner := differences(value):
+                result[field.name] = inner
+            continue
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if value != default:
+            result[field.name] = _plain(value)
+    return result
+
+
+def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
+    """All fields of a (nested) recipe by dotted name, as plain JSON values."""
+    result = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if dataclasses.is_dataclass(value):
+            result |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            result[prefix + field.name] = _plain(value)
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def stage_key(stage: Stage, inputs: Mapping[str, str]) -> str:
+    """The key of a stage's artefact, given the keys of its inputs."""
+    return digest([stage.name, stage.version, differences(stage.recipe), [[name, inputs[name]] for name in stage.inputs]])
+
+
+def shard_key(ctx: Context, inputs: Mapping[str, str]) -> str:
+    """The key of one shard: the stage's recipe, the input shards' keys, and the keys of inputs taken whole."""
+    return digest(["shard", ctx.stage, ctx.version, differences(ctx.recipe), sorted(inputs.items())])
+
+
+def trajectory_key(ctx: Context) -> str:
+    """The key of a training without its stop, which owns the checkpoints (design 8: length is not identity)."""
+    recipe = {k: v for k, v in differences(ctx.recipe).items() if k != "samples"}
+    keys = sorted((name, artifact.key) for name, artifact in ctx.inputs.items())
+    return digest(["trajectory", ctx.stage, ctx.version, recipe, keys])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the plan says of one stage: fresh, pinned or stale, and why. ``lineage`` names its pin."""
+
+    stage: str
+    key: str
+    state: str
+    because: str = ""
+    lineage: str | None = None
+
+
+def ordered(graph: Graph) -> Iterator[Stage]:
+    """Stages with inputs before those that need them. ``build`` writes them in that order already; this checks it."""
+    seen: set[str] = set()
+    for stage in graph.values():
+        if missing := set(stage.inputs) - seen:
+            raise ValueError(f"stage {stage.name} comes before its inputs {sorted(missing)}")
+        seen.add(stage.name)
+        yield stage
+
+
+def pin_path(lineage: str) -> str:
+    return f"locks/{lineage}.json"
+
+
+def read_pin(store: Store, lineage: str) -> str | None:
+    """The key that a lineage is pinned to, or None."""
+    import json
+
+    try:
+        return json.loads(store.read(pin_path(lineage)))["key"]
+    except FileNotFoundError:
+        return None
+
+
+def plan(graph: Graph, source_keys: Mapping[str, str], project: str, store: Store, previous: Mapping[str, Any]) -> list[Verdict]:
+    """One verdict a stage, in order. Runs nothing and writes nothing.
+
+    ``previous`` holds what the project's last run asked for, stage by stage (see pipeline.history), and only serves to
+    say why a stage is stale.
+    """
+    keys: dict[str, str] = {}
+    lineages: dict[str, str] = {}  # keys computed with the project's name in place of the source
+    verdicts = []
+    for stage in ordered(graph):
+        own = source_keys[stage.name] if stage.name in SOURCES else stage_key(stage, keys)
+        lineage = stage_key(stage, lineages) if stage.name not in SOURCES else digest([project, stage.name])
+        pin = read_pin(store, lineage) if stage.pinned else None
+        keys[stage.name] = pin or own
+        # What comes after a pinned stage counts it with its real key, so a new CLIP starts new lineages.
+        lineages[stage.name] = keys[stage.name] if stage.pinned else lineage
+        if load_artifact(store, stage.name, keys[stage.name]) is not None:
+            state, because = ("pinned", "stands for the data it was made from") if pin and pin != own else ("fresh", "")
+        else:
+            state, because = "stale", _because(stage, keys, previous.get(stage.name), verdicts)
+        verdicts.append(Verdict(stage.name, keys[stage.name], state, because, lineage if stage.pinned else None))
+    return verdicts
+
+
+def _because(stage: Stage, keys: Mapping[str, str], before: Mapping[str, Any] | None, verdicts: list[Verdict]) -> str:
+    """Why a stage is stale, in the words of the user's configuration."""
+    if before is None:
+        return "not made yet"
+    if before["key"] == keys[stage.name]:
+        return "not finished yet"
+    if before["version"] != stage.version:
+        return f"its code changed (version {before['version']} -> {stage.version})"
+    now, then = flatten(stage.recipe), before["recipe"]
+    changed = [f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k)]
+    if changed:
+        return ", ".join(changed)
+    if stage.name in SOURCES:
+        return "the list changed"
+    inputs = [name for name in stage.inputs if before["inputs"].get(name) != keys[name]]
+    return f"{', '.join(inputs)} changed"
+
+

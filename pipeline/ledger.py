@@ -1,0 +1,97 @@
+"""Every row ends kept, rejected or deferred, with a reason from a closed list. Counts balance in every record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+REASONS = {
+    # source
+    "no_reference": "the row names no image",
+    "no_caption": "no caption, or only white space",
+    "duplicate_url": "an earlier row of the list names the same image",
+    # fetch
+    "unsupported_reference": "not an http, https, file or tar reference",
+    "missing_file": "no such file",
+    "http_4xx": "the server answered with a 4xx status",
+    "http_5xx": "the server answered with a 5xx status",
+    "timeout": "the server did not deliver in time",
+    "unreachable": "no connection to the server, or its name does not resolve",
+    "forbidden_address": "the host or a redirect leads to an address that is not public",
+    "opted_out": "the server's X-Robots-Tag asks for no use in machine learning",
+    "too_large": "more bytes than the budget",
+    # decode
+    "zero_bytes": "an empty body",
+    "not_an_image": "the bytes are no PNG, JPEG or WebP",
+    "too_many_pixels": "more pixels than the budget, by the header",
+    "truncated": "the image ends early",
+    "hash_mismatch": "other bytes than the list's hash says",
+    "decode_error": "the image cannot be decoded",
+    # curation
+    "too_small": "the short side is below the minimum",
+    "bad_aspect": "longer than the maximum aspect ratio",
+    "caption_too_short": "fewer characters than the minimum",
+    "caption_too_long": "more characters than the maximum",
+    "low_similarity": "image and caption are further apart than the threshold",
+}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Counts of rows by how they ended. Raises ValueError for a reason outside REASONS or a negative count."""
+
+    kept: int = 0
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    deferred: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for reason, count in (*self.rejected.items(), *self.deferred.items()):
+            if reason not in REASONS:
+                raise ValueError(f"unknown reason {reason}: add it to pipeline.ledger.REASONS")
+            if count < 0:
+                raise ValueError(f"{reason}: {count} rows")
+
+    @property
+    def rows(self) -> int:
+        return self.kept + sum(self.rejected.values()) + sum(self.deferred.values())
+
+    def __add__(self, other: Ledger) -> Ledger:
+        return Ledger(
+            self.kept + other.kept,
+            dict(Counter(self.rejected) + Counter(other.rejected)),
+            dict(Counter(self.deferred) + Counter(other.deferred)),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Sorted, with the total, so that a reader can check the balance."""
+        return {
+            "rows": self.rows,
+            "kept": self.kept,
+            "rejected": dict(sorted(self.rejected.items())),
+            "deferred": dict(sorted(self.deferred.items())),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Ledger:
+        """Raises ValueError when the counts do not add up to the rows."""
+        ledger = Ledger(data["kept"], data["rejected"], data["deferred"])
+        if ledger.rows != data["rows"]:
+            raise ValueError(f"ledger does not balance: {ledger.rows} rows counted, {data['rows']} recorded")
+        return ledger
+
+    @staticmethod
+    def count(statuses: Iterable[str | None]) -> Ledger:
+        """From one value a row: None for kept, else the reason of its rejection."""
+        reasons = Counter(statuses)
+        kept = reasons.pop(None, 0)
+        return Ledger(kept, {str(reason): n for reason, n in reasons.items()})
+
+
+def total(ledgers: Iterable[Ledger]) -> Ledger:
+    """The sum of many ledgers."""
+    result = Ledger()
+    for ledger in ledgers:
+        result += ledger
+    return result

@@ -1,0 +1,62 @@
+"""One line of progress: rewritten in place on a terminal, a plain line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+
+def duration(seconds: float) -> str:
+    """'7 s', '3 min 20 s', '2 h 05 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Progress:
+    """Counts ``unit`` up to ``total``; shows rate and time left. Use as a context manager."""
+
+    def __init__(self, name: str, total: int, unit: str, start: int = 0, stream: TextIO | None = None):
+        self.name, self.total, self.unit = name, total, unit
+        self.done = self.first = start
+        self.stream = stream or sys.stderr
+        self.began = self.shown = time.monotonic()
+        self.every = 0.2 if self.stream.isatty() else 10.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.stream.isatty():
+            self.stream.write("\r\033[K")
+        if self.done > self.first:
+            self.stream.write(f"  {self.name}: {self.line()}\n")
+        self.stream.flush()
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.shown < self.every:
+            return
+        self.shown = now
+        text = f"  {self.name}: {self.line()}{'  ' + note if note else ''}"
+        self.stream.write(f"\r\033[K{text}" if self.stream.isatty() else text + "\n")
+        self.stream.flush()
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.began, 1e-9)
+
+    def line(self) -> str:
+        """For example '1,200 of 7,213 rows, 143/s, 42 s left'."""
+        rate = (self.done - self.first) / self.seconds
+        text = f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s" if rate >= 10 else (
+            f"{self.done:,} of {self.total:,} {self.unit}, {rate:.2g}/s"
+        )
+        if self.done >= self.total:
+            return f"{text}, {duration(self.seconds)}"
+        return f"{text}, {duration((self.total - self.done) / rate)} left" if rate else text

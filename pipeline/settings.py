@@ -1,0 +1,55 @@
+"""Run settings: how a stage runs, never what it makes. No field here can move a key.
+
+They stand under ``run:`` in the configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """Workers of a shard-wise stage, one core each; 0 works in this process, without Ray."""
+
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class PairsSettings(ShardSettings):
+    """The fetch. ``hosts`` sends a host name to another address; ``allow`` opens hosts or networks that are not public."""
+
+    threads: int = 16
+    timeout_s: float = 20.0
+    retries: int = 2
+    hosts: dict[str, str] = field(default_factory=dict)
+    allow: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EmbeddingsSettings(ShardSettings):
+    """``batch``: rows encoded at once; batches are padded to it."""
+
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """A training. ``workers`` 0 trains in this process; ``micro_batch`` 0 takes a worker's share in one piece;
+    ``threads`` 0 uses every core of the process; ``milestones`` are numbers of samples that become artefacts too."""
+
+    workers: int = 0
+    micro_batch: int = 0
+    threads: int = 0
+    checkpoint_every_s: float = 60.0
+    keep_checkpoints: int = 2
+    milestones: tuple[int, ...] = ()
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class RaySettings:
+    """The local Ray that is started when no cluster is named by RAY_ADDRESS."""
+
+    cpus: int = 2
+    object_store_mb: int = 500

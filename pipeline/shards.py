@@ -1,0 +1,132 @@
+"""One shard in, one shard out, on Ray Data workers. The only user of Ray Data.
+
+Progress is the shard records in the store, never anything of Ray's: what has a record is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.artifacts import Artifact, Shard, ShardRow, publish_artifact, publish_shard, read_shard, write_shard_table
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph import Context
+from pipeline.ledger import Ledger
+from pipeline.progress import Progress
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to make: its number and key, and the input shards it is made from."""
+
+    number: int
+    key: str
+    inputs: Mapping[str, ShardRow]
+
+
+@dataclass(frozen=True)
+class ShardOutput:
+    """What a worker made of one shard."""
+
+    ledger: Ledger
+    blobs: Mapping[str, bytes]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+Worker = Callable[[ShardTask], ShardOutput]
+
+
+def map_shards(
+    ctx: Context, tasks: Sequence[ShardTask], make_worker: Callable[[], Worker], unit: str = "rows", rows: int = 0
+) -> Artifact:
+    """Make every shard that has no record yet, then publish the artefact that lists them all.
+
+    ``make_worker`` is pickled and called once in every worker process. ``rows`` is the number of input rows, for the
+    progress line. With ``ctx.settings.workers`` 0 the worker runs in this process, without Ray.
+    """
+    there = {entry.path for entry in ctx.store.list(f"shards/{ctx.stage}/")}
+    shards: list[Shard] = []
+    todo = []
+    for task in tasks:
+        made = read_shard(ctx.store, ctx.stage, task.key) if f"shards/{ctx.stage}/{task.key}.json" in there else None
+        if made is None:
+            todo.append(task)
+        else:
+            shards.append(made)
+    done = sum(shard.ledger.rows for shard in shards)
+    with Progress(ctx.stage, max(rows, done), unit, start=done) as progress:
+        for shard in _run(ctx, todo, make_worker):
+            shards.append(shard)
+            progress.advance(shard.ledger.rows)
+    table, ledger = write_shard_table(ctx.store, shards)
+    metrics = {"shards": len(shards)}
+    artifact = ctx.publishable(shard_table=table, ledger=ledger, metrics=metrics, times={"shards_made": len(todo)})
+    return publish_artifact(ctx.store, artifact, progress.seconds)
+
+
+def _run(ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Worker]) -> Iterator[Shard]:
+    if not todo:
+        return
+    workers = min(ctx.settings.workers, len(todo))
+    if workers == 0:
+        worker = make_worker()
+        for task in todo:
+            yield _make(ctx.store, ctx.stage, worker, task)
+        return
+    from pipeline.launch import start_ray
+
+    ray = start_ray(ctx.config.run.ray)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    dataset = ray.data.from_items([{"task": pickle.dumps(task)} for task in todo], override_num_blocks=len(todo)).map_batches(
+        _ShardActor,
+        fn_constructor_kwargs={"store": ctx.store, "stage": ctx.stage, "make_worker": make_worker},
+        batch_size=1,
+        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+    )
+    for row in dataset.iter_rows():
+        yield _answer(row["answer"])
+
+
+def _make(store: Store, stage: str, worker: Worker, task: ShardTask) -> Shard:
+    """One shard, unless another driver has made it meanwhile."""
+    made = read_shard(store, stage, task.key)
+    if made is not None:
+        return made
+    output = worker(task)
+    return publish_shard(store, stage, task.number, task.key, output.ledger, output.blobs, output.counts)
+
+
+class _ShardActor:
+    """A Ray Data actor around a worker. What a person can mend travels back as a value, not as Ray's traceback."""
+
+    def __init__(self, store: Store, stage: str, make_worker: Callable[[], Worker]):
+        self.store, self.stage, self.worker = store, stage, make_worker()
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        answers = []
+        for data in batch["task"]:
+            try:
+                shard = _make(self.store, self.stage, self.worker, pickle.loads(data))
+                answers.append(json.dumps({"shard": [shard.number, shard.key, shard.ledger.as_json(), shard.blobs, shard.counts]}))
+            except UserError as e:
+                answers.append(json.dumps({"user_error": str(e)}))
+            except CorruptObject as e:
+                answers.append(json.dumps({"corrupt": [e.path, str(e).removeprefix(f"{e.path}: ")]}))
+        return {"answer": answers}
+
+
+def _answer(text: str) -> Shard:
+    answer = json.loads(text)
+    if "user_error" in answer:
+        raise UserError(answer["user_error"])
+    if "corrupt" in answer:
+        raise CorruptObject(*answer["corrupt"])
+    number, key, ledger, blobs, counts = answer["shard"]
+    return Shard(number, key, Ledger.from_json(ledger), blobs, counts)

@@ -1,0 +1,46 @@
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from pipeline.store import Store, open_store
+from tests.seaweed import Server, serving
+
+# One place for what the libraries read at import; nothing in a test may look for an account or a cluster outside it.
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+for name in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_URL", "UNCLIP_CRASH"):
+    os.environ.pop(name, None)
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The S3 server, and the environment that reaches it for as long as the session lasts."""
+    with serving(tmp_path_factory.mktemp("seaweed")) as server:
+        os.environ.update(server.environment)
+        yield server
+
+
+@pytest.fixture(params=["folder", "s3"])
+def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Store]:
+    """Makes empty stores, in a folder or on S3."""
+    count = itertools.count()
+    if request.param == "folder":
+        return lambda: open_store(str(tmp_path / f"store-{next(count)}"))
+    server = request.getfixturevalue("s3")
+    return lambda: open_store(f"{server.url}/{tmp_path.name}-{os.getpid()}-{next(count)}")
+
+
+@pytest.fixture()
+def store(make_store: Callable[[], Store]) -> Store:
+    """An empty store; tests that use it run on a folder and on S3."""
+    return make_store()

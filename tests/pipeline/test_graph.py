@@ -1,0 +1,134 @@
+import json
+from dataclasses import dataclass, field, replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.artifacts import Artifact, publish_artifact
+from pipeline.graph import Stage, Verdict, differences, flatten, pin_path, plan, stage_key
+from pipeline.ledger import Ledger
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Model:
+    width: int = 8
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    samples: int = 100
+    name: str = "x"
+    sizes: tuple[int, ...] = (1, 2)
+    model: Model = field(default_factory=Model)
+
+
+def _never(_: object) -> Artifact:
+    raise AssertionError("a plan runs nothing")
+
+
+def _graph(**recipes: Recipe) -> dict[str, Stage]:
+    inputs = {
+        "source": (),
+        "captions": (),
+        "pairs": ("source",),
+        "clip": ("pairs", "captions"),
+        "embeddings": ("pairs", "captions", "clip"),
+        "codec": ("embeddings",),
+        "decoder": ("pairs", "embeddings"),
+        "ar_prior": ("embeddings", "codec"),
+    }
+    return {n: Stage(n, 1, recipes.get(n, Recipe()), i, _never, pinned=n in ("clip", "codec")) for n, i in inputs.items()}
+
+
+SOURCE = {"source": "s1", "captions": "c1"}
+
+
+def _make(store: Store, verdicts: list[Verdict]) -> None:
+    """Pretend to have run: records for what is stale, and the pins of what is pinned."""
+    for v in verdicts:
+        if v.state == "stale":
+            publish_artifact(store, Artifact(v.stage, v.key, {}, {}, Ledger()), 0.0)
+        if v.lineage:
+            store.swap(pin_path(v.lineage), None, json.dumps({"key": v.key}).encode())
+
+
+def _states(verdicts: list[Verdict]) -> dict[str, str]:
+    return {v.stage: v.state for v in verdicts}
+
+
+def _stale(verdicts: list[Verdict]) -> set[str]:
+    return {v.stage for v in verdicts if v.state == "stale"}
+
+
+def test_defaults_do_not_count_and_changes_do() -> None:
+    assert differences(Recipe()) == {}
+    changed = Recipe(sizes=(3,), model=Model(dropout=0.1))
+    assert differences(changed) == {"sizes": [3], "model": {"dropout": 0.1}}
+    assert flatten(changed) == {"samples": 100, "name": "x", "sizes": [3], "model.width": 8, "model.dropout": 0.1}
+
+
+@given(st.integers(), st.text(), st.lists(st.integers()), st.floats(allow_nan=False))
+def test_equal_recipes_have_equal_keys_and_others_differ(samples: int, name: str, sizes: list[int], dropout: float) -> None:
+    recipe = Recipe(samples, name, tuple(sizes), Model(dropout=dropout))
+    stage = Stage("decoder", 1, recipe, (), _never)
+    assert stage_key(stage, {}) == stage_key(replace(stage, recipe=replace(recipe)), {})
+    assert stage_key(stage, {}) != stage_key(replace(stage, recipe=replace(recipe, samples=samples + 1)), {})
+    assert stage_key(stage, {}) != stage_key(replace(stage, version=2), {})
+    assert stage_key(stage, {}) != stage_key(replace(stage, name="other"), {})
+
+
+def test_a_fresh_project_is_all_stale_then_all_fresh(store: Store) -> None:
+    verdicts = plan(_graph(), SOURCE, "p", store, {})
+    assert set(_states(verdicts).values()) == {"stale"}
+    assert {v.because for v in verdicts} == {"not made yet"}
+    _make(store, verdicts)
+    assert set(_states(plan(_graph(), SOURCE, "p", store, {})).values()) == {"fresh"}
+
+
+def test_a_changed_value_makes_its_stage_and_what_follows_stale(store: Store) -> None:
+    first = plan(_graph(), SOURCE, "p", store, {})
+    _make(store, first)
+    graph = _graph(decoder=Recipe(model=Model(dropout=0.1)))
+    previous = {
+        v.stage: {"key": v.key, "version": 1, "recipe": flatten(Recipe()), "inputs": {n: k.key for n in graph[v.stage].inputs for k in first if k.stage == n}}
+        for v in first
+    }
+    verdicts = plan(graph, SOURCE, "p", store, previous)
+    assert _stale(verdicts) == {"decoder"}
+    assert next(v.because for v in verdicts if v.stage == "decoder") == "model.dropout 0.0 -> 0.1"
+    verdicts = plan(_graph(embeddings=Recipe(name="y")), SOURCE, "p", store, previous)
+    assert _stale(verdicts) == {"embeddings", "decoder", "codec", "ar_prior"}
+    assert next(v.because for v in verdicts if v.stage == "decoder") == "embeddings changed"
+
+
+def test_new_data_keeps_the_pinned_clip_and_codec(store: Store) -> None:
+    first = plan(_graph(), SOURCE, "p", store, {})
+    _make(store, first)
+    more = plan(_graph(), {"source": "s2", "captions": "c2"}, "p", store, {})
+    assert _states(more)["clip"] == _states(more)["codec"] == "pinned"
+    keys, old = ({v.stage: v.key for v in verdicts} for verdicts in (more, first))
+    assert keys["clip"] == old["clip"]
+    assert keys["codec"] == old["codec"]
+    assert _stale(more) == {"source", "captions", "pairs", "embeddings", "decoder", "ar_prior"}
+
+
+def test_a_changed_clip_is_stale_in_spite_of_its_pin_and_takes_the_codec_along(store: Store) -> None:
+    _make(store, plan(_graph(), SOURCE, "p", store, {}))
+    verdicts = plan(_graph(clip=Recipe(samples=200)), SOURCE, "p", store, {})
+    assert _stale(verdicts) == {"clip", "embeddings", "codec", "decoder", "ar_prior"}
+
+
+def test_two_projects_share_no_pin(store: Store) -> None:
+    _make(store, plan(_graph(), SOURCE, "p", store, {}))
+    other = plan(_graph(), {"source": "s2", "captions": "c2"}, "q", store, {})
+    assert _states(other)["clip"] == "stale"
+
+
+def test_a_removed_record_is_stale_again(store: Store) -> None:
+    verdicts = plan(_graph(), SOURCE, "p", store, {})
+    _make(store, verdicts)
+    decoder = next(v for v in verdicts if v.stage == "decoder")
+    store.delete([f"artifacts/decoder/{decoder.key}.json"])
+    assert _stale(plan(_graph(), SOURCE, "p", store, {})) == {"decoder"}

@@ -1,0 +1,60 @@
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.parse import merge, parse
+
+
+@dataclass(frozen=True)
+class Inner:
+    guidance: float = 1.0
+    kind: Literal["a", "bee"] = "a"
+
+    def __post_init__(self) -> None:
+        if self.guidance < 0:
+            raise ValueError(f"guidance: {self.guidance} is below 0")
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    count: int = 1
+    flag: bool = False
+    sizes: tuple[int, ...] = ()
+    limit: float | None = None
+    hosts: dict[str, str] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_values_of_every_kind() -> None:
+    given = {"name": "n", "count": 3, "flag": True, "sizes": [1, 2], "limit": 1, "hosts": {"a": "b"}, "inner": {"guidance": "1e-4"}}
+    assert parse(Outer, given) == Outer("n", 3, True, (1, 2), 1.0, {"a": "b"}, Inner(1e-4))
+    assert parse(Outer, {"name": "n", "limit": None, "inner": None}) == Outer("n")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"name": "n", "inner": {"guidence": 1}}, "inner.guidence: unknown key; did you mean guidance?"),
+        ({"name": "n", "count": "many"}, "count: expected a whole number, got 'many'"),
+        ({"name": "n", "count": 1.5}, "count: expected a whole number, got 1.5"),
+        ({"name": "n", "count": True}, "count: expected a whole number, got True"),
+        ({"name": "n", "flag": 1}, "flag: expected true or false, got 1"),
+        ({"name": "n", "sizes": 3}, "sizes: expected a list, got 3"),
+        ({"name": "n", "sizes": [1, "x"]}, "sizes[1]: expected a whole number, got 'x'"),
+        ({"name": "n", "inner": {"kind": "be"}}, "inner.kind: 'be' is not one of a, bee; did you mean bee?"),
+        ({"name": "n", "inner": {"guidance": -1}}, "inner: guidance: -1.0 is below 0"),
+        ({"name": "n", "inner": 3}, "inner: expected a mapping, got 3"),
+        ({}, "name: missing; it has no default"),
+    ],
+)
+def test_mistakes_are_one_line(value: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(Outer, value)
+    assert str(caught.value) == message
+
+
+def test_merge_is_deep() -> None:
+    assert merge({"a": {"b": 1, "c": 2}, "d": 1}, {"a": {"b": 3}, "d": {"e": 1}}) == {"a": {"b": 3, "c": 2}, "d": {"e": 1}}

@@ -1,0 +1,71 @@
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pipeline.errors import CorruptObject, UserError
+from pipeline.ledger import Ledger, total
+from pipeline.records import blob_path, canonical, create_record, put_blob, read_blob, read_record
+from pipeline.store import Store
+
+
+def test_blobs_are_named_by_content(store: Store) -> None:
+    name = put_blob(store, b"hello")
+    assert name == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    assert put_blob(store, b"hello") == name
+    assert read_blob(store, name) == b"hello"
+
+
+def test_a_damaged_or_missing_blob_is_noticed(store: Store) -> None:
+    name = put_blob(store, b"hello")
+    store.delete([blob_path(name)])
+    with pytest.raises(CorruptObject, match="missing"):
+        read_blob(store, name)
+    store.create(blob_path(name), b"hellp")
+    with pytest.raises(CorruptObject, match="other bytes"):
+        read_blob(store, name)
+
+
+def test_the_first_record_stands(store: Store) -> None:
+    assert create_record(store, "artifacts/a.json", {"x": 1})["x"] == 1
+    assert create_record(store, "artifacts/a.json", {"x": 2})["x"] == 1
+    assert read_record(store, "artifacts/a.json") == {"x": 1, "format": 1}
+
+
+def test_racing_records_agree(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda i: create_record(store, "artifacts/r.json", {"x": i})["x"], range(8)))
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"x":1}', b"[]", b'{"x":2,"format":1,"checksum":"0"}'])
+def test_a_corrupt_record_is_deleted_and_can_be_made_again(store: Store, damage: bytes) -> None:
+    store.create("artifacts/a.json", damage)
+    assert read_record(store, "artifacts/a.json") is None
+    assert list(store.list("artifacts/")) == []
+    store.create("artifacts/a.json", damage)
+    assert create_record(store, "artifacts/a.json", {"x": 1})["x"] == 1
+    assert read_record(store, "artifacts/a.json") is not None
+
+
+def test_a_newer_format_is_refused_and_kept(store: Store) -> None:
+    store.create("artifacts/a.json", json.dumps({"format": 99, "checksum": "0"}).encode())
+    with pytest.raises(UserError, match="newer version"):
+        read_record(store, "artifacts/a.json")
+    assert len(list(store.list("artifacts/"))) == 1
+
+
+def test_canonical_json_has_one_spelling() -> None:
+    assert canonical({"b": 1, "a": [1.5, "ü"]}) == '{"a":[1.5,"ü"],"b":1}'.encode()
+
+
+def test_ledger_balances() -> None:
+    a = Ledger.count([None, "timeout", None, "http_4xx", "timeout"])
+    assert (a.rows, a.kept, a.rejected) == (5, 2, {"timeout": 2, "http_4xx": 1})
+    b = total([a, Ledger(3, {"timeout": 1}, {"unreachable": 4})])
+    assert b.rows == 13
+    assert Ledger.from_json(b.as_json()) == b
+    with pytest.raises(ValueError, match="balance"):
+        Ledger.from_json(b.as_json() | {"rows": 12})
+    with pytest.raises(ValueError, match="unknown reason"):
+        Ledger(0, {"because": 1})

@@ -1,0 +1,159 @@
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.store import S3Store, Store, check_conditions, open_store
+
+
+def test_create_read_and_never_overwrite(store: Store) -> None:
+    assert store.create("blobs/ab/x", b"0123456789")
+    assert not store.create("blobs/ab/x", b"other")
+    assert store.read("blobs/ab/x") == b"0123456789"
+    assert store.read("blobs/ab/x", 3) == b"3456789"
+    assert store.read("blobs/ab/x", 3, 5) == b"34"
+    assert store.read("blobs/ab/x", 4, 4) == b""
+
+
+def test_create_from_a_file(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(3 << 20))
+    assert store.create("blobs/f", file)
+    assert store.read("blobs/f") == file.read_bytes()
+    assert not store.create("blobs/f", file)
+
+
+def test_multipart_upload_is_conditional(s3: object, tmp_path: Path) -> None:
+    store = open_store(f"s3://unclip/multipart-{os.getpid()}")
+    assert isinstance(store, S3Store)
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(11 << 20))
+    assert store._create_from_file("blobs/big", file, part_bytes=5 << 20)
+    assert store.read("blobs/big") == file.read_bytes()
+    assert not store._create_from_file("blobs/big", file, part_bytes=5 << 20)
+
+
+def test_missing_object(store: Store) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.read("artifacts/none.json")
+    store.delete(["artifacts/none.json"])
+
+
+def test_list_is_ordered_and_by_prefix(store: Store) -> None:
+    paths = [f"shards/a/{i:04}" for i in range(30)] + ["shards/ab/0", "runs/x"]
+    for path in reversed(paths):
+        store.create(path, b"1")
+    assert [e.path for e in store.list("shards/a/")] == paths[:30]
+    assert {e.path for e in store.list("shards/a")} == set(paths[:31])
+    assert {e.path for e in store.list("")} == set(paths)
+    assert list(store.list("nothing/")) == []
+
+
+def test_swap_compares_first(store: Store) -> None:
+    assert not store.swap("locks/p", "no such version", b"1")
+    assert store.swap("locks/p", None, b"1")
+    assert not store.swap("locks/p", None, b"2")
+    version = next(store.list("locks/p")).version
+    assert store.swap("locks/p", version, b"2")
+    assert not store.swap("locks/p", version, b"3")
+    assert store.read("locks/p") == b"2"
+    assert next(store.list("locks/p")).version != version
+
+
+def test_racing_creates_have_one_winner(store: Store) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        won = list(pool.map(lambda i: store.create("artifacts/race", str(i).encode()), range(12)))
+    assert sum(won) == 1
+    assert store.read("artifacts/race") == str(won.index(True)).encode()
+
+
+def test_racing_swaps_have_one_winner(store: Store) -> None:
+    store.swap("leases/race", None, b"start")
+    version = next(store.list("leases/race")).version
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: store.swap("leases/race", version, str(i).encode()), range(8)))
+    assert sum(won) == 1
+    assert store.read("leases/race") == str(won.index(True)).encode()
+
+
+def test_delete(store: Store) -> None:
+    store.create("artifacts/a", b"1")
+    store.create("artifacts/b", b"1")
+    store.delete(["artifacts/a", "artifacts/b"])
+    assert list(store.list("artifacts/")) == []
+
+
+def test_conditions_hold_and_leave_nothing(store: Store) -> None:
+    check_conditions(store)
+    assert list(store.list("runs/")) == []
+
+
+def test_a_store_that_overwrites_is_refused(tmp_path: Path) -> None:
+    class Overwriting:
+        url = "memory"
+        objects: dict[str, bytes] = {}  # noqa: RUF012
+
+        def create(self, path: str, data: bytes) -> bool:
+            self.objects[path] = data
+            return True
+
+        def read(self, path: str) -> bytes:
+            return self.objects[path]
+
+        def delete(self, paths: list[str]) -> None:
+            pass
+
+    with pytest.raises(UserError, match="overwrites objects"):
+        check_conditions(Overwriting())  # type: ignore[arg-type]
+
+
+def test_a_folder_without_permission_is_one_clear_line(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(UserError, match="cannot be written"):
+        open_store(str(blocked / "store")).create("a", b"1")
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    store = open_store(str(tmp_path / "store"))
+    with pytest.raises(UserError, match="disk is full"):
+        store.create("blobs/a", b"1")
+    monkeypatch.undo()
+    assert list(store.list("")) == []
+    assert store.create("blobs/a", b"1")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "secret key is wrong"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "access key is unknown"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot reach the server"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no AWS credentials"),
+    ],
+)
+def test_s3_mistakes_are_one_clear_line(s3: object, monkeypatch: pytest.MonkeyPatch, change: dict, words: str) -> None:
+    for name, value in change.items():
+        if value:
+            monkeypatch.setenv(name, value)
+        else:
+            monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=words):
+        open_store("s3://unclip/mistakes").create("a", b"1")
+
+
+def test_no_such_bucket(s3: object) -> None:
+    with pytest.raises(UserError, match="NoSuchBucket"):
+        open_store("s3://no-such-bucket/x").read("a")
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3:///x"])
+def test_unknown_stores_are_refused(url: str) -> None:
+    with pytest.raises(UserError, match="s3://BUCKET/PREFIX"):
+        open_store(url)
