@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline import bundle
+from pipeline import bundle, samples
 from pipeline.config import Config
 from pipeline.data import codec, curation, embeddings, pairs, source
 from pipeline.graph import Graph, Stage
@@ -26,7 +26,7 @@ def build(config: Config) -> Graph:
         Stage("upsampler_256", training.VERSIONS["upsampler"], config.upsampler_256, ("pairs", "curation"), training.run_upsampler),
         Stage("upsampler_1024", training.VERSIONS["upsampler"], config.upsampler_1024, ("pairs", "curation"), training.run_upsampler),
         Stage("bundle", bundle.VERSION, config.bundle, config.bundle.inputs, bundle.run_bundle),
-        Stage("samples", bundle.VERSION, config.samples, ("bundle",), bundle.run_samples),
+        Stage("samples", samples.VERSION, config.samples, ("bundle",), samples.run_samples),
     )
     wanted = {"samples", "bundle", *config.bundle.inputs}
     needed = _needed(stages, wanted)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from models.sampling_config import SamplingConfig
 from pipeline.artifacts import Artifact, publish_artifact
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
@@ -16,38 +16,29 @@ from pipeline.records import put_blob, read_blob
 from pipeline.store import Store
 
 VERSION = 1
+PRIORS = {"ar": "ar_prior", "diffusion": "diffusion_prior"}
 MODELS = ("ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 
 
 @dataclass(frozen=True)
 class BundleRecipe:
-    """Which models go in, and how to sample from them unless told otherwise.
-
-    ``prior`` is the one used by default, ``candidates`` the embeddings drawn of which the one nearest to the caption is
-    kept. Guidance is the w of (1 + w) eps(C) - w eps(empty). Steps are of the samplers that Table 3 names.
-    """
+    """Which models go in, and how to sample from them unless told otherwise."""
 
     models: tuple[str, ...] = MODELS
-    prior: Literal["ar_prior", "diffusion_prior"] = "diffusion_prior"
-    candidates: int = 2
-    prior_steps: int = 64
-    prior_guidance: float = 0.0
-    decoder_steps: int = 250
-    guidance: float = 1.0
-    upsampler_256_steps: int = 27
-    upsampler_1024_steps: int = 15
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.models if name not in MODELS]:
             raise ValueError(f"models: {unknown[0]} is not one of {', '.join(MODELS)}")
-        if "decoder" not in self.models or not {"ar_prior", "diffusion_prior"} & set(self.models):
+        if "decoder" not in self.models or not set(PRIORS.values()) & set(self.models):
             raise ValueError("models: a bundle needs the decoder and at least one prior")
         if "upsampler_1024" in self.models and "upsampler_256" not in self.models:
             raise ValueError("models: upsampler_1024 needs upsampler_256 before it")
-        if self.prior not in self.models:
-            raise ValueError(f"prior: {self.prior} is not among models")
-        if self.candidates < 1:
-            raise ValueError(f"candidates: {self.candidates}; draw at least 1")
+        if PRIORS[self.sampling.prior] not in self.models:
+            raise ValueError(f"sampling.prior: {self.sampling.prior}, but {PRIORS[self.sampling.prior]} is not among models")
+        largest = 1024 if "upsampler_1024" in self.models else 256 if "upsampler_256" in self.models else 64
+        if self.sampling.size > largest:
+            raise ValueError(f"sampling.size: {self.sampling.size}, but these models end at {largest} px")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -59,8 +50,8 @@ class BundleRecipe:
 def run_bundle(ctx: Context) -> Artifact:
     """Gather the models' files under one folder each. Copies nothing: a bundle names the blobs of its parts."""
     blobs = {f"{stage}/{name}": blob for stage, part in ctx.inputs.items() for name, blob in part.blobs.items()}
-    defaults = {k: v for k, v in dataclasses.asdict(ctx.recipe).items() if k != "models"}
-    blobs["sampling.json"] = put_blob(ctx.store, json.dumps(defaults, indent=1, sort_keys=True).encode())
+    sampling = json.dumps(dataclasses.asdict(ctx.recipe.sampling), indent=2)
+    blobs["sampling.json"] = put_blob(ctx.store, sampling.encode())
     blobs["README.md"] = put_blob(ctx.store, _card(ctx).encode())
     return publish_artifact(ctx.store, ctx.publishable(blobs=blobs, ledger=Ledger()), 0.0)
 

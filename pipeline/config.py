@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from models.presets import PRESETS
-from pipeline.bundle import BundleRecipe, SamplesRecipe
+from pipeline.bundle import BundleRecipe
 from pipeline.data.codec import CodecRecipe
 from pipeline.data.curation import CurationRecipe
 from pipeline.data.embeddings import EmbeddingsRecipe
@@ -22,6 +22,7 @@ from pipeline.data.pairs import PairsRecipe
 from pipeline.data.source import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.parse import merge, parse
+from pipeline.samples import SamplesRecipe
 from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
 from pipeline.training.recipes import (
     TRAINING_PRESETS,
@@ -113,7 +114,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
     """A Config from plain values: presets filled in, then parsed. Raises UserError."""
     values = dict(values)
     common = values.pop("preset", "paper")
-    for stage in TRAININGS:
+    for stage in (*TRAININGS, "bundle"):
         given = values.get(stage) or {}
         if not isinstance(given, Mapping):
             raise UserError(f"{stage}: expected a mapping, got {given!r}")
@@ -127,7 +128,8 @@ def _preset(name: Any, stage: str) -> dict[str, Any]:
     """A preset's values for one stage, as plain values."""
     if name not in PRESETS:
         raise UserError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
-    return {"model": dataclasses.asdict(PRESETS[name][stage]), **TRAINING_PRESETS[name].get(stage, {})}
+    part = dataclasses.asdict(PRESETS[name][stage])
+    return {"sampling": part} if stage == "bundle" else {"model": part, **TRAINING_PRESETS[name].get(stage, {})}
 
 
 def _check(config: Config) -> None:
@@ -138,6 +140,10 @@ def _check(config: Config) -> None:
             raise UserError(f"{stage}.model: makes {model.low_size} -> {model.image_size}; the cascade needs {low} -> {high}")
     if config.decoder.model.image_size != 64:
         raise UserError(f"decoder.model.image_size: {config.decoder.model.image_size}; the cascade begins at 64")
+    if "ar_prior" in config.bundle.models and config.ar_prior.model.buckets != config.codec.buckets:
+        raise UserError(
+            f"codec.buckets: {config.codec.buckets}, but ar_prior.model.buckets is {config.ar_prior.model.buckets}; make them equal"
+        )
     for stage in ("upsampler_256", "upsampler_1024"):
         needed = getattr(config, stage).model.image_size
         if stage in config.bundle.models and config.pairs.image_size < needed:

@@ -16,6 +16,8 @@ def start_ray(settings: RaySettings) -> Any:
     Returns the ``ray`` module. Raises UserError if the named cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's core warns on the console of what Ray Data does with its own actors; nobody here can act on it.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import ray
 

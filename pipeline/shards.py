@@ -6,6 +6,7 @@ Progress is the shard records in the store, never anything of Ray's: what has a 
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,12 +81,12 @@ def _run(ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Work
     from pipeline.launch import start_ray
 
     ray = start_ray(ctx.config.run.ray)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # to the console; its log file keeps everything
+            handler.setLevel(logging.ERROR)
     dataset = ray.data.from_items([{"task": pickle.dumps(task)} for task in todo], override_num_blocks=len(todo)).map_batches(
-        _ShardActor,
-        fn_constructor_kwargs={"store": ctx.store, "stage": ctx.stage, "make_worker": make_worker},
+        _actor(ctx.store, ctx.stage, make_worker),
         batch_size=1,
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(size=workers),
@@ -103,23 +104,26 @@ def _make(store: Store, stage: str, worker: Worker, task: ShardTask) -> Shard:
     return publish_shard(store, stage, task.number, task.key, output.ledger, output.blobs, output.counts)
 
 
-class _ShardActor:
-    """A Ray Data actor around a worker. What a person can mend travels back as a value, not as Ray's traceback."""
+def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
+    """A class for Ray Data around a worker. What a person can mend travels back as a value, not as a traceback."""
 
-    def __init__(self, store: Store, stage: str, make_worker: Callable[[], Worker]):
-        self.store, self.stage, self.worker = store, stage, make_worker()
+    class ShardActor:
+        def __init__(self) -> None:
+            self.worker = make_worker()
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        answers = []
-        for data in batch["task"]:
+        def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+            return {"answer": [self.answer(pickle.loads(task)) for task in batch["task"]]}
+
+        def answer(self, task: ShardTask) -> str:
             try:
-                shard = _make(self.store, self.stage, self.worker, pickle.loads(data))
-                answers.append(json.dumps({"shard": [shard.number, shard.key, shard.ledger.as_json(), shard.blobs, shard.counts]}))
+                shard = _make(store, stage, self.worker, task)
             except UserError as e:
-                answers.append(json.dumps({"user_error": str(e)}))
+                return json.dumps({"user_error": str(e)})
             except CorruptObject as e:
-                answers.append(json.dumps({"corrupt": [e.path, str(e).removeprefix(f"{e.path}: ")]}))
-        return {"answer": answers}
+                return json.dumps({"corrupt": [e.path, str(e).removeprefix(f"{e.path}: ")]})
+            return json.dumps({"shard": [shard.number, shard.key, shard.ledger.as_json(), shard.blobs, shard.counts]})
+
+    return ShardActor
 
 
 def _answer(text: str) -> Shard:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote
 
 from pipeline.errors import CorruptObject
 from pipeline.records import blob_path
@@ -67,7 +66,7 @@ def read_pictures(store: Store, images: str | None, rows: Sequence[Mapping[str, 
 
 def _read(store: Store, images: str | None, tar: str | None, start: int, stop: int) -> bytes:
     if tar is not None:
-        with open(unquote(tar), "rb") as f:
+        with open(tar, "rb") as f:
             f.seek(start)
             return f.read(stop - start)
     assert images is not None

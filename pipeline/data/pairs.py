@@ -140,7 +140,7 @@ class Packer:
         found = inspect(data, self.recipe.max_pixels)
         if isinstance(found, str):
             return _reject(row, found)
-        row |= {"tar": parts.path, "sha256": hashlib.sha256(data).hexdigest(), "width": found[0], "height": found[1], **place}
+        row |= {"tar": unquote(parts.path), "sha256": hashlib.sha256(data).hexdigest(), "width": found[0], "height": found[1], **place}
         return None
 
 

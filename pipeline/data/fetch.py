@@ -1,0 +1,239 @@
+"""From an image reference to the bytes that are kept: img2dataset's download, resize and keys, within limits.
+
+img2dataset fetches with urllib. Here it does so through an opener that connects to public addresses only (checked after
+the name is resolved and at every redirect) and stops at a deadline and a byte budget. Its tar writer is not used:
+its shards are not reproducible. Reasons for a refusal are those of pipeline.ledger.
+
+img2dataset is imported on first use: it takes 3 s, and a plan needs none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+from pipeline.data.opener import Guard, Refused, ThreadOpener, guarded_opener, opening_with
+from pipeline.ledger import REASONS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TRANSIENT = frozenset({"timeout", "unreachable", "http_5xx"})  # worth another try
+ROWS_PER_SHARD = 10_000
+SHARDS = 100_000_000
+
+_USER_AGENT_TOKEN = "unclip-ray"
+_OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex"})  # img2dataset's default
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The bytes behind a reference, or the reason why there are none."""
+
+    data: bytes | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture with its width and height in pixels; ``extension`` is jpg, png or webp."""
+
+    data: bytes
+    width: int
+    height: int
+    extension: str
+
+
+class Fetcher:
+    """Fetches http(s) URLs and local files (file:// or an absolute path).
+
+    ``timeout_s``: for a whole picture, with redirects and retries (name resolution has the system's own limit).
+    ``retries``: after a timeout, a failed connection or a 5xx status. ``host_map``: host name to "address:port"; such a
+    host is trusted. ``allow``: host names and networks that may be reached although they are not public. ``max_bytes``:
+    of one picture. Proxies of the environment are not used. Raises UserError for a ``host_map`` or ``allow`` that
+    cannot be read.
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        timeout_s: float,
+        retries: int,
+        host_map: Mapping[str, str],
+        allow: Sequence[str],
+        max_bytes: int,
+    ):
+        self._threads, self._timeout_s, self._retries, self._max_bytes = threads, timeout_s, retries, max_bytes
+        self._guard = Guard(host_map, allow)
+        _img2dataset()  # before the first deadline is set
+
+    def fetch(self, references: Sequence[str]) -> Iterator[Fetched]:
+        """Yield one result a reference, in order; at most twice ``threads`` bodies are in memory."""
+        waiting: deque[Future[Fetched]] = deque()
+        with ThreadPoolExecutor(self._threads) as pool:
+            try:
+                for reference in references:
+                    waiting.append(pool.submit(self._fetch, reference))
+                    if len(waiting) == 2 * self._threads:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _fetch(self, reference: str) -> Fetched:
+        try:
+            parts = urlsplit(reference.strip())
+            if parts.scheme in ("http", "https") and parts.hostname:
+                return self._download(reference.strip())
+            if (parts.scheme == "file" and parts.netloc in ("", "localhost")) or reference.startswith("/"):
+                path = urllib.request.url2pathname(parts.path) if parts.scheme else reference
+                return _checked(_read_file(path, self._max_bytes))
+        except Refused as refusal:
+            return Fetched(None, str(refusal))
+        except ValueError:  # not a URL at all, or a NUL in a path
+            pass
+        return Fetched(None, "unsupported_reference")
+
+    def _download(self, url: str) -> Fetched:
+        # Spaces and letters outside ASCII are common in lists; a browser escapes them too.
+        url = quote(url, safe="!#$%&'()*+,/:;=?@[]~")
+        deadline = time.monotonic() + self._timeout_s
+        for attempt in range(self._retries + 1):
+            fetched = _download_once(url, guarded_opener(self._guard, deadline, self._max_bytes), self._timeout_s)
+            pause = 0.25 * 2**attempt
+            again = fetched.reason in TRANSIENT or fetched.reason == "truncated"  # here: the transfer broke off
+            if not again or attempt == self._retries or time.monotonic() + pause > deadline:
+                break
+            time.sleep(pause)
+        return fetched
+
+
+def compute_key(index_in_shard: int, shard_number: int) -> str:
+    """A row's key by img2dataset's scheme, 12 digits: the shard's number in 8, the row's place in it in 4.
+
+    Raises ValueError if either does not fit.
+    """
+    if not (0 <= index_in_shard < ROWS_PER_SHARD and 0 <= shard_number < SHARDS):
+        raise ValueError(f"row {index_in_shard} of shard {shard_number} has no key: at most 10,000 rows, 10^8 shards")
+    _, downloader = _img2dataset()
+    return downloader.compute_key(index_in_shard, shard_number, 4, 8)
+
+
+def resize(data: bytes, image_size: int, max_pixels: int, encode_format: str, encode_quality: int) -> Picture | str:
+    """Normalise a picture and bring its short side down to ``image_size`` pixels; return it, or a reason.
+
+    Takes PNG, JPEG and WebP by their first bytes (of an animation the first frame; no GIF). The header's pixel count is
+    checked before anything is decoded. Pictures are turned upright (EXIF), converted to sRGB, put on white where they
+    are transparent, and stored as three channels; area interpolation, never enlarged. Equal input gives equal bytes.
+    ``encode_format``: jpg, png or webp; ``encode_quality``: 0 to 100, for png the compression 0 to 9.
+    """
+    from PIL import Image
+
+    if not data:
+        return "zero_bytes"
+    if not (data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")):
+        return "not_an_image"
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > max_pixels:
+                return "too_many_pixels"
+            image.load()
+            upright = _upright_rgb(image)
+    except Image.DecompressionBombError:
+        return "too_many_pixels"
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        cut = "truncated" in str(error) or (data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data))
+        return "truncated" if cut else "decode_error"
+
+    pixels = io.BytesIO()
+    upright.save(pixels, "BMP")  # uncompressed: the resizer reads a file, and this one is exact and fast
+    stored, width, height, *_, failure = _resizer(image_size, encode_format, encode_quality)(pixels)
+    return Picture(stored, width, height, encode_format) if failure is None else "decode_error"
+
+
+def _upright_rgb(image: Image) -> Image:
+    from PIL import Image, ImageCms, ImageOps
+
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16-bit grey at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile, or one for another kind of image
+            embedded, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, embedded, srgb, outputMode="RGB") or image
+    return image.convert("RGB")
+
+
+# --- img2dataset ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _img2dataset() -> tuple[Any, Any]:
+    """Its resizer and downloader modules; the downloader's requests go through the calling thread's opener."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations asks a package index for news otherwise
+    from img2dataset import downloader, resizer
+
+    # The resizer would point file descriptors 1 and 2 of the whole process elsewhere for each picture, which threads
+    # undo in the wrong order and which loses what others log. Broken files, that make decoders talk, never get there.
+    resizer.SuppressStdoutStderr = contextlib.nullcontext
+    urllib.request.install_opener(ThreadOpener())  # type: ignore[arg-type]
+    return resizer, downloader
+
+
+@cache
+def _resizer(image_size: int, encode_format: str, encode_quality: int) -> Callable[..., tuple[Any, ...]]:
+    module, _ = _img2dataset()
+    return module.Resizer(
+        image_size,
+        resize_mode="keep_ratio",
+        resize_only_if_bigger=True,
+        downscale_interpolation="area",
+        encode_format=encode_format,
+        encode_quality=encode_quality,
+    )
+
+
+def _download_once(url: str, opener: urllib.request.OpenerDirector, timeout_s: float) -> Fetched:
+    _, downloader = _img2dataset()
+    with opening_with(opener):
+        _, stream, error = downloader.download_image((0, url), timeout_s, _USER_AGENT_TOKEN, _OPT_OUTS)
+    if stream is not None:
+        return _checked(stream.getvalue())
+    # img2dataset hands on no more than an error's text. That of our opener's errors is the reason.
+    return Fetched(None, "opted_out" if "X-Robots-Tag" in error else error if error in REASONS else "unreachable")
+
+
+def _checked(data: bytes) -> Fetched:
+    return Fetched(data, None) if data else Fetched(None, "zero_bytes")
+
+
+def _read_file(path: str, max_bytes: int) -> bytes:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device could wait for ever
+            raise Refused("missing_file")
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError:
+        raise Refused("missing_file") from None
+    if len(data) > max_bytes:
+        raise Refused("too_large")
+    return data

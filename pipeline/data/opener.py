@@ -1,0 +1,249 @@
+"""A urllib opener for untrusted URLs: public addresses only, one deadline, a byte budget, no proxy.
+
+A name is resolved once and the connection goes to the address that was checked, at every redirect anew, so neither a
+redirect nor a name that changes its address reaches the machine itself, its network or a cloud's metadata service.
+Every failure is a Refused whose text is a reason of pipeline.ledger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import IO, Any
+from urllib.parse import urljoin
+
+from pipeline.errors import UserError
+
+MAX_REDIRECTS = 5
+USER_AGENT = "unclip-ray (img2dataset; +https://github.com/rom1504/img2dataset)"
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_thread = threading.local()
+
+
+class Refused(Exception):
+    """A reference that yields no bytes. Its text is the reason, for img2dataset turns exceptions into text."""
+
+
+class Guard:
+    """Decides at which addresses a host may be reached.
+
+    ``host_map``: host name to "address:port"; such a host is trusted. ``allow``: host names, addresses and networks
+    that may be reached although they are not public. Raises UserError for an entry that cannot be read.
+    """
+
+    def __init__(self, host_map: Mapping[str, str], allow: Sequence[str]):
+        self._map: dict[str, tuple[str, int]] = {}
+        for host, target in host_map.items():
+            address, _, port = target.rpartition(":")
+            if not address or not port.isdecimal():
+                raise UserError(f"hosts: {host}: {target!r} is not of the form address:port")
+            self._map[host.lower()] = (address.strip("[]"), int(port))
+        self._hosts = {entry.lower() for entry in allow}
+        self._networks = []
+        for entry in allow:
+            try:
+                self._networks.append(ipaddress.ip_network(entry))
+            except ValueError:
+                if "/" in entry or ":" in entry:
+                    raise UserError(f"allow: {entry!r} is neither a host name nor a network like 10.0.0.0/8") from None
+
+    def connect(self, host: str, port: int, deadline: float) -> socket.socket:
+        """Connect to the first permitted address that answers. Raises Refused, or OSError if none does."""
+        host = host.lower()
+        trusted = host in self._map or host in self._hosts
+        host, port = self._map.get(host, (host, port))
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [address for *_, (address, *_) in found if trusted or self._permits(str(address))]
+        if not addresses:
+            raise Refused("forbidden_address")
+        for address in addresses[:-1]:
+            with contextlib.suppress(OSError):
+                return socket.create_connection((str(address), port), timeout=_remaining(deadline))
+        return socket.create_connection((str(addresses[-1]), port), timeout=_remaining(deadline))
+
+    def _permits(self, address: str) -> bool:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        return is_public(ip) or any(ip in network for network in self._networks)
+
+
+def is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is on the public internet; an IPv4 address inside an IPv6 one counts as itself."""
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner:
+            return is_public(inner)
+    return ip.is_global and not ip.is_multicast
+
+
+def guarded_opener(guard: Guard, deadline: float, max_bytes: int) -> urllib.request.OpenerDirector:
+    """An opener for one picture, with handlers for http and https alone. ``deadline`` is a time.monotonic()."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        _Handler(
+            guarded_connect=partial(guard.connect, deadline=deadline),
+            response_class=partial(_Response, deadline=deadline, max_bytes=max_bytes),
+        ),
+        _RedirectHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+@contextlib.contextmanager
+def opening_with(opener: urllib.request.OpenerDirector) -> Iterator[None]:
+    """Let this thread's urlopen calls go through ``opener``, once a ThreadOpener is installed."""
+    _thread.opener = opener
+    try:
+        yield
+    finally:
+        del _thread.opener
+
+
+class ThreadOpener:
+    """To be installed process-wide: urlopen uses the calling thread's opener, or the ordinary one if it has none."""
+
+    def __init__(self) -> None:
+        self._ordinary = urllib.request.build_opener()
+
+    def open(self, request: Any, data: Any = None, timeout: Any = None) -> Any:
+        opener = getattr(_thread, "opener", None)
+        if opener is None:
+            return self._ordinary.open(request, data, timeout)
+        request.add_header("User-Agent", USER_AGENT)  # img2dataset's own says it is a browser
+        with _failures_as_reasons():
+            return opener.open(request, data, timeout)
+
+
+@contextlib.contextmanager
+def _failures_as_reasons() -> Iterator[None]:
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        error.close()
+        reasons = {4: "http_4xx", 5: "http_5xx"}  # what is left is a 3xx: more than five redirects, or in a circle
+        raise Refused(reasons.get(error.code // 100, "unreachable")) from None
+    except urllib.error.URLError as error:
+        raise Refused("timeout" if isinstance(error.reason, TimeoutError) else "unreachable") from None
+    except TimeoutError:
+        raise Refused("timeout") from None
+    except http.client.IncompleteRead:
+        raise Refused("truncated") from None
+    except (http.client.InvalidURL, ValueError):
+        raise Refused("unsupported_reference") from None
+    except (OSError, http.client.HTTPException):
+        raise Refused("unreachable") from None
+
+
+def _remaining(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
+class _RedirectHandler(urllib.request.HTTPRedirectHandler):
+    max_redirections = MAX_REDIRECTS
+
+    def http_error_302(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage
+    ) -> Any:
+        if not urljoin(req.full_url, headers.get("Location", "")).startswith(("http:", "https:")):
+            fp.close()
+            raise Refused("forbidden_address")
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+class _Handler(urllib.request.AbstractHTTPHandler):
+    def __init__(self, **settings: Any):
+        super().__init__()
+        self._settings = settings
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(partial(_HTTPConnection, **self._settings), request)
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(partial(_HTTPSConnection, **self._settings), request)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+class _HTTPConnection(http.client.HTTPConnection):
+    def __init__(self, host: str, *, guarded_connect: Any, response_class: Any, **settings: Any):
+        super().__init__(host, **settings)
+        self._guarded_connect = guarded_connect
+        self.response_class = response_class
+
+    def connect(self) -> None:
+        self.sock = self._guarded_connect(self.host, self.port)
+
+
+class _HTTPSConnection(_HTTPConnection):
+    default_port = http.client.HTTPS_PORT
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = _tls_context().wrap_socket(self.sock, server_hostname=self.host)
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+class _Response(http.client.HTTPResponse):
+    """Stops at the deadline, however slowly bytes drip, and at ``max_bytes``."""
+
+    def __init__(self, sock: socket.socket, *args: Any, deadline: float, max_bytes: int, **settings: Any):
+        super().__init__(sock, *args, **settings)
+        self._max_bytes = max_bytes
+        self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), sock, deadline))
+
+    def read(self, amt: int | None = None) -> bytes:
+        if amt is not None:
+            return super().read(amt)
+        if self.length is not None and self.length > self._max_bytes:
+            raise Refused("too_large")
+        with _failures_as_reasons():
+            body = super().read(self._max_bytes + 1)
+        if len(body) > self._max_bytes:
+            raise Refused("too_large")
+        if self.length:  # less came than Content-Length promised
+            raise Refused("truncated")
+        return body
+
+
+class _DeadlineReader(io.RawIOBase):
+    """A socket's file whose every read waits no longer than until the deadline."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float):
+        super().__init__()
+        self._raw, self._sock, self._deadline = raw, sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(_remaining(self._deadline))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()

@@ -1,0 +1,185 @@
+"""What the report shows of the data: how many rows are left and why, pictures, rejects, licences, similarities.
+
+Reads the first few shards only, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table
+from pipeline.data.index import read_pictures
+from pipeline.ledger import REASONS
+from pipeline.report.figures import bars, histogram
+from pipeline.report.markup import attempt, figure, note, number, section, table, text
+from pipeline.report.pictures import Album
+from pipeline.store import Store
+
+SHARDS_READ = 3
+THUMBNAILS = 24
+REJECTS_SHOWN = 12
+RIGHTS_SHOWN = 20
+LOOK_AT_DATA = (
+    "Look for a stage that loses more rows than you expect, for captions that do not fit their pictures, and for one "
+    "reason that explains most of the rejects."
+)
+LOOK_AT_EMBEDDINGS = (
+    "Look for one hump well above zero: a second one near zero or below is captions that do not belong to their "
+    "pictures, and <code>curation.min_similarity</code> is where to cut them off."
+)
+
+Artifacts = Mapping[str, Artifact]
+
+
+@dataclass(frozen=True)
+class PairsShard:
+    """One shard of pairs, read: every index row, the keys of the rows that are kept so far, captions by key."""
+
+    shard: ShardRow
+    rows: list[dict[str, Any]]
+    kept: set[str]
+    captions: dict[str, str]
+
+    @property
+    def kept_rows(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["key"] in self.kept]
+
+
+def data_section(store: Store, artifacts: Artifacts, album: Album) -> str:
+    """The way of rows from the list to the training set; "" before there is a list."""
+    if not {"source", "pairs", "curation"} & artifacts.keys():
+        return ""
+    parts = [
+        attempt("The number of rows by stage", _funnel, artifacts),
+        attempt("The reasons of rejects", _reasons, artifacts),
+    ]
+    if "pairs" in artifacts:
+        parts.append(attempt("What the first shards hold", _first_shards, store, artifacts, album))
+    return section("data", "Data", LOOK_AT_DATA, *parts)
+
+
+def embeddings_section(store: Store, artifacts: Artifacts) -> str:
+    """How well captions fit their pictures, by CLIP; "" before there are embeddings."""
+    if "embeddings" not in artifacts:
+        return ""
+    chart = attempt("The histogram of similarity", _similarity, store, artifacts["embeddings"])
+    return section("embeddings", "Embeddings", LOOK_AT_EMBEDDINGS, chart)
+
+
+def _funnel(artifacts: Artifacts) -> str:
+    steps: list[tuple[str, float]] = []
+    if "source" in artifacts:
+        steps.append(("rows in the list", artifacts["source"].ledger.rows))
+    steps += [(stage, artifacts[stage].ledger.kept) for stage in ("source", "pairs", "curation") if stage in artifacts]
+    chart = bars("Rows that each stage keeps", steps)
+    return figure(chart, f"Rows that each stage keeps, and their share of {steps[0][0]}.")
+
+
+def _reasons(artifacts: Artifacts) -> str:
+    rows, before = [], Counter[str]()
+    for stage in ("source", "pairs", "curation"):
+        if stage not in artifacts:
+            continue
+        ledger = artifacts[stage].ledger
+        for kind, counts in (("rejected", ledger.rejected), ("deferred", ledger.deferred)):
+            own = Counter(counts) - before  # pairs counts the rows again that the source rejected
+            for reason, count in own.most_common():
+                share = f"{count / max(ledger.rows, 1):.1%}"
+                rows.append((stage, kind, text(reason), text(REASONS.get(reason, "")), number(count), share))
+        if stage == "source":
+            before = Counter(ledger.rejected)
+    if not rows:
+        return note("No row was rejected.")
+    head = ("stage", "ended", "reason", "which means", "rows", "share")
+    return "<h3>Rejected, by reason</h3>\n" + table(head, rows, numeric=(4, 5))
+
+
+def _first_shards(store: Store, artifacts: Artifacts, album: Album) -> str:
+    shards = read_first_shards(store, artifacts)
+    which = "curation" if "curation" in artifacts else "pairs"
+    return (
+        attempt("The pictures", _thumbnails, store, shards, which, album)
+        + attempt("The rejected rows", _rejects, shards)
+        + attempt("The licences", _rights, shards)
+    )
+
+
+def read_first_shards(store: Store, artifacts: Artifacts) -> list[PairsShard]:
+    """The first shards of pairs, those that keep any row before the others."""
+    curated = _numbered(store, artifacts, "curation")
+    captioned = _numbered(store, artifacts, "captions")
+    shards = _numbered(store, artifacts, "pairs")
+    left = {number: curated[number].kept if number in curated else shard.kept for number, shard in shards.items()}
+    result = []
+    for shard in sorted(shards.values(), key=lambda s: left[s.number] == 0)[:SHARDS_READ]:
+        rows = read_table(store, shard.blobs["index"]).to_pylist()
+        kept = {row["key"] for row in rows if row["status"] == "kept"}
+        if shard.number in curated:
+            kept = set(read_table(store, curated[shard.number].blobs["index"], ["key"])["key"].to_pylist())
+        captions: dict[str, str] = {}
+        if shard.number in captioned:
+            table = read_table(store, captioned[shard.number].blobs["captions"]).to_pylist()
+            captions = {row["key"]: row["captions"][0] for row in table if row["captions"]}
+        result.append(PairsShard(shard, rows, kept, captions))
+    return result
+
+
+def _numbered(store: Store, artifacts: Artifacts, stage: str) -> dict[int, ShardRow]:
+    return {shard.number: shard for shard in read_shards(store, artifacts[stage])} if stage in artifacts else {}
+
+
+def _thumbnails(store: Store, shards: Sequence[PairsShard], which: str, album: Album) -> str:
+    cells = []
+    for i, shard in enumerate(shards):
+        share = THUMBNAILS * (i + 1) // len(shards) - THUMBNAILS * i // len(shards)
+        for row in spread(shard.kept_rows, share):
+            picture = attempt(f"Row {row['key']}", _thumbnail, store, shard, row, album)
+            cells.append(figure(picture, f"<bdi>{text(shard.captions.get(row['key'], ''), 90)}</bdi>"))
+    if not cells:
+        return note("No pair was kept.")
+    return f'<h3>Pairs that {which} kept</h3>\n<div class="thumbs">\n{"".join(cells)}</div>\n'
+
+
+def _thumbnail(store: Store, shard: PairsShard, row: Mapping[str, Any], album: Album) -> str:
+    [data] = read_pictures(store, shard.shard.blobs.get("images"), [row])
+    return album.image(data, 160, shard.captions.get(row["key"], f"row {row['key']}"), most=14_000)
+
+
+def spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` rows, evenly spaced: neighbours in a list are often alike."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _rejects(shards: Sequence[PairsShard]) -> str:
+    found = []
+    for shard in shards:
+        for row in shard.rows:
+            if row["key"] not in shard.kept:
+                found.append((row["url"], row["reason"] or "removed by curation"))
+    if not found:
+        return ""
+    rows = [(f"<bdi>{text(url, 120)}</bdi>", text(reason)) for url, reason in spread(found, REJECTS_SHOWN)]
+    return f"<h3>Some rejected rows</h3>\n{table(('image reference', 'reason'), rows)}"
+
+
+def _rights(shards: Sequence[PairsShard]) -> str:
+    kept = [row for shard in shards for row in shard.kept_rows]
+    counts = Counter((row["license"] or "not named", row["attribution"] or "not named") for row in kept)
+    rows = [(text(a), text(b, 400), number(count)) for (a, b), count in counts.most_common(RIGHTS_SHOWN)]
+    more = note(f"{len(counts) - RIGHTS_SHOWN} more are left out.") if len(counts) > RIGHTS_SHOWN else ""
+    title = f"<h3>Licences of these pictures ({number(len(kept))} rows of {len(shards)} shards)</h3>\n"
+    return title + table(("licence", "attribution", "rows"), rows, numeric=(2,)) + more if rows else ""
+
+
+def _similarity(store: Store, artifact: Artifact) -> str:
+    shards = [shard for shard in read_shards(store, artifact) if shard.kept][:SHARDS_READ]
+    values: list[float] = []
+    for shard in shards:
+        values += read_table(store, shard.blobs["embeddings"], ["similarity"])["similarity"].to_pylist()
+    chart = histogram("Similarity of image and caption", "cosine of image and text embedding", values)
+    median = sorted(values)[len(values) // 2]
+    return figure(chart, f"{number(len(values))} rows of the first {len(shards)} shards; the median is {median:.3f}.")

@@ -1,0 +1,140 @@
+"""What the report shows of the codec and of each training: curves, previews, final numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.artifacts import Artifact
+from pipeline.records import read_blob
+from pipeline.report.figures import Point, line_chart
+from pipeline.report.markup import attempt, facts, figure, note, number, section, text
+from pipeline.report.pictures import Album
+from pipeline.store import Store
+
+TRAININGS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+PREVIEWS_SHOWN = 4
+LOOK_AT_CODEC = (
+    "Look for a spectrum that falls by orders of magnitude before its right end, and for a round-trip error close to "
+    "the reconstruction error: what is above it is lost to the buckets."
+)
+LOOK_AT_TRAINING = (
+    "Look for a validation loss that falls with the training loss; if it turns upwards while the other still falls, "
+    "the model has begun to remember its rows, and more data will help it more than more samples."
+)
+
+
+@dataclass
+class Curve:
+    """Losses of a training by samples seen, and the number of lines that could not be used."""
+
+    train: list[Point] = field(default_factory=list)
+    validation: list[Point] = field(default_factory=list)
+    unread: int = 0
+
+
+def codec_section(artifacts: Mapping[str, Artifact]) -> str:
+    """The spectrum that the codec keeps and what it loses; "" before there is a codec."""
+    if "codec" not in artifacts:
+        return ""
+    metrics = artifacts["codec"].metrics
+    warnings = [note(f"Warning: {warning}") for warning in metrics.get("warnings", ())]
+    rest = {name: value for name, value in metrics.items() if name not in ("explained_variance_ratio", "warnings")}
+    chart = attempt("The spectrum", _spectrum, metrics)
+    return section("codec", "Codec", LOOK_AT_CODEC, *warnings, chart, attempt("The codec's metrics", facts, rest))
+
+
+def _spectrum(metrics: Mapping[str, Any]) -> str:
+    points = [(i + 1, float(ratio)) for i, ratio in enumerate(metrics["explained_variance_ratio"])]
+    series = {"share of variance": points}
+    chart = line_chart("Spectrum of the image embeddings", "principal component", "share of variance", series)
+    return figure(chart, f"The share of variance that each of {len(points)} principal components holds.")
+
+
+def training_section(store: Store, artifacts: Mapping[str, Artifact], album: Album) -> str:
+    """Every trained model in order; "" before the first."""
+    parts = [_training(store, artifacts[stage], stage, album) for stage in TRAININGS if stage in artifacts]
+    return section("training", "Training", LOOK_AT_TRAINING, *parts) if parts else ""
+
+
+def _training(store: Store, artifact: Artifact, stage: str, album: Album) -> str:
+    parts = [
+        f'<h3 id="{stage}">{stage}</h3>\n',
+        attempt(f"The summary of {stage}", _summary, artifact),
+        attempt(f"The loss curve of {stage}", _loss, store, artifact, stage),
+        attempt(f"The previews of {stage}", _previews, store, artifact, stage, album),
+    ]
+    if artifact.metrics:
+        parts.append(attempt(f"The metrics of {stage}", facts, artifact.metrics))
+    return "".join(parts)
+
+
+def _summary(artifact: Artifact) -> str:
+    """One line: samples and whatever times and rates were recorded."""
+    said = [f"{number(artifact.recipe['samples'])} samples"] if "samples" in artifact.recipe else []
+    for name, value in sorted(artifact.times.items()):
+        if name != "finished":  # a date, not a duration
+            said.append(f"{text(name)} {number(round(value, 2))}")
+    return f"<p>{', '.join(said)}.</p>\n" if said else ""
+
+
+def _loss(store: Store, artifact: Artifact, stage: str) -> str:
+    if "metrics.jsonl" not in artifact.blobs:
+        return note(f"{stage} has no metrics.jsonl among its files, so there is no loss curve.")
+    curve = read_curve(read_blob(store, artifact.blobs["metrics.jsonl"]))
+    series = {"train": curve.train, "validation": curve.validation}
+    chart = line_chart(f"Loss of {stage}", "samples seen", "loss", series)
+    unread = f" {number(curve.unread)} lines could not be used." if curve.unread else ""
+    return figure(chart, f"Loss of {stage} by samples seen.{unread}")
+
+
+def read_curve(data: bytes) -> Curve:
+    """The losses in JSON lines {"samples", "loss"} and {"samples", "validation": {"loss"}}.
+
+    Lines that are not such JSON, or whose loss is not finite, are counted as unread.
+    """
+    curve = Curve()
+    for line in data.splitlines():
+        try:
+            entry = json.loads(line)
+            if "loss" in entry:
+                curve.train.append(_point(entry["samples"], entry["loss"]))
+            if "validation" in entry:
+                curve.validation.append(_point(entry["samples"], entry["validation"]["loss"]))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            curve.unread += 1
+    return curve
+
+
+def _point(samples: Any, loss: Any) -> Point:
+    point = float(samples), float(loss)
+    if not all(map(math.isfinite, point)):
+        raise ValueError(f"{point} is not finite")
+    return point
+
+
+def preview_names(names: Collection[str]) -> list[tuple[str, int | None]]:
+    """preview-<samples>.png in order of samples, then preview.png (None): the first, the last and some between."""
+    numbered = sorted((int(m[1]), name) for name in names if (m := re.fullmatch(r"preview-(\d{1,15})\.png", name)))
+    found: list[tuple[str, int | None]] = [(name, samples) for samples, name in numbered]
+    found += [("preview.png", None)] if "preview.png" in names else []
+    if len(found) <= PREVIEWS_SHOWN:
+        return found
+    return [found[i * (len(found) - 1) // (PREVIEWS_SHOWN - 1)] for i in range(PREVIEWS_SHOWN)]
+
+
+def _previews(store: Store, artifact: Artifact, stage: str, album: Album) -> str:
+    cells = []
+    for name, samples in preview_names(artifact.blobs):
+        when = "at the end" if samples is None else f"after {number(samples)} samples"
+        picture = attempt(f"{name} of {stage}", _preview, store, artifact, name, f"preview of {stage} {when}", album)
+        cells.append(figure(picture, when.capitalize()))
+    return f'<div class="previews">\n{"".join(cells)}</div>\n' if cells else ""
+
+
+def _preview(store: Store, artifact: Artifact, name: str, alt: str, album: Album) -> str:
+    return album.image(read_blob(store, artifact.blobs[name]), 512, alt, most=60_000)

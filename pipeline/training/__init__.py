@@ -1,0 +1,1 @@
+"""Order, feed, loop, checkpoints and launch of every training."""

@@ -1,0 +1,131 @@
+"""Batches for one worker: what the order names, read and decoded ahead of the training in a thread of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from models.draw import derive_seed
+from pipeline.artifacts import Artifact
+from pipeline.store import Store
+from pipeline.training.order import Order, lanes_of
+from pipeline.training.pictures import Pictures
+from pipeline.training.read_ahead import read_ahead
+from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.tables import Place, Row, Tables
+from pipeline.training.task import Batch, Task
+
+
+class Share(NamedTuple):
+    """A worker's rows of one step.
+
+    ``batch``: "image" uint8 [b, 3, s, s], "tokens" int64 [b, 77], "image_embedding" and "text_embedding" fp32 [b, d],
+    as far as the task's columns ask. ``keys``: of the rows. ``streams``: (seed, rows) lane by lane, for a Draw.
+    """
+
+    batch: Batch
+    keys: list[str]
+    streams: list[tuple[int, int]]
+
+
+class Window(NamedTuple):
+    """What a lane is reading: [start, stop) in lane positions, the rows there, and their pictures not yet decoded."""
+
+    start: int
+    stop: int
+    rows: list[Row]
+    pictures: dict[Place, bytes]
+
+
+class Feed:
+    """The training rows of a task in the order of its recipe, and its validation rows.
+
+    The share of a step holds batch / lanes rows of every lane that this worker owns, lane after lane. Raises
+    ValueError if there are no training rows.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        inputs: Mapping[str, Artifact],
+        task: Task,
+        recipe: TrainingRecipe,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.columns, self.recipe = task.columns, recipe
+        self.lanes = lanes_of(rank, world, recipe.lanes)
+        self.tables = Tables(store, inputs, task.columns, "train", task.min_side, cached=2 * len(self.lanes))
+        self.held_out = Tables(store, inputs, task.columns, "validation", task.min_side)
+        self.pictures = Pictures(store, task.image_size)
+        self.order = Order(self.tables.counts, recipe.lanes, recipe.window, recipe.seed)
+        self._windows: dict[int, Window] = {}
+
+    def shares(self, samples: int) -> Generator[Share, None, None]:
+        """This worker's share of every step, for ever, beginning after ``samples`` samples (a multiple of batch).
+
+        Raises CorruptObject for a stored object that cannot be trusted.
+        """
+        return read_ahead(self._shares(samples // self.recipe.batch))
+
+    def validation(self, rows: int, size: int) -> list[Share]:
+        """At most ``rows`` validation rows, always the same ones, in batches of ``size``."""
+        found = self.held_out.first(rows)
+        shares = []
+        for start in range(0, len(found), size):
+            part = found[start : start + size]
+            batch = self._batch(part, [0] * len(part), self.pictures.fetch(row.place for row in part if row.place))
+            streams = [(derive_seed(self.recipe.seed, "validation", start), len(part))]
+            shares.append(Share(batch, [row.key for row in part], streams))
+        return shares
+
+    def _shares(self, step: int) -> Iterator[Share]:
+        per_lane = self.recipe.batch // self.recipe.lanes
+        while True:
+            rows: list[Row] = []
+            choices: list[int] = []
+            pictures: dict[Place, bytes] = {}
+            for lane in self.lanes:
+                for position in range(step * per_lane, (step + 1) * per_lane):
+                    window = self._window(lane, position)
+                    row = window.rows[position - window.start]
+                    if row.place in window.pictures:
+                        pictures[row.place] = window.pictures.pop(row.place)
+                    rows.append(row)
+                    choices.append(derive_seed(self.recipe.seed, "caption", lane, position))
+            streams = [(derive_seed(self.recipe.seed, lane, step), per_lane) for lane in self.lanes]
+            yield Share(self._batch(rows, choices, pictures), [row.key for row in rows], streams)
+            step += 1
+
+    def _window(self, lane: int, position: int) -> Window:
+        window = self._windows.get(lane)
+        if window is None or not window.start <= position < window.stop:
+            start, stop = self.order.window_at(position)
+            rows = self.tables.read(self.order.rows(lane, start, stop))
+            window = Window(start, stop, rows, self.pictures.fetch(row.place for row in rows if row.place))
+            self._windows[lane] = window
+        return window
+
+    def _batch(self, rows: Sequence[Row], choices: Sequence[int], pictures: dict[Place, bytes]) -> Batch:
+        """The columns that the task asks for. ``choices`` pick one of each row's captions.
+
+        With text embeddings the first caption is taken, because it is the one that was embedded.
+        """
+        from models.clip import tokenize
+
+        batch: Batch = {}
+        if "image" in self.columns:
+            batch["image"] = torch.from_numpy(
+                np.stack([self.pictures.view(r.place, pictures) for r in rows if r.place])
+            )
+        if "tokens" in self.columns:
+            first = "text_embedding" in self.columns
+            captions = [row.captions or [""] for row in rows]
+            batch["tokens"] = tokenize([c[0 if first else n % len(c)] for c, n in zip(captions, choices, strict=True)])
+        for name in ("image_embedding", "text_embedding"):
+            if name in self.columns:
+                batch[name] = torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
+        return batch

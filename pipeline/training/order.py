@@ -1,0 +1,74 @@
+"""Which rows a step trains on: a pure function of counts, lanes, window, seed and position.
+
+An epoch's rows, shard after shard in an order drawn for that epoch, form one virtual line. The line is cut into lanes
+of equal length, a lane into windows, and rows are shuffled inside their window, so that a reader needs neighbours and
+no index of everything. Lanes belong to the recipe and workers take whole lanes: the order does not know how many
+workers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from models.draw import derive_seed
+
+
+def permutation(length: int, seed: int) -> np.ndarray:
+    """A permutation of range(length), int64. Sorting raw words keeps it the same in every version of numpy."""
+    return np.argsort(np.random.PCG64(seed).random_raw(length), kind="stable")
+
+
+def lanes_of(rank: int, world: int, lanes: int) -> range:
+    """The lanes that worker ``rank`` of ``world`` reads: every lane belongs to exactly one worker."""
+    return range(rank * lanes // world, (rank + 1) * lanes // world)
+
+
+class Order:
+    """The order of rows, for ever: lane positions count the rows that a lane has given since the first epoch.
+
+    ``counts`` are rows per shard. A lane has ceil(rows / lanes) positions an epoch; positions beyond the end of the
+    line wrap to its beginning, and ``wrapped`` says how many do. Raises ValueError when there are no rows.
+    """
+
+    def __init__(self, counts: Sequence[int], lanes: int, window: int, seed: int):
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.lanes, self.window, self.seed = lanes, window, seed
+        self.total = int(self.counts.sum())
+        if self.total == 0:
+            raise ValueError("no rows to put in order")
+        self.lane_rows = -(-self.total // lanes)
+        self.wrapped = self.lane_rows * lanes - self.total
+        self._line = lru_cache(maxsize=2)(self._make_line)
+
+    def _make_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in the order of ``epoch``, and where on the line each of them ends."""
+        shards = permutation(len(self.counts), derive_seed(self.seed, "shards", epoch))
+        return shards, np.cumsum(self.counts[shards])
+
+    def window_at(self, lane_position: int) -> tuple[int, int]:
+        """Start and stop, in lane positions, of the window that holds a lane position."""
+        epoch, offset = divmod(lane_position, self.lane_rows)
+        start = offset - offset % self.window
+        return epoch * self.lane_rows + start, epoch * self.lane_rows + min(start + self.window, self.lane_rows)
+
+    def rows(self, lane: int, start: int, stop: int) -> list[tuple[int, int]]:
+        """What a lane gives at lane positions [start, stop): (index into counts, row of that shard)."""
+        result: list[tuple[int, int]] = []
+        while start < stop:
+            first, last = self.window_at(start)
+            end = min(stop, last)
+            result += self._window(lane, first, last)[start - first : end - first]
+            start = end
+        return result
+
+    def _window(self, lane: int, first: int, last: int) -> list[tuple[int, int]]:
+        epoch, offset = divmod(first, self.lane_rows)
+        seed = derive_seed(self.seed, "window", epoch, lane, offset // self.window)
+        positions = (lane * self.lane_rows + offset + permutation(last - first, seed)) % self.total
+        shards, ends = self._line(epoch)
+        found = np.searchsorted(ends, positions, side="right")
+        rows = positions - ends[found] + self.counts[shards[found]]
+        return list(zip(shards[found].tolist(), rows.tolist(), strict=True))

@@ -1,0 +1,52 @@
+"""Pictures from the store as views: neighbours read together, every picture checked, the latest views kept at hand."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import numpy as np
+
+from models.view import open_view
+from pipeline.data.index import read_pictures
+from pipeline.errors import UserError
+from pipeline.store import Store
+from pipeline.training.tables import Place
+
+CACHE_BYTES = 512 << 20
+
+
+class Pictures:
+    """Views of one size, uint8 [3, size, size]; the latest ``cache_bytes`` of them stay in memory."""
+
+    def __init__(self, store: Store, size: int, cache_bytes: int = CACHE_BYTES):
+        self.store, self.size = store, size
+        self.room = max(1, cache_bytes // max(1, 3 * size * size))
+        self._views: OrderedDict[Place, np.ndarray] = OrderedDict()
+
+    def fetch(self, places: Iterable[Place]) -> dict[Place, bytes]:
+        """The stored bytes of those pictures whose views are not at hand. Raises CorruptObject."""
+        by_tar: dict[str | None, list[Place]] = {}
+        for place in dict.fromkeys(places):
+            if place not in self._views:
+                by_tar.setdefault(place.images, []).append(place)
+        return {
+            place: data
+            for images, group in by_tar.items()
+            for place, data in zip(group, read_pictures(self.store, images, [p._asdict() for p in group]), strict=True)
+        }
+
+    def view(self, place: Place, fetched: dict[Place, bytes]) -> np.ndarray:
+        """The view of one picture, from memory or from ``fetched``; read again if it is in neither any more."""
+        if place in self._views:
+            self._views.move_to_end(place)
+            return self._views[place]
+        data = fetched.get(place) or self.fetch([place])[place]
+        try:
+            view = np.ascontiguousarray(open_view(data, self.size).transpose(2, 0, 1))
+        except (OSError, ValueError) as e:
+            raise UserError(f"the picture of row {place.key} cannot be opened ({e}): take the row off the list") from e
+        self._views[place] = view
+        if len(self._views) > self.room:
+            self._views.popitem(last=False)
+        return view

@@ -1,0 +1,1 @@
+"""One small class a model: its columns, its loss, its previews."""

@@ -1,0 +1,48 @@
+"""The autoregressive prior: captions to the codes of image embeddings."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from models.ar_prior import ARPrior, ar_prior_loss
+from models.codec import Codec
+from models.draw import Draw
+from models.folder import save_model
+from models.losses import Losses
+from models.prior_configs import ARPriorConfig
+from pipeline.training.task import Batch, Examples
+from pipeline.training.tasks.figures import conditional_figures, seeded
+
+
+class ARPriorTask:
+    """Cross-entropy of codes, in nats a code. ``codec`` turns embeddings into codes."""
+
+    columns: tuple[str, ...] = ("tokens", "image_embedding", "text_embedding")
+    min_side = 0
+    image_size = 0
+    splittable = True
+    validation_rows = 256
+    validation_batch = 32
+
+    def __init__(self, config: ARPriorConfig, embed_dim: int, codec: Codec):
+        self.config, self.embed_dim, self.codec = config, embed_dim, codec
+
+    def model(self, seed: int) -> nn.Module:
+        return seeded(lambda: ARPrior(self.config, self.embed_dim, self.codec.codes), seed)
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
+        assert isinstance(model, ARPrior)
+        device = batch["image_embedding"].device
+        if self.codec.mean.device != device:
+            self.codec = self.codec.to(device)
+        return ar_prior_loss(model, batch, draw, self.codec)
+
+    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """ "loss" and what another row's caption and text embedding would cost."""
+        return conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"))
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save_model(folder, model)

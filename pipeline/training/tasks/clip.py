@@ -1,0 +1,50 @@
+"""CLIP: pictures and captions into one space."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.clip import Clip, clip_loss
+from models.draw import Draw
+from models.losses import Losses
+from models.prior_configs import ClipConfig
+from pipeline.training.task import Batch, Examples
+
+
+class ClipTask:
+    """Contrastive training. A row's loss depends on its whole batch, which therefore stays in one piece."""
+
+    columns: tuple[str, ...] = ("image", "tokens")
+    min_side = 0
+    splittable = False
+    validation_rows = 512
+    validation_batch = 64
+
+    def __init__(self, config: ClipConfig):
+        self.config = config
+        self.image_size = config.image_size
+
+    def model(self, seed: int) -> Clip:
+        return Clip.build(self.config, seed)
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
+        assert isinstance(model, Clip)
+        return clip_loss(model, batch, draw)
+
+    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """Contrastive "loss" among all validation rows, and "recall_at_1" of captions given pictures."""
+        assert isinstance(model, Clip)
+        image = torch.cat([model.encode_image(batch["image"]) for batch, _ in examples])
+        text = torch.cat([model.encode_text(batch["tokens"]) for batch, _ in examples])
+        labels = torch.arange(len(image), device=image.device)
+        logits = model.model.logit_scale.exp().clamp(max=100).float() * image @ text.T
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        return {"loss": float(loss), "recall_at_1": float((logits.argmax(1) == labels).float().mean())}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        assert isinstance(model, Clip)
+        model.save(folder)

@@ -1,0 +1,60 @@
+"""The 64 px decoder: image embeddings, and captions, to pictures."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from models.decoder import Decoder, decoder_denoise, decoder_loss
+from models.diffusion.samplers import ddim
+from models.diffusion.schedules import make_schedule, strided_grid
+from models.draw import Draw
+from models.folder import save_model
+from models.image_configs import DecoderConfig
+from models.losses import Losses
+from models.pixels import to_uint8
+from pipeline.training.task import Batch, Examples
+from pipeline.training.tasks.figures import conditional_figures, grid, seeded
+
+PREVIEW_STEPS = 25
+
+
+class DecoderTask:
+    """The hybrid loss on pictures of the decoder's size, embeddings and captions given."""
+
+    columns: tuple[str, ...] = ("image", "tokens", "image_embedding")
+    splittable = True
+    validation_rows = 128
+    validation_batch = 32
+    preview_rows = 8
+
+    def __init__(self, config: DecoderConfig, embed_dim: int):
+        self.config, self.embed_dim = config, embed_dim
+        self.min_side = self.image_size = config.image_size
+
+    def model(self, seed: int) -> nn.Module:
+        return seeded(lambda: Decoder(self.config, self.embed_dim), seed)
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
+        assert isinstance(model, Decoder)
+        return decoder_loss(model, batch, draw)
+
+    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """ "loss" and what another row's embedding and caption would cost."""
+        return conditional_figures(partial(self.loss, model), examples, ("image_embedding", "tokens"))
+
+    def preview(self, model: nn.Module, batch: Batch, draw: Draw) -> Tensor:
+        """Above the pictures, below them what their embeddings and captions become, without guidance."""
+        assert isinstance(model, Decoder)
+        size, steps = self.config.image_size, self.config.steps
+        denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], guidance=0.0)
+        schedule = make_schedule(self.config.schedule, steps)
+        noise = draw.normal("preview", 3, size, size)
+        return grid(
+            batch["image"], to_uint8(ddim(denoise, noise, strided_grid(steps, min(steps, PREVIEW_STEPS)), schedule))
+        )
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save_model(folder, model)

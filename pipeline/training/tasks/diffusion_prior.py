@@ -1,0 +1,44 @@
+"""The diffusion prior: captions to image embeddings."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from models.diffusion_prior import DiffusionPrior, diffusion_prior_loss
+from models.draw import Draw
+from models.folder import save_model
+from models.losses import Losses
+from models.prior_configs import DiffusionPriorConfig
+from pipeline.training.task import Batch, Examples
+from pipeline.training.tasks.figures import conditional_figures, seeded
+
+
+class DiffusionPriorTask:
+    """Squared error of the clean embedding."""
+
+    columns: tuple[str, ...] = ("tokens", "image_embedding", "text_embedding")
+    min_side = 0
+    image_size = 0
+    splittable = True
+    validation_rows = 512
+    validation_batch = 64
+
+    def __init__(self, config: DiffusionPriorConfig, embed_dim: int):
+        self.config, self.embed_dim = config, embed_dim
+
+    def model(self, seed: int) -> nn.Module:
+        return seeded(lambda: DiffusionPrior(self.config, self.embed_dim), seed)
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
+        assert isinstance(model, DiffusionPrior)
+        return diffusion_prior_loss(model, batch, draw)
+
+    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """ "loss" and what another row's caption and text embedding would cost."""
+        return conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"))
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save_model(folder, model)

@@ -1,0 +1,62 @@
+"""The upsamplers: 64 to 256 px and 256 to 1024 px."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.diffusion.samplers import ddim
+from models.diffusion.schedules import make_schedule, strided_grid
+from models.draw import Draw
+from models.folder import save_model
+from models.image_configs import UpsamplerConfig
+from models.losses import Losses
+from models.pixels import from_uint8, resize, to_uint8
+from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
+from pipeline.training.task import Batch, Examples
+from pipeline.training.tasks.figures import grid, seeded
+
+PREVIEW_STEPS = 15
+PREVIEW_WIDTH = 1024  # pixels
+
+
+class UpsamplerTask:
+    """Squared error on crops of pictures that are at least as large as what the upsampler makes."""
+
+    columns: tuple[str, ...] = ("image",)
+    splittable = True
+    validation_rows = 32
+    validation_batch = 8
+
+    def __init__(self, config: UpsamplerConfig):
+        self.config = config
+        self.min_side = self.image_size = config.image_size
+        self.preview_rows = max(1, PREVIEW_WIDTH // config.image_size)
+
+    def model(self, seed: int) -> nn.Module:
+        return seeded(lambda: Upsampler(self.config), seed)
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
+        assert isinstance(model, Upsampler)
+        return upsampler_loss(model, batch, draw)
+
+    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """The "loss" on a crop of each picture."""
+        return {"loss": float(torch.cat([self.loss(model, batch, draw).total for batch, draw in examples]).mean())}
+
+    def preview(self, model: nn.Module, batch: Batch, draw: Draw) -> Tensor:
+        """From above: the small pictures enlarged by bicubic interpolation, upsampled, and the large pictures."""
+        assert isinstance(model, Upsampler)
+        config = self.config
+        small = resize(from_uint8(batch["image"]), (config.low_size, config.low_size))
+        denoise = upsampler_denoise(model, sampling_low(config, small, draw))
+        noise = draw.normal("preview", 3, config.image_size, config.image_size)
+        steps = strided_grid(config.steps, min(config.steps, PREVIEW_STEPS))
+        large = ddim(denoise, noise, steps, make_schedule(config.schedule, config.steps))
+        enlarged = resize(small, (config.image_size, config.image_size))
+        return grid(to_uint8(enlarged), to_uint8(large), batch["image"])
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save_model(folder, model)

@@ -1,0 +1,111 @@
+"""What happens between steps: looking, publishing milestones, saving."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.draw import Draw
+from pipeline.progress import Progress
+from pipeline.records import put_blob
+from pipeline.settings import TrainingSettings
+from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.draws import Undropped
+from pipeline.training.feed import Feed
+from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.state import TrainState
+from pipeline.training.task import Previews, Task
+from pipeline.training.world import World, autocast
+
+FIRST_LOOK = 64  # steps; then every four times as many
+
+
+class Watch:
+    """The pause of the first worker. ``publish`` is told of every milestone, with the number that was asked for."""
+
+    def __init__(
+        self,
+        task: Task,
+        feed: Feed,
+        recipe: TrainingRecipe,
+        settings: TrainingSettings,
+        world: World,
+        checkpoints: Checkpoints,
+        publish: Callable[[TrainState, int], None],
+        progress: Progress,
+    ):
+        self.task, self.recipe, self.settings, self.world = task, recipe, settings, world
+        self.checkpoints, self.publish, self.progress = checkpoints, publish, progress
+        self.shares = feed.validation(task.validation_rows, task.validation_batch)
+        self.saved_at = self.ticked_at = time.monotonic()
+        self.saved = progress.done
+
+    def __call__(self, state: TrainState) -> None:
+        """Look at the model if it is time to, publish a milestone, save every so many seconds and at the end."""
+        now = time.monotonic()
+        state.seconds += now - self.ticked_at
+        self.ticked_at = now
+        self.progress.advance(state.samples - self.progress.done, note(state))
+        if look_due(state.samples, self.recipe) and not looked(state):
+            self.look(state)
+        for milestone in self.settings.milestones:
+            if milestone <= state.samples < milestone + self.recipe.batch:
+                self.publish(state, milestone)
+        ended = state.samples >= self.recipe.samples
+        if state.samples > self.saved and (ended or now - self.saved_at >= self.settings.checkpoint_every_s):
+            self.checkpoints.save(state)
+            self.saved, self.saved_at = state.samples, time.monotonic()
+
+    def look(self, state: TrainState) -> None:
+        """Validate the averaged weights and draw a preview, both on rows and noise that are always the same."""
+        examples = [
+            ({name: column.to(self.world.device) for name, column in share.batch.items()}, share.streams)
+            for share in self.shares
+        ]
+        if not examples:
+            state.journal.lines.append({"samples": state.samples, "validation_rows": 0})
+            return
+        device = self.world.device
+        with torch.no_grad(), autocast(device, self.recipe.precision):
+            pairs = [(batch, Undropped(streams, device)) for batch, streams in examples]
+            figures = self.task.validate(state.ema, pairs)
+            line: dict[str, Any] = {f"validation_{name}": value for name, value in figures.items()}
+            line["validation_rows"] = sum(len(share.keys) for share in self.shares)
+            if isinstance(self.task, Previews):
+                rows = min(self.task.preview_rows, len(self.shares[0].keys))
+                seed = self.shares[0].streams[0][0]
+                batch = {name: column[:rows] for name, column in examples[0][0].items()}
+                picture = self.task.preview(state.ema, batch, Draw([(seed, rows)], device))
+                line["preview"] = put_blob(self.checkpoints.store, png(picture))
+        state.journal.lines.append({"samples": state.samples, **line})
+
+
+def look_due(samples: int, recipe: TrainingRecipe) -> bool:
+    """At the start, after 64 steps, 256, 1,024 and so on, and at the end."""
+    step = samples // recipe.batch
+    power_of_four = step & (step - 1) == 0 and step.bit_length() % 2 == 1
+    return samples == 0 or samples >= recipe.samples or (step >= FIRST_LOOK and power_of_four)
+
+
+def note(state: TrainState) -> str:
+    """What the progress line says besides the count."""
+    journal = state.journal
+    return f"loss {journal.sums['loss'] / journal.steps:.4g}" if journal.steps else ""
+
+
+def looked(state: TrainState) -> bool:
+    """Whether the journal has a look at these very samples: a resumed training does not look twice."""
+    return any(line["samples"] == state.samples and "validation_rows" in line for line in state.journal.lines)
+
+
+def png(picture: Tensor) -> bytes:
+    """uint8 [3, h, w] as a PNG file."""
+    out = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(out, "PNG")
+    return out.getvalue()

@@ -1,0 +1,55 @@
+"""The rules of who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RAY = {"pipeline/launch.py", "pipeline/shards.py", "pipeline/training/launch.py"}
+
+
+def _imports(file: Path) -> set[str]:
+    """Top-level packages that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def _files(*folders: str) -> list[Path]:
+    return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_ray_is_known_in_few_files() -> None:
+    files = {str(f.relative_to(ROOT)) for f in _files("models", "pipeline", "jobs", "cluster") if "ray" in _imports(f)}
+    # shards.py is handed the module by launch.py, so it uses Ray without an import of its own.
+    assert files | {"pipeline/shards.py"} == RAY
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [("models", {"pipeline", "jobs", "cluster", "ray", "boto3", "pyarrow", "yaml"}), ("pipeline", {"jobs", "cluster"})],
+)
+def test_imports_go_one_way(folder: str, forbidden: set[str]) -> None:
+    for file in _files(folder):
+        assert not _imports(file) & forbidden, file
+
+
+def test_configuration_and_graph_need_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys; from pipeline.config import load_config; from pipeline.build import build;"
+        "build(load_config('configs/nano.yaml')); import jobs.run, jobs.plan;"
+        "heavy = {'ray', 'torch', 'img2dataset', 'open_clip', 'boto3'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_relevant_file_is_small() -> None:
+    for file in _files("models", "pipeline", "jobs", "cluster"):
+        assert len(file.read_text().splitlines()) <= 400, f"{file}: over 400 lines; one idea a file"
