@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jobs.plan import print_plan
 from jobs.project import Project, open_project
+from jobs.sample import remember_bundle
 from pipeline.artifacts import Artifact
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Verdict
@@ -66,6 +67,8 @@ def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
     def on_stage(stage: str, made: Artifact, artifacts: Mapping[str, Artifact]) -> None:
         print(f"{stage} done: {made.key[:12]}", flush=True)
         output = Path(project.config.run.output)
+        if stage == "bundle":
+            remember_bundle(output, project.store.url, made.key)
         if stage == "samples":
             export_pictures(project.store, made, output / "samples")
         from pipeline.report.page import write_report

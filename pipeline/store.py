@@ -34,7 +34,9 @@ class Entry:
 class Store(Protocol):
     """Five methods; paths are relative, with forward slashes."""
 
-    url: str
+    @property
+    def url(self) -> str:
+        """Where it is, as the configuration names it."""
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of an object. Raises FileNotFoundError."""

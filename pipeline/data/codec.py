@@ -6,8 +6,10 @@ either.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact, publish_artifact, read_shards, read_table
@@ -54,9 +56,8 @@ def training_embeddings(ctx: Context) -> Iterator[tuple[Any, Any]]:
 def run_codec(ctx: Context) -> Artifact:
     """Fit PCA and buckets; record what they lose."""
     import torch
-    from safetensors.torch import save
-
     from models.codec import fit_codec, fit_pca, moments
+    from models.folder import save_codec
 
     torch.set_num_threads(1)  # one order of summation
     recipe = ctx.recipe
@@ -69,7 +70,10 @@ def run_codec(ctx: Context) -> Artifact:
             sums = moments(image) if sums is None else sums.merge(moments(image))
             progress.advance(len(image))
         assert sums is not None
-        pca = fit_pca(sums.count, sums.total, sums.gram, recipe.components, recipe.variance_target)
+        try:
+            pca = fit_pca(*sums, recipe.components, recipe.variance_target)
+        except ValueError as e:
+            raise UserError(f"codec: {e}") from e
         coordinates, dots = [], []
         for image, text in training_embeddings(ctx):
             coordinates.append((image - pca.mean) @ pca.components.T)
@@ -89,6 +93,8 @@ def run_codec(ctx: Context) -> Artifact:
         "round_trip_error": lost["round_trip"],
         "warnings": [pca.warning] if pca.warning else [],
     }
-    blobs = {"model.safetensors": put_blob(ctx.store, save({k: v.contiguous() for k, v in codec.tensors().items()}))}
+    with tempfile.TemporaryDirectory() as folder:
+        save_codec(folder, codec)
+        blobs = {file.name: put_blob(ctx.store, file) for file in sorted(Path(folder).iterdir())}
     artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=count), metrics=metrics)
     return publish_artifact(ctx.store, artifact, progress.seconds)

@@ -140,6 +140,22 @@ def resize(data: bytes, image_size: int, max_pixels: int, encode_format: str, en
     are transparent, and stored as three channels; area interpolation, never enlarged. Equal input gives equal bytes.
     ``encode_format``: jpg, png or webp; ``encode_quality``: 0 to 100, for png the compression 0 to 9.
     """
+    upright = _decode(data, max_pixels)
+    if isinstance(upright, str):
+        return upright
+    pixels = io.BytesIO()
+    upright.save(pixels, "PPM")  # the resizer reads a file; this one is exact and the fastest
+    stored, width, height, *_, failure = _resizer(image_size, encode_format, encode_quality)(pixels)
+    return Picture(stored, width, height, encode_format) if failure is None else "decode_error"
+
+
+def inspect(data: bytes, max_pixels: int) -> tuple[int, int] | str:
+    """Width and height, upright, of a picture that ``resize`` would take, or the reason why it would not."""
+    upright = _decode(data, max_pixels)
+    return upright if isinstance(upright, str) else upright.size
+
+
+def _decode(data: bytes, max_pixels: int) -> Image | str:
     from PIL import Image
 
     if not data:
@@ -151,17 +167,12 @@ def resize(data: bytes, image_size: int, max_pixels: int, encode_format: str, en
             if image.width * image.height > max_pixels:
                 return "too_many_pixels"
             image.load()
-            upright = _upright_rgb(image)
+            return _upright_rgb(image)
     except Image.DecompressionBombError:
         return "too_many_pixels"
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
         cut = "truncated" in str(error) or (data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data))
         return "truncated" if cut else "decode_error"
-
-    pixels = io.BytesIO()
-    upright.save(pixels, "BMP")  # uncompressed: the resizer reads a file, and this one is exact and fast
-    stored, width, height, *_, failure = _resizer(image_size, encode_format, encode_quality)(pixels)
-    return Picture(stored, width, height, encode_format) if failure is None else "decode_error"
 
 
 def _upright_rgb(image: Image) -> Image:

@@ -135,7 +135,7 @@ class Packer:
             with open(unquote(parts.path), "rb") as f:
                 f.seek(place["offset"])
                 data = f.read(place["size"])
-        except FileNotFoundError:
+        except OSError:
             return _reject(row, "missing_file")
         found = inspect(data, self.recipe.max_pixels)
         if isinstance(found, str):

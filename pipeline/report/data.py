@@ -75,7 +75,7 @@ def _funnel(artifacts: Artifacts) -> str:
         steps.append(("rows in the list", artifacts["source"].ledger.rows))
     steps += [(stage, artifacts[stage].ledger.kept) for stage in ("source", "pairs", "curation") if stage in artifacts]
     chart = bars("Rows that each stage keeps", steps)
-    return figure(chart, f"Rows that each stage keeps, and their share of {steps[0][0]}.")
+    return figure(chart, "Rows that each stage keeps, and their share of the first number.")
 
 
 def _reasons(artifacts: Artifacts) -> str:
@@ -84,24 +84,23 @@ def _reasons(artifacts: Artifacts) -> str:
         if stage not in artifacts:
             continue
         ledger = artifacts[stage].ledger
-        for kind, counts in (("rejected", ledger.rejected), ("deferred", ledger.deferred)):
+        for kind, counts in (("", ledger.rejected), (", deferred", ledger.deferred)):
             own = Counter(counts) - before  # pairs counts the rows again that the source rejected
             for reason, count in own.most_common():
-                share = f"{count / max(ledger.rows, 1):.1%}"
-                rows.append((stage, kind, text(reason), text(REASONS.get(reason, "")), number(count), share))
+                said = f'{text(reason)}{kind}<br><span class="quiet">{text(REASONS.get(reason, ""))}</span>'
+                rows.append((stage, said, number(count), f"{count / max(ledger.rows, 1):.1%}"))
         if stage == "source":
             before = Counter(ledger.rejected)
     if not rows:
         return note("No row was rejected.")
-    head = ("stage", "ended", "reason", "which means", "rows", "share")
-    return "<h3>Rejected, by reason</h3>\n" + table(head, rows, numeric=(4, 5))
+    return "<h3>Rejected, by reason</h3>\n" + table(("stage", "reason", "rows", "of its rows"), rows, numeric=(2, 3))
 
 
 def _first_shards(store: Store, artifacts: Artifacts, album: Album) -> str:
     shards = read_first_shards(store, artifacts)
-    which = "curation" if "curation" in artifacts else "pairs"
+    title = "Kept pairs, after curation" if "curation" in artifacts else "Kept pairs"
     return (
-        attempt("The pictures", _thumbnails, store, shards, which, album)
+        attempt("The pictures", _thumbnails, store, shards, title, album)
         + attempt("The rejected rows", _rejects, shards)
         + attempt("The licences", _rights, shards)
     )
@@ -131,7 +130,7 @@ def _numbered(store: Store, artifacts: Artifacts, stage: str) -> dict[int, Shard
     return {shard.number: shard for shard in read_shards(store, artifacts[stage])} if stage in artifacts else {}
 
 
-def _thumbnails(store: Store, shards: Sequence[PairsShard], which: str, album: Album) -> str:
+def _thumbnails(store: Store, shards: Sequence[PairsShard], title: str, album: Album) -> str:
     cells = []
     for i, shard in enumerate(shards):
         share = THUMBNAILS * (i + 1) // len(shards) - THUMBNAILS * i // len(shards)
@@ -140,7 +139,7 @@ def _thumbnails(store: Store, shards: Sequence[PairsShard], which: str, album: A
             cells.append(figure(picture, f"<bdi>{text(shard.captions.get(row['key'], ''), 90)}</bdi>"))
     if not cells:
         return note("No pair was kept.")
-    return f'<h3>Pairs that {which} kept</h3>\n<div class="thumbs">\n{"".join(cells)}</div>\n'
+    return f'<h3>{title}</h3>\n<div class="thumbs">\n{"".join(cells)}</div>\n'
 
 
 def _thumbnail(store: Store, shard: PairsShard, row: Mapping[str, Any], album: Album) -> str:
@@ -155,21 +154,25 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
 
 
 def _rejects(shards: Sequence[PairsShard]) -> str:
-    found = []
+    found, seen = [], Counter[str]()
     for shard in shards:
         for row in shard.rows:
             if row["key"] not in shard.kept:
-                found.append((row["url"], row["reason"] or "removed by curation"))
+                reason = row["reason"] or "removed by curation"
+                found.append((seen[reason], reason, row["url"]))
+                seen[reason] += 1
     if not found:
         return ""
-    rows = [(f"<bdi>{text(url, 120)}</bdi>", text(reason)) for url, reason in spread(found, REJECTS_SHOWN)]
-    return f"<h3>Some rejected rows</h3>\n{table(('image reference', 'reason'), rows)}"
+    found.sort(key=lambda reject: reject[0])  # one of each reason first
+    rows = [(text(reason), f"<bdi>{text(url, 120)}</bdi>") for _, reason, url in found[:REJECTS_SHOWN]]
+    return f"<h3>Some rejected rows</h3>\n{table(('reason', 'image reference'), rows)}"
 
 
 def _rights(shards: Sequence[PairsShard]) -> str:
     kept = [row for shard in shards for row in shard.kept_rows]
     counts = Counter((row["license"] or "not named", row["attribution"] or "not named") for row in kept)
-    rows = [(text(a), text(b, 400), number(count)) for (a, b), count in counts.most_common(RIGHTS_SHOWN)]
+    shown = counts.most_common(RIGHTS_SHOWN)
+    rows = [(text(name), f"<bdi>{text(credit, 400)}</bdi>", number(count)) for (name, credit), count in shown]
     more = note(f"{len(counts) - RIGHTS_SHOWN} more are left out.") if len(counts) > RIGHTS_SHOWN else ""
     title = f"<h3>Licences of these pictures ({number(len(kept))} rows of {len(shards)} shards)</h3>\n"
     return title + table(("licence", "attribution", "rows"), rows, numeric=(2,)) + more if rows else ""

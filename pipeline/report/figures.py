@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 30, 46  # margins around the plot
+WIDTH, HEIGHT = 400, 236
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 30, 46  # margins around the plot
 MOST_POINTS = 300
 MARKED = 40  # a series of at most this many points shows each of them
 LOG_RATIO = 20  # positive values that span more than this factor are drawn on a logarithmic axis
@@ -51,30 +51,31 @@ def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Sequ
     return _svg(f"{title}: {said}", HEIGHT, parts)
 
 
-def histogram(title: str, x_label: str, values: Sequence[float], bins: int = 40) -> str:
-    """Counts of ``values`` in ``bins`` equal bins from the smallest to the largest."""
+def histogram(title: str, x_label: str, values: Sequence[float]) -> str:
+    """Counts of ``values`` in equal bins from the smallest to the largest: about sqrt(n) bins, from 8 to 40."""
     finite = [float(v) for v in values if math.isfinite(v)]
     if not finite:
         raise ValueError("there are no finite values")
     low, high = _span(min(finite), max(finite))
+    bins = min(max(math.isqrt(len(finite)), 8), 40)
     counts = [0] * bins
     for value in finite:
         counts[min(int((value - low) / (high - low) * bins), bins - 1)] += 1
     x = _linear(low, high, LEFT, WIDTH - RIGHT, margin=0.0)
     y = _linear(0, max(counts), HEIGHT - BOTTOM, TOP, margin=0.0)
     wide = (WIDTH - RIGHT - LEFT) / bins
-    bars = [
+    rects = [
         f'<rect x="{LEFT + i * wide:.1f}" y="{y.place(n):.1f}" width="{wide - 1:.1f}" '
         f'height="{HEIGHT - BOTTOM - y.place(n):.1f}" style="fill:{_colour(0)}"/>'
         for i, n in enumerate(counts)
         if n
     ]
     said = f"{title}: {len(finite):,} values from {min(finite):.3g} to {max(finite):.3g}"
-    return _svg(said, HEIGHT, [_axes(x, y, x_label, "rows"), *bars])
+    return _svg(said, HEIGHT, [_axes(x, y, x_label, "rows"), *rects])
 
 
 def bars(title: str, values: Sequence[tuple[str, float]]) -> str:
-    """Horizontal bars, largest possible length for the largest value, each under its name and number."""
+    """Horizontal bars, each under its name, its number and, after the first, its share of the largest number."""
     if not values:
         raise ValueError("there are no values")
     largest = max(max(value for _, value in values), 1)
@@ -160,7 +161,7 @@ _QUIET = f"{_FONT};fill:var(--quiet,#666)"
 
 def _colour(i: int) -> str:
     """Blue and vermilion, which every kind of colour vision tells apart."""
-    return ("var(--series-1,#0072b2)", "var(--series-2,#d55e00)")[i % 2]
+    return ("var(--series-1,#0072b2)", "var(--series-2,#d55e00)")[i]
 
 
 def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> str:

@@ -31,9 +31,7 @@ def number(value: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """Any JSON value as escaped text; of a long list, the first eight."""
-    if isinstance(value, Mapping):
-        return text(", ".join(f"{k}: {v}" for k, v in value.items()))
+    """A JSON value as escaped text; of a long list, the first eight."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         more = f", … ({len(value)} in all)" if len(value) > 8 else ""
         return ", ".join(number(v) for v in value[:8]) + more
@@ -62,7 +60,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[
 def facts(values: Mapping[str, Any], limit: int = 60) -> str:
     """A table of names and values, nested ones by dotted name; the first ``limit`` of them."""
     entries = list(flat(values).items())
-    rows = [(text(name, 60), plain(value)) for name, value in entries[:limit]]
+    rows = [(text(name, 60), f"<bdi>{plain(value)}</bdi>") for name, value in entries[:limit]]
     more = note(f"{len(entries) - limit} more are left out.") if len(entries) > limit else ""
     return table(("name", "value"), rows) + more
 
@@ -80,6 +78,11 @@ def note(message: str) -> str:
 def figure(body: str, caption: str) -> str:
     """A figure with a caption that is escaped already."""
     return f"<figure>\n{body}\n<figcaption>{caption}</figcaption>\n</figure>\n"
+
+
+def beside(chart: str, numbers: str) -> str:
+    """A chart with its numbers to the right, or below on a narrow page."""
+    return f'<div class="beside">\n<div>{chart}</div>\n<div>{numbers}</div>\n</div>\n'
 
 
 def attempt(what: str, make: Callable[..., str], *arguments: Any) -> str:

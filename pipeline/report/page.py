@@ -101,8 +101,9 @@ def _head(config: Config, artifacts: Mapping[str, Artifact], chain: tuple[str, .
 
 def _row(name: str, artifact: Artifact) -> tuple[str, str, str, str]:
     amount = artifact.ledger.kept if name == "samples" else artifact.recipe.get("samples", artifact.ledger.kept)
+    shown = number(amount) if amount else ""  # a bundle has no rows
     took = number(round(artifact.times["seconds"], 1)) if "seconds" in artifact.times else ""
-    return text(name), number(amount), took, f'<span class="key">{text(artifact.key[:12])}</span>'
+    return text(name), shown, took, f'<span class="key">{text(artifact.key[:12])}</span>'
 
 
 def _environment_section(config: Config, artifacts: Mapping[str, Artifact]) -> str:

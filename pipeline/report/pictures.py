@@ -56,12 +56,12 @@ def shrink(data: bytes, side: int, most: int) -> tuple[bytes, str, tuple[int, in
         picture = Image.alpha_composite(white, picture).convert("RGB")
     out = io.BytesIO()
     if picture.width * picture.height <= 256 * 256:
-        picture.save(out, "PNG", optimize=True)
+        picture.save(out, "PNG")
         if out.tell() <= most // 4:
             return out.getvalue(), "png", picture.size
     for quality in QUALITIES:
         out = io.BytesIO()
-        picture.save(out, "JPEG", quality=quality, optimize=True)
+        picture.save(out, "JPEG", quality=quality)
         if out.tell() <= most:
             break
     return out.getvalue(), "jpeg", picture.size

@@ -24,29 +24,37 @@ p { margin: 0 0 .8em; max-width: 46em; }
 .scroll { overflow-x: auto; margin: 0 0 1.2em; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); }
-th { color: var(--quiet); font-weight: 500; white-space: nowrap; }
-td { min-width: 4.5em; }
-.n { text-align: right; white-space: nowrap; }
+th { color: var(--quiet); font-weight: 500; vertical-align: bottom; }
+th, td { overflow-wrap: normal; }
+td bdi { display: block; min-width: min-content; overflow-wrap: anywhere; }
+td:has(bdi) { min-width: 10em; }
+.n { text-align: right; }
+td.n { white-space: nowrap; }
 code, .key { font: .9em ui-monospace, SFMono-Regular, Menlo, monospace; }
 figure { margin: 0 0 1.4em; }
 figcaption { font-size: .9rem; line-height: 1.4; margin-top: 6px; }
-svg { display: block; width: 100%; max-width: 540px; height: auto; }
-img { display: block; max-width: 100%; height: auto; border-radius: 6px; background: var(--wash); }
+svg { display: block; width: 100%; max-width: 480px; height: auto; }
+img { display: block; max-width: 100%; height: auto; border-radius: 6px; background: var(--wash);
+  outline: 1px solid var(--line); outline-offset: -1px; }
 img.pixels { image-rendering: pixelated; }
-.samples, .thumbs, .previews { display: grid; gap: 22px 18px; }
+.samples, .thumbs { display: grid; gap: 22px 18px; }
+.beside { display: grid; grid-template-columns: minmax(0, 480px) minmax(0, 1fr); gap: 0 32px; align-items: start; }
 .samples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr)); }
 .samples figure > img, .thumbs img, .previews img { width: 100%; }
 .samples figcaption { display: flex; gap: 10px; color: var(--ink); }
 .samples figcaption img { width: 64px; height: 64px; flex: none; }
 .samples .quiet { display: block; font-size: .85rem; }
-.thumbs { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); margin-bottom: 1.6em; }
+.thumbs { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); margin-bottom: 1.6em; }
 .thumbs img { aspect-ratio: 1; object-fit: contain; }
 .thumbs figure, .previews figure, .samples figure { margin: 0; }
 .thumbs figcaption { font-size: .8rem; }
-.previews { grid-template-columns: repeat(auto-fill, minmax(min(100%, 220px), 340px)); margin: 0 0 1.4em; }
+.previews { display: flex; flex-wrap: wrap; gap: 18px; margin: 0 0 1.4em; }
+.previews figure { flex: 1 1 220px; max-width: 512px; }
 details { margin: 1em 0; }
 summary { cursor: pointer; }
-@media (max-width: 480px) { body { padding: 24px 16px 48px; } section { margin-top: 40px; } }
+@media (max-width: 860px) { .beside { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 480px) { body { padding: 24px 16px 48px; } section { margin-top: 40px; }
+  th, td { padding-right: 12px; } }
 @media print { :root { --paper: #fff; --ink: #000; --quiet: #444; --line: #ccc; --good: #00694e; --series-1: #0072b2;
   --series-2: #d55e00; } body { max-width: none; padding: 0; font-size: 11pt; } figure, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; } .scroll { overflow: visible; } }

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.artifacts import Artifact
 from pipeline.records import read_blob
 from pipeline.report.figures import Point, line_chart
-from pipeline.report.markup import attempt, facts, figure, note, number, section, text
+from pipeline.report.markup import attempt, beside, facts, figure, note, number, section, text
 from pipeline.report.pictures import Album
 from pipeline.store import Store
 
@@ -45,7 +45,8 @@ def codec_section(artifacts: Mapping[str, Artifact]) -> str:
     warnings = [note(f"Warning: {warning}") for warning in metrics.get("warnings", ())]
     rest = {name: value for name, value in metrics.items() if name not in ("explained_variance_ratio", "warnings")}
     chart = attempt("The spectrum", _spectrum, metrics)
-    return section("codec", "Codec", LOOK_AT_CODEC, *warnings, chart, attempt("The codec's metrics", facts, rest))
+    numbers = attempt("The codec's metrics", facts, rest)
+    return section("codec", "Codec", LOOK_AT_CODEC, *warnings, beside(chart, numbers))
 
 
 def _spectrum(metrics: Mapping[str, Any]) -> str:
@@ -62,15 +63,11 @@ def training_section(store: Store, artifacts: Mapping[str, Artifact], album: Alb
 
 
 def _training(store: Store, artifact: Artifact, stage: str, album: Album) -> str:
-    parts = [
-        f'<h3 id="{stage}">{stage}</h3>\n',
-        attempt(f"The summary of {stage}", _summary, artifact),
-        attempt(f"The loss curve of {stage}", _loss, store, artifact, stage),
-        attempt(f"The previews of {stage}", _previews, store, artifact, stage, album),
-    ]
-    if artifact.metrics:
-        parts.append(attempt(f"The metrics of {stage}", facts, artifact.metrics))
-    return "".join(parts)
+    summary = attempt(f"The summary of {stage}", _summary, artifact)
+    chart = attempt(f"The loss curve of {stage}", _loss, store, artifact, stage)
+    numbers = attempt(f"The metrics of {stage}", facts, artifact.metrics) if artifact.metrics else ""
+    previews = attempt(f"The previews of {stage}", _previews, store, artifact, stage, album)
+    return f'<h3 id="{stage}">{stage}</h3>\n{summary}{beside(chart, numbers)}{previews}'
 
 
 def _summary(artifact: Artifact) -> str:
@@ -93,9 +90,10 @@ def _loss(store: Store, artifact: Artifact, stage: str) -> str:
 
 
 def read_curve(data: bytes) -> Curve:
-    """The losses in JSON lines {"samples", "loss"} and {"samples", "validation": {"loss"}}.
+    """The losses in JSON lines of training, {"samples", "loss"}, and of validation, {"samples", "validation_loss"}.
 
-    Lines that are not such JSON, or whose loss is not finite, are counted as unread.
+    A validation may also be nested: {"samples", "validation": {"loss"}}. Lines that are no JSON objects, or whose loss
+    is not finite, are counted as unread.
     """
     curve = Curve()
     for line in data.splitlines():
@@ -103,9 +101,10 @@ def read_curve(data: bytes) -> Curve:
             entry = json.loads(line)
             if "loss" in entry:
                 curve.train.append(_point(entry["samples"], entry["loss"]))
-            if "validation" in entry:
-                curve.validation.append(_point(entry["samples"], entry["validation"]["loss"]))
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            validation = entry.get("validation", {}).get("loss", entry.get("validation_loss"))
+            if validation is not None:
+                curve.validation.append(_point(entry["samples"], validation))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             curve.unread += 1
     return curve
 
@@ -117,11 +116,15 @@ def _point(samples: Any, loss: Any) -> Point:
     return point
 
 
-def preview_names(names: Collection[str]) -> list[tuple[str, int | None]]:
-    """preview-<samples>.png in order of samples, then preview.png (None): the first, the last and some between."""
-    numbered = sorted((int(m[1]), name) for name in names if (m := re.fullmatch(r"preview-(\d{1,15})\.png", name)))
-    found: list[tuple[str, int | None]] = [(name, samples) for samples, name in numbered]
-    found += [("preview.png", None)] if "preview.png" in names else []
+def preview_names(blobs: Mapping[str, str]) -> list[tuple[str, int | None]]:
+    """Names and samples of previews/<samples>.png (or preview-<samples>.png) in order: at most four, evenly spaced.
+
+    preview.png, whose samples are None, comes last unless it is one of the others.
+    """
+    matches = [m for name in blobs if (m := re.fullmatch(r"(?:previews/|preview-)(\d{1,15})\.png", name))]
+    found: list[tuple[str, int | None]] = [(m[0], int(m[1])) for m in sorted(matches, key=lambda m: int(m[1]))]
+    if "preview.png" in blobs and blobs["preview.png"] not in [blobs[name] for name, _ in found]:
+        found.append(("preview.png", None))
     if len(found) <= PREVIEWS_SHOWN:
         return found
     return [found[i * (len(found) - 1) // (PREVIEWS_SHOWN - 1)] for i in range(PREVIEWS_SHOWN)]

@@ -147,14 +147,64 @@ class UpsamplerRecipe(TrainingRecipe):
     model: UpsamplerConfig = field(default_factory=UpsamplerConfig)
 
 
-# Fields that differ from a recipe's defaults, by preset and stage. Their models are in models.presets.
-_NANO: dict[str, Any] = {"lanes": 8, "clip_norm": 1.0}
-_TINY: dict[str, Any] = {"lanes": 8, "clip_norm": 1.0}
-_SMALL: dict[str, Any] = {"lanes": 32, "clip_norm": 1.0}
+def _fields(
+    samples: int, batch: int, learning_rate: float, half_life: int, lanes: int = 8, precision: str = "bf16"
+) -> dict[str, Any]:
+    """A training of small models: a short rise of the learning rate, and a bound on the gradient.
+
+    ``half_life`` is a small part of ``samples``, or the average would still remember the random start.
+    """
+    common = {
+        "beta2": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+        "lanes": lanes,
+        "precision": precision,
+    }
+    return common | {
+        "samples": samples,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "ema_half_life": half_life,
+        "warmup": min(samples // 20, 20 * batch),
+    }
+
+
 _UPSAMPLER_1024: dict[str, Any] = {
     "samples": 1_000_000 * 512,
     "batch": 512,
     "learning_rate": 1.0e-4,
     "ema_half_life": half_life(0.9999, 512),
 }
-TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {}
+
+# Fields that differ from a recipe's defaults, by preset and stage; the models are in models.presets. Models of nano are
+# so small that bf16 is slower than fp32 on a CPU.
+TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "nano": {
+        "clip": _fields(19_200, 64, 1e-3, 0, precision="fp32"),
+        "ar_prior": _fields(3_200, 32, 2e-3, 320, precision="fp32"),
+        "diffusion_prior": _fields(10_240, 64, 2e-3, 1_280, precision="fp32"),
+        "decoder": _fields(4_096, 16, 2e-3, 512, precision="fp32"),
+        "upsampler_256": _fields(2_048, 8, 2e-3, 256, precision="fp32"),
+        "upsampler_1024": _fields(256, 8, 2e-3, 32, precision="fp32"),
+    },
+    "tiny": {
+        "clip": _fields(51_200, 256, 1.5e-3, 0),
+        "ar_prior": _fields(12_800, 64, 1e-3, 1_280),
+        "diffusion_prior": _fields(44_800, 128, 1e-3, 4_480),
+        "decoder": _fields(43_200, 16, 1e-3, 4_320),
+        "upsampler_256": _fields(8_192, 8, 1e-3, 1_024),
+        "upsampler_1024": _fields(1_024, 8, 1e-3, 128),
+    },
+    "small": {
+        "clip": _fields(20_480_000, 1024, 5e-4, 0, lanes=32),
+        "ar_prior": _fields(25_600_000, 256, 3e-4, 500_000, lanes=32),
+        "diffusion_prior": _fields(51_200_000, 512, 3e-4, 1_000_000, lanes=32),
+        "decoder": _fields(25_600_000, 128, 1.2e-4, 500_000, lanes=32),
+        "upsampler_256": _fields(12_800_000, 64, 1.2e-4, 250_000, lanes=32),
+        "upsampler_1024": _fields(6_400_000, 32, 1e-4, 125_000, lanes=32),
+    },
+    "karlo": {"upsampler_1024": _UPSAMPLER_1024},
+    "paper": {"upsampler_1024": _UPSAMPLER_1024},
+}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table
+from pipeline.errors import UserError
 from pipeline.store import Store
 
 
@@ -120,12 +121,14 @@ class Tables:
 
 
 def embedding_dim(store: Store, embeddings: Artifact) -> int:
-    """The dimension d of an embeddings artefact, which is CLIP's."""
-    blob = read_shards(store, embeddings)[0].blobs["embeddings"]
-    return read_table(store, blob, ["image_embedding"]).schema.field(0).type.list_size
+    """The dimension d of an embeddings artefact, which is CLIP's. Raises UserError if it has no rows."""
+    for shard in read_shards(store, embeddings):
+        if shard.kept:
+            return len(read_table(store, shard.blobs["embeddings"], ["image_embedding"])["image_embedding"][0])
+    raise UserError("embeddings: no rows, so there is nothing to train on; see why the pairs were rejected")
 
 
 def _matrix(column: Any) -> np.ndarray:
-    """A column of fixed-size lists as fp32 [rows, d]."""
+    """A column of lists of one length as fp32 [rows, d]."""
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.astype(np.float32).reshape(len(column), -1)

@@ -1,0 +1,54 @@
+"""``unclip pin CONFIG STAGE`` and ``unclip unpin CONFIG STAGE``: move what stands for later data, and say what follows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from jobs.project import Project, open_project
+from pipeline.artifacts import load_artifact
+from pipeline.errors import UserError
+from pipeline.graph import pin_path
+from pipeline.store import Store
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unclip", description=__doc__)
+    parser.add_argument("command", choices=("pin", "unpin"))
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("stage", help="clip or codec")
+    parser.add_argument("--key", help="pin this artefact (a key, or its first 12 characters); by default the present one")
+    arguments = parser.parse_args(argv)
+    project = open_project(arguments.config, ())
+    before = {v.stage: v for v in project.plan()}
+    verdict = before.get(arguments.stage)
+    if verdict is None or verdict.lineage is None:
+        pinned = ", ".join(name for name, v in before.items() if v.lineage)
+        raise UserError(f"{arguments.stage} cannot be pinned; {pinned} can")
+    path = pin_path(verdict.lineage)
+    version = next((entry.version for entry in project.store.list(path) if entry.path == path), None)
+    if arguments.command == "unpin":
+        project.store.delete([path])
+    else:
+        key = _key(project.store, arguments.stage, arguments.key or verdict.key)
+        if not project.store.swap(path, version, json.dumps({"key": key}).encode()):
+            raise UserError(f"{arguments.stage}: somebody else has moved this pin meanwhile; look with unclip plan and try again")
+    _say(project, before)
+    return 0
+
+
+def _key(store: Store, stage: str, key: str) -> str:
+    found = [key] if load_artifact(store, stage, key) else []
+    found = found or [e.path.rpartition("/")[2].removesuffix(".json") for e in store.list(f"artifacts/{stage}/{key}")]
+    if len(found) != 1:
+        raise UserError(f"{stage}: {len(found)} artefacts in {store.url} have a key that begins with {key}; one is needed")
+    return found[0]
+
+
+def _say(project: Project, before: dict) -> None:
+    changed = [v for v in project.plan() if (v.key, v.state) != (before[v.stage].key, before[v.stage].state)]
+    for verdict in changed:
+        print(f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {verdict.because}".rstrip())
+    if not changed:
+        print("nothing becomes stale")

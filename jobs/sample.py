@@ -1,0 +1,97 @@
+"""``unclip sample "CAPTION"``: turn captions into pictures with a finished bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.artifacts import load_artifact
+from pipeline.bundle import materialise
+from pipeline.errors import CorruptObject, UserError
+from pipeline.store import open_store
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unclip sample", description=__doc__)
+    parser.add_argument("captions", nargs="+", metavar="CAPTION")
+    parser.add_argument("--from", dest="source", metavar="FOLDER", help="a run's output folder; by default the newest under out/")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default 0)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as prior=ar")
+    arguments = parser.parse_args(argv)
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed} is below 0")
+    output = Path(arguments.source) if arguments.source else _newest()
+    options = dict(_option(text) for text in arguments.set)
+    folder = _bundle(output)
+
+    from models.cascade import UnCLIP
+    from pipeline.samples import make_sample, use_all_cores
+
+    use_all_cores()
+    try:
+        unclip = UnCLIP.from_folder(folder)
+        for i, caption in enumerate(arguments.captions):
+            sample = make_sample(unclip, caption, arguments.seed + i, options)
+            path = output / "samples" / f"{_slug(caption)}-{sample.seed}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(sample.picture)
+            print(path)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    return 0
+
+
+def remember_bundle(output: Path, store: str, key: str) -> None:
+    """Leave word in a run's output folder of where its bundle is."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "bundle.json").write_text(json.dumps({"store": store, "bundle": key}) + "\n")
+
+
+def _newest() -> Path:
+    found = sorted(Path("out").glob("*/bundle.json"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise UserError("no finished bundle under out/; run one first (make peek), or name a run's output folder with --from")
+    return found[-1].parent
+
+
+def _bundle(output: Path) -> Path:
+    """The bundle's folder on this machine, copied from the store the first time."""
+    try:
+        word = json.loads((output / "bundle.json").read_text())
+        store, key = open_store(word["store"]), word["bundle"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{output}: no finished bundle there; name a run's output folder") from None
+    artifact = load_artifact(store, "bundle", key)
+    if artifact is None:
+        raise UserError(f"{output}: its bundle is no longer in {store.url}; run its configuration again")
+    folder = output / "bundle" / key[:12]
+    try:
+        materialise(store, artifact.blobs, folder)
+    except CorruptObject as e:
+        raise UserError(f"{e}; run the configuration again, which makes it anew") from e
+    return folder
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text}: write NAME=VALUE")
+    return name, yaml.safe_load(value)
+
+
+def _slug(caption: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "picture"
+
+
+if __name__ == "__main__":
+    import sys
+
+    from jobs.cli import guard
+
+    sys.exit(guard(main, sys.argv[1:]))

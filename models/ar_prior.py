@@ -1,0 +1,150 @@
+"""The autoregressive prior: a caption to the quantised PCA coordinates of an image embedding.
+
+unCLIP section 2.2 and Algorithm 2, option 1. The sequence is
+
+    63 outputs of a text encoder | text embedding | dot-product token | code 1 ... code k
+
+and a causal transformer predicts each code from what is left of it. Codes are quantile buckets of PCA coordinates by
+falling variance (models/codec.py), so that bucket j means the same at every position: the j-th quantile. One bucket
+embedding and one output head therefore serve all positions, and position embeddings tell them apart. The text encoder
+is bidirectional: its first 63 outputs have seen the whole caption.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.codec import Codec
+from models.diffusion.guidance import guidance_rows
+from models.draw import Draw
+from models.losses import Losses
+from models.nn.transformer import Cache, CaptionEmbedding, Transformer, normal_linear
+from models.prior_configs import ARPriorConfig
+
+
+class ARPrior(nn.Module):
+    """P(codes | caption, text embedding, dot-product token) for embeddings of ``embed_dim`` and ``codes`` positions."""
+
+    def __init__(self, config: ARPriorConfig, embed_dim: int, codes: int):
+        super().__init__()
+        self.config = config
+        self.embed_dim = embed_dim
+        self.codes = codes
+        self.caption = CaptionEmbedding(config.vocabulary, config.text_context, config.text_width)
+        self.text_encoder = Transformer(
+            config.text_width, config.text_depth, config.text_heads, causal=False, dropout=config.dropout
+        )
+        self.text_in = normal_linear(config.text_width, config.width)
+        self.embedding_in = normal_linear(embed_dim, config.width)
+        self.null_embedding = nn.Parameter(torch.empty(config.width))
+        self.dot = nn.Embedding(config.buckets, config.width)
+        self.code = nn.Embedding(config.buckets, config.width)
+        self.position = nn.Parameter(torch.empty(config.prefix + 2 + codes, config.width))
+        self.transformer = Transformer(config.width, config.depth, config.heads, causal=True, dropout=config.dropout)
+        self.head = normal_linear(config.width, config.buckets)
+        for table in (self.dot.weight, self.code.weight, self.null_embedding):
+            nn.init.normal_(table, std=0.02)
+        nn.init.normal_(self.position, std=0.01)
+
+    def prefix(self, tokens: Tensor, text_embedding: Tensor, dot_codes: Tensor, keep_text: Tensor) -> Tensor:
+        """What comes before the codes, [b, prefix + 2, width].
+
+        ``tokens`` int64 [b, 77], ``text_embedding`` unit norm [b, d], ``dot_codes`` int64 [b] in
+        [0, buckets), ``keep_text`` bool [b]: False hides the caption and the text embedding. The dot-product token
+        stays: it says how well the picture fits its text, not what the text is.
+        """
+        text = self.text_encoder(self.caption(tokens, keep_text))[:, : self.config.prefix]
+        unit_variance = text_embedding.to(self.null_embedding.dtype) * self.embed_dim**0.5
+        embedding = torch.where(keep_text[:, None], self.embedding_in(unit_variance), self.null_embedding)
+        return torch.cat([self.text_in(text), embedding[:, None], self.dot(dot_codes)[:, None]], dim=1)
+
+    def forward(
+        self, tokens: Tensor, text_embedding: Tensor, dot_codes: Tensor, codes: Tensor, keep_text: Tensor
+    ) -> Tensor:
+        """Logits of every code given those before it, fp32 [b, codes, buckets], for true ``codes`` int64 [b, codes].
+
+        The other arguments are those of ``prefix``.
+        """
+        prefix = self.prefix(tokens, text_embedding, dot_codes, keep_text)
+        sequence = torch.cat([prefix, self.code(codes[:, :-1])], dim=1)
+        out = self.transformer(sequence + self.position[: sequence.shape[1]])
+        return self.logits(out[:, prefix.shape[1] - 1 :])
+
+    def logits(self, out: Tensor) -> Tensor:
+        """The head, in full precision also under autocast."""
+        with torch.autocast(out.device.type, enabled=False):
+            return self.head(out.to(self.head.weight.dtype))
+
+
+def log_likelihood(
+    model: ARPrior, tokens: Tensor, text_embedding: Tensor, dot_codes: Tensor, codes: Tensor, keep_text: Tensor
+) -> Tensor:
+    """The exact log probability of every code given those before it, in nats: [b, codes]. A row's sum is its own."""
+    logits = model(tokens, text_embedding, dot_codes, codes, keep_text)
+    return -F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")
+
+
+def ar_prior_loss(model: ARPrior, batch: dict[str, Tensor], draw: Draw, codec: Codec) -> Losses:
+    """Mean cross-entropy of a row's codes, in nats, [b].
+
+    ``batch`` has "tokens" int64 [b, 77], "text_embedding" and "image_embedding" [b, d] of unit norm. A uniform guess
+    scores log(buckets). Text is hidden in training mode only: validation measures the model with it. Raises ValueError
+    when ``codec`` is not the one the model was made for.
+    """
+    if (codec.buckets, codec.codes) != (model.config.buckets, model.codes):
+        raise ValueError(
+            f"the codec has {codec.codes} codes of {codec.buckets} buckets, the AR prior {model.codes} of "
+            f"{model.config.buckets}: set the prior's buckets to the codec's and build it with the codec's codes"
+        )
+    image, text = batch["image_embedding"], batch["text_embedding"]
+    codes = codec.encode(image)
+    dot_codes = codec.encode_dot((image.double() * text.double()).sum(-1))
+    keep = draw.keep("drop_text", model.config.drop_text if model.training else 0.0)
+    return Losses(-log_likelihood(model, batch["tokens"], text, dot_codes, codes, keep).mean(-1), {})
+
+
+@torch.no_grad()
+def sample(
+    model: ARPrior,
+    tokens: Tensor,
+    text_embedding: Tensor,
+    dot_codes: Tensor,
+    draw: Draw,
+    temperature: float = 1.0,
+    guidance: float = 0.0,
+    callback: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Codes drawn left to right, int64 [b, codes].
+
+    Logits are (1 + guidance) conditional - guidance unconditional, over ``temperature``, which must be above 0. A row
+    depends on its own stream of ``draw`` alone. ``callback`` hears the number of codes drawn after every one. Raises
+    ValueError on a temperature of 0 or less.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}: use a number above 0")
+    rows = len(tokens)
+    keep = guidance_rows(rows, guidance, tokens.device)
+    branches = len(keep) // rows
+    x = model.prefix(tokens.repeat(branches, 1), text_embedding.repeat(branches, 1), dot_codes.repeat(branches), keep)
+    cache = Cache(x.shape[1] + model.codes)
+    uniform = draw.uniform("codes", model.codes)
+    codes = []
+    for i in range(model.codes):
+        out = model.transformer(x + model.position[cache.length : cache.length + x.shape[1]], cache)
+        logits = model.logits(out[:, -1])
+        if guidance != 0:
+            logits = (1 + guidance) * logits[:rows] - guidance * logits[rows:]
+        codes.append(invert_cdf(logits / temperature, uniform[:, i]))
+        x = model.code(codes[-1].repeat(branches))[:, None]
+        if callback is not None:
+            callback(i + 1)
+    return torch.stack(codes, dim=1)
+
+
+def invert_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The bucket in whose share of [0, 1) ``uniform`` [b] falls, for ``logits`` [b, buckets]: int64 [b]."""
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    bucket = torch.searchsorted(cdf, uniform.double()[:, None], right=True)[:, 0]
+    return bucket.clamp(max=logits.shape[-1] - 1)  # rounding may leave the last sum just below 1

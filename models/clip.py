@@ -1,0 +1,200 @@
+"""CLIP as all other parts use it: views and captions in, unit-norm fp32 embeddings out.
+
+The networks are open_clip's, trained here from a ClipConfig or loaded from anywhere open_clip can. Captions become 77
+tokens of CLIP's own BPE for every model; a CLIP with a shorter context cuts them itself.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Self
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.draw import Draw
+from models.losses import Losses
+from models.prior_configs import ClipConfig
+
+CONTEXT = 77  # tokens made for every model, start and end included
+VOCABULARY = 49408
+END = VOCABULARY - 1
+# 26 characters a token: nothing 77 tokens can hold is cut, and a hostile megabyte costs no minutes of merging pairs.
+CAPTION_CHARACTERS = 2000
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+
+
+def tokenize(captions: list[str]) -> Tensor:
+    """Captions to int64 [b, 77]: start, at most 75 BPE tokens, end, then zeros. Longer captions are cut."""
+    shortened = [" ".join(caption.split())[:CAPTION_CHARACTERS] for caption in captions]
+    return open_clip.tokenize(shortened, context_length=CONTEXT)
+
+
+def cut_tokens(tokens: Tensor, context: int) -> Tensor:
+    """The first ``context`` columns of ``tokens``, the last one an end token in rows that had none left."""
+    cut = tokens[:, :context]
+    unended = (cut != END).all(1)
+    last = torch.where(unended, END, cut[:, -1])
+    return torch.cat([cut[:, :-1], last[:, None]], dim=1)
+
+
+class Clip(nn.Module):
+    """A CLIP with its own normalisation of pixels. ``model_config`` is open_clip's, for saving."""
+
+    model: open_clip.CLIP
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: open_clip.CLIP, model_config: dict):
+        super().__init__()
+        self.model = model
+        self.model_config = model_config
+        mean, std = model.visual.image_mean, model.visual.image_std
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def build(cls, config: ClipConfig, seed: int) -> Self:
+        """A new CLIP whose random weights depend on ``config`` and ``seed`` alone."""
+        model_config = config.model_config()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = open_clip.CLIP(**deepcopy(model_config))
+        open_clip.set_model_preprocess_cfg(
+            model, {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+        )
+        return cls(model, model_config)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Self:
+        """Load open_clip's local-dir layout: open_clip_config.json and open_clip_model.safetensors.
+
+        Raises FileNotFoundError when a file is missing, ValueError when one is damaged or this CLIP does not use
+        CLIP's own tokenizer.
+        """
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (Path(folder) / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}: name a CLIP folder in open_clip's local-dir layout")
+        try:
+            model_config = json.loads((Path(folder) / CONFIG_FILE).read_text())["model_cfg"]
+            check_tokenizer(str(folder), model_config)
+            model = open_clip.create_model(f"local-dir:{folder}")
+        except (json.JSONDecodeError, KeyError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{folder} holds no CLIP that open_clip can load ({error!r}): fetch it again") from error
+        return cls(model, model_config).eval()
+
+    @classmethod
+    def pretrained(cls, name: str, tag: str) -> Self:
+        """Load open_clip's model ``name`` with weights ``tag``, a tag that open_clip knows or a file.
+
+        Takes the activation function that the tag was trained with. Raises ValueError on an unknown name or tag, on a
+        download that fails, and when this CLIP does not use CLIP's own tokenizer.
+        """
+        model_config = open_clip.get_model_config(name)
+        if model_config is None:
+            raise ValueError(f"open_clip has no model {name!r}: choose one of open_clip.list_models()")
+        check_tokenizer(name, model_config)
+        quick_gelu = (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu", False)
+        if quick_gelu:
+            model_config["quick_gelu"] = True
+        try:
+            model = open_clip.create_model(name, tag, force_quick_gelu=quick_gelu)
+        except RuntimeError as error:
+            known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise ValueError(
+                f"CLIP {name} with weights {tag!r} could not be loaded ({error}): tags of {name} are {known}; without "
+                "a network name a folder in open_clip's local-dir layout"
+            ) from error
+        return cls(model, model_config).eval()
+
+    def save(self, folder: str | Path) -> None:
+        """Write open_clip's local-dir layout into ``folder``, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        preprocess = {"mean": self.model.visual.image_mean, "std": self.model.visual.image_std}
+        document = {"model_cfg": self.model_config, "preprocess_cfg": preprocess}
+        (Path(folder) / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
+        save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, Path(folder) / WEIGHTS_FILE)
+
+    @property
+    def embed_dim(self) -> int:
+        """Dimension of the embeddings."""
+        return self.model_config["embed_dim"]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that ``encode_image`` takes, in pixels."""
+        size = self.model.visual.image_size
+        return size if isinstance(size, int) else size[0]
+
+    @property
+    def context_length(self) -> int:
+        """BPE tokens that the text tower reads."""
+        return self.model_config["text_cfg"].get("context_length", CONTEXT)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether its training depends on the local batch: use one worker, or synchronise the statistics."""
+        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit-norm embeddings, fp32 [b, d], of views uint8 [b, 3, image_size, image_size].
+
+        Raises ValueError on another type or size.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if images.dtype != torch.uint8 or images.shape[1:] != expected:
+            raise ValueError(f"CLIP takes uint8 views {expected}, got {images.dtype} {tuple(images.shape[1:])}")
+        return self.encode_pixels(images / 255)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Unit-norm embeddings, fp32 [b, d], of pictures in [0, 1], [b, 3, image_size, image_size]."""
+        return F.normalize(self.model.encode_image((pixels - self.mean) / self.std).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Unit-norm embeddings, fp32 [b, d], of BPE tokens int64 [b, 77] from ``tokenize``."""
+        return F.normalize(self.model.encode_text(cut_tokens(tokens, self.context_length)).float(), dim=-1)
+
+
+def check_tokenizer(name: str, model_config: dict) -> None:
+    """Raise ValueError unless this CLIP's text tower reads CLIP's own BPE, which all other models read too."""
+    text = model_config["text_cfg"]
+    foreign = text.keys() & {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"}
+    if foreign or text.get("vocab_size", VOCABULARY) != VOCABULARY or text.get("context_length", CONTEXT) > CONTEXT:
+        raise ValueError(f"{name} does not read CLIP's own BPE tokens, at most {CONTEXT} of them: choose another CLIP")
+
+
+def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw) -> Losses:
+    """The symmetric contrastive loss of each row against its batch, nats, [b] (CLIP, figure 3).
+
+    ``batch`` has "image" uint8 [b, 3, image_size, image_size], augmented here, and "tokens" int64 [b, 77]. A row's
+    loss depends on the others: it must not be computed on parts of a batch. The temperature stops at 1/100.
+    """
+    image = clip.encode_pixels(augment(batch["image"], draw))
+    text = clip.encode_text(batch["tokens"])
+    with torch.autocast(image.device.type, enabled=False):
+        logits = clip.model.logit_scale.exp().clamp(max=100) * image @ text.T
+        labels = torch.arange(len(logits), device=logits.device)
+        image_to_text = F.cross_entropy(logits, labels, reduction="none")
+        text_to_image = F.cross_entropy(logits.T, labels, reduction="none")
+    parts = {"image_to_text": image_to_text, "text_to_image": text_to_image}
+    return Losses((image_to_text + text_to_image) / 2, parts)
+
+
+def augment(images: Tensor, draw: Draw) -> Tensor:
+    """Training pictures fp32 [b, 3, s, s] in [0, 1] from uint8 ones.
+
+    A square crop of 0.75 to 1 of the side at a random place, resized back, then brightness times 0.8 to 1.2. No
+    flips: left and right are words.
+    """
+    side = 0.75 + 0.25 * draw.uniform("crop_side", 1)
+    centre = (2 * draw.uniform("crop_place", 2) - 1) * (1 - side)  # the picture being [-1, 1]
+    scale = torch.diag_embed(side.expand(-1, 2))
+    grid = F.affine_grid(torch.cat([scale, centre[..., None]], dim=2), list(images.shape), align_corners=False)
+    pixels = F.grid_sample(images / 255, grid, padding_mode="border", align_corners=False)
+    brightness = 0.8 + 0.4 * draw.uniform("brightness", 1, 1, 1)
+    return (pixels * brightness).clamp(0, 1)

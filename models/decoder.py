@@ -1,0 +1,123 @@
+"""The decoder: a 64 px diffusion model conditioned on a CLIP image embedding and, optionally, a caption.
+
+Ramesh et al. 2022 (unCLIP), section 2.1, on GLIDE's architecture (Nichol et al. 2021).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.diffusion.guidance import guidance_rows, guided_output
+from models.diffusion.process import Prediction, hybrid_loss, predict, q_sample
+from models.diffusion.samplers import Denoise
+from models.diffusion.schedules import make_schedule
+from models.draw import Draw
+from models.image_configs import DecoderConfig
+from models.losses import Losses
+from models.nn.text_encoder import TextEncoder
+from models.nn.unet import UNet
+from models.pixels import from_uint8
+
+CLIP_CONTEXT = 77
+"""The length of the captions that CLIP's tokenizer makes."""
+
+
+class Condition(NamedTuple):
+    """What the U-Net gets to know: a vector [b, embedding_width] added to the timestep embedding, and tokens
+    [b, n, text_width] to attend to."""
+
+    added: Tensor
+    context: Tensor
+
+
+class Decoder(nn.Module):
+    """Predicts noise (or v) and variance of a noised picture.
+
+    The image embedding z has unit norm, as CLIP gives it, and is multiplied by sqrt(d) for unit variance. W z joins
+    the timestep embedding, and W' z makes ``clip_tokens`` tokens before the outputs of the decoder's own text
+    encoder, whose last output joins the timestep embedding as well (GLIDE). Dropout uses PyTorch's global generator.
+    """
+
+    def __init__(self, config: DecoderConfig, embed_dim: int):
+        super().__init__()
+        self.config = config
+        self.embed_dim = embed_dim
+        sides = config.feature_sides()
+        self.unet = UNet(
+            in_channels=3 * config.patch**2,
+            out_channels=6 * config.patch**2,
+            channels=config.channels,
+            depth=config.depth,
+            multipliers=config.multipliers,
+            dropout=config.dropout,
+            attention_levels=frozenset(sides.index(side) for side in config.attention_resolutions),
+            head_channels=config.head_channels,
+            context_width=config.text_width,
+        )
+        context = min(CLIP_CONTEXT, config.text_context)
+        self.text = TextEncoder(config.vocabulary, context, config.text_width, config.text_depth, config.text_heads)
+        self.text_to_time = nn.Linear(config.text_width, self.unet.embedding_width)
+        self.image_to_time = nn.Linear(embed_dim, self.unet.embedding_width)
+        self.image_to_tokens = nn.Linear(embed_dim, config.clip_tokens * config.text_width)
+        self.null_image = nn.Parameter(torch.zeros(embed_dim), requires_grad=config.null_image == "learned")
+
+    def condition(self, image_embedding: Tensor, tokens: Tensor, keep_image: Tensor, keep_text: Tensor) -> Condition:
+        """Encode embeddings [b, d] and BPE tokens [b, 77], 0 after the end token; ``keep_...`` bool [b], False drops.
+
+        It does not depend on the timestep, so a sampler calls it once.
+        """
+        z = torch.where(keep_image[:, None], image_embedding * self.embed_dim**0.5, self.null_image)
+        states, pooled = self.text(tokens, keep_text)
+        clip_tokens = self.image_to_tokens(z).unflatten(1, (self.config.clip_tokens, -1))
+        return Condition(self.image_to_time(z) + self.text_to_time(pooled), torch.cat([clip_tokens, states], dim=1))
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """[b, 3, s, s] at timesteps [b] to fp32 [b, 6, s, s]: prediction, then variance interpolation (-1 to 1)."""
+        patches = F.pixel_unshuffle(x_t, self.config.patch)
+        output = self.unet(patches, t, condition.added, condition.context)
+        return F.pixel_shuffle(output, self.config.patch)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, image_embedding: Tensor, tokens: Tensor, keep_image: Tensor, keep_text: Tensor
+    ) -> Tensor:
+        """``predict`` under ``condition``; shapes as there."""
+        return self.predict(x_t, t, self.condition(image_embedding, tokens, keep_image, keep_text))
+
+
+def decoder_loss(model: Decoder, batch: dict[str, Tensor], draw: Draw) -> Losses:
+    """Hybrid loss of "image" (uint8 [b, 3, s, s]), given "image_embedding" [b, d] and "tokens" [b, 77].
+
+    Embedding and caption are dropped independently of each other, in training mode only: validation measures the
+    model with its conditions. Parts: "mse" and "vb".
+    """
+    config = model.config
+    schedule = make_schedule(config.schedule, config.steps)
+    x0 = from_uint8(batch["image"])
+    t = draw.integers("t", config.steps)
+    noise = draw.normal("noise", *x0.shape[1:])
+    keep_image = draw.keep("drop_image", config.drop_image if model.training else 0.0)
+    keep_text = draw.keep("drop_text", config.drop_text if model.training else 0.0)
+    x_t = q_sample(x0, noise, schedule.at(t))
+    output = model(x_t, t, batch["image_embedding"], batch["tokens"], keep_image, keep_text)
+    mse, vb = hybrid_loss(config.prediction, output, x0, noise, t, schedule)
+    return Losses(mse + vb, {"mse": mse, "vb": vb})
+
+
+def decoder_denoise(model: Decoder, image_embedding: Tensor, tokens: Tensor, guidance: float) -> Denoise:
+    """What samplers need, for embeddings [b, d] and captions [b, 77]; ``guidance`` is w, 0 for none.
+
+    The empty condition drops both. x0 is clipped to [-1, 1].
+    """
+    schedule = make_schedule(model.config.schedule, model.config.steps)
+    keep = guidance_rows(len(tokens), guidance, tokens.device)
+    branches = len(keep) // len(tokens)
+    with torch.no_grad():
+        condition = model.condition(image_embedding.repeat(branches, 1), tokens.repeat(branches, 1), keep, keep)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        output = guided_output(lambda x, times: model.predict(x, times, condition), x_t, t, guidance)
+        return predict(model.config.prediction, output, x_t, schedule.at(t), clip=1.0)
+
+    return denoise

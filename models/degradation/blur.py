@@ -1,0 +1,50 @@
+"""Gaussian blurs of batches, one kernel for each row."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CORRUPTION_SIDE = 3
+CORRUPTION_SIGMA = 0.6
+
+
+def gaussian_kernels(side: int, angle: Tensor, variances: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+    """Normalised kernels [b, side, side].
+
+    ``variances`` [b, 2], above zero, in pixels squared along two axes that ``angle`` [b], radians, turns from (x, y).
+    ``shift``, a number or [b], moves the centre by as many pixels down and right.
+    """
+    places = torch.arange(side, device=angle.device) - (side - 1) / 2
+    offset = places - torch.as_tensor(shift, device=angle.device).expand(len(angle))[:, None]
+    y, x = offset[:, :, None], offset[:, None, :]
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    along, across = cos * x + sin * y, cos * y - sin * x
+    first, second = variances[:, :, None, None].unbind(1)
+    weights = torch.exp(-0.5 * (along**2 / first + across**2 / second))
+    return weights / weights.sum(dim=(1, 2), keepdim=True)
+
+
+def mirrored(image: Tensor, margin: int) -> Tensor:
+    """[b, c, h, w] with ``margin`` more pixels on each side, mirrored without repeating the edge.
+
+    The margin may be wider than the picture, unlike PyTorch's own reflection.
+    """
+    for axis in (2, 3):
+        last = image.shape[axis] - 1
+        place = torch.arange(-margin, last + margin + 1, device=image.device) % max(2 * last, 1)
+        image = image.index_select(axis, last - (last - place).abs())
+    return image
+
+
+def blur(image: Tensor, kernels: Tensor) -> Tensor:
+    """Filter each row of [b, 3, h, w] with its own kernel [b, k, k], k odd."""
+    channels = image.shape[1]
+    padded = mirrored(image, kernels.shape[-1] // 2).flatten(0, 1)[None]
+    weight = kernels.to(image.dtype).repeat_interleave(channels, dim=0)[:, None]
+    return F.conv2d(padded, weight, groups=len(weight))[0].unflatten(0, (-1, channels))
+
+
+def corruption_blur(image: Tensor) -> Tensor:
+    """The first upsampler's corruption: Gaussian, kernel 3, sigma 0.6, of [b, 3, h, w] (unCLIP, appendix C)."""
+    variances = torch.full((len(image), 2), CORRUPTION_SIGMA**2, device=image.device)
+    return blur(image, gaussian_kernels(CORRUPTION_SIDE, variances.new_zeros(len(image)), variances))

@@ -1,0 +1,186 @@
+"""BSR degradation (Zhang et al. 2021, "Designing a practical degradation model"), as in latent diffusion.
+
+A picture is sometimes halved first, and then blurred twice, shrunk, brought to a quarter of its side, made noisy and
+JPEG-compressed, in a random order of its own, and JPEG-compressed again. Every row draws its own parameters. The rows
+that do the same to pictures of one size at the same time are worked on together.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import pi
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.degradation.blur import blur, gaussian_kernels
+from models.degradation.jpeg import jpeg
+from models.draw import Draw
+
+SCALE = 4
+KERNEL_SIDE = 25
+RESIZINGS = ("bilinear", "bicubic", "area")
+STEPS = ("blur", "second blur", "shrink", "fit", "noise", "jpeg")
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much is done to a picture.
+
+    ``blur`` multiplies the widths of blurs, whose kernels end ``reach`` pixels from their centre; noise has standard
+    deviations of ``noise`` 8-bit levels; ``quality`` is JPEG's. Pairs are the least and the most, both included.
+    """
+
+    blur: float
+    second_blur: bool
+    reach: tuple[int, int]
+    noise: tuple[int, int]
+    quality: tuple[int, int]
+
+
+FULL = Strength(blur=1.0, second_blur=True, reach=(3, 12), noise=(2, 25), quality=(30, 95))
+LIGHT = Strength(blur=0.25, second_blur=False, reach=(2, 6), noise=(1, 2), quality=(80, 95))
+
+
+def bsr(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
+    """[b, 3, h, w] in [-1, 1], h and w multiples of 4, to its degraded [b, 3, h / 4, w / 4], both on 8-bit levels.
+
+    ``light`` is latent diffusion's weaker form: one blur instead of two, and less of everything.
+    """
+    strength = LIGHT if light else FULL
+    pictures = list(_quantised((image + 1) / 2))
+    size = (image.shape[2] // SCALE, image.shape[3] // SCALE)
+    halved = (draw.uniform("bsr_halve") < 0.25).tolist()
+    halving = _choice(draw, "bsr_halving", (*RESIZINGS, "antialiased", "antialiased", "antialiased"))
+    pictures = [_halved(x, how) if half else x for x, how, half in zip(pictures, halving, halved, strict=True)]
+    scale = torch.tensor([SCALE / 2 if half else SCALE for half in halved], device=image.device)
+    kernels = {name: _kernels(draw, f"bsr_{name}", scale, strength) for name in STEPS[:2]}
+    shrink, fit = _shrinker(draw, scale, strength), _choice(draw, "bsr_fit", RESIZINGS)
+    noise = _noise(draw, (image.shape[2], image.shape[3]), strength)
+    compress = draw.keep("bsr_jpeg", drop=0.1)
+    quality = _integers(draw, "bsr_jpeg_quality", strength.quality)
+
+    # Each takes pictures [n, 3, h, w] of one size and their row numbers, and gives n pictures.
+    steps: dict[str, Callable[[Tensor, list[int]], Iterable[Tensor]]] = {
+        "blur": lambda x, rows: blur(x, kernels["blur"][rows]),
+        "second blur": lambda x, rows: blur(x, kernels["second blur"][rows]) if strength.second_blur else x,
+        "shrink": shrink,
+        "fit": lambda x, rows: [_resized(picture, size, fit[row]) for picture, row in zip(x, rows, strict=True)],
+        "noise": lambda x, rows: x + noise[rows, :, : x.shape[2], : x.shape[3]],
+        "jpeg": lambda x, rows: torch.where(compress[rows, None, None, None], jpeg(x, quality[rows]), x),
+    }
+    order = _orders(draw)
+    for turn in range(len(STEPS)):
+        groups = defaultdict(list)
+        for row, picture in enumerate(pictures):
+            groups[order[row][turn], picture.shape].append(row)
+        for (name, _), rows in groups.items():
+            for row, picture in zip(rows, steps[name](torch.stack([pictures[i] for i in rows]), rows), strict=True):
+                pictures[row] = picture.clamp(0, 1)
+    return jpeg(torch.stack(pictures), _integers(draw, "bsr_last_quality", strength.quality)) * 2 - 1
+
+
+def bsr_mild(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
+    """The mild end of ``bsr`` at an unchanged size, for sampling: [b, 3, h, w] in [-1, 1], on 8-bit levels.
+
+    No blur, the least noise and the best JPEG quality of the training range.
+    """
+    strength = LIGHT if light else FULL
+    noise = draw.normal("bsr_noise", *image.shape[1:]) * (strength.noise[0] / 255)
+    noisy = (_quantised((image + 1) / 2) + noise).clamp(0, 1)
+    best = torch.full((len(image),), strength.quality[1], device=image.device)
+    return jpeg(noisy, best) * 2 - 1
+
+
+def _quantised(image: Tensor) -> Tensor:
+    """[0, 1] on the 256 levels of 8 bits."""
+    return (image.float() * 255).round().clamp(0, 255) / 255
+
+
+def _integers(draw: Draw, purpose: str, bounds: tuple[int, int]) -> Tensor:
+    """int64 [b], both bounds included."""
+    return draw.integers(purpose, bounds[1] - bounds[0] + 1) + bounds[0]
+
+
+def _choice(draw: Draw, purpose: str, options: tuple[str, ...]) -> list[str]:
+    return [options[i] for i in draw.integers(purpose, len(options)).tolist()]
+
+
+def _orders(draw: Draw) -> list[list[str]]:
+    """For each row the steps in random order, except that shrinking comes before the fit to the final size."""
+    orders = [[STEPS[i] for i in row] for row in draw.uniform("bsr_order", len(STEPS)).argsort(dim=1).tolist()]
+    for order in orders:
+        shrink, fit = order.index("shrink"), order.index("fit")
+        if shrink > fit:
+            order[shrink], order[fit] = "fit", "shrink"
+    return orders
+
+
+def _resized(picture: Tensor, size: tuple[int, int], how: str) -> Tensor:
+    """[3, h, w] to [3, *size] without antialiasing. Enlarging by areas would repeat pixels, so it is bilinear then."""
+    if how == "area" and size[0] <= picture.shape[1]:
+        return F.interpolate(picture[None], size, mode="area")[0]
+    return F.interpolate(picture[None], size, mode="bicubic" if how == "bicubic" else "bilinear")[0]
+
+
+def _halved(picture: Tensor, how: str) -> Tensor:
+    """[3, h, w] at half its side."""
+    size = (picture.shape[1] // 2, picture.shape[2] // 2)
+    if how == "antialiased":
+        return F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return _resized(picture, size, how).clamp(0, 1)
+
+
+def _kernels(draw: Draw, purpose: str, scale: Tensor, strength: Strength) -> Tensor:
+    """[b, 25, 25]: an even chance of a turned ellipse and of a circle, cut off at a random reach."""
+    same, first, second, angle = draw.uniform(purpose, 4).unbind(1)
+    ellipse = torch.stack([first, second], dim=1) * ((4 + scale) * strength.blur)[:, None]
+    circle = (first * (2 + 0.2 * scale) * strength.blur) ** 2
+    variances = torch.where((same < 0.5)[:, None], ellipse, circle[:, None]).clamp(min=1e-4)
+    kernels = gaussian_kernels(KERNEL_SIDE, angle * pi, variances)
+    places = (torch.arange(KERNEL_SIDE, device=scale.device) - KERNEL_SIDE // 2).abs()
+    inside = places <= _integers(draw, f"{purpose}_reach", strength.reach)[:, None]
+    kernels = kernels * (inside[:, :, None] & inside[:, None, :])
+    return kernels / kernels.sum(dim=(1, 2), keepdim=True)
+
+
+def _shrinker(draw: Draw, scale: Tensor, strength: Strength) -> Callable[[Tensor, list[int]], Iterable[Tensor]]:
+    """Three times in four a resize by 1 to 2 scales; else a blur and every scale-th pixel."""
+    factors = (1 + draw.uniform("bsr_shrink_factor") * (2 * scale - 1)).tolist()
+    how = _choice(draw, "bsr_shrink", (*RESIZINGS * 3, *("subsample",) * 3))
+    sigma = 0.1 + draw.uniform("bsr_shrink_sigma") * (0.6 * scale - 0.1)
+    # A shift of half the stride puts the centre of the pixels that are kept where the small pixel's centre is.
+    kernels = gaussian_kernels(
+        KERNEL_SIDE, torch.zeros_like(scale), (sigma**2)[:, None].expand(-1, 2), shift=(scale - 1) / 2
+    )
+    strides = [int(value) for value in scale.tolist()]
+
+    def shrink(x: Tensor, rows: list[int]) -> list[Tensor]:
+        results = []
+        for picture, row in zip(x, rows, strict=True):
+            if how[row] == "subsample":
+                stride = strides[row]
+                results.append(blur(picture[None], kernels[[row]])[0, :, ::stride, ::stride])
+            else:
+                size = tuple(max(int(side / factors[row]), 1) for side in picture.shape[1:])
+                results.append(_resized(picture, (size[0], size[1]), how[row]))
+        return results
+
+    return shrink
+
+
+def _noise(draw: Draw, size: tuple[int, int], strength: Strength) -> Tensor:
+    """[b, 3, *size]: independent in each channel (two rows in five), the same in all (two), or correlated (one).
+
+    Correlated noise has the covariance L^2 Q^T D Q of a random rotation Q and diagonal D in [0, 1], with the largest
+    level L.
+    """
+    white = draw.normal("bsr_noise", 3, *size)
+    kind = draw.uniform("bsr_noise_kind")[:, None, None, None]
+    level = _integers(draw, "bsr_noise_level", strength.noise)[:, None, None, None] / 255
+    rotation, _ = torch.linalg.qr(draw.uniform("bsr_noise_rotation", 3, 3))
+    root = draw.uniform("bsr_noise_diagonal", 3).sqrt()[:, :, None] * rotation * (strength.noise[1] / 255)
+    correlated = torch.einsum("bij,bihw->bjhw", root, white)
+    plain = torch.where(kind < 0.4, white[:, :1], white) * level
+    return torch.where(kind < 0.8, plain, correlated)

@@ -1,0 +1,1 @@
+"""Diffusion mathematics as pure functions: schedules, process, samplers, guidance."""

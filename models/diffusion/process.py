@@ -1,0 +1,163 @@
+"""The diffusion process: forward noising, the three ways to write a prediction, the posterior and the losses.
+
+Levels (``alpha_bar``) are float64 [b], one for each row of x [b, ...]; factors are computed in float64 and then
+rounded to x's precision. Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (improved DDPM), Salimans & Ho 2022
+(v). Pictures are in [-1, 1].
+"""
+
+from math import log
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.diffusion.schedules import Schedule
+
+
+class Prediction(NamedTuple):
+    """What a network says about x_t: the clean data, the noise, and, where the variance is learned, its position
+    between the two bounds of ``log_variance_range`` (0 the lower, 1 the upper; not clamped)."""
+
+    x0: Tensor
+    eps: Tensor
+    variance_fraction: Tensor | None = None
+
+
+def per_row(value: Tensor, x: Tensor) -> Tensor:
+    """``value`` [b] shaped [b, 1, ...] and rounded so that it multiplies x."""
+    return value.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def q_sample(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise (DDPM, equation 4)."""
+    return per_row(alpha_bar.sqrt(), x0) * x0 + per_row((1 - alpha_bar).sqrt(), x0) * noise
+
+
+def regression_target(kind: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What a network of this kind is asked for: "eps" the noise, "x0" the data, "v" sqrt(a) noise - sqrt(1 - a) x0.
+
+    Raises ValueError on another kind.
+    """
+    if kind == "eps":
+        return noise
+    if kind == "x0":
+        return x0
+    if kind == "v":
+        return per_row(alpha_bar.sqrt(), x0) * noise - per_row((1 - alpha_bar).sqrt(), x0) * x0
+    raise ValueError(f"prediction is {kind!r}: use 'eps', 'v' or 'x0'")
+
+
+def predict(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, clip: float | None = None) -> Prediction:
+    """Read a network's output for x_t [b, c, ...] as a prediction of kind "eps", "v" or "x0".
+
+    An output with 2c channels holds the learned variance, from -1 to 1, in its second half. ``clip`` bounds x0 to
+    [-clip, clip], and the noise is then the one that belongs to the bounded x0. Raises ValueError on another kind.
+    """
+    fraction = None
+    if output.shape[1] == 2 * x_t.shape[1]:
+        output, variance = output.chunk(2, dim=1)
+        fraction = (variance + 1) / 2
+    signal, sigma = per_row(alpha_bar.sqrt(), x_t), per_row((1 - alpha_bar).sqrt(), x_t)
+    if kind == "eps":
+        x0, eps = (x_t - sigma * output) / signal, output
+    elif kind == "v":
+        x0, eps = signal * x_t - sigma * output, sigma * x_t + signal * output
+    elif kind == "x0":
+        x0, eps = output, (x_t - signal * output) / sigma
+    else:
+        raise ValueError(f"prediction is {kind!r}: use 'eps', 'v' or 'x0'")
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+        eps = (x_t - signal * x0) / sigma
+    return Prediction(x0, eps, fraction)
+
+
+def posterior_mean(x0: Tensor, x_t: Tensor, alpha_bar: Tensor, previous: Tensor) -> Tensor:
+    """Mean of q(x_s given x_t, x0), where x_s has level ``previous`` > ``alpha_bar`` (DDPM, equation 7)."""
+    ratio = alpha_bar / previous
+    of_x0 = previous.sqrt() * (1 - ratio) / (1 - alpha_bar)
+    of_x_t = ratio.sqrt() * (1 - previous) / (1 - alpha_bar)
+    return per_row(of_x0, x_t) * x0 + per_row(of_x_t, x_t) * x_t
+
+
+def posterior_variance(alpha_bar: Tensor, previous: Tensor) -> Tensor:
+    """Variance of q(x_s given x_t, x0), float64 [b]; zero where x_s is the data (``previous`` is 1)."""
+    return (1 - alpha_bar / previous) * (1 - previous) / (1 - alpha_bar)
+
+
+def log_variance_range(schedule: Schedule, t: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of the smallest and largest sensible variance of the step from t to ``previous``, float64 [b].
+
+    The posterior variance and beta (improved DDPM, equation 15). The step to the data has no posterior variance, so
+    the lower bound is never below the one of step 1, as in that paper's code.
+    """
+    level, level_previous = schedule.at(t), schedule.at(previous)
+    floor = posterior_variance(*schedule.alpha_bar[[1, 0]].to(t.device))
+    low = posterior_variance(level, level_previous).clamp(min=floor)
+    return low.log(), (1 - level / level_previous).log()
+
+
+def learned_log_variance(fraction: Tensor, schedule: Schedule, t: Tensor, previous: Tensor) -> Tensor:
+    """Log variance, shaped like ``fraction``, between the bounds of the step from t to ``previous``."""
+    low, high = log_variance_range(schedule, t, previous)
+    return fraction * per_row(high, fraction) + (1 - fraction) * per_row(low, fraction)
+
+
+def mean_over_row(x: Tensor) -> Tensor:
+    """[b, ...] to [b]."""
+    return x.flatten(1).mean(1)
+
+
+def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
+    """KL divergence of one normal distribution from another, element by element, in nats."""
+    gap = other_log_variance - log_variance
+    distance = (mean - other_mean) ** 2 * torch.exp(-other_log_variance)
+    return 0.5 * (gap - 1 + torch.exp(-gap) + distance)
+
+
+def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Negative log probability, in nats, of the 8-bit value that x [-1, 1] stands for (DDPM, equation 13).
+
+    Each value owns 1/255 to either side; the first and last own everything beyond.
+    """
+    inverse_std = torch.exp(-0.5 * log_variance)
+    upper = torch.special.ndtr((x - mean + 1 / 255) * inverse_std)
+    lower = torch.special.ndtr((x - mean - 1 / 255) * inverse_std)
+    upper = torch.where(x > 0.999, 1.0, upper)
+    lower = torch.where(x < -0.999, 0.0, lower)
+    return -(upper - lower).clamp(min=1e-12).log()
+
+
+def variational_bound(prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """One term of the variational bound, [b], in bits per dimension (improved DDPM, equations 4 to 7).
+
+    The KL divergence of the predicted from the true posterior, or, at t = 0, the likelihood of the 8-bit picture.
+    Raises ValueError when the prediction has no learned variance.
+    """
+    if prediction.variance_fraction is None:
+        raise ValueError("the variational bound needs a network that predicts its variance: 2c output channels")
+    level, level_previous = schedule.at(t), schedule.at(t - 1)
+    log_variance = learned_log_variance(prediction.variance_fraction, schedule, t, t - 1)
+    mean = posterior_mean(prediction.x0, x_t, level, level_previous)
+    true_mean = posterior_mean(x0, x_t, level, level_previous)
+    true_log_variance = per_row(log_variance_range(schedule, t, t - 1)[0], x_t)
+    kl = mean_over_row(normal_kl(true_mean, true_log_variance, mean, log_variance))
+    nll = mean_over_row(discretized_gaussian_nll(x0, mean, log_variance))
+    return torch.where(t == 0, nll, kl) / log(2)
+
+
+def hybrid_loss(
+    kind: str, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
+    """Squared error of the prediction and weighted variational bound, [b] each; the loss is their sum.
+
+    ``output`` [b, 2c, ...]. The bound trains the variance only: it sees the prediction detached. Its weight is
+    T / 1000, that is 1/1000 of the whole bound (improved DDPM, equation 16).
+    """
+    alpha_bar = schedule.at(t)
+    mean, variance = output.chunk(2, dim=1)
+    squared_error = mean_over_row((mean - regression_target(kind, x0, noise, alpha_bar)) ** 2)
+    x_t = q_sample(x0, noise, alpha_bar)
+    prediction = predict(kind, torch.cat([mean.detach(), variance], dim=1), x_t, alpha_bar)
+    bound = variational_bound(prediction, x0, x_t, t, schedule)
+    return squared_error, bound * (schedule.steps / 1000)

@@ -1,0 +1,97 @@
+"""Samplers: plain functions from noise to data, for pictures and for vectors.
+
+A step's noise comes from the draw under the purpose "step0", "step1", ..., so a row's sample depends on its own seed
+and on nothing else in the batch.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from models.diffusion.process import Prediction, learned_log_variance, per_row, posterior_mean, posterior_variance
+from models.diffusion.schedules import Schedule
+from models.draw import Draw
+
+Denoise = Callable[[Tensor, Tensor], Prediction]
+"""(x_t [b, ...], t int64 [b]) to a prediction."""
+
+Callback = Callable[[int, Tensor], None]
+"""Called after every step with the number of steps done and the current estimate of the clean data."""
+
+
+def _steps(grid: Tensor, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(number of the step, t [b], previous t [b]) down the grid; the last previous t is -1, the data."""
+    if grid.ndim != 1 or len(grid) == 0 or (grid.diff() >= 0).any() or grid[-1] < 0:
+        raise ValueError("a sampling grid must hold timesteps in falling order, down to 0 or more")
+    visited = grid.tolist()
+    for i, (t, previous) in enumerate(zip(visited, [*visited[1:], -1], strict=True)):
+        rows = torch.ones(len(x), dtype=torch.int64, device=x.device)
+        yield i, rows * t, rows * previous
+
+
+@torch.no_grad()
+def ancestral(
+    denoise: Denoise,
+    noise: Tensor,
+    grid: Tensor,
+    schedule: Schedule,
+    draw: Draw,
+    variance: str | Tensor = "learned",
+    callback: Callback | None = None,
+) -> Tensor:
+    """DDPM's reverse steps (Ho et al. 2020, algorithm 2) on a grid that may skip timesteps.
+
+    ``noise`` [b, ...] is x at the first timestep. ``variance`` is "learned" (the prediction's own), "small" (the
+    posterior's) or one number for each step of the grid, as Analytic-DPM has. Raises ValueError on another variance,
+    a grid that does not fall, or a learned variance that the prediction lacks.
+    """
+    x = noise
+    for i, t, previous in _steps(grid, noise):
+        prediction = denoise(x, t)
+        level, level_previous = schedule.at(t), schedule.at(previous)
+        x = posterior_mean(prediction.x0, x, level, level_previous)
+        if previous[0] >= 0:
+            if isinstance(variance, Tensor):
+                std = per_row(variance[i].sqrt().expand(len(x)).to(x.device), x)
+            elif variance == "small":
+                std = per_row(posterior_variance(level, level_previous).sqrt(), x)
+            elif variance == "learned" and prediction.variance_fraction is not None:
+                std = torch.exp(0.5 * learned_log_variance(prediction.variance_fraction, schedule, t, previous))
+            else:
+                raise ValueError(f"variance {variance!r} does not fit: use 'small', or 'learned' if the model has one")
+            x = x + std * draw.normal(f"step{i}", *x.shape[1:])
+        if callback is not None:
+            callback(i + 1, prediction.x0)
+    return x
+
+
+@torch.no_grad()
+def ddim(
+    denoise: Denoise,
+    noise: Tensor,
+    grid: Tensor,
+    schedule: Schedule,
+    eta: float = 0.0,
+    draw: Draw | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DDIM (Song et al. 2021, equation 12) on any grid.
+
+    ``noise`` [b, ...] is x at the first timestep. ``eta`` 0 is deterministic and needs no draw, 1 has DDPM's
+    variance. Raises ValueError on a grid that does not fall, or an eta above 0 without a draw.
+    """
+    if eta > 0 and draw is None:
+        raise ValueError(f"DDIM with eta {eta} adds noise: pass a draw, or use eta 0")
+    x = noise
+    for i, t, previous in _steps(grid, noise):
+        prediction = denoise(x, t)
+        level, level_previous = schedule.at(t), schedule.at(previous)
+        added = eta**2 * posterior_variance(level, level_previous)
+        direction = per_row((1 - level_previous - added).clamp(min=0).sqrt(), x)
+        x = per_row(level_previous.sqrt(), x) * prediction.x0 + direction * prediction.eps
+        if draw is not None and eta > 0 and previous[0] >= 0:
+            x = x + per_row(added.sqrt(), x) * draw.normal(f"step{i}", *x.shape[1:])
+        if callback is not None:
+            callback(i + 1, prediction.x0)
+    return x

@@ -1,0 +1,75 @@
+"""Noise schedules and sampling grids.
+
+Timestep t runs from 0 (least noise) to T - 1 (almost only noise). A grid is a descending int64 tensor of the timesteps
+that a sampler visits; after its last one comes the picture itself, written as timestep -1.
+"""
+
+from dataclasses import dataclass
+from math import pi
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``alpha_bar``, float64 [T], falling: the share of the data's variance that is left at timestep t."""
+
+    alpha_bar: Tensor
+
+    @property
+    def steps(self) -> int:
+        """T, the number of timesteps."""
+        return len(self.alpha_bar)
+
+    def at(self, t: Tensor) -> Tensor:
+        """alpha_bar of int64 timesteps, float64, shaped like ``t``; timestep -1 is the data, where it is 1."""
+        values = self.alpha_bar.to(t.device)[t.clamp(min=0)]
+        return torch.where(t < 0, 1.0, values)
+
+
+def make_schedule(name: str, steps: int) -> Schedule:
+    """The schedule called "cosine" or "linear" with T = ``steps``. Raises ValueError on another name.
+
+    Cosine: Nichol & Dhariwal 2021, equation 17. Linear: Ho et al. 2020, betas from 1e-4 to 0.02 at T = 1000, scaled
+    by 1000 / T. Both keep beta at or below 0.999.
+    """
+    if name == "cosine":
+        edges = torch.arange(steps + 1, dtype=torch.float64) / steps
+        level = torch.cos((edges + 0.008) / 1.008 * pi / 2) ** 2
+        beta = 1 - level[1:] / level[:-1]
+    elif name == "linear":
+        beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * 1000 / steps
+    else:
+        raise ValueError(f"schedule is {name!r}: use 'cosine' or 'linear'")
+    return Schedule(torch.cumprod(1 - beta.clamp(max=0.999), dim=0))
+
+
+def strided_grid(steps: int, count: int) -> Tensor:
+    """``count`` of T = ``steps`` timesteps, evenly spread from T - 1 down to 0, rounded to the nearest.
+
+    Raises ValueError unless 2 <= count <= steps.
+    """
+    if not 2 <= count <= steps:
+        raise ValueError(f"cannot take {count} sampling steps out of {steps}: use 2 to {steps}")
+    ascending = torch.arange(count, dtype=torch.float64) * ((steps - 1) / (count - 1))
+    return ascending.round().long().flip(0)
+
+
+def fast27_grid(steps: int) -> Tensor:
+    """GLIDE's 27 uneven timesteps: 10, 10, 3, 2 and 2 in five equal sections from the least noise to the most.
+
+    The noisiest is T - 3 instead of T - 1, which makes fewer artefacts with DDIM. Raises ValueError if T is below 50.
+    """
+    if steps < 50:
+        raise ValueError(f"the 27 uneven sampling steps need 50 or more diffusion steps, not {steps}")
+    counts = (10, 10, 3, 2, 2)
+    size, extra = divmod(steps, 5)
+    bounds = [size * section + min(section, extra) for section in range(6)]  # the first sections take the remainder
+    sections = [
+        torch.linspace(start, stop - 1, count, dtype=torch.float64).round().long()
+        for start, stop, count in zip(bounds, bounds[1:], counts, strict=False)
+    ]
+    grid = torch.cat(sections).flip(0)
+    grid[0] = steps - 3
+    return grid

@@ -1,0 +1,107 @@
+"""The diffusion prior: a caption to an image embedding by denoising.
+
+unCLIP section 2.2 and Algorithm 2, option 2. One causal transformer reads
+
+    77 caption tokens | text embedding | timestep | noised image embedding | query
+
+and its output at the query is the clean embedding. Embeddings are diffused at ``scale`` times the square root of their
+dimension (unCLIP, appendix C). Table 3's 24 layers of width 2,048 make the 1B of its model size alone, so its "text
+encoder" row is this transformer, and captions enter as token embeddings.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.diffusion.guidance import guidance_rows, guided_output
+from models.diffusion.process import Prediction, mean_over_row, predict, q_sample
+from models.diffusion.samplers import Denoise
+from models.diffusion.schedules import make_schedule
+from models.draw import Draw
+from models.losses import Losses
+from models.nn.embedding import timestep_embedding
+from models.nn.transformer import CaptionEmbedding, Transformer, normal_linear
+from models.prior_configs import DiffusionPriorConfig
+
+
+class DiffusionPrior(nn.Module):
+    """Predicts scaled clean image embeddings of ``embed_dim`` from noised ones."""
+
+    def __init__(self, config: DiffusionPriorConfig, embed_dim: int):
+        super().__init__()
+        self.config = config
+        self.embed_dim = embed_dim
+        self.scale = config.scale * embed_dim**0.5
+        width = config.width
+        self.caption = CaptionEmbedding(config.vocabulary, config.text_context, width)
+        self.embedding_in = normal_linear(embed_dim, width)
+        self.null_embedding = nn.Parameter(torch.empty(width))
+        self.timestep = nn.Sequential(normal_linear(width, width), nn.SiLU(), normal_linear(width, width))
+        self.noised_in = normal_linear(embed_dim, width)
+        self.query = nn.Parameter(torch.empty(width))
+        self.position = nn.Parameter(torch.empty(4, width))  # of the last four; the caption brings its own
+        self.transformer = Transformer(width, config.depth, config.heads, causal=True)
+        self.out = normal_linear(width, embed_dim)
+        for vector in (self.null_embedding, self.query):
+            nn.init.normal_(vector, std=0.02)
+        nn.init.normal_(self.position, std=0.01)
+
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
+        """The clean embedding at the diffusion's scale, fp32 [b, d].
+
+        ``x_t`` [b, d] at that scale, ``t`` int64 [b], ``tokens`` int64 [b, 77], ``text_embedding`` unit norm
+        [b, d], ``keep_text`` bool [b]: False hides caption and text embedding, never the noised embedding.
+        """
+        dtype = self.query.dtype
+        embedding = self.embedding_in(text_embedding.to(dtype) * self.embed_dim**0.5)  # unit variance going in
+        embedding = torch.where(keep_text[:, None], embedding, self.null_embedding)
+        step = self.timestep(timestep_embedding(t, self.config.width).to(dtype))
+        noised = self.noised_in(x_t.to(dtype))
+        last = torch.stack([embedding, step, noised, self.query.expand_as(embedding)], dim=1) + self.position
+        out = self.transformer(torch.cat([self.caption(tokens, keep_text), last], dim=1))[:, -1]
+        with torch.autocast(out.device.type, enabled=False):
+            return self.out(out.to(dtype))
+
+
+def diffusion_prior_loss(model: DiffusionPrior, batch: dict[str, Tensor], draw: Draw) -> Losses:
+    """Mean squared error of the clean embedding at the diffusion's scale, [b].
+
+    ``batch`` has "tokens" int64 [b, 77], "text_embedding" and "image_embedding" [b, d] of unit norm. Text is hidden in
+    training mode only: validation measures the model with it.
+    """
+    schedule = make_schedule(model.config.schedule, model.config.steps)
+    x0 = batch["image_embedding"].float() * model.scale
+    t = draw.integers("t", model.config.steps)
+    x_t = q_sample(x0, draw.normal("noise", model.embed_dim), schedule.at(t))
+    keep = draw.keep("drop_text", model.config.drop_text if model.training else 0.0)
+    output = model(x_t, t, batch["tokens"], batch["text_embedding"], keep)
+    return Losses(mean_over_row((output.float() - x0) ** 2), {})
+
+
+def diffusion_prior_denoise(
+    model: DiffusionPrior, tokens: Tensor, text_embedding: Tensor, guidance: float = 0.0
+) -> Denoise:
+    """The prior as a sampler takes it, for these captions: x at the diffusion's scale, divide samples by ``scale``.
+
+    ``guidance`` is w in (1 + w) conditional - w unconditional.
+    """
+    schedule = make_schedule(model.config.schedule, model.config.steps)
+    keep = guidance_rows(len(tokens), guidance, tokens.device)
+    branches = len(keep) // len(tokens)
+    tokens, text_embedding = tokens.repeat(branches, 1), text_embedding.repeat(branches, 1)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        output = guided_output(lambda x, times: model(x, times, tokens, text_embedding, keep), x_t, t, guidance)
+        return predict("x0", output, x_t, schedule.at(t))
+
+    return denoise
+
+
+def best_of(samples: Tensor, text_embedding: Tensor) -> Tensor:
+    """Of n samples [n, b, d] a row, the one with the highest dot product with ``text_embedding`` [b, d]: [b, d].
+
+    Samples are normalised first, or the longest would win, and so is the result (Algorithm 2, lines 23 to 25).
+    """
+    unit = F.normalize(samples, dim=-1)
+    best = (unit * text_embedding).sum(-1).argmax(0)
+    return unit[best, torch.arange(unit.shape[1], device=unit.device)]

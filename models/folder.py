@@ -1,0 +1,110 @@
+"""Models as folders of config.json and model.safetensors: no pickle is ever read.
+
+CLIP has open_clip's layout instead (models/clip.py).
+"""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.ar_prior import ARPrior
+from models.codec import Codec
+from models.decoder import Decoder
+from models.diffusion_prior import DiffusionPrior
+from models.image_configs import DecoderConfig, UpsamplerConfig
+from models.prior_configs import ARPriorConfig, DiffusionPriorConfig
+from models.upsampler import Upsampler
+
+FORMAT = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Kind(NamedTuple):
+    """A class of models: what builds it from its configuration, and the dimensions it takes besides."""
+
+    model: type[nn.Module]
+    config: type
+    sizes: tuple[str, ...]
+
+
+KINDS = {
+    "ar_prior": Kind(ARPrior, ARPriorConfig, ("embed_dim", "codes")),
+    "diffusion_prior": Kind(DiffusionPrior, DiffusionPriorConfig, ("embed_dim",)),
+    "decoder": Kind(Decoder, DecoderConfig, ("embed_dim",)),
+    "upsampler": Kind(Upsampler, UpsamplerConfig, ()),
+}
+
+
+def save_model(folder: str | Path, model: nn.Module, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a prior, decoder or upsampler into ``folder``, with ``weights`` (an average, say) instead of its own."""
+    kind = next(name for name, kind in KINDS.items() if isinstance(model, kind.model))
+    sizes = {name: getattr(model, name) for name in KINDS[kind].sizes}
+    document = {"format": FORMAT, "kind": kind, "config": asdict(model.config), "sizes": sizes}  # type: ignore[call-overload]
+    write(Path(folder), document, weights or model.state_dict())
+
+
+def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Any:
+    """Read a prior, decoder or upsampler that ``save_model`` wrote; in evaluation mode.
+
+    Raises FileNotFoundError when a file is missing, and ValueError when the folder was written by a newer version or
+    its weights do not fit its configuration.
+    """
+    document, weights = read(Path(folder), device)
+    if document["kind"] not in KINDS:
+        raise ValueError(f"{folder} holds a {document['kind']}: expected one of {', '.join(KINDS)}")
+    kind = KINDS[document["kind"]]
+    unknown = document["config"].keys() - {field.name for field in fields(kind.config)}
+    if unknown:
+        raise ValueError(f"{folder}/{CONFIG_FILE} has unknown fields {sorted(unknown)}: update this software")
+    config = kind.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in document["config"].items()})
+    with torch.device("meta"):  # no time lost on random weights
+        model = kind.model(config, **document["sizes"])
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}/{WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from error
+    return model.eval()
+
+
+def save_codec(folder: str | Path, codec: Codec) -> None:
+    """Write a codec into ``folder``."""
+    write(Path(folder), {"format": FORMAT, "kind": "codec"}, codec.tensors())
+
+
+def load_codec(folder: str | Path, device: torch.device | str = "cpu") -> Codec:
+    """Read a codec that ``save_codec`` wrote. Raises as ``load_model`` does."""
+    document, tensors = read(Path(folder), device)
+    if document["kind"] != "codec" or tensors.keys() != {field.name for field in fields(Codec)}:
+        raise ValueError(f"{folder} holds no codec but a {document['kind']} of {sorted(tensors)}")
+    return Codec(**tensors)
+
+
+def write(folder: Path, document: dict, tensors: dict[str, Tensor]) -> None:
+    """Write both files of a model folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def read(folder: Path, device: torch.device | str) -> tuple[dict, dict[str, Tensor]]:
+    """Read both files of a model folder. Raises as ``load_model`` does."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: name a folder that a training wrote")
+    try:
+        document = json.loads((folder / CONFIG_FILE).read_text())
+        tensors = load_file(folder / WEIGHTS_FILE, device=str(device))
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): fetch or train it again") from error
+    if not isinstance(document, dict) or not {"format", "kind"} <= document.keys():
+        raise ValueError(f"{folder}/{CONFIG_FILE} says neither format nor kind: name a folder that a training wrote")
+    if document["format"] > FORMAT:
+        raise ValueError(f"{folder} has format {document['format']}, newer than {FORMAT}: update this software")
+    return document, tensors

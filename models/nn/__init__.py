@@ -1,0 +1,1 @@
+"""Networks without a task: transformer, U-Net, text encoder."""

@@ -1,0 +1,129 @@
+"""A pre-norm transformer with an optional key-value cache, and the embedding that feeds captions to it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Cache:
+    """Keys and values of the positions seen so far, a pair of [b, heads, context, width / heads] per layer."""
+
+    def __init__(self, context: int):
+        self.context = context
+        self.length = 0
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one layer's new keys and values, [b, heads, n, head], and return all of them."""
+        if layer == len(self.layers):
+            rows, heads, _, head = keys.shape
+            shape = (rows, heads, self.context, head)
+            self.layers.append((keys.new_empty(shape), values.new_empty(shape)))
+        stop = self.length + keys.shape[2]
+        for kept, new in zip(self.layers[layer], (keys, values), strict=True):
+            kept[:, :, self.length : stop] = new
+        all_keys, all_values = self.layers[layer]
+        return all_keys[:, :, :stop], all_values[:, :, :stop]
+
+
+def normal_linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
+    """A linear layer whose weights are normal with standard deviation ``std`` and whose biases are zero."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the hidden layer is four times as wide.
+
+    ``joining_std`` is the standard deviation of the weights that start a branch's way back into x.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool, dropout: float, joining_std: float):
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = normal_linear(width, 3 * width)
+        self.attention_out = normal_linear(width, width, joining_std)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp_in = normal_linear(width, 4 * width)
+        self.mlp_out = normal_linear(4 * width, width, joining_std)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention_out(self._attend(self.norm_attention(x), layer, cache)))
+        return x + self.dropout(self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x)))))
+
+    def _attend(self, x: Tensor, layer: int, cache: Cache | None) -> Tensor:
+        queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            keys, values = cache.extend(layer, keys, values)
+        # A single new position may see everything before it, so only a first call of several needs the mask.
+        masked = self.causal and queries.shape[2] > 1
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=masked)
+        return out.transpose(1, 2).flatten(2)
+
+
+class Transformer(nn.Module):
+    """[b, n, width] to [b, n, width], with a final layer norm.
+
+    With ``causal``, position i sees positions up to i; otherwise all see all. With a cache, the first call may bring
+    any number of positions and every later call exactly one. Weights start as in GPT-2: standard deviation 0.02,
+    divided by sqrt(2 depth) where a branch joins the residual stream. Dropout, where there is any, uses PyTorch's
+    global generator.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, causal: bool, dropout: float = 0.0):
+        super().__init__()
+        joining_std = 0.02 / (2 * depth) ** 0.5
+        self.blocks = nn.ModuleList(Block(width, heads, causal, dropout, joining_std) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """Raises ValueError when several positions are added to a cache that already holds some."""
+        if cache is not None and cache.length > 0 and x.shape[1] != 1:
+            raise ValueError(f"a filled cache takes one position at a time, got {x.shape[1]}")
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, cache)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+
+def is_padding(tokens: Tensor, end: int) -> Tensor:
+    """Which positions come after the first ``end`` token: booleans shaped like ``tokens``, [b, n].
+
+    CLIP's tokenizer pads with 0, which is also the token of "!": only the end token tells the two apart.
+    """
+    ends = (tokens == end).long()
+    return ends.cumsum(-1) - ends > 0
+
+
+class CaptionEmbedding(nn.Module):
+    """BPE tokens [b, context or more] to vectors [b, context, width]: token plus position; the rest is cut.
+
+    Padded positions hold a learned vector of their own instead of a token, and a dropped caption is all padding
+    (GLIDE, section 2.3). That differs from an empty caption, which has a start and an end token.
+    """
+
+    def __init__(self, vocabulary: int, context: int, width: int):
+        super().__init__()
+        self.end = vocabulary - 1  # CLIP's BPE: the end of text is the last token
+        self.context = context
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.empty(context, width))
+        self.padding = nn.Parameter(torch.empty(context, width))
+        nn.init.normal_(self.token.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.01)
+        nn.init.normal_(self.padding, std=0.02)
+
+    def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        """``tokens`` int64 [b, context or more], ``keep`` bool [b]: False drops the caption. Raises ValueError on
+        fewer tokens."""
+        if tokens.shape[1] < self.context:
+            raise ValueError(f"captions must have {self.context} tokens or more, got {tokens.shape[1]}: pad them")
+        tokens = tokens[:, : self.context]
+        shown = keep[:, None] & ~is_padding(tokens, self.end)
+        return torch.where(shown[..., None], self.token(tokens) + self.position, self.padding)

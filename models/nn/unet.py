@@ -1,0 +1,177 @@
+"""The U-Net of ADM (Dhariwal & Nichol 2021), with GLIDE's way of attending to a context."""
+
+import math
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.nn.embedding import timestep_embedding
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, as in ADM, or the most that fit widths which are no multiple of 32."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The same module with all weights zero: a branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, between which the embedding scales and shifts.
+
+    ``resize`` "up" or "down" doubles or halves the side; "" keeps it.
+    """
+
+    def __init__(self, channels: int, out_channels: int, embedding_width: int, dropout: float, resize: str = ""):
+        super().__init__()
+        self.resize = resize
+        self.norm_in = group_norm(channels)
+        self.conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding_width, 2 * out_channels)
+        self.norm_out = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self._resized(F.silu(self.norm_in(x)))
+        h = self.conv_in(h)
+        scale, shift = self.modulation(F.silu(embedding))[..., None, None].chunk(2, dim=1)
+        h = F.silu(self.norm_out(h) * (1 + scale) + shift)
+        return self.skip(self._resized(x)) + self.conv_out(self.dropout(h))
+
+    def _resized(self, x: Tensor) -> Tensor:
+        if self.resize == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resize == "down" else x
+
+
+class Attention(nn.Module):
+    """Every pixel attends to all context tokens and all pixels: keys and values of both in one sequence (GLIDE)."""
+
+    def __init__(self, channels: int, head_channels: int, context_width: int):
+        super().__init__()
+        self.head_channels = head_channels
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context_kv = nn.Linear(context_width, 2 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        pixels = self.norm(x).flatten(2).transpose(1, 2)
+        queries, keys, values = (self._heads(part) for part in self.qkv(pixels).chunk(3, dim=-1))
+        context_keys, context_values = (self._heads(part) for part in self.context_kv(context).chunk(2, dim=-1))
+        h = F.scaled_dot_product_attention(
+            queries, torch.cat([context_keys, keys], dim=2), torch.cat([context_values, values], dim=2)
+        )
+        h = self.out(h.transpose(1, 2).flatten(2))
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[b, n, channels] to [b, heads, n, head_channels]."""
+        return x.unflatten(-1, (-1, self.head_channels)).transpose(1, 2)
+
+
+class Stage(nn.Module):
+    """A residual block, followed by attention if ``attention`` is given."""
+
+    def __init__(self, resblock: ResBlock, attention: Attention | None = None):
+        super().__init__()
+        self.resblock = resblock
+        self.attention = attention
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
+        x = self.resblock(x, embedding)
+        return x if self.attention is None else self.attention(x, context)
+
+
+class UNet(nn.Module):
+    """[b, in_channels, h, w] to [b, out_channels, h, w], for any h and w that are multiples of 2^(resolutions - 1).
+
+    ``depth`` residual blocks at each resolution, which has ``channels`` times its multiplier. ``attention_levels``
+    are the resolutions, 0 the largest, that attend to themselves and to a context of ``context_width``; the middle
+    then does so too. With no attention levels there is no attention anywhere. The last convolution of every branch,
+    and of the network, starts at zero. The network's last layer is fp32 even under autocast, for the variance's sake.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        depth: int,
+        multipliers: tuple[int, ...],
+        dropout: float = 0.0,
+        attention_levels: frozenset[int] = frozenset(),
+        head_channels: int = 64,
+        context_width: int = 0,
+    ):
+        super().__init__()
+        self.channels = channels
+        self.embedding_width = 4 * channels
+        self.multiple = 2 ** (len(multipliers) - 1)
+        widths = [channels * multiplier for multiplier in multipliers]
+
+        def stage(width_in: int, width: int, attends: bool) -> Stage:
+            attention = Attention(width, head_channels, context_width) if attends else None
+            return Stage(ResBlock(width_in, width, self.embedding_width, dropout), attention)
+
+        def resizing(width: int, resize: str) -> Stage:
+            return Stage(ResBlock(width, width, self.embedding_width, dropout, resize))
+
+        self.time = nn.Sequential(
+            nn.Linear(channels, self.embedding_width),
+            nn.SiLU(),
+            nn.Linear(self.embedding_width, self.embedding_width),
+        )
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        current, skips = widths[0], [widths[0]]
+        for level, width in enumerate(widths):
+            for _ in range(depth):
+                self.down.append(stage(current, width, level in attention_levels))
+                current = width
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.down.append(resizing(width, "down"))
+                skips.append(width)
+        self.middle = nn.ModuleList([stage(current, current, bool(attention_levels)), stage(current, current, False)])
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(depth + 1):
+                self.up.append(stage(current + skips.pop(), width, level in attention_levels))
+                current = width
+            if level > 0:
+                self.up.append(resizing(width, "up"))
+        self.norm_out = group_norm(current)
+        self.conv_out = zeroed(nn.Conv2d(current, out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, added: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """``t`` [b] timesteps; ``added`` [b, embedding_width] joins the timestep embedding; ``context`` [b, n,
+        context_width] is attended to. Raises ValueError on a size that cannot be halved often enough."""
+        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
+            raise ValueError(
+                f"this U-Net takes multiples of {self.multiple} pixels a side, got {x.shape[2]} x {x.shape[3]}"
+            )
+        embedding = self.time(timestep_embedding(t, self.channels))
+        if added is not None:
+            embedding = embedding + added
+        x = self.conv_in(x)
+        skips = [x]
+        for stage in self.down:
+            x = stage(x, embedding, context)
+            skips.append(x)
+        for stage in self.middle:
+            x = stage(x, embedding, context)
+        for stage in self.up:
+            if stage.resblock.resize == "":
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = stage(x, embedding, context)
+        # The meta device, where a network is only measured, knows no autocast.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            return self.conv_out(F.silu(self.norm_out(x.float())))

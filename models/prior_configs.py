@@ -1,0 +1,153 @@
+"""What a CLIP and the two priors are made of. No torch here, so that a configuration can be read without it.
+
+Dimensions of embeddings and the number of codes are no fields of a prior: they are read from CLIP and the codec.
+"""
+
+from dataclasses import dataclass
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_transformer(prefix: str, width: int, depth: int, heads: int) -> None:
+    """Raise ValueError unless a transformer of this shape can be built; ``prefix`` starts the names of its fields."""
+    require(depth >= 1, f"{prefix}depth is {depth}: use 1 or more layers")
+    require(
+        heads >= 1 and width >= 1 and width % heads == 0,
+        f"{prefix}width {width} is not a multiple of {prefix}heads {heads}: change one of them",
+    )
+
+
+def check_text_context(tokens: int) -> None:
+    """Raise ValueError unless captions of so many tokens can be made."""
+    require(3 <= tokens <= 77, f"text_context is {tokens}: use 3 to 77, the length that the tokenizer makes")
+
+
+@dataclass(frozen=True)
+class ARPriorConfig:
+    """The autoregressive prior; defaults are Table 3's column.
+
+    The caption goes through a text encoder of its own, whose first ``prefix`` outputs open the sequence; with the
+    CLIP text embedding, the dot-product token and 319 codes that makes Table 3's context of 384.
+    ``buckets`` must be the codec's. ``drop_text`` is the share of training rows whose caption and text embedding are
+    hidden. Table 3 gives the text context as 256, but CLIP's tokenizer stops at 77; longer captions are cut.
+    """
+
+    text_context: int = 77
+    prefix: int = 63
+    text_width: int = 2048
+    text_depth: int = 24
+    text_heads: int = 32
+    width: int = 1664
+    depth: int = 24
+    heads: int = 26
+    vocabulary: int = 49408
+    buckets: int = 1024
+    dropout: float = 0.0
+    drop_text: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_transformer("text_", self.text_width, self.text_depth, self.text_heads)
+        check_transformer("", self.width, self.depth, self.heads)
+        check_text_context(self.text_context)
+        require(
+            1 <= self.prefix <= self.text_context,
+            f"prefix is {self.prefix}: use 1 to text_context, which is {self.text_context}",
+        )
+        require(self.buckets >= 2, f"buckets is {self.buckets}: use 2 or more, as the codec has")
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}: use a share from 0 up to but not including 1")
+        require(0 <= self.drop_text < 1, f"drop_text is {self.drop_text}: use a share from 0 up to but not including 1")
+
+
+@dataclass(frozen=True)
+class DiffusionPriorConfig:
+    """The diffusion prior; defaults are Table 3's column.
+
+    Unit-norm embeddings are multiplied by ``scale`` times the square root of their dimension, so that a component's
+    standard deviation is ``scale``: 0.5375 is the paper's 17.2 at 1,024 dimensions. ``drop_text`` is the share of
+    training rows whose caption and text embedding are hidden. Table 3 gives the text context as 256, but CLIP's
+    tokenizer stops at 77; longer captions are cut.
+    """
+
+    text_context: int = 77
+    width: int = 2048
+    depth: int = 24
+    heads: int = 32
+    vocabulary: int = 49408
+    schedule: str = "cosine"
+    steps: int = 1000
+    drop_text: float = 0.1
+    scale: float = 0.5375
+
+    def __post_init__(self) -> None:
+        check_transformer("", self.width, self.depth, self.heads)
+        require(self.width % 2 == 0, f"width is {self.width}: use an even width, half sines and half cosines of t")
+        check_text_context(self.text_context)
+        require(self.schedule in ("cosine", "linear"), f"schedule is {self.schedule!r}: use 'cosine' or 'linear'")
+        require(self.steps >= 2, f"steps is {self.steps}: use 2 or more diffusion steps")
+        require(0 <= self.drop_text < 1, f"drop_text is {self.drop_text}: use a share from 0 up to but not including 1")
+        require(self.scale > 0, f"scale is {self.scale}: use a positive number")
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """A CLIP that the pipeline trains itself; the default is a small vision transformer.
+
+    ``tower`` "vit" has one number in ``layers`` and squares of ``patch`` pixels; "resnet" (CLIP's modified ResNet) has
+    four numbers in ``layers``, ignores ``patch`` and halves the picture five times. ``text_context`` counts BPE tokens
+    including start and end.
+    """
+
+    embed_dim: int = 256
+    image_size: int = 64
+    tower: str = "vit"
+    layers: tuple[int, ...] = (6,)
+    width: int = 256
+    patch: int = 8
+    text_width: int = 192
+    text_layers: int = 4
+    text_heads: int = 6
+    text_context: int = 77
+
+    def __post_init__(self) -> None:
+        require(self.tower in ("vit", "resnet"), f"tower is {self.tower!r}: use 'vit' or 'resnet'")
+        require(all(n >= 1 for n in self.layers), f"layers is {self.layers}: use positive numbers")
+        if self.tower == "vit":
+            require(len(self.layers) == 1, f"layers is {self.layers}: a vit takes one number")
+            require(
+                self.patch >= 1 and self.image_size % self.patch == 0,
+                f"image_size {self.image_size} is not a multiple of patch {self.patch}: change one of them",
+            )
+            require(
+                self.embed_dim <= self.width,
+                f"embed_dim {self.embed_dim} is above width {self.width}: a vit cannot fill it, widen the tower",
+            )
+        else:
+            require(len(self.layers) == 4, f"layers is {self.layers}: a resnet takes four numbers")
+            require(self.image_size % 32 == 0, f"image_size is {self.image_size}: a resnet takes multiples of 32")
+        pooled = self.width if self.tower == "vit" else 32 * self.width
+        require(
+            pooled >= 1 and pooled % min(64, pooled) == 0,
+            f"width is {self.width}: a vit wider than 64 takes multiples of 64, a resnet even numbers",
+        )
+        check_transformer("text_", self.text_width, self.text_layers, self.text_heads)
+        check_text_context(self.text_context)
+
+    def model_config(self) -> dict:
+        """The same as an open_clip model configuration, ready for JSON."""
+        vision: dict = {"image_size": self.image_size, "width": self.width}
+        if self.tower == "vit":
+            vision |= {"layers": self.layers[0], "patch_size": self.patch, "head_width": min(64, self.width)}
+        else:
+            vision |= {"layers": list(self.layers), "head_width": min(64, 32 * self.width)}
+        text = {
+            "context_length": self.text_context,
+            "vocab_size": 49408,
+            "width": self.text_width,
+            "heads": self.text_heads,
+            "layers": self.text_layers,
+        }
+        return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text}

@@ -1,0 +1,39 @@
+"""How a bundle turns captions into pictures unless told otherwise. No torch here, as in the other configurations."""
+
+from dataclasses import dataclass
+
+from models.prior_configs import require
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Sampling defaults; the class's own are the paper's.
+
+    ``prior`` "diffusion" or "ar" draws ``candidates`` image embeddings a caption and keeps the best. ``..._guidance``
+    is w in (1 + w) conditional - w unconditional, one less than the literature's scale: the decoder's 0.25 is the
+    paper's 1.25. ``temperature`` is the AR prior's. ``..._sampler`` is "ddpm" or "ddim"; the upsamplers use DDIM, with
+    GLIDE's uneven grid where ``upsampler_256_steps`` is 27. ``size`` is the largest picture to make: 64, 256 or 1024.
+    """
+
+    prior: str = "diffusion"
+    candidates: int = 2
+    prior_steps: int = 64
+    prior_sampler: str = "ddpm"
+    prior_guidance: float = 0.0
+    temperature: float = 1.0
+    decoder_steps: int = 250
+    decoder_sampler: str = "ddpm"
+    decoder_guidance: float = 0.25
+    upsampler_256_steps: int = 27
+    upsampler_1024_steps: int = 15
+    size: int = 1024
+
+    def __post_init__(self) -> None:
+        require(self.prior in ("diffusion", "ar"), f"prior is {self.prior!r}: use 'diffusion' or 'ar'")
+        for name in ("prior_sampler", "decoder_sampler"):
+            sampler = getattr(self, name)
+            require(sampler in ("ddpm", "ddim"), f"{name} is {sampler!r}: use 'ddpm' or 'ddim'")
+        for name in ("candidates", "prior_steps", "decoder_steps", "upsampler_256_steps", "upsampler_1024_steps"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: use 1 or more")
+        require(self.temperature > 0, f"temperature is {self.temperature}: use a number above 0")
+        require(self.size in (64, 256, 1024), f"size is {self.size}: use 64, 256 or 1024")

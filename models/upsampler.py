@@ -1,0 +1,110 @@
+"""The upsamplers: diffusion models conditioned on a smaller, slightly damaged picture.
+
+Ramesh et al. 2022 (unCLIP), section 2.1: ADM's network without attention, no caption and no guidance. It is
+convolutional, so it learns on crops and runs on whole pictures.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.degradation.blur import corruption_blur
+from models.degradation.bsr import bsr, bsr_mild
+from models.diffusion.process import Prediction, mean_over_row, predict, q_sample, regression_target
+from models.diffusion.samplers import Denoise
+from models.diffusion.schedules import make_schedule
+from models.draw import Draw
+from models.image_configs import UpsamplerConfig
+from models.losses import Losses
+from models.nn.unet import UNet
+from models.pixels import from_uint8, resize
+
+
+class Upsampler(nn.Module):
+    """Predicts noise (or v) of a noised picture of any size that the U-Net can halve often enough.
+
+    Dropout uses PyTorch's global generator.
+    """
+
+    def __init__(self, config: UpsamplerConfig):
+        super().__init__()
+        self.config = config
+        self.unet = UNet(
+            in_channels=6 * config.patch**2,
+            out_channels=3 * config.patch**2,
+            channels=config.channels,
+            depth=config.depth,
+            multipliers=config.multipliers,
+            dropout=config.dropout,
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, low: Tensor) -> Tensor:
+        """x_t [b, 3, h, w] at timesteps [b], given the small picture ``low`` in [-1, 1], to fp32 [b, 3, h, w].
+
+        ``low`` is resized to h x w (antialiased bicubic) and put beside x_t as three more channels.
+        """
+        both = torch.cat([x_t, resize(low, (x_t.shape[2], x_t.shape[3]))], dim=1)
+        output = self.unet(F.pixel_unshuffle(both, self.config.patch), t)
+        return F.pixel_shuffle(output, self.config.patch)
+
+
+def random_crop(image: Tensor, size: int, multiple: int, draw: Draw) -> Tensor:
+    """One ``size`` x ``size`` crop of each row of [b, 3, h, w], its corner at a multiple of ``multiple`` pixels.
+
+    The multiple keeps the small picture's pixels on the large picture's grid.
+    """
+    places = ((image.shape[2] - size) // multiple + 1, (image.shape[3] - size) // multiple + 1)
+    window = torch.arange(size, device=image.device)
+    top, left = (draw.integers(f"crop_{axis}", count) * multiple for axis, count in zip("yx", places, strict=True))
+    rows = torch.arange(len(image), device=image.device)[:, None, None]
+    pixels = image[rows, :, (top[:, None] + window)[:, :, None], (left[:, None] + window)[:, None, :]]
+    return pixels.permute(0, 3, 1, 2)
+
+
+def corrupted_low(config: UpsamplerConfig, crop: Tensor, draw: Draw) -> Tensor:
+    """The small, damaged version of a crop [b, 3, c, c] in [-1, 1]: [b, 3, c / scale, c / scale], fp32."""
+    with torch.autocast(crop.device.type, enabled=False):  # bf16 has no room for 256 levels
+        if config.corruption == "blur":
+            side = crop.shape[2] // config.scale
+            return corruption_blur(resize(crop, (side, side)))
+        return bsr(crop, draw, light=config.corruption == "bsr_light")
+
+
+def sampling_low(config: UpsamplerConfig, low: Tensor, draw: Draw) -> Tensor:
+    """The condition to sample with, for a small picture [b, 3, s, s] in [-1, 1]: the mild end of the corruption.
+
+    Algorithm 1, lines 12 and 19 of the specification; the picture itself unless ``corrupt_at_inference``.
+    """
+    if not config.corrupt_at_inference:
+        return low
+    with torch.autocast(low.device.type, enabled=False):
+        if config.corruption == "blur":
+            return corruption_blur(low)
+        return bsr_mild(low, draw, light=config.corruption == "bsr_light")
+
+
+def upsampler_loss(model: Upsampler, batch: dict[str, Tensor], draw: Draw) -> Losses:
+    """Squared error on a random crop of "image" (uint8 [b, 3, s, s]), given its small, corrupted version."""
+    config = model.config
+    schedule = make_schedule(config.schedule, config.steps)
+    x0 = from_uint8(random_crop(batch["image"], config.crop_size, config.scale, draw))
+    low = corrupted_low(config, x0, draw)
+    t = draw.integers("t", config.steps)
+    noise = draw.normal("noise", *x0.shape[1:])
+    alpha_bar = schedule.at(t)
+    output = model(q_sample(x0, noise, alpha_bar), t, low)
+    mse = mean_over_row((output - regression_target(config.prediction, x0, noise, alpha_bar)) ** 2)
+    return Losses(mse, {"mse": mse})
+
+
+def upsampler_denoise(model: Upsampler, low: Tensor) -> Denoise:
+    """What samplers need, for small pictures [b, 3, s, s] in [-1, 1], as ``sampling_low`` makes them.
+
+    x0 is clipped to [-1, 1].
+    """
+    schedule = make_schedule(model.config.schedule, model.config.steps)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        return predict(model.config.prediction, model(x_t, t, low), x_t, schedule.at(t), clip=1.0)
+
+    return denoise

@@ -1,0 +1,123 @@
+"""Pictures for a list of captions, made with the bundle of the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifacts import Artifact, publish_artifact
+from pipeline.bundle import materialise
+from pipeline.graph import Context
+from pipeline.ledger import Ledger
+from pipeline.progress import Progress
+from pipeline.records import put_blob
+from pipeline.store import Store
+
+if TYPE_CHECKING:
+    from models.cascade import UnCLIP
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SamplesRecipe:
+    """One picture a caption; the i-th has seed ``seed`` + i. How to sample stands in the bundle."""
+
+    captions: tuple[str, ...] = ("a red heart",)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.captions:
+            raise ValueError("captions: empty; name at least one")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} is below 0")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A caption's picture as PNG, its base picture of 64 px, and how it was made."""
+
+    caption: str
+    seed: int
+    settings: Mapping[str, Any]
+    picture: bytes
+    base: bytes
+
+
+def make_sample(unclip: UnCLIP, caption: str, seed: int, options: Mapping[str, Any]) -> Sample:
+    """Sample one picture, showing progress over all steps of all models.
+
+    Seed and settings are in the PNG's text chunks. Raises ValueError for an option that is out of range.
+    """
+    from models.cascade import change_sampling
+
+    settings = dataclasses.asdict(change_sampling(unclip.sampling, dict(options)))
+    with Progress(f"sampling {caption[:40]!r}", _steps(unclip, settings), "steps") as progress:
+        generation = unclip.generate([caption], [seed], lambda stage, *_: progress.advance(1, stage), **options)
+    text = {"caption": caption, "seed": str(seed), "settings": json.dumps(settings, sort_keys=True)}
+    images = [_png(pixels[0].numpy(), text) for pixels in (generation.image, generation.images[min(generation.images)])]
+    return Sample(caption, seed, settings, *images)
+
+
+def _steps(unclip: UnCLIP, settings: Mapping[str, Any]) -> int:
+    prior = settings["prior_steps"] if settings["prior"] == "diffusion" or unclip.ar_prior is None else unclip.ar_prior.codes
+    names = [n for n, side in (("upsampler_256", 256), ("upsampler_1024", 1024)) if settings["size"] >= side and getattr(unclip, n)]
+    return prior + settings["decoder_steps"] + sum(settings[f"{name}_steps"] for name in names)
+
+
+def _png(pixels: Any, text: Mapping[str, str]) -> bytes:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, value in text.items():
+        info.add_itxt(name, value)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+def use_all_cores() -> None:
+    """Ray and job runners lower the number of threads in the environment; one process that samples wants them all."""
+    import torch
+
+    from pipeline.training.launch import cores
+
+    torch.set_num_threads(cores())
+
+
+def run_samples(ctx: Context) -> Artifact:
+    """Sample every caption of the recipe."""
+    from models.cascade import UnCLIP
+
+    use_all_cores()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
+        unclip = UnCLIP.from_folder(folder)
+        samples = [make_sample(unclip, text, ctx.recipe.seed + i, {}) for i, text in enumerate(ctx.recipe.captions)]
+    blobs = {}
+    for i, sample in enumerate(samples):
+        blobs[f"{i:04d}.png"] = put_blob(ctx.store, sample.picture)
+        blobs[f"{i:04d}-64.png"] = put_blob(ctx.store, sample.base)
+    metrics = {
+        "captions": [s.caption for s in samples],
+        "seeds": [s.seed for s in samples],
+        "settings": samples[0].settings,
+    }
+    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=len(samples)), metrics=metrics)
+    return publish_artifact(ctx.store, artifact, time.monotonic() - began)
+
+
+def export_pictures(store: Store, artifact: Artifact, folder: Path) -> None:
+    """Write the pictures of a samples artefact as files, those of an earlier one replaced."""
+    for name, blob in artifact.blobs.items():
+        (folder / name).unlink(missing_ok=True)
+        materialise(store, {name: blob}, folder)

@@ -1,0 +1,183 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.ar_prior import ARPrior, ar_prior_loss, invert_cdf, log_likelihood, sample
+from models.codec import Codec, fit_codec, fit_pca, moments
+from models.draw import Draw
+from models.prior_configs import ARPriorConfig
+
+CONFIG = ARPriorConfig(
+    text_context=10, prefix=6, text_width=32, text_depth=1, text_heads=2, width=32, depth=2, heads=2, vocabulary=50,
+    buckets=8,
+)  # fmt: skip
+DIM, CODES = 12, 5
+
+
+def make() -> ARPrior:
+    torch.manual_seed(0)
+    model = ARPrior(CONFIG, DIM, CODES).double().eval()
+    for parameter in model.parameters():  # larger than at the start of training, so that every input has weight
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def make_inputs(rows: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """tokens, text embedding, dot codes, codes, keep_text"""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 48, (rows, 10), generator=g)
+    tokens[:, 7] = 49
+    text = torch.nn.functional.normalize(torch.randn(rows, DIM, generator=g, dtype=torch.float64), dim=-1)
+    dots, codes = torch.randint(8, (rows,), generator=g), torch.randint(8, (rows, CODES), generator=g)
+    return tokens, text, dots, codes, torch.ones(rows, dtype=torch.bool)
+
+
+def make_batch(rows: int) -> tuple[dict[str, Tensor], Codec]:
+    tokens, text, _, _, _ = make_inputs(rows)
+    image = torch.nn.functional.normalize(text + 0.3 * torch.randn(rows, DIM), dim=-1)
+    pca = fit_pca(*moments(image), k=CODES)
+    codec = fit_codec(pca, (image - pca.mean) @ pca.components.T, (image * text).sum(-1), CONFIG.buckets)
+    return {"tokens": tokens, "text_embedding": text.float(), "image_embedding": image.float()}, codec
+
+
+def test_a_code_depends_on_the_prefix_and_on_what_is_left_of_it_only() -> None:
+    model, inputs = make(), make_inputs(1)
+    base = model(*inputs)
+    for position in range(CODES):
+        codes = inputs[3].clone()
+        codes[0, position] = (codes[0, position] + 1) % 8
+        change = (model(*inputs[:3], codes, inputs[4]) - base).abs().amax(-1)[0]
+        assert (change[: position + 1] == 0).all()
+        assert (change[position + 1 :] > 1e-6).all()
+
+
+def test_every_condition_reaches_the_first_code() -> None:
+    model = make()
+    tokens, text, dots, codes, keep = make_inputs(1)
+    base = model(tokens, text, dots, codes, keep)[0, 0]
+    late = tokens.clone()
+    late[0, 6] += 1  # after the first `prefix` outputs of the text encoder, but before the end token
+    for changed in (
+        (late, text, dots, codes, keep),
+        (tokens, -text, dots, codes, keep),
+        (tokens, text, (dots + 1) % 8, codes, keep),
+        (tokens, text, dots, codes, ~keep),
+    ):
+        assert (model(*changed)[0, 0] - base).abs().max() > 1e-6
+    padded = tokens.clone()
+    padded[0, 8:] = 3  # behind the end token nothing counts
+    assert torch.equal(model(padded, text, dots, codes, keep)[0, 0], base)
+
+
+def test_hidden_text_hides_caption_and_text_embedding_but_not_the_dot_product() -> None:
+    model = make()
+    tokens, text, dots, codes, keep = make_inputs(2)
+    out = model(tokens, text, dots[:1].expand(2), codes[:1].expand(2, -1), ~keep)
+    torch.testing.assert_close(out[0], out[1], rtol=0, atol=1e-12)
+    other = model(tokens, text, torch.tensor([0, 1]), codes[:1].expand(2, -1), ~keep)
+    assert (other[0, 0] - other[1, 0]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_sampling_with_a_cache_gives_the_codes_of_full_passes(guidance: float) -> None:
+    model = make()
+    tokens, text, dots, _, keep = make_inputs(4)
+    drawn = sample(model, tokens, text, dots, Draw([(7, 4)]), temperature=0.8, guidance=guidance)
+    uniform = Draw([(7, 4)]).uniform("codes", CODES)
+    codes = torch.zeros(4, CODES, dtype=torch.int64)
+    for i in range(CODES):
+        logits = (1 + guidance) * model(tokens, text, dots, codes, keep)
+        logits = logits - guidance * model(tokens, text, dots, codes, ~keep)
+        codes[:, i] = invert_cdf(logits[:, i] / 0.8, uniform[:, i])
+    assert torch.equal(drawn, codes)
+
+
+def test_a_row_is_drawn_alike_in_any_batch() -> None:
+    model = make()
+    tokens, text, dots, _, _ = make_inputs(3)
+    together = sample(model, tokens, text, dots, Draw([(5, 1), (6, 1), (7, 1)]))
+    for i in range(3):
+        alone = sample(model, tokens[i : i + 1], text[i : i + 1], dots[i : i + 1], Draw([(5 + i, 1)]))
+        assert torch.equal(alone[0], together[i])
+
+
+def test_samples_have_the_models_own_probabilities() -> None:
+    model = make()
+    rows = 5_000
+    inputs = [x.expand(rows, *x.shape[1:]) for x in make_inputs(1)]
+    drawn = sample(model.float(), inputs[0], inputs[1].float(), inputs[2], Draw([(0, rows)]))
+    first = model(*(x[:1] for x in inputs)).softmax(-1)[0, 0]
+    torch.testing.assert_close(torch.bincount(drawn[:, 0], minlength=8) / rows, first, rtol=0, atol=0.02)
+
+
+def test_likelihoods_of_all_sequences_sum_to_one() -> None:
+    torch.manual_seed(0)
+    model = ARPrior(dataclasses.replace(CONFIG, buckets=4), DIM, 3).double()
+    tokens, text, dots, _, keep = make_inputs(1)
+    codes = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    wide = [x.expand(len(codes), *x.shape[1:]) for x in (tokens, text, dots % 4, keep)]
+    total = log_likelihood(model, wide[0], wide[1], wide[2], codes, wide[3]).sum(-1).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-12)
+
+
+def test_inverse_cdf_edges() -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf, 0.0]]).expand(4, -1)
+    assert invert_cdf(logits, torch.tensor([0.0, 1 / 3 + 1e-6, 0.667, 1 - 2**-24])).tolist() == [0, 1, 3, 3]
+
+
+def test_temperature_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="temperature is 0"):
+        sample(make(), *make_inputs()[:3], Draw([(0, 3)]), temperature=0)
+
+
+def test_loss_is_the_mean_negative_log_likelihood_of_the_codes() -> None:
+    batch, codec = make_batch(8)
+    model = make()
+    codes = codec.encode(batch["image_embedding"])
+    dots = codec.encode_dot((batch["image_embedding"].double() * batch["text_embedding"].double()).sum(-1))
+    expected = -log_likelihood(model, batch["tokens"], batch["text_embedding"], dots, codes, torch.ones(8).bool())
+    total = ar_prior_loss(model, batch, Draw([(0, 8)]), codec).total
+    torch.testing.assert_close(total, expected.mean(-1), rtol=0, atol=1e-12)
+
+
+def test_text_is_hidden_from_a_tenth_of_the_training_rows() -> None:
+    batch, codec = make_batch(2000)
+    model = make().float()
+    seen = ar_prior_loss(model, batch, Draw([(0, 2000)]), codec).total
+    hidden = (seen - ar_prior_loss(model.train(), batch, Draw([(0, 2000)]), codec).total).abs() > 1e-4
+    assert 160 < hidden.sum() < 240
+
+
+def test_another_codec_is_refused() -> None:
+    batch, codec = make_batch(8)
+    with pytest.raises(ValueError, match="the codec has 5 codes of 8 buckets, the AR prior 4 of 8"):
+        ar_prior_loss(ARPrior(CONFIG, DIM, 4), batch, Draw([(0, 8)]), codec)
+
+
+def test_loss_is_fp32_under_autocast() -> None:
+    batch, codec = make_batch(8)
+    model = ARPrior(CONFIG, DIM, CODES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = ar_prior_loss(model, batch, Draw([(0, 8)]), codec).total
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, ar_prior_loss(model, batch, Draw([(0, 8)]), codec).total, rtol=0, atol=0.03)
+
+
+def test_it_learns_eight_rows_by_heart_and_samples_them() -> None:
+    batch, codec = make_batch(8)
+    torch.manual_seed(0)
+    model = ARPrior(CONFIG, DIM, CODES)
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    start = ar_prior_loss(model, batch, Draw([(0, 8)]), codec).total.mean()
+    assert start.item() == pytest.approx(math.log(8), abs=0.1)
+    for step in range(300):
+        optimiser.zero_grad()
+        ar_prior_loss(model, batch, Draw([(step, 8)]), codec).total.mean().backward()
+        optimiser.step()
+    codes = codec.encode(batch["image_embedding"])
+    dots = codec.encode_dot((batch["image_embedding"] * batch["text_embedding"]).sum(-1))
+    drawn = sample(model.eval(), batch["tokens"], batch["text_embedding"], dots, Draw([(1, 8)]), temperature=0.5)
+    assert (drawn == codes).float().mean() > 0.95

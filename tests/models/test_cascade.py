@@ -1,0 +1,276 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from models.ar_prior import ARPrior, sample
+from models.cascade import UnCLIP
+from models.clip import Clip, tokenize
+from models.codec import Codec, fit_codec, fit_pca, moments
+from models.decoder import Decoder
+from models.diffusion_prior import DiffusionPrior
+from models.draw import Draw, derive_seed
+from models.folder import load_codec, load_model, save_codec, save_model
+from models.image_configs import DecoderConfig, UpsamplerConfig
+from models.presets import PRESETS
+from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
+from models.sampling_config import SamplingConfig
+from models.upsampler import Upsampler
+
+DIM, CODES = 16, 4
+TEXT: dict[str, Any] = {"text_context": 12, "text_width": 16, "text_heads": 2}
+CLIP = ClipConfig(embed_dim=DIM, image_size=32, layers=(1,), width=16, patch=16, text_layers=1, **TEXT)
+AR_PRIOR = ARPriorConfig(prefix=6, text_depth=1, width=16, depth=1, heads=2, buckets=8, **TEXT)
+DIFFUSION_PRIOR = DiffusionPriorConfig(text_context=12, width=16, depth=1, heads=2)
+# A quarter of the usual sizes: 16, 64 and 256 px.
+DECODER = DecoderConfig(
+    image_size=16, channels=8, depth=1, multipliers=(1,), head_channels=8, attention_resolutions=(16,), text_depth=1,
+    **TEXT,
+)  # fmt: skip
+UPSAMPLER_256 = UpsamplerConfig(low_size=16, image_size=64, channels=8, depth=1, multipliers=(1, 1))
+UPSAMPLER_1024 = UpsamplerConfig(
+    low_size=64, image_size=256, channels=8, depth=1, multipliers=(1, 1), corruption="bsr_light", patch=4
+)
+SAMPLING = SamplingConfig(
+    prior_steps=3, decoder_steps=4, decoder_guidance=1.0, upsampler_256_steps=27, upsampler_1024_steps=2
+)
+CAPTIONS = ["a red fox", "a blue house", ""]
+
+
+def make_codec() -> Codec:
+    z = F.normalize(torch.randn(50, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pca = fit_pca(*moments(z), k=CODES)
+    return fit_codec(pca, (z - pca.mean) @ pca.components.T, (z * z.flip(0)).sum(-1), 8)
+
+
+def make() -> Any:
+    """An UnCLIP that lacks nothing: untrained, but with every weight at work."""
+    torch.manual_seed(0)
+    models: dict[str, Any] = {
+        "decoder": Decoder(DECODER, DIM),
+        "diffusion_prior": DiffusionPrior(DIFFUSION_PRIOR, DIM),
+        "ar_prior": ARPrior(AR_PRIOR, DIM, CODES),
+        "upsampler_256": Upsampler(UPSAMPLER_256),
+        "upsampler_1024": Upsampler(UPSAMPLER_1024),
+    }
+    for model in models.values():
+        for parameter in model.eval().parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return UnCLIP(Clip.build(CLIP, seed=0).eval(), codec=make_codec(), sampling=SAMPLING, **models)
+
+
+def save(unclip: Any, folder: Path) -> None:
+    unclip.clip.save(folder / "clip")
+    save_codec(folder / "codec", unclip.codec)
+    for name in ("decoder", "diffusion_prior", "ar_prior", "upsampler_256", "upsampler_1024"):
+        save_model(folder / name, getattr(unclip, name))
+    (folder / "sampling.json").write_text(json.dumps(dataclasses.asdict(unclip.sampling)))
+
+
+def test_captions_become_pictures_of_every_size() -> None:
+    out = make().generate(CAPTIONS, [1, 2, 3])
+    assert {side: tuple(image.shape) for side, image in out.images.items()} == {s: (3, s, s, 3) for s in (16, 64, 256)}
+    assert all(image.dtype == torch.uint8 for image in out.images.values())
+    assert out.image is out.images[256]
+    torch.testing.assert_close(out.embedding.norm(dim=-1), torch.ones(3), rtol=0, atol=1e-5)
+    assert len(torch.unique(out.images[16].flatten(1), dim=0)) == 3
+
+
+@pytest.mark.parametrize("prior", ["diffusion", "ar"])
+def test_a_picture_depends_on_its_caption_and_seed_alone(prior: str) -> None:
+    unclip = make()
+    together = unclip.generate(CAPTIONS, [1, 2, 3], prior=prior)
+    for i in (0, 2):
+        alone = unclip.generate(CAPTIONS[i : i + 1], [i + 1], prior=prior)
+        torch.testing.assert_close(alone.embedding[0], together.embedding[i], rtol=0, atol=1e-5)
+        for side, image in alone.images.items():
+            difference = (image[0].int() - together.images[side][i].int()).abs()
+            assert difference.max() <= 1  # rounding
+            assert (difference > 0).float().mean() < 0.01
+    other = unclip.generate(CAPTIONS[:1], [9], prior=prior)
+    assert not torch.equal(other.images[16][0], together.images[16][0])
+
+
+def test_guidance_temperature_and_candidates_are_used() -> None:
+    unclip = make()
+    base = unclip.generate(CAPTIONS, [1, 2, 3], size=64)
+    for options in ({"prior_guidance": 3.0}, {"candidates": 1}, {"prior_steps": 5}, {"prior_sampler": "ddim"}):
+        assert not torch.equal(unclip.generate(CAPTIONS, [1, 2, 3], size=64, **options).embedding, base.embedding)
+    for options in ({"decoder_guidance": 5.0}, {"decoder_steps": 3}, {"decoder_sampler": "ddim"}):
+        changed = unclip.generate(CAPTIONS, [1, 2, 3], size=64, **options)
+        assert torch.equal(changed.embedding, base.embedding)
+        assert not torch.equal(changed.images[16], base.images[16])
+    drawn = unclip.generate(CAPTIONS, [1, 2, 3], size=64, prior="ar")
+    cold = unclip.generate(CAPTIONS, [1, 2, 3], size=64, prior="ar", temperature=0.01)
+    assert not torch.equal(drawn.embedding, cold.embedding)
+
+
+@pytest.mark.parametrize("prior", ["diffusion", "ar"])
+def test_the_candidate_nearest_to_the_text_is_kept(prior: str) -> None:
+    unclip = make()
+    tokens, sampling = tokenize(CAPTIONS), dataclasses.replace(SAMPLING, prior=prior)
+    text = unclip.clip.encode_text(tokens)
+
+    def score(candidates: int) -> torch.Tensor:
+        sampled = unclip.draw_embedding(tokens, [1, 2, 3], dataclasses.replace(sampling, candidates=candidates))
+        return (sampled * text).sum(-1)
+
+    scores = [score(n) for n in (1, 2, 4)]  # the first candidates stay the same when more are drawn
+    assert (scores[1] >= scores[0] - 1e-6).all()
+    assert (scores[2] >= scores[1] - 1e-6).all()
+    assert (scores[2] > scores[0] + 1e-6).any()
+
+
+def test_ar_embeddings_are_decoded_codes_of_the_upper_half_of_dot_products() -> None:
+    unclip, tokens = make(), tokenize(CAPTIONS)
+    embedding = unclip.draw_embedding(tokens, [1, 2, 3], dataclasses.replace(SAMPLING, prior="ar", candidates=1))
+    draw = Draw([(derive_seed(seed, "prior", 0), 1) for seed in (1, 2, 3)])
+    dots = unclip.codec.sample_upper_dot(draw)
+    assert dots.min() >= 4
+    codes = sample(unclip.ar_prior, tokens, unclip.clip.encode_text(tokens), dots, draw)
+    torch.testing.assert_close(embedding, F.normalize(unclip.codec.decode(codes), dim=-1), rtol=0, atol=1e-6)
+
+
+def test_progress_hears_every_step() -> None:
+    heard: list[tuple[str, int, int]] = []
+    make().generate(["a cat"], [0], lambda *step: heard.append(step))
+    expected = [("diffusion_prior", 3), ("decoder", 4), ("upsampler_256", 27), ("upsampler_1024", 2)]
+    assert heard == [(stage, i + 1, steps) for stage, steps in expected for i in range(steps)]
+    heard.clear()
+    make().generate(["a cat"], [0], lambda *step: heard.append(step), prior="ar", size=64)
+    assert heard[:CODES] == [("ar_prior", i + 1, CODES) for i in range(CODES)]
+
+
+def test_it_stops_where_the_bundle_or_the_user_stops() -> None:
+    unclip = make()
+    assert list(unclip.generate(["a cat"], [0], size=64).images) == [16, 64]
+    assert list(dataclasses.replace(unclip, upsampler_1024=None).generate(["a cat"], [0]).images) == [16, 64]
+    low = dataclasses.replace(unclip, upsampler_256=None, upsampler_1024=None)
+    assert list(low.generate(["a cat"], [0]).images) == [16]
+
+
+def test_upsamplers_see_a_damaged_picture_unless_told_otherwise() -> None:
+    unclip = make()
+    clean = Upsampler(dataclasses.replace(UPSAMPLER_256, corrupt_at_inference=False)).eval()
+    clean.load_state_dict(unclip.upsampler_256.state_dict())
+    damaged = unclip.generate(["a cat"], [0], size=64)
+    undamaged = dataclasses.replace(unclip, upsampler_256=clean).generate(["a cat"], [0], size=64)
+    assert torch.equal(damaged.images[16], undamaged.images[16])
+    assert not torch.equal(damaged.images[64], undamaged.images[64])
+
+
+def test_a_bundle_on_disk_makes_the_same_pictures(tmp_path: Path) -> None:
+    unclip = make()
+    save(unclip, tmp_path)
+    again = UnCLIP.from_folder(tmp_path)
+    assert again.sampling == SAMPLING
+    for prior in ("diffusion", "ar"):
+        expected = unclip.generate(CAPTIONS, [1, 2, 3], prior=prior)
+        assert torch.equal(again.generate(CAPTIONS, [1, 2, 3], prior=prior).image, expected.image)
+    suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors"}
+
+
+def test_a_bundle_may_lack_what_it_does_not_need(tmp_path: Path) -> None:
+    unclip = make()
+    unclip.clip.save(tmp_path / "clip")
+    for name in ("decoder", "diffusion_prior"):
+        save_model(tmp_path / name, getattr(unclip, name))
+    again = UnCLIP.from_folder(tmp_path)
+    assert again.sampling == SamplingConfig()
+    with pytest.raises(ValueError, match="no ar_prior: use prior 'diffusion'"):
+        again.generate(["a cat"], [0], prior="ar")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"diffusion_prior": None, "ar_prior": None}, "there is no prior"),
+        ({"codec": None}, "needs its codec, of 4 codes of 8 buckets"),
+        ({"upsampler_256": None}, "upsampler_1024 has nothing to enlarge"),
+        ({"decoder": Decoder(DECODER, 8)}, "decoder was trained on 8-dimensional embeddings, CLIP makes 16"),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(make(), **changes)
+
+
+def test_mistakes_of_a_caller_are_named() -> None:
+    unclip = make()
+    with pytest.raises(ValueError, match="got 1 captions and 2 seeds"):
+        unclip.generate(["a cat"], [0, 1])
+    with pytest.raises(ValueError, match=r"unknown sampling options \['guidence'\]"):
+        unclip.generate(["a cat"], [0], guidence=1.0)
+    with pytest.raises(ValueError, match="size is 512: use 64, 256 or 1024"):
+        unclip.generate(["a cat"], [0], size=512)
+
+
+def test_a_model_folder_keeps_weights_configuration_and_sizes(tmp_path: Path) -> None:
+    model = make().ar_prior
+    average = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    save_model(tmp_path, model, average)
+    again = load_model(tmp_path)
+    assert (again.config, again.embed_dim, again.codes, again.training) == (AR_PRIOR, DIM, CODES, False)
+    assert all(torch.equal(tensor, average[name]) for name, tensor in again.state_dict().items())
+    assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path, make().diffusion_prior)
+    document = json.loads((tmp_path / "config.json").read_text())
+    weights = load_file(tmp_path / "model.safetensors")
+
+    def check(message: str, **changes: object) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(document | changes))
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
+
+    check("format 2, newer than 1: update", format=2)
+    check("holds a codec: expected one of ar_prior", kind="codec")
+    check(r"unknown fields \['layers'\]", config=document["config"] | {"layers": 3})
+    check("does not fit config.json", sizes={"embed_dim": 8})
+    check("heads", config=document["config"] | {"heads": 3})
+    save_file({"query": weights["query"]}, tmp_path / "model.safetensors")
+    check("does not fit config.json")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="says neither format nor kind"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors")
+    check("is damaged")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_codec(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors"):
+        load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        UnCLIP.from_folder(tmp_path / "nowhere")
+
+
+def test_a_damaged_sampling_file_is_named(tmp_path: Path) -> None:
+    save(make(), tmp_path)
+    (tmp_path / "sampling.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sampling.json is no JSON"):
+        UnCLIP.from_folder(tmp_path)
+    (tmp_path / "sampling.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no sampling options"):
+        UnCLIP.from_folder(tmp_path)
+
+
+def test_codecs_come_back_from_disk(tmp_path: Path) -> None:
+    codec = make_codec()
+    save_codec(tmp_path, codec)
+    again = load_codec(tmp_path)
+    assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in codec.tensors().items())
+
+
+def test_presets_sample_within_their_own_steps() -> None:
+    for preset in PRESETS.values():
+        sampling = preset["bundle"]
+        assert sampling.prior_steps <= preset["diffusion_prior"].steps
+        assert sampling.decoder_steps <= preset["decoder"].steps

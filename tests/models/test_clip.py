@@ -1,0 +1,213 @@
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.clip import Clip, augment, clip_loss, cut_tokens, tokenize
+from models.draw import Draw
+from models.prior_configs import ClipConfig
+
+VIT = ClipConfig(
+    embed_dim=24, image_size=32, layers=(1,), width=32, patch=16, text_width=16, text_layers=1, text_heads=2,
+    text_context=12,
+)  # fmt: skip
+RESNET = ClipConfig(
+    embed_dim=24, image_size=32, tower="resnet", layers=(1, 1, 1, 1), width=4, text_width=16, text_layers=1,
+    text_heads=2,
+)  # fmt: skip
+
+
+def views(rows: int = 4, size: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (rows, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+def test_importing_needs_no_network() -> None:
+    code = "import socket\ndef no(*a, **k): raise OSError\nsocket.socket.connect = socket.getaddrinfo = no\n"
+    code += "from models.clip import tokenize; print(tokenize(['a cat'])[0, :4].tolist())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[49406, 320, 2368, 49407]"
+
+
+def test_tokens_are_open_clips() -> None:
+    captions = ["a red fox", "", "!!!", "two\n  lines\tand 😀 &amp; ÅÉ", "word " * 200]
+    assert torch.equal(tokenize(captions), open_clip.get_tokenizer("ViT-L-14")(captions))
+
+
+def test_a_hostile_caption_is_cut_quickly() -> None:
+    letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000))
+    tokens = tokenize([letters[:10_000], letters])
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[:1], open_clip.tokenize([letters[:3_000]]))
+    assert tokens[0, -1] == 49407
+
+
+def test_cut_tokens_equal_those_made_shorter() -> None:
+    captions = ["a cat", "word " * 10, "word " * 11, "word " * 30, ""]
+    assert torch.equal(cut_tokens(tokenize(captions), 12), open_clip.tokenize(captions, context_length=12))
+    assert torch.equal(cut_tokens(tokenize(captions), 77), tokenize(captions))
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_embeddings_equal_open_clips_and_have_norm_one(config: ClipConfig) -> None:
+    clip = Clip.build(config, seed=0).eval()
+    preprocess = open_clip.image_transform(32, is_train=False)
+    image = views()
+    theirs = torch.stack([preprocess(Image.fromarray(view.permute(1, 2, 0).numpy())) for view in image])
+    expected = clip.model.encode_image(theirs, normalize=True)
+    ours = clip.encode_image(image)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.norm(dim=-1), torch.ones(4), rtol=0, atol=1e-6)
+    tokens = tokenize(["a cat", "word " * 100])
+    short = open_clip.tokenize(["a cat", "word " * 100], context_length=config.text_context)
+    text = clip.encode_text(tokens)
+    torch.testing.assert_close(text, clip.model.encode_text(short, normalize=True), rtol=0, atol=1e-6)
+    assert (clip.embed_dim, clip.image_size, clip.context_length) == (24, 32, config.text_context)
+    assert clip.has_batch_norm == (config.tower == "resnet")
+
+
+def test_a_row_is_embedded_alike_in_any_batch() -> None:
+    clip = Clip.build(RESNET, seed=0).eval()
+    alone = torch.cat([clip.encode_image(row[None]) for row in views()])
+    torch.testing.assert_close(clip.encode_image(views()), alone, rtol=0, atol=1e-5)
+
+
+def test_views_of_another_size_or_type_are_refused() -> None:
+    clip = Clip.build(VIT, seed=0)
+    with pytest.raises(ValueError, match=r"got torch.uint8 \(3, 64, 64\)"):
+        clip.encode_image(views(size=64))
+    with pytest.raises(ValueError, match=r"got torch.float32"):
+        clip.encode_image(views() / 255)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    first, again, other = (Clip.build(VIT, seed).encode_image(views()) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.manual_seed(0)
+    untouched = torch.rand(1)
+    torch.manual_seed(0)
+    Clip.build(VIT, seed=9)
+    assert torch.equal(torch.rand(1), untouched)
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_a_saved_folder_is_open_clips_local_dir(config: ClipConfig, tmp_path: Path) -> None:
+    clip = Clip.build(config, seed=0).eval()
+    clip.save(tmp_path)
+    image, tokens = views(), tokenize(["a cat"] * 4)
+    again = Clip.from_folder(tmp_path)
+    assert not again.training
+    assert torch.equal(again.encode_image(image), clip.encode_image(image))
+    assert torch.equal(again.encode_text(tokens), clip.encode_text(tokens))
+    peer = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    assert torch.equal(peer.visual.state_dict()["conv1.weight"], clip.model.visual.state_dict()["conv1.weight"])
+    again.save(tmp_path / "copy")
+    assert (tmp_path / "copy/open_clip_config.json").read_bytes() == (tmp_path / "open_clip_config.json").read_bytes()
+
+
+def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no open_clip_config.json"):
+        Clip.from_folder(tmp_path)
+    Clip.build(VIT, seed=0).save(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no open_clip_model.safetensors"):
+        Clip.from_folder(tmp_path)
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    Clip.build(VIT, seed=0).save(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="holds no CLIP that open_clip can load"):
+        Clip.from_folder(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="KeyError"):
+        Clip.from_folder(tmp_path)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    Clip.build(VIT, seed=0).save(tmp_path)
+    path = tmp_path / "open_clip_config.json"
+    document = json.loads(path.read_text())
+    document["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "bert-base-uncased"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="does not read CLIP's own BPE"):
+        Clip.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="does not read CLIP's own BPE"):
+        Clip.pretrained("ViT-B-16-SigLIP", "webli")
+
+
+def test_named_weights(tmp_path: Path) -> None:
+    clip = Clip.build(VIT, seed=0).eval()
+    (tmp_path / "test-tiny-vit.json").write_text(json.dumps(clip.model_config))
+    open_clip.add_model_config(tmp_path / "test-tiny-vit.json")
+    weights = tmp_path / "weights.pt"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in clip.model.state_dict().items()}}, weights)
+    again = Clip.pretrained("test-tiny-vit", str(weights))
+    assert torch.equal(again.encode_image(views()), clip.encode_image(views()))
+    with pytest.raises(ValueError, match=r"weights 'laion9b' could not be loaded .* tags of test-tiny-vit are none"):
+        Clip.pretrained("test-tiny-vit", "laion9b")
+    with pytest.raises(ValueError, match="open_clip has no model 'ViT-Z'"):
+        Clip.pretrained("ViT-Z", "openai")
+
+
+def test_loss_equals_open_clips() -> None:
+    clip = Clip.build(VIT, seed=0)
+    batch = {"image": views(), "tokens": tokenize(["a cat", "a dog", "a fox", "an owl"])}
+    draw = Draw([(0, 4)])
+    losses = clip_loss(clip, batch, draw)
+    image, text = clip.encode_pixels(augment(batch["image"], draw)), clip.encode_text(batch["tokens"])
+    expected = open_clip.ClipLoss()(image, text, clip.model.logit_scale.exp())
+    torch.testing.assert_close(losses.total.mean(), expected, rtol=0, atol=1e-6)
+    assert losses.total.shape == losses.parts["image_to_text"].shape == (4,)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert clip_loss(clip, batch, draw).total.dtype == torch.float32
+
+
+def test_temperature_stops_at_a_hundredth() -> None:
+    clip = Clip.build(VIT, seed=0)
+    batch = {"image": views(), "tokens": tokenize(["a cat", "a dog", "a fox", "an owl"])}
+    totals = []
+    for scale in (100.0, 1e6):
+        clip.model.logit_scale.data = torch.tensor(scale).log()
+        totals.append(clip_loss(clip, batch, Draw([(0, 4)])).total)
+    torch.testing.assert_close(totals[0], totals[1], rtol=0, atol=1e-3)
+
+
+def test_augmentation_crops_and_brightens_but_never_flips() -> None:
+    ramp = torch.arange(64, dtype=torch.uint8).expand(200, 3, 64, 64)
+    pixels = augment(ramp, Draw([(0, 200)]))
+    assert pixels.shape == ramp.shape
+    assert 0 <= pixels.min() <= pixels.max() <= 1
+    assert (pixels.diff(dim=-1) >= -1e-6).all()  # rises to the right as before
+    torch.testing.assert_close(pixels[:, :, :1].expand_as(pixels), pixels, rtol=0, atol=1e-5)
+    flat = augment(torch.full((200, 3, 8, 8), 100, dtype=torch.uint8), Draw([(0, 200)]))[:, 0, 0, 0] * 255
+    assert 80 <= flat.min() < 82
+    assert 118 < flat.max() <= 120
+    share = (pixels[..., -1] - pixels[..., 0])[:, 0, 0] * 255 / 63 / (flat / 100)
+    assert 0.73 < share.min() < 0.77  # the same draws: divided by brightness, the ramp's rise is the crop's side
+    assert 0.97 < share.max() <= 1.001
+
+
+def test_it_learns_to_match_eight_pairs() -> None:
+    clip = Clip.build(VIT, seed=0)
+    colours = torch.tensor([[r, g, b] for r in (0, 220) for g in (0, 220) for b in (0, 220)], dtype=torch.uint8)
+    batch = {
+        "image": colours[:, :, None, None].expand(-1, -1, 32, 32),
+        "tokens": tokenize(["black", "blue", "green", "cyan", "red", "magenta", "yellow", "white"]),
+    }
+    optimiser = torch.optim.AdamW(clip.parameters(), 3e-3)
+    for step in range(60):
+        optimiser.zero_grad()
+        loss = clip_loss(clip, batch, Draw([(step, 8)])).total.mean()
+        loss.backward()
+        optimiser.step()
+    similarity = clip.encode_image(batch["image"]) @ clip.encode_text(batch["tokens"]).T
+    assert similarity.argmax(1).tolist() == list(range(8))

@@ -1,0 +1,213 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.decoder import Decoder, decoder_denoise, decoder_loss
+from models.diffusion.samplers import ancestral, ddim
+from models.diffusion.schedules import make_schedule, strided_grid
+from models.draw import Draw
+from models.image_configs import DecoderConfig
+from models.pixels import from_uint8
+
+CONFIG = DecoderConfig(
+    image_size=8, channels=32, depth=1, multipliers=(1, 2), head_channels=16, attention_resolutions=(4,), dropout=0.0,
+    text_context=12, text_width=32, text_depth=1, text_heads=2, vocabulary=50, prediction="v",
+)  # fmt: skip
+DIM = 10
+
+
+def make(seed: int = 0, **changes: object) -> Decoder:
+    """A decoder whose weights are no longer at their zero start."""
+    torch.manual_seed(seed)
+    model = Decoder(dataclasses.replace(CONFIG, **changes), DIM)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_batch(rows: int, seed: int = 0) -> dict[str, Tensor]:
+    """Plain coloured squares; captions of 77 tokens with the end token (49) at position 5."""
+    g = torch.Generator().manual_seed(seed)
+    colours = torch.randint(0, 256, (rows, 3, 2, 2), generator=g, dtype=torch.uint8)
+    tokens = torch.zeros(rows, 77, dtype=torch.int64)
+    tokens[:, :5] = torch.randint(1, 49, (rows, 5), generator=g)
+    tokens[:, 5] = 49
+    return {
+        "image": colours.repeat_interleave(4, 2).repeat_interleave(4, 3),
+        "image_embedding": F.normalize(torch.randn(rows, DIM, generator=g), dim=1),
+        "tokens": tokens,
+    }
+
+
+def forward(model: Decoder, batch: dict[str, Tensor], keep_image: bool = True, keep_text: bool = True) -> Tensor:
+    rows = len(batch["tokens"])
+    x_t = torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    keep = torch.ones(rows, dtype=torch.bool)
+    with torch.no_grad():
+        t, image, tokens = torch.arange(rows) * 100, batch["image_embedding"], batch["tokens"]
+        return model(x_t, t, image, tokens, keep & keep_image, keep & keep_text)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_it_predicts_six_fp32_channels(patch: int) -> None:
+    model = make(patch=patch, attention_resolutions=(4 // patch,))
+    out = forward(model, make_batch(2))
+    assert out.shape == (2, 6, 8, 8)
+    assert out.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert forward(model, make_batch(2)).dtype == torch.float32
+
+
+def test_rows_do_not_see_each_other() -> None:
+    model, batch = make(), make_batch(4)
+    x_t, t, keep = torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([True, False, True, True])
+    order = torch.tensor([3, 1, 0, 2])
+    inputs = (x_t, t, batch["image_embedding"], batch["tokens"], keep, keep.flip(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(*(value[order] for value in inputs)), model(*inputs)[order], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_both_conditions_matter_unless_they_are_dropped() -> None:
+    model, batch = make(), make_batch(2)
+    other_image = batch | {"image_embedding": batch["image_embedding"].flip(0)}
+    other_text = batch | {"tokens": batch["tokens"].flip(0)}
+    for other, dropped in ((other_image, {"keep_image": False}), (other_text, {"keep_text": False})):
+        assert not torch.allclose(forward(model, batch), forward(model, other), atol=1e-4)
+        assert torch.equal(forward(model, batch, **dropped), forward(model, other, **dropped))
+        assert not torch.allclose(forward(model, batch), forward(model, batch, **dropped), atol=1e-4)
+
+
+def test_what_follows_the_end_of_a_caption_and_what_is_cut_does_not_matter() -> None:
+    model, batch = make(), make_batch(2)
+    longer = batch["tokens"].clone()
+    longer[:, 6:] = 17
+    assert torch.equal(forward(model, batch), forward(model, batch | {"tokens": longer}))
+    endless = batch["tokens"].clone()
+    endless[:, 5:] = 17
+    cut = endless.clone()
+    cut[:, 12:] = 23
+    assert torch.equal(forward(model, batch | {"tokens": endless}), forward(model, batch | {"tokens": cut}))
+
+
+def test_the_embedding_makes_four_tokens_before_the_caption_and_joins_the_timestep() -> None:
+    model, batch = make(), make_batch(2)
+    keep = torch.ones(2, dtype=torch.bool)
+    condition = model.condition(batch["image_embedding"], batch["tokens"], keep, keep)
+    z = batch["image_embedding"] * DIM**0.5
+    torch.testing.assert_close(z.square().mean(1), torch.ones(2))
+    tokens = (z @ model.image_to_tokens.weight.T + model.image_to_tokens.bias).reshape(2, 4, 32)
+    states, pooled = model.text(batch["tokens"], keep)
+    assert condition.context.shape == (2, 4 + 12, 32)
+    torch.testing.assert_close(condition.context, torch.cat([tokens, states], dim=1))
+    torch.testing.assert_close(condition.added, model.image_to_time(z) + model.text_to_time(pooled))
+
+
+@pytest.mark.parametrize("null_image", ["zero", "learned"])
+def test_a_dropped_embedding_is_zeros_or_a_learned_vector(null_image: str) -> None:
+    model, batch = make(null_image=null_image), make_batch(1)
+    assert model.null_image.requires_grad == (null_image == "learned")
+    assert model.null_image.any() == (null_image == "learned")
+    null = batch | {"image_embedding": model.null_image.detach()[None] / DIM**0.5}
+    torch.testing.assert_close(forward(model, batch, keep_image=False), forward(model, null), atol=1e-5, rtol=1e-5)
+
+
+def kept(model: Decoder, rows: int) -> Tensor:
+    """bool [rows, 2]: which rows keep image and text in one loss."""
+    seen = []
+    condition = model.condition
+
+    def spy(image: Tensor, tokens: Tensor, keep_image: Tensor, keep_text: Tensor) -> object:
+        seen.append(torch.stack([keep_image, keep_text], dim=1))
+        return condition(image, tokens, keep_image, keep_text)
+
+    model.condition = spy
+    with torch.no_grad():
+        decoder_loss(model, make_batch(rows), Draw([(0, rows)]))
+    return seen[0]
+
+
+def test_embedding_and_caption_are_dropped_independently_at_the_stated_rates() -> None:
+    keep = kept(make(channels=4, head_channels=8, text_width=4).train(), 4000)
+    dropped = ~keep
+    assert dropped[:, 0].float().mean().item() == pytest.approx(0.1, abs=0.015)
+    assert dropped[:, 1].float().mean().item() == pytest.approx(0.5, abs=0.025)
+    assert dropped.all(1).float().mean().item() == pytest.approx(0.05, abs=0.011)
+
+
+def test_nothing_is_dropped_in_validation() -> None:
+    assert kept(make().eval(), 200).all()
+
+
+def test_a_row_s_loss_does_not_depend_on_the_other_rows() -> None:
+    model, batch = make().eval(), make_batch(3)
+    with torch.no_grad():
+        together = decoder_loss(model, batch, Draw([(5, 1), (6, 1), (7, 1)]))
+        alone = decoder_loss(model, {name: value[[2]] for name, value in batch.items()}, Draw([(7, 1)]))
+    assert together.total.shape == (3,)
+    torch.testing.assert_close(alone.total, together.total[[2]], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together.total, together.parts["mse"] + together.parts["vb"])
+
+
+def test_autocast_changes_the_loss_by_rounding_only() -> None:
+    model, batch = make().eval(), make_batch(8)
+    with torch.no_grad():
+        full = decoder_loss(model, batch, Draw([(0, 8)])).total
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = decoder_loss(model, batch, Draw([(0, 8)])).total
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, atol=0.02, rtol=0.02)
+
+
+def test_guidance_moves_away_from_the_empty_condition() -> None:
+    model, batch = make().eval(), make_batch(2)
+    x_t, t = 0.1 * torch.randn(2, 3, 8, 8), torch.tensor([20, 20])
+    plain, guided = (decoder_denoise(model, batch["image_embedding"], batch["tokens"], weight) for weight in (0.0, 0.5))
+    empty = torch.zeros(2, dtype=torch.bool)
+    with torch.no_grad():
+        first, second = plain(x_t, t), guided(x_t, t)
+        unconditional = model(x_t, t, batch["image_embedding"], batch["tokens"], empty, empty)[:, :3]
+        conditional = model(x_t, t, batch["image_embedding"], batch["tokens"], ~empty, ~empty)[:, :3]
+    level = make_schedule("cosine", 1000).at(t).float().view(-1, 1, 1, 1)
+    for prediction, v in ((first, conditional), (second, 1.5 * conditional - 0.5 * unconditional)):
+        expected = (level.sqrt() * x_t - (1 - level).sqrt() * v).clamp(-1, 1)
+        torch.testing.assert_close(prediction.x0, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(first.variance_fraction, second.variance_fraction, atol=1e-5, rtol=1e-5)
+
+
+def test_it_learns_eight_pictures_from_their_embeddings() -> None:
+    torch.manual_seed(0)
+    model, batch = Decoder(dataclasses.replace(CONFIG, channels=16), DIM), make_batch(8)
+    optimiser = torch.optim.Adam(model.parameters(), lr=4e-3)
+    repeated = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in batch.items()}
+    losses = []
+    for step in range(200):
+        loss = decoder_loss(model, repeated, Draw([(step, 16)])).total.mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) < 0.4 * sum(losses[:20])
+    model.eval()
+    draw, schedule, grid = Draw([(99, 8)]), make_schedule("cosine", 1000), strided_grid(1000, 20)
+    noise, pictures = draw.normal("x_T", 3, 8, 8), from_uint8(batch["image"])
+    denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], 0.0)
+    for samples in (ddim(denoise, noise, grid, schedule), ancestral(denoise, noise, grid, schedule, draw)):
+        distance = (samples[:, None] - pictures[None]).square().mean(dim=(2, 3, 4))
+        assert (distance.argmin(1) == torch.arange(8)).all()
+        assert distance.diagonal().mean() < 0.25 * distance.mean()
+
+
+def test_the_paper_s_decoder_has_3_5_billion_parameters_and_runs_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig(), 1024)
+        keep = torch.ones(2, dtype=torch.bool)
+        tokens = torch.zeros(2, 77, dtype=torch.int64)
+        out = model(torch.empty(2, 3, 64, 64), torch.zeros(2), torch.empty(2, 1024), tokens, keep, keep)
+    assert out.shape == (2, 6, 64, 64)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(3.5e9, rel=0.15)

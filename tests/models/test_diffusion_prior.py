@@ -1,0 +1,127 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.diffusion.samplers import ancestral, ddim
+from models.diffusion.schedules import make_schedule, strided_grid
+from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise, diffusion_prior_loss
+from models.draw import Draw
+from models.prior_configs import DiffusionPriorConfig
+
+CONFIG = DiffusionPriorConfig(text_context=10, width=32, depth=2, heads=2, vocabulary=50)
+DIM = 12
+SCHEDULE = make_schedule("cosine", 1000)
+
+
+def make() -> DiffusionPrior:
+    torch.manual_seed(0)
+    model = DiffusionPrior(CONFIG, DIM).double().eval()
+    for parameter in model.parameters():  # larger than at the start of training, so that every input has weight
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def make_batch(rows: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 48, (rows, 10), generator=g)
+    tokens[:, 7] = 49
+    text = F.normalize(torch.randn(rows, DIM, generator=g), dim=-1)
+    image = F.normalize(text + 0.3 * torch.randn(rows, DIM, generator=g), dim=-1)
+    return {"tokens": tokens, "text_embedding": text, "image_embedding": image}
+
+
+def test_scale_is_the_papers_at_its_dimension() -> None:
+    assert DiffusionPrior(CONFIG, 1024).scale == pytest.approx(17.2, abs=1e-9)
+
+
+def test_every_input_reaches_the_output() -> None:
+    model, batch = make(), make_batch(1)
+    x_t, t, keep = torch.randn(1, DIM), torch.tensor([300]), torch.tensor([True])
+    inputs = (x_t, t, batch["tokens"], batch["text_embedding"], keep)
+    base = model(*inputs)
+    for i, changed in enumerate((x_t + 1, t + 100, batch["tokens"] - 1, -batch["text_embedding"], ~keep)):
+        altered = [*inputs[:i], changed, *inputs[i + 1 :]]
+        assert (model(*altered) - base).abs().max() > 1e-6
+    padded = batch["tokens"].clone()
+    padded[0, 8:] = 3  # behind the end token nothing counts
+    assert torch.equal(model(x_t, t, padded, batch["text_embedding"], keep), base)
+
+
+def test_hidden_text_still_shows_the_noised_embedding() -> None:
+    model, batch = make(), make_batch(2)
+    x_t, t, hide = torch.randn(1, DIM).expand(2, -1), torch.tensor([300, 300]), torch.tensor([False, False])
+    out = model(x_t, t, batch["tokens"], batch["text_embedding"], hide)
+    torch.testing.assert_close(out[0], out[1], rtol=0, atol=1e-12)
+    other = model(x_t + 1, t, batch["tokens"], batch["text_embedding"], hide)
+    assert (other - out).abs().max() > 1e-6
+
+
+def test_loss_is_the_squared_error_at_the_diffusions_scale() -> None:
+    model, batch, draw = make(), make_batch(6), Draw([(0, 4), (1, 2)])
+    x0 = batch["image_embedding"] * 0.5375 * DIM**0.5
+    t, noise = draw.integers("t", 1000), draw.normal("noise", DIM)
+    level = SCHEDULE.alpha_bar[t][:, None]
+    x_t = level.sqrt() * x0 + (1 - level).sqrt() * noise
+    out = model(x_t, t, batch["tokens"], batch["text_embedding"], torch.ones(6).bool())
+    total = diffusion_prior_loss(model, batch, draw).total
+    torch.testing.assert_close(total, (out - x0).square().mean(1).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_text_is_hidden_from_a_tenth_of_the_training_rows() -> None:
+    model, batch, draw = make().float(), make_batch(2000), Draw([(0, 2000)])
+    seen = diffusion_prior_loss(model, batch, draw).total
+    hidden = (seen - diffusion_prior_loss(model.train(), batch, draw).total).abs() > 1e-4
+    assert 160 < hidden.sum() < 240
+
+
+def test_loss_is_fp32_under_autocast() -> None:
+    torch.manual_seed(0)
+    model, batch, draw = DiffusionPrior(CONFIG, DIM), make_batch(8), Draw([(0, 8)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = diffusion_prior_loss(model, batch, draw).total
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, diffusion_prior_loss(model, batch, draw).total, rtol=0, atol=0.03)
+
+
+def test_guidance_moves_the_noise_away_from_the_unconditional_one() -> None:
+    model, batch = make(), make_batch(3)
+    x_t, t = torch.randn(3, DIM, dtype=torch.float64), torch.tensor([900, 300, 5])
+    inputs = (batch["tokens"], batch["text_embedding"])
+    level = SCHEDULE.alpha_bar[t][:, None]
+
+    def noise_for(keep: bool) -> Tensor:
+        x0 = model(x_t, t, *inputs, torch.full((3,), keep))
+        return (x_t - level.sqrt() * x0) / (1 - level).sqrt()
+
+    guided = diffusion_prior_denoise(model, *inputs, guidance=2.0)(x_t, t)
+    torch.testing.assert_close(guided.eps, 3 * noise_for(True) - 2 * noise_for(False), rtol=1e-9, atol=1e-9)
+    plain = diffusion_prior_denoise(model, *inputs)(x_t, t)
+    torch.testing.assert_close(plain.eps, noise_for(True), rtol=1e-9, atol=1e-9)
+
+
+def test_it_learns_eight_rows_by_heart_and_samples_them() -> None:
+    batch = make_batch(8)
+    torch.manual_seed(0)
+    model = DiffusionPrior(CONFIG, DIM)
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(400):
+        optimiser.zero_grad()
+        diffusion_prior_loss(model, batch, Draw([(step, 8)])).total.mean().backward()
+        optimiser.step()
+    model.eval()
+    draw = Draw([(1, 8)])
+    noise, grid = draw.normal("x_T", DIM), strided_grid(1000, 16)
+    denoise = diffusion_prior_denoise(model, batch["tokens"], batch["text_embedding"])
+    for samples in (ancestral(denoise, noise, grid, SCHEDULE, draw, "small"),
+                    ddim(denoise, noise, grid, SCHEDULE)):  # fmt: skip
+        cosine = F.cosine_similarity(samples, batch["image_embedding"])
+        assert cosine.min() > 0.97
+        torch.testing.assert_close(samples.norm(dim=-1), torch.full((8,), model.scale), rtol=0.1, atol=0)
+
+
+def test_best_of_ignores_length_and_keeps_the_best_direction() -> None:
+    text = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    samples = torch.tensor([[[9.0, 9.0], [0.1, 0.3]], [[0.2, 0.0], [5.0, 5.0]]])
+    expected = torch.stack([torch.tensor([1.0, 0.0]), F.normalize(torch.tensor([0.1, 0.3]), dim=0)])
+    torch.testing.assert_close(best_of(samples, text), expected, rtol=0, atol=1e-6)

@@ -1,0 +1,189 @@
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UnCLIPScheduler
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from models.diffusion.process import (
+    Prediction,
+    discretized_gaussian_nll,
+    hybrid_loss,
+    learned_log_variance,
+    log_variance_range,
+    normal_kl,
+    posterior_mean,
+    posterior_variance,
+    predict,
+    q_sample,
+    regression_target,
+    variational_bound,
+)
+from models.diffusion.schedules import make_schedule
+
+SCHEDULE = make_schedule("cosine", 1000)
+TIMES = torch.tensor([0, 1, 2, 50, 500, 900, 998])
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(len(TIMES), *shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("cosine", "squaredcos_cap_v2"), ("linear", "linear")])
+def test_q_sample_equals_diffusers(name: str, theirs: str) -> None:
+    x0, noise = rows(3, 4, 4), rows(3, 4, 4, seed=1)
+    expected = DDPMScheduler(beta_schedule=theirs).add_noise(x0, noise, TIMES)
+    ours = q_sample(x0, noise, make_schedule(name, 1000).at(TIMES))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_a_perfect_prediction_gives_back_data_and_noise(kind: str) -> None:
+    x0, noise = rows(5).double(), rows(5, seed=1).double()
+    alpha_bar = SCHEDULE.at(TIMES)
+    x_t = q_sample(x0, noise, alpha_bar)
+    prediction = predict(kind, regression_target(kind, x0, noise, alpha_bar), x_t, alpha_bar)
+    torch.testing.assert_close(prediction.x0, x0, atol=1e-7, rtol=0)
+    torch.testing.assert_close(prediction.eps, noise, atol=1e-7, rtol=0)
+    assert prediction.variance_fraction is None
+
+
+def test_the_v_target_equals_diffusers() -> None:
+    x0, noise = rows(3, 4, 4), rows(3, 4, 4, seed=1)
+    expected = DDPMScheduler(beta_schedule="squaredcos_cap_v2").get_velocity(x0, noise, TIMES)
+    torch.testing.assert_close(regression_target("v", x0, noise, SCHEDULE.at(TIMES)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_clipping_keeps_data_and_noise_consistent(kind: str) -> None:
+    alpha_bar = SCHEDULE.at(TIMES)
+    x_t, output = rows(5).double(), 3 * rows(5, seed=1).double()
+    prediction = predict(kind, output, x_t, alpha_bar, clip=1.0)
+    assert prediction.x0.abs().max() == 1
+    torch.testing.assert_close(q_sample(prediction.x0, prediction.eps, alpha_bar), x_t, atol=1e-9, rtol=0)
+
+
+def test_an_unknown_kind_is_named() -> None:
+    x, alpha_bar = rows(5), SCHEDULE.at(TIMES)
+    with pytest.raises(ValueError, match="'score'"):
+        predict("score", x, x, alpha_bar)
+    with pytest.raises(ValueError, match="'score'"):
+        regression_target("score", x, x, alpha_bar)
+
+
+def test_the_posterior_is_bayes_rule() -> None:
+    """q(x_s given x_t, x0) from the product of the two Gaussians q(x_s given x0) and q(x_t given x_s)."""
+    t, s = torch.tensor([1, 50, 500, 999]), torch.tensor([0, 20, 499, 700])
+    a_t, a_s = SCHEDULE.at(t), SCHEDULE.at(s)
+    x0, x_t = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ratio = a_t / a_s
+    precision = 1 / (1 - a_s) + ratio / (1 - ratio)
+    mean = (a_s.sqrt() * x0 / (1 - a_s) + ratio.sqrt() * x_t / (1 - ratio)) / precision
+    torch.testing.assert_close(posterior_mean(x0, x_t, a_t, a_s), mean, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(posterior_variance(a_t, a_s), 1 / precision, atol=1e-12, rtol=1e-8)
+
+
+@pytest.mark.parametrize(("t", "s"), [(1, 0), (5, 3), (500, 499), (700, 300), (998, 0)])
+def test_the_learned_variance_equals_diffusers(t: int, s: int) -> None:
+    scheduler = UnCLIPScheduler(variance_type="learned_range")
+    scheduler.alphas_cumprod = SCHEDULE.alpha_bar  # its own are float32, too coarse for 1 - alpha_bar near the data
+    scheduler.betas = 1 - SCHEDULE.alpha_bar / SCHEDULE.at(torch.arange(1000) - 1)
+    raw = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = scheduler._get_variance(t, prev_timestep=s, predicted_variance=raw)
+    ours = learned_log_variance((raw + 1) / 2, SCHEDULE, torch.tensor([t, t]), torch.tensor([s, s]))
+    torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_the_variance_range_at_the_last_step_starts_at_that_of_step_one() -> None:
+    low, high = log_variance_range(SCHEDULE, torch.tensor([0, 1, 2]), torch.tensor([-1, 0, 1]))
+    assert low[0] == low[1]
+    assert torch.isfinite(low).all()
+    assert torch.isfinite(high).all()
+    assert (low <= high).all()
+
+
+def test_kl_equals_torch_distributions() -> None:
+    mean, log_variance, other_mean, other_log_variance = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    first = Normal(mean, (0.5 * log_variance).exp())
+    second = Normal(other_mean, (0.5 * other_log_variance).exp())
+    ours = normal_kl(mean, log_variance, other_mean, other_log_variance)
+    torch.testing.assert_close(ours, kl_divergence(first, second), atol=1e-5, rtol=1e-5)
+
+
+def test_the_probabilities_of_all_256_values_sum_to_one() -> None:
+    values = (torch.arange(256, dtype=torch.float64) / 127.5 - 1)[:, None]
+    mean = torch.tensor([-1.3, -1.0, 0.0, 0.3, 1.0], dtype=torch.float64)
+    for std in (0.005, 0.1, 2.0):
+        probability = torch.exp(-discretized_gaussian_nll(values, mean, torch.full_like(mean, 2 * math.log(std))))
+        torch.testing.assert_close(probability.sum(0), torch.ones_like(mean), atol=1e-9, rtol=0)
+
+
+def bound_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x0 on 8-bit levels, noise, x_t, and the level, for TIMES"""
+    x0 = (rows(3, 4, 4).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
+    noise = rows(3, 4, 4, seed=1)
+    return x0, noise, q_sample(x0, noise, SCHEDULE.at(TIMES)), SCHEDULE.at(TIMES)
+
+
+def test_the_bound_equals_torch_distributions_at_every_step_but_the_last() -> None:
+    x0, _, x_t, level = bound_inputs()
+    guess, fraction = x0 + 0.1, torch.full_like(x0, 0.3)
+    ours = variational_bound(Prediction(guess, x_t, fraction), x0, x_t, TIMES, SCHEDULE)
+    previous = SCHEDULE.at(TIMES - 1)
+    variance = posterior_variance(level, previous).view(-1, 1, 1, 1)[1:]
+    beta = (1 - level / previous).view(-1, 1, 1, 1)[1:]
+    truth = Normal(posterior_mean(x0.double(), x_t.double(), level, previous)[1:], variance.sqrt())
+    model = Normal(
+        posterior_mean(guess.double(), x_t.double(), level, previous)[1:], (beta**0.3 * variance**0.7).sqrt()
+    )
+    expected = kl_divergence(truth, model).mean(dim=(1, 2, 3)) / math.log(2)
+    torch.testing.assert_close(ours[1:], expected.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_bound_is_zero_for_the_true_posterior() -> None:
+    x0, _, x_t, _ = bound_inputs()
+    bound = variational_bound(Prediction(x0, x_t, torch.zeros_like(x0)), x0, x_t, TIMES, SCHEDULE)
+    torch.testing.assert_close(bound[1:], torch.zeros(len(TIMES) - 1), atol=1e-6, rtol=0)
+    assert bound[0] > 0
+
+
+def test_the_bound_needs_a_variance() -> None:
+    x0, noise, x_t, _ = bound_inputs()
+    with pytest.raises(ValueError, match="2c output channels"):
+        variational_bound(Prediction(x0, noise), x0, x_t, TIMES, SCHEDULE)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_the_bound_trains_the_variance_only(kind: str) -> None:
+    x0, noise, _, level = bound_inputs()
+    output = (0.1 * rows(6, 4, 4, seed=2)).requires_grad_()
+    mse, vb = hybrid_loss(kind, output, x0, noise, TIMES, SCHEDULE)
+    of_bound = torch.autograd.grad(vb.sum(), output, retain_graph=True)[0]
+    of_mse = torch.autograd.grad(mse.sum(), output)[0]
+    assert (of_bound[:, :3] == 0).all()
+    assert (of_bound[:, 3:] != 0).any(dim=(1, 2, 3)).all()
+    assert (of_mse[:, 3:] == 0).all()
+    expected = ((output[:, :3] - regression_target(kind, x0, noise, level)) ** 2).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(mse, expected)
+
+
+def test_the_bound_weighs_a_thousandth_of_its_sum_over_the_steps() -> None:
+    schedule = make_schedule("cosine", 40)
+    x0, noise = torch.randn(2, 40, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    output, t = torch.zeros(40, 6, 4, 4), torch.arange(40)
+    x_t = q_sample(x0, noise, schedule.at(t))
+    whole = variational_bound(predict("eps", output, x_t, schedule.at(t)), x0, x_t, t, schedule).sum()
+    _, vb = hybrid_loss("eps", output, x0, noise, t, schedule)
+    torch.testing.assert_close(vb.mean(), whole / 1000)
+
+
+def test_the_gradient_of_the_bound_agrees_with_finite_differences() -> None:
+    x0, noise, _, _ = bound_inputs()
+    output = (0.1 * rows(6, 4, 4, seed=2)).double()
+
+    def bound(variance: Tensor) -> Tensor:
+        both = torch.cat([output[:, :3], variance], dim=1)
+        return hybrid_loss("eps", both, x0.double(), noise.double(), TIMES, SCHEDULE)[1]
+
+    assert torch.autograd.gradcheck(bound, output[:, 3:].clone().requires_grad_(), fast_mode=True, atol=1e-6)

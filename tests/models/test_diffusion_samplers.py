@@ -1,0 +1,195 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin, UnCLIPScheduler
+from torch import Tensor
+
+from models.diffusion.process import Prediction, posterior_mean, posterior_variance, predict, q_sample
+from models.diffusion.samplers import Denoise, ancestral, ddim
+from models.diffusion.schedules import fast27_grid, make_schedule, strided_grid
+from models.draw import Draw
+
+SCHEDULE = make_schedule("cosine", 1000)
+
+
+class SharedNoise(Draw):
+    """Noise in the order in which a scheduler of diffusers asks its generator for it."""
+
+    def __init__(self, rows: int):
+        super().__init__([(0, rows)])
+        self.generator = torch.Generator().manual_seed(7)
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        return torch.randn(self.rows, *shape, generator=self.generator, dtype=torch.float64)
+
+
+def widen(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Give a scheduler of diffusers float64 tables: its own are too coarse for 1 - alpha_bar near the data."""
+    scheduler.alphas_cumprod = SCHEDULE.alpha_bar
+    scheduler.betas = 1 - SCHEDULE.alpha_bar / SCHEDULE.at(torch.arange(1000) - 1)
+    scheduler.alphas = 1 - scheduler.betas
+    return scheduler
+
+
+def network(x_t: Tensor, t: Tensor) -> Tensor:
+    """A fixed function with a learned variance, [b, 3, h, w] to [b, 6, h, w]."""
+    phase = t.view(-1, 1, 1, 1) / 500
+    return torch.cat([torch.tanh(x_t + phase), torch.sin(3 * x_t - phase)], dim=1)
+
+
+def denoise_network(clip: float | None = None) -> Denoise:
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        return predict("eps", network(x_t, t), x_t, SCHEDULE.at(t), clip)
+
+    return denoise
+
+
+def start(rows: int = 2) -> Tensor:
+    return torch.randn(rows, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("grid", [strided_grid(1000, 25), strided_grid(1000, 250), fast27_grid(1000)], ids=len)
+@pytest.mark.parametrize("variance", ["learned", "small"])
+def test_ancestral_sampling_equals_diffusers(grid: Tensor, variance: str) -> None:
+    kind = {"learned": "learned_range", "small": "fixed_small_log"}[variance]
+    scheduler = widen(UnCLIPScheduler(variance_type=kind))
+    generator = torch.Generator().manual_seed(7)
+    expected = start()
+    for t, previous in zip(grid.tolist(), [*grid.tolist()[1:], -1], strict=True):
+        output = network(expected, torch.full((2,), t))
+        output = output if variance == "learned" else output[:, :3]
+        expected = scheduler.step(output, t, expected, prev_timestep=previous, generator=generator).prev_sample
+    ours = ancestral(denoise_network(clip=1.0), start(), grid, SCHEDULE, SharedNoise(2), variance)
+    torch.testing.assert_close(ours, expected, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_equals_diffusers(eta: float) -> None:
+    scheduler = widen(DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, set_alpha_to_one=True))
+    scheduler.set_timesteps(50)
+    generator = torch.Generator().manual_seed(7)
+    expected = start()
+    for t in scheduler.timesteps:
+        output = network(expected, t.expand(2))[:, :3]
+        last = t == scheduler.timesteps[-1]  # diffusers adds noise to the finished picture; we do not
+        expected = scheduler.step(output, t, expected, 0.0 if last else eta, generator=generator).prev_sample
+    ours = ddim(denoise_network(), start(), scheduler.timesteps, SCHEDULE, eta, SharedNoise(2))
+    torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("grid", [strided_grid(1000, 15), fast27_grid(1000)], ids=len)
+def test_ddim_with_eta_one_is_ancestral_sampling_with_the_small_variance(grid: Tensor) -> None:
+    first = ddim(denoise_network(1.0), start(), grid, SCHEDULE, 1.0, SharedNoise(2))
+    second = ancestral(denoise_network(1.0), start(), grid, SCHEDULE, SharedNoise(2), "small")
+    torch.testing.assert_close(first, second, atol=1e-8, rtol=0)
+
+
+MEAN, STD = 0.7, 0.3
+
+
+def gaussian_denoise(x_t: Tensor, t: Tensor) -> Prediction:
+    """The best possible prediction where the data are normal with MEAN and STD."""
+    level = SCHEDULE.at(t)[:, None]
+    gain = level.sqrt() * STD**2 / (level * STD**2 + 1 - level)
+    x0 = MEAN + gain * (x_t - level.sqrt() * MEAN)
+    return predict("x0", x0, x_t, SCHEDULE.at(t))
+
+
+@pytest.mark.parametrize(
+    ("grid", "tolerance"), [(strided_grid(1000, 1000), 2e-3), (fast27_grid(1000), 0.05)], ids=["1000", "27"]
+)
+def test_ddim_converges_to_the_exact_map_of_a_gaussian(grid: Tensor, tolerance: float) -> None:
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    level = SCHEDULE.at(grid[:1])
+    exact = MEAN + STD * (x - level.sqrt() * MEAN) / (level * STD**2 + 1 - level).sqrt()
+    torch.testing.assert_close(ddim(gaussian_denoise, x, grid, SCHEDULE), exact, atol=tolerance, rtol=0)
+
+
+def test_ddim_gets_better_with_more_steps() -> None:
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    exact = MEAN + STD * x
+    errors = [
+        (ddim(gaussian_denoise, x, strided_grid(1000, n), SCHEDULE) - exact).abs().max().item() for n in (8, 32, 128)
+    ]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+
+
+def test_ancestral_sampling_converges_to_the_gaussian() -> None:
+    draw = Draw([(5, 20_000)])
+    samples = ancestral(gaussian_denoise, draw.normal("x_T", 1), strided_grid(1000, 250), SCHEDULE, draw, "small")
+    assert samples.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert samples.std().item() == pytest.approx(STD, rel=0.03)
+
+
+def test_the_optimal_variance_makes_few_steps_exact() -> None:
+    """Of a Gaussian, with Analytic-DPM's variance: the posterior's, and what is unknown of x0 given x_t."""
+    grid = strided_grid(1000, 5)
+    level, previous = SCHEDULE.at(grid), SCHEDULE.at(torch.tensor([*grid.tolist()[1:], -1]))
+    unknown = STD**2 * (1 - level) / (level * STD**2 + 1 - level)
+    of_x0 = posterior_mean(torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), level, previous)
+    optimal = posterior_variance(level, previous) + of_x0**2 * unknown
+    draw = Draw([(5, 20_000)])
+    x_T = draw.normal("x_T", 1)
+    few = ancestral(gaussian_denoise, x_T, grid, SCHEDULE, draw, optimal)
+    # The step to the data adds no noise, so what is left unknown at timestep 0 is missing: nothing to speak of.
+    assert few.std().item() == pytest.approx(STD, rel=0.02)
+    assert few.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert ancestral(gaussian_denoise, x_T, grid, SCHEDULE, draw, "small").std() < 0.9 * STD
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_a_seed_gives_the_same_picture_in_any_batch(sampler: str) -> None:
+    def sample(seeds: list[int]) -> Tensor:
+        draw = Draw([(seed, 1) for seed in seeds])
+        noise, grid = draw.normal("x_T", 3, 4, 4), strided_grid(1000, 8)
+        if sampler == "ancestral":
+            return ancestral(denoise_network(1.0), noise, grid, SCHEDULE, draw)
+        return ddim(denoise_network(1.0), noise, grid, SCHEDULE, 0.7, draw)
+
+    together = sample([11, 12, 13])
+    assert not torch.equal(together[0], together[1])
+    torch.testing.assert_close(sample([13, 11]), together[[2, 0]], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_the_last_step_is_the_predicted_picture_and_every_step_is_reported(sampler: str) -> None:
+    reported: list[tuple[int, Tensor]] = []
+    picture = torch.linspace(-1, 1, 96, dtype=torch.float64).view(2, 3, 4, 4)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        return predict("x0", picture, x_t, SCHEDULE.at(t))
+
+    grid, draw = strided_grid(1000, 4), Draw([(0, 2)])
+    if sampler == "ancestral":
+        out = ancestral(denoise, start(), grid, SCHEDULE, draw, "small", lambda i, x: reported.append((i, x)))
+    else:
+        out = ddim(denoise, start(), grid, SCHEDULE, callback=lambda i, x: reported.append((i, x)))
+    torch.testing.assert_close(out, picture, atol=1e-6, rtol=0)
+    assert [i for i, _ in reported] == [1, 2, 3, 4]
+    assert torch.equal(reported[-1][1], picture)
+
+
+def test_a_wrong_use_of_a_sampler_is_refused() -> None:
+    grid, draw = strided_grid(1000, 4), Draw([(0, 2)])
+    with pytest.raises(ValueError, match="falling order"):
+        ddim(denoise_network(), start(), grid.flip(0), SCHEDULE)
+    with pytest.raises(ValueError, match="pass a draw"):
+        ddim(denoise_network(), start(), grid, SCHEDULE, eta=0.5)
+    with pytest.raises(ValueError, match="'huge'"):
+        ancestral(denoise_network(), start(), grid, SCHEDULE, draw, "huge")
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        return predict("eps", x_t, x_t, SCHEDULE.at(t))
+
+    with pytest.raises(ValueError, match="'learned' if the model has one"):
+        ancestral(denoise, start(), grid, SCHEDULE, draw, "learned")
+
+
+def test_sampling_inverts_noising_of_one_known_picture() -> None:
+    x0 = start().clamp(-1, 1)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        return predict("x0", x0, x_t, SCHEDULE.at(t))
+
+    grid = strided_grid(1000, 10)
+    x_T = q_sample(x0, start(), SCHEDULE.at(grid[:1].expand(2)))
+    torch.testing.assert_close(ddim(denoise, x_T, grid, SCHEDULE), x0, atol=1e-6, rtol=0)

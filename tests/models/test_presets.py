@@ -1,0 +1,114 @@
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from models.ar_prior import ARPrior
+from models.decoder import Decoder
+from models.diffusion_prior import DiffusionPrior
+from models.image_configs import DecoderConfig, UpsamplerConfig
+from models.presets import PRESETS
+from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
+from models.upsampler import Upsampler
+
+STAGES = {
+    "clip": ClipConfig,
+    "ar_prior": ARPriorConfig,
+    "diffusion_prior": DiffusionPriorConfig,
+    "decoder": DecoderConfig,
+    "upsampler_256": UpsamplerConfig,
+    "upsampler_1024": UpsamplerConfig,
+}
+
+
+def millions(module: nn.Module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def build(name: str) -> dict[str, Any]:
+    """Every model of a preset, on the meta device."""
+    preset = PRESETS[name]
+    dim = preset["clip"].embed_dim
+    with torch.device("meta"):
+        return {
+            "clip": open_clip.CLIP(**preset["clip"].model_config()),
+            "ar_prior": ARPrior(preset["ar_prior"], dim, min(319, dim)),
+            "diffusion_prior": DiffusionPrior(preset["diffusion_prior"], dim),
+            "decoder": Decoder(preset["decoder"], dim),
+            "upsampler_256": Upsampler(preset["upsampler_256"]),
+            "upsampler_1024": Upsampler(preset["upsampler_1024"]),
+        }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_every_stage_and_builds(name: str) -> None:
+    preset = PRESETS[name]
+    assert {stage: type(preset[stage]) for stage in STAGES} == STAGES
+    assert preset["upsampler_256"].image_size == preset["upsampler_1024"].low_size
+    build(name)
+
+
+def test_the_paper_preset_has_the_papers_sizes() -> None:
+    models = build("paper")
+    # Table 3 says 1B, 1B, 3.5B, 700M and 300M. The AR prior's 1B is its transformer over codes; the text encoder that
+    # Table 3 gives it as well has 1.2B more, and a token table 0.1B.
+    ar_prior = models["ar_prior"]
+    assert millions(ar_prior.transformer) == pytest.approx(798, abs=1)
+    assert millions(ar_prior.text_encoder) == pytest.approx(1209, abs=1)
+    assert millions(models["diffusion_prior"].transformer) == pytest.approx(1209, abs=1)
+    assert millions(models["decoder"]) == pytest.approx(3500, rel=0.05)
+    assert millions(models["upsampler_256"]) == pytest.approx(700, rel=0.05)
+    assert millions(models["upsampler_1024"]) == pytest.approx(300, rel=0.07)
+
+
+def test_small_presets_are_small() -> None:
+    assert all(millions(model) < 4 for model in build("nano").values())
+    assert all(millions(model) < 20 for model in build("tiny").values())
+    assert sum(millions(model) for model in build("small").values()) < 1000
+
+
+def test_class_defaults_are_the_paper() -> None:
+    paper = PRESETS["paper"]
+    assert paper["ar_prior"] == ARPriorConfig()
+    assert paper["diffusion_prior"] == DiffusionPriorConfig()
+    assert paper["decoder"] == DecoderConfig()
+    assert paper["upsampler_256"] == UpsamplerConfig()
+    assert ARPriorConfig().prefix + 2 + 319 == 384  # Table 3's context
+
+
+def test_reading_presets_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import models.presets"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (ARPriorConfig(), {"width": 100}, "width 100 is not a multiple of heads 26"),
+        (ARPriorConfig(), {"text_depth": 0}, "text_depth is 0"),
+        (ARPriorConfig(), {"prefix": 78}, "prefix is 78: use 1 to text_context, which is 77"),
+        (ARPriorConfig(), {"text_context": 256}, "text_context is 256: use 3 to 77"),
+        (ARPriorConfig(), {"buckets": 1}, "buckets is 1"),
+        (ARPriorConfig(), {"dropout": 1.0}, "dropout is 1.0"),
+        (ARPriorConfig(), {"drop_text": -0.1}, "drop_text is -0.1"),
+        (DiffusionPriorConfig(), {"schedule": "cosin"}, "schedule is 'cosin': use 'cosine' or 'linear'"),
+        (DiffusionPriorConfig(), {"steps": 1}, "steps is 1"),
+        (DiffusionPriorConfig(), {"scale": 0.0}, "scale is 0.0"),
+        (ClipConfig(), {"tower": "vitt"}, "tower is 'vitt'"),
+        (ClipConfig(), {"layers": (2, 2, 2, 2)}, "a vit takes one number"),
+        (ClipConfig(), {"tower": "resnet"}, "a resnet takes four numbers"),
+        (ClipConfig(), {"embed_dim": 512}, "embed_dim 512 is above width 256"),
+        (ClipConfig(), {"patch": 7}, "image_size 64 is not a multiple of patch 7"),
+        (ClipConfig(), {"width": 300}, "width is 300"),
+        (ClipConfig(), {"text_context": 78}, "text_context is 78: use 3 to 77"),
+        (PRESETS["tiny"]["clip"], {"image_size": 48}, "image_size is 48: a resnet takes multiples of 32"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(config: object, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **change)  # type: ignore[type-var]

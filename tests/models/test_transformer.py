@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch import nn
+
+from models.nn.transformer import Block, Cache, CaptionEmbedding, Transformer, is_padding
+
+
+def make(causal: bool) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(32, 2, 4, causal=causal).double().eval()
+
+
+def test_a_block_equals_pytorchs_own_encoder_layer() -> None:
+    torch.manual_seed(0)
+    block = Block(32, 4, causal=True, dropout=0.0, joining_std=0.02).double()
+    peer = nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True).double().eval()
+    pairs = {
+        "self_attn.in_proj_": block.qkv,
+        "self_attn.out_proj.": block.attention_out,
+        "linear1.": block.mlp_in,
+        "linear2.": block.mlp_out,
+        "norm1.": block.norm_attention,
+        "norm2.": block.norm_mlp,
+    }
+    peer.load_state_dict({f"{name}{end}": getattr(m, end) for name, m in pairs.items() for end in ("weight", "bias")})
+    x = torch.randn(3, 7, 32, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+    torch.testing.assert_close(block(x), peer(x, mask), rtol=0, atol=1e-12)
+
+
+def test_causal_output_depends_on_nothing_to_its_right() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 5] = torch.randn(32)
+    difference = (make(causal=True)(x) - make(causal=True)(changed)).abs().amax(-1)[0]
+    assert (difference[:5] == 0).all()
+    assert (difference[5:] > 0).all()
+    assert ((make(causal=False)(x) - make(causal=False)(changed)).abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("first", [1, 4, 9])
+def test_cache_gives_what_one_pass_gives(first: int) -> None:
+    transformer = make(causal=True)
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    cache = Cache(9)
+    parts = [transformer(x[:, :first], cache)]
+    parts += [transformer(x[:, i : i + 1], cache) for i in range(first, 9)]
+    torch.testing.assert_close(torch.cat(parts, 1), transformer(x), rtol=0, atol=1e-12)
+
+
+def test_a_filled_cache_refuses_several_positions() -> None:
+    transformer, cache = make(causal=True), Cache(9)
+    transformer(torch.zeros(1, 2, 32, dtype=torch.float64), cache)
+    with pytest.raises(ValueError, match="one position at a time"):
+        transformer(torch.zeros(1, 2, 32, dtype=torch.float64), cache)
+
+
+def test_padding_starts_after_the_first_end_token() -> None:
+    tokens = torch.tensor([[8, 0, 9, 0, 0], [8, 1, 2, 3, 9], [8, 9, 0, 9, 0]])
+    assert is_padding(tokens, end=9).tolist() == [
+        [False, False, False, True, True],
+        [False] * 5,
+        [False, False, True, True, True],
+    ]
+
+
+def test_a_dropped_caption_is_all_padding_and_differs_from_an_empty_one() -> None:
+    torch.manual_seed(0)
+    caption = CaptionEmbedding(10, 5, 16)
+    tokens = torch.tensor([[8, 1, 9, 0, 0], [8, 9, 0, 0, 0]])
+    out = caption(tokens, torch.tensor([False, True]))
+    assert torch.equal(out[0], caption.padding)
+    assert torch.equal(out[1, 2:], caption.padding[2:])
+    assert not torch.equal(out[1, :2], caption.padding[:2])
+    with pytest.raises(ValueError, match="5 tokens or more, got 4"):
+        caption(tokens[:, :4], torch.tensor([True, True]))
+
+
+def test_a_long_caption_is_cut() -> None:
+    caption = CaptionEmbedding(10, 3, 16)
+    keep = torch.tensor([True])
+    long = caption(torch.tensor([[8, 1, 2, 3, 9]]), keep)
+    assert torch.equal(long, caption(torch.tensor([[8, 1, 2]]), keep))

@@ -1,0 +1,157 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.degradation.blur import corruption_blur
+from models.diffusion.samplers import ddim
+from models.diffusion.schedules import make_schedule, strided_grid
+from models.draw import Draw
+from models.image_configs import UpsamplerConfig
+from models.nn.unet import Attention
+from models.pixels import from_uint8, resize, to_uint8
+from models.upsampler import Upsampler, corrupted_low, random_crop, sampling_low, upsampler_denoise, upsampler_loss
+
+CONFIG = UpsamplerConfig(
+    low_size=16, image_size=64, channels=16, depth=1, multipliers=(1, 2), dropout=0.0, prediction="v"
+)  # fmt: skip
+
+
+def stripes(rows: int, side: int = 64) -> Tensor:
+    """Slanted stripes of different widths and colours, uint8 [rows, 3, side, side]."""
+    g = torch.Generator().manual_seed(rows)
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    slope, period = torch.rand(2, rows, generator=g) * 2 - 1, torch.randint(12, 24, (rows,), generator=g)
+    waves = torch.sin((x + slope[0][:, None, None] * y) * 2 * torch.pi / period[:, None, None])
+    colours = torch.rand(2, rows, 3, 1, 1, generator=g)
+    return to_uint8((torch.where(waves[:, None] > 0, colours[0], colours[1])) * 2 - 1)
+
+
+def test_crops_are_aligned_pieces_of_their_own_row() -> None:
+    image = torch.arange(6 * 3 * 64 * 64).view(6, 3, 64, 64)
+    crops = random_crop(image, 16, 4, Draw([(3, 6)]))
+    corners = set()
+    for row in range(6):
+        offset = int(crops[row, 0, 0, 0]) - row * 3 * 64 * 64
+        top, left = divmod(offset, 64)
+        assert torch.equal(crops[row], image[row, :, top : top + 16, left : left + 16])
+        assert top % 4 == left % 4 == 0
+        corners.add((top, left))
+    assert len(corners) > 3
+
+
+def test_every_aligned_crop_is_drawn() -> None:
+    places = random_crop(torch.arange(64).view(1, 1, 8, 8).expand(300, 1, 8, 8), 4, 2, Draw([(0, 300)]))[:, 0, 0, 0]
+    assert set(places.tolist()) == {top * 8 + left for top in (0, 2, 4) for left in (0, 2, 4)}
+
+
+@pytest.mark.parametrize("corruption", ["blur", "bsr", "bsr_light"])
+def test_the_condition_is_small_and_damaged(corruption: str) -> None:
+    config = dataclasses.replace(CONFIG, corruption=corruption)
+    crop = from_uint8(stripes(5))
+    low = corrupted_low(config, crop, Draw([(0, 5)]))
+    clean = resize(crop, (16, 16))
+    assert low.shape == clean.shape
+    assert low.abs().max() <= 1
+    assert 0.01 < (low - clean).abs().mean() < 0.5
+    if corruption == "blur":
+        torch.testing.assert_close(low, corruption_blur(clean))
+
+
+@pytest.mark.parametrize("corruption", ["blur", "bsr"])
+def test_corruption_is_fp32_under_autocast(corruption: str) -> None:
+    config, crop = dataclasses.replace(CONFIG, corruption=corruption), from_uint8(stripes(3))
+    low = resize(crop, (16, 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pair = corrupted_low(config, crop, Draw([(0, 3)])), sampling_low(config, low, Draw([(0, 3)]))
+    assert torch.equal(pair[0], corrupted_low(config, crop, Draw([(0, 3)])))
+    assert torch.equal(pair[1], sampling_low(config, low, Draw([(0, 3)])))
+
+
+def test_sampling_corrupts_the_condition_mildly_or_not_at_all() -> None:
+    low = resize(from_uint8(stripes(4, 16)), (64, 64))
+    draw = Draw([(0, 4)])
+    torch.testing.assert_close(sampling_low(CONFIG, low, draw), corruption_blur(low))
+    for corruption in ("bsr", "bsr_light"):
+        config = dataclasses.replace(CONFIG, corruption=corruption)
+        assert 0 < (sampling_low(config, low, draw) - low).abs().mean() < 0.03
+        assert sampling_low(dataclasses.replace(config, corrupt_at_inference=False), low, draw) is low
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_it_learns_on_crops_and_runs_at_any_full_size(patch: int) -> None:
+    model = Upsampler(dataclasses.replace(CONFIG, patch=patch))
+    losses = upsampler_loss(model, {"image": stripes(3)}, Draw([(0, 3)]))
+    assert losses.total.shape == (3,)
+    for height, width in ((16, 16), (64, 64), (64, 96)):
+        low = torch.zeros(2, 3, height // 4, width // 4)
+        out = model(torch.zeros(2, 3, height, width), torch.tensor([0, 999]), low)
+        assert out.shape == (2, 3, height, width)
+        assert out.dtype == torch.float32
+
+
+def test_far_pixels_do_not_matter_so_a_crop_is_as_good_as_the_whole() -> None:
+    """Only group normalisation, which averages over the picture, sees further than the convolutions do."""
+    torch.manual_seed(0)
+    model = Upsampler(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.forward = lambda x: x
+    x_t, low, t = torch.randn(1, 3, 128, 128), torch.randn(1, 3, 32, 32).clamp(-1, 1), torch.tensor([300])
+    with torch.no_grad():
+        whole = model(x_t, t, low)
+        part = model(x_t[:, :, :96, :96], t, low[:, :, :24, :24])
+    torch.testing.assert_close(part[:, :, :48, :48], whole[:, :, :48, :48], atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_s_loss_does_not_depend_on_the_other_rows() -> None:
+    torch.manual_seed(0)
+    model, image = Upsampler(CONFIG).eval(), stripes(3)
+    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
+    with torch.no_grad():
+        together = upsampler_loss(model, {"image": image}, Draw([(5, 1), (6, 1), (7, 1)])).total
+        alone = upsampler_loss(model, {"image": image[[1]]}, Draw([(6, 1)])).total
+    torch.testing.assert_close(alone, together[[1]], atol=1e-5, rtol=1e-4)
+
+
+def test_it_learns_to_sharpen() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, image_size=32, low_size=8, crop=0.5)
+    model, image = Upsampler(config), stripes(2, 32)
+    optimiser = torch.optim.Adam(model.parameters(), lr=4e-3)
+    for step in range(220):
+        loss = upsampler_loss(model, {"image": image.repeat(4, 1, 1, 1)}, Draw([(step, 8)])).total.mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    model.eval()
+    draw, original = Draw([(99, 2)]), from_uint8(image)
+    low = sampling_low(config, resize(original, (8, 8)), draw)
+    grid, schedule = strided_grid(1000, 15), make_schedule("cosine", 1000)
+    samples = ddim(upsampler_denoise(model, low), draw.normal("x_T", 3, 32, 32), grid, schedule)
+    error, bicubic = ((x - original).square().mean() for x in (samples, resize(low, (32, 32))))
+    assert error < 0.7 * bicubic
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [
+        (UpsamplerConfig(), 700),
+        (
+            UpsamplerConfig(
+                low_size=256, image_size=1024, channels=192, depth=2, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0,
+                corruption="bsr", schedule="linear",
+            ),
+            300,
+        ),
+    ],
+    ids=["256", "1024"],
+)  # fmt: skip
+def test_the_paper_s_upsamplers_have_its_sizes_and_no_attention(config: UpsamplerConfig, millions: int) -> None:
+    with torch.device("meta"):
+        model = Upsampler(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.15)
+    assert not any(isinstance(module, Attention) for module in model.modules())

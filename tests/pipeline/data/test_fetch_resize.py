@@ -1,0 +1,171 @@
+"""Keys, and what a picture becomes before it is stored."""
+
+import io
+import struct
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from pipeline.data.fetch import Picture, compute_key, inspect, resize
+from pipeline.data.source import row_key
+
+
+def noise(width: int, height: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def smooth(width: int, height: int) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([255 * x / width, 255 * y / height, 255 - 255 * x / width], axis=-1).astype(np.uint8)
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(out, kind, **options)
+    return out.getvalue()
+
+
+def decoded(picture: Picture | str) -> np.ndarray:
+    assert isinstance(picture, Picture), picture
+    return np.asarray(Image.open(io.BytesIO(picture.data)))
+
+
+def test_keys_sort_like_rows_and_have_one_width() -> None:
+    places = [(0, 0), (0, 9999), (1, 0), (99_999, 5), (100_000, 0), (99_999_999, 9999)]
+    keys = [compute_key(row, shard) for shard, row in places]
+    assert keys == sorted(keys)
+    assert {len(key) for key in keys} == {12}
+    assert keys[3] == "000999990005"
+    assert keys == [row_key(shard, row) for shard, row in places]
+    for row, shard in [(10_000, 0), (-1, 0), (0, 100_000_000)]:
+        with pytest.raises(ValueError, match="no key"):
+            compute_key(row, shard)
+
+
+def small(data: bytes, image_size: int = 16, kind: str = "png", quality: int = 3) -> Picture | str:
+    return resize(data, image_size, 1_000_000, kind, quality)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("JPEG", {"quality": 90}), ("WEBP", {"lossless": True})])
+def test_equals_img2datasets_own_resizer(kind: str, options: dict[str, object]) -> None:
+    """For a plain RGB picture, within 2 levels for JPEG, whose decoder is another one."""
+    from img2dataset.resizer import Resizer
+
+    data = encoded(smooth(120, 90), kind, **options)
+    expected = Resizer(32, "keep_ratio", True, encode_format="png", encode_quality=3)(io.BytesIO(data))[0]
+    difference = np.abs(decoded(small(data, 32)).astype(int) - np.asarray(Image.open(io.BytesIO(expected))).astype(int))
+    assert difference.max() <= (2 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((64, 32), (32, 16)), ((32, 64), (16, 32)), ((12, 40), (12, 40))])
+def test_the_short_side_shrinks_and_nothing_grows(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    picture = small(encoded(noise(*size)))
+    assert isinstance(picture, Picture)
+    assert (picture.width, picture.height) == expected
+    assert Image.open(io.BytesIO(picture.data)).size == expected
+
+
+@pytest.mark.parametrize(("kind", "quality"), [("jpg", 95), ("png", 6), ("webp", 90)])
+def test_bytes_are_reproducible_in_every_format(kind: str, quality: int) -> None:
+    data = encoded(smooth(50, 40))
+    picture = small(data, kind=kind, quality=quality)
+    assert isinstance(picture, Picture)
+    assert picture == small(data, kind=kind, quality=quality)
+    assert picture.extension == kind
+    assert Image.open(io.BytesIO(picture.data)).format == {"jpg": "JPEG"}.get(kind, kind.upper())
+
+
+def test_area_interpolation_is_the_mean() -> None:
+    pixels = noise(64, 64)
+    expected = pixels.reshape(16, 4, 16, 4, 3).mean((1, 3))
+    assert np.abs(decoded(small(encoded(pixels))) - expected).max() <= 0.5
+
+
+def test_every_kind_of_pixel_becomes_rgb_on_white() -> None:
+    def corner(image: Image.Image, kind: str = "PNG", **options: object) -> list[int]:
+        pixels = decoded(small(encoded(image, kind, **options)))
+        assert pixels.shape == (8, 8, 3)
+        return [int(value) for value in pixels[0, 0]]
+
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30])
+    assert corner(palette) == [10, 20, 30]
+    assert corner(palette, transparency=0) == [255, 255, 255]
+    assert corner(Image.new("L", (8, 8), 77)) == [77, 77, 77]
+    assert corner(Image.new("LA", (8, 8), (0, 0))) == [255, 255, 255]
+    assert corner(Image.new("1", (8, 8), 1)) == [255, 255, 255]
+    assert corner(Image.new("RGBA", (8, 8), (200, 0, 0, 0))) == [255, 255, 255]
+    assert corner(Image.new("RGBA", (8, 8), (200, 0, 0, 51))) == [244, 204, 204]
+    assert corner(Image.fromarray(np.full((8, 8), 0x8000, np.uint16))) == [128, 128, 128]
+    assert corner(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "JPEG", quality=95) == [0, 0, 0]
+
+
+def test_exif_orientation_turns_the_pixels() -> None:
+    image = Image.fromarray(smooth(24, 8))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    turned = decoded(small(encoded(image, "PNG", exif=exif)))
+    assert np.array_equal(turned, np.rot90(smooth(24, 8), -1))
+    assert inspect(encoded(image, "PNG", exif=exif), 1_000_000) == (8, 24)
+
+
+def test_an_embedded_profile_is_converted_and_a_broken_one_ignored() -> None:
+    image = Image.new("RGB", (8, 8), (200, 10, 10))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")  # red is blue
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()  # not for RGB pictures
+    red, blue = [200, 10, 10], [10, 10, 200]
+    for profile, expected in [(srgb, red), (swapped, blue), (lab, red), (b"junk", red)]:
+        pixel = decoded(small(encoded(image, icc_profile=profile)))[0, 0].astype(int)
+        assert np.abs(pixel - expected).max() <= 3
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A PNG that claims ``width`` x ``height`` pixels and is small."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(1 + 3 * width) * 10)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
+
+
+TOO_WIDE = encoded(Image.new("L", (70_000, 2)))  # for a JPEG; it decodes
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "zero_bytes"),
+        (b"<!DOCTYPE html><html>not here</html>", "not_an_image"),
+        (encoded(smooth(8, 8), "GIF"), "not_an_image"),
+        (encoded(smooth(8, 8), "BMP"), "not_an_image"),
+        (png_bomb(30_000, 30_000), "too_many_pixels"),  # above Pillow's own limit
+        (png_bomb(2000, 1000), "too_many_pixels"),  # above ours
+        (encoded(noise(200, 200))[:60_000], "truncated"),
+        (encoded(noise(200, 200), "JPEG")[:5_000], "truncated"),
+        (encoded(noise(200, 200), "JPEG")[:-2_000], "truncated"),
+        (encoded(noise(200, 200), "WEBP")[:5_000], "truncated"),
+        (b"\xff\xd8\xff" + bytes(100), "decode_error"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "decode_error"),
+        (TOO_WIDE, "decode_error"),
+    ],
+)
+def test_a_bad_picture_has_its_reason(data: bytes, reason: str) -> None:
+    assert resize(data, 16, 1_000_000, "jpg", 90) == reason
+    assert inspect(data, 1_000_000) == reason or data == TOO_WIDE
+
+
+def test_output_streams_stay_where_they_are(capfd: pytest.CaptureFixture[str]) -> None:
+    """img2dataset's resizer points them elsewhere while it works; threads would leave them there."""
+    threads = [threading.Thread(target=small, args=(encoded(noise(300, 300)),)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print("still here")
+    assert "still here" in capfd.readouterr().out

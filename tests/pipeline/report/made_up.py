@@ -1,0 +1,186 @@
+"""A made-up chain in a store: every artefact that a report can show, with real pictures, without running a stage."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image, ImageDraw
+
+from pipeline.artifacts import Artifact, publish_artifact, publish_shard, write_shard_table, write_table
+from pipeline.data.index import index_table
+from pipeline.data.source import row_key
+from pipeline.ledger import Ledger
+from pipeline.records import digest, put_blob
+from pipeline.settings import RaySettings
+from pipeline.store import Store
+
+COLOURS = ("crimson", "coral", "gold", "seagreen", "teal", "royalblue", "purple", "grey")
+SHAPES = ("circle", "square", "triangle")
+SHARDS, ROWS = 3, 30
+MODELS = ("clip", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+
+
+def config(inputs: tuple[str, ...] = MODELS) -> Any:
+    """As much of a configuration as the report looks at; ``inputs`` are those of its bundle."""
+    return SimpleNamespace(project="shapes", bundle=SimpleNamespace(inputs=inputs), run=RaySettings())
+
+
+def picture(side: int, colour: str, shape: str, blur: float = 0.0, seed: int = 0) -> Image.Image:
+    """A shape on white; ``blur`` from 0 (as drawn) to 1 (noise)."""
+    image = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(image)
+    a, b = side * 0.2, side * 0.8
+    if shape == "circle":
+        draw.ellipse((a, a, b, b), fill=colour)
+    elif shape == "square":
+        draw.rectangle((a, a, b, b), fill=colour)
+    else:
+        draw.polygon(((side / 2, a), (a, b), (b, b)), fill=colour)
+    noise = Image.frombytes("RGB", (side, side), random.Random(seed).randbytes(3 * side * side))
+    return Image.blend(image, noise, blur)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, compress_level=1)
+    return out.getvalue()
+
+
+def chain(store: Store, caption: str | None = None) -> dict[str, Artifact]:
+    """All artefacts by stage; ``caption`` replaces every caption, and the attribution."""
+    return {
+        **_data(store, caption),
+        "codec": _publish(store, "codec", ledger=Ledger(kept=50), recipe={"components": 319}, metrics=_codec_metrics()),
+        **{stage: _trained(store, stage) for stage in ("clip", "ar_prior", "diffusion_prior", "decoder")},
+        **{stage: _trained(store, stage) for stage in ("upsampler_256", "upsampler_1024")},
+        "bundle": _publish(store, "bundle", ledger=Ledger(), recipe={"candidates": 2}),
+        "samples": _samples(store, caption),
+    }
+
+
+def _publish(store: Store, stage: str, seconds: float = 12.5, **fields: Any) -> Artifact:
+    fields = {"inputs": {}, "recipe": {}, **fields}
+    return publish_artifact(store, Artifact(stage=stage, key=digest(stage), **fields), seconds)
+
+
+def _data(store: Store, caption: str | None) -> dict[str, Artifact]:
+    shards: dict[str, list[Any]] = {name: [] for name in ("source", "captions", "pairs", "embeddings", "curation")}
+    for number in range(SHARDS):
+        rows, captions, images = _rows(number, caption)
+        sources = Ledger.count("duplicate_url" if row["reason"] == "duplicate_url" else None for row in rows)
+        kept = [row for row in rows if row["status"] == "kept"]
+        chosen = kept[:-1]
+        keys = pa.array([row["key"] for row in rows])
+        rng = random.Random(number)
+        scores = pa.array([rng.gauss(0.31, 0.06) for _ in kept], pa.float32())
+        made = {
+            "source": (sources, {"refs": b"refs"}),
+            "captions": (sources, {"captions": write_table({"key": keys, "captions": pa.array(captions)})}),
+            "pairs": (
+                Ledger.count(row["reason"] for row in rows),
+                {"index": write_table(index_table(rows)), "images": images},
+            ),
+            "embeddings": (
+                Ledger(len(kept)),
+                {"embeddings": write_table({"key": pa.array([row["key"] for row in kept]), "similarity": scores})},
+            ),
+            "curation": (Ledger(len(chosen), {"low_similarity": 1}), {"index": write_table(index_table(chosen))}),
+        }
+        for stage, (ledger, blobs) in made.items():
+            shards[stage].append(publish_shard(store, stage, number, digest([stage, number]), ledger, blobs, {}))
+    result = {}
+    for stage, of_stage in shards.items():
+        table, ledger = write_shard_table(store, of_stage)
+        result[stage] = _publish(store, stage, shard_table=table, ledger=ledger, recipe={"shard_rows": ROWS})
+    return result
+
+
+def _rows(number: int, caption: str | None) -> tuple[list[dict[str, Any]], list[list[str]], bytes]:
+    """Index rows, their captions, and the bytes that hold their pictures."""
+    rows, captions, images = [], [], b""
+    reasons = {3: "duplicate_url", 9: "http_4xx", 10: "timeout", 17: "truncated"}
+    for i in range(ROWS):
+        colour, shape = COLOURS[(i + number) % len(COLOURS)], SHAPES[i % len(SHAPES)]
+        captions.append([caption or f"a {colour} {shape} on white"])
+        row: dict[str, Any] = {
+            "key": row_key(number, i),
+            "url": f"https://example.com/{number}/{i}.png",
+            "split": "train",
+        }
+        row |= {"license": "CC-BY-4.0", "attribution": caption or "Shapes, drawn by nobody in particular"}
+        if i in reasons:
+            rows.append({**row, "status": "rejected", "reason": reasons[i]})
+            continue
+        data = encoded(picture(96, colour, shape))
+        row |= {"width": 96, "height": 96, "sha256": hashlib.sha256(data).hexdigest(), "offset": len(images)}
+        rows.append({**row, "size": len(data), "status": "kept", "reason": None})
+        images += data
+    return rows, captions, images
+
+
+def _codec_metrics() -> dict[str, Any]:
+    ratios = [math.exp(-i / 12) for i in range(95)]
+    return {
+        "requested": 319,
+        "components": 95,
+        "explained_variance_ratio": [ratio / sum(ratios) for ratio in ratios],
+        "explained": 0.991,
+        "reconstruction_error": 0.0091,
+        "round_trip_error": 0.0093,
+        "warnings": ["319 components asked for, 95 kept: the embeddings have no more"],
+    }
+
+
+def _trained(store: Store, stage: str) -> Artifact:
+    rng = random.Random(stage)
+    lines: list[dict[str, Any]] = []
+    for step in range(400):
+        loss = 0.03 + math.exp(-step / 60) * 0.9
+        lines.append({"samples": step * 128, "loss": loss * rng.uniform(0.8, 1.2), "grad_norm": 1.0})
+        if step % 80 == 79:
+            lines.append({"samples": step * 128, "validation_loss": loss * 1.1, "validation_rows": 40})
+    blobs = {"metrics.jsonl": put_blob(store, "\n".join(map(json.dumps, lines)).encode())}
+    if stage in ("decoder", "upsampler_256", "upsampler_1024"):
+        side = {"decoder": 64, "upsampler_256": 128, "upsampler_1024": 256}[stage]
+        for samples, blur in ((0, 1.0), (12_800, 0.6), (25_600, 0.25), (51_200, 0.05)):
+            blobs[f"previews/{samples:012d}.png"] = blobs["preview.png"] = put_blob(store, _grid(side, blur))
+    metrics = {"loss": 0.0312, "validation_loss": 0.0345, "gradient_norm": 0.41, "samples_seen": 51_200}
+    times = {"samples_per_second": 243.2}
+    recipe = {"samples": 51_200, "batch": 128, "precision": "bf16"}
+    environment = {"device": "cpu", "precision": "fp32" if stage == "clip" else "bf16"}
+    return _publish(
+        store,
+        stage,
+        seconds=210.0,
+        ledger=Ledger(kept=75),
+        blobs=blobs,
+        metrics=metrics,
+        times=times,
+        recipe=recipe,
+        environment=environment,
+    )
+
+
+def _grid(side: int, blur: float) -> bytes:
+    grid = Image.new("RGB", (4 * side, 2 * side))
+    for i, colour in enumerate(COLOURS):
+        grid.paste(picture(side, colour, SHAPES[i % 3], blur, i), (i % 4 * side, i // 4 * side))
+    return encoded(grid)
+
+
+def _samples(store: Store, caption: str | None) -> Artifact:
+    blobs = {}
+    for i in range(6):
+        final = picture(1024, COLOURS[i], SHAPES[i % 3], 0.02, i)
+        blobs[f"{i:04d}.png"] = put_blob(store, encoded(final))
+        blobs[f"{i:04d}-64.png"] = put_blob(store, encoded(final.resize((64, 64))))
+    captions = [caption or f"a {COLOURS[i]} {SHAPES[i % 3]} on white" for i in range(6)]
+    metrics = {"captions": captions, "seeds": list(range(6)), "settings": {"prior": "diffusion_prior", "guidance": 1.0}}
+    return _publish(store, "samples", 31.0, ledger=Ledger(kept=6), blobs=blobs, metrics=metrics, recipe={"seed": 0})

@@ -1,0 +1,227 @@
+"""The whole page: complete, safe, small, balanced, atomic; and never an exception for what a store holds."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipeline.artifacts import Artifact
+from pipeline.build import build
+from pipeline.config import load_config
+from pipeline.errors import UserError
+from pipeline.records import blob_path, put_blob
+from pipeline.report.page import expected, render, write_report
+from pipeline.store import FolderStore
+from tests.pipeline.report.made_up import chain, config, encoded
+
+STAGES = (
+    *("source", "captions", "pairs", "clip", "embeddings", "curation", "codec", "ar_prior", "diffusion_prior"),
+    *("decoder", "upsampler_256", "upsampler_1024", "bundle", "samples"),
+)
+SECTIONS = ("samples", "data", "embeddings", "codec", "training", "environment")
+VOID = {"meta", "img", "br"}
+
+
+class Balance(HTMLParser):
+    """Collects ids, links and sources, and fails on a tag that is not closed in its order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+        self.unnamed = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.add(tag)
+        self.ids += [v for k, v in attrs if k == "id" and v]
+        self.references += [v for k, v in attrs if k in ("src", "href", "srcset", "action", "data") and v]
+        self.unnamed += tag == "img" and not values.get("alt")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """SVG's empty elements."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def checked(page: str) -> Balance:
+    """What holds for every page, whatever it shows."""
+    balance = Balance()
+    balance.feed(page)
+    balance.close()
+    assert balance.open == []
+    assert len(balance.ids) == len(set(balance.ids))
+    assert not balance.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    assert all(reference.startswith("data:image/") for reference in balance.references)
+    assert "url(" not in page.split("</style>")[0]
+    assert balance.unnamed == 0
+    assert len(page.encode()) < 5 << 20
+    return balance
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
+    return FolderStore(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def made(store: FolderStore) -> dict[str, Artifact]:
+    return chain(store)
+
+
+def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Artifact], tmp_path: Path) -> None:
+    path = tmp_path / "out" / "report.html"
+    write_report(store, config(), made, path)
+    page = path.read_text()
+    balance = checked(page)
+    assert [name for name in balance.ids if name in SECTIONS] == list(SECTIONS)
+    assert set(balance.ids) >= {"clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"}
+    assert "cannot be shown" not in page
+    assert all(made[stage].key[:12] in page for stage in STAGES)
+    assert "14 of 14 stages are done." in page
+    assert "a crimson circle on white" in page
+    assert "http-equiv" not in page
+    assert page.count('role="img"') == 9  # funnel, similarity, spectrum, six losses
+    assert page.count('alt="preview of decoder after') == 4
+    assert "samples_per_second 243.2" in page
+    assert "319 components asked for, 95 kept" in page
+    assert "fp32 (clip); bf16 (ar_prior" in page
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_beginning_and_every_gap_works(store: FolderStore, made: dict[str, Artifact], stage: str) -> None:
+    until = STAGES[: STAGES.index(stage) + 1]
+    for names in (until, [name for name in reversed(STAGES) if name != stage], [stage]):
+        page = render(store, config(), {name: made[name] for name in names})
+        checked(page)
+        assert "cannot be shown" not in page
+        assert ('http-equiv="refresh"' in page) == ("samples" not in names)
+
+
+def test_nothing_made_yet(store: FolderStore) -> None:
+    page = render(store, config(), {})
+    checked(page)
+    assert "0 of 14 stages are done; next is source." in page
+
+
+def test_the_chain_is_that_of_the_configuration(store: FolderStore, made: dict[str, Artifact]) -> None:
+    small = config(inputs=("clip", "diffusion_prior", "decoder"))
+    page = render(store, small, {"source": made["source"]})
+    assert re.findall(r'<li class="(\w+)">(\w+)</li>', page) == [
+        ("done", "source"),
+        *(("open", name) for name in ("captions", "pairs", "clip", "embeddings", "curation")),
+        *(("open", name) for name in ("diffusion_prior", "decoder", "bundle", "samples")),
+    ]
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parents[3].glob("configs/*.yaml")), ids=lambda file: file.stem)
+def test_the_chain_agrees_with_the_graph_of_every_shipped_configuration(file: Path) -> None:
+    shipped = load_config(file)
+    assert expected(shipped) == tuple(build(shipped))
+
+
+def test_without_anything_to_bundle_nothing_is_waited_for(store: FolderStore, made: dict[str, Artifact]) -> None:
+    page = render(store, config(inputs=()), {"source": made["source"]})
+    assert "http-equiv" not in page
+    assert "1 of 6 stages" in page
+
+
+def test_hostile_captions_are_escaped_and_shortened(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script><img src=x onerror=alert(2)>\"' \u202e" + "long " * 2000
+    store = FolderStore(str(tmp_path))
+    made = chain(store, caption=hostile)
+    made["<b>odd</b>"] = replace(made["bundle"], stage="<b>odd</b>", key="<i>key</i>")
+    named = config()
+    named.project = "<script>project</script>"
+    page = render(store, named, made)
+    checked(page)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "onerror=alert(2)>" not in page
+    assert "long " * 100 not in page
+    assert "&lt;script&gt;project" in page
+    assert "&lt;b&gt;odd" in page
+
+
+def test_missing_blobs_become_lines(tmp_path: Path) -> None:
+    store = FolderStore(str(tmp_path))
+    made = chain(store)
+    decoder, samples = made["decoder"].blobs, made["samples"].blobs
+    gone = [decoder["metrics.jsonl"], decoder["preview.png"], samples["0002.png"]]
+    gone += [made["embeddings"].shard_table or "", made["captions"].shard_table or ""]
+    store.delete(map(blob_path, gone))
+    page = render(store, config(), made)
+    checked(page)
+    for what in ("The loss curve of decoder", "previews/000000051200.png of decoder", "Sample 0002.png"):
+        assert f"{what} cannot be shown: blobs/" in page
+    assert "The histogram of similarity cannot be shown: blobs/" in page
+    assert "What the first shards hold cannot be shown: blobs/" in page
+    assert page.count("cannot be shown") == 5
+
+
+def test_an_empty_store_and_odd_metrics_never_fail(tmp_path: Path, made: dict[str, Artifact]) -> None:
+    odd = {"explained_variance_ratio": "x", "captions": 5, "seeds": {"a": 1}, "settings": [1], "warnings": 3}
+    times: dict[str, Any] = {"seconds": 1.0, "rate": "?"}
+    broken = {name: replace(artifact, metrics=odd, times=times) for name, artifact in made.items()}
+    page = render(FolderStore(str(tmp_path)), config(), broken)
+    checked(page)
+    assert page.count("cannot be shown") > 10
+
+
+def test_many_large_noisy_pictures_stay_within_the_limit(tmp_path: Path) -> None:
+    store = FolderStore(str(tmp_path))
+    noise = Image.frombytes("RGB", (640, 640), random.Random(0).randbytes(3 * 640 * 640))
+    blob = put_blob(store, encoded(noise))
+    made = chain(store)
+    made["samples"] = replace(made["samples"], blobs={f"{i:04d}.png": blob for i in range(200)})
+    for stage in ("clip", "ar_prior", "decoder", "upsampler_256", "upsampler_1024"):
+        made[stage] = replace(made[stage], blobs={f"preview-{i}.png": blob for i in range(50)})
+    page = render(store, config(), made)
+    checked(page)
+    assert "188 more are in the folder of samples" in page
+
+
+def test_the_old_report_stands_when_the_writer_dies(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    code = textwrap.dedent(
+        f"""
+        import sys
+        from pathlib import Path
+        from pipeline.report.page import write_report
+        from pipeline.store import FolderStore
+        from tests.pipeline.report.made_up import config
+        write_report(FolderStore({str(tmp_path)!r}), config(), {{}}, Path({str(path)!r}))
+        assert not {{"torch", "ray"}} & set(sys.modules), "a report needs neither"
+        """
+    )
+    environment = {**os.environ, "UNCLIP_CRASH": f"report.before_replace@{tmp_path / 'crashed'}"}
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, env=environment, check=False).returncode == -9
+    assert path.read_text() == "old"
+    assert subprocess.run(run, env=environment, check=False).returncode == 0
+    checked(path.read_text())
+
+
+def test_a_report_that_cannot_be_written_is_explained(store: FolderStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*; choose another run\.output"):
+        write_report(store, config(), {}, tmp_path / "file" / "report.html")
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(store, config(), {}, tmp_path / "report.html")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "report.html"]

@@ -1,0 +1,151 @@
+"""The sections read what stages leave in a store, and little of it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import Artifact, Shard, publish_artifact, read_shards, write_shard_table, write_table
+from pipeline.data.index import index_table
+from pipeline.ledger import Ledger
+from pipeline.records import put_blob
+from pipeline.report.data import data_section, embeddings_section, read_first_shards, spread
+from pipeline.report.pictures import Album
+from pipeline.report.training import codec_section, preview_names, read_curve
+from pipeline.store import Entry, FolderStore
+from tests.pipeline.report.made_up import SHARDS, chain
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
+    return FolderStore(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def made(store: FolderStore) -> dict[str, Artifact]:
+    return chain(store)
+
+
+def test_curves_from_json_lines() -> None:
+    lines = [
+        {"samples": 0, "validation_loss": 1.5, "validation_rows": 4},
+        {"samples": 128, "loss": 1.0},
+        {"samples": 256, "loss": 0.5, "validation": {"loss": 0.75}},
+        {"samples": 512, "validation_rows": 0},
+    ]
+    curve = read_curve("\n".join(map(json.dumps, lines)).encode())
+    assert curve.train == [(128, 1.0), (256, 0.5)]
+    assert curve.validation == [(0, 1.5), (256, 0.75)]
+    assert curve.unread == 0
+
+
+def test_odd_lines_are_counted_and_passed_over() -> None:
+    odd = [b"{", b"\xff\xfe", b"[1]", b"5", b"", b'{"loss": 1}', b'{"samples": 1, "loss": NaN}']
+    odd += [b'{"samples": 1, "loss": []}', b'{"samples": 1, "validation": 3}']
+    curve = read_curve(b"\n".join([*odd, b'{"samples": 9, "loss": 2}']))
+    assert curve.train == [(9, 2.0)]
+    assert curve.validation == []
+    assert curve.unread == len(odd)
+
+
+def test_previews_in_order_of_samples() -> None:
+    blobs = {"preview.png": "end", "preview-900.png": "b", "preview-20.png": "a", "model.safetensors": "m"}
+    assert preview_names(blobs) == [("preview-20.png", 20), ("preview-900.png", 900), ("preview.png", None)]
+    numbered = {f"previews/{samples:012d}.png": str(samples) for samples in range(0, 1000, 100)}
+    found = [samples for _, samples in preview_names(numbered | {"preview.png": "900"})]
+    assert found == [0, 300, 600, 900]  # preview.png is the last of them
+    assert preview_names({}) == []
+
+
+def test_spread_takes_evenly_and_never_twice() -> None:
+    assert spread(range(10), 5) == [0, 2, 4, 6, 8]
+    assert spread(range(3), 24) == [0, 1, 2]
+    assert spread([], 5) == []
+
+
+def test_first_shards_agree_with_curation(store: FolderStore, made: dict[str, Artifact]) -> None:
+    shards = read_first_shards(store, made)
+    assert sum(len(shard.kept_rows) for shard in shards) == made["curation"].ledger.kept
+    early = read_first_shards(store, {"pairs": made["pairs"]})
+    assert sum(len(shard.kept_rows) for shard in early) == made["pairs"].ledger.kept
+    assert all(shard.captions == {} for shard in early)
+
+
+def test_reasons_are_counted_once_and_explained(store: FolderStore, made: dict[str, Artifact]) -> None:
+    page = data_section(store, made, Album(1 << 20))
+    assert page.count("duplicate_url<br>") == 1  # the index of pairs holds these rows again
+    assert "an earlier row of the list names the same image" in page
+    assert "low_similarity" in page
+    assert "removed by curation" in page
+    assert "https://example.com/0/9.png" in page
+    assert "CC-BY-4.0" in page
+    assert page.count("<img ") == 24
+
+
+def test_a_shard_that_kept_nothing_still_tells_why(store: FolderStore) -> None:
+    lost = {"status": "rejected", "reason": "timeout"}
+    rows = [{"key": str(i), "url": f"https://example.com/{i}", **lost} for i in range(5)]
+    ledger = Ledger(0, {"timeout": 5})
+    shard = Shard(0, "k", ledger, {"index": put_blob(store, write_table(index_table(rows)))})
+    table, _ = write_shard_table(store, [shard])
+    page = data_section(store, {"pairs": Artifact("pairs", "k", {}, {}, ledger, shard_table=table)}, Album(1 << 20))
+    assert "No pair was kept" in page
+    assert "https://example.com/4" in page
+
+
+def test_a_damaged_picture_costs_one_picture(store: FolderStore, made: dict[str, Artifact]) -> None:
+    [first, *_] = read_first_shards(store, made)
+    rows = [dict(row) for row in first.rows]
+    victim = next(row for row in rows if row["key"] in first.kept)
+    victim["sha256"] = "0" * 64
+    blobs = {"index": put_blob(store, write_table(index_table(rows))), "images": first.shard.blobs["images"]}
+    table, ledger = write_shard_table(store, [Shard(0, "k", made["pairs"].ledger, blobs)])
+    pairs = Artifact("pairs", "damaged", {}, {}, ledger, shard_table=table)
+    page = data_section(store, {"pairs": pairs}, Album(1 << 20))
+    assert page.count("<img ") == 23
+    assert f"Row {victim['key']} cannot be shown" in page
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A store that remembers what was read."""
+
+    store: FolderStore
+    url: str = ""
+    reads: list[str] = field(default_factory=list)
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        self.reads.append(path)
+        return self.store.read(path, start, stop)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        raise AssertionError("a report lists nothing")
+
+
+def test_of_many_shards_few_are_read(store: FolderStore, made: dict[str, Artifact]) -> None:
+    many = {}
+    for stage in ("captions", "pairs", "embeddings", "curation"):
+        rows = read_shards(store, made[stage])
+        shards = [
+            Shard(i, f"{stage}{i}", Ledger(kept=rows[i % SHARDS].kept), rows[i % SHARDS].blobs) for i in range(500)
+        ]
+        table, ledger = write_shard_table(store, shards)
+        many[stage] = replace(made[stage], shard_table=table, ledger=ledger)
+    counting = Counting(store)
+    data_section(counting, many, Album(1 << 20))  # type: ignore[arg-type]
+    embeddings_section(counting, many)  # type: ignore[arg-type]
+    assert len(counting.reads) < 60
+
+
+def test_codec_without_a_spectrum_says_so(store: FolderStore) -> None:
+    artifact = publish_artifact(store, Artifact("codec", "odd", {}, {}, Ledger(), metrics={"explained": 0.5}), 0.0)
+    page = codec_section({"codec": artifact})
+    assert "The spectrum cannot be shown" in page
+    assert "0.5" in page
+
+
+def test_sections_of_nothing_are_empty(tmp_path: Path) -> None:
+    store = FolderStore(str(tmp_path))
+    assert data_section(store, {}, Album(1)) == embeddings_section(store, {}) == codec_section({}) == ""

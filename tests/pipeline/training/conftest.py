@@ -1,0 +1,157 @@
+"""A small world: pairs, captions, embeddings and curation of coloured shapes, published as the data stages would."""
+
+import hashlib
+import io
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image, ImageDraw
+
+from pipeline.artifacts import Artifact, Shard, publish_artifact, publish_shard, write_shard_table, write_table
+from pipeline.data.index import index_counts, index_table
+from pipeline.graph import Context, Stage, stage_key
+from pipeline.ledger import Ledger
+from pipeline.settings import RaySettings, TrainingSettings
+from pipeline.store import Store, open_store
+
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("circle", "square", "bar")
+EMBED_DIM = 16
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of the small world."""
+
+    key: str
+    jpeg: bytes
+    side: int
+    captions: list[str]
+    split: str
+    image_embedding: np.ndarray
+    text_embedding: np.ndarray
+
+
+def make_example(shard: int, row: int, side: int) -> Example:
+    """A shape on white whose colour and kind its caption names, and embeddings that know both."""
+    rng = np.random.default_rng([shard, row])
+    colour, shape = rng.integers(len(COLOURS)), rng.integers(len(SHAPES))
+    image = Image.new("RGB", (side, side + 2 * int(rng.integers(8))), "white")
+    box = [side // 4, side // 4, side // 2 + int(rng.integers(side // 4)), side // 2 + int(rng.integers(side // 4))]
+    draw = ImageDraw.Draw(image)
+    (draw.ellipse if shape == 0 else draw.rectangle)(box, fill=COLOURS[colour])
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=90)
+    direction = np.zeros(EMBED_DIM)
+    direction[colour], direction[len(COLOURS) + shape] = 1, 1
+    embeddings = [direction + 0.1 * rng.normal(size=EMBED_DIM) for _ in range(2)]
+    image_embedding, text_embedding = ((e / np.linalg.norm(e)).astype(np.float16) for e in embeddings)
+    split = "validation" if row % 7 == 3 else "test" if row % 7 == 5 else "train"
+    captions = [f"a {COLOURS[colour]} {SHAPES[shape]}", f"a {SHAPES[shape]} in {COLOURS[colour]}"]
+    return Example(f"{shard:08d}{row:04d}", out.getvalue(), side, captions, split, image_embedding, text_embedding)
+
+
+@dataclass(frozen=True)
+class World:
+    """A store with the artefacts that trainings read, and the examples they were made from."""
+
+    store: Store
+    inputs: dict[str, Artifact]
+    examples: dict[str, Example]
+
+    def context(
+        self, stage: str, recipe: Any, settings: TrainingSettings | None = None, inputs: tuple[str, ...] = ()
+    ) -> Context:
+        """The context that the graph would give a training stage."""
+        names = inputs or ("pairs", "captions", "embeddings", "curation")
+        chosen = {name: self.inputs[name] for name in names}
+        node = Stage(stage, 1, recipe, names, lambda ctx: self.inputs["pairs"])
+        key = stage_key(node, {name: artifact.key for name, artifact in chosen.items()})
+        config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings(cpus=2)))
+        settings = settings or TrainingSettings(threads=1, device="cpu")
+        return Context(self.store, stage, 1, key, recipe, settings, chosen, config)
+
+
+def make_world(folder: Path, shards: int = 4, rows: int = 21, side: int = 72) -> World:
+    """Publish a small world: every seventh row is held out for validation, another for test, and curation drops one."""
+    store = open_store(str(folder))
+    examples: dict[str, Example] = {}
+    made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
+    for number in range(shards):
+        group = [make_example(number, row, side) for row in range(rows + number)]  # shards of unequal length
+        examples |= {example.key: example for example in group}
+        index, tar = _pack(group)
+        curated = [row for row in index if row["status"] == "kept" and not row["key"].endswith("0002")]
+        kept = [example for example, row in zip(group, index, strict=True) if row["status"] == "kept"]
+        other_way = kept[::-1]  # rows are joined by key, so their order must not matter
+        tables = {
+            "pairs": {"index": write_table(index_table(index)), "images": tar},
+            "captions": {
+                "captions": write_table(
+                    {"key": [e.key for e in other_way], "captions": [e.captions for e in other_way]}
+                )
+            },
+            "embeddings": {"embeddings": write_table(_embeddings(other_way))},
+            "curation": {"index": write_table(index_table(curated))},
+        }
+        counts = {"pairs": index_counts(index), "curation": index_counts(curated)}
+        for stage, blobs in tables.items():
+            key = hashlib.sha256(f"{stage} {number}".encode()).hexdigest()
+            ledger = Ledger(kept=len(curated if stage == "curation" else kept))
+            made[stage].append(publish_shard(store, stage, number, key, ledger, blobs, counts.get(stage, {})))
+    inputs = {}
+    for stage, parts in made.items():
+        table, ledger = write_shard_table(store, parts)
+        key = hashlib.sha256(stage.encode()).hexdigest()
+        artifact = Artifact(stage, key, {}, {}, ledger, shard_table=table)
+        inputs[stage] = publish_artifact(store, artifact, 0.0)
+    return World(store, inputs, examples)
+
+
+def _pack(group: list[Example]) -> tuple[list[dict[str, Any]], bytes]:
+    """Index rows and a tar; the last row of a shard was rejected and has no picture."""
+    out, index = io.BytesIO(), []
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for example in group:
+            row = {"key": example.key, "url": f"http://example.test/{example.key}", "split": example.split}
+            if example is group[-1]:
+                index.append(row | {"status": "rejected", "reason": "http_4xx"})
+                continue
+            member = tarfile.TarInfo(f"{example.key}.jpg")
+            member.size = len(example.jpeg)
+            offset = out.tell() + tarfile.BLOCKSIZE
+            tar.addfile(member, io.BytesIO(example.jpeg))
+            width, height = Image.open(io.BytesIO(example.jpeg)).size
+            place = {"offset": offset, "size": member.size, "width": width, "height": height}
+            index.append(row | place | {"status": "kept", "sha256": hashlib.sha256(example.jpeg).hexdigest()})
+    return index, out.getvalue()
+
+
+def _embeddings(group: list[Example]) -> dict[str, Any]:
+    def column(vectors: list[np.ndarray]) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors)), EMBED_DIM)
+
+    return {
+        "key": [e.key for e in group],
+        "image_embedding": column([e.image_embedding for e in group]),
+        "text_embedding": column([e.text_embedding for e in group]),
+        "similarity": pa.array([float(e.image_embedding @ e.text_embedding) for e in group], pa.float32()),
+    }
+
+
+@pytest.fixture(scope="session")
+def shared_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world to read from; tests that train in it use recipes of their own."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """A world of the test's own, to damage at will."""
+    return make_world(tmp_path / "store")

@@ -1,0 +1,142 @@
+"""Checkpoints: what is saved comes back, damage costs one checkpoint, and attempts fence each other."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from models.prior_configs import DiffusionPriorConfig
+from pipeline.records import blob_path, read_record
+from pipeline.store import Store
+from pipeline.training.checkpoints import Checkpoints, Superseded, last_attempt, take_attempt
+from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.state import TrainState, begin, optimizer_tensors
+from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+
+RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, model=DiffusionPriorConfig(width=8, depth=1, heads=1))
+
+
+def make_state(steps: int = 0, seed: int = 0) -> TrainState:
+    """A state after some steps on noise."""
+    state = begin(DiffusionPriorTask(RECIPE.model, 4), RECIPE, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in state.model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        state.optimizer.step()
+        state.samples += RECIPE.batch
+        state.journal.add({"loss": 0.1 * state.samples})
+    return state
+
+
+def same(a: TrainState, b: TrainState) -> bool:
+    pairs = [
+        (a.model.state_dict(), b.model.state_dict()),
+        (a.ema.state_dict(), b.ema.state_dict()),
+        (optimizer_tensors(a), optimizer_tensors(b)),
+    ]
+    equal = all(x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs)
+    return equal and a.samples == b.samples and a.journal == b.journal
+
+
+def test_a_state_comes_back_bit_by_bit(store: Store) -> None:
+    state, other = make_state(steps=3), make_state()
+    state.journal.flush(state.samples)
+    state.journal.add({"loss": 1 / 3})
+    Checkpoints(store, "t", 1).save(state)
+    assert Checkpoints(store, "t", 2).restore(other, at_most=100)
+    assert same(state, other)
+
+
+def test_without_checkpoints_nothing_is_restored(store: Store) -> None:
+    assert not Checkpoints(store, "t", 1).restore(make_state(), at_most=100)
+    assert Checkpoints(store, "t", 1).newest(100) == 0
+
+
+def test_the_newest_up_to_the_stop_wins(store: Store) -> None:
+    checkpoints = Checkpoints(store, "t", 1, keep=5)
+    for steps in (1, 2, 3):
+        checkpoints.save(make_state(steps))
+    state = make_state()
+    assert checkpoints.restore(state, at_most=47)
+    assert state.samples == checkpoints.newest(47) == 32
+
+
+Damage = Callable[[Store, str], None]
+
+
+def _cut_record(store: Store, path: str) -> None:
+    data = store.read(path)
+    store.delete([path])
+    store.create(path, data[: len(data) // 2])
+
+
+def _cut_blob(store: Store, path: str) -> None:
+    record = read_record(store, path)
+    assert record is not None
+    blob = blob_path(record["blobs"]["optimizer"])
+    data = store.read(blob)
+    store.delete([blob])
+    store.create(blob, data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def _lose_blob(store: Store, path: str) -> None:
+    record = read_record(store, path)
+    assert record is not None
+    store.delete([blob_path(record["blobs"]["model"])])
+
+
+@pytest.mark.parametrize("damage", [_cut_record, _cut_blob, _lose_blob])
+def test_a_damaged_one_is_dropped_with_a_warning(
+    store: Store, damage: Damage, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(store, "t", 1)
+    checkpoints.save(make_state(1))
+    checkpoints.save(make_state(2))
+    newest = sorted(entry.path for entry in store.list("checkpoints/t/0"))[-1]
+    damage(store, newest)
+    state = make_state()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.restore(state, at_most=100)
+    assert same(state, make_state(1))
+    assert len(caplog.records) == 1
+    assert newest not in [entry.path for entry in store.list("checkpoints/t/0")]
+    checkpoints.save(make_state(2))  # and its work can be done again
+    assert checkpoints.restore(state, at_most=100)
+    assert state.samples == 32
+
+
+def test_old_ones_go_with_their_blobs(store: Store) -> None:
+    checkpoints = Checkpoints(store, "t", 1, keep=2)
+    for steps in (1, 2, 3, 4):
+        checkpoints.save(make_state(steps))
+    records = [read_record(store, entry.path) for entry in store.list("checkpoints/t/0")]
+    assert [record["samples"] for record in records if record] == [48, 64]
+    named = {blob_path(blob) for record in records if record for blob in record["blobs"].values()}
+    assert {entry.path for entry in store.list("blobs/")} == named
+
+
+def test_trajectories_share_no_blobs(store: Store) -> None:
+    for trajectory in ("t", "u"):
+        Checkpoints(store, trajectory, 1, keep=1).save(make_state(1))
+    Checkpoints(store, "t", 1, keep=1).save(make_state(2))
+    assert Checkpoints(store, "u", 1).restore(make_state(), at_most=100)
+
+
+def test_a_later_attempt_stops_an_earlier_one(store: Store) -> None:
+    first, second = take_attempt(store, "t"), take_attempt(store, "t")
+    assert (first, second, last_attempt(store, "t"), last_attempt(store, "u")) == (1, 2, 2, 0)
+    Checkpoints(store, "t", second).save(make_state(1))
+    with pytest.raises(Superseded, match="attempt 1 of this training stops: attempt 2 has begun"):
+        Checkpoints(store, "t", first).save(make_state(2))
+    assert Checkpoints(store, "t", second).newest(100) == 16
+
+
+def test_an_overtaken_attempt_deletes_nothing_of_its_successor(store: Store) -> None:
+    old, new = Checkpoints(store, "t", 1, keep=1), Checkpoints(store, "t", 2, keep=1)
+    old.save(make_state(1))
+    new.save(make_state(2))
+    old._prune()
+    assert new.newest(100) == 32
+    assert new.restore(make_state(), at_most=100)

@@ -1,0 +1,102 @@
+"""Workers: as many Ray workers as one likes give the result of none, and their errors reach the driver whole."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from safetensors.torch import load
+
+from pipeline.errors import CorruptObject, UserError
+from pipeline.records import read_blob
+from pipeline.settings import RaySettings, TrainingSettings
+from pipeline.training import stage
+from pipeline.training.checkpoints import Superseded
+from pipeline.training.launch import Relayed, WorkerLost, _cause, launch
+from pipeline.training.loop import NonFinite
+from pipeline.training.world import World as Workers
+from tests.pipeline.training.conftest import World
+from tests.pipeline.training.test_stage import RECIPE, lines
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Ray of this module's own. The first of its workers that has saved a checkpoint is killed right after."""
+    import ray
+
+    marker = tmp_path_factory.mktemp("crash") / "killed"
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"UNCLIP_CRASH": f"checkpoint.after_record@{marker}"}},
+    )
+    yield ray
+    ray.shutdown()
+    assert marker.exists()
+
+
+def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """0, 1 and 2 workers, the two with one and two lanes, and one killed: losses within 1e-5, weights within 1e-4."""
+    recipe = replace(RECIPE, precision="fp32", samples=90, batch=15, lanes=3, learning_rate=1e-3)
+    losses, weights = [], []
+    for workers in (0, 1, 2):
+        settings = TrainingSettings(workers=workers, threads=1, device="cpu", checkpoint_every_s=0.0)
+        # Keys of their own, but one trajectory, whose checkpoints must not be shared here.
+        ctx = world.context("diffusion_prior", replace(recipe, samples=90 - workers), settings)
+        world.store.delete([entry.path for entry in world.store.list("checkpoints/")])
+        with caplog.at_level(logging.INFO):
+            artifact = stage.run_diffusion_prior(ctx)
+        assert artifact.environment["workers"] == str(max(1, workers))
+        losses.append([line["loss"] for line in lines(world, artifact) if "loss" in line])
+        weights.append(load(read_blob(world.store, artifact.blobs["model.safetensors"])))
+    assert "a worker died; starting again" in caplog.text
+    assert "resuming diffusion_prior at sample 15" in caplog.text
+    for other_losses, other_weights in zip(losses[1:], weights[1:], strict=True):
+        assert other_losses == pytest.approx(losses[0], abs=1e-5)
+        assert all((weights[0][name] - other_weights[name]).abs().max() < 1e-4 for name in weights[0])
+
+
+def fail(world: Workers) -> None:
+    if world.rank == 1:
+        raise CorruptObject("blobs/ab/abc", "is missing")
+    world.collect([])
+
+
+def test_a_workers_error_is_the_drivers(ray: Any) -> None:
+    with pytest.raises(CorruptObject, match="is missing") as caught:
+        launch(fail, "fail", TrainingSettings(workers=2, threads=1, device="cpu"), RaySettings())
+    assert caught.value.path == "blobs/ab/abc"
+
+
+@pytest.mark.parametrize("error", [UserError("a"), NonFinite("b"), Superseded("c")])
+def test_expected_errors_keep_their_type(error: Exception) -> None:
+    found = _cause([RuntimeError("the other side hung up"), Relayed(type(error).__name__, str(error))])
+    assert type(found) is type(error)
+    assert str(found) == str(error)
+
+
+def test_a_training_goes_on_after_lost_workers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two starts lose their workers, the third finishes; with none that comes further there are four at most."""
+    calls: list[str] = []
+
+    def fragile(work: Any, name: str, settings: Any, ray: Any) -> None:
+        calls.append(name)
+        if len(calls) < 3:
+            raise WorkerLost("a worker died")
+        launch(work, name, settings, ray)
+
+    monkeypatch.setattr("pipeline.training.launch.launch", fragile)
+    ctx = world.context("diffusion_prior", replace(RECIPE, samples=32))
+    assert stage.run_diffusion_prior(ctx).key == ctx.key
+    assert [name[-4:] for name in calls] == ["0001", "0002", "0003"]
+    monkeypatch.setattr("pipeline.training.launch.launch", lose)
+    with pytest.raises(UserError, match="a worker died 4 times without a new checkpoint"):
+        stage.run_diffusion_prior(world.context("diffusion_prior", replace(RECIPE, samples=48, seed=1)))
+
+
+def lose(*_: Any) -> None:
+    raise WorkerLost("a worker died")

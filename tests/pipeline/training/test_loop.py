@@ -1,0 +1,155 @@
+"""The loop: what a step does to weights, averages and the journal."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.draw import Draw
+from models.losses import Losses
+from models.prior_configs import DiffusionPriorConfig
+from pipeline.settings import TrainingSettings
+from pipeline.training.draws import Part, Undropped
+from pipeline.training.feed import Feed, Share
+from pipeline.training.loop import NonFinite, Objective, backward, fit, line_due
+from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.state import begin, learning_rate, make_optimizer, update_ema
+from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from pipeline.training.world import World
+from tests.pipeline.training import conftest
+from tests.pipeline.training.conftest import EMBED_DIM
+
+MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
+RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, precision="fp32", model=MODEL, ema_half_life=32)
+
+
+@pytest.fixture
+def share(shared_world: conftest.World) -> Share:
+    feed = Feed(shared_world.store, shared_world.inputs, task(), RECIPE)
+    shares = feed.shares(0)
+    first = next(shares)
+    shares.close()
+    return first
+
+
+def task() -> DiffusionPriorTask:
+    return DiffusionPriorTask(MODEL, EMBED_DIM)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 15])
+def test_micro_batches_add_up_to_the_batch(share: Share, size: int) -> None:
+    """Pieces that cut lanes in two as well: gradient and loss agree within 1e-6."""
+    whole, pieces = (begin(task(), RECIPE, torch.device("cpu")).model for _ in range(2))
+    rows, values = backward(Objective(task(), whole), share, RECIPE, 0, World())
+    cut_rows, cut_values = backward(Objective(task(), pieces), share, RECIPE, size, World())
+    assert torch.allclose(rows, cut_rows, atol=1e-6)
+    assert cut_values == pytest.approx(values, abs=1e-6)
+    for name, gradient in gradients(whole).items():
+        assert torch.allclose(gradient, gradients(pieces)[name], atol=1e-6)
+
+
+def test_a_part_of_a_draw_has_the_numbers_of_the_whole() -> None:
+    draw = Draw([(1, 2), (2, 3), (3, 1)])
+    for start in range(6):
+        for stop in range(start + 1, 7):
+            part = Part(draw, start, stop)
+            assert part.rows == stop - start
+            assert torch.equal(part.normal("a", 2, 3), draw.normal("a", 2, 3)[start:stop])
+            assert torch.equal(part.uniform("b"), draw.uniform("b")[start:stop])
+            assert torch.equal(part.integers("c", 9, 2), draw.integers("c", 9, 2)[start:stop])
+            assert torch.equal(part.keep("d", 0.5), draw.keep("d", 0.5)[start:stop])
+
+
+def test_validation_drops_no_condition() -> None:
+    assert bool(Undropped([(1, 100)]).keep("drop", 0.9).all())
+
+
+def test_ema_follows_its_closed_form() -> None:
+    """After n steps towards constant weights w from w0: w + (w0 - w) 2^(-samples / half-life)."""
+    averaged, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    start = averaged.weight.detach().clone()
+    for _ in range(50):
+        update_ema(averaged, model, samples=16, half_life=200)
+    expected = model.weight + (start - model.weight) * 0.5 ** (50 * 16 / 200)
+    assert torch.allclose(averaged.weight, expected, atol=1e-6)
+
+
+def test_ema_without_half_life_is_the_model_and_statistics_are_copied() -> None:
+    averaged, model = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    model(torch.randn(8, 3))
+    nn.init.normal_(model.weight)
+    update_ema(averaged, model, samples=16, half_life=0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(averaged.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+
+
+def test_warm_up_rises_then_stays() -> None:
+    recipe = replace(RECIPE, warmup=64, learning_rate=1.0)
+    assert [learning_rate(recipe, samples) for samples in (16, 32, 64, 80)] == [0.25, 0.5, 1.0, 1.0]
+    assert learning_rate(replace(recipe, warmup=0), 16) == 1.0
+
+
+def test_weights_decay_but_norms_biases_and_embeddings_do_not() -> None:
+    layers = {"e": nn.Embedding(5, 4), "n": nn.LayerNorm(4), "l": nn.Linear(4, 4), "c": nn.Conv2d(4, 4, 3)}
+    model = nn.ModuleDict(layers)
+    optimizer = make_optimizer(model, replace(RECIPE, weight_decay=0.1))
+    decayed, rest = optimizer.param_groups
+    assert [p.shape for p in decayed["params"]] == [layers["l"].weight.shape, layers["c"].weight.shape]
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_lines_become_rarer_and_do_not_depend_on_the_stop() -> None:
+    due = [step for step in range(1, 2049) if line_due(step)]
+    assert due[:128] == list(range(1, 129))
+    for doubling in (256, 512, 1024):
+        assert sum(doubling < step <= 2 * doubling for step in due) == 64
+
+
+class Spiked:
+    """A task that spoils the loss of one row, or the gradient."""
+
+    def __init__(self, share: Share, bad: int | None, gradient: float = 1.0):
+        self.share, self.bad, self.gradient = share, bad, gradient
+
+    def model(self, seed: int) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], draw: Draw) -> Losses:
+        rows = model(torch.ones(len(batch["image_embedding"]), 1))[:, 0]
+        if self.bad is not None:
+            rows = rows * torch.ones(len(rows)).index_fill(0, torch.tensor(self.bad), float("nan"))
+        rows.register_hook(lambda gradient: gradient * self.gradient)
+        return Losses(rows, {})
+
+    def shares(self, samples: int) -> Iterator[Share]:
+        while True:
+            yield self.share
+
+
+@pytest.mark.parametrize(
+    ("bad", "gradient", "words"), [(3, 1.0, "the loss of rows"), (None, float("inf"), "the gradient")]
+)
+def test_what_is_not_finite_stops_before_the_step(share: Share, bad: int | None, gradient: float, words: str) -> None:
+    spiked: Any = Spiked(share, bad, gradient)
+    state = begin(spiked, RECIPE, torch.device("cpu"))
+    before = state.model.state_dict()["weight"].clone()
+    feed: Any = SimpleNamespace(shares=spiked.shares)
+    with pytest.raises(NonFinite) as caught:
+        fit("decoder", spiked, feed, RECIPE, TrainingSettings(), World(), state, lambda _: None)
+    message = str(caught.value)
+    assert message.startswith(f"decoder: {words}")
+    assert "after sample 0" in message
+    assert "\n" not in message
+    if bad is not None:
+        assert share.keys[bad] in message
+    assert torch.equal(before, state.model.state_dict()["weight"])

@@ -1,0 +1,100 @@
+"""Recipes refuse what cannot work, and every preset makes recipes."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from math import log
+from typing import Any
+
+import pytest
+
+from models.presets import PRESETS
+from pipeline.training.recipes import (
+    TRAINING_PRESETS,
+    ARPriorRecipe,
+    ClipRecipe,
+    DecoderRecipe,
+    DiffusionPriorRecipe,
+    UpsamplerRecipe,
+    half_life,
+)
+
+RECIPES: dict[str, Any] = {
+    "clip": ClipRecipe,
+    "ar_prior": ARPriorRecipe,
+    "diffusion_prior": DiffusionPriorRecipe,
+    "decoder": DecoderRecipe,
+    "upsampler_256": UpsamplerRecipe,
+    "upsampler_1024": UpsamplerRecipe,
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("stage", RECIPES)
+def test_every_preset_makes_every_recipe(preset: str, stage: str) -> None:
+    fields = TRAINING_PRESETS[preset].get(stage, {})
+    recipe = RECIPES[stage](model=PRESETS[preset][stage], **fields)
+    assert recipe.samples >= recipe.batch
+    assert recipe.warmup < recipe.samples
+
+
+def test_defaults_are_table_3() -> None:
+    ar, diffusion, decoder, upsampler = ARPriorRecipe(), DiffusionPriorRecipe(), DecoderRecipe(), UpsamplerRecipe()
+    last = UpsamplerRecipe(**TRAINING_PRESETS["paper"]["upsampler_1024"])
+    assert [r.batch for r in (ar, diffusion, decoder, upsampler, last)] == [4096, 4096, 2048, 1024, 512]
+    iterations = [r.samples // r.batch for r in (ar, diffusion, decoder, upsampler, last)]
+    assert iterations == [1_000_000, 600_000, 800_000, 1_000_000, 1_000_000]
+    assert [r.learning_rate for r in (ar, diffusion, decoder, upsampler, last)] == [
+        1.6e-4,
+        1.1e-4,
+        1.2e-4,
+        1.2e-4,
+        1e-4,
+    ]
+    assert [r.beta2 for r in (ar, diffusion, decoder)] == [0.91, 0.96, 0.999]
+    assert [r.weight_decay for r in (ar, diffusion, decoder)] == [4e-2, 6e-2, 0]
+    for recipe, decay in ((ar, 0.999), (diffusion, 0.9999), (decoder, 0.9999), (last, 0.9999)):
+        assert 0.5 ** (recipe.batch / recipe.ema_half_life) == pytest.approx(decay, abs=1e-8)
+
+
+def test_half_life_of_a_decay() -> None:
+    assert half_life(0.5, 64) == 64
+    assert half_life(0.9999, 2048) == round(2048 * log(2) / -log(0.9999))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch": 100}, "batch 100 is not a multiple of lanes 64"),
+        ({"samples": 64, "batch": 128}, "samples 64 is less than one batch of 128"),
+        ({"lanes": 0}, "lanes is 0"),
+        ({"window": 0}, "window is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"beta2": 1.0}, "beta2 is 1.0"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"clip_norm": -1.0}, "clip_norm is -1.0"),
+        ({"ema_half_life": -1}, "ema_half_life is -1"),
+    ],
+)
+def test_impossible_recipes_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecoderRecipe(**fields)
+
+
+@pytest.mark.parametrize("weights", ["train", "open_clip:ViT-L-14:openai", "local-dir:/models/clip"])
+def test_known_sources_of_clip(weights: str) -> None:
+    assert replace(ClipRecipe(), weights=weights).weights == weights
+
+
+@pytest.mark.parametrize("weights", ["", "openai", "open_clip:ViT-L-14", "local-dir:", "train:me", "open_clip::openai"])
+def test_unknown_sources_of_clip_are_refused(weights: str) -> None:
+    with pytest.raises(ValueError, match="weights is"):
+        ClipRecipe(weights=weights)
+
+
+def test_recipes_and_stages_import_neither_torch_nor_ray() -> None:
+    program = (
+        "import sys, pipeline.training.recipes, pipeline.training.stage;"
+        "sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

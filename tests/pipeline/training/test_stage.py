@@ -1,0 +1,295 @@
+"""A training as the graph runs it: artefacts, resuming, milestones, and the one line that a mistake costs."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load
+
+from models.folder import load_model
+from models.image_configs import DecoderConfig, UpsamplerConfig
+from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
+from pipeline.artifacts import Artifact, load_artifact, publish_artifact
+from pipeline.bundle import materialise
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph import trajectory_key
+from pipeline.ledger import Ledger
+from pipeline.records import blob_path, put_blob, read_blob, read_record
+from pipeline.settings import TrainingSettings
+from pipeline.training import stage
+from pipeline.training.checkpoints import Superseded, last_attempt, take_attempt
+from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
+from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
+
+MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
+RECIPE = DiffusionPriorRecipe(
+    samples=192, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup=32, model=MODEL
+)
+SETTINGS = TrainingSettings(threads=1, device="cpu", checkpoint_every_s=0.0)
+DECODER = DecoderConfig(
+    channels=8,
+    depth=1,
+    multipliers=(1, 2),
+    head_channels=8,
+    attention_resolutions=(8,),
+    text_width=16,
+    text_depth=1,
+    text_heads=1,
+    patch=4,
+    steps=50,
+)
+
+
+def lines(world: World, artifact: Artifact) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in read_blob(world.store, artifact.blobs["metrics.jsonl"]).splitlines()]
+
+
+def test_a_training_leaves_a_model_and_its_metrics(shared_world: World, tmp_path: Path) -> None:
+    ctx = shared_world.context("diffusion_prior", RECIPE)
+    artifact = stage.run_diffusion_prior(ctx)
+    assert (artifact.stage, artifact.key) == ("diffusion_prior", ctx.key)
+    assert artifact.ledger == Ledger(kept=58)
+    assert set(artifact.blobs) == {"config.json", "model.safetensors", "metrics.jsonl"}
+    materialise(shared_world.store, artifact.blobs, tmp_path)
+    assert load_model(tmp_path).config == MODEL
+    journal = lines(shared_world, artifact)
+    assert [line["samples"] for line in journal if "loss" in line] == list(range(16, 193, 16))
+    first, last = (line for line in journal if "validation_loss" in line)
+    assert (first["samples"], last["samples"]) == (0, 192)
+    assert last["validation_loss"] < 0.9 * first["validation_loss"]
+    assert artifact.metrics["validation_loss"] == journal[-1]["validation_loss"]
+    assert artifact.metrics["samples_seen"] == 192
+    assert artifact.times["samples_per_second"] > 0
+    assert artifact.environment["device"] == "cpu"
+
+
+def test_the_decoder_draws_previews(shared_world: World) -> None:
+    recipe = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
+    artifact = stage.run_decoder(shared_world.context("decoder", recipe))
+    previews = {"preview.png", "previews/000000000000.png", "previews/000000000032.png"}
+    assert previews | {"config.json", "model.safetensors", "metrics.jsonl"} == set(artifact.blobs)
+    assert artifact.blobs["preview.png"] == artifact.blobs["previews/000000000032.png"]
+    assert read_blob(shared_world.store, artifact.blobs["preview.png"]).startswith(b"\x89PNG")
+    assert {"loss", "mse", "vb", "gradient_norm", "validation_condition_gap"} <= artifact.metrics.keys()
+
+
+def test_an_upsampler_needs_no_captions(shared_world: World) -> None:
+    model = UpsamplerConfig(low_size=16, image_size=64, channels=8, depth=1, multipliers=(1, 2), steps=50, patch=2)
+    recipe = UpsamplerRecipe(samples=32, batch=16, lanes=8, model=model)
+    inputs = ("pairs", "curation")
+    artifact = stage.run_upsampler(shared_world.context("upsampler_256", recipe, inputs=inputs))
+    assert artifact.stage == "upsampler_256"
+    assert "preview.png" in artifact.blobs
+
+
+def test_clip_trains_before_there_is_a_curation(shared_world: World, tmp_path: Path) -> None:
+    from models.clip import Clip
+
+    model = ClipConfig(
+        embed_dim=16, image_size=32, layers=(1,), width=32, patch=16, text_width=32, text_layers=1, text_heads=1
+    )
+    recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=model)
+    inputs = ("pairs", "captions")
+    artifact = stage.run_clip(shared_world.context("clip", recipe, inputs=inputs))
+    assert set(artifact.blobs) == {"open_clip_config.json", "open_clip_model.safetensors", "metrics.jsonl"}
+    materialise(shared_world.store, artifact.blobs, tmp_path)
+    assert Clip.from_folder(tmp_path).embed_dim == 16
+    taken = ClipRecipe(weights=f"local-dir:{tmp_path}")  # and what stands in a folder can be taken as it is
+    other = stage.run_clip(shared_world.context("clip", taken, inputs=inputs))
+    assert other.blobs["open_clip_model.safetensors"] == artifact.blobs["open_clip_model.safetensors"]
+    with pytest.raises(UserError, match=r"clip\.weights: .*open_clip_config\.json"):
+        stage.run_clip(shared_world.context("clip", ClipRecipe(weights="local-dir:/nowhere"), inputs=inputs))
+
+
+def test_the_ar_prior_uses_the_codec(shared_world: World) -> None:
+    import torch
+    from safetensors.torch import save
+
+    from models.codec import fit_codec, fit_pca
+
+    z = torch.nn.functional.normalize(torch.randn(200, EMBED_DIM, generator=torch.Generator().manual_seed(0))).double()
+    pca = fit_pca(len(z), z.sum(0), z.T @ z, k=6)
+    codec = fit_codec(pca, (z - pca.mean) @ pca.components.T, z[:, 0], buckets=8)
+    blobs = {"model.safetensors": put_blob(shared_world.store, save(codec.tensors()))}
+    artifact = publish_artifact(shared_world.store, Artifact("codec", "c" * 64, {}, {}, Ledger(), blobs), 0.0)
+    world = replace(shared_world, inputs=shared_world.inputs | {"codec": artifact})
+    model = ARPriorConfig(
+        text_context=16, prefix=8, text_width=32, text_depth=1, text_heads=2, width=32, depth=1, heads=2, buckets=8
+    )
+    recipe = ARPriorRecipe(samples=32, batch=16, lanes=8, model=model)
+    inputs = ("pairs", "captions", "embeddings", "curation", "codec")
+    made = stage.run_ar_prior(world.context("ar_prior", recipe, inputs=inputs))
+    assert 0 < made.metrics["loss"] < 3 * 2.08  # nats; a uniform guess has log 8 = 2.08
+    wrong = replace(recipe, model=replace(model, buckets=16))
+    with pytest.raises(UserError, match=r"ar_prior\.model\.buckets: 16, but the codec has 8"):
+        stage.run_ar_prior(world.context("ar_prior", wrong, inputs=inputs))
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+MILESTONE = replace(SETTINGS, milestones=(64,))
+KILLED = """
+import sys
+from pathlib import Path
+from tests.pipeline.training.conftest import make_world
+from tests.pipeline.training.test_stage import MILESTONE, RECIPE
+from pipeline.training import stage
+stage.run_diffusion_prior(make_world(Path(sys.argv[1])).context("diffusion_prior", RECIPE, MILESTONE))
+"""
+POINTS = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact", "artifact.before_record")
+
+
+def results(world: World) -> dict[str, bytes]:
+    """All blobs of all diffusion priors in a store, by samples and name."""
+    found = {}
+    for entry in world.store.list("artifacts/diffusion_prior/"):
+        record = read_record(world.store, entry.path)
+        assert record is not None
+        for name, blob in record["blobs"].items():
+            found[f"{record['recipe']['samples']} {name}"] = read_blob(world.store, blob)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a training in one go leaves: a model and a milestone."""
+    world = make_world(tmp_path_factory.mktemp("undisturbed"))
+    stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, MILESTONE))
+    return results(world)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
+    point: str, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """kill -9, then the same call: weights, journal and milestone equal an undisturbed training's, bit for bit."""
+    environment = os.environ | {"UNCLIP_CRASH": f"{point}@{tmp_path / 'killed'}"}
+    program = [sys.executable, "-c", KILLED, str(tmp_path / "store")]
+    assert subprocess.run(program, env=environment, check=False, stderr=subprocess.DEVNULL).returncode == -9
+    world = make_world(tmp_path / "store")
+    stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, MILESTONE))
+    assert results(world) == undisturbed
+    assert len(undisturbed) == 6
+
+
+def test_raising_samples_goes_on(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    short, long = replace(RECIPE, samples=96), RECIPE
+    contexts = [world.context("diffusion_prior", recipe, SETTINGS) for recipe in (short, long)]
+    assert trajectory_key(contexts[0]) == trajectory_key(contexts[1])
+    first = stage.run_diffusion_prior(contexts[0])
+    with caplog.at_level(logging.INFO):
+        second = stage.run_diffusion_prior(contexts[1])
+    assert "resuming diffusion_prior at sample 96" in caplog.text
+    assert first.key != second.key
+    assert second.metrics["samples_seen"] == 192
+
+
+def test_a_longer_training_has_the_weights_of_one_in_one_go(world: World, undisturbed: dict[str, bytes]) -> None:
+    for samples in (96, 192):
+        recipe = replace(RECIPE, samples=samples)
+        artifact = stage.run_diffusion_prior(world.context("diffusion_prior", recipe, SETTINGS))
+    assert read_blob(world.store, artifact.blobs["model.safetensors"]) == undisturbed["192 model.safetensors"]
+
+
+def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World) -> None:
+    settings = replace(SETTINGS, milestones=(64, 90))
+    stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, settings))
+    for milestone, seen in ((64, 64), (90, 96)):
+        shorter = world.context("diffusion_prior", replace(RECIPE, samples=milestone))
+        made = load_artifact(world.store, "diffusion_prior", shorter.key)
+        assert made is not None
+        assert made.recipe["samples"] == milestone
+        assert made.metrics["samples_seen"] == seen
+
+
+def test_a_damaged_checkpoint_costs_one_checkpoint(world: World, undisturbed: dict[str, bytes]) -> None:
+    short = world.context("diffusion_prior", replace(RECIPE, samples=96), SETTINGS)
+    stage.run_diffusion_prior(short)
+    newest = max(entry.path for entry in world.store.list(f"checkpoints/{trajectory_key(short)}/0"))
+    record = read_record(world.store, newest)
+    assert record is not None
+    world.store.delete([blob_path(record["blobs"]["optimizer"])])
+    artifact = stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, SETTINGS))
+    assert read_blob(world.store, artifact.blobs["model.safetensors"]) == undisturbed["192 model.safetensors"]
+
+
+def test_a_second_start_takes_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = world.context("diffusion_prior", RECIPE, SETTINGS)
+    save = stage_checkpoints().save
+
+    def save_after_another_began(self: Any, state: Any) -> None:
+        if state.samples == 64 and self.attempt == 1:
+            take_attempt(world.store, trajectory_key(ctx))
+        save(self, state)
+
+    monkeypatch.setattr("pipeline.training.checkpoints.Checkpoints.save", save_after_another_began)
+    with pytest.raises(Superseded, match="attempt 2 has begun"):
+        stage.run_diffusion_prior(ctx)
+    assert load_artifact(world.store, "diffusion_prior", ctx.key) is None
+    stage.run_diffusion_prior(ctx)
+    assert last_attempt(world.store, trajectory_key(ctx)) == 3
+
+
+def stage_checkpoints() -> Any:
+    from pipeline.training.checkpoints import Checkpoints
+
+    return Checkpoints
+
+
+def test_seeds_change_weights_and_settings_do_not(world: World) -> None:
+    def weights(recipe: Any, settings: TrainingSettings) -> bytes:
+        artifact = stage.run_diffusion_prior(world.context("diffusion_prior", recipe, settings))
+        return read_blob(world.store, artifact.blobs["model.safetensors"])
+
+    recipe = replace(RECIPE, samples=48, precision="fp32")
+    first = weights(recipe, SETTINGS)
+    assert weights(replace(recipe, seed=1), SETTINGS) != first
+    cut = load(weights(replace(recipe, samples=47), replace(SETTINGS, micro_batch=5, keep_checkpoints=1)))
+    whole = load(first)
+    assert all((cut[name] - whole[name]).abs().max() < 1e-4 for name in whole)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (TrainingSettings(workers=9), r"run\.diffusion_prior\.workers: 9 is more than the 8 lanes"),
+        (TrainingSettings(keep_checkpoints=0), r"run\.diffusion_prior\.keep_checkpoints: 0"),
+        (TrainingSettings(milestones=(8,)), r"run\.diffusion_prior\.milestones: 8 is not between one batch \(16\)"),
+        (TrainingSettings(milestones=(192,)), r"milestones: 192 is not between .* samples \(192\)"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(shared_world: World, settings: TrainingSettings, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        stage.run_diffusion_prior(shared_world.context("diffusion_prior", RECIPE, settings))
+
+
+@pytest.mark.parametrize("settings", [TrainingSettings(workers=2), TrainingSettings(micro_batch=4)])
+def test_a_contrastive_batch_stays_in_one_piece(shared_world: World, settings: TrainingSettings) -> None:
+    recipe = ClipRecipe(samples=64, batch=16, lanes=8)
+    with pytest.raises(UserError, match="compares every row with its whole batch"):
+        stage.run_clip(shared_world.context("clip", recipe, settings, inputs=("pairs", "captions")))
+
+
+def test_no_rows_are_explained(shared_world: World) -> None:
+    recipe = UpsamplerRecipe(samples=64, batch=16, lanes=8)
+    with pytest.raises(UserError, match=r"upsampler_256: no training rows; curation kept .* short side of 256 px"):
+        stage.run_upsampler(shared_world.context("upsampler_256", recipe, inputs=("pairs", "curation")))
+
+
+def test_a_damaged_input_is_named(world: World) -> None:
+    from pipeline.artifacts import read_shards
+
+    blob = blob_path(read_shards(world.store, world.inputs["embeddings"])[2].blobs["embeddings"])
+    world.store.delete([blob])
+    with pytest.raises(CorruptObject) as caught:
+        stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, SETTINGS))
+    assert caught.value.path == blob
