@@ -52,3 +52,7 @@ def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
             print(f"error: the disk is full ({e.filename}); free space and run the same command again", file=sys.stderr)
             return 1
         raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

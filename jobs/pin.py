@@ -1,4 +1,4 @@
-"""``unclip pin CONFIG STAGE`` and ``unclip unpin CONFIG STAGE``: move what stands for later data, and say what follows."""
+"""``unclip pin CONFIG STAGE``, ``unclip unpin CONFIG STAGE``: move what stands for later data, and say what follows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("command", choices=("pin", "unpin"))
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("stage", help="clip or codec")
-    parser.add_argument("--key", help="pin this artefact (a key, or its first 12 characters); by default the present one")
+    parser.add_argument(
+        "--key", help="pin this artefact (a key, or its first 12 characters); by default the present one"
+    )
     arguments = parser.parse_args(argv)
     project = open_project(arguments.config, ())
     before = {v.stage: v for v in project.plan()}
@@ -33,7 +35,9 @@ def main(argv: Sequence[str]) -> int:
     else:
         key = _key(project.store, arguments.stage, arguments.key or verdict.key)
         if not project.store.swap(path, version, json.dumps({"key": key}).encode()):
-            raise UserError(f"{arguments.stage}: somebody else has moved this pin meanwhile; look with unclip plan and try again")
+            raise UserError(
+                f"{arguments.stage}: somebody else has moved this pin meanwhile; look with unclip plan and try again"
+            )
     _say(project, before)
     return 0
 
@@ -42,7 +46,9 @@ def _key(store: Store, stage: str, key: str) -> str:
     found = [key] if load_artifact(store, stage, key) else []
     found = found or [e.path.rpartition("/")[2].removesuffix(".json") for e in store.list(f"artifacts/{stage}/{key}")]
     if len(found) != 1:
-        raise UserError(f"{stage}: {len(found)} artefacts in {store.url} have a key that begins with {key}; one is needed")
+        raise UserError(
+            f"{stage}: {len(found)} artefacts in {store.url} have a key that begins with {key}; one is needed"
+        )
     return found[0]
 
 

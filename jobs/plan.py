@@ -39,7 +39,9 @@ def print_plan(project: Project, verdicts: Sequence[Verdict], wanted: set[str]) 
             note += f", about {duration(cost.seconds)}{'' if cost.measured else ' (a guess)'}"
         print(f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {note}".rstrip())
     if total:
-        print(f"about {duration(total)} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
+        print(
+            f"about {duration(total)} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}"
+        )
     return total
 
 

@@ -13,7 +13,6 @@ from jobs.project import Project, open_project
 from jobs.sample import remember_bundle
 from pipeline.artifacts import Artifact
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import Verdict
 from pipeline.history import remember
 from pipeline.progress import duration
 from pipeline.store import check_conditions

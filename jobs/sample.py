@@ -20,9 +20,13 @@ from pipeline.store import open_store
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip sample", description=__doc__)
     parser.add_argument("captions", nargs="+", metavar="CAPTION")
-    parser.add_argument("--from", dest="source", metavar="FOLDER", help="a run's output folder; by default the newest under out/")
+    parser.add_argument(
+        "--from", dest="source", metavar="FOLDER", help="a run's output folder; by default the newest under out/"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default 0)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as prior=ar")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as prior=ar"
+    )
     arguments = parser.parse_args(argv)
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed} is below 0")
@@ -56,7 +60,9 @@ def remember_bundle(output: Path, store: str, key: str) -> None:
 def _newest() -> Path:
     found = sorted(Path("out").glob("*/bundle.json"), key=lambda file: file.stat().st_mtime)
     if not found:
-        raise UserError("no finished bundle under out/; run one first (make peek), or name a run's output folder with --from")
+        raise UserError(
+            "no finished bundle under out/; run one first (make peek), or name a run's output folder with --from"
+        )
     return found[-1].parent
 
 

@@ -52,7 +52,13 @@ def artifact_path(stage: str, key: str) -> str:
 
 
 def publish_shard(
-    store: Store, stage: str, number: int, key: str, ledger: Ledger, blobs: Mapping[str, bytes], counts: Mapping[str, int]
+    store: Store,
+    stage: str,
+    number: int,
+    key: str,
+    ledger: Ledger,
+    blobs: Mapping[str, bytes],
+    counts: Mapping[str, int],
 ) -> Shard:
     """Blobs first, the record last. Returns the shard that stands, which may be another worker's."""
     names = {name: put_blob(store, data) for name, data in sorted(blobs.items())}

@@ -35,7 +35,9 @@ class BundleRecipe:
         if "upsampler_1024" in self.models and "upsampler_256" not in self.models:
             raise ValueError("models: upsampler_1024 needs upsampler_256 before it")
         if PRIORS[self.sampling.prior] not in self.models:
-            raise ValueError(f"sampling.prior: {self.sampling.prior}, but {PRIORS[self.sampling.prior]} is not among models")
+            raise ValueError(
+                f"sampling.prior: {self.sampling.prior}, but {PRIORS[self.sampling.prior]} is not among models"
+            )
         largest = 1024 if "upsampler_1024" in self.models else 256 if "upsampler_256" in self.models else 64
         if self.sampling.size > largest:
             raise ValueError(f"sampling.size: {self.sampling.size}, but these models end at {largest} px")
@@ -57,7 +59,12 @@ def run_bundle(ctx: Context) -> Artifact:
 
 
 def _card(ctx: Context) -> str:
-    lines = [f"# {ctx.config.project}", "", "An unCLIP text-to-image bundle. Load it with `UnCLIP.from_folder(path)`.", ""]
+    lines = [
+        f"# {ctx.config.project}",
+        "",
+        "An unCLIP text-to-image bundle. Load it with `UnCLIP.from_folder(path)`.",
+        "",
+    ]
     lines += ["| part | key | samples seen |", "| --- | --- | ---: |"]
     for name, part in ctx.inputs.items():
         lines.append(f"| {name} | {part.key[:12]} | {part.recipe.get('samples', '')} |")

@@ -118,7 +118,9 @@ def make_config(values: Mapping[str, Any]) -> Config:
         given = values.get(stage) or {}
         if not isinstance(given, Mapping):
             raise UserError(f"{stage}: expected a mapping, got {given!r}")
-        values[stage] = merge(_preset(given.get("preset", common), stage), {k: v for k, v in given.items() if k != "preset"})
+        values[stage] = merge(
+            _preset(given.get("preset", common), stage), {k: v for k, v in given.items() if k != "preset"}
+        )
     config = parse(Config, values)
     _check(config)
     return config
@@ -137,12 +139,14 @@ def _check(config: Config) -> None:
     for stage, low, high in (("upsampler_256", 64, 256), ("upsampler_1024", 256, 1024)):
         model = getattr(config, stage).model
         if (model.low_size, model.image_size) != (low, high):
-            raise UserError(f"{stage}.model: makes {model.low_size} -> {model.image_size}; the cascade needs {low} -> {high}")
+            raise UserError(
+                f"{stage}.model: makes {model.low_size} -> {model.image_size}; the cascade needs {low} -> {high}"
+            )
     if config.decoder.model.image_size != 64:
         raise UserError(f"decoder.model.image_size: {config.decoder.model.image_size}; the cascade begins at 64")
     if "ar_prior" in config.bundle.models and config.ar_prior.model.buckets != config.codec.buckets:
         raise UserError(
-            f"codec.buckets: {config.codec.buckets}, but ar_prior.model.buckets is {config.ar_prior.model.buckets}; make them equal"
+            f"codec.buckets: {config.codec.buckets} is not ar_prior.model.buckets {config.ar_prior.model.buckets}"
         )
     for stage in ("upsampler_256", "upsampler_1024"):
         needed = getattr(config, stage).model.image_size

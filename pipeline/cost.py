@@ -1,4 +1,4 @@
-"""About how long a stage will take here: from the project's last run of it, or guessed from sizes. Never runs anything."""
+"""About how long a stage will take here: from the project's last run of it, or guessed from sizes. Runs nothing."""
 
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ def forward_flops(model: Any) -> float:
         text = _transformer(model.text_width, model.text_layers, model.text_context)
         if model.tower == "vit":
             return text + _transformer(model.width, model.layers[0], (model.image_size // model.patch) ** 2)
-        side = model.image_size // 4
-        blocks = sum(2 * 17 * (model.width * 2**i) ** 2 * (side / 2**i) ** 2 * n for i, n in enumerate(model.layers))
+        first = model.image_size // 4
+        blocks = sum(2 * 17 * (model.width * 2**i) ** 2 * (first / 2**i) ** 2 * n for i, n in enumerate(model.layers))
         return text + blocks
     if isinstance(model, DecoderConfig | UpsamplerConfig):
         share = model.crop if isinstance(model, UpsamplerConfig) else 1.0
         side = model.image_size * share / model.patch
-        total = 0.0
+        flops = 0.0
         for level, multiplier in enumerate(model.multipliers):
             width = model.channels * multiplier
-            total += 2 * (2 * model.depth + 1) * 2 * 9 * width**2 * (side / 2**level) ** 2 * 1.5
-        return total
+            flops += 2 * (2 * model.depth + 1) * 2 * 9 * width**2 * (side / 2**level) ** 2 * 1.5
+        return flops
     raise TypeError(f"no cost known for {type(model).__name__}")
 
 

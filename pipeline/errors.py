@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for or in the machine it was asked of: one line, what to do next, no traceback."""
+    """A mistake in what was asked for, or in the machine it was asked of: one line, what to do next, no traceback."""
 
 
 class CorruptObject(Exception):

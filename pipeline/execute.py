@@ -19,7 +19,9 @@ log = logging.getLogger("unclip")
 OnStage = Callable[[str, Artifact, Mapping[str, Artifact]], None]
 
 
-def execute(graph: Graph, verdicts: Sequence[Verdict], wanted: set[str], store: Store, config: Config, on_stage: OnStage) -> dict[str, Artifact]:
+def execute(
+    graph: Graph, verdicts: Sequence[Verdict], wanted: set[str], store: Store, config: Config, on_stage: OnStage
+) -> dict[str, Artifact]:
     """The artefacts of ``wanted`` stages and of all that they need, made where they are stale.
 
     ``on_stage`` is called after each stage that was made, with all artefacts so far. Raises CorruptObject after having

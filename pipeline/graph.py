@@ -54,7 +54,7 @@ Graph = Mapping[str, Stage]
 
 def differences(recipe: Any) -> dict[str, Any]:
     """The fields of a (nested) recipe dataclass that differ from their defaults, as plain JSON values."""
-    result = {}
+    result: dict[str, Any] = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if dataclasses.is_dataclass(value):
@@ -69,7 +69,7 @@ def differences(recipe: Any) -> dict[str, Any]:
 
 def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
     """All fields of a (nested) recipe by dotted name, as plain JSON values."""
-    result = {}
+    result: dict[str, Any] = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if dataclasses.is_dataclass(value):
@@ -89,7 +89,9 @@ def _plain(value: Any) -> Any:
 
 def stage_key(stage: Stage, inputs: Mapping[str, str]) -> str:
     """The key of a stage's artefact, given the keys of its inputs."""
-    return digest([stage.name, stage.version, differences(stage.recipe), [[name, inputs[name]] for name in stage.inputs]])
+    return digest(
+        [stage.name, stage.version, differences(stage.recipe), [[name, inputs[name]] for name in stage.inputs]]
+    )
 
 
 def shard_key(ctx: Context, inputs: Mapping[str, str]) -> str:
@@ -139,7 +141,9 @@ def read_pin(store: Store, lineage: str) -> str | None:
         return None
 
 
-def plan(graph: Graph, source_keys: Mapping[str, str], project: str, store: Store, previous: Mapping[str, Any]) -> list[Verdict]:
+def plan(
+    graph: Graph, source_keys: Mapping[str, str], project: str, store: Store, previous: Mapping[str, Any]
+) -> list[Verdict]:
     """One verdict a stage, in order. Runs nothing and writes nothing.
 
     ``previous`` holds what the project's last run asked for, stage by stage (see pipeline.history), and only serves to
@@ -147,7 +151,7 @@ def plan(graph: Graph, source_keys: Mapping[str, str], project: str, store: Stor
     """
     keys: dict[str, str] = {}
     lineages: dict[str, str] = {}  # keys computed with the project's name in place of the source
-    verdicts = []
+    verdicts: list[Verdict] = []
     for stage in ordered(graph):
         own = source_keys[stage.name] if stage.name in SOURCES else stage_key(stage, keys)
         lineage = stage_key(stage, lineages) if stage.name not in SOURCES else digest([project, stage.name])
@@ -172,12 +176,12 @@ def _because(stage: Stage, keys: Mapping[str, str], before: Mapping[str, Any] | 
     if before["version"] != stage.version:
         return f"its code changed (version {before['version']} -> {stage.version})"
     now, then = flatten(stage.recipe), before["recipe"]
-    changed = [f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k)]
+    changed = [
+        f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k)
+    ]
     if changed:
         return ", ".join(changed)
     if stage.name in SOURCES:
         return "the list changed"
     inputs = [name for name in stage.inputs if before["inputs"].get(name) != keys[name]]
     return f"{', '.join(inputs)} changed"
-
-

@@ -55,7 +55,12 @@ class Lease:
 
 
 def lead_or_wait(
-    store: Store, key: str, lease_s: float, finished: Callable[[], bool], progress: Callable[[], str], poll_s: float = 1.0
+    store: Store,
+    key: str,
+    lease_s: float,
+    finished: Callable[[], bool],
+    progress: Callable[[], str],
+    poll_s: float = 1.0,
 ) -> Lease | None:
     """A Lease if this process is to do the work; None once somebody else has ``finished`` it.
 

@@ -22,7 +22,9 @@ def parse(kind: Any, value: Any, where: str = "") -> Any:
         return _parse_dataclass(kind, value, where)
     if origin is Literal:
         if value not in arguments:
-            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}{_nearest(value, arguments)}")
+            raise UserError(
+                f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}{_nearest(value, arguments)}"
+            )
         return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -76,8 +78,14 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{name}: unknown key{_nearest(key, fields)}")
         arguments[key] = parse(hints[key], item, name)
     for name, field in fields.items():
-        if name not in arguments and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}.{name}: missing; it has no default" if where else f"{name}: missing; it has no default")
+        if (
+            name not in arguments
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ):
+            raise UserError(
+                f"{where}.{name}: missing; it has no default" if where else f"{name}: missing; it has no default"
+            )
     try:
         return kind(**arguments)
     except ValueError as e:

@@ -54,8 +54,10 @@ class Progress:
     def line(self) -> str:
         """For example '1,200 of 7,213 rows, 143/s, 42 s left'."""
         rate = (self.done - self.first) / self.seconds
-        text = f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s" if rate >= 10 else (
-            f"{self.done:,} of {self.total:,} {self.unit}, {rate:.2g}/s"
+        text = (
+            f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s"
+            if rate >= 10
+            else (f"{self.done:,} of {self.total:,} {self.unit}, {rate:.2g}/s")
         )
         if self.done >= self.total:
             return f"{text}, {duration(self.seconds)}"

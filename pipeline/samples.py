@@ -67,8 +67,16 @@ def make_sample(unclip: UnCLIP, caption: str, seed: int, options: Mapping[str, A
 
 
 def _steps(unclip: UnCLIP, settings: Mapping[str, Any]) -> int:
-    prior = settings["prior_steps"] if settings["prior"] == "diffusion" or unclip.ar_prior is None else unclip.ar_prior.codes
-    names = [n for n, side in (("upsampler_256", 256), ("upsampler_1024", 1024)) if settings["size"] >= side and getattr(unclip, n)]
+    prior = (
+        settings["prior_steps"]
+        if settings["prior"] == "diffusion" or unclip.ar_prior is None
+        else unclip.ar_prior.codes
+    )
+    names = [
+        n
+        for n, side in (("upsampler_256", 256), ("upsampler_1024", 1024))
+        if settings["size"] >= side and getattr(unclip, n)
+    ]
     return prior + settings["decoder_steps"] + sum(settings[f"{name}_steps"] for name in names)
 
 

@@ -17,7 +17,8 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class PairsSettings(ShardSettings):
-    """The fetch. ``hosts`` sends a host name to another address; ``allow`` opens hosts or networks that are not public."""
+    """The fetch. ``hosts`` sends a host name to another address; ``allow`` opens hosts or networks that are not
+    public."""
 
     threads: int = 16
     timeout_s: float = 20.0

@@ -85,7 +85,9 @@ def _run(ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Work
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):  # to the console; its log file keeps everything
             handler.setLevel(logging.ERROR)
-    dataset = ray.data.from_items([{"task": pickle.dumps(task)} for task in todo], override_num_blocks=len(todo)).map_batches(
+    dataset = ray.data.from_items(
+        [{"task": pickle.dumps(task)} for task in todo], override_num_blocks=len(todo)
+    ).map_batches(
         _actor(ctx.store, ctx.stage, make_worker),
         batch_size=1,
         num_cpus=1,

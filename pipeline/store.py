@@ -91,7 +91,9 @@ def _explained(url: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as e:
-        raise UserError(f"store {url}: no permission to write {e.filename or ''}; choose another folder or chmod it") from e
+        raise UserError(
+            f"store {url}: no permission to write {e.filename or ''}; choose another folder or chmod it"
+        ) from e
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"store {url}: the disk is full; free space and run the same command again") from e
@@ -240,7 +242,9 @@ class S3Store:
                 raise UserError(f"store {self.url}: {code}: {hint}") from e
             raise
         except exceptions.NoCredentialsError as e:
-            raise UserError(f"store {self.url}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from e
+            raise UserError(
+                f"store {self.url}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from e
         except exceptions.NoRegionError as e:
             raise UserError(f"store {self.url}: no AWS region; set AWS_REGION") from e
         except (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError) as e:
@@ -314,7 +318,7 @@ class S3Store:
         with self._explained():
             upload = self._client.create_multipart_upload(**where)["UploadId"]
             try:
-                parts = []
+                parts: list[dict[str, Any]] = []
                 with open(file, "rb") as source:
                     while chunk := source.read(part_bytes):
                         number = len(parts) + 1

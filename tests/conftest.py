@@ -40,7 +40,7 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], S
     return lambda: open_store(f"{server.url}/{tmp_path.name}-{os.getpid()}-{next(count)}")
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(make_store: Callable[[], Store]) -> Store:
     """An empty store; tests that use it run on a folder and on S3."""
     return make_store()

@@ -56,6 +56,7 @@ def training_embeddings(ctx: Context) -> Iterator[tuple[Any, Any]]:
 def run_codec(ctx: Context) -> Artifact:
     """Fit PCA and buckets; record what they lose."""
     import torch
+
     from models.codec import fit_codec, fit_pca, moments
     from models.folder import save_codec
 

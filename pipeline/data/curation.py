@@ -28,7 +28,9 @@ class CurationRecipe:
 
     def __post_init__(self) -> None:
         if self.max_aspect < 1:
-            raise ValueError(f"max_aspect: {self.max_aspect} would reject every picture; it is the long side over the short")
+            raise ValueError(
+                f"max_aspect: {self.max_aspect} would reject every picture; it is the long side over the short"
+            )
         if self.min_caption > self.max_caption:
             raise ValueError(f"min_caption: {self.min_caption} is above max_caption {self.max_caption}")
 
@@ -42,8 +44,12 @@ class Judge:
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         table = read_table(self.store, task.inputs["pairs"].blobs["index"]).to_pylist()
-        texts = dict(zip(*read_table(self.store, task.inputs["captions"].blobs["captions"]).to_pydict().values(), strict=True))
-        scored = read_table(self.store, task.inputs["embeddings"].blobs["embeddings"], ["key", "similarity"]).to_pydict()
+        texts = dict(
+            zip(*read_table(self.store, task.inputs["captions"].blobs["captions"]).to_pydict().values(), strict=True)
+        )
+        scored = read_table(
+            self.store, task.inputs["embeddings"].blobs["embeddings"], ["key", "similarity"]
+        ).to_pydict()
         similarity = dict(zip(scored["key"], scored["similarity"], strict=True))
         kept, reasons = [], []
         for row in table:

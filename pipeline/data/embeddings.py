@@ -80,7 +80,9 @@ class Encoder:
             pixels = np.zeros((self.batch, self.clip.image_size, self.clip.image_size, 3), np.uint8)
             for i, data in enumerate(read_pictures(self.store, images, block)):
                 pixels[i] = open_view(data, self.clip.image_size)
-            result[start : start + len(block)] = self._encode(self.clip.encode_image, pixels.transpose(0, 3, 1, 2))[: len(block)]
+            result[start : start + len(block)] = self._encode(self.clip.encode_image, pixels.transpose(0, 3, 1, 2))[
+                : len(block)
+            ]
         return result
 
     def _texts(self, texts: Sequence[str]) -> Any:

@@ -11,7 +11,21 @@ from pipeline.records import blob_path
 from pipeline.store import Store
 
 STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for pictures whose short side is at least this
-COLUMNS = ("key", "url", "width", "height", "sha256", "tar", "offset", "size", "split", "status", "reason", "license", "attribution")
+COLUMNS = (
+    "key",
+    "url",
+    "width",
+    "height",
+    "sha256",
+    "tar",
+    "offset",
+    "size",
+    "split",
+    "status",
+    "reason",
+    "license",
+    "attribution",
+)
 WIDE = {"width", "height", "offset", "size"}
 
 
@@ -24,7 +38,10 @@ def index_table(rows: Sequence[Mapping[str, Any]]) -> Any:
     import pyarrow as pa
 
     return pa.table(
-        {name: pa.array([row.get(name) for row in rows], pa.int64() if name in WIDE else pa.string()) for name in COLUMNS}
+        {
+            name: pa.array([row.get(name) for row in rows], pa.int64() if name in WIDE else pa.string())
+            for name in COLUMNS
+        }
     )
 
 
@@ -50,7 +67,9 @@ def read_pictures(store: Store, images: str | None, rows: Sequence[Mapping[str, 
         first = rows[order[start]]
         stop, end = start + 1, first["offset"] + first["size"]
         # One read for members with at most a few headers and paddings between them.
-        while stop < len(order) and rows[order[stop]]["tar"] == first["tar"] and rows[order[stop]]["offset"] - end <= 4096:
+        while (
+            stop < len(order) and rows[order[stop]]["tar"] == first["tar"] and rows[order[stop]]["offset"] - end <= 4096
+        ):
             end = rows[order[stop]]["offset"] + rows[order[stop]]["size"]
             stop += 1
         data = _read(store, images, first["tar"], first["offset"], end)

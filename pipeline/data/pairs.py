@@ -77,7 +77,8 @@ class Packer:
     def __call__(self, task: ShardTask) -> ShardOutput:
         refs = read_table(self.store, task.inputs["source"].blobs["refs"]).to_pylist()
         rows = [
-            {"key": row_key(task.number, i), "status": "kept"} | {k: ref[k] for k in ("url", "split", "license", "attribution")}
+            {"key": row_key(task.number, i), "status": "kept"}
+            | {k: ref[k] for k in ("url", "split", "license", "attribution")}
             for i, ref in enumerate(refs)
         ]
         in_place = [i for i, ref in enumerate(refs) if not ref["reject"] and ref["url"].startswith("tar://")]
@@ -140,7 +141,13 @@ class Packer:
         found = inspect(data, self.recipe.max_pixels)
         if isinstance(found, str):
             return _reject(row, found)
-        row |= {"tar": unquote(parts.path), "sha256": hashlib.sha256(data).hexdigest(), "width": found[0], "height": found[1], **place}
+        row |= {
+            "tar": unquote(parts.path),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "width": found[0],
+            "height": found[1],
+            **place,
+        }
         return None
 
 

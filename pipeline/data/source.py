@@ -107,7 +107,9 @@ def scan(recipe: SourceRecipe, store: Store, write: bool) -> Scan:
     before = ""
     for index, path in enumerate(recipe.paths):
         cut = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
-        before = digest(["segment", VERSION, before, _fingerprint(path), cut, recipe.shard_rows, recipe.validation, recipe.test])
+        before = digest(
+            ["segment", VERSION, before, _fingerprint(path), cut, recipe.shard_rows, recipe.validation, recipe.test]
+        )
         record_path = f"shards/source/segment-{before}.json"
         record = read_record(store, record_path)
         if record is None:
@@ -117,14 +119,18 @@ def scan(recipe: SourceRecipe, store: Store, write: bool) -> Scan:
             if not found:
                 raise UserError(f"source {path}: no rows")
             if write:
-                record = create_record(store, record_path, {"shards": [{**asdict(s), "ledger": s.ledger.as_json()} for s in found]})
+                record = create_record(
+                    store, record_path, {"shards": [{**asdict(s), "ledger": s.ledger.as_json()} for s in found]}
+                )
         else:
             found = [SourceShard(**{**s, "ledger": Ledger.from_json(s["ledger"])}) for s in record["shards"]]
         shards += found
     return Scan(shards)
 
 
-def _cut(segment: int, rows: Iterator[Row], recipe: SourceRecipe, seen: set[bytes], store: Store | None) -> Iterator[SourceShard]:
+def _cut(
+    segment: int, rows: Iterator[Row], recipe: SourceRecipe, seen: set[bytes], store: Store | None
+) -> Iterator[SourceShard]:
     for place in range(SEGMENT_SHARDS):
         block = list(islice(rows, recipe.shard_rows))
         if not block:
@@ -151,9 +157,15 @@ def _shard(number: int, rows: list[Row], recipe: SourceRecipe, seen: set[bytes],
         table = {name: pa.array([ref[i] for ref in refs], pa.string()) for i, name in enumerate(columns)}
         blobs["refs"] = put_blob(store, write_table(table))
         keys = pa.array([row_key(number, i) for i in range(len(rows))], pa.string())
-        blobs["captions"] = put_blob(store, write_table({"key": keys, "captions": pa.array(captions, pa.list_(pa.string()))}))
+        blobs["captions"] = put_blob(
+            store, write_table({"key": keys, "captions": pa.array(captions, pa.list_(pa.string()))})
+        )
     return SourceShard(
-        number, digest(["refs", VERSION, number, refs]), digest(["captions", VERSION, number, captions]), Ledger.count(rejects), **blobs
+        number,
+        digest(["refs", VERSION, number, refs]),
+        digest(["captions", VERSION, number, captions]),
+        Ledger.count(rejects),
+        **blobs,
     )
 
 
@@ -246,7 +258,8 @@ def _tar_rows(path: Path) -> Iterator[Row]:
     """Members that share a name up to the first dot of their base name are one sample, as in webdataset."""
     try:
         with tarfile.open(path) as tar:
-            name, image, lines = "", None, []
+            lines: list[str] = []
+            name, image = "", None
             for member in tar:
                 if not member.isfile():
                     continue
@@ -275,8 +288,14 @@ def _table_rows(path: Path, recipe: SourceRecipe) -> Iterator[Row]:
             names = batch.schema.names
             for column in (recipe.image_column, recipe.caption_column):
                 if column not in names:
-                    raise UserError(f"source {path}: no column {column}; it has {', '.join(names)}. Set source.image_column or source.caption_column")
-            optional = {n: c for n in ("group", "split", "sha256") if (c := getattr(recipe, f"{'hash' if n == 'sha256' else n}_column")) in names}
+                    raise UserError(
+                        f"source {path}: no column {column}; it has {', '.join(names)}. Set source.image_column or source.caption_column"
+                    )
+            optional = {
+                n: c
+                for n in ("group", "split", "sha256")
+                if (c := getattr(recipe, f"{'hash' if n == 'sha256' else n}_column")) in names
+            }
             extra = {n: n for n in ("license", "attribution") if n in names}
             for row in batch.to_pylist():
                 caption = row[recipe.caption_column]

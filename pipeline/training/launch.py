@@ -44,10 +44,16 @@ def launch(work: Work, name: str, settings: TrainingSettings, ray_settings: RayS
     from pipeline.launch import start_ray
 
     ray = start_ray(ray_settings)
-    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
-    gpus = settings.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= settings.workers
+    total = ray.cluster_resources()
+    if "RAY_ADDRESS" not in os.environ and total.get("CPU", 0) < settings.workers:
+        raise UserError(
+            f"run.ray.cpus: {total.get('CPU', 0):.0f} are too few for {settings.workers} workers of one core each; "
+            "raise it or lower workers"
+        )
+    gpus = settings.device != "cpu" and total.get("GPU", 0) >= settings.workers
     if settings.device.startswith("cuda") and not gpus:
         raise UserError(f"{name}: {settings.workers} workers on {settings.device}, but Ray has not as many GPUs")
     with tempfile.TemporaryDirectory(prefix="unclip-train-") as scratch:
@@ -61,8 +67,8 @@ def launch(work: Work, name: str, settings: TrainingSettings, ray_settings: RayS
             trainer.fit()
         except WorkerGroupError as e:
             raise _cause(list(e.worker_failures.values())) from e
-        except ControllerError as e:
-            raise _cause([e.controller_failure]) from e
+        except TrainingFailedError as e:  # of starting the workers, or of watching them
+            raise _cause([e]) from e
 
 
 def cores() -> int:
@@ -96,14 +102,13 @@ def _worker(config: Mapping[str, Any]) -> None:
 
 def _cause(failures: Sequence[Exception]) -> Exception:
     """What to tell of the ways in which workers failed: an expected error, else a death, else the first of the rest."""
-    from ray.exceptions import RayActorError
-
     for failure in failures:
         if isinstance(failure, Relayed):
             name, *arguments = failure.args
             return RELAYED[name](*arguments)
-    if any(isinstance(failure, RayActorError) for failure in failures):
-        return WorkerLost("a worker died")
+    # What Ray itself raises is about processes and machines; what workers raise keeps its own type.
+    if any(type(failure).__module__.partition(".")[0] == "ray" for failure in failures):
+        return WorkerLost("a worker died or could not start")
     return failures[0]
 
 

@@ -39,7 +39,9 @@ def _graph(**recipes: Recipe) -> dict[str, Stage]:
         "decoder": ("pairs", "embeddings"),
         "ar_prior": ("embeddings", "codec"),
     }
-    return {n: Stage(n, 1, recipes.get(n, Recipe()), i, _never, pinned=n in ("clip", "codec")) for n, i in inputs.items()}
+    return {
+        n: Stage(n, 1, recipes.get(n, Recipe()), i, _never, pinned=n in ("clip", "codec")) for n, i in inputs.items()
+    }
 
 
 SOURCE = {"source": "s1", "captions": "c1"}
@@ -70,7 +72,9 @@ def test_defaults_do_not_count_and_changes_do() -> None:
 
 
 @given(st.integers(), st.text(), st.lists(st.integers()), st.floats(allow_nan=False))
-def test_equal_recipes_have_equal_keys_and_others_differ(samples: int, name: str, sizes: list[int], dropout: float) -> None:
+def test_equal_recipes_have_equal_keys_and_others_differ(
+    samples: int, name: str, sizes: list[int], dropout: float
+) -> None:
     recipe = Recipe(samples, name, tuple(sizes), Model(dropout=dropout))
     stage = Stage("decoder", 1, recipe, (), _never)
     assert stage_key(stage, {}) == stage_key(replace(stage, recipe=replace(recipe)), {})
@@ -92,7 +96,12 @@ def test_a_changed_value_makes_its_stage_and_what_follows_stale(store: Store) ->
     _make(store, first)
     graph = _graph(decoder=Recipe(model=Model(dropout=0.1)))
     previous = {
-        v.stage: {"key": v.key, "version": 1, "recipe": flatten(Recipe()), "inputs": {n: k.key for n in graph[v.stage].inputs for k in first if k.stage == n}}
+        v.stage: {
+            "key": v.key,
+            "version": 1,
+            "recipe": flatten(Recipe()),
+            "inputs": {n: k.key for n in graph[v.stage].inputs for k in first if k.stage == n},
+        }
         for v in first
     }
     verdicts = plan(graph, SOURCE, "p", store, previous)

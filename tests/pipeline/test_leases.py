@@ -11,7 +11,9 @@ from pipeline.store import Store
 LEASE_S = 0.8
 
 
-def _lead(store: Store, finished: Callable[[], bool] = lambda: False, progress: Callable[[], str] = lambda: "") -> Lease | None:
+def _lead(
+    store: Store, finished: Callable[[], bool] = lambda: False, progress: Callable[[], str] = lambda: ""
+) -> Lease | None:
     return lead_or_wait(store, "k", LEASE_S, finished, progress, poll_s=0.02)
 
 

@@ -29,7 +29,15 @@ class Outer:
 
 
 def test_values_of_every_kind() -> None:
-    given = {"name": "n", "count": 3, "flag": True, "sizes": [1, 2], "limit": 1, "hosts": {"a": "b"}, "inner": {"guidance": "1e-4"}}
+    given = {
+        "name": "n",
+        "count": 3,
+        "flag": True,
+        "sizes": [1, 2],
+        "limit": 1,
+        "hosts": {"a": "b"},
+        "inner": {"guidance": "1e-4"},
+    }
     assert parse(Outer, given) == Outer("n", 3, True, (1, 2), 1.0, {"a": "b"}, Inner(1e-4))
     assert parse(Outer, {"name": "n", "limit": None, "inner": None}) == Outer("n")
 
@@ -57,4 +65,7 @@ def test_mistakes_are_one_line(value: Any, message: str) -> None:
 
 
 def test_merge_is_deep() -> None:
-    assert merge({"a": {"b": 1, "c": 2}, "d": 1}, {"a": {"b": 3}, "d": {"e": 1}}) == {"a": {"b": 3, "c": 2}, "d": {"e": 1}}
+    assert merge({"a": {"b": 1, "c": 2}, "d": 1}, {"a": {"b": 3}, "d": {"e": 1}}) == {
+        "a": {"b": 3, "c": 2},
+        "d": {"e": 1},
+    }

@@ -18,7 +18,7 @@ def _csv(path: Path, rows: list[tuple[str, str]], header: str = "url,caption") -
     return str(path)
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder_store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
 
@@ -81,7 +81,11 @@ def test_duplicates_and_missing_references_are_counted(tmp_path: Path, folder_st
 
 
 def test_split_column_then_group_then_reference(tmp_path: Path, folder_store: Store) -> None:
-    table = {"url": [f"http://h/{i}" for i in range(300)], "caption": ["c"] * 300, "group": [f"g{i // 10}" for i in range(300)]}
+    table = {
+        "url": [f"http://h/{i}" for i in range(300)],
+        "caption": ["c"] * 300,
+        "group": [f"g{i // 10}" for i in range(300)],
+    }
     pq.write_table(pa.table(table | {"split": ["test"] * 5 + [None] * 295}), tmp_path / "a.parquet")
     recipe = SourceRecipe((str(tmp_path / "a.parquet"),), validation=0.2, test=0.2)
     refs = read_table(folder_store, scan(recipe, folder_store, write=True).shards[0].refs).to_pylist()
@@ -138,7 +142,9 @@ def test_a_tar_is_used_in_place(tmp_path: Path, folder_store: Store) -> None:
         ("a.csv", "url,caption,split\nhttp://h/1,x,dev\n", "split 'dev' is not train, validation or test"),
     ],
 )
-def test_bad_lists_are_one_clear_line(tmp_path: Path, folder_store: Store, name: str, content: str | None, message: str) -> None:
+def test_bad_lists_are_one_clear_line(
+    tmp_path: Path, folder_store: Store, name: str, content: str | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):

@@ -116,7 +116,8 @@ def make_world(folder: Path, shards: int = 4, rows: int = 21, side: int = 72) ->
 
 def _pack(group: list[Example]) -> tuple[list[dict[str, Any]], bytes]:
     """Index rows and a tar; the last row of a shard was rejected and has no picture."""
-    out, index = io.BytesIO(), []
+    out = io.BytesIO()
+    index: list[dict[str, Any]] = []
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for example in group:
             row = {"key": example.key, "url": f"http://example.test/{example.key}", "split": example.split}

@@ -13,7 +13,7 @@ import torch
 
 from models.clip import tokenize
 from models.view import open_view
-from pipeline.artifacts import Shard, read_shards, read_table, write_shard_table, write_table
+from pipeline.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.errors import CorruptObject
 from pipeline.ledger import Ledger
 from pipeline.records import blob_path, put_blob
@@ -27,7 +27,13 @@ ALL = ("image", "tokens", "image_embedding", "text_embedding")
 RECIPE = DecoderRecipe(samples=64, batch=16, lanes=8, window=5)
 
 
-def make_feed(world: World, columns: tuple[str, ...] = ALL, rank: int = 0, size: int = 1, **inputs: Any) -> Feed:
+def make_feed(
+    world: World,
+    columns: tuple[str, ...] = ALL,
+    rank: int = 0,
+    size: int = 1,
+    inputs: dict[str, Artifact] | None = None,
+) -> Feed:
     task: Any = SimpleNamespace(columns=columns, min_side=64, image_size=24)
     return Feed(world.store, inputs or world.inputs, task, RECIPE, rank, size)
 
@@ -93,7 +99,7 @@ def test_a_feed_goes_on_from_any_position(shared_world: World) -> None:
 
 def test_before_curation_rows_are_those_of_pairs(shared_world: World) -> None:
     inputs = {name: shared_world.inputs[name] for name in ("pairs", "captions")}
-    feed = make_feed(shared_world, ("image", "tokens"), **inputs)
+    feed = make_feed(shared_world, ("image", "tokens"), inputs=inputs)
     assert feed.order.total == make_feed(shared_world).order.total + 4  # curation dropped one row a shard
     assert set(take(feed, 1)[0].batch) == {"image", "tokens"}
 
@@ -142,13 +148,11 @@ def test_a_missing_blob_is_named(world: World) -> None:
 
 
 def test_a_row_without_embedding_is_named(world: World) -> None:
-    shards = [
-        replace(shard, blobs=shard.blobs | {"captions": _without_first(world, shard)}) for shard in _shards(world)
-    ]
+    shards = [replace(shard, blobs={"captions": _without_first(world, shard)}) for shard in _shards(world)]
     table, _ = write_shard_table(world.store, shards)
     captions = replace(world.inputs["captions"], shard_table=table)
     with pytest.raises(ValueError, match="is in the index but not in its captions"):
-        take(make_feed(world, **world.inputs | {"captions": captions}), 8)
+        take(make_feed(world, inputs=world.inputs | {"captions": captions}), 8)
 
 
 def _shards(world: World) -> list[Shard]:

@@ -53,7 +53,7 @@ def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, capl
         assert artifact.environment["workers"] == str(max(1, workers))
         losses.append([line["loss"] for line in lines(world, artifact) if "loss" in line])
         weights.append(load(read_blob(world.store, artifact.blobs["model.safetensors"])))
-    assert "a worker died; starting again" in caplog.text
+    assert "a worker died or could not start; starting again" in caplog.text
     assert "resuming diffusion_prior at sample 15" in caplog.text
     for other_losses, other_weights in zip(losses[1:], weights[1:], strict=True):
         assert other_losses == pytest.approx(losses[0], abs=1e-5)
@@ -70,6 +70,11 @@ def test_a_workers_error_is_the_drivers(ray: Any) -> None:
     with pytest.raises(CorruptObject, match="is missing") as caught:
         launch(fail, "fail", TrainingSettings(workers=2, threads=1, device="cpu"), RaySettings())
     assert caught.value.path == "blobs/ab/abc"
+
+
+def test_more_workers_than_cores_are_refused(ray: Any) -> None:
+    with pytest.raises(UserError, match=r"run\.ray\.cpus: 2 are too few for 3 workers"):
+        launch(fail, "many", TrainingSettings(workers=3, threads=1, device="cpu"), RaySettings())
 
 
 @pytest.mark.parametrize("error", [UserError("a"), NonFinite("b"), Superseded("c")])

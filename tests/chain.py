@@ -1,0 +1,101 @@
+"""The whole chain at the smallest size that is still real: for the tests of the commands."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from pipeline.artifacts import load_artifact, read_shards
+from pipeline.data.emoji import emoji_rows
+from pipeline.store import Store, open_store
+
+Finished = subprocess.CompletedProcess[str]
+ROOT = Path(__file__).parents[1]
+DATA_STAGES = ("source", "captions", "pairs", "clip", "embeddings", "curation", "codec")
+
+MICRO = {
+    "project": "micro",
+    "preset": "nano",
+    "source": {"shard_rows": 20},
+    "clip": {"samples": 128, "batch": 32},
+    "ar_prior": {"samples": 64, "batch": 32},
+    "diffusion_prior": {"samples": 64, "batch": 32},
+    "decoder": {"samples": 32, "batch": 16},
+    "upsampler_256": {"samples": 16, "batch": 8},
+    "upsampler_1024": {"samples": 8, "batch": 8},
+    "bundle": {"sampling": {"prior_steps": 2, "decoder_steps": 2, "upsampler_256_steps": 2, "upsampler_1024_steps": 2}},
+    "samples": {"captions": ["a red heart"]},
+    "run": {"lease_s": 5, "pairs": {"workers": 0}, "embeddings": {"workers": 0}, "curation": {"workers": 0}},
+}
+
+
+def write_list(path: Path, start: int, stop: int) -> Path:
+    """Rows [start, stop) of the nano emoji set as a CSV file, the ones at 1024 px moved to the front."""
+    rows = sorted(emoji_rows("nano-more"), key=lambda row: "/1024/" not in row.url)
+    with open(path, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(("url", "caption", "group", "split", "license", "attribution"))
+        writer.writerows(rows[start:stop])
+    return path
+
+
+def write_config(folder: Path, store: str, pictures: str, lists: Sequence[Path], **changes: object) -> Path:
+    """A configuration in ``folder``; ``pictures`` is the emoji server's address. ``changes`` replace top-level keys."""
+    values = json.loads(json.dumps(MICRO)) | {"store": store} | changes
+    values["source"] = {**values["source"], "paths": [str(path) for path in lists]}
+    values["run"] = {**values["run"], "output": str(folder / "out")}
+    values["run"]["pairs"] = {**values["run"]["pairs"], "hosts": {"emoji.test": pictures}}
+    path = folder / "micro.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def unclip(*words: object, env: Mapping[str, str] | None = None, timeout: float = 240) -> Finished:
+    """Run a command as a user does, in a process of its own."""
+    command = [sys.executable, "-m", "jobs.cli", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(env or {})
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def done(process: Finished) -> str:
+    """The output of a command that must have succeeded."""
+    assert process.returncode == 0, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
+    return process.stdout
+
+
+def keys(store: Store) -> dict[str, set[str]]:
+    """The keys of all artefacts by stage."""
+    found: dict[str, set[str]] = {}
+    for entry in store.list("artifacts/"):
+        _, stage, name = entry.path.split("/")
+        found.setdefault(stage, set()).add(name.removesuffix(".json"))
+    return found
+
+
+def data_blobs(store: Store) -> dict[str, list[str]]:
+    """Every blob that the data stages' artefacts name, through their shards too, by stage and sorted."""
+    blobs = {}
+    for stage in DATA_STAGES:
+        names: set[str] = set()
+        for key in keys(store)[stage]:
+            artifact = load_artifact(store, stage, key)
+            assert artifact is not None
+            names |= set(artifact.blobs.values())
+            if artifact.shard_table:
+                names |= {artifact.shard_table} | {b for s in read_shards(store, artifact) for b in s.blobs.values()}
+        blobs[stage] = sorted(names)
+    return blobs
+
+
+def shard_paths(store: Store, stage: str) -> set[str]:
+    """The shard records of a stage."""
+    return {entry.path for entry in store.list(f"shards/{stage}/")}
+
+
+def open_at(url: str | Path) -> Store:
+    return open_store(str(url))
