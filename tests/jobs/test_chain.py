@@ -1,0 +1,241 @@
+"""The whole chain as a user runs it: on a folder, on S3, through a Ray job; appended to, changed, continued."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.artifacts import load_artifact
+from tests.chain import (
+    DATA_STAGES,
+    ROOT,
+    data_blobs,
+    done,
+    keys,
+    open_at,
+    shard_paths,
+    unclip,
+    write_config,
+    write_list,
+)
+from tests.seaweed import Server
+
+
+class Chain:
+    """A finished micro chain in a folder."""
+
+    def __init__(self, folder: Path, pictures: str):
+        self.folder, self.pictures = folder, pictures
+        self.list = write_list(folder / "list.csv", 0, 60)
+        self.store = folder / "store"
+        self.config = write_config(folder, str(self.store), pictures, [self.list])
+        self.output = done(unclip("run", self.config))
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Chain:
+    return Chain(tmp_path_factory.mktemp("chain"), pictures)
+
+
+def _states(output: str) -> dict[str, str]:
+    """Stage to state, of a printed plan."""
+    lines = [line.split() for line in output.splitlines() if line.startswith("  ")]
+    return {words[0]: words[1] for words in lines if len(words) > 2 and words[1] in ("fresh", "pinned", "stale")}
+
+
+def _stale(output: str) -> set[str]:
+    return {stage for stage, state in _states(output).items() if state == "stale"}
+
+
+def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
+    with Image.open(chain.folder / "out/samples/0000.png") as picture:
+        assert picture.size == (1024, 1024)
+        assert picture.text["caption"] == "a red heart"
+        assert json.loads(picture.text["settings"])["decoder_steps"] == 2
+    assert "samples" in (chain.folder / "out/report.html").read_text()
+    assert all(f"\n{stage} " in chain.output for stage in ("pairs", "clip", "decoder", "samples"))
+
+
+def test_again_there_is_nothing_to_do_and_nothing_heavy_is_imported(chain: Chain) -> None:
+    code = (
+        "import sys; from jobs.cli import main; assert main(sys.argv[1:]) == 0;"
+        "heavy = {'ray', 'torch', 'img2dataset', 'open_clip'} & set(sys.modules); assert not heavy, heavy"
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", code, "run", str(chain.config)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "nothing to do" in done(again)
+
+
+def test_same_seed_same_picture(chain: Chain) -> None:
+    words = ("sample", "a red heart", "a green apple", "--from", chain.folder / "out", "--set", "prior=ar")
+    first = [Path(line).read_bytes() for line in done(unclip(*words)).splitlines()]
+    again = [Path(line).read_bytes() for line in done(unclip(*words)).splitlines()]
+    other = Path(done(unclip(*words[:2], *words[3:], "--seed", 5)).strip()).read_bytes()
+    assert len(first) == 2
+    assert first == again
+    assert other not in first
+    default = Path(done(unclip("sample", "a red heart", "--from", chain.folder / "out")).strip())
+    assert default.read_bytes() == (chain.folder / "out/samples/0000.png").read_bytes()
+
+
+def test_on_s3_the_keys_and_data_blobs_are_the_same(chain: Chain, s3: Server, tmp_path: Path) -> None:
+    url = f"{s3.url}/chain-{os.getpid()}"
+    config = write_config(tmp_path, url, chain.pictures, [chain.list])
+    # Ray workers here, none in the reference: neither workers nor store may change a key or a byte.
+    done(unclip("run", config, "run.pairs.workers=2", "run.embeddings.workers=1", "run.curation.workers=1"))
+    assert keys(open_at(url)) == keys(open_at(chain.store))
+    assert data_blobs(open_at(url)) == data_blobs(open_at(chain.store))
+
+
+def test_appending_fetches_and_embeds_only_the_new_rows(chain: Chain, tmp_path: Path) -> None:
+    more = write_list(tmp_path / "more.csv", 60, 66)
+    config = write_config(tmp_path, str(chain.store), chain.pictures, [chain.list, more])
+    store = open_at(chain.store)
+    before = {stage: shard_paths(store, stage) for stage in ("pairs", "embeddings", "curation")}
+    output = done(unclip("run", config, "--until", "codec"))
+    assert _states(output) == {
+        "source": "stale", "captions": "stale", "pairs": "stale", "clip": "pinned",
+        "embeddings": "stale", "curation": "stale", "codec": "pinned",
+    }  # fmt: skip
+    for stage, paths in before.items():
+        assert paths < shard_paths(store, stage)
+        assert len(shard_paths(store, stage)) == len(paths) + 1
+    assert "6 of 66 rows" not in output  # progress counts what was there
+    table = {
+        line.split()[0]: line.split()[1] for line in output.splitlines() if line.startswith(("pairs ", "embeddings "))
+    }
+    assert table == {"pairs": "66", "embeddings": "66"}
+
+
+def test_rows_added_to_the_list_redo_at_most_its_last_shard(chain: Chain, tmp_path: Path) -> None:
+    longer = write_list(tmp_path / "list.csv", 0, 66)
+    config = write_config(tmp_path, str(chain.store), chain.pictures, [longer])
+    store = open_at(chain.store)
+    before = shard_paths(store, "pairs")
+    done(unclip("run", config, "--until", "pairs"))
+    assert len(shard_paths(store, "pairs") - before) == 1
+
+
+def test_a_decoder_value_makes_the_decoder_and_what_follows_stale(chain: Chain) -> None:
+    output = done(unclip("plan", chain.config, "decoder.model.dropout=0.1"))
+    assert _stale(output) == {"decoder", "bundle", "samples"}
+    assert "model.dropout 0.0 -> 0.1" in output
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "run.pairs.threads=3",
+        "run.decoder.micro_batch=4",
+        "run.clip.threads=1",
+        "run.ray.cpus=4",
+        "run.lease_s=9",
+        "run.embeddings.batch=7",
+    ],
+)
+def test_a_run_setting_moves_no_key(chain: Chain, setting: str) -> None:
+    assert _stale(done(unclip("plan", chain.config, setting))) == set()
+
+
+def test_more_samples_continue_a_training(chain: Chain) -> None:
+    finished = unclip("run", chain.config, "decoder.samples=48", "--until", "decoder")
+    assert "decoder: 48 of 48 samples" in finished.stderr + done(finished)
+    assert "resuming decoder at sample 32" in finished.stderr
+    store = open_at(chain.store)
+    assert len(keys(store)["decoder"]) == 2
+
+
+def test_only_and_until(chain: Chain, tmp_path: Path) -> None:
+    config = write_config(tmp_path, str(tmp_path / "store"), chain.pictures, [chain.list])
+    refused = unclip("run", config, "--only", "pairs")
+    assert refused.returncode == 2
+    assert "--only pairs needs source first; use --until pairs" in refused.stderr
+    done(unclip("run", config, "--until", "source"))
+    done(unclip("run", config, "--only", "pairs"))
+    assert set(keys(open_at(tmp_path / "store"))) == {"source", "pairs"}
+
+
+def test_pins_move_and_say_what_follows(chain: Chain, tmp_path: Path) -> None:
+    more = write_list(tmp_path / "more.csv", 70, 74)
+    config = write_config(tmp_path, str(chain.store), chain.pictures, [chain.list, more])
+    assert _states(done(unclip("plan", config)))["clip"] == "pinned"
+    pinned = next(line.split()[2] for line in done(unclip("plan", config)).splitlines() if line.startswith("  clip"))
+    output = done(unclip("unpin", config, "clip"))
+    assert "clip" in _stale(output)
+    assert "embeddings" in {line.split()[0] for line in output.splitlines()}
+    assert "nothing becomes stale" not in done(unclip("pin", config, "clip", "--key", pinned))
+    assert _states(done(unclip("plan", config)))["clip"] == "pinned"
+
+
+@pytest.fixture()
+def cluster(tmp_path_factory: pytest.TempPathFactory, s3: Server) -> Iterator[dict[str, str]]:
+    """A Ray head with token authentication as a user starts it, in folders of its own; the environment to reach it."""
+    from socket import socket
+
+    ports = []
+    for _ in range(3):
+        with socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(str(probe.getsockname()[1]))
+    home = tmp_path_factory.mktemp("home")
+    scratch = Path("/tmp") / f"ray-{os.getpid()}"  # socket paths inside must stay short
+    environment = os.environ | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    ray = str(Path(sys.executable).with_name("ray"))
+    head = subprocess.Popen(
+        [
+            ray, "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}", "--node-ip-address=127.0.0.1",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}",
+            "--disable-usage-stats", f"--temp-dir={scratch}", "--object-store-memory=300000000",
+        ],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    address = environment | {"RAY_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+    try:
+        # The head answers before the agent that starts jobs does, so a job is what tells that it is ready.
+        deadline = time.monotonic() + 240
+        while (ready := subprocess.run([ray, "job", "submit", "--", "true"], env=address, capture_output=True)).returncode:
+            assert time.monotonic() < deadline, f"the Ray head took no job: {ready.stderr.decode()[-2000:]}"
+            assert head.poll() is None, "the Ray head ended"
+            time.sleep(1)
+        yield address
+    finally:
+        head.terminate()  # ray start --block ends its processes with itself
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, 9)
+
+
+@pytest.mark.timeout(600)
+def test_through_a_ray_job_the_keys_and_data_blobs_are_the_same(
+    chain: Chain, s3: Server, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    url = f"{s3.url}/job-{os.getpid()}"
+    config = write_config(tmp_path, url, chain.pictures, [chain.list])
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [
+        ray, "job", "submit", "--working-dir", str(ROOT),
+        "--runtime-env-json", json.dumps({"env_vars": s3.environment, "excludes": ["out", ".venv", ".git"]}),
+        "--", sys.executable, "-m", "jobs.run", str(config), "run.pairs.workers=1", "run.embeddings.workers=1",
+    ]  # fmt: skip
+    job = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=500)
+    assert "succeeded" in done(job)
+    assert keys(open_at(url)) == keys(open_at(chain.store))
+    assert data_blobs(open_at(url)) == data_blobs(open_at(chain.store))
+    job = subprocess.run(command[:-2] + ["decoder.nothing=1"], env=cluster, capture_output=True, text=True, timeout=200)
+    assert job.returncode == 1
+    assert "unknown key" in job.stdout
+
+
+def test_all_data_stages_are_compared(chain: Chain) -> None:
+    store = open_at(chain.store)
+    for stage in DATA_STAGES:
+        assert all(load_artifact(store, stage, key) for key in keys(store)[stage])
