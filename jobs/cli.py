@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import sys
@@ -29,12 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: unknown command {name}; known are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module("jobs.pin" if name == "unpin" else f"jobs.{name}")
-    return guard(module.main, words[1:] if name not in ("pin", "unpin") else words)
+
+    def command(argv: Sequence[str]) -> int:  # imported inside the guard: Ctrl-C may come that early
+        return importlib.import_module("jobs.pin" if name == "unpin" else f"jobs.{name}").main(argv)
+
+    return guard(command, words[1:] if name not in ("pin", "unpin") else words)
 
 
 def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run a command; a user's mistake, a full disk or Ctrl-C end it with one line and no traceback."""
+    """Run a command; a user's mistake, a disk that is full or closed, or Ctrl-C end it with one line, no traceback."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("unclip").setLevel(logging.INFO)
     try:
@@ -46,11 +50,12 @@ def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         print("interrupted; what is done is kept: run the same command again to go on", file=sys.stderr)
         return 130
     except OSError as e:
-        import errno
-
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: the disk is full ({e.filename}); free space and run the same command again", file=sys.stderr)
             return 1
+        if e.errno in (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS):
+            print(f"error: {e.filename}: {e.strerror}; name a place that can be read and written", file=sys.stderr)
+            return 2
         raise
 
 

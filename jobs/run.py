@@ -74,13 +74,12 @@ def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
 
         write_report(project.store, project.config, artifacts, output / "report.html")
 
-    for healing in range(HEALINGS + 1):
+    for _ in range(HEALINGS + 1):
         try:
             return execute(project.graph, project.plan(), wanted, project.store, project.config, on_stage)
-        except CorruptObject:
-            if healing == HEALINGS:
-                raise
-    raise AssertionError("unreachable")
+        except CorruptObject as e:  # it is deleted already
+            damage = e
+    raise UserError(f"{damage}, after {HEALINGS} others in this run; check the disk or the bucket, then run again")
 
 
 def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: float) -> None:

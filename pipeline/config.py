@@ -6,6 +6,7 @@ Importing this imports neither Ray nor torch.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,12 @@ class Run:
     decoder: TrainingSettings = field(default_factory=TrainingSettings)
     upsampler_256: TrainingSettings = field(default_factory=TrainingSettings)
     upsampler_1024: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def __post_init__(self) -> None:
+        if not self.lease_s > 0:
+            raise ValueError(f"lease_s: {self.lease_s} is not above 0")
+        if self.budget_hours < 0:
+            raise ValueError(f"budget_hours: {self.budget_hours} is below 0")
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,8 @@ def make_config(values: Mapping[str, Any]) -> Config:
     values = dict(values)
     common = values.pop("preset", "paper")
     for stage in (*TRAININGS, "bundle"):
-        given = values.get(stage) or {}
+        given = values.get(stage)
+        given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise UserError(f"{stage}: expected a mapping, got {given!r}")
         values[stage] = merge(
@@ -128,14 +136,16 @@ def make_config(values: Mapping[str, Any]) -> Config:
 
 def _preset(name: Any, stage: str) -> dict[str, Any]:
     """A preset's values for one stage, as plain values."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
     part = dataclasses.asdict(PRESETS[name][stage])
     return {"sampling": part} if stage == "bundle" else {"model": part, **TRAINING_PRESETS[name].get(stage, {})}
 
 
 def _check(config: Config) -> None:
-    """Combinations that no single recipe can see."""
+    """What no single recipe can see."""
+    if not re.fullmatch(r"\w[\w.-]*", config.project):  # it is a part of paths in the store
+        raise UserError(f"project: {config.project!r} is no plain name; use letters, digits, '.', '-' and '_'")
     for stage, low, high in (("upsampler_256", 64, 256), ("upsampler_1024", 256, 1024)):
         model = getattr(config, stage).model
         if (model.low_size, model.image_size) != (low, high):

@@ -8,14 +8,15 @@ from typing import Any
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from pipeline.artifacts import load_artifact
-from pipeline.graph import Stage
+from pipeline.graph import Stage, flatten
 from pipeline.history import last_run
 from pipeline.store import Store
-from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 
 FLOPS = 60e9  # of two ordinary cores in small matrix products
 ROW_SECONDS = {"pairs": 0.01, "embeddings": 0.02, "curation": 0.0005, "codec": 0.0005}
 PICTURE_SECONDS = 30.0
+LOAD_SECONDS = 60.0  # to fetch and store the weights of a CLIP that exists
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ def _amount(stage: Stage, rows: int) -> int:
 
 
 def _same_size(stage: Stage, recipe: dict[str, Any]) -> bool:
-    """A measurement holds only for a model of the same shape."""
-    from pipeline.graph import flatten
-
-    return all(recipe.get(k) == v for k, v in flatten(stage.recipe).items() if k.startswith("model."))
+    """A measurement holds only for a model of the same shape, and of the same origin."""
+    shape = {k: v for k, v in flatten(stage.recipe).items() if k.startswith("model.") or k == "weights"}
+    return all(recipe.get(k) == v for k, v in shape.items())
 
 
 def _guess(stage: Stage, amount: int) -> float:
+    if isinstance(stage.recipe, ClipRecipe) and stage.recipe.weights != "train":
+        return LOAD_SECONDS
     if isinstance(stage.recipe, TrainingRecipe):
         return 3 * forward_flops(stage.recipe.model) * amount / FLOPS  # type: ignore[attr-defined]
     if stage.name == "samples":

@@ -10,7 +10,7 @@ from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shar
 from pipeline.config import Config
 from pipeline.crash import crash_point
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import Context, Graph, Stage, Verdict, ordered, pin_path, trajectory_key
+from pipeline.graph import Context, Graph, Stage, Verdict, ordered, pin_path, stage_key, trajectory_key
 from pipeline.leases import lead_or_wait
 from pipeline.store import Store
 from pipeline.training.recipes import TrainingRecipe
@@ -36,6 +36,8 @@ def execute(
             verdict = keys[stage.name]
             made = load_artifact(store, stage.name, verdict.key)
             if made is None:
+                if verdict.lineage is not None:
+                    _check_pin(stage, verdict.key, artifacts)
                 made = _run_stage(stage, verdict.key, artifacts, store, config)
                 artifacts[stage.name] = made
                 on_stage(stage.name, made, artifacts)
@@ -76,6 +78,15 @@ def _run_stage(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store:
             return made
 
 
+def _check_pin(stage: Stage, key: str, artifacts: Mapping[str, Artifact]) -> None:
+    """Raise UserError if a stage is pinned to an artefact that is lost and that the inputs of today would not make."""
+    if key != stage_key(stage, {name: artifacts[name].key for name in stage.inputs}):
+        raise UserError(
+            f"{stage.name} is pinned to {key[:12]}, which is lost and was made from other data: restore "
+            f"{artifact_path(stage.name, key)}, or lift the pin with unclip unpin to make a new one"
+        )
+
+
 def _pin(store: Store, lineage: str, key: str) -> None:
     """Pin the first one made; whoever comes first has won."""
     crash_point("pin.before_swap")
@@ -94,13 +105,20 @@ def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact])
     for artifact in artifacts.values():
         named = blob == artifact.shard_table or blob in artifact.blobs.values()
         if artifact.shard_table is not None and not named:
-            shards = [s for s in read_shards(store, artifact) if blob in s.blobs.values()]
-            doomed += [shard_path(artifact.stage, s.key) for s in shards]
-            named = bool(shards)
+            try:
+                shards = [s for s in read_shards(store, artifact) if blob in s.blobs.values()]
+            except CorruptObject as e:  # damaged too: without its list this artefact has to be made again as well
+                log.warning("%s; it is deleted too", e)
+                doomed.append(e.path)
+                named = True
+            else:
+                doomed += [shard_path(artifact.stage, s.key) for s in shards]
+                named = bool(shards)
         if named:
             doomed.append(artifact_path(artifact.stage, artifact.key))
     for entry in store.list("shards/source/segment-"):
         if blob.encode() in store.read(entry.path):
             doomed.append(entry.path)
-    log.warning("%s; it is deleted with %d records that name it, and its work done again", damage, len(doomed) - 1)
+    records = sum(not path.startswith("blobs/") for path in doomed)
+    log.warning("%s; it is deleted with %d records that name it, and its work done again", damage, records)
     store.delete(doomed)

@@ -110,10 +110,14 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """The kernel's start time of a process, so that a reused pid is not taken for it; empty if it is not there."""
+    """The kernel's start time of a process, so that a reused pid is not taken for it; empty if it is no more.
+
+    A process that was killed and that nobody has waited for yet, as under a container's first process, is no more.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in "ZX" else fields[18]
+    except (OSError, ValueError, IndexError):
         return ""
 
 

@@ -251,14 +251,21 @@ class S3Store:
             raise UserError(f"store {self.url}: cannot reach the server; check AWS_ENDPOINT_URL ({e})") from e
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        from botocore.exceptions import ClientError
+
         if stop is not None and stop <= start:
             return b""
         asked = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
         with self._explained():
             try:
                 return self._client.get_object(Bucket=self.bucket, Key=self._key(path), **asked)["Body"].read()
-            except self._client.exceptions.NoSuchKey:
-                raise FileNotFoundError(f"{self.url}/{path}") from None
+            except ClientError as e:
+                code = e.response["Error"]["Code"]
+                if code == "InvalidRange":  # it begins behind the end, where a file has no bytes either
+                    return b""
+                if code in ("NoSuchKey", "404"):
+                    raise FileNotFoundError(f"{self.url}/{path}") from None
+                raise
 
     def list(self, prefix: str) -> Iterator[Entry]:
         skip = len(self._key(""))

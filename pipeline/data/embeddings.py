@@ -123,8 +123,9 @@ def run_embeddings(ctx: Context) -> Artifact:
 def read_embeddings(store: Store, blob: str) -> tuple[list[str], Any, Any, Any]:
     """Keys [n], image and text embeddings float16 [n, d], similarities float32 [n] of one shard."""
     table = read_table(store, blob)
-    matrices = [
-        table[name].combine_chunks().values.to_numpy(zero_copy_only=False).reshape(len(table), -1)
+    flat = [
+        table[name].combine_chunks().values.to_numpy(zero_copy_only=False)
         for name in ("image_embedding", "text_embedding")
     ]
+    matrices = [values.reshape(len(table), values.size // max(len(table), 1)) for values in flat]
     return table["key"].to_pylist(), matrices[0], matrices[1], table["similarity"].to_numpy()

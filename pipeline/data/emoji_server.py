@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -78,6 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     """Serve on a free loopback port, say which on one line, and end when stdin closes or the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
     parent = os.getppid()
     server = _Server(("127.0.0.1", 0), _Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -58,7 +58,8 @@ def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def read_pictures(store: Store, images: str | None, rows: Sequence[Mapping[str, Any]]) -> list[bytes]:
     """The stored bytes of index rows, each checked against its sha256. ``images`` is the shard's own tar blob.
 
-    Neighbours are read together. Raises CorruptObject for a blob whose bytes do not match.
+    Neighbours are read together. Raises CorruptObject for a blob or a tar that is missing or whose bytes do not
+    match.
     """
     result: list[bytes] = [b""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: (rows[i]["tar"] or "", rows[i]["offset"]))
@@ -85,9 +86,12 @@ def read_pictures(store: Store, images: str | None, rows: Sequence[Mapping[str, 
 
 def _read(store: Store, images: str | None, tar: str | None, start: int, stop: int) -> bytes:
     if tar is not None:
-        with open(tar, "rb") as f:
-            f.seek(start)
-            return f.read(stop - start)
+        try:
+            with open(tar, "rb") as f:
+                f.seek(start)
+                return f.read(stop - start)
+        except OSError as e:
+            raise CorruptObject(tar, f"cannot be read ({e.strerror})") from None
     assert images is not None
     try:
         return store.read(blob_path(images), start, stop)

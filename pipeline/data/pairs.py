@@ -128,27 +128,37 @@ class Packer:
         """Index a member of an existing tar where it lies, after decoding it once."""
         from pipeline.data.fetch import inspect
 
-        parts = urlsplit(ref["url"])
-        place = {name: int(values[0]) for name, values in parse_qs(parts.query).items()}
+        place = _place(ref["url"])
+        if place is None:
+            return _reject(row, "unsupported_reference")
         if place["size"] > self.recipe.max_bytes:
             return _reject(row, "too_large")
         try:
-            with open(unquote(parts.path), "rb") as f:
+            with open(place["tar"], "rb") as f:
                 f.seek(place["offset"])
                 data = f.read(place["size"])
-        except OSError:
+        except (OSError, ValueError, OverflowError):  # no such place in it, or a NUL in the path
             return _reject(row, "missing_file")
+        sha256 = hashlib.sha256(data).hexdigest()
+        if ref["sha256"] and sha256 != ref["sha256"].lower():
+            return _reject(row, "hash_mismatch")
         found = inspect(data, self.recipe.max_pixels)
         if isinstance(found, str):
             return _reject(row, found)
-        row |= {
-            "tar": unquote(parts.path),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "width": found[0],
-            "height": found[1],
-            **place,
-        }
+        row |= {**place, "sha256": sha256, "width": found[0], "height": found[1]}
         return None
+
+
+def _place(reference: str) -> dict[str, Any] | None:
+    """Path, offset and size of a member of a tar (see source.tar_reference), or None if it does not say them."""
+    try:
+        parts = urlsplit(reference)
+        query = parse_qs(parts.query)
+        offset, size = int(query["offset"][0]), int(query["size"][0])
+    except (KeyError, ValueError):
+        return None
+    path = unquote(parts.path)
+    return {"tar": path, "offset": offset, "size": size} if path and offset >= 0 and size >= 0 else None
 
 
 def _reject(row: dict[str, Any], reason: str | None) -> None:

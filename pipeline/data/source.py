@@ -289,7 +289,8 @@ def _table_rows(path: Path, recipe: SourceRecipe) -> Iterator[Row]:
             for column in (recipe.image_column, recipe.caption_column):
                 if column not in names:
                     raise UserError(
-                        f"source {path}: no column {column}; it has {', '.join(names)}. Set source.image_column or source.caption_column"
+                        f"source {path}: no column {column}; it has {', '.join(names)}. "
+                        "Set source.image_column or source.caption_column"
                     )
             optional = {
                 n: c

@@ -144,6 +144,7 @@ class UpsamplerRecipe(TrainingRecipe):
     batch: int = 1024
     learning_rate: float = 1.2e-4
     ema_half_life: int = half_life(0.9999, 1024)
+    window: int = 64  # of large pictures
     model: UpsamplerConfig = field(default_factory=UpsamplerConfig)
 
 
@@ -185,17 +186,17 @@ TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "clip": _fields(19_200, 64, 1e-3, 0, precision="fp32"),
         "ar_prior": _fields(3_200, 32, 2e-3, 320, precision="fp32"),
         "diffusion_prior": _fields(10_240, 64, 2e-3, 1_280, precision="fp32"),
-        "decoder": _fields(4_096, 16, 2e-3, 512, precision="fp32"),
-        "upsampler_256": _fields(2_048, 8, 2e-3, 256, precision="fp32"),
+        "decoder": _fields(2_048, 16, 2e-3, 256, precision="fp32"),
+        "upsampler_256": _fields(1_280, 8, 2e-3, 160, precision="fp32"),
         "upsampler_1024": _fields(256, 8, 2e-3, 32, precision="fp32"),
     },
     "tiny": {
         "clip": _fields(51_200, 256, 1.5e-3, 0),
-        "ar_prior": _fields(12_800, 64, 1e-3, 1_280),
+        "ar_prior": _fields(9_600, 64, 1e-3, 960),
         "diffusion_prior": _fields(44_800, 128, 1e-3, 4_480),
-        "decoder": _fields(43_200, 16, 1e-3, 4_320),
-        "upsampler_256": _fields(8_192, 8, 1e-3, 1_024),
-        "upsampler_1024": _fields(1_024, 8, 1e-3, 128),
+        "decoder": _fields(16_384, 16, 1e-3, 2_048),
+        "upsampler_256": _fields(40_960, 8, 1e-3, 4_096),
+        "upsampler_1024": _fields(4_608, 8, 1e-3, 512),
     },
     "small": {
         "clip": _fields(20_480_000, 1024, 5e-4, 0, lanes=32),

@@ -1,21 +1,24 @@
-"""The training stages as the graph runs them: checks, an attempt, workers, an artefact."""
+"""The training stages as the graph runs them: checks, attempts, workers, an artefact."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.artifacts import Artifact, load_artifact, publish_artifact, read_shards
+from pipeline.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.errors import UserError
 from pipeline.graph import Context, trajectory_key
 from pipeline.ledger import Ledger
+from pipeline.training.follow import following
 
 if TYPE_CHECKING:
     from pipeline.training.task import Task
 
 VERSIONS = {"clip": 1, "ar_prior": 1, "diffusion_prior": 1, "decoder": 1, "upsampler": 1}
-RESTARTS = 3  # after workers were lost without having saved anything since the last time
+RESTARTS = 3  # in a row, after workers were lost without having saved anything
 log = logging.getLogger("unclip")
 
 
@@ -51,74 +54,37 @@ def train(ctx: Context, make_task: Callable[[Context], Task]) -> Artifact:
     diverges, Superseded when another process has taken over, CorruptObject for damaged inputs.
     """
     from pipeline.training.checkpoints import Checkpoints, take_attempt
+    from pipeline.training.checks import check
     from pipeline.training.launch import WorkerLost, launch
     from pipeline.training.worker import Training
 
     check(ctx, make_task(ctx))
     trajectory = trajectory_key(ctx)
-    reached, failures = -1, 0
+    reached, lost = -1, 0
     while True:
         attempt = take_attempt(ctx.store, trajectory)
-        newest = Checkpoints(ctx.store, trajectory, attempt).newest(ctx.recipe.samples)
-        if newest:
-            log.info("resuming %s at sample %s", ctx.stage, f"{newest:,}")
-        failures = 0 if newest > reached else failures
-        reached = newest
+        newest = partial(Checkpoints(ctx.store, trajectory, attempt).newest, ctx.recipe.samples)
+        if newest() > reached:
+            reached, lost = newest(), 0
+        if reached:
+            log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
+        name = f"{trajectory[:16]}-{attempt:04d}"
         try:
-            launch(
-                Training(ctx, make_task, attempt), f"{trajectory[:16]}-{attempt:04d}", ctx.settings, ctx.config.run.ray
-            )
+            with following(ctx.stage, ctx.recipe.samples, newest) if ctx.settings.workers else nullcontext():
+                launch(Training(ctx, make_task, attempt), name, ctx.settings, ctx.config.run.ray)
+            break
         except WorkerLost as e:
-            failures += 1
-            if failures > RESTARTS:
+            lost += 1
+            if lost > RESTARTS:
                 raise UserError(
-                    f"{ctx.stage}: {e} {failures} times without a new checkpoint; look for the cause in Ray's logs "
-                    "(often too little memory: set micro_batch), then run again"
+                    f"{ctx.stage}: {e} {lost} times without a new checkpoint; look for the cause in Ray's logs (often "
+                    "too little memory: set micro_batch), then run again"
                 ) from e
             log.warning("%s: %s; starting again", ctx.stage, e)
-            continue
-        artifact = load_artifact(ctx.store, ctx.stage, ctx.key)
-        if artifact is None:
-            raise UserError(f"{ctx.stage}: its record vanished as soon as it was written; check the store")
-        return artifact
-
-
-def check(ctx: Context, task: Task) -> None:
-    """Raise UserError for what would fail, or not be what was asked for, once the training runs."""
-    settings, recipe, where = ctx.settings, ctx.recipe, f"run.{ctx.stage}"
-    if settings.workers > recipe.lanes:
-        raise UserError(
-            f"{where}.workers: {settings.workers} is more than the {recipe.lanes} lanes of the recipe; lower workers "
-            f"or raise {ctx.stage}.lanes"
-        )
-    if not task.splittable and settings.workers > 1:
-        raise UserError(
-            f"{where}.workers: {settings.workers}; this loss compares every row with its whole batch and its norms "
-            "may too, so it trains on one worker: use 0 or 1"
-        )
-    if not task.splittable and settings.micro_batch:
-        raise UserError(f"{where}.micro_batch: this loss compares every row with its whole batch; use 0")
-    if settings.keep_checkpoints < 1:
-        raise UserError(f"{where}.keep_checkpoints: {settings.keep_checkpoints}; keep at least 1")
-    for milestone in settings.milestones:
-        if not recipe.batch <= milestone < recipe.samples:
-            raise UserError(
-                f"{where}.milestones: {milestone:,} is not between one batch ({recipe.batch:,}) and the recipe's "
-                f"samples ({recipe.samples:,})"
-            )
-    rows = ctx.inputs["curation" if "curation" in ctx.inputs else "pairs"]
-    if not sum(shard.counts.get(f"train/{task.min_side}", 0) for shard in read_shards(ctx.store, rows)):
-        raise UserError(_no_rows(ctx, task, rows))
-
-
-def _no_rows(ctx: Context, task: Task, rows: Artifact) -> str:
-    ledger = rows.ledger
-    reasons = [f"{count:,} {reason}" for reason, count in sorted({**ledger.rejected, **ledger.deferred}.items())]
-    small = f", none of them a training row with a short side of {task.min_side} px" if ledger.kept else ""
-    return (
-        f"{ctx.stage}: no training rows; {rows.stage} kept {ledger.kept:,} of {ledger.rows:,} rows{small}"
-        f"{' (' + ', '.join(reasons) + ')' if reasons else ''}; add pairs or loosen its thresholds"
-    )
+    artifact = load_artifact(ctx.store, ctx.stage, ctx.key)
+    if artifact is None:
+        raise UserError(f"{ctx.stage}: its record vanished as soon as it was written; check the store")
+    return artifact
 
 
 def save_pretrained(ctx: Context) -> Artifact:

@@ -175,7 +175,7 @@ def test_pins_move_and_say_what_follows(chain: Chain, tmp_path: Path) -> None:
     assert _states(done(unclip("plan", config)))["clip"] == "pinned"
 
 
-@pytest.fixture()
+@pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory, s3: Server) -> Iterator[dict[str, str]]:
     """A Ray head with token authentication as a user starts it, in folders of its own; the environment to reach it."""
     from socket import socket
@@ -201,7 +201,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3: Server) -> Iterator[di
     try:
         # The head answers before the agent that starts jobs does, so a job is what tells that it is ready.
         deadline = time.monotonic() + 240
-        while (ready := subprocess.run([ray, "job", "submit", "--", "true"], env=address, capture_output=True)).returncode:
+        submit = [ray, "job", "submit", "--", "true"]
+        while (ready := subprocess.run(submit, env=address, capture_output=True)).returncode:
             assert time.monotonic() < deadline, f"the Ray head took no job: {ready.stderr.decode()[-2000:]}"
             assert head.poll() is None, "the Ray head ended"
             time.sleep(1)
@@ -230,7 +231,7 @@ def test_through_a_ray_job_the_keys_and_data_blobs_are_the_same(
     assert "succeeded" in done(job)
     assert keys(open_at(url)) == keys(open_at(chain.store))
     assert data_blobs(open_at(url)) == data_blobs(open_at(chain.store))
-    job = subprocess.run(command[:-2] + ["decoder.nothing=1"], env=cluster, capture_output=True, text=True, timeout=200)
+    job = subprocess.run([*command[:-2], "decoder.nothing=1"], env=cluster, capture_output=True, text=True, timeout=200)
     assert job.returncode == 1
     assert "unknown key" in job.stdout
 

@@ -15,6 +15,8 @@ def test_create_read_and_never_overwrite(store: Store) -> None:
     assert store.read("blobs/ab/x", 3) == b"3456789"
     assert store.read("blobs/ab/x", 3, 5) == b"34"
     assert store.read("blobs/ab/x", 4, 4) == b""
+    assert store.read("blobs/ab/x", 8, 20) == b"89"
+    assert store.read("blobs/ab/x", 10, 20) == b""
 
 
 def test_create_from_a_file(store: Store, tmp_path: Path) -> None:

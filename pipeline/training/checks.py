@@ -1,0 +1,46 @@
+"""What is wrong with a training before it starts, in one line."""
+
+from __future__ import annotations
+
+from pipeline.artifacts import Artifact, read_shards
+from pipeline.errors import UserError
+from pipeline.graph import Context
+from pipeline.training.task import Task
+
+
+def check(ctx: Context, task: Task) -> None:
+    """Raise UserError for what would fail, or not be what was asked for, once the training runs."""
+    settings, recipe, where = ctx.settings, ctx.recipe, f"run.{ctx.stage}"
+    if settings.workers > recipe.lanes:
+        raise UserError(
+            f"{where}.workers: {settings.workers} is more than the {recipe.lanes} lanes of the recipe; lower workers "
+            f"or raise {ctx.stage}.lanes"
+        )
+    if not task.splittable and settings.workers > 1:
+        raise UserError(
+            f"{where}.workers: {settings.workers}; this loss compares every row with its whole batch and its norms "
+            "may too, so it trains on one worker: use 0 or 1"
+        )
+    if not task.splittable and settings.micro_batch:
+        raise UserError(f"{where}.micro_batch: this loss compares every row with its whole batch; use 0")
+    if settings.keep_checkpoints < 1:
+        raise UserError(f"{where}.keep_checkpoints: {settings.keep_checkpoints}; keep at least 1")
+    for milestone in settings.milestones:
+        if not recipe.batch <= milestone < recipe.samples:
+            raise UserError(
+                f"{where}.milestones: {milestone:,} is not between one batch ({recipe.batch:,}) and the recipe's "
+                f"samples ({recipe.samples:,})"
+            )
+    rows = ctx.inputs["curation" if "curation" in ctx.inputs else "pairs"]
+    if not sum(shard.counts.get(f"train/{task.min_side}", 0) for shard in read_shards(ctx.store, rows)):
+        raise UserError(_no_rows(ctx, task, rows))
+
+
+def _no_rows(ctx: Context, task: Task, rows: Artifact) -> str:
+    ledger = rows.ledger
+    reasons = [f"{count:,} {reason}" for reason, count in sorted({**ledger.rejected, **ledger.deferred}.items())]
+    small = f", none of them a training row with a short side of {task.min_side} px" if ledger.kept else ""
+    return (
+        f"{ctx.stage}: no training rows; {rows.stage} kept {ledger.kept:,} of {ledger.rows:,} rows{small}"
+        f"{' (' + ', '.join(reasons) + ')' if reasons else ''}; add pairs or loosen its thresholds"
+    )

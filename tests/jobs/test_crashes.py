@@ -1,0 +1,155 @@
+"""A run that is killed or interrupted anywhere continues with the same command and ends as if nothing had happened."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import shard_path
+from pipeline.crash import POINTS
+from pipeline.store import Store
+from tests.chain import data_blobs, done, keys, unclip
+from tests.faults import (
+    Running,
+    Undisturbed,
+    artifact,
+    assert_each_shard_once,
+    assert_sound,
+    attempts,
+    copy,
+    decoder_checkpoints,
+    finish,
+    forget,
+    start,
+    wait_until,
+)
+
+# Where the first process to come by is killed: in the data stages, from an empty store on, or in the decoder.
+IN_DATA = (
+    "blob.created",
+    "shard.before_record",
+    "shard.after_record",
+    "artifact.before_record",
+    "artifact.after_record",
+    "pin.before_swap",
+    "report.before_replace",
+)
+IN_TRAINING = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact")
+IN_WORKERS = ("blob.created", "shard.before_record", "shard.after_record")
+
+
+def test_every_crash_point_is_tested() -> None:
+    assert sorted(IN_DATA + IN_TRAINING) == sorted(POINTS)
+
+
+def _crash(config: Path, until: str, point: str, marker: Path) -> None:
+    killed = unclip("run", config, "--until", until, env={"UNCLIP_CRASH": f"{point}@{marker}"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("point", IN_DATA)
+def test_killed_in_the_data_stages(point: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    for entry in [e for prefix in ("artifacts/", "shards/", "locks/") for e in store.list(prefix)]:
+        if entry.path.split("/")[1] not in ("source", "captions", "clip"):
+            store.delete([entry.path])  # its blobs stay as what an earlier kill may leave: named by no record
+    config = undisturbed.config(tmp_path)
+    _crash(config, "codec", point, tmp_path / "marker")
+    assert_sound(store)
+    done(unclip("run", config, "--until", "codec"))
+    assert_sound(store)
+    assert_each_shard_once(store, undisturbed.data)
+    assert keys(store) == keys(undisturbed.data)
+    assert data_blobs(store) == data_blobs(undisturbed.data)
+    assert (tmp_path / "out/report.html").exists()
+
+
+@pytest.mark.parametrize("point", IN_TRAINING)
+def test_killed_in_a_training(point: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    config = undisturbed.config(tmp_path)
+    _crash(config, "decoder", point, tmp_path / "marker")
+    assert_sound(store)
+    reached = {"checkpoint.before_record": 0, "checkpoint.after_record": 8, "training.before_artifact": 48}[point]
+    again = unclip("run", config, "--until", "decoder")
+    _ends_undisturbed(done(again), store, undisturbed)
+    assert (f"resuming decoder at sample {reached}\n" in again.stderr) == (reached > 0)
+
+
+def _ends_undisturbed(output: str, store: Store, undisturbed: Undisturbed) -> None:
+    assert "decoder done" in output
+    assert_sound(store)
+    assert keys(store) == keys(undisturbed.trained)
+    ours, theirs = artifact(store, "decoder"), artifact(undisturbed.trained, "decoder")
+    assert ours.blobs["model.safetensors"] == theirs.blobs["model.safetensors"]
+
+
+@pytest.mark.parametrize("point", IN_WORKERS)
+def test_a_killed_ray_worker_is_replaced(point: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    forget(store, "pairs")
+    marker = tmp_path / "marker"
+    config = undisturbed.config(tmp_path, pairs={"workers": 1})
+    done(unclip("run", config, "--until", "pairs", env={"UNCLIP_CRASH": f"{point}@{marker}"}))
+    assert marker.exists()
+    assert_sound(store)
+    assert_each_shard_once(store, undisturbed.data)
+    assert data_blobs(store) == data_blobs(undisturbed.data)
+
+
+def test_kill_9_at_a_checkpoint(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    config = undisturbed.config(tmp_path)
+    process = start("run", config, "--until", "decoder")
+    wait_until(lambda: decoder_checkpoints(store, undisturbed), process)
+    process.kill()
+    assert finish(process).returncode == -signal.SIGKILL
+    newest = decoder_checkpoints(store, undisturbed)[-1].rpartition("/")[2]
+    again = unclip("run", config, "--until", "decoder")
+    _ends_undisturbed(done(again), store, undisturbed)
+    assert f"resuming decoder at sample {int(newest.split('-')[0])}\n" in again.stderr
+    assert sorted(attempts(store).values()) == [1, 2]  # CLIP's and the decoder's
+
+
+def _interrupt(process: Running) -> None:
+    """Ctrl-C as a terminal sends it: to the whole process group."""
+    os.killpg(process.pid, signal.SIGINT)
+    result = finish(process)
+    assert result.returncode == 130, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last == "interrupted; what is done is kept: run the same command again to go on"
+
+
+def test_ctrl_c_during_pairs(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    first, *others = (shard_path("pairs", e.path.rpartition("/")[2][:64]) for e in store.list("shards/pairs/"))
+    store.delete([*others, *(e.path for e in store.list("artifacts/pairs/"))])
+    kept = Path(store.url, first).stat()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        silent.settimeout(60)
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        config = undisturbed.config(tmp_path)
+        slow = f"run.pairs.hosts={{emoji.test: '{address}'}}"
+        process = start("run", config, slow, "run.pairs.timeout_s=3", "--until", "pairs")
+        silent.accept()
+        _interrupt(process)
+    assert_sound(store)
+    done(unclip("run", config, "--until", "pairs"))
+    assert_each_shard_once(store, undisturbed.data)
+    assert data_blobs(store) == data_blobs(undisturbed.data)
+    assert Path(store.url, first).stat().st_ino == kept.st_ino  # the shard that was done is not done again
+
+
+def test_ctrl_c_during_a_training(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    config = undisturbed.config(tmp_path)
+    process = start("run", config, "--until", "decoder")
+    wait_until(lambda: decoder_checkpoints(store, undisturbed), process)
+    _interrupt(process)
+    again = unclip("run", config, "--until", "decoder")
+    _ends_undisturbed(done(again), store, undisturbed)
+    assert "resuming decoder at sample" in again.stderr

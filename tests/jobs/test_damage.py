@@ -1,0 +1,241 @@
+"""Damaged objects are named in one line, deleted, and made again; a full disk ends a run with one line."""
+
+import errno
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jobs.cli import main
+from pipeline.artifacts import artifact_path, read_shards, shard_path
+from pipeline.records import blob_path
+from pipeline.store import Store
+from tests.chain import data_blobs, keys, write_config, write_list
+from tests.faults import (
+    FEW,
+    RUN,
+    Undisturbed,
+    artifact,
+    assert_each_shard_once,
+    assert_sound,
+    copy,
+    decoder_checkpoints,
+    forget,
+)
+
+WAYS = {
+    "truncate": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "overwrite": lambda file: file.write_bytes(bytes(len(file.read_bytes()))),
+    "delete": lambda file: file.unlink(),
+}
+
+
+def _damage(store: Store, path: str, way: str) -> None:
+    WAYS[way](Path(store.url, path))
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "unclip" and r.levelno >= logging.WARNING]
+
+
+def _blob(store: Store, stage: str, name: str) -> str:
+    return blob_path(read_shards(store, artifact(store, stage))[1].blobs[name])
+
+
+# What is damaged, and the stages that are forgotten so that somebody looks at it.
+VICTIMS: dict[str, tuple[Callable[[Store], str], tuple[str, ...]]] = {
+    "artefact record": (lambda s: artifact_path("pairs", artifact(s, "pairs").key), ()),
+    "shard record": (lambda s: shard_path("pairs", read_shards(s, artifact(s, "pairs"))[1].key), ("pairs",)),
+    "pictures": (lambda s: _blob(s, "pairs", "images"), ("embeddings",)),
+    "index": (lambda s: _blob(s, "pairs", "index"), ("embeddings",)),
+    "references": (lambda s: _blob(s, "source", "refs"), ("pairs",)),
+    "captions": (lambda s: _blob(s, "captions", "captions"), ("curation",)),
+    "embeddings": (lambda s: _blob(s, "embeddings", "embeddings"), ("codec",)),
+    "shard table": (lambda s: blob_path(artifact(s, "pairs").shard_table or ""), ("curation",)),
+    "clip": (lambda s: blob_path(sorted(artifact(s, "clip").blobs.values())[0]), ("embeddings",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("victim", "way"),
+    [
+        ("artefact record", "truncate"),
+        ("shard record", "overwrite"),
+        ("pictures", "truncate"),
+        ("pictures", "delete"),
+        ("index", "overwrite"),
+        ("references", "delete"),
+        ("captions", "truncate"),
+        ("embeddings", "overwrite"),
+        ("shard table", "delete"),
+        ("shard table", "truncate"),
+        ("clip", "overwrite"),
+    ],
+)
+def test_what_is_damaged_is_made_again(
+    victim: str, way: str, undisturbed: Undisturbed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    find, forgotten = VICTIMS[victim]
+    path = find(store)
+    for stage in forgotten:
+        forget(store, stage, shards=victim != "shard record")
+    _damage(store, path, way)
+    assert main(["run", str(undisturbed.config(tmp_path)), "--until", "codec"]) == 0
+    (warning,) = _warnings(caplog)
+    assert path in warning
+    assert "deleted" in warning
+    assert_sound(store)
+    assert_each_shard_once(store, undisturbed.data)
+    assert keys(store) == keys(undisturbed.data)
+    assert data_blobs(store) == data_blobs(undisturbed.data)
+
+
+def test_several_damaged_objects_in_one_run(
+    undisturbed: Undisturbed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    paths = [VICTIMS[victim][0](store) for victim in ("shard table", "captions", "embeddings", "references")]
+    for stage in ("curation", "codec"):
+        forget(store, stage)
+    for path in paths:
+        _damage(store, path, "overwrite")
+    assert main(["run", str(undisturbed.config(tmp_path)), "--until", "codec"]) == 0
+    found = [path for path in paths if any(path in warning for warning in _warnings(caplog))]
+    assert found == paths[:3]  # nobody has to look at the references: the pairs that came of them stand
+    assert keys(store) == keys(undisturbed.data)
+    assert data_blobs(store) == data_blobs(undisturbed.data)
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    way: str, undisturbed: Undisturbed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = copy(undisturbed.trained, tmp_path)
+    before = artifact(store, "decoder")
+    last = decoder_checkpoints(store, undisturbed)[-1]
+    store.delete([artifact_path("decoder", before.key)])
+    damaged = blob_path(json.loads(store.read(last))["blobs"]["optimizer"])
+    _damage(store, damaged, way)
+    assert main(["run", str(undisturbed.config(tmp_path)), "--until", "decoder"]) == 0
+    (warning,) = _warnings(caplog)
+    assert warning.startswith("checkpoint at sample 48 is dropped")
+    assert damaged in warning
+    assert_sound(store)
+    after = artifact(store, "decoder")
+    assert after.key == before.key
+    assert after.blobs["model.safetensors"] == before.blobs["model.safetensors"]
+
+
+def test_damaged_pictures_are_found_by_a_training(
+    undisturbed: Undisturbed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    path = _blob(store, "pairs", "images")
+    _damage(store, path, "overwrite")
+    assert main(["run", str(undisturbed.config(tmp_path)), "--until", "decoder"]) == 0
+    (warning,) = _warnings(caplog)
+    assert path in warning
+    assert_sound(store)
+    assert keys(store) == keys(undisturbed.trained)
+    assert data_blobs(store) == data_blobs(undisturbed.trained)
+
+
+def test_a_lost_artefact_that_is_pinned_for_other_data_is_not_made_from_these(
+    undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    clip = artifact(store, "clip").key
+    more = write_list(tmp_path / "more.csv", 60, 65)
+    config = write_config(
+        tmp_path, store.url, undisturbed.pictures, [undisturbed.list, more], **FEW, run={**RUN, **_in_process()}
+    )
+    store.delete([artifact_path("clip", clip)])
+    assert main(["run", str(config), "--until", "codec"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith(f"error: clip is pinned to {clip[:12]}, which is lost")
+    assert "clip" not in keys(store)
+
+
+def _in_process() -> dict[str, dict[str, int]]:
+    return {stage: {"workers": 0} for stage in ("pairs", "embeddings", "curation")}
+
+
+def test_a_changed_picture_in_a_tar_of_the_users(
+    tmp_path: Path, pictures: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = tmp_path / "mine.tar"
+    with tarfile.open(tar, "w") as out:
+        for i in range(20):
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 64), (12 * i, 255 - 12 * i, 90)).save(picture, "PNG")
+            for name, data in ((f"{i:02d}.png", picture.getvalue()), (f"{i:02d}.txt", f"colour {i}".encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                out.addfile(member, io.BytesIO(data))
+    config = write_config(tmp_path, str(tmp_path / "store"), pictures, [tar], **FEW, run={**RUN, **_in_process()})
+    assert main(["run", str(config), "--until", "clip"]) == 0
+    with tarfile.open(tar) as made:
+        member = made.getmember("03.png")
+    changed = bytearray(tar.read_bytes())
+    changed[member.offset_data + member.size - 20] ^= 255
+    when = tar.stat()
+    tar.write_bytes(changed)
+    os.utime(tar, ns=(when.st_atime_ns, when.st_mtime_ns))  # as after bits rotted: nothing says that it changed
+    capsys.readouterr()
+    assert main(["run", str(config), "--until", "embeddings"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert errors == [
+        f"error: {tar}: the picture of row 000000000003 has other bytes than the index says; it is a file of yours: "
+        "restore it, or list it again as a new source"
+    ]
+    changed[member.offset_data + member.size - 20] ^= 255
+    tar.write_bytes(changed)
+    os.utime(tar, ns=(when.st_atime_ns, when.st_mtime_ns))
+    assert main(["run", str(config), "--until", "embeddings"]) == 0
+
+
+@pytest.mark.parametrize("until", ["pairs", "decoder"])
+def test_a_full_disk(
+    until: str,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    if until == "pairs":
+        for stage in ("source", "pairs"):
+            forget(store, stage)
+        store.delete([entry.path for entry in store.list("blobs/")])
+    room = _size(store) + (100_000 if until == "pairs" else 4_000_000)
+    sync = os.fsync
+
+    def full(handle: int) -> None:
+        if _size(store) > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    command = ["run", str(undisturbed.config(tmp_path)), "--until", until]
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        assert main(command) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: store {store.url}: the disk is full; free space and run the same command again"
+    assert_sound(store)
+    assert main(command) == 0
+    assert_sound(store)
+    reference = undisturbed.data if until == "pairs" else undisturbed.trained
+    assert read_shards(store, artifact(store, "pairs")) == read_shards(reference, artifact(reference, "pairs"))
+    if until == "decoder":
+        assert keys(store) == keys(reference)
+
+
+def _size(store: Store) -> int:
+    return sum(file.stat().st_size for file in Path(store.url).rglob("*") if file.is_file())

@@ -1,0 +1,198 @@
+"""The documents hold what the code holds, and the commands in them run."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.cli import COMMANDS
+from models.image_configs import DecoderConfig, UpsamplerConfig
+from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
+from models.sampling_config import SamplingConfig
+from pipeline.bundle import BundleRecipe
+from pipeline.config import Config, Run
+from pipeline.data.codec import CodecRecipe
+from pipeline.data.curation import CurationRecipe
+from pipeline.data.embeddings import EmbeddingsRecipe
+from pipeline.data.pairs import PairsRecipe
+from pipeline.data.source import SourceRecipe
+from pipeline.samples import SamplesRecipe
+from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
+from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
+from tests.chain import MICRO, ROOT
+from tests.pipeline.data.bench import picture, write_list
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAININGS = {
+    "clip": ClipRecipe,
+    "ar_prior": ARPriorRecipe,
+    "diffusion_prior": DiffusionPriorRecipe,
+    "decoder": DecoderRecipe,
+    "upsampler": UpsamplerRecipe,
+}
+SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: column of defaults and whose they are
+    "source": {"default": SourceRecipe},
+    "pairs": {"default": PairsRecipe},
+    "embeddings": {"default": EmbeddingsRecipe},
+    "curation": {"default": CurationRecipe},
+    "codec": {"default": CodecRecipe},
+    "Trainings": TRAININGS,
+    "clip.model": {"default": ClipConfig},
+    "ar_prior.model": {"default": ARPriorConfig},
+    "diffusion_prior.model": {"default": DiffusionPriorConfig},
+    "decoder.model": {"default": DecoderConfig},
+    "upsampler.model": {"default": UpsamplerConfig},
+    "bundle": {"default": BundleRecipe},
+    "bundle.sampling": {"default": SamplingConfig},
+    "samples": {"default": SamplesRecipe},
+    "run": {"default": Run},
+    "run.ray": {"default": RaySettings},
+    "run.pairs": {"default": PairsSettings},
+    "run.embeddings": {"default": EmbeddingsSettings},
+    "run.curation": {"default": ShardSettings},
+    "Settings of trainings": {"default": TrainingSettings},
+}
+
+# Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
+TESTED = {
+    "unclip run configs/mine.yaml --until curation": "here",
+    "unclip plan configs/nano.yaml": "here",
+    "unclip run configs/nano.yaml": "here",
+    "unclip plan configs/nano.yaml decoder.model.dropout=0.1": "here",
+    "unclip plan configs/nano.yaml decoder.model.dropout=0.1 run.pairs.threads=32": "here",
+    "unclip run configs/nano.yaml decoder.model.dropout=0.1": "here",
+    'unclip sample "a red heart on a pale green background"': "here",
+    'unclip sample "a green apple" "a cat face" --seed 7 --set prior=ar': "here",
+    "unclip pin configs/nano.yaml clip": "here",
+    "unclip unpin configs/nano.yaml clip": "here",
+    "make peek": "a release check: the command it holds is run by tests/jobs/test_chain.py at micro size",
+    "make demo": "a release check: as make peek, with configs/emoji.yaml",
+    "make test": "continuous integration",
+    "make check": "continuous integration",
+    "make test-slow": "a release check",
+    "ray job submit": "tests/jobs/test_chain.py::test_through_a_ray_job_the_keys_and_data_blobs_are_the_same",
+}
+
+
+def tables(text: str) -> Iterator[dict[str, str]]:
+    """Every row of the tables in a text, by the heads of its columns."""
+    head: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if not cells:
+            head = []
+        elif not head:
+            head = cells
+        elif not set(cells[0]) <= {"-"}:
+            yield dict(zip(head, cells, strict=True))
+
+
+def sections() -> dict[str, str]:
+    parts = re.split(r"^## (.+)$", (ROOT / "docs/configuration.md").read_text(), flags=re.MULTILINE)
+    return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """A field's default as the tables show it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return json.dumps(field.default_factory())
+    return "required" if field.default is dataclasses.MISSING else json.dumps(field.default)
+
+
+def nested(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field has a section of its own."""
+    factory = field.default_factory
+    return factory is not dataclasses.MISSING and dataclasses.is_dataclass(factory())
+
+
+def test_every_stage_and_every_dataclass_of_the_configuration_has_a_section() -> None:
+    assert set(sections()) == {"", *SECTIONS}
+    top = {row["field"] for row in tables(sections()[""])}
+    assert top == {"project", "store", "preset"}
+    stages = {field.name for field in dataclasses.fields(Config)} - top
+    named = {name.partition(".")[0].replace("upsampler", "upsampler_256") for name in SECTIONS}
+    assert stages - {"upsampler_1024"} <= named
+    settings = {f"run.{field.name}" for field in dataclasses.fields(Run) if nested(field)}
+    text = sections()["Settings of trainings"]
+    assert all(name in SECTIONS or f"`{name}`" in text for name in settings)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_is_named_with_its_default(section: str) -> None:
+    rows = list(tables(sections()[section]))
+    for column, kind in SECTIONS[section].items():
+        expected = {field.name: default(field) for field in dataclasses.fields(kind) if not nested(field)}
+        assert {row["field"]: row[column] for row in rows if column in row} == expected
+    assert all(row["meaning"] for row in rows)
+
+
+def commands(text: str) -> Iterator[str]:
+    """Commands on indented lines and between backticks, without remarks; a continued line counts by its first."""
+    for line in re.findall(r"^    ((?:unclip|make|ray job submit) ?.*)$", text, flags=re.MULTILINE):
+        yield re.sub(r"\s+#.*", "", line).strip()
+    yield from re.findall(r"`((?:unclip|make) [^`]+)`", text)
+
+
+def test_every_command_of_the_documents_is_one_that_is_run() -> None:
+    known = {f"unclip {name}" for name in COMMANDS} | {"unclip plan CONFIG"}
+    for document in DOCUMENTS:
+        for command in commands(document.read_text()):
+            named = "ray job submit" if command.startswith("ray job submit") else command
+            assert named in TESTED or named in known, f"{document.name}: {command}: no test runs this"
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{name[5:]}:" in makefile for name in TESTED if name.startswith("make "))
+
+
+def test_every_link_leads_somewhere() -> None:
+    for document in DOCUMENTS:
+        for link in re.findall(r"\]\(([^)#]+\.md)", document.read_text()):
+            assert (document.parent / link).is_file(), f"{document.name}: {link}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with configurations of the names in the documents, small enough to run."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "configs").mkdir()
+    for i in range(24):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    splits = ["validation" if i % 8 == 5 else "test" if i % 8 == 7 else "train" for i in range(24)]
+    write_list(
+        folder / "pairs.csv",
+        [(f"file://{folder}/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)],
+    )
+    short = {"samples": 16, "batch": 8, "warmup": 0}
+    models = ["ar_prior", "diffusion_prior", "decoder"]
+    sampling = {"size": 64, "prior_steps": 2, "decoder_steps": 2}
+    values = {
+        "preset": "nano",
+        "source": {"paths": ["pairs.csv"]},
+        "bundle": {"models": models, "sampling": sampling},
+        **dict.fromkeys(("clip", "ar_prior", "diffusion_prior", "decoder"), short),
+    }
+    for name in ("nano", "mine"):
+        run = {**MICRO["run"], "output": f"out/{name}"}  # type: ignore[dict-item]
+        config = {"project": name, "store": f"out/{name}/store", **values, "run": run}
+        (folder / f"configs/{name}.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.mark.parametrize("command", [command for command, where in TESTED.items() if where == "here"])
+def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
+    words = [sys.executable, "-m", "jobs.cli", *shlex.split(command)[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    if command.startswith("unclip sample"):
+        assert all((folder / line).is_file() for line in process.stdout.splitlines())
+    if command.endswith("decoder.model.dropout=0.1"):
+        assert "model.dropout 0.0 -> 0.1" in process.stdout

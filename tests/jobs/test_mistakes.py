@@ -1,0 +1,146 @@
+"""A user's mistake is one line on stderr that says what to do, and exit code 2; never a traceback."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.chain import MICRO, Finished, unclip
+from tests.seaweed import Server
+
+NANO = "configs/nano.yaml"
+
+
+def refused(*words: object, says: Sequence[str], **options: object) -> Finished:
+    """Run a command that must be refused with one line that holds all of ``says``."""
+    process = unclip(*words, **options)  # type: ignore[arg-type]
+    assert "Traceback" not in process.stderr + process.stdout
+    assert process.returncode == 2, process.stdout + process.stderr
+    lines = [line for line in process.stderr.splitlines() if not line.startswith("  ")]  # progress is indented
+    assert len(lines) == 1, process.stderr
+    assert lines[0].startswith("error: ")
+    for text in says:
+        assert text in lines[0]
+    return process
+
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a micro configuration of the given list in a folder of its own."""
+
+    def configure(text: str = "url,caption\nhttp://closed.test/a.png,a\n", **changes: object) -> Path:
+        (tmp_path / "list.csv").write_text(text)
+        values = MICRO | {"store": str(tmp_path / "store")} | changes
+        source = {"paths": [str(tmp_path / "list.csv")]} | values["source"]  # type: ignore[operator]
+        pairs = {"workers": 0, "retries": 0, "hosts": {"closed.test": "127.0.0.1:1"}}
+        run = {**MICRO["run"], "output": str(tmp_path / "out"), "pairs": pairs}  # type: ignore[dict-item]
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**values, "source": source, "run": run}))
+        return path
+
+    return configure
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_no_such_configuration(command: str) -> None:
+    refused(command, "nowhere.yaml", says=["nowhere.yaml: no such configuration", "configs/"])
+
+
+def test_bad_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("project: [1\nstore: x")
+    refused("plan", path, says=["bad.yaml: not valid YAML", "line 2"])
+    path.write_text("- project\n")
+    refused("plan", path, says=["expected a mapping"])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("decoder.model.guidence=1", ["decoder.model.guidence: unknown key"]),
+        ("bundle.sampling.prior_guidence=1", ["prior_guidence: unknown key; did you mean prior_guidance?"]),
+        ("decoder.samples=many", ["decoder.samples: expected a whole number, got 'many'"]),
+        ("codec.buckets=512", ["codec.buckets: 512 is not ar_prior.model.buckets 1024"]),
+        ("pairs.image_size=256", ["pairs.image_size: 256 is too small for upsampler_1024"]),
+        ("preset=huge", ["preset: 'huge' is not one of nano, tiny"]),
+        ("decoder.model.dropout", ["decoder.model.dropout: an override is written key.key=value"]),
+        ("store=gs://bucket", ["store gs://bucket: only s3://BUCKET/PREFIX or a folder"]),
+    ],
+)  # fmt: skip
+def test_bad_overrides(override: str, says: list[str]) -> None:
+    refused("plan", NANO, override, says=says)
+
+
+def test_the_list_is_missing_empty_or_lacks_a_column(write: Write, tmp_path: Path) -> None:
+    refused("run", write(source={"paths": ["gone.csv"]}), says=["gone.csv: no such file or folder"])
+    refused("run", write("link,caption\nx,y\n"), says=["no column url; it has link, caption", "source.image_column"])
+    refused("run", write("url,caption\n"), says=["list.csv: no rows"])
+    refused("run", write("url,caption,split\nhttp://a/b,c,training\n"), says=["split 'training' is not train"])
+
+
+def test_stages(write: Write) -> None:
+    config = write()
+    refused("run", config, "--only", "decodr", says=["unknown stage decodr", "decoder"])
+    refused("run", config, "--until", "evaluation", says=["unknown stage evaluation"])
+    refused("run", config, "--only", "decoder", says=["--only decoder needs source", "use --until decoder"])
+    refused("pin", config, "decoder", says=["decoder cannot be pinned; clip, codec can"])
+    refused("pin", config, "clip", says=["clip: 0 artefacts", "one is needed"])
+
+
+def test_above_the_budget_it_stops_without_yes(write: Write) -> None:
+    config = write()
+    words = ("run", config, "run.budget_hours=0.000001", "--until", "pairs")
+    process = refused(*words, says=["above run.budget_hours 1e-06", "--yes"])
+    assert "pairs           stale" in process.stdout
+    process = unclip(*words, "--yes")
+    assert process.returncode == 0, process.stderr
+    assert "pairs done" in process.stdout
+
+
+def test_all_rows_rejected_says_why(write: Write) -> None:
+    """Where nothing is left to learn from, the run ends with what removed the rows."""
+    rows = "".join(f"http://closed.test/{i}.png,picture {i}\n" for i in range(3))
+    refused("run", write("url,caption\n" + rows), says=["clip: no training rows", "3 unreachable"])
+
+
+def test_a_place_that_cannot_be_written(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    below = tmp_path / "file" / "store"
+    refused("plan", write(store=str(below)), says=[str(below)])
+    refused("run", write(store=str(below)), says=[str(below)])
+    refused("run", write(), f"run.output={below}", "--until", "source", says=[str(below)])
+
+
+def test_s3(write: Write, s3: Server) -> None:
+    there = write(store=f"{s3.url}/mistakes-{os.getpid()}")
+    wrong = s3.environment | {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    refused("run", there, says=["SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"], env=wrong)
+    refused("run", there, says=["InvalidAccessKeyId"], env=s3.environment | {"AWS_ACCESS_KEY_ID": "nobody"})
+    closed = s3.environment | {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1"}
+    refused("run", there, says=["cannot reach the server", "AWS_ENDPOINT_URL"], env=closed)
+    missing = write(store="s3://no-such-bucket/prefix")
+    refused("run", missing, says=["NoSuchBucket", "create the bucket"], env=s3.environment)
+    refused("run", write(store="s3://"), says=["no bucket"], env=s3.environment)
+
+
+def test_commands(tmp_path: Path) -> None:
+    refused("trian", NANO, says=["unknown command trian", "run, plan, sample"])
+    usage = unclip()
+    assert usage.returncode == 2
+    assert "usage: unclip COMMAND" in usage.stdout
+    assert unclip("--help").returncode == 0
+    for command in ("run", "plan", "sample", "pin"):
+        assert f"usage: unclip {command if command != 'pin' else ''}".strip() in unclip(command, "--help").stdout
+
+
+def test_sample_without_a_bundle(tmp_path: Path) -> None:
+    refused("sample", "a cat", "--from", tmp_path, says=["no finished bundle there", "output folder"])
+    refused("sample", "a cat", "--from", tmp_path, "--seed", "-1", says=["--seed -1 is below 0"])
+    refused("sample", "a cat", "--from", tmp_path, "--set", "steps", says=["--set steps: write NAME=VALUE"])
+    (tmp_path / "bundle.json").write_text(f'{{"store": "{tmp_path}", "bundle": "0123456789abcdef"}}')
+    refused("sample", "a cat", "--from", tmp_path, says=["its bundle is no longer in", "run its configuration again"])
