@@ -18,12 +18,12 @@ else
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
-	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[demo,dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[demo,dev,reference]'
 	@touch .venv/ready
 endif
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow

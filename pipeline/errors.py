@@ -1,5 +1,7 @@
 """Errors that a person can do something about."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A mistake in what was asked for, or in the machine it was asked of: one line, what to do next, no traceback."""
@@ -13,4 +15,7 @@ class CorruptObject(Exception):
 
     def __init__(self, path: str, why: str):
         super().__init__(f"{path}: {why}")
-        self.path = path
+        self.path, self.why = path, why
+
+    def __reduce__(self) -> tuple[type[CorruptObject], tuple[str, str]]:  # it crosses processes
+        return type(self), (self.path, self.why)

@@ -8,11 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+def at_least(settings: object, lowest: int, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is below ``lowest``."""
+    for name in names:
+        if getattr(settings, name) < lowest:
+            raise ValueError(f"{name}: {getattr(settings, name)} is below {lowest}")
+
+
 @dataclass(frozen=True)
 class ShardSettings:
     """Workers of a shard-wise stage, one core each; 0 works in this process, without Ray."""
 
     workers: int = 2
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "workers")
 
 
 @dataclass(frozen=True)
@@ -26,12 +36,23 @@ class PairsSettings(ShardSettings):
     hosts: dict[str, str] = field(default_factory=dict)
     allow: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "threads")
+        at_least(self, 0, "retries")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s: {self.timeout_s} is not above 0")
+
 
 @dataclass(frozen=True)
 class EmbeddingsSettings(ShardSettings):
     """``batch``: rows encoded at once; batches are padded to it."""
 
     batch: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "batch")
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,9 @@ class TrainingSettings:
     milestones: tuple[int, ...] = ()
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        at_least(self, 0, "workers", "micro_batch", "threads")
+
 
 @dataclass(frozen=True)
 class RaySettings:
@@ -54,3 +78,7 @@ class RaySettings:
 
     cpus: int = 2
     object_store_mb: int = 500
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "cpus")
+        at_least(self, 100, "object_store_mb")

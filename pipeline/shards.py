@@ -122,7 +122,7 @@ def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
             except UserError as e:
                 return json.dumps({"user_error": str(e)})
             except CorruptObject as e:
-                return json.dumps({"corrupt": [e.path, str(e).removeprefix(f"{e.path}: ")]})
+                return json.dumps({"corrupt": [e.path, e.why]})
             return json.dumps({"shard": [shard.number, shard.key, shard.ledger.as_json(), shard.blobs, shard.counts]})
 
     return ShardActor

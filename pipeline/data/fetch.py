@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TRANSIENT = frozenset({"timeout", "unreachable", "http_5xx"})  # worth another try
-ROWS_PER_SHARD = 10_000
-SHARDS = 100_000_000
 
 _USER_AGENT_TOKEN = "unclip-ray"
 _OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex"})  # img2dataset's default
@@ -119,17 +117,6 @@ class Fetcher:
                 break
             time.sleep(pause)
         return fetched
-
-
-def compute_key(index_in_shard: int, shard_number: int) -> str:
-    """A row's key by img2dataset's scheme, 12 digits: the shard's number in 8, the row's place in it in 4.
-
-    Raises ValueError if either does not fit.
-    """
-    if not (0 <= index_in_shard < ROWS_PER_SHARD and 0 <= shard_number < SHARDS):
-        raise ValueError(f"row {index_in_shard} of shard {shard_number} has no key: at most 10,000 rows, 10^8 shards")
-    _, downloader = _img2dataset()
-    return downloader.compute_key(index_in_shard, shard_number, 4, 8)
 
 
 def resize(data: bytes, image_size: int, max_pixels: int, encode_format: str, encode_quality: int) -> Picture | str:

@@ -95,7 +95,7 @@ def _worker(config: Mapping[str, Any]) -> None:
     try:
         config["work"](World(context.get_world_rank(), size, device, Reporter(size, device)))
     except CorruptObject as e:
-        raise Relayed("CorruptObject", e.path, str(e).removeprefix(f"{e.path}: ")) from None
+        raise Relayed("CorruptObject", e.path, e.why) from None
     except (UserError, Superseded) as e:
         raise Relayed(type(e).__name__, str(e)) from None
 

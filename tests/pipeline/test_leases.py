@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.leases import Lease, lead_or_wait
 from pipeline.store import Store
 
-LEASE_S = 0.8
+LEASE_S = 1.5
 
 
 def _lead(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pipeline.data.fetch import Picture, compute_key, inspect, resize
+from pipeline.data.fetch import Picture, inspect, resize
 from pipeline.data.source import row_key
 
 
@@ -33,16 +33,15 @@ def decoded(picture: Picture | str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(picture.data)))
 
 
-def test_keys_sort_like_rows_and_have_one_width() -> None:
+def test_keys_are_img2datasets_sort_like_rows_and_have_one_width() -> None:
+    from img2dataset.downloader import compute_key
+
     places = [(0, 0), (0, 9999), (1, 0), (99_999, 5), (100_000, 0), (99_999_999, 9999)]
-    keys = [compute_key(row, shard) for shard, row in places]
+    keys = [row_key(shard, row) for shard, row in places]
     assert keys == sorted(keys)
     assert {len(key) for key in keys} == {12}
     assert keys[3] == "000999990005"
-    assert keys == [row_key(shard, row) for shard, row in places]
-    for row, shard in [(10_000, 0), (-1, 0), (0, 100_000_000)]:
-        with pytest.raises(ValueError, match="no key"):
-            compute_key(row, shard)
+    assert keys == [compute_key(row, shard, 4, 8) for shard, row in places]
 
 
 def small(data: bytes, image_size: int = 16, kind: str = "png", quality: int = 3) -> Picture | str:

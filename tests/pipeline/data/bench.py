@@ -1,0 +1,134 @@
+"""The data stages run one by one on a list of one's own, and an HTTP server for its pictures."""
+
+import csv
+import io
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from models.clip import Clip
+from models.presets import PRESETS
+from pipeline.artifacts import Artifact, read_shards, read_table
+from pipeline.build import build
+from pipeline.config import make_config
+from pipeline.data.source import scan
+from pipeline.graph import Context, stage_key
+from pipeline.parse import merge
+from pipeline.store import open_store
+
+COLUMNS = ("url", "caption", "split", "sha256")
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the server answers. ``drip_s``: pause before each of the body's bytes."""
+
+    body: bytes = b""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    drip_s: float = 0.0
+
+
+@contextmanager
+def serving(pages: Mapping[str, Page]) -> Iterator[str]:
+    """Serve ``pages`` by path, 404 for any other; yields "127.0.0.1:PORT"."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            page = pages.get(self.path, Page(status=404))
+            self.send_response(page.status)
+            for name, value in {"Content-Length": str(len(page.body)), **page.headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            with suppress(OSError):  # the caller gave up first
+                if not page.drip_s:
+                    self.wfile.write(page.body)
+                for i in range(len(page.body) if page.drip_s else 0):
+                    self.wfile.write(page.body[i : i + 1])
+                    time.sleep(page.drip_s)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def picture(seed: int, width: int = 80, height: int = 72, kind: str = "PNG") -> bytes:
+    """A smooth random picture."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(out, kind)
+    return out.getvalue()
+
+
+def write_list(path: Path, rows: Sequence[Sequence[str]]) -> str:
+    """A CSV list of (url, caption, split, sha256); rows may be shorter."""
+    with open(path, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(COLUMNS)
+        writer.writerows([*row, *[""] * (len(COLUMNS) - len(row))] for row in rows)
+    return str(path)
+
+
+def save_clip(folder: Path) -> str:
+    """A nano CLIP with random weights, in open_clip's local-dir layout; how a recipe names it."""
+    Clip.build(PRESETS["nano"]["clip"], seed=0).save(folder)
+    return f"local-dir:{folder}"
+
+
+class Bench:
+    """The graph of one configuration in a folder; stages are made one at a time, in this process."""
+
+    def __init__(self, folder: Path, paths: Sequence[str], **changes: Any):
+        values: dict[str, Any] = {
+            "project": "bench",
+            "preset": "nano",
+            "store": str(folder),
+            "source": {"paths": list(paths), "shard_rows": 10},
+            "run": {name: {"workers": 0} for name in ("pairs", "embeddings", "curation")},
+        }
+        self.store = open_store(str(folder))
+        self.config = make_config(merge(values, changes))
+        self.graph = build(self.config)
+        self.source_keys = scan(self.config.source, self.store, write=False).keys
+        self.made: dict[str, Artifact] = {}
+
+    def context(self, name: str) -> Context:
+        """The context that the graph would give a stage whose inputs are made."""
+        stage = self.graph[name]
+        key = self.source_keys.get(name) or stage_key(stage, {n: self.made[n].key for n in stage.inputs})
+        settings = getattr(self.config.run, name, None)
+        inputs = {n: self.made[n] for n in stage.inputs}
+        return Context(self.store, name, stage.version, key, stage.recipe, settings, inputs, self.config)
+
+    def make(self, *names: str) -> Artifact:
+        """Make these stages, whose inputs are there, and return the last one."""
+        for name in names:
+            self.made[name] = self.graph[name].run(self.context(name))
+        return self.made[names[-1]]
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """Every row of the indices of a stage, in order."""
+        shards = read_shards(self.store, self.made[stage])
+        return [row for s in shards for row in read_table(self.store, s.blobs["index"]).to_pylist()]
+
+    def blobs(self, stage: str) -> list[tuple[str, Mapping[str, str]]]:
+        """Key and blobs of every shard, in order."""
+        return [(shard.key, shard.blobs) for shard in read_shards(self.store, self.made[stage])]

@@ -1,0 +1,93 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import read_shards
+from pipeline.data.curation import CurationRecipe, Judge
+from pipeline.data.index import index_counts
+from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
+
+ROWS = [  # width, height, caption, split, and how curation ends it
+    (80, 72, "a picture", "train", None),
+    (80, 72, "another picture", "test", None),
+    (63, 200, "narrow and high", "train", "too_small"),
+    (301, 100, "wide", "train", "bad_aspect"),
+    (300, 100, "just not too wide", "validation", None),
+    (64, 64, "small enough", "train", None),
+    (80, 72, "", "test", "no_caption"),
+    (80, 72, "ab", "train", "caption_too_short"),
+    (80, 72, "abc", "train", None),
+    (80, 72, "x" * 101, "train", "caption_too_long"),
+    (80, 72, "x" * 100, "validation", None),
+    (80, 72, "the last", "train", None),
+]
+RECIPE = {"min_caption": 3, "max_caption": 100}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("curation")
+    for i, (width, height, *_) in enumerate(ROWS):
+        (folder / f"{i}.png").write_bytes(picture(i, width, height))
+    rows = [(f"file://{folder}/{i}.png", row[2], row[3]) for i, row in enumerate(ROWS)]
+    rows.append((f"file://{folder}/absent.png", "lost", "train"))
+    path = write_list(folder / "list.csv", rows)
+    bench = Bench(folder / "store", [path], clip={"weights": save_clip(folder / "clip")}, curation=RECIPE)
+    bench.make("source", "captions", "pairs", "clip", "embeddings", "curation")
+    return bench
+
+
+def test_every_reason(bench: Bench) -> None:
+    left = [row["url"].rpartition("/")[2] for row in bench.rows("curation")]
+    assert left == [f"{i}.png" for i, row in enumerate(ROWS) if row[4] is None]
+    ledger = bench.made["curation"].ledger
+    reasons = Counter(row[4] for row in ROWS)
+    assert ledger.kept == reasons.pop(None)
+    assert ledger.rejected == reasons
+    assert ledger.rows == bench.made["pairs"].ledger.kept
+
+
+@pytest.mark.parametrize(
+    ("recipe", "similarity", "reason"),
+    [({"min_similarity": 0.2}, 0.19, "low_similarity"), ({"min_similarity": 0.2}, 0.2, None), ({}, -1.0, None)],
+)
+def test_similarity(bench: Bench, recipe: dict[str, float], similarity: float, reason: str | None) -> None:
+    judge = Judge(bench.store, CurationRecipe(**recipe))  # type: ignore[arg-type]
+    assert judge.reason({"width": 64, "height": 64}, "a caption", similarity) == reason
+
+
+def test_rows_are_removed_and_nothing_about_the_others_moves(bench: Bench) -> None:
+    before = {row["key"]: row for row in bench.rows("pairs")}
+    after = bench.rows("curation")
+    assert after == [before[row["key"]] for row in after]
+    assert [row["key"] for row in after] == sorted(row["key"] for row in after)
+
+
+def test_counts_are_those_of_the_rows(bench: Bench) -> None:
+    for shard in read_shards(bench.store, bench.made["curation"]):
+        own = [row for row in bench.rows("curation") if row["key"].startswith(f"{shard.number:08d}")]
+        assert shard.counts == index_counts(own)
+
+
+def test_appended_rows_leave_the_shards_before_alone(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "new.png").write_bytes(picture(99))
+    more = write_list(tmp_path / "more.csv", [(f"file://{tmp_path}/new.png", "a new picture", "train")])
+    weights = bench.config.clip.weights
+    paths = [*bench.config.source.paths, more]
+    grown = Bench(Path(bench.store.url), paths, clip={"weights": weights}, curation=RECIPE)
+    grown.made["clip"] = bench.made["clip"]  # as its pin has it
+    grown.make("source", "captions", "pairs", "embeddings", "curation")
+    for stage in ("pairs", "embeddings", "curation"):
+        assert grown.blobs(stage)[:-1] == bench.blobs(stage)
+        assert grown.made[stage].times["shards_made"] == 1
+
+
+def test_another_threshold_embeds_nothing_again(bench: Bench) -> None:
+    weights = bench.config.clip.weights
+    other = Bench(
+        Path(bench.store.url), bench.config.source.paths, clip={"weights": weights}, curation={"min_side": 72}
+    )
+    other.make("source", "captions", "pairs", "clip", "embeddings", "curation")
+    assert other.blobs("embeddings") == bench.blobs("embeddings")
+    assert other.made["curation"].ledger.rejected["too_small"] == 2

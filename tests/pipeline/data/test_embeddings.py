@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from models.view import open_view
+from pipeline.artifacts import ShardRow, read_shards
+from pipeline.data.embeddings import MakeEncoder, read_embeddings
+from pipeline.data.index import read_pictures
+from pipeline.shards import ShardTask
+from tests.pipeline.data.bench import Bench, picture, save_clip
+
+ROWS = 25
+BROKEN, SEVERAL, NONE = 4, 6, 7  # rows with a truncated picture, with three captions, with none
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A list of 25 pictures, and a CLIP."""
+    folder = tmp_path_factory.mktemp("listed")
+    captions = [[f"picture number {i}"] for i in range(ROWS)]
+    captions[SEVERAL] = ["a red heart", "a blue heart", "no heart"]
+    captions[NONE] = []
+    for i in range(ROWS):
+        (folder / f"{i}.png").write_bytes(picture(i, 80 + i, 100)[: -300 if i == BROKEN else None])
+    urls = [f"file://{folder}/{i}.png" for i in range(ROWS)]
+    table = pa.table({"url": urls, "caption": pa.array(captions, pa.list_(pa.string()))})
+    pq.write_table(table, folder / "list.parquet")
+    return str(folder / "list.parquet"), save_clip(folder / "clip")
+
+
+def _bench(folder: Path, listed: tuple[str, str], **embeddings: int) -> Bench:
+    bench = Bench(folder, [listed[0]], clip={"weights": listed[1]}, run={"embeddings": embeddings})
+    bench.make("source", "captions", "pairs", "clip", "embeddings")
+    return bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, listed: tuple[str, str]) -> Bench:
+    return _bench(tmp_path_factory.mktemp("store"), listed, batch=4)
+
+
+def _everything(bench: Bench) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Keys, embeddings and similarities of all shards; fp32."""
+    parts = [read_embeddings(bench.store, blobs["embeddings"]) for _, blobs in bench.blobs("embeddings")]
+    image, text, similarity = (np.concatenate([part[i] for part in parts]).astype(np.float32) for i in (1, 2, 3))
+    return [key for part in parts for key in part[0]], image, text, similarity
+
+
+def _expected(bench: Bench, clip: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same by open_clip alone, a row at a time, fp32."""
+    model = open_clip.create_model(clip).eval()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.visual.image_mean, model.visual.image_std))
+    images, texts = [], []
+    with torch.no_grad():
+        for shard in read_shards(bench.store, bench.made["pairs"]):
+            own = [row for row in bench.rows("pairs") if row["key"].startswith(f"{shard.number:08d}")]
+            kept = [row for row in own if row["status"] == "kept"]
+            for row, data in zip(kept, read_pictures(bench.store, shard.blobs["images"], kept), strict=True):
+                pixels = torch.from_numpy(open_view(data, 64).copy()).permute(2, 0, 1)[None] / 255
+                images.append(model.encode_image((pixels - mean) / std, normalize=True)[0])
+                i = int(row["key"][:8]) * 10 + int(row["key"][8:])
+                caption = "a red heart" if i == SEVERAL else "" if i == NONE else f"picture number {i}"
+                tokens = open_clip.tokenize([caption], context_length=32)
+                texts.append(model.encode_text(tokens, normalize=True)[0])
+    return torch.stack(images).numpy(), torch.stack(texts).numpy()
+
+
+def test_they_are_open_clips(bench: Bench, listed: tuple[str, str]) -> None:
+    """Within what float16 keeps (2**-11 of each number) and fp32 rounding; similarities are fp32."""
+    keys, image, text, similarity = _everything(bench)
+    expected_image, expected_text = _expected(bench, listed[1])
+    np.testing.assert_allclose(image, expected_image, rtol=2**-11, atol=2e-6)
+    np.testing.assert_allclose(text, expected_text, rtol=2**-11, atol=2e-6)
+    np.testing.assert_allclose(similarity, (expected_image * expected_text).sum(1), atol=2e-6)
+    assert len(keys) == ROWS - 1
+
+
+def test_they_have_unit_norm(bench: Bench) -> None:
+    _, image, text, _ = _everything(bench)
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, atol=1e-3)
+
+
+def test_rows_without_a_picture_are_absent_and_the_order_is_the_lists(bench: Bench) -> None:
+    keys, *_ = _everything(bench)
+    assert keys == [f"{i // 10:08d}{i % 10:04d}" for i in range(ROWS) if i != BROKEN]
+    assert bench.made["embeddings"].ledger.kept == ROWS - 1
+    assert bench.made["embeddings"].ledger.rows == bench.made["pairs"].ledger.kept
+
+
+def test_neither_workers_nor_the_order_of_shards_change_a_byte(
+    bench: Bench, listed: tuple[str, str], tmp_path: Path
+) -> None:
+    import ray
+
+    try:
+        assert _bench(tmp_path, listed, batch=4, workers=1).blobs("embeddings") == bench.blobs("embeddings")
+    finally:
+        ray.shutdown()
+    encoder = MakeEncoder(bench.store, bench.made["clip"].blobs, batch=4)()
+    shards: dict[str, list[ShardRow]] = {n: read_shards(bench.store, bench.made[n]) for n in ("pairs", "captions")}
+    made = {}
+    for pairs, captions in reversed(list(zip(shards["pairs"], shards["captions"], strict=True))):
+        output = encoder(ShardTask(pairs.number, "", {"pairs": pairs, "captions": captions}))
+        made[pairs.number] = output.blobs["embeddings"]
+    stored = {s.number: s.blobs["embeddings"] for s in read_shards(bench.store, bench.made["embeddings"])}
+    assert {n: bench.store.read(f"blobs/{blob[:2]}/{blob}") for n, blob in stored.items()} == made
+
+
+def test_another_batch_changes_no_more_than_rounding(bench: Bench, listed: tuple[str, str], tmp_path: Path) -> None:
+    other = _bench(tmp_path, listed, batch=64)
+    assert other.made["embeddings"].key == bench.made["embeddings"].key
+    for ours, theirs in zip(_everything(bench)[1:], _everything(other)[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2**-10, atol=2e-6)
+
+
+def test_shards_without_a_kept_row_are_empty(tmp_path: Path, listed: tuple[str, str]) -> None:
+    table = pa.table({"url": ["file:///nowhere/a.png", "file:///nowhere/b.png"], "caption": ["a", "b"]})
+    pq.write_table(table, tmp_path / "lost.parquet")
+    bench = Bench(tmp_path / "store", [listed[0], str(tmp_path / "lost.parquet")], clip={"weights": listed[1]})
+    bench.make("source", "captions", "pairs", "clip", "embeddings", "curation", "codec")
+    last = read_shards(bench.store, bench.made["embeddings"])[-1]
+    assert last.kept == 0
+    keys, image, _, _ = read_embeddings(bench.store, last.blobs["embeddings"])
+    assert keys == []
+    assert len(image) == 0

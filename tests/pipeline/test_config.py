@@ -1,0 +1,194 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.presets import PRESETS
+from pipeline.build import build
+from pipeline.config import TRAININGS, load_config, make_config
+from pipeline.errors import UserError
+from pipeline.training.recipes import TRAINING_PRESETS
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+LEAST: dict[str, Any] = {"project": "p", "store": "s", "source": {"paths": ["a.csv"]}}
+
+
+@pytest.fixture
+def least(tmp_path: Path) -> Path:
+    path = tmp_path / "least.yaml"
+    path.write_text("project: p\nstore: s\nsource: {paths: [a.csv]}\n")
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configurations_load_and_build(path: Path) -> None:
+    config = load_config(path)
+    graph = build(config)
+    assert list(graph)[-1] == "samples"
+    assert set(config.bundle.inputs) < graph.keys()
+    assert config.run.output == f"out/{path.stem}"
+
+
+def test_a_configuration_needs_a_project_a_store_and_a_list() -> None:
+    config = make_config(LEAST)
+    assert (config.project, config.store, config.source.paths) == ("p", "s", ("a.csv",))
+    for name in LEAST:
+        with pytest.raises(UserError, match=f"^{name}: missing; it has no default"):
+            make_config({k: v for k, v in LEAST.items() if k != name})
+    with pytest.raises(UserError, match=r"^source\.paths: missing"):
+        make_config({**LEAST, "source": {}})
+
+
+def test_the_api_takes_plain_values_and_leaves_them_as_they_were() -> None:
+    values = {**LEAST, "preset": "nano", "decoder": {"samples": 4096, "model": {"channels": 32}}}
+    before = repr(values)
+    config = make_config(values)
+    assert repr(values) == before
+    assert (config.decoder.samples, config.decoder.model.channels) == (4096, 32)
+    assert config.decoder.batch == TRAINING_PRESETS["nano"]["decoder"]["batch"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_every_model(preset: str) -> None:
+    config = make_config({**LEAST, "preset": preset})
+    for stage in TRAININGS:
+        recipe = getattr(config, stage)
+        assert recipe.model == PRESETS[preset][stage]
+        for name, value in TRAINING_PRESETS[preset].get(stage, {}).items():
+            assert getattr(recipe, name) == value
+    assert config.bundle.sampling == PRESETS[preset]["bundle"]
+
+
+def test_without_a_preset_it_is_the_papers() -> None:
+    assert make_config(LEAST) == make_config({**LEAST, "preset": "paper"})
+
+
+def test_a_stage_may_have_a_preset_of_its_own_and_single_fields_win() -> None:
+    decoder = {"preset": "tiny", "model": {"dropout": 0.3}}
+    config = make_config({**LEAST, "preset": "nano", "decoder": decoder})
+    assert config.decoder.model == dataclasses.replace(PRESETS["tiny"]["decoder"], dropout=0.3)
+    assert config.decoder.samples == TRAINING_PRESETS["tiny"]["decoder"]["samples"]
+    assert config.upsampler_256.model == PRESETS["nano"]["upsampler_256"]
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
+    config = load_config(
+        least,
+        [
+            "decoder.model.dropout=0.2", "decoder.model.dropout=0.3", "source.paths=[b.csv, c.csv]", "preset=nano",
+            "run.pairs.hosts={a.test: '127.0.0.1:80'}", "codec.variance_target=null", "clip.learning_rate=1e-4",
+            "samples.captions=['a = b']",
+        ],
+    )  # fmt: skip
+    assert config.decoder.model.dropout == 0.3
+    assert config.decoder.model.channels == PRESETS["nano"]["decoder"].channels
+    assert config.source.paths == ("b.csv", "c.csv")
+    assert config.run.pairs.hosts == {"a.test": "127.0.0.1:80"}
+    assert config.codec.variance_target is None
+    assert config.clip.learning_rate == 1e-4
+    assert config.samples.captions == ("a = b",)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("decoder", "decoder: an override is written key.key=value"),
+        ("=3", "=3: an override is written key.key=value"),
+        ("decoder.samples=[1", "decoder.samples=[1: the value is not valid YAML"),
+        ("decodr.samples=1", "decodr: unknown key; did you mean decoder?"),
+        ("decoder.model.guidence=1", "decoder.model.guidence: unknown key"),
+        ("run.pairs.retrys=1", "run.pairs.retrys: unknown key; did you mean retries?"),
+        ("project=../x", "project: '../x' is no plain name"),
+        ("run.lease_s=0", "run: lease_s: 0.0 is not above 0"),
+        ("run.budget_hours=-1", "run: budget_hours: -1.0 is below 0"),
+        ("run.pairs.thread=1", "run.pairs.thread: unknown key; did you mean threads?"),
+        ("run.worker=1", "run.worker: unknown key; known are"),
+        ("decoder.samples=1.5", "decoder.samples: expected a whole number, got 1.5"),
+        ("decoder.samples=true", "decoder.samples: expected a whole number, got True"),
+        ("project=3", "project: expected text, got 3"),
+        ("source.paths=a.csv", "source.paths: expected a list, got 'a.csv'"),
+        ("decoder=3", "decoder: expected a mapping, got 3"),
+        ("decoder=0", "decoder: expected a mapping, got 0"),
+        ("codec=[]", "codec: expected a mapping, got []"),
+        ("decoder.model=3", "decoder.model: expected a mapping, got 3"),
+        ("run.pairs.hosts=[]", "run.pairs.hosts: expected a mapping, got []"),
+        ("pairs.encode_format=jpeg", "pairs.encode_format: 'jpeg' is not one of jpg, png, webp; did you mean jpg?"),
+        ("preset=huge", "preset: 'huge' is not one of nano, tiny, small, karlo, paper"),
+        ("preset=[nano]", "preset: ['nano'] is not one of nano, tiny, small, karlo, paper"),
+        ("clip.preset=huge", "preset: 'huge' is not one of nano, tiny, small, karlo, paper"),
+        ("samples.captions=[]", "samples: captions: empty; name at least one"),
+        ("samples.seed=-1", "samples: seed: -1 is below 0"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(least: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(least, [override])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codec": {"buckets": 512}}, "codec.buckets: 512 is not ar_prior.model.buckets 1024"),
+        ({"pairs": {"image_size": 512}}, "pairs.image_size: 512 is too small for upsampler_1024"),
+        (
+            {"decoder": {"model": {"image_size": 128, "patch": 4}}},
+            "decoder.model.image_size: 128; the cascade begins at 64",
+        ),
+        (
+            {"upsampler_256": {"model": {"low_size": 128}}},
+            "upsampler_256.model: makes 128 -> 256; the cascade needs 64",
+        ),
+        ({"bundle": {"models": ["decoder"]}}, "bundle: models: a bundle needs the decoder and at least one prior"),
+        ({"bundle": {"models": ["ar_prior"]}}, "bundle: models: a bundle needs the decoder and at least one prior"),
+        ({"bundle": {"models": ["decoder", "clip"]}}, "bundle: models: clip is not one of ar_prior"),
+        (
+            {"bundle": {"models": ["ar_prior", "decoder", "upsampler_1024"]}},
+            "bundle: models: upsampler_1024 needs upsampler_256 before it",
+        ),
+        ({"bundle": {"models": ["ar_prior", "decoder"]}}, "bundle: sampling.prior: diffusion, but diffusion_prior"),
+        (
+            {"bundle": {"models": ["diffusion_prior", "decoder"]}},
+            "bundle: sampling.size: 1024, but these models end at 64 px",
+        ),
+        ({"source": {"paths": []}}, "source: paths: empty"),
+        ({"source": {"paths": ["a"], "test": 0.6, "validation": 0.4}}, "source: validation and test: shares"),
+    ],
+)
+def test_combinations_that_cannot_work(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_config({**LEAST, "preset": "nano", **changes})
+    assert str(caught.value).startswith(message)
+
+
+def test_a_bundle_that_stops_early_needs_less() -> None:
+    bundle = {"models": ["diffusion_prior", "decoder"], "sampling": {"size": 64}}
+    graph = build(
+        make_config({**LEAST, "preset": "nano", "bundle": bundle, "pairs": {"image_size": 64}, "codec": {"buckets": 9}})
+    )
+    assert set(graph) == {
+        "source", "captions", "pairs", "clip", "embeddings", "curation", "diffusion_prior", "decoder", "bundle",
+        "samples",
+    }  # fmt: skip
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.yaml: no such configuration; the shipped ones are in configs/"):
+        load_config(tmp_path / "gone.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary\.yaml: cannot be read"):
+        load_config(tmp_path / "binary.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(UserError, match=r"broken\.yaml: not valid YAML: .*line 2"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(UserError, match="expected a mapping of stages"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(UserError, match="project: missing"):
+        load_config(tmp_path / "empty.yaml")

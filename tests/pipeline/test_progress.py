@@ -1,0 +1,87 @@
+import io
+
+import pytest
+
+from pipeline import progress
+from pipeline.progress import Progress, duration
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (7.4, "7 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+)  # fmt: skip
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_line_says_rate_and_time_left(clock: Clock) -> None:
+    bar = Progress("pairs", 7213, "rows", stream=io.StringIO())
+    clock.now += 10
+    bar.done = 1200
+    assert bar.line() == "1,200 of 7,213 rows, 120/s, 50 s left"
+    bar.done = 7213
+    assert bar.line() == "7,213 of 7,213 rows, 721/s, 10 s"
+
+
+def test_what_was_there_counts_as_done_but_not_as_speed(clock: Clock) -> None:
+    bar = Progress("pairs", 100, "rows", start=60, stream=io.StringIO())
+    clock.now += 10
+    bar.done += 20
+    assert bar.line() == "80 of 100 rows, 2/s, 10 s left"
+
+
+def test_nothing_done_yet_promises_nothing(clock: Clock) -> None:
+    bar = Progress("pairs", 100, "rows", stream=io.StringIO())
+    clock.now += 10
+    assert bar.line() == "0 of 100 rows, 0/s"
+
+
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress("clip", 100, "samples", stream=stream) as bar:
+        for _ in range(100):
+            clock.now += 0.25
+            bar.advance(1, "loss 0.5")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3  # after 10 s, after 20 s, at the end
+    assert lines[0].startswith("  clip: 40 of 100 samples, 4/s")
+    assert lines[0].endswith("loss 0.5")
+    assert lines[2] == "  clip: 100 of 100 samples, 4/s, 25 s"
+    assert "\r" not in stream.getvalue()
+
+
+def test_a_terminal_has_one_line_rewritten(clock: Clock) -> None:
+    stream = Terminal()
+    with Progress("clip", 10, "samples", stream=stream) as bar:
+        for _ in range(10):
+            clock.now += 1
+            bar.advance(1)
+    assert stream.getvalue().count("\n") == 1
+    assert stream.getvalue().count("\r\033[K") == 11
+
+
+def test_a_stage_with_nothing_to_do_says_nothing(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress("pairs", 10, "rows", start=10, stream=stream):
+        pass
+    assert stream.getvalue() == ""

@@ -1,0 +1,152 @@
+"""map_shards in this process: what is there is not made again, counts balance, and damage and mistakes come through."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.artifacts import Artifact, publish_shard, read_shards, shard_path
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph import Context
+from pipeline.ledger import Ledger
+from pipeline.records import read_blob
+from pipeline.settings import RaySettings, ShardSettings
+from pipeline.shards import ShardOutput, ShardTask, map_shards
+from pipeline.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class Recipe:
+    value: int = 1
+
+
+@dataclass
+class Worker:
+    """Keeps 10 rows a shard and rejects as many as its number, and remembers what it was asked."""
+
+    asked: list[int] = field(default_factory=list)
+    failure: Exception | None = None
+    fails_at: int = -1
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        self.asked.append(task.number)
+        if task.number == self.fails_at and self.failure:
+            raise self.failure
+        ledger = Ledger(10, {"timeout": task.number} if task.number else {})
+        return ShardOutput(ledger, {"data": f"shard {task.number}".encode()}, {"train/0": 10})
+
+
+def _context(store: Store) -> Context:
+    config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings()))
+    return Context(store, "pairs", 1, "the-key", Recipe(), ShardSettings(workers=0), {}, config)
+
+
+def _tasks(*numbers: int) -> list[ShardTask]:
+    return [ShardTask(n, f"key-{n}", {}) for n in numbers]
+
+
+def _never() -> Callable[[ShardTask], ShardOutput]:
+    raise AssertionError("no worker is opened when there is nothing to do")
+
+
+def test_every_shard_is_made_listed_and_counted(store: Store) -> None:
+    worker = Worker()
+    artifact = map_shards(_context(store), _tasks(2, 0, 100_000, 1), lambda: worker)
+    assert worker.asked == [2, 0, 100_000, 1]
+    shards = read_shards(store, artifact)
+    assert [s.number for s in shards] == [0, 1, 2, 100_000]
+    assert [read_blob(store, s.blobs["data"]) for s in shards[:2]] == [b"shard 0", b"shard 1"]
+    assert artifact.ledger == Ledger(40, {"timeout": 100_003})
+    assert {s.kept for s in shards} == {s.counts["train/0"] for s in shards} == {10}
+    assert artifact.metrics == {"shards": 4}
+    assert artifact.times["shards_made"] == 4
+
+
+def test_what_is_there_is_not_made_again(store: Store) -> None:
+    map_shards(_context(store), _tasks(0, 1), Worker)
+    worker = Worker()
+    store.delete(["artifacts/pairs/the-key.json"])
+    artifact = map_shards(_context(store), _tasks(0, 1, 2), lambda: worker)
+    assert worker.asked == [2]
+    assert artifact.times["shards_made"] == 1
+    store.delete(["artifacts/pairs/the-key.json"])
+    assert len(read_shards(store, map_shards(_context(store), _tasks(0, 1, 2), _never))) == 3
+
+
+def test_the_table_does_not_know_who_made_what_when(tmp_path: Path) -> None:
+    tables = []
+    for name, parts in (("a", [(0, 1, 2)]), ("b", [(2,), (1, 0), (0, 1, 2)])):
+        store = open_store(str(tmp_path / name))
+        made: Artifact | None = None
+        for numbers in parts:
+            store.delete(["artifacts/pairs/the-key.json"])
+            made = map_shards(_context(store), _tasks(*numbers), Worker)
+        assert made is not None
+        tables.append(made.shard_table)
+    assert tables[0] == tables[1]
+
+
+def test_the_shard_of_another_driver_is_adopted(store: Store) -> None:
+    """It appears after the list of what is there was read, and before this worker comes to it."""
+
+    class Overtaken(Worker):
+        def __call__(self, task: ShardTask) -> ShardOutput:
+            theirs = Ledger(7)
+            for number in {0, 1} - {task.number}:
+                publish_shard(store, "pairs", number, f"key-{number}", theirs, {"data": b"theirs"}, {"train/0": 7})
+            return super().__call__(task)
+
+    worker = Overtaken()
+    artifact = map_shards(_context(store), _tasks(0, 1), lambda: worker)
+    assert worker.asked == [0]
+    assert [s.kept for s in read_shards(store, artifact)] == [10, 7]
+
+
+def test_a_corrupt_record_is_made_again(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    map_shards(_context(store), _tasks(0, 1), Worker)
+    (tmp_path / shard_path("pairs", "key-1")).write_text('{"number": 1}')
+    store.delete(["artifacts/pairs/the-key.json"])
+    worker = Worker()
+    map_shards(_context(store), _tasks(0, 1), lambda: worker)
+    assert worker.asked == [1]
+
+
+@pytest.mark.parametrize("failure", [UserError("mend this"), CorruptObject("blobs/ab/abc", "is missing")])
+def test_a_failure_keeps_what_was_made_and_publishes_nothing(store: Store, failure: Exception) -> None:
+    worker = Worker(failure=failure, fails_at=1)
+    with pytest.raises(type(failure)):
+        map_shards(_context(store), _tasks(0, 1, 2), lambda: worker)
+    assert [entry.path for entry in store.list("artifacts/")] == []
+    again = Worker()
+    map_shards(_context(store), _tasks(0, 1, 2), lambda: again)
+    assert again.asked == [1, 2]
+
+
+def test_failures_travel_from_a_ray_worker_as_values() -> None:
+    from pipeline.shards import _actor, _answer
+
+    def answer(failure: Exception | None) -> str:
+        import pickle
+
+        worker = Worker(failure=failure, fails_at=0)
+        store = open_store("never-written")
+        actor = _actor(store, "pairs", lambda: worker)()
+        [text] = actor({"task": [pickle.dumps(ShardTask(0, "key-0", {}))]})["answer"]
+        return text
+
+    with pytest.raises(UserError, match=r"^mend this$"):
+        _answer(answer(UserError("mend this")))
+    with pytest.raises(CorruptObject, match=r"^blobs/ab/abc: is missing$") as caught:
+        _answer(answer(CorruptObject("blobs/ab/abc", "is missing")))
+    assert caught.value.path == "blobs/ab/abc"
+    with pytest.raises(ZeroDivisionError):
+        answer(ZeroDivisionError())
+
+
+def test_nothing_to_map_is_an_empty_artefact(store: Store) -> None:
+    artifact = map_shards(_context(store), [], _never)
+    assert artifact.ledger.rows == 0
+    assert read_shards(store, artifact) == []
