@@ -171,16 +171,6 @@ class Codec:
         upper = 0.5 + 0.5 * draw.uniform("dot").double()
         return torch.searchsorted(cdf, upper.to(cdf.device), right=True)
 
-    def errors(self, z: Tensor) -> dict[str, Tensor]:
-        """Squared errors of embeddings [b, d], each fp64 [b]: "projection" by PCA alone, "round_trip" by all."""
-        truth = z.double()
-        projected = self.mean + self.project(z) @ self.components
-        decoded = self.decode(self.encode(z)).double()
-        return {
-            "projection": (truth - projected).square().sum(-1),
-            "round_trip": (truth - decoded).square().sum(-1),
-        }
-
 
 def fit_codec(pca: PCA, coordinates: Tensor, dots: Tensor, buckets: int = 1024) -> Codec:
     """The codec of training rows: their PCA, its coordinates of them [n, k], and z_i . z_t [n] of their pairs."""

@@ -50,6 +50,7 @@ class Run:
     clip: TrainingSettings = field(default_factory=TrainingSettings)
     embeddings: EmbeddingsSettings = field(default_factory=EmbeddingsSettings)
     curation: ShardSettings = field(default_factory=ShardSettings)
+    codec: ShardSettings = field(default_factory=ShardSettings)
     ar_prior: TrainingSettings = field(default_factory=TrainingSettings)
     diffusion_prior: TrainingSettings = field(default_factory=TrainingSettings)
     decoder: TrainingSettings = field(default_factory=TrainingSettings)

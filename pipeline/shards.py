@@ -1,4 +1,4 @@
-"""One shard in, one shard out, on Ray Data workers. The only user of Ray Data.
+"""One shard out for every task, on Ray Data workers. The only user of Ray Data.
 
 Progress is the shard records in the store, never anything of Ray's: what has a record is not done again.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,10 +45,28 @@ Worker = Callable[[ShardTask], ShardOutput]
 def map_shards(
     ctx: Context, tasks: Sequence[ShardTask], make_worker: Callable[[], Worker], unit: str = "rows", rows: int = 0
 ) -> Artifact:
-    """Make every shard that has no record yet, then publish the artefact that lists them all.
+    """Make every shard that has no record yet, then publish the artefact that lists them all; as ``run_shards``."""
+    began = time.monotonic()
+    shards, made = run_shards(ctx, tasks, make_worker, unit, rows)
+    table, ledger = write_shard_table(ctx.store, shards)
+    metrics = {"shards": len(shards)}
+    artifact = ctx.publishable(shard_table=table, ledger=ledger, metrics=metrics, times={"shards_made": made})
+    return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 
-    ``make_worker`` is pickled and called once in every worker process. ``rows`` is the number of input rows, for the
-    progress line. With ``ctx.settings.workers`` 0 the worker runs in this process, without Ray.
+
+def run_shards(
+    ctx: Context,
+    tasks: Sequence[ShardTask],
+    make_worker: Callable[[], Worker],
+    unit: str,
+    amount: int,
+    title: str | None = None,
+) -> tuple[list[Shard], int]:
+    """Make every shard that has no record yet. Returns all shards by rising number, and how many were made now.
+
+    ``make_worker`` is pickled and called once in every worker process. ``amount`` counts the units of all tasks, as
+    ledgers count them, for the progress line. With ``ctx.settings.workers`` 0 the worker runs in this process, without
+    Ray.
     """
     there = {entry.path for entry in ctx.store.list(f"shards/{ctx.stage}/")}
     shards: list[Shard] = []
@@ -59,14 +78,11 @@ def map_shards(
         else:
             shards.append(made)
     done = sum(shard.ledger.rows for shard in shards)
-    with Progress(ctx.stage, max(rows, done), unit, start=done) as progress:
+    with Progress(title or ctx.stage, max(amount, done), unit, start=done) as progress:
         for shard in _run(ctx, todo, make_worker):
             shards.append(shard)
             progress.advance(shard.ledger.rows)
-    table, ledger = write_shard_table(ctx.store, shards)
-    metrics = {"shards": len(shards)}
-    artifact = ctx.publishable(shard_table=table, ledger=ledger, metrics=metrics, times={"shards_made": len(todo)})
-    return publish_artifact(ctx.store, artifact, progress.seconds)
+    return sorted(shards, key=lambda shard: shard.number), len(todo)
 
 
 def _run(ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Worker]) -> Iterator[Shard]:

@@ -30,7 +30,7 @@ MICRO = {
     "upsampler_1024": {"samples": 8, "batch": 8},
     "bundle": {"sampling": {"prior_steps": 2, "decoder_steps": 2, "upsampler_256_steps": 2, "upsampler_1024_steps": 2}},
     "samples": {"captions": ["a red heart"]},
-    "run": {"lease_s": 5, "pairs": {"workers": 0}, "embeddings": {"workers": 0}, "curation": {"workers": 0}},
+    "run": {"lease_s": 5} | {stage: {"workers": 0} for stage in ("pairs", "embeddings", "curation", "codec")},
 }
 
 

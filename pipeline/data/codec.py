@@ -1,26 +1,25 @@
-"""The codec of the AR prior, fitted to the image embeddings of all training rows, in the order of shards.
+"""The codec of the AR prior, fitted to the image embeddings of all training rows: PCA, then quantile buckets.
 
-Two passes: fp64 moments for PCA, then the coordinates for quantile buckets. Rows of other splits are never read into
-either.
+Exact, with the same bits for any number of workers (``codec_passes``). Rows of other splits are never read into it.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact, publish_artifact, read_shards, read_table
-from pipeline.data.embeddings import read_embeddings
+from pipeline.artifacts import Artifact, Shard, ShardRow, publish_artifact, read_shards
+from pipeline.data import codec_passes as passes
 from pipeline.errors import UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
-from pipeline.progress import Progress
-from pipeline.records import put_blob
+from pipeline.records import digest, put_blob, read_blob
+from pipeline.shards import ShardTask, run_shards
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -38,64 +37,94 @@ class CodecRecipe:
             raise ValueError(f"variance_target: {self.variance_target} is not a share in (0, 1]")
 
 
-def training_embeddings(ctx: Context) -> Iterator[tuple[Any, Any]]:
-    """Image and text embeddings, fp64 [n, d], of the curated training rows of each shard, in order."""
-    import numpy as np
-    import torch
-
-    embedded = {s.number: s for s in read_shards(ctx.store, ctx.inputs["embeddings"])}
-    for shard in read_shards(ctx.store, ctx.inputs["curation"]):
-        if shard.counts["train/0"]:
-            index = read_table(ctx.store, shard.blobs["index"], ["key", "split"]).to_pydict()
-            wanted = {k for k, split in zip(index["key"], index["split"], strict=True) if split == "train"}
-            keys, image, text, _ = read_embeddings(ctx.store, embedded[shard.number].blobs["embeddings"])
-            rows = np.array([key in wanted for key in keys])
-            yield torch.from_numpy(image[rows].astype(np.float64)), torch.from_numpy(text[rows].astype(np.float64))
-
-
 def run_codec(ctx: Context) -> Artifact:
     """Fit PCA and buckets; record what they lose."""
     import torch
 
-    from models.codec import fit_codec, fit_pca, moments
+    from models.codec import Codec
     from models.folder import save_codec
 
-    torch.set_num_threads(1)  # one order of summation
-    recipe = ctx.recipe
-    count = sum(shard.counts["train/0"] for shard in read_shards(ctx.store, ctx.inputs["curation"]))
-    if count < 2:
-        raise UserError(f"codec: {count} training rows are left after curation; see the rejects in the report")
-    with Progress("codec", 2 * count, "rows") as progress:
-        sums = None
-        for image, _ in training_embeddings(ctx):
-            sums = moments(image) if sums is None else sums.merge(moments(image))
-            progress.advance(len(image))
-        assert sums is not None
-        try:
-            pca = fit_pca(*sums, recipe.components, recipe.variance_target)
-        except ValueError as e:
-            raise UserError(f"codec: {e}") from e
-        coordinates, dots = [], []
-        for image, text in training_embeddings(ctx):
-            coordinates.append((image - pca.mean) @ pca.components.T)
-            dots.append((image * text).sum(1))
-            progress.advance(len(image))
-        codec = fit_codec(pca, torch.cat(coordinates), torch.cat(dots), recipe.buckets)
-    lost = {"projection": 0.0, "round_trip": 0.0}
-    for image, _ in training_embeddings(ctx):
-        for name, error in codec.errors(image).items():
-            lost[name] += float(error.sum()) / count
+    torch.set_num_threads(1)  # as in the workers: the eigenvectors' bits must not depend on where the passes ran
+    began = time.monotonic()
+    curation, embeddings = (read_shards(ctx.store, ctx.inputs[name]) for name in ("curation", "embeddings"))
+    blocks = passes.cut_blocks(curation, embeddings, passes.BLOCK_ROWS)
+    rows = sum(block.rows for block in blocks)
+    if rows < 2:
+        raise UserError(f"codec: {rows} training rows are left after curation; see the rejects in the report")
+    pca = fit_components(ctx, blocks, rows)
+    fitted = fit_all_buckets(ctx, blocks, rows, pca)
+    codec = Codec(
+        mean=pca.mean,
+        components=pca.components,
+        variance=pca.variance,
+        edges=fitted["edges"][:-1],
+        values=fitted["values"][:-1],
+        dot_edges=fitted["edges"][-1],
+        dot_counts=fitted["counts"][-1],
+    )
+    kept = float(codec.variance.sum())
+    projection = (pca.total_variance - kept) * (rows - 1) / rows
     metrics = {
-        "requested": recipe.components,
+        "requested": ctx.recipe.components,
         "components": codec.codes,
         "explained_variance_ratio": (codec.variance / pca.total_variance).tolist(),
-        "explained": float(codec.variance.sum()) / pca.total_variance,
-        "reconstruction_error": lost["projection"],
-        "round_trip_error": lost["round_trip"],
+        "explained": kept / pca.total_variance,
+        "reconstruction_error": projection,
+        # The components are orthonormal: what the buckets lose adds to what the projection loses.
+        "round_trip_error": projection + float(fitted["error"][:-1].sum()) / rows,
         "warnings": [pca.warning] if pca.warning else [],
     }
     with tempfile.TemporaryDirectory() as folder:
         save_codec(folder, codec)
         blobs = {file.name: put_blob(ctx.store, file) for file in sorted(Path(folder).iterdir())}
-    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=count), metrics=metrics)
-    return publish_artifact(ctx.store, artifact, progress.seconds)
+    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=rows), metrics=metrics)
+    return publish_artifact(ctx.store, artifact, time.monotonic() - began)
+
+
+def fit_components(ctx: Context, blocks: list[passes.Block], rows: int) -> Any:
+    """The PCA of all rows. Raises UserError when they have no components."""
+    from safetensors.torch import load
+
+    from models.codec import Moments, fit_pca
+
+    worker = passes.OneThread(passes.SumMoments(ctx.store))
+    sums = None
+    for shard in _over_blocks(ctx, blocks, rows, worker, "moments"):
+        part = Moments(shard.ledger.kept, **load(read_blob(ctx.store, shard.blobs["moments"])))
+        sums = part if sums is None else sums.merge(part)
+    assert sums is not None
+    try:
+        return fit_pca(*sums, ctx.recipe.components, ctx.recipe.variance_target)
+    except ValueError as e:
+        raise UserError(f"codec: {e}") from e
+
+
+def fit_all_buckets(ctx: Context, blocks: list[passes.Block], rows: int, pca: Any) -> dict[str, Any]:
+    """Edges, values, counts and squared error of each component, and after them of the dot products."""
+    import torch
+    from safetensors.torch import load, save
+
+    blob = put_blob(ctx.store, save({"mean": pca.mean, "components": pca.components.contiguous()}))
+    columns = len(pca.components) + 1
+    group = max(1, passes.COLUMN_VALUES // rows)
+    worker = passes.OneThread(passes.Project(ctx.store, blob, group))
+    projected = _over_blocks(ctx, blocks, rows, worker, "coordinates")
+    tasks = []
+    for number in range(-(-columns // group)):
+        name = passes.group_name(number)
+        parts = {
+            f"{s.number:08d}": ShardRow(s.number, s.key, s.ledger.kept, {name: s.blobs[name]}, {}) for s in projected
+        }
+        tasks.append(ShardTask(number, digest([ctx.key, "buckets", number]), parts))
+    cut = passes.OneThread(passes.CutBuckets(ctx.store, ctx.recipe.buckets))
+    shards, _ = run_shards(ctx, tasks, cut, "columns", columns, "codec buckets")
+    fitted = [load(read_blob(ctx.store, shard.blobs["buckets"])) for shard in shards]
+    return {name: torch.cat([part[name] for part in fitted]) for name in fitted[0]}
+
+
+def _over_blocks(
+    ctx: Context, blocks: list[passes.Block], rows: int, worker: passes.OneThread, title: str
+) -> list[Shard]:
+    """One pass over all rows: what it made of each block, in order."""
+    tasks = [block.task(i, digest([ctx.key, title, i])) for i, block in enumerate(blocks)]
+    return run_shards(ctx, tasks, worker, "rows", rows, f"codec {title}")[0]

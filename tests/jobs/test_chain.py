@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,7 +92,16 @@ def test_on_s3_the_keys_and_data_blobs_are_the_same(chain: Chain, s3: Server, tm
     url = f"{s3.url}/chain-{os.getpid()}"
     config = write_config(tmp_path, url, chain.pictures, [chain.list])
     # Ray workers here, none in the reference: neither workers nor store may change a key or a byte.
-    done(unclip("run", config, "run.pairs.workers=2", "run.embeddings.workers=1", "run.curation.workers=1"))
+    done(
+        unclip(
+            "run",
+            config,
+            "run.pairs.workers=2",
+            "run.embeddings.workers=1",
+            "run.curation.workers=1",
+            "run.codec.workers=1",
+        )
+    )
     assert keys(open_at(url)) == chain.keys
     assert data_blobs(open_at(url)) == chain.blobs
 
@@ -179,26 +189,29 @@ def test_pins_move_and_say_what_follows(chain: Chain, tmp_path: Path) -> None:
 @pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory, s3: Server) -> Iterator[dict[str, str]]:
     """A Ray head with token authentication as a user starts it, in folders of its own; the environment to reach it."""
-    from socket import socket
-
-    ports = []
-    for _ in range(3):
-        with socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(str(probe.getsockname()[1]))
+    # Every port is one of its own, for another test's Ray may run beside this one: a head whose agents find their
+    # usual ports taken starts, and never takes a job.
+    names = (
+        "port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
+    )  # fmt: skip
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in names]
+    ports = {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
+    for probe in probes:
+        probe.close()
     home = tmp_path_factory.mktemp("home")
     scratch = Path("/tmp") / f"ray-{os.getpid()}"  # socket paths inside must stay short
     environment = os.environ | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray = str(Path(sys.executable).with_name("ray"))
     head = subprocess.Popen(
         [
-            ray, "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}", "--node-ip-address=127.0.0.1",
-            "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}",
+            ray, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+            "--dashboard-host=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items()),
             "--disable-usage-stats", f"--temp-dir={scratch}", "--object-store-memory=300000000",
         ],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    address = environment | {"RAY_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+    address = environment | {"RAY_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}"}
     try:
         # The head answers before the agent that starts jobs does, so a job is what tells that it is ready.
         deadline = time.monotonic() + 240

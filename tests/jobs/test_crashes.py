@@ -3,12 +3,15 @@
 import os
 import signal
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load
 
 from pipeline.artifacts import shard_path
 from pipeline.crash import POINTS
+from pipeline.records import read_blob
 from pipeline.store import Store
 from tests.chain import data_blobs, done, keys, unclip
 from tests.faults import (
@@ -37,7 +40,9 @@ IN_DATA = (
     "report.before_replace",
 )
 IN_TRAINING = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact")
-IN_WORKERS = ("blob.created", "shard.before_record", "shard.after_record")
+# Those of them that are passed in Ray's workers. The rest, pin and report, are the driver's own.
+IN_SHARD_WORKERS = ("blob.created", "shard.before_record", "shard.after_record")
+IN_TRAIN_WORKERS = ("blob.created", *IN_TRAINING, "artifact.before_record", "artifact.after_record")
 
 
 def test_every_crash_point_is_tested() -> None:
@@ -87,17 +92,49 @@ def _ends_undisturbed(output: str, store: Store, undisturbed: Undisturbed) -> No
     assert ours.blobs["model.safetensors"] == theirs.blobs["model.safetensors"]
 
 
-@pytest.mark.parametrize("point", IN_WORKERS)
-def test_a_killed_ray_worker_is_replaced(point: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Kills:
+    """Kills one process at each of some points, one after the other."""
+
+    folder: Path
+    points: tuple[str, ...]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"UNCLIP_CRASH": ",".join(f"{point}@{self.folder / point}" for point in self.points)}
+
+    def all_happened(self) -> bool:
+        return all((self.folder / point).exists() for point in self.points)
+
+
+@pytest.mark.parametrize("stage", ["pairs", "embeddings", "curation", "codec"])
+def test_killed_ray_workers_are_replaced(stage: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     store = copy(undisturbed.data, tmp_path)
-    forget(store, "pairs")
-    marker = tmp_path / "marker"
-    config = undisturbed.config(tmp_path, pairs={"workers": 1})
-    done(unclip("run", config, "--until", "pairs", env={"UNCLIP_CRASH": f"{point}@{marker}"}))
-    assert marker.exists()
+    forget(store, stage)
+    kills = Kills(tmp_path, IN_SHARD_WORKERS)
+    config = undisturbed.config(tmp_path, **{stage: {"workers": 1}})
+    done(unclip("run", config, "--until", "codec", env=kills.environment))
+    assert kills.all_happened()
     assert_sound(store)
     assert_each_shard_once(store, undisturbed.data)
     assert data_blobs(store) == data_blobs(undisturbed.data)
+
+
+def test_a_killed_ray_trainer_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Killed at every point that a training's worker passes, all in one run."""
+    store = copy(undisturbed.data, tmp_path)
+    kills = Kills(tmp_path, IN_TRAIN_WORKERS)
+    settings = {"workers": 1, "threads": 1, "checkpoint_every_s": 0}
+    run = unclip("run", undisturbed.config(tmp_path, decoder=settings), "--until", "decoder", env=kills.environment)
+    assert "decoder done" in done(run)
+    assert kills.all_happened()
+    assert "resuming decoder at sample 8\n" in run.stderr
+    assert_sound(store)
+    assert keys(store) == keys(undisturbed.trained)
+    ours, theirs = (
+        load(read_blob(s, artifact(s, "decoder").blobs["model.safetensors"])) for s in (store, undisturbed.trained)
+    )
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in theirs)
 
 
 def test_kill_9_at_a_checkpoint(undisturbed: Undisturbed, tmp_path: Path) -> None:

@@ -7,13 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from models.codec import fit_codec, fit_pca, moments
-from pipeline.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
+from models.codec import Codec, fit_codec, fit_pca, moments
+from pipeline.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_shard_table, write_table
+from pipeline.data import codec_passes
 from pipeline.data.codec import run_codec
+from pipeline.data.codec_passes import cut_blocks
 from pipeline.data.embeddings import read_embeddings
 from pipeline.errors import UserError
 from pipeline.ledger import Ledger
 from pipeline.records import put_blob, read_blob
+from pipeline.settings import RaySettings, ShardSettings
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
 
 ROWS = 60
@@ -69,7 +72,48 @@ def test_it_is_the_codec_of_the_training_rows(bench: Bench) -> None:
     assert metrics["warnings"] == []
     residual = ((z - pca.mean) - (z - pca.mean) @ pca.components.T @ pca.components).square().sum(1).mean()
     assert metrics["reconstruction_error"] == pytest.approx(float(residual), rel=1e-6)
+    codec = Codec(**found)
+    error = (z - codec.decode(codec.encode(z))).square().sum(1).mean()
+    assert metrics["round_trip_error"] == pytest.approx(float(error), rel=1e-6)
     assert metrics["round_trip_error"] > metrics["reconstruction_error"]
+
+
+def test_blocks_follow_the_shards() -> None:
+    def row(number: int, train: int) -> ShardRow:
+        return ShardRow(number, f"key-{number}", 10, {}, {"train/0": train})
+
+    curation = [row(n, train) for n, train in ((0, 4), (2, 0), (3, 5), (4, 1), (7, 9), (9, 2))]
+    blocks = cut_blocks(curation, [row(n, 0) for n in range(10)], block_rows=10)
+    assert [[c.number for c, _ in block.shards] for block in blocks] == [[0, 3, 4], [7, 9]]
+    assert [block.rows for block in blocks] == [10, 11]
+    assert all(c.number == e.number for block in blocks for c, e in block.shards)
+    assert [len(block.shards) for block in cut_blocks(curation, curation, block_rows=100)] == [5]
+    assert cut_blocks([row(0, 0)], [row(0, 0)], block_rows=10) == []
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_gives_the_same_bits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many blocks and many groups of columns; and blocks and groups change no more than rounding."""
+    import ray
+
+    monkeypatch.setattr(codec_passes, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(codec_passes, "COLUMN_VALUES", 100)  # two columns of 48 rows
+    made = {}
+    try:
+        for workers in (0, 1, 2, 4):
+            settings = ShardSettings(workers)
+            config = replace(bench.config, run=replace(bench.config.run, ray=RaySettings(cpus=4)))
+            ctx = replace(bench.context("codec"), key=f"{workers} workers", settings=settings, config=config)
+            made[workers] = run_codec(ctx)
+    finally:
+        ray.shutdown()
+    # Three blocks in two passes, seven groups of columns; and one of each when the bench was made.
+    assert len(list(bench.store.list("shards/codec/"))) == 4 * (3 + 3 + 7) + 3
+    assert all(artifact.blobs == made[0].blobs for artifact in made.values())
+    assert all(artifact.metrics == made[0].metrics for artifact in made.values())
+    whole, parts = _codec(bench, bench.made["codec"]), _codec(bench, made[0])
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
 
 
 def test_held_out_rows_change_no_bit(bench: Bench) -> None:
