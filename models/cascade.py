@@ -18,14 +18,13 @@ from models.ar_prior import sample as sample_codes
 from models.clip import Clip, tokenize
 from models.codec import Codec
 from models.decoder import Decoder, decoder_denoise
+from models.diffusion.dpm_solver import dpm_solver
 from models.diffusion.samplers import Denoise, ancestral, ddim
-from models.diffusion.schedules import fast27_grid, make_schedule, strided_grid
-from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise
+from models.diffusion.schedules import fast27_grid, log_snr_grid, make_schedule, strided_grid
+from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise, diffusion_prior_variance
 from models.draw import Draw, derive_seed
 from models.folder import load_codec, load_model
-from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.pixels import to_uint8
-from models.prior_configs import DiffusionPriorConfig
 from models.sampling_config import SamplingConfig
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise
 
@@ -147,7 +146,7 @@ class UnCLIP:
         denoise = diffusion_prior_denoise(model, tokens, text, sampling.prior_guidance)
         noise = draw.normal("x_T", model.embed_dim)
         run = Reverse("diffusion_prior", sampling.prior_sampler, "small", sampling.prior_steps, progress)
-        return run(model.config, denoise, noise, draw) / model.scale
+        return run(model, denoise, noise, draw) / model.scale
 
     def _draw_ar(
         self, tokens: Tensor, text: Tensor, draw: Draw, sampling: SamplingConfig, progress: Progress
@@ -181,7 +180,7 @@ class UnCLIP:
         denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance)
         noise = draw.normal("x_T", 3, config.image_size, config.image_size)
         run = Reverse("decoder", sampling.decoder_sampler, "learned", sampling.decoder_steps, progress)
-        image = run(config, denoise, noise, draw)
+        image = run(self.decoder, denoise, noise, draw)
         images = {config.image_size: image}
         for name in ("upsampler_256", "upsampler_1024"):
             model = getattr(self, name)
@@ -191,14 +190,18 @@ class UnCLIP:
             low = sampling_low(model.config, image.clamp(-1, 1), draw)
             noise = draw.normal("x_T", 3, model.config.image_size, model.config.image_size)
             run = Reverse(name, "ddim", "small", getattr(sampling, f"{name}_steps"), progress)
-            image = run(model.config, upsampler_denoise(model, low), noise, draw)
+            image = run(model, upsampler_denoise(model, low), noise, draw)
             images[model.config.image_size] = image
         return Generation(embedding, {side: to_uint8(x).permute(0, 2, 3, 1).cpu() for side, x in images.items()})
 
 
 @dataclass(frozen=True)
 class Reverse:
-    """How one model's reverse diffusion runs: "ddpm" steps with a "small" or "learned" variance, or "ddim"."""
+    """How one model's reverse diffusion runs.
+
+    ``sampler``: "ddpm", with the ``variance`` "small" or "learned"; "analytic", the same with the diffusion prior's
+    optimal variance; "ddim"; or "dpm", DPM-Solver++ on a grid of its own.
+    """
 
     stage: str
     sampler: str
@@ -207,23 +210,24 @@ class Reverse:
     progress: Progress
 
     def __call__(
-        self,
-        config: DiffusionPriorConfig | DecoderConfig | UpsamplerConfig,
-        denoise: Denoise,
-        noise: Tensor,
-        draw: Draw,
+        self, model: DiffusionPrior | Decoder | Upsampler, denoise: Denoise, noise: Tensor, draw: Draw
     ) -> Tensor:
         """From ``noise`` [b, ...] to a sample of the same shape."""
-        schedule = make_schedule(config.schedule, config.steps)
+        schedule = make_schedule(model.config.schedule, model.config.steps)
         uneven = self.stage == "upsampler_256" and self.steps == 27
         grid = fast27_grid(schedule.steps) if uneven else strided_grid(schedule.steps, self.steps)
 
         def report(done: int, _: Tensor) -> None:
             self.progress(self.stage, done, self.steps)
 
+        if self.sampler == "dpm":
+            return dpm_solver(denoise, noise, log_snr_grid(schedule, self.steps), schedule, report)
         if self.sampler == "ddim":
             return ddim(denoise, noise, grid, schedule, callback=report)
-        return ancestral(denoise, noise, grid, schedule, draw, self.variance, report)
+        variance: str | Tensor = self.variance
+        if self.sampler == "analytic" and isinstance(model, DiffusionPrior):
+            variance = diffusion_prior_variance(model, grid)
+        return ancestral(denoise, noise, grid, schedule, draw, variance, report)
 
 
 def change_sampling(sampling: SamplingConfig, options: dict[str, object]) -> SamplingConfig:

@@ -9,23 +9,36 @@ dimension (unCLIP, appendix C). Table 3's 24 layers of width 2,048 make the 1B o
 encoder" row is this transformer, and captions enter as token embeddings.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.diffusion.analytic import analytic_variance, fill_in, squared_noise
 from models.diffusion.guidance import guidance_rows, guided_output
 from models.diffusion.process import Prediction, mean_over_row, predict, q_sample
 from models.diffusion.samplers import Denoise
-from models.diffusion.schedules import make_schedule
+from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
 from models.losses import Losses
 from models.nn.embedding import timestep_embedding
 from models.nn.transformer import CaptionEmbedding, Transformer, normal_linear
 from models.prior_configs import DiffusionPriorConfig
 
+GAMMA_STEPS = 64
+"""Timesteps at which Gamma is measured: those of the paper's grid."""
+
 
 class DiffusionPrior(nn.Module):
-    """Predicts scaled clean image embeddings of ``embed_dim`` from noised ones."""
+    """Predicts scaled clean image embeddings of ``embed_dim`` from noised ones.
+
+    ``gamma``, fp32 [steps], is Analytic-DPM's statistic of the finished model, and None until it is measured: a model
+    in training has none, and one that was saved without it opens as before.
+    """
+
+    gamma: Tensor | None
 
     def __init__(self, config: DiffusionPriorConfig, embed_dim: int):
         super().__init__()
@@ -45,6 +58,13 @@ class DiffusionPrior(nn.Module):
         for vector in (self.null_embedding, self.query):
             nn.init.normal_(vector, std=0.02)
         nn.init.normal_(self.position, std=0.01)
+        self.register_buffer("gamma", None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Make room for ``gamma`` if the weights bring it."""
+        if f"{prefix}gamma" in state_dict:
+            self.gamma = self.query.new_empty(self.config.steps, dtype=torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
         """The clean embedding at the diffusion's scale, fp32 [b, d].
@@ -95,6 +115,41 @@ def diffusion_prior_denoise(
         return predict("x0", output, x_t, schedule.at(t))
 
     return denoise
+
+
+def diffusion_prior_gamma(model: DiffusionPrior, examples: Iterable[tuple[dict[str, Tensor], Draw]]) -> Tensor:
+    """Analytic-DPM's Gamma of the model with its captions, fp32 [steps] on the CPU (models/diffusion/analytic.py).
+
+    ``examples`` are batches as the loss takes them, each with its draw. Measured at ``GAMMA_STEPS`` timesteps.
+    """
+    steps = model.config.steps
+    times = strided_grid(steps, min(steps, GAMMA_STEPS)).flip(0).tolist()
+    schedule = make_schedule(model.config.schedule, steps)
+    measured = torch.cat(
+        [
+            squared_noise(
+                diffusion_prior_denoise(model, batch["tokens"], batch["text_embedding"]),
+                batch["image_embedding"].float() * model.scale,
+                times,
+                schedule,
+                draw,
+            )
+            for batch, draw in examples
+        ]
+    )
+    return fill_in(measured.mean(0), times, steps).float()
+
+
+def diffusion_prior_variance(model: DiffusionPrior, grid: Tensor) -> Tensor | str:
+    """What ``ancestral`` takes as its variance: Analytic-DPM's on ``grid``, or "small" if Gamma was never measured.
+
+    Embeddings have unit norm, so the mean square of a scaled component is the square of the configuration's scale.
+    Guidance is not in Gamma: with it the variance is still that of the conditional model.
+    """
+    if model.gamma is None:
+        return "small"
+    schedule = make_schedule(model.config.schedule, model.config.steps)
+    return analytic_variance(model.gamma.cpu(), schedule, grid, data_variance=model.config.scale**2)
 
 
 def best_of(samples: Tensor, text_embedding: Tensor) -> Tensor:

@@ -172,7 +172,12 @@ KARLO: dict[str, Any] = {
         schedule="linear",
     ),
     "bundle": SamplingConfig(
-        prior_steps=25, prior_guidance=3.0, decoder_steps=50, decoder_guidance=7.0, upsampler_256_steps=7
+        prior_steps=25,
+        prior_sampler="ddpm",
+        prior_guidance=3.0,
+        decoder_steps=50,
+        decoder_guidance=7.0,
+        upsampler_256_steps=7,
     ),
 }
 

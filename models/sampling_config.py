@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from models.prior_configs import require
 
+DECODER_SAMPLERS = ("ddpm", "ddim", "dpm")
+PRIOR_SAMPLERS = ("analytic", *DECODER_SAMPLERS)
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -11,14 +14,16 @@ class SamplingConfig:
 
     ``prior`` "diffusion" or "ar" draws ``candidates`` image embeddings a caption and keeps the best. ``..._guidance``
     is w in (1 + w) conditional - w unconditional, one less than the literature's scale: the decoder's 0.25 is the
-    paper's 1.25. ``temperature`` is the AR prior's. ``..._sampler`` is "ddpm" or "ddim"; the upsamplers use DDIM, with
-    GLIDE's uneven grid where ``upsampler_256_steps`` is 27. ``size`` is the largest picture to make: 64, 256 or 1024.
+    paper's 1.25. ``temperature`` is the AR prior's. ``..._sampler`` is "ddpm", "ddim" or "dpm" (DPM-Solver++, for 15 to
+    25 steps), and for the prior "analytic", DDPM with Analytic-DPM's variance; a prior that was never measured for it
+    gets DDPM's. The upsamplers use DDIM, with GLIDE's uneven grid where ``upsampler_256_steps`` is 27. ``size`` is the
+    largest picture to make: 64, 256 or 1024.
     """
 
     prior: str = "diffusion"
     candidates: int = 2
     prior_steps: int = 64
-    prior_sampler: str = "ddpm"
+    prior_sampler: str = "analytic"
     prior_guidance: float = 0.0
     temperature: float = 1.0
     decoder_steps: int = 250
@@ -30,9 +35,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(self.prior in ("diffusion", "ar"), f"prior is {self.prior!r}: use 'diffusion' or 'ar'")
-        for name in ("prior_sampler", "decoder_sampler"):
+        for name, known in (("prior_sampler", PRIOR_SAMPLERS), ("decoder_sampler", DECODER_SAMPLERS)):
             sampler = getattr(self, name)
-            require(sampler in ("ddpm", "ddim"), f"{name} is {sampler!r}: use 'ddpm' or 'ddim'")
+            require(sampler in known, f"{name} is {sampler!r}: use one of {', '.join(known)}")
         for name in ("candidates", "prior_steps", "decoder_steps", "upsampler_256_steps", "upsampler_1024_steps"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: use 1 or more")
         require(self.temperature > 0, f"temperature is {self.temperature}: use a number above 0")

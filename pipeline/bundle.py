@@ -15,7 +15,7 @@ from pipeline.ledger import Ledger
 from pipeline.records import put_blob, read_blob
 from pipeline.store import Store
 
-VERSION = 1
+VERSION = 2
 PRIORS = {"ar": "ar_prior", "diffusion": "diffusion_prior"}
 MODELS = ("ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 

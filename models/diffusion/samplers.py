@@ -20,8 +20,11 @@ Callback = Callable[[int, Tensor], None]
 """Called after every step with the number of steps done and the current estimate of the clean data."""
 
 
-def _steps(grid: Tensor, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(number of the step, t [b], previous t [b]) down the grid; the last previous t is -1, the data."""
+def grid_steps(grid: Tensor, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(number of the step, t [b], previous t [b]) down the grid, int64; the last previous t is -1, the data.
+
+    Raises ValueError on a grid that does not fall.
+    """
     if grid.ndim != 1 or len(grid) == 0 or (grid.diff() >= 0).any() or grid[-1] < 0:
         raise ValueError("a sampling grid must hold timesteps in falling order, down to 0 or more")
     visited = grid.tolist()
@@ -43,11 +46,11 @@ def ancestral(
     """DDPM's reverse steps (Ho et al. 2020, algorithm 2) on a grid that may skip timesteps.
 
     ``noise`` [b, ...] is x at the first timestep. ``variance`` is "learned" (the prediction's own), "small" (the
-    posterior's) or one number for each step of the grid, as Analytic-DPM has. Raises ValueError on another variance,
-    a grid that does not fall, or a learned variance that the prediction lacks.
+    posterior's) or one number for each step of the grid, as ``analytic_variance`` makes them. Raises ValueError on
+    another variance, a grid that does not fall, or a learned variance that the prediction lacks.
     """
     x = noise
-    for i, t, previous in _steps(grid, noise):
+    for i, t, previous in grid_steps(grid, noise):
         prediction = denoise(x, t)
         level, level_previous = schedule.at(t), schedule.at(previous)
         x = posterior_mean(prediction.x0, x, level, level_previous)
@@ -84,7 +87,7 @@ def ddim(
     if eta > 0 and draw is None:
         raise ValueError(f"DDIM with eta {eta} adds noise: pass a draw, or use eta 0")
     x = noise
-    for i, t, previous in _steps(grid, noise):
+    for i, t, previous in grid_steps(grid, noise):
         prediction = denoise(x, t)
         level, level_previous = schedule.at(t), schedule.at(previous)
         added = eta**2 * posterior_variance(level, level_previous)
@@ -94,4 +97,25 @@ def ddim(
             x = x + per_row(added.sqrt(), x) * draw.normal(f"step{i}", *x.shape[1:])
         if callback is not None:
             callback(i + 1, prediction.x0)
+    return x
+
+
+@torch.no_grad()
+def ddim_inversion(
+    denoise: Denoise, x0: Tensor, grid: Tensor, schedule: Schedule, callback: Callback | None = None
+) -> Tensor:
+    """The noise at the first timestep of ``grid`` from which ``ddim`` with eta 0 leads to ``x0`` [b, ...].
+
+    DDIM's steps upwards, each with the prediction at the timestep that it leaves (Song et al. 2021, section 4.3;
+    Dhariwal & Nichol 2021, appendix F). The data has no timestep: there the noise is the one predicted at the last of
+    the grid. Inverse up to an error of first order in the steps. Raises ValueError on a grid that does not fall.
+    """
+    x = x0
+    for i, (_, t, previous) in enumerate(reversed(list(grid_steps(grid, x0)))):
+        prediction = denoise(x, t if i == 0 else previous)
+        estimate = x if i == 0 else prediction.x0
+        level = schedule.at(t)
+        x = per_row(level.sqrt(), x) * estimate + per_row((1 - level).sqrt(), x) * prediction.eps
+        if callback is not None:
+            callback(i + 1, estimate)
     return x

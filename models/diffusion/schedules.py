@@ -10,6 +10,9 @@ from math import pi
 import torch
 from torch import Tensor
 
+NOISIEST = -3.0
+"""Half the log signal-to-noise ratio below which a prediction hardly changes: the signal has 5% of the amplitude."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -54,6 +57,27 @@ def strided_grid(steps: int, count: int) -> Tensor:
         raise ValueError(f"cannot take {count} sampling steps out of {steps}: use 2 to {steps}")
     ascending = torch.arange(count, dtype=torch.float64) * ((steps - 1) / (count - 1))
     return ascending.round().long().flip(0)
+
+
+def log_snr_grid(schedule: Schedule, count: int) -> Tensor:
+    """``count`` timesteps from T - 1 down to 0, after the first step evenly spread in the log signal-to-noise ratio.
+
+    For DPM-Solver++, which takes even steps best when they are even in that variable. The first step leads to
+    ``NOISIEST`` at once, because what comes before is almost only noise: a cosine schedule would spend a third of the
+    grid there. Where timesteps are too coarse for even steps, as near the data, every one is taken.
+    Raises ValueError unless 2 <= count <= T.
+    """
+    steps = schedule.steps
+    if not 2 <= count <= steps:
+        raise ValueError(f"cannot take {count} sampling steps out of {steps}: use 2 to {steps}")
+    half_log_snr = torch.logit(schedule.alpha_bar) / 2
+    start, end = half_log_snr[0], half_log_snr[-1].clamp(min=NOISIEST)
+    even = start + (end - start) * torch.arange(count - 1, dtype=torch.float64) / max(1, count - 2)
+    nearest = (half_log_snr - even[:, None]).abs().argmin(1)
+    ascending = torch.cat([nearest, torch.tensor([steps - 1])])
+    number = torch.arange(count)
+    apart = (ascending - number).cummax(0).values + number
+    return torch.minimum(apart, steps - count + number).flip(0)
 
 
 def fast27_grid(steps: int) -> Tensor:

@@ -45,6 +45,19 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class Finishes(Task, Protocol):
+    """A task that measures a model before it is published. ``finish_rows``: training rows that are looked at."""
+
+    finish_rows: int
+
+    def finish(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
+        """Statistics of the model on training rows, named as they are among its weights."""
+
+    def save(self, model: nn.Module, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
+        """Write the model and its statistics as the files of its artefact."""
+
+
+@runtime_checkable
 class Previews(Protocol):
     """A task whose progress can be seen. ``preview_rows``: how many validation rows are drawn."""
 

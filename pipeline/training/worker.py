@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from models.draw import Draw, derive_seed
 from pipeline.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.crash import crash_point
 from pipeline.graph import Context, Stage, stage_key, trajectory_key
@@ -17,7 +23,7 @@ from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.feed import Feed
 from pipeline.training.loop import fit
 from pipeline.training.state import TrainState, begin
-from pipeline.training.task import Task
+from pipeline.training.task import Examples, Finishes, Task
 from pipeline.training.watch import Watch
 from pipeline.training.world import World, computes_in
 
@@ -81,10 +87,30 @@ class Publisher:
         for samples, blob in previews.items():
             blobs[f"previews/{samples:012d}.png"] = blobs["preview.png"] = blob
         with tempfile.TemporaryDirectory() as folder:
-            self.task.save(state.ema, Path(folder))
+            self._save(state.ema, Path(folder))
             for file in sorted(Path(folder).iterdir()):
                 blobs[file.name] = put_blob(store, file)
         return blobs
+
+    def _save(self, model: nn.Module, folder: Path) -> None:
+        """The model as files, measured first if its task wants that: in fp32, the precision of sampling."""
+        if not isinstance(self.task, Finishes):
+            self.task.save(model, folder)
+            return
+        with torch.no_grad():
+            statistics = self.task.finish(model, self._examples(self.task.finish_rows))
+        self.task.save(model, folder, statistics)
+
+    def _examples(self, rows: int) -> Examples:
+        """One batch of ``rows`` training rows, spread over the first steps: the same for any workers and any stop."""
+        recipe, device = self.ctx.recipe, self.world.device
+        size = min(rows, recipe.batch)
+        spread = slice(None, None, recipe.batch // size)
+        with closing(Feed(self.ctx.store, self.ctx.inputs, self.task, recipe).shares(0)) as shares:
+            parts = [share.batch for share in islice(shares, -(-rows // size))]
+        columns = {name: torch.cat([part[name][spread][:size] for part in parts])[:rows] for name in parts[0]}
+        batch = {name: column.to(device) for name, column in columns.items()}
+        return [(batch, Draw([(derive_seed(recipe.seed, "finish"), rows)], device))]
 
 
 def at_stop(ctx: Context, samples: int) -> Context:

@@ -5,6 +5,7 @@ from torch import Tensor
 from models.diffusion.guidance import guidance_rows, guided_output
 from models.diffusion.process import predict
 from models.diffusion.schedules import make_schedule
+from tests.models.mutations import fails_under
 
 
 def test_the_second_half_of_a_guided_pass_has_no_condition() -> None:
@@ -32,6 +33,11 @@ def test_guidance_is_one_plus_w_times_the_conditional_minus_w_times_the_uncondit
         assert torch.equal(times, t)
 
 
+@fails_under(
+    (guided_output, "(1 + weight)", "weight"),
+    (guided_output, "- weight * empty", "+ weight * empty"),
+    (guided_output, "conditional, empty = network", "empty, conditional = network"),
+)
 def test_guiding_v_is_guiding_the_noise() -> None:
     g = torch.Generator().manual_seed(0)
     x_t, conditional, empty = torch.randn(3, 2, 3, 4, 4, generator=g, dtype=torch.float64).unbind()
@@ -39,3 +45,14 @@ def test_guiding_v_is_guiding_the_noise() -> None:
     eps, eps_empty = (predict("v", v, x_t, alpha_bar).eps for v in (conditional, empty))
     guided = guided_output(lambda x, t: torch.cat([conditional, empty]), x_t, torch.zeros(2), 2.0)
     torch.testing.assert_close(predict("v", guided, x_t, alpha_bar).eps, 3 * eps - 2 * eps_empty)
+
+
+@fails_under(
+    (guided_output, "(1 + weight)", "weight"),
+    (guided_output, "- weight * empty", "- empty"),
+    (guided_output, "torch.cat([mean, conditional[:, channels:]]", "torch.cat([mean, empty[:, channels:]]"),
+    (guided_output, "torch.cat([x_t, x_t])", "torch.cat([x_t, -x_t])"),
+    (guided_output, "torch.cat([t, t])", "torch.cat([t, t + 1])"),
+)
+def test_a_fault_in_the_combination_is_noticed() -> None:
+    test_guidance_is_one_plus_w_times_the_conditional_minus_w_times_the_unconditional(3.0)

@@ -1,12 +1,23 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.diffusion.process import posterior_variance, q_sample
 from models.diffusion.samplers import ancestral, ddim
 from models.diffusion.schedules import make_schedule, strided_grid
-from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise, diffusion_prior_loss
+from models.diffusion_prior import (
+    DiffusionPrior,
+    best_of,
+    diffusion_prior_denoise,
+    diffusion_prior_gamma,
+    diffusion_prior_loss,
+    diffusion_prior_variance,
+)
 from models.draw import Draw
+from models.folder import load_model, save_model
 from models.prior_configs import DiffusionPriorConfig
 
 CONFIG = DiffusionPriorConfig(text_context=10, width=32, depth=2, heads=2, vocabulary=50)
@@ -125,3 +136,56 @@ def test_best_of_ignores_length_and_keeps_the_best_direction() -> None:
     samples = torch.tensor([[[9.0, 9.0], [0.1, 0.3]], [[0.2, 0.0], [5.0, 5.0]]])
     expected = torch.stack([torch.tensor([1.0, 0.0]), F.normalize(torch.tensor([0.1, 0.3]), dim=0)])
     torch.testing.assert_close(best_of(samples, text), expected, rtol=0, atol=1e-6)
+
+
+# --- Analytic-DPM -----------------------------------------------------------------------------------------------------
+
+
+def test_gamma_is_the_mean_square_of_the_noise_that_the_prior_predicts() -> None:
+    """At the first and the last timestep, which are always measured; over all rows of all batches, text shown."""
+    model, batch = make(), make_batch(40)
+    halves = [{name: column[part] for name, column in batch.items()} for part in (slice(10), slice(10, None))]
+    gamma = diffusion_prior_gamma(model, list(zip(halves, (Draw([(1, 10)]), Draw([(2, 30)])), strict=True)))
+    assert (gamma.dtype, gamma.shape) == (torch.float32, (1000,))
+    assert torch.isfinite(gamma).all()
+    for t in (0, 999):
+        noise = torch.cat([Draw([(1, 10)]).normal(f"gamma{t}", DIM), Draw([(2, 30)]).normal(f"gamma{t}", DIM)])
+        level = SCHEDULE.alpha_bar[t]
+        x_t = q_sample(batch["image_embedding"] * model.scale, noise, level.expand(40))
+        out = model(x_t, torch.full((40,), t), batch["tokens"], batch["text_embedding"], torch.ones(40).bool())
+        eps = (x_t - level.sqrt() * out) / (1 - level).sqrt()
+        expected = 1 + (eps**2 - noise**2).mean()
+        assert gamma[t].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_prior_is_saved_and_loaded_with_its_gamma_and_without(tmp_path: Path) -> None:
+    model = make().float()
+    gamma = torch.rand(1000)
+    save_model(tmp_path / "before", model)
+    save_model(tmp_path / "after", model, model.state_dict() | {"gamma": gamma})
+    before, after = load_model(tmp_path / "before"), load_model(tmp_path / "after")
+    assert before.gamma is None
+    assert torch.equal(after.gamma, gamma)
+    assert after.state_dict().keys() - before.state_dict().keys() == {"gamma"}
+    save_model(tmp_path / "again", after)
+    assert torch.equal(load_model(tmp_path / "again").gamma, gamma)
+    save_model(tmp_path / "short", model, model.state_dict() | {"gamma": gamma[:10]})
+    with pytest.raises(ValueError, match="does not fit"):
+        load_model(tmp_path / "short")
+
+
+def test_a_model_in_training_has_no_buffers_to_synchronise_or_to_average() -> None:
+    assert list(make().buffers()) == []
+    assert "gamma" not in make().state_dict()
+
+
+def test_the_variance_is_the_small_one_until_gamma_is_known() -> None:
+    model, grid = make(), strided_grid(1000, 64)
+    assert diffusion_prior_variance(model, grid) == "small"
+    small = posterior_variance(SCHEDULE.at(grid), SCHEDULE.at(torch.tensor([*grid.tolist()[1:], -1])))
+    for gamma in (torch.ones(1000), torch.zeros(1000)):
+        model.gamma = gamma
+        variance = diffusion_prior_variance(model, grid)
+        assert isinstance(variance, Tensor)
+        assert ((variance == small) if gamma.any() else (variance > small)).all()
+        assert (variance <= small + 1.1 * CONFIG.scale**2).all()  # the mean square of a scaled component

@@ -21,6 +21,7 @@ from models.diffusion.process import (
     variational_bound,
 )
 from models.diffusion.schedules import make_schedule
+from tests.models.mutations import fails_under, mutated
 
 SCHEDULE = make_schedule("cosine", 1000)
 TIMES = torch.tensor([0, 1, 2, 50, 500, 900, 998])
@@ -31,10 +32,16 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("cosine", "squaredcos_cap_v2"), ("linear", "linear")])
-def test_q_sample_equals_diffusers(name: str, theirs: str) -> None:
-    x0, noise = rows(3, 4, 4), rows(3, 4, 4, seed=1)
-    expected = DDPMScheduler(beta_schedule=theirs).add_noise(x0, noise, TIMES)
-    ours = q_sample(x0, noise, make_schedule(name, 1000).at(TIMES))
+@fails_under(
+    (q_sample, "(1 - alpha_bar).sqrt()", "alpha_bar.sqrt()"),
+    (q_sample, "per_row(alpha_bar.sqrt(), x0)", "per_row(alpha_bar, x0)"),
+    (q_sample, "* noise", "* -noise"),
+)
+def test_q_sample_equals_diffusers_at_every_timestep(name: str, theirs: str) -> None:
+    t, g = torch.arange(1000), torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 1000, 8, generator=g).unbind()
+    expected = DDPMScheduler(beta_schedule=theirs).add_noise(x0, noise, t)
+    ours = q_sample(x0, noise, make_schedule(name, 1000).at(t))
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
@@ -49,6 +56,22 @@ def test_a_perfect_prediction_gives_back_data_and_noise(kind: str) -> None:
     assert prediction.variance_fraction is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("eps", "(x_t - sigma * output) / signal", "(x_t - sigma * output)"),
+        ("eps", "/ signal, output", "/ signal, -output"),
+        ("v", "signal * x_t - sigma * output", "signal * x_t + sigma * output"),
+        ("v", "sigma * x_t + signal * output", "sigma * x_t"),
+        ("x0", "(x_t - signal * output) / sigma", "(x_t - output) / sigma"),
+    ],
+)
+def test_a_fault_in_a_prediction_is_noticed(kind: str, old: str, new: str) -> None:
+    with mutated(predict, old, new), pytest.raises(AssertionError):
+        test_a_perfect_prediction_gives_back_data_and_noise(kind)
+
+
+@fails_under((regression_target, "* noise - ", "* noise + "), (regression_target, "(1 - alpha_bar)", "alpha_bar"))
 def test_the_v_target_equals_diffusers() -> None:
     x0, noise = rows(3, 4, 4), rows(3, 4, 4, seed=1)
     expected = DDPMScheduler(beta_schedule="squaredcos_cap_v2").get_velocity(x0, noise, TIMES)
@@ -72,6 +95,12 @@ def test_an_unknown_kind_is_named() -> None:
         regression_target("score", x, x, alpha_bar)
 
 
+@fails_under(
+    (posterior_mean, "previous.sqrt() * (1 - ratio)", "previous.sqrt() * ratio"),
+    (posterior_mean, "ratio.sqrt() * (1 - previous)", "ratio.sqrt() * (1 - alpha_bar)"),
+    (posterior_mean, "of_x0 = previous.sqrt()", "of_x0 = alpha_bar.sqrt()"),
+    (posterior_variance, "* (1 - previous)", ""),
+)
 def test_the_posterior_is_bayes_rule() -> None:
     """q(x_s given x_t, x0) from the product of the two Gaussians q(x_s given x0) and q(x_t given x_s)."""
     t, s = torch.tensor([1, 50, 500, 999]), torch.tensor([0, 20, 499, 700])
@@ -84,7 +113,35 @@ def test_the_posterior_is_bayes_rule() -> None:
     torch.testing.assert_close(posterior_variance(a_t, a_s), 1 / precision, atol=1e-12, rtol=1e-8)
 
 
+@fails_under(
+    (posterior_mean, "previous.sqrt() * (1 - ratio)", "previous.sqrt() * ratio"),
+    (posterior_mean, "ratio.sqrt() * (1 - previous)", "ratio.sqrt()"),
+    (posterior_variance, "(1 - alpha_bar / previous)", "(1 - alpha_bar)"),
+    (posterior_variance, "/ (1 - alpha_bar)", ""),
+)
+def test_the_posterior_equals_diffusers_at_every_timestep() -> None:
+    """Their step without noise is the mean; where it leads to the data they name another variance, of 1e-20."""
+    scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample=False)
+    scheduler.alphas_cumprod = SCHEDULE.alpha_bar
+    scheduler.betas = 1 - SCHEDULE.alpha_bar / SCHEDULE.at(torch.arange(1000) - 1)
+    scheduler.alphas = 1 - scheduler.betas
+    t, g = torch.arange(1000), torch.Generator().manual_seed(0)
+    x0, x_t = torch.randn(2, 1000, 1, 3, generator=g, dtype=torch.float64).unbind()
+    scheduler._get_variance = lambda *_, **__: torch.tensor(0.0)
+    mean = torch.stack([scheduler.step(x0[i], i, x_t[i], prev_timestep=i - 1).prev_sample for i in t.tolist()])
+    torch.testing.assert_close(posterior_mean(x0, x_t, SCHEDULE.at(t), SCHEDULE.at(t - 1)), mean, atol=1e-9, rtol=0)
+    std = torch.stack([type(scheduler)._get_variance(scheduler, i, prev_timestep=i - 1) for i in t.tolist()])
+    ours = posterior_variance(SCHEDULE.at(t), SCHEDULE.at(t - 1))
+    torch.testing.assert_close(ours[1:], std[1:] ** 2, atol=1e-12, rtol=1e-9)
+    assert ours[0] == 0
+
+
 @pytest.mark.parametrize(("t", "s"), [(1, 0), (5, 3), (500, 499), (700, 300), (998, 0)])
+@fails_under(
+    (learned_log_variance, "(1 - fraction)", "fraction"),
+    (learned_log_variance, "per_row(high, fraction)", "per_row(low, fraction)"),
+    (log_variance_range, "1 - level / level_previous", "level / level_previous"),
+)
 def test_the_learned_variance_equals_diffusers(t: int, s: int) -> None:
     scheduler = UnCLIPScheduler(variance_type="learned_range")
     scheduler.alphas_cumprod = SCHEDULE.alpha_bar  # its own are float32, too coarse for 1 - alpha_bar near the data
@@ -103,6 +160,11 @@ def test_the_variance_range_at_the_last_step_starts_at_that_of_step_one() -> Non
     assert (low <= high).all()
 
 
+@fails_under(
+    (normal_kl, "- 1 +", "+"),
+    (normal_kl, "torch.exp(-other_log_variance)", "torch.exp(-log_variance)"),
+    (normal_kl, "torch.exp(-gap)", "torch.exp(gap)"),
+)
 def test_kl_equals_torch_distributions() -> None:
     mean, log_variance, other_mean, other_log_variance = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     first = Normal(mean, (0.5 * log_variance).exp())
@@ -120,31 +182,47 @@ def test_the_probabilities_of_all_256_values_sum_to_one() -> None:
 
 
 def bound_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0 on 8-bit levels, noise, x_t, and the level, for TIMES"""
-    x0 = (rows(3, 4, 4).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
-    noise = rows(3, 4, 4, seed=1)
+    """x0 on 8-bit levels, noise, x_t, and the level, for TIMES, float64"""
+    x0 = (rows(3, 4, 4).double().clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
+    noise = rows(3, 4, 4, seed=1).double()
     return x0, noise, q_sample(x0, noise, SCHEDULE.at(TIMES)), SCHEDULE.at(TIMES)
 
 
-def test_the_bound_equals_torch_distributions_at_every_step_but_the_last() -> None:
+@fails_under(
+    (variational_bound, "/ log(2)", ""),
+    (variational_bound, "posterior_mean(x0,", "posterior_mean(x_t,"),
+    (variational_bound, "normal_kl(true_mean, true_log_variance, mean, log_variance)",
+     "normal_kl(mean, log_variance, true_mean, true_log_variance)"),
+    (variational_bound, "torch.where(t == 0, nll, kl)", "kl"),
+    (variational_bound, "torch.where(t == 0, nll, kl)", "torch.where(t <= 1, nll, kl)"),
+    (discretized_gaussian_nll, "x - mean - 1 / 255", "x - mean"),
+    (discretized_gaussian_nll, "-0.5 * log_variance", "-log_variance"),
+    (discretized_gaussian_nll, "x > 0.999", "x > 2"),
+    (discretized_gaussian_nll, "x < -0.999", "x < -2"),
+)  # fmt: skip
+def test_the_bound_equals_torch_distributions() -> None:
+    """At every step but the last a KL divergence, at the last the probability of the 8-bit values."""
     x0, _, x_t, level = bound_inputs()
-    guess, fraction = x0 + 0.1, torch.full_like(x0, 0.3)
+    guess, fraction = x0 + 0.01, torch.full_like(x0, 0.3)
     ours = variational_bound(Prediction(guess, x_t, fraction), x0, x_t, TIMES, SCHEDULE)
     previous = SCHEDULE.at(TIMES - 1)
     variance = posterior_variance(level, previous).view(-1, 1, 1, 1)[1:]
     beta = (1 - level / previous).view(-1, 1, 1, 1)[1:]
-    truth = Normal(posterior_mean(x0.double(), x_t.double(), level, previous)[1:], variance.sqrt())
-    model = Normal(
-        posterior_mean(guess.double(), x_t.double(), level, previous)[1:], (beta**0.3 * variance**0.7).sqrt()
-    )
+    truth = Normal(posterior_mean(x0, x_t, level, previous)[1:], variance.sqrt())
+    model = Normal(posterior_mean(guess, x_t, level, previous)[1:], (beta**0.3 * variance**0.7).sqrt())
     expected = kl_divergence(truth, model).mean(dim=(1, 2, 3)) / math.log(2)
-    torch.testing.assert_close(ours[1:], expected.float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours[1:], expected, atol=1e-9, rtol=1e-9)
+    last = Normal(guess[0], ((1 - SCHEDULE.at(TIMES[0])) ** 0.3 * variance[0] ** 0.7).sqrt())
+    inf = torch.tensor(math.inf, dtype=torch.float64)
+    upper = last.cdf(torch.where(x0[0] == 1, inf, x0[0] + 1 / 255))
+    lower = last.cdf(torch.where(x0[0] == -1, -inf, x0[0] - 1 / 255))
+    torch.testing.assert_close(ours[0], -(upper - lower).log2().mean(), atol=1e-6, rtol=0)
 
 
 def test_the_bound_is_zero_for_the_true_posterior() -> None:
     x0, _, x_t, _ = bound_inputs()
     bound = variational_bound(Prediction(x0, x_t, torch.zeros_like(x0)), x0, x_t, TIMES, SCHEDULE)
-    torch.testing.assert_close(bound[1:], torch.zeros(len(TIMES) - 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(bound[1:], torch.zeros(len(TIMES) - 1).double(), atol=1e-9, rtol=0)
     assert bound[0] > 0
 
 
@@ -155,9 +233,10 @@ def test_the_bound_needs_a_variance() -> None:
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
+@fails_under((hybrid_loss, "mean.detach()", "mean"), (hybrid_loss, "(mean - regr", "(mean + regr"))
 def test_the_bound_trains_the_variance_only(kind: str) -> None:
     x0, noise, _, level = bound_inputs()
-    output = (0.1 * rows(6, 4, 4, seed=2)).requires_grad_()
+    output = (0.1 * rows(6, 4, 4, seed=2)).double().requires_grad_()
     mse, vb = hybrid_loss(kind, output, x0, noise, TIMES, SCHEDULE)
     of_bound = torch.autograd.grad(vb.sum(), output, retain_graph=True)[0]
     of_mse = torch.autograd.grad(mse.sum(), output)[0]
@@ -168,6 +247,7 @@ def test_the_bound_trains_the_variance_only(kind: str) -> None:
     torch.testing.assert_close(mse, expected)
 
 
+@fails_under((hybrid_loss, "schedule.steps / 1000", "1 / 1000"), (hybrid_loss, "schedule.steps / 1000", "1.0"))
 def test_the_bound_weighs_a_thousandth_of_its_sum_over_the_steps() -> None:
     schedule = make_schedule("cosine", 40)
     x0, noise = torch.randn(2, 40, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
@@ -183,7 +263,6 @@ def test_the_gradient_of_the_bound_agrees_with_finite_differences() -> None:
     output = (0.1 * rows(6, 4, 4, seed=2)).double()
 
     def bound(variance: Tensor) -> Tensor:
-        both = torch.cat([output[:, :3], variance], dim=1)
-        return hybrid_loss("eps", both, x0.double(), noise.double(), TIMES, SCHEDULE)[1]
+        return hybrid_loss("eps", torch.cat([output[:, :3], variance], dim=1), x0, noise, TIMES, SCHEDULE)[1]
 
     assert torch.autograd.gradcheck(bound, output[:, 3:].clone().requires_grad_(), fast_mode=True, atol=1e-6)

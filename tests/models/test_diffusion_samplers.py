@@ -3,10 +3,11 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin, UnCLIPScheduler
 from torch import Tensor
 
-from models.diffusion.process import Prediction, posterior_mean, posterior_variance, predict, q_sample
-from models.diffusion.samplers import Denoise, ancestral, ddim
+from models.diffusion.process import Prediction, predict, q_sample
+from models.diffusion.samplers import Denoise, ancestral, ddim, grid_steps
 from models.diffusion.schedules import fast27_grid, make_schedule, strided_grid
 from models.draw import Draw
+from tests.models.mutations import fails_under, mutated
 
 SCHEDULE = make_schedule("cosine", 1000)
 
@@ -49,6 +50,13 @@ def start(rows: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("grid", [strided_grid(1000, 25), strided_grid(1000, 250), fast27_grid(1000)], ids=len)
 @pytest.mark.parametrize("variance", ["learned", "small"])
+@fails_under(
+    (ancestral, "posterior_mean(prediction.x0, x, level, level_previous)", "prediction.x0"),
+    (ancestral, "posterior_mean(prediction.x0, x, level, level_previous)",
+     "posterior_mean(prediction.x0, x, level, schedule.at((t - 1).clamp(min=0)))"),
+    (ancestral, "std * draw", "0.99 * std * draw"),
+    (grid_steps, "[*visited[1:], -1]", "[*visited[1:], 0]"),
+)  # fmt: skip
 def test_ancestral_sampling_equals_diffusers(grid: Tensor, variance: str) -> None:
     kind = {"learned": "learned_range", "small": "fixed_small_log"}[variance]
     scheduler = widen(UnCLIPScheduler(variance_type=kind))
@@ -62,7 +70,17 @@ def test_ancestral_sampling_equals_diffusers(grid: Tensor, variance: str) -> Non
     torch.testing.assert_close(ours, expected, atol=1e-8, rtol=0)
 
 
+def test_noise_on_the_finished_picture_is_noticed() -> None:
+    with mutated(ancestral, "if previous[0] >= 0", "if True"), pytest.raises(AssertionError):
+        test_ancestral_sampling_equals_diffusers.__wrapped__(strided_grid(1000, 25), "learned")
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@fails_under(
+    (ddim, "level_previous.sqrt(), x) * prediction.x0", "level.sqrt(), x) * prediction.x0"),
+    (ddim, "(1 - level_previous - added)", "(1 - level - added)"),
+    (ddim, "direction * prediction.eps", "direction * prediction.x0"),
+)
 def test_ddim_equals_diffusers(eta: float) -> None:
     scheduler = widen(DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, set_alpha_to_one=True))
     scheduler.set_timesteps(50)
@@ -74,6 +92,19 @@ def test_ddim_equals_diffusers(eta: float) -> None:
         expected = scheduler.step(output, t, expected, 0.0 if last else eta, generator=generator).prev_sample
     ours = ddim(denoise_network(), start(), scheduler.timesteps, SCHEDULE, eta, SharedNoise(2))
     torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("eta**2", "eta"),
+        ("level_previous - added", "level_previous"),
+        ("added.sqrt()", "added"),
+    ],
+)
+def test_a_fault_in_the_noise_of_ddim_is_noticed(old: str, new: str) -> None:
+    with mutated(ddim, old, new), pytest.raises(AssertionError):
+        test_ddim_equals_diffusers.__wrapped__(0.5)
 
 
 @pytest.mark.parametrize("grid", [strided_grid(1000, 15), fast27_grid(1000)], ids=len)
@@ -118,22 +149,6 @@ def test_ancestral_sampling_converges_to_the_gaussian() -> None:
     samples = ancestral(gaussian_denoise, draw.normal("x_T", 1), strided_grid(1000, 250), SCHEDULE, draw, "small")
     assert samples.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert samples.std().item() == pytest.approx(STD, rel=0.03)
-
-
-def test_the_optimal_variance_makes_few_steps_exact() -> None:
-    """Of a Gaussian, with Analytic-DPM's variance: the posterior's, and what is unknown of x0 given x_t."""
-    grid = strided_grid(1000, 5)
-    level, previous = SCHEDULE.at(grid), SCHEDULE.at(torch.tensor([*grid.tolist()[1:], -1]))
-    unknown = STD**2 * (1 - level) / (level * STD**2 + 1 - level)
-    of_x0 = posterior_mean(torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), level, previous)
-    optimal = posterior_variance(level, previous) + of_x0**2 * unknown
-    draw = Draw([(5, 20_000)])
-    x_T = draw.normal("x_T", 1)
-    few = ancestral(gaussian_denoise, x_T, grid, SCHEDULE, draw, optimal)
-    # The step to the data adds no noise, so what is left unknown at timestep 0 is missing: nothing to speak of.
-    assert few.std().item() == pytest.approx(STD, rel=0.02)
-    assert few.mean().item() == pytest.approx(MEAN, abs=0.01)
-    assert ancestral(gaussian_denoise, x_T, grid, SCHEDULE, draw, "small").std() < 0.9 * STD
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])

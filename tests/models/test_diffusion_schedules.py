@@ -2,8 +2,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UnCLIPScheduler
 from diffusers.schedulers.scheduling_unclip import betas_for_alpha_bar
+from hypothesis import given
+from hypothesis import strategies as st
 
-from models.diffusion.schedules import Schedule, fast27_grid, make_schedule, strided_grid
+from models.diffusion.schedules import NOISIEST, Schedule, fast27_grid, log_snr_grid, make_schedule, strided_grid
+from tests.models.mutations import fails_under
 
 
 def betas(schedule: Schedule) -> torch.Tensor:
@@ -12,12 +15,24 @@ def betas(schedule: Schedule) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", [10, 100, 1000])
+@fails_under(
+    (make_schedule, "+ 0.008", "+ 0.009"),
+    (make_schedule, "/ 1.008", "/ 1.0"),
+    (make_schedule, ") ** 2", ")"),
+    (make_schedule, "level[1:] / level[:-1]", "level[:-1] * level[1:]"),
+    (make_schedule, "max=0.999", "max=0.99"),
+)
 def test_cosine_betas_equal_those_of_diffusers(steps: int) -> None:
     torch.testing.assert_close(
         betas(make_schedule("cosine", steps)).float(), betas_for_alpha_bar(steps), atol=1e-6, rtol=0
     )
 
 
+@fails_under(
+    (make_schedule, "1e-4, 0.02", "2e-4, 0.02"),
+    (make_schedule, "1e-4, 0.02", "1e-4, 0.021"),
+    (make_schedule, "* 1000 / steps", "* 1001 / steps"),
+)
 def test_linear_betas_equal_those_of_diffusers() -> None:
     theirs = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").betas
     torch.testing.assert_close(betas(make_schedule("linear", 1000)).float(), theirs, atol=1e-6, rtol=0)
@@ -46,9 +61,14 @@ def test_an_unknown_schedule_is_named() -> None:
 
 
 @pytest.mark.parametrize("steps", [1000, 100])
+@fails_under(
+    (strided_grid, "(steps - 1) / (count - 1)", "steps / count"),
+    (strided_grid, ".round()", ""),
+    (strided_grid, ".flip(0)", ""),
+)
 def test_strided_grids_equal_those_of_diffusers(steps: int) -> None:
     scheduler = UnCLIPScheduler(num_train_timesteps=steps)
-    for count in range(2, steps + 1, 7):
+    for count in (7, 15, 25, 27, 50, 64, *range(2, steps + 1, 7), *(250,) * (steps >= 250)):
         scheduler.set_timesteps(count)
         assert torch.equal(strided_grid(steps, count), scheduler.timesteps)
 
@@ -87,3 +107,31 @@ def test_the_27_steps_fall_whatever_the_number_of_diffusion_steps(steps: int) ->
 def test_too_few_diffusion_steps_for_27() -> None:
     with pytest.raises(ValueError, match="50 or more"):
         fast27_grid(49)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_log_snr_grids_are_even_after_the_first_step_as_far_as_timesteps_allow(name: str) -> None:
+    schedule = make_schedule(name, 1000)
+    half_log_snr = torch.logit(schedule.alpha_bar) / 2
+    grid = log_snr_grid(schedule, 25)
+    visited = half_log_snr[grid]
+    assert visited[1].item() == pytest.approx(NOISIEST, abs=0.02)
+    step = (visited[-1] - visited[1]) / 23
+    coarse = half_log_snr[grid - (grid > 0).long()] - half_log_snr[grid + (grid < 999).long()]
+    assert ((visited[1:].diff() - step).abs() <= coarse[2:] + coarse[1:-1]).all()
+    assert (visited[1:12].diff() / step - 1).abs().max() < 0.03
+
+
+@given(name=st.sampled_from(["cosine", "linear"]), steps=st.integers(2, 300), data=st.data())
+def test_log_snr_grids_fall_from_the_last_timestep_to_the_first(name: str, steps: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(2, steps))
+    grid = log_snr_grid(make_schedule(name, steps), count)
+    assert len(grid) == count
+    assert (grid[0], grid[-1]) == (steps - 1, 0)
+    assert (grid.diff() < 0).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 11])
+def test_a_log_snr_grid_of_more_steps_than_there_are_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="use 2 to 10"):
+        log_snr_grid(make_schedule("cosine", 10), count)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from models.diffusion_prior import DiffusionPrior, diffusion_prior_loss
+from models.diffusion_prior import DiffusionPrior, diffusion_prior_gamma, diffusion_prior_loss
 from models.draw import Draw
 from models.folder import save_model
 from models.losses import Losses
@@ -25,6 +25,7 @@ class DiffusionPriorTask:
     splittable = True
     validation_rows = 512
     validation_batch = 64
+    finish_rows = 128  # at 64 timesteps each: as dear as a training of 2,700 samples
 
     def __init__(self, config: DiffusionPriorConfig, embed_dim: int):
         self.config, self.embed_dim = config, embed_dim
@@ -40,5 +41,10 @@ class DiffusionPriorTask:
         """ "loss" and what another row's caption and text embedding would cost."""
         return conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"))
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        save_model(folder, model)
+    def finish(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
+        """Analytic-DPM's "gamma"."""
+        assert isinstance(model, DiffusionPrior)
+        return {"gamma": diffusion_prior_gamma(model, examples)}
+
+    def save(self, model: nn.Module, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
+        save_model(folder, model, model.state_dict() | (statistics or {}))

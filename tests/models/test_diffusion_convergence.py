@@ -1,0 +1,101 @@
+"""Every sampler on Gaussian data whose score is known: the error falls with the steps at the sampler's order.
+
+With the best prediction a step is affine in x and in its noise. So the moments of the samples are not estimated from
+many of them: one row carries the mean, and one more for every dimension of the start and of each step's noise carries
+the deviation that it causes.
+"""
+
+from collections.abc import Callable
+from math import log2
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.diffusion.analytic import analytic_variance
+from models.diffusion.dpm_solver import dpm_solver
+from models.diffusion.samplers import ancestral, ddim
+from models.draw import Draw
+from tests.models.closed_form import Gaussian, anisotropic, even_log_snr
+from tests.models.mutations import fails_under
+
+STEPS = 769
+SCHEDULE = even_log_snr(STEPS)
+Sampler = Callable[[Gaussian, Tensor, Tensor, Draw], Tensor]
+
+
+class Deviations(Draw):
+    """The mean's row, then one row for each dimension of the start, then of each step's noise: 1 there, else 0."""
+
+    def __init__(self, steps: int, dimensions: int):
+        super().__init__([(0, 1 + dimensions * (1 + steps))])
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        first = 1 + shape[0] * (1 + int(purpose.removeprefix("step")))
+        noise = torch.zeros(self.rows, *shape, dtype=torch.float64)
+        noise[first : first + shape[0]] = torch.eye(shape[0], dtype=torch.float64)
+        return noise
+
+
+def moments(data: Gaussian, grid: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the samples, exactly, from x that is distributed as the noised data are."""
+    draw = Deviations(len(grid), len(data.mean))
+    mean, root = data.start(grid)
+    x = mean.repeat(draw.rows, 1)
+    x[1 : 1 + len(root)] += root
+    samples = sampler(data, x, grid, draw)
+    deviations = samples[1:] - samples[0]
+    return samples[0], deviations.T @ deviations
+
+
+def even(count: int) -> Tensor:
+    return torch.arange(0, STEPS, (STEPS - 1) // count).flip(0)
+
+
+def uneven(count: int) -> Tensor:
+    """Steps of one third and two thirds in turn, from the data."""
+    pair = 2 * (STEPS - 1) // count
+    start = torch.arange(0, STEPS, pair)
+    return torch.cat([start, start[:-1] + pair // 3]).sort().values.flip(0)
+
+
+def analytic(data: Gaussian, x: Tensor, grid: Tensor, draw: Draw) -> Tensor:
+    return ancestral(data, x, grid, SCHEDULE, draw, analytic_variance(data.gamma(), SCHEDULE, grid))
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ancestral, small": lambda data, x, grid, draw: ancestral(data, x, grid, SCHEDULE, draw, "small"),
+    "ancestral, learned": lambda data, x, grid, draw: ancestral(data, x, grid, SCHEDULE, draw, "learned"),
+    "ancestral, analytic": analytic,
+    "ddim, eta 0": lambda data, x, grid, draw: ddim(data, x, grid, SCHEDULE),
+    "ddim, eta 0.5": lambda data, x, grid, draw: ddim(data, x, grid, SCHEDULE, 0.5, draw),
+    "ddim, eta 1": lambda data, x, grid, draw: ddim(data, x, grid, SCHEDULE, 1.0, draw),
+    "dpm": lambda data, x, grid, draw: dpm_solver(data, x, grid, SCHEDULE),
+}
+
+
+@pytest.mark.parametrize("make_grid", [even, uneven])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_converges_at_its_order(name: str, make_grid: Callable[[int], Tensor]) -> None:
+    data = anisotropic(SCHEDULE, fraction=0.5)
+    errors = []
+    for count in (64, 128):
+        mean, covariance = moments(data, make_grid(count), SAMPLERS[name])
+        torch.testing.assert_close(mean, data.mean, atol=1e-8, rtol=0)
+        errors.append((covariance - data.covariance).norm().item())
+    assert errors[1] < 0.1
+    assert log2(errors[0] / errors[1]) == pytest.approx(2 if name == "dpm" else 1, abs=0.15)
+
+
+@fails_under(
+    (dpm_solver, "earlier is not None and previous[0] >= 0", "False"),
+    (dpm_solver, "h / (2 * h_before)", "h / (2 * h)"),
+    (dpm_solver, "x0, h\n", "x0, h_before if i > 1 else h\n"),
+)
+def test_dpm_solver_is_of_second_order_sample_by_sample_on_an_uneven_grid() -> None:
+    """Against the exact solution of the probability-flow ODE."""
+    data = anisotropic(SCHEDULE)
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = data.flow(x, SCHEDULE.alpha_bar[-1], torch.tensor(1.0, dtype=torch.float64))
+    errors = [(dpm_solver(data, x, uneven(n), SCHEDULE) - exact).norm().item() for n in (64, 128)]
+    assert log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.1)

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from models.diffusion.dpm_solver import dpm_solver
+from models.diffusion.process import Prediction, predict
+from models.diffusion.samplers import Denoise, ddim
+from models.diffusion.schedules import Schedule, fast27_grid, log_snr_grid, make_schedule, strided_grid
+from tests.models.closed_form import Mixture
+from tests.models.mutations import fails_under
+
+SCHEDULE = make_schedule("cosine", 1000)
+GRIDS = [strided_grid(1000, 25), fast27_grid(1000), log_snr_grid(SCHEDULE, 20), strided_grid(1000, 4)]
+FAULTS = (
+    (dpm_solver, "earlier is not None and previous[0] >= 0", "False"),
+    (dpm_solver, "h / (2 * h_before)", "h_before / (2 * h)"),
+    (dpm_solver, "earlier = x0, h", "earlier = x0, (h if earlier is None else earlier[1])"),
+    (dpm_solver, "(x0 - x0_before)", "(x0_before - x0)"),
+    (dpm_solver, "(1 - level_previous) / (1 - level)", "level_previous / level"),
+    (dpm_solver, "level_previous.sqrt() *", "level.sqrt() *"),
+)
+
+
+def data(x_t: Tensor, t: Tensor) -> Tensor:
+    """A fixed prediction of the data, [b, 3, 4, 4]."""
+    return torch.tanh(x_t + t.view(-1, 1, 1, 1) / 500)
+
+
+def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+    return predict("x0", data(x_t, t), x_t, SCHEDULE.at(t))
+
+
+def start(dtype: torch.dtype) -> Tensor:
+    return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def peer(grid: Tensor) -> DPMSolverMultistepScheduler:
+    """The scheduler of diffusers with our timesteps, and noise levels of float64 like ours."""
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", prediction_type="sample"
+    )
+    scheduler.set_timesteps(timesteps=grid.tolist())
+    level = SCHEDULE.at(grid)
+    scheduler.sigmas = torch.cat([((1 - level) / level).sqrt(), torch.zeros(1, dtype=torch.float64)])
+    return scheduler
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=len)
+@fails_under(*FAULTS)
+def test_every_step_equals_that_of_diffusers_in_float32(grid: Tensor) -> None:
+    """With their own choice of where a step is of lower order."""
+    scheduler, expected = peer(grid), start(torch.float32)
+    for t in grid:
+        expected = scheduler.step(data(expected, t.expand(2)), int(t), expected).prev_sample
+    ours = dpm_solver(denoise, start(torch.float32), grid, SCHEDULE)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=len)
+@fails_under(*FAULTS)
+def test_every_update_equals_that_of_diffusers_in_float64(grid: Tensor) -> None:
+    """Their ``step`` rounds to float32, so their updates are called one by one."""
+    scheduler, expected, seen = peer(grid), start(torch.float64), []
+    for i, t in enumerate(grid):
+        scheduler._step_index = i
+        seen.append(data(expected, t.expand(2)))
+        if i in (0, len(grid) - 1):
+            expected = scheduler.dpm_solver_first_order_update(seen[-1], sample=expected)
+        else:
+            expected = scheduler.multistep_dpm_solver_second_order_update(seen, sample=expected)
+    ours = dpm_solver(denoise, start(torch.float64), grid, SCHEDULE)
+    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
+
+
+def test_two_steps_are_those_of_ddim() -> None:
+    grid = strided_grid(1000, 2)
+    ours = dpm_solver(denoise, start(torch.float64), grid, SCHEDULE)
+    torch.testing.assert_close(ours, ddim(denoise, start(torch.float64), grid, SCHEDULE), atol=1e-10, rtol=0)
+
+
+def ring(schedule: Schedule) -> Mixture:
+    """Eight clusters on a circle."""
+    angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
+    return Mixture(schedule, torch.stack([angle.cos(), angle.sin()], dim=1), torch.full((8,), 0.15).double())
+
+
+def scattered(schedule: Schedule) -> Mixture:
+    """Six clusters of different sizes in 16 dimensions."""
+    g = torch.Generator().manual_seed(3)
+    means, stds = torch.randn(6, 16, generator=g).double() / 2, 0.15 + 0.2 * torch.rand(6, generator=g).double()
+    return Mixture(schedule, means, stds)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("make", [ring, scattered], ids=["ring", "scattered"])
+def test_25_steps_are_as_close_to_the_limit_as_100_of_ddim(make: type[Mixture], name: str) -> None:
+    """On data with several modes; DDIM's 1,000 steps from the same noise stand for the limit."""
+    schedule = make_schedule(name, 1000)
+    best: Denoise = make(schedule)
+    dimensions = 2 if make is ring else 16
+    noise = torch.randn(300, dimensions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    limit = ddim(best, noise, strided_grid(1000, 1000), schedule)
+
+    def distance(samples: Tensor) -> float:
+        return (samples - limit).square().mean().sqrt().item()
+
+    ours = distance(dpm_solver(best, noise, log_snr_grid(schedule, 25), schedule))
+    assert ours <= distance(ddim(best, noise, strided_grid(1000, 100), schedule))
+    assert ours < distance(ddim(best, noise, log_snr_grid(schedule, 25), schedule)) / 2
+    assert ours < distance(dpm_solver(best, noise, strided_grid(1000, 25), schedule)) / 2
+
+
+def test_every_step_is_reported_and_the_last_is_the_predicted_picture() -> None:
+    reported: list[tuple[int, Tensor]] = []
+    grid = strided_grid(1000, 4)
+    out = dpm_solver(denoise, start(torch.float64), grid, SCHEDULE, lambda i, x: reported.append((i, x)))
+    assert [i for i, _ in reported] == [1, 2, 3, 4]
+    assert torch.equal(reported[-1][1], out)
+    with pytest.raises(ValueError, match="falling order"):
+        dpm_solver(denoise, start(torch.float64), grid.flip(0), SCHEDULE)

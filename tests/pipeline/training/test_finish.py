@@ -1,0 +1,88 @@
+"""What is measured of a model before it is published, and what of that must never reach its training."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
+from models.diffusion_prior import diffusion_prior_gamma
+from models.folder import load_model
+from models.prior_configs import DiffusionPriorConfig
+from pipeline.artifacts import Artifact
+from pipeline.bundle import materialise
+from pipeline.graph import trajectory_key
+from pipeline.records import read_blob, read_record
+from pipeline.settings import TrainingSettings
+from pipeline.training import stage, world
+from pipeline.training.feed import Feed
+from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from pipeline.training.worker import Publisher
+from tests.pipeline.training.conftest import EMBED_DIM, World
+
+MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
+RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, precision="fp32", learning_rate=1e-3, model=MODEL)
+SETTINGS = TrainingSettings(threads=1, device="cpu", checkpoint_every_s=0.0, keep_checkpoints=9, milestones=(32,))
+
+
+def publisher(shared: World, recipe: DiffusionPriorRecipe, workers: int = 1) -> Publisher:
+    task = DiffusionPriorTask(recipe.model, EMBED_DIM)
+    ctx = shared.context("diffusion_prior", recipe, SETTINGS)
+    feed = Feed(ctx.store, ctx.inputs, task, recipe, 0, workers)
+    return Publisher(ctx, task, feed, world.World(size=workers))
+
+
+@pytest.fixture(scope="module")
+def trained(shared_world: World) -> Artifact:
+    return stage.run_diffusion_prior(shared_world.context("diffusion_prior", RECIPE, SETTINGS))
+
+
+def test_a_published_prior_has_the_gamma_of_its_averaged_weights(
+    shared_world: World, trained: Artifact, tmp_path: Path
+) -> None:
+    materialise(shared_world.store, trained.blobs, tmp_path)
+    model = load_model(tmp_path)
+    rows = publisher(shared_world, RECIPE)._examples(DiffusionPriorTask.finish_rows)
+    assert torch.equal(model.gamma, diffusion_prior_gamma(model, rows))
+
+
+def test_gamma_is_in_no_checkpoint_and_the_training_goes_on_after_a_milestone(
+    shared_world: World, trained: Artifact
+) -> None:
+    folder = f"checkpoints/{trajectory_key(shared_world.context('diffusion_prior', RECIPE, SETTINGS))}/"
+    records = [read_record(shared_world.store, entry.path) for entry in shared_world.store.list(f"{folder}0")]
+    assert {record["samples"] for record in records if record} == {16, 32, 48, 64}
+    for record in records:
+        assert record is not None
+        for name in ("model", "ema"):
+            assert "gamma" not in load(read_blob(shared_world.store, record["blobs"][name]))
+    assert trained.metrics["samples_seen"] == 64
+
+
+@pytest.mark.parametrize("batch", [16, 24, 160])
+def test_it_is_measured_on_different_training_rows_from_all_lanes(shared_world: World, batch: int) -> None:
+    """Whether the batch is smaller or larger than the number of rows."""
+    (rows, draw), *rest = publisher(shared_world, replace(RECIPE, batch=batch, samples=160))._examples(40)
+    assert not rest
+    assert draw.rows == 40
+    assert {name: len(column) for name, column in rows.items()} == dict.fromkeys(
+        ("tokens", "image_embedding", "text_embedding"), 40
+    )
+    splits = {e.image_embedding.astype(np.float32).tobytes(): e for e in shared_world.examples.values()}
+    found = [splits[embedding.numpy().tobytes()] for embedding in rows["image_embedding"]]
+    assert {example.split for example in found} == {"train"}
+    assert len({example.key for example in found}) >= 25  # of 58 that teach; a batch of 160 has most of them thrice
+    assert len({example.key[:8] for example in found}) == 4
+
+
+def test_workers_and_the_stop_do_not_change_what_it_is_measured_on(shared_world: World) -> None:
+    (rows, draw), *_ = publisher(shared_world, RECIPE)._examples(128)
+    for other in (publisher(shared_world, RECIPE, workers=2), publisher(shared_world, replace(RECIPE, samples=640))):
+        (again, again_draw), *_ = other._examples(128)
+        assert all(torch.equal(column, again[name]) for name, column in rows.items())
+        assert torch.equal(draw.normal("x", 3), again_draw.normal("x", 3))
+    (_, seeded), *_ = publisher(shared_world, replace(RECIPE, seed=1))._examples(128)
+    assert not torch.equal(draw.normal("x", 3), seeded.normal("x", 3))
