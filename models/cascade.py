@@ -1,37 +1,36 @@
-"""The whole generator: captions to image embeddings to pictures of 64, 256 and 1024 px.
+"""The whole generator: captions to image embeddings to pictures of 64, 256 and 1024 px, and changed pictures.
 
 Algorithm 2 of the specification (a prior draws several embeddings and keeps the best), then Algorithm 1 (the decoder
-and two upsamplers, each of which gets a slightly damaged picture, as in training).
+and two upsamplers, each of which gets a slightly damaged picture, as in training). Sections are those of Ramesh et
+al. 2022.
 """
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from models.ar_prior import ARPrior
 from models.ar_prior import sample as sample_codes
-from models.clip import Clip, tokenize
+from models.clip import Clip, check_captions, tokenize
 from models.codec import Codec
 from models.decoder import Decoder, decoder_denoise
-from models.diffusion.dpm_solver import dpm_solver
-from models.diffusion.samplers import Denoise, ancestral, ddim
-from models.diffusion.schedules import fast27_grid, log_snr_grid, make_schedule, strided_grid
-from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise, diffusion_prior_variance
+from models.diffusion.samplers import ddim_inversion
+from models.diffusion.schedules import make_schedule, strided_grid
+from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise
 from models.draw import Draw, derive_seed
 from models.folder import load_codec, load_model
-from models.pixels import to_uint8
-from models.sampling_config import SamplingConfig
+from models.manipulation import Inversion, check_embedding, first_components, slerp, text_difference
+from models.pixels import from_uint8, to_uint8
+from models.reverse import Progress, Reverse, ignore
+from models.sampling_config import SamplingConfig, change_sampling, read_sampling
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise
-
-SAMPLING_FILE = "sampling.json"
-
-Progress = Callable[[str, int, int], None]
-"""Called after every step with the stage's name, the number of steps done and the number of steps."""
+from models.view import view
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,6 @@ class Generation:
     def image(self) -> Tensor:
         """The largest pictures."""
         return self.images[max(self.images)]
-
-
-def ignore(stage: str, step: int, steps: int) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ class UnCLIP:
             clip=Clip.from_folder(folder / "clip").to(device),
             decoder=load_model(folder / "decoder", device),
             codec=codec,
-            sampling=read_sampling(folder / SAMPLING_FILE),
+            sampling=read_sampling(folder),
             **models,
         )
 
@@ -116,12 +111,12 @@ class UnCLIP:
 
         ``options`` replace single fields of ``sampling``. A picture depends on its caption, its seed and the options,
         and not on the rest of the batch beyond rounding. Stops at the last upsampler there is. Raises ValueError on
-        captions and seeds of different number, and on an option out of range.
+        captions and seeds of different number, a caption that is too long, and an option out of range.
         """
         if len(captions) != len(seeds) or not captions:
             raise ValueError(f"got {len(captions)} captions and {len(seeds)} seeds: give one seed for each caption")
         sampling = change_sampling(self.sampling, options)
-        tokens = tokenize(list(captions)).to(self.clip.mean.device)
+        tokens = self._tokens(captions)
         embedding = self.draw_embedding(tokens, seeds, sampling, progress)
         return self.decode(embedding, tokens, seeds, sampling, progress)
 
@@ -166,20 +161,28 @@ class UnCLIP:
         )
         return codec.decode(codes)
 
+    @torch.no_grad()
     def decode(
         self,
         embedding: Tensor,
-        tokens: Tensor,
+        tokens: Tensor | None,
         seeds: Sequence[int],
         sampling: SamplingConfig,
         progress: Progress = ignore,
+        noise: Tensor | None = None,
+        eta: float = 0.0,
     ) -> Generation:
-        """Algorithm 1: pictures of embeddings [b, d] and tokens [b, 77], a seed for each."""
+        """Algorithm 1: pictures of embeddings [b, d], of unit norm, and of tokens [b, 77] or no captions.
+
+        ``seeds`` are as many as embeddings. ``noise`` [b, 3, s, s] is the decoder's x_T in place of their own; ``eta``
+        belongs to its "ddim" sampler. Raises ValueError on embeddings that do not fit.
+        """
+        check_embedding(embedding, self.clip.embed_dim)
         draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in seeds], embedding.device)
         config = self.decoder.config
         denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance)
-        noise = draw.normal("x_T", 3, config.image_size, config.image_size)
-        run = Reverse("decoder", sampling.decoder_sampler, "learned", sampling.decoder_steps, progress)
+        noise = draw.normal("x_T", 3, config.image_size, config.image_size) if noise is None else noise
+        run = Reverse("decoder", sampling.decoder_sampler, "learned", sampling.decoder_steps, progress, eta)
         image = run(self.decoder, denoise, noise, draw)
         images = {config.image_size: image}
         for name in ("upsampler_256", "upsampler_1024"):
@@ -190,63 +193,131 @@ class UnCLIP:
             low = sampling_low(model.config, image.clamp(-1, 1), draw)
             noise = draw.normal("x_T", 3, model.config.image_size, model.config.image_size)
             run = Reverse(name, "ddim", "small", getattr(sampling, f"{name}_steps"), progress)
-            image = run(model, upsampler_denoise(model, low), noise, draw)
+            image = run(model, upsampler_denoise(model, low, sampling.tile), noise, draw)
             images[model.config.image_size] = image
         return Generation(embedding, {side: to_uint8(x).permute(0, 2, 3, 1).cpu() for side, x in images.items()})
 
+    @torch.no_grad()
+    def invert(
+        self,
+        pictures: Sequence[Image.Image],
+        captions: Sequence[str] | None = None,
+        progress: Progress = ignore,
+        **options: object,
+    ) -> Inversion:
+        """Section 3: the two latents of each picture, z_i by CLIP and x_T by DDIM inversion of the decoder.
 
-@dataclass(frozen=True)
-class Reverse:
-    """How one model's reverse diffusion runs.
-
-    ``sampler``: "ddpm", with the ``variance`` "small" or "learned"; "analytic", the same with the diffusion prior's
-    optimal variance; "ddim"; or "dpm", DPM-Solver++ on a grid of its own.
-    """
-
-    stage: str
-    sampler: str
-    variance: str
-    steps: int
-    progress: Progress
-
-    def __call__(
-        self, model: DiffusionPrior | Decoder | Upsampler, denoise: Denoise, noise: Tensor, draw: Draw
-    ) -> Tensor:
-        """From ``noise`` [b, ...] to a sample of the same shape."""
-        schedule = make_schedule(model.config.schedule, model.config.steps)
-        uneven = self.stage == "upsampler_256" and self.steps == 27
-        grid = fast27_grid(schedule.steps) if uneven else strided_grid(schedule.steps, self.steps)
+        ``captions`` tell the decoder what is in the pictures; they stay with the latents. Raises ValueError on another
+        number of captions than pictures.
+        """
+        sampling = self._manipulation(options)
+        if captions is not None and len(captions) != len(pictures):
+            raise ValueError(f"got {len(pictures)} pictures and {len(captions)} captions: give one for each")
+        device = self.clip.mean.device
+        tokens = None if captions is None else self._tokens(captions)
+        config = self.decoder.config
+        embedding, x0 = (
+            torch.from_numpy(np.stack([view(picture, side) for picture in pictures])).permute(0, 3, 1, 2).to(device)
+            for side in (self.clip.image_size, config.image_size)
+        )
+        embedding = self.clip.encode_image(embedding)
+        denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance)
+        schedule, steps = make_schedule(config.schedule, config.steps), sampling.decoder_steps
 
         def report(done: int, _: Tensor) -> None:
-            self.progress(self.stage, done, self.steps)
+            progress("inversion", done, steps)
 
-        if self.sampler == "dpm":
-            return dpm_solver(denoise, noise, log_snr_grid(schedule, self.steps), schedule, report)
-        if self.sampler == "ddim":
-            return ddim(denoise, noise, grid, schedule, callback=report)
-        variance: str | Tensor = self.variance
-        if self.sampler == "analytic" and isinstance(model, DiffusionPrior):
-            variance = diffusion_prior_variance(model, grid)
-        return ancestral(denoise, noise, grid, schedule, draw, variance, report)
+        grid = strided_grid(schedule.steps, steps)
+        return Inversion(embedding, ddim_inversion(denoise, from_uint8(x0), grid, schedule, report), tokens)
 
+    def reconstruct(
+        self, inversion: Inversion, seed: int = 0, progress: Progress = ignore, **options: object
+    ) -> Generation:
+        """Section 3: the pictures that these latents are of, by DDIM with eta 0. ``seed`` is the upsamplers'."""
+        return self.variations(inversion, [seed] * len(inversion), 0.0, progress, **options)
 
-def change_sampling(sampling: SamplingConfig, options: dict[str, object]) -> SamplingConfig:
-    """``sampling`` with some fields replaced. Raises ValueError on an unknown one or a value out of range."""
-    known = [known.name for known in fields(SamplingConfig)]
-    unknown = options.keys() - set(known)
-    if unknown:
-        raise ValueError(f"unknown sampling options {sorted(unknown)}: the known ones are {', '.join(known)}")
-    return replace(sampling, **options)  # type: ignore[arg-type]
+    def variations(
+        self,
+        inversion: Inversion,
+        seeds: Sequence[int],
+        eta: float = 1.0,
+        progress: Progress = ignore,
+        **options: object,
+    ) -> Generation:
+        """Section 3.1: other pictures of the same embedding, from the same x_T, by DDIM with ``eta`` above 0.
 
+        One picture becomes as many as there are seeds; several take a seed each. With eta 0 nothing changes, with 1
+        most does. Raises ValueError on an eta below 0.
+        """
+        if eta < 0:
+            raise ValueError(f"eta is {eta}: use 0 for the picture itself, up to 1 for variations")
+        many, sampling = inversion.repeated(len(seeds)), self._manipulation(options)
+        return self.decode(many.embedding, many.tokens, seeds, sampling, progress, many.noise, eta)
 
-def read_sampling(path: Path) -> SamplingConfig:
-    """The sampling defaults in a JSON file, or the class's own where there is none. Raises ValueError as above."""
-    if not path.is_file():
-        return SamplingConfig()
-    try:
-        options = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}): mend or delete it") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} holds no sampling options but {options!r}: mend or delete it")
-    return change_sampling(SamplingConfig(), options)
+    def interpolate(
+        self,
+        first: Inversion,
+        second: Inversion,
+        count: int,
+        seed: int = 0,
+        progress: Progress = ignore,
+        **options: object,
+    ) -> Generation:
+        """Section 3.2: ``count`` pictures from one to the other, both latents turned by spherical interpolation.
+
+        Captions are left out. Raises ValueError on a count below 2.
+        """
+        if count < 2:
+            raise ValueError(f"an interpolation takes 2 or more pictures, got {count}")
+        share = torch.linspace(0, 1, count, device=first.embedding.device)
+        a, b = first.repeated(count), second.repeated(count)
+        noise = slerp(a.noise, b.noise, share)
+        between = Inversion(slerp(a.embedding, b.embedding, share), noise)
+        return self.variations(between, [seed] * count, 0.0, progress, **options)
+
+    def text_difference(
+        self,
+        inversion: Inversion,
+        before: str,
+        after: str,
+        shares: Sequence[float],
+        seed: int = 0,
+        progress: Progress = ignore,
+        **options: object,
+    ) -> Generation:
+        """Section 3.3: the picture, its embedding turned by each of ``shares`` towards caption after minus before.
+
+        The paper goes up to 0.25 to 0.5. x_T stays, and captions are left out. Raises ValueError where both captions
+        mean the same.
+        """
+        text = self.clip.encode_text(self._tokens([before, after]))
+        towards = text_difference(text[:1], text[1:]).expand(len(shares), -1)
+        many = inversion.repeated(len(shares))
+        turned = slerp(many.embedding, towards, torch.tensor(list(shares), device=towards.device))
+        changed = Inversion(turned, many.noise)
+        return self.variations(changed, [seed] * len(shares), 0.0, progress, **options)
+
+    def principal_components(
+        self,
+        embedding: Tensor,
+        counts: Sequence[int],
+        seed: int = 0,
+        progress: Progress = ignore,
+        **options: object,
+    ) -> Generation:
+        """Section 4: what the first so many principal components of an embedding [1, d] say, drawn from one noise.
+
+        Raises ValueError without a codec, and on more components than it has.
+        """
+        if self.codec is None:
+            raise ValueError("this bundle has no codec, which holds the principal components: add one")
+        parts = torch.cat([first_components(self.codec, embedding, count) for count in counts])
+        return self.decode(parts, None, [seed] * len(counts), self._manipulation(options), progress)
+
+    def _manipulation(self, options: dict[str, object]) -> SamplingConfig:
+        """DDIM without guidance, which alone can be inverted, unless ``options`` ask for some."""
+        return replace(change_sampling(replace(self.sampling, decoder_guidance=0.0), options), decoder_sampler="ddim")
+
+    def _tokens(self, captions: Sequence[str]) -> Tensor:
+        check_captions(captions)
+        return tokenize(list(captions)).to(self.clip.mean.device)

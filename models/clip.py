@@ -5,7 +5,9 @@ tokens of CLIP's own BPE for every model; a CLIP with a shorter context cuts the
 """
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -33,6 +35,20 @@ def tokenize(captions: list[str]) -> Tensor:
     """Captions to int64 [b, 77]: start, at most 75 BPE tokens, end, then zeros. Longer captions are cut."""
     shortened = [" ".join(caption.split())[:CAPTION_CHARACTERS] for caption in captions]
     return open_clip.tokenize(shortened, context_length=CONTEXT)
+
+
+@cache
+def tokenizer() -> open_clip.SimpleTokenizer:
+    """CLIP's own BPE."""
+    return open_clip.SimpleTokenizer()
+
+
+def check_captions(captions: Sequence[str]) -> None:
+    """Raise ValueError for the first caption that ``tokenize`` would cut. For what is asked for, not for data."""
+    for i, caption in enumerate(captions, 1):
+        length = len(tokenizer().encode(caption[: 2 * CAPTION_CHARACTERS]))
+        if length > CONTEXT - 2:
+            raise ValueError(f"caption {i} has {length} tokens and CLIP reads {CONTEXT - 2}: shorten it")
 
 
 def cut_tokens(tokens: Tensor, context: int) -> Tensor:

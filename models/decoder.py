@@ -16,7 +16,7 @@ from models.diffusion.schedules import make_schedule
 from models.draw import Draw
 from models.image_configs import DecoderConfig
 from models.losses import Losses
-from models.nn.text_encoder import TextEncoder
+from models.nn.text_encoder import ClipTextEncoder, TextEncoder
 from models.nn.unet import UNet
 from models.pixels import from_uint8
 
@@ -26,25 +26,30 @@ CLIP_CONTEXT = 77
 
 class Condition(NamedTuple):
     """What the U-Net gets to know: a vector [b, embedding_width] added to the timestep embedding, and tokens
-    [b, n, text_width] to attend to."""
+    [b, n, context_width] to attend to where ``shown``, bool [b, n], is True (None: everywhere)."""
 
     added: Tensor
     context: Tensor
+    shown: Tensor | None = None
 
 
 class Decoder(nn.Module):
     """Predicts noise (or v) and variance of a noised picture.
 
-    The image embedding z has unit norm, as CLIP gives it, and is multiplied by sqrt(d) for unit variance. W z joins
-    the timestep embedding, and W' z makes ``clip_tokens`` tokens before the outputs of the decoder's own text
-    encoder, whose last output joins the timestep embedding as well (GLIDE). Dropout uses PyTorch's global generator.
+    The image embedding z has unit norm, as CLIP gives it, and is multiplied by ``scale``, by default sqrt(d) for unit
+    variance. W z joins the timestep embedding, and W' z makes ``clip_tokens`` tokens before the outputs of the
+    decoder's own text encoder, whose vector for the caption joins the timestep embedding as well (GLIDE). Dropout uses
+    PyTorch's global generator.
     """
 
     def __init__(self, config: DecoderConfig, embed_dim: int):
         super().__init__()
         self.config = config
         self.embed_dim = embed_dim
+        self.scale = config.embedding_norm or embed_dim**0.5
         sides = config.feature_sides()
+        clip = config.text_encoder == "clip"
+        context_width = config.context_width or config.text_width
         self.unet = UNet(
             in_channels=3 * config.patch**2,
             out_channels=6 * config.patch**2,
@@ -54,13 +59,19 @@ class Decoder(nn.Module):
             dropout=config.dropout,
             attention_levels=frozenset(sides.index(side) for side in config.attention_resolutions),
             head_channels=config.head_channels,
-            context_width=config.text_width,
+            context_width=context_width,
         )
         context = min(CLIP_CONTEXT, config.text_context)
-        self.text = TextEncoder(config.vocabulary, context, config.text_width, config.text_depth, config.text_heads)
-        self.text_to_time = nn.Linear(config.text_width, self.unet.embedding_width)
+        shape = (config.vocabulary, context, config.text_width, config.text_depth, config.text_heads)
+        self.text = ClipTextEncoder(*shape, embed_dim) if clip else TextEncoder(*shape)
+        self.text_to_time = nn.Linear(embed_dim if clip else config.text_width, self.unet.embedding_width)
         self.image_to_time = nn.Linear(embed_dim, self.unet.embedding_width)
-        self.image_to_tokens = nn.Linear(embed_dim, config.clip_tokens * config.text_width)
+        self.image_to_tokens = nn.Linear(embed_dim, config.clip_tokens * context_width)
+        self.text_to_context = (
+            nn.Sequential(nn.Linear(config.text_width, context_width), nn.LayerNorm(context_width))
+            if clip
+            else nn.Identity()
+        )
         self.null_image = nn.Parameter(torch.zeros(embed_dim), requires_grad=config.null_image == "learned")
 
     def condition(self, image_embedding: Tensor, tokens: Tensor, keep_image: Tensor, keep_text: Tensor) -> Condition:
@@ -68,15 +79,20 @@ class Decoder(nn.Module):
 
         It does not depend on the timestep, so a sampler calls it once.
         """
-        z = torch.where(keep_image[:, None], image_embedding * self.embed_dim**0.5, self.null_image)
-        states, pooled = self.text(tokens, keep_text)
+        z = torch.where(keep_image[:, None], image_embedding * self.scale, self.null_image)
+        text = self.text(tokens, keep_text)
         clip_tokens = self.image_to_tokens(z).unflatten(1, (self.config.clip_tokens, -1))
-        return Condition(self.image_to_time(z) + self.text_to_time(pooled), torch.cat([clip_tokens, states], dim=1))
+        shown = None if text.shown is None else F.pad(text.shown, (self.config.clip_tokens, 0), value=True)
+        return Condition(
+            self.image_to_time(z) + self.text_to_time(text.pooled),
+            torch.cat([clip_tokens, self.text_to_context(text.states)], dim=1),
+            shown,
+        )
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """[b, 3, s, s] at timesteps [b] to fp32 [b, 6, s, s]: prediction, then variance interpolation (-1 to 1)."""
         patches = F.pixel_unshuffle(x_t, self.config.patch)
-        output = self.unet(patches, t, condition.added, condition.context)
+        output = self.unet(patches, t, *condition)
         return F.pixel_shuffle(output, self.config.patch)
 
     def forward(
@@ -105,16 +121,20 @@ def decoder_loss(model: Decoder, batch: dict[str, Tensor], draw: Draw) -> Losses
     return Losses(mse + vb, {"mse": mse, "vb": vb})
 
 
-def decoder_denoise(model: Decoder, image_embedding: Tensor, tokens: Tensor, guidance: float) -> Denoise:
-    """What samplers need, for embeddings [b, d] and captions [b, 77]; ``guidance`` is w, 0 for none.
+def decoder_denoise(model: Decoder, image_embedding: Tensor, tokens: Tensor | None, guidance: float) -> Denoise:
+    """What samplers need, for embeddings [b, d] and captions [b, 77], or None for none; ``guidance`` is w, 0 for none.
 
     The empty condition drops both. x0 is clipped to [-1, 1].
     """
     schedule = make_schedule(model.config.schedule, model.config.steps)
-    keep = guidance_rows(len(tokens), guidance, tokens.device)
-    branches = len(keep) // len(tokens)
+    rows = len(image_embedding)
+    keep = guidance_rows(rows, guidance, image_embedding.device)
+    branches = len(keep) // rows
+    keep_text = keep if tokens is not None else torch.zeros_like(keep)
+    if tokens is None:
+        tokens = torch.zeros(rows, CLIP_CONTEXT, dtype=torch.int64, device=keep.device)
     with torch.no_grad():
-        condition = model.condition(image_embedding.repeat(branches, 1), tokens.repeat(branches, 1), keep, keep)
+        condition = model.condition(image_embedding.repeat(branches, 1), tokens.repeat(branches, 1), keep, keep_text)
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
         output = guided_output(lambda x, times: model.predict(x, times, condition), x_t, t, guidance)

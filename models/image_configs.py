@@ -46,6 +46,10 @@ class DecoderConfig:
     ``drop_image`` and ``drop_text`` are the shares of training rows without image embedding and without caption; a
     dropped embedding becomes zeros or a learned vector (``null_image``). ``prediction`` is what the network is asked
     for: the noise (eps), or v, which small models learn faster. The variance is always learned.
+
+    ``text_encoder`` "glide" is the paper's. "clip" is CLIP's causal one, as Karlo has: its outputs are projected to
+    ``context_width`` (0: ``text_width``), padding is hidden, and a dropped caption is an empty one. ``embedding_norm``
+    is the length that image embeddings are given; 0 is the square root of their dimension, for unit variance.
     """
 
     image_size: int = 64
@@ -68,6 +72,9 @@ class DecoderConfig:
     schedule: str = "cosine"
     steps: int = 1000
     prediction: str = "eps"
+    text_encoder: str = "glide"
+    context_width: int = 0
+    embedding_norm: float = 0.0
 
     def __post_init__(self) -> None:
         check_image_model(self.image_size, self.channels, self.depth, self.multipliers, self.patch, self.dropout)
@@ -94,6 +101,14 @@ class DecoderConfig:
             share = getattr(self, name)
             require(0 <= share <= 1, f"{name} is {share}: use a share from 0 to 1")
         require(self.null_image in ("zero", "learned"), f"null_image is {self.null_image!r}: use 'zero' or 'learned'")
+        require(self.text_encoder in ("glide", "clip"), f"text_encoder is {self.text_encoder!r}: use 'glide' or 'clip'")
+        require(
+            self.context_width == 0 or (self.context_width > 0 and self.text_encoder == "clip"),
+            f"context_width is {self.context_width}: use 0, or a positive width with text_encoder 'clip'",
+        )
+        require(
+            self.embedding_norm >= 0, f"embedding_norm is {self.embedding_norm}: use a length, or 0 for unit variance"
+        )
 
     def feature_sides(self) -> tuple[int, ...]:
         """The side of the U-Net's feature maps at each resolution, largest first."""
@@ -108,6 +123,9 @@ class UpsamplerConfig:
     in training, and, at its mild end, in sampling if ``corrupt_at_inference``: "blur" (Gaussian, kernel 3, sigma
     0.6), "bsr" (blind super-resolution: blurs, resampling, noise and JPEG) or "bsr_light" (the same, weaker).
     ``patch`` and ``prediction`` are as in the decoder.
+
+    Two options are Karlo's: the timestep embedding is added and does not scale and shift (``scale_shift`` false), and
+    a second U-Net of the same shape, ``last_unet``, takes timestep 0, the last step of sampling.
     """
 
     low_size: int = 64
@@ -123,6 +141,8 @@ class UpsamplerConfig:
     prediction: str = "eps"
     patch: int = 1
     corrupt_at_inference: bool = True
+    scale_shift: bool = True
+    last_unet: bool = False
 
     def __post_init__(self) -> None:
         require(

@@ -16,6 +16,8 @@ def to_uint8(image: Tensor) -> Tensor:
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Antialiased bicubic resize of [b, 3, h, w] to ``size`` (h, w), clamped to [-1, 1], fp32."""
+    """Antialiased bicubic resize of [b, 3, h, w] to ``size`` (h, w) if it has another, clamped to [-1, 1], fp32."""
+    if image.shape[2:] == size:
+        return image.float().clamp(-1, 1)
     resized = F.interpolate(image.float(), size, mode="bicubic", antialias=True, align_corners=False)
     return resized.clamp(-1, 1)

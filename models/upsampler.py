@@ -18,33 +18,45 @@ from models.image_configs import UpsamplerConfig
 from models.losses import Losses
 from models.nn.unet import UNet
 from models.pixels import from_uint8, resize
+from models.tiling import in_tiles
 
 
 class Upsampler(nn.Module):
     """Predicts noise (or v) of a noised picture of any size that the U-Net can halve often enough.
 
-    Dropout uses PyTorch's global generator.
+    ``last_unet``, where the configuration has one, takes the rows at timestep 0 (Karlo). Dropout uses PyTorch's global
+    generator.
     """
 
     def __init__(self, config: UpsamplerConfig):
         super().__init__()
         self.config = config
-        self.unet = UNet(
-            in_channels=6 * config.patch**2,
-            out_channels=3 * config.patch**2,
-            channels=config.channels,
-            depth=config.depth,
-            multipliers=config.multipliers,
-            dropout=config.dropout,
-        )
+
+        def unet() -> UNet:
+            return UNet(
+                in_channels=6 * config.patch**2,
+                out_channels=3 * config.patch**2,
+                channels=config.channels,
+                depth=config.depth,
+                multipliers=config.multipliers,
+                dropout=config.dropout,
+                scale_shift=config.scale_shift,
+            )
+
+        self.unet = unet()
+        self.last_unet = unet() if config.last_unet else None
 
     def forward(self, x_t: Tensor, t: Tensor, low: Tensor) -> Tensor:
         """x_t [b, 3, h, w] at timesteps [b], given the small picture ``low`` in [-1, 1], to fp32 [b, 3, h, w].
 
-        ``low`` is resized to h x w (antialiased bicubic) and put beside x_t as three more channels.
+        ``low`` is resized to h x w (antialiased bicubic), if need be, and put beside x_t as three more channels.
         """
         both = torch.cat([x_t, resize(low, (x_t.shape[2], x_t.shape[3]))], dim=1)
-        output = self.unet(F.pixel_unshuffle(both, self.config.patch), t)
+        patches = F.pixel_unshuffle(both, self.config.patch)
+        output = self.unet(patches, t)
+        # Training takes every parameter to every step, as training on several workers demands.
+        if self.last_unet is not None and (self.training or (t == 0).any()):
+            output = torch.where((t == 0).view(-1, 1, 1, 1), self.last_unet(patches, t), output)
         return F.pixel_shuffle(output, self.config.patch)
 
 
@@ -97,14 +109,24 @@ def upsampler_loss(model: Upsampler, batch: dict[str, Tensor], draw: Draw) -> Lo
     return Losses(mse, {"mse": mse})
 
 
-def upsampler_denoise(model: Upsampler, low: Tensor) -> Denoise:
-    """What samplers need, for small pictures [b, 3, s, s] in [-1, 1], as ``sampling_low`` makes them.
+def upsampler_denoise(model: Upsampler, low: Tensor, tile: int = 0) -> Denoise:
+    """What samplers need, for small pictures [b, 3, h, w] in [-1, 1], as ``sampling_low`` makes them.
 
-    x0 is clipped to [-1, 1].
+    x0 is clipped to [-1, 1]. With ``tile``, the network sees overlapping squares of so many pixels, one after the
+    other, so that memory is that of one. Raises ValueError on a tile that the network cannot halve often enough.
     """
     schedule = make_schedule(model.config.schedule, model.config.steps)
+    height, width = (side * model.config.scale for side in low.shape[2:])
+    whole = resize(low, (height, width))  # once, and not at the edges of every tile
+    multiple = model.config.patch * model.unet.multiple
+    if tile % multiple:
+        raise ValueError(f"tile is {tile}: this upsampler takes multiples of {multiple} px")
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-        return predict(model.config.prediction, model(x_t, t, low), x_t, schedule.at(t), clip=1.0)
+        if 0 < tile < min(height, width):
+            output = in_tiles(lambda x, condition: model(x, t, condition), x_t, whole, tile, multiple)
+        else:
+            output = model(x_t, t, whole)
+        return predict(model.config.prediction, output, x_t, schedule.at(t), clip=1.0)
 
     return denoise

@@ -1,12 +1,26 @@
-"""The text encoder that is trained inside the decoder (GLIDE, section 2.3)."""
+"""The text encoders that the decoder may have: GLIDE's (section 2.3) and CLIP's (Radford et al. 2021, section 2.4)."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
-from models.nn.transformer import CaptionEmbedding, Transformer
+from models.nn.transformer import CaptionEmbedding, Transformer, cut_captions, is_padding, quick_gelu
+
+
+class EncodedText(NamedTuple):
+    """One vector for each position, [b, context, width], and one for the caption, [b, d].
+
+    ``shown`` bool [b, context]: which positions may be attended to; None is all of them.
+    """
+
+    states: Tensor
+    pooled: Tensor
+    shown: Tensor | None
 
 
 class TextEncoder(nn.Module):
-    """BPE tokens to one vector for each position and one for the caption.
+    """GLIDE's: BPE tokens to vectors, trained inside the decoder.
 
     All positions see all, as in GLIDE. The caption's vector is the last position's output.
     """
@@ -17,10 +31,40 @@ class TextEncoder(nn.Module):
         self.embedding = CaptionEmbedding(vocabulary, context, width)
         self.transformer = Transformer(width, depth, heads, causal=False)
 
-    def forward(self, tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """``tokens`` int64 [b, context or more], the rest is cut; ``keep`` bool [b], False drops the caption.
-
-        Returns [b, context, width] and [b, width].
-        """
+    def forward(self, tokens: Tensor, keep: Tensor) -> EncodedText:
+        """``tokens`` int64 [b, context or more], the rest is cut; ``keep`` bool [b], False drops the caption."""
         states = self.transformer(self.embedding(tokens[:, : self.context], keep))
-        return states, states[:, -1]
+        return EncodedText(states, states[:, -1], None)
+
+
+class ClipTextEncoder(nn.Module):
+    """CLIP's: positions see those before them, and the caption's vector is projected from its end token's output.
+
+    That vector, of width ``embed_dim``, has no unit norm yet. A dropped caption is an empty one, and padding is not
+    shown, as in Karlo.
+    """
+
+    def __init__(self, vocabulary: int, context: int, width: int, depth: int, heads: int, embed_dim: int):
+        super().__init__()
+        self.start, self.end = vocabulary - 2, vocabulary - 1  # the last two tokens of CLIP's BPE
+        self.context = context
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.empty(context, width))
+        self.transformer = Transformer(width, depth, heads, causal=True, activation=quick_gelu)
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.token.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.01)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
+
+    def forward(self, tokens: Tensor, keep: Tensor) -> EncodedText:
+        """As ``TextEncoder``; the vector of a caption whose end is cut is its highest token's, as in CLIP.
+
+        Raises ValueError on fewer tokens than ``context``.
+        """
+        tokens = cut_captions(tokens, self.context)
+        empty = tokens.new_zeros(self.context)
+        empty[0], empty[1] = self.start, self.end
+        tokens = torch.where(keep[:, None], tokens, empty)
+        states = self.transformer(self.token(tokens) + self.position)
+        pooled = self.projection(states[torch.arange(len(tokens), device=tokens.device), tokens.argmax(1)])
+        return EncodedText(states, pooled, ~is_padding(tokens, self.end))

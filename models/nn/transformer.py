@@ -1,5 +1,7 @@
 """A pre-norm transformer with an optional key-value cache, and the embedding that feeds captions to it."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,16 +36,30 @@ def normal_linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
     return linear
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation x sigmoid(1.702 x) of GELU, with which OpenAI's CLIPs were trained."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the hidden layer is four times as wide.
 
     ``joining_std`` is the standard deviation of the weights that start a branch's way back into x.
     """
 
-    def __init__(self, width: int, heads: int, causal: bool, dropout: float, joining_std: float):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        causal: bool,
+        dropout: float,
+        joining_std: float,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ):
         super().__init__()
         self.heads = heads
         self.causal = causal
+        self.activation = activation
         self.norm_attention = nn.LayerNorm(width)
         self.qkv = normal_linear(width, 3 * width)
         self.attention_out = normal_linear(width, width, joining_std)
@@ -52,17 +68,22 @@ class Block(nn.Module):
         self.mlp_out = normal_linear(4 * width, width, joining_std)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention_out(self._attend(self.norm_attention(x), layer, cache)))
-        return x + self.dropout(self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x)))))
+    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None, shown: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attention_out(self._attend(self.norm_attention(x), layer, cache, shown)))
+        return x + self.dropout(self.mlp_out(self.activation(self.mlp_in(self.norm_mlp(x)))))
 
-    def _attend(self, x: Tensor, layer: int, cache: Cache | None) -> Tensor:
+    def _attend(self, x: Tensor, layer: int, cache: Cache | None, shown: Tensor | None) -> Tensor:
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             keys, values = cache.extend(layer, keys, values)
         # A single new position may see everything before it, so only a first call of several needs the mask.
         masked = self.causal and queries.shape[2] > 1
-        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=masked)
+        mask = None
+        if shown is not None:
+            mask = shown[:, None, None, :]
+            if masked:
+                mask = mask & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=masked and mask is None)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -75,18 +96,29 @@ class Transformer(nn.Module):
     global generator.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, causal: bool, dropout: float = 0.0):
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        causal: bool,
+        dropout: float = 0.0,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ):
         super().__init__()
         joining_std = 0.02 / (2 * depth) ** 0.5
-        self.blocks = nn.ModuleList(Block(width, heads, causal, dropout, joining_std) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, causal, dropout, joining_std, activation) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """Raises ValueError when several positions are added to a cache that already holds some."""
+    def forward(self, x: Tensor, cache: Cache | None = None, shown: Tensor | None = None) -> Tensor:
+        """``shown`` bool [b, n], without a cache: False hides a position from all others; position 0 must be shown.
+
+        Raises ValueError when several positions are added to a cache that already holds some.
+        """
         if cache is not None and cache.length > 0 and x.shape[1] != 1:
             raise ValueError(f"a filled cache takes one position at a time, got {x.shape[1]}")
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, cache)
+            x = block(x, layer, cache, shown)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
@@ -99,6 +131,13 @@ def is_padding(tokens: Tensor, end: int) -> Tensor:
     """
     ends = (tokens == end).long()
     return ends.cumsum(-1) - ends > 0
+
+
+def cut_captions(tokens: Tensor, context: int) -> Tensor:
+    """The first ``context`` of tokens [b, context or more]. Raises ValueError on fewer."""
+    if tokens.shape[1] < context:
+        raise ValueError(f"captions must have {context} tokens or more, got {tokens.shape[1]}: pad them")
+    return tokens[:, :context]
 
 
 class CaptionEmbedding(nn.Module):
@@ -122,8 +161,6 @@ class CaptionEmbedding(nn.Module):
     def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
         """``tokens`` int64 [b, context or more], ``keep`` bool [b]: False drops the caption. Raises ValueError on
         fewer tokens."""
-        if tokens.shape[1] < self.context:
-            raise ValueError(f"captions must have {self.context} tokens or more, got {tokens.shape[1]}: pad them")
-        tokens = tokens[:, : self.context]
+        tokens = cut_captions(tokens, self.context)
         shown = keep[:, None] & ~is_padding(tokens, self.end)
         return torch.where(shown[..., None], self.token(tokens) + self.position, self.padding)

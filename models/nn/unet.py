@@ -25,15 +25,25 @@ def zeroed(module: nn.Module) -> nn.Module:
 class ResBlock(nn.Module):
     """Two convolutions, between which the embedding scales and shifts.
 
-    ``resize`` "up" or "down" doubles or halves the side; "" keeps it.
+    Without ``scale_shift`` it is added instead, before the normalisation (DDPM). ``resize`` "up" or "down" doubles or
+    halves the side; "" keeps it.
     """
 
-    def __init__(self, channels: int, out_channels: int, embedding_width: int, dropout: float, resize: str = ""):
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        embedding_width: int,
+        dropout: float,
+        resize: str = "",
+        scale_shift: bool = True,
+    ):
         super().__init__()
         self.resize = resize
+        self.scale_shift = scale_shift
         self.norm_in = group_norm(channels)
         self.conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.modulation = nn.Linear(embedding_width, 2 * out_channels)
+        self.modulation = nn.Linear(embedding_width, (2 if scale_shift else 1) * out_channels)
         self.norm_out = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -42,9 +52,13 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self._resized(F.silu(self.norm_in(x)))
         h = self.conv_in(h)
-        scale, shift = self.modulation(F.silu(embedding))[..., None, None].chunk(2, dim=1)
-        h = F.silu(self.norm_out(h) * (1 + scale) + shift)
-        return self.skip(self._resized(x)) + self.conv_out(self.dropout(h))
+        modulation = self.modulation(F.silu(embedding))[..., None, None]
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = self.norm_out(h) * (1 + scale) + shift
+        else:
+            h = self.norm_out(h + modulation)
+        return self.skip(self._resized(x)) + self.conv_out(self.dropout(F.silu(h)))
 
     def _resized(self, x: Tensor) -> Tensor:
         if self.resize == "up":
@@ -63,12 +77,14 @@ class Attention(nn.Module):
         self.context_kv = nn.Linear(context_width, 2 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, shown: Tensor | None = None) -> Tensor:
+        """``shown`` bool [b, n]: False hides a token of ``context`` [b, n, context_width]."""
         pixels = self.norm(x).flatten(2).transpose(1, 2)
         queries, keys, values = (self._heads(part) for part in self.qkv(pixels).chunk(3, dim=-1))
         context_keys, context_values = (self._heads(part) for part in self.context_kv(context).chunk(2, dim=-1))
+        mask = None if shown is None else F.pad(shown, (0, pixels.shape[1]), value=True)[:, None, None]
         h = F.scaled_dot_product_attention(
-            queries, torch.cat([context_keys, keys], dim=2), torch.cat([context_values, values], dim=2)
+            queries, torch.cat([context_keys, keys], dim=2), torch.cat([context_values, values], dim=2), mask
         )
         h = self.out(h.transpose(1, 2).flatten(2))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
@@ -86,9 +102,9 @@ class Stage(nn.Module):
         self.resblock = resblock
         self.attention = attention
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, shown: Tensor | None = None) -> Tensor:
         x = self.resblock(x, embedding)
-        return x if self.attention is None else self.attention(x, context)
+        return x if self.attention is None else self.attention(x, context, shown)
 
 
 class UNet(nn.Module):
@@ -96,8 +112,9 @@ class UNet(nn.Module):
 
     ``depth`` residual blocks at each resolution, which has ``channels`` times its multiplier. ``attention_levels``
     are the resolutions, 0 the largest, that attend to themselves and to a context of ``context_width``; the middle
-    then does so too. With no attention levels there is no attention anywhere. The last convolution of every branch,
-    and of the network, starts at zero. The network's last layer is fp32 even under autocast, for the variance's sake.
+    then does so too. With no attention levels there is no attention anywhere. ``scale_shift`` is as in ``ResBlock``.
+    The last convolution of every branch, and of the network, starts at zero. The network's last layer is fp32 even
+    under autocast, for the variance's sake.
     """
 
     def __init__(
@@ -111,6 +128,7 @@ class UNet(nn.Module):
         attention_levels: frozenset[int] = frozenset(),
         head_channels: int = 64,
         context_width: int = 0,
+        scale_shift: bool = True,
     ):
         super().__init__()
         self.channels = channels
@@ -120,10 +138,10 @@ class UNet(nn.Module):
 
         def stage(width_in: int, width: int, attends: bool) -> Stage:
             attention = Attention(width, head_channels, context_width) if attends else None
-            return Stage(ResBlock(width_in, width, self.embedding_width, dropout), attention)
+            return Stage(ResBlock(width_in, width, self.embedding_width, dropout, "", scale_shift), attention)
 
         def resizing(width: int, resize: str) -> Stage:
-            return Stage(ResBlock(width, width, self.embedding_width, dropout, resize))
+            return Stage(ResBlock(width, width, self.embedding_width, dropout, resize, scale_shift))
 
         self.time = nn.Sequential(
             nn.Linear(channels, self.embedding_width),
@@ -151,9 +169,17 @@ class UNet(nn.Module):
         self.norm_out = group_norm(current)
         self.conv_out = zeroed(nn.Conv2d(current, out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, added: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        added: Tensor | None = None,
+        context: Tensor | None = None,
+        shown: Tensor | None = None,
+    ) -> Tensor:
         """``t`` [b] timesteps; ``added`` [b, embedding_width] joins the timestep embedding; ``context`` [b, n,
-        context_width] is attended to. Raises ValueError on a size that cannot be halved often enough."""
+        context_width] is attended to, but for tokens where ``shown``, bool [b, n], is False. Raises ValueError on a
+        size that cannot be halved often enough."""
         if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             raise ValueError(
                 f"this U-Net takes multiples of {self.multiple} pixels a side, got {x.shape[2]} x {x.shape[3]}"
@@ -164,14 +190,14 @@ class UNet(nn.Module):
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down:
-            x = stage(x, embedding, context)
+            x = stage(x, embedding, context, shown)
             skips.append(x)
         for stage in self.middle:
-            x = stage(x, embedding, context)
+            x = stage(x, embedding, context, shown)
         for stage in self.up:
             if stage.resblock.resize == "":
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, embedding, context)
+            x = stage(x, embedding, context, shown)
         # The meta device, where a network is only measured, knows no autocast.
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return self.conv_out(F.silu(self.norm_out(x.float())))

@@ -59,6 +59,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
     "run.pairs": {"default": PairsSettings},
     "run.embeddings": {"default": EmbeddingsSettings},
     "run.curation": {"default": ShardSettings},
+    "run.codec": {"default": ShardSettings},
     "Settings of trainings": {"default": TrainingSettings},
 }
 

@@ -102,8 +102,9 @@ def test_the_embedding_makes_four_tokens_before_the_caption_and_joins_the_timest
     z = batch["image_embedding"] * DIM**0.5
     torch.testing.assert_close(z.square().mean(1), torch.ones(2))
     tokens = (z @ model.image_to_tokens.weight.T + model.image_to_tokens.bias).reshape(2, 4, 32)
-    states, pooled = model.text(batch["tokens"], keep)
+    states, pooled, shown = model.text(batch["tokens"], keep)
     assert condition.context.shape == (2, 4 + 12, 32)
+    assert shown is condition.shown is None
     torch.testing.assert_close(condition.context, torch.cat([tokens, states], dim=1))
     torch.testing.assert_close(condition.added, model.image_to_time(z) + model.text_to_time(pooled))
 
@@ -115,6 +116,54 @@ def test_a_dropped_embedding_is_zeros_or_a_learned_vector(null_image: str) -> No
     assert model.null_image.any() == (null_image == "learned")
     null = batch | {"image_embedding": model.null_image.detach()[None] / DIM**0.5}
     torch.testing.assert_close(forward(model, batch, keep_image=False), forward(model, null), atol=1e-5, rtol=1e-5)
+
+
+CLIP_TEXT = {"text_encoder": "clip", "context_width": 24}
+
+
+def test_with_clips_text_encoder_padding_is_hidden_and_a_dropped_caption_is_an_empty_one() -> None:
+    model, batch = make(**CLIP_TEXT).eval(), make_batch(2)
+    longer = batch["tokens"].clone()
+    longer[:, 6:] = 17
+    torch.testing.assert_close(forward(model, batch), forward(model, batch | {"tokens": longer}), atol=1e-5, rtol=1e-5)
+    empty = torch.zeros(2, 77, dtype=torch.int64)
+    empty[:, 0], empty[:, 1] = 48, 49
+    dropped = forward(model, batch, keep_text=False)
+    assert torch.equal(dropped, forward(model, batch | {"tokens": empty}))
+    assert not torch.allclose(dropped, forward(model, batch), atol=1e-4)
+    with pytest.raises(ValueError, match="12 tokens or more, got 4"):
+        forward(model, batch | {"tokens": batch["tokens"][:, :4]})
+
+
+def test_with_clips_text_encoder_every_parameter_learns() -> None:
+    model, batch = make(**CLIP_TEXT, null_image="learned", drop_image=0.5), make_batch(4)
+    decoder_loss(model, batch, Draw([(0, 4)])).total.sum().backward()
+    unused = {"text.token.weight", "text.position"}  # rows of tokens and positions that no caption has
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.any() if name in unused else (parameter.grad != 0).float().mean() > 0.5, name
+
+
+def test_image_embeddings_get_the_length_that_is_configured() -> None:
+    model, batch, keep = make(embedding_norm=3.0), make_batch(2), torch.ones(2, dtype=torch.bool)
+    other = make()
+    expected = other.condition(batch["image_embedding"] * 3 / DIM**0.5, batch["tokens"], keep, keep)
+    condition = model.condition(batch["image_embedding"], batch["tokens"], keep, keep)
+    torch.testing.assert_close(condition.context, expected.context)
+    torch.testing.assert_close(condition.added, expected.added)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_encoder": "t5"}, "text_encoder is 't5': use 'glide' or 'clip'"),
+        ({"context_width": 24}, "context_width is 24: use 0, or a positive width with text_encoder 'clip'"),
+        ({"text_encoder": "clip", "context_width": -1}, "context_width is -1"),
+        ({"embedding_norm": -1.0}, "embedding_norm is -1.0: use a length"),
+    ],
+)
+def test_mistakes_in_the_text_encoder_and_the_length_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**change)
 
 
 def kept(model: Decoder, rows: int) -> Tensor:

@@ -1,8 +1,10 @@
+import open_clip
 import pytest
 import torch
 from torch import nn
 
-from models.nn.transformer import Block, Cache, CaptionEmbedding, Transformer, is_padding
+from models.nn.transformer import Block, Cache, CaptionEmbedding, Transformer, is_padding, quick_gelu
+from tests.models.mutations import fails_under
 
 
 def make(causal: bool) -> Transformer:
@@ -26,6 +28,44 @@ def test_a_block_equals_pytorchs_own_encoder_layer() -> None:
     x = torch.randn(3, 7, 32, dtype=torch.float64)
     mask = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
     torch.testing.assert_close(block(x), peer(x, mask), rtol=0, atol=1e-12)
+
+
+@fails_under(
+    (Block, "mask & torch.ones", "mask | torch.ones"),
+    (Block, "x.device).tril()", "x.device).triu()"),
+    (Block, "attn_mask=mask", "attn_mask=None"),
+)
+def test_a_masked_block_equals_pytorchs_own_attention() -> None:
+    torch.manual_seed(0)
+    block = Block(32, 4, causal=True, dropout=0.0, joining_std=0.02).double()
+    peer = nn.MultiheadAttention(32, 4, batch_first=True).double()
+    weights = {"in_proj_": block.qkv, "out_proj.": block.attention_out}
+    peer.load_state_dict({f"{name}{end}": getattr(m, end) for name, m in weights.items() for end in ("weight", "bias")})
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    shown = torch.tensor([[True, True, False, True, True], [True, False, False, False, True]])
+    future = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    expected, _ = peer(x, x, x, key_padding_mask=~shown, attn_mask=future)
+    ours = block.attention_out(block._attend(x, 0, None, shown))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@fails_under((quick_gelu, "torch.sigmoid(1.702 * x)", "torch.sigmoid(1.7 * x)"))
+def test_quick_gelu_is_open_clips() -> None:
+    x = torch.linspace(-8, 8, 101, dtype=torch.float64)
+    torch.testing.assert_close(quick_gelu(x), open_clip.transformer.QuickGELU()(x), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_hidden_positions_do_not_matter_to_the_others(causal: bool) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    shown = torch.ones(1, 9, dtype=torch.bool)
+    torch.testing.assert_close(make(causal)(x, shown=shown), make(causal)(x), rtol=0, atol=1e-12)
+    shown[:, [3, 6]] = False
+    changed = x.clone()
+    changed[:, 3] = torch.randn(32)
+    difference = (make(causal)(x, shown=shown) - make(causal)(changed, shown=shown)).abs().amax(-1)[0]
+    assert (difference > 0).tolist() == [i == 3 for i in range(9)]
 
 
 def test_causal_output_depends_on_nothing_to_its_right() -> None:

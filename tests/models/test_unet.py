@@ -66,8 +66,9 @@ def convert(ours: UNet, theirs: UNet2DModel) -> None:
             copy_block(stage.resblock, block)
 
 
-def test_the_network_without_attention_equals_diffusers() -> None:
-    ours = randomised(UNet(6, 3, channels=32, depth=2, multipliers=(1, 2, 3)))
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_the_network_without_attention_equals_diffusers(scale_shift: bool) -> None:
+    ours = randomised(UNet(6, 3, channels=32, depth=2, multipliers=(1, 2, 3), scale_shift=scale_shift))
     theirs = UNet2DModel(
         in_channels=6,
         out_channels=3,
@@ -76,7 +77,7 @@ def test_the_network_without_attention_equals_diffusers() -> None:
         down_block_types=("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "DownBlock2D"),
         up_block_types=("ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D", "UpBlock2D"),
         add_attention=False,
-        resnet_time_scale_shift="scale_shift",
+        resnet_time_scale_shift="scale_shift" if scale_shift else "default",
         flip_sin_to_cos=True,
         freq_shift=0,
     ).eval()
@@ -129,6 +130,19 @@ def test_the_order_of_context_tokens_does_not_matter_but_every_input_does() -> N
         torch.testing.assert_close(unet(x, t, added, context.flip(1)), out, atol=1e-4, rtol=1e-4)
         others = [unet(x, t + 50, added, context), unet(x, t, -added, context), unet(x, t, added, 9 * context)]
     assert all((other - out).abs().max() > 1e-3 for other in others)
+
+
+def test_hidden_tokens_are_as_good_as_absent() -> None:
+    unet = attentive()
+    x, t, context = normal(2, 4, 8, 8), torch.tensor([5, 50]), normal(2, 6, 7)
+    shown = torch.tensor([[True, False, True, True, False, False]]).expand(2, -1)
+    with torch.no_grad():
+        out = unet(x, t, None, context, shown)
+        torch.testing.assert_close(out, unet(x, t, None, context[:, [0, 2, 3]]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            unet(x, t, None, context, torch.ones_like(shown)), unet(x, t, None, context), atol=1e-5, rtol=1e-5
+        )
+        assert not torch.allclose(out, unet(x, t, None, 9 * context, shown), atol=1e-5)
 
 
 def test_it_starts_as_zero_and_has_attention_only_where_asked() -> None:

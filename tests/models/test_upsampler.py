@@ -117,6 +117,26 @@ def test_a_row_s_loss_does_not_depend_on_the_other_rows() -> None:
     torch.testing.assert_close(alone, together[[1]], atol=1e-5, rtol=1e-4)
 
 
+def test_a_second_network_takes_timestep_0_alone_and_training_reaches_it() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, last_unet=True, scale_shift=False)
+    model = Upsampler(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x_t, t, low = torch.randn(3, 3, 16, 16), torch.tensor([700, 0, 1]), torch.randn(3, 3, 4, 4).clamp(-1, 1)
+    both = torch.cat([x_t, resize(low, (16, 16))], dim=1)
+    with torch.no_grad():
+        expected = torch.where((t == 0).view(3, 1, 1, 1), model.last_unet(both, t), model.unet(both, t))
+        assert torch.equal(model.train()(x_t, t, low), expected)
+        assert torch.equal(model.eval()(x_t, t, low), expected)
+        assert torch.equal(model(x_t[:1], t[:1], low[:1]), model.unet(both[:1], t[:1]))
+    for step in (torch.tensor([700, 5, 1]), t):
+        model.train().zero_grad()
+        model(x_t, step, low).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        assert any(parameter.grad.any() for parameter in model.last_unet.parameters()) == (0 in step)
+
+
 def test_it_learns_to_sharpen() -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, image_size=32, low_size=8, crop=0.5)

@@ -69,6 +69,8 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "decoder.model.text_width": {"text_width": 66},
     "decoder.model.text_heads": {"text_heads": 4},
     "decoder.model.null_image": {"null_image": "learned"},
+    "decoder.model.text_encoder": {"text_encoder": "clip"},
+    "decoder.model.context_width": {"text_encoder": "clip", "context_width": 8},
     "decoder.model.drop_image": {"drop_image": 0.2},
     "decoder.model.drop_text": {"drop_text": 0.6},
     "upsampler_256.model.low_size": {"low_size": 128},

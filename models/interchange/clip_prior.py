@@ -1,0 +1,73 @@
+"""Karlo's diffusion prior: ours, but for how captions enter and how image embeddings are scaled."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.diffusion_prior import DiffusionPrior
+from models.nn.embedding import timestep_embedding
+from models.nn.text_encoder import ClipTextEncoder
+from models.nn.transformer import normal_linear
+from models.prior_configs import DiffusionPriorConfig, require
+
+
+@dataclass(frozen=True)
+class ClipPriorConfig(DiffusionPriorConfig):
+    """As ``DiffusionPriorConfig``, with the depth and heads of a CLIP's text encoder as wide as its embeddings.
+
+    ``scale`` is not used: embeddings are standardised instead.
+    """
+
+    text_depth: int = 12
+    text_heads: int = 12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.text_depth >= 1, f"text_depth is {self.text_depth}: use 1 or more layers")
+        require(self.text_heads >= 1, f"text_heads is {self.text_heads}: use a divisor of the embeddings' dimension")
+
+
+class ClipPrior(DiffusionPrior):
+    """A prior that reads captions through CLIP's text encoder and diffuses standardised image embeddings.
+
+    x = (CLIP's image embedding - ``mean``) / ``std``, [d] each. The embedding is not of unit norm before that. Padding
+    is hidden, and hidden text is the empty caption, whose own text embedding enters too.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ClipPriorConfig, embed_dim: int):
+        super().__init__(config, embed_dim)
+        self.text = ClipTextEncoder(
+            config.vocabulary, config.text_context, embed_dim, config.text_depth, config.text_heads, embed_dim
+        )
+        self.states_in = normal_linear(embed_dim, config.width)
+        self.position = nn.Parameter(torch.zeros(config.text_context + 4, config.width))
+        self.register_buffer("mean", torch.zeros(embed_dim))
+        self.register_buffer("std", torch.ones(embed_dim))
+        # The parent's own ways, which nothing may take by mistake.
+        del self.caption, self.null_embedding, self.scale
+
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
+        """The clean standardised embedding, fp32 [b, d].
+
+        As the parent's, but ``x_t`` [b, d] is standardised, and ``text_embedding`` is not used: the text encoder makes
+        it from ``tokens``, without unit norm.
+        """
+        dtype = self.query.dtype
+        text = self.text(tokens, keep_text)
+        step = self.timestep(timestep_embedding(t, self.config.width).to(dtype))
+        noised = self.noised_in(x_t.to(dtype))
+        embedding = self.embedding_in(text.pooled)
+        last = torch.stack([embedding, step, noised, self.query.expand_as(embedding)], dim=1)
+        sequence = torch.cat([self.states_in(text.states), last], dim=1) + self.position
+        out = self.transformer(sequence, shown=F.pad(text.shown, (0, 4), value=True))[:, -1]
+        with torch.autocast(out.device.type, enabled=False):
+            return self.out(out.to(dtype))
+
+    def image_embedding(self, samples: Tensor) -> Tensor:
+        """Unit-norm image embeddings of samples [b, d] of the diffusion."""
+        return F.normalize(samples * self.std + self.mean, dim=-1)

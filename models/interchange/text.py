@@ -1,0 +1,100 @@
+"""Our CLIP text encoder as transformers' CLIPTextModelWithProjection."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.interchange.files import CONFIG_FILE, Weights, check_config, read_json, read_weights, write_part
+from models.interchange.names import Table, pair, to_ours, to_theirs
+
+WEIGHTS_FILE = "model.safetensors"
+# What transformers leaves out of its file when it is so.
+DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-05,
+}
+
+
+def text_config(vocabulary: int, context: int, width: int, depth: int, heads: int, embed_dim: int) -> dict[str, Any]:
+    """config.json of the encoder in transformers."""
+    return {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "projection_dim": embed_dim,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "max_position_embeddings": context,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-05,
+        "attention_dropout": 0.0,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": 0,
+    }
+
+
+def read_text_config(folder: Path) -> dict[str, Any]:
+    """config.json of the encoder in ``folder``. Raises as ``read_json``, and ValueError if it is not CLIP's."""
+    found = DEFAULTS | read_json(folder / CONFIG_FILE)
+    expected = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-05, "intermediate_size": 4 * found["hidden_size"]}
+    check_config(folder / CONFIG_FILE, found, expected, found.keys() - expected.keys())
+    return found
+
+
+def text_table(depth: int) -> Table:
+    """Names of the tensors, but for the positions, which are a bare tensor here."""
+    table = [
+        pair("token", "text_model.embeddings.token_embedding"),
+        pair("transformer.norm", "text_model.final_layer_norm"),
+        pair("projection", "text_projection"),
+    ]
+    for layer in range(depth):
+        ours, theirs = f"transformer.blocks.{layer}", f"text_model.encoder.layers.{layer}"
+        table += [
+            pair(f"{ours}.norm_attention", f"{theirs}.layer_norm1"),
+            pair(f"{ours}.qkv", *(f"{theirs}.self_attn.{part}_proj" for part in "qkv")),
+            pair(f"{ours}.attention_out", f"{theirs}.self_attn.out_proj"),
+            pair(f"{ours}.norm_mlp", f"{theirs}.layer_norm2"),
+            pair(f"{ours}.mlp_in", f"{theirs}.mlp.fc1"),
+            pair(f"{ours}.mlp_out", f"{theirs}.mlp.fc2"),
+        ]
+    return table
+
+
+POSITION = "text_model.embeddings.position_embedding.weight"
+
+
+def write_text(folder: Path, config: dict[str, Any], weights: Weights) -> None:
+    """Write the encoder with the tensors ``weights``, which are emptied.
+
+    Raises ValueError if another encoder is there already: prior and decoder may share one, not replace it.
+    """
+    theirs = {POSITION: weights.pop("position")} | to_theirs(weights, text_table(config["num_hidden_layers"]))
+    if (folder / WEIGHTS_FILE).is_file():
+        there = read_weights(folder / WEIGHTS_FILE)
+        if there.keys() != theirs.keys() or not all(torch.equal(there[name], theirs[name]) for name in theirs):
+            raise ValueError(f"{folder} holds another text encoder: export this model into a folder of its own")
+        return
+    write_part(folder, config, theirs, WEIGHTS_FILE)
+
+
+def read_text(folder: Path, depth: int) -> Weights:
+    """The encoder's tensors, named as ours. Raises as ``read_weights``, and ValueError on unknown tensors."""
+    theirs = read_weights(folder / WEIGHTS_FILE)
+    theirs.pop("text_model.embeddings.position_ids", None)  # a constant that old versions saved
+    ours = {"position": theirs.pop(POSITION)} if POSITION in theirs else {}
+    ours |= to_ours(theirs, text_table(depth))
+    if theirs:
+        raise ValueError(f"{folder / WEIGHTS_FILE} does not fit: {sorted(theirs)[:3]} are unknown")
+    return ours

@@ -1,0 +1,150 @@
+"""Our U-Net as diffusers' UNet2DModel (without attention) or UNet2DConditionModel (with it)."""
+
+from typing import Any, NamedTuple
+
+from models.interchange.names import Table, pair
+
+IDLE = {"sample_size", "dropout", "downsample_padding", "downsample_type", "upsample_type", "num_train_timesteps"}
+"""Fields of both classes that change nothing in these networks, or are read elsewhere."""
+
+DOWN = {"Resnet": "ResnetDownsampleBlock2D", "SimpleCrossAttn": "SimpleCrossAttnDownBlock2D"}
+UP = {"Resnet": "ResnetUpsampleBlock2D", "SimpleCrossAttn": "SimpleCrossAttnUpBlock2D"}
+
+
+class Shape(NamedTuple):
+    """What a U-Net's tensors depend on; fields as in ``models.nn.unet.UNet``."""
+
+    in_channels: int
+    out_channels: int
+    channels: int
+    depth: int
+    multipliers: tuple[int, ...]
+    attention_levels: frozenset[int] = frozenset()
+    head_channels: int = 64
+    context_width: int = 0
+    scale_shift: bool = True
+
+
+def multipliers_of(widths: list[int]) -> tuple[int, ...]:
+    """Channel multipliers of ``block_out_channels``. Raises ValueError unless they are whole numbers."""
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"block_out_channels is {widths}: each must be a multiple of the first")
+    return tuple(width // widths[0] for width in widths)
+
+
+def attention_levels(config: dict[str, Any]) -> list[int]:
+    """The levels that attend, from config.json's down_block_types. Raises ValueError on other blocks than ours."""
+    kinds = config["down_block_types"]
+    if not set(kinds) <= set(DOWN.values()):
+        raise ValueError(f"down_block_types is {kinds}: only {' and '.join(DOWN.values())} are known")
+    return [level for level, kind in enumerate(kinds) if kind == DOWN["SimpleCrossAttn"]]
+
+
+def unet_config(shape: Shape, sample_size: int, dropout: float) -> dict[str, Any]:
+    """config.json of the same network in diffusers.
+
+    Raises ValueError if the width is no multiple of 32: diffusers normalises 32 groups everywhere, ours the most that
+    fit.
+    """
+    if shape.channels % 32:
+        raise ValueError(f"channels is {shape.channels}: only multiples of 32 can be exported to diffusers' layout")
+    levels = range(len(shape.multipliers))
+    kinds = ["SimpleCrossAttn" if level in shape.attention_levels else "Resnet" for level in levels]
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": sample_size,
+        "in_channels": shape.in_channels,
+        "out_channels": shape.out_channels,
+        "center_input_sample": False,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "time_embedding_type": "positional",
+        "down_block_types": [DOWN[kind] for kind in kinds],
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": [UP[kind] for kind in reversed(kinds)],
+        "block_out_channels": [shape.channels * multiplier for multiplier in shape.multipliers],
+        "layers_per_block": shape.depth,
+        "mid_block_scale_factor": 1,
+        "dropout": dropout,
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "norm_eps": 1e-05,
+        "resnet_time_scale_shift": "scale_shift" if shape.scale_shift else "default",
+        "class_embed_type": None,
+    }
+    if not shape.attention_levels:
+        return config | {"add_attention": False}
+    return config | {
+        "_class_name": "UNet2DConditionModel",
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "attention_head_dim": shape.head_channels,
+        "cross_attention_dim": shape.context_width,
+        "class_embed_type": "identity",
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "resnet_out_scale_factor": 1.0,
+    }
+
+
+def idle_fields(shape: Shape) -> set[str]:
+    """Fields of the class's config.json that need not be checked for a network of this shape."""
+    if not shape.attention_levels:
+        return IDLE | {"attention_head_dim"}
+    # Of blocks that these networks do not have.
+    return IDLE | {
+        "transformer_layers_per_block",
+        "addition_embed_type_num_heads",
+        "attention_type",
+        "use_linear_projection",
+        "upcast_attention",
+    }
+
+
+def unet_table(shape: Shape) -> Table:
+    """Names of all tensors, ours and theirs."""
+    table = [
+        pair("time.0", "time_embedding.linear_1"),
+        pair("time.2", "time_embedding.linear_2"),
+        pair("conv_in", "conv_in"),
+        pair("norm_out", "conv_norm_out"),
+        pair("conv_out", "conv_out"),
+        *_stage("middle.0", "mid_block", "resnets.0", "attentions.0"),
+        *_stage("middle.1", "mid_block", "resnets.1"),
+    ]
+    last = len(shape.multipliers) - 1
+    down, up = 0, 0
+    for block in range(last + 1):
+        for layer in range(shape.depth):
+            table += _stage(f"down.{down}", f"down_blocks.{block}", f"resnets.{layer}", f"attentions.{layer}")
+            down += 1
+        for layer in range(shape.depth + 1):
+            table += _stage(f"up.{up}", f"up_blocks.{block}", f"resnets.{layer}", f"attentions.{layer}")
+            up += 1
+        if block < last:
+            table += _stage(f"down.{down}", f"down_blocks.{block}", "downsamplers.0")
+            table += _stage(f"up.{up}", f"up_blocks.{block}", "upsamplers.0")
+            down, up = down + 1, up + 1
+    return table
+
+
+def _stage(ours: str, block: str, resnet: str, attention: str | None = None) -> Table:
+    """One residual block and the attention that may follow it."""
+    theirs = f"{block}.{resnet}"
+    table = [
+        pair(f"{ours}.resblock.norm_in", f"{theirs}.norm1"),
+        pair(f"{ours}.resblock.conv_in", f"{theirs}.conv1"),
+        pair(f"{ours}.resblock.modulation", f"{theirs}.time_emb_proj"),
+        pair(f"{ours}.resblock.norm_out", f"{theirs}.norm2"),
+        pair(f"{ours}.resblock.conv_out", f"{theirs}.conv2"),
+        pair(f"{ours}.resblock.skip", f"{theirs}.conv_shortcut"),
+    ]
+    if attention is None:
+        return table
+    theirs = f"{block}.{attention}"
+    return [
+        *table,
+        pair(f"{ours}.attention.norm", f"{theirs}.group_norm"),
+        pair(f"{ours}.attention.qkv", *(f"{theirs}.to_{part}" for part in "qkv")),
+        pair(f"{ours}.attention.context_kv", *(f"{theirs}.add_{part}_proj" for part in "kv")),
+        pair(f"{ours}.attention.out", f"{theirs}.to_out.0"),
+    ]

@@ -1,0 +1,154 @@
+"""What UnCLIP does with pictures: inversion, variations, interpolation, text differences, principal components."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.cascade import UnCLIP
+from models.clip import tokenize
+from models.decoder import Decoder
+from models.manipulation import Inversion, first_components
+from models.pixels import from_uint8
+from models.view import view
+from tests.models.test_cascade import DECODER, DIM, make
+
+
+def _picture(seed: int) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(60, 200, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((40, 40), Image.Resampling.BICUBIC)
+
+
+PICTURES = [_picture(0), _picture(1)]
+
+
+@pytest.fixture(scope="module")
+def unclip() -> UnCLIP:
+    """Its decoder predicts v with weights so small that the way from data to noise is smooth."""
+    whole: Any = make()
+    torch.manual_seed(1)
+    decoder = Decoder(replace(DECODER, prediction="v"), DIM)
+    for name, parameter in decoder.eval().named_parameters():
+        torch.nn.init.normal_(parameter, std=0.5 if name.startswith("text") else 0.05)
+    return replace(whole, decoder=decoder)
+
+
+def _distance(unclip: UnCLIP, inversion: Inversion, steps: int) -> float:
+    """From the pictures to what their latents become, as a mean over pixels in [-1, 1]."""
+    drawn = unclip.reconstruct(inversion, decoder_steps=steps, size=64).images[16]
+    truth = np.stack([view(p, 16) for p in PICTURES])
+    return float((drawn.float() - torch.from_numpy(truth).float()).abs().mean() / 127.5)
+
+
+def test_a_picture_becomes_its_latents_and_they_the_picture(unclip: UnCLIP) -> None:
+    error = {}
+    for steps in (10, 100, 500):
+        inversion = unclip.invert(PICTURES, decoder_steps=steps)
+        assert inversion.noise.shape == (2, 3, 16, 16)
+        error[steps] = _distance(unclip, inversion, steps)
+    assert error[500] < error[100] < error[10]
+    assert error[500] < 0.01
+    pixels = torch.from_numpy(np.stack([view(p, 32) for p in PICTURES])).permute(0, 3, 1, 2)
+    torch.testing.assert_close(inversion.embedding, unclip.clip.encode_image(pixels))
+
+
+def test_the_caption_of_an_inversion_is_the_one_it_is_drawn_with(unclip: UnCLIP) -> None:
+    plain, told = unclip.invert(PICTURES), unclip.invert(PICTURES, ["a red fox", "a blue house"])
+    assert plain.tokens is None
+    assert told.tokens is not None
+    assert torch.equal(told.tokens, tokenize(["a red fox", "a blue house"]))
+    assert not torch.equal(plain.noise, told.noise)
+    with_caption = unclip.reconstruct(told).images[16]
+    assert not torch.equal(with_caption, unclip.reconstruct(replace(told, tokens=None)).images[16])
+    with pytest.raises(ValueError, match="got 2 pictures and 1 captions"):
+        unclip.invert(PICTURES, ["one"])
+
+
+def test_variations_keep_the_embedding_and_differ_by_seed_and_eta(unclip: UnCLIP) -> None:
+    one = unclip.invert(PICTURES[:1], decoder_steps=50)
+    drawn = unclip.variations(one, [1, 2, 1], decoder_steps=50, size=64)
+    assert torch.equal(drawn.embedding, one.embedding.expand(3, -1))
+    assert not torch.equal(drawn.images[16][0], drawn.images[16][1])
+    assert torch.equal(drawn.images[16][0], drawn.images[16][2])
+    still = unclip.variations(one, [1], eta=0.0, decoder_steps=50, size=64).images[16]
+    truth = torch.tensor(view(PICTURES[0], 16)).float()
+
+    def far(image: torch.Tensor) -> float:
+        return float((image.float() - truth).abs().mean())
+
+    little = unclip.variations(one, [1], eta=0.3, decoder_steps=50, size=64).images[16]
+    assert torch.equal(still, unclip.reconstruct(one, decoder_steps=50, size=64).images[16])
+    assert far(still[0]) < far(little[0]) < far(drawn.images[16][0])
+    with pytest.raises(ValueError, match=r"eta is -0\.1"):
+        unclip.variations(one, [1], eta=-0.1)
+
+
+def test_an_interpolation_begins_at_one_picture_and_ends_at_the_other(unclip: UnCLIP) -> None:
+    a, b = (unclip.invert([p]) for p in PICTURES)
+    strip = unclip.interpolate(a, b, 5, seed=3, size=64)
+    assert len(strip.images[16]) == len(strip.embedding) == 5
+    for end, latents in ((0, a), (4, b)):
+        torch.testing.assert_close(strip.embedding[end], latents.embedding[0])
+        alone = unclip.reconstruct(latents, seed=3, size=64).images[16][0]
+        assert (strip.images[16][end].int() - alone.int()).abs().max() <= 1
+    torch.testing.assert_close(strip.embedding.norm(dim=1), torch.ones(5))
+    along = strip.embedding @ b.embedding[0]
+    assert (along.diff() > 0).all()
+    with pytest.raises(ValueError, match="an interpolation takes 2 or more pictures, got 1"):
+        unclip.interpolate(a, b, 1)
+
+
+def test_a_text_difference_turns_the_embedding_towards_the_new_caption(unclip: UnCLIP) -> None:
+    one = unclip.invert(PICTURES[:1])
+    strip = unclip.text_difference(one, "a cat", "an anime drawing of a supersaiyan cat", [0.0, 0.25, 0.5], size=64)
+    torch.testing.assert_close(strip.embedding[0], one.embedding[0])
+    before, after = unclip.clip.encode_text(tokenize(["a cat", "an anime drawing of a supersaiyan cat"]))
+    along = strip.embedding @ (after - before)
+    assert (along.diff() > 0).all()
+    assert len(strip.images[64]) == 3
+    with pytest.raises(ValueError, match="both captions have the same embedding"):
+        unclip.text_difference(one, "a cat", "a cat", [0.5])
+
+
+def test_principal_components_are_drawn_from_one_noise(unclip: UnCLIP) -> None:
+    embedding = unclip.invert(PICTURES[:1]).embedding
+    assert unclip.codec is not None
+    swept = unclip.principal_components(embedding, [0, 2, 4], seed=7, size=64)
+    expected = torch.cat([first_components(unclip.codec, embedding, n) for n in (0, 2, 4)])
+    torch.testing.assert_close(swept.embedding, expected)
+    again = unclip.principal_components(embedding, [2], seed=7, size=64)
+    assert (again.images[16][0].int() - swept.images[16][1].int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="cannot keep 5 principal components"):
+        unclip.principal_components(embedding, [5])
+    with pytest.raises(ValueError, match="this bundle has no codec"):
+        replace(unclip, ar_prior=None, codec=None).principal_components(embedding, [1])
+
+
+@pytest.mark.parametrize(
+    ("embedding", "message"),
+    [
+        (torch.ones(1, DIM + 1), rf"embeddings have shape \(1, {DIM + 1}\), this bundle's CLIP makes \[b, {DIM}\]"),
+        (torch.full((1, DIM), float("nan")), "embeddings hold values that are no numbers"),
+        (torch.ones(1, DIM), "embeddings have norms from 4 to 4: normalise them to 1"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_refused(unclip: UnCLIP, embedding: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unclip.decode(embedding, None, [0], unclip.sampling)
+
+
+def test_captions_that_would_be_cut_are_refused(unclip: UnCLIP) -> None:
+    unclip.generate(["a " * 75], [0], size=64)
+    with pytest.raises(ValueError, match="caption 2 has 76 tokens and CLIP reads 75: shorten it"):
+        unclip.generate(["a cat", "a " * 76], [0, 1], size=64)
+
+
+def test_without_a_caption_the_decoder_draws_from_the_embedding_alone(unclip: UnCLIP) -> None:
+    embedding = unclip.invert(PICTURES[:1]).embedding
+    tokens = tokenize(["a cat"])
+    without, with_one = (unclip.decode(embedding, t, [0], unclip.sampling).images[16] for t in (None, tokens))
+    assert not torch.equal(without, with_one)
+    assert from_uint8(without).isfinite().all()
