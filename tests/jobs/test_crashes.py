@@ -42,7 +42,7 @@ IN_DATA = (
 IN_TRAINING = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact")
 # Those of them that are passed in Ray's workers. The rest, pin and report, are the driver's own.
 IN_SHARD_WORKERS = ("blob.created", "shard.before_record", "shard.after_record")
-IN_TRAIN_WORKERS = ("blob.created", *IN_TRAINING, "artifact.before_record", "artifact.after_record")
+IN_TRAIN_WORKERS = ("blob.created", *IN_TRAINING, "artifact.before_record", "artifact.after_record")  # three and three
 
 
 def test_every_crash_point_is_tested() -> None:
@@ -107,28 +107,36 @@ class Kills:
         return all((self.folder / point).exists() for point in self.points)
 
 
-@pytest.mark.parametrize("stage", ["pairs", "embeddings", "curation", "codec"])
+SLOW = pytest.mark.slow  # the same code as for pairs, and half a minute each
+
+
+@pytest.mark.parametrize(
+    "stage", ["pairs", "codec", pytest.param("embeddings", marks=SLOW), pytest.param("curation", marks=SLOW)]
+)
 def test_killed_ray_workers_are_replaced(stage: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     store = copy(undisturbed.data, tmp_path)
     forget(store, stage)
     kills = Kills(tmp_path, IN_SHARD_WORKERS)
     config = undisturbed.config(tmp_path, **{stage: {"workers": 1}})
-    done(unclip("run", config, "--until", "codec", env=kills.environment))
+    done(unclip("run", config, "--until", "codec", env=kills.environment, timeout=400))
     assert kills.all_happened()
     assert_sound(store)
     assert_each_shard_once(store, undisturbed.data)
     assert data_blobs(store) == data_blobs(undisturbed.data)
 
 
-def test_a_killed_ray_trainer_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Killed at every point that a training's worker passes, all in one run."""
+@pytest.mark.parametrize(("points", "reached"), [(IN_TRAIN_WORKERS[:3], 8), (IN_TRAIN_WORKERS[3:], 48)])
+def test_a_killed_ray_trainer_goes_on(
+    points: tuple[str, ...], reached: int, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     store = copy(undisturbed.data, tmp_path)
-    kills = Kills(tmp_path, IN_TRAIN_WORKERS)
+    kills = Kills(tmp_path, points)
     settings = {"workers": 1, "threads": 1, "checkpoint_every_s": 0}
-    run = unclip("run", undisturbed.config(tmp_path, decoder=settings), "--until", "decoder", env=kills.environment)
+    config = undisturbed.config(tmp_path, decoder=settings)
+    run = unclip("run", config, "--until", "decoder", env=kills.environment, timeout=500)
     assert "decoder done" in done(run)
     assert kills.all_happened()
-    assert "resuming decoder at sample 8\n" in run.stderr
+    assert f"resuming decoder at sample {reached}\n" in run.stderr
     assert_sound(store)
     assert keys(store) == keys(undisturbed.trained)
     ours, theirs = (
