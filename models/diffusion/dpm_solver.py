@@ -21,7 +21,7 @@ def dpm_solver(
     """
     x = noise
     earlier: tuple[Tensor, Tensor] | None = None  # the last prediction and step
-    for i, t, previous in grid_steps(grid, noise):
+    for i, t, previous in grid_steps(grid, schedule, noise):
         x0 = denoise(x, t).x0
         level, level_previous = schedule.at(t), schedule.at(previous)
         h = (torch.logit(level_previous) - torch.logit(level)) / 2

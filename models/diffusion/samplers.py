@@ -20,13 +20,15 @@ Callback = Callable[[int, Tensor], None]
 """Called after every step with the number of steps done and the current estimate of the clean data."""
 
 
-def grid_steps(grid: Tensor, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def grid_steps(grid: Tensor, schedule: Schedule, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(number of the step, t [b], previous t [b]) down the grid, int64; the last previous t is -1, the data.
 
-    Raises ValueError on a grid that does not fall.
+    Raises ValueError on a grid that does not fall, or begins beyond the schedule.
     """
     if grid.ndim != 1 or len(grid) == 0 or (grid.diff() >= 0).any() or grid[-1] < 0:
         raise ValueError("a sampling grid must hold timesteps in falling order, down to 0 or more")
+    if grid[0] >= schedule.steps:
+        raise ValueError(f"timestep {int(grid[0])} is beyond the schedule: it has {schedule.steps}, counted from 0")
     visited = grid.tolist()
     for i, (t, previous) in enumerate(zip(visited, [*visited[1:], -1], strict=True)):
         rows = torch.ones(len(x), dtype=torch.int64, device=x.device)
@@ -50,7 +52,7 @@ def ancestral(
     another variance, a grid that does not fall, or a learned variance that the prediction lacks.
     """
     x = noise
-    for i, t, previous in grid_steps(grid, noise):
+    for i, t, previous in grid_steps(grid, schedule, noise):
         prediction = denoise(x, t)
         level, level_previous = schedule.at(t), schedule.at(previous)
         x = posterior_mean(prediction.x0, x, level, level_previous)
@@ -87,7 +89,7 @@ def ddim(
     if eta > 0 and draw is None:
         raise ValueError(f"DDIM with eta {eta} adds noise: pass a draw, or use eta 0")
     x = noise
-    for i, t, previous in grid_steps(grid, noise):
+    for i, t, previous in grid_steps(grid, schedule, noise):
         prediction = denoise(x, t)
         level, level_previous = schedule.at(t), schedule.at(previous)
         added = eta**2 * posterior_variance(level, level_previous)
@@ -111,7 +113,7 @@ def ddim_inversion(
     the grid. Inverse up to an error of first order in the steps. Raises ValueError on a grid that does not fall.
     """
     x = x0
-    for i, (_, t, previous) in enumerate(reversed(list(grid_steps(grid, x0)))):
+    for i, (_, t, previous) in enumerate(reversed(list(grid_steps(grid, schedule, x0)))):
         prediction = denoise(x, t if i == 0 else previous)
         estimate = x if i == 0 else prediction.x0
         level = schedule.at(t)

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.clip import Clip, augment, clip_loss, cut_tokens, tokenize
 from models.draw import Draw
 from models.prior_configs import ClipConfig
+from tests.models.mutations import fails_under
 
 VIT = ClipConfig(
     embed_dim=24, image_size=32, layers=(1,), width=32, patch=16, text_width=16, text_layers=1, text_heads=2,
@@ -56,6 +57,12 @@ def test_cut_tokens_equal_those_made_shorter() -> None:
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+@fails_under(
+    (Clip.encode_image, "images / 255", "images / 256"),
+    (Clip.encode_pixels, "- self.mean", "+ self.mean"),
+    (Clip.encode_pixels, "/ self.std", "* self.std"),
+    (cut_tokens, "cut[:, :-1]", "cut[:, 1:]"),
+)
 def test_embeddings_equal_open_clips_and_have_norm_one(config: ClipConfig) -> None:
     clip = Clip.build(config, seed=0).eval()
     preprocess = open_clip.image_transform(32, is_train=False)
@@ -158,6 +165,11 @@ def test_named_weights(tmp_path: Path) -> None:
         Clip.pretrained("ViT-Z", "openai")
 
 
+@fails_under(
+    (clip_loss, "cross_entropy(logits.T, labels", "cross_entropy(logits, labels"),
+    (clip_loss, "clamp(max=100)", "clamp(max=1)"),
+    (clip_loss, "torch.arange(len(logits)", "torch.zeros(len(logits), dtype=torch.int64"),
+)
 def test_loss_equals_open_clips() -> None:
     clip = Clip.build(VIT, seed=0)
     batch = {"image": views(), "tokens": tokenize(["a cat", "a dog", "a fox", "an owl"])}

@@ -187,6 +187,8 @@ def test_a_wrong_use_of_a_sampler_is_refused() -> None:
     grid, draw = strided_grid(1000, 4), Draw([(0, 2)])
     with pytest.raises(ValueError, match="falling order"):
         ddim(denoise_network(), start(), grid.flip(0), SCHEDULE)
+    with pytest.raises(ValueError, match="timestep 1000 is beyond the schedule: it has 1000"):
+        ddim(denoise_network(), start(), grid + 1, SCHEDULE)
     with pytest.raises(ValueError, match="pass a draw"):
         ddim(denoise_network(), start(), grid, SCHEDULE, eta=0.5)
     with pytest.raises(ValueError, match="'huge'"):
