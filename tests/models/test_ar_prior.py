@@ -87,7 +87,7 @@ def test_hidden_text_hides_caption_and_text_embedding_but_not_the_dot_product() 
 @fails_under(
     (Cache.extend, "self.length : stop] = new", "self.length : stop] = -new"),
     (sample, "x + model.position", "x - model.position"),
-    (sample, "model.code(codes[-1]", "model.code(codes[0]"),
+    (sample, "x = model.code(", "x = -model.code("),
     (sample, "logits / temperature", "logits"),
     (sample, "uniform[:, i]", "uniform[:, 0]"),
 )
