@@ -2,23 +2,27 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12)
 BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
+BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver tiny variants
 
-.PHONY: help test test-slow check format peek demo clean
+.PHONY: help test test-slow check bench format peek demo clean
 
 help:
 	@echo "make peek    the whole chain at nano size: pictures over HTTP to a 1024 px image, in minutes"
 	@echo "make demo    the emoji set at tiny size"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
+	@echo "make bench   what the models cost against peers and bounds, in about half an hour on an idle machine"
 
 ifeq ($(PYTHON),)
 .venv/ready:
 	@echo "Python 3.11 or 3.12 is needed and neither is on PATH. On Debian or Ubuntu: apt-get install python3.11-venv; elsewhere: uv python install 3.11"
 	@exit 1
 else
+# bsrgan, a peer of tests and benchmarks, without its requirements: one would replace OpenCV by another build of it.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[demo,dev,reference]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps bsrgan==0.1.5
 	@touch .venv/ready
 endif
 
@@ -32,6 +36,9 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: .venv/ready
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 format: .venv/ready
 	$(BIN)/ruff format .

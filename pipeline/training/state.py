@@ -76,7 +76,7 @@ def make_optimizer(model: nn.Module, recipe: TrainingRecipe) -> AdamW:
     chosen = {id(p) for p in decayed}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps)
+    return AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps, fused=True)
 
 
 def learning_rate(recipe: TrainingRecipe, samples: int) -> float:

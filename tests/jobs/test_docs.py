@@ -80,6 +80,7 @@ TESTED = {
     "make test": "continuous integration",
     "make check": "continuous integration",
     "make test-slow": "a release check",
+    "make bench": "a release check: tests/test_benchmarks.py runs every script of it at small sizes",
     "ray job submit": "tests/jobs/test_chain.py::test_through_a_ray_job_the_keys_and_data_blobs_are_the_same",
 }
 

@@ -1,0 +1,1 @@
+"""What the models cost, as ratios to a peer or a bound; see docs/benchmarks.md."""

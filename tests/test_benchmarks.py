@@ -1,0 +1,76 @@
+"""Every benchmark runs to its end at small sizes. What it finds there means nothing and is not looked at."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.timing import interleave, memory_of, ratio
+
+ROOT = Path(__file__).parents[1]
+KEYS = {
+    "ar_sampling": {"recompute_over_cached"},
+    "diffusion_prior_step": {"ours_over_diffusers"},
+    "unet_step": {
+        f"{model}_{mode}_{what}"
+        for model in ("decoder", "upsampler")
+        for mode in ("training", "sampling")
+        for what in ("time", "memory")
+    },
+    "bsr": {"bsrgan_over_ours"},
+    "dpm_solver": {"mixture_cosine", "mixture_linear", "decoder_guidance_0", "decoder_guidance_1"},
+    "tiny": {
+        "training_time_over_bound",
+        "target_over_images_per_second",
+        "upsampling_seconds_over_target",
+        "caption_seconds_over_target",
+    },
+    "variants": {"channels_last", "math_attention", "single_adamw", "foreach_adamw", "few_tokens", "distinct_captions"},
+}
+
+
+SLOW = {"unet_step", "bsr", "variants", "tiny"}  # a quarter of a minute each
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in KEYS])
+def test_the_last_line_is_the_ratios(name: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--rounds", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    ratios = json.loads(run.stdout.splitlines()[-1])
+    assert ratios.keys() == KEYS[name]
+    assert all(math.isfinite(value) and value > 0 for value in ratios.values())
+
+
+def test_rounds_run_every_case_in_turn() -> None:
+    calls: list[str] = []
+    seconds = interleave({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=2, warmup=1)
+    assert "".join(calls) == "abc" + "bca" + "cab"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_no_rounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="use 1 or more"):
+        interleave({"a": list}, rounds=0)
+
+
+def test_a_ratio_is_the_median_of_those_of_the_rounds() -> None:
+    assert ratio({"a": [1.0, 9.0, 4.0], "b": [1.0, 3.0, 2.0]}, "a", "b") == 2.0  # of the medians it would be 2 as well
+    assert ratio({"a": [1.0, 2.0, 8.0], "b": [4.0, 1.0, 2.0]}, "a", "b") == 2.0  # here 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_counts_what_is_freed_again_and_not_what_was_there() -> None:
+    held = torch.ones(2**24)  # 64 MiB
+
+    def step() -> None:
+        for _ in range(3):
+            torch.ones(2**23).add_(held[0])  # 32 MiB, freed each time
+
+    step()
+    assert 0.9 * 2**25 < memory_of(step) < 1.6 * 2**25
