@@ -27,7 +27,7 @@ else
 endif
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations 15
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow

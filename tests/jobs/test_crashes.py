@@ -107,11 +107,11 @@ class Kills:
         return all((self.folder / point).exists() for point in self.points)
 
 
-SLOW = pytest.mark.slow  # the same code as for pairs, and half a minute each
+SLOW = pytest.mark.slow  # the same code again, and a minute each
 
 
 @pytest.mark.parametrize(
-    "stage", ["pairs", "codec", pytest.param("embeddings", marks=SLOW), pytest.param("curation", marks=SLOW)]
+    "stage", ["pairs", *(pytest.param(s, marks=SLOW) for s in ("embeddings", "curation", "codec"))]
 )
 def test_killed_ray_workers_are_replaced(stage: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     store = copy(undisturbed.data, tmp_path)
@@ -125,7 +125,9 @@ def test_killed_ray_workers_are_replaced(stage: str, undisturbed: Undisturbed, t
     assert data_blobs(store) == data_blobs(undisturbed.data)
 
 
-@pytest.mark.parametrize(("points", "reached"), [(IN_TRAIN_WORKERS[:3], 8), (IN_TRAIN_WORKERS[3:], 48)])
+@pytest.mark.parametrize(
+    ("points", "reached"), [(IN_TRAIN_WORKERS[:3], 8), pytest.param(IN_TRAIN_WORKERS[3:], 48, marks=SLOW)]
+)
 def test_a_killed_ray_trainer_goes_on(
     points: tuple[str, ...], reached: int, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
