@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -24,13 +25,15 @@ from models.diffusion.samplers import ddim_inversion
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise
 from models.draw import Draw, derive_seed
-from models.folder import load_codec, load_model
+from models.folder import load_codec, load_model, save_codec, save_model
 from models.manipulation import Inversion, check_embedding, first_components, slerp, text_difference
 from models.pixels import from_uint8, to_uint8
 from models.reverse import Progress, Reverse, ignore
-from models.sampling_config import SamplingConfig, change_sampling, read_sampling
+from models.sampling_config import SamplingConfig, change_sampling, read_sampling, write_sampling
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise
 from models.view import view
+
+OPTIONAL = ("diffusion_prior", "ar_prior", "upsampler_256", "upsampler_1024")
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,7 @@ class UnCLIP:
         folder = Path(path)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder: name a bundle, as the bundle stage or a release makes it")
-        optional = ("diffusion_prior", "ar_prior", "upsampler_256", "upsampler_1024")
-        models = {name: load_model(folder / name, device) for name in optional if (folder / name).is_dir()}
+        models = {name: load_model(folder / name, device) for name in OPTIONAL if (folder / name).is_dir()}
         codec = load_codec(folder / "codec", device) if (folder / "codec").is_dir() else None
         return cls(
             clip=Clip.from_folder(folder / "clip").to(device),
@@ -102,6 +104,23 @@ class UnCLIP:
             sampling=read_sampling(folder),
             **models,
         )
+
+    def save(self, path: str | Path) -> None:
+        """Write a bundle that ``from_folder`` opens as the same generator.
+
+        Raises FileExistsError when the folder is not empty: parts of another bundle would stay in it.
+        """
+        folder = Path(path)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty: name a new folder for the bundle")
+        self.clip.save(folder / "clip")
+        for name in ("decoder", *OPTIONAL):
+            model = getattr(self, name)
+            if model is not None:
+                save_model(folder / name, model)
+        if self.codec is not None:
+            save_codec(folder / "codec", self.codec)
+        write_sampling(folder, self.sampling)
 
     @torch.no_grad()
     def generate(
@@ -141,7 +160,7 @@ class UnCLIP:
         denoise = diffusion_prior_denoise(model, tokens, text, sampling.prior_guidance)
         noise = draw.normal("x_T", model.embed_dim)
         run = Reverse("diffusion_prior", sampling.prior_sampler, "small", sampling.prior_steps, progress)
-        return run(model, denoise, noise, draw) / model.scale
+        return model.image_embedding(run(model, denoise, noise, draw))
 
     def _draw_ar(
         self, tokens: Tensor, text: Tensor, draw: Draw, sampling: SamplingConfig, progress: Progress
@@ -159,7 +178,7 @@ class UnCLIP:
             guidance=sampling.prior_guidance,
             callback=lambda done: progress("ar_prior", done, model.codes),
         )
-        return codec.decode(codes)
+        return F.normalize(codec.decode(codes), dim=-1)
 
     @torch.no_grad()
     def decode(

@@ -44,7 +44,6 @@ class DiffusionPrior(nn.Module):
         super().__init__()
         self.config = config
         self.embed_dim = embed_dim
-        self.scale = config.scale * embed_dim**0.5
         width = config.width
         self.caption = CaptionEmbedding(config.vocabulary, config.text_context, width)
         self.embedding_in = normal_linear(embed_dim, width)
@@ -59,6 +58,11 @@ class DiffusionPrior(nn.Module):
             nn.init.normal_(vector, std=0.02)
         nn.init.normal_(self.position, std=0.01)
         self.register_buffer("gamma", None)
+
+    @property
+    def scale(self) -> float:
+        """Length at which image embeddings are diffused."""
+        return self.config.scale * self.embed_dim**0.5
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Make room for ``gamma`` if the weights bring it."""
@@ -82,6 +86,10 @@ class DiffusionPrior(nn.Module):
         with torch.autocast(out.device.type, enabled=False):
             return self.out(out.to(dtype))
 
+    def image_embedding(self, samples: Tensor) -> Tensor:
+        """Image embeddings, unit norm [b, d], of samples [b, d] of the diffusion."""
+        return F.normalize(samples / self.scale, dim=-1)
+
 
 def diffusion_prior_loss(model: DiffusionPrior, batch: dict[str, Tensor], draw: Draw) -> Losses:
     """Mean squared error of the clean embedding at the diffusion's scale, [b].
@@ -101,7 +109,7 @@ def diffusion_prior_loss(model: DiffusionPrior, batch: dict[str, Tensor], draw: 
 def diffusion_prior_denoise(
     model: DiffusionPrior, tokens: Tensor, text_embedding: Tensor, guidance: float = 0.0
 ) -> Denoise:
-    """The prior as a sampler takes it, for these captions: x at the diffusion's scale, divide samples by ``scale``.
+    """The prior as a sampler takes it, for these captions; ``image_embedding`` makes embeddings of the samples.
 
     ``guidance`` is w in (1 + w) conditional - w unconditional.
     """
@@ -155,8 +163,7 @@ def diffusion_prior_variance(model: DiffusionPrior, grid: Tensor) -> Tensor | st
 def best_of(samples: Tensor, text_embedding: Tensor) -> Tensor:
     """Of n samples [n, b, d] a row, the one with the highest dot product with ``text_embedding`` [b, d]: [b, d].
 
-    Samples are normalised first, or the longest would win, and so is the result (Algorithm 2, lines 23 to 25).
+    Samples have unit norm, or the longest would win (Algorithm 2, lines 23 to 25).
     """
-    unit = F.normalize(samples, dim=-1)
-    best = (unit * text_embedding).sum(-1).argmax(0)
-    return unit[best, torch.arange(unit.shape[1], device=unit.device)]
+    best = (samples * text_embedding).sum(-1).argmax(0)
+    return samples[best, torch.arange(samples.shape[1], device=samples.device)]

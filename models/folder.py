@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.ar_prior import ARPrior
+from models.clip_prior import ClipPrior, ClipPriorConfig
 from models.codec import Codec
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
@@ -37,6 +38,7 @@ class Kind(NamedTuple):
 KINDS = {
     "ar_prior": Kind(ARPrior, ARPriorConfig, ("embed_dim", "codes")),
     "diffusion_prior": Kind(DiffusionPrior, DiffusionPriorConfig, ("embed_dim",)),
+    "clip_prior": Kind(ClipPrior, ClipPriorConfig, ("embed_dim",)),
     "decoder": Kind(Decoder, DecoderConfig, ("embed_dim",)),
     "upsampler": Kind(Upsampler, UpsamplerConfig, ()),
 }
@@ -44,7 +46,7 @@ KINDS = {
 
 def save_model(folder: str | Path, model: nn.Module, weights: dict[str, Tensor] | None = None) -> None:
     """Write a prior, decoder or upsampler into ``folder``, with ``weights`` (an average, say) instead of its own."""
-    kind = next(name for name, kind in KINDS.items() if isinstance(model, kind.model))
+    kind = next(name for name, kind in KINDS.items() if type(model) is kind.model)
     sizes = {name: getattr(model, name) for name in KINDS[kind].sizes}
     document = {"format": FORMAT, "kind": kind, "config": asdict(model.config), "sizes": sizes}  # type: ignore[call-overload]
     write(Path(folder), document, weights or model.state_dict())

@@ -1,7 +1,7 @@
 """How a bundle turns captions into pictures unless told otherwise. No torch here, as in the other configurations."""
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from models.prior_configs import require
@@ -72,3 +72,8 @@ def read_sampling(folder: Path) -> SamplingConfig:
     if not isinstance(options, dict):
         raise ValueError(f"{path} holds no sampling options but {options!r}: mend or delete it")
     return change_sampling(SamplingConfig(), options)
+
+
+def write_sampling(folder: Path, sampling: SamplingConfig) -> None:
+    """Write the sampling defaults into a bundle's folder, as ``read_sampling`` takes them."""
+    (folder / SAMPLING_FILE).write_text(json.dumps(asdict(sampling), indent=2) + "\n")

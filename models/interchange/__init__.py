@@ -4,19 +4,18 @@ Every function takes the pipeline's folder, whose subfolders are named as in Kar
 text_encoder, super_res_first, super_res_last and the schedulers.
 """
 
-from models.interchange.clip_prior import ClipPrior, ClipPriorConfig
+from models.interchange.cascade import import_unclip
 from models.interchange.decoder import export_decoder, import_decoder
 from models.interchange.prior import export_prior, import_prior, prior_inputs
 from models.interchange.upsampler import export_upsampler, import_upsampler
 
 __all__ = [
-    "ClipPrior",
-    "ClipPriorConfig",
     "export_decoder",
     "export_prior",
     "export_upsampler",
     "import_decoder",
     "import_prior",
+    "import_unclip",
     "import_upsampler",
     "prior_inputs",
 ]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.clip_prior import ClipPrior, ClipPriorConfig
 from models.diffusion_prior import DiffusionPrior
-from models.interchange.clip_prior import ClipPrior, ClipPriorConfig
 from models.interchange.decoder import read_part
 from models.interchange.files import (
     CONFIG_FILE,

@@ -64,14 +64,6 @@ def make() -> Any:
     return UnCLIP(Clip.build(CLIP, seed=0).eval(), codec=make_codec(), sampling=SAMPLING, **models)
 
 
-def save(unclip: Any, folder: Path) -> None:
-    unclip.clip.save(folder / "clip")
-    save_codec(folder / "codec", unclip.codec)
-    for name in ("decoder", "diffusion_prior", "ar_prior", "upsampler_256", "upsampler_1024"):
-        save_model(folder / name, getattr(unclip, name))
-    (folder / "sampling.json").write_text(json.dumps(dataclasses.asdict(unclip.sampling)))
-
-
 def test_captions_become_pictures_of_every_size() -> None:
     out = make().generate(CAPTIONS, [1, 2, 3])
     assert {side: tuple(image.shape) for side, image in out.images.items()} == {s: (3, s, s, 3) for s in (16, 64, 256)}
@@ -166,7 +158,7 @@ def test_upsamplers_see_a_damaged_picture_unless_told_otherwise() -> None:
 
 def test_a_bundle_on_disk_makes_the_same_pictures(tmp_path: Path) -> None:
     unclip = make()
-    save(unclip, tmp_path)
+    unclip.save(tmp_path)
     again = UnCLIP.from_folder(tmp_path)
     assert again.sampling == SAMPLING
     for prior in ("diffusion", "ar"):
@@ -177,14 +169,21 @@ def test_a_bundle_on_disk_makes_the_same_pictures(tmp_path: Path) -> None:
 
 
 def test_a_bundle_may_lack_what_it_does_not_need(tmp_path: Path) -> None:
-    unclip = make()
-    unclip.clip.save(tmp_path / "clip")
-    for name in ("decoder", "diffusion_prior"):
-        save_model(tmp_path / name, getattr(unclip, name))
+    lacking = dict.fromkeys(("ar_prior", "codec", "upsampler_256", "upsampler_1024"))
+    dataclasses.replace(make(), **lacking).save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"clip", "decoder", "diffusion_prior", "sampling.json"}
+    (tmp_path / "sampling.json").unlink()
     again = UnCLIP.from_folder(tmp_path)
     assert again.sampling == SamplingConfig()
+    assert all(getattr(again, name) is None for name in lacking)
     with pytest.raises(ValueError, match="no ar_prior: use prior 'diffusion'"):
         again.generate(["a cat"], [0], prior="ar")
+
+
+def test_a_bundle_is_not_saved_over_another(tmp_path: Path) -> None:
+    make().save(tmp_path / "new")
+    with pytest.raises(FileExistsError, match="new is not empty: name a new folder for the bundle"):
+        make().save(tmp_path / "new")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +252,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_sampling_file_is_named(tmp_path: Path) -> None:
-    save(make(), tmp_path)
+    make().save(tmp_path)
     (tmp_path / "sampling.json").write_text("{")
     with pytest.raises(ValueError, match=r"sampling.json is no JSON"):
         UnCLIP.from_folder(tmp_path)

@@ -131,11 +131,16 @@ def test_it_learns_eight_rows_by_heart_and_samples_them() -> None:
         torch.testing.assert_close(samples.norm(dim=-1), torch.full((8,), model.scale), rtol=0.1, atol=0)
 
 
-def test_best_of_ignores_length_and_keeps_the_best_direction() -> None:
+def test_embeddings_of_samples_have_their_direction_and_unit_norm() -> None:
+    embedding = make_batch(4)["image_embedding"]
+    samples = embedding * torch.tensor([0.1, 1.0, 5.0, 20.0])[:, None]
+    torch.testing.assert_close(make().image_embedding(samples), embedding, rtol=0, atol=1e-6)
+
+
+def test_best_of_keeps_the_best_direction_of_each_row() -> None:
     text = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    samples = torch.tensor([[[9.0, 9.0], [0.1, 0.3]], [[0.2, 0.0], [5.0, 5.0]]])
-    expected = torch.stack([torch.tensor([1.0, 0.0]), F.normalize(torch.tensor([0.1, 0.3]), dim=0)])
-    torch.testing.assert_close(best_of(samples, text), expected, rtol=0, atol=1e-6)
+    samples = F.normalize(torch.tensor([[[9.0, 9.0], [0.1, 0.3]], [[0.2, 0.0], [5.0, 5.0]]]), dim=-1)
+    assert torch.equal(best_of(samples, text), torch.stack([samples[1, 0], samples[0, 1]]))
 
 
 # --- Analytic-DPM -----------------------------------------------------------------------------------------------------

@@ -66,9 +66,9 @@ def captions() -> Tensor:
     return tokens
 
 
-def clip_text_tower(seed: int = 5) -> open_clip.CLIP:
+def clip_text_tower(seed: int = 5, vocabulary: int = VOCABULARY, context: int = CONTEXT) -> open_clip.CLIP:
     """A small CLIP of open_clip with OpenAI's activation; its text tower is the reference for ours."""
-    text = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": DIM, "heads": 2, "layers": 2}
+    text = {"context_length": context, "vocab_size": vocabulary, "width": DIM, "heads": 2, "layers": 2}
     vision = {"image_size": 16, "patch_size": 16, "width": 64, "layers": 1, "head_width": 64}
     return lively(open_clip.CLIP(DIM, vision, text, quick_gelu=True), seed)
 
@@ -82,10 +82,11 @@ def text_features(clip: open_clip.CLIP, tokens: Tensor) -> tuple[Tensor, Tensor,
 
 def write_text_encoder(clip: open_clip.CLIP, folder: Path) -> None:
     """The tower in the layout of transformers' CLIPTextModelWithProjection."""
+    vocabulary, context = len(clip.token_embedding.weight), len(clip.positional_embedding)
     weights = {
         "text_model.embeddings.token_embedding.weight": clip.token_embedding.weight,
         "text_model.embeddings.position_embedding.weight": clip.positional_embedding,
-        "text_model.embeddings.position_ids": torch.arange(CONTEXT)[None],  # as old versions wrote
+        "text_model.embeddings.position_ids": torch.arange(context)[None],  # as old versions wrote
         "text_model.final_layer_norm.weight": clip.ln_final.weight,
         "text_model.final_layer_norm.bias": clip.ln_final.bias,
         "text_projection.weight": clip.text_projection.T,
@@ -105,8 +106,8 @@ def write_text_encoder(clip: open_clip.CLIP, folder: Path) -> None:
                 weights[f"{prefix}.{name}.{kind}"] = getattr(module, kind)
     folder.mkdir(parents=True)
     save_file({k: v.detach().clone().contiguous() for k, v in weights.items()}, folder / "model.safetensors")
-    config = {"vocab_size": VOCABULARY, "hidden_size": DIM, "intermediate_size": 4 * DIM, "projection_dim": DIM,
-              "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": CONTEXT}  # fmt: skip
+    config = {"vocab_size": vocabulary, "hidden_size": DIM, "intermediate_size": 4 * DIM, "projection_dim": DIM,
+              "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": context}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
 
 

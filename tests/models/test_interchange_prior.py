@@ -10,14 +10,13 @@ from diffusers import PriorTransformer, UnCLIPScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models.clip_prior import ClipPrior, ClipPriorConfig
 from models.decoder import Decoder
 from models.diffusion.samplers import ancestral
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_denoise
 from models.draw import Draw
 from models.interchange import (
-    ClipPrior,
-    ClipPriorConfig,
     export_decoder,
     export_prior,
     import_decoder,

@@ -49,7 +49,15 @@ class ClipPrior(DiffusionPrior):
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("std", torch.ones(embed_dim))
         # The parent's own ways, which nothing may take by mistake.
-        del self.caption, self.null_embedding, self.scale
+        del self.caption, self.null_embedding
+
+    @property
+    def scale(self) -> float:
+        """Raises ValueError: a loss or statistic that wants one is the parent's, and would be wrong here."""
+        raise ValueError(
+            "a ClipPrior diffuses embeddings of CLIP's own length, and here they have unit norm: it can be sampled, "
+            "but neither trained nor measured; train a DiffusionPrior instead"
+        )
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
         """The clean standardised embedding, fp32 [b, d].
@@ -69,5 +77,5 @@ class ClipPrior(DiffusionPrior):
             return self.out(out.to(dtype))
 
     def image_embedding(self, samples: Tensor) -> Tensor:
-        """Unit-norm image embeddings of samples [b, d] of the diffusion."""
+        """As the parent's."""
         return F.normalize(samples * self.std + self.mean, dim=-1)

@@ -1,0 +1,33 @@
+"""A whole folder in diffusers' layout, such as Karlo's, as one generator."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from models.cascade import UnCLIP
+from models.clip import Clip
+from models.interchange.decoder import import_decoder
+from models.interchange.prior import import_prior
+from models.interchange.upsampler import import_upsampler
+from models.presets import KARLO
+from models.sampling_config import SamplingConfig
+
+KARLO_SAMPLING = replace(KARLO["bundle"], candidates=1, size=256)
+"""Karlo's own defaults: it draws one embedding a caption, and ends at 256 px."""
+
+
+def import_unclip(folder: str | Path, clip: Clip, sampling: SamplingConfig = KARLO_SAMPLING) -> UnCLIP:
+    """Read prior, decoder and, where there is one, upsampler, and join them to their CLIP, on its device.
+
+    The folder holds no CLIP with an image encoder: Karlo's is OpenAI's ViT-L/14. Raises FileNotFoundError when a file
+    is missing, and ValueError when something does not fit or embeddings have another dimension than CLIP's.
+    """
+    folder, device = Path(folder), clip.mean.device
+    prior, decoder = import_prior(folder), import_decoder(folder)
+    for name, dim in (("prior", prior.embed_dim), ("decoder", decoder.embed_dim)):
+        if dim != clip.embed_dim:
+            raise ValueError(
+                f"{folder / name} was trained on {dim}-dimensional embeddings, this CLIP makes {clip.embed_dim}: pass "
+                "the CLIP that it was trained with, which for Karlo is OpenAI's ViT-L/14"
+            )
+    upsampler = import_upsampler(folder).to(device) if (folder / "super_res_first").is_dir() else None
+    return UnCLIP(clip, decoder.to(device), prior.to(device), upsampler_256=upsampler, sampling=sampling)

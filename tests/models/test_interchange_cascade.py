@@ -1,0 +1,183 @@
+"""A folder as Karlo's becomes a generator, and a bundle."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+from models.cascade import UnCLIP
+from models.clip import CONTEXT, VOCABULARY, Clip, tokenize
+from models.clip_prior import ClipPrior
+from models.decoder import decoder_denoise
+from models.diffusion.samplers import ancestral
+from models.diffusion.schedules import make_schedule, strided_grid
+from models.diffusion_prior import diffusion_prior_denoise, diffusion_prior_gamma, diffusion_prior_loss
+from models.draw import Draw, derive_seed
+from models.interchange import import_decoder, import_prior, import_unclip
+from models.pixels import to_uint8
+from models.prior_configs import ClipConfig
+from models.sampling_config import SamplingConfig
+from tests.models.mutations import fails_under
+from tests.models.test_interchange_decoder import DIM, TOKENS, assert_same, clip_text_tower, lively, write_text_encoder
+from tests.models.test_unet import normal
+
+CAPTIONS, SEEDS = ["a portrait of an old monk", ""], [3, 4]
+SCHEDULE = make_schedule("cosine", 1000)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All parts of Karlo as diffusers' pipeline writes them, small, with CLIP's own tokens: 16 px, then 64."""
+    folder = tmp_path_factory.mktemp("karlo")
+    prior = lively(
+        PriorTransformer(
+            num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=DIM, num_embeddings=CONTEXT
+        ),
+        seed=1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=6,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=20,
+        attention_head_dim=16,
+        class_embed_type="identity",
+        resnet_time_scale_shift="scale_shift",
+    )
+    text_proj = UnCLIPTextProjModel(
+        clip_extra_context_tokens=TOKENS, clip_embeddings_dim=DIM, time_embed_dim=128, cross_attention_dim=20
+    )
+    prior.save_pretrained(folder / "prior")
+    lively(unet, seed=2).save_pretrained(folder / "decoder")
+    lively(text_proj, seed=3).save_pretrained(folder / "text_proj")
+    write_text_encoder(clip_text_tower(vocabulary=VOCABULARY, context=CONTEXT), folder / "text_encoder")
+    for seed, name in enumerate(("super_res_first", "super_res_last"), start=4):
+        network = UNet2DModel(
+            sample_size=64,
+            in_channels=6,
+            out_channels=3,
+            down_block_types=("ResnetDownsampleBlock2D",) * 2,
+            up_block_types=("ResnetUpsampleBlock2D",) * 2,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            add_attention=False,
+        )
+        lively(network, seed).save_pretrained(folder / name)
+    for stage, options in (
+        ("prior", {"prediction_type": "sample", "clip_sample_range": 5.0}),
+        ("decoder", {"variance_type": "learned_range"}),
+        ("super_res", {}),
+    ):
+        UnCLIPScheduler(**options).save_pretrained(folder / f"{stage}_scheduler")
+    return folder
+
+
+def clip(dim: int = DIM) -> Clip:
+    """A CLIP with the tokens and the dimension of the folder, which says nothing else of it."""
+    config = ClipConfig(embed_dim=dim, layers=(1,), width=dim, patch=16, text_width=dim, text_layers=1, text_heads=2)
+    return Clip.build(config, seed=0).eval()
+
+
+@pytest.fixture(scope="module")
+def unclip(folder: Path) -> UnCLIP:
+    return import_unclip(folder, clip())
+
+
+def test_it_samples_as_karlo_does_unless_told_otherwise(unclip: UnCLIP, folder: Path) -> None:
+    karlo = SamplingConfig(
+        candidates=1, prior_steps=25, prior_sampler="ddpm", prior_guidance=3.0, decoder_steps=50, decoder_guidance=7.0,
+        upsampler_256_steps=7, size=256,
+    )  # fmt: skip
+    assert unclip.sampling == karlo
+    other = SamplingConfig(candidates=3)
+    assert import_unclip(folder, clip(), other).sampling == other
+
+
+@fails_under(
+    (ClipPrior, "* self.std + self.mean", "* self.std"),
+    (UnCLIP, "model.image_embedding(run(model, denoise, noise, draw))", "run(model, denoise, noise, draw)"),
+    (diffusion_prior_denoise, "text_embedding, keep), x_t, t, guidance", "text_embedding, keep), x_t, t, 2.0"),
+)
+def test_the_prior_in_the_cascade_is_karlos(unclip: UnCLIP, folder: Path) -> None:
+    """Against the imported prior and a sampler by hand, and diffusers' own post-processing."""
+    tokens = tokenize(CAPTIONS)
+    embedding = unclip.draw_embedding(tokens, SEEDS, dataclasses.replace(unclip.sampling, prior_steps=4))
+    prior, draw = import_prior(folder), Draw([(derive_seed(seed, "prior", 0), 1) for seed in SEEDS])
+    kept, unused = torch.ones(2, dtype=torch.bool), torch.full((2, DIM), torch.nan)
+    denoise = diffusion_prior_denoise(prior, tokens, unused, guidance=3.0)
+    noise = draw.normal("x_T", DIM)
+    first = denoise(noise, torch.tensor([999, 999])).x0
+    with torch.no_grad():
+        t = torch.tensor([999, 999])
+        shown, hidden = (prior(noise, t, tokens, unused, keep) for keep in (kept, ~kept))
+    torch.testing.assert_close(first, 4 * shown - 3 * hidden, rtol=0, atol=1e-5)
+    samples = ancestral(denoise, noise, strided_grid(1000, 4), SCHEDULE, draw, "small")
+    with torch.no_grad():
+        theirs = PriorTransformer.from_pretrained(folder / "prior").post_process_latents(samples)
+    torch.testing.assert_close(embedding, F.normalize(theirs, dim=-1), rtol=0, atol=1e-6)
+
+
+def test_the_decoder_in_the_cascade_is_karlos(unclip: UnCLIP, folder: Path) -> None:
+    pictures = unclip.generate(CAPTIONS, SEEDS, prior_steps=2, decoder_steps=3, upsampler_256_steps=2)
+    draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in SEEDS])
+    denoise = decoder_denoise(import_decoder(folder), pictures.embedding, tokenize(CAPTIONS), guidance=7.0)
+    low = ancestral(denoise, draw.normal("x_T", 3, 16, 16), strided_grid(1000, 3), SCHEDULE, draw, "learned")
+    assert torch.equal(pictures.images[16], to_uint8(low).permute(0, 2, 3, 1))
+    assert list(pictures.images) == [16, 64]
+    assert pictures.image.float().std() > 10
+
+
+def test_as_a_bundle_it_makes_the_same_pictures(unclip: UnCLIP, tmp_path: Path) -> None:
+    unclip.save(tmp_path)
+    again = UnCLIP.from_folder(tmp_path)
+    assert again.sampling == unclip.sampling
+    for name in ("decoder", "diffusion_prior", "upsampler_256"):
+        before, after = getattr(unclip, name), getattr(again, name)
+        assert (type(after), after.config) == (type(before), before.config)
+        assert_same(before.state_dict(), after.state_dict())
+    options = {"prior_steps": 3, "decoder_steps": 3, "upsampler_256_steps": 2}
+    expected, pictures = (model.generate(CAPTIONS, SEEDS, **options) for model in (unclip, again))
+    assert torch.equal(pictures.embedding, expected.embedding)
+    assert all(torch.equal(pictures.images[side], expected.images[side]) for side in (16, 64))
+
+
+def test_without_an_upsampler_pictures_stay_small(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for name in ("super_res_first", "super_res_last", "super_res_scheduler"):
+        shutil.rmtree(copy / name)
+    unclip = import_unclip(copy, clip())
+    assert list(unclip.generate(["a cat"], [0], prior_steps=2, decoder_steps=2).images) == [16]
+
+
+def test_another_clip_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"prior was trained on 24-dimensional embeddings, this CLIP makes 16: pass"):
+        import_unclip(folder, clip(16))
+
+
+def test_a_clip_prior_is_sampled_only(unclip: UnCLIP) -> None:
+    prior = unclip.diffusion_prior
+    assert prior is not None
+    unit = F.normalize(normal(2, DIM), dim=-1)
+    batch = {"tokens": tokenize(CAPTIONS), "text_embedding": unit, "image_embedding": unit}
+    for use in (
+        lambda draw: diffusion_prior_loss(prior, batch, draw),
+        lambda draw: diffusion_prior_gamma(prior, [(batch, draw)]),
+    ):
+        with pytest.raises(ValueError, match="can be sampled, but neither trained nor measured"):
+            use(Draw([(0, 2)]))
+    sampling = dataclasses.replace(unclip.sampling, prior_steps=3)
+    plain, analytic = (
+        unclip.draw_embedding(batch["tokens"], SEEDS, dataclasses.replace(sampling, prior_sampler=sampler))
+        for sampler in ("ddpm", "analytic")
+    )
+    assert torch.equal(plain, analytic)  # never measured
