@@ -132,7 +132,7 @@ def sample(
     uniform = draw.uniform("codes", model.codes)
     codes = []
     for i in range(model.codes):
-        out = model.transformer(x + model.position[cache.length : cache.length + x.shape[1]], cache)
+        out = model.transformer(x + model.position[cache.length : cache.length + x.shape[1]], cache, last_only=True)
         logits = model.logits(out[:, -1])
         if guidance != 0:
             logits = (1 + guidance) * logits[:rows] - guidance * logits[rows:]

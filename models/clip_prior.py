@@ -72,7 +72,7 @@ class ClipPrior(DiffusionPrior):
         embedding = self.embedding_in(text.pooled)
         last = torch.stack([embedding, step, noised, self.query.expand_as(embedding)], dim=1)
         sequence = torch.cat([self.states_in(text.states), last], dim=1) + self.position
-        out = self.transformer(sequence, shown=F.pad(text.shown, (0, 4), value=True))[:, -1]
+        out = self.transformer(sequence, shown=F.pad(text.shown, (0, 4), value=True), last_only=True)[:, -1]
         with torch.autocast(out.device.type, enabled=False):
             return self.out(out.to(dtype))
 

@@ -82,7 +82,7 @@ class DiffusionPrior(nn.Module):
         step = self.timestep(timestep_embedding(t, self.config.width).to(dtype))
         noised = self.noised_in(x_t.to(dtype))
         last = torch.stack([embedding, step, noised, self.query.expand_as(embedding)], dim=1) + self.position
-        out = self.transformer(torch.cat([self.caption(tokens, keep_text), last], dim=1))[:, -1]
+        out = self.transformer(torch.cat([self.caption(tokens, keep_text), last], dim=1), last_only=True)[:, -1]
         with torch.autocast(out.device.type, enabled=False):
             return self.out(out.to(dtype))
 

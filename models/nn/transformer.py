@@ -68,12 +68,23 @@ class Block(nn.Module):
         self.mlp_out = normal_linear(4 * width, width, joining_std)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None, shown: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attention_out(self._attend(self.norm_attention(x), layer, cache, shown)))
+    def forward(
+        self,
+        x: Tensor,
+        layer: int = 0,
+        cache: Cache | None = None,
+        shown: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        attended = self._attend(self.norm_attention(x), layer, cache, shown, last_only)
+        x = x[:, -1:] if last_only else x
+        x = x + self.dropout(self.attention_out(attended))
         return x + self.dropout(self.mlp_out(self.activation(self.mlp_in(self.norm_mlp(x)))))
 
-    def _attend(self, x: Tensor, layer: int, cache: Cache | None, shown: Tensor | None) -> Tensor:
-        queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def _attend(
+        self, x: Tensor, layer: int, cache: Cache | None, shown: Tensor | None, last_only: bool = False
+    ) -> Tensor:
+        queries, keys, values = self._queries_keys_values(x, last_only)
         if cache is not None:
             keys, values = cache.extend(layer, keys, values)
         # A single new position may see everything before it, so only a first call of several needs the mask.
@@ -85,6 +96,15 @@ class Block(nn.Module):
                 mask = mask & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=masked and mask is None)
         return out.transpose(1, 2).flatten(2)
+
+    def _queries_keys_values(self, x: Tensor, last_only: bool) -> list[Tensor]:
+        """[b, heads, n, width / heads] each; with ``last_only`` the queries are those of the last position alone."""
+        if not last_only:
+            return list(self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4))
+        width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
+        queries = F.linear(x[:, -1:], weight[:width], bias[:width])
+        keys, values = F.linear(x, weight[width:], bias[width:]).chunk(2, dim=-1)
+        return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
 
 
 class Transformer(nn.Module):
@@ -110,17 +130,21 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, causal, dropout, joining_std, activation) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, shown: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: Cache | None = None, shown: Tensor | None = None, last_only: bool = False
+    ) -> Tensor:
         """``shown`` bool [b, n], without a cache: False hides a position from all others; position 0 must be shown.
 
+        With ``last_only`` the result is the last position's, [b, 1, width], and the last layer computes no other.
         Raises ValueError when several positions are added to a cache that already holds some.
         """
         if cache is not None and cache.length > 0 and x.shape[1] != 1:
             raise ValueError(f"a filled cache takes one position at a time, got {x.shape[1]}")
+        positions, last = x.shape[1], len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, cache, shown)
+            x = block(x, layer, cache, shown, last_only and layer == last)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.length += positions
         return self.norm(x)
 
 

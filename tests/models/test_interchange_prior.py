@@ -92,7 +92,7 @@ def karlo(theirs: PriorTransformer, clip: open_clip.CLIP, x: Tensor, t: Tensor, 
     (ClipPrior, "+ self.position", ""),
     (ClipPrior, "[embedding, step, noised, ", "[step, embedding, noised, "),
     (ClipPrior, "timestep_embedding(t, ", "timestep_embedding(t + 1, "),
-    (ClipPrior, "[:, -1]", "[:, -2]"),
+    (ClipPrior, "last_only=True)[:, -1]", "last_only=False)[:, -2]"),
     (conversion, 'attn1.to_{part}" for part in "qkv"', 'attn1.to_{part}" for part in "kqv"'),
 )
 def test_karlos_prior_opens_here(folder: Path, theirs: PriorTransformer, clip: open_clip.CLIP) -> None:
@@ -160,7 +160,7 @@ def exported(prior: DiffusionPrior, folder: Path, x: Tensor, *text: Tensor) -> T
     (conversion, "torch.ones(len(tokens)", "torch.zeros(len(tokens)"),
     (conversion, "prior.config.text_context, 0))", "0, prior.config.text_context))"),
     (DiffusionPrior, "+ self.position", ""),
-    (DiffusionPrior, "[:, -1]", "[:, -2]"),
+    (DiffusionPrior, "last_only=True)[:, -1]", "last_only=False)[:, -2]"),
     (Block, "is_causal=masked", "is_causal=False"),
 )
 def test_our_prior_opens_in_diffusers(tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ def enlarged(width: int = 6) -> Tensor:
 
 
 @fails_under(
-    (ResBlock, "h + modulation", "h"),
-    (ResBlock, "self.norm_out(h + modulation)", "self.norm_out(h) + modulation"),
+    (ResBlock, "h + modulation[..., None, None]", "h"),
+    (ResBlock, "self.norm_out(h + modulation[..., None, None])", "self.norm_out(h) + modulation[..., None, None]"),
     (UNet, "timestep_embedding(t, ", "timestep_embedding(t + 1, "),
     (UNet, "torch.cat([x, skips.pop()], dim=1)", "torch.cat([skips.pop(), x], dim=1)"),
     (Upsampler, "torch.cat([x_t, resize(low, (x_t.shape[2], x_t.shape[3]))]", "torch.cat([x_t, x_t]"),

@@ -73,6 +73,22 @@ def test_hidden_positions_do_not_matter_to_the_others(causal: bool) -> None:
     assert (difference > 0).tolist() == [i == 3 for i in range(9)]
 
 
+@fails_under(
+    (Block._queries_keys_values, "weight[:width]", "weight[width:2 * width]"),
+    (Block._queries_keys_values, "x[:, -1:]", "x[:, :1]"),
+    (Block.forward, "x[:, -1:]", "x[:, :1]"),
+)
+def test_the_last_position_alone_is_the_same_without_the_others() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(3, 9, 32, dtype=torch.float64)
+    shown = torch.ones(3, 9, dtype=torch.bool)
+    shown[1, [3, 8]] = False
+    for model in (make(True), make(False)):
+        for mask in (None, shown):
+            expected, alone = model(x, shown=mask)[:, -1:], model(x, shown=mask, last_only=True)
+            torch.testing.assert_close(alone, expected, rtol=0, atol=1e-12)
+
+
 def test_causal_output_depends_on_nothing_to_its_right() -> None:
     torch.manual_seed(1)
     x = torch.randn(1, 9, 32, dtype=torch.float64)

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.degradation.blur import corruption_blur
@@ -91,15 +92,13 @@ def test_it_learns_on_crops_and_runs_at_any_full_size(patch: int) -> None:
         assert out.dtype == torch.float32
 
 
-def test_far_pixels_do_not_matter_so_a_crop_is_as_good_as_the_whole() -> None:
+def test_far_pixels_do_not_matter_so_a_crop_is_as_good_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only group normalisation, which averages over the picture, sees further than the convolutions do."""
     torch.manual_seed(0)
     model = Upsampler(CONFIG)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    for module in model.modules():
-        if isinstance(module, torch.nn.GroupNorm):
-            module.forward = lambda x: x
+    monkeypatch.setattr(F, "group_norm", lambda x, groups, weight, bias, eps: x)
     x_t, low, t = torch.randn(1, 3, 128, 128), torch.randn(1, 3, 32, 32).clamp(-1, 1), torch.tensor([300])
     with torch.no_grad():
         whole = model(x_t, t, low)
