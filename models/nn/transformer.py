@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.nn.attention import attend
+
 
 class Cache:
     """Keys and values of the positions seen so far, a pair of [b, heads, context, width / heads] per layer."""
@@ -94,7 +96,7 @@ class Block(nn.Module):
             mask = shown[:, None, None, :]
             if masked:
                 mask = mask & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=masked and mask is None)
+        out = attend(queries, keys, values, mask, causal=masked and mask is None)
         return out.transpose(1, 2).flatten(2)
 
     def _queries_keys_values(self, x: Tensor, last_only: bool) -> list[Tensor]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.nn.attention import attend
 from models.nn.embedding import timestep_embedding
 
 
@@ -98,9 +99,7 @@ class Attention(nn.Module):
         queries, keys, values = (self._heads(part) for part in self.qkv(pixels).chunk(3, dim=-1))
         context_keys, context_values = (self._heads(part) for part in self.context_kv(context).chunk(2, dim=-1))
         mask = None if shown is None else F.pad(shown, (0, pixels.shape[1]), value=True)[:, None, None]
-        h = F.scaled_dot_product_attention(
-            queries, torch.cat([context_keys, keys], dim=2), torch.cat([context_values, values], dim=2), mask
-        )
+        h = attend(queries, torch.cat([context_keys, keys], dim=2), torch.cat([context_values, values], dim=2), mask)
         h = self.out(h.transpose(1, 2).flatten(2))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 

@@ -38,7 +38,7 @@ def test_a_block_equals_pytorchs_own_encoder_layer() -> None:
 @fails_under(
     (Block, "mask & torch.ones", "mask | torch.ones"),
     (Block, "x.device).tril()", "x.device).triu()"),
-    (Block, "attn_mask=mask", "attn_mask=None"),
+    (Block, "keys, values, mask, causal=", "keys, values, None, causal="),
 )
 def test_a_masked_block_equals_pytorchs_own_attention() -> None:
     torch.manual_seed(0)
