@@ -7,6 +7,7 @@ send them to different modes: they decide every mean, and are counted apart as s
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from models.diffusion.samplers import Denoise, ddim
 from models.diffusion.schedules import Schedule, log_snr_grid, make_schedule, strided_grid
 from models.draw import Draw
 from models.presets import PRESETS
+from pipeline.training.state import update_ema
 
 EMBED_DIM = 64
 STEPS = 1000
@@ -63,9 +65,13 @@ def faces(rows: int, generator: torch.Generator, size: int) -> tuple[Tensor, Ten
 
 
 def trained_decoder(steps: int) -> tuple[Decoder, Callable[[Tensor], Tensor]]:
-    """A nano decoder that has seen ``steps`` batches of faces, and the map from facts to image embeddings."""
+    """A nano decoder that has seen ``steps`` batches of faces, and the map from facts to image embeddings.
+
+    Its weights are an average, as those of every trained model are: the last ones alone jump with the timestep.
+    """
     torch.manual_seed(0)
     model = Decoder(PRESETS["nano"]["decoder"], EMBED_DIM)
+    average = deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     g = torch.Generator().manual_seed(1)
     projection = torch.randn(6, EMBED_DIM, generator=g)
@@ -80,9 +86,10 @@ def trained_decoder(steps: int) -> tuple[Decoder, Callable[[Tensor], Tensor]]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        update_ema(average, model, 1, steps / 10)
         if step % 100 == 99 or step == steps - 1:
             print(f"  decoder after {step + 1} batches: loss {loss:.3f}")
-    return model.eval(), embed
+    return average.eval(), embed
 
 
 def captions(rows: int) -> Tensor:
@@ -113,7 +120,7 @@ def compare(name: str, denoise: Denoise, noise: Tensor, schedule: Schedule, coun
 def main() -> None:
     options = parser(__doc__).parse_args()
     begin(__doc__, options)
-    rows, batches, counts = (2, 2, (5, 10, 20)) if options.quick else (16, 400, (25, 100, 1000))
+    rows, batches, counts = (2, 2, (5, 10, 20)) if options.quick else (16, 800, (25, 100, 1000))
     ratios = {}
     for name in ("cosine", "linear"):
         schedule = make_schedule(name, STEPS)

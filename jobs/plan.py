@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip plan", description=__doc__)
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", help="key.key=value")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     project = open_project(arguments.config, arguments.overrides)
     verdicts = project.plan()
     print_plan(project, verdicts, set(project.graph))

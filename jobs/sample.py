@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as prior=ar"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed} is below 0")
     output = Path(arguments.source) if arguments.source else _newest()

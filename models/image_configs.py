@@ -32,7 +32,7 @@ def check_diffusion(schedule: str, steps: int, prediction: str) -> None:
     """Raise ValueError unless these describe a diffusion process that the image models know."""
     require(schedule in ("cosine", "linear"), f"schedule is {schedule!r}: use 'cosine' or 'linear'")
     require(steps >= 2, f"steps is {steps}: use 2 or more diffusion steps")
-    require(prediction in ("eps", "v"), f"prediction is {prediction!r}: use 'eps' or 'v'")
+    require(prediction in ("eps", "v", "x0"), f"prediction is {prediction!r}: use 'eps', 'v' or 'x0'")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class DecoderConfig:
     tokenizer stops at 77, so more than that is the same as 77, and longer captions than this are cut.
     ``drop_image`` and ``drop_text`` are the shares of training rows without image embedding and without caption; a
     dropped embedding becomes zeros or a learned vector (``null_image``). ``prediction`` is what the network is asked
-    for: the noise (eps), or v, which small models learn faster. The variance is always learned.
+    for: the noise (eps), v, or the picture (x0), for which a small network need not carry the noise through. The
+    variance is always learned.
 
     ``text_encoder`` "glide" is the paper's. "clip" is CLIP's causal one, as Karlo has: its outputs are projected to
     ``context_width`` (0: ``text_width``), padding is hidden, and a dropped caption is an empty one. ``embedding_norm``

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.degradation.blur import corruption_blur
 from models.degradation.bsr import bsr, bsr_mild
-from models.diffusion.process import Prediction, mean_over_row, predict, q_sample, regression_target
+from models.diffusion.process import Prediction, predict, q_sample, squared_error
 from models.diffusion.samplers import Denoise
 from models.diffusion.schedules import make_schedule
 from models.draw import Draw
@@ -22,8 +22,9 @@ from models.tiling import in_tiles
 
 
 class Upsampler(nn.Module):
-    """Predicts noise (or v) of a noised picture of any size that the U-Net can halve often enough.
+    """Predicts noise (or v, or the picture) of a noised picture of any size that the U-Net can halve often enough.
 
+    Where it predicts the picture, the network's output is what the enlarged small picture lacks, nothing at the start.
     ``last_unet``, where the configuration has one, takes the rows at timestep 0 (Karlo). Dropout uses PyTorch's global
     generator.
     """
@@ -51,13 +52,14 @@ class Upsampler(nn.Module):
 
         ``low`` is resized to h x w (antialiased bicubic), if need be, and put beside x_t as three more channels.
         """
-        both = torch.cat([x_t, resize(low, (x_t.shape[2], x_t.shape[3]))], dim=1)
-        patches = F.pixel_unshuffle(both, self.config.patch)
+        enlarged = resize(low, (x_t.shape[2], x_t.shape[3]))
+        patches = F.pixel_unshuffle(torch.cat([x_t, enlarged], dim=1), self.config.patch)
         output = self.unet(patches, t)
         # Training takes every parameter to every step, as training on several workers demands.
         if self.last_unet is not None and (self.training or (t == 0).any()):
             output = torch.where((t == 0).view(-1, 1, 1, 1), self.last_unet(patches, t), output)
-        return F.pixel_shuffle(output, self.config.patch)
+        output = F.pixel_shuffle(output, self.config.patch)
+        return enlarged + output if self.config.prediction == "x0" else output
 
 
 def random_crop(image: Tensor, size: int, multiple: int, draw: Draw) -> Tensor:
@@ -105,7 +107,7 @@ def upsampler_loss(model: Upsampler, batch: dict[str, Tensor], draw: Draw) -> Lo
     noise = draw.normal("noise", *x0.shape[1:])
     alpha_bar = schedule.at(t)
     output = model(q_sample(x0, noise, alpha_bar), t, low)
-    mse = mean_over_row((output - regression_target(config.prediction, x0, noise, alpha_bar)) ** 2)
+    mse = squared_error(config.prediction, output, x0, noise, alpha_bar)
     return Losses(mse, {"mse": mse})
 
 

@@ -121,7 +121,7 @@ def _override(text: str) -> dict[str, Any]:
 def make_config(values: Mapping[str, Any]) -> Config:
     """A Config from plain values: presets filled in, then parsed. Raises UserError."""
     values = dict(values)
-    common = values.pop("preset", "paper")
+    common, scale = values.pop("preset", "paper"), values.pop("scale", 1)
     for stage in (*TRAININGS, "bundle"):
         given = values.get(stage)
         given = {} if given is None else given
@@ -130,9 +130,21 @@ def make_config(values: Mapping[str, Any]) -> Config:
         values[stage] = merge(
             _preset(given.get("preset", common), stage), {k: v for k, v in given.items() if k != "preset"}
         )
-    config = parse(Config, values)
+    config = _scaled(parse(Config, values), scale)
     _check(config)
     return config
+
+
+def _scaled(config: Config, scale: Any) -> Config:
+    """The same with ``scale`` times the samples of every training, and at least one batch. Raises UserError."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise UserError(f"scale: {scale!r} is no number above 0; 0.5 trains every model on half as many samples")
+    recipes = {stage: getattr(config, stage) for stage in TRAININGS}
+    longer = {
+        stage: dataclasses.replace(recipe, samples=max(recipe.batch, round(recipe.samples * scale)))
+        for stage, recipe in recipes.items()
+    }
+    return dataclasses.replace(config, **longer)
 
 
 def _preset(name: Any, stage: str) -> dict[str, Any]:

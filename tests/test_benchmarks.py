@@ -30,7 +30,14 @@ KEYS = {
         "upsampling_seconds_over_target",
         "caption_seconds_over_target",
     },
-    "variants": {"channels_last", "fused_attention", "single_adamw", "foreach_adamw", "few_tokens", "distinct_captions"},
+    "variants": {
+        "channels_last",
+        "fused_attention",
+        "single_adamw",
+        "foreach_adamw",
+        "few_tokens",
+        "distinct_captions",
+    },
 }
 
 

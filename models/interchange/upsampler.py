@@ -28,7 +28,11 @@ SCALE = 4
 
 
 def shape_of(config: UpsamplerConfig) -> Shape:
-    """The U-Net of such an upsampler."""
+    """The U-Net of such an upsampler. Raises ValueError where it only adds to a picture, which diffusers cannot say."""
+    if config.prediction == "x0":
+        raise ValueError(
+            "prediction is 'x0', which adds to the enlarged small picture: only 'eps' and 'v' go to diffusers"
+        )
     return Shape(
         in_channels=6 * config.patch**2,
         out_channels=3 * config.patch**2,

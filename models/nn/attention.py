@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_KEYS = 256
+FEW_KEYS = 320
 """Up to so many keys, matrix products are faster than fused attention in bf16 on a CPU (benchmarks/variants.py)."""
 
 

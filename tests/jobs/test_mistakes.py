@@ -51,6 +51,10 @@ def test_no_such_configuration(command: str) -> None:
     refused(command, "nowhere.yaml", says=["nowhere.yaml: no such configuration", "configs/"])
 
 
+def test_overrides_may_stand_after_options() -> None:
+    refused("run", NANO, "--only", "decoder", "decoder.model.chanels=3", says=["chanels: unknown key"])
+
+
 def test_bad_yaml(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("project: [1\nstore: x")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from models.diffusion.process import (
+    MOST_SNR,
     Prediction,
     discretized_gaussian_nll,
     hybrid_loss,
@@ -18,6 +19,7 @@ from models.diffusion.process import (
     predict,
     q_sample,
     regression_target,
+    squared_error,
     variational_bound,
 )
 from models.diffusion.schedules import make_schedule
@@ -76,6 +78,25 @@ def test_the_v_target_equals_diffusers() -> None:
     x0, noise = rows(3, 4, 4), rows(3, 4, 4, seed=1)
     expected = DDPMScheduler(beta_schedule="squaredcos_cap_v2").get_velocity(x0, noise, TIMES)
     torch.testing.assert_close(regression_target("v", x0, noise, SCHEDULE.at(TIMES)), expected, atol=1e-5, rtol=0)
+
+
+@fails_under(
+    (squared_error, "alpha_bar / (1 - alpha_bar)", "1 / (1 - alpha_bar)"),
+    (squared_error, "max=MOST_SNR", "max=25.0"),
+    (squared_error, 'kind != "x0"', 'kind != "v"'),
+)
+def test_an_error_of_x0_counts_as_that_of_v() -> None:
+    x0, noise, output = (rows(5, seed=seed).double() for seed in range(3))
+    alpha_bar = SCHEDULE.at(TIMES)
+    of_x0 = squared_error("x0", output, x0, noise, alpha_bar)
+    signal, sigma = alpha_bar.sqrt()[:, None], (1 - alpha_bar).sqrt()[:, None]
+    v = (signal * q_sample(x0, noise, alpha_bar) - output) / sigma
+    of_v = squared_error("v", v, x0, noise, alpha_bar)
+    noisy = alpha_bar / (1 - alpha_bar) < MOST_SNR
+    assert 0 < noisy.sum() < len(TIMES)
+    torch.testing.assert_close(of_x0[noisy], of_v[noisy], rtol=1e-9, atol=0)
+    plain = ((output - x0) ** 2).mean(1)
+    torch.testing.assert_close(of_x0[~noisy], plain[~noisy] * (1 + MOST_SNR), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
@@ -193,8 +214,8 @@ def bound_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (variational_bound, "posterior_mean(x0,", "posterior_mean(x_t,"),
     (variational_bound, "normal_kl(true_mean, true_log_variance, mean, log_variance)",
      "normal_kl(mean, log_variance, true_mean, true_log_variance)"),
-    (variational_bound, "torch.where(t == 0, nll, kl)", "kl"),
-    (variational_bound, "torch.where(t == 0, nll, kl)", "torch.where(t <= 1, nll, kl)"),
+    (variational_bound, "torch.where(t == 0, nll, bound)", "bound"),
+    (variational_bound, "torch.where(t == 0, nll, bound)", "torch.where(t <= 1, nll, bound)"),
     (discretized_gaussian_nll, "x - mean - 1 / 255", "x - mean"),
     (discretized_gaussian_nll, "-0.5 * log_variance", "-log_variance"),
     (discretized_gaussian_nll, "x > 0.999", "x > 2"),
@@ -232,8 +253,8 @@ def test_the_bound_needs_a_variance() -> None:
         variational_bound(Prediction(x0, noise), x0, x_t, TIMES, SCHEDULE)
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
-@fails_under((hybrid_loss, "mean.detach()", "mean"), (hybrid_loss, "(mean - regr", "(mean + regr"))
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@fails_under((hybrid_loss, "mean.detach()", "mean"), (squared_error, "(output - regr", "(output + regr"))
 def test_the_bound_trains_the_variance_only(kind: str) -> None:
     x0, noise, _, level = bound_inputs()
     output = (0.1 * rows(6, 4, 4, seed=2)).double().requires_grad_()
@@ -243,8 +264,9 @@ def test_the_bound_trains_the_variance_only(kind: str) -> None:
     assert (of_bound[:, :3] == 0).all()
     assert (of_bound[:, 3:] != 0).any(dim=(1, 2, 3)).all()
     assert (of_mse[:, 3:] == 0).all()
-    expected = ((output[:, :3] - regression_target(kind, x0, noise, level)) ** 2).mean(dim=(1, 2, 3))
-    torch.testing.assert_close(mse, expected)
+    error = ((output[:, :3] - regression_target(kind, x0, noise, level)) ** 2).mean(dim=(1, 2, 3))
+    weight = 1 + (level / (1 - level)).clamp(max=5) if kind == "x0" else 1.0
+    torch.testing.assert_close(mse, weight * error)
 
 
 @fails_under((hybrid_loss, "schedule.steps / 1000", "1 / 1000"), (hybrid_loss, "schedule.steps / 1000", "1.0"))

@@ -57,7 +57,7 @@ def test_patches_shrink_the_feature_maps() -> None:
         ({"null_image": "ones"}, "null_image is 'ones': use 'zero' or 'learned'"),
         ({"schedule": "quadratic"}, "schedule is 'quadratic': use 'cosine' or 'linear'"),
         ({"steps": 1}, "steps is 1"),
-        ({"prediction": "x0"}, "prediction is 'x0': use 'eps' or 'v'"),
+        ({"prediction": "score"}, "prediction is 'score': use 'eps', 'v' or 'x0'"),
     ],
 )
 def test_decoder_mistakes_are_named(change: dict, message: str | None) -> None:
@@ -83,7 +83,7 @@ def test_decoder_mistakes_are_named(change: dict, message: str | None) -> None:
         ({"crop": 0.25, "patch": 16}, "64 px is not a multiple of 128"),
         ({"crop": 1.0}, None),
         ({"schedule": "quadratic"}, "schedule is 'quadratic'"),
-        ({"prediction": "x0"}, "prediction is 'x0'"),
+        ({"prediction": "score"}, "prediction is 'score'"),
     ],
 )
 def test_upsampler_mistakes_are_named(change: dict, message: str | None) -> None:

@@ -74,7 +74,7 @@ def enlarged(width: int = 6) -> Tensor:
     (ResBlock, "self.norm_out(h + modulation[..., None, None])", "self.norm_out(h) + modulation[..., None, None]"),
     (UNet, "timestep_embedding(t, ", "timestep_embedding(t + 1, "),
     (UNet, "torch.cat([x, skips.pop()], dim=1)", "torch.cat([skips.pop(), x], dim=1)"),
-    (Upsampler, "torch.cat([x_t, resize(low, (x_t.shape[2], x_t.shape[3]))]", "torch.cat([x_t, x_t]"),
+    (Upsampler, "torch.cat([x_t, enlarged]", "torch.cat([x_t, x_t]"),
     (Upsampler, "(t == 0).view", "(t == 1).view"),
 )
 def test_karlos_two_networks_open_here_as_one_upsampler(folder: Path, theirs: dict[str, UNet2DModel]) -> None:
@@ -145,3 +145,10 @@ def test_one_network_alone_is_an_upsampler_too(folder: Path, tmp_path: Path) -> 
     for name in ("super_res_first", "super_res_scheduler"):
         shutil.copytree(folder / name, tmp_path / name)
     assert import_upsampler(tmp_path).config == dataclasses.replace(CONFIG, last_unet=False)
+
+
+def test_an_upsampler_that_adds_to_the_small_picture_is_refused(tmp_path: Path) -> None:
+    config = UpsamplerConfig(channels=32, depth=1, multipliers=(1, 2), prediction="x0")
+    with pytest.raises(ValueError, match="prediction is 'x0', which adds to the enlarged small picture"):
+        export_upsampler(Upsampler(config), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -80,6 +80,20 @@ def test_sampling_corrupts_the_condition_mildly_or_not_at_all() -> None:
         assert sampling_low(dataclasses.replace(config, corrupt_at_inference=False), low, draw) is low
 
 
+def test_an_upsampler_that_predicts_the_picture_begins_with_the_enlarged_one() -> None:
+    torch.manual_seed(0)
+    model = Upsampler(dataclasses.replace(CONFIG, prediction="x0"))
+    low, noise, schedule = torch.rand(2, 3, 4, 4) * 2 - 1, torch.randn(2, 3, 16, 16), make_schedule("cosine", 1000)
+    samples = ddim(upsampler_denoise(model, low), noise, strided_grid(1000, 5), schedule)
+    torch.testing.assert_close(samples, resize(low, (16, 16)).clamp(-1, 1), atol=1e-5, rtol=0)
+    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
+    patches = torch.cat([noise, resize(low, (16, 16))], dim=1)
+    t = torch.tensor([3, 700])
+    with torch.no_grad():
+        expected = resize(low, (16, 16)) + model.unet(patches, t)
+        torch.testing.assert_close(model(noise, t, low), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("patch", [1, 2])
 def test_it_learns_on_crops_and_runs_at_any_full_size(patch: int) -> None:
     model = Upsampler(dataclasses.replace(CONFIG, patch=patch))

@@ -50,6 +50,21 @@ def test_the_api_takes_plain_values_and_leaves_them_as_they_were() -> None:
     assert config.decoder.batch == TRAINING_PRESETS["nano"]["decoder"]["batch"]
 
 
+def test_scale_changes_how_long_every_model_trains_and_nothing_else() -> None:
+    whole = make_config({**LEAST, "preset": "tiny", "decoder": {"samples": 1000}})
+    for scale in (0.25, 1, 3, 1e-9):
+        config = make_config({**LEAST, "preset": "tiny", "decoder": {"samples": 1000}, "scale": scale})
+        for stage in TRAININGS:
+            before, after = getattr(whole, stage), getattr(config, stage)
+            assert after == dataclasses.replace(before, samples=max(before.batch, round(scale * before.samples)))
+
+
+@pytest.mark.parametrize("scale", [0, -1, True, "half", float("inf"), float("nan"), None])
+def test_a_scale_that_is_no_number_above_0_is_refused(scale: object) -> None:
+    with pytest.raises(UserError, match=r"^scale: .* is no number above 0; 0\.5 trains every model"):
+        make_config({**LEAST, "scale": scale})
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_fills_every_model(preset: str) -> None:
     config = make_config({**LEAST, "preset": preset})
