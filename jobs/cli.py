@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pipeline.errors import UserError
 
 COMMANDS = {
+    "init": "write a commented configuration for pairs of your own",
+    "doctor": "check machine, packages, store and Ray before a run",
     "run": "make everything a configuration asks for, where it is stale",
     "plan": "show what a run would make, why, and about what it costs",
     "sample": "turn captions into pictures with a finished bundle",

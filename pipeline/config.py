@@ -155,10 +155,15 @@ def _preset(name: Any, stage: str) -> dict[str, Any]:
     return {"sampling": part} if stage == "bundle" else {"model": part, **TRAINING_PRESETS[name].get(stage, {})}
 
 
+def check_project(name: str) -> None:
+    """Raise UserError for a name that cannot be part of paths in the store."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"project: {name!r} is no plain name; use letters, digits, '.', '-' and '_'")
+
+
 def _check(config: Config) -> None:
     """What no single recipe can see."""
-    if not re.fullmatch(r"\w[\w.-]*", config.project):  # it is a part of paths in the store
-        raise UserError(f"project: {config.project!r} is no plain name; use letters, digits, '.', '-' and '_'")
+    check_project(config.project)
     for stage, low, high in (("upsampler_256", 64, 256), ("upsampler_1024", 256, 1024)):
         model = getattr(config, stage).model
         if (model.low_size, model.image_size) != (low, high):

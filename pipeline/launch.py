@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.settings import RaySettings
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a cluster: its name and address, and what Ray may use of it."""
+
+    host: str
+    cpus: float
+    gpus: float
 
 
 def start_ray(settings: RaySettings) -> Any:
@@ -26,9 +38,10 @@ def start_ray(settings: RaySettings) -> Any:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        _reach(address)
         try:
             ray.init(address=address, **quiet)
-        except ConnectionError as e:
+        except (ConnectionError, ValueError) as e:
             raise UserError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {str(e).splitlines()[0]}") from e
     else:
         ray.init(
@@ -39,3 +52,48 @@ def start_ray(settings: RaySettings) -> Any:
             **quiet,
         )
     return ray
+
+
+def _reach(address: str) -> None:
+    """Raise UserError if nobody listens at HOST:PORT, of which Ray would take two minutes to be sure."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdecimal():  # ray://, http:// or "auto": for Ray to judge
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as e:
+        raise UserError(
+            f"no Ray cluster answers at {address} (RAY_ADDRESS): {e}; correct it, or unset it to start a Ray here"
+        ) from e
+
+
+def ask_every_node(settings: RaySettings, question: Callable[[], Any], timeout_s: float) -> list[tuple[Node, Any]]:
+    """Start or join Ray, call ``question`` on every living node, and leave Ray.
+
+    A node that gives no answer has the exception that says why. Raises UserError as ``start_ray`` does.
+    """
+    ray = start_ray(settings)
+    try:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        ask = ray.remote(num_cpus=0, max_retries=0)(lambda: question())
+        asked = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+                found = Node(name, node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+                asked.append((found, ask.options(scheduling_strategy=there).remote()))
+        ray.wait([answer for _, answer in asked], num_returns=len(asked), timeout=timeout_s)
+        return [(node, _answer(ray, answer)) for node, answer in asked]
+    finally:
+        ray.shutdown()
+
+
+def _answer(ray: Any, answer: Any) -> Any:
+    try:
+        return ray.get(answer, timeout=0)
+    except ray.exceptions.RayTaskError as e:
+        return e.cause if isinstance(e.cause, Exception) else e
+    except ray.exceptions.RayError as e:
+        return e

@@ -67,19 +67,30 @@ def open_store(url: str) -> Store:
 
 
 def check_conditions(store: Store) -> None:
-    """Prove that the store can be written and honours conditional writes, on which every rule here rests.
+    """Prove that the store can be written, read, listed and deleted from, and that it honours conditional writes, on
+    which every rule here rests. Leaves no object behind.
 
-    Raises UserError when a second create of one object succeeds.
+    Raises UserError that names what it does not do.
     """
-    path = f"runs/probe/{secrets.token_hex(8)}"
+    path = f"locks/probe-{secrets.token_hex(8)}"
+    advice = "use a store with conditional writes, such as AWS S3, SeaweedFS, MinIO or a local folder"
     try:
         if not store.create(path, b"1") or store.create(path, b"2") or store.read(path) != b"1":
             raise UserError(
-                f"store {store.url} overwrites objects instead of refusing (If-None-Match is ignored); "
-                "use a store with conditional writes, such as AWS S3, SeaweedFS, MinIO or a local folder"
+                f"store {store.url} overwrites objects instead of refusing (If-None-Match is ignored); {advice}"
             )
+        version = next((entry.version for entry in store.list(path)), None)
+        if not store.swap(path, version, b"3") or store.swap(path, version, b"4") or store.read(path) != b"3":
+            raise UserError(f"store {store.url} swaps objects without comparing (If-Match is ignored); {advice}")
     finally:
-        store.delete([path])
+        store.delete([path, _lock_path(path)])
+    if list(store.list(path)):
+        raise UserError(f"store {store.url} keeps objects that were deleted; allow these credentials to delete")
+
+
+def local_folder(store: Store) -> Path | None:
+    """The folder of a store that is in one."""
+    return Path(store.url) if isinstance(store, FolderStore) else None
 
 
 # --- a folder ---------------------------------------------------------------------------------------------------------
@@ -148,7 +159,7 @@ class FolderStore:
         file = self._file(path)
         with _explained(self.url):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file.with_name(f".{file.name}.lock"), "w") as lock:
+            with open(self._file(_lock_path(path)), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if (_content_version(file.read_bytes()) if file.exists() else None) != old:
                     return False
@@ -160,6 +171,12 @@ class FolderStore:
         with _explained(self.url):
             for path in paths:
                 self._file(path).unlink(missing_ok=True)
+
+
+def _lock_path(path: str) -> str:
+    """The hidden file that a swap in a folder locks."""
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}.{name}.lock"
 
 
 def _content_version(data: bytes) -> str:

@@ -128,7 +128,7 @@ class Packer:
         """Index a member of an existing tar where it lies, after decoding it once."""
         from pipeline.data.fetch import inspect
 
-        place = _place(ref["url"])
+        place = tar_place(ref["url"])
         if place is None:
             return _reject(row, "unsupported_reference")
         if place["size"] > self.recipe.max_bytes:
@@ -149,7 +149,7 @@ class Packer:
         return None
 
 
-def _place(reference: str) -> dict[str, Any] | None:
+def tar_place(reference: str) -> dict[str, Any] | None:
     """Path, offset and size of a member of a tar (see source.tar_reference), or None if it does not say them."""
     try:
         parts = urlsplit(reference)

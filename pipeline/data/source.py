@@ -114,8 +114,8 @@ def scan(recipe: SourceRecipe, store: Store, write: bool) -> Scan:
         record = read_record(store, record_path)
         if record is None:
             for earlier in recipe.paths[:index] if not seen else ():
-                seen.update(_reference_hash(row.url) for row in _rows(earlier, recipe))
-            found = list(_cut(index, _rows(path, recipe), recipe, seen, store if write else None))
+                seen.update(_reference_hash(row.url) for row in read_rows(earlier, recipe))
+            found = list(_cut(index, read_rows(path, recipe), recipe, seen, store if write else None))
             if not found:
                 raise UserError(f"source {path}: no rows")
             if write:
@@ -187,7 +187,8 @@ def _reference_hash(url: str) -> bytes:
 # --- kinds of lists ---------------------------------------------------------------------------------------------------
 
 
-def _rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
+def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
+    """The rows of one list in its order, read as they are asked for. Raises UserError as ``scan`` does."""
     kind, where = _kind(path)
     if kind == "emoji":
         from pipeline.data.emoji import emoji_rows

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,12 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
 
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
-    "unclip run configs/mine.yaml --until curation": "here",
+    "unclip init my-project pairs.csv": "here",
+    "unclip init birds pictures": "here",
+    "unclip init scans 00000.tar 00001.tar": "here",
+    "unclip doctor my-project.yaml": "here",
+    "unclip run my-project.yaml --until curation": "here",
+    "unclip run my-project.yaml": "here",
     "unclip plan configs/nano.yaml": "here",
     "unclip run configs/nano.yaml": "here",
     "unclip plan configs/nano.yaml decoder.model.dropout=0.1": "here",
@@ -165,33 +171,45 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with configurations of the names in the documents, small enough to run."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "configs").mkdir()
+    (folder / "pictures").mkdir()
     for i in range(24):
-        (folder / f"{i}.png").write_bytes(picture(i))
+        (folder / f"pictures/{i}.png").write_bytes(picture(i))
+        (folder / f"pictures/{i}.txt").write_text(f"picture {i}\n")
+    for i in range(2):
+        with tarfile.open(folder / f"{i:05d}.tar", "w") as tar:
+            for name in (f"{i}.png", f"{i}.txt"):
+                tar.add(folder / "pictures" / name, name)
     splits = ["validation" if i % 8 == 5 else "test" if i % 8 == 7 else "train" for i in range(24)]
     write_list(
         folder / "pairs.csv",
-        [(f"file://{folder}/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)],
+        [(f"file://{folder}/pictures/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)],
     )
+    config = {"project": "nano", "store": "out/nano/store", "source": {"paths": ["pairs.csv"]}}
+    (folder / "configs/nano.yaml").write_text(yaml.safe_dump(small(config)))
+    return folder
+
+
+def small(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that runs in seconds."""
     short = {"samples": 16, "batch": 8, "warmup": 0}
     models = ["ar_prior", "diffusion_prior", "decoder"]
     sampling = {"size": 64, "prior_steps": 2, "decoder_steps": 2}
-    values = {
+    return {
+        **config,
         "preset": "nano",
-        "source": {"paths": ["pairs.csv"]},
         "bundle": {"models": models, "sampling": sampling},
         **dict.fromkeys(("clip", "ar_prior", "diffusion_prior", "decoder"), short),
+        "run": {**MICRO["run"], "output": f"out/{config['project']}"},  # type: ignore[dict-item]
     }
-    for name in ("nano", "mine"):
-        run = {**MICRO["run"], "output": f"out/{name}"}  # type: ignore[dict-item]
-        config = {"project": name, "store": f"out/{name}/store", **values, "run": run}
-        (folder / f"configs/{name}.yaml").write_text(yaml.safe_dump(config))
-    return folder
 
 
 @pytest.mark.parametrize("command", [command for command, where in TESTED.items() if where == "here"])
 def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
     words = [sys.executable, "-m", "jobs.cli", *shlex.split(command)[1:]]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if command.startswith("unclip run my-project.yaml"):
+        written = folder / "my-project.yaml"
+        written.write_text(yaml.safe_dump(small(yaml.safe_load(written.read_text()))))
     process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     if command.startswith("unclip sample"):

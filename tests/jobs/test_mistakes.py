@@ -138,7 +138,7 @@ def test_commands(tmp_path: Path) -> None:
     assert usage.returncode == 2
     assert "usage: unclip COMMAND" in usage.stdout
     assert unclip("--help").returncode == 0
-    for command in ("run", "plan", "sample", "pin"):
+    for command in ("init", "doctor", "run", "plan", "sample", "pin"):
         assert f"usage: unclip {command if command != 'pin' else ''}".strip() in unclip(command, "--help").stdout
 
 

@@ -1,0 +1,57 @@
+"""``unclip doctor [CONFIG]``: check machine, packages, store and Ray, and leave nothing behind."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.config import Config, load_config
+from pipeline.doctor.finding import Finding
+from pipeline.doctor.machine import check_disks, check_machine, check_memory, check_shared_memory
+from pipeline.doctor.nodes import check_nodes
+from pipeline.doctor.packages import check_packages
+from pipeline.doctor.storage import check_store
+from pipeline.settings import RaySettings
+from pipeline.store import local_folder, open_store
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unclip doctor", description=__doc__)
+    parser.add_argument("config", nargs="?", help="a YAML file; without one, store and disks are not looked at")
+    parser.add_argument("overrides", nargs="*", help="key.key=value")
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    levels: Counter[str] = Counter()
+    for finding in examine(config):
+        print(finding, flush=True)
+        levels[finding.level] += 1
+    print(f"problems: {levels['problem']}, warnings: {levels['warning']}")
+    return 1 if levels["problem"] else 0
+
+
+def examine(config: Config | None) -> Iterator[Finding]:
+    """All findings, each as soon as it is known. Raises UserError for a store that no URL can name."""
+    settings = config.run.ray if config else RaySettings()
+    yield from check_packages()
+    yield from check_machine()
+    yield from check_memory(config)
+    yield from check_shared_memory(settings)
+    store = None
+    if config:
+        store = open_store(config.store)
+        folder = local_folder(store)
+        yield from check_disks(({"store": folder} if folder else {}) | {"output": Path(config.run.output)})
+        for finding in check_store(store):
+            yield finding
+            store = store if finding.level == "ok" else None
+    yield from check_nodes(settings, store)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from jobs.cli import guard
+
+    sys.exit(guard(main, sys.argv[1:]))

@@ -1,0 +1,77 @@
+"""``unclip init NAME [SOURCE ...]``: write NAME.yaml, a commented configuration for pairs of your own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.config import check_project
+from pipeline.data.look import Look, look
+from pipeline.data.source import SourceRecipe
+from pipeline.errors import UserError
+from pipeline.starter import starter
+
+ENOUGH = 1000  # pairs, below which models learn pictures by heart
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unclip init", description=__doc__)
+    parser.add_argument("name", metavar="NAME", help="of the project")
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="a .csv, .tsv or .parquet of url and caption, a folder of a.jpg and a.txt, or a webdataset .tar",
+    )
+    parser.add_argument("--image-column", default="url", metavar="COLUMN", help="of references (default url)")
+    parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help="of captions (default caption)")
+    arguments = parser.parse_args(argv)
+    check_project(arguments.name)
+    path = Path(f"{arguments.name}.yaml")
+    if path.exists():
+        raise UserError(f"{path} is there already and stays as it is; remove it, or choose another name")
+    columns = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
+    source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **columns)
+    seen = _look(source) if arguments.sources else None
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(starter(arguments.name, _preset(), source, seen))
+    print(f"{path} written; open it to see what can be changed")
+    for line in _remarks(seen) if seen else ["put your list under source.paths first"]:
+        print(line)
+    print(f"next:\n    unclip doctor {path}\n    unclip run {path}")
+    return 0
+
+
+def _look(source: SourceRecipe) -> Look:
+    try:
+        return look(source)
+    except UserError as e:
+        if "source.image_column" in str(e):  # there is no configuration yet in which that could be set
+            raise UserError(f"{e}, here with --image-column and --caption-column") from None
+        raise
+
+
+def _preset() -> str:
+    from pipeline.training.world import choose_device
+
+    return "small" if choose_device("auto").type == "cuda" else "tiny"
+
+
+def _remarks(seen: Look) -> Iterator[str]:
+    """What was found, and what will not go well with it."""
+    yield f"pairs found: {seen.rows:,}{' and more' if seen.more else ''}"
+    if seen.rows < ENOUGH and not seen.more:
+        yield f"warning: fewer than {ENOUGH:,} pairs are enough to try it, but the models will learn them by heart"
+    if bare := seen.rows - len(seen.captions):
+        yield f"warning: {bare:,} of them have no caption and will not be learnt from"
+    if small := len(seen.sides) - seen.reaching(64):
+        yield f"warning: {small} of the first {len(seen.sides)} pictures are below 64 px, too small to learn from"
+
+
+if __name__ == "__main__":
+    import sys
+
+    from jobs.cli import guard
+
+    sys.exit(guard(main, sys.argv[1:]))

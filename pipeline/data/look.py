@@ -1,0 +1,71 @@
+"""The first rows of a list: how many, what captions say, how large pictures are. Writes and fetches nothing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from pipeline.data.pairs import tar_place
+from pipeline.data.source import Row, SourceRecipe, read_rows
+from pipeline.errors import UserError
+
+ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
+PICTURES = 100  # measured, at most
+
+
+@dataclass(frozen=True)
+class Look:
+    """Rows with a reference that were looked at, and whether there are ``more``; the first caption of each row that
+    has one; short sides, in pixels, of the first pictures that lie on this machine."""
+
+    rows: int
+    more: bool
+    captions: tuple[str, ...]
+    sides: tuple[int, ...]
+
+    def reaching(self, side: int) -> int:
+        """How many of the measured pictures have a short side of at least this."""
+        return sum(short >= side for short in self.sides)
+
+
+def look(recipe: SourceRecipe) -> Look:
+    """Read the first rows, and at least one of every list.
+
+    Raises UserError for a list that ``scan`` would refuse, as far as it is read.
+    """
+    found: list[Row] = []
+    more = False
+    for path in recipe.paths:
+        rows = read_rows(path, recipe)
+        first = list(islice(rows, max(1, ROWS - len(found))))
+        if not first:
+            raise UserError(f"source {path}: no rows")
+        more = more or next(rows, None) is not None
+        found += [row for row in first if row.url]
+    captions = tuple(row.captions[0] for row in found if row.captions)
+    return Look(len(found), more, captions, tuple(islice(_sides(found), PICTURES)))
+
+
+def _sides(rows: list[Row]) -> Iterator[int]:
+    """Short sides of the pictures that can be opened here, from their headers."""
+    from PIL import Image
+
+    for row in islice((row for row in rows if not row.url.startswith("http")), PICTURES):
+        try:
+            with Image.open(io.BytesIO(_read(row.url)), formats=("PNG", "JPEG", "WEBP")) as image:
+                yield min(image.size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a run counts these with their reason
+            continue
+
+
+def _read(url: str) -> bytes:
+    """The bytes of a picture in a file or in a tar. Raises OSError or ValueError."""
+    place = tar_place(url) if url.startswith("tar://") else None
+    path = place["tar"] if place else url2pathname(urlsplit(url).path) if "://" in url else url
+    with open(path, "rb") as f:
+        f.seek(place["offset"] if place else 0)
+        return f.read(place["size"] if place else -1)

@@ -1,0 +1,128 @@
+"""This machine: Python, cores, memory, GPU, space on its disks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pipeline.build import build
+from pipeline.config import TRAININGS, Config
+from pipeline.doctor.finding import Finding, gigabytes
+from pipeline.settings import RaySettings
+
+PROCESS = 1 << 30  # bytes that Python, torch and Ray take in a process before any model
+PARAMETER = 20  # bytes: weight, gradient, Adam's two moments and the average, fp32
+LITTLE_DISK, NO_DISK = 10e9, 1e9
+SHARED = Path("/dev/shm")
+
+
+def check_machine() -> Iterator[Finding]:
+    """What there is to compute with."""
+    import torch
+
+    from pipeline.training.launch import cores
+
+    yield Finding("ok", "python", f"{platform.python_version()}, {sys.executable}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Finding("ok", "machine", f"{cores()} cores, {', '.join(gpus) or 'no GPU that torch can use'}")
+
+
+def check_memory(config: Config | None) -> Iterator[Finding]:
+    """Memory that is free, of the GPU too, against what the processes and the largest training need at least."""
+    import torch
+
+    free = available_memory()
+    if config is None:
+        yield Finding("ok", "memory", f"{gigabytes(free)} free")
+        return
+    run = config.run
+    workers = max(run.pairs.workers, run.embeddings.workers, run.curation.workers, run.codec.workers)
+    processes = PROCESS * (1 + workers) + (run.ray.object_store_mb << 20)
+    name, model = largest_training(config)
+    on_gpu = torch.cuda.is_available() and getattr(run, name).device != "cpu"
+    need = f"{name}, the largest training, needs at least {gigabytes(model)}"
+    yield _enough("memory", free, processes + (0 if on_gpu else model), f"{need}, all processes {gigabytes(processes)}")
+    if on_gpu:
+        yield _enough("gpu", torch.cuda.mem_get_info()[0], model, need)
+
+
+def _enough(subject: str, free: int, needed: int, need: str) -> Finding:
+    text = f"{gigabytes(free)} free; {need}"
+    if free >= needed:
+        return Finding("ok", subject, text)
+    return Finding("warning", subject, text, "close other programs, or take a smaller preset")
+
+
+def largest_training(config: Config) -> tuple[str, int]:
+    """The training of most parameters, and the bytes of its state. Builds models without memory for their weights."""
+    import torch
+
+    from models.ar_prior import ARPrior
+    from models.clip import Clip
+    from models.decoder import Decoder
+    from models.diffusion_prior import DiffusionPrior
+    from models.upsampler import Upsampler
+
+    embed_dim = config.clip.model.embed_dim
+    make = {
+        "clip": lambda: Clip.build(config.clip.model, 0),
+        "ar_prior": lambda: ARPrior(config.ar_prior.model, embed_dim, config.codec.components),
+        "diffusion_prior": lambda: DiffusionPrior(config.diffusion_prior.model, embed_dim),
+        "decoder": lambda: Decoder(config.decoder.model, embed_dim),
+        "upsampler_256": lambda: Upsampler(config.upsampler_256.model),
+        "upsampler_1024": lambda: Upsampler(config.upsampler_1024.model),
+    }
+    trained = set(build(config)) - ({"clip"} if config.clip.weights != "train" else set())
+    sizes = {}
+    with torch.device("meta"):
+        for name in TRAININGS:
+            if name in trained:
+                sizes[name] = PARAMETER * sum(p.numel() for p in make[name]().parameters())
+    return max(sizes.items(), key=lambda item: item[1])
+
+
+def available_memory() -> int:
+    """Bytes that new processes may take: of the machine, or of the container if that has less."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError):  # not Linux: all there is, used or not
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def check_disks(folders: Mapping[str, Path]) -> Iterator[Finding]:
+    """Free space where the folders are, or will be."""
+    for name, folder in folders.items():
+        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        text = f"{gigabytes(free)} free for the {name} at {folder}"
+        if free >= LITTLE_DISK:
+            yield Finding("ok", "disk", text)
+        else:
+            advice = "free some or choose another folder; 1,000 pairs of 1024 px take about 0.5 GB, models come on top"
+            yield Finding("problem" if free < NO_DISK else "warning", "disk", text, advice)
+
+
+def check_shared_memory(settings: RaySettings) -> Iterator[Finding]:
+    """Room for the object store of a Ray that is started here."""
+    if not SHARED.exists() or os.environ.get("RAY_ADDRESS"):
+        return
+    free, wanted = shutil.disk_usage(SHARED).free, settings.object_store_mb << 20
+    text = f"{gigabytes(free)} free in {SHARED} for Ray's object store of {gigabytes(wanted)}"
+    if free >= wanted:
+        yield Finding("ok", "shm", text)
+    else:
+        yield Finding(
+            "warning", "shm", f"{text}, which Ray will put on the disk, slowly",
+            "start the container with a larger --shm-size, or lower run.ray.object_store_mb",
+        )  # fmt: skip

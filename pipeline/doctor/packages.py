@@ -1,0 +1,53 @@
+"""Whether the packages that this project requires are there, in versions within its bounds, and can be imported."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from importlib import metadata
+
+from packaging.requirements import Requirement  # Ray requires packaging, so it is there whenever a run can be
+
+from pipeline.doctor.finding import Finding, brief
+
+PROJECT = "unclip-ray"
+MODULES = {"faiss-cpu": "faiss", "open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
+MODULES |= {"scikit-learn": "sklearn"}  # the rest are imported by the name they are installed by
+
+
+def check_packages() -> Iterator[Finding]:
+    """A finding for each package with a fault, or one for all of them."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    try:
+        wanted = [Requirement(text) for text in metadata.requires(PROJECT) or ()]
+    except metadata.PackageNotFoundError:
+        yield Finding("warning", "packages", f"{PROJECT} is not installed, so its bounds are unknown", "pip install .")
+        return
+    needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    faults = [fault for fault in map(_fault, needed) if fault is not None]
+    yield from faults
+    if not faults:
+        yield Finding("ok", "packages", f"{len(needed)} are there, within their bounds, and can be imported")
+
+
+def _fault(requirement: Requirement) -> Finding | None:
+    install = f"pip install '{requirement}'"
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return Finding("problem", "packages", f"{requirement.name} is not installed", install)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(
+            "problem", "packages", f"{requirement.name} {version} is outside {requirement.specifier}", install
+        )
+    try:
+        importlib.import_module(MODULES.get(requirement.name, requirement.name))
+    except Exception as e:  # a shared library that is missing is an OSError, and so on
+        return Finding(
+            "problem",
+            "packages",
+            f"{requirement.name} {version} cannot be imported ({brief(e)})",
+            f"install what it misses, or {install} --force-reinstall",
+        )
+    return None

@@ -1,0 +1,114 @@
+"""The text of a first configuration for a user's own pairs, with remarks on what people change first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import yaml
+
+from pipeline.bundle import MODELS
+from pipeline.data.look import Look
+from pipeline.data.source import SourceRecipe
+
+CAPTIONS = 4  # of the list, that a run ends with pictures of
+CAPTION_BYTES = 75  # a token of CLIP's is at least a byte and CLIP reads 75, so sampling can never refuse these
+
+TEMPLATE = """\
+# For your own pairs, written by unclip init. docs/your-data.md: what to bring and what to do when it fails;
+# docs/configuration.md: every field and its default.
+project: {project}
+preset: {preset} # nano: a first look in minutes; tiny: CPU cores; small: one GPU; karlo, paper: clusters of them
+store: {store} # or s3://bucket/prefix, which every machine of a cluster can reach
+
+source:
+  paths: # in order, relative to where unclip runs; lists appended here later cost only their own rows
+{paths}
+  # Columns of a .csv, .tsv or .parquet; its columns group, split and sha256 are read too, if it has them.
+  image_column: {image_column}
+  caption_column: {caption_column}
+
+pairs:
+  image_size: 1024 # larger pictures are shrunk to this short side. Without upsampler_1024, 256 saves space
+
+bundle:
+  # A picture teaches only models up to its own short side: upsampler_1024 needs pictures of 1024 px and more,
+  # upsampler_256 of 256 px, the decoder of 64 px. Where you have none, leave the model out and lower size.
+  # {measured}
+  models: [{models}]
+  sampling:
+    size: {size} # of the pictures that are made: 64, 256 or 1024
+
+samples:
+  captions: # one picture each at the end of a run; at most 75 tokens
+{captions}
+
+run:
+  output: {output} # report.html and pictures
+  budget_hours: 12 # above this estimate a run wants --yes; what was never measured is guessed for two CPU cores
+  # pairs: {{threads: 64, timeout_s: 60}} # more downloads at once, and patience with slow servers
+  # ray: {{cpus: 8}} # cores for Ray on this machine
+"""
+
+
+def starter(project: str, preset: str, source: SourceRecipe, seen: Look | None) -> str:
+    """A configuration as YAML. ``seen`` is a look at the source; without one, paths and captions are placeholders."""
+    models, size = _models(seen)
+    lists = [f"- {_scalar(path)}" for path in source.paths]
+    if seen is None:
+        lists = [
+            f"- {source.paths[0]} # put your own here: a .csv, .tsv or .parquet with the columns below,",
+            "# - pictures # a folder of a.jpg and a.txt,",
+            "# - shards/00000.tar # webdataset tars, used where they lie; as many lists as you like",
+        ]
+    return TEMPLATE.format(
+        project=_scalar(project),
+        preset=preset,
+        store=f"out/{project}/store",
+        paths=_indented(lists),
+        image_column=_scalar(source.image_column),
+        caption_column=_scalar(source.caption_column),
+        measured=_measured(seen),
+        models=", ".join(models),
+        size=size,
+        captions=_indented([f"- {_scalar(caption)}" for caption in _captions(seen)]),
+        output=f"out/{project}",
+    )
+
+
+def _models(seen: Look | None) -> tuple[list[str], int]:
+    """The models that the measured pictures can teach, all if none was measured, and the side that these end at."""
+    for size, left_out in ((1024, 0), (256, 1)):
+        if seen is None or not seen.sides or seen.reaching(size):
+            return list(MODELS[: len(MODELS) - left_out]), size
+    return list(MODELS[:-2]), 64
+
+
+def _measured(seen: Look | None) -> str:
+    if seen is None or not seen.sides:
+        return "How large pictures on the web are is known once they are fetched: see the report of --until curation."
+    return (
+        f"Of the first {len(seen.sides)} pictures {seen.reaching(1024)} have a short side of 1024 px or more, "
+        f"{seen.reaching(256)} of 256 px, {seen.reaching(64)} of 64 px."
+    )
+
+
+def _captions(seen: Look | None) -> list[str]:
+    """A few captions of the list, the first words of a long one."""
+    if seen is None or not seen.captions:
+        return ["a caption like those of your pairs"]
+    short = dict.fromkeys(caption for caption in seen.captions if len(caption.encode()) <= CAPTION_BYTES)
+    cut = seen.captions[0].encode()[:CAPTION_BYTES].decode(errors="ignore")
+    return list(short)[:CAPTIONS] or [cut.rpartition(" ")[0] or cut]
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _scalar(text: str) -> str:
+    """Text as YAML reads it back: as it stands where that works, else in quotes."""
+    try:
+        plain = yaml.safe_load(f"- {text} # remark") == [text]
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else yaml.safe_dump(text, default_style='"', width=float("inf"), allow_unicode=True).strip()

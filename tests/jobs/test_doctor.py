@@ -1,0 +1,328 @@
+"""``unclip doctor``: one line a check, exit code 1 for a problem, nothing left behind, never a traceback."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import jobs.doctor
+from jobs.cli import main
+from pipeline.config import load_config, make_config
+from pipeline.doctor import machine, packages
+from pipeline.doctor.finding import Finding, brief
+from pipeline.doctor.nodes import Answer, judge, versions
+from pipeline.launch import Node, ask_every_node
+from pipeline.settings import RaySettings
+from pipeline.store import Entry, Store, open_store
+from tests.chain import ROOT
+from tests.seaweed import Server
+
+Output = pytest.CaptureFixture[str]
+Usage = namedtuple("Usage", "total used free")
+CONFIG = "project: mine\npreset: nano\nstore: {store}\nsource:\n  paths: [pairs.csv]\nrun:\n  output: out\n"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder. Ray's workers look for our packages in the current folder or on PYTHONPATH."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray is not asked: it takes seconds, and tests below are about it."""
+    monkeypatch.setattr(jobs.doctor, "check_nodes", lambda *_: ())
+
+
+@pytest.fixture
+def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disks with room, whatever this machine has."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(200e9, 0, 100e9))
+
+
+def doctor(capsys: Output, store: object, *words: str) -> tuple[int, list[str]]:
+    """Exit code and lines of a doctor's visit to a configuration with this store."""
+    Path("mine.yaml").write_text(CONFIG.format(store=store))
+    code = main(["doctor", "mine.yaml", *words])
+    output = capsys.readouterr()
+    assert "Traceback" not in output.out + output.err
+    return code, output.out.splitlines()
+
+
+def level(lines: list[str], subject: str) -> list[str]:
+    return [line.split()[0] for line in lines if line.split()[1] == subject]
+
+
+# --- healthy ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_ray", "plenty")
+def test_a_healthy_folder(capsys: Output, here: Path) -> None:
+    (here / "there").mkdir()
+    for store in ("there", "out/mine/store"):
+        code, lines = doctor(capsys, store)
+        assert code == 0, lines
+        assert level(lines, "store") == ["ok"]
+        assert level(lines, "disk") == ["ok", "ok"]
+        assert {line.split()[0] for line in lines} == {"ok", "problems:"}
+        assert lines[-1] == "problems: 0, warnings: 0"
+    assert sorted(path.name for path in here.rglob("*")) == ["mine.yaml", "there"]
+
+
+@pytest.mark.usefixtures("no_ray", "plenty")
+def test_a_healthy_s3_store(capsys: Output, s3: Server) -> None:
+    url = f"{s3.url}/doctor-{os.getpid()}"
+    code, lines = doctor(capsys, url)
+    assert code == 0, lines
+    assert level(lines, "store") == ["ok"]
+    assert level(lines, "disk") == ["ok"]
+    assert list(open_store(url).list("")) == []
+
+
+def test_two_nodes_see_a_folder(capsys: Output, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    """A real cluster of two nodes; what a question raises there comes back, too."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        code, lines = doctor(capsys, "store")
+        assert code == 0, lines
+        assert any(line.startswith("ok       ray       2 nodes, 2 CPUs, 0 GPUs") for line in lines)
+        assert any(line.startswith("ok       nodes") and line.endswith("see the store") for line in lines)
+        assert level(lines, "shm") == []
+        assert not ray.is_initialized()
+        assert [path.name for path in here.iterdir()] == ["mine.yaml"]
+
+        def fails() -> None:
+            raise FileNotFoundError("no such thing")
+
+        answers = ask_every_node(RaySettings(), fails, 60)
+        assert [str(answer) for _, answer in answers] == ["no such thing"] * 2
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.usefixtures("plenty")
+def test_without_a_configuration_it_starts_a_ray_and_ends_it(capsys: Output) -> None:
+    import ray
+
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"python", "machine", "memory", "packages", "ray", "nodes"} <= {line.split()[1] for line in lines}
+    assert not {"store", "disk"} & {line.split()[1] for line in lines}
+    assert not ray.is_initialized()
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """A store in memory that ignores what it is told to."""
+
+    url = "s3://forgetful/prefix"
+
+    def __init__(self, ignores: str):
+        self.ignores, self.objects = ignores, dict[str, bytes]()
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        return self.objects[path][start:stop]
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        yield from [Entry(p, len(d), d.hex()) for p, d in sorted(self.objects.items()) if p.startswith(prefix)]
+
+    def create(self, path: str, data: bytes | Path) -> bool:
+        if path in self.objects and self.ignores != "If-None-Match":
+            return False
+        self.objects[path] = bytes(data)  # type: ignore[arg-type]
+        return True
+
+    def swap(self, path: str, old: str | None, new: bytes) -> bool:
+        if self.objects[path].hex() != old and self.ignores != "If-Match":
+            return False
+        self.objects[path] = new
+        return True
+
+    def delete(self, paths: Iterable[str]) -> None:
+        for path in paths if self.ignores != "delete" else ():
+            self.objects.pop(path, None)
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("ignores", "says"),
+    [
+        ("If-None-Match", "overwrites objects instead of refusing (If-None-Match is ignored); use a store with"),
+        ("If-Match", "swaps objects without comparing (If-Match is ignored); use a store with"),
+        ("delete", "keeps objects that were deleted; allow these credentials to delete"),
+        ("nothing", ""),
+    ],
+)
+def test_a_store_that_ignores_conditions(
+    ignores: str, says: str, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Store = Memory(ignores)  # type: ignore[assignment]
+    monkeypatch.setattr(jobs.doctor, "open_store", lambda _: store)
+    code, lines = doctor(capsys, "s3://forgetful/prefix")
+    assert code == (1 if says else 0)
+    (line,) = [line for line in lines if line.split()[1] == "store"]
+    assert line.startswith(f"problem  store     {store.url} {says}" if says else "ok       store")
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "SignatureDoesNotMatch: the secret key is wrong"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "InvalidAccessKeyId: the access key is unknown"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot reach the server; check AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "nonsense"}, "ValueError: Invalid endpoint: nonsense; check its URL"),
+    ],
+)
+def test_mistakes_about_s3(
+    change: dict[str, str], says: str, capsys: Output, monkeypatch: pytest.MonkeyPatch, s3: Server
+) -> None:
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    code, lines = doctor(capsys, f"{s3.url}/doctor")
+    assert code == 1
+    (line,) = [line for line in lines if line.split()[1] == "store"]
+    assert line.startswith(f"problem  store     {s3.url}/doctor: ")
+    assert says in line
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_folder_that_cannot_be_written(capsys: Output, here: Path) -> None:
+    (here / "file").write_text("not a folder")
+    code, lines = doctor(capsys, "file/store")
+    assert code == 1
+    assert level(lines, "store") == ["problem"]
+    assert main(["doctor", "gone.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: gone.yaml: no such configuration")
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(("free", "expected", "code"), [(0.2e9, "problem", 1), (5e9, "warning", 0), (50e9, "ok", 0)])
+def test_disks(free: float, expected: str, code: int, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100e9, 0, free))
+    found, lines = doctor(capsys, "store")
+    assert found == code
+    assert level(lines, "disk") == [expected, expected]
+    assert level(lines, "shm") in (["ok" if free > 1e9 else "warning"], [])  # macOS has no /dev/shm
+
+
+def test_memory_is_held_against_the_largest_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = make_config({"project": "a", "preset": "nano", "store": "s", "source": {"paths": ["x"]}})
+    paper = make_config({"project": "a", "store": "s", "source": {"paths": ["x"]}})
+    assert machine.largest_training(paper)[0] == "decoder"
+    assert machine.largest_training(paper)[1] > 100 * machine.largest_training(small)[1]
+    monkeypatch.setattr(machine, "available_memory", lambda: 20 * 10**9)
+    assert next(finding.level for finding in machine.check_memory(small)) == "ok"
+    findings = [finding for finding in machine.check_memory(paper) if "decoder" in finding.text]
+    assert "decoder, the largest training, needs at least 71" in findings[0].text
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**9)
+    assert next(finding.level for finding in machine.check_memory(small)) == "warning"
+
+
+def test_free_memory_is_less_than_all() -> None:
+    assert 0 < machine.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# --- packages ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_required_package_can_be_imported() -> None:
+    assert [finding.level for finding in packages.check_packages()] == ["ok"]
+
+
+@pytest.mark.usefixtures("no_ray", "plenty")
+def test_packages_out_of_bounds(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["numpy<1", "no-such-package-here>=2", "webdataset>=0.1", "pyyaml>=6", 'never-asked-for; extra == "dev"']
+    monkeypatch.setattr(metadata, "requires", lambda _: wanted)
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    code, lines = doctor(capsys, "store")
+    assert code == 1
+    faults = [line for line in lines if line.startswith("problem ")]
+    assert f"numpy {metadata.version('numpy')} is outside <1; pip install 'numpy<1'" in faults[0]
+    assert "no-such-package-here is not installed; pip install" in faults[1]
+    assert "cannot be imported (ModuleNotFoundError: import of webdataset halted" in faults[2]
+    assert lines[-1] == "problems: 3, warnings: 0"
+
+
+def test_a_project_that_is_not_installed_has_unknown_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "PROJECT", "no-such-project-here")
+    assert [finding.level for finding in packages.check_packages()] == ["warning"]
+
+
+@pytest.mark.parametrize("name", ["models/__init__.py", "pipeline.py"])
+def test_a_package_that_hides_ours_is_one_line(name: str, here: Path) -> None:
+    (here / name).parent.mkdir(exist_ok=True)
+    (here / name).touch()
+    for module in ("jobs.cli", "jobs.plan"):
+        environment = os.environ | {"PYTHONPATH": f"{here}:{ROOT}"}
+        words = [sys.executable, "-m", module, "plan"]
+        process = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert process.returncode == 2
+        assert process.stderr.startswith(f"error: {here / name} hides a package of this project; take it off")
+        assert process.stderr.count("\n") == 1
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+
+def findings(store: Store, *answers: Answer | Exception) -> list[Finding]:
+    nodes = [(Node(f"node-{i}", 4, 0), answer) for i, answer in enumerate(answers)]
+    return list(judge(nodes, versions(), store))
+
+
+def test_nodes_that_differ_or_do_not_see_the_store(here: Path) -> None:
+    folder = open_store(str(here / "store"))
+    good = Answer(versions())
+    assert [f.level for f in findings(folder, good, good)] == ["ok"]
+    (unseen,) = findings(folder, good, Answer(versions(), "it is not there"))
+    assert (unseen.level, unseen.subject) == ("problem", "nodes")
+    assert f"node-1 does not see the store {folder.url} (it is not there)" in unseen.text
+    assert "s3://BUCKET/PREFIX" in unseen.advice
+    (unseen,) = findings(open_store("s3://bucket/a"), Answer(versions(), "no AWS credentials"))
+    assert "AWS settings" in unseen.advice
+    (other,) = findings(folder, Answer(versions() | {"torch": "1.0"}))
+    assert f"node-0 has torch 1.0 (here {versions()['torch']})" in other.text
+    (silent,) = findings(folder, ModuleNotFoundError("No module named 'pipeline'"))
+    assert "node-0 gives no answer (ModuleNotFoundError: No module named 'pipeline')" in silent.text
+
+
+@pytest.mark.parametrize(("address", "says"), [("127.0.0.1:1", "refused"), ("http://127.0.0.1:1", "Invalid Ray")])
+@pytest.mark.usefixtures("plenty")
+def test_a_cluster_that_does_not_answer(
+    address: str, says: str, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    code, lines = doctor(capsys, "store")
+    assert code == 1
+    (line,) = [line for line in lines if line.split()[1] == "ray"]
+    assert line.startswith(f"problem  ray       no Ray cluster answers at {address}")
+    assert says in line
+    assert load_config("mine.yaml").store == "store"
+
+
+def test_a_brief_error_is_one_line() -> None:
+    assert brief(RuntimeError("first\nsecond")) == "RuntimeError: first"
+    assert (
+        brief(RuntimeError("it failed\n\nTraceback (most recent):\n  a\nKeyError: 'x'\n"))
+        == "RuntimeError: KeyError: 'x'"
+    )
+    assert brief(TimeoutError()) == "TimeoutError"

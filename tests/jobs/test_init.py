@@ -1,0 +1,190 @@
+"""``unclip init``: a first configuration for each kind of list, one that plans as it stands."""
+
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.cli import main
+from pipeline.bundle import MODELS
+from pipeline.config import Config, load_config
+from pipeline.data import look as looking
+from pipeline.data.look import look
+from pipeline.data.source import SourceRecipe
+from pipeline.errors import UserError
+from pipeline.starter import CAPTION_BYTES, _captions, _scalar
+from tests.pipeline.data.bench import picture
+
+Output = pytest.CaptureFixture[str]
+CAPTIONS = ["a red heart", 'a "cat": #1, on blue', "a red heart", "true", "two trees"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def folder() -> str:
+    Path("pictures").mkdir()
+    for i, caption in enumerate(CAPTIONS):
+        Path(f"pictures/{i}.png").write_bytes(picture(i))
+        Path(f"pictures/{i}.txt").write_text(caption)
+    return "pictures"
+
+
+def tar() -> str:
+    source = Path(folder())
+    with tarfile.open("00000.tar", "w") as out:
+        for file in sorted(source.iterdir()):
+            out.add(file, file.name)
+    shutil.rmtree(source)
+    return "00000.tar"
+
+
+def table(kind: str) -> str:
+    columns = {"url": [f"http://closed.test/{i}.png" for i in range(len(CAPTIONS))], "caption": CAPTIONS}
+    if kind == "parquet":
+        pq.write_table(pa.table(columns), "pairs.parquet")
+    else:
+        from pyarrow import csv
+
+        options = csv.WriteOptions(delimiter="\t" if kind == "tsv" else ",")
+        csv.write_csv(pa.table(columns), f"pairs.{kind}", options)
+    return f"pairs.{kind}"
+
+
+KINDS: dict[str, Callable[[], str]] = {
+    "folder": folder,
+    "tar": tar,
+    "csv": lambda: table("csv"),
+    "tsv": lambda: table("tsv"),
+    "parquet": lambda: table("parquet"),
+}
+
+
+def made(*words: str) -> Config:
+    assert main(["init", *words]) == 0
+    return load_config(f"{words[0]}.yaml")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_list_gives_a_configuration_that_plans(kind: str, capsys: Output) -> None:
+    path = KINDS[kind]()
+    config = made("my-project", path)
+    assert (config.project, config.store, config.source.paths) == ("my-project", "out/my-project/store", (path,))
+    assert config.samples.captions == ("a red heart", 'a "cat": #1, on blue', "true", "two trees")
+    assert config.run.output == "out/my-project"
+    output = capsys.readouterr().out
+    assert "pairs found: 5\nwarning: fewer than 1,000 pairs" in output
+    assert output.endswith("next:\n    unclip doctor my-project.yaml\n    unclip run my-project.yaml\n")
+    assert main(["plan", "my-project.yaml"]) == 0
+    assert "my-project: 5 pairs in 1 shards" in capsys.readouterr().out
+    assert len(Path("my-project.yaml").read_text().splitlines()) <= 45
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "models"), [(72, 64, MODELS[:3]), (300, 256, MODELS[:4]), (1024, 1024, MODELS)]
+)
+def test_models_that_no_picture_is_large_enough_for_are_left_out(side: int, size: int, models: tuple) -> None:
+    Path("pictures").mkdir()
+    for i, scale in enumerate((1, 2)):
+        Path(f"pictures/{i}.jpg").write_bytes(picture(i, 2 * side, side // scale, kind="JPEG"))
+    config = made("mine", "pictures")
+    assert (config.bundle.models, config.bundle.sampling.size) == (models, size)
+    text = Path("mine.yaml").read_text()
+    assert f"first 2 pictures {int(side >= 1024)} have a short side of 1024 px or more" in text
+
+
+def test_pictures_on_the_web_or_broken_leave_every_model_in(capsys: Output) -> None:
+    Path("pictures").mkdir()
+    Path("pictures/a.jpg").write_bytes(b"not a picture")
+    assert made("mine", table("csv"), "pictures").bundle.models == MODELS
+    assert "warning: 1 of them have no caption" in capsys.readouterr().out
+
+
+def test_small_pictures_are_named(capsys: Output) -> None:
+    Path("pictures").mkdir()
+    Path("pictures/a.png").write_bytes(picture(0, 40, 40))
+    made("mine", "pictures")
+    assert "warning: 1 of the first 1 pictures are below 64 px" in capsys.readouterr().out
+
+
+def test_without_a_list_it_names_one_of_each_kind(capsys: Output) -> None:
+    assert made("mine").source.paths == ("pairs.csv",)
+    text = Path("mine.yaml").read_text()
+    assert all(kind in text for kind in (".csv, .tsv or .parquet", "a folder of a.jpg and a.txt", "webdataset tars"))
+    assert "put your list under source.paths first" in capsys.readouterr().out
+    assert main(["plan", "mine.yaml"]) == 2
+    assert capsys.readouterr().err == "error: source pairs.csv: no such file or folder\n"
+
+
+def test_other_columns(capsys: Output) -> None:
+    Path("laion.csv").write_text("URL,TEXT\nhttp://closed.test/a.png,a cat\n")
+    config = made("mine", "laion.csv", "--image-column", "URL", "--caption-column", "TEXT")
+    assert (config.source.image_column, config.source.caption_column) == ("URL", "TEXT")
+    assert main(["plan", "mine.yaml"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["a/b", "pairs.csv"], "project: 'a/b' is no plain name"),
+        (["", "pairs.csv"], "project: '' is no plain name"),
+        (["mine", "gone.csv"], "source gone.csv: no such file or folder"),
+        (["mine", "pairs.csv", "list.json"], "source list.json: not a .parquet, .csv, .tsv or .tar file, nor a folder"),
+        (["mine", "empty"], "source empty: no rows"),
+        (["mine", "laion.csv"], "has URL, TEXT. Set source.image_column or source.caption_column, here with --image"),
+        (["taken", "pairs.csv"], "taken.yaml is there already and stays as it is"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(words: list[str], says: str, here: Path, capsys: Output) -> None:
+    table("csv")
+    (here / "empty").mkdir()
+    (here / "list.json").write_text("[]")
+    (here / "laion.csv").write_text("URL,TEXT\nhttp://closed.test/a.png,a cat\n")
+    (here / "taken.yaml").write_text("mine\n")
+    before = sorted(here.iterdir())
+    assert main(["init", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
+    assert error.count("\n") == 1
+    assert sorted(here.iterdir()) == before
+    assert (here / "taken.yaml").read_text() == "mine\n"
+
+
+def test_a_look_at_a_long_list_ends_early_but_sees_the_head_of_every_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looking, "ROWS", 3)
+    first, other = table("csv"), table("parquet")
+    seen = look(SourceRecipe((first, other)))
+    assert (seen.rows, seen.more) == (4, True)
+    Path("bad.csv").write_text("url\nx\n")
+    with pytest.raises(UserError, match="no column caption"):
+        look(SourceRecipe((first, "bad.csv")))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["plain", "true", "1e3", "- a", "a: b", "a #b", "ends:", "'", '"', "{a", "@x", "*a", "~", "", "é 🐈", "a\nb"],
+)
+def test_any_text_comes_back_from_yaml(text: str) -> None:
+    import yaml
+
+    for document in (f"- {_scalar(text)}", f"- {_scalar(text)} # remark", f"- {_scalar(text)}\n- b"):
+        assert yaml.safe_load(document)[0] == text
+    assert yaml.safe_load(f"a: {_scalar(text)} # remark") == {"a": text}
+
+
+def test_captions_are_short_enough_for_clip() -> None:
+    long = "word " * 100
+    assert _captions(looking.Look(2, False, (long, "short"), ())) == ["short"]
+    (cut,) = _captions(looking.Look(1, False, (long,), ()))
+    assert cut == "word " * 14 + "word"
+    (cut,) = _captions(looking.Look(1, False, ("猫" * 100,), ()))
+    assert cut == "猫" * (CAPTION_BYTES // 3)
