@@ -13,6 +13,7 @@ from jobs.project import Project, open_project
 from jobs.sample import remember_bundle
 from pipeline.artifacts import Artifact
 from pipeline.errors import CorruptObject, UserError
+from pipeline.evaluate.figure import as_text
 from pipeline.history import remember
 from pipeline.progress import duration
 from pipeline.store import check_conditions
@@ -92,6 +93,8 @@ def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: fl
         for reason, count in sorted(artifact.ledger.rejected.items()):
             print(f"{'':16}  {count:,} {reason}")
     print(f"{duration(seconds)} in all\n")
+    if "evaluation" in artifacts:
+        print(as_text(artifacts["evaluation"].metrics["figures"]) + "\n")
 
 
 def _places(project: Project, wanted: set[str]) -> None:

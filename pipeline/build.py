@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline import bundle, samples
 from pipeline.config import Config
 from pipeline.data import codec, curation, embeddings, pairs, source
+from pipeline.evaluate import stage as evaluation
 from pipeline.graph import Graph, Stage
 from pipeline.training import stage as training
 
@@ -53,8 +54,9 @@ def build(config: Config) -> Graph:
         ),
         Stage("bundle", bundle.VERSION, config.bundle, config.bundle.inputs, bundle.run_bundle),
         Stage("samples", samples.VERSION, config.samples, ("bundle",), samples.run_samples),
+        Stage("evaluation", evaluation.VERSION, config.evaluation, (*learn, "bundle"), evaluation.run_evaluation),
     )
-    wanted = {"samples", "bundle", *config.bundle.inputs}
+    wanted = {"samples", "evaluation", "bundle", *config.bundle.inputs}
     needed = _needed(stages, wanted)
     return {stage.name: stage for stage in stages if stage.name in needed}
 

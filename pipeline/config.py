@@ -22,6 +22,7 @@ from pipeline.data.embeddings import EmbeddingsRecipe
 from pipeline.data.pairs import PairsRecipe
 from pipeline.data.source import SourceRecipe
 from pipeline.errors import UserError
+from pipeline.evaluate.recipe import EVALUATION_PRESETS, EvaluationRecipe
 from pipeline.parse import merge, parse
 from pipeline.samples import SamplesRecipe
 from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
@@ -83,6 +84,7 @@ class Config:
     upsampler_1024: UpsamplerRecipe = field(default_factory=UpsamplerRecipe)
     bundle: BundleRecipe = field(default_factory=BundleRecipe)
     samples: SamplesRecipe = field(default_factory=SamplesRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     run: Run = field(default_factory=Run)
 
 
@@ -122,7 +124,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
     """A Config from plain values: presets filled in, then parsed. Raises UserError."""
     values = dict(values)
     common, scale = values.pop("preset", "paper"), values.pop("scale", 1)
-    for stage in (*TRAININGS, "bundle"):
+    for stage in (*TRAININGS, "bundle", "evaluation"):
         given = values.get(stage)
         given = {} if given is None else given
         if not isinstance(given, Mapping):
@@ -151,6 +153,8 @@ def _preset(name: Any, stage: str) -> dict[str, Any]:
     """A preset's values for one stage, as plain values."""
     if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
+    if stage == "evaluation":
+        return EVALUATION_PRESETS.get(name, {})
     part = dataclasses.asdict(PRESETS[name][stage])
     return {"sampling": part} if stage == "bundle" else {"model": part, **TRAINING_PRESETS[name].get(stage, {})}
 

@@ -16,6 +16,7 @@ from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 FLOPS = 60e9  # of two ordinary cores in small matrix products
 ROW_SECONDS = {"pairs": 0.01, "embeddings": 0.02, "curation": 0.0005, "codec": 0.0005}
 PICTURE_SECONDS = 30.0
+EVALUATION_SECONDS = 60.0
 LOAD_SECONDS = 60.0  # to fetch and store the weights of a CLIP that exists
 
 
@@ -33,7 +34,7 @@ def estimate(stage: Stage, rows: int, project: str, store: Store) -> Cost:
     before = last_run(store, project).get(stage.name)
     made = load_artifact(store, stage.name, before["key"]) if before else None
     if made is not None and before is not None and _same_size(stage, before["recipe"]):
-        done = made.recipe.get("samples") or made.ledger.rows
+        done = 1 if stage.name == "evaluation" else made.recipe.get("samples") or made.ledger.rows
         if done:
             return Cost(made.times["seconds"] * amount / done, True)
     return Cost(_guess(stage, amount), False)
@@ -42,6 +43,8 @@ def estimate(stage: Stage, rows: int, project: str, store: Store) -> Cost:
 def _amount(stage: Stage, rows: int) -> int:
     if isinstance(stage.recipe, TrainingRecipe):
         return stage.recipe.samples
+    if stage.name == "evaluation":
+        return 1  # of a fixed number of rows
     return len(stage.recipe.captions) if stage.name == "samples" else rows
 
 
@@ -58,6 +61,8 @@ def _guess(stage: Stage, amount: int) -> float:
         return 3 * forward_flops(stage.recipe.model) * amount / FLOPS  # type: ignore[attr-defined]
     if stage.name == "samples":
         return PICTURE_SECONDS * amount
+    if stage.name == "evaluation":
+        return EVALUATION_SECONDS
     return ROW_SECONDS.get(stage.name, 0.0) * amount
 
 

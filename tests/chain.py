@@ -30,6 +30,15 @@ MICRO = {
     "upsampler_1024": {"samples": 8, "batch": 8},
     "bundle": {"sampling": {"prior_steps": 2, "decoder_steps": 2, "upsampler_256_steps": 2, "upsampler_1024_steps": 2}},
     "samples": {"captions": ["a red heart"]},
+    "evaluation": {
+        "rows": 4,
+        "prior_samples": 2,
+        "sampled_rows": 2,
+        "decoder_rows": 4,
+        "caption_rows": 2,
+        "upsampler_samples": 2,
+        "early": 16,
+    },
     "run": {"lease_s": 5} | {stage: {"workers": 0} for stage in ("pairs", "embeddings", "curation", "codec")},
 }
 

@@ -14,6 +14,7 @@ from pipeline.crash import crash_point
 from pipeline.errors import UserError
 from pipeline.graph import flatten
 from pipeline.report.data import data_section, embeddings_section
+from pipeline.report.evaluation import evaluation_section
 from pipeline.report.markup import attempt, facts, number, section, table, text
 from pipeline.report.pictures import Album
 from pipeline.report.samples import samples_section
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 DATA = ("source", "captions", "pairs", "clip", "embeddings", "curation")
 MODELS = ("codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+ENDS = ("samples", "evaluation")
 PICTURE_BYTES = 4 << 20  # of base64; text and figures take well under the MiB that is left
 REFRESH_S = 30
 LOOK_AT_ENVIRONMENT = (
@@ -60,13 +62,14 @@ def render(store: Store, config: Config, artifacts: Mapping[str, Artifact]) -> s
     body = (
         attempt("The summary", _head, config, artifacts, chain)
         + attempt("The samples", samples_section, store, artifacts, album)
+        + attempt("The evaluation", evaluation_section, store, artifacts, album)
         + attempt("The data", data_section, store, artifacts, album)
         + attempt("The embeddings", embeddings_section, store, artifacts)
         + attempt("The codec", codec_section, artifacts)
         + attempt("The trainings", training_section, store, artifacts, album)
         + attempt("Environment and settings", _environment_section, config, artifacts)
     )
-    unfinished = "samples" in chain and "samples" not in artifacts
+    unfinished = any(name in chain and name not in artifacts for name in ENDS)
     refresh = f'<meta http-equiv="refresh" content="{REFRESH_S}">\n' if unfinished else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -79,7 +82,7 @@ def render(store: Store, config: Config, artifacts: Mapping[str, Artifact]) -> s
 def expected(config: Config) -> tuple[str, ...]:
     """The stages of this configuration's chain in order; it ends with curation if there is nothing to bundle."""
     inputs = config.bundle.inputs
-    return (*DATA, *(name for name in MODELS if name in inputs), *(("bundle", "samples") if inputs else ()))
+    return (*DATA, *(name for name in MODELS if name in inputs), *(("bundle", *ENDS) if inputs else ()))
 
 
 def _head(config: Config, artifacts: Mapping[str, Artifact], chain: tuple[str, ...]) -> str:
@@ -108,7 +111,7 @@ def _row(name: str, artifact: Artifact) -> tuple[str, str, str, str]:
 
 def _environment_section(config: Config, artifacts: Mapping[str, Artifact]) -> str:
     parts = [attempt("The environment", lambda: facts(_environment(artifacts)))]
-    for name in (*DATA, *MODELS, "bundle", "samples"):
+    for name in (*DATA, *MODELS, "bundle", *ENDS):
         if name in artifacts:
             parts.append(attempt(f"The settings of {name}", _settings, name, artifacts[name].recipe))
     parts.append(attempt("The run settings", lambda: _settings("run", flatten(config.run))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,10 @@ def run_diffusion_prior(ctx: Context) -> Artifact:
 
 
 def run_decoder(ctx: Context) -> Artifact:
-    """Train the 64 px decoder."""
+    """Train the 64 px decoder. On its way it leaves the early checkpoint that the evaluation compares it with."""
+    early, milestones = ctx.config.evaluation.early, ctx.settings.milestones
+    if ctx.recipe.batch <= early < ctx.recipe.samples and early not in milestones:
+        ctx = replace(ctx, settings=replace(ctx.settings, milestones=(*milestones, early)))
     return train(ctx, decoder_task)
 
 

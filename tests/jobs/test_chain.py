@@ -62,7 +62,11 @@ def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
         assert picture.text["caption"] == "a red heart"
         assert json.loads(picture.text["settings"])["decoder_steps"] == 2
     assert "samples" in (chain.folder / "out/report.html").read_text()
-    assert all(f"\n{stage} " in chain.output for stage in ("pairs", "clip", "decoder", "samples"))
+    assert all(f"\n{stage} " in chain.output for stage in ("pairs", "clip", "decoder", "samples", "evaluation"))
+    assert "Does it learn? " in chain.output
+    assert all(f"\n({line}) " in chain.output for line in "abcdef")
+    assert "trained above early: " in chain.output
+    assert 'id="evaluation"' in (chain.folder / "out/report.html").read_text()
 
 
 def test_again_there_is_nothing_to_do_and_nothing_heavy_is_imported(chain: Chain) -> None:
@@ -137,7 +141,7 @@ def test_rows_added_to_the_list_redo_at_most_its_last_shard(chain: Chain, tmp_pa
 
 def test_a_decoder_value_makes_the_decoder_and_what_follows_stale(chain: Chain) -> None:
     output = done(unclip("plan", chain.config, "decoder.model.dropout=0.1"))
-    assert _stale(output) == {"decoder", "bundle", "samples"}
+    assert _stale(output) == {"decoder", "bundle", "samples", "evaluation"}
     assert "model.dropout 0.0 -> 0.1" in output
 
 
@@ -161,7 +165,7 @@ def test_more_samples_continue_a_training(chain: Chain) -> None:
     assert "decoder: 48 of 48 samples" in finished.stderr + done(finished)
     assert "resuming decoder at sample 32" in finished.stderr
     store = open_at(chain.store)
-    assert len(keys(store)["decoder"]) == 2
+    assert len(keys(store)["decoder"]) == 3  # and the early one that the evaluation compares with
 
 
 def test_only_and_until(chain: Chain, tmp_path: Path) -> None:

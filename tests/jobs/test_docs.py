@@ -26,6 +26,7 @@ from pipeline.data.curation import CurationRecipe
 from pipeline.data.embeddings import EmbeddingsRecipe
 from pipeline.data.pairs import PairsRecipe
 from pipeline.data.source import SourceRecipe
+from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.samples import SamplesRecipe
 from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
@@ -55,6 +56,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
     "bundle": {"default": BundleRecipe},
     "bundle.sampling": {"default": SamplingConfig},
     "samples": {"default": SamplesRecipe},
+    "evaluation": {"default": EvaluationRecipe},
     "run": {"default": Run},
     "run.ray": {"default": RaySettings},
     "run.pairs": {"default": PairsSettings},

@@ -20,6 +20,7 @@ from pipeline.config import load_config
 from pipeline.data import codec, curation, embeddings, pairs, source
 from pipeline.data.source import scan
 from pipeline.errors import UserError
+from pipeline.evaluate import stage as evaluation
 from pipeline.graph import plan
 from pipeline.store import open_store
 from pipeline.training.stage import VERSIONS
@@ -67,6 +68,7 @@ MODULES = {
     "upsampler": ("pipeline.training.tasks.upsampler", *TRAINING),
     "bundle": ("pipeline.bundle",),
     "samples": ("pipeline.samples",),
+    "evaluation": ("pipeline.evaluate.stage",),
 }
 
 
@@ -89,7 +91,7 @@ def golden_keys() -> dict[str, dict[str, str]]:
 def versions() -> dict[str, int]:
     """The version of each stage, as the graph counts it."""
     own = {"source": source, "captions": source, "pairs": pairs, "embeddings": embeddings}
-    own |= {"curation": curation, "codec": codec, "bundle": bundle, "samples": samples}
+    own |= {"curation": curation, "codec": codec, "bundle": bundle, "samples": samples, "evaluation": evaluation}
     return {name: module.VERSION for name, module in own.items()} | VERSIONS
 
 

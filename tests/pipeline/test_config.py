@@ -26,7 +26,7 @@ def least(tmp_path: Path) -> Path:
 def test_shipped_configurations_load_and_build(path: Path) -> None:
     config = load_config(path)
     graph = build(config)
-    assert list(graph)[-1] == "samples"
+    assert list(graph)[-2:] == ["samples", "evaluation"]
     assert set(config.bundle.inputs) < graph.keys()
     assert config.run.output == f"out/{path.stem}"
 
@@ -74,6 +74,7 @@ def test_a_preset_fills_every_model(preset: str) -> None:
         for name, value in TRAINING_PRESETS[preset].get(stage, {}).items():
             assert getattr(recipe, name) == value
     assert config.bundle.sampling == PRESETS[preset]["bundle"]
+    assert config.evaluation.early == pytest.approx(config.decoder.samples / 8)
 
 
 def test_without_a_preset_it_is_the_papers() -> None:
@@ -135,6 +136,8 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
         ("clip.preset=huge", "preset: 'huge' is not one of nano, tiny, small, karlo, paper"),
         ("samples.captions=[]", "samples: captions: empty; name at least one"),
         ("samples.seed=-1", "samples: seed: -1 is below 0"),
+        ("evaluation.rows=1", "evaluation: rows is 1: use 2 or more"),
+        ("evaluation.early=-1", "evaluation: early is -1: use 0 or more"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(least: Path, override: str, message: str) -> None:
@@ -186,7 +189,7 @@ def test_a_bundle_that_stops_early_needs_less() -> None:
     )
     assert set(graph) == {
         "source", "captions", "pairs", "clip", "embeddings", "curation", "diffusion_prior", "decoder", "bundle",
-        "samples",
+        "samples", "evaluation",
     }  # fmt: skip
 
 

@@ -48,6 +48,7 @@ def test_what_was_measured_scales_with_rows_and_samples(measured: Store) -> None
     decoder = GRAPH["decoder"]
     twice = replace(decoder, recipe=replace(decoder.recipe, samples=2 * decoder.recipe.samples))
     assert estimate(twice, 250, "nano", measured) == Cost(20.0, True)
+    assert estimate(GRAPH["evaluation"], 250, "nano", measured) == Cost(10.0, True)  # its rows are the recipe's
 
 
 def test_another_model_or_project_is_a_guess_again(measured: Store) -> None:

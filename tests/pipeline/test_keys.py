@@ -22,24 +22,25 @@ CONFIG = load_config(ROOT / "configs/nano.yaml")
 DESCENDANTS = {
     "pairs": {
         "pairs", "clip", "embeddings", "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256",
-        "upsampler_1024", "bundle", "samples",
+        "upsampler_1024", "bundle", "samples", "evaluation",
     },
     "clip": {
         "clip", "embeddings", "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256",
-        "upsampler_1024", "bundle", "samples",
+        "upsampler_1024", "bundle", "samples", "evaluation",
     },
     "curation": {
         "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024", "bundle",
-        "samples",
+        "samples", "evaluation",
     },
-    "codec": {"codec", "ar_prior", "bundle", "samples"},
-    "ar_prior": {"ar_prior", "bundle", "samples"},
-    "diffusion_prior": {"diffusion_prior", "bundle", "samples"},
-    "decoder": {"decoder", "bundle", "samples"},
-    "upsampler_256": {"upsampler_256", "bundle", "samples"},
-    "upsampler_1024": {"upsampler_1024", "bundle", "samples"},
-    "bundle": {"bundle", "samples"},
+    "codec": {"codec", "ar_prior", "bundle", "samples", "evaluation"},
+    "ar_prior": {"ar_prior", "bundle", "samples", "evaluation"},
+    "diffusion_prior": {"diffusion_prior", "bundle", "samples", "evaluation"},
+    "decoder": {"decoder", "bundle", "samples", "evaluation"},
+    "upsampler_256": {"upsampler_256", "bundle", "samples", "evaluation"},
+    "upsampler_1024": {"upsampler_1024", "bundle", "samples", "evaluation"},
+    "bundle": {"bundle", "samples", "evaluation"},
     "samples": {"samples"},
+    "evaluation": {"evaluation"},
 }  # fmt: skip
 
 # Valid values for fields whose next value by type would be refused, with the fields that must move along.
@@ -187,13 +188,13 @@ def test_a_constant_moves_the_digests_of_the_stages_that_use_it_and_a_comment_no
     assert source_digests(tmp_path) == before
     schedules.write_text(text.replace("0.008", "0.009"))
     moved = {stage for stage, digest in source_digests(tmp_path).items() if digest != before[stage]}
-    assert moved == {"diffusion_prior", "decoder", "upsampler", "samples"}
+    assert moved == {"diffusion_prior", "decoder", "upsampler", "samples", "evaluation"}
 
     schedules.write_text(text)
     upsampler = tmp_path / "models/upsampler.py"
     upsampler.write_text(upsampler.read_text() + "\nEXTRA = 1\n")
     moved = {stage for stage, digest in source_digests(tmp_path).items() if digest != before[stage]}
-    assert moved == {"upsampler", "samples"}
+    assert moved == {"upsampler", "samples", "evaluation"}
 
 
 def test_digests_see_imports_inside_functions() -> None:

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from pipeline.artifacts import Artifact, publish_artifact, publish_shard, write_shard_table, write_table
 from pipeline.data.index import index_table
 from pipeline.data.source import row_key
+from pipeline.evaluate.figure import Figure, count, judged
 from pipeline.ledger import Ledger
 from pipeline.records import digest, put_blob
 from pipeline.settings import RaySettings
@@ -62,6 +63,7 @@ def chain(store: Store, caption: str | None = None) -> dict[str, Artifact]:
         **{stage: _trained(store, stage) for stage in ("upsampler_256", "upsampler_1024")},
         "bundle": _publish(store, "bundle", ledger=Ledger(), recipe={"candidates": 2}),
         "samples": _samples(store, caption),
+        "evaluation": _evaluation(store, caption),
     }
 
 
@@ -184,3 +186,18 @@ def _samples(store: Store, caption: str | None) -> Artifact:
     captions = [caption or f"a {COLOURS[i]} {SHAPES[i % 3]} on white" for i in range(6)]
     metrics = {"captions": captions, "seeds": list(range(6)), "settings": {"prior": "diffusion_prior", "guidance": 1.0}}
     return _publish(store, "samples", 31.0, ledger=Ledger(kept=6), blobs=blobs, metrics=metrics, recipe={"seed": 0})
+
+
+def _evaluation(store: Store, caption: str | None) -> Artifact:
+    common: dict[str, Any] = {"rows": 8, "split": "test"}
+    figures = [
+        Figure("a", "decoder", "condition_gap", "decoder: loss", 0.52, 0.5, 0.02, error=0.004, holds=True, **common),
+        Figure("c", "ar_prior", "mmd", "ar_prior: MMD", 0.1, 0.2, -0.1, interval=(-0.2, 0.1), holds=False, **common),
+        Figure("c", "ar_prior", "cosine_of_one", "ar_prior: one sample", 0.4, 0.3, 0.1, **common),
+        Figure("d", "decoder", "background", "decoder: background", note=f"not measured: {caption or 'no colours'}"),
+    ]
+    found = [figure.as_json() for figure in figures]
+    captions = [caption or f"a {colour} circle on white" for colour in COLOURS]
+    blobs = {name: put_blob(store, _grid(64, 0.1)) for name in ("comparison.png", "nearest.png")}
+    metrics = {"holds": count(found), "figures": judged(found), "captions": captions}
+    return _publish(store, "evaluation", 9.0, ledger=Ledger(kept=8), blobs=blobs, metrics=metrics, recipe={"rows": 8})

@@ -25,9 +25,9 @@ from tests.pipeline.report.made_up import chain, config, encoded
 
 STAGES = (
     *("source", "captions", "pairs", "clip", "embeddings", "curation", "codec", "ar_prior", "diffusion_prior"),
-    *("decoder", "upsampler_256", "upsampler_1024", "bundle", "samples"),
+    *("decoder", "upsampler_256", "upsampler_1024", "bundle", "samples", "evaluation"),
 )
-SECTIONS = ("samples", "data", "embeddings", "codec", "training", "environment")
+SECTIONS = ("samples", "evaluation", "data", "embeddings", "codec", "training", "environment")
 VOID = {"meta", "img", "br"}
 
 
@@ -92,11 +92,18 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert set(balance.ids) >= {"clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"}
     assert "cannot be shown" not in page
     assert all(made[stage].key[:12] in page for stage in STAGES)
-    assert "14 of 14 stages are done." in page
+    assert "15 of 15 stages are done." in page
     assert "a crimson circle on white" in page
     assert "http-equiv" not in page
     assert page.count('role="img"') == 9  # funnel, similarity, spectrum, six losses
     assert page.count('alt="preview of decoder after') == 4
+    assert "1 of 2 hold, 1 not measured." in page
+    assert (page.count(">✓<"), page.count(">✗<"), page.count("<td >–</td>")) == (1, 1, 1)
+    assert "+0.02 ± 0.004" in page
+    assert "-0.1 (-0.2 to 0.1)" in page
+    assert "one sample" not in page
+    assert 'alt="Lines from above: real; the decoder from the image' in page
+    assert page.count("diffusion prior and decoder from the caption") == 0  # this one has no diffusion prior
     assert "samples_per_second 243.2" in page
     assert "319 components asked for, 95 kept" in page
     assert "fp32 (clip); bf16 (ar_prior" in page
@@ -110,13 +117,13 @@ def test_every_beginning_and_every_gap_works(store: FolderStore, made: dict[str,
         page = render(store, config(), {name: made[name] for name in names})
         checked(page)
         assert "cannot be shown" not in page
-        assert ('http-equiv="refresh"' in page) == ("samples" not in names)
+        assert ('http-equiv="refresh"' in page) == (not {"samples", "evaluation"} <= set(names))
 
 
 def test_nothing_made_yet(store: FolderStore) -> None:
     page = render(store, config(), {})
     checked(page)
-    assert "0 of 14 stages are done; next is source." in page
+    assert "0 of 15 stages are done; next is source." in page
 
 
 def test_the_chain_is_that_of_the_configuration(store: FolderStore, made: dict[str, Artifact]) -> None:
@@ -125,7 +132,7 @@ def test_the_chain_is_that_of_the_configuration(store: FolderStore, made: dict[s
     assert re.findall(r'<li class="(\w+)">(\w+)</li>', page) == [
         ("done", "source"),
         *(("open", name) for name in ("captions", "pairs", "clip", "embeddings", "curation")),
-        *(("open", name) for name in ("diffusion_prior", "decoder", "bundle", "samples")),
+        *(("open", name) for name in ("diffusion_prior", "decoder", "bundle", "samples", "evaluation")),
     ]
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.artifacts import Artifact, Shard, publish_artifact, publish_shard, write_shard_table, write_table
 from pipeline.data.index import index_counts, index_table
+from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.graph import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, TrainingSettings
@@ -73,7 +74,7 @@ class World:
         chosen = {name: self.inputs[name] for name in names}
         node = Stage(stage, 1, recipe, names, lambda ctx: self.inputs["pairs"])
         key = stage_key(node, {name: artifact.key for name, artifact in chosen.items()})
-        config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings(cpus=2)))
+        config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings(cpus=2)), evaluation=EvaluationRecipe(early=16))
         settings = settings or TrainingSettings(threads=1, device="cpu")
         return Context(self.store, stage, 1, key, recipe, settings, chosen, config)
 

@@ -77,6 +77,10 @@ def test_the_decoder_draws_previews(shared_world: World) -> None:
     assert artifact.blobs["preview.png"] == artifact.blobs["previews/000000000032.png"]
     assert read_blob(shared_world.store, artifact.blobs["preview.png"]).startswith(b"\x89PNG")
     assert {"loss", "mse", "vb", "gradient_norm", "validation_condition_gap"} <= artifact.metrics.keys()
+    early = shared_world.context("decoder", replace(recipe, samples=16))  # what the evaluation compares it with
+    published = load_artifact(shared_world.store, "decoder", early.key)
+    assert published is not None
+    assert published.metrics["samples_seen"] == 16
 
 
 def test_an_upsampler_needs_no_captions(shared_world: World) -> None:

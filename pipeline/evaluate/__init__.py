@@ -1,0 +1,1 @@
+"""Whether the models have learnt, measured on rows that taught nothing."""

@@ -1,0 +1,171 @@
+"""Which figure is measured on which model and which rows, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.cascade import UnCLIP
+from models.decoder import Decoder
+from pipeline.artifacts import Artifact
+from pipeline.evaluate import images, priors, upsamplers
+from pipeline.evaluate.figure import Figure
+from pipeline.evaluate.priors import PRIORS
+from pipeline.evaluate.recipe import EvaluationRecipe
+from pipeline.evaluate.rows import HeldOut, Taught, held_out, read_views, taught
+from pipeline.store import Store
+
+SHOWN = 8  # captions in the pictures of the report
+BASE = 64  # pixels
+Tick = Callable[[str], None]
+Part = Callable[[Tick], list[Figure]]
+
+
+@dataclass
+class Evaluation:
+    """An evaluation of ``unclip``. ``early`` is the decoder's earlier checkpoint, or why there is none.
+
+    Beside figures it leaves ``pictures``, uint8 [3, h, w] by file name, the ``captions`` of their columns, and the
+    ``keys`` of all rows that were looked at, by part and split.
+    """
+
+    store: Store
+    inputs: Mapping[str, Artifact]
+    unclip: UnCLIP
+    recipe: EvaluationRecipe
+    early: Decoder | str
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    captions: list[str] = field(default_factory=list)
+    keys: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, Part]:
+        """What is to be measured, by title; every part returns its figures."""
+        u = self.unclip
+        chosen: dict[str, Part] = {}
+        if u.ar_prior is not None:
+            chosen["ar_prior"] = self.ar_prior
+            chosen["ar_prior samples"] = partial(self.prior_samples, "ar")
+        if u.diffusion_prior is not None:
+            chosen["diffusion_prior"] = self.diffusion_prior
+            chosen["diffusion_prior samples"] = partial(self.prior_samples, "diffusion")
+        chosen["decoder"] = self.decoder
+        chosen["pictures"] = self.drawn
+        for name in ("upsampler_256", "upsampler_1024"):
+            if getattr(u, name) is not None:
+                chosen[name] = partial(self.upsampler, name)
+        return chosen
+
+    @property
+    def device(self) -> torch.device:
+        return self.unclip.clip.mean.device
+
+    @cached_property
+    def rows(self) -> HeldOut | None:
+        """Rows without pictures, for the priors."""
+        return self._held_out("priors", self.recipe.rows, 0)
+
+    @cached_property
+    def small(self) -> HeldOut | None:
+        """Rows with pictures of 64 px, for the decoder. Captions that name a background come first: line (d) needs
+        them, and a picture is dear."""
+        return self._held_out("decoder", self.recipe.decoder_rows, BASE, images.named_background)
+
+    @cached_property
+    def taught(self) -> Taught:
+        return taught(self.store, self.inputs)
+
+    def _held_out(
+        self, part: str, rows: int, side: int, prefer: Callable[[str], object] | None = None
+    ) -> HeldOut | None:
+        found = held_out(self.store, self.inputs, rows, side, prefer)
+        self.keys[part] = {"split": found.split, "keys": found.keys} if found else {"split": None, "keys": []}
+        return found.to(self.device) if found else None
+
+    def ar_prior(self, tick: Tick) -> list[Figure]:
+        """Lines (a) and (b) of the AR prior."""
+        model, codec = self.unclip.ar_prior, self.unclip.codec
+        assert model is not None
+        assert codec is not None
+        if self.rows is None:
+            return [absent("a", "ar_prior"), absent("b", "ar_prior")]
+        training = self.taught.image_embedding.to(self.device)
+        return priors.ar_prior_figures(model, codec, self.rows, training, self.recipe.seed)
+
+    def diffusion_prior(self, tick: Tick) -> list[Figure]:
+        """Line (a) of the diffusion prior."""
+        if self.rows is None:
+            return [absent("a", "diffusion_prior")]
+        return [priors.diffusion_prior_gap(self.unclip, self.rows, self.recipe.seed)]
+
+    def prior_samples(self, prior: str, tick: Tick) -> list[Figure]:
+        """Line (c) of one prior."""
+        if self.rows is None:
+            return [absent("c", PRIORS[prior])]
+        recipe = self.recipe
+        chosen = self.rows.first(min(recipe.sampled_rows, len(self.rows)))
+        samples = priors.draw_samples(self.unclip, prior, chosen, recipe.prior_samples, recipe.seed, tick)
+        return priors.sample_figures(PRIORS[prior], samples, chosen, recipe.seed)
+
+    def decoder(self, tick: Tick) -> list[Figure]:
+        """Line (a) of the decoder."""
+        if self.small is None:
+            return [absent("a", "decoder")]
+        return [images.decoder_gap(self.unclip.decoder, self.small, self.recipe.seed)]
+
+    def drawn(self, tick: Tick) -> list[Figure]:
+        """Lines (d) and (f), and the pictures."""
+        rows, seed = self.small, self.recipe.seed
+        if rows is None:
+            return [absent("d", "decoder"), absent("f", "decoder")]
+        embedding, prior = rows.batch["image_embedding"], self.unclip.sampling.prior
+        drawn = {"decoder": images.draw_pictures(self.unclip, rows, embedding, prior, seed, tick)}
+        fewer = rows.first(min(self.recipe.caption_rows, len(rows)))
+        for name, stage in PRIORS.items():
+            if getattr(self.unclip, stage) is not None:
+                drawn[stage] = images.draw_pictures(self.unclip, fewer, None, name, seed, tick)
+        early: Tensor | str = "not measured: " + self.early if isinstance(self.early, str) else ""
+        if isinstance(self.early, Decoder):
+            unclip = replace(self.unclip, decoder=self.early)
+            early = images.draw_pictures(unclip, rows, embedding, prior, seed, tick)
+        self._show(rows, drawn, drawn[PRIORS[prior]])
+        figures = []
+        for model, pictures in drawn.items():
+            source = "the image's embedding" if model == "decoder" else "the caption alone"
+            chosen = rows if model == "decoder" else fewer
+            figures.append(images.background_figure(model, source, pictures, chosen, seed))
+        return figures + images.ranking_figures(self.unclip.clip, rows, drawn["decoder"], early, seed)
+
+    def _show(self, rows: HeldOut, drawn: Mapping[str, Tensor], sampled: Tensor) -> None:
+        """Keep the pictures: what each model made of the first captions, and samples above the nearest training
+        pictures, by CLIP."""
+        real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
+        shown = min(SHOWN, *map(len, drawn.values()))
+        self.captions = rows.captions[:shown]
+        self.pictures["comparison.png"] = images.beside(*(lines[:shown] for lines in (real, *drawn.values())))
+        embeddings = images.embed(self.unclip.clip, sampled[:shown])
+        nearest = (embeddings @ self.taught.image_embedding.T).argmax(1).tolist()
+        found = read_views(self.store, [self.taught.places[i] for i in nearest], BASE).permute(0, 2, 3, 1)
+        self.pictures["nearest.png"] = images.beside(sampled[:shown], found)
+
+    def upsampler(self, name: str, tick: Tick) -> list[Figure]:
+        """Lines (a) and (e) of one upsampler."""
+        model, recipe = getattr(self.unclip, name), self.recipe
+        rows = self._held_out(name, getattr(recipe, f"{name}_rows"), model.config.image_size)
+        if rows is None:
+            why = f"not measured: fewer than two held-out pictures of {model.config.image_size} px"
+            return [absent("a", name, why), absent("e", name, why)]
+        steps = getattr(self.unclip.sampling, f"{name}_steps")
+        return [
+            upsamplers.upsampler_gap(name, model, rows, recipe.seed),
+            *upsamplers.psnr_figures(name, model, rows, steps, recipe.upsampler_samples, recipe.seed, tick),
+        ]
+
+
+def absent(line: str, model: str, why: str = "not measured: fewer than two held-out rows") -> Figure:
+    """A figure that could not be measured, and why."""
+    return Figure(line, model, "absent", model, note=why)

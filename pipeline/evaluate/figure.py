@@ -1,0 +1,102 @@
+"""One measured figure, and the table of those that hold or fail. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LINES = {
+    "a": "every conditional model uses its condition",
+    "b": "the AR prior knows more than the codes' frequencies",
+    "c": "samples of the priors are near the right image embeddings and spread like them",
+    "d": "the decoder paints the background that the caption names",
+    "e": "the upsamplers beat bicubic interpolation",
+    "f": "CLIP ranks real above trained above early above shuffled",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What one line of the evaluation found for one ``model``.
+
+    ``says`` is the claim in plain words. ``value`` is compared with ``baseline``, over ``rows`` rows of ``split``;
+    ``difference`` is value - baseline, with its standard ``error`` or its 95% ``interval``. ``holds`` is None where
+    there is nothing to hold: a figure for information, or one that could not be measured, and ``note`` says why.
+    """
+
+    line: str
+    model: str
+    name: str
+    says: str
+    value: float | None = None
+    baseline: float | None = None
+    difference: float | None = None
+    error: float | None = None
+    interval: tuple[float, float] | None = None
+    holds: bool | None = None
+    rows: int = 0
+    split: str = ""
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; numbers that are not finite become None."""
+        return {name: _finite(value) for name, value in asdict(self).items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def judged(figures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The figures, as JSON, that claim something: those that hold or fail, and those that could not be measured."""
+    return [figure for figure in figures if figure["holds"] is not None or figure["note"]]
+
+
+def mark(figure: Mapping[str, Any]) -> str:
+    """yes, NO, or - for what was not measured."""
+    return {True: "yes", False: "NO"}.get(figure["holds"], "-")
+
+
+def short(value: float | None) -> str:
+    """Four digits, and no more than four places."""
+    if value is None:
+        return "?"
+    return f"{value:.4f}".rstrip("0").rstrip(".") if 0.001 <= abs(value) < 10 else f"{value:.4g}"
+
+
+def difference(figure: Mapping[str, Any]) -> str:
+    """For example '+0.12 ± 0.01' (standard error) or '+0.12 (0.1 to 0.14)' (95% interval)."""
+    if figure["difference"] is None:
+        return ""
+    text = ("+" if figure["difference"] >= 0 else "") + short(figure["difference"])
+    if figure["error"] is not None:
+        return f"{text} ± {short(figure['error'])}"
+    if figure["interval"] is not None:
+        return f"{text} ({short(figure['interval'][0])} to {short(figure['interval'][1])})"
+    return text
+
+
+def count(figures: Sequence[Mapping[str, Any]]) -> str:
+    """For example '18 of 20 hold, 2 not measured'."""
+    known = [figure["holds"] for figure in judged(figures) if figure["holds"] is not None]
+    missing = len(judged(figures)) - len(known)
+    return f"{sum(known)} of {len(known)} hold" + (f", {missing} not measured" if missing else "")
+
+
+def as_text(figures: Sequence[Mapping[str, Any]]) -> str:
+    """The table as plain text, under a heading for each line."""
+    out = [f"Does it learn? {count(figures)}"]
+    for line, claim in LINES.items():
+        of_line = [figure for figure in judged(figures) if figure["line"] == line]
+        out += [f"({line}) {claim}"] if of_line else []
+        for figure in of_line:
+            found = f"{short(figure['value'])} against {short(figure['baseline'])}, {difference(figure)}"
+            rest = (
+                f"{found}, {figure['rows']} {figure['split']} rows" if figure["holds"] is not None else figure["note"]
+            )
+            out.append(f"  {mark(figure):4}{figure['says']}: {rest}")
+    return "\n".join(out)

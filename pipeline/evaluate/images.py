@@ -1,0 +1,127 @@
+"""What the decoder has learnt: lines (a), (d) and (f), all on pictures of 64 px."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.cascade import UnCLIP
+from models.clip import Clip
+from models.decoder import Decoder, decoder_loss
+from models.draw import derive_seed
+from models.view import view
+from pipeline.data.emoji import BACKGROUNDS
+from pipeline.evaluate import metrics
+from pipeline.evaluate.figure import Figure
+from pipeline.evaluate.gap import gap_figure, rise
+from pipeline.evaluate.paired import paired
+from pipeline.evaluate.rows import HeldOut
+
+DRAWS = 4  # timesteps a row
+PICTURES = 16  # drawn at once
+CORNER = 4  # pixels: the margin of a 64 px emoji, and the side of each corner that is looked at
+Tick = Callable[[str], None]
+
+
+def decoder_gap(model: Decoder, rows: HeldOut, seed: int) -> Figure:
+    """Line (a) of the decoder, whose condition is embedding and caption together."""
+    conditions = ("image_embedding", "tokens")
+    found = rise(lambda b, d: decoder_loss(model, b, d).total, rows.batch, conditions, rows.other, seed, DRAWS)
+    return gap_figure("decoder", "embedding and caption", rows, found)
+
+
+def draw_pictures(
+    unclip: UnCLIP, rows: HeldOut, embeddings: Tensor | None, prior: str, seed: int, tick: Tick
+) -> Tensor:
+    """A picture of 64 px a row, uint8 [n, 64, 64, 3], sampled as the bundle samples: of ``embeddings`` [n, d] and the
+    caption or, for None, of the caption alone through ``prior``, "ar" or "diffusion"."""
+    sampling = replace(unclip.sampling, size=64, prior=prior)
+    seeds = [derive_seed(seed, "picture", i) for i in range(len(rows))]
+    pictures = []
+    for start in range(0, len(rows), PICTURES):
+        part = slice(start, start + PICTURES)
+        tokens = rows.batch["tokens"][part]
+        given = unclip.draw_embedding(tokens, seeds[part], sampling) if embeddings is None else embeddings[part]
+        pictures.append(unclip.decode(given, tokens, seeds[part], sampling).image)
+        tick(f"{min(start + PICTURES, len(rows))} of {len(rows)} pictures")
+    return torch.cat(pictures)
+
+
+def embed(clip: Clip, pictures: Tensor) -> Tensor:
+    """CLIP's embeddings of pictures uint8 [n, s, s, 3], by way of the view: fp32 [n, d] on the CPU."""
+    views = [view(Image.fromarray(picture.numpy()), clip.image_size) for picture in pictures]
+    pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(clip.mean.device)
+    return torch.cat([clip.encode_image(part) for part in pixels.split(PICTURES)]).cpu()
+
+
+def named_background(caption: str) -> str | None:
+    """Which of the eight pale backgrounds of the emoji pictures a caption names, or None."""
+    named = re.search(r" on a (pale \w+) background$", caption)
+    return named[1] if named and named[1] in BACKGROUNDS else None
+
+
+def backgrounds(pictures: Tensor) -> list[str]:
+    """Of the nine backgrounds the one nearest to the mean colour of the corners of pictures uint8 [n, s, s, 3]."""
+    ends = torch.cat([torch.arange(CORNER), torch.arange(-CORNER, 0)])
+    colours = pictures[:, ends][:, :, ends].double().mean((1, 2))
+    palette = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float64)
+    return [list(BACKGROUNDS)[i] for i in torch.cdist(colours, palette).argmin(1).tolist()]
+
+
+def background_figure(model: str, source: str, pictures: Tensor, rows: HeldOut, seed: int) -> Figure:
+    """Line (d): how often the background is the one that the caption names, against every other row's caption.
+
+    Only rows whose captions name one count; without two of different colours there is nothing to measure.
+    """
+    says = f"right background from {source}, above the share of shuffled captions"
+    named = [named_background(caption) for caption in rows.captions]
+    chosen = [i for i, name in enumerate(named) if name is not None]
+    if len({named[i] for i in chosen}) < 2:
+        why = "not measured: captions here do not name the backgrounds that the emoji captions name"
+        return Figure("d", model, "background", f"{model}: {says}", note=why, split=rows.split)
+    seen = backgrounds(pictures[chosen])
+    right = torch.tensor([[found == named[j] for j in chosen] for found in seen], dtype=torch.float64)
+    hits = right.diagonal()
+    chance = (right.sum(1) - hits) / (len(chosen) - 1)
+    return paired("d", model, "background", says, hits, chance, rows, seed, "above")
+
+
+def ranking_figures(clip: Clip, rows: HeldOut, drawn: Tensor, early: Tensor | str, seed: int) -> list[Figure]:
+    """Line (f): two similarities by CLIP, each of which must rank real > trained > early > shuffled captions.
+
+    ``drawn`` are the decoder's pictures, uint8 [n, 64, 64, 3]; ``early`` those of an earlier checkpoint of it, or why
+    there are none, and then trained stands directly above shuffled. Shuffled are the decoder's pictures beside another
+    row's caption or picture.
+    """
+    real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
+    embeddings = {"real": embed(clip, real), "trained": embed(clip, drawn)}
+    if isinstance(early, Tensor):
+        embeddings["early"] = embed(clip, early)
+    figures = []
+    targets = {
+        "caption": rows.batch["text_embedding"].cpu(),
+        "picture": embeddings["real"],
+    }
+    for name, target in targets.items():
+        scores = {kind: metrics.cosine(x, target) for kind, x in embeddings.items()}
+        scores["shuffled"] = metrics.cosine(embeddings["trained"], target[rows.other.cpu()])
+        for upper, lower in pairwise(scores):
+            says = f"CLIP similarity to the {name}, {upper} above {lower}"
+            values = scores[upper], scores[lower]
+            figures.append(paired("f", "decoder", f"{name}_{upper}_{lower}", says, *values, rows, seed, "above"))
+        if isinstance(early, str):
+            says = f"decoder: CLIP similarity to the {name}, trained above an early checkpoint"
+            figures.append(Figure("f", "decoder", f"{name}_early", says, note=early, split=rows.split))
+    return figures
+
+
+def beside(*lines: Tensor) -> Tensor:
+    """Lines of pictures, uint8 [n, s, s, 3] each, as one picture uint8 [3, h, w], a line below the other."""
+    return torch.cat([torch.cat(list(line), dim=1) for line in lines]).permute(2, 0, 1)

@@ -1,0 +1,142 @@
+"""The arithmetic of an evaluation: pure functions of tensors, in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from math import nan, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000
+PEAK = 2.0  # of pictures in [-1, 1]
+
+
+class Interval(NamedTuple):
+    """A 95% interval; nan where there are too few rows for one."""
+
+    low: float
+    high: float
+
+
+def derangement(labels: Sequence[Hashable]) -> Tensor:
+    """Another row for every row, int64 [n]: a roll by about half the rows, never the row itself.
+
+    Of all rolls it is one that pairs the fewest rows of equal ``labels``, the nearest to half. Raises ValueError on
+    fewer than two rows.
+    """
+    n = len(labels)
+    if n < 2:
+        raise ValueError(f"{n} rows have no other row among them")
+
+    def shared(shift: int) -> int:
+        return sum(label == labels[(i + shift) % n] for i, label in enumerate(labels))
+
+    shift = min(range(1, n), key=lambda k: (shared(k), abs(k - n // 2)))
+    return (torch.arange(n) + shift) % n
+
+
+def standard_error(x: Tensor) -> float:
+    """Standard error of the mean of ``x`` [n]; nan for one row."""
+    return float(x.double().std()) / sqrt(len(x)) if len(x) > 1 else nan
+
+
+def resample(n: int, seed: int) -> Tensor:
+    """How often each of ``n`` rows is in each bootstrap sample: fp64 [RESAMPLES, n], rows that sum to n."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
+    return torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+
+
+def percentiles(values: Tensor) -> Interval:
+    """The middle 95% of ``values`` [m]."""
+    low, high = torch.quantile(values.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(low, high)
+
+
+def bootstrap(x: Tensor, seed: int) -> Interval:
+    """Percentile bootstrap interval of the mean of ``x`` [n] over rows (Efron 1979)."""
+    if len(x) < 2:
+        return Interval(nan, nan)
+    return percentiles(resample(len(x), seed) @ x.double().cpu() / len(x))
+
+
+def total_variance(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Trace of the unbiased covariance of rows [n, d], for each of ``weights`` [m, n] that sum to n: [m], or []."""
+    x = x.double()
+    n = len(x)
+    weights = torch.ones(1, n, dtype=torch.float64) if weights is None else weights
+    mean = weights @ x / n
+    variance = (weights @ x.square().sum(1) - n * mean.square().sum(1)) / (n - 1)
+    return variance[0] if len(variance) == 1 else variance
+
+
+def variance_ratio(samples: Tensor, data: Tensor, seed: int) -> tuple[float, Interval]:
+    """Total variance of ``samples`` [k, n, d], one a row and averaged over k, over that of ``data`` [n, d].
+
+    With a bootstrap interval over rows.
+    """
+
+    def ratio(weights: Tensor | None) -> Tensor:
+        return torch.stack([total_variance(s, weights) for s in samples]).mean(0) / total_variance(data, weights)
+
+    return float(ratio(None)), percentiles(ratio(resample(len(data), seed)))
+
+
+def median_distance(x: Tensor) -> float:
+    """The median distance between two different rows of [n, d]: the usual bandwidth of a kernel."""
+    return float(torch.pdist(x.double()).median())
+
+
+def mmd_terms(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
+    """h(i, j) of the unbiased squared MMD between rows of pairs (x_i, y_i), [n, d] each: fp64 [n, n], 0 at i = j.
+
+    k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i) with an RBF kernel (Gretton et al. 2012, equation 4). x_i and
+    y_i belong to one caption, so the cross terms leave i = j out as the others do.
+    """
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(-torch.cdist(a, b).square() / (2 * bandwidth**2))
+
+    x, y = x.double(), y.double()
+    cross = kernel(x, y)
+    return (kernel(x, x) + kernel(y, y) - cross - cross.T).fill_diagonal_(0)
+
+
+def u_statistic(terms: Tensor) -> tuple[float, float]:
+    """The mean of h(i, j) over i != j for symmetric ``terms`` [n, n], and its jackknife standard error over rows."""
+    n = len(terms)
+    total = terms.sum()
+    value = float(total / (n * (n - 1)))
+    if n < 3:
+        return value, nan
+    left_out = (total - 2 * terms.sum(1)) / ((n - 1) * (n - 2))
+    return value, float(((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt())
+
+
+def psnr(image: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal to noise ratio of pictures in [-1, 1], [b, c, h, w], in dB: fp64 [b], at most 100."""
+    error = (image.double() - reference.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(PEAK**2 / error.clamp(min=PEAK**2 * 1e-10))
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosines of rows [..., d]: fp64 [...]."""
+    return torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1)
+
+
+def bucket_counts(codes: Tensor, buckets: int) -> Tensor:
+    """How often each bucket occurs at each position of ``codes`` int64 [n, k]: fp64 [k, buckets]."""
+    counts = torch.zeros(codes.shape[1], buckets, dtype=torch.float64, device=codes.device)
+    return counts.scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=torch.float64))
+
+
+def marginal_nats(codes: Tensor, counts: Tensor) -> Tensor:
+    """-log of each code's share in ``counts`` [k, buckets] at its position: fp64 [n, k] for codes int64 [n, k].
+
+    A bucket that no row fell into counts as 1 / buckets of a row, so that what it costs stays finite.
+    """
+    buckets = counts.shape[1]
+    shares = counts.clamp(min=1 / buckets) / counts.sum(1, keepdim=True)
+    return -shares.log().gather(1, codes.T).T

@@ -1,0 +1,151 @@
+"""What the priors have learnt: lines (a), (b) and (c)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import log
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.ar_prior import ARPrior, log_likelihood
+from models.cascade import UnCLIP
+from models.codec import Codec
+from models.diffusion_prior import best_of, diffusion_prior_loss
+from models.draw import derive_seed
+from pipeline.evaluate import metrics
+from pipeline.evaluate.figure import Figure
+from pipeline.evaluate.gap import BATCH, Rise, gap_figure, rise
+from pipeline.evaluate.paired import paired
+from pipeline.evaluate.rows import HeldOut
+from pipeline.training.task import Batch
+
+CAPTION = ("tokens", "text_embedding")
+FIRST = 16  # positions: those of the largest variance
+DRAWS = 4  # timesteps a row
+SEQUENCES = 256  # sampled at once
+PRIORS = {"ar": "ar_prior", "diffusion": "diffusion_prior"}
+Tick = Callable[[str], None]
+
+
+def diffusion_prior_gap(unclip: UnCLIP, rows: HeldOut, seed: int) -> Figure:
+    """Line (a) of the diffusion prior."""
+    model = unclip.diffusion_prior
+    assert model is not None
+    found = rise(lambda b, d: diffusion_prior_loss(model, b, d).total, rows.batch, CAPTION, rows.other, seed, DRAWS)
+    return gap_figure("diffusion_prior", "caption", rows, found)
+
+
+def ar_prior_figures(model: ARPrior, codec: Codec, rows: HeldOut, training: Tensor, seed: int) -> list[Figure]:
+    """Lines (a) and (b) of the AR prior; ``training`` are embeddings of training rows, fp32 [m, d].
+
+    The dot-product token stays that of the row itself also beside another row's caption: the caption alone is what
+    changes. Codes are given those before them, the caption and that token. The baseline is the cheaper of the
+    frequencies of codes among training rows and the uniform distribution, which a codec's quantiles come close to.
+    """
+    image, text = rows.batch["image_embedding"], rows.batch["text_embedding"]
+    codes = codec.encode(image)
+    coded = rows.batch | {"codes": codes, "dot": codec.encode_dot((image.double() * text.double()).sum(-1))}
+
+    swapped = coded | {name: coded[name][rows.other] for name in CAPTION}
+    own, other = nats_per_code(model, coded), nats_per_code(model, swapped)
+    frequencies = metrics.marginal_nats(codes, metrics.bucket_counts(codec.encode(training), codec.buckets)).cpu()
+    first = slice(None), slice(FIRST)
+    return [
+        gap_figure("ar_prior", "caption", rows, Rise(own.mean(1), other.mean(1))),
+        _entropy(rows, own, frequencies, codec.buckets, "nats_per_code", "every code", seed),
+        _entropy(
+            rows, own[first], frequencies[first], codec.buckets, "nats_per_first_code", f"the first {FIRST} codes", seed
+        ),
+    ]
+
+
+def nats_per_code(model: ARPrior, batch: Batch) -> Tensor:
+    """-log probability of every code of "codes" int64 [n, k], given those before it, "dot" and CAPTION: fp64 [n, k]."""
+    parts = []
+    for start in range(0, len(batch["dot"]), BATCH):
+        part = {name: column[start : start + BATCH] for name, column in batch.items()}
+        keep = torch.ones_like(part["dot"], dtype=torch.bool)
+        arguments = (part["tokens"], part["text_embedding"], part["dot"], part["codes"], keep)
+        parts.append(-log_likelihood(model, *arguments).double().cpu())
+    return torch.cat(parts)
+
+
+def _entropy(
+    rows: HeldOut, nats: Tensor, frequencies: Tensor, buckets: int, name: str, where: str, seed: int
+) -> Figure:
+    baseline = frequencies.mean(1)
+    if float(baseline.mean()) > log(buckets):
+        baseline = torch.full_like(baseline, log(buckets))
+    says = f"nats for {where}, below those of the codes' frequencies"
+    return paired("b", "ar_prior", name, says, nats.mean(1), baseline, rows, seed, "below")
+
+
+def draw_samples(unclip: UnCLIP, prior: str, rows: HeldOut, count: int, seed: int, tick: Tick) -> Tensor:
+    """``count`` image embeddings a row, [count, n, d] of unit norm, each from a seed of its own.
+
+    As the bundle samples, but without keeping the best. ``prior`` is "ar" or "diffusion".
+    """
+    sampling = replace(unclip.sampling, prior=prior, candidates=1)
+    tokens = rows.batch["tokens"].repeat(count, 1)
+    seeds = [derive_seed(seed, prior, i, row) for i in range(count) for row in range(len(rows))]
+    parts = []
+    for start in range(0, len(seeds), SEQUENCES):
+        part = slice(start, start + SEQUENCES)
+        parts.append(unclip.draw_embedding(tokens[part], seeds[part], sampling))
+        tick(f"{PRIORS[prior]} {min(start + SEQUENCES, len(seeds)):,} of {len(seeds):,} samples")
+    return torch.cat(parts).unflatten(0, (count, len(rows)))
+
+
+def sample_figures(model: str, samples: Tensor, rows: HeldOut, seed: int) -> list[Figure]:
+    """Line (c) of samples [k, n, d] for n rows: direction, spread and distribution, and two plain cosines."""
+    samples = samples.cpu()
+    image, text = (rows.batch[name].cpu() for name in ("image_embedding", "text_embedding"))
+    mean, texts = metrics.cosine(F.normalize(samples.mean(0), dim=-1), image), metrics.cosine(text, image)
+    says = f"cosine of the mean of {len(samples)} samples to the image, above the caption embedding's"
+    one, best = metrics.cosine(samples[0], image), metrics.cosine(best_of(samples[:2], text), image)
+    return [
+        paired("c", model, "cosine_of_mean", says, mean, texts, rows, seed, "above"),
+        _variance(model, samples, image, rows, seed),
+        _mmd(model, samples[0], text, image, rows),
+        paired("c", model, "cosine_of_one", "cosine of one sample to the image", one, texts, rows, seed, None),
+        paired("c", model, "cosine_of_best", "cosine of the better of two samples", best, texts, rows, seed, None),
+    ]
+
+
+def _variance(model: str, samples: Tensor, image: Tensor, rows: HeldOut, seed: int) -> Figure:
+    ratio, interval = metrics.variance_ratio(samples, image, seed)
+    return Figure(
+        line="c",
+        model=model,
+        name="variance_ratio",
+        says=f"{model}: variance of samples over that of images, from 0.5 to 1.5",
+        value=ratio,
+        baseline=1.0,
+        difference=ratio - 1,
+        interval=(interval.low - 1, interval.high - 1),
+        holds=0.5 <= ratio <= 1.5,
+        rows=len(rows),
+        split=rows.split,
+    )
+
+
+def _mmd(model: str, sample: Tensor, text: Tensor, image: Tensor, rows: HeldOut) -> Figure:
+    bandwidth = metrics.median_distance(image)
+    ours, theirs = (metrics.mmd_terms(x, image, bandwidth) for x in (sample, text))
+    difference, error = metrics.u_statistic(ours - theirs)
+    return Figure(
+        line="c",
+        model=model,
+        name="mmd",
+        says=f"{model}: squared MMD of samples to images, below the caption embeddings'",
+        value=metrics.u_statistic(ours)[0],
+        baseline=metrics.u_statistic(theirs)[0],
+        difference=difference,
+        error=error,
+        holds=difference < -2 * error,
+        rows=len(rows),
+        split=rows.split,
+    )

@@ -1,0 +1,47 @@
+"""What an evaluation looks at, and the presets of it. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from models.prior_configs import require
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """How many held-out rows each figure takes, at most: the first ones, so always the same.
+
+    ``rows``: losses of the priors; ``sampled_rows``: their samples, which are dear, ``prior_samples`` a row of each.
+    ``decoder_rows``: pictures of 64 px from the images' own embeddings; ``caption_rows``: the same from the caption
+    alone, through each prior. ``upsampler_256_rows`` and
+    ``upsampler_1024_rows``: large pictures, ``upsampler_samples`` of each. ``early``: samples that an earlier
+    checkpoint of the decoder has seen, which the finished one must beat; the decoder's training publishes it as a
+    milestone. 0 compares with none. Nothing here may be tuned on test rows.
+    """
+
+    rows: int = 256
+    prior_samples: int = 16
+    sampled_rows: int = 64
+    decoder_rows: int = 64
+    caption_rows: int = 32
+    upsampler_256_rows: int = 32
+    upsampler_1024_rows: int = 16
+    upsampler_samples: int = 8
+    early: int = 204_800_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            low = 0 if field.name in ("early", "seed") else 2
+            value = getattr(self, field.name)
+            require(value >= low, f"{field.name} is {value}: use {low} or more")
+
+
+# Fields that differ by preset: an eighth of the decoder's samples, and what two cores measure in a minute or so.
+EVALUATION_PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {"early": 768},
+    "tiny": {"early": 6_656, "sampled_rows": 24, "decoder_rows": 48, "caption_rows": 8, "upsampler_1024_rows": 4},
+    "small": {"early": 3_200_000},
+}

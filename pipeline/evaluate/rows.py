@@ -1,0 +1,115 @@
+"""The rows that an evaluation looks at: held out, kept by curation, always the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.artifacts import Artifact
+from pipeline.evaluate.metrics import derangement
+from pipeline.store import Store
+from pipeline.training.pictures import Pictures
+from pipeline.training.tables import Place, Row, Tables
+from pipeline.training.task import Batch
+
+SPLITS = ("test", "validation")  # the first that has rows
+COLUMNS = ("image", "tokens", "image_embedding", "text_embedding")
+LOOKED = 1024
+TRAINING_ROWS = 16_384  # at most, for the codes' frequencies and the nearest training picture
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows of one split.
+
+    ``batch``: "tokens" int64 [n, 77], "image_embedding" and "text_embedding" fp32 [n, d] of unit norm and, for
+    pictures, "image" uint8 [n, 3, s, s]. ``captions``: the first of each row, which is the one that was embedded.
+    ``other``: another row for each row, int64 [n].
+    """
+
+    split: str
+    keys: list[str]
+    captions: list[str]
+    batch: Batch
+    other: Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> HeldOut:
+        """The same on a device."""
+        batch = {name: column.to(device) for name, column in self.batch.items()}
+        return HeldOut(self.split, self.keys, self.captions, batch, self.other.to(device))
+
+    def first(self, rows: int) -> HeldOut:
+        """The first ``rows`` of them (two or more), with other rows among themselves."""
+        batch = {name: column[:rows] for name, column in self.batch.items()}
+        other = derangement(self.captions[:rows]).to(self.other.device)
+        return HeldOut(self.split, self.keys[:rows], self.captions[:rows], batch, other)
+
+
+def held_out(
+    store: Store,
+    inputs: Mapping[str, Artifact],
+    rows: int,
+    side: int = 0,
+    prefer: Callable[[str], object] | None = None,
+) -> HeldOut | None:
+    """The first ``rows`` test rows, or validation rows where there is no test row; None for fewer than two.
+
+    Rows with a short side below ``side`` are left out, and with a ``side`` pictures are read, as views of it. Those of
+    the first LOOKED rows whose captions ``prefer`` likes come before the others. Raises CorruptObject for what cannot
+    be trusted.
+    """
+    for split in SPLITS:
+        tables = Tables(store, inputs, COLUMNS, split, side)
+        if sum(tables.counts):
+            found = tables.first(LOOKED if prefer else rows)
+            if prefer:
+                found = sorted(found, key=lambda row: not prefer(_caption(row)))[:rows]
+            return _join(store, split, found, side) if len(found) > 1 else None
+    return None
+
+
+def _caption(row: Row) -> str:
+    return (row.captions or [""])[0]
+
+
+def _join(store: Store, split: str, rows: list[Row], side: int) -> HeldOut:
+    from models.clip import tokenize
+
+    captions = [_caption(row) for row in rows]
+    batch: Batch = {"tokens": tokenize(captions)}
+    for name in ("image_embedding", "text_embedding"):
+        batch[name] = F.normalize(torch.from_numpy(np.stack([getattr(row, name) for row in rows])), dim=-1)
+    if side:
+        batch["image"] = read_views(store, [row.place for row in rows if row.place], side)
+    return HeldOut(split, [row.key for row in rows], captions, batch, derangement(captions))
+
+
+def read_views(store: Store, places: list[Place], side: int) -> Tensor:
+    """Views of pictures, uint8 [n, 3, side, side]."""
+    pictures = Pictures(store, side)
+    fetched = pictures.fetch(places)
+    return torch.from_numpy(np.stack([pictures.view(place, fetched) for place in places]))
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The first rows that taught, at most TRAINING_ROWS: where their pictures lie, and image embeddings fp32 [n, d]."""
+
+    places: list[Place]
+    image_embedding: Tensor
+
+
+def taught(store: Store, inputs: Mapping[str, Artifact]) -> Taught:
+    """Kept training rows, which held-out rows are compared with."""
+    rows = Tables(store, inputs, ("image", "image_embedding"), "train", 0).first(TRAINING_ROWS)
+    stacked = np.stack([row.image_embedding for row in rows if row.image_embedding is not None])
+    embeddings = F.normalize(torch.from_numpy(stacked), dim=-1)
+    return Taught([row.place for row in rows if row.place], embeddings)

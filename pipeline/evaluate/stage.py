@@ -1,0 +1,107 @@
+"""Does it learn? The models of a bundle, measured on rows that taught nothing (design section 9).
+
+Everything is a function of the inputs and the recipe, on rows and seeds that never change. Nothing here may be tuned on
+test rows: a figure that fails is reported as failing.
+
+Line (f) wants an earlier checkpoint of the decoder. That is no input of the graph, because it would be a training of
+its own there: the decoder's training publishes it on its way, as a milestone at ``recipe.early`` samples (see
+pipeline.training.stage). Its key follows from the decoder's recipe and from inputs that are inputs here too, so with
+``early`` in the recipe this stage's key says which checkpoint is meant before anything runs. It is missing only from
+stores in which the decoder was trained without it, and then a line says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import tempfile
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
+from pipeline.bundle import materialise
+from pipeline.errors import CorruptObject
+from pipeline.evaluate.figure import count, judged
+from pipeline.graph import Context, flatten
+from pipeline.ledger import Ledger
+from pipeline.progress import Progress
+from pipeline.records import put_blob
+from pipeline.training.stage import VERSIONS
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.decoder import Decoder
+
+VERSION = 1
+LEARN = ("pairs", "captions", "embeddings", "curation")  # the decoder's inputs
+log = logging.getLogger("unclip")
+
+
+def run_evaluation(ctx: Context) -> Artifact:
+    """Measure every model of the bundle, in this process and on all cores. Raises CorruptObject."""
+    import torch
+
+    from models.cascade import UnCLIP
+    from pipeline.evaluate.evaluation import Evaluation
+    from pipeline.samples import use_all_cores
+    from pipeline.training.watch import png
+    from pipeline.training.world import choose_device
+
+    use_all_cores()
+    began = time.monotonic()
+    device = choose_device("auto")
+    with tempfile.TemporaryDirectory() as folder:
+        materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
+        unclip = UnCLIP.from_folder(folder, device)
+    evaluation = Evaluation(ctx.store, ctx.inputs, unclip, ctx.recipe, early_decoder(ctx, device))
+    figures: list[dict[str, Any]] = []
+    parts = evaluation.parts()
+    with torch.no_grad(), Progress("evaluation", len(parts), "parts") as progress:
+        for title, measure in parts.items():
+            found = measure(lambda note, title=title: progress.advance(0, f"{title}: {note}"))  # type: ignore[misc]
+            figures += [figure.as_json() for figure in found]
+            progress.advance(1, title)
+    document = {
+        "figures": figures,
+        "rows": evaluation.keys,
+        "captions": evaluation.captions,
+        "recipe": flatten(ctx.recipe),
+        "sampling": dataclasses.asdict(unclip.sampling),
+    }
+    blobs = {"evaluation.json": put_blob(ctx.store, (json.dumps(document, indent=1) + "\n").encode())}
+    blobs |= {name: put_blob(ctx.store, png(picture)) for name, picture in evaluation.pictures.items()}
+    metrics = {"holds": count(figures), "figures": judged(figures), "captions": evaluation.captions}
+    rows = len(evaluation.rows) if evaluation.rows else 0
+    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=rows), metrics=metrics)
+    return publish_artifact(ctx.store, artifact, time.monotonic() - began)
+
+
+def early_decoder(ctx: Context, device: torch.device) -> Decoder | str:
+    """The decoder as it was after ``recipe.early`` samples, from the store, or why it cannot be had."""
+    from models.folder import load_model
+    from pipeline.training.worker import at_stop
+
+    early, recipe = ctx.recipe.early, ctx.config.decoder
+    if early == 0:
+        return "evaluation.early is 0"
+    if not recipe.batch <= early < recipe.samples:
+        return (
+            f"evaluation.early {early:,} is not between decoder.batch {recipe.batch:,} and samples {recipe.samples:,}"
+        )
+    inputs = {name: ctx.inputs[name] for name in LEARN}
+    decoder = replace(ctx, stage="decoder", version=VERSIONS["decoder"], recipe=recipe, inputs=inputs)
+    key = at_stop(decoder, early).key
+    artifact = load_artifact(ctx.store, "decoder", key)
+    if artifact is None:
+        return f"the decoder at {early:,} samples is not in the store; a decoder trained from the start leaves it there"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            materialise(ctx.store, artifact.blobs, folder)
+        except CorruptObject as e:  # not an input, so nobody would make it again
+            log.warning("%s; the decoder at %s samples is deleted and not compared with", e, f"{early:,}")
+            ctx.store.delete([artifact_path("decoder", key)])
+            return f"the decoder at {early:,} samples was damaged; a decoder trained from the start leaves a new one"
+        return load_model(folder, device)

@@ -1,0 +1,87 @@
+"""What the report shows of the evaluation: whether the models have learnt, line by line, and pictures side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.artifacts import Artifact
+from pipeline.evaluate.figure import LINES, difference, short
+from pipeline.records import read_blob
+from pipeline.report.markup import attempt, figure, note, number, section, table, text
+from pipeline.report.pictures import Album
+from pipeline.store import Store
+
+LOOK = (
+    "All of this is measured on rows that taught nothing. A tick is a claim that holds, a cross one that fails; the "
+    "difference is that of value and baseline, ± its standard error or with its 95% interval."
+)
+MARKS = {True: '<span title="holds">✓</span>', False: '<span title="fails">✗</span>', None: "–"}
+DRAWN = {
+    "decoder": "the decoder from the image's own embedding",
+    "ar_prior": "AR prior and decoder from the caption",
+    "diffusion_prior": "diffusion prior and decoder from the caption",
+}
+
+
+def evaluation_section(store: Store, artifacts: Mapping[str, Artifact], album: Album) -> str:
+    """The table of claims, and the grids; "" before there is an evaluation."""
+    if "evaluation" not in artifacts:
+        return ""
+    artifact = artifacts["evaluation"]
+    summary = attempt("The summary of the evaluation", _summary, artifact)
+    claims = attempt("The table of the evaluation", _table, artifact)
+    grids = [
+        attempt(f"{name} of the evaluation", make, store, artifact, album)
+        for name, make in (("comparison.png", _comparison), ("nearest.png", _nearest))
+    ]
+    return section("evaluation", "Does it learn?", LOOK, summary, claims, *grids)
+
+
+def _summary(artifact: Artifact) -> str:
+    return f"<p>{text(artifact.metrics['holds'])}.</p>\n"
+
+
+def _table(artifact: Artifact) -> str:
+    rows = [_row(found) for found in artifact.metrics["figures"]]
+    return table(("", "claim", "value", "baseline", "difference", "rows"), rows, numeric=(2, 3, 5)) + _legend()
+
+
+def _row(found: Mapping[str, Any]) -> tuple[str, ...]:
+    said = f"({text(found['line'])}) <bdi>{text(found['says'])}</bdi>"
+    if found["holds"] is None:
+        return MARKS[None], f"{said} <span class='quiet'>{text(found['note'])}</span>", "", "", "", ""
+    values = (text(short(found["value"])), text(short(found["baseline"])), text(difference(found)))
+    return MARKS[found["holds"]], said, *values, f"{number(found['rows'])} {text(found['split'])}"
+
+
+def _legend() -> str:
+    items = "".join(f"<li>({line}) {text(claim)}</li>\n" for line, claim in LINES.items())
+    return f"<details><summary>What the lines claim</summary>\n<ul>\n{items}</ul>\n</details>\n"
+
+
+def _comparison(store: Store, artifact: Artifact, album: Album) -> str:
+    """The pictures of some captions, a line for each way to make them."""
+    models = [found["model"] for found in artifact.metrics["figures"]]
+    lines = ["real", *(said for name, said in DRAWN.items() if name in models)]
+    said = f"Lines from above: {'; '.join(lines)}. Columns: {_captions(artifact)}."
+    return _grid(store, artifact, "comparison.png", said, album)
+
+
+def _nearest(store: Store, artifact: Artifact, album: Album) -> str:
+    said = (
+        "Above, samples from the caption alone; below, the nearest training picture of each, by CLIP: equal pictures "
+        f"would be remembered, not made. Columns: {_captions(artifact)}."
+    )
+    return _grid(store, artifact, "nearest.png", said, album)
+
+
+def _captions(artifact: Artifact) -> str:
+    return "; ".join(str(caption)[:80] for caption in artifact.metrics["captions"])
+
+
+def _grid(store: Store, artifact: Artifact, name: str, said: str, album: Album) -> str:
+    if name not in artifact.blobs:
+        return note(f"There is no {name}: there were no held-out pictures to draw.")
+    picture = album.image(read_blob(store, artifact.blobs[name]), 1024, said, most=150_000)
+    return figure(picture, f"<bdi>{text(said, 1000)}</bdi>")

@@ -1,0 +1,203 @@
+"""The stage as the graph runs it, on a small world and a bundle of models that have hardly learnt."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.ar_prior import ARPrior
+from models.cascade import UnCLIP
+from models.clip import Clip
+from models.codec import fit_codec, fit_pca, moments
+from models.decoder import Decoder
+from models.diffusion_prior import DiffusionPrior
+from models.folder import save_model
+from models.image_configs import DecoderConfig, UpsamplerConfig
+from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
+from models.sampling_config import SamplingConfig
+from models.upsampler import Upsampler
+from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
+from pipeline.evaluate.recipe import EvaluationRecipe
+from pipeline.evaluate.rows import held_out, taught
+from pipeline.evaluate.stage import LEARN, run_evaluation
+from pipeline.graph import Context, Stage, stage_key
+from pipeline.ledger import Ledger
+from pipeline.records import blob_path, put_blob, read_blob
+from pipeline.report.evaluation import evaluation_section
+from pipeline.report.pictures import Album
+from pipeline.training.recipes import DecoderRecipe
+from pipeline.training.stage import VERSIONS
+from pipeline.training.tasks.figures import seeded
+from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
+
+TEXT = {"text_context": 16, "text_width": 16, "text_depth": 1, "text_heads": 1}
+SMALL = {"channels": 8, "depth": 1, "multipliers": (1,), "dropout": 0.0, "steps": 20}
+DECODER = DecoderConfig(**SMALL, **TEXT, head_channels=8, attention_resolutions=(8,), patch=8)
+RECIPE = EvaluationRecipe(
+    rows=6,
+    prior_samples=2,
+    sampled_rows=3,
+    decoder_rows=4,
+    caption_rows=3,
+    upsampler_256_rows=2,
+    upsampler_samples=2,
+    early=32,
+)
+SAMPLING = SamplingConfig(prior_steps=2, decoder_steps=2, decoder_sampler="ddim", upsampler_256_steps=2, size=256)
+
+
+def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
+    clip = ClipConfig(embed_dim=EMBED_DIM, image_size=32, layers=(1,), width=32, patch=16, text_width=16, text_layers=1,
+                      text_heads=1)  # fmt: skip
+    z = F.normalize(torch.randn(60, EMBED_DIM, generator=torch.Generator().manual_seed(0)), dim=1)
+    pca = fit_pca(*moments(z), k=4)
+    codec = fit_codec(pca, (z.double() - pca.mean) @ pca.components.T, z[:, 0].double(), buckets=8)
+    ar = ARPriorConfig(**TEXT, prefix=4, width=16, depth=1, heads=1, buckets=8)
+    diffusion = DiffusionPriorConfig(text_context=16, width=16, depth=1, heads=1, steps=20)
+    upsampler = UpsamplerConfig(**SMALL, patch=8)
+
+    def build() -> UnCLIP:
+        return UnCLIP(
+            clip=Clip.build(clip, 0),
+            decoder=Decoder(DECODER, EMBED_DIM),
+            diffusion_prior=DiffusionPrior(diffusion, EMBED_DIM) if "diffusion" in priors else None,
+            ar_prior=ARPrior(ar, EMBED_DIM, 4) if "ar" in priors else None,
+            codec=codec,
+            upsampler_256=Upsampler(upsampler),
+            sampling=replace(SAMPLING, prior=priors[-1]),
+        )
+
+    return seeded(build, 0)  # type: ignore[type-var,arg-type]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A world with a bundle in its store."""
+
+    world: World
+    bundle: Artifact
+
+    def context(self, recipe: EvaluationRecipe = RECIPE) -> Context:
+        inputs = {name: self.world.inputs[name] for name in LEARN} | {"bundle": self.bundle}
+        stage = Stage("evaluation", 1, recipe, tuple(inputs), run_evaluation)
+        key = stage_key(stage, {name: artifact.key for name, artifact in inputs.items()})
+        config = SimpleNamespace(decoder=DecoderRecipe(samples=64, batch=16, lanes=8, model=DECODER))
+        return Context(self.world.store, "evaluation", 1, key, recipe, None, inputs, config)
+
+    def publish_early(self, folder: Path) -> str:
+        """What the decoder's training leaves at the recipe's early samples; returns its key."""
+        recipe = replace(self.context().config.decoder, samples=RECIPE.early)
+        node = Stage("decoder", VERSIONS["decoder"], recipe, LEARN, run_evaluation)
+        key = stage_key(node, {name: self.world.inputs[name].key for name in LEARN})
+        save_model(folder, seeded(lambda: Decoder(DECODER, EMBED_DIM), 7))
+        blobs = {file.name: put_blob(self.world.store, file) for file in folder.iterdir()}
+        publish_artifact(self.world.store, Artifact("decoder", key, {}, {}, Ledger(), blobs), 0.0)
+        return key
+
+
+def make_case(folder: Path, shards: int, rows: int, side: int, priors: tuple[str, ...] = ("ar", "diffusion")) -> Case:
+    world = make_world(folder / "store", shards, rows, side)
+    unclip(priors).save(folder / "bundle")
+    files = [file for file in sorted((folder / "bundle").rglob("*")) if file.is_file()]
+    blobs = {str(file.relative_to(folder / "bundle")): put_blob(world.store, file) for file in files}
+    return Case(world, publish_artifact(world.store, Artifact("bundle", "b" * 64, {}, {}, Ledger(), blobs), 0.0))
+
+
+@pytest.fixture(autouse=True)
+def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run side by side."""
+    monkeypatch.setattr("pipeline.samples.use_all_cores", lambda: None)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return make_case(tmp_path, 2, 21, 256)
+
+
+def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: Path) -> None:
+    key = case.publish_early(tmp_path / "early")
+    artifact = run_evaluation(case.context())
+    document = json.loads(read_blob(case.world.store, artifact.blobs["evaluation.json"]))
+    found = [(f["line"], f["model"]) for f in document["figures"] if f["holds"] is not None]
+    assert set(found) == {
+        ("a", "ar_prior"), ("a", "diffusion_prior"), ("a", "decoder"), ("a", "upsampler_256"), ("b", "ar_prior"),
+        ("c", "ar_prior"), ("c", "diffusion_prior"), ("e", "upsampler_256"), ("f", "decoder"),
+    }  # fmt: skip
+    assert found.count(("f", "decoder")) == 6
+    assert {f["split"] for f in document["figures"]} == {"test"}
+    test_rows = {key for key, example in case.world.examples.items() if example.split == "test"}
+    assert all(set(part["keys"]) <= test_rows for part in document["rows"].values())
+    assert {name: len(part["keys"]) for name, part in document["rows"].items()} == {
+        "priors": 6, "decoder": 4, "upsampler_256": 2,
+    }  # fmt: skip
+    assert artifact.ledger.kept == 6
+    assert set(artifact.blobs) == {"evaluation.json", "comparison.png", "nearest.png"}
+
+    page = evaluation_section(case.world.store, {"evaluation": artifact}, Album(1 << 20))
+    assert page.count("<img") == 2
+    assert "cannot be shown" not in page
+    assert page.count("✓") + page.count("✗") == len(found)
+
+    case.world.store.delete([artifact_path("evaluation", artifact.key)])
+    assert run_evaluation(case.context()).blobs == artifact.blobs
+
+    # What is no input is never waited for: a damaged early checkpoint costs its lines.
+    early = load_artifact(case.world.store, "decoder", key)
+    assert early is not None
+    case.world.store.delete([artifact_path("evaluation", artifact.key), blob_path(early.blobs["model.safetensors"])])
+    without = run_evaluation(case.context())
+    notes = [f["note"] for f in without.metrics["figures"] if f["line"] == "f" and f["note"]]
+    assert len(notes) == 2
+    assert all(note.endswith("was damaged; a decoder trained from the start leaves a new one") for note in notes)
+    assert load_artifact(case.world.store, "decoder", key) is None
+
+
+def test_a_bundle_with_one_prior_and_no_early_checkpoint(tmp_path: Path) -> None:
+    case = make_case(tmp_path, 2, 9, 72, ("diffusion",))
+    figures = run_evaluation(case.context()).metrics["figures"]
+    assert not [f for f in figures if f["model"] == "ar_prior"]
+    notes = {(f["line"], f["model"]): f["note"] for f in figures if f["note"]}
+    assert notes["a", "upsampler_256"] == "not measured: fewer than two held-out pictures of 256 px"
+    assert "the decoder at 32 samples is not in the store" in notes["f", "decoder"]
+    other = run_evaluation(case.context(replace(RECIPE, early=64))).metrics["figures"]
+    assert any("evaluation.early 64 is not between decoder.batch 16 and samples 64" in f["note"] for f in other)
+
+
+def test_without_test_rows_it_takes_validation_rows_and_without_any_it_says_so(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", 2, 5)
+    found = held_out(world.store, world.inputs, 10)
+    assert found is not None
+    assert found.split == "validation"
+    assert found.keys == [key for key, example in world.examples.items() if example.split == "validation"]
+    assert found.captions == [world.examples[key].captions[0] for key in found.keys]
+    assert found.first(2).other.tolist() == [1, 0]
+    case = make_case(tmp_path, 1, 3, 72)
+    artifact = run_evaluation(case.context())
+    assert {f["holds"] for f in artifact.metrics["figures"]} == {None}
+    assert {f["line"] for f in artifact.metrics["figures"]} == set("abcdef")
+    assert set(artifact.blobs) == {"evaluation.json"}
+    page = evaluation_section(case.world.store, {"evaluation": artifact}, Album(1 << 20))
+    assert "cannot be shown" not in page
+
+
+def test_held_out_rows_are_the_first_with_their_pictures(shared_world: World) -> None:
+    found = held_out(shared_world.store, shared_world.inputs, 5, side=64)
+    assert found is not None
+    expected = [key for key, e in shared_world.examples.items() if e.split == "test"]
+    assert found.keys == expected[:5]
+    assert found.batch["image"].shape == (5, 3, 64, 64)
+    example = shared_world.examples[found.keys[3]]
+    assert found.batch["image_embedding"][3].numpy() == pytest.approx(example.image_embedding, abs=1e-3)
+    liked = held_out(shared_world.store, shared_world.inputs, 5, prefer=lambda caption: "square" in caption)
+    assert liked is not None
+    squares = [key for key in expected if "square" in shared_world.examples[key].captions[0]]
+    assert liked.keys == [*squares, *(key for key in expected if key not in squares)][:5]
+    seen = taught(shared_world.store, shared_world.inputs)
+    assert len(seen.places) == len(seen.image_embedding)
+    assert not {place.key for place in seen.places} & {
+        k for k, e in shared_world.examples.items() if e.split != "train"
+    }
