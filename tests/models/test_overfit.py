@@ -1,0 +1,123 @@
+"""Each of the five models learns eight real pairs by heart, until sampling gives them back."""
+
+import math
+from collections.abc import Callable
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from models.ar_prior import ARPrior, ar_prior_loss
+from models.ar_prior import sample as sample_codes
+from models.clip import tokenize
+from models.codec import fit_codec, fit_pca, moments
+from models.decoder import Decoder, decoder_denoise, decoder_loss
+from models.diffusion.samplers import ddim
+from models.diffusion.schedules import make_schedule, strided_grid
+from models.diffusion_prior import DiffusionPrior, diffusion_prior_denoise, diffusion_prior_loss
+from models.draw import Draw
+from models.losses import Losses
+from models.pixels import from_uint8, resize
+from models.presets import NANO
+from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
+from pipeline.data.emoji import draw, emoji_rows
+
+pytestmark = pytest.mark.slow
+ROWS, DIM = 8, 64
+
+
+def pictures(side: int) -> tuple[Tensor, list[str]]:
+    """Eight emoji of different concepts, uint8 [8, 3, side, side], and their captions."""
+    rows = list({row.group: row for row in emoji_rows("nano")}.values())[:ROWS]
+    size = 1024 if side > 256 else 256
+    drawn = [Image.open(BytesIO(draw(f"/{size}/" + row.url.split("/", 4)[4]))).convert("RGB") for row in rows]
+    arrays = [np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)) for picture in drawn]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), [row.caption for row in rows]
+
+
+def pairs(side: int = 64) -> dict[str, Tensor]:
+    """A batch as the losses take it, with random embeddings of which text and image are alike."""
+    image, captions = pictures(side)
+    g = torch.Generator().manual_seed(0)
+    embedding = F.normalize(torch.randn(ROWS, DIM, generator=g), dim=1)
+    text = F.normalize(embedding + 0.05 * torch.randn(ROWS, DIM, generator=g), dim=1)
+    return {"image": image, "tokens": tokenize(captions), "image_embedding": embedding, "text_embedding": text}
+
+
+def overfit(
+    model: nn.Module, loss: Callable[[dict[str, Tensor], Draw], Losses], batch: dict[str, Tensor], steps: int,
+    rate: float, repeats: int = 1,
+) -> None:  # fmt: skip
+    """Adam with a rate that falls to nothing, on ``repeats`` copies of the batch a step, each with noise of its own."""
+    many = {name: column.repeat(repeats, *[1] * (column.ndim - 1)) for name, column in batch.items()}
+    optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1, step / 20) * (1 + math.cos(math.pi * step / steps)) / 2
+        total = loss(many, Draw([(step, ROWS * repeats)])).total.mean()
+        optimiser.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    model.eval()
+
+
+def psnr(samples: Tensor, image: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each row of samples [-1, 1], in dB."""
+    return -10 * ((samples.clamp(-1, 1) - from_uint8(image)) / 2).square().flatten(1).mean(1).log10()
+
+
+def test_the_ar_prior_reproduces_eight_embeddings() -> None:
+    torch.manual_seed(0)
+    batch = pairs()
+    rows = F.normalize(torch.randn(4096, DIM, dtype=torch.float64), dim=1)
+    pca = fit_pca(*moments(rows), k=DIM)
+    codec = fit_codec(pca, (rows - pca.mean) @ pca.components.T, (rows * rows.roll(1, 0)).sum(1))
+    model = ARPrior(NANO["ar_prior"], DIM, codec.codes)
+    overfit(model, lambda rows, draw: ar_prior_loss(model, rows, draw, codec), batch, 600, 3e-3)
+    dots = codec.encode_dot((batch["image_embedding"] * batch["text_embedding"]).sum(-1))
+    codes = sample_codes(model, batch["tokens"], batch["text_embedding"], dots, Draw([(1, ROWS)]))
+    assert torch.equal(codes, codec.encode(batch["image_embedding"]))
+
+
+def test_the_diffusion_prior_reproduces_eight_embeddings() -> None:
+    torch.manual_seed(0)
+    batch = pairs()
+    model = DiffusionPrior(NANO["diffusion_prior"], DIM)
+    overfit(model, lambda rows, draw: diffusion_prior_loss(model, rows, draw), batch, 600, 2e-3, repeats=8)
+    denoise = diffusion_prior_denoise(model, batch["tokens"], batch["text_embedding"])
+    noise, schedule = Draw([(1, ROWS)]).normal("x_T", DIM), make_schedule("cosine", 1000)
+    samples = model.image_embedding(ddim(denoise, noise, strided_grid(1000, 50), schedule))
+    assert (samples * batch["image_embedding"]).sum(-1).min() > 0.99
+
+
+def test_the_decoder_reproduces_eight_pictures() -> None:
+    torch.manual_seed(0)
+    batch = pairs()
+    model = Decoder(NANO["decoder"], DIM)
+    overfit(model, lambda rows, draw: decoder_loss(model, rows, draw), batch, 1500, 3e-3, repeats=2)
+    denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], guidance=0.0)
+    noise, schedule = Draw([(1, ROWS)]).normal("x_T", 3, 64, 64), make_schedule("cosine", 1000)
+    found = psnr(ddim(denoise, noise, strided_grid(1000, 50), schedule), batch["image"])
+    assert found.min() > 25
+
+
+@pytest.mark.parametrize(("name", "steps"), [("upsampler_256", 1000), ("upsampler_1024", 150)])
+def test_an_upsampler_reproduces_eight_pictures(name: str, steps: int) -> None:
+    torch.manual_seed(0)
+    config = NANO[name]
+    image = pictures(config.image_size)[0]
+    model = Upsampler(config)
+    overfit(model, lambda rows, draw: upsampler_loss(model, rows, draw), {"image": image}, steps, 3e-3)
+    small = Draw([(1, ROWS)])
+    low = sampling_low(config, resize(from_uint8(image), (config.low_size, config.low_size)), small)
+    noise = small.normal("x_T", 3, config.image_size, config.image_size)
+    grid, schedule = strided_grid(1000, 15), make_schedule(config.schedule, 1000)
+    found = psnr(ddim(upsampler_denoise(model, low), noise, grid, schedule), image)
+    bicubic = psnr(resize(low, (config.image_size, config.image_size)), image)
+    assert found.min() > 25
+    assert (found - bicubic).mean() > 3
