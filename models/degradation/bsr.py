@@ -63,8 +63,8 @@ def bsr(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
 
     # Each takes pictures [n, 3, h, w] of one size and their row numbers, and gives n pictures.
     steps: dict[str, Callable[[Tensor, list[int]], Iterable[Tensor]]] = {
-        "blur": lambda x, rows: blur(x, kernels["blur"][rows]),
-        "second blur": lambda x, rows: blur(x, kernels["second blur"][rows]) if strength.second_blur else x,
+        "blur": lambda x, rows: _blurred(x, kernels["blur"], rows),
+        "second blur": lambda x, rows: _blurred(x, kernels["second blur"], rows) if strength.second_blur else x,
         "shrink": shrink,
         "fit": lambda x, rows: [_resized(picture, size, fit[row]) for picture, row in zip(x, rows, strict=True)],
         "noise": lambda x, rows: x + noise[rows, :, : x.shape[2], : x.shape[3]],
@@ -132,17 +132,23 @@ def _halved(picture: Tensor, how: str) -> Tensor:
     return _resized(picture, size, how).clamp(0, 1)
 
 
-def _kernels(draw: Draw, purpose: str, scale: Tensor, strength: Strength) -> Tensor:
-    """[b, 25, 25]: an even chance of a turned ellipse and of a circle, cut off at a random reach."""
+def _blurred(x: Tensor, kernels: list[Tensor], rows: list[int]) -> list[Tensor]:
+    """Each picture by itself: most kernels are much smaller than the largest."""
+    return [blur(picture[None], kernels[row][None])[0] for picture, row in zip(x, rows, strict=True)]
+
+
+def _kernels(draw: Draw, purpose: str, scale: Tensor, strength: Strength) -> list[Tensor]:
+    """[k, k] for each row: an even chance of a turned ellipse and of a circle, cut off at a random reach, k // 2."""
     same, first, second, angle = draw.uniform(purpose, 4).unbind(1)
     ellipse = torch.stack([first, second], dim=1) * ((4 + scale) * strength.blur)[:, None]
     circle = (first * (2 + 0.2 * scale) * strength.blur) ** 2
     variances = torch.where((same < 0.5)[:, None], ellipse, circle[:, None]).clamp(min=1e-4)
     kernels = gaussian_kernels(KERNEL_SIDE, angle * pi, variances)
-    places = (torch.arange(KERNEL_SIDE, device=scale.device) - KERNEL_SIDE // 2).abs()
-    inside = places <= _integers(draw, f"{purpose}_reach", strength.reach)[:, None]
-    kernels = kernels * (inside[:, :, None] & inside[:, None, :])
-    return kernels / kernels.sum(dim=(1, 2), keepdim=True)
+    middle = KERNEL_SIDE // 2
+    reaches = _integers(draw, f"{purpose}_reach", strength.reach).tolist()
+    inside = [slice(middle - reach, middle + reach + 1) for reach in reaches]
+    cut = [kernel[place, place] for kernel, place in zip(kernels, inside, strict=True)]
+    return [kernel / kernel.sum() for kernel in cut]
 
 
 def _shrinker(draw: Draw, scale: Tensor, strength: Strength) -> Callable[[Tensor, list[int]], Iterable[Tensor]]:
@@ -160,8 +166,7 @@ def _shrinker(draw: Draw, scale: Tensor, strength: Strength) -> Callable[[Tensor
         results = []
         for picture, row in zip(x, rows, strict=True):
             if how[row] == "subsample":
-                stride = strides[row]
-                results.append(blur(picture[None], kernels[[row]])[0, :, ::stride, ::stride])
+                results.append(blur(picture[None], kernels[[row]], strides[row])[0])
             else:
                 size = tuple(max(int(side / factors[row]), 1) for side in picture.shape[1:])
                 results.append(_resized(picture, (size[0], size[1]), how[row]))

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from models.degradation.blur import blur, corruption_blur, gaussian_kernels, mirrored
+from models.degradation.blur import WIDE, _filtered_by_spectrum, blur, corruption_blur, gaussian_kernels, mirrored
 from models.degradation.bsr import FULL, LIGHT, STEPS, Strength, _noise, _orders, bsr, bsr_mild
 from models.degradation.jpeg import CHROMINANCE, LUMINANCE, _halved, _requantised, _steps, jpeg
 from models.draw import Draw
@@ -32,6 +32,17 @@ def psnr(first: Tensor, second: Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (17, 30)])
+@fails_under((_filtered_by_spectrum, ".conj()", ""), (_filtered_by_spectrum, ":height, :width", "-height:, -width:"))
+def test_a_wide_kernel_does_the_same_through_the_spectrum() -> None:
+    """Every stride-th pixel is filtered directly, whatever the width."""
+    g = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 3, 21, 34, generator=g, dtype=torch.float64)
+    for side in (WIDE, 25):
+        kernels = torch.rand(3, side, side, generator=g, dtype=torch.float64)
+        kernels = kernels / kernels.sum(dim=(1, 2), keepdim=True)
+        torch.testing.assert_close(blur(image, kernels)[..., ::2, ::2], blur(image, kernels, 2), atol=1e-12, rtol=0)
+
+
 @fails_under(
     (corruption_blur, "CORRUPTION_SIGMA**2", "CORRUPTION_SIGMA"),
     (gaussian_kernels, "(side - 1) / 2", "side / 2"),
