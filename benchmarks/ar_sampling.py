@@ -36,7 +36,7 @@ def inputs(model: ARPrior, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def recompute(model: ARPrior, prefix: Tensor, codes: Tensor) -> Tensor:
     """Logits of the code after ``codes`` [b, n], [b, buckets], from the whole sequence."""
     x = torch.cat([prefix, model.code(codes)], dim=1)
-    return model.logits(model.transformer(x + model.position[: x.shape[1]], last_only=True)[:, -1])
+    return model.logits(model.transformer(x + model.position[: x.shape[1]])[:, -1])
 
 
 @torch.no_grad()
