@@ -127,7 +127,7 @@ def nested(field: dataclasses.Field[Any]) -> bool:
 def test_every_stage_and_every_dataclass_of_the_configuration_has_a_section() -> None:
     assert set(sections()) == {"", *SECTIONS}
     top = {row["field"] for row in tables(sections()[""])}
-    assert top == {"project", "store", "preset"}
+    assert top == {"project", "store", "preset", "scale"}
     stages = {field.name for field in dataclasses.fields(Config)} - top
     named = {name.partition(".")[0].replace("upsampler", "upsampler_256") for name in SECTIONS}
     assert stages - {"upsampler_1024"} <= named

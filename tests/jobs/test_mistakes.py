@@ -90,7 +90,7 @@ def test_the_list_is_missing_empty_or_lacks_a_column(write: Write, tmp_path: Pat
 def test_stages(write: Write) -> None:
     config = write()
     refused("run", config, "--only", "decodr", says=["unknown stage decodr", "decoder"])
-    refused("run", config, "--until", "evaluation", says=["unknown stage evaluation"])
+    refused("run", config, "--until", "retrieval", says=["unknown stage retrieval"])
     refused("run", config, "--only", "decoder", says=["--only decoder needs source", "use --until decoder"])
     refused("pin", config, "decoder", says=["decoder cannot be pinned; clip, codec can"])
     refused("pin", config, "clip", says=["clip: 0 artefacts", "one is needed"])

@@ -192,7 +192,7 @@ def difference(decoder: Decoder, theirs: Theirs) -> float:
     (UNet, "embedding = embedding + added", "embedding = embedding"),
     (UNet, "timestep_embedding(t, ", "timestep_embedding(t + 1, "),
     (Decoder, "value=True)", "value=False)"),
-    (Block, "is_causal=masked", "is_causal=False"),
+    (Block, "causal=masked", "causal=False"),
     (Transformer, "return self.norm(x)", "return x"),
     (quick_gelu, "torch.sigmoid(1.702 * x)", "torch.sigmoid(1.6 * x)"),
     (ClipTextEncoder, "tokens.argmax(1)", "tokens.argmax(1) - 1"),

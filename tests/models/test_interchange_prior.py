@@ -85,7 +85,7 @@ def karlo(theirs: PriorTransformer, clip: open_clip.CLIP, x: Tensor, t: Tensor, 
 
 
 @fails_under(
-    (Block, "is_causal=masked", "is_causal=False"),
+    (Block, "causal=masked", "causal=False"),
     (Block, "mask & torch.ones", "mask | torch.ones"),
     (Block, "mask = shown[:, None, None, :]", "mask = torch.ones_like(shown)[:, None, None, :]"),
     (Transformer, "return self.norm(x)", "return x"),
@@ -161,7 +161,7 @@ def exported(prior: DiffusionPrior, folder: Path, x: Tensor, *text: Tensor) -> T
     (conversion, "prior.config.text_context, 0))", "0, prior.config.text_context))"),
     (DiffusionPrior, "+ self.position", ""),
     (DiffusionPrior, "last_only=True)[:, -1]", "last_only=False)[:, -2]"),
-    (Block, "is_causal=masked", "is_causal=False"),
+    (Block, "causal=masked", "causal=False"),
 )
 def test_our_prior_opens_in_diffusers(tmp_path: Path) -> None:
     prior, x = own(), normal(3, DIM)

@@ -53,7 +53,7 @@ def test_what_was_measured_scales_with_rows_and_samples(measured: Store) -> None
 
 def test_another_model_or_project_is_a_guess_again(measured: Store) -> None:
     decoder = GRAPH["decoder"]
-    wider = replace(decoder, recipe=replace(decoder.recipe, model=replace(decoder.recipe.model, channels=32)))
+    wider = replace(decoder, recipe=replace(decoder.recipe, model=replace(decoder.recipe.model, channels=64)))
     assert not estimate(wider, 250, "nano", measured).measured
     assert not estimate(decoder, 250, "other", measured).measured
 

@@ -46,7 +46,8 @@ def test_a_published_prior_has_the_gamma_of_its_averaged_weights(
     materialise(shared_world.store, trained.blobs, tmp_path)
     model = load_model(tmp_path)
     rows = publisher(shared_world, RECIPE)._examples(DiffusionPriorTask.finish_rows)
-    assert torch.equal(model.gamma, diffusion_prior_gamma(model, rows))
+    # To rounding: where weights lie in memory decides in which order a matrix product adds.
+    torch.testing.assert_close(model.gamma, diffusion_prior_gamma(model, rows), rtol=1e-5, atol=0)
 
 
 def test_gamma_is_in_no_checkpoint_and_the_training_goes_on_after_a_milestone(
