@@ -41,7 +41,7 @@ class EvaluationRecipe:
 
 # Fields that differ by preset: an eighth of the decoder's samples, and what two cores measure in a minute or so.
 EVALUATION_PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {"early": 384},
+    "nano": {"early": 768},
     "tiny": {"early": 6_656, "sampled_rows": 24, "decoder_rows": 48, "caption_rows": 8, "upsampler_1024_rows": 4},
     "small": {"early": 3_200_000},
 }

@@ -186,7 +186,7 @@ TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "clip": _fields(19_200, 64, 1e-3, 0, precision="fp32"),
         "ar_prior": _fields(3_200, 32, 2e-3, 320, precision="fp32"),
         "diffusion_prior": _fields(10_240, 64, 2e-3, 1_280, precision="fp32"),
-        "decoder": _fields(3_072, 16, 2e-3, 320, precision="fp32"),
+        "decoder": _fields(6_144, 16, 2e-3, 640, precision="fp32"),
         "upsampler_256": _fields(1_280, 8, 2e-3, 160, precision="fp32"),
         "upsampler_1024": _fields(256, 8, 2e-3, 32, precision="fp32"),
     },
