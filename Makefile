@@ -8,7 +8,7 @@ BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver tiny var
 
 help:
 	@echo "make peek    the whole chain at nano size: pictures over HTTP to a 1024 px image, in minutes"
-	@echo "make demo    the emoji set at tiny size, about 25 minutes; MINUTES=10 or 120 trains less or more"
+	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 120 trains less or more than 25"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make bench   what the models cost against peers and bounds, in about half an hour on an idle machine"
 
@@ -47,7 +47,7 @@ format: .venv/ready
 peek: .venv/ready
 	$(BIN)/unclip run configs/nano.yaml
 
-# How long demo may take on two idle cores; every training then sees that much more or less.
+# What demo is meant to take on two idle cores; every training sees that much more or less.
 MINUTES ?= 25
 
 demo: .venv/ready

@@ -120,6 +120,6 @@ def test_an_upsampler_reproduces_eight_pictures(name: str, steps: int) -> None:
     found = psnr(ddim(upsampler_denoise(model, low), noise, grid, schedule), image)
     bicubic = psnr(resize(low, (config.image_size, config.image_size)), image)
     assert found.min() > 25
-    assert (
-        found.min() > bicubic.min() + 2
-    )  # the most detailed picture: at 1024 px bicubic is hard to beat on the others
+    assert found.min() > bicubic.min() + 2  # the most detailed picture
+    if name == "upsampler_256":  # at 1024 px bicubic is hard to beat on smooth pictures
+        assert (found - bicubic).mean() > 3
