@@ -121,11 +121,12 @@ def write_shard_table(store: Store, shards: Iterable[Shard]) -> tuple[str, Ledge
 
 @dataclass(frozen=True)
 class ShardRow:
-    """A shard as an artefact's table lists it: rows are its kept rows."""
+    """A shard as an artefact's table lists it, with its numbers of kept rows, and of others."""
 
     number: int
     key: str
     kept: int
+    lost: int
     blobs: Mapping[str, str]
     counts: Mapping[str, int]
 
@@ -138,7 +139,7 @@ def read_shards(store: Store, artifact: Artifact) -> list[ShardRow]:
     for row in read_table(store, artifact.shard_table).to_pylist():
         blobs = {k[5:]: v for k, v in row.items() if k.startswith("blob.") and v is not None}
         counts = {k[6:]: v for k, v in row.items() if k.startswith("count.")}
-        rows.append(ShardRow(row["number"], row["key"], row["kept"], blobs, counts))
+        rows.append(ShardRow(row["number"], row["key"], row["kept"], row["rejected"] + row["deferred"], blobs, counts))
     return rows
 
 

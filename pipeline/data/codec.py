@@ -113,7 +113,7 @@ def fit_all_buckets(ctx: Context, blocks: list[passes.Block], rows: int, pca: An
     for number in range(-(-columns // group)):
         name = passes.group_name(number)
         parts = {
-            f"{s.number:08d}": ShardRow(s.number, s.key, s.ledger.kept, {name: s.blobs[name]}, {}) for s in projected
+            f"{s.number:08d}": ShardRow(s.number, s.key, s.ledger.kept, 0, {name: s.blobs[name]}, {}) for s in projected
         }
         tasks.append(ShardTask(number, digest([ctx.key, "buckets", number]), parts))
     cut = passes.OneThread(passes.CutBuckets(ctx.store, ctx.recipe.buckets))

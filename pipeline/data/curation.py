@@ -13,7 +13,7 @@ from pipeline.ledger import Ledger
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,13 @@ class Judge:
             self.store, task.inputs["embeddings"].blobs["embeddings"], ["key", "similarity"]
         ).to_pydict()
         similarity = dict(zip(scored["key"], scored["similarity"], strict=True))
-        kept, reasons = [], []
-        for row in table:
-            if row["status"] == "kept":
-                caption = texts[row["key"]][0] if texts[row["key"]] else ""
-                reasons.append(self.reason(row, caption, similarity[row["key"]]))
-                if reasons[-1] is None:
-                    kept.append(row)
-        return ShardOutput(Ledger.count(reasons), {"index": write_table(index_table(kept))}, index_counts(kept))
+        rows = [row for row in table if row["status"] == "kept"]
+        captions = [texts[row["key"]][0] if texts[row["key"]] else "" for row in rows]
+        reasons = [self.reason(row, text, similarity[row["key"]]) for row, text in zip(rows, captions, strict=True)]
+        kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+        lost = {row["key"]: reason for row, reason in zip(rows, reasons, strict=True) if reason is not None}
+        blobs = {"index": write_table(index_table(kept)), "rejected": write_table(_reasons(lost))}
+        return ShardOutput(Ledger.count(reasons), blobs, index_counts(kept))
 
     def reason(self, row: Mapping[str, Any], caption: str, similarity: float) -> str | None:
         """Why a row is rejected, or None."""
@@ -75,6 +74,13 @@ class Judge:
         if len(caption) > r.max_caption:
             return "caption_too_long"
         return "low_similarity" if similarity < r.min_similarity else None
+
+
+def _reasons(lost: Mapping[str, str]) -> dict[str, Any]:
+    """Columns of the rows that curation rejected."""
+    import pyarrow as pa
+
+    return {"key": pa.array(lost.keys(), pa.string()), "reason": pa.array(lost.values(), pa.string())}
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def emoji_rows(subset: str) -> list[EmojiRow]:
     7,000. Only "full" has skin tones. Raises UserError for another name, or if the demo packages are missing.
     """
     if subset not in SUBSETS:
-        raise UserError(f"emoji:{subset}: no such subset; choose one of {', '.join(SUBSETS)}")
+        raise UserError(f"emoji:{subset}: no such subset; choose one of {', '.join(SUBSETS)}, flawed")
     drawings = _drawings()
     if subset == "full":
         chosen = [d for d in drawings if not re.search(_TONE, d.code) or _share("tone", d.style, d.code) < 0.84]

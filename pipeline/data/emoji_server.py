@@ -18,12 +18,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.data import emoji
+from pipeline.data import emoji, emoji_flaws
 from pipeline.errors import UserError
 
 CACHED_PICTURES = 1024  # about 10 kB each at 256 px, 50 kB at 1024 px
 
-_draw = lru_cache(maxsize=CACHED_PICTURES)(emoji.draw)
+
+@lru_cache(maxsize=CACHED_PICTURES)
+def _draw(url_path: str) -> bytes:
+    return (emoji_flaws.flawed_bytes if url_path.startswith(emoji_flaws.FOLDER) else emoji.draw)(url_path)
 
 
 @contextmanager

@@ -192,9 +192,10 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
     kind, where = _kind(path)
     if kind == "emoji":
         from pipeline.data.emoji import emoji_rows
+        from pipeline.data.emoji_flaws import flawed_rows
 
-        for row in emoji_rows(where):
-            yield Row(row.url, (row.caption,), row.group, row.split, "", row.license, row.attribution)
+        for row in flawed_rows() if where == "flawed" else emoji_rows(where):
+            yield Row(row.url, _captions([row.caption]), row.group, row.split, "", row.license, row.attribution)
     elif kind == "folder":
         yield from _folder_rows(Path(where))
     elif kind == "tar":

@@ -36,12 +36,14 @@ Artifacts = Mapping[str, Artifact]
 
 @dataclass(frozen=True)
 class PairsShard:
-    """One shard of pairs, read: every index row, the keys of the rows that are kept so far, captions by key."""
+    """One shard of pairs, read: every index row, the keys of the rows that are kept so far, captions by key, and by key
+    why curation rejected a row."""
 
     shard: ShardRow
     rows: list[dict[str, Any]]
     kept: set[str]
     captions: dict[str, str]
+    reasons: dict[str, str]
 
     @property
     def kept_rows(self) -> list[dict[str, Any]]:
@@ -101,28 +103,45 @@ def _first_shards(store: Store, artifacts: Artifacts, album: Album) -> str:
     title = "Kept pairs, after curation" if "curation" in artifacts else "Kept pairs"
     return (
         attempt("The pictures", _thumbnails, store, shards, title, album)
-        + attempt("The rejected rows", _rejects, shards)
+        + attempt("The rejected rows", _rejects, store, read_worst_shards(store, artifacts), album)
         + attempt("The licences", _rights, shards)
     )
 
 
 def read_first_shards(store: Store, artifacts: Artifacts) -> list[PairsShard]:
     """The first shards of pairs, those that keep any row before the others."""
+    shards = _numbered(store, artifacts, "pairs")
+    left = {number: shard.kept for number, shard in {**shards, **_numbered(store, artifacts, "curation")}.items()}
+    return _read(store, artifacts, sorted(shards.values(), key=lambda s: left[s.number] == 0))
+
+
+def read_worst_shards(store: Store, artifacts: Artifacts) -> list[PairsShard]:
+    """The shards of pairs that have lost most rows, of those that have lost any."""
+    shards = _numbered(store, artifacts, "pairs")
+    lost = Counter({number: shard.lost for number, shard in shards.items()})
+    lost.update({number: shard.lost for number, shard in _numbered(store, artifacts, "curation").items()})
+    worst = sorted((s for s in shards.values() if lost[s.number]), key=lambda s: -lost[s.number])
+    return _read(store, artifacts, worst)
+
+
+def _read(store: Store, artifacts: Artifacts, shards: Sequence[ShardRow]) -> list[PairsShard]:
+    """The first few of ``shards``, with what later stages say of their rows."""
     curated = _numbered(store, artifacts, "curation")
     captioned = _numbered(store, artifacts, "captions")
-    shards = _numbered(store, artifacts, "pairs")
-    left = {number: curated[number].kept if number in curated else shard.kept for number, shard in shards.items()}
     result = []
-    for shard in sorted(shards.values(), key=lambda s: left[s.number] == 0)[:SHARDS_READ]:
+    for shard in shards[:SHARDS_READ]:
         rows = read_table(store, shard.blobs["index"]).to_pylist()
         kept = {row["key"] for row in rows if row["status"] == "kept"}
-        if shard.number in curated:
-            kept = set(read_table(store, curated[shard.number].blobs["index"], ["key"])["key"].to_pylist())
         captions: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        if shard.number in curated:
+            blobs = curated[shard.number].blobs
+            kept = set(read_table(store, blobs["index"], ["key"])["key"].to_pylist())
+            reasons = {row["key"]: row["reason"] for row in read_table(store, blobs["rejected"]).to_pylist()}
         if shard.number in captioned:
             table = read_table(store, captioned[shard.number].blobs["captions"]).to_pylist()
             captions = {row["key"]: row["captions"][0] for row in table if row["captions"]}
-        result.append(PairsShard(shard, rows, kept, captions))
+        result.append(PairsShard(shard, rows, kept, captions, reasons))
     return result
 
 
@@ -153,19 +172,27 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def _rejects(shards: Sequence[PairsShard]) -> str:
+def _rejects(store: Store, shards: Sequence[PairsShard], album: Album) -> str:
+    """Rejected rows, one of each reason first: with their pictures where those are stored, else by their references."""
     found, seen = [], Counter[str]()
     for shard in shards:
         for row in shard.rows:
             if row["key"] not in shard.kept:
-                reason = row["reason"] or "removed by curation"
-                found.append((seen[reason], reason, row["url"]))
+                reason = row["reason"] or shard.reasons[row["key"]]
+                found.append((seen[reason], reason, shard, row))
                 seen[reason] += 1
-    if not found:
-        return ""
-    found.sort(key=lambda reject: reject[0])  # one of each reason first
-    rows = [(text(reason), f"<bdi>{text(url, 120)}</bdi>") for _, reason, url in found[:REJECTS_SHOWN]]
-    return f"<h3>Some rejected rows</h3>\n{table(('reason', 'image reference'), rows)}"
+    found = sorted(found, key=lambda reject: reject[0])[:REJECTS_SHOWN]
+    rows, cells = [], []
+    for _, reason, shard, row in found:
+        if row["size"]:
+            picture = attempt(f"Row {row['key']}", _thumbnail, store, shard, row, album)
+            said = f"{text(reason)} <bdi>{text(shard.captions.get(row['key'], ''), 90)}</bdi>"
+            cells.append(figure(picture, said))
+        else:
+            rows.append((text(reason), f"<bdi>{text(row['url'], 120)}</bdi>"))
+    pictures = f'<div class="thumbs">\n{"".join(cells)}</div>\n' if cells else ""
+    references = table(("reason", "image reference"), rows) if rows else ""
+    return f"<h3>Some rejected rows</h3>\n{pictures}{references}" if found else ""
 
 
 def _rights(shards: Sequence[PairsShard]) -> str:

@@ -80,7 +80,7 @@ def test_it_is_the_codec_of_the_training_rows(bench: Bench) -> None:
 
 def test_blocks_follow_the_shards() -> None:
     def row(number: int, train: int) -> ShardRow:
-        return ShardRow(number, f"key-{number}", 10, {}, {"train/0": train})
+        return ShardRow(number, f"key-{number}", 10, 0, {}, {"train/0": train})
 
     curation = [row(n, train) for n, train in ((0, 4), (2, 0), (3, 5), (4, 1), (7, 9), (9, 2))]
     blocks = cut_blocks(curation, [row(n, 0) for n in range(10)], block_rows=10)

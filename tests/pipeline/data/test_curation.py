@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import read_shards
+from pipeline.artifacts import read_shards, read_table
 from pipeline.data.curation import CurationRecipe, Judge
 from pipeline.data.index import index_counts
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
@@ -46,6 +46,11 @@ def test_every_reason(bench: Bench) -> None:
     assert ledger.kept == reasons.pop(None)
     assert ledger.rejected == reasons
     assert ledger.rows == bench.made["pairs"].ledger.kept
+    said = {}
+    for shard in read_shards(bench.store, bench.made["curation"]):
+        said |= dict(zip(*read_table(bench.store, shard.blobs["rejected"]).to_pydict().values(), strict=True))
+    names = {row["key"]: int(row["url"].rpartition("/")[2][:-4]) for row in bench.rows("pairs") if row["width"]}
+    assert {names[key]: reason for key, reason in said.items()} == {i: row[4] for i, row in enumerate(ROWS) if row[4]}
 
 
 @pytest.mark.parametrize(
@@ -91,3 +96,14 @@ def test_another_threshold_embeds_nothing_again(bench: Bench) -> None:
     other.make("source", "captions", "pairs", "clip", "embeddings", "curation")
     assert other.blobs("embeddings") == bench.blobs("embeddings")
     assert other.made["curation"].ledger.rejected["too_small"] == 2
+
+
+def test_the_flawed_rows_of_the_quick_start_end_by_as_many_reasons(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "store", ["emoji:flawed", "emoji:flawed"], clip={"weights": save_clip(tmp_path / "clip")})
+    bench.make("source", "captions", "pairs", "clip", "embeddings", "curation")
+    fetched = ("http_4xx", "not_an_image", "truncated", "zero_bytes")
+    ledgers = {stage: bench.made[stage].ledger.rejected for stage in ("source", "pairs", "curation")}
+    assert ledgers["source"] == {"duplicate_url": 9}
+    assert ledgers["pairs"] == {"duplicate_url": 9, **dict.fromkeys(fetched, 1)}
+    assert ledgers["curation"] == dict.fromkeys(("too_small", "bad_aspect", "no_caption", "caption_too_long"), 1)
+    assert bench.made["curation"].ledger.kept == 1  # the row that every other subset has too

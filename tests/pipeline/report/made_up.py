@@ -93,7 +93,15 @@ def _data(store: Store, caption: str | None) -> dict[str, Artifact]:
                 Ledger(len(kept)),
                 {"embeddings": write_table({"key": pa.array([row["key"] for row in kept]), "similarity": scores})},
             ),
-            "curation": (Ledger(len(chosen), {"low_similarity": 1}), {"index": write_table(index_table(chosen))}),
+            "curation": (
+                Ledger(len(chosen), {"low_similarity": 1}),
+                {
+                    "index": write_table(index_table(chosen)),
+                    "rejected": write_table(
+                        {"key": pa.array([kept[-1]["key"]]), "reason": pa.array(["low_similarity"])}
+                    ),
+                },
+            ),
         }
         for stage, (ledger, blobs) in made.items():
             shards[stage].append(publish_shard(store, stage, number, digest([stage, number]), ledger, blobs, {}))

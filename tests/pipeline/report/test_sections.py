@@ -78,10 +78,10 @@ def test_reasons_are_counted_once_and_explained(store: FolderStore, made: dict[s
     assert page.count("duplicate_url<br>") == 1  # the index of pairs holds these rows again
     assert "an earlier row of the list names the same image" in page
     assert "low_similarity" in page
-    assert "removed by curation" in page
+    assert "<figcaption>low_similarity <bdi>a " in page
     assert "https://example.com/0/9.png" in page
     assert "CC-BY-4.0" in page
-    assert page.count("<img ") == 24
+    assert page.count("<img ") == 24 + 2  # of the twelve rejected rows shown, those that were rejected with a picture
 
 
 def test_a_shard_that_kept_nothing_still_tells_why(store: FolderStore) -> None:
