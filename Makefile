@@ -4,12 +4,13 @@ BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver tiny variants
 
-.PHONY: help test test-slow check bench format peek demo clean
+.PHONY: help test test-browser test-slow check bench format peek demo clean
 
 help:
 	@echo "make peek    the whole chain at nano size: pictures over HTTP to a 1024 px image, in minutes"
 	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 120 trains less or more than 25"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
+	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
 	@echo "make bench   what the models cost against peers and bounds, in about half an hour on an idle machine"
 
 ifeq ($(PYTHON),)
@@ -27,7 +28,10 @@ else
 endif
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations 15
+	$(BIN)/python -m pytest -m "not slow and not browser" -n 2 --dist loadfile --durations 15
+
+test-browser: .venv/ready
+	$(BIN)/python -m pytest -m browser
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow

@@ -71,13 +71,17 @@ def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
             remember_bundle(output, project.store.url, made.key)
         if stage == "samples":
             export_pictures(project.store, made, output / "samples")
+        report(None, artifacts)
+
+    def report(running: Artifact | None, artifacts: Mapping[str, Artifact]) -> None:
         from pipeline.report.page import write_report
 
-        write_report(project.store, project.config, artifacts, output / "report.html")
+        path = Path(project.config.run.output) / "report.html"
+        write_report(project.store, project.config, artifacts, path, running)
 
     for _ in range(HEALINGS + 1):
         try:
-            return execute(project.graph, project.plan(), wanted, project.store, project.config, on_stage)
+            return execute(project.graph, project.plan(), wanted, project.store, project.config, on_stage, report)
         except CorruptObject as e:  # it is deleted already
             damage = e
     raise UserError(f"{damage}, after {HEALINGS} others in this run; check the disk or the bucket, then run again")

@@ -13,18 +13,27 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context, Graph, Stage, Verdict, ordered, pin_path, stage_key, trajectory_key
 from pipeline.leases import lead_or_wait
 from pipeline.store import Store
+from pipeline.training.follow import showing
 from pipeline.training.recipes import TrainingRecipe
 
 log = logging.getLogger("unclip")
 OnStage = Callable[[str, Artifact, Mapping[str, Artifact]], None]
+OnLook = Callable[[Artifact, Mapping[str, Artifact]], None]
 
 
 def execute(
-    graph: Graph, verdicts: Sequence[Verdict], wanted: set[str], store: Store, config: Config, on_stage: OnStage
+    graph: Graph,
+    verdicts: Sequence[Verdict],
+    wanted: set[str],
+    store: Store,
+    config: Config,
+    on_stage: OnStage,
+    on_look: OnLook,
 ) -> dict[str, Artifact]:
     """The artefacts of ``wanted`` stages and of all that they need, made where they are stale.
 
-    ``on_stage`` is called after each stage that was made, with all artefacts so far. Raises CorruptObject after having
+    ``on_stage`` is called after each stage that was made, with all artefacts so far; ``on_look``, from another thread,
+    while a training runs, with what it has shown (see pipeline.training.follow). Raises CorruptObject after having
     deleted a damaged object and the records that name it: plan again and call again.
     """
     artifacts: dict[str, Artifact] = {}
@@ -38,7 +47,7 @@ def execute(
             if made is None:
                 if verdict.lineage is not None:
                     _check_pin(stage, verdict.key, artifacts)
-                made = _run_stage(stage, verdict.key, artifacts, store, config)
+                made = _run_stage(stage, verdict.key, artifacts, store, config, on_look)
                 artifacts[stage.name] = made
                 on_stage(stage.name, made, artifacts)
             artifacts[stage.name] = made
@@ -50,7 +59,9 @@ def execute(
     return artifacts
 
 
-def _run_stage(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Config) -> Artifact:
+def _run_stage(
+    stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Config, on_look: OnLook
+) -> Artifact:
     inputs = {name: artifacts[name] for name in stage.inputs}
     settings = getattr(config.run, stage.name, None)
     ctx = Context(store, stage.name, stage.version, key, stage.recipe, settings, inputs, config)
@@ -63,6 +74,12 @@ def _run_stage(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store:
             return ""
         return max((entry.path for entry in store.list(f"checkpoints/{trajectory_key(ctx)}/")), default="")
 
+    def run() -> Artifact:
+        if not isinstance(stage.recipe, TrainingRecipe):
+            return stage.run(ctx)
+        with showing(ctx, lambda running: on_look(running, artifacts)):
+            return stage.run(ctx)
+
     from pipeline.training.checkpoints import Superseded
 
     while True:
@@ -70,7 +87,7 @@ def _run_stage(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store:
         if lease is not None:
             with lease:
                 try:
-                    return load_artifact(store, stage.name, key) or stage.run(ctx)
+                    return load_artifact(store, stage.name, key) or run()
                 except Superseded:
                     log.warning("%s: another run has taken over; waiting for its result", stage.name)
         made = load_artifact(store, stage.name, key)

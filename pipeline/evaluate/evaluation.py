@@ -30,8 +30,9 @@ Part = Callable[[Tick], list[Figure]]
 class Evaluation:
     """An evaluation of ``unclip``. ``early`` is the decoder's earlier checkpoint, or why there is none.
 
-    Beside figures it leaves ``pictures``, uint8 [3, h, w] by file name, the ``captions`` of their columns, and the
-    ``keys`` of all rows that were looked at, by part and split.
+    Beside figures it leaves ``pictures``, uint8 [3, h, w] by file name, the ``captions`` of their columns and, by file
+    name, the ``licenses`` of the real picture in each column, and the ``keys`` of all rows that were looked at, by part
+    and split.
     """
 
     store: Store
@@ -41,6 +42,7 @@ class Evaluation:
     early: Decoder | str
     pictures: dict[str, Tensor] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
+    licenses: dict[str, list[str | None]] = field(default_factory=dict)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def parts(self) -> dict[str, Part]:
@@ -146,10 +148,12 @@ class Evaluation:
         real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
         shown = min(SHOWN, *map(len, drawn.values()))
         self.captions = rows.captions[:shown]
+        self.licenses["comparison.png"] = rows.licenses[:shown]
         self.pictures["comparison.png"] = images.beside(*(lines[:shown] for lines in (real, *drawn.values())))
         embeddings = images.embed(self.unclip.clip, sampled[:shown])
         nearest = (embeddings @ self.taught.image_embedding.T).argmax(1).tolist()
         found = read_views(self.store, [self.taught.places[i] for i in nearest], BASE).permute(0, 2, 3, 1)
+        self.licenses["nearest.png"] = [self.taught.licenses[i] for i in nearest]
         self.pictures["nearest.png"] = images.beside(sampled[:shown], found)
 
     def upsampler(self, name: str, tick: Tick) -> list[Figure]:

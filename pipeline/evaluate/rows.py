@@ -29,12 +29,13 @@ class HeldOut:
 
     ``batch``: "tokens" int64 [n, 77], "image_embedding" and "text_embedding" fp32 [n, d] of unit norm and, for
     pictures, "image" uint8 [n, 3, s, s]. ``captions``: the first of each row, which is the one that was embedded.
-    ``other``: another row for each row, int64 [n].
+    ``licenses``: of the pictures, None where unknown. ``other``: another row for each row, int64 [n].
     """
 
     split: str
     keys: list[str]
     captions: list[str]
+    licenses: list[str | None]
     batch: Batch
     other: Tensor
 
@@ -44,13 +45,13 @@ class HeldOut:
     def to(self, device: torch.device) -> HeldOut:
         """The same on a device."""
         batch = {name: column.to(device) for name, column in self.batch.items()}
-        return HeldOut(self.split, self.keys, self.captions, batch, self.other.to(device))
+        return HeldOut(self.split, self.keys, self.captions, self.licenses, batch, self.other.to(device))
 
     def first(self, rows: int) -> HeldOut:
         """The first ``rows`` of them (two or more), with other rows among themselves."""
         batch = {name: column[:rows] for name, column in self.batch.items()}
         other = derangement(self.captions[:rows]).to(self.other.device)
-        return HeldOut(self.split, self.keys[:rows], self.captions[:rows], batch, other)
+        return HeldOut(self.split, self.keys[:rows], self.captions[:rows], self.licenses[:rows], batch, other)
 
 
 def held_out(
@@ -89,7 +90,9 @@ def _join(store: Store, split: str, rows: list[Row], side: int) -> HeldOut:
         batch[name] = F.normalize(torch.from_numpy(np.stack([getattr(row, name) for row in rows])), dim=-1)
     if side:
         batch["image"] = read_views(store, [row.place for row in rows if row.place], side)
-    return HeldOut(split, [row.key for row in rows], captions, batch, derangement(captions))
+    return HeldOut(
+        split, [row.key for row in rows], captions, [row.license for row in rows], batch, derangement(captions)
+    )
 
 
 def read_views(store: Store, places: list[Place], side: int) -> Tensor:
@@ -101,9 +104,11 @@ def read_views(store: Store, places: list[Place], side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Taught:
-    """The first rows that taught, at most TRAINING_ROWS: where their pictures lie, and image embeddings fp32 [n, d]."""
+    """The first rows that taught, at most TRAINING_ROWS: where their pictures lie, their licences, and image embeddings
+    fp32 [n, d]."""
 
     places: list[Place]
+    licenses: list[str | None]
     image_embedding: Tensor
 
 
@@ -112,4 +117,4 @@ def taught(store: Store, inputs: Mapping[str, Artifact]) -> Taught:
     rows = Tables(store, inputs, ("image", "image_embedding"), "train", 0).first(TRAINING_ROWS)
     stacked = np.stack([row.image_embedding for row in rows if row.image_embedding is not None])
     embeddings = F.normalize(torch.from_numpy(stacked), dim=-1)
-    return Taught([row.place for row in rows if row.place], embeddings)
+    return Taught([row.place for row in rows if row.place], [row.license for row in rows], embeddings)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from models.decoder import Decoder
 
-VERSION = 1
+VERSION = 2
 LEARN = ("pairs", "captions", "embeddings", "curation")  # the decoder's inputs
 log = logging.getLogger("unclip")
 
@@ -73,7 +73,12 @@ def run_evaluation(ctx: Context) -> Artifact:
     }
     blobs = {"evaluation.json": put_blob(ctx.store, (json.dumps(document, indent=1) + "\n").encode())}
     blobs |= {name: put_blob(ctx.store, png(picture)) for name, picture in evaluation.pictures.items()}
-    metrics = {"holds": count(figures), "figures": judged(figures), "captions": evaluation.captions}
+    metrics = {
+        "holds": count(figures),
+        "figures": judged(figures),
+        "captions": evaluation.captions,
+        "licenses": evaluation.licenses,
+    }
     rows = len(evaluation.rows) if evaluation.rows else 0
     artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=rows), metrics=metrics)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)

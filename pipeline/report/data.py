@@ -153,11 +153,11 @@ def _thumbnails(store: Store, shards: Sequence[PairsShard], title: str, album: A
     cells = []
     for i, shard in enumerate(shards):
         share = THUMBNAILS * (i + 1) // len(shards) - THUMBNAILS * i // len(shards)
-        for row in spread(shard.kept_rows, share):
+        for row in spread([row for row in shard.kept_rows if album.may_show(row["license"])], share):
             picture = attempt(f"Row {row['key']}", _thumbnail, store, shard, row, album)
             cells.append(figure(picture, f"<bdi>{text(shard.captions.get(row['key'], ''), 90)}</bdi>"))
     if not cells:
-        return note("No pair was kept.")
+        return note("No pair was kept." if album.licenses is None else "No pair's licence lets it be shown here.")
     return f'<h3>{title}</h3>\n<div class="thumbs">\n{"".join(cells)}</div>\n'
 
 
@@ -184,7 +184,7 @@ def _rejects(store: Store, shards: Sequence[PairsShard], album: Album) -> str:
     found = sorted(found, key=lambda reject: reject[0])[:REJECTS_SHOWN]
     rows, cells = [], []
     for _, reason, shard, row in found:
-        if row["size"]:
+        if row["size"] and album.may_show(row["license"]):
             picture = attempt(f"Row {row['key']}", _thumbnail, store, shard, row, album)
             said = f"{text(reason)} <bdi>{text(shard.captions.get(row['key'], ''), 90)}</bdi>"
             cells.append(figure(picture, said))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,27 +62,34 @@ def _legend() -> str:
 
 
 def _comparison(store: Store, artifact: Artifact, album: Album) -> str:
-    """The pictures of some captions, a line for each way to make them."""
+    """The pictures of some captions, below one another the ways to make them."""
     models = [found["model"] for found in artifact.metrics["figures"]]
-    lines = ["real", *(said for name, said in DRAWN.items() if name in models)]
-    said = f"Lines from above: {'; '.join(lines)}. Columns: {_captions(artifact)}."
-    return _grid(store, artifact, "comparison.png", said, album)
+    lines = ["the real picture", *(said for name, said in DRAWN.items() if name in models)]
+    return _strips(store, artifact, "comparison.png", "Held-out captions", f"From above: {'; '.join(lines)}.", album)
 
 
 def _nearest(store: Store, artifact: Artifact, album: Album) -> str:
     said = (
-        "Above, samples from the caption alone; below, the nearest training picture of each, by CLIP: equal pictures "
-        f"would be remembered, not made. Columns: {_captions(artifact)}."
+        "Above, a sample from the caption alone; below, the training picture nearest to it, by CLIP: equal pictures "
+        "would be remembered, not made."
     )
-    return _grid(store, artifact, "nearest.png", said, album)
+    return _strips(store, artifact, "nearest.png", "Samples and the nearest training pictures", said, album)
 
 
-def _captions(artifact: Artifact) -> str:
-    return "; ".join(str(caption)[:80] for caption in artifact.metrics["captions"])
+def _strips(store: Store, artifact: Artifact, name: str, title: str, said: str, album: Album) -> str:
+    """The columns of a grid, each with its caption below; only those whose real picture may be shown."""
+    from PIL import Image
 
-
-def _grid(store: Store, artifact: Artifact, name: str, said: str, album: Album) -> str:
     if name not in artifact.blobs:
         return note(f"There is no {name}: there were no held-out pictures to draw.")
-    picture = album.image(read_blob(store, artifact.blobs[name]), 1024, said, most=150_000)
-    return figure(picture, f"<bdi>{text(said, 1000)}</bdi>")
+    captions, licenses = artifact.metrics["captions"], artifact.metrics["licenses"][name]
+    grid = Image.open(io.BytesIO(read_blob(store, artifact.blobs[name]))).convert("RGB")
+    side = grid.width // len(captions)
+    cells = []
+    for i, (caption, license) in enumerate(zip(captions, licenses, strict=True)):
+        if album.may_show(license):
+            strip = io.BytesIO()
+            grid.crop((side * i, 0, side * (i + 1), grid.height)).save(strip, "PNG")
+            picture = album.image(strip.getvalue(), grid.height, f"{title}: {caption}", most=100_000)
+            cells.append(figure(picture, f"<bdi>{text(caption, 90)}</bdi>"))
+    return f'<h3>{title}</h3>\n<p>{said}</p>\n<div class="strips">\n{"".join(cells)}</div>\n'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from pipeline.report.markup import attempt, facts, number, section, table, text
 from pipeline.report.pictures import Album
 from pipeline.report.samples import samples_section
 from pipeline.report.style import STYLE
-from pipeline.report.training import codec_section, training_section
+from pipeline.report.training import codec_section, training_section, training_so_far
 from pipeline.store import Store
 
 if TYPE_CHECKING:
@@ -35,13 +35,20 @@ LOOK_AT_ENVIRONMENT = (
 )
 
 
-def write_report(store: Store, config: Config, artifacts: Mapping[str, Artifact], path: Path) -> None:
-    """Write the report of the artefacts that exist so far, atomically.
+def write_report(
+    store: Store,
+    config: Config,
+    artifacts: Mapping[str, Artifact],
+    path: Path,
+    running: Artifact | None = None,
+    licenses: Collection[str] | None = None,
+) -> None:
+    """Write the report of the artefacts that exist so far, and of a ``running`` training, atomically.
 
     What is missing, damaged or odd in the store becomes a line in the report. Raises UserError if the file cannot be
     written.
     """
-    page = render(store, config, artifacts).encode("utf-8", "replace")
+    page = render(store, config, artifacts, running, licenses).encode("utf-8", "replace")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,18 +62,27 @@ def write_report(store: Store, config: Config, artifacts: Mapping[str, Artifact]
         raise UserError(f"report {path}: cannot be written ({e.strerror}); choose another run.output") from e
 
 
-def render(store: Store, config: Config, artifacts: Mapping[str, Artifact]) -> str:
-    """The page as text, under 5 MiB, without script or any outside resource."""
-    album = Album(PICTURE_BYTES)
+def render(
+    store: Store,
+    config: Config,
+    artifacts: Mapping[str, Artifact],
+    running: Artifact | None = None,
+    licenses: Collection[str] | None = None,
+) -> str:
+    """The page as text, under 5 MiB, without script or any outside resource.
+
+    Of the pictures that a user's list names it shows those with one of ``licenses``, or all of them.
+    """
+    album = Album(PICTURE_BYTES, licenses)
     chain = expected(config)
     body = (
-        attempt("The summary", _head, config, artifacts, chain)
+        attempt("The summary", _head, config, artifacts, chain, running)
         + attempt("The samples", samples_section, store, artifacts, album)
         + attempt("The evaluation", evaluation_section, store, artifacts, album)
         + attempt("The data", data_section, store, artifacts, album)
         + attempt("The embeddings", embeddings_section, store, artifacts)
         + attempt("The codec", codec_section, artifacts)
-        + attempt("The trainings", training_section, store, artifacts, album)
+        + attempt("The trainings", training_section, store, artifacts, album, running)
         + attempt("Environment and settings", _environment_section, config, artifacts)
     )
     unfinished = any(name in chain and name not in artifacts for name in ENDS)
@@ -85,11 +101,15 @@ def expected(config: Config) -> tuple[str, ...]:
     return (*DATA, *(name for name in MODELS if name in inputs), *(("bundle", *ENDS) if inputs else ()))
 
 
-def _head(config: Config, artifacts: Mapping[str, Artifact], chain: tuple[str, ...]) -> str:
+def _head(config: Config, artifacts: Mapping[str, Artifact], chain: tuple[str, ...], running: Artifact | None) -> str:
     names = [*chain, *sorted(artifacts.keys() - set(chain))]
     todo = [name for name in chain if name not in artifacts]
     boxes = "".join(f'<li class="{"open" if name in todo else "done"}">{text(name)}</li>\n' for name in names)
-    state = f"{len(names) - len(todo)} of {len(names)} stages are done" + (f"; next is {todo[0]}." if todo else ".")
+    state = f"{len(names) - len(todo)} of {len(names)} stages are done"
+    if running is not None:
+        state += f"; {text(running.stage)} is being trained: {training_so_far(running)}."
+    else:
+        state += f"; next is {todo[0]}." if todo else "."
     seconds = sum(artifact.times.get("seconds", 0.0) for artifact in artifacts.values())
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     rows = [_row(name, artifacts[name]) for name in names if name in artifacts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
+from collections.abc import Collection
 
 from pipeline.report.markup import text
 
@@ -13,10 +14,18 @@ QUALITIES = (88, 75, 60, 40)
 
 
 class Album:
-    """Counts the characters that pictures take, so that the page never outgrows its limit."""
+    """Counts the characters that pictures take, so that the page never outgrows its limit.
 
-    def __init__(self, budget: int):
+    ``licenses``: those of other people's pictures that may be shown, or None for any.
+    """
+
+    def __init__(self, budget: int, licenses: Collection[str] | None = None):
         self.left = budget
+        self.licenses = licenses
+
+    def may_show(self, license: str | None) -> bool:
+        """Whether a picture of this licence, None for an unknown one, may be shown."""
+        return self.licenses is None or license in self.licenses
 
     def image(self, data: bytes, side: int, alt: str, most: int = 90_000) -> str:
         """An <img> of at most ``side`` px and about ``most`` bytes, with an alternative text.

@@ -45,6 +45,10 @@ img.pixels { image-rendering: pixelated; }
 .samples figcaption img { width: 64px; height: 64px; flex: none; }
 .samples .quiet { display: block; font-size: .85rem; }
 .thumbs { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); margin-bottom: 1.6em; }
+.strips { display: grid; gap: 22px 14px; grid-template-columns: repeat(auto-fill, 104px); margin-bottom: 1.6em; }
+.strips img { width: 104px; height: auto; }
+.strips figure { margin: 0; }
+.strips figcaption { font-size: .8rem; }
 .thumbs img { aspect-ratio: 1; object-fit: contain; }
 .thumbs figure, .previews figure, .samples figure { margin: 0; }
 .thumbs figcaption { font-size: .8rem; }

@@ -17,6 +17,7 @@ from pipeline.report.pictures import Album
 from pipeline.store import Store
 
 TRAININGS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+MAGNIFIED = ("upsampler_256", "upsampler_1024")
 PREVIEWS_SHOWN = 4
 LOOK_AT_CODEC = (
     "Look for a spectrum that falls by orders of magnitude before its right end, and for a round-trip error close to "
@@ -56,14 +57,22 @@ def _spectrum(metrics: Mapping[str, Any]) -> str:
     return figure(chart, f"The share of variance that each of {len(points)} principal components holds.")
 
 
-def training_section(store: Store, artifacts: Mapping[str, Artifact], album: Album) -> str:
-    """Every trained model in order; "" before the first."""
-    parts = [_training(store, artifacts[stage], stage, album) for stage in TRAININGS if stage in artifacts]
+def training_section(
+    store: Store, artifacts: Mapping[str, Artifact], album: Album, running: Artifact | None = None
+) -> str:
+    """Every trained model in order, and the ``running`` training at the top; "" before the first."""
+    parts = [_training(store, running, running.stage, album, training_so_far(running))] if running is not None else []
+    parts += [_training(store, artifacts[stage], stage, album) for stage in TRAININGS if stage in artifacts]
     return section("training", "Training", LOOK_AT_TRAINING, *parts) if parts else ""
 
 
-def _training(store: Store, artifact: Artifact, stage: str, album: Album) -> str:
-    summary = attempt(f"The summary of {stage}", _summary, artifact)
+def training_so_far(running: Artifact) -> str:
+    """For example "8,192 of 53,248 samples"."""
+    return f"{number(running.metrics['samples_seen'])} of {number(running.recipe['samples'])} samples"
+
+
+def _training(store: Store, artifact: Artifact, stage: str, album: Album, so_far: str = "") -> str:
+    summary = f"<p>So far: {so_far}.</p>\n" if so_far else attempt(f"The summary of {stage}", _summary, artifact)
     chart = attempt(f"The loss curve of {stage}", _loss, store, artifact, stage)
     numbers = attempt(f"The metrics of {stage}", facts, artifact.metrics) if artifact.metrics else ""
     previews = attempt(f"The previews of {stage}", _previews, store, artifact, stage, album)
@@ -131,6 +140,8 @@ def preview_names(blobs: Mapping[str, str]) -> list[tuple[str, int | None]]:
 
 
 def _previews(store: Store, artifact: Artifact, stage: str, album: Album) -> str:
+    if album.licenses is not None and stage in MAGNIFIED:
+        return note("Its previews are other people's pictures made larger; they are left out here.")
     cells = []
     for name, samples in preview_names(artifact.blobs):
         when = "at the end" if samples is None else f"after {number(samples)} samples"

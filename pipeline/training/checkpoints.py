@@ -64,6 +64,13 @@ class Checkpoints:
         """Samples of the newest checkpoint of at most so many, read or not; 0 if there is none."""
         return max((n for n in map(_samples, self._paths()) if n <= at_most), default=0)
 
+    def journal(self, at_most: int) -> tuple[int, Journal] | None:
+        """Samples and journal of the newest checkpoint of at most so many; None if there is none."""
+        for path in reversed(self._paths()):
+            if _samples(path) <= at_most and (record := read_record(self.store, path)):
+                return record["samples"], Journal(**record["journal"])
+        return None
+
     def restore(self, state: TrainState, at_most: int) -> bool:
         """Load the newest readable checkpoint of at most so many samples into ``state``. False: there is none.
 

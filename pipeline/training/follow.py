@@ -1,13 +1,19 @@
-"""A progress line for workers in other processes."""
+"""Looking on at a training from outside: its progress while workers elsewhere run, and what it has shown so far."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from pipeline.artifacts import Artifact
+from pipeline.ledger import Ledger
 from pipeline.progress import Progress
+
+if TYPE_CHECKING:
+    from pipeline.graph import Context
 
 log = logging.getLogger("unclip")
 
@@ -17,20 +23,65 @@ def following(stage: str, total: int, newest: Callable[[], int], every_s: float 
     """Show how far workers elsewhere have come, in samples, for as long as the context lasts.
 
     ``newest`` says it by their latest checkpoint; it is asked every ``every_s`` seconds. If it cannot answer the line
-    stands still: looking on must not end a training.
+    stands still.
     """
+
+    def follow(stop: threading.Event) -> None:
+        with Progress(stage, total, "samples", start=newest()) as progress:
+            while not stop.wait(every_s):
+                progress.advance(newest() - progress.done)
+            progress.advance(newest() - progress.done)
+
+    with _meanwhile(follow, f"{stage}: its progress cannot be shown any more"):
+        yield
+
+
+@contextmanager
+def showing(ctx: Context, show: Callable[[Artifact], None], every_s: float = 5.0) -> Iterator[None]:
+    """Call ``show`` with ``so_far(ctx)`` when a checkpoint brings something new, for as long as the context lasts."""
+
+    def look(stop: threading.Event) -> None:
+        shown: Mapping[str, str] = {}
+        while not stop.wait(every_s):
+            running = so_far(ctx)
+            if running is not None and running.blobs != shown:
+                show(running)
+                shown = running.blobs
+
+    with _meanwhile(look, f"{ctx.stage}: the report does not show it any more while it runs"):
+        yield
+
+
+def so_far(ctx: Context) -> Artifact | None:
+    """What the artefact of a training would show of it had it ended at its newest checkpoint, but for the model.
+
+    It is not in the store. None before the first checkpoint. Metrics have "samples_seen".
+    """
+    from pipeline.graph import trajectory_key
+    from pipeline.records import put_blob
+    from pipeline.training.checkpoints import Checkpoints
+
+    found = Checkpoints(ctx.store, trajectory_key(ctx), attempt=0).journal(ctx.recipe.samples)
+    if found is None:
+        return None
+    samples, journal = found
+    blobs = {"metrics.jsonl": put_blob(ctx.store, journal.text()), **journal.previews()}
+    return ctx.publishable(blobs=blobs, ledger=Ledger(), metrics=journal.latest() | {"samples_seen": samples})
+
+
+@contextmanager
+def _meanwhile(work: Callable[[threading.Event], None], failed: str) -> Iterator[None]:
+    """Run ``work`` in a thread until the event is set, at the end of the context. If it raises, that is said: looking
+    on must not end a training."""
     stop = threading.Event()
 
-    def follow() -> None:
+    def guarded() -> None:
         try:
-            with Progress(stage, total, "samples", start=newest()) as progress:
-                while not stop.wait(every_s):
-                    progress.advance(newest() - progress.done)
-                progress.advance(newest() - progress.done)
+            work(stop)
         except Exception as e:
-            log.warning("%s: its progress cannot be shown any more: %s", stage, e)
+            log.warning("%s: %s", failed, e)
 
-    thread = threading.Thread(target=follow, daemon=True, name="follow")
+    thread = threading.Thread(target=guarded, daemon=True, name="follow")
     thread.start()
     try:
         yield

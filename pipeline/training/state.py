@@ -45,6 +45,11 @@ class Journal:
         merged = {name: value for line in self.lines for name, value in line.items()}
         return {name: value for name, value in merged.items() if name not in ("samples", "preview")}
 
+    def previews(self) -> dict[str, str]:
+        """Blobs of pictures by the names that they have in an artefact; "preview.png" is the last."""
+        found = {f"previews/{line['samples']:012d}.png": line["preview"] for line in self.lines if "preview" in line}
+        return found | ({"preview.png": list(found.values())[-1]} if found else {})
+
     def text(self) -> bytes:
         """The lines as a file."""
         return "".join(json.dumps(line, sort_keys=True) + "\n" for line in self.lines).encode()

@@ -26,13 +26,15 @@ class Place(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One example before decoding; what the columns do not ask for is None. Embeddings are fp32 [d]."""
+    """One example before decoding; what the columns do not ask for is None. Embeddings are fp32 [d]. ``license`` is the
+    picture's, None where the list names none."""
 
     key: str
     place: Place | None
     captions: list[str] | None
     image_embedding: np.ndarray | None
     text_embedding: np.ndarray | None
+    license: str | None
 
 
 class Tables:
@@ -95,7 +97,8 @@ class Tables:
         if embedded := self._embeddings.get(shard.number):
             table = self._join(embedded, "embeddings", keys)
             image, text = _matrix(table["image_embedding"]), _matrix(table["text_embedding"])
-        return [Row(*values) for values in zip(keys, places, captions, image, text, strict=True)]
+        licenses = index["license"].to_pylist()
+        return [Row(*values) for values in zip(keys, places, captions, image, text, licenses, strict=True)]
 
     def _index(self, shard: ShardRow) -> Any:
         import pyarrow.compute as pc

@@ -27,7 +27,10 @@ FIRST_LOOK = 64  # steps; then every four times as many
 
 
 class Watch:
-    """The pause of the first worker. ``publish`` is told of every milestone, with the number that was asked for."""
+    """The pause of the first worker. ``publish`` is told of every milestone, with the number that was asked for.
+
+    Every look is saved, because the report shows a running training by its checkpoints.
+    """
 
     def __init__(
         self,
@@ -47,18 +50,21 @@ class Watch:
         self.saved = progress.done
 
     def __call__(self, state: TrainState) -> None:
-        """Look at the model if it is time to, publish a milestone, save every so many seconds and at the end."""
+        """Look at the model if it is time to, publish a milestone, save after a look, every so many seconds and at the
+        end."""
         now = time.monotonic()
         state.seconds += now - self.ticked_at
         self.ticked_at = now
         self.progress.advance(state.samples - self.progress.done, note(state))
-        if look_due(state.samples, self.recipe) and not looked(state):
+        look = look_due(state.samples, self.recipe) and not looked(state)
+        if look:
             self.look(state)
         for milestone in self.settings.milestones:
             if milestone <= state.samples < milestone + self.recipe.batch:
                 self.publish(state, milestone)
         ended = state.samples >= self.recipe.samples
-        if state.samples > self.saved and (ended or now - self.saved_at >= self.settings.checkpoint_every_s):
+        due = look or ended or now - self.saved_at >= self.settings.checkpoint_every_s
+        if state.samples > self.saved and due:
             self.checkpoints.save(state)
             self.saved, self.saved_at = state.samples, time.monotonic()
 

@@ -82,10 +82,7 @@ class Publisher:
 
     def _blobs(self, state: TrainState) -> dict[str, str]:
         store = self.ctx.store
-        blobs = {"metrics.jsonl": put_blob(store, state.journal.text())}
-        previews = {line["samples"]: line["preview"] for line in state.journal.lines if "preview" in line}
-        for samples, blob in previews.items():
-            blobs[f"previews/{samples:012d}.png"] = blobs["preview.png"] = blob
+        blobs = {"metrics.jsonl": put_blob(store, state.journal.text()), **state.journal.previews()}
         with tempfile.TemporaryDirectory() as folder:
             self._save(state.ema, Path(folder))
             for file in sorted(Path(folder).iterdir()):

@@ -29,7 +29,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def held_out(captions: list[str], **batch: Tensor) -> HeldOut:
-    return HeldOut("test", [str(i) for i in range(len(captions))], captions, batch, derangement(captions))
+    return HeldOut(
+        "test", [str(i) for i in range(len(captions))], captions, [None] * len(captions), batch, derangement(captions)
+    )
 
 
 def rows(n: int, **batch: Tensor) -> HeldOut:

@@ -208,4 +208,5 @@ def _evaluation(store: Store, caption: str | None) -> Artifact:
     captions = [caption or f"a {colour} circle on white" for colour in COLOURS]
     blobs = {name: put_blob(store, _grid(64, 0.1)) for name in ("comparison.png", "nearest.png")}
     metrics = {"holds": count(found), "figures": judged(found), "captions": captions}
+    metrics["licenses"] = {"comparison.png": ["CC-BY-4.0"] * 4 + [None] * 4, "nearest.png": ["other"] * 8}
     return _publish(store, "evaluation", 9.0, ledger=Ledger(kept=8), blobs=blobs, metrics=metrics, recipe={"rows": 8})

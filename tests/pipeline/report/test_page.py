@@ -102,7 +102,8 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert "+0.02 ± 0.004" in page
     assert "-0.1 (-0.2 to 0.1)" in page
     assert "one sample" not in page
-    assert 'alt="Lines from above: real; the decoder from the image' in page
+    assert "From above: the real picture; the decoder from the image" in page
+    assert page.count('alt="Held-out captions: ') == 8
     assert page.count("diffusion prior and decoder from the caption") == 0  # this one has no diffusion prior
     assert "samples_per_second 243.2" in page
     assert "319 components asked for, 95 kept" in page

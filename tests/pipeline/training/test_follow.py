@@ -1,12 +1,20 @@
-"""The progress line of workers that are elsewhere."""
+"""Looking on at a training: its progress line, and what a report shows of it while it runs."""
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
-from pipeline.training.follow import following
+from pipeline.artifacts import Artifact
+from pipeline.graph import Context, trajectory_key
+from pipeline.settings import TrainingSettings
+from pipeline.training.follow import following, showing, so_far
+from pipeline.training.recipes import DecoderRecipe
+from pipeline.training.stage import run_decoder
+from tests.pipeline.training.conftest import World
+from tests.pipeline.training.test_stage import DECODER
 
 
 def test_it_ends_where_the_workers_ended(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,3 +39,43 @@ def test_a_store_that_does_not_answer_ends_no_training(caplog: pytest.LogCapture
 def test_errors_of_the_training_pass_through() -> None:
     with pytest.raises(KeyError), following("decoder", 96, lambda: 0, every_s=0.01):
         raise KeyError("x")
+
+
+def context(world: World, steps: int, seed: int) -> Context:
+    """A decoder that is saved only after a look and at its end."""
+    recipe = DecoderRecipe(samples=16 * steps, batch=16, lanes=8, learning_rate=1e-3, seed=seed, model=DECODER)
+    return world.context("decoder", recipe, TrainingSettings(threads=1, device="cpu", checkpoint_every_s=1e9))
+
+
+def test_every_look_is_saved_and_shown(shared_world: World) -> None:
+    ctx = context(shared_world, steps=66, seed=1)
+    assert so_far(ctx) is None
+    shown: list[Artifact] = []
+    with showing(ctx, shown.append, every_s=0.01):
+        made = run_decoder(ctx)
+        while not shown or shown[-1].metrics["samples_seen"] < ctx.recipe.samples:
+            time.sleep(0.01)
+    saved = [e.path for e in ctx.store.list(f"checkpoints/{trajectory_key(ctx)}/0")]
+    assert [int(path.rpartition("/")[2][:12]) for path in saved] == [64 * 16, 66 * 16]
+    assert [artifact.metrics["samples_seen"] for artifact in shown[-2:]] == [64 * 16, 66 * 16][-len(shown) :]
+    running = so_far(ctx)
+    assert running is not None
+    assert running == shown[-1]
+    assert running.blobs == {name: b for name, b in made.blobs.items() if name.endswith((".png", ".jsonl"))}
+    assert {"metrics.jsonl", "preview.png", "previews/000000000000.png"} <= set(running.blobs)
+    assert {name: made.metrics[name] for name in running.metrics} == running.metrics
+    assert running.recipe == made.recipe
+
+
+def test_a_report_that_cannot_be_written_ends_no_training(
+    shared_world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(running: Artifact) -> None:
+        raise OSError("the disk is full")
+
+    ctx = context(shared_world, steps=2, seed=2)
+    with caplog.at_level(logging.WARNING), showing(ctx, broken, every_s=0.001):
+        run_decoder(ctx)
+        while not caplog.text:
+            time.sleep(0.01)
+    assert "decoder: the report does not show it any more while it runs: the disk is full" in caplog.text

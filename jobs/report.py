@@ -1,0 +1,44 @@
+"""``unclip report CONFIG``: write the report of what the store holds again, for example to show it to others."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.project import open_project
+from pipeline.artifacts import load_artifact
+from pipeline.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unclip report", description=__doc__)
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", help="key.key=value")
+    parser.add_argument("--output", metavar="FILE", help="where to write it; report.html in run.output by default")
+    parser.add_argument(
+        "--license",
+        metavar="NAME",
+        action="append",
+        help="of your pictures show only those with this licence, as your list names it; may be given again",
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    project = open_project(arguments.config, arguments.overrides)
+    found = {verdict.stage: load_artifact(project.store, verdict.stage, verdict.key) for verdict in project.plan()}
+    artifacts = {stage: artifact for stage, artifact in found.items() if artifact is not None}
+    if not artifacts:
+        raise UserError(f"{arguments.config}: nothing of it is made yet; unclip run makes it")
+    from pipeline.report.page import write_report
+
+    path = Path(arguments.output or Path(project.config.run.output) / "report.html")
+    write_report(project.store, project.config, artifacts, path, licenses=arguments.license)
+    print(f"report: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    from jobs.cli import guard
+
+    sys.exit(guard(main, sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""The quick start's own path at nano length, and every element of its report as a browser shows it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.chain import done, unclip
+
+pytestmark = pytest.mark.browser
+QUIET = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+MODELS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+SAMPLES = 4  # captions in the configuration
+
+
+class Shown:
+    """A page as it is loaded, what was asked for and what was complained about meanwhile."""
+
+    def __init__(self, browser: Browser, file: Path, width: int = 1280, script: bool = True):
+        self.requested: list[str] = []
+        self.complaints: list[str] = []
+        context = browser.new_context(viewport={"width": width, "height": 900}, java_script_enabled=script)
+        self.page: Page = context.new_page()
+        self.page.on("request", lambda request: self.requested.append(request.url))
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(file.as_uri())
+
+    def count(self, selector: str) -> int:
+        return self.page.locator(selector).count()
+
+    def texts(self, selector: str) -> list[str]:
+        return self.page.locator(selector).all_inner_texts()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    executable = shutil.which("chromium")
+    assert executable, "chromium is not on PATH: apt-get install chromium, or run make test without make test-browser"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(QUIET))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The quick start's configuration with nano models, fewer rows and a quarter of the samples."""
+    folder = tmp_path_factory.mktemp("demo")
+    smaller = ["preset=nano", "scale=0.25", 'source.paths=["emoji:nano", "emoji:flawed"]', "source.shard_rows=80"]
+    return ["configs/emoji.yaml", *smaller, f"store={folder}/store", f"run.output={folder}/out"]
+
+
+@pytest.fixture(scope="module")
+def folder(words: list[str]) -> Path:
+    """Where the finished run has left its report."""
+    output = done(unclip("run", *words, timeout=500))
+    assert "Does it learn? " in output
+    return Path(words[-1].partition("=")[2])
+
+
+@pytest.fixture(scope="module")
+def shown(browser: Browser, folder: Path) -> Shown:
+    return Shown(browser, folder / "report.html")
+
+
+def test_it_is_one_small_file_that_nothing_is_wrong_with(shown: Shown, folder: Path) -> None:
+    assert shown.complaints == []
+    assert [url for url in shown.requested if not url.startswith("data:")] == [(folder / "report.html").as_uri()]
+    assert (folder / "report.html").stat().st_size < 5 << 20
+    assert "cannot be shown" not in shown.page.inner_text("body")
+    widths = shown.page.locator("img").evaluate_all("images => images.map(i => i.complete && i.naturalWidth)")
+    assert len(widths) > 60
+    assert all(widths)
+
+
+def test_the_head_says_what_was_done(shown: Shown) -> None:
+    assert shown.page.inner_text("h1") == "emoji"
+    assert shown.count("ol.chain li.done") == 15
+    assert shown.count("ol.chain li.open") == 0
+    assert shown.count("meta[http-equiv]") == 0  # it does not refresh itself any more
+
+
+def test_samples_stand_beside_their_64_px_beginnings(shown: Shown) -> None:
+    sizes = shown.page.locator("#samples figure img").evaluate_all("images => images.map(i => i.naturalWidth)")
+    assert sizes == [512, 64] * SAMPLES
+    assert shown.texts("#samples figcaption bdi")[0].startswith("a flat twemoji picture of a red heart")
+
+
+def test_rows_are_shown_and_rejects_with_their_reasons(shown: Shown) -> None:
+    kept, rejected = shown.page.locator("#data .thumbs").all()
+    assert kept.locator("img").count() == 24
+    assert all(" of " in text for text in kept.locator("figcaption").all_inner_texts())
+    reasons = [text.split()[0] for text in rejected.locator("figcaption").all_inner_texts()]
+    assert sorted(reasons) == ["bad_aspect", "caption_too_long", "no_caption", "too_small"]
+    table = " ".join(shown.texts("#data table"))
+    assert all(name in table for name in ("http_4xx", "not_an_image", "truncated", "zero_bytes"))
+    assert "Twemoji graphics, copyright Twitter" in table
+    assert "OpenMoji, the open-source emoji" in table
+
+
+def test_charts_show_similarity_spectrum_and_losses(shown: Shown) -> None:
+    assert shown.count("#data svg") == shown.count("#embeddings svg") == shown.count("#codec svg") == 1
+    assert shown.count("#training svg") == len(MODELS)
+    boxes = shown.page.locator("svg").evaluate_all("all => all.map(s => s.getBoundingClientRect().height)")
+    assert min(boxes) > 100
+
+
+def test_grids_grow_sharper_on_the_same_captions(shown: Shown) -> None:
+    for stage in ("decoder", "upsampler_256", "upsampler_1024"):
+        labels = shown.texts(f"#training h3#{stage} ~ .previews figcaption")
+        assert labels[0] == "After 0 samples"
+    assert shown.count("#training .previews img") >= 9
+
+
+def test_the_evaluation_has_all_lines_both_priors_and_the_nearest_pictures(shown: Shown) -> None:
+    said = shown.texts("#evaluation tbody td:nth-child(2)")
+    assert {text[:3] for text in said} == {"(a)", "(b)", "(c)", "(d)", "(e)", "(f)"}
+    assert {text.split(" ", 1)[1].split(":")[0] for text in said} == {*MODELS} - {"clip"}
+    assert "AR prior and decoder from the caption; diffusion prior and decoder" in shown.page.inner_text("#evaluation")
+    comparison, nearest = shown.page.locator("#evaluation .strips").all()
+    heights = comparison.locator("img").evaluate_all("images => images.map(i => i.naturalHeight)")
+    assert heights == [4 * 64] * 8  # real, decoder, and either prior
+    assert nearest.locator("img").count() == 8
+
+
+def test_it_can_be_read_without_script_on_a_narrow_screen_and_on_paper(browser: Browser, folder: Path) -> None:
+    narrow = Shown(browser, folder / "report.html", width=360, script=False)
+    assert narrow.page.locator("#evaluation tbody tr").count() > 10
+    measured = Shown(browser, folder / "report.html", width=360).page
+    assert measured.evaluate("document.documentElement.scrollWidth") <= 360
+    paper = narrow.page.pdf(format="A4", print_background=True)
+    assert paper.startswith(b"%PDF")
+    assert len(paper) > 100_000
+
+
+def test_a_copy_for_others_shows_pictures_of_one_licence_only(
+    browser: Browser, words: list[str], shown: Shown, tmp_path: Path
+) -> None:
+    file = tmp_path / "copy.html"
+    assert str(file) in done(unclip("report", *words, "--license", "CC-BY-4.0", "--output", file))
+    copy = Shown(browser, file)
+    held_out = copy.page.locator("#evaluation .strips").first.locator("figcaption").all_inner_texts()
+    captions = copy.texts("#data .thumbs figcaption") + held_out
+    assert len(captions) > 24
+    assert not [text for text in captions if "openmoji" in text]
+    assert [text for text in shown.texts("#data .thumbs figcaption") if "openmoji" in text]
+    assert copy.count("#training h3#upsampler_256 ~ .previews") == 0
+    assert copy.count("#samples img") == 2 * SAMPLES
