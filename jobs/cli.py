@@ -15,8 +15,8 @@ COMMANDS = {
     "doctor": "check machine, packages, store and Ray before a run",
     "run": "make everything a configuration asks for, where it is stale",
     "plan": "show what a run would make, why, and about what it costs",
-    "report": "write the report again, for example with some pictures only",
     "sample": "turn captions into pictures with a finished bundle",
+    "report": "write the report again, for example with some pictures only",
     "pin": "let an artefact stand for later data too",
     "unpin": "lift a pin",
 }
