@@ -83,7 +83,7 @@ TINY: dict[str, Any] = {
         text_context=32,
     ),
     "ar_prior": ARPriorConfig(
-        text_context=32, prefix=32, text_width=128, text_depth=2, text_heads=4, width=128, depth=4, heads=2
+        text_context=32, prefix=32, text_width=128, text_depth=1, text_heads=4, width=128, depth=3, heads=2
     ),
     "diffusion_prior": DiffusionPriorConfig(text_context=32, width=256, depth=4, heads=4),
     "decoder": DecoderConfig(

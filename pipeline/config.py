@@ -16,7 +16,7 @@ import yaml
 
 from models.presets import PRESETS
 from pipeline.bundle import BundleRecipe
-from pipeline.data.codec import CodecRecipe
+from pipeline.data.codec import CODEC_PRESETS, CodecRecipe
 from pipeline.data.curation import CurationRecipe
 from pipeline.data.embeddings import EmbeddingsRecipe
 from pipeline.data.pairs import PairsRecipe
@@ -36,6 +36,7 @@ from pipeline.training.recipes import (
 )
 
 TRAININGS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+FIELD_PRESETS = {"codec": CODEC_PRESETS, "evaluation": EVALUATION_PRESETS}  # of stages without a model
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
     """A Config from plain values: presets filled in, then parsed. Raises UserError."""
     values = dict(values)
     common, scale = values.pop("preset", "paper"), values.pop("scale", 1)
-    for stage in (*TRAININGS, "bundle", "evaluation"):
+    for stage in (*TRAININGS, *FIELD_PRESETS, "bundle"):
         given = values.get(stage)
         given = {} if given is None else given
         if not isinstance(given, Mapping):
@@ -153,8 +154,8 @@ def _preset(name: Any, stage: str) -> dict[str, Any]:
     """A preset's values for one stage, as plain values."""
     if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
-    if stage == "evaluation":
-        return EVALUATION_PRESETS.get(name, {})
+    if stage in FIELD_PRESETS:
+        return FIELD_PRESETS[stage].get(name, {})
     part = dataclasses.asdict(PRESETS[name][stage])
     return {"sampling": part} if stage == "bundle" else {"model": part, **TRAINING_PRESETS[name].get(stage, {})}
 

@@ -13,9 +13,11 @@ from pipeline.history import last_run
 from pipeline.store import Store
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 
-FLOPS = 60e9  # of two ordinary cores in small matrix products
-ROW_SECONDS = {"pairs": 0.01, "embeddings": 0.02, "curation": 0.0005, "codec": 0.0005}
-PICTURE_SECONDS = 30.0
+# A second of two ordinary cores: transformers are large matrix products, in bf16; the rest is small convolutions.
+TRANSFORMER_FLOPS = 250e9
+CONVOLUTION_FLOPS = 60e9
+ROW_SECONDS = {"pairs": 0.015, "embeddings": 0.005, "curation": 0.0005, "codec": 0.0005}
+PICTURE_SECONDS = 10.0
 EVALUATION_SECONDS = 60.0
 LOAD_SECONDS = 60.0  # to fetch and store the weights of a CLIP that exists
 
@@ -58,7 +60,9 @@ def _guess(stage: Stage, amount: int) -> float:
     if isinstance(stage.recipe, ClipRecipe) and stage.recipe.weights != "train":
         return LOAD_SECONDS
     if isinstance(stage.recipe, TrainingRecipe):
-        return 3 * forward_flops(stage.recipe.model) * amount / FLOPS  # type: ignore[attr-defined]
+        model = stage.recipe.model  # type: ignore[attr-defined]
+        rate = TRANSFORMER_FLOPS if isinstance(model, ARPriorConfig | DiffusionPriorConfig) else CONVOLUTION_FLOPS
+        return 3 * forward_flops(model) * amount / rate
     if stage.name == "samples":
         return PICTURE_SECONDS * amount
     if stage.name == "evaluation":

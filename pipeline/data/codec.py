@@ -37,6 +37,11 @@ class CodecRecipe:
             raise ValueError(f"variance_target: {self.variance_target} is not a share in (0, 1]")
 
 
+# Fields that differ by preset. 32 components of the CLIP that the quick start trains hold 99.7% of its embeddings'
+# variance, as 319 do of the paper's; the AR prior's time grows with them.
+CODEC_PRESETS: dict[str, dict[str, Any]] = {"nano": {"components": 32}, "tiny": {"components": 32}}
+
+
 def run_codec(ctx: Context) -> Artifact:
     """Fit PCA and buckets; record what they lose."""
     import torch

@@ -29,7 +29,7 @@ class EvaluationRecipe:
     upsampler_256_rows: int = 32
     upsampler_1024_rows: int = 16
     upsampler_samples: int = 8
-    early: int = 204_800_000
+    early: int = 409_600_000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -39,9 +39,17 @@ class EvaluationRecipe:
             require(value >= low, f"{field.name} is {value}: use {low} or more")
 
 
-# Fields that differ by preset: an eighth of the decoder's samples, and what two cores measure in a minute or so.
+# Fields that differ by preset: a quarter of the decoder's samples, after which its averaged weights have forgotten how
+# they began, and what two cores measure in a minute or so.
 EVALUATION_PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {"early": 768},
-    "tiny": {"early": 6_656, "sampled_rows": 24, "decoder_rows": 48, "caption_rows": 8, "upsampler_1024_rows": 4},
-    "small": {"early": 3_200_000},
+    "nano": {"early": 1_536},
+    "tiny": {
+        "early": 12_288,
+        "sampled_rows": 64,
+        "decoder_rows": 48,
+        "caption_rows": 24,
+        "upsampler_1024_rows": 32,
+        "upsampler_samples": 4,
+    },
+    "small": {"early": 6_400_000},
 }

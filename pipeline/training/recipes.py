@@ -179,8 +179,8 @@ _UPSAMPLER_1024: dict[str, Any] = {
     "ema_half_life": half_life(0.9999, 512),
 }
 
-# Fields that differ from a recipe's defaults, by preset and stage; the models are in models.presets. Models of nano are
-# so small that bf16 is slower than fp32 on a CPU.
+# Fields that differ from a recipe's defaults, by preset and stage; the models are in models.presets. Models of nano,
+# and tiny's CLIP, are so small that bf16 is slower than fp32 on a CPU.
 TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "nano": {
         "clip": _fields(19_200, 64, 1e-3, 0, precision="fp32"),
@@ -191,10 +191,10 @@ TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "upsampler_1024": _fields(256, 8, 2e-3, 32, precision="fp32"),
     },
     "tiny": {
-        "clip": _fields(51_200, 256, 1.5e-3, 0),
-        "ar_prior": _fields(9_600, 64, 1e-3, 960),
+        "clip": _fields(30_720, 128, 1e-3, 0, precision="fp32"),
+        "ar_prior": _fields(48_000, 32, 1e-3, 4_800),
         "diffusion_prior": _fields(44_800, 128, 1e-3, 4_480),
-        "decoder": _fields(53_248, 32, 1e-3, 5_312),
+        "decoder": _fields(49_152, 32, 1e-3, 4_928),
         "upsampler_256": _fields(12_288, 8, 1e-3, 1_224),
         "upsampler_1024": _fields(1_536, 8, 1e-3, 160),
     },

@@ -191,3 +191,15 @@ def test_it_learns_eight_rows_by_heart_and_samples_them() -> None:
     dots = codec.encode_dot((batch["image_embedding"] * batch["text_embedding"]).sum(-1))
     drawn = sample(model.eval(), batch["tokens"], batch["text_embedding"], dots, Draw([(1, 8)]), temperature=0.5)
     assert (drawn == codes).float().mean() > 0.95
+
+
+def test_tables_of_buckets_start_as_random_walks() -> None:
+    torch.manual_seed(0)
+    model = ARPrior(dataclasses.replace(CONFIG, buckets=512), DIM, CODES)
+    for table, std in ((model.dot.weight, 1.0), (model.code.weight, 1.0), (model.head.weight, 0.3)):
+        assert table.mean(0).abs().max() < 1e-6
+        assert float(table.detach().std()) == pytest.approx(std / CONFIG.width**0.5, rel=1e-5)
+        near = torch.cosine_similarity(table[:-1], table[1:]).median()
+        far = torch.cosine_similarity(table[:-256], table[256:]).median()
+        assert near > 0.95
+        assert far < 0.3

@@ -74,7 +74,7 @@ def test_a_preset_fills_every_model(preset: str) -> None:
         for name, value in TRAINING_PRESETS[preset].get(stage, {}).items():
             assert getattr(recipe, name) == value
     assert config.bundle.sampling == PRESETS[preset]["bundle"]
-    assert config.evaluation.early == pytest.approx(config.decoder.samples / 8)
+    assert config.evaluation.early == pytest.approx(config.decoder.samples / 4)
 
 
 def test_without_a_preset_it_is_the_papers() -> None:
