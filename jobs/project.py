@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.build import build
 from pipeline.config import Config, load_config
@@ -22,6 +23,11 @@ class Project:
     store: Store
     graph: Graph
     scan: Scan
+
+    @property
+    def report(self) -> Path:
+        """Where the report is written."""
+        return Path(self.config.run.output) / "report.html"
 
     def plan(self) -> list[Verdict]:
         """The verdict on every stage, as the store stands now."""

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{arguments.config}: nothing of it is made yet; unclip run makes it")
     from pipeline.report.page import write_report
 
-    path = Path(arguments.output or Path(project.config.run.output) / "report.html")
+    path = Path(arguments.output) if arguments.output else project.report
     write_report(project.store, project.config, artifacts, path, licenses=arguments.license)
     print(f"report: {path}")
     return 0

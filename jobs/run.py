@@ -76,8 +76,7 @@ def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
     def report(running: Artifact | None, artifacts: Mapping[str, Artifact]) -> None:
         from pipeline.report.page import write_report
 
-        path = Path(project.config.run.output) / "report.html"
-        write_report(project.store, project.config, artifacts, path, running)
+        write_report(project.store, project.config, artifacts, project.report, running)
 
     for _ in range(HEALINGS + 1):
         try:
@@ -102,10 +101,9 @@ def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: fl
 
 
 def _places(project: Project, wanted: set[str]) -> None:
-    output = Path(project.config.run.output)
-    print(f"report: {output / 'report.html'}")
+    print(f"report: {project.report}")
     if "samples" in wanted:
-        print(f"pictures: {output / 'samples'}")
+        print(f"pictures: {Path(project.config.run.output) / 'samples'}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from importlib import metadata
 
-from packaging.requirements import Requirement  # Ray requires packaging, so it is there whenever a run can be
+from packaging.requirements import Requirement
 
 from pipeline.doctor.finding import Finding, brief
 

@@ -81,6 +81,7 @@ TESTED = {
     "unclip run configs/nano.yaml decoder.model.dropout=0.1": "here",
     'unclip sample "a red heart on a pale green background"': "here",
     'unclip sample "a green apple" "a cat face" --seed 7 --set prior=ar': "here",
+    "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",
     "unclip pin configs/nano.yaml clip": "here",
     "unclip unpin configs/nano.yaml clip": "here",
     "make peek": "a release check: the command it holds is run by tests/jobs/test_chain.py at micro size",
