@@ -49,7 +49,6 @@ EVALUATION_PRESETS: dict[str, dict[str, Any]] = {
         "decoder_rows": 48,
         "caption_rows": 24,
         "upsampler_1024_rows": 32,
-        "upsampler_samples": 4,
     },
     "small": {"early": 6_400_000},
 }

@@ -192,11 +192,11 @@ TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tiny": {
         "clip": _fields(30_720, 128, 1e-3, 0, precision="fp32"),
-        "ar_prior": _fields(48_000, 32, 1e-3, 4_800),
-        "diffusion_prior": _fields(44_800, 128, 1e-3, 4_480),
+        "ar_prior": _fields(40_000, 32, 1e-3, 4_000),
+        "diffusion_prior": _fields(38_400, 128, 1e-3, 3_840),
         "decoder": _fields(49_152, 32, 1e-3, 4_928),
         "upsampler_256": _fields(12_288, 8, 1e-3, 1_224),
-        "upsampler_1024": _fields(1_536, 8, 1e-3, 160),
+        "upsampler_1024": _fields(3_072, 2, 5e-4, 320, lanes=2),  # many short steps: few pictures are so large
     },
     "small": {
         "clip": _fields(20_480_000, 1024, 5e-4, 0, lanes=32),
