@@ -51,7 +51,7 @@ format: .venv/ready
 peek: .venv/ready
 	$(BIN)/unclip run configs/nano.yaml
 
-# What demo is meant to take on two idle cores (a busy machine took 37); every training sees that much more or less.
+# What demo takes on two idle cores; every training sees that much more or less.
 MINUTES ?= 25
 
 demo: .venv/ready
