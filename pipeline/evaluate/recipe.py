@@ -44,11 +44,11 @@ class EvaluationRecipe:
 EVALUATION_PRESETS: dict[str, dict[str, Any]] = {
     "nano": {"early": 1_536},
     "tiny": {
-        "early": 12_288,
+        "early": 10_752,
         "sampled_rows": 64,
         "decoder_rows": 48,
         "caption_rows": 24,
-        "upsampler_1024_rows": 32,
+        "upsampler_1024_rows": 24,
     },
     "small": {"early": 6_400_000},
 }

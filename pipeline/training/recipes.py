@@ -194,7 +194,7 @@ TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "clip": _fields(30_720, 128, 1e-3, 0, precision="fp32"),
         "ar_prior": _fields(40_000, 32, 1e-3, 4_000),
         "diffusion_prior": _fields(38_400, 128, 1e-3, 3_840),
-        "decoder": _fields(49_152, 32, 1e-3, 4_928),
+        "decoder": _fields(43_008, 32, 1e-3, 4_288),
         "upsampler_256": _fields(12_288, 8, 1e-3, 1_224),
         "upsampler_1024": _fields(3_072, 2, 5e-4, 320, lanes=2),  # many short steps: few pictures are so large
     },
