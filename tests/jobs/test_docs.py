@@ -85,6 +85,7 @@ TESTED = {
     "unclip pin configs/nano.yaml clip": "here",
     "unclip unpin configs/nano.yaml clip": "here",
     "make peek": "a release check: the command it holds is run by tests/jobs/test_chain.py at micro size",
+    "unclip run configs/emoji.yaml": "tests/jobs/test_report_in_a_browser.py, with nano models",
     "make demo": "a release check: as make peek, with configs/emoji.yaml",
     "make test": "continuous integration",
     "make check": "continuous integration",

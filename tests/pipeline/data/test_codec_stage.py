@@ -143,9 +143,9 @@ def test_more_components_than_rows_is_a_warning(tmp_path: Path) -> None:
     path = _list(tmp_path, ["train"] * 5)
     bench = Bench(tmp_path / "store", [path], clip={"weights": save_clip(tmp_path / "clip")})
     codec = bench.make(*STAGES, "codec")
-    assert codec.metrics["requested"] == 319
+    assert codec.metrics["requested"] == 32
     assert codec.metrics["components"] == 4
-    assert codec.metrics["warnings"] == ["k lowered from 319 to 4, the rank of 5 embeddings"]
+    assert codec.metrics["warnings"] == ["k lowered from 32 to 4, the rank of 5 embeddings"]
     assert len(codec.metrics["explained_variance_ratio"]) == 4
     assert codec.metrics["explained"] == pytest.approx(1)
 
