@@ -18,11 +18,12 @@ ifeq ($(PYTHON),)
 	@echo "Python 3.11 or 3.12 is needed and neither is on PATH. On Debian or Ubuntu: apt-get install python3.11-venv; elsewhere: uv python install 3.11"
 	@exit 1
 else
+# Without warnings: the first words that a user reads would be the build tool's remarks on editable installations.
 # bsrgan, a peer of tests and benchmarks, without its requirements: one would replace OpenCV by another build of it.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
-	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[demo,dev,reference]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[demo,dev,reference]'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps bsrgan==0.1.5
 	@touch .venv/ready
 endif
