@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -145,10 +146,22 @@ def _previews(store: Store, artifact: Artifact, stage: str, album: Album) -> str
     cells = []
     for name, samples in preview_names(artifact.blobs):
         when = "at the end" if samples is None else f"after {number(samples)} samples"
-        picture = attempt(f"{name} of {stage}", _preview, store, artifact, name, f"preview of {stage} {when}", album)
+        said = f"preview of {stage} {when}"
+        picture = attempt(f"{name} of {stage}", _preview, store, artifact.blobs[name], said, album)
         cells.append(figure(picture, when.capitalize()))
     return f'<div class="previews">\n{"".join(cells)}</div>\n' if cells else ""
 
 
-def _preview(store: Store, artifact: Artifact, name: str, alt: str, album: Album) -> str:
-    return album.image(read_blob(store, artifact.blobs[name]), 512, alt, most=60_000)
+def _preview(store: Store, blob: str, alt: str, album: Album) -> str:
+    data = read_blob(store, blob)
+    return album.image(data if album.licenses is None else _lower_half(data), 512, alt, most=60_000)
+
+
+def _lower_half(data: bytes) -> bytes:
+    """What the decoder has drawn, without the other people's pictures above it."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as grid:
+        out = io.BytesIO()
+        grid.crop((0, grid.height // 2, grid.width, grid.height)).save(out, "PNG")
+    return out.getvalue()

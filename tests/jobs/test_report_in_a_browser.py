@@ -151,4 +151,7 @@ def test_a_copy_for_others_shows_pictures_of_one_licence_only(
     assert not [text for text in captions if "openmoji" in text]
     assert [text for text in shown.texts("#data .thumbs figcaption") if "openmoji" in text]
     assert copy.count("#training h3#upsampler_256 ~ .previews") == 0
+    first = [page.page.locator("#training .previews img").first for page in (shown, copy)]
+    heights = [image.evaluate("image => image.naturalHeight") for image in first]
+    assert heights == [128, 64]  # real pictures above drawn ones, and the drawn ones alone
     assert copy.count("#samples img") == 2 * SAMPLES
