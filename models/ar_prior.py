@@ -85,7 +85,8 @@ def random_walk_(table: Tensor, std: float) -> None:
     """Fill ``table`` [buckets, width] with a random walk over the buckets, of mean 0 and this standard deviation.
 
     Buckets are quantiles, in order: neighbours mean almost the same. In a walk they look almost the same before
-    the first step; independent rows would have to learn it, which takes a small data set most of its training.
+    the first step; independent rows would have to learn it, which takes a small data set most of its training. The
+    paper does not say what its tables start from.
     """
     walk = torch.randn_like(table).cumsum(0)
     walk -= walk.mean(0)
