@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+from jobs.interrupt import INTERRUPTED, ending_on_ctrl_c, say_interrupted
 from pipeline.errors import UserError
 
 COMMANDS = {
@@ -45,13 +46,14 @@ def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("unclip").setLevel(logging.INFO)
     try:
-        return command(argv)
+        with ending_on_ctrl_c():
+            return command(argv)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what is done is kept: run the same command again to go on", file=sys.stderr)
-        return 130
+        say_interrupted()
+        return INTERRUPTED
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: the disk is full ({e.filename}); free space and run the same command again", file=sys.stderr)

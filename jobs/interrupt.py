@@ -1,0 +1,58 @@
+"""Ctrl-C ends a command: in order if that is quick, and in any case.
+
+Python turns Ctrl-C into an exception that may come between the taking of a lock and the block that would release it,
+and then whoever waits for that lock waits for ever, a thread pool's end for example. So the process is ended
+after some seconds of clearing up, or at the next Ctrl-C. Nothing is lost by it that is not lost by a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from functools import cache
+from types import FrameType
+
+GRACE_S = 10.0
+INTERRUPTED = 130  # 128 and the signal's number, as shells have it
+
+
+@contextlib.contextmanager
+def ending_on_ctrl_c() -> Iterator[None]:
+    """Let the first Ctrl-C raise KeyboardInterrupt here, whatever errors it causes on its way, and set the limit, which
+    holds beyond this block to the very end of the process. Does nothing where Ctrl-C is ignored, as under nohup."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def first(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, _end)
+        signal.signal(signal.SIGALRM, _end)
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    except Exception as e:
+        if signal.getsignal(signal.SIGINT) is first:
+            raise
+        raise KeyboardInterrupt from e
+    finally:
+        if signal.getsignal(signal.SIGINT) is first:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(Exception):  # it may be in the middle of a write
+        sys.stdout.flush()
+    say_interrupted()
+    os._exit(INTERRUPTED)
+
+
+@cache
+def say_interrupted() -> None:
+    """Say it once: the limit may be reached after it was said."""
+    os.write(2, b"interrupted; what is done is kept: run the same command again to go on\n")

@@ -1,0 +1,77 @@
+"""Ctrl-C ends a command, also one whose clearing up never ends or fails."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.faults import Running, finish
+
+# What Ctrl-C may leave: a lock that nobody releases, or one that is released twice.
+STUCK = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import jobs.interrupt
+from jobs.cli import guard
+
+def stuck(words):
+    lock = threading.Lock()
+    lock.acquire()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lock.acquire)
+        print("ready")
+        sys.stdout.flush()
+        try:
+            waiting.result()
+        finally:
+            print("clearing up")  # into the buffer of a pipe
+            print("clearing up", file=sys.stderr, flush=True)
+
+jobs.interrupt.GRACE_S = float(sys.argv[1])
+sys.exit(guard(stuck, []))
+"""
+
+ERRONEOUS = """
+import sys, time
+from jobs.cli import guard
+
+def erroneous(words):
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        raise RuntimeError("cannot release un-acquired lock")
+
+sys.exit(guard(erroneous, []))
+"""
+LAST = "interrupted; what is done is kept: run the same command again to go on\n"
+
+
+def _ready(program: str, *words: str) -> Running:
+    """Start a program and wait until it is where Ctrl-C is to meet it."""
+    command, pipe = [sys.executable, "-c", program, *words], subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(("grace_s", "presses"), [(0.5, 1), (600.0, 2)])
+def test_ctrl_c_ends_what_is_stuck(grace_s: float, presses: int) -> None:
+    with _ready(STUCK, str(grace_s)) as process:
+        assert process.stderr is not None
+        for _ in range(presses - 1):
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline() == "clearing up\n"
+        process.send_signal(signal.SIGINT)
+        result = finish(process, timeout=30)
+    assert (result.returncode, result.stdout) == (130, "clearing up\n")
+    assert result.stderr.replace("clearing up\n", "") == LAST
+
+
+def test_an_error_that_ctrl_c_causes_is_not_shown() -> None:
+    with _ready(ERRONEOUS) as process:
+        process.send_signal(signal.SIGINT)
+        result = finish(process, timeout=30)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", LAST)
