@@ -20,9 +20,8 @@ def stuck(words):
     lock.acquire()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(lock.acquire)
-        print("ready")
-        sys.stdout.flush()
         try:
+            print("ready", flush=True)
             waiting.result()
         finally:
             print("clearing up")  # into the buffer of a pipe
@@ -37,8 +36,8 @@ import sys, time
 from jobs.cli import guard
 
 def erroneous(words):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     finally:
         raise RuntimeError("cannot release un-acquired lock")
