@@ -6,7 +6,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from jobs.project import Project, open_project
+from jobs.plan import print_changes
+from jobs.project import open_project
 from pipeline.artifacts import load_artifact
 from pipeline.errors import UserError
 from pipeline.graph import pin_path
@@ -23,10 +24,10 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     project = open_project(arguments.config, ())
-    before = {v.stage: v for v in project.plan()}
-    verdict = before.get(arguments.stage)
+    before = project.plan()
+    verdict = next((v for v in before if v.stage == arguments.stage), None)
     if verdict is None or verdict.lineage is None:
-        pinned = ", ".join(name for name, v in before.items() if v.lineage)
+        pinned = ", ".join(v.stage for v in before if v.lineage)
         raise UserError(f"{arguments.stage} cannot be pinned; {pinned} can")
     path = pin_path(verdict.lineage)
     version = next((entry.version for entry in project.store.list(path) if entry.path == path), None)
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(
                 f"{arguments.stage}: somebody else has moved this pin meanwhile; look with unclip plan and try again"
             )
-    _say(project, before)
+    print_changes(before, project.plan())
     return 0
 
 
@@ -50,11 +51,3 @@ def _key(store: Store, stage: str, key: str) -> str:
             f"{stage}: {len(found)} artefacts in {store.url} have a key that begins with {key}; one is needed"
         )
     return found[0]
-
-
-def _say(project: Project, before: dict) -> None:
-    changed = [v for v in project.plan() if (v.key, v.state) != (before[v.stage].key, before[v.stage].state)]
-    for verdict in changed:
-        print(f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {verdict.because}".rstrip())
-    if not changed:
-        print("nothing becomes stale")

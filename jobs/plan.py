@@ -45,6 +45,16 @@ def print_plan(project: Project, verdicts: Sequence[Verdict], wanted: set[str]) 
     return total
 
 
+def print_changes(before: Sequence[Verdict], after: Sequence[Verdict]) -> None:
+    """Print the verdicts that are others now."""
+    then = {v.stage: (v.key, v.state) for v in before}
+    changed = [v for v in after if (v.key, v.state) != then[v.stage]]
+    for verdict in changed:
+        print(f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {verdict.because}".rstrip())
+    if not changed:
+        print("nothing becomes stale")
+
+
 if __name__ == "__main__":
     import sys
 

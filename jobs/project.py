@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.build import build
 from pipeline.config import Config, load_config
+from pipeline.data.journal import read_journal
 from pipeline.data.source import Scan, scan
 from pipeline.errors import UserError
 from pipeline.graph import Graph, Verdict, ordered, plan
@@ -52,4 +53,5 @@ def open_project(path: str, overrides: Sequence[str]) -> Project:
     """Load a configuration and read its list. Raises UserError."""
     config = load_config(path, overrides)
     store = open_store(config.store)
-    return Project(config, store, build(config), scan(config.source, store, write=False))
+    journal = read_journal(store, config.project)
+    return Project(config, store, build(config), scan(config.source, store, write=False, journal=journal))

@@ -101,9 +101,13 @@ def shard_key(ctx: Context, inputs: Mapping[str, str]) -> str:
 
 def trajectory_key(ctx: Context) -> str:
     """The key of a training without its stop, which owns the checkpoints (design 8: length is not identity)."""
-    recipe = {k: v for k, v in differences(ctx.recipe).items() if k != "samples"}
-    keys = sorted((name, artifact.key) for name, artifact in ctx.inputs.items())
-    return digest(["trajectory", ctx.stage, ctx.version, recipe, keys])
+    return trajectory(ctx.stage, ctx.version, ctx.recipe, {name: made.key for name, made in ctx.inputs.items()})
+
+
+def trajectory(stage: str, version: int, recipe: Any, inputs: Mapping[str, str]) -> str:
+    """The same before its inputs are made: from their keys."""
+    differing = {k: v for k, v in differences(recipe).items() if k != "samples"}
+    return digest(["trajectory", stage, version, differing, sorted(inputs.items())])
 
 
 @dataclass(frozen=True)

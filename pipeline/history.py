@@ -1,4 +1,4 @@
-"""What a project's last run asked for: only to say why something is stale now."""
+"""What a project's runs asked for: to say why something is stale now, and what is still needed."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.graph import Graph, Verdict, flatten
+from pipeline.graph import Graph, Verdict, flatten, trajectory
 from pipeline.records import create_record, read_record
 from pipeline.store import Store
+from pipeline.training.recipes import TrainingRecipe
 
 
 def remember(store: Store, project: str, graph: Graph, verdicts: Sequence[Verdict]) -> None:
     """Record what is asked, before it is done."""
     keys = {v.stage: v.key for v in verdicts}
-    stages = {
-        v.stage: {
+    stages: dict[str, dict[str, Any]] = {}
+    for v in verdicts:
+        stage = graph[v.stage]
+        inputs = {name: keys[name] for name in stage.inputs}
+        stages[v.stage] = {
             "key": v.key,
-            "version": graph[v.stage].version,
-            "recipe": flatten(graph[v.stage].recipe),
-            "inputs": {name: keys[name] for name in graph[v.stage].inputs},
+            "version": stage.version,
+            "recipe": flatten(stage.recipe),
+            "inputs": inputs,
         }
-        for v in verdicts
-    }
-    path = f"runs/{project}/{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}.json"
+        if isinstance(stage.recipe, TrainingRecipe):
+            stages[v.stage]["trajectory"] = trajectory(stage.name, stage.version, stage.recipe, inputs)
+    now = time.time()
+    stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}"
+    path = f"runs/{project}/{stamp}-{secrets.token_hex(4)}.json"
     create_record(store, path, {"project": project, "stages": stages})
 
 

@@ -88,6 +88,12 @@ def lead_or_wait(
         time.sleep(min(poll_s, lease_s / 4))
 
 
+def is_held(store: Store, path: str) -> bool:
+    """Whether a lease is neither released nor known to be a dead process's. One of another host may be dead too."""
+    version, held = _read(store, path)
+    return version is not None and not held.get("released") and not _is_dead(held)
+
+
 def _read(store: Store, path: str) -> tuple[str | None, dict[str, Any]]:
     for entry in store.list(path):
         if entry.path == path:

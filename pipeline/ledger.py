@@ -12,6 +12,7 @@ REASONS = {
     "no_reference": "the row names no image",
     "no_caption": "no caption, or only white space",
     "duplicate_url": "an earlier row of the list names the same image",
+    "forgotten": "the row is to be forgotten (unclip data forget)",
     # fetch
     "unsupported_reference": "not an http, https, file or tar reference",
     "missing_file": "no such file",

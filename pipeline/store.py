@@ -10,9 +10,10 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,6 +92,13 @@ def check_conditions(store: Store) -> None:
 def local_folder(store: Store) -> Path | None:
     """The folder of a store that is in one."""
     return Path(store.url) if isinstance(store, FolderStore) else None
+
+
+def clear_abandoned(store: Store, older_s: float, now: float) -> int:
+    """Delete what writers that were killed have left half written for ``older_s`` seconds; return how many."""
+    if isinstance(store, FolderStore):
+        return _clear_temporaries(Path(store.url), now - older_s)
+    return store.abort_uploads(now - older_s) if isinstance(store, S3Store) else 0
 
 
 # --- a folder ---------------------------------------------------------------------------------------------------------
@@ -207,6 +215,18 @@ def _write_temporary(file: Path, data: bytes | Path) -> Path:
     return temporary
 
 
+def _clear_temporaries(folder: Path, before: float) -> int:
+    count = 0
+    for root, _, files in os.walk(folder):
+        for name in files:
+            file = Path(root, name)
+            with suppress(FileNotFoundError):
+                if re.fullmatch(r"\..*\.[0-9a-f]{12}", name) and file.stat().st_mtime <= before:
+                    file.unlink()
+                    count += 1
+    return count
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -304,6 +324,22 @@ class S3Store:
         with self._explained():
             for path in paths:
                 self._client.delete_object(Bucket=self.bucket, Key=self._key(path))
+
+    def abort_uploads(self, before: float) -> int:
+        """Abort multipart uploads begun earlier than ``before``, which are paid for and never seen."""
+        count = 0
+        with self._explained():
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self._key("")
+            )
+            for page in pages:
+                for upload in page.get("Uploads", ()):
+                    if upload["Initiated"].timestamp() <= before:
+                        self._client.abort_multipart_upload(
+                            Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                        )
+                        count += 1
+        return count
 
     def _put(self, path: str, data: bytes, **condition: str) -> bool:
         """A conditional PUT. A retried request may find its own first try there, so after a 412 the nonce is read."""

@@ -9,8 +9,9 @@ from itertools import islice
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from pipeline.data.lists import Row, read_rows
 from pipeline.data.pairs import tar_place
-from pipeline.data.source import Row, SourceRecipe, read_rows
+from pipeline.data.source import SourceRecipe
 from pipeline.errors import UserError
 
 ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds

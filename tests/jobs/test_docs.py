@@ -27,6 +27,7 @@ from pipeline.data.embeddings import EmbeddingsRecipe
 from pipeline.data.pairs import PairsRecipe
 from pipeline.data.source import SourceRecipe
 from pipeline.evaluate.recipe import EvaluationRecipe
+from pipeline.ledger import REASONS
 from pipeline.samples import SamplesRecipe
 from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
@@ -74,6 +75,10 @@ TESTED = {
     "unclip doctor my-project.yaml": "here",
     "unclip run my-project.yaml --until curation": "here",
     "unclip run my-project.yaml": "here",
+    "unclip data retry --reason timeout,http_5xx my-project.yaml": "here",
+    "unclip data forget my-project.yaml 000000000003 http://example.org/a.jpg": "here",
+    "unclip data gc my-project.yaml": "here",
+    "unclip data gc my-project.yaml --yes": "here",
     "unclip plan configs/nano.yaml": "here",
     "unclip run configs/nano.yaml": "here",
     "unclip plan configs/nano.yaml decoder.model.dropout=0.1": "here",
@@ -147,6 +152,11 @@ def test_every_field_is_named_with_its_default(section: str) -> None:
     assert all(row["meaning"] for row in rows)
 
 
+def test_every_reason_is_explained() -> None:
+    rows = {row["reason"].strip("`"): row["means"] for row in tables((ROOT / "docs/ledger.md").read_text())}
+    assert rows == REASONS
+
+
 def commands(text: str) -> Iterator[str]:
     """Commands on indented lines and between backticks, without remarks; a continued line counts by its first."""
     for line in re.findall(r"^    ((?:unclip|make|ray job submit) ?.*)$", text, flags=re.MULTILINE):
@@ -155,7 +165,7 @@ def commands(text: str) -> Iterator[str]:
 
 
 def test_every_command_of_the_documents_is_one_that_is_run() -> None:
-    known = {f"unclip {name}" for name in COMMANDS} | {"unclip plan CONFIG"}
+    known = {f"unclip {name}" for name in COMMANDS} | {"unclip plan CONFIG", "unclip data retry"}
     for document in DOCUMENTS:
         for command in commands(document.read_text()):
             named = "ray job submit" if command.startswith("ray job submit") else command

@@ -19,6 +19,7 @@ from models.presets import PRESETS
 from pipeline.artifacts import Artifact, read_shards, read_table
 from pipeline.build import build
 from pipeline.config import make_config
+from pipeline.data.journal import read_journal
 from pipeline.data.source import scan
 from pipeline.graph import Context, stage_key
 from pipeline.parse import merge
@@ -107,7 +108,8 @@ class Bench:
         self.store = open_store(str(folder))
         self.config = make_config(merge(values, changes))
         self.graph = build(self.config)
-        self.source_keys = scan(self.config.source, self.store, write=False).keys
+        journal = read_journal(self.store, self.config.project)
+        self.source_keys = scan(self.config.source, self.store, write=False, journal=journal).keys
         self.made: dict[str, Artifact] = {}
 
     def context(self, name: str) -> Context:

@@ -1,0 +1,129 @@
+"""``unclip data retry | forget | gc CONFIG ...``: what is done to data after it was made."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from jobs.plan import print_changes
+from jobs.project import Project, open_project
+from pipeline.artifacts import Artifact, load_artifact
+from pipeline.collect import collect
+from pipeline.data.again import FINAL, gather
+from pipeline.data.forget import Request, find
+from pipeline.data.journal import change_journal, read_journal, with_forgotten
+from pipeline.data.source import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
+from pipeline.errors import UserError
+from pipeline.ledger import REASONS
+from pipeline.progress import duration
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unclip data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    retry = commands.add_parser("retry", help="try rows again whose fetch ended with one of some reasons")
+    forget = commands.add_parser("forget", help="drop pictures and their captions from everything made from now on")
+    gc = commands.add_parser("gc", help="delete what no pin, recent run or running stage needs")
+    for command in (retry, forget, gc):
+        command.add_argument("config", help="a YAML file")
+    retry.add_argument("--reason", required=True, help="such as timeout,http_5xx")
+    forget.add_argument("what", nargs="*", help="row keys, references (URLs), or sha256 of stored pictures")
+    forget.add_argument("--file", help="a text file with one of them a line; - for standard input")
+    gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
+    gc.add_argument("--keep-days", type=float, default=30.0, help="how long what a run asked for is needed (30)")
+    gc.add_argument("--grace-hours", type=float, default=24.0, help="from the first finding to the deletion (24)")
+    arguments = parser.parse_args(argv)
+    project = open_project(arguments.config, ())
+    if arguments.command == "retry":
+        return _retry(project, [word for word in arguments.reason.replace(" ", "").split(",") if word])
+    if arguments.command == "gc":
+        return _collect(project, arguments.keep_days * 86_400, arguments.grace_hours * 3600, arguments.yes)
+    return _forget(project, Request.read([*arguments.what, *_lines(arguments.file)]), arguments.config)
+
+
+def _retry(project: Project, reasons: Sequence[str]) -> int:
+    for reason in reasons:
+        if reason not in REASONS:
+            raise UserError(f"--reason: unknown reason {reason}; docs/ledger.md lists them")
+        if reason in FINAL:
+            raise UserError(f"--reason: {reason} is final: {REASONS[reason]}")
+    pairs = _pairs(project)
+    blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons))
+    if blob is None:
+        ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.rejected.items()))
+        print(f"no row to try again; of the rows of pairs were rejected: {ended or 'none'}")
+        return 0
+    journal = read_journal(project.store, project.config.project)
+    if FIRST_RETRY + len(journal.retries) > LAST_SEGMENT:
+        raise UserError(f"{len(journal.retries)} retries are as many as one list can hold; write a new list")
+    change_journal(
+        project.store, project.config.project, lambda j: replace(j, retries=tuple(dict.fromkeys((*j.retries, blob))))
+    )
+    print(f"{rows:,} rows are appended to the list, to be fetched by the next run")
+    return 0
+
+
+def _forget(project: Project, request: Request, config: str) -> int:
+    if not (request.keys or request.hashes or request.references):
+        raise UserError("nothing to forget: give keys, references or hashes, or --file")
+    before = project.plan()
+    found, rows = find(project.store, _listed(project), _pairs(project) if request.hashes else None, request)
+    change_journal(project.store, project.config.project, lambda j: with_forgotten(j, found, time.time()))
+    unseen = sum(not row.segments for row in found)
+    print(f"{rows:,} rows are forgotten" + (f"; {unseen:,} references are not in the list yet" if unseen else ""))
+    after = open_project(config, ())
+    print_changes(before, after.plan())
+    print(
+        f"unclip run {config} makes what is stale again; then unclip data gc {config} --yes deletes what was made with "
+        "them. What is pinned stands, though it was made with them: unclip unpin makes it stale"
+    )
+    return 0
+
+
+def _collect(project: Project, keep_s: float, grace_s: float, delete: bool) -> int:
+    found = collect(project.store, keep_s, grace_s, time.time(), delete)
+    print(f"{'':12}{'needed':>16}{'garbage':>26}{'deleted':>26}")
+    for kind in sorted(found.needed.keys() | found.garbage.keys()):
+        tallies = (found.needed[kind], found.garbage[kind], found.deleted[kind])
+        print(f"{kind:12}" + "".join(f"{t.objects:>12,} {t.size / 2**20:>9,.1f} MiB" for t in tallies))
+    if found.abandoned:
+        print(f"{found.abandoned:,} half-written objects of writers that were killed are deleted")
+    if not delete:
+        print("nothing is deleted without --yes")
+    elif any(tally.objects for tally in found.garbage.values()):
+        print(f"garbage is deleted by the first gc that comes {duration(grace_s)} after the one that found it")
+    return 0
+
+
+def _listed(project: Project) -> list[SourceShard]:
+    """The shards of the list, stored."""
+    journal = read_journal(project.store, project.config.project)
+    return scan(project.config.source, project.store, write=True, journal=journal).shards
+
+
+def _pairs(project: Project) -> Artifact:
+    """The present artefact of the fetch."""
+    key = next(verdict.key for verdict in project.plan() if verdict.stage == "pairs")
+    made = load_artifact(project.store, "pairs", key)
+    if made is None:
+        raise UserError("pairs: not made yet; unclip run --until pairs first")
+    return made
+
+
+def _lines(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        return (sys.stdin.read() if path == "-" else Path(path).read_text()).splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--file {path}: cannot be read ({e})") from None
+
+
+if __name__ == "__main__":
+    from jobs.cli import guard
+
+    sys.exit(guard(main, sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""Garbage: what nothing needs is first written down, and deleted by a later call, after a time of grace.
+
+So whoever began to read or to write before, has that time to finish. A blob that is made again in the very seconds of
+its deletion is missing afterwards, and made again as any damaged one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from pipeline.errors import UserError
+from pipeline.live import Live, find_live, mark_blobs
+from pipeline.store import Store, clear_abandoned
+
+TOMBSTONES = "locks/tombstones.json.gz"
+RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before the blobs that they name
+NAMING_BLOBS = ("shards/", "checkpoints/")
+DECIDING = ("runs/", "artifacts/")
+
+
+@dataclass
+class Tally:
+    """Objects and bytes of one kind."""
+
+    objects: int = 0
+    size: int = 0
+
+    def add(self, size: int) -> None:
+        self.objects += 1
+        self.size += size
+
+
+@dataclass
+class Collection:
+    """What a collection found, by kind (blobs, shards ...), and what it deleted."""
+
+    needed: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    garbage: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    deleted: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    abandoned: int = 0
+
+
+def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: bool) -> Collection:
+    """Find garbage; with ``delete``, write it down and delete what has been written down for ``grace_s`` seconds.
+
+    ``keep_s``: how long what a run asked for is needed. Raises UserError if another collection runs.
+    """
+    version = next((entry.version for entry in store.list(TOMBSTONES) if entry.path == TOMBSTONES), None)
+    earlier = json.loads(gzip.decompress(store.read(TOMBSTONES))) if version else {}
+    known, live = _find_live(store, keep_s, now)
+    found = Collection()
+    tombstones: dict[str, float] = {}
+    due: list[str] = []
+    sizes: dict[str, int] = {}
+    for prefix in (*RECORDS, "blobs/"):
+        kind = prefix[:-1]
+        for entry in store.list(prefix):
+            if entry.path in live:
+                found.needed[kind].add(entry.size)
+                continue
+            found.garbage[kind].add(entry.size)
+            since = earlier.get(entry.path, now)
+            if now - since >= grace_s and (entry.path in earlier or grace_s == 0):
+                due.append(entry.path)
+                sizes[entry.path] = entry.size
+            else:
+                tombstones[entry.path] = since
+    if not delete:
+        return found
+    if _names(store, DECIDING) - known:  # somebody has begun or finished something meanwhile
+        _, live = _find_live(store, keep_s, now)
+    for path in sorted(_names(store, NAMING_BLOBS) - known):
+        live.paths.add(path)
+        mark_blobs(store, path, live)
+    due = [path for path in due if path not in live]
+    if not store.swap(TOMBSTONES, version, gzip.compress(json.dumps(tombstones).encode(), mtime=0)):
+        raise UserError(f"another collection runs in {store.url}; let it finish")
+    store.delete(due)
+    for path in due:
+        found.deleted[path.partition("/")[0]].add(sizes[path])
+    found.abandoned = clear_abandoned(store, grace_s, now)
+    return found
+
+
+def _find_live(store: Store, keep_s: float, now: float) -> tuple[set[str], Live]:
+    """All records of before the look, and what is needed."""
+    known = _names(store, (*DECIDING, *NAMING_BLOBS))
+    return known, find_live(store, keep_s, now)
+
+
+def _names(store: Store, prefixes: tuple[str, ...]) -> set[str]:
+    return {entry.path for prefix in prefixes for entry in store.list(prefix)}

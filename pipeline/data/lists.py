@@ -1,0 +1,178 @@
+"""Kinds of lists: tables, folders of pictures and texts, tars that are used where they lie, and the emoji set."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.data.source import SourceRecipe
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a list. ``url`` is an http(s) or file reference, or a member of a tar (see tar_reference)."""
+
+    url: str
+    captions: tuple[str, ...]
+    group: str = ""
+    split: str = ""
+    sha256: str = ""
+    license: str = ""
+    attribution: str = ""
+
+
+def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
+    """The rows of one list in its order, read as they are asked for. Raises UserError as ``scan`` does."""
+    kind, where = _kind(path)
+    if kind == "emoji":
+        from pipeline.data.emoji import emoji_rows
+        from pipeline.data.emoji_flaws import flawed_rows
+
+        for row in flawed_rows() if where == "flawed" else emoji_rows(where):
+            yield Row(row.url, _captions([row.caption]), row.group, row.split, "", row.license, row.attribution)
+    elif kind == "folder":
+        yield from _folder_rows(Path(where))
+    elif kind == "tar":
+        yield from _tar_rows(Path(where))
+    else:
+        yield from _table_rows(Path(where), recipe)
+
+
+def _kind(path: str) -> tuple[str, str]:
+    if path.startswith("emoji:"):
+        return "emoji", path.removeprefix("emoji:")
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise UserError(f"source {path}: no such file or folder")
+    if file.is_dir():
+        return "folder", str(file.absolute())
+    if file.suffix in (".parquet", ".csv", ".tsv", ".tar"):
+        return file.suffix[1:], str(file.absolute())
+    raise UserError(f"source {path}: not a .parquet, .csv, .tsv or .tar file, nor a folder")
+
+
+def fingerprint(path: str) -> Any:
+    """Changes whenever the segment may have changed. Equal ones are not read again."""
+    kind, where = _kind(path)
+    if kind == "emoji":
+        from pipeline.data import emoji
+
+        return ["emoji", where, emoji.fingerprint()]
+    try:
+        if kind == "folder":
+            return ["folder", where, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in _files(Path(where))]]
+        if kind == "tar":
+            return ["tar", where, os.stat(where).st_size, os.stat(where).st_mtime_ns]
+        with open(where, "rb") as f:
+            return [kind, hashlib.file_digest(f, "sha256").hexdigest()]
+    except PermissionError:
+        raise UserError(f"source {path}: no permission to read it") from None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith((*IMAGES, ".txt")):
+                yield Path(root, name)
+
+
+def _folder_rows(folder: Path) -> Iterator[Row]:
+    for file in _files(folder):
+        if file.suffix.lower() in IMAGES:
+            text = file.with_suffix(".txt")
+            lines = text.read_text(errors="replace").splitlines() if text.exists() else []
+            yield Row(f"file://{quote(str(file))}", _captions(lines))
+
+
+def tar_reference(tar: str, member: str, offset: int, size: int) -> str:
+    """A member of an existing tar, to be used where it lies."""
+    return f"tar://{quote(tar)}?offset={offset}&size={size}#{quote(member)}"
+
+
+def _tar_rows(path: Path) -> Iterator[Row]:
+    """Members that share a name up to the first dot of their base name are one sample, as in webdataset."""
+    try:
+        with tarfile.open(path) as tar:
+            lines: list[str] = []
+            name, image = "", None
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                if (sample := f"{folder}/{stem}") != name:
+                    if image is not None:
+                        yield Row(image, _captions(lines))
+                    name, image, lines = sample, None, []
+                if f".{extension.lower()}" in IMAGES:
+                    image = tar_reference(str(path), member.name, member.offset_data, member.size)
+                elif extension in ("txt", "caption"):
+                    content = tar.extractfile(member)
+                    lines = content.read(1 << 20).decode(errors="replace").splitlines() if content else []
+            if image is not None:
+                yield Row(image, _captions(lines))
+    except tarfile.TarError as e:
+        raise UserError(f"source {path}: not a readable tar ({e})") from None
+
+
+def _table_rows(path: Path, recipe: SourceRecipe) -> Iterator[Row]:
+    import pyarrow as pa
+
+    try:
+        for batch in _batches(path):
+            names = batch.schema.names
+            for column in (recipe.image_column, recipe.caption_column):
+                if column not in names:
+                    raise UserError(
+                        f"source {path}: no column {column}; it has {', '.join(names)}. "
+                        "Set source.image_column or source.caption_column"
+                    )
+            optional = {
+                n: c
+                for n in ("group", "split", "sha256")
+                if (c := getattr(recipe, f"{'hash' if n == 'sha256' else n}_column")) in names
+            }
+            extra = {n: n for n in ("license", "attribution") if n in names}
+            for row in batch.to_pylist():
+                caption = row[recipe.caption_column]
+                texts = caption if isinstance(caption, list) else [caption]
+                fields = {n: str(row[c] or "") for n, c in (optional | extra).items()}
+                if fields.get("split") not in (None, "", "train", "validation", "test"):
+                    raise UserError(f"source {path}: split {fields['split']!r} is not train, validation or test")
+                yield Row(str(row[recipe.image_column] or "").strip(), _captions(texts), **fields)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as e:
+        raise UserError(f"source {path}: cannot be read ({str(e).splitlines()[0]})") from None
+
+
+def _batches(path: Path) -> Iterable[Any]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(path).iter_batches(batch_size=10_000)
+    from pyarrow import csv
+
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    with open(path, newline="", errors="replace") as f:
+        header = f.readline().rstrip("\r\n").split(delimiter)
+    strings = {name.strip('"'): "string" for name in header}
+    return csv.open_csv(
+        path,
+        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=csv.ConvertOptions(column_types=strings, strings_can_be_null=True),
+    )
+
+
+def _captions(lines: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(text for line in lines if line is not None and (text := " ".join(str(line).split())))

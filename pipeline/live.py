@@ -1,0 +1,145 @@
+"""What a store still needs: everything that pins, recent runs, running stages and lists name."""
+
+from __future__ import annotations
+
+import calendar
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
+from pipeline.data.journal import read_journal
+from pipeline.errors import CorruptObject
+from pipeline.leases import is_held
+from pipeline.records import blob_path, digest, read_record
+from pipeline.store import Store
+
+
+@dataclass
+class Live:
+    """Paths that stay, and prefixes under which everything stays because a stage is not finished."""
+
+    paths: set[str] = field(default_factory=set)
+    prefixes: set[str] = field(default_factory=set)
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.paths or path.startswith(tuple(self.prefixes))
+
+
+def find_live(store: Store, keep_s: float, now: float) -> Live:
+    """Mark what is needed. Reads every artefact record, and the shard table of every artefact that is needed.
+
+    A run is needed for ``keep_s`` seconds, longer while one of its stages is being made, and in any case if it is its
+    project's last. Runs of before something was forgotten are not, once there is a later one.
+    """
+    live = Live()
+    pinned = _pinned(store, live)
+    runs = _needed_runs(store, keep_s, now, live)
+    wanted: dict[str, set[str]] = defaultdict(set)
+    trainings = set()
+    for stages in runs:
+        for name, asked in stages.items():
+            wanted[name].add(asked["key"])
+            if "trajectory" in asked:
+                trainings.add(_training(name, asked["recipe"], asked["inputs"]))
+                live.prefixes.add(f"checkpoints/{asked['trajectory']}/")
+    made: dict[str, set[str]] = defaultdict(set)
+    for entry in store.list("artifacts/"):
+        _, stage, file = entry.path.split("/")
+        key = file.removesuffix(".json")
+        artifact = load_artifact(store, stage, key)
+        if artifact is None:
+            continue
+        # Milestones of a training are artefacts too, which no run names.
+        milestone = _training(stage, artifact.recipe, artifact.inputs) in trainings
+        if key in wanted[stage] or key in pinned or milestone:
+            made[stage].add(key)
+            _mark_artifact(store, artifact, live)
+    for stage, keys in wanted.items():
+        if keys - made[stage]:  # under way, or interrupted: its finished shards are needed too
+            live.prefixes.add(f"shards/{stage}/")
+    _mark_segments(store, live)
+    _mark_named(store, live)
+    return live
+
+
+def _pinned(store: Store, live: Live) -> set[str]:
+    keys = set()
+    for entry in store.list("locks/"):
+        name = entry.path.removeprefix("locks/")
+        if name.startswith("list-"):
+            journal = read_journal(store, name.removeprefix("list-").removesuffix(".json"))
+            live.paths.update(blob_path(blob) for blob in journal.retries)
+        elif name.endswith(".json"):
+            keys.add(json.loads(store.read(entry.path))["key"])
+    return keys
+
+
+def _needed_runs(store: Store, keep_s: float, now: float, live: Live) -> list[Mapping[str, Any]]:
+    """What the needed runs asked for."""
+    by_project: dict[str, list[str]] = defaultdict(list)
+    for entry in store.list("runs/"):
+        by_project[entry.path.split("/")[1]].append(entry.path)
+    held = {entry.path for entry in store.list("leases/") if is_held(store, entry.path)}
+    runs = []
+    for project, paths in by_project.items():
+        forgotten_at = read_journal(store, project).forgotten_at
+        last = max(paths)
+        for path in paths:
+            record = read_record(store, path)
+            if record is None:
+                continue
+            being_made = any(f"leases/{asked['key']}.json" in held for asked in record["stages"].values())
+            began = calendar.timegm(time.strptime(path.rpartition("/")[2][:15], "%Y%m%dT%H%M%S"))
+            if path == last or being_made or (now - began < keep_s and began > forgotten_at):
+                live.paths.add(path)
+                live.paths.update(f"leases/{asked['key']}.json" for asked in record["stages"].values())
+                runs.append(record["stages"])
+    return runs
+
+
+def _training(stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Equal for all lengths of one training."""
+    return digest([stage, {k: v for k, v in recipe.items() if k != "samples"}, sorted(inputs.items())])
+
+
+def _mark_artifact(store: Store, artifact: Artifact, live: Live) -> None:
+    live.paths.add(artifact_path(artifact.stage, artifact.key))
+    live.paths.update(map(blob_path, artifact.blobs.values()))
+    if artifact.shard_table is not None:
+        live.paths.add(blob_path(artifact.shard_table))
+        try:
+            for shard in read_shards(store, artifact):
+                live.paths.add(shard_path(artifact.stage, shard.key))
+                live.paths.update(map(blob_path, shard.blobs.values()))
+        except CorruptObject:  # the next run makes it again
+            pass
+
+
+def _mark_segments(store: Store, live: Live) -> None:
+    """The record of a segment stays while all its tables do; while a source is being made, with all its tables."""
+    for entry in store.list("shards/source/segment-"):
+        record = read_record(store, entry.path)
+        if record is None:
+            continue
+        tables = {blob_path(shard[name]) for shard in record["shards"] for name in ("refs", "captions")}
+        if "shards/source/" in live.prefixes or tables <= live.paths:
+            live.paths.add(entry.path)
+            live.paths |= tables
+
+
+def _mark_named(store: Store, live: Live) -> None:
+    """The blobs of every record under the prefixes that stay."""
+    for prefix in sorted(live.prefixes):
+        for entry in store.list(prefix):
+            mark_blobs(store, entry.path, live)
+
+
+def mark_blobs(store: Store, path: str, live: Live) -> None:
+    """Let the blobs stay that the record of a shard or checkpoint names."""
+    record = None if "/attempts/" in path or "/segment-" in path else read_record(store, path)
+    if record is not None:
+        live.paths.update(map(blob_path, record["blobs"].values()))

@@ -1,0 +1,97 @@
+"""``unclip data``: what is forgotten is nowhere any more, and mistakes are one line."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.artifacts import load_artifact, read_shards, read_table
+from pipeline.data.index import read_pictures
+from pipeline.store import Store, open_store
+from tests.chain import done, shard_paths, unclip, write_config, write_list
+from tests.jobs.test_mistakes import refused
+from tests.seaweed import Server
+
+
+def _rows(store: Store, config: Path, stage: str) -> list[dict[str, Any]]:
+    """The index rows of a stage's newest artefact, each with the stored bytes of its picture."""
+    plan = done(unclip("plan", config))
+    begin = next(line.split()[2] for line in plan.splitlines() if line.split()[0] == stage)
+    (entry,) = store.list(f"artifacts/{stage}/{begin}")
+    artifact = load_artifact(store, stage, entry.path.rpartition("/")[2].removesuffix(".json"))
+    assert artifact is not None
+    rows = []
+    for shard in read_shards(store, artifact):
+        table = read_table(store, shard.blobs["index"]).to_pylist()
+        kept = [row for row in table if row["status"] == "kept"]
+        pictures = dict(
+            zip([r["key"] for r in kept], read_pictures(store, shard.blobs.get("images"), kept), strict=True)
+        )
+        rows += [row | {"picture": pictures.get(row["key"])} for row in table]
+    return rows
+
+
+def _holding(store: Store, *needles: bytes) -> list[str]:
+    """Objects that hold one of these, in Parquet columns or as they are."""
+    found = []
+    for entry in store.list(""):
+        data = store.read(entry.path)
+        if data[:4] == b"PAR1":
+            data = repr(pq.read_table(io.BytesIO(data)).to_pylist()).encode()
+        if any(needle in data for needle in needles):
+            found.append(entry.path)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_what_is_forgotten_is_nowhere_any_more(
+    kind: str, tmp_path: Path, pictures: str, request: pytest.FixtureRequest
+) -> None:
+    s3: Server | None = request.getfixturevalue("s3") if kind == "s3" else None
+    url = f"{s3.url}/forget-{tmp_path.name}" if s3 else str(tmp_path / "store")
+    store = open_store(url)
+    write_list(tmp_path / "list.csv", 0, 50)
+    config = write_config(tmp_path, url, pictures, [tmp_path / "list.csv"])
+    done(unclip("run", config, "--until", "curation"))
+    before = _rows(store, config, "pairs")
+    victim = before[23]
+    caption = list(csv.DictReader((tmp_path / "list.csv").open()))[23]["caption"].encode()
+    assert len(_holding(store, victim["picture"])) == 1
+    shards = shard_paths(store, "embeddings")
+
+    said = done(unclip("data", "forget", config, victim["key"]))
+    assert said.startswith("1 rows are forgotten\n")
+    assert "pairs           stale" in said
+    done(unclip("run", config, "--until", "curation"))
+    after = _rows(store, config, "pairs")
+    assert _others(after, victim) == _others(before, victim)
+    assert after[23]["reason"] == "forgotten"
+    assert len(shard_paths(store, "embeddings") - shards) == 1
+
+    assert _holding(store, victim["picture"], caption)
+    done(unclip("data", "gc", config, "--yes", "--grace-hours", "0"))
+    assert not _holding(store, victim["picture"], caption, str(victim["url"]).encode())
+    assert _rows(store, config, "pairs") == after
+    assert "nothing to do" in done(unclip("run", config, "--until", "curation"))
+
+
+def _others(rows: list[dict[str, Any]], but: dict[str, Any]) -> list[dict[str, Any]]:
+    """The other rows; their places in the tar may have moved."""
+    return [{k: v for k, v in row.items() if k != "offset"} for row in rows if row["key"] != but["key"]]
+
+
+def test_mistakes(tmp_path: Path, pictures: str) -> None:
+    write_list(tmp_path / "list.csv", 0, 20)
+    config = write_config(tmp_path, str(tmp_path / "store"), pictures, [tmp_path / "list.csv"])
+    refused("data", "retry", config, "--reason", "timeout", says=["pairs: not made yet", "--until pairs"])
+    done(unclip("run", config, "--until", "pairs"))
+    refused("data", "retry", config, "--reason", "timout", says=["unknown reason timout"])
+    refused("data", "retry", config, "--reason", "timeout,opted_out", says=["opted_out is final"])
+    assert "no row to try again" in done(unclip("data", "retry", config, "--reason", "timeout"))
+    refused("data", "forget", config, says=["nothing to forget"])
+    refused("data", "forget", config, "--file", tmp_path / "none.txt", says=["none.txt: cannot be read"])
+    refused("data", "forget", config, "000000000999", says=["000000000999: no row", "nothing is forgotten"])
+    refused("data", "forget", config, "0" * 64, says=["no stored picture"])

@@ -1,0 +1,216 @@
+"""Garbage collection: what is needed stays, whoever reads or writes meanwhile is not hurt, and the rest goes."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import Artifact, load_artifact, publish_artifact, publish_shard, read_shards, write_shard_table
+from pipeline.collect import TOMBSTONES, collect
+from pipeline.data.journal import Forgotten, Journal, change_journal, with_forgotten
+from pipeline.errors import UserError
+from pipeline.graph import Graph, Stage, flatten, pin_path, plan, trajectory
+from pipeline.history import remember
+from pipeline.leases import lead_or_wait
+from pipeline.ledger import Ledger
+from pipeline.records import create_record, put_blob, read_blob
+from pipeline.store import Store, open_store
+from pipeline.training.recipes import ClipRecipe
+
+DAY = 86_400.0
+NOW = time.time()
+
+
+def _graph(seed: int = 0) -> Graph:
+    def never(_: object) -> Artifact:
+        raise AssertionError
+
+    recipe = ClipRecipe(samples=64, batch=8, lanes=8, seed=seed)
+    return {
+        stage.name: stage
+        for stage in (Stage("pairs", 1, recipe, (), never), Stage("clip", 1, recipe, ("pairs",), never))
+    }
+
+
+def _run(store: Store, seed: int = 0, made: tuple[str, ...] = ("pairs", "clip"), age_s: float = 0.0) -> dict[str, str]:
+    """A run that made some of its stages: pairs has two shards, clip a model and a checkpoint. Keys by stage."""
+    graph = _graph(seed)
+    verdicts = plan(graph, {}, "p", store, {})
+    earlier = set(store.list("runs/"))
+    remember(store, "p", graph, verdicts)
+    (path,) = (entry.path for entry in set(store.list("runs/")) - earlier)
+    store.create(f"runs/p/{time.strftime('%Y%m%dT%H%M%S', time.gmtime(NOW - age_s))}-{seed:08x}.json", store.read(path))
+    store.delete([path])
+    keys = {verdict.stage: verdict.key for verdict in verdicts}
+    shards = [
+        publish_shard(store, "pairs", n, f"{seed}-{n}", Ledger(kept=1), {"index": f"{seed} {n}".encode()}, {})
+        for n in range(2)
+    ]
+    if "pairs" in made:
+        table, ledger = write_shard_table(store, shards)
+        publish_artifact(store, Artifact("pairs", keys["pairs"], {}, {}, ledger, shard_table=table), 1.0)
+    folder = trajectory("clip", 1, graph["clip"].recipe, {"pairs": keys["pairs"]})
+    blob = put_blob(store, f"state {seed}".encode())
+    create_record(store, f"checkpoints/{folder}/{64:012d}-0001.json", {"blobs": {"model": blob}})
+    if "clip" in made:
+        _publish_clip(store, seed, keys, 64)
+    return keys
+
+
+def _publish_clip(store: Store, seed: int, keys: dict[str, str], samples: int, key: str = "") -> None:
+    recipe = flatten(_graph(seed)["clip"].recipe) | {"samples": samples}
+    blobs = {"model": put_blob(store, f"model {seed} {samples}".encode())}
+    inputs = {"pairs": keys["pairs"]}
+    publish_artifact(store, Artifact("clip", key or keys["clip"], inputs, recipe, Ledger(), blobs), 1.0)
+
+
+def _paths(store: Store) -> set[str]:
+    return {entry.path for entry in store.list("")} - {TOMBSTONES}
+
+
+def _sweep(store: Store, now: float = NOW, keep_s: float = 30 * DAY, grace_s: float = DAY) -> None:
+    """Find, and delete a day later, without anybody at work between."""
+    collect(store, keep_s, grace_s, now, delete=True)
+    collect(store, keep_s, grace_s, now + grace_s, delete=True)
+
+
+def test_what_recent_runs_made_stays(store: Store) -> None:
+    for seed in (0, 1):
+        _run(store, seed)
+    before = _paths(store)
+    _sweep(store)
+    assert _paths(store) == before
+
+
+def test_of_an_old_run_stays_what_the_last_one_shares_or_a_pin_names(store: Store) -> None:
+    old, pinned, last = (_run(store, seed, age_s=(42 - seed) * DAY) for seed in (0, 1, 2))
+    store.swap(pin_path("lineage"), None, json.dumps({"key": pinned["clip"]}).encode())
+    dry = collect(store, 30 * DAY, DAY, NOW, delete=False)
+    assert dry.garbage["artifacts"].objects == 3
+    before = _paths(store)
+    _sweep(store)
+    after = _paths(store)
+    gone = before - after
+    assert len([p for p in gone if p.startswith("artifacts/")]) == 3  # both of the old run, and pairs of the pinned
+    assert load_artifact(store, "pairs", old["pairs"]) is None
+    clip = load_artifact(store, "clip", pinned["clip"])
+    assert clip is not None
+    assert read_blob(store, clip.blobs["model"]) == b"model 1 64"
+    pairs = load_artifact(store, "pairs", last["pairs"])
+    assert pairs is not None
+    assert [read_blob(store, s.blobs["index"]) for s in read_shards(store, pairs)] == [b"2 0", b"2 1"]
+    assert sum(path.startswith("blobs/") for path in after) == 1 + 2 + 1 + 1 + 1  # pinned; shards, table, model, state
+    assert not dry.deleted
+
+
+def test_nothing_is_deleted_before_the_grace_is_over_nor_without_being_asked(store: Store) -> None:
+    put_blob(store, b"garbage")
+    before = _paths(store)
+    for now in (NOW, NOW + DAY - 1):
+        assert collect(store, 30 * DAY, DAY, now, delete=True).garbage["blobs"].objects == 1
+    assert collect(store, 30 * DAY, DAY, NOW + 2 * DAY, delete=False).garbage["blobs"].objects == 1
+    assert _paths(store) == before
+    assert collect(store, 30 * DAY, DAY, NOW + DAY, delete=True).deleted["blobs"].objects == 1
+    assert _paths(store) == set()
+
+
+def test_a_run_under_way_and_its_readers_are_not_hurt(store: Store) -> None:
+    keys = _run(store, made=())
+    in_hand = put_blob(store, b"of a shard that has no record yet")
+    collect(store, 30 * DAY, DAY, NOW, delete=True)  # finds that blob to be garbage
+    before = _paths(store)
+    collect(store, 30 * DAY, DAY, NOW + DAY / 2, delete=True)
+    assert _paths(store) == before
+    shard = publish_shard(store, "pairs", 2, "2", Ledger(kept=1), {"index": b"of a shard that has no record yet"}, {})
+    assert shard.blobs["index"] == in_hand
+    collect(store, 30 * DAY, DAY, NOW + DAY, delete=True)
+    assert read_blob(store, in_hand)
+    assert len(list(store.list("shards/pairs/"))) == 3
+    _publish_clip(store, 0, keys, 32, key="milestone")  # of the training that is under way
+    _sweep(store, NOW + 2 * DAY)
+    assert load_artifact(store, "clip", "milestone") is not None
+
+
+def test_a_long_training_is_needed_however_old_its_run(store: Store) -> None:
+    long = _run(store, 0, made=("pairs",), age_s=40 * DAY)
+    _run(store, 1)
+    with lead_or_wait(store, long["clip"], 60.0, lambda: False, lambda: "") or pytest.fail("no lease"):
+        before = _paths(store)
+        _sweep(store)
+        assert _paths(store) == before
+    _sweep(store)
+    assert load_artifact(store, "pairs", long["pairs"]) is None
+
+
+def test_what_comes_while_it_looks_is_spared(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage of an old run becomes the data of a new one between the look and the deletion."""
+    _run(store, 0, age_s=40 * DAY)
+    _run(store, 1)
+    collect(store, 30 * DAY, DAY, NOW, delete=True)
+    seen = []
+    original = type(store).list
+
+    def list_and_act(self: Store, prefix: str) -> object:
+        if prefix == "blobs/" and not seen:
+            seen.append(prefix)
+            _run(store, 0)
+        return original(self, prefix)
+
+    monkeypatch.setattr(type(store), "list", list_and_act)
+    collect(store, 30 * DAY, DAY, NOW + DAY, delete=True)
+    assert seen
+    keys = {verdict.stage: verdict.key for verdict in plan(_graph(0), {}, "p", store, {})}
+    pairs = load_artifact(store, "pairs", keys["pairs"])
+    assert pairs is not None
+    assert [read_blob(store, s.blobs["index"]) for s in read_shards(store, pairs)] == [b"0 0", b"0 1"]
+
+
+def test_what_was_forgotten_is_not_kept_by_the_runs_of_before(store: Store) -> None:
+    old = _run(store, 0, age_s=DAY)
+    change_journal(store, "p", lambda j: with_forgotten(j, [Forgotten("mark", ())], NOW - DAY / 2))
+    _sweep(store)
+    assert load_artifact(store, "pairs", old["pairs"]) is not None  # there is nothing newer yet
+    new = _run(store, 1)
+    _sweep(store)
+    assert load_artifact(store, "pairs", old["pairs"]) is None
+    assert load_artifact(store, "pairs", new["pairs"]) is not None
+
+
+def test_rows_to_be_tried_again_stay(store: Store) -> None:
+    _run(store)
+    blob = put_blob(store, b"rows")
+    change_journal(store, "p", lambda _: Journal(retries=(blob,)))
+    _sweep(store)
+    assert read_blob(store, blob) == b"rows"
+
+
+def test_two_collections_at_once_are_one_too_many(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_blob(store, b"garbage")
+    from pipeline import collect as module
+
+    def meanwhile(*_: object) -> object:
+        store.swap(TOMBSTONES, None, b"")
+        return original(*_)
+
+    original = module.find_live
+    monkeypatch.setattr(module, "find_live", meanwhile)
+    with pytest.raises(UserError, match="another collection"):
+        collect(store, 30 * DAY, DAY, NOW, delete=True)
+
+
+def test_half_written_files_of_killed_writers_go(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    _run(store)
+    half = tmp_path / "blobs/ab/.abcd.0123456789ab"
+    young = tmp_path / "blobs/ab/.abce.0123456789ab"
+    for file in (half, young):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
+    os.utime(half, (NOW - 2 * DAY, NOW - 2 * DAY))
+    locks = set(tmp_path.rglob(".*.lock"))
+    assert collect(store, 30 * DAY, DAY, NOW, delete=True).abandoned == 1
+    assert not half.exists()
+    assert young.exists()
+    assert locks <= set(tmp_path.rglob(".*.lock"))
