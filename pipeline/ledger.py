@@ -18,6 +18,7 @@ REASONS = {
     "missing_file": "no such file",
     "http_4xx": "the server answered with a 4xx status",
     "http_5xx": "the server answered with a 5xx status",
+    "rate_limited": "the server asks for fewer requests (status 429, or Retry-After)",
     "timeout": "the server did not deliver in time",
     "unreachable": "no connection to the server, or its name does not resolve",
     "forbidden_address": "the host or a redirect leads to an address that is not public",

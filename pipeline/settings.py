@@ -5,6 +5,7 @@ They stand under ``run:`` in the configuration.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 
@@ -27,21 +28,27 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class PairsSettings(ShardSettings):
-    """The fetch. ``hosts`` sends a host name to another address; ``allow`` opens hosts or networks that are not
-    public."""
+    """The fetch. ``per_host``: requests at once to one host. ``hosts`` sends a host name to another address; ``allow``
+    opens hosts or networks that are not public. ``contact``: a URL or mail address in the user agent. ``headers``: an
+    origin to the name of the environment variable that holds headers for it alone."""
 
     threads: int = 16
+    per_host: int = 4
     timeout_s: float = 20.0
     retries: int = 2
     hosts: dict[str, str] = field(default_factory=dict)
     allow: tuple[str, ...] = ()
+    contact: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "threads")
+        at_least(self, 1, "threads", "per_host")
         at_least(self, 0, "retries")
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s: {self.timeout_s} is not above 0")
+        if not re.fullmatch(r"[!-'*-~]*", self.contact):
+            raise ValueError(f"contact: {self.contact!r} is no URL or mail address in ASCII without spaces or brackets")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """From an image reference to the bytes that are kept: img2dataset's download, resize and keys, within limits.
 
-img2dataset fetches with urllib. Here it does so through an opener that connects to public addresses only (checked after
-the name is resolved and at every redirect) and stops at a deadline and a byte budget. Its tar writer is not used:
-its shards are not reproducible. Reasons for a refusal are those of pipeline.ledger.
+img2dataset fetches with urllib. Here it does so through visits (pipeline.data.visit) that connect to public addresses
+only, are polite, and stop at a deadline and a byte budget. Its tar writer is not used: its shards are not
+reproducible. Reasons for a refusal are those of pipeline.ledger.
 
 img2dataset is imported on first use: it takes 3 s, and a plan needs none of it.
 """
@@ -16,20 +16,24 @@ import stat
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
-from pipeline.data.opener import Guard, Refused, ThreadOpener, guarded_opener, opening_with
+from pipeline.data.opener import Guard, Refused, ThreadOpener, normal_url, opening_with
+from pipeline.data.politeness import Hosts, backoff
+from pipeline.data.visit import Access, Visit, private_headers, user_agent
 from pipeline.ledger import REASONS
+from pipeline.settings import PairsSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TRANSIENT = frozenset({"timeout", "unreachable", "http_5xx"})  # worth another try
+TRANSIENT = frozenset({"timeout", "unreachable", "http_5xx", "rate_limited"})  # worth another try
 
 _USER_AGENT_TOKEN = "unclip-ray"
 _OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex"})  # img2dataset's default
@@ -54,36 +58,28 @@ class Picture:
 
 
 class Fetcher:
-    """Fetches http(s) URLs and local files (file:// or an absolute path).
+    """Fetches http(s) URLs and local files (file:// or an absolute path), each of at most ``max_bytes``.
 
-    ``timeout_s``: for a whole picture, with redirects and retries (name resolution has the system's own limit).
-    ``retries``: after a timeout, a failed connection or a 5xx status. ``host_map``: host name to "address:port"; such a
-    host is trusted. ``allow``: host names and networks that may be reached although they are not public. ``max_bytes``:
-    of one picture. Proxies of the environment are not used. Raises UserError for a ``host_map`` or ``allow`` that
-    cannot be read.
+    The time limit is for a whole picture, with redirects, retries and pauses; name resolution has the system's own, and
+    waiting for other requests to the host does not count. Another try comes after a timeout, a failed connection, a 429
+    or a 5xx status. Proxies of the environment are not used. Raises UserError for settings that cannot be read.
     """
 
-    def __init__(
-        self,
-        threads: int,
-        timeout_s: float,
-        retries: int,
-        host_map: Mapping[str, str],
-        allow: Sequence[str],
-        max_bytes: int,
-    ):
-        self._threads, self._timeout_s, self._retries, self._max_bytes = threads, timeout_s, retries, max_bytes
-        self._guard = Guard(host_map, allow)
+    def __init__(self, settings: PairsSettings, max_bytes: int):
+        self._settings, self._max_bytes = settings, max_bytes
+        private = private_headers(settings.headers, os.environ)
+        guard, hosts = Guard(settings.hosts, settings.allow), Hosts(settings.per_host)
+        self._access = Access(guard, hosts, user_agent(settings.contact), private)
         _img2dataset()  # before the first deadline is set
 
     def fetch(self, references: Sequence[str]) -> Iterator[Fetched]:
-        """Yield one result a reference, in order; at most twice ``threads`` bodies are in memory."""
+        """Yield one result a reference, in order; at most twice as many bodies as threads are in memory."""
         waiting: deque[Future[Fetched]] = deque()
-        with ThreadPoolExecutor(self._threads) as pool:
+        with ThreadPoolExecutor(self._settings.threads) as pool:
             try:
                 for reference in references:
                     waiting.append(pool.submit(self._fetch, reference))
-                    if len(waiting) == 2 * self._threads:
+                    if len(waiting) == 2 * self._settings.threads:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
@@ -95,7 +91,7 @@ class Fetcher:
         try:
             parts = urlsplit(reference.strip())
             if parts.scheme in ("http", "https") and parts.hostname:
-                return self._download(reference.strip())
+                return self._download(normal_url(reference.strip()))
             if (parts.scheme == "file" and parts.netloc in ("", "localhost")) or reference.startswith("/"):
                 path = urllib.request.url2pathname(parts.path) if parts.scheme else reference
                 return _checked(_read_file(path, self._max_bytes))
@@ -106,16 +102,14 @@ class Fetcher:
         return Fetched(None, "unsupported_reference")
 
     def _download(self, url: str) -> Fetched:
-        # Spaces and letters outside ASCII are common in lists; a browser escapes them too.
-        url = quote(url, safe="!#$%&'()*+,/:;=?@[]~")
-        deadline = time.monotonic() + self._timeout_s
-        for attempt in range(self._retries + 1):
-            fetched = _download_once(url, guarded_opener(self._guard, deadline, self._max_bytes), self._timeout_s)
-            pause = 0.25 * 2**attempt
-            again = fetched.reason in TRANSIENT or fetched.reason == "truncated"  # here: the transfer broke off
-            if not again or attempt == self._retries or time.monotonic() + pause > deadline:
-                break
-            time.sleep(pause)
+        with closing(Visit(self._access, self._settings.timeout_s, self._max_bytes)) as visit:
+            for attempt in range(self._settings.retries + 1):
+                fetched = _download_once(url, visit, self._settings.timeout_s)
+                pause = backoff(attempt)
+                again = fetched.reason in TRANSIENT or fetched.reason == "truncated"  # here: the transfer broke off
+                if not again or attempt == self._settings.retries or time.monotonic() + pause > visit.deadline:
+                    break
+                time.sleep(pause)
         return fetched
 
 
@@ -210,9 +204,9 @@ def _resizer(image_size: int, encode_format: str, encode_quality: int) -> Callab
     )
 
 
-def _download_once(url: str, opener: urllib.request.OpenerDirector, timeout_s: float) -> Fetched:
+def _download_once(url: str, visit: Visit, timeout_s: float) -> Fetched:
     _, downloader = _img2dataset()
-    with opening_with(opener):
+    with opening_with(visit):
         _, stream, error = downloader.download_image((0, url), timeout_s, _USER_AGENT_TOKEN, _OPT_OUTS)
     if stream is not None:
         return _checked(stream.getvalue())

@@ -1,8 +1,8 @@
-"""A urllib opener for untrusted URLs: public addresses only, one deadline, a byte budget, no proxy.
+"""A urllib opener for untrusted URLs: public addresses only, one deadline, a byte budget, no proxy, no redirect.
 
-A name is resolved once and the connection goes to the address that was checked, at every redirect anew, so neither a
-redirect nor a name that changes its address reaches the machine itself, its network or a cloud's metadata service.
-Every failure is a Refused whose text is a reason of pipeline.ledger.
+A name is resolved once and the connection goes to the address that was checked, so no name that changes its address
+reaches the machine itself, its network or a cloud's metadata service. Redirects are followed by pipeline.data.visit,
+hop by hop through this opener. Every failure is a Refused whose text is a reason of pipeline.ledger.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
-from typing import IO, Any
-from urllib.parse import urljoin
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pipeline.errors import UserError
 
-MAX_REDIRECTS = 5
-USER_AGENT = "unclip-ray (img2dataset; +https://github.com/rom1504/img2dataset)"
-
+_SAFE = "!#$%&'()*+,/:;=?@[]~"  # what a browser leaves as it is in a path or a query
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _thread = threading.local()
 
@@ -88,25 +86,42 @@ def is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
+def normal_url(reference: str) -> str:
+    """An http(s) URL in the one spelling that everybody sees: the guard, the server, robots.txt and deny lists.
+
+    Host in lower case and ASCII (IDNA), spaces and letters outside ASCII escaped as a browser does, no fragment. Raises
+    Refused for what is none, and for user names and escapes in the host, which parsers read differently.
+    """
+    try:
+        parts = urlsplit(reference)
+        host, port = (parts.hostname or "").removesuffix("."), parts.port
+        name = f"[{host}]" if ":" in host else host.encode("idna").decode("ascii").lower()
+    except ValueError:  # UnicodeError is one
+        raise Refused("unsupported_reference") from None
+    if parts.scheme not in ("http", "https") or not host or any(mark in parts.netloc for mark in "@%\\ "):
+        raise Refused("unsupported_reference")
+    usual = {"http": http.client.HTTP_PORT, "https": http.client.HTTPS_PORT}[parts.scheme]
+    place = name if port in (None, usual) else f"{name}:{port}"
+    return urlunsplit((parts.scheme, place, quote(parts.path, _SAFE) or "/", quote(parts.query, _SAFE), ""))
+
+
 def guarded_opener(guard: Guard, deadline: float, max_bytes: int) -> urllib.request.OpenerDirector:
-    """An opener for one picture, with handlers for http and https alone. ``deadline`` is a time.monotonic()."""
+    """An opener for one request, with handlers for http and https alone. ``deadline`` is a time.monotonic().
+
+    It returns the response whatever its status.
+    """
     opener = urllib.request.OpenerDirector()
-    for handler in (
-        _Handler(
-            guarded_connect=partial(guard.connect, deadline=deadline),
-            response_class=partial(_Response, deadline=deadline, max_bytes=max_bytes),
-        ),
-        _RedirectHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
+    settings = {
+        "guarded_connect": partial(guard.connect, deadline=deadline),
+        "response_class": partial(_Response, deadline=deadline, max_bytes=max_bytes),
+    }
+    opener.add_handler(_Handler(**settings))
+    opener.add_handler(urllib.request.UnknownHandler())
     return opener
 
 
 @contextlib.contextmanager
-def opening_with(opener: urllib.request.OpenerDirector) -> Iterator[None]:
+def opening_with(opener: Any) -> Iterator[None]:
     """Let this thread's urlopen calls go through ``opener``, once a ThreadOpener is installed."""
     _thread.opener = opener
     try:
@@ -125,19 +140,14 @@ class ThreadOpener:
         opener = getattr(_thread, "opener", None)
         if opener is None:
             return self._ordinary.open(request, data, timeout)
-        request.add_header("User-Agent", USER_AGENT)  # img2dataset's own says it is a browser
-        with _failures_as_reasons():
-            return opener.open(request, data, timeout)
+        return opener.open(request, data, timeout)
 
 
 @contextlib.contextmanager
-def _failures_as_reasons() -> Iterator[None]:
+def failures_as_reasons() -> Iterator[None]:
+    """Turn whatever goes wrong between us and a server into a Refused."""
     try:
         yield
-    except urllib.error.HTTPError as error:
-        error.close()
-        reasons = {4: "http_4xx", 5: "http_5xx"}  # what is left is a 3xx: more than five redirects, or in a circle
-        raise Refused(reasons.get(error.code // 100, "unreachable")) from None
     except urllib.error.URLError as error:
         raise Refused("timeout" if isinstance(error.reason, TimeoutError) else "unreachable") from None
     except TimeoutError:
@@ -155,20 +165,6 @@ def _remaining(deadline: float) -> float:
     if seconds <= 0:
         raise TimeoutError
     return seconds
-
-
-class _RedirectHandler(urllib.request.HTTPRedirectHandler):
-    max_redirections = MAX_REDIRECTS
-
-    def http_error_302(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage
-    ) -> Any:
-        if not urljoin(req.full_url, headers.get("Location", "")).startswith(("http:", "https:")):
-            fp.close()
-            raise Refused("forbidden_address")
-        return super().http_error_302(req, fp, code, msg, headers)
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
@@ -221,7 +217,7 @@ class _Response(http.client.HTTPResponse):
             return super().read(amt)
         if self.length is not None and self.length > self._max_bytes:
             raise Refused("too_large")
-        with _failures_as_reasons():
+        with failures_as_reasons():
             body = super().read(self._max_bytes + 1)
         if len(body) > self._max_bytes:
             raise Refused("too_large")

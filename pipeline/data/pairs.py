@@ -12,7 +12,8 @@ import tarfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from pipeline.artifacts import Artifact, read_shards, read_table, write_table
@@ -24,7 +25,10 @@ from pipeline.settings import PairsSettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 
-VERSION = 1
+if TYPE_CHECKING:
+    from pipeline.data.fetch import Fetcher
+
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class PairsRecipe:
 
 @dataclass(frozen=True)
 class MakePacker:
-    """Opens the fetch once in each worker process."""
+    """Makes one packer for each worker process."""
 
     store: Store
     recipe: PairsRecipe
@@ -62,17 +66,14 @@ class Packer:
     """Makes the tar and the index of one shard."""
 
     def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings):
+        self.store, self.recipe, self.settings = store, recipe, settings
+
+    @cached_property
+    def fetcher(self) -> Fetcher:
+        """Opened at the first shard, where a UserError of this machine's environment is still one line."""
         from pipeline.data.fetch import Fetcher
 
-        self.store, self.recipe = store, recipe
-        self.fetcher = Fetcher(
-            threads=settings.threads,
-            timeout_s=settings.timeout_s,
-            retries=settings.retries,
-            host_map=settings.hosts,
-            allow=settings.allow,
-            max_bytes=recipe.max_bytes,
-        )
+        return Fetcher(self.settings, self.recipe.max_bytes)
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         refs = read_table(self.store, task.inputs["source"].blobs["refs"]).to_pylist()

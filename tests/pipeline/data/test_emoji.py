@@ -22,6 +22,7 @@ from pipeline.data.emoji import BACKGROUNDS, SUBSETS, EmojiRow, draw, emoji_rows
 from pipeline.data.emoji_server import serving
 from pipeline.data.fetch import Fetcher
 from pipeline.errors import UserError
+from pipeline.settings import PairsSettings
 
 PINNED_LISTS = {
     "nano": "f002bd7c920f3f5e",
@@ -202,8 +203,8 @@ print("torch" in sys.modules, "ray" in sys.modules)
 def test_the_server_draws_what_the_fetch_asks_for() -> None:
     rows = emoji_rows("nano")[:12]
     with serving() as address:
-        settings = {"threads": 4, "timeout_s": 10.0, "retries": 0, "max_bytes": 1_000_000}
-        fetcher = Fetcher(host_map={emoji.HOST: address}, allow=[], **settings)  # type: ignore[arg-type]
+        settings = PairsSettings(threads=4, timeout_s=10.0, retries=0, hosts={emoji.HOST: address})
+        fetcher = Fetcher(settings, max_bytes=1_000_000)
         fetched = list(fetcher.fetch([*(row.url for row in rows), f"http://{emoji.HOST}/256/twemoji/white/0.png"]))
         assert [f.data for f in fetched[:-1]] == [draw(path(row)) for row in rows]
         assert fetched[-1].reason == "http_4xx"

@@ -22,6 +22,7 @@ from pipeline.data.fetch import Fetched, Fetcher
 from pipeline.data.opener import is_public
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
+from pipeline.settings import PairsSettings
 
 MAX_BYTES = 200_000
 
@@ -72,6 +73,8 @@ class Site(BaseHTTPRequestHandler):
             self.reply(200, b"")
         elif name == "noai":
             self.reply(200, BODY, **{"X-Robots-Tag": "noindex, noai"})
+        elif name == "html":
+            self.reply(200, BODY, **{"Content-Type": "Text/HTML; charset=utf-8"})
         elif name == "other-bot":
             self.reply(200, BODY, **{"X-Robots-Tag": "someone-else: noai"})
         elif name.startswith("number/"):
@@ -116,8 +119,8 @@ def site() -> Iterator[str]:
 
 
 def fetcher(**changes: object) -> Fetcher:
-    settings = {"threads": 4, "timeout_s": 5.0, "retries": 0, "host_map": {}, "allow": ["127.0.0.1"]}
-    return Fetcher(**{**settings, "max_bytes": MAX_BYTES, **changes})  # type: ignore[arg-type]
+    settings = {"threads": 4, "timeout_s": 5.0, "retries": 0, "allow": ("127.0.0.1",)}
+    return Fetcher(PairsSettings(**{**settings, **changes}), MAX_BYTES)  # type: ignore[arg-type]
 
 
 def one(reference: str, **changes: object) -> Fetched:
@@ -130,7 +133,7 @@ def one(reference: str, **changes: object) -> Fetched:
     ("path", "reason"),
     [
         ("/status/404", "http_4xx"),
-        ("/status/429", "http_4xx"),
+        ("/status/429", "rate_limited"),
         ("/status/500", "http_5xx"),
         ("/empty", "zero_bytes"),
         ("/short", "truncated"),
@@ -142,13 +145,14 @@ def one(reference: str, **changes: object) -> Fetched:
         ("/to/ftp%3A%2F%2Fexample.org%2Fa.png", "forbidden_address"),
         ("/to/http%3A%2F%2F169.254.169.254%2Flatest", "forbidden_address"),
         ("/to/http%3A%2F%2F[%3A%3Affff%3A10.0.0.1]%2F", "forbidden_address"),
+        ("/html", "not_an_image"),
         ("/to/http%3A%2F%2F0x7f.1%3A1%2F", "forbidden_address"),  # an old spelling of 127.0.0.1; see the allow list
     ],
 )
 def test_a_failure_has_its_reason(site: str, path: str, reason: str) -> None:
     # By name, so that redirects to other spellings of loopback are not covered by the allow list.
     port = site.rpartition(":")[2]
-    assert one(f"http://site.test{path}", host_map={"site.test": f"127.0.0.1:{port}"}, allow=[]).reason == reason
+    assert one(f"http://site.test{path}", hosts={"site.test": f"127.0.0.1:{port}"}, allow=()).reason == reason
 
 
 @pytest.mark.parametrize("path", ["/a.png", "/largest", "/hops/5", "/other-bot", "/with space/é.png?q=a%20b"])
@@ -175,8 +179,8 @@ def test_addresses_that_are_not_public_are_refused_before_a_connection(site: str
     before = Site.hits.total()
     port = site.rpartition(":")[2]
     for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "2130706433", "0.0.0.0"):
-        assert one(f"http://{host}:{port}/", allow=[]).reason == "forbidden_address", host
-    assert one(f"{site}/", allow=["10.0.0.0/8", "example.org"]).reason == "forbidden_address"
+        assert one(f"http://{host}:{port}/", allow=()).reason == "forbidden_address", host
+    assert one(f"{site}/", allow=("10.0.0.0/8", "example.org")).reason == "forbidden_address"
     assert Site.hits.total() == before
 
 
@@ -184,19 +188,19 @@ def test_a_redirect_to_loopback_is_refused(site: str) -> None:
     port = site.rpartition(":")[2]
     before = Site.hits["/inside"]
     reference = f"http://site.test/to/{site.replace('/', '%2F')}%2Finside"
-    assert one(reference, host_map={"site.test": f"127.0.0.1:{port}"}, allow=[]).reason == "forbidden_address"
+    assert one(reference, hosts={"site.test": f"127.0.0.1:{port}"}, allow=()).reason == "forbidden_address"
     assert Site.hits["/inside"] == before
 
 
 @pytest.mark.parametrize("allow", ["127.0.0.1", "127.0.0.0/8", "LOCALHOST"])
 def test_the_allow_list_takes_addresses_networks_and_names(site: str, allow: str) -> None:
     host = "localhost" if allow == "LOCALHOST" else "127.0.0.1"
-    assert one(f"http://{host}:{site.rpartition(':')[2]}/a.png", allow=[allow]).data == BODY
+    assert one(f"http://{host}:{site.rpartition(':')[2]}/a.png", allow=(allow,)).data == BODY
 
 
 def test_a_mapped_host_is_reached_at_its_address(site: str) -> None:
     address = site.removeprefix("http://")
-    assert one("http://Pictures.test/a.png", host_map={"pictures.test": address}, allow=[]).data == BODY
+    assert one("http://Pictures.test/a.png", hosts={"pictures.test": address}, allow=()).data == BODY
 
 
 def test_the_name_is_resolved_once(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +218,7 @@ def test_the_name_is_resolved_once(site: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(socket, "create_connection", connect)
-    assert one("http://rebinding.test/", allow=[]).reason == "unreachable"
+    assert one("http://rebinding.test/", allow=()).reason == "unreachable"
     assert connected == ["93.184.216.34"]
 
 
@@ -238,13 +242,13 @@ def test_https_checks_the_certificate_and_keeps_the_deadline(tmp_path: Path, mon
     with local_server(context) as address:
         hosts = dict.fromkeys(("secure.test", "other.test"), address)
         opener._tls_context.cache_clear()
-        assert one("https://secure.test/a.png", host_map=hosts).reason == "unreachable"  # nobody vouches for it
+        assert one("https://secure.test/a.png", hosts=hosts).reason == "unreachable"  # nobody vouches for it
         opener._tls_context.cache_clear()
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        assert one("https://secure.test/a.png", host_map=hosts).data == BODY
-        assert one("https://secure.test/hops/3", host_map=hosts).data == BODY
-        assert one("https://other.test/a.png", host_map=hosts).reason == "unreachable"
-        assert one("https://secure.test/drip", host_map=hosts, timeout_s=0.5).reason == "timeout"
+        assert one("https://secure.test/a.png", hosts=hosts).data == BODY
+        assert one("https://secure.test/hops/3", hosts=hosts).data == BODY
+        assert one("https://other.test/a.png", hosts=hosts).reason == "unreachable"
+        assert one("https://secure.test/drip", hosts=hosts, timeout_s=0.5).reason == "timeout"
     opener._tls_context.cache_clear()
 
 
@@ -317,7 +321,9 @@ def test_files_are_read_within_the_same_budget(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "reference",
     ["", "a.png", "s3://bucket/a.png", "ftp://example.org/a.png", "data:image/png;base64,AA", "http://", "http://[::1",
-     "http://a:port/", "http:///a.png", "file://host/a.png", "/nul\0.png", "http://" + "a" * 64 + ".test/"],
+     "http://a:port/", "http:///a.png", "file://host/a.png", "/nul\0.png", "http://" + "a" * 64 + ".test/",
+     "http://user@127.0.0.1/", "http://user:secret@a.test/", "http://ex%61mple.org/", "http://a.test\\@b.test/",
+     "http://[fe80::1%25lo]/", "http://a..b/", "http://./"],
 )  # fmt: skip
 def test_other_references_are_not_supported(reference: str) -> None:
     assert one(reference).reason == "unsupported_reference"
@@ -325,9 +331,9 @@ def test_other_references_are_not_supported(reference: str) -> None:
 
 def test_settings_that_cannot_be_read_are_a_users_mistake() -> None:
     with pytest.raises(UserError, match=r"emoji\.test"):
-        fetcher(host_map={"emoji.test": "localhost"})
+        fetcher(hosts={"emoji.test": "localhost"})
     with pytest.raises(UserError, match=r"10\.0\.0\.0/99"):
-        fetcher(allow=["10.0.0.0/99"])
+        fetcher(allow=("10.0.0.0/99",))
 
 
 @pytest.mark.parametrize(
