@@ -15,10 +15,13 @@ from pipeline.ledger import Ledger, total
 from pipeline.records import create_record, put_blob, read_blob, read_record
 from pipeline.store import Store
 
+NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
+
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of an artefact. ``counts`` are sums that later stages need without opening a blob."""
+    """One shard of an artefact. Blobs called ``note.`` are beside the result, such as times: made again, a shard may
+    have others. ``counts`` are sums that later stages need without opening a blob."""
 
     number: int
     key: str
@@ -101,7 +104,7 @@ def read_table(store: Store, blob: str, columns: list[str] | None = None) -> Any
 def write_shard_table(store: Store, shards: Iterable[Shard]) -> tuple[str, Ledger]:
     """Store the list of an artefact's shards, ordered by number; return its blob and the sum of its ledgers."""
     rows = sorted(shards, key=lambda s: s.number)
-    blob_names = sorted({name for s in rows for name in s.blobs})
+    blob_names = sorted({name for s in rows for name in s.blobs if not name.startswith(NOTE)})
     count_names = sorted({name for s in rows for name in s.counts})
     import pyarrow as pa
 

@@ -22,7 +22,7 @@ REASONS = {
     "timeout": "the server did not deliver in time",
     "unreachable": "no connection to the server, or its name does not resolve",
     "forbidden_address": "the host or a redirect leads to an address that is not public",
-    "opted_out": "the server's X-Robots-Tag asks for no use in machine learning",
+    "opted_out": "the site's robots.txt or X-Robots-Tag asks to leave it alone",
     "too_large": "more bytes than the budget",
     # decode
     "zero_bytes": "an empty body",

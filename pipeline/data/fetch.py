@@ -19,14 +19,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipeline.data.opener import Guard, Refused, ThreadOpener, normal_url, opening_with
+from pipeline.data.opener import (
+    Evidence,
+    Guard,
+    Refused,
+    ThreadOpener,
+    failures_as_reasons,
+    normal_url,
+    opening_with,
+)
 from pipeline.data.politeness import Hosts, backoff
-from pipeline.data.visit import Access, Visit, private_headers, user_agent
+from pipeline.data.robots import ROBOTS_BYTES, Robots
+from pipeline.data.visit import Access, Visit, origin_of, private_headers, user_agent
 from pipeline.ledger import REASONS
 from pipeline.settings import PairsSettings
 
@@ -35,16 +44,14 @@ if TYPE_CHECKING:
 
 TRANSIENT = frozenset({"timeout", "unreachable", "http_5xx", "rate_limited"})  # worth another try
 
-_USER_AGENT_TOKEN = "unclip-ray"
-_OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex"})  # img2dataset's default
-
 
 @dataclass(frozen=True)
 class Fetched:
-    """The bytes behind a reference, or the reason why there are none."""
+    """The bytes behind a reference, or the reason why there are none; of an opt-out the evidence, too."""
 
     data: bytes | None
     reason: str | None
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,9 @@ class Fetcher:
     """Fetches http(s) URLs and local files (file:// or an absolute path), each of at most ``max_bytes``.
 
     The time limit is for a whole picture, with redirects, retries and pauses; name resolution has the system's own, and
-    waiting for other requests to the host does not count. Another try comes after a timeout, a failed connection, a 429
-    or a 5xx status. Proxies of the environment are not used. Raises UserError for settings that cannot be read.
+    waiting for other requests to the host or for its robots.txt does not count. Another try comes after a timeout, a
+    failed connection, a 429 or a 5xx status. Every site's robots.txt and X-Robots-Tag headers are obeyed. Proxies of
+    the environment are not used. Raises UserError for settings that cannot be read.
     """
 
     def __init__(self, settings: PairsSettings, max_bytes: int):
@@ -70,6 +78,7 @@ class Fetcher:
         private = private_headers(settings.headers, os.environ)
         guard, hosts = Guard(settings.hosts, settings.allow), Hosts(settings.per_host)
         self._access = Access(guard, hosts, user_agent(settings.contact), private)
+        self._robots = Robots(self._read_robots)
         _img2dataset()  # before the first deadline is set
 
     def fetch(self, references: Sequence[str]) -> Iterator[Fetched]:
@@ -102,14 +111,34 @@ class Fetcher:
         return Fetched(None, "unsupported_reference")
 
     def _download(self, url: str) -> Fetched:
-        with closing(Visit(self._access, self._settings.timeout_s, self._max_bytes)) as visit:
-            for attempt in range(self._settings.retries + 1):
-                fetched = _download_once(url, visit, self._settings.timeout_s)
-                pause = backoff(attempt)
-                again = fetched.reason in TRANSIENT or fetched.reason == "truncated"  # here: the transfer broke off
-                if not again or attempt == self._settings.retries or time.monotonic() + pause > visit.deadline:
-                    break
-                time.sleep(pause)
+        with closing(Visit(self._access, self._settings.timeout_s, self._max_bytes, self._check)) as visit:
+            fetched = self._tries(visit, lambda: _download_once(url, visit, self._settings.timeout_s))
+            return replace(fetched, evidence=visit.evidence)
+
+    def _check(self, url: str) -> None:
+        """Raise Refused for a URL that must not be asked for."""
+        if found := self._robots.forbidding(origin_of(url), url):
+            raise Refused("opted_out", Evidence(*found))
+
+    def _read_robots(self, url: str) -> bytes | str:
+        with closing(Visit(self._access, self._settings.timeout_s, ROBOTS_BYTES, check=None)) as visit:
+            fetched = self._tries(visit, lambda: _robots_once(url, visit))
+            return fetched.reason or fetched.data or b""
+
+    def _tries(self, visit: Visit, once: Callable[[], Fetched]) -> Fetched:
+        """Call ``once`` until it succeeds, fails for good, or tries or time are used up."""
+        for attempt in range(self._settings.retries + 1):
+            fetched = once()
+            pause = backoff(attempt)
+            again = fetched.reason in TRANSIENT or fetched.reason == "truncated"  # here: the transfer broke off
+            if (
+                visit.barred
+                or not again
+                or attempt == self._settings.retries
+                or time.monotonic() + pause > visit.deadline
+            ):
+                break
+            time.sleep(pause)
         return fetched
 
 
@@ -207,11 +236,20 @@ def _resizer(image_size: int, encode_format: str, encode_quality: int) -> Callab
 def _download_once(url: str, visit: Visit, timeout_s: float) -> Fetched:
     _, downloader = _img2dataset()
     with opening_with(visit):
-        _, stream, error = downloader.download_image((0, url), timeout_s, _USER_AGENT_TOKEN, _OPT_OUTS)
+        # It hands on no more than an error's text; that of our own is the reason. Its user agent and its reading of
+        # X-Robots-Tag are not used: the visit has its own, which know every form of the header.
+        _, stream, error = downloader.download_image((0, url), timeout_s, None, None)
     if stream is not None:
         return _checked(stream.getvalue())
-    # img2dataset hands on no more than an error's text. That of our opener's errors is the reason.
-    return Fetched(None, "opted_out" if "X-Robots-Tag" in error else error if error in REASONS else "unreachable")
+    return Fetched(None, error if error in REASONS else "unreachable")
+
+
+def _robots_once(url: str, visit: Visit) -> Fetched:
+    try:
+        with failures_as_reasons(), visit.open(urllib.request.Request(url)) as response:
+            return Fetched(response.read(ROBOTS_BYTES), None)
+    except Refused as refusal:
+        return Fetched(None, str(refusal))
 
 
 def _checked(data: bytes) -> Fetched:

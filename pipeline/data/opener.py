@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -29,8 +30,20 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _thread = threading.local()
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What asked us to leave a reference alone, and when it was seen, in seconds since the epoch."""
+
+    text: str
+    seen: float
+
+
 class Refused(Exception):
     """A reference that yields no bytes. Its text is the reason, for img2dataset turns exceptions into text."""
+
+    def __init__(self, reason: str, evidence: Evidence | None = None):
+        super().__init__(reason)
+        self.evidence = evidence
 
 
 class Guard:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from pipeline.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.artifacts import NOTE, Artifact, ShardRow, read_shard, read_shards, read_table, write_table
 from pipeline.data.index import index_counts, index_table
 from pipeline.data.source import row_key
 from pipeline.graph import Context, shard_key
@@ -27,8 +27,10 @@ from pipeline.store import Store
 
 if TYPE_CHECKING:
     from pipeline.data.fetch import Fetcher
+    from pipeline.data.opener import Evidence
 
 VERSION = 2
+OPT_OUTS = f"{NOTE}opt_outs"
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,22 @@ class Packer:
                 _reject(row, ref["reject"])
         for i in in_place:
             self._use_in_place(rows[i], refs[i])
+        opted_out: list[tuple[dict[str, Any], Evidence]] = []
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             answers = self.fetcher.fetch([refs[i]["url"] for i in fetched])
             for i, answer in zip(fetched, answers, strict=True):
                 if answer.data is None:
                     _reject(rows[i], answer.reason)
+                    if answer.evidence is not None:
+                        opted_out.append((rows[i], answer.evidence))
                 else:
                     self._pack(tar, rows[i], refs[i], answer.data)
         blobs = {"index": write_table(index_table(rows))}
         if fetched:
             blobs["images"] = out.getvalue()
+        if opted_out:
+            blobs[OPT_OUTS] = _opt_out_table(opted_out)
         ledger = Ledger.count(None if row["status"] == "kept" else row["reason"] for row in rows)
         return ShardOutput(ledger, blobs, index_counts(rows))
 
@@ -164,6 +171,27 @@ def tar_place(reference: str) -> dict[str, Any] | None:
 
 def _reject(row: dict[str, Any], reason: str | None) -> None:
     row |= {"status": "rejected", "reason": reason}
+
+
+def _opt_out_table(opted_out: Sequence[tuple[Mapping[str, Any], Evidence]]) -> bytes:
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {name: pa.array([row[name] for row, _ in opted_out]) for name in ("key", "url", "reason")}
+    columns["evidence"] = pa.array([evidence.text for _, evidence in opted_out])
+    seen = [round(1000 * evidence.seen) for _, evidence in opted_out]
+    columns["seen"] = pa.array(seen, pa.timestamp("ms", "UTC"))
+    return write_table(columns)
+
+
+def read_opt_outs(store: Store, shards: Iterable[ShardRow]) -> Iterator[dict[str, Any]]:
+    """Every opted-out row of these shards of pairs: key, url, reason, evidence, and ``seen``, a datetime.
+
+    The evidence stands in the record of each shard, not in the artefact's table, because of its times.
+    """
+    for row in shards:
+        shard = read_shard(store, "pairs", row.key)
+        if shard is not None and OPT_OUTS in shard.blobs:
+            yield from read_table(store, shard.blobs[OPT_OUTS]).to_pylist()
 
 
 def run_pairs(ctx: Context) -> Artifact:

@@ -6,14 +6,15 @@ import http.client
 import re
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from pipeline.data.opener import Guard, Refused, failures_as_reasons, guarded_opener, normal_url
+from pipeline.data.opener import Evidence, Guard, Refused, failures_as_reasons, guarded_opener, normal_url
 from pipeline.data.politeness import Hosts, retry_after
+from pipeline.data.robots import opting_out
 from pipeline.errors import UserError
 
 MAX_REDIRECTS = 5
@@ -42,18 +43,32 @@ class Access:
 class Visit:
     """To be used as a thread's opener (see opener.opening_with), and closed.
 
-    ``timeout_s``: for all hops and tries together; waiting for a turn does not count. ``max_bytes``: of a body.
-    ``picture``: refuse bodies that say they are something else.
+    ``timeout_s``: for all hops and tries together; waiting for a turn, and what ``check`` takes, does not count.
+    ``max_bytes``: of a body. ``check`` is called with every URL before it is asked for and may raise Refused; None for
+    robots.txt itself, which may be of any type and is nobody's to opt out of. ``evidence``: why it was opted out.
+    ``barred``: the last URL was refused before it was asked for, so another try is no use.
     """
 
-    def __init__(self, access: Access, timeout_s: float, max_bytes: int, picture: bool = True):
+    def __init__(self, access: Access, timeout_s: float, max_bytes: int, check: Callable[[str], None] | None):
         self.deadline = time.monotonic() + timeout_s
-        self._access, self._max_bytes, self._picture = access, max_bytes, picture
+        self.evidence: Evidence | None = None
+        self.barred = False
+        self._access, self._max_bytes, self._check = access, max_bytes, check
         self._turn = ExitStack()
 
     def open(self, request: urllib.request.Request, data: Any = None, timeout: Any = None) -> http.client.HTTPResponse:
         """The answer behind at most five redirects, its body not yet read. Raises Refused."""
-        url = normal_url(request.full_url)
+        try:
+            return self._follow(normal_url(request.full_url))
+        except Refused as refusal:
+            self.evidence = refusal.evidence
+            raise
+
+    def close(self) -> None:
+        """Give the turn back."""
+        self._turn.close()
+
+    def _follow(self, url: str) -> http.client.HTTPResponse:
         for _ in range(MAX_REDIRECTS + 1):
             with failures_as_reasons():
                 response = self._ask(url)
@@ -68,20 +83,20 @@ class Visit:
             url = target
         raise Refused("unreachable")
 
-    def close(self) -> None:
-        """Give the turn back."""
-        self._turn.close()
-
     def _ask(self, url: str) -> http.client.HTTPResponse:
         host, origin = host_of(url), origin_of(url)
         self._turn.close()
+        self.barred = True
         began = time.monotonic()
+        if self._check is not None:
+            self._check(url)
         self._turn.enter_context(self._access.hosts.turn(host))
         self.deadline += time.monotonic() - began
         pause = self._access.hosts.held(host)
         if time.monotonic() + pause > self.deadline:
             raise Refused("rate_limited" if pause else "timeout")
         time.sleep(pause)
+        self.barred = False
         headers = {"User-Agent": self._access.agent, **self._access.headers.get(origin, {})}
         opener = guarded_opener(self._access.guard, self.deadline, self._max_bytes)
         return opener.open(urllib.request.Request(url, headers=headers))
@@ -91,13 +106,15 @@ class Visit:
         status, headers = response.status, response.headers
         if status in (429, 503) and (seconds := retry_after(headers["Retry-After"], time.time())):
             self._access.hosts.hold(host_of(url), seconds)
+        if self._check is not None and status < 400 and (tag := opting_out(headers.get_all("X-Robots-Tag", []))):
+            raise Refused("opted_out", Evidence(f"X-Robots-Tag: {tag[:500]} at {url}", time.time()))
         if status in _REDIRECTS and (location := headers["Location"]):
             return _target(url, location)
         if status == 429:
             raise Refused("rate_limited")
         if not 200 <= status < 300:
             raise Refused({4: "http_4xx", 5: "http_5xx"}.get(status // 100, "unreachable"))
-        if self._picture and (headers["Content-Type"] or "").strip().lower().startswith(_OTHER_MEDIA):
+        if self._check is not None and (headers["Content-Type"] or "").strip().lower().startswith(_OTHER_MEDIA):
             raise Refused("not_an_image")
         return None
 

@@ -38,6 +38,8 @@ class Site(BaseHTTPRequestHandler):
     broken_off_once = threading.Event()
 
     def do_GET(self) -> None:
+        if self.path == "/robots.txt":  # see test_robots.py
+            return self.reply(404, b"")
         Site.hits[self.path] += 1
         Site.agents.add(self.headers["User-Agent"])
         name = self.path.lstrip("/").partition("?")[0]
@@ -82,6 +84,7 @@ class Site(BaseHTTPRequestHandler):
             self.reply(200, name.encode())
         else:
             self.reply(200, BODY)
+        return None
 
     def reply(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
