@@ -23,6 +23,7 @@ REASONS = {
     "unreachable": "no connection to the server, or its name does not resolve",
     "forbidden_address": "the host or a redirect leads to an address that is not public",
     "opted_out": "the site's robots.txt or X-Robots-Tag asks to leave it alone",
+    "denied": "on a deny list of the configuration",
     "too_large": "more bytes than the budget",
     # decode
     "zero_bytes": "an empty body",

@@ -24,6 +24,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pipeline.data.deny import NOTHING_DENIED, DenyLists
 from pipeline.data.opener import (
     Evidence,
     Guard,
@@ -73,8 +74,8 @@ class Fetcher:
     the environment are not used. Raises UserError for settings that cannot be read.
     """
 
-    def __init__(self, settings: PairsSettings, max_bytes: int):
-        self._settings, self._max_bytes = settings, max_bytes
+    def __init__(self, settings: PairsSettings, max_bytes: int, deny: DenyLists = NOTHING_DENIED):
+        self._settings, self._max_bytes, self._deny = settings, max_bytes, deny
         private = private_headers(settings.headers, os.environ)
         guard, hosts = Guard(settings.hosts, settings.allow), Hosts(settings.per_host)
         self._access = Access(guard, hosts, user_agent(settings.contact), private)
@@ -117,11 +118,18 @@ class Fetcher:
 
     def _check(self, url: str) -> None:
         """Raise Refused for a URL that must not be asked for."""
+        self._check_denied(url)
         if found := self._robots.forbidding(origin_of(url), url):
             raise Refused("opted_out", Evidence(*found))
 
+    def _check_denied(self, url: str) -> None:
+        if entry := self._deny.url(url):
+            raise Refused("denied", Evidence(entry, time.time()))
+
     def _read_robots(self, url: str) -> bytes | str:
-        with closing(Visit(self._access, self._settings.timeout_s, ROBOTS_BYTES, check=None)) as visit:
+        with closing(
+            Visit(self._access, self._settings.timeout_s, ROBOTS_BYTES, self._check_denied, picture=False)
+        ) as visit:
             fetched = self._tries(visit, lambda: _robots_once(url, visit))
             return fetched.reason or fetched.data or b""
 

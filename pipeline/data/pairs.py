@@ -9,40 +9,47 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from pipeline.artifacts import NOTE, Artifact, ShardRow, read_shard, read_shards, read_table, write_table
+from pipeline.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.data.deny import DenyLists, read_deny_lists, store_deny_lists
 from pipeline.data.index import index_counts, index_table
+from pipeline.data.opener import Evidence
+from pipeline.data.opt_outs import OPT_OUTS, opt_out_table
 from pipeline.data.source import row_key
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
+from pipeline.parse import TextFile
 from pipeline.settings import PairsSettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 
 if TYPE_CHECKING:
     from pipeline.data.fetch import Fetcher
-    from pipeline.data.opener import Evidence
 
 VERSION = 2
-OPT_OUTS = f"{NOTE}opt_outs"
 
 
 @dataclass(frozen=True)
 class PairsRecipe:
     """How pictures are stored. ``image_size``: a larger picture is shrunk until its short side is this; a smaller one
-    stays. Budgets are per picture, in bytes as fetched and in pixels as the header says."""
+    stays. Budgets are per picture, in bytes as fetched and in pixels as the header says. What a deny list names is
+    neither fetched nor kept."""
 
     image_size: int = 1024
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
     encode_quality: int = 95
     max_bytes: int = 32 << 20
     max_pixels: int = 64_000_000
+    deny_hosts: TextFile | None = None
+    deny_urls: TextFile | None = None
+    deny_sha256: TextFile | None = None
 
     def __post_init__(self) -> None:
         if self.image_size < 64:
@@ -50,6 +57,10 @@ class PairsRecipe:
         limit = 9 if self.encode_format == "png" else 100
         if not 0 <= self.encode_quality <= limit:
             raise ValueError(f"encode_quality: {self.encode_quality} is outside 0..{limit} for {self.encode_format}")
+
+    @property
+    def deny_lists(self) -> tuple[TextFile | None, TextFile | None, TextFile | None]:
+        return self.deny_hosts, self.deny_urls, self.deny_sha256
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,15 @@ class Packer:
         self.store, self.recipe, self.settings = store, recipe, settings
 
     @cached_property
+    def deny(self) -> DenyLists:
+        return read_deny_lists(self.store, *self.recipe.deny_lists)
+
+    @cached_property
     def fetcher(self) -> Fetcher:
         """Opened at the first shard, where a UserError of this machine's environment is still one line."""
         from pipeline.data.fetch import Fetcher
 
-        return Fetcher(self.settings, self.recipe.max_bytes)
+        return Fetcher(self.settings, self.recipe.max_bytes, self.deny)
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         refs = read_table(self.store, task.inputs["source"].blobs["refs"]).to_pylist()
@@ -84,37 +99,37 @@ class Packer:
             | {k: ref[k] for k in ("url", "split", "license", "attribution")}
             for i, ref in enumerate(refs)
         ]
-        in_place = [i for i, ref in enumerate(refs) if not ref["reject"] and ref["url"].startswith("tar://")]
-        fetched = [i for i, ref in enumerate(refs) if not ref["reject"] and not ref["url"].startswith("tar://")]
         for row, ref in zip(rows, refs, strict=True):
             if ref["reject"]:
                 _reject(row, ref["reject"])
+            else:
+                self._reject_denied(row, ref["sha256"])  # known by the list's own hash: not even asked for
+        wanted = [i for i, row in enumerate(rows) if row["status"] == "kept"]
+        in_place = [i for i in wanted if refs[i]["url"].startswith("tar://")]
+        fetched = [i for i in wanted if not refs[i]["url"].startswith("tar://")]
         for i in in_place:
             self._use_in_place(rows[i], refs[i])
-        opted_out: list[tuple[dict[str, Any], Evidence]] = []
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             answers = self.fetcher.fetch([refs[i]["url"] for i in fetched])
             for i, answer in zip(fetched, answers, strict=True):
                 if answer.data is None:
-                    _reject(rows[i], answer.reason)
-                    if answer.evidence is not None:
-                        opted_out.append((rows[i], answer.evidence))
+                    _reject(rows[i], answer.reason, answer.evidence)
                 else:
                     self._pack(tar, rows[i], refs[i], answer.data)
         blobs = {"index": write_table(index_table(rows))}
         if fetched:
             blobs["images"] = out.getvalue()
-        if opted_out:
-            blobs[OPT_OUTS] = _opt_out_table(opted_out)
+        if opted_out := [row for row in rows if row.get("evidence")]:
+            blobs[OPT_OUTS] = opt_out_table(opted_out)
         ledger = Ledger.count(None if row["status"] == "kept" else row["reason"] for row in rows)
         return ShardOutput(ledger, blobs, index_counts(rows))
 
     def _pack(self, tar: tarfile.TarFile, row: dict[str, Any], ref: Mapping[str, Any], data: bytes) -> None:
         from pipeline.data.fetch import resize
 
-        if ref["sha256"] and hashlib.sha256(data).hexdigest() != ref["sha256"].lower():
-            return _reject(row, "hash_mismatch")
+        if self._reject_hash(row, ref, hashlib.sha256(data).hexdigest()):
+            return None
         r = self.recipe
         picture = resize(data, r.image_size, r.max_pixels, r.encode_format, r.encode_quality)
         if isinstance(picture, str):
@@ -148,13 +163,25 @@ class Packer:
         except (OSError, ValueError, OverflowError):  # no such place in it, or a NUL in the path
             return _reject(row, "missing_file")
         sha256 = hashlib.sha256(data).hexdigest()
-        if ref["sha256"] and sha256 != ref["sha256"].lower():
-            return _reject(row, "hash_mismatch")
+        if self._reject_hash(row, ref, sha256):
+            return None
         found = inspect(data, self.recipe.max_pixels)
         if isinstance(found, str):
             return _reject(row, found)
         row |= {**place, "sha256": sha256, "width": found[0], "height": found[1]}
         return None
+
+    def _reject_hash(self, row: dict[str, Any], ref: Mapping[str, Any], sha256: str) -> bool:
+        """Reject bytes that are not those of the list, or that are denied; say whether they were."""
+        if ref["sha256"] and sha256 != ref["sha256"].lower():
+            _reject(row, "hash_mismatch")
+        else:
+            self._reject_denied(row, sha256)
+        return row["status"] != "kept"
+
+    def _reject_denied(self, row: dict[str, Any], sha256: str) -> None:
+        if entry := self.deny.hash(sha256):
+            _reject(row, "denied", Evidence(entry, time.time()))
 
 
 def tar_place(reference: str) -> dict[str, Any] | None:
@@ -169,29 +196,8 @@ def tar_place(reference: str) -> dict[str, Any] | None:
     return {"tar": path, "offset": offset, "size": size} if path and offset >= 0 and size >= 0 else None
 
 
-def _reject(row: dict[str, Any], reason: str | None) -> None:
-    row |= {"status": "rejected", "reason": reason}
-
-
-def _opt_out_table(opted_out: Sequence[tuple[Mapping[str, Any], Evidence]]) -> bytes:
-    import pyarrow as pa
-
-    columns: dict[str, Any] = {name: pa.array([row[name] for row, _ in opted_out]) for name in ("key", "url", "reason")}
-    columns["evidence"] = pa.array([evidence.text for _, evidence in opted_out])
-    seen = [round(1000 * evidence.seen) for _, evidence in opted_out]
-    columns["seen"] = pa.array(seen, pa.timestamp("ms", "UTC"))
-    return write_table(columns)
-
-
-def read_opt_outs(store: Store, shards: Iterable[ShardRow]) -> Iterator[dict[str, Any]]:
-    """Every opted-out row of these shards of pairs: key, url, reason, evidence, and ``seen``, a datetime.
-
-    The evidence stands in the record of each shard, not in the artefact's table, because of its times.
-    """
-    for row in shards:
-        shard = read_shard(store, "pairs", row.key)
-        if shard is not None and OPT_OUTS in shard.blobs:
-            yield from read_table(store, shard.blobs[OPT_OUTS]).to_pylist()
+def _reject(row: dict[str, Any], reason: str | None, evidence: Evidence | None = None) -> None:
+    row |= {"status": "rejected", "reason": reason, "evidence": evidence}
 
 
 def run_pairs(ctx: Context) -> Artifact:
@@ -200,6 +206,8 @@ def run_pairs(ctx: Context) -> Artifact:
         ShardTask(shard.number, shard_key(ctx, {"source": shard.key}), {"source": shard})
         for shard in read_shards(ctx.store, ctx.inputs["source"])
     ]
+    store_deny_lists(ctx.store, ctx.recipe.deny_lists)
+    read_deny_lists(ctx.store, *ctx.recipe.deny_lists)  # a mistake in one is found before anything is asked for
     with ExitStack() as stack:
         settings = ctx.settings
         if any(path.startswith("emoji:") for path in ctx.config.source.paths) and "emoji.test" not in settings.hosts:

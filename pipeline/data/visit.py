@@ -44,16 +44,18 @@ class Visit:
     """To be used as a thread's opener (see opener.opening_with), and closed.
 
     ``timeout_s``: for all hops and tries together; waiting for a turn, and what ``check`` takes, does not count.
-    ``max_bytes``: of a body. ``check`` is called with every URL before it is asked for and may raise Refused; None for
-    robots.txt itself, which may be of any type and is nobody's to opt out of. ``evidence``: why it was opted out.
-    ``barred``: the last URL was refused before it was asked for, so another try is no use.
+    ``max_bytes``: of a body. ``check`` is called with every URL before it is asked for and may raise Refused.
+    ``picture``: False for robots.txt, which may be of any type and has no X-Robots-Tag. ``evidence``: why a URL was
+    refused. ``barred``: the last one was refused before it was asked for, so another try is no use.
     """
 
-    def __init__(self, access: Access, timeout_s: float, max_bytes: int, check: Callable[[str], None] | None):
+    def __init__(
+        self, access: Access, timeout_s: float, max_bytes: int, check: Callable[[str], None], picture: bool = True
+    ):
         self.deadline = time.monotonic() + timeout_s
         self.evidence: Evidence | None = None
         self.barred = False
-        self._access, self._max_bytes, self._check = access, max_bytes, check
+        self._access, self._max_bytes, self._check, self._picture = access, max_bytes, check, picture
         self._turn = ExitStack()
 
     def open(self, request: urllib.request.Request, data: Any = None, timeout: Any = None) -> http.client.HTTPResponse:
@@ -88,8 +90,7 @@ class Visit:
         self._turn.close()
         self.barred = True
         began = time.monotonic()
-        if self._check is not None:
-            self._check(url)
+        self._check(url)
         self._turn.enter_context(self._access.hosts.turn(host))
         self.deadline += time.monotonic() - began
         pause = self._access.hosts.held(host)
@@ -106,7 +107,7 @@ class Visit:
         status, headers = response.status, response.headers
         if status in (429, 503) and (seconds := retry_after(headers["Retry-After"], time.time())):
             self._access.hosts.hold(host_of(url), seconds)
-        if self._check is not None and status < 400 and (tag := opting_out(headers.get_all("X-Robots-Tag", []))):
+        if self._picture and status < 400 and (tag := opting_out(headers.get_all("X-Robots-Tag", []))):
             raise Refused("opted_out", Evidence(f"X-Robots-Tag: {tag[:500]} at {url}", time.time()))
         if status in _REDIRECTS and (location := headers["Location"]):
             return _target(url, location)
@@ -114,7 +115,7 @@ class Visit:
             raise Refused("rate_limited")
         if not 200 <= status < 300:
             raise Refused({4: "http_4xx", 5: "http_5xx"}.get(status // 100, "unreachable"))
-        if self._check is not None and (headers["Content-Type"] or "").strip().lower().startswith(_OTHER_MEDIA):
+        if self._picture and (headers["Content-Type"] or "").strip().lower().startswith(_OTHER_MEDIA):
             raise Refused("not_an_image")
         return None
 

@@ -80,6 +80,7 @@ ROWS = [  # url, caption, split, sha256, and how pairs must end the row
     (f"{HOST}/big.png", "too many bytes", "", "", "too_large"),
     (f"{HOST}/hashed.png", "as the list says", "validation", hashlib.sha256(picture(24)).hexdigest(), None),
     (f"{HOST}/large.webp", "not as the list says", "", "0" * 64, "hash_mismatch"),
+    ("http://www.denied.test/a.png", "not for us", "", "", "denied"),
 ]  # fmt: skip
 
 
@@ -98,6 +99,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     folder = tmp_path_factory.mktemp("pairs")
     pages = dict(PAGES)
+    (folder / "denied.txt").write_text("denied.test\n")
     with serving(pages) as address:
         pages["/loop"] = Page(status=302, headers={"Location": f"http://{address}/1.png"})
         source = write_list(folder / "list.csv", [row[:4] for row in ROWS])
@@ -105,7 +107,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         benches = []
         for name, workers in (("first", 0), ("again", 0), ("worker", 1)):
             settings = {"timeout_s": 1.5, "retries": 0, "threads": 8, "hosts": hosts, "workers": workers}
-            recipe = {"max_bytes": MAX_BYTES, "image_size": 1024}
+            recipe = {"max_bytes": MAX_BYTES, "image_size": 1024, "deny_hosts": str(folder / "denied.txt")}
             benches.append(Bench(folder / name, [source], pairs=recipe, run={"pairs": settings}))
             benches[-1].make("source", "pairs")
     ray.shutdown()

@@ -16,7 +16,7 @@ from pipeline.artifacts import read_shards
 from pipeline.config import make_config
 from pipeline.data.fetch import Fetcher
 from pipeline.data.opener import Refused
-from pipeline.data.pairs import read_opt_outs
+from pipeline.data.opt_outs import read_opt_outs
 from pipeline.data.robots import ROBOTS_BYTES, Robots, decide, opting_out, parse_robots
 from pipeline.data.visit import private_headers
 from pipeline.settings import PairsSettings
