@@ -32,6 +32,7 @@ REASONS = {
     "truncated": "the image ends early",
     "hash_mismatch": "other bytes than the list's hash says",
     "decode_error": "the image cannot be decoded",
+    "decoder_crashed": "decoding the image killed the decoder's process, twice",
     # curation
     "too_small": "the short side is below the minimum",
     "bad_aspect": "longer than the maximum aspect ratio",

@@ -1,4 +1,4 @@
-"""From an image reference to the bytes that are kept: img2dataset's download, resize and keys, within limits.
+"""From an image reference to bytes: img2dataset's download, within limits.
 
 img2dataset fetches with urllib. Here it does so through visits (pipeline.data.visit) that connect to public addresses
 only, are polite, and stop at a deadline and a byte budget. Its tar writer is not used: its shards are not
@@ -9,8 +9,6 @@ img2dataset is imported on first use: it takes 3 s, and a plan needs none of it.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import stat
 import time
@@ -21,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.data.deny import NOTHING_DENIED, DenyLists
@@ -40,9 +38,6 @@ from pipeline.data.visit import Access, Visit, origin_of, private_headers, user_
 from pipeline.ledger import REASONS
 from pipeline.settings import PairsSettings
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 TRANSIENT = frozenset({"timeout", "unreachable", "http_5xx", "rate_limited"})  # worth another try
 
 
@@ -53,16 +48,6 @@ class Fetched:
     data: bytes | None
     reason: str | None
     evidence: Evidence | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An encoded picture with its width and height in pixels; ``extension`` is jpg, png or webp."""
-
-    data: bytes
-    width: int
-    height: int
-    extension: str
 
 
 class Fetcher:
@@ -80,7 +65,7 @@ class Fetcher:
         guard, hosts = Guard(settings.hosts, settings.allow), Hosts(settings.per_host)
         self._access = Access(guard, hosts, user_agent(settings.contact), private)
         self._robots = Robots(self._read_robots)
-        _img2dataset()  # before the first deadline is set
+        _downloader()  # before the first deadline is set
 
     def fetch(self, references: Sequence[str]) -> Iterator[Fetched]:
         """Yield one result a reference, in order; at most twice as many bodies as threads are in memory."""
@@ -150,103 +135,24 @@ class Fetcher:
         return fetched
 
 
-def resize(data: bytes, image_size: int, max_pixels: int, encode_format: str, encode_quality: int) -> Picture | str:
-    """Normalise a picture and bring its short side down to ``image_size`` pixels; return it, or a reason.
-
-    Takes PNG, JPEG and WebP by their first bytes (of an animation the first frame; no GIF). The header's pixel count is
-    checked before anything is decoded. Pictures are turned upright (EXIF), converted to sRGB, put on white where they
-    are transparent, and stored as three channels; area interpolation, never enlarged. Equal input gives equal bytes.
-    ``encode_format``: jpg, png or webp; ``encode_quality``: 0 to 100, for png the compression 0 to 9.
-    """
-    upright = _decode(data, max_pixels)
-    if isinstance(upright, str):
-        return upright
-    pixels = io.BytesIO()
-    upright.save(pixels, "PPM")  # the resizer reads a file; this one is exact and the fastest
-    stored, width, height, *_, failure = _resizer(image_size, encode_format, encode_quality)(pixels)
-    return Picture(stored, width, height, encode_format) if failure is None else "decode_error"
-
-
-def inspect(data: bytes, max_pixels: int) -> tuple[int, int] | str:
-    """Width and height, upright, of a picture that ``resize`` would take, or the reason why it would not."""
-    upright = _decode(data, max_pixels)
-    return upright if isinstance(upright, str) else upright.size
-
-
-def _decode(data: bytes, max_pixels: int) -> Image | str:
-    from PIL import Image
-
-    if not data:
-        return "zero_bytes"
-    if not (data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")):
-        return "not_an_image"
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.width * image.height > max_pixels:
-                return "too_many_pixels"
-            image.load()
-            return _upright_rgb(image)
-    except Image.DecompressionBombError:
-        return "too_many_pixels"
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        cut = "truncated" in str(error) or (data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data))
-        return "truncated" if cut else "decode_error"
-
-
-def _upright_rgb(image: Image) -> Image:
-    from PIL import Image, ImageCms, ImageOps
-
-    profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16-bit grey at 255
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode not in ("L", "CMYK"):
-        image = image.convert("RGB")
-    if profile:
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile, or one for another kind of image
-            embedded, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-            image = ImageCms.profileToProfile(image, embedded, srgb, outputMode="RGB") or image
-    return image.convert("RGB")
-
-
 # --- img2dataset ------------------------------------------------------------------------------------------------------
 
 
 @cache
-def _img2dataset() -> tuple[Any, Any]:
-    """Its resizer and downloader modules; the downloader's requests go through the calling thread's opener."""
+def _downloader() -> Any:
+    """img2dataset's downloader; its requests go through the calling thread's opener."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations asks a package index for news otherwise
-    from img2dataset import downloader, resizer
+    from img2dataset import downloader
 
-    # The resizer would point file descriptors 1 and 2 of the whole process elsewhere for each picture, which threads
-    # undo in the wrong order and which loses what others log. Broken files, that make decoders talk, never get there.
-    resizer.SuppressStdoutStderr = contextlib.nullcontext
     urllib.request.install_opener(ThreadOpener())  # type: ignore[arg-type]
-    return resizer, downloader
-
-
-@cache
-def _resizer(image_size: int, encode_format: str, encode_quality: int) -> Callable[..., tuple[Any, ...]]:
-    module, _ = _img2dataset()
-    return module.Resizer(
-        image_size,
-        resize_mode="keep_ratio",
-        resize_only_if_bigger=True,
-        downscale_interpolation="area",
-        encode_format=encode_format,
-        encode_quality=encode_quality,
-    )
+    return downloader
 
 
 def _download_once(url: str, visit: Visit, timeout_s: float) -> Fetched:
-    _, downloader = _img2dataset()
     with opening_with(visit):
         # It hands on no more than an error's text; that of our own is the reason. Its user agent and its reading of
         # X-Robots-Tag are not used: the visit has its own, which know every form of the header.
-        _, stream, error = downloader.download_image((0, url), timeout_s, None, None)
+        _, stream, error = _downloader().download_image((0, url), timeout_s, None, None)
     if stream is not None:
         return _checked(stream.getvalue())
     return Fetched(None, error if error in REASONS else "unreachable")

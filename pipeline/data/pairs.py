@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from pipeline.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.data.decoder import shared_decoder
 from pipeline.data.deny import DenyLists, read_deny_lists, store_deny_lists
 from pipeline.data.index import index_counts, index_table
 from pipeline.data.opener import Evidence
@@ -80,6 +81,8 @@ class Packer:
 
     def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings):
         self.store, self.recipe, self.settings = store, recipe, settings
+        self.decoder = shared_decoder()
+        self.decoder.start()  # it has much to import, and so has the fetch
 
     @cached_property
     def deny(self) -> DenyLists:
@@ -126,12 +129,10 @@ class Packer:
         return ShardOutput(ledger, blobs, index_counts(rows))
 
     def _pack(self, tar: tarfile.TarFile, row: dict[str, Any], ref: Mapping[str, Any], data: bytes) -> None:
-        from pipeline.data.fetch import resize
-
         if self._reject_hash(row, ref, hashlib.sha256(data).hexdigest()):
             return None
         r = self.recipe
-        picture = resize(data, r.image_size, r.max_pixels, r.encode_format, r.encode_quality)
+        picture = self.decoder.resize(data, r.image_size, r.max_pixels, r.encode_format, r.encode_quality)
         if isinstance(picture, str):
             return _reject(row, picture)
         member = tarfile.TarInfo(f"{row['key']}.{picture.extension}")
@@ -149,8 +150,6 @@ class Packer:
 
     def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any]) -> None:
         """Index a member of an existing tar where it lies, after decoding it once."""
-        from pipeline.data.fetch import inspect
-
         place = tar_place(ref["url"])
         if place is None:
             return _reject(row, "unsupported_reference")
@@ -165,7 +164,7 @@ class Packer:
         sha256 = hashlib.sha256(data).hexdigest()
         if self._reject_hash(row, ref, sha256):
             return None
-        found = inspect(data, self.recipe.max_pixels)
+        found = self.decoder.inspect(data, self.recipe.max_pixels)
         if isinstance(found, str):
             return _reject(row, found)
         row |= {**place, "sha256": sha256, "width": found[0], "height": found[1]}

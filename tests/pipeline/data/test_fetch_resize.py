@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pipeline.data.fetch import Picture, inspect, resize
+from pipeline.data.picture import Picture, inspect, resize
 from pipeline.data.source import row_key
 
 

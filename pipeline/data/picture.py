@@ -1,0 +1,107 @@
+"""From fetched bytes to the picture that is kept: checked, upright, sRGB, resized by img2dataset's resizer.
+
+The pipeline calls this in a process of its own (pipeline.data.decoder). img2dataset is imported on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture with its width and height in pixels; ``extension`` is jpg, png or webp."""
+
+    data: bytes
+    width: int
+    height: int
+    extension: str
+
+
+def resize(data: bytes, image_size: int, max_pixels: int, encode_format: str, encode_quality: int) -> Picture | str:
+    """Normalise a picture and bring its short side down to ``image_size`` pixels; return it, or a reason.
+
+    Takes PNG, JPEG and WebP by their first bytes (of an animation the first frame; no GIF). The header's pixel count is
+    checked before anything is decoded. Pictures are turned upright (EXIF), converted to sRGB, put on white where they
+    are transparent, and stored as three channels; area interpolation, never enlarged. Equal input gives equal bytes.
+    ``encode_format``: jpg, png or webp; ``encode_quality``: 0 to 100, for png the compression 0 to 9.
+    """
+    upright = _decode(data, max_pixels)
+    if isinstance(upright, str):
+        return upright
+    pixels = io.BytesIO()
+    upright.save(pixels, "PPM")  # the resizer reads a file; this one is exact and the fastest
+    stored, width, height, *_, failure = _resizer(image_size, encode_format, encode_quality)(pixels)
+    return Picture(stored, width, height, encode_format) if failure is None else "decode_error"
+
+
+def inspect(data: bytes, max_pixels: int) -> tuple[int, int] | str:
+    """Width and height, upright, of a picture that ``resize`` would take, or the reason why it would not."""
+    upright = _decode(data, max_pixels)
+    return upright if isinstance(upright, str) else upright.size
+
+
+def _decode(data: bytes, max_pixels: int) -> Image | str:
+    from PIL import Image
+
+    if not data:
+        return "zero_bytes"
+    if not (data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")):
+        return "not_an_image"
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > max_pixels:
+                return "too_many_pixels"
+            image.load()
+            return _upright_rgb(image)
+    except Image.DecompressionBombError:
+        return "too_many_pixels"
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        cut = "truncated" in str(error) or (data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data))
+        return "truncated" if cut else "decode_error"
+
+
+def _upright_rgb(image: Image) -> Image:
+    from PIL import Image, ImageCms, ImageOps
+
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16-bit grey at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile, or one for another kind of image
+            embedded, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, embedded, srgb, outputMode="RGB") or image
+    return image.convert("RGB")
+
+
+@cache
+def _resizer(image_size: int, encode_format: str, encode_quality: int) -> Callable[..., tuple[Any, ...]]:
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations asks a package index for news otherwise
+    from img2dataset import resizer
+
+    # The resizer would point file descriptors 1 and 2 of the whole process elsewhere for each picture, which threads
+    # undo in the wrong order and which loses what others log. Broken files, that make decoders talk, never get there.
+    resizer.SuppressStdoutStderr = contextlib.nullcontext
+    return resizer.Resizer(
+        image_size,
+        resize_mode="keep_ratio",
+        resize_only_if_bigger=True,
+        downscale_interpolation="area",
+        encode_format=encode_format,
+        encode_quality=encode_quality,
+    )

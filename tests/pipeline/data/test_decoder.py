@@ -1,0 +1,147 @@
+"""Pictures that kill their decoder: real processes that die by real signals."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import pairs
+from pipeline.data.decoder import COMMAND, Decoder
+from pipeline.data.picture import Picture, inspect, resize
+from pipeline.errors import UserError
+from tests.pipeline.data.bench import Bench, picture, write_list
+
+LIMITS = (64, 1_000_000, "jpg", 90)
+
+# A child as the real one, but for pictures that hold a word: those do to it what a broken decoder would.
+WRAPPED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.data import decoder
+
+SIGNALS = {b"SEGFAULT": signal.SIGSEGV, b"OUT-OF-MEMORY": signal.SIGKILL, b"ABORT": signal.SIGABRT}
+
+def hurt(function):
+    def hurting(data, *arguments):
+        for word in (word for word in SIGNALS if word in data):
+            os.kill(os.getpid(), SIGNALS[word])
+        if b"EXIT" in data:
+            os._exit(0)
+        if b"ONCE" in data and not Path(sys.argv[1]).exists():
+            Path(sys.argv[1]).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if b"CHATTER" in data:
+            os.write(1, b"a library that talks\\n" * 10_000)
+        return function(data, *arguments)
+    return hurting
+
+decoder.resize, decoder.inspect = hurt(decoder.resize), hurt(decoder.inspect)
+decoder.IDLE_S = int(sys.argv[2])
+decoder.main()
+"""
+
+
+def wrapped(folder: Path, idle_s: int = 60) -> Decoder:
+    return Decoder((sys.executable, "-c", WRAPPED, str(folder / "once"), str(idle_s)))
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
+    with closing(wrapped(tmp_path_factory.mktemp("decoder"))) as decoder:
+        yield decoder
+
+
+def with_word(word: str) -> bytes:
+    """A sound PNG with a word after its end, which decoders do not read."""
+    return picture(1) + word.encode()
+
+
+@pytest.mark.parametrize("word", ["SEGFAULT", "OUT-OF-MEMORY", "ABORT", "EXIT"])
+def test_a_picture_that_kills_its_decoder_costs_itself(decoder: Decoder, word: str) -> None:
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+    assert decoder.inspect(with_word(word), 1_000_000) == "decoder_crashed"
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+
+
+def test_one_that_was_killed_once_has_another_try(decoder: Decoder) -> None:
+    assert decoder.inspect(with_word("ONCE"), 1_000_000) == (80, 72)
+    assert decoder.resize(with_word("SEGFAULT"), *LIMITS) == "decoder_crashed"
+
+
+def test_answers_are_those_of_the_functions_whatever_is_printed(decoder: Decoder) -> None:
+    whole = picture(3, 300, 200)
+    for data in (whole, whole[:-300], b"", b"<html>", picture(4, kind="WEBP"), with_word("CHATTER"), bytes(3_000_000)):
+        for arguments in (LIMITS, (64, 10, "png", 3)):
+            assert decoder.resize(data, *arguments) == resize(data, *arguments)
+        assert decoder.inspect(data, 1_000_000) == inspect(data, 1_000_000)
+    assert isinstance(decoder.resize(whole, *LIMITS), Picture)
+
+
+def test_an_idle_child_ends_and_the_next_picture_starts_another(tmp_path: Path) -> None:
+    with closing(wrapped(tmp_path, idle_s=1)) as decoder:
+        first = decoder.inspect(picture(1), 1_000_000)
+        assert decoder._process is not None
+        decoder._process.wait(30)
+        assert decoder.inspect(picture(1), 1_000_000) == first == (80, 72)
+
+
+def test_a_decoder_that_cannot_start_is_said_and_rejects_nothing() -> None:
+    decoder = Decoder((sys.executable, "-c", "raise SystemExit(3)"))
+    with pytest.raises(UserError, match=r"run python -m pipeline\.data\.decoder to see why"):
+        decoder.inspect(picture(1), 1_000_000)
+
+
+def test_the_child_ends_with_its_parent() -> None:
+    code = """
+    import time
+    from pipeline.data.decoder import Decoder
+    decoder = Decoder()
+    decoder.inspect(b"x", 1)
+    print(decoder._process.pid, flush=True)
+    time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():  # not a zombie
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.05)
+
+
+def test_a_shard_with_such_pictures_is_made_and_every_row_counted(
+    tmp_path: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = [picture(0), with_word("SEGFAULT"), picture(2), with_word("OUT-OF-MEMORY"), picture(4)]
+    for i, body in enumerate(bodies):
+        (tmp_path / f"{i}.png").write_bytes(body)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, body in enumerate(bodies[:2]):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
+    source = write_list(tmp_path / "list.csv", [(f"file://{tmp_path}/{i}.png", "a picture") for i in range(5)])
+    monkeypatch.setattr(pairs, "shared_decoder", lambda: decoder)
+    bench = Bench(tmp_path / "store", [source, str(tmp_path / "a.tar")])
+    bench.make("source", "pairs")
+    crashed = "decoder_crashed"
+    assert [row["reason"] for row in bench.rows("pairs")] == [None, crashed, None, crashed, None, None, crashed]
+    ledger = bench.made["pairs"].ledger
+    assert (ledger.kept, ledger.rejected) == (4, {crashed: 3})
+
+
+def test_the_pipelines_own_child_is_the_real_one() -> None:
+    assert (sys.executable, "-m", "pipeline.data.decoder") == COMMAND
+    assert os.access(COMMAND[0], os.X_OK)
+    with closing(Decoder()) as decoder:
+        assert decoder.resize(picture(5), *LIMITS) == resize(picture(5), *LIMITS)
