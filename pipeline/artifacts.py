@@ -98,7 +98,8 @@ def read_table(store: Store, blob: str, columns: list[str] | None = None) -> Any
     """A Parquet blob as a pyarrow Table."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(io.BytesIO(read_blob(store, blob)), columns=columns)
+    # Without threads: on a busy machine they are still being started when a short command ends, and abort it.
+    return pq.read_table(io.BytesIO(read_blob(store, blob)), columns=columns, use_threads=False)
 
 
 def write_shard_table(store: Store, shards: Iterable[Shard]) -> tuple[str, Ledger]:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.graph import Graph, Verdict, flatten, trajectory
+from pipeline.artifacts import Artifact, load_artifact
+from pipeline.graph import Context, Graph, Verdict, flatten, trajectory
 from pipeline.records import create_record, read_record
 from pipeline.store import Store
 from pipeline.training.recipes import TrainingRecipe
@@ -39,3 +40,17 @@ def last_run(store: Store, project: str) -> dict[str, Any]:
     newest = max((entry.path for entry in store.list(f"runs/{project}/")), default=None)
     record = read_record(store, newest) if newest else None
     return record["stages"] if record else {}
+
+
+def last_made(ctx: Context, inputs: Sequence[str]) -> dict[str, Artifact] | None:
+    """The artefact of the context's stage, and those of some inputs of it, of the newest run of its project that asked
+    for the same version and recipe and whose artefacts are there."""
+    asked = {"version": ctx.version, "recipe": flatten(ctx.recipe)}
+    for path in sorted((entry.path for entry in ctx.store.list(f"runs/{ctx.config.project}/")), reverse=True):
+        record = read_record(ctx.store, path)
+        stages = record["stages"] if record else {}
+        if stages.get(ctx.stage, {}).items() >= asked.items():
+            found = {name: load_artifact(ctx.store, name, stages[name]["key"]) for name in (ctx.stage, *inputs)}
+            if all(found.values()):
+                return {name: artifact for name, artifact in found.items() if artifact is not None}
+    return None

@@ -7,15 +7,19 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.data.journal import read_journal
 from pipeline.errors import CorruptObject
+from pipeline.graph import SOURCES
 from pipeline.leases import is_held
 from pipeline.records import blob_path, digest, read_record
 from pipeline.store import Store
+
+THREADS = 16  # records are small, and each is a request
 
 
 @dataclass
@@ -112,9 +116,13 @@ def _mark_artifact(store: Store, artifact: Artifact, live: Live) -> None:
     if artifact.shard_table is not None:
         live.paths.add(blob_path(artifact.shard_table))
         try:
-            for shard in read_shards(store, artifact):
-                live.paths.add(shard_path(artifact.stage, shard.key))
-                live.paths.update(map(blob_path, shard.blobs.values()))
+            shards = read_shards(store, artifact)
+            live.paths.update(blob_path(blob) for shard in shards for blob in shard.blobs.values())
+            if artifact.stage not in SOURCES:  # whose shards have no records
+                records = [shard_path(artifact.stage, shard.key) for shard in shards]
+                live.paths.update(records)
+                with ThreadPoolExecutor(THREADS) as pool:  # they name notes too, which the table does not
+                    list(pool.map(lambda path: mark_blobs(store, path, live), records))
         except CorruptObject:  # the next run makes it again
             pass
 

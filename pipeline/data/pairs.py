@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from pipeline.artifacts import Artifact, read_shards, read_table, write_table
-from pipeline.data.decoder import shared_decoder
+from pipeline.data.decoding import shared_decoder
 from pipeline.data.deny import DenyLists, read_deny_lists, store_deny_lists
+from pipeline.data.earlier import Known, earlier_shards, take_over
 from pipeline.data.index import index_counts, index_table
 from pipeline.data.opener import Evidence
 from pipeline.data.opt_outs import OPT_OUTS, opt_out_table
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pipeline.data.fetch import Fetcher
 
 VERSION = 2
+TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "tar", "offset", "size")  # of an earlier index
 
 
 @dataclass(frozen=True)
@@ -108,20 +110,30 @@ class Packer:
             else:
                 self._reject_denied(row, ref["sha256"])  # known by the list's own hash: not even asked for
         wanted = [i for i, row in enumerate(rows) if row["status"] == "kept"]
+        known: dict[int, Known] = {}
+        if earlier := task.inputs.get("earlier pairs"):
+            known = take_over(self.store, refs, task.inputs["earlier source"], earlier)
         in_place = [i for i in wanted if refs[i]["url"].startswith("tar://")]
-        fetched = [i for i in wanted if not refs[i]["url"].startswith("tar://")]
         for i in in_place:
-            self._use_in_place(rows[i], refs[i])
+            if i in known:
+                rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER}
+            else:
+                self._use_in_place(rows[i], refs[i])
+        own = [i for i in wanted if not refs[i]["url"].startswith("tar://")]
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            answers = self.fetcher.fetch([refs[i]["url"] for i in fetched])
-            for i, answer in zip(fetched, answers, strict=True):
+            answers = self.fetcher.fetch([refs[i]["url"] for i in own if i not in known])
+            for i in own:
+                if i in known:
+                    self._take_over(tar, rows[i], known[i])
+                    continue
+                answer = next(answers)
                 if answer.data is None:
                     _reject(rows[i], answer.reason, answer.evidence)
                 else:
                     self._pack(tar, rows[i], refs[i], answer.data)
         blobs = {"index": write_table(index_table(rows))}
-        if fetched:
+        if own:
             blobs["images"] = out.getvalue()
         if opted_out := [row for row in rows if row.get("evidence")]:
             blobs[OPT_OUTS] = opt_out_table(opted_out)
@@ -135,18 +147,25 @@ class Packer:
         picture = self.decoder.resize(data, r.image_size, r.max_pixels, r.encode_format, r.encode_quality)
         if isinstance(picture, str):
             return _reject(row, picture)
-        member = tarfile.TarInfo(f"{row['key']}.{picture.extension}")
-        member.size = len(picture.data)
-        assert isinstance(tar.fileobj, io.BytesIO)
-        row["offset"] = tar.fileobj.tell() + tarfile.BLOCKSIZE
-        tar.addfile(member, io.BytesIO(picture.data))
         row |= {
             "width": picture.width,
             "height": picture.height,
-            "size": member.size,
+            "size": len(picture.data),
             "sha256": hashlib.sha256(picture.data).hexdigest(),
         }
-        return None
+        return self._add(tar, row, picture.data)
+
+    def _take_over(self, tar: tarfile.TarFile, row: dict[str, Any], known: Known) -> None:
+        row |= {k: known.row[k] for k in TAKEN_OVER} | {"evidence": known.evidence}
+        if known.picture is not None:
+            self._add(tar, row, known.picture)
+
+    def _add(self, tar: tarfile.TarFile, row: dict[str, Any], picture: bytes) -> None:
+        member = tarfile.TarInfo(f"{row['key']}.{self.recipe.encode_format}")
+        member.size = len(picture)
+        assert isinstance(tar.fileobj, io.BytesIO)
+        row["offset"] = tar.fileobj.tell() + tarfile.BLOCKSIZE
+        tar.addfile(member, io.BytesIO(picture))
 
     def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any]) -> None:
         """Index a member of an existing tar where it lies, after decoding it once."""
@@ -201,8 +220,11 @@ def _reject(row: dict[str, Any], reason: str | None, evidence: Evidence | None =
 
 def run_pairs(ctx: Context) -> Artifact:
     """Fetch and pack every source shard. The emoji set is served from this machine while the stage runs."""
+    earlier = earlier_shards(ctx)
     tasks = [
-        ShardTask(shard.number, shard_key(ctx, {"source": shard.key}), {"source": shard})
+        ShardTask(
+            shard.number, shard_key(ctx, {"source": shard.key}), {"source": shard, **earlier.get(shard.number, {})}
+        )
         for shard in read_shards(ctx.store, ctx.inputs["source"])
     ]
     store_deny_lists(ctx.store, ctx.recipe.deny_lists)

@@ -1,6 +1,6 @@
 """From fetched bytes to the picture that is kept: checked, upright, sRGB, resized by img2dataset's resizer.
 
-The pipeline calls this in a process of its own (pipeline.data.decoder). img2dataset is imported on first use.
+The pipeline calls this in a process of its own (pipeline.data.decoding). img2dataset is imported on first use.
 """
 
 from __future__ import annotations

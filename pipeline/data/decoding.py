@@ -25,7 +25,7 @@ from pipeline.data.picture import Picture, inspect, resize
 from pipeline.errors import UserError
 
 IDLE_S = 60  # after which a child ends; the next request starts another
-COMMAND = (sys.executable, "-m", "pipeline.data.decoder")
+COMMAND = (sys.executable, "-m", "pipeline.data.decoding")
 _READY = {"ready": True}
 
 
@@ -94,7 +94,7 @@ class Decoder:
                 self._ready = _receive(self._process.stdout)[0] == _READY
             except (OSError, EOFError):
                 self.close()
-                raise UserError("the decoder did not start; run python -m pipeline.data.decoder to see why") from None
+                raise UserError("the decoder did not start; run python -m pipeline.data.decoding to see why") from None
 
 
 @cache

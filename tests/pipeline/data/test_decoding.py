@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import pairs
-from pipeline.data.decoder import COMMAND, Decoder
+from pipeline.data.decoding import COMMAND, Decoder
 from pipeline.data.picture import Picture, inspect, resize
 from pipeline.errors import UserError
 from tests.pipeline.data.bench import Bench, picture, write_list
@@ -103,7 +103,7 @@ def test_a_decoder_that_cannot_start_is_said_and_rejects_nothing() -> None:
 def test_the_child_ends_with_its_parent() -> None:
     code = """
     import time
-    from pipeline.data.decoder import Decoder
+    from pipeline.data.decoding import Decoder
     decoder = Decoder()
     decoder.inspect(b"x", 1)
     print(decoder._process.pid, flush=True)
@@ -141,7 +141,7 @@ def test_a_shard_with_such_pictures_is_made_and_every_row_counted(
 
 
 def test_the_pipelines_own_child_is_the_real_one() -> None:
-    assert (sys.executable, "-m", "pipeline.data.decoder") == COMMAND
+    assert (sys.executable, "-m", "pipeline.data.decoding") == COMMAND
     assert os.access(COMMAND[0], os.X_OK)
     with closing(Decoder()) as decoder:
         assert decoder.resize(picture(5), *LIMITS) == resize(picture(5), *LIMITS)
