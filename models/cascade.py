@@ -136,14 +136,16 @@ class UnCLIP:
             raise ValueError(f"got {len(captions)} captions and {len(seeds)} seeds: give one seed for each caption")
         sampling = change_sampling(self.sampling, options)
         tokens = self._tokens(captions)
-        embedding = self.draw_embedding(tokens, seeds, sampling, progress)
+        embedding = self.draw_embedding(tokens, self._text(captions), seeds, sampling, progress)
         return self.decode(embedding, tokens, seeds, sampling, progress)
 
     def draw_embedding(
-        self, tokens: Tensor, seeds: Sequence[int], sampling: SamplingConfig, progress: Progress = ignore
+        self, tokens: Tensor, text: Tensor, seeds: Sequence[int], sampling: SamplingConfig, progress: Progress = ignore
     ) -> Tensor:
-        """Algorithm 2: the best of several image embeddings for tokens [b, 77], unit norm, fp32 [b, d]."""
-        text = self.clip.encode_text(tokens)
+        """Algorithm 2: the best of several image embeddings a caption, unit norm, fp32 [b, d].
+
+        ``tokens`` [b, 77] and ``text``, CLIP's embeddings [b, d], are of the same captions.
+        """
         repeats = sampling.candidates
         streams = [(derive_seed(seed, "prior", i), 1) for i in range(repeats) for seed in seeds]
         draw = Draw(streams, text.device)
@@ -309,7 +311,8 @@ class UnCLIP:
         The paper goes up to 0.25 to 0.5. x_T stays, and captions are left out. Raises ValueError where both captions
         mean the same.
         """
-        text = self.clip.encode_text(self._tokens([before, after]))
+        check_captions([before, after])
+        text = self._text([before, after])
         towards = text_difference(text[:1], text[1:]).expand(len(shares), -1)
         many = inversion.repeated(len(shares))
         turned = slerp(many.embedding, towards, torch.tensor(list(shares), device=towards.device))
@@ -340,3 +343,7 @@ class UnCLIP:
     def _tokens(self, captions: Sequence[str]) -> Tensor:
         check_captions(captions)
         return tokenize(list(captions)).to(self.clip.mean.device)
+
+    def _text(self, captions: Sequence[str]) -> Tensor:
+        """CLIP's embeddings of captions, fp32 [b, d]."""
+        return self.clip.encode_text(self.clip.tokenize(captions).to(self.clip.mean.device))

@@ -1,7 +1,9 @@
 """CLIP as all other parts use it: views and captions in, unit-norm fp32 embeddings out.
 
 The networks are open_clip's, trained here from a ClipConfig or loaded from anywhere open_clip can. Captions become 77
-tokens of CLIP's own BPE for every model; a CLIP with a shorter context cuts them itself.
+tokens of CLIP's own BPE for every model; a CLIP with a shorter context cuts them itself, and one with another
+tokenizer, such as SigLIP, makes tokens of its own for its text tower alone. Pixels are normalised as each CLIP was
+trained. Its way of resizing does not matter: on a square view, squashing and cropping are the same.
 """
 
 import json
@@ -14,6 +16,7 @@ from typing import Self
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,8 +36,11 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 
 def tokenize(captions: list[str]) -> Tensor:
     """Captions to int64 [b, 77]: start, at most 75 BPE tokens, end, then zeros. Longer captions are cut."""
-    shortened = [" ".join(caption.split())[:CAPTION_CHARACTERS] for caption in captions]
-    return open_clip.tokenize(shortened, context_length=CONTEXT)
+    return open_clip.tokenize(_shortened(captions), context_length=CONTEXT)
+
+
+def _shortened(captions: Sequence[str]) -> list[str]:
+    return [" ".join(caption.split())[:CAPTION_CHARACTERS] for caption in captions]
 
 
 @cache
@@ -60,16 +66,20 @@ def cut_tokens(tokens: Tensor, context: int) -> Tensor:
 
 
 class Clip(nn.Module):
-    """A CLIP with its own normalisation of pixels. ``model_config`` is open_clip's, for saving."""
+    """A CLIP with its own normalisation of pixels. ``model_config`` is open_clip's, for saving.
+
+    ``own_tokenizer``: of a text tower that does not read CLIP's own BPE, else None.
+    """
 
     model: open_clip.CLIP
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: open_clip.CLIP, model_config: dict):
+    def __init__(self, model: open_clip.CLIP, model_config: dict, own_tokenizer: HFTokenizer | None = None):
         super().__init__()
         self.model = model
         self.model_config = model_config
+        self.own_tokenizer = own_tokenizer
         mean, std = model.visual.image_mean, model.visual.image_std
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -90,31 +100,31 @@ class Clip(nn.Module):
     def from_folder(cls, folder: str | Path) -> Self:
         """Load open_clip's local-dir layout: open_clip_config.json and open_clip_model.safetensors.
 
-        Raises FileNotFoundError when a file is missing, ValueError when one is damaged or this CLIP does not use
-        CLIP's own tokenizer.
+        A CLIP with a tokenizer of its own has that tokenizer's files there too. Raises FileNotFoundError when one of
+        the two files is missing, ValueError when a file is damaged or the text tower or its tokenizer cannot be used.
         """
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (Path(folder) / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}: name a CLIP folder in open_clip's local-dir layout")
         try:
             model_config = json.loads((Path(folder) / CONFIG_FILE).read_text())["model_cfg"]
-            check_tokenizer(str(folder), model_config)
+            check_text_tower(str(folder), model_config)
             model = open_clip.create_model(f"local-dir:{folder}")
         except (json.JSONDecodeError, KeyError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder} holds no CLIP that open_clip can load ({error!r}): fetch it again") from error
-        return cls(model, model_config).eval()
+        return cls(model, model_config, _own_tokenizer(f"local-dir:{folder}", model_config)).eval()
 
     @classmethod
     def pretrained(cls, name: str, tag: str) -> Self:
         """Load open_clip's model ``name`` with weights ``tag``, a tag that open_clip knows or a file.
 
         Takes the activation function that the tag was trained with. Raises ValueError on an unknown name or tag, on a
-        download that fails, and when this CLIP does not use CLIP's own tokenizer.
+        download that fails, and when the text tower or its tokenizer cannot be used.
         """
         model_config = open_clip.get_model_config(name)
         if model_config is None:
             raise ValueError(f"open_clip has no model {name!r}: choose one of open_clip.list_models()")
-        check_tokenizer(name, model_config)
+        check_text_tower(name, model_config)
         quick_gelu = (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu", False)
         if quick_gelu:
             model_config["quick_gelu"] = True
@@ -126,7 +136,7 @@ class Clip(nn.Module):
                 f"CLIP {name} with weights {tag!r} could not be loaded ({error}): tags of {name} are {known}; without "
                 "a network name a folder in open_clip's local-dir layout"
             ) from error
-        return cls(model, model_config).eval()
+        return cls(model, model_config, _own_tokenizer(name, model_config)).eval()
 
     def save(self, folder: str | Path) -> None:
         """Write open_clip's local-dir layout into ``folder``, which is made if need be."""
@@ -135,6 +145,8 @@ class Clip(nn.Module):
         document = {"model_cfg": self.model_config, "preprocess_cfg": preprocess}
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
         save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, Path(folder) / WEIGHTS_FILE)
+        if self.own_tokenizer is not None:
+            self.own_tokenizer.save_pretrained(folder)
 
     @property
     def embed_dim(self) -> int:
@@ -149,7 +161,7 @@ class Clip(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """BPE tokens that the text tower reads."""
+        """Tokens that the text tower reads."""
         return self.model_config["text_cfg"].get("context_length", CONTEXT)
 
     @property
@@ -171,17 +183,52 @@ class Clip(nn.Module):
         """Unit-norm embeddings, fp32 [b, d], of pictures in [0, 1], [b, 3, image_size, image_size]."""
         return F.normalize(self.model.encode_image((pixels - self.mean) / self.std).float(), dim=-1)
 
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Captions to what ``encode_text`` takes: BPE tokens int64 [b, 77], or the tower's own [b, context_length].
+
+        Longer captions are cut.
+        """
+        if self.own_tokenizer is None:
+            return tokenize(list(captions))
+        return self.own_tokenizer(_shortened(captions))
+
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Unit-norm embeddings, fp32 [b, d], of BPE tokens int64 [b, 77] from ``tokenize``."""
-        return F.normalize(self.model.encode_text(cut_tokens(tokens, self.context_length)).float(), dim=-1)
+        """Unit-norm embeddings, fp32 [b, d], of tokens from this CLIP's ``tokenize``."""
+        cut = cut_tokens(tokens, self.context_length) if self.own_tokenizer is None else tokens
+        return F.normalize(self.model.encode_text(cut).float(), dim=-1)
 
 
-def check_tokenizer(name: str, model_config: dict) -> None:
-    """Raise ValueError unless this CLIP's text tower reads CLIP's own BPE, which all other models read too."""
+def check_text_tower(name: str, model_config: dict) -> None:
+    """Raise ValueError for a text tower that a folder cannot hold, or that reads other BPE tokens than CLIP's own.
+
+    A tower that is a transformer of Hugging Face's is built from what their hub says, which no folder has.
+    """
     text = model_config["text_cfg"]
-    foreign = text.keys() & {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"}
-    if foreign or text.get("vocab_size", VOCABULARY) != VOCABULARY or text.get("context_length", CONTEXT) > CONTEXT:
-        raise ValueError(f"{name} does not read CLIP's own BPE tokens, at most {CONTEXT} of them: choose another CLIP")
+    if "hf_model_name" in text:
+        raise ValueError(
+            f"{name}: its text tower {text['hf_model_name']} needs the hub to be built: choose another CLIP"
+        )
+    if "hf_tokenizer_name" in text:
+        return
+    odd = "tokenizer_kwargs" in text or text.get("vocab_size", VOCABULARY) != VOCABULARY
+    if odd or text.get("context_length", CONTEXT) > CONTEXT:
+        raise ValueError(
+            f"{name} names no tokenizer and does not read CLIP's own BPE tokens, at most {CONTEXT}: choose another CLIP"
+        )
+
+
+def _own_tokenizer(name: str, model_config: dict) -> HFTokenizer | None:
+    """The tokenizer that a model, or "local-dir:FOLDER", has instead of CLIP's own BPE. Raises ValueError."""
+    if "hf_tokenizer_name" not in model_config["text_cfg"]:
+        return None
+    try:
+        return open_clip.get_tokenizer(name)
+    except ImportError as error:
+        raise ValueError(
+            f"{name} has a tokenizer of its own: pip install 'unclip-ray[siglip]' on every node"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: its tokenizer cannot be loaded ({error}): fetch it again") from error
 
 
 def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw) -> Losses:

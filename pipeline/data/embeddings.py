@@ -88,13 +88,11 @@ class Encoder:
     def _texts(self, texts: Sequence[str]) -> Any:
         import numpy as np
 
-        from models.clip import tokenize
-
         result = np.zeros((len(texts), self.clip.embed_dim), np.float32)
         for start in range(0, len(texts), self.batch):
             block = list(texts[start : start + self.batch])
             padded = block + [""] * (self.batch - len(block))
-            tokens = tokenize(padded).numpy()
+            tokens = self.clip.tokenize(padded).numpy()
             result[start : start + len(block)] = self._encode(self.clip.encode_text, tokens)[: len(block)]
         return result
 

@@ -47,8 +47,8 @@ def draw_pictures(
     pictures = []
     for start in range(0, len(rows), PICTURES):
         part = slice(start, start + PICTURES)
-        tokens = rows.batch["tokens"][part]
-        given = unclip.draw_embedding(tokens, seeds[part], sampling) if embeddings is None else embeddings[part]
+        tokens, text = rows.batch["tokens"][part], rows.batch["text_embedding"][part]
+        given = unclip.draw_embedding(tokens, text, seeds[part], sampling) if embeddings is None else embeddings[part]
         pictures.append(unclip.decode(given, tokens, seeds[part], sampling).image)
         tick(f"{min(start + PICTURES, len(rows))} of {len(rows)} pictures")
     return torch.cat(pictures)

@@ -89,12 +89,12 @@ def draw_samples(unclip: UnCLIP, prior: str, rows: HeldOut, count: int, seed: in
     As the bundle samples, but without keeping the best. ``prior`` is "ar" or "diffusion".
     """
     sampling = replace(unclip.sampling, prior=prior, candidates=1)
-    tokens = rows.batch["tokens"].repeat(count, 1)
+    tokens, text = (rows.batch[name].repeat(count, 1) for name in CAPTION)
     seeds = [derive_seed(seed, prior, i, row) for i in range(count) for row in range(len(rows))]
     parts = []
     for start in range(0, len(seeds), SEQUENCES):
         part = slice(start, start + SEQUENCES)
-        parts.append(unclip.draw_embedding(tokens[part], seeds[part], sampling))
+        parts.append(unclip.draw_embedding(tokens[part], text[part], seeds[part], sampling))
         tick(f"{PRIORS[prior]} {min(start + SEQUENCES, len(seeds)):,} of {len(seeds):,} samples")
     return torch.cat(parts).unflatten(0, (count, len(rows)))
 

@@ -109,7 +109,7 @@ def test_the_candidate_nearest_to_the_text_is_kept(prior: str) -> None:
     text = unclip.clip.encode_text(tokens)
 
     def score(candidates: int) -> torch.Tensor:
-        sampled = unclip.draw_embedding(tokens, [1, 2, 3], dataclasses.replace(sampling, candidates=candidates))
+        sampled = unclip.draw_embedding(tokens, text, [1, 2, 3], dataclasses.replace(sampling, candidates=candidates))
         return (sampled * text).sum(-1)
 
     scores = [score(n) for n in (1, 2, 4)]  # the first candidates stay the same when more are drawn
@@ -120,11 +120,12 @@ def test_the_candidate_nearest_to_the_text_is_kept(prior: str) -> None:
 
 def test_ar_embeddings_are_decoded_codes_of_the_upper_half_of_dot_products() -> None:
     unclip, tokens = make(), tokenize(CAPTIONS)
-    embedding = unclip.draw_embedding(tokens, [1, 2, 3], dataclasses.replace(SAMPLING, prior="ar", candidates=1))
+    text, sampling = unclip.clip.encode_text(tokens), dataclasses.replace(SAMPLING, prior="ar", candidates=1)
+    embedding = unclip.draw_embedding(tokens, text, [1, 2, 3], sampling)
     draw = Draw([(derive_seed(seed, "prior", 0), 1) for seed in (1, 2, 3)])
     dots = unclip.codec.sample_upper_dot(draw)
     assert dots.min() >= 4
-    codes = sample(unclip.ar_prior, tokens, unclip.clip.encode_text(tokens), dots, draw)
+    codes = sample(unclip.ar_prior, tokens, text, dots, draw)
     torch.testing.assert_close(embedding, F.normalize(unclip.codec.decode(codes), dim=-1), rtol=0, atol=1e-6)
 
 

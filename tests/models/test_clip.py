@@ -3,16 +3,20 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models.clip import Clip, augment, clip_loss, cut_tokens, tokenize
 from models.draw import Draw
 from models.prior_configs import ClipConfig
+from models.view import view
 from tests.models.mutations import fails_under
 
 VIT = ClipConfig(
@@ -139,16 +143,113 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
         Clip.from_folder(tmp_path)
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_text_tower_that_a_folder_cannot_hold_is_refused(tmp_path: Path) -> None:
     Clip.build(VIT, seed=0).save(tmp_path)
     path = tmp_path / "open_clip_config.json"
-    document = json.loads(path.read_text())
-    document["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "bert-base-uncased"
-    path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="does not read CLIP's own BPE"):
-        Clip.from_folder(tmp_path)
-    with pytest.raises(ValueError, match="does not read CLIP's own BPE"):
-        Clip.pretrained("ViT-B-16-SigLIP", "webli")
+    saved = json.loads(path.read_text())
+    for change, said in (
+        ({"hf_model_name": "roberta-base"}, "roberta-base needs the hub"),
+        ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "does not read CLIP's own BPE"),
+        ({"vocab_size": 32000}, "does not read CLIP's own BPE"),
+        ({"context_length": 248}, "does not read CLIP's own BPE"),
+    ):
+        text = saved["model_cfg"]["text_cfg"] | change
+        path.write_text(json.dumps({**saved, "model_cfg": saved["model_cfg"] | {"text_cfg": text}}))
+        with pytest.raises(ValueError, match=said):
+            Clip.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="needs the hub"):
+        Clip.pretrained("roberta-ViT-B-32", "laion2b_s12b_b32k")
+
+
+# --- a tokenizer of its own -------------------------------------------------------------------------------------------
+
+SIGLIP = {  # as ViT-B-16-SigLIP, but tiny
+    "embed_dim": 20,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 32, "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "avg",
+        "timm_proj": "linear",
+    },
+    "text_cfg": {
+        "context_length": 8, "vocab_size": 50_000, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
+        "tokenizer_kwargs": {"clean": "canonicalize"}, "width": 16, "heads": 2, "layers": 1, "no_causal_mask": True,
+        "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6},
+    },
+}  # fmt: skip
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class AutoTokenizer:
+    """What open_clip asks of transformers' class of that name: a token a letter, from a file in the model's folder."""
+
+    def __init__(self, letters: str):
+        self.letters = letters
+
+    @classmethod
+    def from_pretrained(cls, name: Path, cache_dir: str | None = None) -> "AutoTokenizer":
+        return cls((name / "tokenizer.json").read_text())
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text(self.letters)
+
+    def __call__(
+        self, texts: list[str], return_tensors: str, max_length: int, padding: str, truncation: bool
+    ) -> SimpleNamespace:
+        assert (return_tensors, padding, truncation) == ("pt", "max_length", True)
+        rows = [[self.letters.find(letter) + 2 for letter in text][:max_length] for text in texts]
+        return SimpleNamespace(input_ids=torch.tensor([row + [1] * (max_length - len(row)) for row in rows]))
+
+
+@pytest.fixture
+def siglip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as open_clip's hub has one for a SigLIP, with random weights."""
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoTokenizer=AutoTokenizer))
+    folder = tmp_path / "siglip"
+    folder.mkdir()
+    preprocess = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    document = {"model_cfg": SIGLIP, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    (folder / "tokenizer.json").write_text(LETTERS)
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder}")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@fails_under(
+    (Clip.encode_pixels, "- self.mean", "- 0.45"),
+    (Clip.encode_text, "self.own_tokenizer is None", "True"),
+    (Clip.tokenize, "self.own_tokenizer(_shortened(captions))", "self.own_tokenizer(_shortened(captions[::-1]))"),
+)
+def test_a_siglip_reads_its_own_tokens_and_squashes_as_we_crop(siglip: Path, tmp_path: Path) -> None:
+    """Against open_clip's transform and tokenizer; again after it was saved elsewhere, as the clip stage does."""
+    clip = Clip.from_folder(siglip)
+    clip.save(tmp_path / "saved")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{siglip}")
+    captions = ["A cat!", "a  much longer caption", ""]
+    pictures = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in views(size=48)]
+    squashed = torch.stack([preprocess(picture) for picture in pictures])
+    ours = torch.from_numpy(np.stack([view(picture, 32) for picture in pictures]))
+    tokens = open_clip.get_tokenizer(f"local-dir:{siglip}")(captions)
+    assert tokens[0].tolist() == [2, -1 + 2, 4, 2, 21, 1, 1, 1]
+    model.eval()
+    for one in (clip, Clip.from_folder(tmp_path / "saved")):
+        torch.testing.assert_close(
+            one.encode_image(ours.permute(0, 3, 1, 2)), model.encode_image(squashed, normalize=True), rtol=0, atol=1e-6
+        )
+        text = one.encode_text(one.tokenize(captions))
+        torch.testing.assert_close(text, model.encode_text(tokens, normalize=True), rtol=0, atol=1e-6)
+        assert (one.embed_dim, one.image_size, one.context_length) == (20, 32, 8)
+
+
+def test_an_own_tokenizer_that_is_not_there_is_one_line(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (siglip / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded"):
+        Clip.from_folder(siglip)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"pip install 'unclip-ray\[siglip\]'"):
+        Clip.from_folder(siglip)
 
 
 def test_named_weights(tmp_path: Path) -> None:

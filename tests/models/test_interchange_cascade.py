@@ -111,7 +111,8 @@ def test_it_samples_as_karlo_does_unless_told_otherwise(unclip: UnCLIP, folder: 
 def test_the_prior_in_the_cascade_is_karlos(unclip: UnCLIP, folder: Path) -> None:
     """Against the imported prior and a sampler by hand, and diffusers' own post-processing."""
     tokens = tokenize(CAPTIONS)
-    embedding = unclip.draw_embedding(tokens, SEEDS, dataclasses.replace(unclip.sampling, prior_steps=4))
+    text, sampling = unclip.clip.encode_text(tokens), dataclasses.replace(unclip.sampling, prior_steps=4)
+    embedding = unclip.draw_embedding(tokens, text, SEEDS, sampling)
     prior, draw = import_prior(folder), Draw([(derive_seed(seed, "prior", 0), 1) for seed in SEEDS])
     kept, unused = torch.ones(2, dtype=torch.bool), torch.full((2, DIM), torch.nan)
     denoise = diffusion_prior_denoise(prior, tokens, unused, guidance=3.0)
@@ -177,7 +178,7 @@ def test_a_clip_prior_is_sampled_only(unclip: UnCLIP) -> None:
             use(Draw([(0, 2)]))
     sampling = dataclasses.replace(unclip.sampling, prior_steps=3)
     plain, analytic = (
-        unclip.draw_embedding(batch["tokens"], SEEDS, dataclasses.replace(sampling, prior_sampler=sampler))
+        unclip.draw_embedding(batch["tokens"], unit, SEEDS, dataclasses.replace(sampling, prior_sampler=sampler))
         for sampler in ("ddpm", "analytic")
     )
     assert torch.equal(plain, analytic)  # never measured

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from models.clip import Clip
+from models.presets import PRESETS
 from models.view import open_view
 from pipeline.artifacts import ShardRow, read_shards
 from pipeline.data.embeddings import MakeEncoder, read_embeddings
@@ -78,6 +81,19 @@ def test_they_are_open_clips(bench: Bench, listed: tuple[str, str]) -> None:
     np.testing.assert_allclose(text, expected_text, rtol=2**-11, atol=2e-6)
     np.testing.assert_allclose(similarity, (expected_image * expected_text).sum(1), atol=2e-6)
     assert len(keys) == ROWS - 1
+
+
+@pytest.mark.parametrize("dim", [512, 768, 1024])
+def test_every_width_of_embeddings_fits(dim: int, listed: tuple[str, str], tmp_path: Path) -> None:
+    """Those of OpenAI's and LAION's ViT-B, ViT-L and ViT-H."""
+    config = replace(PRESETS["nano"]["clip"], embed_dim=dim, width=dim, layers=(1,))
+    Clip.build(config, seed=1).save(tmp_path / "clip")
+    wide = _bench(tmp_path / "store", (listed[0], f"local-dir:{tmp_path}/clip"), batch=16)
+    _, image, text, _ = _everything(wide)
+    expected_image, expected_text = _expected(wide, f"local-dir:{tmp_path}/clip")
+    assert image.shape == text.shape == (ROWS - 1, dim)
+    np.testing.assert_allclose(image, expected_image, rtol=2**-11, atol=2e-6)
+    np.testing.assert_allclose(text, expected_text, rtol=2**-11, atol=2e-6)
 
 
 def test_they_have_unit_norm(bench: Bench) -> None:
