@@ -11,7 +11,10 @@ from pipeline.training import stage as training
 
 
 def build(config: Config) -> Graph:
-    """Stages in an order in which every one comes after its inputs."""
+    """Stages in an order in which every one comes after its inputs.
+
+    Raises UserError if a file cannot be read that the configuration names and a key counts by its content.
+    """
     learn = ("pairs", "captions", "embeddings", "curation")
     stages = (
         Stage("source", source.VERSION, config.source, (), source.run_source),
@@ -21,7 +24,7 @@ def build(config: Config) -> Graph:
         Stage(
             "embeddings",
             embeddings.VERSION,
-            config.embeddings,
+            embeddings.by_content(config.embeddings),
             ("pairs", "captions", "clip"),
             embeddings.run_embeddings,
         ),

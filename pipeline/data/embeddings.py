@@ -6,23 +6,42 @@ neighbours nor workers can change a byte of the result.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.artifacts import Artifact, read_shards, read_table, write_table
 from pipeline.data.index import read_pictures
+from pipeline.data.scores import Head, head_digests, load_heads, score_column
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
+from pipeline.records import read_blob
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class EmbeddingsRecipe:
-    """Nothing to choose yet: fp32 mathematics, float16 storage, the first caption of each row."""
+    """``heads``: files of linear heads on the image embeddings, by the name of their score (see pipeline.data.scores).
+
+    Always so: fp32 mathematics, float16 storage, the first caption of each row.
+    """
+
+    heads: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.heads:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                raise ValueError(f"heads: {name!r} is no name of a column; use small letters, digits and '_'")
+
+
+def by_content(recipe: EmbeddingsRecipe) -> EmbeddingsRecipe:
+    """The recipe as keys count it: heads by the sha256 of their files. Raises UserError if one cannot be read."""
+    return replace(recipe, heads=head_digests(recipe.heads))
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,7 @@ class MakeEncoder:
     store: Store
     clip: Mapping[str, str]
     batch: int
+    heads: Mapping[str, Head]
 
     def __call__(self) -> Encoder:
         import tempfile
@@ -44,14 +64,19 @@ class MakeEncoder:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             materialise(self.store, self.clip, folder)
-            return Encoder(self.store, Clip.from_folder(folder).eval(), self.batch)
+            return Encoder(self.store, Clip.from_folder(folder).eval(), self.batch, self.heads)
 
 
 class Encoder:
-    """Embeds the kept rows of one shard."""
+    """Embeds the kept rows of one shard, and scores them.
 
-    def __init__(self, store: Store, clip: Any, batch: int):
-        self.store, self.clip, self.batch = store, clip, batch
+    Columns: "key", "image_embedding" and "text_embedding" (float16 [d], unit norm), "similarity" (their cosine),
+    "width" and "height" of the stored picture in pixels, "caption_length" in characters, and "score_NAME" of every
+    head.
+    """
+
+    def __init__(self, store: Store, clip: Any, batch: int, heads: Mapping[str, Head]):
+        self.store, self.clip, self.batch, self.heads = store, clip, batch, heads
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         import numpy as np
@@ -61,12 +86,16 @@ class Encoder:
         rows = [r for r in read_table(self.store, pairs.blobs["index"]).to_pylist() if r["status"] == "kept"]
         texts = dict(zip(*read_table(self.store, captions.blobs["captions"]).to_pydict().values(), strict=True))
         image = self._images(pairs.blobs.get("images"), rows)
-        text = self._texts([texts[r["key"]][0] if texts[r["key"]] else "" for r in rows])
+        first = [texts[r["key"]][0] if texts[r["key"]] else "" for r in rows]
+        text = self._texts(first)
         columns = {"key": pa.array([r["key"] for r in rows], pa.string())}
         for name, values in (("image_embedding", image), ("text_embedding", text)):
             flat = pa.array(values.astype(np.float16).reshape(-1))
             columns[name] = pa.FixedSizeListArray.from_arrays(flat, self.clip.embed_dim)
         columns["similarity"] = pa.array((image * text).sum(1).astype(np.float32))
+        columns |= {name: pa.array([r[name] for r in rows], pa.int32()) for name in ("width", "height")}
+        columns["caption_length"] = pa.array([len(caption) for caption in first], pa.int32())
+        columns |= {score_column(name): pa.array(head(image)) for name, head in self.heads.items()}
         return ShardOutput(Ledger(kept=len(rows)), {"embeddings": write_table(columns)})
 
     def _images(self, images: str | None, rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -105,8 +134,9 @@ class Encoder:
 
 
 def run_embeddings(ctx: Context) -> Artifact:
-    """Embed every shard of pairs with the CLIP of the graph."""
+    """Embed every shard of pairs with the CLIP of the graph. Raises UserError for a head that cannot be used."""
     clip = ctx.inputs["clip"]
+    heads = load_heads(ctx.config.embeddings.heads, ctx.recipe.heads, _embed_dim(ctx.store, clip.blobs))
     captions = {s.number: s for s in read_shards(ctx.store, ctx.inputs["captions"])}
     tasks = []
     rows = 0
@@ -115,7 +145,12 @@ def run_embeddings(ctx: Context) -> Artifact:
         key = shard_key(ctx, {name: shard.key for name, shard in inputs.items()} | {"clip": clip.key})
         tasks.append(ShardTask(pairs.number, key, inputs))
         rows += pairs.kept
-    return map_shards(ctx, tasks, MakeEncoder(ctx.store, clip.blobs, ctx.settings.batch), "rows", rows)
+    return map_shards(ctx, tasks, MakeEncoder(ctx.store, clip.blobs, ctx.settings.batch, heads), "rows", rows)
+
+
+def _embed_dim(store: Store, clip: Mapping[str, str]) -> int:
+    """The dimension of a CLIP's embeddings, from its configuration."""
+    return json.loads(read_blob(store, clip["open_clip_config.json"]))["model_cfg"]["embed_dim"]
 
 
 def read_embeddings(store: Store, blob: str) -> tuple[list[str], Any, Any, Any]:

@@ -28,6 +28,10 @@ DESCENDANTS = {
         "clip", "embeddings", "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256",
         "upsampler_1024", "bundle", "samples", "evaluation",
     },
+    "embeddings": {
+        "embeddings", "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024",
+        "bundle", "samples", "evaluation",
+    },
     "curation": {
         "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024", "bundle",
         "samples", "evaluation",
@@ -46,6 +50,7 @@ DESCENDANTS = {
 # Valid values for fields whose next value by type would be refused, with the fields that must move along.
 CHOSEN: dict[str, dict[str, Any]] = {
     "pairs.encode_format": {"encode_format": "webp"},
+    "embeddings.heads": {"heads": {"aesthetic": str(FILE)}},  # only its bytes count before it is used
     "clip.weights": {"weights": "open_clip:ViT-L-14:openai"},
     "clip.model.tower": {"tower": "resnet", "layers": (1, 1, 1, 1)},
     "clip.model.image_size": {"image_size": 128},

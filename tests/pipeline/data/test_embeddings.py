@@ -118,7 +118,7 @@ def test_neither_workers_nor_the_order_of_shards_change_a_byte(
         assert _bench(tmp_path, listed, batch=4, workers=1).blobs("embeddings") == bench.blobs("embeddings")
     finally:
         ray.shutdown()
-    encoder = MakeEncoder(bench.store, bench.made["clip"].blobs, batch=4)()
+    encoder = MakeEncoder(bench.store, bench.made["clip"].blobs, batch=4, heads={})()
     shards: dict[str, list[ShardRow]] = {n: read_shards(bench.store, bench.made[n]) for n in ("pairs", "captions")}
     made = {}
     for pairs, captions in reversed(list(zip(shards["pairs"], shards["captions"], strict=True))):

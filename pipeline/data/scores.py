@@ -1,0 +1,77 @@
+"""Scores of pictures: linear heads on CLIP image embeddings, such as those for aesthetics, NSFW content or watermarks.
+
+A head is a safetensors file with "weight" [1, d] and "bias" [1]. Its content is part of a key, its path is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+def score_column(name: str) -> str:
+    """The column of the embeddings shard that holds the scores of head ``name``."""
+    return f"score_{name}"
+
+
+def head_digests(heads: Mapping[str, str]) -> dict[str, str]:
+    """sha256 of the file of each head, by name. Raises UserError for a file that cannot be read."""
+    return {name: hashlib.sha256(_read(name, path)).hexdigest() for name, path in heads.items()}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head: ``weight`` fp32 [d] and ``bias`` fp32."""
+
+    weight: Any
+    bias: Any
+
+    def __call__(self, embeddings: Any) -> Any:
+        """Scores fp32 [n] of unit-norm embeddings fp32 [n, d]; a row's does not depend on its neighbours."""
+        return (embeddings * self.weight).sum(1) + self.bias
+
+
+def load_heads(heads: Mapping[str, str], digests: Mapping[str, str], embed_dim: int) -> dict[str, Head]:
+    """The heads in the files ``heads``, by name, for embeddings of ``embed_dim`` dimensions.
+
+    Raises UserError for a file that cannot be read, that has changed since its digest was taken, or that is no head
+    for these embeddings.
+    """
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    result = {}
+    for name, path in heads.items():
+        data = _read(name, path)
+        if hashlib.sha256(data).hexdigest() != digests[name]:
+            raise UserError(f"embeddings.heads.{name}: {path} has changed since this run began; run again")
+        try:
+            tensors = load(data)
+        except (SafetensorError, KeyError) as e:  # KeyError: of a type that numpy does not know, as bfloat16
+            raise UserError(f"embeddings.heads.{name}: {path} is no safetensors file of fp32 or fp16 ({e})") from None
+        shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
+        if shapes != {"weight": [1, embed_dim], "bias": [1]}:
+            raise UserError(
+                f"embeddings.heads.{name}: {path} has {shapes or 'no tensors'}; a head of this CLIP has weight "
+                f"[1, {embed_dim}] and bias [1]"
+            )
+        weight, bias = (tensors[key].astype(np.float32) for key in ("weight", "bias"))
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise UserError(f"embeddings.heads.{name}: {path} holds values that are no numbers; fetch it again")
+        result[name] = Head(weight[0], bias[0])
+    return result
+
+
+def _read(name: str, path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"embeddings.heads.{name}: {path}: no such file") from None
+    except OSError as e:
+        raise UserError(f"embeddings.heads.{name}: {path} cannot be read ({e.strerror})") from None

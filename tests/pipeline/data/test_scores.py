@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.artifacts import read_table
+from pipeline.data.scores import head_digests, load_heads
+from pipeline.errors import UserError
+from pipeline.graph import stage_key
+from tests.pipeline.data.bench import Bench, picture, save_clip
+
+DIM = 64  # of the nano preset's CLIP
+ROWS = 7
+CAPTIONS = ["a", "three words here", "", "é" * 12, "no", "yes", "perhaps"]
+
+
+def save_head(file: Path, seed: int, dim: int = DIM, bias: float = 0.5) -> torch.nn.Linear:
+    generator = torch.Generator().manual_seed(seed)
+    linear = torch.nn.Linear(dim, 1)
+    linear.weight.data = torch.randn(1, dim, generator=generator)
+    linear.bias.data.fill_(bias)
+    save_file(linear.state_dict(), file)
+    return linear
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("scores")
+    for i in range(ROWS):
+        (folder / f"{i}.png").write_bytes(picture(i, 80 + i, 100))
+    urls = [f"file://{folder}/{i}.png" for i in range(ROWS)]
+    pq.write_table(pa.table({"url": urls, "caption": CAPTIONS}), folder / "list.parquet")
+    return str(folder / "list.parquet"), save_clip(folder / "clip")
+
+
+def make_bench(folder: Path, listed: tuple[str, str], **heads: Path) -> Bench:
+    embeddings = {"heads": {name: str(file) for name, file in heads.items()}}
+    return Bench(folder, [listed[0]], clip={"weights": listed[1]}, embeddings=embeddings)
+
+
+def test_scores_are_those_of_a_linear_layer_on_unit_embeddings(listed: tuple[str, str], tmp_path: Path) -> None:
+    layers = {"aesthetic": save_head(tmp_path / "a", 1), "nsfw": save_head(tmp_path / "b", 2, bias=-3)}
+    bench = make_bench(tmp_path / "store", listed, aesthetic=tmp_path / "a", nsfw=tmp_path / "b")
+    bench.make("source", "captions", "pairs", "clip", "embeddings")
+    (_, blobs), *more = bench.blobs("embeddings")
+    assert not more
+    table = read_table(bench.store, blobs["embeddings"])
+    stored = torch.from_numpy(np.array(table["image_embedding"].to_pylist(), np.float32))
+    for name, layer in layers.items():
+        expected = layer(torch.nn.functional.normalize(stored, dim=1))[:, 0].detach()
+        scores = torch.tensor(table[f"score_{name}"].to_pylist())
+        torch.testing.assert_close(scores, expected, rtol=0, atol=0.02)  # float16 in 64 products of up to 0.5
+        assert scores.std() > 0.02
+    assert table["score_nsfw"].type == pa.float32()
+    assert table["width"].to_pylist() == [80 + i for i in range(ROWS)]
+    assert table["height"].to_pylist() == [100] * ROWS
+    assert table["caption_length"].to_pylist() == [len(caption) for caption in CAPTIONS]
+
+
+def test_a_score_does_not_depend_on_neighbours(tmp_path: Path) -> None:
+    save_head(tmp_path / "a", 3, dim=768)
+    heads = {"a": str(tmp_path / "a")}
+    head = load_heads(heads, head_digests(heads), 768)["a"]
+    rows = np.random.default_rng(0).normal(size=(33, 768)).astype(np.float32)
+    alone = np.concatenate([head(row[None]) for row in rows])
+    assert head(rows).tobytes() == alone.tobytes()
+    assert head(rows).dtype == np.float32
+
+
+def test_content_is_in_the_key_and_the_path_is_not(listed: tuple[str, str], tmp_path: Path) -> None:
+    def key(file: Path) -> str:
+        stage = make_bench(tmp_path / "store", listed, aesthetic=file).graph["embeddings"]
+        return stage_key(stage, {"pairs": "p", "captions": "c", "clip": "k"})
+
+    save_head(tmp_path / "a", 1)
+    save_head(tmp_path / "moved", 1)
+    save_head(tmp_path / "other", 2)
+    assert key(tmp_path / "a") == key(tmp_path / "moved") != key(tmp_path / "other")
+
+
+def test_a_head_that_is_none_is_one_line(tmp_path: Path) -> None:
+    save_head(tmp_path / "wide", 1, dim=768)
+    (tmp_path / "text").write_text("no tensors here")
+    save_file({"weight": torch.zeros(1, DIM)}, tmp_path / "no-bias")
+    save_file({"weight": torch.full((1, DIM), torch.nan), "bias": torch.zeros(1)}, tmp_path / "nan")
+    save_file({"weight": torch.zeros(1, DIM, dtype=torch.bfloat16)}, tmp_path / "bf16")
+    for name, said in (
+        ("bf16", "no safetensors file of fp32 or fp16"),
+        ("wide", r"weight \[1, 64\] and bias \[1\]"),
+        ("text", "no safetensors file of fp32 or fp16"),
+        ("no-bias", r"a head of this CLIP has"),
+        ("nan", "no numbers"),
+    ):
+        heads = {"aesthetic": str(tmp_path / name)}
+        with pytest.raises(UserError, match=rf"embeddings\.heads\.aesthetic: .*{said}"):
+            load_heads(heads, head_digests(heads), DIM)
+    save_head(tmp_path / "changed", 1)
+    heads = {"aesthetic": str(tmp_path / "changed")}
+    before = head_digests(heads)
+    save_head(tmp_path / "changed", 2)
+    with pytest.raises(UserError, match="has changed since"):
+        load_heads(heads, before, DIM)
+
+
+def test_a_head_that_is_absent_or_has_an_odd_name_stops_the_plan(listed: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"embeddings\.heads\.aesthetic: .*none: no such file"):
+        make_bench(tmp_path, listed, aesthetic=tmp_path / "none")
+    save_head(tmp_path / "a", 1)
+    with pytest.raises(UserError, match="'Watermark-2' is no name of a column"):
+        make_bench(tmp_path, listed, **{"Watermark-2": tmp_path / "a"})
