@@ -22,13 +22,14 @@ from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 
 VERSION = 2
+CAPTIONS = 16  # of a row that are embedded, the first ones, so that a text file of 10,000 lines is no trap
 
 
 @dataclass(frozen=True)
 class EmbeddingsRecipe:
     """``heads``: files of linear heads on the image embeddings, by the name of their score (see pipeline.data.scores).
 
-    Always so: fp32 mathematics, float16 storage, the first caption of each row.
+    Always so: fp32 mathematics, float16 storage, the first CAPTIONS captions of each row.
     """
 
     heads: dict[str, str] = field(default_factory=dict)
@@ -70,9 +71,10 @@ class MakeEncoder:
 class Encoder:
     """Embeds the kept rows of one shard, and scores them.
 
-    Columns: "key", "image_embedding" and "text_embedding" (float16 [d], unit norm), "similarity" (their cosine),
-    "width" and "height" of the stored picture in pixels, "caption_length" in characters, and "score_NAME" of every
-    head.
+    Columns: "key", "image_embedding" and "text_embedding" (float16 [d], unit norm, of the first caption),
+    "more_text_embeddings" (a list of them, of the captions after it), "similarity" (cosine of the first two), "width"
+    and "height" of the stored picture in pixels, "caption_length" (of the first, in characters), and "score_NAME" of
+    every head.
     """
 
     def __init__(self, store: Store, clip: Any, batch: int, heads: Mapping[str, Head]):
@@ -86,15 +88,20 @@ class Encoder:
         rows = [r for r in read_table(self.store, pairs.blobs["index"]).to_pylist() if r["status"] == "kept"]
         texts = dict(zip(*read_table(self.store, captions.blobs["captions"]).to_pydict().values(), strict=True))
         image = self._images(pairs.blobs.get("images"), rows)
-        first = [texts[r["key"]][0] if texts[r["key"]] else "" for r in rows]
-        text = self._texts(first)
-        columns = {"key": pa.array([r["key"] for r in rows], pa.string())}
-        for name, values in (("image_embedding", image), ("text_embedding", text)):
-            flat = pa.array(values.astype(np.float16).reshape(-1))
-            columns[name] = pa.FixedSizeListArray.from_arrays(flat, self.clip.embed_dim)
+        told = [texts[r["key"]][:CAPTIONS] or [""] for r in rows]
+        text = self._texts([captions[0] for captions in told])
+        # In batches of their own, so that they cannot change a byte of the first ones.
+        more = self._texts([caption for captions in told for caption in captions[1:]])
+        offsets = np.cumsum([0, *(len(captions) - 1 for captions in told)], dtype=np.int32)
+        columns = {
+            "key": pa.array([r["key"] for r in rows], pa.string()),
+            "image_embedding": _column(image),
+            "text_embedding": _column(text),
+            "more_text_embeddings": pa.ListArray.from_arrays(pa.array(offsets), _column(more)),
+        }
         columns["similarity"] = pa.array((image * text).sum(1).astype(np.float32))
         columns |= {name: pa.array([r[name] for r in rows], pa.int32()) for name in ("width", "height")}
-        columns["caption_length"] = pa.array([len(caption) for caption in first], pa.int32())
+        columns["caption_length"] = pa.array([len(captions[0]) for captions in told], pa.int32())
         columns |= {score_column(name): pa.array(head(image)) for name, head in self.heads.items()}
         return ShardOutput(Ledger(kept=len(rows)), {"embeddings": write_table(columns)})
 
@@ -133,6 +140,14 @@ class Encoder:
             return encode(torch.from_numpy(np.ascontiguousarray(batch))).float().numpy()
 
 
+def _column(embeddings: Any) -> Any:
+    """Embeddings [n, d] as a column of float16 lists of one length."""
+    import numpy as np
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.astype(np.float16).reshape(-1)), embeddings.shape[1])
+
+
 def run_embeddings(ctx: Context) -> Artifact:
     """Embed every shard of pairs with the CLIP of the graph. Raises UserError for a head that cannot be used."""
     clip = ctx.inputs["clip"]
@@ -154,7 +169,7 @@ def _embed_dim(store: Store, clip: Mapping[str, str]) -> int:
 
 
 def read_embeddings(store: Store, blob: str) -> tuple[list[str], Any, Any, Any]:
-    """Keys [n], image and text embeddings float16 [n, d], similarities float32 [n] of one shard."""
+    """Keys [n], image and first captions' embeddings float16 [n, d], similarities float32 [n] of one shard."""
     table = read_table(store, blob)
     flat = [
         table[name].combine_chunks().values.to_numpy(zero_copy_only=False)

@@ -112,7 +112,7 @@ class Feed:
     def _batch(self, rows: Sequence[Row], choices: Sequence[int], pictures: dict[Place, bytes]) -> Batch:
         """The columns that the task asks for. ``choices`` pick one of each row's captions.
 
-        With text embeddings the first caption is taken, because it is the one that was embedded.
+        With text embeddings, one of those that were embedded, and its embedding.
         """
         from models.clip import tokenize
 
@@ -121,11 +121,17 @@ class Feed:
             batch["image"] = torch.from_numpy(
                 np.stack([self.pictures.view(r.place, pictures) for r in rows if r.place])
             )
+        if "image_embedding" in self.columns:
+            batch["image_embedding"] = torch.from_numpy(
+                np.stack([row.image_embedding for row in rows if row.image_embedding is not None])
+            )
+        picked = [choice % row.versions for row, choice in zip(rows, choices, strict=True)]
         if "tokens" in self.columns:
-            first = "text_embedding" in self.columns
-            captions = [row.captions or [""] for row in rows]
-            batch["tokens"] = tokenize([c[0 if first else n % len(c)] for c, n in zip(captions, choices, strict=True)])
-        for name in ("image_embedding", "text_embedding"):
-            if name in self.columns:
-                batch[name] = torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
+            batch["tokens"] = tokenize([(row.captions or [""])[i] for row, i in zip(rows, picked, strict=True)])
+        if "text_embedding" in self.columns:
+            batch["text_embedding"] = torch.from_numpy(
+                np.stack(
+                    [r.text_embeddings[i] for r, i in zip(rows, picked, strict=True) if r.text_embeddings is not None]
+                )
+            )
         return batch

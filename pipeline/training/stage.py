@@ -18,7 +18,7 @@ from pipeline.training.follow import following
 if TYPE_CHECKING:
     from pipeline.training.task import Task
 
-VERSIONS = {"clip": 1, "ar_prior": 2, "diffusion_prior": 2, "decoder": 1, "upsampler": 1}
+VERSIONS = {"clip": 1, "ar_prior": 3, "diffusion_prior": 3, "decoder": 1, "upsampler": 1}
 RESTARTS = 3  # in a row, after workers were lost without having saved anything
 log = logging.getLogger("unclip")
 

@@ -26,15 +26,26 @@ class Place(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One example before decoding; what the columns do not ask for is None. Embeddings are fp32 [d]. ``license`` is the
+    """One example before decoding; what the columns do not ask for is None. ``image_embedding`` is fp32 [d],
+    ``text_embeddings`` fp32 [n, d] of the first n captions, or of an empty one where there is none. ``license`` is the
     picture's, None where the list names none."""
 
     key: str
     place: Place | None
     captions: list[str] | None
     image_embedding: np.ndarray | None
-    text_embedding: np.ndarray | None
+    text_embeddings: np.ndarray | None
     license: str | None
+
+    @property
+    def versions(self) -> int:
+        """Captions to choose from: those that were embedded, if embeddings are read, and all otherwise."""
+        return len(self.captions or [""]) if self.text_embeddings is None else len(self.text_embeddings)
+
+    @property
+    def text_embedding(self) -> np.ndarray | None:
+        """Of the first caption, fp32 [d]."""
+        return None if self.text_embeddings is None else self.text_embeddings[0]
 
 
 class Tables:
@@ -57,7 +68,7 @@ class Tables:
         def by_number(name: str, wanted: bool) -> dict[int, ShardRow]:
             return {shard.number: shard for shard in read_shards(store, inputs[name])} if wanted else {}
 
-        self.store, self.split, self.min_side = store, split, min_side
+        self.store, self.columns, self.split, self.min_side = store, columns, split, min_side
         self.shards = read_shards(store, inputs["curation" if "curation" in inputs else "pairs"])
         self.counts = tuple(shard.counts.get(f"{split}/{min_side}", 0) for shard in self.shards)
         self._pairs = by_number("pairs", "image" in columns)
@@ -96,7 +107,10 @@ class Tables:
             captions = self._join(captioned, "captions", keys)["captions"].to_pylist()
         if embedded := self._embeddings.get(shard.number):
             table = self._join(embedded, "embeddings", keys)
-            image, text = _matrix(table["image_embedding"]), _matrix(table["text_embedding"])
+            if "image_embedding" in self.columns:
+                image = _matrix(table["image_embedding"])
+            if "text_embedding" in self.columns:
+                text = _by_row(_matrix(table["text_embedding"]), table["more_text_embeddings"].combine_chunks())
         licenses = index["license"].to_pylist()
         return [Row(*values) for values in zip(keys, places, captions, image, text, licenses, strict=True)]
 
@@ -129,6 +143,17 @@ def embedding_dim(store: Store, embeddings: Artifact) -> int:
         if shard.kept:
             return len(read_table(store, shard.blobs["embeddings"], ["image_embedding"])["image_embedding"][0])
     raise UserError("embeddings: no rows, so there is nothing to train on; see why the pairs were rejected")
+
+
+def _by_row(first: np.ndarray, more: Any) -> list[np.ndarray]:
+    """Embeddings fp32 [n, d] of each row, from those of its first caption and the lists of the others."""
+    ends = np.cumsum(more.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
+    flat = more.flatten().flatten().to_numpy(zero_copy_only=False)
+    others = flat.astype(np.float32).reshape(-1, first.shape[1])
+    return [
+        np.concatenate([row[None], part]) if len(part) else row[None]
+        for row, part in zip(first, np.split(others, ends[:-1]), strict=True)
+    ]
 
 
 def _matrix(column: Any) -> np.ndarray:

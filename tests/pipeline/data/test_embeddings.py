@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 from models.clip import Clip
 from models.presets import PRESETS
 from models.view import open_view
-from pipeline.artifacts import ShardRow, read_shards
-from pipeline.data.embeddings import MakeEncoder, read_embeddings
+from pipeline.artifacts import ShardRow, read_shards, read_table
+from pipeline.data.embeddings import CAPTIONS, MakeEncoder, read_embeddings
 from pipeline.data.index import read_pictures
 from pipeline.shards import ShardTask
 from tests.pipeline.data.bench import Bench, picture, save_clip
@@ -81,6 +82,48 @@ def test_they_are_open_clips(bench: Bench, listed: tuple[str, str]) -> None:
     np.testing.assert_allclose(text, expected_text, rtol=2**-11, atol=2e-6)
     np.testing.assert_allclose(similarity, (expected_image * expected_text).sum(1), atol=2e-6)
     assert len(keys) == ROWS - 1
+
+
+def test_every_caption_is_embedded(bench: Bench, listed: tuple[str, str], tmp_path: Path) -> None:
+    """And none changes a byte of what is stored for other rows, or for the first caption."""
+    table = pa.concat_tables(read_table(bench.store, blobs["embeddings"]) for _, blobs in bench.blobs("embeddings"))
+    more = dict(zip(table["key"].to_pylist(), table["more_text_embeddings"].to_pylist(), strict=True))
+    others = more.pop(f"{0:08d}{SEVERAL:04d}")
+    assert not any(more.values())
+    model = open_clip.create_model(listed[1]).eval()
+    with torch.no_grad():
+        tokens = open_clip.tokenize(["a blue heart", "no heart"], context_length=32)
+        expected = model.encode_text(tokens, normalize=True).numpy()
+    np.testing.assert_allclose(np.array(others, np.float32), expected, rtol=2**-11, atol=2e-6)
+
+    rows = pq.read_table(listed[0]).to_pydict()
+    rows["caption"][SEVERAL] = ["a red heart", *(f"line {i}" for i in range(2 * CAPTIONS))]
+    pq.write_table(pa.table(rows), tmp_path / "longer.parquet")
+    longer = _bench(tmp_path / "store", (str(tmp_path / "longer.parquet"), listed[1]), batch=4)
+    again = pa.concat_tables(read_table(longer.store, blobs["embeddings"]) for _, blobs in longer.blobs("embeddings"))
+    assert again.drop(["more_text_embeddings"]).equals(table.drop(["more_text_embeddings"]))
+    assert len(again["more_text_embeddings"][SEVERAL - 1]) == CAPTIONS - 1  # the broken row before it is absent
+    assert again["more_text_embeddings"].to_pylist()[SEVERAL:] == table["more_text_embeddings"].to_pylist()[SEVERAL:]
+
+
+def test_new_captions_fetch_nothing_again(listed: tuple[str, str], tmp_path: Path) -> None:
+    """The pictures are gone when the captions change: pairs stand, and only the embeddings of texts move."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = {"url": [f"file://{folder}/{i}.png" for i in range(6)], "caption": [f"picture {i}" for i in range(6)]}
+    for i in range(6):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    path = str(tmp_path / "list.parquet")
+    pq.write_table(pa.table(rows), path)
+    before = _bench(tmp_path / "store", (path, listed[1]), batch=4)
+    shutil.rmtree(folder)
+    pq.write_table(pa.table(rows | {"caption": [f"a better caption of {i}" for i in range(6)]}), path)
+    after = _bench(tmp_path / "store", (path, listed[1]), batch=4)
+    assert after.made["pairs"] == before.made["pairs"]
+    (keys, image, text, _), (_, image_after, text_after, _) = _everything(before), _everything(after)
+    assert len(keys) == 6
+    assert np.array_equal(image, image_after)
+    assert (text != text_after).any(1).all()
 
 
 @pytest.mark.parametrize("dim", [512, 768, 1024])

@@ -36,7 +36,7 @@ class Example:
     captions: list[str]
     split: str
     image_embedding: np.ndarray
-    text_embedding: np.ndarray
+    text_embeddings: list[np.ndarray]
 
 
 def make_example(shard: int, row: int, side: int) -> Example:
@@ -51,11 +51,20 @@ def make_example(shard: int, row: int, side: int) -> Example:
     image.save(out, "JPEG", quality=90)
     direction = np.zeros(EMBED_DIM)
     direction[colour], direction[len(COLOURS) + shape] = 1, 1
-    embeddings = [direction + 0.1 * rng.normal(size=EMBED_DIM) for _ in range(2)]
-    image_embedding, text_embedding = ((e / np.linalg.norm(e)).astype(np.float16) for e in embeddings)
+    embeddings = [direction + 0.1 * rng.normal(size=EMBED_DIM) for _ in range(4)]
+    image_embedding, *text_embeddings = ((e / np.linalg.norm(e)).astype(np.float16) for e in embeddings)
     split = "validation" if row % 7 == 3 else "test" if row % 7 == 5 else "train"
-    captions = [f"a {COLOURS[colour]} {SHAPES[shape]}", f"a {SHAPES[shape]} in {COLOURS[colour]}"]
-    return Example(f"{shard:08d}{row:04d}", out.getvalue(), side, captions, split, image_embedding, text_embedding)
+    captions = [f"a {COLOURS[colour]} {SHAPES[shape]}", f"a {SHAPES[shape]} in {COLOURS[colour]}", "once more"]
+    captions = captions[: 2 if row % 5 else row % 3]  # every fifth row has none, one or two
+    return Example(
+        f"{shard:08d}{row:04d}",
+        out.getvalue(),
+        side,
+        captions,
+        split,
+        image_embedding,
+        text_embeddings[: max(1, len(captions))],
+    )
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,11 @@ def _embeddings(group: list[Example]) -> dict[str, Any]:
     return {
         "key": [e.key for e in group],
         "image_embedding": column([e.image_embedding for e in group]),
-        "text_embedding": column([e.text_embedding for e in group]),
-        "similarity": pa.array([float(e.image_embedding @ e.text_embedding) for e in group], pa.float32()),
+        "text_embedding": column([e.text_embeddings[0] for e in group]),
+        "more_text_embeddings": pa.array(
+            [list(e.text_embeddings[1:]) for e in group], pa.list_(pa.list_(pa.float16(), EMBED_DIM))
+        ),
+        "similarity": pa.array([float(e.image_embedding @ e.text_embeddings[0]) for e in group], pa.float32()),
     }
 
 

@@ -2,12 +2,14 @@
 
 import tarfile
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -52,9 +54,10 @@ def test_every_row_has_its_own_picture_captions_and_embeddings(shared_world: Wor
             assert example.split == "train"
             view = open_view(example.jpeg, 24).transpose(2, 0, 1)
             assert np.array_equal(share.batch["image"][i].numpy(), view)
-            assert torch.equal(share.batch["tokens"][i], tokenize(example.captions[:1])[0])
-            for name in ("image_embedding", "text_embedding"):
-                assert np.array_equal(share.batch[name][i].numpy(), getattr(example, name).astype(np.float32))
+            assert np.array_equal(share.batch["image_embedding"][i].numpy(), example.image_embedding.astype(np.float32))
+            told = zip(tokenize(example.captions or [""]), example.text_embeddings, strict=True)
+            pairs = [(tokens.tolist(), embedding.tolist()) for tokens, embedding in told]
+            assert (share.batch["tokens"][i].tolist(), share.batch["text_embedding"][i].tolist()) in pairs
         assert share.batch["image"].dtype == torch.uint8
         assert share.batch["image_embedding"].dtype == torch.float32
 
@@ -104,14 +107,63 @@ def test_before_curation_rows_are_those_of_pairs(shared_world: World) -> None:
     assert set(take(feed, 1)[0].batch) == {"image", "tokens"}
 
 
-def test_without_text_embeddings_all_captions_have_their_turn(shared_world: World) -> None:
-    seen: dict[str, set[tuple[int, ...]]] = {}
-    for share in take(make_feed(shared_world, ("tokens",)), 32):
-        for key, tokens in zip(share.keys, share.batch["tokens"].tolist(), strict=True):
-            seen.setdefault(key, set()).add(tuple(tokens))
-    for key, captions in seen.items():
-        assert captions <= {tuple(t) for t in tokenize(shared_world.examples[key].captions).tolist()}
-    assert sum(len(captions) == 2 for captions in seen.values()) > len(seen) / 2
+@pytest.mark.parametrize("columns", [("tokens",), ("tokens", "text_embedding"), ("text_embedding",)])
+def test_all_captions_of_a_row_have_their_turn(shared_world: World, columns: tuple[str, ...]) -> None:
+    """With and without their embeddings; over 32 steps a row comes some nine times."""
+    seen: dict[str, list[tuple[float, ...]]] = {}
+    for share in take(make_feed(shared_world, columns), 32):
+        for key, told in zip(share.keys, share.batch[columns[-1]].tolist(), strict=True):
+            seen.setdefault(key, []).append(tuple(told))
+    several = {key: told for key, told in seen.items() if len(shared_world.examples[key].captions) > 1}
+    for key, told in seen.items():
+        example = shared_world.examples[key]
+        expected = example.text_embeddings if columns[-1] == "text_embedding" else tokenize(example.captions or [""])
+        assert set(told) <= {tuple(each.tolist()) for each in expected}
+    assert len(several) > 40
+    assert sum(len(set(told)) == 2 for told in several.values()) > 0.9 * len(several)
+    firsts = sum(told.count(tuple(first)) for told, first in _with_first(shared_world, several, columns[-1]))
+    assert 0.4 < firsts / sum(map(len, several.values())) < 0.6
+
+
+def _with_first(
+    world: World, seen: dict[str, list[tuple[float, ...]]], column: str
+) -> Iterator[tuple[list[tuple[float, ...]], list[float]]]:
+    for key, told in seen.items():
+        example = world.examples[key]
+        first = example.text_embeddings[0] if column == "text_embedding" else tokenize(example.captions[:1])[0]
+        yield told, first.tolist()
+
+
+def test_captions_that_were_not_embedded_are_not_chosen_with_embeddings(world: World) -> None:
+    shards = [replace(shard, blobs={"captions": _with_one_more(world, shard)}) for shard in _shards(world)]
+    table, _ = write_shard_table(world.store, shards)
+    captions = replace(world.inputs["captions"], shard_table=table)
+    for columns in (ALL, ("image", "tokens", "image_embedding")):  # a prior's, and the decoder's, which needs none
+        feeds = (make_feed(world, columns, inputs=world.inputs | more) for more in ({}, {"captions": captions}))
+        before, after = (torch.cat([share.batch["tokens"] for share in take(feed, 8)]) for feed in feeds)
+        assert torch.equal(before, after) == ("text_embedding" in columns)
+
+
+def test_rows_of_one_caption_each_are_told_that_one(world: World) -> None:
+    shards = []
+    for row in read_shards(world.store, world.inputs["embeddings"]):
+        table = read_table(world.store, row.blobs["embeddings"])
+        none = pa.array([[]] * len(table), table.schema.field("more_text_embeddings").type)
+        position = table.schema.get_field_index("more_text_embeddings")
+        blob = put_blob(world.store, write_table(table.set_column(position, "more_text_embeddings", none)))
+        shards.append(Shard(row.number, row.key, Ledger(kept=row.kept), {"embeddings": blob}))
+    table, _ = write_shard_table(world.store, shards)
+    embeddings = replace(world.inputs["embeddings"], shard_table=table)
+    for share in take(make_feed(world, inputs=world.inputs | {"embeddings": embeddings}), 8):
+        for key, text in zip(share.keys, share.batch["text_embedding"], strict=True):
+            assert np.array_equal(text.numpy(), world.examples[key].text_embeddings[0].astype(np.float32))
+
+
+def test_validation_is_told_the_first_caption(shared_world: World) -> None:
+    for share in make_feed(shared_world).validation(12, 4):
+        for key, tokens, text in zip(share.keys, share.batch["tokens"], share.batch["text_embedding"], strict=True):
+            assert torch.equal(tokens, tokenize(shared_world.examples[key].captions[:1])[0])
+            assert np.array_equal(text.numpy(), shared_world.examples[key].text_embeddings[0].astype(np.float32))
 
 
 def test_validation_rows_are_always_the_same(shared_world: World) -> None:
@@ -158,6 +210,12 @@ def test_a_row_without_embedding_is_named(world: World) -> None:
 def _shards(world: World) -> list[Shard]:
     rows = read_shards(world.store, world.inputs["captions"])
     return [Shard(row.number, row.key, Ledger(kept=row.kept), row.blobs, row.counts) for row in rows]
+
+
+def _with_one_more(world: World, shard: Shard) -> str:
+    rows = read_table(world.store, shard.blobs["captions"]).to_pydict()
+    longer = [[*captions, "never embedded"] if captions else captions for captions in rows["captions"]]
+    return put_blob(world.store, write_table({"key": rows["key"], "captions": longer}))
 
 
 def _without_first(world: World, shard: Shard) -> str:
