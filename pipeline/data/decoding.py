@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -136,6 +137,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
     with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")
+    warnings.simplefilter("ignore")  # of odd metadata and large pictures, which are judged here
     parent = os.getppid()
     pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between answers

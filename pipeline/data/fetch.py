@@ -20,7 +20,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from pipeline.data.deny import NOTHING_DENIED, DenyLists
 from pipeline.data.opener import (
@@ -88,7 +88,7 @@ class Fetcher:
             if parts.scheme in ("http", "https") and parts.hostname:
                 return self._download(normal_url(reference.strip()))
             if (parts.scheme == "file" and parts.netloc in ("", "localhost")) or reference.startswith("/"):
-                path = urllib.request.url2pathname(parts.path) if parts.scheme else reference
+                path = os.fsdecode(unquote_to_bytes(parts.path)) if parts.scheme else reference
                 return _checked(_read_file(path, self._max_bytes))
         except Refused as refusal:
             return Fetched(None, str(refusal))

@@ -71,13 +71,24 @@ def fingerprint(path: str) -> Any:
         return ["emoji", where, emoji.fingerprint()]
     try:
         if kind == "folder":
-            return ["folder", where, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in _files(Path(where))]]
+            return ["folder", where, [_file_fingerprint(p) for p in _files(Path(where))]]
         if kind == "tar":
             return ["tar", where, os.stat(where).st_size, os.stat(where).st_mtime_ns]
         with open(where, "rb") as f:
             return [kind, hashlib.file_digest(f, "sha256").hexdigest()]
     except PermissionError:
         raise UserError(f"source {path}: no permission to read it") from None
+
+
+def _file_fingerprint(file: Path) -> list[Any]:
+    try:
+        found = file.stat()
+    except PermissionError:
+        raise
+    except OSError:  # a link that leads nowhere, or in a circle: the fetch counts it
+        found = file.lstat()
+    name = os.fsencode(file).decode("utf-8", "backslashreplace")
+    return [name, found.st_size, found.st_mtime_ns]
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -92,13 +103,13 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
     for file in _files(folder):
         if file.suffix.lower() in IMAGES:
             text = file.with_suffix(".txt")
-            lines = text.read_text(errors="replace").splitlines() if text.exists() else []
-            yield Row(f"file://{quote(str(file))}", _captions(lines))
+            lines = text.read_text(errors="replace").splitlines() if text.is_file() else []  # reading a pipe would wait
+            yield Row(f"file://{quote(os.fsencode(file))}", _captions(lines))
 
 
 def tar_reference(tar: str, member: str, offset: int, size: int) -> str:
     """A member of an existing tar, to be used where it lies."""
-    return f"tar://{quote(tar)}?offset={offset}&size={size}#{quote(member)}"
+    return f"tar://{quote(tar)}?offset={offset}&size={size}#{quote(member, errors='surrogateescape')}"
 
 
 def _tar_rows(path: Path) -> Iterator[Row]:
@@ -166,12 +177,30 @@ def _batches(path: Path) -> Iterable[Any]:
     delimiter = "\t" if path.suffix == ".tsv" else ","
     with open(path, newline="", errors="replace") as f:
         header = f.readline().rstrip("\r\n").split(delimiter)
-    strings = {name.strip('"'): "string" for name in header}
-    return csv.open_csv(
+    # As bytes: read as text, one value that is not UTF-8 would end the whole list.
+    kinds = {name.strip('"'): "binary" for name in header}
+    batches = csv.open_csv(
         path,
         parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=csv.ConvertOptions(column_types=strings, strings_can_be_null=True),
+        convert_options=csv.ConvertOptions(column_types=kinds, strings_can_be_null=True),
     )
+    return map(_as_text, batches)
+
+
+def _as_text(batch: Any) -> Any:
+    """A batch whose columns of bytes are text; what is not UTF-8 becomes U+FFFD."""
+    import pyarrow as pa
+
+    columns = []
+    for column in batch.columns:
+        if pa.types.is_binary(column.type):
+            try:
+                column = column.cast(pa.string())
+            except pa.ArrowInvalid:
+                texts = [None if value is None else value.decode(errors="replace") for value in column.to_pylist()]
+                column = pa.array(texts, pa.string())
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _captions(lines: Iterable[Any]) -> tuple[str, ...]:

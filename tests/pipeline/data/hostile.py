@@ -1,0 +1,194 @@
+"""What the internet has in store: files that are not what they should be, each with the reasons it may end with."""
+
+import gzip
+import io
+import json
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from tests.pipeline.data.bench import picture
+
+SIDES = (80, 72)  # of most pictures
+MAX_PIXELS = 1_000_000
+
+
+@dataclass(frozen=True)
+class File:
+    """``ends``: reasons that its row may end with, None for kept. ``size``: width and height if it is kept."""
+
+    name: str
+    data: bytes
+    ends: frozenset[str | None]
+    size: tuple[int, int] = SIDES
+
+
+def files() -> list[File]:
+    """The corpus, the same at every call."""
+    found = [*truncated(), *bombs(), *other_types(), *polyglots(), *pixels(), *damaged()]
+    assert len({file.name for file in found}) == len(found)
+    return found
+
+
+def one(name: str, data: bytes, end: str | None, size: tuple[int, int] = SIDES) -> File:
+    return File(name, data, frozenset({end}), size)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def sound() -> Image.Image:
+    return Image.open(io.BytesIO(picture(1, *SIDES))).convert("RGB")
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, *extra: bytes, depth: int = 8, colour: int = 2, rows: bytes = b"") -> bytes:
+    """A PNG by hand; ``extra`` chunks come before its pixels."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def truncated() -> Iterator[File]:
+    """Cut at many places: before the pixels begin a header is broken, after it they end early."""
+    image = sound()
+    whole = {
+        "png": encoded(image, "PNG"), "jpg": encoded(image, "JPEG"), "webp": encoded(image, "WEBP"),
+        "progressive.jpg": encoded(image, "JPEG", progressive=True),
+        "lossless.webp": encoded(image, "WEBP", lossless=True),
+    }  # fmt: skip
+    for kind, data in whole.items():
+        if kind.endswith("png"):
+            magic, begin, last = 8, data.index(b"IDAT") + 4, len(data) - 40
+        elif kind.endswith("jpg"):
+            magic, begin, last = 3, data.index(b"\xff\xda") + 14, len(data) - 3
+        else:
+            magic, begin, last = 12, 12, len(data) - 1
+        yield one(f"whole.{kind}", data, None)
+        yield one(f"nothing.{kind}", b"", "zero_bytes")
+        yield one(f"magic-cut.{kind}", data[: magic - 1], "not_an_image")
+        for i in range(36):
+            cut = begin + (last - begin) * i // 35
+            yield one(f"cut-{cut}.{kind}", data[:cut], "truncated")
+        for cut in range(magic, begin - 14, max((begin - magic) // 8, 1)):
+            yield File(f"head-cut-{cut}.{kind}", data[:cut], frozenset({"decode_error", "truncated"}))
+
+
+def bombs() -> Iterator[File]:
+    """Small files that promise, or unpack to, more than anybody has."""
+    for side in (1001, 5000, 20_000, 65_535, 2**31 - 1):
+        yield one(f"bomb-{side}.png", png(side, side, rows=bytes(3000)), "too_many_pixels")
+        yield one(f"bomb-wide-{side}.png", png(side * 1000 % 2**31, 1001, rows=bytes(3000)), "too_many_pixels")
+    start = encoded(sound(), "JPEG")
+    frame = start.index(b"\xff\xc0") + 5
+    for side in (1100, 9999, 65_500):
+        yield one(
+            f"bomb-{side}.jpg", start[:frame] + struct.pack(">HH", side, side) + start[frame + 4 :], "too_many_pixels"
+        )
+    for side in (1 << 10, 1 << 13, 1 << 14):
+        canvas = (side + 10).to_bytes(3, "little")
+        body = b"WEBPVP8X" + struct.pack("<IB3x", 10, 0) + canvas + canvas
+        # libwebp asks for the frame before it says how large the canvas is
+        ends = frozenset({"too_many_pixels", "decode_error"})
+        yield File(f"bomb-{side}.webp", b"RIFF" + struct.pack("<I", len(body)) + body, ends)
+    rows = b"".join(b"\0" + bytes(24) for _ in range(8))
+    many = zlib.compress(bytes(100 << 20), 9)  # 100 MiB in 100 KiB, where a text or a profile belongs
+    text, profile = chunk(b"zTXt", b"a\0\0" + many), chunk(b"iCCP", b"a\0\0" + many)
+    yield one("bomb-text.png", png(8, 8, text, rows=rows), "decode_error", (8, 8))
+    yield File("bomb-profile.png", png(8, 8, profile, rows=rows), frozenset({None, "decode_error"}), (8, 8))
+    yield one("bomb-rows.png", png(8, 8, rows=rows + bytes(100 << 20)), None, (8, 8))
+    yield one("bomb.gz", gzip.compress(bytes(1 << 20)), "not_an_image")
+    yield one("bomb.png.gz", gzip.compress(picture(1)), "not_an_image")
+
+
+def other_types() -> Iterator[File]:
+    """What is found behind links that end in .jpg."""
+    image = sound()
+    for kind in ("GIF", "BMP", "TIFF", "ICO", "PPM", "TGA", "PCX", "DIB", "SGI", "JPEG2000"):
+        yield one(f"as-{kind}.jpg", encoded(image, kind), "not_an_image")
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as z:
+        z.writestr("a.png", picture(1))
+    texts = {
+        "html": b"<!DOCTYPE html><title>404</title>", "json": json.dumps({"error": "gone"}).encode(),
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+        "xml": b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>',
+        "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(/etc/passwd) run", "pdf": b"%PDF-1.7\n",
+        "zip": archive.getvalue(), "mp4": b"\0\0\0\x20ftypisom" + bytes(100),
+        "heic": b"\0\0\0\x18ftypheic" + bytes(100),
+        "avif": b"\0\0\0\x1cftypavif" + bytes(100), "elf": b"\x7fELF" + bytes(100), "wav": b"RIFF\x24\0\0\0WAVEfmt ",
+        "text": b"hello", "space": b" " * 5000, "zeros": bytes(5000), "ones": b"\xff" * 5000,
+        "base64": b"data:image/png;base64,",
+        "jp2": b"\0\0\0\x0cjP  \r\n\x87\n", "jxl": b"\xff\x0a" + bytes(100), "psd": b"8BPS\0\1" + bytes(100),
+        "mng": b"\x8aMNG\r\n\x1a\n" + bytes(100), "jng": b"\x8bJNG\r\n\x1a\n" + bytes(100),
+        "pickle": b"\x80\x04cos\nsystem\n",
+    }  # fmt: skip
+    for name, data in texts.items():
+        yield one(f"{name}.jpg", data, "not_an_image")
+
+
+def polyglots() -> Iterator[File]:
+    """Two things at once. What begins as a picture and decodes is one; what only holds one is none."""
+    tails = {"html": b"<script>alert(1)</script>", "php": b"<?php system($_GET[0]); ?>", "zip": b"PK\5\6" + bytes(18)}
+    for kind in ("PNG", "JPEG"):
+        data = encoded(sound(), kind)
+        for name, tail in tails.items():
+            yield one(f"{kind}-and-{name}", data + tail, None)
+            yield one(f"{name}-and-{kind}", tail + data, "not_an_image")
+    yield one("gif-and-script", b"GIF89a/*" + bytes(20) + b"*/=1;alert(1)", "not_an_image")
+    yield one("png-then-jpeg", b"\x89PNG\r\n\x1a\n" + encoded(sound(), "JPEG"), "decode_error")
+    yield one("jpeg-then-png", b"\xff\xd8\xff" + picture(1), "decode_error")
+    yield one("comment.jpg", encoded(sound(), "JPEG", comment=b"*/ <?php phpinfo(); ?>" * 500), None)
+    yield one("two-pictures.jpg", encoded(sound(), "JPEG") + encoded(sound().resize((9, 9)), "JPEG"), None)
+    yield one("twice-ihdr.png", png(80, 72, chunk(b"IHDR", struct.pack(">IIBBBBB", 9**6, 9**6, 8, 2, 0, 0, 0)),
+              rows=bytes(80 * 3 + 1) * 72), "too_many_pixels")  # fmt: skip
+
+
+def pixels() -> Iterator[File]:
+    """Unusual and sound: every one is kept."""
+    image = sound()
+    frames = [Image.new("RGB", SIDES, colour) for colour in ("red", "lime", "blue")]
+    yield one("animated.webp", encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]), None)
+    yield one("animated.png", encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]), None)
+    yield one("cmyk.jpg", encoded(image.convert("CMYK"), "JPEG"), None)
+    yield one("grey.jpg", encoded(image.convert("L"), "JPEG"), None)
+    yield one("grey16.png", encoded(Image.fromarray(np.full((72, 80), 40_000, np.uint16)), "PNG"), None)
+    yield one("rgb16.png", png(80, 72, depth=16, rows=(b"\0" + bytes(range(240)) * 2) * 72), None)
+    yield one("rgba16.png", png(80, 72, depth=16, colour=6, rows=(b"\0" + bytes(range(160)) * 4) * 72), None)
+    for mode in ("1", "L", "LA", "P", "RGBA"):
+        yield one(f"mode-{mode}.png", encoded(image.convert(mode), "PNG"), None)
+    yield one("palette-and-alpha.png", encoded(image.quantize(16), "PNG", transparency=3), None)
+    for orientation in range(9):
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        size = SIDES[::-1] if orientation >= 5 else SIDES
+        for kind in ("JPEG", "PNG", "WEBP"):
+            yield one(f"turned-{orientation}.{kind}", encoded(image, kind, exif=exif), None, size)
+    yield one("broken-exif.jpg", encoded(image, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), None)
+    yield one("one-pixel.png", encoded(Image.new("RGB", (1, 1)), "PNG"), None, (1, 1))
+    yield one("line.png", encoded(Image.new("RGB", (5000, 1)), "PNG"), None, (5000, 1))
+    yield one("no-width.png", png(0, 8), "decode_error")
+
+
+def damaged() -> Iterator[File]:
+    """A byte changed here and there: whatever comes of it, it is one of these and never more than one row."""
+    draw = np.random.default_rng(0)
+    ends = frozenset({None, "decode_error", "truncated", "too_many_pixels", "not_an_image"})
+    for kind in ("PNG", "JPEG", "WEBP"):
+        whole = encoded(sound(), kind)
+        for i in range(25):
+            data = bytearray(whole)
+            for at in draw.integers(0, len(data), 1 + i % 4):
+                data[at] ^= int(draw.integers(1, 256))
+            yield File(f"damaged-{i}.{kind}", bytes(data), ends, (0, 0))
