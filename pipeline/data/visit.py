@@ -140,10 +140,10 @@ def private_headers(names: Mapping[str, str], environment: Mapping[str, str]) ->
             raise UserError(
                 f"headers: {variable}, for {place}, is not set in the environment of every worker; export it"
             )
-        lines = [line.partition(":") for line in environment[variable].splitlines() if line.strip()]
-        if not lines or not all(re.fullmatch(r"[\w-]+", name) and value.strip() for name, _, value in lines):
-            raise UserError(f"headers: {variable}, for {place}, holds no lines of the form Name: value")
-        headers[origin] = {name: value.strip() for name, _, value in lines}
+        lines = [line.strip() for line in environment[variable].splitlines() if line.strip()]
+        if not lines or not all(re.fullmatch(r"[A-Za-z0-9-]+: *[!-~][ -~]*", line) for line in lines):
+            raise UserError(f"headers: {variable}, for {place}, is not lines of the form Name: value, in ASCII")
+        headers[origin] = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return headers
 
 

@@ -344,3 +344,25 @@ def test_captions_of_any_bytes_beside_pictures_are_read(tmp_path: Path) -> None:
     captions = captions_of(bench)
     assert captions[2] == ["na\ufffdve"]
     assert captions[0] == captions[4] == []
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_value_of_a_list_that_is_not_utf_8_costs_no_other_row(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "0.png").write_bytes(picture(0))
+    place = bytes(tmp_path)
+    rows = [
+        (b"url", b"caption"),
+        (b"file://" + place + b"/0.png", b"caf\xe9"),
+        (b"file://" + place + b"/\xff.png", b"lost"),
+        (b"http://\xfe\xff/a.png", b"no host"),
+        (b"\xff", b"no reference"),
+        (b"file://" + place + b"/0.png?2", b"\xed\xa0\x80"),
+        (b"", b"none"),
+    ]
+    path = tmp_path / f"list.{kind}"
+    path.write_bytes(b"\n".join((b"\t" if kind == "tsv" else b",").join(row) for row in rows) + b"\n")
+    bench = Bench(tmp_path / "store", [str(path)], run={"pairs": {"retries": 0}})
+    bench.make("source", "captions", "pairs")
+    reasons = [row["reason"] for row in bench.rows("pairs")]
+    assert reasons == [None, "missing_file", *["unsupported_reference"] * 2, None, "no_reference"]
+    assert captions_of(bench)[:2] == [["caf\ufffd"], ["lost"]]
