@@ -84,7 +84,7 @@ def slow(head: bytes, body: bytes) -> Iterator[bytes]:
 
 def silence() -> Iterator[bytes]:
     yield b""
-    time.sleep(4)
+    time.sleep(8)
 
 
 ANSWERS = {  # path: what comes over the wire, and the reason
@@ -215,7 +215,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
             path.write_bytes(file.data)
             expected.append((f"file://{quote(str(path))}", file.ends))
         source = write_list(folder / "list.csv", [(url, f"row {i}") for i, (url, _) in enumerate(expected)])
-        settings = {"hosts": {"public.test": f"127.0.0.1:{port}"}, "retries": 0, "timeout_s": 1.5, "per_host": 16}
+        settings = {"hosts": {"public.test": f"127.0.0.1:{port}"}, "retries": 0, "timeout_s": 3.0, "per_host": 16}
         recipe = {"max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS}
         paths = {"paths": [source], "shard_rows": 250}
         bench = Bench(folder / "store", [source], source=paths, pairs=recipe, run={"pairs": settings})
