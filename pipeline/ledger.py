@@ -14,8 +14,8 @@ REASONS = {
     "duplicate_url": "an earlier row of the list names the same image",
     "forgotten": "the row is to be forgotten (unclip data forget)",
     # fetch
-    "unsupported_reference": "not an http, https, file or tar reference",
-    "missing_file": "no such file",
+    "unsupported_reference": "not an http, https, s3, file or tar reference",
+    "missing_file": "no such file, or no such object on S3",
     "http_4xx": "the server answered with a 4xx status",
     "http_5xx": "the server answered with a 5xx status",
     "rate_limited": "the server asks for fewer requests (status 429, or Retry-After)",

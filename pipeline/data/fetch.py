@@ -1,4 +1,4 @@
-"""From an image reference to bytes: img2dataset's download, within limits.
+"""From an image reference to bytes: img2dataset's download, S3, or a file, within limits.
 
 img2dataset fetches with urllib. Here it does so through visits (pipeline.data.visit) that connect to public addresses
 only, are polite, and stop at a deadline and a byte budget. Its tar writer is not used: its shards are not
@@ -34,6 +34,7 @@ from pipeline.data.opener import (
 )
 from pipeline.data.politeness import Hosts, backoff
 from pipeline.data.robots import ROBOTS_BYTES, Robots
+from pipeline.data.s3 import S3Reader
 from pipeline.data.visit import Access, Visit, origin_of, private_headers, user_agent
 from pipeline.ledger import REASONS
 from pipeline.settings import PairsSettings
@@ -50,13 +51,23 @@ class Fetched:
     evidence: Evidence | None = None
 
 
+@dataclass(frozen=True)
+class _Limit:
+    """What a visit has, too: a time.monotonic() to be done by, and whether another try is no use."""
+
+    deadline: float
+    barred: bool = False
+
+
 class Fetcher:
-    """Fetches http(s) URLs and local files (file:// or an absolute path), each of at most ``max_bytes``.
+    """Fetches http(s) URLs, objects on S3 (s3://bucket/key) and local files (file:// or an absolute path), each of at
+    most ``max_bytes``.
 
     The time limit is for a whole picture, with redirects, retries and pauses; name resolution has the system's own, and
     waiting for other requests to the host or for its robots.txt does not count. Another try comes after a timeout, a
     failed connection, a 429 or a 5xx status. Every site's robots.txt and X-Robots-Tag headers are obeyed. Proxies of
-    the environment are not used. Raises UserError for settings that cannot be read.
+    the environment are not used. S3 is reached as the AWS settings of this machine say, wherever it is. Raises
+    UserError for settings that cannot be read, and while fetching for credentials that S3 refuses.
     """
 
     def __init__(self, settings: PairsSettings, max_bytes: int, deny: DenyLists = NOTHING_DENIED):
@@ -65,6 +76,7 @@ class Fetcher:
         guard, hosts = Guard(settings.hosts, settings.allow), Hosts(settings.per_host)
         self._access = Access(guard, hosts, user_agent(settings.contact), private)
         self._robots = Robots(self._read_robots)
+        self._s3 = S3Reader(settings.threads, settings.timeout_s, max_bytes)
         _downloader()  # before the first deadline is set
 
     def fetch(self, references: Sequence[str]) -> Iterator[Fetched]:
@@ -87,6 +99,8 @@ class Fetcher:
             parts = urlsplit(reference.strip())
             if parts.scheme in ("http", "https") and parts.hostname:
                 return self._download(normal_url(reference.strip()))
+            if parts.scheme == "s3":
+                return self._read_s3(reference.strip())
             if (parts.scheme == "file" and parts.netloc in ("", "localhost")) or reference.startswith("/"):
                 path = os.fsdecode(unquote_to_bytes(parts.path)) if parts.scheme else reference
                 return _checked(_read_file(path, self._max_bytes))
@@ -100,6 +114,17 @@ class Fetcher:
         with closing(Visit(self._access, self._settings.timeout_s, self._max_bytes, self._check)) as visit:
             fetched = self._tries(visit, lambda: _download_once(url, visit, self._settings.timeout_s))
             return replace(fetched, evidence=visit.evidence)
+
+    def _read_s3(self, reference: str) -> Fetched:
+        limit = _Limit(time.monotonic() + self._settings.timeout_s)
+
+        def once() -> Fetched:
+            try:
+                return _checked(self._s3.read(reference, limit.deadline))
+            except Refused as refusal:
+                return Fetched(None, str(refusal))
+
+        return self._tries(limit, once)
 
     def _check(self, url: str) -> None:
         """Raise Refused for a URL that must not be asked for."""
@@ -118,17 +143,17 @@ class Fetcher:
             fetched = self._tries(visit, lambda: _robots_once(url, visit))
             return fetched.reason or fetched.data or b""
 
-    def _tries(self, visit: Visit, once: Callable[[], Fetched]) -> Fetched:
+    def _tries(self, limit: Visit | _Limit, once: Callable[[], Fetched]) -> Fetched:
         """Call ``once`` until it succeeds, fails for good, or tries or time are used up."""
         for attempt in range(self._settings.retries + 1):
             fetched = once()
             pause = backoff(attempt)
             again = fetched.reason in TRANSIENT or fetched.reason == "truncated"  # here: the transfer broke off
             if (
-                visit.barred
+                limit.barred
                 or not again
                 or attempt == self._settings.retries
-                or time.monotonic() + pause > visit.deadline
+                or time.monotonic() + pause > limit.deadline
             ):
                 break
             time.sleep(pause)

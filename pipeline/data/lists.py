@@ -21,7 +21,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a list. ``url`` is an http(s) or file reference, or a member of a tar (see tar_reference)."""
+    """One row of a list. ``url`` is an http(s), s3 or file reference, or a member of a tar (see tar_reference)."""
 
     url: str
     captions: tuple[str, ...]

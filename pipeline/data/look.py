@@ -55,7 +55,7 @@ def _sides(rows: list[Row]) -> Iterator[int]:
     """Short sides of the pictures that can be opened here, from their headers."""
     from PIL import Image
 
-    for row in islice((row for row in rows if not row.url.startswith("http")), PICTURES):
+    for row in islice((row for row in rows if not row.url.startswith(("http", "s3:"))), PICTURES):
         try:
             with Image.open(io.BytesIO(_read(row.url)), formats=("PNG", "JPEG", "WEBP")) as image:
                 yield min(image.size)

@@ -323,7 +323,7 @@ def test_files_are_read_within_the_same_budget(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "reference",
-    ["", "a.png", "s3://bucket/a.png", "ftp://example.org/a.png", "data:image/png;base64,AA", "http://", "http://[::1",
+    ["", "a.png", "gs://bucket/a.png", "ftp://example.org/a.png", "data:image/png;base64,AA", "http://", "http://[::1",
      "http://a:port/", "http:///a.png", "file://host/a.png", "/nul\0.png", "http://" + "a" * 64 + ".test/",
      "http://user@127.0.0.1/", "http://user:secret@a.test/", "http://ex%61mple.org/", "http://a.test\\@b.test/",
      "http://[fe80::1%25lo]/", "http://a..b/", "http://./"],
