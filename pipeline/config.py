@@ -177,6 +177,10 @@ def _check(config: Config) -> None:
             )
     if config.decoder.model.image_size != 64:
         raise UserError(f"decoder.model.image_size: {config.decoder.model.image_size}; the cascade begins at 64")
+    for bound in ("min_score", "max_score"):
+        for name in getattr(config.curation, bound):
+            if name not in config.embeddings.heads:
+                raise UserError(f"curation.{bound}.{name}: embeddings.heads has no {name}; name its file there")
     if "ar_prior" in config.bundle.models and config.ar_prior.model.buckets != config.codec.buckets:
         raise UserError(
             f"codec.buckets: {config.codec.buckets} is not ar_prior.model.buckets {config.ar_prior.model.buckets}"

@@ -39,6 +39,8 @@ REASONS = {
     "caption_too_short": "fewer characters than the minimum",
     "caption_too_long": "more characters than the maximum",
     "low_similarity": "image and caption are further apart than the threshold",
+    "low_score": "a head scores the picture below its minimum",
+    "high_score": "a head scores the picture above its maximum",
 }
 
 

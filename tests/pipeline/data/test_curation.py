@@ -59,7 +59,17 @@ def test_every_reason(bench: Bench) -> None:
 )
 def test_similarity(bench: Bench, recipe: dict[str, float], similarity: float, reason: str | None) -> None:
     judge = Judge(bench.store, CurationRecipe(**recipe))  # type: ignore[arg-type]
-    assert judge.reason({"width": 64, "height": 64}, "a caption", similarity) == reason
+    assert judge.reason({"width": 64, "height": 64}, "a caption", {"similarity": similarity}) == reason
+
+
+@pytest.mark.parametrize(
+    ("aesthetic", "nsfw", "reason"),
+    [(0.5, 0.1, None), (0.49, 0.1, "low_score"), (0.5, 0.11, "high_score"), (0.0, 1.0, "low_score"), (9, -9, None)],
+)
+def test_bounds_on_scores(bench: Bench, aesthetic: float, nsfw: float, reason: str | None) -> None:
+    judge = Judge(bench.store, CurationRecipe(min_score={"aesthetic": 0.5}, max_score={"nsfw": 0.1}))
+    scores = {"similarity": 0.0, "score_aesthetic": aesthetic, "score_nsfw": nsfw}
+    assert judge.reason({"width": 64, "height": 64}, "a caption", scores) == reason
 
 
 def test_rows_are_removed_and_nothing_about_the_others_moves(bench: Bench) -> None:
