@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline import bundle, samples
 from pipeline.config import Config
-from pipeline.data import codec, curation, embeddings, pairs, source
+from pipeline.data import codec, curation, embeddings, imported, pairs, source
+from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluation
 from pipeline.graph import Graph, Stage
 from pipeline.training import stage as training
@@ -13,8 +16,15 @@ from pipeline.training import stage as training
 def build(config: Config) -> Graph:
     """Stages in an order in which every one comes after its inputs.
 
-    Raises UserError if a file cannot be read that the configuration names and a key counts by its content.
+    Raises UserError if a file cannot be read that the configuration names and a key counts by its content, and for
+    imported embeddings without the CLIP that made them.
     """
+    if config.clip.weights == "train":
+        for path in config.source.paths:
+            if imported.is_embeddings(Path(path).expanduser()):
+                raise UserError(
+                    f"source {path}: imported embeddings teach no CLIP; name in clip.weights what made them"
+                )
     learn = ("pairs", "captions", "embeddings", "curation")
     stages = (
         Stage("source", source.VERSION, config.source, (), source.run_source),

@@ -33,6 +33,7 @@ REASONS = {
     "hash_mismatch": "other bytes than the list's hash says",
     "decode_error": "the image cannot be decoded",
     "decoder_crashed": "decoding the image killed the decoder's process, twice",
+    "not_an_embedding": "an imported embedding is zero, holds values that are no numbers, or has another's length",
     # curation
     "too_small": "the short side is below the minimum",
     "bad_aspect": "longer than the maximum aspect ratio",

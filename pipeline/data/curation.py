@@ -68,11 +68,12 @@ class Judge:
     def reason(self, row: Mapping[str, Any], caption: str, scores: Mapping[str, Any]) -> str | None:
         """Why a row is rejected, or None. ``scores``: "similarity" and the columns of the heads that are asked for."""
         r = self.recipe
-        short, long = sorted((row["width"], row["height"]))
-        if short < r.min_side:
-            return "too_small"
-        if long > r.max_aspect * short:
-            return "bad_aspect"
+        if row["width"] is not None:  # None: an imported embedding, whose picture nobody sees
+            short, long = sorted((row["width"], row["height"]))
+            if short < r.min_side:
+                return "too_small"
+            if long > r.max_aspect * short:
+                return "bad_aspect"
         if not caption:
             return "no_caption"
         if len(caption) < r.min_caption:

@@ -52,7 +52,7 @@ def take_over(store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow,
             for i, (now, then) in enumerate(zip(refs, before, strict=False))
             if not now["reject"] and not then["reject"] and all(now[k] == then[k] for k in ("url", "sha256"))
         ]
-        own = [i for i in same if index[i]["status"] == "kept" and index[i]["tar"] is None]
+        own = [i for i in same if index[i]["tar"] is None and index[i]["size"] is not None]
         pictures = dict(zip(own, read_pictures(store, pairs.blobs.get("images"), [index[i] for i in own]), strict=True))
         said = {row["key"]: Evidence(row["evidence"], row["seen"].timestamp()) for row in read_opt_outs(store, [pairs])}
     except CorruptObject as e:

@@ -6,6 +6,7 @@ neighbours nor workers can change a byte of the result.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.data.imported import SCHEME, read_imported
 from pipeline.data.index import read_pictures
 from pipeline.data.scores import Head, head_digests, load_heads, score_column
+from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.records import read_blob
@@ -73,8 +76,8 @@ class Encoder:
 
     Columns: "key", "image_embedding" and "text_embedding" (float16 [d], unit norm, of the first caption),
     "more_text_embeddings" (a list of them, of the captions after it), "similarity" (cosine of the first two), "width"
-    and "height" of the stored picture in pixels, "caption_length" (of the first, in characters), and "score_NAME" of
-    every head.
+    and "height" of the stored picture in pixels (null where embeddings are imported), "caption_length" (of the first,
+    in characters), and "score_NAME" of every head.
     """
 
     def __init__(self, store: Store, clip: Any, batch: int, heads: Mapping[str, Head]):
@@ -87,9 +90,12 @@ class Encoder:
         pairs, captions = task.inputs["pairs"], task.inputs["captions"]
         rows = [r for r in read_table(self.store, pairs.blobs["index"]).to_pylist() if r["status"] == "kept"]
         texts = dict(zip(*read_table(self.store, captions.blobs["captions"]).to_pydict().values(), strict=True))
-        image = self._images(pairs.blobs.get("images"), rows)
-        told = [texts[r["key"]][:CAPTIONS] or [""] for r in rows]
-        text = self._texts([captions[0] for captions in told])
+        came = np.array([r["url"].startswith(SCHEME) for r in rows], bool)  # embedded, with one caption
+        told = [texts[r["key"]][: 1 if given else CAPTIONS] or [""] for r, given in zip(rows, came, strict=True)]
+        image, text = np.zeros((2, len(rows), self.clip.embed_dim), np.float32)
+        image[came], text[came] = self._imported([rows[i] for i in np.flatnonzero(came)])
+        image[~came] = self._images(pairs.blobs.get("images"), [rows[i] for i in np.flatnonzero(~came)])
+        text[~came] = self._texts([told[i][0] for i in np.flatnonzero(~came)])
         # In batches of their own, so that they cannot change a byte of the first ones.
         more = self._texts([caption for captions in told for caption in captions[1:]])
         offsets = np.cumsum([0, *(len(captions) - 1 for captions in told)], dtype=np.int32)
@@ -104,6 +110,28 @@ class Encoder:
         columns["caption_length"] = pa.array([len(captions[0]) for captions in told], pa.int32())
         columns |= {score_column(name): pa.array(head(image)) for name, head in self.heads.items()}
         return ShardOutput(Ledger(kept=len(rows)), {"embeddings": write_table(columns)})
+
+    def _imported(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+        """Image and text embeddings, fp32 [n, d] of unit norm, from where they lie.
+
+        Raises CorruptObject where they have changed, UserError where they are not this CLIP's.
+        """
+        import numpy as np
+
+        found = read_imported([r["url"] for r in rows])
+        for row, pair in zip(rows, found, strict=True):
+            if isinstance(pair, str) or hashlib.sha256(pair.tobytes()).hexdigest() != row["sha256"]:
+                raise CorruptObject(
+                    row["url"], f"the embedding of row {row['key']} has other values than the index says"
+                )
+            if pair.shape[1] != self.clip.embed_dim:
+                raise UserError(
+                    f"source: {row['url']} has {pair.shape[1]} dimensions, and the embeddings of clip.weights have "
+                    f"{self.clip.embed_dim}: name there the CLIP that made them"
+                )
+        stacked = np.array(found, np.float32).reshape(-1, 2, self.clip.embed_dim)
+        unit = stacked / np.linalg.norm(stacked, axis=2, keepdims=True)
+        return unit[:, 0], unit[:, 1]
 
     def _images(self, images: str | None, rows: Sequence[Mapping[str, Any]]) -> Any:
         import numpy as np

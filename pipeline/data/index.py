@@ -33,7 +33,8 @@ def index_table(rows: Sequence[Mapping[str, Any]]) -> Any:
     """A pyarrow Table of index rows.
 
     ``tar`` is null where the picture lies in the shard's own ``images`` blob, else the path of an existing tar.
-    ``offset`` and ``size`` are bytes; ``sha256`` is of the stored bytes; ``status`` is kept, rejected or deferred.
+    ``offset`` and ``size`` are bytes; ``sha256`` is of the stored bytes; ``status`` is kept, rejected or deferred. A
+    kept row that imports embeddings has no picture: neither a place nor a size, and ``sha256`` is of its embeddings.
     """
     import pyarrow as pa
 
@@ -50,8 +51,9 @@ def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     counts = {f"{split}/{side}": 0 for split in ("train", "validation", "test") for side in STAGE_SIDES}
     for row in rows:
         if row["status"] == "kept":
+            short = min(row.get("width") or 0, row.get("height") or 0)
             for side in STAGE_SIDES:
-                counts[f"{row['split']}/{side}"] += min(row["width"], row["height"]) >= side
+                counts[f"{row['split']}/{side}"] += short >= side
     return counts
 
 

@@ -6,11 +6,12 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from pipeline.data.imported import embedding_reference, is_embeddings, metadata_parts
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a list. ``url`` is an http(s), s3 or file reference, or a member of a tar (see tar_reference)."""
+    """One row of a list. ``url`` is an http(s), s3 or file reference, a member of a tar (see tar_reference), or
+    an embedding (see pipeline.data.imported)."""
 
     url: str
     captions: tuple[str, ...]
@@ -45,6 +47,8 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
         yield from _folder_rows(Path(where))
     elif kind == "tar":
         yield from _tar_rows(Path(where))
+    elif kind == "embeddings":
+        yield from _embedding_rows(Path(where), recipe)
     else:
         yield from _table_rows(Path(where), recipe)
 
@@ -56,7 +60,7 @@ def _kind(path: str) -> tuple[str, str]:
     if not file.exists():
         raise UserError(f"source {path}: no such file or folder")
     if file.is_dir():
-        return "folder", str(file.absolute())
+        return "embeddings" if is_embeddings(file) else "folder", str(file.absolute())
     if file.suffix in (".parquet", ".csv", ".tsv", ".tar"):
         return file.suffix[1:], str(file.absolute())
     raise UserError(f"source {path}: not a .parquet, .csv, .tsv or .tar file, nor a folder")
@@ -70,8 +74,9 @@ def fingerprint(path: str) -> Any:
 
         return ["emoji", where, emoji.fingerprint()]
     try:
-        if kind == "folder":
-            return ["folder", where, [_file_fingerprint(p) for p in _files(Path(where))]]
+        if kind in ("folder", "embeddings"):
+            files = _files(Path(where)) if kind == "folder" else sorted(Path(where).glob("*/*"))
+            return [kind, where, [_file_fingerprint(p) for p in files]]
         if kind == "tar":
             return ["tar", where, os.stat(where).st_size, os.stat(where).st_mtime_ns]
         with open(where, "rb") as f:
@@ -105,6 +110,13 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
             text = file.with_suffix(".txt")
             lines = text.read_text(errors="replace").splitlines() if text.is_file() else []  # reading a pipe would wait
             yield Row(f"file://{quote(os.fsencode(file))}", _captions(lines))
+
+
+def _embedding_rows(folder: Path, recipe: SourceRecipe) -> Iterator[Row]:
+    """Each is split as its picture would be; the list's hash is that picture's."""
+    for part, metadata in metadata_parts(folder):
+        for i, row in enumerate(_table_rows(metadata, recipe)):
+            yield replace(row, url=embedding_reference(folder, part, i), group=row.group or row.url, sha256="")
 
 
 def tar_reference(tar: str, member: str, offset: int, size: int) -> str:

@@ -9,6 +9,7 @@ from itertools import islice
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from pipeline.data.imported import SCHEME
 from pipeline.data.lists import Row, read_rows
 from pipeline.data.pairs import tar_place
 from pipeline.data.source import SourceRecipe
@@ -55,7 +56,7 @@ def _sides(rows: list[Row]) -> Iterator[int]:
     """Short sides of the pictures that can be opened here, from their headers."""
     from PIL import Image
 
-    for row in islice((row for row in rows if not row.url.startswith(("http", "s3:"))), PICTURES):
+    for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), PICTURES):
         try:
             with Image.open(io.BytesIO(_read(row.url)), formats=("PNG", "JPEG", "WEBP")) as image:
                 yield min(image.size)

@@ -21,6 +21,7 @@ from pipeline.artifacts import Artifact, read_shards, read_table, write_table
 from pipeline.data.decoding import shared_decoder
 from pipeline.data.deny import DenyLists, read_deny_lists, store_deny_lists
 from pipeline.data.earlier import Known, earlier_shards, take_over
+from pipeline.data.imported import SCHEME, read_imported
 from pipeline.data.index import index_counts, index_table
 from pipeline.data.opener import Evidence
 from pipeline.data.opt_outs import OPT_OUTS, opt_out_table
@@ -119,7 +120,13 @@ class Packer:
                 rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER}
             else:
                 self._use_in_place(rows[i], refs[i])
-        own = [i for i in wanted if not refs[i]["url"].startswith("tar://")]
+        imported = [i for i in wanted if refs[i]["url"].startswith(SCHEME)]
+        for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported]), strict=True):
+            if isinstance(found, str):
+                _reject(rows[i], found)
+            else:  # no picture, and so no size
+                rows[i]["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
+        own = [i for i in wanted if not refs[i]["url"].startswith(("tar://", SCHEME))]
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             answers = self.fetcher.fetch([refs[i]["url"] for i in own if i not in known])

@@ -32,7 +32,8 @@ LAST_SEGMENT = 999  # a shard's number has eight digits
 
 @dataclass(frozen=True)
 class SourceRecipe:
-    """Where pairs come from. ``paths``: .parquet, .csv, .tsv, a folder of a.jpg + a.txt, .tar, or ``emoji:SUBSET``.
+    """Where pairs come from. ``paths``: .parquet, .csv, .tsv, a folder of a.jpg + a.txt, one of embeddings as
+    clip-retrieval writes them, .tar, or ``emoji:SUBSET``.
 
     A row's split is its ``split_column`` if the list has one, else a hash of its ``group_column``, else of its image
     reference; ``validation`` and ``test`` are the shares held out by hash.

@@ -114,7 +114,8 @@ class Taught:
 
 def taught(store: Store, inputs: Mapping[str, Artifact]) -> Taught:
     """Kept training rows, which held-out rows are compared with."""
-    rows = Tables(store, inputs, ("image", "image_embedding"), "train", 0).first(TRAINING_ROWS)
+    first = Tables(store, inputs, ("image", "image_embedding"), "train", 0).first(TRAINING_ROWS)
+    rows = [row for row in first if row.place]
     stacked = np.stack([row.image_embedding for row in rows if row.image_embedding is not None])
     embeddings = F.normalize(torch.from_numpy(stacked), dim=-1)
     return Taught([row.place for row in rows if row.place], [row.license for row in rows], embeddings)

@@ -153,11 +153,16 @@ def _thumbnails(store: Store, shards: Sequence[PairsShard], title: str, album: A
     cells = []
     for i, shard in enumerate(shards):
         share = THUMBNAILS * (i + 1) // len(shards) - THUMBNAILS * i // len(shards)
-        for row in spread([row for row in shard.kept_rows if album.may_show(row["license"])], share):
+        shown = [row for row in shard.kept_rows if row["size"] and album.may_show(row["license"])]
+        for row in spread(shown, share):
             picture = attempt(f"Row {row['key']}", _thumbnail, store, shard, row, album)
             cells.append(figure(picture, f"<bdi>{text(shard.captions.get(row['key'], ''), 90)}</bdi>"))
     if not cells:
-        return note("No pair was kept." if album.licenses is None else "No pair's licence lets it be shown here.")
+        return note(
+            "No pair was kept, or none with a picture."
+            if album.licenses is None
+            else "No pair's licence lets it be shown here."
+        )
     return f'<h3>{title}</h3>\n<div class="thumbs">\n{"".join(cells)}</div>\n'
 
 

@@ -10,6 +10,7 @@ import torch
 
 from models.draw import derive_seed
 from pipeline.artifacts import Artifact
+from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.training.order import Order, lanes_of
 from pipeline.training.pictures import Pictures
@@ -118,9 +119,7 @@ class Feed:
 
         batch: Batch = {}
         if "image" in self.columns:
-            batch["image"] = torch.from_numpy(
-                np.stack([self.pictures.view(r.place, pictures) for r in rows if r.place])
-            )
+            batch["image"] = torch.from_numpy(np.stack([self._view(row, pictures) for row in rows]))
         if "image_embedding" in self.columns:
             batch["image_embedding"] = torch.from_numpy(
                 np.stack([row.image_embedding for row in rows if row.image_embedding is not None])
@@ -135,3 +134,10 @@ class Feed:
                 )
             )
         return batch
+
+    def _view(self, row: Row, pictures: dict[Place, bytes]) -> np.ndarray:
+        if row.place is None:
+            raise UserError(
+                f"row {row.key} has an imported embedding and no picture to learn from: take it off the list"
+            )
+        return self.pictures.view(row.place, pictures)

@@ -26,7 +26,8 @@ class Place(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One example before decoding; what the columns do not ask for is None. ``image_embedding`` is fp32 [d],
+    """One example before decoding; what the columns do not ask for is None, and so is ``place`` where embeddings were
+    imported without a picture. ``image_embedding`` is fp32 [d],
     ``text_embeddings`` fp32 [n, d] of the first n captions, or of an empty one where there is none. ``license`` is the
     picture's, None where the list names none."""
 
@@ -102,7 +103,10 @@ class Tables:
         if pairs := self._pairs.get(shard.number):
             columns = (index[name].to_pylist() for name in ("tar", "offset", "size", "sha256"))
             own = pairs.blobs.get("images")
-            places = (Place(key, own, *rest) for key, *rest in zip(keys, *columns, strict=True))
+            places = (
+                None if size is None else Place(key, own, tar, offset, size, sha256)
+                for key, tar, offset, size, sha256 in zip(keys, *columns, strict=True)
+            )
         if captioned := self._captions.get(shard.number):
             captions = self._join(captioned, "captions", keys)["captions"].to_pylist()
         if embedded := self._embeddings.get(shard.number):

@@ -32,7 +32,8 @@ from pipeline.samples import SamplesRecipe
 from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
 from tests.chain import MICRO, ROOT
-from tests.pipeline.data.bench import picture, write_list
+from tests.pipeline.data.bench import picture, save_clip, write_list
+from tests.pipeline.data.test_imported import write_parts
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAININGS = {
@@ -79,6 +80,7 @@ TESTED = {
     "unclip data forget my-project.yaml 000000000003 http://example.org/a.jpg": "here",
     "unclip data gc my-project.yaml": "here",
     "unclip data gc my-project.yaml --yes": "here",
+    "unclip run laion.yaml --until diffusion_prior": "here",
     "unclip plan configs/nano.yaml": "here",
     "unclip run configs/nano.yaml": "here",
     "unclip plan configs/nano.yaml decoder.model.dropout=0.1": "here",
@@ -198,6 +200,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "pairs.csv",
         [(f"file://{folder}/pictures/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)],
     )
+    write_parts(folder / "embeddings")
+    laion = {"project": "laion", "store": "out/laion/store", "source": {"paths": ["embeddings"]}}
+    laion = small(laion)
+    laion["clip"] = laion["clip"] | {"weights": save_clip(folder / "clip")}
+    (folder / "laion.yaml").write_text(yaml.safe_dump(laion))
     config = {"project": "nano", "store": "out/nano/store", "source": {"paths": ["pairs.csv"]}}
     (folder / "configs/nano.yaml").write_text(yaml.safe_dump(small(config)))
     return folder

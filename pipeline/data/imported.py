@@ -1,0 +1,108 @@
+"""Embeddings that clip-retrieval or LAION have made, used where they lie: pairs without pictures, for the priors.
+
+A folder of clip-retrieval's layout has parts numbered N: img_emb/img_emb_N.npy and text_emb/text_emb_N.npy, [n, d]
+each, and metadata/metadata_N.parquet of n rows. Every machine has to reach it under the same path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from pipeline.errors import UserError
+
+SCHEME = "embedding://"
+NAMES = ("img_emb", "text_emb")
+
+
+def is_embeddings(folder: Path) -> bool:
+    """Whether a folder has clip-retrieval's layout."""
+    return all((folder / name).is_dir() for name in ("img_emb", "metadata"))
+
+
+def metadata_parts(folder: Path) -> list[tuple[str, Path]]:
+    """The number of each part, as its files spell it, and its Parquet file, by rising number.
+
+    Raises UserError if there is none, or one whose files do not belong together.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    numbers = {m[1] for file in folder.glob("*/*") if (m := re.fullmatch(r"\w+_(\d+)\.(?:npy|parquet)", file.name))}
+    if not numbers:
+        raise UserError(f"source {folder}: it has no metadata_N.parquet; is this what clip-retrieval has written?")
+    found = [(part, folder / f"metadata/metadata_{part}.parquet") for part in sorted(numbers, key=int)]
+    for part, file in found:
+        files = [_file(folder, name, part) for name in NAMES]
+        if missing := [each for each in (file, *files) if not each.is_file()]:
+            raise UserError(f"source {missing[0]}: no such file; every part needs metadata and both embeddings")
+        try:
+            shapes = [_open(each).shape for each in files]
+            rows = pq.ParquetFile(file).metadata.num_rows
+        except (OSError, ValueError, pa.ArrowInvalid) as e:
+            raise UserError(f"source {folder}: part {part} cannot be read ({str(e).splitlines()[0]})") from None
+        if len(shapes[0]) != 2 or shapes[0] != shapes[1] or shapes[0][0] != rows:
+            raise UserError(
+                f"source {folder}: part {part} has image embeddings {shapes[0]}, text embeddings {shapes[1]} and "
+                f"{rows} rows of metadata; they are not of the same pairs"
+            )
+    return found
+
+
+def embedding_reference(folder: Path, part: str, row: int) -> str:
+    """A row of a part, as an image reference."""
+    return f"{SCHEME}{quote(str(folder))}?part={part}&row={row}"
+
+
+def read_imported(references: Sequence[str]) -> list[Any]:
+    """For each reference the image and the text embedding, fp32 [2, d] as stored, or the reason why there are none."""
+    import numpy as np
+
+    opened: dict[tuple[str, str], list[Any] | None] = {}
+    result: list[Any] = []
+    for reference in references:
+        place = _place(reference)
+        if place is None:
+            result.append("unsupported_reference")
+            continue
+        folder, part, row = place
+        if (folder, part) not in opened:
+            try:
+                opened[folder, part] = [_open(_file(Path(folder), name, part)) for name in NAMES]
+            except (OSError, ValueError):
+                opened[folder, part] = None
+        matrices = opened[folder, part]
+        if matrices is None or row >= min(map(len, matrices)):
+            result.append("missing_file")
+            continue
+        pair = [np.asarray(matrix[row], np.float32) for matrix in matrices]
+        sound = all(np.isfinite(vector).all() and vector.any() for vector in pair) and pair[0].shape == pair[1].shape
+        result.append(np.stack(pair) if sound else "not_an_embedding")
+    return result
+
+
+def _place(reference: str) -> tuple[str, str, int] | None:
+    try:
+        parts = urlsplit(reference)
+        query = parse_qs(parts.query)
+        part, row = query["part"][0], int(query["row"][0])
+    except (KeyError, ValueError):
+        return None
+    return (unquote(parts.path), part, row) if part.isdecimal() and row >= 0 else None
+
+
+def _file(folder: Path, name: str, part: str) -> Path:
+    return folder / name / f"{name}_{part}.npy"
+
+
+def _open(file: Path) -> Any:
+    """A matrix that stays on disk. Raises OSError, and ValueError for what is no array of numbers."""
+    import numpy as np
+
+    matrix = np.load(file, mmap_mode="r", allow_pickle=False)
+    if matrix.dtype not in (np.float16, np.float32):
+        raise ValueError(f"{file.name} holds {matrix.dtype}, not float16 or float32")
+    return matrix
