@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from models.ar_prior import ARPrior, sample
 from models.cascade import UnCLIP
-from models.clip import Clip, tokenize
+from models.clip import Clip, cut_tokens, tokenize
 from models.codec import Codec, fit_codec, fit_pca, moments
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
@@ -86,6 +86,25 @@ def test_a_picture_depends_on_its_caption_and_seed_alone(prior: str) -> None:
             assert (difference > 0).float().mean() < 0.01
     other = unclip.generate(CAPTIONS[:1], [9], prior=prior)
     assert not torch.equal(other.images[16][0], together.images[16][0])
+
+
+def test_a_clip_with_its_own_tokenizer_reads_its_own_tokens() -> None:
+    """CLIP alone: priors and decoder go on reading the caption as CLIP's BPE."""
+    unclip = make()
+
+    def backwards(captions: list[str]) -> torch.Tensor:
+        return cut_tokens(tokenize([caption[::-1] for caption in captions]), CLIP.text_context)
+
+    own: Any = backwards
+    with_own = dataclasses.replace(unclip, clip=Clip(unclip.clip.model, unclip.clip.model_config, own))
+    tokens, sampling = tokenize(CAPTIONS), dataclasses.replace(SAMPLING, prior="ar")
+    text = unclip.clip.encode_text(tokenize([caption[::-1] for caption in CAPTIONS]))
+    expected = unclip.draw_embedding(tokens, text, [1, 2, 3], sampling)
+    drawn = with_own.generate(CAPTIONS, [1, 2, 3], prior="ar", size=64)
+    assert torch.equal(drawn.embedding, expected)
+    assert not torch.equal(expected, unclip.generate(CAPTIONS, [1, 2, 3], prior="ar", size=64).embedding)
+    decoded = unclip.decode(expected, tokens, [1, 2, 3], dataclasses.replace(sampling, size=64))
+    assert torch.equal(drawn.image, decoded.image)
 
 
 def test_guidance_temperature_and_candidates_are_used() -> None:
