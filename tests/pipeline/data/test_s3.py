@@ -10,6 +10,7 @@ import boto3
 import pytest
 
 from pipeline.data.fetch import Fetched, Fetcher
+from pipeline.data.s3 import S3Reader
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.settings import PairsSettings
@@ -123,12 +124,12 @@ def test_the_deadline_holds_and_no_server_is_unreachable(refusing: None, monkeyp
 
 def test_only_passing_troubles_are_tried_again(refusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     hits: Counter[str] = Counter()
-    original = Fetcher._read_s3
+    original = S3Reader.read
 
-    def counting(self: Fetcher, reference: str, deadline: float) -> Fetched:
+    def counting(self: S3Reader, reference: str, deadline: float) -> bytes:
         hits[reference] += 1
         return original(self, reference, deadline)
 
-    monkeypatch.setattr(Fetcher, "_read_s3", counting)
+    monkeypatch.setattr(S3Reader, "read", counting)
     fetch("s3://b/busy.png", "s3://b/cut.png", "s3://b/denied.png", "s3://b/gone.png", retries=1)
     assert hits == {"s3://b/busy.png": 2, "s3://b/cut.png": 2, "s3://b/denied.png": 1, "s3://b/gone.png": 1}
