@@ -17,7 +17,7 @@ import yaml
 from models.presets import PRESETS
 from pipeline.bundle import BundleRecipe
 from pipeline.data.codec import CODEC_PRESETS, CodecRecipe
-from pipeline.data.curation import CurationRecipe
+from pipeline.data.curation import CURATION_PRESETS, CurationRecipe
 from pipeline.data.embeddings import EmbeddingsRecipe
 from pipeline.data.pairs import PairsRecipe
 from pipeline.data.source import SourceRecipe
@@ -36,7 +36,11 @@ from pipeline.training.recipes import (
 )
 
 TRAININGS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
-FIELD_PRESETS = {"codec": CODEC_PRESETS, "evaluation": EVALUATION_PRESETS}  # of stages without a model
+FIELD_PRESETS = {
+    "curation": CURATION_PRESETS,
+    "codec": CODEC_PRESETS,
+    "evaluation": EVALUATION_PRESETS,
+}  # of stages without a model
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ REASONS = {
     "low_similarity": "image and caption are further apart than the threshold",
     "low_score": "a head scores the picture below its minimum",
     "high_score": "a head scores the picture above its maximum",
+    "near_duplicate": "an earlier row of its split has nearly the same picture, as large for every model",
+    "near_held_out": "a training row whose picture is nearly one that is held out",
 }
 
 

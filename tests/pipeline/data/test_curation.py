@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import read_shards, read_table
+from pipeline.artifacts import read_shards
 from pipeline.data.curation import CurationRecipe, Judge
 from pipeline.data.index import index_counts
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
+from tests.pipeline.data.vectors import rejected
 
 ROWS = [  # width, height, caption, split, and how curation ends it
     (80, 72, "a picture", "train", None),
@@ -46,11 +47,10 @@ def test_every_reason(bench: Bench) -> None:
     assert ledger.kept == reasons.pop(None)
     assert ledger.rejected == reasons
     assert ledger.rows == bench.made["pairs"].ledger.kept
-    said = {}
-    for shard in read_shards(bench.store, bench.made["curation"]):
-        said |= dict(zip(*read_table(bench.store, shard.blobs["rejected"]).to_pydict().values(), strict=True))
+    said = rejected(bench.store, bench.made["curation"])
     names = {row["key"]: int(row["url"].rpartition("/")[2][:-4]) for row in bench.rows("pairs") if row["width"]}
-    assert {names[key]: reason for key, reason in said.items()} == {i: row[4] for i, row in enumerate(ROWS) if row[4]}
+    assert {names[row.key]: row.reason for row in said} == {i: row[4] for i, row in enumerate(ROWS) if row[4]}
+    assert {row.near for row in said} == {None}
 
 
 @pytest.mark.parametrize(
