@@ -18,7 +18,7 @@ COMMANDS = {
     "plan": "show what a run would make, why, and about what it costs",
     "sample": "turn captions into pictures with a finished bundle",
     "report": "write the report again, for example with some pictures only",
-    "data": "try failed rows again, forget rows, delete what nothing needs",
+    "data": "search pictures, try failed rows again, forget rows, delete what nothing needs",
     "pin": "let an artefact stand for later data too",
     "unpin": "lift a pin",
 }

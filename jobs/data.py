@@ -1,4 +1,4 @@
-"""``unclip data retry | forget | gc CONFIG ...``: what is done to data after it was made."""
+"""``unclip data search | retry | forget | gc CONFIG ...``: look into the data of a project, and change what it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from jobs.plan import print_changes
 from jobs.project import Project, open_project
-from pipeline.artifacts import Artifact, load_artifact
 from pipeline.collect import collect
 from pipeline.data.again import FINAL, gather
 from pipeline.data.forget import Request, find
@@ -21,15 +20,24 @@ from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.progress import duration
 
+SPLITS = ("train", "validation", "test")
+
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    search = commands.add_parser("search", help="the pictures nearest to a caption, or to a picture")
     retry = commands.add_parser("retry", help="try rows again whose fetch ended with one of some reasons")
     forget = commands.add_parser("forget", help="drop pictures and their captions from everything made from now on")
     gc = commands.add_parser("gc", help="delete what no pin, recent run or running stage needs")
-    for command in (retry, forget, gc):
+    for command, run in ((search, _search), (retry, _retry), (forget, _forget), (gc, _collect)):
         command.add_argument("config", help="a YAML file")
+        command.set_defaults(run=run)
+    what = search.add_mutually_exclusive_group(required=True)
+    what.add_argument("caption", nargs="?", help="text that the pictures should fit")
+    what.add_argument("--picture", metavar="FILE", help="a picture that they should be like, in place of a caption")
+    search.add_argument("--count", type=int, default=10, help="how many (10)")
+    search.add_argument("--split", choices=SPLITS, help="of this split only; by default of all")
     retry.add_argument("--reason", required=True, help="such as timeout,http_5xx")
     forget.add_argument("what", nargs="*", help="row keys, references (URLs), or sha256 of stored pictures")
     forget.add_argument("--file", help="a text file with one of them a line; - for standard input")
@@ -37,21 +45,38 @@ def main(argv: Sequence[str]) -> int:
     gc.add_argument("--keep-days", type=float, default=30.0, help="how long what a run asked for is needed (30)")
     gc.add_argument("--grace-hours", type=float, default=24.0, help="from the first finding to the deletion (24)")
     arguments = parser.parse_args(argv)
-    project = open_project(arguments.config, ())
-    if arguments.command == "retry":
-        return _retry(project, [word for word in arguments.reason.replace(" ", "").split(",") if word])
-    if arguments.command == "gc":
-        return _collect(project, arguments.keep_days * 86_400, arguments.grace_hours * 3600, arguments.yes)
-    return _forget(project, Request.read([*arguments.what, *_lines(arguments.file)]), arguments.config)
+    return arguments.run(open_project(arguments.config, ()), arguments)
 
 
-def _retry(project: Project, reasons: Sequence[str]) -> int:
+def _search(project: Project, arguments: argparse.Namespace) -> int:
+    """Print a line for each of the nearest rows: cosine, key, split, reference and first caption, tabs between them."""
+    from pipeline.data.look_up import embed_caption, embed_picture, look_up
+
+    if arguments.count < 1:
+        raise UserError(f"--count {arguments.count} is below 1")
+    artifacts = project.made("captions", "clip", "curation", "index")
+    if arguments.picture:
+        query = embed_picture(project.store, artifacts["clip"], arguments.picture)
+    else:
+        query = embed_caption(project.store, artifacts["clip"], arguments.caption)
+    splits = (arguments.split,) if arguments.split else SPLITS
+    found = look_up(project.store, artifacts, query, arguments.count, splits)
+    if not found:
+        raise UserError(f"{arguments.config}: its index holds no row to be found; see the rejects in the report")
+    for row in found:
+        caption = " ".join(row.caption.split())  # one line a row, whatever is in it
+        print(f"{row.similarity:.4f}\t{row.key}\t{row.split}\t{row.url}\t{caption}")
+    return 0
+
+
+def _retry(project: Project, arguments: argparse.Namespace) -> int:
+    reasons = [word for word in arguments.reason.replace(" ", "").split(",") if word]
     for reason in reasons:
         if reason not in REASONS:
             raise UserError(f"--reason: unknown reason {reason}; docs/ledger.md lists them")
         if reason in FINAL:
             raise UserError(f"--reason: {reason} is final: {REASONS[reason]}")
-    pairs = _pairs(project)
+    pairs = project.made("pairs")["pairs"]
     blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons))
     if blob is None:
         ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.rejected.items()))
@@ -67,11 +92,14 @@ def _retry(project: Project, reasons: Sequence[str]) -> int:
     return 0
 
 
-def _forget(project: Project, request: Request, config: str) -> int:
+def _forget(project: Project, arguments: argparse.Namespace) -> int:
+    request, config = Request.read([*arguments.what, *_lines(arguments.file)]), arguments.config
     if not (request.keys or request.hashes or request.references):
         raise UserError("nothing to forget: give keys, references or hashes, or --file")
     before = project.plan()
-    found, rows = find(project.store, _listed(project), _pairs(project) if request.hashes else None, request)
+    found, rows = find(
+        project.store, _listed(project), project.made("pairs")["pairs"] if request.hashes else None, request
+    )
     change_journal(project.store, project.config.project, lambda j: with_forgotten(j, found, time.time()))
     unseen = sum(not row.segments for row in found)
     print(f"{rows:,} rows are forgotten" + (f"; {unseen:,} references are not in the list yet" if unseen else ""))
@@ -84,15 +112,16 @@ def _forget(project: Project, request: Request, config: str) -> int:
     return 0
 
 
-def _collect(project: Project, keep_s: float, grace_s: float, delete: bool) -> int:
-    found = collect(project.store, keep_s, grace_s, time.time(), delete)
+def _collect(project: Project, arguments: argparse.Namespace) -> int:
+    keep_s, grace_s = arguments.keep_days * 86_400, arguments.grace_hours * 3600
+    found = collect(project.store, keep_s, grace_s, time.time(), arguments.yes)
     print(f"{'':12}{'needed':>16}{'garbage':>26}{'deleted':>26}")
     for kind in sorted(found.needed.keys() | found.garbage.keys()):
         tallies = (found.needed[kind], found.garbage[kind], found.deleted[kind])
         print(f"{kind:12}" + "".join(f"{t.objects:>12,} {t.size / 2**20:>9,.1f} MiB" for t in tallies))
     if found.abandoned:
         print(f"{found.abandoned:,} half-written objects of writers that were killed are deleted")
-    if not delete:
+    if not arguments.yes:
         print("nothing is deleted without --yes")
     elif any(tally.objects for tally in found.garbage.values()):
         print(f"garbage is deleted by the first gc that comes {duration(grace_s)} after the one that found it")
@@ -103,15 +132,6 @@ def _listed(project: Project) -> list[SourceShard]:
     """The shards of the list, stored."""
     journal = read_journal(project.store, project.config.project)
     return scan(project.config.source, project.store, write=True, journal=journal).shards
-
-
-def _pairs(project: Project) -> Artifact:
-    """The present artefact of the fetch."""
-    key = next(verdict.key for verdict in project.plan() if verdict.stage == "pairs")
-    made = load_artifact(project.store, "pairs", key)
-    if made is None:
-        raise UserError("pairs: not made yet; unclip run --until pairs first")
-    return made
 
 
 def _lines(path: str | None) -> list[str]:

@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip", description=__doc__)
     parser.add_argument("command", choices=("pin", "unpin"))
     parser.add_argument("config", help="a YAML file")
-    parser.add_argument("stage", help="clip or codec")
+    parser.add_argument("stage", help="clip, codec or thresholds")
     parser.add_argument(
         "--key", help="pin this artefact (a key, or its first 12 characters); by default the present one"
     )

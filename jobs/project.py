@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.artifacts import Artifact, load_artifact
 from pipeline.build import build
 from pipeline.config import Config, load_config
 from pipeline.data.journal import read_journal
@@ -34,6 +35,17 @@ class Project:
         """The verdict on every stage, as the store stands now."""
         previous = last_run(self.store, self.config.project)
         return plan(self.graph, self.scan.keys, self.config.project, self.store, previous)
+
+    def made(self, *stages: str) -> dict[str, Artifact]:
+        """The artefacts of these stages as the plan has them. Raises UserError if one is not there."""
+        keys = {verdict.stage: verdict.key for verdict in self.plan()}
+        found = {stage: load_artifact(self.store, stage, keys[stage]) for stage in stages}
+        if missing := [stage for stage, artifact in found.items() if artifact is None]:
+            raise UserError(
+                f"{', '.join(missing)} of {self.config.project} is not made yet, or not for its list of today; "
+                f"make it with unclip run and --until {missing[-1]}"
+            )
+        return {stage: artifact for stage, artifact in found.items() if artifact is not None}
 
     def wanted(self, only: str | None, until: str | None) -> set[str]:
         """The stages that ``--only`` or ``--until`` ask for. Raises UserError for an unknown one."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline import bundle, samples
 from pipeline.config import Config
-from pipeline.data import codec, curation, embeddings, imported, pairs, source
+from pipeline.data import codec, curation, embeddings, imported, neighbour_index, pairs, source, thresholds
 from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluation
 from pipeline.graph import Graph, Stage
@@ -26,6 +26,7 @@ def build(config: Config) -> Graph:
                     f"source {path}: imported embeddings teach no CLIP; name in clip.weights what made them"
                 )
     learn = ("pairs", "captions", "embeddings", "curation")
+    frozen = ("thresholds",) if config.thresholds.similarity else ()
     stages = (
         Stage("source", source.VERSION, config.source, (), source.run_source),
         Stage("captions", source.VERSION, config.source, (), source.run_captions),
@@ -39,8 +40,21 @@ def build(config: Config) -> Graph:
             embeddings.run_embeddings,
         ),
         Stage(
-            "curation", curation.VERSION, config.curation, ("pairs", "captions", "embeddings"), curation.run_curation
+            "thresholds",
+            thresholds.VERSION,
+            config.thresholds,
+            ("pairs", "embeddings"),
+            thresholds.run_thresholds,
+            pinned=True,
         ),
+        Stage(
+            "curation",
+            curation.VERSION,
+            config.curation,
+            ("pairs", "captions", "embeddings", *frozen),
+            curation.run_curation,
+        ),
+        Stage("index", neighbour_index.VERSION, config.index, ("embeddings", "curation"), neighbour_index.run_index),
         Stage("codec", codec.VERSION, config.codec, ("embeddings", "curation"), codec.run_codec, pinned=True),
         Stage("ar_prior", training.VERSIONS["ar_prior"], config.ar_prior, (*learn, "codec"), training.run_ar_prior),
         Stage(
@@ -69,7 +83,7 @@ def build(config: Config) -> Graph:
         Stage("samples", samples.VERSION, config.samples, ("bundle",), samples.run_samples),
         Stage("evaluation", evaluation.VERSION, config.evaluation, (*learn, "bundle"), evaluation.run_evaluation),
     )
-    wanted = {"samples", "evaluation", "bundle", *config.bundle.inputs}
+    wanted = {"index", "samples", "evaluation", "bundle", *config.bundle.inputs}
     needed = _needed(stages, wanted)
     return {stage.name: stage for stage in stages if stage.name in needed}
 

@@ -19,8 +19,10 @@ from pipeline.bundle import BundleRecipe
 from pipeline.data.codec import CODEC_PRESETS, CodecRecipe
 from pipeline.data.curation import CURATION_PRESETS, CurationRecipe
 from pipeline.data.embeddings import EmbeddingsRecipe
+from pipeline.data.neighbour_index import IndexRecipe
 from pipeline.data.pairs import PairsRecipe
 from pipeline.data.source import SourceRecipe
+from pipeline.data.thresholds import ThresholdsRecipe
 from pipeline.errors import UserError
 from pipeline.evaluate.recipe import EVALUATION_PRESETS, EvaluationRecipe
 from pipeline.parse import merge, parse
@@ -55,7 +57,9 @@ class Run:
     pairs: PairsSettings = field(default_factory=PairsSettings)
     clip: TrainingSettings = field(default_factory=TrainingSettings)
     embeddings: EmbeddingsSettings = field(default_factory=EmbeddingsSettings)
+    thresholds: ShardSettings = field(default_factory=ShardSettings)
     curation: ShardSettings = field(default_factory=ShardSettings)
+    index: ShardSettings = field(default_factory=ShardSettings)
     codec: ShardSettings = field(default_factory=ShardSettings)
     ar_prior: TrainingSettings = field(default_factory=TrainingSettings)
     diffusion_prior: TrainingSettings = field(default_factory=TrainingSettings)
@@ -80,7 +84,9 @@ class Config:
     pairs: PairsRecipe = field(default_factory=PairsRecipe)
     clip: ClipRecipe = field(default_factory=ClipRecipe)
     embeddings: EmbeddingsRecipe = field(default_factory=EmbeddingsRecipe)
+    thresholds: ThresholdsRecipe = field(default_factory=ThresholdsRecipe)
     curation: CurationRecipe = field(default_factory=CurationRecipe)
+    index: IndexRecipe = field(default_factory=IndexRecipe)
     codec: CodecRecipe = field(default_factory=CodecRecipe)
     ar_prior: ARPriorRecipe = field(default_factory=ARPriorRecipe)
     diffusion_prior: DiffusionPriorRecipe = field(default_factory=DiffusionPriorRecipe)

@@ -16,7 +16,14 @@ from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 # A second of two ordinary cores: transformers are large matrix products, in bf16; the rest is small convolutions.
 TRANSFORMER_FLOPS = 250e9
 CONVOLUTION_FLOPS = 60e9
-ROW_SECONDS = {"pairs": 0.015, "embeddings": 0.005, "curation": 0.0005, "codec": 0.0005}
+ROW_SECONDS = {
+    "pairs": 0.015,
+    "embeddings": 0.005,
+    "thresholds": 0.0001,
+    "curation": 0.0005,
+    "index": 0.0001,
+    "codec": 0.0005,
+}
 PICTURE_SECONDS = 10.0
 EVALUATION_SECONDS = 60.0
 LOAD_SECONDS = 60.0  # to fetch and store the weights of a CLIP that exists

@@ -18,7 +18,7 @@ from pipeline.training.recipes import TrainingRecipe
 
 log = logging.getLogger("unclip")
 # Shards that an artefact need not list: those of the source, and of stages that take several passes.
-UNLISTED = ("shards/source/segment-", *(f"shards/{stage}/" for stage in ("curation", "index", "codec")))
+UNLISTED = ("shards/source/segment-", *(f"shards/{stage}/" for stage in ("thresholds", "curation", "index", "codec")))
 OnStage = Callable[[str, Artifact, Mapping[str, Artifact]], None]
 OnLook = Callable[[Artifact, Mapping[str, Artifact]], None]
 

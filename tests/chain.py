@@ -39,7 +39,7 @@ MICRO = {
         "upsampler_samples": 2,
         "early": 16,
     },
-    "run": {"lease_s": 5} | {stage: {"workers": 0} for stage in ("pairs", "embeddings", "curation", "codec")},
+    "run": {"lease_s": 5} | {stage: {"workers": 0} for stage in ("pairs", "embeddings", "curation", "index", "codec")},
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
@@ -142,12 +142,16 @@ def run_curation(ctx: Context) -> Artifact:
     """Judge every shard, then find what is too near to what."""
     names = ("pairs", "captions", "embeddings")
     shards = {name: {s.number: s for s in read_shards(ctx.store, ctx.inputs[name])} for name in names}
+    recipe, whole = ctx.recipe, {}
+    if frozen := ctx.inputs.get("thresholds"):
+        recipe = replace(recipe, min_similarity=max(recipe.min_similarity, frozen.metrics["min_similarity"]))
+        whole = {"thresholds": frozen.key}
     tasks = []
     for number, pairs in sorted(shards["pairs"].items()):
         inputs = {"pairs": pairs, "captions": shards["captions"][number], "embeddings": shards["embeddings"][number]}
-        tasks.append(ShardTask(number, shard_key(ctx, {n: s.key for n, s in inputs.items()}), inputs))
+        tasks.append(ShardTask(number, shard_key(ctx, {n: s.key for n, s in inputs.items()} | whole), inputs))
     rows = sum(s.kept for s in shards["pairs"].values())
-    judge = MakeJudge(ctx.store, ctx.recipe)
+    judge = MakeJudge(ctx.store, recipe)
     if ctx.recipe.near_duplicate is None and ctx.recipe.near_held_out is None:
         return map_shards(ctx, tasks, judge, "rows", rows)
     from pipeline.data.blocks import OneThread

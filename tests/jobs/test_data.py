@@ -87,7 +87,14 @@ def _others(rows: list[dict[str, Any]], but: dict[str, Any]) -> list[dict[str, A
 def test_mistakes(tmp_path: Path, pictures: str) -> None:
     write_list(tmp_path / "list.csv", 0, 20)
     config = write_config(tmp_path, str(tmp_path / "store"), pictures, [tmp_path / "list.csv"])
-    refused("data", "retry", config, "--reason", "timeout", says=["pairs: not made yet", "--until pairs"])
+    refused(
+        "data",
+        "retry",
+        config,
+        "--reason",
+        "timeout",
+        says=["not made for the list and recipes of now: pairs", "--until pairs"],
+    )
     done(unclip("run", config, "--until", "pairs"))
     refused("data", "retry", config, "--reason", "timout", says=["unknown reason timout"])
     refused("data", "retry", config, "--reason", "timeout,opted_out", says=["opted_out is final"])

@@ -24,8 +24,10 @@ from pipeline.config import Config, Run
 from pipeline.data.codec import CodecRecipe
 from pipeline.data.curation import CurationRecipe
 from pipeline.data.embeddings import EmbeddingsRecipe
+from pipeline.data.neighbour_index import IndexRecipe
 from pipeline.data.pairs import PairsRecipe
 from pipeline.data.source import SourceRecipe
+from pipeline.data.thresholds import ThresholdsRecipe
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.ledger import REASONS
 from pipeline.samples import SamplesRecipe
@@ -47,7 +49,9 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
     "source": {"default": SourceRecipe},
     "pairs": {"default": PairsRecipe},
     "embeddings": {"default": EmbeddingsRecipe},
+    "thresholds": {"default": ThresholdsRecipe},
     "curation": {"default": CurationRecipe},
+    "index": {"default": IndexRecipe},
     "codec": {"default": CodecRecipe},
     "Trainings": TRAININGS,
     "clip.model": {"default": ClipConfig},
@@ -63,7 +67,9 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
     "run.ray": {"default": RaySettings},
     "run.pairs": {"default": PairsSettings},
     "run.embeddings": {"default": EmbeddingsSettings},
+    "run.thresholds": {"default": ShardSettings},
     "run.curation": {"default": ShardSettings},
+    "run.index": {"default": ShardSettings},
     "run.codec": {"default": ShardSettings},
     "Settings of trainings": {"default": TrainingSettings},
 }
@@ -88,6 +94,8 @@ TESTED = {
     "unclip run configs/nano.yaml decoder.model.dropout=0.1": "here",
     'unclip sample "a red heart on a pale green background"': "here",
     'unclip sample "a green apple" "a cat face" --seed 7 --set prior=ar': "here",
+    'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
+    "unclip data search configs/nano.yaml --picture pictures/3.png --split train": "here",
     "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",
     "unclip pin configs/nano.yaml clip": "here",
     "unclip unpin configs/nano.yaml clip": "here",
@@ -235,5 +243,12 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
     assert process.returncode == 0, process.stderr
     if command.startswith("unclip sample"):
         assert all((folder / line).is_file() for line in process.stdout.splitlines())
+    if command.startswith("unclip data search"):
+        found = [line.split("\t") for line in process.stdout.splitlines()]
+        assert len(found) == (5 if "--count" in command else 10)
+        assert all(len(fields) == 5 and "picture " in fields[4] for fields in found)
+        if "--picture" in command:  # it is in the list itself, so it is the nearest
+            assert found[0][3].endswith("/pictures/3.png")
+            assert {fields[2] for fields in found} == {"train"}
     if command.endswith("decoder.model.dropout=0.1"):
         assert "model.dropout 0.0 -> 0.1" in process.stdout

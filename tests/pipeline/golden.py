@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import bundle, samples
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.data import codec, curation, embeddings, pairs, source
+from pipeline.data import codec, curation, embeddings, neighbour_index, pairs, source, thresholds
 from pipeline.data.source import scan
 from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluation
@@ -60,7 +60,9 @@ MODULES = {
     "pairs": ("pipeline.data.pairs",),
     "clip": ("pipeline.training.tasks.clip", *TRAINING),
     "embeddings": ("pipeline.data.embeddings",),
+    "thresholds": ("pipeline.data.thresholds",),
     "curation": ("pipeline.data.curation",),
+    "index": ("pipeline.data.neighbour_index",),
     "codec": ("pipeline.data.codec",),
     "ar_prior": ("pipeline.training.tasks.ar_prior", *TRAINING),
     "diffusion_prior": ("pipeline.training.tasks.diffusion_prior", *TRAINING),
@@ -91,7 +93,15 @@ def golden_keys() -> dict[str, dict[str, str]]:
 def versions() -> dict[str, int]:
     """The version of each stage, as the graph counts it."""
     own = {"source": source, "captions": source, "pairs": pairs, "embeddings": embeddings}
-    own |= {"curation": curation, "codec": codec, "bundle": bundle, "samples": samples, "evaluation": evaluation}
+    own |= {
+        "curation": curation,
+        "thresholds": thresholds,
+        "index": neighbour_index,
+        "codec": codec,
+        "bundle": bundle,
+        "samples": samples,
+        "evaluation": evaluation,
+    }
     return {name: module.VERSION for name, module in own.items()} | VERSIONS
 
 

@@ -188,8 +188,8 @@ def test_a_bundle_that_stops_early_needs_less() -> None:
         make_config({**LEAST, "preset": "nano", "bundle": bundle, "pairs": {"image_size": 64}, "codec": {"buckets": 9}})
     )
     assert set(graph) == {
-        "source", "captions", "pairs", "clip", "embeddings", "curation", "diffusion_prior", "decoder", "bundle",
-        "samples", "evaluation",
+        "source", "captions", "pairs", "clip", "embeddings", "curation", "index", "diffusion_prior", "decoder",
+        "bundle", "samples", "evaluation",
     }  # fmt: skip
 
 

@@ -22,11 +22,11 @@ CONFIG = load_config(ROOT / "configs/nano.yaml")
 DESCENDANTS = {
     "pairs": {
         "pairs", "clip", "embeddings", "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256",
-        "upsampler_1024", "bundle", "samples", "evaluation",
+        "upsampler_1024", "bundle", "samples", "index", "evaluation",
     },
     "clip": {
         "clip", "embeddings", "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256",
-        "upsampler_1024", "bundle", "samples", "evaluation",
+        "upsampler_1024", "bundle", "samples", "index", "evaluation",
     },
     "embeddings": {
         "embeddings", "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024",
@@ -34,8 +34,9 @@ DESCENDANTS = {
     },
     "curation": {
         "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024", "bundle",
-        "samples", "evaluation",
+        "samples", "index", "evaluation",
     },
+    "index": {"index"},
     "codec": {"codec", "ar_prior", "bundle", "samples", "evaluation"},
     "ar_prior": {"ar_prior", "bundle", "samples", "evaluation"},
     "diffusion_prior": {"diffusion_prior", "bundle", "samples", "evaluation"},

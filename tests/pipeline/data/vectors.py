@@ -44,8 +44,10 @@ class Listed:
         return [f"{i // SHARD_ROWS:08d}{i % SHARD_ROWS:04d}" for i in range(len(self.splits))]
 
 
-def publish(store: Store, listed: Listed) -> dict[str, Artifact]:
-    """The artefacts that curation reads. Shards with the same rows have the same keys."""
+def publish(store: Store, listed: Listed, similarity: np.ndarray | None = None) -> dict[str, Artifact]:
+    """The artefacts that curation reads. Shards with the same rows have the same keys. ``similarity`` [n] is 1 if not
+    given."""
+    similarity = np.ones(len(listed.splits), np.float32) if similarity is None else similarity
     keys = listed.row_keys
     made: dict[str, list] = {"pairs": [], "captions": [], "embeddings": []}
     for number, start in enumerate(range(0, len(keys), SHARD_ROWS)):
@@ -56,7 +58,7 @@ def publish(store: Store, listed: Listed) -> dict[str, Artifact]:
         ]
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(listed.vectors[part].reshape(-1)), listed.vectors.shape[1])
         embeddings = {"key": keys[part], "image_embedding": vectors, "text_embedding": vectors}
-        embeddings["similarity"] = pa.array(np.ones(len(rows), np.float32))
+        embeddings["similarity"] = pa.array(similarity[part])
         captions = {"key": keys[part], "captions": [[f"row {key}"] for key in keys[part]]}
         tables = {
             "pairs": {"index": write_table(index_table(rows))},
@@ -85,7 +87,7 @@ def context(store: Store, stage: Stage, inputs: dict[str, Artifact], workers: in
 
 def curate(store: Store, inputs: dict[str, Artifact], workers: int = 0, **recipe: float | None) -> Artifact:
     """Curation of published rows."""
-    names = ("pairs", "captions", "embeddings")
+    names = ("pairs", "captions", "embeddings", *({"thresholds"} & inputs.keys()))
     stage = Stage("curation", VERSION, CurationRecipe(**recipe), names, run_curation)  # type: ignore[arg-type]
     return run_curation(context(store, stage, inputs, workers))
 
