@@ -24,6 +24,7 @@ KEYS = {
     },
     "bsr": {"bsrgan_over_ours"},
     "dpm_solver": {"mixture_cosine", "mixture_linear", "decoder_guidance_0", "decoder_guidance_1"},
+    "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
     "tiny": {
         "training_time_over_bound",
         "target_over_images_per_second",
