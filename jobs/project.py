@@ -42,8 +42,8 @@ class Project:
         found = {stage: load_artifact(self.store, stage, keys[stage]) for stage in stages}
         if missing := [stage for stage, artifact in found.items() if artifact is None]:
             raise UserError(
-                f"{', '.join(missing)} of {self.config.project} is not made yet, or not for its list of today; "
-                f"make it with unclip run and --until {missing[-1]}"
+                f"{self.config.project}: not made for the list and recipes of now: {', '.join(missing)}; "
+                f"unclip run makes them, with --until {missing[-1]} no more than needed"
             )
         return {stage: artifact for stage, artifact in found.items() if artifact is not None}
 

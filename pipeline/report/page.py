@@ -25,7 +25,7 @@ from pipeline.store import Store
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-DATA = ("source", "captions", "pairs", "clip", "embeddings", "curation")
+DATA = ("source", "captions", "pairs", "clip", "embeddings", "thresholds", "curation", "index")
 MODELS = ("codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 ENDS = ("samples", "evaluation")
 PICTURE_BYTES = 4 << 20  # of base64; text and figures take well under the MiB that is left
@@ -96,9 +96,10 @@ def render(
 
 
 def expected(config: Config) -> tuple[str, ...]:
-    """The stages of this configuration's chain in order; it ends with curation if there is nothing to bundle."""
+    """The stages of this configuration's chain in order; it ends with the index if there is nothing to bundle."""
     inputs = config.bundle.inputs
-    return (*DATA, *(name for name in MODELS if name in inputs), *(("bundle", *ENDS) if inputs else ()))
+    data = (name for name in DATA if name != "thresholds" or config.thresholds.similarity)
+    return (*data, *(name for name in MODELS if name in inputs), *(("bundle", *ENDS) if inputs else ()))
 
 
 def _head(config: Config, artifacts: Mapping[str, Artifact], chain: tuple[str, ...], running: Artifact | None) -> str:

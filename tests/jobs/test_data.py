@@ -93,7 +93,7 @@ def test_mistakes(tmp_path: Path, pictures: str) -> None:
         config,
         "--reason",
         "timeout",
-        says=["not made for the list and recipes of now: pairs", "--until pairs"],
+        says=["of now: pairs", "--until pairs"],
     )
     done(unclip("run", config, "--until", "pairs"))
     refused("data", "retry", config, "--reason", "timout", says=["unknown reason timout"])

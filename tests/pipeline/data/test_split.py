@@ -72,7 +72,7 @@ def test_no_threshold_moves_a_row_to_another_split(benches: tuple[Bench, Bench])
     strict = Bench(Path(bench.store.url), bench.config.source.paths, **RECIPES, curation={"min_side": 300})
     strict.made |= weights | {name: bench.made[name] for name in ("source", "captions", "embeddings")}
     strict.make("curation")
-    assert CurationRecipe(min_side=300) == strict.config.curation
+    assert CurationRecipe(min_side=300, near_duplicate=None, near_held_out=None) == strict.config.curation
     after = {row["key"]: row["split"] for row in strict.rows("curation")}
     assert 0 < len(after) < len(before)
     assert after.items() <= before.items()

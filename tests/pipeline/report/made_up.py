@@ -30,7 +30,12 @@ MODELS = ("clip", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_
 
 def config(inputs: tuple[str, ...] = MODELS) -> Any:
     """As much of a configuration as the report looks at; ``inputs`` are those of its bundle."""
-    return SimpleNamespace(project="shapes", bundle=SimpleNamespace(inputs=inputs), run=RaySettings())
+    return SimpleNamespace(
+        project="shapes",
+        thresholds=SimpleNamespace(similarity=0.0),
+        bundle=SimpleNamespace(inputs=inputs),
+        run=RaySettings(),
+    )
 
 
 def picture(side: int, colour: str, shape: str, blur: float = 0.0, seed: int = 0) -> Image.Image:
@@ -58,6 +63,7 @@ def chain(store: Store, caption: str | None = None) -> dict[str, Artifact]:
     """All artefacts by stage; ``caption`` replaces every caption, and the attribution."""
     return {
         **_data(store, caption),
+        "index": _publish(store, "index", ledger=Ledger(kept=50)),
         "codec": _publish(store, "codec", ledger=Ledger(kept=50), recipe={"components": 319}, metrics=_codec_metrics()),
         **{stage: _trained(store, stage) for stage in ("clip", "ar_prior", "diffusion_prior", "decoder")},
         **{stage: _trained(store, stage) for stage in ("upsampler_256", "upsampler_1024")},

@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline.artifacts import Artifact
 from pipeline.build import build
 from pipeline.config import load_config
+from pipeline.data.thresholds import ThresholdsRecipe
 from pipeline.errors import UserError
 from pipeline.records import blob_path, put_blob
 from pipeline.report.page import expected, render, write_report
@@ -24,8 +25,8 @@ from pipeline.store import FolderStore
 from tests.pipeline.report.made_up import chain, config, encoded
 
 STAGES = (
-    *("source", "captions", "pairs", "clip", "embeddings", "curation", "codec", "ar_prior", "diffusion_prior"),
-    *("decoder", "upsampler_256", "upsampler_1024", "bundle", "samples", "evaluation"),
+    *("source", "captions", "pairs", "clip", "embeddings", "curation", "index", "codec", "ar_prior"),
+    *("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024", "bundle", "samples", "evaluation"),
 )
 SECTIONS = ("samples", "evaluation", "data", "embeddings", "codec", "training", "environment")
 VOID = {"meta", "img", "br"}
@@ -92,7 +93,7 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert set(balance.ids) >= {"clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"}
     assert "cannot be shown" not in page
     assert all(made[stage].key[:12] in page for stage in STAGES)
-    assert "15 of 15 stages are done." in page
+    assert "16 of 16 stages are done." in page
     assert "a crimson circle on white" in page
     assert "http-equiv" not in page
     assert page.count('role="img"') == 9  # funnel, similarity, spectrum, six losses
@@ -124,7 +125,7 @@ def test_every_beginning_and_every_gap_works(store: FolderStore, made: dict[str,
 def test_nothing_made_yet(store: FolderStore) -> None:
     page = render(store, config(), {})
     checked(page)
-    assert "0 of 15 stages are done; next is source." in page
+    assert "0 of 16 stages are done; next is source." in page
 
 
 def test_the_chain_is_that_of_the_configuration(store: FolderStore, made: dict[str, Artifact]) -> None:
@@ -132,7 +133,7 @@ def test_the_chain_is_that_of_the_configuration(store: FolderStore, made: dict[s
     page = render(store, small, {"source": made["source"]})
     assert re.findall(r'<li class="(\w+)">(\w+)</li>', page) == [
         ("done", "source"),
-        *(("open", name) for name in ("captions", "pairs", "clip", "embeddings", "curation")),
+        *(("open", name) for name in ("captions", "pairs", "clip", "embeddings", "curation", "index")),
         *(("open", name) for name in ("diffusion_prior", "decoder", "bundle", "samples", "evaluation")),
     ]
 
@@ -141,12 +142,14 @@ def test_the_chain_is_that_of_the_configuration(store: FolderStore, made: dict[s
 def test_the_chain_agrees_with_the_graph_of_every_shipped_configuration(file: Path) -> None:
     shipped = load_config(file)
     assert expected(shipped) == tuple(build(shipped))
+    frozen = replace(shipped, thresholds=ThresholdsRecipe(0.1))
+    assert expected(frozen) == tuple(build(frozen))
 
 
 def test_without_anything_to_bundle_nothing_is_waited_for(store: FolderStore, made: dict[str, Artifact]) -> None:
     page = render(store, config(inputs=()), {"source": made["source"]})
     assert "http-equiv" not in page
-    assert "1 of 6 stages" in page
+    assert "1 of 7 stages" in page
 
 
 def test_hostile_captions_are_escaped_and_shortened(tmp_path: Path) -> None:
