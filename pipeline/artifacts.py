@@ -149,7 +149,17 @@ def read_shards(store: Store, artifact: Artifact) -> list[ShardRow]:
 
 def environment() -> dict[str, str]:
     """What the bytes of a result may depend on besides its recipe. Recorded, never hashed."""
-    packages = ("ray", "torch", "open_clip_torch", "img2dataset", "numpy", "pyarrow", "pillow", "scikit-learn")
+    packages = (
+        "ray",
+        "torch",
+        "open_clip_torch",
+        "img2dataset",
+        "numpy",
+        "pyarrow",
+        "pillow",
+        "scikit-learn",
+        "faiss-cpu",
+    )
     return {"python": platform.python_version(), "machine": platform.machine()} | {p: version(p) for p in packages}
 
 

@@ -52,8 +52,8 @@ class Cells:
 def learn_cells(sample: np.ndarray, cells: int) -> Cells:
     """About ``cells`` cells of a sample [n, d], by spherical k-means in two levels: groups, then cells in each group.
 
-    So learning and looking up cost the square root of the number of cells a row. The same sample gives the same bits on
-    one thread of one machine. An empty sample makes one cell.
+    So learning costs a row about the square root of the number of cells. The same sample gives the same bits on one
+    thread of one machine. An empty sample makes one cell.
     """
     vectors = np.ascontiguousarray(sample, np.float32)
     if not len(vectors):

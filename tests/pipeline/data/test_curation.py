@@ -117,3 +117,25 @@ def test_the_flawed_rows_of_the_quick_start_end_by_as_many_reasons(tmp_path: Pat
     assert ledgers["pairs"] == {"duplicate_url": 9, **dict.fromkeys(fetched, 1)}
     assert ledgers["curation"] == dict.fromkeys(("too_small", "bad_aspect", "no_caption", "caption_too_long"), 1)
     assert bench.made["curation"].ledger.kept == 1  # the row that every other subset has too
+
+
+def test_copies_of_a_picture_are_found_in_the_list_that_has_them(tmp_path: Path) -> None:
+    """The first of them stays, and a copy that teaches what is held out goes."""
+    pictures = [picture(i) for i in range(12)]
+    copies = {12: 3, 13: 5, 14: 3}  # place in the list: what it is a copy of
+    for i in range(15):
+        (tmp_path / f"{i}.png").write_bytes(pictures[copies.get(i, i)])
+    rows = [(f"file://{tmp_path}/{i}.png", f"picture {i}", "test" if i == 13 else "train") for i in range(15)]
+    bench = Bench(
+        tmp_path / "store",
+        [write_list(tmp_path / "list.csv", rows)],
+        clip={"weights": save_clip(tmp_path / "clip")},
+        curation={"near_duplicate": 0.99999, "near_held_out": 0.99999},  # random weights find all pictures alike
+    )
+    bench.make("source", "captions", "pairs", "clip", "embeddings", "curation")
+    found = [(row.key, row.reason, row.near) for row in rejected(bench.store, bench.made["curation"])]
+    assert found == [
+        ("000000000005", "near_held_out", "000000010003"),
+        ("000000010002", "near_duplicate", "000000000003"),
+        ("000000010004", "near_duplicate", "000000000003"),
+    ]
