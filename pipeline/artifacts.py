@@ -96,10 +96,12 @@ def write_table(columns: Mapping[str, Any]) -> bytes:
 
 def read_table(store: Store, blob: str, columns: list[str] | None = None) -> Any:
     """A Parquet blob as a pyarrow Table."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # Without threads: on a busy machine they are still being started when a short command ends, and abort it.
-    return pq.read_table(io.BytesIO(read_blob(store, blob)), columns=columns, use_threads=False)
+    # Without threads, that may still hold a Python object when a short command ends and then abort it.
+    data = pa.BufferReader(read_blob(store, blob))
+    return pq.read_table(data, columns=columns, use_threads=False, pre_buffer=False)
 
 
 def write_shard_table(store: Store, shards: Iterable[Shard]) -> tuple[str, Ledger]:

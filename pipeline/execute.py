@@ -17,8 +17,8 @@ from pipeline.training.follow import showing
 from pipeline.training.recipes import TrainingRecipe
 
 log = logging.getLogger("unclip")
-# Shards that an artefact need not list: those of the source, and of stages that take several passes.
-UNLISTED = ("shards/source/segment-", *(f"shards/{stage}/" for stage in ("thresholds", "curation", "index", "codec")))
+SEGMENTS = "shards/source/segment-"
+IN_PASSES = tuple(f"shards/{stage}/" for stage in ("thresholds", "curation", "index", "codec"))
 OnStage = Callable[[str, Artifact, Mapping[str, Artifact]], None]
 OnLook = Callable[[Artifact, Mapping[str, Artifact]], None]
 
@@ -135,9 +135,9 @@ def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact])
                 named = bool(shards)
         if named:
             doomed.append(artifact_path(artifact.stage, artifact.key))
-    for prefix in UNLISTED:
+    # What no artefact lists, an earlier pass of its stage has made.
+    for prefix in (SEGMENTS,) if len(doomed) > 1 else (SEGMENTS, *IN_PASSES):
         doomed += [entry.path for entry in store.list(prefix) if blob.encode() in store.read(entry.path)]
-    doomed = list(dict.fromkeys(doomed))
     records = sum(not path.startswith("blobs/") for path in doomed)
     log.warning("%s; it is deleted with %d records that name it, and its work done again", damage, records)
     store.delete(doomed)

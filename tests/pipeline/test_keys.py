@@ -30,7 +30,7 @@ DESCENDANTS = {
     },
     "embeddings": {
         "embeddings", "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024",
-        "bundle", "samples", "evaluation",
+        "bundle", "samples", "index", "evaluation",
     },
     "curation": {
         "curation", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024", "bundle",

@@ -26,7 +26,7 @@ LIMITS = (64, 1_000_000, "jpg", 90)
 WRAPPED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.data import decoder
+from pipeline.data import decoding
 
 SIGNALS = {b"SEGFAULT": signal.SIGSEGV, b"OUT-OF-MEMORY": signal.SIGKILL, b"ABORT": signal.SIGABRT}
 
@@ -44,9 +44,9 @@ def hurt(function):
         return function(data, *arguments)
     return hurting
 
-decoder.resize, decoder.inspect = hurt(decoder.resize), hurt(decoder.inspect)
-decoder.IDLE_S = int(sys.argv[2])
-decoder.main()
+decoding.resize, decoding.inspect = hurt(decoding.resize), hurt(decoding.inspect)
+decoding.IDLE_S = int(sys.argv[2])
+decoding.main()
 """
 
 
@@ -96,7 +96,7 @@ def test_an_idle_child_ends_and_the_next_picture_starts_another(tmp_path: Path) 
 
 def test_a_decoder_that_cannot_start_is_said_and_rejects_nothing() -> None:
     decoder = Decoder((sys.executable, "-c", "raise SystemExit(3)"))
-    with pytest.raises(UserError, match=r"run python -m pipeline\.data\.decoder to see why"):
+    with pytest.raises(UserError, match=r"run python -m pipeline\.data\.decoding to see why"):
         decoder.inspect(picture(1), 1_000_000)
 
 
