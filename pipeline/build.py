@@ -16,8 +16,7 @@ from pipeline.training import stage as training
 def build(config: Config) -> Graph:
     """Stages in an order in which every one comes after its inputs.
 
-    Raises UserError if a file cannot be read that the configuration names and a key counts by its content, and for
-    imported embeddings without the CLIP that made them.
+    Raises UserError for imported embeddings without the CLIP that made them.
     """
     if config.clip.weights == "train":
         for path in config.source.paths:
@@ -35,7 +34,7 @@ def build(config: Config) -> Graph:
         Stage(
             "embeddings",
             embeddings.VERSION,
-            embeddings.by_content(config.embeddings),
+            config.embeddings,
             ("pairs", "captions", "clip"),
             embeddings.run_embeddings,
         ),

@@ -13,27 +13,27 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pipeline.errors import UserError
 
 
-class TextFile(str):
-    """A text file that a recipe names. Its value is the sha256 of the content: what it says counts, not where it lies,
-    which is ``path``."""
+class ContentFile(str):
+    """A file that a recipe names. Its value is the sha256 of the content: what it says counts, not where it lies, which
+    is ``path``."""
 
     path: str
 
     @classmethod
-    def at(cls, path: str, where: str) -> TextFile:
+    def at(cls, path: str, where: str) -> ContentFile:
         """Raises UserError if it cannot be read."""
-        file = Path(path).expanduser().absolute()
+        place = Path(path).expanduser().absolute()
         try:
-            with open(file, "rb") as f:
-                text = cls(hashlib.file_digest(f, "sha256").hexdigest())
+            with open(place, "rb") as f:
+                file = cls(hashlib.file_digest(f, "sha256").hexdigest())
         except OSError as e:
             raise UserError(f"{where}: {path} cannot be read ({e.strerror})") from None
-        text.path = str(file)
-        return text
+        file.path = str(place)
+        return file
 
 
 def parse(kind: Any, value: Any, where: str = "") -> Any:
-    """``value`` as ``kind``: a dataclass, int, float, bool, str, TextFile (by its path), tuple[X, ...],
+    """``value`` as ``kind``: a dataclass, int, float, bool, str, ContentFile (by its path), tuple[X, ...],
     dict[str, X], Literal or X | None.
 
     ``where`` is the dotted name used in messages. Raises UserError for unknown keys, wrong types and values that a
@@ -60,8 +60,8 @@ def parse(kind: Any, value: Any, where: str = "") -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{where}: expected a mapping, got {value!r}")
         return {str(k): parse(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if kind is TextFile:
-        return TextFile.at(_parse_scalar(str, value, where), where)
+    if kind is ContentFile:
+        return ContentFile.at(_parse_scalar(str, value, where), where)
     return _parse_scalar(kind, value, where)
 
 

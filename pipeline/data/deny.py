@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from pipeline.data.opener import Refused, normal_url
 from pipeline.errors import UserError
-from pipeline.parse import TextFile
+from pipeline.parse import ContentFile
 from pipeline.records import put_blob, read_blob
 from pipeline.store import Store
 
@@ -44,7 +44,7 @@ class DenyLists:
 NOTHING_DENIED = DenyLists()
 
 
-def store_deny_lists(store: Store, files: Iterable[TextFile | None]) -> None:
+def store_deny_lists(store: Store, files: Iterable[ContentFile | None]) -> None:
     """Put lists where workers can read them. Raises UserError for one that changed since it was named, or cannot be
     read."""
     for file in files:
@@ -52,7 +52,9 @@ def store_deny_lists(store: Store, files: Iterable[TextFile | None]) -> None:
             raise UserError(f"{file.path} changed while it was being read; run again")
 
 
-def read_deny_lists(store: Store, hosts: TextFile | None, urls: TextFile | None, sha256: TextFile | None) -> DenyLists:
+def read_deny_lists(
+    store: Store, hosts: ContentFile | None, urls: ContentFile | None, sha256: ContentFile | None
+) -> DenyLists:
     """Raises UserError for the first line that is no entry of its kind."""
     return DenyLists(
         frozenset(_entries(store, hosts, _host, "a host name")),
@@ -61,7 +63,7 @@ def read_deny_lists(store: Store, hosts: TextFile | None, urls: TextFile | None,
     )
 
 
-def _entries(store: Store, file: TextFile | None, normal: Callable[[str], str], kind: str) -> Iterator[str]:
+def _entries(store: Store, file: ContentFile | None, normal: Callable[[str], str], kind: str) -> Iterator[str]:
     if file is None:
         return
     for number, line in enumerate(read_blob(store, file).decode("utf-8", "replace").splitlines(), start=1):

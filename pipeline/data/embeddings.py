@@ -10,16 +10,17 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.artifacts import Artifact, read_shards, read_table, write_table
 from pipeline.data.imported import SCHEME, read_imported
 from pipeline.data.index import read_pictures
-from pipeline.data.scores import Head, head_digests, load_heads, score_column
+from pipeline.data.scores import Head, load_heads, score_column
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
+from pipeline.parse import ContentFile
 from pipeline.records import read_blob
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
@@ -35,17 +36,12 @@ class EmbeddingsRecipe:
     Always so: fp32 mathematics, float16 storage, the first CAPTIONS captions of each row.
     """
 
-    heads: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, ContentFile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.heads:
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
                 raise ValueError(f"heads: {name!r} is no name of a column; use small letters, digits and '_'")
-
-
-def by_content(recipe: EmbeddingsRecipe) -> EmbeddingsRecipe:
-    """The recipe as keys count it: heads by the sha256 of their files. Raises UserError if one cannot be read."""
-    return replace(recipe, heads=head_digests(recipe.heads))
 
 
 @dataclass(frozen=True)
@@ -179,7 +175,7 @@ def _column(embeddings: Any) -> Any:
 def run_embeddings(ctx: Context) -> Artifact:
     """Embed every shard of pairs with the CLIP of the graph. Raises UserError for a head that cannot be used."""
     clip = ctx.inputs["clip"]
-    heads = load_heads(ctx.config.embeddings.heads, ctx.recipe.heads, _embed_dim(ctx.store, clip.blobs))
+    heads = load_heads(ctx.recipe.heads, _embed_dim(ctx.store, clip.blobs))
     captions = {s.number: s for s in read_shards(ctx.store, ctx.inputs["captions"])}
     tasks = []
     rows = 0

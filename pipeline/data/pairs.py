@@ -28,7 +28,7 @@ from pipeline.data.opt_outs import OPT_OUTS, opt_out_table
 from pipeline.data.source import row_key
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
-from pipeline.parse import TextFile
+from pipeline.parse import ContentFile
 from pipeline.settings import PairsSettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
@@ -51,9 +51,9 @@ class PairsRecipe:
     encode_quality: int = 95
     max_bytes: int = 32 << 20
     max_pixels: int = 64_000_000
-    deny_hosts: TextFile | None = None
-    deny_urls: TextFile | None = None
-    deny_sha256: TextFile | None = None
+    deny_hosts: ContentFile | None = None
+    deny_urls: ContentFile | None = None
+    deny_sha256: ContentFile | None = None
 
     def __post_init__(self) -> None:
         if self.image_size < 64:
@@ -63,7 +63,7 @@ class PairsRecipe:
             raise ValueError(f"encode_quality: {self.encode_quality} is outside 0..{limit} for {self.encode_format}")
 
     @property
-    def deny_lists(self) -> tuple[TextFile | None, TextFile | None, TextFile | None]:
+    def deny_lists(self) -> tuple[ContentFile | None, ContentFile | None, ContentFile | None]:
         return self.deny_hosts, self.deny_urls, self.deny_sha256
 
 

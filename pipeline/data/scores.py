@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.parse import ContentFile
 
 
 def score_column(name: str) -> str:
     """The column of the embeddings shard that holds the scores of head ``name``."""
     return f"score_{name}"
-
-
-def head_digests(heads: Mapping[str, str]) -> dict[str, str]:
-    """sha256 of the file of each head, by name. Raises UserError for a file that cannot be read."""
-    return {name: hashlib.sha256(_read(name, path)).hexdigest() for name, path in heads.items()}
 
 
 @dataclass(frozen=True)
@@ -36,20 +32,24 @@ class Head:
         return (embeddings * self.weight).sum(1) + self.bias
 
 
-def load_heads(heads: Mapping[str, str], digests: Mapping[str, str], embed_dim: int) -> dict[str, Head]:
-    """The heads in the files ``heads``, by name, for embeddings of ``embed_dim`` dimensions.
+def load_heads(heads: Mapping[str, ContentFile], embed_dim: int) -> dict[str, Head]:
+    """The heads in files, by name, for embeddings of ``embed_dim`` dimensions.
 
-    Raises UserError for a file that cannot be read, that has changed since its digest was taken, or that is no head
-    for these embeddings.
+    Raises UserError for a file that cannot be read, that has changed since the configuration was read, or that is no
+    head for these embeddings.
     """
     import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     result = {}
-    for name, path in heads.items():
-        data = _read(name, path)
-        if hashlib.sha256(data).hexdigest() != digests[name]:
+    for name, file in heads.items():
+        path = file.path
+        try:
+            data = Path(path).read_bytes()
+        except OSError as e:
+            raise UserError(f"embeddings.heads.{name}: {path} cannot be read ({e.strerror})") from None
+        if hashlib.sha256(data).hexdigest() != file:
             raise UserError(f"embeddings.heads.{name}: {path} has changed since this run began; run again")
         try:
             tensors = load(data)
@@ -66,12 +66,3 @@ def load_heads(heads: Mapping[str, str], digests: Mapping[str, str], embed_dim: 
             raise UserError(f"embeddings.heads.{name}: {path} holds values that are no numbers; fetch it again")
         result[name] = Head(weight[0], bias[0])
     return result
-
-
-def _read(name: str, path: str) -> bytes:
-    try:
-        return Path(path).expanduser().read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"embeddings.heads.{name}: {path}: no such file") from None
-    except OSError as e:
-        raise UserError(f"embeddings.heads.{name}: {path} cannot be read ({e.strerror})") from None

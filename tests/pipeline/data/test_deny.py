@@ -14,7 +14,7 @@ from pipeline.data.opener import normal_url
 from pipeline.data.opt_outs import read_opt_outs
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import differences
-from pipeline.parse import TextFile
+from pipeline.parse import ContentFile
 from pipeline.records import blob_path
 from pipeline.store import open_store
 from tests.chain import ROOT
@@ -26,10 +26,10 @@ def sha256(data: bytes) -> str:
 
 
 def lists(folder: Path, **texts: str) -> DenyLists:
-    files: dict[str, TextFile | None] = dict.fromkeys(("hosts", "urls", "sha256"))
+    files: dict[str, ContentFile | None] = dict.fromkeys(("hosts", "urls", "sha256"))
     for kind, text in texts.items():
         (folder / kind).write_text(text)
-        files[kind] = TextFile.at(str(folder / kind), kind)
+        files[kind] = ContentFile.at(str(folder / kind), kind)
     store = open_store(str(folder / "store"))
     store_deny_lists(store, files.values())
     return read_deny_lists(store, **files)

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.artifacts import read_table
-from pipeline.data.scores import head_digests, load_heads
+from pipeline.data.scores import load_heads
 from pipeline.errors import UserError
 from pipeline.graph import stage_key
+from pipeline.parse import ContentFile
 from tests.pipeline.data.bench import Bench, picture, save_clip
 
 DIM = 64  # of the nano preset's CLIP
@@ -61,10 +62,13 @@ def test_scores_are_those_of_a_linear_layer_on_unit_embeddings(listed: tuple[str
     assert table["caption_length"].to_pylist() == [len(caption) for caption in CAPTIONS]
 
 
+def _named(file: Path) -> ContentFile:
+    return ContentFile.at(str(file), "embeddings.heads")
+
+
 def test_a_score_does_not_depend_on_neighbours(tmp_path: Path) -> None:
     save_head(tmp_path / "a", 3, dim=768)
-    heads = {"a": str(tmp_path / "a")}
-    head = load_heads(heads, head_digests(heads), 768)["a"]
+    head = load_heads({"a": _named(tmp_path / "a")}, 768)["a"]
     rows = np.random.default_rng(0).normal(size=(33, 768)).astype(np.float32)
     alone = np.concatenate([head(row[None]) for row in rows])
     assert head(rows).tobytes() == alone.tobytes()
@@ -95,19 +99,17 @@ def test_a_head_that_is_none_is_one_line(tmp_path: Path) -> None:
         ("no-bias", r"a head of this CLIP has"),
         ("nan", "no numbers"),
     ):
-        heads = {"aesthetic": str(tmp_path / name)}
         with pytest.raises(UserError, match=rf"embeddings\.heads\.aesthetic: .*{said}"):
-            load_heads(heads, head_digests(heads), DIM)
+            load_heads({"aesthetic": _named(tmp_path / name)}, DIM)
     save_head(tmp_path / "changed", 1)
-    heads = {"aesthetic": str(tmp_path / "changed")}
-    before = head_digests(heads)
+    before = _named(tmp_path / "changed")
     save_head(tmp_path / "changed", 2)
     with pytest.raises(UserError, match="has changed since"):
-        load_heads(heads, before, DIM)
+        load_heads({"aesthetic": before}, DIM)
 
 
 def test_a_head_that_is_absent_or_has_an_odd_name_stops_the_plan(listed: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"embeddings\.heads\.aesthetic: .*none: no such file"):
+    with pytest.raises(UserError, match=r"embeddings\.heads\.aesthetic: .*none cannot be read"):
         make_bench(tmp_path, listed, aesthetic=tmp_path / "none")
     save_head(tmp_path / "a", 1)
     with pytest.raises(UserError, match="'Watermark-2' is no name of a column"):
