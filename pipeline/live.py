@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import calendar
 import json
+import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -47,6 +48,8 @@ def find_live(store: Store, keep_s: float, now: float) -> Live:
     for stages in runs:
         for name, asked in stages.items():
             wanted[name].add(asked["key"])
+            # Files that a recipe names count by content there; workers may still read their blobs.
+            live.paths.update(blob_path(v) for v in asked["recipe"].values() if re.fullmatch(r"[0-9a-f]{64}", str(v)))
             if "trajectory" in asked:
                 trainings.add(_training(name, asked["recipe"], asked["inputs"]))
                 live.prefixes.add(f"checkpoints/{asked['trajectory']}/")

@@ -82,7 +82,7 @@ def test_it_is_one_small_file_that_nothing_is_wrong_with(shown: Shown, folder: P
 
 def test_the_head_says_what_was_done(shown: Shown) -> None:
     assert shown.page.inner_text("h1") == "emoji"
-    assert shown.count("ol.chain li.done") == 15
+    assert shown.count("ol.chain li.done") == 16
     assert shown.count("ol.chain li.open") == 0
     assert shown.count("meta[http-equiv]") == 0  # it does not refresh itself any more
 

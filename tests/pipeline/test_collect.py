@@ -10,11 +10,13 @@ import pytest
 from pipeline.artifacts import Artifact, load_artifact, publish_artifact, publish_shard, read_shards, write_shard_table
 from pipeline.collect import TOMBSTONES, collect
 from pipeline.data.journal import Forgotten, Journal, change_journal, with_forgotten
+from pipeline.data.pairs import PairsRecipe
 from pipeline.errors import UserError
 from pipeline.graph import Graph, Stage, flatten, pin_path, plan, trajectory
 from pipeline.history import remember
 from pipeline.leases import lead_or_wait
 from pipeline.ledger import Ledger
+from pipeline.parse import ContentFile
 from pipeline.records import create_record, put_blob, read_blob
 from pipeline.store import Store, open_store
 from pipeline.training.recipes import ClipRecipe
@@ -23,10 +25,11 @@ DAY = 86_400.0
 NOW = time.time()
 
 
-def _graph(seed: int = 0) -> Graph:
-    def never(_: object) -> Artifact:
-        raise AssertionError
+def never(_: object) -> Artifact:
+    raise AssertionError
 
+
+def _graph(seed: int = 0) -> Graph:
     recipe = ClipRecipe(samples=64, batch=8, lanes=8, seed=seed)
     return {
         stage.name: stage
@@ -184,6 +187,16 @@ def test_rows_to_be_tried_again_stay(store: Store) -> None:
     change_journal(store, "p", lambda _: Journal(retries=(blob,)))
     _sweep(store)
     assert read_blob(store, blob) == b"rows"
+
+
+def test_files_that_a_recipe_names_stay(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "hosts.txt").write_text("example.org")
+    recipe = PairsRecipe(deny_hosts=ContentFile.at(str(tmp_path / "hosts.txt"), "deny_hosts"))
+    graph = {"pairs": Stage("pairs", 1, recipe, (), never)}
+    remember(store, "p", graph, plan(graph, {}, "p", store, {}))
+    blob = put_blob(store, tmp_path / "hosts.txt")
+    _sweep(store)
+    assert read_blob(store, blob) == b"example.org"
 
 
 def test_two_collections_at_once_are_one_too_many(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
