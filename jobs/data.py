@@ -13,8 +13,8 @@ from jobs.plan import print_changes
 from jobs.project import Project, open_project
 from pipeline.collect import collect
 from pipeline.data.again import FINAL, gather
-from pipeline.data.forget import Request, find
-from pipeline.data.journal import change_journal, read_journal, with_forgotten
+from pipeline.data.forget import Request, find, without
+from pipeline.data.journal import Forgotten, Journal, change_journal, read_journal, with_forgotten
 from pipeline.data.source import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
@@ -100,7 +100,7 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
     found, rows = find(
         project.store, _listed(project), project.made("pairs")["pairs"] if request.hashes else None, request
     )
-    change_journal(project.store, project.config.project, lambda j: with_forgotten(j, found, time.time()))
+    change_journal(project.store, project.config.project, lambda j: _forgetting(project, j, found))
     unseen = sum(not row.segments for row in found)
     print(f"{rows:,} rows are forgotten" + (f"; {unseen:,} references are not in the list yet" if unseen else ""))
     after = open_project(config, ())
@@ -110,6 +110,11 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
         "them. What is pinned stands, though it was made with them: unclip unpin makes it stale"
     )
     return 0
+
+
+def _forgetting(project: Project, journal: Journal, found: Sequence[Forgotten]) -> Journal:
+    changed = with_forgotten(journal, found, time.time())
+    return replace(changed, retries=tuple(without(project.store, blob, changed.marks) for blob in changed.retries))
 
 
 def _collect(project: Project, arguments: argparse.Namespace) -> int:

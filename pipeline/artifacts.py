@@ -99,9 +99,8 @@ def read_table(store: Store, blob: str, columns: list[str] | None = None) -> Any
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # Without threads, that may still hold a Python object when a short command ends and then abort it.
-    data = pa.BufferReader(read_blob(store, blob))
-    return pq.read_table(data, columns=columns, use_threads=False, pre_buffer=False)
+    # Not pq.read_table: it starts threads of Arrow's, and where they are still busy when a command ends they abort it.
+    return pq.ParquetFile(pa.BufferReader(read_blob(store, blob))).read(columns=columns, use_threads=False)
 
 
 def write_shard_table(store: Store, shards: Iterable[Shard]) -> tuple[str, Ledger]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
-from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table
+from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.data.journal import Forgotten, reference_mark
 from pipeline.data.source import SourceShard, row_key, segment_of
 from pipeline.errors import UserError
+from pipeline.records import put_blob
 from pipeline.store import Store
 
 S = TypeVar("S")
@@ -56,6 +57,19 @@ def find(
             held[mark].add(segment_of(shard.number))
         rows += len(found)
     return [Forgotten(mark, tuple(sorted(segments))) for mark, segments in sorted(held.items())], rows
+
+
+def without(store: Store, blob: str, marks: frozenset[str]) -> str:
+    """A blob of rows to be tried again (see pipeline.data.again) with what is forgotten blanked; each row stays in its
+    place."""
+    table = read_table(store, blob)
+    rows = table.to_pylist()
+    blank = {column.name: [] if column.name == "captions" else "" for column in table.schema}
+    hit = [reference_mark(row["url"]) in marks for row in rows]
+    if not any(hit):
+        return blob
+    kept = [blank if gone else row for row, gone in zip(rows, hit, strict=True)]
+    return put_blob(store, write_table(type(table).from_pylist(kept, table.schema)))
 
 
 def _marks_in(store: Store, shard: SourceShard, marks: set[str]) -> list[str]:

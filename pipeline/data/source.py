@@ -164,7 +164,8 @@ def _shard(
         mark = _reference_hash(row.url)
         reject = "no_reference" if not row.url else "duplicate_url" if mark in seen else None
         seen.add(mark)
-        if forgotten and reference_mark(row.url) in forgotten:
+        # Of rows that are tried again, only those have no reference that were blanked.
+        if reference_mark(row.url) in forgotten or (not row.url and segment_of(number) >= FIRST_RETRY):
             row, reject = Row("", ()), "forgotten"
         rejects.append(reject)
         captions.append(row.captions)

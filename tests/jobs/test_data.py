@@ -79,6 +79,25 @@ def test_what_is_forgotten_is_nowhere_any_more(
     assert "nothing to do" in done(unclip("run", config, "--until", "curation"))
 
 
+def test_what_is_forgotten_is_not_kept_by_a_retry(tmp_path: Path, pictures: str) -> None:
+    """Rows that failed, were appended to be tried again, and are forgotten then."""
+    write_list(tmp_path / "list.csv", 0, 20)
+    store = open_store(str(tmp_path / "store"))
+    config = write_config(tmp_path, store.url, pictures, [tmp_path / "list.csv"])
+    nobody = ("run.pairs.hosts={emoji.test: '127.0.0.1:1'}", "run.pairs.retries=0", "--until", "pairs")
+    done(unclip("run", config, *nobody))
+    assert done(unclip("data", "retry", config, "--reason", "unreachable")).startswith("20 rows are appended")
+    victim = list(csv.DictReader((tmp_path / "list.csv").open()))[7]
+    assert done(unclip("data", "forget", config, victim["url"])).startswith("2 rows are forgotten")
+    done(unclip("run", config, "--until", "curation"))
+    ended = [row["reason"] for row in _rows(store, config, "pairs")]
+    assert ended[:20] == ["unreachable"] * 7 + ["forgotten"] + ["unreachable"] * 12
+    assert ended[20:] == [None] * 7 + ["forgotten"] + [None] * 12
+    done(unclip("data", "gc", config, "--yes", "--grace-hours", "0"))
+    assert not _holding(store, victim["url"].encode(), victim["caption"].encode())
+    assert "nothing to do" in done(unclip("run", config, "--until", "curation"))
+
+
 def _others(rows: list[dict[str, Any]], but: dict[str, Any]) -> list[dict[str, Any]]:
     """The other rows; their places in the tar may have moved."""
     return [{k: v for k, v in row.items() if k != "offset"} for row in rows if row["key"] != but["key"]]
