@@ -15,12 +15,11 @@ from pipeline.collect import collect
 from pipeline.data.again import FINAL, gather
 from pipeline.data.forget import Request, find, without
 from pipeline.data.journal import Forgotten, Journal, change_journal, read_journal, with_forgotten
+from pipeline.data.neighbours import SPLITS
 from pipeline.data.source import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.progress import duration
-
-SPLITS = ("train", "validation", "test")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from hypothesis import given
@@ -20,6 +19,7 @@ from pipeline.data.visit import private_headers
 from pipeline.errors import UserError
 from pipeline.parse import parse
 from pipeline.settings import PairsSettings
+from tests.pipeline.data.bench import listening
 
 NOW = 1_700_000_000.0
 
@@ -69,14 +69,8 @@ def server(
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.daemon_threads = True
-    thread = Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield f"127.0.0.1:{httpd.server_port}", log
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
+    with listening(Handler) as address:
+        yield address, log
 
 
 def fetch(address: str, paths: list[str], names: str = "a.test", **changes: object) -> list[Fetched]:
