@@ -17,6 +17,7 @@ from pipeline.evaluate.figure import as_text
 from pipeline.history import remember
 from pipeline.progress import duration
 from pipeline.store import check_conditions
+from pipeline.training.trackers import find_tracker
 
 HEALINGS = 5  # damaged objects that one run makes again before it gives up
 
@@ -28,10 +29,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
     parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
     parser.add_argument("--yes", action="store_true", help="go on even above run.budget_hours")
+    parser.add_argument("--replay", metavar="STAGE", help="do the step of a training again that was not finite")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.only and arguments.until:
-        parser.error("--only and --until exclude each other")
+    if sum(map(bool, (arguments.only, arguments.until, arguments.replay))) > 1:
+        parser.error("--only, --until and --replay exclude each other")
     project = open_project(arguments.config, arguments.overrides)
+    if arguments.replay:
+        from jobs.replay import replay
+
+        return replay(project, arguments.replay)
     return run(project, arguments.only, arguments.until, arguments.yes)
 
 
@@ -50,6 +56,8 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
                 f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
                 "add --yes to go on, or raise the budget"
             )
+        for name in project.config.run.trackers:
+            find_tracker(name)
         check_conditions(project.store)
         remember(project.store, project.config.project, project.graph, verdicts)
         artifacts = _execute(project, wanted)

@@ -7,7 +7,7 @@ trained. Its way of resizing does not matter: on a square view, squashing and cr
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -231,19 +231,31 @@ def _own_tokenizer(name: str, model_config: dict) -> HFTokenizer | None:
         raise ValueError(f"{name}: its tokenizer cannot be loaded ({error}): fetch it again") from error
 
 
-def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw) -> Losses:
-    """The symmetric contrastive loss of each row against its batch, nats, [b] (CLIP, figure 3).
+Gather = Callable[[Tensor], tuple[Tensor, int]]
+"""Rows of this worker to the rows of all workers, and the place among them where its own begin; gradients flow back."""
+
+
+def alone(rows: Tensor) -> tuple[Tensor, int]:
+    """The Gather of a worker that holds the whole batch."""
+    return rows, 0
+
+
+def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone) -> Losses:
+    """The symmetric contrastive loss of each row against the whole batch, nats, [b] (CLIP, figure 3).
 
     ``batch`` has "image" uint8 [b, 3, image_size, image_size], augmented here, and "tokens" int64 [b, 77]. A row's
-    loss depends on the others: it must not be computed on parts of a batch. The temperature stops at 1/100.
+    loss depends on the others: those of other workers come through ``gather``, and a worker's own must not be cut. The
+    temperature stops at 1/100.
     """
     image = clip.encode_pixels(augment(batch["image"], draw))
     text = clip.encode_text(batch["tokens"])
     with torch.autocast(image.device.type, enabled=False):
-        logits = clip.model.logit_scale.exp().clamp(max=100) * image @ text.T
-        labels = torch.arange(len(logits), device=logits.device)
-        image_to_text = F.cross_entropy(logits, labels, reduction="none")
-        text_to_image = F.cross_entropy(logits.T, labels, reduction="none")
+        images, start = gather(image)
+        texts, _ = gather(text)
+        scale = clip.model.logit_scale.exp().clamp(max=100)
+        labels = torch.arange(start, start + len(image), device=image.device)
+        image_to_text = F.cross_entropy(scale * image @ texts.T, labels, reduction="none")
+        text_to_image = F.cross_entropy(scale * text @ images.T, labels, reduction="none")
     parts = {"image_to_text": image_to_text, "text_to_image": text_to_image}
     return Losses((image_to_text + text_to_image) / 2, parts)
 

@@ -48,10 +48,12 @@ FIELD_PRESETS = {
 @dataclass(frozen=True)
 class Run:
     """How to run. ``output`` is the local folder for the report and pictures; ``budget_hours`` is what a run may
-    cost, by the plan's estimate, before it asks."""
+    cost, by the plan's estimate, before it asks. ``trackers`` are told of trainings: "tensorboard", or a function of
+    yours as "module:function"."""
 
     output: str = "out"
     budget_hours: float = 12.0
+    trackers: tuple[str, ...] = ()
     lease_s: float = 60.0
     ray: RaySettings = field(default_factory=RaySettings)
     pairs: PairsSettings = field(default_factory=PairsSettings)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.config import Config
 from pipeline.crash import crash_point
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import Context, Graph, Stage, Verdict, ordered, pin_path, stage_key, trajectory_key
+from pipeline.graph import Context, Graph, Stage, Verdict, ordered, pin_path, stage_key, trajectory_key, trunk_key
 from pipeline.leases import lead_or_wait
 from pipeline.store import Store
 from pipeline.training.follow import showing
 from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.trackers import Trackers
 
 log = logging.getLogger("unclip")
 SEGMENTS = "shards/source/segment-"
@@ -61,12 +63,17 @@ def execute(
     return artifacts
 
 
+def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Config) -> Context:
+    """What a stage is given. ``artifacts`` hold its inputs."""
+    inputs = {name: artifacts[name] for name in stage.inputs}
+    settings = getattr(config.run, stage.name, None)
+    return Context(store, stage.name, stage.version, key, stage.recipe, settings, inputs, config)
+
+
 def _run_stage(
     stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Config, on_look: OnLook
 ) -> Artifact:
-    inputs = {name: artifacts[name] for name in stage.inputs}
-    settings = getattr(config.run, stage.name, None)
-    ctx = Context(store, stage.name, stage.version, key, stage.recipe, settings, inputs, config)
+    ctx = make_context(stage, key, artifacts, store, config)
 
     def finished() -> bool:
         return bool(list(store.list(artifact_path(stage.name, key))))
@@ -74,13 +81,22 @@ def _run_stage(
     def progress() -> str:
         if not isinstance(stage.recipe, TrainingRecipe):
             return ""
-        return max((entry.path for entry in store.list(f"checkpoints/{trajectory_key(ctx)}/")), default="")
+        folders = [f"checkpoints/{key}/" for key in (trunk_key(ctx), trajectory_key(ctx))]
+        return max((entry.path for folder in folders for entry in store.list(folder)), default="")
 
     def run() -> Artifact:
         if not isinstance(stage.recipe, TrainingRecipe):
             return stage.run(ctx)
-        with showing(ctx, lambda running: on_look(running, artifacts)):
-            return stage.run(ctx)
+        with closing(Trackers(ctx)) as trackers:
+
+            def show(running: Artifact) -> None:
+                on_look(running, artifacts)
+                trackers.tell(running)
+
+            with showing(ctx, show):
+                made = stage.run(ctx)
+            trackers.tell(made)
+            return made
 
     from pipeline.training.checkpoints import Superseded
 

@@ -100,13 +100,22 @@ def shard_key(ctx: Context, inputs: Mapping[str, str]) -> str:
 
 
 def trajectory_key(ctx: Context) -> str:
-    """The key of a training without its stop, which owns the checkpoints (design 8: length is not identity)."""
+    """The key of a training without its stop, which owns the checkpoints (design 8: length is not identity).
+
+    A learning rate that falls to the stop makes the stop count: that training branches off.
+    """
     return trajectory(ctx.stage, ctx.version, ctx.recipe, {name: made.key for name, made in ctx.inputs.items()})
 
 
+def trunk_key(ctx: Context) -> str:
+    """The trajectory of the same training while its learning rate does not fall; the same if it never does."""
+    inputs = {name: made.key for name, made in ctx.inputs.items()}
+    return trajectory(ctx.stage, ctx.version, dataclasses.replace(ctx.recipe, decay=0), inputs)
+
+
 def trajectory(stage: str, version: int, recipe: Any, inputs: Mapping[str, str]) -> str:
-    """The same before its inputs are made: from their keys."""
-    differing = {k: v for k, v in differences(recipe).items() if k != "samples"}
+    """The trajectory of a training before its inputs are made: from their keys."""
+    differing = {k: v for k, v in differences(recipe).items() if k != "samples" or recipe.decay}
     return digest(["trajectory", stage, version, differing, sorted(inputs.items())])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ def remember(store: Store, project: str, graph: Graph, verdicts: Sequence[Verdic
         }
         if isinstance(stage.recipe, TrainingRecipe):
             stages[v.stage]["trajectory"] = trajectory(stage.name, stage.version, stage.recipe, inputs)
+            trunk = dataclasses.replace(stage.recipe, decay=0)
+            stages[v.stage]["trunk"] = trajectory(stage.name, stage.version, trunk, inputs)
     now = time.time()
     stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}"
     path = f"runs/{project}/{stamp}-{secrets.token_hex(4)}.json"

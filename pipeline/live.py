@@ -53,6 +53,7 @@ def find_live(store: Store, keep_s: float, now: float) -> Live:
             if "trajectory" in asked:
                 trainings.add(_training(name, asked["recipe"], asked["inputs"]))
                 live.prefixes.add(f"checkpoints/{asked['trajectory']}/")
+                live.prefixes.add(f"checkpoints/{asked.get('trunk', asked['trajectory'])}/")
     made: dict[str, set[str]] = defaultdict(set)
     for entry in store.list("artifacts/"):
         _, stage, file = entry.path.split("/")
@@ -109,8 +110,8 @@ def _needed_runs(store: Store, keep_s: float, now: float, live: Live) -> list[Ma
 
 
 def _training(stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Equal for all lengths of one training."""
-    return digest([stage, {k: v for k, v in recipe.items() if k != "samples"}, sorted(inputs.items())])
+    """Equal for all lengths of one training, and for its branches."""
+    return digest([stage, {k: v for k, v in recipe.items() if k not in ("samples", "decay")}, sorted(inputs.items())])
 
 
 def _mark_artifact(store: Store, artifact: Artifact, live: Live) -> None:

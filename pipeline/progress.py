@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 
@@ -37,13 +38,15 @@ class Progress:
             self.stream.write(f"  {self.name}: {self.line()}\n")
         self.stream.flush()
 
-    def advance(self, amount: int, note: str = "") -> None:
+    def advance(self, amount: int, note: str | Callable[[], str] = "") -> None:
+        """Count on. A note that costs something is given as a function, which is called when a line is shown."""
         self.done += amount
         now = time.monotonic()
         if now - self.shown < self.every:
             return
         self.shown = now
-        text = f"  {self.name}: {self.line()}{'  ' + note if note else ''}"
+        said = note if isinstance(note, str) else note()
+        text = f"  {self.name}: {self.line()}{'  ' + said if said else ''}"
         self.stream.write(f"\r\033[K{text}" if self.stream.isatty() else text + "\n")
         self.stream.flush()
 

@@ -92,10 +92,9 @@ def early_decoder(ctx: Context, device: torch.device) -> Decoder | str:
     early, recipe = ctx.recipe.early, ctx.config.decoder
     if early == 0:
         return "evaluation.early is 0"
-    if not recipe.batch <= early < recipe.samples:
-        return (
-            f"evaluation.early {early:,} is not between decoder.batch {recipe.batch:,} and samples {recipe.samples:,}"
-        )
+    if not recipe.batch <= early <= recipe.fork or early == recipe.samples:
+        end = f"samples {recipe.samples:,}" + (f" less decay {recipe.decay:,}" if recipe.decay else "")
+        return f"evaluation.early {early:,} is not between decoder.batch {recipe.batch:,} and {end}"
     inputs = {name: ctx.inputs[name] for name in LEARN}
     decoder = replace(ctx, stage="decoder", version=VERSIONS["decoder"], recipe=recipe, inputs=inputs)
     key = at_stop(decoder, early).key

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load, save_file
 from torch import Tensor
 
 from pipeline.crash import crash_point
 from pipeline.errors import CorruptObject
+from pipeline.graph import Context, trajectory_key, trunk_key
 from pipeline.records import blob_path, create_record, put_blob, read_blob, read_record
 from pipeline.store import Store
 from pipeline.training.state import Journal, TrainState, optimizer_tensors, restore_optimizer
@@ -25,6 +30,27 @@ log = logging.getLogger("unclip")
 
 class Superseded(Exception):
     """Another start of the same training has taken over; this one has nothing left to do."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a state in the memory of the CPU: tensors by file and name, and the rest of a checkpoint's record."""
+
+    samples: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    body: Mapping[str, Any]
+
+
+def snapshot(state: TrainState) -> Snapshot:
+    """A copy of all that a checkpoint holds, which later steps do not change."""
+    parts = {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": optimizer_tensors(state)}
+    copies = {
+        part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for part, tensors in parts.items()
+    }
+    journal = deepcopy(state.journal.as_json())
+    body = {"samples": state.samples, "seconds": state.seconds, "laps": dict(state.laps), "journal": journal}
+    return Snapshot(state.samples, copies, body)
 
 
 @dataclass(frozen=True)
@@ -42,23 +68,29 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Publish the state. Raises Superseded if a later attempt has begun."""
-        blobs = {
-            "model": self._put(state.model.state_dict()),
-            "ema": self._put(state.ema.state_dict()),
-            "optimizer": self._put(optimizer_tensors(state)),
-        }
-        body = {
-            "samples": state.samples,
-            "attempt": self.attempt,
-            "seconds": state.seconds,
-            "journal": asdict(state.journal),
-            "blobs": blobs,
-        }
+        self.publish(snapshot(state))
+
+    def publish(self, taken: Snapshot) -> None:
+        """Publish a state as it was. Raises Superseded if a later attempt has begun."""
+        blobs = {name: self._put(tensors) for name, tensors in taken.tensors.items()}
+        body = {**taken.body, "attempt": self.attempt, "blobs": blobs}
         self.check()
         crash_point("checkpoint.before_record")
-        create_record(self.store, f"{self.folder}{state.samples:012d}-{self.attempt:04d}.json", body)
+        create_record(self.store, f"{self.folder}{taken.samples:012d}-{self.attempt:04d}.json", body)
         crash_point("checkpoint.after_record")
         self._prune()
+
+    def save_failure(self, state: TrainState, samples: int, keys: Sequence[str]) -> None:
+        """Keep the weights before the step after ``samples`` samples, which failed, and which rows had a hand in it."""
+        body = {"samples": samples, "keys": list(keys), "blobs": {"model": self._put(state.model.state_dict())}}
+        create_record(self.store, f"{self.folder}failures/{samples:012d}-{self.attempt:04d}.json", body)
+
+    def last_failure(self) -> tuple[int, dict[str, Tensor]] | None:
+        """Samples before the step that failed last, and the weights then; None if none has. Raises CorruptObject."""
+        for path in sorted((e.path for e in self.store.list(f"{self.folder}failures/")), key=_attempt, reverse=True):
+            if record := read_record(self.store, path):
+                return record["samples"], load(read_blob(self.store, record["blobs"]["model"]))
+        return None
 
     def newest(self, at_most: int) -> int:
         """Samples of the newest checkpoint of at most so many, read or not; 0 if there is none."""
@@ -92,6 +124,7 @@ class Checkpoints:
             state.ema.load_state_dict(tensors["ema"])
             restore_optimizer(state, tensors["optimizer"])
             state.samples, state.seconds = record["samples"], record["seconds"]
+            state.laps = record.get("laps", {})  # older checkpoints have none
             state.journal = Journal(**record["journal"])
             return True
         return False
@@ -102,7 +135,7 @@ class Checkpoints:
         if newest > self.attempt:
             raise Superseded(f"attempt {self.attempt} of this training stops: attempt {newest} has begun")
 
-    def _put(self, tensors: dict[str, Tensor]) -> str:
+    def _put(self, tensors: Mapping[str, Tensor]) -> str:
         """A blob that no other trajectory and no artefact shares, because its header names this one."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "tensors")
@@ -150,3 +183,71 @@ def take_attempt(store: Store, trajectory: str) -> int:
         number = last_attempt(store, trajectory) + 1
         if store.create(f"checkpoints/{trajectory}/attempts/{number:04d}.json", b"{}"):
             return number
+
+
+@dataclass(frozen=True)
+class Course:
+    """The checkpoints on the way of one training: of the trunk up to ``fork`` samples, then of its own branch. Both
+    are the same where the learning rate does not fall."""
+
+    trunk: Checkpoints
+    branch: Checkpoints
+    fork: int
+
+    def at(self, samples: int) -> Checkpoints:
+        """Where a checkpoint after so many samples belongs."""
+        return self.trunk if samples <= self.fork else self.branch
+
+    def newest(self, at_most: int) -> int:
+        """See Checkpoints.newest."""
+        return max(self.branch.newest(at_most), self.trunk.newest(min(at_most, self.fork)))
+
+    def journal(self, at_most: int) -> tuple[int, Journal] | None:
+        """See Checkpoints.journal."""
+        return self.branch.journal(at_most) or self.trunk.journal(min(at_most, self.fork))
+
+    def restore(self, state: TrainState, at_most: int) -> bool:
+        """See Checkpoints.restore."""
+        return self.branch.restore(state, at_most) or self.trunk.restore(state, min(at_most, self.fork))
+
+
+def course(ctx: Context, begin: bool) -> Course:
+    """The checkpoints of a training: to write if it is to ``begin``, as a new attempt, or else to read."""
+    keep = ctx.settings.keep_checkpoints
+    keys = dict.fromkeys([trunk_key(ctx), trajectory_key(ctx)])
+    made = [Checkpoints(ctx.store, key, take_attempt(ctx.store, key) if begin else 0, keep) for key in keys]
+    return Course(made[0], made[-1], ctx.recipe.fork)
+
+
+class Saver:
+    """Saves checkpoints in a thread of its own: a training waits for the copy of its tensors, not for the store.
+
+    One is written at a time. What goes wrong is raised by the next ``save`` or by ``wait``. Use as a context manager:
+    its end waits, too.
+    """
+
+    def __init__(self, course: Course):
+        self.course = course
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state, and publish the copy. Raises Superseded if the save before found a later attempt."""
+        self.wait()
+        self._last = self._pool.submit(self.course.at(state.samples).publish, snapshot(state))
+
+    def wait(self) -> None:
+        """Until what was saved can be read. Raises Superseded."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.artifacts import Artifact, read_shards
 from pipeline.errors import UserError
 from pipeline.graph import Context
-from pipeline.training.task import Task
+from pipeline.training.task import Contrastive, Task
 
 
 def check(ctx: Context, task: Task) -> None:
@@ -16,16 +16,21 @@ def check(ctx: Context, task: Task) -> None:
             f"{where}.workers: {settings.workers} is more than the {recipe.lanes} lanes of the recipe; lower workers "
             f"or raise {ctx.stage}.lanes"
         )
-    if not task.splittable and settings.workers > 1:
+    if isinstance(task, Contrastive) and task.local_statistics and settings.workers > 1:
         raise UserError(
-            f"{where}.workers: {settings.workers}; this loss compares every row with its whole batch and its norms "
-            "may too, so it trains on one worker: use 0 or 1"
+            f"{where}.workers: {settings.workers}; the norms of a resnet tower know the rows of one worker only: use 0 "
+            f"or 1, or {ctx.stage}.model.tower=vit"
         )
     if not task.splittable and settings.micro_batch:
         raise UserError(f"{where}.micro_batch: this loss compares every row with its whole batch; use 0")
     if settings.keep_checkpoints < 1:
         raise UserError(f"{where}.keep_checkpoints: {settings.keep_checkpoints}; keep at least 1")
     for milestone in settings.milestones:
+        if milestone > recipe.fork:
+            raise UserError(
+                f"{where}.milestones: {milestone:,} is where the learning rate falls already, after {recipe.fork:,} "
+                "samples; what it would leave is no training of another length"
+            )
         if not recipe.batch <= milestone < recipe.samples:
             raise UserError(
                 f"{where}.milestones: {milestone:,} is not between one batch ({recipe.batch:,}) and the recipe's "

@@ -57,11 +57,10 @@ def so_far(ctx: Context) -> Artifact | None:
 
     It is not in the store. None before the first checkpoint. Metrics have "samples_seen".
     """
-    from pipeline.graph import trajectory_key
     from pipeline.records import put_blob
-    from pipeline.training.checkpoints import Checkpoints
+    from pipeline.training.checkpoints import course
 
-    found = Checkpoints(ctx.store, trajectory_key(ctx), attempt=0).journal(ctx.recipe.samples)
+    found = course(ctx, begin=False).journal(ctx.recipe.samples)
     if found is None:
         return None
     samples, journal = found

@@ -15,12 +15,12 @@ from typing import Any
 from pipeline.errors import CorruptObject, UserError
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.checkpoints import Superseded
-from pipeline.training.loop import NonFinite
+from pipeline.training.loop import NonFinite, OutOfMemory
 from pipeline.training.world import World, choose_device
 
 Work = Callable[[World], None]
 REPORT_EVERY_S = 30.0  # a report waits for the controller's next poll, up to two seconds
-RELAYED = {kind.__name__: kind for kind in (UserError, NonFinite, Superseded, CorruptObject)}
+RELAYED = {kind.__name__: kind for kind in (UserError, NonFinite, Superseded, CorruptObject, OutOfMemory)}
 
 
 class WorkerLost(Exception):
@@ -35,7 +35,7 @@ def launch(work: Work, name: str, settings: TrainingSettings, ray_settings: RayS
     """Call ``work`` in ``settings.workers`` Ray workers, or for 0 in this process, and wait for all of them.
 
     ``name`` must be new for every call: Ray Train would resume an old one. Raises what a worker raised of UserError,
-    CorruptObject and Superseded as that type, and WorkerLost when one died.
+    CorruptObject, Superseded and OutOfMemory as that type, and WorkerLost when one died.
     """
     if settings.workers == 0:
         use_threads(settings.threads or cores())
@@ -96,6 +96,8 @@ def _worker(config: Mapping[str, Any]) -> None:
         config["work"](World(context.get_world_rank(), size, device, Reporter(size, device)))
     except CorruptObject as e:
         raise Relayed("CorruptObject", e.path, e.why) from None
+    except OutOfMemory as e:
+        raise Relayed("OutOfMemory", *e.args) from None
     except (UserError, Superseded) as e:
         raise Relayed(type(e).__name__, str(e)) from None
 

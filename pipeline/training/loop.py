@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing, nullcontext
-from math import isfinite
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,28 @@ from pipeline.errors import UserError
 from pipeline.settings import TrainingSettings
 from pipeline.training.draws import Part
 from pipeline.training.feed import Feed, Share
+from pipeline.training.laps import Laps
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState, learning_rate, update_ema
 from pipeline.training.task import Batch, Task
 from pipeline.training.world import World, autocast
 
+CHECK_EVERY = 16  # steps, at most, until a loss that is not finite is noticed
+
 
 class NonFinite(UserError):
-    """A loss or a gradient is no number: the training diverged, and stopped before the step that would spoil it."""
+    """A loss or a gradient is no number: the training diverged, and stopped before the step that would spoil it.
+
+    ``samples`` were seen before that step; ``keys`` are the rows whose loss it is, none if it is the gradient alone.
+    """
+
+    def __init__(self, message: str, samples: int = 0, keys: Sequence[str] = ()):
+        super().__init__(message)
+        self.samples, self.keys = samples, keys
+
+
+class OutOfMemory(Exception):
+    """The first argument is the number of rows whose forward and backward pass did not fit into memory."""
 
 
 class Objective(nn.Module):
@@ -34,6 +49,16 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, draw: Draw) -> Losses:
         return self.task.loss(self.model, batch, draw)
+
+
+class Step(NamedTuple):
+    """What is remembered of a step until it is known to be sound: the samples before it, this worker's rows, their
+    losses [rows], and whether the loss and the gradient of the whole batch were finite, [] of bool."""
+
+    samples: int
+    keys: list[str]
+    losses: Tensor
+    finite: Tensor
 
 
 def fit(
@@ -48,40 +73,53 @@ def fit(
 ) -> TrainState:
     """Train ``state`` until it has seen ``recipe.samples``. Raises NonFinite.
 
-    ``pause`` is called before every step and after the last: there one looks, publishes and saves.
+    ``pause`` is called before every step and after the last: there one looks, publishes and saves. Steps do not wait
+    for the device. Whether all went well is asked at every line of the journal, and after CHECK_EVERY steps; until
+    then ``state.failed`` keeps a step that must not be taken, and all after it, from changing anything.
     """
     objective = world.wrap(Objective(task, state.model))
     state.model.train()
+    laps = Laps(state.laps, world.device)
+    unchecked: deque[Step] = deque()
     with closing(feed.shares(state.samples)) as shares:
         while True:
             pause(state)
             if state.samples >= recipe.samples:
                 return state
+            laps.start(state.samples // recipe.batch)
             share = next(shares)
-            rows, values = backward(objective, share, recipe, settings.micro_batch, world)
-            norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf")))
-            if not isfinite(norm + values["loss"]):
-                raise NonFinite(_diverged(stage, state.samples, world.collect(_bad(share, rows))))
+            laps("wait")
+            losses, values = backward(objective, share, recipe, settings.micro_batch, world, laps)
+            norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf"))
+            finite = (norm + values["loss"]).isfinite()
+            state.failed.copy_(torch.where(finite, state.failed, 1.0))
+            unchecked.append(Step(state.samples, share.keys, losses, finite))
             state.samples += recipe.batch
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, state.samples)
             state.optimizer.step()
             state.optimizer.zero_grad()
+            laps("optimiser")
             update_ema(state.ema, state.model, recipe.batch, recipe.ema_half_life)
-            state.journal.add(values | {"gradient_norm": norm})
-            if line_due(state.samples // recipe.batch):
+            laps("ema")
+            state.journal.add(values | {"gradient_norm": norm.double()})
+            line = line_due(state.samples // recipe.batch)
+            if line or state.samples >= recipe.samples or len(unchecked) == CHECK_EVERY:
+                check_finite(stage, unchecked, world)
+                unchecked.clear()
+                world.report({"samples": state.samples, "loss": float(values["loss"])})
+            if line:
                 state.journal.flush(state.samples)
-            world.report({"samples": state.samples, "loss": values["loss"]})
 
 
 def backward(
-    objective: nn.Module, share: Share, recipe: TrainingRecipe, micro_batch: int, world: World
-) -> tuple[Tensor, dict[str, float]]:
+    objective: nn.Module, share: Share, recipe: TrainingRecipe, micro_batch: int, world: World, laps: Laps
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Add the gradient of the global batch's mean loss to the parameters, micro-batch by micro-batch.
 
     Every row of the global batch weighs the same, however many of them a worker or a micro-batch holds (a wrapped
     module averages over workers, hence the factor). Returns this worker's losses, [rows], and the means over the
-    global batch of "loss" and its parts.
+    global batch of "loss" and its parts, fp64 [] each.
     """
     rows = len(share.keys)
     size = micro_batch or rows
@@ -92,15 +130,28 @@ def backward(
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         torch.manual_seed(derive_seed(share.streams[0][0], "dropout", start))
-        with nullcontext() if stop == rows else world.gather_later(objective):
+        with nullcontext() if stop == rows else world.gather_later(objective), memory_for(stop - start):
             with autocast(world.device, recipe.precision):
                 losses = objective({name: c[start:stop] for name, c in batch.items()}, Part(draw, start, stop))
+            laps("forward")
             (losses.total.sum() * (world.size / recipe.batch)).backward()
+            laps("backward")
         totals.append(losses.total.detach())
         for name, values in {"loss": losses.total, **losses.parts}.items():
             sums[name] = sums.get(name, 0.0) + values.detach().sum()
     means = world.sum(torch.stack(list(sums.values())).double()) / recipe.batch
-    return torch.cat(totals), dict(zip(sums, means.tolist(), strict=True))
+    return torch.cat(totals), dict(zip(sums, means, strict=True))
+
+
+@contextmanager
+def memory_for(rows: int) -> Iterator[None]:
+    """Raise OutOfMemory where PyTorch says so in its several ways."""
+    try:
+        yield
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            raise OutOfMemory(rows) from e
+        raise
 
 
 def line_due(step: int) -> bool:
@@ -108,14 +159,23 @@ def line_due(step: int) -> bool:
     return step % (1 << max(0, step.bit_length() - 7)) == 0
 
 
-def _bad(share: Share, losses: Tensor) -> list[str]:
-    """Keys of rows whose loss is not finite."""
-    return [key for key, fine in zip(share.keys, losses.isfinite().tolist(), strict=True) if not fine]
+def check_finite(stage: str, steps: Sequence[Step], world: World) -> None:
+    """Raise NonFinite for the first of these steps that was not; all workers have to ask together."""
+    finite = torch.stack([step.finite for step in steps])
+    if not bool(finite.all()):
+        step = steps[finite.tolist().index(False)]
+        bad = world.collect(_bad(step))
+        raise NonFinite(_diverged(stage, step.samples, bad), step.samples, bad)
+
+
+def _bad(step: Step) -> list[str]:
+    """Keys of this worker's rows whose loss is not finite."""
+    return [key for key, fine in zip(step.keys, step.losses.isfinite().tolist(), strict=True) if not fine]
 
 
 def _diverged(stage: str, samples: int, bad: list[str]) -> str:
     rows = f"the loss of rows {', '.join(bad[:5])}{' and more' if len(bad) > 5 else ''}" if bad else "the gradient"
     return (
         f"{stage}: {rows} is not finite after sample {samples:,}; lower learning_rate, raise warmup or set clip_norm. "
-        "The last checkpoint is sound"
+        f"The last checkpoint is sound. unclip run CONFIG --replay {stage} does that step again and looks for the cause"
     )

@@ -27,8 +27,9 @@ class TrainingRecipe:
     step, over all workers. ``lanes``: parallel readers of the data, a bound on workers; ``window``: rows that are
     shuffled with each other, and encoded pictures that a lane holds. ``precision``: "bf16" is autocast, and fp32 on a
     device without bf16. Adam with beta1 0.9 and decoupled ``weight_decay``, on matrices only. The learning rate rises
-    over ``warmup`` samples, then stays. ``clip_norm`` bounds the norm of the gradient; 0 is no bound.
-    ``ema_half_life``, in samples, is that of the averaged weights that become the model; 0 is no average.
+    over ``warmup`` samples, stays, and falls to zero over the last ``decay``. ``clip_norm`` bounds the norm of the
+    gradient; 0 is no bound. ``ema_half_life``, in samples, is that of the averaged weights that become the model; 0 is
+    no average.
     """
 
     samples: int
@@ -38,6 +39,7 @@ class TrainingRecipe:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup: int = 0
+    decay: int = 0
     clip_norm: float = 0.0
     ema_half_life: int = 0
     lanes: int = 64
@@ -59,8 +61,15 @@ class TrainingRecipe:
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: use a number above 0")
         require(0 <= self.beta2 < 1, f"beta2 is {self.beta2}: use a number from 0 up to but not including 1")
         require(self.eps > 0, f"eps is {self.eps}: use a number above 0")
-        for name in ("weight_decay", "warmup", "clip_norm", "ema_half_life"):
+        for name in ("weight_decay", "warmup", "decay", "clip_norm", "ema_half_life"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: use 0 or more")
+        require(self.decay <= self.samples, f"decay is {self.decay}: use at most samples, {self.samples}")
+
+    @property
+    def fork(self) -> int:
+        """Samples after which the learning rate falls, in whole batches; the stop if it never does. Up to there
+        trainings with other stops and decays are the same."""
+        return (-(-self.samples // self.batch) - -(-self.decay // self.batch)) * self.batch
 
 
 @dataclass(frozen=True)

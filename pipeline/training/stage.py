@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from pipeline.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.errors import UserError
-from pipeline.graph import Context, trajectory_key
+from pipeline.graph import Context
 from pipeline.ledger import Ledger
 from pipeline.training.follow import following
 
 if TYPE_CHECKING:
+    from pipeline.settings import TrainingSettings
     from pipeline.training.task import Task
 
 VERSIONS = {"clip": 1, "ar_prior": 3, "diffusion_prior": 3, "decoder": 1, "upsampler": 1}
@@ -25,57 +25,58 @@ log = logging.getLogger("unclip")
 
 def run_clip(ctx: Context) -> Artifact:
     """Train a CLIP, or take one that exists."""
-    return train(ctx, clip_task) if ctx.recipe.weights == "train" else save_pretrained(ctx)
+    return train(ctx) if ctx.recipe.weights == "train" else save_pretrained(ctx)
 
 
 def run_ar_prior(ctx: Context) -> Artifact:
     """Train the autoregressive prior."""
-    return train(ctx, ar_prior_task)
+    return train(ctx)
 
 
 def run_diffusion_prior(ctx: Context) -> Artifact:
     """Train the diffusion prior."""
-    return train(ctx, diffusion_prior_task)
+    return train(ctx)
 
 
 def run_decoder(ctx: Context) -> Artifact:
     """Train the 64 px decoder. On its way it leaves the early checkpoint that the evaluation compares it with."""
     early, milestones = ctx.config.evaluation.early, ctx.settings.milestones
-    if ctx.recipe.batch <= early < ctx.recipe.samples and early not in milestones:
+    if ctx.recipe.batch <= early <= ctx.recipe.fork and early not in (*milestones, ctx.recipe.samples):
         ctx = replace(ctx, settings=replace(ctx.settings, milestones=(*milestones, early)))
-    return train(ctx, decoder_task)
+    return train(ctx)
 
 
 def run_upsampler(ctx: Context) -> Artifact:
     """Train one of the upsamplers."""
-    return train(ctx, upsampler_task)
+    return train(ctx)
 
 
-def train(ctx: Context, make_task: Callable[[Context], Task]) -> Artifact:
+def train(ctx: Context) -> Artifact:
     """Train until the recipe's stop, from the newest checkpoint of this trajectory, and return the artefact.
 
     Raises UserError before anything starts for settings that cannot work, NonFinite (a UserError) when the training
     diverges, Superseded when another process has taken over, CorruptObject for damaged inputs.
     """
-    from pipeline.training.checkpoints import Checkpoints, take_attempt
+    from pipeline.training.checkpoints import course
     from pipeline.training.checks import check
     from pipeline.training.launch import WorkerLost, launch
+    from pipeline.training.loop import OutOfMemory
     from pipeline.training.worker import Training
 
-    check(ctx, make_task(ctx))
-    trajectory = trajectory_key(ctx)
+    task = make_task(ctx)
+    check(ctx, task)
     reached, lost = -1, 0
     while True:
-        attempt = take_attempt(ctx.store, trajectory)
-        newest = partial(Checkpoints(ctx.store, trajectory, attempt).newest, ctx.recipe.samples)
+        own = course(ctx, begin=True)
+        newest = partial(own.newest, ctx.recipe.samples)
         if newest() > reached:
             reached, lost = newest(), 0
         if reached:
             log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
-        name = f"{trajectory[:16]}-{attempt:04d}"
+        name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
         try:
             with following(ctx.stage, ctx.recipe.samples, newest) if ctx.settings.workers else nullcontext():
-                launch(Training(ctx, make_task, attempt), name, ctx.settings, ctx.config.run.ray)
+                launch(Training(ctx, make_task, own), name, ctx.settings, ctx.config.run.ray)
             break
         except WorkerLost as e:
             lost += 1
@@ -85,10 +86,27 @@ def train(ctx: Context, make_task: Callable[[Context], Task]) -> Artifact:
                     "too little memory: set micro_batch), then run again"
                 ) from e
             log.warning("%s: %s; starting again", ctx.stage, e)
+        except OutOfMemory as e:
+            ctx = replace(ctx, settings=halved(ctx, task, rows=e.args[0]))
     artifact = load_artifact(ctx.store, ctx.stage, ctx.key)
     if artifact is None:
         raise UserError(f"{ctx.stage}: its record vanished as soon as it was written; check the store")
     return artifact
+
+
+def halved(ctx: Context, task: Task, rows: int) -> TrainingSettings:
+    """The settings after ``rows`` rows did not fit into memory: half as many at once. Raises UserError if that cannot
+    help."""
+    if rows == 1 or not task.splittable:
+        what = "one row" if rows == 1 else f"{rows} rows, which this loss needs together,"
+        raise UserError(f"{ctx.stage}: {what} did not fit into memory; take a smaller model or a larger machine")
+    half = -(-rows // 2)
+    log.warning(
+        "%s: %d rows at once did not fit into memory; going on from the last checkpoint with %d. "
+        "run.%s.micro_batch=%d begins so",
+        *(ctx.stage, rows, half, ctx.stage, half),
+    )
+    return replace(ctx.settings, micro_batch=half)
 
 
 def save_pretrained(ctx: Context) -> Artifact:
@@ -112,6 +130,13 @@ def save_pretrained(ctx: Context) -> Artifact:
     metrics = {"embed_dim": clip.embed_dim, "image_size": clip.image_size}
     artifact = ctx.publishable(ledger=Ledger(), blobs=blobs, metrics=metrics)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
+
+
+def make_task(ctx: Context) -> Task:
+    """The model of a stage, and how it learns. Raises UserError if the recipe does not fit its inputs."""
+    tasks = {"clip": clip_task, "ar_prior": ar_prior_task, "diffusion_prior": diffusion_prior_task}
+    tasks |= {"decoder": decoder_task, "upsampler_256": upsampler_task, "upsampler_1024": upsampler_task}
+    return tasks[ctx.stage](ctx)
 
 
 def clip_task(ctx: Context) -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,23 +23,28 @@ NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._
 class Journal:
     """A training's metrics as JSON lines. They hold no times, so that equal trainings have equal journals.
 
-    ``sums`` and ``steps`` are what the next training line averages over.
+    ``sums`` and ``steps`` are what the next training line averages over; sums stay on the device, so that adding to
+    them waits for nothing.
     """
 
     lines: list[dict[str, Any]] = field(default_factory=list)
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
     steps: int = 0
 
-    def add(self, values: dict[str, float]) -> None:
-        """Count one step's values."""
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Count one step's values, each fp64 []."""
         self.steps += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def flush(self, samples: int) -> None:
         """Write the mean since the last line."""
-        self.lines.append({"samples": samples, **{name: total / self.steps for name, total in self.sums.items()}})
+        self.lines.append({"samples": samples, **{name: float(s) / self.steps for name, s in self.sums.items()}})
         self.sums, self.steps = {}, 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as a checkpoint's record holds them."""
+        return {"lines": self.lines, "sums": {name: float(s) for name, s in self.sums.items()}, "steps": self.steps}
 
     def latest(self) -> dict[str, Any]:
         """The latest value of everything that was measured."""
@@ -57,21 +63,31 @@ class Journal:
 
 @dataclass
 class TrainState:
-    """Everything that a checkpoint holds. ``ema`` is a whole model, so that it can be used as one."""
+    """Everything that a checkpoint holds. ``ema`` is a whole model, so that it can be used as one.
+
+    ``laps`` are seconds by what they went to (see pipeline.training.laps). ``failed``, fp32 [] on the device, becomes 1
+    with the first gradient or loss that is not finite; from then on the optimiser leaves everything as it is.
+    """
 
     model: nn.Module
     ema: nn.Module
     optimizer: AdamW
     samples: int = 0
     seconds: float = 0.0
+    laps: dict[str, float] = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal)
+    failed: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def __post_init__(self) -> None:
+        # The fused AdamW reads it on the device: nobody has to wait in each step to learn whether to take it.
+        self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
 
 
 def begin(task: Task, recipe: TrainingRecipe, device: torch.device) -> TrainState:
     """The state before the first sample. Random weights depend on the recipe's seed alone."""
     model = task.model(derive_seed(recipe.seed, "model")).to(device)
     ema = deepcopy(model).eval().requires_grad_(False)
-    return TrainState(model, ema, make_optimizer(model, recipe))
+    return TrainState(model, ema, make_optimizer(model, recipe), failed=torch.zeros((), device=device))
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingRecipe) -> AdamW:
@@ -85,8 +101,13 @@ def make_optimizer(model: nn.Module, recipe: TrainingRecipe) -> AdamW:
 
 
 def learning_rate(recipe: TrainingRecipe, samples: int) -> float:
-    """The rate of the step that ends at ``samples``: a linear rise over ``warmup`` samples, then constant."""
-    return recipe.learning_rate * (min(1.0, samples / recipe.warmup) if recipe.warmup else 1.0)
+    """The rate of the step that ends at ``samples``: a linear rise over ``warmup`` samples, then constant, and a linear
+    fall over the last ``decay``, whose first step still has the full rate."""
+    rise = min(1.0, samples / recipe.warmup) if recipe.warmup else 1.0
+    left = (
+        1.0 - (samples - recipe.batch - recipe.fork) / recipe.decay if recipe.decay and samples > recipe.fork else 1.0
+    )
+    return recipe.learning_rate * rise * left
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -20,7 +20,7 @@ class Task(Protocol):
 
     ``columns``: what a batch holds, of "image", "tokens", "image_embedding", "text_embedding". ``min_side``: rows
     whose short side is below it do not teach. ``image_size``: side of the views in "image". ``splittable``: whether
-    the loss of a row is its own, so that a batch may be cut into micro-batches and over workers.
+    the loss of a row is its own, so that a batch may be cut into micro-batches.
     ``validation_rows``: validation rows that are looked at, at most, in batches of ``validation_batch``.
     """
 
@@ -55,6 +55,15 @@ class Finishes(Task, Protocol):
 
     def save(self, model: nn.Module, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
         """Write the model and its statistics as the files of its artefact."""
+
+
+@runtime_checkable
+class Contrastive(Protocol):
+    """A task whose rows are compared with those of all workers. ``gather`` is set by the worker. With
+    ``local_statistics`` the model's norms know the rows of one worker only."""
+
+    gather: Callable[[Tensor], tuple[Tensor, int]]
+    local_statistics: bool
 
 
 @runtime_checkable

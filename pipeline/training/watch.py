@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from models.draw import Draw
 from pipeline.progress import Progress
 from pipeline.records import put_blob
 from pipeline.settings import TrainingSettings
-from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.checkpoints import Saver
 from pipeline.training.draws import Undropped
 from pipeline.training.feed import Feed
 from pipeline.training.recipes import TrainingRecipe
@@ -39,12 +40,12 @@ class Watch:
         recipe: TrainingRecipe,
         settings: TrainingSettings,
         world: World,
-        checkpoints: Checkpoints,
+        saver: Saver,
         publish: Callable[[TrainState, int], None],
         progress: Progress,
     ):
         self.task, self.recipe, self.settings, self.world = task, recipe, settings, world
-        self.checkpoints, self.publish, self.progress = checkpoints, publish, progress
+        self.saver, self.publish, self.progress = saver, publish, progress
         self.shares = feed.validation(task.validation_rows, task.validation_batch)
         self.saved_at = self.ticked_at = time.monotonic()
         self.saved = progress.done
@@ -55,17 +56,23 @@ class Watch:
         now = time.monotonic()
         state.seconds += now - self.ticked_at
         self.ticked_at = now
-        self.progress.advance(state.samples - self.progress.done, note(state))
+        self.progress.advance(state.samples - self.progress.done, partial(note, state))
         look = look_due(state.samples, self.recipe) and not looked(state)
+        reached = [m for m in self.settings.milestones if m <= state.samples < m + self.recipe.batch]
+        late = state.samples >= self.recipe.samples or now - self.saved_at >= self.settings.checkpoint_every_s
+        save = state.samples > self.saved and (look or late)
+        # The loop tells of what has failed, a few steps from here.
+        if (look or reached or save) and not bool(state.failed):
+            self._look_publish_save(state, look, reached, save)
+            state.laps["pause"] = state.laps.get("pause", 0.0) + time.monotonic() - now
+
+    def _look_publish_save(self, state: TrainState, look: bool, reached: Sequence[int], save: bool) -> None:
         if look:
             self.look(state)
-        for milestone in self.settings.milestones:
-            if milestone <= state.samples < milestone + self.recipe.batch:
-                self.publish(state, milestone)
-        ended = state.samples >= self.recipe.samples
-        due = look or ended or now - self.saved_at >= self.settings.checkpoint_every_s
-        if state.samples > self.saved and due:
-            self.checkpoints.save(state)
+        for milestone in reached:
+            self.publish(state, milestone)
+        if save:
+            self.saver.save(state)
             self.saved, self.saved_at = state.samples, time.monotonic()
 
     def look(self, state: TrainState) -> None:
@@ -88,7 +95,7 @@ class Watch:
                 seed = self.shares[0].streams[0][0]
                 batch = {name: column[:rows] for name, column in examples[0][0].items()}
                 picture = self.task.preview(state.ema, batch, Draw([(seed, rows)], device))
-                line["preview"] = put_blob(self.checkpoints.store, png(picture))
+                line["preview"] = put_blob(self.saver.course.branch.store, png(picture))
         state.journal.lines.append({"samples": state.samples, **line})
 
 
@@ -102,7 +109,7 @@ def look_due(samples: int, recipe: TrainingRecipe) -> bool:
 def note(state: TrainState) -> str:
     """What the progress line says besides the count."""
     journal = state.journal
-    return f"loss {journal.sums['loss'] / journal.steps:.4g}" if journal.steps else ""
+    return f"loss {float(journal.sums['loss']) / journal.steps:.4g}" if journal.steps else ""
 
 
 def looked(state: TrainState) -> bool:

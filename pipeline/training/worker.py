@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from torch import nn
 from models.draw import Draw, derive_seed
 from pipeline.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.crash import crash_point
-from pipeline.graph import Context, Stage, stage_key, trajectory_key
+from pipeline.graph import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.records import put_blob
-from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.checkpoints import Course, Saver
 from pipeline.training.feed import Feed
-from pipeline.training.loop import fit
+from pipeline.training.laps import Speed, measure_speed
+from pipeline.training.loop import NonFinite, fit
 from pipeline.training.state import TrainState, begin
-from pipeline.training.task import Examples, Finishes, Task
+from pipeline.training.task import Contrastive, Examples, Finishes, Task
 from pipeline.training.watch import Watch
 from pipeline.training.world import World, computes_in
 
@@ -34,24 +36,44 @@ class Training:
 
     ctx: Context
     make_task: Callable[[Context], Task]
-    attempt: int
+    course: Course
 
     def __call__(self, world: World) -> None:
         """Train from the newest checkpoint to the stop; the first worker publishes. Raises Superseded, NonFinite,
         CorruptObject, UserError."""
         ctx = self.ctx
         task = self.make_task(ctx)
+        if isinstance(task, Contrastive):
+            task.gather = world.gather
         feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, world.rank, world.size)
-        checkpoints = Checkpoints(ctx.store, trajectory_key(ctx), self.attempt, ctx.settings.keep_checkpoints)
         state = begin(task, ctx.recipe, world.device)
-        checkpoints.restore(state, ctx.recipe.samples)
-        publish = Publisher(ctx, task, feed, world)
+        self.course.restore(state, ctx.recipe.samples)
+        train = partial(fit, ctx.stage, task, feed, ctx.recipe, ctx.settings, world, state)
+        try:
+            self._train(train, task, feed, world, state)
+        except NonFinite as e:
+            if world.first:
+                self.course.branch.save_failure(state, e.samples, e.keys)
+            world.wait()  # one that ended now would end the others
+            raise
+
+    def _train(
+        self,
+        train: Callable[[Callable[[TrainState], None]], TrainState],
+        task: Task,
+        feed: Feed,
+        world: World,
+        state: TrainState,
+    ) -> None:
+        ctx = self.ctx
         if not world.first:
-            fit(ctx.stage, task, feed, ctx.recipe, ctx.settings, world, state, lambda _: None)
+            train(lambda _: None)
             return
-        with Progress(ctx.stage, ctx.recipe.samples, "samples", start=state.samples) as progress:
-            watch = Watch(task, feed, ctx.recipe, ctx.settings, world, checkpoints, publish, progress)
-            fit(ctx.stage, task, feed, ctx.recipe, ctx.settings, world, state, watch)
+        speed = measure_speed(task, state.ema, feed, ctx.recipe.precision, world)
+        publish = Publisher(ctx, task, feed, world, speed)
+        line = Progress(ctx.stage, ctx.recipe.samples, "samples", start=state.samples)
+        with line as progress, Saver(self.course) as saver:
+            train(Watch(task, feed, ctx.recipe, ctx.settings, world, saver, publish, progress))
         crash_point("training.before_artifact")
         publish(state, ctx.recipe.samples)
 
@@ -64,6 +86,7 @@ class Publisher:
     task: Task
     feed: Feed
     world: World
+    speed: Speed
 
     def __call__(self, state: TrainState, samples: int) -> None:
         """Publish what the recipe with this stop makes, unless it is there."""
@@ -76,7 +99,7 @@ class Publisher:
             blobs=self._blobs(state),
             metrics=state.journal.latest() | {"samples_seen": state.samples, "wrapped_rows": self.feed.order.wrapped},
             environment={"device": str(self.world.device), "precision": precision, "workers": str(self.world.size)},
-            times={"samples_per_second": state.samples / max(state.seconds, 1e-9)},
+            times=self.speed.times(state),
         )
         publish_artifact(ctx.store, artifact, state.seconds)
 
@@ -111,8 +134,11 @@ class Publisher:
 
 
 def at_stop(ctx: Context, samples: int) -> Context:
-    """The same stage with another number of samples, under the key that it then has."""
-    recipe = replace(ctx.recipe, samples=samples)
+    """The same stage with another number of samples, under the key that it then has.
+
+    Up to the fork that is the training whose learning rate does not fall.
+    """
+    recipe = ctx.recipe if samples == ctx.recipe.samples else replace(ctx.recipe, samples=samples, decay=0)
     stage = Stage(ctx.stage, ctx.version, recipe, tuple(ctx.inputs), _unused)
     return replace(ctx, recipe=recipe, key=stage_key(stage, {name: a.key for name, a in ctx.inputs.items()}))
 

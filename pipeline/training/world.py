@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -44,6 +45,25 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """The rows of all workers, [n, ...], worker after worker, and where this worker's own begin.
+
+        Their gradient is the sum of what all workers made of them. Workers may have unequal numbers of rows.
+        """
+        if self.size == 1:
+            return rows, 0
+        counts = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
+        counts[self.rank] = len(rows)
+        lengths = self.sum(counts).tolist()
+        padding = rows.new_zeros(max(lengths) - len(rows), *rows.shape[1:])
+        parts = all_gather(torch.cat([rows, padding]))
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]), sum(lengths[: self.rank])
+
+    def wait(self) -> None:
+        """Wait until all workers are here."""
+        if self.size > 1:
+            dist.barrier()
 
     def collect(self, items: list[str]) -> list[str]:
         """The items of all workers, worker after worker."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.clip import Clip, clip_loss
+from models.clip import Clip, Gather, alone, clip_loss
 from models.draw import Draw
 from models.losses import Losses
 from models.prior_configs import ClipConfig
@@ -16,7 +16,8 @@ from pipeline.training.task import Batch, Examples
 
 
 class ClipTask:
-    """Contrastive training. A row's loss depends on its whole batch, which therefore stays in one piece."""
+    """Contrastive training. A row's loss depends on its whole batch: a worker's share stays in one piece, and
+    ``gather`` fetches what the other workers have."""
 
     columns: tuple[str, ...] = ("image", "tokens")
     min_side = 0
@@ -27,13 +28,15 @@ class ClipTask:
     def __init__(self, config: ClipConfig):
         self.config = config
         self.image_size = config.image_size
+        self.local_statistics = config.tower == "resnet"
+        self.gather: Gather = alone
 
     def model(self, seed: int) -> Clip:
         return Clip.build(self.config, seed)
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
         assert isinstance(model, Clip)
-        return clip_loss(model, batch, draw)
+        return clip_loss(model, batch, draw, self.gather)
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
         """Contrastive "loss" among all validation rows, and "recall_at_1" of captions given pictures."""

@@ -43,7 +43,8 @@ class DecoderTask:
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
         """ "loss" and what another row's embedding and caption would cost."""
-        return conditional_figures(partial(self.loss, model), examples, ("image_embedding", "tokens"))
+        conditions = ("image_embedding", "tokens")
+        return conditional_figures(partial(self.loss, model), examples, conditions, self.config.steps)
 
     def preview(self, model: nn.Module, batch: Batch, draw: Draw) -> Tensor:
         """Above the pictures, below them what their embeddings and captions become, without guidance."""

@@ -39,7 +39,7 @@ class DiffusionPriorTask:
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
         """ "loss" and what another row's caption and text embedding would cost."""
-        return conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"))
+        return conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"), self.config.steps)
 
     def finish(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
         """Analytic-DPM's "gamma"."""

@@ -18,6 +18,7 @@ from pipeline.records import read_blob, read_record
 from pipeline.settings import TrainingSettings
 from pipeline.training import stage, world
 from pipeline.training.feed import Feed
+from pipeline.training.laps import Speed
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.worker import Publisher
@@ -32,7 +33,7 @@ def publisher(shared: World, recipe: DiffusionPriorRecipe, workers: int = 1) -> 
     task = DiffusionPriorTask(recipe.model, EMBED_DIM)
     ctx = shared.context("diffusion_prior", recipe, SETTINGS)
     feed = Feed(ctx.store, ctx.inputs, task, recipe, 0, workers)
-    return Publisher(ctx, task, feed, world.World(size=workers))
+    return Publisher(ctx, task, feed, world.World(size=workers), Speed(0.0, 1.0))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load
 
+from models.prior_configs import ClipConfig
 from pipeline.errors import CorruptObject, UserError
 from pipeline.records import read_blob
 from pipeline.settings import RaySettings, TrainingSettings
@@ -15,6 +16,7 @@ from pipeline.training import stage
 from pipeline.training.checkpoints import Superseded
 from pipeline.training.launch import Relayed, WorkerLost, _cause, launch
 from pipeline.training.loop import NonFinite
+from pipeline.training.recipes import ClipRecipe
 from pipeline.training.world import World as Workers
 from tests.pipeline.training.conftest import World
 from tests.pipeline.training.test_stage import RECIPE, lines
@@ -61,6 +63,34 @@ def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, capl
         # gamma: at the first timesteps a square of what is divided by their little noise
         assert (gaps.pop("gamma") < 1e-4 + 1e-3 * weights[0]["gamma"].abs()).all()
         assert all(gap.max() < 1e-4 for gap in gaps.values())
+
+
+CLIP = ClipRecipe(
+    samples=60,
+    batch=12,
+    lanes=3,
+    precision="fp32",
+    warmup=24,
+    learning_rate=1e-3,
+    model=ClipConfig(
+        embed_dim=16, image_size=32, layers=(1,), width=32, patch=16, text_width=32, text_layers=1, text_heads=1
+    ),
+)
+
+
+def test_a_contrastive_loss_compares_with_the_rows_of_all_workers(ray: Any, world: World) -> None:
+    """One worker, and two with one and two lanes: losses within 1e-5, and weights within 1e-4 of what they are."""
+    losses, weights = [], []
+    for workers in (0, 2):
+        settings = TrainingSettings(workers=workers, threads=1, device="cpu")
+        ctx = world.context("clip", replace(CLIP, samples=60 - workers), settings, inputs=("pairs", "captions"))
+        world.store.delete([entry.path for entry in world.store.list("checkpoints/")])
+        artifact = stage.run_clip(ctx)
+        losses.append([line["loss"] for line in lines(world, artifact) if "loss" in line])
+        weights.append(load(read_blob(world.store, artifact.blobs["open_clip_model.safetensors"])))
+    assert losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert all((tensor - weights[1][name]).abs().max() < 1e-4 for name, tensor in weights[0].items())
 
 
 def fail(world: Workers) -> None:

@@ -18,7 +18,7 @@ from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from pipeline.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import trajectory_key
+from pipeline.graph import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
 from pipeline.records import blob_path, put_blob, read_blob, read_record
 from pipeline.settings import TrainingSettings
@@ -225,14 +225,14 @@ def test_a_damaged_checkpoint_costs_one_checkpoint(world: World, undisturbed: di
 
 def test_a_second_start_takes_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = world.context("diffusion_prior", RECIPE, SETTINGS)
-    save = stage_checkpoints().save
+    publish = stage_checkpoints().publish
 
-    def save_after_another_began(self: Any, state: Any) -> None:
-        if state.samples == 64 and self.attempt == 1:
+    def publish_after_another_began(self: Any, taken: Any) -> None:
+        if taken.samples == 64 and self.attempt == 1:
             take_attempt(world.store, trajectory_key(ctx))
-        save(self, state)
+        publish(self, taken)
 
-    monkeypatch.setattr("pipeline.training.checkpoints.Checkpoints.save", save_after_another_began)
+    monkeypatch.setattr("pipeline.training.checkpoints.Checkpoints.publish", publish_after_another_began)
     with pytest.raises(Superseded, match="attempt 2 has begun"):
         stage.run_diffusion_prior(ctx)
     assert load_artifact(world.store, "diffusion_prior", ctx.key) is None
@@ -261,6 +261,29 @@ def test_seeds_change_weights_and_settings_do_not(world: World) -> None:
     assert all((cut[name] - whole[name]).abs().max() < 1e-4 for name in whole)
 
 
+def test_a_falling_rate_branches_off(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Made from a training whose rate stays, it equals one in one go, bit for bit, and leaves that training alone."""
+    settings = replace(SETTINGS, keep_checkpoints=20, milestones=(64,))
+    falling = replace(RECIPE, samples=160, decay=64)
+    contexts = [world.context("diffusion_prior", recipe, settings) for recipe in (RECIPE, falling)]
+    assert trajectory_key(contexts[0]) == trunk_key(contexts[0]) == trunk_key(contexts[1])
+    longer = world.context("diffusion_prior", replace(falling, samples=176), settings)
+    assert len({trajectory_key(ctx) for ctx in (*contexts, longer)}) == 3
+    stage.run_diffusion_prior(contexts[0])
+    with caplog.at_level(logging.INFO):
+        branched = stage.run_diffusion_prior(contexts[1])
+    assert "resuming diffusion_prior at sample 96" in caplog.text
+    fresh = make_world(tmp_path / "fresh")
+    straight = stage.run_diffusion_prior(fresh.context("diffusion_prior", falling, settings))
+    assert branched.key == straight.key
+    assert branched.blobs == straight.blobs
+    early = fresh.context("diffusion_prior", replace(RECIPE, samples=64))  # a milestone of the trunk
+    assert load_artifact(fresh.store, "diffusion_prior", early.key) is not None
+    with caplog.at_level(logging.INFO):
+        stage.run_diffusion_prior(world.context("diffusion_prior", replace(RECIPE, samples=224), settings))
+    assert "resuming diffusion_prior at sample 192" in caplog.text
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -278,11 +301,19 @@ def test_settings_that_cannot_work_are_refused(shared_world: World, settings: Tr
         stage.run_diffusion_prior(shared_world.context("diffusion_prior", RECIPE, settings))
 
 
-@pytest.mark.parametrize("settings", [TrainingSettings(workers=2), TrainingSettings(micro_batch=4)])
-def test_a_contrastive_batch_stays_in_one_piece(shared_world: World, settings: TrainingSettings) -> None:
+def test_a_contrastive_share_stays_in_one_piece(shared_world: World) -> None:
     recipe = ClipRecipe(samples=64, batch=16, lanes=8)
+    ctx = shared_world.context("clip", recipe, TrainingSettings(micro_batch=4), inputs=("pairs", "captions"))
     with pytest.raises(UserError, match="compares every row with its whole batch"):
-        stage.run_clip(shared_world.context("clip", recipe, settings, inputs=("pairs", "captions")))
+        stage.run_clip(ctx)
+
+
+def test_norms_over_a_batch_take_one_worker(shared_world: World) -> None:
+    resnet = ClipConfig(embed_dim=16, image_size=32, tower="resnet", layers=(1, 1, 1, 1), width=2)
+    recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=resnet)
+    ctx = shared_world.context("clip", recipe, TrainingSettings(workers=2), inputs=("pairs", "captions"))
+    with pytest.raises(UserError, match=r"run\.clip\.workers: 2; the norms of a resnet tower"):
+        stage.run_clip(ctx)
 
 
 def test_no_rows_are_explained(shared_world: World) -> None:

@@ -1,0 +1,127 @@
+"""Where a training's seconds go, and how much of the device's matrix rate the model uses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.draw import Draw
+from pipeline.training.draws import Undropped
+from pipeline.training.feed import Feed
+from pipeline.training.state import TrainState
+from pipeline.training.task import Batch, Task
+from pipeline.training.world import World, computes_in
+
+PHASES = ("wait", "forward", "backward", "optimiser", "ema")  # of a step
+SAMPLED = 16  # one step in so many is timed on a device that works on its own
+PEAK_SECONDS = 0.2
+
+
+class Laps:
+    """A stopwatch for steps: adds to ``seconds``, by phase.
+
+    A CPU has done what it was told when a call returns, and every step is timed. Other devices have to be waited for,
+    which is done in one step of SAMPLED; the other steps are not timed.
+    """
+
+    def __init__(self, seconds: dict[str, float], device: torch.device):
+        self.seconds, self.device = seconds, device
+        self.last: float | None = None
+
+    def start(self, step: int) -> None:
+        """Begin a step."""
+        timed = self.device.type == "cpu" or step % SAMPLED == 0
+        self.last = self._now() if timed else None
+
+    def __call__(self, phase: str) -> None:
+        """What was done since the last call, or since the start, was this phase."""
+        if self.last is not None:
+            now = self._now()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+            self.last = now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a training's rate is measured against.
+
+    ``model_flops``: operations of a row's forward and backward pass, by the usual count of three forward passes; 0
+    where there was no row to count them on. ``matmul_flops``: operations a second that matrix products reach on all
+    workers together, in the training's precision.
+    """
+
+    model_flops: float
+    matmul_flops: float
+
+    def times(self, state: TrainState) -> dict[str, float]:
+        """Rate, shares of the time, and utilisation, for a record."""
+        rate = state.samples / max(state.seconds, 1e-9)
+        said = {"samples_per_second": rate}
+        said |= {f"share_{name}": share for name, share in shares_of(state.laps, state.seconds).items()}
+        if self.model_flops:
+            said |= {"model_flops_per_sample": self.model_flops, "matmul_flops_per_second": self.matmul_flops}
+            said["utilisation"] = rate * self.model_flops / self.matmul_flops
+        return said
+
+
+def measure_speed(task: Task, model: nn.Module, feed: Feed, precision: str, world: World) -> Speed:
+    """See Speed. ``model``, in evaluation mode, is left as it is."""
+    flops = 0
+    for share in feed.validation(1, 1):
+        batch = {name: column.to(world.device) for name, column in share.batch.items()}
+        flops = forward_flops(task, model, batch, Undropped(share.streams, world.device))
+    dtype = torch.bfloat16 if computes_in(world.device, precision) == "bf16" else torch.float32
+    return Speed(3.0 * flops, world.size * matmul_peak(world.device, dtype, torch.get_num_threads()))
+
+
+def shares_of(laps: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Shares of a training's ``seconds``: of each phase of a step, and of "pause", the looks and checkpoints between.
+    {} before the first step."""
+    steps = sum(laps.get(phase, 0.0) for phase in PHASES)
+    if not steps or not seconds:
+        return {}
+    pause = min(1.0, laps.get("pause", 0.0) / seconds)
+    return {phase: laps.get(phase, 0.0) / steps * (1 - pause) for phase in PHASES} | {"pause": pause}
+
+
+def forward_flops(task: Task, model: nn.Module, batch: Batch, draw: Draw) -> int:
+    """Floating-point operations of the matrix products and convolutions of one forward pass, two per multiply-add.
+
+    The model is left as it is: give one in evaluation mode.
+    """
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def on_cpu(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={cpu_attention: on_cpu})
+    with torch.no_grad(), counter:
+        task.loss(model, batch, draw)
+    return counter.get_total_flops()
+
+
+@lru_cache
+def matmul_peak(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    """Operations a second of the best of some square matrix products, on ``threads`` threads of a CPU."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < PEAK_SECONDS:
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best

@@ -1,0 +1,120 @@
+"""What a training does about numbers that are none, and about too little memory."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from models.prior_configs import DiffusionPriorConfig
+from pipeline.artifacts import (
+    Artifact,
+    Shard,
+    publish_artifact,
+    read_shards,
+    read_table,
+    write_shard_table,
+    write_table,
+)
+from pipeline.errors import UserError
+from pipeline.ledger import Ledger
+from pipeline.records import put_blob, read_blob
+from pipeline.settings import TrainingSettings
+from pipeline.training import stage
+from pipeline.training.loop import NonFinite
+from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.replay import replay
+from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from tests.pipeline.training.conftest import EMBED_DIM, World
+
+MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
+RECIPE = DiffusionPriorRecipe(samples=320, batch=16, lanes=8, window=5, precision="fp32", ema_half_life=64, model=MODEL)
+SETTINGS = TrainingSettings(threads=1, device="cpu", checkpoint_every_s=0.0)
+
+
+def with_a_nan(world: World, key: str) -> World:
+    """The same world, but for one number of one row's image embedding."""
+    shards = []
+    for row in read_shards(world.store, world.inputs["embeddings"]):
+        table = read_table(world.store, row.blobs["embeddings"])
+        values = table["image_embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
+        for i, found in enumerate(table["key"].to_pylist()):
+            if found == key:
+                values[i * EMBED_DIM + 3] = np.nan
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values), EMBED_DIM)
+        table = table.set_column(table.column_names.index("image_embedding"), "image_embedding", column)
+        blobs = {"embeddings": put_blob(world.store, write_table(table))}
+        shards.append(Shard(row.number, row.key, Ledger(kept=row.kept), blobs))
+    blob, ledger = write_shard_table(world.store, shards)
+    artifact = publish_artifact(world.store, Artifact("embeddings", "e" * 64, {}, {}, ledger, shard_table=blob), 0.0)
+    return replace(world, inputs=world.inputs | {"embeddings": artifact})
+
+
+@pytest.fixture
+def ended_ray() -> Iterator[None]:
+    """Ends the Ray that a training has started."""
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("ended_ray")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_that_failed_can_be_done_again(world: World, workers: int) -> None:
+    """The row is named when it happens, and by the replay, with the module that its number comes out of first."""
+    poisoned = next(key for key, e in world.examples.items() if e.split == "train" and key.endswith("0007"))
+    settings = replace(SETTINGS, workers=workers)
+    ctx = with_a_nan(world, poisoned).context("diffusion_prior", RECIPE, settings)
+    assert replay(ctx) is None
+    with pytest.raises(NonFinite, match=f"the loss of rows {poisoned} is not finite .* --replay diffusion_prior"):
+        stage.run_diffusion_prior(ctx)
+    records = [entry.path for entry in world.store.list("checkpoints/")]
+    found = replay(ctx)
+    assert found is not None
+    assert [key for key, _ in found.rows] == [poisoned]
+    assert found.module
+    assert found.parameters
+    assert found.repeated
+    assert [entry.path for entry in world.store.list("checkpoints/")] == records
+    (failure,) = [path for path in records if "/failures/" in path]
+    assert f"/{found.samples:012d}-" in failure
+
+
+def test_too_little_memory_halves_the_micro_batch(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After some steps went well; what comes out is what small pieces from the start give."""
+    loss = DiffusionPriorTask.loss
+    calls = []
+
+    def hungry(self: DiffusionPriorTask, model: Any, batch: Any, draw: Any) -> Any:
+        rows = len(batch["image_embedding"])
+        calls.append(rows)
+        if rows > 5 and len(calls) > 3 and model.training:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        return loss(self, model, batch, draw)
+
+    recipe = replace(RECIPE, samples=96)
+    monkeypatch.setattr(DiffusionPriorTask, "loss", hungry)
+    with caplog.at_level(logging.WARNING):
+        made = stage.run_diffusion_prior(world.context("diffusion_prior", recipe, SETTINGS))
+    assert "16 rows at once did not fit into memory; going on from the last checkpoint with 8." in caplog.text
+    assert "run.diffusion_prior.micro_batch=4 begins so" in caplog.text
+    assert made.metrics["samples_seen"] == 96
+    assert len(read_blob(world.store, made.blobs["model.safetensors"])) > 0
+
+
+def test_memory_for_not_even_one_row_is_a_mistake(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(self: DiffusionPriorTask, model: Any, batch: Any, draw: Any) -> Any:
+        return torch.empty(1 << 50, dtype=torch.uint8)
+
+    monkeypatch.setattr(DiffusionPriorTask, "loss", hungry)
+    monkeypatch.setattr("pipeline.training.worker.measure_speed", lambda *_: None)
+    monkeypatch.setattr("pipeline.training.watch.Watch.look", lambda *_: None)
+    with pytest.raises(UserError, match="one row did not fit into memory; take a smaller model"):
+        stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, SETTINGS))

@@ -1,0 +1,76 @@
+"""Where the time of a training goes, and what its rate is measured against."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.draw import Draw
+from models.losses import Losses
+from models.prior_configs import DiffusionPriorConfig
+from pipeline.training import stage
+from pipeline.training.laps import PHASES, Laps, forward_flops, matmul_peak, shares_of
+from pipeline.training.recipes import DiffusionPriorRecipe
+from tests.pipeline.training.conftest import World
+
+
+def test_a_step_is_cut_into_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 11.0, 13.0, 20.0, 24.0])
+    monkeypatch.setattr("pipeline.training.laps.time.perf_counter", lambda: next(clock))
+    laps = Laps({"wait": 1.0}, torch.device("cpu"))
+    laps.start(0)
+    laps("wait")
+    laps("forward")
+    laps.start(1)
+    laps("wait")
+    assert laps.seconds == {"wait": 6.0, "forward": 2.0}
+
+
+def test_shares_add_up_to_the_whole_time() -> None:
+    laps = {"wait": 1.0, "forward": 3.0, "backward": 4.0, "pause": 5.0}
+    shares = shares_of(laps, 20.0)
+    assert set(shares) == {*PHASES, "pause"}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert (shares["pause"], shares["forward"], shares["ema"]) == (0.25, pytest.approx(0.75 * 3 / 8), 0.0)
+    assert shares_of({}, 0.0) == {}
+
+
+class Attention(nn.Module):
+    """A linear layer of 8 to 24 columns, and one head of attention over 5 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.layer(x)[:, None].chunk(3, dim=-1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_operations_are_those_on_paper() -> None:
+    class Task:
+        def loss(self, model: nn.Module, batch: dict[str, Tensor], draw: Draw) -> Losses:
+            return Losses(model(batch["image"]).sum((1, 2, 3)), {})
+
+    task: Any = Task()
+    flops = forward_flops(task, Attention(), {"image": torch.randn(3, 5, 8)}, Draw([(0, 3)]))
+    assert flops == 3 * (2 * 5 * 8 * 24 + 2 * 2 * 5 * 5 * 8)
+
+
+def test_the_record_says_where_the_time_went(shared_world: World) -> None:
+    model = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
+    recipe = DiffusionPriorRecipe(samples=48, batch=16, lanes=8, model=model, seed=9)
+    times = stage.run_diffusion_prior(shared_world.context("diffusion_prior", recipe)).times
+    shares = {name: value for name, value in times.items() if name.startswith("share_")}
+    assert set(shares) == {f"share_{phase}" for phase in (*PHASES, "pause")}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert all(value > 0 for value in shares.values())
+    rate = times["samples_per_second"] * times["model_flops_per_sample"] / times["matmul_flops_per_second"]
+    assert times["utilisation"] == pytest.approx(rate)
+
+
+def test_a_peak_is_measured_once() -> None:
+    device = torch.device("cpu")
+    assert matmul_peak(device, torch.float32, 1) == matmul_peak(device, torch.float32, 1) > 1e8
