@@ -132,7 +132,8 @@ def _mark_artifact(store: Store, artifact: Artifact, live: Live) -> None:
 
 
 def _mark_segments(store: Store, live: Live) -> None:
-    """The record of a segment stays while all its tables do; while a source is being made, with all its tables."""
+    """The record of a segment stays while all its tables do; while a source is being made, with all its tables. So do
+    the hashes of its references."""
     for entry in store.list("shards/source/segment-"):
         record = read_record(store, entry.path)
         if record is None:
@@ -141,6 +142,7 @@ def _mark_segments(store: Store, live: Live) -> None:
         if "shards/source/" in live.prefixes or tables <= live.paths:
             live.paths.add(entry.path)
             live.paths |= tables
+            live.paths.update(map(blob_path, record.get("hashes", ())))
 
 
 def _mark_named(store: Store, live: Live) -> None:

@@ -11,23 +11,30 @@ never download a picture again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 
+import numpy as np
+
 from pipeline.artifacts import Artifact, Shard, publish_artifact, read_table, write_shard_table, write_table
+from pipeline.data.duplicates import HASH, Seen, read_hashes
 from pipeline.data.journal import NOTHING, Journal, read_journal, reference_mark
 from pipeline.data.lists import Row, fingerprint, read_rows
-from pipeline.errors import UserError
+from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
-from pipeline.records import create_record, digest, put_blob, read_record
+from pipeline.records import create_record, digest, put_blob, read_blob, read_record
 from pipeline.store import Store
 
 VERSION = 1
+LAYOUT = 2  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
 FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
 LAST_SEGMENT = 999  # a shard's number has eight digits
+log = logging.getLogger("unclip")
 
 
 @dataclass(frozen=True)
@@ -86,36 +93,49 @@ class Scan:
         }
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A list as it is stored. ``hashes``: blobs of the sorted hashes of its references that no earlier segment has."""
+
+    shards: list[SourceShard]
+    hashes: list[str] = field(default_factory=list)
+
+
 def scan(recipe: SourceRecipe, store: Store, write: bool, journal: Journal = NOTHING) -> Scan:
-    """Read the list and cut it into shards. With ``write``, store them; a segment stored before is not read again.
+    """Read the list and cut it into shards. With ``write``, store them; a segment stored before is not read again, and
+    of its references the hashes are, once there is a new segment to be compared with them.
 
     Raises UserError if a list is missing, unreadable, empty or lacks a column.
     """
     shards: list[SourceShard] = []
-    seen: set[bytes] = set()  # references of earlier rows; 8 bytes of hash each
     columns = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
     cut = [recipe.shard_rows, recipe.validation, recipe.test]
-    before = ""
-    for index, path in enumerate(recipe.paths):
-        before = digest(
-            ["segment", VERSION, before, fingerprint(path), columns, *cut, *_forgotten_later(journal, index)]
-        )
-        found = _stored(store, before)
-        if found is None:
-            for earlier in recipe.paths[:index] if not seen else ():
-                seen.update(_reference_hash(row.url) for row in read_rows(earlier, recipe))
-            rows = read_rows(path, recipe)
-            found = _store(store, before, _cut(index, rows, recipe, seen, journal, store if write else None), write)
-            if not found:
-                raise UserError(f"source {path}: no rows")
-        shards += found
+    name = ""
+    cutter = _Cutter(recipe, journal.marks, store, write)
+    with Seen() as seen:
+        unseen: list[tuple[str, str, Segment]] = []
+        for index, path in enumerate(recipe.paths):
+            name = digest(
+                ["segment", LAYOUT, name, fingerprint(path), columns, *cut, *_forgotten_later(journal, index)]
+            )
+            segment = _stored(store, name)
+            if segment is None:
+                for earlier in unseen:
+                    _see(seen, *earlier, cutter)
+                unseen = []
+                segment = cutter.cut(name, index, f"source {path}", partial(read_rows, path, recipe), seen)
+                if not segment.shards:
+                    raise UserError(f"source {path}: no rows")
+            else:
+                unseen.append((name, path, segment))
+            shards += segment.shards
     for index, blob in enumerate(journal.retries, FIRST_RETRY):
-        name = digest(["retry", VERSION, index, blob, *cut, *_forgotten_later(journal, index)])
-        found = _stored(store, name)
-        if found is None:
-            again = (Row(**{**row, "captions": tuple(row["captions"])}) for row in read_table(store, blob).to_pylist())
-            found = _store(store, name, _cut(index, again, recipe, set(), journal, store if write else None), write)
-        shards += found
+        name = digest(["retry", LAYOUT, index, blob, *cut, *_forgotten_later(journal, index)])
+        segment = _stored(store, name)
+        if segment is None:
+            with Seen() as seen:  # not those of the list: there they failed
+                segment = cutter.cut(name, index, "rows to be tried again", partial(_retried, store, blob), seen)
+        shards += segment.shards
     return Scan(shards)
 
 
@@ -124,71 +144,104 @@ def _forgotten_later(journal: Journal, segment: int) -> list[list[str]]:
     return [hits] if hits else []
 
 
-def _stored(store: Store, name: str) -> list[SourceShard] | None:
-    record = read_record(store, f"shards/source/segment-{name}.json")
+def _segment_path(name: str) -> str:
+    return f"shards/source/segment-{name}.json"
+
+
+def _stored(store: Store, name: str) -> Segment | None:
+    record = read_record(store, _segment_path(name))
     if record is None:
         return None
-    return [SourceShard(**{**s, "ledger": Ledger.from_json(s["ledger"])}) for s in record["shards"]]
+    shards = [SourceShard(**{**s, "ledger": Ledger.from_json(s["ledger"])}) for s in record["shards"]]
+    return Segment(shards, record["hashes"])
 
 
-def _store(store: Store, name: str, cut: Iterator[SourceShard], write: bool) -> list[SourceShard]:
-    found = list(cut)
-    if write and found:
-        body = {"shards": [{**asdict(s), "ledger": s.ledger.as_json()} for s in found]}
-        create_record(store, f"shards/source/segment-{name}.json", body)
-    return found
+def _retried(store: Store, blob: str) -> Iterator[Row]:
+    for batch in read_table(store, blob).to_batches():
+        for row in batch.to_pylist():
+            yield Row(**{**row, "captions": tuple(row["captions"])})
 
 
-def _cut(
-    segment: int, rows: Iterator[Row], recipe: SourceRecipe, seen: set[bytes], journal: Journal, store: Store | None
-) -> Iterator[SourceShard]:
-    forgotten = journal.marks
-    for place in range(SEGMENT_SHARDS):
-        block = list(islice(rows, recipe.shard_rows))
-        if not block:
-            return
-        yield _shard(segment * SEGMENT_SHARDS + place, block, recipe, seen, forgotten, store)
-    raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
+def _see(seen: Seen, name: str, path: str, segment: Segment, cutter: _Cutter) -> None:
+    """Count the references of a stored segment as seen."""
+    try:
+        for blob in segment.hashes:
+            seen.add(np.frombuffer(read_blob(cutter.store, blob), HASH))
+    except CorruptObject as e:
+        log.warning("%s; it is deleted, and %s read again", e, path)
+        cutter.store.delete([_segment_path(name), e.path])
+        seen.judge(cutter.references(read_rows(path, cutter.recipe)))
 
 
-def _shard(
-    number: int,
-    rows: list[Row],
-    recipe: SourceRecipe,
-    seen: set[bytes],
-    forgotten: frozenset[str],
-    store: Store | None,
-) -> SourceShard:
-    refs, captions, rejects = [], [], []
-    for row in rows:
-        mark = _reference_hash(row.url)
-        reject = "no_reference" if not row.url else "duplicate_url" if mark in seen else None
-        seen.add(mark)
-        # Of rows that are tried again, only those have no reference that were blanked.
-        if reference_mark(row.url) in forgotten or (not row.url and segment_of(number) >= FIRST_RETRY):
-            row, reject = Row("", ()), "forgotten"
-        rejects.append(reject)
-        captions.append(row.captions)
-        split = row.split or split_by_hash(row.group or row.url, recipe.validation, recipe.test)
-        refs.append((row.url, row.group, split, row.sha256, row.license, row.attribution, reject))
-    columns = ("url", "group", "split", "sha256", "license", "attribution", "reject")
-    blobs = {"refs": "", "captions": ""}
-    if store is not None:
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts segments into shards. ``forgotten``: marks of references that no shard may hold."""
+
+    recipe: SourceRecipe
+    forgotten: frozenset[str]
+    store: Store
+    write: bool
+
+    def cut(self, name: str, segment: int, what: str, rows: Callable[[], Iterator[Row]], seen: Seen) -> Segment:
+        """Read rows twice: for their references, and, once it is known which of them are duplicates, for shards."""
+        judged = seen.judge(self.references(rows()))
+        shards: list[SourceShard] = []
+        with open(judged.duplicate, "rb") as duplicate:
+            rest = rows()
+            while block := list(islice(rest, self.recipe.shard_rows)):
+                if len(shards) == SEGMENT_SHARDS:
+                    raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
+                flags = duplicate.read(len(block))
+                if len(flags) < len(block):
+                    break
+                shards.append(self._shard(segment * SEGMENT_SHARDS + len(shards), block, flags))
+            if block or duplicate.read(1):
+                raise UserError(f"{what}: changed while it was read; run again")
+        hashes = []
+        if self.write and shards:
+            if segment < FIRST_RETRY:
+                hashes = [put_blob(self.store, chunk.tobytes()) for chunk in read_hashes(judged.fresh)]
+            body = {"shards": [{**asdict(s), "ledger": s.ledger.as_json()} for s in shards], "hashes": hashes}
+            create_record(self.store, _segment_path(name), body)
+        return Segment(shards, hashes)
+
+    def references(self, rows: Iterator[Row]) -> Iterator[str]:
+        """As they count for duplicates: those that are forgotten leave no hash."""
+        return ("" if self._is_forgotten(row.url) else row.url for row in rows)
+
+    def _is_forgotten(self, url: str) -> bool:
+        return bool(self.forgotten) and reference_mark(url) in self.forgotten
+
+    def _shard(self, number: int, rows: list[Row], duplicate: bytes) -> SourceShard:
+        refs, captions, rejects = [], [], []
+        for row, again in zip(rows, duplicate, strict=True):
+            reject = "no_reference" if not row.url else "duplicate_url" if again else None
+            # Of rows that are tried again, only those have no reference that were blanked.
+            if self._is_forgotten(row.url) or (not row.url and segment_of(number) >= FIRST_RETRY):
+                row, reject = Row("", ()), "forgotten"
+            rejects.append(reject)
+            captions.append(row.captions)
+            split = row.split or split_by_hash(row.group or row.url, self.recipe.validation, self.recipe.test)
+            refs.append((row.url, row.group, split, row.sha256, row.license, row.attribution, reject))
+        blobs = self._put(number, refs, captions) if self.write else {}
+        return SourceShard(
+            number,
+            digest(["refs", VERSION, number, refs]),
+            digest(["captions", VERSION, number, captions]),
+            Ledger.count(rejects),
+            **blobs,
+        )
+
+    def _put(
+        self, number: int, refs: Sequence[tuple[str | None, ...]], captions: Sequence[tuple[str, ...]]
+    ) -> dict[str, str]:
         import pyarrow as pa
 
+        columns = ("url", "group", "split", "sha256", "license", "attribution", "reject")
         table = {name: pa.array([ref[i] for ref in refs], pa.string()) for i, name in enumerate(columns)}
-        blobs["refs"] = put_blob(store, write_table(table))
-        keys = pa.array([row_key(number, i) for i in range(len(rows))], pa.string())
-        blobs["captions"] = put_blob(
-            store, write_table({"key": keys, "captions": pa.array(captions, pa.list_(pa.string()))})
-        )
-    return SourceShard(
-        number,
-        digest(["refs", VERSION, number, refs]),
-        digest(["captions", VERSION, number, captions]),
-        Ledger.count(rejects),
-        **blobs,
-    )
+        keys = pa.array([row_key(number, i) for i in range(len(refs))], pa.string())
+        said = {"key": keys, "captions": pa.array(captions, pa.list_(pa.string()))}
+        return {"refs": put_blob(self.store, write_table(table)), "captions": put_blob(self.store, write_table(said))}
 
 
 def segment_of(number: int) -> int:
@@ -205,10 +258,6 @@ def split_by_hash(value: str, validation: float, test: float) -> str:
     """'test', 'validation' or 'train', by the value alone: a split never moves."""
     share = int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
     return "test" if share < test else "validation" if share < test + validation else "train"
-
-
-def _reference_hash(url: str) -> bytes:
-    return hashlib.blake2b(url.encode(), digest_size=8).digest()
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
