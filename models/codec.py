@@ -16,6 +16,7 @@ from models.draw import Draw
 
 # A variance below this share of the mean squared norm is rounding of the moments, not data.
 RANK_TOLERANCE = 1e-12
+CHUNK_VALUES = 1 << 20  # that are put into buckets at once, so that this takes little memory beside the columns
 
 
 class Moments(NamedTuple):
@@ -87,7 +88,12 @@ def digitize(x: Tensor, edges: Tensor) -> Tensor:
 
 
 def fit_buckets(coordinates: Tensor, buckets: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantile buckets of each column of ``coordinates`` [n, k].
+    """Quantile buckets of each column of ``coordinates`` [n, k]; as ``cut_buckets``."""
+    return cut_buckets(coordinates.double().T.contiguous().sort(-1).values, buckets)
+
+
+def cut_buckets(ordered: Tensor, buckets: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantile buckets of columns that are sorted already, ``ordered`` fp64 [k, n].
 
     Returns inner edges [k, buckets - 1], the mean of every bucket [k, buckets], both fp64, and how many rows it holds,
     int64 [k, buckets]. An edge is the middle of the two neighbouring rows it parts. Defined cases: equal rows never
@@ -95,19 +101,33 @@ def fit_buckets(coordinates: Tensor, buckets: int = 1024) -> tuple[Tensor, Tenso
     bucket of its own and the rest are empty; a constant column puts all rows in its last bucket. An empty bucket
     means the middle of its two edges. Raises ValueError on fewer than 2 rows or buckets.
     """
-    n, k = coordinates.shape
+    k, n = ordered.shape
     if n < 2 or buckets < 2:
         raise ValueError(f"quantiles need 2 or more rows and buckets, got {n} rows and {buckets} buckets")
-    ordered = coordinates.double().T.contiguous().sort(-1).values
     cuts = (torch.arange(1, buckets, device=ordered.device) * n / buckets).round().long().clamp(1, n - 1)
     edges = (ordered[:, cuts - 1] + ordered[:, cuts]) / 2
-    codes = torch.searchsorted(edges, ordered, right=True)
     counts = torch.zeros(k, buckets, dtype=torch.int64, device=ordered.device)
-    counts.scatter_add_(1, codes, torch.ones_like(codes))
-    sums = torch.zeros(k, buckets, dtype=torch.float64, device=ordered.device).scatter_add_(1, codes, ordered)
+    sums = torch.zeros(k, buckets, dtype=torch.float64, device=ordered.device)
+    for part in ordered.split(_rows_at_once(k), dim=1):  # each goes on where the one before has ended
+        codes = torch.searchsorted(edges, part.contiguous(), right=True)
+        counts.scatter_add_(1, codes, torch.ones_like(codes))
+        sums.scatter_add_(1, codes, part)
     ends = torch.cat([ordered[:, :1], edges, ordered[:, -1:]], dim=1)
     values = torch.where(counts > 0, sums / counts, (ends[:, :-1] + ends[:, 1:]) / 2)
     return edges, values, counts
+
+
+def bucket_errors(columns: Tensor, edges: Tensor, values: Tensor) -> Tensor:
+    """The sum of squared distances of each of ``columns`` [k, n] to the values of its buckets: fp64 [k]."""
+    error = torch.zeros(len(columns), dtype=torch.float64, device=columns.device)
+    for part in columns.split(_rows_at_once(len(columns)), dim=1):
+        codes = torch.searchsorted(edges, part.contiguous(), right=True)
+        error += (part - values.gather(1, codes)).square().sum(1)
+    return error
+
+
+def _rows_at_once(columns: int) -> int:
+    return max(1, CHUNK_VALUES // columns)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact, Shard, ShardRow, publish_artifact, read_shards
+from pipeline.artifacts import Artifact, Shard, ShardRow, publish_artifact, read_shards, write_shard_table
 from pipeline.data import codec_passes as passes
 from pipeline.errors import UserError
 from pipeline.graph import Context
@@ -114,13 +114,10 @@ def fit_all_buckets(ctx: Context, blocks: list[passes.Block], rows: int, pca: An
     group = max(1, passes.COLUMN_VALUES // rows)
     worker = passes.OneThread(passes.Project(ctx.store, blob, group))
     projected = _over_blocks(ctx, blocks, rows, worker, "coordinates")
-    tasks = []
-    for number in range(-(-columns // group)):
-        name = passes.group_name(number)
-        parts = {
-            f"{s.number:08d}": ShardRow(s.number, s.key, s.ledger.kept, 0, {name: s.blobs[name]}, {}) for s in projected
-        }
-        tasks.append(ShardTask(number, digest([ctx.key, "buckets", number]), parts))
+    table, _ = write_shard_table(ctx.store, projected)  # not in each task: blocks times groups of names
+    listed = ShardRow(0, table, rows, 0, {"blocks": table}, {})
+    groups = range(-(-columns // group))
+    tasks = [ShardTask(number, digest([ctx.key, "buckets", number]), {"blocks": listed}) for number in groups]
     cut = passes.OneThread(passes.CutBuckets(ctx.store, ctx.recipe.buckets))
     shards, _ = run_shards(ctx, tasks, cut, "columns", columns, "codec buckets")
     fitted = [load(read_blob(ctx.store, shard.blobs["buckets"])) for shard in shards]

@@ -1,8 +1,8 @@
 """The three passes that fit the codec, as workers of shards: moments, coordinates, buckets.
 
 A block is a run of neighbouring shards. Its moments are summed in its order, and blocks are merged in theirs, so
-that the result has the same bits for any number of workers. A worker holds one block of coordinates, or as many
-columns of all blocks as make ``COLUMN_VALUES`` numbers: no pass holds all rows.
+that the result has the same bits for any number of workers. A worker holds the coordinates of one block, or as many
+columns of all blocks as make ``COLUMN_VALUES`` numbers, and at least one: above so many rows, 8 bytes for each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.artifacts import ShardRow, read_table
-from pipeline.data.embeddings import read_embeddings
 from pipeline.ledger import Ledger
 from pipeline.records import read_blob
 from pipeline.shards import ShardOutput, ShardTask
@@ -55,18 +54,20 @@ def cut_blocks(curation: Sequence[ShardRow], embeddings: Sequence[ShardRow], blo
     return [*blocks, Block(tuple(shards), rows)] if shards else blocks
 
 
-def training_embeddings(store: Store, inputs: Mapping[str, ShardRow]) -> Iterator[tuple[Any, Any]]:
-    """Image and text embeddings, fp64 [n, d], of the curated training rows of each shard of a block, in order."""
+def training_embeddings(store: Store, inputs: Mapping[str, ShardRow], *names: str) -> Iterator[list[Any]]:
+    """Columns of embeddings, fp64 [n, d] each, of the curated training rows of each shard of a block, in order."""
     import numpy as np
+    import pyarrow.compute as pc
     import torch
 
     ordered = iter(sorted(inputs.items()))
     for (_, curation), (_, embeddings) in zip(ordered, ordered, strict=True):
-        index = read_table(store, curation.blobs["index"], ["key", "split"]).to_pydict()
-        wanted = {k for k, split in zip(index["key"], index["split"], strict=True) if split == "train"}
-        keys, image, text, _ = read_embeddings(store, embeddings.blobs["embeddings"])
-        rows = np.array([key in wanted for key in keys])
-        yield torch.from_numpy(image[rows].astype(np.float64)), torch.from_numpy(text[rows].astype(np.float64))
+        index = read_table(store, curation.blobs["index"], ["key", "split"])
+        wanted = index["key"].filter(pc.equal(index["split"], "train"))
+        table = read_table(store, embeddings.blobs["embeddings"], ["key", *names])
+        rows = pc.is_in(table["key"], value_set=wanted).to_numpy()
+        flat = [table[name].combine_chunks().values.to_numpy(zero_copy_only=False) for name in names]
+        yield [torch.from_numpy(values.reshape(len(rows), -1)[rows].astype(np.float64)) for values in flat]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class SumMoments:
         from models.codec import moments
 
         sums = None
-        for image, _ in training_embeddings(self.store, task.inputs):
+        for (image,) in training_embeddings(self.store, task.inputs, "image_embedding"):
             sums = moments(image) if sums is None else sums.merge(moments(image))
         assert sums is not None
         return ShardOutput(Ledger(kept=sums.rows), {"moments": save({"total": sums.total, "gram": sums.gram})})
@@ -99,24 +100,28 @@ class Project:
     group: int
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        import torch
+        import numpy as np
         from safetensors.torch import load
 
         pca = load(read_blob(self.store, self.pca))
-        columns = []
-        for image, text in training_embeddings(self.store, task.inputs):
-            coordinates = (image - pca["mean"]) @ pca["components"].T
-            columns.append(torch.cat([coordinates, (image * text).sum(1, keepdim=True)], dim=1).T)
-        ordered = torch.cat(columns, dim=1).sort(dim=1).values
-        groups = ordered.split(self.group)
-        blobs = {group_name(i): group.contiguous().numpy().tobytes() for i, group in enumerate(groups)}
-        return ShardOutput(Ledger(kept=ordered.shape[1]), blobs)
+        rows = sum(shard.counts["train/0"] for name, shard in task.inputs.items() if name.endswith("curation"))
+        columns = np.empty((len(pca["components"]) + 1, rows), "<f8")
+        stop = 0
+        for image, text in training_embeddings(self.store, task.inputs, "image_embedding", "text_embedding"):
+            start, stop = stop, stop + len(image)
+            columns[:-1, start:stop] = ((image - pca["mean"]) @ pca["components"].T).T.numpy()
+            columns[-1, start:stop] = (image * text).sum(1).numpy()
+        assert stop == rows
+        columns.sort(axis=1)
+        starts = range(0, len(columns), self.group)
+        blobs = {group_name(i): columns[start : start + self.group].tobytes() for i, start in enumerate(starts)}
+        return ShardOutput(Ledger(kept=rows), blobs)
 
 
 @dataclass(frozen=True)
 class CutBuckets:
-    """The third pass: one group of columns of all blocks to "buckets": edges, values, counts and squared error of each
-    column."""
+    """The third pass: one group of columns of all "blocks", a table of shards, to "buckets": edges, values, counts and
+    squared error of each column."""
 
     store: Store
     buckets: int
@@ -126,19 +131,22 @@ class CutBuckets:
         import torch
         from safetensors.torch import save
 
-        from models.codec import digitize, fit_buckets
+        from models.codec import bucket_errors, cut_buckets
 
-        name = group_name(task.number)
-        parts = []
-        for _, block in sorted(task.inputs.items()):
-            stored = np.frombuffer(read_blob(self.store, block.blobs[name]), "<f8")
-            parts.append(torch.from_numpy(stored.reshape(-1, block.kept).copy()))
-        columns = torch.cat(parts, dim=1).T
-        edges, values, counts = fit_buckets(columns, self.buckets)
-        means = values.gather(1, digitize(columns, edges).T)
-        error = (columns.T - means).square().sum(1)
-        fitted = save({"edges": edges, "values": values, "counts": counts, "error": error})
-        return ShardOutput(Ledger(kept=columns.shape[1]), {"buckets": fitted})
+        blocks, name = task.inputs["blocks"], f"blob.{group_name(task.number)}"
+        columns: Any = None
+        stop = 0
+        for block in read_table(self.store, blocks.blobs["blocks"], ["kept", name]).to_pylist():
+            stored = np.frombuffer(read_blob(self.store, block[name]), "<f8").reshape(-1, block["kept"])
+            if columns is None:
+                columns = np.empty((len(stored), blocks.kept))
+            start, stop = stop, stop + block["kept"]
+            columns[:, start:stop] = stored
+        columns.sort(axis=1)
+        ordered = torch.from_numpy(columns)
+        edges, values, counts = cut_buckets(ordered, self.buckets)
+        fitted = {"edges": edges, "values": values, "counts": counts, "error": bucket_errors(ordered, edges, values)}
+        return ShardOutput(Ledger(kept=len(columns)), {"buckets": save(fitted)})
 
 
 def group_name(number: int) -> str:

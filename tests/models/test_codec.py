@@ -4,7 +4,7 @@ import torch
 from sklearn.decomposition import PCA as PeerPCA
 from torch import Tensor
 
-from models.codec import Codec, digitize, fit_buckets, fit_codec, fit_pca, moments
+from models.codec import Codec, bucket_errors, cut_buckets, digitize, fit_buckets, fit_codec, fit_pca, moments
 from models.draw import Draw
 from tests.models.mutations import fails_under
 
@@ -103,6 +103,22 @@ def test_buckets_are_equally_full_and_mean_their_rows() -> None:
             mean = x[codes[:, column] == bucket, column].mean()
             torch.testing.assert_close(values[column, bucket], mean, rtol=0, atol=1e-13)
     assert (np.quantile(x[:, 0], np.arange(1, 8) / 8) - edges[0].numpy()).max() < 0.02
+
+
+@fails_under((bucket_errors, "error +=", "error ="))
+def test_columns_are_put_into_buckets_piece_by_piece() -> None:
+    """With the bits of all at once, whatever the pieces; and ties across their seams."""
+    x = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).round(decimals=1)
+    ordered = x.sort(dim=1).values
+    edges, values, counts = whole = cut_buckets(ordered, 16)
+    codes = torch.stack([torch.from_numpy(np.digitize(column, e)) for column, e in zip(x, edges, strict=True)])
+    assert all(torch.equal(row.bincount(minlength=16), n) for row, n in zip(codes, counts, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.codec.CHUNK_VALUES", 21)  # seven rows of three columns
+        assert all(torch.equal(a, b) for a, b in zip(whole, cut_buckets(ordered, 16), strict=True))
+        error = bucket_errors(x, edges, values)
+    naive = (x - values.gather(1, codes)).square().sum(1)
+    torch.testing.assert_close(error, naive, rtol=1e-12, atol=0)
 
 
 def test_ties_never_part() -> None:
