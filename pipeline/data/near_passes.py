@@ -10,9 +10,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from pipeline.artifacts import read_table
 from pipeline.data.blocks import candidates, is_a, numbered
 from pipeline.data.index import STAGE_SIDES
 from pipeline.data.neighbours import NONE, PROBES, SPLITS, Cells, Rows, compare, learn_cells
+from pipeline.data.pieces import pack, read_piece
 from pipeline.data.rejected import Rejected, rejected_table
 from pipeline.ledger import Ledger
 from pipeline.records import read_blob
@@ -38,8 +40,8 @@ class Learn:
 
 @dataclass(frozen=True)
 class Scatter:
-    """The third pass: a block to its rows by group of cells, a blob each. ``looks`` says whether its rows look for
-    others, or are only there to be found."""
+    """The third pass: a block to its "rows", a piece for each group of cells (see ``pieces``). ``looks`` says whether
+    its rows look for others, or are only there to be found."""
 
     store: Store
 
@@ -65,27 +67,25 @@ class Scatter:
             probes=nearest if plan["looks"] else np.full_like(nearest, -1),
         )
         bounds = [-(-group * count // plan["groups"]) for group in range(plan["groups"] + 1)]
-        found = [_within(table, low, high) for low, high in pairwise(bounds)]
-        return ShardOutput(
-            Ledger(kept=len(rows)), {numbered("group", i): part for i, part in enumerate(found) if part is not None}
-        )
+        pieces = (_within(table, low, high) for low, high in pairwise(bounds))
+        return ShardOutput(Ledger(kept=len(rows)), {"rows": pack(pieces, plan["groups"])})
 
 
-def _within(rows: Rows, low: int, high: int) -> bytes | None:
-    """The rows that are in cells [low, high) or look there, or None."""
+def _within(rows: Rows, low: int, high: int) -> bytes:
+    """The rows that are in cells [low, high) or look there; nothing where there are none."""
     from safetensors.numpy import save
 
     home = np.where((rows.home >= low) & (rows.home < high), rows.home, -1)
     probes = np.where((rows.probes >= low) & (rows.probes < high), rows.probes, -1)
     mine = (home >= 0) | (probes >= 0).any(1)
     columns = {field.name: getattr(rows, field.name) for field in fields(Rows)} | {"home": home, "probes": probes}
-    return save({name: np.ascontiguousarray(column[mine]) for name, column in columns.items()}) if mine.any() else None
+    return save({name: np.ascontiguousarray(column[mine]) for name, column in columns.items()}) if mine.any() else b""
 
 
 @dataclass(frozen=True)
 class Compare:
-    """The fourth pass: a group of cells, with the rows of all blocks in it, to what it says of rows of each block:
-    "keys", "near_duplicate" and "near_held_out", int64 [n], as ``neighbours.compare``."""
+    """The fourth pass: a group of cells, with the rows in it of all "blocks" (a table of shards), to what it says of
+    rows of each block: "keys", "near_duplicate" and "near_held_out", int64 [n], as ``neighbours.compare``."""
 
     store: Store
     duplicate: float | None
@@ -94,11 +94,14 @@ class Compare:
     def __call__(self, task: ShardTask) -> ShardOutput:
         from safetensors.numpy import load, save
 
-        names = sorted(task.inputs)
-        parts = []
-        for name in names:
-            [blob] = task.inputs[name].blobs.values()
-            parts.append(load(read_blob(self.store, blob)))
+        group = task.inputs["plan"].counts["group"]
+        names, parts = [], []
+        for block in read_table(self.store, task.inputs["blocks"].blobs["blocks"]).to_pylist():
+            if piece := read_piece(self.store, block["blob.rows"], group):
+                names.append(numbered("block", block["number"]))
+                parts.append(load(piece))
+        if not parts:
+            return ShardOutput(Ledger(kept=1), {})
         rows = Rows(**{field.name: np.concatenate([part[field.name] for part in parts]) for field in fields(Rows)})
         ends = np.cumsum([len(part["keys"]) for part in parts])[:-1]
         columns = [np.split(column, ends) for column in (rows.keys, *compare(rows, self.duplicate, self.held_out))]

@@ -10,10 +10,11 @@ The first stretch is small enough for one cell: there every pair is looked at.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pipeline.artifacts import Shard, ShardRow
+from pipeline.artifacts import Shard, ShardRow, write_shard_table
 from pipeline.data.blocks import Block, Sample, as_input, cut_blocks, make_task, numbered, part, plan, run_pass
 from pipeline.data.near_passes import Compare, Learn, Merge, Scatter
 from pipeline.graph import Context
@@ -63,11 +64,13 @@ def find_near_rows(ctx: Context, judged: Sequence[ShardRow], embeddings: Mapping
     stretches = cut_stretches(judged, embeddings)
     blocks = [block for stretch in stretches for block in stretch.blocks]
     compared = _compare(ctx, stretches, blocks, _learn(ctx, stretches, blocks))
+    said: dict[str, list[ShardRow]] = defaultdict(list)  # a group of cells has nothing to say of most blocks
+    for shard in compared:
+        for name in shard.blobs:
+            said[name].append(part(shard, name))
     tasks = []
     for block in blocks:
-        name = numbered("block", block.number)
-        said = [part(shard, name) for shard in compared if name in shard.blobs]
-        inputs = block.inputs() | {numbered("said", i): part for i, part in enumerate(said)}
+        inputs = block.inputs() | {numbered("said", i): p for i, p in enumerate(said[numbered("block", block.number)])}
         tasks.append(make_task(ctx, block.number, "merge", inputs))
     merged = run_pass(ctx, Merge(ctx.store), tasks, "verdicts")
     blobs: dict[int, str] = {}
@@ -109,17 +112,16 @@ def _compare(
         for block in blocks[: stretch.blocks_before + len(stretch.blocks)]:
             given = plan(groups=groups, looks=block.number >= stretch.blocks_before)
             inputs = block.inputs() | {"plan": given} | ({} if learnt is None else {"cells": as_input(learnt)})
-            scatters.append(make_task(ctx, len(scatters), "scatter", inputs))
-        spans.append(slice(start, len(scatters)))
+            scatters.append(make_task(ctx, len(scatters), "scatter in pieces", inputs))
+        spans.append((groups, slice(start, len(scatters))))
     scattered = run_pass(ctx, Scatter(ctx.store), scatters, "rows by cell")
     tasks: list[ShardTask] = []
-    for span in spans:
-        for name in sorted({name for shard in scattered[span] for name in shard.blobs}):
-            inputs = {
-                numbered("block", number): part(shard, name)
-                for number, shard in enumerate(scattered[span])
-                if name in shard.blobs
-            }
-            tasks.append(make_task(ctx, len(tasks), f"compare {name}", inputs))
+    for groups, span in spans:
+        # A table, not an input for each block: those would be as many as blocks times groups.
+        parts = [replace(shard, number=number) for number, shard in enumerate(scattered[span])]
+        table, _ = write_shard_table(ctx.store, parts)
+        listed = ShardRow(0, table, 0, 0, {"blocks": table}, {})
+        for group in range(groups):
+            tasks.append(make_task(ctx, len(tasks), "compare", {"blocks": listed, "plan": plan(group=group)}))
     worker = Compare(ctx.store, ctx.recipe.near_duplicate, ctx.recipe.near_held_out)
     return run_pass(ctx, worker, tasks, "neighbours", "groups of cells")

@@ -156,7 +156,7 @@ def test_what_a_pass_has_left_and_is_lost_is_made_again(store: Store) -> None:
     expected = curate(store, inputs, **bounds)
     records = {entry.path: json.loads(store.read(entry.path))["blobs"] for entry in store.list("shards/curation/")}
     found = {name: blob for blobs in records.values() for name, blob in blobs.items()}
-    for name in ("sample", "cells", "group 00000000", "block 00000001", "shard 00000000"):
+    for name in ("sample", "cells", "rows", "block 00000001", "shard 00000000"):
         needed = [path for path, blobs in records.items() if name not in blobs]  # so all that needs it is made anew
         store.delete([blob_path(found[name]), artifact_path("curation", expected.key), *needed])
         with pytest.raises(CorruptObject, match="is missing") as damage:
