@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import io
 import platform
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from pipeline.crash import crash_point
-from pipeline.ledger import Ledger, total
+from pipeline.ledger import Ledger
 from pipeline.records import create_record, put_blob, read_blob, read_record
 from pipeline.store import Store
 
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
+THREADS = 16  # records are small, and each is a request
+WINDOW = 512  # shards that are held as objects while many are read or listed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One shard of an artefact. Blobs called ``note.`` are beside the result, such as times: made again, a shard may
     have others. ``counts`` are sums that later stages need without opening a blob."""
@@ -32,7 +36,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An immutable result. ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards."""
+    """An immutable result. ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards.
+    ``requests``: what making it asked of the store (see pipeline.store_shared.COUNTS)."""
 
     stage: str
     key: str
@@ -44,6 +49,7 @@ class Artifact:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)
+    requests: Mapping[str, int] = field(default_factory=dict)
 
 
 def shard_path(stage: str, key: str) -> str:
@@ -78,6 +84,13 @@ def read_shard(store: Store, stage: str, key: str) -> Shard | None:
     return None if record is None else _shard(record)
 
 
+def read_each_shard(store: Store, stage: str, keys: Sequence[str]) -> Iterator[Shard | None]:
+    """``read_shard`` of every key, in their order: several at once, and never many in memory."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(keys), WINDOW):
+            yield from pool.map(lambda key: read_shard(store, stage, key), keys[start : start + WINDOW])
+
+
 def _shard(record: Mapping[str, Any]) -> Shard:
     ledger = Ledger.from_json(record["ledger"])
     return Shard(record["number"], record["key"], ledger, record["blobs"], record["counts"])
@@ -103,28 +116,60 @@ def read_table(store: Store, blob: str, columns: list[str] | None = None) -> Any
     return pq.ParquetFile(pa.BufferReader(read_blob(store, blob))).read(columns=columns, use_threads=False)
 
 
+class ShardTable:
+    """The list of an artefact's shards while it grows: columns instead of objects, since there may be many."""
+
+    def __init__(self) -> None:
+        self._rows: list[Shard] = []
+        self._parts: list[Any] = []
+        self._ledger = Ledger()
+
+    def add(self, shard: Shard) -> None:
+        self._ledger += shard.ledger
+        self._rows.append(shard)
+        if len(self._rows) == WINDOW:
+            self._pack()
+
+    def _pack(self) -> None:
+        import pyarrow as pa
+
+        rows, self._rows = self._rows, []
+        columns: dict[str, Any] = {
+            "number": pa.array([s.number for s in rows], pa.int64()),
+            "key": pa.array([s.key for s in rows], pa.string()),
+            "kept": pa.array([s.ledger.kept for s in rows], pa.int64()),
+            "rejected": pa.array([sum(s.ledger.rejected.values()) for s in rows], pa.int64()),
+            "deferred": pa.array([sum(s.ledger.deferred.values()) for s in rows], pa.int64()),
+        }
+        for name in {name for s in rows for name in s.blobs if not name.startswith(NOTE)}:
+            columns[f"blob.{name}"] = pa.array([s.blobs.get(name) for s in rows], pa.string())
+        for name in {name for s in rows for name in s.counts}:
+            columns[f"count.{name}"] = pa.array([s.counts.get(name, 0) for s in rows], pa.int64())
+        self._parts.append(pa.table(columns))
+
+    def write(self, store: Store) -> tuple[str, Ledger]:
+        """Store it, ordered by number; return its blob and the sum of the ledgers."""
+        import pyarrow as pa
+
+        self._pack()
+        table = pa.concat_tables(self._parts, promote_options="default").sort_by("number").combine_chunks()
+        named = sorted(name for name in table.column_names if "." in name)  # blobs, then counts
+        columns = {name: table[name] for name in ("number", "key", "kept", "rejected", "deferred", *named)}
+        for name in named:
+            if name.startswith("count."):
+                columns[name] = columns[name].fill_null(0)
+        return put_blob(store, write_table(columns)), self._ledger
+
+
 def write_shard_table(store: Store, shards: Iterable[Shard]) -> tuple[str, Ledger]:
     """Store the list of an artefact's shards, ordered by number; return its blob and the sum of its ledgers."""
-    rows = sorted(shards, key=lambda s: s.number)
-    blob_names = sorted({name for s in rows for name in s.blobs if not name.startswith(NOTE)})
-    count_names = sorted({name for s in rows for name in s.counts})
-    import pyarrow as pa
-
-    columns: dict[str, Any] = {
-        "number": pa.array([s.number for s in rows], pa.int64()),
-        "key": pa.array([s.key for s in rows], pa.string()),
-        "kept": pa.array([s.ledger.kept for s in rows], pa.int64()),
-        "rejected": pa.array([sum(s.ledger.rejected.values()) for s in rows], pa.int64()),
-        "deferred": pa.array([sum(s.ledger.deferred.values()) for s in rows], pa.int64()),
-    }
-    for name in blob_names:
-        columns[f"blob.{name}"] = pa.array([s.blobs.get(name) for s in rows], pa.string())
-    for name in count_names:
-        columns[f"count.{name}"] = pa.array([s.counts.get(name, 0) for s in rows], pa.int64())
-    return put_blob(store, write_table(columns)), total(s.ledger for s in rows)
+    table = ShardTable()
+    for shard in shards:
+        table.add(shard)
+    return table.write(store)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardRow:
     """A shard as an artefact's table lists it, with its numbers of kept rows, and of others."""
 
@@ -140,12 +185,24 @@ def read_shards(store: Store, artifact: Artifact) -> list[ShardRow]:
     """The shards of an artefact in order of their numbers."""
     if artifact.shard_table is None:
         raise ValueError(f"{artifact.stage} has no shards")
-    rows = []
-    for row in read_table(store, artifact.shard_table).to_pylist():
-        blobs = {k[5:]: v for k, v in row.items() if k.startswith("blob.") and v is not None}
-        counts = {k[6:]: v for k, v in row.items() if k.startswith("count.")}
-        rows.append(ShardRow(row["number"], row["key"], row["kept"], row["rejected"] + row["deferred"], blobs, counts))
-    return rows
+    table = read_table(store, artifact.shard_table)
+    # One string a name, not one for each shard.
+    blobs, counts = (
+        {name: sys.intern(name.removeprefix(kind)) for name in table.column_names if name.startswith(kind)}
+        for kind in ("blob.", "count.")
+    )
+    return [
+        ShardRow(
+            row["number"],
+            row["key"],
+            row["kept"],
+            row["rejected"] + row["deferred"],
+            {name: row[column] for column, name in blobs.items() if row[column] is not None},
+            {name: row[column] for column, name in counts.items()},
+        )
+        for batch in table.to_batches(max_chunksize=WINDOW)
+        for row in batch.to_pylist()
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -165,7 +222,8 @@ def environment() -> dict[str, str]:
 
 
 def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifact:
-    """Create the record of an artefact whose blobs are in the store; return the one that stands."""
+    """Create the record of an artefact whose blobs are in the store; return the one that stands. It has the counts of
+    this store's requests until now (see Store.counted)."""
     crash_point("artifact.before_record")
     body = {
         "stage": artifact.stage,
@@ -178,6 +236,7 @@ def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifa
         "metrics": dict(artifact.metrics),
         "environment": environment() | dict(artifact.environment),
         "times": {"finished": time.time(), "seconds": seconds} | dict(artifact.times),
+        "requests": store.traffic.counts(),
     }
     record = create_record(store, artifact_path(artifact.stage, artifact.key), body)
     crash_point("artifact.after_record")
@@ -192,4 +251,5 @@ def load_artifact(store: Store, stage: str, key: str) -> Artifact | None:
 
 def _artifact(record: Mapping[str, Any]) -> Artifact:
     names = ("stage", "key", "inputs", "recipe", "blobs", "shard_table", "metrics", "environment", "times")
-    return Artifact(ledger=Ledger.from_json(record["ledger"]), **{name: record[name] for name in names})
+    values = {name: record[name] for name in names}
+    return Artifact(ledger=Ledger.from_json(record["ledger"]), requests=record.get("requests", {}), **values)

@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.artifacts import Artifact, Shard, ShardRow, publish_artifact, publish_shard, read_shard, write_shard_table
+from pipeline.artifacts import (
+    Artifact,
+    Shard,
+    ShardRow,
+    ShardTable,
+    publish_artifact,
+    publish_shard,
+    read_each_shard,
+    read_shard,
+    shard_path,
+)
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
@@ -21,7 +31,7 @@ from pipeline.progress import Progress
 from pipeline.store import Store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardTask:
     """A shard to make: its number and key, and the input shards it is made from."""
 
@@ -47,10 +57,13 @@ def map_shards(
 ) -> Artifact:
     """Make every shard that has no record yet, then publish the artefact that lists them all; as ``run_shards``."""
     began = time.monotonic()
-    shards, made = run_shards(ctx, tasks, make_worker, unit, rows)
-    table, ledger = write_shard_table(ctx.store, shards)
-    metrics = {"shards": len(shards)}
-    artifact = ctx.publishable(shard_table=table, ledger=ledger, metrics=metrics, times={"shards_made": made})
+    table, made = ShardTable(), 0
+    for shard, new in _each_shard(ctx, tasks, make_worker, unit, rows, ctx.stage):
+        table.add(shard)
+        made += new
+    blob, ledger = table.write(ctx.store)
+    metrics = {"shards": len(tasks)}
+    artifact = ctx.publishable(shard_table=blob, ledger=ledger, metrics=metrics, times={"shards_made": made})
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 
 
@@ -68,21 +81,43 @@ def run_shards(
     ledgers count them, for the progress line. With ``ctx.settings.workers`` 0 the worker runs in this process, without
     Ray.
     """
-    there = {entry.path for entry in ctx.store.list(f"shards/{ctx.stage}/")}
-    shards: list[Shard] = []
-    todo = []
-    for task in tasks:
-        made = read_shard(ctx.store, ctx.stage, task.key) if f"shards/{ctx.stage}/{task.key}.json" in there else None
-        if made is None:
-            todo.append(task)
-        else:
-            shards.append(made)
-    done = sum(shard.ledger.rows for shard in shards)
-    with Progress(title or ctx.stage, max(amount, done), unit, start=done) as progress:
+    found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage))
+    return sorted((shard for shard, _ in found), key=lambda shard: shard.number), sum(new for _, new in found)
+
+
+def _each_shard(
+    ctx: Context,
+    tasks: Sequence[ShardTask],
+    make_worker: Callable[[], Worker],
+    unit: str,
+    amount: int,
+    title: str,
+) -> Iterator[tuple[Shard, bool]]:
+    """Every shard, in no order, and whether it was made now.
+
+    A listing alone decides what is made first. The records that were there are read last; a corrupt one is made again.
+    """
+    paths = {shard_path(ctx.stage, task.key) for task in tasks}
+    there = {entry.path for entry in ctx.store.list(f"shards/{ctx.stage}/") if entry.path in paths}
+    todo = [task for task in tasks if shard_path(ctx.stage, task.key) not in there]
+    done = [task for task in tasks if shard_path(ctx.stage, task.key) in there]
+    guess = amount * len(done) // max(1, len(tasks))
+    with Progress(title, amount, unit, start=guess) as progress:
         for shard in _run(ctx, todo, make_worker):
-            shards.append(shard)
             progress.advance(shard.ledger.rows)
-    return sorted(shards, key=lambda shard: shard.number), len(todo)
+            yield shard, True
+        lost, rows = [], 0
+        for task, read in zip(done, read_each_shard(ctx.store, ctx.stage, [t.key for t in done]), strict=True):
+            if read is None:
+                lost.append(task)
+            else:
+                rows += read.ledger.rows
+                yield read, False
+        progress.first += rows - guess
+        progress.done += rows - guess
+        for shard in _run(ctx, lost, make_worker):
+            progress.advance(shard.ledger.rows)
+            yield shard, True
 
 
 def _run(ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Worker]) -> Iterator[Shard]:
@@ -110,6 +145,7 @@ def _run(ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Work
         compute=ray.data.ActorPoolStrategy(size=workers),
     )
     for row in dataset.iter_rows():
+        ctx.store.traffic.add(**json.loads(row["requests"]))
         yield _answer(row["answer"])
 
 
@@ -130,7 +166,8 @@ def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
             self.worker = make_worker()
 
         def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-            return {"answer": [self.answer(pickle.loads(task)) for task in batch["task"]]}
+            answers = [self.answer(pickle.loads(task)) for task in batch["task"]]
+            return {"answer": answers, "requests": [json.dumps(store.traffic.take()) for _ in answers]}
 
         def answer(self, task: ShardTask) -> str:
             try:

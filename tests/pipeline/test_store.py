@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.store import S3Store, Store, check_conditions, open_store
+from pipeline.store import Store, check_conditions, open_store
 
 
 def test_create_read_and_never_overwrite(store: Store) -> None:
@@ -27,16 +27,6 @@ def test_create_from_a_file(store: Store, tmp_path: Path) -> None:
     assert not store.create("blobs/f", file)
 
 
-def test_multipart_upload_is_conditional(s3: object, tmp_path: Path) -> None:
-    store = open_store(f"s3://unclip/multipart-{os.getpid()}")
-    assert isinstance(store, S3Store)
-    file = tmp_path / "file"
-    file.write_bytes(os.urandom(11 << 20))
-    assert store._create_from_file("blobs/big", file, part_bytes=5 << 20)
-    assert store.read("blobs/big") == file.read_bytes()
-    assert not store._create_from_file("blobs/big", file, part_bytes=5 << 20)
-
-
 def test_missing_object(store: Store) -> None:
     with pytest.raises(FileNotFoundError):
         store.read("artifacts/none.json")
@@ -51,6 +41,16 @@ def test_list_is_ordered_and_by_prefix(store: Store) -> None:
     assert {e.path for e in store.list("shards/a")} == set(paths[:31])
     assert {e.path for e in store.list("")} == set(paths)
     assert list(store.list("nothing/")) == []
+
+
+def test_in_a_folder_the_order_is_that_of_whole_paths(tmp_path: Path) -> None:
+    """As S3 defines it: a folder's name alone does not decide. SeaweedFS goes by folders."""
+    store = open_store(str(tmp_path))
+    paths = ["a-b/x", "a.json", "a/b/y", "a/x", "a0", "b", "z/-/1", "z/a"]
+    for path in reversed(paths):
+        store.create(path, b"1")
+    assert [e.path for e in store.list("")] == sorted(paths)
+    assert [e.path for e in store.list("a/")] == ["a/b/y", "a/x"]
 
 
 def test_swap_compares_first(store: Store) -> None:

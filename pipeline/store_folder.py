@@ -1,0 +1,166 @@
+"""A store in a local or shared folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.store_shared import Entry, Traffic
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn what a user can mend on a disk into one line."""
+    try:
+        yield
+    except PermissionError as e:
+        raise UserError(
+            f"store {url}: no permission to write {e.filename or ''}; choose another folder or chmod it"
+        ) from e
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"store {url}: the disk is full; free space and run the same command again") from e
+        if e.errno in (errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"store {url}: cannot be written ({e.strerror}); choose another folder") from e
+        raise
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """Objects are files. A name that begins with a dot is a lock or half written."""
+
+    url: str
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
+
+    def counted(self) -> FolderStore:
+        return replace(self, traffic=Traffic())
+
+    def _file(self, path: str) -> Path:
+        return Path(self.url, path)
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        self.traffic.add(GET=1)
+        with open(self._file(path), "rb") as f:
+            f.seek(start)
+            data = f.read() if stop is None else f.read(stop - start)
+        self.traffic.add(bytes_read=len(data))
+        return data
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        self.traffic.add(LIST=1)
+        yield from self._walk(prefix[: prefix.rfind("/") + 1], prefix)
+
+    def _walk(self, folder: str, prefix: str) -> Iterator[Entry]:
+        """What begins with ``prefix`` in a folder whose path is empty or ends with a slash."""
+        try:
+            with os.scandir(self._file(folder)) as children:
+                # With their slashes folders sort among files as the paths in them do.
+                found = sorted((child.name + "/" if child.is_dir() else child.name, child) for child in children)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name, child in found:
+            path = folder + name
+            if name.endswith("/"):
+                if path.startswith(prefix) or prefix.startswith(path):
+                    yield from self._walk(path, prefix)
+            elif path.startswith(prefix) and not name.startswith("."):
+                with suppress(FileNotFoundError):  # deleted since the folder was read
+                    yield Entry(path, child.stat().st_size, _version(self._file(path), path))
+
+    def create(self, path: str, data: bytes | Path) -> bool:
+        self.traffic.add(PUT=1)
+        file = self._file(path)
+        if file.exists():
+            return False
+        with _explained(self.url):
+            temporary = self._write_temporary(file, data)
+            try:
+                os.link(temporary, file)  # unlike a rename, fails if the name is taken
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(temporary)
+            _sync_folder(file.parent)
+        return True
+
+    def swap(self, path: str, old: str | None, new: bytes) -> bool:
+        self.traffic.add(PUT=1)
+        file = self._file(path)
+        with _explained(self.url):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._file(lock_path(path)), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if (_content_version(file.read_bytes()) if file.exists() else None) != old:
+                    return False
+                os.replace(self._write_temporary(file, new), file)
+                _sync_folder(file.parent)
+        return True
+
+    def delete(self, paths: Iterable[str]) -> None:
+        with _explained(self.url):
+            for path in paths:
+                self.traffic.add(DELETE=1)
+                self._file(path).unlink(missing_ok=True)
+
+    def clear_abandoned(self, before: float) -> int:
+        """Delete what writers that were killed before a time left half written; return how many."""
+        count = 0
+        for root, _, files in os.walk(self.url):
+            for name in files:
+                file = Path(root, name)
+                with suppress(FileNotFoundError):
+                    if re.fullmatch(r"\..*\.[0-9a-f]{12}", name) and file.stat().st_mtime <= before:
+                        file.unlink()
+                        count += 1
+        return count
+
+    def _write_temporary(self, file: Path, data: bytes | Path) -> Path:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
+        try:
+            with open(temporary, "xb") as out:
+                if isinstance(data, Path):
+                    with open(data, "rb") as source:
+                        while chunk := source.read(1 << 20):
+                            out.write(chunk)
+                else:
+                    out.write(data)
+                self.traffic.add(bytes_written=out.tell())
+                out.flush()
+                os.fsync(out.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return temporary
+
+
+def lock_path(path: str) -> str:
+    """The hidden file that a swap in a folder locks."""
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}.{name}.lock"
+
+
+def _content_version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _version(file: Path, path: str) -> str:
+    """Small objects that may be swapped are known by content; the rest never change, so their name will do."""
+    return _content_version(file.read_bytes()) if path.startswith(("locks/", "leases/", "releases/")) else path
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,348 @@
+"""The store on a real S3 server, many objects and large ones, and behind a proxy that fails as networks do."""
+
+import hashlib
+import io
+import itertools
+import os
+import pickle
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import store_s3
+from pipeline.errors import UserError
+from pipeline.store import Store, clear_abandoned, open_store
+from pipeline.store_s3 import S3Store
+from tests.fault_proxy import FAULTS, FaultProxy, Request, always, at_random, failing, never, on_first_sight
+from tests.seaweed import Server
+
+PART = 5 << 20  # the least that S3 takes
+COUNT = itertools.count()
+
+
+@pytest.fixture
+def proxy(s3: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Before the server; nobody waits between two tries."""
+    monkeypatch.setattr(store_s3, "PART_BYTES", PART)
+    monkeypatch.setattr(store_s3, "random", SimpleNamespace(random=lambda: 0.0))
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda _: None))
+    with failing(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+@pytest.fixture
+def store(proxy: FaultProxy) -> S3Store:
+    return _new()
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    """A file of three parts."""
+    file = tmp_path / "big"
+    file.write_bytes(random.Random(0).randbytes(2 * PART + 1000))
+    return file
+
+
+def _new() -> S3Store:
+    store = open_store(f"s3://unclip/store-{os.getpid()}-{next(COUNT)}")
+    assert isinstance(store, S3Store)
+    return store
+
+
+def _kinds(requests: list[Request]) -> dict[str, int]:
+    """The requests by kind, as a bill counts them, from what the proxy saw."""
+
+    def kind(r: Request) -> str:
+        if r.method == "GET" and ("list-type=2" in r.path or r.path.endswith("uploads")):
+            return "LIST"
+        if r.method == "POST":
+            return "DELETE" if r.path.endswith("?delete") else "PUT"
+        return r.method
+
+    return dict(Counter(kind(r) for r in requests))
+
+
+# --- under every fault ------------------------------------------------------------------------------------------------
+
+
+def _everything(store: Store, big: Path) -> list[object]:
+    """What every method answers, in a sequence of calls."""
+
+    def version(path: str) -> str:
+        return next(store.list(path)).version
+
+    data = random.Random(1).randbytes(40_000)
+    answers: list[object] = [
+        store.create("blobs/a", data),
+        store.create("blobs/a", b"other"),
+        store.read("blobs/a") == data,
+        store.read("blobs/a", 7, 30_000) == data[7:30_000],
+        store.read("blobs/a", 39_000) == data[39_000:],
+        store.read("blobs/a", 39_990, 50_000) == data[39_990:],
+        store.read("blobs/a", 40_000, 50_000),
+        store.create("blobs/empty", b""),
+        store.read("blobs/empty"),
+        store.create("blobs/big", big),
+        store.create("blobs/big", big),
+        hashlib.sha256(store.read("blobs/big")).hexdigest(),
+        store.swap("locks/p", None, b"1"),
+        store.swap("locks/p", None, b"2"),
+    ]
+    first = version("locks/p")
+    answers += [store.swap("locks/p", first, b"3"), store.swap("locks/p", first, b"4"), store.read("locks/p")]
+    answers += [[(entry.path, entry.size) for entry in store.list(prefix)] for prefix in ("blobs/", "locks/", "none/")]
+    store.delete(["blobs/a", "blobs/none", "locks/p"])
+    answers.append([entry.path for entry in store.list("")])
+    try:
+        store.read("blobs/a")
+    except FileNotFoundError:
+        answers.append("not found")
+    return answers
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_method_answers_as_on_a_folder(
+    fault: str, store: S3Store, proxy: FaultProxy, big: Path, tmp_path: Path
+) -> None:
+    proxy.choose = on_first_sight(fault)
+    assert _everything(store, big) == _everything(open_store(str(tmp_path / "store")), big)
+    assert proxy.faults() == {fault}
+    proxy.choose = never
+    # Where the name of an upload was lost nobody can abort it: until it is old.
+    assert len(_uploads(store)) == (fault in ("cut", "lose"))
+    clear_abandoned(store, 0, time.time() + 5)
+    assert _uploads(store) == []
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_requests_and_bytes_are_counted_as_they_were_sent(
+    seed: int, store: S3Store, proxy: FaultProxy, big: Path
+) -> None:
+    proxy.choose = at_random(seed, 0.3)
+    _everything(store, big)
+    assert len(proxy.faults()) > 3
+    counts = store.traffic.counts()
+    assert {name: n for name, n in counts.items() if n and not name.startswith("bytes")} == _kinds(proxy.requests)
+    assert counts["bytes_written"] == sum(r.body for r in proxy.requests if r.method == "PUT")
+
+
+def test_a_count_belongs_to_one_stage_and_travels(store: S3Store, proxy: FaultProxy) -> None:
+    store.create("a", b"12345")
+    ours, theirs = store.counted(), store.counted()
+    assert not any(ours.traffic.counts().values())
+    ours.read("a")
+    ours.read("a")
+    theirs.read("a", 1)
+    assert [s.traffic.counts()["bytes_read"] for s in (store, ours, theirs)] == [0, 10, 4]
+    again = pickle.loads(pickle.dumps(ours))
+    again.read("a")
+    assert ours.traffic.take()["GET"] == 3
+    assert ours.traffic.counts()["GET"] == again.traffic.counts()["GET"] == 0
+
+
+def test_connections_are_used_again(store: S3Store, proxy: FaultProxy) -> None:
+    store.create("a", b"x" * 300_000)
+    for _ in range(10):
+        store.read("a")
+    assert len(proxy.connections) == 1
+
+
+# --- answers that are lost --------------------------------------------------------------------------------------------
+
+
+def _lose(*parts: str) -> Callable[[int, str, str], str | None]:
+    """Lose every answer to the first request with these words in its method and path, and only that one."""
+    met = []
+
+    def choose(number: int, method: str, path: str) -> str | None:
+        if met or not all(part in f"{method} {path}" for part in parts):
+            return None
+        met.append(number)
+        return "lose"
+
+    return choose
+
+
+def test_a_put_whose_answer_was_lost_is_ours(store: S3Store, proxy: FaultProxy) -> None:
+    proxy.choose = _lose("PUT")
+    assert store.create("a", b"1")
+    proxy.choose = _lose("PUT")
+    assert store.swap("a", next(store.list("a")).version, b"2")
+    proxy.choose = _lose("PUT")
+    assert not store.create("a", b"3")
+    assert store.read("a") == b"2"
+
+
+def test_a_completion_whose_answer_was_lost_is_ours(
+    store: S3Store, proxy: FaultProxy, big: Path, tmp_path: Path
+) -> None:
+    proxy.choose = _lose("POST", "uploadId=")
+    assert store.create("blobs/big", big)
+    assert proxy.faults() == {"lose"}
+    assert store.read("blobs/big") == big.read_bytes()
+    assert not store.create("blobs/big", big)
+
+
+def test_an_object_that_came_meanwhile_is_not_ours(store: S3Store, proxy: FaultProxy, big: Path) -> None:
+    """Another writer comes between our last part and our completion, whose answer is then lost."""
+    lose = _lose("POST", "uploadId=")
+
+    def choose(number: int, method: str, path: str) -> str | None:
+        if method == "PUT" and "partNumber=3" in path:
+            assert _direct(store, proxy).create("blobs/big", b"theirs")
+        return lose(number, method, path)
+
+    proxy.choose = choose
+    assert not store.create("blobs/big", big)
+    assert store.read("blobs/big") == b"theirs"
+    assert _uploads(store) == []
+
+
+def test_an_upload_that_was_aborted_as_abandoned_is_begun_again(store: S3Store, proxy: FaultProxy, big: Path) -> None:
+    aborted = []
+
+    def choose(number: int, method: str, path: str) -> str | None:
+        if method == "POST" and "uploadId=" in path and not aborted:
+            aborted.append(clear_abandoned(_direct(store, proxy), 0, time.time() + 5))
+        return None
+
+    proxy.choose = choose
+    assert store.create("blobs/big", big)
+    assert aborted == [1]
+    assert store.read("blobs/big") == big.read_bytes()
+
+
+# --- when it does not pass --------------------------------------------------------------------------------------------
+
+
+BROKE = "the connection broke off or stood still 6 times; check the network and the server, then run the same command"
+BUSY = (
+    r"was answered \w+ 6 times; the server is overloaded or ill: wait, or use fewer workers, then run the same command"
+)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("refuse", BUSY),
+        ("reset", BROKE),
+        ("lose", BROKE),
+        ("cut", f"{BROKE}|{BUSY}"),  # boto3 takes half a listing for an error of the server
+        ("delay", BROKE),
+        ("drip", BROKE),
+    ],
+)
+def test_what_does_not_pass_is_one_clear_line(
+    fault: str, words: str, store: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_s3, "TIMEOUT_S", 0.15)
+    store.create("a", b"0123456789" * 100)
+    proxy.choose, proxy.pause_s, proxy.requests = always(fault), 0.3, []
+    calls = [lambda: store.read("a", 2, 900)]
+    if fault != "drip":  # it is bodies that drip, and these answers are short
+        calls += [lambda: store.create("b", b"1"), lambda: list(store.list("")), lambda: store.delete(["a"])]
+    for call in calls:
+        proxy.requests = []
+        with pytest.raises(UserError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        # A creation that was cut off looks whether what stands is its own.
+        assert store_s3.TRIES <= len(proxy.requests) <= store_s3.TRIES + 2
+
+
+def test_a_body_that_only_drips_is_given_up(store: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece comes in time, and all of it would never end."""
+    monkeypatch.setattr(store_s3, "LEAST_RATE", 1 << 30)
+    store.create("a", b"0123456789")
+    store.read("a")
+    monkeypatch.setattr(store_s3, "TIMEOUT_S", 0.1)
+    proxy.choose, proxy.pause_s = always("drip"), 0.06
+    with pytest.raises(UserError, match="the body comes too slowly"):
+        store.read("a")
+
+
+def test_an_upload_that_fails_leaves_nothing(store: S3Store, proxy: FaultProxy, big: Path) -> None:
+    proxy.choose = lambda number, method, path: "refuse" if "partNumber=2" in path else None
+    with pytest.raises(UserError, match="UploadPart was answered SlowDown"):
+        store.create("blobs/big", big)
+    proxy.choose = never
+    assert _uploads(store) == []
+    assert list(store.list("")) == []
+
+
+# --- large objects and many -------------------------------------------------------------------------------------------
+
+
+def _uploads(store: S3Store) -> list[object]:
+    """Uploads that are neither completed nor aborted."""
+    answer = store._client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
+    return answer.get("Uploads", [])
+
+
+def _direct(store: S3Store, proxy: FaultProxy) -> S3Store:
+    """The same store past the proxy."""
+    other = store.counted()
+    other.__dict__["_client"] = other._session.client("s3", endpoint_url=proxy.upstream)
+    return other
+
+
+def test_racing_uploads_have_one_winner(store: S3Store, proxy: FaultProxy, tmp_path: Path) -> None:
+    files = []
+    for i in range(4):
+        files.append(tmp_path / str(i))
+        files[i].write_bytes(random.Random(i).randbytes(PART + 1))
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(lambda file: store.create("blobs/race", file), files))
+    assert sum(won) == 1
+    assert store.read("blobs/race") == files[won.index(True)].read_bytes()
+    assert _uploads(store) == []
+
+
+def test_abandoned_uploads_are_aborted_when_they_are_old(store: S3Store) -> None:
+    for name in "ab":
+        upload = store._client.create_multipart_upload(**store._where(name))["UploadId"]
+        store._client.upload_part(**store._where(name), UploadId=upload, PartNumber=1, Body=io.BytesIO(b"1" * 1000))
+    assert clear_abandoned(store, 3600, time.time()) == 0
+    assert len(_uploads(store)) == 2
+    assert clear_abandoned(store, 0, time.time() + 5) == 2
+    assert _uploads(store) == []
+
+
+def test_more_objects_than_one_answer_names(s3: Server) -> None:
+    store = _new()
+    paths = [f"shards/pairs/{hashlib.sha256(b'%d' % i).hexdigest()}.json" for i in range(2100)]
+    others = ["shards/pairs-b/x", "shards/paint/x", "shards/a"]
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda path: store.create(path, path.encode()), paths + others))
+    store.traffic.take()
+    assert [entry.path for entry in store.list("shards/pairs/")] == sorted(paths)
+    assert store.traffic.take()["LIST"] == 3
+    assert {entry.path for entry in store.list("shards/pairs")} == {*paths, "shards/pairs-b/x"}
+    assert [entry.path for entry in store.list("shards/pairs/00")] == sorted(p for p in paths if "/00" in p)
+    store.traffic.take()
+    store.delete(iter(paths))
+    assert store.traffic.take()["DELETE"] == 3
+    assert {entry.path for entry in store.list("")} == set(others)
+
+
+def test_an_object_that_was_not_deleted_is_tried_again_and_then_named(store: S3Store, proxy: FaultProxy) -> None:
+    paths = [f"a/{i}&<'>" for i in range(3)]
+    for path in paths:
+        store.create(path, b"1")
+    proxy.choose = always("keep")
+    with pytest.raises(UserError, match=r"3 objects could not be deleted, the first is .*a/0.*InternalError"):
+        store.delete(paths)
+    proxy.choose = never
+    assert [entry.path for entry in store.list("a/")] == paths
+    proxy.choose = on_first_sight("keep")
+    store.delete(["a/none", *paths])
+    assert [request.fault for request in proxy.requests[-2:]] == ["keep", None]
+    proxy.choose = never
+    assert list(store.list("")) == []
