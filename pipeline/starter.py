@@ -45,6 +45,7 @@ samples:
 run:
   output: {output} # report.html and pictures
   budget_hours: 12 # above this estimate a run wants --yes; what was never measured is guessed for two CPU cores
+  # trackers: [tensorboard] # event files in output/tensorboard while models train; docs/trackers.md
   # pairs: {{threads: 64, timeout_s: 60}} # more downloads at once, and patience with slow servers
   # ray: {{cpus: 8}} # cores for Ray on this machine
 """

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.artifacts import Artifact
+from pipeline.progress import duration
 from pipeline.records import read_blob
 from pipeline.report.figures import Point, line_chart
 from pipeline.report.markup import attempt, beside, facts, figure, note, number, section, text
@@ -81,12 +82,18 @@ def _training(store: Store, artifact: Artifact, stage: str, album: Album, so_far
 
 
 def _summary(artifact: Artifact) -> str:
-    """One line: samples and whatever times and rates were recorded."""
+    """One line: samples, how long they took, how fast that is, and where the time went, as far as it was recorded."""
+    times = artifact.times
     said = [f"{number(artifact.recipe['samples'])} samples"] if "samples" in artifact.recipe else []
-    for name, value in sorted(artifact.times.items()):
-        if name != "finished":  # a date, not a duration
-            said.append(f"{text(name)} {number(round(value, 2))}")
-    return f"<p>{', '.join(said)}.</p>\n" if said else ""
+    if "seconds" in times:
+        said.append(duration(times["seconds"]))
+    if "samples_per_second" in times:
+        said.append(f"{times['samples_per_second']:,.3g} a second")
+    if "utilisation" in times:
+        said.append(f"{times['utilisation']:.0%} of what matrix products reach there")
+    shares = [(share, name.removeprefix("share_")) for name, share in times.items() if name.startswith("share_")]
+    spent = ", ".join(f"{text(name)} {share:.1%}" for share, name in sorted(shares, reverse=True))
+    return f"<p>{', '.join(said)}.{' Of the time: ' + spent + '.' if spent else ''}</p>\n" if said else ""
 
 
 def _loss(store: Store, artifact: Artifact, stage: str) -> str:

@@ -120,7 +120,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
         ("run.lease_s=0", "run: lease_s: 0.0 is not above 0"),
         ("run.budget_hours=-1", "run: budget_hours: -1.0 is below 0"),
         ("run.pairs.thread=1", "run.pairs.thread: unknown key; did you mean threads?"),
-        ("run.worker=1", "run.worker: unknown key; known are"),
+        ("run.xyz=1", "run.xyz: unknown key; known are"),
         ("decoder.samples=1.5", "decoder.samples: expected a whole number, got 1.5"),
         ("decoder.samples=true", "decoder.samples: expected a whole number, got True"),
         ("project=3", "project: expected text, got 3"),

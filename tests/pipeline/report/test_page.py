@@ -106,7 +106,7 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert "From above: the real picture; the decoder from the image" in page
     assert page.count('alt="Held-out captions: ') == 8
     assert page.count("diffusion prior and decoder from the caption") == 0  # this one has no diffusion prior
-    assert "samples_per_second 243.2" in page
+    assert "243 a second, 41% of what matrix products reach there. Of the time: forward 98.0%, wait 2.0%." in page
     assert "319 components asked for, 95 kept" in page
     assert "fp32 (clip); bf16 (ar_prior" in page
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
