@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +16,17 @@ from pipeline.errors import UserError
 
 class ContentFile(str):
     """A file that a recipe names. Its value is the sha256 of the content: what it says counts, not where it lies, which
-    is ``path``."""
+    is ``path``; "" for one that is named by its sha256 and lies in the store."""
 
     path: str
 
     @classmethod
     def at(cls, path: str, where: str) -> ContentFile:
         """Raises UserError if it cannot be read."""
+        if re.fullmatch(r"[0-9a-f]{64}", path):
+            named = cls(path)
+            named.path = ""
+            return named
         place = Path(path).expanduser().absolute()
         try:
             with open(place, "rb") as f:

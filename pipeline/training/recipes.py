@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, require
+from pipeline.parse import ContentFile
 
 
 def half_life(decay: float, batch: int) -> int:
@@ -29,7 +30,7 @@ class TrainingRecipe:
     device without bf16. Adam with beta1 0.9 and decoupled ``weight_decay``, on matrices only. The learning rate rises
     over ``warmup`` samples, stays, and falls to zero over the last ``decay``. ``clip_norm`` bounds the norm of the
     gradient; 0 is no bound. ``ema_half_life``, in samples, is that of the averaged weights that become the model; 0 is
-    no average.
+    no average. ``init_from``: a safetensors file of weights of the same model to begin with, instead of random ones.
     """
 
     samples: int
@@ -46,6 +47,7 @@ class TrainingRecipe:
     window: int = 256
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
+    init_from: ContentFile | None = None
 
     def __post_init__(self) -> None:
         require(self.lanes >= 1, f"lanes is {self.lanes}: use 1 or more")

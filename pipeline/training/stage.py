@@ -61,10 +61,13 @@ def train(ctx: Context) -> Artifact:
     from pipeline.training.checks import check
     from pipeline.training.launch import WorkerLost, launch
     from pipeline.training.loop import OutOfMemory
+    from pipeline.training.warm_start import store_weights
     from pipeline.training.worker import Training
 
     task = make_task(ctx)
     check(ctx, task)
+    if ctx.recipe.init_from is not None:
+        store_weights(ctx.store, ctx.stage, ctx.recipe.init_from)
     reached, lost = -1, 0
     while True:
         own = course(ctx, begin=True)

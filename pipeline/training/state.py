@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,9 +83,13 @@ class TrainState:
         self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
 
 
-def begin(task: Task, recipe: TrainingRecipe, device: torch.device) -> TrainState:
-    """The state before the first sample. Random weights depend on the recipe's seed alone."""
+def begin(
+    task: Task, recipe: TrainingRecipe, device: torch.device, warm: Callable[[nn.Module], None] | None = None
+) -> TrainState:
+    """The state before the first sample. Random weights depend on the recipe's seed alone; ``warm`` gives others."""
     model = task.model(derive_seed(recipe.seed, "model")).to(device)
+    if warm is not None:
+        warm(model)
     ema = deepcopy(model).eval().requires_grad_(False)
     return TrainState(model, ema, make_optimizer(model, recipe), failed=torch.zeros((), device=device))
 

@@ -46,12 +46,14 @@ class Task(Protocol):
 
 @runtime_checkable
 class Finishes(Task, Protocol):
-    """A task that measures a model before it is published. ``finish_rows``: training rows that are looked at."""
+    """A task that measures a model before it is published. ``finish_rows``: training rows that are looked at.
+    ``measured``: names of what is found, among the model's weights."""
 
     finish_rows: int
+    measured: tuple[str, ...]
 
     def finish(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
-        """Statistics of the model on training rows, named as they are among its weights."""
+        """Statistics of the model on training rows, by the names in ``measured``."""
 
     def save(self, model: nn.Module, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
         """Write the model and its statistics as the files of its artefact."""

@@ -26,6 +26,7 @@ from pipeline.training.laps import Speed, measure_speed
 from pipeline.training.loop import NonFinite, fit
 from pipeline.training.state import TrainState, begin
 from pipeline.training.task import Contrastive, Examples, Finishes, Task
+from pipeline.training.warm_start import load_weights
 from pipeline.training.watch import Watch
 from pipeline.training.world import World, computes_in
 
@@ -46,7 +47,7 @@ class Training:
         if isinstance(task, Contrastive):
             task.gather = world.gather
         feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, world.rank, world.size)
-        state = begin(task, ctx.recipe, world.device)
+        state = begin(task, ctx.recipe, world.device, warm_start(ctx, task))
         self.course.restore(state, ctx.recipe.samples)
         train = partial(fit, ctx.stage, task, feed, ctx.recipe, ctx.settings, world, state)
         try:
@@ -131,6 +132,14 @@ class Publisher:
         columns = {name: torch.cat([part[name][spread][:size] for part in parts])[:rows] for name in parts[0]}
         batch = {name: column.to(device) for name, column in columns.items()}
         return [(batch, Draw([(derive_seed(recipe.seed, "finish"), rows)], device))]
+
+
+def warm_start(ctx: Context, task: Task) -> Callable[[nn.Module], None] | None:
+    """What gives a new model the weights that its recipe names, if it names any."""
+    if ctx.recipe.init_from is None:
+        return None
+    measured = task.measured if isinstance(task, Finishes) else ()
+    return partial(load_weights, ctx.store, ctx.stage, ctx.recipe.init_from, measured)
 
 
 def at_stop(ctx: Context, samples: int) -> Context:

@@ -26,6 +26,7 @@ class DiffusionPriorTask:
     validation_rows = 512
     validation_batch = 64
     finish_rows = 128  # at 64 timesteps each: as dear as a training of 2,700 samples
+    measured = ("gamma",)
 
     def __init__(self, config: DiffusionPriorConfig, embed_dim: int):
         self.config, self.embed_dim = config, embed_dim

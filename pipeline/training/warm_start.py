@@ -1,0 +1,65 @@
+"""Beginning with weights that exist: a file counts by its content, and lies in the store as a blob."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from pipeline.errors import CorruptObject, UserError
+from pipeline.parse import ContentFile
+from pipeline.records import put_blob, read_blob
+from pipeline.store import Store
+
+SHOWN = 3  # names of a kind, in a message
+
+
+def store_weights(store: Store, stage: str, file: ContentFile) -> None:
+    """Put the weights where workers can read them. Raises UserError if they changed since the file was named, or if
+    the store has none of the name."""
+    if file.path:
+        if put_blob(store, Path(file.path)) != file:
+            raise UserError(f"{file.path} changed while it was being read; run again")
+        return
+    try:
+        read_blob(store, file)
+    except CorruptObject as e:
+        raise UserError(f"{stage}.init_from: {e} in {store.url}; name a file, or a blob of this store") from e
+
+
+def load_weights(store: Store, stage: str, file: ContentFile, measured: Collection[str], model: nn.Module) -> None:
+    """Give ``model`` the weights of a file, but for what is ``measured`` when it is finished.
+
+    Raises UserError if they are not those of such a model, by name and shape, CorruptObject if the blob is damaged.
+    """
+    data = read_blob(store, file)
+    where = f"{stage}.init_from: {file.path or file[:12]}"
+    try:
+        tensors = {name: tensor for name, tensor in load(data).items() if name not in measured}
+    except SafetensorError as e:
+        raise UserError(f"{where} is no safetensors file ({e})") from e
+    wanted = model.state_dict()
+    if tensors.keys() != wanted.keys():  # a CLIP is stored without its wrapper
+        inner = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        tensors = inner if inner.keys() == wanted.keys() else tensors
+    if problems := _differences(tensors, wanted):
+        raise UserError(f"{where} does not fit {stage}.model: {'; '.join(problems)}")
+    model.load_state_dict(tensors)
+
+
+def _differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    shapes = [
+        f"{name} is {list(found[name].shape)} and should be {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    kinds = {"missing": [n for n in wanted if n not in found], "unknown": [n for n in found if n not in wanted]}
+    said = [f"{what}: {_some(names)}" for what, names in kinds.items() if names]
+    return [_some(shapes), *said] if shapes else said
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
