@@ -25,6 +25,7 @@ KEYS = {
     "bsr": {"bsrgan_over_ours"},
     "dpm_solver": {"mixture_cosine", "mixture_linear", "decoder_guidance_0", "decoder_guidance_1"},
     "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
+    "many_shards": {"memory_over_bound", "deciding_over_bound", "nothing_to_do_over_bound"},
     "tiny": {
         "training_time_over_bound",
         "target_over_images_per_second",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.artifacts import Artifact, publish_shard, read_shards, shard_path
+from pipeline.artifacts import Artifact, Shard, publish_shard, read_shards, shard_path, write_shard_table
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
@@ -150,3 +150,55 @@ def test_nothing_to_map_is_an_empty_artefact(store: Store) -> None:
     artifact = map_shards(_context(store), [], _never)
     assert artifact.ledger.rows == 0
     assert read_shards(store, artifact) == []
+
+
+def test_requests_are_counted_in_the_record(tmp_path: Path) -> None:
+    """On a folder, calls: a list of what is there; for each shard a look, its blob and its record; the table."""
+    store = open_store(str(tmp_path)).counted()
+    artifact = map_shards(_context(store), _tasks(0, 1, 2), Worker)
+    table = len(read_blob(store, artifact.shard_table or ""))
+    counts = artifact.requests
+    assert counts | {"bytes_written": 0} == {
+        "GET": 3, "PUT": 7, "LIST": 1, "HEAD": 0, "DELETE": 0, "bytes_read": 0, "bytes_written": 0
+    }  # fmt: skip
+    records = sum(entry.size for entry in store.list("shards/"))
+    assert counts["bytes_written"] == 3 * len("shard 0") + records + table
+
+
+def test_a_listing_decides_and_records_are_read_last(store: Store) -> None:
+    map_shards(_context(store), _tasks(0, 1), Worker)
+    store.delete(["artifacts/pairs/the-key.json"])
+    counted = store.counted()
+
+    class Looking(Worker):
+        def __call__(self, task: ShardTask) -> ShardOutput:
+            seen.append(counted.traffic.counts()["GET"])
+            return super().__call__(task)
+
+    seen: list[int] = []
+    map_shards(_context(counted), _tasks(0, 1, 2), Looking)
+    assert seen == [1]  # the look whether another driver has made this one meanwhile
+    assert counted.traffic.counts()["GET"] == 3
+
+
+def test_many_shards_make_the_same_table_as_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed in one piece or in many, read or made, with names that only some have: the same bytes."""
+    shards = [
+        Shard(n, f"key-{n}", Ledger(n), {"data": f"{n}"} | ({"rare": "r"} if n == 7 else {}), {f"train/{n % 3}": n})
+        for n in (3, 0, 9, 7, 1, 5, 2)
+    ]
+    tables = set()
+    for window in (1, 2, 100):
+        monkeypatch.setattr("pipeline.artifacts.WINDOW", window)
+        store = open_store(str(tmp_path / str(window)))
+        table, ledger = write_shard_table(store, shards)
+        assert ledger == Ledger(27)
+        rows = read_shards(store, Artifact("pairs", "k", {}, {}, ledger, shard_table=table))
+        assert [(row.number, row.blobs) for row in rows] == [(s.number, s.blobs) for s in sorted(shards, key=_number)]
+        assert [row.counts[f"train/{row.number % 3}"] for row in rows] == [row.number for row in rows]
+        tables.add(table)
+    assert len(tables) == 1
+
+
+def _number(shard: Shard) -> int:
+    return shard.number
