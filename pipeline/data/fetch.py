@@ -14,12 +14,12 @@ import stat
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from pipeline.data.deny import NOTHING_DENIED, DenyLists
@@ -39,6 +39,8 @@ from pipeline.data.visit import Access, Visit, origin_of, private_headers, user_
 from pipeline.ledger import REASONS
 from pipeline.settings import PairsSettings
 
+T = TypeVar("T")
+R = TypeVar("R")
 TRANSIENT = frozenset({"timeout", "unreachable", "http_5xx", "rate_limited"})  # worth another try
 
 
@@ -81,18 +83,7 @@ class Fetcher:
 
     def fetch(self, references: Sequence[str]) -> Iterator[Fetched]:
         """Yield one result a reference, in order; at most twice as many bodies as threads are in memory."""
-        waiting: deque[Future[Fetched]] = deque()
-        with ThreadPoolExecutor(self._settings.threads) as pool:
-            try:
-                for reference in references:
-                    waiting.append(pool.submit(self._fetch, reference))
-                    if len(waiting) == 2 * self._settings.threads:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        return in_order(self._fetch, references, self._settings.threads)
 
     def _fetch(self, reference: str) -> Fetched:
         try:
@@ -158,6 +149,22 @@ class Fetcher:
                 break
             time.sleep(pause)
         return fetched
+
+
+def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """Yield what ``work`` makes of each item, in order. At most twice as many as threads are taken and not yielded."""
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) == 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 # --- img2dataset ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import hashlib
 import io
 import tarfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +34,7 @@ from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 
 if TYPE_CHECKING:
-    from pipeline.data.fetch import Fetcher
+    from pipeline.data.fetch import Fetched, Fetcher
 
 VERSION = 2
 TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "tar", "offset", "size")  # of an earlier index
@@ -129,16 +129,12 @@ class Packer:
         own = [i for i in wanted if not refs[i]["url"].startswith(("tar://", SCHEME))]
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            answers = self.fetcher.fetch([refs[i]["url"] for i in own if i not in known])
+            new = self._new_pictures([(rows[i], refs[i]) for i in own if i not in known])
             for i in own:
                 if i in known:
                     self._take_over(tar, rows[i], known[i])
-                    continue
-                answer = next(answers)
-                if answer.data is None:
-                    _reject(rows[i], answer.reason, answer.evidence)
-                else:
-                    self._pack(tar, rows[i], refs[i], answer.data)
+                elif (picture := next(new)) is not None:
+                    self._add(tar, rows[i], picture)
         blobs = {"index": write_table(index_table(rows))}
         if own:
             blobs["images"] = out.getvalue()
@@ -147,20 +143,34 @@ class Packer:
         ledger = Ledger.count(None if row["status"] == "kept" else row["reason"] for row in rows)
         return ShardOutput(ledger, blobs, index_counts(rows))
 
-    def _pack(self, tar: tarfile.TarFile, row: dict[str, Any], ref: Mapping[str, Any], data: bytes) -> None:
-        if self._reject_hash(row, ref, hashlib.sha256(data).hexdigest()):
+    def _new_pictures(self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]]) -> Iterator[bytes | None]:
+        """Fetch the pictures of rows, of which it is given the references too, and yield what is to be stored of each,
+        in order; where that is None, the row is rejected."""
+        from pipeline.data.fetch import in_order
+
+        answers = self.fetcher.fetch([ref["url"] for _, ref in wanted])
+        # Two, so that there is always one to be decoded next, while pictures are put into the tar and others come.
+        return in_order(self._judge, zip(wanted, answers, strict=True), threads=2)
+
+    def _judge(self, found: tuple[tuple[dict[str, Any], Mapping[str, Any]], Fetched]) -> bytes | None:
+        (row, ref), answer = found
+        if answer.data is None:
+            _reject(row, answer.reason, answer.evidence)
+            return None
+        if self._reject_hash(row, ref, hashlib.sha256(answer.data).hexdigest()):
             return None
         r = self.recipe
-        picture = self.decoder.resize(data, r.image_size, r.max_pixels, r.encode_format, r.encode_quality)
+        picture = self.decoder.resize(answer.data, r.image_size, r.max_pixels, r.encode_format, r.encode_quality)
         if isinstance(picture, str):
-            return _reject(row, picture)
+            _reject(row, picture)
+            return None
         row |= {
             "width": picture.width,
             "height": picture.height,
             "size": len(picture.data),
             "sha256": hashlib.sha256(picture.data).hexdigest(),
         }
-        return self._add(tar, row, picture.data)
+        return picture.data
 
     def _take_over(self, tar: tarfile.TarFile, row: dict[str, Any], known: Known) -> None:
         row |= {k: known.row[k] for k in TAKEN_OVER} | {"evidence": known.evidence}
