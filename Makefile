@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12)
 BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
-BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver near_duplicates many_shards tiny variants
+BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs codec near_duplicates many_shards tiny variants
 
 .PHONY: help test test-browser test-slow check bench format peek demo clean
 
