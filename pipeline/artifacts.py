@@ -71,10 +71,10 @@ def publish_shard(
 ) -> Shard:
     """Blobs first, the record last. Returns the shard that stands, which may be another worker's."""
     names = {name: put_blob(store, data) for name, data in sorted(blobs.items())}
-    crash_point("shard.before_record")
+    crash_point("shard.before_record", shard_path(stage, key))
     body = {"number": number, "key": key, "ledger": ledger.as_json(), "blobs": names, "counts": dict(counts)}
     record = create_record(store, shard_path(stage, key), body)
-    crash_point("shard.after_record")
+    crash_point("shard.after_record", shard_path(stage, key))
     return _shard(record)
 
 
@@ -224,7 +224,7 @@ def environment() -> dict[str, str]:
 def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifact:
     """Create the record of an artefact whose blobs are in the store; return the one that stands. It has the counts of
     this store's requests until now (see Store.counted)."""
-    crash_point("artifact.before_record")
+    crash_point("artifact.before_record", artifact_path(artifact.stage, artifact.key))
     body = {
         "stage": artifact.stage,
         "key": artifact.key,
@@ -239,7 +239,7 @@ def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifa
         "requests": store.traffic.counts(),
     }
     record = create_record(store, artifact_path(artifact.stage, artifact.key), body)
-    crash_point("artifact.after_record")
+    crash_point("artifact.after_record", artifact_path(artifact.stage, artifact.key))
     return _artifact(record)
 
 

@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from pipeline.crash import crash_point
 from pipeline.errors import UserError
 from pipeline.live import Live, find_live, mark_blobs
 from pipeline.store import Store, clear_abandoned
@@ -78,6 +79,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
     due = [path for path in due if path not in live]
     if not store.swap(TOMBSTONES, version, gzip.compress(json.dumps(tombstones).encode(), mtime=0)):
         raise UserError(f"another collection runs in {store.url}; let it finish")
+    crash_point("gc.before_delete")
     store.delete(due)
     for path in due:
         found.deleted[path.partition("/")[0]].add(sizes[path])

@@ -1,8 +1,9 @@
 """Named points at which a test may kill the process, to prove that nothing is lost there.
 
 ``UNCLIP_CRASH=NAME@FILE`` kills the first process that reaches NAME, with SIGKILL, and leaves FILE behind, so that
-the workers that replace it live; several, with commas between them, kill once each. Without the variable a point costs
-one dictionary look-up.
+the workers that replace it live; several, with commas between them, kill once each. If FILE is a folder, NAME kills
+once for each object that it is reached with, and leaves a file there for each. Without the variable a point costs one
+dictionary look-up.
 """
 
 import os
@@ -19,11 +20,14 @@ POINTS = (
     "checkpoint.after_record",
     "training.before_artifact",
     "report.before_replace",
+    "journal.before_swap",
+    "gc.before_delete",
 )
 
 
-def crash_point(name: str) -> None:
-    """Die here if the environment says so. Raises ValueError for a name that is not in POINTS."""
+def crash_point(name: str, about: str = "") -> None:
+    """Die here if the environment says so; ``about`` names the object. Raises ValueError for a name that is not in
+    POINTS."""
     if name not in POINTS:
         raise ValueError(f"unknown crash point {name}")
     wanted = os.environ.get("UNCLIP_CRASH")
@@ -32,8 +36,11 @@ def crash_point(name: str) -> None:
     markers = dict(part.split("@", 1) for part in wanted.split(","))
     if name not in markers:
         return
+    marker = markers[name]
+    if os.path.isdir(marker):
+        marker = os.path.join(marker, f"{name} {about.replace('/', ' ')}".strip())
     try:
-        os.close(os.open(markers[name], os.O_CREAT | os.O_EXCL))
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
     os.kill(os.getpid(), signal.SIGKILL)

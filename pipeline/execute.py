@@ -125,7 +125,7 @@ def _check_pin(stage: Stage, key: str, artifacts: Mapping[str, Artifact]) -> Non
 
 def _pin(store: Store, lineage: str, key: str) -> None:
     """Pin the first one made; whoever comes first has won."""
-    crash_point("pin.before_swap")
+    crash_point("pin.before_swap", pin_path(lineage))
     store.swap(pin_path(lineage), None, json.dumps({"key": key}).encode())
 
 

@@ -42,7 +42,7 @@ def put_blob(store: Store, data: bytes | Path) -> str:
     else:
         name = hashlib.sha256(data).hexdigest()
     store.create(blob_path(name), data)
-    crash_point("blob.created")
+    crash_point("blob.created", name)
     return name
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.crash import crash_point
 from pipeline.errors import UserError
 from pipeline.store import Store
 
@@ -65,6 +66,7 @@ def change_journal(store: Store, project: str, change: Callable[[Journal], Journ
     for _ in range(20):
         version, journal = _read(store, project)
         changed = change(journal)
+        crash_point("journal.before_swap", journal_path(project))
         if changed == journal or store.swap(journal_path(project), version, _as_json(changed)):
             return changed
     raise UserError(f"the list of {project} is being changed by somebody else all the time; try again")

@@ -1,0 +1,289 @@
+"""Every crash point is passed with every object once, and each time the process is killed there.
+
+A run is started again until it ends. The processes are forked from one that has imported everything and run nothing, so
+that hundreds of them take no longer than a few that start as a user starts them.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import multiprocessing
+import os
+import pkgutil
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import jobs.cli
+import jobs.data
+import jobs.run
+import pipeline.data
+from pipeline import shards
+from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards
+from pipeline.crash import POINTS
+from pipeline.data import codec_passes, near_rows, neighbour_index
+from pipeline.data.codec import VERSION as CODEC
+from pipeline.data.codec import CodecRecipe, run_codec
+from pipeline.data.curation import VERSION as CURATION
+from pipeline.data.curation import CurationRecipe, run_curation
+from pipeline.data.journal import read_journal
+from pipeline.data.neighbour_index import VERSION as INDEX
+from pipeline.data.neighbour_index import IndexRecipe, run_index
+from pipeline.data.thresholds import VERSION as THRESHOLDS
+from pipeline.data.thresholds import ThresholdsRecipe, run_thresholds
+from pipeline.graph import Stage
+from pipeline.store import Store
+from tests.chain import open_at
+from tests.faults import artifact
+from tests.pipeline.data import vectors
+from tests.pipeline.data.bench import picture, save_clip, write_list
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload([__name__])
+IN_SHARDS = ("blob.created", "shard.before_record", "shard.after_record")
+IN_ARTIFACTS = ("artifact.before_record", "artifact.after_record")
+IN_DRIVER = ("pin.before_swap", "report.before_replace")
+IN_COMMANDS = ("journal.before_swap", "gc.before_delete")
+IN_TRAININGS = {point for point in POINTS if point.startswith(("checkpoint.", "training."))}  # see test_crashes
+SLOW = pytest.mark.slow
+STAGES = (
+    Stage("thresholds", THRESHOLDS, ThresholdsRecipe(0.05), ("pairs", "embeddings"), run_thresholds),
+    Stage(
+        "curation",
+        CURATION,
+        CurationRecipe(near_duplicate=0.8, near_held_out=0.8),
+        ("pairs", "captions", "embeddings", "thresholds"),
+        run_curation,
+    ),
+    Stage("index", INDEX, IndexRecipe(256), ("embeddings", "curation"), run_index),
+    Stage("codec", CODEC, CodecRecipe(components=4, buckets=8), ("embeddings", "curation"), run_codec),
+)
+IN_PAIRS = {"Packer", "Encoder"}  # the workers of the stages before
+
+
+def test_every_point_is_here_or_in_a_training() -> None:
+    assert {*IN_SHARDS, *IN_ARTIFACTS, *IN_DRIVER, *IN_COMMANDS} | IN_TRAININGS == set(POINTS)
+
+
+def workers() -> set[str]:
+    """The names of all classes of the data stages that make shards."""
+    found = set()
+    for module in pkgutil.iter_modules(pipeline.data.__path__, "pipeline.data."):
+        for name, value in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            call = vars(value).get("__call__")
+            if value.__module__ == module.name and call and "task" in inspect.signature(call).parameters:
+                found.add(name)
+    return found
+
+
+def _within(environment: Mapping[str, str], target: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    sys.exit(target(*arguments))
+
+
+def forked(target: Callable[..., int | None], *arguments: Any, **environment: str) -> int:
+    """The exit code of a process that calls ``target``."""
+    process = FORKED.Process(target=_within, args=(environment, target, arguments))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def killed_everywhere(
+    points: tuple[str, ...], folder: Path, target: Callable[..., int | None], *arguments: Any
+) -> set[str]:
+    """Call ``target`` in new processes until one ends; returns the points at which the others were killed."""
+    folder.mkdir(exist_ok=True)
+    wanted = ",".join(f"{point}@{folder}" for point in points)
+    before = len(list(folder.iterdir()))
+    for kills in range(500):
+        code = forked(target, *arguments, UNCLIP_CRASH=wanted)
+        if code == 0:
+            assert len(list(folder.iterdir())) - before == kills
+            return {file.name.partition(" ")[0] for file in folder.iterdir()}
+        assert code == -signal.SIGKILL
+    raise AssertionError("it is killed again and again")
+
+
+def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
+    """All stages after embeddings, cut as a large list is. A file in ``seen`` for each class of workers."""
+    for module, name, value in (
+        (near_rows, "FIRST_ROWS", 150),
+        (near_rows, "BLOCK_ROWS", 120),
+        (near_rows, "CELL_ROWS", 25),
+        (near_rows, "GROUP_ROWS", 100),
+        (neighbour_index, "CODED_BLOCK_ROWS", 250),
+        (codec_passes, "BLOCK_ROWS", 200),
+        (codec_passes, "COLUMN_VALUES", 1200),
+    ):
+        setattr(module, name, value)
+    make = shards._make
+
+    def noting(store: Store, stage: str, worker: shards.Worker, task: shards.ShardTask) -> shards.Shard:
+        Path(seen, type(worker).__name__).touch()
+        return make(store, stage, worker, task)
+
+    shards._make = noting
+    store, made = open_at(url), dict(inputs)
+    for stage in STAGES:
+        ctx = vectors.context(store, stage, made)
+        made[stage.name] = load_artifact(store, stage.name, ctx.key) or stage.run(ctx)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        ("shard.before_record", *IN_ARTIFACTS),
+        pytest.param(("shard.after_record",), marks=SLOW),
+        pytest.param(("blob.created",), marks=SLOW),
+    ],
+)
+def test_in_every_pass_after_embeddings(
+    points: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectors, "SHARD_ROWS", 125)
+    rows, *_ = vectors.planted(500, 64, 60, 0, 0.7)
+    splits = ["validation" if i % 10 == 3 else "test" if i % 10 == 7 else "train" for i in range(500)]
+    calm, killed = (open_at(tmp_path / name) for name in ("calm", "killed"))
+    given = [vectors.publish(store, vectors.Listed(rows, splits, [64] * 500)) for store in (calm, killed)]
+    for name in ("seen", "again"):
+        (tmp_path / name).mkdir()
+    assert forked(make_passes, calm.url, given[0], str(tmp_path / "seen")) == 0
+    assert {file.name for file in (tmp_path / "seen").iterdir()} == workers() - IN_PAIRS
+    found = killed_everywhere(points, tmp_path / "kills", make_passes, killed.url, given[1], str(tmp_path / "again"))
+    assert found == set(points)
+    if "shard.before_record" in points:  # once for every shard that there is
+        records = [e.path.replace("/", " ") for s in STAGES for e in killed.list(f"shards/{s.name}/")]
+        kills = {file.name for file in (tmp_path / "kills").iterdir()}
+        assert {f"shard.before_record {name}" for name in records} <= kills
+    for stage in STAGES:
+        assert contents(killed, stage.name) == contents(calm, stage.name)
+    assert all(entry.path in {e.path for e in calm.list("blobs/")} for entry in killed.list("blobs/"))
+
+
+def contents(store: Store, stage: str) -> Any:
+    """All of a stage's only artefact that is part of its result."""
+    made = artifact(store, stage)
+    listed = read_shards(store, made) if made.shard_table else []
+    return made.key, made.blobs, made.metrics, made.ledger, [dataclasses.asdict(shard) for shard in listed]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_clip(tmp_path_factory.mktemp("clip") / "clip")
+
+
+def configure(folder: Path, clip: str) -> Path:
+    """A configuration in a folder of its own, over pictures beside it, of which one is missing."""
+    pictures = folder.parent / "pictures"
+    if not pictures.exists():
+        pictures.mkdir()
+        for i in range(1, 16):
+            (pictures / f"{i}.png").write_bytes(picture(i))
+        rows = [(f"file://{pictures}/{i}.png", f"picture {i}", "test" if i == 5 else "train") for i in range(16)]
+        write_list(folder.parent / "list.csv", rows)
+    folder.mkdir(exist_ok=True)
+    values = {
+        "project": "crash",
+        "preset": "nano",
+        "store": str(folder / "store"),
+        "source": {"paths": [str(folder.parent / "list.csv")], "shard_rows": 8},
+        "clip": {"weights": clip},
+        "thresholds": {"similarity": 0.1},
+        "curation": {"near_duplicate": 0.999, "near_held_out": 0.999},
+        "codec": {"components": 3, "buckets": 4},
+        "ar_prior": {"model": {"buckets": 4}},
+        "run": {"output": str(folder / "out"), "lease_s": 0.2}
+        | {stage: {"workers": 0} for stage in ("pairs", "embeddings", "thresholds", "curation", "index", "codec")},
+    }
+    (folder / "crash.yaml").write_text(yaml.safe_dump(values))
+    return folder / "crash.yaml"
+
+
+def unclip(*words: object) -> int:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return jobs.cli.main([str(word) for word in words])
+
+
+@SLOW
+def test_in_every_stage_of_a_run(clip: str, tmp_path: Path) -> None:
+    calm, killed = (configure(tmp_path / name, clip) for name in ("calm", "killed"))
+    every = (*IN_SHARDS, *IN_ARTIFACTS, *IN_DRIVER)
+    found = set()
+    for until, points in (
+        ("source", every),
+        ("captions", every),
+        ("pairs", tuple(p for p in every if p != "blob.created")),  # its notes of times are other blobs each time
+        ("embeddings", every),
+        ("index", every),
+        ("codec", every),
+    ):
+        assert forked(unclip, "run", calm, "--until", until) == 0
+        kills = tmp_path / f"kills of {until}"
+        found |= killed_everywhere(points, kills, unclip, "run", killed, "--until", until)
+    assert found == set(every)
+    stores = [open_at(config.parent / "store") for config in (calm, killed)]
+    for stage in ("source", "captions", "pairs", "clip", "embeddings", *(s.name for s in STAGES)):
+        ours, theirs = (contents(store, stage) for store in stores)
+        assert ours == theirs, stage
+
+
+@pytest.fixture(scope="module")
+def fetched(clip: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes configurations of equal stores in which pairs are made."""
+    folder, number = tmp_path_factory.mktemp("fetched"), count()
+    base = configure(folder / "base", clip)
+    assert forked(unclip, "run", base, "--until", "pairs") == 0
+
+    def another() -> Path:
+        config = configure(folder / str(next(number)), clip)
+        shutil.copytree(base.parent / "store", config.parent / "store")
+        return config
+
+    return another
+
+
+@pytest.mark.parametrize("command", ["forget", "retry"])
+def test_in_what_changes_the_list(command: str, fetched: Callable[[], Path], tmp_path: Path) -> None:
+    calm, killed = (fetched() for _ in range(2))
+    [reason] = artifact(open_at(calm.parent / "store"), "pairs").ledger.rejected
+    words = ("000000000003",) if command == "forget" else ("--reason", reason)
+    points = ("journal.before_swap",) if command == "forget" else ("blob.created", "journal.before_swap")
+    assert forked(unclip, "data", command, calm, *words) == 0
+    assert killed_everywhere(points, tmp_path / "kills", unclip, "data", command, killed, *words) == set(points)
+    stores = [open_at(config.parent / "store") for config in (calm, killed)]
+    ours, theirs = (dataclasses.replace(read_journal(store, "crash"), forgotten_at=0.0) for store in stores)
+    assert ours == theirs
+    assert ours.forgotten or ours.retries
+    for config in (calm, killed):
+        assert forked(unclip, "run", config, "--until", "pairs") == 0
+    assert paths(stores[0], "artifacts/", "shards/") == paths(stores[1], "artifacts/", "shards/")
+
+
+def test_in_gc(fetched: Callable[[], Path], tmp_path: Path) -> None:
+    calm, killed = (fetched() for _ in range(2))
+    stores = [open_at(config.parent / "store") for config in (calm, killed)]
+    for config in (calm, killed):
+        assert forked(unclip, "data", "forget", config, "000000000003") == 0
+        assert forked(unclip, "run", config, "--until", "pairs") == 0
+    before = paths(stores[1], "blobs/", "artifacts/", "shards/")
+    words = ("--yes", "--grace-hours", "0")
+    assert forked(unclip, "data", "gc", calm, *words) == 0
+    assert killed_everywhere(("gc.before_delete",), tmp_path / "kills", unclip, "data", "gc", killed, *words)
+    ours, theirs = (paths(store, "artifacts/", "shards/") for store in stores)
+    assert ours == theirs
+    assert ours < before
+    assert artifact_path("pairs", artifact(stores[1], "pairs").key) in ours
+
+
+def paths(store: Store, *prefixes: str) -> set[str]:
+    return {entry.path for prefix in prefixes for entry in store.list(prefix)}
