@@ -4,13 +4,14 @@ BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs codec near_duplicates many_shards tiny variants
 
-.PHONY: help test test-browser test-slow check bench format peek demo clean
+.PHONY: help test test-browser test-slow chaos check bench format peek demo clean
 
 help:
 	@echo "make peek    the whole chain at nano size: pictures over HTTP to a 1024 px image, in minutes"
 	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 120 trains less or more than 25"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
+	@echo "make chaos   real faults against the data stages: N=50 slices of SEED=1, about a minute each; goes on where it stopped"
 	@echo "make bench   what the models cost against peers and bounds, in about half an hour on an idle machine"
 
 ifeq ($(PYTHON),)
@@ -36,6 +37,13 @@ test-browser: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+# Slices that are done are not done again; out/chaos holds what they found.
+N ?= 50
+SEED ?= 1
+
+chaos: .venv/ready
+	$(BIN)/python -m tests.chaos --slices $(N) --seed $(SEED)
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

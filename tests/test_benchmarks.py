@@ -27,6 +27,14 @@ KEYS = {
     "pairs": {"ours_over_img2dataset", "four_workers_over_one"},
     "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
     "many_shards": {"memory_over_bound", "deciding_over_bound", "nothing_to_do_over_bound"},
+    "codec": {
+        "moments_rate_over_matmul",
+        "moments_rate_with_reading_over_matmul",
+        "codec_over_reading",
+        "incremental_pca_over_moments",
+        "memory_gib",
+        "memory_four_times_over_once",
+    },
     "tiny": {
         "training_time_over_bound",
         "target_over_images_per_second",
