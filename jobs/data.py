@@ -18,7 +18,7 @@ from pipeline.data.journal import Forgotten, Journal, change_journal, read_journ
 from pipeline.data.neighbours import SPLITS
 from pipeline.data.source import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import UserError
-from pipeline.ledger import REASONS
+from pipeline.ledger import DEFERRED, REASONS
 from pipeline.progress import duration
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     what.add_argument("--picture", metavar="FILE", help="a picture that they should be like, in place of a caption")
     search.add_argument("--count", type=int, default=10, help="how many (10)")
     search.add_argument("--split", choices=SPLITS, help="of this split only; by default of all")
-    retry.add_argument("--reason", required=True, help="such as timeout,http_5xx")
+    retry.add_argument("--reason", default=",".join(sorted(DEFERRED)), help="such as timeout,http_4xx (all deferred)")
     forget.add_argument("what", nargs="*", help="row keys, references (URLs), or sha256 of stored pictures")
     forget.add_argument("--file", help="a text file with one of them a line; - for standard input")
     gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
@@ -78,8 +78,9 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
     pairs = project.made("pairs")["pairs"]
     blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons))
     if blob is None:
-        ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.rejected.items()))
-        print(f"no row to try again; of the rows of pairs were rejected: {ended or 'none'}")
+        lost = {**pairs.ledger.rejected, **pairs.ledger.deferred}
+        ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(lost.items()))
+        print(f"no row to try again; of the rows of pairs were not kept: {ended or 'none'}")
         return 0
     journal = read_journal(project.store, project.config.project)
     if FIRST_RETRY + len(journal.retries) > LAST_SEGMENT:

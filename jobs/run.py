@@ -101,8 +101,9 @@ def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: fl
         rejected = sum(artifact.ledger.rejected.values())
         took = f"{artifact.times['seconds']:.1f}" if name in made else "-"
         print(f"{name:16}{amount:>18,}{rejected:>10,}{took:>9}  {artifact.key[:12]}")
-        for reason, count in sorted(artifact.ledger.rejected.items()):
-            print(f"{'':16}  {count:,} {reason}")
+        for kind, counts in (("", artifact.ledger.rejected), (", deferred", artifact.ledger.deferred)):
+            for reason, count in sorted(counts.items()):
+                print(f"{'':16}  {count:,} {reason}{kind}")
     print(f"{duration(seconds)} in all\n")
     if "evaluation" in artifacts:
         print(as_text(artifacts["evaluation"].metrics["figures"]) + "\n")

@@ -46,6 +46,14 @@ REASONS = {
     "near_held_out": "a training row whose picture is nearly one that is held out",
 }
 
+# Rows that end so are deferred: at another time the server may answer. All other reasons reject a row.
+DEFERRED = frozenset({"http_5xx", "rate_limited", "timeout", "unreachable"})
+
+
+def status_of(reason: str | None) -> str:
+    """How a row ended, by its reason: kept without one, else rejected or deferred."""
+    return "kept" if reason is None else "deferred" if reason in DEFERRED else "rejected"
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -92,10 +100,11 @@ class Ledger:
 
     @staticmethod
     def count(statuses: Iterable[str | None]) -> Ledger:
-        """From one value a row: None for kept, else the reason of its rejection."""
-        reasons = Counter(statuses)
-        kept = reasons.pop(None, 0)
-        return Ledger(kept, {str(reason): n for reason, n in reasons.items()})
+        """From one value a row: None for kept, else the reason why it was not."""
+        ended: dict[str, dict[str, int]] = {"kept": {}, "rejected": {}, "deferred": {}}
+        for reason, count in Counter(statuses).items():
+            ended[status_of(reason)][str(reason)] = count
+        return Ledger(sum(ended["kept"].values()), ended["rejected"], ended["deferred"])
 
 
 def total(ledgers: Iterable[Ledger]) -> Ledger:

@@ -36,12 +36,11 @@ from pipeline.data.politeness import Hosts, backoff
 from pipeline.data.robots import ROBOTS_BYTES, Robots
 from pipeline.data.s3 import S3Reader
 from pipeline.data.visit import Access, Visit, origin_of, private_headers, user_agent
-from pipeline.ledger import REASONS
+from pipeline.ledger import DEFERRED, REASONS
 from pipeline.settings import PairsSettings
 
 T = TypeVar("T")
 R = TypeVar("R")
-TRANSIENT = frozenset({"timeout", "unreachable", "http_5xx", "rate_limited"})  # worth another try
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Fetcher:
         for attempt in range(self._settings.retries + 1):
             fetched = once()
             pause = backoff(attempt)
-            again = fetched.reason in TRANSIENT or fetched.reason == "truncated"  # here: the transfer broke off
+            again = fetched.reason in DEFERRED or fetched.reason == "truncated"  # here: the transfer broke off
             if (
                 limit.barred
                 or not again

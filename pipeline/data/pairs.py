@@ -27,7 +27,7 @@ from pipeline.data.opener import Evidence
 from pipeline.data.opt_outs import OPT_OUTS, opt_out_table
 from pipeline.data.source import row_key
 from pipeline.graph import Context, shard_key
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, status_of
 from pipeline.parse import ContentFile
 from pipeline.settings import PairsSettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
@@ -36,7 +36,7 @@ from pipeline.store import Store
 if TYPE_CHECKING:
     from pipeline.data.fetch import Fetched, Fetcher
 
-VERSION = 2
+VERSION = 3
 TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "tar", "offset", "size")  # of an earlier index
 
 
@@ -232,7 +232,7 @@ def tar_place(reference: str) -> dict[str, Any] | None:
 
 
 def _reject(row: dict[str, Any], reason: str | None, evidence: Evidence | None = None) -> None:
-    row |= {"status": "rejected", "reason": reason, "evidence": evidence}
+    row |= {"status": status_of(reason), "reason": reason, "evidence": evidence}
 
 
 def run_pairs(ctx: Context) -> Artifact:

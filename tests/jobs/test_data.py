@@ -90,7 +90,7 @@ def test_what_is_forgotten_is_not_kept_by_a_retry(tmp_path: Path, pictures: str)
     config = write_config(tmp_path, store.url, pictures, [tmp_path / "list.csv"])
     nobody = ("run.pairs.hosts={emoji.test: '127.0.0.1:1'}", "run.pairs.retries=0", "--until", "pairs")
     done(unclip("run", config, *nobody))
-    assert done(unclip("data", "retry", config, "--reason", "unreachable")).startswith("20 rows are appended")
+    assert done(unclip("data", "retry", config)).startswith("20 rows are appended")
     victim = list(csv.DictReader((tmp_path / "list.csv").open()))[7]
     assert done(unclip("data", "forget", config, victim["url"])).startswith("2 rows are forgotten")
     done(unclip("run", config, "--until", "curation"))

@@ -131,12 +131,12 @@ def test_failed_rows_are_fetched_again_and_nothing_else_is(tmp_path: Path) -> No
     good = {f"/{i}.png": Page(picture(i)) for i in range(10)}
     busy = {f"/{i}.png": Page(status=503) for i in (1, 6, 7)}
     first = _fetch(tmp_path / "store", paths, good | busy | {"/2.png": Page(status=404)})
-    assert first.made["pairs"].ledger == Ledger(kept=6, rejected={"http_5xx": 3, "http_4xx": 1})
+    assert first.made["pairs"].ledger == Ledger(kept=6, rejected={"http_4xx": 1}, deferred={"http_5xx": 3})
     assert _try_again(first, "timeout") == 0
     assert _try_again(first, "http_5xx") == 3
 
     second = _fetch(tmp_path / "store", paths, {"/1.png": good["/1.png"], "/6.png": busy["/6.png"]})
-    assert second.made["pairs"].ledger == Ledger(kept=7, rejected={"http_5xx": 4, "http_4xx": 2})
+    assert second.made["pairs"].ledger == Ledger(kept=7, rejected={"http_4xx": 2}, deferred={"http_5xx": 4})
     assert second.blobs("pairs")[:3] == first.blobs("pairs")
     again = [row for row in second.rows("pairs") if row["key"].startswith("5")]
     assert [(row["url"], row["reason"]) for row in again] == [
@@ -149,7 +149,7 @@ def test_failed_rows_are_fetched_again_and_nothing_else_is(tmp_path: Path) -> No
 
     assert _try_again(second, "http_5xx") == 1  # only the last try of a row counts
     third = _fetch(tmp_path / "store", paths, good)
-    assert third.made["pairs"].ledger == Ledger(kept=8, rejected={"http_5xx": 4, "http_4xx": 2})
+    assert third.made["pairs"].ledger == Ledger(kept=8, rejected={"http_4xx": 2}, deferred={"http_5xx": 4})
     assert _try_again(third, "http_5xx") == 0
 
 

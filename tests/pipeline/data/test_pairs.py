@@ -118,7 +118,9 @@ def test_every_row_is_in_the_index_once_with_its_reason(made: Made) -> None:
     rows = made.first.rows("pairs")
     assert [row["key"] for row in rows] == [f"{i // 10:08d}{i % 10:04d}" for i in range(len(ROWS))]
     assert [row["reason"] for row in rows] == [row[4] for row in ROWS]
-    assert all((row["status"] == "kept") == (row["reason"] is None) for row in rows)
+    assert {row["status"] for row in rows if row["reason"] is None} == {"kept"}
+    assert {row["status"] for row in rows if row["reason"] == "http_5xx"} == {"deferred"}
+    assert {row["status"] for row in rows if row["reason"] == "http_4xx"} == {"rejected"}
     assert [row["url"] for row in rows] == [row[0] for row in ROWS]
 
 
@@ -126,9 +128,11 @@ def test_the_counts_balance(made: Made) -> None:
     ledger = made.first.made["pairs"].ledger
     reasons = Counter(row[4] for row in ROWS)
     assert ledger.kept == reasons.pop(None)
+    deferred = {reason: reasons.pop(reason, 0) for reason in ("http_5xx", "timeout", "unreachable", "rate_limited")}
+    assert ledger.deferred == {reason: count for reason, count in deferred.items() if count}
     assert ledger.rejected == reasons
     assert ledger.rows == len(ROWS)
-    assert reasons.keys() <= REASONS.keys()
+    assert reasons.keys() | deferred.keys() <= REASONS.keys()
     shards = read_shards(made.first.store, made.first.made["pairs"])
     rows = made.first.rows("pairs")
     for shard in shards:
