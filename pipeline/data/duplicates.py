@@ -35,7 +35,7 @@ class Judged:
 
 
 class Seen:
-    """The references of all rows so far, on disk: 8 bytes each, and 17 a row that is being judged.
+    """The references of all rows so far, in temporary files: 17 bytes each, or 8 if they were added as hashes.
 
     In memory are one block of rows and one part of those that are being judged, some 1/256. To be used as a context.
     Raises UserError if there is no room for temporary files.
@@ -108,7 +108,7 @@ class Seen:
                 file.write(rows.tobytes())
         except OSError as e:
             raise UserError(
-                f"{self._folder}: {e.strerror}; looking for duplicate references takes about 25 bytes a row there, so "
+                f"{self._folder}: {e.strerror}; looking for duplicate references takes 17 bytes a row there, so "
                 "free space, or name another folder in TMPDIR"
             ) from None
 

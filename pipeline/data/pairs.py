@@ -1,7 +1,7 @@
 """Pictures: fetched, checked, resized, and packed into webdataset tars with an index, one source shard at a time.
 
-img2dataset supplies the fetch, the key scheme and the resize. The tar is byte-reproducible: members in order of key,
-time and owner fixed. Captions stay apart, so that new captions never fetch a picture again.
+img2dataset supplies the fetch, the key scheme and the rules of resizing. The tar is byte-reproducible: members in
+order of key, time and owner fixed. Captions stay apart, so that new captions never fetch a picture again.
 """
 
 from __future__ import annotations
