@@ -202,6 +202,8 @@ def _damage(now: Moment, how: Callable[[Path], None]) -> str:
         for entry in now.store.list(f"shards/{now.stage}/")
         for name, blob in json.loads(now.store.read(entry.path))["blobs"].items()
     }
+    if not names:
+        return "killed the driver, nothing was left to damage"
     name, blob = now.draw.choice(sorted(names))
     how(Path(now.store.url, blob_path(blob)))
     return f"killed the driver, damaged a blob: {name}"
