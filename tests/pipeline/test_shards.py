@@ -1,9 +1,11 @@
 """map_shards in this process: what is there is not made again, counts balance, and damage and mistakes come through."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from pipeline.graph import Context
 from pipeline.ledger import Ledger
 from pipeline.records import read_blob
 from pipeline.settings import RaySettings, ShardSettings
-from pipeline.shards import ShardOutput, ShardTask, map_shards
+from pipeline.shards import Needs, ShardOutput, ShardTask, map_shards, results_ahead
 from pipeline.store import Store, open_store
 
 
@@ -150,3 +152,64 @@ def test_nothing_to_map_is_an_empty_artefact(store: Store) -> None:
     artifact = map_shards(_context(store), [], _never)
     assert artifact.ledger.rows == 0
     assert read_shards(store, artifact) == []
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 9])
+def test_results_come_in_order_and_no_more_than_asked_for_are_under_way(ahead: int) -> None:
+    submitted: list[int] = []
+
+    def submit(number: int) -> Future[int]:
+        submitted.append(number)
+        future: Future[int] = Future()
+        future.set_result(10 * number)
+        return future
+
+    results = results_ahead(submit, [(number,) for number in range(7)], ahead)
+    assert submitted == list(range(min(ahead, 7)))  # before anything is asked for
+    for number in range(7):
+        assert next(results) == 10 * number
+        assert len(submitted) == min(number + 1 + ahead, 7)
+    assert list(results) == []
+
+
+def test_a_failure_comes_when_its_turn_has_come() -> None:
+    def submit(number: int) -> Future[int]:
+        future: Future[int] = Future()
+        if number == 1:
+            future.set_exception(CorruptObject("blobs/ab/abc", "is missing"))
+        else:
+            future.set_result(number)
+        return future
+
+    results = results_ahead(submit, [(0,), (1,), (2,)], ahead=2)
+    assert next(results) == 0
+    with pytest.raises(CorruptObject, match=r"^blobs/ab/abc: is missing$"):
+        next(results)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "needs", "said"),
+    [
+        ({"pool": "cpu"}, Needs(), r"^run\.pairs: no node of the cluster has the label pool: set RAY_ADDRESS to a "),
+        ({}, Needs(helpers=1, helper_nodes={"pool": "cpu"}), r"^run\.pairs: no node .* has the label pool: "),
+        ({}, Needs(helpers=1), r"^run\.ray\.cpus: 3 are too few for 4 processes of run\.pairs, one core each$"),
+        ({}, Needs(gpus=0.5, helpers=1), r"^run\.pairs\.gpus: 2 workers with 0\.5 each, but Ray has 0 GPUs$"),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused_here_and_waited_for_on_a_cluster(
+    monkeypatch: pytest.MonkeyPatch, store: Store, nodes: dict[str, str], needs: Needs, said: str
+) -> None:
+    from pipeline.shards import _check_room
+
+    ray: Any = SimpleNamespace(
+        nodes=lambda: [{"Alive": True, "Labels": {"zone": "a"}}, {"Alive": False, "Labels": {"pool": "cpu"}}],
+        cluster_resources=lambda: {"CPU": 3.0},
+    )
+    ctx = replace(_context(store), settings=ShardSettings(2, nodes))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=said):
+        _check_room(ray, ctx, 2, needs)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    _check_room(ray, ctx, 2, needs)
+    monkeypatch.delenv("RAY_ADDRESS")
+    _check_room(ray, replace(ctx, settings=ShardSettings(2, {"zone": "a"})), 2, Needs())
