@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TextIO
 
 
@@ -15,6 +17,27 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def add(total: dict[str, float], more: Mapping[str, float]) -> None:
+    """Add numbers by name."""
+    for name, value in more.items():
+        total[name] = total.get(name, 0.0) + value
+
+
+class Steps:
+    """``seconds`` that went by in each named step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            add(self.seconds, {name: time.monotonic() - began})
 
 
 class Progress:

@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from pipeline.artifacts import Artifact, Shard, ShardRow, publish_artifact, publ
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
-from pipeline.progress import Progress
+from pipeline.progress import Progress, add
 from pipeline.store import Store
 
 log = logging.getLogger("unclip")
@@ -38,14 +38,18 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardOutput:
-    """What a worker made of one shard."""
+    """What a worker made of one shard. ``seconds`` of its steps are for people, and no part of the shard."""
 
     ledger: Ledger
     blobs: Mapping[str, bytes]
     counts: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 Worker = Callable[[ShardTask], ShardOutput]
+Work = dict[str, float]
+"""What workers took, summed: "busy_seconds" in tasks and "wait_seconds" between them, "written_bytes", and
+"NAME_seconds" of each step. Steps of threads or helpers beside a worker are not part of its busy seconds."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,11 @@ def map_shards(
 ) -> Artifact:
     """Make every shard that has no record yet, then publish the artefact that lists them all; as ``run_shards``."""
     began = time.monotonic()
-    shards, made = run_shards(ctx, tasks, make_worker, unit, rows, needs=needs)
+    work: Work = {}
+    shards, made = run_shards(ctx, tasks, make_worker, unit, rows, needs=needs, work=work)
     table, ledger = write_shard_table(ctx.store, shards)
     metrics = {"shards": len(shards)}
-    artifact = ctx.publishable(shard_table=table, ledger=ledger, metrics=metrics, times={"shards_made": made})
+    artifact = ctx.publishable(shard_table=table, ledger=ledger, metrics=metrics, times={"shards_made": made, **work})
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 
 
@@ -82,13 +87,15 @@ def run_shards(
     amount: int,
     title: str | None = None,
     needs: Needs | None = None,
+    work: Work | None = None,
 ) -> tuple[list[Shard], int]:
     """Make every shard that has no record yet. Returns all shards by rising number, and how many were made now.
 
     ``make_worker`` is pickled and called once in every worker process. ``amount`` counts the units of all tasks, as
     ledgers count them, for the progress line. With ``ctx.settings.workers`` 0 the worker runs in this process, without
-    Ray.
+    Ray. What the workers took is added to ``work``, with their number and the seconds and rows of what was made now.
     """
+    work = {} if work is None else work
     there = {entry.path for entry in ctx.store.list(f"shards/{ctx.stage}/")}
     shards: list[Shard] = []
     todo = []
@@ -100,20 +107,40 @@ def run_shards(
             shards.append(made)
     done = sum(shard.ledger.rows for shard in shards)
     with Progress(title or ctx.stage, max(amount, done), unit, start=done) as progress:
-        for shard in _run(ctx, todo, make_worker, needs or Needs()):
+        work["workers"] = max(min(ctx.settings.workers, len(todo)), 1)
+        lost = Counter[str]()
+        for shard, took in _run(ctx, todo, make_worker, needs or Needs()):
             shards.append(shard)
-            progress.advance(shard.ledger.rows)
+            add(work, {**took, "made_rows": shard.ledger.rows})
+            work["made_seconds"] = progress.seconds
+            lost.update(shard.ledger.rejected)
+            progress.advance(shard.ledger.rows, _note(work, lost))
     return sorted(shards, key=lambda shard: shard.number), len(todo)
 
 
-def _run(ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Worker], needs: Needs) -> Iterator[Shard]:
+def _note(work: Work, lost: Counter[str]) -> str:
+    """For example '2 workers 93% busy, 1.2 MB/s written, rejected 12 http_4xx, 3 timeout'."""
+    seconds = work["made_seconds"]
+    busy, rate = work["busy_seconds"] / seconds / work["workers"], work["written_bytes"] / seconds / 1e6
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common(2))
+    who = "1 worker" if work["workers"] == 1 else f"{work['workers']} workers"
+    note = f"{who} {busy:.0%} busy, {rate:.1f} MB/s written"
+    return f"{note}, rejected {reasons}" if reasons else note
+
+
+def _run(
+    ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Worker], needs: Needs
+) -> Iterator[tuple[Shard, Work]]:
     if not todo:
         return
     workers = min(ctx.settings.workers, len(todo))
     if workers == 0:
         worker = make_worker()
+        free = time.monotonic()
         for task in todo:
-            yield _make(ctx.store, ctx.stage, worker, task)
+            shard, work = _make(ctx.store, ctx.stage, worker, task, free)
+            free = time.monotonic()
+            yield shard, work
         return
     from pipeline.launch import start_ray
 
@@ -153,13 +180,20 @@ def _check_room(ray: Any, ctx: Context, workers: int, needs: Needs) -> None:
         raise UserError(f"run.{ctx.stage}.gpus: {workers} workers with {needs.gpus:g} each, but Ray has {gpus:g} GPUs")
 
 
-def _make(store: Store, stage: str, worker: Worker, task: ShardTask) -> Shard:
-    """One shard, unless another driver has made it meanwhile."""
-    made = read_shard(store, stage, task.key)
-    if made is not None:
-        return made
-    output = worker(task)
-    return publish_shard(store, stage, task.number, task.key, output.ledger, output.blobs, output.counts)
+def _make(store: Store, stage: str, worker: Worker, task: ShardTask, free: float) -> tuple[Shard, Work]:
+    """One shard, unless another driver has made it meanwhile. The worker has been ``free`` since then."""
+    began = time.monotonic()
+    work: Work = {"wait_seconds": began - free, "write_seconds": 0.0, "written_bytes": 0}
+    shard = read_shard(store, stage, task.key)
+    if shard is None:
+        output = worker(task)
+        made = time.monotonic()
+        shard = publish_shard(store, stage, task.number, task.key, output.ledger, output.blobs, output.counts)
+        work |= {f"{name}_seconds": seconds for name, seconds in output.seconds.items()}
+        work["write_seconds"] = time.monotonic() - made
+        work["written_bytes"] = sum(len(blob) for blob in output.blobs.values())
+    work["busy_seconds"] = time.monotonic() - began
+    return shard, work
 
 
 def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
@@ -168,30 +202,57 @@ def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
     class ShardActor:
         def __init__(self) -> None:
             self.worker = make_worker()
+            self.count = _counters(stage)
+            self.free = time.monotonic()
 
         def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
             return {"answer": [self.answer(pickle.loads(task)) for task in batch["task"]]}
 
         def answer(self, task: ShardTask) -> str:
             try:
-                shard = _make(store, stage, self.worker, task)
+                shard, work = _make(store, stage, self.worker, task, self.free)
             except UserError as e:
                 return json.dumps({"user_error": str(e)})
             except CorruptObject as e:
                 return json.dumps({"corrupt": [e.path, e.why]})
-            return json.dumps({"shard": [shard.number, shard.key, shard.ledger.as_json(), shard.blobs, shard.counts]})
+            self.count(shard, work)
+            self.free = time.monotonic()
+            made = [shard.number, shard.key, shard.ledger.as_json(), shard.blobs, shard.counts]
+            return json.dumps({"shard": made, "work": work})
 
     return ShardActor
 
 
-def _answer(text: str) -> Shard:
+def _answer(text: str) -> tuple[Shard, Work]:
     answer = json.loads(text)
     if "user_error" in answer:
         raise UserError(answer["user_error"])
     if "corrupt" in answer:
         raise CorruptObject(*answer["corrupt"])
     number, key, ledger, blobs, counts = answer["shard"]
-    return Shard(number, key, Ledger.from_json(ledger), blobs, counts)
+    return Shard(number, key, Ledger.from_json(ledger), blobs, counts), answer["work"]
+
+
+def _counters(stage: str) -> Callable[[Shard, Work], None]:
+    """Adds what a worker did to Ray's own metrics, for whoever scrapes the cluster. Rates of them are rates of work."""
+    from ray.util import metrics
+
+    rows = metrics.Counter("unclip_rows", "Rows by how they ended.", ("stage", "end"))
+    seconds = metrics.Counter("unclip_worker_seconds", "Seconds of workers, by what they went into.", ("stage", "step"))
+    written = metrics.Counter("unclip_written_bytes", "Bytes of blobs published.", ("stage",))
+
+    def count(shard: Shard, work: Work) -> None:
+        ends = {"kept": shard.ledger.kept, **shard.ledger.rejected}
+        for end, number in ends.items():
+            if number:  # a counter takes no zero
+                rows.inc(number, {"stage": stage, "end": end})
+        for step, value in work.items():
+            if step.endswith("_seconds") and value > 0:
+                seconds.inc(value, {"stage": stage, "step": step.removesuffix("_seconds")})
+        if work["written_bytes"]:
+            written.inc(work["written_bytes"], {"stage": stage})
+
+    return count
 
 
 # --- parts of a task, under way while others are used -----------------------------------------------------------------

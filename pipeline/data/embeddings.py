@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
+from pipeline.progress import Steps, add
 from pipeline.records import read_blob
 from pipeline.settings import EmbeddingsSettings
 from pipeline.shards import Helpers, Needs, ShardOutput, ShardTask, map_shards, results_ahead
@@ -50,17 +51,23 @@ class EmbeddingsRecipe:
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """Reads the pictures of index rows and gives their views, uint8 [n, size, size, 3]. Needs no torch."""
+    """Reads the pictures of index rows and gives their views, uint8 [n, size, size, 3], and the seconds that "read" and
+    "decode" took. Needs no torch."""
 
     store: Store
     size: int
 
-    def __call__(self, images: str | None, rows: Sequence[Mapping[str, Any]]) -> Any:
+    def __call__(self, images: str | None, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Mapping[str, float]]:
         import numpy as np
 
         from models.view import open_view
 
-        return np.stack([open_view(data, self.size) for data in read_pictures(self.store, images, rows)])
+        steps = Steps()
+        with steps("read"):
+            found = read_pictures(self.store, images, rows)
+        with steps("decode"):
+            views = np.stack([open_view(data, self.size) for data in found])
+        return views, steps.seconds
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ class MakeEncoder:
         from pipeline.bundle import materialise
 
         torch.set_num_threads(1)
-        # A GPU would convolve in TF32, and that is more than rounding.
-        torch.backends.cudnn.allow_tf32 = False
+        if self.settings.gpus:  # a GPU would convolve in TF32, and that is more than rounding
+            torch.backends.cudnn.allow_tf32 = False
         with tempfile.TemporaryDirectory() as folder:
             materialise(self.store, self.clip, folder)
             clip = Clip.from_folder(folder).eval()
@@ -118,9 +125,11 @@ class Encoder:
         import numpy as np
         import pyarrow as pa
 
+        steps = Steps()
         pairs, captions = task.inputs["pairs"], task.inputs["captions"]
-        rows = [r for r in read_table(self.store, pairs.blobs["index"]).to_pylist() if r["status"] == "kept"]
-        texts = dict(zip(*read_table(self.store, captions.blobs["captions"]).to_pydict().values(), strict=True))
+        with steps("read"):
+            rows = [r for r in read_table(self.store, pairs.blobs["index"]).to_pylist() if r["status"] == "kept"]
+            texts = dict(zip(*read_table(self.store, captions.blobs["captions"]).to_pydict().values(), strict=True))
         came = np.array([r["url"].startswith(SCHEME) for r in rows], bool)  # embedded, with one caption
         told = [texts[r["key"]][: 1 if given else CAPTIONS] or [""] for r, given in zip(rows, came, strict=True)]
         image, text = np.zeros((2, len(rows), self.clip.embed_dim), np.float32)
@@ -128,10 +137,11 @@ class Encoder:
         blocks = [pictured[i : i + self.batch] for i in range(0, len(pictured), self.batch)]
         views = results_ahead(self.submit, [(pairs.blobs.get("images"), block) for block in blocks], self.ahead)
         image[came], text[came] = self._imported([rows[i] for i in np.flatnonzero(came)])
-        text[~came] = self._texts([told[i][0] for i in np.flatnonzero(~came)])
-        # In batches of their own, so that they cannot change a byte of the first ones.
-        more = self._texts([caption for captions in told for caption in captions[1:]])
-        image[~came] = self._images(views, len(pictured))
+        with steps("encode"):
+            text[~came] = self._texts([told[i][0] for i in np.flatnonzero(~came)])
+            # In batches of their own, so that they cannot change a byte of the first ones.
+            more = self._texts([caption for captions in told for caption in captions[1:]])
+        image[~came] = self._images(views, len(pictured), steps)
         offsets = np.cumsum([0, *(len(captions) - 1 for captions in told)], dtype=np.int32)
         columns = {
             "key": pa.array([r["key"] for r in rows], pa.string()),
@@ -143,7 +153,9 @@ class Encoder:
         columns |= {name: pa.array([r[name] for r in rows], pa.int32()) for name in ("width", "height")}
         columns["caption_length"] = pa.array([len(captions[0]) for captions in told], pa.int32())
         columns |= {score_column(name): pa.array(head(image)) for name, head in self.heads.items()}
-        return ShardOutput(Ledger(kept=len(rows)), {"embeddings": write_table(columns)})
+        with steps("pack"):
+            data = write_table(columns)
+        return ShardOutput(Ledger(kept=len(rows)), {"embeddings": data}, seconds=steps.seconds)
 
     def _imported(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
         """Image and text embeddings, fp32 [n, d] of unit norm, from where they lie.
@@ -167,17 +179,20 @@ class Encoder:
         unit = stacked / np.linalg.norm(stacked, axis=2, keepdims=True)
         return unit[:, 0], unit[:, 1]
 
-    def _images(self, views: Iterable[Any], count: int) -> Any:
+    def _images(self, views: Iterator[tuple[Any, Mapping[str, float]]], count: int, steps: Steps) -> Any:
         """Embeddings of ``count`` pictures, whose views come in batches, all full but for the last one."""
         import numpy as np
 
         size = self.clip.image_size
         result = np.zeros((count, self.clip.embed_dim), np.float32)
-        for i, block in enumerate(views):
+        for start in range(0, count, self.batch):
+            with steps("views"):
+                block, seconds = next(views)
+            add(steps.seconds, seconds)
             pixels = np.zeros((self.batch, 3, size, size), np.uint8)
             pixels[: len(block)] = block.transpose(0, 3, 1, 2)
-            start = i * self.batch
-            result[start : start + len(block)] = self._encode(self.clip.encode_image, pixels)[: len(block)]
+            with steps("encode"):
+                result[start : start + len(block)] = self._encode(self.clip.encode_image, pixels)[: len(block)]
         return result
 
     def _texts(self, texts: Sequence[str]) -> Any:

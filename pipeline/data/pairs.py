@@ -29,6 +29,7 @@ from pipeline.data.source import row_key
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
+from pipeline.progress import Steps
 from pipeline.settings import PairsSettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
@@ -99,6 +100,7 @@ class Packer:
         return Fetcher(self.settings, self.recipe.max_bytes, self.deny)
 
     def __call__(self, task: ShardTask) -> ShardOutput:
+        steps = Steps()
         refs = read_table(self.store, task.inputs["source"].blobs["refs"]).to_pylist()
         rows = [
             {"key": row_key(task.number, i), "status": "kept"}
@@ -134,18 +136,20 @@ class Packer:
                 if i in known:
                     self._take_over(tar, rows[i], known[i])
                     continue
-                answer = next(answers)
+                with steps("fetch"):
+                    answer = next(answers)
                 if answer.data is None:
                     _reject(rows[i], answer.reason, answer.evidence)
                 else:
-                    self._pack(tar, rows[i], refs[i], answer.data)
+                    with steps("decode"):
+                        self._pack(tar, rows[i], refs[i], answer.data)
         blobs = {"index": write_table(index_table(rows))}
         if own:
             blobs["images"] = out.getvalue()
         if opted_out := [row for row in rows if row.get("evidence")]:
             blobs[OPT_OUTS] = opt_out_table(opted_out)
         ledger = Ledger.count(None if row["status"] == "kept" else row["reason"] for row in rows)
-        return ShardOutput(ledger, blobs, index_counts(rows))
+        return ShardOutput(ledger, blobs, index_counts(rows), steps.seconds)
 
     def _pack(self, tar: tarfile.TarFile, row: dict[str, Any], ref: Mapping[str, Any], data: bytes) -> None:
         if self._reject_hash(row, ref, hashlib.sha256(data).hexdigest()):

@@ -1,5 +1,6 @@
 """map_shards in this process: what is there is not made again, counts balance, and damage and mistakes come through."""
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -9,13 +10,22 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import Artifact, publish_shard, read_shards, shard_path
+from pipeline.artifacts import Artifact, Shard, publish_shard, read_shards, shard_path
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
 from pipeline.records import read_blob
 from pipeline.settings import RaySettings, ShardSettings
-from pipeline.shards import Needs, ShardOutput, ShardTask, map_shards, results_ahead
+from pipeline.shards import (
+    Needs,
+    ShardOutput,
+    ShardTask,
+    _actor,
+    _answer,
+    _note,
+    map_shards,
+    results_ahead,
+)
 from pipeline.store import Store, open_store
 
 
@@ -37,7 +47,7 @@ class Worker:
         if task.number == self.fails_at and self.failure:
             raise self.failure
         ledger = Ledger(10, {"timeout": task.number} if task.number else {})
-        return ShardOutput(ledger, {"data": f"shard {task.number}".encode()}, {"train/0": 10})
+        return ShardOutput(ledger, {"data": f"shard {task.number}".encode()}, {"train/0": 10}, {"fetch": 2.5})
 
 
 def _context(store: Store) -> Context:
@@ -75,6 +85,54 @@ def test_what_is_there_is_not_made_again(store: Store) -> None:
     assert artifact.times["shards_made"] == 1
     store.delete(["artifacts/pairs/the-key.json"])
     assert len(read_shards(store, map_shards(_context(store), _tasks(0, 1, 2), _never))) == 3
+
+
+def test_what_the_work_took_is_written_down_and_is_no_part_of_the_shards(store: Store) -> None:
+    map_shards(_context(store), _tasks(0), Worker)
+    store.delete(["artifacts/pairs/the-key.json"])
+    artifact = map_shards(_context(store), _tasks(0, 1, 2), Worker)
+    took = artifact.times
+    assert took["workers"] == 1
+    assert took["fetch_seconds"] == 2 * 2.5  # shard 0 was there
+    assert took["made_rows"] == 11 + 12
+    assert took["written_bytes"] == len(b"shard 1" + b"shard 2")
+    assert 0 < took["write_seconds"] <= took["busy_seconds"]
+    assert took["busy_seconds"] + took["wait_seconds"] <= took["made_seconds"] <= took["seconds"]
+    assert b"fetch" not in b"".join(store.read(entry.path) for entry in store.list("shards/"))
+
+
+def test_the_line_of_progress_says_how_busy_workers_are_and_what_is_lost() -> None:
+    work = {"workers": 2, "made_seconds": 10.0, "busy_seconds": 15.0, "written_bytes": 25_000_000}
+    assert _note(work, Counter()) == "2 workers 75% busy, 2.5 MB/s written"
+    lost = Counter({"timeout": 3, "http_4xx": 1200, "truncated": 1})
+    assert _note(work | {"workers": 1}, lost) == (
+        "1 worker 150% busy, 2.5 MB/s written, rejected 1,200 http_4xx, 3 timeout"
+    )
+
+
+def test_workers_count_for_rays_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.util import metrics
+
+    counted: dict[tuple[str, str], float] = {}
+
+    class Spy(metrics.Counter):
+        def inc(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+            super().inc(value, tags)  # refuses unknown tags and what is not above 0
+            name = self.info["name"], "/".join((tags or {}).values())
+            counted[name] = counted.get(name, 0.0) + value
+
+    monkeypatch.setattr(metrics, "Counter", Spy)
+    actor = _actor(open_store("never-written"), "pairs", Worker)()
+    work = {"busy_seconds": 3.0, "wait_seconds": 0.0, "fetch_seconds": 2.5, "written_bytes": 7}
+    for _ in range(2):
+        actor.count(Shard(1, "key-1", Ledger(10, {"timeout": 1, "truncated": 0})), work)
+    assert counted == {
+        ("unclip_rows", "pairs/kept"): 20,
+        ("unclip_rows", "pairs/timeout"): 2,
+        ("unclip_worker_seconds", "pairs/busy"): 6.0,
+        ("unclip_worker_seconds", "pairs/fetch"): 5.0,
+        ("unclip_written_bytes", "pairs"): 14,
+    }
 
 
 def test_the_table_does_not_know_who_made_what_when(tmp_path: Path) -> None:
@@ -128,8 +186,6 @@ def test_a_failure_keeps_what_was_made_and_publishes_nothing(store: Store, failu
 
 
 def test_failures_travel_from_a_ray_worker_as_values() -> None:
-    from pipeline.shards import _actor, _answer
-
     def answer(failure: Exception | None) -> str:
         import pickle
 
