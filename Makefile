@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12)
 BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
-BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver near_duplicates tiny variants
+BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver near_duplicates embeddings tiny variants
 
 .PHONY: help test test-browser test-slow check bench format peek demo clean
 
@@ -11,7 +11,7 @@ help:
 	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 120 trains less or more than 25"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
-	@echo "make bench   what the models cost against peers and bounds, in about half an hour on an idle machine"
+	@echo "make bench   what the models cost against peers and bounds, in some 40 minutes on an idle machine"
 
 ifeq ($(PYTHON),)
 .venv/ready:

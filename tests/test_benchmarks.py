@@ -24,6 +24,7 @@ KEYS = {
     },
     "bsr": {"bsrgan_over_ours"},
     "dpm_solver": {"mixture_cosine", "mixture_linear", "decoder_guidance_0", "decoder_guidance_1"},
+    "embeddings": {"stage_rate_over_bound", "transform_over_read"},
     "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
     "tiny": {
         "training_time_over_bound",
