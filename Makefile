@@ -2,7 +2,8 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12)
 BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
-BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs codec near_duplicates many_shards tiny variants
+BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings codec near_duplicates \
+  many_shards tiny variants
 
 .PHONY: help test test-browser test-slow chaos check bench format peek demo clean
 
@@ -12,7 +13,7 @@ help:
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
 	@echo "make chaos   real faults against the data stages: N=50 slices of SEED=1, about a minute each; goes on where it stopped"
-	@echo "make bench   what the models cost against peers and bounds, in about half an hour on an idle machine"
+	@echo "make bench   what the stages cost against peers and bounds, in over an hour on an idle machine"
 
 ifeq ($(PYTHON),)
 .venv/ready:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import Lock
+from typing import TextIO, TypeVar
+
+T = TypeVar("T")
+END = object()
 
 
 def duration(seconds: float) -> str:
@@ -16,6 +21,38 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def add(total: dict[str, float], more: Mapping[str, float]) -> None:
+    """Add numbers by name."""
+    for name, value in more.items():
+        total[name] = total.get(name, 0.0) + value
+
+
+class Steps:
+    """``seconds`` that went by in each named step, on any thread."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._lock = Lock()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                add(self.seconds, {name: time.monotonic() - began})
+
+    def each(self, name: str, items: Iterator[T]) -> Iterator[T]:
+        """The items, with waiting for them as a step."""
+        while True:
+            with self(name):
+                item = next(items, END)
+            if item is END:
+                return
+            yield item  # type: ignore[misc]
 
 
 class Progress:

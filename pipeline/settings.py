@@ -18,9 +18,11 @@ def at_least(settings: object, lowest: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """Workers of a shard-wise stage, one core each; 0 works in this process, without Ray."""
+    """Workers of a shard-wise stage, one core each; 0 works in this process, without Ray. ``nodes``: labels, as
+    ``ray start --labels`` gives them, of the nodes of a cluster where they may run."""
 
     workers: int = 2
+    nodes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least(self, 0, "workers")
@@ -53,13 +55,19 @@ class PairsSettings(ShardSettings):
 
 @dataclass(frozen=True)
 class EmbeddingsSettings(ShardSettings):
-    """``batch``: rows encoded at once; batches are padded to it."""
+    """``batch``: rows encoded at once; batches are padded to it. ``decoders``: processes of one core each that decode
+    for one worker, on nodes with the labels ``decoder_nodes``; with 0 a worker decodes on a thread beside the
+    encoding. ``gpus`` of one worker, which then takes no core; with 0 it encodes on its core."""
 
     batch: int = 64
+    decoders: int = 0
+    decoder_nodes: dict[str, str] = field(default_factory=dict)
+    gpus: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "batch")
+        at_least(self, 0, "decoders", "gpus")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 from pipeline.artifacts import (
@@ -27,8 +32,10 @@ from pipeline.artifacts import (
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
-from pipeline.progress import Progress
+from pipeline.progress import Progress, add
 from pipeline.store import Store
+
+log = logging.getLogger("unclip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +49,46 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardOutput:
-    """What a worker made of one shard."""
+    """What a worker made of one shard. ``seconds`` of its steps are for people, and no part of the shard."""
 
     ledger: Ledger
     blobs: Mapping[str, bytes]
     counts: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 Worker = Callable[[ShardTask], ShardOutput]
+Work = dict[str, float]
+"""What workers took, summed: "busy_seconds" in tasks and "wait_seconds" between them, "written_bytes", and
+"NAME_seconds" of each step. Steps of threads or helpers beside a worker are not part of its busy seconds."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one worker takes. With ``gpus`` it takes no core, else one. It may have ``helpers``, of one core each."""
+
+    gpus: float = 0.0
+    helpers: int = 0
+    helper_nodes: Mapping[str, str] = field(default_factory=dict)
 
 
 def map_shards(
-    ctx: Context, tasks: Sequence[ShardTask], make_worker: Callable[[], Worker], unit: str = "rows", rows: int = 0
+    ctx: Context,
+    tasks: Sequence[ShardTask],
+    make_worker: Callable[[], Worker],
+    unit: str = "rows",
+    rows: int = 0,
+    needs: Needs | None = None,
 ) -> Artifact:
     """Make every shard that has no record yet, then publish the artefact that lists them all; as ``run_shards``."""
     began = time.monotonic()
-    table, made = ShardTable(), 0
-    for shard, new in _each_shard(ctx, tasks, make_worker, unit, rows, ctx.stage):
+    table, made, work = ShardTable(), 0, Work()
+    for shard, new in _each_shard(ctx, tasks, make_worker, unit, rows, ctx.stage, needs or Needs(), work):
         table.add(shard)
         made += new
     blob, ledger = table.write(ctx.store)
-    metrics = {"shards": len(tasks)}
-    artifact = ctx.publishable(shard_table=blob, ledger=ledger, metrics=metrics, times={"shards_made": made})
+    metrics, times = {"shards": len(tasks)}, {"shards_made": made, **work}
+    artifact = ctx.publishable(shard_table=blob, ledger=ledger, metrics=metrics, times=times)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 
 
@@ -74,14 +99,17 @@ def run_shards(
     unit: str,
     amount: int,
     title: str | None = None,
+    needs: Needs | None = None,
+    work: Work | None = None,
 ) -> tuple[list[Shard], int]:
     """Make every shard that has no record yet. Returns all shards by rising number, and how many were made now.
 
     ``make_worker`` is pickled and called once in every worker process. ``amount`` counts the units of all tasks, as
     ledgers count them, for the progress line. With ``ctx.settings.workers`` 0 the worker runs in this process, without
-    Ray.
+    Ray. What the workers took is added to ``work``, with their number and the seconds and rows of what was made now.
     """
-    found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage))
+    work = {} if work is None else work
+    found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage, needs or Needs(), work))
     return sorted((shard for shard, _ in found), key=lambda shard: shard.number), sum(new for _, new in found)
 
 
@@ -92,6 +120,8 @@ def _each_shard(
     unit: str,
     amount: int,
     title: str,
+    needs: Needs,
+    work: Work,
 ) -> Iterator[tuple[Shard, bool]]:
     """Every shard, in no order, and whether it was made now.
 
@@ -103,9 +133,18 @@ def _each_shard(
     done = [task for task in tasks if shard_path(ctx.stage, task.key) in there]
     guess = amount * len(done) // max(1, len(tasks))
     with Progress(title, amount, unit, start=guess) as progress:
-        for shard in _run(ctx, todo, make_worker):
-            progress.advance(shard.ledger.rows)
-            yield shard, True
+        work["workers"] = max(min(ctx.settings.workers, len(todo)), 1)
+        failed = Counter[str]()
+
+        def make(todo: Sequence[ShardTask]) -> Iterator[tuple[Shard, bool]]:
+            for shard, took in _run(ctx, todo, make_worker, needs):
+                add(work, {**took, "made_rows": shard.ledger.rows})
+                work["made_seconds"] = progress.seconds
+                failed.update({**shard.ledger.rejected, **shard.ledger.deferred})
+                progress.advance(shard.ledger.rows, partial(_note, work, failed))
+                yield shard, True
+
+        yield from make(todo)
         lost, rows = [], 0
         for task, read in zip(done, read_each_shard(ctx.store, ctx.stage, [t.key for t in done]), strict=True):
             if read is None:
@@ -115,23 +154,37 @@ def _each_shard(
                 yield read, False
         progress.first += rows - guess
         progress.done += rows - guess
-        for shard in _run(ctx, lost, make_worker):
-            progress.advance(shard.ledger.rows)
-            yield shard, True
+        yield from make(lost)
 
 
-def _run(ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Worker]) -> Iterator[Shard]:
+def _note(work: Work, lost: Counter[str]) -> str:
+    """For example '2 workers 93% busy, 1.2 MB/s written, rejected 12 http_4xx, 3 timeout'."""
+    seconds = work["made_seconds"]
+    busy, rate = work["busy_seconds"] / seconds / work["workers"], work["written_bytes"] / seconds / 1e6
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common(2))
+    who = "1 worker" if work["workers"] == 1 else f"{work['workers']} workers"
+    note = f"{who} {busy:.0%} busy, {rate:.1f} MB/s written"
+    return f"{note}, rejected {reasons}" if reasons else note
+
+
+def _run(
+    ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Worker], needs: Needs
+) -> Iterator[tuple[Shard, Work]]:
     if not todo:
         return
     workers = min(ctx.settings.workers, len(todo))
     if workers == 0:
         worker = make_worker()
+        free = time.monotonic()
         for task in todo:
-            yield _make(ctx.store, ctx.stage, worker, task)
+            shard, work = _make(ctx.store, ctx.stage, worker, task, free)
+            free = time.monotonic()
+            yield shard, work
         return
     from pipeline.launch import start_ray
 
     ray = start_ray(ctx.config.run.ray)
+    _check_room(ray, ctx, workers, needs)
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):  # to the console; its log file keeps everything
@@ -141,7 +194,9 @@ def _run(ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Work
     ).map_batches(
         _actor(ctx.store, ctx.stage, make_worker),
         batch_size=1,
-        num_cpus=1,
+        num_cpus=0 if needs.gpus else 1,
+        num_gpus=needs.gpus,
+        label_selector=dict(ctx.settings.nodes),
         compute=ray.data.ActorPoolStrategy(size=workers),
     )
     for row in dataset.iter_rows():
@@ -149,13 +204,36 @@ def _run(ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Work
         yield _answer(row["answer"])
 
 
-def _make(store: Store, stage: str, worker: Worker, task: ShardTask) -> Shard:
-    """One shard, unless another driver has made it meanwhile."""
-    made = read_shard(store, stage, task.key)
-    if made is not None:
-        return made
-    output = worker(task)
-    return publish_shard(store, stage, task.number, task.key, output.ledger, output.blobs, output.counts)
+def _check_room(ray: Any, ctx: Context, workers: int, needs: Needs) -> None:
+    """Raise UserError where the Ray of this machine could only wait for ever. A cluster may grow, and is waited for."""
+    local = "RAY_ADDRESS" not in os.environ
+    labels = {name for node in ray.nodes() if node["Alive"] for name in node["Labels"]}
+    if missing := sorted({*ctx.settings.nodes, *needs.helper_nodes} - labels):
+        said = f"run.{ctx.stage}: no node of the cluster has the label {missing[0]}"
+        if local:
+            raise UserError(f"{said}: set RAY_ADDRESS to a cluster whose nodes have it (ray start --labels)")
+        log.warning("%s yet; waiting for one", said)
+    cores, has = workers * ((not needs.gpus) + needs.helpers), ray.cluster_resources().get("CPU", 0)
+    if local and needs.helpers and has < cores:
+        raise UserError(f"run.ray.cpus: {has:.0f} are too few for {cores} processes of run.{ctx.stage}, one core each")
+    if local and needs.gpus * workers > (gpus := ray.cluster_resources().get("GPU", 0)):
+        raise UserError(f"run.{ctx.stage}.gpus: {workers} workers with {needs.gpus:g} each, but Ray has {gpus:g} GPUs")
+
+
+def _make(store: Store, stage: str, worker: Worker, task: ShardTask, free: float) -> tuple[Shard, Work]:
+    """One shard, unless another driver has made it meanwhile. The worker has been ``free`` since then."""
+    began = time.monotonic()
+    work: Work = {"wait_seconds": began - free, "write_seconds": 0.0, "written_bytes": 0}
+    shard = read_shard(store, stage, task.key)
+    if shard is None:
+        output = worker(task)
+        made = time.monotonic()
+        shard = publish_shard(store, stage, task.number, task.key, output.ledger, output.blobs, output.counts)
+        work |= {f"{name}_seconds": seconds for name, seconds in output.seconds.items()}
+        work["write_seconds"] = time.monotonic() - made
+        work["written_bytes"] = sum(len(blob) for blob in output.blobs.values())
+    work["busy_seconds"] = time.monotonic() - began
+    return shard, work
 
 
 def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
@@ -164,6 +242,8 @@ def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
     class ShardActor:
         def __init__(self) -> None:
             self.worker = make_worker()
+            self.count = _counters(stage)
+            self.free = time.monotonic()
 
         def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
             answers = [self.answer(pickle.loads(task)) for task in batch["task"]]
@@ -171,21 +251,94 @@ def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
 
         def answer(self, task: ShardTask) -> str:
             try:
-                shard = _make(store, stage, self.worker, task)
+                shard, work = _make(store, stage, self.worker, task, self.free)
             except UserError as e:
                 return json.dumps({"user_error": str(e)})
             except CorruptObject as e:
                 return json.dumps({"corrupt": [e.path, e.why]})
-            return json.dumps({"shard": [shard.number, shard.key, shard.ledger.as_json(), shard.blobs, shard.counts]})
+            self.count(shard, work)
+            self.free = time.monotonic()
+            made = [shard.number, shard.key, shard.ledger.as_json(), shard.blobs, shard.counts]
+            return json.dumps({"shard": made, "work": work})
 
     return ShardActor
 
 
-def _answer(text: str) -> Shard:
+def _answer(text: str) -> tuple[Shard, Work]:
     answer = json.loads(text)
     if "user_error" in answer:
         raise UserError(answer["user_error"])
     if "corrupt" in answer:
         raise CorruptObject(*answer["corrupt"])
     number, key, ledger, blobs, counts = answer["shard"]
-    return Shard(number, key, Ledger.from_json(ledger), blobs, counts)
+    return Shard(number, key, Ledger.from_json(ledger), blobs, counts), answer["work"]
+
+
+def _counters(stage: str) -> Callable[[Shard, Work], None]:
+    """Adds what a worker did to Ray's own metrics, for whoever scrapes the cluster. Rates of them are rates of work."""
+    from ray.util import metrics
+
+    rows = metrics.Counter("unclip_rows", "Rows by how they ended.", ("stage", "end"))
+    seconds = metrics.Counter("unclip_worker_seconds", "Seconds of workers, by what they went into.", ("stage", "step"))
+    written = metrics.Counter("unclip_written_bytes", "Bytes of blobs published.", ("stage",))
+
+    def count(shard: Shard, work: Work) -> None:
+        ends = {"kept": shard.ledger.kept, **shard.ledger.rejected}
+        for end, number in ends.items():
+            if number:  # a counter takes no zero
+                rows.inc(number, {"stage": stage, "end": end})
+        for step, value in work.items():
+            if step.endswith("_seconds") and value > 0:
+                seconds.inc(value, {"stage": stage, "step": step.removesuffix("_seconds")})
+        if work["written_bytes"]:
+            written.inc(work["written_bytes"], {"stage": stage})
+
+    return count
+
+
+# --- parts of a task, under way while others are used -----------------------------------------------------------------
+
+
+def results_ahead(submit: Callable[..., Future[Any]], calls: Iterable[tuple[Any, ...]], ahead: int) -> Iterator[Any]:
+    """The results of ``submit`` for these arguments, in their order, ``ahead`` of them under way from now on.
+
+    Raises what a call raises, when its turn has come.
+    """
+    calls = iter(calls)
+    waiting = deque(submit(*call) for call in islice(calls, ahead))
+
+    def results() -> Iterator[Any]:
+        for call in calls:
+            waiting.append(submit(*call))
+            yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    return results()
+
+
+class Helpers:
+    """Ray actors of one core each, on nodes with these labels, that call ``work`` for one worker. Each takes its turn.
+
+    They end with the process that made them; one that is killed, or whose node is lost, is replaced and its calls made
+    again.
+    """
+
+    def __init__(self, work: Callable[..., Any], size: int, nodes: Mapping[str, str]):
+        import ray
+
+        options: dict[str, Any] = {"num_cpus": 1, "label_selector": dict(nodes)}
+        actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=-1)(_Helper)
+        self._turns = cycle([actor.remote(work) for _ in range(size)])
+
+    def submit(self, *arguments: Any) -> Future[Any]:
+        """As ``Executor.submit``, without the function."""
+        return next(self._turns).call.remote(*arguments).future()
+
+
+class _Helper:
+    def __init__(self, work: Callable[..., Any]):
+        self.work = work
+
+    def call(self, *arguments: Any) -> Any:
+        return self.work(*arguments)

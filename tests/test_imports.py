@@ -28,8 +28,7 @@ def _files(*folders: str) -> list[Path]:
 
 def test_ray_is_known_in_few_files() -> None:
     files = {str(f.relative_to(ROOT)) for f in _files("models", "pipeline", "jobs", "cluster") if "ray" in _imports(f)}
-    # shards.py is handed the module by launch.py, so it uses Ray without an import of its own.
-    assert files | {"pipeline/shards.py"} == RAY
+    assert files == RAY
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """CLIP image and text embeddings, shard by shard.
 
 A shard's rows are encoded in batches that are cut inside the shard and padded, on one thread, so that neither
-neighbours nor workers can change a byte of the result.
+neighbours nor workers can change a byte of the result. Pictures are decoded a batch ahead, on a thread beside the
+encoding or by processes of their own on any node; of a shard there are never more pixels than a few batches.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pipeline.artifacts import Artifact, read_shards, read_table, write_table
@@ -21,8 +24,10 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
+from pipeline.progress import Steps, add
 from pipeline.records import read_blob
-from pipeline.shards import ShardOutput, ShardTask, map_shards
+from pipeline.settings import EmbeddingsSettings
+from pipeline.shards import Helpers, Needs, ShardOutput, ShardTask, map_shards, results_ahead
 from pipeline.store import Store
 
 VERSION = 2
@@ -45,12 +50,33 @@ class EmbeddingsRecipe:
 
 
 @dataclass(frozen=True)
+class DecodeBatch:
+    """Reads the pictures of index rows and gives their views, uint8 [n, size, size, 3], and the seconds that "read" and
+    "decode" took. Needs no torch."""
+
+    store: Store
+    size: int
+
+    def __call__(self, images: str | None, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Mapping[str, float]]:
+        import numpy as np
+
+        from models.view import open_view
+
+        steps = Steps()
+        with steps("read"):
+            found = read_pictures(self.store, images, rows)
+        with steps("decode"):
+            views = np.stack([open_view(data, self.size) for data in found])
+        return views, steps.seconds
+
+
+@dataclass(frozen=True)
 class MakeEncoder:
     """Opens CLIP once in each worker process."""
 
     store: Store
     clip: Mapping[str, str]
-    batch: int
+    settings: EmbeddingsSettings
     heads: Mapping[str, Head]
 
     def __call__(self) -> Encoder:
@@ -62,13 +88,20 @@ class MakeEncoder:
         from pipeline.bundle import materialise
 
         torch.set_num_threads(1)
+        if self.settings.gpus:  # a GPU would convolve in TF32, and that is more than rounding
+            torch.backends.cudnn.allow_tf32 = False
         with tempfile.TemporaryDirectory() as folder:
             materialise(self.store, self.clip, folder)
-            return Encoder(self.store, Clip.from_folder(folder).eval(), self.batch, self.heads)
+            clip = Clip.from_folder(folder).eval()
+        decode, helpers = DecodeBatch(self.store, clip.image_size), self.settings.decoders
+        submit: Callable[..., Future[Any]] = ThreadPoolExecutor(1).submit
+        submit = Helpers(decode, helpers, self.settings.decoder_nodes).submit if helpers else partial(submit, decode)
+        device = "cuda" if self.settings.gpus else "cpu"
+        return Encoder(self.store, clip.to(device), self.settings.batch, self.heads, submit, max(helpers, 1))
 
 
 class Encoder:
-    """Embeds the kept rows of one shard, and scores them.
+    """Embeds the kept rows of one shard, and scores them. ``submit`` has a batch decoded, ``ahead`` of them in advance.
 
     Columns: "key", "image_embedding" and "text_embedding" (float16 [d], unit norm, of the first caption),
     "more_text_embeddings" (a list of them, of the captions after it), "similarity" (cosine of the first two), "width"
@@ -76,24 +109,39 @@ class Encoder:
     in characters), and "score_NAME" of every head.
     """
 
-    def __init__(self, store: Store, clip: Any, batch: int, heads: Mapping[str, Head]):
+    def __init__(
+        self,
+        store: Store,
+        clip: Any,
+        batch: int,
+        heads: Mapping[str, Head],
+        submit: Callable[..., Future[Any]],
+        ahead: int,
+    ):
         self.store, self.clip, self.batch, self.heads = store, clip, batch, heads
+        self.submit, self.ahead = submit, ahead
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         import numpy as np
         import pyarrow as pa
 
+        steps = Steps()
         pairs, captions = task.inputs["pairs"], task.inputs["captions"]
-        rows = [r for r in read_table(self.store, pairs.blobs["index"]).to_pylist() if r["status"] == "kept"]
-        texts = dict(zip(*read_table(self.store, captions.blobs["captions"]).to_pydict().values(), strict=True))
+        with steps("read"):
+            rows = [r for r in read_table(self.store, pairs.blobs["index"]).to_pylist() if r["status"] == "kept"]
+            texts = dict(zip(*read_table(self.store, captions.blobs["captions"]).to_pydict().values(), strict=True))
         came = np.array([r["url"].startswith(SCHEME) for r in rows], bool)  # embedded, with one caption
         told = [texts[r["key"]][: 1 if given else CAPTIONS] or [""] for r, given in zip(rows, came, strict=True)]
         image, text = np.zeros((2, len(rows), self.clip.embed_dim), np.float32)
+        pictured = [rows[i] for i in np.flatnonzero(~came)]
+        blocks = [pictured[i : i + self.batch] for i in range(0, len(pictured), self.batch)]
+        views = results_ahead(self.submit, [(pairs.blobs.get("images"), block) for block in blocks], self.ahead)
         image[came], text[came] = self._imported([rows[i] for i in np.flatnonzero(came)])
-        image[~came] = self._images(pairs.blobs.get("images"), [rows[i] for i in np.flatnonzero(~came)])
-        text[~came] = self._texts([told[i][0] for i in np.flatnonzero(~came)])
-        # In batches of their own, so that they cannot change a byte of the first ones.
-        more = self._texts([caption for captions in told for caption in captions[1:]])
+        with steps("encode"):
+            text[~came] = self._texts([told[i][0] for i in np.flatnonzero(~came)])
+            # In batches of their own, so that they cannot change a byte of the first ones.
+            more = self._texts([caption for captions in told for caption in captions[1:]])
+        image[~came] = self._images(views, len(pictured), steps)
         offsets = np.cumsum([0, *(len(captions) - 1 for captions in told)], dtype=np.int32)
         columns = {
             "key": pa.array([r["key"] for r in rows], pa.string()),
@@ -105,7 +153,9 @@ class Encoder:
         columns |= {name: pa.array([r[name] for r in rows], pa.int32()) for name in ("width", "height")}
         columns["caption_length"] = pa.array([len(captions[0]) for captions in told], pa.int32())
         columns |= {score_column(name): pa.array(head(image)) for name, head in self.heads.items()}
-        return ShardOutput(Ledger(kept=len(rows)), {"embeddings": write_table(columns)})
+        with steps("pack"):
+            data = write_table(columns)
+        return ShardOutput(Ledger(kept=len(rows)), {"embeddings": data}, seconds=steps.seconds)
 
     def _imported(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
         """Image and text embeddings, fp32 [n, d] of unit norm, from where they lie.
@@ -129,20 +179,20 @@ class Encoder:
         unit = stacked / np.linalg.norm(stacked, axis=2, keepdims=True)
         return unit[:, 0], unit[:, 1]
 
-    def _images(self, images: str | None, rows: Sequence[Mapping[str, Any]]) -> Any:
+    def _images(self, views: Iterator[tuple[Any, Mapping[str, float]]], count: int, steps: Steps) -> Any:
+        """Embeddings of ``count`` pictures, whose views come in batches, all full but for the last one."""
         import numpy as np
 
-        from models.view import open_view
-
-        result = np.zeros((len(rows), self.clip.embed_dim), np.float32)
-        for start in range(0, len(rows), self.batch):
-            block = rows[start : start + self.batch]
-            pixels = np.zeros((self.batch, self.clip.image_size, self.clip.image_size, 3), np.uint8)
-            for i, data in enumerate(read_pictures(self.store, images, block)):
-                pixels[i] = open_view(data, self.clip.image_size)
-            result[start : start + len(block)] = self._encode(self.clip.encode_image, pixels.transpose(0, 3, 1, 2))[
-                : len(block)
-            ]
+        size = self.clip.image_size
+        result = np.zeros((count, self.clip.embed_dim), np.float32)
+        for start in range(0, count, self.batch):
+            with steps("views"):
+                block, seconds = next(views)
+            add(steps.seconds, seconds)
+            pixels = np.zeros((self.batch, 3, size, size), np.uint8)
+            pixels[: len(block)] = block.transpose(0, 3, 1, 2)
+            with steps("encode"):
+                result[start : start + len(block)] = self._encode(self.clip.encode_image, pixels)[: len(block)]
         return result
 
     def _texts(self, texts: Sequence[str]) -> Any:
@@ -157,11 +207,10 @@ class Encoder:
         return result
 
     def _encode(self, encode: Any, batch: Any) -> Any:
-        import numpy as np
         import torch
 
         with torch.no_grad():
-            return encode(torch.from_numpy(np.ascontiguousarray(batch))).float().numpy()
+            return encode(torch.from_numpy(batch).to(self.clip.mean.device)).float().cpu().numpy()
 
 
 def _column(embeddings: Any) -> Any:
@@ -173,7 +222,12 @@ def _column(embeddings: Any) -> Any:
 
 
 def run_embeddings(ctx: Context) -> Artifact:
-    """Embed every shard of pairs with the CLIP of the graph. Raises UserError for a head that cannot be used."""
+    """Embed every shard of pairs with the CLIP of the graph.
+
+    Raises UserError for a head that cannot be used, and for settings that do not go together.
+    """
+    settings = ctx.settings
+    _check(settings)
     clip = ctx.inputs["clip"]
     heads = load_heads(ctx.recipe.heads, _embed_dim(ctx.store, clip.blobs))
     captions = {s.number: s for s in read_shards(ctx.store, ctx.inputs["captions"])}
@@ -184,7 +238,22 @@ def run_embeddings(ctx: Context) -> Artifact:
         key = shard_key(ctx, {name: shard.key for name, shard in inputs.items()} | {"clip": clip.key})
         tasks.append(ShardTask(pairs.number, key, inputs))
         rows += pairs.kept
-    return map_shards(ctx, tasks, MakeEncoder(ctx.store, clip.blobs, ctx.settings.batch, heads), "rows", rows)
+    needs = Needs(settings.gpus, settings.decoders, settings.decoder_nodes)
+    return map_shards(ctx, tasks, MakeEncoder(ctx.store, clip.blobs, settings, heads), "rows", rows, needs)
+
+
+def _check(settings: EmbeddingsSettings) -> None:
+    if settings.decoders and not settings.workers:
+        raise UserError(
+            f"run.embeddings.decoders: {settings.decoders} decode for each Ray worker, and workers is 0; raise it"
+        )
+    if settings.gpus and not settings.workers:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("run.embeddings.gpus: torch finds no GPU on this machine; leave it at 0")
+    if settings.decoder_nodes and not settings.decoders:
+        raise UserError("run.embeddings.decoder_nodes: names nodes for decoders, and decoders is 0; raise it")
 
 
 def _embed_dim(store: Store, clip: Mapping[str, str]) -> int:

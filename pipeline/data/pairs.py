@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -29,6 +29,7 @@ from pipeline.data.source import row_key
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger, status_of
 from pipeline.parse import ContentFile
+from pipeline.progress import Steps
 from pipeline.settings import PairsSettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
@@ -99,6 +100,7 @@ class Packer:
         return Fetcher(self.settings, self.recipe.max_bytes, self.deny)
 
     def __call__(self, task: ShardTask) -> ShardOutput:
+        steps = Steps()
         refs = read_table(self.store, task.inputs["source"].blobs["refs"]).to_pylist()
         rows = [
             {"key": row_key(task.number, i), "status": "kept"}
@@ -129,11 +131,12 @@ class Packer:
         own = [i for i in wanted if not refs[i]["url"].startswith(("tar://", SCHEME))]
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            new = self._new_pictures([(rows[i], refs[i]) for i in own if i not in known])
+            new = self._new_pictures([(rows[i], refs[i]) for i in own if i not in known], steps)
             for i in own:
                 if i in known:
                     self._take_over(tar, rows[i], known[i])
-                elif (picture := next(new)) is not None:
+                    continue
+                if (picture := next(new)) is not None:
                     self._add(tar, rows[i], picture)
         blobs = {"index": write_table(index_table(rows))}
         if own:
@@ -141,18 +144,20 @@ class Packer:
         if opted_out := [row for row in rows if row.get("evidence")]:
             blobs[OPT_OUTS] = opt_out_table(opted_out)
         ledger = Ledger.count(None if row["status"] == "kept" else row["reason"] for row in rows)
-        return ShardOutput(ledger, blobs, index_counts(rows))
+        return ShardOutput(ledger, blobs, index_counts(rows), steps.seconds)
 
-    def _new_pictures(self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]]) -> Iterator[bytes | None]:
+    def _new_pictures(
+        self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]], steps: Steps
+    ) -> Iterator[bytes | None]:
         """Fetch the pictures of rows, of which it is given the references too, and yield what is to be stored of each,
         in order; where that is None, the row is rejected."""
         from pipeline.data.fetch import in_order
 
-        answers = self.fetcher.fetch([ref["url"] for _, ref in wanted])
+        answers = steps.each("fetch", self.fetcher.fetch([ref["url"] for _, ref in wanted]))
         # Two, so that there is always one to be decoded next, while pictures are put into the tar and others come.
-        return in_order(self._judge, zip(wanted, answers, strict=True), threads=2)
+        return in_order(partial(self._judge, steps), zip(wanted, answers, strict=True), threads=2)
 
-    def _judge(self, found: tuple[tuple[dict[str, Any], Mapping[str, Any]], Fetched]) -> bytes | None:
+    def _judge(self, steps: Steps, found: tuple[tuple[dict[str, Any], Mapping[str, Any]], Fetched]) -> bytes | None:
         (row, ref), answer = found
         if answer.data is None:
             _reject(row, answer.reason, answer.evidence)
@@ -160,7 +165,8 @@ class Packer:
         if self._reject_hash(row, ref, hashlib.sha256(answer.data).hexdigest()):
             return None
         r = self.recipe
-        picture = self.decoder.resize(answer.data, r.image_size, r.max_pixels, r.encode_format, r.encode_quality)
+        with steps("decode"):
+            picture = self.decoder.resize(answer.data, r.image_size, r.max_pixels, r.encode_format, r.encode_quality)
         if isinstance(picture, str):
             _reject(row, picture)
             return None

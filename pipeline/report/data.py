@@ -60,6 +60,7 @@ def data_section(store: Store, artifacts: Artifacts, album: Album) -> str:
     ]
     if "pairs" in artifacts:
         parts.append(attempt("What the first shards hold", _first_shards, store, artifacts, album))
+    parts.append(attempt("The work of the stages", _work, artifacts))
     return section("data", "Data", LOOK_AT_DATA, *parts)
 
 
@@ -96,6 +97,29 @@ def _reasons(artifacts: Artifacts) -> str:
     if not rows:
         return note("No row was rejected.")
     return "<h3>Rejected, by reason</h3>\n" + table(("stage", "reason", "rows", "of its rows"), rows, numeric=(2, 3))
+
+
+def _work(artifacts: Artifacts) -> str:
+    """What the workers of each stage did with their time, where this was written down."""
+    rows = []
+    for stage, artifact in artifacts.items():
+        took = artifact.times
+        if not took.get("busy_seconds"):
+            continue
+        seconds = took["made_seconds"]
+        whole = seconds * took["workers"]
+        known = ("busy", "wait", "made")
+        steps = {n.removesuffix("_seconds"): v / whole for n, v in took.items() if n.endswith("_seconds")}
+        busiest = sorted((n for n in steps if n not in known and steps[n] >= 0.005), key=lambda n: -steps[n])
+        shares = ", ".join(f"{text(name)} {steps[name]:.0%}" for name in busiest)
+        rates = number(took["made_rows"] / seconds), number(took["written_bytes"] / seconds / 1e6)
+        rows.append((stage, number(took["workers"]), *rates, f"{steps['busy']:.0%}", f"{steps['wait']:.0%}", shares))
+    head = ("stage", "workers", "rows/s", "MB/s written", "busy", "waiting", "steps")
+    said = (
+        "Shares are of the time of all workers, from first to last shard of a stage's last pass; what is neither busy "
+        "nor waiting is their start. Embeddings decode beside the encoder, and wait for views where that is slower."
+    )
+    return f"<h3>Workers</h3>\n{table(head, rows, numeric=(1, 2, 3, 4, 5))}{note(said)}" if rows else ""
 
 
 def _first_shards(store: Store, artifacts: Artifacts, album: Album) -> str:

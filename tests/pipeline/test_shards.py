@@ -1,9 +1,12 @@
 """map_shards in this process: what is there is not made again, counts balance, and damage and mistakes come through."""
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,7 +16,16 @@ from pipeline.graph import Context
 from pipeline.ledger import Ledger
 from pipeline.records import read_blob
 from pipeline.settings import RaySettings, ShardSettings
-from pipeline.shards import ShardOutput, ShardTask, map_shards
+from pipeline.shards import (
+    Needs,
+    ShardOutput,
+    ShardTask,
+    _actor,
+    _answer,
+    _note,
+    map_shards,
+    results_ahead,
+)
 from pipeline.store import Store, open_store
 
 
@@ -35,7 +47,7 @@ class Worker:
         if task.number == self.fails_at and self.failure:
             raise self.failure
         ledger = Ledger(10, {"timeout": task.number} if task.number else {})
-        return ShardOutput(ledger, {"data": f"shard {task.number}".encode()}, {"train/0": 10})
+        return ShardOutput(ledger, {"data": f"shard {task.number}".encode()}, {"train/0": 10}, {"fetch": 2.5})
 
 
 def _context(store: Store) -> Context:
@@ -73,6 +85,54 @@ def test_what_is_there_is_not_made_again(store: Store) -> None:
     assert artifact.times["shards_made"] == 1
     store.delete(["artifacts/pairs/the-key.json"])
     assert len(read_shards(store, map_shards(_context(store), _tasks(0, 1, 2), _never))) == 3
+
+
+def test_what_the_work_took_is_written_down_and_is_no_part_of_the_shards(store: Store) -> None:
+    map_shards(_context(store), _tasks(0), Worker)
+    store.delete(["artifacts/pairs/the-key.json"])
+    artifact = map_shards(_context(store), _tasks(0, 1, 2), Worker)
+    took = artifact.times
+    assert took["workers"] == 1
+    assert took["fetch_seconds"] == 2 * 2.5  # shard 0 was there
+    assert took["made_rows"] == 11 + 12
+    assert took["written_bytes"] == len(b"shard 1" + b"shard 2")
+    assert 0 < took["write_seconds"] <= took["busy_seconds"]
+    assert took["busy_seconds"] + took["wait_seconds"] <= took["made_seconds"] <= took["seconds"]
+    assert b"fetch" not in b"".join(store.read(entry.path) for entry in store.list("shards/"))
+
+
+def test_the_line_of_progress_says_how_busy_workers_are_and_what_is_lost() -> None:
+    work = {"workers": 2, "made_seconds": 10.0, "busy_seconds": 15.0, "written_bytes": 25_000_000}
+    assert _note(work, Counter()) == "2 workers 75% busy, 2.5 MB/s written"
+    lost = Counter({"timeout": 3, "http_4xx": 1200, "truncated": 1})
+    assert _note(work | {"workers": 1}, lost) == (
+        "1 worker 150% busy, 2.5 MB/s written, rejected 1,200 http_4xx, 3 timeout"
+    )
+
+
+def test_workers_count_for_rays_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.util import metrics
+
+    counted: dict[tuple[str, str], float] = {}
+
+    class Spy(metrics.Counter):
+        def inc(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+            super().inc(value, tags)  # refuses unknown tags and what is not above 0
+            name = self.info["name"], "/".join((tags or {}).values())
+            counted[name] = counted.get(name, 0.0) + value
+
+    monkeypatch.setattr(metrics, "Counter", Spy)
+    actor = _actor(open_store("never-written"), "pairs", Worker)()
+    work = {"busy_seconds": 3.0, "wait_seconds": 0.0, "fetch_seconds": 2.5, "written_bytes": 7}
+    for _ in range(2):
+        actor.count(Shard(1, "key-1", Ledger(10, {"timeout": 1, "truncated": 0})), work)
+    assert counted == {
+        ("unclip_rows", "pairs/kept"): 20,
+        ("unclip_rows", "pairs/timeout"): 2,
+        ("unclip_worker_seconds", "pairs/busy"): 6.0,
+        ("unclip_worker_seconds", "pairs/fetch"): 5.0,
+        ("unclip_written_bytes", "pairs"): 14,
+    }
 
 
 def test_the_table_does_not_know_who_made_what_when(tmp_path: Path) -> None:
@@ -126,8 +186,6 @@ def test_a_failure_keeps_what_was_made_and_publishes_nothing(store: Store, failu
 
 
 def test_failures_travel_from_a_ray_worker_as_values() -> None:
-    from pipeline.shards import _actor, _answer
-
     def answer(failure: Exception | None) -> str:
         import pickle
 
@@ -202,3 +260,64 @@ def test_many_shards_make_the_same_table_as_few_at_a_time(tmp_path: Path, monkey
 
 def _number(shard: Shard) -> int:
     return shard.number
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 9])
+def test_results_come_in_order_and_no_more_than_asked_for_are_under_way(ahead: int) -> None:
+    submitted: list[int] = []
+
+    def submit(number: int) -> Future[int]:
+        submitted.append(number)
+        future: Future[int] = Future()
+        future.set_result(10 * number)
+        return future
+
+    results = results_ahead(submit, [(number,) for number in range(7)], ahead)
+    assert submitted == list(range(min(ahead, 7)))  # before anything is asked for
+    for number in range(7):
+        assert next(results) == 10 * number
+        assert len(submitted) == min(number + 1 + ahead, 7)
+    assert list(results) == []
+
+
+def test_a_failure_comes_when_its_turn_has_come() -> None:
+    def submit(number: int) -> Future[int]:
+        future: Future[int] = Future()
+        if number == 1:
+            future.set_exception(CorruptObject("blobs/ab/abc", "is missing"))
+        else:
+            future.set_result(number)
+        return future
+
+    results = results_ahead(submit, [(0,), (1,), (2,)], ahead=2)
+    assert next(results) == 0
+    with pytest.raises(CorruptObject, match=r"^blobs/ab/abc: is missing$"):
+        next(results)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "needs", "said"),
+    [
+        ({"pool": "cpu"}, Needs(), r"^run\.pairs: no node of the cluster has the label pool: set RAY_ADDRESS to a "),
+        ({}, Needs(helpers=1, helper_nodes={"pool": "cpu"}), r"^run\.pairs: no node .* has the label pool: "),
+        ({}, Needs(helpers=1), r"^run\.ray\.cpus: 3 are too few for 4 processes of run\.pairs, one core each$"),
+        ({}, Needs(gpus=0.5, helpers=1), r"^run\.pairs\.gpus: 2 workers with 0\.5 each, but Ray has 0 GPUs$"),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused_here_and_waited_for_on_a_cluster(
+    monkeypatch: pytest.MonkeyPatch, store: Store, nodes: dict[str, str], needs: Needs, said: str
+) -> None:
+    from pipeline.shards import _check_room
+
+    ray: Any = SimpleNamespace(
+        nodes=lambda: [{"Alive": True, "Labels": {"zone": "a"}}, {"Alive": False, "Labels": {"pool": "cpu"}}],
+        cluster_resources=lambda: {"CPU": 3.0},
+    )
+    ctx = replace(_context(store), settings=ShardSettings(2, nodes))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=said):
+        _check_room(ray, ctx, 2, needs)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    _check_room(ray, ctx, 2, needs)
+    monkeypatch.delenv("RAY_ADDRESS")
+    _check_room(ray, replace(ctx, settings=ShardSettings(2, {"zone": "a"})), 2, Needs())

@@ -1,6 +1,10 @@
+import os
 import shutil
-from dataclasses import replace
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -13,9 +17,13 @@ from models.clip import Clip
 from models.presets import PRESETS
 from models.view import open_view
 from pipeline.artifacts import ShardRow, read_shards, read_table
-from pipeline.data.embeddings import CAPTIONS, MakeEncoder, read_embeddings
+from pipeline.data.embeddings import CAPTIONS, DecodeBatch, MakeEncoder, read_embeddings
 from pipeline.data.index import read_pictures
-from pipeline.shards import ShardTask
+from pipeline.errors import CorruptObject, UserError
+from pipeline.records import blob_path
+from pipeline.settings import EmbeddingsSettings
+from pipeline.shards import Helpers, ShardTask
+from pipeline.store import Entry, Store
 from tests.pipeline.data.bench import Bench, picture, save_clip
 
 ROWS = 25
@@ -37,7 +45,7 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "list.parquet"), save_clip(folder / "clip")
 
 
-def _bench(folder: Path, listed: tuple[str, str], **embeddings: int) -> Bench:
+def _bench(folder: Path, listed: tuple[str, str], **embeddings: Any) -> Bench:
     bench = Bench(folder, [listed[0]], clip={"weights": listed[1]}, run={"embeddings": embeddings})
     bench.make("source", "captions", "pairs", "clip", "embeddings")
     return bench
@@ -158,10 +166,16 @@ def test_neither_workers_nor_the_order_of_shards_change_a_byte(
     import ray
 
     try:
-        assert _bench(tmp_path, listed, batch=4, workers=1).blobs("embeddings") == bench.blobs("embeddings")
+        for decoders in (0, 1):
+            again = _bench(tmp_path / str(decoders), listed, batch=4, workers=1, decoders=decoders)
+            assert again.blobs("embeddings") == bench.blobs("embeddings")
+        lost = Helpers(DecodeBatch(bench.store, 64), 1, {}).submit("ab" * 32, bench.rows("pairs")[:1])
+        with pytest.raises(CorruptObject) as caught:
+            lost.result()
+        assert caught.value.path == blob_path("ab" * 32)
     finally:
         ray.shutdown()
-    encoder = MakeEncoder(bench.store, bench.made["clip"].blobs, batch=4, heads={})()
+    encoder = MakeEncoder(bench.store, bench.made["clip"].blobs, EmbeddingsSettings(batch=4), {})()
     shards: dict[str, list[ShardRow]] = {n: read_shards(bench.store, bench.made[n]) for n in ("pairs", "captions")}
     made = {}
     for pairs, captions in reversed(list(zip(shards["pairs"], shards["captions"], strict=True))):
@@ -169,6 +183,112 @@ def test_neither_workers_nor_the_order_of_shards_change_a_byte(
         made[pairs.number] = output.blobs["embeddings"]
     stored = {s.number: s.blobs["embeddings"] for s in read_shards(bench.store, bench.made["embeddings"])}
     assert {n: bench.store.read(f"blobs/{blob[:2]}/{blob}") for n, blob in stored.items()} == made
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A store in which every process that reads pictures or publishes embeddings leaves the number of its node.
+
+    The first of each kind that is not the first call of it kills its process, once.
+    """
+
+    store: Store
+    notes: Path
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        if stop is not None:
+            self._note("decode")
+        return self.store.read(path, start, stop)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        return self.store.list(prefix)
+
+    def create(self, path: str, data: bytes | Path) -> bool:
+        if path.startswith("shards/embeddings/"):
+            self._note("encode")
+        return self.store.create(path, data)
+
+    def swap(self, path: str, old: str | None, new: bytes) -> bool:
+        return self.store.swap(path, old, new)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        self.store.delete(paths)
+
+    def _note(self, what: str) -> None:
+        import ray
+
+        with open(self.notes / what, "a+") as f:
+            f.seek(0)
+            again = bool(f.read())
+            f.write(f"{ray.get_runtime_context().get_node_id()} {os.getpid()}\n")
+        if again:
+            try:
+                (self.notes / f"{what}.killed").touch(exist_ok=False)
+            except FileExistsError:
+                return
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_decoding_and_encoding_on_nodes_of_their_own_survive_a_kill_of_each(
+    bench: Bench, listed: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three raylets. Whoever reads pictures sits on one node, whoever publishes shards on another, the driver on the
+    third, and the bytes are those of this process."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    parts = Bench(
+        tmp_path / "store",
+        [listed[0]],
+        clip={"weights": listed[1]},
+        run={
+            "embeddings": {
+                "batch": 4,
+                "workers": 1,
+                "nodes": {"part": "encode"},
+                "decoders": 2,
+                "decoder_nodes": {"part": "decode"},
+            }
+        },
+    )
+    parts.make("source", "captions", "pairs", "clip")
+    parts.store = Watched(parts.store, tmp_path)
+    node = {"object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0, "include_dashboard": False})
+    try:
+        cluster.add_node(**node, num_cpus=2, labels={"part": "decode"})
+        cluster.add_node(**node, num_cpus=1, labels={"part": "encode"})
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        parts.make("embeddings")
+        where = {n["Labels"].get("part"): n["NodeID"] for n in ray.nodes()}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert parts.made["embeddings"].key == bench.made["embeddings"].key
+    assert parts.blobs("embeddings") == bench.blobs("embeddings")
+    for what in ("decode", "encode"):
+        notes = [line.split() for line in (tmp_path / what).read_text().splitlines()]
+        assert {node for node, _ in notes} == {where[what]}
+        assert (tmp_path / f"{what}.killed").exists()
+        assert len({pid for _, pid in notes}) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"decoders": 2}, r"^run\.embeddings\.decoders: 2 decode for each Ray worker, and workers is 0; raise it$"),
+        ({"decoder_nodes": {"a": "b"}}, r"^run\.embeddings\.decoder_nodes: .* decoders is 0; raise it$"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    listed: tuple[str, str], tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        _bench(tmp_path, listed, **settings)
 
 
 def test_another_batch_changes_no_more_than_rounding(bench: Bench, listed: tuple[str, str], tmp_path: Path) -> None:

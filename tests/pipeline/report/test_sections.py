@@ -84,6 +84,19 @@ def test_reasons_are_counted_once_and_explained(store: FolderStore, made: dict[s
     assert page.count("<img ") == 24 + 2  # of the twelve rejected rows shown, those that were rejected with a picture
 
 
+def test_the_work_of_a_stage_is_told_where_it_was_written_down(store: FolderStore, made: dict[str, Artifact]) -> None:
+    assert "<h3>Workers</h3>" not in data_section(store, made, Album(1 << 20))
+    took = {"workers": 2, "made_seconds": 10.0, "made_rows": 1000, "written_bytes": 25_000_000}
+    took |= {"busy_seconds": 15.0, "wait_seconds": 1.0, "fetch_seconds": 12.0, "write_seconds": 2.0, "pack_seconds": 0}
+    told = made | {"pairs": replace(made["pairs"], times={"seconds": 12.0, **took})}
+    section = data_section(store, told, Album(1 << 20))
+    [row] = [line for line in section.splitlines() if line.startswith("<tr><td >pairs") and "fetch" in line]
+    cells = [cell.partition(">")[2].removesuffix("</td>") for cell in row.split("<td ")[1:]]
+    assert [cell.removesuffix("</tr>").removesuffix("</td>") for cell in cells] == [
+        "pairs", "2", "100", "2.5", "75%", "5%", "fetch 60%, write 10%",
+    ]  # fmt: skip
+
+
 def test_a_shard_that_kept_nothing_still_tells_why(store: FolderStore) -> None:
     lost = {"status": "rejected", "reason": "timeout"}
     rows = [{"key": str(i), "url": f"https://example.com/{i}", **lost} for i in range(5)]

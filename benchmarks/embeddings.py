@@ -1,0 +1,353 @@
+"""The embeddings stage against the sum of its parts, and against clip-retrieval 2.45.0 on the same tars.
+
+Every case has one process for each core, bound to it, with torch on one thread: the thread that decodes beside the
+encoder, or the loader's process that does so for clip-retrieval, has its share of that core. All encode captions too,
+in fp32 and in batches of one size, with the same random weights of the shape of ViT-B/32. clip-retrieval cannot share
+an environment with us: ``--clip-retrieval-python`` names the interpreter of one that has it. Without it, pictures are
+read as it reads them, with webdataset and open_clip's transform in a DataLoader, but in our environment.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.timing import begin, finish, interleave, parser, ratio, show
+from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
+from models.presets import PRESETS
+from models.prior_configs import ClipConfig
+from pipeline.artifacts import ShardRow, publish_shard, read_table, write_table
+from pipeline.data.embeddings import DecodeBatch, MakeEncoder, read_embeddings
+from pipeline.data.index import index_table
+from pipeline.records import blob_path, put_blob
+from pipeline.settings import EmbeddingsSettings
+from pipeline.shards import ShardTask
+from pipeline.store import Store, open_store
+
+VIT_B_32 = ClipConfig(
+    embed_dim=512,
+    image_size=224,
+    tower="vit",
+    layers=(12,),
+    width=768,
+    patch=32,
+    text_width=512,
+    text_layers=12,
+    text_heads=8,
+    text_context=77,
+)
+QUICK = PRESETS["nano"]["clip"]
+CHILD = Path(__file__).with_name("clip_retrieval_child.py")
+WORDS = [
+    "a",
+    "red",
+    "small",
+    "old",
+    "photo",
+    "of",
+    "the",
+    "heart",
+    "house",
+    "dog",
+    "cat",
+    "tree",
+    "in",
+    "front",
+    "under",
+    "with",
+    "two",
+    "green",
+    "blue",
+    "sea",
+]
+STAGE = "embeddings"
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def random_fields(count: int, side: int) -> np.ndarray:
+    """Random fields of unit variance whose amplitudes fall with frequency as those of photographs do, fp32 [count,
+    side, side]."""
+    g = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
+    frequency[0, 0] = np.inf  # no mean
+    waves = np.exp(2j * np.pi * g.random((count, *frequency.shape))) / frequency**1.2
+    fields = np.fft.irfft2(waves, s=(side, side)).astype(np.float32)
+    return fields / fields.std(axis=(1, 2), keepdims=True)
+
+
+def pictures(count: int, fields: np.ndarray, seed: int) -> Iterator[tuple[bytes, int, int]]:
+    """JPEG files of 256 to 512 px a side, with their width and height."""
+    g = np.random.default_rng(seed)
+    for _ in range(count):
+        height, width = g.integers(256, 513, 2).tolist()
+        top, left = (g.integers(0, fields.shape[1] - side) for side in (height, width))
+        parts = fields[g.choice(len(fields), 4, replace=False), top : top + height, left : left + width]
+        pixels = 128 + 45 * parts[0, ..., None] + 15 * np.moveaxis(parts[1:], 0, -1)
+        out = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+        yield out.getvalue(), width, height
+
+
+def make_shard(store: Store, number: int, count: int, fields: np.ndarray) -> ShardTask:
+    """A task of the embeddings stage; its shard of pairs is a webdataset tar that has the captions too."""
+    g = np.random.default_rng(10_000 + number)
+    out, rows, captions = io.BytesIO(), [], []
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, (data, width, height) in enumerate(pictures(count, fields, number)):
+            key, caption = f"{number:08d}{i:04d}", " ".join(g.choice(WORDS, int(g.integers(6, 16))))
+            place = {"offset": out.tell() + tarfile.BLOCKSIZE, "size": len(data)}
+            for suffix, content in (("jpg", data), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            row = {"key": key, "url": "", "status": "kept", "split": "train", "width": width, "height": height}
+            rows.append(row | place | {"sha256": hashlib.sha256(data).hexdigest()})
+            captions.append([caption])
+    blobs = {
+        "pairs": {"index": write_table(index_table(rows)), "images": out.getvalue()},
+        "captions": {"captions": write_table({"key": [row["key"] for row in rows], "captions": captions})},
+    }
+    inputs = {
+        stage: ShardRow(number, f"{stage}-{number}", count, 0, {n: put_blob(store, b) for n, b in own.items()}, {})
+        for stage, own in blobs.items()
+    }
+    return ShardTask(number, f"{STAGE}-{number}", inputs)
+
+
+# --- in a process of a core -------------------------------------------------------------------------------------------
+
+
+class Core:
+    """What the process of one core holds: the encoder, and of every shard what its parts take."""
+
+    def __init__(self, core: int, store: Store, clip: dict[str, str], batch: int):
+        os.sched_setaffinity(0, {core})
+        self.store, self.batch = store, batch
+        self.encoder = MakeEncoder(store, clip, EmbeddingsSettings(batch=batch), {})()
+        self.decode = DecodeBatch(store, self.encoder.clip.image_size)
+        self.parts: dict[int, Any] = {}
+
+    def prepare(self, task: ShardTask) -> None:
+        """Views and tokens of a shard, in batches."""
+        pairs, captions = task.inputs["pairs"], task.inputs["captions"]
+        rows = read_table(self.store, pairs.blobs["index"]).to_pylist()
+        texts = [c[0] for c in read_table(self.store, captions.blobs["captions"])["captions"].to_pylist()]
+        starts = range(0, len(rows), self.batch)
+        blocks = [rows[i : i + self.batch] for i in starts]
+        views = [torch.from_numpy(self.decode(pairs.blobs["images"], block)[0]) for block in blocks]
+        tokens = [self.encoder.clip.tokenize(texts[i : i + self.batch]) for i in starts]
+        self.parts[task.number] = (
+            pairs.blobs["images"],
+            blocks,
+            [v.permute(0, 3, 1, 2).contiguous() for v in views],
+            tokens,
+        )
+
+    def forward(self, task: ShardTask) -> None:
+        """The two towers, and nothing else."""
+        *_, views, tokens = self.parts[task.number]
+        with torch.no_grad():
+            for view, token in zip(views, tokens, strict=True):
+                self.encoder.clip.encode_image(view)
+                self.encoder.clip.encode_text(token)
+
+    def read(self, task: ShardTask) -> None:
+        """Pictures from the tar to views."""
+        images, blocks, *_ = self.parts[task.number]
+        for block in blocks:
+            self.decode(images, block)
+
+    def stage(self, task: ShardTask) -> None:
+        """What a worker of the stage does, from the shards of pairs and captions to the published one."""
+        made = self.encoder(task)
+        publish_shard(self.store, STAGE, task.number, task.key, made.ledger, made.blobs, made.counts)
+
+    def transform(self, task: ShardTask) -> None:
+        """The same pictures as clip-retrieval reads them."""
+        import open_clip
+        import webdataset
+        from torch.utils.data import DataLoader
+
+        resize = open_clip.image_transform(self.encoder.clip.image_size, is_train=False)
+        tar = f"{self.store.url}/{blob_path(task.inputs['pairs'].blobs['images'])}"
+        dataset = webdataset.WebDataset([tar], shardshuffle=False).map(
+            lambda sample: resize(Image.open(io.BytesIO(sample["jpg"])))
+        )
+        for _ in DataLoader(dataset, self.batch, num_workers=1, multiprocessing_context="fork"):
+            pass
+
+
+_core: list[Core] = []
+
+
+def _open(*arguments: Any) -> None:
+    _core.append(Core(*arguments))
+
+
+def _call(method: str, tasks: Sequence[ShardTask]) -> None:
+    for task in tasks:
+        getattr(_core[0], method)(task)
+
+
+# --- all cores --------------------------------------------------------------------------------------------------------
+
+
+class Cores:
+    """A process for each core. ``tasks`` of a call: those of each core."""
+
+    def __init__(self, stack: ExitStack, cores: Sequence[int], *arguments: Any):
+        spawn = get_context("spawn")
+        self.pools = [
+            stack.enter_context(ProcessPoolExecutor(1, spawn, initializer=_open, initargs=(core, *arguments)))
+            for core in cores
+        ]
+
+    def __call__(self, method: str, tasks: Sequence[Sequence[ShardTask]]) -> None:
+        for call in [pool.submit(_call, method, own) for pool, own in zip(self.pools, tasks, strict=True)]:
+            call.result()
+
+
+class Peers:
+    """clip-retrieval in a process for each core, which waits for a line before each task and answers with one."""
+
+    def __init__(self, stack: ExitStack, cores: Sequence[int], python: str, told: dict[str, Any]):
+        self.python = python
+        self.children = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [python, str(CHILD), json.dumps(told | {"core": core})],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                )
+            )
+            for core in cores
+        ]
+        stack.callback(lambda: [child.stdin.close() for child in self.children if child.stdin])
+
+    def __call__(self, *tasks: Sequence[Any]) -> list[str]:
+        """One task for each core, or fewer."""
+        busy = self.children[: len(tasks)]
+        for child, task in zip(busy, tasks, strict=True):
+            assert child.stdin is not None
+            child.stdin.write(json.dumps(task) + "\n")
+            child.stdin.flush()
+        answers = [child.stdout.readline().strip() for child in busy if child.stdout]
+        if not all(answers):
+            raise SystemExit(f"{self.python} does not run {CHILD.name}: it needs clip-retrieval 2.45.0")
+        return answers
+
+
+def compare(peers: Peers, folder: Path, store: Store, task: ShardTask, batch: int) -> None:
+    """Stop if clip-retrieval's embeddings of the same views and captions are not those that the stage published."""
+    rows = read_table(store, task.inputs["pairs"].blobs["index"]).to_pylist()[:batch]
+    texts = read_table(store, task.inputs["captions"].blobs["captions"])["captions"].to_pylist()[:batch]
+    size = json.loads((folder / "clip" / CONFIG_FILE).read_text())["model_cfg"]["vision_cfg"]["image_size"]
+    np.save(folder / "views.npy", DecodeBatch(store, size)(task.inputs["pairs"].blobs["images"], rows)[0])
+    out = str(folder / "theirs.npy")
+    [said] = peers(["compare", str(folder / "views.npy"), [text[0] for text in texts], out])
+    record = json.loads(store.read(f"shards/{STAGE}/{task.key}.json"))
+    _, *ours, _ = read_embeddings(store, record["blobs"]["embeddings"])
+    theirs = np.load(out).astype(np.float32)
+    error = max(float(np.abs(a[:batch].astype(np.float32) - b).max()) for a, b in zip(ours, theirs, strict=True))
+    print(f"  clip-retrieval {said}: of the same views and captions, embeddings differ by {error:.1e} at most")
+    if error > 1e-3:
+        raise SystemExit("the two disagree: timing them makes no sense")
+
+
+def measure(options: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, float]:
+    config, batch, rows = (QUICK, 4, 8) if options.quick else (VIT_B_32, options.batch, options.rows)
+    cores = sorted(os.sched_getaffinity(0))
+    model = Clip.build(config, seed=0)
+    model.save(folder / "clip")
+    (folder / "models").mkdir()
+    (folder / "models" / "benchmark.json").write_text(json.dumps(model.model_config))
+    del model
+    store = open_store(str(folder / "store"))
+    clip = {name: put_blob(store, folder / "clip" / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+
+    # Every round has shards of its own, as nothing is made twice; those of the first one warm up and are short.
+    fields = random_fields(8, 1024)
+    warm, *parts = [
+        [make_shard(store, len(cores) * part + i, count, fields) for i in range(len(cores))]
+        for part, count in enumerate([batch] + [rows] * options.rounds)
+    ]
+    size = sum(len(store.read(blob_path(task.inputs["pairs"].blobs["images"]))) for part in parts for task in part)
+    total = rows * options.rounds * len(cores)
+    print(f"  {total:,} pictures of {size / total / 1024:.0f} KiB, batch {batch}; cores {cores}, one thread each")
+
+    ours = Cores(stack, cores, store, clip, batch)
+    for part in (warm, *parts):
+        ours("prepare", [[task] for task in part])
+    ours("stage", [[task] for task in warm])
+    run: dict[str, Callable[[Sequence[Sequence[ShardTask]]], object]] = {
+        name: partial(ours, name) for name in ("stage", "forward", "read", "transform")
+    }
+    if options.clip_retrieval_python:
+        told = {"models": str(folder / "models"), "name": "benchmark", "weights": str(folder / "clip" / WEIGHTS_FILE)}
+        peers = Peers(stack, cores, options.clip_retrieval_python, told | {"batch": batch})
+        compare(peers, folder, store, warm[0], batch)  # which warms it up, too
+        run |= {f"clip-retrieval {task}": partial(_ask, peers, store, task) for task in ("infer", "read")}
+
+    everything = [[part[i] for part in parts] for i in range(len(cores))]
+    reading = {name: partial(call, everything) for name, call in run.items() if name.endswith(("read", "transform"))}
+    print("  pictures to views, milliseconds of a core for each of them:")
+    reads = interleave(reading, options.rounds)
+    show(reads, 1e3 / (rows * options.rounds))
+
+    def of_a_round(call: Callable[[Sequence[Sequence[ShardTask]]], object]) -> Callable[[], object]:
+        own = iter(parts)
+        return lambda: call([[task] for task in next(own)])
+
+    print("  pairs to embeddings, milliseconds of a core for each of them:")
+    whole = {name: of_a_round(call) for name, call in run.items() if not name.endswith(("l read", "transform"))}
+    seconds = interleave(whole, options.rounds, warmup=0)
+    show(seconds, 1e3 / rows)
+    bound = [sum(parts) for parts in zip(seconds["forward"], seconds["read"], strict=True)]
+    ratios = {
+        "stage_rate_over_bound": ratio(seconds | {"bound": bound}, "bound", "stage"),
+        "transform_over_read": ratio(reads, "transform", "read"),
+    }
+    if options.clip_retrieval_python:
+        ratios["clip_retrieval_over_stage"] = ratio(seconds, "clip-retrieval infer", "stage")
+        ratios["clip_retrieval_over_read"] = ratio(reads, "clip-retrieval read", "read")
+    return ratios
+
+
+def _ask(peers: Peers, store: Store, task: str, tasks: Sequence[Sequence[ShardTask]]) -> None:
+    tars = [[f"{store.url}/{blob_path(t.inputs['pairs'].blobs['images'])}" for t in own] for own in tasks]
+    peers(*([task, own] for own in tars))
+
+
+def main() -> None:
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--clip-retrieval-python", help="interpreter of an environment with it")
+    options_parser.add_argument("--batch", type=int, default=64, help="pairs encoded at once (64)")
+    options_parser.add_argument("--rows", type=int, default=256, help="pairs of a round, on each core (256)")
+    options_parser.set_defaults(rounds=3, threads=1)
+    options = options_parser.parse_args()
+    begin(__doc__, options)
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        finish(measure(options, Path(folder), stack))
+
+
+if __name__ == "__main__":
+    main()
