@@ -283,7 +283,7 @@ def _counters(stage: str) -> Callable[[Shard, Work], None]:
     written = metrics.Counter("unclip_written_bytes", "Bytes of blobs published.", ("stage",))
 
     def count(shard: Shard, work: Work) -> None:
-        ends = {"kept": shard.ledger.kept, **shard.ledger.rejected}
+        ends = {"kept": shard.ledger.kept, **shard.ledger.rejected, **shard.ledger.deferred}
         for end, number in ends.items():
             if number:  # a counter takes no zero
                 rows.inc(number, {"stage": stage, "end": end})
