@@ -158,13 +158,13 @@ def _each_shard(
 
 
 def _note(work: Work, lost: Counter[str]) -> str:
-    """For example '2 workers 93% busy, 1.2 MB/s written, rejected 12 http_4xx, 3 timeout'."""
+    """For example '2 workers 93% busy, 1.2 MB/s written, lost 12 http_4xx, 3 timeout'."""
     seconds = work["made_seconds"]
     busy, rate = work["busy_seconds"] / seconds / work["workers"], work["written_bytes"] / seconds / 1e6
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common(2))
     who = "1 worker" if work["workers"] == 1 else f"{work['workers']} workers"
     note = f"{who} {busy:.0%} busy, {rate:.1f} MB/s written"
-    return f"{note}, rejected {reasons}" if reasons else note
+    return f"{note}, lost {reasons}" if reasons else note
 
 
 def _run(

@@ -106,7 +106,7 @@ def test_the_line_of_progress_says_how_busy_workers_are_and_what_is_lost() -> No
     assert _note(work, Counter()) == "2 workers 75% busy, 2.5 MB/s written"
     lost = Counter({"timeout": 3, "http_4xx": 1200, "truncated": 1})
     assert _note(work | {"workers": 1}, lost) == (
-        "1 worker 150% busy, 2.5 MB/s written, rejected 1,200 http_4xx, 3 timeout"
+        "1 worker 150% busy, 2.5 MB/s written, lost 1,200 http_4xx, 3 timeout"
     )
 
 
