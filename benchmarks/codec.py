@@ -69,7 +69,7 @@ def publish(store: Store, rows: int) -> dict[str, list[Shard]]:
         }
         blobs = {
             "curation": {"index": write_table(index_table(index))},
-            "embeddings": {"embeddings": write_table(columns)},
+            "embeddings": {"embeddings": write_table(columns, dictionary=False)},
         }
         for stage, parts in blobs.items():
             counts = index_counts(index) if stage == "curation" else {}

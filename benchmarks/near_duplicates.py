@@ -81,7 +81,7 @@ def publish(store: Store, vectors: np.ndarray) -> dict[str, Artifact]:
         }
         for stage, (name, table) in tables.items():
             counts = index_counts(rows) if stage == "pairs" else {}
-            blobs = {name: write_table(table)}
+            blobs = {name: write_table(table, dictionary=False)}
             made[stage].append(
                 publish_shard(store, stage, number, f"{stage}-{number}", Ledger(kept=len(block)), blobs, counts)
             )

@@ -30,7 +30,7 @@ from pipeline.settings import EmbeddingsSettings
 from pipeline.shards import Helpers, Needs, ShardOutput, ShardTask, map_shards, results_ahead
 from pipeline.store import Store
 
-VERSION = 2
+VERSION = 3
 CAPTIONS = 16  # of a row that are embedded, the first ones, so that a text file of 10,000 lines is no trap
 
 
@@ -154,7 +154,7 @@ class Encoder:
         columns["caption_length"] = pa.array([len(captions[0]) for captions in told], pa.int32())
         columns |= {score_column(name): pa.array(head(image)) for name, head in self.heads.items()}
         with steps("pack"):
-            data = write_table(columns)
+            data = write_table(columns, dictionary=False)
         return ShardOutput(Ledger(kept=len(rows)), {"embeddings": data}, seconds=steps.seconds)
 
     def _imported(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
