@@ -194,7 +194,7 @@ class S3Store:
     def _delete(self, batch: Sequence[str]) -> None:
         """One request; its answer may be a success and still name objects that were not deleted."""
         keys = [self._where(path)["Key"] for path in batch]
-        for _ in _tries():
+        for last in _tries():
             answer = self._client.delete_objects(
                 Bucket=self.bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
             )
@@ -202,11 +202,12 @@ class S3Store:
             if not errors:
                 return
             keys = [error["Key"] for error in errors]
-        code = errors[0].get("Code", "unknown error")
-        raise UserError(
-            f"store {self.url}: {len(keys)} objects could not be deleted, the first is {keys[0]} ({code}): "
-            f"{HINTS.get(code, 'see the log of the server, then run the same command again')}"
-        )
+            code = errors[0].get("Code", "unknown error")
+            if last or code in HINTS:
+                raise UserError(
+                    f"store {self.url}: {len(keys)} objects could not be deleted, the first is {keys[0]} ({code}): "
+                    f"{HINTS.get(code, 'see the log of the server, then run the same command again')}"
+                )
 
     def clear_abandoned(self, before: float) -> int:
         """Abort multipart uploads begun earlier than ``before``, which are paid for and never seen; return how many."""

@@ -53,7 +53,7 @@ KEYS = {
 }
 
 
-SLOW = KEYS.keys() - {"ar_sampling"}  # up to half a minute each
+SLOW = KEYS.keys() - {"ar_sampling", "many_shards"}  # up to half a minute each
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in KEYS])

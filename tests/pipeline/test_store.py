@@ -44,7 +44,7 @@ def test_list_is_ordered_and_by_prefix(store: Store) -> None:
 
 
 def test_in_a_folder_the_order_is_that_of_whole_paths(tmp_path: Path) -> None:
-    """As S3 defines it: a folder's name alone does not decide. SeaweedFS goes by folders."""
+    """As S3 defines it: the names of folders alone do not decide."""
     store = open_store(str(tmp_path))
     paths = ["a-b/x", "a.json", "a/b/y", "a/x", "a0", "b", "z/-/1", "z/a"]
     for path in reversed(paths):
