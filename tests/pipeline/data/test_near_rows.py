@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.artifacts import Artifact, artifact_path, read_shards, read_table
+from pipeline.artifacts import Artifact, Shard, artifact_path, read_shards, read_table
 from pipeline.data import near_passes, near_rows, neighbours
 from pipeline.data.curation import CurationRecipe
 from pipeline.data.index import index_counts
 from pipeline.data.rejected import Rejected
 from pipeline.errors import CorruptObject
 from pipeline.execute import heal
+from pipeline.graph import Context
 from pipeline.records import blob_path
+from pipeline.shards import ShardTask
 from pipeline.store import Store, open_store
 from tests.pipeline.data.vectors import SHARD_ROWS, Listed, curate, planted, publish, rejected, unit
 
@@ -133,7 +135,7 @@ def test_a_kill_changes_nothing(store: Store, tmp_path: Path, monkeypatch: pytes
     inputs = publish(store, rows)
     left = [crash]
 
-    def die(point: str) -> None:
+    def die(point: str, about: str) -> None:
         left[0] -= point == "shard.after_record"
         if not left[0]:
             raise KeyboardInterrupt
@@ -180,6 +182,23 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:
     finally:
         ray.shutdown()
     assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.usefixtures("small")
+def test_the_driver_names_no_pair_of_a_block_and_a_group(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds grows with the blocks and with the groups of cells, not with their product."""
+    held: dict[str, tuple[int, int]] = {}
+    original = near_rows.run_pass
+
+    def noting(ctx: Context, worker: object, tasks: list[ShardTask], *rest: str) -> list[Shard]:
+        made = original(ctx, worker, tasks, *rest)  # type: ignore[arg-type]
+        held[type(worker).__name__] = (max(len(t.inputs) for t in tasks), max(len(s.blobs) for s in made))
+        return made
+
+    monkeypatch.setattr(near_rows, "run_pass", noting)
+    run(store, listed())
+    assert held["Compare"][0] == 2  # the table of blocks, and the number of the group
+    assert held["Scatter"][1] == 1  # all groups of a block
 
 
 def test_a_million_equal_pictures_would_be_compared_once(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
