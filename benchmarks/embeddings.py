@@ -8,13 +8,11 @@ read as it reads them, with webdataset and open_clip's transform in a DataLoader
 """
 
 import argparse
-import hashlib
 import io
 import json
 import os
 import subprocess
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -27,13 +25,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.pictures import make_shard, random_fields
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from models.presets import PRESETS
 from models.prior_configs import ClipConfig
-from pipeline.artifacts import ShardRow, publish_shard, read_table, write_table
+from pipeline.artifacts import publish_shard, read_table
 from pipeline.data.embeddings import DecodeBatch, MakeEncoder, read_embeddings
-from pipeline.data.index import index_table
 from pipeline.records import blob_path, put_blob
 from pipeline.settings import EmbeddingsSettings
 from pipeline.shards import ShardTask
@@ -53,82 +51,7 @@ VIT_B_32 = ClipConfig(
 )
 QUICK = PRESETS["nano"]["clip"]
 CHILD = Path(__file__).with_name("clip_retrieval_child.py")
-WORDS = [
-    "a",
-    "red",
-    "small",
-    "old",
-    "photo",
-    "of",
-    "the",
-    "heart",
-    "house",
-    "dog",
-    "cat",
-    "tree",
-    "in",
-    "front",
-    "under",
-    "with",
-    "two",
-    "green",
-    "blue",
-    "sea",
-]
 STAGE = "embeddings"
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def random_fields(count: int, side: int) -> np.ndarray:
-    """Random fields of unit variance whose amplitudes fall with frequency as those of photographs do, fp32 [count,
-    side, side]."""
-    g = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
-    frequency[0, 0] = np.inf  # no mean
-    waves = np.exp(2j * np.pi * g.random((count, *frequency.shape))) / frequency**1.2
-    fields = np.fft.irfft2(waves, s=(side, side)).astype(np.float32)
-    return fields / fields.std(axis=(1, 2), keepdims=True)
-
-
-def pictures(count: int, fields: np.ndarray, seed: int) -> Iterator[tuple[bytes, int, int]]:
-    """JPEG files of 256 to 512 px a side, with their width and height."""
-    g = np.random.default_rng(seed)
-    for _ in range(count):
-        height, width = g.integers(256, 513, 2).tolist()
-        top, left = (g.integers(0, fields.shape[1] - side) for side in (height, width))
-        parts = fields[g.choice(len(fields), 4, replace=False), top : top + height, left : left + width]
-        pixels = 128 + 45 * parts[0, ..., None] + 15 * np.moveaxis(parts[1:], 0, -1)
-        out = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
-        yield out.getvalue(), width, height
-
-
-def make_shard(store: Store, number: int, count: int, fields: np.ndarray) -> ShardTask:
-    """A task of the embeddings stage; its shard of pairs is a webdataset tar that has the captions too."""
-    g = np.random.default_rng(10_000 + number)
-    out, rows, captions = io.BytesIO(), [], []
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, (data, width, height) in enumerate(pictures(count, fields, number)):
-            key, caption = f"{number:08d}{i:04d}", " ".join(g.choice(WORDS, int(g.integers(6, 16))))
-            place = {"offset": out.tell() + tarfile.BLOCKSIZE, "size": len(data)}
-            for suffix, content in (("jpg", data), ("txt", caption.encode())):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-            row = {"key": key, "url": "", "status": "kept", "split": "train", "width": width, "height": height}
-            rows.append(row | place | {"sha256": hashlib.sha256(data).hexdigest()})
-            captions.append([caption])
-    blobs = {
-        "pairs": {"index": write_table(index_table(rows)), "images": out.getvalue()},
-        "captions": {"captions": write_table({"key": [row["key"] for row in rows], "captions": captions})},
-    }
-    inputs = {
-        stage: ShardRow(number, f"{stage}-{number}", count, 0, {n: put_blob(store, b) for n, b in own.items()}, {})
-        for stage, own in blobs.items()
-    }
-    return ShardTask(number, f"{STAGE}-{number}", inputs)
 
 
 # --- in a process of a core -------------------------------------------------------------------------------------------
