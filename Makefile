@@ -12,13 +12,8 @@ help:
 	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 120 trains less or more than 25"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
-<<<<<<< HEAD
-	@echo "make chaos   real faults against the data stages: N=50 slices of SEED=1, about a minute each; goes on where it stopped"
-	@echo "make bench   what the stages cost against peers and bounds, in over an hour on an idle machine"
-=======
 	@echo "make chaos   real faults against the data stages: N=50 slices of SEED=1, some minutes each; goes on where it stopped"
-	@echo "make bench   what the models cost against peers and bounds, in about half an hour on an idle machine"
->>>>>>> 8eca876 (A slice takes minutes)
+	@echo "make bench   what the stages cost against peers and bounds, in over an hour on an idle machine"
 
 ifeq ($(PYTHON),)
 .venv/ready:
