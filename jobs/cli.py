@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -55,6 +56,9 @@ def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say_interrupted()
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output, such as head, has enough; nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: the disk is full ({e.filename}); free space and run the same command again", file=sys.stderr)

@@ -46,7 +46,12 @@ def main(argv: Sequence[str]) -> int:
 def _key(store: Store, stage: str, key: str) -> str:
     found = [key] if load_artifact(store, stage, key) else []
     found = found or [e.path.rpartition("/")[2].removesuffix(".json") for e in store.list(f"artifacts/{stage}/{key}")]
-    if len(found) != 1:
+    if not found:
+        raise UserError(
+            f"{stage}: nothing in {store.url} has a key that begins with {key[:12]}; "
+            f"unclip run with --until {stage} makes what the configuration asks for"
+        )
+    if len(found) > 1:
         raise UserError(
             f"{stage}: {len(found)} artefacts in {store.url} have a key that begins with {key}; one is needed"
         )

@@ -47,6 +47,11 @@ class Project:
             )
         return {stage: artifact for stage, artifact in found.items() if artifact is not None}
 
+    def finished(self) -> dict[str, Artifact]:
+        """The artefacts of all stages that are made, as the plan has them."""
+        found = {verdict.stage: load_artifact(self.store, verdict.stage, verdict.key) for verdict in self.plan()}
+        return {stage: artifact for stage, artifact in found.items() if artifact is not None}
+
     def wanted(self, only: str | None, until: str | None) -> set[str]:
         """The stages that ``--only`` or ``--until`` ask for. Raises UserError for an unknown one."""
         for name in (only, until):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.project import open_project
-from pipeline.artifacts import load_artifact
 from pipeline.errors import UserError
 
 
@@ -24,8 +23,7 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
     project = open_project(arguments.config, arguments.overrides)
-    found = {verdict.stage: load_artifact(project.store, verdict.stage, verdict.key) for verdict in project.plan()}
-    artifacts = {stage: artifact for stage, artifact in found.items() if artifact is not None}
+    artifacts = project.finished()
     if not artifacts:
         raise UserError(f"{arguments.config}: nothing of it is made yet; unclip run makes it")
     from pipeline.report.page import write_report

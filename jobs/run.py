@@ -64,6 +64,10 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
         _summary(artifacts, stale, time.monotonic() - began)
     else:
         print("nothing to do")
+        if not project.report.exists():  # deleted, or run.output is another folder now
+            from pipeline.report.page import write_report
+
+            write_report(project.store, project.config, project.finished(), project.report)
     _places(project, wanted)
     return 0
 

@@ -106,7 +106,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = Path(path).read_text()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration; the shipped ones are in configs/") from None
+        raise UserError(
+            f"{path}: no such configuration; unclip init writes one, the shipped ones are in configs/"
+        ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read ({e})") from None
     try:

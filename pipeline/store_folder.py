@@ -29,7 +29,7 @@ def _explained(url: str) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"store {url}: the disk is full; free space and run the same command again") from e
-        if e.errno in (errno.EROFS, errno.ENOTDIR):
+        if e.errno in (errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"store {url}: cannot be written ({e.strerror}); choose another folder") from e
         raise
 

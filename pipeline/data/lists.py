@@ -58,7 +58,8 @@ def _kind(path: str) -> tuple[str, str]:
         return "emoji", path.removeprefix("emoji:")
     file = Path(path).expanduser()
     if not file.exists():
-        raise UserError(f"source {path}: no such file or folder")
+        where = "" if file.is_absolute() else f" in {Path.cwd()}, from where relative paths count"
+        raise UserError(f"source {path}: no such file or folder{where}")
     if file.is_dir():
         return "embeddings" if is_embeddings(file) else "folder", str(file.absolute())
     if file.suffix in (".parquet", ".csv", ".tsv", ".tar"):

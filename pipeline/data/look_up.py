@@ -51,7 +51,8 @@ def embed_picture(store: Store, clip: Artifact, path: str) -> np.ndarray:
     try:
         pixels = open_view(Path(path).read_bytes(), model.image_size)
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read as a picture ({e})") from None
+        why = getattr(e, "strerror", None) or "no PNG, JPEG or WebP"  # Pillow's own words name an address in memory
+        raise UserError(f"{path}: cannot be read as a picture ({why})") from None
     return _numbers(model.encode_image, torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()))
 
 

@@ -93,7 +93,7 @@ def test_stages(write: Write) -> None:
     refused("run", config, "--until", "retrieval", says=["unknown stage retrieval"])
     refused("run", config, "--only", "decoder", says=["--only decoder needs source", "use --until decoder"])
     refused("pin", config, "decoder", says=["decoder cannot be pinned; clip, codec can"])
-    refused("pin", config, "clip", says=["clip: 0 artefacts", "one is needed"])
+    refused("pin", config, "clip", says=["clip: nothing in", "--until clip"])
 
 
 def test_above_the_budget_it_stops_without_yes(write: Write) -> None:

@@ -194,7 +194,7 @@ def test_a_bundle_that_stops_early_needs_less() -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone\.yaml: no such configuration; the shipped ones are in configs/"):
+    with pytest.raises(UserError, match=r"gone\.yaml: no such configuration; unclip init writes one"):
         load_config(tmp_path / "gone.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path)

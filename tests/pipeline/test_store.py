@@ -118,6 +118,11 @@ def test_a_folder_without_permission_is_one_clear_line(tmp_path: Path) -> None:
         open_store(str(blocked / "store")).create("a", b"1")
 
 
+def test_a_folder_that_cannot_be_made_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        open_store("/proc/store").create("a", b"1")
+
+
 def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
