@@ -23,6 +23,7 @@ else
 # Without warnings: the first words that a user reads would be the build tool's remarks on editable installations.
 # bsrgan, a peer of tests and benchmarks, without its requirements: one would replace OpenCV by another build of it.
 .venv/ready: pyproject.toml
+	@echo "Installing packages into .venv: some minutes, without a word"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[demo,dev,reference]'

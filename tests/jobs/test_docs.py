@@ -80,7 +80,7 @@ TESTED = {
     "unclip init birds pictures": "here",
     "unclip init scans 00000.tar 00001.tar": "here",
     "unclip doctor my-project.yaml": "here",
-    "unclip run my-project.yaml --until curation": "here",
+    "unclip run my-project.yaml --until pairs": "here",
     "unclip run my-project.yaml": "here",
     "unclip data retry --reason timeout,http_5xx my-project.yaml": "here",
     "unclip data forget my-project.yaml 000000000003 http://example.org/a.jpg": "here",
