@@ -65,11 +65,6 @@ def _remarks(seen: Look) -> Iterator[str]:
         yield f"warning: fewer than {ENOUGH:,} pairs are enough to try it, but the models will learn them by heart"
     if bare := seen.rows - len(seen.captions):
         yield f"warning: {bare:,} of them have no caption and will not be learnt from"
-    if seen.relative:
-        yield (
-            f"warning: {seen.relative:,} of them are relative paths, which a run rejects: write "
-            "file:///absolute/path.jpg, or list the folder itself"
-        )
     if small := len(seen.sides) - seen.reaching(64):
         yield f"warning: {small} of the first {len(seen.sides)} pictures are below 64 px, too small to learn from"
 

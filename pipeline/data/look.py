@@ -22,14 +22,12 @@ PICTURES = 100  # measured, at most
 @dataclass(frozen=True)
 class Look:
     """Rows with a reference that were looked at, and whether there are ``more``; the first caption of each row that
-    has one; short sides, in pixels, of the first pictures that lie on this machine; how many references are relative
-    paths, which a run rejects."""
+    has one; short sides, in pixels, of the first pictures that lie on this machine."""
 
     rows: int
     more: bool
     captions: tuple[str, ...]
     sides: tuple[int, ...]
-    relative: int = 0
 
     def reaching(self, side: int) -> int:
         """How many of the measured pictures have a short side of at least this."""
@@ -51,12 +49,7 @@ def look(recipe: SourceRecipe) -> Look:
         more = more or next(rows, None) is not None
         found += [row for row in first if row.url]
     captions = tuple(row.captions[0] for row in found if row.captions)
-    relative = sum(_is_relative(row.url) for row in found)
-    return Look(len(found), more, captions, tuple(islice(_sides(found), PICTURES)), relative)
-
-
-def _is_relative(url: str) -> bool:
-    return not url.startswith("/") and ":" not in url
+    return Look(len(found), more, captions, tuple(islice(_sides(found), PICTURES)))
 
 
 def _sides(rows: list[Row]) -> Iterator[int]:

@@ -108,13 +108,6 @@ def test_pictures_on_the_web_or_broken_leave_every_model_in(capsys: Output) -> N
     assert "warning: 1 of them have no caption" in capsys.readouterr().out
 
 
-def test_relative_paths_in_a_list_are_named(capsys: Output) -> None:
-    folder()
-    Path("pairs.csv").write_text(f"url,caption\npictures/0.png,a\n{Path.cwd()}/pictures/1.png,b\nfile:///c.png,c\n")
-    made("mine", "pairs.csv")
-    assert "warning: 1 of them are relative paths, which a run rejects: write file:///" in capsys.readouterr().out
-
-
 def test_small_pictures_are_named(capsys: Output) -> None:
     Path("pictures").mkdir()
     Path("pictures/a.png").write_bytes(picture(0, 40, 40))
@@ -128,7 +121,7 @@ def test_without_a_list_it_names_one_of_each_kind(capsys: Output) -> None:
     assert all(kind in text for kind in (".csv, .tsv or .parquet", "a folder of a.jpg and a.txt", "webdataset tars"))
     assert "put your list under source.paths first" in capsys.readouterr().out
     assert main(["plan", "mine.yaml"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: source pairs.csv: no such file or folder in {Path.cwd()}, ")
+    assert capsys.readouterr().err == "error: source pairs.csv: no such file or folder\n"
 
 
 def test_other_columns(capsys: Output) -> None:
