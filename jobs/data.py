@@ -97,12 +97,21 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
     if not (request.keys or request.hashes or request.references):
         raise UserError("nothing to forget: give keys, references or hashes, or --file")
     before = project.plan()
-    found, rows = find(
-        project.store, _listed(project), project.made("pairs")["pairs"] if request.hashes else None, request
-    )
-    change_journal(project.store, project.config.project, lambda j: _forgetting(project, j, found))
-    unseen = sum(not row.segments for row in found)
-    print(f"{rows:,} rows are forgotten" + (f"; {unseen:,} references are not in the list yet" if unseen else ""))
+    if request.keys and not any(v.stage == "pairs" and v.state == "fresh" for v in before):
+        raise UserError(
+            f"keys count the rows of a list as it was fetched, and this one has changed since, or was never fetched: "
+            f"name references, or unclip run {config} --until pairs and look for the rows again"
+        )
+    pairs = project.made("pairs")["pairs"] if request.hashes else None
+    found = find(project.store, _listed(project), pairs, request)
+    change_journal(project.store, project.config.project, lambda j: _forgetting(project, j, found.forgotten))
+    print(f"{found.rows:,} rows are forgotten")
+    for key, reference in found.named:
+        print(f"  {key} {reference}")
+    if found.rows > len(found.named):
+        print(f"  and {found.rows - len(found.named):,} more")
+    if found.unseen:
+        print(f"{len(found.unseen):,} references are not in the list yet, such as {found.unseen[0]}")
     after = open_project(config, ())
     print_changes(before, after.plan())
     print(

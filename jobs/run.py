@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
 def run(project: Project, only: str | None = None, until: str | None = None, yes: bool = False) -> int:
     """Plan, ask above the budget, execute, report. Raises UserError."""
     began = time.monotonic()
+    for name in project.config.run.trackers:
+        find_tracker(name)
     wanted = project.wanted(only, until)
     verdicts = project.plan()
     stale = [v.stage for v in verdicts if v.state == "stale" and v.stage in wanted]
@@ -56,8 +58,6 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
                 f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
                 "add --yes to go on, or raise the budget"
             )
-        for name in project.config.run.trackers:
-            find_tracker(name)
         check_conditions(project.store)
         remember(project.store, project.config.project, project.graph, verdicts)
         artifacts = _execute(project, wanted)
@@ -77,7 +77,9 @@ def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
     from pipeline.samples import export_pictures
 
     def on_stage(stage: str, made: Artifact, artifacts: Mapping[str, Artifact]) -> None:
-        print(f"{stage} done: {made.key[:12]}", flush=True)
+        lost = {"rejected": made.ledger.rejected, "deferred": made.ledger.deferred}
+        counts = [f"{sum(reasons.values()):,} rows {end}" for end, reasons in lost.items() if reasons]
+        print(f"{stage} done: {made.key[:12]}" + "".join(f", {count}" for count in counts), flush=True)
         output = Path(project.config.run.output)
         if stage == "bundle":
             remember_bundle(output, project.store.url, made.key)

@@ -58,7 +58,10 @@ def open_store(url: str) -> Store:
             raise UserError(f"store {url}: no bucket; write s3://BUCKET/PREFIX")
         return S3Store(url.rstrip("/"), parts.netloc, parts.path.strip("/"))
     if parts.scheme in ("", "file"):
-        return FolderStore(str(Path(parts.path).expanduser().absolute()))
+        folder = Path(parts.path).expanduser().absolute()
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"store {url}: is a file; name a folder")
+        return FolderStore(str(folder))
     raise UserError(f"store {url}: only s3://BUCKET/PREFIX or a folder can be a store")
 
 

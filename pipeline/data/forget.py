@@ -18,6 +18,7 @@ from pipeline.store import Store
 
 S = TypeVar("S")
 T = TypeVar("T")
+NAMED = 20  # rows, at most, that are told one by one
 THREADS = 16  # a pass over the list waits for the store, not for the processor
 
 
@@ -38,10 +39,19 @@ class Request:
         return Request(keys, hashes, frozenset(w for w in said if w not in keys and w.lower() not in hashes))
 
 
-def find(
-    store: Store, source: Sequence[SourceShard], pairs: Artifact | None, request: Request
-) -> tuple[list[Forgotten], int]:
-    """The references to forget, with the segments that hold them, and the number of rows hit now.
+@dataclass(frozen=True)
+class Found:
+    """``forgotten``: the references to forget, with the segments that hold them. ``rows`` are hit now; ``named`` has
+    keys and references of the first. ``unseen``: asked for, and in no row yet."""
+
+    forgotten: list[Forgotten]
+    rows: int
+    named: list[tuple[str, str]]
+    unseen: list[str]
+
+
+def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, request: Request) -> Found:
+    """What a request is about.
 
     ``source``: the stored shards of the list; ``pairs``, made from it, is needed for hashes. A reference that no row
     has is forgotten for lists to come. Raises UserError for a key or a hash that no row has.
@@ -52,11 +62,15 @@ def find(
         marks |= _of_hashes(store, read_shards(store, pairs) if pairs else [], request.hashes)
     held: dict[str, set[int]] = {mark: set() for mark in marks}
     rows = 0
-    for shard, found in _each(source, lambda shard: _marks_in(store, shard, marks)):
-        for mark in found:
-            held[mark].add(segment_of(shard.number))
+    named: list[tuple[str, str]] = []
+    for shard, found in _each(source, lambda shard: _rows_in(store, shard, marks)):
+        for _, url in found:
+            held[reference_mark(url)].add(segment_of(shard.number))
         rows += len(found)
-    return [Forgotten(mark, tuple(sorted(segments))) for mark, segments in sorted(held.items())], rows
+        named += [(row_key(shard.number, place), url) for place, url in found][: NAMED - len(named)]
+    forgotten = [Forgotten(mark, tuple(sorted(segments))) for mark, segments in sorted(held.items())]
+    unseen = sorted(url for url in request.references if not held[reference_mark(url)])
+    return Found(forgotten, rows, named, unseen)
 
 
 def without(store: Store, blob: str, marks: frozenset[str]) -> str:
@@ -72,9 +86,10 @@ def without(store: Store, blob: str, marks: frozenset[str]) -> str:
     return put_blob(store, write_table(type(table).from_pylist(kept, table.schema)))
 
 
-def _marks_in(store: Store, shard: SourceShard, marks: set[str]) -> list[str]:
+def _rows_in(store: Store, shard: SourceShard, marks: set[str]) -> list[tuple[int, str]]:
+    """Places in the shard, and references."""
     urls = read_table(store, shard.refs, ["url"])["url"].to_pylist()
-    return [mark for url in urls if (mark := reference_mark(url)) in marks]
+    return [(place, url) for place, url in enumerate(urls) if reference_mark(url) in marks]
 
 
 def _of_keys(store: Store, source: Sequence[SourceShard], keys: frozenset[str]) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -50,7 +51,16 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
     elif kind == "embeddings":
         yield from _embedding_rows(Path(where), recipe)
     else:
-        yield from _table_rows(Path(where), recipe)
+        for row in _table_rows(Path(where), recipe):
+            yield replace(row, url=_beside(Path(where).parent, row.url))
+
+
+def _beside(folder: Path, reference: str) -> str:
+    """A picture's relative path as a reference to a file, counted from the folder of its list; all else as it is."""
+    relative = not reference.startswith("/") and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", reference)
+    if relative and reference.lower().endswith(IMAGES):
+        return f"file://{quote(str(folder / reference))}"
+    return reference
 
 
 def _kind(path: str) -> tuple[str, str]:

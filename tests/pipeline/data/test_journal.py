@@ -161,8 +161,8 @@ def test_rows_are_found_by_key_by_reference_and_by_hash(tmp_path: Path) -> None:
     sha256 = next(row["sha256"] for row in bench.rows("pairs") if row["url"].endswith("/3.png"))
 
     def found(*words: str) -> tuple[set[tuple[str, tuple[int, ...]]], int]:
-        forgotten, count = find(bench.store, _listed(bench), bench.made["pairs"], Request.read(words))
-        return {(row.mark, row.segments) for row in forgotten}, count
+        found = find(bench.store, _listed(bench), bench.made["pairs"], Request.read(words))
+        return {(row.mark, row.segments) for row in found.forgotten}, found.rows
 
     def mark(name: str, *segments: int) -> tuple[str, tuple[int, ...]]:
         return reference_mark(f"http://h/{name}.png"), segments
@@ -171,6 +171,10 @@ def test_rows_are_found_by_key_by_reference_and_by_hash(tmp_path: Path) -> None:
     assert found("http://h/5.png", "", "# a comment") == ({mark("5", 0)}, 1)
     assert found(sha256.upper()) == ({mark("3", 0), mark("x", 1)}, 2)
     assert found("http://h/9.png", "http://h/none.png") == ({mark("9", 0), mark("none")}, 1)
+    request = Request.read(["000000010001", "http://h/none.png"])
+    told = find(bench.store, _listed(bench), bench.made["pairs"], request)
+    assert told.named == [("000000010001", "http://h/5.png")]
+    assert told.unseen == ["http://h/none.png"]
     with pytest.raises(UserError, match="000000010009: no row"):
         found("000000010009")
     with pytest.raises(UserError, match="no stored picture"):

@@ -150,3 +150,11 @@ def test_bad_lists_are_one_clear_line(
     with pytest.raises(UserError, match=message):
         scan(SourceRecipe((str(tmp_path / name),)), folder_store, write=True)
     assert list(folder_store.list("")) == []
+
+
+def test_a_relative_path_counts_from_the_folder_of_its_list(tmp_path: Path, folder_store: Store) -> None:
+    cells = ["pictures/a b.png", "../c.JPG", "/d.png", "http://h/e.png", "data:image/png", "no picture"]
+    path = _csv(tmp_path / "list.csv", [(cell, "text") for cell in cells])
+    (shard,) = scan(SourceRecipe((path,)), folder_store, write=True).shards
+    urls = read_table(folder_store, shard.refs)["url"].to_pylist()
+    assert urls == [f"file://{tmp_path}/pictures/a%20b.png", f"file://{tmp_path}/../c.JPG", *cells[2:]]
