@@ -51,8 +51,8 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
     elif kind == "embeddings":
         yield from _embedding_rows(Path(where), recipe)
     else:
-        for row in _table_rows(Path(where), recipe):
-            yield replace(row, url=_beside(Path(where).parent, row.url))
+        for listed in _table_rows(Path(where), recipe):
+            yield replace(listed, url=_beside(Path(where).parent, listed.url))
 
 
 def _beside(folder: Path, reference: str) -> str:
