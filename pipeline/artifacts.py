@@ -215,6 +215,7 @@ def environment() -> dict[str, str]:
         "torch",
         "open_clip_torch",
         "img2dataset",
+        "opencv-python-headless",
         "numpy",
         "pyarrow",
         "pillow",

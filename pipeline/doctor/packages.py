@@ -13,7 +13,10 @@ from pipeline.doctor.finding import Finding, brief
 
 PROJECT = "unclip-ray"
 MODULES = {"faiss-cpu": "faiss", "open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
-MODULES |= {"scikit-learn": "sklearn"}  # the rest are imported by the name they are installed by
+MODULES |= {
+    "scikit-learn": "sklearn",
+    "opencv-python-headless": "cv2",
+}  # the rest are imported by the name they are installed by
 
 
 def check_packages() -> Iterator[Finding]:

@@ -75,6 +75,9 @@ class Speed:
         return said
 
 
+NOT_MEASURED = Speed(0.0, 1.0)
+
+
 def measure_speed(task: Task, model: nn.Module, feed: Feed, precision: str, world: World) -> Speed:
     """See Speed. ``model``, in evaluation mode, is left as it is."""
     flops = 0

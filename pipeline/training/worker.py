@@ -22,7 +22,7 @@ from pipeline.progress import Progress
 from pipeline.records import put_blob
 from pipeline.training.checkpoints import Course, Saver
 from pipeline.training.feed import Feed
-from pipeline.training.laps import Speed, measure_speed
+from pipeline.training.laps import NOT_MEASURED, Speed, measure_speed
 from pipeline.training.loop import NonFinite, fit
 from pipeline.training.state import TrainState, begin
 from pipeline.training.task import Contrastive, Examples, Finishes, Task
@@ -44,14 +44,16 @@ class Training:
         CorruptObject, UserError."""
         ctx = self.ctx
         task = self.make_task(ctx)
-        if isinstance(task, Contrastive):
-            task.gather = world.gather
         feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, world.rank, world.size)
         state = begin(task, ctx.recipe, world.device, warm_start(ctx, task))
         self.course.restore(state, ctx.recipe.samples)
+        # Before the workers are joined, because one alone measures.
+        speed = measure_speed(task, state.ema, feed, ctx.recipe.precision, world) if world.first else NOT_MEASURED
+        if isinstance(task, Contrastive):
+            task.gather = world.gather
         train = partial(fit, ctx.stage, task, feed, ctx.recipe, ctx.settings, world, state)
         try:
-            self._train(train, task, feed, world, state)
+            self._train(train, Publisher(ctx, task, feed, world, speed), state)
         except NonFinite as e:
             if world.first:
                 self.course.branch.save_failure(state, e.samples, e.keys)
@@ -61,17 +63,13 @@ class Training:
     def _train(
         self,
         train: Callable[[Callable[[TrainState], None]], TrainState],
-        task: Task,
-        feed: Feed,
-        world: World,
+        publish: Publisher,
         state: TrainState,
     ) -> None:
-        ctx = self.ctx
+        ctx, task, feed, world = self.ctx, publish.task, publish.feed, publish.world
         if not world.first:
             train(lambda _: None)
             return
-        speed = measure_speed(task, state.ema, feed, ctx.recipe.precision, world)
-        publish = Publisher(ctx, task, feed, world, speed)
         line = Progress(ctx.stage, ctx.recipe.samples, "samples", start=state.samples)
         with line as progress, Saver(self.course) as saver:
             train(Watch(task, feed, ctx.recipe, ctx.settings, world, saver, publish, progress))

@@ -128,9 +128,11 @@ def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
         setattr(module, name, value)
     make = shards._make
 
-    def noting(store: Store, stage: str, worker: shards.Worker, task: shards.ShardTask) -> shards.Shard:
+    def noting(
+        store: Store, stage: str, worker: shards.Worker, task: shards.ShardTask, free: float
+    ) -> tuple[shards.Shard, shards.Work]:
         Path(seen, type(worker).__name__).touch()
-        return make(store, stage, worker, task)
+        return make(store, stage, worker, task, free)
 
     shards._make = noting
     store, made = open_at(url), dict(inputs)

@@ -24,6 +24,7 @@ from pipeline.records import blob_path
 from pipeline.settings import EmbeddingsSettings
 from pipeline.shards import Helpers, ShardTask
 from pipeline.store import Entry, Store
+from pipeline.store_shared import Traffic
 from tests.pipeline.data.bench import Bench, picture, save_clip
 
 ROWS = 25
@@ -198,6 +199,10 @@ class Watched:
     @property
     def url(self) -> str:
         return self.store.url
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.store.traffic
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is not None:
