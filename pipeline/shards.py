@@ -99,17 +99,14 @@ def run_shards(
     unit: str,
     amount: int,
     title: str | None = None,
-    needs: Needs | None = None,
-    work: Work | None = None,
 ) -> tuple[list[Shard], int]:
     """Make every shard that has no record yet. Returns all shards by rising number, and how many were made now.
 
     ``make_worker`` is pickled and called once in every worker process. ``amount`` counts the units of all tasks, as
     ledgers count them, for the progress line. With ``ctx.settings.workers`` 0 the worker runs in this process, without
-    Ray. What the workers took is added to ``work``, with their number and the seconds and rows of what was made now.
+    Ray.
     """
-    work = {} if work is None else work
-    found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage, needs or Needs(), work))
+    found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage, Needs(), Work()))
     return sorted((shard for shard, _ in found), key=lambda shard: shard.number), sum(new for _, new in found)
 
 
@@ -126,6 +123,7 @@ def _each_shard(
     """Every shard, in no order, and whether it was made now.
 
     A listing alone decides what is made first. The records that were there are read last; a corrupt one is made again.
+    What the workers took is added to ``work``, with their number and the seconds and rows of what was made now.
     """
     paths = {shard_path(ctx.stage, task.key) for task in tasks}
     there = {entry.path for entry in ctx.store.list(f"shards/{ctx.stage}/") if entry.path in paths}
