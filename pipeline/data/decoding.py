@@ -27,6 +27,9 @@ from pipeline.errors import UserError
 
 IDLE_S = 60  # after which a child ends; the next request starts another
 COMMAND = (sys.executable, "-m", "pipeline.data.decoding")
+# glibc gives the pixels of every picture back to the system and faults them in again for the next one, a third of the
+# child's time. These keep 128 MiB instead, in blocks of up to 32.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 _READY = {"ready": True}
 
 
@@ -61,7 +64,7 @@ class Decoder:
             root = str(Path(__file__).parents[2])
             path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
             pipe = subprocess.PIPE
-            environment = {**os.environ, "PYTHONPATH": path}
+            environment = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": path}
             self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, env=environment)
 
     def close(self) -> None:

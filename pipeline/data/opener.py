@@ -1,8 +1,8 @@
-"""A urllib opener for untrusted URLs: public addresses only, one deadline, a byte budget, no proxy, no redirect.
+"""Requests for untrusted URLs: public addresses only, one deadline, a byte budget, no proxy, no redirect.
 
 A name is resolved once and the connection goes to the address that was checked, so no name that changes its address
 reaches the machine itself, its network or a cloud's metadata service. Redirects are followed by pipeline.data.visit,
-hop by hop through this opener. Every failure is a Refused whose text is a reason of pipeline.ledger.
+hop by hop, each a request here. Every failure is a Refused whose text is a reason of pipeline.ledger.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import socket
 import ssl
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -99,6 +98,7 @@ def is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
+@lru_cache(maxsize=1024)  # each of a URL's checks asks anew
 def normal_url(reference: str) -> str:
     """An http(s) URL in the one spelling that everybody sees: the guard, the server, robots.txt and deny lists.
 
@@ -118,19 +118,26 @@ def normal_url(reference: str) -> str:
     return urlunsplit((parts.scheme, place, quote(parts.path, _SAFE) or "/", quote(parts.query, _SAFE), ""))
 
 
-def guarded_opener(guard: Guard, deadline: float, max_bytes: int) -> urllib.request.OpenerDirector:
-    """An opener for one request, with handlers for http and https alone. ``deadline`` is a time.monotonic().
+def ask(
+    guard: Guard, url: str, headers: Mapping[str, str], deadline: float, max_bytes: int
+) -> http.client.HTTPResponse:
+    """The answer to a GET of a normal URL, whatever its status, its body not yet read. ``deadline``: time.monotonic().
 
-    It returns the response whatever its status.
+    What it raises are reasons after failures_as_reasons.
     """
-    opener = urllib.request.OpenerDirector()
-    settings = {
-        "guarded_connect": partial(guard.connect, deadline=deadline),
-        "response_class": partial(_Response, deadline=deadline, max_bytes=max_bytes),
-    }
-    opener.add_handler(_Handler(**settings))
-    opener.add_handler(urllib.request.UnknownHandler())
-    return opener
+    parts = urlsplit(url)
+    connection_to = {"http": _HTTPConnection, "https": _HTTPSConnection}[parts.scheme]
+    connection = connection_to(parts.netloc, guard, deadline, max_bytes)
+    selector = f"{parts.path}?{parts.query}" if parts.query else parts.path
+    try:
+        connection.request("GET", selector, headers={**headers, "Connection": "close"})
+        response = connection.getresponse()
+    except BaseException:
+        connection.close()
+        raise
+    if connection.sock:  # the server means to keep it open; the response has a file of its own
+        connection.sock.close()
+    return response
 
 
 @contextlib.contextmanager
@@ -161,15 +168,15 @@ def failures_as_reasons() -> Iterator[None]:
     """Turn whatever goes wrong between us and a server into a Refused."""
     try:
         yield
-    except urllib.error.URLError as error:
-        raise Refused("timeout" if isinstance(error.reason, TimeoutError) else "unreachable") from None
     except TimeoutError:
         raise Refused("timeout") from None
     except http.client.IncompleteRead:
         raise Refused("truncated") from None
+    except OSError:  # one of a wrong certificate is a ValueError, too
+        raise Refused("unreachable") from None
     except (http.client.InvalidURL, ValueError):
         raise Refused("unsupported_reference") from None
-    except (OSError, http.client.HTTPException):
+    except http.client.HTTPException:
         raise Refused("unreachable") from None
 
 
@@ -180,28 +187,14 @@ def _remaining(deadline: float) -> float:
     return seconds
 
 
-class _Handler(urllib.request.AbstractHTTPHandler):
-    def __init__(self, **settings: Any):
-        super().__init__()
-        self._settings = settings
-
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(partial(_HTTPConnection, **self._settings), request)
-
-    def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(partial(_HTTPSConnection, **self._settings), request)
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-
 class _HTTPConnection(http.client.HTTPConnection):
-    def __init__(self, host: str, *, guarded_connect: Any, response_class: Any, **settings: Any):
-        super().__init__(host, **settings)
-        self._guarded_connect = guarded_connect
-        self.response_class = response_class
+    def __init__(self, place: str, guard: Guard, deadline: float, max_bytes: int):
+        super().__init__(place)
+        self._guard, self._deadline = guard, deadline
+        self.response_class = partial(_Response, deadline=deadline, max_bytes=max_bytes)  # type: ignore[assignment]
 
     def connect(self) -> None:
-        self.sock = self._guarded_connect(self.host, self.port)
+        self.sock = self._guard.connect(self.host, self.port, self._deadline)
 
 
 class _HTTPSConnection(_HTTPConnection):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from pipeline.data.opener import Evidence, Guard, Refused, failures_as_reasons, guarded_opener, normal_url
+from pipeline.data.opener import Evidence, Guard, Refused, ask, failures_as_reasons, normal_url
 from pipeline.data.politeness import Hosts, retry_after
 from pipeline.data.robots import opting_out
 from pipeline.errors import UserError
@@ -96,11 +96,11 @@ class Visit:
         pause = self._access.hosts.held(host)
         if time.monotonic() + pause > self.deadline:
             raise Refused("rate_limited" if pause else "timeout")
-        time.sleep(pause)
+        if pause:
+            time.sleep(pause)
         self.barred = False
         headers = {"User-Agent": self._access.agent, **self._access.headers.get(origin, {})}
-        opener = guarded_opener(self._access.guard, self.deadline, self._max_bytes)
-        return opener.open(urllib.request.Request(url, headers=headers))
+        return ask(self._access.guard, url, headers, self.deadline, self._max_bytes)
 
     def _judge(self, response: http.client.HTTPResponse, url: str) -> str | None:
         """Where the answer leads to, or None for a body. Raises Refused."""
