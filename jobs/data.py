@@ -12,6 +12,7 @@ from pathlib import Path
 from jobs.plan import print_changes
 from jobs.project import Project, open_project
 from pipeline.collect import collect
+from pipeline.config import OVERRIDES
 from pipeline.data.again import FINAL, gather
 from pipeline.data.forget import Request, find, without
 from pipeline.data.journal import Forgotten, Journal, change_journal, read_journal, with_forgotten
@@ -31,6 +32,9 @@ def main(argv: Sequence[str]) -> int:
     gc = commands.add_parser("gc", help="delete what no pin, recent run or running stage needs")
     for command, run in ((search, _search), (retry, _retry), (forget, _forget), (gc, _collect)):
         command.add_argument("config", help="a YAML file")
+        command.add_argument(
+            "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=OVERRIDES
+        )
         command.set_defaults(run=run)
     what = search.add_mutually_exclusive_group(required=True)
     what.add_argument("caption", nargs="?", help="text that the pictures should fit")
@@ -44,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     gc.add_argument("--keep-days", type=float, default=30.0, help="how long what a run asked for is needed (30)")
     gc.add_argument("--grace-hours", type=float, default=24.0, help="from the first finding to the deletion (24)")
     arguments = parser.parse_args(argv)
-    return arguments.run(open_project(arguments.config, ()), arguments)
+    return arguments.run(open_project(arguments.config, arguments.overrides), arguments)
 
 
 def _search(project: Project, arguments: argparse.Namespace) -> int:
@@ -112,7 +116,7 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
         print(f"  and {found.rows - len(found.named):,} more")
     if found.unseen:
         print(f"{len(found.unseen):,} references are not in the list yet, such as {found.unseen[0]}")
-    after = open_project(config, ())
+    after = open_project(config, arguments.overrides)
     print_changes(before, after.plan())
     print(
         f"unclip run {config} makes what is stale again; then unclip data gc {config} --yes deletes what was made with "

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.config import Config, load_config
+from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.doctor.finding import Finding
 from pipeline.doctor.machine import check_disks, check_machine, check_memory, check_shared_memory
 from pipeline.doctor.nodes import check_nodes
@@ -20,7 +20,7 @@ from pipeline.store import local_folder, open_store
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip doctor", description=__doc__)
     parser.add_argument("config", nargs="?", help="a YAML file; without one, store and disks are not looked at")
-    parser.add_argument("overrides", nargs="*", help="key.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     levels: Counter[str] = Counter()

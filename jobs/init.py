@@ -65,6 +65,9 @@ def _remarks(seen: Look) -> Iterator[str]:
         yield f"warning: fewer than {ENOUGH:,} pairs are enough to try it, but the models will learn them by heart"
     if bare := seen.rows - len(seen.captions):
         yield f"warning: {bare:,} of them have no caption and will not be learnt from"
+    if seen.unopened:
+        of = len(seen.sides) + seen.unopened
+        yield f"warning: {seen.unopened} of the first {of} pictures cannot be opened; a run says why, row by row"
     if small := len(seen.sides) - seen.reaching(64):
         yield f"warning: {small} of the first {len(seen.sides)} pictures are below 64 px, too small to learn from"
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from jobs.project import Project, open_project
+from pipeline.config import OVERRIDES
 from pipeline.cost import Cost, estimate
 from pipeline.graph import Verdict
 from pipeline.progress import duration
@@ -14,9 +15,10 @@ from pipeline.progress import duration
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip plan", description=__doc__)
     parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", help="key.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     arguments = parser.parse_intermixed_args(argv)
     project = open_project(arguments.config, arguments.overrides)
+    project.check_trackers()
     verdicts = project.plan()
     print_plan(project, verdicts, set(project.graph))
     return 0

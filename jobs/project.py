@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.graph import Graph, Verdict, ordered, plan
 from pipeline.history import last_run
 from pipeline.store import Store, open_store
+from pipeline.training.trackers import find_tracker
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Project:
     def report(self) -> Path:
         """Where the report is written."""
         return Path(self.config.run.output) / "report.html"
+
+    def check_trackers(self) -> None:
+        """Raise UserError for a tracker that is not there, before anything is trained."""
+        for name in self.config.run.trackers:
+            find_tracker(name)
 
     def plan(self) -> list[Verdict]:
         """The verdict on every stage, as the store stands now."""

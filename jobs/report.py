@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.project import open_project
+from pipeline.config import OVERRIDES
 from pipeline.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip report", description=__doc__)
     parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", help="key.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument("--output", metavar="FILE", help="where to write it; report.html in run.output by default")
     parser.add_argument(
         "--license",

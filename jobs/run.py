@@ -12,12 +12,12 @@ from jobs.plan import print_plan
 from jobs.project import Project, open_project
 from jobs.sample import remember_bundle
 from pipeline.artifacts import Artifact
+from pipeline.config import OVERRIDES
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.history import remember
 from pipeline.progress import duration
 from pipeline.store import check_conditions
-from pipeline.training.trackers import find_tracker
 
 HEALINGS = 5  # damaged objects that one run makes again before it gives up
 
@@ -25,7 +25,7 @@ HEALINGS = 5  # damaged objects that one run makes again before it gives up
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip run", description=__doc__)
     parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", help="key.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
     parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
     parser.add_argument("--yes", action="store_true", help="go on even above run.budget_hours")
@@ -44,8 +44,7 @@ def main(argv: Sequence[str]) -> int:
 def run(project: Project, only: str | None = None, until: str | None = None, yes: bool = False) -> int:
     """Plan, ask above the budget, execute, report. Raises UserError."""
     began = time.monotonic()
-    for name in project.config.run.trackers:
-        find_tracker(name)
+    project.check_trackers()
     wanted = project.wanted(only, until)
     verdicts = project.plan()
     stale = [v.stage for v in verdicts if v.state == "stale" and v.stage in wanted]

@@ -101,6 +101,9 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
+OVERRIDES = "values in place of the file's, such as decoder.samples=100000 preset=small"
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply ``key.key=value`` overrides. Raises UserError with one line for any mistake."""
     try:

@@ -72,19 +72,36 @@ class EmbeddingsSettings(ShardSettings):
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """A training. ``workers`` 0 trains in this process; ``micro_batch`` 0 takes a worker's share in one piece;
-    ``threads`` 0 uses every core of the process; ``milestones`` are numbers of samples that become artefacts too."""
+    """A training. ``workers`` 0 trains in this process; with ``min_workers`` it trains with as many as there is room
+    for, at least these and at most ``workers``; ``micro_batch`` 0 takes a worker's share in one piece; ``threads`` 0
+    uses every core of the process; ``milestones`` are numbers of samples that become artefacts too.
+
+    For models that are too large for one device: ``sharded`` spreads weights, averages and moments over the workers,
+    ``offload`` keeps them in the memory of the CPU, and ``recompute`` keeps no more than the inputs of layers for the
+    backward pass, which costs another forward pass."""
 
     workers: int = 0
+    min_workers: int = 0
     micro_batch: int = 0
     threads: int = 0
     checkpoint_every_s: float = 60.0
     keep_checkpoints: int = 2
     milestones: tuple[int, ...] = ()
     device: str = "auto"
+    sharded: bool = False
+    offload: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "workers", "micro_batch", "threads")
+        at_least(self, 0, "workers", "min_workers", "micro_batch", "threads")
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is above workers, {self.workers}")
+        if self.sharded and self.min_workers:
+            raise ValueError("min_workers: a model that is spread needs equal shares; use 0, which is workers exactly")
+        if self.sharded and not self.workers:
+            raise ValueError("sharded: there are no workers to spread a model over; set workers to 1 or more")
+        if self.offload and not self.sharded:
+            raise ValueError("offload: only the weights of a model that is spread are offloaded; set sharded, too")
 
 
 @dataclass(frozen=True)

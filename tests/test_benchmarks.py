@@ -41,6 +41,11 @@ KEYS = {
         "upsampling_seconds_over_target",
         "caption_seconds_over_target",
     },
+    "training_loop": {
+        f"{model}_{what}"
+        for model in ("diffusion_prior", "decoder")
+        for what in ("bare_over_ours", "with_a_checkpoint_a_minute", "wait_share", "ema_share")
+    },
     "variants": {
         "channels_last",
         "fused_attention",

@@ -22,12 +22,14 @@ PICTURES = 100  # measured, at most
 @dataclass(frozen=True)
 class Look:
     """Rows with a reference that were looked at, and whether there are ``more``; the first caption of each row that
-    has one; short sides, in pixels, of the first pictures that lie on this machine."""
+    has one; short sides, in pixels, of the first pictures that lie on this machine, and how many of them could not be
+    opened."""
 
     rows: int
     more: bool
     captions: tuple[str, ...]
     sides: tuple[int, ...]
+    unopened: int = 0
 
     def reaching(self, side: int) -> int:
         """How many of the measured pictures have a short side of at least this."""
@@ -49,11 +51,12 @@ def look(recipe: SourceRecipe) -> Look:
         more = more or next(rows, None) is not None
         found += [row for row in first if row.url]
     captions = tuple(row.captions[0] for row in found if row.captions)
-    return Look(len(found), more, captions, tuple(islice(_sides(found), PICTURES)))
+    sides = list(_sides(found))
+    return Look(len(found), more, captions, tuple(side for side in sides if side), sides.count(0))
 
 
 def _sides(rows: list[Row]) -> Iterator[int]:
-    """Short sides of the pictures that can be opened here, from their headers."""
+    """Short sides of the first pictures that lie here, from their headers; 0 for one that cannot be opened."""
     from PIL import Image
 
     for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), PICTURES):
@@ -61,7 +64,7 @@ def _sides(rows: list[Row]) -> Iterator[int]:
             with Image.open(io.BytesIO(_read(row.url)), formats=("PNG", "JPEG", "WEBP")) as image:
                 yield min(image.size)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a run counts these with their reason
-            continue
+            yield 0
 
 
 def _read(url: str) -> bytes:

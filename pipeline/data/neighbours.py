@@ -186,16 +186,14 @@ def _near_pairs(
     vectors: np.ndarray, queries: np.ndarray, places: np.ndarray, bounds: tuple[float | None, ...]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
     """Pairs of a query and a place that are near by any bound, as two arrays, and a mask for each bound."""
-    import faiss
-
     lowest = min(bound for bound in bounds if bound is not None)
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors[places].astype(np.float32))
+    there = vectors[places].astype(np.float32).T
     step = max(1, PAIRS // len(places))
     for start in range(0, len(queries), step):
         block = queries[start : start + step]
-        limits, similarity, ids = index.range_search(vectors[block].astype(np.float32), lowest - MARGIN)
-        a, b = np.repeat(block, np.diff(limits).astype(np.int64)), places[ids]
+        products = vectors[block].astype(np.float32) @ there
+        i, j = np.nonzero(products >= lowest - MARGIN)
+        a, b, similarity = block[i], places[j], products[i, j]
         equal = a == b
         masks = []
         for bound in bounds:

@@ -6,15 +6,18 @@ number of its own, taken by a conditional create; whoever sees a higher number s
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
@@ -23,8 +26,11 @@ from pipeline.errors import CorruptObject
 from pipeline.graph import Context, trajectory_key, trunk_key
 from pipeline.records import blob_path, create_record, put_blob, read_blob, read_record
 from pipeline.store import Store
-from pipeline.training.state import Journal, TrainState, optimizer_tensors, restore_optimizer
+from pipeline.training.sharding import first_row, is_spread, local
+from pipeline.training.state import Journal, TrainState, forms, parts, put_back
+from pipeline.training.world import World
 
+Named = tuple[str, str]  # a part and its blob
 log = logging.getLogger("unclip")
 
 
@@ -34,23 +40,27 @@ class Superseded(Exception):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of a state in the memory of the CPU: tensors by file and name, and the rest of a checkpoint's record."""
+    """What a worker has to save of a state, in the memory of the CPU: tensors by part and name, where the rows of those
+    that are spread over workers begin, by part and name, and the rest of a checkpoint's record."""
 
     samples: int
     tensors: Mapping[str, Mapping[str, Tensor]]
+    starts: Mapping[str, Mapping[str, int]]
     body: Mapping[str, Any]
 
 
-def snapshot(state: TrainState) -> Snapshot:
-    """A copy of all that a checkpoint holds, which later steps do not change."""
-    parts = {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": optimizer_tensors(state)}
-    copies = {
-        part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        for part, tensors in parts.items()
-    }
+def snapshot(state: TrainState, first: bool = True) -> Snapshot:
+    """A copy of what a checkpoint holds of this worker, which later steps do not change. What every worker has, the
+    ``first`` one saves."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    starts: dict[str, dict[str, int]] = {}
+    for part, values in parts(state).items():
+        own = {name: tensor.detach() for name, tensor in values.items() if first or is_spread(tensor)}
+        tensors[part] = {name: local(tensor).to("cpu", copy=True) for name, tensor in own.items()}
+        starts[part] = {name: first_row(tensor) for name, tensor in own.items() if is_spread(tensor)}
     journal = deepcopy(state.journal.as_json())
     body = {"samples": state.samples, "seconds": state.seconds, "laps": dict(state.laps), "journal": journal}
-    return Snapshot(state.samples, copies, body)
+    return Snapshot(state.samples, tensors, starts, body)
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,19 @@ class Checkpoints:
         """Publish the state. Raises Superseded if a later attempt has begun."""
         self.publish(snapshot(state))
 
-    def publish(self, taken: Snapshot) -> None:
-        """Publish a state as it was. Raises Superseded if a later attempt has begun."""
-        blobs = {name: self._put(tensors) for name, tensors in taken.tensors.items()}
+    def publish(self, taken: Snapshot, rank: int = 0, collect: Callable[[list[Named]], list[Named]] = list) -> None:
+        """Publish a state as it was. Raises Superseded if a later attempt has begun.
+
+        Where it is spread over workers, each puts what it has, ``collect`` brings the names together, and the first
+        one publishes.
+        """
+        own = [
+            (part if rank == 0 else f"{part}.{rank:05d}", self._put(tensors, taken.starts[part]))
+            for part, tensors in taken.tensors.items()
+        ]
+        blobs = dict(collect(own))
+        if rank > 0:
+            return
         body = {**taken.body, "attempt": self.attempt, "blobs": blobs}
         self.check()
         crash_point("checkpoint.before_record")
@@ -80,9 +100,9 @@ class Checkpoints:
         crash_point("checkpoint.after_record")
         self._prune()
 
-    def save_failure(self, state: TrainState, samples: int, keys: Sequence[str]) -> None:
+    def save_failure(self, weights: Mapping[str, Tensor], samples: int, keys: Sequence[str]) -> None:
         """Keep the weights before the step after ``samples`` samples, which failed, and which rows had a hand in it."""
-        body = {"samples": samples, "keys": list(keys), "blobs": {"model": self._put(state.model.state_dict())}}
+        body = {"samples": samples, "keys": list(keys), "blobs": {"model": self._put(weights, {})}}
         create_record(self.store, f"{self.folder}failures/{samples:012d}-{self.attempt:04d}.json", body)
 
     def last_failure(self) -> tuple[int, dict[str, Tensor]] | None:
@@ -115,14 +135,12 @@ class Checkpoints:
             if record is None:
                 continue
             try:
-                tensors = {name: load(read_blob(self.store, blob)) for name, blob in record["blobs"].items()}
+                saved = {part: self._read(record["blobs"], part, like) for part, like in forms(state).items()}
             except CorruptObject as e:
                 log.warning("checkpoint at sample %s is dropped: %s", f"{record['samples']:,}", e)
                 self.store.delete([path, e.path])
                 continue
-            state.model.load_state_dict(tensors["model"])
-            state.ema.load_state_dict(tensors["ema"])
-            restore_optimizer(state, tensors["optimizer"])
+            put_back(state, saved)
             state.samples, state.seconds = record["samples"], record["seconds"]
             state.laps = record.get("laps", {})  # older checkpoints have none
             state.journal = Journal(**record["journal"])
@@ -135,13 +153,35 @@ class Checkpoints:
         if newest > self.attempt:
             raise Superseded(f"attempt {self.attempt} of this training stops: attempt {newest} has begun")
 
-    def _put(self, tensors: Mapping[str, Tensor]) -> str:
+    def _put(self, tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> str:
         """A blob that no other trajectory and no artefact shares, because its header names this one."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "tensors")
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(plain, file, metadata={"trajectory": self.trajectory})
+            # One entry: safetensors writes several in any order, and equal checkpoints are to have equal names.
+            about = json.dumps({"trajectory": self.trajectory, "starts": starts}, sort_keys=True)
+            save_file(plain, file, metadata={"about": about})
             return put_blob(self.store, file)
+
+    def _read(self, blobs: Mapping[str, str], part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This worker's rows of tensors ``like`` these, by as many workers as they were saved. One blob is in memory
+        at once. Raises CorruptObject, and ValueError where these are not the tensors of the part."""
+        found: dict[str, Tensor] = {}
+        missing: dict[str, int] = {}
+        for name in sorted(name for name in blobs if name.partition(".")[0] == part):
+            data = read_blob(self.store, blobs[name])
+            starts = _about(data).get("starts", {})
+            for tensor, piece in load(data).items():
+                if tensor not in like or piece.shape[1:] != like[tensor].shape[1:]:
+                    raise ValueError(f"checkpoint of another model: {part} {tensor} {list(piece.shape)}")
+                if tensor not in found:
+                    found[tensor] = torch.empty(local(like[tensor]).shape, dtype=piece.dtype)
+                    missing[tensor] = found[tensor].numel()
+                missing[tensor] -= _copy_rows(found[tensor], first_row(like[tensor]), piece, starts.get(tensor, 0))
+        # A parameter that nothing flowed through has no moments.
+        if any(missing.values()) or (part != "optimizer" and found.keys() != like.keys()):
+            raise ValueError(f"checkpoint of another model: {part} has not all of its tensors")
+        return found
 
     def _paths(self) -> list[str]:
         """Paths of records, the oldest first."""
@@ -160,6 +200,26 @@ class Checkpoints:
     def _blobs(self, paths: list[str]) -> set[str]:
         records = (read_record(self.store, path) for path in paths)
         return {blob for record in records if record for blob in record["blobs"].values()}
+
+
+def _about(data: bytes) -> dict[str, Any]:
+    """What a file of tensors says of itself; older ones say nothing here."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"].get("about", "{}"))
+
+
+def _copy_rows(target: Tensor, first: int, piece: Tensor, start: int) -> int:
+    """Copy the rows that two stretches have in common, and say how many numbers these are. ``first`` and ``start``:
+    the places of their first rows."""
+    if not piece.ndim:
+        target.copy_(piece)
+        return 1
+    low, high = max(first, start), min(first + len(target), start + len(piece))
+    if low >= high:
+        return 0
+    rows = target[low - first : high - first]
+    rows.copy_(piece[low - start : high - start])
+    return rows.numel()
 
 
 def _samples(path: str) -> int:
@@ -223,18 +283,20 @@ class Saver:
     """Saves checkpoints in a thread of its own: a training waits for the copy of its tensors, not for the store.
 
     One is written at a time. What goes wrong is raised by the next ``save`` or by ``wait``. Use as a context manager:
-    its end waits, too.
+    its end waits, too. Where a model is spread, every worker has one.
     """
 
-    def __init__(self, course: Course):
-        self.course = course
+    def __init__(self, course: Course, world: World):
+        self.course, self.world = course, world
+        self._collect = partial(world.collect, group=world.aside()) if world.sharded else list
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
 
     def save(self, state: TrainState) -> None:
         """Copy the state, and publish the copy. Raises Superseded if the save before found a later attempt."""
         self.wait()
-        self._last = self._pool.submit(self.course.at(state.samples).publish, snapshot(state))
+        taken = snapshot(state, self.world.first)
+        self._last = self._pool.submit(self.course.at(state.samples).publish, taken, self.world.rank, self._collect)
 
     def wait(self) -> None:
         """Until what was saved can be read. Raises Superseded."""

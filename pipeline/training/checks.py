@@ -21,6 +21,13 @@ def check(ctx: Context, task: Task) -> None:
             f"{where}.workers: {settings.workers}; the norms of a resnet tower know the rows of one worker only: use 0 "
             f"or 1, or {ctx.stage}.model.tower=vit"
         )
+    if isinstance(task, Contrastive) and settings.sharded:
+        raise UserError(f"{where}.sharded: a CLIP's temperature is one number, which cannot be spread; use false")
+    if settings.sharded and recipe.lanes % settings.workers:
+        raise UserError(
+            f"{where}.sharded: workers that gather a model together need equal shares, and {recipe.lanes} lanes are no "
+            f"multiple of {settings.workers} workers; change workers"
+        )
     if not task.splittable and settings.micro_batch:
         raise UserError(f"{where}.micro_batch: this loss compares every row with its whole batch; use 0")
     if settings.keep_checkpoints < 1:

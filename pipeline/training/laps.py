@@ -79,11 +79,11 @@ NOT_MEASURED = Speed(0.0, 1.0)
 
 
 def measure_speed(task: Task, model: nn.Module, feed: Feed, precision: str, world: World) -> Speed:
-    """See Speed. ``model``, in evaluation mode, is left as it is."""
-    flops = 0
+    """See Speed. ``model``, in evaluation mode and on any device, is left as it is."""
+    flops, device = 0, next(model.parameters()).device
     for share in feed.validation(1, 1):
-        batch = {name: column.to(world.device) for name, column in share.batch.items()}
-        flops = forward_flops(task, model, batch, Undropped(share.streams, world.device))
+        batch = {name: column.to(device) for name, column in share.batch.items()}
+        flops = forward_flops(task, model, batch, Undropped(share.streams, device))
     dtype = torch.bfloat16 if computes_in(world.device, precision) == "bf16" else torch.float32
     return Speed(3.0 * flops, world.size * matmul_peak(world.device, dtype, torch.get_num_threads()))
 

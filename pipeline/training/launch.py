@@ -20,6 +20,7 @@ from pipeline.training.world import World, choose_device
 
 Work = Callable[[World], None]
 REPORT_EVERY_S = 30.0  # a report waits for the controller's next poll, up to two seconds
+LISTEN_EVERY_S = 5.0  # all workers wait for each other to hear that a machine is to be taken away
 RELAYED = {kind.__name__: kind for kind in (UserError, NonFinite, Superseded, CorruptObject, OutOfMemory)}
 
 
@@ -34,6 +35,9 @@ class Relayed(Exception):
 def launch(work: Work, name: str, settings: TrainingSettings, ray_settings: RaySettings) -> None:
     """Call ``work`` in ``settings.workers`` Ray workers, or for 0 in this process, and wait for all of them.
 
+    With ``settings.min_workers`` it begins with as many as there are cores or GPUs for, and Ray Train starts ``work``
+    anew with more when more come. So it does after a machine was taken away that it had been told of.
+
     ``name`` must be new for every call: Ray Train would resume an old one. Raises what a worker raised of UserError,
     CorruptObject, Superseded and OutOfMemory as that type, and WorkerLost when one died.
     """
@@ -45,22 +49,26 @@ def launch(work: Work, name: str, settings: TrainingSettings, ray_settings: RayS
 
     ray = start_ray(ray_settings)
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     total = ray.cluster_resources()
-    if "RAY_ADDRESS" not in os.environ and total.get("CPU", 0) < settings.workers:
+    least = settings.min_workers or settings.workers
+    if "RAY_ADDRESS" not in os.environ and total.get("CPU", 0) < least:
         raise UserError(
-            f"run.ray.cpus: {total.get('CPU', 0):.0f} are too few for {settings.workers} workers of one core each; "
+            f"run.ray.cpus: {total.get('CPU', 0):.0f} are too few for {least} workers of one core each; "
             "raise it or lower workers"
         )
-    gpus = settings.device != "cpu" and total.get("GPU", 0) >= settings.workers
+    gpus = settings.device != "cpu" and total.get("GPU", 0) >= least
     if settings.device.startswith("cuda") and not gpus:
-        raise UserError(f"{name}: {settings.workers} workers on {settings.device}, but Ray has not as many GPUs")
+        raise UserError(f"{name}: {least} workers on {settings.device}, but Ray has not as many GPUs")
+    workers: Any = (settings.min_workers, settings.workers) if settings.min_workers else settings.workers
     with tempfile.TemporaryDirectory(prefix="unclip-train-") as scratch:
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"work": work, "threads": settings.threads},
-            scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=gpus),
+            train_loop_config={"work": work, "settings": settings},
+            # Weights on the CPU are added up there.
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus and settings.offload else None),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
             run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
         )
         try:
@@ -89,11 +97,15 @@ def _worker(config: Mapping[str, Any]) -> None:
     import ray.train.torch
 
     context = ray.train.get_context()
-    use_threads(config["threads"] or max(1, cores() // context.get_local_world_size()))
+    settings: TrainingSettings = config["settings"]
+    use_threads(settings.threads or max(1, cores() // context.get_local_world_size()))
     size = context.get_world_size()
     device = ray.train.torch.get_device()
     try:
-        config["work"](World(context.get_world_rank(), size, device, Reporter(size, device)))
+        watcher = Watcher(size, device)
+        sharing = {"sharded": settings.sharded, "offload": settings.offload}
+        rank = context.get_world_rank()
+        config["work"](World(rank, size, device, watcher.report, lambda: watcher.leaving, **sharing))
     except CorruptObject as e:
         raise Relayed("CorruptObject", e.path, e.why) from None
     except OutOfMemory as e:
@@ -114,20 +126,29 @@ def _cause(failures: Sequence[Exception]) -> Exception:
     return failures[0]
 
 
-class Reporter:
-    """Reports to Ray Train now and then. All workers must report equally often, so the clock of the first one rules."""
+class Watcher:
+    """Tells Ray Train how far a worker is, and hears from it, now and then. All workers must do so equally often, so
+    the clock of the first one rules. ``leaving``: whether a machine of this training is to be taken away."""
 
     def __init__(self, size: int, device: Any):
         self.size, self.device = size, device
-        self.last = time.monotonic()
+        self.reported = self.listened = time.monotonic()
+        self.leaving = False
 
-    def __call__(self, metrics: Mapping[str, Any]) -> None:
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """To be called by all workers after the same steps."""
         import ray.train
         import torch
 
-        due = torch.tensor([time.monotonic() - self.last > REPORT_EVERY_S], dtype=torch.uint8, device=self.device)
+        now = time.monotonic()
+        wishes = [now - self.reported > REPORT_EVERY_S, now - self.listened > LISTEN_EVERY_S]
+        due = torch.tensor(wishes, dtype=torch.uint8, device=self.device)
         if self.size > 1:
             torch.distributed.broadcast(due, src=0)
-        if due.item():
-            self.last = time.monotonic()
+        report, listen = due.tolist()
+        if report:
+            self.reported = now
             ray.train.report(dict(metrics))
+        if listen:
+            self.listened = now
+            self.leaving = self.leaving or ray.train.get_preemption_info() is not None

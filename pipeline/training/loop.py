@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models.draw import Draw, derive_seed
-from models.losses import Losses
 from pipeline.errors import UserError
 from pipeline.settings import TrainingSettings
 from pipeline.training.draws import Part
 from pipeline.training.feed import Feed, Share
 from pipeline.training.laps import Laps
 from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.sharding import whole
 from pipeline.training.state import TrainState, learning_rate, update_ema
-from pipeline.training.task import Batch, Task
 from pipeline.training.world import World, autocast
 
 CHECK_EVERY = 16  # steps, at most, until a loss that is not finite is noticed
@@ -40,17 +39,6 @@ class OutOfMemory(Exception):
     """The first argument is the number of rows whose forward and backward pass did not fit into memory."""
 
 
-class Objective(nn.Module):
-    """A task's loss as a module, so that a data-parallel wrapper sees all of the model at work."""
-
-    def __init__(self, task: Task, model: nn.Module):
-        super().__init__()
-        self.task, self.model = task, model
-
-    def forward(self, batch: Batch, draw: Draw) -> Losses:
-        return self.task.loss(self.model, batch, draw)
-
-
 class Step(NamedTuple):
     """What is remembered of a step until it is known to be sound: the samples before it, this worker's rows, their
     losses [rows], and whether the loss and the gradient of the whole batch were finite, [] of bool."""
@@ -63,7 +51,6 @@ class Step(NamedTuple):
 
 def fit(
     stage: str,
-    task: Task,
     feed: Feed,
     recipe: TrainingRecipe,
     settings: TrainingSettings,
@@ -77,7 +64,7 @@ def fit(
     for the device. Whether all went well is asked at every line of the journal, and after CHECK_EVERY steps; until
     then ``state.failed`` keeps a step that must not be taken, and all after it, from changing anything.
     """
-    objective = world.wrap(Objective(task, state.model))
+    objective = world.wrap(state.objective)
     state.model.train()
     laps = Laps(state.laps, world.device)
     unchecked: deque[Step] = deque()
@@ -90,7 +77,7 @@ def fit(
             share = next(shares)
             laps("wait")
             losses, values = backward(objective, share, recipe, settings.micro_batch, world, laps)
-            norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf"))
+            norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf")))
             finite = (norm + values["loss"]).isfinite()
             state.failed.copy_(torch.where(finite, state.failed, 1.0))
             unchecked.append(Step(state.samples, share.keys, losses, finite))
@@ -130,7 +117,7 @@ def backward(
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         torch.manual_seed(derive_seed(share.streams[0][0], "dropout", start))
-        with nullcontext() if stop == rows else world.gather_later(objective), memory_for(stop - start):
+        with world.gathering(objective, now=stop == rows), memory_for(stop - start):
             with autocast(world.device, recipe.precision):
                 losses = objective({name: c[start:stop] for name, c in batch.items()}, Part(draw, start, stop))
             laps("forward")

@@ -15,7 +15,7 @@ from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.feed import Feed
 from pipeline.training.laps import Laps
 from pipeline.training.launch import cores, use_threads
-from pipeline.training.loop import Objective, backward
+from pipeline.training.loop import backward
 from pipeline.training.stage import make_task
 from pipeline.training.state import begin
 from pipeline.training.world import World, choose_device
@@ -49,13 +49,14 @@ def replay(ctx: Context) -> Replay | None:
     use_threads(ctx.settings.threads or cores())
     world = World(device=choose_device(ctx.settings.device))
     task = make_task(ctx)
-    model = begin(task, ctx.recipe, world.device).model.train()
+    objective = begin(task, ctx.recipe, world).objective
+    model = objective.model.train()
     model.load_state_dict(weights)
     result = Replay(samples)
     with closing(Feed(ctx.store, ctx.inputs, task, ctx.recipe).shares(samples)) as shares, _watching(model, result):
         share = next(shares)
         laps = Laps({}, world.device)
-        losses, _ = backward(Objective(task, model), share, ctx.recipe, ctx.settings.micro_batch, world, laps)
+        losses, _ = backward(objective, share, ctx.recipe, ctx.settings.micro_batch, world, laps)
     spoilt = [(key, loss) for key, loss in zip(share.keys, losses.tolist(), strict=True) if not _finite(loss)]
     result.rows = spoilt
     result.parameters = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]

@@ -14,7 +14,9 @@ from torch.optim import AdamW
 
 from models.draw import derive_seed
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.task import Task
+from pipeline.training.sharding import local, recompute
+from pipeline.training.task import Objective, Task
+from pipeline.training.world import World
 
 NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -63,13 +65,14 @@ class Journal:
 
 @dataclass
 class TrainState:
-    """Everything that a checkpoint holds. ``ema`` is a whole model, so that it can be used as one.
+    """Everything that a checkpoint holds. ``objective`` is the loss around the model; ``ema`` is a whole model, so that
+    it can be used as one.
 
     ``laps`` are seconds by what they went to (see pipeline.training.laps). ``failed``, fp32 [] on the device, becomes 1
     with the first gradient or loss that is not finite; from then on the optimiser leaves everything as it is.
     """
 
-    model: nn.Module
+    objective: Objective
     ema: nn.Module
     optimizer: AdamW
     samples: int = 0
@@ -82,16 +85,31 @@ class TrainState:
         # The fused AdamW reads it on the device: nobody has to wait in each step to learn whether to take it.
         self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
 
+    @property
+    def model(self) -> nn.Module:
+        return self.objective.model
+
 
 def begin(
-    task: Task, recipe: TrainingRecipe, device: torch.device, warm: Callable[[nn.Module], None] | None = None
+    task: Task,
+    recipe: TrainingRecipe,
+    world: World,
+    warm: Callable[[nn.Module], None] | None = None,
+    recomputing: bool = False,
 ) -> TrainState:
-    """The state before the first sample. Random weights depend on the recipe's seed alone; ``warm`` gives others."""
-    model = task.model(derive_seed(recipe.seed, "model")).to(device)
+    """The state before the first sample. Random weights depend on the recipe's seed alone; ``warm`` gives others.
+    ``recomputing`` layers are computed again in the backward pass."""
+    model = task.model(derive_seed(recipe.seed, "model"))
     if warm is not None:
         warm(model)
     ema = deepcopy(model).eval().requires_grad_(False)
-    return TrainState(model, ema, make_optimizer(model, recipe), failed=torch.zeros((), device=device))
+    if recomputing:
+        recompute(model)
+    objective = Objective(task, model)
+    world.place(objective)
+    world.place(ema)
+    optimizer = make_optimizer(model, recipe)
+    return TrainState(objective, ema, optimizer, failed=torch.zeros((), device=next(model.parameters()).device))
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingRecipe) -> AdamW:
@@ -118,27 +136,45 @@ def learning_rate(recipe: TrainingRecipe, samples: int) -> float:
 def update_ema(ema: nn.Module, model: nn.Module, samples: int, half_life: float) -> None:
     """Move the average towards the model by one step of ``samples`` samples; statistics of norms are copied."""
     decay = 0.5 ** (samples / half_life) if half_life else 0.0
-    averaged, current = ([p.detach() for p in m.parameters()] for m in (ema, model))
+    averaged, current = ([local(p.detach()) for p in m.parameters()] for m in (ema, model))
     torch._foreach_lerp_(averaged, current, 1.0 - decay)
     for average, value in zip(ema.buffers(), model.buffers(), strict=True):
         average.copy_(value)
 
 
-def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    """The optimiser's moments and step counts by the names of the parameters."""
-    return {
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its "step"
+
+
+def parts(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a state by part and name; those of the optimiser by the parameter's name and the kind."""
+    optimizer = {
         f"{name}:{kind}": value
         for name, parameter in state.model.named_parameters()
         for kind, value in state.optimizer.state.get(parameter, {}).items()
     }
+    return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": optimizer}
 
 
-def restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
-    """The inverse of ``optimizer_tensors``."""
-    parameters = dict(state.model.named_parameters())
+def forms(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """Tensors of the shape and the place of ``parts``, those of the optimiser also before its first step."""
+    optimizer: dict[str, Tensor] = {}
+    for name, parameter in state.model.named_parameters():
+        optimizer |= {f"{name}:{kind}": parameter for kind in MOMENTS} | {f"{name}:step": torch.zeros(())}
+    return parts(state) | {"optimizer": optimizer}
+
+
+@torch.no_grad()
+def put_back(state: TrainState, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Give a state the tensors of ``parts``, of this worker's rows."""
+    for part, module in (("model", state.model), ("ema", state.ema)):
+        for name, tensor in module.state_dict().items():
+            local(tensor).copy_(saved[part][name])
     state.optimizer.state.clear()
-    for full_name, value in tensors.items():
-        name, _, kind = full_name.rpartition(":")
-        parameter = parameters[name]
-        where = torch.device("cpu") if kind == "step" else parameter.device
-        state.optimizer.state[parameter][kind] = value.to(where)
+    for name, parameter in state.model.named_parameters():
+        if f"{name}:step" not in saved["optimizer"]:
+            continue
+        moments = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS}
+        for kind, tensor in moments.items():
+            local(tensor).copy_(saved["optimizer"][f"{name}:{kind}"])
+        step = saved["optimizer"][f"{name}:step"].to(parameter.device)
+        state.optimizer.state[parameter] = {"step": step, **moments}

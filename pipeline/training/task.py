@@ -44,6 +44,17 @@ class Task(Protocol):
         """Write the model as the files of its artefact."""
 
 
+class Objective(nn.Module):
+    """A task's loss as a module, so that a data-parallel wrapper sees all of the model at work."""
+
+    def __init__(self, task: Task, model: nn.Module):
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, batch: Batch, draw: Draw) -> Losses:
+        return self.task.loss(self.model, batch, draw)
+
+
 @runtime_checkable
 class Finishes(Task, Protocol):
     """A task that measures a model before it is published. ``finish_rows``: training rows that are looked at.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -27,7 +27,7 @@ from pipeline.training.loop import NonFinite, fit
 from pipeline.training.state import TrainState, begin
 from pipeline.training.task import Contrastive, Examples, Finishes, Task
 from pipeline.training.warm_start import load_weights
-from pipeline.training.watch import Watch
+from pipeline.training.watch import Watch, averaged
 from pipeline.training.world import World, computes_in
 
 
@@ -45,20 +45,35 @@ class Training:
         ctx = self.ctx
         task = self.make_task(ctx)
         feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, world.rank, world.size)
-        state = begin(task, ctx.recipe, world.device, warm_start(ctx, task))
-        self.course.restore(state, ctx.recipe.samples)
+        state = begin(task, ctx.recipe, world, warm_start(ctx, task), ctx.settings.recompute)
+        self._restore(state, world)
         # Before the workers are joined, because one alone measures.
-        speed = measure_speed(task, state.ema, feed, ctx.recipe.precision, world) if world.first else NOT_MEASURED
+        speed = self._speed(task, feed, state, world) if world.first else NOT_MEASURED
         if isinstance(task, Contrastive):
             task.gather = world.gather
-        train = partial(fit, ctx.stage, task, feed, ctx.recipe, ctx.settings, world, state)
+        train = partial(fit, ctx.stage, feed, ctx.recipe, ctx.settings, world, state)
         try:
             self._train(train, Publisher(ctx, task, feed, world, speed), state)
         except NonFinite as e:
+            weights = world.whole(state.model)
             if world.first:
-                self.course.branch.save_failure(state, e.samples, e.keys)
+                self.course.branch.save_failure(weights, e.samples, e.keys)
             world.wait()  # one that ended now would end the others
             raise
+
+    def _speed(self, task: Task, feed: Feed, state: TrainState, world: World) -> Speed:
+        model = task.model(0).eval() if world.sharded else state.ema  # a spread one takes all workers
+        return measure_speed(task, model, feed, self.ctx.recipe.precision, world)
+
+    def _restore(self, state: TrainState, world: World) -> None:
+        """Load the newest checkpoint that every worker can read."""
+        newest = self.ctx.recipe.samples
+        while len(set(found := world.collect([self._restored(state, newest)]))) > 1:
+            newest = min(found)
+
+    def _restored(self, state: TrainState, at_most: int) -> int:
+        self.course.restore(state, at_most)
+        return state.samples
 
     def _train(
         self,
@@ -67,14 +82,16 @@ class Training:
         state: TrainState,
     ) -> None:
         ctx, task, feed, world = self.ctx, publish.task, publish.feed, publish.world
-        if not world.first:
+        if not (world.first or world.sharded):
             train(lambda _: None)
             return
-        line = Progress(ctx.stage, ctx.recipe.samples, "samples", start=state.samples)
-        with line as progress, Saver(self.course) as saver:
-            train(Watch(task, feed, ctx.recipe, ctx.settings, world, saver, publish, progress))
+        line = Progress(ctx.stage, ctx.recipe.samples, "samples", start=state.samples) if world.first else None
+        with line or nullcontext(), Saver(self.course, world) as saver:
+            train(Watch(task, feed, ctx.recipe, ctx.settings, world, saver, publish, line))
         crash_point("training.before_artifact")
-        publish(state, ctx.recipe.samples)
+        model = averaged(task, state, world)
+        if world.first:
+            publish(state, model, ctx.recipe.samples)
 
 
 @dataclass(frozen=True)
@@ -87,26 +104,26 @@ class Publisher:
     world: World
     speed: Speed
 
-    def __call__(self, state: TrainState, samples: int) -> None:
-        """Publish what the recipe with this stop makes, unless it is there."""
+    def __call__(self, state: TrainState, model: nn.Module, samples: int) -> None:
+        """Publish what the recipe with this stop makes, ``model`` with what the state knows, unless it is there."""
         ctx = at_stop(self.ctx, samples)
         if load_artifact(ctx.store, ctx.stage, ctx.key) is not None:
             return
         precision = computes_in(self.world.device, ctx.recipe.precision)
         artifact = ctx.publishable(
             ledger=Ledger(kept=self.feed.order.total),
-            blobs=self._blobs(state),
+            blobs=self._blobs(state, model),
             metrics=state.journal.latest() | {"samples_seen": state.samples, "wrapped_rows": self.feed.order.wrapped},
             environment={"device": str(self.world.device), "precision": precision, "workers": str(self.world.size)},
             times=self.speed.times(state),
         )
         publish_artifact(ctx.store, artifact, state.seconds)
 
-    def _blobs(self, state: TrainState) -> dict[str, str]:
+    def _blobs(self, state: TrainState, model: nn.Module) -> dict[str, str]:
         store = self.ctx.store
         blobs = {"metrics.jsonl": put_blob(store, state.journal.text()), **state.journal.previews()}
         with tempfile.TemporaryDirectory() as folder:
-            self._save(state.ema, Path(folder))
+            self._save(model, Path(folder))
             for file in sorted(Path(folder).iterdir()):
                 blobs[file.name] = put_blob(store, file)
         return blobs

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,32 +13,72 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.training.sharding import gather_gradients, spread, whole
+
+T = TypeVar("T")
+
 
 def _silent(metrics: Mapping[str, Any]) -> None:
     """Nobody listens."""
 
 
+def _staying() -> bool:
+    """Nobody takes anything away."""
+    return False
+
+
 @dataclass(frozen=True)
 class World:
-    """Worker ``rank`` of ``size`` on ``device``. ``report`` tells whoever watches how far this worker is."""
+    """Worker ``rank`` of ``size`` on ``device``. ``report`` tells whoever watches how far this worker is; ``leaving``
+    says whether the machine of one of them is to be taken away soon.
+
+    ``sharded``: models are spread over the workers, their weights on the CPU with ``offload``; what is done with one
+    is done by all together.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Callable[[Mapping[str, Any]], None] = _silent
+    leaving: Callable[[], bool] = _staying
+    sharded: bool = False
+    offload: bool = False
 
     @property
     def first(self) -> bool:
         """Whether this worker writes what needs writing once."""
         return self.rank == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with gradients that are the mean over workers after each backward pass."""
-        return module if self.size == 1 else DistributedDataParallel(module)
+    def place(self, module: nn.Module) -> None:
+        """Bring a new module to where it is used."""
+        if self.sharded:
+            spread(module, self.device, self.size, self.offload)
+        else:
+            module.to(self.device)
 
-    def gather_later(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Within it a backward pass of a wrapped module leaves gradients with this worker, to be added up."""
-        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """A module in its place, with gradients that are the mean over workers after each backward pass."""
+        return module if self.sharded or self.size == 1 else DistributedDataParallel(module)
+
+    @contextmanager
+    def gathering(self, module: nn.Module, now: bool) -> Iterator[None]:
+        """Within it a backward pass of a wrapped module brings gradients together ``now``, or leaves them with this
+        worker, to be added up."""
+        gather_gradients(module, now)
+        if isinstance(module, DistributedDataParallel) and not now:
+            with module.no_sync():
+                yield
+        else:
+            yield
+
+    def whole(self, module: nn.Module) -> dict[str, Tensor]:
+        """The weights of a module that is in its place, on the CPU of the first worker; {} on others."""
+        gathered = {}
+        for name, tensor in module.state_dict().items():
+            full = whole(tensor.detach())
+            if self.first:
+                gathered[name] = full.cpu()
+        return gathered
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over workers, in place."""
@@ -65,13 +105,21 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def collect(self, items: list[str]) -> list[str]:
-        """The items of all workers, worker after worker."""
+    def collect(self, items: list[T], group: Any = None) -> list[T]:
+        """The items of all workers, worker after worker. ``group``: see ``aside``."""
         if self.size == 1:
             return items
-        gathered: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, items)
+        gathered: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(gathered, items, group)
         return [item for part in gathered for item in part]
+
+    def aside(self) -> Any:
+        """A group of all workers for what a thread of each does beside the steps."""
+        return dist.new_group(backend="gloo") if self.size > 1 else None
+
+    def agree(self, wish: bool) -> bool:
+        """What the first worker wishes."""
+        return self.collect([wish])[0]
 
 
 def choose_device(name: str) -> torch.device:

@@ -122,6 +122,9 @@ def test_mistakes(tmp_path: Path, pictures: str) -> None:
     refused("data", "retry", config, "--reason", "timout", says=["unknown reason timout"])
     refused("data", "retry", config, "--reason", "timeout,opted_out", says=["opted_out is final"])
     assert "no row to try again" in done(unclip("data", "retry", config, "--reason", "timeout"))
+    other = ("--set", "pairs.encode_quality=90")  # of which no pairs are made
+    refused("data", "retry", config, *other, says=["of now: pairs"])
+    refused("data", "retry", config, "--set", "pairs.quality=90", says=["pairs.quality: unknown key"])
     refused("data", "forget", config, says=["nothing to forget"])
     refused("data", "forget", config, "--file", tmp_path / "none.txt", says=["none.txt: cannot be read"])
     refused("data", "forget", config, "000000000999", says=["000000000999: no row", "nothing is forgotten"])

@@ -160,6 +160,12 @@ def test_mistakes_are_one_line_and_write_nothing(words: list[str], says: str, he
     assert (here / "taken.yaml").read_text() == "mine\n"
 
 
+def test_pictures_that_cannot_be_opened_are_counted(capsys: Output) -> None:
+    Path(folder(), "1.png").write_bytes(b"<html>")
+    assert main(["init", "mine", "pictures"]) == 0
+    assert "warning: 1 of the first 5 pictures cannot be opened" in capsys.readouterr().out
+
+
 def test_a_look_at_a_long_list_ends_early_but_sees_the_head_of_every_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looking, "ROWS", 3)
     first, other = table("csv"), table("parquet")

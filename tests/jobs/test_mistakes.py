@@ -73,6 +73,7 @@ def test_bad_yaml(tmp_path: Path) -> None:
         ("pairs.image_size=256", ["pairs.image_size: 256 is too small for upsampler_1024"]),
         ("preset=huge", ["preset: 'huge' is not one of nano, tiny"]),
         ("decoder.model.dropout", ["decoder.model.dropout: an override is written key.key=value"]),
+        ("run.trackers=[mlfow:track]", ["run.trackers", "mlfow"]),
         ("store=gs://bucket", ["store gs://bucket: only s3://BUCKET/PREFIX or a folder"]),
     ],
 )  # fmt: skip

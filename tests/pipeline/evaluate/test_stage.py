@@ -100,7 +100,7 @@ class Case:
 
 
 def make_case(folder: Path, shards: int, rows: int, side: int, priors: tuple[str, ...] = ("ar", "diffusion")) -> Case:
-    world = make_world(folder / "store", shards, rows, side)
+    world = make_world(folder / "store", [rows + number for number in range(shards)], side)
     unclip(priors).save(folder / "bundle")
     files = [file for file in sorted((folder / "bundle").rglob("*")) if file.is_file()]
     blobs = {str(file.relative_to(folder / "bundle")): put_blob(world.store, file) for file in files}
@@ -168,7 +168,7 @@ def test_a_bundle_with_one_prior_and_no_early_checkpoint(tmp_path: Path) -> None
 
 
 def test_without_test_rows_it_takes_validation_rows_and_without_any_it_says_so(tmp_path: Path) -> None:
-    world = make_world(tmp_path / "world", 2, 5)
+    world = make_world(tmp_path / "world", (5, 6))
     found = held_out(world.store, world.inputs, 10)
     assert found is not None
     assert found.split == "validation"

@@ -3,7 +3,8 @@
 import hashlib
 import io
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.data.index import index_counts, index_table
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.graph import Context, Stage, stage_key
 from pipeline.ledger import Ledger
+from pipeline.records import put_blob
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.store import Store, open_store
 
@@ -88,13 +90,14 @@ class World:
         return Context(self.store, stage, 1, key, recipe, settings, chosen, config)
 
 
-def make_world(folder: Path, shards: int = 4, rows: int = 21, side: int = 72) -> World:
-    """Publish a small world: every seventh row is held out for validation, another for test, and curation drops one."""
+def make_world(folder: Path, shards: Sequence[int] = (21, 22, 23, 24), side: int = 72) -> World:
+    """Publish a small world of shards with so many rows: every seventh row is held out for validation, another for
+    test, curation drops one, and the last of a shard was never there."""
     store = open_store(str(folder))
     examples: dict[str, Example] = {}
     made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
-    for number in range(shards):
-        group = [make_example(number, row, side) for row in range(rows + number)]  # shards of unequal length
+    for number, rows in enumerate(shards):
+        group = [make_example(number, row, side) for row in range(rows)]
         examples |= {example.key: example for example in group}
         index, tar = _pack(group)
         curated = [row for row in index if row["status"] == "kept" and not row["key"].endswith("0002")]
@@ -124,6 +127,21 @@ def make_world(folder: Path, shards: int = 4, rows: int = 21, side: int = 72) ->
     return World(store, inputs, examples)
 
 
+def with_codec(world: World) -> World:
+    """The same world, and a codec of 6 components in 8 buckets."""
+    import torch
+    from safetensors.torch import save
+
+    from models.codec import fit_codec, fit_pca
+
+    z = torch.nn.functional.normalize(torch.randn(200, EMBED_DIM, generator=torch.Generator().manual_seed(0))).double()
+    pca = fit_pca(len(z), z.sum(0), z.T @ z, k=6)
+    codec = fit_codec(pca, (z - pca.mean) @ pca.components.T, z[:, 0], buckets=8)
+    blobs = {"model.safetensors": put_blob(world.store, save(codec.tensors()))}
+    artifact = publish_artifact(world.store, Artifact("codec", "c" * 64, {}, {}, Ledger(), blobs), 0.0)
+    return replace(world, inputs=world.inputs | {"codec": artifact})
+
+
 def _pack(group: list[Example]) -> tuple[list[dict[str, Any]], bytes]:
     """Index rows and a tar; the last row of a shard was rejected and has no picture."""
     out = io.BytesIO()
@@ -146,7 +164,9 @@ def _pack(group: list[Example]) -> tuple[list[dict[str, Any]], bytes]:
 
 def _embeddings(group: list[Example]) -> dict[str, Any]:
     def column(vectors: list[np.ndarray]) -> pa.Array:
-        return pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors)), EMBED_DIM)
+        return pa.FixedSizeListArray.from_arrays(
+            pa.array(np.concatenate([np.empty(0, np.float16), *vectors])), EMBED_DIM
+        )
 
     return {
         "key": [e.key for e in group],

@@ -11,15 +11,16 @@ from pipeline.records import blob_path, read_record
 from pipeline.store import Store
 from pipeline.training.checkpoints import Checkpoints, Superseded, last_attempt, take_attempt
 from pipeline.training.recipes import DiffusionPriorRecipe
-from pipeline.training.state import TrainState, begin, optimizer_tensors
+from pipeline.training.state import TrainState, begin, parts
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from pipeline.training.world import World
 
 RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, model=DiffusionPriorConfig(width=8, depth=1, heads=1))
 
 
 def make_state(steps: int = 0, seed: int = 0) -> TrainState:
     """A state after some steps on noise."""
-    state = begin(DiffusionPriorTask(RECIPE.model, 4), RECIPE, torch.device("cpu"))
+    state = begin(DiffusionPriorTask(RECIPE.model, 4), RECIPE, World())
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for parameter in state.model.parameters():
@@ -31,11 +32,7 @@ def make_state(steps: int = 0, seed: int = 0) -> TrainState:
 
 
 def same(a: TrainState, b: TrainState) -> bool:
-    pairs = [
-        (a.model.state_dict(), b.model.state_dict()),
-        (a.ema.state_dict(), b.ema.state_dict()),
-        (optimizer_tensors(a), optimizer_tensors(b)),
-    ]
+    pairs = [(parts(a)[name], parts(b)[name]) for name in parts(a)]
     equal = all(x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs)
     return equal and a.samples == b.samples and a.journal == b.journal
 

@@ -1,10 +1,12 @@
 """The feed: the right rows with the right pictures, captions and embeddings, on any number of workers."""
 
 import tarfile
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from models.clip import tokenize
 from models.view import open_view
@@ -23,7 +27,7 @@ from pipeline.training.feed import Feed, Share
 from pipeline.training.read_ahead import read_ahead
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.tables import Tables, embedding_dim
-from tests.pipeline.training.conftest import EMBED_DIM, World
+from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
 
 ALL = ("image", "tokens", "image_embedding", "text_embedding")
 RECIPE = DecoderRecipe(samples=64, batch=16, lanes=8, window=5)
@@ -35,9 +39,10 @@ def make_feed(
     rank: int = 0,
     size: int = 1,
     inputs: dict[str, Artifact] | None = None,
+    recipe: DecoderRecipe = RECIPE,
 ) -> Feed:
     task: Any = SimpleNamespace(columns=columns, min_side=64, image_size=24)
-    return Feed(world.store, inputs or world.inputs, task, RECIPE, rank, size)
+    return Feed(world.store, inputs or world.inputs, task, recipe, rank, size)
 
 
 def take(feed: Feed, steps: int, samples: int = 0) -> list[Share]:
@@ -45,6 +50,41 @@ def take(feed: Feed, steps: int, samples: int = 0) -> list[Share]:
     taken = list(islice(shares, steps))
     shares.close()
     return taken
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=SIZES, lanes=st.integers(1, 6), per_lane=st.integers(1, 3), size=st.integers(1, 6), seed=st.integers(0, 9))
+def test_no_shape_hangs(tmp_path: Path, sizes: list[int], lanes: int, per_lane: int, size: int, seed: int) -> None:
+    """Shards of one row, data sets smaller than a batch, unequal shares: every worker gets every step, within a minute,
+    or all are told that no row teaches."""
+    size = min(size, lanes)
+    recipe = DecoderRecipe(samples=64, batch=lanes * per_lane, lanes=lanes, window=2, seed=seed)
+    world = make_world(Path(tempfile.mkdtemp(dir=tmp_path)), sizes)
+    teaching = {e.key for e in world.examples.values() if e.split == "train" and e.key[-4:] != "0002"}
+    teaching -= {f"{number:08d}{rows - 1:04d}" for number, rows in enumerate(sizes)}  # never fetched
+    found: list[list[str]] = []
+
+    def read() -> None:
+        try:
+            feeds = [make_feed(world, rank=rank, size=size, recipe=recipe) for rank in range(size)]
+        except ValueError:
+            found.append([])
+            return
+        for shares in zip(*(take(feed, 7) for feed in feeds), strict=True):
+            found.append([key for share in shares for key in share.keys])
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    if not teaching:
+        assert found == [[]]
+        return
+    assert [len(keys) for keys in found] == [recipe.batch] * 7
+    assert {key for keys in found for key in keys} <= teaching
 
 
 def test_every_row_has_its_own_picture_captions_and_embeddings(shared_world: World) -> None:

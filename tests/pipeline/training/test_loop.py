@@ -19,7 +19,6 @@ from pipeline.training.laps import Laps
 from pipeline.training.loop import (
     CHECK_EVERY,
     NonFinite,
-    Objective,
     OutOfMemory,
     backward,
     fit,
@@ -28,6 +27,7 @@ from pipeline.training.loop import (
 )
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, learning_rate, make_optimizer, update_ema
+from pipeline.training.task import Objective
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.world import World
 from tests.pipeline.training import conftest
@@ -61,9 +61,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 15])
 def test_micro_batches_add_up_to_the_batch(share: Share, size: int) -> None:
     """Pieces that cut lanes in two as well: gradient and loss agree within 1e-6."""
-    whole, pieces = (begin(task(), RECIPE, torch.device("cpu")).model for _ in range(2))
-    rows, values = backward(Objective(task(), whole), share, RECIPE, 0, World(), laps())
-    cut_rows, cut_values = backward(Objective(task(), pieces), share, RECIPE, size, World(), laps())
+    whole, pieces = (begin(task(), RECIPE, World()).objective for _ in range(2))
+    rows, values = backward(whole, share, RECIPE, 0, World(), laps())
+    cut_rows, cut_values = backward(pieces, share, RECIPE, size, World(), laps())
     assert torch.allclose(rows, cut_rows, atol=1e-6)
     assert {n: float(v) for n, v in cut_values.items()} == pytest.approx(
         {n: float(v) for n, v in values.items()}, abs=1e-6
@@ -167,11 +167,11 @@ class Spiked:
 )
 def test_what_is_not_finite_stops_before_the_step(share: Share, bad: int | None, gradient: float, words: str) -> None:
     spiked: Any = Spiked(share, bad, gradient)
-    state = begin(spiked, RECIPE, torch.device("cpu"))
+    state = begin(spiked, RECIPE, World())
     before = state.model.state_dict()["weight"].clone()
     feed: Any = SimpleNamespace(shares=spiked.shares)
     with pytest.raises(NonFinite) as caught:
-        fit("decoder", spiked, feed, RECIPE, TrainingSettings(), World(), state, lambda _: None)
+        fit("decoder", feed, RECIPE, TrainingSettings(), World(), state, lambda _: None)
     message = str(caught.value)
     assert message.startswith(f"decoder: {words}")
     assert "after sample 0" in message
@@ -185,7 +185,7 @@ def test_a_bad_step_that_is_noticed_later_has_changed_nothing(share: Share) -> N
     """Nobody waits for a step's loss: the step and those after it are not taken, and the message names the first."""
     spiked: Any = Spiked(share, bad=3, step=5)
     recipe = replace(RECIPE, samples=1 << 40)
-    state = begin(spiked, recipe, torch.device("cpu"))
+    state = begin(spiked, recipe, World())
     start = state.samples = 2**14 * recipe.batch  # where the journal has a line in 256 steps
     weights: list[Tensor] = []
     feed: Any = SimpleNamespace(shares=spiked.shares)
@@ -194,7 +194,7 @@ def test_a_bad_step_that_is_noticed_later_has_changed_nothing(share: Share) -> N
         weights.append(state.model.state_dict()["weight"].clone())
 
     with pytest.raises(NonFinite) as caught:
-        fit("decoder", spiked, feed, recipe, TrainingSettings(), World(), state, pause)
+        fit("decoder", feed, recipe, TrainingSettings(), World(), state, pause)
     assert len(weights) == CHECK_EVERY
     assert [bool(torch.equal(weights[5], later)) for later in weights] == [False] * 5 + [True] * (CHECK_EVERY - 5)
     assert torch.equal(state.model.state_dict()["weight"], weights[5])

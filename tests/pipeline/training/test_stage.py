@@ -15,17 +15,17 @@ from safetensors.torch import load
 from models.folder import load_model
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
-from pipeline.artifacts import Artifact, load_artifact, publish_artifact
+from pipeline.artifacts import Artifact, load_artifact
 from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
-from pipeline.records import blob_path, put_blob, read_blob, read_record
+from pipeline.records import blob_path, read_blob, read_record
 from pipeline.settings import TrainingSettings
 from pipeline.training import stage
 from pipeline.training.checkpoints import Superseded, last_attempt, take_attempt
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
-from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
+from tests.pipeline.training.conftest import World, make_world, with_codec
 
 MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
 RECIPE = DiffusionPriorRecipe(
@@ -112,17 +112,7 @@ def test_clip_trains_before_there_is_a_curation(shared_world: World, tmp_path: P
 
 
 def test_the_ar_prior_uses_the_codec(shared_world: World) -> None:
-    import torch
-    from safetensors.torch import save
-
-    from models.codec import fit_codec, fit_pca
-
-    z = torch.nn.functional.normalize(torch.randn(200, EMBED_DIM, generator=torch.Generator().manual_seed(0))).double()
-    pca = fit_pca(len(z), z.sum(0), z.T @ z, k=6)
-    codec = fit_codec(pca, (z - pca.mean) @ pca.components.T, z[:, 0], buckets=8)
-    blobs = {"model.safetensors": put_blob(shared_world.store, save(codec.tensors()))}
-    artifact = publish_artifact(shared_world.store, Artifact("codec", "c" * 64, {}, {}, Ledger(), blobs), 0.0)
-    world = replace(shared_world, inputs=shared_world.inputs | {"codec": artifact})
+    world = with_codec(shared_world)
     model = ARPriorConfig(
         text_context=16, prefix=8, text_width=32, text_depth=1, text_heads=2, width=32, depth=1, heads=2, buckets=8
     )
@@ -227,10 +217,10 @@ def test_a_second_start_takes_over(world: World, monkeypatch: pytest.MonkeyPatch
     ctx = world.context("diffusion_prior", RECIPE, SETTINGS)
     publish = stage_checkpoints().publish
 
-    def publish_after_another_began(self: Any, taken: Any) -> None:
+    def publish_after_another_began(self: Any, taken: Any, *rest: Any) -> None:
         if taken.samples == 64 and self.attempt == 1:
             take_attempt(world.store, trajectory_key(ctx))
-        publish(self, taken)
+        publish(self, taken, *rest)
 
     monkeypatch.setattr("pipeline.training.checkpoints.Checkpoints.publish", publish_after_another_began)
     with pytest.raises(Superseded, match="attempt 2 has begun"):

@@ -1,0 +1,204 @@
+"""The training loop against a bare one: forward, backward, clip and optimiser on batches that are in memory.
+
+The prior and the decoder of the preset small, in batches of 16, from shards in a folder: ours reads, decodes, draws,
+averages weights, keeps the journal and looks for what is not finite; then once more, and saves as often as it can: the
+next checkpoint begins when the last one is written. From that comes the time with one checkpoint a minute, over that
+without. Both take the same fused AdamW and the same loss. A round is at least --seconds of steps after one that does
+not count.
+"""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from benchmarks.pictures import make_shard, random_fields
+from benchmarks.timing import Seconds, begin, finish, parser, show
+from models.draw import Draw
+from models.presets import PRESETS
+from pipeline.artifacts import Artifact, Shard, read_table, write_shard_table, write_table
+from pipeline.data.index import index_counts
+from pipeline.graph import Context
+from pipeline.ledger import Ledger
+from pipeline.records import put_blob
+from pipeline.settings import TrainingSettings
+from pipeline.store import Store, open_store
+from pipeline.training.checkpoints import Saver, course
+from pipeline.training.feed import Feed
+from pipeline.training.laps import shares_of
+from pipeline.training.loop import fit
+from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe, TrainingRecipe
+from pipeline.training.stage import make_task
+from pipeline.training.state import TrainState, make_optimizer
+from pipeline.training.state import begin as begin_training
+from pipeline.training.task import Task
+from pipeline.training.world import World, autocast
+
+BATCH, EMBED_DIM, SHARDS = 16, 512, 2
+STAGES = ("diffusion_prior", "decoder")
+
+
+def publish(store: Store, rows: int) -> dict[str, Artifact]:
+    """The artefacts that both trainings read: pictures with captions, random embeddings, and a curation that keeps
+    all."""
+    fields = random_fields(8, 1024)
+    made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
+    for number in range(SHARDS):
+        inputs = make_shard(store, number, rows, fields).inputs
+        index = read_table(store, inputs["pairs"].blobs["index"]).to_pylist()
+        blobs = {stage: dict(inputs[stage].blobs) for stage in ("pairs", "captions")}
+        blobs["curation"] = {"index": inputs["pairs"].blobs["index"]}
+        blobs["embeddings"] = {"embeddings": put_blob(store, write_table(embeddings(index, number), dictionary=False))}
+        for stage, shards in made.items():
+            counts = index_counts(index) if stage in ("pairs", "curation") else {}
+            shards.append(Shard(number, f"{stage}-{number}", Ledger(kept=rows), blobs[stage], counts))
+    return {
+        stage: Artifact(
+            stage, stage, {}, {}, Ledger(kept=rows * SHARDS), shard_table=write_shard_table(store, shards)[0]
+        )
+        for stage, shards in made.items()
+    }
+
+
+def embeddings(index: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Random unit vectors in the columns of the embeddings stage."""
+    vectors = np.random.default_rng(seed).standard_normal((2, len(index), EMBED_DIM), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    image, text = (
+        pa.FixedSizeListArray.from_arrays(pa.array(v.astype(np.float16).ravel()), EMBED_DIM) for v in vectors
+    )
+    empty = pa.array([[] for _ in index], pa.list_(pa.list_(pa.float16(), EMBED_DIM)))
+    similarity = pa.array(np.ones(len(index), np.float32))
+    keys = [row["key"] for row in index]
+    return {
+        "key": keys,
+        "image_embedding": image,
+        "text_embedding": text,
+        "more_text_embeddings": empty,
+        "similarity": similarity,
+    }
+
+
+@dataclass
+class Ours:
+    """The loop as a training runs it, but without looks; with ``saving`` it saves all the time."""
+
+    ctx: Context
+    task: Task
+    feed: Feed
+    state: TrainState
+    saving: bool
+    saves: int = 0
+
+    def run(self, steps: int) -> float:
+        """The seconds of so many steps after one that does not count."""
+        recipe = replace(self.ctx.recipe, samples=self.state.samples + (steps + 1) * BATCH)
+        times: list[float] = []
+        with Saver(course(self.ctx, begin=True), World()) as saver:
+
+            def pause(state: TrainState) -> None:
+                times.append(perf_counter())
+                if self.saving and times[1:]:
+                    saver.save(state)
+                    self.saves += 1
+
+            fit(self.ctx.stage, self.feed, recipe, TrainingSettings(), World(), self.state, pause)
+        return times[-1] - times[1]
+
+
+class Bare:
+    """What every training has to do."""
+
+    def __init__(self, recipe: TrainingRecipe, task: Task, feed: Feed):
+        self.recipe, self.task = recipe, task
+        self.model = begin_training(task, recipe, World()).model.train()
+        self.optimizer = make_optimizer(self.model, recipe)
+        with closing(feed.shares(0)) as shares:
+            self.shares = list(islice(shares, 8))
+
+    def run(self, steps: int) -> float:
+        """The seconds of so many steps after one that does not count."""
+        for number in range(steps + 1):
+            if number == 1:
+                start = perf_counter()
+            share = self.shares[number % len(self.shares)]
+            with autocast(torch.device("cpu"), self.recipe.precision):
+                loss = self.task.loss(self.model, share.batch, Draw(share.streams)).total.mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm or float("inf"))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return perf_counter() - start
+
+
+def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
+    """The ratios of one model."""
+    task, recipe = make_task(ctx), ctx.recipe
+    feed = Feed(ctx.store, ctx.inputs, task, recipe)
+    plain, saving = (
+        Ours(ctx, task, Feed(ctx.store, ctx.inputs, task, recipe), begin_training(task, recipe, World()), saves)
+        for saves in (False, True)
+    )
+    cases: dict[str, Callable[[int], float]] = {
+        "bare": Bare(recipe, task, feed).run,
+        "ours": plain.run,
+        "ours, saving": saving.run,
+    }
+    steps = max(1, ceil(seconds / max(run(1) for run in cases.values())))
+    plain.state.laps.clear()
+    saving.saves = 0
+    took: Seconds = {name: [] for name in cases}
+    for number in range(rounds):
+        first = number % len(cases)
+        for name in [*cases][first:] + [*cases][:first]:
+            took[name].append(cases[name](steps))
+    print(f"  {ctx.stage}: {sum(p.numel() for p in plain.state.model.parameters()) / 1e6:.0f}M weights, {steps} steps")
+    show(took, 1, "s")
+    shares = shares_of(plain.state.laps, sum(took["ours"]))
+    print("  where ours goes: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    ratios = [a / b for a, b in zip(took["bare"], took["ours"], strict=True)]
+    print(f"  bare over ours: {min(ratios):.3f} to {max(ratios):.3f}")
+    name = ctx.stage
+    return {
+        f"{name}_bare_over_ours": median(ratios),
+        f"{name}_with_a_checkpoint_a_minute": 1 + (sum(took["ours, saving"]) - sum(took["ours"])) / saving.saves / 60,
+        f"{name}_wait_share": shares["wait"],
+        f"{name}_ema_share": shares["ema"],
+    }
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--seconds", type=float, default=20.0, help="of a round, at least (20)")
+    chosen = options.parse_args()
+    begin(__doc__, chosen)
+    preset = PRESETS["nano" if chosen.quick else "small"]
+    recipes: dict[str, Any] = {"diffusion_prior": DiffusionPriorRecipe, "decoder": DecoderRecipe}
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(str(Path(folder)))
+        inputs = publish(store, 32 if chosen.quick else 512)
+        for stage in STAGES:
+            recipe = recipes[stage](
+                samples=BATCH, batch=BATCH, lanes=8, learning_rate=1e-4, ema_half_life=10_000, model=preset[stage]
+            )
+            config = SimpleNamespace()
+            ctx = Context(store, stage, 1, stage, recipe, TrainingSettings(device="cpu"), inputs, config)
+            ratios |= measure(ctx, 1 if chosen.quick else chosen.rounds, 0.0 if chosen.quick else chosen.seconds)
+    finish(ratios)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Machines come and go: a training goes on with as many workers as there is room for, and its losses stay the same."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from safetensors.torch import load
+
+from pipeline.artifacts import Artifact
+from pipeline.graph import Context
+from pipeline.records import read_blob
+from pipeline.settings import TrainingSettings
+from pipeline.training import stage
+from pipeline.training.checkpoints import course
+from tests.pipeline.training.conftest import World, make_world
+from tests.pipeline.training.test_launch import CLIP
+from tests.pipeline.training.test_stage import lines
+
+pytestmark = pytest.mark.slow
+MEMORY = 100 << 20
+RECIPE = replace(CLIP, samples=12 * 80, lanes=12)
+WAIT_S = 120.0
+Node = Any
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without cores. Where tmp_path / "crash" is missing, the next worker that saves is killed."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    (tmp_path / "crash").touch()
+    monkeypatch.setenv("UNCLIP_CRASH", f"checkpoint.after_record@{tmp_path / 'crash'}")
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    head = {"num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    monkeypatch.setenv("RAY_ADDRESS", made.address)
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        with suppress(Exception):  # a node of it may have been killed
+            made.shutdown()
+
+
+def when(ctx: Context, samples: int, strike: Callable[[], object]) -> None:
+    """Strike once a checkpoint of so many samples is there."""
+    own, end = course(ctx, begin=False), time.monotonic() + WAIT_S
+    while own.newest(1 << 40) < samples and time.monotonic() < end:
+        time.sleep(0.1)
+    strike()
+
+
+def straight(folder: Path, name: str, recipe: Any, inputs: tuple[str, ...]) -> tuple[World, Artifact]:
+    """The same training, by this process alone."""
+    world = make_world(folder)
+    settings = TrainingSettings(threads=1, device="cpu")
+    return world, stage.train(world.context(name, recipe, settings, inputs))
+
+
+def check_equal(ours: tuple[World, Artifact], theirs: tuple[World, Artifact]) -> None:
+    """Losses within 1e-5, weights within 1e-4: what adding in another order leaves."""
+    losses = [[line["loss"] for line in lines(*both) if "loss" in line] for both in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    found, wanted = (
+        load(read_blob(world.store, artifact.blobs["open_clip_model.safetensors"]))
+        for world, artifact in (ours, theirs)
+    )
+    assert all((found[name] - wanted[name]).abs().max() < 1e-4 for name in wanted)
+
+
+def test_four_workers_become_two_and_then_three(
+    cluster: Any, world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A machine with two of four is killed; later one with one core comes, and a worker dies."""
+    nodes = [cluster.add_node(num_cpus=2, object_store_memory=MEMORY) for _ in range(2)]
+    settings = TrainingSettings(workers=4, min_workers=1, threads=1, device="cpu", checkpoint_every_s=0.0)
+    inputs = ("pairs", "captions")
+    ctx = world.context("clip", RECIPE, settings, inputs)
+
+    def strikes() -> None:
+        when(ctx, 20 * 12, lambda: cluster.remove_node(nodes[1], allow_graceful=False))
+        when(ctx, 40 * 12, lambda: cluster.add_node(num_cpus=1, object_store_memory=MEMORY))
+        (tmp_path / "crash").unlink()
+
+    thread = Thread(target=strikes, daemon=True)
+    thread.start()
+    with caplog.at_level(logging.WARNING):
+        artifact = stage.train(ctx)
+    thread.join()
+    assert caplog.text.count("starting again") == 2
+    assert (tmp_path / "crash").exists()
+    assert artifact.environment["workers"] == "3"
+    check_equal((world, artifact), straight(tmp_path / "straight", "clip", RECIPE, inputs))
+
+
+def test_a_machine_that_is_to_be_taken_away_costs_no_step(cluster: Any, world: World, tmp_path: Path) -> None:
+    """Its last steps are saved when the notice comes, though no checkpoint is due for hours."""
+    import ray
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=MEMORY) for _ in range(2)]
+    settings = TrainingSettings(workers=2, min_workers=1, threads=1, device="cpu", checkpoint_every_s=1e6)
+    inputs = ("pairs", "captions")
+    ctx = world.context("clip", replace(RECIPE, samples=12 * 1500), settings, inputs)
+    saved: list[int] = []
+
+    def strikes() -> None:
+        own = course(ctx, begin=False)
+
+        def notice() -> None:
+            reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+            deadline = int((time.time() + 30) * 1000)
+            GcsClient(cluster.address).drain_node(nodes[1].node_id, reason, "to be taken away", deadline)
+
+        when(ctx, 64 * 12, notice)
+        end = time.monotonic() + 25
+        while own.newest(1 << 40) <= 64 * 12 and time.monotonic() < end:
+            time.sleep(0.1)
+        saved.append(own.newest(1 << 40) // 12)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+
+    thread = Thread(target=strikes, daemon=True)
+    thread.start()
+    artifact = stage.train(ctx)
+    thread.join()
+    assert ray.is_initialized()
+    assert saved[0] not in (64, 256, 1024)  # these are saved because they are looked at
+    assert artifact.environment["workers"] == "1"

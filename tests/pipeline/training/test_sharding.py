@@ -1,0 +1,133 @@
+"""A model that is spread over workers: what one device trains, saved by as many workers as there were, read by any."""
+
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from pipeline.artifacts import Artifact, load_artifact
+from pipeline.errors import UserError
+from pipeline.graph import Context
+from pipeline.records import read_blob, read_record
+from pipeline.settings import TrainingSettings
+from pipeline.training import stage
+from pipeline.training.feed import Feed
+from pipeline.training.laps import Laps
+from pipeline.training.loop import backward
+from pipeline.training.recipes import ClipRecipe, DecoderRecipe, DiffusionPriorRecipe
+from pipeline.training.sharding import layers
+from pipeline.training.state import begin
+from pipeline.training.tasks.decoder import DecoderTask
+from pipeline.training.world import World as Workers
+from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
+from tests.pipeline.training.test_stage import DECODER, MODEL, lines
+from tests.pipeline.training.workers import train_together
+
+PRIOR = DiffusionPriorRecipe(
+    samples=64, batch=16, lanes=4, precision="fp32", learning_rate=1e-3, ema_half_life=64, clip_norm=1.0, model=MODEL
+)
+PICTURES = DecoderRecipe(
+    samples=32,
+    batch=8,
+    lanes=4,
+    precision="fp32",
+    learning_rate=1e-3,
+    ema_half_life=32,
+    model=replace(DECODER, dropout=0.0),  # its masks follow the workers
+)
+Run = tuple[int, int]  # a stop and how many workers, 0 for this process
+
+
+def settings(workers: int, **changes: Any) -> TrainingSettings:
+    shared = {"sharded": True, "micro_batch": 3, "recompute": True} if workers else {}
+    values: dict[str, Any] = {"threads": 1, "device": "cpu", "checkpoint_every_s": 0.0, "keep_checkpoints": 9}
+    return TrainingSettings(workers=workers, **(values | shared | changes))
+
+
+def trained(world: World, name: str, recipe: Any, runs: list[Run], folder: Path) -> Artifact:
+    """What a training of one stage leaves that was stopped and went on with other workers."""
+    for samples, workers in runs:
+        ctx: Context = world.context(name, replace(recipe, samples=samples), settings(workers))
+        if workers:
+            train_together(ctx, folder)
+        else:
+            stage.train(ctx)
+    artifact = load_artifact(world.store, name, ctx.key)
+    assert artifact is not None
+    return artifact
+
+
+def weights(world: World, artifact: Artifact) -> dict[str, Tensor]:
+    return load(read_blob(world.store, artifact.blobs["model.safetensors"]))
+
+
+def check_equal(world: World, name: str, recipe: Any, runs: list[Run], folder: Path) -> None:
+    """Losses within 1e-5 and weights within 1e-4 of a straight run in this process."""
+    made = trained(world, name, recipe, runs, folder)
+    straight = make_world(folder / "straight")
+    expected = trained(straight, name, recipe, [(runs[-1][0], 0)], folder)
+    for kind in ("loss", "gradient_norm"):
+        ours, theirs = (
+            [line[kind] for line in lines(w, a) if kind in line] for w, a in ((world, made), (straight, expected))
+        )
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-4), kind
+    assert made.metrics["validation_loss"] == pytest.approx(expected.metrics["validation_loss"], abs=1e-5)
+    found, wanted = weights(world, made), weights(straight, expected)
+    assert found.keys() == wanted.keys()
+    gaps = {tensor: (found[tensor] - wanted[tensor]).abs() for tensor in wanted}
+    if "gamma" in gaps:  # at the first timesteps a square of what is divided by their little noise
+        assert (gaps.pop("gamma") < 1e-4 + 1e-3 * wanted["gamma"].abs()).all()
+    assert all(gap.max() < 1e-4 for gap in gaps.values())
+
+
+def test_two_workers_train_what_one_process_trains(world: World, tmp_path: Path) -> None:
+    """From a checkpoint of this process, and back to it: every kind of tensor goes both ways."""
+    check_equal(world, "diffusion_prior", PRIOR, [(16, 0), (32, 2), (48, 2), (64, 0)], tmp_path)
+    records = [read_record(world.store, entry.path) for entry in world.store.list("checkpoints/")]
+    blobs = {record["samples"]: sorted(record["blobs"]) for record in records if record and record.get("blobs")}
+    assert blobs[16] == blobs[64] == ["ema", "model", "optimizer"]
+    assert blobs[32] == sorted([*blobs[16], *(f"{part}.00001" for part in blobs[16])])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "recipe"), [("diffusion_prior", PRIOR), ("decoder", PICTURES)])
+def test_four_workers_leave_to_two_and_to_one_what_they_know(
+    name: str, recipe: Any, world: World, tmp_path: Path
+) -> None:
+    runs = [(2 * recipe.batch, 4), (4 * recipe.batch, 2), (6 * recipe.batch, 1), (8 * recipe.batch, 4)]
+    check_equal(world, name, recipe, runs, tmp_path)
+
+
+def test_layers_are_computed_again_with_the_same_dropout(shared_world: World) -> None:
+    recipe = replace(PICTURES, model=replace(DECODER, dropout=0.5))
+    task = DecoderTask(recipe.model, EMBED_DIM)
+    with closing(Feed(shared_world.store, shared_world.inputs, task, recipe).shares(0)) as shares:
+        share = next(shares)
+    gradients = []
+    for again in (False, True):
+        state = begin(task, recipe, Workers(), recomputing=again)
+        torch.manual_seed(0)
+        for parameter in state.model.parameters():  # layers that begin at zero would hide the others
+            nn.init.normal_(parameter, std=0.05)
+        backward(state.objective.train(), share, recipe, 3, Workers(), Laps({}, torch.device("cpu")))
+        gradients.append([p.grad for p in state.model.parameters()])
+    assert len(list(layers(state.model))) > 5
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
+
+
+def test_what_cannot_be_spread_is_refused(world: World) -> None:
+    with pytest.raises(ValueError, match="sharded: there are no workers"):
+        TrainingSettings(sharded=True)
+    with pytest.raises(ValueError, match="offload: only the weights of a model that is spread"):
+        TrainingSettings(workers=2, offload=True)
+    uneven = world.context("diffusion_prior", PRIOR, settings(3))
+    with pytest.raises(UserError, match=r"run\.diffusion_prior\.sharded: .* 4 lanes are no multiple of 3 workers"):
+        stage.train(uneven)
+    clip = world.context("clip", ClipRecipe(samples=64, batch=16, lanes=8), settings(2, micro_batch=0), ("pairs",))
+    with pytest.raises(UserError, match=r"run\.clip\.sharded: a CLIP's temperature is one number"):
+        stage.train(clip)
