@@ -20,6 +20,7 @@ from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from models.draw import Draw
 from models.losses import Losses
@@ -30,6 +31,7 @@ VOCABULARY = 49408
 END = VOCABULARY - 1
 # 26 characters a token: nothing 77 tokens can hold is cut, and a hostile megabyte costs no minutes of merging pairs.
 CAPTION_CHARACTERS = 2000
+SHORTER = (16, 32)  # tokens that most captions fit into
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
@@ -192,10 +194,46 @@ class Clip(nn.Module):
             return tokenize(list(captions))
         return self.own_tokenizer(_shortened(captions))
 
+    @property
+    def text_lengths(self) -> tuple[int, ...]:
+        """Numbers of tokens to which captions that end within them may be cut for ``encode_text``, rising; the last is
+        its full length. In a causal tower a caption's end does not see what comes after it."""
+        full, model = self.context_length, self.model
+        causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None and model.text_pool_type == "argmax"
+        shorter = [n for n in SHORTER if n < full] if causal and self.own_tokenizer is None else []
+        return (*shorter, full)
+
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Unit-norm embeddings, fp32 [b, d], of tokens from this CLIP's ``tokenize``."""
+        """Unit-norm embeddings, fp32 [b, d], of tokens of this CLIP's ``tokenize``, cut as ``text_lengths`` allows."""
+        if tokens.shape[1] in self.text_lengths[:-1]:
+            return F.normalize(self._encode_shorter(tokens).float(), dim=-1)
         cut = cut_tokens(tokens, self.context_length) if self.own_tokenizer is None else tokens
         return F.normalize(self.model.encode_text(cut).float(), dim=-1)
+
+    def _encode_shorter(self, tokens: Tensor) -> Tensor:
+        """open_clip's text tower with as many positions as there are tokens."""
+        length, model = tokens.shape[1], self.model
+        cut = {
+            "tower.positional_embedding": model.positional_embedding[:length],
+            "tower.attn_mask": model.attn_mask[:length, :length],
+        }
+        return functional_call(_TextTower(model), cut, (tokens,))
+
+
+class _TextTower(nn.Module):
+    """An open_clip CLIP whose call is that of its text tower."""
+
+    def __init__(self, tower: open_clip.CLIP):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.tower.encode_text(tokens)
+
+
+def text_ends(tokens: Tensor) -> Tensor:
+    """How many tokens of each row of ``tokenize`` a caption takes, start and end included: int64 [b]."""
+    return (tokens == END).int().argmax(1) + 1
 
 
 def check_text_tower(name: str, model_config: dict) -> None:

@@ -30,7 +30,7 @@ from pipeline.settings import EmbeddingsSettings
 from pipeline.shards import Helpers, Needs, ShardOutput, ShardTask, map_shards, results_ahead
 from pipeline.store import Store
 
-VERSION = 3
+VERSION = 4
 CAPTIONS = 16  # of a row that are embedded, the first ones, so that a text file of 10,000 lines is no trap
 
 
@@ -196,14 +196,26 @@ class Encoder:
         return result
 
     def _texts(self, texts: Sequence[str]) -> Any:
+        """Embeddings of captions, each in a batch of the shortest length that holds it: that hangs on no neighbour."""
         import numpy as np
 
+        from models.clip import text_ends
+
         result = np.zeros((len(texts), self.clip.embed_dim), np.float32)
-        for start in range(0, len(texts), self.batch):
-            block = list(texts[start : start + self.batch])
-            padded = block + [""] * (self.batch - len(block))
-            tokens = self.clip.tokenize(padded).numpy()
-            result[start : start + len(block)] = self._encode(self.clip.encode_text, tokens)[: len(block)]
+        if not texts:
+            return result
+        tokens, (empty,) = self.clip.tokenize(texts), self.clip.tokenize([""]).numpy()
+        lengths = self.clip.text_lengths
+        fitting = np.searchsorted(lengths[:-1], text_ends(tokens).numpy())  # the last one holds all
+        tokens = tokens.numpy()
+        for number, length in enumerate(lengths):
+            rows = np.flatnonzero(fitting == number)
+            length = length if number < len(lengths) - 1 else tokens.shape[1]
+            for start in range(0, len(rows), self.batch):
+                block = rows[start : start + self.batch]
+                padded = np.tile(empty[:length], (self.batch, 1))
+                padded[: len(block)] = tokens[block, :length]
+                result[block] = self._encode(self.clip.encode_text, padded)[: len(block)]
         return result
 
     def _encode(self, encode: Any, batch: Any) -> Any:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.clip import Clip, augment, clip_loss, cut_tokens, tokenize
+from models.clip import Clip, augment, clip_loss, cut_tokens, text_ends, tokenize
 from models.draw import Draw
 from models.prior_configs import ClipConfig
 from models.view import view
@@ -82,6 +83,29 @@ def test_embeddings_equal_open_clips_and_have_norm_one(config: ClipConfig) -> No
     torch.testing.assert_close(text, clip.model.encode_text(short, normalize=True), rtol=0, atol=1e-6)
     assert (clip.embed_dim, clip.image_size, clip.context_length) == (24, 32, config.text_context)
     assert clip.has_batch_norm == (config.tower == "resnet")
+
+
+@fails_under(
+    (text_ends, "+ 1", "+ 0"),
+    (Clip._encode_shorter, "model.positional_embedding[:length]", "model.positional_embedding[-length:]"),
+)
+def test_the_end_of_a_caption_does_not_see_what_comes_after_it() -> None:
+    clip = Clip.build(dataclasses.replace(VIT, text_context=77), seed=0).eval()
+    assert clip.text_lengths == (16, 32, 77)
+    assert Clip.build(dataclasses.replace(VIT, text_context=32), seed=0).text_lengths == (16, 32)
+    tokens = tokenize(["", "a cat", "cat " * 14, "cat " * 15, "cat " * 30, "cat " * 31])
+    ends = text_ends(tokens)
+    assert ends.tolist() == [2, 4, 16, 17, 32, 33]
+    whole = clip.encode_text(tokens)
+    for length in (16, 32):
+        fit = ends <= length
+        torch.testing.assert_close(clip.encode_text(tokens[fit, :length]), whole[fit], rtol=0, atol=1e-6)
+
+
+def test_a_tower_that_sees_all_of_a_caption_gets_all_of_it() -> None:
+    clip = Clip.build(VIT, seed=0)
+    clip.model.attn_mask = None
+    assert clip.text_lengths == (VIT.text_context,)
 
 
 def test_a_row_is_embedded_alike_in_any_batch() -> None:

@@ -28,6 +28,7 @@ from pipeline.store_shared import Traffic
 from tests.pipeline.data.bench import Bench, picture, save_clip
 
 ROWS = 25
+LONG = "a blue heart and " * 6  # 26 tokens, which are encoded in another batch than short captions
 BROKEN, SEVERAL, NONE = 4, 6, 7  # rows with a truncated picture, with three captions, with none
 
 
@@ -36,7 +37,7 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A list of 25 pictures, and a CLIP."""
     folder = tmp_path_factory.mktemp("listed")
     captions = [[f"picture number {i}"] for i in range(ROWS)]
-    captions[SEVERAL] = ["a red heart", "a blue heart", "no heart"]
+    captions[SEVERAL] = ["a red heart", LONG, "no heart"]
     captions[NONE] = []
     for i in range(ROWS):
         (folder / f"{i}.png").write_bytes(picture(i, 80 + i, 100)[: -300 if i == BROKEN else None])
@@ -101,7 +102,7 @@ def test_every_caption_is_embedded(bench: Bench, listed: tuple[str, str], tmp_pa
     assert not any(more.values())
     model = open_clip.create_model(listed[1]).eval()
     with torch.no_grad():
-        tokens = open_clip.tokenize(["a blue heart", "no heart"], context_length=32)
+        tokens = open_clip.tokenize([LONG, "no heart"], context_length=32)
         expected = model.encode_text(tokens, normalize=True).numpy()
     np.testing.assert_allclose(np.array(others, np.float32), expected, rtol=2**-11, atol=2e-6)
 
