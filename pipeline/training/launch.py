@@ -120,10 +120,19 @@ def _cause(failures: Sequence[Exception]) -> Exception:
         if isinstance(failure, Relayed):
             name, *arguments = failure.args
             return RELAYED[name](*arguments)
-    # What Ray itself raises is about processes and machines; what workers raise keeps its own type.
-    if any(type(failure).__module__.partition(".")[0] == "ray" for failure in failures):
+    # What Ray itself raises is about processes and machines; what workers raise keeps its own type. Those that are left
+    # may notice a death before Ray does, and then theirs are the only failures.
+    others = [failure for failure in failures if not _hung_up(failure)]
+    if not others or any(type(failure).__module__.partition(".")[0] == "ray" for failure in failures):
         return WorkerLost("a worker died or could not start")
-    return failures[0]
+    return others[0]
+
+
+def _hung_up(failure: Exception) -> bool:
+    """Whether a worker says no more than that it lost the connection to another."""
+    from torch.distributed import DistError
+
+    return isinstance(failure, DistError) or (isinstance(failure, RuntimeError) and "gloo/transport" in str(failure))
 
 
 class Watcher:

@@ -117,6 +117,13 @@ def test_expected_errors_keep_their_type(error: Exception) -> None:
     assert str(found) == str(error)
 
 
+def test_a_lost_connection_is_a_lost_worker_unless_another_says_more() -> None:
+    closed = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    assert isinstance(_cause([closed, closed]), WorkerLost)
+    bug = ZeroDivisionError("division by zero")
+    assert _cause([closed, bug]) is bug
+
+
 def test_a_training_goes_on_after_lost_workers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two starts lose their workers, the third finishes; with none that comes further there are four at most."""
     calls: list[str] = []

@@ -44,7 +44,7 @@ Run = tuple[int, int]  # a stop and how many workers, 0 for this process
 
 
 def settings(workers: int, **changes: Any) -> TrainingSettings:
-    shared = {"sharded": True, "micro_batch": 3, "recompute": True} if workers else {}
+    shared = {"sharded": True, "offload": workers == 2, "micro_batch": 3, "recompute": True} if workers else {}
     values: dict[str, Any] = {"threads": 1, "device": "cpu", "checkpoint_every_s": 0.0, "keep_checkpoints": 9}
     return TrainingSettings(workers=workers, **(values | shared | changes))
 
