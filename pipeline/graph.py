@@ -20,7 +20,7 @@ SOURCES = ("source", "captions")  # their keys come from the content of the user
 
 @dataclass(frozen=True)
 class Context:
-    """All that a running stage is given."""
+    """All that a running stage is given. ``work``: what workers took for it so far (see pipeline.shards.Work)."""
 
     store: Store
     stage: str
@@ -30,11 +30,13 @@ class Context:
     settings: Any  # the stage's run settings
     inputs: Mapping[str, Artifact]
     config: Any  # the whole Config, for Ray's settings and the list of the user
+    work: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def publishable(self, **fields: Any) -> Artifact:
-        """An artefact of this stage with key, inputs and recipe filled in."""
+        """An artefact of this stage with key, inputs, recipe and the work filled in."""
         keys = {name: artifact.key for name, artifact in self.inputs.items()}
-        return Artifact(stage=self.stage, key=self.key, inputs=keys, recipe=flatten(self.recipe), **fields)
+        times = {**self.work, **fields.pop("times", {})}
+        return Artifact(stage=self.stage, key=self.key, inputs=keys, recipe=flatten(self.recipe), times=times, **fields)
 
 
 @dataclass(frozen=True)

@@ -94,14 +94,6 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "workers", "min_workers", "micro_batch", "threads")
-        if self.min_workers > self.workers:
-            raise ValueError(f"min_workers: {self.min_workers} is above workers, {self.workers}")
-        if self.sharded and self.min_workers:
-            raise ValueError("min_workers: a model that is spread needs equal shares; use 0, which is workers exactly")
-        if self.sharded and not self.workers:
-            raise ValueError("sharded: there are no workers to spread a model over; set workers to 1 or more")
-        if self.offload and not self.sharded:
-            raise ValueError("offload: only the weights of a model that is spread are offloaded; set sharded, too")
 
 
 @dataclass(frozen=True)

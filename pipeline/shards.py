@@ -82,12 +82,12 @@ def map_shards(
 ) -> Artifact:
     """Make every shard that has no record yet, then publish the artefact that lists them all; as ``run_shards``."""
     began = time.monotonic()
-    table, made, work = ShardTable(), 0, Work()
-    for shard, new in _each_shard(ctx, tasks, make_worker, unit, rows, ctx.stage, needs or Needs(), work):
+    table, made = ShardTable(), 0
+    for shard, new in _each_shard(ctx, tasks, make_worker, unit, rows, ctx.stage, needs or Needs()):
         table.add(shard)
         made += new
     blob, ledger = table.write(ctx.store)
-    metrics, times = {"shards": len(tasks)}, {"shards_made": made, **work}
+    metrics, times = {"shards": len(tasks)}, {"shards_made": made}
     artifact = ctx.publishable(shard_table=blob, ledger=ledger, metrics=metrics, times=times)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 
@@ -106,7 +106,7 @@ def run_shards(
     ledgers count them, for the progress line. With ``ctx.settings.workers`` 0 the worker runs in this process, without
     Ray.
     """
-    found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage, Needs(), Work()))
+    found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage, Needs()))
     return sorted((shard for shard, _ in found), key=lambda shard: shard.number), sum(new for _, new in found)
 
 
@@ -118,13 +118,14 @@ def _each_shard(
     amount: int,
     title: str,
     needs: Needs,
-    work: Work,
 ) -> Iterator[tuple[Shard, bool]]:
     """Every shard, in no order, and whether it was made now.
 
     A listing alone decides what is made first. The records that were there are read last; a corrupt one is made again.
-    What the workers took is added to ``work``, with their number and the seconds and rows of what was made now.
+    What the workers took is added to ``ctx.work``: over all passes of a stage, with the most workers and the most rows
+    of a pass.
     """
+    work = Work()
     paths = {shard_path(ctx.stage, task.key) for task in tasks}
     there = {entry.path for entry in ctx.store.list(f"shards/{ctx.stage}/") if entry.path in paths}
     todo = [task for task in tasks if shard_path(ctx.stage, task.key) not in there]
@@ -153,6 +154,9 @@ def _each_shard(
         progress.first += rows - guess
         progress.done += rows - guess
         yield from make(lost)
+    most = {name: max(work.get(name, 0), ctx.work.get(name, 0)) for name in ("workers", "made_rows")}
+    add(ctx.work, work)
+    ctx.work.update(most)
 
 
 def _note(work: Work, lost: Counter[str]) -> str:

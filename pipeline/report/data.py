@@ -116,7 +116,7 @@ def _work(artifacts: Artifacts) -> str:
         rows.append((stage, number(took["workers"]), *rates, f"{steps['busy']:.0%}", f"{steps['wait']:.0%}", shares))
     head = ("stage", "workers", "rows/s", "MB/s written", "busy", "waiting", "steps")
     said = (
-        "Shares are of the time of all workers, from first to last shard of a stage's last pass; what is neither busy "
+        "Shares are of the time of all workers, from first to last shard of each pass of a stage; what is neither busy "
         "nor waiting is their start. Embeddings decode beside the encoder, and wait for views where that is slower."
     )
     return f"<h3>Workers</h3>\n{table(head, rows, numeric=(1, 2, 3, 4, 5))}{note(said)}" if rows else ""

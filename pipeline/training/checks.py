@@ -21,13 +21,12 @@ def check(ctx: Context, task: Task) -> None:
             f"{where}.workers: {settings.workers}; the norms of a resnet tower know the rows of one worker only: use 0 "
             f"or 1, or {ctx.stage}.model.tower=vit"
         )
-    if isinstance(task, Contrastive) and settings.sharded:
-        raise UserError(f"{where}.sharded: a CLIP's temperature is one number, which cannot be spread; use false")
-    if settings.sharded and recipe.lanes % settings.workers:
-        raise UserError(
-            f"{where}.sharded: workers that gather a model together need equal shares, and {recipe.lanes} lanes are no "
-            f"multiple of {settings.workers} workers; change workers"
-        )
+    if settings.min_workers > settings.workers:
+        raise UserError(f"{where}.min_workers: {settings.min_workers} is above workers, {settings.workers}")
+    if settings.offload and not settings.sharded:
+        raise UserError(f"{where}.offload: only weights that are spread are offloaded; set sharded, too")
+    if settings.sharded:
+        _check_sharded(ctx, task)
     if not task.splittable and settings.micro_batch:
         raise UserError(f"{where}.micro_batch: this loss compares every row with its whole batch; use 0")
     if settings.keep_checkpoints < 1:
@@ -46,6 +45,21 @@ def check(ctx: Context, task: Task) -> None:
     rows = ctx.inputs["curation" if "curation" in ctx.inputs else "pairs"]
     if not sum(shard.counts.get(f"train/{task.min_side}", 0) for shard in read_shards(ctx.store, rows)):
         raise UserError(_no_rows(ctx, task, rows))
+
+
+def _check_sharded(ctx: Context, task: Task) -> None:
+    settings, lanes, where = ctx.settings, ctx.recipe.lanes, f"run.{ctx.stage}"
+    if isinstance(task, Contrastive):
+        raise UserError(f"{where}.sharded: a CLIP's temperature is one number, which cannot be spread; use false")
+    if not settings.workers:
+        raise UserError(f"{where}.sharded: there are no workers to spread a model over; set workers to 1 or more")
+    if settings.min_workers:
+        raise UserError(f"{where}.min_workers: a model that is spread needs all of its workers; use 0")
+    if lanes % settings.workers:
+        raise UserError(
+            f"{where}.sharded: workers that gather a model together need equal shares, and {lanes} lanes are no "
+            f"multiple of {settings.workers} workers; change workers"
+        )
 
 
 def _no_rows(ctx: Context, task: Task, rows: Artifact) -> str:

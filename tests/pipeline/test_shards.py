@@ -25,6 +25,7 @@ from pipeline.shards import (
     _note,
     map_shards,
     results_ahead,
+    run_shards,
 )
 from pipeline.store import Store, open_store
 
@@ -99,6 +100,16 @@ def test_what_the_work_took_is_written_down_and_is_no_part_of_the_shards(store: 
     assert 0 < took["write_seconds"] <= took["busy_seconds"]
     assert took["busy_seconds"] + took["wait_seconds"] <= took["made_seconds"] <= took["seconds"]
     assert b"fetch" not in b"".join(store.read(entry.path) for entry in store.list("shards/"))
+
+
+def test_the_work_of_all_passes_counts(store: Store) -> None:
+    ctx = _context(store)
+    run_shards(ctx, _tasks(7, 8, 9), Worker, "rows", 30)
+    took = map_shards(ctx, _tasks(0, 1), Worker).times
+    assert (took["workers"], took["shards_made"]) == (1, 2)
+    assert took["fetch_seconds"] == 5 * 2.5
+    assert took["made_rows"] == 17 + 18 + 19
+    assert took["written_bytes"] == 5 * len(b"shard 0")
 
 
 def test_the_line_of_progress_says_how_busy_workers_are_and_what_is_lost() -> None:

@@ -120,14 +120,23 @@ def test_layers_are_computed_again_with_the_same_dropout(shared_world: World) ->
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
 
 
-def test_what_cannot_be_spread_is_refused(world: World) -> None:
-    with pytest.raises(ValueError, match="sharded: there are no workers"):
-        TrainingSettings(sharded=True)
-    with pytest.raises(ValueError, match="offload: only the weights of a model that is spread"):
-        TrainingSettings(workers=2, offload=True)
-    uneven = world.context("diffusion_prior", PRIOR, settings(3))
-    with pytest.raises(UserError, match=r"run\.diffusion_prior\.sharded: .* 4 lanes are no multiple of 3 workers"):
-        stage.train(uneven)
-    clip = world.context("clip", ClipRecipe(samples=64, batch=16, lanes=8), settings(2, micro_batch=0), ("pairs",))
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"workers": 3}, r"sharded: .* 4 lanes are no multiple of 3 workers"),
+        ({"workers": 0}, r"sharded: there are no workers"),
+        ({"min_workers": 1}, r"min_workers: a model that is spread needs all"),
+        ({"min_workers": 3, "sharded": False, "offload": False}, r"min_workers: 3 is above workers, 2"),
+        ({"sharded": False}, r"offload: only weights that are spread"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(shared_world: World, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=rf"run\.diffusion_prior\.{said}"):
+        stage.train(shared_world.context("diffusion_prior", PRIOR, replace(settings(2), **changes)))
+
+
+def test_a_clip_is_not_spread(shared_world: World) -> None:
+    recipe = ClipRecipe(samples=64, batch=16, lanes=8)
+    clip = shared_world.context("clip", recipe, settings(2, micro_batch=0), ("pairs",))
     with pytest.raises(UserError, match=r"run\.clip\.sharded: a CLIP's temperature is one number"):
         stage.train(clip)
