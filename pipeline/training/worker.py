@@ -45,8 +45,7 @@ class Training:
         ctx = self.ctx
         task = self.make_task(ctx)
         feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, world.rank, world.size)
-        state = begin(task, ctx.recipe, world, warm_start(ctx, task), ctx.settings.recompute)
-        self._restore(state, world)
+        state = self._state(task, world)
         # Before the workers are joined, because one alone measures.
         speed = self._speed(task, feed, state, world) if world.first else NOT_MEASURED
         if isinstance(task, Contrastive):
@@ -65,15 +64,16 @@ class Training:
         model = task.model(0).eval() if world.sharded else state.ema  # a spread one takes all workers
         return measure_speed(task, model, feed, self.ctx.recipe.precision, world)
 
-    def _restore(self, state: TrainState, world: World) -> None:
-        """Load the newest checkpoint that every worker can read."""
+    def _state(self, task: Task, world: World) -> TrainState:
+        """That of the newest checkpoint that every worker can read, or the first one."""
         newest = self.ctx.recipe.samples
-        while len(set(found := world.collect([self._restored(state, newest)]))) > 1:
+        while True:
+            state = begin(task, self.ctx.recipe, world, warm_start(self.ctx, task), self.ctx.settings.recompute)
+            self.course.restore(state, newest)
+            found = world.collect([state.samples])
+            if len(set(found)) == 1:
+                return state
             newest = min(found)
-
-    def _restored(self, state: TrainState, at_most: int) -> int:
-        self.course.restore(state, at_most)
-        return state.samples
 
     def _train(
         self,

@@ -320,3 +320,27 @@ def test_a_damaged_input_is_named(world: World) -> None:
     with pytest.raises(CorruptObject) as caught:
         stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, SETTINGS))
     assert caught.value.path == blob
+
+
+@pytest.mark.parametrize("reached", [16, 0])
+def test_workers_begin_where_all_of_them_can(world: World, reached: int) -> None:
+    """Another worker finds no newer checkpoint than that, or none."""
+    from pipeline.training.checkpoints import course
+    from pipeline.training.state import begin
+    from pipeline.training.worker import Training
+    from pipeline.training.world import World as Workers
+
+    class Beside(Workers):
+        def collect(self, items: list[Any], group: Any = None) -> list[Any]:
+            return [items[0], min(items[0], reached)]
+
+    settings = replace(SETTINGS, keep_checkpoints=9)
+    ctx = world.context("diffusion_prior", replace(RECIPE, samples=48), settings)
+    stage.run_diffusion_prior(ctx)
+    training, task = Training(ctx, stage.make_task, course(ctx, begin=False)), stage.make_task(ctx)
+    state = training._state(task, Beside())
+    assert state.samples == reached
+    expected = begin(task, ctx.recipe, Workers())
+    training.course.restore(expected, reached)
+    found, wanted = state.model.state_dict(), expected.model.state_dict()
+    assert all(found[name].equal(wanted[name]) for name in wanted)
