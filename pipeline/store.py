@@ -41,7 +41,11 @@ class Store(Protocol):
         """Every object whose path begins with ``prefix``, in order of path."""
 
     def create(self, path: str, data: bytes | Path) -> bool:
-        """Create an object from bytes or from a file. False: it was there, and stays as it was."""
+        """Create an object from bytes or from a file. False: it was there, and stays as it was.
+
+        Of several at once one wins. For files of more than one part that is up to the server: SeaweedFS looks, and then
+        completes, so two may be told that they won. Only blobs are made from files, and all of a name are the same.
+        """
 
     def swap(self, path: str, old: str | None, new: bytes) -> bool:
         """Replace the object if its version is still ``old`` (None: if it does not exist). For pins and leases."""
