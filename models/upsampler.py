@@ -97,12 +97,22 @@ def sampling_low(config: UpsamplerConfig, low: Tensor, draw: Draw) -> Tensor:
         return bsr_mild(low, draw, light=config.corruption == "bsr_light")
 
 
+def training_crop(config: UpsamplerConfig, batch: dict[str, Tensor], draw: Draw) -> Tensor:
+    """A random crop of "image" (uint8 [b, 3, s, s]), in [-1, 1], [b, 3, c, c]."""
+    return from_uint8(random_crop(batch["image"], config.crop_size, config.scale, draw))
+
+
+def training_low(config: UpsamplerConfig, batch: dict[str, Tensor], draw: Draw) -> Tensor:
+    """The small, corrupted version of ``training_crop``, [b, 3, c / scale, c / scale]."""
+    return corrupted_low(config, training_crop(config, batch, draw), draw)
+
+
 def upsampler_loss(model: Upsampler, batch: dict[str, Tensor], draw: Draw) -> Losses:
-    """Squared error on a random crop of "image" (uint8 [b, 3, s, s]), given its small, corrupted version."""
+    """Squared error on ``training_crop``, [b], given ``training_low`` or, where the batch has it, "low"."""
     config = model.config
     schedule = make_schedule(config.schedule, config.steps)
-    x0 = from_uint8(random_crop(batch["image"], config.crop_size, config.scale, draw))
-    low = corrupted_low(config, x0, draw)
+    x0 = training_crop(config, batch, draw)
+    low = batch["low"] if "low" in batch else corrupted_low(config, x0, draw)
     t = draw.integers("t", config.steps)
     noise = draw.normal("noise", *x0.shape[1:])
     alpha_bar = schedule.at(t)

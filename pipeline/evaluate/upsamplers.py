@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,9 +13,8 @@ from models.pixels import from_uint8, resize
 from models.reverse import Reverse, ignore
 from models.upsampler import (
     Upsampler,
-    corrupted_low,
-    random_crop,
     sampling_low,
+    training_low,
     upsampler_denoise,
     upsampler_loss,
 )
@@ -31,26 +29,14 @@ DRAWS = 2  # crops and timesteps a picture
 Tick = Callable[[str], None]
 
 
-class Given:
-    """An upsampler that gets the small pictures ``low`` [b, 3, h, w] in place of those that it is called with."""
-
-    def __init__(self, model: Upsampler, low: Tensor):
-        self.model, self.low, self.config = model, low, model.config
-
-    def __call__(self, x_t: Tensor, t: Tensor, low: Tensor) -> Tensor:
-        return self.model(x_t, t, self.low)
-
-
 def upsampler_gap(name: str, model: Upsampler, rows: HeldOut, seed: int) -> Figure:
     """Line (a) of an upsampler: "image" uint8 [n, 3, s, s], of which crops are judged as in training."""
-    config = model.config
 
     def with_low(batch: Batch, draw: Draw) -> Batch:
-        crop = from_uint8(random_crop(batch["image"], config.crop_size, config.scale, draw))
-        return batch | {"low": corrupted_low(config, crop, draw)}
+        return batch | {"low": training_low(model.config, batch, draw)}
 
     def loss(batch: Batch, draw: Draw) -> Tensor:
-        return upsampler_loss(cast(Upsampler, Given(model, batch["low"])), batch, draw).total
+        return upsampler_loss(model, batch, draw).total
 
     pictures = {"image": rows.batch["image"]}
     return gap_figure(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.settings import TrainingSettings
     from pipeline.training.task import Task
 
-VERSIONS = {"clip": 1, "ar_prior": 3, "diffusion_prior": 3, "decoder": 1, "upsampler": 1}
+VERSIONS = {"clip": 1, "ar_prior": 4, "diffusion_prior": 4, "decoder": 1, "upsampler": 2}
 RESTARTS = 3  # in a row, after workers were lost without having saved anything
 log = logging.getLogger("unclip")
 

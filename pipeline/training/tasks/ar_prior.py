@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from math import log
 from pathlib import Path
 
 from torch import nn
@@ -41,8 +42,10 @@ class ARPriorTask:
         return ar_prior_loss(model, batch, draw, self.codec)
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """ "loss" and what another row's caption and text embedding would cost."""
-        return conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"))
+        """ "loss" and what another row's caption and text embedding would cost; the nats that a code costs less than
+        one of buckets that are all as likely, as a codec's are."""
+        figures = conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"))
+        return figures | {"nats_below_uniform": log(self.config.buckets) - figures["loss"]}
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(folder, model)

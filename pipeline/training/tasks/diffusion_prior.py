@@ -5,9 +5,16 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.diffusion_prior import DiffusionPrior, diffusion_prior_gamma, diffusion_prior_loss
+from models.diffusion_prior import (
+    DiffusionPrior,
+    diffusion_prior_denoise,
+    diffusion_prior_gamma,
+    diffusion_prior_loss,
+)
 from models.draw import Draw
 from models.folder import save_model
 from models.losses import Losses
@@ -39,8 +46,24 @@ class DiffusionPriorTask:
         return diffusion_prior_loss(model, batch, draw)
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """ "loss" and what another row's caption and text embedding would cost."""
-        return conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"), self.config.steps)
+        """ "loss" and what another row's caption and text embedding would cost; cosines to the image embedding."""
+        loss = partial(self.loss, model)
+        figures = conditional_figures(loss, examples, ("tokens", "text_embedding"), self.config.steps)
+        assert isinstance(model, DiffusionPrior)
+        return figures | self._cosines(model, examples)
+
+    def _cosines(self, model: DiffusionPrior, examples: Examples) -> dict[str, float]:
+        """Mean cosine to the image embedding: of the text embedding, and of what the model makes of noise alone, which
+        for a model without fault is the mean of all its samples."""
+        of_mean, of_text = [], []
+        for batch, draw in examples:
+            image, text = batch["image_embedding"], batch["text_embedding"]
+            denoise = diffusion_prior_denoise(model, batch["tokens"], text)
+            last = torch.full((len(image),), self.config.steps - 1, device=image.device)
+            mean = denoise(draw.normal("from_noise", self.embed_dim), last).x0
+            of_mean.append(F.cosine_similarity(mean.float(), image.float()))
+            of_text.append(F.cosine_similarity(text.float(), image.float()))
+        return {"cosine_of_mean": float(torch.cat(of_mean).mean()), "cosine_of_text": float(torch.cat(of_text).mean())}
 
     def finish(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
         """Analytic-DPM's "gamma"."""

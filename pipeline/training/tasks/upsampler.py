@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from models.diffusion.samplers import ddim
@@ -14,9 +14,9 @@ from models.folder import save_model
 from models.image_configs import UpsamplerConfig
 from models.losses import Losses
 from models.pixels import from_uint8, resize, to_uint8
-from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
+from models.upsampler import Upsampler, sampling_low, training_low, upsampler_denoise, upsampler_loss
 from pipeline.training.task import Batch, Examples
-from pipeline.training.tasks.figures import by_timestep, grid, seeded
+from pipeline.training.tasks.figures import conditional_figures, grid, seeded
 
 PREVIEW_STEPS = 15
 PREVIEW_WIDTH = 1024  # pixels
@@ -43,9 +43,9 @@ class UpsamplerTask:
         return upsampler_loss(model, batch, draw)
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """The "loss" on a crop of each picture, also by timestep."""
-        losses = torch.cat([self.loss(model, batch, draw).total for batch, draw in examples])
-        return {"loss": float(losses.mean())} | by_timestep(losses, [d for _, d in examples], self.config.steps)
+        """The "loss" on a crop of each picture, and what another row's small picture would cost."""
+        given = [(batch | {"low": training_low(self.config, batch, draw)}, draw) for batch, draw in examples]
+        return conditional_figures(partial(self.loss, model), given, ("low",), self.config.steps)
 
     def preview(self, model: nn.Module, batch: Batch, draw: Draw) -> Tensor:
         """From above: the small pictures enlarged by bicubic interpolation, upsampled, and the large pictures."""

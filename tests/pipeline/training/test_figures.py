@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.draw import Draw
+from models.prior_configs import DiffusionPriorConfig
+from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.tasks.figures import by_timestep
 
 
@@ -22,3 +25,18 @@ def test_a_quarter_without_rows_has_no_figure() -> None:
     draw = Draw([(1, 1)])
     (name,) = by_timestep(torch.ones(1), [draw], 8)
     assert name == f"loss_quarter_{int(draw.integers('t', 8)) // 2 + 1}"
+
+
+def test_a_prior_that_repeats_the_caption_is_as_near_as_the_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a prior makes of noise is compared with the image embedding, in the direction alone."""
+    config = DiffusionPriorConfig(text_context=8, width=32, depth=1, heads=2, steps=50)
+    task = DiffusionPriorTask(config, 16)
+    model = task.model(0)
+    image, text = F.normalize(torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    batch = {"tokens": torch.zeros(6, 77, dtype=torch.int64), "image_embedding": image, "text_embedding": text}
+    nearness = float((image * text).sum(-1).mean())
+    for made, cosine in ((text, nearness), (3 * image, 1.0), (-image, -1.0)):
+        monkeypatch.setattr(model, "forward", lambda x_t, t, *_, made=made: made * 7)
+        figures = task.validate(model, [(batch, Draw([(1, 6)]))])
+        assert figures["cosine_of_mean"] == pytest.approx(cosine, abs=1e-5)
+        assert figures["cosine_of_text"] == pytest.approx(nearness, abs=1e-5)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_a_training_leaves_a_model_and_its_metrics(shared_world: World, tmp_path
     assert last["validation_loss"] < 0.9 * first["validation_loss"]
     assert artifact.metrics["validation_loss"] == journal[-1]["validation_loss"]
     assert artifact.metrics["samples_seen"] == 192
+    assert artifact.metrics["validation_condition_gap"] > 3 * artifact.metrics["validation_condition_gap_error"]
     assert artifact.times["samples_per_second"] > 0
     assert artifact.environment["device"] == "cpu"
 
@@ -84,12 +86,18 @@ def test_the_decoder_draws_previews(shared_world: World) -> None:
 
 
 def test_an_upsampler_needs_no_captions(shared_world: World) -> None:
-    model = UpsamplerConfig(low_size=16, image_size=64, channels=8, depth=1, multipliers=(1, 2), steps=50, patch=2)
+    model = UpsamplerConfig(
+        low_size=16, image_size=64, channels=8, depth=1, multipliers=(1, 2), steps=50, patch=2, prediction="x0"
+    )
     recipe = UpsamplerRecipe(samples=32, batch=16, lanes=8, model=model)
     inputs = ("pairs", "curation")
     artifact = stage.run_upsampler(shared_world.context("upsampler_256", recipe, inputs=inputs))
     assert artifact.stage == "upsampler_256"
     assert "preview.png" in artifact.blobs
+    # It begins with the small picture enlarged, so another row's costs much from the first.
+    first, last = (line for line in lines(shared_world, artifact) if "validation_loss" in line)
+    for line in (first, last):
+        assert line["validation_condition_gap"] > line["validation_loss"] > 0
 
 
 def test_clip_trains_before_there_is_a_curation(shared_world: World, tmp_path: Path) -> None:
@@ -120,6 +128,8 @@ def test_the_ar_prior_uses_the_codec(shared_world: World) -> None:
     inputs = ("pairs", "captions", "embeddings", "curation", "codec")
     made = stage.run_ar_prior(world.context("ar_prior", recipe, inputs=inputs))
     assert 0 < made.metrics["loss"] < 3 * 2.08  # nats; a uniform guess has log 8 = 2.08
+    gain = made.metrics["validation_nats_below_uniform"]
+    assert gain == pytest.approx(log(8) - made.metrics["validation_loss"])
     wrong = replace(recipe, model=replace(model, buckets=16))
     with pytest.raises(UserError, match=r"ar_prior\.model\.buckets: 16, but the codec has 8"):
         stage.run_ar_prior(world.context("ar_prior", wrong, inputs=inputs))
