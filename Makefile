@@ -12,7 +12,7 @@ help:
 	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 120 trains less or more than 25"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
-	@echo "make chaos   real faults against the data stages: N=50 slices of SEED=1, some minutes each; goes on where it stopped"
+	@echo "make chaos   real faults: N=50 slices of SEED=1, a minute each, OF=data or training; goes on where it stopped"
 	@echo "make bench   what the stages cost against peers and bounds, in over an hour on an idle machine"
 
 ifeq ($(PYTHON),)
@@ -43,9 +43,10 @@ test-slow: .venv/ready
 # Slices that are done are not done again; out/chaos holds what they found.
 N ?= 50
 SEED ?= 1
+OF ?= data
 
 chaos: .venv/ready
-	$(BIN)/python -m tests.chaos --slices $(N) --seed $(SEED)
+	$(BIN)/python -m tests.chaos --of $(OF) --slices $(N) --seed $(SEED)
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

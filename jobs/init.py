@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jobs.sample import bundle_folder
 from pipeline.config import check_project
 from pipeline.data.look import Look, look
 from pipeline.data.source import SourceRecipe
@@ -26,6 +27,13 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--image-column", default="url", metavar="COLUMN", help="of references (default url)")
     parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help="of captions (default caption)")
+    parser.add_argument(
+        "--from",
+        dest="origin",
+        type=Path,
+        metavar="FOLDER",
+        help="fine-tune: go on from the bundle of this output folder of a run, such as out/emoji, or from a bundle",
+    )
     arguments = parser.parse_args(argv)
     check_project(arguments.name)
     path = Path(f"{arguments.name}.yaml")
@@ -34,8 +42,9 @@ def main(argv: Sequence[str]) -> int:
     columns = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
     source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **columns)
     seen = _look(source) if arguments.sources else None
+    text = starter(arguments.name, _preset(), source, seen, _origin(arguments.origin) if arguments.origin else None)
     with open(path, "x", encoding="utf-8") as file:
-        file.write(starter(arguments.name, _preset(), source, seen))
+        file.write(text)
     print(f"{path} written; open it to see what can be changed")
     for line in _remarks(seen) if seen else ["put your list under source.paths first"]:
         print(line)
@@ -50,6 +59,10 @@ def _look(source: SourceRecipe) -> Look:
         if "source.image_column" in str(e):  # there is no configuration yet in which that could be set
             raise UserError(f"{e}, here with --image-column and --caption-column") from None
         raise
+
+
+def _origin(folder: Path) -> Path:
+    return bundle_folder(folder) if (folder / "bundle.json").exists() else folder
 
 
 def _preset() -> str:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--seed {arguments.seed} is below 0")
     output = Path(arguments.source) if arguments.source else _newest()
     options = dict(_option(text) for text in arguments.set)
-    folder = _bundle(output)
+    folder = bundle_folder(output)
 
     from models.cascade import UnCLIP
     from pipeline.samples import make_sample, use_all_cores
@@ -66,7 +66,7 @@ def _newest() -> Path:
     return found[-1].parent
 
 
-def _bundle(output: Path) -> Path:
+def bundle_folder(output: Path) -> Path:
     """The bundle's folder on this machine, copied from the store the first time."""
     try:
         word = json.loads((output / "bundle.json").read_text())

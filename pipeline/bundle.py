@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,11 @@ from pipeline.store import Store
 VERSION = 2
 PRIORS = {"ar": "ar_prior", "diffusion": "diffusion_prior"}
 MODELS = ("ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+
+
+def side_of(models: Collection[str]) -> int:
+    """Side in pixels of the pictures that these models end at."""
+    return 1024 if "upsampler_1024" in models else 256 if "upsampler_256" in models else 64
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class BundleRecipe:
             raise ValueError(
                 f"sampling.prior: {self.sampling.prior}, but {PRIORS[self.sampling.prior]} is not among models"
             )
-        largest = 1024 if "upsampler_1024" in self.models else 256 if "upsampler_256" in self.models else 64
+        largest = side_of(self.models)
         if self.sampling.size > largest:
             raise ValueError(f"sampling.size: {self.sampling.size}, but these models end at {largest} px")
 

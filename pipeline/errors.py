@@ -7,6 +7,10 @@ class UserError(Exception):
     """A mistake in what was asked for, or in the machine it was asked of: one line, what to do next, no traceback."""
 
 
+class Unreachable(UserError):
+    """A server did not answer, or answered that it cannot, for as long as one request may wait. It may later."""
+
+
 class CorruptObject(Exception):
     """A stored object is missing or its bytes do not match its name.
 

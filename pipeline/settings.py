@@ -74,7 +74,8 @@ class EmbeddingsSettings(ShardSettings):
 class TrainingSettings:
     """A training. ``workers`` 0 trains in this process; with ``min_workers`` it trains with as many as there is room
     for, at least these and at most ``workers``; ``micro_batch`` 0 takes a worker's share in one piece; ``threads`` 0
-    uses every core of the process; ``milestones`` are numbers of samples that become artefacts too.
+    uses every core of the process; ``milestones`` are numbers of samples that become artefacts too. A worker keeps
+    ``cache_mb`` MiB of pictures that it has decoded.
 
     For models that are too large for one device: ``sharded`` spreads weights, averages and moments over the workers,
     ``offload`` keeps them in the memory of the CPU, and ``recompute`` keeps no more than the inputs of layers for the
@@ -88,12 +89,13 @@ class TrainingSettings:
     keep_checkpoints: int = 2
     milestones: tuple[int, ...] = ()
     device: str = "auto"
+    cache_mb: int = 512
     sharded: bool = False
     offload: bool = False
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "workers", "min_workers", "micro_batch", "threads")
+        at_least(self, 0, "workers", "min_workers", "micro_batch", "threads", "cache_mb")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
-from pipeline.bundle import MODELS
+from pipeline.bundle import MODELS, side_of
 from pipeline.data.look import Look
 from pipeline.data.source import SourceRecipe
+from pipeline.fine_tuning import fine_tuning
 
 CAPTIONS = 4  # of the list, that a run ends with pictures of
 CAPTION_BYTES = 75  # a token of CLIP's is at least a byte and CLIP reads 75, so sampling can never refuse these
@@ -51,9 +53,24 @@ run:
 """
 
 
-def starter(project: str, preset: str, source: SourceRecipe, seen: Look | None) -> str:
-    """A configuration as YAML. ``seen`` is a look at the source; without one, paths and captions are placeholders."""
+FINE_TUNING = """
+# Goes on from the models of {bundle}: their CLIP stays, and each
+# learns for a quarter of the preset's samples with a tenth of its learning rate. The AR prior is left out: it speaks
+# the codes of a codec that was fitted to other pairs.
+{values}"""
+
+
+def starter(project: str, preset: str, source: SourceRecipe, seen: Look | None, bundle: Path | None = None) -> str:
+    """A configuration as YAML. ``seen`` is a look at the source; without one, paths and captions are placeholders.
+    ``bundle``: a folder of models to go on from. Raises UserError if it is none."""
     models, size = _models(seen)
+    tuned = ""
+    if bundle is not None:
+        values = fine_tuning(bundle, preset)
+        models = [name for name in models if name in values]
+        size = side_of(models)
+        values = {name: fields for name, fields in values.items() if name in ("clip", "evaluation", *models)}
+        tuned = FINE_TUNING.format(bundle=bundle, values=yaml.safe_dump(values, sort_keys=False))
     lists = [f"- {_scalar(path)}" for path in source.paths]
     if seen is None:
         lists = [
@@ -61,18 +78,21 @@ def starter(project: str, preset: str, source: SourceRecipe, seen: Look | None) 
             "# - pictures # a folder of a.jpg and a.txt,",
             "# - shards/00000.tar # webdataset tars, used where they lie; as many lists as you like",
         ]
-    return TEMPLATE.format(
-        project=_scalar(project),
-        preset=preset,
-        store=f"out/{project}/store",
-        paths=_indented(lists),
-        image_column=_scalar(source.image_column),
-        caption_column=_scalar(source.caption_column),
-        measured=_measured(seen),
-        models=", ".join(models),
-        size=size,
-        captions=_indented([f"- {_scalar(caption)}" for caption in _captions(seen)]),
-        output=f"out/{project}",
+    return (
+        TEMPLATE.format(
+            project=_scalar(project),
+            preset=preset,
+            store=f"out/{project}/store",
+            paths=_indented(lists),
+            image_column=_scalar(source.image_column),
+            caption_column=_scalar(source.caption_column),
+            measured=_measured(seen),
+            models=", ".join(models),
+            size=size,
+            captions=_indented([f"- {_scalar(caption)}" for caption in _captions(seen)]),
+            output=f"out/{project}",
+        )
+        + tuned
     )
 
 

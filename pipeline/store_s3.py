@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import Unreachable, UserError
 from pipeline.store_shared import Entry, Traffic
 
 TRIES = 6  # with boto3's waits about a minute at most
@@ -112,7 +112,7 @@ class S3Store:
             if code in HINTS:
                 raise UserError(f"store {self.url}: {code}: {HINTS[code]}") from e
             if status >= 500 or status in (409, 429) or code == "RequestTimeout":
-                raise UserError(
+                raise Unreachable(
                     f"store {self.url}: {e.operation_name} was answered {code} {TRIES} times; the server is overloaded "
                     f"or ill: wait, or use fewer workers, {again}"
                 ) from e
@@ -124,9 +124,9 @@ class S3Store:
         except exceptions.NoRegionError as e:
             raise UserError(f"store {self.url}: no AWS region; set AWS_REGION") from e
         except (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError) as e:
-            raise UserError(f"store {self.url}: cannot reach the server; check AWS_ENDPOINT_URL ({e})") from e
+            raise Unreachable(f"store {self.url}: cannot reach the server; check AWS_ENDPOINT_URL ({e})") from e
         except (exceptions.HTTPClientError, HTTPError) as e:
-            raise UserError(
+            raise Unreachable(
                 f"store {self.url}: the connection broke off or stood still {TRIES} times; check the network and the "
                 f"server, {again} ({' '.join(str(e).split())})"
             ) from e

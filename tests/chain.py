@@ -64,11 +64,11 @@ def write_config(folder: Path, store: str, pictures: str, lists: Sequence[Path],
     return path
 
 
-def unclip(*words: object, env: Mapping[str, str] | None = None, timeout: float = 240) -> Finished:
+def unclip(*words: object, env: Mapping[str, str] | None = None, timeout: float = 240, cwd: Path = ROOT) -> Finished:
     """Run a command as a user does, in a process of its own."""
     command = [sys.executable, "-m", "jobs.cli", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(env or {})
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def done(process: Finished) -> str:

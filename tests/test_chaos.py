@@ -21,4 +21,4 @@ def test_two_slices_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
     found = json.loads(outputs[0].splitlines()[-1])
     assert found == {"slices": 2, "of": 2, "failed": [], "faults": {"kill worker": 1, "kill driver": 1}}
     assert outputs[0] == outputs[1]
-    assert len((tmp_path / "seed-1/slices.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "data-seed-1/slices.jsonl").read_text().splitlines()) == 2

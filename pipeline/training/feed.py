@@ -13,7 +13,7 @@ from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.training.order import Order, lanes_of
-from pipeline.training.pictures import Pictures
+from pipeline.training.pictures import CACHE_MB, Pictures
 from pipeline.training.read_ahead import read_ahead
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.tables import Place, Row, Tables
@@ -44,8 +44,8 @@ class Window(NamedTuple):
 class Feed:
     """The training rows of a task in the order of its recipe, and its validation rows.
 
-    The share of a step holds batch / lanes rows of every lane that this worker owns, lane after lane. Raises
-    ValueError if there are no training rows.
+    The share of a step holds batch / lanes rows of every lane that this worker owns, lane after lane. Decoded pictures
+    stay in memory up to ``cache_mb`` MiB. Raises ValueError if there are no training rows.
     """
 
     def __init__(
@@ -56,12 +56,13 @@ class Feed:
         recipe: TrainingRecipe,
         rank: int = 0,
         world: int = 1,
+        cache_mb: int = CACHE_MB,
     ):
         self.columns, self.recipe = task.columns, recipe
         self.lanes = lanes_of(rank, world, recipe.lanes)
         self.tables = Tables(store, inputs, task.columns, "train", task.min_side, cached=2 * len(self.lanes))
         self.held_out = Tables(store, inputs, task.columns, "validation", task.min_side)
-        self.pictures = Pictures(store, task.image_size)
+        self.pictures = Pictures(store, task.image_size, cache_mb)
         self.order = Order(self.tables.counts, recipe.lanes, recipe.window, recipe.seed)
         self._windows: dict[int, Window] = {}
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipeline.errors import CorruptObject, UserError
+from pipeline.errors import CorruptObject, Unreachable, UserError
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.checkpoints import Superseded
 from pipeline.training.loop import NonFinite, OutOfMemory
@@ -21,7 +21,8 @@ from pipeline.training.world import World, choose_device
 Work = Callable[[World], None]
 REPORT_EVERY_S = 30.0  # a report waits for the controller's next poll, up to two seconds
 LISTEN_EVERY_S = 5.0  # all workers wait for each other to hear that a machine is to be taken away
-RELAYED = {kind.__name__: kind for kind in (UserError, NonFinite, Superseded, CorruptObject, OutOfMemory)}
+EXPECTED = (UserError, Unreachable, NonFinite, Superseded, CorruptObject, OutOfMemory)
+RELAYED = {kind.__name__: kind for kind in EXPECTED}
 
 
 class WorkerLost(Exception):
@@ -38,8 +39,8 @@ def launch(work: Work, name: str, settings: TrainingSettings, ray_settings: RayS
     With ``settings.min_workers`` it begins with as many as there are cores or GPUs for, and Ray Train starts ``work``
     anew with more when more come. So it does after a machine was taken away that it had been told of.
 
-    ``name`` must be new for every call: Ray Train would resume an old one. Raises what a worker raised of UserError,
-    CorruptObject, Superseded and OutOfMemory as that type, and WorkerLost when one died.
+    ``name`` must be new for every call: Ray Train would resume an old one. Raises what a worker raised of EXPECTED as
+    that type, and WorkerLost when one died.
     """
     if settings.workers == 0:
         use_threads(settings.threads or cores())

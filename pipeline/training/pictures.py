@@ -13,15 +13,15 @@ from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.training.tables import Place
 
-CACHE_BYTES = 512 << 20
+CACHE_MB = 512
 
 
 class Pictures:
-    """Views of one size, uint8 [3, size, size]; the latest ``cache_bytes`` of them stay in memory."""
+    """Views of one size, uint8 [3, size, size]; the latest ``cache_mb`` MiB of them stay in memory."""
 
-    def __init__(self, store: Store, size: int, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, store: Store, size: int, cache_mb: int = CACHE_MB):
         self.store, self.size = store, size
-        self.room = max(1, cache_bytes // max(1, 3 * size * size))
+        self.room = (cache_mb << 20) // max(1, 3 * size * size)
         self._views: OrderedDict[Place, np.ndarray] = OrderedDict()
 
     def fetch(self, places: Iterable[Place]) -> dict[Place, bytes]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import Artifact, load_artifact, publish_artifact
-from pipeline.errors import UserError
+from pipeline.errors import Unreachable, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
 from pipeline.training.follow import following
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.training.task import Task
 
 VERSIONS = {"clip": 1, "ar_prior": 4, "diffusion_prior": 4, "decoder": 1, "upsampler": 2}
-RESTARTS = 3  # in a row, after workers were lost without having saved anything
+RESTARTS = 3  # in a row, after workers or the store were lost without anything having been saved
 log = logging.getLogger("unclip")
 
 
@@ -70,24 +70,21 @@ def train(ctx: Context) -> Artifact:
         store_weights(ctx.store, ctx.stage, ctx.recipe.init_from)
     reached, lost = -1, 0
     while True:
-        own = course(ctx, begin=True)
-        newest = partial(own.newest, ctx.recipe.samples)
-        if newest() > reached:
-            reached, lost = newest(), 0
-        if reached:
-            log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
-        name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
         try:
+            own = course(ctx, begin=True)
+            newest = partial(own.newest, ctx.recipe.samples)
+            if newest() > reached:
+                reached, lost = newest(), 0
+            if reached:
+                log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
+            name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
             with following(ctx.stage, ctx.recipe.samples, newest) if ctx.settings.workers else nullcontext():
                 launch(Training(ctx, make_task, own), name, ctx.settings, ctx.config.run.ray)
             break
-        except WorkerLost as e:
+        except (WorkerLost, Unreachable) as e:
             lost += 1
             if lost > RESTARTS:
-                raise UserError(
-                    f"{ctx.stage}: {e} {lost} times without a new checkpoint; look for the cause in Ray's logs (often "
-                    "too little memory: set micro_batch), then run again"
-                ) from e
+                raise gave_up(ctx, e, lost) from e
             log.warning("%s: %s; starting again", ctx.stage, e)
         except OutOfMemory as e:
             ctx = replace(ctx, settings=halved(ctx, task, rows=e.args[0]))
@@ -95,6 +92,16 @@ def train(ctx: Context) -> Artifact:
     if artifact is None:
         raise UserError(f"{ctx.stage}: its record vanished as soon as it was written; check the store")
     return artifact
+
+
+def gave_up(ctx: Context, e: Exception, lost: int) -> UserError:
+    """What to tell when the last of ``lost`` starts failed like those before it."""
+    what = f"{ctx.stage}: {e} {lost} times without a new checkpoint"
+    if isinstance(e, UserError):
+        return UserError(what)
+    return UserError(
+        f"{what}; look for the cause in Ray's logs (often too little memory: set micro_batch), then run again"
+    )
 
 
 def halved(ctx: Context, task: Task, rows: int) -> TrainingSettings:

@@ -44,7 +44,7 @@ class Training:
         CorruptObject, UserError."""
         ctx = self.ctx
         task = self.make_task(ctx)
-        feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, world.rank, world.size)
+        feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, world.rank, world.size, ctx.settings.cache_mb)
         state = self._state(task, world)
         # Before the workers are joined, because one alone measures.
         speed = self._speed(task, feed, state, world) if world.first else NOT_MEASURED

@@ -1,5 +1,6 @@
 """The whole chain as a user runs it: on a folder, on S3, through a Ray job; appended to, changed, continued."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -13,7 +14,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load
 
+from models.folder import load_model
+from pipeline.bundle import MODELS
+from pipeline.config import load_config
+from pipeline.records import read_blob
 from tests.chain import (
     ROOT,
     data_blobs,
@@ -25,6 +31,7 @@ from tests.chain import (
     write_config,
     write_list,
 )
+from tests.faults import artifact
 from tests.seaweed import Server
 
 
@@ -90,6 +97,33 @@ def test_same_seed_same_picture(chain: Chain) -> None:
     assert other not in first
     default = Path(done(unclip("sample", "a red heart", "--from", chain.folder / "out")).strip())
     assert default.read_bytes() == (chain.folder / "out/samples/0000.png").read_bytes()
+
+
+def test_fine_tuning_goes_on_from_a_bundle(chain: Chain, tmp_path: Path) -> None:
+    """As init writes it, for all models but the AR prior. With a rate of nearly nothing they stay what they were."""
+    pairs = write_list(tmp_path / "flags.csv", 60, 84)
+    done(unclip("init", "my-flags", pairs, "--from", chain.folder / "out", cwd=tmp_path))
+    config = load_config(tmp_path / "my-flags.yaml")
+    (bundle,) = (chain.folder / "out/bundle").iterdir()
+    assert config.bundle.models == MODELS[1:]
+    for name in MODELS[1:]:
+        recipe, weights = getattr(config, name), bundle / name / "model.safetensors"
+        assert recipe.model == load_model(bundle / name).config
+        assert recipe.init_from == hashlib.sha256(weights.read_bytes()).hexdigest()
+        assert recipe.samples % recipe.batch == 0
+        assert recipe.ema_half_life < recipe.samples / 5
+    still = {"samples": 128, "learning_rate": 1e-9, "warmup": 0, "ema_half_life": 0}
+    words = [f"diffusion_prior.{name}={value}" for name, value in still.items()]
+    words += [f"run.{stage}.workers=0" for stage in ("pairs", "embeddings", "thresholds", "curation")]
+    words += [f"run.pairs.hosts={{emoji.test: '{chain.pictures}'}}", "--until", "diffusion_prior"]
+    done(unclip("run", "my-flags.yaml", *words, cwd=tmp_path))
+    store = open_at(tmp_path / "out/my-flags/store")
+    tuned = load(read_blob(store, artifact(store, "diffusion_prior").blobs["model.safetensors"]))
+    for name, tensor in load_model(bundle / "diffusion_prior").state_dict().items():
+        assert name == "gamma" or (tuned[name] - tensor).abs().max() < 1e-6
+    nowhere = unclip("init", "other", pairs, "--from", tmp_path, cwd=tmp_path)
+    assert nowhere.returncode == 2
+    assert "no decoder and no diffusion_prior there to go on from" in nowhere.stderr
 
 
 def test_on_s3_the_keys_and_data_blobs_are_the_same(chain: Chain, s3: Server, tmp_path: Path) -> None:

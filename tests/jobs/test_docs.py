@@ -95,6 +95,7 @@ TESTED = {
     "unclip run configs/nano.yaml decoder.model.dropout=0.1": "here",
     'unclip sample "a red heart on a pale green background"': "here",
     'unclip sample "a green apple" "a cat face" --seed 7 --set prior=ar': "here",
+    "unclip init my-flags flags.csv --from out/emoji": "tests/jobs/test_chain.py, from micro models",
     'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
     "unclip data search configs/nano.yaml --picture pictures/3.png --split train": "here",
     "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",

@@ -40,9 +40,10 @@ def make_feed(
     size: int = 1,
     inputs: dict[str, Artifact] | None = None,
     recipe: DecoderRecipe = RECIPE,
+    cache_mb: int = 512,
 ) -> Feed:
     task: Any = SimpleNamespace(columns=columns, min_side=64, image_size=24)
-    return Feed(world.store, inputs or world.inputs, task, recipe, rank, size)
+    return Feed(world.store, inputs or world.inputs, task, recipe, rank, size, cache_mb)
 
 
 def take(feed: Feed, steps: int, samples: int = 0) -> list[Share]:
@@ -272,12 +273,14 @@ def test_pictures_are_not_read_twice_while_there_is_room(shared_world: World, mo
     assert all(torch.equal(a.batch["image"], b.batch["image"]) for a, b in zip(epoch, again, strict=True))
 
 
-def test_a_full_cache_reads_again(shared_world: World) -> None:
-    small, large = make_feed(shared_world, ("image",)), make_feed(shared_world, ("image",))
-    small.pictures.room = 3
+@pytest.mark.parametrize("room", [0, 3])
+def test_a_full_cache_reads_again(shared_world: World, room: int) -> None:
+    small, large = make_feed(shared_world, ("image",), cache_mb=0), make_feed(shared_world, ("image",))
+    assert small.pictures.room == 0
+    small.pictures.room = room
     for a, b in zip(take(small, 12), take(large, 12), strict=True):
         assert torch.equal(a.batch["image"], b.batch["image"])
-    assert len(small.pictures._views) == 3
+    assert len(small.pictures._views) == room
 
 
 def test_embedding_dimension_is_read(shared_world: World) -> None:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load
 
 from models.prior_configs import ClipConfig
-from pipeline.errors import CorruptObject, UserError
+from pipeline.errors import CorruptObject, Unreachable, UserError
 from pipeline.records import read_blob
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training import stage
@@ -110,7 +110,7 @@ def test_more_workers_than_cores_are_refused(ray: Any) -> None:
         launch(fail, "many", TrainingSettings(workers=3, threads=1, device="cpu"), RaySettings())
 
 
-@pytest.mark.parametrize("error", [UserError("a"), NonFinite("b"), Superseded("c")])
+@pytest.mark.parametrize("error", [UserError("a"), NonFinite("b"), Superseded("c"), Unreachable("d")])
 def test_expected_errors_keep_their_type(error: Exception) -> None:
     found = _cause([RuntimeError("the other side hung up"), Relayed(type(error).__name__, str(error))])
     assert type(found) is type(error)
@@ -124,24 +124,28 @@ def test_a_lost_connection_is_a_lost_worker_unless_another_says_more() -> None:
     assert _cause([closed, bug]) is bug
 
 
-def test_a_training_goes_on_after_lost_workers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two starts lose their workers, the third finishes; with none that comes further there are four at most."""
+@pytest.mark.parametrize(
+    ("error", "advice"), [(WorkerLost("a worker died"), "look for the cause in Ray's logs"), (Unreachable("gone"), "")]
+)
+def test_a_training_goes_on_after_lost_workers_and_stores(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, advice: str
+) -> None:
+    """Two starts fail, the third finishes; with none that comes further there are four at most."""
     calls: list[str] = []
 
     def fragile(work: Any, name: str, settings: Any, ray: Any) -> None:
         calls.append(name)
         if len(calls) < 3:
-            raise WorkerLost("a worker died")
+            raise error
         launch(work, name, settings, ray)
+
+    def hopeless(*_: Any) -> None:
+        raise error
 
     monkeypatch.setattr("pipeline.training.launch.launch", fragile)
     ctx = world.context("diffusion_prior", replace(RECIPE, samples=32))
     assert stage.run_diffusion_prior(ctx).key == ctx.key
     assert [name[-4:] for name in calls] == ["0001", "0002", "0003"]
-    monkeypatch.setattr("pipeline.training.launch.launch", lose)
-    with pytest.raises(UserError, match="a worker died 4 times without a new checkpoint"):
+    monkeypatch.setattr("pipeline.training.launch.launch", hopeless)
+    with pytest.raises(UserError, match=f"{error} 4 times without a new checkpoint.*{advice}"):
         stage.run_diffusion_prior(world.context("diffusion_prior", replace(RECIPE, samples=48, seed=1)))
-
-
-def lose(*_: Any) -> None:
-    raise WorkerLost("a worker died")

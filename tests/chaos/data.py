@@ -1,24 +1,19 @@
-"""Real faults against the data stages, slice after slice: ``make chaos N=50 SEED=1``.
+"""Faults against the data stages.
 
-A slice makes one stage anew on Ray workers, from a store in which all before it is made, and strikes once at a moment
-that the slice's seed draws: when workers are there and so many of the stage's shards have records. Then a run goes to
-its end, and every key and blob must be those of a run that nothing disturbed. Slices that are done are not done again:
-what they found is in FOLDER/slices.jsonl, a line each. The last line that is printed is one JSON object.
+A slice makes one stage anew on Ray workers, from a store in which all before it is made, and strikes once: when workers
+are there and so many of the stage's shards have records. Then a run goes to its end, and every key and blob must be
+those of a run that nothing disturbed.
 """
 
-import argparse
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +25,7 @@ from pipeline.execute import heal
 from pipeline.records import blob_path, read_blob
 from pipeline.store import Store
 from tests.chain import DATA_STAGES, keys, open_at
+from tests.chaos.strikes import LIMIT_S, Slice, cluster, kill_one, kill_raylet, ours, run_to_the_end, stop_one
 from tests.faults import Running, artifact, assert_sound, copy, finish, forget, start
 from tests.pipeline.data.bench import picture, save_clip, write_list
 
@@ -37,17 +33,6 @@ ROWS = 60
 STAGES = ("pairs", "embeddings", "thresholds", "curation", "index", "codec")  # each needs only stages before it
 ENDS = ("index", "codec")  # what all of them lead to
 COMPARED = (*DATA_STAGES, "thresholds", "index")
-LIMIT_S = 240.0  # of one command
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What happens in one: a fault, to a stage, when ``after`` of its shards have records."""
-
-    number: int
-    fault: str
-    stage: str
-    after: int
 
 
 @dataclass(frozen=True)
@@ -98,12 +83,6 @@ def run_reference(folder: Path) -> Reference:
     return reference
 
 
-def run_to_the_end(config: Path, until: str) -> None:
-    result = finish(start("run", config, "--until", until), LIMIT_S)
-    if result.returncode:
-        raise AssertionError(f"exit {result.returncode} of a run that nothing disturbs\n{result.stderr[-2000:]}")
-
-
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
@@ -119,46 +98,16 @@ class Moment:
 
 
 def ray_workers() -> list[int]:
-    """Ray's processes that make shards, of all commands below this process."""
-    return [pid for pid in descendants(os.getpid()) if "MapWorker" in command_line(pid)]
-
-
-def descendants(root: int) -> list[int]:
-    """Process ids, the oldest first."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {root}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found - {root})
-
-
-def command_line(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
-    return ""
+    """Ray's processes that make shards."""
+    return ours("MapWorker")
 
 
 def kill_worker(now: Moment) -> str:
-    return _to_a_worker(now, lambda pid: os.kill(pid, signal.SIGKILL), "killed")
+    return kill_one(ray_workers(), now.draw)
 
 
 def stop_worker(now: Moment) -> str:
-    seconds = now.draw.uniform(2, 6)  # run.lease_s is 2
-    return _to_a_worker(now, lambda pid: _stop(pid, seconds), f"stopped for {seconds:.1f} s")
-
-
-def _to_a_worker(now: Moment, strike: Callable[[int], None], what: str) -> str:
-    found = ray_workers()
-    if not found:
-        return "no worker was left"
-    victim = now.draw.choice(found)
-    name = command_line(victim)
-    with suppress(ProcessLookupError):
-        strike(victim)
-    return f"{what}: {name}"
+    return stop_one(ray_workers(), now.draw)
 
 
 def kill_driver(now: Moment) -> str:
@@ -167,22 +116,11 @@ def kill_driver(now: Moment) -> str:
 
 
 def stop_driver(now: Moment) -> str:
-    seconds = now.draw.uniform(2, 6)
-    _stop(now.process.pid, seconds)
-    return f"stopped for {seconds:.1f} s"
-
-
-def _stop(pid: int, seconds: float) -> None:
-    os.kill(pid, signal.SIGSTOP)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGCONT)
+    return stop_one([now.process.pid], now.draw)
 
 
 def kill_node(now: Moment) -> str:
-    """Kill the raylet of a node that has cores."""
-    [raylet] = now.draw.choice(now.nodes).all_processes["raylet"]
-    os.kill(raylet.process.pid, signal.SIGKILL)
-    return "killed a raylet"
+    return kill_raylet(now.nodes, now.draw)
 
 
 def truncate_blob(now: Moment) -> str:
@@ -223,21 +161,6 @@ FAULTS: dict[str, Callable[[Moment], str]] = {
 # --- slices ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def cluster() -> Iterator[tuple[dict[str, str], list[Any]]]:
-    """A head without cores and two nodes with two each; yields the environment that reaches it, and the nodes."""
-    from ray.cluster_utils import Cluster
-
-    memory = 100 << 20
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": memory})
-    try:
-        nodes = [made.add_node(num_cpus=2, object_store_memory=memory) for _ in range(2)]
-        yield {"RAY_ADDRESS": made.address}, nodes
-    finally:
-        with suppress(Exception):  # a node of it may have been killed
-            made.shutdown()
-
-
 def plan(number: int, seed: int, reference: Reference) -> tuple[Slice, random.Random]:
     """The slice of this number, and where its fault draws from: the same whenever it is asked for."""
     draw = random.Random(f"{seed} {number}")
@@ -256,7 +179,7 @@ def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: 
     store = prepare(reference, folder, chosen.stage)
     config = reference.config(folder, chosen.stage)
     began = time.monotonic()
-    with cluster() if chosen.fault == "kill node" else nullcontext(({}, [])) as (environment, nodes):
+    with cluster(nodes=2, cpus=2) if chosen.fault == "kill node" else nullcontext(({}, [])) as (environment, nodes):
         what, code = strike(config, chosen, draw, store, environment, nodes)
     finally_run(reference, folder, store)
     if "blob" not in chosen.fault:  # else what a pass has left and nobody reads again may stay damaged
@@ -332,52 +255,3 @@ def strike(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def main() -> int:
-    options = argparse.ArgumentParser(prog="make chaos", description=(__doc__ or "").partition("\n")[0])
-    options.add_argument("--slices", type=int, default=50, help="how many, from the first (50)")
-    options.add_argument("--seed", type=int, default=1, help="what they draw from (1)")
-    options.add_argument("--folder", type=Path, default=Path("out/chaos"), help="where they work (out/chaos)")
-    options.add_argument("--seconds", type=float, default=float("inf"), help="begin no slice after so many")
-    chosen = options.parse_args()
-    began = time.monotonic()
-    os.environ.pop("RAY_ADDRESS", None)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "OMP_WAIT_POLICY": "PASSIVE"}
-    folder = chosen.folder.resolve() / f"seed-{chosen.seed}"
-    reference = run_reference(folder / "reference")
-    ledger = folder / "slices.jsonl"
-    done = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
-    print(f"{'slice':>5}  {'fault':14}{'stage':12}{'shards':>6}  {'exit':>4}{'seconds':>8}  what happened")
-    for row in done[: chosen.slices]:
-        show(row)
-    for number in range(len(done), chosen.slices):
-        if time.monotonic() - began > chosen.seconds:
-            break
-        planned, draw = plan(number, chosen.seed, reference)
-        row = asdict(planned) | {"failure": ""}
-        try:
-            row |= run_slice(planned, draw, reference, folder / f"slice-{number}")
-        except (AssertionError, subprocess.TimeoutExpired) as e:  # its folder stays, to be looked at
-            row |= {"what": "FAILED", "exit": -1, "seconds": 0.0, "failure": str(e)[-2000:]}
-        done.append(row)
-        with open(ledger, "a") as f:
-            f.write(json.dumps(row) + "\n")
-        show(row)
-    done = done[: chosen.slices]
-    failed = [row["number"] for row in done if row["failure"]]
-    faults = Counter(row["fault"] for row in done)
-    print(json.dumps({"slices": len(done), "of": chosen.slices, "failed": failed, "faults": faults}))
-    return 1 if failed else 0
-
-
-def show(row: dict[str, object]) -> None:
-    print(
-        f"{row['number']:5}  {row['fault']:14}{row['stage']:12}{row['after']:6}  {row['exit']:4}{row['seconds']:8}  "
-        f"{row['what']}{row['failure']}",
-        flush=True,
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Faults against a training.
+
+A slice trains a diffusion prior on two Ray workers, with a checkpoint twice a second, and strikes once: when workers
+are there and so many checkpoints were published. Then a run goes to its end, and the artefact must be, to the bit, that
+of a training that nothing disturbed.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from pipeline.records import blob_path
+from pipeline.store import Store
+from tests.chain import open_at
+from tests.chaos.strikes import LIMIT_S, Slice, cluster, kill_one, kill_raylet, ours, run_to_the_end, stop_one
+from tests.fault_proxy import FaultProxy, always, at_random, failing, never
+from tests.faults import Running, artifact, assert_sound, finish, start
+from tests.pipeline.data.bench import picture, save_clip, write_list
+from tests.seaweed import serving
+
+ROWS, STAGE = 60, "diffusion_prior"
+STEPS, BATCH = 1000, 16
+GONE_S = 20.0
+SCRATCH = "48m"  # what a training needs there, and more
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that nothing disturbed: its store, and one that has nothing but what a training reads."""
+
+    folder: Path
+
+    @property
+    def store(self) -> Store:
+        return open_at(self.folder / "store")
+
+    @property
+    def data(self) -> Store:
+        return open_at(self.folder / "data")
+
+    def config(self, folder: Path, store: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        training = {"workers": 2, "threads": 1, "device": "cpu", "checkpoint_every_s": 0.5}
+        values = {
+            "project": "chaos",
+            "preset": "nano",
+            "store": store,
+            "source": {"paths": [str(self.folder / "list.csv")], "shard_rows": 10, "test": 0.0},
+            "clip": {"weights": f"local-dir:{self.folder / 'clip'}"},
+            STAGE: {"samples": STEPS * BATCH, "batch": BATCH, "lanes": 4},
+            "run": {"output": str(folder / "out"), "lease_s": 2, STAGE: training}
+            | {name: {"workers": 0} for name in ("pairs", "embeddings", "curation", "index", "codec")},
+        }
+        (folder / "chaos.yaml").write_text(yaml.safe_dump(values))
+        return folder / "chaos.yaml"
+
+
+def run_reference(folder: Path) -> Reference:
+    """Make it, unless an earlier call has."""
+    reference = Reference(folder)
+    if not (folder / "made").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "pictures").mkdir(parents=True)
+        for i in range(ROWS):
+            (folder / f"pictures/{i}.png").write_bytes(picture(i))
+        splits = ["validation" if i % 10 == 7 else "train" for i in range(ROWS)]
+        rows = [(f"file://{folder}/pictures/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)]
+        write_list(folder / "list.csv", rows)
+        save_clip(folder / "clip")
+        run_to_the_end(reference.config(folder, str(folder / "data")), "curation")
+        shutil.copytree(folder / "data", folder / "store")
+        run_to_the_end(reference.config(folder, str(folder / "store")), STAGE)
+        (folder / "made").touch()
+    return reference
+
+
+# --- where a slice plays ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scene:
+    """A store, on S3 behind ``proxy`` where the fault is one of the store's, the environment of the command, the nodes
+    of its cluster if it has one, the folder of its temporary files if that may be full."""
+
+    store: Store
+    environment: dict[str, str] = field(default_factory=dict)
+    nodes: list[Any] = field(default_factory=list)
+    proxy: FaultProxy | None = None
+    scratch: Path | None = None
+
+
+def set_up(fault: str, reference: Reference, folder: Path, stack: ExitStack) -> Scene:
+    """What a fault needs, for as long as ``stack``."""
+    if "store" in fault:
+        (folder / "weed").mkdir()
+        server = stack.enter_context(serving(folder / "weed"))
+        stack.enter_context(mock.patch.dict(os.environ, server.environment))
+        proxy = stack.enter_context(failing(server.endpoint))
+        store = open_at(server.url)
+        for entry in reference.data.list(""):
+            store.create(entry.path, reference.data.read(entry.path))
+        return Scene(store, {"AWS_ENDPOINT_URL": proxy.endpoint}, proxy=proxy)
+    shutil.copytree(reference.data.url, folder / "store")
+    scene = Scene(open_at(folder / "store"))
+    if fault == "kill node":
+        scene.environment, scene.nodes = stack.enter_context(cluster(nodes=3, cpus=1))  # one to spare
+    if fault == "full disk":
+        scene.scratch = folder / "scratch"
+        scene.scratch.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SCRATCH}", "chaos", scene.scratch], check=True)
+        stack.callback(subprocess.run, ["umount", "--lazy", scene.scratch], check=True)
+        scene.environment = {"TMPDIR": str(scene.scratch)}
+    return scene
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a fault may strike."""
+
+    process: Running
+    scene: Scene
+    draw: random.Random
+
+
+def workers() -> list[int]:
+    """Ray's processes that train."""
+    return ours("RayTrainWorker")
+
+
+def kill_worker(now: Moment) -> str:
+    return kill_one(workers(), now.draw)
+
+
+def stop_worker(now: Moment) -> str:
+    return stop_one(workers(), now.draw)
+
+
+def kill_driver(now: Moment) -> str:
+    now.process.kill()
+    return "killed"
+
+
+def kill_node(now: Moment) -> str:
+    return kill_raylet(now.scene.nodes, now.draw)
+
+
+def store_gone(now: Moment) -> str:
+    assert now.scene.proxy
+    now.scene.proxy.choose = always("reset")
+    time.sleep(GONE_S)
+    now.scene.proxy.choose = never
+    return f"no answer for {GONE_S:.0f} s"
+
+
+def store_errors(now: Moment) -> str:
+    assert now.scene.proxy
+    now.scene.proxy.choose = at_random(now.draw.randrange(1 << 30), chance=0.1)
+    return "every tenth request met a fault from then on"
+
+
+def full_disk(now: Moment) -> str:
+    """Fill the folder of temporary files until the command has ended."""
+    assert now.scene.scratch
+    with suppress(OSError), open(now.scene.scratch / "full", "wb", buffering=0) as f:
+        while f.write(bytes(1 << 16)):
+            pass
+    return "filled the disk"
+
+
+def damage_checkpoint(now: Moment) -> str:
+    """Kill the driver, and cut a blob of the newest checkpoint in half."""
+    now.process.kill()
+    now.process.wait()
+    for pid in workers():  # they may be saving
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    record = json.loads(now.scene.store.read(checkpoints(now.scene.store)[-1]))
+    part, blob = now.draw.choice(sorted(record["blobs"].items()))
+    file = Path(now.scene.store.url, blob_path(blob))
+    os.truncate(file, file.stat().st_size // 2)
+    return f"killed the driver, damaged the newest checkpoint: {part}"
+
+
+FAULTS: dict[str, Callable[[Moment], str]] = {
+    "kill worker": kill_worker,
+    "kill node": kill_node,
+    "store gone": store_gone,
+    "damage checkpoint": damage_checkpoint,
+    "full disk": full_disk,
+    "kill driver": kill_driver,
+    "store errors": store_errors,
+    "stop worker": stop_worker,
+}
+
+
+# --- slices ---------------------------------------------------------------------------------------------------------
+
+
+def plan(number: int, seed: int, reference: Reference) -> tuple[Slice, random.Random]:
+    """The slice of this number, and where its fault draws from: the same whenever it is asked for."""
+    draw = random.Random(f"training {seed} {number}")
+    fault = list(FAULTS)[number % len(FAULTS)]
+    return Slice(number, fault, STAGE, draw.randrange(1, 6)), draw
+
+
+def checkpoints(store: Store) -> list[str]:
+    """Paths of the records of checkpoints, the oldest first."""
+    return sorted(e.path for e in store.list("checkpoints/") if e.path.split("/")[2][0].isdigit())
+
+
+def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: Path) -> dict[str, object]:
+    """One faulted run and one to the end. Raises AssertionError if they do not end as the reference."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    with ExitStack() as stack:
+        scene = set_up(chosen.fault, reference, folder, stack)
+        config = reference.config(folder, scene.store.url)
+        what, code = strike(config, chosen, draw, scene)
+        if scene.proxy:
+            scene.proxy.choose = never
+        if scene.scratch:
+            (scene.scratch / "full").unlink()
+        run_to_the_end(config, STAGE)
+        assert_sound(scene.store)
+        made, wanted = artifact(scene.store, STAGE), artifact(reference.store, STAGE)
+        assert (made.key, made.blobs, made.metrics) == (wanted.key, wanted.blobs, wanted.metrics), "another model"
+    shutil.rmtree(folder)
+    return {"what": what, "exit": code, "seconds": round(time.monotonic() - began, 1)}
+
+
+def strike(config: Path, chosen: Slice, draw: random.Random, scene: Scene) -> tuple[str, int]:
+    """Train, and the fault when its moment has come; what it did, and how the command ended."""
+    process = start("run", config, "--until", STAGE, env=scene.environment)
+    deadline = time.monotonic() + LIMIT_S
+    begun: set[str] = set()
+    try:
+        while len(begun) < chosen.after or not workers():
+            begun |= set(checkpoints(scene.store))  # older ones are deleted
+            if process.poll() is not None or time.monotonic() > deadline:
+                out = finish(process, 1)
+                raise AssertionError(f"no moment for the fault before exit {out.returncode}\n{out.stderr[-2000:]}")
+            time.sleep(0.05)
+        what = FAULTS[chosen.fault](Moment(process, scene, draw))
+        result = finish(process, LIMIT_S)
+        if result.returncode > 0:
+            what += f"; {result.stderr.splitlines()[-1][:200]}"
+        return what, result.returncode
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
