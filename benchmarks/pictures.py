@@ -4,16 +4,20 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
-from pipeline.artifacts import ShardRow, write_table
-from pipeline.data.index import index_table
+from pipeline.artifacts import Artifact, Shard, ShardRow, read_table, write_shard_table, write_table
+from pipeline.data.index import index_counts, index_table
+from pipeline.ledger import Ledger
 from pipeline.records import put_blob
 from pipeline.shards import ShardTask
 from pipeline.store import Store
 
+EMBED_DIM = 512
 WORDS = ["a", "red", "old", "photo", "of", "the", "heart", "dog", "tree", "under", "two", "sea"]
 
 
@@ -65,3 +69,42 @@ def make_shard(store: Store, number: int, count: int, fields: np.ndarray) -> Sha
         for stage, own in blobs.items()
     }
     return ShardTask(number, f"embeddings-{number}", inputs)
+
+
+def publish(store: Store, shards: int, rows: int) -> dict[str, Artifact]:
+    """The artefacts that trainings read, of ``shards`` with so many rows each: pictures with captions, random
+    embeddings, and a curation that keeps all."""
+    fields = random_fields(8, 1024)
+    made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
+    for number in range(shards):
+        inputs = make_shard(store, number, rows, fields).inputs
+        index = read_table(store, inputs["pairs"].blobs["index"]).to_pylist()
+        blobs = {stage: dict(inputs[stage].blobs) for stage in ("pairs", "captions")}
+        blobs["curation"] = {"index": inputs["pairs"].blobs["index"]}
+        blobs["embeddings"] = {"embeddings": put_blob(store, write_table(embeddings(index, number), dictionary=False))}
+        for stage, own in made.items():
+            counts = index_counts(index) if stage in ("pairs", "curation") else {}
+            own.append(Shard(number, f"{stage}-{number}", Ledger(kept=rows), blobs[stage], counts))
+    return {
+        stage: Artifact(stage, stage, {}, {}, Ledger(kept=rows * shards), shard_table=write_shard_table(store, own)[0])
+        for stage, own in made.items()
+    }
+
+
+def embeddings(index: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Random unit vectors in the columns of the embeddings stage."""
+    vectors = np.random.default_rng(seed).standard_normal((2, len(index), EMBED_DIM), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    image, text = (
+        pa.FixedSizeListArray.from_arrays(pa.array(v.astype(np.float16).ravel()), EMBED_DIM) for v in vectors
+    )
+    empty = pa.array([[] for _ in index], pa.list_(pa.list_(pa.float16(), EMBED_DIM)))
+    similarity = pa.array(np.ones(len(index), np.float32))
+    keys = [row["key"] for row in index]
+    return {
+        "key": keys,
+        "image_embedding": image,
+        "text_embedding": text,
+        "more_text_embeddings": empty,
+        "similarity": similarity,
+    }

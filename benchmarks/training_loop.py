@@ -19,22 +19,16 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 from torch import nn
 
-from benchmarks.pictures import make_shard, random_fields
+from benchmarks.pictures import publish
 from benchmarks.timing import Seconds, begin, finish, parser, show
 from models.draw import Draw
 from models.presets import PRESETS
-from pipeline.artifacts import Artifact, Shard, read_table, write_shard_table, write_table
-from pipeline.data.index import index_counts
 from pipeline.graph import Context
-from pipeline.ledger import Ledger
-from pipeline.records import put_blob
 from pipeline.settings import TrainingSettings
-from pipeline.store import Store, open_store
+from pipeline.store import open_store
 from pipeline.training.checkpoints import Saver, course
 from pipeline.training.feed import Feed
 from pipeline.training.laps import shares_of
@@ -46,49 +40,8 @@ from pipeline.training.state import begin as begin_training
 from pipeline.training.task import Task
 from pipeline.training.world import World, autocast
 
-BATCH, EMBED_DIM, SHARDS = 16, 512, 2
+BATCH, SHARDS = 16, 2
 STAGES = ("diffusion_prior", "decoder")
-
-
-def publish(store: Store, rows: int) -> dict[str, Artifact]:
-    """The artefacts that both trainings read: pictures with captions, random embeddings, and a curation that keeps
-    all."""
-    fields = random_fields(8, 1024)
-    made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
-    for number in range(SHARDS):
-        inputs = make_shard(store, number, rows, fields).inputs
-        index = read_table(store, inputs["pairs"].blobs["index"]).to_pylist()
-        blobs = {stage: dict(inputs[stage].blobs) for stage in ("pairs", "captions")}
-        blobs["curation"] = {"index": inputs["pairs"].blobs["index"]}
-        blobs["embeddings"] = {"embeddings": put_blob(store, write_table(embeddings(index, number), dictionary=False))}
-        for stage, shards in made.items():
-            counts = index_counts(index) if stage in ("pairs", "curation") else {}
-            shards.append(Shard(number, f"{stage}-{number}", Ledger(kept=rows), blobs[stage], counts))
-    return {
-        stage: Artifact(
-            stage, stage, {}, {}, Ledger(kept=rows * SHARDS), shard_table=write_shard_table(store, shards)[0]
-        )
-        for stage, shards in made.items()
-    }
-
-
-def embeddings(index: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Random unit vectors in the columns of the embeddings stage."""
-    vectors = np.random.default_rng(seed).standard_normal((2, len(index), EMBED_DIM), dtype=np.float32)
-    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    image, text = (
-        pa.FixedSizeListArray.from_arrays(pa.array(v.astype(np.float16).ravel()), EMBED_DIM) for v in vectors
-    )
-    empty = pa.array([[] for _ in index], pa.list_(pa.list_(pa.float16(), EMBED_DIM)))
-    similarity = pa.array(np.ones(len(index), np.float32))
-    keys = [row["key"] for row in index]
-    return {
-        "key": keys,
-        "image_embedding": image,
-        "text_embedding": text,
-        "more_text_embeddings": empty,
-        "similarity": similarity,
-    }
 
 
 @dataclass
@@ -189,7 +142,7 @@ def main() -> None:
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(str(Path(folder)))
-        inputs = publish(store, 32 if chosen.quick else 512)
+        inputs = publish(store, SHARDS, 32 if chosen.quick else 512)
         for stage in STAGES:
             recipe = recipes[stage](
                 samples=BATCH, batch=BATCH, lanes=8, learning_rate=1e-4, ema_half_life=10_000, model=preset[stage]

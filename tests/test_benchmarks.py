@@ -46,6 +46,8 @@ KEYS = {
         for model in ("diffusion_prior", "decoder")
         for what in ("bare_over_ours", "with_a_checkpoint_a_minute", "wait_share", "ema_share")
     },
+    "reading": {"webdataset_over_ours", "first_batch_late_over_early", "s3_gets_over_ours"},
+    "resuming": {"seconds_over_wanted"},
     "variants": {
         "channels_last",
         "fused_attention",

@@ -1,8 +1,9 @@
-"""Batches for one worker: what the order names, read and decoded ahead of the training in a thread of its own."""
+"""Batches for one worker: what the order names, read and decoded ahead of the training in threads of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +14,14 @@ from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.training.order import Order, lanes_of
-from pipeline.training.pictures import CACHE_MB, Pictures
+from pipeline.training.pictures import CACHE_MB, Each, Pictures
 from pipeline.training.read_ahead import read_ahead
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.tables import Place, Row, Tables
 from pipeline.training.task import Batch, Task
+
+READERS = 8  # windows that are read at once
+AHEAD = 0.75  # of the windows in use, after which all lanes have begun to read the next
 
 
 class Share(NamedTuple):
@@ -39,6 +43,31 @@ class Window(NamedTuple):
     stop: int
     rows: list[Row]
     pictures: dict[Place, bytes]
+
+
+class Windows:
+    """The windows of some lanes from ``position`` on, each read by a pool of threads before it is needed.
+
+    All lanes come to the end of a window at the same step. Their next windows are read one lane after the other,
+    while three quarters of the present ones are used: so reads are spread, and what waits in memory is at no time more
+    than some five quarters of a window of every lane.
+    """
+
+    def __init__(self, read: Callable[[int, int], Window], lanes: range, pool: Executor, position: int):
+        self._read, self._pool, self._lanes = read, pool, lanes
+        self._coming = {lane: pool.submit(read, lane, position) for lane in lanes}
+        self._present: dict[int, Window] = {}
+
+    def at(self, lane: int, position: int) -> Window:
+        """The window of a lane that holds a position; positions rise. Raises what reading it raised."""
+        window = self._present.get(lane)
+        if window is None or position >= window.stop:
+            window = self._present[lane] = self._coming.pop(lane).result()
+        turn = AHEAD * (lane - self._lanes.start) / len(self._lanes)
+        due = position + 1 == window.stop or position - window.start >= turn * (window.stop - window.start)
+        if due and lane not in self._coming:
+            self._coming[lane] = self._pool.submit(self._read, lane, window.stop)
+        return window
 
 
 class Feed:
@@ -64,7 +93,6 @@ class Feed:
         self.held_out = Tables(store, inputs, task.columns, "validation", task.min_side)
         self.pictures = Pictures(store, task.image_size, cache_mb)
         self.order = Order(self.tables.counts, recipe.lanes, recipe.window, recipe.seed)
-        self._windows: dict[int, Window] = {}
 
     def shares(self, samples: int) -> Generator[Share, None, None]:
         """This worker's share of every step, for ever, beginning after ``samples`` samples (a multiple of batch).
@@ -86,41 +114,47 @@ class Feed:
 
     def _shares(self, step: int) -> Iterator[Share]:
         per_lane = self.recipe.batch // self.recipe.lanes
-        while True:
-            rows: list[Row] = []
-            choices: list[int] = []
-            pictures: dict[Place, bytes] = {}
-            for lane in self.lanes:
-                for position in range(step * per_lane, (step + 1) * per_lane):
-                    window = self._window(lane, position)
-                    row = window.rows[position - window.start]
-                    if row.place in window.pictures:
-                        pictures[row.place] = window.pictures.pop(row.place)
-                    rows.append(row)
-                    choices.append(derive_seed(self.recipe.seed, "caption", lane, position))
-            streams = [(derive_seed(self.recipe.seed, lane, step), per_lane) for lane in self.lanes]
-            yield Share(self._batch(rows, choices, pictures), [row.key for row in rows], streams)
-            step += 1
+        readers, decoders = ThreadPoolExecutor(READERS, "read"), ThreadPoolExecutor(torch.get_num_threads(), "decode")
+        windows = Windows(self._read, self.lanes, readers, step * per_lane)
+        try:
+            while True:
+                rows: list[Row] = []
+                choices: list[int] = []
+                pictures: dict[Place, bytes] = {}
+                for lane in self.lanes:
+                    for position in range(step * per_lane, (step + 1) * per_lane):
+                        window = windows.at(lane, position)
+                        row = window.rows[position - window.start]
+                        if row.place in window.pictures:
+                            pictures[row.place] = window.pictures.pop(row.place)
+                        rows.append(row)
+                        choices.append(derive_seed(self.recipe.seed, "caption", lane, position))
+                streams = [(derive_seed(self.recipe.seed, lane, step), per_lane) for lane in self.lanes]
+                batch = self._batch(rows, choices, pictures, decoders.map)
+                yield Share(batch, [row.key for row in rows], streams)
+                step += 1
+        finally:
+            for pool in (readers, decoders):
+                pool.shutdown(cancel_futures=True)
 
-    def _window(self, lane: int, position: int) -> Window:
-        window = self._windows.get(lane)
-        if window is None or not window.start <= position < window.stop:
-            start, stop = self.order.window_at(position)
-            rows = self.tables.read(self.order.rows(lane, start, stop))
-            window = Window(start, stop, rows, self.pictures.fetch(row.place for row in rows if row.place))
-            self._windows[lane] = window
-        return window
+    def _read(self, lane: int, position: int) -> Window:
+        """The window of a lane that holds a position."""
+        start, stop = self.order.window_at(position)
+        rows = self.tables.read(self.order.rows(lane, start, stop))
+        return Window(start, stop, rows, self.pictures.fetch(row.place for row in rows if row.place))
 
-    def _batch(self, rows: Sequence[Row], choices: Sequence[int], pictures: dict[Place, bytes]) -> Batch:
+    def _batch(
+        self, rows: Sequence[Row], choices: Sequence[int], pictures: dict[Place, bytes], each: Each = map
+    ) -> Batch:
         """The columns that the task asks for. ``choices`` pick one of each row's captions.
 
-        With text embeddings, one of those that were embedded, and its embedding.
+        With text embeddings, one of those that were embedded, and its embedding. ``each``: see Pictures.views.
         """
         from models.clip import tokenize
 
         batch: Batch = {}
         if "image" in self.columns:
-            batch["image"] = torch.from_numpy(np.stack([self._view(row, pictures) for row in rows]))
+            batch["image"] = torch.from_numpy(np.stack(self.pictures.views(_places(rows), pictures, each)))
         if "image_embedding" in self.columns:
             batch["image_embedding"] = torch.from_numpy(
                 np.stack([row.image_embedding for row in rows if row.image_embedding is not None])
@@ -136,9 +170,11 @@ class Feed:
             )
         return batch
 
-    def _view(self, row: Row, pictures: dict[Place, bytes]) -> np.ndarray:
+
+def _places(rows: Sequence[Row]) -> list[Place]:
+    for row in rows:
         if row.place is None:
             raise UserError(
                 f"row {row.key} has an imported embedding and no picture to learn from: take it off the list"
             )
-        return self.pictures.view(row.place, pictures)
+    return [row.place for row in rows if row.place]

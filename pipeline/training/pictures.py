@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +15,14 @@ from pipeline.store import Store
 from pipeline.training.tables import Place
 
 CACHE_MB = 512
+Each = Callable[..., Iterable[Any]]
 
 
 class Pictures:
-    """Views of one size, uint8 [3, size, size]; the latest ``cache_mb`` MiB of them stay in memory."""
+    """Views of one size, uint8 [3, size, size]; the latest ``cache_mb`` MiB of them stay in memory.
+
+    Any thread may fetch; one alone asks for views.
+    """
 
     def __init__(self, store: Store, size: int, cache_mb: int = CACHE_MB):
         self.store, self.size = store, size
@@ -36,17 +41,21 @@ class Pictures:
             for place, data in zip(group, read_pictures(self.store, images, [p._asdict() for p in group]), strict=True)
         }
 
-    def view(self, place: Place, fetched: dict[Place, bytes]) -> np.ndarray:
-        """The view of one picture, from memory or from ``fetched``; read again if it is in neither any more."""
-        if place in self._views:
+    def views(self, places: Sequence[Place], fetched: dict[Place, bytes], each: Each = map) -> list[np.ndarray]:
+        """The views of pictures, from memory or from ``fetched``; read again if it is in neither any more. ``each``
+        is what calls a function for all that must be decoded: map, or that of a pool."""
+        new = [place for place in dict.fromkeys(places) if place not in self._views]
+        data = self.fetch(place for place in new if place not in fetched) | fetched
+        self._views |= zip(new, each(self._open, new, [data[place] for place in new]), strict=True)
+        result = [self._views[place] for place in places]
+        for place in places:
             self._views.move_to_end(place)
-            return self._views[place]
-        data = fetched.get(place) or self.fetch([place])[place]
+        while len(self._views) > self.room:
+            self._views.popitem(last=False)
+        return result
+
+    def _open(self, place: Place, data: bytes) -> np.ndarray:
         try:
-            view = np.ascontiguousarray(open_view(data, self.size).transpose(2, 0, 1))
+            return np.ascontiguousarray(open_view(data, self.size).transpose(2, 0, 1))
         except (OSError, ValueError) as e:
             raise UserError(f"the picture of row {place.key} cannot be opened ({e}): take the row off the list") from e
-        self._views[place] = view
-        if len(self._views) > self.room:
-            self._views.popitem(last=False)
-        return view

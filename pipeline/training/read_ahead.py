@@ -13,7 +13,8 @@ Item = TypeVar("Item")
 def read_ahead(source: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
     """The items of an endless ``source``, made by a thread that is at most ``depth`` items ahead.
 
-    Errors of ``source`` are raised here, after the items before them. Closing the generator ends the thread.
+    Errors of ``source`` are raised here, after the items before them. Closing the generator ends the thread, and
+    closes ``source`` if that is a generator, too.
     """
     ready: queue.Queue[Item | BaseException] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -46,3 +47,5 @@ def read_ahead(source: Iterator[Item], depth: int = 2) -> Generator[Item, None, 
     finally:
         stopped.set()
         thread.join()
+        if isinstance(source, Generator):
+            source.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice, repeat
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,6 +77,7 @@ class Tables:
         self._captions = by_number("captions", "tokens" in columns)
         self._embeddings = by_number("embeddings", not {"image_embedding", "text_embedding"}.isdisjoint(columns))
         self._shard = lru_cache(maxsize=cached)(self._read_shard)
+        self._locks: dict[int, Lock] = {}
 
     def first(self, rows: int) -> list[Row]:
         """At most ``rows`` rows, in order of shards and of the index."""
@@ -83,8 +85,12 @@ class Tables:
         return self.read(list(islice(everything, rows)))
 
     def read(self, positions: Sequence[tuple[int, int]]) -> list[Row]:
-        """Rows by (position of the shard, row in it), in that order; every shard is opened once."""
-        opened = {shard: self._shard(shard) for shard in sorted({shard for shard, _ in positions})}
+        """Rows by (position of the shard, row in it), in that order; every shard is opened once, also where several
+        threads ask for it."""
+        opened = {}
+        for shard in sorted({shard for shard, _ in positions}):
+            with self._locks.setdefault(shard, Lock()):
+                opened[shard] = self._shard(shard)
         return [opened[shard][row] for shard, row in positions]
 
     def _read_shard(self, position: int) -> list[Row]:

@@ -4,6 +4,7 @@ import tarfile
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipeline.artifacts import Artifact, Shard, read_shards, read_table, write_s
 from pipeline.errors import CorruptObject
 from pipeline.ledger import Ledger
 from pipeline.records import blob_path, put_blob
-from pipeline.training.feed import Feed, Share
+from pipeline.training.feed import Feed, Share, Window, Windows
 from pipeline.training.read_ahead import read_ahead
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.tables import Tables, embedding_dim
@@ -268,7 +269,6 @@ def test_pictures_are_not_read_twice_while_there_is_room(shared_world: World, mo
     feed = make_feed(shared_world, ("image",))
     epoch = take(feed, feed.order.lane_rows // 2)
     monkeypatch.setattr("pipeline.training.pictures.open_view", lambda data, size: pytest.fail("decoded again"))
-    feed._windows.clear()
     again = take(feed, len(epoch))
     assert all(torch.equal(a.batch["image"], b.batch["image"]) for a, b in zip(epoch, again, strict=True))
 
@@ -281,6 +281,51 @@ def test_a_full_cache_reads_again(shared_world: World, room: int) -> None:
     for a, b in zip(take(small, 12), take(large, 12), strict=True):
         assert torch.equal(a.batch["image"], b.batch["image"])
     assert len(small.pictures._views) == room
+
+
+class AtOnce(Executor):
+    """A pool that does what it is given before it answers."""
+
+    def submit(self, fn: Any, /, *arguments: Any, **_: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(fn(*arguments))
+        return done
+
+
+@given(lanes=st.integers(1, 9), length=st.integers(1, 20), first=st.integers(0, 40))
+@settings(max_examples=50, deadline=None)
+def test_windows_are_read_in_turn_before_they_are_needed(lanes: int, length: int, first: int) -> None:
+    """Every window once; what lanes have read and not used is at most five quarters of a window each, and one."""
+    read: list[tuple[int, int]] = []
+
+    def window(lane: int, position: int) -> Window:
+        start = position - position % length
+        read.append((lane, start))
+        return Window(start, start + length, [], {})
+
+    own = range(3, 3 + lanes)
+    windows = Windows(window, own, AtOnce(), first)
+    for position in range(first, first + 3 * length):
+        for lane in own:
+            found = windows.at(lane, position)
+            assert found.start <= position < found.stop
+        assert len(set(read)) == len(read)
+        used = lanes * (position + 1 - (first - first % length))
+        assert len(read) * length - used <= lanes * (1.25 * length + 1) + length
+    assert len(read) >= 3 * lanes
+
+
+def test_a_window_that_cannot_be_read_is_told_when_it_is_needed() -> None:
+    def window(lane: int, position: int) -> Window:
+        if position:
+            raise CorruptObject("blobs/00/00", "is missing")
+        return Window(0, 2, [], {})
+
+    with ThreadPoolExecutor(1) as pool:
+        windows = Windows(window, range(1), pool, 0)
+        assert windows.at(0, 0) is windows.at(0, 1)
+        with pytest.raises(CorruptObject, match="blobs/00/00: is missing"):
+            windows.at(0, 2)
 
 
 def test_embedding_dimension_is_read(shared_world: World) -> None:
@@ -307,8 +352,10 @@ def test_reading_ahead_stops_when_closed() -> None:
             made.append(i)
             yield i
 
-    items = read_ahead(source(), depth=2)
+    ahead = source()
+    items = read_ahead(ahead, depth=2)
     next(items)
     items.close()
     assert len(made) <= 5
+    assert ahead.gi_frame is None  # it is closed, too
     assert "read ahead" not in {thread.name for thread in threading.enumerate()}

@@ -1,0 +1,137 @@
+"""Reading for a training: our feed against webdataset's loader, and from S3 against GETs of the same bytes.
+
+Both give batches of views and tokens of the same tars, by the same functions, on as many workers as there are threads:
+processes of a DataLoader there, threads here, where the order is exact, every picture is checked, and a training can go
+on from any sample. Nothing is kept in memory from one pass to the next. From S3 (SeaweedFS on this machine) pictures
+are fetched and checked but not decoded; the other side fetches the same tars whole, in eight threads, and does nothing
+else. Then the time until the first batch of a training that goes on in the tenth epoch, over that of one that begins.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.pictures import publish
+from benchmarks.timing import begin, finish, interleave, parser, ratio, show
+from models.clip import tokenize
+from models.view import open_view
+from pipeline.artifacts import Artifact, read_shards
+from pipeline.records import blob_path
+from pipeline.store import Store, open_store
+from pipeline.training.feed import READERS, Feed, Windows
+from pipeline.training.recipes import DecoderRecipe
+
+SIDE, BATCH, LANES = 64, 32, 8
+Inputs = dict[str, Artifact]
+
+
+def make_feed(store: Store, inputs: Inputs) -> Feed:
+    task: Any = SimpleNamespace(columns=("image", "tokens"), min_side=SIDE, image_size=SIDE)
+    return Feed(store, inputs, task, DecoderRecipe(samples=BATCH, batch=BATCH, lanes=LANES), cache_mb=0)
+
+
+def of_feed(store: Store, inputs: Inputs, steps: int) -> None:
+    with closing(make_feed(store, inputs).shares(0)) as shares:
+        for _ in islice(shares, steps):
+            pass
+
+
+def of_webdataset(tars: list[str], steps: int, workers: int) -> None:
+    """A pass in webdataset's usual way: shards in a new order, rows shuffled in a buffer of a window's length."""
+    import webdataset
+    from torch.utils.data import DataLoader
+
+    def example(sample: dict[str, Any]) -> tuple[np.ndarray, str]:
+        return open_view(sample["jpg"], SIDE).transpose(2, 0, 1), sample["txt"].decode()
+
+    def batch(rows: list[tuple[np.ndarray, str]]) -> dict[str, torch.Tensor]:
+        images, captions = zip(*rows, strict=True)
+        return {"image": torch.from_numpy(np.stack(images)), "tokens": tokenize(list(captions))}
+
+    dataset = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0).shuffle(256).map(example)
+    batches = dataset.batched(BATCH, collation_fn=batch, partial=False)
+    for _ in islice(DataLoader(batches, None, num_workers=workers, multiprocessing_context="fork"), steps):
+        pass
+
+
+def fetch(store: Store, inputs: Inputs) -> None:
+    """All windows of an epoch, as a training reads them, without a picture being decoded."""
+    feed = make_feed(store, inputs)
+    with ThreadPoolExecutor(READERS) as readers:
+        windows = Windows(feed._read, feed.lanes, readers, 0)
+        for position in range(feed.order.lane_rows):
+            for lane in feed.lanes:
+                windows.at(lane, position)
+
+
+def get(store: Store, blobs: list[str]) -> None:
+    with ThreadPoolExecutor(READERS) as readers:
+        for _ in readers.map(lambda blob: len(store.read(blob_path(blob))), blobs):
+            pass
+
+
+def first_batch(store: Store, inputs: Inputs, samples: int) -> None:
+    with closing(make_feed(store, inputs).shares(samples)) as shares:
+        next(shares)
+
+
+def local(folder: Path, shards: int, rows: int, rounds: int) -> dict[str, float]:
+    store = open_store(str(folder))
+    inputs = publish(store, shards, rows)
+    tars = [f"{folder}/{blob_path(shard.blobs['images'])}" for shard in read_shards(store, inputs["pairs"])]
+    size = sum(os.path.getsize(tar) for tar in tars)
+    workers, steps = torch.get_num_threads(), max(1, shards * rows // BATCH - LANES)
+    print(f"  {shards * rows:,} pictures in {shards} tars, {size / 2**20:.0f} MiB; {workers} workers")
+    cases: dict[str, Callable[[], object]] = {
+        "ours": partial(of_feed, store, inputs, steps),
+        "webdataset": partial(of_webdataset, tars, steps, workers),
+    }
+    seconds = interleave(cases, rounds)
+    show(seconds, 1e3 / (steps * BATCH), "ms a picture")
+    epoch = shards * rows // BATCH * BATCH
+    places = {"begins": 0, "goes on in the tenth epoch": epoch * 99 // 10 // BATCH * BATCH}
+    starts = interleave({name: partial(first_batch, store, inputs, at) for name, at in places.items()}, rounds)
+    show(starts)
+    return {
+        "webdataset_over_ours": ratio(seconds, "webdataset", "ours"),
+        "first_batch_late_over_early": ratio(starts, "goes on in the tenth epoch", "begins"),
+    }
+
+
+def on_s3(folder: Path, shards: int, rows: int, rounds: int) -> dict[str, float]:
+    from tests.seaweed import serving
+
+    with serving(folder) as server:
+        os.environ |= server.environment
+        store = open_store(f"{server.url}/reading")
+        inputs = publish(store, shards, rows)
+        tars = [shard.blobs["images"] for shard in read_shards(store, inputs["pairs"])]
+        cases = {"S3, ours": partial(fetch, store, inputs), "S3, GETs": partial(get, store, tars)}
+        seconds = interleave(cases, rounds)
+        show(seconds)
+        return {"s3_gets_over_ours": ratio(seconds, "S3, GETs", "S3, ours")}
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    begin(__doc__, options)
+    shards, rows, rounds = (2, 64, 1) if options.quick else (16, 256, options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("local", "weed"):
+            Path(folder, name).mkdir()
+        found = local(Path(folder, "local"), shards, rows, rounds)
+        finish(found | on_s3(Path(folder, "weed"), shards, rows, rounds))
+
+
+if __name__ == "__main__":
+    main()
