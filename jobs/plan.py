@@ -9,7 +9,7 @@ from jobs.project import Project, open_project
 from pipeline.config import OVERRIDES
 from pipeline.cost import Cost, estimate
 from pipeline.graph import Verdict
-from pipeline.progress import duration
+from pipeline.progress import counted, duration
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +29,8 @@ def print_plan(project: Project, verdicts: Sequence[Verdict], wanted: set[str]) 
     total = 0.0
     guessed = False
     rows = sum(shard.ledger.kept for shard in project.scan.shards)
-    print(f"{project.config.project}: {rows:,} pairs in {len(project.scan.shards)} shards, store {project.store.url}")
+    size = f"{counted(rows, 'pair')} in {counted(len(project.scan.shards), 'shard')}"
+    print(f"{project.config.project}: {size}, store {project.store.url}")
     for verdict in verdicts:
         if verdict.stage not in wanted:
             continue

@@ -16,7 +16,7 @@ from pipeline.config import OVERRIDES
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.history import remember
-from pipeline.progress import duration
+from pipeline.progress import counted, duration
 from pipeline.store import check_conditions
 
 HEALINGS = 5  # damaged objects that one run makes again before it gives up
@@ -77,7 +77,7 @@ def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
 
     def on_stage(stage: str, made: Artifact, artifacts: Mapping[str, Artifact]) -> None:
         lost = {"rejected": made.ledger.rejected, "deferred": made.ledger.deferred}
-        counts = [f"{sum(reasons.values()):,} rows {end}" for end, reasons in lost.items() if reasons]
+        counts = [f"{counted(sum(reasons.values()), 'row')} {end}" for end, reasons in lost.items() if reasons]
         print(f"{stage} done: {made.key[:12]}" + "".join(f", {count}" for count in counts), flush=True)
         output = Path(project.config.run.output)
         if stage == "bundle":

@@ -23,6 +23,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def counted(count: int, noun: str) -> str:
+    """'1 row', '7,016 rows'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def add(total: dict[str, float], more: Mapping[str, float]) -> None:
     """Add numbers by name."""
     for name, value in more.items():

@@ -84,7 +84,7 @@ def test_each_kind_of_list_gives_a_configuration_that_plans(kind: str, capsys: O
     assert "pairs found: 5\nwarning: fewer than 1,000 pairs" in output
     assert output.endswith("next:\n    unclip doctor my-project.yaml\n    unclip run my-project.yaml\n")
     assert main(["plan", "my-project.yaml"]) == 0
-    assert "my-project: 5 pairs in 1 shards" in capsys.readouterr().out
+    assert "my-project: 5 pairs in 1 shard," in capsys.readouterr().out
     assert len(Path("my-project.yaml").read_text().splitlines()) <= 45
 
 
