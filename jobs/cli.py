@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "make everything a configuration asks for, where it is stale",
     "plan": "show what a run would make, why, and about what it costs",
     "sample": "turn captions into pictures with a finished bundle",
+    "generate": "turn a list of prompts into pictures, on many workers",
     "report": "write the report again, for example with some pictures only",
     "data": "search pictures, try failed rows again, forget rows, delete what nothing needs",
     "pin": "let an artefact stand for later data too",
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print("usage: unclip COMMAND ...\n" + "".join(f"\n  {name:8}{text}" for name, text in COMMANDS.items()))
+        print("usage: unclip COMMAND ...\n" + "".join(f"\n  {name:10}{text}" for name, text in COMMANDS.items()))
         print("\nunclip COMMAND --help says more.")
         return 0 if words else 2
     name = words[0]

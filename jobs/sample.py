@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from pipeline.artifacts import load_artifact
+from pipeline.artifacts import Artifact, load_artifact
 from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
-from pipeline.store import open_store
+from pipeline.store import Store, open_store
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,8 +30,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed} is below 0")
-    output = Path(arguments.source) if arguments.source else _newest()
-    options = dict(_option(text) for text in arguments.set)
+    output = Path(arguments.source) if arguments.source else newest_output()
+    options = dict(sampling_option(text) for text in arguments.set)
     folder = bundle_folder(output)
 
     from models.cascade import UnCLIP
@@ -57,7 +57,7 @@ def remember_bundle(output: Path, store: str, key: str) -> None:
     (output / "bundle.json").write_text(json.dumps({"store": store, "bundle": key}) + "\n")
 
 
-def _newest() -> Path:
+def newest_output() -> Path:
     found = sorted(Path("out").glob("*/bundle.json"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(
@@ -66,8 +66,8 @@ def _newest() -> Path:
     return found[-1].parent
 
 
-def bundle_folder(output: Path) -> Path:
-    """The bundle's folder on this machine, copied from the store the first time."""
+def bundle_artifact(output: Path) -> tuple[Store, Artifact]:
+    """The bundle that a run left word of in its output folder, and the store that it is in. Raises UserError."""
     try:
         word = json.loads((output / "bundle.json").read_text())
         store, key = open_store(word["store"]), word["bundle"]
@@ -76,7 +76,13 @@ def bundle_folder(output: Path) -> Path:
     artifact = load_artifact(store, "bundle", key)
     if artifact is None:
         raise UserError(f"{output}: its bundle is no longer in {store.url}; run its configuration again")
-    folder = output / "bundle" / key[:12]
+    return store, artifact
+
+
+def bundle_folder(output: Path) -> Path:
+    """The bundle's folder on this machine, copied from the store the first time."""
+    store, artifact = bundle_artifact(output)
+    folder = output / "bundle" / artifact.key[:12]
     try:
         materialise(store, artifact.blobs, folder)
     except CorruptObject as e:
@@ -84,7 +90,7 @@ def bundle_folder(output: Path) -> Path:
     return folder
 
 
-def _option(text: str) -> tuple[str, Any]:
+def sampling_option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text}: write NAME=VALUE")

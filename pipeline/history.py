@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.artifacts import Artifact, load_artifact
@@ -32,6 +32,17 @@ def remember(store: Store, project: str, graph: Graph, verdicts: Sequence[Verdic
             stages[v.stage]["trajectory"] = trajectory(stage.name, stage.version, stage.recipe, inputs)
             trunk = dataclasses.replace(stage.recipe, decay=0)
             stages[v.stage]["trunk"] = trajectory(stage.name, stage.version, trunk, inputs)
+    _write(store, project, stages)
+
+
+def remember_stage(ctx: Context, project: str) -> None:
+    """Record that this stage alone is asked for, before it is done."""
+    inputs = {name: artifact.key for name, artifact in ctx.inputs.items()}
+    asked = {"key": ctx.key, "version": ctx.version, "recipe": flatten(ctx.recipe), "inputs": inputs}
+    _write(ctx.store, project, {ctx.stage: asked})
+
+
+def _write(store: Store, project: str, stages: Mapping[str, Any]) -> None:
     now = time.time()
     stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}"
     path = f"runs/{project}/{stamp}-{secrets.token_hex(4)}.json"

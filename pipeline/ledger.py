@@ -44,6 +44,8 @@ REASONS = {
     "high_score": "a head scores the picture above its maximum",
     "near_duplicate": "an earlier row of its split has nearly the same picture, as large for every model",
     "near_held_out": "a training row whose picture is nearly one that is held out",
+    # generation
+    "prompt_too_long": "more tokens than the text models read",
 }
 
 # Rows that end so are deferred: at another time the server may answer. All other reasons reject a row.

@@ -71,6 +71,17 @@ class EmbeddingsSettings(ShardSettings):
 
 
 @dataclass(frozen=True)
+class GenerationSettings(ShardSettings):
+    """``gpus`` of one worker, which then takes no core; with 0 it samples on its core."""
+
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "gpus")
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     """A training. ``workers`` 0 trains in this process; with ``min_workers`` it trains with as many as there is room
     for, at least these and at most ``workers``; ``micro_batch`` 0 takes a worker's share in one piece; ``threads`` 0

@@ -95,6 +95,7 @@ TESTED = {
     "unclip run configs/nano.yaml decoder.model.dropout=0.1": "here",
     'unclip sample "a red heart on a pale green background"': "here",
     'unclip sample "a green apple" "a cat face" --seed 7 --set prior=ar': "here",
+    "unclip generate prompts.txt --from out/nano --to pictures-made --workers 2": "here",
     "unclip init my-flags flags.csv --from out/emoji": "tests/jobs/test_chain.py, from micro models",
     'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
     "unclip data search configs/nano.yaml --picture pictures/3.png --split train": "here",
@@ -211,6 +212,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "pairs.csv",
         [(f"file://{folder}/pictures/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)],
     )
+    (folder / "prompts.txt").write_text("a red heart\na green apple\n")
     write_parts(folder / "embeddings")
     laion = {"project": "laion", "store": "out/laion/store", "source": {"paths": ["embeddings"]}}
     laion = small(laion)

@@ -1,0 +1,212 @@
+"""Pictures of many prompts: shard by shard, each picture once, whatever is killed on the way.
+
+A shard's prompts are sampled in batches of one size, cut inside the shard and padded, on one thread, so that neither
+neighbours nor workers can change a picture.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
+from pipeline.bundle import materialise
+from pipeline.errors import UserError
+from pipeline.graph import Context, Stage, shard_key, stage_key
+from pipeline.history import remember_stage
+from pipeline.ledger import Ledger
+from pipeline.progress import Steps
+from pipeline.records import digest, put_blob
+from pipeline.settings import GenerationSettings, RaySettings
+from pipeline.shards import Needs, ShardOutput, ShardTask, map_shards
+from pipeline.store import Store
+
+STAGE, VERSION = "generation", 1
+ROWS = 64  # of a shard
+
+
+@dataclass(frozen=True)
+class GenerationRecipe:
+    """``options`` replace the bundle's sampling defaults; ``batch`` prompts are sampled at once."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch: {self.batch} is below 1")
+
+
+def generate(
+    store: Store,
+    bundle: Artifact,
+    parts: Iterable[Mapping[str, Sequence[Any]]],
+    recipe: GenerationRecipe,
+    settings: GenerationSettings,
+    ray: RaySettings,
+) -> Artifact:
+    """The artefact of these prompts' pictures, of parts as ``read_prompts`` gives them; what is made is not made again.
+
+    Its shards have a webdataset tar "images" (KEY.png, KEY.txt, KEY.json) and a table "pictures" (key, prompt, seed,
+    similarity of picture and prompt by the bundle's CLIP, status, reason). Raises UserError for options that the bundle
+    cannot take.
+    """
+    blobs = [(put_blob(store, write_table(dict(part))), len(part["key"])) for part in parts]
+    inputs = {"bundle": bundle.key, "prompts": digest([blob for blob, _ in blobs])}
+    stage = Stage(STAGE, VERSION, recipe, ("bundle", "prompts"), _unused)
+    config = SimpleNamespace(run=SimpleNamespace(ray=ray))
+    listed = Artifact("prompts", inputs["prompts"], {}, {}, Ledger())
+    key = stage_key(stage, inputs)
+    ctx = Context(store, STAGE, VERSION, key, recipe, settings, {"bundle": bundle, "prompts": listed}, config)
+    tasks = [
+        ShardTask(
+            number,
+            shard_key(ctx, {"bundle": bundle.key, "prompts": blob}),
+            {"prompts": ShardRow(number, blob, rows, 0, {"prompts": blob}, {})},
+        )
+        for number, (blob, rows) in enumerate(blobs)
+    ]
+    remember_stage(ctx, f"generate-{bundle.key[:12]}")
+    make = MakeGenerator(store, dict(bundle.blobs), recipe, "cuda" if settings.gpus else "cpu")
+    return map_shards(ctx, tasks, make, "pictures", sum(rows for _, rows in blobs), Needs(settings.gpus))
+
+
+def _unused(ctx: Context) -> Artifact:
+    raise AssertionError("only the key of this stage is asked for")
+
+
+@dataclass(frozen=True)
+class MakeGenerator:
+    """Opens the bundle once in each worker process."""
+
+    store: Store
+    bundle: Mapping[str, str]
+    recipe: GenerationRecipe
+    device: str
+
+    def __call__(self) -> Generator:
+        import torch
+
+        from models.cascade import UnCLIP
+        from models.sampling_config import change_sampling
+
+        torch.set_num_threads(1)
+        with tempfile.TemporaryDirectory() as folder:
+            materialise(self.store, self.bundle, folder)
+            unclip = UnCLIP.from_folder(folder, self.device)
+        try:
+            change_sampling(unclip.sampling, self.recipe.options)
+        except ValueError as e:
+            raise UserError(str(e)) from e
+        return Generator(self.store, unclip, self.recipe)
+
+
+class Generator:
+    """Samples the prompts of one shard."""
+
+    def __init__(self, store: Store, unclip: Any, recipe: GenerationRecipe):
+        self.store, self.unclip, self.recipe = store, unclip, recipe
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        steps = Steps()
+        rows = read_table(self.store, task.inputs["prompts"].blobs["prompts"]).to_pylist()
+        reasons = [None if self._short(row["prompt"]) else "prompt_too_long" for row in rows]
+        kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+        similarity: dict[str, float] = {}
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for start in range(0, len(kept), self.recipe.batch):
+                part = kept[start : start + self.recipe.batch]
+                with steps("sample"):
+                    images = self._sample(part)
+                with steps("score"):
+                    scores = self._score(images, [row["prompt"] for row in part])
+                for row, image, score in zip(part, images, scores, strict=True):
+                    similarity[row["key"]] = score
+                    _add(tar, row, image, score)
+        columns = {
+            **{name: [row[name] for row in rows] for name in ("key", "prompt", "seed")},
+            "similarity": [similarity.get(row["key"]) for row in rows],
+            "status": ["kept" if reason is None else "rejected" for reason in reasons],
+            "reason": reasons,
+        }
+        blobs = {"images": out.getvalue(), "pictures": write_table(_typed(columns))}
+        return ShardOutput(Ledger.count(reasons), blobs, seconds=steps.seconds)
+
+    def _short(self, prompt: str) -> bool:
+        from models.clip import check_captions
+
+        try:
+            check_captions([prompt])
+        except ValueError:
+            return False
+        return True
+
+    def _sample(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Pictures uint8 [n, side, side, 3], of a batch that is padded with empty prompts."""
+        empty = self.recipe.batch - len(rows)
+        prompts = [row["prompt"] for row in rows] + [""] * empty
+        seeds = [row["seed"] for row in rows] + [0] * empty
+        return self.unclip.generate(prompts, seeds, **self.recipe.options).image[: len(rows)].numpy()
+
+    def _score(self, images: Any, prompts: Sequence[str]) -> list[float]:
+        """Cosine of each picture's and prompt's embeddings by the bundle's CLIP."""
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        from models.view import view
+
+        clip = self.unclip.clip
+        views = np.zeros((self.recipe.batch, clip.image_size, clip.image_size, 3), np.uint8)
+        for i, image in enumerate(images):
+            views[i] = view(Image.fromarray(image), clip.image_size)
+        device = clip.mean.device
+        texts = list(prompts) + [""] * (self.recipe.batch - len(prompts))
+        with torch.no_grad():
+            image = clip.encode_image(torch.from_numpy(views).permute(0, 3, 1, 2).to(device))
+            text = clip.encode_text(clip.tokenize(texts).to(device))
+        return (image * text).sum(-1)[: len(images)].tolist()
+
+
+def _add(tar: tarfile.TarFile, row: Mapping[str, Any], image: Any, score: float) -> None:
+    from PIL import Image
+
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    about = json.dumps({**row, "similarity": round(score, 6)}, sort_keys=True)
+    for suffix, data in (("json", about.encode()), ("png", png.getvalue()), ("txt", row["prompt"].encode())):
+        member = tarfile.TarInfo(f"{row['key']}.{suffix}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
+def _typed(columns: Mapping[str, list[Any]]) -> Any:
+    import pyarrow as pa
+
+    types = {"seed": pa.int64(), "similarity": pa.float32()}
+    return pa.table({name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()})
+
+
+def export(store: Store, made: Artifact, folder: Path) -> Iterator[Path]:
+    """Write a tar and a table for each shard, and settings.json; yields the paths of the tars.
+
+    Raises UserError where the folder holds the pictures of other prompts, or of other settings.
+    """
+    about = json.dumps({"key": made.key, "bundle": made.inputs["bundle"], **made.recipe}, indent=2, sort_keys=True)
+    settings = folder / "settings.json"
+    if settings.exists() and settings.read_text() != about:
+        raise UserError(f"{folder} holds other pictures; name another folder with --to, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.write_text(about)
+    for shard in read_shards(store, made):
+        names = {f"{shard.number:05d}.tar": "images", f"{shard.number:05d}.parquet": "pictures"}
+        materialise(store, {name: shard.blobs[blob] for name, blob in names.items()}, folder)
+        yield folder / f"{shard.number:05d}.tar"

@@ -1,0 +1,145 @@
+"""Pictures of many prompts: the same for any neighbours, each once, and where they say they are."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline.artifacts import Artifact, publish_artifact, read_shards
+from pipeline.errors import CorruptObject, UserError
+from pipeline.execute import heal
+from pipeline.generation import STAGE, GenerationRecipe, export, generate
+from pipeline.ledger import Ledger
+from pipeline.prompts import read_prompts
+from pipeline.records import blob_path, put_blob
+from pipeline.settings import GenerationSettings, RaySettings
+from pipeline.store import Store, open_store
+from tests.models.test_cascade import make
+
+PROMPTS = ["a red fox", "a blue house", "the sea", "a tree", "a cat under a tree"]
+RECIPE = GenerationRecipe({"size": 64, "decoder_steps": 2}, batch=3)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Artifact]:
+    return publish_bundle(tmp_path_factory.mktemp("generation"))
+
+
+def publish_bundle(folder: Path) -> tuple[Store, Artifact]:
+    """A bundle of random weights in a store of its own."""
+    make().save(folder / "bundle")
+    store = open_store(str(folder / "store"))
+    files = [path for path in (folder / "bundle").rglob("*") if path.is_file()]
+    blobs = {str(path.relative_to(folder / "bundle")): put_blob(store, path) for path in files}
+    return store, publish_artifact(store, Artifact("bundle", "b" * 64, {}, {}, Ledger(), blobs), 0.0)
+
+
+def text(folder: Path, prompts: list[str]) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("\n\n".join(prompts) + "\n")
+    return path
+
+
+def run(bundle: tuple[Store, Artifact], path: Path, seed: int = 0, rows: int = 2, recipe: Any = RECIPE) -> Artifact:
+    return generate(*bundle, read_prompts(path, seed, rows), recipe, GenerationSettings(workers=0), RaySettings())
+
+
+def pictures(store: Store, made: Artifact, folder: Path) -> dict[tuple[str, int], bytes]:
+    """PNG files by prompt and seed, as webdataset reads them; the tables must say the same."""
+    tars = [str(path) for path in export(store, made, folder)]
+    found = {}
+    for sample in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False):
+        about = json.loads(sample["json"])
+        assert (about["key"], about["prompt"]) == (sample["__key__"], sample["txt"].decode())
+        found[about["prompt"], about["seed"]] = sample["png"]
+    rows = [row for tar in tars for row in pq.read_table(tar.replace(".tar", ".parquet")).to_pylist()]
+    kept = [row for row in rows if row["status"] == "kept"]
+    assert [row["key"] for row in rows] == [f"{i:010d}" for i in range(len(rows))]
+    assert {(row["prompt"], row["seed"]) for row in kept} == found.keys()
+    assert all(-1 <= row["similarity"] <= 1 for row in kept)
+    return found
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
+    """Other neighbours, other shards, another place in its batch: the same bytes."""
+    store = bundle[0]
+    whole = pictures(store, run(bundle, text(tmp_path, PROMPTS)), tmp_path / "whole")
+    assert list(whole) == [(prompt, i) for i, prompt in enumerate(PROMPTS)]
+    assert len(set(whole.values())) == 5
+    with Image.open(io.BytesIO(whole["the sea", 2])) as image:
+        assert (image.size, image.mode) == ((64, 64), "RGB")
+    table = {"prompt": PROMPTS[::-1], "seed": [4, 3, 2, 1, 0]}
+    pq.write_table(pa.table(table), tmp_path / "other.parquet")
+    other = pictures(store, run(bundle, tmp_path / "other.parquet", rows=4), tmp_path / "other")
+    assert other == whole
+    seeded = pictures(store, run(bundle, text(tmp_path, PROMPTS[1:3]), seed=1), tmp_path / "seeded")
+    assert seeded == {key: whole[key] for key in list(whole)[1:3]}
+
+
+def test_what_is_made_is_not_made_again(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
+    made = run(bundle, text(tmp_path, PROMPTS[:4]), seed=50)
+    longer = run(bundle, text(tmp_path, PROMPTS), seed=50)
+    again = run(bundle, text(tmp_path, PROMPTS), seed=50)
+    assert [a.times["shards_made"] for a in (made, longer, again)] == [2, 1, 1]  # the last adopts the record
+    assert again.key == longer.key != made.key
+    other = run(bundle, text(tmp_path, PROMPTS), seed=50, recipe=GenerationRecipe(RECIPE.options | {"prior": "ar"}, 3))
+    assert other.times["shards_made"] == 3
+
+
+def test_a_prompt_that_is_too_long_costs_itself(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
+    store = bundle[0]
+    made = run(bundle, text(tmp_path, ["a red fox", "tree " * 80, "the sea"]))
+    assert made.ledger == Ledger(kept=2, rejected={"prompt_too_long": 1})
+    assert list(pictures(store, made, tmp_path / "out")) == [("a red fox", 0), ("the sea", 2)]
+
+
+def test_a_damaged_shard_is_made_again(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
+    store, about = bundle
+    made = run(bundle, text(tmp_path, PROMPTS), seed=90)
+    whole = pictures(store, made, tmp_path / "whole")
+    blob = read_shards(store, made)[1].blobs["images"]
+    store.delete([blob_path(blob)])
+    with pytest.raises(CorruptObject) as damage:
+        list(export(store, made, tmp_path / "again"))
+    heal(store, damage.value, {STAGE: made, "bundle": about})
+    assert pictures(store, run(bundle, text(tmp_path, PROMPTS), seed=90), tmp_path / "again") == whole
+
+
+def test_a_folder_of_other_pictures_is_left_alone(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
+    store = bundle[0]
+    list(export(store, run(bundle, text(tmp_path, PROMPTS[:1])), tmp_path / "out"))
+    with pytest.raises(UserError, match="out holds other pictures; name another folder"):
+        list(export(store, run(bundle, text(tmp_path, PROMPTS[:1]), seed=7), tmp_path / "out"))
+
+
+def test_options_that_the_bundle_cannot_take_are_refused(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="size is 65"):
+        run(bundle, text(tmp_path, PROMPTS), seed=120, recipe=GenerationRecipe({"size": 65}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "cannot be read"),
+        ("empty.txt", b"\n \n", "no prompts in it"),
+        ("latin.txt", "é".encode("latin-1"), "give a UTF-8 text file"),
+        ("bad.parquet", b"PAR1", "cannot be read as Parquet"),
+        ("other.parquet", {"text": ["a"]}, "no column prompt or caption; it has text"),
+        ("seeds.parquet", {"caption": ["a", "b"], "seed": [0, -1]}, "row 2 has the seed -1, which is below 0"),
+        ("words.parquet", {"caption": ["a"], "seed": ["x"]}, "cannot be read as Parquet"),
+    ],
+)
+def test_lists_that_cannot_be_read_are_named(tmp_path: Path, name: str, content: Any, message: str) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        pq.write_table(pa.table(content), path)
+    with pytest.raises(UserError, match=f"{name}: .*{message}"):
+        list(read_prompts(path, 0, 2))
