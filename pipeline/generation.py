@@ -95,16 +95,11 @@ class MakeGenerator:
         import torch
 
         from models.cascade import UnCLIP
-        from models.sampling_config import change_sampling
 
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             materialise(self.store, self.bundle, folder)
             unclip = UnCLIP.from_folder(folder, self.device)
-        try:
-            change_sampling(unclip.sampling, self.recipe.options)
-        except ValueError as e:
-            raise UserError(str(e)) from e
         return Generator(self.store, unclip, self.recipe)
 
 
@@ -154,7 +149,11 @@ class Generator:
         empty = self.recipe.batch - len(rows)
         prompts = [row["prompt"] for row in rows] + [""] * empty
         seeds = [row["seed"] for row in rows] + [0] * empty
-        return self.unclip.generate(prompts, seeds, **self.recipe.options).image[: len(rows)].numpy()
+        try:
+            made = self.unclip.generate(prompts, seeds, **self.recipe.options)
+        except ValueError as e:  # prompts and seeds were looked at, so it is an option
+            raise UserError(str(e)) from e
+        return made.image[: len(rows)].numpy()
 
     def _score(self, images: Any, prompts: Sequence[str]) -> list[float]:
         """Cosine of each picture's and prompt's embeddings by the bundle's CLIP."""

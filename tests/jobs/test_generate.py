@@ -20,7 +20,7 @@ def test_a_worker_that_dies_costs_no_picture(tmp_path: Path) -> None:
         out.mkdir()
         (out / "bundle.json").write_text(json.dumps({"store": str(tmp_path / store), "bundle": bundle.key}))
         words = ("generate", prompts, "--from", out, "--workers", workers, "--batch", 16)
-        options = ("--set", "size=64", "--set", "decoder_steps=1", "--set", "prior_steps=1")
+        options = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
         crash = {"UNCLIP_CRASH": f"shard.before_record@{tmp_path / 'killed'}"} if workers else {}
         said = done(unclip(*words, *options, env=crash))
         assert "130 pictures, " in said

@@ -118,9 +118,19 @@ def test_a_folder_of_other_pictures_is_left_alone(bundle: tuple[Store, Artifact]
         list(export(store, run(bundle, text(tmp_path, PROMPTS[:1]), seed=7), tmp_path / "out"))
 
 
-def test_options_that_the_bundle_cannot_take_are_refused(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="size is 65"):
-        run(bundle, text(tmp_path, PROMPTS), seed=120, recipe=GenerationRecipe({"size": 65}))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 65}, "size is 65: use 64, 256 or 1024"),
+        ({"prior_steps": 1}, "cannot take 1 sampling steps"),
+        ({"sise": 64}, "unknown sampling options"),
+    ],
+)
+def test_options_that_the_bundle_cannot_take_are_refused(
+    bundle: tuple[Store, Artifact], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(bundle, text(tmp_path, PROMPTS), seed=120, recipe=GenerationRecipe(options))
 
 
 @pytest.mark.parametrize(
