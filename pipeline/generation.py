@@ -28,7 +28,7 @@ from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.shards import Needs, ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 
-STAGE, VERSION = "generation", 1
+STAGE, VERSION = "generation", 2
 ROWS = 64  # of a shard
 
 

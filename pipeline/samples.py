@@ -23,7 +23,7 @@ from pipeline.store import Store
 if TYPE_CHECKING:
     from models.cascade import UnCLIP
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,9 @@ def ancestral(
 ) -> Tensor:
     """DDPM's reverse steps (Ho et al. 2020, algorithm 2) on a grid that may skip timesteps.
 
-    ``noise`` [b, ...] is x at the first timestep. ``variance`` is "learned" (the prediction's own), "small" (the
-    posterior's) or one number for each step of the grid, as ``analytic_variance`` makes them. Raises ValueError on
-    another variance, a grid that does not fall, or a learned variance that the prediction lacks.
+    ``noise`` [b, ...] is x at the first timestep. ``variance`` is "learned" (the prediction's own, kept within its
+    bounds), "small" (the posterior's) or one number for each step of the grid, as ``analytic_variance`` makes them.
+    Raises ValueError on another variance, a grid that does not fall, or a learned variance that the prediction lacks.
     """
     x = noise
     for i, t, previous in grid_steps(grid, schedule, noise):
@@ -62,7 +62,10 @@ def ancestral(
             elif variance == "small":
                 std = per_row(posterior_variance(level, level_previous).sqrt(), x)
             elif variance == "learned" and prediction.variance_fraction is not None:
-                std = torch.exp(0.5 * learned_log_variance(prediction.variance_fraction, schedule, t, previous))
+                # A small network that cannot draw what little noise hides asks for far more than the upper bound there,
+                # and so everywhere. From one timestep to the next the bounds are close, but not on a coarse grid.
+                fraction = prediction.variance_fraction.clamp(0, 1)
+                std = torch.exp(0.5 * learned_log_variance(fraction, schedule, t, previous))
             else:
                 raise ValueError(f"variance {variance!r} does not fit: use 'small', or 'learned' if the model has one")
             x = x + std * draw.normal(f"step{i}", *x.shape[1:])

@@ -7,6 +7,7 @@ from models.diffusion.process import Prediction, predict, q_sample
 from models.diffusion.samplers import Denoise, ancestral, ddim, grid_steps
 from models.diffusion.schedules import fast27_grid, make_schedule, strided_grid
 from models.draw import Draw
+from tests.models.closed_form import Gaussian
 from tests.models.mutations import fails_under, mutated
 
 SCHEDULE = make_schedule("cosine", 1000)
@@ -73,6 +74,24 @@ def test_ancestral_sampling_equals_diffusers(grid: Tensor, variance: str) -> Non
 def test_noise_on_the_finished_picture_is_noticed() -> None:
     with mutated(ancestral, "if previous[0] >= 0", "if True"), pytest.raises(AssertionError):
         test_ancestral_sampling_equals_diffusers.__wrapped__(strided_grid(1000, 25), "learned")
+
+
+@pytest.mark.parametrize(("asked", "bound"), [(7.0, 1.0), (-3.0, 0.0)])
+@fails_under((ancestral, ".clamp(0, 1)", ""))
+def test_a_learned_variance_beyond_its_bounds_is_the_bound(asked: float, bound: float) -> None:
+    """As trained networks ask for it: unbounded, a coarse grid turned their pictures into noise."""
+    grid = strided_grid(1000, 50)
+    ours, wanted = (
+        ancestral(
+            Gaussian(SCHEDULE, torch.zeros(4).double(), torch.eye(4).double(), fraction),
+            start()[:, 0, 0],
+            grid,
+            SCHEDULE,
+            SharedNoise(2),
+        )
+        for fraction in (asked, bound)
+    )
+    torch.testing.assert_close(ours, wanted, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
