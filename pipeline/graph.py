@@ -89,11 +89,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def artifact_key(stage: str, version: int, recipe: Any, inputs: Mapping[str, str]) -> str:
+    """The key of an artefact, given the keys of its inputs in the order in which its stage names them."""
+    return digest([stage, version, differences(recipe), [[name, key] for name, key in inputs.items()]])
+
+
 def stage_key(stage: Stage, inputs: Mapping[str, str]) -> str:
-    """The key of a stage's artefact, given the keys of its inputs."""
-    return digest(
-        [stage.name, stage.version, differences(stage.recipe), [[name, inputs[name]] for name in stage.inputs]]
-    )
+    """The key of a stage's artefact, given the keys of its inputs and maybe others."""
+    return artifact_key(stage.name, stage.version, stage.recipe, {name: inputs[name] for name in stage.inputs})
 
 
 def shard_key(ctx: Context, inputs: Mapping[str, str]) -> str:

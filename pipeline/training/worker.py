@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from models.draw import Draw, derive_seed
-from pipeline.artifacts import Artifact, load_artifact, publish_artifact
+from pipeline.artifacts import load_artifact, publish_artifact
 from pipeline.crash import crash_point
-from pipeline.graph import Context, Stage, stage_key
+from pipeline.graph import Context, artifact_key
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.records import put_blob
@@ -163,9 +163,5 @@ def at_stop(ctx: Context, samples: int) -> Context:
     Up to the fork that is the training whose learning rate does not fall.
     """
     recipe = ctx.recipe if samples == ctx.recipe.samples else replace(ctx.recipe, samples=samples, decay=0)
-    stage = Stage(ctx.stage, ctx.version, recipe, tuple(ctx.inputs), _unused)
-    return replace(ctx, recipe=recipe, key=stage_key(stage, {name: a.key for name, a in ctx.inputs.items()}))
-
-
-def _unused(ctx: Context) -> Artifact:
-    raise AssertionError("only the key of this stage is asked for")
+    inputs = {name: artifact.key for name, artifact in ctx.inputs.items()}
+    return replace(ctx, recipe=recipe, key=artifact_key(ctx.stage, ctx.version, recipe, inputs))
