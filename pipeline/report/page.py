@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.graph import flatten
 from pipeline.report.data import data_section, embeddings_section
 from pipeline.report.evaluation import evaluation_section
+from pipeline.report.lineage import lineage_section
 from pipeline.report.markup import attempt, facts, number, section, table, text
 from pipeline.report.pictures import Album
 from pipeline.report.samples import samples_section
@@ -83,6 +84,7 @@ def render(
         + attempt("The embeddings", embeddings_section, store, artifacts)
         + attempt("The codec", codec_section, artifacts)
         + attempt("The trainings", training_section, store, artifacts, album, running)
+        + attempt("The lineage", lineage_section, artifacts)
         + attempt("Environment and settings", _environment_section, config, artifacts)
     )
     unfinished = any(name in chain and name not in artifacts for name in ENDS)
