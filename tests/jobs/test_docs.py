@@ -37,7 +37,7 @@ from tests.chain import MICRO, ROOT
 from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.pipeline.data.test_imported import write_parts
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRAININGS = {
     "clip": ClipRecipe,
     "ar_prior": ARPriorRecipe,
@@ -188,10 +188,25 @@ def test_every_command_of_the_documents_is_one_that_is_run() -> None:
     assert all(f"\n{name[5:]}:" in makefile for name in TESTED if name.startswith("make "))
 
 
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    heads = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def check_links(document: Path, text: str) -> None:
+    """Every link that is no URL leads to a file or a folder, and to a heading of it if it names one."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if not path.startswith(("http://", "https://")):
+            target = document.parent / path if path else document
+            assert target.exists(), f"{document.name}: {link}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{document.name}: {link}"
+
+
 def test_every_link_leads_somewhere() -> None:
     for document in DOCUMENTS:
-        for link in re.findall(r"\]\(([^)#]+\.md)", document.read_text()):
-            assert (document.parent / link).is_file(), f"{document.name}: {link}"
+        check_links(document, document.read_text())
 
 
 @pytest.fixture(scope="module")

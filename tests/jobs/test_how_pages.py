@@ -1,0 +1,166 @@
+"""What the pages on the stages say exists: code by name, values of presets, columns, tensors and metrics."""
+
+import ast
+import json
+import re
+from dataclasses import fields
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load
+
+from models.codec import Codec
+from models.presets import PRESETS
+from pipeline.artifacts import read_shards, read_table
+from pipeline.build import build
+from pipeline.config import Config, make_config
+from pipeline.data.neighbours import SPLITS
+from pipeline.records import read_blob
+from tests.chain import ROOT
+from tests.jobs.test_docs import tables
+from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
+
+FOLDER = ROOT / "docs/how"
+PAGES = sorted(FOLDER.glob("*.md"))
+STAGES = [page.stem for page in PAGES if page.stem not in ("README", "diffusion")]
+ELSEWHERE = {"captions", "evaluation"}  # those of source, and a page of its own
+NAME = r"`([a-z][a-z0-9_.]*):([A-Za-z_][A-Za-z0-9_.]*)`"
+
+
+def names_in(cell: str) -> list[str]:
+    """What stands between backticks."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+@cache
+def preset(name: str) -> Config:
+    return make_config({"project": "p", "store": "s", "source": {"paths": ["list.csv"]}, "preset": name})
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Functions, classes and their methods, by the names that they have in a module."""
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+def test_every_stage_has_a_page_that_the_first_page_links() -> None:
+    first = (FOLDER / "README.md").read_text()
+    assert all(f"]({page.name})" in first for page in PAGES if page.name != "README.md")
+    values = {"source": {"paths": ["list.csv"]}, "thresholds": {"similarity": 0.1}}
+    graph = build(make_config({"project": "p", "store": "s", "preset": "nano", **values}))
+    listed = {word for row in tables(first) for word in re.findall(r"\w+", row["stage"])}
+    assert graph.keys() <= listed | ELSEWHERE
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_all_code_that_is_named_is_there_and_linked(page: Path) -> None:
+    text = page.read_text()
+    links = re.findall(rf"\[{NAME}\]\(([^)]+)\)", text)
+    assert len(links) == len(re.findall(NAME, text)) >= 5
+    for module, name, link in links:
+        file = ROOT / f"{module.replace('.', '/')}.py"
+        assert (page.parent / link).resolve() == file, f"{module}: {link}"
+        assert name in defined(ast.parse(file.read_text())), f"{module} has no {name}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_page_has_what_every_page_has(stage: str) -> None:
+    text = (FOLDER / f"{stage}.md").read_text()
+    assert 40 <= len(text.splitlines()) <= 90
+    heads = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    assert heads[0].startswith("How do")
+    assert heads[0].endswith("?")
+    ends = ["The code", "What the paper leaves open", "Settings that matter", "How one sees that it worked"]
+    assert heads[-4:] == ends
+    assert "**In**" in text
+    assert "**Out**" in text
+    assert "```math\n" in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_settings_are_those_of_the_presets(stage: str) -> None:
+    rows = [row for row in tables((FOLDER / f"{stage}.md").read_text()) if "setting" in row]
+    assert rows
+    for row in rows:
+        [setting] = names_in(row["setting"])
+        assert row.keys() == {"setting", "all presets"} or list(row) == ["setting", *PRESETS]
+        for name in PRESETS:
+            value = reduce(getattr, setting.split("."), preset(name))
+            said = row.get("all presets", row.get(name))
+            assert said == json.dumps(value), f"{setting} of {name}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_metrics_are_those_that_the_code_has(stage: str) -> None:
+    """By their names between quotes: what a training measures is seen in its own tests."""
+    code = "\n".join(file.read_text() for folder in ("models", "pipeline") for file in (ROOT / folder).rglob("*.py"))
+    for row in tables((FOLDER / f"{stage}.md").read_text()):
+        for name in names_in(row.get("metric", "")):
+            assert f'"{name}"' in code, name
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The data stages on forty pictures."""
+    folder = tmp_path_factory.mktemp("how")
+    rows = []
+    for i in range(40):
+        (folder / f"{i}.png").write_bytes(picture(i))
+        split = "validation" if i % 8 == 5 else "test" if i % 8 == 7 else "train"
+        rows.append((f"file://{folder}/{i}.png", f"picture {i}", split))
+    bench = Bench(
+        folder / "store",
+        [write_list(folder / "list.csv", rows)],
+        clip={"weights": save_clip(folder / "clip")},
+        thresholds={"similarity": 0.1},
+        run={"thresholds": {"workers": 0}},
+    )
+    stages = ("source", "captions", "pairs", "clip", "embeddings", "thresholds", "curation", "index", "codec")
+    bench.make(*stages)
+    return bench
+
+
+def columns_of(bench: Bench, stage: str, blob: str) -> list[str]:
+    return read_table(bench.store, read_shards(bench.store, bench.made[stage])[0].blobs[blob]).column_names
+
+
+@pytest.mark.parametrize(
+    ("stage", "blob"), [("source", "refs"), ("pairs", "index"), ("embeddings", "embeddings"), ("curation", "rejected")]
+)
+def test_columns_are_those_of_the_tables(bench: Bench, stage: str, blob: str) -> None:
+    head = f"column of `{blob}`"
+    rows = [row[head] for row in tables((FOLDER / f"{stage}.md").read_text()) if head in row]
+    named = [name for row in rows for name in names_in(row) if name != "score_NAME"]
+    assert sorted(named) == sorted(columns_of(bench, stage, blob))
+
+
+def test_other_blobs_are_those_that_are_named(bench: Bench) -> None:
+    assert columns_of(bench, "captions", "captions") == ["key", "captions"]
+    assert columns_of(bench, "curation", "index") == columns_of(bench, "pairs", "index")
+    assert read_shards(bench.store, bench.made["pairs"])[0].blobs.keys() == {"images", "index"}
+    assert read_shards(bench.store, bench.made["index"])[0].blobs.keys() == set(SPLITS)
+    assert bench.made["clip"].blobs.keys() == {"open_clip_config.json", "open_clip_model.safetensors"}
+    assert bench.made["thresholds"].metrics.keys() == {"min_similarity"}
+
+
+def test_tensors_and_metrics_are_those_of_the_codec(bench: Bench) -> None:
+    codec = bench.made["codec"]
+    tensors = load(read_blob(bench.store, codec.blobs["model.safetensors"]))
+    rows: list[dict[str, Any]] = list(tables((FOLDER / "codec.md").read_text()))
+    assert [name for row in rows for name in names_in(row.get("tensor", ""))] == [field.name for field in fields(Codec)]
+    assert {field.name for field in fields(Codec)} == tensors.keys()
+    sizes = {"d": tensors["mean"].shape[0], "k": len(tensors["components"]), "B": tensors["values"].shape[1]}
+    for row in rows:
+        if "tensor" in row:
+            said = re.match(r"\[(.+?)\]", row["holds"])
+            assert said
+            shape = [eval(side, {}, sizes) for side in said[1].split(", ")]
+            assert shape == list(tensors[names_in(row["tensor"])[0]].shape)
+    assert {name for row in rows for name in names_in(row.get("metric", ""))} == codec.metrics.keys()

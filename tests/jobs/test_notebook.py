@@ -1,0 +1,120 @@
+"""The notebook runs from its first cell to its last, on a bundle of random weights, and is stored as it should be."""
+
+import ast
+import json
+import re
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from jobs.cli import COMMANDS
+from models.sampling_config import SamplingConfig
+from tests.chain import ROOT
+from tests.jobs.test_docs import TESTED, check_links, commands
+from tests.pipeline.test_generation import publish_bundle
+
+NOTEBOOK = ROOT / "docs/notebook.ipynb"
+CELLS: list[dict[str, Any]] = json.loads(NOTEBOOK.read_text())["cells"]
+SIDE = 256  # of a picture in a row
+
+
+def of_type(kind: str) -> dict[str, str]:
+    """The text of each cell of this type, by its id, in order."""
+    return {cell["id"]: "".join(cell["source"]) for cell in CELLS if cell["cell_type"] == kind}
+
+
+def test_it_is_a_notebook_without_outputs() -> None:
+    """Format 4.5, as its schema describes it."""
+    document = json.loads(NOTEBOOK.read_text())
+    assert document.keys() == {"cells", "metadata", "nbformat", "nbformat_minor"}
+    assert (document["nbformat"], document["nbformat_minor"]) == (4, 5)
+    assert document["metadata"]["kernelspec"].keys() == {"name", "display_name", "language"}
+    assert document["metadata"]["language_info"] == {"name": "python"}
+    for cell in CELLS:
+        code = cell["cell_type"] == "code"
+        assert code or cell["cell_type"] == "markdown"
+        own = {"execution_count", "outputs"} if code else set()
+        assert cell.keys() == {"cell_type", "id", "metadata", "source"} | own
+        assert (cell.get("execution_count"), cell.get("outputs", [])) == (None, [])
+        assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", cell["id"])
+        assert cell["metadata"] == {}
+        assert all(line.endswith("\n") for line in cell["source"][:-1])
+        assert all(isinstance(line, str) and "\n" not in line[:-1] for line in cell["source"])
+    ids = [cell["id"] for cell in CELLS]
+    assert len(set(ids)) == len(ids)
+
+
+def test_its_links_and_commands_lead_somewhere() -> None:
+    for text in of_type("markdown").values():
+        check_links(NOTEBOOK, text)
+        for command in commands(text):
+            assert command in TESTED or command.removeprefix("unclip ") in COMMANDS
+
+
+def shown(code: str, names: dict[str, Any]) -> Any:
+    """Run a cell; the value of its last line, if that is one."""
+    body = ast.parse(code).body
+    last = body.pop() if isinstance(body[-1], ast.Expr) else None
+    exec(compile(ast.Module(body, []), "cell", "exec"), names)
+    return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every cell shows, run in order from the folder of a notebook beside the output of a run."""
+    folder = tmp_path_factory.mktemp("notebook")
+    _, bundle = publish_bundle(folder)
+    (folder / "docs").mkdir()
+    (folder / "out/nano").mkdir(parents=True)
+    word = {"store": str(folder / "store"), "bundle": bundle.key}
+    (folder / "out/nano/bundle.json").write_text(json.dumps(word))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "docs")
+        found = {name: shown(code, names) for name, code in of_type("code").items()}
+    assert list((folder / "docs").iterdir()) == []  # it litters nothing
+    return found | {"names": names}
+
+
+def test_it_makes_what_it_says(values: dict[str, Any]) -> None:
+    """The bundle's pictures are of 16, 64 and 256 px."""
+    assert isinstance(values["load"], SamplingConfig)
+    pictures = {name: value for name, value in values.items() if isinstance(value, Image.Image)}
+    assert {name: picture.size for name, picture in pictures.items()} == {
+        "generate": (4 * SIDE, SIDE),
+        "stages": (3 * SIDE, SIDE),
+        "largest": (256, 256),
+        "priors": (4 * SIDE, 2 * SIDE),
+        "vary": (5 * SIDE, SIDE),
+        "interpolate": (6 * SIDE, SIDE),
+        "text": (6 * SIDE, SIDE),
+        "components": (4 * SIDE, SIDE),
+    }
+    assert all(picture.mode == "RGB" for picture in pictures.values())
+    assert pictures.keys() | {"load", "row", "plot", "names"} == values.keys()
+
+
+def test_pictures_are_those_that_it_tells_of(values: dict[str, Any]) -> None:
+    """Other seeds make other pictures, and a way begins and ends where it should."""
+    names = values["names"]
+    made, others, between = names["made"], names["others"], names["between"]
+    assert len({bytes(image.numpy()) for image in (*made.image, *others.image)}) == 7
+    assert close(between.image[-1], names["unclip"].reconstruct(names["second"], size=64).image[0])
+    assert close(names["changed"].image[0], between.image[0])  # both without the caption
+    assert not close(names["changed"].image[-1], names["changed"].image[0])
+
+
+def close(a: Any, b: Any) -> bool:
+    """Equal but for rounding."""
+    return int((a.int() - b.int()).abs().max()) <= 1
+
+
+def test_the_chart_shows_both_captions(values: dict[str, Any]) -> None:
+    chart, names = values["plot"], values["names"]
+    drawn = chart._repr_html_()
+    assert "<svg" in drawn
+    assert "a red heart" in drawn
+    assert "a blue heart" in drawn
+    assert names["similarity"].shape == (6, 2)
+    assert names["similarity"].abs().max() <= 1 + 1e-5
