@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "show what a run would make, why, and about what it costs",
     "sample": "turn captions into pictures with a finished bundle",
     "generate": "turn a list of prompts into pictures, on many workers",
+    "edit": "vary, interpolate, change or take apart pictures of your own",
     "report": "write the report again, for example with some pictures only",
     "data": "search pictures, try failed rows again, forget rows, delete what nothing needs",
     "pin": "let an artefact stand for later data too",

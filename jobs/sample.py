@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         unclip = UnCLIP.from_folder(folder)
         for i, caption in enumerate(arguments.captions):
             sample = make_sample(unclip, caption, arguments.seed + i, options)
-            path = output / "samples" / f"{_slug(caption)}-{sample.seed}.png"
+            path = output / "samples" / f"{slug(caption)}-{sample.seed}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(sample.picture)
             print(path)
@@ -97,7 +97,8 @@ def sampling_option(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
-def _slug(caption: str) -> str:
+def slug(caption: str) -> str:
+    """A caption as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "picture"
 
 

@@ -219,6 +219,11 @@ class UnCLIP:
         return Generation(embedding, {side: to_uint8(x).permute(0, 2, 3, 1).cpu() for side, x in images.items()})
 
     @torch.no_grad()
+    def embed(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """z_i of each picture, by CLIP: unit norm, fp32 [b, d]."""
+        return self.clip.encode_image(self._views(pictures, self.clip.image_size))
+
+    @torch.no_grad()
     def invert(
         self,
         pictures: Sequence[Image.Image],
@@ -231,17 +236,12 @@ class UnCLIP:
         ``captions`` tell the decoder what is in the pictures; they stay with the latents. Raises ValueError on another
         number of captions than pictures.
         """
-        sampling = self._manipulation(options)
+        sampling = self.manipulation_sampling(options)
         if captions is not None and len(captions) != len(pictures):
             raise ValueError(f"got {len(pictures)} pictures and {len(captions)} captions: give one for each")
-        device = self.clip.mean.device
         tokens = None if captions is None else self._tokens(captions)
         config = self.decoder.config
-        embedding, x0 = (
-            torch.from_numpy(np.stack([view(picture, side) for picture in pictures])).permute(0, 3, 1, 2).to(device)
-            for side in (self.clip.image_size, config.image_size)
-        )
-        embedding = self.clip.encode_image(embedding)
+        embedding, x0 = self.embed(pictures), self._views(pictures, config.image_size)
         denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance)
         schedule, steps = make_schedule(config.schedule, config.steps), sampling.decoder_steps
 
@@ -272,7 +272,7 @@ class UnCLIP:
         """
         if eta < 0:
             raise ValueError(f"eta is {eta}: use 0 for the picture itself, up to 1 for variations")
-        many, sampling = inversion.repeated(len(seeds)), self._manipulation(options)
+        many, sampling = inversion.repeated(len(seeds)), self.manipulation_sampling(options)
         return self.decode(many.embedding, many.tokens, seeds, sampling, progress, many.noise, eta)
 
     def interpolate(
@@ -334,11 +334,17 @@ class UnCLIP:
         if self.codec is None:
             raise ValueError("this bundle has no codec, which holds the principal components: add one")
         parts = torch.cat([first_components(self.codec, embedding, count) for count in counts])
-        return self.decode(parts, None, [seed] * len(counts), self._manipulation(options), progress)
+        return self.decode(parts, None, [seed] * len(counts), self.manipulation_sampling(options), progress)
 
-    def _manipulation(self, options: dict[str, object]) -> SamplingConfig:
-        """DDIM without guidance, which alone can be inverted, unless ``options`` ask for some."""
+    def manipulation_sampling(self, options: dict[str, object]) -> SamplingConfig:
+        """How pictures are changed: DDIM without guidance, which alone can be inverted, unless ``options`` ask for
+        some. Raises ValueError as ``change_sampling`` does."""
         return replace(change_sampling(replace(self.sampling, decoder_guidance=0.0), options), decoder_sampler="ddim")
+
+    def _views(self, pictures: Sequence[Image.Image], side: int) -> Tensor:
+        """uint8 [b, 3, side, side]."""
+        views = torch.from_numpy(np.stack([view(picture, side) for picture in pictures]))
+        return views.permute(0, 3, 1, 2).to(self.clip.mean.device)
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
         check_captions(captions)

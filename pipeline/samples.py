@@ -62,25 +62,32 @@ def make_sample(unclip: UnCLIP, caption: str, seed: int, options: Mapping[str, A
     with Progress(f"sampling {caption[:40]!r}", _steps(unclip, settings), "steps") as progress:
         generation = unclip.generate([caption], [seed], lambda stage, *_: progress.advance(1, stage), **options)
     text = {"caption": caption, "seed": str(seed), "settings": json.dumps(settings, sort_keys=True)}
-    images = [_png(pixels[0].numpy(), text) for pixels in (generation.image, generation.images[min(generation.images)])]
+    images = [png(pixels[0].numpy(), text) for pixels in (generation.image, generation.images[min(generation.images)])]
     return Sample(caption, seed, settings, *images)
 
 
 def _steps(unclip: UnCLIP, settings: Mapping[str, Any]) -> int:
-    prior = (
-        settings["prior_steps"]
-        if settings["prior"] == "diffusion" or unclip.ar_prior is None
-        else unclip.ar_prior.codes
-    )
-    names = [
-        n
-        for n, side in (("upsampler_256", 256), ("upsampler_1024", 1024))
-        if settings["size"] >= side and getattr(unclip, n)
-    ]
-    return prior + settings["decoder_steps"] + sum(settings[f"{name}_steps"] for name in names)
+    return prior_steps(unclip, settings, settings["prior"]) + decode_steps(unclip, settings)
 
 
-def _png(pixels: Any, text: Mapping[str, str]) -> bytes:
+def prior_steps(unclip: UnCLIP, settings: Mapping[str, Any], prior: str) -> int:
+    """How often the prior "ar" or "diffusion" reports progress for one batch."""
+    return settings["prior_steps"] if prior == "diffusion" or unclip.ar_prior is None else unclip.ar_prior.codes
+
+
+def decode_steps(unclip: UnCLIP, settings: Mapping[str, Any]) -> int:
+    """How often decoder and upsamplers report progress for one batch."""
+    steps = settings["decoder_steps"]
+    for name in ("upsampler_256", "upsampler_1024"):
+        model = getattr(unclip, name)
+        if model is None or model.config.image_size > settings["size"]:
+            break
+        steps += settings[f"{name}_steps"]
+    return steps
+
+
+def png(pixels: Any, text: Mapping[str, str]) -> bytes:
+    """uint8 [h, w, 3] as a PNG file with text chunks."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

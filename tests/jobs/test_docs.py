@@ -74,6 +74,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
     "Settings of trainings": {"default": TrainingSettings},
 }
 
+EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip init my-project pairs.csv": "here",
@@ -96,6 +97,12 @@ TESTED = {
     'unclip sample "a red heart on a pale green background"': "here",
     'unclip sample "a green apple" "a cat face" --seed 7 --set prior=ar': "here",
     "unclip generate prompts.txt --from out/nano --to pictures-made --workers 2": "here",
+    "unclip edit variations cat.png": EDITED,
+    "unclip edit interpolate cat.png house.png --count 24 --animate": EDITED,
+    'unclip edit textdiff cat.png "a cat" "an angry cat" --most 0.4': EDITED,
+    "unclip edit reconstruct cat.png": EDITED,
+    "unclip edit components cat.png": EDITED,
+    'unclip edit priors "a red house" --picture house.png': EDITED,
     "unclip init my-flags flags.csv --from out/emoji": "tests/jobs/test_chain.py, from micro models",
     'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
     "unclip data search configs/nano.yaml --picture pictures/3.png --split train": "here",

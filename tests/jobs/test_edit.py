@@ -1,0 +1,311 @@
+"""``unclip edit``: what it shows is what the models make, and comes again from the same words."""
+
+import io
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from jobs.cli import main
+from jobs.edit import KINDS
+from models.cascade import UnCLIP
+from models.clip import tokenize
+from models.codec import fit_codec, fit_pca, moments
+from models.pixels import from_uint8
+from models.view import view
+from pipeline import edits
+from pipeline.data.own_picture import open_picture
+from pipeline.evaluate.metrics import psnr
+from pipeline.strip import END_MS, FRAME_MS, GAP
+from tests.chain import ROOT
+from tests.jobs.test_docs import commands
+from tests.models.test_cascade import DIM, make
+from tests.models.test_manipulations import PICTURES
+from tests.pipeline.test_generation import publish_bundle
+
+OPTIONS: Any = {"decoder_steps": 3, "upsampler_256_steps": 2, "size": 64}
+FEW = ("--size", 64, "--set", "decoder_steps=3", "--set", "upsampler_256_steps=2")
+Edit = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a bundle of random weights and two pictures. "64 px" pictures are of 64, the decoder's of 16."""
+    folder = tmp_path_factory.mktemp("edit")
+    _, bundle = publish_bundle(folder)
+    (folder / "out/nano").mkdir(parents=True)
+    (folder / "out/nano/bundle.json").write_text(json.dumps({"store": str(folder / "store"), "bundle": bundle.key}))
+    for name, picture in zip(("cat.png", "house.png"), PICTURES, strict=True):
+        picture.save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def edit(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Edit:
+    """Runs ``unclip edit`` in this process and returns the lines it printed."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("pipeline.samples.use_all_cores", lambda: None)
+
+    def run(*words: object) -> list[str]:
+        assert main(["edit", *map(str, words)]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unclip(folder: Path) -> UnCLIP:
+    return UnCLIP.from_folder(folder / "bundle")
+
+
+def tiles(path: str | Path, count: int, side: int = 128) -> list[np.ndarray]:
+    """The first ``count`` pictures of a strip whose pictures are ``side`` px wide."""
+    whole = np.asarray(Image.open(path))
+    step = side + GAP
+    columns = (whole.shape[1] + GAP) // step
+    corners = [(i // columns * step, i % columns * step) for i in range(count)]
+    return [whole[top : top + side, left : left + side] for top, left in corners]
+
+
+def shown(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
+    """A picture of 64 px as a strip shows it, every pixel as four."""
+    return np.asarray(pixels).repeat(2, 0).repeat(2, 1)
+
+
+def differ(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def test_the_commands_of_the_page_run_as_they_stand(edit: Edit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.edit.SIZE", 64)  # what they leave open
+    lines = [shlex.split(command)[2:] for command in commands((ROOT / "docs/edit.md").read_text())]
+    assert {words[0] for words in lines} == KINDS.keys()
+    for words in lines:
+        path, *names = edit(*words)
+        with Image.open(folder / path) as image:
+            assert image.format == ("WEBP" if "--animate" in words else "PNG")
+            assert image.height == 128
+            assert names[0].startswith("  1: ")
+
+
+def test_pictures_are_of_256_px_unless_asked_for_otherwise(edit: Edit) -> None:
+    path, *_ = edit("interpolate", "cat.png", "house.png", "--count", 2, *FEW[2:])
+    assert Image.open(path).size == (2 * 256 + GAP, 256)
+
+
+def test_the_same_words_give_the_same_bytes(edit: Edit, tmp_path: Path) -> None:
+    made = {}
+    for name, seed, kind in [
+        ("a", 5, ["variations"]),
+        ("b", 5, ["variations"]),
+        ("c", 6, ["variations"]),
+        ("d", 5, ["components", "--counts", "1,4"]),
+        ("e", 5, ["components", "--counts", "1,4"]),
+    ]:
+        edit(*kind, "cat.png", "--seed", seed, "--to", tmp_path / f"{name}.png", *FEW)
+        made[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert made["a"] == made["b"] != made["c"]
+    assert made["d"] == made["e"]
+
+
+def test_a_strip_says_how_it_was_made(edit: Edit, folder: Path) -> None:
+    path, *names = edit("variations", "cat.png", "--count", 3, "--caption", "a cät", "--seed", 7, *FEW)
+    assert path == "out/nano/edits/variations-cat-a-c-t-7.png"
+    text: Any = Image.open(folder / path).info
+    assert json.loads(text["edit"])["caption"] == "a cät"
+    assert json.loads(text["edit"])["picture"] == "cat.png"
+    settings = json.loads(text["settings"])
+    assert (settings["size"], settings["decoder_steps"], settings["decoder_sampler"]) == (64, 3, "ddim")
+    assert text["seed"] == "7"
+    assert [f"  {i}: {name}" for i, name in enumerate(json.loads(text["pictures"]), 1)] == names
+    assert names == ["  1: the picture", "  2: seed 7", "  3: seed 8", "  4: seed 9"]
+
+
+def test_variations_come_after_the_picture_and_differ_by_eta(edit: Edit, unclip: UnCLIP) -> None:
+    strips = {}
+    for eta in (0, 1):
+        path, *_ = edit("variations", "cat.png", "--count", 2, "--eta", eta, *FEW)
+        strips[eta] = tiles(path, 3)
+        assert np.array_equal(strips[eta][0], shown(view(PICTURES[0], 64)))
+    inversion = unclip.invert(PICTURES[:1], **OPTIONS)
+    expected = unclip.variations(inversion, [0, 1], 1.0, **OPTIONS)
+    for tile, picture in zip(strips[1][1:], expected.image, strict=True):
+        assert differ(tile, shown(picture)) <= 1
+    assert not np.array_equal(strips[0][1], strips[1][1])
+
+
+def test_an_interpolation_ends_at_both_reconstructions(edit: Edit) -> None:
+    path, *names = edit("interpolate", "cat.png", "house.png", "--count", 5, "--seed", 3, *FEW)
+    way = tiles(path, 5)
+    assert Image.open(path).size == (5 * 128 + 4 * GAP, 128)
+    assert names == [f"  {i + 1}: {25 * i}%" for i in range(5)]
+    for picture, end in (("cat.png", way[0]), ("house.png", way[-1])):
+        alone, *_ = edit("reconstruct", picture, "--seed", 3, *FEW)
+        assert differ(tiles(alone, 2)[1], end) <= 1
+    assert differ(way[0], way[-1]) > 1
+
+
+def test_an_animation_goes_forth_and_back(edit: Edit) -> None:
+    words = ("interpolate", "cat.png", "house.png", "--count", 4, *FEW)
+    way = tiles(edit(*words)[0], 4)
+    path = edit(*words, "--animate")[0]
+    assert path.endswith(".webp")
+    with Image.open(path) as moving:
+        assert (moving.n_frames, moving.size, moving.info["loop"]) == (6, (128, 128), 0)  # type: ignore[attr-defined]
+        about = json.loads(moving.getexif()[0x010E])
+        assert json.loads(about["edit"])["animate"] is True
+        times = []
+        for frame, expected in enumerate([0, 1, 2, 3, 2, 1]):
+            moving.seek(frame)
+            assert np.array_equal(np.asarray(moving.convert("RGB")), way[expected])
+            times.append(moving.info["duration"])
+    assert times == [END_MS, FRAME_MS, FRAME_MS, END_MS, FRAME_MS, FRAME_MS]
+
+
+def test_a_text_difference_begins_at_the_reconstruction(edit: Edit) -> None:
+    words = ("textdiff", "cat.png", "a cat", "an angry cat")
+    path, *names = edit(*words, "--count", 3, "--most", 0.3, *FEW)
+    way = tiles(path, 3)
+    alone, *_ = edit("reconstruct", "cat.png", *FEW)
+    assert differ(way[0], tiles(alone, 2)[1]) <= 1
+    assert not np.array_equal(way[0], way[2])
+    assert [name.split()[-1] for name in names] == ["0", "0.15", "0.3"]
+
+
+def test_the_error_of_a_reconstruction_is_that_of_its_pixels(edit: Edit) -> None:
+    path, _, said = edit("reconstruct", "cat.png", *FEW)
+    picture, made = (torch.tensor(tile[::2, ::2].copy()).permute(2, 0, 1)[None] for tile in tiles(path, 2))
+    expected = float(psnr(from_uint8(made), from_uint8(picture)))
+    assert said.startswith("  2: its reconstruction, PSNR ")
+    assert f"{expected:.1f} dB at 64 px" in said
+    assert " dB at 16 px" in said
+
+
+def whole_codec() -> Any:
+    """With as many codes as embeddings have dimensions, so that nothing is lost."""
+    z = F.normalize(torch.randn(50, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pca = fit_pca(*moments(z), k=DIM)
+    return fit_codec(pca, (z - pca.mean) @ pca.components.T, (z * z.flip(0)).sum(-1), 8)
+
+
+def test_all_components_are_the_whole_embedding() -> None:
+    unclip = replace(make(), ar_prior=None, codec=whole_codec())
+    swept = edits.components(unclip, PICTURES[0], None, 4, OPTIONS)
+    *parts, whole, picture = swept.pictures
+    assert len(parts) >= 6  # the paper's 8, in proportion to 16 components, some of which fall together
+    cosines = [float(name.rpartition(" ")[2]) for name in swept.names[:-2]]
+    assert cosines[-1] == 1.0
+    assert min(cosines) < 0.9
+    assert differ(parts[-1], whole) <= 1
+    assert differ(parts[0], whole) > 1
+    assert np.array_equal(picture, view(PICTURES[0], 64))
+
+
+def test_priors_differ_by_their_embedding_alone(edit: Edit, unclip: UnCLIP) -> None:
+    words = ("priors", "a red fox", "--seed", 2, *FEW)
+    path, *names = edit(*words, "--picture", "cat.png")
+    compared = tiles(path, 4)
+    for tile, prior in zip(compared, ("ar", "diffusion"), strict=False):  # as generate makes them
+        alone = unclip.generate(["a red fox"], [2], prior=prior, **OPTIONS)
+        assert differ(tile, shown(alone.image[0])) <= 1
+    sampling = replace(unclip.sampling, **OPTIONS)
+    tokens = tokenize(["a red fox"])
+    for tile, embedding in zip(
+        compared[2:], (unclip.clip.encode_text(tokens), unclip.embed(PICTURES[:1])), strict=True
+    ):
+        alone = unclip.decode(embedding.detach(), tokens, [2], sampling)
+        assert differ(tile, shown(alone.image[0])) <= 1
+    assert "text embedding, cosine 1.000 to the caption" in names[2]
+    assert "true image embedding, " in names[3]
+    assert names[3].endswith("1.000 to the picture")
+    without, *names = edit(*words, "--to", "without.png")
+    assert len(names) == 3
+    assert all(differ(a, b) <= 1 for a, b in zip(tiles(without, 3), compared, strict=False))
+
+
+def test_a_bundle_of_one_prior_compares_what_it_has(unclip: UnCLIP) -> None:
+    one = replace(unclip, ar_prior=None, codec=None)
+    found = edits.priors(one, "a cat", None, 0, OPTIONS)
+    assert [name.partition(",")[0] for name in found.names] == ["diffusion prior", "text embedding"]
+
+
+def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["variations", "cat.png"],
+        ["interpolate", "cat.png", "house.png"],
+        ["components", "cat.png"],
+        ["priors", "a cat"],
+    ):
+        main(["edit", *words, *map(str, FEW)])
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        done, total = said.partition(": ")[2].split(" steps")[0].split(" of ")
+        assert done == total, said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["variations", "none.png"], "none.png: cannot be read (No such file or directory)"),
+        (["variations", "."], ".: cannot be read (Is a directory)"),
+        (["variations", "other.bmp"], "other.bmp: cannot be taken (not_an_image: the bytes are no PNG, JPEG or WebP)"),
+        (["variations", "empty.png"], "empty.png: cannot be taken (zero_bytes"),
+        (["reconstruct", "cut.png"], "cut.png: cannot be taken (truncated"),
+        (["reconstruct", "big.png"], "big.png: cannot be taken (too_many_pixels"),
+        (["reconstruct", "cat.png", "--caption", "cat " * 80], "caption 1 has 80 tokens"),
+        (["variations", "cat.png", "--count", "0"], "--count 0 is below 1"),
+        (["variations", "cat.png", "--eta", "1.5"], "--eta 1.5 is outside 0 to 1"),
+        (["variations", "cat.png", "--seed", "-1"], "--seed -1 is below 0"),
+        (["variations", "cat.png", "--set", "sise=64"], "unknown sampling options ['sise']"),
+        (["variations", "cat.png", "--to", "cat.jpg"], "--to cat.jpg: what is made is a .png file"),
+        (["variations", "cat.png", "--from", "nowhere"], "nowhere: no finished bundle there"),
+        (["interpolate", "cat.png", "house.png", "--count", "1"], "--count 1 is below 2"),
+        (["textdiff", "cat.png", "a cat", "a cat"], "both captions are 'a cat'"),
+        (["textdiff", "cat.png", "a cat", "cat " * 80], "caption 2 has 80 tokens"),
+        (["textdiff", "cat.png", "a", "b", "--most", "2"], "--most 2.0 is not above 0 and at most 1"),
+        (["components", "cat.png", "--counts", "1,x"], "--counts 1,x: write whole numbers"),
+        (["components", "cat.png", "--counts", "99"], "cannot keep 99 principal components: this codec has 4"),
+        (["priors", "cat " * 80], "caption 1 has 80 tokens"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    folder: Path, edit: Edit, capsys: pytest.CaptureFixture[str], words: Sequence[str], says: str
+) -> None:
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "cut.png").write_bytes((folder / "cat.png").read_bytes()[:200])
+    Image.new("1", (9000, 9000)).save(folder / "big.png")
+    Image.new("RGB", (9, 9)).save(folder / "other.bmp")
+    assert main(["edit", *words]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("  ")]
+    assert line.startswith("error: ")
+    assert says in line
+
+
+def test_without_kind_or_with_a_wrong_one_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["vary", "cat.png"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["edit", *words])
+        assert "usage: unclip edit" in capsys.readouterr().err
+
+
+def test_pictures_are_taken_as_pairs_would_store_them(folder: Path) -> None:
+    """Upright, on white, no larger than a model sees."""
+    turned = Image.new("RGB", (2100, 1400), "red")
+    turned.paste("blue", (0, 0, 1050, 1400))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned.save(folder / "turned.jpg", exif=exif)
+    found = open_picture(folder / "turned.jpg")
+    assert found.size == (1024, 1536)
+    assert found.getpixel((500, 10))[2] > 200  # type: ignore[index]
+    out = io.BytesIO()
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(out, "PNG")
+    (folder / "clear.png").write_bytes(out.getvalue())
+    assert open_picture(folder / "clear.png").getpixel((0, 0)) == (255, 255, 255)
