@@ -102,7 +102,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if values.get("count", least) < least:
         raise UserError(f"--count {arguments.count} is below {least}")
     if not 0 <= values.get("eta", 0) <= 1:
-        raise UserError(f"--eta {arguments.eta} is outside 0 to 1; 0 gives the picture itself, 1 changes most")
+        raise UserError(f"--eta {arguments.eta} is outside 0 to 1; 0 gives the reconstruction, 1 changes most")
     if not 0 < values.get("most", 1) <= 1:
         raise UserError(f"--most {arguments.most} is not above 0 and at most 1; the paper goes up to 0.25 to 0.5")
     if "before" in values and arguments.before == arguments.after:

@@ -7,13 +7,15 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
+from models.sampling_config import SamplingConfig
 from pipeline.artifacts import Artifact, load_artifact
 from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
+from pipeline.parse import parse
 from pipeline.store import Store, open_store
 
 
@@ -91,10 +93,16 @@ def bundle_folder(output: Path) -> Path:
 
 
 def sampling_option(text: str) -> tuple[str, Any]:
+    """Name and value of a --set, of the option's type. Raises UserError."""
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text}: write NAME=VALUE")
-    return name, yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: {value} is no value; write a number or a word") from None
+    kind = get_type_hints(SamplingConfig).get(name)  # whoever samples names the known ones
+    return name, parsed if kind is None else parse(kind, parsed, f"--set {name}")
 
 
 def slug(caption: str) -> str:

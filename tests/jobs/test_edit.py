@@ -264,6 +264,11 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
         (["variations", "cat.png", "--eta", "1.5"], "--eta 1.5 is outside 0 to 1"),
         (["variations", "cat.png", "--seed", "-1"], "--seed -1 is below 0"),
         (["variations", "cat.png", "--set", "sise=64"], "unknown sampling options ['sise']"),
+        (["variations", "cat.png", "--set", "size=["], "--set size=[: [ is no value"),
+        (
+            ["variations", "cat.png", "--set", "decoder_steps=many"],
+            "decoder_steps: expected a whole number, got 'many'",
+        ),
         (["variations", "cat.png", "--to", "cat.jpg"], "--to cat.jpg: what is made is a .png file"),
         (["variations", "cat.png", "--from", "nowhere"], "nowhere: no finished bundle there"),
         (["interpolate", "cat.png", "house.png", "--count", "1"], "--count 1 is below 2"),
