@@ -22,6 +22,7 @@ COMMANDS = {
     "edit": "vary, interpolate, change or take apart pictures of your own",
     "report": "write the report again, for example with some pictures only",
     "data": "search pictures, try failed rows again, forget rows, delete what nothing needs",
+    "release": "promote a bundle if it is no worse, go back, see what differs",
     "pin": "let an artefact stand for later data too",
     "unpin": "lift a pin",
 }

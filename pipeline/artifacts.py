@@ -253,6 +253,21 @@ def load_artifact(store: Store, stage: str, key: str) -> Artifact | None:
     return None if record is None else _artifact(record)
 
 
+def ancestors(store: Store, artifact: Artifact) -> Iterator[Artifact]:
+    """An artefact and all that it was made from, each once, the nearest first. What is no longer there is passed over.
+
+    At equal distance models that are pinned come after others, by their names: what is behind them may be older.
+    """
+    queue, seen = [artifact], {(artifact.stage, artifact.key)}
+    for made in queue:
+        yield made
+        for inputs in sorted(made.inputs.items(), reverse=True):
+            if inputs not in seen:
+                seen.add(inputs)
+                if (found := load_artifact(store, *inputs)) is not None:
+                    queue.append(found)
+
+
 def _artifact(record: Mapping[str, Any]) -> Artifact:
     names = ("stage", "key", "inputs", "recipe", "blobs", "shard_table", "metrics", "environment", "times")
     values = {name: record[name] for name in names}

@@ -19,7 +19,7 @@ from pipeline.store import Store, clear_abandoned
 TOMBSTONES = "locks/tombstones.json.gz"
 RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before the blobs that they name
 NAMING_BLOBS = ("shards/", "checkpoints/")
-DECIDING = ("runs/", "artifacts/")
+DECIDING = ("releases/", "runs/", "artifacts/")
 
 
 @dataclass
@@ -73,7 +73,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
         return found
     if _names(store, DECIDING) - known:  # somebody has begun or finished something meanwhile
         _, live = _find_live(store, keep_s, now)
-    for path in sorted(_names(store, NAMING_BLOBS) - known):
+    for path, _ in sorted(_names(store, NAMING_BLOBS) - known):
         live.paths.add(path)
         mark_blobs(store, path, live)
     due = [path for path in due if path not in live]
@@ -87,11 +87,11 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
     return found
 
 
-def _find_live(store: Store, keep_s: float, now: float) -> tuple[set[str], Live]:
-    """All records of before the look, and what is needed."""
+def _find_live(store: Store, keep_s: float, now: float) -> tuple[set[tuple[str, str]], Live]:
+    """All records of before the look, with their versions, and what is needed."""
     known = _names(store, (*DECIDING, *NAMING_BLOBS))
     return known, find_live(store, keep_s, now)
 
 
-def _names(store: Store, prefixes: tuple[str, ...]) -> set[str]:
-    return {entry.path for prefix in prefixes for entry in store.list(prefix)}
+def _names(store: Store, prefixes: tuple[str, ...]) -> set[tuple[str, str]]:
+    return {(entry.path, entry.version) for prefix in prefixes for entry in store.list(prefix)}

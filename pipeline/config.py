@@ -1,4 +1,6 @@
-"""The configuration: every stage's recipe, and under ``run`` how to run it. Composes, defines nothing of its own.
+"""The configuration: every stage's recipe, under ``release`` what a release must show, and under ``run`` how to run it.
+
+Composes, defines nothing of its own.
 
 Importing this imports neither Ray nor torch.
 """
@@ -26,6 +28,7 @@ from pipeline.data.thresholds import ThresholdsRecipe
 from pipeline.errors import UserError
 from pipeline.evaluate.recipe import EVALUATION_PRESETS, EvaluationRecipe
 from pipeline.parse import merge, parse
+from pipeline.release_gates import ReleaseGates
 from pipeline.samples import SamplesRecipe
 from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
 from pipeline.training.recipes import (
@@ -98,6 +101,7 @@ class Config:
     bundle: BundleRecipe = field(default_factory=BundleRecipe)
     samples: SamplesRecipe = field(default_factory=SamplesRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    release: ReleaseGates = field(default_factory=ReleaseGates)
     run: Run = field(default_factory=Run)
 
 

@@ -185,6 +185,12 @@ def plan(
     return verdicts
 
 
+def recipe_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two flattened recipes, such as "model.dropout 0.0 -> 0.1"."""
+    names = sorted(now.keys() | then.keys())
+    return [f"{k} {then.get(k)} -> {now.get(k)}" for k in names if now.get(k) != then.get(k)]
+
+
 def _because(stage: Stage, keys: Mapping[str, str], before: Mapping[str, Any] | None, verdicts: list[Verdict]) -> str:
     """Why a stage is stale, in the words of the user's configuration."""
     if before is None:
@@ -193,10 +199,7 @@ def _because(stage: Stage, keys: Mapping[str, str], before: Mapping[str, Any] | 
         return "not finished yet"
     if before["version"] != stage.version:
         return f"its code changed (version {before['version']} -> {stage.version})"
-    now, then = flatten(stage.recipe), before["recipe"]
-    changed = [
-        f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k)
-    ]
+    changed = recipe_changes(before["recipe"], flatten(stage.recipe))
     if changed:
         return ", ".join(changed)
     if stage.name in SOURCES:

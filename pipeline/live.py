@@ -1,4 +1,4 @@
-"""What a store still needs: everything that pins, recent runs, running stages and lists name."""
+"""What a store still needs: everything that releases, pins, recent runs, running stages and lists name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
+from pipeline.artifacts import Artifact, ancestors, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.data.journal import read_journal
 from pipeline.errors import CorruptObject
 from pipeline.graph import SOURCES
 from pipeline.leases import is_held
 from pipeline.records import blob_path, digest, read_record
+from pipeline.release import read_releases, released_projects
 from pipeline.store import Store
 
 THREADS = 16  # records are small, and each is a request
@@ -38,10 +39,13 @@ def find_live(store: Store, keep_s: float, now: float) -> Live:
     """Mark what is needed. Reads every artefact record, and the shard table of every artefact that is needed.
 
     A run is needed for ``keep_s`` seconds, longer while one of its stages is being made, and in any case if it is its
-    project's last. Runs of before something was forgotten are not, once there is a later one.
+    project's last. Runs of before something was forgotten are not, once there is a later one. Raises UserError if the
+    pointer of a release is damaged.
     """
     live = Live()
     pinned = _pinned(store, live)
+    released = _released(store)
+    behind = _behind(store, released, live)
     runs = _needed_runs(store, keep_s, now, live)
     wanted: dict[str, set[str]] = defaultdict(set)
     trainings = set()
@@ -63,7 +67,9 @@ def find_live(store: Store, keep_s: float, now: float) -> Live:
             continue
         # Milestones of a training are artefacts too, which no run names.
         milestone = _training(stage, artifact.recipe, artifact.inputs) in trainings
-        if key in wanted[stage] or key in pinned or milestone:
+        if stage == "evaluation" and artifact.inputs.get("bundle") in released:
+            _mark_judgement(artifact, released[artifact.inputs["bundle"]], live)
+        if key in wanted[stage] or key in pinned or milestone or (stage, key) in behind:
             made[stage].add(key)
             _mark_artifact(store, artifact, live)
     for stage, keys in wanted.items():
@@ -84,6 +90,45 @@ def _pinned(store: Store, live: Live) -> set[str]:
         elif name.endswith(".json"):
             keys.add(json.loads(store.read(entry.path))["key"])
     return keys
+
+
+def _released(store: Store) -> dict[str, float]:
+    """For every bundle that is a release, or can be again by rollbacks, when its project last forgot something."""
+    found: dict[str, float] = defaultdict(float)
+    for project in released_projects(store):
+        forgotten_at = read_journal(store, project).forgotten_at
+        for move in read_releases(store, project).standing:
+            found[move.bundle] = max(found[move.bundle], forgotten_at)
+    return found
+
+
+def _behind(store: Store, released: Mapping[str, float], live: Live) -> set[tuple[str, str]]:
+    """Stage and key of all that released bundles were made from.
+
+    Models stand. Of the data of before something was forgotten only the records stay, which say what a bundle came
+    from, without what they list: what was forgotten must go.
+    """
+    found = set()
+    for key, forgotten_at in released.items():
+        bundle = load_artifact(store, "bundle", key)
+        for artifact in ancestors(store, bundle) if bundle is not None else ():
+            if artifact.shard_table is None or _began(artifact) > forgotten_at:
+                found.add((artifact.stage, artifact.key))
+            else:
+                live.paths.add(artifact_path(artifact.stage, artifact.key))
+    return found
+
+
+def _mark_judgement(evaluation: Artifact, forgotten_at: float, live: Live) -> None:
+    """An evaluation of a released bundle, which gates compare with; its pictures go with what was forgotten."""
+    live.paths.add(artifact_path(evaluation.stage, evaluation.key))
+    kept = {name for name in evaluation.blobs if name == "evaluation.json" or _began(evaluation) > forgotten_at}
+    live.paths.update(blob_path(evaluation.blobs[name]) for name in kept)
+
+
+def _began(artifact: Artifact) -> float:
+    """Seconds since the epoch."""
+    return artifact.times["finished"] - artifact.times["seconds"]
 
 
 def _needed_runs(store: Store, keep_s: float, now: float, live: Live) -> list[Mapping[str, Any]]:

@@ -59,13 +59,11 @@ def read_blob(store: Store, sha256: str) -> bytes:
 
 def create_record(store: Store, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """Create a record, or adopt the one that somebody else created first. Returns the one that stands."""
-    body = {**body, "format": FORMAT}
-    data = canonical({**body, "checksum": digest(body)})
-    while not store.create(path, data):
+    while not store.create(path, seal(body)):
         standing = read_record(store, path)
         if standing is not None:
             return standing
-    return body
+    return {**body, "format": FORMAT}
 
 
 def read_record(store: Store, path: str) -> dict[str, Any] | None:
@@ -74,17 +72,28 @@ def read_record(store: Store, path: str) -> dict[str, Any] | None:
         data = store.read(path)
     except FileNotFoundError:
         return None
+    body = unseal(data, f"{store.url}/{path}")
+    if body is None:
+        log.warning("%s is corrupt; it is deleted and its work done again", path)
+        store.delete([path])
+    return body
+
+
+def seal(body: dict[str, Any]) -> bytes:
+    """The bytes of a record, with format and checksum."""
+    body = {**body, "format": FORMAT}
+    return canonical({**body, "checksum": digest(body)})
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any] | None:
+    """The body of a record, or None if it is damaged. Raises UserError for a newer format, of the record ``where``."""
     try:
         body = json.loads(data)
         checksum = body.pop("checksum")
         newer = body["format"] > FORMAT
         sound = newer or checksum == digest(body)
     except (ValueError, KeyError, TypeError, AttributeError):
-        sound = newer = False
-    if newer:
-        raise UserError(f"{store.url}/{path} was written by a newer version of this software; upgrade to read it")
-    if not sound:
-        log.warning("%s is corrupt; it is deleted and its work done again", path)
-        store.delete([path])
         return None
-    return body
+    if newer:
+        raise UserError(f"{where} was written by a newer version of this software; upgrade to read it")
+    return body if sound else None

@@ -18,6 +18,7 @@ from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.priors import PRIORS
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut, Taught, held_out, read_views, taught
+from pipeline.records import digest
 from pipeline.store import Store
 
 SHOWN = 8  # captions in the pictures of the report
@@ -85,7 +86,9 @@ class Evaluation:
         self, part: str, rows: int, side: int, prefer: Callable[[str], object] | None = None
     ) -> HeldOut | None:
         found = held_out(self.store, self.inputs, rows, side, prefer)
-        self.keys[part] = {"split": found.split, "keys": found.keys} if found else {"split": None, "keys": []}
+        self.keys[part] = {"split": None, "keys": []}
+        if found:
+            self.keys[part] = {"split": found.split, "keys": found.keys, "captions": digest(found.captions)}
         return found.to(self.device) if found else None
 
     def ar_prior(self, tick: Tick) -> list[Figure]:

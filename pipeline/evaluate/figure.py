@@ -24,6 +24,8 @@ class Figure:
     ``says`` is the claim in plain words. ``value`` is compared with ``baseline``, over ``rows`` rows of ``split``;
     ``difference`` is value - baseline, with its standard ``error`` or its 95% ``interval``. ``holds`` is None where
     there is nothing to hold: a figure for information, or one that could not be measured, and ``note`` says why.
+    ``values`` are those of each row, to six digits, whose mean is ``value``, and ``claim`` says on which side of the
+    baseline they should be ("above" or "below"): where both are given, bundles can be compared row by row.
     """
 
     line: str
@@ -39,6 +41,8 @@ class Figure:
     rows: int = 0
     split: str = ""
     note: str = ""
+    claim: str | None = None
+    values: tuple[float, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; numbers that are not finite become None."""
@@ -54,6 +58,11 @@ def _finite(value: Any) -> Any:
 def judged(figures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The figures, as JSON, that claim something: those that hold or fail, and those that could not be measured."""
     return [figure for figure in figures if figure["holds"] is not None or figure["note"]]
+
+
+def without_values(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The figures, as JSON, for a record, which is small: the values of rows are in evaluation.json."""
+    return [{name: value for name, value in figure.items() if name != "values"} for figure in figures]
 
 
 def mark(figure: Mapping[str, Any]) -> str:

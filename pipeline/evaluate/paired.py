@@ -40,4 +40,6 @@ def paired(
         holds={"above": interval.low > 0, "below": interval.high < 0}.get(claim or ""),
         rows=len(value),
         split=rows.split,
+        claim=claim,
+        values=tuple(float(f"{v:.6g}") for v in value.tolist()),
     )

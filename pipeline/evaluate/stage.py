@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject
-from pipeline.evaluate.figure import count, judged
+from pipeline.evaluate.figure import count, judged, without_values
 from pipeline.graph import Context, flatten
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
@@ -65,6 +65,7 @@ def run_evaluation(ctx: Context) -> Artifact:
             figures += [figure.as_json() for figure in found]
             progress.advance(1, title)
     document = {
+        "version": VERSION,
         "figures": figures,
         "rows": evaluation.keys,
         "captions": evaluation.captions,
@@ -75,7 +76,7 @@ def run_evaluation(ctx: Context) -> Artifact:
     blobs |= {name: put_blob(ctx.store, png(picture)) for name, picture in evaluation.pictures.items()}
     metrics = {
         "holds": count(figures),
-        "figures": judged(figures),
+        "figures": without_values(judged(figures)),
         "captions": evaluation.captions,
         "licenses": evaluation.licenses,
     }

@@ -1,0 +1,222 @@
+"""``unclip release promote | rollback | diff | list | evaluate | take CONFIG``: which bundle of a project stands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jobs.project import Project, open_project
+from jobs.sample import remember_bundle
+from pipeline.artifacts import Artifact, load_artifact
+from pipeline.config import OVERRIDES, Config, load_config
+from pipeline.errors import UserError
+from pipeline.evaluate.figure import difference, short
+from pipeline.execute import make_context
+from pipeline.graph import stage_key
+from pipeline.release import Move, Releases, move_release, read_releases
+from pipeline.release_compare import OTHER_CLIP, Change, Measured, changes, comparable, evaluations, measured, obstacles
+from pipeline.release_diff import data_changes, find_bundle, recipes_changed, stages_behind
+from pipeline.release_gates import failing
+from pipeline.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line names; the list of the project is read only where it is needed."""
+
+    path: str
+    overrides: Sequence[str]
+    config: Config
+    store: Store
+    releases: Releases
+
+    def project(self) -> Project:
+        return open_project(self.path, self.overrides)
+
+    @property
+    def name(self) -> str:
+        return self.config.project
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unclip release", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = (_promote, _rollback, _diff, _list, _evaluate, _take)
+    promote = commands.add_parser("promote", help="make this configuration's bundle the release, if the gates hold")
+    promote.add_argument("--force", metavar="REASON", help="promote whatever the gates say, and record why")
+    rollback = commands.add_parser("rollback", help="go back to the release before")
+    rollback.add_argument("--reason", default="", help="to be recorded")
+    diff = commands.add_parser("diff", help="what differs between two bundles in data, recipe and figures")
+    listing = commands.add_parser("list", help="all moves of the release")
+    evaluate = commands.add_parser("evaluate", help="measure the release on the rows of this configuration")
+    take = commands.add_parser("take", help="let sample and generate --from FOLDER draw with the release")
+    for command, run in zip((promote, rollback, diff, listing, evaluate, take), runs, strict=True):
+        command.add_argument("config", help="a YAML file")
+        command.add_argument(
+            "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=OVERRIDES
+        )
+        command.set_defaults(run=run)
+    named = "current, previous, own (this configuration's), or the beginning of a bundle's key"
+    diff.add_argument("first", nargs="?", default="current", metavar="A", help=f"{named}; by default current")
+    diff.add_argument("second", nargs="?", default="own", metavar="B", help="the same; by default own")
+    take.add_argument("folder", help="will hold the bundle")
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    store = open_store(config.store)
+    asked = Asked(arguments.config, arguments.overrides, config, store, read_releases(store, config.project))
+    return arguments.run(asked, arguments)
+
+
+def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
+    if arguments.force is not None and not arguments.force.strip():
+        raise UserError("--force needs a reason, which is recorded")
+    made = asked.project().made("bundle", "evaluation")
+    key, current = made["bundle"].key, asked.releases.current
+    if current is not None and current.bundle == key:
+        print(f"{asked.name}: {key[:12]} is the release already")
+        return 0
+    failed = _failing(asked, made["evaluation"]) if current is not None else []
+    for line in failed:
+        print(f"  {line}")
+    if failed and arguments.force is None:
+        print(
+            f"error: {key[:12]} is not promoted, see above; unclip release diff {asked.path} shows all figures, "
+            "--force REASON promotes it all the same",
+            file=sys.stderr,
+        )
+        return 1
+    move = Move("promote", key, made["evaluation"].key, time.time(), arguments.force or "", tuple(failed))
+    move_release(asked.store, asked.name, asked.releases, move)
+    was = f", which was {current.bundle[:12]}" if current is not None else ""
+    print(f"{asked.name}: {key[:12]} is the release{was}")
+    return 0
+
+
+def _failing(asked: Asked, evaluation: Artifact) -> list[str]:
+    """A line for every gate that does not hold against the current release."""
+    assert asked.releases.current is not None
+    new = measured(asked.store, evaluation)
+    if new is None:
+        raise UserError(f"{asked.name}: its evaluation was damaged; unclip run {asked.path} makes it again")
+    old, why = _against(asked, asked.releases.current.bundle, new)
+    if old is None:
+        return [f"cannot be compared with the release: {why}"]
+    return failing(asked.config.release, old.figures, new.figures, changes(old, new))
+
+
+def _against(asked: Asked, bundle: str, new: Measured) -> tuple[Measured | None, str]:
+    """The evaluation of a bundle that can be compared with ``new``, or why there is none and what to do."""
+    found = evaluations(asked.store, bundle)
+    old = comparable(found, new)
+    if old is not None:
+        return old, ""
+    advice = f"unclip release evaluate {asked.path} measures the release as this configuration measures"
+    if not found:
+        return None, f"{bundle[:12]} has no evaluation in {asked.store.url}; {advice}"
+    differs = obstacles(found[0], new)
+    if OTHER_CLIP in differs:
+        advice = "figures of one CLIP say nothing of another's"
+    return None, f"{', '.join(differs)}; {advice}"
+
+
+def _rollback(asked: Asked, arguments: argparse.Namespace) -> int:
+    current, previous = asked.releases.current, asked.releases.previous
+    if current is None or previous is None:
+        raise UserError(f"{asked.name}: there is no release before {'this' if current else 'the first'} to go back to")
+    if load_artifact(asked.store, "bundle", previous.bundle) is None:
+        raise UserError(
+            f"{asked.name}: bundle {previous.bundle[:12]} is no longer in {asked.store.url}; promote another"
+        )
+    move = Move("rollback", previous.bundle, previous.evaluation, time.time(), arguments.reason)
+    move_release(asked.store, asked.name, asked.releases, move)
+    print(f"{asked.name}: {previous.bundle[:12]} is the release again, which was {current.bundle[:12]}")
+    return 0
+
+
+def _list(asked: Asked, arguments: argparse.Namespace) -> int:
+    current = asked.releases.current
+    if current is None:
+        print(f"{asked.name}: nothing has been released")
+        return 0
+    print(f"{asked.name}: {current.bundle} is the release")
+    for move in asked.releases.moves:
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(move.at))
+        print(f"  {when} UTC  {move.action:9}{move.bundle[:12]}  {move.reason}".rstrip())
+        for line in move.failed:
+            print(f"{'':22}in spite of: {line}")
+    return 0
+
+
+def _diff(asked: Asked, arguments: argparse.Namespace) -> int:
+    old, new = (_named(asked, name) for name in (arguments.first, arguments.second))
+    print(f"{old.key[:12]} -> {new.key[:12]}")
+    then, now = stages_behind(asked.store, old), stages_behind(asked.store, new)
+    for title, lines in (("data", data_changes(then, now)), ("recipe", recipes_changed(then, now))):
+        print(title)
+        print("\n".join(f"  {line}" for line in lines or ["the same"]))
+    print("figures on the same held-out rows: the difference, with its 95% interval")
+    why = f"{new.key[:12]} has no evaluation in {asked.store.url}"
+    for measure in evaluations(asked.store, new.key):
+        before, why = _against(asked, old.key, measure)
+        if before is not None:
+            _print_changes(changes(before, measure))
+            return 0
+    print(f"  not compared: {why}")
+    return 0
+
+
+def _named(asked: Asked, name: str) -> Artifact:
+    if name == "own":
+        return asked.project().made("bundle")["bundle"]
+    return find_bundle(asked.store, asked.releases, name)
+
+
+def _print_changes(found: Sequence[Change]) -> None:
+    width = max((len(f"{change.model} {change.name}") for change in found), default=0)
+    for change in found:
+        said = difference({"difference": change.difference, "error": None, "interval": change.interval})
+        values = f"{short(change.then):>9} -> {short(change.now):<9}"
+        print(f"  {f'{change.model} {change.name}':{width}} {values} {said:30} {change.verdict}".rstrip())
+
+
+def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
+    """Measure the release as the configuration's own bundle is measured, on its rows."""
+    project, current = asked.project(), asked.releases.current
+    if current is None:
+        raise UserError(f"{asked.name}: nothing has been released yet")
+    bundle = load_artifact(asked.store, "bundle", current.bundle)
+    if bundle is None:
+        raise UserError(
+            f"{asked.name}: bundle {current.bundle[:12]} is no longer in {asked.store.url}; promote another"
+        )
+    # The early checkpoint of this configuration is none of the release's.
+    stage = project.graph["evaluation"]
+    stage = replace(stage, recipe=replace(stage.recipe, early=0))
+    inputs = project.made("clip", *(name for name in stage.inputs if name != "bundle"))
+    if inputs.pop("clip").key != bundle.inputs.get("clip"):
+        raise UserError(
+            f"{asked.name}: the release has another CLIP than {asked.path}; figures of one say nothing here"
+        )
+    inputs["bundle"] = bundle
+    key = stage_key(stage, {name: inputs[name].key for name in stage.inputs})
+    if load_artifact(asked.store, stage.name, key) is None:
+        stage.run(make_context(stage, key, inputs, asked.store, asked.config))
+    print(f"{asked.name}: the release {bundle.key[:12]} is measured on the rows of {asked.path}")
+    return 0
+
+
+def _take(asked: Asked, arguments: argparse.Namespace) -> int:
+    bundle = find_bundle(asked.store, asked.releases, "current")
+    remember_bundle(Path(arguments.folder), asked.store.url, bundle.key)
+    print(f'{arguments.folder}: unclip sample --from {arguments.folder} "CAPTION" draws with {bundle.key[:12]}')
+    return 0
+
+
+if __name__ == "__main__":
+    from jobs.cli import guard
+
+    sys.exit(guard(main, sys.argv[1:]))

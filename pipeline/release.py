@@ -1,0 +1,99 @@
+"""The release of a project: a pointer to a bundle, with everything that ever moved it.
+
+It is the one object here that nothing can make again, so it is changed only by compare-and-swap, and a damaged one is
+left as it is and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from pipeline.errors import UserError
+from pipeline.records import seal, unseal
+from pipeline.store import Store
+
+FOLDER = "releases/"
+
+
+@dataclass(frozen=True)
+class Move:
+    """One move of the pointer, to a ``bundle`` with the ``evaluation`` it was judged by (keys).
+
+    ``at``: seconds since the epoch; ``reason``: why it was forced or rolled back; ``failed``: the gates that did not
+    hold.
+    """
+
+    action: Literal["promote", "rollback"]
+    bundle: str
+    evaluation: str
+    at: float
+    reason: str = ""
+    failed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Releases:
+    """All moves, oldest first, and the ``version`` of the object that they were read from (None: there is none)."""
+
+    version: str | None = None
+    moves: tuple[Move, ...] = ()
+
+    @property
+    def standing(self) -> tuple[Move, ...]:
+        """What a rollback can go back through: the promotions that were not rolled back, the current one last."""
+        stack: list[Move] = []
+        for move in self.moves:
+            if move.action == "promote":
+                stack.append(move)
+            else:
+                stack.pop()
+        return tuple(stack)
+
+    @property
+    def current(self) -> Move | None:
+        """The promotion that is the release."""
+        return self.standing[-1] if self.standing else None
+
+    @property
+    def previous(self) -> Move | None:
+        """What a rollback makes the release."""
+        return self.standing[-2] if len(self.standing) > 1 else None
+
+
+def release_path(project: str) -> str:
+    return f"{FOLDER}{project}.json"
+
+
+def released_projects(store: Store) -> Iterator[str]:
+    """The projects that have a pointer in a store."""
+    for entry in store.list(FOLDER):
+        yield entry.path.removeprefix(FOLDER).removesuffix(".json")
+
+
+def read_releases(store: Store, project: str) -> Releases:
+    """The pointer of a project as it stands. Raises UserError if it is damaged."""
+    path = release_path(project)
+    version = next((entry.version for entry in store.list(path) if entry.path == path), None)
+    if version is None:
+        return Releases()
+    body = unseal(store.read(path), f"{store.url}/{path}")
+    if body is None:
+        raise UserError(
+            f"{store.url}/{path} is corrupt, and nothing can make it again: restore it, or delete it and promote anew"
+        )
+    return Releases(version, tuple(Move(**{**move, "failed": tuple(move["failed"])}) for move in body["moves"]))
+
+
+def move_release(store: Store, project: str, seen: Releases, move: Move) -> None:
+    """Add a move to those that were ``seen``. Raises UserError if somebody else came first, and says who."""
+    moves = [asdict(each) for each in (*seen.moves, move)]
+    if store.swap(release_path(project), seen.version, seal({"project": project, "moves": moves})):
+        return
+    won = read_releases(store, project).moves
+    what = f"a {won[-1].action} to bundle {won[-1].bundle[:12]}" if won else "it is gone"
+    raise UserError(
+        f"{project}: somebody else has moved the release meanwhile ({what}); nothing was changed: look again with "
+        "unclip release list"
+    )

@@ -1,0 +1,152 @@
+"""Two bundles, measured on the same rows and seeds: how their figures differ, and whether by more than chance.
+
+Every row is its own control: the interval is that of the mean difference over rows, not of two means.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from pipeline.artifacts import Artifact, artifact_path, load_artifact
+from pipeline.errors import CorruptObject
+from pipeline.graph import recipe_changes
+from pipeline.records import read_blob
+from pipeline.store import Store
+
+log = logging.getLogger("unclip")
+Figures = dict[tuple[str, str], Mapping[str, Any]]
+OTHERS = re.compile(r".+_early_.+")  # rankings of an earlier checkpoint, which is not what is released
+RANKED = re.compile(r"(.+_trained)_(early|shuffled)")
+OTHER_CLIP = "another CLIP"
+OF_CODES = "nats_"  # figures that another codec measures by another yardstick
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation, the bundle that it measured, and its evaluation.json."""
+
+    evaluation: Artifact
+    bundle: Artifact
+    document: Mapping[str, Any]
+
+    @property
+    def figures(self) -> Figures:
+        """What is said of the bundle itself, by model and name.
+
+        A ranking is named by its upper end: trained models stand above an early checkpoint where there is one, and
+        directly above shuffled captions where not.
+        """
+        found: Figures = {}
+        for figure in self.document["figures"]:
+            name = figure["name"]
+            if not OTHERS.match(name):
+                ranked = RANKED.fullmatch(name)
+                found[figure["model"], ranked[1] if ranked else name] = figure
+        return found
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of two bundles: ``then`` and ``now`` are means, ``difference`` is now - then over ``rows`` rows, with
+    its 95% ``interval``. ``claim``: on which side of its baseline the figure should be, None if none was claimed."""
+
+    model: str
+    name: str
+    then: float
+    now: float
+    difference: float
+    interval: tuple[float, float]
+    rows: int
+    claim: str | None
+
+    @property
+    def gain(self) -> tuple[float, float]:
+        """The interval of what was gained: above 0 is better. Infinitely wide where nobody says what is better."""
+        low, high = self.interval
+        return {"above": (low, high), "below": (-high, -low)}.get(self.claim or "", (-inf, inf))
+
+    @property
+    def verdict(self) -> str:
+        """better, worse or changed, if by more than chance; else ""."""
+        low, high = self.interval
+        if not (low > 0 or high < 0):
+            return ""
+        return "changed" if self.claim is None else "better" if self.gain[0] > 0 else "worse"
+
+
+def measured(store: Store, evaluation: Artifact) -> Measured | None:
+    """An evaluation with what it measured; None if one of them is no longer there.
+
+    An evaluation that is damaged is deleted with a warning, so that the next run makes it again.
+    """
+    bundle = load_artifact(store, "bundle", evaluation.inputs["bundle"])
+    if bundle is None:
+        return None
+    try:
+        return Measured(evaluation, bundle, json.loads(read_blob(store, evaluation.blobs["evaluation.json"])))
+    except CorruptObject as e:
+        log.warning("%s; the evaluation that names it is deleted, to be made again", e)
+        store.delete([e.path, artifact_path(evaluation.stage, evaluation.key)])
+        return None
+
+
+def evaluations(store: Store, bundle: str) -> list[Measured]:
+    """All evaluations of a bundle (its key), newest first. Reads the record of every evaluation in the store."""
+    keys = [entry.path.rpartition("/")[2].removesuffix(".json") for entry in store.list("artifacts/evaluation/")]
+    artifacts = [artifact for key in keys if (artifact := load_artifact(store, "evaluation", key)) is not None]
+    of_bundle = [artifact for artifact in artifacts if artifact.inputs["bundle"] == bundle]
+    newest = sorted(of_bundle, key=lambda artifact: artifact.times["finished"], reverse=True)
+    return [found for artifact in newest if (found := measured(store, artifact)) is not None]
+
+
+def comparable(found: Iterable[Measured], new: Measured) -> Measured | None:
+    """The first of them that was measured as ``new`` was."""
+    return next((old for old in found if not obstacles(old, new)), None)
+
+
+def obstacles(old: Measured, new: Measured) -> list[str]:
+    """Why figures of two evaluations may not be compared: another way to measure, or other rows."""
+    then, now = old.document, new.document
+    why = []
+    if then.get("version") != now.get("version"):
+        why.append(f"version {then.get('version', '3 or less')} -> {now.get('version', '3 or less')} of the evaluation")
+    if old.bundle.inputs.get("clip") != new.bundle.inputs.get("clip"):
+        why.append(OTHER_CLIP)
+    # What an early checkpoint is, only the figures know that are not compared.
+    recipes = ({k: v for k, v in document["recipe"].items() if k != "early"} for document in (then, now))
+    why += [f"evaluation.{change}" for change in recipe_changes(*recipes)]
+    for part in sorted(then["rows"].keys() & now["rows"].keys()):
+        before, after = then["rows"][part], now["rows"][part]
+        if before != after:
+            shared = len(set(before["keys"]) & set(after["keys"]))
+            which = f"{shared} of them shared" if before["keys"] != after["keys"] else "with other captions"
+            why.append(f"rows of {part}: {len(before['keys'])} -> {len(after['keys'])}, {which}")
+    return why
+
+
+def changes(old: Measured, new: Measured) -> list[Change]:
+    """Every figure that both have row by row, in the order of the new evaluation."""
+    import torch
+
+    from pipeline.evaluate.metrics import bootstrap
+
+    same_codec = old.bundle.inputs.get("codec") == new.bundle.inputs.get("codec")
+    then, found = old.figures, []
+    for (model, name), figure in new.figures.items():
+        before, after = (then.get((model, name)) or {}).get("values"), figure.get("values")
+        if not before or not after or len(before) != len(after) or None in (*before, *after):
+            continue
+        if name.startswith(OF_CODES) and not same_codec:
+            continue
+        rows = torch.tensor([before, after], dtype=torch.float64)
+        difference = rows[1] - rows[0]
+        mean, interval = float(difference.mean()), bootstrap(difference, seed=0)
+        means = float(rows[0].mean()), float(rows[1].mean())
+        found.append(Change(model, name, *means, mean, interval, len(difference), figure["claim"]))
+    return found

@@ -1,0 +1,75 @@
+"""What two bundles were made from: the rows of their data, and the recipes of everything behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.artifacts import Artifact, ancestors, load_artifact
+from pipeline.errors import UserError
+from pipeline.graph import recipe_changes
+from pipeline.ledger import Ledger
+from pipeline.release import Releases
+from pipeline.store import Store
+
+DATA = ("source", "captions", "pairs", "embeddings", "curation")
+Stages = Mapping[str, Artifact]
+
+
+def find_bundle(store: Store, releases: Releases, name: str) -> Artifact:
+    """A bundle by its key or the beginning of it, or as "current" or "previous" release. Raises UserError."""
+    if name in ("current", "previous"):
+        move = releases.current if name == "current" else releases.previous
+        if move is None:
+            raise UserError(f"there is no {name} release yet; unclip release promote makes one")
+        name = move.bundle
+    # A key is hexadecimal; anything else would be a path.
+    paths = [entry.path for entry in store.list(f"artifacts/bundle/{name}")] if name.isalnum() else []
+    keys = [path.rpartition("/")[2].removesuffix(".json") for path in paths]
+    if len(keys) > 1:
+        raise UserError(f"{name}: {len(keys)} bundles in {store.url} have a key that begins so; give more of it")
+    found = load_artifact(store, "bundle", keys[0]) if keys else None
+    if found is None:
+        raise UserError(
+            f"{name}: no bundle in {store.url} has a key that begins so; name current, previous, own, or a key that "
+            "unclip release list or unclip plan shows"
+        )
+    return found
+
+
+def stages_behind(store: Store, bundle: Artifact) -> dict[str, Artifact]:
+    """The artefact of every stage behind a bundle, by name: of several the nearest, as a pinned model's own data are
+    further away than the data of now."""
+    found: dict[str, Artifact] = {}
+    for artifact in ancestors(store, bundle):
+        found.setdefault(artifact.stage, artifact)
+    return found
+
+
+def data_changes(then: Stages, now: Stages) -> list[str]:
+    """For every stage of data, whether its rows are others: "pairs: kept 57 of 60 -> 75 of 80; http_4xx 3 -> 5"."""
+    lines = []
+    for name in DATA:
+        if name in then and name in now and then[name].key != now[name].key:
+            before, after = then[name].ledger, now[name].ledger
+            kept = f"kept {before.kept:,} of {before.rows:,} -> {after.kept:,} of {after.rows:,}"
+            lost = recipe_changes(_lost(before), _lost(after))
+            lines.append(f"{name}: {'; '.join([kept, *lost])}")
+    return lines
+
+
+def _lost(ledger: Ledger) -> dict[str, int]:
+    return {**ledger.rejected, **ledger.deferred}
+
+
+def recipes_changed(then: Stages, now: Stages) -> list[str]:
+    """Every recipe value that differs, such as "decoder.samples 16 -> 32", and stages that only one of them has."""
+    lines = []
+    for name in sorted(then.keys() | now.keys()):
+        if name not in then or name not in now:
+            lines.append(f"{name} only in the {'second' if name in now else 'first'}")
+        elif then[name].key != now[name].key:
+            changed = recipe_changes(then[name].recipe, now[name].recipe)
+            lines += [f"{name}.{change}" for change in changed]
+            if not changed and then[name].inputs == now[name].inputs and then[name].inputs:
+                lines.append(f"{name}: its code changed")
+    return lines

@@ -1,0 +1,288 @@
+"""``unclip release`` on made-up artefacts of a small configuration, in a folder and on S3."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import jobs.release
+from jobs.cli import main
+from jobs.project import open_project
+from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
+from pipeline.graph import Context, flatten
+from pipeline.ledger import Ledger
+from pipeline.records import blob_path, put_blob
+from pipeline.release import Move, Releases, move_release, read_releases, release_path
+from pipeline.store import Store, open_store
+
+ROWS = 12
+DATA = ("source", "captions", "pairs", "embeddings", "curation")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A project whose artefacts are made up under the keys that its plan has."""
+
+    path: Path
+    store: Store
+    output: pytest.CaptureFixture[str]
+
+    def make(self, gain: float, *overrides: str, holds: bool = True, version: int = 4) -> str:
+        """Publish what a run would, whose decoder is ``gain`` better than at first; return the bundle's key."""
+        project = open_project(str(self.path), overrides)
+        keys = {verdict.stage: verdict.key for verdict in project.plan()}
+        values = np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain
+        figure = {"model": "decoder", "name": "background", "claim": "above", "holds": holds, "note": "", "line": "d"}
+        for stage in project.graph.values():
+            blobs = {}
+            if stage.name == "evaluation":
+                document = {
+                    "version": version,
+                    "recipe": flatten(stage.recipe),
+                    "rows": {"decoder": {"split": "test", "keys": [str(i) for i in range(ROWS)], "captions": "c"}},
+                    "figures": [{**figure, "values": list(values)}],
+                }
+                blobs = {"evaluation.json": put_blob(self.store, json.dumps(document).encode())}
+            kept = Ledger(kept=sum(s.ledger.kept for s in project.scan.shards) if stage.name in DATA else 0)
+            inputs = {name: keys[name] for name in stage.inputs}
+            made = Artifact(stage.name, keys[stage.name], inputs, flatten(stage.recipe), kept, blobs)
+            publish_artifact(self.store, made, 0.0)
+        return keys["bundle"]
+
+    def release(self, command: str, *words: str, code: int = 0) -> str:
+        """Run the command, which must end so, and return what it printed."""
+        self.output.readouterr()
+        ended = main(["release", command, str(self.path), *words])
+        printed, said = self.output.readouterr()
+        assert ended == code, printed + said
+        assert len([line for line in said.splitlines() if line.startswith("error: ")]) == (1 if code else 0)
+        return printed + said
+
+    @property
+    def releases(self) -> Releases:
+        return read_releases(self.store, "p")
+
+    @property
+    def current(self) -> str:
+        assert self.releases.current is not None
+        return self.releases.current.bundle
+
+
+def project_in(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Made:
+    lines = [f"http://closed.test/{i}.png,picture {i}" for i in range(ROWS)]
+    (tmp_path / "list.csv").write_text("\n".join(["url,caption", *lines]) + "\n")
+    values = {"project": "p", "preset": "nano", "store": store.url, "source": {"paths": [str(tmp_path / "list.csv")]}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
+    return Made(tmp_path / "p.yaml", store, capsys)
+
+
+@pytest.fixture
+def made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Made:
+    """A project in a folder."""
+    return project_in(open_store(str(tmp_path / "store")), tmp_path, capsys)
+
+
+@pytest.fixture
+def made_anywhere(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Made:
+    """The same in a folder and on S3."""
+    return project_in(store, tmp_path, capsys)
+
+
+LATER, OTHER = ("--set", "decoder.samples=12288"), "decoder.samples=12288"
+
+
+def test_before_anything_is_made_or_released(made: Made) -> None:
+    assert "unclip run makes them, with --until evaluation" in made.release("promote", code=2)
+    assert "nothing has been released" in made.release("list")
+    assert "there is no release before the first" in made.release("rollback", code=2)
+    assert "there is no current release yet" in made.release("diff", code=2)
+    assert "there is no current release yet" in made.release("take", "folder", code=2)
+    assert "nothing has been released yet" in made.release("evaluate", code=2)
+    assert list(made.store.list("")) == []
+
+
+def test_a_better_bundle_is_promoted_and_rolled_back(made_anywhere: Made) -> None:
+    made = made_anywhere
+    first, better = made.make(0.0), made.make(0.1, OTHER)
+    assert f"p: {first[:12]} is the release" in made.release("promote")
+    assert f"p: {first[:12]} is the release already" in made.release("promote")
+    assert f"p: {better[:12]} is the release, which was {first[:12]}" in made.release("promote", *LATER)
+    assert made.current == better
+    assert [move.failed for move in made.releases.moves] == [(), ()]
+
+    assert f"p: {first[:12]} is the release again" in made.release("rollback", "--reason", "it drew cats")
+    assert made.current == first
+    assert "there is no release before this" in made.release("rollback", code=2)
+    listed = made.release("list")
+    assert f"{first} is the release" in listed
+    assert [line.split()[3] for line in listed.splitlines()[1:]] == ["promote", "promote", "rollback"]
+    assert listed.rstrip().endswith("it drew cats")
+    made.release("promote", *LATER)
+    assert made.current == better
+
+
+def test_a_worse_bundle_is_not_promoted_but_by_force_with_a_reason(made_anywhere: Made) -> None:
+    made = made_anywhere
+    first, worse = made.make(0.1), made.make(0.0, OTHER, holds=False)
+    made.release("promote")
+    said = made.release("promote", *LATER, code=1)
+    assert "decoder.background held for the release and fails now" in said
+    assert "decoder.background is worse: " in said
+    assert "--force REASON promotes it all the same" in said
+    assert made.current == first
+    assert "--force needs a reason" in made.release("promote", *LATER, "--force", " ", code=2)
+
+    made.release("promote", *LATER, "--force", "the old one is too large")
+    assert made.current == worse
+    move = made.releases.moves[-1]
+    assert move.reason == "the old one is too large"
+    assert [line.split(":")[0] for line in move.failed] == [
+        "decoder.background held for the release and fails now", "decoder.background is worse",
+    ]  # fmt: skip
+    assert "in spite of: decoder.background is worse" in made.release("list")
+
+
+def test_gates_are_configured(made: Made) -> None:
+    made.make(0.1)
+    worse = made.make(0.0, OTHER)
+    made.release("promote")
+    made.release("promote", *LATER, code=1)
+    made.release("promote", *LATER, "--set", "release.tolerance=0.01", code=1)
+    made.release("promote", *LATER, "--set", "release.ignore=[decoder.background]")
+    assert made.current == worse
+
+
+def test_other_measurements_are_refused_and_the_release_is_measured_again(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = made.make(0.1)
+    made.release("promote")
+    changed = (*LATER, "--set", "evaluation.rows=9")
+    made.make(0.2, OTHER, "evaluation.rows=9")
+    said = made.release("promote", *changed, code=1)
+    assert "cannot be compared with the release: evaluation.rows 256 -> 9" in said
+    assert "unclip release evaluate" in said
+    assert "not compared: evaluation.rows 256 -> 9" in made.release("diff", *changed)
+    assert made.current == first
+
+    asked = []
+
+    def run(ctx: Context) -> Artifact:
+        asked.append((ctx.inputs["bundle"].key, ctx.recipe.rows, ctx.recipe.early))
+        (own,) = (m for m in jobs.release.evaluations(made.store, first))
+        document = {**own.document, "recipe": flatten(ctx.recipe)}
+        blobs = {"evaluation.json": put_blob(made.store, json.dumps(document).encode())}
+        return publish_artifact(made.store, ctx.publishable(blobs=blobs, ledger=Ledger()), 0.0)
+
+    monkeypatch.setattr("pipeline.evaluate.stage.run_evaluation", run)
+    for _ in range(2):  # again there is nothing to do
+        assert "is measured on the rows of" in made.release("evaluate", *changed)
+    assert asked == [(first, 9, 0)]
+    made.release("promote", *changed)
+    assert made.current != first
+
+
+def test_another_clip_cannot_be_compared(made: Made) -> None:
+    made.make(0.1)
+    made.release("promote")
+    made.store.delete([entry.path for entry in made.store.list("locks/")])
+    made.make(0.2, "clip.seed=5")
+    said = made.release("promote", "--set", "clip.seed=5", code=1)
+    assert "another CLIP; figures of one CLIP say nothing of another's" in said
+    assert "has another CLIP than" in made.release("evaluate", "--set", "clip.seed=5", code=2)
+
+
+def test_diff_names_data_recipe_and_figures(made: Made) -> None:
+    first, better = made.make(0.0), made.make(0.1, OTHER)
+    made.release("promote")
+    said = made.release("diff", *LATER)
+    assert said.splitlines()[:5] == [
+        f"{first[:12]} -> {better[:12]}", "data", "  the same", "recipe", "  decoder.samples 6144 -> 12288",
+    ]  # fmt: skip
+    (line,) = (line for line in said.splitlines() if "decoder background" in line)
+    assert line.split()[-1] == "better"
+    assert "+0.1 (0.1 to 0.1)" in line
+    made.release("promote", *LATER)
+    back = made.release("diff", "current", "previous")
+    assert "decoder.samples 12288 -> 6144" in back
+    assert "worse" in back
+    assert made.release("diff", first[:10], better) == said
+    assert "no bundle in" in made.release("diff", "feed", code=2)
+    assert "no bundle in" in made.release("diff", "../clip", code=2)
+
+
+def test_diff_of_more_data(made: Made) -> None:
+    made.make(0.0)
+    made.release("promote")
+    with open(made.path.parent / "list.csv", "a") as f:
+        f.write("http://closed.test/more.png,more\n")
+    made.make(0.1)
+    said = made.release("diff")
+    for stage in DATA:
+        assert f"  {stage}: kept 12 of 12 -> 13 of 13\n" in said
+
+
+def test_who_loses_a_race_is_told_who_won(made_anywhere: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another promotion comes between the look at the pointer and the swap."""
+    made = made_anywhere
+    made.make(0.0)
+    made.release("promote")
+    better = made.make(0.1, OTHER)
+    rival = Move("promote", made.make(0.05, "decoder.samples=9216"), "e", 5.0)
+
+    def open_late(*words: object) -> object:
+        move_release(made.store, "p", made.releases, rival)
+        return open_project(*words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(jobs.release, "open_project", open_late)
+    said = made.release("promote", *LATER, code=2)
+    assert f"somebody else has moved the release meanwhile (a promote to bundle {rival.bundle[:12]})" in said
+    assert made.releases.moves[-1] == rival
+    assert len(made.releases.moves) == 2
+    monkeypatch.setattr(jobs.release, "open_project", open_project)
+    assert f"is the release, which was {rival.bundle[:12]}" in made.release("promote", *LATER)
+    assert made.current == better
+
+
+def test_a_corrupt_pointer_stops_every_command_and_stays(made_anywhere: Made) -> None:
+    made = made_anywhere
+    made.make(0.0)
+    made.store.swap(release_path("p"), None, b"{")
+    for command, *words in (("promote",), ("rollback",), ("list",), ("diff",), ("take", "folder"), ("evaluate",)):
+        assert "releases/p.json is corrupt" in made.release(command, *words, code=2)
+    assert made.store.read(release_path("p")) == b"{"
+
+
+def test_a_damaged_evaluation_is_made_again(made: Made) -> None:
+    made.make(0.0)
+    made.release("promote")
+    made.make(0.1, OTHER)
+    (found,) = (m for m in jobs.release.evaluations(made.store, made.current))
+    made.store.delete([blob_path(found.evaluation.blobs["evaluation.json"])])
+    said = made.release("promote", *LATER, code=1)
+    assert "has no evaluation in" in said
+    assert load_artifact(made.store, "evaluation", found.evaluation.key) is None
+
+
+def test_a_bundle_that_is_gone_is_not_gone_back_to(made: Made) -> None:
+    first = made.make(0.0)
+    made.release("promote")
+    better = made.make(0.1, OTHER)
+    made.release("promote", *LATER)
+    made.store.delete([artifact_path("bundle", first)])
+    assert "is no longer in" in made.release("rollback", code=2)
+    assert made.current == better
+
+
+def test_the_release_can_be_taken_into_a_folder(made: Made, tmp_path: Path) -> None:
+    from jobs.sample import bundle_artifact
+
+    first = made.make(0.0)
+    made.make(0.1, OTHER)
+    made.release("promote")
+    assert "unclip sample --from" in made.release("take", str(tmp_path / "released"))
+    store, artifact = bundle_artifact(tmp_path / "released")
+    assert (store.url, artifact.key) == (made.store.url, first)

@@ -1,0 +1,193 @@
+"""When two evaluations may be compared, what is significant then, and which gates fail."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.artifacts import Artifact
+from pipeline.errors import UserError
+from pipeline.ledger import Ledger
+from pipeline.release_compare import OTHER_CLIP, Measured, changes, comparable, obstacles
+from pipeline.release_gates import ReleaseGates, failing
+
+N = 40
+DEFAULT = ReleaseGates()
+ROWS = {"decoder": {"split": "test", "keys": [f"{i:012d}" for i in range(N)], "captions": "c" * 64}}
+
+
+def figure(model: str, name: str, values: Any = None, claim: str | None = "above", holds: bool | None = True) -> dict:
+    values = None if values is None else [float(v) for v in values]
+    return {"model": model, "name": name, "claim": claim, "holds": holds, "values": values, "note": ""}
+
+
+def evaluation(*figures: dict, codec: str = "codec", clip: str = "clip", **changed: Any) -> Measured:
+    document = {"version": 4, "recipe": {"rows": N, "early": 16, "seed": 0}, "rows": ROWS, "figures": list(figures)}
+    bundle = Artifact("bundle", "b", {"clip": clip, "codec": codec}, {}, Ledger())
+    made = Artifact("evaluation", "e", {"bundle": "b"}, {}, Ledger())
+    return Measured(made, bundle, json.loads(json.dumps(document | changed)))
+
+
+def draws(seed: int, mean: float = 0.0, spread: float = 1.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(mean, spread, N)
+
+
+def gate(old: Measured, new: Measured, gates: ReleaseGates = DEFAULT) -> list[str]:
+    return failing(gates, old.figures, new.figures, changes(old, new))
+
+
+# --- may they be compared? --------------------------------------------------------------------------------------------
+
+
+def test_equal_measurements_are_comparable_whatever_early_checkpoint_they_knew() -> None:
+    old = evaluation(recipe={"rows": N, "early": 0, "seed": 0})
+    assert obstacles(old, evaluation()) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "says"),
+    [
+        ({"version": 3}, "version 3 -> 4 of the evaluation"),
+        ({"recipe": {"rows": 8, "early": 16, "seed": 0}}, "evaluation.rows 8 -> 40"),
+        ({"recipe": {"rows": N, "early": 16, "seed": 1}}, "evaluation.seed 1 -> 0"),
+        ({"clip": "other"}, OTHER_CLIP),
+        (
+            {"rows": {"decoder": ROWS["decoder"] | {"keys": ["x", *ROWS["decoder"]["keys"][1:]]}}},
+            "rows of decoder: 40 -> 40, 39 of them shared",
+        ),
+        ({"rows": {"decoder": ROWS["decoder"] | {"captions": "d" * 64}}}, "rows of decoder: 40 -> 40, with other"),
+        ({"rows": {"decoder": ROWS["decoder"] | {"split": "validation"}}}, "rows of decoder"),
+    ],
+)  # fmt: skip
+def test_another_measurement_is_named(old: dict[str, Any], says: str) -> None:
+    (why,) = obstacles(evaluation(**old), evaluation())
+    assert why.startswith(says)
+
+
+def test_an_evaluation_of_before_there_were_versions_is_not_comparable() -> None:
+    old = evaluation()
+    old = replace(old, document={k: v for k, v in old.document.items() if k != "version"})
+    assert obstacles(old, evaluation()) == ["version 3 or less -> 4 of the evaluation"]
+
+
+def test_rows_of_a_model_that_only_one_bundle_has_do_not_matter() -> None:
+    more = ROWS | {"upsampler_256": {"split": None, "keys": []}}
+    assert obstacles(evaluation(rows=more), evaluation()) == []
+
+
+def test_of_several_evaluations_the_first_comparable_one_is_taken() -> None:
+    others = [evaluation(version=3), evaluation(figure("decoder", "a")), evaluation()]
+    assert comparable(others, evaluation()) is others[1]
+    assert comparable(others[:1], evaluation()) is None
+
+
+# --- what is significant ----------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_that_of_the_mean_difference_over_rows() -> None:
+    """Rows differ by far more than the two bundles do, so only paired rows can tell them apart."""
+    base = draws(0, spread=10.0)
+    old, new = evaluation(figure("decoder", "x", base)), evaluation(figure("decoder", "x", base + draws(1, 0.5, 0.5)))
+    (change,) = changes(old, new)
+    gained = np.array(new.document["figures"][0]["values"]) - np.array(old.document["figures"][0]["values"])
+    assert change.difference == pytest.approx(gained.mean())
+    assert (change.then, change.now) == (pytest.approx(base.mean()), pytest.approx(base.mean() + gained.mean()))
+    means = np.random.default_rng(7).choice(gained, (20_000, N)).mean(1)  # another bootstrap, of other draws
+    assert change.interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.03)
+    assert change.verdict == "better"
+    (back,) = changes(new, old)
+    assert back.verdict == "worse"
+    assert back.difference == pytest.approx(-change.difference)
+
+
+@pytest.mark.parametrize(
+    ("claim", "shift", "verdict"),
+    [
+        ("above", 1.0, "better"), ("above", -1.0, "worse"), ("below", 1.0, "worse"), ("below", -1.0, "better"),
+        (None, 1.0, "changed"), ("above", 0.0, ""), (None, 0.0, ""),
+    ],
+)  # fmt: skip
+def test_a_verdict_follows_the_direction_that_the_figure_claims(claim: str | None, shift: float, verdict: str) -> None:
+    base, noise = draws(0), draws(2, 0, 0.1) - draws(2, 0, 0.1).mean()
+    old, new = (evaluation(figure("m", "x", v, claim)) for v in (base, base + noise + shift))
+    (change,) = changes(old, new)
+    assert change.verdict == verdict
+    assert bool(gate(old, new)) == (verdict == "worse")
+
+
+def test_equal_bundles_fail_a_gate_about_as_often_as_a_95_percent_interval_says() -> None:
+    failed = 0
+    for seed in range(200):
+        old, new = (evaluation(figure("m", "x", draws(2 * seed + i))) for i in (0, 1))
+        failed += len(gate(old, new))
+    assert 0 <= failed <= 14  # 2.5% of 200 is 5; binomial, and the bootstrap of 40 rows is a little narrow
+
+
+def test_what_cannot_be_compared_row_by_row_is_left_out() -> None:
+    values = list(draws(0))
+    old = [figure("m", name, values) for name in ("short", "gone", "unknown", "nats_per_code")]
+    new = [
+        figure("m", "short", values[:-1]), figure("m", "new", values), figure("m", "unknown"),
+        figure("m", "nats_per_code", values),
+    ]  # fmt: skip
+    assert [c.name for c in changes(evaluation(*old), evaluation(*new))] == ["nats_per_code"]
+    assert changes(evaluation(*old), evaluation(*new, codec="other")) == []
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "line"),
+    [
+        (True, True, None), (False, False, None), (None, False, None), (False, True, None),
+        (True, False, "m.x held for the release and fails now"),
+        (True, None, "m.x held for the release and is not measured now"),
+    ],
+)  # fmt: skip
+def test_what_held_must_hold(then: bool | None, now: bool | None, line: str | None) -> None:
+    old, new = evaluation(figure("m", "x", holds=then)), evaluation(figure("m", "x", holds=now))
+    assert gate(old, new) == ([line] if line else [])
+    assert gate(old, new, ReleaseGates(claims=False)) == []
+    assert gate(old, new, ReleaseGates(ignore=("m.x",))) == []
+
+
+def test_a_model_that_the_new_bundle_lacks_fails_what_it_held() -> None:
+    old = evaluation(figure("ar_prior", "cosine_of_mean"), figure("decoder", "background"))
+    assert gate(old, evaluation(figure("decoder", "background"))) == [
+        "ar_prior.cosine_of_mean held for the release and is not measured now"
+    ]
+
+
+def test_a_ranking_holds_with_an_early_checkpoint_or_without_one() -> None:
+    worse, better = draws(0), draws(0) + 1
+    alone = evaluation(
+        figure("decoder", "caption_trained_shuffled", worse), figure("decoder", "caption_early", holds=None)
+    )
+    ranked = evaluation(
+        figure("decoder", "caption_trained_early", better),
+        figure("decoder", "caption_early_shuffled", worse - 5, holds=False),  # says nothing of what is released
+    )
+    assert gate(alone, ranked) == []
+    (line,) = gate(ranked, alone)
+    assert line.startswith("decoder.caption_trained is worse: ")
+    assert [(c.name, c.verdict) for c in changes(alone, ranked)] == [("caption_trained", "better")]
+
+
+def test_a_tolerance_is_a_share_of_the_releases_figure() -> None:
+    base = draws(0, mean=10.0)
+    old, new = evaluation(figure("m", "x", base)), evaluation(figure("m", "x", base - 0.3 + draws(1, 0, 0.1)))
+    assert len(gate(old, new)) == 1
+    assert "m.x is worse: " in gate(old, new)[0]
+    assert gate(old, new, ReleaseGates(tolerance=0.05)) == []
+    assert len(gate(old, new, ReleaseGates(tolerance=0.01))) == 1
+    assert gate(old, new, ReleaseGates(figures=False)) == []
+
+
+def test_mistakes_in_the_gates() -> None:
+    with pytest.raises(ValueError, match="tolerance: -1 is below 0"):
+        ReleaseGates(tolerance=-1)
+    with pytest.raises(UserError, match=r"release\.ignore: no figure is called m\.y; known are m\.x"):
+        gate(evaluation(figure("m", "x")), evaluation(), ReleaseGates(ignore=("m.y",)))
