@@ -30,6 +30,7 @@ from pipeline.data.source import SourceRecipe
 from pipeline.data.thresholds import ThresholdsRecipe
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.ledger import REASONS
+from pipeline.release_gates import ReleaseGates
 from pipeline.samples import SamplesRecipe
 from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
@@ -63,6 +64,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
     "bundle.sampling": {"default": SamplingConfig},
     "samples": {"default": SamplesRecipe},
     "evaluation": {"default": EvaluationRecipe},
+    "release": {"default": ReleaseGates},
     "run": {"default": Run},
     "run.ray": {"default": RaySettings},
     "run.pairs": {"default": PairsSettings},
@@ -107,6 +109,14 @@ TESTED = {
     'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
     "unclip data search configs/nano.yaml --picture pictures/3.png --split train": "here",
     "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",
+    "unclip release promote configs/nano.yaml": "here",
+    "unclip release diff configs/nano.yaml --set decoder.model.dropout=0.1": "here",
+    'unclip release promote configs/nano.yaml --set decoder.model.dropout=0.1 --force "it draws better hearts"': "here",
+    "unclip release list configs/nano.yaml": "here",
+    'unclip release rollback configs/nano.yaml --reason "it drew cats"': "here",
+    "unclip release evaluate configs/nano.yaml": "here",
+    "unclip release take configs/nano.yaml out/released": "here",
+    'unclip sample "a red heart" --from out/released': "here",
     "unclip pin configs/nano.yaml clip": "here",
     "unclip unpin configs/nano.yaml clip": "here",
     "unclip run configs/nano.yaml --replay decoder": "tests/jobs/test_damage.py, where a step has failed",
@@ -186,7 +196,12 @@ def commands(text: str) -> Iterator[str]:
 
 
 def test_every_command_of_the_documents_is_one_that_is_run() -> None:
-    known = {f"unclip {name}" for name in COMMANDS} | {"unclip plan CONFIG", "unclip data retry"}
+    known = {f"unclip {name}" for name in COMMANDS} | {
+        "unclip plan CONFIG",
+        "unclip data retry",
+        "unclip data forget",
+        "unclip release promote",
+    }
     for document in DOCUMENTS:
         for command in commands(document.read_text()):
             named = "ray job submit" if command.startswith("ray job submit") else command

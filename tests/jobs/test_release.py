@@ -33,10 +33,11 @@ class Made:
     def make(self, gain: float, *overrides: str, holds: bool = True, version: int = 4) -> str:
         """Publish what a run would, whose decoder is ``gain`` better than at first; return the bundle's key."""
         project = open_project(str(self.path), overrides)
-        keys = {verdict.stage: verdict.key for verdict in project.plan()}
+        verdicts = project.plan()
+        keys = {verdict.stage: verdict.key for verdict in verdicts}
         values = np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain
         figure = {"model": "decoder", "name": "background", "claim": "above", "holds": holds, "note": "", "line": "d"}
-        for stage in project.graph.values():
+        for stage in (project.graph[verdict.stage] for verdict in verdicts if verdict.state == "stale"):
             blobs = {}
             if stage.name == "evaluation":
                 document = {

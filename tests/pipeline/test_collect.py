@@ -4,6 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -17,7 +18,8 @@ from pipeline.history import remember
 from pipeline.leases import lead_or_wait
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
-from pipeline.records import create_record, put_blob, read_blob
+from pipeline.records import blob_path, create_record, put_blob, read_blob
+from pipeline.release import Move, move_release, read_releases, release_path
 from pipeline.store import Store, open_store
 from pipeline.training.recipes import ClipRecipe
 
@@ -179,6 +181,91 @@ def test_what_was_forgotten_is_not_kept_by_the_runs_of_before(store: Store) -> N
     _sweep(store)
     assert load_artifact(store, "pairs", old["pairs"]) is None
     assert load_artifact(store, "pairs", new["pairs"]) is not None
+
+
+def _release(store: Store, keys: dict[str, str], action: Literal["promote", "rollback"] = "promote") -> set[str]:
+    """Make a bundle of a run's clip, with an evaluation, the release; return the names of the evaluation's blobs."""
+    bundle = Artifact("bundle", f"bundle-{keys['clip']}", {"clip": keys["clip"]}, {}, Ledger())
+    publish_artifact(store, bundle, 1.0)
+    blobs = {name: put_blob(store, f"{name} {keys}".encode()) for name in ("evaluation.json", "nearest.png")}
+    inputs = {"bundle": bundle.key, "pairs": keys["pairs"]}
+    publish_artifact(store, Artifact("evaluation", f"e-{bundle.key}", inputs, {}, Ledger(), blobs), 1.0)
+    move = Move(action, bundle.key, f"e-{bundle.key}", NOW)
+    move_release(store, "released", read_releases(store, "released"), move)
+    return set(map(blob_path, blobs.values()))
+
+
+def test_a_release_stays_with_all_behind_it_until_it_is_rolled_back(store: Store) -> None:
+    old, older, _ = (_run(store, seed, age_s=(42 - seed) * DAY) for seed in (0, 1, 2))
+    _release(store, older)
+    judged = _release(store, old)
+    before = _paths(store)
+    _sweep(store)
+    gone = before - _paths(store)  # only the run, and the checkpoints that nobody will go on from
+    assert {path.partition("/")[0] for path in gone} == {"runs", "checkpoints", "blobs"}
+    assert len([path for path in gone if path.startswith("blobs/")]) == 2  # the state of each
+    for keys in (old, older):
+        pairs, clip = (load_artifact(store, name, keys[name]) for name in ("pairs", "clip"))
+        assert pairs is not None
+        assert clip is not None
+        assert all(read_blob(store, blob) for s in read_shards(store, pairs) for blob in s.blobs.values())
+        assert read_blob(store, clip.blobs["model"])
+
+    _release(store, older, "rollback")
+    _sweep(store)
+    assert load_artifact(store, "pairs", old["pairs"]) is None
+    assert load_artifact(store, "bundle", f"bundle-{old['clip']}") is None
+    assert load_artifact(store, "evaluation", f"e-bundle-{old['clip']}") is None
+    assert not judged & _paths(store)
+    assert load_artifact(store, "pairs", older["pairs"]) is not None
+    assert load_artifact(store, "evaluation", f"e-bundle-{older['clip']}") is not None
+
+
+def test_of_a_release_what_was_forgotten_goes_and_models_and_figures_stay(store: Store) -> None:
+    old = _run(store, 0, age_s=DAY)
+    figures, pictures = sorted(_release(store, old), key=lambda path: b"nearest" in store.read(path))
+    pairs, clip = (load_artifact(store, name, old[name]) for name in ("pairs", "clip"))
+    assert pairs is not None
+    assert clip is not None
+    blobs = {blob_path(blob) for shard in read_shards(store, pairs) for blob in shard.blobs.values()}
+    change_journal(store, "released", lambda j: with_forgotten(j, [Forgotten("mark", ())], NOW + DAY))
+    change_journal(store, "p", lambda j: with_forgotten(j, [Forgotten("mark", ())], NOW - DAY / 2))
+    _run(store, 1)
+    _sweep(store, NOW + 2 * DAY)
+    assert not (blobs | {pictures}) & _paths(store)
+    assert read_blob(store, clip.blobs["model"])
+    assert load_artifact(store, "pairs", old["pairs"]) == pairs
+    assert figures in _paths(store)
+
+
+def test_without_a_readable_pointer_nothing_is_garbage(store: Store) -> None:
+    put_blob(store, b"garbage")
+    store.create(release_path("p"), b"{")
+    with pytest.raises(UserError, match="corrupt"):
+        collect(store, 30 * DAY, 0, NOW, delete=True)
+    assert len(_paths(store)) == 2
+
+
+def test_a_release_that_comes_while_it_looks_is_spared(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody promotes an old bundle between the look and the deletion; the pointer was there before."""
+    old, older, _ = (_run(store, seed, age_s=(42 - seed) * DAY) for seed in (0, 1, 2))
+    _release(store, older)
+    publish_artifact(store, Artifact("bundle", "b", {"clip": old["clip"]}, {}, Ledger()), 1.0)
+    collect(store, 30 * DAY, DAY, NOW, delete=True)
+    original, seen = type(store).list, []
+
+    def list_and_act(self: Store, prefix: str) -> object:
+        if prefix == "blobs/" and not seen:
+            seen.append(prefix)
+            move_release(store, "released", read_releases(store, "released"), Move("promote", "b", "e", NOW))
+        return original(self, prefix)
+
+    monkeypatch.setattr(type(store), "list", list_and_act)
+    collect(store, 30 * DAY, DAY, NOW + DAY, delete=True)
+    assert seen
+    clip = load_artifact(store, "clip", old["clip"])
+    assert clip is not None
+    assert read_blob(store, clip.blobs["model"]) == b"model 0 64"
 
 
 def test_rows_to_be_tried_again_stay(store: Store) -> None:

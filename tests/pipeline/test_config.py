@@ -137,6 +137,8 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
         ("samples.captions=[]", "samples: captions: empty; name at least one"),
         ("samples.seed=-1", "samples: seed: -1 is below 0"),
         ("evaluation.rows=1", "evaluation: rows is 1: use 2 or more"),
+        ("release.tolerance=-1", "release: tolerance: -1.0 is below 0"),
+        ("release.gates=[]", "release.gates: unknown key"),
         ("evaluation.early=-1", "evaluation: early is -1: use 0 or more"),
     ],
 )  # fmt: skip

@@ -213,7 +213,7 @@ def test_digests_see_imports_inside_functions() -> None:
 # --- settings and recipes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(leaves(CONFIG.run, "run")))
+@pytest.mark.parametrize("name", [*leaves(CONFIG.run, "run"), *leaves(CONFIG.release, "release")])
 def test_no_setting_moves_a_key(name: str) -> None:
     config = changed(CONFIG, name.split("."), None)
     assert config != CONFIG

@@ -1,0 +1,77 @@
+"""Two bundles of one training, an early milestone and its end: the later wins where it has learnt more, only there."""
+
+from dataclasses import replace
+
+import pytest
+
+from models.prior_configs import DiffusionPriorConfig
+from pipeline.artifacts import Artifact, load_artifact, publish_artifact
+from pipeline.evaluate.stage import run_evaluation
+from pipeline.ledger import Ledger
+from pipeline.release_compare import Measured, changes, measured, obstacles
+from pipeline.release_gates import ReleaseGates, failing
+from pipeline.settings import TrainingSettings
+from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.stage import run_diffusion_prior
+from pipeline.training.worker import at_stop
+from tests.pipeline.evaluate.test_stage import RECIPE, Case, few_threads, make_case  # noqa: F401  # a fixture of its own
+
+EARLY = 64
+PRIOR = DiffusionPriorRecipe(
+    samples=1024, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup=32,
+    model=DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2, steps=50),
+)  # fmt: skip
+
+
+def evaluated(case: Case, prior: Artifact, name: str) -> Measured:
+    """The case's bundle with this prior in it, evaluated."""
+    others = {file: blob for file, blob in case.bundle.blobs.items() if not file.startswith("diffusion_prior/")}
+    blobs = others | {f"diffusion_prior/{file}": blob for file, blob in prior.blobs.items()}
+    bundle = publish_artifact(case.world.store, Artifact("bundle", name, {}, {}, Ledger(), blobs), 0.0)
+    recipe = replace(RECIPE, rows=24, sampled_rows=24, prior_samples=4)
+    found = measured(case.world.store, run_evaluation(replace(case, bundle=bundle).context(recipe)))
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, Measured]:
+    """The early and the late bundle."""
+    case = make_case(tmp_path_factory.mktemp("milestones"), 3, 56, 72, ("diffusion",))
+    settings = TrainingSettings(threads=1, device="cpu", milestones=(EARLY,))
+    ctx = case.world.context("diffusion_prior", PRIOR, settings)
+    late = run_diffusion_prior(ctx)
+    early = load_artifact(case.world.store, "diffusion_prior", at_stop(ctx, EARLY).key)
+    assert early is not None
+    return evaluated(case, early, "early"), evaluated(case, late, "late")
+
+
+def test_the_later_wins_where_it_should(both: tuple[Measured, Measured]) -> None:
+    early, late = both
+    assert obstacles(early, late) == []
+    found = {(change.model, change.name): change for change in changes(early, late)}
+    mean = found["diffusion_prior", "cosine_of_mean"]
+    assert mean.verdict == "better"
+    assert 0 < mean.interval[0] < mean.difference < mean.interval[1]
+    assert mean.rows == len(late.document["rows"]["priors"]["keys"]) > 20
+    # The decoder is the same in both, and so are its noise and its pictures.
+    assert {c.difference for (model, _), c in found.items() if model == "decoder"} == {0.0}
+    assert {c.verdict for (model, _), c in found.items() if model == "decoder"} == {""}
+
+
+def test_the_gates_let_the_later_follow_the_earlier_and_not_the_other_way(both: tuple[Measured, Measured]) -> None:
+    early, late = both
+    assert failing(ReleaseGates(), early.figures, late.figures, changes(early, late)) == []
+    lines = failing(ReleaseGates(), late.figures, early.figures, changes(late, early))
+    assert any(line.startswith("diffusion_prior.cosine_of_mean is worse: ") for line in lines)
+
+
+def test_values_are_those_that_the_figure_sums_up(both: tuple[Measured, Measured]) -> None:
+    _, late = both
+    paired = [figure for figure in late.document["figures"] if figure["values"]]
+    assert {figure["line"] for figure in paired} >= {"c", "f"}
+    for figure in paired:
+        assert len(figure["values"]) == figure["rows"]
+        assert sum(figure["values"]) / figure["rows"] == pytest.approx(figure["value"], rel=1e-5, abs=1e-6)
+        assert all(float(f"{value:.6g}") == value for value in figure["values"])
+    assert not any("values" in figure for figure in late.evaluation.metrics["figures"])  # records stay small
