@@ -22,6 +22,7 @@ from pipeline.store import Store
 log = logging.getLogger("unclip")
 Figures = dict[tuple[str, str], Mapping[str, Any]]
 OTHERS = re.compile(r".+_early_.+")  # rankings of an earlier checkpoint, which is not what is released
+REAL = re.compile(r".+_real_.+")  # rankings whose values are those of real pictures
 RANKED = re.compile(r"(.+_trained)_(early|shuffled)")
 OTHER_CLIP = "another CLIP"
 OF_CODES = "nats_"  # figures that another codec measures by another yardstick
@@ -45,7 +46,7 @@ class Measured:
         found: Figures = {}
         for figure in self.document["figures"]:
             name = figure["name"]
-            if not OTHERS.match(name):
+            if not OTHERS.fullmatch(name):
                 ranked = RANKED.fullmatch(name)
                 found[figure["model"], ranked[1] if ranked else name] = figure
         return found
@@ -142,7 +143,7 @@ def changes(old: Measured, new: Measured) -> list[Change]:
         before, after = (then.get((model, name)) or {}).get("values"), figure.get("values")
         if not before or not after or len(before) != len(after) or None in (*before, *after):
             continue
-        if name.startswith(OF_CODES) and not same_codec:
+        if REAL.fullmatch(name) or (name.startswith(OF_CODES) and not same_codec):
             continue
         rows = torch.tensor([before, after], dtype=torch.float64)
         difference = rows[1] - rows[0]

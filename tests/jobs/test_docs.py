@@ -111,7 +111,7 @@ TESTED = {
     "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",
     "unclip release promote configs/nano.yaml": "here",
     "unclip release diff configs/nano.yaml --set decoder.model.dropout=0.1": "here",
-    'unclip release promote configs/nano.yaml --set decoder.model.dropout=0.1 --force "it draws better hearts"': "here",
+    'unclip release promote configs/nano.yaml --set decoder.model.dropout=0.1 --force "better hearts"': "here",
     "unclip release list configs/nano.yaml": "here",
     'unclip release rollback configs/nano.yaml --reason "it drew cats"': "here",
     "unclip release evaluate configs/nano.yaml": "here",
