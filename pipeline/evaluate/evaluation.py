@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from models.cascade import UnCLIP
+from models.clip import Clip
 from models.decoder import Decoder
 from pipeline.artifacts import Artifact
-from pipeline.evaluate import images, priors, upsamplers
+from pipeline.evaluate import images, memorisation, priors, quality, retrieval, upsamplers
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.priors import PRIORS
 from pipeline.evaluate.recipe import EvaluationRecipe
@@ -29,11 +30,12 @@ Part = Callable[[Tick], list[Figure]]
 
 @dataclass
 class Evaluation:
-    """An evaluation of ``unclip``. ``early`` is the decoder's earlier checkpoint, or why there is none.
+    """An evaluation of ``unclip``. ``early`` is the decoder's earlier checkpoint, or why there is none; ``judge`` a
+    second CLIP that looks at its pictures.
 
-    Beside figures it leaves ``pictures``, uint8 [3, h, w] by file name, the ``captions`` of their columns and, by file
-    name, the ``licenses`` of the real picture in each column, and the ``keys`` of all rows that were looked at, by part
-    and split.
+    Beside figures it leaves ``pictures``, uint8 [3, h, w] by file name, the ``captions`` of the columns of
+    "comparison.png", caption and distance of those of "nearest.png" in ``closest`` and, by file name, the ``licenses``
+    of the real picture in each column; and the ``keys`` of all rows that were looked at, by part and split.
     """
 
     store: Store
@@ -41,8 +43,10 @@ class Evaluation:
     unclip: UnCLIP
     recipe: EvaluationRecipe
     early: Decoder | str
+    judge: Clip | None = None
     pictures: dict[str, Tensor] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
+    closest: list[dict[str, Any]] = field(default_factory=list)
     licenses: dict[str, list[str | None]] = field(default_factory=dict)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -108,13 +112,17 @@ class Evaluation:
         return [priors.diffusion_prior_gap(self.unclip, self.rows, self.recipe.seed)]
 
     def prior_samples(self, prior: str, tick: Tick) -> list[Figure]:
-        """Line (c) of one prior."""
+        """Line (c) of one prior, and how its samples rank images."""
         if self.rows is None:
             return [absent("c", PRIORS[prior])]
         recipe = self.recipe
         chosen = self.rows.first(min(recipe.sampled_rows, len(self.rows)))
         samples = priors.draw_samples(self.unclip, prior, chosen, recipe.prior_samples, recipe.seed, tick)
-        return priors.sample_figures(PRIORS[prior], samples, chosen, recipe.seed)
+        model, gallery = PRIORS[prior], self.rows.batch["image_embedding"]
+        return [
+            *priors.sample_figures(model, samples, chosen, recipe.seed),
+            *retrieval.prior_figures(model, samples, chosen, gallery, self.taught, recipe.seed),
+        ]
 
     def decoder(self, tick: Tick) -> list[Figure]:
         """Line (a) of the decoder."""
@@ -123,7 +131,7 @@ class Evaluation:
         return [images.decoder_gap(self.unclip.decoder, self.small, self.recipe.seed)]
 
     def drawn(self, tick: Tick) -> list[Figure]:
-        """Lines (d) and (f), and the pictures."""
+        """Lines (d) and (f), the pictures, how good they are and whether they are copies."""
         rows, seed = self.small, self.recipe.seed
         if rows is None:
             return [absent("d", "decoder"), absent("f", "decoder")]
@@ -137,30 +145,59 @@ class Evaluation:
         if isinstance(self.early, Decoder):
             unclip = replace(self.unclip, decoder=self.early)
             early = images.draw_pictures(unclip, rows, embedding, prior, seed, tick)
-        self._show(rows, drawn, drawn[PRIORS[prior]])
         figures = []
         for model, pictures in drawn.items():
             source = "the image's embedding" if model == "decoder" else "the caption alone"
             chosen = rows if model == "decoder" else fewer
             figures.append(images.background_figure(model, source, pictures, chosen, seed))
-        return figures + images.ranking_figures(self.unclip.clip, rows, drawn["decoder"], early, seed)
+        figures += images.ranking_figures(self.unclip.clip, rows, drawn["decoder"], early, seed)
+        return figures + self._looked_at(rows, drawn, early, tick)
 
-    def _show(self, rows: HeldOut, drawn: Mapping[str, Tensor], sampled: Tensor) -> None:
-        """Keep the pictures: what each model made of the first captions, and samples above the nearest training
-        pictures, by CLIP."""
+    def _looked_at(self, rows: HeldOut, drawn: dict[str, Tensor], early: Tensor | str, tick: Tick) -> list[Figure]:
+        """What the bundle's CLIP and the judge find in the drawn pictures; keeps the pictures to be shown."""
+        real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
+        apart = [i * len(self.taught.places) // len(rows) for i in range(len(rows))]  # as many that taught
+        training = self._training_pictures(apart)
+        more = self.rows.captions if self.rows else []
+        everything = drawn | ({"early": early} if isinstance(early, Tensor) else {})
+        eyes = [quality.Eye("CLIP", self.unclip.clip)]
+        eyes += [quality.Eye("judge", self.judge)] if self.judge else []
+        figures: list[Figure] = []
+        for eye in eyes:
+            tick(f"{eye.name} looks at pictures")
+            seen = {kind: eye.look(pictures) for kind, pictures in (everything | {"real": real}).items()}
+            of_real = seen.pop("real")
+            arguments = (seen, of_real, eye.look(training), rows, more, self.recipe.seed)
+            figures += quality.quality_figures(eye, *arguments)
+            if eye is eyes[0]:
+                of_drawn = {model: seen[model] for model in drawn}
+                taught = self.taught.image_embedding
+                figures += memorisation.memorisation_figures(of_drawn, of_real, taught, rows, self.recipe.seed)
+                sampled = PRIORS[self.unclip.sampling.prior]
+                self._show(rows, drawn, drawn[sampled], seen[sampled])
+        return figures
+
+    def _training_pictures(self, chosen: list[int]) -> Tensor:
+        """Pictures of BASE px that taught, uint8 [n, 64, 64, 3]."""
+        return read_views(self.store, [self.taught.places[i] for i in chosen], BASE).permute(0, 2, 3, 1)
+
+    def _show(self, rows: HeldOut, drawn: Mapping[str, Tensor], sampled: Tensor, seen: Tensor) -> None:
+        """Keep the pictures: what each model made of the first captions, and of the pictures ``sampled`` from captions,
+        with embeddings ``seen``, the nearest to training pictures above these."""
         real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
         shown = min(SHOWN, *map(len, drawn.values()))
         self.captions = rows.captions[:shown]
         self.licenses["comparison.png"] = rows.licenses[:shown]
         self.pictures["comparison.png"] = images.beside(*(lines[:shown] for lines in (real, *drawn.values())))
-        embeddings = images.embed(self.unclip.clip, sampled[:shown])
-        nearest = (embeddings @ self.taught.image_embedding.T).argmax(1).tolist()
-        found = read_views(self.store, [self.taught.places[i] for i in nearest], BASE).permute(0, 2, 3, 1)
-        self.licenses["nearest.png"] = [self.taught.licenses[i] for i in nearest]
-        self.pictures["nearest.png"] = images.beside(sampled[:shown], found)
+        nearest = memorisation.nearest(seen, self.taught.image_embedding)
+        closest = memorisation.closest(nearest.distance, SHOWN)
+        found = nearest.place[closest].tolist()
+        self.closest = [{"caption": rows.captions[i], "distance": float(nearest.distance[i])} for i in closest]
+        self.licenses["nearest.png"] = [self.taught.licenses[i] for i in found]
+        self.pictures["nearest.png"] = images.beside(sampled[closest], self._training_pictures(found))
 
     def upsampler(self, name: str, tick: Tick) -> list[Figure]:
-        """Lines (a) and (e) of one upsampler."""
+        """Lines (a) and (e) of one upsampler, and more of its pictures."""
         model, recipe = getattr(self.unclip, name), self.recipe
         rows = self._held_out(name, getattr(recipe, f"{name}_rows"), model.config.image_size)
         if rows is None:
@@ -169,7 +206,7 @@ class Evaluation:
         steps = getattr(self.unclip.sampling, f"{name}_steps")
         return [
             upsamplers.upsampler_gap(name, model, rows, recipe.seed),
-            *upsamplers.psnr_figures(name, model, rows, steps, recipe.upsampler_samples, recipe.seed, tick),
+            *upsamplers.upsampler_figures(name, model, rows, steps, recipe.upsampler_samples, recipe.seed, tick),
         ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ class EvaluationRecipe:
     alone, through each prior. ``upsampler_256_rows`` and
     ``upsampler_1024_rows``: large pictures, ``upsampler_samples`` of each. ``early``: samples that an earlier
     checkpoint of the decoder has seen, which the finished one must beat; the decoder's training publishes it as a
-    milestone. 0 compares with none. Nothing here may be tuned on test rows.
+    milestone. 0 compares with none. ``judge``: a second CLIP that looks at the pictures of 64 px,
+    "open_clip:NAME:TAG" or "local-dir:FOLDER"; a key holds its name and not its bytes. Nothing here may be tuned on
+    test rows.
     """
 
     rows: int = 256
@@ -31,12 +34,18 @@ class EvaluationRecipe:
     upsampler_samples: int = 8
     early: int = 409_600_000
     seed: int = 0
+    judge: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            low = 0 if field.name in ("early", "seed") else 2
-            value = getattr(self, field.name)
-            require(value >= low, f"{field.name} is {value}: use {low} or more")
+            if field.name != "judge":
+                low = 0 if field.name in ("early", "seed") else 2
+                value = getattr(self, field.name)
+                require(value >= low, f"{field.name} is {value}: use {low} or more")
+        require(
+            self.judge is None or bool(re.fullmatch(r"open_clip:[^:]+:[^:]+|local-dir:.+", self.judge)),
+            f"judge is {self.judge!r}: use open_clip:NAME:TAG, local-dir:FOLDER or null",
+        )
 
 
 # Fields that differ by preset: a quarter of the decoder's samples, after which its averaged weights have forgotten how

@@ -103,18 +103,21 @@ def read_views(store: Store, places: list[Place], side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Taught:
-    """The first rows that taught, at most TRAINING_ROWS: where their pictures lie, their licences, and image embeddings
-    fp32 [n, d]."""
+    """The first rows that taught, at most TRAINING_ROWS: where their pictures lie, their licences, and embeddings of
+    picture and first caption, fp32 [n, d] of unit norm."""
 
     places: list[Place]
     licenses: list[str | None]
     image_embedding: Tensor
+    text_embedding: Tensor
 
 
 def taught(store: Store, inputs: Mapping[str, Artifact]) -> Taught:
     """Kept training rows, which held-out rows are compared with."""
-    first = Tables(store, inputs, ("image", "image_embedding"), "train", 0).first(TRAINING_ROWS)
+    first = Tables(store, inputs, ("image", "image_embedding", "text_embedding"), "train", 0).first(TRAINING_ROWS)
     rows = [row for row in first if row.place]
-    stacked = np.stack([row.image_embedding for row in rows if row.image_embedding is not None])
-    embeddings = F.normalize(torch.from_numpy(stacked), dim=-1)
-    return Taught([row.place for row in rows if row.place], [row.license for row in rows], embeddings)
+    image, text = (
+        F.normalize(torch.from_numpy(np.stack([getattr(row, name) for row in rows])), dim=-1)
+        for name in ("image_embedding", "text_embedding")
+    )
+    return Taught([row.place for row in rows if row.place], [row.license for row in rows], image, text)

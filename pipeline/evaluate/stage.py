@@ -41,11 +41,15 @@ log = logging.getLogger("unclip")
 
 
 def run_evaluation(ctx: Context) -> Artifact:
-    """Measure every model of the bundle, in this process and on all cores. Raises CorruptObject."""
+    """Measure every model of the bundle, in this process and on all cores.
+
+    Raises CorruptObject, and UserError for a judge that cannot be loaded.
+    """
     import torch
 
     from models.cascade import UnCLIP
     from pipeline.evaluate.evaluation import Evaluation
+    from pipeline.evaluate.judge import load_judge
     from pipeline.samples import use_all_cores
     from pipeline.training.watch import png
     from pipeline.training.world import choose_device
@@ -53,10 +57,11 @@ def run_evaluation(ctx: Context) -> Artifact:
     use_all_cores()
     began = time.monotonic()
     device = choose_device("auto")
+    judge = load_judge(ctx.recipe.judge, device)
     with tempfile.TemporaryDirectory() as folder:
         materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
         unclip = UnCLIP.from_folder(folder, device)
-    evaluation = Evaluation(ctx.store, ctx.inputs, unclip, ctx.recipe, early_decoder(ctx, device))
+    evaluation = Evaluation(ctx.store, ctx.inputs, unclip, ctx.recipe, early_decoder(ctx, device), judge)
     figures: list[dict[str, Any]] = []
     parts = evaluation.parts()
     with torch.no_grad(), Progress("evaluation", len(parts), "parts") as progress:
@@ -78,6 +83,7 @@ def run_evaluation(ctx: Context) -> Artifact:
         "holds": count(figures),
         "figures": without_values(judged(figures)),
         "captions": evaluation.captions,
+        "closest": evaluation.closest,
         "licenses": evaluation.licenses,
     }
     rows = len(evaluation.rows) if evaluation.rows else 0

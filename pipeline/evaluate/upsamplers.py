@@ -1,14 +1,15 @@
-"""What the upsamplers have learnt: lines (a) and (e)."""
+"""What the upsamplers have learnt: lines (a) and (e), and how like and true their pictures are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.draw import Draw, derive_seed
-from models.image_configs import UpsamplerConfig
 from models.pixels import from_uint8, resize
 from models.reverse import Reverse, ignore
 from models.upsampler import (
@@ -23,9 +24,11 @@ from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import gap_figure, rise
 from pipeline.evaluate.paired import paired
 from pipeline.evaluate.rows import HeldOut
+from pipeline.evaluate.ssim import ssim
 from pipeline.training.task import Batch
 
 DRAWS = 2  # crops and timesteps a picture
+OTHER_ROWS = 8  # at most, that are sampled without the damage to the small picture, too
 Tick = Callable[[str], None]
 
 
@@ -58,36 +61,93 @@ def busiest_crop(image: Tensor, side: int) -> Tensor:
     return tiles[torch.arange(n, device=image.device), best]
 
 
-def enlarged(config: UpsamplerConfig, crop: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The small picture that a crop [n, 3, c, c] in [-1, 1] is sampled from, damaged as at sampling, and its bicubic
-    enlargement [n, 3, c, c]."""
-    low = resize(crop, (crop.shape[2] // config.scale, crop.shape[3] // config.scale))
-    draw = Draw([(derive_seed(seed, "low", i), 1) for i in range(len(crop))], crop.device)
-    low = sampling_low(config, low, draw)
-    return low, resize(low, (crop.shape[2], crop.shape[3]))
+class Upsampled(NamedTuple):
+    """What an upsampler made of small pictures: ``original`` and ``bicubic`` [n, 3, c, c], the small pictures ``clean``
+    and ``low``, as damaged for sampling, [n, 3, c / scale, c / scale], and ``samples`` [k, n, 3, c, c]; in [-1, 1]."""
+
+    original: Tensor
+    clean: Tensor
+    low: Tensor
+    bicubic: Tensor
+    samples: Tensor
 
 
-def psnr_figures(
-    name: str, model: Upsampler, rows: HeldOut, steps: int, count: int, seed: int, tick: Tick
-) -> list[Figure]:
-    """Line (e): PSNR of the mean of ``count`` samples to the original, above that of bicubic interpolation.
+def draw_samples(
+    name: str, model: Upsampler, original: Tensor, steps: int, count: int, seed: int, tick: Tick, damaged: bool
+) -> Upsampled:
+    """``count`` samples of each picture of ``original`` [n, 3, c, c], from its small picture, ``damaged`` or as it is.
 
-    Each picture's busiest crop of the side that training sees; both begin with the same damaged small picture. DDIM
-    with so many ``steps``, as the bundle samples.
+    DDIM with so many ``steps``, as the bundle samples; the same noise for the same row, either way.
     """
-    original = from_uint8(busiest_crop(rows.batch["image"], model.config.crop_size))
-    low, bicubic = enlarged(model.config, original, seed)
+    side = (original.shape[2], original.shape[3])
+    clean = resize(original, (side[0] // model.config.scale, side[1] // model.config.scale))
+    draw = Draw([(derive_seed(seed, "low", i), 1) for i in range(len(original))], original.device)
+    low = sampling_low(replace(model.config, corrupt_at_inference=damaged), clean, draw)
     denoise = upsampler_denoise(model, low)
     run = Reverse(name, "ddim", "small", steps, ignore)
     samples = []
     for i in range(count):
-        draw = Draw([(derive_seed(seed, name, i, row), 1) for row in range(len(rows))], low.device)
+        draw = Draw([(derive_seed(seed, name, i, row), 1) for row in range(len(original))], low.device)
         samples.append(run(model, denoise, draw.normal("x_T", *original.shape[1:]), draw).clamp(-1, 1))
-        tick(f"{name} {i + 1} of {count} samples")
-    baseline = metrics.psnr(bicubic, original)
-    mean, one = metrics.psnr(torch.stack(samples).mean(0), original), metrics.psnr(samples[0], original)
-    says = f"PSNR of the mean of {count} samples, above bicubic's (dB)"
+        tick(f"{name} {i + 1} of {count} samples" + ("" if damaged == model.config.corrupt_at_inference else ", too"))
+    return Upsampled(original, clean, low, resize(low, side), torch.stack(samples))
+
+
+def upsampler_figures(
+    name: str, model: Upsampler, rows: HeldOut, steps: int, count: int, seed: int, tick: Tick
+) -> list[Figure]:
+    """Line (e): PSNR of the mean of ``count`` samples to the original, above that of bicubic interpolation; and, for
+    information, that of one sample, SSIM, consistency, and the first rows with the damage of the small picture left
+    out, or put in where the model samples without.
+
+    Each picture's busiest crop of the side that training sees; all begin with the same small picture.
+    """
+    original = from_uint8(busiest_crop(rows.batch["image"], model.config.crop_size))
+    damaged = model.config.corrupt_at_inference
+    made = draw_samples(name, model, original, steps, count, seed, tick, damaged)
+    few = rows.first(min(OTHER_ROWS, len(rows)))
+    other = draw_samples(name, model, original[: len(few)], steps, 1, seed, tick, not damaged)
     return [
-        paired("e", name, "psnr_of_mean", says, mean, baseline, rows, seed, "above"),
-        paired("e", name, "psnr_of_one", "PSNR of one sample (dB)", one, baseline, rows, seed, None),
+        *likeness_figures(name, made, rows, seed),
+        consistency_figure(name, made, rows, seed),
+        *damage_figures(name, made, other, few, seed, damaged),
+    ]
+
+
+def likeness_figures(name: str, made: Upsampled, rows: HeldOut, seed: int) -> list[Figure]:
+    """PSNR and SSIM to the original, of the mean of the samples and of one, against bicubic interpolation."""
+    mean, one, count = made.samples.mean(0), made.samples[0], len(made.samples)
+    figures = []
+    for short, measure, unit in (("psnr", metrics.psnr, " (dB)"), ("ssim", ssim, "")):
+        values = [measure(x, made.original) for x in (mean, one, made.bicubic)]
+        claim: Literal["above"] | None = "above" if short == "psnr" else None
+        said = f"{short.upper()} of the mean of {count} samples, " + (
+            "above bicubic's" if claim else "baseline: bicubic"
+        )
+        figures.append(paired("e", name, f"{short}_of_mean", said + unit, values[0], values[2], rows, seed, claim))
+        said = f"{short.upper()} of one sample{unit}; baseline: bicubic"
+        figures.append(paired("e", name, f"{short}_of_one", said, values[1], values[2], rows, seed, None))
+    return figures
+
+
+def consistency_figure(name: str, made: Upsampled, rows: HeldOut, seed: int) -> Figure:
+    """How much of the undamaged small picture is left in one sample, made small again as that was."""
+    small = (made.clean.shape[2], made.clean.shape[3])
+    one, bicubic = (metrics.psnr(resize(x, small), made.clean) for x in (made.samples[0], made.bicubic))
+    says = "PSNR of one sample, made small again, to its undamaged small picture (dB); baseline: bicubic"
+    return paired("e", name, "consistency", says, one, bicubic, rows, seed, None)
+
+
+def damage_figures(
+    name: str, made: Upsampled, other: Upsampled, rows: HeldOut, seed: int, damaged: bool
+) -> list[Figure]:
+    """PSNR of one sample of ``other``, sampled the other way, against that of ``made`` and against bicubic."""
+    ways = ("damaged", "undamaged") if damaged else ("undamaged", "damaged")
+    usual, one, bicubic = (
+        metrics.psnr(x, other.original) for x in (made.samples[0, : len(rows)], other.samples[0], other.bicubic)
+    )
+    says = f"PSNR of one sample from the {ways[1]} small picture (dB)"
+    return [
+        paired("e", name, f"{ways[1]}_psnr", f"{says}; baseline: {ways[0]}", one, usual, rows, seed, None),
+        paired("e", name, f"{ways[1]}_psnr_bicubic", f"{says}; baseline: bicubic", one, bicubic, rows, seed, None),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.artifacts import Artifact
@@ -26,17 +26,14 @@ DRAWN = {
 
 
 def evaluation_section(store: Store, artifacts: Mapping[str, Artifact], album: Album) -> str:
-    """The table of claims, and the grids; "" before there is an evaluation."""
+    """The table of claims, and the grid; "" before there is an evaluation."""
     if "evaluation" not in artifacts:
         return ""
     artifact = artifacts["evaluation"]
     summary = attempt("The summary of the evaluation", _summary, artifact)
     claims = attempt("The table of the evaluation", _table, artifact)
-    grids = [
-        attempt(f"{name} of the evaluation", make, store, artifact, album)
-        for name, make in (("comparison.png", _comparison), ("nearest.png", _nearest))
-    ]
-    return section("evaluation", "Does it learn?", LOOK, summary, claims, *grids)
+    grid = attempt("comparison.png of the evaluation", _comparison, store, artifact, album)
+    return section("evaluation", "Does it learn?", LOOK, summary, claims, grid)
 
 
 def _summary(artifact: Artifact) -> str:
@@ -65,24 +62,19 @@ def _comparison(store: Store, artifact: Artifact, album: Album) -> str:
     """The pictures of some captions, below one another the ways to make them."""
     models = [found["model"] for found in artifact.metrics["figures"]]
     lines = ["the real picture", *(said for name, said in DRAWN.items() if name in models)]
-    return _strips(store, artifact, "comparison.png", "Held-out captions", f"From above: {'; '.join(lines)}.", album)
+    said = f"From above: {'; '.join(lines)}."
+    return strips(store, artifact, "comparison.png", artifact.metrics["captions"], "Held-out captions", said, album)
 
 
-def _nearest(store: Store, artifact: Artifact, album: Album) -> str:
-    said = (
-        "Above, a sample from the caption alone; below, the training picture nearest to it, by CLIP: equal pictures "
-        "would be remembered, not made."
-    )
-    return _strips(store, artifact, "nearest.png", "Samples and the nearest training pictures", said, album)
-
-
-def _strips(store: Store, artifact: Artifact, name: str, title: str, said: str, album: Album) -> str:
-    """The columns of a grid, each with its caption below; only those whose real picture may be shown."""
+def strips(
+    store: Store, artifact: Artifact, name: str, captions: Sequence[str], title: str, said: str, album: Album
+) -> str:
+    """The columns of the grid ``name``, each with its caption below; only those whose real picture may be shown."""
     from PIL import Image
 
     if name not in artifact.blobs:
         return note(f"There is no {name}: there were no held-out pictures to draw.")
-    captions, licenses = artifact.metrics["captions"], artifact.metrics["licenses"][name]
+    licenses = artifact.metrics["licenses"][name]
     grid = Image.open(io.BytesIO(read_blob(store, artifact.blobs[name]))).convert("RGB")
     side = grid.width // len(captions)
     cells = []

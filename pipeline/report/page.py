@@ -17,6 +17,7 @@ from pipeline.report.data import data_section, embeddings_section
 from pipeline.report.evaluation import evaluation_section
 from pipeline.report.lineage import lineage_section
 from pipeline.report.markup import attempt, facts, number, section, table, text
+from pipeline.report.measured import measured_sections
 from pipeline.report.pictures import Album
 from pipeline.report.samples import samples_section
 from pipeline.report.style import STYLE
@@ -80,6 +81,7 @@ def render(
         attempt("The summary", _head, config, artifacts, chain, running)
         + attempt("The samples", samples_section, store, artifacts, album)
         + attempt("The evaluation", evaluation_section, store, artifacts, album)
+        + attempt("What else was measured", measured_sections, store, artifacts, album)
         + attempt("The data", data_section, store, artifacts, album)
         + attempt("The embeddings", embeddings_section, store, artifacts)
         + attempt("The codec", codec_section, artifacts)

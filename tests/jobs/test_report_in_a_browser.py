@@ -124,7 +124,7 @@ def test_the_evaluation_has_all_lines_both_priors_and_the_nearest_pictures(shown
     assert {text[:3] for text in said} == {"(a)", "(b)", "(c)", "(d)", "(e)", "(f)"}
     assert {text.split()[1].rstrip(":") for text in said} == {*MODELS} - {"clip"}
     assert "AR prior and decoder from the caption; diffusion prior and decoder" in shown.page.inner_text("#evaluation")
-    comparison, nearest = shown.page.locator("#evaluation .strips").all()
+    comparison, nearest = (shown.page.locator(f"#{name} .strips") for name in ("evaluation", "memorisation"))
     heights = comparison.locator("img").evaluate_all("images => images.map(i => i.naturalHeight)")
     assert heights == [4 * 64] * 8  # real, decoder, and either prior
     assert nearest.locator("img").count() == 8

@@ -140,6 +140,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
         ("release.tolerance=-1", "release: tolerance: -1.0 is below 0"),
         ("release.gates=[]", "release.gates: unknown key"),
         ("evaluation.early=-1", "evaluation: early is -1: use 0 or more"),
+        ("evaluation.judge=train", "evaluation: judge is 'train': use open_clip:NAME:TAG, local-dir:FOLDER or null"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(least: Path, override: str, message: str) -> None:

@@ -226,11 +226,17 @@ def test_an_upsampler_must_beat_bicubic_interpolation() -> None:
     figures = {}
     for name, answer in (("bicubic", None), ("oracle", original)):
         model = cast(Upsampler, Knows(answer))
-        figures[name] = upsamplers.psnr_figures("upsampler_256", model, chosen, 5, 3, 0, lambda _: None)
-    mean, one = figures["bicubic"]
+        figures[name] = upsamplers.upsampler_figures("upsampler_256", model, chosen, 5, 3, 0, lambda _: None)
+    mean, _, ssim_of_mean, _, consistency, undamaged, against_bicubic = figures["bicubic"]
     assert mean.difference == pytest.approx(0, abs=1e-3)
     assert mean.holds is False or mean.difference > 0  # equal but for rounding
-    assert one.holds is None
+    assert {f.holds for f in figures["bicubic"][1:]} == {None}
+    assert ssim_of_mean.difference == pytest.approx(0, abs=1e-4)
+    assert consistency.difference == pytest.approx(0, abs=1e-3)
+    assert undamaged.name == "undamaged_psnr"
+    assert undamaged.difference is not None
+    assert undamaged.difference > 0  # bicubic of what was not blurred is nearer
+    assert against_bicubic.difference == pytest.approx(0, abs=1e-3)
     assert figures["oracle"][0].holds
     assert figures["oracle"][0].value is not None
     assert figures["oracle"][0].value > 60

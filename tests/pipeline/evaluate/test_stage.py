@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from pipeline.graph import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.records import blob_path, put_blob, read_blob
 from pipeline.report.evaluation import evaluation_section
+from pipeline.report.measured import measured_sections
 from pipeline.report.pictures import Album
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.stage import VERSIONS
@@ -37,6 +39,9 @@ from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
 TEXT = {"text_context": 16, "text_width": 16, "text_depth": 1, "text_heads": 1}
 SMALL = {"channels": 8, "depth": 1, "multipliers": (1,), "dropout": 0.0, "steps": 20}
 DECODER = DecoderConfig(**SMALL, **TEXT, head_channels=8, attention_resolutions=(8,), patch=8)
+CLIP = ClipConfig(
+    embed_dim=EMBED_DIM, image_size=32, layers=(1,), width=32, patch=16, text_width=16, text_layers=1, text_heads=1
+)
 RECIPE = EvaluationRecipe(
     rows=6,
     prior_samples=2,
@@ -51,8 +56,6 @@ SAMPLING = SamplingConfig(prior_steps=2, decoder_steps=2, decoder_sampler="ddim"
 
 
 def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
-    clip = ClipConfig(embed_dim=EMBED_DIM, image_size=32, layers=(1,), width=32, patch=16, text_width=16, text_layers=1,
-                      text_heads=1)  # fmt: skip
     z = F.normalize(torch.randn(60, EMBED_DIM, generator=torch.Generator().manual_seed(0)), dim=1)
     pca = fit_pca(*moments(z), k=4)
     codec = fit_codec(pca, (z.double() - pca.mean) @ pca.components.T, z[:, 0].double(), buckets=8)
@@ -62,7 +65,7 @@ def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
 
     def build() -> UnCLIP:
         return UnCLIP(
-            clip=Clip.build(clip, 0),
+            clip=Clip.build(CLIP, 0),
             decoder=Decoder(DECODER, EMBED_DIM),
             diffusion_prior=DiffusionPrior(diffusion, EMBED_DIM) if "diffusion" in priors else None,
             ar_prior=ARPrior(ar, EMBED_DIM, 4) if "ar" in priors else None,
@@ -135,11 +138,21 @@ def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: P
         "priors": 6, "decoder": 4, "upsampler_256": 2,
     }  # fmt: skip
     assert artifact.ledger.kept == 6
+    plain = {(f["line"], f["model"]) for f in document["figures"] if f["holds"] is None and not f["note"]}
+    models = ("decoder", "ar_prior", "diffusion_prior")
+    assert plain == {
+        ("c", "ar_prior"), ("c", "diffusion_prior"), ("e", "upsampler_256"), *product("fm", models),
+    }  # fmt: skip
+    closest = artifact.metrics["closest"]
+    assert [pair["distance"] for pair in closest] == sorted(pair["distance"] for pair in closest)
+    assert {pair["caption"] for pair in closest} <= set(artifact.metrics["captions"])
+    assert len(closest) == len(artifact.metrics["licenses"]["nearest.png"]) == 3
     assert set(artifact.blobs) == {"evaluation.json", "comparison.png", "nearest.png"}
 
     page = evaluation_section(case.world.store, {"evaluation": artifact}, Album(1 << 20))
-    assert page.count("<img") == 2 * 3  # of three captions, a strip of what was drawn and one of what is nearest
-    assert "cannot be shown" not in page
+    more = measured_sections(case.world.store, {"evaluation": artifact}, Album(1 << 20))
+    assert page.count("<img") == more.count("<img") == 3  # of three captions, what was drawn and what is nearest
+    assert "cannot be shown" not in page + more
     assert page.count("✓") + page.count("✗") == len(found)
 
     case.world.store.delete([artifact_path("evaluation", artifact.key)])
@@ -163,8 +176,18 @@ def test_a_bundle_with_one_prior_and_no_early_checkpoint(tmp_path: Path) -> None
     notes = {(f["line"], f["model"]): f["note"] for f in figures if f["note"]}
     assert notes["a", "upsampler_256"] == "not measured: fewer than two held-out pictures of 256 px"
     assert "the decoder at 32 samples is not in the store" in notes["f", "decoder"]
-    other = run_evaluation(case.context(replace(RECIPE, early=64))).metrics["figures"]
-    assert any("evaluation.early 64 is not between decoder.batch 16 and samples 64" in f["note"] for f in other)
+    Clip.build(CLIP, 1).save(tmp_path / "judge")
+    recipe = replace(RECIPE, early=64, judge=f"local-dir:{tmp_path}/judge")
+    other = run_evaluation(case.context(recipe))
+    notes = {f["note"] for f in other.metrics["figures"]}
+    assert any("evaluation.early 64 is not between decoder.batch 16 and samples 64" in note for note in notes)
+    document = json.loads(read_blob(case.world.store, other.blobs["evaluation.json"]))
+    seen = {(f["model"], f["name"]): f["value"] for f in document["figures"] if f["line"] == "f"}
+    by_clip = {(model, name.removeprefix("clip_")) for model, name in seen if name.startswith("clip_")}
+    assert {name for _, name in by_clip} == {"score", "cmmd", "frechet", "precision", "recall"}  # of one caption only
+    assert {model for model, _ in by_clip} == {"decoder", "diffusion_prior"}
+    assert all(seen[model, f"judge_{name}"] is not None for model, name in by_clip)
+    assert any(seen[model, f"judge_{name}"] != seen[model, f"clip_{name}"] for model, name in by_clip)
 
 
 def test_without_test_rows_it_takes_validation_rows_and_without_any_it_says_so(tmp_path: Path) -> None:
@@ -197,7 +220,7 @@ def test_held_out_rows_are_the_first_with_their_pictures(shared_world: World) ->
     squares = [key for key in expected if "square" in shared_world.examples[key].captions[0]]
     assert liked.keys == [*squares, *(key for key in expected if key not in squares)][:5]
     seen = taught(shared_world.store, shared_world.inputs)
-    assert len(seen.places) == len(seen.image_embedding)
+    assert len(seen.places) == len(seen.image_embedding) == len(seen.text_embedding)
     assert not {place.key for place in seen.places} & {
         k for k, e in shared_world.examples.items() if e.split != "train"
     }

@@ -209,10 +209,14 @@ def _evaluation(store: Store, caption: str | None) -> Artifact:
         Figure("c", "ar_prior", "mmd", "ar_prior: MMD", 0.1, 0.2, -0.1, interval=(-0.2, 0.1), holds=False, **common),
         Figure("c", "ar_prior", "cosine_of_one", "ar_prior: one sample", 0.4, 0.3, 0.1, **common),
         Figure("d", "decoder", "background", "decoder: background", note=f"not measured: {caption or 'no colours'}"),
+        Figure("f", "decoder", "cmmd", f"decoder: CMMD {caption or ''}", 0.4, None, None, **common),
+        Figure("m", "ar_prior", "nearest_training", f"ar_prior: near {caption or ''}", 0.25, 0.5, -0.25, **common),
     ]
     found = [figure.as_json() for figure in figures]
     captions = [caption or f"a {colour} circle on white" for colour in COLOURS]
     blobs = {name: put_blob(store, _grid(64, 0.1)) for name in ("comparison.png", "nearest.png")}
+    blobs["evaluation.json"] = put_blob(store, json.dumps({"figures": found}).encode())
     metrics = {"holds": count(found), "figures": judged(found), "captions": captions}
+    metrics["closest"] = [{"caption": captions[i], "distance": i / 8} for i in range(8)]
     metrics["licenses"] = {"comparison.png": ["CC-BY-4.0"] * 4 + [None] * 4, "nearest.png": ["other"] * 8}
     return _publish(store, "evaluation", 9.0, ledger=Ledger(kept=8), blobs=blobs, metrics=metrics, recipe={"rows": 8})

@@ -28,7 +28,11 @@ STAGES = (
     *("source", "captions", "pairs", "clip", "embeddings", "curation", "index", "codec", "ar_prior"),
     *("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024", "bundle", "samples", "evaluation"),
 )
-SECTIONS = ("samples", "evaluation", "data", "embeddings", "codec", "training", "lineage", "environment")
+SECTIONS = (
+    *("samples", "evaluation", "memorisation", "more-figures"),
+    *("data", "embeddings", "codec", "training", "lineage", "environment"),
+)
+MEASURED = ("evaluation", "more-figures")
 VOID = {"meta", "img", "br"}
 
 
@@ -102,9 +106,16 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert (page.count(">✓<"), page.count(">✗<"), page.count("<td >–</td>")) == (1, 1, 1)
     assert "+0.02 ± 0.004" in page
     assert "-0.1 (-0.2 to 0.1)" in page
-    assert "one sample" not in page
+    evaluation, more = (page.partition(f'<section id="{name}">')[2].partition("</section>")[0] for name in MEASURED)
+    assert "one sample" not in evaluation
+    assert "one sample" in more
+    assert "<summary>decoder: 1 figure</summary>" in more  # those that hold or were not measured stand above
+    assert "near" not in more
+    assert "<bdi>ar_prior: near</bdi>" in page
+    assert "0.125: a coral circle on white" in page
     assert "From above: the real picture; the decoder from the image" in page
     assert page.count('alt="Held-out captions: ') == 8
+    assert page.count('alt="Drawn pictures and the training pictures nearest to them: ') == 8
     assert page.count("diffusion prior and decoder from the caption") == 0  # this one has no diffusion prior
     assert "243 a second, 41% of what matrix products reach there. Of the time: forward 98.0%, wait 2.0%." in page
     assert "319 components asked for, 95 kept" in page

@@ -1,0 +1,125 @@
+"""How good the drawn pictures of 64 px are, as a CLIP sees them. All for information: nothing here holds or fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.clip import Clip
+from pipeline.evaluate.captions import parts, within_style
+from pipeline.evaluate.distribution import distribution_figures
+from pipeline.evaluate.figure import Figure
+from pipeline.evaluate.images import embed
+from pipeline.evaluate.metrics import cosine
+from pipeline.evaluate.paired import paired
+from pipeline.evaluate.retrieval import AMONG, told_apart
+from pipeline.evaluate.rows import HeldOut
+
+BATCH = 128  # captions
+
+
+@dataclass(frozen=True)
+class Eye:
+    """A CLIP that looks at pictures: the bundle's own, called "CLIP", or another, called "judge"."""
+
+    name: str
+    clip: Clip
+
+    def look(self, pictures: Tensor) -> Tensor:
+        """Embeddings of pictures uint8 [n, s, s, 3]: fp32 [n, d] on the CPU."""
+        return embed(self.clip, pictures)
+
+    def read(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings of captions: fp32 [n, d] on the CPU."""
+        tokens = self.clip.tokenize(captions).to(self.clip.mean.device)
+        return torch.cat([self.clip.encode_text(part).cpu() for part in tokens.split(BATCH)])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Captions among which a picture must find its own: ``texts`` [c, d], or [n, c, d] with captions for every row, of
+    which row i's own is number own[i]. ``chosen``: the rows that take part, int64 [n]."""
+
+    name: str
+    says: str
+    texts: Tensor
+    own: Tensor
+    chosen: Tensor
+
+
+def choices(eye: Eye, captions: Sequence[str], more: Sequence[str]) -> list[Choice]:
+    """The choices for rows with these ``captions``; ``more`` captions fill them up to AMONG different ones.
+
+    Whole captions; then, for the rows whose captions have a style, names alone, and names with the row's own style and
+    background. A choice of fewer than two is left out.
+    """
+    found = []
+    distinct = _filled(captions, more)
+    if len(distinct) > 1:
+        says = f"R-precision among {min(AMONG, len(distinct))} captions"
+        own = torch.tensor([distinct.index(caption) for caption in captions])
+        found.append(Choice("r_precision", says, eye.read(distinct), own, torch.arange(len(captions))))
+    taken = {i: part for i, caption in enumerate(captions) if (part := parts(caption))}
+    names = _filled([part.name for part in taken.values()], [part.name for c in more if (part := parts(c))])
+    if taken and len(names) > 1:
+        chosen = torch.tensor(list(taken))
+        own = torch.tensor([names.index(part.name) for part in taken.values()])
+        says = f"R-precision among {min(AMONG, len(names))} names"
+        found.append(Choice("name_alone", f"{says} alone", eye.read(names), own, chosen))
+        frames = {(part.style, part.background): part for part in taken.values()}
+        texts = {frame: eye.read(within_style(part, names)) for frame, part in frames.items()}
+        own_texts = torch.stack([texts[part.style, part.background] for part in taken.values()])
+        found.append(Choice("within_style", f"{says} in the style and on the background", own_texts, own, chosen))
+    return found
+
+
+def _filled(own: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Different ones: all of ``own``, and so many of ``more`` that there are AMONG, if there are."""
+    distinct = list(dict.fromkeys(own))
+    others = [text for text in dict.fromkeys(more) if text not in set(distinct)]
+    return distinct + others[: max(0, AMONG - len(distinct))]
+
+
+def right(choice: Choice, pictures: Tensor) -> Tensor:
+    """Whether pictures [n, d], of the first n rows, find their own caption: bool, for those that take part."""
+    kept = choice.chosen < len(pictures)
+    texts = choice.texts[kept] if choice.texts.dim() == 3 else choice.texts
+    return told_apart(pictures[choice.chosen[kept]], texts, choice.own[kept])
+
+
+def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
+    """100 times the cosine of each picture to its caption, at least 0: fp64 [n] from embeddings [n, d] each.
+
+    Hessel et al. 2021, scaled as torchmetrics does.
+    """
+    return 100 * cosine(pictures, texts).clamp(min=0)
+
+
+def quality_figures(
+    eye: Eye, drawn: Mapping[str, Tensor], real: Tensor, training: Tensor, rows: HeldOut, more: Sequence[str], seed: int
+) -> list[Figure]:
+    """The figures of every set of ``drawn`` embeddings [m, d], m at least 2, each of the first m of ``rows``.
+
+    Sets are named by model, and "early" is the decoder's earlier checkpoint. ``real`` [n, d] are the rows' own pictures
+    and ``training`` [n, d] others, that taught. ``more``: captions to choose among besides those of the rows.
+    """
+    texts, offered = eye.read(rows.captions), choices(eye, rows.captions, more)
+    short, figures = eye.name.lower(), []
+    for kind, seen in drawn.items():
+        model, end = ("decoder", "_early") if kind == "early" else (kind, "")
+        subject = "an early checkpoint's" if end else "drawn"
+        m = len(seen)
+        part = rows.first(m)
+        score = f"CLIP score of {subject} pictures, by {eye.name}; baseline: real pictures"
+        values = clip_score(seen, texts[:m]), clip_score(real[:m], texts[:m])
+        figures.append(paired("f", model, f"{short}_score{end}", score, *values, part, seed, None))
+        for choice in offered:
+            ours, theirs = right(choice, seen), right(choice, real[:m])
+            if len(ours) > 1:
+                says = f"{choice.says}, of {subject} pictures, by {eye.name}; baseline: real pictures"
+                figures.append(paired("f", model, f"{short}_{choice.name}{end}", says, ours, theirs, part, seed, None))
+        figures += distribution_figures(model, eye.name, subject, end, seen, training[:m], real[:m], part, seed)
+    return figures
