@@ -21,7 +21,7 @@ from pipeline.store import Store
 
 log = logging.getLogger("unclip")
 Figures = dict[tuple[str, str], Mapping[str, Any]]
-OTHERS = re.compile(r".+_early(_.+)?")  # of an earlier checkpoint, which is not what is released
+OTHERS = re.compile(r".+_early_.+|.+(?<!_trained)_early")  # of an earlier checkpoint, which is not what is released
 REAL = re.compile(r".+_real_.+")  # rankings whose values are those of real pictures
 RANKED = re.compile(r"(.+_trained)_(early|shuffled)")
 OTHER_CLIP = "another CLIP"
