@@ -156,8 +156,7 @@ class Evaluation:
     def _looked_at(self, rows: HeldOut, drawn: dict[str, Tensor], early: Tensor | str, tick: Tick) -> list[Figure]:
         """What the bundle's CLIP and the judge find in the drawn pictures; keeps the pictures to be shown."""
         real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
-        apart = [i * len(self.taught.places) // len(rows) for i in range(len(rows))]  # as many that taught
-        training = self._training_pictures(apart)
+        training = self._training_pictures(images.alike(rows.captions, self.taught.captions))
         more = self.rows.captions if self.rows else []
         everything = drawn | ({"early": early} if isinstance(early, Tensor) else {})
         eyes = [quality.Eye("CLIP", self.unclip.clip)]

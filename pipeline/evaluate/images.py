@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -65,6 +65,21 @@ def named_background(caption: str) -> str | None:
     """Which of the eight pale backgrounds of the emoji pictures a caption names, or None."""
     named = re.search(r" on a (pale \w+) background$", caption)
     return named[1] if named and named[1] in BACKGROUNDS else None
+
+
+def alike(captions: Sequence[str], others: Sequence[str]) -> list[int]:
+    """As many places among ``others`` as there are ``captions``, far apart: for a caption that names a background one
+    that names one, if there is any, and for another caption another. Sets differ by what was not chosen for, then."""
+    pools: dict[bool, list[int]] = {True: [], False: []}
+    for i, caption in enumerate(others):
+        pools[named_background(caption) is not None].append(i)
+    kinds = [named_background(caption) is not None for caption in captions]
+    seen, found = {True: 0, False: 0}, []
+    for kind in kinds:
+        pool = pools[kind] or pools[not kind]
+        found.append(pool[seen[kind] * len(pool) // kinds.count(kind)])
+        seen[kind] += 1
+    return found
 
 
 def backgrounds(pictures: Tensor) -> list[str]:

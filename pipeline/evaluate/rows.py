@@ -103,10 +103,11 @@ def read_views(store: Store, places: list[Place], side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Taught:
-    """The first rows that taught, at most TRAINING_ROWS: where their pictures lie, their licences, and embeddings of
-    picture and first caption, fp32 [n, d] of unit norm."""
+    """The first rows that taught, at most TRAINING_ROWS: where their pictures lie, their first captions, their
+    licences, and embeddings of picture and first caption, fp32 [n, d] of unit norm."""
 
     places: list[Place]
+    captions: list[str]
     licenses: list[str | None]
     image_embedding: Tensor
     text_embedding: Tensor
@@ -114,10 +115,11 @@ class Taught:
 
 def taught(store: Store, inputs: Mapping[str, Artifact]) -> Taught:
     """Kept training rows, which held-out rows are compared with."""
-    first = Tables(store, inputs, ("image", "image_embedding", "text_embedding"), "train", 0).first(TRAINING_ROWS)
+    first = Tables(store, inputs, COLUMNS, "train", 0).first(TRAINING_ROWS)
     rows = [row for row in first if row.place]
     image, text = (
         F.normalize(torch.from_numpy(np.stack([getattr(row, name) for row in rows])), dim=-1)
         for name in ("image_embedding", "text_embedding")
     )
-    return Taught([row.place for row in rows if row.place], [row.license for row in rows], image, text)
+    places, captions = [row.place for row in rows if row.place], [_caption(row) for row in rows]
+    return Taught(places, captions, [row.license for row in rows], image, text)

@@ -180,6 +180,14 @@ def test_backgrounds_are_read_from_corners_and_captions() -> None:
     assert images.named_background("a pale green cat") is None
 
 
+def test_training_pictures_to_compare_with_name_backgrounds_as_often() -> None:
+    named = "a cat on a pale green background"
+    others = ["a dog", named, "a hat", named, "a bee", "a cup", named, "a fox"]
+    assert images.alike([named, named, "a cow"], others) == [1, 3, 0]
+    assert images.alike(["a cow"] * 5, others) == [0, 2, 4, 5, 7]
+    assert images.alike([named], ["a dog", "a hat"]) == [0]
+
+
 def test_a_right_background_holds_and_a_constant_one_does_not() -> None:
     pale = [name for name in BACKGROUNDS if name != "white"] * 2
     captions = [f"a cat on a {name} background" for name in pale] + ["a cat"] * 4

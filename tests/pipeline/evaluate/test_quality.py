@@ -104,7 +104,7 @@ def test_the_baselines_of_a_prior_are_what_they_say() -> None:
     text = F.normalize(normal(n, 16, seed=1), dim=1)
     image = F.normalize(text.roll(1, 1) + 0.05 * normal(n, 16, seed=2), dim=1)
     rows = held_out([f"caption {i}" for i in range(n)], image_embedding=image, text_embedding=text)
-    training = Taught([], [], image_embedding=image.flip(0), text_embedding=text.flip(0))  # here the same captions
+    training = Taught([], [], [], image_embedding=image.flip(0), text_embedding=text.flip(0))  # here the same captions
     samples = F.normalize(image + 0.1 * normal(4, n, 16, seed=3), dim=-1)
     gallery = torch.cat([image, F.normalize(normal(30, 16, seed=4), dim=1)])
     found = {f.name: f for f in prior_figures("prior", samples, rows, gallery, training, 0)}

@@ -221,6 +221,7 @@ def test_held_out_rows_are_the_first_with_their_pictures(shared_world: World) ->
     assert liked.keys == [*squares, *(key for key in expected if key not in squares)][:5]
     seen = taught(shared_world.store, shared_world.inputs)
     assert len(seen.places) == len(seen.image_embedding) == len(seen.text_embedding)
+    assert seen.captions == [(shared_world.examples[place.key].captions or [""])[0] for place in seen.places]
     assert not {place.key for place in seen.places} & {
         k for k, e in shared_world.examples.items() if e.split != "train"
     }
