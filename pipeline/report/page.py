@@ -19,6 +19,7 @@ from pipeline.report.lineage import lineage_section
 from pipeline.report.markup import attempt, facts, number, section, table, text
 from pipeline.report.measured import measured_sections
 from pipeline.report.pictures import Album
+from pipeline.report.release import release_section
 from pipeline.report.samples import samples_section
 from pipeline.report.style import STYLE
 from pipeline.report.training import codec_section, training_section, training_so_far
@@ -81,6 +82,7 @@ def render(
         attempt("The summary", _head, config, artifacts, chain, running)
         + attempt("The samples", samples_section, store, artifacts, album)
         + attempt("The evaluation", evaluation_section, store, artifacts, album)
+        + attempt("The comparison with the release", release_section, store, config.project, artifacts)
         + attempt("What else was measured", measured_sections, store, artifacts, album)
         + attempt("The data", data_section, store, artifacts, album)
         + attempt("The embeddings", embeddings_section, store, artifacts)

@@ -16,6 +16,7 @@ from pipeline.graph import Context, flatten
 from pipeline.ledger import Ledger
 from pipeline.records import blob_path, put_blob
 from pipeline.release import Move, Releases, move_release, read_releases, release_path
+from pipeline.report.release import release_section
 from pipeline.store import Store, open_store
 
 ROWS = 12
@@ -61,6 +62,10 @@ class Made:
         assert ended == code, printed + said
         assert len([line for line in said.splitlines() if line.startswith("error: ")]) == (1 if code else 0)
         return printed + said
+
+    def artifacts(self, *overrides: str) -> dict[str, Artifact]:
+        """All that is made, by stage."""
+        return open_project(str(self.path), overrides).finished()
 
     @property
     def releases(self) -> Releases:
@@ -213,6 +218,22 @@ def test_diff_names_data_recipe_and_figures(made: Made) -> None:
     assert made.release("diff", first[:10], better) == said
     assert "no bundle in" in made.release("diff", "feed", code=2)
     assert "no bundle in" in made.release("diff", "../clip", code=2)
+
+
+def test_the_report_shows_the_release_beside_the_bundle(made: Made) -> None:
+    made.make(0.0)
+    assert release_section(made.store, "p", made.artifacts()) == ""
+    made.release("promote")
+    assert release_section(made.store, "p", made.artifacts()) == ""  # it is the release
+    made.make(0.1, OTHER)
+    shown = release_section(made.store, "p", made.artifacts(OTHER))
+    (row,) = (row for row in shown.splitlines() if "decoder: background" in row)
+    assert "+0.1 (0.1 to 0.1)" in row
+    assert "<td >better</td>" in row
+    made.make(0.1, OTHER, "evaluation.rows=9")
+    shown = release_section(made.store, "p", made.artifacts(OTHER, "evaluation.rows=9"))
+    assert "Not compared with" in shown
+    assert "evaluation.rows 256 -&gt; 9" in shown
 
 
 def test_diff_of_more_data(made: Made) -> None:
