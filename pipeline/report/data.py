@@ -6,19 +6,18 @@ Reads the first few shards only, however many there are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table
-from pipeline.data.index import read_pictures
+from pipeline.artifacts import Artifact, read_shards, read_table
 from pipeline.ledger import REASONS
+from pipeline.report.duplicates import duplicates
 from pipeline.report.figures import bars, histogram
 from pipeline.report.markup import attempt, figure, note, number, section, table, text
 from pipeline.report.pictures import Album
+from pipeline.report.rows import SHARDS_READ, Artifacts, PairsShard, read_first_shards, read_worst_shards, thumbnail
 from pipeline.store import Store
 
-SHARDS_READ = 3
 THUMBNAILS = 24
 REJECTS_SHOWN = 12
 RIGHTS_SHOWN = 20
@@ -31,24 +30,6 @@ LOOK_AT_EMBEDDINGS = (
     "pictures, and <code>curation.min_similarity</code> is where to cut them off."
 )
 
-Artifacts = Mapping[str, Artifact]
-
-
-@dataclass(frozen=True)
-class PairsShard:
-    """One shard of pairs, read: every index row, the keys of the rows that are kept so far, captions by key, and by key
-    why curation rejected a row."""
-
-    shard: ShardRow
-    rows: list[dict[str, Any]]
-    kept: set[str]
-    captions: dict[str, str]
-    reasons: dict[str, str]
-
-    @property
-    def kept_rows(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["key"] in self.kept]
-
 
 def data_section(store: Store, artifacts: Artifacts, album: Album) -> str:
     """The way of rows from the list to the training set; "" before there is a list."""
@@ -60,6 +41,8 @@ def data_section(store: Store, artifacts: Artifacts, album: Album) -> str:
     ]
     if "pairs" in artifacts:
         parts.append(attempt("What the first shards hold", _first_shards, store, artifacts, album))
+    if {"pairs", "curation"} <= artifacts.keys():
+        parts.append(attempt("The near-duplicates", duplicates, store, artifacts, album))
     parts.append(attempt("The work of the stages", _work, artifacts))
     return section("data", "Data", LOOK_AT_DATA, *parts)
 
@@ -132,54 +115,13 @@ def _first_shards(store: Store, artifacts: Artifacts, album: Album) -> str:
     )
 
 
-def read_first_shards(store: Store, artifacts: Artifacts) -> list[PairsShard]:
-    """The first shards of pairs, those that keep any row before the others."""
-    shards = _numbered(store, artifacts, "pairs")
-    left = {number: shard.kept for number, shard in {**shards, **_numbered(store, artifacts, "curation")}.items()}
-    return _read(store, artifacts, sorted(shards.values(), key=lambda s: left[s.number] == 0))
-
-
-def read_worst_shards(store: Store, artifacts: Artifacts) -> list[PairsShard]:
-    """The shards of pairs that have lost most rows, of those that have lost any."""
-    shards = _numbered(store, artifacts, "pairs")
-    lost = Counter({number: shard.lost for number, shard in shards.items()})
-    lost.update({number: shard.lost for number, shard in _numbered(store, artifacts, "curation").items()})
-    worst = sorted((s for s in shards.values() if lost[s.number]), key=lambda s: -lost[s.number])
-    return _read(store, artifacts, worst)
-
-
-def _read(store: Store, artifacts: Artifacts, shards: Sequence[ShardRow]) -> list[PairsShard]:
-    """The first few of ``shards``, with what later stages say of their rows."""
-    curated = _numbered(store, artifacts, "curation")
-    captioned = _numbered(store, artifacts, "captions")
-    result = []
-    for shard in shards[:SHARDS_READ]:
-        rows = read_table(store, shard.blobs["index"]).to_pylist()
-        kept = {row["key"] for row in rows if row["status"] == "kept"}
-        captions: dict[str, str] = {}
-        reasons: dict[str, str] = {}
-        if shard.number in curated:
-            blobs = curated[shard.number].blobs
-            kept = set(read_table(store, blobs["index"], ["key"])["key"].to_pylist())
-            reasons = {row["key"]: row["reason"] for row in read_table(store, blobs["rejected"]).to_pylist()}
-        if shard.number in captioned:
-            table = read_table(store, captioned[shard.number].blobs["captions"]).to_pylist()
-            captions = {row["key"]: row["captions"][0] for row in table if row["captions"]}
-        result.append(PairsShard(shard, rows, kept, captions, reasons))
-    return result
-
-
-def _numbered(store: Store, artifacts: Artifacts, stage: str) -> dict[int, ShardRow]:
-    return {shard.number: shard for shard in read_shards(store, artifacts[stage])} if stage in artifacts else {}
-
-
 def _thumbnails(store: Store, shards: Sequence[PairsShard], title: str, album: Album) -> str:
     cells = []
     for i, shard in enumerate(shards):
         share = THUMBNAILS * (i + 1) // len(shards) - THUMBNAILS * i // len(shards)
         shown = [row for row in shard.kept_rows if row["size"] and album.may_show(row["license"])]
         for row in spread(shown, share):
-            picture = attempt(f"Row {row['key']}", _thumbnail, store, shard, row, album)
+            picture = attempt(f"Row {row['key']}", thumbnail, store, shard, row, album)
             cells.append(figure(picture, f"<bdi>{text(shard.captions.get(row['key'], ''), 90)}</bdi>"))
     if not cells:
         return note(
@@ -188,11 +130,6 @@ def _thumbnails(store: Store, shards: Sequence[PairsShard], title: str, album: A
             else "No pair's licence lets it be shown here."
         )
     return f'<h3>{title}</h3>\n<div class="thumbs">\n{"".join(cells)}</div>\n'
-
-
-def _thumbnail(store: Store, shard: PairsShard, row: Mapping[str, Any], album: Album) -> str:
-    [data] = read_pictures(store, shard.shard.blobs.get("images"), [row])
-    return album.image(data, 160, shard.captions.get(row["key"], f"row {row['key']}"), most=14_000)
 
 
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
@@ -214,7 +151,7 @@ def _rejects(store: Store, shards: Sequence[PairsShard], album: Album) -> str:
     rows, cells = [], []
     for _, reason, shard, row in found:
         if row["size"] and album.may_show(row["license"]):
-            picture = attempt(f"Row {row['key']}", _thumbnail, store, shard, row, album)
+            picture = attempt(f"Row {row['key']}", thumbnail, store, shard, row, album)
             said = f"{text(reason)} <bdi>{text(shard.captions.get(row['key'], ''), 90)}</bdi>"
             cells.append(figure(picture, said))
         else:

@@ -74,21 +74,23 @@ def histogram(title: str, x_label: str, values: Sequence[float]) -> str:
     return _svg(said, HEIGHT, [_axes(x, y, x_label, "rows"), *rects])
 
 
-def bars(title: str, values: Sequence[tuple[str, float]]) -> str:
-    """Horizontal bars, each under its name, its number and, after the first, its share of the largest number."""
-    if not values:
-        raise ValueError("there are no values")
-    largest = max(max(value for _, value in values), 1)
+def bars(title: str, values: Sequence[tuple[str, float]], counts: bool = True) -> str:
+    """Horizontal bars, each under its name and its number: ``counts``, with their share of the largest after the first,
+    or any finite values. One below zero has no length."""
+    if not all(math.isfinite(value) for _, value in values) or not values:
+        raise ValueError("there are no finite values")
+    largest = max(max(value for _, value in values), 0) or 1
+    shown = [f"{value:,.0f}" if counts else f"{value:.4g}" for _, value in values]
     step, parts = 44, []
     for i, (name, value) in enumerate(values):
         top = 8 + i * step
         length = max(value / largest * (WIDTH - 4), 1)
-        share = f" ({value / largest:.1%})" if i else ""
+        share = f" ({value / largest:.1%})" if counts and i else ""
         parts.append(_text(2, top + 11, name, _INK))
-        parts.append(_text(WIDTH - 2, top + 11, f"{value:,.0f}{share}", _INK, "end"))
+        parts.append(_text(WIDTH - 2, top + 11, shown[i] + share, _INK, "end"))
         fill = f"fill:{_colour(0)}"
         parts.append(f'<rect x="2" y="{top + 17}" width="{length:.1f}" height="14" rx="2" style="{fill}"/>')
-    said = f"{title}: " + ", ".join(f"{name} {value:,.0f}" for name, value in values)
+    said = f"{title}: " + ", ".join(f"{name} {value}" for (name, _), value in zip(values, shown, strict=True))
     return _svg(said, len(values) * step + 8, parts)
 
 

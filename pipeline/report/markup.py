@@ -49,7 +49,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = ()) -> str:
     """A table of cells that are escaped already; the columns in ``numeric`` are aligned to the right."""
     kind = ['class="n"' if i in numeric else "" for i in range(len(head))]
-    top = "".join(f'<th scope="col" {k}>{name}</th>' for name, k in zip(head, kind, strict=True))
+    # An empty heading is no heading to those who have the page read to them.
+    top = "".join(
+        f'<th scope="col" {k}>{name}</th>' if name else f"<td {k}></td>" for name, k in zip(head, kind, strict=True)
+    )
     body = "".join(
         "<tr>" + "".join(f"<td {k}>{cell}</td>" for cell, k in zip(row, kind, strict=True)) + "</tr>\n" for row in rows
     )

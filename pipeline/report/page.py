@@ -78,9 +78,9 @@ def render(
     """
     album = Album(PICTURE_BYTES, licenses)
     chain = expected(config)
+    head = attempt("The summary", _head, config, artifacts, chain, running)
     body = (
-        attempt("The summary", _head, config, artifacts, chain, running)
-        + attempt("The samples", samples_section, store, artifacts, album)
+        attempt("The samples", samples_section, store, artifacts, album)
         + attempt("The evaluation", evaluation_section, store, artifacts, album)
         + attempt("The comparison with the release", release_section, store, config.project, artifacts)
         + attempt("What else was measured", measured_sections, store, artifacts, album)
@@ -97,7 +97,7 @@ def render(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{refresh}'
         f"<title>{text(config.project)}: report</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n{body}</body>\n</html>\n"
+        f"<body>\n{head}<main>\n{body}</main>\n</body>\n</html>\n"
     )
 
 

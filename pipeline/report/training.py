@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.artifacts import Artifact
 from pipeline.progress import duration
 from pipeline.records import read_blob
-from pipeline.report.figures import Point, line_chart
+from pipeline.report.figures import Point, bars, line_chart
 from pipeline.report.markup import attempt, beside, facts, figure, note, number, section, text
 from pipeline.report.pictures import Album
 from pipeline.store import Store
@@ -29,14 +29,21 @@ LOOK_AT_TRAINING = (
     "Look for a validation loss that falls with the training loss; if it turns upwards while the other still falls, "
     "the model has begun to remember its rows, and more data will help it more than more samples."
 )
+QUARTERS = {1: "least noise", 2: "less", 3: "more", 4: "most noise"}
 
 
 @dataclass
 class Curve:
-    """Losses of a training by samples seen, and the number of lines that could not be used."""
+    """Losses of a training by samples seen, and the number of lines that could not be used.
+
+    ``quarters``: of the latest validation that told any, the loss by quarter of the timesteps, 1 to 4, after
+    ``quarters_at`` samples.
+    """
 
     train: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
+    quarters: dict[int, float] = field(default_factory=dict)
+    quarters_at: float = 0
     unread: int = 0
 
 
@@ -103,14 +110,23 @@ def _loss(store: Store, artifact: Artifact, stage: str) -> str:
     series = {"train": curve.train, "validation": curve.validation}
     chart = line_chart(f"Loss of {stage}", "samples seen", "loss", series)
     unread = f" {number(curve.unread)} lines could not be used." if curve.unread else ""
-    return figure(chart, f"Loss of {stage} by samples seen.{unread}")
+    shown = figure(chart, f"Loss of {stage} by samples seen.{unread}")
+    return shown + (attempt(f"The loss of {stage} by timestep", _quarters, curve, stage) if curve.quarters else "")
+
+
+def _quarters(curve: Curve, stage: str) -> str:
+    values = [(f"quarter {i}, {QUARTERS[i]}", loss) for i, loss in sorted(curve.quarters.items())]
+    chart = bars(f"Validation loss of {stage} by quarter of its timesteps", values, counts=False)
+    when = f"after {number(curve.quarters_at)} samples"
+    return figure(chart, f"Validation loss of {stage} by quarter of its timesteps, {when}.")
 
 
 def read_curve(data: bytes) -> Curve:
     """The losses in JSON lines of training, {"samples", "loss"}, and of validation, {"samples", "validation_loss"}.
 
-    A validation may also be nested: {"samples", "validation": {"loss"}}. Lines that are no JSON objects, or whose loss
-    is not finite, are counted as unread.
+    A validation may also be nested: {"samples", "validation": {"loss"}}; one of a model with timesteps also has
+    "validation_loss_quarter_1" to "_4", less those without rows. Lines that are no JSON objects, or whose losses are
+    not finite, are counted as unread.
     """
     curve = Curve()
     for line in data.splitlines():
@@ -121,6 +137,9 @@ def read_curve(data: bytes) -> Curve:
             validation = entry.get("validation", {}).get("loss", entry.get("validation_loss"))
             if validation is not None:
                 curve.validation.append(_point(entry["samples"], validation))
+            named = {i: entry.get(f"validation_loss_quarter_{i}") for i in QUARTERS}
+            if quarters := {i: _point(entry["samples"], loss)[1] for i, loss in named.items() if loss is not None}:
+                curve.quarters, curve.quarters_at = quarters, float(entry["samples"])
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             curve.unread += 1
     return curve

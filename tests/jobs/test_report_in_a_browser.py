@@ -1,49 +1,26 @@
 """The quick start's own path at nano length, and every element of its report as a browser shows it."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser
 
+from tests.browser import Shown, chromium
 from tests.chain import done, unclip
 
 pytestmark = pytest.mark.browser
-QUIET = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 MODELS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+WITH_TIMESTEPS = ("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 SAMPLES = 4  # captions in the configuration
 PREVIEWS = 3 + 2 + 2  # of the decoder and the upsamplers: at the start, at the end, and the decoder's after 64 steps
 
 
-class Shown:
-    """A page as it is loaded, what was asked for and what was complained about meanwhile."""
-
-    def __init__(self, browser: Browser, file: Path, width: int = 1280, script: bool = True):
-        self.requested: list[str] = []
-        self.complaints: list[str] = []
-        context = browser.new_context(viewport={"width": width, "height": 900}, java_script_enabled=script)
-        self.page: Page = context.new_page()
-        self.page.on("request", lambda request: self.requested.append(request.url))
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(file.as_uri())
-
-    def count(self, selector: str) -> int:
-        return self.page.locator(selector).count()
-
-    def texts(self, selector: str) -> list[str]:
-        return self.page.locator(selector).all_inner_texts()
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    executable = shutil.which("chromium")
-    assert executable, "chromium is not on PATH: apt-get install chromium, or run make test without make test-browser"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=list(QUIET))
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +84,7 @@ def test_rows_are_shown_and_rejects_with_their_reasons(shown: Shown) -> None:
 
 def test_charts_show_similarity_spectrum_and_losses(shown: Shown) -> None:
     assert shown.count("#data svg") == shown.count("#embeddings svg") == shown.count("#codec svg") == 1
-    assert shown.count("#training svg") == len(MODELS)
+    assert shown.count("#training svg") == len(MODELS) + len(WITH_TIMESTEPS)
     boxes = shown.page.locator("svg").evaluate_all("all => all.map(s => s.getBoundingClientRect().height)")
     assert min(boxes) > 100
 
@@ -138,6 +115,15 @@ def test_it_can_be_read_without_script_on_a_narrow_screen_and_on_paper(browser: 
     paper = narrow.page.pdf(format="A4", print_background=True)
     assert paper.startswith(b"%PDF")
     assert len(paper) > 100_000
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_core_finds_nothing(browser: Browser, folder: Path, scheme: Literal["light", "dark"], width: int) -> None:
+    found = Shown(browser, folder / "report.html", width, scheme=scheme)
+    assert found.findings() == []
+    assert found.complaints == []
+    assert found.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_a_copy_for_others_shows_pictures_of_one_licence_only(

@@ -7,14 +7,27 @@ import io
 import json
 import math
 import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from pipeline.artifacts import Artifact, publish_artifact, publish_shard, write_shard_table, write_table
+from pipeline.artifacts import (
+    Artifact,
+    Shard,
+    publish_artifact,
+    publish_shard,
+    read_shards,
+    read_table,
+    write_shard_table,
+    write_table,
+)
 from pipeline.data.index import index_table
+from pipeline.data.rejected import Rejected, rejected_table
 from pipeline.data.source import row_key
 from pipeline.evaluate.figure import Figure, count, judged
 from pipeline.ledger import Ledger
@@ -26,6 +39,7 @@ COLOURS = ("crimson", "coral", "gold", "seagreen", "teal", "royalblue", "purple"
 SHAPES = ("circle", "square", "triangle")
 SHARDS, ROWS = 3, 30
 MODELS = ("clip", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+WITH_TIMESTEPS = ("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 
 
 def config(inputs: tuple[str, ...] = MODELS) -> Any:
@@ -71,6 +85,34 @@ def chain(store: Store, caption: str | None = None) -> dict[str, Artifact]:
         "samples": _samples(store, caption),
         "evaluation": _evaluation(store, caption),
     }
+
+
+def culled(store: Store, made: dict[str, Artifact], lost: Sequence[Rejected]) -> dict[str, Artifact]:
+    """The chain with these rows rejected by curation, besides its others."""
+    gone = {row.key for row in lost}
+    shards = []
+    for shard in read_shards(store, made["curation"]):
+        before = [Rejected(**row) for row in read_table(store, shard.blobs["rejected"]).to_pylist()]
+        rejected = before + [row for row in lost if int(row.key[:-4]) == shard.number]
+        kept = [r for r in read_table(store, shard.blobs["index"]).to_pylist() if r["key"] not in gone]
+        blobs = {"index": put_blob(store, write_table(index_table(kept)))}
+        blobs["rejected"] = put_blob(store, rejected_table(rejected))
+        ledger = Ledger(len(kept), dict(Counter(row.reason for row in rejected)))
+        shards.append(Shard(shard.number, f"{shard.key} culled", ledger, blobs))
+    table, ledger = write_shard_table(store, shards)
+    return made | {"curation": replace(made["curation"], shard_table=table, ledger=ledger)}
+
+
+def alike(store: Store, made: dict[str, Artifact]) -> list[Rejected]:
+    """Every row that curation keeps and whose picture an earlier one of these also has."""
+    first: dict[str, str] = {}
+    lost = []
+    for shard in read_shards(store, made["curation"]):
+        for row in read_table(store, shard.blobs["index"]).to_pylist():
+            near = first.setdefault(row["sha256"], row["key"])
+            if near != row["key"]:
+                lost.append(Rejected(row["key"], "near_duplicate", near))
+    return lost
 
 
 def _publish(store: Store, stage: str, seconds: float = 12.5, **fields: Any) -> Artifact:
@@ -161,7 +203,8 @@ def _trained(store: Store, stage: str) -> Artifact:
         loss = 0.03 + math.exp(-step / 60) * 0.9
         lines.append({"samples": step * 128, "loss": loss * rng.uniform(0.8, 1.2), "grad_norm": 1.0})
         if step % 80 == 79:
-            lines.append({"samples": step * 128, "validation_loss": loss * 1.1, "validation_rows": 40})
+            quarters = {f"validation_loss_quarter_{i}": loss * 4 / i for i in range(1, 5) if stage in WITH_TIMESTEPS}
+            lines.append({"samples": step * 128, "validation_loss": loss * 1.1, "validation_rows": 40} | quarters)
     blobs = {"metrics.jsonl": put_blob(store, "\n".join(map(json.dumps, lines)).encode())}
     if stage in ("decoder", "upsampler_256", "upsampler_1024"):
         side = {"decoder": 64, "upsampler_256": 128, "upsampler_1024": 256}[stage]

@@ -156,5 +156,17 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert widths[2] == 1
     assert "50 (25.0%)" in "".join(root.itertext())
     parse(bars("t", [("nothing at all", 0)]))
-    with pytest.raises(ValueError, match="no values"):
-        bars("t", [])
+    for nothing in ([], [("a", 1.0), ("b", math.nan)]):
+        with pytest.raises(ValueError, match="no finite values"):
+            bars("t", nothing)
+
+
+def test_bars_of_small_values_have_their_digits_and_no_share() -> None:
+    root = parse(bars("t", [("first", 0.02), ("second", 0.0811111), ("below", -0.01)], counts=False))
+    widths = [float(rect.get("width", "")) for rect in root.iter("rect")]
+    assert widths[1] == WIDTH - 4
+    assert widths[0] == pytest.approx(widths[1] * 0.02 / 0.0811111, abs=0.1)
+    assert widths[2] == 1
+    said = "".join(root.itertext())
+    assert "second 0.08111" in said
+    assert "%" not in said

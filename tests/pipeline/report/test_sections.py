@@ -1,6 +1,7 @@
 """The sections read what stages leave in a store, and little of it."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from pipeline.artifacts import Artifact, Shard, publish_artifact, read_shards, w
 from pipeline.data.index import index_table
 from pipeline.ledger import Ledger
 from pipeline.records import put_blob
-from pipeline.report.data import data_section, embeddings_section, read_first_shards, spread
+from pipeline.report.data import data_section, embeddings_section, spread
 from pipeline.report.pictures import Album
-from pipeline.report.training import codec_section, preview_names, read_curve
+from pipeline.report.rows import read_first_shards
+from pipeline.report.training import codec_section, preview_names, read_curve, training_section
 from pipeline.store import Entry, FolderStore
-from tests.pipeline.report.made_up import SHARDS, chain
+from tests.pipeline.report.made_up import SHARDS, WITH_TIMESTEPS, chain
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,23 @@ def test_curves_from_json_lines() -> None:
     assert curve.train == [(128, 1.0), (256, 0.5)]
     assert curve.validation == [(0, 1.5), (256, 0.75)]
     assert curve.unread == 0
+
+
+def test_losses_by_timestep_are_those_of_the_latest_look_that_has_any() -> None:
+    early = {f"validation_loss_quarter_{i}": 0.1 * i for i in range(1, 5)}
+    late = {"validation_loss_quarter_4": 0.02, "validation_loss_quarter_2": 0.5}  # no row fell into the others
+    lines = [{"samples": 0, **early}, {"samples": 640, "validation_loss": 0.3, **late}, {"samples": 900, "loss": 1}]
+    curve = read_curve("\n".join(map(json.dumps, lines)).encode())
+    assert (curve.quarters, curve.quarters_at) == ({2: 0.5, 4: 0.02}, 640)
+    assert read_curve(b'{"samples": 9, "validation_loss_quarter_1": NaN}').unread == 1
+
+
+def test_only_models_with_timesteps_show_losses_by_them(store: FolderStore, made: dict[str, Artifact]) -> None:
+    page = training_section(store, made, Album(1 << 20))
+    shown = re.findall(
+        r"<figcaption>Validation loss of (\w+) by quarter of its timesteps, after ([\d,]+) samples", page
+    )
+    assert shown == [(stage, "51,072") for stage in WITH_TIMESTEPS]
 
 
 def test_odd_lines_are_counted_and_passed_over() -> None:

@@ -1,0 +1,56 @@
+"""The page for everybody: axe-core finds nothing in either colour scheme, on a wide screen and on a narrow one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from playwright.sync_api import Browser
+
+from pipeline.report.page import write_report
+from pipeline.store import FolderStore
+from tests.browser import Shown, chromium
+from tests.pipeline.report.made_up import alike, chain, config, culled
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reports of a whole chain, of its first half, and of nothing."""
+    folder = tmp_path_factory.mktemp("reports")
+    store = FolderStore(str(folder / "store"))
+    made = chain(store, "a caption" + 30 * "ofonewordthatnobodycanbreak")
+    made = culled(store, made, alike(store, made))
+    write_report(store, config(), made, folder / "whole.html")
+    write_report(store, config(), {name: made[name] for name in list(made)[:9]}, folder / "half.html", made["decoder"])
+    write_report(store, config(), {}, folder / "empty.html")
+    return folder
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_whole_report_has_no_findings(
+    browser: Browser, folder: Path, scheme: Literal["light", "dark"], width: int
+) -> None:
+    shown = Shown(browser, folder / "whole.html", width, scheme=scheme)
+    assert shown.count("#data .thumbs") == 2 + 4  # rows kept, rows rejected, groups too alike
+    assert shown.findings() == []
+    assert shown.complaints == []
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("name", ["half", "empty"])
+def test_an_unfinished_report_has_no_findings_but_that_it_refreshes_itself(
+    browser: Browser, folder: Path, name: str
+) -> None:
+    shown = Shown(browser, folder / f"{name}.html", 360)
+    assert [found.partition(" at ")[0] for found in shown.findings()] == ["critical: meta-refresh"]
+    assert shown.complaints == []
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= 360
