@@ -13,7 +13,7 @@ from pipeline.artifacts import Artifact, read_shards, read_table
 from pipeline.ledger import REASONS
 from pipeline.report.duplicates import duplicates
 from pipeline.report.figures import bars, histogram
-from pipeline.report.markup import attempt, figure, note, number, section, table, text
+from pipeline.report.markup import attempt, beside, figure, note, number, section, table, text
 from pipeline.report.pictures import Album
 from pipeline.report.rows import SHARDS_READ, Artifacts, PairsShard, read_first_shards, read_worst_shards, thumbnail
 from pipeline.store import Store
@@ -110,6 +110,7 @@ def _first_shards(store: Store, artifacts: Artifacts, album: Album) -> str:
     title = "Kept pairs, after curation" if "curation" in artifacts else "Kept pairs"
     return (
         attempt("The pictures", _thumbnails, store, shards, title, album)
+        + attempt("The sizes of pictures and captions", _sizes, shards)
         + attempt("The rejected rows", _rejects, store, read_worst_shards(store, artifacts), album)
         + attempt("The licences", _rights, shards)
     )
@@ -130,6 +131,23 @@ def _thumbnails(store: Store, shards: Sequence[PairsShard], title: str, album: A
             else "No pair's licence lets it be shown here."
         )
     return f'<h3>{title}</h3>\n<div class="thumbs">\n{"".join(cells)}</div>\n'
+
+
+def _sizes(shards: Sequence[PairsShard]) -> str:
+    """Histograms of the short sides of kept pictures, and of the lengths of their captions, where there are any."""
+    kept = [(shard, row) for shard in shards for row in shard.kept_rows]
+    sides = [min(row["width"], row["height"]) for _, row in kept if row["width"]]
+    lengths = [len(shard.captions[row["key"]]) for shard, row in kept if row["key"] in shard.captions]
+    charts = []
+    for what, unit, values in (
+        ("Short sides of pictures", "px", sides),
+        ("Lengths of captions", "characters", lengths),
+    ):
+        if values:
+            said = f"{what}: {number(len(values))} kept rows of {len(shards)} shards; the median is"
+            chart = histogram(what, unit, values)
+            charts.append(figure(chart, f"{said} {number(sorted(values)[len(values) // 2])} {unit}."))
+    return beside(charts[0], "".join(charts[1:])) if charts else ""
 
 
 def spread(rows: Sequence[Any], count: int) -> list[Any]:

@@ -44,7 +44,7 @@ def duplicates(store: Store, artifacts: Artifacts, album: Album) -> str:
             parts.append(
                 f'<p class="quiet">{text(said + part)}.</p>\n<div class="thumbs">\n{"".join(pictures)}</div>\n'
             )
-    found = f"{number(len(groups))} groups are in the {len(worst)} shards that lost most rows to curation."
+    found = f"Among the rows of {len(worst)} shards, those that lost most to curation: {number(len(groups))} groups."
     hidden = " None of the largest has two pictures that may be shown." if groups and not parts else ""
     return f"<h3>Too alike</h3>\n<p>{LOOK}</p>\n{''.join(parts)}{note(found + hidden)}"
 

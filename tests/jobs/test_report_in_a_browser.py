@@ -82,8 +82,9 @@ def test_rows_are_shown_and_rejects_with_their_reasons(shown: Shown) -> None:
     assert "OpenMoji, the open-source emoji" in table
 
 
-def test_charts_show_similarity_spectrum_and_losses(shown: Shown) -> None:
-    assert shown.count("#data svg") == shown.count("#embeddings svg") == shown.count("#codec svg") == 1
+def test_charts_show_sizes_similarity_spectrum_and_losses(shown: Shown) -> None:
+    assert shown.count("#data svg") == 1 + 2  # the rows that stages keep, sizes of pictures and of captions
+    assert shown.count("#embeddings svg") == shown.count("#codec svg") == 1
     assert shown.count("#training svg") == len(MODELS) + len(WITH_TIMESTEPS)
     boxes = shown.page.locator("svg").evaluate_all("all => all.map(s => s.getBoundingClientRect().height)")
     assert min(boxes) > 100

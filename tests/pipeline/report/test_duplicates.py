@@ -72,7 +72,7 @@ def test_the_largest_groups_are_shown_with_the_row_that_stays_first(
         assert first == "<b>stays</b>"
         assert {name for name, _ in others} == {"near_duplicate"}
         assert {said for _, said in others} == {caption}  # equal pictures have equal captions here
-    assert f"{len(sizes)} groups are in the 3 shards that lost most rows to curation" in page
+    assert f"those that lost most to curation: {len(sizes)} groups." in page
     assert "cannot be shown" not in page
 
 

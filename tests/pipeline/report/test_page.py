@@ -100,7 +100,9 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert "16 of 16 stages are done." in page
     assert "a crimson circle on white" in page
     assert "http-equiv" not in page
-    assert page.count('role="img"') == 14  # funnel, similarity, spectrum, six losses, four by timestep, lineage
+    assert (
+        page.count('role="img"') == 16
+    )  # funnel, sizes, lengths, similarity, spectrum, six losses, four by timestep, lineage
     assert page.count('alt="preview of decoder after') == 4
     assert "1 of 2 hold, 1 not measured." in page
     assert (page.count(">✓<"), page.count(">✗<"), page.count("<td >–</td>")) == (1, 1, 1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,6 +102,20 @@ def test_reasons_are_counted_once_and_explained(store: FolderStore, made: dict[s
     assert "https://example.com/0/9.png" in page
     assert "CC-BY-4.0" in page
     assert page.count("<img ") == 24 + 2  # of the twelve rejected rows shown, those that were rejected with a picture
+
+
+def test_sizes_are_those_of_kept_rows_whose_captions_and_pictures_are_known(
+    store: FolderStore, made: dict[str, Artifact]
+) -> None:
+    page = data_section(store, made, Album(1 << 20))
+    kept = made["curation"].ledger.kept
+    captions = [len(shard.captions[row["key"]]) for shard in read_first_shards(store, made) for row in shard.kept_rows]
+    median = statistics.median_high(captions)
+    assert f"Short sides of pictures: {kept} kept rows of 3 shards; the median is 96 px." in page
+    assert f"Lengths of captions: {kept} kept rows of 3 shards; the median is {median} characters." in page
+    early = data_section(store, {"pairs": made["pairs"]}, Album(1 << 20))
+    assert "Short sides of pictures: 78 kept rows" in early
+    assert "Lengths of captions" not in early
 
 
 def test_the_work_of_a_stage_is_told_where_it_was_written_down(store: FolderStore, made: dict[str, Artifact]) -> None:
