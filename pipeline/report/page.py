@@ -32,6 +32,7 @@ DATA = ("source", "captions", "pairs", "clip", "embeddings", "thresholds", "cura
 MODELS = ("codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 ENDS = ("samples", "evaluation")
 PICTURE_BYTES = 4 << 20  # of base64; text and figures take well under the MiB that is left
+# Of a page that is not finished. axe-core finds fault with any refresh, but without script there is no other way.
 REFRESH_S = 30
 LOOK_AT_ENVIRONMENT = (
     "Look here when a result differs from another machine's: keys agree everywhere, bytes only where all of this does."

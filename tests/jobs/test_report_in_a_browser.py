@@ -87,7 +87,7 @@ def test_charts_show_sizes_similarity_spectrum_and_losses(shown: Shown) -> None:
     assert shown.count("#embeddings svg") == shown.count("#codec svg") == 1
     assert shown.count("#training svg") == len(MODELS) + len(WITH_TIMESTEPS)
     boxes = shown.page.locator("svg").evaluate_all("all => all.map(s => s.getBoundingClientRect().height)")
-    assert min(boxes) > 100
+    assert min(boxes) > 50  # a single quarter of the timesteps is one bar
 
 
 def test_grids_grow_sharper_on_the_same_captions(shown: Shown) -> None:
