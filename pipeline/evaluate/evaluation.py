@@ -23,6 +23,7 @@ from pipeline.records import digest
 from pipeline.store import Store
 
 SHOWN = 8  # captions in the pictures of the report
+GUIDANCES = (0.0, 1.0, 3.0)  # of the decoder, in those that show what it does
 BASE = 64  # pixels
 Tick = Callable[[str], None]
 Part = Callable[[Tick], list[Figure]]
@@ -151,7 +152,18 @@ class Evaluation:
             chosen = rows if model == "decoder" else fewer
             figures.append(images.background_figure(model, source, pictures, chosen, seed))
         figures += images.ranking_figures(self.unclip.clip, rows, drawn["decoder"], early, seed)
-        return figures + self._looked_at(rows, drawn, early, tick)
+        figures += self._looked_at(rows, drawn, early, tick)
+        self._guide(rows.first(len(self.captions)), tick)
+        return figures
+
+    def _guide(self, rows: HeldOut, tick: Tick) -> None:
+        """Keep what the decoder draws of the same embeddings and noise with each of GUIDANCES."""
+        lines = []
+        for weight in GUIDANCES:
+            unclip = replace(self.unclip, sampling=replace(self.unclip.sampling, decoder_guidance=weight))
+            embedding, prior = rows.batch["image_embedding"], unclip.sampling.prior
+            lines.append(images.draw_pictures(unclip, rows, embedding, prior, self.recipe.seed, tick))
+        self.pictures["guidance.png"] = images.beside(*lines)
 
     def _looked_at(self, rows: HeldOut, drawn: dict[str, Tensor], early: Tensor | str, tick: Tick) -> list[Figure]:
         """What the bundle's CLIP and the judge find in the drawn pictures; keeps the pictures to be shown."""

@@ -48,7 +48,7 @@ def run_evaluation(ctx: Context) -> Artifact:
     import torch
 
     from models.cascade import UnCLIP
-    from pipeline.evaluate.evaluation import Evaluation
+    from pipeline.evaluate.evaluation import GUIDANCES, Evaluation
     from pipeline.evaluate.judge import load_judge
     from pipeline.samples import use_all_cores
     from pipeline.training.watch import png
@@ -84,6 +84,7 @@ def run_evaluation(ctx: Context) -> Artifact:
         "figures": without_values(judged(figures)),
         "captions": evaluation.captions,
         "closest": evaluation.closest,
+        "guidances": GUIDANCES,
         "licenses": evaluation.licenses,
     }
     rows = len(evaluation.rows) if evaluation.rows else 0

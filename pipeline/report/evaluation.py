@@ -33,7 +33,8 @@ def evaluation_section(store: Store, artifacts: Mapping[str, Artifact], album: A
     summary = attempt("The summary of the evaluation", _summary, artifact)
     claims = attempt("The table of the evaluation", _table, artifact)
     grid = attempt("comparison.png of the evaluation", _comparison, store, artifact, album)
-    return section("evaluation", "Does it learn?", LOOK, summary, claims, grid)
+    guided = attempt("guidance.png of the evaluation", _guidance, store, artifact, album)
+    return section("evaluation", "Does it learn?", LOOK, summary, claims, grid, guided)
 
 
 def _summary(artifact: Artifact) -> str:
@@ -66,20 +67,32 @@ def _comparison(store: Store, artifact: Artifact, album: Album) -> str:
     return strips(store, artifact, "comparison.png", artifact.metrics["captions"], "Held-out captions", said, album)
 
 
+def _guidance(store: Store, artifact: Artifact, album: Album) -> str:
+    """What the decoder's guidance does to the same embeddings and noise; "" where that was not drawn."""
+    if "guidance.png" not in artifact.blobs:
+        return ""
+    weights = ", ".join(f"{weight:g}" for weight in artifact.metrics["guidances"])
+    said = f"The decoder from the images' own embeddings and the same noise. From above: guidance {weights}."
+    return strips(store, artifact, "guidance.png", artifact.metrics["captions"], "Guidance", said, album)
+
+
 def strips(
     store: Store, artifact: Artifact, name: str, captions: Sequence[str], title: str, said: str, album: Album
 ) -> str:
-    """The columns of the grid ``name``, each with its caption below; only those whose real picture may be shown."""
+    """The columns of the grid ``name``, each with its caption below.
+
+    Of a grid with other people's pictures, which has licences, only the columns that may be shown.
+    """
     from PIL import Image
 
     if name not in artifact.blobs:
         return note(f"There is no {name}: there were no held-out pictures to draw.")
-    licenses = artifact.metrics["licenses"][name]
+    licenses = artifact.metrics["licenses"].get(name)
     grid = Image.open(io.BytesIO(read_blob(store, artifact.blobs[name]))).convert("RGB")
     side = grid.width // len(captions)
     cells = []
-    for i, (caption, license) in enumerate(zip(captions, licenses, strict=True)):
-        if album.may_show(license):
+    for i, caption in enumerate(captions):
+        if licenses is None or album.may_show(licenses[i]):
             strip = io.BytesIO()
             grid.crop((side * i, 0, side * (i + 1), grid.height)).save(strip, "PNG")
             picture = album.image(strip.getvalue(), grid.height, f"{title}: {caption}", most=100_000)

@@ -53,7 +53,7 @@ def test_it_is_one_small_file_that_nothing_is_wrong_with(shown: Shown, folder: P
     assert (folder / "report.html").stat().st_size < 5 << 20
     assert "cannot be shown" not in shown.page.inner_text("body")
     widths = shown.page.locator("img").evaluate_all("images => images.map(i => i.complete && i.naturalWidth)")
-    assert len(widths) == 2 * SAMPLES + 24 + 4 + PREVIEWS + 2 * 8  # samples, rows kept and rejected, strips
+    assert len(widths) == 2 * SAMPLES + 24 + 4 + PREVIEWS + 3 * 8  # samples, rows kept and rejected, strips
     assert all(widths)
 
 
@@ -102,10 +102,11 @@ def test_the_evaluation_has_all_lines_both_priors_and_the_nearest_pictures(shown
     assert {text[:3] for text in said} == {"(a)", "(b)", "(c)", "(d)", "(e)", "(f)"}
     assert {text.split()[1].rstrip(":") for text in said} == {*MODELS} - {"clip"}
     assert "AR prior and decoder from the caption; diffusion prior and decoder" in shown.page.inner_text("#evaluation")
-    comparison, nearest = (shown.page.locator(f"#{name} .strips") for name in ("evaluation", "memorisation"))
+    comparison, guided = (shown.page.locator("#evaluation .strips").nth(i) for i in range(2))
+    nearest = shown.page.locator("#memorisation .strips")
     heights = comparison.locator("img").evaluate_all("images => images.map(i => i.naturalHeight)")
     assert heights == [4 * 64] * 8  # real, decoder, and either prior
-    assert nearest.locator("img").count() == 8
+    assert guided.locator("img").count() == nearest.locator("img").count() == 8
 
 
 def test_it_can_be_read_without_script_on_a_narrow_screen_and_on_paper(browser: Browser, folder: Path) -> None:

@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from models.ar_prior import ARPrior
 from models.cascade import UnCLIP
@@ -22,6 +25,7 @@ from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.sampling_config import SamplingConfig
 from models.upsampler import Upsampler
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
+from pipeline.evaluate.evaluation import GUIDANCES
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import held_out, taught
 from pipeline.evaluate.stage import LEARN, run_evaluation
@@ -55,6 +59,14 @@ RECIPE = EvaluationRecipe(
 SAMPLING = SamplingConfig(prior_steps=2, decoder_steps=2, decoder_sampler="ddim", upsampler_256_steps=2, size=256)
 
 
+def awake(model: Decoder) -> Decoder:
+    """Without the zeros with which a training begins, and with which all conditions give the same picture."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
     z = F.normalize(torch.randn(60, EMBED_DIM, generator=torch.Generator().manual_seed(0)), dim=1)
     pca = fit_pca(*moments(z), k=4)
@@ -66,7 +78,7 @@ def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
     def build() -> UnCLIP:
         return UnCLIP(
             clip=Clip.build(CLIP, 0),
-            decoder=Decoder(DECODER, EMBED_DIM),
+            decoder=awake(Decoder(DECODER, EMBED_DIM)),
             diffusion_prior=DiffusionPrior(diffusion, EMBED_DIM) if "diffusion" in priors else None,
             ar_prior=ARPrior(ar, EMBED_DIM, 4) if "ar" in priors else None,
             codec=codec,
@@ -147,11 +159,14 @@ def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: P
     assert [pair["distance"] for pair in closest] == sorted(pair["distance"] for pair in closest)
     assert {pair["caption"] for pair in closest} <= set(artifact.metrics["captions"])
     assert len(closest) == len(artifact.metrics["licenses"]["nearest.png"]) == 3
-    assert set(artifact.blobs) == {"evaluation.json", "comparison.png", "nearest.png"}
+    assert set(artifact.blobs) == {"evaluation.json", "comparison.png", "nearest.png", "guidance.png"}
+    guided = np.asarray(Image.open(BytesIO(read_blob(case.world.store, artifact.blobs["guidance.png"]))))
+    assert guided.shape == (len(GUIDANCES) * 64, 3 * 64, 3)
+    assert not np.array_equal(guided[:64], guided[-64:])
 
     page = evaluation_section(case.world.store, {"evaluation": artifact}, Album(1 << 20))
     more = measured_sections(case.world.store, {"evaluation": artifact}, Album(1 << 20))
-    assert page.count("<img") == more.count("<img") == 3  # of three captions, what was drawn and what is nearest
+    assert page.count("<img") == 2 * more.count("<img") == 6  # of three captions: drawn, by guidance, what is nearest
     assert "cannot be shown" not in page + more
     assert page.count("✓") + page.count("✗") == len(found)
 

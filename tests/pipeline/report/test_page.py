@@ -116,6 +116,7 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert "<bdi>ar_prior: near</bdi>" in page
     assert "0.125: a coral circle on white" in page
     assert "From above: the real picture; the decoder from the image" in page
+    assert "From above: guidance 0, 1, 3." in page
     assert page.count('alt="Held-out captions: ') == 8
     assert page.count('alt="Drawn pictures and the training pictures nearest to them: ') == 8
     assert page.count("diffusion prior and decoder from the caption") == 0  # this one has no diffusion prior
