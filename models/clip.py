@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from models.draw import Draw
 from models.losses import Losses
 from models.prior_configs import ClipConfig
+from models.tensors import save_tensors
 
 CONTEXT = 77  # tokens made for every model, start and end included
 VOCABULARY = 49408
@@ -146,7 +146,7 @@ class Clip(nn.Module):
         preprocess = {"mean": self.model.visual.image_mean, "std": self.model.visual.image_std}
         document = {"model_cfg": self.model_config, "preprocess_cfg": preprocess}
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, Path(folder) / WEIGHTS_FILE)
+        save_tensors({k: v.contiguous() for k, v in self.model.state_dict().items()}, Path(folder) / WEIGHTS_FILE)
         if self.own_tokenizer is not None:
             self.own_tokenizer.save_pretrained(folder)
 

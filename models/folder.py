@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.ar_prior import ARPrior
@@ -20,6 +20,7 @@ from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, DiffusionPriorConfig
+from models.tensors import save_tensors
 from models.upsampler import Upsampler
 
 FORMAT = 1
@@ -91,7 +92,7 @@ def load_codec(folder: str | Path, device: torch.device | str = "cpu") -> Codec:
 def write(folder: Path, document: dict, tensors: dict[str, Tensor]) -> None:
     """Write both files of a model folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
 
 

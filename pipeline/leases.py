@@ -38,7 +38,10 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._beat({"released": True})
+        try:
+            self._beat({"released": True})
+        except Exception as e:  # it must not hide why the work ended; others wait for as long as a lease is good
+            log.warning("lease %s could not be released: %s", self._path, e)
 
     def _renew(self) -> None:
         while not self._stop.wait(self._every):

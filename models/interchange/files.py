@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.folder import FORMAT, read, write
+from models.tensors import save_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -69,7 +70,7 @@ def write_part(folder: Path, config: Mapping[str, Any], weights: Weights, file: 
     write_json(folder / CONFIG_FILE, config)
     # Slices share memory with what they are cut from, which safetensors refuses.
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-    save_file(copies, folder / file, metadata={"format": "pt"})
+    save_tensors(copies, folder / file, metadata={"format": "pt"})
 
 
 def write_ours(folder: Path, name: str, config: Any, sizes: dict[str, int], weights: Weights) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
+from models.tensors import save_tensors
 from pipeline.crash import crash_point
 from pipeline.errors import CorruptObject
 from pipeline.graph import Context, trajectory_key, trunk_key
@@ -160,7 +161,7 @@ class Checkpoints:
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             # One entry: safetensors writes several in any order, and equal checkpoints are to have equal names.
             about = json.dumps({"trajectory": self.trajectory, "starts": starts}, sort_keys=True)
-            save_file(plain, file, metadata={"about": about})
+            save_tensors(plain, file, metadata={"about": about})
             return put_blob(self.store, file)
 
     def _read(self, blobs: Mapping[str, str], part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

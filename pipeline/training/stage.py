@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 VERSIONS = {"clip": 1, "ar_prior": 4, "diffusion_prior": 4, "decoder": 1, "upsampler": 2}
 RESTARTS = 3  # in a row, after workers or the store were lost without anything having been saved
+PATIENCE_S = 10.0  # before the first start after the store was lost, twice as long before the second, and so on
 log = logging.getLogger("unclip")
 
 
@@ -85,7 +87,9 @@ def train(ctx: Context) -> Artifact:
             lost += 1
             if lost > RESTARTS:
                 raise gave_up(ctx, e, lost) from e
-            log.warning("%s: %s; starting again", ctx.stage, e)
+            wait_s = PATIENCE_S * lost if isinstance(e, Unreachable) else 0.0
+            log.warning("%s: %s; starting again%s", ctx.stage, e, f" in {wait_s:.0f} s" if wait_s else "")
+            time.sleep(wait_s)
         except OutOfMemory as e:
             ctx = replace(ctx, settings=halved(ctx, task, rows=e.args[0]))
     artifact = load_artifact(ctx.store, ctx.stage, ctx.key)
@@ -122,7 +126,6 @@ def halved(ctx: Context, task: Task, rows: int) -> TrainingSettings:
 def save_pretrained(ctx: Context) -> Artifact:
     """The artefact of a CLIP that somebody else has trained, in open_clip's local-dir layout."""
     import tempfile
-    import time
     from pathlib import Path
 
     from models.clip import Clip

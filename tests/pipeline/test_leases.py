@@ -5,10 +5,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from pipeline.errors import Unreachable
 from pipeline.leases import Lease, lead_or_wait
 from pipeline.store import Store
 
 LEASE_S = 1.5
+
+
+def unreachable(*_: object) -> bool:
+    raise Unreachable("gone")
 
 
 def _lead(
@@ -37,6 +44,17 @@ def test_a_released_lease_is_free_at_once(store: Store) -> None:
         pass
     again = _lead(store)
     assert again is not None
+
+
+def test_a_lease_that_cannot_be_released_does_not_hide_why_the_work_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lease = _lead(store)
+    assert lease is not None
+    monkeypatch.setattr(type(store), "swap", unreachable)
+    with pytest.raises(ZeroDivisionError), lease:
+        raise ZeroDivisionError
+    assert "could not be released: gone" in caplog.text
 
 
 def test_a_leader_that_stands_still_is_replaced_and_does_not_take_back(store: Store) -> None:

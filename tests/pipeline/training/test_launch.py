@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,9 +143,12 @@ def test_a_training_goes_on_after_lost_workers_and_stores(
     def hopeless(*_: Any) -> None:
         raise error
 
+    slept: list[float] = []
+    monkeypatch.setattr(stage, "time", SimpleNamespace(sleep=slept.append))
     monkeypatch.setattr("pipeline.training.launch.launch", fragile)
     ctx = world.context("diffusion_prior", replace(RECIPE, samples=32))
     assert stage.run_diffusion_prior(ctx).key == ctx.key
+    assert slept == ([10.0, 20.0] if isinstance(error, Unreachable) else [0.0, 0.0])  # a store takes its time
     assert [name[-4:] for name in calls] == ["0001", "0002", "0003"]
     monkeypatch.setattr("pipeline.training.launch.launch", hopeless)
     with pytest.raises(UserError, match=f"{error} 4 times without a new checkpoint.*{advice}"):
