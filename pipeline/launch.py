@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,18 +43,39 @@ def start_ray(settings: RaySettings) -> Any:
     if address:
         _reach(address)
         try:
-            ray.init(address=address, **quiet)
+            with _without_log_lines():
+                ray.init(address=address, **quiet)
         except (ConnectionError, ValueError) as e:
             raise UserError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {str(e).splitlines()[0]}") from e
     else:
-        ray.init(
-            address="local",
-            num_cpus=settings.cpus,
-            object_store_memory=settings.object_store_mb << 20,
-            include_dashboard=False,
-            **quiet,
-        )
+        with _without_log_lines():
+            ray.init(
+                address="local",
+                num_cpus=settings.cpus,
+                object_store_memory=settings.object_store_mb << 20,
+                include_dashboard=False,
+                **quiet,
+            )
     return ray
+
+
+@contextmanager
+def _without_log_lines() -> Iterator[None]:
+    """Ray's core says on the console that it has read the level above, before it heeds it. All else is passed on."""
+    sys.stderr.flush()
+    console = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(console, 2)
+            os.close(console)
+            file.seek(0)
+            for line in file:
+                if b" logging.cc:" not in line:
+                    os.write(2, line)
 
 
 def _reach(address: str) -> None:

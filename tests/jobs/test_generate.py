@@ -22,7 +22,10 @@ def test_a_worker_that_dies_costs_no_picture(tmp_path: Path) -> None:
         words = ("generate", prompts, "--from", out, "--workers", workers, "--batch", 16)
         options = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
         crash = {"UNCLIP_CRASH": f"shard.before_record@{tmp_path / 'killed'}"} if workers else {}
-        said = done(unclip(*words, *options, env=crash))
+        ended = unclip(*words, *options, env=crash)
+        said = done(ended)
+        assert "logging.cc" not in ended.stderr  # Ray's, about itself
+        assert "generation: 130 of 130" in ended.stderr
         assert "130 pictures, " in said
         assert f"3 tars, each with a table of seeds and scores: {out}/generated" in said
         outputs.append({path.name: path.read_bytes() for path in (out / "generated").iterdir()})
