@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,16 +29,19 @@ def main(argv: Sequence[str]) -> int:
     if not artifacts:
         raise UserError(f"{arguments.config}: nothing of it is made yet; unclip run makes it")
     from pipeline.report.page import write_report
+    from pipeline.report.pictures import Album
 
     path = Path(arguments.output) if arguments.output else project.report
-    write_report(project.store, project.config, artifacts, path, licenses=arguments.license)
+    album = Album(licenses=arguments.license)
+    write_report(project.store, project.config, artifacts, path, album=album)
+    if unmet := sorted(set(arguments.license or ()) - album.met):
+        known = f"those that it met: {', '.join(sorted(album.met))}" if album.met else "it met none that are named"
+        print(f"no picture of the report has the licence {', '.join(unmet)}; {known}", file=sys.stderr)
     print(f"report: {path}")
     return 0
 
 
 if __name__ == "__main__":
-    import sys
-
     from jobs.cli import guard
 
     sys.exit(guard(main, sys.argv[1:]))

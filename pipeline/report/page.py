@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 DATA = ("source", "captions", "pairs", "clip", "embeddings", "thresholds", "curation", "index")
 MODELS = ("codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 ENDS = ("samples", "evaluation")
-PICTURE_BYTES = 4 << 20  # of base64; text and figures take well under the MiB that is left
 # Of a page that is not finished. axe-core finds fault with any refresh, but without script there is no other way.
 REFRESH_S = 30
 LOOK_AT_ENVIRONMENT = (
@@ -45,14 +44,14 @@ def write_report(
     artifacts: Mapping[str, Artifact],
     path: Path,
     running: Artifact | None = None,
-    licenses: Collection[str] | None = None,
+    album: Album | None = None,
 ) -> None:
     """Write the report of the artefacts that exist so far, and of a ``running`` training, atomically.
 
-    What is missing, damaged or odd in the store becomes a line in the report. Raises UserError if the file cannot be
-    written.
+    ``album`` says which of other people's pictures it may show, None for all of them. What is missing, damaged or odd in
+    the store becomes a line in the report. Raises UserError if the file cannot be written.
     """
-    page = render(store, config, artifacts, running, licenses).encode("utf-8", "replace")
+    page = render(store, config, artifacts, running, album).encode("utf-8", "replace")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,13 +70,10 @@ def render(
     config: Config,
     artifacts: Mapping[str, Artifact],
     running: Artifact | None = None,
-    licenses: Collection[str] | None = None,
+    album: Album | None = None,
 ) -> str:
-    """The page as text, under 5 MiB, without script or any outside resource.
-
-    Of the pictures that a user's list names it shows those with one of ``licenses``, or all of them.
-    """
-    album = Album(PICTURE_BYTES, licenses)
+    """The page as text, under 5 MiB, without script or any outside resource."""
+    album = album or Album()
     chain = expected(config)
     head = attempt("The summary", _head, config, artifacts, chain, running)
     body = (

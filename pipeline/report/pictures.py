@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 from pipeline.report.markup import text
 
+PICTURE_BYTES = 4 << 20  # of base64; the page's text and figures take well under the MiB that is left
 MOST_PIXELS = 64 << 20
 QUALITIES = (88, 75, 60, 40)
 
@@ -16,15 +17,18 @@ QUALITIES = (88, 75, 60, 40)
 class Album:
     """Counts the characters that pictures take, so that the page never outgrows its limit.
 
-    ``licenses``: those of other people's pictures that may be shown, or None for any.
+    ``licenses``: those of other people's pictures that may be shown, or None for any. ``met``: those that pictures had.
     """
 
-    def __init__(self, budget: int, licenses: Collection[str] | None = None):
+    def __init__(self, budget: int = PICTURE_BYTES, licenses: Collection[str] | None = None):
         self.left = budget
         self.licenses = licenses
+        self.met: set[str] = set()
 
     def may_show(self, license: str | None) -> bool:
         """Whether a picture of this licence, None for an unknown one, may be shown."""
+        if license is not None:
+            self.met.add(license)
         return self.licenses is None or license in self.licenses
 
     def image(self, data: bytes, side: int, alt: str, most: int = 90_000) -> str:

@@ -132,7 +132,11 @@ def test_a_copy_for_others_shows_pictures_of_one_licence_only(
     browser: Browser, words: list[str], shown: Shown, tmp_path: Path
 ) -> None:
     file = tmp_path / "copy.html"
-    assert str(file) in done(unclip("report", *words, "--license", "CC-BY-4.0", "--output", file))
+    ended = unclip("report", *words, "--license", "CC-BY-4.0", "--license", "CC-BY-9.0", "--output", file)
+    assert str(file) in done(ended)
+    assert (
+        "no picture of the report has the licence CC-BY-9.0; those that it met: CC-BY-4.0, CC-BY-SA-4.0" in ended.stderr
+    )
     copy = Shown(browser, file)
     held_out = copy.page.locator("#evaluation .strips").first.locator("figcaption").all_inner_texts()
     captions = copy.texts("#data .thumbs figcaption") + held_out
