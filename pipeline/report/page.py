@@ -48,8 +48,8 @@ def write_report(
 ) -> None:
     """Write the report of the artefacts that exist so far, and of a ``running`` training, atomically.
 
-    ``album`` says which of other people's pictures it may show, None for all of them. What is missing, damaged or odd in
-    the store becomes a line in the report. Raises UserError if the file cannot be written.
+    ``album`` says which of other people's pictures it may show, None for all of them. What is missing, damaged or odd
+    in the store becomes a line in the report. Raises UserError if the file cannot be written.
     """
     page = render(store, config, artifacts, running, album).encode("utf-8", "replace")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
