@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 
 import networkx
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,17 +14,7 @@ from pipeline.report.data import data_section
 from pipeline.report.duplicates import GROUPS_SHOWN, duplicates, group
 from pipeline.report.pictures import Album
 from pipeline.store import FolderStore
-from tests.pipeline.report.made_up import SHARDS, alike, chain, culled
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
-    return FolderStore(str(tmp_path_factory.mktemp("store")))
-
-
-@pytest.fixture(scope="module")
-def made(store: FolderStore) -> dict[str, Artifact]:
-    return chain(store)
+from tests.pipeline.report.made_up import SHARDS, alike, culled
 
 
 def rows_shown(page: str) -> list[list[tuple[str, str]]]:

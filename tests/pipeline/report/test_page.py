@@ -78,16 +78,6 @@ def checked(page: str) -> Balance:
     return balance
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
-    return FolderStore(str(tmp_path_factory.mktemp("store")))
-
-
-@pytest.fixture(scope="module")
-def made(store: FolderStore) -> dict[str, Artifact]:
-    return chain(store)
-
-
 def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Artifact], tmp_path: Path) -> None:
     path = tmp_path / "out" / "report.html"
     write_report(store, config(), made, path)

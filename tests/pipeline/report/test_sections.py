@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pytest
-
 from pipeline.artifacts import Artifact, Shard, publish_artifact, read_shards, write_shard_table, write_table
 from pipeline.data.index import index_table
 from pipeline.ledger import Ledger
@@ -18,17 +16,7 @@ from pipeline.report.pictures import Album
 from pipeline.report.rows import read_first_shards
 from pipeline.report.training import codec_section, preview_names, read_curve, training_section
 from pipeline.store import Entry, FolderStore
-from tests.pipeline.report.made_up import SHARDS, WITH_TIMESTEPS, chain
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
-    return FolderStore(str(tmp_path_factory.mktemp("store")))
-
-
-@pytest.fixture(scope="module")
-def made(store: FolderStore) -> dict[str, Artifact]:
-    return chain(store)
+from tests.pipeline.report.made_up import SHARDS, WITH_TIMESTEPS
 
 
 def test_curves_from_json_lines() -> None:
