@@ -135,6 +135,7 @@ def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--seconds", type=float, default=20.0, help="of a round, at least (20)")
+    options.add_argument("--stage", choices=STAGES, action="append", help="of one model only; both by default")
     chosen = options.parse_args()
     begin(__doc__, chosen)
     preset = PRESETS["nano" if chosen.quick else "small"]
@@ -143,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(str(Path(folder)))
         inputs = publish(store, SHARDS, 32 if chosen.quick else 512)
-        for stage in STAGES:
+        for stage in chosen.stage or STAGES:
             recipe = recipes[stage](
                 samples=BATCH, batch=BATCH, lanes=8, learning_rate=1e-4, ema_half_life=10_000, model=preset[stage]
             )

@@ -98,7 +98,7 @@ def _join(store: Store, split: str, rows: list[Row], side: int) -> HeldOut:
 def read_views(store: Store, places: list[Place], side: int) -> Tensor:
     """Views of pictures, uint8 [n, 3, side, side]."""
     pictures = Pictures(store, side)
-    return torch.from_numpy(np.stack(pictures.views(places, pictures.fetch(places))))
+    return torch.from_numpy(np.stack([view.result() for view in pictures.views(places, pictures.fetch(places))]))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.training.order import Order, lanes_of
-from pipeline.training.pictures import CACHE_MB, Each, Pictures
+from pipeline.training.pictures import CACHE_MB, Pictures, View, at_once
 from pipeline.training.read_ahead import read_ahead
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.tables import Place, Row, Tables
@@ -33,6 +33,15 @@ class Share(NamedTuple):
 
     batch: Batch
     keys: list[str]
+    streams: list[tuple[int, int]]
+
+
+class Begun(NamedTuple):
+    """A share on its way: its rows, which of its captions each is told, and the views that are being decoded."""
+
+    rows: list[Row]
+    choices: list[int]
+    views: list[View]
     streams: list[tuple[int, int]]
 
 
@@ -107,68 +116,77 @@ class Feed:
         shares = []
         for start in range(0, len(found), size):
             part = found[start : start + size]
-            batch = self._batch(part, [0] * len(part), self.pictures.fetch(row.place for row in part if row.place))
+            views = self._views(part, self.pictures.fetch(row.place for row in part if row.place))
             streams = [(derive_seed(self.recipe.seed, "validation", start), len(part))]
-            shares.append(Share(batch, [row.key for row in part], streams))
+            shares.append(self._share(Begun(part, [0] * len(part), views, streams)))
         return shares
 
     def _shares(self, step: int) -> Iterator[Share]:
-        per_lane = self.recipe.batch // self.recipe.lanes
         readers, decoders = ThreadPoolExecutor(READERS, "read"), ThreadPoolExecutor(torch.get_num_threads(), "decode")
-        windows = Windows(self._read, self.lanes, readers, step * per_lane)
+        windows = Windows(self._read, self.lanes, readers, step * self.recipe.batch // self.recipe.lanes)
         try:
+            coming = self._begin(step, windows, decoders)
             while True:
-                rows: list[Row] = []
-                choices: list[int] = []
-                pictures: dict[Place, bytes] = {}
-                for lane in self.lanes:
-                    for position in range(step * per_lane, (step + 1) * per_lane):
-                        window = windows.at(lane, position)
-                        row = window.rows[position - window.start]
-                        if row.place in window.pictures:
-                            pictures[row.place] = window.pictures.pop(row.place)
-                        rows.append(row)
-                        choices.append(derive_seed(self.recipe.seed, "caption", lane, position))
-                streams = [(derive_seed(self.recipe.seed, lane, step), per_lane) for lane in self.lanes]
-                batch = self._batch(rows, choices, pictures, decoders.map)
-                yield Share(batch, [row.key for row in rows], streams)
-                step += 1
+                # The next share is decoded while this one is put together, so that decoders never stand still.
+                step, present = step + 1, coming
+                coming = self._begin(step, windows, decoders)
+                yield self._share(present)
         finally:
             for pool in (readers, decoders):
                 pool.shutdown(cancel_futures=True)
 
     def _read(self, lane: int, position: int) -> Window:
-        """The window of a lane that holds a position."""
-        start, stop = self.order.window_at(position)
+        """What is left of a lane's window from a position on."""
+        start, stop = position, self.order.window_at(position)[1]
         rows = self.tables.read(self.order.rows(lane, start, stop))
         return Window(start, stop, rows, self.pictures.fetch(row.place for row in rows if row.place))
 
-    def _batch(
-        self, rows: Sequence[Row], choices: Sequence[int], pictures: dict[Place, bytes], each: Each = map
-    ) -> Batch:
-        """The columns that the task asks for. ``choices`` pick one of each row's captions.
+    def _begin(self, step: int, windows: Windows, decoders: Executor) -> Begun:
+        per_lane = self.recipe.batch // self.recipe.lanes
+        rows: list[Row] = []
+        choices: list[int] = []
+        pictures: dict[Place, bytes] = {}
+        for lane in self.lanes:
+            for position in range(step * per_lane, (step + 1) * per_lane):
+                window = windows.at(lane, position)
+                row = window.rows[position - window.start]
+                if row.place in window.pictures:
+                    pictures[row.place] = window.pictures.pop(row.place)
+                rows.append(row)
+                choices.append(derive_seed(self.recipe.seed, "caption", lane, position))
+        streams = [(derive_seed(self.recipe.seed, lane, step), per_lane) for lane in self.lanes]
+        return Begun(rows, choices, self._views(rows, pictures, decoders.submit), streams)
 
-        With text embeddings, one of those that were embedded, and its embedding. ``each``: see Pictures.views.
+    def _views(
+        self, rows: Sequence[Row], pictures: dict[Place, bytes], submit: Callable[..., View] = at_once
+    ) -> list[View]:
+        return self.pictures.views(_places(rows), pictures, submit) if "image" in self.columns else []
+
+    def _share(self, begun: Begun) -> Share:
+        """The columns that the task asks for. Choices pick one of each row's captions.
+
+        With text embeddings, one of those that were embedded, and its embedding.
         """
         from models.clip import tokenize
 
         batch: Batch = {}
-        if "image" in self.columns:
-            batch["image"] = torch.from_numpy(np.stack(self.pictures.views(_places(rows), pictures, each)))
+        rows = begun.rows
+        picked = [choice % row.versions for row, choice in zip(rows, begun.choices, strict=True)]
+        if "tokens" in self.columns:
+            batch["tokens"] = tokenize([(row.captions or [""])[i] for row, i in zip(rows, picked, strict=True)])
         if "image_embedding" in self.columns:
             batch["image_embedding"] = torch.from_numpy(
                 np.stack([row.image_embedding for row in rows if row.image_embedding is not None])
             )
-        picked = [choice % row.versions for row, choice in zip(rows, choices, strict=True)]
-        if "tokens" in self.columns:
-            batch["tokens"] = tokenize([(row.captions or [""])[i] for row, i in zip(rows, picked, strict=True)])
         if "text_embedding" in self.columns:
             batch["text_embedding"] = torch.from_numpy(
                 np.stack(
                     [r.text_embeddings[i] for r, i in zip(rows, picked, strict=True) if r.text_embeddings is not None]
                 )
             )
-        return batch
+        if "image" in self.columns:
+            batch["image"] = torch.from_numpy(np.stack([view.result() for view in begun.views]))
+        return Share(batch, [row.key for row in rows], begun.streams)
 
 
 def _places(rows: Sequence[Row]) -> list[Place]:

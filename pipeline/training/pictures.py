@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -15,7 +15,14 @@ from pipeline.store import Store
 from pipeline.training.tables import Place
 
 CACHE_MB = 512
-Each = Callable[..., Iterable[Any]]
+View = Future[np.ndarray]
+
+
+def at_once(function: Callable[..., np.ndarray], *arguments: object) -> View:
+    """As ``Executor.submit``, but called here and now."""
+    future: View = Future()
+    future.set_result(function(*arguments))
+    return future
 
 
 class Pictures:
@@ -27,7 +34,7 @@ class Pictures:
     def __init__(self, store: Store, size: int, cache_mb: int = CACHE_MB):
         self.store, self.size = store, size
         self.room = (cache_mb << 20) // max(1, 3 * size * size)
-        self._views: OrderedDict[Place, np.ndarray] = OrderedDict()
+        self._views: OrderedDict[Place, View] = OrderedDict()
 
     def fetch(self, places: Iterable[Place]) -> dict[Place, bytes]:
         """The stored bytes of those pictures whose views are not at hand. Raises CorruptObject."""
@@ -41,12 +48,15 @@ class Pictures:
             for place, data in zip(group, read_pictures(self.store, images, [p._asdict() for p in group]), strict=True)
         }
 
-    def views(self, places: Sequence[Place], fetched: dict[Place, bytes], each: Each = map) -> list[np.ndarray]:
-        """The views of pictures, from memory or from ``fetched``; read again if it is in neither any more. ``each``
-        is what calls a function for all that must be decoded: map, or that of a pool."""
+    def views(
+        self, places: Sequence[Place], fetched: dict[Place, bytes], submit: Callable[..., View] = at_once
+    ) -> list[View]:
+        """The views of pictures, from memory or from ``fetched``; read again if it is in neither any more. ``submit``
+        is given what must be decoded: ``at_once``, or that of a pool."""
         new = [place for place in dict.fromkeys(places) if place not in self._views]
         data = self.fetch(place for place in new if place not in fetched) | fetched
-        self._views |= zip(new, each(self._open, new, [data[place] for place in new]), strict=True)
+        for place in new:
+            self._views[place] = submit(self._open, place, data[place])
         result = [self._views[place] for place in places]
         for place in places:
             self._views.move_to_end(place)
