@@ -1,8 +1,9 @@
-"""Where the results come from and what they cost: a drawing of the graph, and a table of times."""
+"""Where the results come from and what they cost: a drawing of the graph, tables of times and of requests."""
 
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pipeline.artifacts import Artifact
@@ -14,6 +15,7 @@ LOOK = (
     "Look for stages whose keys differ between two reports: what hangs below them was made again. In the table, look "
     "for the stage that takes most of the time."
 )
+ASKED = ("stage", "requests", "MB read", "MB written")
 Artifacts = Mapping[str, Artifact]
 
 
@@ -24,7 +26,8 @@ def lineage_section(artifacts: Artifacts) -> str:
     drawing = attempt(
         "The drawing of the lineage", lambda: f'<div class="scroll" tabindex="0">{draw(artifacts)}</div>\n'
     )
-    return section("lineage", "Lineage and cost", LOOK, drawing, attempt("The cost", _cost, artifacts))
+    costs = attempt("The cost", _cost, artifacts), attempt("The requests", _requests, artifacts)
+    return section("lineage", "Lineage and cost", LOOK, drawing, *costs)
 
 
 def direct_inputs(artifacts: Artifacts) -> dict[str, list[str]]:
@@ -135,3 +138,28 @@ def _cost(artifacts: Artifacts) -> str:
         "one core, a training's has the cores or the GPU that its settings give it."
     )
     return f"<h3>Cost</h3>\n{table(head, rows, numeric=(1, 2, 3, 4, 5, 6))}{note(said)}"
+
+
+def _requests(artifacts: Artifacts) -> str:
+    """Requests to the store and bytes of every stage, and their sum, unless some stage's are not known."""
+    total: Counter[str] = Counter()
+    for artifact in artifacts.values():
+        total.update(artifact.requests)
+    if not total:
+        return ""
+    rows = [(text(name), *_asked(artifact.requests)) for name, artifact in artifacts.items()]
+    rows.append(("all", *_asked(total if all(artifact.requests for artifact in artifacts.values()) else {})))
+    said = (
+        "What the run that made a stage asked of the store, with all its workers; of a training's, the first alone is "
+        "counted. Bytes are those of the store's objects: pictures fetched from where the list says are not among "
+        "them. - is for what was made before requests were counted."
+    )
+    return f"<h3>Requests to the store</h3>\n{table(ASKED, rows, numeric=(1, 2, 3))}{note(said)}"
+
+
+def _asked(counts: Mapping[str, int]) -> tuple[str, str, str]:
+    """The cells of these counts (see pipeline.store_shared.COUNTS), or of none."""
+    if not counts:
+        return "-", "-", "-"
+    requests = sum(count for name, count in counts.items() if not name.startswith("bytes_"))
+    return number(requests), number(counts["bytes_read"] / 1e6), number(counts["bytes_written"] / 1e6)
