@@ -16,6 +16,7 @@ from models.decoder import Decoder
 from pipeline.artifacts import Artifact
 from pipeline.evaluate import images, memorisation, priors, quality, retrieval, upsamplers
 from pipeline.evaluate.figure import Figure
+from pipeline.evaluate.inception import Inception, fid_figures
 from pipeline.evaluate.priors import PRIORS
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut, Taught, held_out, read_views, taught
@@ -32,7 +33,7 @@ Part = Callable[[Tick], list[Figure]]
 @dataclass
 class Evaluation:
     """An evaluation of ``unclip``. ``early`` is the decoder's earlier checkpoint, or why there is none; ``judge`` a
-    second CLIP that looks at its pictures.
+    second CLIP that looks at its pictures, ``inception`` the network of their FID.
 
     Beside figures it leaves ``pictures``, uint8 [3, h, w] by file name, the ``captions`` of the columns of
     "comparison.png", caption and distance of those of "nearest.png" in ``closest`` and, by file name, the ``licenses``
@@ -45,6 +46,7 @@ class Evaluation:
     recipe: EvaluationRecipe
     early: Decoder | str
     judge: Clip | None = None
+    inception: Inception | None = None
     pictures: dict[str, Tensor] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
     closest: list[dict[str, Any]] = field(default_factory=list)
@@ -166,7 +168,7 @@ class Evaluation:
         self.pictures["guidance.png"] = images.beside(*lines)
 
     def _looked_at(self, rows: HeldOut, drawn: dict[str, Tensor], early: Tensor | str, tick: Tick) -> list[Figure]:
-        """What the bundle's CLIP and the judge find in the drawn pictures; keeps the pictures to be shown."""
+        """What the bundle's CLIP, the judge and Inception see in the drawn pictures; keeps the pictures to be shown."""
         real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
         training = self._training_pictures(images.alike(rows.captions, self.taught.captions))
         more = self.rows.captions if self.rows else []
@@ -186,6 +188,10 @@ class Evaluation:
                 figures += memorisation.memorisation_figures(of_drawn, of_real, taught, rows, self.recipe.seed)
                 sampled = PRIORS[self.unclip.sampling.prior]
                 self._show(rows, drawn, drawn[sampled], seen[sampled])
+        if self.inception:
+            tick("Inception looks at pictures")
+            seen = {kind: self.inception.look(pictures) for kind, pictures in everything.items()}
+            figures += fid_figures(seen, self.inception.look(real), self.inception.look(training), rows)
         return figures
 
     def _training_pictures(self, chosen: list[int]) -> Tensor:

@@ -98,19 +98,24 @@ def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
     return 100 * cosine(pictures, texts).clamp(min=0)
 
 
+def named(kind: str) -> tuple[str, str, str]:
+    """Of a set of pictures the model, what the names of its figures end on, and what sentences call it. Sets are named
+    by model, and "early" is the decoder's earlier checkpoint."""
+    return ("decoder", "_early", "an early checkpoint's") if kind == "early" else (kind, "", "drawn")
+
+
 def quality_figures(
     eye: Eye, drawn: Mapping[str, Tensor], real: Tensor, training: Tensor, rows: HeldOut, more: Sequence[str], seed: int
 ) -> list[Figure]:
     """The figures of every set of ``drawn`` embeddings [m, d], m at least 2, each of the first m of ``rows``.
 
-    Sets are named by model, and "early" is the decoder's earlier checkpoint. ``real`` [n, d] are the rows' own pictures
-    and ``training`` [n, d] others, that taught. ``more``: captions to choose among besides those of the rows.
+    Sets are named as ``named`` reads them. ``real`` [n, d] are the rows' own pictures and ``training`` [n, d] others,
+    that taught. ``more``: captions to choose among besides those of the rows.
     """
     texts, offered = eye.read(rows.captions), choices(eye, rows.captions, more)
     short, figures = eye.name.lower(), []
     for kind, seen in drawn.items():
-        model, end = ("decoder", "_early") if kind == "early" else (kind, "")
-        subject = "an early checkpoint's" if end else "drawn"
+        model, end, subject = named(kind)
         m = len(seen)
         part = rows.first(m)
         score = f"CLIP score of {subject} pictures, by {eye.name}; baseline: real pictures"

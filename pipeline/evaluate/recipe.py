@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.prior_configs import require
+from pipeline.parse import ContentFile
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class EvaluationRecipe:
     ``upsampler_1024_rows``: large pictures, ``upsampler_samples`` of each. ``early``: samples that an earlier
     checkpoint of the decoder has seen, which the finished one must beat; the decoder's training publishes it as a
     milestone. 0 compares with none. ``judge``: a second CLIP that looks at the pictures of 64 px,
-    "open_clip:NAME:TAG" or "local-dir:FOLDER"; a key holds its name and not its bytes. Nothing here may be tuned on
-    test rows.
+    "open_clip:NAME:TAG" or "local-dir:FOLDER"; a key holds its name and not its bytes. ``inception``: the file of
+    Inception-v3's weights, for FID of the same pictures; its content counts. Nothing here may be tuned on test rows.
     """
 
     rows: int = 256
@@ -35,10 +36,11 @@ class EvaluationRecipe:
     early: int = 409_600_000
     seed: int = 0
     judge: str | None = None
+    inception: ContentFile | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name != "judge":
+            if field.name not in ("judge", "inception"):
                 low = 0 if field.name in ("early", "seed") else 2
                 value = getattr(self, field.name)
                 require(value >= low, f"{field.name} is {value}: use {low} or more")

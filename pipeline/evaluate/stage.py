@@ -43,12 +43,13 @@ log = logging.getLogger("unclip")
 def run_evaluation(ctx: Context) -> Artifact:
     """Measure every model of the bundle, in this process and on all cores.
 
-    Raises CorruptObject, and UserError for a judge that cannot be loaded.
+    Raises CorruptObject, and UserError for a judge or an Inception that cannot be loaded.
     """
     import torch
 
     from models.cascade import UnCLIP
     from pipeline.evaluate.evaluation import GUIDANCES, Evaluation
+    from pipeline.evaluate.inception import load_inception, package_versions
     from pipeline.evaluate.judge import load_judge
     from pipeline.samples import use_all_cores
     from pipeline.training.watch import png
@@ -58,10 +59,11 @@ def run_evaluation(ctx: Context) -> Artifact:
     began = time.monotonic()
     device = choose_device("auto")
     judge = load_judge(ctx.recipe.judge, device)
+    inception = load_inception(ctx.recipe.inception, device)
     with tempfile.TemporaryDirectory() as folder:
         materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
         unclip = UnCLIP.from_folder(folder, device)
-    evaluation = Evaluation(ctx.store, ctx.inputs, unclip, ctx.recipe, early_decoder(ctx, device), judge)
+    evaluation = Evaluation(ctx.store, ctx.inputs, unclip, ctx.recipe, early_decoder(ctx, device), judge, inception)
     figures: list[dict[str, Any]] = []
     parts = evaluation.parts()
     with torch.no_grad(), Progress("evaluation", len(parts), "parts") as progress:
@@ -88,7 +90,8 @@ def run_evaluation(ctx: Context) -> Artifact:
         "licenses": evaluation.licenses,
     }
     rows = len(evaluation.rows) if evaluation.rows else 0
-    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=rows), metrics=metrics)
+    environment = package_versions() if inception else {}
+    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=rows), metrics=metrics, environment=environment)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from io import BytesIO
 from itertools import product
 from pathlib import Path
@@ -31,6 +32,7 @@ from pipeline.evaluate.rows import held_out, taught
 from pipeline.evaluate.stage import LEARN, run_evaluation
 from pipeline.graph import Context, Stage, stage_key
 from pipeline.ledger import Ledger
+from pipeline.parse import ContentFile
 from pipeline.records import blob_path, put_blob, read_blob
 from pipeline.report.evaluation import evaluation_section
 from pipeline.report.measured import measured_sections
@@ -38,6 +40,7 @@ from pipeline.report.pictures import Album
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.stage import VERSIONS
 from pipeline.training.tasks.figures import seeded
+from tests.pipeline.evaluate.test_inception import save_weights
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
 
 TEXT = {"text_context": 16, "text_width": 16, "text_depth": 1, "text_heads": 1}
@@ -192,7 +195,8 @@ def test_a_bundle_with_one_prior_and_no_early_checkpoint(tmp_path: Path) -> None
     assert notes["a", "upsampler_256"] == "not measured: fewer than two held-out pictures of 256 px"
     assert "the decoder at 32 samples is not in the store" in notes["f", "decoder"]
     Clip.build(CLIP, 1).save(tmp_path / "judge")
-    recipe = replace(RECIPE, early=64, judge=f"local-dir:{tmp_path}/judge")
+    inception = ContentFile.at(str(save_weights(tmp_path / "inception.pth")), "evaluation.inception")
+    recipe = replace(RECIPE, early=64, judge=f"local-dir:{tmp_path}/judge", inception=inception)
     other = run_evaluation(case.context(recipe))
     notes = {f["note"] for f in other.metrics["figures"]}
     assert any("evaluation.early 64 is not between decoder.batch 16 and samples 64" in note for note in notes)
@@ -203,6 +207,9 @@ def test_a_bundle_with_one_prior_and_no_early_checkpoint(tmp_path: Path) -> None
     assert {model for model, _ in by_clip} == {"decoder", "diffusion_prior"}
     assert all(seen[model, f"judge_{name}"] is not None for model, name in by_clip)
     assert any(seen[model, f"judge_{name}"] != seen[model, f"clip_{name}"] for model, name in by_clip)
+    assert {model for model, name in seen if name == "fid" and seen[model, name] > 0} == {"decoder", "diffusion_prior"}
+    assert other.environment["torchmetrics"] == version("torchmetrics")
+    assert document["recipe"]["inception"] == inception
 
 
 def test_without_test_rows_it_takes_validation_rows_and_without_any_it_says_so(tmp_path: Path) -> None:

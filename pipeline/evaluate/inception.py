@@ -1,0 +1,119 @@
+"""FID of the drawn pictures of 64 px, for whoever has the weights of Inception-v3 that it is defined by.
+
+Features are torchmetrics' own. Its metric is not used: that keeps sums and forgets the rows, while every model here is
+compared with the first rows of one real set; and it takes the eigenvalues of a product of covariances, which are
+singular for fewer than 2048 pictures. ``statistics`` has the same distance from features or from Gaussians that merge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.evaluate.figure import Figure
+from pipeline.evaluate.images import PICTURES
+from pipeline.evaluate.quality import named
+from pipeline.evaluate.rows import HeldOut
+from pipeline.evaluate.statistics import frechet_distance
+from pipeline.evaluate.whole import whole
+from pipeline.parse import ContentFile
+
+PACKAGES = ("torchmetrics", "torch-fidelity")
+MISSING = f"evaluation.inception needs {' and '.join(PACKAGES)}: pip install 'unclip-ray[fid]'"
+PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+log = logging.getLogger("unclip")
+
+
+@dataclass(frozen=True)
+class Inception:
+    """The network whose features FID compares."""
+
+    network: nn.Module
+
+    def look(self, pictures: Tensor) -> Tensor:
+        """Features of pictures uint8 [n, s, s, 3], which become 299 px wide: fp32 [n, 2048] on the CPU."""
+        device = next(self.network.parameters()).device
+        parts = pictures.permute(0, 3, 1, 2).split(PICTURES)
+        return torch.cat([self.network(part.to(device)).cpu() for part in parts])
+
+
+def load_inception(file: ContentFile | None, device: torch.device) -> Inception | None:
+    """The network with the weights of ``evaluation.inception``; None for none.
+
+    Raises UserError if a package is missing, or for a file that cannot be read, that has changed since the
+    configuration was read, or that holds other weights.
+    """
+    if file is None:
+        return None
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    except ModuleNotFoundError as e:
+        raise UserError(MISSING) from e
+    state = _read(file)
+    weights: Any = io.BytesIO()  # the network unpickles whatever a file holds, so it gets what was read with care
+    torch.save(state, weights)
+    weights.seek(0)
+    try:
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
+    except ModuleNotFoundError as e:
+        raise UserError(MISSING) from e
+    except RuntimeError as e:  # by name or shape
+        raise UserError(_other(file)) from e
+    return Inception(network.to(device))
+
+
+def package_versions() -> dict[str, str]:
+    """Of what the features hang on besides weights and torch, for a record's environment."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def _read(file: ContentFile) -> dict[str, Tensor]:
+    path = file.path or file
+    try:
+        data = Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"evaluation.inception: {path} cannot be read ({e.strerror})") from None
+    if hashlib.sha256(data).hexdigest() != file:
+        raise UserError(f"evaluation.inception: {path} has changed since this run began; run again")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as e:  # what is no such file, or a damaged one, fails in many ways
+        raise UserError(_other(file)) from e
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(_other(file))
+    if file != PUBLISHED:
+        log.warning("evaluation.inception: %s is not the file that is published; compare FID by it with no other", path)
+    return dict(state)
+
+
+def _other(file: ContentFile) -> str:
+    return (
+        f"evaluation.inception: {file.path} does not hold the weights that FID is defined by; "
+        "fetch pt_inception-2015-12-05-6726825d.pth"
+    )
+
+
+def fid_figures(drawn: Mapping[str, Tensor], real: Tensor, training: Tensor, rows: HeldOut) -> list[Figure]:
+    """FID of every set of ``drawn`` features [m, 2048], m at least 2, each of the first m of ``rows``.
+
+    Sets are named as for ``quality_figures``. ``real`` [n, 2048] are the rows' own pictures and ``training``
+    [n, 2048] others, that taught.
+    """
+    figures = []
+    for kind, seen in drawn.items():
+        model, end, subject = named(kind)
+        m = len(seen)
+        values = (frechet_distance(x, real[:m]) for x in (seen, training[:m]))
+        says = f"FID of {subject} pictures to real ones; baseline: training pictures"
+        figures.append(whole("f", model, f"fid{end}", says, *values, rows.first(m)))
+    return figures
