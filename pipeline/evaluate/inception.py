@@ -113,7 +113,7 @@ def fid_figures(drawn: Mapping[str, Tensor], real: Tensor, training: Tensor, row
     for kind, seen in drawn.items():
         model, end, subject = named(kind)
         m = len(seen)
-        values = (frechet_distance(x, real[:m]) for x in (seen, training[:m]))
+        ours, theirs = (frechet_distance(x, real[:m]) for x in (seen, training[:m]))
         says = f"FID of {subject} pictures to real ones; baseline: training pictures"
-        figures.append(whole("f", model, f"fid{end}", says, *values, rows.first(m)))
+        figures.append(whole("f", model, f"fid{end}", says, ours, theirs, rows.first(m)))
     return figures
