@@ -12,8 +12,8 @@ from pipeline.report.markup import attempt, note, number, section, table, text
 
 BOX, TALL, ACROSS, DOWN = 124, 52, 12, 34  # SVG units: width and height of a box, the space between boxes
 LOOK = (
-    "Look for stages whose keys differ between two reports: what hangs below them was made again. In the table, look "
-    "for the stage that takes most of the time."
+    "Look for stages whose keys differ between two reports: what hangs below them was made again. In the first table, "
+    "look for the stage that takes most of the time."
 )
 ASKED = ("stage", "requests", "MB read", "MB written")
 Artifacts = Mapping[str, Artifact]
@@ -150,9 +150,9 @@ def _requests(artifacts: Artifacts) -> str:
     rows = [(text(name), *_asked(artifact.requests)) for name, artifact in artifacts.items()]
     rows.append(("all", *_asked(total if all(artifact.requests for artifact in artifacts.values()) else {})))
     said = (
-        "What the run that made a stage asked of the store, with all its workers; of a training's, the first alone is "
-        "counted. Bytes are those of the store's objects: pictures fetched from where the list says are not among "
-        "them. - is for what was made before requests were counted."
+        "What the run that made a stage asked of the store, in all workers of data stages, but for decoders of "
+        "embeddings, and in the first worker of a training. Bytes are those of the store's objects: pictures fetched "
+        "from where the list says are not among them. - is for what was not counted then."
     )
     return f"<h3>Requests to the store</h3>\n{table(ASKED, rows, numeric=(1, 2, 3))}{note(said)}"
 
