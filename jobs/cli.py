@@ -16,6 +16,7 @@ COMMANDS = {
     "init": "write a commented configuration for pairs of your own",
     "doctor": "check machine, packages, store and Ray before a run",
     "run": "make everything a configuration asks for, where it is stale",
+    "show": "show runs, what is being made and by whom, and where an artefact comes from",
     "plan": "show what a run would make, why, and about what it costs",
     "sample": "turn captions into pictures with a finished bundle",
     "generate": "turn a list of prompts into pictures, on many workers",

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pipeline.crash import crash_point
+from pipeline.identity import whoami
 from pipeline.ledger import Ledger
 from pipeline.records import create_record, put_blob, read_blob, read_record
 from pipeline.store import Store
@@ -37,7 +38,8 @@ class Shard:
 @dataclass(frozen=True)
 class Artifact:
     """An immutable result. ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards.
-    ``requests``: what making it asked of the store (see pipeline.store_shared.COUNTS)."""
+    ``requests``: what making it asked of the store (see pipeline.store_shared.COUNTS). ``version``: its stage's;
+    ``by``: the user and the host that made it. Older records have neither."""
 
     stage: str
     key: str
@@ -50,6 +52,8 @@ class Artifact:
     environment: Mapping[str, str] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)
     requests: Mapping[str, int] = field(default_factory=dict)
+    version: int | None = None
+    by: Mapping[str, str] = field(default_factory=dict)
 
 
 def shard_path(stage: str, key: str) -> str:
@@ -241,16 +245,18 @@ def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifa
         "environment": environment() | dict(artifact.environment),
         "times": {"finished": time.time(), "seconds": seconds} | dict(artifact.times),
         "requests": store.traffic.counts(),
+        "version": artifact.version,
+        "by": whoami(),
     }
     record = create_record(store, artifact_path(artifact.stage, artifact.key), body)
     crash_point("artifact.after_record", artifact_path(artifact.stage, artifact.key))
-    return _artifact(record)
+    return artifact_of(record)
 
 
 def load_artifact(store: Store, stage: str, key: str) -> Artifact | None:
     """A finished artefact, or None."""
     record = read_record(store, artifact_path(stage, key))
-    return None if record is None else _artifact(record)
+    return None if record is None else artifact_of(record)
 
 
 def ancestors(store: Store, artifact: Artifact) -> Iterator[Artifact]:
@@ -268,7 +274,9 @@ def ancestors(store: Store, artifact: Artifact) -> Iterator[Artifact]:
                     queue.append(found)
 
 
-def _artifact(record: Mapping[str, Any]) -> Artifact:
+def artifact_of(record: Mapping[str, Any]) -> Artifact:
+    """The artefact that a record holds."""
     names = ("stage", "key", "inputs", "recipe", "blobs", "shard_table", "metrics", "environment", "times")
     values = {name: record[name] for name in names}
-    return Artifact(ledger=Ledger.from_json(record["ledger"]), requests=record.get("requests", {}), **values)
+    later: dict[str, Any] = {name: record[name] for name in ("requests", "version", "by") if name in record}
+    return Artifact(ledger=Ledger.from_json(record["ledger"]), **later, **values)

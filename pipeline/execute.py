@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.config import Config
@@ -13,6 +14,7 @@ from pipeline.crash import crash_point
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context, Graph, Stage, Verdict, ordered, pin_path, stage_key, trajectory_key, trunk_key
 from pipeline.leases import lead_or_wait
+from pipeline.progress import under_way
 from pipeline.store import Store
 from pipeline.training.follow import showing
 from pipeline.training.recipes import TrainingRecipe
@@ -102,7 +104,8 @@ def _run_stage(
     from pipeline.training.checkpoints import Superseded
 
     while True:
-        lease = lead_or_wait(store, key, config.run.lease_s, finished, progress)
+        far = partial(under_way, stage.name)
+        lease = lead_or_wait(store, key, config.run.lease_s, finished, progress, stage=stage.name, far=far)
         if lease is not None:
             with lease:
                 try:

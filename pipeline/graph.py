@@ -7,14 +7,15 @@ keys of all inputs. So every key is known before anything has run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from pipeline.artifacts import Artifact, load_artifact
 from pipeline.records import digest
 from pipeline.store import Store
 
+Node = TypeVar("Node")
 SOURCES = ("source", "captions")  # their keys come from the content of the user's list
 
 
@@ -36,7 +37,8 @@ class Context:
         """An artefact of this stage with key, inputs, recipe and the work filled in."""
         keys = {name: artifact.key for name, artifact in self.inputs.items()}
         times = {**self.work, **fields.pop("times", {})}
-        return Artifact(stage=self.stage, key=self.key, inputs=keys, recipe=flatten(self.recipe), times=times, **fields)
+        recipe = flatten(self.recipe)
+        return Artifact(self.stage, self.key, keys, recipe, times=times, version=self.version, **fields)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,21 @@ def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
             result |= flatten(value, f"{prefix}{field.name}.")
         else:
             result[prefix + field.name] = _plain(value)
+    return result
+
+
+def defaults(recipe: type, prefix: str = "") -> dict[str, Any]:
+    """The defaults of a (nested) recipe dataclass by dotted name, as ``flatten`` gives values; required fields have
+    none."""
+    result: dict[str, Any] = {}
+    hints = get_type_hints(recipe)
+    for field in dataclasses.fields(recipe):
+        if dataclasses.is_dataclass(hints[field.name]):
+            result |= defaults(hints[field.name], f"{prefix}{field.name}.")
+        elif field.default_factory is not dataclasses.MISSING:
+            result[prefix + field.name] = _plain(field.default_factory())
+        elif field.default is not dataclasses.MISSING:
+            result[prefix + field.name] = _plain(field.default)
     return result
 
 
@@ -143,6 +160,18 @@ def ordered(graph: Graph) -> Iterator[Stage]:
             raise ValueError(f"stage {stage.name} comes before its inputs {sorted(missing)}")
         seen.add(stage.name)
         yield stage
+
+
+def direct(inputs: Mapping[Node, Sequence[Node]]) -> dict[Node, list[Node]]:
+    """Of each node of a graph the inputs that it does not also have through another of its inputs."""
+    reached: dict[Node, set[Node]] = {}
+
+    def before(node: Node) -> set[Node]:
+        if node not in reached:
+            reached[node] = set(inputs[node]).union(*(before(i) for i in inputs[node]))
+        return reached[node]
+
+    return {node: [i for i in own if not any(i in before(other) for other in own)] for node, own in inputs.items()}
 
 
 def pin_path(lineage: str) -> str:

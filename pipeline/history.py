@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import calendar
 import dataclasses
 import secrets
+import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact, load_artifact
 from pipeline.graph import Context, Graph, Verdict, flatten, trajectory
+from pipeline.identity import whoami
 from pipeline.records import create_record, read_record
 from pipeline.store import Store
 from pipeline.training.recipes import TrainingRecipe
@@ -46,7 +51,18 @@ def _write(store: Store, project: str, stages: Mapping[str, Any]) -> None:
     now = time.time()
     stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}"
     path = f"runs/{project}/{stamp}-{secrets.token_hex(4)}.json"
-    create_record(store, path, {"project": project, "stages": stages})
+    create_record(store, path, {"project": project, "stages": stages, "by": {**whoami(), "command": _command()}})
+
+
+def _command() -> str:
+    """The command line without overrides: their values may be nobody else's business, and recipes are recorded."""
+    words = [Path(sys.argv[0]).stem, *(word for word in sys.argv[1:] if "=" not in word)]
+    return shlex.join(words)
+
+
+def asked_at(path: str) -> float:
+    """When the run of this record began, in seconds since the epoch."""
+    return calendar.timegm(time.strptime(path.rpartition("/")[2][:15], "%Y%m%dT%H%M%S"))
 
 
 def last_run(store: Store, project: str) -> dict[str, Any]:

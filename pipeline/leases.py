@@ -3,6 +3,9 @@
 A waiter takes over only when the leader's lease, and whatever else shows its progress, have stood still for the whole
 lease time on the waiter's own clock, or when the leader's process is known to be dead. A leader that was overtaken
 becomes a waiter; it never takes the lease back while the new one moves. So two drivers cannot fence each other in turn.
+
+Besides what that needs, a lease says who leads, since when and how far the work is: for whoever waits, and for
+``unclip show``.
 """
 
 from __future__ import annotations
@@ -14,20 +17,27 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.identity import named, whoami
+from pipeline.progress import Line, duration
 from pipeline.store import Store
 
+SAY_EVERY_S = 30.0  # in a log, how far the one is that is waited for
 log = logging.getLogger("unclip")
 
 
 class Lease:
-    """A held lease, renewed by a thread until released. Use as a context manager."""
+    """A held lease, renewed by a thread until released. Use as a context manager. ``far`` says how far the work is."""
 
-    def __init__(self, store: Store, path: str, owner: dict[str, Any], lease_s: float):
+    def __init__(
+        self, store: Store, path: str, owner: dict[str, Any], lease_s: float, far: Callable[[], str] = lambda: ""
+    ):
         self._store, self._path, self._owner, self._every = store, path, owner, lease_s / 4
+        self._far = far
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -46,7 +56,7 @@ class Lease:
     def _renew(self) -> None:
         while not self._stop.wait(self._every):
             try:
-                if not self._beat({"beat": secrets.token_hex(4)}):
+                if not self._beat({"beat": secrets.token_hex(4), "at": time.time(), "far": self._far()}):
                     return
             except Exception as e:  # a lease that cannot be renewed costs at most duplicate work
                 log.warning("lease %s could not be renewed: %s", self._path, e)
@@ -64,31 +74,75 @@ def lead_or_wait(
     finished: Callable[[], bool],
     progress: Callable[[], str],
     poll_s: float = 1.0,
+    stage: str = "work",
+    far: Callable[[], str] = lambda: "",
 ) -> Lease | None:
     """A Lease if this process is to do the work; None once somebody else has ``finished`` it.
 
-    ``progress`` is any text that changes while the leader gets on, such as the name of its newest checkpoint.
+    ``progress`` is any text that changes while the leader gets on, such as the name of its newest checkpoint. ``stage``
+    and ``far`` are for people: the work, and how far it is, of which the lease tells those who wait.
     """
-    path = f"leases/{key}.json"
-    owner = {"nonce": secrets.token_hex(8), **_identity()}
-    claim = json.dumps(owner).encode()
+    path = lease_path(key)
+    owner = {"nonce": secrets.token_hex(8), "stage": stage, "lease_s": lease_s, **_identity()}
     watched: tuple[str | None, str] | None = None
     since = time.monotonic()
-    while True:
-        if finished():
-            return None
-        version, held = _read(store, path)
-        free = version is None or held.get("released") or _is_dead(held)
-        if (version, progress()) != watched:
-            if watched is None and not free:
-                log.warning("waiting for %s, which works on this already", held.get("host", "another process"))
-            watched, since = (version, progress()), time.monotonic()
-        if free or time.monotonic() - since > lease_s:
-            if store.swap(path, version, claim):
-                return Lease(store, path, owner, lease_s)
-            watched = None
-            continue
-        time.sleep(min(poll_s, lease_s / 4))
+    followed: dict[str, Any] = {}  # the lease of the one that was waited for
+    with Line(SAY_EVERY_S) as line:
+        while True:
+            if finished():
+                return None
+            version, held = _read(store, path)
+            free = version is None or held.get("released") or _is_dead(held)
+            if (version, progress()) != watched:
+                if not free and held.get("nonce") != followed.get("nonce", ""):
+                    followed = held
+                    line.clear()
+                    log.warning("%s: waiting for %s", stage, _leader(held))
+                watched, since = (version, progress()), time.monotonic()
+            if free or time.monotonic() - since > lease_s:
+                owner["since"] = time.time()
+                if store.swap(path, version, json.dumps(owner).encode()):
+                    line.clear()
+                    if followed:
+                        log.warning("%s: taking over: %s", stage, _why(held, lease_s))
+                    return Lease(store, path, owner, lease_s, far)
+                watched = None
+                continue
+            line.show(partial(_follow, stage, held))
+            time.sleep(min(poll_s, lease_s / 4))
+
+
+def lease_path(key: str) -> str:
+    return f"leases/{key}.json"
+
+
+def read_lease(store: Store, path: str) -> dict[str, Any] | None:
+    """Who holds a lease: user, host, pid, stage, ``since`` and ``at`` (its last sign of life) in seconds since the
+    epoch, and how ``far`` the work is. None if it is released, or its process known to be dead."""
+    try:
+        held: dict[str, Any] = json.loads(store.read(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    return None if held.get("released") or _is_dead(held) else held
+
+
+def _who(held: Mapping[str, Any]) -> str:
+    return named(held) or "another process"
+
+
+def _leader(held: Mapping[str, Any]) -> str:
+    since = f", since {time.strftime('%Y-%m-%d %H:%M', time.gmtime(held['since']))} UTC" if "since" in held else ""
+    return f"{_who(held)}, which works on this already{since}"
+
+
+def _follow(stage: str, held: Mapping[str, Any]) -> str:
+    return f"{stage}: following {_who(held)}: {held.get('far') or 'no word yet of how far it is'}"
+
+
+def _why(held: Mapping[str, Any], lease_s: float) -> str:
+    if held.get("released"):
+        return f"{_who(held)} has stopped"
+    return f"{_who(held)} " + ("is dead" if _is_dead(held) else f"has not moved for {duration(lease_s)}")
 
 
 def is_held(store: Store, path: str) -> bool:
@@ -108,7 +162,7 @@ def _read(store: Store, path: str) -> tuple[str | None, dict[str, Any]]:
 
 
 def _identity() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return {**whoami(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def _boot() -> str:
@@ -130,7 +184,7 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _is_dead(held: dict[str, Any]) -> bool:
+def _is_dead(held: Mapping[str, Any]) -> bool:
     """Known to be dead: a process of this very boot of this host that is no more."""
     here = _boot() and held.get("boot") == _boot() and held.get("host") == socket.gethostname()
     return bool(here) and _started(held["pid"]) != held["started"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import calendar
 import json
 import re
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from pipeline.artifacts import Artifact, ancestors, artifact_path, load_artifact
 from pipeline.data.journal import read_journal
 from pipeline.errors import CorruptObject
 from pipeline.graph import SOURCES
+from pipeline.history import asked_at
 from pipeline.leases import is_held
 from pipeline.records import blob_path, digest, read_record
 from pipeline.release import read_releases, released_projects
@@ -146,7 +145,7 @@ def _needed_runs(store: Store, keep_s: float, now: float, live: Live) -> list[Ma
             if record is None:
                 continue
             being_made = any(f"leases/{asked['key']}.json" in held for asked in record["stages"].values())
-            began = calendar.timegm(time.strptime(path.rpartition("/")[2][:15], "%Y%m%dT%H%M%S"))
+            began = asked_at(path)
             if path == last or being_made or (now - began < keep_s and began > forgotten_at):
                 live.paths.add(path)
                 live.paths.update(f"leases/{asked['key']}.json" for asked in record["stages"].values())

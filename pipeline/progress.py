@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
-from typing import TextIO, TypeVar
+from typing import Self, TextIO, TypeVar
 
 T = TypeVar("T")
 END = object()
@@ -60,22 +60,52 @@ class Steps:
             yield item  # type: ignore[misc]
 
 
-class Progress:
-    """Counts ``unit`` up to ``total``; shows rate and time left. Use as a context manager."""
+class Line:
+    """Text rewritten in place on a terminal, printed every ``every_s`` seconds in a log. Use as a context manager."""
 
-    def __init__(self, name: str, total: int, unit: str, start: int = 0, stream: TextIO | None = None):
-        self.name, self.total, self.unit = name, total, unit
-        self.done = self.first = start
+    def __init__(self, every_s: float = 10.0, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
-        self.began = self.shown = time.monotonic()
-        self.every = 0.2 if self.stream.isatty() else 10.0
+        self.shown = time.monotonic()
+        self.every = 0.2 if self.stream.isatty() else every_s
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Take it off a terminal, before something else is said."""
         if self.stream.isatty():
             self.stream.write("\r\033[K")
+        self.stream.flush()
+
+    def show(self, text: Callable[[], str]) -> None:
+        """Show the text if it is time to; it may cost something, so it is asked for only then."""
+        now = time.monotonic()
+        if now - self.shown < self.every:
+            return
+        self.shown = now
+        self.stream.write(f"\r\033[K  {text()}" if self.stream.isatty() else f"  {text()}\n")
+        self.stream.flush()
+
+
+class Progress(Line):
+    """Counts ``unit`` up to ``total``; shows rate and time left. Use as a context manager."""
+
+    def __init__(self, name: str, total: int, unit: str, start: int = 0, stream: TextIO | None = None):
+        super().__init__(stream=stream)
+        self.name, self.total, self.unit = name, total, unit
+        self.done = self.first = start
+        self.began = self.shown
+
+    def __enter__(self) -> Self:
+        _under_way[self.name] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _under_way.pop(self.name, None)
+        self.clear()
         if self.done > self.first:
             self.stream.write(f"  {self.name}: {self.line()}\n")
         self.stream.flush()
@@ -83,14 +113,10 @@ class Progress:
     def advance(self, amount: int, note: str | Callable[[], str] = "") -> None:
         """Count on. A note that costs something is given as a function, which is called when a line is shown."""
         self.done += amount
-        now = time.monotonic()
-        if now - self.shown < self.every:
-            return
-        self.shown = now
-        said = note if isinstance(note, str) else note()
-        text = f"  {self.name}: {self.line()}{'  ' + said if said else ''}"
-        self.stream.write(f"\r\033[K{text}" if self.stream.isatty() else text + "\n")
-        self.stream.flush()
+        self.show(lambda: self._text(note if isinstance(note, str) else note()))
+
+    def _text(self, note: str) -> str:
+        return f"{self.name}: {self.line()}{'  ' + note if note else ''}"
 
     @property
     def seconds(self) -> float:
@@ -107,3 +133,15 @@ class Progress:
         if self.done >= self.total:
             return f"{text}, {duration(self.seconds)}"
         return f"{text}, {duration((self.total - self.done) / rate)} left" if rate else text
+
+
+_under_way: dict[str, Progress] = {}
+
+
+def under_way(stage: str) -> str:
+    """How far a stage has come that this process is at, as its line of progress says it; "" where none is shown."""
+    lines = [line for name, line in list(_under_way.items()) if name.split()[0] == stage]
+    if not lines:
+        return ""
+    title = lines[-1].name.removeprefix(stage).strip()
+    return f"{title}: {lines[-1].line()}" if title else lines[-1].line()

@@ -51,6 +51,9 @@ class PairsSettings(ShardSettings):
             raise ValueError(f"timeout_s: {self.timeout_s} is not above 0")
         if not re.fullmatch(r"[!-'*-~]*", self.contact):
             raise ValueError(f"contact: {self.contact!r} is no URL or mail address in ASCII without spaces or brackets")
+        for origin, variable in self.headers.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", variable):  # which may be a secret, and is not repeated
+                raise ValueError(f"headers: for {origin} give the name of an environment variable, not what it holds")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ def open_store(url: str) -> Store:
     if parts.scheme == "s3":
         if not parts.netloc:
             raise UserError(f"store {url}: no bucket; write s3://BUCKET/PREFIX")
+        if "@" in parts.netloc:  # and is not repeated here
+            raise UserError("store: no keys in its URL, which many can read; set AWS_ACCESS_KEY_ID, or use a profile")
         return S3Store(url.rstrip("/"), parts.netloc, parts.path.strip("/"))
     if parts.scheme in ("", "file"):
         folder = Path(parts.path).expanduser().absolute()
@@ -77,8 +79,9 @@ def check_conditions(store: Store) -> None:
     """
     path = f"locks/probe-{secrets.token_hex(8)}"
     advice = "use a store with conditional writes, such as AWS S3, SeaweedFS, MinIO or a local folder"
+    created = store.create(path, b"1")  # where even this is refused there is nothing to delete
     try:
-        if not store.create(path, b"1") or store.create(path, b"2") or store.read(path) != b"1":
+        if not created or store.create(path, b"2") or store.read(path) != b"1":
             raise UserError(
                 f"store {store.url} overwrites objects instead of refusing (If-None-Match is ignored); {advice}"
             )

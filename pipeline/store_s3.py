@@ -38,12 +38,21 @@ REQUESTS = {
     "DeleteObjects": "DELETE",
     "AbortMultipartUpload": "DELETE",
 }  # everything else writes, and is billed as a PUT
+PERMISSIONS = {  # of AWS; S3 asks for others than the names of its operations
+    "GetObject": "s3:GetObject",
+    "HeadObject": "s3:GetObject",
+    "ListObjectsV2": "s3:ListBucket",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "DeleteObjects": "s3:DeleteObject",
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
+}  # everything else writes, and needs s3:PutObject
+DENIED = "these credentials lack {permission} for {path}; docs/security.md has the policies of a bucket"
 HINTS = {
     "NoSuchBucket": "create the bucket or correct the store's URL",
     "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or the profile",
     "InvalidAccessKeyId": "the access key is unknown; check AWS_ACCESS_KEY_ID or the profile",
-    "AccessDenied": "these credentials may not do this; see the bucket's policy",
-    "403": "these credentials may not do this; see the bucket's policy",
+    "AccessDenied": DENIED,
+    "403": DENIED,
     "ExpiredToken": "the credentials have expired; renew them and run the same command again",
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
 }
@@ -99,7 +108,7 @@ class S3Store:
         return {"Bucket": self.bucket, "Key": f"{self.prefix}/{path}" if self.prefix else path}
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, path: str) -> Iterator[None]:
         """Turn what a user can mend, and what did not pass by waiting, into one line."""
         from botocore import exceptions
         from urllib3.exceptions import HTTPError
@@ -110,7 +119,7 @@ class S3Store:
         except exceptions.ClientError as e:
             code, status = e.response["Error"]["Code"], _status(e)
             if code in HINTS:
-                raise UserError(f"store {self.url}: {code}: {HINTS[code]}") from e
+                raise UserError(f"store {self.url}: {code}: {_hint(code, e.operation_name, path)}") from e
             if status >= 500 or status in (409, 429) or code == "RequestTimeout":
                 raise Unreachable(
                     f"store {self.url}: {e.operation_name} was answered {code} {TRIES} times; the server is overloaded "
@@ -138,7 +147,7 @@ class S3Store:
         if stop is not None and stop <= start:
             return b""
         asked = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
-        with self._explained():
+        with self._explained(path):
             for last in _tries():
                 try:
                     return self._body(self._client.get_object(**self._where(path), **asked))
@@ -171,7 +180,7 @@ class S3Store:
     def list(self, prefix: str) -> Iterator[Entry]:
         where = self._where(prefix)
         skip = len(where["Key"]) - len(prefix)
-        with self._explained():
+        with self._explained(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=where["Key"])
             for page in pages:
                 for item in page.get("Contents", ()):
@@ -188,7 +197,7 @@ class S3Store:
     def delete(self, paths: Iterable[str]) -> None:
         remaining = iter(paths)
         while batch := list(islice(remaining, BATCH)):
-            with self._explained():
+            with self._explained(batch[0]):
                 self._delete(batch)
 
     def _delete(self, batch: Sequence[str]) -> None:
@@ -206,13 +215,13 @@ class S3Store:
             if last or code in HINTS:
                 raise UserError(
                     f"store {self.url}: {len(keys)} objects could not be deleted, the first is {keys[0]} ({code}): "
-                    f"{HINTS.get(code, 'see the log of the server, then run the same command again')}"
+                    f"{_hint(code, 'DeleteObjects', keys[0])}"
                 )
 
     def clear_abandoned(self, before: float) -> int:
         """Abort multipart uploads begun earlier than ``before``, which are paid for and never seen; return how many."""
         count = 0
-        with self._explained():
+        with self._explained(""):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=self._where("")["Key"]
             )
@@ -230,7 +239,7 @@ class S3Store:
         from botocore.exceptions import ClientError
 
         nonce = secrets.token_hex(8)
-        with self._explained():
+        with self._explained(path):
             for last in _tries():
                 try:
                     self._client.put_object(**self._where(path), Body=data, Metadata={"nonce": nonce}, **condition)
@@ -266,7 +275,7 @@ class S3Store:
 
         # The nonce is given when an upload begins, so the object has it however its completion was answered.
         nonce = secrets.token_hex(8)
-        with self._explained():
+        with self._explained(path):
             for last in _tries():
                 standing = self._nonce(path)
                 if standing is not None:
@@ -299,6 +308,11 @@ class S3Store:
             with suppress(ClientError, BotoCoreError):  # what cannot be aborted now, clear_abandoned finds
                 self._client.abort_multipart_upload(**where, UploadId=upload)
             raise
+
+
+def _hint(code: str, operation: str, path: str) -> str:
+    hint = HINTS.get(code, "see the log of the server, then run the same command again")
+    return hint.format(permission=PERMISSIONS.get(operation, "s3:PutObject"), path=path or "the bucket")
 
 
 def _status(error: Any) -> int:

@@ -1,12 +1,12 @@
 """A real S3 server (SeaweedFS) on loopback, with credentials, for the tests."""
 
-import os
+import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,25 @@ class Server:
 
     @property
     def environment(self) -> dict[str, str]:
+        return self.environment_of(ACCESS, SECRET)
+
+    def environment_of(self, access: str, secret: str) -> dict[str, str]:
+        """Of another identity than the one that may do everything."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": ACCESS,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ACCESS_KEY_ID": access,
+            "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who may do what ``policies`` allow: IAM policies as AWS writes them. The name is the access key."""
+
+    secret: str
+    policies: tuple[Mapping[str, object], ...]
 
 
 def _free_port() -> int:
@@ -53,9 +65,27 @@ def _weed() -> str:
     return found
 
 
+def _configuration(identities: Mapping[str, Identity]) -> str:
+    everything = {"name": ACCESS, "credentials": [{"accessKey": ACCESS, "secretKey": SECRET}], "actions": ["Admin"]}
+    users, policies = [everything], []
+    for name, identity in identities.items():
+        own = [{"name": f"{name}-{i}", "content": json.dumps(policy)} for i, policy in enumerate(identity.policies)]
+        policies += own
+        users.append(
+            {
+                "name": name,
+                "credentials": [{"accessKey": name, "secretKey": identity.secret}],
+                "policyNames": [policy["name"] for policy in own],
+            }
+        )
+    return json.dumps({"identities": users, "policies": policies})
+
+
 @contextmanager
-def serving(folder: Path) -> Iterator[Server]:
-    """Start the server, wait until a PUT succeeds, and stop it at the end."""
+def serving(folder: Path, identities: Mapping[str, Identity] | None = None) -> Iterator[Server]:
+    """Start the server, wait until a PUT succeeds, and stop it at the end. ``identities`` by name, besides the one of
+    ACCESS, which may do everything."""
+    (folder / "identities.json").write_text(_configuration(identities or {}))
     for attempt in range(3):  # somebody else may take a port between our look and the server's start
         ports = {name: _free_port() for name in ("master", "volume", "filer", "s3", "admin")}
         if len(set(ports.values())) < len(ports):
@@ -66,9 +96,9 @@ def serving(folder: Path) -> Iterator[Server]:
                 _weed(), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
                 *(f"-{name}.port={port}" for name, port in ports.items()),
                 "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
-                f"-bucket={BUCKET}",
+                f"-bucket={BUCKET}", f"-s3.config={folder}/identities.json",
             ],
-            stdout=log, stderr=log, env=os.environ | {"AWS_ACCESS_KEY_ID": ACCESS, "AWS_SECRET_ACCESS_KEY": SECRET},
+            stdout=log, stderr=log,
         )  # fmt: skip
         try:
             server = Server(f"http://127.0.0.1:{ports['s3']}", f"s3://{BUCKET}")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pipeline.artifacts import Artifact
+from pipeline.graph import direct
 from pipeline.progress import duration
 from pipeline.report.markup import attempt, note, number, section, table, text
 
@@ -32,15 +33,7 @@ def lineage_section(artifacts: Artifacts) -> str:
 
 def direct_inputs(artifacts: Artifacts) -> dict[str, list[str]]:
     """Of each stage the inputs that it does not also have through another of its inputs."""
-    inputs = {name: [i for i in made.inputs if i in artifacts] for name, made in artifacts.items()}
-    reached: dict[str, set[str]] = {}
-
-    def before(name: str) -> set[str]:
-        if name not in reached:
-            reached[name] = set(inputs[name]).union(*(before(i) for i in inputs[name]))
-        return reached[name]
-
-    return {name: [i for i in own if not any(i in before(other) for other in own)] for name, own in inputs.items()}
+    return direct({name: [i for i in made.inputs if i in artifacts] for name, made in artifacts.items()})
 
 
 def levels(direct: Mapping[str, Sequence[str]]) -> list[list[str]]:
@@ -62,13 +55,13 @@ def draw(artifacts: Artifacts) -> str:
     """The graph as SVG, from top to bottom: a box a stage with its key and its time. Raises ValueError for none."""
     if not artifacts:
         raise ValueError("nothing is made yet")
-    direct = direct_inputs(artifacts)
-    rows = levels(direct)
+    inputs = direct_inputs(artifacts)
+    rows = levels(inputs)
     width = max(map(len, rows)) * (BOX + ACROSS) + ACROSS
     place: dict[str, tuple[float, float]] = {}  # middle of the top of each box
     for i, row in enumerate(rows):
         wanted = {
-            name: sum(place[p][0] for p in direct[name]) / len(direct[name]) if direct[name] else width / 2
+            name: sum(place[p][0] for p in inputs[name]) / len(inputs[name]) if inputs[name] else width / 2
             for name in row
         }
         row = sorted(row, key=lambda name: wanted[name])
@@ -77,11 +70,11 @@ def draw(artifacts: Artifacts) -> str:
         most = width - ACROSS - BOX / 2 - (len(row) - 1) * (BOX + ACROSS)
         left = min(max(left, ACROSS + BOX / 2), most)
         place |= {name: (left + j * (BOX + ACROSS), ACROSS + i * (TALL + DOWN)) for j, name in enumerate(row)}
-    lines = [_line(place[parent], place[name]) for name in direct for parent in direct[name]]
-    boxes = [_box(name, artifacts[name], place[name]) for name in direct]
+    lines = [_line(place[parent], place[name]) for name in inputs for parent in inputs[name]]
+    boxes = [_box(name, artifacts[name], place[name]) for name in inputs]
     height = len(rows) * (TALL + DOWN) - DOWN + 2 * ACROSS
-    said = "; ".join(f"{name} from {', '.join(own)}" for name, own in direct.items() if own)
-    label = html.escape(f"The lineage: {said or ', '.join(direct)}", quote=True)
+    said = "; ".join(f"{name} from {', '.join(own)}" for name, own in inputs.items() if own)
+    label = html.escape(f"The lineage: {said or ', '.join(inputs)}", quote=True)
     return (
         f'<svg class="lineage" viewBox="0 0 {width} {height}" style="min-width:{width}px;max-width:{width}px" '
         f'role="img" aria-label="{label}">\n' + "".join(lines + boxes) + "</svg>"

@@ -93,6 +93,7 @@ TESTED = {
     "unclip run laion.yaml --until diffusion_prior": "here",
     "unclip plan configs/nano.yaml": "here",
     "unclip run configs/nano.yaml": "here",
+    "unclip show configs/nano.yaml": "here",
     "unclip run configs/nano.yaml --only evaluation evaluation.seed=1": "here",
     "unclip plan configs/nano.yaml decoder.model.dropout=0.1": "here",
     "unclip plan configs/nano.yaml decoder.model.dropout=0.1 run.pairs.threads=32": "here",

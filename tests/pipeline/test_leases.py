@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import threading
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import leases
 from pipeline.errors import Unreachable
-from pipeline.leases import Lease, lead_or_wait
+from pipeline.identity import named, whoami
+from pipeline.leases import Lease, lead_or_wait, lease_path, read_lease
 from pipeline.store import Store
 
 LEASE_S = 1.5
@@ -19,9 +22,19 @@ def unreachable(*_: object) -> bool:
 
 
 def _lead(
-    store: Store, finished: Callable[[], bool] = lambda: False, progress: Callable[[], str] = lambda: ""
+    store: Store,
+    finished: Callable[[], bool] = lambda: False,
+    progress: Callable[[], str] = lambda: "",
+    far: Callable[[], str] = lambda: "",
 ) -> Lease | None:
-    return lead_or_wait(store, "k", LEASE_S, finished, progress, poll_s=0.02)
+    return lead_or_wait(store, "k", LEASE_S, finished, progress, poll_s=0.02, stage="decoder", far=far)
+
+
+def _change(store: Store, **fields: object) -> None:
+    """Write something else into the lease, as another process would have."""
+    (entry,) = store.list(lease_path("k"))
+    held = json.loads(store.read(entry.path)) | fields
+    assert store.swap(entry.path, entry.version, json.dumps({k: v for k, v in held.items() if v is not None}).encode())
 
 
 def test_one_leads_and_the_other_waits_for_its_record(store: Store) -> None:
@@ -90,3 +103,90 @@ def test_a_dead_process_of_this_host_is_replaced_at_once(store: Store, tmp_path:
     )
     subprocess.run([sys.executable, "-c", code, store.url], check=True, cwd=Path(__file__).parents[2])
     assert lead_or_wait(store, "k", 3600, lambda: False, lambda: "", poll_s=0.02) is not None
+
+
+def test_whoever_waits_is_told_whom_it_follows_and_how_far_that_is(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(leases, "SAY_EVERY_S", 0.1)
+    said = iter(f"{8 * i} of 64 samples" for i in range(1000))
+    lease = _lead(store, far=lambda: next(said))
+    assert lease is not None
+    end = time.monotonic() + 2 * LEASE_S
+    with lease:
+        assert _lead(store, lambda: time.monotonic() > end) is None
+    (message,) = (record.getMessage() for record in caplog.records)
+    since = time.strftime("%Y-%m-%d", time.gmtime())
+    assert message.startswith(f"decoder: waiting for {named(whoami())}, which works on this already, since {since}")
+    lines = capsys.readouterr().err.splitlines()
+    assert f"  decoder: following {named(whoami())}: no word yet of how far it is" in lines
+    assert f"  decoder: following {named(whoami())}: 8 of 64 samples" in lines
+    assert len(set(lines)) > 2  # it moves
+    assert len(lines) < 2 * LEASE_S / 0.1 + 1  # and is not said at every look
+
+
+def test_a_lease_tells_who_holds_it_until_it_is_released(store: Store) -> None:
+    lease = _lead(store, far=lambda: "8 of 64 samples")
+    assert lease is not None
+    began = read_lease(store, lease_path("k"))
+    assert began is not None
+    with lease:
+        while "at" not in (held := read_lease(store, lease_path("k")) or {}):
+            time.sleep(0.02)
+    assert held["far"] == "8 of 64 samples"
+    assert {"user": held["user"], "host": held["host"]} == whoami()
+    assert held["stage"] == "decoder"
+    assert held["since"] == began["since"] <= held["at"] <= time.time()
+    assert read_lease(store, lease_path("k")) is None
+    assert read_lease(store, lease_path("another")) is None
+
+
+def test_whoever_takes_over_says_why(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """From one on another host, who cannot be known to be dead, after the time of a lease; one message, one holder."""
+    assert _lead(store) is not None  # never entered, so never renewed
+    _change(store, host="gpu-7", user="ana", boot="another")
+    taken = _lead(store)
+    assert taken is not None
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("decoder: waiting for ana@gpu-7, which works on this already")
+    assert messages[1] == "decoder: taking over: ana@gpu-7 has not moved for 2 s"
+    with taken:
+        held = read_lease(store, lease_path("k"))
+        assert held is not None
+        assert {"user": held["user"], "host": held["host"]} == whoami()
+
+
+@pytest.mark.parametrize(("change", "why"), [({"started": "0"}, "is dead"), ({"released": True}, "has stopped")])
+def test_whoever_takes_over_at_once_says_why(
+    store: Store, caplog: pytest.LogCaptureFixture, change: dict[str, object], why: str
+) -> None:
+    assert _lead(store) is not None
+    looks = iter(range(10))
+
+    def finished() -> bool:
+        if next(looks) == 3:
+            _change(store, **change)
+        return False
+
+    assert lead_or_wait(store, "k", 3600, finished, lambda: "", poll_s=0.02, stage="decoder") is not None
+    assert caplog.records[-1].getMessage() == f"decoder: taking over: {named(whoami())} {why}"
+
+
+def test_a_lease_of_before_leases_said_more_is_followed_too(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    assert _lead(store) is not None
+    _change(store, user=None, since=None, stage=None, lease_s=None, host="gpu-7", boot="another")
+    assert _lead(store) is not None
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoder: waiting for gpu-7, which works on this already",
+        "decoder: taking over: gpu-7 has not moved for 2 s",
+    ]
+
+
+def test_a_process_whose_user_has_no_name_is_named_by_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 4711")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert named(whoami()) == whoami()["host"] != ""
+    assert named({}) == ""

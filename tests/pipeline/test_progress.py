@@ -3,7 +3,7 @@ import io
 import pytest
 
 from pipeline import progress
-from pipeline.progress import Progress, duration
+from pipeline.progress import Line, Progress, duration, under_way
 
 
 class Clock:
@@ -85,3 +85,27 @@ def test_a_stage_with_nothing_to_do_says_nothing(clock: Clock) -> None:
     with Progress("pairs", 10, "rows", start=10, stream=stream):
         pass
     assert stream.getvalue() == ""
+
+
+def test_how_far_a_stage_is_can_be_asked_while_it_is_under_way(clock: Clock) -> None:
+    assert under_way("codec") == ""
+    with Progress("codec buckets", 10, "columns", stream=io.StringIO()) as bar:
+        clock.now += 10
+        bar.advance(4)
+        assert under_way("codec") == "buckets: 4 of 10 columns, 0.4/s, 15 s left"
+        assert under_way("clip") == ""
+        with Progress("clip", 10, "samples", stream=io.StringIO()):
+            assert under_way("clip") == "0 of 10 samples, 0/s"
+    assert under_way("codec") == ""
+
+
+@pytest.mark.parametrize(("kind", "lines"), [(io.StringIO, 3), (Terminal, 10)])
+def test_a_line_is_said_now_and_then_and_asked_for_only_then(clock: Clock, kind: type[io.StringIO], lines: int) -> None:
+    stream, asked = kind(), []
+    with Line(30.0, stream) as line:
+        for i in range(10):
+            clock.now += 10
+            line.show(lambda i=i: asked.append(i) or f"at {i}")  # type: ignore[misc]
+    assert len(asked) == lines
+    assert stream.getvalue().count("at ") == lines
+    assert stream.getvalue().endswith("\r\033[K" if kind is Terminal else "  at 8\n")

@@ -205,6 +205,12 @@ def test_headers_that_cannot_be_read_are_one_line_without_the_secret(
     assert "\n" not in str(raised.value)
 
 
+def test_a_header_in_place_of_the_name_of_its_variable_is_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match=r"run\.pairs: headers: for https://a\.test give the name") as raised:
+        parse(PairsSettings, {"headers": {"https://a.test": "Authorization: s3cret"}}, "run.pairs")
+    assert "s3cret" not in str(raised.value)
+
+
 @pytest.mark.parametrize("contact", ["two words", "a\nb", "(a)", "mé@a.test"])
 def test_a_contact_that_would_break_the_user_agent_is_refused(contact: str) -> None:
     with pytest.raises(UserError, match=r"run\.pairs: contact: "):

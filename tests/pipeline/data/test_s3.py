@@ -61,7 +61,8 @@ def test_pairs_from_s3_end_as_from_anywhere(pictures: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "reference", ["s3://", "s3://bucket", "s3://bucket/", "s3:///a.png", "s3://not a bucket/a.png"]
+    "reference",
+    ["s3://", "s3://bucket", "s3://bucket/", "s3:///a.png", "s3://not a bucket/a.png", "s3://***@bucket/a.png"],
 )
 def test_a_reference_without_a_bucket_and_a_key_is_none(pictures: str, reference: str) -> None:
     assert fetch(reference)[0].reason == "unsupported_reference"

@@ -8,9 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.artifacts import read_table
+from pipeline.data.opener import Refused, normal_url
 from pipeline.data.source import SourceRecipe, scan, split_by_hash
 from pipeline.errors import UserError
 from pipeline.store import Store, open_store
+from tests.secrets import leaks, objects
 
 
 def _csv(path: Path, rows: list[tuple[str, str]], header: str = "url,caption") -> str:
@@ -158,3 +160,15 @@ def test_a_relative_path_counts_from_the_folder_of_its_list(tmp_path: Path, fold
     (shard,) = scan(SourceRecipe((path,)), folder_store, write=True).shards
     urls = read_table(folder_store, shard.refs)["url"].to_pylist()
     assert urls == [f"file://{tmp_path}/pictures/a%20b.png", f"file://{tmp_path}/../c.JPG", *cells[2:]]
+
+
+def test_a_password_in_a_reference_is_not_stored_and_its_row_not_fetched(tmp_path: Path, folder_store: Store) -> None:
+    listed = ["https://ana:s3cret@h/a.png", "s3://ana:s3cret@b/a.png", "http://a@s3cret@h", "https://h/@a?x=b@c"]
+    path = _csv(tmp_path / "list.csv", [(url, "text") for url in listed])
+    (shard,) = scan(SourceRecipe((path,)), folder_store, write=True).shards
+    urls = read_table(folder_store, shard.refs)["url"].to_pylist()
+    assert urls == ["https://***@h/a.png", "s3://***@b/a.png", "http://***@h", "https://h/@a?x=b@c"]
+    assert leaks(objects(folder_store), {"password": "s3cret"}) == []
+    for url in (urls[0], urls[2]):
+        with pytest.raises(Refused, match="unsupported_reference"):
+            normal_url(url)

@@ -1,0 +1,185 @@
+"""What a store holds and what is under way in it, for people. Reads only, and not more where there is more data.
+
+Listings say what is made; of runs, leases and artefacts only as many records are read as are shown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pipeline.artifacts import THREADS, Artifact, artifact_of, artifact_path
+from pipeline.errors import UserError
+from pipeline.history import asked_at
+from pipeline.leases import lease_path, read_lease
+from pipeline.records import peek_record
+from pipeline.release import Move, read_releases, released_projects
+from pipeline.store import Store
+
+SHOWN_RUNS = 5
+USING_RUNS = 50  # in which it is looked up what used an artefact
+MOST = 64  # leases of what is not made, and pins, that are read
+Named = tuple[str, str]  # stage and key
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for once: ``at`` in seconds since the epoch, ``by`` whom (user, host, command; empty in older
+    records), and of every stage key, version, recipe and input keys."""
+
+    project: str
+    at: float
+    by: Mapping[str, str]
+    stages: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """``runs``: the last ones, the newest first, and how many there are in all. ``made``: every artefact. ``leases``:
+    who makes what is not made, by its key. ``pinned``: keys. ``releases``: of each project of these runs that has one,
+    or why it cannot be read."""
+
+    url: str
+    runs: Sequence[Run]
+    all_runs: int
+    made: frozenset[Named]
+    leases: Mapping[str, Mapping[str, Any]]
+    pinned: frozenset[str]
+    releases: Mapping[str, Move | str]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """An artefact, its stage's ``version``, and all that it was made from (``behind``), None where a record is gone.
+    ``users``: what was made directly from it; ``released``: the projects whose release it is."""
+
+    artifact: Artifact
+    version: int | None
+    behind: Mapping[Named, Artifact | None]
+    users: Mapping[Named, Artifact]
+    pinned: bool
+    released: Sequence[str]
+
+
+def overview(store: Store, project: str | None = None) -> Overview:
+    """The last runs of a project, or of all, and what is under way in the store."""
+    paths = _run_paths(store, project)
+    runs = _runs(store, paths[:SHOWN_RUNS])
+    made = _made(store)
+    keys = {key for _, key in made}
+    begun = [entry.path for entry in store.list("leases/")]
+    unfinished = [path for path in begun if _key(path) not in keys][:MOST]
+    held = zip(unfinished, _each(lambda path: read_lease(store, path), unfinished), strict=True)
+    leases = {_key(path): lease for path, lease in held if lease is not None}
+    releases: dict[str, Move | str] = {}
+    for name in dict.fromkeys(run.project for run in runs):
+        try:
+            current = read_releases(store, name).current
+        except UserError as e:
+            releases[name] = str(e)
+        else:
+            releases |= {name: current} if current is not None else {}
+    return Overview(store.url, runs, len(paths), made, leases, _pinned(store), releases)
+
+
+def find(store: Store, start: str) -> Named:
+    """The artefact of any stage whose key begins so. Raises UserError where there is none or more than one."""
+    made = sorted(name for name in _made(store) if start and name[1].startswith(start))
+    if len(made) > 1:
+        several = ", ".join(f"{stage} {key[:16]}" for stage, key in made[:5])
+        raise UserError(f"{start}: {len(made)} artefacts in {store.url} have a key that begins so: {several}")
+    if not made:
+        leases = (
+            [entry.path for entry in store.list(lease_path(start).removesuffix(".json"))] if start.isalnum() else []
+        )
+        begun = ": it was begun and is not made yet" if leases else ""
+        raise UserError(
+            f"{start}: no artefact in {store.url} has a key that begins so{begun}; unclip show without a key lists "
+            "what the last runs made"
+        )
+    return made[0]
+
+
+def lineage(store: Store, name: Named) -> Lineage:
+    """An artefact and what is around it. Raises UserError if its record is damaged."""
+    artifact = _load(store, name)
+    if artifact is None:
+        raise UserError(
+            f"{store.url}/{artifact_path(*name)} is damaged or gone; unclip run makes it again where it is needed"
+        )
+    behind: dict[Named, Artifact | None] = {}
+    level = list(artifact.inputs.items())
+    while level:
+        behind |= dict(zip(level, _each(lambda one: _load(store, one), level), strict=True))
+        above = [one for made in map(behind.get, level) if made is not None for one in made.inputs.items()]
+        level = [one for one in dict.fromkeys(above) if one not in behind]
+    runs = _runs(store, _run_paths(store)[:USING_RUNS])
+    asked = [(stage, of) for run in runs for stage, of in run.stages.items()]
+    using = dict.fromkeys((stage, of["key"]) for stage, of in asked if of["inputs"].get(name[0]) == name[1])
+    users = zip(using, _each(lambda one: _load(store, one), using), strict=True)
+    versions = [of["version"] for stage, of in asked if (stage, of["key"]) == name]
+    return Lineage(
+        artifact,
+        artifact.version if artifact.version is not None else next(iter(versions), None),
+        behind,
+        {one: made for one, made in users if made is not None},
+        name[1] in _pinned(store),
+        _released(store, name) if name[0] == "bundle" else (),
+    )
+
+
+def _made(store: Store) -> frozenset[Named]:
+    names = (entry.path.removesuffix(".json").split("/") for entry in store.list("artifacts/"))
+    return frozenset((stage, key) for _, stage, key in names)
+
+
+def _run_paths(store: Store, project: str | None = None) -> list[str]:
+    """The newest first."""
+    paths = (entry.path for entry in store.list(f"runs/{project}/" if project else "runs/"))
+    return sorted(paths, key=_key, reverse=True)
+
+
+def _runs(store: Store, paths: Sequence[str]) -> list[Run]:
+    records = zip(paths, _each(lambda path: peek_record(store, path), paths), strict=True)
+    return [
+        Run(record["project"], asked_at(path), record.get("by", {}), record["stages"])
+        for path, record in records
+        if record is not None
+    ]
+
+
+def _pinned(store: Store) -> frozenset[str]:
+    paths = [entry.path for entry in store.list("locks/") if re.fullmatch(r"locks/[0-9a-f]{64}\.json", entry.path)]
+    return frozenset(_each(lambda path: str(json.loads(store.read(path))["key"]), paths[:MOST]))
+
+
+def _released(store: Store, name: Named) -> list[str]:
+    found = []
+    for project in released_projects(store):
+        try:
+            current = read_releases(store, project).current
+        except UserError:  # unclip release says it
+            continue
+        if current is not None and current.bundle == name[1]:
+            found.append(project)
+    return found
+
+
+def _load(store: Store, name: Named) -> Artifact | None:
+    record = peek_record(store, artifact_path(*name))
+    return None if record is None else artifact_of(record)
+
+
+def _key(path: str) -> str:
+    return path.rpartition("/")[2].removesuffix(".json")
+
+
+def _each(read: Callable[[Any], T], names: Iterable[Any]) -> list[T]:
+    """Several at once."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(read, names))

@@ -1,0 +1,180 @@
+"""What ``unclip show`` prints. Pure: text from what was read, and from the time of now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from textwrap import wrap
+from typing import Any
+
+from pipeline.artifacts import Artifact
+from pipeline.graph import direct
+from pipeline.identity import named
+from pipeline.ledger import Ledger
+from pipeline.overview import Lineage, Named, Overview, Run
+from pipeline.progress import counted, duration
+from pipeline.release import Move
+
+WIDTH = 110
+SHORT = 12  # characters of a key
+UNBROKEN = "\0"  # a space at which no line ends
+
+
+def show_overview(found: Overview, now: float) -> str:
+    """The last runs, what is being made, and of each project its last run's stages, pins and release."""
+    lines = [f"store {found.url}", "", "running now" if found.leases else "running now: nothing"]
+    for key, lease in sorted(found.leases.items(), key=lambda item: item[1].get("since", 0)):
+        lines += _running(key, lease, found, now)
+    if not found.runs:
+        return "\n".join([*lines, "", "no runs yet"])
+    earlier = found.all_runs - len(found.runs)
+    lines += ["", "last runs" + (f" (and {earlier:,} before)" if earlier > 0 else "")]
+    size = max(len(run.project) for run in found.runs)
+    for run in found.runs:
+        made = sum((stage, of["key"]) in found.made for stage, of in run.stages.items())
+        what = f"{made} of {len(run.stages)} stages made"
+        lines.append(f"  {_date(run.at)}  {run.project:{size}}  {what}  {_asked_by(run)}".rstrip())
+    for project in dict.fromkeys(run.project for run in found.runs):
+        lines += ["", project, *_project(next(run for run in found.runs if run.project == project), found, now)]
+    return "\n".join(lines)
+
+
+def _running(key: str, lease: Mapping[str, Any], found: Overview, now: float) -> Iterator[str]:
+    asked = (stage for run in found.runs for stage, of in run.stages.items() if of["key"] == key)
+    stage = lease.get("stage") or next(asked, "a stage")  # which older leases do not name
+    parts = [f"  {stage} {key[:SHORT]} by {named(lease) or 'nobody known'}", f"pid {lease.get('pid', 'unknown')}"]
+    if "since" in lease:
+        parts.append(f"since {_date(lease['since'])} ({duration(max(0, now - lease['since']))})")
+        silent = max(0, now - lease.get("at", lease["since"]))
+        heard = "not heard of for {}: probably ended" if silent > lease["lease_s"] else "heard of {} ago"
+        parts.append(heard.format(duration(silent)))
+    yield ", ".join(parts)
+    if lease.get("far"):
+        yield f"    {lease['far']}"
+
+
+def _asked_by(run: Run) -> str:
+    return "  ".join(word for word in (named(run.by), run.by.get("command", "")) if word)
+
+
+def _project(run: Run, found: Overview, now: float) -> Iterator[str]:
+    stages = sorted(run.stages, key=lambda stage: (_depth(stage, run.stages), stage))
+    names = [(stage, run.stages[stage]["key"]) for stage in stages]
+    states: dict[str, list[Named]] = {"made": [], "being made": [], "not made": []}
+    for name in names:
+        state = "made" if name in found.made else "being made" if name[1] in found.leases else "not made"
+        states[state].append(name)
+    states["pinned"] = [name for name in names if name[1] in found.pinned]
+    for state, those in states.items():
+        yield from _listed(state, (f"{stage} {key[:SHORT]}" for stage, key in those))
+    release = found.releases.get(run.project)
+    if isinstance(release, Move):
+        yield from _listed("release", [f"{release.bundle[:SHORT]} since {_date(release.at)} ({_ago(release.at, now)})"])
+    elif release:
+        yield from _listed("release", [release])
+
+
+def _depth(stage: str, stages: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many stages are behind one, along the longest way."""
+    return max((1 + _depth(name, stages) for name in stages[stage]["inputs"] if name in stages), default=0)
+
+
+def show_lineage(found: Lineage, defaults: Mapping[str, Any], now: float) -> str:
+    """One artefact: when, where and of what it was made, and what was made from it. ``defaults``: of its recipe."""
+    made = found.artifact
+    version = "" if found.version is None else f", version {found.version}"
+    standing = [f"release of {project}" for project in found.released] + ["pinned"] * found.pinned
+    lines = [f"{made.stage} {made.key}{version}"]
+    lines += _listed("made", [_made(made, now)])
+    lines += _listed("where", _where(made))
+    lines += _listed("rows", _rows(made.ledger))
+    lines += _listed("recipe", _changed(made.recipe, defaults) or ["as the defaults are"])
+    lines += _listed("stands", standing)
+    if made.inputs:
+        lines += ["", "made from", *_tree(found, now)]
+    users = (f"{stage} {key[:SHORT]} ({_age(user, now, '')})" for (stage, key), user in _nearest(found.users).items())
+    lines += ["", *_listed("used by", users)] if found.users else []
+    return "\n".join(lines)
+
+
+def _made(made: Artifact, now: float) -> str:
+    if "finished" not in made.times:
+        return "nobody wrote down when"
+    at = made.times["finished"]
+    took = f", in {duration(made.times['seconds'])}" if "seconds" in made.times else ""
+    return f"{_date(at)} ({_ago(at, now)}){took}"
+
+
+def _where(made: Artifact) -> Iterator[str]:
+    told = made.environment
+    if by := named(made.by):
+        yield by
+    for name in ("device", "precision"):
+        if name in told:
+            yield told[name]
+    if workers := int(made.times.get("workers", told.get("workers", 0))):
+        yield counted(workers, "worker")
+    for name in ("python", "torch", "ray"):
+        if name in told:
+            yield f"{name} {told[name]}"
+
+
+def _rows(ledger: Ledger) -> Iterator[str]:
+    if ledger.rows:
+        yield f"{ledger.kept:,} kept"
+    for end, reasons in (("rejected", ledger.rejected), ("deferred", ledger.deferred)):
+        if reasons:
+            most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+            why = ", ".join(f"{count:,} {reason}" for reason, count in most)
+            yield f"{sum(reasons.values()):,} {end} ({why})"
+
+
+def _changed(recipe: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    changed = {n: v for n, v in sorted(recipe.items()) if n not in defaults or defaults[n] != v}
+    return [f"{name} {value}" for name, value in changed.items()]
+
+
+def _tree(found: Lineage, now: float) -> Iterator[str]:
+    """Every input below what it went into, once; those of inputs are not repeated beside them."""
+    root = (found.artifact.stage, found.artifact.key)
+    loaded: dict[Named, Artifact | None] = {root: found.artifact, **found.behind}
+    inputs = direct({name: list(made.inputs.items()) if made else [] for name, made in loaded.items()})
+    seen = set()
+
+    def below(name: Named, depth: int) -> Iterator[str]:
+        for child in inputs[name]:
+            again = child in seen and bool(inputs[child])
+            seen.add(child)
+            age = "see above" if again else _age(loaded[child], now, "no longer there")
+            yield f"{'  ' * depth}{child[0]} {child[1][:SHORT]}  {age}"
+            if not again:
+                yield from below(child, depth + 1)
+
+    yield from below(root, 1)
+
+
+def _nearest(users: Mapping[Named, Artifact]) -> dict[Named, Artifact]:
+    """Those that do not also use another of them."""
+    return {name: made for name, made in users.items() if not made.inputs.items() & users.keys()}
+
+
+def _age(made: Artifact | None, now: float, otherwise: str) -> str:
+    if made is None:
+        return otherwise
+    return _ago(made.times["finished"], now) if "finished" in made.times else ""
+
+
+def _listed(title: str, words: Iterable[str]) -> list[str]:
+    """Words in as many lines as they need, none of them broken, behind a title; nothing for no words."""
+    text = ", ".join(word.replace(" ", UNBROKEN) for word in words)
+    lines = wrap(text, WIDTH, initial_indent=f"  {title:12}", subsequent_indent=" " * 14, break_long_words=False)
+    return [line.replace(UNBROKEN, " ") for line in lines]
+
+
+def _date(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
+
+
+def _ago(at: float, now: float) -> str:
+    seconds = max(0.0, now - at)
+    return f"{duration(seconds)} ago" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days ago"

@@ -1,0 +1,192 @@
+"""The policies of docs/security.md, on a server that reads them as they stand there; and where secrets are not."""
+
+import json
+import os
+import re
+import secrets as random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import store_s3
+from pipeline.collect import collect
+from pipeline.errors import UserError
+from pipeline.release import read_releases, release_path
+from pipeline.store import Store, check_conditions, open_store
+from tests.chain import MICRO, ROOT, Finished, done, keys, unclip, write_config, write_list
+from tests.seaweed import BUCKET, Identity, Server, serving
+from tests.secrets import leaks, objects
+
+PREFIX = "team/emoji"
+PAGE = (ROOT / "docs/security.md").read_text().replace("BUCKET", BUCKET).replace("PREFIX", PREFIX)
+READER, WRITER, RELEASER = (
+    json.loads(text) for text in re.findall(r"^    \{.*?^    \}", PAGE, re.DOTALL | re.MULTILINE)
+)
+SECRETS = {name: f"{name}-{random.token_hex(12)}" for name in ("reader", "writer", "releaser", "header")}
+IDENTITIES = {
+    "reader": Identity(SECRETS["reader"], (READER,)),
+    "writer": Identity(SECRETS["writer"], (READER, WRITER)),
+    "releaser": Identity(SECRETS["releaser"], (READER, RELEASER)),
+}
+
+
+class Team:
+    """A micro chain on S3 that the writer has made, with a private source and workers of Ray; and others beside."""
+
+    def __init__(self, server: Server, folder: Path, pictures: str):
+        self.server, self.folder = server, folder
+        self.url = f"s3://{BUCKET}/{PREFIX}"
+        self.home, self.ray = folder / "home", Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # paths stay short
+        self.home.mkdir()
+        pairs = {"workers": 1, "headers": {"http://emoji.test": "PICTURES_HEADERS"}}
+        run = {**MICRO["run"], "pairs": pairs}  # type: ignore[dict-item]
+        self.config = write_config(folder, self.url, pictures, [write_list(folder / "list.csv", 0, 60)], run=run)
+        self.made = self.unclip("writer", "run", self.config)
+
+    def unclip(self, who: str, *words: object) -> Finished:
+        """Run a command as one of them."""
+        here = {"HOME": str(self.home), "RAY_TMPDIR": str(self.ray), "PICTURES_HEADERS": f"X-Key: {SECRETS['header']}"}
+        return unclip(*words, env=self.server.environment_of(who, SECRETS[who]) | here, timeout=400)
+
+    def refused(self, who: str, *words: object) -> str:
+        """Run a command that must end with one line, which is returned, and leave the store as it was."""
+        before = self.paths()
+        process = self.unclip(who, *words)
+        assert process.returncode == 2, process.stdout + process.stderr
+        (line,) = process.stderr.splitlines()
+        assert self.paths() == before
+        return line
+
+    def paths(self) -> list[str]:
+        return [entry.path for entry in self.store("tester").list("")]
+
+    def store(self, who: str) -> Store:
+        """The store, as one of them; the server's own identity is the only one that is not theirs."""
+        other = self.server.environment_of(who, SECRETS[who]) if who in SECRETS else self.server.environment
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in other.items():
+                patch.setenv(name, value)
+            store = open_store(self.url)
+            store._client  # type: ignore[attr-defined] # noqa: B018 # is made now, with these
+        return store
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Iterator[Team]:
+    folder = tmp_path_factory.mktemp("team")
+    with serving(tmp_path_factory.mktemp("identities"), IDENTITIES) as server:
+        team = Team(server, folder, pictures)
+        try:
+            yield team
+        finally:
+            shutil.rmtree(team.ray, ignore_errors=True)
+
+
+@pytest.mark.timeout(600)
+def test_a_writer_makes_everything(team: Team) -> None:
+    assert "evaluation done" in done(team.made)
+    assert {"bundle", "evaluation", "samples"} <= keys(team.store("reader")).keys()
+
+
+def test_no_secret_is_in_the_store_the_output_or_a_log(team: Team) -> None:
+    token = (team.home / ".ray/auth_token").read_text().strip()
+    assert len(token) > 30
+    logs = [file for file in team.ray.rglob("*") if "logs" in file.parts and file.is_file()]
+    assert any(file.name.startswith("worker") and file.stat().st_size for file in logs)
+    said = [("stdout", team.made.stdout), ("stderr", team.made.stderr)]
+    places = [*objects(team.store("reader")), team.folder / "out", team.ray, team.config, *said]
+    assert leaks(places, SECRETS | {"token": token}) == []
+    assert leaks([("a record", json.dumps(team.server.environment_of("w", SECRETS["writer"])))], SECRETS)
+
+
+def test_a_reader_reads(team: Team, tmp_path: Path) -> None:
+    assert "stale" not in done(team.unclip("reader", "plan", team.config))
+    (bundle,) = keys(team.store("reader"))["bundle"]
+    assert "16 of 16 stages made" in done(team.unclip("reader", "show", team.config))
+    assert f"bundle {bundle}" in done(team.unclip("reader", "show", team.config, bundle[:12]))
+    page = tmp_path / "report.html"
+    done(team.unclip("reader", "report", team.config, "--output", page))
+    assert "samples" in page.read_text()
+    shutil.copy(team.folder / "out/bundle.json", tmp_path)
+    picture = done(team.unclip("reader", "sample", "a red heart", "--from", tmp_path)).strip()
+    assert Path(picture).read_bytes() == (team.folder / "out/samples/0000.png").read_bytes()
+    assert "nothing to do" in done(team.unclip("reader", "run", team.config))
+
+
+def test_a_reader_cannot_write_and_is_told_so_in_one_line(team: Team) -> None:
+    line = team.refused("reader", "run", team.config, "decoder.model.dropout=0.1")
+    assert line.startswith(
+        f"error: store {team.url}: AccessDenied: these credentials lack s3:PutObject for locks/probe-"
+    )
+    assert "docs/security.md" in line
+    store = team.store("reader")
+    (entry, *_) = store.list("artifacts/")
+    for act in (
+        lambda: store.create("blobs/aa/x", b"1"),
+        lambda: store.swap(entry.path, entry.version, b"1"),
+        lambda: store.create(entry.path, b"1"),
+    ):
+        with pytest.raises(UserError, match=r"these credentials lack s3:PutObject for (blobs/aa/x|artifacts/)"):
+            act()
+    with pytest.raises(UserError, match=r"lack s3:DeleteObject for .*artifacts/"):
+        store.delete([entry.path])
+
+
+def test_a_writer_cannot_move_a_release(team: Team) -> None:
+    line = team.refused("writer", "release", "promote", team.config)
+    assert f"AccessDenied: these credentials lack s3:PutObject for {release_path('micro')}" in line
+    assert read_releases(team.store("reader"), "micro").current is None
+
+
+def test_a_releaser_can_and_a_writer_cannot_delete_it(team: Team) -> None:
+    assert "is the release" in done(team.unclip("releaser", "release", "promote", team.config))
+    with pytest.raises(UserError, match=r"lack s3:DeleteObject for .*releases/micro\.json"):
+        team.store("writer").delete([release_path("micro")])
+    with pytest.raises(UserError, match="lack s3:PutObject for blobs/aa/x"):
+        team.store("releaser").create("blobs/aa/x", b"1")
+    assert read_releases(team.store("reader"), "micro").current is not None
+    line = team.refused("writer", "release", "rollback", team.config)
+    assert "there is no release before this" in line
+
+
+def test_a_writer_collects_garbage_and_uploads_in_parts(
+    team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = team.store("writer")
+    check_conditions(store)
+    monkeypatch.setattr(store_s3, "PART_BYTES", 5 << 20)
+    (tmp_path / "large").write_bytes(os.urandom(6 << 20))
+    assert store.create("blobs/aa/large", tmp_path / "large")
+    abandoned = store._client.create_multipart_upload(Bucket=BUCKET, Key=f"{PREFIX}/blobs/aa/other")  # type: ignore[attr-defined]
+    assert abandoned["UploadId"]
+    found = collect(store, keep_s=86_400, grace_s=0, now=time.time() + 60, delete=True)
+    assert found.deleted["blobs"].objects >= 1
+    assert found.abandoned == 1
+    assert "blobs/aa/large" not in team.paths()
+
+
+def test_others_of_the_bucket_are_out_of_reach(team: Team) -> None:
+    team.store("tester")._client.put_object(Bucket=BUCKET, Key="others/x", Body=b"1")  # type: ignore[attr-defined]
+    asked = [
+        ("get_object", {"Key": "others/x"}),
+        ("put_object", {"Key": "others/y", "Body": b"1"}),
+        ("put_object", {"Key": f"{PREFIX}/y", "Body": b"1"}),
+        ("delete_object", {"Key": "others/x"}),
+        ("put_bucket_policy", {"Policy": json.dumps(READER)}),
+    ]
+    for who in IDENTITIES:
+        client = team.store(who)._client  # type: ignore[attr-defined]
+        for operation, words in asked:
+            with pytest.raises(client.exceptions.ClientError, match="AccessDenied"):
+                getattr(client, operation)(Bucket=BUCKET, **words)
+
+
+def test_keys_in_the_address_of_a_store_are_refused_and_not_repeated(team: Team, tmp_path: Path) -> None:
+    process = unclip("plan", team.config, f"store=s3://writer:{SECRETS['writer']}@{BUCKET}/{PREFIX}")
+    assert process.returncode == 2
+    assert "no keys in its URL" in process.stderr
+    assert SECRETS["writer"] not in process.stdout + process.stderr

@@ -1,0 +1,184 @@
+"""What ``unclip show`` reads, of a store in a folder and on S3."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import get_type_hints
+
+import pytest
+
+from pipeline.artifacts import Artifact, artifact_path, publish_artifact, shard_path
+from pipeline.build import build
+from pipeline.config import Config, load_config
+from pipeline.errors import UserError
+from pipeline.graph import defaults, differences, direct, flatten, pin_path, plan
+from pipeline.history import remember
+from pipeline.leases import lead_or_wait, lease_path
+from pipeline.ledger import Ledger
+from pipeline.overview import find, lineage, overview
+from pipeline.records import seal
+from pipeline.release import Move, Releases, move_release, release_path
+from pipeline.store import Store, open_store
+
+CONFIG = load_config("configs/nano.yaml")
+GRAPH = build(CONFIG)
+
+
+def ask(store: Store, project: str = "p", source: str = "s") -> dict[str, str]:
+    """Record a run; the keys that it asks for."""
+    verdicts = plan(GRAPH, {"source": source, "captions": "c"}, project, store, {})
+    remember(store, project, GRAPH, verdicts)
+    return {verdict.stage: verdict.key for verdict in verdicts}
+
+
+def make(store: Store, keys: Mapping[str, str], *stages: str) -> None:
+    """Publish what a run has asked for."""
+    for name in stages or keys:
+        stage = GRAPH[name]
+        inputs = {i: keys[i] for i in stage.inputs}
+        recipe = flatten(stage.recipe)
+        publish_artifact(store, Artifact(name, keys[name], inputs, recipe, Ledger(7), version=stage.version), 90.0)
+
+
+def test_it_finds_runs_artefacts_pins_and_the_release(store: Store) -> None:
+    first, keys = ask(store, source="before"), ask(store)
+    make(store, keys, "source", "captions", "pairs", "clip")
+    store.swap(pin_path("1" * 64), None, json.dumps({"key": keys["clip"]}).encode())
+    store.swap("locks/list-p.json", None, b"no pin")
+    ask(store, "other")
+    move_release(store, "p", Releases(), Move("promote", keys["bundle"], "e", 5.0))
+    found = overview(store, "p")
+    assert [run.stages["source"]["key"] for run in found.runs] == [keys["source"], first["source"]]
+    assert found.all_runs == 2
+    assert all(run.by["host"] and run.by["command"] and time.time() - run.at < 600 for run in found.runs)
+    assert found.made == {(stage, keys[stage]) for stage in ("source", "captions", "pairs", "clip")}
+    assert found.pinned == {keys["clip"]}
+    assert {project: of.bundle for project, of in found.releases.items() if isinstance(of, Move)} == {
+        "p": keys["bundle"]
+    }
+    assert [run.project for run in overview(store).runs] == ["other", "p", "p"]
+
+
+def test_only_what_is_not_made_and_not_released_runs(store: Store) -> None:
+    keys = ask(store)
+    make(store, keys, "source")
+    leases = {}
+    for stage in ("source", "captions", "pairs", "clip"):
+        leases[stage] = lead_or_wait(store, keys[stage], 60.0, lambda: False, lambda: "", stage=stage)
+        assert leases[stage] is not None
+    with leases["pairs"]:  # and released at the end
+        pass
+    dead = json.loads(store.read(lease_path(keys["clip"]))) | {"started": "0"}
+    (entry,) = store.list(lease_path(keys["clip"]))
+    store.swap(entry.path, entry.version, json.dumps(dead).encode())
+    store.swap(lease_path("odd"), None, b"{")
+    found = overview(store, "p").leases
+    assert found.keys() == {keys["captions"]}
+    assert found[keys["captions"]]["stage"] == "captions"
+
+
+def test_more_data_cost_no_more_requests(make_store: Callable[[], Store]) -> None:
+    store = make_store()
+    keys = ask(store)
+    make(store, keys)
+
+    def requests() -> dict[str, int]:
+        looking = open_store(store.url)
+        overview(looking, "p")
+        lineage(looking, find(looking, keys["bundle"][:12]))
+        counts = looking.traffic.counts()
+        return {name: counts[name] for name in ("GET", "HEAD", "LIST", "PUT", "DELETE")}
+
+    for _ in range(5):
+        ask(store)
+    before = requests()
+    for i in range(40):
+        store.create(shard_path("pairs", f"{i:064x}"), b"1")
+        make(store, keys | {"decoder": f"d{i:063x}"}, "decoder")
+        store.swap(lease_path(f"d{i:063x}"), None, b'{"released": true}')
+    assert requests() == before
+    assert before["PUT"] == before["DELETE"] == before["HEAD"] == 0
+    assert before["LIST"] <= 12
+
+
+def test_an_artefact_with_all_that_it_was_made_from_and_into(store: Store) -> None:
+    keys = ask(store)
+    make(store, keys)
+    store.delete([artifact_path("source", keys["source"])])
+    store.swap(pin_path("1" * 64), None, json.dumps({"key": keys["clip"]}).encode())
+    found = lineage(store, find(store, keys["clip"][:12]))
+    assert found.artifact.stage == "clip"
+    assert found.version == GRAPH["clip"].version
+    assert found.behind.keys() == {(stage, keys[stage]) for stage in ("source", "captions", "pairs")}
+    assert found.behind["source", keys["source"]] is None
+    assert {stage for stage, _ in found.users} == {name for name, stage in GRAPH.items() if "clip" in stage.inputs}
+    assert found.pinned
+    assert not found.released
+    move_release(store, "p", Releases(), Move("promote", keys["bundle"], "e", 5.0))
+    store.swap(release_path("q"), None, b"damaged")
+    assert lineage(store, ("bundle", keys["bundle"])).released == ["p"]
+
+
+def test_a_key_that_is_none(store: Store) -> None:
+    keys = ask(store)
+    make(store, keys)
+    with pytest.raises(UserError, match=r"no artefact in .* has a key that begins so; unclip show without a key"):
+        find(store, "nothing")
+    make(store, {stage: f"same{i}" for i, stage in enumerate(keys)})
+    with pytest.raises(UserError, match=f"{len(keys)} artefacts in .* have a key that begins so: "):
+        find(store, "same")
+    lead_or_wait(store, "begun", 60.0, lambda: False, lambda: "")
+    with pytest.raises(UserError, match="it was begun and is not made yet"):
+        find(store, "beg")
+
+
+def test_records_of_before_and_damaged_ones(store: Store) -> None:
+    """Older runs do not say by whom, nor artefacts of which version; what is damaged is left alone and passed over."""
+    keys = ask(store)
+    make(store, keys, "source")
+    (run,) = store.list("runs/p/")
+    old = json.loads(store.read(run.path))
+    old = {name: value for name, value in old.items() if name not in ("by", "checksum", "format")}
+    store.create("runs/p/20200101T000000.000000-00000000.json", seal(old))
+    store.create("runs/p/20300101T000000.000000-00000000.json", b"damaged")
+    path = artifact_path("source", keys["source"])
+    made = json.loads(store.read(path))
+    assert re.fullmatch(r"\d+", str(made["version"]))
+    assert made["by"]["host"]
+    store.delete([path])
+    store.create(path, seal({n: v for n, v in made.items() if n not in ("by", "version", "checksum", "format")}))
+    found = overview(store, "p")
+    assert found.all_runs == 3
+    assert [bool(run.by) for run in found.runs] == [True, False]
+    artefact = lineage(store, ("source", keys["source"]))
+    assert (artefact.artifact.version, artefact.artifact.by) == (None, {})
+    assert artefact.version == GRAPH["source"].version  # as the run asked for it
+    store.create(artifact_path("clip", "broken"), b"damaged")
+    with pytest.raises(UserError, match="is damaged or gone"):
+        lineage(store, find(store, "broken"))
+    assert store.read(artifact_path("clip", "broken")) == b"damaged"
+
+
+def test_defaults_are_those_that_keys_leave_out() -> None:
+    recipes = get_type_hints(Config)
+    for name, stage in GRAPH.items():
+        known = defaults(recipes["source" if name == "captions" else name])
+        flat = flatten(stage.recipe)
+        assert known.keys() <= flat.keys()
+        nested = {key for key, value in flat.items() if key not in known or known[key] != value}
+        assert nested == _dotted(differences(stage.recipe))
+
+
+def _dotted(nested: Mapping[str, object], prefix: str = "") -> set[str]:
+    names = set()
+    for name, value in nested.items():
+        if isinstance(value, Mapping) and f"{prefix}{name}" in ("model", "sampling"):
+            names |= _dotted(value, f"{prefix}{name}.")
+        else:
+            names.add(prefix + name)
+    return names
+
+
+def test_only_the_nearest_inputs_are_direct() -> None:
+    assert direct({1: [], 2: [1], 3: [1, 2], 4: [1, 3]}) == {1: [], 2: [1], 3: [2], 4: [3]}

@@ -1,0 +1,150 @@
+"""What ``unclip show`` prints."""
+
+from dataclasses import replace
+
+from pipeline.artifacts import Artifact
+from pipeline.ledger import Ledger
+from pipeline.overview import Lineage, Overview, Run
+from pipeline.release import Move
+from pipeline.show import show_lineage, show_overview
+
+NOW = 1_750_000_000.0  # 2025-06-15 15:06:40 UTC
+ANA = {"user": "ana", "host": "gpu-7"}
+
+
+def asked(*stages: str) -> dict[str, dict[str, object]]:
+    """A chain of stages, each made from the one before."""
+    return {
+        stage: {"key": stage * 8, "version": 1, "recipe": {}, "inputs": {i: i * 8 for i in stages[max(0, n - 1) : n]}}
+        for n, stage in reversed(list(enumerate(stages)))
+    }
+
+
+RUN = Run("emoji", NOW - 600, {**ANA, "command": "unclip run emoji.yaml"}, asked("source", "clip", "codec"))
+LEASE = {**ANA, "pid": 42, "stage": "clip", "since": NOW - 300, "at": NOW - 4, "lease_s": 60, "far": "8 of 64 samples"}
+FOUND = Overview(
+    "s3://b/p",
+    [RUN, replace(RUN, at=NOW - 10_000, by={}), replace(RUN, project="other", at=NOW - 20_000)],
+    9,
+    frozenset({("source", "source" * 8)}),
+    {"clip" * 8: LEASE},
+    frozenset({"source" * 8}),
+    {"emoji": Move("promote", "b" * 64, "e", NOW - 86_400)},
+)
+
+
+def test_runs_and_what_is_under_way() -> None:
+    lines = show_overview(FOUND, NOW).splitlines()
+    assert lines[0] == "store s3://b/p"
+    start = lines.index("running now")
+    assert lines[start + 1] == (
+        "  clip clipclipclip by ana@gpu-7, pid 42, since 2025-06-15 15:01 UTC (5 min 00 s), heard of 4 s ago"
+    )
+    assert lines[start + 2] == "    8 of 64 samples"
+    start = lines.index("last runs (and 6 before)")
+    assert lines[start + 1 : start + 4] == [
+        "  2025-06-15 14:56 UTC  emoji  1 of 3 stages made  ana@gpu-7  unclip run emoji.yaml",
+        "  2025-06-15 12:20 UTC  emoji  1 of 3 stages made",  # of before runs said by whom
+        "  2025-06-15 09:33 UTC  other  1 of 3 stages made  ana@gpu-7  unclip run emoji.yaml",
+    ]
+    start = lines.index("emoji")
+    assert lines[start + 1 : start + 6] == [
+        "  made        source sourcesource",
+        "  being made  clip clipclipclip",
+        "  not made    codec codeccodecco",
+        "  pinned      source sourcesource",
+        "  release     bbbbbbbbbbbb since 2025-06-14 15:06 UTC (24 h 00 min ago)",
+    ]
+    assert "other" in lines
+    assert max(map(len, lines)) <= 120
+
+
+def test_stages_stand_in_the_order_in_which_they_are_made() -> None:
+    made = frozenset((stage, stage * 8) for stage in ("source", "clip", "codec"))
+    shown = show_overview(replace(FOUND, made=made), NOW)
+    assert "  made        source sourcesource, clip clipclipclip, codec codeccodecco\n" in shown
+
+
+def test_whoever_is_silent_for_longer_than_a_lease_has_probably_ended() -> None:
+    shown = show_overview(replace(FOUND, leases={"k": {**LEASE, "at": NOW - 61}}), NOW)
+    assert "not heard of for 1 min 01 s: probably ended" in shown
+
+
+def test_a_lease_of_before_leases_said_more() -> None:
+    shown = show_overview(replace(FOUND, leases={"codec" * 8: {"host": "gpu-7", "pid": 42}}), NOW)
+    assert "  codec codeccodecco by gpu-7, pid 42\n" in shown
+
+
+def test_a_release_that_cannot_be_read_is_said() -> None:
+    shown = show_overview(replace(FOUND, releases={"emoji": "releases/emoji.json is corrupt"}), NOW)
+    assert "  release     releases/emoji.json is corrupt\n" in shown
+
+
+def test_nothing_yet() -> None:
+    empty = Overview("store", [], 0, frozenset(), {}, frozenset(), {})
+    assert show_overview(empty, NOW) == "store store\n\nrunning now: nothing\n\nno runs yet"
+
+
+def made(stage: str, days: float, *inputs: str, **fields: object) -> Artifact:
+    times = {"finished": NOW - days * 86_400, "seconds": 200.0}
+    values = {"inputs": {i: i * 8 for i in inputs}, "recipe": {}, "ledger": Ledger(), "times": times, **fields}
+    return Artifact(stage, stage * 8, **values)  # type: ignore[arg-type]
+
+
+SOURCE, PAIRS, CLIP = made("source", 30), made("pairs", 20, "source"), made("clip", 10, "pairs", "source")
+DECODER = made(
+    "decoder",
+    0.5,
+    "pairs",
+    "clip",
+    "codec",
+    recipe={"samples": 64, "batch": 8, "model.dropout": 0.1},
+    ledger=Ledger(1000, {"http_4xx": 2, "timeout": 30}, {"too_small": 1}),
+    environment={"device": "cuda", "precision": "bf16", "workers": "8", "python": "3.11.4", "machine": "x86_64"},
+    by=ANA,
+)
+BEHIND = {(a.stage, a.key): a for a in (SOURCE, PAIRS, CLIP)} | {("codec", "codec" * 8): None}
+FOUND_DECODER = Lineage(DECODER, 7, BEHIND, {}, False, [])
+
+
+def test_an_artefact_on_one_screen() -> None:
+    shown = show_lineage(FOUND_DECODER, {"samples": 64, "batch": 8, "model.dropout": 0.0}, NOW)
+    assert shown.splitlines() == [
+        f"decoder {'decoder' * 8}, version 7",
+        "  made        2025-06-15 03:06 UTC (12 h 00 min ago), in 3 min 20 s",
+        "  where       ana@gpu-7, cuda, bf16, 8 workers, python 3.11.4",
+        "  rows        1,000 kept, 32 rejected (30 timeout, 2 http_4xx), 1 deferred (1 too_small)",
+        "  recipe      model.dropout 0.1",
+        "",
+        "made from",
+        "  clip clipclipclip  10 days ago",
+        "    pairs pairspairspa  20 days ago",
+        "      source sourcesource  30 days ago",
+        "  codec codeccodecco  no longer there",
+    ]
+
+
+def test_what_has_no_defaults_is_shown_whole() -> None:
+    assert "  recipe      batch 8, model.dropout 0.1, samples 64\n" in show_lineage(FOUND_DECODER, {}, NOW)
+
+
+def test_an_input_that_comes_twice_is_told_once() -> None:
+    bundle = made("bundle", 0.1, "decoder", "prior")
+    behind = {(a.stage, a.key): a for a in (DECODER, made("prior", 1, "clip"))} | BEHIND
+    lines = show_lineage(Lineage(bundle, 1, behind, {}, False, []), {}, NOW).splitlines()
+    assert lines.count("    clip clipclipclip  10 days ago") == 1
+    assert lines.count("    clip clipclipclip  see above") == 1
+    assert sum("pairs" in line for line in lines) == 1
+
+
+def test_the_nearest_users_pins_and_releases() -> None:
+    users = {(a.stage, a.key): a for a in (PAIRS, CLIP)}
+    shown = show_lineage(Lineage(SOURCE, None, {}, users, True, ["emoji"]), {}, NOW)
+    assert shown.splitlines() == [
+        f"source {'source' * 8}",
+        "  made        2025-05-16 15:06 UTC (30 days ago), in 3 min 20 s",
+        "  recipe      as the defaults are",
+        "  stands      release of emoji, pinned",
+        "",
+        "  used by     pairs pairspairspa (20 days ago)",
+    ]
