@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import sys
 import tempfile
@@ -28,12 +29,19 @@ class Node:
 def start_ray(settings: RaySettings) -> Any:
     """Join the cluster that RAY_ADDRESS names, or start one in this machine that ends with this process.
 
+    That one has no dashboard, listens on loopback, and asks for a token that only its processes have.
+
     Returns the ``ray`` module. Raises UserError if the named cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's core warns on the console of what Ray Data does with its own actors; nobody here can act on it.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    if "RAY_ADDRESS" not in os.environ:
+        # What it also does on laptops with macOS or Windows: a Ray of one machine listens on loopback only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Known to its processes alone; Ray's own stands in a file that every user of the machine can read.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     if ray.is_initialized():
