@@ -1,6 +1,7 @@
 """Two runs at once on one store: one leads, the other waits or takes over, and there is one set of results."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def test_the_waiting_run_takes_over_from_a_killed_leader(undisturbed: Undisturbe
     result = finish(follower)
     assert finish(leader).returncode == -signal.SIGKILL
     assert "decoder done" in done(result)
+    assert re.search(r"decoder: taking over: .+ is dead\n", result.stderr)
     assert "resuming decoder at sample" in result.stderr
     _assert_one_result(store, undisturbed)
     assert sorted(attempts(store).values()) == [1, 2]
@@ -92,5 +94,6 @@ def test_a_leader_that_wakes_up_adopts_the_result_of_the_one_that_took_over(
     results = [finish(leader), finish(follower)]
     assert all("decoder done" in done(result) for result in results)
     assert "another run has taken over" in results[0].stderr
+    assert re.search(r"decoder: taking over: .+ has not moved for 2 s\n", results[1].stderr)
     _assert_one_result(store, undisturbed)
     assert sorted(attempts(store).values()) == [1, 2]
