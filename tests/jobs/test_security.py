@@ -89,7 +89,6 @@ def team(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Iterator[Te
             shutil.rmtree(team.ray, ignore_errors=True)
 
 
-@pytest.mark.timeout(600)
 def test_a_writer_makes_everything(team: Team) -> None:
     assert "evaluation done" in done(team.made)
     assert {"bundle", "evaluation", "samples"} <= keys(team.store("reader")).keys()
