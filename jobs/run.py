@@ -17,6 +17,7 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.history import remember
 from pipeline.progress import counted, duration
+from pipeline.readiness import check_ready
 from pipeline.store import check_conditions
 
 HEALINGS = 5  # damaged objects that one run makes again before it gives up
@@ -57,6 +58,7 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
                 f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
                 "add --yes to go on, or raise the budget"
             )
+        check_ready(project.config, project.store, stale)
         check_conditions(project.store)
         remember(project.store, project.config.project, project.graph, verdicts)
         artifacts = _execute(project, wanted)

@@ -25,7 +25,7 @@ from pipeline.ledger import Ledger
 from pipeline.progress import Steps
 from pipeline.records import digest, put_blob
 from pipeline.settings import GenerationSettings, RaySettings
-from pipeline.shards import Needs, ShardOutput, ShardTask, map_shards
+from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 
 STAGE, VERSION = "generation", 2
@@ -74,7 +74,7 @@ def generate(
     ]
     remember_stage(ctx, f"generate-{bundle.key[:12]}")
     make = MakeGenerator(store, dict(bundle.blobs), recipe, "cuda" if settings.gpus else "cpu")
-    return map_shards(ctx, tasks, make, "pictures", sum(rows for _, rows in blobs), Needs(settings.gpus))
+    return map_shards(ctx, tasks, make, "pictures", sum(rows for _, rows in blobs))
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,25 @@ def at_least(settings: object, lowest: int, *names: str) -> None:
             raise ValueError(f"{name}: {getattr(settings, name)} is below {lowest}")
 
 
+def check_gpus(gpus: float) -> None:
+    """Raise ValueError for a number of GPUs that Ray gives to no process."""
+    if gpus < 0 or (gpus > 1 and gpus % 1):
+        raise ValueError(f"gpus: {gpus:g} is neither a share of one GPU nor a whole number of them")
+
+
 @dataclass(frozen=True)
 class ShardSettings:
-    """Workers of a shard-wise stage, one core each; 0 works in this process, without Ray. ``nodes``: labels, as
-    ``ray start --labels`` gives them, of the nodes of a cluster where they may run."""
+    """Workers of a shard-wise stage; 0 works in this process, without Ray. ``nodes``: labels, as ``ray start --labels``
+    gives them, of the nodes of a cluster where they may run. Ray sets ``cpus`` cores and ``memory_mb`` MiB of a node
+    aside for each worker; 0 cpus are one core, or none for a worker with a GPU."""
 
     workers: int = 2
     nodes: dict[str, str] = field(default_factory=dict)
+    cpus: float = 0.0
+    memory_mb: int = 0
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "workers")
+        at_least(self, 0, "workers", "cpus", "memory_mb")
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class PairsSettings(ShardSettings):
 class EmbeddingsSettings(ShardSettings):
     """``batch``: rows encoded at once; batches are padded to it. ``decoders``: processes of one core each that decode
     for one worker, on nodes with the labels ``decoder_nodes``; with 0 a worker decodes on a thread beside the
-    encoding. ``gpus`` of one worker, which then takes no core; with 0 it encodes on its core."""
+    encoding. ``gpus`` of one worker; with 0 it encodes on its core."""
 
     batch: int = 64
     decoders: int = 0
@@ -70,18 +79,19 @@ class EmbeddingsSettings(ShardSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "batch")
-        at_least(self, 0, "decoders", "gpus")
+        at_least(self, 0, "decoders")
+        check_gpus(self.gpus)
 
 
 @dataclass(frozen=True)
 class GenerationSettings(ShardSettings):
-    """``gpus`` of one worker, which then takes no core; with 0 it samples on its core."""
+    """``gpus`` of one worker; with 0 it samples on its core."""
 
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "gpus")
+        check_gpus(self.gpus)
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,8 @@ class TrainingSettings:
     """A training. ``workers`` 0 trains in this process; with ``min_workers`` it trains with as many as there is room
     for, at least these and at most ``workers``; ``micro_batch`` 0 takes a worker's share in one piece; ``threads`` 0
     uses every core of the process; ``milestones`` are numbers of samples that become artefacts too. A worker keeps
-    ``cache_mb`` MiB of pictures that it has decoded.
+    ``cache_mb`` MiB of pictures that it has decoded. ``nodes``, ``cpus`` and ``memory_mb`` are those of ShardSettings,
+    and a worker takes one GPU or none, as ``device`` says.
 
     For models that are too large for one device: ``sharded`` spreads weights, averages and moments over the workers,
     ``offload`` keeps them in the memory of the CPU, and ``recompute`` keeps no more than the inputs of layers for the
@@ -104,12 +115,17 @@ class TrainingSettings:
     milestones: tuple[int, ...] = ()
     device: str = "auto"
     cache_mb: int = 512
+    nodes: dict[str, str] = field(default_factory=dict)
+    cpus: float = 0.0
+    memory_mb: int = 0
     sharded: bool = False
     offload: bool = False
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "workers", "min_workers", "micro_batch", "threads", "cache_mb")
+        at_least(self, 0, "workers", "min_workers", "micro_batch", "threads", "cache_mb", "cpus", "memory_mb")
+        if self.nodes and self.min_workers:  # Ray Train would count room on all nodes, and wait for what is not there
+            raise ValueError("nodes: labels and min_workers exclude each other; leave min_workers at 0")
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import (
     Artifact,
@@ -35,7 +34,8 @@ from pipeline.ledger import Ledger
 from pipeline.progress import Progress, add
 from pipeline.store import Store
 
-log = logging.getLogger("unclip")
+if TYPE_CHECKING:
+    from pipeline.resources import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +63,17 @@ Work = dict[str, float]
 "NAME_seconds" of each step. Steps of threads or helpers beside a worker are not part of its busy seconds."""
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What one worker takes. With ``gpus`` it takes no core, else one. It may have ``helpers``, of one core each."""
-
-    gpus: float = 0.0
-    helpers: int = 0
-    helper_nodes: Mapping[str, str] = field(default_factory=dict)
-
-
 def map_shards(
     ctx: Context,
     tasks: Sequence[ShardTask],
     make_worker: Callable[[], Worker],
     unit: str = "rows",
     rows: int = 0,
-    needs: Needs | None = None,
 ) -> Artifact:
     """Make every shard that has no record yet, then publish the artefact that lists them all; as ``run_shards``."""
     began = time.monotonic()
     table, made = ShardTable(), 0
-    for shard, new in _each_shard(ctx, tasks, make_worker, unit, rows, ctx.stage, needs or Needs()):
+    for shard, new in _each_shard(ctx, tasks, make_worker, unit, rows, ctx.stage):
         table.add(shard)
         made += new
     blob, ledger = table.write(ctx.store)
@@ -106,7 +96,7 @@ def run_shards(
     ledgers count them, for the progress line. With ``ctx.settings.workers`` 0 the worker runs in this process, without
     Ray.
     """
-    found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage, Needs()))
+    found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage))
     return sorted((shard for shard, _ in found), key=lambda shard: shard.number), sum(new for _, new in found)
 
 
@@ -117,7 +107,6 @@ def _each_shard(
     unit: str,
     amount: int,
     title: str,
-    needs: Needs,
 ) -> Iterator[tuple[Shard, bool]]:
     """Every shard, in no order, and whether it was made now.
 
@@ -132,11 +121,12 @@ def _each_shard(
     done = [task for task in tasks if shard_path(ctx.stage, task.key) in there]
     guess = amount * len(done) // max(1, len(tasks))
     with Progress(title, amount, unit, start=guess) as progress:
-        work["workers"] = max(min(ctx.settings.workers, len(todo)), 1)
         failed = Counter[str]()
 
         def make(todo: Sequence[ShardTask]) -> Iterator[tuple[Shard, bool]]:
-            for shard, took in _run(ctx, todo, make_worker, needs):
+            team = _team(ctx, len(todo))
+            work["workers"] = max(work.get("workers", 1), team.count if team else 1)
+            for shard, took in _run(ctx, todo, make_worker, team):
                 add(work, {**took, "made_rows": shard.ledger.rows})
                 work["made_seconds"] = progress.seconds
                 failed.update({**shard.ledger.rejected, **shard.ledger.deferred})
@@ -169,13 +159,23 @@ def _note(work: Work, lost: Counter[str]) -> str:
     return f"{note}, lost {reasons}" if reasons else note
 
 
+def _team(ctx: Context, tasks: int) -> Team | None:
+    """Ray's workers for so many tasks; None where there is nothing to do, or this process does it."""
+    workers = min(ctx.settings.workers, tasks)
+    if not workers:
+        return None
+    from pipeline.launch import find_room, start_ray
+
+    ray = start_ray(ctx.config.run.ray)
+    return find_room(ray, {ctx.stage: replace(ctx.settings, workers=workers)})[ctx.stage]
+
+
 def _run(
-    ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Worker], needs: Needs
+    ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Worker], team: Team | None
 ) -> Iterator[tuple[Shard, Work]]:
     if not todo:
         return
-    workers = min(ctx.settings.workers, len(todo))
-    if workers == 0:
+    if team is None:
         worker = make_worker()
         free = time.monotonic()
         for task in todo:
@@ -183,10 +183,8 @@ def _run(
             free = time.monotonic()
             yield shard, work
         return
-    from pipeline.launch import start_ray
+    import ray.data
 
-    ray = start_ray(ctx.config.run.ray)
-    _check_room(ray, ctx, workers, needs)
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):  # to the console; its log file keeps everything
@@ -196,30 +194,15 @@ def _run(
     ).map_batches(
         _actor(ctx.store, ctx.stage, make_worker),
         batch_size=1,
-        num_cpus=0 if needs.gpus else 1,
-        num_gpus=needs.gpus,
-        label_selector=dict(ctx.settings.nodes),
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=team.worker.cpus,
+        num_gpus=team.worker.gpus,
+        memory=team.worker.memory or None,
+        label_selector=dict(team.worker.labels),
+        compute=ray.data.ActorPoolStrategy(size=team.count),
     )
     for row in dataset.iter_rows():
         ctx.store.traffic.add(**json.loads(row["requests"]))
         yield _answer(row["answer"])
-
-
-def _check_room(ray: Any, ctx: Context, workers: int, needs: Needs) -> None:
-    """Raise UserError where the Ray of this machine could only wait for ever. A cluster may grow, and is waited for."""
-    local = "RAY_ADDRESS" not in os.environ
-    labels = {name for node in ray.nodes() if node["Alive"] for name in node["Labels"]}
-    if missing := sorted({*ctx.settings.nodes, *needs.helper_nodes} - labels):
-        said = f"run.{ctx.stage}: no node of the cluster has the label {missing[0]}"
-        if local:
-            raise UserError(f"{said}: set RAY_ADDRESS to a cluster whose nodes have it (ray start --labels)")
-        log.warning("%s yet; waiting for one", said)
-    cores, has = workers * ((not needs.gpus) + needs.helpers), ray.cluster_resources().get("CPU", 0)
-    if local and needs.helpers and has < cores:
-        raise UserError(f"run.ray.cpus: {has:.0f} are too few for {cores} processes of run.{ctx.stage}, one core each")
-    if local and needs.gpus * workers > (gpus := ray.cluster_resources().get("GPU", 0)):
-        raise UserError(f"run.{ctx.stage}.gpus: {workers} workers with {needs.gpus:g} each, but Ray has {gpus:g} GPUs")
 
 
 def _make(store: Store, stage: str, worker: Worker, task: ShardTask, free: float) -> tuple[Shard, Work]:

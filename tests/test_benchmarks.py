@@ -27,6 +27,7 @@ KEYS = {
     "embeddings": {"stage_rate_over_bound", "transform_over_read"},
     "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
     "many_shards": {"memory_over_bound", "deciding_over_bound", "nothing_to_do_over_bound"},
+    "nodes": {"download_2_nodes_over_1", "embeddings_scheduling_only_2_nodes_over_1"},
     "codec": {
         "moments_rate_over_matmul",
         "moments_rate_with_reading_over_matmul",

@@ -27,7 +27,7 @@ from pipeline.parse import ContentFile
 from pipeline.progress import Steps, add
 from pipeline.records import read_blob
 from pipeline.settings import EmbeddingsSettings
-from pipeline.shards import Helpers, Needs, ShardOutput, ShardTask, map_shards, results_ahead
+from pipeline.shards import Helpers, ShardOutput, ShardTask, map_shards, results_ahead
 from pipeline.store import Store
 
 VERSION = 4
@@ -250,8 +250,7 @@ def run_embeddings(ctx: Context) -> Artifact:
         key = shard_key(ctx, {name: shard.key for name, shard in inputs.items()} | {"clip": clip.key})
         tasks.append(ShardTask(pairs.number, key, inputs))
         rows += pairs.kept
-    needs = Needs(settings.gpus, settings.decoders, settings.decoder_nodes)
-    return map_shards(ctx, tasks, MakeEncoder(ctx.store, clip.blobs, settings, heads), "rows", rows, needs)
+    return map_shards(ctx, tasks, MakeEncoder(ctx.store, clip.blobs, settings, heads), "rows", rows)
 
 
 def _check(settings: EmbeddingsSettings) -> None:

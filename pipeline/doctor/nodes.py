@@ -11,16 +11,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from pipeline.doctor.finding import Finding, brief
 from pipeline.doctor.storage import PROBES, leaving_nothing
 from pipeline.errors import UserError
-from pipeline.launch import Node, ask_every_node
+from pipeline.launch import ask_every_node, start_ray
+from pipeline.resources import Node
 from pipeline.settings import RaySettings
 from pipeline.store import Store, local_folder
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 60.0  # for the answer of a node that may have to import everything first
+PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow")  # what workers hand each other, and what makes bytes
+WAIT_S = 120.0  # for the answer of a node that may be busy, and has to import everything first
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,32 @@ class Question:
 
 
 def versions() -> dict[str, str]:
-    """Of what must be the same on every node; this project's is a digest of its code."""
+    """Of what must be the same on every node; this project's is a digest of its code. Of a build's local part, such as
+    +cpu, the GPUs of a node decide."""
     code = hashlib.sha256()
     for folder in ("models", "pipeline"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             code.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
     found = {"Python": platform.python_version(), "code": code.hexdigest()[:8]}
-    return found | {name: metadata.version(name) for name in ("torch", "ray")}
+    return found | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return "missing"
 
 
 def check_nodes(settings: RaySettings, store: Store | None) -> Iterator[Finding]:
     """Start Ray, or join the cluster of RAY_ADDRESS, ask every node, and leave. ``store``: one that was found good."""
-    probe = f"{PROBES}/probe-{secrets.token_hex(8)}"
     began = time.monotonic()
     try:
-        with leaving_nothing(store) if store else nullcontext():
-            try:
-                if store:
-                    store.create(probe, probe.encode())
-                answers = ask_every_node(settings, Question(store, probe), WAIT_S)
-            finally:
-                if store:
-                    store.delete([probe])
+        ray = start_ray(settings)
+        try:
+            answers = ask_nodes(ray, store)
+        finally:
+            ray.shutdown()
     except UserError as e:
         yield Finding("problem", "ray", str(e))
     except Exception as e:  # Ray's own, of many types
@@ -84,6 +91,19 @@ def check_nodes(settings: RaySettings, store: Store | None) -> Iterator[Finding]
         count = f"{len(answers)} node{'s' if len(answers) > 1 else ''}, {cpus:g} CPUs, {gpus:g} GPUs"
         yield Finding("ok", "ray", f"{count}, answered after {time.monotonic() - began:.0f} s")
         yield from judge(answers, versions(), store)
+
+
+def ask_nodes(ray: Any, store: Store | None) -> list[tuple[Node, Answer | Exception]]:
+    """The answer of every node, or why there is none; each has read what this process has written to the store."""
+    probe = f"{PROBES}/probe-{secrets.token_hex(8)}"
+    with leaving_nothing(store) if store else nullcontext():
+        try:
+            if store:
+                store.create(probe, probe.encode())
+            return ask_every_node(ray, Question(store, probe), WAIT_S)
+        finally:
+            if store:
+                store.delete([probe])
 
 
 def judge(

@@ -33,43 +33,43 @@ class Relayed(Exception):
     """An expected error on its way to the driver: the name of its type, then its arguments."""
 
 
-def launch(work: Work, name: str, settings: TrainingSettings, ray_settings: RaySettings) -> None:
-    """Call ``work`` in ``settings.workers`` Ray workers, or for 0 in this process, and wait for all of them.
+def launch(work: Work, stage: str, name: str, settings: TrainingSettings, ray_settings: RaySettings) -> None:
+    """Call ``work`` in ``settings.workers`` Ray workers, or for 0 in this process, and wait for all of them. On the Ray
+    of this machine there are no more than it has room for.
 
     With ``settings.min_workers`` it begins with as many as there are cores or GPUs for, and Ray Train starts ``work``
     anew with more when more come. So it does after a machine was taken away that it had been told of.
 
     ``name`` must be new for every call: Ray Train would resume an old one. Raises what a worker raised of EXPECTED as
-    that type, and WorkerLost when one died.
+    that type, WorkerLost when one died, and UserError where there is no room.
     """
     if settings.workers == 0:
         use_threads(settings.threads or cores())
         work(World(device=choose_device(settings.device)))
         return
-    from pipeline.launch import start_ray
+    from pipeline.launch import find_room, start_ray
 
     ray = start_ray(ray_settings)
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    total = ray.cluster_resources()
-    least = settings.min_workers or settings.workers
-    if "RAY_ADDRESS" not in os.environ and total.get("CPU", 0) < least:
-        raise UserError(
-            f"run.ray.cpus: {total.get('CPU', 0):.0f} are too few for {least} workers of one core each; "
-            "raise it or lower workers"
-        )
-    gpus = settings.device != "cpu" and total.get("GPU", 0) >= least
-    if settings.device.startswith("cuda") and not gpus:
-        raise UserError(f"{name}: {least} workers on {settings.device}, but Ray has not as many GPUs")
-    workers: Any = (settings.min_workers, settings.workers) if settings.min_workers else settings.workers
+    team = find_room(ray, {stage: settings})[stage]
+    share, gpus = team.worker, team.worker.gpus > 0
+    taken = {"CPU": share.cpus, "GPU": share.gpus, "memory": share.memory}
+    workers: Any = (settings.min_workers, team.count) if settings.min_workers else team.count
+    scaling = ScalingConfig(
+        num_workers=workers,
+        use_gpu=gpus,
+        resources_per_worker={name: amount for name, amount in taken.items() if amount},
+        label_selector=dict(share.labels) or None,
+    )
     with tempfile.TemporaryDirectory(prefix="unclip-train-") as scratch:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"work": work, "settings": settings},
             # Weights on the CPU are added up there.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus and settings.offload else None),
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
+            scaling_config=scaling,
             run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
         )
         try:

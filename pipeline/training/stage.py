@@ -81,7 +81,7 @@ def train(ctx: Context) -> Artifact:
                 log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
             name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
             with following(ctx.stage, ctx.recipe.samples, newest) if ctx.settings.workers else nullcontext():
-                launch(Training(ctx, make_task, own), name, ctx.settings, ctx.config.run.ray)
+                launch(Training(ctx, make_task, own), ctx.stage, name, ctx.settings, ctx.config.run.ray)
             break
         except (WorkerLost, Unreachable) as e:
             lost += 1

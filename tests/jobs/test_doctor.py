@@ -17,7 +17,8 @@ from pipeline.config import load_config, make_config
 from pipeline.doctor import machine, packages
 from pipeline.doctor.finding import Finding, brief
 from pipeline.doctor.nodes import Answer, judge, versions
-from pipeline.launch import Node, ask_every_node
+from pipeline.launch import ask_every_node, start_ray
+from pipeline.resources import Node
 from pipeline.settings import RaySettings
 from pipeline.store import Entry, Store, open_store
 from tests.chain import ROOT
@@ -108,9 +109,10 @@ def test_two_nodes_see_a_folder(capsys: Output, monkeypatch: pytest.MonkeyPatch,
         def fails() -> None:
             raise FileNotFoundError("no such thing")
 
-        answers = ask_every_node(RaySettings(), fails, 60)
+        answers = ask_every_node(start_ray(RaySettings()), fails, 60)
         assert [str(answer) for _, answer in answers] == ["no such thing"] * 2
     finally:
+        ray.shutdown()
         cluster.shutdown()
 
 

@@ -1,12 +1,12 @@
 """map_shards in this process: what is there is not made again, counts balance, and damage and mistakes come through."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -15,9 +15,9 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
 from pipeline.records import read_blob
-from pipeline.settings import RaySettings, ShardSettings
+from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings
 from pipeline.shards import (
-    Needs,
+    Helpers,
     ShardOutput,
     ShardTask,
     _actor,
@@ -306,29 +306,36 @@ def test_a_failure_comes_when_its_turn_has_come() -> None:
         next(results)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "needs", "said"),
-    [
-        ({"pool": "cpu"}, Needs(), r"^run\.pairs: no node of the cluster has the label pool: set RAY_ADDRESS to a "),
-        ({}, Needs(helpers=1, helper_nodes={"pool": "cpu"}), r"^run\.pairs: no node .* has the label pool: "),
-        ({}, Needs(helpers=1), r"^run\.ray\.cpus: 3 are too few for 4 processes of run\.pairs, one core each$"),
-        ({}, Needs(gpus=0.5, helpers=1), r"^run\.pairs\.gpus: 2 workers with 0\.5 each, but Ray has 0 GPUs$"),
-    ],
-)
-def test_what_would_wait_for_ever_is_refused_here_and_waited_for_on_a_cluster(
-    monkeypatch: pytest.MonkeyPatch, store: Store, nodes: dict[str, str], needs: Needs, said: str
-) -> None:
-    from pipeline.shards import _check_room
+def test_workers_that_have_no_room_are_left_out(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """On a Ray of two cores: of four workers, two; of two with a helper each, one."""
+    import ray
 
-    ray: Any = SimpleNamespace(
-        nodes=lambda: [{"Alive": True, "Labels": {"zone": "a"}}, {"Alive": False, "Labels": {"pool": "cpu"}}],
-        cluster_resources=lambda: {"CPU": 3.0},
-    )
-    ctx = replace(_context(store), settings=ShardSettings(2, nodes))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(UserError, match=said):
-        _check_room(ray, ctx, 2, needs)
-    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    _check_room(ray, ctx, 2, needs)
-    monkeypatch.delenv("RAY_ADDRESS")
-    _check_room(ray, replace(ctx, settings=ShardSettings(2, {"zone": "a"})), 2, Needs())
+    settings = ShardSettings(workers=4)
+    try:
+        with caplog.at_level(logging.INFO, "unclip"):
+            artifact = map_shards(replace(_context(store), settings=settings), _tasks(0, 1, 2, 3, 4), Worker)
+            assert artifact.times["workers"] == 2
+            assert artifact.times["shards_made"] == 5
+            store.delete([entry.path for entry in store.list("")])
+            helped = replace(_context(store), settings=EmbeddingsSettings(workers=2, decoders=1))
+            artifact = map_shards(helped, _tasks(0, 1), Helped)
+            assert artifact.times["workers"] == 1
+            assert artifact.ledger.kept == 2
+        assert caplog.messages == [
+            "run.pairs.workers: 4 are asked for, and there is room for 2; going on with 2",
+            "run.pairs.workers: 2 are asked for, and there is room for 1; going on with 1",
+        ]
+        with pytest.raises(UserError, match=r"this machine: pairs: 2 workers with 3 cores each, no node has more than"):
+            map_shards(replace(_context(store), settings=ShardSettings(cpus=3)), _tasks(7, 8), Worker)
+    finally:
+        ray.shutdown()
+
+
+class Helped:
+    """Has a process beside it do its work."""
+
+    def __init__(self) -> None:
+        self.helpers = Helpers(len, 1, {})
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        return ShardOutput(Ledger(kept=self.helpers.submit("x").result()), {})

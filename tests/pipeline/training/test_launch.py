@@ -102,13 +102,34 @@ def fail(world: Workers) -> None:
 
 def test_a_workers_error_is_the_drivers(ray: Any) -> None:
     with pytest.raises(CorruptObject, match="is missing") as caught:
-        launch(fail, "fail", TrainingSettings(workers=2, threads=1, device="cpu"), RaySettings())
+        launch(fail, "clip", "fail", TrainingSettings(workers=2, threads=1, device="cpu"), RaySettings())
     assert caught.value.path == "blobs/ab/abc"
 
 
-def test_more_workers_than_cores_are_refused(ray: Any) -> None:
-    with pytest.raises(UserError, match=r"run\.ray\.cpus: 2 are too few for 3 workers"):
-        launch(fail, "many", TrainingSettings(workers=3, threads=1, device="cpu"), RaySettings())
+def count(world: Workers) -> None:
+    raise UserError(f"{world.size} workers")
+
+
+def test_of_more_workers_than_cores_as_many_train_as_there_is_room_for(ray: Any) -> None:
+    settings = TrainingSettings(workers=3, threads=1, device="cpu")
+    with pytest.raises(UserError, match=r"^2 workers$"):
+        launch(count, "clip", "many", settings, RaySettings())
+    with pytest.raises(UserError, match=r"clip: 3 workers with 1 core each, there is room for 2 at once"):
+        launch(count, "clip", "parts", replace(settings, sharded=True), RaySettings())
+    with pytest.raises(UserError, match=r"clip: 3 workers with 1 GPU each, no node has a GPU"):
+        launch(count, "clip", "gpus", replace(settings, device="cuda"), RaySettings())
+
+
+def test_a_worker_takes_the_cores_and_the_memory_that_it_is_given(ray: Any) -> None:
+    def take(world: Workers) -> None:
+        import ray
+
+        raise UserError(str(ray.get_runtime_context().get_assigned_resources()))
+
+    settings = TrainingSettings(workers=1, cpus=2, memory_mb=64, threads=1, device="cpu")
+    with pytest.raises(UserError, match=r"'CPU': 2\.0") as said:
+        launch(take, "clip", "share", settings, RaySettings())
+    assert f"'memory': {64 << 20}" in str(said.value)
 
 
 @pytest.mark.parametrize("error", [UserError("a"), NonFinite("b"), Superseded("c"), Unreachable("d")])

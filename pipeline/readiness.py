@@ -1,0 +1,46 @@
+"""Whether Ray can do what a run asks of it: looked at before anything is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from pipeline.config import Config
+from pipeline.doctor.nodes import ask_nodes, judge, versions
+from pipeline.errors import UserError
+from pipeline.launch import find_room, start_ray
+from pipeline.resources import Settings
+from pipeline.store import Store
+
+NAMED = 3  # nodes of one fault
+
+
+def check_ready(config: Config, store: Store, stages: Iterable[str]) -> None:
+    """Raise UserError for what some of these stages can never have of Ray, and for nodes of a cluster that differ from
+    this process or do not see the store. Starts or joins Ray if one of the stages has workers there, and stays."""
+    wanted = on_ray(config, stages)
+    if not wanted:
+        return
+    ray = start_ray(config.run.ray)
+    find_room(ray, wanted, refuse=True)
+    if "RAY_ADDRESS" in os.environ:
+        problems: dict[str, list[str]] = {}
+        for found in judge(ask_nodes(ray, store), versions(), store):
+            if found.level == "problem":
+                problems.setdefault(found.advice, []).append(found.text)
+        if problems:
+            raise UserError("; ".join(f"{_listed(texts)}; {advice}" for advice, texts in problems.items()))
+
+
+def _listed(texts: list[str]) -> str:
+    """The first of them: a cluster may have a thousand nodes."""
+    more = len(texts) - NAMED
+    return ", ".join(texts[:NAMED]) + (f", and {more} more of that kind" if more > 0 else "")
+
+
+def on_ray(config: Config, stages: Iterable[str]) -> dict[str, Settings]:
+    """The settings of those stages that work on Ray, by stage."""
+    settings = {stage: getattr(config.run, stage, None) for stage in stages}
+    if config.clip.weights != "train":
+        settings.pop("clip", None)  # nothing is trained
+    return {stage: own for stage, own in settings.items() if own is not None and own.workers}

@@ -1,0 +1,188 @@
+"""A run on a cluster looks at all nodes before it writes anything. Real nodes, on loopback, and the real S3 server."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import readiness
+from pipeline.config import make_config
+from pipeline.doctor.nodes import Answer, versions
+from pipeline.errors import UserError
+from pipeline.resources import Node
+from pipeline.store import open_store
+from tests.chain import ROOT, Finished, unclip
+from tests.pipeline.data.bench import picture
+from tests.seaweed import Server
+
+MEMORY = 100 << 20
+UNKNOWN = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+
+
+# --- what is made of the answers --------------------------------------------------------------------------------------
+
+
+def test_faults_are_one_line_that_names_some_of_the_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other, blind = Answer(versions() | {"ray": "2.1.0"}), Answer(versions(), "no AWS credentials")
+    answers = [(Node(f"n{i}", 1, 0), other) for i in range(5)] + [(Node("n5", 1, 0), blind)]
+    monkeypatch.setattr(readiness, "start_ray", lambda _: None)
+    monkeypatch.setattr(readiness, "find_room", lambda *_, **__: {})
+    monkeypatch.setattr(readiness, "ask_nodes", lambda *_: answers)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    config = make_config({"project": "p", "store": str(tmp_path), "source": {"paths": ["a.csv"]}})
+    with pytest.raises(UserError) as refused:
+        readiness.check_ready(config, open_store("s3://bucket/a"), ["pairs"])
+    has = f"has ray 2.1.0 (here {versions()['ray']})"
+    assert str(refused.value) == (
+        f"n0 {has}, n1 {has}, n2 {has}, and 2 more of that kind; install the same on every node; "
+        "n5 does not see the store s3://bucket/a (no AWS credentials); give every node the same AWS settings"
+    )
+    monkeypatch.setattr(readiness, "ask_nodes", lambda *_: [(Node("n0", 1, 0), Answer(versions()))])
+    readiness.check_ready(config, open_store("s3://bucket/a"), ["pairs"])
+    monkeypatch.delattr(readiness, "start_ray")  # nothing on Ray: it is not asked
+    readiness.check_ready(config, open_store("s3://bucket/a"), ["source", "decoder", "samples"])
+
+
+# --- a cluster of two nodes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster(s3: Server) -> Iterator[Any]:
+    """A head without cores, and a node with one. Their workers find our packages on PYTHONPATH."""
+    from ray.cluster_utils import Cluster
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False}
+    )
+    try:
+        made.add_node(num_cpus=1, object_store_memory=MEMORY)
+        yield made
+    finally:
+        made.shutdown()
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def run(cluster: Any, folder: Path, store: object, *words: str) -> Finished:
+    """A run of the first stages, as a user starts it who is not in this project's folder."""
+    (folder / "pictures").mkdir()
+    for i in range(4):
+        (folder / f"pictures/{i}.png").write_bytes(picture(i))
+    rows = "".join(f"file://{folder}/pictures/{i}.png,picture {i}\n" for i in range(4))
+    (folder / "list.csv").write_text("url,caption\n" + rows)
+    values = {
+        "project": "mine",
+        "preset": "nano",
+        "store": str(store),
+        "source": {"paths": [str(folder / "list.csv")]},
+        "run": {"output": str(folder / "out"), "pairs": {"workers": 1}},
+    }
+    (folder / "mine.yaml").write_text(yaml.safe_dump(values))
+    env = {"RAY_ADDRESS": cluster.address}
+    return unclip("run", folder / "mine.yaml", "--until", "pairs", *words, env=env, cwd=folder)
+
+
+def refused(process: Finished) -> str:
+    """The line that a run ends with that must not have begun."""
+    assert process.returncode == 2, process.stdout + process.stderr
+    [line] = process.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "done" not in process.stdout
+    return line
+
+
+def empty(store: str) -> bool:
+    return not list(open_store(store).list(""))
+
+
+def test_a_healthy_cluster_is_left_as_it_was(cluster: Any, s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/jobs/test_chain.py goes on from here, through a job."""
+    import ray
+
+    store = f"{s3.url}/healthy-{os.getpid()}"
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    config = make_config({"project": "p", "store": store, "source": {"paths": ["a.csv"]}})
+    try:
+        readiness.check_ready(config, open_store(store), ["source", "pairs", "embeddings"])
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+    assert empty(store)
+
+
+def test_a_node_without_credentials(cluster: Any, s3: Server, tmp_path: Path) -> None:
+    store = f"{s3.url}/unseen-{os.getpid()}"
+    node = cluster.add_node(num_cpus=1, object_store_memory=MEMORY, env_vars=UNKNOWN)
+    try:
+        line = refused(run(cluster, tmp_path, store))
+    finally:
+        cluster.remove_node(node)
+    assert f"does not see the store {store} (store {store}: no AWS credentials" in line
+    assert line.count("does not see") == 1
+    assert empty(store)
+
+
+def test_no_such_bucket(cluster: Any, s3: Server, tmp_path: Path) -> None:
+    line = refused(run(cluster, tmp_path, "s3://no-such-bucket-here/a"))
+    assert "store s3://no-such-bucket-here/a: NoSuchBucket: create the bucket" in line
+
+
+def test_a_node_with_other_code(cluster: Any, tmp_path: Path) -> None:
+    """And the store in a folder is left as it was: not there."""
+    for package in ("models", "pipeline"):
+        shutil.copytree(ROOT / package, tmp_path / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "code/pipeline/more.py").write_text("")
+    node = cluster.add_node(num_cpus=1, object_store_memory=MEMORY, env_vars={"PYTHONPATH": str(tmp_path / "code")})
+    try:
+        line = refused(run(cluster, tmp_path, tmp_path / "store"))
+    finally:
+        cluster.remove_node(node)
+    assert f" (here {versions()['code']}); install the same on every node" in line
+    assert line.count(" has code ") == 1
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_folder_that_other_processes_do_not_see(cluster: Any, tmp_path: Path) -> None:
+    """As on machines of their own: /proc/self/cwd is another folder in every process."""
+    line = refused(run(cluster, tmp_path, "/proc/self/cwd/store"))
+    assert line.count("does not see the store /proc/self/cwd/store (it is not there)") == 2
+    assert "use s3://BUCKET/PREFIX, or a folder that every machine mounts at the same place" in line
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_no_node_has(cluster: Any, tmp_path: Path) -> None:
+    words = ("run.pairs.cpus=2", "run.pairs.memory_mb=1", "run.embeddings.gpus=1")
+    line = refused(run(cluster, tmp_path, tmp_path / "store", *words))
+    assert "never run: pairs: 1 worker with 2 cores and 1 MiB, no node has more than 1 core; add such nodes" in line
+    assert not (tmp_path / "store").exists()
+
+
+SHIPPED = """
+import os, ray
+from pipeline.doctor.nodes import ask_nodes, versions
+ray.init(runtime_env={"working_dir": os.getcwd()}, log_to_driver=False)
+assert [answer.versions for _, answer in ask_nodes(ray, None)] == [versions()] * 2
+print(versions()["code"])
+"""
+
+
+def test_shipped_code_is_what_counts(cluster: Any, tmp_path: Path) -> None:
+    """As ray job submit --working-dir ships it, to nodes that have another version of ours."""
+    for package in ("models", "pipeline"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pipeline/more.py").write_text("")
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": ""}
+    command = [sys.executable, "-c", SHIPPED]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() != versions()["code"]
