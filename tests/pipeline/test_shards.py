@@ -306,10 +306,11 @@ def test_a_failure_comes_when_its_turn_has_come() -> None:
         next(results)
 
 
-def test_workers_that_have_no_room_are_left_out(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_workers_that_have_no_room_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """On a Ray of two cores: of four workers, two; of two with a helper each, one."""
     import ray
 
+    store = open_store(str(tmp_path))
     settings = ShardSettings(workers=4)
     try:
         with caplog.at_level(logging.INFO, "unclip"):
