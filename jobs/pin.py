@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 
 from jobs.plan import print_changes
-from jobs.project import open_project
+from jobs.project import Project, open_project
 from pipeline.artifacts import load_artifact
 from pipeline.errors import UserError
-from pipeline.graph import pin_path
+from pipeline.graph import Verdict, pin_path
 from pipeline.store import Store
 
 
@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--key", help="pin this artefact (a key, or its first 12 characters); by default the present one"
     )
+    parser.add_argument("--dry-run", action="store_true", help="say what would follow, and move nothing")
     arguments = parser.parse_args(argv)
     project = open_project(arguments.config, ())
     before = project.plan()
@@ -31,16 +32,34 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{arguments.stage} cannot be pinned; {pinned} can")
     path = pin_path(verdict.lineage)
     version = next((entry.version for entry in project.store.list(path) if entry.path == path), None)
-    if arguments.command == "unpin":
-        project.store.delete([path])
-    else:
+    key = None
+    if arguments.command == "pin":
         key = _key(project.store, arguments.stage, arguments.key or verdict.key)
-        if not project.store.swap(path, version, json.dumps({"key": key}).encode()):
-            raise UserError(
-                f"{arguments.stage}: somebody else has moved this pin meanwhile; look with unclip plan and try again"
-            )
+        _print_drift(project, before, verdict, key)
+    if arguments.dry_run:
+        print_changes(before, project.plan({verdict.lineage: key}))
+        return 0
+    if key is None:
+        project.store.delete([path])
+    elif not project.store.swap(path, version, json.dumps({"key": key}).encode()):
+        raise UserError(
+            f"{arguments.stage}: somebody else has moved this pin meanwhile; look with unclip plan and try again"
+        )
     print_changes(before, project.plan())
     return 0
+
+
+def _print_drift(project: Project, before: Sequence[Verdict], verdict: Verdict, key: str) -> None:
+    """What another artefact in place of the one of now changes, where there is one of now."""
+    then, now = (load_artifact(project.store, verdict.stage, each) for each in (verdict.key, key))
+    if then is None or now is None or then.key == now.key:
+        return
+    from pipeline.pin_drift import drift_lines
+
+    print(f"{verdict.stage} {then.key[:12]} -> {now.key[:12]}", flush=True)
+    keys = {each.stage: each.key for each in before}
+    for line in drift_lines(project.store, project.graph, keys, verdict.stage, then, now):
+        print(f"  {line}")
 
 
 def _key(store: Store, stage: str, key: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline.artifacts import Artifact, load_artifact
 from pipeline.build import build
@@ -37,10 +38,10 @@ class Project:
         for name in self.config.run.trackers:
             find_tracker(name)
 
-    def plan(self) -> list[Verdict]:
-        """The verdict on every stage, as the store stands now."""
+    def plan(self, supposed: Mapping[str, str | None] = MappingProxyType({})) -> list[Verdict]:
+        """The verdict on every stage, as the store stands now, or would stand with ``supposed`` pins by lineage."""
         previous = last_run(self.store, self.config.project)
-        return plan(self.graph, self.scan.keys, self.config.project, self.store, previous)
+        return plan(self.graph, self.scan.keys, self.config.project, self.store, previous, supposed)
 
     def made(self, *stages: str) -> dict[str, Artifact]:
         """The artefacts of these stages as the plan has them. Raises UserError if one is not there."""

@@ -1,4 +1,4 @@
-"""``unclip release promote | rollback | diff | list | evaluate | take CONFIG``: which bundle of a project stands."""
+"""``unclip release promote | rollback | diff | list | evaluate | take | weights CONFIG``: which bundle stands."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from jobs.project import Project, open_project
 from jobs.sample import remember_bundle
 from pipeline.artifacts import Artifact, load_artifact
+from pipeline.bundle import MODELS
 from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import difference, short
@@ -45,7 +46,7 @@ class Asked:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip release", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = (_promote, _rollback, _diff, _list, _evaluate, _take)
+    runs = (_promote, _rollback, _diff, _list, _evaluate, _take, _weights)
     promote = commands.add_parser("promote", help="make this configuration's bundle the release, if the gates hold")
     promote.add_argument("--force", metavar="REASON", help="promote whatever the gates say, and record why")
     rollback = commands.add_parser("rollback", help="go back to the release before")
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     listing = commands.add_parser("list", help="all moves of the release")
     evaluate = commands.add_parser("evaluate", help="measure the release on the rows of this configuration")
     take = commands.add_parser("take", help="let sample and generate --from FOLDER draw with the release")
-    for command, run in zip((promote, rollback, diff, listing, evaluate, take), runs, strict=True):
+    weights = commands.add_parser("weights", help="what a configuration says to begin with the release's weights")
+    for command, run in zip((promote, rollback, diff, listing, evaluate, take, weights), runs, strict=True):
         command.add_argument("config", help="a YAML file")
         command.add_argument(
             "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=OVERRIDES
@@ -213,6 +215,20 @@ def _take(asked: Asked, arguments: argparse.Namespace) -> int:
     bundle = find_bundle(asked.store, asked.releases, "current")
     remember_bundle(Path(arguments.folder), asked.store.url, bundle.key)
     print(f'{arguments.folder}: unclip sample --from {arguments.folder} "CAPTION" draws with {bundle.key[:12]}')
+    return 0
+
+
+def _weights(asked: Asked, arguments: argparse.Namespace) -> int:
+    """Print values of a configuration, by stage. CLIP is left out: it is pinned."""
+    bundle, keys = find_bundle(asked.store, asked.releases, "current"), {v.stage: v.key for v in asked.project().plan()}
+    for name in MODELS:
+        blob = bundle.blobs.get(f"{name}/model.safetensors")
+        if name == "ar_prior" and blob and bundle.inputs["codec"] != keys.get("codec"):
+            print(
+                f"# not ar_prior: it speaks the codes of codec {bundle.inputs['codec'][:12]}, which is not pinned now"
+            )
+        elif blob:
+            print(f"{name}: {{init_from: {blob}}}")
     return 0
 
 

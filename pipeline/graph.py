@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
 from pipeline.artifacts import Artifact, load_artifact
@@ -189,12 +190,18 @@ def read_pin(store: Store, lineage: str) -> str | None:
 
 
 def plan(
-    graph: Graph, source_keys: Mapping[str, str], project: str, store: Store, previous: Mapping[str, Any]
+    graph: Graph,
+    source_keys: Mapping[str, str],
+    project: str,
+    store: Store,
+    previous: Mapping[str, Any],
+    supposed: Mapping[str, str | None] = MappingProxyType({}),
 ) -> list[Verdict]:
     """One verdict a stage, in order. Runs nothing and writes nothing.
 
     ``previous`` holds what the project's last run asked for, stage by stage (see pipeline.history), and only serves to
-    say why a stage is stale.
+    say why a stage is stale. ``supposed``: keys that count as the pins of some lineages in place of those in the store,
+    None for no pin.
     """
     keys: dict[str, str] = {}
     lineages: dict[str, str] = {}  # keys computed with the project's name in place of the source
@@ -202,7 +209,9 @@ def plan(
     for stage in ordered(graph):
         own = source_keys[stage.name] if stage.name in SOURCES else stage_key(stage, keys)
         lineage = stage_key(stage, lineages) if stage.name not in SOURCES else digest([project, stage.name])
-        pin = read_pin(store, lineage) if stage.pinned else None
+        pin = None
+        if stage.pinned:
+            pin = supposed[lineage] if lineage in supposed else read_pin(store, lineage)
         keys[stage.name] = pin or own
         # What comes after a pinned stage counts it with its real key, so a new CLIP starts new lineages.
         lineages[stage.name] = keys[stage.name] if stage.pinned else lineage

@@ -141,3 +141,21 @@ def test_a_removed_record_is_stale_again(store: Store) -> None:
     decoder = next(v for v in verdicts if v.stage == "decoder")
     store.delete([f"artifacts/decoder/{decoder.key}.json"])
     assert _stale(plan(_graph(), SOURCE, "p", store, {})) == {"decoder"}
+
+
+def test_a_plan_may_suppose_another_pin_or_none(store: Store) -> None:
+    first = plan(_graph(), SOURCE, "p", store, {})
+    _make(store, first)
+    clip = next(v for v in first if v.stage == "clip")
+    publish_artifact(store, Artifact("clip", "other", {}, {}, Ledger()), 0.0)
+    supposed = {str(clip.lineage): "other"}
+    moved = plan(_graph(), SOURCE, "p", store, {}, supposed)
+    assert next(v for v in moved if v.stage == "clip").key == "other"
+    assert _states(moved)["clip"] == "pinned"
+    assert _stale(moved) == {"embeddings", "codec", "decoder", "ar_prior"}
+    more = {"source": "s2", "captions": "c2"}
+    assert "clip" in _stale(plan(_graph(), more, "p", store, {}, {str(clip.lineage): None}))
+    assert "clip" not in _stale(plan(_graph(), more, "p", store, {}))
+    assert plan(_graph(), SOURCE, "p", store, {}) == plan(
+        _graph(), SOURCE, "p", store, {}, {"another lineage": "other"}
+    )
