@@ -219,14 +219,12 @@ def _take(asked: Asked, arguments: argparse.Namespace) -> int:
 
 
 def _weights(asked: Asked, arguments: argparse.Namespace) -> int:
-    """Print values of a configuration, by stage. CLIP is left out: it is pinned."""
+    """Print, as YAML, what a configuration says to begin with the release's weights. CLIP is left out: it is pinned."""
     bundle, keys = find_bundle(asked.store, asked.releases, "current"), {v.stage: v.key for v in asked.project().plan()}
     for name in MODELS:
         blob = bundle.blobs.get(f"{name}/model.safetensors")
         if name == "ar_prior" and blob and bundle.inputs["codec"] != keys.get("codec"):
-            print(
-                f"# not ar_prior: it speaks the codes of codec {bundle.inputs['codec'][:12]}, which is not pinned now"
-            )
+            print(f"# not ar_prior: it speaks the codes of codec {bundle.inputs['codec'][:12]}, and yours is another")
         elif blob:
             print(f"{name}: {{init_from: {blob}}}")
     return 0

@@ -49,11 +49,11 @@ def _of_clips(store: Store, graph: Graph, keys: Mapping[str, str], before: Artif
     rows, drift = len(first.image), clip_drift(first, second)
     yield f"of {rows:,} {split} rows:"
     yield (
-        f"  {short(drift.kept)} of a picture's {drift.neighbours} nearest pictures stay the same "
-        f"({short(drift.chance)} by chance)"
+        f"  {drift.kept:.1f} of a picture's {drift.neighbours} nearest pictures stay the same "
+        f"({drift.chance:.1f} by chance)"
     )
-    yield f"  the median rank of a caption's own picture is {_both(drift.rank)}, of {rows:,}"
-    yield f"  the mean cosine of caption and picture is {_both(drift.similarity)}"
+    yield f"  the median rank of a caption's own picture is {_both(drift.rank, 1)}, of {rows:,}"
+    yield f"  the mean cosine of caption and picture is {_both(drift.similarity, 3)}"
 
 
 def _of_codecs(store: Store, graph: Graph, keys: Mapping[str, str], before: Artifact, after: Artifact) -> Iterator[str]:
@@ -73,17 +73,17 @@ def _of_codecs(store: Store, graph: Graph, keys: Mapping[str, str], before: Arti
     except ValueError as e:
         raise UserError(str(e)) from None
     yield f"of {len(rows.image):,} {split} rows:"
-    yield f"  codes a row {drift.codes[0]} -> {drift.codes[1]}, which hold {_both(drift.explained)} of the variance"
-    yield f"  the mean error of a component after coding is {_both(drift.error)}"
+    yield f"  codes a row {drift.codes[0]} -> {drift.codes[1]}, which hold {_both(drift.explained, 3)} of the variance"
+    yield f"  the mean error of a component after coding is {_both(drift.error, 4)}"
     if drift.changed is None or drift.moved is None:
         yield f"  buckets {codecs[0].buckets:,} -> {codecs[1].buckets:,}: no code means what it meant"
     else:
-        buckets = f"{short(drift.moved)} of {codecs[0].buckets:,} buckets"
+        buckets = f"{drift.moved:.1f} of {codecs[0].buckets:,} buckets"
         yield f"  {drift.changed:.0%} of the codes change, by {buckets} on the mean"
 
 
-def _both(values: tuple[float, float]) -> str:
-    return " -> ".join(map(short, values))
+def _both(values: tuple[float, float], places: int) -> str:
+    return " -> ".join(f"{value:.{places}f}" for value in values)
 
 
 def _held_out(store: Store, keys: Mapping[str, str], embeddings: str, whose: str) -> tuple[str, Embedded]:

@@ -77,6 +77,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
 }
 
 EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
+RETRAINED = "tests/jobs/test_retrain.py, in the order of docs/retrain.md and with what they print"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip init my-project pairs.csv": "here",
@@ -119,8 +120,18 @@ TESTED = {
     "unclip release evaluate configs/nano.yaml": "here",
     "unclip release take configs/nano.yaml out/released": "here",
     'unclip sample "a red heart" --from out/released': "here",
+    "unclip release weights configs/nano.yaml": "here",
     "unclip pin configs/nano.yaml clip": "here",
     "unclip unpin configs/nano.yaml clip": "here",
+    "unclip plan monthly.yaml": RETRAINED,
+    "unclip run monthly.yaml": RETRAINED,
+    "unclip run monthly.yaml --yes": RETRAINED,
+    "unclip run monthly.yaml clip.samples=9600 --until embeddings --yes": RETRAINED,
+    "unclip release promote monthly.yaml": RETRAINED,
+    "unclip release weights monthly.yaml": RETRAINED,
+    "unclip release list monthly.yaml": RETRAINED,
+    "unclip data forget monthly.yaml --file february.txt": RETRAINED,
+    "unclip pin monthly.yaml clip --key KEY --dry-run": RETRAINED,
     "unclip run configs/nano.yaml --replay decoder": "tests/jobs/test_damage.py, where a step has failed",
     "make peek": "a release check: the command it holds is run by tests/jobs/test_chain.py at micro size",
     "unclip run configs/emoji.yaml": "tests/jobs/test_report_in_a_browser.py, with nano models",
@@ -203,6 +214,8 @@ def test_every_command_of_the_documents_is_one_that_is_run() -> None:
         "unclip data retry",
         "unclip data forget",
         "unclip release promote",
+        "unclip release diff",
+        "unclip release evaluate",
     }
     for document in DOCUMENTS:
         for command in commands(document.read_text()):

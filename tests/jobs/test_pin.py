@@ -82,7 +82,7 @@ def test_a_clip_is_compared_on_held_out_rows_before_it_is_moved(config: Path, sa
     first, *lines = said.splitlines()
     assert first == f"clip {own[:12]} -> {other[:12]}"
     assert lines[0] == "  of 10 test rows:"
-    assert re.fullmatch(r"    9 of a picture's 9 nearest pictures stay the same \(9 by chance\)", lines[1])
+    assert re.fullmatch(r"    9\.0 of a picture's 9 nearest pictures stay the same \(9\.0 by chance\)", lines[1])
     rank = re.fullmatch(r"    the median rank of a caption's own picture is ([\d.]+) -> ([\d.]+), of 10", lines[2])
     similarity = re.fullmatch(r"    the mean cosine of caption and picture is (-?[\d.]+) -> (-?[\d.]+)", lines[3])
     assert rank
@@ -124,7 +124,7 @@ def test_codecs_are_compared_on_the_same_embeddings(config: Path, say: Say) -> N
     errors = re.fullmatch(r"    the mean error of a component after coding is ([\d.]+) -> ([\d.]+)", said[3])
     assert errors
     assert 0 < float(errors[2]) < float(errors[1])
-    assert said[4] == "    0% of the codes change, by 0 of 1,024 buckets on the mean"  # of the four that both have
+    assert said[4] == "    0% of the codes change, by 0.0 of 1,024 buckets on the mean"  # of the four that both have
     coarse = say("pin", "codec", "--key", key(config, "codec", *COARSE), "--dry-run")
     assert "    buckets 1,024 -> 8: no code means what it meant\n" in coarse
 

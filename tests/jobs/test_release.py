@@ -12,6 +12,7 @@ import jobs.release
 from jobs.cli import main
 from jobs.project import open_project
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
+from pipeline.bundle import MODELS
 from pipeline.graph import Context, flatten
 from pipeline.ledger import Ledger
 from pipeline.records import blob_path, put_blob
@@ -48,6 +49,8 @@ class Made:
                     "figures": [{**figure, "values": list(values)}],
                 }
                 blobs = {"evaluation.json": put_blob(self.store, json.dumps(document).encode())}
+            if stage.name == "bundle":
+                blobs = {f"{m}/model.safetensors": put_blob(self.store, f"{m} {gain}".encode()) for m in MODELS}
             kept = Ledger(kept=sum(s.ledger.kept for s in project.scan.shards) if stage.name in DATA else 0)
             inputs = {name: keys[name] for name in stage.inputs}
             made = Artifact(stage.name, keys[stage.name], inputs, flatten(stage.recipe), kept, blobs)
@@ -308,3 +311,21 @@ def test_the_release_can_be_taken_into_a_folder(made: Made, tmp_path: Path) -> N
     assert "unclip sample --from" in made.release("take", str(tmp_path / "released"))
     store, artifact = bundle_artifact(tmp_path / "released")
     assert (store.url, artifact.key) == (made.store.url, first)
+
+
+def test_a_configuration_may_begin_with_the_weights_of_the_release(made: Made) -> None:
+    assert "there is no current release yet" in made.release("weights", code=2)
+    first = made.make(0.0)
+    made.release("promote")
+    made.make(0.1, OTHER)  # made, and not the release
+    artifact = load_artifact(made.store, "bundle", first)
+    assert artifact is not None
+    values = yaml.safe_load(made.release("weights"))
+    assert values == {name: {"init_from": artifact.blobs[f"{name}/model.safetensors"]} for name in MODELS}
+    made.path.write_text(yaml.safe_dump(yaml.safe_load(made.path.read_text()) | values))
+    assert {v.stage for v in open_project(str(made.path), ()).plan() if v.state == "stale"} == {
+        *MODELS, "bundle", "samples", "evaluation",
+    }  # fmt: skip
+    other = made.release("weights", "--set", "codec.components=5")
+    assert f"# not ar_prior: it speaks the codes of codec {artifact.inputs['codec'][:12]}" in other
+    assert yaml.safe_load(other).keys() == set(MODELS) - {"ar_prior"}
