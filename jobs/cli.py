@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "make everything a configuration asks for, where it is stale",
     "show": "show runs, what is being made and by whom, and where an artefact comes from",
     "plan": "show what a run would make, why, and about what it costs",
+    "submit": "let a cluster make it, one on this machine or one that runs, and follow",
     "sample": "turn captions into pictures with a finished bundle",
     "generate": "turn a list of prompts into pictures, on many workers",
     "edit": "vary, interpolate, change or take apart pictures of your own",

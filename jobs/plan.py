@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from jobs.project import Project, open_project
 from pipeline.config import OVERRIDES
 from pipeline.cost import Cost, estimate
+from pipeline.errors import UserError
 from pipeline.graph import Verdict
 from pipeline.progress import counted, duration
 
@@ -22,6 +24,40 @@ def main(argv: Sequence[str]) -> int:
     verdicts = project.plan()
     print_plan(project, verdicts, set(project.graph))
     return 0
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What is to be made: ``stale`` of the ``wanted`` stages."""
+
+    wanted: set[str]
+    verdicts: list[Verdict]
+    stale: list[str]
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The keys of what is wanted, by stage."""
+        return {verdict.stage: verdict.key for verdict in self.verdicts if verdict.stage in self.wanted}
+
+
+def agree(project: Project, only: str | None, until: str | None, yes: bool) -> Agreed:
+    """Plan, print the plan, and ask where it costs more than the budget, which ``yes`` has answered.
+
+    Raises UserError if it is not answered, or if ``only`` lacks an input.
+    """
+    project.check_trackers()
+    wanted = project.wanted(only, until)
+    verdicts = project.plan()
+    stale = [v.stage for v in verdicts if v.state == "stale" and v.stage in wanted]
+    if only and [name for name in stale if name != only]:
+        raise UserError(f"--only {only} needs {', '.join(n for n in stale if n != only)} first; use --until {only}")
+    seconds = print_plan(project, verdicts, wanted)
+    if stale and seconds > project.config.run.budget_hours * 3600 and not yes:
+        raise UserError(
+            f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
+            "add --yes to go on, or raise the budget"
+        )
+    return Agreed(wanted, verdicts, stale)
 
 
 def print_plan(project: Project, verdicts: Sequence[Verdict], wanted: set[str]) -> float:

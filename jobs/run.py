@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jobs.plan import print_plan
+from jobs.plan import agree
 from jobs.project import Project, open_project
 from jobs.sample import remember_bundle
 from pipeline.artifacts import Artifact
@@ -45,31 +45,20 @@ def main(argv: Sequence[str]) -> int:
 def run(project: Project, only: str | None = None, until: str | None = None, yes: bool = False) -> int:
     """Plan, ask above the budget, execute, report. Raises UserError."""
     began = time.monotonic()
-    project.check_trackers()
-    wanted = project.wanted(only, until)
-    verdicts = project.plan()
-    stale = [v.stage for v in verdicts if v.state == "stale" and v.stage in wanted]
-    if only and [name for name in stale if name != only]:
-        raise UserError(f"--only {only} needs {', '.join(n for n in stale if n != only)} first; use --until {only}")
-    seconds = print_plan(project, verdicts, wanted)
-    if stale:
-        if seconds > project.config.run.budget_hours * 3600 and not yes:
-            raise UserError(
-                f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
-                "add --yes to go on, or raise the budget"
-            )
-        check_ready(project.config, project.store, stale)
+    asked = agree(project, only, until, yes)
+    if asked.stale:
+        check_ready(project.config, project.store, asked.stale)
         check_conditions(project.store)
-        remember(project.store, project.config.project, project.graph, verdicts)
-        artifacts = _execute(project, wanted)
-        _summary(artifacts, stale, time.monotonic() - began)
+        remember(project.store, project.config.project, project.graph, asked.verdicts)
+        artifacts = _execute(project, asked.wanted)
+        _summary(artifacts, asked.stale, time.monotonic() - began)
     else:
         print("nothing to do")
         if not project.report.exists():  # deleted, or run.output is another folder now
             from pipeline.report.page import write_report
 
             write_report(project.store, project.config, project.finished(), project.report)
-    _places(project, wanted)
+    print_places(project, asked.wanted)
     return 0
 
 
@@ -116,7 +105,8 @@ def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: fl
         print(as_text(artifacts["evaluation"].metrics["figures"]) + "\n")
 
 
-def _places(project: Project, wanted: set[str]) -> None:
+def print_places(project: Project, wanted: set[str]) -> None:
+    """Say where report and pictures are."""
     print(f"report: {project.report}")
     if "samples" in wanted:
         print(f"pictures: {Path(project.config.run.output) / 'samples'}")

@@ -17,7 +17,8 @@ from pipeline.live import Live, find_live, mark_blobs
 from pipeline.store import Store, clear_abandoned
 
 TOMBSTONES = "locks/tombstones.json.gz"
-RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before the blobs that they name
+RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before what they name
+NAMED = ("packages/", "blobs/")
 NAMING_BLOBS = ("shards/", "checkpoints/")
 DECIDING = ("releases/", "runs/", "artifacts/")
 
@@ -56,7 +57,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
     tombstones: dict[str, float] = {}
     due: list[str] = []
     sizes: dict[str, int] = {}
-    for prefix in (*RECORDS, "blobs/"):
+    for prefix in (*RECORDS, *NAMED):
         kind = prefix[:-1]
         for entry in store.list(prefix):
             if entry.path in live:

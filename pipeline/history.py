@@ -20,8 +20,10 @@ from pipeline.store import Store
 from pipeline.training.recipes import TrainingRecipe
 
 
-def remember(store: Store, project: str, graph: Graph, verdicts: Sequence[Verdict]) -> None:
-    """Record what is asked, before it is done."""
+def remember(
+    store: Store, project: str, graph: Graph, verdicts: Sequence[Verdict], package: str | None = None
+) -> None:
+    """Record what is asked, before it is done; ``package``: the path of a package that is to do it."""
     keys = {v.stage: v.key for v in verdicts}
     stages: dict[str, dict[str, Any]] = {}
     for v in verdicts:
@@ -37,7 +39,7 @@ def remember(store: Store, project: str, graph: Graph, verdicts: Sequence[Verdic
             stages[v.stage]["trajectory"] = trajectory(stage.name, stage.version, stage.recipe, inputs)
             trunk = dataclasses.replace(stage.recipe, decay=0)
             stages[v.stage]["trunk"] = trajectory(stage.name, stage.version, trunk, inputs)
-    _write(store, project, stages)
+    _write(store, project, stages, **({"package": package} if package else {}))
 
 
 def remember_stage(ctx: Context, project: str) -> None:
@@ -47,11 +49,11 @@ def remember_stage(ctx: Context, project: str) -> None:
     _write(ctx.store, project, {ctx.stage: asked})
 
 
-def _write(store: Store, project: str, stages: Mapping[str, Any]) -> None:
+def _write(store: Store, project: str, stages: Mapping[str, Any], **more: str) -> None:
     now = time.time()
     stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}"
     path = f"runs/{project}/{stamp}-{secrets.token_hex(4)}.json"
-    create_record(store, path, {"project": project, "stages": stages, "by": {**whoami(), "command": _command()}})
+    create_record(store, path, {"project": project, "stages": stages, "by": {**whoami(), "command": _command()}, **more})
 
 
 def _command() -> str:

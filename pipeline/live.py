@@ -148,6 +148,7 @@ def _needed_runs(store: Store, keep_s: float, now: float, live: Live) -> list[Ma
             began = asked_at(path)
             if path == last or being_made or (now - began < keep_s and began > forgotten_at):
                 live.paths.add(path)
+                live.paths.update([record["package"]] if "package" in record else [])
                 live.paths.update(f"leases/{asked['key']}.json" for asked in record["stages"].values())
                 runs.append(record["stages"])
     return runs

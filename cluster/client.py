@@ -1,0 +1,223 @@
+"""A running cluster, asked through Ray's Jobs SDK: what runs there, submit, follow, stop.
+
+The job goes on whatever becomes of whoever follows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import logging
+import os
+import shlex
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.job import Job, number_of
+from pipeline.errors import UserError
+
+ANSWER_S = 15.0  # for a head that is there
+AGENT_S = 90.0  # until a head that has just started takes jobs
+LOST_S = 60.0  # a head that does not answer for so long is given up
+SILENT_S = 60.0  # without a word of the job: the connection may be dead, and is made again
+POLL_S = 1.0
+PORT = 8265
+LIVE = ("PENDING", "RUNNING")
+NOT_YET = (
+    "No available agent",
+    "head node agent",
+    "Cannot connect to host",
+)  # in the words of a head that is too young
+SAY_TOKEN = "set RAY_AUTH_TOKEN to the cluster's, or write it into ~/.ray/auth_token"
+SAY_ADDRESS = f"start it, or correct the address: that of its dashboard, whose port is {PORT} as a rule"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A job as the cluster has it. ``code``: the exit code of its driver, once there is one."""
+
+    id: str
+    status: str
+    message: str
+    code: int | None
+    metadata: Mapping[str, str]
+
+    @property
+    def live(self) -> bool:
+        return self.status in LIVE
+
+    @property
+    def exit_code(self) -> int:
+        """0 if it succeeded, the driver's code if it failed by one, 128 and the number of a signal, else 1."""
+        if self.status == "SUCCEEDED":
+            return 0
+        return 1 if not self.code else self.code if self.code > 0 else 128 - self.code
+
+
+class Cluster:
+    """The cluster whose dashboard is at an address such as http://HOST:8265.
+
+    Raises UserError if none answers there, if its Ray is not of our minor version, or if it wants another token.
+    """
+
+    def __init__(self, address: str, token: str | None = None):
+        self.address = _normal(address)
+        token = _meet(self.address, token)
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # or the SDK would take RAY_ADDRESS in place of ours
+        from ray.job_submission import JobSubmissionClient
+
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        self._client: Any = self._ask(lambda: JobSubmissionClient(self.address, headers=headers))
+
+    def jobs(self) -> list[Seen]:
+        """All jobs that were submitted to it, in no order."""
+        return [_seen(found) for found in self._ask(self._client.list_jobs) if found.submission_id]
+
+    def job(self, submission_id: str) -> Seen:
+        return _seen(self._ask(lambda: self._client.get_job_info(submission_id)))
+
+    def attempts(self, job: Job) -> list[Seen]:
+        """The job as often as it was submitted, in that order."""
+        found = {number: seen for seen in self.jobs() if (number := number_of(job.id, seen.id)) is not None}
+        return [found[number] for number in sorted(found)]
+
+    def submit(self, job: Job, package: Path, metadata: Mapping[str, str]) -> None:
+        """Submit ``job`` with the zip ``package``; nothing happens if one of its id is there. Raises UserError."""
+        environment = {"working_dir": str(package), "env_vars": dict(job.environment)}
+        deadline = time.monotonic() + AGENT_S
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=shlex.join(job.command),
+                    submission_id=job.id,
+                    runtime_env=environment,
+                    metadata=dict(metadata),
+                )
+                return
+            except RuntimeError as e:
+                if any(seen.id == job.id for seen in self.jobs()):  # by somebody else, or by a try without an answer
+                    return
+                if not any(word in str(e) for word in NOT_YET) or time.monotonic() > deadline:
+                    raise UserError(f"{self.address} does not take the job: {_last_line(e)}") from e
+                time.sleep(POLL_S)
+
+    def stop(self, submission_id: str) -> Seen:
+        """Stop a job and wait for its end."""
+        self._ask(lambda: self._client.stop_job(submission_id))
+        while (seen := self.job(submission_id)).live:
+            time.sleep(POLL_S)
+        return seen
+
+    def follow(self, submission_id: str, write: Callable[[str], object]) -> Seen:
+        """Write the job's output from its beginning as it comes, and return its end.
+
+        A connection that breaks off is made again. Raises UserError if the cluster does not answer for LOST_S seconds.
+        """
+        written = 0
+        heard = time.monotonic()
+
+        async def tail() -> None:
+            nonlocal written
+            passed = 0  # what was written before the connection broke off comes again
+            async with aclosing(self._client.tail_job_logs(submission_id)) as texts:
+                with suppress(StopAsyncIteration, TimeoutError):
+                    while True:
+                        text = await asyncio.wait_for(anext(texts), SILENT_S)
+                        new = text[max(0, written - passed) :]
+                        passed += len(text)
+                        written = max(written, passed)
+                        write(new)
+
+        while True:
+            try:
+                asyncio.run(tail())
+                seen = self.job(submission_id)
+                if not seen.live:
+                    return seen
+                heard = time.monotonic()
+            except BrokenPipeError:  # of whoever reads what is written
+                raise
+            except Exception as e:  # of Ray, aiohttp and requests, which do not agree on a type
+                if time.monotonic() - heard > LOST_S:
+                    raise UserError(
+                        f"{self.address} has not answered for {LOST_S:.0f} s ({_last_line(e)}); the job may go on: "
+                        "run the same command again to attach"
+                    ) from e
+            time.sleep(POLL_S)
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        """What the SDK answers, its errors in one line."""
+        try:
+            return call()
+        except OSError as e:  # those of requests are
+            raise UserError(f"{self.address} does not answer any more: {_last_line(e)}") from e
+        except RuntimeError as e:  # AuthenticationError too
+            raise UserError(f"{self.address}: {_last_line(e)}") from e
+
+
+def _seen(found: Any) -> Seen:
+    status = str(found.status.value if hasattr(found.status, "value") else found.status)
+    return Seen(found.submission_id, status, found.message or "", found.driver_exit_code, found.metadata or {})
+
+
+def _normal(address: str) -> str:
+    """http://HOST:PORT. Raises UserError for an address of another kind."""
+    parts = urlsplit(address if "://" in address else f"http://{address}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{address} is no address of a dashboard; write http://HOST:{PORT}, local or kuberay")
+    host = parts.netloc if parts.port or parts.scheme == "https" else f"{parts.netloc}:{PORT}"
+    return f"{parts.scheme}://{host}"
+
+
+def _meet(address: str, token: str | None) -> str | None:
+    """Ask for the version, before Ray is imported, which would wait for minutes for a host that is silent. Returns the
+    token that the cluster wants, which nobody is told who does not ask for one."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{address}/api/version", headers=headers), timeout=ANSWER_S
+        ) as answer:
+            theirs = str(json.loads(answer.read())["ray_version"])
+    except urllib.error.HTTPError as e:
+        if e.code == 401 and not token and (own := _own_token()):
+            return _meet(address, own)
+        if e.code in (401, 403):
+            raise UserError(f"{address} wants {'another' if token else 'a'} token: {SAY_TOKEN}") from e
+        raise UserError(f"no Ray cluster answers at {address} (HTTP {e.code}); {SAY_ADDRESS}") from e
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({getattr(e, 'reason', None) or e}); {SAY_ADDRESS}"
+        ) from e
+    ours = version("ray")
+    if theirs.split(".")[:2] != ours.split(".")[:2]:
+        raise UserError(
+            f"{address} runs Ray {theirs}, and this machine has Ray {ours}: "
+            f"install ray=={ours} on the cluster, or submit from a machine that has ray=={theirs}"
+        )
+    return token
+
+
+def _own_token() -> str | None:
+    """The token of this user, from where Ray itself looks for it."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    try:
+        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser().read_text().strip()
+    except OSError:
+        return None
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

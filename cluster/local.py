@@ -1,0 +1,251 @@
+"""A cluster of two nodes on this machine, to rehearse a real one: a head, and a worker node with the label of a GPU's.
+
+A keeper, which outlives whoever started it, starts both, starts the worker node again should it die, and ends all when
+no job is left. It is found again by a small file. Everything listens on loopback only, and wants a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.settings import RaySettings
+
+ROOT = Path(__file__).parents[1]
+HOST = "127.0.0.1"
+HEAD_LABELS, WORKER_LABELS = "pool=cpu", "pool=gpu"
+START_S = 180.0  # until the head answers
+FIRST_S = 120.0  # until the first job comes
+LINGER_S = 10.0  # after the last one, for whoever follows it to hear its end
+POLL_S = 2.0
+END_S = 10.0  # for Ray to end in order
+LEAST_STORE_MB = 100
+MARK = "UNCLIP_CLUSTER"  # in the environment of every process of a cluster
+AGENT_PORTS = (  # a node whose agents find their usual ports taken by another one starts, and never takes a job
+    "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
+)  # fmt: skip
+LIVE = ("PENDING", "RUNNING")
+log = logging.getLogger("unclip")
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is behind no proxy
+
+
+@dataclass(frozen=True)
+class State:
+    """What the file says. ``keeper`` is a process; ``scratch``, Ray's folder, is in the environment of all others."""
+
+    address: str
+    keeper: int
+    scratch: str
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Alone with the cluster of ``folder``: nobody starts it, submits to it or ends it meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def find(folder: Path) -> tuple[str, str] | None:
+    """Address and token of the cluster that runs, or None. Call it ``locked``."""
+    state = _read(folder)
+    if state is None:
+        return None
+    token = (folder / "token").read_text()
+    if _is_keeper(state.keeper, folder) and _jobs(state.address, token) is not None:
+        return state.address, token
+    return None
+
+
+def start(folder: Path, settings: RaySettings) -> tuple[str, str]:
+    """Start the cluster and return its address and token, once it answers. Call it ``locked``, after ``find``.
+
+    Raises UserError if it does not come up.
+    """
+    clear(folder)
+    (folder / "token").unlink(missing_ok=True)
+    with open(os.open(folder / "token", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from cluster.local import keep; keep(*sys.argv[1:])"
+    words = [sys.executable, "-c", code, str(folder), str(settings.cpus), str(settings.object_store_mb)]
+    with open(folder / "keeper.log", "wb") as output:
+        keeper = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and keeper.poll() is None:
+        if (found := find(folder)) is not None:
+            return found
+        time.sleep(0.2)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(keeper.pid, signal.SIGTERM)
+    raise UserError(f"the local cluster did not start; {folder / 'keeper.log'} says why")
+
+
+def clear(folder: Path) -> None:
+    """End what a keeper that was killed has left. Call it ``locked``."""
+    if (state := _read(folder)) is not None:
+        _kill_marked(state.scratch)
+        shutil.rmtree(state.scratch, ignore_errors=True)
+        (folder / "state.json").unlink(missing_ok=True)
+
+
+# --- the keeper -------------------------------------------------------------------------------------------------------
+
+
+def keep(folder: str, cpus: str, object_store_mb: str) -> None:
+    """The keeper's life, in a process of its own."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _Keeper(Path(folder), int(cpus), int(object_store_mb)).live()
+
+
+class _Keeper:
+    def __init__(self, folder: Path, cpus: int, object_store_mb: int):
+        self.folder = folder
+        self.head_cpus = max(1, cpus // 2)
+        self.worker_cpus = max(1, cpus - self.head_cpus)
+        self.memory = max(object_store_mb // 2, LEAST_STORE_MB) << 20
+        self.scratch = Path(tempfile.mkdtemp(prefix="unclip-", dir="/tmp"))  # sockets in it need a short path
+        self.token = (folder / "token").read_text()
+        self.nodes: list[subprocess.Popen[bytes]] = []
+
+    def live(self) -> None:
+        try:
+            ports = _free_ports("port", "dashboard-port", "ray-client-server-port", *AGENT_PORTS)
+            self.address = f"http://{HOST}:{ports['dashboard-port']}"
+            gcs = f"{HOST}:{ports['port']}"
+            head = ["--head", f"--dashboard-host={HOST}", f"--temp-dir={self.scratch}", "--disable-usage-stats"]
+            self.nodes.append(self._node(self.head_cpus, HEAD_LABELS, ports, head))
+            while _jobs(self.address, self.token) is None:
+                if self.nodes[0].poll() is not None:
+                    raise SystemExit("the head ended while it started")
+                time.sleep(0.2)
+            worker = [f"--address={gcs}"]
+            self.nodes.append(self._node(self.worker_cpus, WORKER_LABELS, _free_ports(*AGENT_PORTS), worker))
+            self._write()
+            self._watch(worker)
+        finally:
+            self._leave()
+
+    def _node(self, cpus: int, labels: str, ports: Mapping[str, int], more: Sequence[str]) -> subprocess.Popen[bytes]:
+        words = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={HOST}",
+            f"--num-cpus={cpus}", f"--labels={labels}", f"--object-store-memory={self.memory}",
+            "--min-worker-port=0", "--max-worker-port=0", *(f"--{name}={port}" for name, port in ports.items()), *more,
+        ]  # fmt: skip
+        environment = {name: os.environ[name] for name in os.environ.keys() - {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
+        environment |= {
+            MARK: str(self.scratch),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # of "python" in a job
+        }
+        return subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def _write(self) -> None:
+        state = State(self.address, os.getpid(), str(self.scratch))
+        draft = self.folder / "state.new"
+        draft.write_text(json.dumps(asdict(state)))
+        draft.replace(self.folder / "state.json")
+
+    def _watch(self, worker: Sequence[str]) -> None:
+        """Return when no job is left, or the head is not."""
+        until = time.monotonic() + FIRST_S
+        while self.nodes[0].poll() is None:
+            if self.nodes[1].poll() is not None:
+                log.warning("the worker node ended with %s; it is started again", self.nodes[1].returncode)
+                self.nodes[1] = self._node(self.worker_cpus, WORKER_LABELS, _free_ports(*AGENT_PORTS), worker)
+            if self._is_needed():
+                until = time.monotonic() + LINGER_S
+            elif time.monotonic() > until:
+                with locked(self.folder):
+                    if not self._is_needed():  # nobody has submitted another one meanwhile
+                        self._forget()
+                        return
+            time.sleep(POLL_S)
+
+    def _is_needed(self) -> bool:
+        jobs = _jobs(self.address, self.token)
+        return jobs is None or any(job["status"] in LIVE for job in jobs)
+
+    def _forget(self) -> None:
+        """Let nobody find this cluster any more; by now there may be another one."""
+        if (state := _read(self.folder)) is not None and state.keeper == os.getpid():
+            (self.folder / "state.json").unlink(missing_ok=True)
+
+    def _leave(self) -> None:
+        self._forget()
+        for node in reversed(self.nodes):
+            node.terminate()
+        for node in self.nodes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(END_S)
+        _kill_marked(str(self.scratch))
+        for file in self.scratch.glob("session_*/logs/job-driver-*.log"):
+            shutil.copy(file, self.folder / file.name.removeprefix("job-driver-"))
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+# --- processes, ports, requests ---------------------------------------------------------------------------------------
+
+
+def _read(folder: Path) -> State | None:
+    try:
+        return State(**json.loads((folder / "state.json").read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # a file of another version is none
+        return None
+
+
+def _is_keeper(pid: int, folder: Path) -> bool:
+    """Whether the process lives and is the keeper of ``folder``; where there is no /proc, whether it lives."""
+    try:
+        os.kill(pid, 0)
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return not Path("/proc/self").exists()
+    return os.fsencode(folder) in words
+
+
+def _kill_marked(scratch: str) -> None:
+    """Kill every process of a cluster, those too that have left the group of their parent."""
+    mark = f"{MARK}={scratch}".encode()
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            if mark in file.read_bytes().split(b"\0"):
+                os.kill(int(file.parent.name), signal.SIGKILL)
+
+
+def _free_ports(*names: str) -> dict[str, int]:
+    probes = [socket.create_server((HOST, 0)) for _ in names]
+    ports = {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _jobs(address: str, token: str) -> list[dict[str, Any]] | None:
+    """The jobs that the head knows; None if it does not answer."""
+    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    try:
+        with _opener.open(request, timeout=10) as answer:
+            return json.loads(answer.read())
+    except (OSError, ValueError):
+        return None

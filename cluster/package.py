@@ -1,0 +1,184 @@
+"""What a job takes along: the code of this project, the configuration with all its values, small files that it names.
+
+A zip of the same files is the same bytes, so that Ray and the store take it once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import sysconfig
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.job import PROJECT_FILE
+from pipeline.config import Config
+from pipeline.data.lists import read_rows
+from pipeline.errors import UserError
+from pipeline.parse import ContentFile
+from pipeline.records import put_blob
+from pipeline.store import Store
+
+ROOT = Path(__file__).parents[1]
+CODE = ("models", "pipeline", "jobs", "cluster")
+PACKAGES = "packages"  # where they lie in a store
+LARGEST = 100 << 20  # bytes; as much as Ray keeps of a package, for which this is its own limit too
+NAMED = 5  # of the largest files, in a message
+TABLES = (".parquet", ".csv", ".tsv")
+ELSEWHERE = ("file:", "tar:")  # references to files, which every machine must have at the same place
+
+
+@dataclass(frozen=True)
+class Package:
+    """``files``: what lies under which name. ``weights``: files that go through the store, by their content.
+    ``notes``: what does not travel, a line each."""
+
+    files: Mapping[str, Path | bytes]
+    weights: tuple[ContentFile, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in self.files.items()}
+
+    @property
+    def key(self) -> str:
+        """sha256 of names and contents."""
+        whole = hashlib.sha256()
+        for name, file in sorted(self.files.items()):
+            data = file if isinstance(file, bytes) else file.read_bytes()
+            whole.update(f"{name}\n{len(data)}\n".encode() + data)
+        return whole.hexdigest()
+
+
+def make_package(config: Config, store_url: str, output: str, here: bool = False) -> Package:
+    """The package of a job whose driver writes to the folder ``output``. ``here``: its machine is this one, and lists
+    stay where they are.
+
+    Raises UserError if it would be too large, or if something of it lies where no other machine can find it.
+    """
+    files: dict[str, Path | bytes] = dict(_code(ROOT, *CODE))
+    notes: list[str] = []
+    weights: list[ContentFile] = []
+
+    def place(name: str, file: ContentFile) -> str:
+        """Under which path a file that a recipe names lies in the package."""
+        if name == "init_from" or not file.path:  # without a path it lies in the store already
+            weights.extend([file] if file.path else [])
+            return str(file)
+        where = f"files/{file[:12]}/{Path(file.path).name}"
+        files[where] = Path(file.path)
+        return where
+
+    values = _plain(config, place)
+    values["store"] = store_url
+    values["run"]["output"] = output
+    paths = values["source"]["paths"]
+    for i, path in enumerate(paths):
+        if path.startswith("emoji:"):
+            continue
+        file = Path(path).expanduser().absolute()
+        if not here and _travels(path, config):
+            paths[i] = f"lists/{i}/{file.name}"
+            files[paths[i]] = file
+            continue
+        paths[i] = str(file)
+        if not here:
+            notes.append(
+                f"{path} does not travel: every machine must find it, and the files that it names, at {file}; "
+                "pictures on S3 or the web need no such place"
+            )
+    kind, _, folder = config.clip.weights.partition(":")
+    if kind == "local-dir" and not here:
+        if not Path(folder).is_absolute():
+            raise UserError(f"clip.weights: {folder} is found on this machine only; write a path that the cluster has")
+        notes.append(f"{folder} (clip.weights) does not travel: the cluster's head must have it there")
+    for tracker in config.run.trackers:
+        files |= _module(tracker.partition(":")[0])
+    files[PROJECT_FILE] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
+    package = Package(files, tuple(weights), tuple(notes))
+    check_size(package)
+    return package
+
+
+def check_size(package: Package) -> None:
+    """Raise UserError, with the largest files, if a package is over the limit before it is compressed."""
+    sizes = package.sizes
+    if (total := sum(sizes.values())) <= LARGEST:
+        return
+    largest = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:NAMED]
+    named = ", ".join(f"{name} ({size / (1 << 20):,.1f} MiB)" for name, size in largest)
+    raise UserError(
+        f"the package of this job has {total / (1 << 20):,.1f} MiB, over {LARGEST >> 20} MiB: {named}; write a list as "
+        "Parquet, cut it and append the rest later, or put it in a folder that every machine mounts and give it "
+        "pictures by file:// references"
+    )
+
+
+def write_zip(package: Package, path: Path) -> Path:
+    """Write the package as a zip whose bytes depend on names and contents alone."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, file in sorted(package.files.items()):
+            entry = zipfile.ZipInfo(name)  # of 1980
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(entry, file if isinstance(file, bytes) else file.read_bytes())
+    return path
+
+
+def put_package(store: Store, file: Path) -> str:
+    """Put ``file``, the zip of a package, into the store; return its path there. Machines of a cluster that read it so
+    need no upload."""
+    with open(file, "rb") as f:
+        path = f"{PACKAGES}/{hashlib.file_digest(f, 'sha256').hexdigest()}.zip"
+    store.create(path, file)
+    return path
+
+
+def send_weights(store: Store, package: Package) -> None:
+    """Put what is too large for a package where the job reads it. Raises UserError for a file that changed."""
+    for file in package.weights:
+        if put_blob(store, Path(file.path)) != file:
+            raise UserError(f"{file.path} changed while it was being read; submit again")
+
+
+def _code(root: Path, *folders: str) -> Iterator[tuple[str, Path]]:
+    for folder in folders:
+        for file in sorted((root / folder).rglob("*.py")):
+            yield file.relative_to(root).as_posix(), file
+
+
+def _module(name: str) -> dict[str, Path | bytes]:
+    """The files of a module of the user's; none of one that is installed, as the cluster must have it too."""
+    spec = importlib.util.find_spec(name.partition(".")[0])
+    origin = Path(spec.origin) if spec and spec.origin else None
+    installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
+    if origin is None or not origin.is_file() or installed & set(origin.parents):
+        return {}
+    if origin.name == "__init__.py":
+        return dict(_code(origin.parents[1], origin.parent.name))
+    return {origin.name: origin}
+
+
+def _travels(path: str, config: Config) -> bool:
+    """Whether a list is a file that says all there is to say: its pictures are not files beside it."""
+    if Path(path).suffix not in TABLES or not Path(path).expanduser().is_file():
+        return False
+    return not any(row.url.startswith(ELSEWHERE) for row in read_rows(path, config.source))
+
+
+def _plain(value: Any, place: Any, name: str = "") -> Any:
+    """A configuration as values that YAML can hold; ``place`` says for each file that is named what stands there."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name), place, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item, place, name) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item, place, name) for key, item in value.items()}
+    return place(name, value) if isinstance(value, ContentFile) else value

@@ -1,0 +1,106 @@
+"""A cluster that is not there, is another one, or does not know us: one line each, before anything is sent."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from cluster.client import Cluster, Seen
+from pipeline.errors import UserError
+
+
+@contextmanager
+def _head(answer: Callable[[str], tuple[int, bytes]]) -> Iterator[str]:
+    """A server that answers every request by its Authorization header; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answer(self.headers.get("Authorization", ""))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def _refusal(address: str, token: str | None = None) -> str:
+    with pytest.raises(UserError) as refused:
+        Cluster(address, token)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_nobody_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    said = _refusal(f"http://127.0.0.1:{port}")
+    assert f"no Ray cluster answers at http://127.0.0.1:{port} (" in said
+    assert "8265" in said
+    assert "no-such-host.invalid:8265 (" in _refusal("no-such-host.invalid")
+
+
+def test_somebody_else_answers() -> None:
+    with _head(lambda _: (404, b"")) as address:
+        assert "(HTTP 404)" in _refusal(address)
+    with _head(lambda _: (200, b"<html>")) as address:
+        assert "no Ray cluster answers" in _refusal(address)
+
+
+@pytest.mark.parametrize("address", ["ray://host:10001", "auto://", "ftp://host"])
+def test_an_address_of_another_kind(address: str) -> None:
+    assert "write http://HOST:8265" in _refusal(address)
+
+
+def test_another_version_of_ray() -> None:
+    with _head(lambda _: (200, json.dumps({"ray_version": "2.9.3"}).encode())) as address:
+        said = _refusal(address)
+    assert said.startswith(f"{address} runs Ray 2.9.3, and this machine has Ray {version('ray')}: ")
+
+
+def test_a_token_is_told_to_whoever_asks_for_one_and_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+
+    def wants(authorization: str) -> tuple[int, bytes]:
+        heard.append(authorization)
+        known = authorization == "Bearer right"
+        return (200, b'{"ray_version": "1.0.0"}') if known else (403 if authorization else 401, b"")
+
+    with _head(wants) as address:
+        assert "wants a token: set RAY_AUTH_TOKEN" in _refusal(address)
+        assert "wants another token" in _refusal(address, "wrong")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+        assert "runs Ray 1.0.0" in _refusal(address)
+    assert heard == ["", "Bearer wrong", "", "Bearer right"]
+    heard.clear()
+    with _head(lambda authorization: (heard.append(authorization) or 200, b'{"ray_version": "1.0.0"}')) as address:
+        assert "runs Ray 1.0.0" in _refusal(address)
+    assert heard == [""]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "exit_code"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 1)],
+)
+def test_the_exit_code_is_the_jobs(status: str, code: int | None, exit_code: int) -> None:
+    assert Seen("id", status, "", code, {}).exit_code == exit_code

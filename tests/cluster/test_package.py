@@ -1,0 +1,165 @@
+"""What travels to a cluster: code, the configuration resolved, small lists and files; and what is said of the rest."""
+
+import dataclasses
+import hashlib
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+import cluster.package
+from cluster.package import check_size, make_package, put_package, send_weights, write_zip
+from pipeline.collect import collect
+from pipeline.config import Config, load_config, make_config
+from pipeline.errors import UserError
+from pipeline.graph import differences
+from pipeline.history import remember
+from pipeline.records import read_blob
+from pipeline.store import Store
+from tests.chain import ROOT
+
+URL = "s3://bucket/prefix"
+
+
+def _config(folder: Path, paths: list[Path | str], **more: object) -> Config:
+    return make_config(
+        {"project": "p", "store": URL, "preset": "nano", "source": {"paths": [str(path) for path in paths]}, **more}
+    )
+
+
+def _list(path: Path, *urls: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("url,caption\n" + "".join(f"{url},a picture\n" for url in urls))
+    return path
+
+
+def _project(config: Config, **more: object) -> dict:
+    return yaml.safe_load(make_package(config, URL, "out", **more).files["project.yaml"])
+
+
+@pytest.mark.parametrize("name", ["nano", "emoji", "emoji-long"])
+def test_the_resolved_configuration_is_the_same_one(name: str) -> None:
+    config = load_config(ROOT / f"configs/{name}.yaml", ["decoder.model.dropout=0.1", "scale=2"])
+    there = make_config(_project(config))
+    assert there.run.output == "out"
+    assert there.store == URL
+    run = dataclasses.replace(there.run, output=config.run.output)
+    assert dataclasses.replace(there, store=config.store, run=run) == config
+
+
+def test_the_unpacked_package_is_the_whole_code(tmp_path: Path) -> None:
+    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out")
+    code = {f.relative_to(ROOT).as_posix() for folder in cluster.package.CODE for f in (ROOT / folder).rglob("*.py")}
+    assert set(package.files) == code | {"project.yaml"}
+    assert sum(package.sizes.values()) < 3 << 20
+
+
+def test_same_files_same_bytes(tmp_path: Path) -> None:
+    config = _config(
+        tmp_path, [_list(tmp_path / "a/list.csv", "http://a/1.png"), _list(tmp_path / "b/list.csv", "s3://b/1")]
+    )
+    one = make_package(config, URL, "out")
+    first, second = (write_zip(one, tmp_path / name) for name in ("1.zip", "2.zip"))
+    for file in (tmp_path / "a/list.csv", tmp_path / "b/list.csv"):
+        file.touch()
+    again = make_package(config, URL, "out")
+    assert first.read_bytes() == second.read_bytes() == write_zip(again, tmp_path / "3.zip").read_bytes()
+    assert again.key == one.key
+    assert make_package(config, URL, "elsewhere").key != one.key
+    with zipfile.ZipFile(first) as archive:
+        assert archive.read("lists/0/list.csv") == (tmp_path / "a/list.csv").read_bytes()
+        assert archive.read("lists/1/list.csv") == (tmp_path / "b/list.csv").read_bytes()
+    assert _project(config)["source"]["paths"] == ["lists/0/list.csv", "lists/1/list.csv"]
+
+
+def test_what_lies_in_files_stays_and_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside = _list(tmp_path / "beside.csv", "http://a/1.png", "2.png")
+    (tmp_path / "folder").mkdir()
+    config = _config(tmp_path, ["beside.csv", "folder", "emoji:nano"])
+    package = make_package(config, URL, "out")
+    paths = [str(beside), str(tmp_path / "folder"), "emoji:nano"]
+    assert _project(config)["source"]["paths"] == paths
+    assert len(package.notes) == 2
+    assert f"every machine must find it, and the files that it names, at {beside}" in package.notes[0]
+    travelling = _config(tmp_path, [_list(tmp_path / "web.csv", "http://a/1.png")])
+    assert _project(travelling, here=True)["source"]["paths"] == [str(tmp_path / "web.csv")]
+    assert make_package(config, URL, "out", here=True).notes == ()
+
+
+def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path, store: Store) -> None:
+    hosts, weights = tmp_path / "hosts.txt", tmp_path / "decoder.safetensors"
+    hosts.write_text("bad.example\n")
+    save_file({"w": np.ones(3, np.float32)}, weights)
+    more = {"pairs": {"deny_hosts": str(hosts)}, "decoder": {"init_from": str(weights)}}
+    config = _config(tmp_path, ["emoji:nano"], **more)
+    package = make_package(config, URL, "out")
+    values = yaml.safe_load(package.files["project.yaml"])
+    where = values["pairs"]["deny_hosts"]
+    assert package.files[where] == hosts
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert values["decoder"]["init_from"] == sha256
+    send_weights(store, package)
+    assert read_blob(store, sha256) == weights.read_bytes()
+    write_zip(package, tmp_path / "p.zip")
+    with zipfile.ZipFile(tmp_path / "p.zip") as archive:
+        archive.extractall(tmp_path / "there")
+    values["pairs"]["deny_hosts"] = str(tmp_path / "there" / where)
+    there = make_config(values)
+    assert (there.pairs, differences(there.decoder)) == (config.pairs, differences(config.decoder))
+    weights.write_bytes(b"others")
+    with pytest.raises(UserError, match="changed while it was being read"):
+        send_weights(store, package)
+
+
+def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = [_list(tmp_path / f"{i}.csv", *(f"http://a/{j}.png" for j in range(300 * (7 - i)))) for i in range(7)]
+    config = _config(tmp_path, lists)
+    check_size(make_package(config, URL, "out"))
+    monkeypatch.setattr(cluster.package, "LARGEST", 1 << 20)
+    with pytest.raises(UserError) as refused:
+        make_package(config, URL, "out")
+    named = [f"lists/{i}/{i}.csv (0." for i in range(4)]
+    places = [str(refused.value).index(name) for name in named]
+    assert places == sorted(places)
+    assert "over 1 MiB" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "lists/5/" not in str(refused.value)
+
+
+def test_a_clip_in_a_folder_needs_a_path_that_the_cluster_has(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"clip\.weights: my-clip is found on this machine only"):
+        make_package(_config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:my-clip"}), URL, "out")
+    package = make_package(_config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:/models/clip"}), URL, "out")
+    assert package.notes == ("/models/clip (clip.weights) does not travel: the cluster's head must have it there",)
+
+
+def test_a_tracker_of_the_users_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mytracker.py").write_text("def make(*_): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = _config(tmp_path, ["emoji:nano"], run={"trackers": ["mytracker:make", "tensorboard", "json:dumps"]})
+    package = make_package(config, URL, "out")
+    assert package.files["mytracker.py"] == tmp_path / "mytracker.py"
+    assert not [name for name in package.files if name.startswith(("json", "tensorboard"))]
+    sys.modules.pop("mytracker", None)
+
+
+def test_a_package_in_the_store_stays_as_long_as_the_run_that_asked_for_it(store: Store, tmp_path: Path) -> None:
+    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out")
+    path = put_package(store, write_zip(package, tmp_path / "p.zip"))
+    assert path == put_package(store, write_zip(package, tmp_path / "q.zip"))
+    assert store.read(path) == (tmp_path / "p.zip").read_bytes()
+    other = "packages/other.zip"
+    store.create(other, b"of nobody")
+    remember(store, "p", {}, [], package=path)
+
+    collect(store, keep_s=30 * 86_400, grace_s=0.0, now=time.time(), delete=True)
+    assert [entry.path for entry in store.list("packages/")] == [path]
+    remember(store, "p", {}, [])
+    collect(store, keep_s=30 * 86_400, grace_s=0.0, now=time.time() + 31 * 86_400, delete=True)
+    assert list(store.list("packages/")) == []

@@ -1,0 +1,104 @@
+"""Submitting twice runs once, and nothing is submitted where nothing is to do or nobody could do it."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from cluster.client import Seen
+from cluster.job import Job, make_job, number_of
+from cluster.package import Package
+from jobs.plan import agree
+from jobs.project import Project, open_project
+from jobs.submit import _submit
+from tests.chain import done, unclip, write_config, write_list
+from tests.seaweed import Server
+
+
+class FakeCluster:
+    """Keeps what it is given, as far as that decides what to submit."""
+
+    address = "http://head:8265"
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+
+    def attempts(self, job: Job) -> list[Seen]:
+        return [seen for seen in self.seen if number_of(job.id, seen.id) is not None]
+
+    def submit(self, job: Job, package: Path, metadata: Mapping[str, str]) -> None:
+        assert package.stat().st_size
+        self.seen.append(Seen(job.id, "PENDING", "", None, metadata))
+
+    def end(self, status: str) -> None:
+        self.seen[-1] = dataclasses.replace(self.seen[-1], status=status)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    rows = write_list(tmp_path / "list.csv", 0, 3)
+    return open_project(str(write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:9", [rows])), [])
+
+
+def _job(project: Project) -> Job:
+    asked = agree(project, None, "pairs", yes=False)
+    return make_job(project.config, project.store.url, asked.keys, {}, until="pairs")
+
+
+def test_twice_is_once_until_it_has_ended(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster, package = FakeCluster(), Package({"a": b"1"})
+    first = _submit(cluster, project, _job(project), package)  # type: ignore[arg-type]
+    assert _submit(cluster, project, _job(project), package) == first  # type: ignore[arg-type]
+    assert "runs already" in capsys.readouterr().out
+    assert len(cluster.seen) == 1
+    assert _submit(cluster, project, _job(project), Package({"a": b"2"})) == first  # type: ignore[arg-type]
+    assert "its code or run settings are others than yours" in capsys.readouterr().err
+    ids = []
+    for status in ("FAILED", "STOPPED", "FAILED"):
+        cluster.end(status)
+        ids.append(_submit(cluster, project, _job(project), package))  # type: ignore[arg-type]
+        assert f"has ended ({status.lower()})" in capsys.readouterr().out
+    assert ids == [f"{first}-2", f"{first}-3", f"{first}-4"]
+
+
+def test_run_settings_do_not_change_what_is_asked(project: Project) -> None:
+    run = dataclasses.replace(project.config.run, lease_s=7.0, output="elsewhere")
+    assert (
+        _job(project).id == _job(dataclasses.replace(project, config=dataclasses.replace(project.config, run=run))).id
+    )
+
+
+def _refused(config: Path, *words: str, env: Mapping[str, str] | None = None) -> str:
+    process = unclip("submit", config, *words, env=env)
+    assert process.returncode == 2, process.stdout + process.stderr
+    (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_mistakes_cost_one_line_and_leave_nothing(tmp_path: Path, s3: Server) -> None:
+    rows = write_list(tmp_path / "list.csv", 0, 3)
+    nowhere = "http://127.0.0.1:9"
+    config = write_config(tmp_path, f"{s3.url}/mistakes-{os.getpid()}", nowhere, [rows])
+    assert "no Ray cluster answers at http://127.0.0.1:9 (" in _refused(config, "--to", nowhere)
+    assert "AWS_ENDPOINT_URL is http://127.0.0.1:" in _refused(config, "--to", "http://head.example:8265")
+    keyless = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    assert "no AWS credentials; set AWS_ACCESS_KEY_ID" in _refused(config, "--to", "local", env=keyless)
+    assert "unknown stage pear" in _refused(config, "--to", "local", "--until", "pear")
+    config = write_config(tmp_path, "s3://no-such-bucket/here", nowhere, [rows])
+    assert "NoSuchBucket: create the bucket" in _refused(config, "--to", "local")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_fresh_is_not_submitted(tmp_path: Path) -> None:
+    rows = write_list(tmp_path / "list.csv", 0, 3)
+    config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:9", [rows])
+    done(unclip("run", config, "--until", "captions"))
+    submitted = done(unclip("submit", config, "--to", "http://127.0.0.1:9", "--until", "captions", timeout=15))
+    assert "nothing to do" in submitted
+
+
+def test_stop_where_nothing_runs(tmp_path: Path) -> None:
+    config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:9", [tmp_path / "no-list.csv"])
+    assert "nothing of micro runs there" in done(unclip("submit", config, "--to", "local", "--stop"))
