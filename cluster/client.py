@@ -105,10 +105,14 @@ class Cluster:
                     metadata=dict(metadata),
                 )
                 return
-            except RuntimeError as e:
-                if any(seen.id == job.id for seen in self.jobs()):  # by somebody else, or by a try without an answer
-                    return
-                if not any(word in str(e) for word in NOT_YET) or time.monotonic() > deadline:
+            except (RuntimeError, OSError) as e:  # OSErrors are those of connections that broke off
+                with suppress(UserError):
+                    if any(
+                        seen.id == job.id for seen in self.jobs()
+                    ):  # by somebody else, or by a try without an answer
+                        return
+                early = isinstance(e, OSError) or any(word in str(e) for word in NOT_YET)
+                if not early or time.monotonic() > deadline:
                     raise UserError(f"{self.address} does not take the job: {_last_line(e)}") from e
                 time.sleep(POLL_S)
 

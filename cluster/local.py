@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,12 @@ from pipeline.errors import UserError
 from pipeline.settings import RaySettings
 
 ROOT = Path(__file__).parents[1]
-HOST = "127.0.0.1"
+HOST = "127.0.0.1"  # of the dashboard
+# Of the nodes, as if they were machines. Ray takes 127.0.0.1 for "whatever address others reach this machine by".
+HEAD, WORKER = "127.0.0.2", "127.0.0.3"
 HEAD_LABELS, WORKER_LABELS = "pool=cpu", "pool=gpu"
-START_S = 180.0  # until the head answers
+START_S = 300.0  # until both nodes are there
+TRIES = 3  # to start a node
 FIRST_S = 120.0  # until the first job comes
 LINGER_S = 10.0  # after the last one, for whoever follows it to hear its end
 POLL_S = 2.0
@@ -129,25 +133,38 @@ class _Keeper:
         try:
             ports = _free_ports("port", "dashboard-port", "ray-client-server-port", *AGENT_PORTS)
             self.address = f"http://{HOST}:{ports['dashboard-port']}"
-            gcs = f"{HOST}:{ports['port']}"
             head = ["--head", f"--dashboard-host={HOST}", f"--temp-dir={self.scratch}", "--disable-usage-stats"]
-            self.nodes.append(self._node(self.head_cpus, HEAD_LABELS, ports, head))
-            while _jobs(self.address, self.token) is None:
-                if self.nodes[0].poll() is not None:
-                    raise SystemExit("the head ended while it started")
-                time.sleep(0.2)
-            worker = [f"--address={gcs}"]
-            self.nodes.append(self._node(self.worker_cpus, WORKER_LABELS, _free_ports(*AGENT_PORTS), worker))
-            self._write()
-            self._watch(worker)
+            head += [f"--{name}={port}" for name, port in ports.items() if name not in AGENT_PORTS]
+            self._add(lambda: self._node(self.head_cpus, HEAD_LABELS, [*head, f"--node-ip-address={HEAD}"]))
+            worker = [f"--address={HEAD}:{ports['port']}", f"--node-ip-address={WORKER}"]
+            self.make_worker = lambda: self._node(self.worker_cpus, WORKER_LABELS, worker)
+            self._add(self.make_worker)
+            state = State(self.address, os.getpid(), str(self.scratch))
+            draft = self.folder / "state.new"
+            draft.write_text(json.dumps(asdict(state)))
+            draft.replace(self.folder / "state.json")
+            self._watch()
         finally:
             self._leave()
 
-    def _node(self, cpus: int, labels: str, ports: Mapping[str, int], more: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _add(self, make: Callable[[], subprocess.Popen[bytes]]) -> None:
+        """Start one more node and wait until it is part of the cluster; again where Ray gives up, as it does after half
+        a minute on a machine that is very busy."""
+        self.nodes.append(make())
+        for attempt in range(TRIES):
+            while self.nodes[-1].poll() is None:
+                if _alive(self.address, self.token) == len(self.nodes):
+                    return
+                time.sleep(0.2)
+            if attempt < TRIES - 1:
+                self.nodes[-1] = make()
+        raise SystemExit("a node ended while it started")
+
+    def _node(self, cpus: int, labels: str, more: Sequence[str]) -> subprocess.Popen[bytes]:
         words = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={HOST}",
-            f"--num-cpus={cpus}", f"--labels={labels}", f"--object-store-memory={self.memory}",
-            "--min-worker-port=0", "--max-worker-port=0", *(f"--{name}={port}" for name, port in ports.items()), *more,
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}", f"--labels={labels}",
+            f"--object-store-memory={self.memory}", "--min-worker-port=0", "--max-worker-port=0",
+            *(f"--{name}={port}" for name, port in _free_ports(*AGENT_PORTS).items()), *more,
         ]  # fmt: skip
         environment = {name: os.environ[name] for name in os.environ.keys() - {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
         environment |= {
@@ -158,19 +175,13 @@ class _Keeper:
         }
         return subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
-    def _write(self) -> None:
-        state = State(self.address, os.getpid(), str(self.scratch))
-        draft = self.folder / "state.new"
-        draft.write_text(json.dumps(asdict(state)))
-        draft.replace(self.folder / "state.json")
-
-    def _watch(self, worker: Sequence[str]) -> None:
+    def _watch(self) -> None:
         """Return when no job is left, or the head is not."""
         until = time.monotonic() + FIRST_S
         while self.nodes[0].poll() is None:
             if self.nodes[1].poll() is not None:
                 log.warning("the worker node ended with %s; it is started again", self.nodes[1].returncode)
-                self.nodes[1] = self._node(self.worker_cpus, WORKER_LABELS, _free_ports(*AGENT_PORTS), worker)
+                self.nodes[1] = self.make_worker()
             if self._is_needed():
                 until = time.monotonic() + LINGER_S
             elif time.monotonic() > until:
@@ -179,6 +190,7 @@ class _Keeper:
                         self._forget()
                         return
             time.sleep(POLL_S)
+        log.warning("the head ended with %s, and the cluster with it", self.nodes[0].returncode)
 
     def _is_needed(self) -> bool:
         jobs = _jobs(self.address, self.token)
@@ -234,7 +246,7 @@ def _kill_marked(scratch: str) -> None:
 
 
 def _free_ports(*names: str) -> dict[str, int]:
-    probes = [socket.create_server((HOST, 0)) for _ in names]
+    probes = [socket.create_server(("", 0)) for _ in names]  # of no address, so that it is free at all of them
     ports = {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
     for probe in probes:
         probe.close()
@@ -243,9 +255,19 @@ def _free_ports(*names: str) -> dict[str, int]:
 
 def _jobs(address: str, token: str) -> list[dict[str, Any]] | None:
     """The jobs that the head knows; None if it does not answer."""
-    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    return _get(f"{address}/api/jobs/", token)
+
+
+def _alive(address: str, token: str) -> int:
+    """How many nodes the cluster has."""
+    answer = _get(f"{address}/api/v0/nodes", token)
+    return sum(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"]) if answer else 0
+
+
+def _get(url: str, token: str) -> Any:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     try:
         with _opener.open(request, timeout=10) as answer:
             return json.loads(answer.read())
-    except (OSError, ValueError):
+    except (OSError, http.client.HTTPException, ValueError):
         return None

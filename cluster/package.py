@@ -132,13 +132,10 @@ def write_zip(package: Package, path: Path) -> Path:
     return path
 
 
-def put_package(store: Store, file: Path) -> str:
-    """Put ``file``, the zip of a package, into the store; return its path there. Machines of a cluster that read it so
-    need no upload."""
+def package_path(file: Path) -> str:
+    """Where a zip lies in a store, for machines that read it there instead of being sent it."""
     with open(file, "rb") as f:
-        path = f"{PACKAGES}/{hashlib.file_digest(f, 'sha256').hexdigest()}.zip"
-    store.create(path, file)
-    return path
+        return f"{PACKAGES}/{hashlib.file_digest(f, 'sha256').hexdigest()}.zip"
 
 
 def send_weights(store: Store, package: Package) -> None:

@@ -13,7 +13,7 @@ import yaml
 from safetensors.numpy import save_file
 
 import cluster.package
-from cluster.package import check_size, make_package, put_package, send_weights, write_zip
+from cluster.package import check_size, make_package, package_path, send_weights, write_zip
 from pipeline.collect import collect
 from pipeline.config import Config, load_config, make_config
 from pipeline.errors import UserError
@@ -151,9 +151,10 @@ def test_a_tracker_of_the_users_travels(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_package_in_the_store_stays_as_long_as_the_run_that_asked_for_it(store: Store, tmp_path: Path) -> None:
     package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out")
-    path = put_package(store, write_zip(package, tmp_path / "p.zip"))
-    assert path == put_package(store, write_zip(package, tmp_path / "q.zip"))
-    assert store.read(path) == (tmp_path / "p.zip").read_bytes()
+    file = write_zip(package, tmp_path / "p.zip")
+    path = package_path(file)
+    assert path == package_path(write_zip(package, tmp_path / "q.zip"))
+    store.create(path, file)
     other = "packages/other.zip"
     store.create(other, b"of nobody")
     remember(store, "p", {}, [], package=path)

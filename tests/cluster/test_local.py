@@ -1,0 +1,184 @@
+"""Jobs on a real cluster of two nodes on this machine, with the store on a real S3 server."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.local import MARK, find, locked
+from jobs.project import open_project
+from pipeline.data.emoji_server import serving
+from tests.chain import ROOT, data_blobs, done, keys, open_at, unclip, write_config, write_list
+from tests.seaweed import Server
+
+WAIT_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[str]:
+    with serving() as address:
+        yield address
+
+
+@pytest.fixture
+def folder(tmp_path: Path, s3: Server) -> Iterator[Path]:
+    """Where the local cluster is found; whatever is left of it is ended."""
+    folder = tmp_path / "out" / "cluster"
+    yield folder
+    for process in _processes(folder):
+        process.kill()
+
+
+class Process:
+    """A process of a cluster, as /proc has it."""
+
+    def __init__(self, folder: Path):
+        self.pid = int(folder.name)
+        self.words = (folder / "cmdline").read_bytes().decode().split("\0")
+        self.mark = next(
+            (v for v in (folder / "environ").read_bytes().split(b"\0") if v.startswith(MARK.encode())), b""
+        )
+        self.parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def _processes(folder: Path) -> list[Process]:
+    """Those of the cluster of ``folder``: its nodes have been told where its token is."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(folder / "token").encode() in (place / "environ").read_bytes():
+                found.append(Process(place))
+        except OSError:
+            continue
+    return found
+
+
+def _wait(what: str, happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not happened():
+        assert time.monotonic() < deadline, f"{what} did not happen"
+        time.sleep(0.1)
+
+
+def _start(log: Path, *words: object) -> subprocess.Popen[bytes]:
+    """A submitter in the background, with all that it says in ``log``."""
+    with open(log, "wb") as output:
+        command = [sys.executable, "-m", "jobs.cli", "submit", *map(str, words)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _planned(config: Path, *overrides: str) -> dict[str, set[str]]:
+    """The laptop's keys: a pure function of the configuration and the list."""
+    return {verdict.stage: {verdict.key} for verdict in open_project(str(config), overrides).plan()}
+
+
+@pytest.mark.timeout(600)
+def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
+    folder: Path, s3: Server, pictures: str, tmp_path: Path
+) -> None:
+    url = f"{s3.url}/submit-{os.getpid()}"
+    rows = write_list(tmp_path / "list.csv", 0, 60)
+    config = write_config(tmp_path, url, pictures, [rows])
+    planned = _planned(config)
+    words = (config, "run.pairs.workers=2", "--to", "local", "--until", "pairs")
+    log = tmp_path / "first.log"
+    submitter = _start(log, *words)
+    _wait("a submission", lambda: "is submitted to" in log.read_text() or submitter.poll() is not None)
+    submitter.kill()
+    assert submitter.wait() == -signal.SIGKILL, log.read_text()
+
+    again = done(unclip("submit", *words, timeout=WAIT_S))
+    assert "-2" not in again.partition(" runs already")[0]
+    assert "runs already; what it said so far:" in again
+    assert "pairs done" in again
+    assert keys(open_at(url)) == {stage: planned[stage] for stage in ("source", "pairs")}
+    assert "pairs" in (tmp_path / "out/report.html").read_text()
+
+    with locked(folder):  # while this is held, the keeper ends nothing
+        running = find(folder)
+        assert running is not None
+        address, token = running
+        assert (folder / "token").stat().st_mode & 0o777 == 0o600
+        environment = {"RAY_AUTH_TOKEN": token}
+        other = ("source.shard_rows=30", "run.pairs.headers={'http://emoji.test': NO_SUCH_VARIABLE}")
+        failed = unclip("submit", *words[:1], *other, "--to", address, "--until", "pairs", env=environment)
+        assert failed.returncode == 2, failed.stdout + failed.stderr
+        assert "NO_SUCH_VARIABLE" in failed.stdout
+        assert "failed (exit code 2); submit it again to go on where it was" in failed.stderr
+        assert s3.environment["AWS_SECRET_ACCESS_KEY"] not in failed.stdout + str(_details(address, token))
+        made = _planned(config, *other[:1])
+        assert keys(open_at(url))["source"] == planned["source"] | made["source"]
+
+    _wait("the end of the cluster", lambda: not _processes(folder))
+    assert not (folder / "state.json").exists()
+    assert len(list(folder.glob("unclip-micro-*.log"))) == 2
+
+
+def _details(address: str, token: str) -> object:
+    """All that the dashboard tells of jobs."""
+    import json
+    import urllib.request
+
+    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_chain_survives_its_worker_node_and_its_driver(
+    folder: Path, s3: Server, pictures: str, tmp_path: Path
+) -> None:
+    rows = write_list(tmp_path / "list.csv", 0, 60)
+    (tmp_path / "laptop").mkdir()
+    laptop = write_config(tmp_path / "laptop", str(tmp_path / "store"), pictures, [rows])
+    done(unclip("run", laptop, timeout=900))
+
+    url = f"{s3.url}/killed-{os.getpid()}"
+    config = write_config(tmp_path, url, pictures, [rows])
+    words = (config, "run.pairs.workers=2", "run.embeddings.workers=2", "run.decoder.workers=1", "--to", "local")
+    log = tmp_path / "first.log"
+    submitter = _start(log, *words)
+    _wait("work on the worker node", lambda: _on_the_worker_node(folder) or submitter.poll() is not None)
+    raylet = _worker_node(folder)[1]
+    raylet.kill()
+    _wait("another worker node", lambda: len(node := _worker_node(folder)) > 1 and node[1].pid != raylet.pid)
+    _wait("half of the chain", lambda: "ar_prior done" in log.read_text() or submitter.poll() is not None)
+    driver = [p for p in _processes(folder) if p.words[1:3] == ["-m", "jobs.run"]]
+    driver[-1].kill()
+    assert submitter.wait(WAIT_S) == 137, log.read_text()
+    assert "failed (exit code 137)" in log.read_text()
+
+    second = done(unclip("submit", *words, timeout=900))
+    assert "has ended (failed); what it has made stays made" in second
+    assert keys(open_at(url)) == keys(open_at(tmp_path / "store"))
+    assert data_blobs(open_at(url)) == data_blobs(open_at(tmp_path / "store"))
+    assert (tmp_path / "out/samples/0000.png").exists()
+    began = time.monotonic()
+    assert "nothing to do" in done(unclip("submit", *words))
+    assert time.monotonic() - began < 15
+
+
+def _worker_node(folder: Path) -> list[Process]:
+    """``ray start`` of the worker node and, once it is there, its raylet."""
+    processes = _processes(folder)
+    starts = [p for p in processes if "start" in p.words and "--head" not in p.words and "--labels=pool=gpu" in p.words]
+    raylets = [p for p in processes if p.words[0].endswith("/raylet") and p.parent in {s.pid for s in starts}]
+    return [*starts[-1:], *raylets[-1:]]
+
+
+def _on_the_worker_node(folder: Path) -> bool:
+    """Whether a worker of a stage has begun there."""
+    node = _worker_node(folder)
+    return len(node) > 1 and any(
+        p.parent == node[1].pid and p.words[0].startswith("ray::MapWorker") for p in _processes(folder)
+    )
