@@ -1,7 +1,7 @@
 """A cluster of two nodes on this machine, to rehearse a real one: a head, and a worker node with the label of a GPU's.
 
 A keeper, which outlives whoever started it, starts both, starts the worker node again should it die, and ends all when
-no job is left. It is found again by a small file. Everything listens on loopback only, and wants a token.
+no job is left. It is found again by a small file. The dashboard listens on loopback only, and all wants a token.
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ class _Keeper:
         try:
             ports = _free_ports("port", "dashboard-port", "ray-client-server-port", *AGENT_PORTS)
             self.address = f"http://{HOST}:{ports['dashboard-port']}"
-            head = ["--head", f"--dashboard-host={HOST}", f"--temp-dir={self.scratch}", "--disable-usage-stats"]
+            head = ["--head", f"--dashboard-host={HOST}", "--disable-usage-stats"]
             head += [f"--{name}={port}" for name, port in ports.items() if name not in AGENT_PORTS]
-            self._add(lambda: self._node(self.head_cpus, HEAD_LABELS, [*head, f"--node-ip-address={HEAD}"]))
-            worker = [f"--address={HEAD}:{ports['port']}", f"--node-ip-address={WORKER}"]
-            self.make_worker = lambda: self._node(self.worker_cpus, WORKER_LABELS, worker)
+            worker = [f"--address={HEAD}:{ports['port']}"]
+            self._add(lambda: self._node(HEAD, "head", self.head_cpus, HEAD_LABELS, head))
+            self.make_worker = lambda: self._node(WORKER, "worker", self.worker_cpus, WORKER_LABELS, worker)
             self._add(self.make_worker)
             state = State(self.address, os.getpid(), str(self.scratch))
             draft = self.folder / "state.new"
@@ -160,9 +160,11 @@ class _Keeper:
                 self.nodes[-1] = make()
         raise SystemExit("a node ended while it started")
 
-    def _node(self, cpus: int, labels: str, more: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _node(self, host: str, name: str, cpus: int, labels: str, more: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Each node has a folder of its own: one that starts deletes the packages that it finds unpacked in it."""
         words = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}", f"--labels={labels}",
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host}",
+            f"--temp-dir={self.scratch / name}", f"--num-cpus={cpus}", f"--labels={labels}",
             f"--object-store-memory={self.memory}", "--min-worker-port=0", "--max-worker-port=0",
             *(f"--{name}={port}" for name, port in _free_ports(*AGENT_PORTS).items()), *more,
         ]  # fmt: skip
@@ -209,7 +211,7 @@ class _Keeper:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 node.wait(END_S)
         _kill_marked(str(self.scratch))
-        for file in self.scratch.glob("session_*/logs/job-driver-*.log"):
+        for file in self.scratch.glob("head/session_*/logs/job-driver-*.log"):
             shutil.copy(file, self.folder / file.name.removeprefix("job-driver-"))
         shutil.rmtree(self.scratch, ignore_errors=True)
 

@@ -5,30 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-from cluster.job import Job, make_job, number_of
-from cluster.package import Package, make_package, send_weights, write_zip
+from cluster.job import Job, make_job
+from cluster.package import Package, make_package
 from jobs.interrupt import INTERRUPTED
 from jobs.plan import Agreed, agree
 from jobs.project import Project, open_project
 from jobs.run import print_places
 from jobs.sample import remember_bundle
 from pipeline.config import OVERRIDES, Config, load_config
-from pipeline.errors import UserError
-from pipeline.progress import counted
-from pipeline.store import local_folder, open_store
+from pipeline.store import open_store
 
 if TYPE_CHECKING:
     from cluster.client import Cluster
 
 WHERE = "local: two nodes on this machine; or the address of a cluster's dashboard, such as http://HOST:8265"
 THERE = "out"  # where a driver on another machine writes its report, which is written here from the store
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,93 +40,53 @@ def main(argv: Sequence[str]) -> int:
     if arguments.stop:
         return _stop(load_config(arguments.config, arguments.overrides), arguments.to)
     project = open_project(arguments.config, arguments.overrides)
-    asked = agree(project, arguments.only, arguments.until, arguments.yes)
+    only, until, yes = arguments.only, arguments.until, arguments.yes
+    asked = agree(project, only, until, yes)
     if not asked.stale:
-        print("nothing to do")
-        if not project.report.exists():
-            _bring(project, asked)
-        print_places(project, asked.wanted)
-        return 0
-    job = make_job(
-        project.config, project.store.url, asked.keys, os.environ, arguments.only, arguments.until, arguments.yes
-    )
-    here = arguments.to == "local"
+        return _nothing(project, asked)
+    job = make_job(project.config, project.store.url, asked.keys, os.environ, only, until, yes)
+    return _run(project, asked, job, arguments.to)
+
+
+def _nothing(project: Project, asked: Agreed) -> int:
+    print("nothing to do")
+    if not project.report.exists():
+        _bring(project)
+    print_places(project, asked.wanted)
+    return 0
+
+
+def _run(project: Project, asked: Agreed, job: Job, to: str) -> int:
+    """Attach to the job or submit it, follow it to its end, and bring what it has made."""
+    from cluster.submission import LOCAL, attach_or_submit, check_reach, running, started
+
+    here = to == LOCAL
     if not here:
-        _check_reach(project, job, arguments.to)
-    output = str(Path(project.config.run.output).absolute()) if here else THERE
-    package = make_package(project.config, project.store.url, output, here)
-    cluster, submission_id = _begin(project, job, package, arguments.to)
+        check_reach(project.store, job, to)
+    package = _package(project, here)
+    with running(to, _folder(project.config)) as found:
+        cluster = found or started(_folder(project.config), project.config.run.ray)
+        submission_id = attach_or_submit(cluster, project.store, job, package, _about(project.config))
     return _follow(project, asked, cluster, submission_id)
 
 
-def _begin(project: Project, job: Job, package: Package, to: str) -> tuple[Cluster, str]:
-    """The cluster and the job there that runs, which is submitted unless it runs already."""
-    from cluster.client import Cluster
-    from cluster.local import find, locked, start
-
-    if to != "local":
-        cluster = Cluster(to)
-        return cluster, _submit(cluster, project, job, package)
-    folder = _folder(project.config)
-    with locked(folder):
-        running = find(folder)
-        if running is None:
-            print("starting a cluster of two nodes on this machine", flush=True)
-            running = start(folder, project.config.run.ray)
-        cluster = Cluster(*running)
-        return cluster, _submit(cluster, project, job, package)
-
-
-def _submit(cluster: Cluster, project: Project, job: Job, package: Package) -> str:
-    attempts = cluster.attempts(job)
-    if running := [seen for seen in attempts if seen.live]:
-        seen = running[-1]
-        print(f"{seen.id} runs already; what it said so far:", flush=True)
-        if seen.metadata.get("package") != package.key:
-            print("its code or run settings are others than yours; unclip submit --stop ends it", file=sys.stderr)
-        return seen.id
-    for note in package.notes:
-        print(f"note: {note}")
-    if attempts:
-        last = attempts[-1]
-        print(f"{last.id} has ended ({last.status.lower()}); what it has made stays made")
-        job = job.again((number_of(job.id, last.id) or 1) + 1)
-    send_weights(project.store, package)
-    metadata = {"project": project.config.project, "store": project.store.url, "package": package.key}
-    with tempfile.TemporaryDirectory() as folder:
-        file = write_zip(package, Path(folder) / "package.zip")
-        size = file.stat().st_size
-        cluster.submit(job, file, metadata)
-    print(f"{job.id} is submitted to {cluster.address}: {counted(len(package.files), 'file')}, {size / 1e6:.1f} MB")
-    return job.id
-
-
 def _follow(project: Project, asked: Agreed, cluster: Cluster, submission_id: str) -> int:
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     try:
-        end = cluster.follow(submission_id, write)
+        end = cluster.follow(submission_id, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
-        print(
-            f"\n{submission_id} goes on; the same command attaches to it, with --stop in place of --only or --until it "
-            "is stopped",
-            file=sys.stderr,
-        )
+        print(f"\n{submission_id} goes on: the same command attaches to it, --stop stops it", file=sys.stderr)
         return INTERRUPTED
     if end.status == "SUCCEEDED":
-        _bring(project, asked)
+        _bring(project)
         print_places(project, asked.wanted)
-    elif end.status == "STOPPED":
-        print(f"{submission_id} was stopped; submit it again to go on where it was", file=sys.stderr)
-    else:
-        why = f"exit code {end.exit_code}" if end.code is not None else end.message.splitlines()[0]
-        print(f"{submission_id} failed ({why}); submit it again to go on where it was", file=sys.stderr)
+        return 0
+    why = f"exit code {end.exit_code}" if end.code is not None else (end.message.splitlines() or ["no reason given"])[0]
+    ended = "was stopped" if end.status == "STOPPED" else f"failed ({why})"
+    print(f"{submission_id} {ended}; submit it again to go on where it was", file=sys.stderr)
     return end.exit_code
 
 
-def _bring(project: Project, asked: Agreed) -> None:
+def _bring(project: Project) -> None:
     """Write report and pictures here, from the store."""
     from pipeline.report.page import write_report
     from pipeline.samples import export_pictures
@@ -140,46 +95,35 @@ def _bring(project: Project, asked: Agreed) -> None:
     write_report(project.store, project.config, made, project.report)
     if "bundle" in made:
         remember_bundle(output, project.store.url, made["bundle"].key)
-    if "samples" in asked.wanted & made.keys():
+    if "samples" in made:
         export_pictures(project.store, made["samples"], output / "samples")
 
 
-def _stop(config: Config, to: str) -> int:
-    from cluster.client import Cluster
-    from cluster.local import find, locked
+def _package(project: Project, here: bool = False) -> Package:
+    output = str(Path(project.config.run.output).absolute()) if here else THERE
+    return make_package(project.config, project.store.url, output, here)
 
-    if to == "local":
-        with locked(_folder(config)):
-            running = find(_folder(config))
-        cluster = Cluster(*running) if running else None
-    else:
-        cluster = Cluster(to)
-    ours = {"project": config.project, "store": open_store(config.store).url}
-    live = [seen for seen in cluster.jobs() if seen.live and seen.metadata.items() >= ours.items()] if cluster else []
-    for seen in live:
-        assert cluster is not None
-        print(f"{seen.id}: {cluster.stop(seen.id).status.lower()}; what it has made stays made")
-    if not live:
+
+def _stop(config: Config, to: str) -> int:
+    from cluster.submission import running, stop
+
+    with running(to, _folder(config)) as cluster:
+        ended = stop(cluster, _about(config)) if cluster else []
+    for seen in ended:
+        print(f"{seen.id} was stopped ({seen.status.lower()}); what it has made stays made")
+    if not ended:
         print(f"nothing of {config.project} runs there")
     return 0
+
+
+def _about(config: Config) -> dict[str, str]:
+    """By what a job is known to be of a project."""
+    return {"project": config.project, "store": open_store(config.store).url}
 
 
 def _folder(config: Config) -> Path:
     """Where the local cluster is found again."""
     return Path(config.run.output).absolute() / "cluster"
-
-
-def _check_reach(project: Project, job: Job, to: str) -> None:
-    """Raise UserError where another machine would look for the store in itself."""
-    if urlsplit(to if "://" in to else f"//{to}").hostname in LOOPBACK:
-        return
-    if local_folder(project.store):
-        print(f"note: {project.store.url} is a folder: every machine of the cluster must mount it there")
-    for name, url in job.environment.items():
-        if urlsplit(url).hostname in LOOPBACK:
-            raise UserError(
-                f"{name} is {url}, which a machine of the cluster looks for in itself; name the server's host"
-            )
 
 
 if __name__ == "__main__":

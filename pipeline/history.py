@@ -20,9 +20,7 @@ from pipeline.store import Store
 from pipeline.training.recipes import TrainingRecipe
 
 
-def remember(
-    store: Store, project: str, graph: Graph, verdicts: Sequence[Verdict], package: str | None = None
-) -> None:
+def remember(store: Store, project: str, graph: Graph, verdicts: Sequence[Verdict], package: str | None = None) -> None:
     """Record what is asked, before it is done; ``package``: the path of a package that is to do it."""
     keys = {v.stage: v.key for v in verdicts}
     stages: dict[str, dict[str, Any]] = {}

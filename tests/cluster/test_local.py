@@ -1,10 +1,14 @@
 """Jobs on a real cluster of two nodes on this machine, with the store on a real S3 server."""
 
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,7 +87,7 @@ def _planned(config: Path, *overrides: str) -> dict[str, set[str]]:
 
 @pytest.mark.timeout(600)
 def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
-    folder: Path, s3: Server, pictures: str, tmp_path: Path
+    folder: Path, s3: Server, pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{s3.url}/submit-{os.getpid()}"
     rows = write_list(tmp_path / "list.csv", 0, 60)
@@ -97,8 +101,8 @@ def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
     assert submitter.wait() == -signal.SIGKILL, log.read_text()
 
     again = done(unclip("submit", *words, timeout=WAIT_S))
-    assert "-2" not in again.partition(" runs already")[0]
-    assert "runs already; what it said so far:" in again
+    (submitted,) = re.findall(r"(\S+) is submitted to", log.read_text())
+    assert f"\n{submitted} runs already; what it said so far:" in again
     assert "pairs done" in again
     assert keys(open_at(url)) == {stage: planned[stage] for stage in ("source", "pairs")}
     assert "pairs" in (tmp_path / "out/report.html").read_text()
@@ -108,9 +112,9 @@ def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
         assert running is not None
         address, token = running
         assert (folder / "token").stat().st_mode & 0o777 == 0o600
-        environment = {"RAY_AUTH_TOKEN": token}
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
         other = ("source.shard_rows=30", "run.pairs.headers={'http://emoji.test': NO_SUCH_VARIABLE}")
-        failed = unclip("submit", *words[:1], *other, "--to", address, "--until", "pairs", env=environment)
+        failed = unclip("submit", *words[:1], *other, "--to", address, "--until", "pairs")
         assert failed.returncode == 2, failed.stdout + failed.stderr
         assert "NO_SUCH_VARIABLE" in failed.stdout
         assert "failed (exit code 2); submit it again to go on where it was" in failed.stderr
@@ -118,16 +122,24 @@ def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
         made = _planned(config, *other[:1])
         assert keys(open_at(url))["source"] == planned["source"] | made["source"]
 
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            hosts = f"run.pairs.hosts={{emoji.test: '127.0.0.1:{silent.getsockname()[1]}'}}"
+            log, to = tmp_path / "stopped.log", ("--to", address)
+            submitter = _start(log, config, other[0], hosts, *to, "--until", "pairs")
+            _wait("a second time", lambda: "-2 is submitted" in log.read_text() or submitter.poll() is not None)
+            stopped = done(unclip("submit", config, *to, "--stop"))
+            assert "-2 was stopped (stopped); what it has made stays made" in stopped
+            assert submitter.wait(WAIT_S) == 1
+            assert "-2 was stopped; submit it again to go on where it was" in log.read_text()
+            assert "nothing of micro runs there" in done(unclip("submit", config, *to, "--stop"))
+
     _wait("the end of the cluster", lambda: not _processes(folder))
     assert not (folder / "state.json").exists()
-    assert len(list(folder.glob("unclip-micro-*.log"))) == 2
+    assert len(list(folder.glob("unclip-micro-*.log"))) == 3
 
 
 def _details(address: str, token: str) -> object:
     """All that the dashboard tells of jobs."""
-    import json
-    import urllib.request
-
     request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request) as answer:
         return json.load(answer)

@@ -10,9 +10,9 @@ import pytest
 from cluster.client import Seen
 from cluster.job import Job, make_job, number_of
 from cluster.package import Package
+from cluster.submission import attach_or_submit
 from jobs.plan import agree
 from jobs.project import Project, open_project
-from jobs.submit import _submit
 from tests.chain import done, unclip, write_config, write_list
 from tests.seaweed import Server
 
@@ -47,18 +47,22 @@ def _job(project: Project) -> Job:
     return make_job(project.config, project.store.url, asked.keys, {}, until="pairs")
 
 
+def _submit(cluster: FakeCluster, project: Project, package: Package) -> str:
+    return attach_or_submit(cluster, project.store, _job(project), package, {})  # type: ignore[arg-type]
+
+
 def test_twice_is_once_until_it_has_ended(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     cluster, package = FakeCluster(), Package({"a": b"1"})
-    first = _submit(cluster, project, _job(project), package)  # type: ignore[arg-type]
-    assert _submit(cluster, project, _job(project), package) == first  # type: ignore[arg-type]
+    first = _submit(cluster, project, package)
+    assert _submit(cluster, project, package) == first
     assert "runs already" in capsys.readouterr().out
     assert len(cluster.seen) == 1
-    assert _submit(cluster, project, _job(project), Package({"a": b"2"})) == first  # type: ignore[arg-type]
+    assert _submit(cluster, project, Package({"a": b"2"})) == first
     assert "its code or run settings are others than yours" in capsys.readouterr().err
     ids = []
     for status in ("FAILED", "STOPPED", "FAILED"):
         cluster.end(status)
-        ids.append(_submit(cluster, project, _job(project), package))  # type: ignore[arg-type]
+        ids.append(_submit(cluster, project, package))
         assert f"has ended ({status.lower()})" in capsys.readouterr().out
     assert ids == [f"{first}-2", f"{first}-3", f"{first}-4"]
 

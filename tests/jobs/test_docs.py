@@ -78,6 +78,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
 
 EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
 RETRAINED = "tests/jobs/test_retrain.py, in the order of docs/retrain.md and with what they print"
+SUBMITTED = "tests/cluster/test_local.py, to clusters on loopback"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip init my-project pairs.csv": "here",
@@ -140,6 +141,9 @@ TESTED = {
     "make check": "continuous integration",
     "make test-slow": "a release check",
     "make bench": "a release check: tests/test_benchmarks.py runs every script of it at small sizes",
+    "unclip submit my-project.yaml --to local": SUBMITTED,
+    "unclip submit my-project.yaml --to http://HEAD:8265": SUBMITTED,
+    "unclip submit my-project.yaml --to WHERE --stop": SUBMITTED,
     "ray job submit": "tests/jobs/test_chain.py::test_through_a_ray_job_the_keys_and_data_blobs_are_the_same",
 }
 
