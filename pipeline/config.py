@@ -30,7 +30,14 @@ from pipeline.evaluate.recipe import EVALUATION_PRESETS, EvaluationRecipe
 from pipeline.parse import merge, parse
 from pipeline.release_gates import ReleaseGates
 from pipeline.samples import SamplesRecipe
-from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
+from pipeline.settings import (
+    EmbeddingsSettings,
+    KubernetesSettings,
+    PairsSettings,
+    RaySettings,
+    ShardSettings,
+    TrainingSettings,
+)
 from pipeline.training.recipes import (
     TRAINING_PRESETS,
     ARPriorRecipe,
@@ -59,6 +66,7 @@ class Run:
     trackers: tuple[str, ...] = ()
     lease_s: float = 60.0
     ray: RaySettings = field(default_factory=RaySettings)
+    kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
     pairs: PairsSettings = field(default_factory=PairsSettings)
     clip: TrainingSettings = field(default_factory=TrainingSettings)
     embeddings: EmbeddingsSettings = field(default_factory=EmbeddingsSettings)

@@ -138,3 +138,35 @@ class RaySettings:
     def __post_init__(self) -> None:
         at_least(self, 1, "cpus")
         at_least(self, 100, "object_store_mb")
+
+
+@dataclass(frozen=True)
+class KubernetesSettings:
+    """Pods of a RayJob (see cluster.rayjob). ``image`` is theirs, ``service_account`` their right to the bucket,
+    ``secret`` the name of a Secret whose entries become environment variables. The driver runs on the head. ``cpus``
+    and ``memory_gb`` (GiB) are of a worker pod without GPUs, those with ``gpu_`` of one with ``gpus``; pods with GPUs
+    run where Kubernetes' nodes have the labels ``gpu_nodes``. With ``spot`` the workers, never the head, may run on
+    nodes that can be taken away. A try ends after ``deadline_hours``."""
+
+    image: str = ""
+    namespace: str = "default"
+    service_account: str = "default"
+    secret: str = ""
+    spot: bool = False
+    head_cpus: int = 4
+    head_memory_gb: int = 16
+    head_gpus: int = 0
+    cpus: int = 8
+    memory_gb: int = 32
+    gpus: int = 1
+    gpu_cpus: int = 8
+    gpu_memory_gb: int = 64
+    gpu_nodes: dict[str, str] = field(default_factory=dict)
+    deadline_hours: float = 24.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "head_cpus", "cpus", "gpus", "gpu_cpus")
+        at_least(self, 4, "head_memory_gb", "memory_gb", "gpu_memory_gb")
+        at_least(self, 0, "head_gpus")
+        if not self.deadline_hours > 0:
+            raise ValueError(f"deadline_hours: {self.deadline_hours} is not above 0")

@@ -32,7 +32,14 @@ from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.ledger import REASONS
 from pipeline.release_gates import ReleaseGates
 from pipeline.samples import SamplesRecipe
-from pipeline.settings import EmbeddingsSettings, PairsSettings, RaySettings, ShardSettings, TrainingSettings
+from pipeline.settings import (
+    EmbeddingsSettings,
+    KubernetesSettings,
+    PairsSettings,
+    RaySettings,
+    ShardSettings,
+    TrainingSettings,
+)
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
 from tests.chain import MICRO, ROOT
 from tests.pipeline.data.bench import picture, save_clip, write_list
@@ -67,6 +74,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
     "release": {"default": ReleaseGates},
     "run": {"default": Run},
     "run.ray": {"default": RaySettings},
+    "run.kubernetes": {"default": KubernetesSettings},
     "run.pairs": {"default": PairsSettings},
     "run.embeddings": {"default": EmbeddingsSettings},
     "run.thresholds": {"default": ShardSettings},
@@ -79,6 +87,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
 EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
 RETRAINED = "tests/jobs/test_retrain.py, in the order of docs/retrain.md and with what they print"
 SUBMITTED = "tests/cluster/test_local.py, to clusters on loopback"
+RAYJOB = "tests/cluster/test_rayjob_runs.py, as far as the RayJob; there is no Kubernetes here"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip init my-project pairs.csv": "here",
@@ -144,6 +153,10 @@ TESTED = {
     "unclip submit my-project.yaml --to local": SUBMITTED,
     "unclip submit my-project.yaml --to http://HEAD:8265": SUBMITTED,
     "unclip submit my-project.yaml --to WHERE --stop": SUBMITTED,
+    "unclip submit my-project.yaml --to kuberay > job.yaml": RAYJOB,
+    "unclip submit my-project.yaml --to kuberay > rest.yaml": RAYJOB,
+    "unclip submit my-project.yaml --to kuberay --until pairs > pairs.yaml": RAYJOB,
+    "unclip submit my-project.yaml --to http://localhost:8265": "tests/jobs/test_submit.py, to a cluster on loopback",
     "ray job submit": "tests/jobs/test_chain.py::test_through_a_ray_job_the_keys_and_data_blobs_are_the_same",
 }
 

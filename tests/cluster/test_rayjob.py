@@ -1,0 +1,246 @@
+"""RayJobs: read back, they are the job; and what must never be in one is in none."""
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.job import Job, job_id
+from cluster.pods import groups
+from cluster.rayjob import SPOT, render
+from pipeline.config import Run, make_config
+from pipeline.errors import UserError
+from tests.cluster.kuberay import parse, quantity, submit_command
+from tests.cluster.templates import FOLDER, TEMPLATES, template
+
+PACKAGE = "s3://bucket/birds/packages/birds/1-0123456789abcdef.zip"
+STAGES = ("pairs", "embeddings", "decoder")
+JOB = Job(
+    "unclip-birds-0123456789abcdef",
+    ("python", "-m", "jobs.run", "project.yaml", "--until=decoder", "--yes"),
+    {"AWS_ENDPOINT_URL": "http://seaweed:8333", "AWS_REGION": "us-west-2"},
+    1.0,
+    4096,
+)
+RUN = {
+    "kubernetes": {
+        "image": "registry.example.org/unclip:0.1.0",
+        "namespace": "pictures",
+        "service_account": "unclip",
+        "secret": "store-keys",
+        "spot": True,
+        "gpus": 4,
+        "gpu_nodes": {"nvidia.com/gpu.product": "NVIDIA-L4"},
+        "deadline_hours": 1.5,
+    },
+    "pairs": {"workers": 12, "nodes": {"pool": "cpu"}},
+    "embeddings": {"workers": 2, "gpus": 1, "nodes": {"pool": "gpu"}, "decoders": 6, "decoder_nodes": {"pool": "cpu"}},
+    "decoder": {"workers": 5, "device": "cuda"},
+}
+
+
+def run_settings(**kubernetes: Any) -> Run:
+    run = RUN | {"kubernetes": RUN["kubernetes"] | kubernetes}
+    return make_config({"project": "birds", "store": "s3://b/p", "source": {"paths": ["a.csv"]}, "run": run}).run
+
+
+def rendered(job: Job = JOB, **kubernetes: Any) -> dict[str, Any]:
+    return yaml.safe_load(render(job, PACKAGE, run_settings(**kubernetes), STAGES))
+
+
+def pods(rayjob: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The specs of the head's pod and of the workers'."""
+    cluster = rayjob["spec"]["rayClusterSpec"]
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    return head["template"]["spec"], [group["template"]["spec"] for group in workers]
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every key and every value in nested YAML, and in the YAML inside it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (str(key), *texts(inner))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts(inner)
+    else:
+        yield str(value)
+
+
+def test_read_back_it_is_the_job() -> None:
+    found = parse(render(JOB, PACKAGE, run_settings(), STAGES))
+    assert dataclasses.replace(found.job, cpus=JOB.cpus, memory_mb=JOB.memory_mb) == JOB
+    assert found.package == PACKAGE
+    assert found.job.cpus >= JOB.cpus
+    assert found.job.memory_mb >= JOB.memory_mb
+
+
+def test_the_nodes_are_what_the_settings_ask_for() -> None:
+    head, cpu, gpu = parse(render(JOB, PACKAGE, run_settings(), STAGES)).nodes
+    assert (head.cpus, head.gpus, head.pods) == (0, 0, 1)  # the driver's: no worker gets there
+    assert (cpu.group, cpu.pods, cpu.cpus, cpu.gpus, cpu.labels) == ("cpu", 2, 8, 0, {"pool": "cpu"})
+    assert (gpu.group, gpu.pods, gpu.cpus, gpu.gpus, gpu.labels) == ("gpu", 2, 8, 4, {"pool": "gpu"})
+    for node in (head, cpu, gpu):
+        assert (
+            node.environment == JOB.environment
+        )  # what fetches the package runs before the job's environment is there
+        assert node.secrets == ["store-keys"]
+        assert node.object_store <= node.memory // 2
+
+
+def test_a_group_without_workers_is_left_out() -> None:
+    (_, gpu) = parse(render(JOB, PACKAGE, run_settings(), ["decoder", "samples"])).nodes
+    assert gpu.group == "gpu"
+    assert len(parse(render(JOB, PACKAGE, run_settings(), ["evaluation"])).nodes) == 1
+
+
+def test_kuberay_accepts_its_fields() -> None:
+    """The rules of KubeRay's ValidateRayJobSpec and ValidateRayClusterSpec that these fields meet."""
+    rayjob = rendered()
+    assert (rayjob["apiVersion"], rayjob["kind"]) == ("ray.io/v1", "RayJob")
+    assert rayjob["metadata"]["namespace"] == "pictures"
+    spec = rayjob["spec"]
+    assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
+    assert spec["shutdownAfterJobFinishes"]  # else ttlSecondsAfterFinished is refused
+    assert spec["ttlSecondsAfterFinished"] > 0
+    assert spec["activeDeadlineSeconds"] == 5400
+    assert spec["backoffLimit"] > 0
+    cluster = spec["rayClusterSpec"]
+    assert cluster["rayVersion"] == version("ray")
+    for group in cluster["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert "resources" not in group  # with rayStartParams' num-cpus it is refused
+        assert "labels" not in group["rayStartParams"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def test_token_authentication_is_on_and_nothing_is_published() -> None:
+    cluster = rendered()["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert "enableIngress" not in cluster["headGroupSpec"]
+    assert not {"hostNetwork", "hostPort", "NodePort", "LoadBalancer"} & set(texts(cluster))
+
+
+def test_spot_is_for_workers_and_never_for_the_head() -> None:
+    for spot in (False, True):
+        head, workers = pods(rendered(spot=spot, head_gpus=1))
+        assert not [t for t in head["tolerations"] if t["key"] in SPOT]
+        (term,) = head["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+            "nodeSelectorTerms"
+        ]
+        refused = {e["key"]: e["values"] for e in term["matchExpressions"] if e["operator"] == "NotIn"}
+        assert refused == {name: [value] for name, value in SPOT.items()}
+        for worker in workers:
+            tolerated = {t["key"]: t["value"] for t in worker.get("tolerations", []) if t["key"] in SPOT}
+            assert tolerated == (SPOT if spot else {})
+            # Preferred, not required: without spot nodes they run on others.
+            assert ("affinity" in worker) == spot
+            assert "requiredDuring" not in json.dumps(worker)
+
+
+def test_pods_have_what_they_may_use() -> None:
+    head, (cpu, gpu) = pods(rendered())
+    for pod in (head, cpu, gpu):
+        (container,) = pod["containers"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert container["image"] == "registry.example.org/unclip:0.1.0"
+        assert pod["serviceAccountName"] == "unclip"
+        (volume,) = pod["volumes"]
+        assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
+        assert volume["emptyDir"]["medium"] == "Memory"
+    for node, pod in zip(parse(yaml.safe_dump(rendered())).nodes, (head, cpu, gpu), strict=True):
+        size = quantity(pod["volumes"][0]["emptyDir"]["sizeLimit"])
+        assert node.object_store < size < node.memory  # else Ray puts its object store on disk
+    assert gpu["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-L4"}
+    assert "nodeSelector" not in cpu
+    assert [t["key"] for t in gpu["tolerations"] if t["operator"] == "Exists"] == ["nvidia.com/gpu"]
+
+
+def test_no_secret_is_in_it() -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "MY_PASSWORD"):
+        with pytest.raises(UserError, match=f"{name}: no secret is written into YAML"):
+            rendered(dataclasses.replace(JOB, environment={**JOB.environment, name: "hush"}))
+    words = " ".join(texts(rendered(secret="")))
+    assert not re.search(r"AWS_SECRET|AWS_ACCESS|AUTH_TOKEN|secretRef", words)
+
+
+@pytest.mark.parametrize("name", ["", "-birds", "Birds", "birds_1", "9birds", "birds-", "b" * 48])
+def test_names_that_kubernetes_refuses_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="no name for a RayJob"):
+        rendered(dataclasses.replace(JOB, id=name))
+
+
+@settings(deadline=None)
+@given(st.text(min_size=1))
+def test_ids_of_jobs_are_names(project: str) -> None:
+    job = dataclasses.replace(JOB, id=job_id(project, "s3://b", {"pairs": "k"})).again(999)
+    assert rendered(job)["metadata"]["name"] == job.id
+
+
+def test_mistakes_are_told() -> None:
+    with pytest.raises(UserError, match=r"run\.kubernetes\.image: missing; build cluster/Dockerfile"):
+        rendered(image="")
+    with pytest.raises(UserError, match="the driver takes 1 cores and 40960 MiB, but the head has 4"):
+        rendered(dataclasses.replace(JOB, memory_mb=40 << 10))
+    assert rendered(dataclasses.replace(JOB, memory_mb=40 << 10), head_memory_gb=64)
+    for value in ("http://$HOST", "`id`"):
+        with pytest.raises(UserError, match="would not reach the cluster as it is"):
+            rendered(dataclasses.replace(JOB, environment={"AWS_ENDPOINT_URL": value}))
+
+
+SHELL = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
+PLAIN = st.text(
+    st.characters(codec="ascii", categories=("L", "N", "P", "S", "Zs"), exclude_characters="$`"), max_size=30
+)
+
+
+@settings(max_examples=30, deadline=None)  # each is a shell
+@given(st.lists(SHELL, min_size=1), PLAIN)
+def test_words_and_environment_pass_the_shell_of_kuberays_submitter(words: list[str], value: str) -> None:
+    job = dataclasses.replace(JOB, command=("python", *words), environment={"AWS_ENDPOINT_URL": value})
+    text = render(job, PACKAGE, run_settings(), STAGES)
+    assert parse(text).job.command == job.command
+    ray = f"ray() {{ {shlex.quote(sys.executable)} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"; }}\n"
+    shell = ["/bin/bash", "-ce", ray + submit_command(text, "http://head:8265")]
+    seen = json.loads(subprocess.run(shell, capture_output=True, text=True, check=True).stdout)
+    assert seen[seen.index("--") + 1 :] == list(job.command)
+    environment = json.loads(seen[seen.index("--runtime-env-json") + 1])
+    assert environment == {"working_dir": PACKAGE, "env_vars": job.environment}
+    assert seen[seen.index("--submission-id") + 1] == job.id
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_templates_are_what_is_rendered_now(name: str) -> None:
+    written = (FOLDER / f"{name}.yaml").read_text()
+    assert written == template(name), "record it with python -m tests.cluster.templates"
+
+
+def test_there_is_a_template_for_each_kind_of_stage() -> None:
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(TEMPLATES)
+    kinds = {name: [node.group for node in parse(template(name)).nodes[1:]] for name in TEMPLATES}
+    assert kinds == {"data": ["cpu"], "embeddings": ["gpu", "cpu"], "training": ["gpu"]}
+    assert all(Path(FOLDER / f"{name}.yaml").read_text().count("kind: RayJob") == 1 for name in TEMPLATES)
+
+
+def test_pods_of_a_group_hold_its_workers() -> None:
+    """Cores and GPUs of the rendered nodes are those that the stages' workers take, and the head has room for none."""
+    run = run_settings()
+    nodes = {node.group: node for node in parse(render(JOB, PACKAGE, run, STAGES)).nodes}
+    for group in groups(run, STAGES):
+        node = nodes[group.name]
+        assert (node.pods, node.cpus, node.gpus) == (group.pods, group.cpus, group.gpus)
+    assert nodes["cpu"].pods * nodes["cpu"].cpus >= 12
+    assert nodes["gpu"].pods * nodes["gpu"].gpus >= 5
