@@ -156,7 +156,7 @@ TESTED = {
     "unclip submit my-project.yaml --to kuberay > job.yaml": RAYJOB,
     "unclip submit my-project.yaml --to kuberay > rest.yaml": RAYJOB,
     "unclip submit my-project.yaml --to kuberay --until pairs > pairs.yaml": RAYJOB,
-    "unclip submit my-project.yaml --to http://localhost:8265": "tests/jobs/test_submit.py, to a cluster on loopback",
+    "unclip submit my-project.yaml --to http://localhost:8265": "tests/cluster/test_submit.py, to a cluster on loopback",
     "ray job submit": "tests/jobs/test_chain.py::test_through_a_ray_job_the_keys_and_data_blobs_are_the_same",
 }
 
