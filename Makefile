@@ -3,7 +3,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3.12)
 BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings codec near_duplicates \
-  many_shards nodes training_loop reading resuming generation tiny variants
+  many_shards nodes billion plan training_loop reading resuming generation tiny variants
 
 .PHONY: help test test-browser test-slow chaos check bench format peek demo clean
 

@@ -1,28 +1,76 @@
-"""``unclip plan CONFIG``: what a run would make, why, and about what it costs."""
+"""``unclip plan CONFIG``: what a run would make, why, and what it costs.
+
+Costs come from the last run, from a profile that was saved, or from a probe; what nobody has measured is guessed. With
+``--pairs`` they are those of a list of that size that is not there yet, as if nothing were made.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from jobs.project import Project, open_project
-from pipeline.config import OVERRIDES
-from pipeline.cost import Cost, estimate
+from pipeline.bill import remarks, table
+from pipeline.build import build
+from pipeline.config import OVERRIDES, load_config
+from pipeline.cost import UTILISATION, Ask, Cost, estimate
 from pipeline.errors import UserError
+from pipeline.fleet import parse_count, parse_fleet
 from pipeline.graph import Verdict
+from pipeline.profile import Profile, load_profile, observe
 from pipeline.progress import counted, duration
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="unclip plan", description=__doc__)
+    parser = argparse.ArgumentParser(prog="unclip plan", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument(
+        "--probe", action="store_true", help="measure first, on this machine, with few rows and samples"
+    )
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="measurements that were saved, for the last run's")
+    parser.add_argument("--save-profile", type=Path, metavar="FILE", help="save the measurements that are used")
+    parser.add_argument(
+        "--pairs", metavar="N", help="plan for a list of so many, such as 650M, as if nothing were made"
+    )
+    parser.add_argument("--gpus", metavar="NxKIND", help="plan trainings and embeddings on GPUs, such as 64xH100")
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=UTILISATION,
+        metavar="SHARE",
+        help=f"of a GPU's bf16 peak that trainings reach where no GPU was measured ({UTILISATION})",
+    )
     arguments = parser.parse_intermixed_args(argv)
-    project = open_project(arguments.config, arguments.overrides)
-    project.check_trackers()
-    verdicts = project.plan()
-    print_plan(project, verdicts, set(project.graph))
+    if arguments.probe and (arguments.pairs or arguments.profile):
+        parser.error("--probe measures for itself: save it with --save-profile, then plan with --profile")
+    if not 0 < arguments.utilisation <= 1:
+        raise UserError(f"--utilisation {arguments.utilisation:g}: use a share above 0 and at most 1")
+    fleet = parse_fleet(arguments.gpus) if arguments.gpus else None
+    profile = load_profile(arguments.profile) if arguments.profile else None
+    if arguments.pairs:
+        config = load_config(arguments.config, arguments.overrides)
+        ask = Ask(config, parse_count(arguments.pairs), profile or Profile(), fleet, arguments.utilisation)
+        where = f" on {fleet.count} {fleet.name}" if fleet else ""
+        print(f"{config.project}: {_size(ask.rows, ask.shards)}{where}, as if nothing were made")
+        _print_costs({stage: estimate(stage, ask) for stage in build(config)}, ask)
+    else:
+        project = open_project(arguments.config, arguments.overrides)
+        project.check_trackers()
+        if arguments.probe:
+            from jobs.probe import probe
+
+            profile = probe(project, arguments.config, arguments.overrides)
+        ask = ask_of(project, profile, fleet, arguments.utilisation)
+        costs = _print_verdicts(project, project.plan(), set(project.graph), ask)
+        if costs:
+            print()
+            _print_costs(costs, ask)
+    if arguments.save_profile:
+        ask.profile.save(arguments.save_profile)
+        print(f"profile: {arguments.save_profile}")
     return 0
 
 
@@ -60,28 +108,47 @@ def agree(project: Project, only: str | None, until: str | None, yes: bool) -> A
     return Agreed(wanted, verdicts, stale)
 
 
+def ask_of(project: Project, profile: Profile | None = None, *fleet: object) -> Ask:
+    """The costs of a project's own list, by default from what its last run took."""
+    rows = sum(shard.ledger.kept for shard in project.scan.shards)
+    found = observe(project.store, project.config.project) if profile is None else profile
+    return Ask(project.config, rows, found, *fleet)  # type: ignore[arg-type]
+
+
 def print_plan(project: Project, verdicts: Sequence[Verdict], wanted: set[str]) -> float:
     """Print one line a stage; return the estimated seconds of all stale ones."""
-    total = 0.0
-    guessed = False
-    rows = sum(shard.ledger.kept for shard in project.scan.shards)
-    size = f"{counted(rows, 'pair')} in {counted(len(project.scan.shards), 'shard')}"
-    print(f"{project.config.project}: {size}, store {project.store.url}")
+    return sum(cost.seconds for cost in _print_verdicts(project, verdicts, wanted, ask_of(project)).values())
+
+
+def _print_verdicts(project: Project, verdicts: Sequence[Verdict], wanted: set[str], ask: Ask) -> dict[str, Cost]:
+    """Print one line a stage; return the costs of all stale ones."""
+    shards = len(project.scan.shards)
+    print(f"{project.config.project}: {_size(ask.rows, shards)}, store {project.store.url}")
+    costs: dict[str, Cost] = {}
     for verdict in verdicts:
         if verdict.stage not in wanted:
             continue
         note = verdict.because
         if verdict.state == "stale":
-            cost: Cost = estimate(project.graph[verdict.stage], rows, project.config.project, project.store)
-            total += cost.seconds
-            guessed = guessed or not cost.measured
-            note += f", about {duration(cost.seconds)}{'' if cost.measured else ' (a guess)'}"
+            cost = costs[verdict.stage] = estimate(verdict.stage, ask)
+            note += f", about {duration(cost.seconds)}{' (a guess)' if cost.basis == 'guess' else ''}"
         print(f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {note}".rstrip())
-    if total:
-        print(
-            f"about {duration(total)} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}"
-        )
-    return total
+    if costs:
+        guessed = any(cost.basis == "guess" for cost in costs.values())
+        total = duration(sum(cost.seconds for cost in costs.values()))
+        print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
+    return costs
+
+
+def _size(rows: int, shards: int) -> str:
+    return f"{counted(rows, 'pair')} in {counted(shards, 'shard')}"
+
+
+def _print_costs(costs: dict[str, Cost], ask: Ask) -> None:
+    for line in table(costs, ask.config.run.prices):
+        print(line)
+    for line in remarks(costs, ask):
+        print(line)
 
 
 def print_changes(before: Sequence[Verdict], after: Sequence[Verdict]) -> None:

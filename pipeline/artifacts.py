@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from threading import Lock
 from typing import Any
 
 from pipeline.crash import crash_point
@@ -190,16 +192,27 @@ class ShardRow:
 
 def read_shards(store: Store, artifact: Artifact) -> list[ShardRow]:
     """The shards of an artefact in order of their numbers."""
+    return [row for batch in _table(store, artifact).iter_batches(WINDOW, use_threads=False) for row in _rows(batch)]
+
+
+def _table(store: Store, artifact: Artifact) -> Any:
+    """An artefact's list of shards as a ParquetFile."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     if artifact.shard_table is None:
         raise ValueError(f"{artifact.stage} has no shards")
-    table = read_table(store, artifact.shard_table)
+    return pq.ParquetFile(pa.BufferReader(read_blob(store, artifact.shard_table)))
+
+
+def _rows(batch: Any) -> Iterator[ShardRow]:
     # One string a name, not one for each shard.
     blobs, counts = (
-        {name: sys.intern(name.removeprefix(kind)) for name in table.column_names if name.startswith(kind)}
+        {name: sys.intern(name.removeprefix(kind)) for name in batch.schema.names if name.startswith(kind)}
         for kind in ("blob.", "count.")
     )
-    return [
-        ShardRow(
+    for row in batch.to_pylist():
+        yield ShardRow(
             row["number"],
             row["key"],
             row["kept"],
@@ -207,9 +220,55 @@ def read_shards(store: Store, artifact: Artifact) -> list[ShardRow]:
             {name: row[column] for column, name in blobs.items() if row[column] is not None},
             {name: row[column] for column, name in counts.items()},
         )
-        for batch in table.to_batches(max_chunksize=WINDOW)
-        for row in batch.to_pylist()
-    ]
+
+
+class ShardList:
+    """The shards of an artefact, in order of their numbers, for who needs now one and now another.
+
+    They lie in a temporary file, so that memory hardly grows with their number: by 8 bytes for each.
+    """
+
+    def __init__(self, store: Store, artifact: Artifact):
+        import numpy as np
+        import pyarrow as pa
+
+        table = _table(store, artifact)
+        numbers = [np.zeros(0, np.int64)]
+        # Arrow reads by offset from a file that has no name any more, and that nobody has to remove.
+        with tempfile.NamedTemporaryFile(prefix="unclip-shards-") as file:
+            with pa.ipc.new_file(file, table.schema_arrow) as writer:
+                for batch in table.iter_batches(WINDOW, use_threads=False):
+                    writer.write_batch(batch)
+                    numbers.append(batch["number"].to_numpy())
+            file.flush()
+            self._reader = pa.ipc.open_file(pa.OSFile(file.name))
+        self._numbers = np.concatenate(numbers)
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: int) -> ShardRow:
+        """Raises IndexError behind the end."""
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        with self._lock:
+            (row,) = _rows(self._reader.get_batch(place // WINDOW).slice(place % WINDOW, 1))
+        return row
+
+    def find(self, number: int) -> ShardRow | None:
+        """The shard of this number, if it is listed."""
+        place = int(self._numbers.searchsorted(number))
+        return self[place] if place < len(self) and self._numbers[place] == number else None
+
+    def counts(self, name: str) -> Any:
+        """This count of every shard, int64 [shards]; 0 where a shard does not have it."""
+        import numpy as np
+
+        batches = (self._reader.get_batch(i) for i in range(self._reader.num_record_batches))
+        column = f"count.{name}"
+        found = [b[column].to_numpy() if column in b.schema.names else np.zeros(len(b), np.int64) for b in batches]
+        return np.concatenate([np.zeros(0, np.int64), *found])
 
 
 def environment() -> dict[str, str]:

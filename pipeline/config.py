@@ -34,6 +34,7 @@ from pipeline.settings import (
     EmbeddingsSettings,
     KubernetesSettings,
     PairsSettings,
+    Prices,
     RaySettings,
     ShardSettings,
     TrainingSettings,
@@ -67,6 +68,7 @@ class Run:
     lease_s: float = 60.0
     ray: RaySettings = field(default_factory=RaySettings)
     kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
+    prices: Prices = field(default_factory=Prices)
     pairs: PairsSettings = field(default_factory=PairsSettings)
     clip: TrainingSettings = field(default_factory=TrainingSettings)
     embeddings: EmbeddingsSettings = field(default_factory=EmbeddingsSettings)

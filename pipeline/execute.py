@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
@@ -88,8 +90,9 @@ def _run_stage(
         return max((entry.path for folder in folders for entry in store.list(folder)), default="")
 
     def run() -> Artifact:
+        begun = replace(ctx, began=time.time())  # not when it began to wait for the lease
         if not isinstance(stage.recipe, TrainingRecipe):
-            return stage.run(ctx)
+            return stage.run(begun)
         with closing(Trackers(ctx)) as trackers:
 
             def show(running: Artifact) -> None:
@@ -97,7 +100,7 @@ def _run_stage(
                 trackers.tell(running)
 
             with showing(ctx, show):
-                made = stage.run(ctx)
+                made = stage.run(begun)
             trackers.tell(made)
             return made
 

@@ -7,6 +7,7 @@ keys of all inputs. So every key is known before anything has run.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,7 +23,8 @@ SOURCES = ("source", "captions")  # their keys come from the content of the user
 
 @dataclass(frozen=True)
 class Context:
-    """All that a running stage is given. ``work``: what workers took for it so far (see pipeline.shards.Work)."""
+    """All that a running stage is given. ``work``: what workers took for it so far (see pipeline.shards.Work);
+    ``began``: when it was begun, seconds since 1970, on which machines that share a stage roughly agree."""
 
     store: Store
     stage: str
@@ -33,11 +35,13 @@ class Context:
     inputs: Mapping[str, Artifact]
     config: Any  # the whole Config, for Ray's settings and the list of the user
     work: dict[str, float] = dataclasses.field(default_factory=dict)
+    began: float = dataclasses.field(default_factory=time.time)
 
     def publishable(self, **fields: Any) -> Artifact:
-        """An artefact of this stage with key, inputs, recipe and the work filled in."""
+        """An artefact of this stage with key, inputs, recipe, the work, and the time since it was begun filled in."""
         keys = {name: artifact.key for name, artifact in self.inputs.items()}
-        times = {**self.work, **fields.pop("times", {})}
+        whole = max(0.0, time.time() - self.began)
+        times = {**self.work, "whole_seconds": whole, **fields.pop("times", {})}
         recipe = flatten(self.recipe)
         return Artifact(self.stage, self.key, keys, recipe, times=times, version=self.version, **fields)
 

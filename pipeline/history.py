@@ -51,7 +51,9 @@ def _write(store: Store, project: str, stages: Mapping[str, Any], **more: str) -
     now = time.time()
     stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}"
     path = f"runs/{project}/{stamp}-{secrets.token_hex(4)}.json"
-    create_record(store, path, {"project": project, "stages": stages, "by": {**whoami(), "command": _command()}, **more})
+    create_record(
+        store, path, {"project": project, "stages": stages, "by": {**whoami(), "command": _command()}, **more}
+    )
 
 
 def _command() -> str:

@@ -28,6 +28,13 @@ KEYS = {
     "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
     "many_shards": {"memory_over_bound", "deciding_over_bound", "nothing_to_do_over_bound"},
     "nodes": {"download_2_nodes_over_1", "embeddings_scheduling_only_2_nodes_over_1"},
+    "billion": {
+        "minutes_over_bound",
+        "memory_over_bound",
+        "data_worker_growth_over_bound",
+        "training_worker_growth_over_bound",
+    },
+    "plan": {"worst_over_bound"},
     "codec": {
         "moments_rate_over_matmul",
         "moments_rate_with_reading_over_matmul",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from models.draw import Draw
 from pipeline.training.draws import Undropped
@@ -103,16 +104,20 @@ def forward_flops(task: Task, model: nn.Module, batch: Batch, draw: Draw) -> int
 
     The model is left as it is: give one in evaluation mode.
     """
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    counter = flop_counter()
+    with torch.no_grad(), counter:
+        task.loss(model, batch, draw)
+    return counter.get_total_flops()
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts what ``forward_flops`` does, while it is entered."""
 
     def on_cpu(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
     cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={cpu_attention: on_cpu})
-    with torch.no_grad(), counter:
-        task.loss(model, batch, draw)
-    return counter.get_total_flops()
+    return FlopCounterMode(display=False, custom_mapping={cpu_attention: on_cpu})
 
 
 @lru_cache

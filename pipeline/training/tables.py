@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table
+from pipeline.artifacts import Artifact, ShardList, read_shards, read_table
 from pipeline.errors import UserError
 from pipeline.store import Store
+
+LOCKS = 64  # of shards that are being read; two that share one wait for each other
 
 
 class Place(NamedTuple):
@@ -67,17 +69,17 @@ class Tables:
         min_side: int,
         cached: int = 8,
     ):
-        def by_number(name: str, wanted: bool) -> dict[int, ShardRow]:
-            return {shard.number: shard for shard in read_shards(store, inputs[name])} if wanted else {}
-
         self.store, self.columns, self.split, self.min_side = store, columns, split, min_side
-        self.shards = read_shards(store, inputs["curation" if "curation" in inputs else "pairs"])
-        self.counts = tuple(shard.counts.get(f"{split}/{min_side}", 0) for shard in self.shards)
-        self._pairs = by_number("pairs", "image" in columns)
-        self._captions = by_number("captions", "tokens" in columns)
-        self._embeddings = by_number("embeddings", not {"image_embedding", "text_embedding"}.isdisjoint(columns))
+        self.shards = ShardList(store, inputs["curation" if "curation" in inputs else "pairs"])
+        self.counts = tuple(self.shards.counts(f"{split}/{min_side}").tolist())
+        wanted = {
+            "pairs": "image" in columns,
+            "captions": "tokens" in columns,
+            "embeddings": not {"image_embedding", "text_embedding"}.isdisjoint(columns),
+        }
+        self._others = {name: ShardList(store, inputs[name]) for name in wanted if wanted[name]}
         self._shard = lru_cache(maxsize=cached)(self._read_shard)
-        self._locks: dict[int, Lock] = {}
+        self._locks = [Lock() for _ in range(LOCKS)]
 
     def first(self, rows: int) -> list[Row]:
         """At most ``rows`` rows, in order of shards and of the index."""
@@ -89,16 +91,22 @@ class Tables:
         threads ask for it."""
         opened = {}
         for shard in sorted({shard for shard, _ in positions}):
-            with self._locks.setdefault(shard, Lock()):
+            with self._locks[shard % LOCKS]:
                 opened[shard] = self._shard(shard)
         return [opened[shard][row] for shard, row in positions]
 
-    def _read_shard(self, position: int) -> list[Row]:
+    def blobs(self, position: int) -> dict[str, Mapping[str, str]]:
+        """What is stored of a shard, by stage: that of the rows first, then those that are joined with it."""
         shard = self.shards[position]
-        index = self._index(shard)
+        found = {name: listed.find(shard.number) for name, listed in self._others.items()}
+        return {"rows": shard.blobs} | {name: other.blobs for name, other in found.items() if other is not None}
+
+    def _read_shard(self, position: int) -> list[Row]:
+        number, blobs = self.shards[position].number, self.blobs(position)
+        index = self._index(blobs["rows"]["index"])
         if index.num_rows != self.counts[position]:
             raise ValueError(
-                f"shard {shard.number}: its index has {index.num_rows} {self.split} rows of {self.min_side} px, "
+                f"shard {number}: its index has {index.num_rows} {self.split} rows of {self.min_side} px, "
                 f"its artefact counts {self.counts[position]}"
             )
         keys = index["key"].to_pylist()
@@ -106,17 +114,17 @@ class Tables:
         captions: Any = repeat(None, len(keys))
         image: Any = repeat(None, len(keys))
         text: Any = repeat(None, len(keys))
-        if pairs := self._pairs.get(shard.number):
+        if "pairs" in blobs:
             columns = (index[name].to_pylist() for name in ("tar", "offset", "size", "sha256"))
-            own = pairs.blobs.get("images")
+            own = blobs["pairs"].get("images")
             places = (
                 None if size is None else Place(key, own, tar, offset, size, sha256)
                 for key, tar, offset, size, sha256 in zip(keys, *columns, strict=True)
             )
-        if captioned := self._captions.get(shard.number):
-            captions = self._join(captioned, "captions", keys)["captions"].to_pylist()
-        if embedded := self._embeddings.get(shard.number):
-            table = self._join(embedded, "embeddings", keys)
+        if "captions" in blobs:
+            captions = self._join(number, blobs, "captions", keys)["captions"].to_pylist()
+        if "embeddings" in blobs:
+            table = self._join(number, blobs, "embeddings", keys)
             if "image_embedding" in self.columns:
                 image = _matrix(table["image_embedding"])
             if "text_embedding" in self.columns:
@@ -124,26 +132,26 @@ class Tables:
         licenses = index["license"].to_pylist()
         return [Row(*values) for values in zip(keys, places, captions, image, text, licenses, strict=True)]
 
-    def _index(self, shard: ShardRow) -> Any:
+    def _index(self, blob: str) -> Any:
         import pyarrow.compute as pc
 
-        index = read_table(self.store, shard.blobs["index"])
+        index = read_table(self.store, blob)
         wanted = pc.and_(pc.equal(index["status"], "kept"), pc.equal(index["split"], self.split))
         if self.min_side:
             short = pc.min_element_wise(index["width"], index["height"])
             wanted = pc.and_(wanted, pc.greater_equal(short, self.min_side))
         return index.filter(wanted)
 
-    def _join(self, shard: ShardRow, blob: str, keys: list[str]) -> Any:
+    def _join(self, number: int, blobs: Mapping[str, Mapping[str, str]], name: str, keys: list[str]) -> Any:
         """The rows of a shard's table whose keys are ``keys``, in that order. Raises ValueError if one is missing."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        table = read_table(self.store, shard.blobs[blob])
+        table = read_table(self.store, blobs[name][name])
         found = pc.index_in(pa.array(keys, pa.string()), value_set=table["key"])
         if found.null_count:
             missing = next(key for key, place in zip(keys, found.to_pylist(), strict=True) if place is None)
-            raise ValueError(f"shard {shard.number}: row {missing} is in the index but not in its {blob}")
+            raise ValueError(f"shard {number}: row {missing} is in the index but not in its {name}")
         return table.take(found)
 
 

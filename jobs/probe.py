@@ -1,0 +1,137 @@
+"""The probe of ``unclip plan --probe``: the same configuration, run twice in a scratch store with few rows and samples.
+
+Rows are spread over the user's own list, and nothing but amounts differs: so what the two runs took is what the whole
+will take, once lines are drawn through it (pipeline.profile).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from jobs.project import Project
+from pipeline.config import TRAININGS, Config
+from pipeline.data.lists import Row, read_rows
+from pipeline.profile import Profile, observe
+from pipeline.progress import counted, duration
+from pipeline.store import open_store
+
+SHARD_ROWS = 128  # of the scratch list, at most
+SHARDS = (2, 6)  # of each run
+WORKERS = 2  # of a data stage, at most: a worker's rate is what counts
+STEPS = 2  # of each training, the first time
+TRAINING_SECONDS = 6.0  # of each training, the second time
+FEW = {"rows": 16, "sampled_rows": 2, "prior_samples": 2, "decoder_rows": 2, "caption_rows": 2}
+FEW |= {"upsampler_256_rows": 2, "upsampler_1024_rows": 2, "upsampler_samples": 2}  # of the evaluation
+MORE = 4  # times as many, the second time
+DATA = ("pairs", "embeddings", "thresholds", "curation", "index", "codec")
+
+
+def probe(project: Project, path: str, overrides: Sequence[str]) -> Profile:
+    """Run both, print what they take, and return what they say. What cannot be made with so few rows is not in it."""
+    began = time.monotonic()
+    found = Profile()
+    with tempfile.TemporaryDirectory(prefix="unclip-probe-") as name, ExitStack() as stack:
+        folder = Path(name)
+        changes = _serving(project.config, stack)
+        for number, shards in enumerate(SHARDS, 1):
+            rows, cut = _write_list(project, folder / f"{number}.parquet", shards)
+            samples = {stage: _samples(project.config, stage, found) for stage in TRAININGS}
+            again = number > 1
+            print(f"probe {number} of {len(SHARDS)}: {counted(rows, 'row')}, a few steps of each training", flush=True)
+            ours = _amounts(project, folder, number, rows, cut, samples, again)
+            if said := _run(path, [*overrides, *changes, *ours]):
+                print(f"  it ended early: {said}")
+            found += observe(open_store(str(folder / f"store-{number}")), project.config.project)
+    print(f"probed in {duration(time.monotonic() - began)}")
+    return found
+
+
+def _serving(config: Config, stack: ExitStack) -> list[str]:
+    """What the emoji set needs: its pictures are drawn by a server, which else only its own list starts."""
+    emoji = any(path.startswith("emoji:") for path in config.source.paths)
+    if not emoji or "emoji.test" in config.run.pairs.hosts:
+        return []
+    from pipeline.data.emoji_server import serving
+
+    return [f"run.pairs.hosts={json.dumps({'emoji.test': stack.enter_context(serving())})}"]
+
+
+def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:
+    """A list of rows spread evenly over the user's own; returns how many, and rows a shard."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = project.config.source
+    total = sum(shard.ledger.rows for shard in project.scan.shards)
+    cut = min(source.shard_rows, SHARD_ROWS)
+    wanted = min(total, shards * cut)
+    everything = chain.from_iterable(read_rows(path, source) for path in source.paths)
+    rows = list(_spread(everything, wanted, total))
+    columns = {source.image_column: "url", source.caption_column: "captions", source.group_column: "group"}
+    columns |= {source.split_column: "split", source.hash_column: "sha256"}
+    columns |= {name: name for name in ("license", "attribution")}
+    pq.write_table(pa.table({column: [getattr(row, name) for row in rows] for column, name in columns.items()}), file)
+    return len(rows), cut
+
+
+def _spread(rows: Iterator[Row], wanted: int, total: int) -> Iterator[Row]:
+    """``wanted`` of ``total`` rows, equally far from each other."""
+    for i, row in enumerate(rows):
+        if i * wanted // total != (i + 1) * wanted // total:
+            yield row
+
+
+def _samples(config: Config, stage: str, seen: Profile) -> int:
+    """Of a training: a few batches, or as many as take TRAINING_SECONDS by what was seen."""
+    batch = getattr(config, stage).batch
+    steps = STEPS
+    for one in seen.stages.get(stage, ()):
+        if one.work:
+            steps = max(2 * STEPS, round(TRAINING_SECONDS * one.amount * one.workers / one.work / batch))
+    return steps * batch
+
+
+def _amounts(
+    project: Project, folder: Path, number: int, rows: int, cut: int, samples: dict[str, int], again: bool
+) -> list[str]:
+    """Overrides that change how much is done, where it is kept, and nothing else."""
+    config = project.config
+    share = rows / max(1, sum(shard.ledger.rows for shard in project.scan.shards))
+    own: dict[str, Any] = {
+        "store": str(folder / f"store-{number}"),
+        "source.paths": [str(folder / f"{number}.parquet")],
+        "source.shard_rows": cut,
+        "scale": 1,
+        "run.output": str(folder / "out"),
+        "run.trackers": [],
+        "samples.captions": (list(config.samples.captions) * MORE)[: MORE if again else 1],
+        "evaluation.early": min(config.evaluation.early, config.decoder.batch),
+    }
+    for stage in TRAININGS:
+        settings = getattr(config.run, stage)
+        own |= {f"{stage}.samples": samples[stage], f"{stage}.decay": 0, f"run.{stage}.milestones": []}
+        own |= {f"run.{stage}.cache_mb": round(settings.cache_mb * share)}  # so that as large a share is found there
+    own |= {f"run.{stage}.workers": min(WORKERS, getattr(config.run, stage).workers) for stage in DATA}
+    for name, few in FEW.items():
+        own[f"evaluation.{name}"] = min(getattr(config.evaluation, name), few * (MORE if again else 1))
+    return [f"{name}={json.dumps(value)}" for name, value in own.items()]
+
+
+def _run(path: str, overrides: Sequence[str]) -> str:
+    """Run as a user would, in a process of its own, and return the last line of what went wrong, "" for nothing."""
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    command = [sys.executable, "-m", "jobs.run", path, *overrides, "--yes"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stderr.strip().splitlines()
+    return "" if not done.returncode else (lines[-1].removeprefix("error: ") if lines else f"exit {done.returncode}")

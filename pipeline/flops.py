@@ -1,0 +1,135 @@
+"""How large the models of a configuration are, and how much arithmetic they take. Exact, and nothing is computed.
+
+PyTorch builds each model of tensors that have shapes and no values, runs a row through it and counts matrix products
+and convolutions, as a training does (pipeline.training.laps). So a model that fits no machine here is counted too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from models.image_configs import DecoderConfig, UpsamplerConfig
+from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.training.recipes import ClipRecipe
+
+
+@dataclass(frozen=True)
+class Size:
+    """``forward``: floating-point operations of one row's forward pass, as training sees it, two per multiply-add;
+    ``parameters``: of the model."""
+
+    forward: float
+    parameters: int
+
+    @property
+    def training(self) -> float:
+        """Operations of one training sample, by the usual count of three forward passes."""
+        return 3 * self.forward
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """Operations to embed one picture and one caption; ``dim`` of the embeddings."""
+
+    image: float
+    text: float
+    dim: int
+    parameters: int
+
+
+def model_size(config: Config, stage: str) -> Size:
+    """Of the model that a training stage trains. Raises UserError for a CLIP that open_clip does not know."""
+    if stage == "clip":
+        clip = clip_size(config.clip)
+        return Size(clip.image + clip.text, clip.parameters)
+    return _size(getattr(config, stage).model, clip_size(config.clip).dim, config.codec.components)
+
+
+def clip_size(recipe: ClipRecipe) -> ClipSize:
+    """Of the CLIP that a recipe trains or names. Raises UserError as ``model_size`` does."""
+    return _clip_size(recipe.model if recipe.weights == "train" else recipe.weights)
+
+
+@lru_cache
+def _size(model: Any, dim: int, codes: int) -> Size:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from models.ar_prior import ARPrior
+    from models.decoder import Decoder
+    from models.diffusion_prior import DiffusionPrior
+    from models.upsampler import Upsampler
+    from pipeline.training.laps import flop_counter
+
+    with FakeTensorMode(), torch.no_grad():
+        tokens, row = torch.zeros(1, 77, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        embedding, kept = torch.zeros(1, dim), torch.ones(1, dtype=torch.bool)
+        network: torch.nn.Module
+        inputs: tuple[torch.Tensor, ...]
+        match model:
+            case ARPriorConfig():
+                network = ARPrior(model, dim, codes)
+                inputs = (tokens, embedding, row, torch.zeros(1, codes, dtype=torch.int64), kept)
+            case DiffusionPriorConfig():
+                network = DiffusionPrior(model, dim)
+                inputs = (embedding, row, tokens, embedding, kept)
+            case DecoderConfig():
+                network = Decoder(model, dim)
+                picture = torch.zeros(1, 3, model.image_size, model.image_size)
+                inputs = (picture, row, embedding, tokens, kept, kept)
+            case UpsamplerConfig():
+                network = Upsampler(model)
+                crop, low = model.crop_size, model.crop_size // model.scale
+                inputs = (torch.zeros(1, 3, crop, crop), row, torch.zeros(1, 3, low, low))
+            case _:
+                raise TypeError(f"no size known for {type(model).__name__}")
+        counter = flop_counter()
+        with counter:
+            network.eval().requires_grad_(False)(*inputs)
+        return Size(counter.get_total_flops(), sum(p.numel() for p in network.parameters()))
+
+
+@lru_cache
+def _clip_size(clip: ClipConfig | str) -> ClipSize:
+    import open_clip
+    import torch
+
+    from pipeline.training.laps import flop_counter
+
+    settings = _open_clip_config(clip)
+    size = settings["vision_cfg"]["image_size"]
+    with torch.device("meta"), torch.no_grad():
+        kind = open_clip.CustomTextCLIP if "custom_text" in settings else open_clip.CLIP
+        network = kind(**{k: v for k, v in settings.items() if k != "custom_text"}).eval().requires_grad_(False)
+        image, text = flop_counter(), flop_counter()
+        with image:
+            network.encode_image(torch.zeros(1, 3, size, size))
+        with text:
+            network.encode_text(torch.zeros(1, network.context_length, dtype=torch.int64))
+        parameters = sum(p.numel() for p in network.parameters())
+    return ClipSize(image.get_total_flops(), text.get_total_flops(), settings["embed_dim"], parameters)
+
+
+def _open_clip_config(clip: ClipConfig | str) -> dict[str, Any]:
+    """Of a model that is trained here, of open_clip's by "open_clip:NAME:TAG", or of "local-dir:FOLDER"."""
+    if isinstance(clip, ClipConfig):
+        return clip.model_config()
+    import open_clip
+
+    kind, _, rest = clip.partition(":")
+    if kind == "local-dir":
+        try:
+            return json.loads((Path(rest) / "open_clip_config.json").read_text())["model_cfg"]
+        except (OSError, ValueError, KeyError) as e:
+            raise UserError(f"clip.weights: {rest} holds no CLIP that open_clip can load ({e!r})") from e
+    name = rest.split(":")[0]
+    settings = open_clip.get_model_config(name)
+    if settings is None:
+        raise UserError(f"clip.weights: open_clip has no model {name!r}: choose one of open_clip.list_models()")
+    return settings

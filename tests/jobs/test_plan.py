@@ -1,0 +1,58 @@
+"""unclip plan with costs, as a user calls it: a list that is not there yet, slips, and a probe of a real chain."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.profile import load_profile
+from tests.chain import ROOT, done, unclip, write_config, write_list
+from tests.jobs.test_mistakes import refused
+
+PAPER = ROOT / "configs/paper.yaml"
+
+
+def test_a_list_that_is_not_there_yet() -> None:
+    said = done(unclip("plan", PAPER, "--pairs", "650M", "--gpus", "64xH100", "run.prices.gpu_hour=2"))
+    assert said.startswith("paper: 650,000,000 pairs in 65,000 shards on 64 H100, as if nothing were made\n")
+    lines = {line.split()[0]: line.split() for line in said.splitlines() if line.startswith("  ")}
+    assert {"source", "pairs", "embeddings", "decoder", "upsampler_1024", "evaluation", "all"} <= lines.keys()
+    assert lines["stage"][-1] == "USD"
+    assert float(lines["decoder"][-1].replace(",", "")) > 1000
+    assert "\nassumed: " in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--pairs", "many"], ["--pairs many: not a number of pairs"]),
+        (["--pairs", "1M", "--gpus", "64"], ["--gpus 64: not a number of GPUs"]),
+        (["--pairs", "1M", "--gpus", "8xT4"], ["unknown kind T4; known are A100"]),
+        (["--pairs", "1M", "--utilisation", "1.5"], ["--utilisation 1.5"]),
+        (["--pairs", "1M", "--profile", "nowhere.json"], ["nowhere.json: cannot be read"]),
+        (["--pairs", "1M", "run.prices.gpu_hour=-1"], ["run.prices: gpu_hour: -1.0 is below 0"]),
+    ],
+)
+def test_slips_are_one_line(words: list[str], says: list[str]) -> None:
+    refused("plan", PAPER, *words, says=says)
+
+
+def test_a_probe_measures_every_stage_and_its_profile_serves_again(tmp_path: Path, pictures: str) -> None:
+    rows = write_list(tmp_path / "list.csv", 0, 60)
+    config = write_config(tmp_path, str(tmp_path / "store"), pictures, [rows])
+    profile = tmp_path / "profile.json"
+    said = done(unclip("plan", config, "--probe", "--save-profile", profile, timeout=600))
+    assert "it ended early" not in said
+    assert "(a guess)" not in said
+    assert not (tmp_path / "store").exists()  # only the scratch stores were written
+    seen = load_profile(profile).stages
+    assert {"source", "pairs", "clip", "embeddings", "codec", "decoder", "samples", "evaluation"} <= seen.keys()
+    for stage in ("pairs", "clip", "decoder"):
+        few, many = seen[stage]
+        assert few.amount < many.amount
+        assert 0 < few.work <= few.seconds * few.workers
+    assert json.loads(profile.read_text())["format"] == 1
+
+    scaled = done(unclip("plan", config, "--pairs", "10M", "--profile", profile))
+    line = next(line for line in scaled.splitlines() if line.startswith("measured and scaled: "))
+    assert {"pairs", "decoder", "evaluation"} <= {word.strip(",") for word in line.split()}

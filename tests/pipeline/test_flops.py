@@ -1,0 +1,75 @@
+"""Sizes that are counted without computing, against the same models when they compute."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models.codec import Codec
+from models.draw import Draw
+from pipeline.config import Config, load_config
+from pipeline.errors import UserError
+from pipeline.flops import clip_size, model_size
+from pipeline.training.draws import Undropped
+from pipeline.training.laps import forward_flops
+from pipeline.training.task import Task
+from pipeline.training.tasks.ar_prior import ARPriorTask
+from pipeline.training.tasks.clip import ClipTask
+from pipeline.training.tasks.decoder import DecoderTask
+from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from pipeline.training.tasks.upsampler import UpsamplerTask
+
+ROOT = Path(__file__).parents[2]
+NANO = load_config(ROOT / "configs/nano.yaml")
+
+
+def task_of(config: Config, stage: str) -> Task:
+    recipe, dim, codes = getattr(config, stage), config.clip.model.embed_dim, config.codec.components
+    if stage == "ar_prior":
+        shapes = {"mean": (dim,), "components": (codes, dim), "variance": (codes,), "edges": (codes, 1023)}
+        shapes |= {"values": (codes, 1024), "dot_edges": (1023,), "dot_counts": (1024,)}
+        return ARPriorTask(
+            recipe.model, dim, Codec(**{name: torch.ones(s, dtype=torch.float64) for name, s in shapes.items()})
+        )
+    kinds = {"diffusion_prior": DiffusionPriorTask, "decoder": DecoderTask}
+    if stage in kinds:
+        return kinds[stage](recipe.model, dim)
+    return (ClipTask if stage == "clip" else UpsamplerTask)(recipe.model)
+
+
+@pytest.mark.parametrize("stage", ["clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"])
+def test_a_training_counts_the_same(stage: str) -> None:
+    task = task_of(NANO, stage)
+    model: nn.Module = task.model(0).eval()
+    side, dim = max(task.image_size, 1), NANO.clip.model.embed_dim
+    batch = {
+        "image": torch.zeros(1, 3, side, side, dtype=torch.uint8),
+        "tokens": torch.ones(1, 77, dtype=torch.int64),
+        "image_embedding": torch.ones(1, dim),
+        "text_embedding": torch.ones(1, dim),
+    }
+    draw: Draw = Undropped([(0, 1)])
+    counted = forward_flops(task, model, {name: batch[name] for name in task.columns}, draw)
+    size = model_size(NANO, stage)
+    assert size.forward == pytest.approx(counted, rel=0.01)
+    assert size.training == 3 * size.forward
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_papers_models_are_as_large_as_the_paper_says() -> None:
+    """Table 3's third row; its priors are counted without their text encoder (reference: docs/how/ar_prior.md)."""
+    paper = load_config(ROOT / "configs/paper.yaml")
+    said = {"decoder": 3.5e9, "upsampler_256": 700e6, "upsampler_1024": 300e6}
+    for stage, parameters in said.items():
+        assert model_size(paper, stage).parameters == pytest.approx(parameters, rel=0.07)
+
+
+def test_a_clip_that_exists_is_known_by_its_name() -> None:
+    size = clip_size(load_config(ROOT / "configs/paper.yaml").clip)
+    assert (size.dim, size.parameters) == (768, 427_616_513)  # ViT-L/14
+    assert size.image == pytest.approx(2 * 81e9, rel=0.01)  # 81 GMACs, as its authors' peers count
+    with pytest.raises(UserError, match="open_clip has no model 'ViT-Q'"):
+        clip_size(load_config(ROOT / "configs/paper.yaml", ["clip.weights=open_clip:ViT-Q:openai"]).clip)
+    with pytest.raises(UserError, match="holds no CLIP"):
+        clip_size(load_config(ROOT / "configs/paper.yaml", ["clip.weights=local-dir:nowhere"]).clip)
