@@ -4,7 +4,8 @@ A stage that is made up is run in this process, without Ray, by the real plan an
 shards that it reads as every stage does. Each measurement is a fresh process. Memory is the highest of a driver
 (VmHWM) that makes every shard in a folder, with 1,000 shards and with ten times as many. Times are those of a driver on
 S3 (SeaweedFS on this machine) that finds the record of every shard but one: until it begins to make that one, and until
-all are listed; and of one that finds the artefact too, from its start to its end.
+all are listed; of one that finds the artefact too, from its start to its end; and of one that plans a graph of three
+such stages and looks for what is missing in each, from its start to its end.
 """
 
 import hashlib
@@ -38,7 +39,8 @@ from pipeline.settings import RaySettings, ShardSettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store, open_store
 
-GROWTH, DECIDING_S, NOTHING_S = 1.2, 5.0, 2.0  # what is wanted
+GROWTH, DECIDING_S, NOTHING_S, STALENESS_S = 1.2, 5.0, 2.0, 5.0  # what is wanted
+STAGES = ("pairs", "embeddings", "curation")
 ROWS = 1000
 
 
@@ -75,6 +77,7 @@ GRAPH: Graph = {
     "source": Stage("source", 1, Recipe(), (), no_source),
     "pairs": Stage("pairs", 1, Recipe(), ("source",), run_pairs),
 }
+WIDE = GRAPH | {stage: Stage(stage, 1, Recipe(), ("source",), run_pairs) for stage in STAGES}
 CONFIG = SimpleNamespace(run=SimpleNamespace(pairs=ShardSettings(0), ray=RaySettings(), lease_s=60.0))
 
 
@@ -89,12 +92,12 @@ def publish_source(store: Store, shards: int) -> Artifact:
     return publish_artifact(store, Artifact("source", "s" * 64, {}, {}, ledger, shard_table=table), 0.0)
 
 
-def context(store: Store) -> Context:
+def context(store: Store, stage: str = "pairs") -> Context:
     """As a run gives it to the stage."""
-    keys = {verdict.stage: verdict.key for verdict in plan(GRAPH, {"source": "s" * 64}, "many", store, {})}
+    keys = {verdict.stage: verdict.key for verdict in plan(WIDE, {"source": "s" * 64}, "many", store, {})}
     source = load_artifact(store, "source", keys["source"])
     assert source is not None
-    return Context(store, "pairs", 1, keys["pairs"], Recipe(), ShardSettings(0), {"source": source}, CONFIG)
+    return Context(store, stage, 1, keys[stage], Recipe(), ShardSettings(0), {"source": source}, CONFIG)
 
 
 # --- what the fresh processes do --------------------------------------------------------------------------------------
@@ -123,7 +126,29 @@ def decide(store: Store) -> dict[str, float]:
     return {"deciding": asked[0], "listing": perf_counter() - began}
 
 
-DEEDS = {"make": make, "decide": decide}
+class Missing(Exception):
+    """The first shard that has to be made."""
+
+
+def ask(store: Store) -> dict[str, float]:
+    """The plan of all stages, and each of them until its worker is asked for what is missing."""
+
+    def worker(task: ShardTask) -> ShardOutput:
+        raise Missing(task.number)
+
+    found = []
+    for stage in STAGES:
+        ctx = context(store, stage)
+        tasks = tasks_of(ctx)
+        try:
+            map_shards(ctx, tasks, lambda: worker, "rows", ROWS * len(tasks))
+        except Missing as e:
+            found.append(e.args[0])
+    assert found == [len(tasks) - 1] * len(STAGES), "something else was missing"
+    return {"stages": len(found)}
+
+
+DEEDS = {"make": make, "decide": decide, "ask": ask}
 
 
 def child(deed: str, url: str) -> tuple[dict[str, float], float]:
@@ -145,26 +170,27 @@ def memory(shards: int) -> float:
 
 
 def fill(store: Store, shards: int) -> None:
-    """The source, and the record of every shard of pairs but the last, without blobs, which nobody reads."""
+    """The source, and the record of every shard of each stage but the last, without blobs, which nobody reads."""
     publish_source(store, shards)
-    tasks = tasks_of(context(store))[:-1]
+    for stage in STAGES:
 
-    def record(task: ShardTask) -> None:
-        made = pack(task)
-        publish_shard(store, "pairs", task.number, task.key, made.ledger, {}, made.counts)
+        def record(task: ShardTask, stage: str = stage) -> None:
+            made = pack(task)
+            publish_shard(store, stage, task.number, task.key, made.ledger, {}, made.counts)
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(record, tasks))
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(record, tasks_of(context(store, stage))[:-1]))
 
 
 def times(shards: int, rounds: int) -> dict[str, float]:
-    """Medians of the seconds to decide, to list, and to find that there is nothing to do."""
+    """Medians of the seconds to decide, to list, to find that there is nothing to do, and what is stale in a graph."""
     store = open_store("s3://unclip/many")
     fill(store, shards)
     ctx = context(store)
     last = shard_path("pairs", tasks_of(ctx)[-1].key)
-    found: dict[str, list[float]] = {"deciding": [], "listing": [], "nothing": []}
+    found: dict[str, list[float]] = {"deciding": [], "listing": [], "nothing": [], "staleness": []}
     for _ in range(rounds):
+        found["staleness"].append(child("ask", store.url)[1])
         for name, seconds in child("decide", store.url)[0].items():
             found[name].append(seconds)
         found["nothing"].append(child("make", store.url)[1])
@@ -191,12 +217,14 @@ def main() -> None:
             f"  {many:6,} shards on S3: what has to be made is known after {seconds['deciding']:.2f} s, all are listed"
         )
         print(f"  after {seconds['listing']:.1f} s; with nothing to do it ends after {seconds['nothing']:.2f} s")
+        print(f"  what is missing in each of {len(STAGES)} such stages is known after {seconds['staleness']:.2f} s")
         print(f"  ({perf_counter() - start:.0f} s in all)")
     finish(
         {
             "memory_over_bound": held[many] / held[few] / GROWTH,
             "deciding_over_bound": seconds["deciding"] / DECIDING_S,
             "nothing_to_do_over_bound": seconds["nothing"] / NOTHING_S,
+            "staleness_over_bound": seconds["staleness"] / STALENESS_S,
         }
     )
 

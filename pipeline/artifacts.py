@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from threading import Lock
 from typing import Any
@@ -22,6 +23,7 @@ from pipeline.store import Store
 
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
 THREADS = 16  # records are small, and each is a request
+GROUP = 8192  # shards of a table that lie together
 WINDOW = 512  # shards that are held as objects while many are read or listed
 
 
@@ -102,17 +104,18 @@ def _shard(record: Mapping[str, Any]) -> Shard:
     return Shard(record["number"], record["key"], ledger, record["blobs"], record["counts"])
 
 
-def write_table(columns: Mapping[str, Any], dictionary: bool = True) -> bytes:
+def write_table(columns: Mapping[str, Any], dictionary: bool = True, group: int | None = None) -> bytes:
     """Parquet bytes of equal-length columns (or of a pyarrow Table): equal input, equal bytes.
 
-    Without ``dictionary``, numbers that hardly repeat are read four times as fast.
+    Without ``dictionary``, numbers that hardly repeat are read four times as fast. A reader of batches holds ``group``
+    rows at a time, by default a million.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
     out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd", store_schema=False, use_dictionary=dictionary)
+    pq.write_table(table, out, compression="zstd", store_schema=False, use_dictionary=dictionary, row_group_size=group)
     return out.getvalue()
 
 
@@ -167,7 +170,7 @@ class ShardTable:
         for name in named:
             if name.startswith("count."):
                 columns[name] = columns[name].fill_null(0)
-        return put_blob(store, write_table(columns)), self._ledger
+        return put_blob(store, write_table(columns, group=GROUP)), self._ledger
 
 
 def write_shard_table(store: Store, shards: Iterable[Shard]) -> tuple[str, Ledger]:
@@ -192,17 +195,18 @@ class ShardRow:
 
 def read_shards(store: Store, artifact: Artifact) -> list[ShardRow]:
     """The shards of an artefact in order of their numbers."""
-    return [row for batch in _table(store, artifact).iter_batches(WINDOW, use_threads=False) for row in _rows(batch)]
-
-
-def _table(store: Store, artifact: Artifact) -> Any:
-    """An artefact's list of shards as a ParquetFile."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    table = pq.ParquetFile(pa.BufferReader(_table(store, artifact)))
+    return [row for batch in table.iter_batches(WINDOW, use_threads=False) for row in _rows(batch)]
+
+
+def _table(store: Store, artifact: Artifact) -> bytes:
+    """An artefact's list of shards as Parquet."""
     if artifact.shard_table is None:
         raise ValueError(f"{artifact.stage} has no shards")
-    return pq.ParquetFile(pa.BufferReader(read_blob(store, artifact.shard_table)))
+    return read_blob(store, artifact.shard_table)
 
 
 def _rows(batch: Any) -> Iterator[ShardRow]:
@@ -231,17 +235,22 @@ class ShardList:
     def __init__(self, store: Store, artifact: Artifact):
         import numpy as np
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
-        table = _table(store, artifact)
         numbers = [np.zeros(0, np.int64)]
+        named = partial(tempfile.NamedTemporaryFile, prefix="unclip-shards-")
         # Arrow reads by offset from a file that has no name any more, and that nobody has to remove.
-        with tempfile.NamedTemporaryFile(prefix="unclip-shards-") as file:
+        with named() as packed, named() as file:
+            packed.write(_table(store, artifact))  # to a file too: as bytes it would lie in memory beside its rows
+            packed.flush()
+            table = pq.ParquetFile(packed.name)
             with pa.ipc.new_file(file, table.schema_arrow) as writer:
                 for batch in table.iter_batches(WINDOW, use_threads=False):
                     writer.write_batch(batch)
-                    numbers.append(batch["number"].to_numpy())
+                    numbers.append(batch["number"].to_numpy().copy())  # a view would keep the batch
             file.flush()
             self._reader = pa.ipc.open_file(pa.OSFile(file.name))
+        pa.default_memory_pool().release_unused()
         self._numbers = np.concatenate(numbers)
         self._lock = Lock()
 
@@ -265,10 +274,13 @@ class ShardList:
         """This count of every shard, int64 [shards]; 0 where a shard does not have it."""
         import numpy as np
 
-        batches = (self._reader.get_batch(i) for i in range(self._reader.num_record_batches))
         column = f"count.{name}"
-        found = [b[column].to_numpy() if column in b.schema.names else np.zeros(len(b), np.int64) for b in batches]
-        return np.concatenate([np.zeros(0, np.int64), *found])
+        found = np.zeros(len(self), np.int64)
+        if column in self._reader.schema.names:
+            for i in range(self._reader.num_record_batches):  # copied, or every batch would be kept
+                batch = self._reader.get_batch(i)[column].to_numpy()
+                found[i * WINDOW : i * WINDOW + len(batch)] = batch
+        return found
 
 
 def environment() -> dict[str, str]:

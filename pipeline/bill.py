@@ -137,13 +137,16 @@ def _assumptions(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
             f"bf16 (a training that was measured on a GPU: its own share), {cost.FP32_UTILISATION:.0%} of "
             f"{device.fp32 / 1e12:g} in fp32, and starting takes {cost.START_SECONDS['gpus']:.0f} s"
         )
-    profile = ask.profile.stages
     if "pairs" in costs and costs["pairs"].basis != "measured":
         yield (
             f"assumed: {1000 * cost.CORE_SECONDS['pairs']:.0f} ms of a core to fetch a picture and "
             f"{size(picture_bytes(ask))} to store it"
         )
-    if "embeddings" in costs and "embeddings" not in profile:
+    if "embeddings" in costs and "embeddings" not in ask.profile.stages:
         yield f"assumed: {1000 * decode_seconds(ask):.0f} ms of a core to decode a picture for CLIP"
-    if set(by_basis.get("guess", ())) - {"source", "captions", "pairs", "bundle"}:
+    guessed = set(by_basis.get("guess", ()))
+    if rows := [name for name in cost.CORE_SECONDS if name in guessed - {"pairs"}]:
+        each = ", ".join(f"{name} {1e6 * cost.CORE_SECONDS[name]:.0f}" for name in rows)
+        yield f"assumed: microseconds of a core for a row: {each}"
+    if guessed & {*TRAININGS, "embeddings", "samples", "evaluation"}:
         yield f"assumed: {cost.CORE_FLOPS / 1e9:.0f} GFLOP/s a core; a probe or a run measures it"

@@ -25,7 +25,7 @@ UTILISATION = 0.3  # of a GPU's bf16 peak
 FP32_UTILISATION = 0.5  # of its fp32 peak, which is much lower
 MATMUL_SHARE = 0.75  # of the bf16 peak that large matrix products reach: what a measured utilisation is a share of
 CORE_SECONDS = {  # of one core for a row
-    "source": 60e-6,
+    "source": 32e-6,
     "captions": 1e-6,
     "pairs": 0.02,
     "thresholds": 1e-4,
@@ -33,6 +33,7 @@ CORE_SECONDS = {  # of one core for a row
     "index": 5e-5,
     "codec": 2e-4,
 }
+CELLED_ROWS = 8e6  # up to which near rows are looked for in cells of one size (docs/near-duplicates.md)
 DECODE_SECONDS = 0.004  # of one core, to read a stored picture and shrink it to CLIP's view
 START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
 FETCH_WEIGHTS_SECONDS = 60.0
@@ -86,7 +87,7 @@ def estimate(stage: str, ask: Ask) -> Cost:
     workers, cores, gpus = resources(stage, ask)
     seen = ask.profile.of(stage, shape(stage, ask.recipes))
     if seen and not (gpus and stage in (*TRAININGS, "embeddings", *LOCAL) and ask.fleet):
-        points = [(_amount_seen(one, ask), one) for one in seen]
+        points = [(_amount_seen(stage, one, ask), one) for one in seen]
         found, basis = pace(points), "measured"
         seconds, startup = found.seconds(amount(stage, ask), workers), found.startup(workers)
         gpus = gpus or (workers if seen[-1].device == "cuda" else 0)
@@ -138,11 +139,18 @@ def amount(stage: str, ask: Ask) -> float:
         seen = ask.profile.of(stage, shape(stage, ask.recipes))
         there = {part: round(share * ask.rows) for one in seen[-1:] for part, share in one.short.items()}
         return _operations(passes_of(stage, ask.recipes, there), ask)
-    return 0 if stage == "bundle" else ask.rows
+    return 0 if stage == "bundle" else _rows_counted(stage, ask.rows, ask)
 
 
-def _amount_seen(one: Observation, ask: Ask) -> float:
-    return _operations(one.passes, ask) if one.passes else one.amount
+def _rows_counted(stage: str, rows: float, ask: Ask) -> float:
+    """Rows, each of them as often as its cell of near rows is larger than cells are while their number grows."""
+    c = ask.config.curation
+    compared = c.near_duplicate is not None or c.near_held_out is not None
+    return rows * max(1.0, rows / CELLED_ROWS) if stage == "curation" and compared else rows
+
+
+def _amount_seen(stage: str, one: Observation, ask: Ask) -> float:
+    return _operations(one.passes, ask) if one.passes else _rows_counted(stage, one.amount, ask)
 
 
 def _operations(passes: Mapping[str, float], ask: Ask) -> float:
@@ -174,7 +182,7 @@ def _counted(stage: str, ask: Ask, workers: int, gpus: float, seen: list[Observa
             return START_SECONDS["gpus"], ask.rows * max(encode, decode_seconds(ask) / decoders) / workers
         return START_SECONDS["data"], ask.rows * (one / CORE_FLOPS + decode_seconds(ask)) / workers
     started = START_SECONDS["data"] if workers > 1 else 0.0
-    return started, CORE_SECONDS.get(stage, 0.0) * ask.rows / workers
+    return started, CORE_SECONDS.get(stage, 0.0) * amount(stage, ask) / workers
 
 
 def rate(ask: Ask, precision: str, seen: list[Observation]) -> float:
@@ -224,13 +232,19 @@ def embedding_bytes(ask: Ask) -> float:
     return 2 * 2 * clip_size(ask.config.clip).dim
 
 
+def _indexed_bytes(ask: Ask) -> float:
+    """Of a row of the index: an embedding, or, of many, a code and a number."""
+    flat = ask.rows <= ask.config.index.flat_rows
+    return embedding_bytes(ask) / 2 if flat else embedding_bytes(ask) / 32 + 8
+
+
 def _stored(stage: str, ask: Ask, seconds: float) -> dict[str, float]:
     """Disk, bytes and requests of a stage. What a profile has seen goes before what is assumed."""
     recipe, shards, rows = getattr(ask.config, stage, None), ask.shards, ask.rows
     if isinstance(recipe, TrainingRecipe):
         found = _stored_by_training(stage, recipe, ask, seconds)
     else:
-        own = {"pairs": picture_bytes(ask), "embeddings": embedding_bytes(ask), "index": embedding_bytes(ask) / 2}
+        own = {"pairs": picture_bytes(ask), "embeddings": embedding_bytes(ask), "index": _indexed_bytes(ask)}
         disk = rows * (own.get(stage, 0.0) + REFERENCE_BYTES) if stage in (*CORE_SECONDS, "embeddings") else 0.0
         inputs = {
             "embeddings": picture_bytes(ask),
@@ -247,15 +261,17 @@ def _stored(stage: str, ask: Ask, seconds: float) -> dict[str, float]:
     if not seen or stage in COUNTED:
         return found
 
+    size = amount(stage, ask) if isinstance(recipe, TrainingRecipe) else rows
+
     def line(*names: str) -> float:
         """The sum of these counts: of a data stage bytes grow with rows, and requests with shards."""
         by_shard = seen[0].shards and not names[0].startswith("bytes")
         points = [(one.shards if by_shard else one.amount, sum(one.requests.get(n, 0) for n in names)) for one in seen]
-        return fit(points).at(shards if by_shard else amount(stage, ask))
+        return fit(points).at(shards if by_shard else size)
 
     found |= {"read": line("bytes_read"), "gets": line("GET", "HEAD")}
     if not isinstance(recipe, TrainingRecipe):
-        disk = fit((one.amount, one.disk) for one in seen).at(amount(stage, ask))
+        disk = fit((one.amount, one.disk) for one in seen).at(size)
         found |= {"puts": line("PUT", "LIST"), "disk": disk, "written": max(disk, line("bytes_written"))}
     return found
 

@@ -26,7 +26,12 @@ KEYS = {
     "pairs": {"ours_over_img2dataset", "four_workers_over_one"},
     "embeddings": {"stage_rate_over_bound", "transform_over_read"},
     "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
-    "many_shards": {"memory_over_bound", "deciding_over_bound", "nothing_to_do_over_bound"},
+    "many_shards": {
+        "memory_over_bound",
+        "deciding_over_bound",
+        "nothing_to_do_over_bound",
+        "staleness_over_bound",
+    },
     "nodes": {"download_2_nodes_over_1", "embeddings_scheduling_only_2_nodes_over_1"},
     "billion": {
         "minutes_over_bound",

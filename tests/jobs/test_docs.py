@@ -105,6 +105,8 @@ TESTED = {
     "unclip data gc my-project.yaml --yes": "here",
     "unclip run laion.yaml --until diffusion_prior": "here",
     "unclip plan configs/nano.yaml": "here",
+    "unclip plan my-project.yaml": "here",
+    "unclip plan configs/paper.yaml --pairs 650M --gpus 64xH100 clip.weights=train \\": "tests/jobs/test_plan.py",
     "unclip run configs/nano.yaml": "here",
     "unclip show configs/nano.yaml": "here",
     "unclip run configs/nano.yaml --only evaluation evaluation.seed=1": "here",
@@ -158,7 +160,7 @@ TESTED = {
     "unclip submit my-project.yaml --to kuberay > job.yaml": RAYJOB,
     "unclip submit my-project.yaml --to kuberay > rest.yaml": RAYJOB,
     "unclip submit my-project.yaml --to kuberay --until pairs > pairs.yaml": RAYJOB,
-    "unclip submit my-project.yaml --to http://localhost:8265": "tests/cluster/test_submit.py, to a cluster on loopback",
+    "unclip submit my-project.yaml --to http://localhost:8265": SUBMITTED,
     "ray job submit": "tests/jobs/test_chain.py::test_through_a_ray_job_the_keys_and_data_blobs_are_the_same",
 }
 

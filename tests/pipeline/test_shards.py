@@ -3,14 +3,14 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline.artifacts import Artifact, Shard, publish_shard, read_shards, shard_path, write_shard_table
+from pipeline.artifacts import Artifact, Shard, ShardList, publish_shard, read_shards, shard_path, write_shard_table
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
@@ -271,6 +271,35 @@ def test_many_shards_make_the_same_table_as_few_at_a_time(tmp_path: Path, monkey
 
 def _number(shard: Shard) -> int:
     return shard.number
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 1200])
+def test_shards_that_lie_in_a_file_are_those_that_are_read(tmp_path: Path, count: int) -> None:
+    """One at a time, by place and by number, from several threads; in one piece or in several."""
+    store = open_store(str(tmp_path))
+    shards = [
+        Shard(
+            3 * n,
+            f"key-{n}",
+            Ledger(n),
+            {"data": f"{n}"} | ({"rare": "r"} if n % 7 == 3 else {}),
+            {f"train/{n % 2}": n},
+        )
+        for n in range(count)
+    ]
+    table, ledger = write_shard_table(store, shards)
+    made = Artifact("pairs", "k", {}, {}, ledger, shard_table=table)
+    listed, read = ShardList(store, made), read_shards(store, made)
+    assert len(listed) == len(read) == count
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(listed.__getitem__, range(count))) == read
+        assert list(pool.map(listed.find, range(0, 3 * count, 3))) == read
+    assert [listed.find(number) for number in (-1, 1, 3 * count)] == [None] * 3
+    for name in ("train/0", "train/1", "train/2"):
+        assert listed.counts(name).tolist() == [row.counts.get(name, 0) for row in read]
+    for place in (-1, count):
+        with pytest.raises(IndexError):
+            listed[place]
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 9])

@@ -15,7 +15,7 @@ from pipeline.records import read_blob
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training import stage
 from pipeline.training.checkpoints import Superseded
-from pipeline.training.launch import Relayed, WorkerLost, _cause, launch, on_gpus
+from pipeline.training.launch import Relayed, WorkerLost, _cause, launch
 from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import ClipRecipe
 from pipeline.training.world import World as Workers
@@ -130,23 +130,6 @@ def test_a_worker_takes_the_cores_and_the_memory_that_it_is_given(ray: Any) -> N
     with pytest.raises(UserError, match=r"'CPU': 2\.0") as said:
         launch(take, "clip", "share", settings, RaySettings())
     assert f"'memory': {64 << 20}" in str(said.value)
-
-
-@pytest.mark.parametrize(
-    ("device", "has", "grows", "expected"),
-    [
-        ("auto", 2, False, True),
-        ("auto", 1, True, False),  # what is there is used
-        ("cuda", 1, True, True),  # what is asked for is waited for, where it may come
-        ("cuda", 1, False, False),
-        ("cuda:1", 0, True, True),
-        ("cpu", 8, True, False),
-    ],
-)
-def test_gpus_that_are_asked_for_are_waited_for_where_machines_may_come(
-    device: str, has: float, grows: bool, expected: bool
-) -> None:
-    assert on_gpus(device, has, 2, grows) == expected
 
 
 @pytest.mark.parametrize("error", [UserError("a"), NonFinite("b"), Superseded("c"), Unreachable("d")])
