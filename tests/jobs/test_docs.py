@@ -232,6 +232,7 @@ def commands(text: str) -> Iterator[str]:
 def test_every_command_of_the_documents_is_one_that_is_run() -> None:
     known = {f"unclip {name}" for name in COMMANDS} | {
         "unclip plan CONFIG",
+        "unclip plan --probe",
         "unclip data retry",
         "unclip data forget",
         "unclip release promote",
