@@ -56,20 +56,19 @@ def launch(work: Work, stage: str, name: str, settings: TrainingSettings, ray_se
     team = find_room(ray, {stage: settings})[stage]
     share, gpus = team.worker, team.worker.gpus > 0
     taken = {"CPU": share.cpus, "GPU": share.gpus, "memory": share.memory}
-    workers: Any = (settings.min_workers, team.count) if settings.min_workers else team.count
-    scaling = ScalingConfig(
-        num_workers=workers,
-        use_gpu=gpus,
-        resources_per_worker={name: amount for name, amount in taken.items() if amount},
-        label_selector=dict(share.labels) or None,
-    )
+    asked: dict[str, Any] = {
+        "num_workers": (settings.min_workers, team.count) if settings.min_workers else team.count,
+        "use_gpu": gpus,
+        "resources_per_worker": {name: amount for name, amount in taken.items() if amount},
+        "label_selector": dict(share.labels) or None,
+    }
     with tempfile.TemporaryDirectory(prefix="unclip-train-") as scratch:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"work": work, "settings": settings},
             # Weights on the CPU are added up there.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus and settings.offload else None),
-            scaling_config=scaling,
+            scaling_config=ScalingConfig(**asked),
             run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
         )
         try:
