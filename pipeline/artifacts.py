@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from threading import Lock
 from typing import Any
@@ -238,9 +237,9 @@ class ShardList:
         import pyarrow.parquet as pq
 
         numbers = [np.zeros(0, np.int64)]
-        named = partial(tempfile.NamedTemporaryFile, prefix="unclip-shards-")
+        prefix = "unclip-shards-"
         # Arrow reads by offset from a file that has no name any more, and that nobody has to remove.
-        with named() as packed, named() as file:
+        with tempfile.NamedTemporaryFile(prefix=prefix) as packed, tempfile.NamedTemporaryFile(prefix=prefix) as file:
             packed.write(_table(store, artifact))  # to a file too: as bytes it would lie in memory beside its rows
             packed.flush()
             table = pq.ParquetFile(packed.name)
