@@ -127,6 +127,10 @@ def test_more_than_the_spot_machines_allowed_come_on_demand() -> None:
     assert launched([{"GPU": 4}] * (most + 2), NodeProviderAvailabilityTracker()) == {"gpu-spot": most, "gpu": 2}
 
 
-def test_what_fits_nowhere_is_scored_nowhere() -> None:
+def test_what_fits_nowhere_is_scored_nowhere_and_spot_before_its_like() -> None:
     summary = NodeProviderAvailabilityTracker().summary()
+    rare, twin = (spot.score({"CPU": 16}, [{"CPU": 1}], n, node_availability_summary=summary) for n in ("a-spot", "b"))
+    assert rare is not None
+    assert twin is not None
+    assert rare > twin
     assert spot.score({"CPU": 16}, [{"GPU": 1}], "cpu-spot", node_availability_summary=summary) is None

@@ -39,8 +39,8 @@ def test_a_group_has_what_the_largest_stage_asks_for() -> None:
 
 
 def test_decoders_and_encoders_of_one_stage_run_at_once() -> None:
-    on_cores = {"workers": 4, "decoders": 3}
-    assert sizes(groups(with_settings(embeddings=on_cores), ["embeddings"])) == {"cpu": (2, {})}
+    on_cores = {"workers": 5, "decoders": 3}  # 20 cores
+    assert sizes(groups(with_settings(embeddings=on_cores), ["embeddings"])) == {"cpu": (3, {})}
     apart = {"workers": 8, "gpus": 1, "decoders": 3, "nodes": {"pool": "gpu"}, "decoder_nodes": {"pool": "cpu"}}
     found = sizes(groups(with_settings(embeddings=apart), ["embeddings"]))
     assert found == {"gpu": (2, {"pool": "gpu"}), "cpu": (3, {"pool": "cpu"})}
