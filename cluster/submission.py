@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from cluster.client import Cluster, Seen
 from cluster.job import Job, number_of
 from cluster.local import find, locked, start
-from cluster.package import Package, send_weights, write_zip
+from cluster.package import Package, package_path, send_weights, write_zip
 from pipeline.errors import UserError
 from pipeline.progress import counted
 from pipeline.settings import RaySettings
@@ -53,6 +53,18 @@ def check_reach(store: Store, job: Job, to: str) -> None:
             raise UserError(
                 f"{name} is {url}, which a machine of the cluster looks for in itself; name the server's host"
             )
+
+
+def put_package(store: Store, package: Package) -> str:
+    """Put what a job needs into the store, for machines that read it there; the URL of its zip."""
+    for note in package.notes:
+        print(f"note: {note}", file=sys.stderr)
+    send_weights(store, package)
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_zip(package, Path(folder) / "package.zip")
+        path = package_path(file)
+        store.create(path, file)
+    return f"{store.url}/{path}"
 
 
 def attach_or_submit(cluster: Cluster, store: Store, job: Job, package: Package, about: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,17 @@ from jobs.project import Project, open_project
 from jobs.run import print_places
 from jobs.sample import remember_bundle
 from pipeline.config import OVERRIDES, Config, load_config
-from pipeline.store import open_store
+from pipeline.errors import UserError
+from pipeline.store import local_folder, open_store
 
 if TYPE_CHECKING:
     from cluster.client import Cluster
 
-WHERE = "local: two nodes on this machine; or the address of a cluster's dashboard, such as http://HOST:8265"
+KUBERAY = "kuberay"
+WHERE = (
+    "local: two nodes on this machine; the address of a cluster's dashboard, such as http://HOST:8265; or kuberay: no "
+    "more than write the RayJob to standard output"
+)
 THERE = "out"  # where a driver on another machine writes its report, which is written here from the store
 
 
@@ -41,10 +47,14 @@ def main(argv: Sequence[str]) -> int:
         return _stop(load_config(arguments.config, arguments.overrides), arguments.to)
     project = open_project(arguments.config, arguments.overrides)
     only, until, yes = arguments.only, arguments.until, arguments.yes
-    asked = agree(project, only, until, yes)
-    if not asked.stale:
-        return _nothing(project, asked)
+    with redirect_stdout(sys.stderr) if arguments.to == KUBERAY else nullcontext():  # the RayJob stands there alone
+        asked = agree(project, only, until, yes)
+        if not asked.stale:
+            return _nothing(project, asked)
     job = make_job(project.config, project.store.url, asked.keys, os.environ, only, until, yes)
+    if arguments.to == KUBERAY:
+        print(_rayjob(project, asked, job), end="")
+        return 0
     return _run(project, asked, job, arguments.to)
 
 
@@ -68,6 +78,19 @@ def _run(project: Project, asked: Agreed, job: Job, to: str) -> int:
         cluster = found or started(_folder(project.config), project.config.run.ray)
         submission_id = attach_or_submit(cluster, project.store, job, package, _about(project.config))
     return _follow(project, asked, cluster, submission_id)
+
+
+def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
+    """The RayJob, with its package in the bucket. Raises UserError for a store that no pod would see."""
+    from cluster.rayjob import render
+    from cluster.submission import check_reach, put_package
+
+    if local_folder(project.store):
+        raise UserError(f"{project.store.url} is a folder, which no pod sees; use s3://BUCKET/PREFIX")
+    check_reach(project.store, job, KUBERAY)
+    run = project.config.run
+    render(job, "", run, asked.stale)  # what is wrong with the settings is said before anything is sent
+    return render(job, put_package(project.store, _package(project)), run, asked.stale)
 
 
 def _follow(project: Project, asked: Agreed, cluster: Cluster, submission_id: str) -> int:
@@ -107,6 +130,8 @@ def _package(project: Project, here: bool = False) -> Package:
 def _stop(config: Config, to: str) -> int:
     from cluster.submission import running, stop
 
+    if to == KUBERAY:
+        raise UserError("kubectl get rayjob names it, and kubectl delete rayjob NAME stops it")
     with running(to, _folder(config)) as cluster:
         ended = stop(cluster, _about(config)) if cluster else []
     for seen in ended:

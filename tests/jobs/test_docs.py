@@ -88,8 +88,8 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
 
 EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
 RETRAINED = "tests/jobs/test_retrain.py, in the order of docs/retrain.md and with what they print"
+RAYJOB = "tests/cluster/test_submit_kuberay.py and test_rayjob_runs.py; there is no Kubernetes here"
 SUBMITTED = "tests/cluster/test_local.py, to clusters on loopback"
-RAYJOB = "tests/cluster/test_rayjob_runs.py, as far as the RayJob; there is no Kubernetes here"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip init my-project pairs.csv": "here",
