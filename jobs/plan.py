@@ -117,7 +117,9 @@ def ask_of(project: Project, profile: Profile | None = None, *fleet: object) -> 
 
 def print_plan(project: Project, verdicts: Sequence[Verdict], wanted: set[str]) -> float:
     """Print one line a stage; return the estimated seconds of all stale ones."""
-    return sum(cost.seconds for cost in _print_verdicts(project, verdicts, wanted, ask_of(project)).values())
+    stale = any(verdict.state == "stale" and verdict.stage in wanted for verdict in verdicts)
+    ask = ask_of(project, None if stale else Profile())  # where there is nothing to do, nothing is read
+    return sum(cost.seconds for cost in _print_verdicts(project, verdicts, wanted, ask).values())
 
 
 def _print_verdicts(project: Project, verdicts: Sequence[Verdict], wanted: set[str], ask: Ask) -> dict[str, Cost]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from tempfile import NamedTemporaryFile
 from threading import Lock
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.store import Store
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
 THREADS = 16  # records are small, and each is a request
 GROUP = 8192  # shards of a table that lie together
+SCRATCH = "unclip-shards-"  # begins the names of temporary files
 WINDOW = 512  # shards that are held as objects while many are read or listed
 
 
@@ -237,9 +238,8 @@ class ShardList:
         import pyarrow.parquet as pq
 
         numbers = [np.zeros(0, np.int64)]
-        prefix = "unclip-shards-"
         # Arrow reads by offset from a file that has no name any more, and that nobody has to remove.
-        with tempfile.NamedTemporaryFile(prefix=prefix) as packed, tempfile.NamedTemporaryFile(prefix=prefix) as file:
+        with NamedTemporaryFile(prefix=SCRATCH) as packed, NamedTemporaryFile(prefix=SCRATCH) as file:
             packed.write(_table(store, artifact))  # to a file too: as bytes it would lie in memory beside its rows
             packed.flush()
             table = pq.ParquetFile(packed.name)

@@ -18,6 +18,8 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.training.recipes import ClipRecipe
 
+NEEDED = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")  # of what open_clip says of a model
+
 
 @dataclass(frozen=True)
 class Size:
@@ -103,13 +105,14 @@ def _clip_size(clip: ClipConfig | str) -> ClipSize:
     from pipeline.training.laps import flop_counter
 
     settings = _open_clip_config(clip)
-    size = settings["vision_cfg"]["image_size"]
+    side = settings["vision_cfg"].get("image_size", 224)
+    sides = (side, side) if isinstance(side, int) else tuple(side)
     with torch.device("meta"), torch.no_grad():
         kind = open_clip.CustomTextCLIP if "custom_text" in settings else open_clip.CLIP
-        network = kind(**{k: v for k, v in settings.items() if k != "custom_text"}).eval().requires_grad_(False)
+        network = kind(**{name: settings[name] for name in NEEDED if name in settings}).eval().requires_grad_(False)
         image, text = flop_counter(), flop_counter()
         with image:
-            network.encode_image(torch.zeros(1, 3, size, size))
+            network.encode_image(torch.zeros(1, 3, *sides))
         with text:
             network.encode_text(torch.zeros(1, network.context_length, dtype=torch.int64))
         parameters = sum(p.numel() for p in network.parameters())
@@ -122,14 +125,22 @@ def _open_clip_config(clip: ClipConfig | str) -> dict[str, Any]:
         return clip.model_config()
     import open_clip
 
+    from models.clip import check_text_tower
+
     kind, _, rest = clip.partition(":")
     if kind == "local-dir":
+        name = rest
         try:
-            return json.loads((Path(rest) / "open_clip_config.json").read_text())["model_cfg"]
+            settings = json.loads((Path(rest) / "open_clip_config.json").read_text())["model_cfg"]
         except (OSError, ValueError, KeyError) as e:
             raise UserError(f"clip.weights: {rest} holds no CLIP that open_clip can load ({e!r})") from e
-    name = rest.split(":")[0]
-    settings = open_clip.get_model_config(name)
-    if settings is None:
-        raise UserError(f"clip.weights: open_clip has no model {name!r}: choose one of open_clip.list_models()")
+    else:
+        name = rest.split(":")[0]
+        settings = open_clip.get_model_config(name)
+        if settings is None:
+            raise UserError(f"clip.weights: open_clip has no model {name!r}: choose one of open_clip.list_models()")
+    try:
+        check_text_tower(name, settings)
+    except ValueError as e:
+        raise UserError(f"clip.weights: {e}") from e
     return settings

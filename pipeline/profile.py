@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.artifacts import Artifact, load_artifact
-from pipeline.errors import UserError
+from pipeline.bundle import MODELS
+from pipeline.errors import CorruptObject, UserError
 from pipeline.history import last_run
 from pipeline.records import read_blob
 from pipeline.store import Store
 
 FORMAT = 1
-DRAWING = ("ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 COUNTED = ("samples", "evaluation")  # stages whose amount is passes through networks
 ASKED = {"priors": "rows", "decoder": "decoder_rows"}
 ASKED |= {name: f"{name}_rows" for name in ("upsampler_256", "upsampler_1024")}  # field by part of an evaluation
@@ -139,27 +139,35 @@ def _observed(
     elif stage in COUNTED:
         there = _looked_at(store, artifact)
         passes = passes_of(stage, recipes, there)
-        short = {part: n / rows for part, n in there.items() if n < recipes[stage][ASKED[part]]}
+        short = {part: n / max(1, rows) for part, n in there.items() if n < recipes[stage][ASKED[part]]}
     elif stage == "clip":  # weights that were fetched
         amount, work = 1.0, 0.0
     if not amount:
         return None
     disk = max(times.get("written_bytes", 0.0), artifact.requests.get("bytes_written", 0.0))
-    steps = {name: value for name, value in times.items() if name in ("decode_seconds", "encode_seconds")}
-    device, used = artifact.environment.get("device", "cpu"), times.get("utilisation", 0.0)
-    kind = shape(stage, recipes)
-    shards = int(times.get("shards_made", 0))
-    stored = (shards, disk, artifact.requests)
     return Observation(
-        amount, seconds, work, workers, kind, passes, short, steps, *stored, device.partition(":")[0], used
+        amount,
+        seconds,
+        work,
+        workers,
+        shape(stage, recipes),
+        passes,
+        short,
+        steps={name: value for name, value in times.items() if name in ("decode_seconds", "encode_seconds")},
+        shards=int(times.get("shards_made", 0)),
+        disk=disk,
+        requests=artifact.requests,
+        device=artifact.environment.get("device", "cpu").partition(":")[0],
+        utilisation=times.get("utilisation", 0.0),
     )
 
 
 def _looked_at(store: Store, artifact: Artifact) -> dict[str, int]:
-    """Rows that an evaluation has looked at, by part; {} of another stage."""
-    if "evaluation.json" not in artifact.blobs:
+    """Rows that an evaluation has looked at, by part; {} of another stage, and where they cannot be read."""
+    try:
+        said = json.loads(read_blob(store, artifact.blobs["evaluation.json"]))["rows"]
+    except (KeyError, CorruptObject):  # a run notices the damage, and mends it
         return {}
-    said = json.loads(read_blob(store, artifact.blobs["evaluation.json"]))["rows"]
     return {part: len(rows["keys"]) for part, rows in said.items()}
 
 
@@ -173,7 +181,7 @@ def passes_of(
     but they draw whole pictures.
     """
     s = {name.removeprefix("sampling."): value for name, value in recipes["bundle"].items()}
-    models = [name for name in s["models"] if name in DRAWING]
+    models = [name for name in s["models"] if name in MODELS]
     steps = {name: 1 if name == "ar_prior" else s[f"{name.removeprefix('diffusion_')}_steps"] for name in models}
     guided = {name: 2 if s[f"{_family(name)}_guidance"] else 1 for name in models if not name.startswith("upsampler")}
     one = {name: steps[name] * guided.get(name, 1) for name in models}  # passes of one row
