@@ -15,7 +15,7 @@ from pipeline.records import digest
 PROJECT_FILE = "project.yaml"  # in the package
 LONGEST = 17  # characters of the project's name in an id, which has at most 45 with a number of up to three digits
 PLAIN = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")  # of the AWS variables
-DRIVER_CPUS, DRIVER_MB = 1.0, 4096
+DRIVER_CPUS, DRIVER_MB = 1.0, 4096  # of Python, torch and Ray; a training without workers takes its model's, too
 
 
 @dataclass(frozen=True)

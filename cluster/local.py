@@ -36,6 +36,7 @@ HEAD, WORKER = "127.0.0.2", "127.0.0.3"
 HEAD_LABELS, WORKER_LABELS = "pool=cpu", "pool=gpu"
 START_S = 300.0  # until both nodes are there
 TRIES = 3  # to start a node
+ANSWER_S = 60.0  # of a cluster that is there
 FIRST_S = 120.0  # until the first job comes
 LINGER_S = 10.0  # after the last one, for whoever follows it to hear its end
 POLL_S = 2.0
@@ -69,13 +70,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def find(folder: Path) -> tuple[str, str] | None:
-    """Address and token of the cluster that runs, or None. Call it ``locked``."""
-    state = _read(folder)
-    if state is None:
-        return None
-    token = (folder / "token").read_text()
-    if _is_keeper(state.keeper, folder) and _jobs(state.address, token) is not None:
-        return state.address, token
+    """Address and token of the cluster that runs, or None. Call it ``locked``.
+
+    Raises UserError if it runs and does not answer: a job may be at work in it.
+    """
+    deadline = time.monotonic() + ANSWER_S
+    while (state := _read(folder)) is not None and _is_keeper(state.keeper, folder):
+        token = (folder / "token").read_text()
+        if _jobs(state.address, token) is not None:
+            return state.address, token
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"the local cluster at {state.address} does not answer; wait, or end it with kill {state.keeper}"
+            )
+        time.sleep(0.5)
     return None
 
 

@@ -127,11 +127,16 @@ def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
             log, to = tmp_path / "stopped.log", ("--to", address)
             submitter = _start(log, config, other[0], hosts, *to, "--until", "pairs")
             _wait("a second time", lambda: "-2 is submitted" in log.read_text() or submitter.poll() is not None)
+            submitter.send_signal(signal.SIGINT)
+            assert submitter.wait(WAIT_S) == 130
+            assert "-2 goes on: the same command attaches to it, --stop stops it" in log.read_text()
+            assert "Traceback" not in log.read_text()
+            submitter = _start(log, config, other[0], hosts, *to, "--until", "pairs")
+            _wait("attaching", lambda: "-2 runs already" in log.read_text() or submitter.poll() is not None)
             stopped = done(unclip("submit", config, *to, "--stop"))
             assert "-2 was stopped (stopped); what it has made stays made" in stopped
             assert submitter.wait(WAIT_S) == 1
             assert "-2 was stopped; submit it again to go on where it was" in log.read_text()
-            assert "nothing of micro runs there" in done(unclip("submit", config, *to, "--stop"))
 
     _wait("the end of the cluster", lambda: not _processes(folder))
     assert not (folder / "state.json").exists()

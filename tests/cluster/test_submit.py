@@ -99,7 +99,7 @@ def test_what_is_fresh_is_not_submitted(tmp_path: Path) -> None:
     rows = write_list(tmp_path / "list.csv", 0, 3)
     config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:9", [rows])
     done(unclip("run", config, "--until", "captions"))
-    submitted = done(unclip("submit", config, "--to", "http://127.0.0.1:9", "--until", "captions", timeout=15))
+    submitted = done(unclip("submit", config, "--to", "http://127.0.0.1:9", "--until", "captions"))
     assert "nothing to do" in submitted
 
 
