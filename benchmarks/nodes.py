@@ -114,7 +114,7 @@ class MakeSleeper:
 
 def embed(nodes: int, shards: int, rows: int) -> float:
     """Pictures a second of workers that sleep, by the times at which shards of the middle were done."""
-    fields = random_fields(2, 512)
+    fields = random_fields(8, 1024)
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)
         tasks = [make_shard(store, number, rows, fields) for number in range(shards * nodes)]
