@@ -14,16 +14,22 @@ from fractions import Fraction
 
 from pipeline.config import Run
 from pipeline.errors import UserError
+from pipeline.resources import share_of
 from pipeline.settings import EmbeddingsSettings, KubernetesSettings, ShardSettings, TrainingSettings
+
+OBJECT_STORE = 0.3  # of a pod's memory, which is Ray's own share; the rest is for workers
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What one stage asks for: ``workers`` that take a core each, or ``gpus`` each, on Ray nodes with ``labels``."""
+    """What one stage asks for: ``workers`` that take so many ``cpus``, ``gpus`` and MiB each, on Ray nodes with
+    ``labels``."""
 
     stage: str
     workers: int
+    cpus: float = 1.0
     gpus: float = 0.0
+    memory_mb: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -63,16 +69,21 @@ def demands(run: Run, stages: Collection[str]) -> Iterator[Demand]:
             continue
         if isinstance(settings, TrainingSettings):
             if settings.workers:
-                yield Demand(stage, settings.workers, 0.0 if settings.device == "cpu" else 1.0)
+                yield _demand(stage, settings, 0.0 if settings.device == "cpu" else 1.0)
             elif settings.device.startswith("cuda") and not run.kubernetes.head_gpus:
                 raise UserError(
                     f"run.{stage}.workers: with 0 the driver trains, whose pod has no GPU; "
                     "set it to 1 or more, or run.kubernetes.head_gpus"
                 )
         elif isinstance(settings, ShardSettings) and settings.workers:
-            yield Demand(stage, settings.workers, getattr(settings, "gpus", 0.0), _labels(settings.nodes))
+            yield _demand(stage, settings, getattr(settings, "gpus", 0.0))
             if isinstance(settings, EmbeddingsSettings) and settings.decoders:
                 yield Demand(stage, settings.workers * settings.decoders, labels=_labels(settings.decoder_nodes))
+
+
+def _demand(stage: str, settings: ShardSettings | TrainingSettings, gpus: float) -> Demand:
+    share = share_of(settings, gpus)
+    return Demand(stage, settings.workers, share.cpus, gpus, settings.memory_mb, _labels(settings.nodes))
 
 
 def _labels(selector: Mapping[str, str]) -> dict[str, str]:
@@ -108,13 +119,24 @@ def _pods(members: Sequence[Demand], settings: KubernetesSettings) -> int:
 
 
 def _workers_in_a_pod(demand: Demand, settings: KubernetesSettings) -> int:
-    if not demand.gpus:
-        return settings.cpus
+    """Raises UserError where not one fits."""
+    shape = (settings.cpus, settings.memory_gb, "cpus", "memory_gb")
+    if demand.gpus:
+        shape = (settings.gpu_cpus, settings.gpu_memory_gb, "gpu_cpus", "gpu_memory_gb")
+    room_mb = int(shape[1] * 1024 * (1 - OBJECT_STORE))
+    fits = []
     # Ray puts the shares of a worker on one GPU: two workers of 0.4 on each, and one of 0.6.
-    fit = settings.gpus * int(1 / demand.gpus) if demand.gpus < 1 else int(settings.gpus / demand.gpus)
-    if not fit:
-        raise UserError(
-            f"run.{demand.stage}.gpus: {demand.gpus:g} a worker are more than the {settings.gpus} of a pod; "
-            "raise run.kubernetes.gpus or lower it"
-        )
-    return fit
+    shares = settings.gpus * int(1 / demand.gpus) if 0 < demand.gpus < 1 else 0
+    for name, field_name, takes, has in (
+        ("gpus", "gpus", demand.gpus, settings.gpus),
+        ("cpus", shape[2], demand.cpus, shape[0]),
+        ("memory_mb", shape[3], demand.memory_mb, room_mb),
+    ):
+        if takes > has:
+            raise UserError(
+                f"run.{demand.stage}.{name}: {takes:g} a worker are more than the {has} of a pod; "
+                f"raise run.kubernetes.{field_name} or lower it"
+            )
+        if takes:
+            fits.append(shares if name == "gpus" and shares else int(has / takes + 1e-9))
+    return min(fits)

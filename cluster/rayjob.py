@@ -17,14 +17,13 @@ from typing import Any
 import yaml
 
 from cluster.job import Job
-from cluster.pods import Group, groups
+from cluster.pods import OBJECT_STORE, Group, groups
 from pipeline.config import Run
 from pipeline.errors import UserError
 from pipeline.settings import KubernetesSettings
 
 RETRIES = 2  # new clusters after one that failed; a mistake that only a cluster notices costs as many starts
 KEPT_S = 300  # a finished cluster stays, for its dashboard
-OBJECT_STORE = 0.3  # of a pod's memory, which is Ray's own share; it lies in /dev/shm
 NCCL_MB = 1024  # beside it in /dev/shm, where NCCL has the buffers between GPUs of a pod
 HEAD_MB = 2048  # of the head's memory, for Ray's own processes there
 LONGEST_NAME = 47  # characters; KubeRay adds to it and has to stay below 63

@@ -59,19 +59,20 @@ def team_of(settings: Settings, nodes: Sequence[Node], local: bool) -> Team:
     """
     if isinstance(settings, ShardSettings):
         gpus = settings.gpus if isinstance(settings, EmbeddingsSettings | GenerationSettings) else 0.0
-        team = Team(settings.workers, 1, _share(settings, gpus))
+        team = Team(settings.workers, 1, share_of(settings, gpus))
         if isinstance(settings, EmbeddingsSettings):
             return replace(team, helpers=settings.decoders, helper=Share(labels=settings.decoder_nodes))
         return team
     least = settings.min_workers or settings.workers
-    on_gpus = Team(settings.workers, least, _share(settings, 1.0))
+    on_gpus = Team(settings.workers, least, share_of(settings, 1.0))
     gpu_asked = settings.device.startswith("cuda")
     gpu_found = settings.device == "auto" and room(on_gpus, nodes) >= least
-    team = on_gpus if gpu_asked or gpu_found else replace(on_gpus, worker=_share(settings, 0.0))
+    team = on_gpus if gpu_asked or gpu_found else replace(on_gpus, worker=share_of(settings, 0.0))
     return replace(team, least=1) if local and not settings.min_workers and not settings.sharded else team
 
 
-def _share(settings: Settings, gpus: float) -> Share:
+def share_of(settings: Settings, gpus: float) -> Share:
+    """What one worker with so many ``gpus`` takes under these settings."""
     cpus = settings.cpus or (0.0 if gpus else 1.0)
     return Share(cpus, gpus, settings.memory_mb << 20, settings.nodes)
 

@@ -83,6 +83,17 @@ def test_a_worker_larger_than_a_pod_is_refused() -> None:
         groups(with_settings(embeddings={"workers": 1, "gpus": 5}), ["embeddings"])
 
 
+def test_cores_and_memory_that_a_worker_sets_aside_are_in_its_pod() -> None:
+    run = with_settings(pairs={"workers": 9, "cpus": 3}, codec={"workers": 3, "memory_mb": 11_000})
+    assert sizes(groups(run, ["pairs"])) == {"cpu": (5, {})}  # two in a pod of 8 cores
+    assert sizes(groups(run, ["codec"])) == {"cpu": (2, {})}  # two in 0.7 of 32 GiB
+    training = {"workers": 8, "device": "cuda", "cpus": 8, "nodes": {"pool": "gpu"}}
+    assert sizes(groups(with_settings(decoder=training), ["decoder"])) == {"gpu": (4, {"pool": "gpu"})}
+    for field, most in (("cpus", 8), ("memory_mb", 22_937)):
+        with pytest.raises(UserError, match=rf"run\.pairs\.{field}: .* a worker are more than the {most} of a pod"):
+            groups(with_settings(pairs={"workers": 1, field: most + 1}), ["pairs"])
+
+
 def test_the_driver_trains_on_a_gpu_only_where_the_head_has_one() -> None:
     training = {"workers": 0, "device": "cuda"}
     with pytest.raises(UserError, match=r"run\.decoder\.workers: with 0 the driver trains"):
