@@ -56,15 +56,14 @@ def check_reach(store: Store, job: Job, to: str) -> None:
 
 
 def put_package(store: Store, package: Package) -> str:
-    """Put what a job needs into the store, for machines that read it there; the URL of its zip."""
-    for note in package.notes:
-        print(f"note: {note}", file=sys.stderr)
+    """Put what a job needs into the store, for machines that read it there; the path of its zip."""
+    print_notes(package)
     send_weights(store, package)
     with tempfile.TemporaryDirectory() as folder:
         file = write_zip(package, Path(folder) / "package.zip")
         path = package_path(file)
         store.create(path, file)
-    return f"{store.url}/{path}"
+    return path
 
 
 def attach_or_submit(cluster: Cluster, store: Store, job: Job, package: Package, about: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ from jobs.run import print_places
 from jobs.sample import remember_bundle
 from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.errors import UserError
+from pipeline.history import remember
 from pipeline.store import local_folder, open_store
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     check_reach(project.store, job, KUBERAY)
     run = project.config.run
     render(job, "", run, asked.stale)  # what is wrong with the settings is said before anything is sent
-    return render(job, put_package(project.store, _package(project)), run, asked.stale)
+    path = put_package(project.store, _package(project))
+    remember(project.store, project.config.project, project.graph, asked.verdicts, path)
+    return render(job, f"{project.store.url}/{path}", run, asked.stale)
 
 
 def _follow(project: Project, asked: Agreed, cluster: Cluster, submission_id: str) -> int:

@@ -7,7 +7,7 @@ import boto3
 import pytest
 
 from jobs.cli import main
-from tests.chain import unclip, write_config, write_list
+from tests.chain import done, open_at, unclip, write_config, write_list
 from tests.cluster.kuberay import parse
 from tests.seaweed import Server
 
@@ -36,6 +36,8 @@ def test_the_rayjob_is_all_there_is_on_standard_output(s3: Server, tmp_path: Pat
     assert "pairs" in process.stderr  # the plan
     again = unclip(*words, env=elsewhere)
     assert again.stdout == process.stdout
+    done(unclip("data", "gc", words[1], "--yes", "--grace-hours", 0))  # what was asked for is needed
+    assert [f"{store}/{entry.path}" for entry in open_at(store).list("packages/")] == [found.package]
 
 
 def test_mistakes_are_told_before_anything_is_sent(
