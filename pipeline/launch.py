@@ -197,8 +197,8 @@ def may_grow(ray: Any) -> bool:
 
     end = time.monotonic() + AUTOSCALER_S
     while True:
-        report = json.loads(_internal_kv_get(AUTOSCALING_STATUS) or "{}").get("autoscaler_report")
-        if report and (types := {*report["active_nodes"], *(kind for _, kind, _ in report["pending_nodes"])}):
+        report = json.loads(_internal_kv_get(AUTOSCALING_STATUS) or "{}").get("autoscaler_report") or {}
+        if types := {*(report.get("node_type_mapping") or {}).values()}:
             return not types <= {f"node_{node['NodeID']}" for node in ray.nodes()}
         if time.monotonic() > end:
             return True

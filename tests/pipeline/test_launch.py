@@ -111,10 +111,11 @@ def test_workers_that_would_take_the_cores_of_their_helpers_are_lowered(monkeypa
 @pytest.mark.parametrize(
     ("report", "grows"),
     [
-        ({"active_nodes": {f"node_{i:056x}": 1 for i in (0, 1)}, "pending_nodes": []}, False),
-        ({"active_nodes": {"ray.head.default": 1}, "pending_nodes": []}, True),
-        ({"active_nodes": {}, "pending_nodes": [["10.0.0.2", "node_gpu", "waiting"]]}, True),
-        ({"active_nodes": {}, "pending_nodes": []}, True),  # it does not say
+        ({"node_type_mapping": {f"{i}": f"node_{i:056x}" for i in (0, 1)}}, False),
+        ({"node_type_mapping": {"10.0.0.1": "ray.head.default"}}, True),
+        ({"node_type_mapping": {"0": f"node_{0:056x}", "10.0.0.2": "node_gpu"}}, True),
+        ({"node_type_mapping": {}}, True),  # it does not say
+        ({"node_type_mapping": None}, True),
         (None, True),
     ],
 )
