@@ -42,6 +42,8 @@ LINGER_S = 10.0  # after the last one, for whoever follows it to hear its end
 POLL_S = 2.0
 END_S = 10.0  # for Ray to end in order
 LEAST_STORE_MB = 100
+# Of whoever starts it: another cluster, its token, and that it has one node only.
+NOT_OURS = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
 MARK = "UNCLIP_CLUSTER"  # in the environment of every process of a cluster
 AGENT_PORTS = (  # a node whose agents find their usual ports taken by another one starts, and never takes a job
     "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
@@ -176,7 +178,7 @@ class _Keeper:
             f"--object-store-memory={self.memory}", "--min-worker-port=0", "--max-worker-port=0",
             *(f"--{name}={port}" for name, port in _free_ports(*AGENT_PORTS).items()), *more,
         ]  # fmt: skip
-        environment = {name: os.environ[name] for name in os.environ.keys() - {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_OURS}
         environment |= {
             MARK: str(self.scratch),
             "RAY_AUTH_MODE": "token",

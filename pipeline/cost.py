@@ -281,7 +281,8 @@ def _stored_by_training(stage: str, recipe: TrainingRecipe, ask: Ask, seconds: f
     parameters, settings = model_size(ask.config, stage).parameters, getattr(ask.config.run, stage)
     if isinstance(recipe, ClipRecipe) and recipe.weights != "train":
         return {"disk": MODEL_BYTES * parameters, "written": MODEL_BYTES * parameters, "puts": 6.0}
-    saved = 2 + seconds / settings.checkpoint_every_s
+    every = settings.checkpoint_every_s or seconds * recipe.batch / recipe.samples  # 0 saves after each step
+    saved = 2 + (seconds / every if seconds else 0)
     kept = settings.keep_checkpoints * STATE_BYTES * parameters
     needs_pictures = stage not in ("ar_prior", "diffusion_prior")
     needs_embeddings = stage in ("ar_prior", "diffusion_prior", "decoder")

@@ -134,7 +134,7 @@ def test_s3(write: Write, s3: Server) -> None:
 
 
 def test_commands(tmp_path: Path) -> None:
-    refused("trian", NANO, says=["unknown command trian", "run, plan, sample"])
+    refused("trian", NANO, says=["unknown command trian", "run, plan, submit, sample"])
     usage = unclip()
     assert usage.returncode == 2
     assert "usage: unclip COMMAND" in usage.stdout
