@@ -1,4 +1,5 @@
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,15 @@ for name in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_URL", "UNCLIP_CRASH"):
     os.environ.pop(name, None)
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+
+
+@pytest.fixture(autouse=True)
+def _own_logs() -> None:
+    """Our log is heard as it is at the start of a process, whatever a test or a library before has set."""
+    log, root = logging.getLogger("unclip"), logging.getLogger()
+    log.disabled, log.propagate = False, True
+    log.setLevel(logging.NOTSET)
+    root.setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

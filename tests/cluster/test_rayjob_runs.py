@@ -124,6 +124,7 @@ def put_package(server: Server, folder: Path, project: Mapping[str, object]) -> 
     return f"s3://{BUCKET}/{key}"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_its_entrypoint_environment_and_nodes_make_the_pairs(s3: Server, tmp_path: Path) -> None:
     store = f"{s3.url}/rayjob-{os.getpid()}"

@@ -43,6 +43,7 @@ def test_slips_are_one_line(words: list[str], says: list[str]) -> None:
     refused("plan", PAPER, *words, says=says)
 
 
+@pytest.mark.slow
 def test_a_probe_measures_every_stage_and_its_profile_serves_again(tmp_path: Path, pictures: str) -> None:
     rows = write_list(tmp_path / "list.csv", 0, 60)
     config = write_config(tmp_path, str(tmp_path / "store"), pictures, [rows])

@@ -120,6 +120,7 @@ def write_months(folder: Path) -> None:
         (folder / f"{month}.txt").write_text("".join(f"{row.url}\n" for row in rows[part]))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_three_months_one_of_them_bad_and_the_release_moves_twice(
     tmp_path: Path, pictures: str, s3: Server, monkeypatch: pytest.MonkeyPatch
