@@ -32,7 +32,7 @@ else
 endif
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow and not browser" -n 2 --dist loadfile --durations 15
+	$(BIN)/python -m pytest -m "not slow and not browser" -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-browser: .venv/ready
 	$(BIN)/python -m pytest -m browser

@@ -26,12 +26,16 @@ os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.d
 
 
 @pytest.fixture(autouse=True)
-def _own_logs() -> None:
-    """Our log is heard as it is at the start of a process, whatever a test or a library before has set."""
+def _as_at_the_start() -> None:
+    """Our log, and Ray's token, are as at the start of a process, whatever a test or a library before has set."""
     log, root = logging.getLogger("unclip"), logging.getLogger()
     log.disabled, log.propagate = False, True
     log.setLevel(logging.NOTSET)
     root.setLevel(logging.WARNING)
+    if "ray" in sys.modules:  # it keeps the first token that it has been given, and tests know several clusters
+        from ray._raylet import AuthenticationTokenLoader
+
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -268,6 +268,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3: Server) -> Iterator[di
             head.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_through_a_ray_job_the_keys_and_data_blobs_are_the_same(
     chain: Chain, s3: Server, cluster: dict[str, str], tmp_path: Path

@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.chain import done, unclip
 from tests.pipeline.test_generation import publish_bundle
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_no_picture(tmp_path: Path) -> None:
     """Three shards on one worker, killed before its first record, and in this process: the same files."""
     _, bundle = publish_bundle(tmp_path)

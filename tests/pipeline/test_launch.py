@@ -63,7 +63,8 @@ def test_a_cluster_that_cannot_grow_is_told_all_that_is_missing(
     assert str(refused.value) == (
         f"what the cluster can never run: {MISSING}; add such nodes, or ask for less under run, and start again"
     )
-    teams = find_room(ray_of(HEAD, CPU), ASKED)  # a stage has come to its turn: a node that was lost may come back
+    with caplog.at_level(logging.WARNING, "unclip"):
+        teams = find_room(ray_of(HEAD, CPU), ASKED)  # a stage has come to its turn: a node that was lost may come back
     assert {stage: team.count for stage, team in teams.items()} == {s: own.workers for s, own in ASKED.items()}
     assert caplog.messages == [f"{MISSING}; waiting for nodes that have it"]
 
@@ -73,7 +74,8 @@ def test_a_cluster_that_may_grow_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     says(monkeypatch, grows=True)
-    assert find_room(ray_of(HEAD), ASKED, refuse=True)["pairs"].count == 2
+    with caplog.at_level(logging.WARNING, "unclip"):
+        assert find_room(ray_of(HEAD), ASKED, refuse=True)["pairs"].count == 2
     assert len(caplog.messages) == 1
     assert "pairs: 2 workers with 1 core each, no node has a core; embeddings: " in caplog.messages[0]
     caplog.clear()
