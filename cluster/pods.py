@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from pipeline.config import Run
 from pipeline.errors import UserError
-from pipeline.resources import share_of
+from pipeline.resources import Node, Share, share_of
 from pipeline.settings import EmbeddingsSettings, KubernetesSettings, ShardSettings, TrainingSettings
 
 OBJECT_STORE = 0.3  # of a pod's memory, which is Ray's own share; the rest is for workers
@@ -124,9 +124,6 @@ def _workers_in_a_pod(demand: Demand, settings: KubernetesSettings) -> int:
     if demand.gpus:
         shape = (settings.gpu_cpus, settings.gpu_memory_gb, "gpu_cpus", "gpu_memory_gb")
     room_mb = int(shape[1] * 1024 * (1 - OBJECT_STORE))
-    fits = []
-    # Ray puts the shares of a worker on one GPU: two workers of 0.4 on each, and one of 0.6.
-    shares = settings.gpus * int(1 / demand.gpus) if 0 < demand.gpus < 1 else 0
     for name, field_name, takes, has in (
         ("gpus", "gpus", demand.gpus, settings.gpus),
         ("cpus", shape[2], demand.cpus, shape[0]),
@@ -137,6 +134,5 @@ def _workers_in_a_pod(demand: Demand, settings: KubernetesSettings) -> int:
                 f"run.{demand.stage}.{name}: {takes:g} a worker are more than the {has} of a pod; "
                 f"raise run.kubernetes.{field_name} or lower it"
             )
-        if takes:
-            fits.append(shares if name == "gpus" and shares else int(has / takes + 1e-9))
-    return min(fits)
+    pod = Node("a pod", shape[0], settings.gpus, room_mb << 20)
+    return Share(demand.cpus, demand.gpus, demand.memory_mb << 20).places(pod)

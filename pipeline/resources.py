@@ -33,8 +33,13 @@ class Share:
         """How many such processes a node can hold."""
         if not has_labels(node, self.labels):
             return 0
-        pairs = ((node.cpus, self.cpus), (node.gpus, self.gpus), (node.memory, self.memory))
-        return min(math.floor(has / takes + 1e-9) for has, takes in pairs if takes)  # 0.3 fits three times into 0.9
+        pairs = [(node.cpus, self.cpus), (node.memory, self.memory)]
+        if self.gpus >= 1:
+            pairs.append((node.gpus, self.gpus))
+        fits = [math.floor(has / takes + 1e-9) for has, takes in pairs if takes]  # 0.3 fits three times into 0.9
+        if 0 < self.gpus < 1:  # Ray puts a share on one GPU: two of 0.4 on each, and one of 0.6
+            fits.append(math.floor(node.gpus) * math.floor(1 / self.gpus + 1e-9))
+        return min(fits)
 
 
 @dataclass(frozen=True)

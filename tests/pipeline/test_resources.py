@@ -144,3 +144,8 @@ def test_settings_that_cannot_be() -> None:
         TrainingSettings(memory_mb=-1)
     with pytest.raises(ValueError, match="labels and min_workers exclude each other"):
         TrainingSettings(workers=2, min_workers=1, nodes={"pool": "gpu"})
+
+
+def test_a_share_of_a_gpu_lies_on_one() -> None:
+    places = [Share(0.0, gpus).places(Node("a", 8, 4)) for gpus in (0.1, 0.4, 0.5, 0.6, 1.0, 2.0, 3.0, 5.0)]
+    assert places == [40, 8, 8, 4, 4, 2, 1, 0]
