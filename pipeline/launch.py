@@ -178,12 +178,12 @@ def _fitted(ray: Any, stage: str, team: Team, nodes: list[Node], local: bool) ->
     found = room(team, nodes)
     if not 0 < found < team.count or not (local or (team.helpers and not may_grow(ray))):
         return team
-    _say(f"run.{stage}.workers: {team.count} are asked for, and there is room for {found}; going on with {found}")
+    say_once(f"run.{stage}.workers: {team.count} are asked for, and there is room for {found}; going on with {found}")
     return replace(team, count=found)
 
 
 @cache  # a stage of many passes says it once
-def _say(text: str) -> None:
+def say_once(text: str) -> None:
     log.info(text)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from pipeline import launch
 from pipeline.store import Store, open_store
 from tests.seaweed import Server, serving
 
@@ -27,7 +28,8 @@ os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.d
 
 @pytest.fixture(autouse=True)
 def _as_at_the_start() -> None:
-    """Our log, and Ray's token, are as at the start of a process, whatever a test or a library before has set."""
+    """Our log, what it has said, and Ray's token are as at the start of a process, whatever ran before has set."""
+    launch.say_once.cache_clear()
     log, root = logging.getLogger("unclip"), logging.getLogger()
     log.disabled, log.propagate = False, True
     log.setLevel(logging.NOTSET)

@@ -87,7 +87,6 @@ def test_on_this_machine_workers_are_lowered_and_what_cannot_be_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    launch._say.cache_clear()
     here = ray_of(Node("here", 2, 1))
     with caplog.at_level(logging.INFO, "unclip"):
         for _ in range(2):
