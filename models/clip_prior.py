@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.diffusion_prior import DiffusionPrior
-from models.nn.embedding import timestep_embedding
+from models.diffusion_prior import ASKED, DiffusionPrior
 from models.nn.text_encoder import ClipTextEncoder
 from models.nn.transformer import normal_linear
 from models.prior_configs import DiffusionPriorConfig, require
@@ -59,22 +58,14 @@ class ClipPrior(DiffusionPrior):
             "but neither trained nor measured; train a DiffusionPrior instead"
         )
 
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
-        """The clean standardised embedding, fp32 [b, d].
+    def given(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> tuple[Tensor, Tensor]:
+        """As the parent's, but ``text_embedding`` is not used: the text encoder makes it, not of unit norm.
 
-        As the parent's, but ``x_t`` [b, d] is standardised, and ``text_embedding`` is not used: the text encoder makes
-        it from ``tokens``, without unit norm.
+        ``x_t`` and the result of ``forward`` are standardised, [b, d].
         """
-        dtype = self.query.dtype
         text = self.text(tokens, keep_text)
-        step = self.timestep(timestep_embedding(t, self.config.width).to(dtype))
-        noised = self.noised_in(x_t.to(dtype))
-        embedding = self.embedding_in(text.pooled)
-        last = torch.stack([embedding, step, noised, self.query.expand_as(embedding)], dim=1)
-        sequence = torch.cat([self.states_in(text.states), last], dim=1) + self.position
-        out = self.transformer(sequence, shown=F.pad(text.shown, (0, 4), value=True), last_only=True)[:, -1]
-        with torch.autocast(out.device.type, enabled=False):
-            return self.out(out.to(dtype))
+        sequence = torch.cat([self.states_in(text.states), self.embedding_in(text.pooled)[:, None]], dim=1)
+        return sequence + self.position[:-ASKED], F.pad(text.shown, (0, 1), value=True)
 
     def image_embedding(self, samples: Tensor) -> Tensor:
         """As the parent's."""

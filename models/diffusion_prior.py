@@ -24,8 +24,11 @@ from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
 from models.losses import Losses
 from models.nn.embedding import timestep_embedding
-from models.nn.transformer import CaptionEmbedding, Transformer, normal_linear
+from models.nn.transformer import Cache, CaptionEmbedding, Transformer, normal_linear
 from models.prior_configs import DiffusionPriorConfig
+
+ASKED = 3
+"""Positions after the caption: timestep, noised image embedding, query."""
 
 GAMMA_STEPS = 64
 """Timesteps at which Gamma is measured: those of the paper's grid."""
@@ -70,21 +73,50 @@ class DiffusionPrior(nn.Module):
             self.gamma = self.query.new_empty(self.config.steps, dtype=torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def condition(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Cache:
+        """Read captions; the arguments are those of ``forward``.
+
+        They come first and the transformer is causal, so that neither x_t nor t changes what it keeps of them: a
+        sampler calls this once, and a step computes three positions.
+        """
+        given, shown = self.given(tokens, text_embedding, keep_text)
+        cache = Cache(given.shape[1] + ASKED)
+        self.transformer(given, cache, shown)
+        return cache
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Cache) -> Tensor:
+        """``forward`` for captions that ``condition`` has read."""
+        out = self.transformer(self.asked(x_t, t), condition, last_only=True)
+        condition.length -= ASKED
+        return self.embedding_out(out)
+
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
         """The clean embedding at the diffusion's scale, fp32 [b, d].
 
         ``x_t`` [b, d] at that scale, ``t`` int64 [b], ``tokens`` int64 [b, 77], ``text_embedding`` unit norm
         [b, d], ``keep_text`` bool [b]: False hides caption and text embedding, never the noised embedding.
         """
-        dtype = self.query.dtype
-        embedding = self.embedding_in(text_embedding.to(dtype) * self.embed_dim**0.5)  # unit variance going in
-        embedding = torch.where(keep_text[:, None], embedding, self.null_embedding)
-        step = self.timestep(timestep_embedding(t, self.config.width).to(dtype))
-        noised = self.noised_in(x_t.to(dtype))
-        last = torch.stack([embedding, step, noised, self.query.expand_as(embedding)], dim=1) + self.position
-        out = self.transformer(torch.cat([self.caption(tokens, keep_text), last], dim=1), last_only=True)[:, -1]
+        given, shown = self.given(tokens, text_embedding, keep_text)
+        shown = None if shown is None else F.pad(shown, (0, ASKED), value=True)
+        out = self.transformer(torch.cat([given, self.asked(x_t, t)], dim=1), shown=shown, last_only=True)
+        return self.embedding_out(out)
+
+    def given(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Captions and their embeddings as the transformer takes them, [b, n, width], and which are shown, [b, n]."""
+        embedding = self.embedding_in(text_embedding.to(self.query.dtype) * self.embed_dim**0.5)  # of unit variance
+        embedding = torch.where(keep_text[:, None], embedding, self.null_embedding) + self.position[0]
+        return torch.cat([self.caption(tokens, keep_text), embedding[:, None]], dim=1), None
+
+    def asked(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Timestep, noised embedding and query as the transformer takes them, [b, 3, width]."""
+        step = self.timestep(timestep_embedding(t, self.config.width).to(self.query.dtype))
+        noised = self.noised_in(x_t.to(self.query.dtype))
+        return torch.stack([step, noised, self.query.expand_as(step)], dim=1) + self.position[-ASKED:]
+
+    def embedding_out(self, out: Tensor) -> Tensor:
+        """The clean embedding [b, d] in what the transformer says at the query, in full precision."""
         with torch.autocast(out.device.type, enabled=False):
-            return self.out(out.to(dtype))
+            return self.out(out[:, -1].to(self.query.dtype))
 
     def image_embedding(self, samples: Tensor) -> Tensor:
         """Image embeddings, unit norm [b, d], of samples [b, d] of the diffusion."""
@@ -116,10 +148,11 @@ def diffusion_prior_denoise(
     schedule = make_schedule(model.config.schedule, model.config.steps)
     keep = guidance_rows(len(tokens), guidance, tokens.device)
     branches = len(keep) // len(tokens)
-    tokens, text_embedding = tokens.repeat(branches, 1), text_embedding.repeat(branches, 1)
+    with torch.no_grad():
+        condition = model.condition(tokens.repeat(branches, 1), text_embedding.repeat(branches, 1), keep)
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-        output = guided_output(lambda x, times: model(x, times, tokens, text_embedding, keep), x_t, t, guidance)
+        output = guided_output(lambda x, times: model.predict(x, times, condition), x_t, t, guidance)
         return predict("x0", output, x_t, schedule.at(t))
 
     return denoise

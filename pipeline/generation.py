@@ -28,7 +28,7 @@ from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 
-STAGE, VERSION = "generation", 2
+STAGE, VERSION = "generation", 3
 ROWS = 64  # of a shard
 
 

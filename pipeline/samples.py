@@ -23,7 +23,7 @@ from pipeline.store import Store
 if TYPE_CHECKING:
     from models.cascade import UnCLIP
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)

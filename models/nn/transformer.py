@@ -10,11 +10,15 @@ from models.nn.attention import attend
 
 
 class Cache:
-    """Keys and values of the positions seen so far, a pair of [b, heads, context, width / heads] per layer."""
+    """Keys and values of the positions seen so far, a pair of [b, heads, context, width / heads] per layer.
+
+    ``length`` positions are held. Who lowers it takes the last ones back.
+    """
 
     def __init__(self, context: int):
         self.context = context
         self.length = 0
+        self.shown: Tensor | None = None
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,13 +93,12 @@ class Block(nn.Module):
         queries, keys, values = self._queries_keys_values(x, last_only)
         if cache is not None:
             keys, values = cache.extend(layer, keys, values)
-        # A single new position may see everything before it, so only a first call of several needs the mask.
-        masked = self.causal and queries.shape[2] > 1
-        mask = None
-        if shown is not None:
-            mask = shown[:, None, None, :]
-            if masked:
-                mask = mask & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        new, seen = queries.shape[2], keys.shape[2]
+        masked = self.causal and new > 1  # a single new position may see everything before it
+        mask = None if shown is None else shown[:, None, None, :]
+        if masked and (mask is not None or new < seen):
+            earlier = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
+            mask = earlier if mask is None else mask & earlier
         out = attend(queries, keys, values, mask, causal=masked and mask is None)
         return out.transpose(1, 2).flatten(2)
 
@@ -112,10 +115,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """[b, n, width] to [b, n, width], with a final layer norm.
 
-    With ``causal``, position i sees positions up to i; otherwise all see all. With a cache, the first call may bring
-    any number of positions and every later call exactly one. Weights start as in GPT-2: standard deviation 0.02,
-    divided by sqrt(2 depth) where a branch joins the residual stream. Dropout, where there is any, uses PyTorch's
-    global generator.
+    With ``causal``, position i sees positions up to i; otherwise all see all. With a cache, which only a causal one
+    can have, a call brings the positions after those of the calls before it. Weights start as in GPT-2: standard
+    deviation 0.02, divided by sqrt(2 depth) where a branch joins the residual stream. Dropout, where there is any, uses
+    PyTorch's global generator.
     """
 
     def __init__(
@@ -135,14 +138,16 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, cache: Cache | None = None, shown: Tensor | None = None, last_only: bool = False
     ) -> Tensor:
-        """``shown`` bool [b, n], without a cache: False hides a position from all others; position 0 must be shown.
+        """``shown`` bool [b, n]: False hides a position from all others; position 0 must be shown.
 
+        With a cache ``shown`` comes with the first call and holds for the later ones, whose own positions are shown.
         With ``last_only`` the result is the last position's, [b, 1, width], and the last layer computes no other.
-        Raises ValueError when several positions are added to a cache that already holds some.
         """
-        if cache is not None and cache.length > 0 and x.shape[1] != 1:
-            raise ValueError(f"a filled cache takes one position at a time, got {x.shape[1]}")
         positions, last = x.shape[1], len(self.blocks) - 1
+        if cache is not None and cache.length == 0:
+            cache.shown = shown
+        elif cache is not None and cache.shown is not None:
+            shown = F.pad(cache.shown, (0, cache.length + positions - cache.shown.shape[1]), value=True)
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, cache, shown, last_only and layer == last)
         if cache is not None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from models.decoder import Decoder
 
-VERSION = 4
+VERSION = 5
 LEARN = ("pairs", "captions", "embeddings", "curation")  # the decoder's inputs
 log = logging.getLogger("unclip")
 

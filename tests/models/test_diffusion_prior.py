@@ -68,6 +68,16 @@ def test_hidden_text_still_shows_the_noised_embedding() -> None:
     assert (other - out).abs().max() > 1e-6
 
 
+def test_captions_that_were_read_once_serve_every_step() -> None:
+    model, batch = make(), make_batch(3)
+    captions = (batch["tokens"], batch["text_embedding"], torch.tensor([True, False, True]))
+    condition = model.condition(*captions)
+    for step in (900, 40, 0):
+        x_t, t = torch.randn(3, DIM), torch.tensor([step, step // 2, 0])
+        whole = model(x_t, t, *captions)
+        torch.testing.assert_close(model.predict(x_t, t, condition), whole, rtol=0, atol=1e-12)
+
+
 def test_loss_is_the_squared_error_at_the_diffusions_scale() -> None:
     model, batch, draw = make(), make_batch(6), Draw([(0, 4), (1, 2)])
     x0 = batch["image_embedding"] * 0.5375 * DIM**0.5

@@ -86,13 +86,13 @@ def karlo(theirs: PriorTransformer, clip: open_clip.CLIP, x: Tensor, t: Tensor, 
 
 @fails_under(
     (Block, "causal=masked", "causal=False"),
-    (Block, "mask & torch.ones", "mask | torch.ones"),
-    (Block, "mask = shown[:, None, None, :]", "mask = torch.ones_like(shown)[:, None, None, :]"),
+    (Block, "mask & earlier", "mask | earlier"),
+    (Block, "else shown[:, None", "else torch.ones_like(shown)[:, None"),
     (Transformer, "return self.norm(x)", "return x"),
-    (ClipPrior, "+ self.position", ""),
-    (ClipPrior, "[embedding, step, noised, ", "[step, embedding, noised, "),
-    (ClipPrior, "timestep_embedding(t, ", "timestep_embedding(t + 1, "),
-    (ClipPrior, "last_only=True)[:, -1]", "last_only=False)[:, -2]"),
+    (ClipPrior, "+ self.position[:-ASKED]", ""),
+    (DiffusionPrior, "+ self.position[-ASKED:]", ""),
+    (DiffusionPrior, "[step, noised, ", "[noised, step, "),
+    (DiffusionPrior, "timestep_embedding(t, ", "timestep_embedding(t + 1, "),
     (conversion, 'attn1.to_{part}" for part in "qkv"', 'attn1.to_{part}" for part in "kqv"'),
 )
 def test_karlos_prior_opens_here(folder: Path, theirs: PriorTransformer, clip: open_clip.CLIP) -> None:
@@ -159,8 +159,9 @@ def exported(prior: DiffusionPrior, folder: Path, x: Tensor, *text: Tensor) -> T
     (conversion, "prior.embed_dim**0.5 * keep", "keep"),
     (conversion, "torch.ones(len(tokens)", "torch.zeros(len(tokens)"),
     (conversion, "prior.config.text_context, 0))", "0, prior.config.text_context))"),
-    (DiffusionPrior, "+ self.position", ""),
-    (DiffusionPrior, "last_only=True)[:, -1]", "last_only=False)[:, -2]"),
+    (DiffusionPrior, "+ self.position[0]", ""),
+    (DiffusionPrior, "+ self.position[-ASKED:]", ""),
+    (DiffusionPrior, "return self.out(out", "return self.out(1 + out"),
     (Block, "causal=masked", "causal=False"),
 )
 def test_our_prior_opens_in_diffusers(tmp_path: Path) -> None:

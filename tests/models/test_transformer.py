@@ -1,7 +1,7 @@
 import open_clip
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.nn.transformer import Block, Cache, CaptionEmbedding, Transformer, is_padding, quick_gelu
 from tests.models.mutations import fails_under
@@ -36,8 +36,8 @@ def test_a_block_equals_pytorchs_own_encoder_layer() -> None:
 
 
 @fails_under(
-    (Block, "mask & torch.ones", "mask | torch.ones"),
-    (Block, "x.device).tril()", "x.device).triu()"),
+    (Block, "mask & earlier", "mask | earlier"),
+    (Block, ".tril(seen - new)", ".triu(seen - new)"),
     (Block, "keys, values, mask, causal=", "keys, values, None, causal="),
 )
 def test_a_masked_block_equals_pytorchs_own_attention() -> None:
@@ -100,21 +100,31 @@ def test_causal_output_depends_on_nothing_to_its_right() -> None:
     assert ((make(causal=False)(x) - make(causal=False)(changed)).abs().amax(-1) > 0).all()
 
 
-@pytest.mark.parametrize("first", [1, 4, 9])
-def test_cache_gives_what_one_pass_gives(first: int) -> None:
+@pytest.mark.parametrize("parts", [(9,), (1,) * 9, (4, 1, 1, 1, 1, 1), (4, 3, 2), (1, 5, 3)])
+@pytest.mark.parametrize("hidden", [(), (2,), (1, 3)])
+def test_cache_gives_what_one_pass_gives(parts: tuple[int, ...], hidden: tuple[int, ...]) -> None:
     transformer = make(causal=True)
     x = torch.randn(2, 9, 32, dtype=torch.float64)
+    shown = torch.ones(2, 9, dtype=torch.bool)
+    shown[1, [i for i in hidden if i < parts[0]]] = False
     cache = Cache(9)
-    parts = [transformer(x[:, :first], cache)]
-    parts += [transformer(x[:, i : i + 1], cache) for i in range(first, 9)]
-    torch.testing.assert_close(torch.cat(parts, 1), transformer(x), rtol=0, atol=1e-12)
+    given: Tensor | None = shown[:, : parts[0]] if hidden else None
+    out = []
+    for part in x.split(parts, dim=1):
+        out.append(transformer(part, cache, given))
+        given = None
+    torch.testing.assert_close(torch.cat(out, 1), transformer(x, shown=shown), rtol=0, atol=1e-12)
 
 
-def test_a_filled_cache_refuses_several_positions() -> None:
-    transformer, cache = make(causal=True), Cache(9)
-    transformer(torch.zeros(1, 2, 32, dtype=torch.float64), cache)
-    with pytest.raises(ValueError, match="one position at a time"):
-        transformer(torch.zeros(1, 2, 32, dtype=torch.float64), cache)
+def test_positions_are_taken_back_from_a_cache() -> None:
+    transformer, cache = make(causal=True), Cache(6)
+    x = torch.randn(3, 9, 32, dtype=torch.float64)
+    transformer(x[:, :4], cache)
+    for start in (4, 6):
+        out = transformer(x[:, start : start + 2], cache, last_only=True)
+        whole = transformer(torch.cat([x[:, :4], x[:, start : start + 2]], dim=1), last_only=True)
+        torch.testing.assert_close(out, whole, rtol=0, atol=1e-12)
+        cache.length -= 2
 
 
 def test_padding_starts_after_the_first_end_token() -> None:
