@@ -106,7 +106,7 @@ def test_it_samples_as_karlo_does_unless_told_otherwise(unclip: UnCLIP, folder: 
 @fails_under(
     (ClipPrior, "* self.std + self.mean", "* self.std"),
     (UnCLIP, "model.image_embedding(run(model, denoise, noise, draw))", "run(model, denoise, noise, draw)"),
-    (diffusion_prior_denoise, "text_embedding, keep), x_t, t, guidance", "text_embedding, keep), x_t, t, 2.0"),
+    (diffusion_prior_denoise, "condition), x_t, t, guidance", "condition), x_t, t, 2.0"),
 )
 def test_the_prior_in_the_cascade_is_karlos(unclip: UnCLIP, folder: Path) -> None:
     """Against the imported prior and a sampler by hand, and diffusers' own post-processing."""
