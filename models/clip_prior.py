@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.diffusion_prior import ASKED, DiffusionPrior
+from models.diffusion_prior import DiffusionPrior
 from models.nn.text_encoder import ClipTextEncoder
 from models.nn.transformer import normal_linear
-from models.prior_configs import DiffusionPriorConfig, require
+from models.prior_configs import ASKED, DiffusionPriorConfig, require
 
 
 @dataclass(frozen=True)

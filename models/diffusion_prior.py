@@ -25,10 +25,7 @@ from models.draw import Draw
 from models.losses import Losses
 from models.nn.embedding import timestep_embedding
 from models.nn.transformer import Cache, CaptionEmbedding, Transformer, normal_linear
-from models.prior_configs import DiffusionPriorConfig
-
-ASKED = 3
-"""Positions after the caption: timestep, noised image embedding, query."""
+from models.prior_configs import ASKED, DiffusionPriorConfig
 
 GAMMA_STEPS = 64
 """Timesteps at which Gamma is measured: those of the paper's grid."""

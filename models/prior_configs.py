@@ -5,6 +5,9 @@ Dimensions of embeddings and the number of codes are no fields of a prior: they 
 
 from dataclasses import dataclass
 
+ASKED = 3
+"""Positions of the diffusion prior after a caption and its embedding: timestep, noised image embedding, query."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ValueError with ``message`` unless ``condition`` holds."""

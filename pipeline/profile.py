@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from models.prior_configs import ASKED
 from pipeline.artifacts import Artifact, load_artifact
 from pipeline.bundle import MODELS
 from pipeline.errors import CorruptObject, UserError
@@ -24,8 +25,8 @@ from pipeline.store import Store
 
 FORMAT = 1
 COUNTED = ("samples", "evaluation")  # stages whose amount is passes through networks
-ASKED = {"priors": "rows", "decoder": "decoder_rows"}
-ASKED |= {name: f"{name}_rows" for name in ("upsampler_256", "upsampler_1024")}  # field by part of an evaluation
+ROWS_OF = {"priors": "rows", "decoder": "decoder_rows"}
+ROWS_OF |= {name: f"{name}_rows" for name in ("upsampler_256", "upsampler_1024")}  # field by part of an evaluation
 SHAPED_BY = {"embeddings": ("clip",)}  # stages whose speed hangs on models that other stages make
 PICTURES = ("image_size", "encode_format")
 
@@ -139,7 +140,7 @@ def _observed(
     elif stage in COUNTED:
         there = _looked_at(store, artifact)
         passes = passes_of(stage, recipes, there)
-        short = {part: n / max(1, rows) for part, n in there.items() if n < recipes[stage][ASKED[part]]}
+        short = {part: n / max(1, rows) for part, n in there.items() if n < recipes[stage][ROWS_OF[part]]}
     elif stage == "clip":  # weights that were fetched
         amount, work = 1.0, 0.0
     if not amount:
@@ -177,12 +178,17 @@ def passes_of(
     """How often samples or an evaluation send a row through each network, counted in passes of its training.
 
     ``recipes`` are flattened, by stage. ``there``: held-out rows, by part of an evaluation, where there are fewer than
-    its recipe asks for. All codes of the AR prior are one pass. Upsamplers train on crops, and so they are evaluated,
-    but they draw whole pictures.
+    its recipe asks for. All codes of the AR prior are one pass, and so is a caption to the diffusion prior, whose steps
+    are a few positions each. Upsamplers train on crops, and so they are evaluated, but they draw whole pictures.
     """
     s = {name.removeprefix("sampling."): value for name, value in recipes["bundle"].items()}
     models = [name for name in s["models"] if name in MODELS]
-    steps = {name: 1 if name == "ar_prior" else s[f"{name.removeprefix('diffusion_')}_steps"] for name in models}
+    steps: dict[str, float] = {
+        name: 1 if name == "ar_prior" else s[f"{name.removeprefix('diffusion_')}_steps"] for name in models
+    }
+    if "diffusion_prior" in models:
+        positions = recipes["diffusion_prior"]["model.text_context"] + 1 + ASKED
+        steps["diffusion_prior"] = 1 + s["prior_steps"] * ASKED / positions
     guided = {name: 2 if s[f"{_family(name)}_guidance"] else 1 for name in models if not name.startswith("upsampler")}
     one = {name: steps[name] * guided.get(name, 1) for name in models}  # passes of one row
     if stage == "samples":

@@ -206,8 +206,8 @@ TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "ar_prior": _fields(40_000, 32, 1e-3, 4_000),
         "diffusion_prior": _fields(38_400, 128, 1e-3, 3_840),
         "decoder": _fields(43_008, 32, 1e-3, 4_288),
-        "upsampler_256": _fields(12_288, 8, 1e-3, 1_224),
-        "upsampler_1024": _fields(3_072, 2, 5e-4, 320, lanes=2),  # many short steps: few pictures are so large
+        "upsampler_256": _fields(10_240, 8, 1e-3, 1_024),
+        "upsampler_1024": _fields(2_560, 2, 5e-4, 256, lanes=2),  # many short steps: few pictures are so large
     },
     "small": {
         "clip": _fields(20_480_000, 1024, 5e-4, 0, lanes=32),

@@ -118,7 +118,13 @@ def test_an_evaluation_tells_of_the_rows_that_there_were(store: Store) -> None:
 
 def test_passes_of_a_caption() -> None:
     passes = passes_of("samples", Ask(CONFIG, 320).recipes)
-    assert passes == {"diffusion_prior": 2 * 16, "decoder": 2 * 16, "upsampler_256": 16 * 8, "upsampler_1024": 16 * 4}
+    prior = 1 + 16 * 3 / 36  # a caption once, and three of 36 positions a step
+    assert passes == {
+        "diffusion_prior": 2 * prior,
+        "decoder": 2 * 16,
+        "upsampler_256": 16 * 8,
+        "upsampler_1024": 16 * 4,
+    }
     small = load_config(ROOT / "configs/nano.yaml", ["bundle.sampling.size=64", "bundle.sampling.prior=ar"])
     assert passes_of("samples", Ask(small, 320).recipes) == {"ar_prior": 2, "decoder": 32}
 
