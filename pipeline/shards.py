@@ -187,7 +187,8 @@ def _run(
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # to the console; its log file keeps everything
+        # Ray's own, to the console; its log file keeps everything, and so does whatever else listens.
+        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray."):
             handler.setLevel(logging.ERROR)
     dataset = ray.data.from_items(
         [{"task": pickle.dumps(task)} for task in todo], override_num_blocks=len(todo)

@@ -337,10 +337,11 @@ def test_a_failure_comes_when_its_turn_has_come() -> None:
 
 def test_workers_that_have_no_room_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """On a Ray of two cores: of four workers, two; of two with a helper each, one."""
-    import ray
+    import ray.data
 
     store = open_store(str(tmp_path))
     settings = ShardSettings(workers=4)
+    logging.getLogger("ray.data").addHandler(caplog.handler)  # as pytest does where a test before imported it
     try:
         with caplog.at_level(logging.INFO, "unclip"):
             artifact = map_shards(replace(_context(store), settings=settings), _tasks(0, 1, 2, 3, 4), Worker)
@@ -351,13 +352,14 @@ def test_workers_that_have_no_room_are_left_out(tmp_path: Path, caplog: pytest.L
             artifact = map_shards(helped, _tasks(0, 1), Helped)
             assert artifact.times["workers"] == 1
             assert artifact.ledger.kept == 2
-        assert caplog.messages == [
+        assert [record.getMessage() for record in caplog.records if record.name == "unclip"] == [
             "run.pairs.workers: 4 are asked for, and there is room for 2; going on with 2",
             "run.pairs.workers: 2 are asked for, and there is room for 1; going on with 1",
         ]
         with pytest.raises(UserError, match=r"this machine: pairs: 2 workers with 3 cores each, no node has more than"):
             map_shards(replace(_context(store), settings=ShardSettings(cpus=3)), _tasks(7, 8), Worker)
     finally:
+        logging.getLogger("ray.data").removeHandler(caplog.handler)
         ray.shutdown()
 
 

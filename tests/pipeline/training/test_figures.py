@@ -36,7 +36,7 @@ def test_a_prior_that_repeats_the_caption_is_as_near_as_the_caption(monkeypatch:
     batch = {"tokens": torch.zeros(6, 77, dtype=torch.int64), "image_embedding": image, "text_embedding": text}
     nearness = float((image * text).sum(-1).mean())
     for made, cosine in ((text, nearness), (3 * image, 1.0), (-image, -1.0)):
-        monkeypatch.setattr(model, "forward", lambda x_t, t, *_, made=made: made * 7)
+        monkeypatch.setattr(model, "predict", lambda x_t, t, *_, made=made: made * 7)
         figures = task.validate(model, [(batch, Draw([(1, 6)]))])
         assert figures["cosine_of_mean"] == pytest.approx(cosine, abs=1e-5)
         assert figures["cosine_of_text"] == pytest.approx(nearness, abs=1e-5)
