@@ -47,7 +47,7 @@ def _holding(store: Store, *needles: bytes) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["folder", "s3"])
+@pytest.mark.parametrize("kind", [pytest.param("folder", marks=pytest.mark.slow), "s3"])
 def test_what_is_forgotten_is_nowhere_any_more(
     kind: str, tmp_path: Path, pictures: str, request: pytest.FixtureRequest
 ) -> None:

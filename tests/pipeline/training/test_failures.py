@@ -64,7 +64,7 @@ def ended_ray() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ended_ray")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_that_failed_can_be_done_again(world: World, workers: int) -> None:
     """The row is named when it happens, and by the replay, with the module that its number comes out of first."""
     poisoned = next(key for key, e in world.examples.items() if e.split == "train" and key.endswith("0007"))
