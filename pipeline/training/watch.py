@@ -77,7 +77,9 @@ class Watch:
                 self.left = True
                 if self.world.first:
                     log.warning("a machine of this training is to be taken away; saved at sample %d", state.samples)
-            state.laps["pause"] = state.laps.get("pause", 0.0) + time.monotonic() - now
+            self.ticked_at = time.monotonic()  # no step may follow that would count the pause
+            state.seconds += self.ticked_at - now
+            state.laps["pause"] = state.laps.get("pause", 0.0) + self.ticked_at - now
 
     def _late(self, state: TrainState, now: float) -> bool:
         late = now - self.saved_at >= self.settings.checkpoint_every_s
