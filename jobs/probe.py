@@ -30,7 +30,6 @@ SHARDS = (2, 6)  # of each run
 WORKERS = 2  # of a data stage, at most: a worker's rate is what counts
 STEPS = 2  # of each training, the first time
 TRAINING_SECONDS = 6.0  # of each training, the second time
-STARTING = 3  # times a later step: what one of the first takes, as most is done then that is done once
 FEW = {"rows": 16, "sampled_rows": 2, "prior_samples": 2, "decoder_rows": 2, "caption_rows": 2}
 FEW |= {"upsampler_256_rows": 2, "upsampler_1024_rows": 2, "upsampler_samples": 2}  # of the evaluation
 MORE = 4  # times as many, the second time
@@ -98,7 +97,7 @@ def _samples(config: Config, stage: str, seen: Profile) -> int:
     steps = STEPS
     for one in seen.stages.get(stage, ()):
         if one.work:
-            steps = max(2 * STEPS, round(STARTING * TRAINING_SECONDS * one.amount * one.workers / one.work / batch))
+            steps = max(2 * STEPS, round(TRAINING_SECONDS * one.amount * one.workers / one.work / batch))
     return steps * batch
 
 
