@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -127,16 +128,13 @@ class FolderStore:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
         try:
-            with open(temporary, "xb") as out:
-                if isinstance(data, Path):
-                    with open(data, "rb") as source:
-                        while chunk := source.read(1 << 20):
-                            out.write(chunk)
-                else:
-                    out.write(data)
-                self.traffic.add(bytes_written=out.tell())
-                out.flush()
-                os.fsync(out.fileno())
+            if isinstance(data, Path):
+                shutil.copyfile(data, temporary)  # inside the kernel where it can
+            else:
+                temporary.write_bytes(data)
+            with open(temporary, "rb") as written:
+                self.traffic.add(bytes_written=written.seek(0, os.SEEK_END))
+                os.fsync(written.fileno())
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

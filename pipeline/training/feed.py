@@ -122,7 +122,9 @@ class Feed:
         return shares
 
     def _shares(self, step: int) -> Iterator[Share]:
-        readers, decoders = ThreadPoolExecutor(READERS, "read"), ThreadPoolExecutor(torch.get_num_threads(), "decode")
+        # One more decoder than cores: one of them waits for the interpreter as a rule.
+        readers = ThreadPoolExecutor(READERS, "read")
+        decoders = ThreadPoolExecutor(torch.get_num_threads() + 1, "decode")
         windows = Windows(self._read, self.lanes, readers, step * self.recipe.batch // self.recipe.lanes)
         try:
             coming = self._begin(step, windows, decoders)

@@ -1,4 +1,4 @@
-"""cluster/Dockerfile cannot be built here; what can be said without building it."""
+"""cluster/Dockerfile cannot be built here; what can be said without building it, and a linter does not say."""
 
 import fnmatch
 import re
@@ -49,16 +49,6 @@ def test_nothing_comes_from_an_address_or_holds_a_secret() -> None:
     assert "://" not in TEXT
     named = " ".join(words("ARG") + words("ENV"))
     assert not re.search(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY", named, re.IGNORECASE)
-
-
-def test_layers_keep_no_lists_and_no_cache() -> None:
-    for command in words("RUN"):
-        if "apt-get install" in command:
-            assert "apt-get update" in command
-            assert "--no-install-recommends" in command
-            assert "rm -rf /var/lib/apt/lists/*" in command
-        if "pip install" in command:
-            assert "--no-cache-dir" in command
 
 
 def test_the_layer_of_torch_has_the_projects_bounds() -> None:
