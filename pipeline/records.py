@@ -34,14 +34,14 @@ def blob_path(sha256: str) -> str:
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
-def put_blob(store: Store, data: bytes | Path) -> str:
-    """Store bytes, or a file, under the sha256 of the content, and return it."""
+def put_blob(store: Store, data: bytes | Path, move: bool = False) -> str:
+    """Store bytes, or a file, under the sha256 of the content, and return it. ``move``: as for ``Store.create``."""
     if isinstance(data, Path):
         with open(data, "rb") as f:
             name = hashlib.file_digest(f, "sha256").hexdigest()
     else:
         name = hashlib.sha256(data).hexdigest()
-    store.create(blob_path(name), data)
+    store.create(blob_path(name), data, move)
     crash_point("blob.created", name)
     return name
 

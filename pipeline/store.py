@@ -40,8 +40,10 @@ class Store(Protocol):
     def list(self, prefix: str) -> Iterator[Entry]:
         """Every object whose path begins with ``prefix``, in order of path."""
 
-    def create(self, path: str, data: bytes | Path) -> bool:
+    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         """Create an object from bytes or from a file. False: it was there, and stays as it was.
+
+        ``move``: the caller gives the file up. It may become the object itself, so nobody may write to it any more.
 
         Of several at once one wins. For files of more than one part that is up to the server: SeaweedFS looks, and then
         completes, so two may be told that they won. Only blobs are made from files, and all of a name are the same.

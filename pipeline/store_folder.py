@@ -77,13 +77,13 @@ class FolderStore:
                 with suppress(FileNotFoundError):  # deleted since the folder was read
                     yield Entry(path, child.stat().st_size, _version(self._file(path), path))
 
-    def create(self, path: str, data: bytes | Path) -> bool:
+    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         self.traffic.add(PUT=1)
         file = self._file(path)
         if file.exists():
             return False
         with _explained(self.url):
-            temporary = self._write_temporary(file, data)
+            temporary = self._write_temporary(file, data, move)
             try:
                 os.link(temporary, file)  # unlike a rename, fails if the name is taken
             except FileExistsError:
@@ -124,12 +124,13 @@ class FolderStore:
                         count += 1
         return count
 
-    def _write_temporary(self, file: Path, data: bytes | Path) -> Path:
+    def _write_temporary(self, file: Path, data: bytes | Path, move: bool = False) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
         try:
             if isinstance(data, Path):
-                shutil.copyfile(data, temporary)  # inside the kernel where it can
+                if not (move and _linked(data, temporary)):
+                    shutil.copyfile(data, temporary)  # inside the kernel where it can
             else:
                 temporary.write_bytes(data)
             with open(temporary, "rb") as written:
@@ -139,6 +140,15 @@ class FolderStore:
             temporary.unlink(missing_ok=True)
             raise
         return temporary
+
+
+def _linked(file: Path, name: Path) -> bool:
+    """Give a file another name. False: it lies on another file system, or this one has no links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        return False
+    return True
 
 
 def lock_path(path: str) -> str:

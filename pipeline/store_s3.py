@@ -186,7 +186,7 @@ class S3Store:
                 for item in page.get("Contents", ()):
                     yield Entry(item["Key"][skip:], item["Size"], item["ETag"])
 
-    def create(self, path: str, data: bytes | Path) -> bool:
+    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         if isinstance(data, Path):
             return self._create_from_file(path, data)
         return self._put(path, data, IfNoneMatch="*")

@@ -81,7 +81,7 @@ def run_codec(ctx: Context) -> Artifact:
     }
     with tempfile.TemporaryDirectory() as folder:
         save_codec(folder, codec)
-        blobs = {file.name: put_blob(ctx.store, file) for file in sorted(Path(folder).iterdir())}
+        blobs = {file.name: put_blob(ctx.store, file, move=True) for file in sorted(Path(folder).iterdir())}
     artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=rows), metrics=metrics)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 

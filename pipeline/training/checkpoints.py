@@ -50,18 +50,27 @@ class Snapshot:
     body: Mapping[str, Any]
 
 
-def snapshot(state: TrainState, first: bool = True) -> Snapshot:
+def snapshot(state: TrainState, first: bool = True, before: Snapshot | None = None) -> Snapshot:
     """A copy of what a checkpoint holds of this worker, which later steps do not change. What every worker has, the
-    ``first`` one saves."""
+    ``first`` one saves. ``before``: one that nobody needs any more; the copy takes over its memory, as fresh memory can
+    cost more than the copying."""
+    room = before.tensors if before else {}
     tensors: dict[str, dict[str, Tensor]] = {}
     starts: dict[str, dict[str, int]] = {}
     for part, values in parts(state).items():
         own = {name: tensor.detach() for name, tensor in values.items() if first or is_spread(tensor)}
-        tensors[part] = {name: local(tensor).to("cpu", copy=True) for name, tensor in own.items()}
+        tensors[part] = {name: _copied(local(tensor), room.get(part, {}).get(name)) for name, tensor in own.items()}
         starts[part] = {name: first_row(tensor) for name, tensor in own.items() if is_spread(tensor)}
     journal = deepcopy(state.journal.as_json())
     body = {"samples": state.samples, "seconds": state.seconds, "laps": dict(state.laps), "journal": journal}
     return Snapshot(state.samples, tensors, starts, body)
+
+
+def _copied(tensor: Tensor, room: Tensor | None) -> Tensor:
+    """A copy in the memory of the CPU: in ``room``, if there is one that fits."""
+    if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
+        return tensor.to("cpu", copy=True)
+    return room.copy_(tensor)
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,7 @@ class Checkpoints:
             # One entry: safetensors writes several in any order, and equal checkpoints are to have equal names.
             about = json.dumps({"trajectory": self.trajectory, "starts": starts}, sort_keys=True)
             save_tensors(plain, file, metadata={"about": about})
-            return put_blob(self.store, file)
+            return put_blob(self.store, file, move=True)
 
     def _read(self, blobs: Mapping[str, str], part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This worker's rows of tensors ``like`` these, by as many workers as they were saved. One blob is in memory
@@ -283,8 +292,8 @@ def course(ctx: Context, begin: bool) -> Course:
 class Saver:
     """Saves checkpoints in a thread of its own: a training waits for the copy of its tensors, not for the store.
 
-    One is written at a time. What goes wrong is raised by the next ``save`` or by ``wait``. Use as a context manager:
-    its end waits, too. Where a model is spread, every worker has one.
+    One is written at a time, and the memory of its copy is kept for the next one. What goes wrong is raised by the next
+    ``save`` or by ``wait``. As a context manager it waits at its end. Where a model is spread, every worker has one.
     """
 
     def __init__(self, course: Course, world: World):
@@ -292,12 +301,14 @@ class Saver:
         self._collect = partial(world.collect, group=world.aside()) if world.sharded else list
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
+        self._taken: Snapshot | None = None
 
     def save(self, state: TrainState) -> None:
         """Copy the state, and publish the copy. Raises Superseded if the save before found a later attempt."""
         self.wait()
-        taken = snapshot(state, self.world.first)
-        self._last = self._pool.submit(self.course.at(state.samples).publish, taken, self.world.rank, self._collect)
+        self._taken = snapshot(state, self.world.first, self._taken)
+        publish = self.course.at(state.samples).publish
+        self._last = self._pool.submit(publish, self._taken, self.world.rank, self._collect)
 
     def wait(self) -> None:
         """Until what was saved can be read. Raises Superseded."""

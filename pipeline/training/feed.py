@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -187,6 +187,7 @@ class Feed:
                 )
             )
         if "image" in self.columns:
+            wait(begun.views)  # once for all: to be woken for each would disturb the decoders
             batch["image"] = torch.from_numpy(np.stack([view.result() for view in begun.views]))
         return Share(batch, [row.key for row in rows], begun.streams)
 

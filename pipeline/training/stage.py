@@ -139,7 +139,7 @@ def save_pretrained(ctx: Context) -> Artifact:
         raise UserError(f"clip.weights: {e}") from e
     with tempfile.TemporaryDirectory() as folder:
         clip.save(folder)
-        blobs = {file.name: put_blob(ctx.store, file) for file in sorted(Path(folder).iterdir())}
+        blobs = {file.name: put_blob(ctx.store, file, move=True) for file in sorted(Path(folder).iterdir())}
     metrics = {"embed_dim": clip.embed_dim, "image_size": clip.image_size}
     artifact = ctx.publishable(ledger=Ledger(), blobs=blobs, metrics=metrics)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)

@@ -125,7 +125,7 @@ class Publisher:
         with tempfile.TemporaryDirectory() as folder:
             self._save(model, Path(folder))
             for file in sorted(Path(folder).iterdir()):
-                blobs[file.name] = put_blob(store, file)
+                blobs[file.name] = put_blob(store, file, move=True)
         return blobs
 
     def _save(self, model: nn.Module, folder: Path) -> None:

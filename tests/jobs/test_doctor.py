@@ -144,7 +144,7 @@ class Memory:
     def list(self, prefix: str) -> Iterator[Entry]:
         yield from [Entry(p, len(d), d.hex()) for p, d in sorted(self.objects.items()) if p.startswith(prefix)]
 
-    def create(self, path: str, data: bytes | Path) -> bool:
+    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         if path in self.objects and self.ignores != "If-None-Match":
             return False
         self.objects[path] = bytes(data)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,11 +21,33 @@ def test_create_read_and_never_overwrite(store: Store) -> None:
 
 
 def test_create_from_a_file(store: Store, tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(os.urandom(3 << 20))
+    file, data = tmp_path / "file", os.urandom(3 << 20)
+    file.write_bytes(data)
     assert store.create("blobs/f", file)
-    assert store.read("blobs/f") == file.read_bytes()
+    assert store.read("blobs/f") == data
     assert not store.create("blobs/f", file)
+    file.write_bytes(b"it is the caller's")
+    assert store.read("blobs/f") == data
+
+
+@pytest.mark.parametrize("place", ["/tmp", "/dev/shm"])
+def test_create_from_a_file_that_is_given_up(store: Store, place: str) -> None:
+    """From the store's own file system, and from another one."""
+    data = os.urandom(3 << 20)
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        file = Path(folder, "file")
+        file.write_bytes(data)
+        assert store.create("blobs/f", file, move=True)
+        assert not store.create("blobs/f", file, move=True)
+    assert store.read("blobs/f") == data
+    assert [entry.path for entry in store.list("")] == ["blobs/f"]
+
+
+def test_a_file_that_is_given_up_is_not_copied(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"1")
+    assert open_store(str(tmp_path / "store")).create("blobs/f", file, move=True)
+    assert (tmp_path / "store/blobs/f").samefile(file)
 
 
 def test_missing_object(store: Store) -> None:

@@ -213,10 +213,10 @@ class Watched:
     def list(self, prefix: str) -> Iterator[Entry]:
         return self.store.list(prefix)
 
-    def create(self, path: str, data: bytes | Path) -> bool:
+    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         if path.startswith("shards/embeddings/"):
             self._note("encode")
-        return self.store.create(path, data)
+        return self.store.create(path, data, move)
 
     def swap(self, path: str, old: str | None, new: bytes) -> bool:
         return self.store.swap(path, old, new)

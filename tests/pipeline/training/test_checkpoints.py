@@ -9,7 +9,7 @@ import torch
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.records import blob_path, read_record
 from pipeline.store import Store
-from pipeline.training.checkpoints import Checkpoints, Superseded, last_attempt, take_attempt
+from pipeline.training.checkpoints import Checkpoints, Superseded, last_attempt, snapshot, take_attempt
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, parts
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
@@ -42,6 +42,17 @@ def test_a_state_comes_back_bit_by_bit(store: Store) -> None:
     state.journal.flush(state.samples)
     state.journal.add({"loss": 1 / 3})
     Checkpoints(store, "t", 1).save(state)
+    assert Checkpoints(store, "t", 2).restore(other, at_most=100)
+    assert same(state, other)
+
+
+def test_a_copy_in_the_memory_of_the_one_before_comes_back_too(store: Store) -> None:
+    before = snapshot(make_state(steps=1), before=snapshot(make_state()))  # which has no moments yet
+    places = {name: tensor.data_ptr() for part in before.tensors.values() for name, tensor in part.items()}
+    state, other = make_state(steps=3, seed=1), make_state()
+    taken = snapshot(state, before=before)
+    assert {name: tensor.data_ptr() for part in taken.tensors.values() for name, tensor in part.items()} == places
+    Checkpoints(store, "t", 1).publish(taken)
     assert Checkpoints(store, "t", 2).restore(other, at_most=100)
     assert same(state, other)
 
