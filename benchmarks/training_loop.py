@@ -7,9 +7,10 @@ loss. A round is at least --seconds of steps after one that does not count.
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -45,29 +46,41 @@ STAGES = ("diffusion_prior", "decoder")
 
 @dataclass
 class Ours:
-    """The loop as a training runs it, but without looks; with ``saving`` it saves once, at the start of what
-    counts, and ``saved`` says whether that was done before its end."""
+    """The loop as a training runs it, but without looks. ``laps``: where the steps without a checkpoint went.
+    ``saved``: whether the last checkpoint was written before the steps beside it ended."""
 
     ctx: Context
     task: Task
     feed: Feed
     state: TrainState
-    saving: bool
+    saver: Saver
+    laps: Counter[str] = field(default_factory=Counter)
     saved: bool = False
 
     def run(self, steps: int) -> float:
         """The seconds of so many steps after one that does not count."""
+        seconds = self._fit(steps, saving=False)
+        self.laps.update(self.state.laps)
+        return seconds
+
+    def run_saving(self, steps: int) -> float:
+        """The same, with a checkpoint from the start of what counts."""
+        seconds = self._fit(steps, saving=True)
+        self.saved = self.saver._last is not None and self.saver._last.done()
+        self.saver.wait()
+        return seconds
+
+    def _fit(self, steps: int, saving: bool) -> float:
+        self.state.laps.clear()
         recipe = replace(self.ctx.recipe, samples=self.state.samples + (steps + 1) * BATCH)
         times: list[float] = []
-        with Saver(course(self.ctx, begin=True), World()) as saver:
 
-            def pause(state: TrainState) -> None:
-                times.append(perf_counter())
-                if self.saving and len(times) == 2:
-                    saver.save(state)
+        def pause(state: TrainState) -> None:
+            times.append(perf_counter())
+            if saving and len(times) == 2:
+                self.saver.save(state)
 
-            fit(self.ctx.stage, self.feed, recipe, TrainingSettings(), World(), self.state, pause)
-            self.saved = saver._last is not None and saver._last.done()
+        fit(self.ctx.stage, self.feed, recipe, TrainingSettings(), World(), self.state, pause)
         return times[-1] - times[1]
 
 
@@ -100,27 +113,24 @@ def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
     """The ratios of one model."""
     task, recipe = make_task(ctx), ctx.recipe
     feed = Feed(ctx.store, ctx.inputs, task, recipe)
-    plain, saving = (
-        Ours(ctx, task, Feed(ctx.store, ctx.inputs, task, recipe), begin_training(task, recipe, World()), saves)
-        for saves in (False, True)
-    )
+    ours = Ours(ctx, task, feed, begin_training(task, recipe, World()), Saver(course(ctx, begin=True), World()))
     cases: dict[str, Callable[[int], float]] = {
         "bare": Bare(recipe, task, feed).run,
-        "ours": plain.run,
-        "ours, saving": saving.run,
+        "ours": ours.run,
+        "ours, saving": ours.run_saving,
     }
     steps = max(1, ceil(seconds / min(run(1) for run in cases.values())))
-    plain.state.laps.clear()
+    ours.laps.clear()
     took: Seconds = {name: [] for name in cases}
     for number in range(rounds):
         first = number % len(cases)
         for name in [*cases][first:] + [*cases][:first]:
             took[name].append(cases[name](steps))
-        if seconds and not saving.saved:
+        if seconds and not ours.saved:
             raise ValueError(f"a checkpoint takes longer than a round of {steps} steps: give more --seconds")
-    print(f"  {ctx.stage}: {sum(p.numel() for p in plain.state.model.parameters()) / 1e6:.0f}M weights, {steps} steps")
+    print(f"  {ctx.stage}: {sum(p.numel() for p in ours.state.model.parameters()) / 1e6:.0f}M weights, {steps} steps")
     show(took, 1, "s")
-    shares = shares_of(plain.state.laps, sum(took["ours"]))
+    shares = shares_of(ours.laps, sum(took["ours"]))
     print("  where ours goes: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     ratios = [a / b for a, b in zip(took["bare"], took["ours"], strict=True)]
     print(f"  bare over ours: {min(ratios):.3f} to {max(ratios):.3f}")

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.crash import crash_point
 from pipeline.errors import CorruptObject, UserError
 from pipeline.store import Store
+from pipeline.store_shared import Buffers
 
 FORMAT = 1
 log = logging.getLogger("unclip")
@@ -34,13 +35,16 @@ def blob_path(sha256: str) -> str:
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
-def put_blob(store: Store, data: bytes | Path, move: bool = False) -> str:
-    """Store bytes, or a file, under the sha256 of the content, and return it. ``move``: as for ``Store.create``."""
+def put_blob(store: Store, data: bytes | Path | Buffers, move: bool = False) -> str:
+    """Store ``data`` under the sha256 of the content, and return it. See ``Store.create``."""
     if isinstance(data, Path):
         with open(data, "rb") as f:
             name = hashlib.file_digest(f, "sha256").hexdigest()
     else:
-        name = hashlib.sha256(data).hexdigest()
+        content = hashlib.sha256()
+        for buffer in [data] if isinstance(data, bytes) else data:
+            content.update(buffer)
+        name = content.hexdigest()
     store.create(blob_path(name), data, move)
     crash_point("blob.created", name)
     return name

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from pipeline.errors import UserError
 from pipeline.store_folder import FolderStore, lock_path
 from pipeline.store_s3 import S3Store
-from pipeline.store_shared import Entry, Traffic
+from pipeline.store_shared import Buffers, Entry, Traffic
 
 
 class Store(Protocol):
@@ -40,13 +40,14 @@ class Store(Protocol):
     def list(self, prefix: str) -> Iterator[Entry]:
         """Every object whose path begins with ``prefix``, in order of path."""
 
-    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
+    def create(self, path: str, data: bytes | Path | Buffers, move: bool = False) -> bool:
         """Create an object from bytes or from a file. False: it was there, and stays as it was.
 
         ``move``: the caller gives the file up. It may become the object itself, so nobody may write to it any more.
+        Buffers are for much that is not read soon: no cache is filled with it.
 
         Of several at once one wins. For files of more than one part that is up to the server: SeaweedFS looks, and then
-        completes, so two may be told that they won. Only blobs are made from files, and all of a name are the same.
+        completes, so two may be told that they won. Only blobs are made of more than bytes; all of a name are the same.
         """
 
     def swap(self, path: str, old: str | None, new: bytes) -> bool:

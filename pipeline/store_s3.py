@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Unreachable, UserError
-from pipeline.store_shared import Entry, Traffic
+from pipeline.store_shared import Buffers, Entry, Traffic
 
 TRIES = 6  # with boto3's waits about a minute at most
 TIMEOUT_S = 60.0  # without a byte
 LEAST_RATE = 16 << 10  # bytes a second that a body must bring from then on
-PART_BYTES = 64 << 20  # a file of more is uploaded in parts; S3 takes at most 10,000 of at least 5 MiB
+PART_BYTES = 64 << 20  # what has more is uploaded in parts; S3 takes at most 10,000 of at least 5 MiB
 CONNECTIONS = 32  # of as many threads at once; more wait for one
 BATCH = 1000  # objects that one request may delete
 
@@ -186,10 +186,10 @@ class S3Store:
                 for item in page.get("Contents", ()):
                     yield Entry(item["Key"][skip:], item["Size"], item["ETag"])
 
-    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
-        if isinstance(data, Path):
-            return self._create_from_file(path, data)
-        return self._put(path, data, IfNoneMatch="*")
+    def create(self, path: str, data: bytes | Path | Buffers, move: bool = False) -> bool:
+        if isinstance(data, bytes):
+            return self._put(path, data, IfNoneMatch="*")
+        return self._create_in_parts(path, data)
 
     def swap(self, path: str, old: str | None, new: bytes) -> bool:
         return self._put(path, new, **({"IfNoneMatch": "*"} if old is None else {"IfMatch": old}))
@@ -267,10 +267,10 @@ class S3Store:
                 return None
             raise
 
-    def _create_from_file(self, path: str, file: Path) -> bool:
+    def _create_in_parts(self, path: str, data: Path | Buffers) -> bool:
         """A multipart upload whose completion is conditional; a single PUT when one part is enough."""
-        if file.stat().st_size <= PART_BYTES:
-            return self._put(path, file.read_bytes(), IfNoneMatch="*")
+        if (data.stat().st_size if isinstance(data, Path) else sum(map(len, data))) <= PART_BYTES:
+            return self._put(path, b"".join(_parts(data)), IfNoneMatch="*")
         from botocore.exceptions import ClientError
 
         # The nonce is given when an upload begins, so the object has it however its completion was answered.
@@ -281,7 +281,7 @@ class S3Store:
                 if standing is not None:
                     return standing == nonce
                 try:
-                    self._upload(path, file, nonce)
+                    self._upload(path, data, nonce)
                     return True
                 except ClientError as e:
                     # 404: no such upload. Our own first try has completed it, or somebody has aborted it as abandoned.
@@ -289,18 +289,16 @@ class S3Store:
                         raise
         raise AssertionError("the last try returns or raises")
 
-    def _upload(self, path: str, file: Path, nonce: str) -> None:
+    def _upload(self, path: str, data: Path | Buffers, nonce: str) -> None:
         from botocore.exceptions import BotoCoreError, ClientError
 
         where = self._where(path)
         upload = self._client.create_multipart_upload(**where, Metadata={"nonce": nonce})["UploadId"]
         try:
             parts: list[dict[str, Any]] = []
-            with open(file, "rb") as source:
-                while chunk := source.read(PART_BYTES):
-                    number = len(parts) + 1
-                    tag = self._client.upload_part(**where, UploadId=upload, PartNumber=number, Body=chunk)["ETag"]
-                    parts.append({"PartNumber": number, "ETag": tag})
+            for number, part in enumerate(_parts(data), start=1):
+                tag = self._client.upload_part(**where, UploadId=upload, PartNumber=number, Body=part)["ETag"]
+                parts.append({"PartNumber": number, "ETag": tag})
             self._client.complete_multipart_upload(
                 **where, UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
             )
@@ -308,6 +306,25 @@ class S3Store:
             with suppress(ClientError, BotoCoreError):  # what cannot be aborted now, clear_abandoned finds
                 self._client.abort_multipart_upload(**where, UploadId=upload)
             raise
+
+
+def _parts(data: Path | Buffers) -> Iterator[bytes]:
+    """PART_BYTES after PART_BYTES, and what is left."""
+    if isinstance(data, Path):
+        with open(data, "rb") as source:
+            yield from iter(lambda: source.read(PART_BYTES), b"")
+        return
+    part: list[memoryview] = []
+    room = PART_BYTES
+    for buffer in data:
+        while buffer:
+            part.append(buffer[:room])
+            room, buffer = room - len(part[-1]), buffer[room:]
+            if room == 0:
+                yield b"".join(part)
+                part, room = [], PART_BYTES
+    if part:
+        yield b"".join(part)
 
 
 def _hint(code: str, operation: str, path: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+Buffers = Sequence[memoryview]  # of bytes, one after the other
 COUNTS = ("GET", "PUT", "LIST", "HEAD", "DELETE", "bytes_read", "bytes_written")
 
 

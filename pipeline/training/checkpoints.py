@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from models.tensors import save_tensors
+from models.tensors import tensors_file
 from pipeline.crash import crash_point
 from pipeline.errors import CorruptObject
 from pipeline.graph import Context, trajectory_key, trunk_key
@@ -165,13 +163,9 @@ class Checkpoints:
 
     def _put(self, tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> str:
         """A blob that no other trajectory and no artefact shares, because its header names this one."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "tensors")
-            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            # One entry: safetensors writes several in any order, and equal checkpoints are to have equal names.
-            about = json.dumps({"trajectory": self.trajectory, "starts": starts}, sort_keys=True)
-            save_tensors(plain, file, metadata={"about": about})
-            return put_blob(self.store, file, move=True)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        about = json.dumps({"trajectory": self.trajectory, "starts": starts}, sort_keys=True)
+        return put_blob(self.store, tensors_file(plain, {"about": about}))
 
     def _read(self, blobs: Mapping[str, str], part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This worker's rows of tensors ``like`` these, by as many workers as they were saved. One blob is in memory

@@ -24,7 +24,7 @@ from pipeline.records import blob_path
 from pipeline.settings import EmbeddingsSettings
 from pipeline.shards import Helpers, ShardTask
 from pipeline.store import Entry, Store
-from pipeline.store_shared import Traffic
+from pipeline.store_shared import Buffers, Traffic
 from tests.pipeline.data.bench import Bench, picture, save_clip
 
 ROWS = 25
@@ -213,7 +213,7 @@ class Watched:
     def list(self, prefix: str) -> Iterator[Entry]:
         return self.store.list(prefix)
 
-    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
+    def create(self, path: str, data: bytes | Path | Buffers, move: bool = False) -> bool:
         if path.startswith("shards/embeddings/"):
             self._note("encode")
         return self.store.create(path, data, move)
