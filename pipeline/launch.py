@@ -31,7 +31,7 @@ def start_ray(settings: RaySettings) -> Any:
     That one has no dashboard, listens on loopback, and asks for a token that only its processes have.
 
     Returns the ``ray`` module. Raises UserError if the named cluster does not answer, or has another version of Ray or
-    Python.
+    Python, and if temporary files are where no Ray can be.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's core warns on the console of what Ray Data does with its own actors; nobody here can act on it.
@@ -61,14 +61,22 @@ def start_ray(settings: RaySettings) -> Any:
             told = " ".join(str(e).split()).removeprefix("Version mismatch: ")
             raise UserError(f"the Ray cluster at {address} is another version; install the same here: {told}") from e
     else:
-        with _without_log_lines():
-            ray.init(
-                address="local",
-                num_cpus=settings.cpus,
-                object_store_memory=settings.object_store_mb << 20,
-                include_dashboard=False,
-                **quiet,
-            )
+        try:
+            with _without_log_lines():
+                ray.init(
+                    address="local",
+                    num_cpus=settings.cpus,
+                    object_store_memory=settings.object_store_mb << 20,
+                    include_dashboard=False,
+                    **quiet,
+                )
+        except OSError as e:
+            if "AF_UNIX" not in str(e):
+                raise
+            raise UserError(
+                "the folder of temporary files (TMPDIR) has too long a name for Ray, whose sockets lie there under "
+                f"names of at most 107 bytes; set RAY_TMPDIR=/tmp ({e})"
+            ) from e
     return ray
 
 

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -31,7 +32,8 @@ from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.seaweed import serving
 
 ROWS, STAGE = 60, "diffusion_prior"
-STEPS, BATCH = 1000, 16
+STEPS, BATCH = 600, 16
+MODEL = {"width": 16, "depth": 1, "heads": 2}  # checkpoints are small: it is their number that counts
 GONE_S = 20.0
 SCRATCH = "48m"  # what a training needs there, and more
 
@@ -59,7 +61,7 @@ class Reference:
             "store": store,
             "source": {"paths": [str(self.folder / "list.csv")], "shard_rows": 10, "test": 0.0},
             "clip": {"weights": f"local-dir:{self.folder / 'clip'}"},
-            STAGE: {"samples": STEPS * BATCH, "batch": BATCH, "lanes": 4},
+            STAGE: {"samples": STEPS * BATCH, "batch": BATCH, "lanes": 4, "model": MODEL},
             "run": {"output": str(folder / "out"), "lease_s": 2, STAGE: training}
             | {name: {"workers": 0} for name in ("pairs", "embeddings", "curation", "index", "codec")},
         }
@@ -117,8 +119,8 @@ def set_up(fault: str, reference: Reference, folder: Path, stack: ExitStack) -> 
     if fault == "kill node":
         scene.environment, scene.nodes = stack.enter_context(cluster(nodes=3, cpus=1))  # one to spare
     if fault == "full disk":
-        scene.scratch = folder / "scratch"
-        scene.scratch.mkdir()
+        scene.scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # a short name: sockets lie there
+        stack.callback(scene.scratch.rmdir)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SCRATCH}", "chaos", scene.scratch], check=True)
         stack.callback(subprocess.run, ["umount", "--lazy", scene.scratch], check=True)
         scene.environment = {"TMPDIR": str(scene.scratch)}

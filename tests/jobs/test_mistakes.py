@@ -121,6 +121,13 @@ def test_a_place_that_cannot_be_written(write: Write, tmp_path: Path) -> None:
     refused("run", write(), f"run.output={below}", "--until", "source", says=[str(below)])
 
 
+def test_temporary_files_where_ray_cannot_be(write: Write, tmp_path: Path) -> None:
+    deep = tmp_path / ("long" * 20)
+    deep.mkdir()
+    says = ["TMPDIR", "too long a name for Ray", "RAY_TMPDIR=/tmp"]
+    refused("run", write(), "run.pairs.workers=1", says=says, env={"TMPDIR": str(deep)})
+
+
 def test_s3(write: Write, s3: Server) -> None:
     there = write(store=f"{s3.url}/mistakes-{os.getpid()}")
     wrong = s3.environment | {"AWS_SECRET_ACCESS_KEY": "wrong"}
