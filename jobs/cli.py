@@ -66,7 +66,8 @@ def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         return 1
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"error: the disk is full ({e.filename}); free space and run the same command again", file=sys.stderr)
+            where = e.filename or "of temporary files, TMPDIR, or where this command's output goes"
+            print(f"error: the disk is full ({where}); free space and run the same command again", file=sys.stderr)
             return 1
         if e.errno in (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS):
             print(f"error: {e.filename}: {e.strerror}; name a place that can be read and written", file=sys.stderr)

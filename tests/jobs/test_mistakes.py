@@ -1,5 +1,6 @@
 """A user's mistake is one line on stderr that says what to do, and exit code 2; never a traceback."""
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.cli import guard
 from tests.chain import MICRO, Finished, unclip
 from tests.seaweed import Server
 
@@ -126,6 +128,18 @@ def test_temporary_files_where_ray_cannot_be(write: Write, tmp_path: Path) -> No
     deep.mkdir()
     says = ["TMPDIR", "too long a name for Ray", "RAY_TMPDIR=/tmp"]
     refused("run", write(), "run.pairs.workers=1", says=says, env={"TMPDIR": str(deep)})
+
+
+@pytest.mark.parametrize(("file", "says"), [("/a/file", "(/a/file)"), (None, "TMPDIR")])
+def test_a_disk_that_is_full(file: str | None, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fill(_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+
+    assert guard(fill, []) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: the disk is full (")
+    assert says in told
+    assert "None" not in told
 
 
 def test_s3(write: Write, s3: Server) -> None:
