@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 from models.prior_configs import ClipConfig
 from pipeline.errors import CorruptObject, Unreachable, UserError
+from pipeline.launch import start_ray
 from pipeline.records import read_blob
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training import stage
@@ -26,17 +27,10 @@ from tests.pipeline.training.test_stage import RECIPE, lines
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A Ray of this module's own. The first of its workers that has saved a checkpoint is killed right after."""
-    import ray
-
     marker = tmp_path_factory.mktemp("crash") / "killed"
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"UNCLIP_CRASH": f"checkpoint.after_record@{marker}"}},
-    )
+    with pytest.MonkeyPatch.context() as patch:  # its workers have the environment that it is started with
+        patch.setenv("UNCLIP_CRASH", f"checkpoint.after_record@{marker}")
+        ray = start_ray(RaySettings(cpus=2, object_store_mb=200))
     yield ray
     ray.shutdown()
     assert marker.exists()
