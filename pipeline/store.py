@@ -1,4 +1,4 @@
-"""Objects in a folder or on S3 behind five methods. The only module that knows one from the other.
+"""Objects in a folder or on S3 behind six methods. The only module that knows one from the other.
 
 The two are in ``store_folder`` and ``store_s3``.
 
@@ -9,7 +9,7 @@ the whole object or none, and of several writers exactly one is told True.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ from pipeline.store_shared import Buffers, Entry, Traffic
 
 
 class Store(Protocol):
-    """Five methods; paths are relative, with forward slashes."""
+    """Six methods; paths are relative, with forward slashes."""
 
     @property
     def url(self) -> str:
@@ -36,6 +36,10 @@ class Store(Protocol):
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of an object. Raises FileNotFoundError."""
+
+    def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """The bytes [start, stop) of each of ``parts``, which lie close together, in rising order and apart. They come
+        one after the other, of one request. What lies beyond the object's end is left out. Raises FileNotFoundError."""
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Every object whose path begins with ``prefix``, in order of path."""

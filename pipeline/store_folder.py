@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.store_shared import Buffers, Entry, Traffic
 
-SYNC_BYTES = 64 << 20
+SYNC_BYTES = 64 << 20  # of buffers that are written before the disk must have them and the page cache need not
 
 
 @contextmanager
@@ -36,6 +36,13 @@ def _explained(url: str) -> Iterator[None]:
         if e.errno in (errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"store {url}: cannot be written ({e.strerror}); choose another folder") from e
         raise
+
+
+def read_file(file: str | Path, parts: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """The bytes [start, stop) of each of ``parts``, fewer where the file ends. Raises OSError."""
+    with open(file, "rb", buffering=0) as f:
+        for start, stop in parts:
+            yield os.pread(f.fileno(), stop - start, start)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,12 @@ class FolderStore:
             data = f.read() if stop is None else f.read(stop - start)
         self.traffic.add(bytes_read=len(data))
         return data
+
+    def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        self.traffic.add(GET=1)
+        for data in read_file(self._file(path), parts):
+            self.traffic.add(bytes_read=len(data))
+            yield data
 
     def list(self, prefix: str) -> Iterator[Entry]:
         self.traffic.add(LIST=1)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Unreachable, UserError
-from pipeline.store_shared import Buffers, Entry, Traffic
+from pipeline.store_shared import Buffers, Entry, Traffic, cut
 
 TRIES = 6  # with boto3's waits about a minute at most
 TIMEOUT_S = 60.0  # without a byte
@@ -141,41 +141,64 @@ class S3Store:
             ) from e
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        from botocore.exceptions import ClientError
         from urllib3.exceptions import HTTPError
 
         if stop is not None and stop <= start:
             return b""
-        asked = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
         with self._explained(path):
             for last in _tries():
+                data = io.BytesIO()
                 try:
-                    return self._body(self._client.get_object(**self._where(path), **asked))
+                    for chunk in self._chunks(path, start, stop):
+                        data.write(chunk)
+                    return data.getvalue()
                 except HTTPError:  # while the body came
                     if last:
                         raise
-                except ClientError as e:
-                    if _status(e) == 416:  # the range begins behind the end, where a file has no bytes either
-                        return b""
-                    if _status(e) == 404 and e.response["Error"]["Code"] not in HINTS:
-                        raise FileNotFoundError(f"{self.url}/{path}") from None
-                    raise
         raise AssertionError("the last try returns or raises")
 
-    def _body(self, answer: Any) -> bytes:
-        """The whole body. Raises HTTPError, of urllib3, where it ends early, stands still or only drips."""
+    def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         from urllib3.exceptions import HTTPError
 
-        began, data = time.monotonic(), io.BytesIO()
+        given = 0
+        with self._explained(path):
+            for last in _tries():
+                left = parts[given:]
+                try:
+                    # Cut as they come: to gather all first, and then copy each, would hold up every other thread.
+                    for part in cut(self._chunks(path, left[0][0], left[-1][1]), left[0][0], left):
+                        yield part
+                        given += 1
+                    return
+                except HTTPError:
+                    if last:
+                        raise
+
+    def _chunks(self, path: str, start: int, stop: int | None) -> Iterator[bytes]:
+        """The body of one request for bytes [start, stop). Raises FileNotFoundError, and HTTPError, of urllib3, where
+        it ends early, stands still or only drips."""
+        from botocore.exceptions import ClientError
+        from urllib3.exceptions import HTTPError
+
+        asked = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
+        try:
+            answer = self._client.get_object(**self._where(path), **asked)
+        except ClientError as e:
+            if _status(e) == 416:  # the range begins behind the end, where a file has no bytes either
+                return
+            if _status(e) == 404 and e.response["Error"]["Code"] not in HINTS:
+                raise FileNotFoundError(f"{self.url}/{path}") from None
+            raise
+        began, count = time.monotonic(), 0
         with answer["Body"] as response:  # urllib3's, which gives what is there instead of waiting for a whole chunk
             while chunk := response.read1(1 << 20):
-                data.write(chunk)
+                count += len(chunk)
                 self.traffic.add(bytes_read=len(chunk))
-                if time.monotonic() - began > TIMEOUT_S + data.tell() / LEAST_RATE:
+                if time.monotonic() - began > TIMEOUT_S + count / LEAST_RATE:
                     raise HTTPError("the body comes too slowly")
-        if data.tell() != answer["ContentLength"]:
+                yield chunk
+        if count != answer["ContentLength"]:
             raise HTTPError("the body ended early")
-        return data.getvalue()
 
     def list(self, prefix: str) -> Iterator[Entry]:
         where = self._where(prefix)

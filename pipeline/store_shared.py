@@ -1,11 +1,11 @@
-"""What both kinds of store use: entries of a listing, and counts of requests."""
+"""What stores share: entries of a listing, counts of requests, and cutting a stream into parts."""
 
 from __future__ import annotations
 
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -20,6 +20,22 @@ class Entry:
     path: str
     size: int
     version: str
+
+
+def cut(chunks: Iterable[bytes], start: int, parts: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """The bytes [start, stop) of each of ``parts``, in rising order and apart, of a stream that begins at ``start``.
+
+    A part is there as soon as its last chunk is. One that the stream does not reach is shorter, or empty.
+    """
+    stream = iter(chunks)
+    chunk, begin = memoryview(b""), start
+    for first, last in parts:
+        pieces = [chunk[max(0, first - begin) : max(0, last - begin)]]
+        while begin + len(chunk) < last and (more := next(stream, None)) is not None:
+            begin += len(chunk)
+            chunk = memoryview(more)
+            pieces.append(chunk[max(0, first - begin) : last - begin])
+        yield b"".join(pieces)
 
 
 class Traffic:

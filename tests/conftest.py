@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+# Tests run side by side: OpenMP's threads must not spin while they wait for each other on cores that others use.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 from pipeline import launch
 from pipeline.store import Store, open_store
 from tests.seaweed import Server, serving
 
 # One place for what the libraries read at import; nothing in a test may look for an account or a cluster outside it.
-# Tests run side by side: OpenMP's threads must not spin while they wait for each other on cores that others use.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"

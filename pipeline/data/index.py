@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import CorruptObject
 from pipeline.records import blob_path
 from pipeline.store import Store
+from pipeline.store_folder import read_file
 
 STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for pictures whose short side is at least this
 COLUMNS = (
@@ -67,35 +68,33 @@ def read_pictures(store: Store, images: str | None, rows: Sequence[Mapping[str, 
     order = sorted(range(len(rows)), key=lambda i: (rows[i]["tar"] or "", rows[i]["offset"]))
     start = 0
     while start < len(order):
-        first = rows[order[start]]
-        stop, end = start + 1, first["offset"] + first["size"]
+        tar, offset, size = (rows[order[start]][name] for name in ("tar", "offset", "size"))
+        stop, parts = start + 1, [(offset, offset + size)]
         # One read for members with at most a few headers and paddings between them.
-        while (
-            stop < len(order) and rows[order[stop]]["tar"] == first["tar"] and rows[order[stop]]["offset"] - end <= 4096
-        ):
-            end = rows[order[stop]]["offset"] + rows[order[stop]]["size"]
+        while stop < len(order):
+            next_tar, offset, size = (rows[order[stop]][name] for name in ("tar", "offset", "size"))
+            if next_tar != tar or offset - parts[-1][1] > 4096:
+                break
+            parts.append((offset, offset + size))
             stop += 1
-        data = _read(store, images, first["tar"], first["offset"], end)
-        for i in order[start:stop]:
-            begin = rows[i]["offset"] - first["offset"]
-            result[i] = data[begin : begin + rows[i]["size"]]
-            if hashlib.sha256(result[i]).hexdigest() != rows[i]["sha256"]:
-                path = blob_path(images or "") if rows[i]["tar"] is None else rows[i]["tar"]
+        for i, data in zip(order[start:stop], _read(store, images, tar, parts), strict=True):
+            if hashlib.sha256(data).hexdigest() != rows[i]["sha256"]:
+                path = tar or blob_path(images or "")
                 raise CorruptObject(path, f"the picture of row {rows[i]['key']} has other bytes than the index says")
+            result[i] = data
         start = stop
     return result
 
 
-def _read(store: Store, images: str | None, tar: str | None, start: int, stop: int) -> bytes:
+def _read(store: Store, images: str | None, tar: str | None, parts: list[tuple[int, int]]) -> Iterator[bytes]:
     if tar is not None:
         try:
-            with open(tar, "rb") as f:
-                f.seek(start)
-                return f.read(stop - start)
+            yield from read_file(tar, parts)
+            return
         except OSError as e:
             raise CorruptObject(tar, f"cannot be read ({e.strerror})") from None
     assert images is not None
     try:
-        return store.read(blob_path(images), start, stop)
+        yield from store.read_parts(blob_path(images), parts)
     except FileNotFoundError:
         raise CorruptObject(blob_path(images), "is missing") from None

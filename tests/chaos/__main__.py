@@ -30,7 +30,7 @@ def main() -> int:
     chosen = options.parse_args()
     began = time.monotonic()
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     kind = KINDS[chosen.of]
     folder = chosen.folder.resolve() / f"{chosen.of}-seed-{chosen.seed}"
     reference = kind.run_reference(folder / "reference")

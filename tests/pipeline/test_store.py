@@ -5,10 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import store_folder, store_s3
 from pipeline.errors import UserError
 from pipeline.store import Store, check_conditions, open_store
+from pipeline.store_shared import cut
 
 
 def test_create_read_and_never_overwrite(store: Store) -> None:
@@ -20,6 +23,31 @@ def test_create_read_and_never_overwrite(store: Store) -> None:
     assert store.read("blobs/ab/x", 4, 4) == b""
     assert store.read("blobs/ab/x", 8, 20) == b"89"
     assert store.read("blobs/ab/x", 10, 20) == b""
+
+
+def test_parts_of_one_request(store: Store) -> None:
+    data = os.urandom(3 << 20)
+    store.create("blobs/p", data)
+    parts = [(5, 5), (7, 700), (700, 701), (1_000, 2_500_000), (3_000_000, len(data) + 9), (4 << 20, 5 << 20)]
+    before = store.traffic.counts()
+    assert list(store.read_parts("blobs/p", parts)) == [data[start:stop] for start, stop in parts]
+    assert store.traffic.counts()["GET"] == before["GET"] + 1
+    assert list(store.read_parts("blobs/p", [(4 << 20, 5 << 20), (6 << 20, 7 << 20)])) == [b"", b""]
+    with pytest.raises(FileNotFoundError):
+        list(store.read_parts("blobs/none", parts))
+
+
+@given(st.binary(max_size=60), st.lists(st.integers(1, 9)), st.lists(st.integers(0, 70), max_size=12))
+def test_a_stream_is_cut_into_its_parts(data: bytes, sizes: list[int], bounds: list[int]) -> None:
+    """Whatever the chunks are, and also where parts lie beyond the end."""
+    chunks, rest = [], data
+    for size in sizes:
+        chunks, rest = [*chunks, rest[:size]], rest[size:]
+    bounds = sorted(bounds)
+    parts = list(zip(bounds[::2], bounds[1::2], strict=False))
+    start = parts[0][0] if parts else 0
+    stream = iter([*(chunk for chunk in chunks if chunk), rest])
+    assert list(cut(stream, start, parts)) == [data[first - start : last - start] for first, last in parts]
 
 
 def test_create_from_a_file(store: Store, tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ def _kinds(requests: list[Request]) -> dict[str, int]:
 # --- under every fault ------------------------------------------------------------------------------------------------
 
 
+PARTS = [(9, 20), (100, 12_000), (12_000, 30_000), (30_500, 39_999)]
+
+
 def _everything(store: Store, big: Path) -> list[object]:
     """What every method answers, in a sequence of calls."""
 
@@ -87,6 +90,7 @@ def _everything(store: Store, big: Path) -> list[object]:
         store.read("blobs/a", 39_000) == data[39_000:],
         store.read("blobs/a", 39_990, 50_000) == data[39_990:],
         store.read("blobs/a", 40_000, 50_000),
+        [*store.read_parts("blobs/a", PARTS)] == [data[start:stop] for start, stop in PARTS],
         store.create("blobs/empty", b""),
         store.read("blobs/empty"),
         store.create("blobs/big", big),
@@ -246,7 +250,7 @@ def test_what_does_not_pass_is_one_clear_line(
         monkeypatch.setattr(store_s3, "TIMEOUT_S", 0.15)
     store.create("a", b"0123456789" * 100)
     proxy.choose, proxy.pause_s, proxy.requests = always(fault), 0.3, []
-    calls = [lambda: store.read("a", 2, 900)]
+    calls = [lambda: store.read("a", 2, 900), lambda: list(store.read_parts("a", [(2, 600), (610, 900)]))]
     if fault != "drip":  # it is bodies that drip, and these answers are short
         calls += [lambda: store.create("b", b"1"), lambda: list(store.list("")), lambda: store.delete(["a"])]
     for call in calls:
@@ -267,6 +271,8 @@ def test_a_body_that_only_drips_is_given_up(store: S3Store, proxy: FaultProxy, m
     proxy.choose, proxy.pause_s = always("drip"), 0.06
     with pytest.raises(UserError, match="the body comes too slowly"):
         store.read("a")
+    with pytest.raises(UserError, match="the body comes too slowly"):
+        list(store.read_parts("a", [(0, 10)]))
 
 
 def test_an_upload_that_fails_leaves_nothing(store: S3Store, proxy: FaultProxy, big: Path) -> None:

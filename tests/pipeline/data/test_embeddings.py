@@ -1,7 +1,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,9 +206,11 @@ class Watched:
         return self.store.traffic
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        if stop is not None:
-            self._note("decode")
         return self.store.read(path, start, stop)
+
+    def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        self._note("decode")
+        return self.store.read_parts(path, parts)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         return self.store.list(prefix)

@@ -1,4 +1,5 @@
 import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -46,9 +47,9 @@ class Counting:
     def url(self) -> str:
         return self.store.url
 
-    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+    def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         self.reads += 1
-        return self.store.read(path, start, stop)
+        return self.store.read_parts(path, parts)
 
     def list(self, prefix: str) -> Any:
         return iter(list[Entry](self.store.list(prefix)))
