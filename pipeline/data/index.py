@@ -73,7 +73,7 @@ def read_pictures(store: Store, images: str | None, rows: Sequence[Mapping[str, 
         # One read for members with at most a few headers and paddings between them.
         while stop < len(order):
             next_tar, offset, size = (rows[order[stop]][name] for name in ("tar", "offset", "size"))
-            if next_tar != tar or offset - parts[-1][1] > 4096:
+            if next_tar != tar or not 0 <= offset - parts[-1][1] <= 4096:
                 break
             parts.append((offset, offset + size))
             stop += 1
