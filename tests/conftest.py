@@ -1,6 +1,7 @@
 import itertools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from pipeline import launch
 from pipeline.store import Store, open_store
 from tests.seaweed import Server, serving
 
+# What starts the tests in the background may ignore Ctrl-C, and then so would every command that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # One place for what the libraries read at import; nothing in a test may look for an account or a cluster outside it.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
