@@ -262,6 +262,15 @@ def test_what_does_not_pass_is_one_clear_line(
         assert store_s3.TRIES <= len(proxy.requests) <= store_s3.TRIES + 2
 
 
+def test_a_connection_is_used_again(store: S3Store, proxy: FaultProxy) -> None:
+    store.create("a", bytes(3 << 20))
+    count = len(proxy.connections)
+    for _ in range(3):
+        store.read("a")
+        list(store.read_parts("a", [(5, 9), (100, 2 << 20)]))
+    assert len(proxy.connections) == count
+
+
 def test_a_body_that_only_drips_is_given_up(store: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each piece comes in time, and all of it would never end."""
     monkeypatch.setattr(store_s3, "LEAST_RATE", 1 << 30)
