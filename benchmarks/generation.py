@@ -14,7 +14,7 @@ import torch
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from benchmarks.tiny import generator
 from models.cascade import UnCLIP
-from models.clip import tokenize
+from models.tokens import tokenize
 from pipeline.artifacts import ShardRow, publish_shard, write_table
 from pipeline.generation import STAGE, GenerationRecipe, Generator
 from pipeline.records import put_blob

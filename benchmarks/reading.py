@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.pictures import publish
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
-from models.clip import tokenize
+from models.tokens import tokenize
 from models.view import open_view
 from pipeline.artifacts import Artifact, read_shards
 from pipeline.records import blob_path

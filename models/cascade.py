@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.ar_prior import ARPrior
 from models.ar_prior import sample as sample_codes
-from models.clip import Clip, check_captions, tokenize
+from models.clip import Clip
 from models.codec import Codec
 from models.decoder import Decoder, decoder_denoise
 from models.diffusion.samplers import ddim_inversion
@@ -30,6 +30,7 @@ from models.manipulation import Inversion, check_embedding, first_components, sl
 from models.pixels import from_uint8, to_uint8
 from models.reverse import Progress, Reverse, ignore
 from models.sampling_config import SamplingConfig, change_sampling, read_sampling, write_sampling
+from models.tokens import check_captions, tokenize
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise
 from models.view import view
 

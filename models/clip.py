@@ -9,7 +9,6 @@ trained. Its way of resizing does not matter: on a square view, squashing and cr
 import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -25,46 +24,11 @@ from models.draw import Draw
 from models.losses import Losses
 from models.prior_configs import ClipConfig
 from models.tensors import save_tensors
+from models.tokens import CONTEXT, VOCABULARY, cut_tokens, shortened, tokenize
 
-CONTEXT = 77  # tokens made for every model, start and end included
-VOCABULARY = 49408
-END = VOCABULARY - 1
-# 26 characters a token: nothing 77 tokens can hold is cut, and a hostile megabyte costs no minutes of merging pairs.
-CAPTION_CHARACTERS = 2000
 SHORTER = (16, 32)  # tokens that most captions fit into
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
-
-
-def tokenize(captions: list[str]) -> Tensor:
-    """Captions to int64 [b, 77]: start, at most 75 BPE tokens, end, then zeros. Longer captions are cut."""
-    return open_clip.tokenize(_shortened(captions), context_length=CONTEXT)
-
-
-def _shortened(captions: Sequence[str]) -> list[str]:
-    return [" ".join(caption.split())[:CAPTION_CHARACTERS] for caption in captions]
-
-
-@cache
-def tokenizer() -> open_clip.SimpleTokenizer:
-    """CLIP's own BPE."""
-    return open_clip.SimpleTokenizer()
-
-
-def check_captions(captions: Sequence[str]) -> None:
-    """Raise ValueError for the first caption that ``tokenize`` would cut. For what is asked for, not for data."""
-    for i, caption in enumerate(captions, 1):
-        length = len(tokenizer().encode(caption[: 2 * CAPTION_CHARACTERS]))
-        if length > CONTEXT - 2:
-            raise ValueError(f"caption {i} has {length} tokens and CLIP reads {CONTEXT - 2}: shorten it")
-
-
-def cut_tokens(tokens: Tensor, context: int) -> Tensor:
-    """The first ``context`` columns of ``tokens``, the last one an end token in rows that had none left."""
-    cut = tokens[:, :context]
-    unended = (cut != END).all(1)
-    last = torch.where(unended, END, cut[:, -1])
-    return torch.cat([cut[:, :-1], last[:, None]], dim=1)
 
 
 class Clip(nn.Module):
@@ -191,8 +155,8 @@ class Clip(nn.Module):
         Longer captions are cut.
         """
         if self.own_tokenizer is None:
-            return tokenize(list(captions))
-        return self.own_tokenizer(_shortened(captions))
+            return tokenize(captions)
+        return self.own_tokenizer(shortened(captions))
 
     @property
     def text_lengths(self) -> tuple[int, ...]:
@@ -229,11 +193,6 @@ class _TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.tower.encode_text(tokens)
-
-
-def text_ends(tokens: Tensor) -> Tensor:
-    """How many tokens of each row of ``tokenize`` a caption takes, start and end included: int64 [b]."""
-    return (tokens == END).int().argmax(1) + 1
 
 
 def check_text_tower(name: str, model_config: dict) -> None:

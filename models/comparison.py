@@ -7,9 +7,9 @@ from PIL import Image
 from torch import Tensor
 
 from models.cascade import Generation, UnCLIP
-from models.clip import check_captions, tokenize
 from models.reverse import Progress, ignore
 from models.sampling_config import change_sampling
+from models.tokens import check_captions, tokenize
 
 AR, DIFFUSION, TEXT, PICTURE = "AR prior", "diffusion prior", "text embedding", "true image embedding"
 

@@ -17,10 +17,10 @@ from PIL.Image import Image
 
 from models import reverse
 from models.cascade import Generation, UnCLIP
-from models.clip import check_captions
 from models.comparison import compare_priors, priors_of
 from models.pixels import from_uint8
 from models.sampling_config import SamplingConfig, change_sampling
+from models.tokens import check_captions
 from models.view import view
 from pipeline.evaluate.metrics import cosine, psnr
 from pipeline.progress import Progress

@@ -131,7 +131,7 @@ class Generator:
         return ShardOutput(Ledger.count(reasons), blobs, seconds=steps.seconds)
 
     def _short(self, prompt: str) -> bool:
-        from models.clip import check_captions
+        from models.tokens import check_captions
 
         try:
             check_captions([prompt])

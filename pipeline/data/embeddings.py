@@ -199,7 +199,7 @@ class Encoder:
         """Embeddings of captions, each in a batch of the shortest length that holds it: that hangs on no neighbour."""
         import numpy as np
 
-        from models.clip import text_ends
+        from models.tokens import text_ends
 
         result = np.zeros((len(texts), self.clip.embed_dim), np.float32)
         if not texts:

@@ -29,7 +29,7 @@ class Found:
 
 def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
     """The text embedding of a caption, fp32 [1, d]. Raises UserError for one that is empty or too long."""
-    from models.clip import check_captions, tokenize
+    from models.tokens import check_captions, tokenize
 
     if not caption.strip():
         raise UserError("the caption is empty; say what the pictures should show")

@@ -82,7 +82,7 @@ def _caption(row: Row) -> str:
 
 
 def _join(store: Store, split: str, rows: list[Row], side: int) -> HeldOut:
-    from models.clip import tokenize
+    from models.tokens import tokenize
 
     captions = [_caption(row) for row in rows]
     batch: Batch = {"tokens": tokenize(captions)}

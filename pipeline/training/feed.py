@@ -169,7 +169,7 @@ class Feed:
 
         With text embeddings, one of those that were embedded, and its embedding.
         """
-        from models.clip import tokenize
+        from models.tokens import tokenize
 
         batch: Batch = {}
         rows = begun.rows

@@ -17,9 +17,9 @@ from PIL import Image
 from jobs.cli import main
 from jobs.edit import KINDS
 from models.cascade import UnCLIP
-from models.clip import tokenize
 from models.codec import fit_codec, fit_pca, moments
 from models.pixels import from_uint8
+from models.tokens import tokenize
 from models.view import view
 from pipeline import edits
 from pipeline.data.own_picture import open_picture

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from models.ar_prior import ARPrior, sample
 from models.cascade import UnCLIP
-from models.clip import Clip, cut_tokens, tokenize
+from models.clip import Clip
 from models.codec import Codec, fit_codec, fit_pca, moments
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
@@ -20,6 +20,7 @@ from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.presets import PRESETS
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.sampling_config import SamplingConfig
+from models.tokens import cut_tokens, tokenize
 from models.upsampler import Upsampler
 
 DIM, CODES = 16, 4

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.clip import tokenize
 from models.diffusion.dpm_solver import dpm_solver
 from models.diffusion.samplers import ancestral, ddim
 from models.diffusion.schedules import log_snr_grid, make_schedule, strided_grid
@@ -15,6 +14,7 @@ from models.diffusion_prior import diffusion_prior_denoise, diffusion_prior_vari
 from models.draw import Draw
 from models.reverse import Reverse, ignore
 from models.sampling_config import DECODER_SAMPLERS, PRIOR_SAMPLERS, SamplingConfig
+from models.tokens import tokenize
 from tests.models.test_cascade import CAPTIONS, DIM, make
 
 SCHEDULE = make_schedule("cosine", 1000)

@@ -11,7 +11,7 @@ from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, U
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
 from models.cascade import UnCLIP
-from models.clip import CONTEXT, VOCABULARY, Clip, tokenize
+from models.clip import Clip
 from models.clip_prior import ClipPrior
 from models.decoder import decoder_denoise
 from models.diffusion.samplers import ancestral
@@ -22,6 +22,7 @@ from models.interchange import import_decoder, import_prior, import_unclip
 from models.pixels import to_uint8
 from models.prior_configs import ClipConfig
 from models.sampling_config import SamplingConfig
+from models.tokens import CONTEXT, VOCABULARY, tokenize
 from tests.models.mutations import fails_under
 from tests.models.test_interchange_decoder import DIM, TOKENS, assert_same, clip_text_tower, lively, write_text_encoder
 from tests.models.test_unet import normal

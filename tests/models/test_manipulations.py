@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from models.cascade import UnCLIP
-from models.clip import tokenize
 from models.decoder import Decoder
 from models.manipulation import Inversion, first_components
 from models.pixels import from_uint8
+from models.tokens import tokenize
 from models.view import view
 from tests.models.test_cascade import DECODER, DIM, make
 

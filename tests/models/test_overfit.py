@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from models.ar_prior import ARPrior, ar_prior_loss
 from models.ar_prior import sample as sample_codes
-from models.clip import tokenize
 from models.codec import fit_codec, fit_pca, moments
 from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.diffusion.samplers import ddim
@@ -25,6 +24,7 @@ from models.draw import Draw
 from models.losses import Losses
 from models.pixels import from_uint8, resize
 from models.presets import NANO
+from models.tokens import tokenize
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
 from pipeline.data.emoji import draw, emoji_rows
 

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.clip import tokenize
+from models.tokens import tokenize
 from models.view import open_view
 from pipeline.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.errors import CorruptObject

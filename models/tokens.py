@@ -1,0 +1,86 @@
+"""Captions as tokens of CLIP's own BPE, equal to open_clip's.
+
+A worker may read a billion captions beside threads that open pictures, so the latest words are known by heart and the
+others forgotten (open_clip's keeps every word it ever saw), and what has nothing to mend is not searched for it.
+"""
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor
+
+CONTEXT = 77  # tokens made for every model, start and end included
+VOCABULARY = 49408
+START, END = VOCABULARY - 2, VOCABULARY - 1
+# 26 characters a token: nothing 77 tokens can hold is cut, and a hostile megabyte costs no minutes of merging pairs.
+CAPTION_CHARACTERS = 2000
+WORDS, WORD_CHARACTERS = 1 << 16, 40  # known by heart: some 20 MB
+
+
+class Bpe(open_clip.SimpleTokenizer):
+    """CLIP's own BPE in constant memory; any thread may use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = lru_cache(WORDS)(self.tokens_of)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text of any length, without start and end."""
+        # Of printable ASCII without entities, cleaning would change spaces alone, and these no word has.
+        plain = text.isascii() and text.isprintable() and "&" not in text
+        words = self.pat.findall(text.lower() if plain else self.clean_fn(text))
+        return [
+            token for word in words for token in (self.known if len(word) <= WORD_CHARACTERS else self.tokens_of)(word)
+        ]
+
+    def tokens_of(self, word: str) -> tuple[int, ...]:
+        """The tokens of a match of ``pat``."""
+        letters = "".join(self.byte_encoder[byte] for byte in word.encode())
+        parts = self.bpe(letters).split(" ")
+        if parts != [letters]:  # the special tokens stay
+            self.cache.pop(letters, None)
+        return tuple(self.encoder[part] for part in parts)
+
+
+@cache
+def tokenizer() -> Bpe:
+    """The one of this process."""
+    return Bpe()
+
+
+def shortened(captions: Sequence[str]) -> list[str]:
+    """Captions with single spaces, cut where no tokenizer would read on."""
+    return [" ".join(caption.split())[:CAPTION_CHARACTERS] for caption in captions]
+
+
+def tokenize(captions: Sequence[str]) -> Tensor:
+    """Captions to int64 [b, 77]: start, at most 75 BPE tokens, end, then zeros. Longer captions are cut."""
+    rows = np.zeros((len(captions), CONTEXT), np.int64)
+    for row, caption in zip(rows, shortened(captions), strict=True):
+        tokens = [START, *tokenizer().encode(caption)[: CONTEXT - 2], END]
+        row[: len(tokens)] = tokens
+    return torch.from_numpy(rows)
+
+
+def check_captions(captions: Sequence[str]) -> None:
+    """Raise ValueError for the first caption that ``tokenize`` would cut. For what is asked for, not for data."""
+    for i, caption in enumerate(captions, 1):
+        length = len(tokenizer().encode(caption[: 2 * CAPTION_CHARACTERS]))
+        if length > CONTEXT - 2:
+            raise ValueError(f"caption {i} has {length} tokens and CLIP reads {CONTEXT - 2}: shorten it")
+
+
+def cut_tokens(tokens: Tensor, context: int) -> Tensor:
+    """The first ``context`` columns of ``tokens``, the last one an end token in rows that had none left."""
+    cut = tokens[:, :context]
+    unended = (cut != END).all(1)
+    last = torch.where(unended, END, cut[:, -1])
+    return torch.cat([cut[:, :-1], last[:, None]], dim=1)
+
+
+def text_ends(tokens: Tensor) -> Tensor:
+    """How many tokens of each row of ``tokenize`` a caption takes, start and end included: int64 [b]."""
+    return (tokens == END).int().argmax(1) + 1
