@@ -6,7 +6,7 @@ CLIP and every trained model see the same square, so that a decoder never learns
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 def open_view(data: bytes, size: int) -> np.ndarray:
@@ -19,11 +19,14 @@ def open_view(data: bytes, size: int) -> np.ndarray:
 
 def view(image: Image.Image, size: int) -> np.ndarray:
     """Upright, alpha over white, sRGB, square centre crop, antialiased resize: uint8 [size, size, 3]."""
-    image = ImageOps.exif_transpose(image)
+    image.load()  # where a PNG says how it was held
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    if image.mode != "RGB":  # or it would be copied
+        image = image.convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)

@@ -134,8 +134,8 @@ class Feed:
                 coming = self._begin(step, windows, decoders)
                 yield self._share(present)
         finally:
-            for pool in (readers, decoders):
-                pool.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
+            decoders.shutdown()  # views are kept for whoever asks next: one that was cancelled would never come
 
     def _read(self, lane: int, position: int) -> Window:
         """What is left of a lane's window from a position on."""

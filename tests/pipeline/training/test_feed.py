@@ -3,6 +3,7 @@
 import tarfile
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -140,6 +141,27 @@ def test_a_feed_goes_on_from_any_position(shared_world: World) -> None:
         assert share.keys == again.keys
         assert share.streams == again.streams
         assert all(torch.equal(share.batch[name], again.batch[name]) for name in ALL)
+
+
+def test_a_feed_that_was_left_in_the_middle_of_a_share_begins_again(
+    shared_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures that were still to be decoded then are not waited for in vain."""
+    feed = make_feed(shared_world)
+    expected = take(make_feed(shared_world), 3)
+
+    def slowly(data: bytes, size: int) -> np.ndarray:
+        time.sleep(0.02)
+        return open_view(data, size)
+
+    monkeypatch.setattr("pipeline.training.pictures.open_view", slowly)
+    take(feed, 1)
+    again: list[Share] = []
+    reader = threading.Thread(target=lambda: again.extend(take(feed, 3)), daemon=True)
+    reader.start()
+    reader.join(60)
+    assert len(again) == 3
+    assert all(torch.equal(a.batch["image"], b.batch["image"]) for a, b in zip(again, expected, strict=True))
 
 
 def test_before_curation_rows_are_those_of_pairs(shared_world: World) -> None:
