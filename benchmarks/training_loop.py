@@ -29,11 +29,12 @@ from models.presets import PRESETS
 from pipeline.graph import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store import open_store
-from pipeline.training.checkpoints import Saver, course
+from pipeline.training.checkpoints import course
 from pipeline.training.feed import Feed
 from pipeline.training.laps import shares_of
 from pipeline.training.loop import fit
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe, TrainingRecipe
+from pipeline.training.saver import Saver
 from pipeline.training.stage import make_task
 from pipeline.training.state import TrainState
 from pipeline.training.state import begin as begin_training

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.store_shared import Buffers, Entry, Traffic
+from pipeline.store_shared import Buffers, Entry, Traffic, read_file
 
 SYNC_BYTES = 64 << 20  # of buffers that are written before the disk must have them and the page cache need not
 
@@ -36,13 +36,6 @@ def _explained(url: str) -> Iterator[None]:
         if e.errno in (errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"store {url}: cannot be written ({e.strerror}); choose another folder") from e
         raise
-
-
-def read_file(file: str | Path, parts: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """The bytes [start, stop) of each of ``parts``, fewer where the file ends. Raises OSError."""
-    with open(file, "rb", buffering=0) as f:
-        for start, stop in parts:
-            yield os.pread(f.fileno(), stop - start, start)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
-"""What stores share: entries of a listing, counts of requests, and cutting a stream into parts."""
+"""What stores share: entries of a listing, counts of requests, and reading parts of a file or a stream."""
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 Buffers = Sequence[memoryview]  # of bytes, one after the other
@@ -36,6 +38,13 @@ def cut(chunks: Iterable[bytes], start: int, parts: Iterable[tuple[int, int]]) -
             chunk = memoryview(more)
             pieces.append(chunk[max(0, first - begin) : last - begin])
         yield b"".join(pieces)
+
+
+def read_file(file: str | Path, parts: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """The bytes [start, stop) of each of ``parts``, fewer where the file ends. Raises OSError."""
+    with open(file, "rb", buffering=0) as f:
+        for start, stop in parts:
+            yield os.pread(f.fileno(), stop - start, start)
 
 
 class Traffic:

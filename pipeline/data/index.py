@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import CorruptObject
 from pipeline.records import blob_path
 from pipeline.store import Store
-from pipeline.store_folder import read_file
+from pipeline.store_shared import read_file
 
 STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for pictures whose short side is at least this
 COLUMNS = (

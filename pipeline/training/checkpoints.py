@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +25,6 @@ from pipeline.records import blob_path, create_record, put_blob, read_blob, read
 from pipeline.store import Store
 from pipeline.training.sharding import first_row, is_spread, local
 from pipeline.training.state import Journal, TrainState, forms, parts, put_back
-from pipeline.training.world import World
 
 Named = tuple[str, str]  # a part and its blob
 log = logging.getLogger("unclip")
@@ -281,41 +278,3 @@ def course(ctx: Context, begin: bool) -> Course:
     keys = dict.fromkeys([trunk_key(ctx), trajectory_key(ctx)])
     made = [Checkpoints(ctx.store, key, take_attempt(ctx.store, key) if begin else 0, keep) for key in keys]
     return Course(made[0], made[-1], ctx.recipe.fork)
-
-
-class Saver:
-    """Saves checkpoints in a thread of its own: a training waits for the copy of its tensors, not for the store.
-
-    One is written at a time, and the memory of its copy is kept for the next one. What goes wrong is raised by the next
-    ``save`` or by ``wait``. As a context manager it waits at its end. Where a model is spread, every worker has one.
-    """
-
-    def __init__(self, course: Course, world: World):
-        self.course, self.world = course, world
-        self._collect = partial(world.collect, group=world.aside()) if world.sharded else list
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._last: Future[None] | None = None
-        self._taken: Snapshot | None = None
-
-    def save(self, state: TrainState) -> None:
-        """Copy the state, and publish the copy. Raises Superseded if the save before found a later attempt."""
-        self.wait()
-        self._taken = snapshot(state, self.world.first, self._taken)
-        publish = self.course.at(state.samples).publish
-        self._last = self._pool.submit(publish, self._taken, self.world.rank, self._collect)
-
-    def wait(self) -> None:
-        """Until what was saved can be read. Raises Superseded."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            self._pool.shutdown()

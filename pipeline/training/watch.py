@@ -17,11 +17,11 @@ from models.draw import Draw
 from pipeline.progress import Progress
 from pipeline.records import put_blob
 from pipeline.settings import TrainingSettings
-from pipeline.training.checkpoints import Saver
 from pipeline.training.draws import Undropped
 from pipeline.training.feed import Feed
 from pipeline.training.loop import CHECK_EVERY
 from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState
 from pipeline.training.task import Previews, Task
 from pipeline.training.world import World, autocast

@@ -20,10 +20,11 @@ from pipeline.graph import Context, artifact_key
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.records import put_blob
-from pipeline.training.checkpoints import Course, Saver
+from pipeline.training.checkpoints import Course
 from pipeline.training.feed import Feed
 from pipeline.training.laps import NOT_MEASURED, Speed, measure_speed
 from pipeline.training.loop import NonFinite, fit
+from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState, begin
 from pipeline.training.task import Contrastive, Examples, Finishes, Task
 from pipeline.training.warm_start import load_weights
