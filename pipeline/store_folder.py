@@ -9,16 +9,14 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pipeline.direct import write_direct
 from pipeline.errors import UserError
 from pipeline.store_shared import Buffers, Entry, Traffic, read_file
-
-SYNC_BYTES = 64 << 20  # of buffers that are written before the disk must have them and the page cache need not
 
 
 @contextmanager
@@ -143,7 +141,7 @@ class FolderStore:
             elif isinstance(data, bytes):
                 temporary.write_bytes(data)
             else:
-                _write_through(temporary, data)
+                write_direct(temporary, data)
             with open(temporary, "rb") as written:
                 self.traffic.add(bytes_written=written.seek(0, os.SEEK_END))
                 os.fsync(written.fileno())
@@ -151,22 +149,6 @@ class FolderStore:
             temporary.unlink(missing_ok=True)
             raise
         return temporary
-
-
-def _write_through(file: Path, buffers: Buffers) -> None:
-    """Write to the disk, and leave next to nothing in the page cache: there it would push out what is read again, and
-    to fill fresh pages can cost more than the disk does, in a virtual machine ten times as much."""
-    with open(file, "wb") as out:
-        synced = written = 0
-        for buffer in buffers:
-            for start in range(0, len(buffer), SYNC_BYTES):
-                written += out.write(buffer[start : start + SYNC_BYTES])
-                if written - synced >= SYNC_BYTES:
-                    out.flush()
-                    os.fsync(out.fileno())
-                    if sys.platform == "linux":
-                        os.posix_fadvise(out.fileno(), synced, written - synced, os.POSIX_FADV_DONTNEED)
-                    synced = written
 
 
 def _linked(file: Path, name: Path) -> bool:

@@ -1,5 +1,4 @@
 import os
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import store_folder, store_s3
+from pipeline import store_s3
 from pipeline.errors import UserError
 from pipeline.store import Store, check_conditions, open_store
 from pipeline.store_shared import cut
@@ -82,21 +81,11 @@ def test_a_file_that_is_given_up_is_not_copied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lengths", [(), (0,), (7,), (0, 3, 0), (6 << 20, 1, 0, 5 << 20, 999)])
 def test_create_from_buffers(store: Store, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]) -> None:
-    monkeypatch.setattr(store_folder, "SYNC_BYTES", 4 << 20)
     monkeypatch.setattr(store_s3, "PART_BYTES", 5 << 20)
     buffers = [memoryview(os.urandom(length)) for length in lengths]
     assert store.create("blobs/b", buffers)
     assert not store.create("blobs/b", buffers)
     assert store.read("blobs/b") == b"".join(buffers)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told to forget what was written")
-def test_buffers_do_not_stay_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forgotten: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, length, __: forgotten.append((start, length)))
-    monkeypatch.setattr(store_folder, "SYNC_BYTES", 1000)
-    open_store(str(tmp_path / "store")).create("blobs/b", [memoryview(bytes(n)) for n in (10, 2500, 480, 999)])
-    assert forgotten == [(0, 1010), (1010, 1000), (2010, 1979)]
 
 
 def test_missing_object(store: Store) -> None:
