@@ -17,7 +17,7 @@ LAST = 19  # the niceness that gives way to every other
 
 class Saver:
     """Saves checkpoints in a thread of its own: a training waits for the copy of its tensors, not for the store, and
-    what it leaves of the processor is enough for that thread.
+    that thread takes what the steps leave of the processor.
 
     One is written at a time, and the memory of its copy is kept for the next one. What goes wrong is raised by the next
     ``save`` or by ``wait``. As a context manager it waits at its end. Where a model is spread, every worker has one.

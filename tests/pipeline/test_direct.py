@@ -69,7 +69,14 @@ def test_a_file_system_that_cannot_is_written_to_plainly(
     monkeypatch.setattr(os, "write", refused)
     write_direct(tmp_path / "file", [memoryview(data)])
     assert written == [(BLOCK, False), (BLOCK, False)]
-    monkeypatch.setattr(direct, "DIRECT", 1 << 30)  # a flag that no file takes
+    control = fcntl.fcntl
+
+    def told_when_asked(descriptor: int, command: int, *flags: int) -> int:
+        if command == fcntl.F_SETFL:
+            raise OSError(errno.EINVAL, "refused")
+        return control(descriptor, command, *flags)
+
+    monkeypatch.setattr(fcntl, "fcntl", told_when_asked)
     write_direct(tmp_path / "other", [memoryview(data)])
     assert (tmp_path / "file").read_bytes() == (tmp_path / "other").read_bytes() == data
 
