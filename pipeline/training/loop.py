@@ -87,7 +87,8 @@ def fit(
             state.optimizer.step()
             state.optimizer.zero_grad()
             laps("optimiser")
-            update_ema(state.ema, state.model, recipe.batch, recipe.ema_half_life)
+            if state.samples // recipe.batch % recipe.ema_every == 0:
+                update_ema(state.ema, state.model, recipe.ema_every * recipe.batch, recipe.ema_half_life)
             laps("ema")
             state.journal.add(values | {"gradient_norm": norm.double()})
             line = line_due(state.samples // recipe.batch)

@@ -14,6 +14,8 @@ from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, require
 from pipeline.parse import ContentFile
 
+EMA_STRIDE = 4  # steps; looks come after powers of four, so they see an average that is up to date
+
 
 def half_life(decay: float, batch: int) -> int:
     """The half-life in samples of an exponential moving average that keeps ``decay`` of itself every ``batch``."""
@@ -29,8 +31,9 @@ class TrainingRecipe:
     shuffled with each other, and encoded pictures that a lane holds. ``precision``: "bf16" is autocast, and fp32 on a
     device without bf16. Adam with beta1 0.9 and decoupled ``weight_decay``, on matrices only. The learning rate rises
     over ``warmup`` samples, stays, and falls to zero over the last ``decay``. ``clip_norm`` bounds the norm of the
-    gradient; 0 is no bound. ``ema_half_life``, in samples, is that of the averaged weights that become the model; 0 is
-    no average. ``init_from``: a safetensors file of weights of the same model to begin with, instead of random ones.
+    gradient; 0 is no bound. ``ema_half_life``, in samples, is that of the averaged weights that become the model (see
+    ``ema_every``); 0 is no average. ``init_from``: a safetensors file of weights of the same model to begin with,
+    instead of random ones.
     """
 
     samples: int
@@ -72,6 +75,13 @@ class TrainingRecipe:
         """Samples after which the learning rate falls, in whole batches; the stop if it never does. Up to there
         trainings with other stops and decays are the same."""
         return (-(-self.samples // self.batch) - -(-self.decay // self.batch)) * self.batch
+
+    @property
+    def ema_every(self) -> int:
+        """Steps from one update of the averaged weights to the next. An update reads and writes all of them, so with a
+        long half-life there is one in EMA_STRIDE steps, with the decay of all of these; up to three steps at the end
+        of a training are then not in the average."""
+        return EMA_STRIDE if self.ema_half_life >= 64 * EMA_STRIDE * self.batch else 1
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def learning_rate(recipe: TrainingRecipe, samples: int) -> float:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, samples: int, half_life: float) -> None:
-    """Move the average towards the model by one step of ``samples`` samples; statistics of norms are copied."""
+    """Move the average towards the model by what ``samples`` samples weigh; statistics of norms are copied."""
     decay = 0.5 ** (samples / half_life) if half_life else 0.0
     averaged, current = ([local(p.detach()) for p in m.parameters()] for m in (ema, model))
     torch._foreach_lerp_(averaged, current, 1.0 - decay)

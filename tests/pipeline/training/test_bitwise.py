@@ -23,7 +23,8 @@ from tests.pipeline.training.test_stage import DECODER, RECIPE
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH, KILLS = 200, 8, 5
-SHARED: dict[str, Any] = {"samples": STEPS * BATCH, "batch": BATCH, "lanes": 8, "window": 5, "ema_half_life": 400}
+HALF_LIFE = 256 * BATCH  # so long that weights are averaged every fourth step, and kills come in between
+SHARED: dict[str, Any] = {"samples": STEPS * BATCH, "batch": BATCH, "lanes": 8, "window": 5, "ema_half_life": HALF_LIFE}
 DROPOUT = 0.1
 UPSAMPLER = UpsamplerConfig(
     low_size=16, image_size=64, channels=8, depth=1, multipliers=(1, 2), steps=50, patch=2, dropout=DROPOUT

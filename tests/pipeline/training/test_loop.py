@@ -108,6 +108,32 @@ def test_ema_without_half_life_is_the_model_and_statistics_are_copied() -> None:
     )
 
 
+@pytest.mark.parametrize(("half_life", "every"), [(0, 1), (16 * 255, 1), (16 * 256, 4)])
+def test_weights_are_averaged_every_step_or_every_fourth(share: Share, half_life: int, every: int) -> None:
+    """Where the half-life is long: with the decay of four steps, and counted from the first step of the training, so
+    that one which goes on in between does the same."""
+    recipe = replace(RECIPE, samples=16 * 10, ema_half_life=half_life, learning_rate=0.1)
+    assert recipe.ema_every == every
+    feed: Any = SimpleNamespace(shares=Spiked(share, None).shares)
+    state = begin(Spiked(share, None), recipe, World())  # type: ignore[arg-type]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def pause(state: TrainState) -> None:
+        seen.append((state.ema.state_dict()["bias"].clone(), state.model.state_dict()["bias"].clone()))
+
+    for stop in (6, 10):
+        fit("decoder", feed, replace(recipe, samples=16 * stop), TrainingSettings(), World(), state, pause)
+    del seen[6]  # paused twice there: at the stop, and where it goes on
+    assert len(seen) == 11
+    decay = 0.5 ** (every * 16 / half_life) if half_life else 0.0
+    expected = seen[0][0]
+    for step, (average, weights) in enumerate(seen):
+        if step and step % every == 0:
+            expected = weights + (expected - weights) * decay
+        assert torch.allclose(average, expected, atol=1e-6)
+    assert not torch.allclose(seen[-1][0], seen[0][0], atol=1e-6)
+
+
 def test_warm_up_rises_then_stays() -> None:
     recipe = replace(RECIPE, warmup=64, learning_rate=1.0)
     assert [learning_rate(recipe, samples) for samples in (16, 32, 64, 80)] == [0.25, 0.5, 1.0, 1.0]
