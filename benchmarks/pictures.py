@@ -1,6 +1,5 @@
 """Pictures with captions that a benchmark makes up: a shard of pairs as the stages before would leave it."""
 
-import hashlib
 import io
 import tarfile
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.artifacts import Artifact, Shard, ShardRow, read_table, write_shard_table, write_table
-from pipeline.data.index import index_counts, index_table
+from pipeline.data.index import checksum, index_counts, index_table
 from pipeline.ledger import Ledger
 from pipeline.records import put_blob
 from pipeline.shards import ShardTask
@@ -58,7 +57,7 @@ def make_shard(store: Store, number: int, count: int, fields: np.ndarray) -> Sha
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
             row = {"key": key, "url": "", "status": "kept", "split": "train", "width": width, "height": height}
-            rows.append(row | place | {"sha256": hashlib.sha256(data).hexdigest()})
+            rows.append(row | place | {"xxh3": checksum(data)})
             captions.append([caption])
     blobs = {
         "pairs": {"index": write_table(index_table(rows)), "images": out.getvalue()},

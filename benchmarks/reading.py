@@ -71,13 +71,14 @@ def of_webdataset(tars: list[str], steps: int, workers: int) -> None:
 
 
 def fetch(store: Store, inputs: Inputs) -> None:
-    """All windows of an epoch, as a training reads them, without a picture being decoded."""
+    """The windows of all epochs, as a training reads them; it lets go of a picture when its turn is there."""
     feed = make_feed(store, inputs)
     with ThreadPoolExecutor(READERS) as readers:
         windows = Windows(feed._read, feed.lanes, readers, 0)
-        for position in range(feed.order.lane_rows):
+        for position in range(EPOCHS * feed.order.lane_rows):
             for lane in feed.lanes:
-                windows.at(lane, position)
+                window = windows.at(lane, position)
+                window.pictures.pop(window.rows[position - window.start].place, None)
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import xxhash
 
 from pipeline.errors import CorruptObject
 from pipeline.records import blob_path
@@ -18,6 +19,7 @@ COLUMNS = (
     "width",
     "height",
     "sha256",
+    "xxh3",
     "tar",
     "offset",
     "size",
@@ -34,8 +36,9 @@ def index_table(rows: Sequence[Mapping[str, Any]]) -> Any:
     """A pyarrow Table of index rows.
 
     ``tar`` is null where the picture lies in the shard's own ``images`` blob, else the path of an existing tar.
-    ``offset`` and ``size`` are bytes; ``sha256`` is of the stored bytes; ``status`` is kept, rejected or deferred. A
-    kept row that imports embeddings has no picture: neither a place nor a size, and ``sha256`` is of its embeddings.
+    ``offset`` and ``size`` are bytes; ``sha256`` and ``xxh3`` are of the stored bytes; ``status`` is kept, rejected or
+    deferred. A kept row that imports embeddings has no picture: neither a place nor a size nor an ``xxh3``, and
+    ``sha256`` is of its embeddings.
     """
     import pyarrow as pa
 
@@ -45,6 +48,12 @@ def index_table(rows: Sequence[Mapping[str, Any]]) -> Any:
             for name in COLUMNS
         }
     )
+
+
+def checksum(data: bytes) -> str:
+    """XXH3 of 64 bits, as 16 hex digits: tells damaged bytes from sound ones in an eighth of the time of SHA-256, which
+    names them. Whoever means to deceive can forge it."""
+    return xxhash.xxh3_64_hexdigest(data)
 
 
 def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -59,26 +68,25 @@ def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def read_pictures(store: Store, images: str | None, rows: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """The stored bytes of index rows, each checked against its sha256. ``images`` is the shard's own tar blob.
+    """The stored bytes of index rows, each checked against its xxh3. ``images`` is the shard's own tar blob.
 
     Neighbours are read together. Raises CorruptObject for a blob or a tar that is missing or whose bytes do not
     match.
     """
     result: list[bytes] = [b""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: (rows[i]["tar"] or "", rows[i]["offset"]))
+    places = sorted((row["tar"] or "", row["offset"], row["size"], i) for i, row in enumerate(rows))
     start = 0
-    while start < len(order):
-        tar, offset, size = (rows[order[start]][name] for name in ("tar", "offset", "size"))
-        stop, parts = start + 1, [(offset, offset + size)]
+    while start < len(places):
+        tar, offset, size, _ = places[start]
+        stop, end = start + 1, offset + size
         # One read for members with at most a few headers and paddings between them.
-        while stop < len(order):
-            next_tar, offset, size = (rows[order[stop]][name] for name in ("tar", "offset", "size"))
-            if next_tar != tar or not 0 <= offset - parts[-1][1] <= 4096:
-                break
-            parts.append((offset, offset + size))
+        while stop < len(places) and places[stop][0] == tar and 0 <= places[stop][1] - end <= 4096:
+            end = places[stop][1] + places[stop][2]
             stop += 1
-        for i, data in zip(order[start:stop], _read(store, images, tar, parts), strict=True):
-            if hashlib.sha256(data).hexdigest() != rows[i]["sha256"]:
+        group = places[start:stop]
+        parts = [(offset, offset + size) for _, offset, size, _ in group]
+        for (_, _, _, i), data in zip(group, _read(store, images, tar, parts), strict=True):
+            if checksum(data) != rows[i]["xxh3"]:
                 path = tar or blob_path(images or "")
                 raise CorruptObject(path, f"the picture of row {rows[i]['key']} has other bytes than the index says")
             result[i] = data
@@ -86,8 +94,8 @@ def read_pictures(store: Store, images: str | None, rows: Sequence[Mapping[str, 
     return result
 
 
-def _read(store: Store, images: str | None, tar: str | None, parts: list[tuple[int, int]]) -> Iterator[bytes]:
-    if tar is not None:
+def _read(store: Store, images: str | None, tar: str, parts: list[tuple[int, int]]) -> Iterator[bytes]:
+    if tar:
         try:
             yield from read_file(tar, parts)
             return

@@ -22,7 +22,7 @@ from pipeline.data.decoding import shared_decoder
 from pipeline.data.deny import DenyLists, read_deny_lists, store_deny_lists
 from pipeline.data.earlier import Known, earlier_shards, take_over
 from pipeline.data.imported import SCHEME, read_imported
-from pipeline.data.index import index_counts, index_table
+from pipeline.data.index import checksum, index_counts, index_table
 from pipeline.data.opener import Evidence
 from pipeline.data.opt_outs import OPT_OUTS, opt_out_table
 from pipeline.data.source import row_key
@@ -37,8 +37,8 @@ from pipeline.store import Store
 if TYPE_CHECKING:
     from pipeline.data.fetch import Fetched, Fetcher
 
-VERSION = 3
-TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "tar", "offset", "size")  # of an earlier index
+VERSION = 4
+TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "xxh3", "tar", "offset", "size")  # of an earlier index
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ class Packer:
             "height": picture.height,
             "size": len(picture.data),
             "sha256": hashlib.sha256(picture.data).hexdigest(),
+            "xxh3": checksum(picture.data),
         }
         return picture.data
 
@@ -210,7 +211,7 @@ class Packer:
         found = self.decoder.inspect(data, self.recipe.max_pixels)
         if isinstance(found, str):
             return _reject(row, found)
-        row |= {**place, "sha256": sha256, "width": found[0], "height": found[1]}
+        row |= {**place, "sha256": sha256, "xxh3": checksum(data), "width": found[0], "height": found[1]}
         return None
 
     def _reject_hash(self, row: dict[str, Any], ref: Mapping[str, Any], sha256: str) -> bool:

@@ -99,7 +99,7 @@ class Feed:
         self.columns, self.recipe = task.columns, recipe
         self.lanes = lanes_of(rank, world, recipe.lanes)
         self.tables = Tables(store, inputs, task.columns, "train", task.min_side, cached=2 * len(self.lanes))
-        self.held_out = Tables(store, inputs, task.columns, "validation", task.min_side)
+        self.held_out = self.tables.of("validation")
         self.pictures = Pictures(store, task.image_size, cache_mb)
         self.order = Order(self.tables.counts, recipe.lanes, recipe.window, recipe.seed)
 

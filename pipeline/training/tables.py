@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import lru_cache
 from itertools import islice, repeat
 from threading import Lock
@@ -14,6 +15,7 @@ from pipeline.artifacts import Artifact, ShardList, read_shards, read_table
 from pipeline.errors import UserError
 from pipeline.store import Store
 
+CACHED = 8  # shards
 LOCKS = 64  # of shards that are being read; two that share one wait for each other
 
 
@@ -25,7 +27,7 @@ class Place(NamedTuple):
     tar: str | None
     offset: int
     size: int
-    sha256: str
+    xxh3: str
 
 
 class Row(NamedTuple):
@@ -67,19 +69,29 @@ class Tables:
         columns: Sequence[str],
         split: str,
         min_side: int,
-        cached: int = 8,
+        cached: int = CACHED,
     ):
-        self.store, self.columns, self.split, self.min_side = store, columns, split, min_side
+        self.store, self.columns, self.min_side = store, columns, min_side
         self.shards = ShardList(store, inputs["curation" if "curation" in inputs else "pairs"])
-        self.counts = tuple(self.shards.counts(f"{split}/{min_side}").tolist())
         wanted = {
             "pairs": "image" in columns,
             "captions": "tokens" in columns,
             "embeddings": not {"image_embedding", "text_embedding"}.isdisjoint(columns),
         }
         self._others = {name: ShardList(store, inputs[name]) for name in wanted if wanted[name]}
+        self._choose(split, cached)
+
+    def _choose(self, split: str, cached: int) -> None:
+        self.split = split
+        self.counts = tuple(self.shards.counts(f"{split}/{self.min_side}").tolist())
         self._shard = lru_cache(maxsize=cached)(self._read_shard)
         self._locks = [Lock() for _ in range(LOCKS)]
+
+    def of(self, split: str) -> Tables:
+        """The same of another split. Lists of shards, which take a while to read, are shared."""
+        other = copy(self)
+        other._choose(split, CACHED)
+        return other
 
     def first(self, rows: int) -> list[Row]:
         """At most ``rows`` rows, in order of shards and of the index."""
@@ -115,11 +127,11 @@ class Tables:
         image: Any = repeat(None, len(keys))
         text: Any = repeat(None, len(keys))
         if "pairs" in blobs:
-            columns = (index[name].to_pylist() for name in ("tar", "offset", "size", "sha256"))
+            columns = (index[name].to_pylist() for name in ("tar", "offset", "size", "xxh3"))
             own = blobs["pairs"].get("images")
             places = (
-                None if size is None else Place(key, own, tar, offset, size, sha256)
-                for key, tar, offset, size, sha256 in zip(keys, *columns, strict=True)
+                None if size is None else Place(key, own, tar, offset, size, xxh3)
+                for key, tar, offset, size, xxh3 in zip(keys, *columns, strict=True)
             )
         if "captions" in blobs:
             captions = self._join(number, blobs, "captions", keys)["captions"].to_pylist()

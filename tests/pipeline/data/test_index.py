@@ -1,19 +1,18 @@
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from pipeline.artifacts import read_table, write_table
-from pipeline.data.index import COLUMNS, STAGE_SIDES, index_counts, index_table, read_pictures
+from pipeline.data.index import COLUMNS, STAGE_SIDES, checksum, index_counts, index_table, read_pictures
 from pipeline.errors import CorruptObject
 from pipeline.records import blob_path, put_blob
 from pipeline.store import Entry, Store
 
 
 def _row(data: bytes, offset: int, **changes: Any) -> dict[str, Any]:
-    sha256 = hashlib.sha256(data).hexdigest()
-    return {"key": f"{offset:012d}", "tar": None, "offset": offset, "size": len(data), "sha256": sha256} | changes
+    place = {"tar": None, "offset": offset, "size": len(data)}
+    return {"key": f"{offset:012d}", "xxh3": checksum(data), **place} | changes
 
 
 def _packed(sizes: list[int], gap: int) -> tuple[bytes, list[dict[str, Any]]]:
@@ -27,13 +26,18 @@ def _packed(sizes: list[int], gap: int) -> tuple[bytes, list[dict[str, Any]]]:
     return packed, rows
 
 
+def test_the_checksum_is_xxh3() -> None:
+    """What its specification gives for no bytes and no seed."""
+    assert checksum(b"") == "2d06800538d394c2"
+
+
 @pytest.mark.parametrize("gap", [0, 512, 4096, 5000])
 def test_pictures_come_in_the_order_of_the_rows(store: Store, gap: int) -> None:
     packed, rows = _packed([10, 700, 3, 4096, 1], gap)
     blob = put_blob(store, packed)
     wanted = [rows[i] for i in (3, 0, 4, 4, 1)]
     found = read_pictures(store, blob, wanted)
-    assert [hashlib.sha256(data).hexdigest() for data in found] == [row["sha256"] for row in wanted]
+    assert [checksum(data) for data in found] == [row["xxh3"] for row in wanted]
     assert read_pictures(store, blob, []) == []
 
 
@@ -84,7 +88,7 @@ def test_damage_is_named(store: Store) -> None:
     packed, rows = _packed([5, 6], 10)
     blob = put_blob(store, packed)
     with pytest.raises(CorruptObject, match=rows[1]["key"]) as caught:
-        read_pictures(store, blob, [rows[0], rows[1] | {"sha256": "0" * 64}])
+        read_pictures(store, blob, [rows[0], rows[1] | {"xxh3": "0" * 16}])
     assert caught.value.path == blob_path(blob)
     store.delete([blob_path(blob)])
     with pytest.raises(CorruptObject, match="is missing"):

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 
 from pipeline.artifacts import read_shards
-from pipeline.data.index import index_counts, read_pictures
+from pipeline.data.index import checksum, index_counts, read_pictures
 from pipeline.errors import CorruptObject
 from pipeline.ledger import REASONS
 from pipeline.records import read_blob
@@ -158,7 +158,7 @@ def test_the_index_finds_every_picture_and_so_do_tar_readers(made: Made, tmp_pat
         for member, row in zip(members, kept, strict=True):
             stored = data[row["offset"] : row["offset"] + row["size"]]
             assert (member.offset_data, member.size) == (row["offset"], row["size"])
-            assert hashlib.sha256(stored).hexdigest() == row["sha256"]
+            assert (hashlib.sha256(stored).hexdigest(), checksum(stored)) == (row["sha256"], row["xxh3"])
         assert read_pictures(store, shard.blobs["images"], kept) == [
             data[row["offset"] : row["offset"] + row["size"]] for row in kept
         ]
@@ -217,6 +217,7 @@ def test_a_tar_is_used_where_it_lies(tmp_path: Path) -> None:
     [shard] = read_shards(bench.store, bench.made["pairs"])
     assert "images" not in shard.blobs
     assert rows[0]["tar"] == str(path)
+    assert rows[0]["sha256"] == hashlib.sha256(picture(1)).hexdigest()
     assert read_pictures(bench.store, None, rows[:1]) == [picture(1)]
 
 

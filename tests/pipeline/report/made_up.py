@@ -26,7 +26,7 @@ from pipeline.artifacts import (
     write_shard_table,
     write_table,
 )
-from pipeline.data.index import index_table
+from pipeline.data.index import checksum, index_table
 from pipeline.data.rejected import Rejected, rejected_table
 from pipeline.data.source import row_key
 from pipeline.evaluate.figure import Figure, count, judged
@@ -177,7 +177,8 @@ def _rows(number: int, caption: str | None) -> tuple[list[dict[str, Any]], list[
             rows.append({**row, "status": "rejected", "reason": reasons[i]})
             continue
         data = encoded(picture(96, colour, shape))
-        row |= {"width": 96, "height": 96, "sha256": hashlib.sha256(data).hexdigest(), "offset": len(images)}
+        row |= {"width": 96, "height": 96, "offset": len(images)}
+        row |= {"sha256": hashlib.sha256(data).hexdigest(), "xxh3": checksum(data)}
         rows.append({**row, "size": len(data), "status": "kept", "reason": None})
         images += data
     return rows, captions, images

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pipeline.artifacts import Artifact, Shard, publish_artifact, publish_shard, write_shard_table, write_table
-from pipeline.data.index import index_counts, index_table
+from pipeline.data.index import checksum, index_counts, index_table
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.graph import Context, Stage, stage_key
 from pipeline.ledger import Ledger
@@ -158,7 +158,7 @@ def _pack(group: list[Example]) -> tuple[list[dict[str, Any]], bytes]:
             tar.addfile(member, io.BytesIO(example.jpeg))
             width, height = Image.open(io.BytesIO(example.jpeg)).size
             place = {"offset": offset, "size": member.size, "width": width, "height": height}
-            index.append(row | place | {"status": "kept", "sha256": hashlib.sha256(example.jpeg).hexdigest()})
+            index.append(row | place | {"status": "kept", "xxh3": checksum(example.jpeg)})
     return index, out.getvalue()
 
 
