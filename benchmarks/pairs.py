@@ -29,7 +29,7 @@ from benchmarks.timing import begin, finish, parser
 from pipeline.artifacts import Artifact, read_shards, read_table
 from pipeline.build import build
 from pipeline.config import make_config
-from pipeline.data.index import read_pictures
+from pipeline.data.index import Place, read_pictures
 from pipeline.data.source import scan
 from pipeline.graph import Context
 from pipeline.store import open_store
@@ -176,7 +176,7 @@ def check_pictures(folder: Path, pairs: Artifact, other: Path) -> None:
     store = open_store(str(folder))
     shard = read_shards(store, pairs)[0]
     index = read_table(store, shard.blobs["index"]).to_pylist()
-    pictures = read_pictures(store, shard.blobs["images"], index)
+    pictures = read_pictures(store, [Place.of(row, shard.blobs["images"]) for row in index])
     with tarfile.open(other / "out/00000.tar") as tar:
         files = {m.name: tar.extractfile(m) for m in tar}
         by_url = {

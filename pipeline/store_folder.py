@@ -59,9 +59,13 @@ class FolderStore:
 
     def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         self.traffic.add(GET=1)
-        for data in read_file(self._file(path), parts):
-            self.traffic.add(bytes_read=len(data))
-            yield data
+        count = 0
+        try:
+            for data in read_file(self._file(path), parts):
+                count += len(data)
+                yield data
+        finally:
+            self.traffic.add(bytes_read=count)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         self.traffic.add(LIST=1)

@@ -190,13 +190,17 @@ class S3Store:
                 raise FileNotFoundError(f"{self.url}/{path}") from None
             raise
         began, count = time.monotonic(), 0
-        with answer["Body"] as response:  # urllib3's, which gives what is there instead of waiting for a whole chunk
-            while chunk := response.read1(1 << 20):
-                count += len(chunk)
-                self.traffic.add(bytes_read=len(chunk))
-                if time.monotonic() - began > TIMEOUT_S + count / LEAST_RATE:
-                    raise HTTPError("the body comes too slowly")
-                yield chunk
+        try:
+            with answer[
+                "Body"
+            ] as response:  # urllib3's, which gives what is there instead of waiting for a whole chunk
+                while chunk := response.read1(1 << 20):
+                    count += len(chunk)
+                    if time.monotonic() - began > TIMEOUT_S + count / LEAST_RATE:
+                        raise HTTPError("the body comes too slowly")
+                    yield chunk
+        finally:
+            self.traffic.add(bytes_read=count)
         if count != answer["ContentLength"]:
             raise HTTPError("the body ended early")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.artifacts import ShardRow, read_shards, read_table
-from pipeline.data.index import read_pictures
+from pipeline.data.index import Place, read_pictures
 from pipeline.data.opener import Evidence
 from pipeline.data.opt_outs import read_opt_outs
 from pipeline.errors import CorruptObject
@@ -53,7 +53,8 @@ def take_over(store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow,
             if not now["reject"] and not then["reject"] and all(now[k] == then[k] for k in ("url", "sha256"))
         ]
         own = [i for i in same if index[i]["tar"] is None and index[i]["size"] is not None]
-        pictures = dict(zip(own, read_pictures(store, pairs.blobs.get("images"), [index[i] for i in own]), strict=True))
+        places = [Place.of(index[i], pairs.blobs.get("images")) for i in own]
+        pictures = dict(zip(own, read_pictures(store, places), strict=True))
         said = {row["key"]: Evidence(row["evidence"], row["seen"].timestamp()) for row in read_opt_outs(store, [pairs])}
     except CorruptObject as e:
         log.warning("shard %08d is fetched anew: of an earlier run, %s", pairs.number, e)

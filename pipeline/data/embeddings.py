@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.artifacts import Artifact, read_shards, read_table, write_table
 from pipeline.data.imported import SCHEME, read_imported
-from pipeline.data.index import read_pictures
+from pipeline.data.index import Place, read_pictures
 from pipeline.data.scores import Head, load_heads, score_column
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context, shard_key
@@ -64,7 +64,7 @@ class DecodeBatch:
 
         steps = Steps()
         with steps("read"):
-            found = read_pictures(self.store, images, rows)
+            found = read_pictures(self.store, [Place.of(row, images) for row in rows])
         with steps("decode"):
             views = np.stack([open_view(data, self.size) for data in found])
         return views, steps.seconds

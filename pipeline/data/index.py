@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -67,35 +67,56 @@ def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return counts
 
 
-def read_pictures(store: Store, images: str | None, rows: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """The stored bytes of index rows, each checked against its xxh3. ``images`` is the shard's own tar blob.
+class Place(NamedTuple):
+    """Where a picture's bytes lie: in the tar blob ``images`` of its shard, or in the user's own file ``tar``."""
 
-    Neighbours are read together. Raises CorruptObject for a blob or a tar that is missing or whose bytes do not
-    match.
+    key: str
+    images: str | None
+    tar: str | None
+    offset: int
+    size: int
+    xxh3: str
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], images: str | None) -> Place:
+        """That of an index row, in a shard with this blob."""
+        return cls(row["key"], images, row["tar"], row["offset"], row["size"], row["xxh3"])
+
+
+def read_pictures(store: Store, places: Sequence[Place]) -> list[bytes]:
+    """The stored bytes of pictures, each checked against its xxh3. Neighbours are read together.
+
+    Raises CorruptObject for a blob or a tar that is missing or whose bytes do not match.
     """
-    result: list[bytes] = [b""] * len(rows)
-    places = sorted((row["tar"] or "", row["offset"], row["size"], i) for i, row in enumerate(rows))
-    start = 0
-    while start < len(places):
-        tar, offset, size, _ = places[start]
-        stop, end = start + 1, offset + size
-        # One read for members with at most a few headers and paddings between them.
-        while stop < len(places) and places[stop][0] == tar and 0 <= places[stop][1] - end <= 4096:
-            end = places[stop][1] + places[stop][2]
-            stop += 1
-        group = places[start:stop]
-        parts = [(offset, offset + size) for _, offset, size, _ in group]
-        for (_, _, _, i), data in zip(group, _read(store, images, tar, parts), strict=True):
-            if checksum(data) != rows[i]["xxh3"]:
-                path = tar or blob_path(images or "")
-                raise CorruptObject(path, f"the picture of row {rows[i]['key']} has other bytes than the index says")
-            result[i] = data
-        start = stop
-    return result
+    found: dict[Place, bytes] = {}
+    for group in _neighbours(places):
+        for place, data in zip(group, _read(store, group), strict=True):
+            if checksum(data) != place.xxh3:
+                path = place.tar or blob_path(place.images or "")
+                raise CorruptObject(path, f"the picture of row {place.key} has other bytes than the index says")
+            found[place] = data
+    return [found[place] for place in places]
 
 
-def _read(store: Store, images: str | None, tar: str, parts: list[tuple[int, int]]) -> Iterator[bytes]:
-    if tar:
+def _neighbours(places: Iterable[Place]) -> Iterator[list[Place]]:
+    """Groups of one file with at most a few headers and paddings between them, in order."""
+    group: list[Place] = []
+    for place in sorted(places, key=lambda p: (p.images or "", p.tar or "", p.offset)):
+        if group:
+            last = group[-1]
+            near = 0 <= place.offset - last.offset - last.size <= 4096
+            if not near or place.tar != last.tar or place.images != last.images:
+                yield group
+                group = []
+        group.append(place)
+    if group:
+        yield group
+
+
+def _read(store: Store, group: Sequence[Place]) -> Iterator[bytes]:
+    images, tar = group[0].images, group[0].tar
+    parts = [(place.offset, place.offset + place.size) for place in group]
+    if tar is not None:
         try:
             yield from read_file(tar, parts)
             return

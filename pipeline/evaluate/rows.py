@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.artifacts import Artifact
+from pipeline.data.index import Place
 from pipeline.evaluate.metrics import derangement
 from pipeline.store import Store
 from pipeline.training.pictures import Pictures
-from pipeline.training.tables import Place, Row, Tables
+from pipeline.training.tables import Row, Tables
 from pipeline.training.task import Batch
 
 SPLITS = ("test", "validation")  # the first that has rows

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table
-from pipeline.data.index import read_pictures
+from pipeline.data.index import Place, read_pictures
 from pipeline.report.pictures import Album
 from pipeline.store import Store
 
@@ -76,5 +76,5 @@ def numbered(store: Store, artifacts: Artifacts, stage: str) -> dict[int, ShardR
 
 def thumbnail(store: Store, shard: PairsShard, row: Mapping[str, Any], album: Album) -> str:
     """A row's picture, small. Raises ValueError as Album.image does, and CorruptObject."""
-    [data] = read_pictures(store, shard.shard.blobs.get("images"), [row])
+    [data] = read_pictures(store, [Place.of(row, shard.shard.blobs.get("images"))])
     return album.image(data, 160, shard.captions.get(row["key"], f"row {row['key']}"), most=14_000)

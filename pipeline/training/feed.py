@@ -11,13 +11,14 @@ import torch
 
 from models.draw import derive_seed
 from pipeline.artifacts import Artifact
+from pipeline.data.index import Place
 from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.training.order import Order, lanes_of
 from pipeline.training.pictures import CACHE_MB, Pictures, View, at_once
 from pipeline.training.read_ahead import read_ahead
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.tables import Place, Row, Tables
+from pipeline.training.tables import Row, Tables
 from pipeline.training.task import Batch, Task
 
 READERS = 8  # windows that are read at once

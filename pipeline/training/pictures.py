@@ -9,10 +9,9 @@ from concurrent.futures import Future
 import numpy as np
 
 from models.view import open_view
-from pipeline.data.index import read_pictures
+from pipeline.data.index import Place, read_pictures
 from pipeline.errors import UserError
 from pipeline.store import Store
-from pipeline.training.tables import Place
 
 CACHE_MB = 512
 View = Future[np.ndarray]
@@ -38,15 +37,8 @@ class Pictures:
 
     def fetch(self, places: Iterable[Place]) -> dict[Place, bytes]:
         """The stored bytes of those pictures whose views are not at hand. Raises CorruptObject."""
-        by_tar: dict[str | None, list[Place]] = {}
-        for place in dict.fromkeys(places):
-            if place not in self._views:
-                by_tar.setdefault(place.images, []).append(place)
-        return {
-            place: data
-            for images, group in by_tar.items()
-            for place, data in zip(group, read_pictures(self.store, images, [p._asdict() for p in group]), strict=True)
-        }
+        wanted = [place for place in dict.fromkeys(places) if place not in self._views]
+        return dict(zip(wanted, read_pictures(self.store, wanted), strict=True))
 
     def views(
         self, places: Sequence[Place], fetched: dict[Place, bytes], submit: Callable[..., View] = at_once

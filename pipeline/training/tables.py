@@ -12,22 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.artifacts import Artifact, ShardList, read_shards, read_table
+from pipeline.data.index import Place
 from pipeline.errors import UserError
 from pipeline.store import Store
 
 CACHED = 8  # shards
 LOCKS = 64  # of shards that are being read; two that share one wait for each other
-
-
-class Place(NamedTuple):
-    """Where a picture's bytes lie: in the tar blob ``images`` of its shard, or in the user's own file ``tar``."""
-
-    key: str
-    images: str | None
-    tar: str | None
-    offset: int
-    size: int
-    xxh3: str
 
 
 class Row(NamedTuple):

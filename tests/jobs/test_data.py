@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.artifacts import load_artifact, read_shards, read_table
 from pipeline.data.duplicates import hashes_of
-from pipeline.data.index import read_pictures
+from pipeline.data.index import Place, read_pictures
 from pipeline.store import Store, open_store
 from tests.chain import done, shard_paths, unclip, write_config, write_list
 from tests.jobs.test_mistakes import refused
@@ -28,9 +28,8 @@ def _rows(store: Store, config: Path, stage: str) -> list[dict[str, Any]]:
     for shard in read_shards(store, artifact):
         table = read_table(store, shard.blobs["index"]).to_pylist()
         kept = [row for row in table if row["status"] == "kept"]
-        pictures = dict(
-            zip([r["key"] for r in kept], read_pictures(store, shard.blobs.get("images"), kept), strict=True)
-        )
+        places = [Place.of(row, shard.blobs.get("images")) for row in kept]
+        pictures = dict(zip([r["key"] for r in kept], read_pictures(store, places), strict=True))
         rows += [row | {"picture": pictures.get(row["key"])} for row in table]
     return rows
 

@@ -18,7 +18,7 @@ from models.presets import PRESETS
 from models.view import open_view
 from pipeline.artifacts import ShardRow, read_shards, read_table
 from pipeline.data.embeddings import CAPTIONS, DecodeBatch, MakeEncoder, read_embeddings
-from pipeline.data.index import read_pictures
+from pipeline.data.index import Place, read_pictures
 from pipeline.errors import CorruptObject, UserError
 from pipeline.records import blob_path
 from pipeline.settings import EmbeddingsSettings
@@ -74,7 +74,8 @@ def _expected(bench: Bench, clip: str) -> tuple[np.ndarray, np.ndarray]:
         for shard in read_shards(bench.store, bench.made["pairs"]):
             own = [row for row in bench.rows("pairs") if row["key"].startswith(f"{shard.number:08d}")]
             kept = [row for row in own if row["status"] == "kept"]
-            for row, data in zip(kept, read_pictures(bench.store, shard.blobs["images"], kept), strict=True):
+            places = [Place.of(row, shard.blobs["images"]) for row in kept]
+            for row, data in zip(kept, read_pictures(bench.store, places), strict=True):
                 pixels = torch.from_numpy(open_view(data, 64).copy()).permute(2, 0, 1)[None] / 255
                 images.append(model.encode_image((pixels - mean) / std, normalize=True)[0])
                 i = int(row["key"][:8]) * 10 + int(row["key"][8:])

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from pipeline.artifacts import read_table, write_table
-from pipeline.data.index import COLUMNS, STAGE_SIDES, checksum, index_counts, index_table, read_pictures
+from pipeline.data.index import COLUMNS, STAGE_SIDES, Place, checksum, index_counts, index_table, read_pictures
 from pipeline.errors import CorruptObject
 from pipeline.records import blob_path, put_blob
 from pipeline.store import Entry, Store
@@ -13,6 +13,10 @@ from pipeline.store import Entry, Store
 def _row(data: bytes, offset: int, **changes: Any) -> dict[str, Any]:
     place = {"tar": None, "offset": offset, "size": len(data)}
     return {"key": f"{offset:012d}", "xxh3": checksum(data), **place} | changes
+
+
+def _read(store: Store, blob: str, rows: Sequence[dict[str, Any]]) -> list[bytes]:
+    return read_pictures(store, [Place.of(row, blob) for row in rows])
 
 
 def _packed(sizes: list[int], gap: int) -> tuple[bytes, list[dict[str, Any]]]:
@@ -36,15 +40,15 @@ def test_pictures_come_in_the_order_of_the_rows(store: Store, gap: int) -> None:
     packed, rows = _packed([10, 700, 3, 4096, 1], gap)
     blob = put_blob(store, packed)
     wanted = [rows[i] for i in (3, 0, 4, 4, 1)]
-    found = read_pictures(store, blob, wanted)
+    found = _read(store, blob, wanted)
     assert [checksum(data) for data in found] == [row["xxh3"] for row in wanted]
-    assert read_pictures(store, blob, []) == []
+    assert _read(store, blob, []) == []
 
 
 def test_a_picture_that_two_rows_name_is_read_for_both(store: Store) -> None:
     packed, rows = _packed([10, 3 << 20, 10], 512)
     blob = put_blob(store, packed)
-    found = read_pictures(store, blob, [rows[2], rows[1], rows[0], rows[1]])
+    found = _read(store, blob, [rows[2], rows[1], rows[0], rows[1]])
     assert [len(data) for data in found] == [10, 3 << 20, 10, 3 << 20]
 
 
@@ -72,7 +76,7 @@ class Counting:
 def test_neighbours_are_read_together(store: Store, gap: int, reads: int) -> None:
     packed, rows = _packed([100] * 6, gap)
     counting = Counting(store)
-    read_pictures(counting, put_blob(store, packed), rows)  # type: ignore[arg-type]
+    _read(counting, put_blob(store, packed), rows)  # type: ignore[arg-type]
     assert counting.reads == reads
 
 
@@ -80,7 +84,7 @@ def test_rows_of_own_blob_and_of_tars_mix(store: Store, tmp_path: Any) -> None:
     packed, rows = _packed([5, 6], 10)
     (tmp_path / "a.tar").write_bytes(b"..." + b"theirs")
     theirs = _row(b"theirs", 3, tar=str(tmp_path / "a.tar"))
-    found = read_pictures(store, put_blob(store, packed), [rows[1], theirs, rows[0]])
+    found = _read(store, put_blob(store, packed), [rows[1], theirs, rows[0]])
     assert found == [bytes([2]) * 6, b"theirs", bytes([1]) * 5]
 
 
@@ -88,11 +92,11 @@ def test_damage_is_named(store: Store) -> None:
     packed, rows = _packed([5, 6], 10)
     blob = put_blob(store, packed)
     with pytest.raises(CorruptObject, match=rows[1]["key"]) as caught:
-        read_pictures(store, blob, [rows[0], rows[1] | {"xxh3": "0" * 16}])
+        _read(store, blob, [rows[0], rows[1] | {"xxh3": "0" * 16}])
     assert caught.value.path == blob_path(blob)
     store.delete([blob_path(blob)])
     with pytest.raises(CorruptObject, match="is missing"):
-        read_pictures(store, blob, rows)
+        _read(store, blob, rows)
 
 
 def test_the_table_keeps_every_column_and_leaves_null_what_is_not_known(store: Store) -> None:

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 
 from pipeline.artifacts import read_shards
-from pipeline.data.index import checksum, index_counts, read_pictures
+from pipeline.data.index import Place, checksum, index_counts, read_pictures
 from pipeline.errors import CorruptObject
 from pipeline.ledger import REASONS
 from pipeline.records import read_blob
@@ -159,7 +159,7 @@ def test_the_index_finds_every_picture_and_so_do_tar_readers(made: Made, tmp_pat
             stored = data[row["offset"] : row["offset"] + row["size"]]
             assert (member.offset_data, member.size) == (row["offset"], row["size"])
             assert (hashlib.sha256(stored).hexdigest(), checksum(stored)) == (row["sha256"], row["xxh3"])
-        assert read_pictures(store, shard.blobs["images"], kept) == [
+        assert read_pictures(store, [Place.of(row, shard.blobs["images"]) for row in kept]) == [
             data[row["offset"] : row["offset"] + row["size"]] for row in kept
         ]
         (tmp_path / "shard.tar").write_bytes(data)
@@ -218,7 +218,7 @@ def test_a_tar_is_used_where_it_lies(tmp_path: Path) -> None:
     assert "images" not in shard.blobs
     assert rows[0]["tar"] == str(path)
     assert rows[0]["sha256"] == hashlib.sha256(picture(1)).hexdigest()
-    assert read_pictures(bench.store, None, rows[:1]) == [picture(1)]
+    assert read_pictures(bench.store, [Place.of(rows[0], None)]) == [picture(1)]
 
 
 def test_a_tar_that_changed_or_went_is_named(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_tar_that_changed_or_went_is_named(tmp_path: Path) -> None:
     data[rows[0]["offset"] + 100] ^= 1
     path.write_bytes(data)
     with pytest.raises(CorruptObject, match=r"a\.tar.*row 000000000000 has other bytes"):
-        read_pictures(bench.store, None, rows)
+        read_pictures(bench.store, [Place.of(row, None) for row in rows])
     path.unlink()
     with pytest.raises(CorruptObject, match=r"a\.tar: cannot be read"):
-        read_pictures(bench.store, None, rows)
+        read_pictures(bench.store, [Place.of(row, None) for row in rows])
