@@ -191,9 +191,8 @@ class S3Store:
             raise
         began, count = time.monotonic(), 0
         try:
-            with answer[
-                "Body"
-            ] as response:  # urllib3's, which gives what is there instead of waiting for a whole chunk
+            # urllib3's response, which gives what is there instead of waiting for a whole chunk
+            with answer["Body"] as response:
                 while chunk := response.read1(1 << 20):
                     count += len(chunk)
                     if time.monotonic() - began > TIMEOUT_S + count / LEAST_RATE:

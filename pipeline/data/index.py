@@ -51,7 +51,7 @@ def index_table(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def checksum(data: bytes) -> str:
-    """XXH3 of 64 bits, as 16 hex digits: tells damaged bytes from sound ones in an eighth of the time of SHA-256, which
+    """XXH3 of 64 bits, as 16 hex digits: tells damaged bytes from sound ones in a seventh of the time of SHA-256, which
     names them. Whoever means to deceive can forge it."""
     return xxhash.xxh3_64_hexdigest(data)
 
