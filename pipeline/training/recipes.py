@@ -79,8 +79,8 @@ class TrainingRecipe:
     @property
     def ema_every(self) -> int:
         """Steps from one update of the averaged weights to the next. An update reads and writes all of them, so with a
-        long half-life there is one in EMA_STRIDE steps, with the decay of all of these; the average of a milestone, or of
-        a training's end, may then lack up to three steps."""
+        long half-life there is one in EMA_STRIDE steps, with the decay of all of these; the average of a milestone, or
+        of a training's end, may then lack up to three steps."""
         return EMA_STRIDE if self.ema_half_life >= 64 * EMA_STRIDE * self.batch else 1
 
 
