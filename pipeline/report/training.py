@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.artifacts import Artifact
+from pipeline.held_out import FEWEST, too_few
 from pipeline.progress import duration
 from pipeline.records import read_blob
 from pipeline.report.figures import Point, bars, line_chart
@@ -36,12 +37,13 @@ QUARTERS = {1: "least noise", 2: "less", 3: "more", 4: "most noise"}
 class Curve:
     """Losses of a training by samples seen, and the number of lines that could not be used.
 
-    ``quarters``: of the latest validation that told any, the loss by quarter of the timesteps, 1 to 4, after
-    ``quarters_at`` samples.
+    ``held_out``: validation rows that the latest validation had, None before the first. ``quarters``: of the latest
+    validation that told any, the loss by quarter of the timesteps, 1 to 4, after ``quarters_at`` samples.
     """
 
     train: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
+    held_out: int | None = None
     quarters: dict[int, float] = field(default_factory=dict)
     quarters_at: float = 0
     unread: int = 0
@@ -111,6 +113,8 @@ def _loss(store: Store, artifact: Artifact, stage: str) -> str:
     chart = line_chart(f"Loss of {stage}", "samples seen", "loss", series)
     unread = f" {number(curve.unread)} lines could not be used." if curve.unread else ""
     shown = figure(chart, f"Loss of {stage} by samples seen.{unread}")
+    if curve.held_out is not None and curve.held_out < FEWEST:
+        shown += note(f"No validation is shown: {too_few(curve.held_out, 'validation')}.")
     return shown + (attempt(f"The loss of {stage} by timestep", _quarters, curve, stage) if curve.quarters else "")
 
 
@@ -134,6 +138,8 @@ def read_curve(data: bytes) -> Curve:
             entry = json.loads(line)
             if "loss" in entry:
                 curve.train.append(_point(entry["samples"], entry["loss"]))
+            if "validation_rows" in entry:
+                curve.held_out = int(entry["validation_rows"])
             validation = entry.get("validation", {}).get("loss", entry.get("validation_loss"))
             if validation is not None:
                 curve.validation.append(_point(entry["samples"], validation))

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.draw import Draw
+from pipeline.held_out import FEWEST
 from pipeline.progress import Progress
 from pipeline.records import put_blob
 from pipeline.settings import TrainingSettings
@@ -100,7 +101,10 @@ class Watch:
             self.saved, self.saved_at = state.samples, time.monotonic()
 
     def look(self, state: TrainState, model: nn.Module) -> None:
-        """Validate the averaged weights and draw a preview, both on rows and noise that are always the same."""
+        """Validates the averaged weights and draws a preview, both on rows and noise that are always the same.
+
+        Fewer than FEWEST rows give a preview and no figures.
+        """
         examples = [
             ({name: column.to(self.world.device) for name, column in share.batch.items()}, share.streams)
             for share in self.shares
@@ -111,14 +115,15 @@ class Watch:
         device = self.world.device
         with torch.no_grad(), autocast(device, self.recipe.precision):
             pairs = [(batch, Undropped(streams, device)) for batch, streams in examples]
-            figures = self.task.validate(model, pairs)
+            rows = sum(len(share.keys) for share in self.shares)
+            figures = self.task.validate(model, pairs) if rows >= FEWEST else {}
             line: dict[str, Any] = {f"validation_{name}": value for name, value in figures.items()}
-            line["validation_rows"] = sum(len(share.keys) for share in self.shares)
+            line["validation_rows"] = rows
             if isinstance(self.task, Previews):
-                rows = min(self.task.preview_rows, len(self.shares[0].keys))
+                shown = min(self.task.preview_rows, len(self.shares[0].keys))
                 seed = self.shares[0].streams[0][0]
-                batch = {name: column[:rows] for name, column in examples[0][0].items()}
-                picture = self.task.preview(model, batch, Draw([(seed, rows)], device))
+                batch = {name: column[:shown] for name, column in examples[0][0].items()}
+                picture = self.task.preview(model, batch, Draw([(seed, shown)], device))
                 line["preview"] = put_blob(self.saver.course.branch.store, png(picture))
         state.journal.lines.append({"samples": state.samples, **line})
 

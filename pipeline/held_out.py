@@ -1,0 +1,16 @@
+"""How many held-out rows a figure needs. Plan, doctor, trainings, evaluation and report all go by it."""
+
+from __future__ import annotations
+
+from pipeline.progress import counted
+
+FEWEST = 8  # rows; among fewer, chance decides more than a model, and a contrastive loss among one is 0
+
+
+def too_few(rows: int, split: str, of: str = "") -> str:
+    """Says why ``rows`` of a ``split`` ("test" or "validation") give no figure, and what to do.
+
+    ``of`` narrows down which rows are counted: too_few(2, "test", " with an image of 1024 px") is "2 test pairs with
+    an image of 1024 px, and a figure needs 8; set source.test to 0.2 or add pairs".
+    """
+    return f"{counted(rows, f'{split} pair')}{of}, and a figure needs {FEWEST}; set source.{split} to 0.2 or add pairs"

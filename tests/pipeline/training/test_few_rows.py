@@ -1,0 +1,71 @@
+"""A training whose list holds out hardly a row says so, and shows no figure that such rows would give."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models.image_configs import DecoderConfig
+from models.prior_configs import ClipConfig
+from pipeline.artifacts import Artifact
+from pipeline.held_out import FEWEST, too_few
+from pipeline.records import read_blob
+from pipeline.report.pictures import Album
+from pipeline.report.training import training_section
+from pipeline.training import stage
+from pipeline.training.recipes import ClipRecipe, DecoderRecipe
+from tests.pipeline.training.conftest import World, make_world
+
+CLIP = ClipConfig(
+    embed_dim=16, image_size=32, layers=(1,), width=32, patch=16, text_width=32, text_layers=1, text_heads=1
+)
+DECODER = DecoderConfig(
+    channels=8, depth=1, multipliers=(1,), head_channels=8, attention_resolutions=(8,), text_width=16, text_depth=1,
+    text_heads=1, patch=8, steps=20,
+)  # fmt: skip
+WHY = f"1 validation pair, and a figure needs {FEWEST}; set source.validation to 0.2 or add pairs"
+
+
+def journal(world: World, made: Artifact) -> list[dict[str, object]]:
+    return [json.loads(line) for line in read_blob(world.store, made.blobs["metrics.jsonl"]).splitlines()]
+
+
+def trained_clip(world: World) -> Artifact:
+    recipe = ClipRecipe(samples=16, batch=8, lanes=4, model=CLIP)
+    return stage.run_clip(world.context("clip", recipe, inputs=("pairs", "captions")))
+
+
+def test_clip_has_no_validation_figures_of_one_row(tmp_path: Path) -> None:
+    """The contrastive loss of one row is 0 and its recall is 1, whatever the model."""
+    world = make_world(tmp_path, (9,))
+    made = trained_clip(world)
+    assert [line["validation_rows"] for line in journal(world, made) if "validation_rows" in line] == [1, 1]
+    assert not {name for line in journal(world, made) for name in line} & {"validation_loss", "validation_recall_at_1"}
+    assert not [name for name in made.metrics if name in ("validation_loss", "validation_recall_at_1")]
+    page = training_section(world.store, {"clip": made}, Album(1 << 20))
+    assert "validation from" not in page
+    assert f"No validation is shown: {WHY}." in page
+
+
+def test_the_decoder_of_one_row_still_draws_it(tmp_path: Path) -> None:
+    world = make_world(tmp_path, (9,))
+    recipe = DecoderRecipe(samples=16, batch=8, lanes=4, precision="fp32", model=DECODER)
+    made = stage.run_decoder(world.context("decoder", recipe))
+    assert "preview.png" in made.blobs
+    assert "validation_loss" not in made.metrics
+    assert f"No validation is shown: {WHY}." in training_section(world.store, {"decoder": made}, Album(1 << 20))
+
+
+@pytest.mark.parametrize(("shards", "held_out"), [((14, 14, 14), FEWEST - 2), ((14,) * 4, FEWEST)])
+def test_as_many_rows_as_a_figure_needs_give_one(tmp_path: Path, shards: tuple[int, ...], held_out: int) -> None:
+    world = make_world(tmp_path, shards)
+    made = trained_clip(world)
+    assert made.metrics["validation_rows"] == held_out
+    assert ("validation_loss" in made.metrics) == (held_out >= FEWEST)
+
+
+def test_why_names_rows_and_share() -> None:
+    assert too_few(1, "validation") == WHY
+    said = too_few(1234, "test", " with an image of 1024 px")
+    assert said.startswith("1,234 test pairs with an image of 1024 px, and a figure needs ")
+    assert "source.test" in said
