@@ -22,10 +22,11 @@ from functools import cache, lru_cache, partial
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from pipeline.data.addresses import is_public
 from pipeline.errors import UserError
 
 _SAFE = "!#$%&'()*+,/:;=?@[]~"  # what a browser leaves as it is in a path or a query
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_SHARES = 4  # of the time that is left an address of a name may take one, if others wait behind it
 _thread = threading.local()
 
 
@@ -69,33 +70,47 @@ class Guard:
                     raise UserError(f"allow: {entry!r} is neither a host name nor a network like 10.0.0.0/8") from None
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
-        """Connect to the first permitted address that answers. Raises Refused, or OSError if none does."""
+        """Connects to the first permitted address that answers, trying one after the other within the deadline.
+
+        An address that lets its share of the time go by leaves the rest to the next. Raises Refused where no address
+        is permitted, or the one that answers is this machine's own; OSError where none answers.
+        """
         host = host.lower()
         trusted = host in self._map or host in self._hosts
         host, port = self._map.get(host, (host, port))
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = [address for *_, (address, *_) in found if trusted or self._permits(str(address))]
+        addresses = [str(address) for *_, (address, *_) in found]
+        addresses = [address for address in addresses if trusted or self._allows(address) or _is_public(address)]
         if not addresses:
             raise Refused("forbidden_address")
-        for address in addresses[:-1]:
-            with contextlib.suppress(OSError):
-                return socket.create_connection((str(address), port), timeout=_remaining(deadline))
-        return socket.create_connection((str(addresses[-1]), port), timeout=_remaining(deadline))
+        for left in range(len(addresses), 0, -1):
+            address = addresses[-left]
+            try:
+                share = _remaining(deadline) / min(left, _SHARES)
+                connection = socket.create_connection((address, port), timeout=share)
+            except OSError:
+                if left == 1:
+                    raise
+                continue
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
+            # A public address of this machine: its services that a firewall keeps from others would answer.
+            if not trusted and not self._allows(address) and connection.getsockname()[0] == connection.getpeername()[0]:
+                connection.close()
+                raise Refused("forbidden_address")
+            return connection
+        raise AssertionError("the last address connects or raises")
 
-    def _permits(self, address: str) -> bool:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        return is_public(ip) or any(ip in network for network in self._networks)
+    def _allows(self, address: str) -> bool:
+        ip = _parsed(address)
+        return any(ip in network for network in self._networks)
 
 
-def is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address is on the public internet; an IPv4 address inside an IPv6 one counts as itself."""
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner:
-            return is_public(inner)
-    return ip.is_global and not ip.is_multicast
+def _is_public(address: str) -> bool:
+    return is_public(_parsed(address))
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(address.partition("%")[0])
 
 
 @lru_cache(maxsize=1024)  # each of a URL's checks asks anew

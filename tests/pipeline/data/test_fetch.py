@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -18,8 +18,8 @@ from urllib.parse import unquote
 import pytest
 
 from pipeline.data import opener
+from pipeline.data.addresses import is_public
 from pipeline.data.fetch import Fetched, Fetcher
-from pipeline.data.opener import is_public
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.settings import PairsSettings
@@ -302,6 +302,54 @@ def test_a_result_that_nobody_takes_stops_the_fetch(site: str) -> None:
     assert Site.hits.total() <= 4
 
 
+def _named(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """Lets two.test have these addresses."""
+
+    def found(host: str, *rest: object, **more: object) -> list[tuple[object, ...]]:
+        hosts = addresses if host == "two.test" else (host,)
+        return [answer for one in hosts for answer in resolve(one, *rest, **more)]
+
+    resolve: Callable[..., list[tuple[object, ...]]] = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+
+@contextlib.contextmanager
+def _black_hole(address: str, port: int) -> Iterator[None]:
+    """A port where connections are neither accepted nor refused, as its queue is full."""
+    with contextlib.ExitStack() as open_sockets:
+        listener = open_sockets.enter_context(socket.socket())
+        listener.bind((address, port))
+        listener.listen(0)
+        for _ in range(10):
+            filler = open_sockets.enter_context(socket.socket())
+            filler.settimeout(0.2)
+            try:
+                filler.connect((address, port))
+            except TimeoutError:
+                break
+        else:
+            pytest.fail("the queue never filled")
+        yield
+
+
+def test_an_address_that_never_answers_leaves_time_for_the_next(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = int(site.rpartition(":")[2])
+    url = f"http://two.test:{port}/a.png"
+    with _black_hole("127.0.0.2", port):
+        with monkeypatch.context() as patch:
+            _named(patch, "127.0.0.2", "127.0.0.1")
+            assert one(url, allow=("127.0.0.0/8",), timeout_s=4.0).data == BODY
+        with monkeypatch.context() as patch:
+            _named(patch, "127.0.0.2")
+            assert one(url, allow=("127.0.0.0/8",), timeout_s=0.5).reason == "timeout"
+
+
+def test_a_public_address_of_this_machine_is_not_the_internet(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opener, "is_public", lambda _: True)
+    assert one(site + "/a.png", allow=()).reason == "forbidden_address"
+    assert one(site + "/a.png").data == BODY
+
+
 def test_other_users_of_urllib_are_left_alone(site: str) -> None:
     one(site)
     with urllib.request.urlopen(site + "/a.png") as response:  # loopback, and this thread has no fetch under way
@@ -348,6 +396,26 @@ def test_settings_that_cannot_be_read_are_a_users_mistake() -> None:
         ("::1", False), ("::", False), ("fe80::1", False), ("fd00:ec2::254", False), ("ff02::1", False),
         ("::ffff:127.0.0.1", False), ("64:ff9b::127.0.0.1", False), ("2002:7f00:1::1", False),
         ("2001:0:4136:e378:8000:63bf:f5ff:fffe", False),  # Teredo of 10.0.0.1
+        # metadata of clouds: Azure, Oracle, Alibaba, AWS and GCP
+        ("168.63.129.16", False), ("168.63.129.15", True), ("192.0.0.192", False), ("100.100.100.200", False),
+        ("fd20:ce::254", False), ("::ffff:168.63.129.16", False), ("64:ff9b::a83f:8110", False),
+        ("2002:a83f:8110::1", False),
+        # ways to write an IPv4 address into an IPv6 one
+        ("::127.0.0.1", False), ("::8.8.8.8", False), ("::ffff:0:127.0.0.1", False), ("::ffff:0:8.8.8.8", False),
+        ("64:ff9b:1::a9fe:a9fe", False), ("64:ff9b:1::808:808", False), ("::ffff:8.8.8.8", True),
+        ("2606:4700::5efe:7f00:1", False), ("2606:4700::200:5efe:a9fe:a9fe", False),
+        ("2606:4700::5efe:808:808", True), ("2606:4700::300:5efe:a00:1", False), ("2002:808:808:0:0:5efe:a00:1", False),
+        ("2001:0:808:808:8000:63bf:f7f7:f7f7", False),  # Teredo, which nobody serves pictures from
+        # what else IANA keeps for special purposes
+        ("0.1.2.3", False), ("192.0.0.9", False), ("192.0.2.1", False), ("192.31.196.1", False),
+        ("192.52.193.1", False), ("192.88.99.1", False), ("192.175.48.1", False), ("198.18.0.1", False),
+        ("198.19.255.255", False), ("198.51.100.1", False), ("203.0.113.1", False), ("240.0.0.1", False),
+        ("100::1", False), ("100:0:0:1::1", False), ("2001:2::1", False), ("2001:20::1", False), ("2001:1::1", False),
+        ("2001:db8::1", False), ("2620:4f:8000::1", False), ("3fff::1", False), ("3fff:fff::1", False),
+        ("5f00::1", False), ("fec0::2", False), ("fc00::1", False), ("febf::1", False), ("ff0e::1", False),
+        ("4000::1", False), ("e000::1", False), ("2001:4860:4860::8888", True), ("2a00:1450:4001::1", True),
+        ("3fff:1000::1", True), ("192.0.1.1", True), ("172.32.0.1", True), ("100.128.0.1", True),
+        ("223.255.255.1", True),
     ],
 )  # fmt: skip
 def test_which_addresses_are_public(address: str, public: bool) -> None:
