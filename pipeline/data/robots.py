@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import string
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -18,13 +19,14 @@ from pipeline.data.opener import Refused
 
 AGENTS = frozenset({"unclip-ray", "img2dataset"})
 ROBOTS_BYTES = 500 << 10  # bytes of a robots.txt that are read (RFC 9309, 2.5)
+MAX_RULES = 10_000  # for us, and as many for everybody, that are heeded; what comes later counts as cut off
 
 _OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # none is noindex, nofollow
 _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 _UNRESERVED = frozenset((string.ascii_letters + string.digits + "-._~").encode())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rule:
     """A line of robots.txt that concerns us. ``pattern`` is normalised, with ``*`` and a final ``$``."""
 
@@ -32,6 +34,11 @@ class Rule:
     pattern: str
     line: int
     text: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory."""
+        return sum(map(sys.getsizeof, (self, self.pattern, self.line, self.text)))
 
 
 def parse_robots(body: bytes) -> tuple[Rule, ...]:
@@ -54,12 +61,9 @@ def parse_robots(body: bytes) -> tuple[Rule, ...]:
             named = named or bool(agents & AGENTS)
         elif key in ("allow", "disallow") and agents:
             in_rules = True
-            if value:
-                rule = Rule(key == "allow", _normal_pattern(value), number, line.strip()[:200])
-                if agents & AGENTS:
-                    ours.append(rule)
-                elif "*" in agents:
-                    others.append(rule)
+            kind = ours if agents & AGENTS else others if "*" in agents else None
+            if value and kind is not None and len(kind) < MAX_RULES:
+                kind.append(Rule(key == "allow", _normal_pattern(value), number, line.strip()[:200]))
     return tuple(ours if named else others)
 
 
@@ -136,7 +140,7 @@ class _Site:
     until: float = 0.0  # time.monotonic()
     seen: float = 0.0  # seconds since the epoch
     answer: tuple[Rule, ...] | str = ()  # rules, or the reason why there are none
-    size: int = 0
+    size: int = 0  # bytes of its rules in memory
 
 
 class Robots:
@@ -148,7 +152,7 @@ class Robots:
     """
 
     DAY_S, FAILURE_S = 86_400.0, 300.0
-    MAX_SITES, MAX_BYTES = 10_000, 32 << 20
+    MAX_SITES, MAX_BYTES = 10_000, 32 << 20  # of rules, as they lie in memory
 
     def __init__(self, fetch: Callable[[str], bytes | str]):
         self._fetch = fetch
@@ -177,11 +181,12 @@ class Robots:
         found = self._fetch(f"{origin}/robots.txt")
         failed = isinstance(found, str) and found != "http_4xx"
         site.answer = parse_robots(found) if isinstance(found, bytes) else found if failed else ()
+        size = sum(rule.size for rule in site.answer) if isinstance(site.answer, tuple) else 0
         site.until = time.monotonic() + (self.FAILURE_S if failed else self.DAY_S)
         with self._lock:
             if self._sites.get(origin) is site:  # else it was forgotten meanwhile
-                self._size += len(found) - site.size
-            site.size = len(found)
+                self._size += size - site.size
+            site.size = size
 
     def _forget(self) -> None:
         """Drop the sites that were not asked for longest."""

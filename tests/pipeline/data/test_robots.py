@@ -4,6 +4,7 @@ import re
 import textwrap
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -17,7 +18,7 @@ from pipeline.config import make_config
 from pipeline.data.fetch import Fetcher
 from pipeline.data.opener import Refused
 from pipeline.data.opt_outs import read_opt_outs
-from pipeline.data.robots import ROBOTS_BYTES, Robots, decide, opting_out, parse_robots
+from pipeline.data.robots import MAX_RULES, ROBOTS_BYTES, Robots, decide, opting_out, parse_robots
 from pipeline.data.visit import private_headers
 from pipeline.settings import PairsSettings
 from tests.chain import ROOT
@@ -204,17 +205,39 @@ def test_threads_share_one_request_and_memory_is_bounded(monkeypatch: pytest.Mon
         thread.join()
     assert asked == ["http://a.test/robots.txt"]
 
-    monkeypatch.setattr(Robots, "MAX_BYTES", 1000)
-    large = Robots(lambda url: b"#" * 300)
+    monkeypatch.setattr(Robots, "MAX_BYTES", 2000)
+    large = Robots(lambda url: b"user-agent:*\nallow:/a\n")
     for i in range(50):
         large.forbidding(f"http://{i}.test", f"http://{i}.test/")
-        assert large._size == sum(site.size for site in large._sites.values()) <= 1000
+        assert large._size == sum(site.size for site in large._sites.values()) <= 2000
+    assert 5 < len(large._sites) < 50
     monkeypatch.setattr(Robots, "MAX_SITES", 7)
     large.forbidding("http://a.test", "http://a.test/")
     many = Robots(lambda url: b"")
     for i in range(50):
         many.forbidding(f"http://{i}.test", f"http://{i}.test/")
     assert list(many._sites) == [f"http://{i}.test" for i in range(43, 50)]
+
+
+def test_rules_count_as_the_memory_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A robots.txt of short lines takes twenty times its bytes once it is parsed."""
+    monkeypatch.setattr(Robots, "MAX_BYTES", 4 << 20)
+    largest = b"user-agent:*\n" + b"allow:/x\n" * (ROBOTS_BYTES // 9)
+    robots = Robots(lambda url: largest)
+    tracemalloc.start()
+    for i in range(6):
+        robots.forbidding(f"http://{i}.test", f"http://{i}.test/")
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert robots._size <= 4 << 20
+    assert held < 5 << 20
+    assert len(robots._sites) >= 1
+
+
+def test_of_endless_rules_those_for_us_are_not_crowded_out() -> None:
+    crowd = "User-Agent: *\n" + "Allow: /x\n" * (MAX_RULES + 1)
+    assert len(parse_robots(crowd.encode())) == MAX_RULES
+    assert not allowed(crowd + "User-Agent: img2dataset\nDisallow: /\n", "/a.png")
 
 
 # --- against a server -------------------------------------------------------------------------------------------------
