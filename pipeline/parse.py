@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pipeline.errors import UserError
+from pipeline.local import open_local
 
 
 class ContentFile(str):
@@ -29,7 +30,7 @@ class ContentFile(str):
             return named
         place = Path(path).expanduser().absolute()
         try:
-            with open(place, "rb") as f:
+            with open_local(place) as f:
                 file = cls(hashlib.file_digest(f, "sha256").hexdigest())
         except OSError as e:
             raise UserError(f"{where}: {path} cannot be read ({e.strerror})") from None

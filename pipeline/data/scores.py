@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.local import read_local
 from pipeline.parse import ContentFile
+
+HEAD_BYTES = 16 << 20  # of one head, at most: its weight has a few thousand numbers
 
 
 def score_column(name: str) -> str:
@@ -46,7 +48,7 @@ def load_heads(heads: Mapping[str, ContentFile], embed_dim: int) -> dict[str, He
     for name, file in heads.items():
         path = file.path
         try:
-            data = Path(path).read_bytes()
+            data = read_local(path, HEAD_BYTES)
         except OSError as e:
             raise UserError(f"embeddings.heads.{name}: {path} cannot be read ({e.strerror})") from None
         if hashlib.sha256(data).hexdigest() != file:

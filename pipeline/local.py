@@ -1,0 +1,174 @@
+"""Files and buckets that a list may name, and the one way to open a file of this machine.
+
+A list often comes from strangers, so what its rows name is confined. A table may name files below its own folder, a
+folder of images holds its own files, and ``source.roots`` adds folders, tars and buckets. Only the configuration adds
+them: a list cannot. A link counts as the file it leads to: one that stays inside these places is followed, one that
+leads out of them never. A file that the configuration or a command names may lie anywhere and be a link.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BufferedReader
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+IN_PLACE = ("tar://", "embedding://")  # members of tars and rows of embeddings, used where they lie
+
+
+class Outside(OSError):
+    """A path leads out of what a list may name."""
+
+
+class TooLarge(OSError):
+    """A file has more bytes than its budget."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What lists may name on this machine and on S3.
+
+    Args:
+        own: absolute paths of folders and tars that are lists, and of folders in which tables lie.
+        roots: absolute paths that ``source.roots`` names.
+        buckets: "BUCKET" or "BUCKET/PREFIX", as ``source.roots`` names them.
+    """
+
+    own: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    buckets: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, own: Sequence[str], roots: Sequence[str]) -> Reach:
+        """Returns the reach of lists at ``own``. Raises ValueError for a root that is neither a path nor a bucket."""
+        buckets, paths = [], []
+        for root in roots:
+            scheme, separator, rest = root.partition("://")
+            bucket = rest.strip("/") if scheme == "s3" else ""
+            if not root or (separator and not bucket):
+                raise ValueError(f"roots: {root!r} is neither a path nor s3://BUCKET or s3://BUCKET/PREFIX")
+            if separator:
+                buckets.append(bucket)
+            else:
+                paths.append(os.path.abspath(Path(root).expanduser()))
+        return cls(tuple(own), tuple(paths), tuple(buckets))
+
+    def refusal(self, reference: str) -> str | None:
+        """Returns "forbidden_reference" for what a table may not name, None for all else.
+
+        Follows no links, for it runs once a row of every list. ``open_local`` does.
+        """
+        if reference.startswith(("http://", "https://")):
+            return None
+        try:
+            parts, path = urlsplit(reference), local_path(reference)
+        except ValueError:  # the fetch counts it
+            return None
+        if reference.startswith(IN_PLACE):
+            named = _is_below(unquote(parts.path), self._rooted)
+        elif path is not None:
+            named = _is_below(path, self._everything)
+        elif parts.scheme == "s3":
+            place = reference.removeprefix("s3://")
+            named = any(place.startswith(f"{bucket}/") for bucket in self.buckets)
+            named = named and not {".", ".."} & set(place.split("/"))  # which some servers resolve
+        else:
+            named = True
+        return None if named else "forbidden_reference"
+
+    def resolve(self, path: str | Path) -> str:
+        """Returns what a path leads to, after all links. Raises Outside if that is out of reach."""
+        found = os.path.realpath(path)
+        if not _is_below(found, self._everything):
+            raise Outside(errno.EACCES, "out of the list's own folder and of source.roots", str(path))
+        return found
+
+    @cached_property
+    def _rooted(self) -> tuple[str, ...]:
+        return self.roots + tuple(map(os.path.realpath, self.roots))
+
+    @cached_property
+    def _everything(self) -> tuple[str, ...]:
+        return self.own + tuple(map(os.path.realpath, self.own)) + self._rooted
+
+
+def _is_below(path: str, places: Sequence[str]) -> bool:
+    path = os.path.normpath(path)
+    return any(path == place or path.startswith(f"{place.rstrip('/')}/") for place in places)
+
+
+def local_path(reference: str) -> str | None:
+    """Returns the path that a file:// reference or an absolute path names, None for any other reference.
+
+    Raises ValueError for what is not a URL, and for a path with a NUL.
+    """
+    path = reference
+    if not reference.startswith("/"):
+        parts = urlsplit(reference)
+        if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            return None
+        path = os.fsdecode(unquote_to_bytes(parts.path))
+    if "\0" in path:
+        raise ValueError("a path has no NUL")
+    return path
+
+
+def open_local(path: str | Path, within: Reach | None = None) -> BufferedReader:
+    """Opens a regular file for reading and never waits for it.
+
+    Neither a device nor a pipe is opened, not even for a moment: some devices act on that. With ``within``, links are
+    followed first, and what they lead to must lie within; the last part of that is not a link. Someone who may write
+    there and exchanges folders meanwhile is not kept out.
+
+    Raises:
+        OSError: as ``open`` does, for what is not a regular file, and for a name with a NUL.
+        Outside: of the OSErrors, where it leads out of ``within``.
+    """
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "a path has no NUL", repr(path))
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    if within is not None:
+        path, flags = within.resolve(path), flags | os.O_NOFOLLOW
+    _check_regular(os.stat(path), path)
+    handle = os.open(path, flags)
+    try:
+        _check_regular(os.fstat(handle), path)
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _check_regular(found: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_local(
+    path: str | Path, max_bytes: int, within: Reach | None = None, offset: int = 0, size: int | None = None
+) -> bytes:
+    """Returns the bytes of a regular file, or ``size`` of them from ``offset``, fewer where the file ends.
+
+    Raises what ``open_local`` does, and TooLarge for more than ``max_bytes``.
+    """
+    if size is None or size <= max_bytes:
+        with open_local(path, within) as file:
+            file.seek(min(offset, sys.maxsize))  # behind every end; a larger number would be no OSError
+            # None: some files in /proc have nothing to say now, and the handle does not wait.
+            data = file.read(max_bytes + 1 if size is None else size) or b""
+        if len(data) <= max_bytes:
+            return data
+    raise TooLarge(errno.EFBIG, f"more than {max_bytes:,} bytes", str(path))
+
+
+def reason_of(error: OSError) -> str:
+    """Returns the reason (see pipeline.ledger) for a row whose file could not be read."""
+    if isinstance(error, Outside):
+        return "forbidden_reference"
+    return "too_large" if isinstance(error, TooLarge) else "missing_file"
