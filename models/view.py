@@ -3,10 +3,11 @@
 CLIP and every trained model see the same square, so that a decoder never learns what its embedding did not see.
 """
 
+import contextlib
 import io
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 
 def open_view(data: bytes, size: int) -> np.ndarray:
@@ -18,16 +19,35 @@ def open_view(data: bytes, size: int) -> np.ndarray:
 
 
 def view(image: Image.Image, size: int) -> np.ndarray:
-    """Upright, alpha over white, sRGB, square centre crop, antialiased resize: uint8 [size, size, 3]."""
-    image.load()  # where a PNG says how it was held
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode != "RGB":  # or it would be copied
-        image = image.convert("RGB")
+    """Returns ``upright_rgb`` of an image, square centre crop, antialiased resize: uint8 [size, size, 3]."""
+    image = upright_rgb(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image of any kind as RGB: turned as its EXIF orientation says, over white, and in sRGB.
+
+    16 bits become 8, and an embedded ICC profile is applied unless it is broken or is for another kind of image. What
+    is given is not changed, and comes back itself if there is nothing to do. Raises OSError or ValueError for pixels
+    that cannot be decoded.
+    """
+    image.load()  # a PNG may say only behind its pixels how it was held
+    profile = image.info.get("icc_profile")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16-bit grey at 255
+        levels = np.asarray(image)
+        image = Image.fromarray(np.where(levels == image.info.get("transparency"), 255, levels >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("L", "CMYK", "RGB"):
+        image = image.convert("RGB")
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):
+            embedded, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, embedded, srgb, outputMode="RGB") or image
+    return image if image.mode == "RGB" else image.convert("RGB")

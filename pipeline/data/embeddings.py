@@ -30,7 +30,7 @@ from pipeline.settings import EmbeddingsSettings
 from pipeline.shards import Helpers, ShardOutput, ShardTask, map_shards, results_ahead
 from pipeline.store import Store
 
-VERSION = 4
+VERSION = 5
 CAPTIONS = 16  # of a row that are embedded, the first ones, so that a text file of 10,000 lines is no trap
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from models.view import view
 from pipeline.artifacts import Artifact, read_shards, read_table
 from pipeline.data.neighbour_index import search
+from pipeline.data.own_picture import open_picture
 from pipeline.errors import UserError
 from pipeline.store import Store
 
@@ -42,18 +44,13 @@ def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
 
 
 def embed_picture(store: Store, clip: Artifact, path: str) -> np.ndarray:
-    """The image embedding of a picture in a file, fp32 [1, d]. Raises UserError for a file that is none."""
+    """Returns the image embedding of an image in a file, fp32 [1, d]. Raises UserError as ``open_picture`` does."""
     import torch
 
-    from models.view import open_view
-
+    picture = open_picture(Path(path))
     model = _open_clip(store, clip)
-    try:
-        pixels = open_view(Path(path).read_bytes(), model.image_size)
-    except (OSError, ValueError) as e:
-        why = getattr(e, "strerror", None) or "no PNG, JPEG or WebP"  # Pillow's own words name an address in memory
-        raise UserError(f"{path}: cannot be read as a picture ({why})") from None
-    return _numbers(model.encode_image, torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()))
+    pixels = view(picture, model.image_size).transpose(2, 0, 1)[None]
+    return _numbers(model.encode_image, torch.from_numpy(pixels.copy()))
 
 
 def look_up(

@@ -37,7 +37,7 @@ from pipeline.store import Store
 if TYPE_CHECKING:
     from pipeline.data.fetch import Fetched, Fetcher
 
-VERSION = 4
+VERSION = 5
 TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "xxh3", "tar", "offset", "size")  # of an earlier index
 
 

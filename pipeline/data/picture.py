@@ -7,15 +7,13 @@ bytes.
 
 from __future__ import annotations
 
-import contextlib
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from models.view import upright_rgb
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,7 @@ def inspect(data: bytes, max_pixels: int) -> tuple[int, int] | str:
     return upright if isinstance(upright, str) else upright.size
 
 
-def _decode(data: bytes, max_pixels: int) -> Image | str:
-    from PIL import Image
-
+def _decode(data: bytes, max_pixels: int) -> Image.Image | str:
     if not data:
         return "zero_bytes"
     if not (data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")):
@@ -60,31 +56,12 @@ def _decode(data: bytes, max_pixels: int) -> Image | str:
             if image.width * image.height > max_pixels:
                 return "too_many_pixels"
             image.load()
-            return _upright_rgb(image)
+            return upright_rgb(image)
     except Image.DecompressionBombError:
         return "too_many_pixels"
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
         cut = "truncated" in str(error) or (data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data))
         return "truncated" if cut else "decode_error"
-
-
-def _upright_rgb(image: Image) -> Image:
-    from PIL import Image, ImageCms, ImageOps
-
-    profile = image.info.get("icc_profile")
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16-bit grey at 255
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode not in ("L", "CMYK", "RGB"):
-        image = image.convert("RGB")
-    if profile:
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile, or one for another kind of image
-            embedded, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-            image = ImageCms.profileToProfile(image, embedded, srgb, outputMode="RGB") or image
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _shrunk(pixels: np.ndarray, image_size: int, encode_format: str, encode_quality: int) -> Picture | str:

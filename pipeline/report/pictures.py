@@ -7,6 +7,9 @@ import io
 import warnings
 from collections.abc import Collection
 
+from PIL import Image, UnidentifiedImageError
+
+from models.view import upright_rgb
 from pipeline.report.markup import text
 
 PICTURE_BYTES = 4 << 20  # of base64; the page's text and figures take well under the MiB that is left
@@ -47,12 +50,10 @@ class Album:
 
 
 def shrink(data: bytes, side: int, most: int) -> tuple[bytes, str, tuple[int, int]]:
-    """Encoded bytes, "png" or "jpeg", and (width, height), of a picture made no larger than ``side`` px.
+    """Encoded bytes, "png" or "jpeg", and (width, height), of a picture made upright, and no larger than ``side`` px.
 
     PNG if that fits into ``most`` bytes, else JPEG of falling quality. Raises ValueError as Album.image does.
     """
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
@@ -60,13 +61,10 @@ def shrink(data: bytes, side: int, most: int) -> tuple[bytes, str, tuple[int, in
                 if opened.width * opened.height > MOST_PIXELS:
                     raise ValueError(f"{opened.width} by {opened.height} pixels are too many for a report")
                 opened.draft("RGB", (side, side))
-                picture = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
+                picture = upright_rgb(opened)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as e:
         raise ValueError(f"not a readable PNG, JPEG or WebP ({e})") from e
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    if picture.mode == "RGBA":
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture).convert("RGB")
     out = io.BytesIO()
     if picture.width * picture.height <= 256 * 256:
         picture.save(out, "PNG")

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from models.view import open_view, view
+from models.view import open_view, upright_rgb, view
 from tests.models.mutations import fails_under
 
 SIZE = 24
@@ -36,7 +36,11 @@ def expected(data: bytes) -> np.ndarray:
 MODES = [("RGB", "PNG"), ("L", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("1", "PNG"), ("CMYK", "JPEG")]
 
 
-@fails_under((view, '!= "RGB"', '== "RGB"'), (view, '"white"', '"black"'), (view, "!= 1", "== 6"))
+@fails_under(
+    (upright_rgb, 'mode == "RGB" else', "mode else"),
+    (upright_rgb, '"white"', '"black"'),
+    (upright_rgb, "!= 1", "== 6"),
+)
 def test_views_are_pillows() -> None:
     files = [encoded(picture(mode), kind) for mode, kind in MODES]
     for orientation in range(9):

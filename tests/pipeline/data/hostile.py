@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tests.pipeline.data.bench import picture
+from tests.pipeline.data.odd import chunk, encoded, png
 
 SIDES = (80, 72)  # of most pictures
 MAX_PIXELS = 1_000_000
@@ -39,25 +40,8 @@ def one(name: str, data: bytes, end: str | None, size: tuple[int, int] = SIDES) 
     return File(name, data, frozenset({end}), size)
 
 
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
-
-
 def sound() -> Image.Image:
     return Image.open(io.BytesIO(picture(1, *SIDES))).convert("RGB")
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png(width: int, height: int, *extra: bytes, depth: int = 8, colour: int = 2, rows: bytes = b"") -> bytes:
-    """A PNG by hand; ``extra`` chunks come before its pixels."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    body = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
 def truncated() -> Iterator[File]:

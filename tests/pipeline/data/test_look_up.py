@@ -79,8 +79,8 @@ def test_captions_that_cannot_be_looked_for(bench: Bench, caption: str, says: st
 
 def test_a_file_that_is_no_picture(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("no picture")
-    for name in ("a.txt", "absent.png"):
-        with pytest.raises(UserError, match=f"{name}: cannot be read as a picture"):
+    for name, why in (("a.txt", "taken"), ("absent.png", "read")):
+        with pytest.raises(UserError, match=f"{name}: cannot be {why}"):
             embed_picture(bench.store, bench.made["clip"], str(tmp_path / name))
 
 
