@@ -4,6 +4,8 @@ The networks are open_clip's, trained here from a ClipConfig or loaded from anyw
 tokens of CLIP's own BPE for every model; a CLIP with a shorter context cuts them itself, and one with another
 tokenizer, such as SigLIP, makes tokens of its own for its text tower alone. Pixels are normalised as each CLIP was
 trained. Its way of resizing does not matter: on a square view, squashing and cropping are the same.
+
+A CLIP is numbers: no folder, and no tokenizer of the hub, brings code that is run here.
 """
 
 import json
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from models.draw import Draw
+from models.folder import read_config
 from models.losses import Losses
 from models.prior_configs import ClipConfig
 from models.tensors import save_tensors
@@ -29,6 +32,10 @@ from models.tokens import CONTEXT, VOCABULARY, cut_tokens, shortened, tokenize
 SHORTER = (16, 32)  # tokens that most captions fit into
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+TOKENIZER_FILES = ("tokenizer_config.json", "config.json")
+"""Where transformers looks for code and for the names of further files."""
+TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language"}
+"""What a folder may say of its tokenizer: open_clip passes all else on to transformers, code included."""
 
 
 class Clip(nn.Module):
@@ -67,17 +74,14 @@ class Clip(nn.Module):
         """Load open_clip's local-dir layout: open_clip_config.json and open_clip_model.safetensors.
 
         A CLIP with a tokenizer of its own has that tokenizer's files there too. Raises FileNotFoundError when one of
-        the two files is missing, ValueError when a file is damaged or the text tower or its tokenizer cannot be used.
+        the two files is missing, ValueError when a file is damaged, names code or files elsewhere, or when the text
+        tower or its tokenizer cannot be used.
         """
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (Path(folder) / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}: name a CLIP folder in open_clip's local-dir layout")
+        model_config = config_in(folder)
         try:
-            model_config = json.loads((Path(folder) / CONFIG_FILE).read_text())["model_cfg"]
-            check_text_tower(str(folder), model_config)
             model = open_clip.create_model(f"local-dir:{folder}")
-        except (json.JSONDecodeError, KeyError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{folder} holds no CLIP that open_clip can load ({error!r}): fetch it again") from error
+        except (KeyError, TypeError, AttributeError, AssertionError, SafetensorError, RuntimeError) as error:
+            raise _unusable(folder, error) from error
         return cls(model, model_config, _own_tokenizer(f"local-dir:{folder}", model_config)).eval()
 
     @classmethod
@@ -87,19 +91,17 @@ class Clip(nn.Module):
         Takes the activation function that the tag was trained with. Raises ValueError on an unknown name or tag, on a
         download that fails, and when the text tower or its tokenizer cannot be used.
         """
-        model_config = open_clip.get_model_config(name)
-        if model_config is None:
-            raise ValueError(f"open_clip has no model {name!r}: choose one of open_clip.list_models()")
-        check_text_tower(name, model_config)
+        model_config = config_named(name)
         quick_gelu = (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu", False)
         if quick_gelu:
             model_config["quick_gelu"] = True
         try:
             model = open_clip.create_model(name, tag, force_quick_gelu=quick_gelu)
-        except RuntimeError as error:
+        except Exception as error:  # a file that holds other weights, a pickle or anything else fails in many ways
             known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            said = (str(error).splitlines() or [""])[0]
             raise ValueError(
-                f"CLIP {name} with weights {tag!r} could not be loaded ({error}): tags of {name} are {known}; without "
+                f"CLIP {name} with weights {tag!r} could not be loaded ({said}): tags of {name} are {known}; without "
                 "a network name a folder in open_clip's local-dir layout"
             ) from error
         return cls(model, model_config, _own_tokenizer(name, model_config)).eval()
@@ -195,17 +197,59 @@ class _TextTower(nn.Module):
         return self.tower.encode_text(tokens)
 
 
-def check_text_tower(name: str, model_config: dict) -> None:
-    """Raise ValueError for a text tower that a folder cannot hold, or that reads other BPE tokens than CLIP's own.
+def config_in(folder: str | Path) -> dict:
+    """Returns open_clip's configuration of the CLIP in a folder, before anything of it is built. Raises as
+    ``Clip.from_folder`` does."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: name a CLIP folder in open_clip's local-dir layout")
+    try:
+        model_config = read_config(Path(folder) / CONFIG_FILE)["model_cfg"]
+        _check_towers(str(folder), model_config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _unusable(folder, error) from error
+    _check_tokenizer_files(Path(folder))
+    return model_config
 
-    A tower that is a transformer of Hugging Face's is built from what their hub says, which no folder has.
+
+def config_named(name: str) -> dict:
+    """Returns open_clip's configuration of its model ``name``. Raises ValueError as ``Clip.pretrained`` does."""
+    # open_clip would take "hf-hub:..." and "local-dir:..." too, with whatever configuration is there.
+    if name not in open_clip.list_models():
+        raise ValueError(f"open_clip has no model {name!r}: choose one of open_clip.list_models()")
+    model_config = open_clip.get_model_config(name)
+    _check_towers(name, model_config)
+    return model_config
+
+
+def _unusable(folder: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"{folder} holds no CLIP that open_clip can load ({error!r}): fetch it again")
+
+
+def _check_towers(name: str, model_config: dict) -> None:
+    """Raises ValueError for towers that a folder cannot hold, and a text tower without a tokenizer that reads other BPE
+    tokens than CLIP's own.
+
+    A tower of Hugging Face's or of timm's hub is built from what that hub says, which no folder has, and a tokenizer
+    with other options than ``TOKENIZER_OPTIONS`` may run code of its folder. Raises KeyError, TypeError or
+    AttributeError where this is no configuration.
     """
-    text = model_config["text_cfg"]
+    text, image = model_config["text_cfg"], model_config["vision_cfg"]
+    options = text.get("tokenizer_kwargs", {}).keys() - TOKENIZER_OPTIONS
+    if options:
+        raise ValueError(
+            f"{name}: tokenizer_kwargs names {', '.join(sorted(options))}, which could load code: only "
+            f"{', '.join(sorted(TOKENIZER_OPTIONS))} are taken; choose another CLIP"
+        )
     if "hf_model_name" in text:
         raise ValueError(
             f"{name}: its text tower {text['hf_model_name']} needs the hub to be built: choose another CLIP"
         )
-    if "hf_tokenizer_name" in text:
+    if ":" in (image.get("timm_model_name") or "") or image.get("timm_model_pretrained"):
+        raise ValueError(
+            f"{name}: its image tower {image['timm_model_name']} needs the hub to be built: choose another CLIP"
+        )
+    if text.get("hf_tokenizer_name"):
         return
     odd = "tokenizer_kwargs" in text or text.get("vocab_size", VOCABULARY) != VOCABULARY
     if odd or text.get("context_length", CONTEXT) > CONTEXT:
@@ -214,12 +258,22 @@ def check_text_tower(name: str, model_config: dict) -> None:
         )
 
 
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raises ValueError where a folder's tokenizer names code, or files by a path: transformers would open them."""
+    for path in (folder / name for name in TOKENIZER_FILES if (folder / name).is_file()):
+        for field, value in read_config(path).items():
+            # special_tokens_map_file is often left over from where a tokenizer was saved; nobody opens it.
+            if "_file" in field and field != "special_tokens_map_file" and value:
+                raise ValueError(f"{path} names a file of this machine ({field}), which is never opened: take it out")
+
+
 def _own_tokenizer(name: str, model_config: dict) -> HFTokenizer | None:
     """The tokenizer that a model, or "local-dir:FOLDER", has instead of CLIP's own BPE. Raises ValueError."""
-    if "hf_tokenizer_name" not in model_config["text_cfg"]:
+    if not model_config["text_cfg"].get("hf_tokenizer_name"):
         return None
     try:
-        return open_clip.get_tokenizer(name)
+        # By default transformers asks at the terminal whether to run the code that a tokenizer of the hub brings.
+        return open_clip.get_tokenizer(name, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(
             f"{name} has a tokenizer of its own: pip install 'unclip-ray[siglip]' on every node"

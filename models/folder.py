@@ -1,4 +1,4 @@
-"""Models as folders of config.json and model.safetensors: no pickle is ever read.
+"""Models as folders of config.json and model.safetensors: no pickle is ever read, and no code is taken from one.
 
 CLIP has open_clip's layout instead (models/clip.py).
 """
@@ -26,6 +26,8 @@ from models.upsampler import Upsampler
 FORMAT = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
+"""Fields by which transformers and diffusers take Python code out of a folder or from the hub."""
 
 
 class Kind(NamedTuple):
@@ -60,15 +62,18 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Any:
     its weights do not fit its configuration.
     """
     document, weights = read(Path(folder), device)
-    if document["kind"] not in KINDS:
+    if str(document["kind"]) not in KINDS:
         raise ValueError(f"{folder} holds a {document['kind']}: expected one of {', '.join(KINDS)}")
     kind = KINDS[document["kind"]]
-    unknown = document["config"].keys() - {field.name for field in fields(kind.config)}
-    if unknown:
-        raise ValueError(f"{folder}/{CONFIG_FILE} has unknown fields {sorted(unknown)}: update this software")
-    config = kind.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in document["config"].items()})
-    with torch.device("meta"):  # no time lost on random weights
-        model = kind.model(config, **document["sizes"])
+    try:
+        unknown = document["config"].keys() - {field.name for field in fields(kind.config)}
+        if unknown:
+            raise ValueError(f"{folder}/{CONFIG_FILE} has unknown fields {sorted(unknown)}: update this software")
+        config = kind.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in document["config"].items()})
+        with torch.device("meta"):  # no time lost on random weights
+            model = kind.model(config, **document["sizes"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}/{CONFIG_FILE} is damaged ({error!r}): fetch or train it again") from error
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -101,13 +106,36 @@ def read(folder: Path, device: torch.device | str) -> tuple[dict, dict[str, Tens
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: name a folder that a training wrote")
+    document = read_config(folder / CONFIG_FILE)
     try:
-        document = json.loads((folder / CONFIG_FILE).read_text())
         tensors = load_file(folder / WEIGHTS_FILE, device=str(device))
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{folder} is damaged ({error}): fetch or train it again") from error
-    if not isinstance(document, dict) or not {"format", "kind"} <= document.keys():
+    if not {"format", "kind"} <= document.keys():
         raise ValueError(f"{folder}/{CONFIG_FILE} says neither format nor kind: name a folder that a training wrote")
     if document["format"] > FORMAT:
         raise ValueError(f"{folder} has format {document['format']}, newer than {FORMAT}: update this software")
     return document, tensors
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads the JSON object in a file that somebody else may have written.
+
+    Raises FileNotFoundError when there is none, and ValueError when it is damaged or names code to be loaded, at any
+    depth: numbers are all that is taken from a folder.
+    """
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch or make it again") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object): fetch or make it again")
+    found: list[Any] = [document]
+    for value in found:
+        if isinstance(value, dict):
+            if named := [field for field in CODE if value.get(field)]:
+                raise ValueError(f"{path} names code to be loaded ({named[0]}), which is never done: take it out")
+            found += value.values()
+        elif isinstance(value, list):
+            found += value
+    return document

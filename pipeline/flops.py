@@ -6,10 +6,8 @@ and convolutions, as a training does (pipeline.training.laps). So a model that f
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from models.image_configs import DecoderConfig, UpsamplerConfig
@@ -123,24 +121,10 @@ def _open_clip_config(clip: ClipConfig | str) -> dict[str, Any]:
     """Of a model that is trained here, of open_clip's by "open_clip:NAME:TAG", or of "local-dir:FOLDER"."""
     if isinstance(clip, ClipConfig):
         return clip.model_config()
-    import open_clip
-
-    from models.clip import check_text_tower
+    from models.clip import config_in, config_named
 
     kind, _, rest = clip.partition(":")
-    if kind == "local-dir":
-        name = rest
-        try:
-            settings = json.loads((Path(rest) / "open_clip_config.json").read_text())["model_cfg"]
-        except (OSError, ValueError, KeyError) as e:
-            raise UserError(f"clip.weights: {rest} holds no CLIP that open_clip can load ({e!r})") from e
-    else:
-        name = rest.split(":")[0]
-        settings = open_clip.get_model_config(name)
-        if settings is None:
-            raise UserError(f"clip.weights: open_clip has no model {name!r}: choose one of open_clip.list_models()")
     try:
-        check_text_tower(name, settings)
-    except ValueError as e:
+        return config_in(rest) if kind == "local-dir" else config_named(rest.split(":")[0])
+    except (FileNotFoundError, ValueError) as e:
         raise UserError(f"clip.weights: {e}") from e
-    return settings

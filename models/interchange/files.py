@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.folder import FORMAT, read, write
+from models.folder import FORMAT, read, read_config, write
 from models.tensors import save_tensors
 
 CONFIG_FILE = "config.json"
@@ -34,16 +34,11 @@ class Ours(NamedTuple):
 
 
 def read_json(path: Path) -> dict:
-    """One JSON object. Raises FileNotFoundError when there is none, ValueError when it is damaged."""
+    """Reads one JSON object. Raises FileNotFoundError when there is none, ValueError when it is damaged or names code
+    to be loaded."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: name a folder in diffusers' layout")
-    try:
-        document = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch or export it again") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} holds no object: fetch or export it again")
-    return document
+    return read_config(path)
 
 
 def read_weights(path: Path) -> Weights:

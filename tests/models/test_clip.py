@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,7 +185,10 @@ class AutoTokenizer:
         self.letters = letters
 
     @classmethod
-    def from_pretrained(cls, name: Path, cache_dir: str | None = None) -> "AutoTokenizer":
+    def from_pretrained(
+        cls, name: Path, cache_dir: str | None = None, trust_remote_code: bool | None = None
+    ) -> "AutoTokenizer":
+        assert trust_remote_code is False, "transformers would ask, or do as the folder says"
         return cls((name / "tokenizer.json").read_text())
 
     def save_pretrained(self, folder: Path) -> None:
@@ -228,7 +232,7 @@ def test_a_siglip_reads_its_own_tokens_and_squashes_as_we_crop(siglip: Path, tmp
     pictures = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in views(size=48)]
     squashed = torch.stack([preprocess(picture) for picture in pictures])
     ours = torch.from_numpy(np.stack([view(picture, 32) for picture in pictures]))
-    tokens = open_clip.get_tokenizer(f"local-dir:{siglip}")(captions)
+    tokens = open_clip.get_tokenizer(f"local-dir:{siglip}", trust_remote_code=False)(captions)
     assert tokens[0].tolist() == [2, -1 + 2, 4, 2, 21, 1, 1, 1]
     model.eval()
     for one in (clip, Clip.from_folder(tmp_path / "saved")):
@@ -247,6 +251,123 @@ def test_an_own_tokenizer_that_is_not_there_is_one_line(siglip: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'unclip-ray\[siglip\]'"):
         Clip.from_folder(siglip)
+
+
+EVIL = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path(__file__).with_name("ran").touch()
+class Evil(PreTrainedTokenizerFast):
+    pass
+"""
+AUTO_MAP = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}
+
+
+def bring_code(folder: Path, said_in: str) -> None:
+    """Puts code into a CLIP folder and has one of its files ask for it."""
+    (folder / "evil.py").write_text(EVIL)
+    if said_in == "tokenizer_kwargs":
+        (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": AUTO_MAP}))
+        change_text(folder, tokenizer_kwargs={"trust_remote_code": True})
+    else:
+        (folder / said_in).write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": AUTO_MAP}))
+
+
+def change_text(folder: Path, **values: object) -> None:
+    """Changes fields of the text tower in a CLIP folder's configuration."""
+    change(folder, "text_cfg", values)
+
+
+def change(folder: Path, tower: str, values: dict[str, object]) -> None:
+    path = folder / "open_clip_config.json"
+    document = json.loads(path.read_text())
+    document["model_cfg"][tower] |= values
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("said_in", ["tokenizer_kwargs", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("tokenizer", [{}, {"hf_tokenizer_name": "x"}], ids=["bpe", "own"])
+def test_a_folder_brings_no_code(
+    said_in: str, tokenizer: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused in one line before open_clip or transformers, installed or not, is asked."""
+    Clip.build(VIT, seed=0).save(tmp_path)
+    change_text(tmp_path, **tokenizer)
+    bring_code(tmp_path, said_in)
+    asked: list[str] = []
+    monkeypatch.setattr(open_clip, "create_model", lambda name: asked.append(name))
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name, **_: asked.append(name))
+    with pytest.raises(ValueError, match="code") as refused:
+        Clip.from_folder(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert asked == []
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_gate_lets_no_code_past_transformers_itself(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub's folder of a named model could say: transformers is told not to run it. Needs the siglip extra."""
+    monkeypatch.delitem(sys.modules, "transformers")
+    pytest.importorskip("transformers")
+    bring_code(siglip, "tokenizer_config.json")
+    monkeypatch.setattr("models.clip._check_tokenizer_files", lambda folder: None)
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded") as refused:
+        Clip.from_folder(siglip)
+    assert "trust_remote_code" in str(refused.value)
+    assert not (siglip / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("tower", "values", "said"),
+    [
+        ("vision_cfg", {"timm_model_name": "hf-hub:evil/model"}, "its image tower hf-hub:evil/model needs the hub"),
+        ("vision_cfg", {"timm_model_name": "hf_hub:evil/model"}, "its image tower hf_hub:evil/model needs the hub"),
+        ("vision_cfg", {"timm_model_name": "local-dir:/tmp"}, "its image tower local-dir:/tmp needs the hub"),
+        ("vision_cfg", {"timm_model_pretrained": True}, "its image tower test_vit needs the hub"),
+        ("text_cfg", {"hf_model_name": "evil/model"}, "its text tower evil/model needs the hub"),
+        ("text_cfg", {"tokenizer_kwargs": {"cache_dir": "/etc"}}, "tokenizer_kwargs names cache_dir"),
+        ("text_cfg", {"tokenizer_kwargs": {"gguf_file": "x", "clean": "lower"}}, "tokenizer_kwargs names gguf_file"),
+        ("text_cfg", {"tokenizer_kwargs": ["clean"]}, "holds no CLIP that open_clip can load"),
+        ("text_cfg", {"width": "wide"}, "holds no CLIP that open_clip can load"),
+    ],
+)
+def test_a_folder_sends_open_clip_nowhere_else(
+    tower: str, values: dict, said: str, siglip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clip.from_folder(siglip)
+    change(siglip, tower, values)
+    with pytest.raises(ValueError, match=said) as refused:
+        Clip.from_folder(siglip)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_names_no_file_of_the_machine(siglip: Path) -> None:
+    path = siglip / "tokenizer_config.json"
+    path.write_text(json.dumps({"special_tokens_map_file": "/root/.cache/special_tokens_map.json", "vocab_file": None}))
+    Clip.from_folder(siglip)
+    path.write_text(json.dumps({"vocab_file": "/etc/passwd"}))
+    with pytest.raises(ValueError, match=r"names a file of this machine \(vocab_file\)"):
+        Clip.from_folder(siglip)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:evil/model", "local-dir:/tmp"])
+def test_a_name_is_one_of_open_clips_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match=f"open_clip has no model '{name}'"):
+        Clip.pretrained(name, "any")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_named_weights_that_are_a_pickle_run_nothing(suffix: str, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "ran",)
+
+    weights = tmp_path / f"weights{suffix}"
+    weights.write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(ValueError, match="could not be loaded") as refused:
+        Clip.pretrained("ViT-B-32", str(weights))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_named_weights(tmp_path: Path) -> None:

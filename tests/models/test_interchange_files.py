@@ -253,12 +253,24 @@ def test_missing_unknown_odd_and_damaged_weights_are_one_clear_error(copy: Path,
 
 @pytest.mark.parametrize("file", ["decoder/config.json", "prior_scheduler/scheduler_config.json"])
 def test_missing_and_damaged_configurations_are_one_clear_error(copy: Path, file: str) -> None:
-    for content, message in (("{", "is damaged"), ("[]", "holds no object")):
+    for content, message in (("{", "is damaged"), ("[]", "holds no JSON object")):
         (copy / file).write_text(content)
         with pytest.raises(ValueError, match=message):
             open_all(copy)
     (copy / file).unlink()
     with pytest.raises(FileNotFoundError, match=f"there is no .*{file}"):
+        open_all(copy)
+
+
+@pytest.mark.parametrize("file", ["text_encoder/config.json", "decoder/config.json"])
+@pytest.mark.parametrize("code", [{"auto_map": {"AutoModel": "evil.Evil"}}, {"vision": {"trust_remote_code": True}}])
+def test_a_configuration_that_names_code_is_refused(copy: Path, file: str, code: dict[str, Any]) -> None:
+    document = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps(document | {"auto_map": {}}))
+    if file.startswith("text"):  # of diffusers' own, unknown fields must be empty
+        open_all(copy)
+    (copy / file).write_text(json.dumps(document | code))
+    with pytest.raises(ValueError, match=f"{file} names code to be loaded"):
         open_all(copy)
 
 
