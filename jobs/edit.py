@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.sample import bundle_folder, newest_output, sampling_option, slug
+from jobs.sample import add_device, bundle_folder, file_name, newest_output, sampling_option
 from pipeline.data.own_picture import open_picture
 from pipeline.errors import UserError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.edits import Edit
 
 SIZE = 256  # px unless asked for otherwise: a strip of 1024 px pictures takes minutes on a CPU
+NOT_ITS_OWN = ("source", "to", "seed", "set", "device")  # arguments that all kinds have, and that others tell
 KINDS = {
     "variations": "other pictures with the same meaning (the paper's section 3.1)",
     "interpolate": "pictures on the way from one to another (3.2)",
@@ -39,16 +41,14 @@ def main(argv: Sequence[str]) -> int:
     pictures = [open_picture(path) for path in _named(arguments)]
     folder = bundle_folder(output)
 
-    from models.cascade import UnCLIP
-    from pipeline.samples import use_all_cores
+    from pipeline.samples import open_bundle
 
-    use_all_cores()
     try:
-        unclip = UnCLIP.from_folder(folder)
+        unclip = open_bundle(folder, arguments.device)
         edit = _make(unclip, arguments, pictures, {"size": min(SIZE, unclip.sampling.size)} | options)
     except ValueError as e:
         raise UserError(str(e)) from e
-    path = arguments.to or output / "edits" / _name(arguments)
+    path = arguments.to or output / "edits" / _name(arguments, pictures, edit, folder.name)
     _write(path, edit, arguments)
     print(path)
     for i, name in enumerate(edit.names, 1):
@@ -61,12 +61,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     shared.add_argument(
         "--from", dest="source", type=Path, metavar="FOLDER", help="a run's output folder, such as out/emoji"
     )
-    shared.add_argument("--to", type=Path, metavar="FILE", help="by default edits/NAME in the run's output folder")
+    shared.add_argument(
+        "-o", "--to", type=Path, metavar="FILE", help="where the strip goes (edits/NAME in the run's output folder)"
+    )
     shared.add_argument("--seed", type=int, default=0, help="of the noise that is drawn (default 0)")
     shared.add_argument("--size", type=int, choices=(64, 256, 1024), help=f"of the pictures, in px ({SIZE})")
     shared.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as decoder_steps=50"
     )
+    add_device(shared)
     parser = argparse.ArgumentParser(prog="unclip edit", description=__doc__)
     commands = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     kinds = {name: commands.add_parser(name, help=text, parents=[shared]) for name, text in KINDS.items()}
@@ -147,9 +150,8 @@ def _write(path: Path, edit: Edit, arguments: argparse.Namespace) -> None:
     from pipeline.samples import png
     from pipeline.strip import animation, strip
 
-    asked = {name: value for name, value in vars(arguments).items() if name not in ("source", "to", "seed", "set")}
     text = {
-        "edit": json.dumps(asked, sort_keys=True, default=lambda file: file.name),
+        "edit": json.dumps(_asked(arguments), sort_keys=True),
         "pictures": json.dumps(edit.names),
         "seed": str(arguments.seed),
         "settings": json.dumps(edit.settings, sort_keys=True),
@@ -160,10 +162,18 @@ def _write(path: Path, edit: Edit, arguments: argparse.Namespace) -> None:
     path.write_bytes(data)
 
 
-def _name(arguments: argparse.Namespace) -> str:
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The kind and its own arguments, an image by the name of its file."""
+    own = {name: value for name, value in vars(arguments).items() if name not in NOT_ITS_OWN}
+    return {name: value.name if isinstance(value, Path) else value for name, value in own.items()}
+
+
+def _name(arguments: argparse.Namespace, pictures: Sequence[Image], edit: Edit, bundle: str) -> str:
     said = [file.stem for file in _named(arguments)]
     said += [vars(arguments)[name] for name in ("after", "caption") if vars(arguments).get(name)]
-    return f"{arguments.kind}-{slug(' '.join(said))}-{arguments.seed}{_suffix(arguments)}"
+    contents = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
+    request = {"edit": _asked(arguments), "contents": contents, "settings": edit.settings, "bundle": bundle}
+    return f"{arguments.kind}-{file_name(' '.join(said), request, arguments.seed)}{_suffix(arguments)}"
 
 
 def _suffix(arguments: argparse.Namespace) -> str:

@@ -3,53 +3,61 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.sample import bundle_artifact, newest_output, sampling_option
+from jobs.sample import add_device, bundle_artifact, newest_output, sampling_option
 from pipeline.errors import CorruptObject, UserError
+from pipeline.launch import count_gpus
 from pipeline.progress import counted, duration
-from pipeline.prompts import read_prompts
+from pipeline.prompts import COLUMNS, KINDS, find_column, read_prompts
+from pipeline.settings import GenerationSettings, RaySettings
 
 HEALINGS = 3  # damaged objects, until somebody has to look
+log = logging.getLogger("unclip")
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip generate", description=__doc__)
-    parser.add_argument("prompts", type=Path, help="a text file, one prompt a line, or a .parquet with a column prompt")
+    parser.add_argument("prompts", type=Path, help=f"a {KINDS}")
+    parser.add_argument("--column", metavar="COLUMN", help=f"of the prompts ({', '.join(COLUMNS)}: the first there is)")
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="FOLDER", help="a run's output folder, such as out/emoji"
     )
     parser.add_argument(
-        "--to", type=Path, metavar="FOLDER", help="where tars and tables are written (FOLDER/generated)"
+        "-o", "--to", type=Path, metavar="FOLDER", help="where tars and tables are written (FOLDER/generated)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default 0)")
     parser.add_argument("--batch", type=int, default=8, help="pictures that a worker samples at once (8)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one core each; 0 works in this one (2)")
-    parser.add_argument("--gpus", type=float, default=0.0, help="of each worker, in place of its core (0)")
+    parser.add_argument(
+        "--workers", type=int, help="processes; 0 works in this one (one for each GPU, or 2 of one core each)"
+    )
+    parser.add_argument("--gpus", type=float, help="of each worker, in place of its core (1 if there is one, else 0)")
+    add_device(parser)
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as prior=ar"
     )
     arguments = parser.parse_args(argv)
     output = arguments.source or newest_output()
     to = arguments.to or output / "generated"
+    if column := find_column(arguments.prompts, arguments.column):
+        print(f"prompts: column {column} of {arguments.prompts}")
     store, bundle = bundle_artifact(output)
 
     from pipeline.execute import heal
     from pipeline.generation import ROWS, STAGE, GenerationRecipe, export, generate
-    from pipeline.settings import GenerationSettings, RaySettings
 
     try:
         recipe = GenerationRecipe(dict(sampling_option(text) for text in arguments.set), arguments.batch)
-        settings = GenerationSettings(workers=arguments.workers, gpus=arguments.gpus)
+        settings, ray = _workers(arguments)
     except ValueError as e:
         raise UserError(f"--{e}") from e
-    ray = RaySettings(cpus=max(1, arguments.workers))
     for _ in range(HEALINGS):
         made = None
         try:
-            parts = read_prompts(arguments.prompts, arguments.seed, ROWS)
-            made = generate(store, bundle, parts, recipe, settings, ray)
+            parts = read_prompts(arguments.prompts, arguments.seed, ROWS, column)
+            made = generate(store, bundle, parts, recipe, settings, ray, to)
             tars = list(export(store, made, to))
             break
         except CorruptObject as e:
@@ -61,6 +69,29 @@ def main(argv: Sequence[str]) -> int:
     print(f"{counted(made.ledger.kept, 'picture')}{lost}, {duration(made.times['seconds'])}")
     print(f"{counted(len(tars), 'tar')}, each with a table of seeds and scores: {to}")
     return 0
+
+
+def _workers(arguments: argparse.Namespace) -> tuple[GenerationSettings, RaySettings]:
+    """Returns the workers, each with a GPU if there are GPUs and nothing else is asked for, and says what they draw on.
+
+    Raises UserError for GPUs that are not there, ValueError for numbers that cannot be.
+    """
+    workers, gpus, asked = arguments.workers, arguments.gpus, arguments.device
+    if asked == "cpu" and gpus:
+        raise UserError(f"--gpus {gpus:g} and --device cpu exclude each other; leave one of them out")
+    ray = RaySettings(cpus=2 if workers is None else max(1, workers))
+    if gpus is None:
+        found = 0 if asked == "cpu" else count_gpus(ray, here=workers == 0)
+        if asked == "cuda" and not found:
+            raise UserError(
+                "--device cuda: there is no GPU to draw on; use --device cpu, or --gpus on a cluster that grows"
+            )
+        gpus = min(1.0, found)
+        workers = (int(found) or 2) if workers is None else workers
+    settings = GenerationSettings(workers=2 if workers is None else workers, gpus=gpus)
+    where = f"{gpus:g} GPU" if gpus else "one core of the CPU"
+    log.info("drawing on %s%s", where, f" in each of {counted(settings.workers, 'worker')}" if settings.workers else "")
+    return settings, ray
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,7 +16,11 @@ from pipeline.artifacts import Artifact, load_artifact
 from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
 from pipeline.parse import parse
+from pipeline.records import digest
 from pipeline.store import Store, open_store
+
+SLUG_BYTES = 80  # UTF-8; with kind, hash, seed and suffix a name stays below the 143 bytes of encrypted folders
+NAME_HASH = 10  # hexadecimal digits
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,32 +29,43 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--from", dest="source", metavar="FOLDER", help="a run's output folder; by default the newest under out/"
     )
+    parser.add_argument(
+        "-o", "--to", type=Path, metavar="FOLDER", help="where the images go (samples, in the run's output folder)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default 0)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as prior=ar"
     )
+    add_device(parser)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed} is below 0")
     output = Path(arguments.source) if arguments.source else newest_output()
     options = dict(sampling_option(text) for text in arguments.set)
     folder = bundle_folder(output)
+    to = arguments.to or output / "samples"
+    to.mkdir(parents=True, exist_ok=True)
 
-    from models.cascade import UnCLIP
-    from pipeline.samples import make_sample, use_all_cores
+    from pipeline.samples import make_sample, open_bundle
 
-    use_all_cores()
     try:
-        unclip = UnCLIP.from_folder(folder)
+        unclip = open_bundle(folder, arguments.device)
         for i, caption in enumerate(arguments.captions):
             sample = make_sample(unclip, caption, arguments.seed + i, options)
-            path = output / "samples" / f"{slug(caption)}-{sample.seed}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            request = {"caption": caption, "settings": sample.settings, "bundle": folder.name}
+            path = to / f"{file_name(caption, request, sample.seed)}.png"
             path.write_bytes(sample.picture)
             print(path)
     except ValueError as e:
         raise UserError(str(e)) from e
     return 0
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of what to draw on."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="draws on it; auto is a GPU if there is one"
+    )
 
 
 def remember_bundle(output: Path, store: str, key: str) -> None:
@@ -105,9 +120,23 @@ def sampling_option(text: str) -> tuple[str, Any]:
     return name, parsed if kind is None else parse(kind, parsed, f"--set {name}")
 
 
-def slug(caption: str) -> str:
-    """A caption as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "picture"
+def file_name(words: str, request: Mapping[str, Any], seed: int) -> str:
+    """Returns a file's name without its suffix: some words, a hash of everything that was asked for, and the seed.
+
+    Two requests that differ never share a name, also where a file system takes upper and lower case for the same.
+    """
+    return f"{slug(words)}-{digest(request)[:NAME_HASH]}-{seed}"
+
+
+def slug(text: str) -> str:
+    """Returns a text as part of a file name: letters and digits of any script, lower case, NFC, at most SLUG_BYTES."""
+    kept = ""
+    for char in unicodedata.normalize("NFC", text.lower()):
+        kind = unicodedata.category(char)[0]
+        # A mark belongs to its letter: many scripts have no vowels without marks. Alone it would be invisible.
+        kept += char if kind in "LN" or (kind == "M" and kept[-1:].strip()) else " "
+    words = "-".join(kept.split())
+    return words.encode()[:SLUG_BYTES].decode(errors="ignore").strip("-") or "image"
 
 
 if __name__ == "__main__":

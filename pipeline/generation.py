@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +21,20 @@ from typing import Any
 from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.bundle import materialise
 from pipeline.errors import UserError
-from pipeline.graph import Context, artifact_key, shard_key
+from pipeline.graph import Context, artifact_key, flatten, shard_key
 from pipeline.history import remember_stage
 from pipeline.ledger import Ledger
-from pipeline.progress import Steps
+from pipeline.progress import Steps, counted
 from pipeline.records import digest, put_blob
 from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 
-STAGE, VERSION = "generation", 3
+STAGE, VERSION = "generation", 4
 ROWS = 64  # of a shard
+COLUMNS = ("key", "prompt", "seed")  # of a row, that its tables and JSON repeat
+SETTINGS = "settings.json"
+log = logging.getLogger("unclip")
 
 
 @dataclass(frozen=True)
@@ -47,22 +52,30 @@ class GenerationRecipe:
 def generate(
     store: Store,
     bundle: Artifact,
-    parts: Iterable[Mapping[str, Sequence[Any]]],
+    parts: Iterable[Mapping[str, list[Any]]],
     recipe: GenerationRecipe,
     settings: GenerationSettings,
     ray: RaySettings,
+    to: Path | None = None,
 ) -> Artifact:
     """The artefact of these prompts' pictures, of parts as ``read_prompts`` gives them; what is made is not made again.
 
     Its shards have a webdataset tar "images" (KEY.png, KEY.txt, KEY.json) and a table "pictures" (key, prompt, seed,
     similarity of picture and prompt by the bundle's CLIP, status, reason). Raises UserError for options that the bundle
-    cannot take.
+    cannot take, and, before anything is drawn, for a folder ``to`` that ``export`` would refuse.
     """
-    blobs = [(put_blob(store, write_table(dict(part))), len(part["key"])) for part in parts]
+    blobs, lost = [], Counter[str]()
+    for part in parts:
+        blobs.append((put_blob(store, write_table(_typed(part))), len(part["key"])))
+        lost.update(reason for reason in part["reject"] if reason)
+    if lost:
+        log.warning("not drawn: %s", ", ".join(f"{counted(n, 'row')} {reason}" for reason, n in lost.items()))
     inputs = {"bundle": bundle.key, "prompts": digest([blob for blob, _ in blobs])}
     config = SimpleNamespace(run=SimpleNamespace(ray=ray))
     listed = Artifact("prompts", inputs["prompts"], {}, {}, Ledger())
     key = artifact_key(STAGE, VERSION, recipe, inputs)
+    if to is not None:
+        check_folder(to, _about(key, inputs, flatten(recipe)))
     ctx = Context(store, STAGE, VERSION, key, recipe, settings, {"bundle": bundle, "prompts": listed}, config)
     tasks = [
         ShardTask(
@@ -90,11 +103,12 @@ class MakeGenerator:
         import torch
 
         from models.cascade import UnCLIP
+        from pipeline.training.world import choose_device
 
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             materialise(self.store, self.bundle, folder)
-            unclip = UnCLIP.from_folder(folder, self.device)
+            unclip = UnCLIP.from_folder(folder, choose_device(self.device))
         return Generator(self.store, unclip, self.recipe)
 
 
@@ -107,7 +121,7 @@ class Generator:
     def __call__(self, task: ShardTask) -> ShardOutput:
         steps = Steps()
         rows = read_table(self.store, task.inputs["prompts"].blobs["prompts"]).to_pylist()
-        reasons = [None if self._short(row["prompt"]) else "prompt_too_long" for row in rows]
+        reasons = [row["reject"] or (None if self._short(row["prompt"]) else "prompt_too_long") for row in rows]
         kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         similarity: dict[str, float] = {}
         out = io.BytesIO()
@@ -120,9 +134,9 @@ class Generator:
                     scores = self._score(images, [row["prompt"] for row in part])
                 for row, image, score in zip(part, images, scores, strict=True):
                     similarity[row["key"]] = score
-                    _add(tar, row, image, score)
+                    _add(tar, {name: row[name] for name in COLUMNS}, image, score)
         columns = {
-            **{name: [row[name] for row in rows] for name in ("key", "prompt", "seed")},
+            **{name: [row[name] for row in rows] for name in COLUMNS},
             "similarity": [similarity.get(row["key"]) for row in rows],
             "status": ["kept" if reason is None else "rejected" for reason in reasons],
             "reason": reasons,
@@ -189,17 +203,34 @@ def _typed(columns: Mapping[str, list[Any]]) -> Any:
     return pa.table({name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()})
 
 
+def _about(key: str, inputs: Mapping[str, str], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder's settings.json says of the pictures in it."""
+    return {"key": key, **inputs, **recipe}
+
+
+def check_folder(folder: Path, about: Mapping[str, Any]) -> None:
+    """Raises UserError where a folder holds other pictures than those of ``about``, and says in what they differ."""
+    try:
+        there = json.loads((folder / SETTINGS).read_bytes())
+        differing = [name for name in sorted({*about, *there} - {"key"}) if about.get(name) != there.get(name)]
+        why = f"of other {' and '.join(differing)}" if differing else "of another version of this program"
+    except FileNotFoundError:
+        there, why = (None if any(folder.glob("[0-9]" * 5 + ".*")) else about), f"without a {SETTINGS} that names them"
+    except (ValueError, TypeError, AttributeError):
+        there, why = None, f"and its {SETTINGS} cannot be read"
+    if there != about:
+        raise UserError(f"{folder} holds pictures {why}; name another folder with --to, or delete it")
+
+
 def export(store: Store, made: Artifact, folder: Path) -> Iterator[Path]:
     """Write a tar and a table for each shard, and settings.json; yields the paths of the tars.
 
     Raises UserError where the folder holds the pictures of other prompts, or of other settings.
     """
-    about = json.dumps({"key": made.key, "bundle": made.inputs["bundle"], **made.recipe}, indent=2, sort_keys=True)
-    settings = folder / "settings.json"
-    if settings.exists() and settings.read_text() != about:
-        raise UserError(f"{folder} holds other pictures; name another folder with --to, or delete it")
+    about = _about(made.key, made.inputs, made.recipe)
+    check_folder(folder, about)
     folder.mkdir(parents=True, exist_ok=True)
-    settings.write_text(about)
+    (folder / SETTINGS).write_text(json.dumps(about, indent=2, sort_keys=True))
     for shard in read_shards(store, made):
         names = {f"{shard.number:05d}.tar": "images", f"{shard.number:05d}.parquet": "pictures"}
         materialise(store, {name: shard.blobs[blob] for name, blob in names.items()}, folder)

@@ -130,6 +130,15 @@ def living_nodes(ray: Any) -> list[tuple[str, Node]]:
     ]
 
 
+def count_gpus(settings: RaySettings, here: bool) -> float:
+    """Returns how many GPUs there are: those that torch can use ``here``, or on a cluster those of all its nodes."""
+    if here or "RAY_ADDRESS" not in os.environ:
+        import torch
+
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return sum(node.gpus for _, node in living_nodes(start_ray(settings)))
+
+
 def ask_every_node(ray: Any, question: Callable[[], Any], timeout_s: float) -> list[tuple[Node, Any]]:
     """Call ``question`` on every living node. A node that gives no answer has the exception that says why."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -1,67 +1,196 @@
-"""Lists of prompts: a text file with one a line, or a Parquet file with a column of them."""
+"""Lists of prompts: a text file with one a line, or a column of a table."""
 
 from __future__ import annotations
 
+import csv
+import json
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 
-COLUMNS = ("prompt", "caption")  # of a Parquet file, the first that is there
+COLUMNS = ("prompt", "caption", "text")  # the first of these that a table has, whatever its case
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLES = (*DELIMITERS, ".jsonl", ".parquet")
+KINDS = f".txt with a prompt a line, or a {', '.join(TABLES[:-1])} or {TABLES[-1]} with a column of them"
+SEED = "seed"
+LARGEST_SEED = 2**63 - 1
+SPAN = 100  # lines that a quoted value may stand on; a quote that nothing closes costs its own line
+Row = Mapping[str, Any] | None  # None: a line that could not be parsed
 
 
-def read_prompts(path: Path, seed: int, size: int) -> Iterator[dict[str, list[Any]]]:
-    """Parts of at most ``size`` rows, in order: columns "key", "prompt" and "seed".
+def find_column(path: Path, asked: str | None = None) -> str | None:
+    """Returns the column of a table that holds the prompts, ``asked`` or one with a known name; None for a text file.
 
-    Row i has the key of its number, ten digits, and the seed ``seed`` + i, unless a Parquet file has a column "seed".
-    Of a text file, empty lines are no rows. Raises UserError for a file that cannot be read, and for seeds below 0.
+    Raises UserError for a file of another kind, one that cannot be read, and one without that column.
     """
-    number, part = 0, {"key": [], "prompt": [], "seed": []}  # type: ignore[var-annotated]
-    for row in _rows(path):
-        own = seed + number if row.get("seed") is None else row["seed"]
-        if own < 0:
-            raise UserError(f"{path}: row {number + 1} has the seed {own}, which is below 0")
-        for name, value in (("key", f"{number:010d}"), ("prompt", row["prompt"] or ""), ("seed", own)):
-            part[name].append(value)
-        number += 1
-        if len(part["key"]) == size:
+    kind = path.suffix.lower()
+    if kind not in (".txt", *TABLES):
+        raise UserError(f"{path}: not a list of prompts; give a {KINDS}")
+    if kind == ".txt":
+        if asked:
+            raise UserError(f"{path}: a text file has no column {asked}; leave --column out")
+        return None
+    with _refusing(path):
+        names = _names(path)
+    known = [name for word in COLUMNS for name in names if name.lower() == word]
+    found = [name for name in names if name == asked] if asked else known
+    if not found:
+        wanted = asked or f"{', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}"
+        raise UserError(f"{path}: no column {wanted}; it has {', '.join(names) or 'none'}; name one with --column")
+    return found[0]
+
+
+def read_prompts(path: Path, seed: int, size: int, column: str | None = None) -> Iterator[dict[str, list[Any]]]:
+    """Yields parts of at most ``size`` rows, in order: columns "key", "prompt", "seed" and "reject".
+
+    Row i has the key of its number, ten digits, and the seed ``seed`` + i, unless a table has a column "seed". A row
+    that cannot be drawn has the reason why in "reject", all others None. Of a text file, empty lines are not rows.
+    Raises UserError as ``find_column`` does, and for a list without a row.
+    """
+    column = find_column(path, column)
+    number = 0
+    with _refusing(path):
+        rows = _lines(path) if column is None else _table(path, column)
+        while block := list(islice(rows, size)):
+            part: dict[str, list[Any]] = {"key": [], "prompt": [], "seed": [], "reject": []}
+            for row in block:
+                checked = (f"{number:010d}", *_checked(row, seed + number))
+                for values, value in zip(part.values(), checked, strict=True):
+                    values.append(value)
+                number += 1
             yield part
-            part = {name: [] for name in part}
-    if part["key"]:
-        yield part
     if number == 0:
         raise UserError(f"{path}: no prompts in it")
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _checked(row: Row, seed: int) -> tuple[str, int, str | None]:
+    """The prompt of a row, its seed, and why it cannot be drawn."""
+    unreadable = ("", seed, "unreadable_row")
+    if row is None:
+        return unreadable
+    prompt, own = row["prompt"], row.get(SEED)
+    if isinstance(prompt, list):  # several captions of one image: the first
+        prompt = prompt[0] if prompt else None
     try:
-        if path.suffix == ".parquet":
-            yield from _of_parquet(path)
-            return
-        with open(path, encoding="utf-8") as lines:
-            for line in lines:
-                if text := line.strip():
-                    yield {"prompt": text}
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read ({e}); give a UTF-8 text file, a prompt a line, or a .parquet") from e
+        text = prompt.decode() if isinstance(prompt, bytes) else "" if prompt is None else prompt
+        own = own.decode() if isinstance(own, bytes) else own
+        own = seed if own in (None, "") else int(own) if isinstance(own, float) and own.is_integer() else int(str(own))
+        text.encode()
+    except (ValueError, AttributeError):  # no text, text with halves of characters, a seed that is not a whole number
+        return unreadable
+    if not 0 <= own <= LARGEST_SEED:
+        return unreadable
+    return text.strip(), own, None if text.strip() else "no_caption"
 
 
-def _of_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+def _lines(path: Path) -> Iterator[Row]:
+    for line in _utf8(path):
+        if line is None or line.strip():
+            yield None if line is None else {"prompt": line}
+
+
+def _names(path: Path) -> list[str]:
+    """The columns of a table: of a .jsonl file, the names in its first row that can be parsed."""
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_schema(path).names
+    if kind == ".jsonl":
+        return next((list(row) for row in _jsonl(path) if row is not None), [])
+    return next(_records(path), None) or []
+
+
+def _table(path: Path, column: str) -> Iterator[Row]:
+    kind = path.suffix.lower()
+    rows = _parquet(path, column) if kind == ".parquet" else _jsonl(path) if kind == ".jsonl" else _delimited(path)
+    for row in rows:
+        yield None if row is None else {"prompt": row.get(column), SEED: row.get(SEED)}
+
+
+def _parquet(path: Path, column: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    file = pq.ParquetFile(path)
+    wanted = [name for name in dict.fromkeys((column, SEED)) if name in file.schema_arrow.names]
+    for batch in file.iter_batches(columns=wanted, batch_size=1024):
+        # As bytes: a single value that is not UTF-8 would end the list.
+        columns = [c.cast(pa.large_binary()) if pa.types.is_string(c.type) else c for c in batch.columns]
+        yield from pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    for line in _utf8(path):
+        if line is None or line.strip():
+            yield _object(line or "")
+
+
+def _object(line: str) -> Row:
     try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        column = next((name for name in COLUMNS if name in names), None)
-        if column is None:
-            raise UserError(f"{path}: no column {' or '.join(COLUMNS)}; it has {', '.join(names)}")
-        wanted = [column] + (["seed"] if "seed" in names else [])
-        for batch in file.iter_batches(columns=wanted, batch_size=1024):
-            for row in batch.cast(
-                pa.schema([(n, pa.int64() if n == "seed" else pa.string()) for n in wanted])
-            ).to_pylist():
-                yield {"prompt": row[column], "seed": row.get("seed")}
-    except pa.ArrowException as e:
-        raise UserError(f"{path}: cannot be read as Parquet ({' '.join(str(e).split())})") from e
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _delimited(path: Path) -> Iterator[Row]:
+    records = _records(path)
+    names = next(records, None) or []
+    for record in records:
+        yield dict(zip(names, record, strict=True)) if record and len(record) == len(names) else None
+
+
+def _records(path: Path) -> Iterator[list[str] | None]:
+    """The records of a .csv or .tsv file, empty lines left out; None for a line that is not a part of one."""
+    lines, waiting = _utf8(path), deque[str | None]()
+    while waiting or (waiting := deque(islice(lines, 1))):
+        first = waiting.popleft()
+        text, taken = first or "", 0
+        while (record := _record(text, path)) is None and first is not None and taken < SPAN:
+            waiting.extend(islice(lines, max(0, taken + 1 - len(waiting))))
+            if len(waiting) <= taken or (more := waiting[taken]) is None:
+                break
+            text, taken = text + more, taken + 1
+        if record is None or first is None:
+            yield None
+            continue
+        for _ in range(taken):
+            waiting.popleft()
+        if record:
+            yield record
+
+
+def _record(text: str, path: Path) -> list[str] | None:
+    """The values of one record, none of an empty line; None where a quote is still open or stands where none may."""
+    try:
+        (record,) = csv.reader([text], delimiter=DELIMITERS[path.suffix.lower()], strict=True)
+    except (csv.Error, ValueError):
+        return None
+    return record
+
+
+def _utf8(path: Path) -> Iterator[str | None]:
+    """The lines of a text file; None for one that is not UTF-8."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines):
+            try:
+                yield line.decode("utf-8" if number else "utf-8-sig")
+            except UnicodeDecodeError:
+                yield None
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turns what keeps a list from being read into a UserError."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException) as e:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(e).split())}); give a {KINDS}") from e

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Mapping
@@ -16,14 +17,17 @@ from pipeline.artifacts import Artifact, publish_artifact
 from pipeline.bundle import materialise
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
-from pipeline.progress import Progress
+from pipeline.progress import Progress, counted
 from pipeline.records import put_blob
 from pipeline.store import Store
 
 if TYPE_CHECKING:
+    import torch
+
     from models.cascade import UnCLIP
 
 VERSION = 4
+log = logging.getLogger("unclip")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,33 @@ def png(pixels: Any, text: Mapping[str, str]) -> bytes:
     return out.getvalue()
 
 
+def open_bundle(folder: str | Path, device: str = "auto") -> UnCLIP:
+    """Loads a bundle to draw with in this process, and says on which device.
+
+    Raises UserError for a device that is not there, and as ``UnCLIP.from_folder`` does.
+    """
+    from models.cascade import UnCLIP
+
+    return UnCLIP.from_folder(folder, drawing_device(device))
+
+
+def drawing_device(name: str = "auto") -> torch.device:
+    """Returns a device of ``choose_device`` to draw on, says which it is, and takes all cores. Raises UserError."""
+    import torch
+
+    from pipeline.training.launch import cores
+    from pipeline.training.world import choose_device
+
+    device = choose_device(name)
+    use_all_cores()
+    if device.type == "cuda":
+        log.info("drawing on %s, %s", device, torch.cuda.get_device_name(device))
+    else:
+        why = "" if torch.cuda.is_available() else ": torch finds no GPU"
+        log.info("drawing on the CPU, %s%s", counted(cores(), "core"), why)
+    return device
+
+
 def use_all_cores() -> None:
     """Ray and job runners lower the number of threads in the environment; one process that samples wants them all."""
     import torch
@@ -110,13 +141,10 @@ def use_all_cores() -> None:
 
 def run_samples(ctx: Context) -> Artifact:
     """Sample every caption of the recipe."""
-    from models.cascade import UnCLIP
-
-    use_all_cores()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
-        unclip = UnCLIP.from_folder(folder)
+        unclip = open_bundle(folder)
         samples = [make_sample(unclip, text, ctx.recipe.seed + i, {}) for i, text in enumerate(ctx.recipe.captions)]
     blobs = {}
     for i, sample in enumerate(samples):

@@ -51,13 +51,11 @@ def run_evaluation(ctx: Context) -> Artifact:
     from pipeline.evaluate.evaluation import GUIDANCES, Evaluation
     from pipeline.evaluate.inception import load_inception, package_versions
     from pipeline.evaluate.judge import load_judge
-    from pipeline.samples import use_all_cores
+    from pipeline.samples import drawing_device
     from pipeline.training.watch import png
-    from pipeline.training.world import choose_device
 
-    use_all_cores()
     began = time.monotonic()
-    device = choose_device("auto")
+    device = drawing_device()
     judge = load_judge(ctx.recipe.judge, device)
     inception = load_inception(ctx.recipe.inception, device)
     with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.errors import UserError
 from pipeline.training.sharding import gather_gradients, spread, whole
 
 T = TypeVar("T")
@@ -123,8 +124,20 @@ class World:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    """Returns the device of a name: "auto" is the first GPU, or the CPU where torch can use none; else as torch writes
+    it. Raises UserError for a name that torch does not know, and for a GPU that it cannot use."""
+    there = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if there else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name}: unknown; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not there:
+        raise UserError(
+            f"device {name}: torch finds no GPU here; use auto or cpu, or install a driver and torch for CUDA"
+        )
+    return device
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import pipeline.generation
+from jobs.cli import main
 from tests.chain import done, unclip
 from tests.pipeline.test_generation import publish_bundle
 
@@ -35,6 +37,46 @@ def test_a_worker_that_dies_costs_no_picture(tmp_path: Path) -> None:
     assert (tmp_path / "killed").exists()
     assert len(outputs[0]) == 2 * 3 + 1
     assert outputs[0] == outputs[1]
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list, a bundle's output folder here, and the folders that a drawing was begun for."""
+    _, bundle = publish_bundle(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": bundle.key}))
+    Path("list.csv").write_text("url,caption\nhttp://a/b,a red fox\n")
+    begun: list[str] = []
+    draw = pipeline.generation.map_shards
+    monkeypatch.setattr(pipeline.generation, "map_shards", lambda ctx, *rest: begun.append(ctx.key) or draw(ctx, *rest))
+    return begun
+
+
+FEW = ("--from", "out", "--workers", "0", "--batch", "1", "--set", "decoder_steps=2", "--set", "prior_steps=2")
+
+
+def test_a_folder_of_other_pictures_is_refused_before_drawing(
+    drawn: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "list.csv", *FEW, "-o", "made"]
+    assert main([*words, "--set", "size=64"]) == 0
+    assert "prompts: column caption of list.csv\n1 picture, " in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in Path("made").iterdir()}
+    for change, says in (
+        (["--set", "size=256"], "of other options"),
+        (["--set", "size=64", "--batch", "2"], "of other batch"),
+        (["--set", "size=64", "--seed", "2"], "of other prompts"),
+    ):
+        assert main([*words, *change]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error == f"error: made holds pictures {says}; name another folder with --to, or delete it"
+    Path("made/settings.json").unlink()
+    assert main([*words, "--set", "size=64"]) == 2
+    assert "made holds pictures without a settings.json" in capsys.readouterr().err
+    assert len(drawn) == 1
+    before.pop("settings.json")
+    assert {path.name: path.read_bytes() for path in Path("made").iterdir()} == before
 
 
 def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:

@@ -114,8 +114,22 @@ def test_a_damaged_shard_is_made_again(bundle: tuple[Store, Artifact], tmp_path:
 def test_a_folder_of_other_pictures_is_left_alone(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
     store = bundle[0]
     list(export(store, run(bundle, text(tmp_path, PROMPTS[:1])), tmp_path / "out"))
-    with pytest.raises(UserError, match="out holds other pictures; name another folder"):
+    with pytest.raises(UserError, match="out holds pictures of other prompts; name another folder"):
         list(export(store, run(bundle, text(tmp_path, PROMPTS[:1]), seed=7), tmp_path / "out"))
+
+
+def test_a_row_that_cannot_be_drawn_costs_itself(
+    bundle: tuple[Store, Artifact], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said before anything is drawn, counted, and in the table with its reason."""
+    store = bundle[0]
+    path = tmp_path / "prompts.csv"
+    path.write_bytes(b'caption\na red fox\n""\n"open\ncaf\xe9\nthe sea\n')
+    with caplog.at_level("WARNING", "unclip"):
+        made = run(bundle, path)
+    assert caplog.messages == ["not drawn: 1 row no_caption, 2 rows unreadable_row"]
+    assert made.ledger == Ledger(kept=2, rejected={"no_caption": 1, "unreadable_row": 2})
+    assert list(pictures(store, made, tmp_path / "out")) == [("a red fox", 0), ("the sea", 4)]
 
 
 @pytest.mark.parametrize(
@@ -131,25 +145,3 @@ def test_options_that_the_bundle_cannot_take_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run(bundle, text(tmp_path, PROMPTS), seed=120, recipe=GenerationRecipe(options))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.txt", None, "cannot be read"),
-        ("empty.txt", b"\n \n", "no prompts in it"),
-        ("latin.txt", "é".encode("latin-1"), "give a UTF-8 text file"),
-        ("bad.parquet", b"PAR1", "cannot be read as Parquet"),
-        ("other.parquet", {"text": ["a"]}, "no column prompt or caption; it has text"),
-        ("seeds.parquet", {"caption": ["a", "b"], "seed": [0, -1]}, "row 2 has the seed -1, which is below 0"),
-        ("words.parquet", {"caption": ["a"], "seed": ["x"]}, "cannot be read as Parquet"),
-    ],
-)
-def test_lists_that_cannot_be_read_are_named(tmp_path: Path, name: str, content: Any, message: str) -> None:
-    path = tmp_path / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content:
-        pq.write_table(pa.table(content), path)
-    with pytest.raises(UserError, match=f"{name}: .*{message}"):
-        list(read_prompts(path, 0, 2))

@@ -1,0 +1,164 @@
+"""Whatever draws uses a GPU where there is one, says what it draws on, and leaves the choice to ``--device``.
+
+No test machine has a GPU: torch is told that there is one, and models stay on the CPU, after they were asked to go.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import pipeline.evaluate.judge
+import pipeline.generation
+from jobs.cli import main
+from models.cascade import UnCLIP
+from pipeline.artifacts import Artifact
+from pipeline.errors import UserError
+from pipeline.evaluate.recipe import EvaluationRecipe
+from pipeline.evaluate.stage import run_evaluation
+from pipeline.graph import Context
+from pipeline.samples import SamplesRecipe, run_samples
+from pipeline.settings import GenerationSettings
+from pipeline.store import Store
+from pipeline.training.world import choose_device
+from tests.jobs.test_notebook import of_type
+from tests.pipeline.test_generation import publish_bundle
+
+FEW = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, Artifact]:
+    """A bundle in the output folder out/nano of the current folder."""
+    store, bundle = publish_bundle(tmp_path)
+    (tmp_path / "out/nano").mkdir(parents=True)
+    (tmp_path / "out/nano/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": bundle.key}))
+    monkeypatch.chdir(tmp_path)
+    return store, bundle
+
+
+@pytest.fixture
+def asked(bundle: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The devices that bundles are opened on, on a machine with two GPUs."""
+    devices: list[str] = []
+    load = UnCLIP.from_folder
+
+    def open_on(folder: Path, device: torch.device | str = "cpu") -> UnCLIP:
+        devices.append(str(device))
+        return load(folder)
+
+    monkeypatch.setattr(UnCLIP, "from_folder", open_on)
+    monkeypatch.setattr("pipeline.samples.use_all_cores", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
+    return devices
+
+
+def context(bundle: tuple[Store, Artifact], stage: str, recipe: Any) -> Context:
+    return Context(bundle[0], stage, 1, "d" * 64, recipe, None, {"bundle": bundle[1]}, None)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [((), "cuda"), (("--device", "cpu"), "cpu"), (("--device", "cuda"), "cuda")]
+)
+def test_sample_and_edit_draw_on_a_gpu(
+    device: tuple[str, ...], expected: str, asked: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (80, 80), "red").save("red.png")
+    with caplog.at_level("INFO", "unclip"):
+        assert main(["sample", "a red fox", *FEW, *device]) == 0
+        assert main(["edit", "reconstruct", "red.png", *FEW, *device]) == 0
+    assert asked == [expected] * 2
+    said = [message for message in caplog.messages if message.startswith("drawing on ")]
+    assert len(said) == 2
+    assert said[0].startswith("drawing on cuda, H100" if expected == "cuda" else "drawing on the CPU, ")
+
+
+def test_the_stages_and_the_notebook_draw_on_a_gpu(
+    asked: list[str], bundle: tuple[Store, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_sample = pipeline.samples.make_sample
+    few = {"size": 64, "decoder_steps": 2, "prior_steps": 2}
+    monkeypatch.setattr(pipeline.samples, "make_sample", lambda *words: make_sample(*words[:3], few))
+    run_samples(context(bundle, "samples", SamplesRecipe()))
+
+    def load(_: object, device: torch.device) -> None:
+        asked.append(str(device))
+        raise InterruptedError
+
+    monkeypatch.setattr(pipeline.evaluate.judge, "load_judge", load)
+    with pytest.raises(InterruptedError):
+        run_evaluation(context(bundle, "evaluation", EvaluationRecipe()))
+    Path("docs").mkdir()
+    monkeypatch.chdir("docs")
+    exec(of_type("code")["load"], {})
+    assert asked == ["cuda"] * 3
+
+
+@pytest.mark.parametrize(
+    ("words", "workers", "gpus", "says"),
+    [
+        ((), 2, 1.0, "1 GPU in each of 2 workers"),
+        (("--workers", "5"), 5, 1.0, "1 GPU in each of 5 workers"),
+        (("--gpus", "0.5"), 2, 0.5, "0.5 GPU in each of 2 workers"),
+        (("--workers", "0"), 0, 1.0, "1 GPU"),
+        (("--device", "cpu"), 2, 0.0, "one core of the CPU in each of 2 workers"),
+        (("--gpus", "0", "--workers", "1"), 1, 0.0, "one core of the CPU in each of 1 worker"),
+    ],
+)
+def test_generate_gives_each_worker_a_gpu(
+    words: tuple[str, ...],
+    workers: int,
+    gpus: float,
+    says: str,
+    asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given: list[tuple[GenerationSettings, str]] = []
+
+    def work(ctx: Context, _: object, make: pipeline.generation.MakeGenerator, *__: object) -> Artifact:
+        given.append((ctx.settings, make.device))
+        make()
+        raise InterruptedError
+
+    monkeypatch.setattr(pipeline.generation, "map_shards", work)
+    Path("list.txt").write_text("a red fox\n")
+    with caplog.at_level("INFO", "unclip"), pytest.raises(InterruptedError):
+        main(["generate", "list.txt", *words])
+    device = "cuda" if gpus else "cpu"
+    assert given == [(GenerationSettings(workers=workers, gpus=gpus), device)]
+    assert asked == [device]
+    assert f"drawing on {says}" in caplog.messages
+
+
+@pytest.mark.usefixtures("bundle")
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("sample", "a red fox", "--device", "cuda"), "device cuda: torch finds no GPU here; use auto or cpu"),
+        (("edit", "priors", "a red fox", "--device", "cuda"), "device cuda: torch finds no GPU here; use auto or cpu"),
+        (("generate", "list.txt", "--device", "cuda"), "--device cuda: there is no GPU to draw on"),
+        (("generate", "list.txt", "--device", "cpu", "--gpus", "1"), "--gpus 1 and --device cpu exclude each other"),
+        (("generate", "list.txt", "--workers", "0", "--gpus", "1"), "device cuda: torch finds no GPU here"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_a_line(
+    words: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("list.txt").write_text("a red fox\n")
+    assert main(list(words)) == 2
+    error = capsys.readouterr().err
+    assert f"error: {says}" in error
+    assert "Traceback" not in error
+
+
+def test_a_device_that_torch_does_not_know_is_a_line() -> None:
+    with pytest.raises(UserError, match="device gpu: unknown; use auto, cpu or cuda"):
+        choose_device("gpu")
+    assert choose_device("cpu") == torch.device("cpu")

@@ -1,0 +1,102 @@
+"""``unclip sample``: a file for every request, whatever the script of its caption, and the same for the same one."""
+
+import itertools
+import json
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from jobs.cli import main
+from jobs.sample import SLUG_BYTES, file_name, slug
+from tests.models.test_cascade import make
+from tests.pipeline.test_generation import publish_bundle
+
+FEW = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
+Sample = Callable[..., list[str]]
+
+
+@pytest.fixture
+def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sample:
+    """Runs ``unclip sample`` in a folder with the bundle of a run, and returns the files that it names."""
+    _, bundle = publish_bundle(tmp_path)
+    (tmp_path / "out/nano").mkdir(parents=True)
+    (tmp_path / "out/nano/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": bundle.key}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.samples.use_all_cores", lambda: None)
+
+    def run(*words: str) -> list[str]:
+        assert main(["sample", *words, *FEW]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_requests_that_differ_have_files_of_their_own(sample: Sample) -> None:
+    """Captions of other scripts, of other case and marks alone, and other settings."""
+    files = sample("a red heart", "寺", "красное сердце", "A red heart!", "❤️", "")
+    other = [sample("a red heart", *more)[0] for more in (("--set", "decoder_guidance=2"), ("--set", "prior=ar"))]
+    assert len({name.casefold() for name in (*files, *other)}) == 8
+    assert Path(files[1]).name.startswith("寺-")
+    assert Path(files[2]).name.startswith("красное-сердце-")
+    assert sample("a red heart")[0] == files[0]
+    assert sample("a red heart", "--set", "candidates=2")[0] == files[0]  # the bundle's own value
+    assert len(list(Path("out/nano/samples").iterdir())) == 8
+
+
+def test_another_bundle_has_other_files(sample: Sample, tmp_path: Path) -> None:
+    (first,) = sample("a red heart")
+    from dataclasses import replace
+
+    from pipeline.artifacts import Artifact, publish_artifact
+    from pipeline.ledger import Ledger
+    from pipeline.records import put_blob
+    from pipeline.store import open_store
+
+    replace(make(), ar_prior=None, codec=None).save(tmp_path / "second")
+    store = open_store(str(tmp_path / "store"))
+    files = [path for path in (tmp_path / "second").rglob("*") if path.is_file()]
+    blobs = {str(path.relative_to(tmp_path / "second")): put_blob(store, path) for path in files}
+    publish_artifact(store, Artifact("bundle", "c" * 64, {}, {}, Ledger(), blobs), 0.0)
+    Path("out/nano/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": "c" * 64}))
+    (second,) = sample("a red heart")
+    assert second != first
+
+
+def test_a_folder_of_ones_own_and_settings_in_the_file(sample: Sample) -> None:
+    (file,) = sample("a cät", "-o", "mine/here", "--seed", "3")
+    assert Path(file).parent == Path("mine/here")
+    text: Any = Image.open(file).info
+    assert (text["caption"], text["seed"]) == ("a cät", "3")
+    assert json.loads(text["settings"])["decoder_steps"] == 2
+
+
+HOSTILE = ["../../etc/passwd", "CON", "a/b\\c:d*e?f", "‮evil‬", "\0", "é" * 200, "e\u0301" * 200, "\u0301", "İ", "ﬁ", "ẞ"]
+
+
+@pytest.mark.parametrize("caption", [*HOSTILE, "한국어", "ภาษาไทย", "हिन्दी", "العربية", "\U0001f408"])
+def test_a_slug_is_safe_on_every_file_system(caption: str) -> None:
+    found = slug(caption)
+    assert 0 < len(found.encode()) <= SLUG_BYTES
+    assert found == unicodedata.normalize("NFC", found)
+    assert not set(found) & set('/\\:*?"<>|. \0')
+    assert all(unicodedata.category(c)[0] in "LMN" or c == "-" for c in found)
+    assert unicodedata.category(found[0])[0] != "M"
+
+
+def test_marks_of_a_script_stay() -> None:
+    assert slug("हिन्दी ภาษาไทย!") == "हिन्दी-ภาษาไทย"
+    assert slug("e\u0301tude") == "étude"
+
+
+def test_names_differ_wherever_requests_do() -> None:
+    captions = ["a cat", "A cat", "a cat.", "a, cat", "a  cat", "a cat\n"]
+    names = {
+        file_name(caption, {"caption": caption, "steps": steps}, 0)
+        for caption, steps in itertools.product(captions, (1, 2))
+    }
+    assert len(names) == 12
+    assert {name.lower() for name in names} == names
