@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from jobs.interrupt import INTERRUPTED, ending_on_ctrl_c, say_interrupted
 from pipeline.errors import UserError
+from pipeline.terminal import printable_streams
 
 COMMANDS = {
     "init": "write a commented configuration for pairs of your own",
@@ -49,7 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run a command; a user's mistake, a disk that is full or closed, or Ctrl-C end it with one line, no traceback."""
+    """Runs a command; a user's mistake, a disk that is full or closed, or Ctrl-C end it with one line, no traceback.
+
+    Nothing that is printed meanwhile controls the terminal.
+    """
+    with printable_streams():
+        return _guarded(command, argv)
+
+
+def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("unclip").setLevel(logging.INFO)
     try:

@@ -17,6 +17,7 @@ from pipeline.data.again import FINAL, gather
 from pipeline.data.forget import Request, find, without
 from pipeline.data.journal import Forgotten, Journal, change_journal, read_journal, with_forgotten
 from pipeline.data.neighbours import SPLITS
+from pipeline.data.references import shown
 from pipeline.data.source import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import UserError
 from pipeline.ledger import DEFERRED, REASONS
@@ -67,8 +68,7 @@ def _search(project: Project, arguments: argparse.Namespace) -> int:
     if not found:
         raise UserError(f"{arguments.config}: its index holds no row to be found; see the rejects in the report")
     for row in found:
-        caption = " ".join(row.caption.split())  # one line a row, whatever is in it
-        print(f"{row.similarity:.4f}\t{row.key}\t{row.split}\t{row.url}\t{caption}")
+        print(f"{row.similarity:.4f}\t{row.key}\t{row.split}\t{_words(shown(row.url))}\t{_words(row.caption)}")
     return 0
 
 
@@ -111,11 +111,11 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
     change_journal(project.store, project.config.project, lambda j: _forgetting(project, j, found.forgotten))
     print(f"{found.rows:,} rows are forgotten")
     for key, reference in found.named:
-        print(f"  {key} {reference}")
+        print(f"  {key} {_words(shown(reference))}")
     if found.rows > len(found.named):
         print(f"  and {found.rows - len(found.named):,} more")
     if found.unseen:
-        print(f"{len(found.unseen):,} references are not in the list yet, such as {found.unseen[0]}")
+        print(f"{len(found.unseen):,} references are not in the list yet, such as {shown(found.unseen[0])}")
     after = open_project(config, arguments.overrides)
     print_changes(before, after.plan())
     print(
@@ -150,6 +150,11 @@ def _listed(project: Project) -> list[SourceShard]:
     """The shards of the list, stored."""
     journal = read_journal(project.store, project.config.project)
     return scan(project.config.source, project.store, write=True, journal=journal).shards
+
+
+def _words(text: str) -> str:
+    """Returns text on one line, whatever is in it."""
+    return " ".join(text.split())
 
 
 def _lines(path: str | None) -> list[str]:

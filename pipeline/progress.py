@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Self, TextIO, TypeVar
 
+from pipeline.terminal import printable
+
 T = TypeVar("T")
 END = object()
 
@@ -64,7 +66,9 @@ class Line:
     """Text rewritten in place on a terminal, printed every ``every_s`` seconds in a log. Use as a context manager."""
 
     def __init__(self, every_s: float = 10.0, stream: TextIO | None = None):
-        self.stream = stream or sys.stderr
+        stream = stream or sys.stderr
+        # A line that is rewritten in place needs what is kept from all other text.
+        self.stream: TextIO = getattr(stream, "unfiltered", stream)
         self.shown = time.monotonic()
         self.every = 0.2 if self.stream.isatty() else every_s
 
@@ -86,7 +90,8 @@ class Line:
         if now - self.shown < self.every:
             return
         self.shown = now
-        self.stream.write(f"\r\033[K  {text()}" if self.stream.isatty() else f"  {text()}\n")
+        said = printable(text())
+        self.stream.write(f"\r\033[K  {said}" if self.stream.isatty() else f"  {said}\n")
         self.stream.flush()
 
 

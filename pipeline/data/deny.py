@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.data.opener import Refused, normal_url
+from pipeline.data.references import comparable, shown
 from pipeline.errors import UserError
 from pipeline.parse import ContentFile
 from pipeline.records import put_blob, read_blob
@@ -21,8 +22,8 @@ from pipeline.store import Store
 
 @dataclass(frozen=True)
 class DenyLists:
-    """Entries by kind, in one spelling: hosts, each with all below it; URLs without scheme; sha256 in lower-case hex,
-    of bytes as fetched."""
+    """Entries by kind, in one spelling: hosts, each with all below it; URLs as ``comparable`` returns them; sha256 in
+    lower-case hex, of bytes as fetched."""
 
     hosts: frozenset[str] = frozenset()
     urls: frozenset[str] = frozenset()
@@ -30,8 +31,8 @@ class DenyLists:
 
     def url(self, url: str) -> str | None:
         """The entry that denies a normal URL (see opener.normal_url), as text, or None."""
-        if _without_scheme(url) in self.urls:
-            return f"deny_urls: {url}"
+        if comparable(url) in self.urls:
+            return f"deny_urls: {shown(url)}"
         labels = (urlsplit(url).hostname or "").split(".")
         names = (".".join(labels[i:]) for i in range(len(labels)))
         return next((f"deny_hosts: {name}" for name in names if name in self.hosts), None)
@@ -83,11 +84,7 @@ def _host(text: str) -> str:
 
 
 def _url(text: str) -> str:
-    return _without_scheme(normal_url(text))
-
-
-def _without_scheme(url: str) -> str:
-    return url.partition("://")[2]
+    return comparable(normal_url(text))
 
 
 def _sha256(text: str) -> str:

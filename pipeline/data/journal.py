@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.crash import crash_point
+from pipeline.data.references import comparable
 from pipeline.errors import UserError
 from pipeline.store import Store
 
@@ -48,8 +49,8 @@ NOTHING = Journal()
 
 
 def reference_mark(url: str) -> str:
-    """The name under which a reference is forgotten: sha256 of it, without the white space around it."""
-    return hashlib.sha256(url.strip().encode()).hexdigest()
+    """Returns the name under which a reference is forgotten: sha256 of its comparable form."""
+    return hashlib.sha256(comparable(url).encode()).hexdigest()
 
 
 def journal_path(project: str) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pipeline.data.imported import embedding_reference, is_embeddings, metadata_parts
+from pipeline.data.references import without_password
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -188,12 +189,6 @@ def _table_rows(path: Path, recipe: SourceRecipe) -> Iterator[Row]:
                 yield Row(without_password(str(row[recipe.image_column] or "").strip()), _captions(texts), **fields)
     except (pa.ArrowInvalid, UnicodeDecodeError) as e:
         raise UserError(f"source {path}: cannot be read ({str(e).splitlines()[0]})") from None
-
-
-def without_password(reference: str) -> str:
-    """A reference with *** for what stands before an @ in its place, since many can read a store. It is not fetched:
-    see pipeline.data.opener.normal_url."""
-    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#]*@", r"\1***@", reference)
 
 
 def _batches(path: Path) -> Iterable[Any]:

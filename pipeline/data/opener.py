@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import io
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -117,8 +118,9 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def normal_url(reference: str) -> str:
     """An http(s) URL in the one spelling that everybody sees: the guard, the server, robots.txt and deny lists.
 
-    Host in lower case and ASCII (IDNA), spaces and letters outside ASCII escaped as a browser does, no fragment. Raises
-    Refused for what is none, and for user names and escapes in the host, which parsers read differently.
+    Host in lower case and ASCII (IDNA), spaces and letters outside ASCII escaped as a browser does, no fragment, no
+    ``.`` or ``..`` in the path. Raises Refused for what is none, and for user names and escapes in the host, which
+    parsers read differently.
     """
     try:
         parts = urlsplit(reference)
@@ -130,7 +132,25 @@ def normal_url(reference: str) -> str:
         raise Refused("unsupported_reference")
     usual = {"http": http.client.HTTP_PORT, "https": http.client.HTTPS_PORT}[parts.scheme]
     place = name if port in (None, usual) else f"{name}:{port}"
-    return urlunsplit((parts.scheme, place, quote(parts.path, _SAFE) or "/", quote(parts.query, _SAFE), ""))
+    path = quote(_without_dots(parts.path), _SAFE) or "/"
+    return urlunsplit((parts.scheme, place, path, quote(parts.query, _SAFE), ""))
+
+
+def _without_dots(path: str) -> str:
+    """Resolves the segments ``.`` and ``..`` of a path, escaped ones too, as browsers do (RFC 3986, 5.2.4)."""
+    if "/." not in path and "/%2" not in path:
+        return path
+    kept: list[str] = []
+    segments = path.split("/")[1:]
+    for segment in segments:
+        dots = re.sub("%2e", ".", segment, flags=re.IGNORECASE)
+        if dots == "..":
+            del kept[-1:]
+        elif dots != ".":
+            kept.append(segment)
+    if dots in (".", ".."):
+        kept.append("")
+    return "/" + "/".join(kept)
 
 
 def ask(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.artifacts import NOTE, ShardRow, read_shard, read_table, write_table
+from pipeline.data.references import shown
 from pipeline.store import Store
 
 OPT_OUTS = f"{NOTE}opt_outs"
@@ -19,6 +20,7 @@ def opt_out_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
     import pyarrow as pa
 
     columns: dict[str, Any] = {name: pa.array([row[name] for row in rows]) for name in ("key", "url", "reason")}
+    columns["url"] = pa.array([shown(row["url"]) for row in rows])
     columns["evidence"] = pa.array([row["evidence"].text for row in rows])
     seen = [round(1000 * row["evidence"].seen) for row in rows]
     columns["seen"] = pa.array(seen, pa.timestamp("ms", "UTC"))

@@ -72,7 +72,7 @@ def decide(rules: Iterable[Rule], url: str) -> Rule | None:
     parts = urlsplit(url)
     if parts.path == "/robots.txt":
         return None
-    path = _normal(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", "")
+    path = normal_path(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}")
     found = [rule for rule in rules if _matches(rule.pattern, path)]
     best = max(found, key=lambda rule: (len(rule.pattern), rule.allow), default=None)
     return None if best is None or best.allow else best
@@ -80,11 +80,12 @@ def decide(rules: Iterable[Rule], url: str) -> Rule | None:
 
 def _normal_pattern(value: str) -> str:
     end = "$" if value.endswith("$") else ""
-    return _normal(value.removesuffix("$"), "*") + end
+    return normal_path(value.removesuffix("$"), "*") + end
 
 
-def _normal(text: str, special: str) -> str:
-    """One spelling for one path: escapes in upper case, none for unreserved characters, and for all outside ASCII."""
+def normal_path(text: str, special: str = "") -> str:
+    """Returns the one spelling of a path or a query: escapes in upper case, none for unreserved characters, one for
+    each character outside ASCII, and for those that are not listed here, unless ``special`` has them."""
     pieces = re.split(r"(%[0-9A-Fa-f]{2})", text)
     return "".join(
         _escape(piece) if i % 2 else quote(piece, "!&'()+,/:;=?@[]%" + special) for i, piece in enumerate(pieces)

@@ -23,6 +23,7 @@ from pipeline.artifacts import Artifact, Shard, publish_artifact, read_table, wr
 from pipeline.data.duplicates import HASH, Seen, read_hashes
 from pipeline.data.journal import NOTHING, Journal, read_journal, reference_mark
 from pipeline.data.lists import Row, fingerprint, read_rows
+from pipeline.data.references import comparable
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
@@ -30,7 +31,7 @@ from pipeline.records import create_record, digest, put_blob, read_blob, read_re
 from pipeline.store import Store
 
 VERSION = 1
-LAYOUT = 2  # of the records of segments, which no key counts
+LAYOUT = 3  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
 FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
 LAST_SEGMENT = 999  # a shard's number has eight digits
@@ -207,7 +208,7 @@ class _Cutter:
 
     def references(self, rows: Iterator[Row]) -> Iterator[str]:
         """As they count for duplicates: those that are forgotten leave no hash."""
-        return ("" if self._is_forgotten(row.url) else row.url for row in rows)
+        return ("" if self._is_forgotten(row.url) else comparable(row.url) for row in rows)
 
     def _is_forgotten(self, url: str) -> bool:
         return bool(self.forgotten) and reference_mark(url) in self.forgotten

@@ -14,6 +14,7 @@ from urllib.parse import urljoin, urlsplit
 
 from pipeline.data.opener import Evidence, Guard, Refused, ask, failures_as_reasons, normal_url
 from pipeline.data.politeness import Hosts, retry_after
+from pipeline.data.references import shown
 from pipeline.data.robots import opting_out
 from pipeline.errors import UserError
 
@@ -108,7 +109,7 @@ class Visit:
         if status in (429, 503) and (seconds := retry_after(headers["Retry-After"], time.time())):
             self._access.hosts.hold(host_of(url), seconds)
         if self._picture and status < 400 and (tag := opting_out(headers.get_all("X-Robots-Tag", []))):
-            raise Refused("opted_out", Evidence(f"X-Robots-Tag: {tag[:500]} at {url}", time.time()))
+            raise Refused("opted_out", Evidence(f"X-Robots-Tag: {tag[:500]} at {shown(url)}", time.time()))
         if status in _REDIRECTS and (location := headers["Location"]):
             return _target(url, location)
         if status == 429:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.artifacts import Artifact, read_shards, read_table
+from pipeline.data.references import shown
 from pipeline.ledger import REASONS
 from pipeline.report.duplicates import duplicates
 from pipeline.report.figures import bars, histogram
@@ -173,7 +174,7 @@ def _rejects(store: Store, shards: Sequence[PairsShard], album: Album) -> str:
             said = f"{text(reason)} <bdi>{text(shard.captions.get(row['key'], ''), 90)}</bdi>"
             cells.append(figure(picture, said))
         else:
-            rows.append((text(reason), f"<bdi>{text(row['url'], 120)}</bdi>"))
+            rows.append((text(reason), f"<bdi>{text(shown(row['url']), 120)}</bdi>"))
     pictures = f'<div class="thumbs">\n{"".join(cells)}</div>\n' if cells else ""
     references = table(("reason", "image reference"), rows) if rows else ""
     return f"<h3>Some rejected rows</h3>\n{pictures}{references}" if found else ""

@@ -39,7 +39,7 @@ def test_a_host_stands_for_all_below_it_and_a_url_for_every_spelling(tmp_path: P
     deny = lists(
         tmp_path,
         hosts="\ufeffExample.org\n\n# a remark\n*.wild.test\n.dot.test.\nпример.рф\n",
-        urls="http://a.test/x y.png?q=é#part\nhttps://a.test:443/tls\n",
+        urls="http://a.test/x y.png?q=é#part\nhttps://a.test:443/tls\nhttp://b.test/~u/%e2%82%ac/x.png\n",
     )
     hosts = ["example.org", "www.EXAMPLE.org", "a.b.example.org", "wild.test", "x.wild.test", "dot.test", "пример.рф"]
     assert all(deny.url(normal_url(f"https://{host}:8443/a.png")) for host in hosts)
@@ -48,6 +48,8 @@ def test_a_host_stands_for_all_below_it_and_a_url_for_every_spelling(tmp_path: P
     )
     urls = ["http://A.test/x%20y.png?q=%C3%A9", "https://a.test./x y.png?q=é#other", "http://a.test:80/tls"]
     assert [deny.url(normal_url(url)) is not None for url in urls] == [True, True, True]
+    escaped = ["http://b.test/%7Eu/%E2%82%AC/x.png", "https://b.test/%7eu/€/./x.png", "http://b.test/a/../~u/€/x.png"]
+    assert all(deny.url(normal_url(url)) for url in escaped)
     assert deny.url(normal_url("http://a.test/x y.png")) is None
     assert deny.url(normal_url("http://www.example.org/")) == "deny_hosts: example.org"
 

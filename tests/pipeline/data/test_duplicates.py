@@ -18,6 +18,7 @@ from pipeline.data import duplicates, source
 from pipeline.data.duplicates import PARTS, Seen, hashes_of, read_hashes
 from pipeline.data.journal import Forgotten, Journal, reference_mark
 from pipeline.data.lists import read_rows
+from pipeline.data.references import comparable
 from pipeline.data.source import Scan, SourceRecipe, scan
 from pipeline.errors import UserError
 from pipeline.records import blob_path
@@ -207,7 +208,14 @@ def test_what_is_forgotten_leaves_no_hash(appended: tuple[Store, SourceRecipe, S
     scan(recipe, store, write=True, journal=journal)
     for url, there in (("http://h/7", False), ("http://h/8", True)):
         new = [store.read(entry.path) for entry in store.list("blobs/") if entry.path not in before]
-        assert any(hashes_of([url]).tobytes() in data for data in new) == there
+        assert any(hashes_of([comparable(url)]).tobytes() in data for data in new) == there
+
+
+def test_another_spelling_of_a_url_is_a_duplicate(tmp_path: Path) -> None:
+    urls = ["http://h.test/a.png", "https://H.test:443/x/../a.png#2", "http://h.test/A.png", "http://h.test/a%2epng"]
+    found = scan(SourceRecipe(tuple(_write(tmp_path, [urls]))), open_store(str(tmp_path / "store")), write=True)
+    store = open_store(str(tmp_path / "store"))
+    assert _rejects(store, found) == [None, "duplicate_url", None, "duplicate_url"]
 
 
 def test_a_list_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,17 @@ def test_what_is_forgotten_leaves_an_empty_place_and_moves_one_shard(tmp_path: P
     )
 
 
+def test_what_is_forgotten_goes_by_any_spelling_of_its_url(tmp_path: Path, store: Store) -> None:
+    listed = ["http://EXAMPLE.test/A.jpg", "http://example.test/B%c3%a9.jpg#x", "https://example.test/C.jpg"]
+    recipe = SourceRecipe((write_list(tmp_path / "a.csv", [(url, "a picture") for url in listed]),))
+    named = ["https://example.test:443/A.jpg", "http://example.test/Bé.jpg"]  # as a browser shows them
+    found = find(store, scan(recipe, store, write=True).shards, None, Request.read(named))
+    assert (found.rows, found.unseen) == (2, [])
+    journal = Journal(forgotten=tuple(found.forgotten))
+    (shard,) = scan(recipe, store, write=True, journal=journal).shards
+    assert [row["url"] for row in read_table(store, shard.refs).to_pylist()] == ["", "", listed[2]]
+
+
 def test_what_is_forgotten_stays_so_in_lists_to_come(tmp_path: Path, store: Store) -> None:
     journal = Journal(forgotten=(Forgotten(reference_mark("http://h/b2.png"), ()),))
     first = scan(_recipe(tmp_path, "a"), store, write=True, journal=journal)

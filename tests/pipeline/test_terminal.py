@@ -1,0 +1,56 @@
+"""Nothing that a command prints controls the terminal, whoever wrote it."""
+
+import io
+import subprocess
+import sys
+import textwrap
+
+from pipeline.progress import Line
+from pipeline.terminal import Printable, printable
+from tests.chain import ROOT
+
+HOSTILE = "\x1b]0;PWNED\x07 \x9b2J\r\b\x7f\x00 \u202egnp.exe\u2066 \udc80"
+
+
+def test_what_controls_a_terminal_is_escaped_and_the_rest_stays() -> None:
+    escaped = r"\x1b]0;PWNED\x07 \x9b2J\r\x08\x7f\x00 \u202egnp.exe\u2066 \udc80"
+    assert printable(HOSTILE) == escaped
+    assert printable("a\tb\nç 心 🎉 עברית\u200f") == "a\tb\nç 心 🎉 עברית\u200f"
+
+
+def test_every_word_of_a_command_passes_the_gate() -> None:
+    """What it prints, warns of, logs and ends with."""
+    code = f"""
+        import logging, sys
+        from jobs.cli import guard
+        from pipeline.errors import UserError
+
+        def command(argv):
+            print("said", argv[0])
+            sys.stdout.writelines(["line ", argv[0], chr(10)])
+            print("noted", argv[0], file=sys.stderr)
+            logging.getLogger("unclip").warning("warned %s", argv[0])
+            raise UserError("refused " + argv[0])
+
+        sys.exit(guard(command, [{HOSTILE!r}]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, cwd=ROOT, check=False)
+    assert done.returncode == 2, done.stderr
+    said, noted = done.stdout.decode(), done.stderr.decode()
+    for text, words in ((said, ("said", "line")), (noted, ("noted", "warned", "refused"))):
+        assert text.replace("\n", "") == printable(text).replace("\n", "")
+        for word in words:
+            assert f"{word} {printable(HOSTILE)}\n" in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_line_that_is_rewritten_in_place_still_is() -> None:
+    terminal = Terminal()
+    with Line(stream=Printable(terminal)) as line:  # type: ignore[arg-type]
+        line.shown -= 10
+        line.show(lambda: f"pairs: following {HOSTILE}")
+    assert terminal.getvalue() == f"\r\x1b[K  pairs: following {printable(HOSTILE)}\r\x1b[K"
