@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,13 +125,13 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
 
 
 def _forgetting(project: Project, journal: Journal, found: Sequence[Forgotten]) -> Journal:
-    changed = with_forgotten(journal, found, time.time())
+    changed = with_forgotten(journal, found)
     return replace(changed, retries=tuple(without(project.store, blob, changed.marks) for blob in changed.retries))
 
 
 def _collect(project: Project, arguments: argparse.Namespace) -> int:
     keep_s, grace_s = arguments.keep_days * 86_400, arguments.grace_hours * 3600
-    found = collect(project.store, keep_s, grace_s, time.time(), arguments.yes)
+    found = collect(project.store, keep_s, grace_s, project.store.now(), arguments.yes)
     print(f"{'':12}{'needed':>16}{'garbage':>26}{'deleted':>26}")
     for kind in sorted(found.needed.keys() | found.garbage.keys()):
         tallies = (found.needed[kind], found.garbage[kind], found.deleted[kind])

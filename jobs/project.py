@@ -21,12 +21,13 @@ from pipeline.training.trackers import find_tracker
 
 @dataclass(frozen=True)
 class Project:
-    """Everything known before anything has run."""
+    """Everything known before anything has run. ``forgettings``: of the journal that the list was read with."""
 
     config: Config
     store: Store
     graph: Graph
     scan: Scan
+    forgettings: int
 
     @property
     def report(self) -> Path:
@@ -78,4 +79,5 @@ def open_project(path: str, overrides: Sequence[str]) -> Project:
     config = load_config(path, overrides)
     store = open_store(config.store)
     journal = read_journal(store, config.project)
-    return Project(config, store, build(config), scan(config.source, store, write=False, journal=journal))
+    found = scan(config.source, store, write=False, journal=journal)
+    return Project(config, store, build(config), found, journal.forgettings)

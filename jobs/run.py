@@ -49,7 +49,7 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
     if asked.stale:
         check_ready(project.config, project.store, asked.stale)
         check_conditions(project.store)
-        remember(project.store, project.config.project, project.graph, asked.verdicts)
+        remember(project.store, project.config.project, project.graph, asked.verdicts, forgettings=project.forgettings)
         artifacts = _execute(project, asked.wanted)
         _summary(artifacts, asked.stale, time.monotonic() - began)
     else:

@@ -92,7 +92,7 @@ def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     run = project.config.run
     render(job, "", run, asked.stale)  # what is wrong with the settings is said before anything is sent
     path = put_package(project.store, _package(project))
-    remember(project.store, project.config.project, project.graph, asked.verdicts, path)
+    remember(project.store, project.config.project, project.graph, asked.verdicts, path, project.forgettings)
     return render(job, f"{project.store.url}/{path}", run, asked.stale)
 
 

@@ -48,7 +48,8 @@ class Collection:
 def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: bool) -> Collection:
     """Find garbage; with ``delete``, write it down and delete what has been written down for ``grace_s`` seconds.
 
-    ``keep_s``: how long what a run asked for is needed. Raises UserError if another collection runs.
+    ``keep_s``: how long what a run asked for is needed. ``now``: by the store's clock (``Store.now``), as the one of
+    whoever collected before may differ from this machine's. Raises UserError if another collection runs.
     """
     version = next((entry.version for entry in store.list(TOMBSTONES) if entry.path == TOMBSTONES), None)
     earlier = json.loads(gzip.decompress(store.read(TOMBSTONES))) if version else {}

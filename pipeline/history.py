@@ -20,8 +20,20 @@ from pipeline.store import Store
 from pipeline.training.recipes import TrainingRecipe
 
 
-def remember(store: Store, project: str, graph: Graph, verdicts: Sequence[Verdict], package: str | None = None) -> None:
-    """Record what is asked, before it is done; ``package``: the path of a package that is to do it."""
+def remember(
+    store: Store,
+    project: str,
+    graph: Graph,
+    verdicts: Sequence[Verdict],
+    package: str | None = None,
+    forgettings: int = 0,
+) -> None:
+    """Records what is asked, before it is done.
+
+    Args:
+        package: The path of a package that is to do it.
+        forgettings: Of the journal (see pipeline.data.journal) that the verdicts were planned with.
+    """
     keys = {v.stage: v.key for v in verdicts}
     stages: dict[str, dict[str, Any]] = {}
     for v in verdicts:
@@ -37,23 +49,22 @@ def remember(store: Store, project: str, graph: Graph, verdicts: Sequence[Verdic
             stages[v.stage]["trajectory"] = trajectory(stage.name, stage.version, stage.recipe, inputs)
             trunk = dataclasses.replace(stage.recipe, decay=0)
             stages[v.stage]["trunk"] = trajectory(stage.name, stage.version, trunk, inputs)
-    _write(store, project, stages, **({"package": package} if package else {}))
+    _write(store, project, stages, forgettings, **({"package": package} if package else {}))
 
 
 def remember_stage(ctx: Context, project: str) -> None:
     """Record that this stage alone is asked for, before it is done."""
     inputs = {name: artifact.key for name, artifact in ctx.inputs.items()}
     asked = {"key": ctx.key, "version": ctx.version, "recipe": flatten(ctx.recipe), "inputs": inputs}
-    _write(ctx.store, project, {ctx.stage: asked})
+    _write(ctx.store, project, {ctx.stage: asked}, 0)
 
 
-def _write(store: Store, project: str, stages: Mapping[str, Any], **more: str) -> None:
+def _write(store: Store, project: str, stages: Mapping[str, Any], forgettings: int, **more: str) -> None:
     now = time.time()
     stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}"
     path = f"runs/{project}/{stamp}-{secrets.token_hex(4)}.json"
-    create_record(
-        store, path, {"project": project, "stages": stages, "by": {**whoami(), "command": _command()}, **more}
-    )
+    body = {"project": project, "stages": stages, "forgettings": forgettings}
+    create_record(store, path, {**body, "by": {**whoami(), "command": _command()}, **more})
 
 
 def _command() -> str:

@@ -21,6 +21,9 @@ from pipeline.release import read_releases, released_projects
 from pipeline.store import Store
 
 THREADS = 16  # records are small, and each is a request
+SEGMENTS = "shards/source/segment-"
+Named = tuple[str, str]  # a stage and a key
+Clean = frozenset[Named] | None  # what holds nothing that was forgotten; None where nothing was
 
 
 @dataclass
@@ -34,18 +37,35 @@ class Live:
         return path in self.paths or path.startswith(tuple(self.prefixes))
 
 
+@dataclass(frozen=True)
+class _Project:
+    """How often a project has forgotten something, and the records of its runs by path."""
+
+    forgettings: int
+    runs: dict[str, Mapping[str, Any]]
+
+    @property
+    def clean(self) -> Clean:
+        """What was planned after the last forgetting. A key is a recipe: who makes it, and when, does not matter."""
+        if not self.forgettings:
+            return None
+        later = [run["stages"] for run in self.runs.values() if run["forgettings"] >= self.forgettings]
+        return frozenset((stage, asked["key"]) for stages in later for stage, asked in stages.items())
+
+
 def find_live(store: Store, keep_s: float, now: float) -> Live:
     """Mark what is needed. Reads every artefact record, and the shard table of every artefact that is needed.
 
     A run is needed for ``keep_s`` seconds, longer while one of its stages is being made, and in any case if it is its
-    project's last. Runs of before something was forgotten are not, once there is a later one. Raises UserError if the
-    pointer of a release is damaged.
+    project's last. Runs that were planned before something was forgotten are not, once there is a later one. Raises
+    UserError if the pointer of a release is damaged.
     """
     live = Live()
     pinned = _pinned(store, live)
-    released = _released(store)
+    projects = _projects(store)
+    released = _released(store, projects)
     behind = _behind(store, released, live)
-    runs = _needed_runs(store, keep_s, now, live)
+    runs = _needed_runs(store, projects, released, keep_s, now, live)
     wanted: dict[str, set[str]] = defaultdict(set)
     trainings = set()
     for stages in runs:
@@ -91,66 +111,83 @@ def _pinned(store: Store, live: Live) -> set[str]:
     return keys
 
 
-def _released(store: Store) -> dict[str, float]:
-    """For every bundle that is a release, or can be again by rollbacks, when its project last forgot something."""
-    found: dict[str, float] = defaultdict(float)
+def _projects(store: Store) -> dict[str, _Project]:
+    """Every project that has runs, or a release."""
+    found: dict[str, _Project] = {}
     for project in released_projects(store):
-        forgotten_at = read_journal(store, project).forgotten_at
-        for move in read_releases(store, project).standing:
-            found[move.bundle] = max(found[move.bundle], forgotten_at)
+        found[project] = _Project(read_journal(store, project).forgettings, {})
+    for entry in store.list("runs/"):
+        project = entry.path.split("/")[1]
+        if project not in found:
+            found[project] = _Project(read_journal(store, project).forgettings, {})
+        record = read_record(store, entry.path)
+        if record is not None:
+            found[project].runs[entry.path] = record
     return found
 
 
-def _behind(store: Store, released: Mapping[str, float], live: Live) -> set[tuple[str, str]]:
+def _released(store: Store, projects: Mapping[str, _Project]) -> dict[str, Clean]:
+    """For every bundle that is a release, or can be again by rollbacks, what is clean for all its projects."""
+    found: dict[str, Clean] = {}
+    for project in released_projects(store):
+        clean = projects[project].clean
+        for move in read_releases(store, project).standing:
+            other = found.get(move.bundle)
+            found[move.bundle] = clean if other is None else other if clean is None else other & clean
+    return found
+
+
+def _behind(store: Store, released: Mapping[str, Clean], live: Live) -> set[Named]:
     """Stage and key of all that released bundles were made from.
 
     Models stand. Of the data of before something was forgotten only the records stay, which say what a bundle came
     from, without what they list: what was forgotten must go.
     """
     found = set()
-    for key, forgotten_at in released.items():
+    for key, clean in released.items():
         bundle = load_artifact(store, "bundle", key)
         for artifact in ancestors(store, bundle) if bundle is not None else ():
-            if artifact.shard_table is None or _began(artifact) > forgotten_at:
-                found.add((artifact.stage, artifact.key))
+            name = (artifact.stage, artifact.key)
+            if artifact.shard_table is None or clean is None or name in clean:
+                found.add(name)
             else:
-                live.paths.add(artifact_path(artifact.stage, artifact.key))
+                live.paths.add(artifact_path(*name))
     return found
 
 
-def _mark_judgement(evaluation: Artifact, forgotten_at: float, live: Live) -> None:
+def _mark_judgement(evaluation: Artifact, clean: Clean, live: Live) -> None:
     """An evaluation of a released bundle, which gates compare with; its pictures go with what was forgotten."""
     live.paths.add(artifact_path(evaluation.stage, evaluation.key))
-    kept = {name for name in evaluation.blobs if name == "evaluation.json" or _began(evaluation) > forgotten_at}
-    live.paths.update(blob_path(evaluation.blobs[name]) for name in kept)
+    inputs = {name: key for name, key in evaluation.inputs.items() if name != "bundle"}
+    kept = clean is None or inputs.items() <= clean
+    live.paths.update(blob_path(blob) for name, blob in evaluation.blobs.items() if kept or name == "evaluation.json")
 
 
-def _began(artifact: Artifact) -> float:
-    """Seconds since the epoch."""
-    return artifact.times["finished"] - artifact.times["seconds"]
-
-
-def _needed_runs(store: Store, keep_s: float, now: float, live: Live) -> list[Mapping[str, Any]]:
-    """What the needed runs asked for."""
-    by_project: dict[str, list[str]] = defaultdict(list)
-    for entry in store.list("runs/"):
-        by_project[entry.path.split("/")[1]].append(entry.path)
+def _needed_runs(
+    store: Store,
+    projects: Mapping[str, _Project],
+    released: Mapping[str, Clean],
+    keep_s: float,
+    now: float,
+    live: Live,
+) -> list[Mapping[str, Any]]:
+    """What the needed runs asked for. Records of runs that asked for a release stay too, which say what of it is
+    clean."""
     held = {entry.path for entry in store.list("leases/") if is_held(store, entry.path)}
     runs = []
-    for project, paths in by_project.items():
-        forgotten_at = read_journal(store, project).forgotten_at
-        last = max(paths)
-        for path in paths:
-            record = read_record(store, path)
-            if record is None:
-                continue
-            being_made = any(f"leases/{asked['key']}.json" in held for asked in record["stages"].values())
-            began = asked_at(path)
-            if path == last or being_made or (now - began < keep_s and began > forgotten_at):
+    for project in projects.values():
+        last = max(project.runs, key=lambda path: (project.runs[path]["forgettings"], path), default=None)
+        for path, record in project.runs.items():
+            stages = record["stages"]
+            if stages.get("bundle", {}).get("key") in released:
+                live.paths.add(path)
+            being_made = any(f"leases/{asked['key']}.json" in held for asked in stages.values())
+            recent = now - asked_at(path) < keep_s and record["forgettings"] >= project.forgettings
+            if path == last or being_made or recent:
                 live.paths.add(path)
                 live.paths.update([record["package"]] if "package" in record else [])
-                live.paths.update(f"leases/{asked['key']}.json" for asked in record["stages"].values())
-                runs.append(record["stages"])
+                live.paths.update(f"leases/{asked['key']}.json" for asked in stages.values())
+                runs.append(stages)
     return runs
 
 
@@ -179,15 +216,21 @@ def _mark_artifact(store: Store, artifact: Artifact, live: Live) -> None:
 def _mark_segments(store: Store, live: Live) -> None:
     """The record of a segment stays while all its tables do; while a source is being made, with all its tables. So do
     the hashes of its references."""
-    for entry in store.list("shards/source/segment-"):
+    for entry in store.list(SEGMENTS):
         record = read_record(store, entry.path)
         if record is None:
             continue
-        tables = {blob_path(shard[name]) for shard in record["shards"] for name in ("refs", "captions")}
-        if "shards/source/" in live.prefixes or tables <= live.paths:
+        if "shards/source/" in live.prefixes or {blob_path(table) for table in _tables(record)} <= live.paths:
             live.paths.add(entry.path)
-            live.paths |= tables
-            live.paths.update(map(blob_path, record.get("hashes", ())))
+            _mark_segment(record, live)
+
+
+def _tables(segment: Mapping[str, Any]) -> list[str]:
+    return [shard[name] for shard in segment["shards"] for name in ("refs", "captions")]
+
+
+def _mark_segment(segment: Mapping[str, Any], live: Live) -> None:
+    live.paths.update(map(blob_path, (*_tables(segment), *segment["hashes"])))
 
 
 def _mark_named(store: Store, live: Live) -> None:
@@ -198,7 +241,11 @@ def _mark_named(store: Store, live: Live) -> None:
 
 
 def mark_blobs(store: Store, path: str, live: Live) -> None:
-    """Let the blobs stay that the record of a shard or checkpoint names."""
-    record = None if "/attempts/" in path or "/segment-" in path else read_record(store, path)
-    if record is not None:
+    """Let the blobs stay that the record of a shard, a checkpoint or a segment of the list names."""
+    record = None if "/attempts/" in path else read_record(store, path)
+    if record is None:
+        return
+    if path.startswith(SEGMENTS):
+        _mark_segment(record, live)
+    else:
         live.paths.update(map(blob_path, record["blobs"].values()))

@@ -1,4 +1,4 @@
-"""Objects in a folder or on S3 behind six methods. The only module that knows one from the other.
+"""Objects in a folder or on S3 behind seven methods. The only module that knows one from the other.
 
 The two are in ``store_folder`` and ``store_s3``.
 
@@ -21,7 +21,7 @@ from pipeline.store_shared import Buffers, Entry, Traffic
 
 
 class Store(Protocol):
-    """Six methods; paths are relative, with forward slashes."""
+    """Seven methods; paths are relative, with forward slashes."""
 
     @property
     def url(self) -> str:
@@ -59,6 +59,9 @@ class Store(Protocol):
 
     def delete(self, paths: Iterable[str]) -> None:
         """Delete objects; those that are not there are passed over."""
+
+    def now(self) -> float:
+        """Returns seconds since the epoch by the store's own clock, which all machines that use it share."""
 
 
 def open_store(url: str) -> Store:

@@ -123,6 +123,15 @@ class FolderStore:
                 self.traffic.add(DELETE=1)
                 self._file(path).unlink(missing_ok=True)
 
+    def now(self) -> float:
+        """Returns the time that the file system gives a new file: of a shared folder, its server's."""
+        with _explained(self.url):
+            file = self._write_temporary(self._file("clock"), b"")
+            try:
+                return file.stat().st_mtime
+            finally:
+                file.unlink()
+
     def clear_abandoned(self, before: float) -> int:
         """Delete what writers that were killed before a time left half written; return how many."""
         count = 0

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -243,6 +244,12 @@ class S3Store:
                     f"store {self.url}: {len(keys)} objects could not be deleted, the first is {keys[0]} ({code}): "
                     f"{_hint(code, 'DeleteObjects', keys[0])}"
                 )
+
+    def now(self) -> float:
+        """Returns the time that the server answers with, in whole seconds."""
+        with self._explained(""):
+            answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._where("")["Key"], MaxKeys=1)
+        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
     def clear_abandoned(self, before: float) -> int:
         """Abort multipart uploads begun earlier than ``before``, which are paid for and never seen; return how many."""

@@ -28,12 +28,12 @@ class Forgotten:
 
 @dataclass(frozen=True)
 class Journal:
-    """``retries``: Parquet blobs of rows to be tried again, each a segment of its own. ``forgotten_at``: the last time
-    that something was forgotten, in seconds since the epoch."""
+    """``retries``: Parquet blobs of rows to be tried again, each a segment of its own. ``forgettings``: how often
+    something was forgotten, by which runs of before and after are told apart, whatever clocks say."""
 
     retries: tuple[str, ...] = ()
     forgotten: tuple[Forgotten, ...] = ()
-    forgotten_at: float = 0.0
+    forgettings: int = 0
 
     @property
     def marks(self) -> frozenset[str]:
@@ -73,13 +73,15 @@ def change_journal(store: Store, project: str, change: Callable[[Journal], Journ
     raise UserError(f"the list of {project} is being changed by somebody else all the time; try again")
 
 
-def with_forgotten(journal: Journal, found: Iterable[Forgotten], now: float) -> Journal:
+def with_forgotten(journal: Journal, found: Iterable[Forgotten]) -> Journal:
     """The journal with these references forgotten too; segments of those that were forgotten before are united."""
     segments = {row.mark: set(row.segments) for row in journal.forgotten}
     for row in found:
         segments.setdefault(row.mark, set()).update(row.segments)
     forgotten = tuple(Forgotten(mark, tuple(sorted(held))) for mark, held in sorted(segments.items()))
-    return journal if forgotten == journal.forgotten else replace(journal, forgotten=forgotten, forgotten_at=now)
+    if forgotten == journal.forgotten:
+        return journal
+    return replace(journal, forgotten=forgotten, forgettings=journal.forgettings + 1)
 
 
 def _read(store: Store, project: str) -> tuple[str | None, Journal]:
@@ -89,11 +91,9 @@ def _read(store: Store, project: str) -> tuple[str | None, Journal]:
         return None, NOTHING
     data: dict[str, Any] = json.loads(store.read(path))
     forgotten = tuple(Forgotten(mark, tuple(segments)) for mark, segments in data["forgotten"])
-    return version, Journal(tuple(data["retries"]), forgotten, data["forgotten_at"])
+    return version, Journal(tuple(data["retries"]), forgotten, data["forgettings"])
 
 
 def _as_json(journal: Journal) -> bytes:
     forgotten = [[row.mark, row.segments] for row in journal.forgotten]
-    return json.dumps(
-        {"retries": journal.retries, "forgotten": forgotten, "forgotten_at": journal.forgotten_at}
-    ).encode()
+    return json.dumps({"retries": journal.retries, "forgotten": forgotten, "forgettings": journal.forgettings}).encode()

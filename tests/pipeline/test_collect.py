@@ -39,14 +39,24 @@ def _graph(seed: int = 0) -> Graph:
     }
 
 
-def _run(store: Store, seed: int = 0, made: tuple[str, ...] = ("pairs", "clip"), age_s: float = 0.0) -> dict[str, str]:
-    """A run that made some of its stages: pairs has two shards, clip a model and a checkpoint. Keys by stage."""
+def _run(
+    store: Store,
+    seed: int = 0,
+    made: tuple[str, ...] = ("pairs", "clip"),
+    age_s: float = 0.0,
+    forgettings: int = 0,
+    now: float = NOW,
+) -> dict[str, str]:
+    """A run that made some of its stages: pairs has two shards, clip a model and a checkpoint. Keys by stage.
+
+    ``age_s``: how long ago it began, by a clock that shows ``now``. ``forgettings``: of the journal of its plan.
+    """
     graph = _graph(seed)
     verdicts = plan(graph, {}, "p", store, {})
     earlier = set(store.list("runs/"))
-    remember(store, "p", graph, verdicts)
+    remember(store, "p", graph, verdicts, forgettings=forgettings)
     (path,) = (entry.path for entry in set(store.list("runs/")) - earlier)
-    store.create(f"runs/p/{time.strftime('%Y%m%dT%H%M%S', time.gmtime(NOW - age_s))}-{seed:08x}.json", store.read(path))
+    store.create(f"runs/p/{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now - age_s))}-{seed:08x}.json", store.read(path))
     store.delete([path])
     keys = {verdict.stage: verdict.key for verdict in verdicts}
     shards = [
@@ -174,16 +184,53 @@ def test_what_comes_while_it_looks_is_spared(store: Store, monkeypatch: pytest.M
 
 def test_what_was_forgotten_is_not_kept_by_the_runs_of_before(store: Store) -> None:
     old = _run(store, 0, age_s=DAY)
-    change_journal(store, "p", lambda j: with_forgotten(j, [Forgotten("mark", ())], NOW - DAY / 2))
+    _forget(store, "p")
     _sweep(store)
     assert load_artifact(store, "pairs", old["pairs"]) is not None  # there is nothing newer yet
-    new = _run(store, 1)
+    new = _run(store, 1, forgettings=1)
     _sweep(store)
     assert load_artifact(store, "pairs", old["pairs"]) is None
     assert load_artifact(store, "pairs", new["pairs"]) is not None
 
 
-def _release(store: Store, keys: dict[str, str], action: Literal["promote", "rollback"] = "promote") -> set[str]:
+def _forget(store: Store, project: str) -> None:
+    change_journal(store, project, lambda j: with_forgotten(j, [Forgotten(f"mark {j.forgettings}", ())]))
+
+
+def test_before_and_after_a_forgetting_is_what_a_run_was_planned_with_whatever_clocks_say(store: Store) -> None:
+    """The machine of the run of before is three days ahead, and makes its pairs last of all."""
+    old = _run(store, 0, made=(), now=NOW + 3 * DAY)
+    _forget(store, "p")
+    new = _run(store, 1, forgettings=1, now=NOW - 3 * DAY)
+    _run(store, 0, now=NOW + 3 * DAY)
+    _forget(store, "another")  # of which this project knows nothing
+    _sweep(store)
+    assert load_artifact(store, "pairs", old["pairs"]) is None
+    assert load_artifact(store, "pairs", new["pairs"]) is not None
+
+
+def test_a_release_whose_pairs_were_made_after_a_forgetting_that_its_run_did_not_know_loses_them(store: Store) -> None:
+    old = _run(store, 0, made=("clip",))
+    _forget(store, "p")
+    _run(store, 0)  # goes on, and makes its pairs with what was forgotten
+    new = _run(store, 1, forgettings=1)
+    kept = {}
+    for keys in (old, new):
+        _release(store, keys, project="p")
+        pairs = load_artifact(store, "pairs", keys["pairs"])
+        assert pairs is not None
+        kept[keys["pairs"]] = {blob_path(blob) for s in read_shards(store, pairs) for blob in s.blobs.values()}
+    last = _run(store, 2, forgettings=1)
+    _sweep(store)
+    assert not kept[old["pairs"]] & _paths(store)
+    assert kept[new["pairs"]] <= _paths(store)
+    assert load_artifact(store, "clip", old["clip"]) is not None
+    assert load_artifact(store, "clip", last["clip"]) is not None
+
+
+def _release(
+    store: Store, keys: dict[str, str], action: Literal["promote", "rollback"] = "promote", project: str = "released"
+) -> set[str]:
     """Make a bundle of a run's clip, with an evaluation, the release; return the names of the evaluation's blobs."""
     bundle = Artifact("bundle", f"bundle-{keys['clip']}", {"clip": keys["clip"]}, {}, Ledger())
     publish_artifact(store, bundle, 1.0)
@@ -191,7 +238,7 @@ def _release(store: Store, keys: dict[str, str], action: Literal["promote", "rol
     inputs = {"bundle": bundle.key, "pairs": keys["pairs"]}
     publish_artifact(store, Artifact("evaluation", f"e-{bundle.key}", inputs, {}, Ledger(), blobs), 1.0)
     move = Move(action, bundle.key, f"e-{bundle.key}", NOW)
-    move_release(store, "released", read_releases(store, "released"), move)
+    move_release(store, project, read_releases(store, project), move)
     return set(map(blob_path, blobs.values()))
 
 
@@ -228,9 +275,9 @@ def test_of_a_release_what_was_forgotten_goes_and_models_and_figures_stay(store:
     assert pairs is not None
     assert clip is not None
     blobs = {blob_path(blob) for shard in read_shards(store, pairs) for blob in shard.blobs.values()}
-    change_journal(store, "released", lambda j: with_forgotten(j, [Forgotten("mark", ())], NOW + DAY))
-    change_journal(store, "p", lambda j: with_forgotten(j, [Forgotten("mark", ())], NOW - DAY / 2))
-    _run(store, 1)
+    _forget(store, "released")
+    _forget(store, "p")
+    _run(store, 1, forgettings=1)
     _sweep(store, NOW + 2 * DAY)
     assert not (blobs | {pictures}) & _paths(store)
     assert read_blob(store, clip.blobs["model"])
@@ -274,6 +321,43 @@ def test_rows_to_be_tried_again_stay(store: Store) -> None:
     change_journal(store, "p", lambda _: Journal(retries=(blob,)))
     _sweep(store)
     assert read_blob(store, blob) == b"rows"
+
+
+def test_a_segment_of_the_list_that_comes_while_it_looks_keeps_its_tables(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list is cut again between the look and the deletion, into tables that had been garbage."""
+    blobs = {name: put_blob(store, name.encode()) for name in ("refs", "captions", "hashes")}
+    collect(store, 30 * DAY, DAY, NOW, delete=True)
+    original, seen = type(store).list, []
+
+    def list_and_act(self: Store, prefix: str) -> object:
+        if prefix == "blobs/" and not seen:
+            seen.append(prefix)
+            shard = {"refs": blobs["refs"], "captions": blobs["captions"]}
+            create_record(store, "shards/source/segment-s.json", {"shards": [shard], "hashes": [blobs["hashes"]]})
+        return original(self, prefix)
+
+    monkeypatch.setattr(type(store), "list", list_and_act)
+    collect(store, 30 * DAY, DAY, NOW + DAY, delete=True)
+    assert seen
+    assert [read_blob(store, blob) for blob in blobs.values()] == [b"refs", b"captions", b"hashes"]
+
+
+def test_the_grace_goes_by_the_stores_clock_not_by_this_machines(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs.data import main
+
+    blob = put_blob(store, b"garbage")
+    config = tmp_path / "p.yaml"
+    config.write_text(f"project: p\npreset: nano\nstore: {store.url}\nsource: {{paths: ['emoji:nano']}}\n")
+    collect_it = ["gc", str(config), "--yes"]
+    assert main(collect_it) == 0
+    ahead = time.time() + 2 * DAY
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    assert main(collect_it) == 0
+    assert read_blob(store, blob) == b"garbage"
 
 
 def test_files_that_a_recipe_names_stay(store: Store, tmp_path: Path) -> None:
