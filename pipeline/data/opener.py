@@ -27,6 +27,7 @@ from pipeline.data.addresses import is_public
 from pipeline.errors import UserError
 
 _SAFE = "!#$%&'()*+,/:;=?@[]~"  # what a browser leaves as it is in a path or a query
+_LONGEST_HOST = 253  # characters of a name that DNS can hold; older Pythons take quadratic time for the IDNA of more
 _SHARES = 4  # of the time that is left an address of a name may take one, if others wait behind it
 _thread = threading.local()
 
@@ -125,6 +126,8 @@ def normal_url(reference: str) -> str:
     try:
         parts = urlsplit(reference)
         host, port = (parts.hostname or "").removesuffix("."), parts.port
+        if len(host) > _LONGEST_HOST:
+            raise Refused("unsupported_reference")
         name = f"[{host}]" if ":" in host else host.encode("idna").decode("ascii").lower()
     except ValueError:  # UnicodeError is one
         raise Refused("unsupported_reference") from None

@@ -11,17 +11,21 @@ from typing import Any
 from pipeline.artifacts import NOTE, ShardRow, read_shard, read_table, write_table
 from pipeline.data.references import shown
 from pipeline.store import Store
+from pipeline.terminal import printable
 
 OPT_OUTS = f"{NOTE}opt_outs"
 
 
 def opt_out_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Parquet of rows whose ``evidence`` is an opener.Evidence; ``seen`` in milliseconds, UTC."""
+    """Returns Parquet of rows whose ``evidence`` is an opener.Evidence; ``seen`` in milliseconds, UTC.
+
+    It is there to be read by people: what a site said cannot control their terminal, and references are as shown.
+    """
     import pyarrow as pa
 
     columns: dict[str, Any] = {name: pa.array([row[name] for row in rows]) for name in ("key", "url", "reason")}
     columns["url"] = pa.array([shown(row["url"]) for row in rows])
-    columns["evidence"] = pa.array([row["evidence"].text for row in rows])
+    columns["evidence"] = pa.array([printable(row["evidence"].text) for row in rows])
     seen = [round(1000 * row["evidence"].seen) for row in rows]
     columns["seen"] = pa.array(seen, pa.timestamp("ms", "UTC"))
     return write_table(columns)

@@ -16,7 +16,7 @@ _PARAMETER = re.compile(r"([?&;#])([^=?&;#]+)=([^&;#]+)")
 _SECRET = re.compile(
     r"x-[a-z]+-.*|.*(sig|token|key(?!word)|secret|pass|pwd|auth|cred|expir|policy|hmac|session|jwt|accessid).*"
     r"|exp|s[eprtv]|sid|h[dm].*|oh|oe|q-.*|ticket|code",
-    re.IGNORECASE,
+    re.IGNORECASE | re.DOTALL,
 )
 _RANDOM = re.compile(r"[A-Za-z0-9+/=_.~%-]{32,}")  # long and without words: what signs something, under any name
 

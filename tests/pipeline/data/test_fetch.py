@@ -374,7 +374,7 @@ def test_files_are_read_within_the_same_budget(tmp_path: Path) -> None:
     ["", "a.png", "gs://bucket/a.png", "ftp://example.org/a.png", "data:image/png;base64,AA", "http://", "http://[::1",
      "http://a:port/", "http:///a.png", "file://host/a.png", "/nul\0.png", "http://" + "a" * 64 + ".test/",
      "http://user@127.0.0.1/", "http://user:secret@a.test/", "http://ex%61mple.org/", "http://a.test\\@b.test/",
-     "http://[fe80::1%25lo]/", "http://a..b/", "http://./"],
+     "http://[fe80::1%25lo]/", "http://a..b/", "http://./", f"http://{'ü.' * 130}test/"],
 )  # fmt: skip
 def test_other_references_are_not_supported(reference: str) -> None:
     assert one(reference).reason == "unsupported_reference"

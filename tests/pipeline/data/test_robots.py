@@ -18,6 +18,7 @@ from pipeline.config import make_config
 from pipeline.data.fetch import Fetcher
 from pipeline.data.opener import Refused
 from pipeline.data.opt_outs import read_opt_outs
+from pipeline.data.references import shown
 from pipeline.data.robots import MAX_RULES, ROBOTS_BYTES, Robots, decide, opting_out, parse_robots
 from pipeline.data.visit import private_headers
 from pipeline.settings import PairsSettings
@@ -332,6 +333,25 @@ def test_a_robots_txt_that_fails_once_is_tried_again() -> None:
     pages = Flaky({"/robots.txt": Page(b"User-agent: *\nDisallow: /no"), "/no": Page(b"x"), "/x": Page(b"x")})
     assert reasons(pages, "http://a.test/x", "http://a.test/no", retries=1) == [None, "opted_out"]
     assert sorted(pages.asked) == ["/robots.txt", "/robots.txt", "/x"]
+
+
+def test_evidence_can_be_printed_by_whoever_reads_it(tmp_path: Path) -> None:
+    """What a site says may hold anything, and a reference may be signed."""
+    pages = {
+        "/robots.txt": Page(b"User-agent: *\nDisallow: /no # \x1b]0;PWNED\x07\n"),
+        "/tag.png?sig=5ecret": Page(picture(2), headers={"X-Robots-Tag": "noai, \x9b2J"}),
+    }
+    urls = ["http://a.test/no.png?X-Amz-Signature=5ecret", "http://a.test/tag.png?sig=5ecret"]
+    source = write_list(tmp_path / "list.csv", [(url, "a picture") for url in urls])
+    with serving(pages) as address:
+        bench = Bench(tmp_path / "store", [source], run={"pairs": {"hosts": {"a.test": address}, "retries": 0}})
+        bench.make("source", "pairs")
+    found = list(read_opt_outs(bench.store, read_shards(bench.store, bench.made["pairs"])))
+    assert [row["url"] for row in found] == [shown(url) for url in urls]
+    assert [row["evidence"] for row in found] == [
+        r"http://a.test/robots.txt line 2: Disallow: /no # \x1b]0;PWNED\x07",
+        r"X-Robots-Tag: noai, \x9b2J at http://a.test/tag.png?sig=***",
+    ]
 
 
 def test_evidence_says_what_kept_us_out_and_when_and_the_result_is_the_same_again(
