@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from jobs.interrupt import INTERRUPTED, ending_on_ctrl_c, say_interrupted
@@ -55,7 +56,11 @@ def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     Nothing that is printed meanwhile controls the terminal.
     """
     with printable_streams():
-        return _guarded(command, argv)
+        try:
+            return _guarded(command, argv)
+        except Exception:  # a fault of ours; printed here, since its words may be those of a list
+            traceback.print_exc()
+            return 1
 
 
 def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

@@ -35,11 +35,32 @@ def test_every_word_of_a_command_passes_the_gate() -> None:
         sys.exit(guard(command, [{HOSTILE!r}]))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, cwd=ROOT, check=False)
-    assert done.returncode == 2, done.stderr
+    _check(done, 2, ("noted", "warned", "refused"))
+
+
+def test_a_traceback_passes_it_too() -> None:
+    code = f"""
+        import sys
+        from jobs.cli import guard
+
+        def command(argv):
+            print("said", argv[0])
+            sys.stdout.writelines(["line ", argv[0], chr(10)])
+            raise KeyError("lost " + argv[0]) from ValueError("why " + argv[0])
+
+        sys.exit(guard(command, [{HOSTILE!r}]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, cwd=ROOT, check=False)
+    assert b"Traceback" in done.stderr
+    _check(done, 1, ("why",))
+
+
+def _check(done: subprocess.CompletedProcess[bytes], code: int, words: tuple[str, ...]) -> None:
+    assert done.returncode == code, done.stderr
     said, noted = done.stdout.decode(), done.stderr.decode()
-    for text, words in ((said, ("said", "line")), (noted, ("noted", "warned", "refused"))):
+    for text, expected in ((said, ("said", "line")), (noted, words)):
         assert text.replace("\n", "") == printable(text).replace("\n", "")
-        for word in words:
+        for word in expected:
             assert f"{word} {printable(HOSTILE)}\n" in text
 
 
