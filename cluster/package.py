@@ -1,6 +1,7 @@
 """What a job takes along: the code of this project, the configuration with all its values, small files that it names.
 
-A zip of the same files is the same bytes, so that Ray and the store take it once.
+Lists travel as they are read, not as they lie: passwords are masked, and rows that were forgotten are empty. A zip of
+the same files is the same bytes, so that Ray and the store take it once.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import sysconfig
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,7 +21,8 @@ import yaml
 
 from cluster.job import PROJECT_FILE
 from pipeline.config import Config
-from pipeline.data.lists import read_rows
+from pipeline.data.journal import FORGOTTEN, Journal, reference_mark
+from pipeline.data.lists import ROWS, Row, read_rows, write_rows
 from pipeline.errors import UserError
 from pipeline.parse import ContentFile
 from pipeline.records import put_blob
@@ -31,7 +34,7 @@ PACKAGES = "packages"  # where they lie in a store
 LARGEST = 100 << 20  # bytes; as much as Ray keeps of a package, for which this is its own limit too
 NAMED = 5  # of the largest files, in a message
 TABLES = (".parquet", ".csv", ".tsv")
-ELSEWHERE = ("file:", "tar:")  # references to files, which every machine must have at the same place
+ELSEWHERE = ("file:", "tar:", "embedding:", "/")  # references to files, which every machine must have at the same place
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,15 @@ class Package:
         return whole.hexdigest()
 
 
-def make_package(config: Config, store_url: str, output: str, here: bool = False) -> Package:
-    """The package of a job whose driver writes to the folder ``output``. ``here``: its machine is this one, and lists
-    stay where they are.
+def make_package(config: Config, store_url: str, output: str, journal: Journal, here: bool = False) -> Package:
+    """Returns the package of a job.
+
+    Args:
+        config: What the job makes.
+        store_url: The store that it makes it in.
+        output: The folder that its driver writes to.
+        journal: What was forgotten of the project's list.
+        here: Its machine is this one, and lists stay where they are.
 
     Raises UserError if it would be too large, or if something of it lies where no other machine can find it.
     """
@@ -86,8 +95,8 @@ def make_package(config: Config, store_url: str, output: str, here: bool = False
             continue
         file = Path(path).expanduser().absolute()
         if not here and _travels(path, config):
-            paths[i] = f"lists/{i}/{file.name}"
-            files[paths[i]] = file
+            paths[i] = f"lists/{i}/{file.stem}{ROWS}"
+            files[paths[i]] = _as_read(path, config, journal.marks)
             continue
         paths[i] = str(file)
         if not here:
@@ -116,9 +125,9 @@ def check_size(package: Package) -> None:
     largest = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:NAMED]
     named = ", ".join(f"{name} ({size / (1 << 20):,.1f} MiB)" for name, size in largest)
     raise UserError(
-        f"the package of this job has {total / (1 << 20):,.1f} MiB, over {LARGEST >> 20} MiB: {named}; write a list as "
-        "Parquet, cut it and append the rest later, or put it in a folder that every machine mounts and give it "
-        "pictures by file:// references"
+        f"the package of this job has {total / (1 << 20):,.1f} MiB, over {LARGEST >> 20} MiB: {named}; cut a list and "
+        "append the rest later, or put it in a folder that every machine mounts and give it pictures by file:// "
+        "references"
     )
 
 
@@ -165,9 +174,23 @@ def _module(name: str) -> dict[str, Path | bytes]:
 
 def _travels(path: str, config: Config) -> bool:
     """Whether a list is a file that says all there is to say: its pictures are not files beside it."""
-    if Path(path).suffix not in TABLES or not Path(path).expanduser().is_file():
+    if Path(path).suffix.lower() not in TABLES or not Path(path).expanduser().is_file():
         return False
     return not any(row.url.startswith(ELSEWHERE) for row in read_rows(path, config.source))
+
+
+def _as_read(path: str, config: Config, forgotten: frozenset[str]) -> bytes:
+    """A list's rows as this machine reads them, each in its place; not all, if they are more than a package takes."""
+    out = io.BytesIO()
+
+    def rows() -> Iterator[Row]:
+        for row in read_rows(path, config.source):
+            if out.tell() > LARGEST:
+                return
+            yield row if (mark := reference_mark(row.url)) not in forgotten else Row(FORGOTTEN + mark, ())
+
+    write_rows(out, rows())
+    return out.getvalue()
 
 
 def _plain(value: Any, place: Any, name: str = "") -> Any:

@@ -18,6 +18,7 @@ from jobs.project import Project, open_project
 from jobs.run import print_places
 from jobs.sample import remember_bundle
 from pipeline.config import OVERRIDES, Config, load_config
+from pipeline.data.journal import read_journal
 from pipeline.errors import UserError
 from pipeline.history import remember
 from pipeline.store import local_folder, open_store
@@ -127,7 +128,9 @@ def _bring(project: Project) -> None:
 
 def _package(project: Project, here: bool = False) -> Package:
     output = str(Path(project.config.run.output).absolute()) if here else THERE
-    return make_package(project.config, project.store.url, output, here)
+    return make_package(
+        project.config, project.store.url, output, read_journal(project.store, project.config.project), here
+    )
 
 
 def _stop(config: Config, to: str) -> int:

@@ -17,6 +17,8 @@ from pipeline.data.references import comparable
 from pipeline.errors import UserError
 from pipeline.store import Store
 
+FORGOTTEN = "forgotten:"
+
 
 @dataclass(frozen=True)
 class Forgotten:
@@ -49,7 +51,12 @@ NOTHING = Journal()
 
 
 def reference_mark(url: str) -> str:
-    """Returns the name under which a reference is forgotten: sha256 of its comparable form."""
+    """Returns the name under which a reference is forgotten: sha256 of its comparable form.
+
+    ``forgotten:MARK`` stands for a reference in a list that travels, and has the mark of that reference.
+    """
+    if url.startswith(FORGOTTEN):
+        return url.removeprefix(FORGOTTEN)
     return hashlib.sha256(comparable(url).encode()).hexdigest()
 
 

@@ -7,9 +7,10 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote
 
 from pipeline.data.imported import embedding_reference, is_embeddings, metadata_parts
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.data.source import SourceRecipe
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+ROWS = ".rows"  # ends the name of a file of rows as they were read (see write_rows)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
         yield from _tar_rows(Path(where))
     elif kind == "embeddings":
         yield from _embedding_rows(Path(where), recipe)
+    elif kind == "rows":
+        yield from _written_rows(Path(where))
     else:
         for listed in _table_rows(Path(where), recipe):
             yield replace(listed, url=_beside(Path(where).parent, listed.url))
@@ -73,7 +77,7 @@ def _kind(path: str) -> tuple[str, str]:
         raise UserError(f"source {path}: no such file or folder{where}")
     if file.is_dir():
         return "embeddings" if is_embeddings(file) else "folder", str(file.absolute())
-    if file.suffix in (".parquet", ".csv", ".tsv", ".tar"):
+    if file.suffix in (".parquet", ".csv", ".tsv", ".tar", ROWS):
         return file.suffix[1:], str(file.absolute())
     raise UserError(f"source {path}: not a .parquet, .csv, .tsv or .tar file, nor a folder")
 
@@ -122,6 +126,31 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
             text = file.with_suffix(".txt")
             lines = text.read_text(errors="replace").splitlines() if text.is_file() else []  # reading a pipe would wait
             yield Row(f"file://{quote(os.fsencode(file))}", _captions(lines))
+
+
+def write_rows(file: BinaryIO, rows: Iterable[Row]) -> None:
+    """Writes rows as Parquet, so that a list is read elsewhere as it was here, whatever its columns are called."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, texts = pa.string(), pa.list_(pa.string())
+    schema = pa.schema([(field.name, texts if field.name == "captions" else text) for field in fields(Row)])
+    rest = iter(rows)
+    with pq.ParquetWriter(file, schema, compression="zstd", store_schema=False) as writer:
+        while block := list(islice(rest, 10_000)):
+            writer.write_table(pa.Table.from_pylist([vars(row) for row in block], schema))
+
+
+def _written_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=10_000):
+            for row in batch.to_pylist():
+                yield Row(**{**row, "captions": tuple(row["captions"])})
+    except (pa.ArrowInvalid, TypeError, KeyError) as e:
+        raise UserError(f"source {path}: not a file of rows as a package holds them ({e}); name the list") from None
 
 
 def _embedding_rows(folder: Path, recipe: SourceRecipe) -> Iterator[Row]:

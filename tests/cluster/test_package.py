@@ -2,25 +2,33 @@
 
 import dataclasses
 import hashlib
+import io
 import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from safetensors.numpy import save_file
 
 import cluster.package
 from cluster.package import check_size, make_package, package_path, send_weights, write_zip
+from cluster.submission import put_package
+from pipeline.artifacts import read_table
 from pipeline.collect import collect
 from pipeline.config import Config, load_config, make_config
+from pipeline.data.forget import Request, find
+from pipeline.data.journal import NOTHING, change_journal, with_forgotten
+from pipeline.data.source import scan
 from pipeline.errors import UserError
 from pipeline.graph import differences
 from pipeline.history import remember
 from pipeline.records import read_blob
-from pipeline.store import Store
+from pipeline.store import Store, open_store
 from tests.chain import ROOT
 
 URL = "s3://bucket/prefix"
@@ -39,7 +47,7 @@ def _list(path: Path, *urls: str) -> Path:
 
 
 def _project(config: Config, **more: object) -> dict:
-    return yaml.safe_load(make_package(config, URL, "out", **more).files["project.yaml"])
+    return yaml.safe_load(make_package(config, URL, "out", NOTHING, **more).files["project.yaml"])
 
 
 @pytest.mark.parametrize("name", ["nano", "emoji", "emoji-long"])
@@ -53,7 +61,7 @@ def test_the_resolved_configuration_is_the_same_one(name: str) -> None:
 
 
 def test_the_unpacked_package_is_the_whole_code(tmp_path: Path) -> None:
-    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out")
+    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out", NOTHING)
     code = {f.relative_to(ROOT).as_posix() for folder in cluster.package.CODE for f in (ROOT / folder).rglob("*.py")}
     assert set(package.files) == code | {"project.yaml"}
     assert sum(package.sizes.values()) < 3 << 20
@@ -63,18 +71,67 @@ def test_same_files_same_bytes(tmp_path: Path) -> None:
     config = _config(
         tmp_path, [_list(tmp_path / "a/list.csv", "http://a/1.png"), _list(tmp_path / "b/list.csv", "s3://b/1")]
     )
-    one = make_package(config, URL, "out")
+    one = make_package(config, URL, "out", NOTHING)
     first, second = (write_zip(one, tmp_path / name) for name in ("1.zip", "2.zip"))
     for file in (tmp_path / "a/list.csv", tmp_path / "b/list.csv"):
         file.touch()
-    again = make_package(config, URL, "out")
+    again = make_package(config, URL, "out", NOTHING)
     assert first.read_bytes() == second.read_bytes() == write_zip(again, tmp_path / "3.zip").read_bytes()
     assert again.key == one.key
-    assert make_package(config, URL, "elsewhere").key != one.key
+    assert make_package(config, URL, "elsewhere", NOTHING).key != one.key
     with zipfile.ZipFile(first) as archive:
-        assert archive.read("lists/0/list.csv") == (tmp_path / "a/list.csv").read_bytes()
-        assert archive.read("lists/1/list.csv") == (tmp_path / "b/list.csv").read_bytes()
-    assert _project(config)["source"]["paths"] == ["lists/0/list.csv", "lists/1/list.csv"]
+        assert [row["url"] for row in _rows(archive.read("lists/0/list.rows"))] == ["http://a/1.png"]
+        assert [row["url"] for row in _rows(archive.read("lists/1/list.rows"))] == ["s3://b/1"]
+    assert _project(config)["source"]["paths"] == ["lists/0/list.rows", "lists/1/list.rows"]
+
+
+def _rows(data: bytes) -> list[dict[str, Any]]:
+    return pq.ParquetFile(io.BytesIO(data)).read().to_pylist()
+
+
+def test_a_list_travels_as_it_is_read_masked_and_without_what_was_forgotten(store: Store, tmp_path: Path) -> None:
+    """To a cluster, and into the store for Kubernetes; keys and splits do not move."""
+    table = tmp_path / "list.csv"
+    lines = ["https://ana:hunter2pw@h.test/a.png,masked,a,train"]
+    lines += [f"http://h.test/{i}.png,caption {i},group {i % 7}," for i in range(40)]
+    lines += ["http://h.test/0.png,again,b,test", ",none,c,"]
+    table.write_text("\n".join(["picture,said,by,split", *lines, ""]))
+    columns = {"image_column": "picture", "caption_column": "said", "group_column": "by", "shard_rows": 10}
+    config = make_config(
+        {"project": "p", "store": store.url, "preset": "nano", "source": {"paths": [str(table)], **columns}}
+    )
+    found = find(store, scan(config.source, store, write=True).shards, None, Request.read(["http://H.test/23.png"]))
+    journal = change_journal(store, "p", lambda j: with_forgotten(j, found.forgotten))
+    there = tmp_path / "there"
+    assert not [name for name in make_package(config, URL, "out", journal, here=True).files if name.startswith("lists")]
+
+    path = put_package(store, make_package(config, store.url, "out", journal))
+    with zipfile.ZipFile(io.BytesIO(store.read(path))) as archive:
+        archive.extractall(there)
+    [name] = [file for file in there.rglob("*") if "lists" in file.parts and file.is_file()]
+    rows = _rows(name.read_bytes())
+    assert len(rows) == 43
+    assert rows[0]["url"] == "https://***@h.test/a.png"
+    for told in (repr(rows), *(file.read_text() for file in there.rglob("*") if file.suffix in (".py", ".yaml"))):
+        assert not any(secret in told for secret in ("hunter2pw", "23.png", "caption 23"))
+
+    sent = yaml.safe_load((there / "project.yaml").read_text())
+    sent["source"]["paths"] = [str(there / listed) for listed in sent["source"]["paths"]]
+    other = open_store(str(tmp_path / "elsewhere"))
+    ours = scan(config.source, store, write=True, journal=journal)
+    theirs = scan(make_config(sent).source, other, write=True, journal=journal)
+    assert theirs.keys == ours.keys
+    assert [shard.ledger for shard in theirs.shards] == [shard.ledger for shard in ours.shards]
+    assert theirs.shards[2].ledger.rejected == {"forgotten": 1}
+    refs = [[read_table(at, shard.refs) for shard in cut.shards] for at, cut in ((store, ours), (other, theirs))]
+    assert refs[0] == refs[1]
+
+
+def test_a_list_of_files_by_their_paths_stays_where_it_lies(tmp_path: Path) -> None:
+    config = _config(tmp_path, [_list(tmp_path / "list.csv", "http://a/1.png", "/pictures/2.png")])
+    package = make_package(config, URL, "out", NOTHING)
+    assert not [name for name in package.files if name.startswith("lists/")]
+    assert len(package.notes) == 1
 
 
 def test_what_lies_in_files_stays_and_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,14 +139,14 @@ def test_what_lies_in_files_stays_and_a_line_says_so(tmp_path: Path, monkeypatch
     beside = _list(tmp_path / "beside.csv", "http://a/1.png", "2.png")
     (tmp_path / "folder").mkdir()
     config = _config(tmp_path, ["beside.csv", "folder", "emoji:nano"])
-    package = make_package(config, URL, "out")
+    package = make_package(config, URL, "out", NOTHING)
     paths = [str(beside), str(tmp_path / "folder"), "emoji:nano"]
     assert _project(config)["source"]["paths"] == paths
     assert len(package.notes) == 2
     assert f"every machine must find it, and the files that it names, at {beside}" in package.notes[0]
     travelling = _config(tmp_path, [_list(tmp_path / "web.csv", "http://a/1.png")])
     assert _project(travelling, here=True)["source"]["paths"] == [str(tmp_path / "web.csv")]
-    assert make_package(config, URL, "out", here=True).notes == ()
+    assert make_package(config, URL, "out", NOTHING, here=True).notes == ()
 
 
 def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path, store: Store) -> None:
@@ -98,7 +155,7 @@ def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path
     save_file({"w": np.ones(3, np.float32)}, weights)
     more = {"pairs": {"deny_hosts": str(hosts)}, "decoder": {"init_from": str(weights)}}
     config = _config(tmp_path, ["emoji:nano"], **more)
-    package = make_package(config, URL, "out")
+    package = make_package(config, URL, "out", NOTHING)
     values = yaml.safe_load(package.files["project.yaml"])
     where = values["pairs"]["deny_hosts"]
     assert package.files[where] == hosts
@@ -118,13 +175,15 @@ def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path
 
 
 def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lists = [_list(tmp_path / f"{i}.csv", *(f"http://a/{j}.png" for j in range(300 * (7 - i)))) for i in range(7)]
+    names = [hashlib.sha256(str(j).encode()).hexdigest() for j in range(2100)]  # which cannot be compressed
+    urls = [f"http://a/{name}.png" for name in names]
+    lists = [_list(tmp_path / f"{i}.csv", *urls[: 300 * (7 - i)]) for i in range(7)]
     config = _config(tmp_path, lists)
-    check_size(make_package(config, URL, "out"))
+    check_size(make_package(config, URL, "out", NOTHING))
     monkeypatch.setattr(cluster.package, "LARGEST", 1 << 20)
     with pytest.raises(UserError) as refused:
-        make_package(config, URL, "out")
-    named = [f"lists/{i}/{i}.csv (0." for i in range(4)]
+        make_package(config, URL, "out", NOTHING)
+    named = [f"lists/{i}/{i}.rows (0." for i in range(4)]
     places = [str(refused.value).index(name) for name in named]
     assert places == sorted(places)
     assert "over 1 MiB" in str(refused.value)
@@ -134,8 +193,10 @@ def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path, mon
 
 def test_a_clip_in_a_folder_needs_a_path_that_the_cluster_has(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"clip\.weights: my-clip is found on this machine only"):
-        make_package(_config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:my-clip"}), URL, "out")
-    package = make_package(_config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:/models/clip"}), URL, "out")
+        make_package(_config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:my-clip"}), URL, "out", NOTHING)
+    package = make_package(
+        _config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:/models/clip"}), URL, "out", NOTHING
+    )
     assert package.notes == ("/models/clip (clip.weights) does not travel: the cluster's head must have it there",)
 
 
@@ -143,14 +204,14 @@ def test_a_tracker_of_the_users_travels(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "mytracker.py").write_text("def make(*_): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = _config(tmp_path, ["emoji:nano"], run={"trackers": ["mytracker:make", "tensorboard", "json:dumps"]})
-    package = make_package(config, URL, "out")
+    package = make_package(config, URL, "out", NOTHING)
     assert package.files["mytracker.py"] == tmp_path / "mytracker.py"
     assert not [name for name in package.files if name.startswith(("json", "tensorboard"))]
     sys.modules.pop("mytracker", None)
 
 
 def test_a_package_in_the_store_stays_as_long_as_the_run_that_asked_for_it(store: Store, tmp_path: Path) -> None:
-    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out")
+    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out", NOTHING)
     file = write_zip(package, tmp_path / "p.zip")
     path = package_path(file)
     assert path == package_path(write_zip(package, tmp_path / "q.zip"))
