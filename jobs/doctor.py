@@ -1,4 +1,4 @@
-"""``unclip doctor [CONFIG]``: check machine, packages, store and Ray, and leave nothing behind."""
+"""``unclip doctor [CONFIG]``: check machine, packages, store, list, CLIP and Ray, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jobs.project import project_of
+from pipeline.build import build
 from pipeline.config import OVERRIDES, Config, load_config
+from pipeline.doctor.data import check_clips, check_list
 from pipeline.doctor.finding import Finding
 from pipeline.doctor.machine import check_disks, check_machine, check_memory, check_shared_memory
 from pipeline.doctor.nodes import check_nodes
 from pipeline.doctor.packages import check_packages
 from pipeline.doctor.storage import check_store
+from pipeline.errors import UserError
 from pipeline.settings import RaySettings
-from pipeline.store import local_folder, open_store
+from pipeline.store import Store, local_folder, open_store
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="unclip doctor", description=__doc__)
-    parser.add_argument("config", nargs="?", help="a YAML file; without one, store and disks are not looked at")
+    parser.add_argument(
+        "config", nargs="?", help="a YAML file; without one, machine, packages and Ray alone are checked"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
@@ -46,7 +52,22 @@ def examine(config: Config | None) -> Iterator[Finding]:
         for finding in check_store(store):
             yield finding
             store = store if finding.level == "ok" else None
+        yield from _check_project(config, store)
     yield from check_nodes(settings, store)
+
+
+def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
+    """The list, where the store can be read, and every CLIP that a run would load."""
+    stale = set(build(config))
+    if store:
+        try:
+            project = project_of(config, store)
+        except UserError as e:
+            yield Finding("problem", "list", str(e))
+        else:
+            yield from check_list(project.scan, stale)
+            stale &= {verdict.stage for verdict in project.plan() if verdict.state == "stale"}
+    yield from check_clips(config, stale)
 
 
 if __name__ == "__main__":

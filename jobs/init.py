@@ -11,7 +11,7 @@ from pipeline.config import check_project
 from pipeline.data.look import Look, look
 from pipeline.data.source import SourceRecipe
 from pipeline.errors import UserError
-from pipeline.starter import starter
+from pipeline.starter import CLIP_PAIRS, starter
 
 ENOUGH = 1000  # pairs, below which models learn pictures by heart
 
@@ -42,12 +42,18 @@ def main(argv: Sequence[str]) -> int:
     columns = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
     source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **columns)
     seen = _look(source) if arguments.sources else None
-    text = starter(arguments.name, _preset(), source, seen, _origin(arguments.origin) if arguments.origin else None)
+    origin = _origin(arguments.origin) if arguments.origin else None
+    text = starter(arguments.name, _has_gpu(), source, seen, origin)
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
     print(f"{path} written; open it to see what can be changed")
     for line in _remarks(seen) if seen else ["put your list under source.paths first"]:
         print(line)
+    if seen and not seen.more and seen.rows < CLIP_PAIRS and origin is None:
+        print(
+            f"warning: a CLIP trained on fewer than {CLIP_PAIRS:,} pairs is poor; take one that exists: uncomment "
+            f"clip.weights in {path}, or go on from a run's models with --from"
+        )
     print(f"next:\n    unclip doctor {path}\n    unclip run {path}")
     return 0
 
@@ -65,10 +71,10 @@ def _origin(folder: Path) -> Path:
     return bundle_folder(folder) if (folder / "bundle.json").exists() else folder
 
 
-def _preset() -> str:
+def _has_gpu() -> bool:
     from pipeline.training.world import choose_device
 
-    return "small" if choose_device("auto").type == "cuda" else "tiny"
+    return choose_device("auto").type == "cuda"
 
 
 def _remarks(seen: Look) -> Iterator[str]:

@@ -19,6 +19,7 @@ from pipeline.cost import UTILISATION, Ask, Cost, estimate
 from pipeline.errors import UserError
 from pipeline.fleet import parse_count, parse_fleet
 from pipeline.graph import Verdict
+from pipeline.held_out import lacking
 from pipeline.profile import Profile, load_profile, observe
 from pipeline.progress import counted, duration
 
@@ -139,6 +140,9 @@ def _print_verdicts(project: Project, verdicts: Sequence[Verdict], wanted: set[s
         guessed = any(cost.basis == "guess" for cost in costs.values())
         total = duration(sum(cost.seconds for cost in costs.values()))
         print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
+    if "evaluation" in costs:
+        for line in lacking(project.scan.held_out):
+            print(f"warning: {line}")
     return costs
 
 

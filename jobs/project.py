@@ -77,7 +77,11 @@ class Project:
 def open_project(path: str, overrides: Sequence[str]) -> Project:
     """Load a configuration and read its list. Raises UserError."""
     config = load_config(path, overrides)
-    store = open_store(config.store)
+    return project_of(config, open_store(config.store))
+
+
+def project_of(config: Config, store: Store) -> Project:
+    """Returns the project of a configuration, its list read. Raises UserError."""
     journal = read_journal(store, config.project)
     found = scan(config.source, store, write=False, journal=journal)
     return Project(config, store, build(config), found, journal.forgettings)

@@ -11,6 +11,7 @@ A CLIP is numbers: no folder, and no tokenizer of the hub, brings code that is r
 import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Self
 
@@ -216,7 +217,9 @@ def config_named(name: str) -> dict:
     """Returns open_clip's configuration of its model ``name``. Raises ValueError as ``Clip.pretrained`` does."""
     # open_clip would take "hf-hub:..." and "local-dir:..." too, with whatever configuration is there.
     if name not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {name!r}: choose one of open_clip.list_models()")
+        close = get_close_matches(name, open_clip.list_models(), n=1)
+        advice = f"did you mean {close[0]}?" if close else "choose one of open_clip.list_models()"
+        raise ValueError(f"open_clip has no model {name!r}: {advice}")
     model_config = open_clip.get_model_config(name)
     _check_towers(name, model_config)
     return model_config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from pipeline.progress import counted
 
 FEWEST = 8  # rows; among fewer, chance decides more than a model, and a contrastive loss among one is 0
@@ -14,3 +16,10 @@ def too_few(rows: int, split: str, of: str = "") -> str:
     an image of 1024 px, and a figure needs 8; set source.test to 0.2 or add pairs".
     """
     return f"{counted(rows, f'{split} pair')}{of}, and a figure needs {FEWEST}; set source.{split} to 0.2 or add pairs"
+
+
+def lacking(held_out: Mapping[str, int]) -> Iterator[str]:
+    """Yields a line for each split of which a list has fewer rows than a figure needs, given its rows by split."""
+    for split in ("test", "validation"):
+        if held_out.get(split, 0) < FEWEST:
+            yield too_few(held_out.get(split, 0), split)

@@ -51,7 +51,7 @@ def parse(kind: Any, value: Any, where: str = "") -> Any:
     if origin is Literal:
         if value not in arguments:
             raise UserError(
-                f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}{_nearest(value, arguments)}"
+                f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}{nearest(value, arguments)}"
             )
         return value
     if origin in (Union, types.UnionType):
@@ -105,7 +105,7 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
     for key, item in value.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in fields:
-            raise UserError(f"{name}: unknown key{_nearest(key, fields)}")
+            raise UserError(f"{name}: unknown key{nearest(key, fields)}")
         arguments[key] = parse(hints[key], item, name)
     for name, field in fields.items():
         if (
@@ -122,7 +122,8 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where}: {e}" if where else str(e)) from e
 
 
-def _nearest(word: Any, words: Any) -> str:
+def nearest(word: Any, words: Any) -> str:
+    """Returns the end of a message about an unknown word: the known word nearest to it, or else all of them."""
     close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(map(str, words)))}"
 

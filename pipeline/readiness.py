@@ -1,10 +1,11 @@
-"""Whether Ray can do what a run asks of it: looked at before anything is written."""
+"""Whether Ray can do what a run asks of it, and a CLIP that it names is there: looked at before anything is written."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from pipeline.clip_weights import find_weights, named_weights
 from pipeline.config import Config
 from pipeline.doctor.nodes import ask_nodes, judge, versions
 from pipeline.errors import UserError
@@ -15,9 +16,12 @@ from pipeline.store import Store
 NAMED = 3  # nodes of one fault
 
 
-def check_ready(config: Config, store: Store, stages: Iterable[str]) -> None:
-    """Raise UserError for what some of these stages can never have of Ray, and for nodes of a cluster that differ from
-    this process or do not see the store. Starts or joins Ray if one of the stages has workers there, and stays."""
+def check_ready(config: Config, store: Store, stages: Collection[str]) -> None:
+    """Raise UserError for a CLIP that some of these stages load and that is nowhere, for what they can never have of
+    Ray, and for nodes of a cluster that differ from this process or do not see the store. Starts or joins Ray if one of
+    the stages has workers there, and stays."""
+    for setting, weights in named_weights(config, stages):
+        find_weights(setting, weights)
     wanted = on_ray(config, stages)
     if not wanted:
         return

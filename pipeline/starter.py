@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from math import floor
 from pathlib import Path
 
 import yaml
@@ -11,9 +13,17 @@ from pipeline.bundle import MODELS, side_of
 from pipeline.data.look import Look
 from pipeline.data.source import SourceRecipe
 from pipeline.fine_tuning import fine_tuning
+from pipeline.held_out import FEWEST
+from pipeline.progress import counted
 
+# Rows to hold out: the 16 and 32 by which models can be judged, and a quarter more, because some are always lost.
+VALIDATION, TEST = 20, 40
+SHARE, MOST = 0.02, 0.2  # of the rows: held out of a large list, and at most of a small one
 CAPTIONS = 4  # of the list, that a run ends with pictures of
 CAPTION_BYTES = 75  # a token of CLIP's is at least a byte and CLIP reads 75, so sampling can never refuse these
+
+CLIP_PAIRS = 10_000  # with fewer a CLIP that is trained on them alone is poor
+EMBEDDINGS = "  embeddings: {gpus: 1} # encode on the GPU of this machine\n"
 
 TEMPLATE = """\
 # For your own pairs, written by unclip init. docs/your-data.md: what to bring and what to do when it fails;
@@ -28,6 +38,12 @@ source:
   # Columns of a .csv, .tsv or .parquet; its columns group, split and sha256 are read too, if it has them.
   image_column: {image_column}
   caption_column: {caption_column}
+  # Held out of training, by a hash of the row's group or else reference, so that the models can be judged.
+  validation: {validation}
+  test: {test}
+
+# A CLIP that exists (0.6 GB). One that is trained on fewer than some {clip_pairs:,} pairs alone is poor:
+# clip: {{weights: "open_clip:ViT-B-32:openai"}}
 
 pairs:
   image_size: 1024 # larger pictures are shrunk to this short side. Without upsampler_1024, 256 saves space
@@ -50,7 +66,7 @@ run:
   # trackers: [tensorboard] # event files in output/tensorboard while models train; docs/trackers.md
   # pairs: {{threads: 64, timeout_s: 60}} # more downloads at once, and patience with slow servers
   # ray: {{cpus: 8}} # cores for Ray on this machine
-"""
+{embeddings}"""
 
 
 FINE_TUNING = """
@@ -60,9 +76,13 @@ FINE_TUNING = """
 {values}"""
 
 
-def starter(project: str, preset: str, source: SourceRecipe, seen: Look | None, bundle: Path | None = None) -> str:
-    """A configuration as YAML. ``seen`` is a look at the source; without one, paths and captions are placeholders.
-    ``bundle``: a folder of models to go on from. Raises UserError if it is none."""
+def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bundle: Path | None = None) -> str:
+    """Returns a configuration as YAML, for a machine with a ``gpu`` or without.
+
+    ``seen`` is a look at the source; without one, paths and captions are placeholders. ``bundle``: a folder of models
+    to go on from. Raises UserError if it is none.
+    """
+    preset = "small" if gpu else "tiny"
     models, size = _models(seen)
     tuned = ""
     if bundle is not None:
@@ -90,6 +110,9 @@ def starter(project: str, preset: str, source: SourceRecipe, seen: Look | None, 
             models=", ".join(models),
             size=size,
             captions=_indented([f"- {_scalar(caption)}" for caption in _captions(seen)]),
+            clip_pairs=CLIP_PAIRS,
+            embeddings=EMBEDDINGS if gpu else "",
+            **_splits(seen),
             output=f"out/{project}",
         )
         + tuned
@@ -111,6 +134,47 @@ def _measured(seen: Look | None) -> str:
         f"Of the first {len(seen.sides)} pictures {seen.reaching(1024)} have a short side of 1024 px or more, "
         f"{seen.reaching(256)} of 256 px, {seen.reaching(64)} of 64 px."
     )
+
+
+def _splits(seen: Look | None) -> dict[str, str]:
+    """The shares of rows to hold out, each with a remark of how many rows they are."""
+    if seen is None or seen.more:
+        return dict.fromkeys(("validation", "test"), f"{SHARE} # of all rows; a figure needs {FEWEST} of them at least")
+    if seen.splits and not seen.shares:
+        return {
+            split: f"{SHARE} # unused: the list names {seen.splits.get(split, 0)}" for split in ("validation", "test")
+        }
+    rows = len(seen.shares) + sum(seen.splits.values())
+    shares, begin, found = sorted(seen.shares), 0.0, {}
+    for split, wanted in (("test", TEST), ("validation", VALIDATION)):  # in the order of pipeline.data.source
+        listed, most = seen.splits.get(split, 0), int(MOST * rows)
+        share = share_of(
+            [place - begin for place in shares if place >= begin], min(wanted, most) - listed, most - listed
+        )
+        held_out = listed + sum(begin <= place < begin + share for place in shares)
+        found[split] = f"{share} # {held_out} of {counted(rows, 'row')}"
+        begin += share
+    return found
+
+
+def share_of(places: Sequence[float], wanted: int, most: int) -> float:
+    """Returns the shortest share, SHARE or more, below which ``wanted`` to ``most`` of the ``places`` lie.
+
+    ``places`` rise, in [0, 1); those of one group are equal. Where groups are large, fewer than ``wanted`` lie below.
+    """
+    if bisect_left(places, SHARE) >= wanted:
+        return SHARE
+    ends = [end for end in range(1, len(places) + 1) if end == len(places) or places[end - 1] < places[end]]
+    fit = [end for end in ends if end <= most]
+    if not fit:
+        return SHARE
+    end = next((end for end in fit if end >= wanted), fit[-1])
+    low, high = places[end - 1], places[end] if end < len(places) else 1.0
+    for digits in range(2, 18):
+        share = (floor(low * 10**digits) + 1) / 10**digits
+        if low < share <= high:
+            return share
+    return high
 
 
 def _captions(seen: Look | None) -> list[str]:

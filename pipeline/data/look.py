@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -12,7 +13,7 @@ from urllib.request import url2pathname
 from pipeline.data.imported import SCHEME
 from pipeline.data.lists import Row, read_rows
 from pipeline.data.pairs import tar_place
-from pipeline.data.source import SourceRecipe
+from pipeline.data.source import SourceRecipe, hash_share
 from pipeline.errors import UserError
 
 ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
@@ -23,13 +24,15 @@ PICTURES = 100  # measured, at most
 class Look:
     """Rows with a reference that were looked at, and whether there are ``more``; the first caption of each row that
     has one; short sides, in pixels, of the first pictures that lie on this machine, and how many of them could not be
-    opened."""
+    opened; ``splits``: rows whose split the list names, by split, and ``shares``: hash shares of all others."""
 
     rows: int
     more: bool
     captions: tuple[str, ...]
     sides: tuple[int, ...]
     unopened: int = 0
+    splits: Mapping[str, int] = field(default_factory=dict)
+    shares: tuple[float, ...] = ()
 
     def reaching(self, side: int) -> int:
         """How many of the measured pictures have a short side of at least this."""
@@ -52,7 +55,14 @@ def look(recipe: SourceRecipe) -> Look:
         found += [row for row in first if row.url]
     captions = tuple(row.captions[0] for row in found if row.captions)
     sides = list(_sides(found))
-    return Look(len(found), more, captions, tuple(side for side in sides if side), sides.count(0))
+    different = {
+        row.url: row for row in reversed(found)
+    }.values()  # the first of each reference: the others are rejected
+    splits = Counter(row.split for row in different if row.split)
+    shares = tuple(hash_share(row.group or row.url) for row in different if not row.split)
+    return Look(
+        len(found), more, captions, tuple(side for side in sides if side), sides.count(0), splits=splits, shares=shares
+    )
 
 
 def _sides(rows: list[Row]) -> Iterator[int]:

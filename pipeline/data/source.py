@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -70,12 +71,14 @@ class SourceRecipe:
 
 @dataclass(frozen=True)
 class SourceShard:
-    """One shard of the list, with the key of its references and the key of its captions."""
+    """One shard of the list, with the key of its references and the key of its captions. ``held_out``: its rows by
+    split, but for those to train on."""
 
     number: int
     image_key: str
     caption_key: str
     ledger: Ledger
+    held_out: Mapping[str, int] = field(default_factory=dict)
     refs: str = ""
     captions: str = ""
 
@@ -92,6 +95,14 @@ class Scan:
             "source": digest(["source", VERSION, [s.image_key for s in self.shards]]),
             "captions": digest(["captions", VERSION, [s.caption_key for s in self.shards]]),
         }
+
+    @property
+    def held_out(self) -> Mapping[str, int]:
+        """How many rows of the list are held out, by split, before any is fetched."""
+        rows = Counter[str]()
+        for shard in self.shards:
+            rows.update(shard.held_out)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -214,7 +225,7 @@ class _Cutter:
         return bool(self.forgotten) and reference_mark(url) in self.forgotten
 
     def _shard(self, number: int, rows: list[Row], duplicate: bytes) -> SourceShard:
-        refs, captions, rejects = [], [], []
+        refs, captions, rejects, held_out = [], [], [], Counter[str]()
         for row, again in zip(rows, duplicate, strict=True):
             reject = "no_reference" if not row.url else "duplicate_url" if again else None
             # Of rows that are tried again, only those have no reference that were blanked.
@@ -223,6 +234,7 @@ class _Cutter:
             rejects.append(reject)
             captions.append(row.captions)
             split = row.split or split_by_hash(row.group or row.url, self.recipe.validation, self.recipe.test)
+            held_out[split] += reject is None and split != "train"
             refs.append((row.url, row.group, split, row.sha256, row.license, row.attribution, reject))
         blobs = self._put(number, refs, captions) if self.write else {}
         return SourceShard(
@@ -230,6 +242,7 @@ class _Cutter:
             digest(["refs", VERSION, number, refs]),
             digest(["captions", VERSION, number, captions]),
             Ledger.count(rejects),
+            dict(+held_out),
             **blobs,
         )
 
@@ -255,9 +268,14 @@ def row_key(number: int, place: int) -> str:
     return f"{number:08d}{place:04d}"
 
 
+def hash_share(value: str) -> float:
+    """Returns the place of a group or a reference in [0, 1], by which it is held out or not."""
+    return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
+
+
 def split_by_hash(value: str, validation: float, test: float) -> str:
     """'test', 'validation' or 'train', by the value alone: a split never moves."""
-    share = int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
+    share = hash_share(value)
     return "test" if share < test else "validation" if share < test + validation else "train"
 
 

@@ -50,9 +50,12 @@ def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(200e9, 0, 100e9))
 
 
-def doctor(capsys: Output, store: object, *words: str) -> tuple[int, list[str]]:
-    """Exit code and lines of a doctor's visit to a configuration with this store."""
+def doctor(capsys: Output, store: object, *words: str, held_out: int = 8) -> tuple[int, list[str]]:
+    """Exit code and lines of a doctor's visit to a configuration with this store, and a list of 8 pairs a split."""
     Path("mine.yaml").write_text(CONFIG.format(store=store))
+    splits = {"train": 8, "validation": held_out, "test": held_out}
+    rows = [f"http://closed.test/{split}-{i},a,{split}\n" for split, count in splits.items() for i in range(count)]
+    Path("pairs.csv").write_text("url,caption,split\n" + "".join(rows))
     code = main(["doctor", "mine.yaml", *words])
     output = capsys.readouterr()
     assert "Traceback" not in output.out + output.err
@@ -76,7 +79,7 @@ def test_a_healthy_folder(capsys: Output, here: Path) -> None:
         assert level(lines, "disk") == ["ok", "ok"]
         assert {line.split()[0] for line in lines} == {"ok", "problems:"}
         assert lines[-1] == "problems: 0, warnings: 0"
-    assert sorted(path.name for path in here.rglob("*")) == ["mine.yaml", "there"]
+    assert sorted(path.name for path in here.rglob("*")) == ["mine.yaml", "pairs.csv", "there"]
 
 
 @pytest.mark.usefixtures("no_ray", "plenty")
@@ -105,7 +108,7 @@ def test_two_nodes_see_a_folder(capsys: Output, monkeypatch: pytest.MonkeyPatch,
         assert any(line.startswith("ok       nodes") and line.endswith("see the store") for line in lines)
         assert level(lines, "shm") == []
         assert not ray.is_initialized()
-        assert [path.name for path in here.iterdir()] == ["mine.yaml"]
+        assert sorted(path.name for path in here.iterdir()) == ["mine.yaml", "pairs.csv"]
 
         def fails() -> None:
             raise FileNotFoundError("no such thing")
@@ -213,6 +216,82 @@ def test_a_folder_that_cannot_be_written(capsys: Output, here: Path) -> None:
     assert level(lines, "store") == ["problem"]
     assert main(["doctor", "gone.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: gone.yaml: no such configuration")
+
+
+# --- list and CLIP ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_ray", "plenty")
+def test_too_few_rows_are_held_out(capsys: Output) -> None:
+    code, lines = doctor(capsys, "store", held_out=7)
+    assert code == 0
+    assert level(lines, "list") == ["ok", "warning", "warning"]
+    assert "ok       list      22 pairs, of which 7 for test and 7 for validation" in lines
+    assert any("7 test pairs, and a figure needs 8; set source.test" in line for line in lines)
+    assert level(doctor(capsys, "store")[1], "list") == ["ok"]
+
+
+@pytest.mark.usefixtures("no_ray", "plenty")
+def test_a_list_that_is_missing(capsys: Output) -> None:
+    code, lines = doctor(capsys, "store", "source.paths=[gone.csv]")
+    assert code == 1
+    assert level(lines, "list") == ["problem"]
+
+
+@pytest.mark.usefixtures("no_ray", "plenty")
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "clip.weights=open_clip:ViT-B-23:openai",
+            "clip.weights: open_clip has no model 'ViT-B-23': did you mean ViT-B-32?",
+        ),
+        (
+            "clip.weights=open_clip:ViT-B-32:nosuch",
+            "clip.weights: ViT-B-32 has no weights nosuch, nor is there such a file",
+        ),
+        ("clip.weights=local-dir:gone", "clip.weights: gone has no open_clip_config.json"),
+        (
+            "evaluation.judge=open_clip:RN50:opnai",
+            "evaluation.judge: RN50 has no weights opnai, nor is there such a file; did",
+        ),
+    ],
+)
+def test_a_clip_that_is_nowhere(override: str, says: str, capsys: Output) -> None:
+    code, lines = doctor(capsys, "store", override)
+    assert code == 1
+    (line,) = [line for line in lines if line.split()[1] == "clip"]
+    assert line.startswith(f"problem  clip      {says}")
+
+
+@pytest.mark.usefixtures("no_ray", "plenty")
+def test_a_clip_of_open_clip_is_in_the_cache_or_on_the_hub(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to host\nand more")
+
+    words = ("store", "clip.weights=open_clip:ViT-B-32:openai")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    code, lines = doctor(capsys, *words)
+    (line,) = [line for line in lines if line.split()[1] == "clip"]
+    assert code == 1
+    assert line.startswith(
+        "problem  clip      clip.weights: the weights are not in the cache, and timm/vit_base_patch32_clip"
+    )
+    assert "cannot be reached (no route to host); connect to the network for the first run" in line
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **_: asked.append(url))
+    assert level(doctor(capsys, *words)[1], "clip") == ["ok"]
+    assert asked[0].endswith("/open_clip_model.safetensors")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/cached")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    assert level(doctor(capsys, *words)[1], "clip") == ["ok"]
+    (here / "own.pt").touch()
+    assert level(doctor(capsys, "store", "clip.weights=open_clip:ViT-B-32:own.pt")[1], "clip") == ["ok"]
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """``unclip init``: a first configuration for each kind of list, one that plans as it stands."""
 
+import random
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from pipeline.bundle import MODELS
 from pipeline.config import Config, load_config
 from pipeline.data import look as looking
 from pipeline.data.look import look
-from pipeline.data.source import SourceRecipe
+from pipeline.data.source import SourceRecipe, scan
 from pipeline.errors import UserError
-from pipeline.starter import CAPTION_BYTES, _captions, _scalar
+from pipeline.starter import CAPTION_BYTES, SHARE, _captions, _scalar, share_of
+from pipeline.store import open_store
 from tests.pipeline.data.bench import picture
 
 Output = pytest.CaptureFixture[str]
@@ -85,7 +87,7 @@ def test_each_kind_of_list_gives_a_configuration_that_plans(kind: str, capsys: O
     assert output.endswith("next:\n    unclip doctor my-project.yaml\n    unclip run my-project.yaml\n")
     assert main(["plan", "my-project.yaml"]) == 0
     assert "my-project: 5 pairs in 1 shard," in capsys.readouterr().out
-    assert len(Path("my-project.yaml").read_text().splitlines()) <= 45
+    assert len(Path("my-project.yaml").read_text().splitlines()) <= 50
 
 
 @pytest.mark.parametrize(
@@ -195,3 +197,80 @@ def test_captions_are_short_enough_for_clip() -> None:
     assert cut == "word " * 14 + "word"
     (cut,) = _captions(looking.Look(1, False, ("猫" * 100,), ()))
     assert cut == "猫" * (CAPTION_BYTES // 3)
+
+
+def listed(rows: int, columns: str = "url,caption", more: Callable[[int], str] = lambda i: "") -> str:
+    """A list of references; ``more`` gives what follows the caption of a row."""
+    lines = [f"http://closed.test/{i}.png,picture {i}{more(i)}\n" for i in range(rows)]
+    Path("pairs.csv").write_text(f"{columns}\n" + "".join(lines))
+    return "pairs.csv"
+
+
+def held_out(config: Config) -> tuple[int, int]:
+    """Rows that a run would hold out for test and validation."""
+    found = scan(config.source, open_store(config.store), write=False).held_out
+    return found.get("test", 0), found.get("validation", 0)
+
+
+@pytest.mark.parametrize("rows", [3, 5, 71, 160, 200, 320, 1_000, 3_000])
+def test_a_small_set_gets_a_split_that_can_be_judged(rows: int) -> None:
+    """At least 32 and 16 rows where there are that many, with some more, and never over a fifth of all."""
+    config = made("mine", listed(rows))
+    test, validation = held_out(config)
+    assert min(40, rows // 5) <= test <= max(rows // 5, rows * 0.03)
+    assert min(20, rows // 5) <= validation <= max(rows // 5, rows * 0.03)
+    text = Path("mine.yaml").read_text()
+    assert f"  test: {config.source.test} # {test} of {rows:,} rows\n" in text
+    assert f"  validation: {config.source.validation} # {validation} of {rows:,} rows\n" in text
+    assert min(config.source.test, config.source.validation) >= 0.02
+
+
+def test_a_split_of_the_lists_own_is_counted() -> None:
+    splits = ["test"] * 38 + ["train"] * 162
+    config = made("mine", listed(200, "url,caption,split", lambda i: f",{splits[i]}"))
+    assert held_out(config) == (38, 0)
+    assert "# unused: the list names 38" in Path("mine.yaml").read_text()
+    Path("mine.yaml").unlink()
+    config = made("mine", listed(400, "url,caption,split", lambda i: f",{splits[i] if i < 200 else ''}"))
+    test, validation = held_out(config)
+    assert test >= 40
+    assert 20 <= validation <= 80
+
+
+def test_groups_are_held_out_whole() -> None:
+    config = made("mine", listed(400, "url,caption,group", lambda i: f",group {i // 25}"))
+    test, validation = held_out(config)
+    assert (test % 25, validation % 25) == (0, 0)
+    assert 50 <= test <= 80
+    assert 25 <= validation <= 80
+    Path("mine.yaml").unlink()
+    assert held_out(made("mine", listed(100, "url,caption,group", lambda i: ",one"))) in ((0, 0), (100, 0), (0, 100))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_share_is_the_shortest_that_fits(seed: int) -> None:
+    chance = random.Random(seed)
+    places = sorted(chance.choice([chance.random(), 0.5]) for _ in range(chance.randrange(1, 60)))
+    wanted = chance.randrange(len(places) + 1)
+    share = share_of(places, wanted, len(places))
+    assert sum(place < share for place in places) >= wanted
+    assert share == SHARE or sum(place < round(share - 0.01, 2) for place in places) < wanted
+
+
+def test_a_clip_that_exists_is_named(capsys: Output) -> None:
+    """The remark in the file works when it is uncommented."""
+    made("mine", table("csv"))
+    assert "warning: a CLIP trained on fewer than 10,000 pairs is poor; take one that exists" in capsys.readouterr().out
+    text = Path("mine.yaml").read_text()
+    Path("mine.yaml").write_text(text.replace("# clip: {", "clip: {"))
+    assert load_config("mine.yaml").clip.weights == "open_clip:ViT-B-32:openai"
+
+
+def test_on_a_machine_with_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert made("without", table("csv")).run.embeddings.gpus == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = made("mine", "pairs.csv")
+    assert config.run.embeddings.gpus == 1
+    assert "preset: small" in Path("mine.yaml").read_text()

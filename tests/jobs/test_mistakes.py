@@ -99,6 +99,17 @@ def test_stages(write: Write) -> None:
     refused("pin", config, "clip", says=["clip: nothing in", "--until clip"])
 
 
+def test_a_clip_that_is_nowhere_is_found_before_anything_is_fetched(write: Write, tmp_path: Path) -> None:
+    config = write()
+    words = ("run", config, "--yes", "clip.weights=open_clip:ViT-B-32:opena1")
+    refused(*words, says=["clip.weights: ViT-B-32 has no weights opena1", "did you mean openai?"])
+    says = ["open_clip has no model 'ViT-B-33': did you mean ViT-B-32?"]
+    refused("run", config, "--yes", "clip.weights=open_clip:ViT-B-33:openai", says=says)
+    assert not (tmp_path / "store/artifacts").exists()
+    refused("run", config, "--yes", "evaluation.judge=local-dir:gone", says=["evaluation.judge: gone has no open_clip"])
+    assert not (tmp_path / "store/artifacts").exists()
+
+
 def test_above_the_budget_it_stops_without_yes(write: Write) -> None:
     config = write()
     words = ("run", config, "run.budget_hours=0.000001", "--until", "pairs")

@@ -1,0 +1,80 @@
+"""Where the weights of a CLIP that a configuration names come from: looked up before anything is fetched or made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.parse import nearest
+
+ANSWER_S = 10.0  # for a server to say that it has a file
+
+
+def named_weights(config: Config, stages: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields the setting and the value of each CLIP that somebody else has trained and that these stages load."""
+    stages = set(stages)
+    if "clip" in stages and config.clip.weights != "train":
+        yield "clip.weights", config.clip.weights
+    if "evaluation" in stages and config.evaluation.judge is not None:
+        yield "evaluation.judge", config.evaluation.judge
+
+
+def find_weights(setting: str, weights: str) -> str:
+    """Returns where the weights ``open_clip:NAME:TAG`` or ``local-dir:FOLDER`` are; loads and downloads nothing.
+
+    Raises UserError that begins with ``setting`` for a name, a tag or a folder that does not exist or cannot be used,
+    and for weights that are not in the cache while their server does not answer.
+    """
+    kind, _, rest = weights.partition(":")
+    try:
+        if kind == "local-dir":
+            from models.clip import config_in
+
+            config_in(rest)
+            return f"in the folder {rest}"
+        return _find_open_clip(setting, *rest.split(":"))
+    except (FileNotFoundError, ValueError) as e:
+        raise UserError(f"{setting}: {e}") from e
+
+
+def _find_open_clip(setting: str, name: str, tag: str) -> str:
+    import open_clip
+
+    from models.clip import config_named
+
+    config_named(name)
+    source = open_clip.get_pretrained_cfg(name, tag)
+    if not source:
+        if Path(tag).is_file():
+            return f"in the file {tag}"
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise UserError(f"{setting}: {name} has no weights {tag}, nor is there such a file{nearest(tag, tags)}")
+    return _find_on_hub(setting, source["hf_hub"])
+
+
+def _find_on_hub(setting: str, place: str) -> str:
+    """``place`` is REPOSITORY/FILE, or REPOSITORY/ for the file names that open_clip gives its own."""
+    import huggingface_hub as hub
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    repository, file = os.path.split(place)
+    names = [str(Path(file).with_suffix(".safetensors")), file] if file else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+    for name in names:
+        if isinstance(cached := hub.try_to_load_from_cache(repository, name), str):
+            return f"in the cache, {cached}"
+    why: Any = ""
+    for name in names:
+        try:
+            hub.get_hf_file_metadata(hub.hf_hub_url(repository, name), timeout=ANSWER_S)
+            return f"to be downloaded from the hub, {repository}"
+        except Exception as e:  # of whatever library the hub's client goes through
+            why = e
+    said = (str(why).splitlines() or [type(why).__name__])[0]
+    raise UserError(
+        f"{setting}: the weights are not in the cache, and {repository} on the Hugging Face hub cannot be reached "
+        f"({said}); connect to the network for the first run, or copy a CLIP here and name local-dir:FOLDER"
+    )
