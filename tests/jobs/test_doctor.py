@@ -143,6 +143,8 @@ class Memory:
         self.ignores, self.objects = ignores, dict[str, bytes]()
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        if path not in self.objects:
+            raise FileNotFoundError(path)
         return self.objects[path][start:stop]
 
     def list(self, prefix: str) -> Iterator[Entry]:
