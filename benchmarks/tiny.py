@@ -27,7 +27,7 @@ from models.draw import Draw
 from models.presets import PRESETS
 from models.upsampler import Upsampler
 from pipeline.training.recipes import TRAINING_PRESETS, DecoderRecipe
-from pipeline.training.state import make_optimizer, update_ema
+from pipeline.training.state import ema_half_life, make_optimizer, update_ema
 from pipeline.training.world import autocast, computes_in
 
 IMAGES_PER_SECOND, UPSAMPLING_SECONDS, CAPTION_SECONDS = 150, 15, 25
@@ -75,8 +75,9 @@ class Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        update_ema(self.ema, self.model, self.recipe.batch, self.recipe.ema_half_life)
         self.steps += 1
+        half_life = ema_half_life(self.recipe, self.steps * self.recipe.batch)
+        update_ema(self.ema, self.model, self.recipe.batch, half_life)
 
     def step(self) -> None:
         """One step."""

@@ -15,7 +15,7 @@ MODELS = ("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 LENGTH = 4  # a training from nothing is so many times as long
 RATE = 10.0  # and its learning rate so many times as high
 WARMUP = 100  # batches: the optimiser knows nothing of the weights that it is given
-MEMORY = 10  # the average's half-life is such a part of the training
+SHORTEST = 10  # batches; and the warmup is at most such a part of the training
 EARLY = 4  # and the checkpoint that the evaluation compares with comes after such a part
 
 
@@ -39,13 +39,12 @@ def fine_tuning(bundle: Path, preset: str) -> dict[str, dict[str, Any]]:
 
 
 def _values(folder: Path, recipe: Any) -> dict[str, Any]:
-    batches = max(MEMORY, recipe.samples // recipe.batch // LENGTH)
+    batches = max(SHORTEST, recipe.samples // recipe.batch // LENGTH)
     values: dict[str, Any] = {
         "init_from": str(folder / "model.safetensors"),
         "samples": batches * recipe.batch,
         "learning_rate": recipe.learning_rate / RATE,
-        "warmup": min(WARMUP, batches // MEMORY) * recipe.batch,
-        "ema_half_life": batches // MEMORY * recipe.batch,
+        "warmup": min(WARMUP, batches // SHORTEST) * recipe.batch,
     }
     model = json.loads((folder / "config.json").read_text())["config"]
     usual = json.loads(json.dumps(asdict(recipe.model)))

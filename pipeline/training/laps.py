@@ -20,7 +20,7 @@ from pipeline.training.task import Batch, Task
 from pipeline.training.world import World, computes_in
 
 PHASES = ("wait", "forward", "backward", "optimiser", "ema")  # of a step
-SAMPLED = 15  # one step in so many is timed on a device that works on its own; odd, to meet EMA_STRIDE's as they come
+SAMPLED = 15  # one step in so many is timed on a device that works on its own
 PEAK_SECONDS = 0.2
 
 

@@ -18,7 +18,7 @@ from pipeline.training.feed import Feed, Share
 from pipeline.training.laps import Laps
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.sharding import whole
-from pipeline.training.state import TrainState, learning_rate, update_ema
+from pipeline.training.state import TrainState, ema_half_life, learning_rate, update_ema
 from pipeline.training.world import World, autocast
 
 CHECK_EVERY = 16  # steps, at most, until a loss that is not finite is noticed
@@ -87,8 +87,7 @@ def fit(
             state.optimizer.step()
             state.optimizer.zero_grad()
             laps("optimiser")
-            if state.samples // recipe.batch % recipe.ema_every == 0:
-                update_ema(state.ema, state.model, recipe.ema_every * recipe.batch, recipe.ema_half_life)
+            update_ema(state.ema, state.model, recipe.batch, ema_half_life(recipe, state.samples))
             laps("ema")
             state.journal.add(values | {"gradient_norm": norm.double()})
             line = line_due(state.samples // recipe.batch)

@@ -14,8 +14,6 @@ from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, require
 from pipeline.parse import ContentFile
 
-EMA_STRIDE = 4  # steps; looks come after powers of four, so they see an average that is up to date
-
 
 def half_life(decay: float, batch: int) -> int:
     """The half-life in samples of an exponential moving average that keeps ``decay`` of itself every ``batch``."""
@@ -31,9 +29,9 @@ class TrainingRecipe:
     shuffled with each other, and encoded pictures that a lane holds. ``precision``: "bf16" is autocast, and fp32 on a
     device without bf16. Adam with beta1 0.9 and decoupled ``weight_decay``, on matrices only. The learning rate rises
     over ``warmup`` samples, stays, and falls to zero over the last ``decay``. ``clip_norm`` bounds the norm of the
-    gradient; 0 is no bound. ``ema_half_life``, in samples, is that of the averaged weights that become the model (see
-    ``ema_every``); 0 is no average. ``init_from``: a safetensors file of weights of the same model to begin with,
-    instead of random ones.
+    gradient; 0 is no bound. ``ema_half_life``, in samples, is that of the averaged weights that become the model, and
+    never more than a tenth of the samples seen; 0 is no average. ``init_from``: a safetensors file of weights of the
+    same model to begin with, instead of random ones.
     """
 
     samples: int
@@ -75,13 +73,6 @@ class TrainingRecipe:
         """Samples after which the learning rate falls, in whole batches; the stop if it never does. Up to there
         trainings with other stops and decays are the same."""
         return (-(-self.samples // self.batch) - -(-self.decay // self.batch)) * self.batch
-
-    @property
-    def ema_every(self) -> int:
-        """Steps from one update of the averaged weights to the next. An update reads and writes all of them, so with a
-        long half-life there is one in EMA_STRIDE steps, with the decay of all of these; the average of a milestone, or
-        of a training's end, may then lack up to three steps."""
-        return EMA_STRIDE if self.ema_half_life >= 64 * EMA_STRIDE * self.batch else 1
 
 
 @dataclass(frozen=True)
@@ -170,12 +161,10 @@ class UpsamplerRecipe(TrainingRecipe):
 
 
 def _fields(
-    samples: int, batch: int, learning_rate: float, half_life: int, lanes: int = 8, precision: str = "bf16"
+    samples: int, batch: int, learning_rate: float, lanes: int = 8, precision: str = "bf16", **more: Any
 ) -> dict[str, Any]:
-    """A training of small models: a short rise of the learning rate, and a bound on the gradient.
-
-    ``half_life`` is a small part of ``samples``, or the average would still remember the random start.
-    """
+    """Returns the fields of a training of small models: a short rise of the learning rate, and a bound on the
+    gradient."""
     common = {
         "beta2": 0.99,
         "eps": 1e-8,
@@ -188,8 +177,8 @@ def _fields(
         "samples": samples,
         "batch": batch,
         "learning_rate": learning_rate,
-        "ema_half_life": half_life,
         "warmup": min(samples // 20, 20 * batch),
+        **more,
     }
 
 
@@ -204,28 +193,28 @@ _UPSAMPLER_1024: dict[str, Any] = {
 # and tiny's CLIP, are so small that bf16 is slower than fp32 on a CPU.
 TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "nano": {
-        "clip": _fields(19_200, 64, 1e-3, 0, precision="fp32"),
-        "ar_prior": _fields(3_200, 32, 2e-3, 320, precision="fp32"),
-        "diffusion_prior": _fields(10_240, 64, 2e-3, 1_280, precision="fp32"),
-        "decoder": _fields(6_144, 16, 2e-3, 640, precision="fp32"),
-        "upsampler_256": _fields(1_280, 8, 2e-3, 160, precision="fp32"),
-        "upsampler_1024": _fields(256, 8, 2e-3, 32, precision="fp32"),
+        "clip": _fields(19_200, 64, 1e-3, precision="fp32"),
+        "ar_prior": _fields(3_200, 32, 2e-3, precision="fp32"),
+        "diffusion_prior": _fields(10_240, 64, 2e-3, precision="fp32"),
+        "decoder": _fields(6_144, 16, 2e-3, precision="fp32"),
+        "upsampler_256": _fields(1_280, 8, 2e-3, precision="fp32"),
+        "upsampler_1024": _fields(256, 8, 2e-3, precision="fp32"),
     },
     "tiny": {
-        "clip": _fields(30_720, 128, 1e-3, 0, precision="fp32"),
-        "ar_prior": _fields(40_000, 32, 1e-3, 4_000),
-        "diffusion_prior": _fields(38_400, 128, 1e-3, 3_840),
-        "decoder": _fields(43_008, 32, 1e-3, 4_288),
-        "upsampler_256": _fields(10_240, 8, 1e-3, 1_024),
-        "upsampler_1024": _fields(2_560, 2, 5e-4, 256, lanes=2),  # many short steps: few pictures are so large
+        "clip": _fields(30_720, 128, 1e-3, precision="fp32"),
+        "ar_prior": _fields(40_000, 32, 1e-3),
+        "diffusion_prior": _fields(38_400, 128, 1e-3),
+        "decoder": _fields(43_008, 32, 1e-3),
+        "upsampler_256": _fields(10_240, 8, 1e-3),
+        "upsampler_1024": _fields(2_560, 2, 5e-4, lanes=2),  # many short steps: few pictures are so large
     },
     "small": {
-        "clip": _fields(20_480_000, 1024, 5e-4, 0, lanes=32),
-        "ar_prior": _fields(25_600_000, 256, 3e-4, 500_000, lanes=32),
-        "diffusion_prior": _fields(51_200_000, 512, 3e-4, 1_000_000, lanes=32),
-        "decoder": _fields(25_600_000, 128, 1.2e-4, 500_000, lanes=32),
-        "upsampler_256": _fields(12_800_000, 64, 1.2e-4, 250_000, lanes=32),
-        "upsampler_1024": _fields(6_400_000, 32, 1e-4, 125_000, lanes=32),
+        "clip": _fields(20_480_000, 1024, 5e-4, lanes=32),
+        "ar_prior": _fields(25_600_000, 256, 3e-4, lanes=32, ema_half_life=500_000),
+        "diffusion_prior": _fields(51_200_000, 512, 3e-4, lanes=32, ema_half_life=1_000_000),
+        "decoder": _fields(25_600_000, 128, 1.2e-4, lanes=32, ema_half_life=500_000),
+        "upsampler_256": _fields(12_800_000, 64, 1.2e-4, lanes=32, ema_half_life=250_000),
+        "upsampler_1024": _fields(6_400_000, 32, 1e-4, lanes=32, ema_half_life=125_000),
     },
     "karlo": {"upsampler_1024": _UPSAMPLER_1024},
     "paper": {"upsampler_1024": _UPSAMPLER_1024},

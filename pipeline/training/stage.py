@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.settings import TrainingSettings
     from pipeline.training.task import Task
 
-VERSIONS = {"clip": 2, "ar_prior": 5, "diffusion_prior": 6, "decoder": 2, "upsampler": 3}
+VERSIONS = {"clip": 3, "ar_prior": 6, "diffusion_prior": 7, "decoder": 3, "upsampler": 4}
 RESTARTS = 3  # in a row, after workers or the store were lost without anything having been saved
 PATIENCE_S = 10.0  # before the first start after the store was lost, twice as long before the second, and so on
 log = logging.getLogger("unclip")

@@ -19,6 +19,10 @@ from pipeline.training.task import Objective, Task
 from pipeline.training.world import World
 
 NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+VECTORS = ("position", "positional_embedding", "padding")
+"""Names of parameters that are a vector for each place of a sequence, in our networks and in open_clip's."""
+MEMORY = 0.1
+"""The half-life of the averaged weights is at most such a part of the samples seen."""
 
 
 @dataclass
@@ -113,11 +117,14 @@ def begin(
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingRecipe) -> AdamW:
-    """Adam with decoupled weight decay on matrices and kernels; none on norms, biases, embeddings and other vectors."""
+    """Returns Adam with decoupled weight decay on matrices and kernels; none on norms, biases, embeddings, positions
+    and other vectors, such as those that stand for "no text"."""
     spared = {id(p) for m in model.modules() if isinstance(m, (*NORMALISATIONS, nn.Embedding)) for p in m.parameters()}
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1 and id(p) not in spared]
+    spared |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] in VECTORS}
+    learned = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in learned if p.ndim > 1 and id(p) not in spared]
     chosen = {id(p) for p in decayed}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    rest = [p for p in learned if id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps, fused=True)
 
@@ -132,9 +139,20 @@ def learning_rate(recipe: TrainingRecipe, samples: int) -> float:
     return recipe.learning_rate * rise * left
 
 
+def ema_half_life(recipe: TrainingRecipe, samples: int) -> float:
+    """Returns the half-life, in samples, of the average in the step that ends at ``samples``.
+
+    The recipe's, and at most ``MEMORY`` of the samples before that step (Karras et al. 2022, EDM's
+    ``ema_rampup_ratio``, there 0.05): after one step nothing is left of the random start, and however early a training
+    stops, its average is of the last of its weights.
+    """
+    return min(recipe.ema_half_life, MEMORY * (samples - recipe.batch))
+
+
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, samples: int, half_life: float) -> None:
-    """Move the average towards the model by what ``samples`` samples weigh; statistics of norms are copied."""
+    """Moves the average towards the model by what ``samples`` samples weigh; statistics of norms are copied. A
+    ``half_life`` of 0 samples copies the weights too."""
     decay = 0.5 ** (samples / half_life) if half_life else 0.0
     averaged, current = ([local(p.detach()) for p in m.parameters()] for m in (ema, model))
     torch._foreach_lerp_(averaged, current, 1.0 - decay)

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.clip import Clip
 from models.draw import Draw
+from models.folder import KINDS
 from models.losses import Losses
+from models.presets import PRESETS
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.settings import TrainingSettings
 from pipeline.training.draws import Part, Undropped
@@ -26,10 +29,11 @@ from pipeline.training.loop import (
     memory_for,
 )
 from pipeline.training.recipes import DiffusionPriorRecipe
-from pipeline.training.state import TrainState, begin, learning_rate, make_optimizer, update_ema
+from pipeline.training.state import TrainState, begin, ema_half_life, learning_rate, make_optimizer, update_ema
 from pipeline.training.task import Objective
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.world import World
+from tests.models.mutations import fails_under
 from tests.pipeline.training import conftest
 from tests.pipeline.training.conftest import EMBED_DIM
 
@@ -108,12 +112,10 @@ def test_ema_without_half_life_is_the_model_and_statistics_are_copied() -> None:
     )
 
 
-@pytest.mark.parametrize(("half_life", "every"), [(0, 1), (16 * 255, 1), (16 * 256, 4)])
-def test_weights_are_averaged_every_step_or_every_fourth(share: Share, half_life: int, every: int) -> None:
-    """Where the half-life is long: with the decay of four steps, and counted from the first step of the training, so
-    that one which goes on in between does the same."""
+@pytest.mark.parametrize("half_life", [0, 8, 1 << 40])
+def test_weights_are_averaged_with_at_most_a_tenth_of_the_samples_as_half_life(share: Share, half_life: int) -> None:
+    """Counted from the first step of the training, so that one which stops in between and goes on does the same."""
     recipe = replace(RECIPE, samples=16 * 10, ema_half_life=half_life, learning_rate=0.1)
-    assert recipe.ema_every == every
     feed: Any = SimpleNamespace(shares=Spiked(share, None).shares)
     state = begin(Spiked(share, None), recipe, World())  # type: ignore[arg-type]
     seen: list[tuple[Tensor, Tensor]] = []
@@ -125,13 +127,29 @@ def test_weights_are_averaged_every_step_or_every_fourth(share: Share, half_life
         fit("decoder", feed, replace(recipe, samples=16 * stop), TrainingSettings(), World(), state, pause)
     del seen[6]  # paused twice there: at the stop, and where it goes on
     assert len(seen) == 11
-    decay = 0.5 ** (every * 16 / half_life) if half_life else 0.0
     expected = seen[0][0]
-    for step, (average, weights) in enumerate(seen):
-        if step and step % every == 0:
-            expected = weights + (expected - weights) * decay
+    for before, (average, weights) in enumerate(seen[1:]):
+        effective = min(half_life, 16 * before / 10)
+        expected = weights + (expected - weights) * (0.5 ** (16 / effective) if effective else 0.0)
         assert torch.allclose(average, expected, atol=1e-6)
-    assert not torch.allclose(seen[-1][0], seen[0][0], atol=1e-6)
+    assert torch.equal(seen[-1][0], seen[-1][1]) == (half_life == 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 50])
+@fails_under(
+    (ema_half_life, "min(recipe.ema_half_life, MEMORY * (samples - recipe.batch))", "recipe.ema_half_life"),
+    (fit, "ema_half_life(recipe, state.samples)", "recipe.ema_half_life"),
+)
+def test_the_average_forgets_the_random_start_at_any_length(share: Share, steps: int) -> None:
+    """Even where the half-life is five times as long as the training, as with a lower ``samples`` or ``scale``."""
+    recipe = replace(RECIPE, samples=16 * steps, ema_half_life=5 * 16 * steps, learning_rate=1e-6)
+    feed: Any = SimpleNamespace(shares=Spiked(share, None).shares)
+    state = begin(Spiked(share, None), recipe, World())  # type: ignore[arg-type]
+    for parameter in state.ema.parameters():
+        nn.init.constant_(parameter, 100.0)  # in the place of a random start, to be seen from far away
+    fit("decoder", feed, recipe, TrainingSettings(), World(), state, lambda _: None)
+    for average, weights in zip(state.ema.parameters(), state.model.parameters(), strict=True):
+        assert torch.allclose(average, weights, atol=1e-3)
 
 
 def test_warm_up_rises_then_stays() -> None:
@@ -156,6 +174,30 @@ def test_weights_decay_but_norms_biases_and_embeddings_do_not() -> None:
     assert [p.shape for p in decayed["params"]] == [layers["l"].weight.shape, layers["c"].weight.shape]
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("preset", ["nano", "tiny"])
+@pytest.mark.parametrize("name", ["clip", "ar_prior", "diffusion_prior", "decoder", "karlo's decoder", "upsampler_256"])
+def test_weight_decay_takes_nothing_but_weights_of_layers(preset: str, name: str) -> None:
+    """Not positions, and not the padding that stands for "no text", of any network that is trained. What decays beside
+    the weights of linear layers and convolutions is named here: open_clip's projections."""
+    models = PRESETS[preset] | {"karlo's decoder": replace(PRESETS[preset]["decoder"], text_encoder="clip")}
+    config = models[name]
+    if name == "clip":
+        model: nn.Module = Clip.build(config, 0)
+    else:
+        kind = KINDS[name.removeprefix("karlo's ").removesuffix("_256")]
+        model = kind.model(config, **{size: {"embed_dim": 64, "codes": 8}[size] for size in kind.sizes})
+    decayed = {id(p) for p in make_optimizer(model, replace(RECIPE, weight_decay=0.1)).param_groups[0]["params"]}
+    modules = dict(model.named_modules())
+    odd = set()
+    for path, parameter in model.named_parameters():
+        owner, _, own = path.rpartition(".")
+        is_layer = isinstance(modules[owner], (nn.Linear, nn.Conv2d)) and own == "weight"
+        assert not is_layer or id(parameter) in decayed
+        if id(parameter) in decayed and not is_layer:
+            odd.add(own)
+    assert odd <= ({"in_proj_weight", "text_projection", "proj"} if name == "clip" else set())
 
 
 def test_lines_become_rarer_and_do_not_depend_on_the_stop() -> None:
