@@ -26,9 +26,9 @@ QUICK = (  # a chain whose numbers mean nothing
     'bundle.models=["diffusion_prior", "decoder"]',
     "bundle.sampling.size=64",
     "bundle.sampling.decoder_steps=2",
-    "evaluation.rows=4",
-    "evaluation.decoder_rows=4",
-    "evaluation.caption_rows=4",
+    "evaluation.rows=8",
+    "evaluation.decoder_rows=8",
+    "evaluation.caption_rows=8",
     "source.shard_rows=20",
     'run={"pairs": {"workers": 0}, "embeddings": {"workers": 0}, "curation": {"workers": 0}}',
 )

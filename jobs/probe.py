@@ -21,6 +21,8 @@ from typing import Any
 from jobs.project import Project
 from pipeline.config import TRAININGS, Config
 from pipeline.data.lists import Row, read_rows
+from pipeline.evaluate.recipe import ROWS
+from pipeline.held_out import FEWEST
 from pipeline.profile import Profile, observe
 from pipeline.progress import counted, duration
 from pipeline.store import open_store
@@ -30,9 +32,9 @@ SHARDS = (2, 6)  # of each run
 WORKERS = 2  # of a data stage, at most: a worker's rate is what counts
 STEPS = 2  # of each training, the first time
 TRAINING_SECONDS = 6.0  # of each training, the second time
-FEW = {"rows": 16, "sampled_rows": 2, "prior_samples": 2, "decoder_rows": 2, "caption_rows": 2}
-FEW |= {"upsampler_256_rows": 2, "upsampler_1024_rows": 2, "upsampler_samples": 2}  # of the evaluation
-MORE = 4  # times as many, the second time
+FEW = dict.fromkeys(ROWS, FEWEST) | {"prior_samples": 2, "upsampler_samples": 2}  # of the evaluation
+TWICE = 2  # times as many, the second time
+MORE = 4  # times as many captions, the second time
 DATA = ("pairs", "embeddings", "thresholds", "curation", "index", "codec")
 
 
@@ -123,7 +125,7 @@ def _amounts(
         own |= {f"run.{stage}.cache_mb": round(settings.cache_mb * share)}  # so that as large a share is found there
     own |= {f"run.{stage}.workers": min(WORKERS, getattr(config.run, stage).workers) for stage in DATA}
     for name, few in FEW.items():
-        own[f"evaluation.{name}"] = min(getattr(config.evaluation, name), few * (MORE if again else 1))
+        own[f"evaluation.{name}"] = min(getattr(config.evaluation, name), few * (TWICE if again else 1))
     return [f"{name}={json.dumps(value)}" for name, value in own.items()]
 
 

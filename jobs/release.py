@@ -21,7 +21,7 @@ from pipeline.graph import stage_key
 from pipeline.release import Move, Releases, move_release, read_releases
 from pipeline.release_compare import OTHER_CLIP, Change, Measured, changes, comparable, evaluations, measured, obstacles
 from pipeline.release_diff import data_changes, find_bundle, recipes_changed, stages_behind
-from pipeline.release_gates import failing
+from pipeline.release_gates import failing, unjudged
 from pipeline.store import Store, open_store
 
 
@@ -81,8 +81,8 @@ def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
     if current is not None and current.bundle == key:
         print(f"{asked.name}: {key[:12]} is the release already")
         return 0
-    failed = _failing(asked, made["evaluation"]) if current is not None else []
-    for line in failed:
+    failed, unknown = _judged(asked, made["evaluation"]) if current is not None else ([], [])
+    for line in (*failed, *(f"not judged: {line}" for line in unknown)):
         print(f"  {line}")
     if failed and arguments.force is None:
         print(
@@ -98,16 +98,17 @@ def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _failing(asked: Asked, evaluation: Artifact) -> list[str]:
-    """A line for every gate that does not hold against the current release."""
+def _judged(asked: Asked, evaluation: Artifact) -> tuple[list[str], list[str]]:
+    """Lines for the gates that do not hold against the current release, and for the claims that none could judge."""
     assert asked.releases.current is not None
     new = measured(asked.store, evaluation)
     if new is None:
         raise UserError(f"{asked.name}: its evaluation was damaged; unclip run {asked.path} makes it again")
     old, why = _against(asked, asked.releases.current.bundle, new)
     if old is None:
-        return [f"cannot be compared with the release: {why}"]
-    return failing(asked.config.release, old.figures, new.figures, changes(old, new))
+        return [f"cannot be compared with the release: {why}"], []
+    compared = (asked.config.release, old.figures, new.figures, changes(old, new))
+    return failing(*compared), unjudged(*compared)
 
 
 def _against(asked: Asked, bundle: str, new: Measured) -> tuple[Measured | None, str]:

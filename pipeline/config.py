@@ -26,6 +26,7 @@ from pipeline.data.pairs import PairsRecipe
 from pipeline.data.source import SourceRecipe
 from pipeline.data.thresholds import ThresholdsRecipe
 from pipeline.errors import UserError
+from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.recipe import EVALUATION_PRESETS, EvaluationRecipe
 from pipeline.parse import merge, parse
 from pipeline.release_gates import ReleaseGates
@@ -164,7 +165,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
         values[stage] = merge(
             _preset(given.get("preset", common), stage), {k: v for k, v in given.items() if k != "preset"}
         )
-    config = _scaled(parse(Config, values), scale)
+    config = _named(_scaled(parse(Config, values), scale))
     _check(config)
     return config
 
@@ -179,6 +180,14 @@ def _scaled(config: Config, scale: Any) -> Config:
         for stage, recipe in recipes.items()
     }
     return dataclasses.replace(config, **longer)
+
+
+def _named(config: Config) -> Config:
+    """Returns the same, with what the captions of the emoji set name where a list is that set and nothing is given."""
+    evaluation = config.evaluation
+    if evaluation.phrases != Phrases() or not any(path.startswith("emoji:") for path in config.source.paths):
+        return config
+    return dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, phrases=EMOJI))
 
 
 def _preset(name: Any, stage: str) -> dict[str, Any]:

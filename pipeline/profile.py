@@ -19,6 +19,7 @@ from models.prior_configs import ASKED
 from pipeline.artifacts import Artifact, load_artifact
 from pipeline.bundle import MODELS
 from pipeline.errors import CorruptObject, UserError
+from pipeline.held_out import FEWEST
 from pipeline.history import last_run
 from pipeline.records import read_blob
 from pipeline.store import Store
@@ -140,6 +141,8 @@ def _observed(
     elif stage in COUNTED:
         there = _looked_at(store, artifact)
         passes = passes_of(stage, recipes, there)
+        if not any(passes.values()):  # an evaluation of too few rows tells nothing of one that measures
+            return None
         short = {part: n / max(1, rows) for part, n in there.items() if n < recipes[stage][ROWS_OF[part]]}
     elif stage == "clip":  # weights that were fetched
         amount, work = 1.0, 0.0
@@ -164,12 +167,13 @@ def _observed(
 
 
 def _looked_at(store: Store, artifact: Artifact) -> dict[str, int]:
-    """Rows that an evaluation has looked at, by part; {} of another stage, and where they cannot be read."""
+    """Rows that an evaluation has looked at or found too few, by part; {} of another stage, and where they cannot be
+    read."""
     try:
-        said = json.loads(read_blob(store, artifact.blobs["evaluation.json"]))["rows"]
+        said = json.loads(read_blob(store, artifact.blobs["evaluation.json"]))
+        return {part: len(rows["keys"]) for part, rows in said["rows"].items()} | said["few"]
     except (KeyError, CorruptObject):  # a run notices the damage, and mends it
         return {}
-    return {part: len(rows["keys"]) for part, rows in said.items()}
 
 
 def passes_of(
@@ -201,7 +205,8 @@ def passes_of(
     asked = recipes["evaluation"]
 
     def rows(name: str, part: str) -> int:
-        return min(asked[name], (there or {}).get(part, asked[name]))
+        found = min(asked[name], (there or {}).get(part, asked[name]))
+        return found if found >= FEWEST else 0
 
     drawn, captioned = rows("decoder_rows", "decoder"), rows("caption_rows", "decoder")
     priors = [name for name in models if name.endswith("prior")]
@@ -210,8 +215,7 @@ def passes_of(
     counts = {"decoder": pictures, **dict.fromkeys(priors, sampled)}
     for name in ("upsampler_256", "upsampler_1024"):
         if name in models:
-            large = rows(f"{name}_rows", name)
-            counts[name] = large * asked["upsampler_samples"] if large > 1 else 0
+            counts[name] = rows(f"{name}_rows", name) * asked["upsampler_samples"]
     return {name: float(count * one[name]) for name, count in counts.items()}
 
 

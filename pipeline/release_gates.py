@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
-from pipeline.evaluate.figure import short
-from pipeline.release_compare import Change, Figures
+from pipeline.evaluate.figure import count, judged, measured, short
+from pipeline.release_compare import REAL, Change, Figures
+
+UNKNOWN = {"holds": None, "note": ""}  # what is known of a figure that an evaluation does not have
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class ReleaseGates:
 
 
 def failing(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[Change]) -> list[str]:
-    """A line for everything that keeps the new bundle from being the release; empty if all gates hold.
+    """A line for everything that keeps the new bundle from being the release; empty if all gates hold. A bundle of
+    which nothing is measured shows nothing, so no gate holds.
 
     Raises UserError if a figure is to be ignored that neither evaluation has.
     """
@@ -49,4 +52,29 @@ def failing(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[C
                 f"{name} is worse: {short(change.then)} -> {short(change.now)}, "
                 f"difference {short(change.difference)} ({short(low)} to {short(high)})"
             )
+    claims = judged(list(new.values()))
+    if claims and not measured(claims) and not lines and (gates.claims or gates.figures):
+        return [f"no gate can be judged. {count(claims)}"]
     return lines
+
+
+def unjudged(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[Change]) -> list[str]:
+    """Returns which claims no gate has judged, in a line for each reason: those that are not measured for both bundles,
+    and those whose rows cannot be compared one by one. A claim that ``failing`` names is not among them."""
+    compared = {(change.model, change.name) for change in changes}
+    found: dict[str, list[str]] = {}
+    for model, name in {**old, **new} if gates.claims or gates.figures else ():
+        then, now = (figures.get((model, name), UNKNOWN) for figures in (old, new))
+        why = ""
+        if then["holds"] is None and now["holds"] is None:
+            why = now["note"] or then["note"]
+        elif now["holds"] is None:
+            why = "" if gates.claims and then["holds"] else "measured for the release only"
+        elif then["holds"] is None:
+            why = "measured for this bundle only"
+        elif gates.figures and now.get("values") and not REAL.fullmatch(name) and (model, name) not in compared:
+            why = "not compared row by row, as the codecs differ or a value is not finite"
+        if why and f"{model}.{name}" not in gates.ignore:
+            line = now.get("line") or then.get("line")
+            found.setdefault(why, []).append(f"{model} ({line})" if name == f"absent_{line}" else f"{model}.{name}")
+    return [f"{', '.join(names)}: {why}" for why, names in found.items()]

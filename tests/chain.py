@@ -31,11 +31,11 @@ MICRO = {
     "bundle": {"sampling": {"prior_steps": 2, "decoder_steps": 2, "upsampler_256_steps": 2, "upsampler_1024_steps": 2}},
     "samples": {"captions": ["a red heart"]},
     "evaluation": {
-        "rows": 4,
+        "rows": 8,
         "prior_samples": 2,
-        "sampled_rows": 2,
-        "decoder_rows": 4,
-        "caption_rows": 2,
+        "sampled_rows": 8,
+        "decoder_rows": 8,
+        "caption_rows": 8,
         "upsampler_samples": 2,
         "early": 16,
     },
@@ -44,8 +44,11 @@ MICRO = {
 
 
 def write_list(path: Path, start: int, stop: int) -> Path:
-    """Rows [start, stop) of the nano emoji set as a CSV file, the ones at 1024 px moved to the front."""
-    rows = sorted(emoji_rows("nano-more"), key=lambda row: "/1024/" not in row.url)
+    """Rows [start, stop) of the nano emoji set as a CSV file, the ones at 1024 px and half of those for the test moved
+    to the front."""
+    listed = emoji_rows("nano-more")
+    for_test = [row for row in listed if row.split == "test"][::2]
+    rows = sorted(listed, key=lambda row: ("/1024/" not in row.url, row not in for_test))
     with open(path, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(("url", "caption", "group", "split", "license", "attribution"))

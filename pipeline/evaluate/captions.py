@@ -1,36 +1,81 @@
-"""What a caption says apart from its style: name-alone and within-style choices, for captions of the emoji pictures.
+"""What captions say in fixed words: how they begin, what they name, and on which background.
 
 Style and background words alone find a good part of the right captions, so that retrieval among whole captions flatters
-a model that has learnt them and no names.
+a model that has learnt them and no names. No torch here.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.evaluate.images import named_background
-
-STYLES = ("a flat twemoji picture of", "an openmoji drawing of")
+from pipeline.data.emoji import BACKGROUNDS, STYLES
 
 
 class Parts(NamedTuple):
-    """The words of a caption before its name, the name ("a cat face"), and those after it, "" for none."""
+    """The words of a caption before its name, the name ("a cat face"), and those after it; "" for none."""
 
     style: str
     name: str
     background: str
 
-
-def parts(caption: str) -> Parts | None:
-    """Those of an emoji picture's caption; None for any other caption."""
-    match = re.fullmatch(rf"({'|'.join(STYLES)}) (.+?)( on a pale \w+ background)?", caption)
-    if match is None or (match[3] and named_background(caption) is None):
-        return None
-    return Parts(match[1], match[2], match[3] or "")
+    def called(self, name: str) -> str:
+        """Returns the caption that differs in the name alone."""
+        return " ".join(part for part in (self.style, name, self.background) if part)
 
 
-def within_style(own: Parts, names: Sequence[str]) -> list[str]:
-    """Captions that differ from a row's in the name alone."""
-    return [f"{own.style} {name}{own.background}" for name in names]
+@dataclass(frozen=True)
+class Phrases:
+    """The fixed words of a list's captions. Without any, no figure goes by what a caption names.
+
+    ``styles``: how a caption begins, such as "an openmoji drawing of"; where there are some, other captions have no
+    parts. ``backgrounds``: how a caption ends, with the colour [red, green, blue], 0 to 255, of the corners of its
+    image, such as {"on a pale green background": [187, 231, 178]}; "" has the colour behind captions that name none.
+    """
+
+    styles: tuple[str, ...] = ()
+    backgrounds: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for words, colour in self.backgrounds.items():
+            if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
+                raise ValueError(f"backgrounds.{words}: {list(colour)} is not a colour; use three numbers of 0 to 255")
+
+    def parts(self, caption: str) -> Parts | None:
+        """Returns the parts of a caption; None for one that does not begin with a style, or that has no name."""
+        style = next((style for style in self.styles if caption.startswith(f"{style} ")), "")
+        if (self.styles and not style) or not (self.styles or self.backgrounds):
+            return None
+        ends = (words for words in self.backgrounds if words and caption.endswith(f" {words}"))
+        background = max(ends, key=len, default="")
+        name = caption[len(style) : len(caption) - len(background)].strip()
+        return Parts(style, name, background) if name else None
+
+    def background(self, caption: str) -> str:
+        """Returns the background that a caption names, "" for none."""
+        found = self.parts(caption)
+        return found.background if found else ""
+
+    def alike(self, captions: Sequence[str], others: Sequence[str]) -> list[int]:
+        """Returns as many places among ``others`` as there are ``captions``, far apart.
+
+        For a caption that names a background it is one that names one, if there is any, and for another caption
+        another. So sets differ by what was not chosen for.
+        """
+        pools: dict[bool, list[int]] = {True: [], False: []}
+        for i, caption in enumerate(others):
+            pools[bool(self.background(caption))].append(i)
+        kinds = [bool(self.background(caption)) for caption in captions]
+        seen, found = {True: 0, False: 0}, []
+        for kind in kinds:
+            pool = pools[kind] or pools[not kind]
+            found.append(pool[seen[kind] * len(pool) // kinds.count(kind)])
+            seen[kind] += 1
+        return found
+
+
+EMOJI = Phrases(
+    tuple(STYLES.values()),
+    {"" if name == "white" else f"on a {name} background": colour for name, colour in BACKGROUNDS.items()},
+)

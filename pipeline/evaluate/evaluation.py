@@ -19,7 +19,8 @@ from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.inception import Inception, fid_figures
 from pipeline.evaluate.priors import PRIORS
 from pipeline.evaluate.recipe import EvaluationRecipe
-from pipeline.evaluate.rows import HeldOut, Taught, held_out, read_views, taught
+from pipeline.evaluate.rows import SPLITS, HeldOut, Taught, held_out, read_views, taught
+from pipeline.held_out import too_few
 from pipeline.records import digest
 from pipeline.store import Store
 
@@ -37,7 +38,8 @@ class Evaluation:
 
     Beside figures it leaves ``pictures``, uint8 [3, h, w] by file name, the ``captions`` of the columns of
     "comparison.png", caption and distance of those of "nearest.png" in ``closest`` and, by file name, the ``licenses``
-    of the real picture in each column; and the ``keys`` of all rows that were looked at, by part and split.
+    of the real picture in each column; the ``keys`` of all rows that were looked at, by part and split; and how many
+    rows there are where they are too ``few``, by part.
     """
 
     store: Store
@@ -52,6 +54,7 @@ class Evaluation:
     closest: list[dict[str, Any]] = field(default_factory=list)
     licenses: dict[str, list[str | None]] = field(default_factory=dict)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
+    few: dict[str, int] = field(default_factory=dict)
 
     def parts(self) -> dict[str, Part]:
         """What is to be measured, by title; every part returns its figures."""
@@ -75,15 +78,17 @@ class Evaluation:
         return self.unclip.clip.mean.device
 
     @cached_property
-    def rows(self) -> HeldOut | None:
-        """Rows without pictures, for the priors."""
+    def rows(self) -> HeldOut | str:
+        """Rows without pictures, for the priors, or why there are none."""
         return self._held_out("priors", self.recipe.rows, 0)
 
     @cached_property
-    def small(self) -> HeldOut | None:
-        """Rows with pictures of 64 px, for the decoder. Captions that name a background come first: line (d) needs
-        them, and a picture is dear."""
-        return self._held_out("decoder", self.recipe.decoder_rows, BASE, images.named_background)
+    def small(self) -> HeldOut | str:
+        """Rows with pictures of 64 px, for the decoder, or why there are none. Captions that name a background come
+        first: line (d) needs them, and a picture is expensive."""
+        phrases = self.recipe.phrases
+        prefer = phrases.background if phrases.backgrounds else None
+        return self._held_out("decoder", self.recipe.decoder_rows, BASE, prefer)
 
     @cached_property
     def taught(self) -> Taught:
@@ -91,33 +96,38 @@ class Evaluation:
 
     def _held_out(
         self, part: str, rows: int, side: int, prefer: Callable[[str], object] | None = None
-    ) -> HeldOut | None:
+    ) -> HeldOut | str:
         found = held_out(self.store, self.inputs, rows, side, prefer)
-        self.keys[part] = {"split": None, "keys": []}
-        if found:
-            self.keys[part] = {"split": found.split, "keys": found.keys, "captions": digest(found.captions)}
-        return found.to(self.device) if found else None
+        if isinstance(found, int):
+            self.keys[part] = {"split": None, "keys": []}
+            self.few[part] = found
+            # Where there are too few rows at all, that is why, not how few of them have a large image.
+            general = self.rows if side else ""
+            large = f" with an image of {side} px" if side else ""
+            return general if isinstance(general, str) and general else too_few(found, SPLITS[0], large)
+        self.keys[part] = {"split": found.split, "keys": found.keys, "captions": digest(found.captions)}
+        return found.to(self.device)
 
     def ar_prior(self, tick: Tick) -> list[Figure]:
         """Lines (a) and (b) of the AR prior."""
         model, codec = self.unclip.ar_prior, self.unclip.codec
         assert model is not None
         assert codec is not None
-        if self.rows is None:
-            return [absent("a", "ar_prior"), absent("b", "ar_prior")]
+        if isinstance(self.rows, str):
+            return absent("ab", "ar_prior", self.rows)
         training = self.taught.image_embedding.to(self.device)
         return priors.ar_prior_figures(model, codec, self.rows, training, self.recipe.seed)
 
     def diffusion_prior(self, tick: Tick) -> list[Figure]:
         """Line (a) of the diffusion prior."""
-        if self.rows is None:
-            return [absent("a", "diffusion_prior")]
+        if isinstance(self.rows, str):
+            return absent("a", "diffusion_prior", self.rows)
         return [priors.diffusion_prior_gap(self.unclip, self.rows, self.recipe.seed)]
 
     def prior_samples(self, prior: str, tick: Tick) -> list[Figure]:
         """Line (c) of one prior, and how its samples rank images."""
-        if self.rows is None:
-            return [absent("c", PRIORS[prior])]
+        if isinstance(self.rows, str):
+            return absent("c", PRIORS[prior], self.rows)
         recipe = self.recipe
         chosen = self.rows.first(min(recipe.sampled_rows, len(self.rows)))
         samples = priors.draw_samples(self.unclip, prior, chosen, recipe.prior_samples, recipe.seed, tick)
@@ -129,30 +139,30 @@ class Evaluation:
 
     def decoder(self, tick: Tick) -> list[Figure]:
         """Line (a) of the decoder."""
-        if self.small is None:
-            return [absent("a", "decoder")]
+        if isinstance(self.small, str):
+            return absent("a", "decoder", self.small)
         return [images.decoder_gap(self.unclip.decoder, self.small, self.recipe.seed)]
 
     def drawn(self, tick: Tick) -> list[Figure]:
         """Lines (d) and (f), the pictures, how good they are and whether they are copies."""
-        rows, seed = self.small, self.recipe.seed
-        if rows is None:
-            return [absent("d", "decoder"), absent("f", "decoder")]
+        rows, seed, phrases = self.small, self.recipe.seed, self.recipe.phrases
+        if isinstance(rows, str):
+            return absent("df" if phrases.backgrounds else "f", "decoder", rows)
         embedding, prior = rows.batch["image_embedding"], self.unclip.sampling.prior
         drawn = {"decoder": images.draw_pictures(self.unclip, rows, embedding, prior, seed, tick)}
         fewer = rows.first(min(self.recipe.caption_rows, len(rows)))
         for name, stage in PRIORS.items():
             if getattr(self.unclip, stage) is not None:
                 drawn[stage] = images.draw_pictures(self.unclip, fewer, None, name, seed, tick)
-        early: Tensor | str = "not measured: " + self.early if isinstance(self.early, str) else ""
+        early: Tensor | str = self.early if isinstance(self.early, str) else ""
         if isinstance(self.early, Decoder):
             unclip = replace(self.unclip, decoder=self.early)
             early = images.draw_pictures(unclip, rows, embedding, prior, seed, tick)
         figures = []
-        for model, pictures in drawn.items():
+        for model, pictures in drawn.items() if phrases.backgrounds else ():
             source = "the image's embedding" if model == "decoder" else "the caption alone"
             chosen = rows if model == "decoder" else fewer
-            figures.append(images.background_figure(model, source, pictures, chosen, seed))
+            figures.append(images.background_figure(model, source, pictures, chosen, phrases, seed))
         figures += images.ranking_figures(self.unclip.clip, rows, drawn["decoder"], early, seed)
         figures += self._looked_at(rows, drawn, early, tick)
         self._guide(rows.first(len(self.captions)), tick)
@@ -170,8 +180,8 @@ class Evaluation:
     def _looked_at(self, rows: HeldOut, drawn: dict[str, Tensor], early: Tensor | str, tick: Tick) -> list[Figure]:
         """What the bundle's CLIP, the judge and Inception see in the drawn pictures; keeps the pictures to be shown."""
         real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
-        training = self._training_pictures(images.alike(rows.captions, self.taught.captions))
-        more = self.rows.captions if self.rows else []
+        training = self._training_pictures(self.recipe.phrases.alike(rows.captions, self.taught.captions))
+        more = [] if isinstance(self.rows, str) else self.rows.captions
         everything = drawn | ({"early": early} if isinstance(early, Tensor) else {})
         eyes = [quality.Eye("CLIP", self.unclip.clip)]
         eyes += [quality.Eye("judge", self.judge)] if self.judge else []
@@ -180,7 +190,7 @@ class Evaluation:
             tick(f"{eye.name} looks at pictures")
             seen = {kind: eye.look(pictures) for kind, pictures in (everything | {"real": real}).items()}
             of_real = seen.pop("real")
-            arguments = (seen, of_real, eye.look(training), rows, more, self.recipe.seed)
+            arguments = (seen, of_real, eye.look(training), rows, more, self.recipe.phrases, self.recipe.seed)
             figures += quality.quality_figures(eye, *arguments)
             if eye is eyes[0]:
                 of_drawn = {model: seen[model] for model in drawn}
@@ -217,9 +227,8 @@ class Evaluation:
         """Lines (a) and (e) of one upsampler, and more of its pictures."""
         model, recipe = getattr(self.unclip, name), self.recipe
         rows = self._held_out(name, getattr(recipe, f"{name}_rows"), model.config.image_size)
-        if rows is None:
-            why = f"not measured: fewer than two held-out pictures of {model.config.image_size} px"
-            return [absent("a", name, why), absent("e", name, why)]
+        if isinstance(rows, str):
+            return absent("ae", name, rows)
         steps = getattr(self.unclip.sampling, f"{name}_steps")
         return [
             upsamplers.upsampler_gap(name, model, rows, recipe.seed),
@@ -227,6 +236,6 @@ class Evaluation:
         ]
 
 
-def absent(line: str, model: str, why: str = "not measured: fewer than two held-out rows") -> Figure:
-    """A figure that could not be measured, and why."""
-    return Figure(line, model, "absent", model, note=why)
+def absent(lines: str, model: str, why: str) -> list[Figure]:
+    """Returns a figure for each of the ``lines`` of a model that could not be measured, and why."""
+    return [Figure(line, model, f"absent_{line}", model, note=why) for line in lines]

@@ -23,7 +23,7 @@ class Figure:
 
     ``says`` is the claim in plain words. ``value`` is compared with ``baseline``, over ``rows`` rows of ``split``;
     ``difference`` is value - baseline, with its standard ``error`` or its 95% ``interval``. ``holds`` is None where
-    there is nothing to hold: a figure for information, or one that could not be measured, and ``note`` says why.
+    there is nothing to hold: a figure for information, or one that was not measured, and ``note`` says why.
     ``values`` are those of each row, to six digits, whose mean is ``value``, and ``claim`` says on which side of the
     baseline they should be ("above" or "below"): where both are given, bundles can be compared row by row.
     """
@@ -60,6 +60,11 @@ def judged(figures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [figure for figure in figures if figure["holds"] is not None or figure["note"]]
 
 
+def measured(figures: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether any claim of the figures, as JSON, holds or fails."""
+    return any(figure["holds"] is not None for figure in figures)
+
+
 def without_values(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The figures, as JSON, for a record, which is small: the values of rows are in evaluation.json."""
     return [{name: value for name, value in figure.items() if name != "values"} for figure in figures]
@@ -90,22 +95,24 @@ def difference(figure: Mapping[str, Any]) -> str:
 
 
 def count(figures: Sequence[Mapping[str, Any]]) -> str:
-    """For example '18 of 20 hold, 2 not measured'."""
+    """Returns for example '18 of 20 hold, 2 not measured', or that nothing was measured, and why."""
     known = [figure["holds"] for figure in judged(figures) if figure["holds"] is not None]
-    missing = len(judged(figures)) - len(known)
-    return f"{sum(known)} of {len(known)} hold" + (f", {missing} not measured" if missing else "")
+    missing = [figure["note"] for figure in judged(figures) if figure["holds"] is None]
+    if not known:
+        return f"Nothing was measured: {'; '.join(dict.fromkeys(missing))}"
+    return f"{sum(known)} of {len(known)} hold" + (f", {len(missing)} not measured" if missing else "")
 
 
 def as_text(figures: Sequence[Mapping[str, Any]]) -> str:
-    """The table as plain text, under a heading for each line."""
+    """The table as plain text, under a heading for each line; one line where nothing was measured."""
     out = [f"Does it learn? {count(figures)}"]
-    for line, claim in LINES.items():
+    for line, claim in LINES.items() if measured(figures) else ():
         of_line = [figure for figure in judged(figures) if figure["line"] == line]
         out += [f"({line}) {claim}"] if of_line else []
         for figure in of_line:
             found = f"{short(figure['value'])} against {short(figure['baseline'])}, {difference(figure)}"
-            rest = (
-                f"{found}, {figure['rows']} {figure['split']} rows" if figure["holds"] is not None else figure["note"]
-            )
+            rest = f"{found}, {figure['rows']} {figure['split']} rows"
+            if figure["holds"] is None:
+                rest = f"not measured: {figure['note']}"
             out.append(f"  {mark(figure):4}{figure['says']}: {rest}")
     return "\n".join(out)

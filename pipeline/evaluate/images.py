@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,12 +16,14 @@ from models.clip import Clip
 from models.decoder import Decoder, decoder_loss
 from models.draw import derive_seed
 from models.view import view
-from pipeline.data.emoji import BACKGROUNDS
 from pipeline.evaluate import metrics
+from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import gap_figure, rise
 from pipeline.evaluate.paired import paired
 from pipeline.evaluate.rows import HeldOut
+from pipeline.held_out import FEWEST
+from pipeline.progress import counted
 
 DRAWS = 4  # timesteps a row
 PICTURES = 16  # drawn at once
@@ -61,47 +62,31 @@ def embed(clip: Clip, pictures: Tensor) -> Tensor:
     return torch.cat([clip.encode_image(part) for part in pixels.split(PICTURES)]).cpu()
 
 
-def named_background(caption: str) -> str | None:
-    """Which of the eight pale backgrounds of the emoji pictures a caption names, or None."""
-    named = re.search(r" on a (pale \w+) background$", caption)
-    return named[1] if named and named[1] in BACKGROUNDS else None
-
-
-def alike(captions: Sequence[str], others: Sequence[str]) -> list[int]:
-    """As many places among ``others`` as there are ``captions``, far apart: for a caption that names a background one
-    that names one, if there is any, and for another caption another. Sets differ by what was not chosen for, then."""
-    pools: dict[bool, list[int]] = {True: [], False: []}
-    for i, caption in enumerate(others):
-        pools[named_background(caption) is not None].append(i)
-    kinds = [named_background(caption) is not None for caption in captions]
-    seen, found = {True: 0, False: 0}, []
-    for kind in kinds:
-        pool = pools[kind] or pools[not kind]
-        found.append(pool[seen[kind] * len(pool) // kinds.count(kind)])
-        seen[kind] += 1
-    return found
-
-
-def backgrounds(pictures: Tensor) -> list[str]:
-    """Of the nine backgrounds the one nearest to the mean colour of the corners of pictures uint8 [n, s, s, 3]."""
+def backgrounds(pictures: Tensor, palette: Mapping[str, Sequence[int]]) -> list[str]:
+    """Returns the name of the colour of ``palette`` that is nearest to the mean of the corners of each picture, which
+    are uint8 [n, s, s, 3]."""
     ends = torch.cat([torch.arange(CORNER), torch.arange(-CORNER, 0)])
     colours = pictures[:, ends][:, :, ends].double().mean((1, 2))
-    palette = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float64)
-    return [list(BACKGROUNDS)[i] for i in torch.cdist(colours, palette).argmin(1).tolist()]
+    known = torch.tensor(list(palette.values()), dtype=torch.float64)
+    return [list(palette)[i] for i in torch.cdist(colours, known).argmin(1).tolist()]
 
 
-def background_figure(model: str, source: str, pictures: Tensor, rows: HeldOut, seed: int) -> Figure:
+def background_figure(model: str, source: str, pictures: Tensor, rows: HeldOut, phrases: Phrases, seed: int) -> Figure:
     """Line (d): how often the background is the one that the caption names, against every other row's caption.
 
-    Only rows whose captions name one count; without two of different colours there is nothing to measure.
+    Only rows whose captions name one count; with fewer than FEWEST, or of one background, there is nothing to measure.
     """
     says = f"right background from {source}, above the share of shuffled captions"
-    named = [named_background(caption) for caption in rows.captions]
-    chosen = [i for i, name in enumerate(named) if name is not None]
-    if len({named[i] for i in chosen}) < 2:
-        why = "not measured: captions here do not name the backgrounds that the emoji captions name"
+    named = [phrases.background(caption) for caption in rows.captions]
+    chosen = [i for i, name in enumerate(named) if name]
+    why = ""
+    if len(chosen) < FEWEST:
+        why = f"{counted(len(chosen), 'caption')} of {len(rows)} {rows.split} rows name a background; it takes {FEWEST}"
+    elif len({named[i] for i in chosen}) < 2:
+        why = f"all captions of {rows.split} rows that name a background name the same one"
+    if why:
         return Figure("d", model, "background", f"{model}: {says}", note=why, split=rows.split)
-    seen = backgrounds(pictures[chosen])
+    seen = backgrounds(pictures[chosen], phrases.backgrounds)
     right = torch.tensor([[found == named[j] for j in chosen] for found in seen], dtype=torch.float64)
     hits = right.diagonal()
     chance = (right.sum(1) - hits) / (len(chosen) - 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.clip import Clip
-from pipeline.evaluate.captions import parts, within_style
+from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.distribution import distribution_figures
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.images import embed
@@ -17,6 +17,7 @@ from pipeline.evaluate.metrics import cosine
 from pipeline.evaluate.paired import paired
 from pipeline.evaluate.retrieval import AMONG, told_apart
 from pipeline.evaluate.rows import HeldOut
+from pipeline.held_out import FEWEST
 
 BATCH = 128  # captions
 
@@ -50,11 +51,11 @@ class Choice:
     chosen: Tensor
 
 
-def choices(eye: Eye, captions: Sequence[str], more: Sequence[str]) -> list[Choice]:
+def choices(eye: Eye, captions: Sequence[str], more: Sequence[str], phrases: Phrases) -> list[Choice]:
     """The choices for rows with these ``captions``; ``more`` captions fill them up to AMONG different ones.
 
-    Whole captions; then, for the rows whose captions have a style, names alone, and names with the row's own style and
-    background. A choice of fewer than two is left out.
+    Whole captions; then, for the rows whose captions have parts by ``phrases``, names alone, and names with the row's
+    own style and background. A choice of fewer than two is left out.
     """
     found = []
     distinct = _filled(captions, more)
@@ -62,15 +63,15 @@ def choices(eye: Eye, captions: Sequence[str], more: Sequence[str]) -> list[Choi
         says = f"R-precision among {min(AMONG, len(distinct))} captions"
         own = torch.tensor([distinct.index(caption) for caption in captions])
         found.append(Choice("r_precision", says, eye.read(distinct), own, torch.arange(len(captions))))
-    taken = {i: part for i, caption in enumerate(captions) if (part := parts(caption))}
-    names = _filled([part.name for part in taken.values()], [part.name for c in more if (part := parts(c))])
+    taken = {i: part for i, caption in enumerate(captions) if (part := phrases.parts(caption))}
+    names = _filled([part.name for part in taken.values()], [part.name for c in more if (part := phrases.parts(c))])
     if taken and len(names) > 1:
         chosen = torch.tensor(list(taken))
         own = torch.tensor([names.index(part.name) for part in taken.values()])
         says = f"R-precision among {min(AMONG, len(names))} names"
         found.append(Choice("name_alone", f"{says} alone", eye.read(names), own, chosen))
         frames = {(part.style, part.background): part for part in taken.values()}
-        texts = {frame: eye.read(within_style(part, names)) for frame, part in frames.items()}
+        texts = {frame: eye.read([part.called(name) for name in names]) for frame, part in frames.items()}
         own_texts = torch.stack([texts[part.style, part.background] for part in taken.values()])
         found.append(Choice("within_style", f"{says} in the style and on the background", own_texts, own, chosen))
     return found
@@ -105,14 +106,16 @@ def named(kind: str) -> tuple[str, str, str]:
 
 
 def quality_figures(
-    eye: Eye, drawn: Mapping[str, Tensor], real: Tensor, training: Tensor, rows: HeldOut, more: Sequence[str], seed: int
-) -> list[Figure]:
+    eye: Eye, drawn: Mapping[str, Tensor], real: Tensor, training: Tensor, rows: HeldOut, more: Sequence[str],
+    phrases: Phrases, seed: int,
+) -> list[Figure]:  # fmt: skip
     """The figures of every set of ``drawn`` embeddings [m, d], m at least 2, each of the first m of ``rows``.
 
     Sets are named as ``named`` reads them. ``real`` [n, d] are the rows' own pictures and ``training`` [n, d] others,
-    that taught. ``more``: captions to choose among besides those of the rows.
+    that taught. ``more``: captions to choose among besides those of the rows. A choice of which fewer than FEWEST rows
+    have a part gives no figure.
     """
-    texts, offered = eye.read(rows.captions), choices(eye, rows.captions, more)
+    texts, offered = eye.read(rows.captions), choices(eye, rows.captions, more, phrases)
     short, figures = eye.name.lower(), []
     for kind, seen in drawn.items():
         model, end, subject = named(kind)
@@ -123,7 +126,7 @@ def quality_figures(
         figures.append(paired("f", model, f"{short}_score{end}", score, *values, part, seed, None))
         for choice in offered:
             ours, theirs = right(choice, seen), right(choice, real[:m])
-            if len(ours) > 1:
+            if len(ours) >= FEWEST:
                 says = f"{choice.says}, of {subject} pictures, by {eye.name}; baseline: real pictures"
                 figures.append(paired("f", model, f"{short}_{choice.name}{end}", says, ours, theirs, part, seed, None))
         figures += distribution_figures(model, eye.name, subject, end, seen, training[:m], real[:m], part, seed)

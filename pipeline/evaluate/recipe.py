@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from models.prior_configs import require
+from pipeline.evaluate.captions import Phrases
+from pipeline.held_out import FEWEST
 from pipeline.parse import ContentFile
+
+ROWS = ("rows", "sampled_rows", "decoder_rows", "caption_rows", "upsampler_256_rows", "upsampler_1024_rows")
 
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    """How many held-out rows each figure takes, at most: the first ones, so always the same.
+    """How many held-out rows each figure takes, at most: the first ones, so always the same. Of fewer than FEWEST there
+    are no figures.
 
     ``rows``: losses of the priors; ``sampled_rows``: their samples, which are dear, ``prior_samples`` a row of each.
     ``decoder_rows``: pictures of 64 px from the images' own embeddings; ``caption_rows``: the same from the caption
@@ -22,7 +26,8 @@ class EvaluationRecipe:
     checkpoint of the decoder has seen, which the finished one must beat; the decoder's training publishes it as a
     milestone. 0 compares with none. ``judge``: a second CLIP that looks at the pictures of 64 px,
     "open_clip:NAME:TAG" or "local-dir:FOLDER"; a key holds its name and not its bytes. ``inception``: the file of
-    Inception-v3's weights, for FID of the same pictures; its content counts. Nothing here may be tuned on test rows.
+    Inception-v3's weights, for FID of the same pictures; its content counts. ``phrases``: what captions say in fixed
+    words, which the emoji set brings (see pipeline.config). Nothing here may be tuned on test rows.
     """
 
     rows: int = 256
@@ -37,13 +42,13 @@ class EvaluationRecipe:
     seed: int = 0
     judge: str | None = None
     inception: ContentFile | None = None
+    phrases: Phrases = field(default_factory=Phrases)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.name not in ("judge", "inception"):
-                low = 0 if field.name in ("early", "seed") else 2
-                value = getattr(self, field.name)
-                require(value >= low, f"{field.name} is {value}: use {low} or more")
+        fewest = dict.fromkeys(ROWS, FEWEST) | {"prior_samples": 2, "upsampler_samples": 2, "early": 0, "seed": 0}
+        for name, low in fewest.items():
+            value = getattr(self, name)
+            require(value >= low, f"{name} is {value}: use {low} or more")
         require(
             self.judge is None or bool(re.fullmatch(r"open_clip:[^:]+:[^:]+|local-dir:.+", self.judge)),
             f"judge is {self.judge!r}: use open_clip:NAME:TAG, local-dir:FOLDER or null",

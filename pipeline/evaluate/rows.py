@@ -13,12 +13,13 @@ from torch import Tensor
 from pipeline.artifacts import Artifact
 from pipeline.data.index import Place
 from pipeline.evaluate.metrics import derangement
+from pipeline.held_out import FEWEST
 from pipeline.store import Store
 from pipeline.training.pictures import Pictures
 from pipeline.training.tables import Row, Tables
 from pipeline.training.task import Batch
 
-SPLITS = ("test", "validation")  # the first that has rows
+SPLITS = ("test", "validation")  # the first that has as many rows as a figure needs
 COLUMNS = ("image", "tokens", "image_embedding", "text_embedding")
 LOOKED = 1024
 TRAINING_ROWS = 16_384  # at most, for the codes' frequencies and the nearest training picture
@@ -61,21 +62,24 @@ def held_out(
     rows: int,
     side: int = 0,
     prefer: Callable[[str], object] | None = None,
-) -> HeldOut | None:
-    """The first ``rows`` test rows, or validation rows where there is no test row; None for fewer than two.
+) -> HeldOut | int:
+    """The first ``rows`` test rows, or validation rows where there are fewer than FEWEST test rows; where there are as
+    few of both, how many test rows there are.
 
     Rows with a short side below ``side`` are left out, and with a ``side`` pictures are read, as views of it. Those of
     the first LOOKED rows whose captions ``prefer`` likes come before the others. Raises CorruptObject for what cannot
     be trusted.
     """
+    tables = Tables(store, inputs, COLUMNS, SPLITS[0], side)
+    there = sum(tables.counts)
     for split in SPLITS:
-        tables = Tables(store, inputs, COLUMNS, split, side)
-        if sum(tables.counts):
+        tables = tables.of(split)
+        if sum(tables.counts) >= FEWEST:
             found = tables.first(LOOKED if prefer else rows)
             if prefer:
                 found = sorted(found, key=lambda row: not prefer(_caption(row)))[:rows]
-            return _join(store, split, found, side) if len(found) > 1 else None
-    return None
+            return _join(store, split, found, side)
+    return there
 
 
 def _caption(row: Row) -> str:

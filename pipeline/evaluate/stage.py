@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from models.decoder import Decoder
 
-VERSION = 5
+VERSION = 6
 LEARN = ("pairs", "captions", "embeddings", "curation")  # the decoder's inputs
 log = logging.getLogger("unclip")
 
@@ -73,6 +73,7 @@ def run_evaluation(ctx: Context) -> Artifact:
         "version": VERSION,
         "figures": figures,
         "rows": evaluation.keys,
+        "few": evaluation.few,
         "captions": evaluation.captions,
         "recipe": flatten(ctx.recipe),
         "sampling": dataclasses.asdict(unclip.sampling),
@@ -87,7 +88,7 @@ def run_evaluation(ctx: Context) -> Artifact:
         "guidances": GUIDANCES,
         "licenses": evaluation.licenses,
     }
-    rows = len(evaluation.rows) if evaluation.rows else 0
+    rows = 0 if isinstance(evaluation.rows, str) else len(evaluation.rows)
     environment = package_versions() if inception else {}
     artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=rows), metrics=metrics, environment=environment)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from pipeline.artifacts import Artifact
-from pipeline.evaluate.figure import LINES, difference, short
+from pipeline.evaluate.figure import LINES, difference, measured, short
 from pipeline.records import read_blob
 from pipeline.report.markup import attempt, figure, note, number, section, table, text
 from pipeline.report.pictures import Album
@@ -30,6 +30,9 @@ def evaluation_section(store: Store, artifacts: Mapping[str, Artifact], album: A
     if "evaluation" not in artifacts:
         return ""
     artifact = artifacts["evaluation"]
+    if not measured(artifact.metrics["figures"]):
+        why = note(f"{artifact.metrics['holds']}.")
+        return section("evaluation", "Does it learn?", "Claims are measured on held-out rows.", why)
     summary = attempt("The summary of the evaluation", _summary, artifact)
     claims = attempt("The table of the evaluation", _table, artifact)
     grid = attempt("comparison.png of the evaluation", _comparison, store, artifact, album)
@@ -43,19 +46,21 @@ def _summary(artifact: Artifact) -> str:
 
 def _table(artifact: Artifact) -> str:
     rows = [_row(found) for found in artifact.metrics["figures"]]
-    return table(("", "claim", "value", "baseline", "difference", "rows"), rows, numeric=(2, 3, 5)) + _legend()
+    shown = {found["line"] for found in artifact.metrics["figures"]}
+    return table(("", "claim", "value", "baseline", "difference", "rows"), rows, numeric=(2, 3, 5)) + _legend(shown)
 
 
 def _row(found: Mapping[str, Any]) -> tuple[str, ...]:
     said = f"({text(found['line'])}) <bdi>{text(found['says'])}</bdi>"
     if found["holds"] is None:
-        return MARKS[None], f"{said} <span class='quiet'>{text(found['note'])}</span>", "", "", "", ""
+        why = f"not measured: {found['note']}"
+        return MARKS[None], f"{said} <span class='quiet'>{text(why)}</span>", "", "", "", ""
     values = (text(short(found["value"])), text(short(found["baseline"])), text(difference(found)))
     return MARKS[found["holds"]], said, *values, f"{number(found['rows'])} {text(found['split'])}"
 
 
-def _legend() -> str:
-    items = "".join(f"<li>({line}) {text(claim)}</li>\n" for line, claim in LINES.items())
+def _legend(shown: Container[str]) -> str:
+    items = "".join(f"<li>({line}) {text(claim)}</li>\n" for line, claim in LINES.items() if line in shown)
     return f"<details><summary>What the lines claim</summary>\n<ul>\n{items}</ul>\n</details>\n"
 
 

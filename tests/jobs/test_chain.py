@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -19,6 +20,7 @@ from safetensors.torch import load
 from models.folder import load_model
 from pipeline.bundle import MODELS
 from pipeline.config import load_config
+from pipeline.data.emoji import draw, emoji_rows
 from pipeline.records import read_blob
 from tests.chain import (
     ROOT,
@@ -71,9 +73,35 @@ def test_it_ends_with_a_picture_and_a_report(chain: Chain) -> None:
     assert "samples" in (chain.folder / "out/report.html").read_text()
     assert all(f"\n{stage} " in chain.output for stage in ("pairs", "clip", "decoder", "samples", "evaluation"))
     assert "Does it learn? " in chain.output
-    assert all(f"\n({line}) " in chain.output for line in "abcdef")
+    # The captions are those of the emoji set, but the list is not, so nothing is claimed of what they name.
+    assert [line for line in "abcdef" if f"\n({line}) " in chain.output] == list("abcef")
+    large = "2 test pairs with an image of 1024 px, and a figure needs 8; set source.test to 0.2 or add pairs"
+    assert f"\n  -   upsampler_1024: not measured: {large}\n" in chain.output
     assert "trained above early: " in chain.output
     assert 'id="evaluation"' in (chain.folder / "out/report.html").read_text()
+
+
+def test_a_small_set_of_ones_own_is_told_why_nothing_was_measured_and_what_to_do(tmp_path: Path) -> None:
+    """A folder of 40 images, of which the default holds out one or so; then more are held out."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    small = [row for row in emoji_rows("nano") if "/256/" in row.url and "background" in row.caption]
+    for i, row in enumerate(small[:40]):
+        (folder / f"{i:02d}.png").write_bytes(draw(row.url.removeprefix("http://emoji.test")))
+        (folder / f"{i:02d}.txt").write_text(row.caption)
+    bundle = {"models": ["diffusion_prior", "decoder"], "sampling": {"size": 64, "decoder_steps": 2, "prior_steps": 2}}
+    config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:1", [folder], bundle=bundle)
+    found = re.findall(r"^Does it learn\? .*$", done(unclip("run", config)), flags=re.MULTILINE)
+    why = r"[0-7] test pairs?, and a figure needs 8; set source\.test to 0\.2 or add pairs"
+    assert re.fullmatch(rf"Does it learn\? Nothing was measured: {why}", *found)
+    page = (tmp_path / "out/report.html").read_text()
+    assert re.search(rf'<p class="note">Nothing was measured: {why}\.</p>', page)
+    assert "validation from" not in page
+    assert "and a figure needs 8; set source.validation to 0.2 or add pairs." in page
+
+    output = done(unclip("run", config, "source.test=0.6"))
+    assert [line for line in "abcdef" if f"\n({line}) " in output] == list("acf")
+    assert "background" not in output.partition("Does it learn?")[2]
 
 
 def test_again_there_is_nothing_to_do_and_nothing_heavy_is_imported(chain: Chain) -> None:

@@ -28,6 +28,7 @@ from pipeline.data.neighbour_index import IndexRecipe
 from pipeline.data.pairs import PairsRecipe
 from pipeline.data.source import SourceRecipe
 from pipeline.data.thresholds import ThresholdsRecipe
+from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.ledger import REASONS
 from pipeline.release_gates import ReleaseGates
@@ -72,6 +73,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: co
     "bundle.sampling": {"default": SamplingConfig},
     "samples": {"default": SamplesRecipe},
     "evaluation": {"default": EvaluationRecipe},
+    "evaluation.phrases": {"default": Phrases},
     "release": {"default": ReleaseGates},
     "run": {"default": Run},
     "run.ray": {"default": RaySettings},

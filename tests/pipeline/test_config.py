@@ -8,6 +8,7 @@ from models.presets import PRESETS
 from pipeline.build import build
 from pipeline.config import TRAININGS, load_config, make_config
 from pipeline.errors import UserError
+from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.training.recipes import TRAINING_PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +137,10 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
         ("clip.preset=huge", "preset: 'huge' is not one of nano, tiny, small, karlo, paper"),
         ("samples.captions=[]", "samples: captions: empty; name at least one"),
         ("samples.seed=-1", "samples: seed: -1 is below 0"),
-        ("evaluation.rows=1", "evaluation: rows is 1: use 2 or more"),
+        ("evaluation.rows=7", "evaluation: rows is 7: use 8 or more"),
+        ("evaluation.upsampler_samples=1", "evaluation: upsampler_samples is 1: use 2 or more"),
+        ("evaluation.phrases.backgrounds={on red: [300, 0, 0]}", "evaluation.phrases: backgrounds.on red: [300, 0, 0]"),
+        ("evaluation.phrases.backgrounds={on red: red}", "evaluation.phrases.backgrounds.on red: expected a list"),
         ("release.tolerance=-1", "release: tolerance: -1.0 is below 0"),
         ("release.gates=[]", "release.gates: unknown key"),
         ("evaluation.early=-1", "evaluation: early is -1: use 0 or more"),
@@ -183,6 +187,19 @@ def test_combinations_that_cannot_work(changes: dict[str, Any], message: str) ->
     with pytest.raises(UserError) as caught:
         make_config({**LEAST, "preset": "nano", **changes})
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("paths", "named"), [(["emoji:nano"], True), (["a.csv", "emoji:full"], True), (["a.tar"], False)]
+)
+def test_captions_name_backgrounds_in_the_emoji_set_and_where_a_configuration_says_so(
+    paths: list[str], named: bool
+) -> None:
+    values = {**LEAST, "source": {"paths": paths}}
+    assert make_config(values).evaluation.phrases == (EMOJI if named else Phrases())
+    own = {"backgrounds": {"on red": [200, 0, 0]}, "styles": ["a photo of"]}
+    config = make_config({**values, "evaluation": {"phrases": own}})
+    assert config.evaluation.phrases == Phrases(("a photo of",), {"on red": (200, 0, 0)})
 
 
 def test_a_bundle_that_stops_early_needs_less() -> None:

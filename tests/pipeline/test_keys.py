@@ -92,6 +92,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "bundle.sampling.decoder_sampler": {"decoder_sampler": "ddpm"},
     "bundle.sampling.size": {"size": 256},
     "evaluation.judge": {"judge": "local-dir:clip"},
+    "evaluation.phrases.backgrounds": {"backgrounds": {"on red": (200, 0, 0)}},
 }
 for _stage in ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"):
     CHOSEN |= {f"{_stage}.{name}": {name: 2 * getattr(getattr(CONFIG, _stage), name)} for name in ("batch", "samples")}

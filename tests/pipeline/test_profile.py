@@ -106,14 +106,23 @@ def test_a_training_tells_of_its_steps_and_of_the_rest(store: Store) -> None:
 
 def test_an_evaluation_tells_of_the_rows_that_there_were(store: Store) -> None:
     publish(store, "pairs", {})
-    parts = {"priors": 10, "decoder": 64, "upsampler_256": 4, "upsampler_1024": 1}
+    parts = {"priors": 10, "decoder": 64, "upsampler_256": 9, "upsampler_1024": 0}
     rows = {part: {"keys": ["k"] * count} for part, count in parts.items()}
-    blob = put_blob(store, str({"rows": rows}).replace("'", '"').encode())
+    blob = put_blob(store, str({"rows": rows, "few": {"upsampler_1024": 1}}).replace("'", '"').encode())
     publish(store, "evaluation", {}, blobs={"evaluation.json": blob})
     (one,) = observe(store, "nano").stages["evaluation"]
-    assert one.short == {"priors": 0.1, "upsampler_256": 0.04, "upsampler_1024": 0.01}
+    assert one.short == {"priors": 0.1, "upsampler_256": 0.09, "upsampler_1024": 0.01}
     assert one.passes["upsampler_1024"] == 0
-    assert one.passes["upsampler_256"] == 4 * 8 * 8  # rows, samples, steps
+    assert one.passes["upsampler_256"] == 9 * 8 * 8  # rows, samples, steps
+
+
+def test_an_evaluation_of_too_few_rows_tells_nothing_of_one_that_measures(store: Store) -> None:
+    publish(store, "pairs", {})
+    rows = {part: {"keys": []} for part in ("priors", "decoder", "upsampler_256", "upsampler_1024")}
+    few = {"priors": 7, "decoder": 7, "upsampler_256": 3, "upsampler_1024": 0}
+    blob = put_blob(store, str({"rows": rows, "few": few}).replace("'", '"').encode())
+    publish(store, "evaluation", {}, blobs={"evaluation.json": blob})
+    assert "evaluation" not in observe(store, "nano").stages
 
 
 def test_passes_of_a_caption() -> None:

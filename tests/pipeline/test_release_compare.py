@@ -11,7 +11,7 @@ from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
 from pipeline.ledger import Ledger
 from pipeline.release_compare import OTHER_CLIP, Measured, changes, comparable, obstacles
-from pipeline.release_gates import ReleaseGates, failing
+from pipeline.release_gates import ReleaseGates, failing, unjudged
 
 N = 40
 DEFAULT = ReleaseGates()
@@ -20,7 +20,13 @@ ROWS = {"decoder": {"split": "test", "keys": [f"{i:012d}" for i in range(N)], "c
 
 def figure(model: str, name: str, values: Any = None, claim: str | None = "above", holds: bool | None = True) -> dict:
     values = None if values is None else [float(v) for v in values]
-    return {"model": model, "name": name, "claim": claim, "holds": holds, "values": values, "note": ""}
+    return {
+        "model": model, "name": name, "claim": claim, "holds": holds, "values": values, "note": "", "line": "f",
+    }  # fmt: skip
+
+
+def absent(model: str, line: str, why: str) -> dict:
+    return {**figure(model, f"absent_{line}", claim=None, holds=None), "line": line, "note": why}
 
 
 def evaluation(*figures: dict, codec: str = "codec", clip: str = "clip", **changed: Any) -> Measured:
@@ -36,6 +42,10 @@ def draws(seed: int, mean: float = 0.0, spread: float = 1.0) -> np.ndarray:
 
 def gate(old: Measured, new: Measured, gates: ReleaseGates = DEFAULT) -> list[str]:
     return failing(gates, old.figures, new.figures, changes(old, new))
+
+
+def unknown(old: Measured, new: Measured, gates: ReleaseGates = DEFAULT) -> list[str]:
+    return unjudged(gates, old.figures, new.figures, changes(old, new))
 
 
 # --- may they be compared? --------------------------------------------------------------------------------------------
@@ -167,6 +177,49 @@ def test_a_model_that_the_new_bundle_lacks_fails_what_it_held() -> None:
     assert gate(old, evaluation(figure("decoder", "background"))) == [
         "ar_prior.cosine_of_mean held for the release and is not measured now"
     ]
+
+
+def test_a_bundle_of_which_nothing_is_measured_passes_no_gate() -> None:
+    few = [absent("ar_prior", "a", "1 test pair"), absent("decoder", "f", "1 test pair")]
+    assert gate(evaluation(*few), evaluation(*few)) == ["no gate can be judged. Nothing was measured: 1 test pair"]
+    assert unknown(evaluation(*few), evaluation(*few)) == ["ar_prior (a), decoder (f): 1 test pair"]
+    no_gates = ReleaseGates(claims=False, figures=False)
+    assert gate(evaluation(*few), evaluation(*few), no_gates) == []
+    assert unknown(evaluation(*few), evaluation(*few), no_gates) == []
+
+
+def test_what_no_gate_can_judge_is_named_with_why() -> None:
+    values, large = draws(0), [absent("upsampler_1024", line, "2 test pairs of 1024 px") for line in "ae"]
+    old = [figure("decoder", "x", values), figure("decoder", "failed", values, holds=False), *large]
+    assert unknown(evaluation(*old), evaluation(*old)) == [
+        "upsampler_1024 (a), upsampler_1024 (e): 2 test pairs of 1024 px"
+    ]
+    new = [figure("decoder", "x", values), figure("prior", "y", values), *large[:1]]
+    assert gate(evaluation(*old), evaluation(*new)) == []
+    assert unknown(evaluation(*old), evaluation(*new)) == [
+        "decoder.failed: measured for the release only",
+        "upsampler_1024 (a), upsampler_1024 (e): 2 test pairs of 1024 px",
+        "prior.y: measured for this bundle only",
+    ]
+    ignored = ReleaseGates(ignore=("decoder.failed", "prior.y", "upsampler_1024.absent_a", "upsampler_1024.absent_e"))
+    assert unknown(evaluation(*old), evaluation(*new), ignored) == []
+    # What a gate fails is said by the gate; figures for information are no business of a gate.
+    assert unknown(evaluation(figure("m", "x", values)), evaluation(figure("n", "y", values))) == [
+        "n.y: measured for this bundle only"
+    ]
+    info = figure("m", "plain", values, claim=None, holds=None)
+    assert unknown(evaluation(figure("m", "x", values), info), evaluation(figure("m", "x", values))) == []
+
+
+def test_rows_that_cannot_be_compared_one_by_one_are_named() -> None:
+    odd = figure("m", "x", draws(0))
+    odd["values"][3] = None  # not finite
+    whole, coded = figure("m", "mmd"), figure("m", "nats_per_code", draws(1))
+    real = figure("decoder", "caption_real_trained", draws(0))
+    old, new = evaluation(odd, whole, coded, real), evaluation(odd, whole, coded, real, codec="other")
+    why = "not compared row by row, as the codecs differ or a value is not finite"
+    assert unknown(old, new) == [f"m.x, m.nats_per_code: {why}"]
+    assert unknown(old, new, ReleaseGates(figures=False)) == []
 
 
 def test_a_ranking_holds_with_an_early_checkpoint_or_without_one() -> None:

@@ -18,6 +18,8 @@ from models.image_configs import UpsamplerConfig
 from models.upsampler import Upsampler
 from pipeline.data.emoji import BACKGROUNDS
 from pipeline.evaluate import figure, images, priors, upsamplers
+from pipeline.evaluate.captions import EMOJI, Phrases
+from pipeline.evaluate.evaluation import absent
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import Rise, gap_figure, rise
 from pipeline.evaluate.metrics import bucket_counts, derangement
@@ -174,32 +176,54 @@ def emoji(names: list[str]) -> Tensor:
 
 
 def test_backgrounds_are_read_from_corners_and_captions() -> None:
-    assert images.backgrounds(emoji(list(BACKGROUNDS))) == list(BACKGROUNDS)
-    assert images.named_background("an openmoji drawing of a cat on a pale green background") == "pale green"
-    assert images.named_background("a cat on a pale tartan background") is None
-    assert images.named_background("a pale green cat") is None
+    assert images.backgrounds(emoji(list(BACKGROUNDS)), EMOJI.backgrounds) == list(EMOJI.backgrounds)
+    assert EMOJI.background("an openmoji drawing of a cat on a pale green background") == "on a pale green background"
+    assert EMOJI.background("an openmoji drawing of a cat on a pale tartan background") == ""
+    assert EMOJI.background("a pale green cat") == ""
+    # A photo's caption may end so, and none of the claims of the emoji set is made of it.
+    assert EMOJI.background("a mug on a pale green background") == ""
+    assert Phrases().background("an openmoji drawing of a cat on a pale green background") == ""
 
 
 def test_training_pictures_to_compare_with_name_backgrounds_as_often() -> None:
-    named = "a cat on a pale green background"
+    named = "an openmoji drawing of a cat on a pale green background"
     others = ["a dog", named, "a hat", named, "a bee", "a cup", named, "a fox"]
-    assert images.alike([named, named, "a cow"], others) == [1, 3, 0]
-    assert images.alike(["a cow"] * 5, others) == [0, 2, 4, 5, 7]
-    assert images.alike([named], ["a dog", "a hat"]) == [0]
+    assert EMOJI.alike([named, named, "a cow"], others) == [1, 3, 0]
+    assert EMOJI.alike(["a cow"] * 5, others) == [0, 2, 4, 5, 7]
+    assert EMOJI.alike([named], ["a dog", "a hat"]) == [0]
+    assert Phrases().alike([named, named, "a cow"], others) == [0, 2, 5]  # without phrases all are of one kind
 
 
 def test_a_right_background_holds_and_a_constant_one_does_not() -> None:
     pale = [name for name in BACKGROUNDS if name != "white"] * 2
-    captions = [f"a cat on a {name} background" for name in pale] + ["a cat"] * 4
-    chosen = held_out(captions)
-    right = images.background_figure("decoder", "here", emoji([*pale, *["white"] * 4]), chosen, 0)
+    cat = "an openmoji drawing of a cat"
+    chosen = held_out([f"{cat} on a {name} background" for name in pale] + [cat] * 4)
+    right = images.background_figure("decoder", "here", emoji([*pale, *["white"] * 4]), chosen, EMOJI, 0)
     assert (right.value, right.baseline, right.holds, right.rows) == (1.0, pytest.approx(1 / 15), True, 16)
-    constant = images.background_figure("decoder", "here", emoji(["pale pink"] * 20), chosen, 0)
+    constant = images.background_figure("decoder", "here", emoji(["pale pink"] * 20), chosen, EMOJI, 0)
     assert constant.value == constant.baseline == pytest.approx(1 / 8)
     assert constant.holds is False
-    unnamed = images.background_figure("decoder", "here", emoji(["white"] * 3), rows(3), 0)
-    assert unnamed.holds is None
-    assert "do not name" in unnamed.note
+    few = images.background_figure("decoder", "here", emoji(["white"] * 20), chosen.first(7), EMOJI, 0)
+    assert (few.holds, few.value, few.note) == (None, None, "7 captions of 7 test rows name a background; it takes 8")
+    same = held_out([f"{cat} on a pale pink background"] * 8)
+    one = images.background_figure("decoder", "here", emoji(["white"] * 8), same, EMOJI, 0)
+    assert (one.holds, one.note) == (None, "all captions of test rows that name a background name the same one")
+
+
+def test_a_configuration_may_say_what_captions_of_its_own_name() -> None:
+    """Without styles every caption counts, and the longest ending is the one that it names."""
+    phrases = Phrases(backgrounds={"on red": (255, 0, 0), "on dark red": (90, 0, 0), "": (0, 0, 255)})
+    colours = {"a mug on red": (240, 9, 9), "a mug on dark red": (100, 5, 0), "a mug": (9, 0, 250)}
+    captions = list(colours) * 4
+    pictures = torch.stack([torch.tensor(colours[caption]).expand(64, 64, 3) for caption in captions]).to(torch.uint8)
+    found = images.background_figure("decoder", "here", pictures, held_out(captions), phrases, 0)
+    assert (found.value, found.holds, found.rows) == (1.0, True, 8)
+    blue = images.backgrounds(pictures, phrases.backgrounds)
+    assert blue == ["on red", "on dark red", ""] * 4
+    with pytest.raises(ValueError, match=r"backgrounds\.on red: \[256, 0, 0\] is not a colour"):
+        Phrases(backgrounds={"on red": (256, 0, 0)})
+    with pytest.raises(ValueError, match=r"\[1, 2\] is not a colour"):
+        Phrases(backgrounds={"on red": (1, 2)})
 
 
 # --- (e) --------------------------------------------------------------------------------------------------------------
@@ -309,7 +333,7 @@ def test_the_table_in_plain_text() -> None:
         ),
         Figure("b", "ar_prior", "nats", "ar_prior: nats", 5.0, 4.5, 0.5, interval=(0.4, math.nan), holds=False, rows=9),
         Figure("c", "prior", "plain", "for information", 0.5, 0.4, 0.1),
-        Figure("d", "decoder", "background", "decoder: colours", note="not measured: no colours"),
+        Figure("d", "decoder", "background", "decoder: colours", note="no colours"),
     ]
     text = figure.as_text([f.as_json() for f in figures])
     lines = text.splitlines()
@@ -318,3 +342,9 @@ def test_the_table_in_plain_text() -> None:
     assert any(line.startswith("  NO  ar_prior: nats: 5 against 4.5, +0.5 (0.4 to ?)") for line in lines)
     assert "  -   decoder: colours: not measured: no colours" in lines
     assert "for information" not in text
+
+
+def test_a_table_of_nothing_is_one_line_with_each_reason_once() -> None:
+    figures = [f.as_json() for f in (*absent("ab", "ar_prior", "1 test pair"), *absent("f", "decoder", "1 test pair"))]
+    assert figure.as_text(figures) == "Does it learn? Nothing was measured: 1 test pair"
+    assert [f["line"] for f in figure.judged(figures)] == ["a", "b", "f"]

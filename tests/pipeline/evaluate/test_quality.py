@@ -14,7 +14,7 @@ from models.clip import Clip
 from pipeline.data import emoji
 from pipeline.errors import UserError
 from pipeline.evaluate import memorisation, quality
-from pipeline.evaluate.captions import STYLES, parts, within_style
+from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.distribution import covered
 from pipeline.evaluate.judge import load_judge
 from pipeline.evaluate.metrics import derangement
@@ -24,6 +24,7 @@ from pipeline.evaluate.rows import HeldOut, Taught
 from pipeline.evaluate.ssim import ssim
 
 BACKS = ["", *(f" on a {name} background" for name in emoji.BACKGROUNDS if name != "white")]
+STYLES = EMOJI.styles
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -149,14 +150,15 @@ def test_a_model_of_one_picture_is_precise_and_recalls_nothing() -> None:
 
 
 def test_a_caption_has_its_parts_and_is_put_together_again() -> None:
-    assert tuple(emoji._STYLES.values()) == STYLES
     for caption in (f"{style} a red heart{back}" for style in STYLES for back in BACKS):
-        found = parts(caption)
+        found = EMOJI.parts(caption)
         assert found is not None, caption
         assert found.name == "a red heart"
-        assert within_style(found, ["a red heart"]) == [caption]
-    assert parts("an openmoji drawing of a cat on a pale tartan background") is None
-    assert parts("a photo of a cat") is None
+        assert found.called("a red heart") == caption
+        assert Phrases().parts(caption) is None
+    assert EMOJI.parts("a photo of a cat") is None
+    assert EMOJI.parts("an openmoji drawing of on a pale green background") is None
+    assert all(EMOJI.parts(row.caption) for row in emoji.emoji_rows("full"))
 
 
 class Words:
@@ -180,7 +182,7 @@ def test_style_and_background_alone_flatter_whole_captions_only() -> None:
     captions = [f"{STYLES[i % 2]} {names[i % 6]}{BACKS[i]}" for i in range(8)]
     words: Any = Words()
     eye = Eye("CLIP", words)
-    found = {c.name: c for c in choices(eye, captions, ["an openmoji drawing of a hat", "something else"])}
+    found = {c.name: c for c in choices(eye, captions, ["an openmoji drawing of a hat", "something else"], EMOJI)}
     assert list(found) == ["r_precision", "name_alone", "within_style"]
     assert found["r_precision"].says == "R-precision among 10 captions"
     assert found["within_style"].says.startswith("R-precision among 7 names")
@@ -201,9 +203,11 @@ def test_style_and_background_alone_flatter_whole_captions_only() -> None:
 def test_other_captions_have_no_style_and_one_caption_no_choice() -> None:
     words: Any = Words()
     eye = Eye("CLIP", words)
-    assert [c.name for c in choices(eye, ["a cat", "a dog"], [])] == ["r_precision"]
-    assert choices(eye, ["a cat", "a cat"], []) == []
-    many = choices(eye, ["a cat"], [f"number {i}" for i in range(300)])[0]
+    assert [c.name for c in choices(eye, ["a cat", "a dog"], [], EMOJI)] == ["r_precision"]
+    assert choices(eye, ["a cat", "a cat"], [], EMOJI) == []
+    named = [f"{STYLES[0]} a cat", f"{STYLES[0]} a dog"]
+    assert [c.name for c in choices(eye, named, [], Phrases())] == ["r_precision"]  # somebody's own captions
+    many = choices(eye, ["a cat"], [f"number {i}" for i in range(300)], EMOJI)[0]
     assert len(many.texts) == 100
     assert isinstance(many, Choice)
 

@@ -7,6 +7,7 @@ from io import BytesIO
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +27,11 @@ from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.sampling_config import SamplingConfig
 from models.upsampler import Upsampler
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
+from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.evaluation import GUIDANCES
+from pipeline.evaluate.figure import LINES, as_text
 from pipeline.evaluate.recipe import EvaluationRecipe
-from pipeline.evaluate.rows import held_out, taught
+from pipeline.evaluate.rows import HeldOut, held_out, taught
 from pipeline.evaluate.stage import LEARN, run_evaluation
 from pipeline.graph import Context, Stage, stage_key
 from pipeline.ledger import Ledger
@@ -50,12 +53,12 @@ CLIP = ClipConfig(
     embed_dim=EMBED_DIM, image_size=32, layers=(1,), width=32, patch=16, text_width=16, text_layers=1, text_heads=1
 )
 RECIPE = EvaluationRecipe(
-    rows=6,
+    rows=10,
     prior_samples=2,
-    sampled_rows=3,
-    decoder_rows=4,
-    caption_rows=3,
-    upsampler_256_rows=2,
+    sampled_rows=8,
+    decoder_rows=9,
+    caption_rows=8,
+    upsampler_256_rows=8,
     upsampler_samples=2,
     early=32,
 )
@@ -133,7 +136,7 @@ def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
-    return make_case(tmp_path, 2, 21, 256)
+    return make_case(tmp_path, 4, 21, 256)
 
 
 def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: Path) -> None:
@@ -150,9 +153,10 @@ def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: P
     test_rows = {key for key, example in case.world.examples.items() if example.split == "test"}
     assert all(set(part["keys"]) <= test_rows for part in document["rows"].values())
     assert {name: len(part["keys"]) for name, part in document["rows"].items()} == {
-        "priors": 6, "decoder": 4, "upsampler_256": 2,
+        "priors": 10, "decoder": 9, "upsampler_256": 8,
     }  # fmt: skip
-    assert artifact.ledger.kept == 6
+    assert document["few"] == {}
+    assert artifact.ledger.kept == 10
     plain = {(f["line"], f["model"]) for f in document["figures"] if f["holds"] is None and not f["note"]}
     models = ("decoder", "ar_prior", "diffusion_prior")
     assert plain == {
@@ -161,15 +165,15 @@ def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: P
     closest = artifact.metrics["closest"]
     assert [pair["distance"] for pair in closest] == sorted(pair["distance"] for pair in closest)
     assert {pair["caption"] for pair in closest} <= set(artifact.metrics["captions"])
-    assert len(closest) == len(artifact.metrics["licenses"]["nearest.png"]) == 3
+    assert len(closest) == len(artifact.metrics["licenses"]["nearest.png"]) == 8
     assert set(artifact.blobs) == {"evaluation.json", "comparison.png", "nearest.png", "guidance.png"}
     guided = np.asarray(Image.open(BytesIO(read_blob(case.world.store, artifact.blobs["guidance.png"]))))
-    assert guided.shape == (len(GUIDANCES) * 64, 3 * 64, 3)
+    assert guided.shape == (len(GUIDANCES) * 64, 8 * 64, 3)
     assert not np.array_equal(guided[:64], guided[-64:])
 
     page = evaluation_section(case.world.store, {"evaluation": artifact}, Album(1 << 20))
     more = measured_sections(case.world.store, {"evaluation": artifact}, Album(1 << 20))
-    assert page.count("<img") == 2 * more.count("<img") == 6  # of three captions: drawn, by guidance, what is nearest
+    assert page.count("<img") == 2 * more.count("<img") == 16  # of eight captions: drawn, by guidance, what is nearest
     assert "cannot be shown" not in page + more
     assert page.count("✓") + page.count("✗") == len(found)
 
@@ -188,11 +192,12 @@ def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: P
 
 
 def test_a_bundle_with_one_prior_and_no_early_checkpoint(tmp_path: Path) -> None:
-    case = make_case(tmp_path, 2, 9, 72, ("diffusion",))
+    case = make_case(tmp_path, 4, 20, 72, ("diffusion",))
     figures = run_evaluation(case.context()).metrics["figures"]
     assert not [f for f in figures if f["model"] == "ar_prior"]
     notes = {(f["line"], f["model"]): f["note"] for f in figures if f["note"]}
-    assert notes["a", "upsampler_256"] == "not measured: fewer than two held-out pictures of 256 px"
+    why = "0 test pairs with an image of 256 px, and a figure needs 8; set source.test to 0.2 or add pairs"
+    assert notes["a", "upsampler_256"] == notes["e", "upsampler_256"] == why
     assert "the decoder at 32 samples is not in the store" in notes["f", "decoder"]
     Clip.build(CLIP, 1).save(tmp_path / "judge")
     inception = ContentFile.at(str(save_weights(tmp_path / "inception.pth")), "evaluation.inception")
@@ -203,7 +208,7 @@ def test_a_bundle_with_one_prior_and_no_early_checkpoint(tmp_path: Path) -> None
     document = json.loads(read_blob(case.world.store, other.blobs["evaluation.json"]))
     seen = {(f["model"], f["name"]): f["value"] for f in document["figures"] if f["line"] == "f"}
     by_clip = {(model, name.removeprefix("clip_")) for model, name in seen if name.startswith("clip_")}
-    assert {name for _, name in by_clip} == {"score", "cmmd", "frechet", "precision", "recall"}  # of one caption only
+    assert {name for _, name in by_clip} == {"score", "r_precision", "cmmd", "frechet", "precision", "recall"}
     assert {model for model, _ in by_clip} == {"decoder", "diffusion_prior"}
     assert all(seen[model, f"judge_{name}"] is not None for model, name in by_clip)
     assert any(seen[model, f"judge_{name}"] != seen[model, f"clip_{name}"] for model, name in by_clip)
@@ -212,33 +217,68 @@ def test_a_bundle_with_one_prior_and_no_early_checkpoint(tmp_path: Path) -> None
     assert document["recipe"]["inception"] == inception
 
 
-def test_without_test_rows_it_takes_validation_rows_and_without_any_it_says_so(tmp_path: Path) -> None:
-    world = make_world(tmp_path / "world", (5, 6))
-    found = held_out(world.store, world.inputs, 10)
-    assert found is not None
+@pytest.mark.parametrize("more", [(5,), (13,)])  # no test row, and one
+def test_without_enough_test_rows_it_takes_validation_rows(tmp_path: Path, more: tuple[int, ...]) -> None:
+    world = make_world(tmp_path / "world", (5,) * 8 + more)
+    found = held_out(world.store, world.inputs, 20)
+    assert isinstance(found, HeldOut)
     assert found.split == "validation"
     assert found.keys == [key for key, example in world.examples.items() if example.split == "validation"]
     assert found.captions == [world.examples[key].captions[0] for key in found.keys]
     assert found.first(2).other.tolist() == [1, 0]
-    case = make_case(tmp_path, 1, 3, 72)
+
+
+def test_of_too_few_rows_it_measures_nothing_and_says_so_once(tmp_path: Path) -> None:
+    """Two test rows: 90 pairs at the default of source.test."""
+    case = make_case(tmp_path, 2, 9, 72)
     artifact = run_evaluation(case.context())
-    assert {f["holds"] for f in artifact.metrics["figures"]} == {None}
-    assert {f["line"] for f in artifact.metrics["figures"]} == set("abcdef")
+    figures = artifact.metrics["figures"]
+    assert {f["holds"] for f in figures} == {None}
+    assert {f["line"] for f in figures} == set("abcef")  # nothing is said of backgrounds here
+    why = "2 test pairs, and a figure needs 8; set source.test to 0.2 or add pairs"
+    assert {f["note"] for f in figures} == {why}
     assert set(artifact.blobs) == {"evaluation.json"}
+    document = json.loads(read_blob(case.world.store, artifact.blobs["evaluation.json"]))
+    assert document["few"] == {"priors": 2, "decoder": 2, "upsampler_256": 0}
+    assert {tuple(part["keys"]) for part in document["rows"].values()} == {()}
     page = evaluation_section(case.world.store, {"evaluation": artifact}, Album(1 << 20))
-    assert "cannot be shown" not in page
+    assert f'<p class="note">Nothing was measured: {why}.</p>' in page
+    assert page.count(why) == 1
+    assert "<table" not in page
+    assert measured_sections(case.world.store, {"evaluation": artifact}, Album(1 << 20)) == ""
+    assert as_text(figures) == f"Does it learn? Nothing was measured: {why}"
+
+
+def test_backgrounds_and_names_are_looked_at_only_where_a_configuration_says_what_captions_name(case: Case) -> None:
+    """The same world twice: its captions, "a red circle", end with words that a configuration may name."""
+
+    def measured(recipe: EvaluationRecipe) -> dict[tuple[str, str], dict[str, Any]]:
+        artifact = run_evaluation(case.context(recipe))
+        document = json.loads(read_blob(case.world.store, artifact.blobs["evaluation.json"]))
+        page = evaluation_section(case.world.store, {"evaluation": artifact}, Album(1 << 20))
+        assert (f"<li>(d) {LINES['d']}</li>" in page) == bool(recipe.phrases.backgrounds)
+        return {(f["model"], f["name"]): f for f in document["figures"]}
+
+    plain = measured(RECIPE)
+    assert not {name for _, name in plain if name in ("background", "clip_name_alone", "clip_within_style")}
+    assert not [f for f in plain.values() if f["line"] == "d"]
+    phrases = Phrases(backgrounds={"circle": (255, 255, 255), "square": (255, 0, 0), "bar": (0, 0, 255)})
+    named = measured(replace(RECIPE, phrases=phrases))
+    assert {model for model, name in named if name == "background"} == {"decoder", "ar_prior", "diffusion_prior"}
+    assert named["decoder", "background"]["rows"] >= 8
+    assert named["decoder", "clip_name_alone"]["rows"] >= 8
 
 
 def test_held_out_rows_are_the_first_with_their_pictures(shared_world: World) -> None:
     found = held_out(shared_world.store, shared_world.inputs, 5, side=64)
-    assert found is not None
+    assert isinstance(found, HeldOut)
     expected = [key for key, e in shared_world.examples.items() if e.split == "test"]
     assert found.keys == expected[:5]
     assert found.batch["image"].shape == (5, 3, 64, 64)
     example = shared_world.examples[found.keys[3]]
     assert found.batch["image_embedding"][3].numpy() == pytest.approx(example.image_embedding, abs=1e-3)
     liked = held_out(shared_world.store, shared_world.inputs, 5, prefer=lambda caption: "square" in caption)
-    assert liked is not None
+    assert isinstance(liked, HeldOut)
     squares = [key for key in expected if "square" in shared_world.examples[key].captions[0]]
     assert liked.keys == [*squares, *(key for key in expected if key not in squares)][:5]
     seen = taught(shared_world.store, shared_world.inputs)

@@ -252,7 +252,7 @@ def _evaluation(store: Store, caption: str | None) -> Artifact:
         Figure("a", "decoder", "condition_gap", "decoder: loss", 0.52, 0.5, 0.02, error=0.004, holds=True, **common),
         Figure("c", "ar_prior", "mmd", "ar_prior: MMD", 0.1, 0.2, -0.1, interval=(-0.2, 0.1), holds=False, **common),
         Figure("c", "ar_prior", "cosine_of_one", "ar_prior: one sample", 0.4, 0.3, 0.1, **common),
-        Figure("d", "decoder", "background", "decoder: background", note=f"not measured: {caption or 'no colours'}"),
+        Figure("d", "decoder", "background", "decoder: background", note=caption or "no colours"),
         Figure("f", "decoder", "cmmd", f"decoder: CMMD {caption or ''}", 0.4, None, None, **common),
         Figure("m", "ar_prior", "nearest_training", f"ar_prior: near {caption or ''}", 0.25, 0.5, -0.25, **common),
     ]

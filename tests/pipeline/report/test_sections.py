@@ -9,9 +9,11 @@ from pathlib import Path
 
 from pipeline.artifacts import Artifact, Shard, publish_artifact, read_shards, write_shard_table, write_table
 from pipeline.data.index import index_table
+from pipeline.evaluate.figure import Figure, count
 from pipeline.ledger import Ledger
 from pipeline.records import put_blob
 from pipeline.report.data import data_section, embeddings_section, spread
+from pipeline.report.evaluation import evaluation_section
 from pipeline.report.pictures import Album
 from pipeline.report.rows import read_first_shards
 from pipeline.report.training import codec_section, preview_names, read_curve, training_section
@@ -39,6 +41,26 @@ def test_losses_by_timestep_are_those_of_the_latest_look_that_has_any() -> None:
     curve = read_curve("\n".join(map(json.dumps, lines)).encode())
     assert (curve.quarters, curve.quarters_at) == ({2: 0.5, 4: 0.02}, 640)
     assert read_curve(b'{"samples": 9, "validation_loss_quarter_1": NaN}').unread == 1
+
+
+def test_too_few_validation_rows_are_told_of_instead_of_a_curve(store: FolderStore) -> None:
+    lines = [{"samples": 0, "validation_rows": 1}, {"samples": 8, "loss": 2.0}, {"samples": 16, "loss": 1.0}]
+    curve = read_curve("\n".join(map(json.dumps, lines)).encode())
+    assert (curve.held_out, curve.validation) == (1, [])
+    blob = put_blob(store, "\n".join(map(json.dumps, lines)).encode())
+    made = Artifact("clip", "k", {}, {"samples": 16}, Ledger(), {"metrics.jsonl": blob})
+    page = training_section(store, {"clip": made}, Album(1 << 20))
+    assert "No validation is shown: 1 validation pair, and a figure needs 8; set source.validation to 0.2" in page
+    assert "Loss of clip: train from 2 to 1</title>" in page
+
+
+def test_why_nothing_was_measured_is_escaped(store: FolderStore) -> None:
+    figures = [Figure("d", "decoder", "background", "decoder: <b>", note="<script>alert(1)</script>").as_json()]
+    metrics = {"holds": count(figures), "figures": figures, "captions": [], "licenses": {}}
+    made = Artifact("evaluation", "k", {}, {}, Ledger(), metrics=metrics)
+    page = evaluation_section(store, {"evaluation": made}, Album(1 << 20))
+    assert "Nothing was measured: &lt;script&gt;alert(1)&lt;/script&gt;." in page
+    assert "<script" not in page
 
 
 def test_only_models_with_timesteps_show_losses_by_them(store: FolderStore, made: dict[str, Artifact]) -> None:
