@@ -24,6 +24,7 @@ from pipeline.config import Config
 from pipeline.data.journal import FORGOTTEN, Journal, reference_mark
 from pipeline.data.lists import ROWS, Row, read_rows, write_rows
 from pipeline.errors import UserError
+from pipeline.local import Reach
 from pipeline.parse import ContentFile
 from pipeline.records import put_blob
 from pipeline.store import Store
@@ -89,6 +90,8 @@ def make_package(config: Config, store_url: str, output: str, journal: Journal, 
     values = _plain(config, place)
     values["store"] = store_url
     values["run"]["output"] = output
+    may = Reach.of((), config.source.roots)
+    values["source"]["roots"] = [*may.roots, *(f"s3://{bucket}" for bucket in may.buckets)]
     paths = values["source"]["paths"]
     for i, path in enumerate(paths):
         if path.startswith("emoji:"):
@@ -176,7 +179,7 @@ def _travels(path: str, config: Config) -> bool:
     """Whether a list is a file that says all there is to say: its pictures are not files beside it."""
     if Path(path).suffix.lower() not in TABLES or not Path(path).expanduser().is_file():
         return False
-    return not any(row.url.startswith(ELSEWHERE) for row in read_rows(path, config.source))
+    return not any(row.url.startswith(ELSEWHERE) and not row.reject for row in read_rows(path, config.source))
 
 
 def _as_read(path: str, config: Config, forgotten: frozenset[str]) -> bytes:

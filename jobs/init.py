@@ -9,6 +9,7 @@ from pathlib import Path
 from jobs.sample import bundle_folder
 from pipeline.config import check_project
 from pipeline.data.look import Look, look
+from pipeline.data.references import shown
 from pipeline.data.source import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.starter import CLIP_PAIRS, starter
@@ -84,6 +85,11 @@ def _remarks(seen: Look) -> Iterator[str]:
         yield f"warning: fewer than {ENOUGH:,} pairs are enough to try it, but the models will learn them by heart"
     if bare := seen.rows - len(seen.captions):
         yield f"warning: {bare:,} of them have no caption and will not be learnt from"
+    if seen.forbidden:
+        yield (
+            f"warning: {len(seen.forbidden):,} rows are left out, which name what a list may not, such as "
+            f"{shown(seen.forbidden[0])[:200]!r}; if that is yours, name its folder or s3://BUCKET under source.roots"
+        )
     if seen.unopened:
         of = len(seen.sides) + seen.unopened
         yield f"warning: {seen.unopened} of the first {of} pictures cannot be opened; a run says why, row by row"

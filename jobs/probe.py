@@ -14,13 +14,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from jobs.project import Project
 from pipeline.config import TRAININGS, Config
-from pipeline.data.lists import Row, read_rows
+from pipeline.data.lists import Row, reach, read_rows
 from pipeline.evaluate.recipe import ROWS
 from pipeline.held_out import FEWEST
 from pipeline.profile import Profile, observe
@@ -78,7 +79,8 @@ def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:
     cut = min(source.shard_rows, SHARD_ROWS)
     wanted = min(total, shards * cut)
     everything = chain.from_iterable(read_rows(path, source) for path in source.paths)
-    rows = list(_spread(everything, wanted, total))
+    # In the scratch list each row may name what any of the lists may; so those that theirs refuses name nothing there.
+    rows = [replace(row, url="") if row.reject else row for row in _spread(everything, wanted, total)]
     columns = {source.image_column: "url", source.caption_column: "captions", source.group_column: "group"}
     columns |= {source.split_column: "split", source.hash_column: "sha256"}
     columns |= {name: name for name in ("license", "attribution")}
@@ -113,6 +115,7 @@ def _amounts(
         "store": str(folder / f"store-{number}"),
         "source.paths": [str(folder / f"{number}.parquet")],
         "source.shard_rows": cut,
+        "source.roots": [*config.source.roots, *reach(config.source, *config.source.paths).own],
         "scale": 1,
         "run.output": str(folder / "out"),
         "run.trackers": [],

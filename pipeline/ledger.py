@@ -15,6 +15,7 @@ REASONS = {
     "forgotten": "the row is to be forgotten (unclip data forget)",
     # fetch
     "unsupported_reference": "not an http, https, s3, file or tar reference",
+    "forbidden_reference": "a file or bucket that the list may not name (source.roots)",
     "missing_file": "no such file, or no such object on S3",
     "http_4xx": "the server answered with a 4xx status",
     "http_5xx": "the server answered with a 5xx status",

@@ -98,6 +98,9 @@ class Reach:
         return self.own + tuple(map(os.path.realpath, self.own)) + self._rooted
 
 
+NOTHING = Reach()
+
+
 def _is_below(path: str, places: Sequence[str]) -> bool:
     path = os.path.normpath(path)
     return any(path == place or path.startswith(f"{place.rstrip('/')}/") for place in places)

@@ -50,10 +50,13 @@ def _failed(
         if not shard.lost:
             continue
         ended = read_table(store, shard.blobs["index"], ["reason"])["reason"].to_pylist()
-        places = [i for i, reason in enumerate(ended) if reason in reasons]
+        table = read_table(store, listed.refs)
+        # What a list may not name stays refused: as rows to be tried again they would be judged by no list.
+        refused = table["reject"].to_pylist()
+        places = [i for i, reason in enumerate(ended) if reason in reasons and not refused[i]]
         if not places:
             continue
-        references = read_table(store, listed.refs).drop_columns(["reject"]).take(places).to_pylist()
+        references = table.drop_columns(["reject"]).take(places).to_pylist()
         spoken = read_table(store, listed.captions, ["captions"]).take(places).to_pylist()
         rows = [
             reference | caption

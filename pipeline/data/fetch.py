@@ -10,7 +10,6 @@ img2dataset is imported on first use: it takes 3 s, and a plan needs none of it.
 from __future__ import annotations
 
 import os
-import stat
 import time
 import urllib.request
 from collections import deque
@@ -20,7 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import urlsplit
 
 from pipeline.data.deny import NOTHING_DENIED, DenyLists
 from pipeline.data.opener import (
@@ -37,6 +36,7 @@ from pipeline.data.robots import ROBOTS_BYTES, Robots
 from pipeline.data.s3 import S3Reader
 from pipeline.data.visit import Access, Visit, origin_of, private_headers, user_agent
 from pipeline.ledger import DEFERRED, REASONS
+from pipeline.local import NOTHING, Reach, local_path, read_local, reason_of
 from pipeline.settings import PairsSettings
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class _Limit:
 
 class Fetcher:
     """Fetches http(s) URLs, objects on S3 (s3://bucket/key) and local files (file:// or an absolute path), each of at
-    most ``max_bytes``.
+    most ``max_bytes``. Of this machine and of S3 only what is within ``reach``.
 
     The time limit is for a whole picture, with redirects, retries and pauses; name resolution has the system's own, and
     waiting for other requests to the host or for its robots.txt does not count. Another try comes after a timeout, a
@@ -71,8 +71,10 @@ class Fetcher:
     UserError for settings that cannot be read, and while fetching for credentials that S3 refuses.
     """
 
-    def __init__(self, settings: PairsSettings, max_bytes: int, deny: DenyLists = NOTHING_DENIED):
-        self._settings, self._max_bytes, self._deny = settings, max_bytes, deny
+    def __init__(
+        self, settings: PairsSettings, max_bytes: int, deny: DenyLists = NOTHING_DENIED, reach: Reach = NOTHING
+    ):
+        self._settings, self._max_bytes, self._deny, self._reach = settings, max_bytes, deny, reach
         private = private_headers(settings.headers, os.environ)
         guard, hosts = Guard(settings.hosts, settings.allow), Hosts(settings.per_host)
         self._access = Access(guard, hosts, user_agent(settings.contact), private)
@@ -86,14 +88,19 @@ class Fetcher:
 
     def _fetch(self, reference: str) -> Fetched:
         try:
-            parts = urlsplit(reference.strip())
+            reference = reference.strip()
+            parts = urlsplit(reference)
             if parts.scheme in ("http", "https") and parts.hostname:
-                return self._download(normal_url(reference.strip()))
+                return self._download(normal_url(reference))
+            # Judged as the list was read, too; but the store that it came through may be another's.
+            if reason := self._reach.refusal(reference):
+                return Fetched(None, reason)
             if parts.scheme == "s3":
-                return self._read_s3(reference.strip())
-            if (parts.scheme == "file" and parts.netloc in ("", "localhost")) or reference.startswith("/"):
-                path = os.fsdecode(unquote_to_bytes(parts.path)) if parts.scheme else reference
-                return _checked(_read_file(path, self._max_bytes))
+                return self._read_s3(reference)
+            if path := local_path(reference):
+                return _checked(read_local(path, self._max_bytes, self._reach))
+        except OSError as e:
+            return Fetched(None, reason_of(e))
         except Refused as refusal:
             return Fetched(None, str(refusal))
         except ValueError:  # not a URL at all, or a NUL in a path
@@ -199,16 +206,3 @@ def _robots_once(url: str, visit: Visit) -> Fetched:
 
 def _checked(data: bytes) -> Fetched:
     return Fetched(data, None) if data else Fetched(None, "zero_bytes")
-
-
-def _read_file(path: str, max_bytes: int) -> bytes:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device could wait for ever
-            raise Refused("missing_file")
-        with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError:
-        raise Refused("missing_file") from None
-    if len(data) > max_bytes:
-        raise Refused("too_large")
-    return data

@@ -6,6 +6,8 @@ each, and metadata/metadata_N.parquet of n rows. Every machine has to reach it u
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from pipeline.errors import UserError
+from pipeline.local import Outside, Reach, open_local, reason_of
 
 SCHEME = "embedding://"
 NAMES = ("img_emb", "text_emb")
@@ -23,7 +26,7 @@ def is_embeddings(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in ("img_emb", "metadata"))
 
 
-def metadata_parts(folder: Path) -> list[tuple[str, Path]]:
+def metadata_parts(folder: Path, reach: Reach) -> list[tuple[str, Path]]:
     """The number of each part, as its files spell it, and its Parquet file, by rising number.
 
     Raises UserError if there is none, or one whose files do not belong together.
@@ -40,8 +43,13 @@ def metadata_parts(folder: Path) -> list[tuple[str, Path]]:
         if missing := [each for each in (file, *files) if not each.is_file()]:
             raise UserError(f"source {missing[0]}: no such file; every part needs metadata and both embeddings")
         try:
-            shapes = [_open(each).shape for each in files]
-            rows = pq.ParquetFile(file).metadata.num_rows
+            shapes = [_open(each, reach).shape for each in files]
+            with open_local(file, reach) as opened:
+                rows = pq.ParquetFile(opened).metadata.num_rows
+        except Outside as e:
+            raise UserError(
+                f"source {e.filename}: a link {e.strerror}; name under source.roots where it leads"
+            ) from None
         except (OSError, ValueError, pa.ArrowInvalid) as e:
             raise UserError(f"source {folder}: part {part} cannot be read ({str(e).splitlines()[0]})") from None
         if len(shapes[0]) != 2 or shapes[0] != shapes[1] or shapes[0][0] != rows:
@@ -57,11 +65,11 @@ def embedding_reference(folder: Path, part: str, row: int) -> str:
     return f"{SCHEME}{quote(str(folder))}?part={part}&row={row}"
 
 
-def read_imported(references: Sequence[str]) -> list[Any]:
+def read_imported(references: Sequence[str], within: Reach | None = None) -> list[Any]:
     """For each reference the image and the text embedding, fp32 [2, d] as stored, or the reason why there are none."""
     import numpy as np
 
-    opened: dict[tuple[str, str], list[Any] | None] = {}
+    opened: dict[tuple[str, str], list[Any] | str] = {}
     result: list[Any] = []
     for reference in references:
         place = _place(reference)
@@ -71,12 +79,14 @@ def read_imported(references: Sequence[str]) -> list[Any]:
         folder, part, row = place
         if (folder, part) not in opened:
             try:
-                opened[folder, part] = [_open(_file(Path(folder), name, part)) for name in NAMES]
-            except (OSError, ValueError):
-                opened[folder, part] = None
+                opened[folder, part] = [_open(_file(Path(folder), name, part), within) for name in NAMES]
+            except OSError as e:
+                opened[folder, part] = reason_of(e)
+            except ValueError:
+                opened[folder, part] = "missing_file"
         matrices = opened[folder, part]
-        if matrices is None or row >= min(map(len, matrices)):
-            result.append("missing_file")
+        if isinstance(matrices, str) or row >= min(map(len, matrices)):
+            result.append(matrices if isinstance(matrices, str) else "missing_file")
             continue
         pair = [np.asarray(matrix[row], np.float32) for matrix in matrices]
         sound = all(np.isfinite(vector).all() and vector.any() for vector in pair) and pair[0].shape == pair[1].shape
@@ -98,11 +108,20 @@ def _file(folder: Path, name: str, part: str) -> Path:
     return folder / name / f"{name}_{part}.npy"
 
 
-def _open(file: Path) -> Any:
+def _open(path: Path, within: Reach | None) -> Any:
     """A matrix that stays on disk. Raises OSError, and ValueError for what is no array of numbers."""
     import numpy as np
 
-    matrix = np.load(file, mmap_mode="r", allow_pickle=False)
-    if matrix.dtype not in (np.float16, np.float32):
-        raise ValueError(f"{file.name} holds {matrix.dtype}, not float16 or float32")
-    return matrix
+    with open_local(path, within) as file:
+        # Not np.load, which opens a path itself, and whatever that has become.
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{path.name} is not as np.save writes a matrix")
+        shape, fortran, kind = np.lib.format.read_array_header_1_0(file)
+        if kind not in (np.float16, np.float32):
+            raise ValueError(f"{path.name} holds {kind}, not float16 or float32")
+        if (
+            min(shape, default=0) < 0
+            or math.prod(shape) * kind.itemsize > os.fstat(file.fileno()).st_size - file.tell()
+        ):
+            raise ValueError(f"{path.name} ends before its {shape} values")
+        return np.memmap(file, kind, "r", file.tell(), shape, "F" if fortran else "C")

@@ -16,18 +16,20 @@ from urllib.parse import quote
 from pipeline.data.imported import embedding_reference, is_embeddings, metadata_parts
 from pipeline.data.references import without_password
 from pipeline.errors import UserError
+from pipeline.local import Reach, open_local
 
 if TYPE_CHECKING:
     from pipeline.data.source import SourceRecipe
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 ROWS = ".rows"  # ends the name of a file of rows as they were read (see write_rows)
+CAPTION_BYTES = 1 << 20  # of a text file that are read
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of a list. ``url`` is an http(s), s3 or file reference, a member of a tar (see tar_reference), or
-    an embedding (see pipeline.data.imported)."""
+    an embedding (see pipeline.data.imported). ``reject``: the reason why the list may not name it, or None."""
 
     url: str
     captions: tuple[str, ...]
@@ -36,6 +38,7 @@ class Row:
     sha256: str = ""
     license: str = ""
     attribution: str = ""
+    reject: str | None = None
 
 
 def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
@@ -48,23 +51,39 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
         for row in flawed_rows() if where == "flawed" else emoji_rows(where):
             yield Row(row.url, _captions([row.caption]), row.group, row.split, "", row.license, row.attribution)
     elif kind == "folder":
-        yield from _folder_rows(Path(where))
+        yield from _folder_rows(Path(where), reach(recipe, path))
     elif kind == "tar":
         yield from _tar_rows(Path(where))
     elif kind == "embeddings":
-        yield from _embedding_rows(Path(where), recipe)
+        yield from _embedding_rows(Path(where), recipe, reach(recipe, path))
     elif kind == "rows":
-        yield from _written_rows(Path(where))
+        may = reach(recipe, path)
+        for written in _written_rows(Path(where)):
+            yield replace(written, reject=written.reject or may.refusal(written.url))
     else:
+        may = reach(recipe, path)
         for listed in _table_rows(Path(where), recipe):
-            yield replace(listed, url=_beside(Path(where).parent, listed.url))
+            url = _beside(Path(where).parent, listed.url)
+            yield replace(listed, url=url, reject=may.refusal(url))
+
+
+def reach(recipe: SourceRecipe, *paths: str) -> Reach:
+    """Returns what these lists may name: a table what lies below its folder, any other list its own files, and all of
+    them what ``recipe.roots`` names. Raises UserError for a list that is missing."""
+    kinds = [_kind(path) for path in paths]
+    own = [
+        where if kind in ("folder", "tar", "embeddings") else os.path.dirname(where)
+        for kind, where in kinds
+        if kind != "emoji"
+    ]
+    return Reach.of(own, recipe.roots)
 
 
 def _beside(folder: Path, reference: str) -> str:
     """A picture's relative path as a reference to a file, counted from the folder of its list; all else as it is."""
     relative = not reference.startswith("/") and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", reference)
     if relative and reference.lower().endswith(IMAGES):
-        return f"file://{quote(str(folder / reference))}"
+        return f"file://{quote(os.fsencode(folder / reference))}"
     return reference
 
 
@@ -77,6 +96,8 @@ def _kind(path: str) -> tuple[str, str]:
         raise UserError(f"source {path}: no such file or folder{where}")
     if file.is_dir():
         return "embeddings" if is_embeddings(file) else "folder", str(file.absolute())
+    if not file.is_file():
+        raise UserError(f"source {path}: not a regular file, and nothing else is read")
     if file.suffix in (".parquet", ".csv", ".tsv", ".tar", ROWS):
         return file.suffix[1:], str(file.absolute())
     raise UserError(f"source {path}: not a .parquet, .csv, .tsv or .tar file, nor a folder")
@@ -96,7 +117,8 @@ def fingerprint(path: str) -> Any:
         if kind == "tar":
             return ["tar", where, os.stat(where).st_size, os.stat(where).st_mtime_ns]
         with open(where, "rb") as f:
-            return [kind, hashlib.file_digest(f, "sha256").hexdigest()]
+            # With its folder, by which its references are judged.
+            return [kind, os.path.dirname(where), hashlib.file_digest(f, "sha256").hexdigest()]
     except PermissionError:
         raise UserError(f"source {path}: no permission to read it") from None
 
@@ -120,12 +142,11 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(root, name)
 
 
-def _folder_rows(folder: Path) -> Iterator[Row]:
+def _folder_rows(folder: Path, may: Reach) -> Iterator[Row]:
     for file in _files(folder):
         if file.suffix.lower() in IMAGES:
             text = file.with_suffix(".txt")
-            lines = text.read_text(errors="replace").splitlines() if text.is_file() else []  # reading a pipe would wait
-            yield Row(f"file://{quote(os.fsencode(file))}", _captions(lines))
+            yield Row(f"file://{quote(os.fsencode(file))}", _captions(_lines(text, may)))
 
 
 def write_rows(file: BinaryIO, rows: Iterable[Row]) -> None:
@@ -153,9 +174,18 @@ def _written_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"source {path}: not a file of rows as a package holds them ({e}); name the list") from None
 
 
-def _embedding_rows(folder: Path, recipe: SourceRecipe) -> Iterator[Row]:
+def _lines(text: Path, may: Reach) -> list[str]:
+    """The lines of a text file; none of one that is missing, irregular, or a link to what the list may not name."""
+    try:
+        with open_local(text, may) as file:
+            return file.read(CAPTION_BYTES).decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Row]:
     """Each is split as its picture would be; the list's hash is that picture's."""
-    for part, metadata in metadata_parts(folder):
+    for part, metadata in metadata_parts(folder, may):
         for i, row in enumerate(_table_rows(metadata, recipe)):
             yield replace(row, url=embedding_reference(folder, part, i), group=row.group or row.url, sha256="")
 
@@ -184,7 +214,7 @@ def _tar_rows(path: Path) -> Iterator[Row]:
                     image = tar_reference(str(path), member.name, member.offset_data, member.size)
                 elif extension in ("txt", "caption"):
                     content = tar.extractfile(member)
-                    lines = content.read(1 << 20).decode(errors="replace").splitlines() if content else []
+                    lines = content.read(CAPTION_BYTES).decode(errors="replace").splitlines() if content else []
             if image is not None:
                 yield Row(image, _captions(lines))
     except tarfile.TarError as e:

@@ -7,24 +7,25 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from pipeline.data.imported import SCHEME
-from pipeline.data.lists import Row, read_rows
-from pipeline.data.pairs import tar_place
+from pipeline.data.lists import Row, reach, read_rows
+from pipeline.data.pairs import PairsRecipe, tar_place
 from pipeline.data.source import SourceRecipe, hash_share
 from pipeline.errors import UserError
+from pipeline.local import Reach, local_path, read_local
 
 ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
 PICTURES = 100  # measured, at most
+MAX_BYTES = PairsRecipe().max_bytes
 
 
 @dataclass(frozen=True)
 class Look:
     """Rows with a reference that were looked at, and whether there are ``more``; the first caption of each row that
     has one; short sides, in pixels, of the first pictures that lie on this machine, and how many of them could not be
-    opened; ``splits``: rows whose split the list names, by split, and ``shares``: hash shares of all others."""
+    opened; ``splits``: rows whose split the list names, by split, and ``shares``: hash shares of all others;
+    ``forbidden``: references that the list may not name, which count in none of these."""
 
     rows: int
     more: bool
@@ -33,6 +34,7 @@ class Look:
     unopened: int = 0
     splits: Mapping[str, int] = field(default_factory=dict)
     shares: tuple[float, ...] = ()
+    forbidden: tuple[str, ...] = ()
 
     def reaching(self, side: int) -> int:
         """How many of the measured pictures have a short side of at least this."""
@@ -53,34 +55,35 @@ def look(recipe: SourceRecipe) -> Look:
             raise UserError(f"source {path}: no rows")
         more = more or next(rows, None) is not None
         found += [row for row in first if row.url]
+    forbidden = tuple(row.url for row in found if row.reject)
+    found = [row for row in found if not row.reject]
     captions = tuple(row.captions[0] for row in found if row.captions)
-    sides = list(_sides(found))
+    sides = list(_sides(found, reach(recipe, *recipe.paths)))
     different = {
         row.url: row for row in reversed(found)
     }.values()  # the first of each reference: the others are rejected
     splits = Counter(row.split for row in different if row.split)
     shares = tuple(hash_share(row.group or row.url) for row in different if not row.split)
-    return Look(
-        len(found), more, captions, tuple(side for side in sides if side), sides.count(0), splits=splits, shares=shares
-    )
+    opened = tuple(side for side in sides if side)
+    return Look(len(found), more, captions, opened, sides.count(0), splits, shares, forbidden)
 
 
-def _sides(rows: list[Row]) -> Iterator[int]:
+def _sides(rows: list[Row], may: Reach) -> Iterator[int]:
     """Short sides of the first pictures that lie here, from their headers; 0 for one that cannot be opened."""
     from PIL import Image
 
     for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), PICTURES):
         try:
-            with Image.open(io.BytesIO(_read(row.url)), formats=("PNG", "JPEG", "WEBP")) as image:
+            with Image.open(io.BytesIO(_read(row.url, may)), formats=("PNG", "JPEG", "WEBP")) as image:
                 yield min(image.size)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a run counts these with their reason
             yield 0
 
 
-def _read(url: str) -> bytes:
+def _read(url: str, may: Reach) -> bytes:
     """The bytes of a picture in a file or in a tar. Raises OSError or ValueError."""
-    place = tar_place(url) if url.startswith("tar://") else None
-    path = place["tar"] if place else url2pathname(urlsplit(url).path) if "://" in url else url
-    with open(path, "rb") as f:
-        f.seek(place["offset"] if place else 0)
-        return f.read(place["size"] if place else -1)
+    if url.startswith("tar://"):
+        if (place := tar_place(url)) is None:
+            raise ValueError("no member of a tar")
+        return read_local(place["tar"], MAX_BYTES, may, place["offset"], place["size"])
+    return read_local(local_path(url) or "", MAX_BYTES, may)

@@ -23,11 +23,13 @@ from pipeline.data.deny import DenyLists, read_deny_lists, store_deny_lists
 from pipeline.data.earlier import Known, earlier_shards, take_over
 from pipeline.data.imported import SCHEME, read_imported
 from pipeline.data.index import checksum, index_counts, index_table
+from pipeline.data.lists import reach
 from pipeline.data.opener import Evidence
 from pipeline.data.opt_outs import OPT_OUTS, opt_out_table
 from pipeline.data.source import row_key
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger, status_of
+from pipeline.local import Reach, read_local, reason_of
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps
 from pipeline.settings import PairsSettings
@@ -75,16 +77,17 @@ class MakePacker:
     store: Store
     recipe: PairsRecipe
     settings: PairsSettings
+    reach: Reach
 
     def __call__(self) -> Packer:
-        return Packer(self.store, self.recipe, self.settings)
+        return Packer(self.store, self.recipe, self.settings, self.reach)
 
 
 class Packer:
     """Makes the tar and the index of one shard."""
 
-    def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings):
-        self.store, self.recipe, self.settings = store, recipe, settings
+    def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings, reach: Reach):
+        self.store, self.recipe, self.settings, self.reach = store, recipe, settings, reach
         self.decoder = shared_decoder()
         self.decoder.start()  # it has much to import, and so has the fetch
 
@@ -97,7 +100,7 @@ class Packer:
         """Opened at the first shard, where a UserError of this machine's environment is still one line."""
         from pipeline.data.fetch import Fetcher
 
-        return Fetcher(self.settings, self.recipe.max_bytes, self.deny)
+        return Fetcher(self.settings, self.recipe.max_bytes, self.deny, self.reach)
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         steps = Steps()
@@ -123,7 +126,7 @@ class Packer:
             else:
                 self._use_in_place(rows[i], refs[i])
         imported = [i for i in wanted if refs[i]["url"].startswith(SCHEME)]
-        for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported]), strict=True):
+        for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported], self.reach), strict=True):
             if isinstance(found, str):
                 _reject(rows[i], found)
             else:  # no picture, and so no size
@@ -197,14 +200,10 @@ class Packer:
         place = tar_place(ref["url"])
         if place is None:
             return _reject(row, "unsupported_reference")
-        if place["size"] > self.recipe.max_bytes:
-            return _reject(row, "too_large")
         try:
-            with open(place["tar"], "rb") as f:
-                f.seek(place["offset"])
-                data = f.read(place["size"])
-        except (OSError, ValueError, OverflowError):  # no such place in it, or a NUL in the path
-            return _reject(row, "missing_file")
+            data = read_local(place["tar"], self.recipe.max_bytes, self.reach, place["offset"], place["size"])
+        except OSError as e:
+            return _reject(row, reason_of(e))
         sha256 = hashlib.sha256(data).hexdigest()
         if self._reject_hash(row, ref, sha256):
             return None
@@ -252,6 +251,7 @@ def run_pairs(ctx: Context) -> Artifact:
         )
         for shard in read_shards(ctx.store, ctx.inputs["source"])
     ]
+    may = reach(ctx.config.source, *ctx.config.source.paths)
     store_deny_lists(ctx.store, ctx.recipe.deny_lists)
     read_deny_lists(ctx.store, *ctx.recipe.deny_lists)  # a mistake in one is found before anything is asked for
     with ExitStack() as stack:
@@ -261,4 +261,4 @@ def run_pairs(ctx: Context) -> Artifact:
 
             settings = replace(settings, hosts=settings.hosts | {"emoji.test": stack.enter_context(serving())})
         rows = ctx.inputs["source"].ledger.rows
-        return map_shards(ctx, tasks, MakePacker(ctx.store, ctx.recipe, settings), "rows", rows)
+        return map_shards(ctx, tasks, MakePacker(ctx.store, ctx.recipe, settings, may), "rows", rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.data.opener import Refused
@@ -38,14 +38,19 @@ class S3Reader:
             raise Refused("unsupported_reference")
         with _failures_as_reasons():
             answer = self._client().get_object(Bucket=bucket, Key=key)
-            with closing(answer["Body"]) as body:
+            # urllib3's response, which gives what is there instead of waiting for a whole chunk
+            with answer["Body"] as response:
                 if answer["ContentLength"] > self._max_bytes:
                     raise Refused("too_large")
                 data = bytearray()
-                while chunk := body.read(CHUNK):
+                while chunk := response.read1(CHUNK):
                     data += chunk
                     if time.monotonic() > deadline:
                         raise Refused("timeout")
+                    if len(data) > self._max_bytes:
+                        raise Refused("too_large")
+                if len(data) < answer["ContentLength"]:  # where the connection ends early, read1 ends, too
+                    raise Refused("truncated")
                 return bytes(data)
 
     def _client(self) -> Any:
@@ -68,6 +73,7 @@ class S3Reader:
 @contextmanager
 def _failures_as_reasons() -> Iterator[None]:
     from botocore import exceptions
+    from urllib3 import exceptions as transfer
 
     try:
         yield
@@ -88,9 +94,7 @@ def _failures_as_reasons() -> Iterator[None]:
         raise UserError("source: pictures on S3: no AWS region; set AWS_REGION on every worker") from e
     except exceptions.ParamValidationError:  # no name that a bucket may have
         raise Refused("unsupported_reference") from None
-    except (exceptions.ConnectTimeoutError, exceptions.ReadTimeoutError):
+    except (exceptions.ConnectTimeoutError, exceptions.ReadTimeoutError, transfer.TimeoutError):
         raise Refused("timeout") from None
-    except exceptions.IncompleteReadError:
-        raise Refused("truncated") from None
-    except exceptions.BotoCoreError:
+    except (exceptions.BotoCoreError, transfer.HTTPError):
         raise Refused("unreachable") from None

@@ -28,6 +28,7 @@ from pipeline.data.references import comparable
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
+from pipeline.local import Reach
 from pipeline.records import create_record, digest, put_blob, read_blob, read_record
 from pipeline.store import Store
 
@@ -45,8 +46,12 @@ class SourceRecipe:
     clip-retrieval writes them, .tar, or ``emoji:SUBSET``.
 
     A row's split is its ``split_column`` if the list has one, else a hash of its ``group_column``, else of its image
-    reference; ``validation`` and ``test`` are the shares held out by hash.
+    reference; ``validation`` and ``test`` are the shares held out by hash. ``roots``: folders, tars and s3://BUCKET or
+    s3://BUCKET/PREFIX that lists may name besides files of their own (see pipeline.local).
     """
+
+    # A recipe and not a setting of the run: a row that is refused changes what is made. Keys count what was read, so
+    # a new root makes only those shards again that have such rows.
 
     paths: tuple[str, ...]
     image_column: str = "url"
@@ -57,6 +62,7 @@ class SourceRecipe:
     shard_rows: int = 1000
     validation: float = 0.02
     test: float = 0.02
+    roots: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -67,6 +73,7 @@ class SourceRecipe:
             raise ValueError(f"shard_rows: {self.shard_rows} is outside 1..10000")
         if self.validation < 0 or self.test < 0 or self.validation + self.test >= 1:
             raise ValueError("validation and test: shares of at least 0 that leave rows to train on")
+        Reach.of((), self.roots)
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: Journal = NOT
     """
     shards: list[SourceShard] = []
     columns = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
-    cut = [recipe.shard_rows, recipe.validation, recipe.test]
+    cut = [recipe.shard_rows, recipe.validation, recipe.test, list(recipe.roots)]
     name = ""
     cutter = _Cutter(recipe, journal.marks, store, write)
     with Seen() as seen:
@@ -218,8 +225,9 @@ class _Cutter:
         return Segment(shards, hashes)
 
     def references(self, rows: Iterator[Row]) -> Iterator[str]:
-        """As they count for duplicates: those that are forgotten leave no hash."""
-        return ("" if self._is_forgotten(row.url) else comparable(row.url) for row in rows)
+        """As they count for duplicates: rows that are forgotten leave no hash, nor do rows that may not name their
+        image, since another list may."""
+        return ("" if row.reject or self._is_forgotten(row.url) else comparable(row.url) for row in rows)
 
     def _is_forgotten(self, url: str) -> bool:
         return bool(self.forgotten) and reference_mark(url) in self.forgotten
@@ -227,7 +235,7 @@ class _Cutter:
     def _shard(self, number: int, rows: list[Row], duplicate: bytes) -> SourceShard:
         refs, captions, rejects, held_out = [], [], [], Counter[str]()
         for row, again in zip(rows, duplicate, strict=True):
-            reject = "no_reference" if not row.url else "duplicate_url" if again else None
+            reject = "no_reference" if not row.url else row.reject or ("duplicate_url" if again else None)
             # Of rows that are tried again, only those have no reference that were blanked.
             if self._is_forgotten(row.url) or (not row.url and segment_of(number) >= FIRST_RETRY):
                 row, reject = Row("", ()), "forgotten"

@@ -128,10 +128,33 @@ def test_a_list_travels_as_it_is_read_masked_and_without_what_was_forgotten(stor
 
 
 def test_a_list_of_files_by_their_paths_stays_where_it_lies(tmp_path: Path) -> None:
-    config = _config(tmp_path, [_list(tmp_path / "list.csv", "http://a/1.png", "/pictures/2.png")])
+    config = _config(tmp_path, [_list(tmp_path / "list.csv", "http://a/1.png", f"{tmp_path}/pictures/2.png")])
     package = make_package(config, URL, "out", NOTHING)
     assert not [name for name in package.files if name.startswith("lists/")]
     assert len(package.notes) == 1
+
+
+def test_a_row_that_may_not_name_its_file_keeps_no_list_here_and_is_refused_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    urls = ["http://a/1.png", "/etc/passwd", "../secret.png", "s3://other/a.png", "s3://images/a.png", "tar:///a.tar"]
+    config = _config(tmp_path, [_list(tmp_path / "list.csv", *urls)])
+    config = make_config(
+        {"project": "p", "store": URL, "preset": "nano"}
+        | {"source": {"paths": list(config.source.paths), "roots": ["s3://images", "sets"]}}
+    )
+    package = make_package(config, URL, "out", NOTHING)
+    sent = yaml.safe_load(package.files["project.yaml"])
+    assert sent["source"]["roots"] == [str(tmp_path / "sets"), "s3://images"]
+    (name,) = sent["source"]["paths"]
+    (tmp_path / "unpacked" / name).parent.mkdir(parents=True)
+    (tmp_path / "unpacked" / name).write_bytes(package.files[name])
+    sent["source"]["paths"] = [str(tmp_path / "unpacked" / name)]
+    ours = scan(config.source, store, write=False, journal=NOTHING)
+    theirs = scan(make_config(sent).source, store, write=False, journal=NOTHING)
+    assert theirs.keys == ours.keys
+    assert theirs.shards[0].ledger.rejected == {"forbidden_reference": 4}
 
 
 def test_what_lies_in_files_stays_and_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import ipaddress
+import os
 import socket
 import ssl
 import threading
@@ -22,6 +23,7 @@ from pipeline.data.addresses import is_public
 from pipeline.data.fetch import Fetched, Fetcher
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
+from pipeline.local import NOTHING, Reach
 from pipeline.settings import PairsSettings
 
 MAX_BYTES = 200_000
@@ -121,13 +123,13 @@ def site() -> Iterator[str]:
         yield f"http://{address}"
 
 
-def fetcher(**changes: object) -> Fetcher:
+def fetcher(reach: Reach = NOTHING, **changes: object) -> Fetcher:
     settings = {"threads": 4, "timeout_s": 5.0, "retries": 0, "allow": ("127.0.0.1",)}
-    return Fetcher(PairsSettings(**{**settings, **changes}), MAX_BYTES)  # type: ignore[arg-type]
+    return Fetcher(PairsSettings(**{**settings, **changes}), MAX_BYTES, reach=reach)  # type: ignore[arg-type]
 
 
-def one(reference: str, **changes: object) -> Fetched:
-    (result,) = fetcher(**changes).fetch([reference])
+def one(reference: str, reach: Reach = NOTHING, **changes: object) -> Fetched:
+    (result,) = fetcher(reach, **changes).fetch([reference])
     assert (result.data is None) == (result.reason in REASONS)
     return result
 
@@ -360,13 +362,27 @@ def test_files_are_read_within_the_same_budget(tmp_path: Path) -> None:
     (tmp_path / "a b#1.png").write_bytes(BODY)
     (tmp_path / "empty.png").touch()
     (tmp_path / "big.png").write_bytes(bytes(MAX_BYTES + 1))
-    assert one(str(tmp_path / "a b#1.png")).data == BODY
-    assert one((tmp_path / "a b#1.png").as_uri()).data == BODY
-    assert one(str(tmp_path / "empty.png")).reason == "zero_bytes"
-    assert one(str(tmp_path / "big.png")).reason == "too_large"
-    assert one(str(tmp_path / "none.png")).reason == "missing_file"
-    assert one(str(tmp_path)).reason == "missing_file"
-    assert one("/dev/zero").reason == "missing_file"
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("a b#1.png")
+    (tmp_path / "out.png").symlink_to("/etc/passwd")
+    mine = Reach(own=(str(tmp_path),))
+    assert one(str(tmp_path / "a b#1.png"), reach=mine).data == BODY
+    assert one((tmp_path / "a b#1.png").as_uri(), reach=mine).data == BODY
+    reasons = {
+        "link.png": None, "empty.png": "zero_bytes", "big.png": "too_large", "none.png": "missing_file",
+        "": "missing_file", "pipe.png": "missing_file", "out.png": "forbidden_reference",
+        "../secret.png": "forbidden_reference",
+    }  # fmt: skip
+    assert {name: one(f"{tmp_path}/{name}", reach=mine).reason for name in reasons} == reasons
+    assert one("/dev/zero", reach=mine).reason == "forbidden_reference"
+    assert one("/dev/zero", reach=Reach(own=("/dev",))).reason == "missing_file"
+
+
+def test_nothing_of_the_machine_or_of_s3_is_read_that_nobody_has_named(tmp_path: Path) -> None:
+    """Not even where the records of a list, which came through a store, ask for it."""
+    (tmp_path / "a.png").write_bytes(BODY)
+    for reference in (f"{tmp_path}/a.png", f"file://{tmp_path}/a.png", "s3://bucket/a.png", "tar:///a?offset=0&size=9"):
+        assert one(reference).reason == "forbidden_reference"
 
 
 @pytest.mark.parametrize(

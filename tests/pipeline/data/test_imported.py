@@ -132,14 +132,15 @@ def test_one_list_may_hold_both(made: Made, tmp_path: Path) -> None:
     rows = [
         (url, f"caption {i}", "train") for i, url in enumerate([*imported[:2], f"file://{tmp_path}/a.png", imported[2]])
     ]
-    mixed = make_bench(tmp_path / "store", [write_list(tmp_path / "list.csv", rows)], made.bench.config.clip.weights)
+    paths, source = [write_list(tmp_path / "list.csv", rows)], {"roots": [str(made.folder)]}
+    mixed = make_bench(tmp_path / "store", paths, made.bench.config.clip.weights, source=source)
     mixed.make("source", "captions", "pairs", "clip", "embeddings")
     _, image, text, _ = read_embeddings(mixed.store, mixed.blobs("embeddings")[0][1]["embeddings"])
     for ours, theirs in ((image, 1), (text, 2)):
         expected = read_embeddings(made.bench.store, made.bench.blobs("embeddings")[0][1]["embeddings"])[theirs]
         assert np.array_equal(ours[[0, 1, 3]], expected[:3])
         np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-3)
-    train = Bench(tmp_path / "store", mixed.config.source.paths, clip={"samples": 8, "batch": 8, "lanes": 1})
+    train = Bench(tmp_path / "store", paths, source=source, clip={"samples": 8, "batch": 8, "lanes": 1})
     with pytest.raises(UserError, match="has an imported embedding and no picture"):
         train.make("source", "captions", "pairs", "clip")
 
@@ -159,6 +160,7 @@ def test_files_that_change_or_go_are_named(tmp_path: Path) -> None:
         tmp_path / "other",
         [str(write_list(tmp_path / "l.csv", [("embedding:///none?part=0&row=0", "c")]))],
         "local-dir:x",
+        source={"roots": ["/none"]},
     )
     assert gone.make("source", "pairs").ledger.rejected == {"missing_file": 1}
 

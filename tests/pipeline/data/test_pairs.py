@@ -72,8 +72,13 @@ ROWS = [  # url, caption, split, sha256, and how pairs must end the row
     ("http://closed.test/a.png", "nobody is there", "", "", "unreachable"),
     ("http://127.0.0.1:9/a.png", "ourselves", "", "", "forbidden_address"),
     ("file:///nowhere/a.png", "a lost file", "", "", "missing_file"),
+    ("file:///etc/passwd", "a file of the machine", "", "", "forbidden_reference"),
+    ("s3://anybodys/a.png", "a bucket that nobody has named", "", "", "forbidden_reference"),
+    ("tar:///etc/a.tar?offset=0&size=9", "a tar of the machine", "", "", "forbidden_reference"),
+    ("embedding:///etc?part=0&row=0", "numbers of the machine", "", "", "forbidden_reference"),
     ("ftp://pictures.test/a.png", "an old protocol", "", "", "unsupported_reference"),
-    ("tar://nowhere/a.tar", "not a member of a tar", "", "", "unsupported_reference"),
+    ("tar:///nowhere/a.tar", "not a member of a tar", "", "", "unsupported_reference"),
+    (f"tar:///nowhere/a.tar?offset=0&size={10**12}", "larger than any budget", "", "", "too_large"),
     ("tar://[/a.tar?offset=0&size=9", "no address", "", "", "unsupported_reference"),
     (f"tar:///nowhere/a.tar?offset={10**30}&size=9", "far away", "", "", "missing_file"),
     ("tar:///nowhere/a.tar?offset=-1&size=9", "before the start", "", "", "unsupported_reference"),
@@ -108,7 +113,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         for name, workers in (("first", 0), ("again", 0), ("worker", 1)):
             settings = {"timeout_s": 1.5, "retries": 0, "threads": 8, "hosts": hosts, "workers": workers}
             recipe = {"max_bytes": MAX_BYTES, "image_size": 1024, "deny_hosts": str(folder / "denied.txt")}
-            benches.append(Bench(folder / name, [source], pairs=recipe, run={"pairs": settings}))
+            roots = {"roots": ["/nowhere"]}
+            benches.append(Bench(folder / name, [source], source=roots, pairs=recipe, run={"pairs": settings}))
             benches[-1].make("source", "pairs")
     ray.shutdown()
     return Made(*benches)

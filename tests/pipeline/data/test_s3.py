@@ -13,6 +13,7 @@ from pipeline.data.fetch import Fetched, Fetcher
 from pipeline.data.s3 import S3Reader
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
+from pipeline.local import Reach
 from pipeline.settings import PairsSettings
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 from tests.seaweed import BUCKET, Server
@@ -22,7 +23,8 @@ MAX_BYTES = 100_000
 
 def fetch(*references: str, **changes: Any) -> list[Fetched]:
     settings = PairsSettings(**{"threads": 4, "timeout_s": 10.0, "retries": 0, **changes})
-    return list(Fetcher(settings, MAX_BYTES).fetch(references))
+    reach = Reach(buckets=(BUCKET, "no-such-bucket-here", "not a bucket", "b"))
+    return list(Fetcher(settings, MAX_BYTES, reach=reach).fetch(references))
 
 
 @pytest.fixture
@@ -54,18 +56,36 @@ def test_pairs_from_s3_end_as_from_anywhere(pictures: str, tmp_path: Path) -> No
     rows = [(f"{pictures}/{name}", name, "train") for name in ("a.png", "b c?#é%20.png", "empty.png", "none.png")]
     rows += [(f"{pictures}/a.png", "again", "train"), (f"file://{tmp_path}/file.png", "a file", "train")]
     (tmp_path / "file.png").write_bytes(picture(2))
-    bench = Bench(tmp_path / "store", [write_list(tmp_path / "list.csv", rows)])
-    ledger = bench.make("source", "captions", "pairs").ledger
+    source, prefix = write_list(tmp_path / "list.csv", rows), {"roots": [pictures]}
+    ledger = Bench(tmp_path / "store", [source], source=prefix).make("source", "captions", "pairs").ledger
     assert ledger.kept == 3
     assert ledger.rejected == {"zero_bytes": 1, "missing_file": 1, "duplicate_url": 1}
 
 
+def test_a_bucket_that_the_configuration_does_not_name_is_not_asked(pictures: str, tmp_path: Path) -> None:
+    """Else a list would choose among all buckets that the worker's role reads, and tell its own bucket of the role."""
+    source = write_list(tmp_path / "list.csv", [(f"{pictures}/a.png", "a picture", "train")])
+    for roots in ([], ["s3://another"], [f"{pictures}/a"], [f"{pictures}2"]):
+        ledger = Bench(tmp_path / "store", [source], source={"roots": roots}).make("source", "pairs").ledger
+        assert ledger.rejected == {"forbidden_reference": 1}
+    ledger = Bench(tmp_path / "store", [source], source={"roots": [f"s3://{BUCKET}/"]}).make("source", "pairs").ledger
+    assert ledger.kept == 1
+
+
 @pytest.mark.parametrize(
-    "reference",
-    ["s3://", "s3://bucket", "s3://bucket/", "s3:///a.png", "s3://not a bucket/a.png", "s3://***@bucket/a.png"],
+    ("reference", "reason"),
+    [
+        (f"s3://{BUCKET}/", "unsupported_reference"),
+        ("s3://not a bucket/a.png", "unsupported_reference"),
+        ("s3://", "forbidden_reference"),
+        (f"s3://{BUCKET}", "forbidden_reference"),
+        ("s3:///a.png", "forbidden_reference"),
+        (f"s3://***@{BUCKET}/a.png", "forbidden_reference"),
+        ("s3://arn:aws:s3:us-east-1:123456789012:accesspoint:mine/a.png", "forbidden_reference"),
+    ],
 )
-def test_a_reference_without_a_bucket_and_a_key_is_none(pictures: str, reference: str) -> None:
-    assert fetch(reference)[0].reason == "unsupported_reference"
+def test_a_reference_without_a_bucket_and_a_key_is_none(pictures: str, reference: str, reason: str) -> None:
+    assert fetch(reference)[0].reason == reason
 
 
 def test_refused_credentials_are_no_rows_fault(pictures: str, monkeypatch: pytest.MonkeyPatch) -> None:
