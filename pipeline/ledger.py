@@ -33,6 +33,8 @@ REASONS = {
     "truncated": "the image ends early",
     "hash_mismatch": "other bytes than the list's hash says",
     "decode_error": "the image cannot be decoded",
+    "decode_timeout": "decoding the image took longer than one of its pixels may",
+    "too_long": "the long side would be stored with more than 8 times pairs.image_size",
     "decoder_crashed": "decoding the image killed the decoder's process, twice",
     "not_an_embedding": "an imported embedding is zero, holds values that are no numbers, or has another's length",
     # curation

@@ -1,8 +1,9 @@
 """Decoding in a child process, so that a picture that kills its decoder costs one row and never a worker.
 
-Decoders are C that reads what strangers made. The child does one picture at a time, so whoever killed it is known; it
-is tried once more in a new child, for a process may also be killed for what others do. Messages on the pipes are a line
-of JSON and bytes, nothing that could be executed.
+Decoders are C that reads what strangers made. The child has neither network nor credentials (pipeline.data.sandbox),
+and memory and time for one picture of the budget. It does one at a time, so whoever killed it is known; that picture is
+tried once more in a new child, for a process may also be killed for what others do. Messages on the pipes are a line of
+JSON and bytes, nothing that could be executed.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Timer
 from typing import Any, BinaryIO
 
 from pipeline.data.picture import Picture, inspect, resize
+from pipeline.data.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped
 from pipeline.errors import UserError
+from pipeline.ledger import REASONS
 
 IDLE_S = 60  # after which a child ends; the next request starts another
+BASE_S, S_PER_PIXEL = 30.0, 1e-6  # what a picture may take; a hundred times what an honest one does
+BASE_BYTES, BYTES_PER_PIXEL = 256 << 20, 20  # what the child may map for it
+MOST_TEXT, MOST_BYTES = 1000, 1 << 30  # of a message
 COMMAND = (sys.executable, "-m", "pipeline.data.decoding")
 # glibc gives the pixels of every picture back to the system and faults them in again for the next one, a third of the
 # child's time. These keep 128 MiB instead, in blocks of up to 32.
@@ -33,10 +39,16 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_"
 _READY = {"ready": True}
 
 
+def seconds(pixels: int) -> float:
+    """Returns how long a picture of so many pixels may take."""
+    return BASE_S + pixels * S_PER_PIXEL
+
+
 class Decoder:
     """``picture.resize`` and ``picture.inspect`` in a child process, which is started when it is needed.
 
-    Both give "decoder_crashed" for bytes that killed it twice, and raise UserError if it does not start at all.
+    Both give "decoder_crashed" for bytes that killed it twice, and "decode_timeout" for bytes that took more processor
+    time than their pixels may, or more time than ``max_pixels`` may. Both raise UserError if it does not start at all.
     """
 
     def __init__(self, command: Sequence[str] = COMMAND):
@@ -50,12 +62,12 @@ class Decoder:
         self, data: bytes, image_size: int, max_pixels: int, encode_format: str, encode_quality: int
     ) -> Picture | str:
         """See picture.resize."""
-        said, body = self._ask("resize", data, [image_size, max_pixels, encode_format, encode_quality])
+        said, body = self._ask("resize", data, max_pixels, [image_size, max_pixels, encode_format, encode_quality])
         return said if isinstance(said, str) else Picture(body, *said)
 
     def inspect(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
         """See picture.inspect."""
-        said, _ = self._ask("inspect", data, [max_pixels])
+        said, _ = self._ask("inspect", data, max_pixels, [max_pixels])
         return said if isinstance(said, str) else (said[0], said[1])
 
     def start(self) -> None:
@@ -64,29 +76,30 @@ class Decoder:
             root = str(Path(__file__).parents[2])
             path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
             pipe = subprocess.PIPE
-            environment = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": path}
+            environment = bare_environment(PYTHONPATH=path, **KEEP_MEMORY)
             self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, env=environment)
 
-    def close(self) -> None:
-        """End the child, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            with contextlib.suppress(OSError):  # a request that was being written
-                self._process.communicate()
-            self._process, self._ready = None, False
+    def close(self) -> int | None:
+        """End the child, if there is one, and return its exit code."""
+        process, self._process, self._ready = self._process, None, False
+        if process is None:
+            return None
+        process.kill()
+        with contextlib.suppress(OSError):  # a request that was being written
+            process.communicate()
+        return process.returncode
 
-    def _ask(self, name: str, data: bytes, arguments: list[Any]) -> tuple[Any, bytes]:
+    def _ask(self, name: str, data: bytes, max_pixels: int, arguments: list[Any]) -> tuple[Any, bytes]:
         with self._lock:
             for _ in range(2):
                 self._wait_until_ready()
                 assert self._process is not None
-                assert self._process.stdin is not None
-                assert self._process.stdout is not None
-                try:
-                    _send(self._process.stdin, [name, arguments], data)
-                    return _receive(self._process.stdout)
-                except (OSError, EOFError):
-                    self.close()
+                with _killed_after(seconds(max_pixels), self._process) as late:
+                    answer = _exchange(self._process, [name, arguments, max_pixels], data)
+                if answer is not None:
+                    return answer
+                if self.close() == -signal.SIGXCPU or late.is_set():
+                    return "decode_timeout", b""
             return "decoder_crashed", b""
 
     def _wait_until_ready(self) -> None:
@@ -96,7 +109,7 @@ class Decoder:
             assert self._process.stdout is not None
             try:
                 self._ready = _receive(self._process.stdout)[0] == _READY
-            except (OSError, EOFError):
+            except (OSError, EOFError, ValueError):
                 self.close()
                 raise UserError("the decoder did not start; run python -m pipeline.data.decoding to see why") from None
 
@@ -107,6 +120,36 @@ def shared_decoder() -> Decoder:
     return Decoder()
 
 
+@contextlib.contextmanager
+def _killed_after(limit_s: float, process: subprocess.Popen[bytes]) -> Iterator[Event]:
+    """Kills a process if the block takes longer, and then sets the event."""
+    late = Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    watch = Timer(limit_s, end)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield late
+    finally:
+        watch.cancel()
+
+
+def _exchange(process: subprocess.Popen[bytes], request: Any, data: bytes) -> tuple[Any, bytes] | None:
+    """Returns a child's answer, or None if it ended or said what a sound one does not."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        _send(process.stdin, request, data)
+        said, body = _receive(process.stdout)
+    except (OSError, EOFError, ValueError):
+        return None
+    return None if isinstance(said, str) and said not in REASONS else (said, body)
+
+
 def _send(pipe: BinaryIO | Any, message: Any, data: bytes) -> None:
     pipe.write(json.dumps([message, len(data)]).encode() + b"\n")
     pipe.write(data)
@@ -114,11 +157,13 @@ def _send(pipe: BinaryIO | Any, message: Any, data: bytes) -> None:
 
 
 def _receive(pipe: BinaryIO | Any) -> tuple[Any, bytes]:
-    """Raises EOFError if the other end is gone."""
-    line = pipe.readline()
+    """Raises EOFError if the other end is gone, ValueError for what is no message."""
+    line = pipe.readline(MOST_TEXT)
     if not line.endswith(b"\n"):
         raise EOFError
     message, size = json.loads(line)
+    if size > MOST_BYTES:
+        raise ValueError(f"a message of {size} bytes")
     data = pipe.read(size)
     if len(data) < size:
         raise EOFError
@@ -129,28 +174,41 @@ def _receive(pipe: BinaryIO | Any) -> tuple[Any, bytes]:
 
 
 def _answer(name: str, arguments: list[Any], data: bytes) -> tuple[Any, bytes]:
-    if name == "inspect":
-        return inspect(data, *arguments), b""
-    found = resize(data, *arguments)
+    try:
+        if name == "inspect":
+            return inspect(data, *arguments, starts=_limit_to), b""
+        found = resize(data, *arguments, starts=_limit_to)
+    except MemoryError:
+        return "decode_error", b""
     return (found, b"") if isinstance(found, str) else ([found.width, found.height, found.extension], found.data)
+
+
+def _limit_to(pixels: int) -> None:
+    limit_time(seconds(pixels))
 
 
 def main() -> None:
     """Answer requests until stdin closes, the parent is gone, or nothing was asked for a while."""
+    import cv2  # noqa: F401  # before memory is limited by what is mapped
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
     with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")
     warnings.simplefilter("ignore")  # of odd metadata and large pictures, which are judged here
     parent = os.getppid()
     pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not get between answers
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print must not get between answers
     requests = os.fdopen(os.dup(0), "rb")
+    give_up_rights()
+    mapped = memory_mapped()
     _send(pipe, _READY, b"")
     while _request_comes(requests, parent):
         try:
-            (name, arguments), data = _receive(requests)
+            (name, arguments, max_pixels), data = _receive(requests)
         except EOFError:
             return
+        limit_memory(mapped + BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
+        _limit_to(0)
         _send(pipe, *_answer(name, arguments, data))
 
 

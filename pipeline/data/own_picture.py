@@ -11,6 +11,7 @@ from pipeline.data.decoding import shared_decoder
 from pipeline.data.pairs import PairsRecipe
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
+from pipeline.local import TooLarge, read_local
 
 SIDE = 1024  # px; no model sees more
 
@@ -23,10 +24,10 @@ def open_picture(path: Path) -> Image.Image:
     """
     most = PairsRecipe()
     try:
-        if path.stat().st_size > most.max_bytes:
-            raise UserError(f"{path}: more than {most.max_bytes >> 20} MiB; name a smaller picture")
-        data = path.read_bytes()
+        data = read_local(path, most.max_bytes)
     except OSError as e:
+        if isinstance(e, TooLarge):
+            raise UserError(f"{path}: more than {most.max_bytes >> 20} MiB; name a smaller picture") from None
         raise UserError(f"{path}: cannot be read ({e.strerror}); name a picture") from None
     found = shared_decoder().resize(data, SIDE, most.max_pixels, "png", 1)
     if isinstance(found, str):

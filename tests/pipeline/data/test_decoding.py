@@ -1,5 +1,6 @@
 """Pictures that kill their decoder: real processes that die by real signals."""
 
+import errno
 import io
 import os
 import signal
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import pairs
-from pipeline.data.decoding import COMMAND, Decoder
+from pipeline.data import decoding, pairs
+from pipeline.data.decoding import BASE_BYTES, BYTES_PER_PIXEL, COMMAND, KEEP_MEMORY, Decoder, seconds
 from pipeline.data.picture import Picture, inspect, resize
+from pipeline.data.sandbox import KEPT
 from pipeline.errors import UserError
 from tests.pipeline.data.bench import Bench, picture, write_list
 
@@ -24,14 +26,14 @@ LIMITS = (64, 1_000_000, "jpg", 90)
 
 # A child as the real one, but for pictures that hold a word: those do to it what a broken decoder would.
 WRAPPED = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from pipeline.data import decoding
 
 SIGNALS = {b"SEGFAULT": signal.SIGSEGV, b"OUT-OF-MEMORY": signal.SIGKILL, b"ABORT": signal.SIGABRT}
 
 def hurt(function):
-    def hurting(data, *arguments):
+    def hurting(data, *arguments, starts):
         for word in (word for word in SIGNALS if word in data):
             os.kill(os.getpid(), SIGNALS[word])
         if b"EXIT" in data:
@@ -41,11 +43,22 @@ def hurt(function):
             os.kill(os.getpid(), signal.SIGKILL)
         if b"CHATTER" in data:
             os.write(1, b"a library that talks\\n" * 10_000)
-        return function(data, *arguments)
+        if b"SPIN" in data or b"SLEEP" in data:
+            starts(1)
+            while b"SPIN" in data:
+                pass
+            time.sleep(600)
+        if b"GREEDY" in data:
+            bytearray(1 << 40)
+        if b"LIES" in data:
+            return "no_such_reason"
+        return function(data, *arguments, starts=starts)
     return hurting
 
 decoding.resize, decoding.inspect = hurt(decoding.resize), hurt(decoding.inspect)
 decoding.IDLE_S = int(sys.argv[2])
+if os.environ.get("LANG") == "hurried":
+    decoding.BASE_S = 0.2
 decoding.main()
 """
 
@@ -84,6 +97,90 @@ def test_answers_are_those_of_the_functions_whatever_is_printed(decoder: Decoder
             assert decoder.resize(data, *arguments) == resize(data, *arguments)
         assert decoder.inspect(data, 1_000_000) == inspect(data, 1_000_000)
     assert isinstance(decoder.resize(whole, *LIMITS), Picture)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child has a second of processor time for a picture."""
+    monkeypatch.setenv("LANG", "hurried")
+
+
+@pytest.mark.usefixtures("hurried")
+def test_one_that_takes_more_processor_time_than_its_pixels_may_is_not_tried_again(tmp_path: Path) -> None:
+    with closing(wrapped(tmp_path)) as decoder:
+        for ask in (lambda data: decoder.inspect(data, 10**9), lambda data: decoder.resize(data, *LIMITS)):
+            assert ask(with_word("SPIN")) == "decode_timeout"
+            assert not isinstance(ask(picture(2)), str)
+
+
+def test_one_that_only_waits_is_ended_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "BASE_S", 1.0)
+    with closing(wrapped(tmp_path)) as decoder:
+        assert decoder.inspect(with_word("SLEEP"), 1) == "decode_timeout"
+        monkeypatch.undo()
+        assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+
+
+def test_time_is_by_pixels() -> None:
+    assert seconds(64_000_000) - seconds(0) == pytest.approx(64)
+
+
+def test_want_of_memory_costs_that_picture_and_not_the_child(decoder: Decoder) -> None:
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+    child = decoder._process
+    assert decoder.inspect(with_word("GREEDY"), 1_000_000) == "decode_error"
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+    assert decoder._process is child
+
+
+def test_a_child_that_says_what_no_sound_one_does_is_replaced(decoder: Decoder) -> None:
+    assert decoder.inspect(with_word("LIES"), 1_000_000) == "decoder_crashed"
+
+
+def test_the_child_has_no_secrets_no_rights_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"AWS_SECRET_ACCESS_KEY": "SEKRET", "RAY_AUTH_TOKEN": "SEKRET", "PICTURES_HEADERS": "Cookie: SEKRET"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    with closing(Decoder()) as decoder:
+        assert decoder.inspect(picture(1), 1_000_000) == (80, 72)
+        assert decoder._process is not None
+        proc = Path(f"/proc/{decoder._process.pid}")
+        environment = dict(part.split("=", 1) for part in (proc / "environ").read_text().split("\0") if part)
+        assert "SEKRET" not in environment.values()
+        assert environment.keys() <= {*KEPT, *KEEP_MEMORY, "PYTHONPATH", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}
+        status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
+        assert status["NoNewPrivs"] == "1"
+        assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+        limits = {line[:26].strip(): line[26:].split()[0] for line in (proc / "limits").read_text().splitlines()}
+        assert limits["Max core file size"] == limits["Max file size"] == "0"
+        assert limits["Max open files"] == "64"
+        assert int(limits["Max cpu time"]) < 60
+        mapped = 1024 * int(status["VmSize"].split()[0])
+        assert 0 < int(limits["Max address space"]) - mapped <= BASE_BYTES + BYTES_PER_PIXEL * 1_000_000
+
+
+def test_the_child_has_no_network_and_writes_no_files(tmp_path: Path) -> None:
+    """Where the machine allows namespaces; elsewhere the rest still holds."""
+    code = """
+    import os, socket, sys
+    from pipeline.data.sandbox import give_up_rights
+    home = os.readlink("/proc/self/ns/net")
+    give_up_rights()
+    try:
+        with open(sys.argv[1], "wb", 0) as f:
+            f.write(b"x")
+    except OSError as e:
+        print(e.errno)
+    if os.readlink("/proc/self/ns/net") != home:
+        print(*[name for _, name in socket.if_nameindex()])
+        try:
+            open(f"/proc/{os.getppid()}/environ", "rb").read()
+        except OSError as e:
+            print(e.errno)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "file")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert said in ([str(errno.EFBIG)], [str(errno.EFBIG), "lo", str(errno.EACCES)])
 
 
 def test_an_idle_child_ends_and_the_next_picture_starts_another(tmp_path: Path) -> None:

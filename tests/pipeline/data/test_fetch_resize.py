@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from pipeline.data.picture import Picture, inspect, resize
+from pipeline.data.picture import LONGEST, MAX_SCANS, Picture, inspect, resize
 from pipeline.data.source import row_key
 
 
@@ -52,7 +52,7 @@ def small(data: bytes, image_size: int = 16, kind: str = "png", quality: int = 3
 @settings(max_examples=60, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    image_size=st.integers(1, 64),
+    image_size=st.integers(12, 64),  # no side here is 8 times as long
     stored=st.sampled_from([("jpg", 95), ("jpg", 60), ("png", 3), ("webp", 80)]),
     saved=st.sampled_from(
         [
@@ -168,9 +168,48 @@ TOO_WIDE = encoded(Image.new("L", (70_000, 2)))  # for a JPEG; it decodes
         (encoded(noise(200, 200), "WEBP")[:5_000], "truncated"),
         (b"\xff\xd8\xff" + bytes(100), "decode_error"),
         (b"\x89PNG\r\n\x1a\n" + bytes(100), "decode_error"),
-        (TOO_WIDE, "decode_error"),
+        (TOO_WIDE, "too_long"),
     ],
 )
 def test_a_bad_picture_has_its_reason(data: bytes, reason: str) -> None:
     assert resize(data, 16, 1_000_000, "jpg", 90) == reason
     assert inspect(data, 1_000_000) == reason or data == TOO_WIDE
+
+
+def test_a_jpeg_may_have_some_scans_and_not_hundreds() -> None:
+    """Every scan goes over all pixels: a few hundred bytes of them cost seconds (LJT-01-003)."""
+    whole = encoded(smooth(80, 72), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    scans = whole.count(b"\xff\xda")
+    assert scans > 5
+    for count, reason in ((MAX_SCANS, None), (MAX_SCANS + 1, "decode_error")):
+        data = whole[:-2] + whole[last:-2] * (count - scans) + b"\xff\xd9"
+        found = resize(data, 16, 1_000_000, "jpg", 90)
+        assert found == reason or (reason is None and isinstance(found, Picture))
+        assert inspect(data, 1_000_000) == (reason or (80, 72))
+
+
+@pytest.mark.parametrize("where", ["comment", "behind"])
+def test_what_only_looks_like_scans_does_not_count(where: str) -> None:
+    """As in a thumbnail, or in the film that some cameras put behind a picture."""
+    many = b"\xff\xda" * 2000
+    data = encoded(smooth(80, 72), "JPEG", **({"comment": many} if where == "comment" else {}))
+    assert inspect(data + (many if where == "behind" else b""), 1_000_000) == (80, 72)
+
+
+def test_the_long_side_is_bounded_by_the_short_ones_limit() -> None:
+    """So what is stored is, whatever its aspect: at most 3 bytes for each of 8 squares."""
+    assert small(encoded(noise(16 * LONGEST, 16))) != "too_long"
+    assert small(encoded(noise(16 * LONGEST + 1, 16))) == "too_long"
+    assert small(encoded(noise(64, 64 * LONGEST + 16))) == "too_long"
+    assert small(encoded(np.zeros((1, 16 * LONGEST + 1, 3), np.uint8))) == "too_long"
+    for kind, quality in (("jpg", 100), ("png", 0), ("webp", 100)):
+        largest = small(encoded(noise(16 * LONGEST, 16)), kind=kind, quality=quality)
+        assert isinstance(largest, Picture)
+        assert len(largest.data) <= 3 * LONGEST * 16**2 + 1024
+
+
+def test_an_honest_large_png_passes() -> None:
+    stored = resize(encoded(noise(1536, 1024)), 1024, 64_000_000, "png", 3)
+    assert isinstance(stored, Picture)
+    assert (stored.width, stored.height) == (1536, 1024)

@@ -1,0 +1,69 @@
+"""What a process gives up before it reads strangers' files, on Linux: network, new rights, files, memory and time.
+
+Each part is given up where the machine lets it: a container may forbid namespaces, and then the rest still holds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "TMPDIR")  # of the environment
+OPEN_FILES = 64
+_NEW_USER, _NEW_NET = 0x10000000, 0x40000000  # of <linux/sched.h>
+_NO_NEW_PRIVS = 38  # of <linux/prctl.h>
+_CAPABILITIES_3 = 0x20080522  # of <linux/capability.h>
+
+
+def bare_environment(**more: str) -> dict[str, str]:
+    """Returns the variables that Python needs to start, and ``more``: no credentials, whatever else this process has.
+
+    Numerical libraries start no threads in it: a process with threads cannot enter a namespace of its own.
+    """
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    return kept | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} | more
+
+
+def give_up_rights() -> None:
+    """Leaves this process without network, without a way to new rights, and without files that it could write.
+
+    A namespace of its own has no network, and a process in it cannot read the environment of those outside. In it the
+    process would be its own root, which reaches more of the kernel; so all capabilities are dropped.
+    """
+    for what in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+        _limit(what, 0)
+    _limit(resource.RLIMIT_NOFILE, OPEN_FILES)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc.unshare(_NEW_USER | _NEW_NET)
+        libc.capset((ctypes.c_uint32 * 2)(_CAPABILITIES_3, 0), (ctypes.c_uint32 * 6)())
+
+
+def memory_mapped() -> int:
+    """Returns the bytes that this process has mapped, used or not; 0 where the system does not say."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return 0
+
+
+def limit_memory(most: int) -> None:
+    """Lets this process map so many bytes; then allocations fail."""
+    _limit(resource.RLIMIT_AS, most)
+
+
+def limit_time(seconds: float) -> None:
+    """Lets this process use so much processor time from now on; then SIGXCPU ends it."""
+    _limit(resource.RLIMIT_CPU, int(time.process_time() + seconds) + 1)
+
+
+def _limit(what: int, value: int) -> None:
+    """Sets a soft limit, which may be raised again up to the hard one."""
+    _, hard = resource.getrlimit(what)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
