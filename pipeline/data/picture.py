@@ -39,6 +39,7 @@ def resize(
     max_pixels: int,
     encode_format: str,
     encode_quality: int,
+    *,
     starts: Callable[[int], object] = int,
 ) -> Picture | str:
     """Normalise a picture and bring its short side down to ``image_size`` pixels; return it, or a reason.
@@ -55,7 +56,7 @@ def resize(
     return _shrunk(np.asarray(upright), image_size, encode_format, encode_quality)
 
 
-def inspect(data: bytes, max_pixels: int, starts: Callable[[int], object] = int) -> tuple[int, int] | str:
+def inspect(data: bytes, max_pixels: int, *, starts: Callable[[int], object] = int) -> tuple[int, int] | str:
     """Width and height, upright, of a picture that ``resize`` would take but for its long side, or the reason why it
     would not."""
     upright = _decode(data, max_pixels, starts)
