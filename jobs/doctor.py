@@ -12,7 +12,7 @@ from pipeline.build import build
 from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.doctor.data import check_clips, check_list
 from pipeline.doctor.finding import Finding
-from pipeline.doctor.machine import check_disks, check_machine, check_memory, check_shared_memory
+from pipeline.doctor.machine import check_disks, check_idle_gpu, check_machine, check_memory, check_shared_memory
 from pipeline.doctor.nodes import check_nodes
 from pipeline.doctor.packages import check_packages
 from pipeline.doctor.storage import check_store
@@ -68,6 +68,7 @@ def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
             yield from check_list(project.scan, stale)
             stale &= {verdict.stage for verdict in project.plan() if verdict.state == "stale"}
     yield from check_clips(config, stale)
+    yield from check_idle_gpu(config, stale)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.sample import add_device, bundle_folder, file_name, newest_output, sampling_option
+from jobs.sample import add_device, bundle_folder, check_seed, file_name, newest_output, sampling_option
 from pipeline.data.own_picture import open_picture
 from pipeline.errors import UserError
 
@@ -100,8 +100,7 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raise UserError for what would otherwise be found out only after minutes of sampling."""
     values = vars(arguments)
     least = 1 if arguments.kind == "variations" else 2
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed} is below 0")
+    check_seed(arguments.seed)
     if values.get("count", least) < least:
         raise UserError(f"--count {arguments.count} is below {least}")
     if not 0 <= values.get("eta", 0) <= 1:

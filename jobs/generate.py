@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.sample import add_device, bundle_artifact, newest_output, sampling_option
+from jobs.sample import add_device, bundle_artifact, check_seed, newest_output, sampling_option
 from pipeline.errors import CorruptObject, UserError
 from pipeline.launch import count_gpus
 from pipeline.progress import counted, duration
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as prior=ar"
     )
     arguments = parser.parse_args(argv)
+    check_seed(arguments.seed)
     output = arguments.source or newest_output()
     to = arguments.to or output / "generated"
     if column := find_column(arguments.prompts, arguments.column):

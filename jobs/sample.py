@@ -20,6 +20,7 @@ from pipeline.records import digest
 from pipeline.store import Store, open_store
 
 SLUG_BYTES = 80  # UTF-8; with kind, hash, seed and suffix a name stays below the 143 bytes of encrypted folders
+LARGEST_SEED = 2**62
 NAME_HASH = 10  # hexadecimal digits
 
 
@@ -38,17 +39,18 @@ def main(argv: Sequence[str]) -> int:
     )
     add_device(parser)
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed} is below 0")
+    check_seed(arguments.seed)
     output = Path(arguments.source) if arguments.source else newest_output()
     options = dict(sampling_option(text) for text in arguments.set)
     folder = bundle_folder(output)
     to = arguments.to or output / "samples"
     to.mkdir(parents=True, exist_ok=True)
 
+    from models.tokens import check_captions
     from pipeline.samples import make_sample, open_bundle
 
     try:
+        check_captions(arguments.captions)
         unclip = open_bundle(folder, arguments.device)
         for i, caption in enumerate(arguments.captions):
             sample = make_sample(unclip, caption, arguments.seed + i, options)
@@ -59,6 +61,12 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as e:
         raise UserError(str(e)) from e
     return 0
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed below 0, and for one so large that the seeds after it have no room in a table."""
+    if not 0 <= seed < LARGEST_SEED:
+        raise UserError(f"--seed {seed} is {'below 0' if seed < 0 else f'too large; use one below {LARGEST_SEED}'}")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.local import open_local
 
 COLUMNS = ("prompt", "caption", "text")  # the first of these that a table has, whatever its case
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -31,6 +32,8 @@ def find_column(path: Path, asked: str | None = None) -> str | None:
     kind = path.suffix.lower()
     if kind not in (".txt", *TABLES):
         raise UserError(f"{path}: not a list of prompts; give a {KINDS}")
+    with _refusing(path):
+        open_local(path).close()  # a pipe would be waited for
     if kind == ".txt":
         if asked:
             raise UserError(f"{path}: a text file has no column {asked}; leave --column out")

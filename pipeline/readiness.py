@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterable
 
 from pipeline.clip_weights import find_weights, named_weights
 from pipeline.config import Config
+from pipeline.doctor.machine import check_idle_gpu
 from pipeline.doctor.nodes import ask_nodes, judge, versions
 from pipeline.errors import UserError
 from pipeline.launch import find_room, start_ray
 from pipeline.resources import Settings
 from pipeline.store import Store
 
+log = logging.getLogger("unclip")
 NAMED = 3  # nodes of one fault
 
 
 def check_ready(config: Config, store: Store, stages: Collection[str]) -> None:
     """Raise UserError for a CLIP that some of these stages load and that is nowhere, for what they can never have of
-    Ray, and for nodes of a cluster that differ from this process or do not see the store. Starts or joins Ray if one of
-    the stages has workers there, and stays."""
+    Ray, and for nodes of a cluster that differ from this process or do not see the store. Warns of a GPU that is left
+    idle. Starts or joins Ray if one of the stages has workers there, and stays."""
     for setting, weights in named_weights(config, stages):
         find_weights(setting, weights)
+    for found in check_idle_gpu(config, stages):
+        log.warning("%s; %s", found.text, found.advice)
     wanted = on_ray(config, stages)
     if not wanted:
         return

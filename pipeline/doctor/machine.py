@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from pipeline.build import build
@@ -29,6 +29,15 @@ def check_machine() -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()}, {sys.executable}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Finding("ok", "machine", f"{cores()} cores, {', '.join(gpus) or 'no GPU that torch can use'}")
+
+
+def check_idle_gpu(config: Config, stages: Collection[str]) -> Iterator[Finding]:
+    """Yields a warning where embeddings are among the stages and would leave the GPU of this machine idle."""
+    import torch
+
+    if "embeddings" in stages and not config.run.embeddings.gpus and torch.cuda.is_available():
+        text = "embeddings are encoded on CPU cores, though torch finds a GPU here"
+        yield Finding("warning", "gpu", text, "set run.embeddings.gpus to 1")
 
 
 def check_memory(config: Config | None) -> Iterator[Finding]:

@@ -296,6 +296,20 @@ def test_a_clip_of_open_clip_is_in_the_cache_or_on_the_hub(
     assert level(doctor(capsys, "store", "clip.weights=open_clip:ViT-B-32:own.pt")[1], "clip") == ["ok"]
 
 
+@pytest.mark.usefixtures("no_ray", "plenty")
+def test_a_gpu_that_embeddings_leave_idle(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert level(doctor(capsys, "store")[1], "gpu") == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (80 * 10**9, 80 * 10**9))
+    code, lines = doctor(capsys, "store")
+    assert code == 0
+    assert level(lines, "gpu") == ["ok", "warning"]
+    assert any(line.endswith("though torch finds a GPU here; set run.embeddings.gpus to 1") for line in lines)
+    assert level(doctor(capsys, "store", "run.embeddings.gpus=1")[1], "gpu") == ["ok"]
+
+
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 

@@ -81,6 +81,8 @@ def test_a_folder_of_other_pictures_is_refused_before_drawing(
 
 def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red fox\n")
+    below = unclip("generate", tmp_path / "prompts.txt", "--from", tmp_path, "--seed", "-1")
+    assert (below.returncode, below.stderr) == (2, "error: --seed -1 is below 0\n")
     nowhere = unclip("generate", tmp_path / "prompts.txt", "--from", tmp_path)
     assert nowhere.returncode == 2
     assert "no finished bundle there" in nowhere.stderr

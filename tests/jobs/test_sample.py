@@ -74,6 +74,17 @@ def test_a_folder_of_ones_own_and_settings_in_the_file(sample: Sample) -> None:
     assert json.loads(text["settings"])["decoder_steps"] == 2
 
 
+def test_captions_and_seeds_are_checked_before_any_is_drawn(sample: Sample, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in (
+        (["a red heart", "tree " * 80], "caption 2 has 80 tokens"),
+        (["a red heart", "--seed", "-1"], "--seed -1 is below 0"),
+        (["a red heart", "--seed", str(2**63)], f"--seed {2**63} is too large"),
+    ):
+        assert main(["sample", *words, *FEW]) == 2
+        assert says in capsys.readouterr().err
+    assert not list(Path("out/nano/samples").glob("*"))
+
+
 HOSTILE = ["../../etc/passwd", "CON", "a/b\\c:d*e?f", "‮evil‬", "\0", "é" * 200, "e\u0301" * 200, "\u0301", "İ", "ﬁ", "ẞ"]
 
 
