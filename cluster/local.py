@@ -16,6 +16,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,7 @@ AGENT_PORTS = (  # a node whose agents find their usual ports taken by another o
     "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
 )  # fmt: skip
 LIVE = ("PENDING", "RUNNING")
+SCRATCH_ROOT, SCRATCH = "/tmp", "unclip-"  # Ray's sockets need a short path
 log = logging.getLogger("unclip")
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is behind no proxy
 
@@ -116,7 +118,8 @@ def clear(folder: Path) -> None:
     """End what a keeper that was killed has left. Call it ``locked``."""
     if (state := _read(folder)) is not None:
         _kill_marked(state.scratch)
-        shutil.rmtree(state.scratch, ignore_errors=True)
+        if _is_scratch(state.scratch):
+            shutil.rmtree(state.scratch, ignore_errors=True)
         (folder / "state.json").unlink(missing_ok=True)
 
 
@@ -135,7 +138,7 @@ class _Keeper:
         self.head_cpus = max(1, cpus // 2)
         self.worker_cpus = max(1, cpus - self.head_cpus)
         self.memory = max(object_store_mb // 2, LEAST_STORE_MB) << 20
-        self.scratch = Path(tempfile.mkdtemp(prefix="unclip-", dir="/tmp"))  # sockets in it need a short path
+        self.scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=SCRATCH_ROOT))
         self.token = (folder / "token").read_text()
         self.nodes: list[subprocess.Popen[bytes]] = []
 
@@ -231,9 +234,21 @@ class _Keeper:
 
 def _read(folder: Path) -> State | None:
     try:
-        return State(**json.loads((folder / "state.json").read_text()))
+        state = State(**json.loads((folder / "state.json").read_text()))
     except (FileNotFoundError, ValueError, TypeError):  # a file of another version is none
         return None
+    return state if isinstance(state.keeper, int) and isinstance(state.scratch, str) else None
+
+
+def _is_scratch(folder: str) -> bool:
+    """Returns whether a folder is one that a keeper of this user made: what a file says may be anything."""
+    try:
+        about = os.lstat(folder)
+    except (OSError, ValueError):
+        return False
+    path = Path(folder)
+    made = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
+    return made and str(path.parent) == SCRATCH_ROOT and path.name.startswith(SCRATCH)
 
 
 def _is_keeper(pid: int, folder: Path) -> bool:

@@ -85,7 +85,7 @@ def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
     for _ in range(HEALINGS + 1):
         try:
             return execute(project.graph, project.plan(), wanted, project.store, project.config, on_stage, report)
-        except CorruptObject as e:  # it is deleted already
+        except CorruptObject as e:  # it is set aside already
             damage = e
     raise UserError(f"{damage}, after {HEALINGS} others in this run; check the disk or the bucket, then run again")
 

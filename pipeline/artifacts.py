@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from tempfile import NamedTemporaryFile
@@ -15,9 +16,12 @@ from threading import Lock
 from typing import Any
 
 from pipeline.crash import crash_point
+from pipeline.damage import create_record, read_record
+from pipeline.errors import CorruptObject
 from pipeline.identity import whoami
 from pipeline.ledger import Ledger
-from pipeline.records import create_record, put_blob, read_blob, read_record
+from pipeline.names import check_blobs, is_part
+from pipeline.records import blob_path, put_blob, read_blob
 from pipeline.store import Store
 
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
@@ -194,12 +198,14 @@ class ShardRow:
 
 
 def read_shards(store: Store, artifact: Artifact) -> list[ShardRow]:
-    """The shards of an artefact in order of their numbers."""
+    """Returns the shards of an artefact in order of their numbers. Raises CorruptObject."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(pa.BufferReader(_table(store, artifact)))
-    return [row for batch in table.iter_batches(WINDOW, use_threads=False) for row in _rows(batch)]
+    data = _table(store, artifact)
+    with _listing(artifact):
+        table = pq.ParquetFile(pa.BufferReader(data))
+        return [row for batch in table.iter_batches(WINDOW, use_threads=False) for row in _rows(batch)]
 
 
 def _table(store: Store, artifact: Artifact) -> bytes:
@@ -209,6 +215,16 @@ def _table(store: Store, artifact: Artifact) -> bytes:
     return read_blob(store, artifact.shard_table)
 
 
+@contextmanager
+def _listing(artifact: Artifact) -> Iterator[None]:
+    """Raises CorruptObject for a table that is not a list of shards, or names what no record may name: like a record,
+    it may come from anybody who can write to the store."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as e:
+        raise CorruptObject(blob_path(artifact.shard_table or ""), f"is not a list of shards ({e})") from None
+
+
 def _rows(batch: Any) -> Iterator[ShardRow]:
     # One string a name, not one for each shard.
     blobs, counts = (
@@ -216,7 +232,7 @@ def _rows(batch: Any) -> Iterator[ShardRow]:
         for kind in ("blob.", "count.")
     )
     for row in batch.to_pylist():
-        yield ShardRow(
+        shard = ShardRow(
             row["number"],
             row["key"],
             row["kept"],
@@ -224,6 +240,11 @@ def _rows(batch: Any) -> Iterator[ShardRow]:
             {name: row[column] for column, name in blobs.items() if row[column] is not None},
             {name: row[column] for column, name in counts.items()},
         )
+        check_blobs(shard.blobs)
+        numbers = (shard.number, shard.kept, shard.lost, *shard.counts.values())
+        if not is_part(shard.key) or not all(isinstance(number, int) for number in numbers):
+            raise ValueError(f"shard {shard.number!r}, key {shard.key!r}")
+        yield shard
 
 
 class ShardList:
@@ -237,16 +258,18 @@ class ShardList:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        self._artifact = artifact
         numbers = [np.zeros(0, np.int64)]
         # Arrow reads by offset from a file that has no name any more, and that nobody has to remove.
         with NamedTemporaryFile(prefix=SCRATCH) as packed, NamedTemporaryFile(prefix=SCRATCH) as file:
             packed.write(_table(store, artifact))  # to a file too: as bytes it would lie in memory beside its rows
             packed.flush()
-            table = pq.ParquetFile(packed.name)
-            with pa.ipc.new_file(file, table.schema_arrow) as writer:
-                for batch in table.iter_batches(WINDOW, use_threads=False):
-                    writer.write_batch(batch)
-                    numbers.append(batch["number"].to_numpy().copy())  # a view would keep the batch
+            with _listing(artifact):
+                table = pq.ParquetFile(packed.name)
+                with pa.ipc.new_file(file, table.schema_arrow) as writer:
+                    for batch in table.iter_batches(WINDOW, use_threads=False):
+                        writer.write_batch(batch)
+                        numbers.append(batch["number"].to_numpy().copy())  # a view would keep the batch
             file.flush()
             self._reader = pa.ipc.open_file(pa.OSFile(file.name))
         pa.default_memory_pool().release_unused()
@@ -257,10 +280,10 @@ class ShardList:
         return len(self._numbers)
 
     def __getitem__(self, place: int) -> ShardRow:
-        """Raises IndexError behind the end."""
+        """Raises IndexError behind the end, and CorruptObject."""
         if not 0 <= place < len(self):
             raise IndexError(place)
-        with self._lock:
+        with self._lock, _listing(self._artifact):
             (row,) = _rows(self._reader.get_batch(place // WINDOW).slice(place % WINDOW, 1))
         return row
 

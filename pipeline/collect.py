@@ -18,7 +18,7 @@ from pipeline.store import Store, clear_abandoned
 
 TOMBSTONES = "locks/tombstones.json.gz"
 RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before what they name
-NAMED = ("packages/", "blobs/")
+NAMED = ("packages/", "blobs/", "damaged/")
 NAMING_BLOBS = ("shards/", "checkpoints/")
 DECIDING = ("releases/", "runs/", "artifacts/")
 

@@ -21,6 +21,7 @@ POINTS = (
     "training.before_artifact",
     "report.before_replace",
     "journal.before_swap",
+    "damage.before_delete",
     "gc.before_delete",
 )
 

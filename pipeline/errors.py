@@ -14,7 +14,7 @@ class Unreachable(UserError):
 class CorruptObject(Exception):
     """A stored object is missing or its bytes do not match its name.
 
-    ``path`` is the object in the store. Whoever runs stages deletes it with the records that name it and redoes them.
+    ``path`` is the object in the store. A run sets it aside with the records that name it, and makes them again.
     """
 
     def __init__(self, path: str, why: str):

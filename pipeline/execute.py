@@ -13,10 +13,13 @@ from functools import partial
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.config import Config
 from pipeline.crash import crash_point
+from pipeline.damage import set_aside
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context, Graph, Stage, Verdict, ordered, pin_path, stage_key, trajectory_key, trunk_key
 from pipeline.leases import lead_or_wait
+from pipeline.names import is_digest
 from pipeline.progress import under_way
+from pipeline.records import blob_path
 from pipeline.store import Store
 from pipeline.training.follow import showing
 from pipeline.training.recipes import TrainingRecipe
@@ -42,7 +45,7 @@ def execute(
 
     ``on_stage`` is called after each stage that was made, with all artefacts so far; ``on_look``, from another thread,
     while a training runs, with what it has shown (see pipeline.training.follow). Raises CorruptObject after having
-    deleted a damaged object and the records that name it: plan again and call again.
+    set aside a damaged object and the records that name it: plan again and call again.
     """
     artifacts: dict[str, Artifact] = {}
     keys = {verdict.stage: verdict for verdict in verdicts}
@@ -136,13 +139,13 @@ def _pin(store: Store, lineage: str, key: str) -> None:
 
 
 def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact]) -> None:
-    """Delete a damaged blob and every record that names it, so that the next plan makes it again.
+    """Sets aside a damaged blob and every record that names it, so that the next plan makes it again.
 
-    Raises UserError if the object is not ours to make again.
+    Raises UserError if the object is not ours to make again, or if a pin, a release or a list names it.
     """
-    if not damage.path.startswith("blobs/"):
-        raise UserError(f"{damage}; it is a file of yours: restore it, or list it again as a new source")
     blob = damage.path.rpartition("/")[2]
+    if not is_digest(blob) or damage.path != blob_path(blob):
+        raise UserError(f"{damage}; it is a file of yours: restore it, or list it again as a new source")
     doomed = [damage.path]
     for artifact in artifacts.values():
         named = blob == artifact.shard_table or blob in artifact.blobs.values()
@@ -150,7 +153,7 @@ def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact])
             try:
                 shards = [s for s in read_shards(store, artifact) if blob in s.blobs.values()]
             except CorruptObject as e:  # damaged too: without its list this artefact has to be made again as well
-                log.warning("%s; it is deleted too", e)
+                log.warning("%s; it is set aside too", e)
                 doomed.append(e.path)
                 named = True
             else:
@@ -161,6 +164,6 @@ def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact])
     # What no artefact lists, an earlier pass of its stage has made.
     for prefix in (SEGMENTS,) if len(doomed) > 1 else (SEGMENTS, *IN_PASSES):
         doomed += [entry.path for entry in store.list(prefix) if blob.encode() in store.read(entry.path)]
+    set_aside(store, doomed)
     records = sum(not path.startswith("blobs/") for path in doomed)
-    log.warning("%s; it is deleted with %d records that name it, and its work done again", damage, records)
-    store.delete(doomed)
+    log.warning("%s; it is set aside with %d records that name it, and its work done again", damage, records)

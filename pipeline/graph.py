@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
 from pipeline.artifacts import Artifact, load_artifact
+from pipeline.damage import pinned_key
 from pipeline.records import digest
 from pipeline.store import Store
 
@@ -184,11 +185,9 @@ def pin_path(lineage: str) -> str:
 
 
 def read_pin(store: Store, lineage: str) -> str | None:
-    """The key that a lineage is pinned to, or None."""
-    import json
-
+    """Returns the key that a lineage is pinned to, or None. Raises UserError if the pin is damaged."""
     try:
-        return json.loads(store.read(pin_path(lineage)))["key"]
+        return pinned_key(store, pin_path(lineage))
     except FileNotFoundError:
         return None
 

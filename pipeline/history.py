@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact, load_artifact
+from pipeline.damage import create_record, read_record
 from pipeline.graph import Context, Graph, Verdict, flatten, trajectory
 from pipeline.identity import whoami
-from pipeline.records import create_record, read_record
 from pipeline.store import Store
 from pipeline.training.recipes import TrainingRecipe
 

@@ -187,4 +187,5 @@ def _started(pid: int) -> str:
 def _is_dead(held: Mapping[str, Any]) -> bool:
     """Known to be dead: a process of this very boot of this host that is no more."""
     here = _boot() and held.get("boot") == _boot() and held.get("host") == socket.gethostname()
-    return bool(here) and _started(held["pid"]) != held["started"]
+    pid = held.get("pid")  # which becomes a path
+    return bool(here) and isinstance(pid, int) and _started(pid) != held.get("started")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.artifacts import Artifact, ancestors, artifact_path, load_artifact, read_shards, shard_path
+from pipeline.damage import pinned_key, read_record
 from pipeline.data.journal import read_journal
 from pipeline.errors import CorruptObject
 from pipeline.graph import SOURCES
 from pipeline.history import asked_at
 from pipeline.leases import is_held
-from pipeline.records import blob_path, digest, read_record
+from pipeline.records import blob_path, digest
 from pipeline.release import read_releases, released_projects
 from pipeline.store import Store
 
@@ -107,7 +107,7 @@ def _pinned(store: Store, live: Live) -> set[str]:
             journal = read_journal(store, name.removeprefix("list-").removesuffix(".json"))
             live.paths.update(blob_path(blob) for blob in journal.retries)
         elif name.endswith(".json"):
-            keys.add(json.loads(store.read(entry.path))["key"])
+            keys.add(pinned_key(store, entry.path))
     return keys
 
 

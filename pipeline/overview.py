@@ -5,7 +5,6 @@ Listings say what is made; of runs, leases and artefacts only as many records ar
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.artifacts import THREADS, Artifact, artifact_of, artifact_path
+from pipeline.damage import pinned_key
 from pipeline.errors import UserError
 from pipeline.history import asked_at
 from pipeline.leases import lease_path, read_lease
@@ -155,7 +155,7 @@ def _runs(store: Store, paths: Sequence[str]) -> list[Run]:
 
 def _pinned(store: Store) -> frozenset[str]:
     paths = [entry.path for entry in store.list("locks/") if re.fullmatch(r"locks/[0-9a-f]{64}\.json", entry.path)]
-    return frozenset(_each(lambda path: str(json.loads(store.read(path))["key"]), paths[:MOST]))
+    return frozenset(_each(lambda path: pinned_key(store, path), paths[:MOST]))
 
 
 def _released(store: Store, name: Named) -> list[str]:

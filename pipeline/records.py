@@ -1,24 +1,25 @@
-"""Blobs named by their content, and records that name blobs and are created last.
+"""Blobs named by their content, and the form of the records that name them.
 
-A record carries its format and its own checksum. One that cannot be trusted is deleted with a warning, and the work
-behind it is done again.
+A record carries its format and its own checksum. What looks damaged is read again, past caches, before it is believed
+(see pipeline.damage for what becomes of it then).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.crash import crash_point
 from pipeline.errors import CorruptObject, UserError
+from pipeline.names import check_record, is_digest
 from pipeline.store import Store
 from pipeline.store_shared import Buffers
 
 FORMAT = 1
-log = logging.getLogger("unclip")
+T = TypeVar("T")
 
 
 def canonical(value: Any) -> bytes:
@@ -32,6 +33,9 @@ def digest(value: Any) -> str:
 
 
 def blob_path(sha256: str) -> str:
+    """Returns the path of a blob in a store. Raises UserError for a name that is not a sha256."""
+    if not is_digest(sha256):
+        raise UserError(f"{sha256!r} is not the name of a blob, 64 hex digits; the table that names it is forged")
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
@@ -50,8 +54,22 @@ def put_blob(store: Store, data: bytes | Path | Buffers, move: bool = False) -> 
     return name
 
 
+def read_twice(store: Store, read: Callable[[Store], T]) -> T:
+    """Returns what ``read`` makes of a store; where that raises CorruptObject, what it makes of the store read past all
+    caches and over other connections. So one read that went wrong costs no sound object. Raises the second
+    CorruptObject."""
+    try:
+        return read(store)
+    except CorruptObject:
+        return read(store.fresh())
+
+
 def read_blob(store: Store, sha256: str) -> bytes:
-    """The whole blob, checked. Raises CorruptObject if it is missing or not what its name says."""
+    """Returns the whole blob, checked. Raises CorruptObject if it is missing or not what its name says."""
+    return read_twice(store, lambda store: _read_blob(store, sha256))
+
+
+def _read_blob(store: Store, sha256: str) -> bytes:
     try:
         data = store.read(blob_path(sha256))
     except FileNotFoundError:
@@ -61,51 +79,53 @@ def read_blob(store: Store, sha256: str) -> bytes:
     return data
 
 
-def create_record(store: Store, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Create a record, or adopt the one that somebody else created first. Returns the one that stands."""
-    while not store.create(path, seal(body)):
-        standing = read_record(store, path)
-        if standing is not None:
-            return standing
-    return {**body, "format": FORMAT}
+def open_record(store: Store, path: str) -> dict[str, Any] | None:
+    """Returns a record's body, or None if there is no such record. Raises CorruptObject for one that cannot be trusted,
+    and UserError for a newer format."""
+    return read_twice(store, lambda store: _open_record(store, path))
 
 
-def read_record(store: Store, path: str) -> dict[str, Any] | None:
-    """A record's body, or None if there is none to be trusted. Raises UserError for a newer format."""
+def _open_record(store: Store, path: str) -> dict[str, Any] | None:
     try:
         data = store.read(path)
     except FileNotFoundError:
         return None
     body = unseal(data, f"{store.url}/{path}")
     if body is None:
-        log.warning("%s is corrupt; it is deleted and its work done again", path)
-        store.delete([path])
+        raise CorruptObject(path, "is corrupt")
     return body
 
 
 def peek_record(store: Store, path: str) -> dict[str, Any] | None:
-    """As ``read_record``, but a damaged record stays as it is: for who only looks, and may not be allowed to delete."""
+    """Returns a record's body, or None if there is none to be trusted; a damaged one stays as it is. For those who only
+    look, and may not be allowed to write."""
     try:
-        return unseal(store.read(path), f"{store.url}/{path}")
-    except FileNotFoundError:
+        return open_record(store, path)
+    except CorruptObject:
         return None
 
 
 def seal(body: dict[str, Any]) -> bytes:
-    """The bytes of a record, with format and checksum."""
+    """Returns the bytes of a record, with format and checksum. Raises ValueError for a name that no record may hold."""
+    check_record(body)
     body = {**body, "format": FORMAT}
     return canonical({**body, "checksum": digest(body)})
 
 
 def unseal(data: bytes, where: str) -> dict[str, Any] | None:
-    """The body of a record, or None if it is damaged. Raises UserError for a newer format, of the record ``where``."""
+    """Returns the body of a record, or None if it is damaged or holds a name that could lead out of the store.
+
+    Raises UserError for a newer format, of the record ``where``.
+    """
     try:
         body = json.loads(data)
         checksum = body.pop("checksum")
         newer = body["format"] > FORMAT
-        sound = newer or checksum == digest(body)
+        if not newer and checksum == digest(body):
+            check_record(body)
+            return body
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     if newer:
         raise UserError(f"{where} was written by a newer version of this software; upgrade to read it")
-    return body if sound else None
+    return None

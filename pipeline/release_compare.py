@@ -14,7 +14,8 @@ from math import inf
 from typing import Any
 
 from pipeline.artifacts import Artifact, artifact_path, load_artifact
-from pipeline.errors import CorruptObject
+from pipeline.damage import set_aside
+from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import recipe_changes
 from pipeline.records import read_blob
 from pipeline.store import Store
@@ -84,7 +85,7 @@ class Change:
 def measured(store: Store, evaluation: Artifact) -> Measured | None:
     """An evaluation with what it measured; None if one of them is no longer there.
 
-    An evaluation that is damaged is deleted with a warning, so that the next run makes it again.
+    A damaged evaluation is set aside with a warning, so that the next run makes it again, unless a release names it.
     """
     bundle = load_artifact(store, "bundle", evaluation.inputs["bundle"])
     if bundle is None:
@@ -92,8 +93,11 @@ def measured(store: Store, evaluation: Artifact) -> Measured | None:
     try:
         return Measured(evaluation, bundle, json.loads(read_blob(store, evaluation.blobs["evaluation.json"])))
     except CorruptObject as e:
-        log.warning("%s; the evaluation that names it is deleted, to be made again", e)
-        store.delete([e.path, artifact_path(evaluation.stage, evaluation.key)])
+        log.warning("%s; the evaluation that names it is not compared with", e)
+        try:
+            set_aside(store, [e.path, artifact_path(evaluation.stage, evaluation.key)])
+        except UserError as why:
+            log.warning("%s", why)
         return None
 
 

@@ -160,7 +160,6 @@ def run_samples(ctx: Context) -> Artifact:
 
 
 def export_pictures(store: Store, artifact: Artifact, folder: Path) -> None:
-    """Write the pictures of a samples artefact as files, those of an earlier one replaced."""
-    for name, blob in artifact.blobs.items():
-        (folder / name).unlink(missing_ok=True)
-        materialise(store, {name: blob}, folder)
+    """Writes the pictures of a samples artefact as files, in place of those of an earlier one. Raises as
+    ``materialise``."""
+    materialise(store, artifact.blobs, folder, replace=True)

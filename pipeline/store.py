@@ -21,7 +21,8 @@ from pipeline.store_shared import Buffers, Entry, Traffic
 
 
 class Store(Protocol):
-    """Seven methods; paths are relative, with forward slashes."""
+    """Seven methods; paths are relative, with forward slashes. A path or, in a folder, a link that leads out of the store
+    is refused with a UserError by all of them."""
 
     @property
     def url(self) -> str:
@@ -33,6 +34,9 @@ class Store(Protocol):
 
     def counted(self) -> Store:
         """The same store with counts of its own, which begin at zero."""
+
+    def fresh(self) -> Store:
+        """The same store, read past caches: over connections of its own, from the disk instead of memory."""
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of an object. Raises FileNotFoundError."""

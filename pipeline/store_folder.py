@@ -12,10 +12,12 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.direct import write_direct
 from pipeline.errors import UserError
+from pipeline.names import check_path
 from pipeline.store_shared import Buffers, Entry, Traffic, read_file
 
 
@@ -38,20 +40,44 @@ def _explained(url: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FolderStore:
-    """Objects are files. A name that begins with a dot is a lock or half written."""
+    """Objects are files. A name that begins with a dot is a lock or half written. Without ``cached``, bytes come from
+    the disk, or the server that has it, and not from this machine's memory."""
 
     url: str
+    cached: bool = True
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     def counted(self) -> FolderStore:
         return replace(self, traffic=Traffic())
 
+    def fresh(self) -> FolderStore:
+        return replace(self, cached=False)
+
+    @cached_property
+    def _root(self) -> str:
+        return os.path.join(os.path.realpath(self.url), "")
+
     def _file(self, path: str) -> Path:
-        return Path(self.url, path)
+        """Returns where an object lies. Raises UserError for a path, or a link in the store, that leads out of it."""
+        check_path(path)
+        file = os.path.join(self.url, path)
+        if not os.path.join(os.path.realpath(file), "").startswith(self._root):
+            raise UserError(
+                f"store {self.url}: {path} is a link, or lies behind one, that leads out of the store; delete the link"
+            )
+        return Path(file)
+
+    def _readable(self, path: str) -> Path:
+        """As ``_file``, with nothing of it in this machine's memory where that does not count."""
+        file = self._file(path)
+        if not self.cached and hasattr(os, "posix_fadvise"):  # macOS has none
+            with open(file, "rb") as f:
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         self.traffic.add(GET=1)
-        with open(self._file(path), "rb") as f:
+        with open(self._readable(path), "rb") as f:
             f.seek(start)
             data = f.read() if stop is None else f.read(stop - start)
         self.traffic.add(bytes_read=len(data))
@@ -61,7 +87,7 @@ class FolderStore:
         self.traffic.add(GET=1)
         count = 0
         try:
-            for data in read_file(self._file(path), parts):
+            for data in read_file(self._readable(path), parts):
                 count += len(data)
                 yield data
         finally:
@@ -69,6 +95,7 @@ class FolderStore:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         self.traffic.add(LIST=1)
+        check_path(prefix)
         yield from self._walk(prefix[: prefix.rfind("/") + 1], prefix)
 
     def _walk(self, folder: str, prefix: str) -> Iterator[Entry]:
@@ -81,12 +108,14 @@ class FolderStore:
             return
         for name, child in found:
             path = folder + name
+            if child.is_symlink():
+                self._file(path)  # is refused where it leads out
             if name.endswith("/"):
                 if path.startswith(prefix) or prefix.startswith(path):
                     yield from self._walk(path, prefix)
             elif path.startswith(prefix) and not name.startswith("."):
                 with suppress(FileNotFoundError):  # deleted since the folder was read
-                    yield Entry(path, child.stat().st_size, _version(self._file(path), path))
+                    yield Entry(path, child.stat().st_size, _version(Path(child.path), path))
 
     def create(self, path: str, data: bytes | Path | Buffers, move: bool = False) -> bool:
         self.traffic.add(PUT=1)

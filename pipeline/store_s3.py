@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Unreachable, UserError
+from pipeline.names import check_path
 from pipeline.store_shared import Buffers, Entry, Traffic, cut
 
 TRIES = 6  # with boto3's waits about a minute at most
@@ -74,6 +75,9 @@ class S3Store:
         other.__dict__["_session"] = self._session  # it has read what makes a first client slow
         return other
 
+    def fresh(self) -> S3Store:
+        return replace(self)  # without the client, and so without its connections
+
     @cached_property
     def _session(self) -> Any:
         import boto3
@@ -106,6 +110,7 @@ class S3Store:
         return {name: self.__dict__[name] for name in ("url", "bucket", "prefix", "traffic")}
 
     def _where(self, path: str) -> dict[str, str]:
+        check_path(path)
         return {"Bucket": self.bucket, "Key": f"{self.prefix}/{path}" if self.prefix else path}
 
     @contextmanager

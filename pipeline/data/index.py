@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import xxhash
 
 from pipeline.errors import CorruptObject
 from pipeline.local import open_local
-from pipeline.records import blob_path
+from pipeline.records import blob_path, read_twice
 from pipeline.store import Store
 
 STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for pictures whose short side is at least this
@@ -91,12 +92,18 @@ def read_pictures(store: Store, places: Sequence[Place]) -> list[bytes]:
     """
     found: dict[Place, bytes] = {}
     for group in _neighbours(places):
-        for place, data in zip(group, _read(store, group), strict=True):
-            if checksum(data) != place.xxh3:
-                path = place.tar or blob_path(place.images or "")
-                raise CorruptObject(path, f"the picture of row {place.key} has other bytes than the index says")
-            found[place] = data
+        found |= read_twice(store, partial(_checked, group))
     return [found[place] for place in places]
+
+
+def _checked(group: Sequence[Place], store: Store) -> dict[Place, bytes]:
+    found: dict[Place, bytes] = {}
+    for place, data in zip(group, _read(store, group), strict=True):
+        if checksum(data) != place.xxh3:
+            path = place.tar or blob_path(place.images or "")
+            raise CorruptObject(path, f"the picture of row {place.key} has other bytes than the index says")
+        found[place] = data
+    return found
 
 
 def _neighbours(places: Iterable[Place]) -> Iterator[list[Place]]:

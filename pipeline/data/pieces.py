@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable
 
 from pipeline.errors import CorruptObject
-from pipeline.records import blob_path
+from pipeline.records import blob_path, read_twice
 from pipeline.store import Store
 
 PLACE = struct.Struct("<qq32s")
@@ -37,7 +37,11 @@ def pack(pieces: Iterable[bytes], count: int) -> bytes:
 
 
 def read_piece(store: Store, blob: str, number: int) -> bytes:
-    """One piece of a blob of the store. Raises CorruptObject if it is missing or damaged."""
+    """Returns one piece of a blob of the store. Raises CorruptObject if it is missing or damaged."""
+    return read_twice(store, lambda store: _read_piece(store, blob, number))
+
+
+def _read_piece(store: Store, blob: str, number: int) -> bytes:
     path = blob_path(blob)
     try:
         head = store.read(path, number * HEAD, (number + 1) * HEAD)

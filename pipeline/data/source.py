@@ -21,6 +21,7 @@ from itertools import islice
 import numpy as np
 
 from pipeline.artifacts import Artifact, Shard, publish_artifact, read_table, write_shard_table, write_table
+from pipeline.damage import create_record, read_record, set_aside
 from pipeline.data.duplicates import HASH, Seen, read_hashes
 from pipeline.data.journal import NOTHING, Journal, read_journal, reference_mark
 from pipeline.data.lists import Row, fingerprint, read_rows
@@ -29,7 +30,7 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
 from pipeline.local import Reach
-from pipeline.records import create_record, digest, put_blob, read_blob, read_record
+from pipeline.records import digest, put_blob, read_blob
 from pipeline.store import Store
 
 VERSION = 1
@@ -187,8 +188,8 @@ def _see(seen: Seen, name: str, path: str, segment: Segment, cutter: _Cutter) ->
         for blob in segment.hashes:
             seen.add(np.frombuffer(read_blob(cutter.store, blob), HASH))
     except CorruptObject as e:
-        log.warning("%s; it is deleted, and %s read again", e, path)
-        cutter.store.delete([_segment_path(name), e.path])
+        set_aside(cutter.store, [_segment_path(name), e.path])
+        log.warning("%s; it is set aside, and %s read again", e, path)
         seen.judge(cutter.references(read_rows(path, cutter.recipe)))
 
 

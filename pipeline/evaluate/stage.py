@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.bundle import materialise
-from pipeline.errors import CorruptObject
+from pipeline.damage import set_aside
+from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import count, judged, without_values
 from pipeline.graph import Context, flatten
 from pipeline.ledger import Ledger
@@ -115,7 +116,10 @@ def early_decoder(ctx: Context, device: torch.device) -> Decoder | str:
         try:
             materialise(ctx.store, artifact.blobs, folder)
         except CorruptObject as e:  # not an input, so nobody would make it again
-            log.warning("%s; the decoder at %s samples is deleted and not compared with", e, f"{early:,}")
-            ctx.store.delete([artifact_path("decoder", key)])
+            log.warning("%s; the decoder at %s samples is not compared with", e, f"{early:,}")
+            try:
+                set_aside(ctx.store, [e.path, artifact_path("decoder", key)])
+            except UserError as why:
+                log.warning("%s", why)
             return f"the decoder at {early:,} samples was damaged; a decoder trained from the start leaves a new one"
         return load_model(folder, device)

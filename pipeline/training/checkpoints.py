@@ -19,9 +19,10 @@ from torch import Tensor
 
 from models.tensors import tensors_file
 from pipeline.crash import crash_point
+from pipeline.damage import create_record
 from pipeline.errors import CorruptObject
 from pipeline.graph import Context, trajectory_key, trunk_key
-from pipeline.records import blob_path, create_record, put_blob, read_blob, read_record
+from pipeline.records import blob_path, open_record, peek_record, put_blob, read_blob
 from pipeline.store import Store
 from pipeline.training.sharding import first_row, is_spread, local
 from pipeline.training.state import Journal, TrainState, forms, parts, put_back
@@ -103,7 +104,7 @@ class Checkpoints:
         crash_point("checkpoint.before_record")
         create_record(self.store, f"{self.folder}{taken.samples:012d}-{self.attempt:04d}.json", body)
         crash_point("checkpoint.after_record")
-        self._prune()
+        self._prune(taken.samples)
 
     def save_failure(self, weights: Mapping[str, Tensor], samples: int, keys: Sequence[str]) -> None:
         """Keep the weights before the step after ``samples`` samples, which failed, and which rows had a hand in it."""
@@ -113,7 +114,7 @@ class Checkpoints:
     def last_failure(self) -> tuple[int, dict[str, Tensor]] | None:
         """Samples before the step that failed last, and the weights then; None if none has. Raises CorruptObject."""
         for path in sorted((e.path for e in self.store.list(f"{self.folder}failures/")), key=_attempt, reverse=True):
-            if record := read_record(self.store, path):
+            if record := peek_record(self.store, path):
                 return record["samples"], load(read_blob(self.store, record["blobs"]["model"]))
         return None
 
@@ -124,26 +125,26 @@ class Checkpoints:
     def journal(self, at_most: int) -> tuple[int, Journal] | None:
         """Samples and journal of the newest checkpoint of at most so many; None if there is none."""
         for path in reversed(self._paths()):
-            if _samples(path) <= at_most and (record := read_record(self.store, path)):
+            if _samples(path) <= at_most and (record := peek_record(self.store, path)):
                 return record["samples"], Journal(**record["journal"])
         return None
 
     def restore(self, state: TrainState, at_most: int) -> bool:
-        """Load the newest readable checkpoint of at most so many samples into ``state``. False: there is none.
+        """Loads the newest readable checkpoint of at most so many samples into ``state``. False: there is none.
 
-        One that cannot be read is deleted with a warning, and the one before it is tried.
+        One that cannot be read is skipped with a warning, and the one before it is tried. It stays as it is, since
+        another machine may be able to read it.
         """
         for path in reversed(self._paths()):
             if _samples(path) > at_most:
                 continue
-            record = read_record(self.store, path)
-            if record is None:
-                continue
             try:
+                record = open_record(self.store, path)
+                if record is None:
+                    continue
                 saved = {part: self._read(record["blobs"], part, like) for part, like in forms(state).items()}
             except CorruptObject as e:
-                log.warning("checkpoint at sample %s is dropped: %s", f"{record['samples']:,}", e)
-                self.store.delete([path, e.path])
+                log.warning("checkpoint at sample %s is skipped, for the one before it: %s", f"{_samples(path):,}", e)
                 continue
             put_back(state, saved)
             state.samples, state.seconds = record["samples"], record["seconds"]
@@ -159,9 +160,10 @@ class Checkpoints:
             raise Superseded(f"attempt {self.attempt} of this training stops: attempt {newest} has begun")
 
     def _put(self, tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> str:
-        """A blob that no other trajectory and no artefact shares, because its header names this one."""
+        """Stores a blob that no other trajectory, no artefact and no earlier attempt shares, because its header names
+        these. So where a damaged blob was skipped, the same state gets a sound one."""
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        about = json.dumps({"trajectory": self.trajectory, "starts": starts}, sort_keys=True)
+        about = json.dumps({"trajectory": self.trajectory, "attempt": self.attempt, "starts": starts}, sort_keys=True)
         return put_blob(self.store, tensors_file(plain, {"about": about}))
 
     def _read(self, blobs: Mapping[str, str], part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,18 +191,21 @@ class Checkpoints:
         paths = (entry.path for entry in self.store.list(self.folder))
         return sorted(path for path in paths if path.removeprefix(self.folder)[0].isdigit())
 
-    def _prune(self) -> None:
-        """Delete all but the newest of this and earlier attempts, then the blobs that no record names any more."""
+    def _prune(self, samples: int) -> None:
+        """Deletes all but the newest of this and earlier attempts up to so many samples, then the blobs that no record
+        names any more. Those of more samples were skipped as damaged, or belong to a longer training."""
         paths = self._paths()
-        own = [path for path in paths if _attempt(path) <= self.attempt]
+        own = [path for path in paths if _attempt(path) <= self.attempt and _samples(path) <= samples]
         old, kept = own[: -self.keep], [path for path in paths if path not in own[: -self.keep]]
-        gone = self._blobs(old) - self._blobs(kept)
+        gone, needed = self._blobs(old), self._blobs(kept)
         self.store.delete(old)
-        self.store.delete(blob_path(blob) for blob in sorted(gone))
+        if None not in needed:  # what a damaged record names is not known
+            self.store.delete(blob_path(blob) for blob in sorted(filter(None, gone - needed)))
 
-    def _blobs(self, paths: list[str]) -> set[str]:
-        records = (read_record(self.store, path) for path in paths)
-        return {blob for record in records if record for blob in record["blobs"].values()}
+    def _blobs(self, paths: list[str]) -> set[str | None]:
+        """Returns the blobs that records name, and None if one of the records cannot be read."""
+        records = [peek_record(self.store, path) for path in paths]
+        return {blob for record in records for blob in (record["blobs"].values() if record else [None])}
 
 
 def _about(data: bytes) -> dict[str, Any]:

@@ -239,7 +239,8 @@ def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: 
         if scene.scratch:
             (scene.scratch / "full").unlink()
         run_to_the_end(config, STAGE)
-        assert_sound(scene.store)
+        if chosen.fault != "damage checkpoint":  # which stays until newer ones push it out
+            assert_sound(scene.store)
         made, wanted = artifact(scene.store, STAGE), artifact(reference.store, STAGE)
         assert (made.key, made.blobs, made.metrics) == (wanted.key, wanted.blobs, wanted.metrics), "another model"
     shutil.rmtree(folder)

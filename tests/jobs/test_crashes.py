@@ -41,13 +41,14 @@ IN_DATA = (
 )
 IN_TRAINING = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact")
 IN_COMMANDS = ("journal.before_swap", "gc.before_delete")  # of unclip data; see test_every_crash
+IN_HEALING = ("damage.before_delete",)  # see test_damage
 # Those of them that are passed in Ray's workers. The rest, pin and report, are the driver's own.
 IN_SHARD_WORKERS = ("blob.created", "shard.before_record", "shard.after_record")
 IN_TRAIN_WORKERS = ("blob.created", *IN_TRAINING, "artifact.before_record", "artifact.after_record")  # three and three
 
 
 def test_every_crash_point_is_tested() -> None:
-    assert sorted(IN_DATA + IN_TRAINING + IN_COMMANDS) == sorted(POINTS)
+    assert sorted(IN_DATA + IN_TRAINING + IN_COMMANDS + IN_HEALING) == sorted(POINTS)
 
 
 def _crash(config: Path, until: str, point: str, marker: Path) -> None:

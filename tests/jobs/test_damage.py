@@ -1,22 +1,24 @@
-"""Damaged objects are named in one line, deleted, and made again; a full disk ends a run with one line."""
+"""Damaged objects are named in one line, set aside, and made again; a full disk ends a run with one line."""
 
 import errno
 import io
 import json
 import logging
 import os
+import signal
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from jobs.cli import main
-from pipeline.artifacts import artifact_path, read_shards, shard_path
-from pipeline.records import blob_path
+from pipeline.artifacts import artifact_path, publish_artifact, read_shards, read_table, shard_path, write_table
+from pipeline.records import blob_path, put_blob
 from pipeline.store import Store
-from tests.chain import data_blobs, keys, write_config, write_list
+from tests.chain import data_blobs, done, keys, unclip, write_config, write_list
 from tests.faults import (
     FEW,
     RUN,
@@ -58,7 +60,6 @@ VICTIMS: dict[str, tuple[Callable[[Store], str], tuple[str, ...]]] = {
     "captions": (lambda s: _blob(s, "captions", "captions"), ("curation",)),
     "embeddings": (lambda s: _blob(s, "embeddings", "embeddings"), ("codec",)),
     "shard table": (lambda s: blob_path(artifact(s, "pairs").shard_table or ""), ("curation",)),
-    "clip": (lambda s: blob_path(sorted(artifact(s, "clip").blobs.values())[0]), ("embeddings",)),
 }
 
 
@@ -75,7 +76,6 @@ VICTIMS: dict[str, tuple[Callable[[Store], str], tuple[str, ...]]] = {
         ("embeddings", "overwrite"),
         ("shard table", "delete"),
         ("shard table", "truncate"),
-        ("clip", "overwrite"),
     ],
 )
 def test_what_is_damaged_is_made_again(
@@ -87,10 +87,12 @@ def test_what_is_damaged_is_made_again(
     for stage in forgotten:
         forget(store, stage, shards=victim != "shard record")
     _damage(store, path, way)
+    damaged = store.read(path) if way != "delete" else None
     assert main(["run", str(undisturbed.config(tmp_path)), "--until", "codec"]) == 0
     (warning,) = _warnings(caplog)
     assert path in warning
-    assert "deleted" in warning
+    assert "set aside" in warning
+    assert [store.read(entry.path) for entry in store.list(f"damaged/{path}.")] == ([damaged] if damaged else [])
     assert_sound(store)
     assert_each_shard_once(store, undisturbed.data)
     assert keys(store) == keys(undisturbed.data)
@@ -125,8 +127,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     _damage(store, damaged, way)
     assert main(["run", str(undisturbed.config(tmp_path)), "--until", "decoder"]) == 0
     (warning,) = _warnings(caplog)
-    assert warning.startswith("checkpoint at sample 48 is dropped")
+    assert warning.startswith("checkpoint at sample 48 is skipped, for the one before it: ")
     assert damaged in warning
+    store.delete([last, damaged])  # which stayed
     assert_sound(store)
     after = artifact(store, "decoder")
     assert after.key == before.key
@@ -145,6 +148,65 @@ def test_damaged_pictures_are_found_by_a_training(
     assert_sound(store)
     assert keys(store) == keys(undisturbed.trained)
     assert data_blobs(store) == data_blobs(undisturbed.trained)
+
+
+def test_what_a_pin_names_is_made_again_once_the_pin_is_lifted(
+    undisturbed: Undisturbed, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, config = copy(undisturbed.data, tmp_path), str(undisturbed.config(tmp_path))
+    path = blob_path(sorted(artifact(store, "clip").blobs.values())[0])
+    forget(store, "embeddings")
+    _damage(store, path, "overwrite")
+    before = {entry.path for entry in store.list("")}
+    assert main(["run", config, "--until", "codec"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith(
+        f"error: {store.url}/{path} is damaged or missing, and stays as it is, because the pin locks/"
+    )
+    assert line.endswith("lift the pin with unclip unpin CONFIG clip, and run again")
+    assert before <= {entry.path for entry in store.list("")}
+    assert main(["unpin", config, "clip"]) == 0
+    assert main(["run", config, "--until", "codec"]) == 0
+    assert any(path in warning and "set aside" in warning for warning in _warnings(caplog))
+    assert_sound(store)
+    assert keys(store) == keys(undisturbed.data)
+    assert data_blobs(store) == data_blobs(undisturbed.data)
+
+
+@pytest.mark.parametrize("stage", ["pairs", "embeddings"])
+def test_a_forged_list_of_shards_is_made_again(
+    stage: str, undisturbed: Undisturbed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its checksums hold, and its names lead out of the store."""
+    store, precious = copy(undisturbed.data, tmp_path), tmp_path / "precious.txt"
+    precious.write_text("precious")
+    made = artifact(store, stage)
+    columns = read_table(store, made.shard_table or "").to_pydict()
+    name = next(name for name in columns if name.startswith("blob."))
+    columns[name] = ["../../../precious.txt"] * len(columns["number"])
+    for later in ("curation", "codec"):
+        forget(store, later)
+    store.delete([artifact_path(stage, made.key)])
+    publish_artifact(store, replace(made, shard_table=put_blob(store, write_table(columns))), 1.0)
+    assert main(["run", str(undisturbed.config(tmp_path)), "--until", "codec"]) == 0
+    assert any("is not a list of shards" in warning and "set aside" in warning for warning in _warnings(caplog))
+    assert precious.read_text() == "precious"
+    assert keys(store) == keys(undisturbed.data)
+    assert data_blobs(store) == data_blobs(undisturbed.data)
+
+
+def test_killed_while_damage_is_set_aside(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    store, config = copy(undisturbed.data, tmp_path), undisturbed.config(tmp_path)
+    path = _blob(store, "pairs", "index")
+    forget(store, "embeddings")
+    _damage(store, path, "overwrite")
+    killed = unclip("run", config, "--until", "codec", env={"UNCLIP_CRASH": f"damage.before_delete@{tmp_path}/marker"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "marker").exists()
+    done(unclip("run", config, "--until", "codec"))
+    assert len(list(store.list(f"damaged/{path}."))) == 1
+    assert_sound(store)
+    assert data_blobs(store) == data_blobs(undisturbed.data)
 
 
 def test_a_lost_artefact_that_is_pinned_for_other_data_is_not_made_from_these(

@@ -52,6 +52,7 @@ IN_SHARDS = ("blob.created", "shard.before_record", "shard.after_record")
 IN_ARTIFACTS = ("artifact.before_record", "artifact.after_record")
 IN_DRIVER = ("pin.before_swap", "report.before_replace")
 IN_COMMANDS = ("journal.before_swap", "gc.before_delete")
+IN_HEALING = ("damage.before_delete",)  # see test_damage
 IN_TRAININGS = {point for point in POINTS if point.startswith(("checkpoint.", "training."))}  # see test_crashes
 SLOW = pytest.mark.slow
 STAGES = (
@@ -70,7 +71,7 @@ IN_PAIRS = {"Packer", "Encoder"}  # the workers of the stages before
 
 
 def test_every_point_is_here_or_in_a_training() -> None:
-    assert {*IN_SHARDS, *IN_ARTIFACTS, *IN_DRIVER, *IN_COMMANDS} | IN_TRAININGS == set(POINTS)
+    assert {*IN_SHARDS, *IN_ARTIFACTS, *IN_DRIVER, *IN_COMMANDS, *IN_HEALING} | IN_TRAININGS == set(POINTS)
 
 
 def workers() -> set[str]:

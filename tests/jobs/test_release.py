@@ -281,7 +281,7 @@ def test_a_corrupt_pointer_stops_every_command_and_stays(made_anywhere: Made) ->
     assert made.store.read(release_path("p")) == b"{"
 
 
-def test_a_damaged_evaluation_is_made_again(made: Made) -> None:
+def test_a_damaged_evaluation_of_the_release_stays_and_is_not_compared_with(made: Made) -> None:
     made.make(0.0)
     made.release("promote")
     made.make(0.1, OTHER)
@@ -289,6 +289,14 @@ def test_a_damaged_evaluation_is_made_again(made: Made) -> None:
     made.store.delete([blob_path(found.evaluation.blobs["evaluation.json"])])
     said = made.release("promote", *LATER, code=1)
     assert "has no evaluation in" in said
+    assert load_artifact(made.store, "evaluation", found.evaluation.key) is not None
+
+
+def test_a_damaged_evaluation_is_made_again(made: Made) -> None:
+    bundle = made.make(0.0)
+    (found,) = jobs.release.evaluations(made.store, bundle)
+    made.store.delete([blob_path(found.evaluation.blobs["evaluation.json"])])
+    assert jobs.release.evaluations(made.store, bundle) == []
     assert load_artifact(made.store, "evaluation", found.evaluation.key) is None
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.artifacts import Artifact, load_artifact, publish_artifact, publish_shard, read_shards, write_shard_table
 from pipeline.collect import TOMBSTONES, collect
+from pipeline.damage import create_record
 from pipeline.data.journal import Forgotten, Journal, change_journal, with_forgotten
 from pipeline.data.pairs import PairsRecipe
 from pipeline.errors import UserError
@@ -18,7 +19,7 @@ from pipeline.history import remember
 from pipeline.leases import lead_or_wait
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
-from pipeline.records import blob_path, create_record, put_blob, read_blob
+from pipeline.records import blob_path, put_blob, read_blob
 from pipeline.release import Move, move_release, read_releases, release_path
 from pipeline.store import Store, open_store
 from pipeline.training.recipes import ClipRecipe

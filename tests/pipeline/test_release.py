@@ -11,11 +11,11 @@ from pipeline.store import Store
 
 
 def promote(bundle: str, at: float = 1.0) -> Move:
-    return Move("promote", bundle, f"evaluation of {bundle}", at)
+    return Move("promote", bundle, f"evaluation-of-{bundle}", at)
 
 
 def rollback(bundle: str) -> Move:
-    return Move("rollback", bundle, f"evaluation of {bundle}", 2.0, "it drew cats")
+    return Move("rollback", bundle, f"evaluation-of-{bundle}", 2.0, "it drew cats")
 
 
 def test_moves_are_read_as_they_were_written(store: Store) -> None:

@@ -253,7 +253,13 @@ def test_a_listing_decides_and_records_are_read_last(store: Store) -> None:
 def test_many_shards_make_the_same_table_as_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed in one piece or in many, read or made, with names that only some have: the same bytes."""
     shards = [
-        Shard(n, f"key-{n}", Ledger(n), {"data": f"{n}"} | ({"rare": "r"} if n == 7 else {}), {f"train/{n % 3}": n})
+        Shard(
+            n,
+            f"key-{n}",
+            Ledger(n),
+            {"data": f"{n:064x}"} | ({"rare": "f" * 64} if n == 7 else {}),
+            {f"train/{n % 3}": n},
+        )
         for n in (3, 0, 9, 7, 1, 5, 2)
     ]
     tables = set()
@@ -282,7 +288,7 @@ def test_shards_that_lie_in_a_file_are_those_that_are_read(tmp_path: Path, count
             3 * n,
             f"key-{n}",
             Ledger(n),
-            {"data": f"{n}"} | ({"rare": "r"} if n % 7 == 3 else {}),
+            {"data": f"{n:064x}"} | ({"rare": "f" * 64} if n % 7 == 3 else {}),
             {f"train/{n % 2}": n},
         )
         for n in range(count)

@@ -225,3 +225,59 @@ def test_no_such_bucket(s3: object) -> None:
 def test_unknown_stores_are_refused(url: str) -> None:
     with pytest.raises(UserError, match="s3://BUCKET/PREFIX"):
         open_store(url)
+
+
+@pytest.mark.parametrize("path", ["../x", "blobs/../../x", "blobs/..", "blobs/../x", "/x", "blobs/\0"])
+def test_no_path_leads_out_of_a_store(path: str, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("precious")
+    acts = (
+        lambda: store.read(path),
+        lambda: list(store.read_parts(path, [(0, 1)])),
+        lambda: list(store.list(path)),
+        lambda: store.create(path, b"1"),
+        lambda: store.create(path, [memoryview(b"1")]),
+        lambda: store.swap(path, None, b"1"),
+        lambda: store.delete([path]),
+    )
+    for act in acts:
+        with pytest.raises(UserError, match="leads out of the store"):
+            act()
+    assert (tmp_path / "x").read_text() == "precious"
+
+
+def test_no_link_leads_out_of_a_folder(tmp_path: Path) -> None:
+    """Neither to a folder, which garbage collection would empty, nor to a file, nor to one that is not there yet."""
+    outside, store = tmp_path / "store-of-others", open_store(str(tmp_path / "store"))
+    outside.mkdir()
+    (outside / "x").write_text("precious")
+    store.create("blobs/aa/a", b"1")
+    for name, target in (("bb", outside), ("aa/b", outside / "x"), ("aa/c", outside / "new")):
+        link = tmp_path / "store/blobs" / name
+        link.symlink_to(target)
+        path = f"blobs/{name}/x" if target == outside else f"blobs/{name}"
+        acts = (
+            lambda path=path: store.read(path),
+            lambda path=path: list(store.read_parts(path, [(0, 1)])),
+            lambda path=path: store.create(path, b"1"),
+            lambda path=path: store.swap(path, None, b"1"),
+            lambda path=path: store.delete([path]),
+            lambda: list(store.list("")),
+            lambda name=name: list(store.list(f"blobs/{name}")),
+        )
+        for act in acts:
+            with pytest.raises(UserError, match="leads out of the store; delete the link"):
+                act()
+        link.unlink()
+    assert [entry.path for entry in store.list("")] == ["blobs/aa/a"]
+    assert [(file.name, file.read_text()) for file in outside.iterdir()] == [("x", "precious")]
+
+
+def test_links_within_a_folder_and_to_it_are_followed(tmp_path: Path) -> None:
+    open_store(str(tmp_path / "real")).create("blobs/aa/a", b"1")
+    (tmp_path / "store").symlink_to(tmp_path / "real")
+    (tmp_path / "real/blobs/bb").symlink_to("aa")
+    store = open_store(str(tmp_path / "store"))
+    assert store.read("blobs/bb/a") == b"1"
+    assert [entry.path for entry in store.list("")] == ["blobs/aa/a", "blobs/bb/a"]
+    assert store.create("blobs/bb/b", b"2")
+    assert store.read("blobs/aa/b") == b"2"

@@ -103,7 +103,7 @@ def test_any_number_of_workers_gives_the_same_bits(bench: Bench, monkeypatch: py
         for workers in (0, 1, 2, 4):
             settings = ShardSettings(workers)
             config = replace(bench.config, run=replace(bench.config.run, ray=RaySettings(cpus=4)))
-            ctx = replace(bench.context("codec"), key=f"{workers} workers", settings=settings, config=config)
+            ctx = replace(bench.context("codec"), key=f"{workers}-workers", settings=settings, config=config)
             made[workers] = run_codec(ctx)
     finally:
         ray.shutdown()
@@ -130,7 +130,7 @@ def test_held_out_rows_change_no_bit(bench: Bench) -> None:
         vectors = {n: pa.array(table[n], pa.list_(pa.float16(), 64)) for n in ("image_embedding", "text_embedding")}
         columns = {"key": table["key"], **vectors, "similarity": pa.array(table["similarity"], pa.float32())}
         blob = put_blob(bench.store, write_table(columns))
-        shards.append(Shard(shard.number, f"poisoned {shard.key}", Ledger(kept=shard.kept), {"embeddings": blob}))
+        shards.append(Shard(shard.number, f"poisoned-{shard.key}", Ledger(kept=shard.kept), {"embeddings": blob}))
     assert poisoned == 12
     table_blob, _ = write_shard_table(bench.store, shards)
     ctx = bench.context("codec")

@@ -193,7 +193,7 @@ def test_damaged_hashes_are_made_again(
     Path(store.url, blob_path(stored[1])).unlink()
     with caplog.at_level(logging.WARNING):
         assert scan(longer, store, write=True).keys == expected
-    assert caplog.text.count("it is deleted, and") == 2
+    assert caplog.text.count("it is set aside, and") == 2
     caplog.clear()
     assert scan(longer, store, write=True).keys == expected
     assert _hashes(store) > set(stored)

@@ -98,7 +98,7 @@ def culled(store: Store, made: dict[str, Artifact], lost: Sequence[Rejected]) ->
         blobs = {"index": put_blob(store, write_table(index_table(kept)))}
         blobs["rejected"] = put_blob(store, rejected_table(rejected))
         ledger = Ledger(len(kept), dict(Counter(row.reason for row in rejected)))
-        shards.append(Shard(shard.number, f"{shard.key} culled", ledger, blobs))
+        shards.append(Shard(shard.number, f"{shard.key}-culled", ledger, blobs))
     table, ledger = write_shard_table(store, shards)
     return made | {"curation": replace(made["curation"], shard_table=table, ledger=ledger)}
 

@@ -13,8 +13,8 @@ import pytest
 from models.image_configs import UpsamplerConfig
 from models.prior_configs import ARPriorConfig
 from pipeline.artifacts import load_artifact
+from pipeline.damage import read_record
 from pipeline.graph import Context, trajectory_key
-from pipeline.records import read_record
 from pipeline.settings import TrainingSettings
 from pipeline.training.recipes import ARPriorRecipe, DecoderRecipe, UpsamplerRecipe
 from tests.pipeline.training.conftest import World, make_world, with_codec

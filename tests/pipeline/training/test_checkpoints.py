@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from models.prior_configs import DiffusionPriorConfig
-from pipeline.records import blob_path, read_record
+from pipeline.damage import read_record
+from pipeline.records import blob_path
 from pipeline.store import Store
 from pipeline.training.checkpoints import Checkpoints, Superseded, last_attempt, snapshot, take_attempt
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, parts
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.world import World
+from tests.flips import flip_first_reads
 
 RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, model=DiffusionPriorConfig(width=8, depth=1, heads=1))
 
@@ -96,7 +98,7 @@ def _lose_blob(store: Store, path: str) -> None:
 
 
 @pytest.mark.parametrize("damage", [_cut_record, _cut_blob, _lose_blob])
-def test_a_damaged_one_is_dropped_with_a_warning(
+def test_a_damaged_one_is_skipped_with_a_warning_and_stays(
     store: Store, damage: Damage, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(store, "t", 1)
@@ -104,15 +106,61 @@ def test_a_damaged_one_is_dropped_with_a_warning(
     checkpoints.save(make_state(2))
     newest = sorted(entry.path for entry in store.list("checkpoints/t/0"))[-1]
     damage(store, newest)
-    state = make_state()
+    before = list(store.list(""))
+    state, later = make_state(), Checkpoints(store, "t", 2)
     with caplog.at_level(logging.WARNING):
-        assert checkpoints.restore(state, at_most=100)
+        assert later.restore(state, at_most=100)
     assert same(state, make_state(1))
-    assert len(caplog.records) == 1
-    assert newest not in [entry.path for entry in store.list("checkpoints/t/0")]
-    checkpoints.save(make_state(2))  # and its work can be done again
+    (warning,) = caplog.records
+    assert warning.getMessage().startswith("checkpoint at sample 32 is skipped, for the one before it: ")
+    assert list(store.list("")) == before  # another machine may be able to read it
+    later.save(make_state(2))  # and its work can be done again, with the very same state
+    assert Checkpoints(store, "t", 3).restore(state, at_most=100)
+    assert same(state, make_state(2))
+
+
+def test_one_read_that_went_wrong_costs_no_checkpoint(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a record, and of a blob, as this process first reads them."""
+    checkpoints = Checkpoints(store, "t", 1)
+    checkpoints.save(make_state(1))
+    checkpoints.save(make_state(2))
+    flipped = flip_first_reads(monkeypatch, store)
+    state = make_state()
     assert checkpoints.restore(state, at_most=100)
-    assert state.samples == 32
+    assert same(state, make_state(2))
+    assert any(path.startswith("checkpoints/t/") for path in flipped)
+    assert sum(path.startswith("blobs/") for path in flipped) == 3
+    assert not caplog.records
+
+
+def test_damaged_ones_do_not_push_out_what_is_made_in_their_place(store: Store) -> None:
+    first = Checkpoints(store, "t", 1, keep=2)
+    for steps in (1, 2, 3):
+        first.save(make_state(steps))
+    for entry in list(store.list("checkpoints/t/0")):
+        if "000000000016" not in entry.path:
+            _lose_blob(store, entry.path)
+    second = Checkpoints(store, "t", 2, keep=2)
+    assert not second.restore(make_state(), at_most=100)
+    state = make_state(1)
+    second.save(state)
+    assert Checkpoints(store, "t", 3).restore(state, at_most=100)
+    assert state.samples == 16
+
+
+def test_an_unreadable_record_saves_the_blobs_that_it_may_name(store: Store) -> None:
+    checkpoints = Checkpoints(store, "t", 1, keep=2)
+    for steps in (1, 2):
+        checkpoints.save(make_state(steps))
+    blobs = {entry.path for entry in store.list("blobs/")}
+    _cut_record(store, "checkpoints/t/000000000032-0001.json")
+    checkpoints.save(make_state(3))
+    assert [entry.path for entry in store.list("checkpoints/t/0")] == [
+        "checkpoints/t/000000000032-0001.json", "checkpoints/t/000000000048-0001.json",
+    ]  # fmt: skip
+    assert blobs <= {entry.path for entry in store.list("blobs/")}
 
 
 def test_old_ones_go_with_their_blobs(store: Store) -> None:
@@ -145,6 +193,6 @@ def test_an_overtaken_attempt_deletes_nothing_of_its_successor(store: Store) -> 
     old, new = Checkpoints(store, "t", 1, keep=1), Checkpoints(store, "t", 2, keep=1)
     old.save(make_state(1))
     new.save(make_state(2))
-    old._prune()
+    old._prune(100)
     assert new.newest(100) == 32
     assert new.restore(make_state(), at_most=100)

@@ -13,8 +13,9 @@ from models.folder import load_model
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.artifacts import Artifact
 from pipeline.bundle import materialise
+from pipeline.damage import read_record
 from pipeline.graph import trajectory_key
-from pipeline.records import read_blob, read_record
+from pipeline.records import read_blob
 from pipeline.settings import TrainingSettings
 from pipeline.training import stage, world
 from pipeline.training.feed import Feed

@@ -11,9 +11,10 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from pipeline.artifacts import Artifact, load_artifact
+from pipeline.damage import read_record
 from pipeline.errors import UserError
 from pipeline.graph import Context
-from pipeline.records import read_blob, read_record
+from pipeline.records import read_blob
 from pipeline.settings import TrainingSettings
 from pipeline.training import stage
 from pipeline.training.feed import Feed

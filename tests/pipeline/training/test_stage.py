@@ -18,10 +18,11 @@ from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from pipeline.artifacts import Artifact, load_artifact
 from pipeline.bundle import materialise
+from pipeline.damage import read_record
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
-from pipeline.records import blob_path, read_blob, read_record
+from pipeline.records import blob_path, read_blob
 from pipeline.settings import TrainingSettings
 from pipeline.training import stage
 from pipeline.training.checkpoints import Superseded, last_attempt, take_attempt

@@ -1,0 +1,134 @@
+"""What is damaged: it is set aside with a warning, so that its work is done again, unless something stands on it.
+
+An object is set aside by copying it to damaged/ and then deleting it. Nobody reads it there again: it is for a person
+to look at, and goes with other garbage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from pipeline.crash import crash_point
+from pipeline.data.journal import read_journal
+from pipeline.errors import CorruptObject, UserError
+from pipeline.names import is_blob_or_record, is_part
+from pipeline.records import FORMAT, blob_path, open_record, peek_record, seal
+from pipeline.release import read_releases, release_path, released_projects
+from pipeline.store import Store
+
+FOLDER = "damaged/"
+LIST = "locks/list-"
+log = logging.getLogger("unclip")
+
+
+def create_record(store: Store, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Creates a record, or adopts the one that somebody else created first. Returns the one that stands.
+
+    Raises ValueError for a name that no record may hold, and UserError as ``set_aside``.
+    """
+    while not store.create(path, seal(body)):
+        standing = read_record(store, path)
+        if standing is not None:
+            return standing
+    return {**body, "format": FORMAT}
+
+
+def read_record(store: Store, path: str) -> dict[str, Any] | None:
+    """Returns a record's body, or None if there is none to be trusted; a damaged one is set aside with a warning.
+
+    Raises UserError for a newer format, and as ``set_aside``.
+    """
+    try:
+        return open_record(store, path)
+    except CorruptObject as e:
+        set_aside(store, [path])
+        log.warning("%s/%s %s; it is set aside in %s, and its work done again", store.url, path, e.why, FOLDER)
+        return None
+
+
+def set_aside(store: Store, paths: Iterable[str]) -> None:
+    """Moves blobs and records to damaged/, each under its path and the sha256 of its bytes. One that is missing is
+    passed over.
+
+    Raises UserError where a pin, a release or a list names one of them, for nothing can make that again as it was, and
+    for a path that is neither a blob's nor a record's. Then everything stays.
+    """
+    paths = list(dict.fromkeys(paths))
+    if foreign := [path for path in paths if not is_blob_or_record(path)]:
+        raise UserError(
+            f"{store.url}: {foreign[0]!r} looks damaged, and is neither a blob nor a record: see to it by hand"
+        )
+    named = stands_on(store) if any(path.startswith(("blobs/", "artifacts/")) for path in paths) else {}
+    for path in filter(named.__contains__, paths):
+        by, way_out = named[path]
+        if not path.startswith("blobs/"):
+            way_out = "delete it, and run again"
+        raise UserError(
+            f"{store.url}/{path} is damaged or missing, and stays as it is, because {by} names it: put a sound copy in "
+            f"its place; if there is none, {way_out}"
+        )
+    for path in paths:
+        try:
+            data = store.read(path)
+        except FileNotFoundError:
+            continue
+        store.create(f"{FOLDER}{path}.{hashlib.sha256(data).hexdigest()[:16]}", [memoryview(data)])
+    crash_point("damage.before_delete", paths[0] if paths else "")
+    store.delete(paths)
+
+
+def stands_on(store: Store) -> dict[str, tuple[str, str]]:
+    """Returns the paths that pins, releases and lists name, each with what names it and what to do where it is lost.
+
+    These are the artefacts of pins, released bundles, their evaluations and models, with their blobs, and rows that a
+    list tries again. Raises UserError if a pin or the pointer of a release cannot be read.
+    """
+    made = {entry.path.rpartition("/")[2].removesuffix(".json"): entry.path for entry in store.list("artifacts/")}
+    found: dict[str, tuple[str, str]] = {}
+
+    def stand(key: str, by: str, way_out: str) -> dict[str, Any]:
+        """Adds an artefact and its blobs, and returns its record, empty if there is none to be trusted."""
+        if key not in made:
+            return {}
+        stage = made[key].split("/")[1]
+        record = peek_record(store, made[key]) or {}
+        blobs = [*record.get("blobs", {}).values(), *filter(None, [record.get("shard_table")])]
+        for path in (made[key], *map(blob_path, blobs)):
+            found.setdefault(path, (by, way_out.replace("STAGE", stage)))
+        return record
+
+    for entry in store.list("locks/"):
+        if entry.path.startswith(LIST):
+            project = entry.path.removeprefix(LIST).removesuffix(".json")
+            by = f"the list of {project} ({entry.path})"
+            for blob in read_journal(store, project).retries:
+                found[blob_path(blob)] = (by, f"take it out of the retries in {entry.path}, and run again")
+        elif entry.path.endswith(".json"):
+            stand(
+                pinned_key(store, entry.path),
+                f"the pin {entry.path}",
+                "lift the pin with unclip unpin CONFIG STAGE, and run again",
+            )
+    for project in released_projects(store):
+        by, way_out = f"the release of {project}", f"roll it back, or delete {release_path(project)}, and run again"
+        for move in read_releases(store, project).standing:
+            bundle = stand(move.bundle, by, way_out)
+            for key in (move.evaluation, *bundle.get("inputs", {}).values()):
+                stand(key, by, way_out)
+    return found
+
+
+def pinned_key(store: Store, path: str) -> str:
+    """Returns the key that a pin names. Raises FileNotFoundError, and UserError if the pin is damaged."""
+    data = store.read(path)
+    try:
+        key = json.loads(data)["key"]
+    except (ValueError, KeyError, TypeError):
+        key = None
+    if not is_part(key):
+        raise UserError(f"{store.url}/{path} is damaged, and nobody can tell what it pins: delete it, and pin again")
+    return str(key)

@@ -1,0 +1,217 @@
+"""What a record, a table or a pin says becomes no path to anything but an object of the store."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifacts import (
+    Artifact,
+    ShardList,
+    ancestors,
+    artifact_path,
+    load_artifact,
+    publish_artifact,
+    read_shard,
+    read_shards,
+    shard_path,
+    write_table,
+)
+from pipeline.damage import read_record
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph import pin_path, read_pin
+from pipeline.history import last_run
+from pipeline.ledger import Ledger
+from pipeline.names import is_blob_or_record, is_file_name, is_part
+from pipeline.records import FORMAT, blob_path, canonical, digest, put_blob, read_blob, seal
+from pipeline.release import read_releases, release_path
+from pipeline.store import Store, open_store
+from pipeline.training.checkpoints import Checkpoints
+
+BLOB = "0123456789abcdef" * 4
+AWAY = ("../x", "../../x", "a/../../x", "/etc/x", "//x", "a//b", "a/", "", ".", "..", "a/./b", "a\\b", "a\0", "a\nb")
+NO_BLOBS = (*AWAY, BLOB[:-1], BLOB.upper(), BLOB + "\n", f"{BLOB}/..", 7, None)
+
+
+def forge(store: Store, path: str, body: dict[str, Any]) -> None:
+    """Creates a record as anybody can who may write to the store: its checksum holds."""
+    body = {**body, "format": FORMAT}
+    assert store.create(path, canonical({**body, "checksum": digest(body)}))
+
+
+@pytest.mark.parametrize("name", AWAY)
+def test_no_name_of_a_file_or_of_a_part_leads_away(name: str) -> None:
+    assert not is_file_name(name)
+    assert not is_part(name)
+
+
+def test_names_that_are_used_are_names() -> None:
+    for name in ("0000-64.png", "decoder/model.safetensors", "previews/000000000064.png", "note.times", "shard.000001"):
+        assert is_file_name(name)
+    for part in (BLOB, "upsampler_256", "my.project-2"):
+        assert is_part(part)
+
+
+@pytest.mark.parametrize("name", NO_BLOBS)
+def test_only_sha256_names_a_blob(name: Any, store: Store) -> None:
+    with pytest.raises(UserError, match="not the name of a blob"):
+        blob_path(name)
+    with pytest.raises(UserError, match="not the name of a blob"):
+        read_blob(store, name)
+
+
+@pytest.mark.parametrize(
+    ("path", "ours"),
+    [
+        (blob_path(BLOB), True),
+        (artifact_path("pairs", BLOB), True),
+        ("shards/source/segment-" + BLOB + ".json", True),
+        (f"checkpoints/{BLOB}/failures/000000000064-0001.json", True),
+        (f"blobs/01/{BLOB[:-1]}", False),
+        (f"blobs/ff/{BLOB}", False),
+        ("blobs/../../x", False),
+        ("artifacts/pairs/../../x.json", False),
+        ("artifacts//x.json", False),
+        ("locks/x.json", False),
+        ("releases/p.json", False),
+        ("/etc/passwd", False),
+    ],
+)
+def test_what_may_be_set_aside(path: str, ours: bool) -> None:
+    assert is_blob_or_record(path) is ours
+
+
+LEDGER = Ledger(kept=1).as_json()
+ARTIFACT = {
+    "stage": "bundle", "key": "k", "inputs": {"clip": "c"}, "recipe": {}, "ledger": LEDGER, "blobs": {"a": BLOB},
+    "shard_table": None, "metrics": {}, "environment": {}, "times": {},
+}  # fmt: skip
+SHARD = {"number": 0, "key": "k", "ledger": LEDGER, "blobs": {"index": BLOB}, "counts": {}}
+SEGMENT = {"shards": [{"number": 0, "refs": BLOB, "captions": BLOB}], "hashes": [BLOB]}
+CHECKPOINT = {"samples": 8, "blobs": {"model": BLOB}, "journal": {"lines": [{"samples": 8, "preview": BLOB}]}}
+RUN = {
+    "project": "p",
+    "stages": {"clip": {"key": "k", "trajectory": "t", "trunk": "u", "inputs": {"pairs": "k"}}},
+    "package": f"packages/{BLOB}.zip",
+}
+RELEASE = {"project": "p", "moves": [{"action": "promote", "bundle": "b", "evaluation": "e", "at": 0, "failed": []}]}
+
+
+def _with(body: dict[str, Any], *where: Any) -> dict[str, Any]:
+    """A copy with the value at a path of keys replaced: the last of ``where``."""
+    *places, last, value = where
+    changed = inner = copy.deepcopy(body)
+    for place in places:
+        inner = inner[place]
+    inner[last] = value
+    return changed
+
+
+FORGED = [
+    *(_with(ARTIFACT, "blobs", {name: BLOB}) for name in AWAY),
+    *(_with(ARTIFACT, "blobs", {"a": name}) for name in NO_BLOBS),
+    _with(ARTIFACT, "blobs", [BLOB]),
+    _with(ARTIFACT, "shard_table", "../../x"),
+    _with(ARTIFACT, "stage", "../.."),
+    _with(ARTIFACT, "key", ".."),
+    _with(ARTIFACT, "inputs", {"../../x": "k"}),
+    _with(ARTIFACT, "inputs", {"clip": "../../../x"}),
+    _with(SHARD, "blobs", {"index": "../../x"}),
+    _with(SHARD, "key", "../x"),
+    _with(SEGMENT, "shards", 0, "refs", "../../x"),
+    _with(SEGMENT, "shards", 0, "captions", "../../x"),
+    _with(SEGMENT, "hashes", ["../../x"]),
+    _with(CHECKPOINT, "blobs", {"model": "../../x"}),
+    _with(CHECKPOINT, "journal", "lines", 0, "preview", "../../x"),
+    _with(RUN, "project", "../x"),
+    _with(RUN, "stages", {"../x": {"key": "k", "inputs": {}}}),
+    *(_with(RUN, "stages", "clip", name, "../x") for name in ("key", "trajectory", "trunk")),
+    _with(RUN, "stages", "clip", "inputs", {"pairs": "../x"}),
+    _with(RUN, "package", "../../x.zip"),
+    *(_with(RELEASE, "moves", 0, name, "../x") for name in ("bundle", "evaluation")),
+]
+
+
+@pytest.mark.parametrize("body", [ARTIFACT, SHARD, SEGMENT, CHECKPOINT, RUN, RELEASE])
+def test_a_record_of_each_kind_passes_the_gate(body: dict[str, Any], store: Store) -> None:
+    forge(store, "runs/p/a.json", body)
+    assert read_record(store, "runs/p/a.json") == {**body, "format": FORMAT}
+    seal(body)
+
+
+@pytest.mark.parametrize("body", FORGED)
+def test_a_forged_record_is_damaged_and_none_is_made(body: dict[str, Any], tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    forge(store, "runs/p/a.json", body)
+    assert read_record(store, "runs/p/a.json") is None
+    (aside,) = (entry.path for entry in store.list(""))
+    assert aside.startswith("damaged/runs/p/a.json.")
+    with pytest.raises(ValueError, match=r"not a name that a record may hold|not a file with its blob|maps no names"):
+        seal(body)
+
+
+def test_readers_of_each_kind_pass_a_forged_record_over(store: Store) -> None:
+    forge(store, artifact_path("bundle", "k"), _with(ARTIFACT, "blobs", {"../../x": BLOB}))
+    forge(store, shard_path("pairs", "k"), _with(SHARD, "blobs", {"index": "../../x"}))
+    forge(store, "checkpoints/t/000000000008-0001.json", _with(CHECKPOINT, "blobs", {"model": "../../x"}))
+    forge(store, "runs/p/20260101T000000.000000-00000000.json", _with(RUN, "stages", "clip", "key", "../x"))
+    assert load_artifact(store, "bundle", "k") is None
+    assert read_shard(store, "pairs", "k") is None
+    assert Checkpoints(store, "t", 1).journal(100) is None
+    assert last_run(store, "p") == {}
+    forge(store, release_path("p"), _with(RELEASE, "moves", 0, "bundle", "../x"))
+    with pytest.raises(UserError, match=r"releases/p\.json is corrupt"):
+        read_releases(store, "p")
+
+
+def test_inputs_of_a_record_lead_to_artefacts_only(store: Store) -> None:
+    """Those of a forged record, and those of an artefact in memory."""
+    publish_artifact(store, Artifact("clip", "c", {}, {}, Ledger()), 1.0)
+    made = publish_artifact(store, Artifact("bundle", "b", {"clip": "c"}, {}, Ledger()), 1.0)
+    assert [artifact.stage for artifact in ancestors(store, made)] == ["bundle", "clip"]
+    forge(store, artifact_path("bundle", "k"), _with(ARTIFACT, "inputs", {"..": "../../x"}))
+    assert load_artifact(store, "bundle", "k") is None
+    with pytest.raises(UserError, match="leads out of the store"):
+        list(ancestors(store, Artifact("bundle", "k", {"..": "../../x"}, {}, Ledger())))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"blob.index": ["../../x"]},
+        {"blob.index": [BLOB[:-1]]},
+        {"blob.../../x": [BLOB]},
+        {"blob./etc/x": [BLOB]},
+        {"key": ["../../x"]},
+        {"number": ["../x"]},
+        {"count.train/0": ["../x"]},
+    ],
+)
+def test_a_forged_list_of_shards_is_damaged(column: dict[str, list[Any]], store: Store) -> None:
+    sound = {"number": [0], "key": ["k"], "kept": [1], "rejected": [0], "deferred": [0], "blob.index": [BLOB]}
+    table = put_blob(store, write_table(sound | column))
+    forged = Artifact("pairs", "k", {}, {}, Ledger(kept=1), shard_table=table)
+    with pytest.raises(CorruptObject, match="is not a list of shards") as caught:
+        read_shards(store, forged)
+    assert caught.value.path == blob_path(table)
+    with pytest.raises(CorruptObject, match="is not a list of shards"):
+        ShardList(store, forged)[0]
+    if "number" not in column:
+        made = Artifact("pairs", "k", {}, {}, Ledger(kept=1), shard_table=put_blob(store, write_table(sound)))
+        assert ShardList(store, made)[0].blobs == {"index": BLOB}
+
+
+def test_what_is_not_a_table_at_all_is_damaged(store: Store) -> None:
+    forged = Artifact("pairs", "k", {}, {}, Ledger(), shard_table=put_blob(store, b"not Parquet"))
+    for read in (read_shards, ShardList):
+        with pytest.raises(CorruptObject, match="is not a list of shards"):
+            read(store, forged)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", *(json.dumps({"key": name}).encode() for name in (*AWAY, 7))])
+def test_a_forged_pin_is_refused(data: bytes, store: Store) -> None:
+    store.swap(pin_path("lineage"), None, data)
+    with pytest.raises(UserError, match=r"locks/lineage.json is damaged"):
+        read_pin(store, "lineage")
