@@ -65,8 +65,6 @@ def set_aside(store: Store, paths: Iterable[str]) -> None:
     named = stands_on(store) if any(path.startswith(("blobs/", "artifacts/")) for path in paths) else {}
     for path in filter(named.__contains__, paths):
         by, way_out = named[path]
-        if not path.startswith("blobs/"):
-            way_out = "delete it, and run again"
         raise UserError(
             f"{store.url}/{path} is damaged or missing, and stays as it is, because {by} names it: put a sound copy in "
             f"its place; if there is none, {way_out}"
@@ -90,35 +88,31 @@ def stands_on(store: Store) -> dict[str, tuple[str, str]]:
     made = {entry.path.rpartition("/")[2].removesuffix(".json"): entry.path for entry in store.list("artifacts/")}
     found: dict[str, tuple[str, str]] = {}
 
-    def stand(key: str, by: str, way_out: str) -> dict[str, Any]:
+    def stand(key: str, by: str, way_out: str = "") -> dict[str, Any]:
         """Adds an artefact and its blobs, and returns its record, empty if there is none to be trusted."""
         if key not in made:
             return {}
-        stage = made[key].split("/")[1]
         record = peek_record(store, made[key]) or {}
         blobs = [*record.get("blobs", {}).values(), *filter(None, [record.get("shard_table")])]
-        for path in (made[key], *map(blob_path, blobs)):
-            found.setdefault(path, (by, way_out.replace("STAGE", stage)))
+        found.setdefault(made[key], (by, "delete it, and run again"))
+        for path in map(blob_path, blobs):
+            found.setdefault(path, (by, way_out or f"delete it and {made[key]}, and run again"))
         return record
 
-    for entry in store.list("locks/"):
-        if entry.path.startswith(LIST):
-            project = entry.path.removeprefix(LIST).removesuffix(".json")
-            by = f"the list of {project} ({entry.path})"
-            for blob in read_journal(store, project).retries:
-                found[blob_path(blob)] = (by, f"take it out of the retries in {entry.path}, and run again")
-        elif entry.path.endswith(".json"):
-            stand(
-                pinned_key(store, entry.path),
-                f"the pin {entry.path}",
-                "lift the pin with unclip unpin CONFIG STAGE, and run again",
-            )
     for project in released_projects(store):
         by, way_out = f"the release of {project}", f"roll it back, or delete {release_path(project)}, and run again"
         for move in read_releases(store, project).standing:
             bundle = stand(move.bundle, by, way_out)
             for key in (move.evaluation, *bundle.get("inputs", {}).values()):
                 stand(key, by, way_out)
+    for entry in store.list("locks/"):
+        if entry.path.startswith(LIST):
+            project = entry.path.removeprefix(LIST).removesuffix(".json")
+            way_out = f"take it out of the retries in {entry.path}, and run again"
+            for blob in read_journal(store, project).retries:
+                found.setdefault(blob_path(blob), (f"the list of {project}", way_out))
+        elif entry.path.endswith(".json"):
+            stand(pinned_key(store, entry.path), f"the pin {entry.path}")
     return found
 
 

@@ -256,7 +256,7 @@ def test_what_a_pin_names_stays(victim: str, store: Store) -> None:
     path = blob_path(clip.blobs["model.safetensors"]) if victim == "blob" else artifact_path("clip", clip.key)
     spoil(store, path)
     before = contents(store)
-    way_out = "lift the pin with unclip unpin CONFIG clip" if victim == "blob" else "delete it, and run again"
+    way_out = "delete it and artifacts/clip/clip-key.json" if victim == "blob" else "delete it, and run again"
     with pytest.raises(UserError, match=f"{path} is damaged.*because the pin locks/lineage.json names it.*{way_out}"):
         _meet(store, path, clip)
     assert contents(store) == before
@@ -270,7 +270,9 @@ def test_rows_that_a_list_tries_again_stay(store: Store) -> None:
     change_journal(store, "p", lambda journal: type(journal)(retries=(blob,)))
     spoil(store, blob_path(blob))
     before = contents(store)
-    with pytest.raises(UserError, match=f"because the list of p .{journal_path('p')}. names it"):
+    with pytest.raises(
+        UserError, match=f"because the list of p names it.*take it out of .* in {journal_path('p')}, and"
+    ):
         heal(store, CorruptObject(blob_path(blob), "has other bytes"), {})
     assert contents(store) == before
 
