@@ -21,8 +21,8 @@ from pipeline.store_shared import Buffers, Entry, Traffic
 
 
 class Store(Protocol):
-    """Seven methods; paths are relative, with forward slashes. A path or, in a folder, a link that leads out of the store
-    is refused with a UserError by all of them."""
+    """Seven methods; paths are relative, with forward slashes. A path that leads out of the store is refused with
+    a UserError, and so is, in a folder, a link that does."""
 
     @property
     def url(self) -> str:
