@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from tempfile import NamedTemporaryFile
 from threading import Lock
 from typing import Any
@@ -78,7 +79,7 @@ def publish_shard(
     number: int,
     key: str,
     ledger: Ledger,
-    blobs: Mapping[str, bytes],
+    blobs: Mapping[str, bytes | Path],
     counts: Mapping[str, int],
 ) -> Shard:
     """Blobs first, the record last. Returns the shard that stands, which may be another worker's."""

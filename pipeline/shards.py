@@ -12,9 +12,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import (
@@ -49,14 +51,17 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardOutput:
-    """What a worker made of one shard. ``seconds`` of its steps are for people, and no part of the shard."""
+    """What a worker made of one shard; a large blob may lie in a file. ``seconds`` of its steps are for people, and no
+    part of the shard. ``finished`` is called when the shard is in the store."""
 
     ledger: Ledger
-    blobs: Mapping[str, bytes]
+    blobs: Mapping[str, bytes | Path]
     counts: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    finished: Callable[[], object] = lambda: None
 
 
+DEATHS = 3  # of workers at one shard; the next one does not try
 Worker = Callable[[ShardTask], ShardOutput]
 Work = dict[str, float]
 """What workers took, summed: "busy_seconds" in tasks and "wait_seconds" between them, "written_bytes", and
@@ -206,20 +211,56 @@ def _run(
         yield _answer(row["answer"])
 
 
-def _make(store: Store, stage: str, worker: Worker, task: ShardTask, free: float) -> tuple[Shard, Work]:
+def _make(
+    store: Store,
+    stage: str,
+    worker: Worker,
+    task: ShardTask,
+    free: float,
+    making: Callable[[str, ShardTask], AbstractContextManager[None]] = lambda stage, task: nullcontext(),
+) -> tuple[Shard, Work]:
     """One shard, unless another driver has made it meanwhile. The worker has been ``free`` since then."""
     began = time.monotonic()
     work: Work = {"wait_seconds": began - free, "write_seconds": 0.0, "written_bytes": 0}
     shard = read_shard(store, stage, task.key)
     if shard is None:
-        output = worker(task)
-        made = time.monotonic()
-        shard = publish_shard(store, stage, task.number, task.key, output.ledger, output.blobs, output.counts)
+        with making(stage, task):
+            output = worker(task)
+            made = time.monotonic()
+            sizes = [blob.stat().st_size if isinstance(blob, Path) else len(blob) for blob in output.blobs.values()]
+            shard = publish_shard(store, stage, task.number, task.key, output.ledger, output.blobs, output.counts)
+            output.finished()
         work |= {f"{name}_seconds": seconds for name, seconds in output.seconds.items()}
         work["write_seconds"] = time.monotonic() - made
-        work["written_bytes"] = sum(len(blob) for blob in output.blobs.values())
+        work["written_bytes"] = sum(sizes)
     work["busy_seconds"] = time.monotonic() - began
     return shard, work
+
+
+@contextmanager
+def _counting_deaths(stage: str, task: ShardTask) -> Iterator[None]:
+    """Raises UserError if DEATHS workers of this driver died in this block.
+
+    Ray replaces a worker that dies, for ever, and gives it the same shard. Its own limits count the tasks that wait
+    behind such a shard, too, and do not say which one it was.
+    """
+    import ray
+    from ray.experimental import internal_kv
+
+    name = f"unclip {ray.get_runtime_context().get_job_id()} {stage} {task.key}"
+    begun = int(internal_kv._internal_kv_get(name) or 0)
+    if begun == DEATHS:
+        rows = max((shard.kept + shard.lost for shard in task.inputs.values()), default=0)
+        raise UserError(
+            f"{stage}: shard {task.number} ({rows:,} rows, whose keys begin with {task.number:08d}) killed {begun} "
+            f"workers; Ray's log says how, most often for want of memory: give them more (run.{stage}.memory_mb) or "
+            f"make shards smaller (source.shard_rows), and run the same command again"
+        )
+    internal_kv._internal_kv_put(name, str(begun + 1), overwrite=True)
+    try:
+        yield
+    finally:
+        internal_kv._internal_kv_del(name)
 
 
 def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
@@ -237,7 +278,7 @@ def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
 
         def answer(self, task: ShardTask) -> str:
             try:
-                shard, work = _make(store, stage, self.worker, task, self.free)
+                shard, work = _make(store, stage, self.worker, task, self.free, _counting_deaths)
             except UserError as e:
                 return json.dumps({"user_error": str(e)})
             except CorruptObject as e:

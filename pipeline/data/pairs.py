@@ -7,13 +7,12 @@ order of key, time and owner fixed. Captions stay apart, so that new captions ne
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -27,11 +26,13 @@ from pipeline.data.lists import reach
 from pipeline.data.opener import Evidence
 from pipeline.data.opt_outs import OPT_OUTS, opt_out_table
 from pipeline.data.source import row_key
+from pipeline.data.unfinished import Unfinished
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger, status_of
 from pipeline.local import Reach, read_local, reason_of
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps
+from pipeline.records import digest
 from pipeline.settings import PairsSettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
@@ -132,22 +133,29 @@ class Packer:
             else:  # no picture, and so no size
                 rows[i]["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
         own = [i for i in wanted if not refs[i]["url"].startswith(("tar://", SCHEME))]
-        out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            new = self._new_pictures([(rows[i], refs[i]) for i in own if i not in known], steps)
+        with Unfinished(digest([self.store.url, task.key, repr(self.settings)])) as unfinished:
+            ended = unfinished.ended
+            left = [i for i in own if i not in known and rows[i]["key"] not in ended]
+            new = self._new_pictures([(rows[i], refs[i]) for i in left], steps)
             for i in own:
-                if i in known:
-                    self._take_over(tar, rows[i], known[i])
+                if rows[i]["key"] in ended:
+                    rows[i] |= ended[rows[i]["key"]]
+                    if evidence := rows[i].get("evidence"):
+                        rows[i]["evidence"] = Evidence(*evidence)
                     continue
-                if (picture := next(new)) is not None:
-                    self._add(tar, rows[i], picture)
-        blobs = {"index": write_table(index_table(rows))}
+                if i in known:
+                    picture = known[i].picture
+                    rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER} | {"evidence": known[i].evidence}
+                else:
+                    picture = next(new)
+                unfinished.add(rows[i], picture, self.recipe.encode_format)
+        blobs: dict[str, bytes | Path] = {"index": write_table(index_table(rows))}
         if own:
-            blobs["images"] = out.getvalue()
+            blobs["images"] = unfinished.path
         if opted_out := [row for row in rows if row.get("evidence")]:
             blobs[OPT_OUTS] = opt_out_table(opted_out)
         ledger = Ledger.count(None if row["status"] == "kept" else row["reason"] for row in rows)
-        return ShardOutput(ledger, blobs, index_counts(rows), steps.seconds)
+        return ShardOutput(ledger, blobs, index_counts(rows), steps.seconds, unfinished.remove)
 
     def _new_pictures(
         self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]], steps: Steps
@@ -182,18 +190,6 @@ class Packer:
             "xxh3": checksum(picture.data),
         }
         return picture.data
-
-    def _take_over(self, tar: tarfile.TarFile, row: dict[str, Any], known: Known) -> None:
-        row |= {k: known.row[k] for k in TAKEN_OVER} | {"evidence": known.evidence}
-        if known.picture is not None:
-            self._add(tar, row, known.picture)
-
-    def _add(self, tar: tarfile.TarFile, row: dict[str, Any], picture: bytes) -> None:
-        member = tarfile.TarInfo(f"{row['key']}.{self.recipe.encode_format}")
-        member.size = len(picture)
-        assert isinstance(tar.fileobj, io.BytesIO)
-        row["offset"] = tar.fileobj.tell() + tarfile.BLOCKSIZE
-        tar.addfile(member, io.BytesIO(picture))
 
     def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any]) -> None:
         """Index a member of an existing tar where it lies, after decoding it once."""

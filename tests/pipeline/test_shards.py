@@ -1,16 +1,29 @@
 """map_shards in this process: what is there is not made again, counts balance, and damage and mistakes come through."""
 
 import logging
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline.artifacts import Artifact, Shard, ShardList, publish_shard, read_shards, shard_path, write_shard_table
+from pipeline.artifacts import (
+    Artifact,
+    Shard,
+    ShardList,
+    ShardRow,
+    publish_shard,
+    read_shards,
+    shard_path,
+    write_shard_table,
+)
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
@@ -196,7 +209,9 @@ def test_a_failure_keeps_what_was_made_and_publishes_nothing(store: Store, failu
     assert again.asked == [1, 2]
 
 
-def test_failures_travel_from_a_ray_worker_as_values() -> None:
+def test_failures_travel_from_a_ray_worker_as_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.shards._counting_deaths", lambda stage, task: nullcontext())  # no Ray here
+
     def answer(failure: Exception | None) -> str:
         import pickle
 
@@ -366,6 +381,40 @@ def test_workers_that_have_no_room_are_left_out(tmp_path: Path, caplog: pytest.L
             map_shards(replace(_context(store), settings=ShardSettings(cpus=3)), _tasks(7, 8), Worker)
     finally:
         logging.getLogger("ray.data").removeHandler(caplog.handler)
+        ray.shutdown()
+
+
+@dataclass
+class Deadly(Worker):
+    """Kills its process at shard 1, and writes that down."""
+
+    log: Path = Path()
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        if task.number == 1:
+            with open(self.log, "a") as file:
+                file.write("dead\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(task)
+
+
+def test_a_shard_that_kills_every_worker_ends_with_one_line(tmp_path: Path) -> None:
+    """Which names it and its rows; the others are made, and the same command goes on with them."""
+    import ray
+
+    store = open_store(str(tmp_path / "store"))
+    tasks = [ShardTask(n, f"key-{n}", {"source": ShardRow(n, f"source-{n}", 240, 10, {}, {})}) for n in (0, 1, 2)]
+    ctx = replace(_context(store), settings=ShardSettings(workers=1))
+    try:
+        with pytest.raises(UserError) as caught:
+            map_shards(ctx, tasks, partial(Deadly, log=tmp_path / "log"))
+        said = str(caught.value)
+        assert said.startswith("pairs: shard 1 (250 rows, whose keys begin with 00000001) killed 3 workers;")
+        assert "\n" not in said
+        assert (tmp_path / "log").read_text() == "dead\n" * 3
+        artifact = map_shards(ctx, tasks, Worker)
+        assert artifact.ledger.rows == 10 + 11 + 12
+    finally:
         ray.shutdown()
 
 
