@@ -249,17 +249,17 @@ def _counting_deaths(stage: str, task: ShardTask) -> Iterator[None]:
 
     name = f"unclip {ray.get_runtime_context().get_job_id()} {stage} {task.key}"
     begun = int(internal_kv._internal_kv_get(name) or 0)
-    if begun == DEATHS:
-        rows = max((shard.kept + shard.lost for shard in task.inputs.values()), default=0)
-        raise UserError(
-            f"{stage}: shard {task.number} ({rows:,} rows, whose keys begin with {task.number:08d}) killed {begun} "
-            f"workers; Ray's log says how, most often for want of memory: give them more (run.{stage}.memory_mb) or "
-            f"make shards smaller (source.shard_rows), and run the same command again"
-        )
     internal_kv._internal_kv_put(name, str(begun + 1), overwrite=True)
     try:
+        if begun == DEATHS:
+            rows = max((shard.kept + shard.lost for shard in task.inputs.values()), default=0)
+            raise UserError(
+                f"{stage}: shard {task.number} ({rows:,} rows, whose keys begin with {task.number:08d}) killed {begun} "
+                f"workers; Ray's log says how, most often for want of memory: give them more (run.{stage}.memory_mb) "
+                f"or make shards smaller (source.shard_rows), and run the same command again"
+            )
         yield
-    finally:
+    finally:  # what dies does not come here
         internal_kv._internal_kv_del(name)
 
 

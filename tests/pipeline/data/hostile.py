@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tests.pipeline.data.bench import picture
+from tests.pipeline.data.hostile_costs import stored_bombs, time_bombs
 from tests.pipeline.data.odd import chunk, encoded, png
 
 SIDES = (80, 72)  # of most pictures
@@ -31,7 +32,8 @@ class File:
 
 def files() -> list[File]:
     """The corpus, the same at every call."""
-    found = [*truncated(), *bombs(), *other_types(), *polyglots(), *pixels(), *damaged()]
+    costly = [one(*named) for named in (*time_bombs(), *stored_bombs())]
+    found = [*truncated(), *bombs(), *other_types(), *polyglots(), *pixels(), *damaged(), *costly]
     assert len({file.name for file in found}) == len(found)
     return found
 
