@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from jobs.plan import print_changes
 from jobs.project import Project, open_project
@@ -20,7 +19,10 @@ from pipeline.data.references import shown
 from pipeline.data.source import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import UserError
 from pipeline.ledger import DEFERRED, REASONS
+from pipeline.local import read_local
 from pipeline.progress import duration
+
+FILE_BYTES = 256 << 20  # of a list of what to forget
 
 
 def main(argv: Sequence[str]) -> int:
@@ -160,9 +162,11 @@ def _lines(path: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        return (sys.stdin.read() if path == "-" else Path(path).read_text()).splitlines()
+        return (sys.stdin.read() if path == "-" else read_local(path, FILE_BYTES).decode()).splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--file {path}: cannot be read ({e})") from None
+        raise UserError(
+            f"--file {path}: cannot be read ({e}); give a UTF-8 text file, or - for standard input"
+        ) from None
 
 
 if __name__ == "__main__":

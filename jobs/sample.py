@@ -15,6 +15,7 @@ from models.sampling_config import SamplingConfig
 from pipeline.artifacts import Artifact, load_artifact
 from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
+from pipeline.local import read_local
 from pipeline.parse import parse
 from pipeline.records import digest
 from pipeline.store import Store, open_store
@@ -94,7 +95,7 @@ def newest_output() -> Path:
 def bundle_artifact(output: Path) -> tuple[Store, Artifact]:
     """The bundle that a run left word of in its output folder, and the store that it is in. Raises UserError."""
     try:
-        word = json.loads((output / "bundle.json").read_text())
+        word = json.loads(read_local(output / "bundle.json", 1 << 16))
         store, key = open_store(word["store"]), word["bundle"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{output}: no finished bundle there; name a run's output folder") from None

@@ -28,6 +28,7 @@ from pipeline.data.thresholds import ThresholdsRecipe
 from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.recipe import EVALUATION_PRESETS, EvaluationRecipe
+from pipeline.local import read_local
 from pipeline.parse import merge, parse
 from pipeline.release_gates import ReleaseGates
 from pipeline.samples import SamplesRecipe
@@ -49,6 +50,7 @@ from pipeline.training.recipes import (
     UpsamplerRecipe,
 )
 
+CONFIG_BYTES = 16 << 20
 TRAININGS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 FIELD_PRESETS = {
     "curation": CURATION_PRESETS,
@@ -122,7 +124,7 @@ OVERRIDES = "values in place of the file's, such as decoder.samples=100000 prese
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply ``key.key=value`` overrides. Raises UserError with one line for any mistake."""
     try:
-        text = Path(path).read_text()
+        text = read_local(path, CONFIG_BYTES).decode()
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such configuration; unclip init writes one, the shipped ones are in configs/"

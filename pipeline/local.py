@@ -149,6 +149,8 @@ def open_local(path: str | Path, within: Reach | None = None) -> BufferedReader:
 
 
 def _check_regular(found: os.stat_result, path: str | Path) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 

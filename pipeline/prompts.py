@@ -180,7 +180,7 @@ def _record(text: str, path: Path) -> list[str] | None:
 
 def _utf8(path: Path) -> Iterator[str | None]:
     """The lines of a text file; None for one that is not UTF-8."""
-    with open(path, "rb") as lines:
+    with open_local(path) as lines:
         for number, line in enumerate(lines):
             try:
                 yield line.decode("utf-8" if number else "utf-8-sig")
@@ -194,6 +194,7 @@ def _refusing(path: Path) -> Iterator[None]:
     import pyarrow as pa
 
     try:
+        open_local(path).close()  # readers of tables open a path themselves, and a pipe would never answer
         yield
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{path}: cannot be read ({' '.join(str(e).split())}); give a {KINDS}") from e

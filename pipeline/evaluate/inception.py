@@ -13,7 +13,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +25,10 @@ from pipeline.evaluate.quality import named
 from pipeline.evaluate.rows import HeldOut
 from pipeline.evaluate.statistics import frechet_distance
 from pipeline.evaluate.whole import whole
+from pipeline.local import read_local
 from pipeline.parse import ContentFile
 
+WEIGHTS_BYTES = 256 << 20  # the published file has 91 MiB
 PACKAGES = ("torchmetrics", "torch-fidelity")
 MISSING = f"evaluation.inception needs {' and '.join(PACKAGES)}: pip install 'unclip-ray[fid]'"
 PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -80,7 +81,7 @@ def package_versions() -> dict[str, str]:
 def _read(file: ContentFile) -> dict[str, Tensor]:
     path = file.path or file
     try:
-        data = Path(path).read_bytes()
+        data = read_local(path, WEIGHTS_BYTES)
     except OSError as e:
         raise UserError(f"evaluation.inception: {path} cannot be read ({e.strerror})") from None
     if hashlib.sha256(data).hexdigest() != file:
