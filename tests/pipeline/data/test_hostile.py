@@ -227,7 +227,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
 
 
 def test_the_corpus_is_as_large_as_it_says() -> None:
-    assert len(files()) >= 300
+    assert len(files()) >= 480
     assert len(ANSWERS) + 2 * len(INSIDE) + 2 * len(AMBIGUOUS) >= 60
     assert all(end is None or end in REASONS for file in files() for end in file.ends)
 
