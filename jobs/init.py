@@ -12,6 +12,7 @@ from pipeline.data.look import Look, look
 from pipeline.data.references import shown
 from pipeline.data.source import SourceRecipe
 from pipeline.errors import UserError
+from pipeline.progress import counted
 from pipeline.starter import CLIP_PAIRS, starter
 
 ENOUGH = 1000  # pairs, below which models learn pictures by heart
@@ -83,6 +84,9 @@ def _remarks(seen: Look) -> Iterator[str]:
     yield f"pairs found: {seen.rows:,}{' and more' if seen.more else ''}"
     if seen.rows < ENOUGH and not seen.more:
         yield f"warning: fewer than {ENOUGH:,} pairs are enough to try it, but the models will learn them by heart"
+    if seen.flaws:
+        many = counted(len(seen.flaws), "row")
+        yield f"warning: {many} more cannot be read and will be left out; the first: {seen.flaws[0]}"
     if bare := seen.rows - len(seen.captions):
         yield f"warning: {bare:,} of them have no caption and will not be learnt from"
     if seen.forbidden:

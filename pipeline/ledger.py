@@ -9,6 +9,8 @@ from typing import Any
 
 REASONS = {
     # source
+    "malformed_row": "a line of the list with a stray quotation mark, too few or many values, or over 1 MiB",
+    "not_utf8": "a value of the list, or a file of captions, that is not UTF-8",
     "no_reference": "the row names no image",
     "no_caption": "no caption, or only white space",
     "duplicate_url": "an earlier row of the list names the same image",

@@ -14,7 +14,18 @@ from pipeline.records import put_blob
 from pipeline.store import Store
 
 # How a row may end that another try would only repeat, or that asked not to be tried.
-FINAL = frozenset({"no_reference", "duplicate_url", "forgotten", "forbidden_address", "opted_out", "denied"})
+FINAL = frozenset(
+    (
+        "malformed_row",
+        "not_utf8",
+        "no_reference",
+        "duplicate_url",
+        "forgotten",
+        "forbidden_address",
+        "opted_out",
+        "denied",
+    )
+)
 
 
 def gather(

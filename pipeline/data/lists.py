@@ -15,21 +15,24 @@ from urllib.parse import quote
 
 from pipeline.data.imported import embedding_reference, is_embeddings, metadata_parts
 from pipeline.data.references import without_password
+from pipeline.data.tables import IMAGES, LIMIT, Flaw, table_rows
 from pipeline.errors import UserError
 from pipeline.local import Reach, open_local
 
 if TYPE_CHECKING:
     from pipeline.data.source import SourceRecipe
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 ROWS = ".rows"  # ends the name of a file of rows as they were read (see write_rows)
-CAPTION_BYTES = 1 << 20  # of a text file that are read
+# What a table says where it has no value, as pyarrow and pandas read it. In a column of groups it is a group.
+MISSING = frozenset(("#N/A", "#NA", "-NaN", "-nan", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"))
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of a list. ``url`` is an http(s), s3 or file reference, a member of a tar (see tar_reference), or
-    an embedding (see pipeline.data.imported). ``reject``: the reason why the list may not name it, or None."""
+    an embedding (see pipeline.data.imported). ``reject``: the reason if the list may not name it, or if the row cannot
+    be read, and then ``flaw`` says what is wrong, and where."""
 
     url: str
     captions: tuple[str, ...]
@@ -39,11 +42,48 @@ class Row:
     license: str = ""
     attribution: str = ""
     reject: str | None = None
+    flaw: str = ""
 
 
 def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
-    """The rows of one list in its order, read as they are asked for. Raises UserError as ``scan`` does."""
+    """Yields the rows of one list in its order, read as they are asked for.
+
+    Raises UserError as ``scan`` does, and behind the last row if none of them can be read, or none has a caption.
+    """
     kind, where = _kind(path)
+    rows = unread = spoken = 0
+    flaw = ""
+    try:
+        for row in _rows(path, kind, where, recipe):
+            rows += 1
+            unread += bool(row.flaw)
+            flaw = flaw or row.flaw
+            spoken += bool(row.captions)
+            yield row
+    except OSError as e:
+        raise UserError(f"source {path}: cannot be read ({e.strerror or e})") from None
+    if rows and not spoken:
+        if flaw:
+            raise UserError(
+                f"source {path}: no row with a caption can be read, and {unread:,} of {rows:,} not at all: {flaw}"
+            )
+        raise UserError(
+            f"source {path}: no row has a caption, so nothing can be learnt from it; {_looked_for(kind, where, recipe)}"
+        )
+
+
+def _looked_for(kind: str, where: str, recipe: SourceRecipe) -> str:
+    """Where the captions of a list would have been found."""
+    if kind == "folder":
+        image = next(file for file in _files(Path(where)) if file.suffix.lower() in IMAGES)
+        text = image.with_suffix(".txt")
+        return f"put a line of text into {text} for {image.name}, and so on (metadata.jsonl is not read)"
+    if kind == "tar":
+        return "in a tar, 000.txt or 000.caption has the caption of 000.jpg (000.json is not read)"
+    return f"its column {recipe.caption_column} is empty; name another one in source.caption_column"
+
+
+def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[Row]:
     if kind == "emoji":
         from pipeline.data.emoji import emoji_rows
         from pipeline.data.emoji_flaws import flawed_rows
@@ -61,10 +101,7 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
         for written in _written_rows(Path(where)):
             yield replace(written, reject=written.reject or may.refusal(written.url))
     else:
-        may = reach(recipe, path)
-        for listed in _table_rows(Path(where), recipe):
-            url = _beside(Path(where).parent, listed.url)
-            yield replace(listed, url=url, reject=may.refusal(url))
+        yield from _table_rows(Path(where), recipe, reach(recipe, path))
 
 
 def reach(recipe: SourceRecipe, *paths: str) -> Reach:
@@ -98,8 +135,10 @@ def _kind(path: str) -> tuple[str, str]:
         return "embeddings" if is_embeddings(file) else "folder", str(file.absolute())
     if not file.is_file():
         raise UserError(f"source {path}: not a regular file, and nothing else is read")
-    if file.suffix in (".parquet", ".csv", ".tsv", ".tar", ROWS):
-        return file.suffix[1:], str(file.absolute())
+    if (suffix := file.suffix.lower()) in (".parquet", ".csv", ".tsv", ".tar", ROWS):
+        return suffix[1:], str(file.absolute())
+    if suffix in (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"):
+        raise UserError(f"source {path}: lists and tars are not read out of a compressed file; unpack it first")
     raise UserError(f"source {path}: not a .parquet, .csv, .tsv or .tar file, nor a folder")
 
 
@@ -146,7 +185,28 @@ def _folder_rows(folder: Path, may: Reach) -> Iterator[Row]:
     for file in _files(folder):
         if file.suffix.lower() in IMAGES:
             text = file.with_suffix(".txt")
-            yield Row(f"file://{quote(os.fsencode(file))}", _captions(_lines(text, may)))
+            yield _spoken(f"file://{quote(os.fsencode(file))}", _bytes(text, may), str(text))
+
+
+def _bytes(text: Path, may: Reach) -> bytes:
+    """The bytes of a text file, one more than LIMIT at most; none of one that is missing, irregular, or a link to what
+    the list may not name."""
+    try:
+        with open_local(text, may) as file:
+            return file.read(LIMIT + 1)
+    except OSError:
+        return b""
+
+
+def _spoken(url: str, data: bytes, where: str) -> Row:
+    """A row whose captions are the lines of a file."""
+    if len(data) > LIMIT:
+        return Row(url, (), reject="malformed_row", flaw=f"{where} has over {LIMIT:,} bytes")
+    try:
+        return Row(url, _captions(data.decode("utf-8-sig").splitlines()))
+    except UnicodeDecodeError as e:
+        flaw = f"byte {e.start + 1} of {where} is 0x{data[e.start]:02x}, which is not UTF-8"
+        return Row(url, (), reject="not_utf8", flaw=flaw)
 
 
 def write_rows(file: BinaryIO, rows: Iterable[Row]) -> None:
@@ -174,20 +234,12 @@ def _written_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"source {path}: not a file of rows as a package holds them ({e}); name the list") from None
 
 
-def _lines(text: Path, may: Reach) -> list[str]:
-    """The lines of a text file; none of one that is missing, irregular, or a link to what the list may not name."""
-    try:
-        with open_local(text, may) as file:
-            return file.read(CAPTION_BYTES).decode(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
 def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Row]:
     """Each is split as its picture would be; the list's hash is that picture's."""
     for part, metadata in metadata_parts(folder, may):
         for i, row in enumerate(_table_rows(metadata, recipe)):
-            yield replace(row, url=embedding_reference(folder, part, i), group=row.group or row.url, sha256="")
+            url = "" if row.reject else embedding_reference(folder, part, i)
+            yield replace(row, url=url, group=row.group or row.url, sha256="")
 
 
 def tar_reference(tar: str, member: str, offset: int, size: int) -> str:
@@ -197,94 +249,68 @@ def tar_reference(tar: str, member: str, offset: int, size: int) -> str:
 
 def _tar_rows(path: Path) -> Iterator[Row]:
     """Members that share a name up to the first dot of their base name are one sample, as in webdataset."""
-    try:
-        with tarfile.open(path) as tar:
-            lines: list[str] = []
-            name, image = "", None
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if (sample := f"{folder}/{stem}") != name:
-                    if image is not None:
-                        yield Row(image, _captions(lines))
-                    name, image, lines = sample, None, []
-                if f".{extension.lower()}" in IMAGES:
-                    image = tar_reference(str(path), member.name, member.offset_data, member.size)
-                elif extension in ("txt", "caption"):
-                    content = tar.extractfile(member)
-                    lines = content.read(CAPTION_BYTES).decode(errors="replace").splitlines() if content else []
-            if image is not None:
-                yield Row(image, _captions(lines))
-    except tarfile.TarError as e:
-        raise UserError(f"source {path}: not a readable tar ({e})") from None
+    with open_local(path) as file:
+        head = file.read(6)
+        if packed := next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None):
+            raise UserError(
+                f"source {path}: compressed with {packed}; images are read where they lie, so unpack it first"
+            )
+        try:
+            yield from _members(path, file)
+        except tarfile.TarError as e:
+            raise UserError(f"source {path}: not a readable tar ({e})") from None
 
 
-def _table_rows(path: Path, recipe: SourceRecipe) -> Iterator[Row]:
-    import pyarrow as pa
-
-    try:
-        for batch in _batches(path):
-            names = batch.schema.names
-            for column in (recipe.image_column, recipe.caption_column):
-                if column not in names:
-                    raise UserError(
-                        f"source {path}: no column {column}; it has {', '.join(names)}. "
-                        "Set source.image_column or source.caption_column"
-                    )
-            optional = {
-                n: c
-                for n in ("group", "split", "sha256")
-                if (c := getattr(recipe, f"{'hash' if n == 'sha256' else n}_column")) in names
-            }
-            extra = {n: n for n in ("license", "attribution") if n in names}
-            for row in batch.to_pylist():
-                caption = row[recipe.caption_column]
-                texts = caption if isinstance(caption, list) else [caption]
-                fields = {n: str(row[c] or "") for n, c in (optional | extra).items()}
-                if fields.get("split") not in (None, "", "train", "validation", "test"):
-                    raise UserError(f"source {path}: split {fields['split']!r} is not train, validation or test")
-                yield Row(without_password(str(row[recipe.image_column] or "").strip()), _captions(texts), **fields)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as e:
-        raise UserError(f"source {path}: cannot be read ({str(e).splitlines()[0]})") from None
-
-
-def _batches(path: Path) -> Iterable[Any]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        return pq.ParquetFile(path).iter_batches(batch_size=10_000)
-    from pyarrow import csv
-
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    with open(path, newline="", errors="replace") as f:
-        header = f.readline().rstrip("\r\n").split(delimiter)
-    # As bytes: read as text, one value that is not UTF-8 would end the whole list.
-    kinds = {name.strip('"'): "binary" for name in header}
-    batches = csv.open_csv(
-        path,
-        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=csv.ConvertOptions(column_types=kinds, strings_can_be_null=True),
-    )
-    return map(_as_text, batches)
+def _members(path: Path, file: BinaryIO) -> Iterator[Row]:
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        text, text_name = b"", ""
+        name, image = "", None
+        for member in tar:
+            if not member.isfile():
+                continue
+            folder, _, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            if (sample := f"{folder}/{stem}") != name:
+                if image is not None:
+                    yield _spoken(image, text, text_name)
+                name, image, text = sample, None, b""
+            if f".{extension.lower()}" in IMAGES:
+                image = tar_reference(str(path), member.name, member.offset_data, member.size)
+            elif extension in ("txt", "caption"):
+                content = tar.extractfile(member)
+                text, text_name = content.read(LIMIT + 1) if content else b"", f"{member.name} in {path}"
+        if image is not None:
+            yield _spoken(image, text, text_name)
+        # Where a header is damaged, or another tar begins, tarfile ends as if there were no more members.
+        file.seek(tar.offset)
+        if file.read(LIMIT).strip(b"\0"):
+            raise UserError(
+                f"source {path}: damaged at byte {tar.offset:,}, or another tar follows there; write it again, "
+                "or join tars with: tar --concatenate"
+            )
 
 
-def _as_text(batch: Any) -> Any:
-    """A batch whose columns of bytes are text; what is not UTF-8 becomes U+FFFD."""
-    import pyarrow as pa
+def _table_rows(path: Path, recipe: SourceRecipe, may: Reach | None = None) -> Iterator[Row]:
+    """The rows of a table. With ``may``, what it may name, relative paths of images count from its folder."""
+    optional = (recipe.split_column, recipe.hash_column, "license", "attribution", recipe.group_column)
+    found = table_rows(path, (recipe.image_column, recipe.caption_column), optional)
+    for number, values in enumerate(found, 1):
+        if isinstance(values, Flaw):
+            yield Row("", (), reject=values.reason, flaw=values.what)
+            continue
+        url, captions, *fields, group = values
+        texts = captions if isinstance(captions, list) else [captions]
+        url, split, sha256, license, attribution = ("" if v is None or v in MISSING else v for v in (url, *fields))
+        if split not in ("", "train", "validation", "test"):
+            raise UserError(f"source {path}: row {number:,}: split {split!r} is not train, validation or test")
+        reference = without_password(url.strip())
+        spoken = _captions(text for text in texts if text not in MISSING)
+        if may is not None:
+            reference = _beside(path.parent, reference)
+        refusal = may.refusal(reference) if may else None
+        yield Row(reference, spoken, group or "", split, sha256, license, attribution, refusal)
 
-    columns = []
-    for column in batch.columns:
-        if pa.types.is_binary(column.type):
-            try:
-                column = column.cast(pa.string())
-            except pa.ArrowInvalid:
-                texts = [None if value is None else value.decode(errors="replace") for value in column.to_pylist()]
-                column = pa.array(texts, pa.string())
-        columns.append(column)
-    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
-
-def _captions(lines: Iterable[Any]) -> tuple[str, ...]:
-    return tuple(text for line in lines if line is not None and (text := " ".join(str(line).split())))
+def _captions(lines: Iterable[str | None]) -> tuple[str, ...]:
+    return tuple(text for line in lines if line and (text := " ".join(line.split())))

@@ -25,7 +25,8 @@ class Look:
     """Rows with a reference that were looked at, and whether there are ``more``; the first caption of each row that
     has one; short sides, in pixels, of the first pictures that lie on this machine, and how many of them could not be
     opened; ``splits``: rows whose split the list names, by split, and ``shares``: hash shares of all others;
-    ``forbidden``: references that the list may not name, which count in none of these."""
+    ``forbidden``: references that the list may not name, and ``flaws``: what is wrong with rows that cannot be read,
+    which both count in none of these."""
 
     rows: int
     more: bool
@@ -35,6 +36,7 @@ class Look:
     splits: Mapping[str, int] = field(default_factory=dict)
     shares: tuple[float, ...] = ()
     forbidden: tuple[str, ...] = ()
+    flaws: tuple[str, ...] = ()
 
     def reaching(self, side: int) -> int:
         """How many of the measured pictures have a short side of at least this."""
@@ -54,9 +56,10 @@ def look(recipe: SourceRecipe) -> Look:
         if not first:
             raise UserError(f"source {path}: no rows")
         more = more or next(rows, None) is not None
-        found += [row for row in first if row.url]
-    forbidden = tuple(row.url for row in found if row.reject)
-    found = [row for row in found if not row.reject]
+        found += first
+    flaws = tuple(row.flaw for row in found if row.flaw)
+    forbidden = tuple(row.url for row in found if row.reject and not row.flaw)
+    found = [row for row in found if row.url and not row.reject]
     captions = tuple(row.captions[0] for row in found if row.captions)
     sides = list(_sides(found, reach(recipe, *recipe.paths)))
     different = {
@@ -65,7 +68,7 @@ def look(recipe: SourceRecipe) -> Look:
     splits = Counter(row.split for row in different if row.split)
     shares = tuple(hash_share(row.group or row.url) for row in different if not row.split)
     opened = tuple(side for side in sides if side)
-    return Look(len(found), more, captions, opened, sides.count(0), splits, shares, forbidden)
+    return Look(len(found), more, captions, opened, sides.count(0), splits, shares, forbidden, flaws)
 
 
 def _sides(rows: list[Row], may: Reach) -> Iterator[int]:

@@ -30,6 +30,7 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
 from pipeline.local import Reach
+from pipeline.progress import counted
 from pipeline.records import digest, put_blob, read_blob
 from pipeline.store import Store
 
@@ -208,6 +209,7 @@ class _Cutter:
         shards: list[SourceShard] = []
         with open(judged.duplicate, "rb") as duplicate:
             rest = rows()
+            unread, flaw = 0, ""
             while block := list(islice(rest, self.recipe.shard_rows)):
                 if len(shards) == SEGMENT_SHARDS:
                     raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
@@ -215,8 +217,12 @@ class _Cutter:
                 if len(flags) < len(block):
                     break
                 shards.append(self._shard(segment * SEGMENT_SHARDS + len(shards), block, flags))
+                unread += sum(bool(row.flaw) for row in block)
+                flaw = flaw or next((row.flaw for row in block if row.flaw), "")
             if block or duplicate.read(1):
                 raise UserError(f"{what}: changed while it was read; run again")
+        if unread:
+            log.warning("%s: %s cannot be read and will be left out; the first: %s", what, counted(unread, "row"), flaw)
         hashes = []
         if self.write and shards:
             if segment < FIRST_RETRY:
@@ -226,8 +232,8 @@ class _Cutter:
         return Segment(shards, hashes)
 
     def references(self, rows: Iterator[Row]) -> Iterator[str]:
-        """As they count for duplicates: rows that are forgotten leave no hash, nor do rows that may not name their
-        image, since another list may."""
+        """As they count for duplicates: rows that are forgotten or cannot be read leave no hash, nor do rows that
+        may not name their image, since another list may."""
         return ("" if row.reject or self._is_forgotten(row.url) else comparable(row.url) for row in rows)
 
     def _is_forgotten(self, url: str) -> bool:
@@ -236,7 +242,7 @@ class _Cutter:
     def _shard(self, number: int, rows: list[Row], duplicate: bytes) -> SourceShard:
         refs, captions, rejects, held_out = [], [], [], Counter[str]()
         for row, again in zip(rows, duplicate, strict=True):
-            reject = "no_reference" if not row.url else row.reject or ("duplicate_url" if again else None)
+            reject = row.reject or ("no_reference" if not row.url else "duplicate_url" if again else None)
             # Of rows that are tried again, only those have no reference that were blanked.
             if self._is_forgotten(row.url) or (not row.url and segment_of(number) >= FIRST_RETRY):
                 row, reject = Row("", ()), "forgotten"

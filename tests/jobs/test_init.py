@@ -4,6 +4,7 @@ import random
 import shutil
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -97,6 +98,7 @@ def test_models_that_no_picture_is_large_enough_for_are_left_out(side: int, size
     Path("pictures").mkdir()
     for i, scale in enumerate((1, 2)):
         Path(f"pictures/{i}.jpg").write_bytes(picture(i, 2 * side, side // scale, kind="JPEG"))
+        Path(f"pictures/{i}.txt").write_text("a cat")
     config = made("mine", "pictures")
     assert (config.bundle.models, config.bundle.sampling.size) == (models, size)
     text = Path("mine.yaml").read_text()
@@ -106,6 +108,8 @@ def test_models_that_no_picture_is_large_enough_for_are_left_out(side: int, size
 def test_pictures_on_the_web_or_broken_leave_every_model_in(capsys: Output) -> None:
     Path("pictures").mkdir()
     Path("pictures/a.jpg").write_bytes(b"not a picture")
+    Path("pictures/b.jpg").write_bytes(b"not a picture")
+    Path("pictures/b.txt").write_text("a cat")
     assert made("mine", table("csv"), "pictures").bundle.models == MODELS
     assert "warning: 1 of them have no caption" in capsys.readouterr().out
 
@@ -113,8 +117,46 @@ def test_pictures_on_the_web_or_broken_leave_every_model_in(capsys: Output) -> N
 def test_small_pictures_are_named(capsys: Output) -> None:
     Path("pictures").mkdir()
     Path("pictures/a.png").write_bytes(picture(0, 40, 40))
+    Path("pictures/a.txt").write_text("a cat")
     made("mine", "pictures")
     assert "warning: 1 of the first 1 pictures are below 64 px" in capsys.readouterr().out
+
+
+def test_rows_that_cannot_be_read_are_named(capsys: Output) -> None:
+    rows = "".join(f"http://closed.test/{i}.png,a cat\n" for i in range(20))
+    Path("pairs.csv").write_text(f'url,caption\n{rows}http://closed.test/a.png,"a dog\nhttp://closed.test/b.png\n')
+    made("mine", "pairs.csv")
+    output = capsys.readouterr().out
+    assert "pairs found: 20\n" in output
+    says = "warning: 2 rows more cannot be read and will be left out; the first: line 22 has a stray quotation mark\n"
+    assert says in output
+
+
+@pytest.mark.parametrize(
+    ("source", "looked_for"),
+    [
+        ("pictures", "/pictures/0.txt for 0.png, and so on (metadata.jsonl is not read)"),
+        ("00000.tar", "000.txt or 000.caption has the caption of 000.jpg"),
+        ("pairs.csv", "its column caption is empty"),
+        ("pairs.parquet", "its column caption is empty"),
+    ],
+)
+def test_a_list_without_any_caption_is_refused(
+    source: str, looked_for: str, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.jobs.test_init.CAPTIONS", ["", " ", "", "\n", ""])
+    (tar if source.endswith("tar") else folder if source == "pictures" else partial(table, source[6:]))()
+    Path("pictures").mkdir(exist_ok=True)
+    Path("pictures/metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
+    Path("run.yaml").write_text(f"project: mine\npreset: nano\nstore: store\nsource: {{paths: [{source}]}}\n")
+    for words in (["init", "mine", source], ["plan", "run.yaml"], ["run", "run.yaml"]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert f"source {source}: no row has a caption" in error
+        assert looked_for in error
+    assert not Path("mine.yaml").exists()
+    assert not Path("store").exists()
 
 
 def test_without_a_list_it_names_one_of_each_kind(capsys: Output) -> None:

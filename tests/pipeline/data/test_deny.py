@@ -94,6 +94,8 @@ def test_what_is_denied_is_not_asked_for_and_not_kept(tmp_path: Path) -> None:
     (tmp_path / "copy.png").write_bytes(picture(2))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(tmp_path / "copy.png", "0.png")
+        (tmp_path / "copy.txt").write_text("a picture")
+        tar.add(tmp_path / "copy.txt", "0.txt")
     for name, text in (
         ("hosts", "denied.test"),
         ("urls", "https://a.test/1.png"),

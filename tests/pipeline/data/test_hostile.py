@@ -313,12 +313,13 @@ def test_odd_tar_members_cost_nothing_and_leave_nothing_behind(tmp_path: Path) -
         )
     bench = Bench(tmp_path / "store", [str(path)], pairs={"max_pixels": MAX_PIXELS})
     bench.make("source", "captions", "pairs")
-    assert [row["reason"] for row in bench.rows("pairs")] == [None] * 8 + ["truncated", "zero_bytes", "decode_error"]
+    reasons = [None] * 5 + ["not_utf8", None, None, "truncated", "zero_bytes", "decode_error"]
+    assert [row["reason"] for row in bench.rows("pairs")] == reasons
     after = [p for p in sorted(tmp_path.rglob("*")) if p != path and not p.is_relative_to(tmp_path / "store")]
     assert after == before
     captions = captions_of(bench)
     assert captions[0] == ["a caption above us"]
-    assert captions[5] == ["caf\ufffd \ufffd\ufffd\ufffd"]
+    assert captions[5] == []
 
 
 def test_captions_of_any_bytes_beside_pictures_are_read(tmp_path: Path) -> None:
@@ -346,10 +347,10 @@ def test_captions_of_any_bytes_beside_pictures_are_read(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "store", [str(pictures)])
     bench.make("source", "captions", "pairs")
     reasons = Counter(row["reason"] for row in bench.rows("pairs"))
-    assert reasons == {None: len(texts) + 1, "missing_file": 3, "forbidden_reference": 1}
+    assert reasons == {None: len(texts) - 1, "not_utf8": 2, "missing_file": 3, "forbidden_reference": 1}
     captions = captions_of(bench)
-    assert captions[2] == ["na\ufffdve"]
-    assert captions[0] == captions[4] == []
+    assert captions[3] == ["a\0b"]
+    assert captions[0] == captions[1] == captions[2] == captions[4] == []
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
@@ -364,11 +365,12 @@ def test_a_value_of_a_list_that_is_not_utf_8_costs_no_other_row(tmp_path: Path, 
         (b"\xff", b"no reference"),
         (b"file://" + place + b"/0.png?2", b"\xed\xa0\x80"),
         (b"", b"none"),
+        *((b"file://" + place + b"/0.png?%d" % i, "café".encode()) for i in range(60)),
     ]
     path = tmp_path / f"list.{kind}"
     path.write_bytes(b"\n".join((b"\t" if kind == "tsv" else b",").join(row) for row in rows) + b"\n")
     bench = Bench(tmp_path / "store", [str(path)], run={"pairs": {"retries": 0}})
     bench.make("source", "captions", "pairs")
     reasons = [row["reason"] for row in bench.rows("pairs")]
-    assert reasons == [None, "missing_file", *["unsupported_reference"] * 2, None, "no_reference"]
-    assert captions_of(bench)[:2] == [["caf\ufffd"], ["lost"]]
+    assert reasons == ["not_utf8"] * 5 + ["no_reference"] + [None] * 60
+    assert captions_of(bench)[5:] == [["none"]] + [["café"]] * 60

@@ -132,6 +132,73 @@ def test_a_tar_is_used_in_place(tmp_path: Path, folder_store: Store) -> None:
     assert path.read_bytes()[offset : offset + 3] == b"one"
 
 
+def _tar(path: Path, mode: str, names: list[str]) -> bytes:
+    with tarfile.open(path, mode) as tar:
+        for name in names:
+            data = name.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("packed", ["gz", "bz2", "xz"])
+def test_a_compressed_tar_is_refused(tmp_path: Path, folder_store: Store, packed: str) -> None:
+    path = tmp_path / "00000.tar"
+    _tar(path, f"w:{packed}", ["1.jpg", "1.txt"])
+    with pytest.raises(UserError, match=r"compressed with .*unpack it first"):
+        scan(SourceRecipe((str(path),)), folder_store, write=True)
+    path = path.rename(tmp_path / f"00000.tar.{packed}")
+    with pytest.raises(UserError, match="unpack it first"):
+        scan(SourceRecipe((str(path),)), folder_store, write=True)
+
+
+def test_a_tar_is_read_to_its_end_or_refused(tmp_path: Path, folder_store: Store) -> None:
+    path = tmp_path / "00000.tar"
+    whole = _tar(path, "w", ["1.jpg", "1.txt", "2.jpg", "2.txt", "3.jpg", "3.txt"])
+    recipe = SourceRecipe((str(path),))
+    assert scan(recipe, folder_store, write=False).shards[0].ledger.rows == 3
+    header = 4 * tarfile.BLOCKSIZE
+    for damaged in (whole[:header] + b"\xff" + whole[header + 1 :], whole + whole):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged at byte .*, or another tar follows there"):
+            scan(recipe, folder_store, write=False)
+    path.write_bytes(whole[: 12 * tarfile.BLOCKSIZE])  # without the two blocks of its end
+    assert scan(recipe, folder_store, write=False).shards[0].ledger.rows == 3
+
+
+def test_captions_that_are_not_utf_8_cost_their_row(tmp_path: Path, folder_store: Store) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    texts = {"a": "café".encode("utf-8-sig"), "b": "café".encode("latin-1"), "c": "a cat".encode("utf-16")}
+    texts["d"] = b"x" * ((1 << 20) + 1)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, text in texts.items():
+            (pictures / f"{name}.jpg").write_bytes(b"image")
+            (pictures / f"{name}.txt").write_bytes(text)
+            tar.add(pictures / f"{name}.jpg", f"{name}.jpg")
+            tar.add(pictures / f"{name}.txt", f"{name}.txt")
+    for path in (pictures, tmp_path / "a.tar"):
+        shard = scan(SourceRecipe((str(path),)), folder_store, write=True).shards[0]
+        assert shard.ledger.rejected == {"not_utf8": 2, "malformed_row": 1}
+        rejects = read_table(folder_store, shard.refs)["reject"].to_pylist()
+        assert rejects == [None, "not_utf8", "not_utf8", "malformed_row"]
+        assert read_table(folder_store, shard.captions)["captions"].to_pylist() == [["café"], [], [], []]
+
+
+def test_rows_that_cannot_be_read_are_said_once_and_no_duplicates(
+    tmp_path: Path, folder_store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(f"http://h/{i}.jpg,a cat {i}\n" for i in range(20))
+    path = tmp_path / "a.csv"
+    path.write_text(f'url,caption\nhttp://h/1.jpg,"a stray\nhttp://h/2.jpg,"another\n{rows}')
+    (shard,) = scan(SourceRecipe((str(path),)), folder_store, write=True).shards
+    assert shard.ledger.as_json() == {"rows": 22, "kept": 20, "rejected": {"malformed_row": 2}, "deferred": {}}
+    said = [record.message for record in caplog.records if record.name == "unclip"]
+    assert len(said) == 1
+    assert "2 rows cannot be read and will be left out; the first: line 2 has a stray quotation mark" in said[0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
