@@ -279,7 +279,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[Row]:
                 image = tar_reference(str(path), member.name, member.offset_data, member.size)
             elif extension in ("txt", "caption"):
                 content = tar.extractfile(member)
-                text, text_name = content.read(LIMIT + 1) if content else b"", f"{member.name} in {path}"
+                text, text_name = content.read(LIMIT + 1) if content else b"", f"{member.name!r} in {path}"
         if image is not None:
             yield _spoken(image, text, text_name)
         # Where a header is damaged, or another tar begins, tarfile ends as if there were no more members.
