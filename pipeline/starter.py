@@ -35,6 +35,7 @@ store: {store} # or s3://bucket/prefix, which every machine of a cluster can rea
 source:
   paths: # in order, relative to where unclip runs; lists appended here later cost only their own rows
 {paths}
+  # roots: [/data/images, s3://BUCKET] # what lists may name besides the web and files in their own folder
   # Columns of a .csv, .tsv or .parquet; its columns group, split and sha256 are read too, if it has them.
   image_column: {image_column}
   caption_column: {caption_column}

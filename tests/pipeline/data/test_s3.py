@@ -111,6 +111,7 @@ PAGES = {
     "/b/broken.png": _error(500, "InternalError"),
     "/b/cut.png": Page(b"half", headers={"Content-Length": "8"}),
     "/b/drip.png": Page(bytes(60), drip_s=0.1),
+    "/b/endless.png": Page(bytes(MAX_BYTES), drip_s=0.1),  # the first 64 KiB take two hours
     "/b/expired.png": _error(400, "ExpiredToken"),
 }
 
@@ -139,6 +140,7 @@ def test_refusals_have_their_reasons(refusing: None) -> None:
 
 def test_the_deadline_holds_and_no_server_is_unreachable(refusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch("s3://b/drip.png", timeout_s=0.5, retries=3)[0].reason == "timeout"
+    assert fetch("s3://b/endless.png", timeout_s=0.5)[0].reason == "timeout"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert fetch("s3://b/a.png")[0].reason == "unreachable"
 
