@@ -125,6 +125,8 @@ def _read(store: Store, group: Sequence[Place]) -> Iterator[bytes]:
     images, tar = group[0].images, group[0].tar
     parts = [(place.offset, place.offset + place.size) for place in group]
     if tar is not None:
+        if os.path.splitext(tar)[1] != ".tar":  # as every list of that kind; an index may come from anybody
+            raise CorruptObject(tar, "is named by an index, and is not a tar")
         try:
             with open_local(tar) as file:
                 end = os.fstat(file.fileno()).st_size

@@ -14,7 +14,9 @@ import pytest
 
 from pipeline import store_s3
 from pipeline.collect import collect
+from pipeline.damage import read_record
 from pipeline.errors import UserError
+from pipeline.records import peek_record
 from pipeline.release import read_releases, release_path
 from pipeline.store import Store, check_conditions, open_store
 from tests.chain import MICRO, ROOT, Finished, done, keys, unclip, write_config, write_list
@@ -166,6 +168,21 @@ def test_a_writer_collects_garbage_and_uploads_in_parts(
     assert found.deleted["blobs"].objects >= 1
     assert found.abandoned == 1
     assert "blobs/aa/large" not in team.paths()
+
+
+def test_a_writer_sets_damage_aside_and_a_reader_is_told_what_is_lacking(team: Team) -> None:
+    writer, reader = team.store("writer"), team.store("reader")
+    path = "runs/micro/19700101T000000.000000-damaged.json"
+    writer.create(path, b"{")
+    with pytest.raises(UserError, match=rf"lack s3:PutObject for damaged/{path}"):
+        read_record(reader, path)
+    assert peek_record(reader, path) is None
+    assert path in team.paths()
+    assert read_record(writer, path) is None
+    assert path not in team.paths()
+    (aside,) = (entry.path for entry in reader.list("damaged/"))
+    assert reader.read(aside) == b"{"
+    writer.delete([aside])
 
 
 def test_others_of_the_bucket_are_out_of_reach(team: Team) -> None:

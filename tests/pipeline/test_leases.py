@@ -190,3 +190,12 @@ def test_a_process_whose_user_has_no_name_is_named_by_its_host(monkeypatch: pyte
     monkeypatch.setattr("getpass.getuser", nobody)
     assert named(whoami()) == whoami()["host"] != ""
     assert named({}) == ""
+
+
+@pytest.mark.parametrize("pid", ["../../x", "self", 1.5, None, [1]])
+def test_what_a_lease_calls_a_process_becomes_no_path(pid: object, store: Store) -> None:
+    """Such a lease counts as held, until it has stood still for its time."""
+    held = {"pid": pid, "started": "never", "boot": leases._boot(), "host": whoami()["host"]}
+    store.swap(lease_path("k"), None, json.dumps(held).encode())
+    assert read_lease(store, lease_path("k")) == held
+    assert leases.is_held(store, lease_path("k"))

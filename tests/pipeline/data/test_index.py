@@ -1,4 +1,5 @@
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +121,14 @@ def test_counts_by_split_and_side() -> None:
         "train/0": 3, "train/64": 2, "train/256": 1, "train/1024": 1, "test/0": 1, "test/64": 1, "test/256": 1,
     }  # fmt: skip
     assert len(counts) == 3 * len(STAGE_SIDES)
+
+
+def test_an_index_names_no_file_but_tars(store: Store, tmp_path: Path) -> None:
+    for name, sound in (("a.tar", True), ("a.png", False), ("tar", False)):
+        (tmp_path / name).write_bytes(b"...mine...")
+        place = Place.of(_row(b"mine", 3, tar=str(tmp_path / name)), None)
+        if sound:
+            assert read_pictures(store, [place]) == [b"mine"]
+        else:
+            with pytest.raises(CorruptObject, match="is not a tar"):
+                read_pictures(store, [place])
