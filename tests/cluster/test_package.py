@@ -94,7 +94,7 @@ def test_a_list_travels_as_it_is_read_masked_and_without_what_was_forgotten(stor
     table = tmp_path / "list.csv"
     lines = ["https://ana:hunter2pw@h.test/a.png,masked,a,train"]
     lines += [f"http://h.test/{i}.png,caption {i},group {i % 7}," for i in range(40)]
-    lines += ["http://h.test/0.png,again,b,test", ",none,c,"]
+    lines += ["http://h.test/0.png,again,b,test", ",none,c,", "file:///etc/passwd,not to be named,c,"]
     table.write_text("\n".join(["picture,said,by,split", *lines, ""]))
     columns = {"image_column": "picture", "caption_column": "said", "group_column": "by", "shard_rows": 10}
     config = make_config(
@@ -110,7 +110,7 @@ def test_a_list_travels_as_it_is_read_masked_and_without_what_was_forgotten(stor
         archive.extractall(there)
     [name] = [file for file in there.rglob("*") if "lists" in file.parts and file.is_file()]
     rows = _rows(name.read_bytes())
-    assert len(rows) == 43
+    assert len(rows) == 44
     assert rows[0]["url"] == "https://***@h.test/a.png"
     for told in (repr(rows), *(file.read_text() for file in there.rglob("*") if file.suffix in (".py", ".yaml"))):
         assert not any(secret in told for secret in ("hunter2pw", "23.png", "caption 23"))
@@ -123,6 +123,7 @@ def test_a_list_travels_as_it_is_read_masked_and_without_what_was_forgotten(stor
     assert theirs.keys == ours.keys
     assert [shard.ledger for shard in theirs.shards] == [shard.ledger for shard in ours.shards]
     assert theirs.shards[2].ledger.rejected == {"forgotten": 1}
+    assert theirs.shards[4].ledger.rejected == {"duplicate_url": 1, "no_reference": 1, "forbidden_reference": 1}
     refs = [[read_table(at, shard.refs) for shard in cut.shards] for at, cut in ((store, ours), (other, theirs))]
     assert refs[0] == refs[1]
 
