@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from pipeline.progress import counted
 
+SPLITS = ("test", "validation")  # held-out rows are looked at in the first of these that has enough
 FEWEST = 8  # rows; among fewer, chance decides more than a model, and a contrastive loss among one is 0
 
 
@@ -20,6 +21,6 @@ def too_few(rows: int, split: str, of: str = "") -> str:
 
 def lacking(held_out: Mapping[str, int]) -> Iterator[str]:
     """Yields a line for each split of which a list has fewer rows than a figure needs, given its rows by split."""
-    for split in ("test", "validation"):
+    for split in SPLITS:
         if held_out.get(split, 0) < FEWEST:
             yield too_few(held_out.get(split, 0), split)

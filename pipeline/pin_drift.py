@@ -10,6 +10,7 @@ from pipeline.artifacts import Artifact, load_artifact
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import short
 from pipeline.graph import Graph, stage_key
+from pipeline.held_out import FEWEST, SPLITS, too_few
 from pipeline.store import Store
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from pipeline.drift import Embedded
 
 ROWS = 1024  # at most, the first held-out ones
-SPLITS = ("test", "validation")  # the first that has rows, as in an evaluation
 
 
 def drift_lines(
@@ -90,7 +90,7 @@ def _held_out(store: Store, keys: Mapping[str, str], embeddings: str, whose: str
     """The split and the embeddings of the first held-out rows of the plan's pairs, kept by curation or not: a new CLIP
     may have curated nothing yet.
 
-    Raises UserError if they are not embedded, or fewer than two.
+    Raises UserError if they are not embedded, or fewer than FEWEST.
     """
     import numpy as np
     import torch
@@ -106,18 +106,18 @@ def _held_out(store: Store, keys: Mapping[str, str], embeddings: str, whose: str
             f"the pairs of now are not embedded with {whose}; unclip run with --until embeddings does that, with the "
             "values that made it or once it is pinned"
         )
+    there: dict[str, int] = {}
     for split in SPLITS:
         tables = Tables(store, inputs, ("image_embedding", "text_embedding"), split, 0)
-        if sum(tables.counts):
+        there[split] = sum(tables.counts)
+        if there[split] >= FEWEST:
             rows = tables.first(ROWS)
-            if len(rows) > 1:
-                columns = (
-                    torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
-                    for name in ("image_embedding", "text_embedding")
-                )
-                return split, Embedded(*columns)
-            break
-    raise UserError("there are fewer than two held-out rows to compare them on")
+            columns = (
+                torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
+                for name in ("image_embedding", "text_embedding")
+            )
+            return split, Embedded(*columns)
+    raise UserError(too_few(there[SPLITS[0]], SPLITS[0]))
 
 
 def _open_codec(store: Store, artifact: Artifact) -> Codec:

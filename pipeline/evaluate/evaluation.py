@@ -19,8 +19,8 @@ from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.inception import Inception, fid_figures
 from pipeline.evaluate.priors import PRIORS
 from pipeline.evaluate.recipe import EvaluationRecipe
-from pipeline.evaluate.rows import SPLITS, HeldOut, Taught, held_out, read_views, taught
-from pipeline.held_out import too_few
+from pipeline.evaluate.rows import HeldOut, Taught, held_out, read_views, taught
+from pipeline.held_out import SPLITS, too_few
 from pipeline.records import digest
 from pipeline.store import Store
 

@@ -13,13 +13,12 @@ from torch import Tensor
 from pipeline.artifacts import Artifact
 from pipeline.data.index import Place
 from pipeline.evaluate.metrics import derangement
-from pipeline.held_out import FEWEST
+from pipeline.held_out import FEWEST, SPLITS
 from pipeline.store import Store
 from pipeline.training.pictures import Pictures
 from pipeline.training.tables import Row, Tables
 from pipeline.training.task import Batch
 
-SPLITS = ("test", "validation")  # the first that has as many rows as a figure needs
 COLUMNS = ("image", "tokens", "image_embedding", "text_embedding")
 LOOKED = 1024
 TRAINING_ROWS = 16_384  # at most, for the codes' frequencies and the nearest training picture

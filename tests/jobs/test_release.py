@@ -14,6 +14,7 @@ from jobs.project import open_project
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.bundle import MODELS
 from pipeline.graph import Context, flatten
+from pipeline.held_out import too_few
 from pipeline.ledger import Ledger
 from pipeline.records import blob_path, put_blob
 from pipeline.release import Move, Releases, move_release, read_releases, release_path
@@ -21,6 +22,7 @@ from pipeline.report.release import release_section
 from pipeline.store import Store, open_store
 
 ROWS = 12
+FEW = too_few(1, "test")
 DATA = ("source", "captions", "pairs", "embeddings", "curation")
 
 
@@ -32,13 +34,14 @@ class Made:
     store: Store
     output: pytest.CaptureFixture[str]
 
-    def make(self, gain: float, *overrides: str, holds: bool = True, version: int = 4) -> str:
+    def make(self, gain: float, *overrides: str, holds: bool | None = True, version: int = 4) -> str:
         """Publish what a run would, whose decoder is ``gain`` better than at first; return the bundle's key."""
         project = open_project(str(self.path), overrides)
         verdicts = project.plan()
         keys = {verdict.stage: verdict.key for verdict in verdicts}
         values = np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain
-        figure = {"model": "decoder", "name": "background", "claim": "above", "holds": holds, "note": "", "line": "d"}
+        figure = {"model": "decoder", "name": "background", "claim": "above", "holds": holds, "line": "d"}
+        figure |= {"note": FEW if holds is None else "", "values": None if holds is None else list(values)}
         for stage in (project.graph[verdict.stage] for verdict in verdicts if verdict.state == "stale"):
             blobs = {}
             if stage.name == "evaluation":
@@ -46,7 +49,7 @@ class Made:
                     "version": version,
                     "recipe": flatten(stage.recipe),
                     "rows": {"decoder": {"split": "test", "keys": [str(i) for i in range(ROWS)], "captions": "c"}},
-                    "figures": [{**figure, "values": list(values)}],
+                    "figures": [figure],
                 }
                 blobs = {"evaluation.json": put_blob(self.store, json.dumps(document).encode())}
             if stage.name == "bundle":
@@ -152,6 +155,20 @@ def test_a_worse_bundle_is_not_promoted_but_by_force_with_a_reason(made_anywhere
         "decoder.background held for the release and fails now", "decoder.background is worse",
     ]  # fmt: skip
     assert "in spite of: decoder.background is worse" in made.release("list")
+
+
+def test_of_too_few_rows_no_gate_is_passed_in_silence(made: Made) -> None:
+    made.make(0.0, holds=None)
+    made.release("promote")  # the first one has nothing to beat
+    first = made.current
+    worse = made.make(0.0, OTHER, holds=None)
+    said = made.release("promote", *LATER, code=1)
+    assert f"  no gate can be judged. Nothing was measured: {FEW}" in said
+    assert f"  not judged: decoder.background: {FEW}" in said
+    assert made.current == first
+    made.release("promote", *LATER, "--force", "it looks better")
+    assert made.current == worse
+    assert made.releases.moves[-1].failed == (f"no gate can be judged. Nothing was measured: {FEW}",)
 
 
 def test_gates_are_configured(made: Made) -> None:
