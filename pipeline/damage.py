@@ -16,7 +16,7 @@ from pipeline.crash import crash_point
 from pipeline.data.journal import read_journal
 from pipeline.errors import CorruptObject, UserError
 from pipeline.names import is_blob_or_record, is_part
-from pipeline.records import FORMAT, blob_path, open_record, peek_record, seal
+from pipeline.records import FORMAT, blob_path, open_record, peek_record, read_twice, seal
 from pipeline.release import read_releases, release_path, released_projects
 from pipeline.store import Store
 
@@ -118,11 +118,19 @@ def stands_on(store: Store) -> dict[str, tuple[str, str]]:
 
 def pinned_key(store: Store, path: str) -> str:
     """Returns the key that a pin names. Raises FileNotFoundError, and UserError if the pin is damaged."""
-    data = store.read(path)
     try:
-        key = json.loads(data)["key"]
+        return read_twice(store, lambda store: _pinned_key(store, path))
+    except CorruptObject:
+        raise UserError(
+            f"{store.url}/{path} is damaged, and nobody can tell what it pins: delete it, and pin again"
+        ) from None
+
+
+def _pinned_key(store: Store, path: str) -> str:
+    try:
+        key = json.loads(store.read(path))["key"]
     except (ValueError, KeyError, TypeError):
         key = None
     if not is_part(key):
-        raise UserError(f"{store.url}/{path} is damaged, and nobody can tell what it pins: delete it, and pin again")
+        raise CorruptObject(path, "names no key")
     return str(key)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from pipeline.errors import UserError
-from pipeline.records import seal, unseal
+from pipeline.errors import CorruptObject, UserError
+from pipeline.records import open_record, seal
 from pipeline.store import Store
 
 FOLDER = "releases/"
@@ -78,11 +78,14 @@ def read_releases(store: Store, project: str) -> Releases:
     version = next((entry.version for entry in store.list(path) if entry.path == path), None)
     if version is None:
         return Releases()
-    body = unseal(store.read(path), f"{store.url}/{path}")
-    if body is None:
+    try:
+        body = open_record(store, path)
+    except CorruptObject:
         raise UserError(
-            f"{store.url}/{path} is corrupt, and nothing can make it again: restore it, or delete it and promote anew"
-        )
+            f"{store.url}/{path} is corrupt, and nothing can make it again: restore it, or delete it and promote again"
+        ) from None
+    if body is None:  # deleted since it was listed
+        return Releases()
     return Releases(version, tuple(Move(**{**move, "failed": tuple(move["failed"])}) for move in body["moves"]))
 
 

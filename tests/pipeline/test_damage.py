@@ -17,7 +17,7 @@ from pipeline.data.journal import change_journal, journal_path
 from pipeline.data.pieces import pack, read_piece
 from pipeline.errors import CorruptObject, UserError
 from pipeline.execute import heal
-from pipeline.graph import pin_path
+from pipeline.graph import pin_path, read_pin
 from pipeline.ledger import Ledger
 from pipeline.records import blob_path, peek_record, put_blob, read_blob
 from pipeline.release import Move, Releases, move_release, read_releases, release_path
@@ -49,16 +49,28 @@ def _pictures(store: Store) -> bytes:
     return read_pictures(store, [place])[0]
 
 
+def _pin(store: Store) -> str | None:
+    store.swap(pin_path("lineage"), None, json.dumps({"key": "k"}).encode())
+    return read_pin(store, "lineage")
+
+
+def _release(store: Store) -> tuple[Move, ...]:
+    move_release(store, "p", Releases(), Move("promote", "bundle", "evaluation", NOW))
+    return read_releases(store, "p").moves
+
+
 @pytest.mark.parametrize(
     ("read", "found"),
     [
+        (_pin, "k"),
+        (_release, (Move("promote", "bundle", "evaluation", NOW),)),
         (lambda store: read_blob(store, put_blob(store, b"blob")), b"blob"),
         (lambda store: create_record(store, "runs/a.json", {}) and read_record(store, "runs/a.json"), {"format": 1}),
         (lambda store: create_record(store, "runs/a.json", {}) and peek_record(store, "runs/a.json"), {"format": 1}),
         (_pieces, b"two"),
         (_pictures, b"picture"),
     ],
-    ids=["blob", "record", "record that is only looked at", "piece", "picture"],
+    ids=["pin", "release", "blob", "record", "record that is only looked at", "piece", "picture"],
 )
 def test_one_read_that_went_wrong_costs_nothing(
     read: Callable[[Store], Any],
