@@ -309,7 +309,9 @@ def _table_rows(path: Path, recipe: SourceRecipe, may: Reach | None = None) -> I
         if may is not None:
             reference = _beside(path.parent, reference)
         refusal = may.refusal(reference) if may else None
-        yield Row(reference, spoken, group or "", split, sha256, license, attribution, refusal)
+        # Images may be grouped by the column of their references, or by that of the pages that they stand in.
+        grouped = without_password(group or "")
+        yield Row(reference, spoken, grouped, split, sha256, license, attribution, refusal)
 
 
 def _captions(lines: Iterable[str | None]) -> tuple[str, ...]:

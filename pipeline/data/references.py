@@ -51,7 +51,7 @@ def without_password(reference: str) -> str:
 
     It is not fetched: see pipeline.data.opener.normal_url.
     """
-    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#]*@", r"\1***@", reference)
+    return re.sub(r"^(\s*[A-Za-z][A-Za-z0-9+.-]*://)[^/?#]*@", r"\1***@", reference)
 
 
 def _masked(parameter: re.Match[str]) -> str:

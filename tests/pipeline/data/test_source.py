@@ -239,3 +239,13 @@ def test_a_password_in_a_reference_is_not_stored_and_its_row_not_fetched(tmp_pat
     for url in (urls[0], urls[2]):
         with pytest.raises(Refused, match="unsupported_reference"):
             normal_url(url)
+
+
+def test_a_password_in_a_group_is_not_stored(tmp_path: Path, folder_store: Store) -> None:
+    """Where the column of references is that of groups, too."""
+    listed = ["https://ana:s3cret@h/a.png", " https://ana:s3cret@h/b.png", "http://h/c.png"]
+    path = _csv(tmp_path / "list.csv", [(url, "text") for url in listed])
+    (shard,) = scan(SourceRecipe((path,), group_column="url"), folder_store, write=True).shards
+    groups = read_table(folder_store, shard.refs)["group"].to_pylist()
+    assert groups == ["https://***@h/a.png", " https://***@h/b.png", "http://h/c.png"]
+    assert leaks(objects(folder_store), {"password": "s3cret"}) == []
