@@ -39,6 +39,8 @@ from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import NOTHING, Reach, local_path, read_local, reason_of
 from pipeline.settings import PairsSettings
 
+MOST_BYTES = 64 << 20
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -83,8 +85,11 @@ class Fetcher:
         _downloader()  # before the first deadline is set
 
     def fetch(self, references: Sequence[str]) -> Iterator[Fetched]:
-        """Yield one result a reference, in order; at most twice as many bodies as threads are in memory."""
-        return in_order(self._fetch, references, self._settings.threads)
+        """Yield one result a reference, in order; at most twice as many bodies as threads are in memory.
+
+        Nothing more is asked for while bodies that wait to be taken are together larger than MOST_BYTES.
+        """
+        return in_order(self._fetch, references, self._settings.threads, lambda fetched: len(fetched.data or b""))
 
     def _fetch(self, reference: str) -> Fetched:
         try:
@@ -157,14 +162,23 @@ class Fetcher:
         return fetched
 
 
-def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
-    """Yield what ``work`` makes of each item, in order. At most twice as many as threads are taken and not yielded."""
+def in_order(
+    work: Callable[[T], R], items: Iterable[T], threads: int, size: Callable[[R], int] = lambda result: 0
+) -> Iterator[R]:
+    """Yield what ``work`` makes of each item, in order. At most twice as many as threads are taken and not yielded.
+
+    ``size`` of a result in bytes: while results that wait have more than MOST_BYTES together, no item is taken.
+    """
     waiting: deque[Future[R]] = deque()
+
+    def held() -> int:
+        return sum(size(future.result()) for future in waiting if future.done() and not future.exception())
+
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) == 2 * threads:
+                while len(waiting) == 2 * threads or held() > MOST_BYTES:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
