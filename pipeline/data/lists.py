@@ -257,16 +257,35 @@ def _tar_rows(path: Path) -> Iterator[Row]:
             )
         try:
             yield from _members(path, file)
-        except tarfile.TarError as e:
+        except (
+            tarfile.TarError,
+            ValueError,
+            OverflowError,
+            OSError,
+        ) as e:  # tarfile believes sizes, even negative ones
             raise UserError(f"source {path}: not a readable tar ({e})") from None
+
+
+class _Tar:
+    """A tar as tarfile may read it, which otherwise takes as much memory as a header says that it is long."""
+
+    def __init__(self, file: BinaryIO):
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= 2 * LIMIT:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._read(size)
 
 
 def _members(path: Path, file: BinaryIO) -> Iterator[Row]:
     file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=_Tar(file), mode="r:") as tar:  # type: ignore[call-overload]
         text, text_name = b"", ""
         name, image = "", None
         for member in tar:
+            if tar.offset <= member.offset:  # by a negative size, the next one would be this one, without end
+                raise tarfile.ReadError(f"the member {member.name!r} ends before it begins")
             if not member.isfile():
                 continue
             folder, _, base = member.name.rpartition("/")

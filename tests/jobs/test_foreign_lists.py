@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -279,6 +280,37 @@ def test_embeddings_that_lead_elsewhere_are_named(here: Path) -> None:
         scan(recipe, open_store(str(here / "store")), write=False)
     shards = scan(SourceRecipe(recipe.paths, roots=("private.parquet",)), open_store(str(here / "store")), write=False)
     assert shards.shards[0].ledger.kept == 2
+
+
+def tar_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header whose size may be any number, negative ones too (GNU's binary numbers)."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (size % 2**96).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
+    block[156:157] = kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        tar_header("b.png", -512),
+        tar_header("b.png", -1024),
+        tar_header("b.png", -512, tarfile.GNUTYPE_SPARSE),
+        tar_header("b.png", -512, tarfile.XHDTYPE),
+        tar_header("b.png", -512, tarfile.GNUTYPE_LONGNAME),
+        tar_header("b.png", 10**12, tarfile.XHDTYPE),
+        tar_header("b.png", 10**12),
+        tar_header("b.png", 2**88 - 1),
+    ],
+)
+def test_a_tar_whose_sizes_lie_ends_in_one_line(here: Path, capsys: pytest.CaptureFixture[str], second: bytes) -> None:
+    """tarfile of Python before 3.11.14 and 3.12.12 reads some of them for ever (CVE-2025-8194)."""
+    (here / "a.tar").write_bytes(tar_header("a.txt", 0) + second + bytes(1024))
+    assert main(["init", "foreign", "a.tar"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: source ")
 
 
 def test_files_that_lists_name_are_opened_in_one_place() -> None:

@@ -20,6 +20,7 @@ from pipeline.records import peek_record
 from pipeline.release import read_releases, release_path
 from pipeline.store import Store, check_conditions, open_store
 from tests.chain import MICRO, ROOT, Finished, done, keys, unclip, write_config, write_list
+from tests.pipeline.data.bench import picture
 from tests.seaweed import BUCKET, Identity, Server, serving
 from tests.secrets import leaks, objects
 
@@ -45,7 +46,8 @@ class Team:
         self.ray = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # paths of sockets in it must stay short
         pairs = {"workers": 1, "headers": {"http://emoji.test": "PICTURES_HEADERS"}}
         run = {**MICRO["run"], "pairs": pairs, "clip": {"workers": 1}}  # type: ignore[dict-item]
-        self.config = write_config(folder, self.url, pictures, [write_list(folder / "list.csv", 0, 60)], run=run)
+        paths = [write_list(folder / "list.csv", 0, 60), _foreign(folder / "foreign")]
+        self.config = write_config(folder, self.url, pictures, paths, run=run)
         self.made = self.unclip("writer", "run", self.config)
 
     def unclip(self, who: str, *words: object) -> Finished:
@@ -78,6 +80,19 @@ class Team:
             store = open_store(self.url)
             store._client  # type: ignore[attr-defined] # noqa: B018 # is made now, with these
         return store
+
+
+def _foreign(folder: Path) -> Path:
+    """A folder of a stranger's, whose captions and images are links to what holds secrets."""
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    (folder / "0.txt").write_text("an honest caption")
+    (folder / "1.txt").symlink_to("/proc/self/environ")
+    (folder.parent / "credentials").write_text("\n".join(SECRETS.values()))
+    (folder / "2.txt").symlink_to("../credentials")
+    (folder / "environ.png").symlink_to("/proc/self/environ")
+    return folder
 
 
 @pytest.fixture(scope="module")
