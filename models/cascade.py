@@ -29,7 +29,7 @@ from models.folder import load_codec, load_model, save_codec, save_model
 from models.manipulation import Inversion, check_embedding, first_components, slerp, text_difference
 from models.pixels import from_uint8, to_uint8
 from models.reverse import Progress, Reverse, ignore
-from models.sampling_config import SamplingConfig, change_sampling, read_sampling, write_sampling
+from models.sampling_config import STEPS, SamplingConfig, change_sampling, check_sampling, read_sampling, write_sampling
 from models.tokens import check_captions, tokenize
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise
 from models.view import view
@@ -135,7 +135,7 @@ class UnCLIP:
         """
         if len(captions) != len(seeds) or not captions:
             raise ValueError(f"got {len(captions)} captions and {len(seeds)} seeds: give one seed for each caption")
-        sampling = change_sampling(self.sampling, options)
+        sampling = self.sampling_with(options)
         tokens = self._tokens(captions)
         embedding = self.draw_embedding(tokens, self._text(captions), seeds, sampling, progress)
         return self.decode(embedding, tokens, seeds, sampling, progress)
@@ -203,8 +203,9 @@ class UnCLIP:
         draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in seeds], embedding.device)
         config = self.decoder.config
         denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance)
+        inverted = noise is not None
         noise = draw.normal("x_T", 3, config.image_size, config.image_size) if noise is None else noise
-        run = Reverse("decoder", sampling.decoder_sampler, "learned", sampling.decoder_steps, progress, eta)
+        run = Reverse("decoder", sampling.decoder_sampler, "learned", sampling.decoder_steps, progress, eta, inverted)
         image = run(self.decoder, denoise, noise, draw)
         images = {config.image_size: image}
         for name in ("upsampler_256", "upsampler_1024"):
@@ -340,7 +341,15 @@ class UnCLIP:
     def manipulation_sampling(self, options: dict[str, object]) -> SamplingConfig:
         """How pictures are changed: DDIM without guidance, which alone can be inverted, unless ``options`` ask for
         some. Raises ValueError as ``change_sampling`` does."""
-        return replace(change_sampling(replace(self.sampling, decoder_guidance=0.0), options), decoder_sampler="ddim")
+        return replace(self.sampling_with({"decoder_guidance": 0.0} | options), decoder_sampler="ddim")
+
+    def sampling_with(self, options: dict[str, object]) -> SamplingConfig:
+        """Returns ``sampling`` with some fields replaced. Raises ValueError on an unknown one, a value out of range and
+        one that these models cannot take, before anything is drawn."""
+        sampling = change_sampling(self.sampling, options)
+        models = {name: getattr(self, name) for name in STEPS}
+        check_sampling(sampling, {name: model.config for name, model in models.items() if model is not None})
+        return sampling
 
     def _views(self, pictures: Sequence[Image.Image], side: int) -> Tensor:
         """uint8 [b, 3, side, side]."""

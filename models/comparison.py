@@ -8,7 +8,6 @@ from torch import Tensor
 
 from models.cascade import Generation, UnCLIP
 from models.reverse import Progress, ignore
-from models.sampling_config import change_sampling
 from models.tokens import check_captions, tokenize
 
 AR, DIFFUSION, TEXT, PICTURE = "AR prior", "diffusion prior", "text embedding", "true image embedding"
@@ -46,7 +45,7 @@ def compare_priors(
     The decoder always sees the caption, is guided as when sampling, and starts from the same noise. Raises ValueError
     on a caption that is too long and an option out of range.
     """
-    sampling = change_sampling(unclip.sampling, options)
+    sampling = unclip.sampling_with(options)
     check_captions([caption])
     device = unclip.clip.mean.device
     tokens = tokenize([caption]).to(device)

@@ -177,7 +177,6 @@ KARLO: dict[str, Any] = {
         prior_guidance=3.0,
         decoder_steps=50,
         decoder_guidance=7.0,
-        upsampler_256_steps=7,
     ),
 }
 

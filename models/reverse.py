@@ -8,9 +8,10 @@ from torch import Tensor
 from models.decoder import Decoder
 from models.diffusion.dpm_solver import dpm_solver
 from models.diffusion.samplers import Denoise, ancestral, ddim
-from models.diffusion.schedules import fast27_grid, log_snr_grid, make_schedule, strided_grid
+from models.diffusion.schedules import FEW, fast27_grid, log_snr_grid, make_schedule, strided_grid, trailing_grid
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_variance
 from models.draw import Draw
+from models.sampling_config import UNEVEN
 from models.upsampler import Upsampler
 
 Progress = Callable[[str, int, int], None]
@@ -21,12 +22,27 @@ def ignore(stage: str, step: int, steps: int) -> None:
     """Progress that nobody watches."""
 
 
+def sampling_grid(stage: str, model: DiffusionPrior | Decoder | Upsampler, steps: int) -> Tensor:
+    """Returns the timesteps, int64 [steps] and falling, that a model visits unless its sampler has a grid of its own.
+
+    The first upsampler's 27 are GLIDE's. Fewer than ``FEW`` stop before timestep 0, where next to nothing is left to
+    do, but for a network with another one for that very timestep. Raises ValueError on a number of steps that the
+    model's schedule does not have.
+    """
+    timesteps = model.config.steps
+    if stage == "upsampler_256" and steps == UNEVEN:
+        return fast27_grid(timesteps)
+    needs_last = isinstance(model, Upsampler) and model.last_unet is not None
+    return trailing_grid(timesteps, steps) if steps < FEW and not needs_last else strided_grid(timesteps, steps)
+
+
 @dataclass(frozen=True)
 class Reverse:
     """How one model's reverse diffusion runs.
 
     ``sampler``: "ddpm", with the ``variance`` "small" or "learned"; "analytic", the same with the diffusion prior's
-    optimal variance; "ddim" with ``eta``; or "dpm", DPM-Solver++ on a grid of its own.
+    optimal variance; "ddim" with ``eta``; or "dpm", DPM-Solver++ on a grid of its own. ``inverted``: the noise is from
+    an inversion, whose grid ends at timestep 0, next to the data, however few its steps.
     """
 
     stage: str
@@ -35,14 +51,15 @@ class Reverse:
     steps: int
     progress: Progress
     eta: float = 0.0
+    inverted: bool = False
 
     def __call__(
         self, model: DiffusionPrior | Decoder | Upsampler, denoise: Denoise, noise: Tensor, draw: Draw
     ) -> Tensor:
         """From ``noise`` [b, ...] to a sample of the same shape."""
         schedule = make_schedule(model.config.schedule, model.config.steps)
-        uneven = self.stage == "upsampler_256" and self.steps == 27
-        grid = fast27_grid(schedule.steps) if uneven else strided_grid(schedule.steps, self.steps)
+        steps = self.steps
+        grid = strided_grid(schedule.steps, steps) if self.inverted else sampling_grid(self.stage, model, steps)
 
         def report(done: int, _: Tensor) -> None:
             self.progress(self.stage, done, self.steps)

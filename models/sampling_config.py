@@ -1,14 +1,26 @@
 """How a bundle turns captions into pictures unless told otherwise. No torch here, as in the other configurations."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from models.prior_configs import require
 
 SAMPLING_FILE = "sampling.json"
 DECODER_SAMPLERS = ("ddpm", "ddim", "dpm")
 PRIOR_SAMPLERS = ("analytic", *DECODER_SAMPLERS)
+STEPS = {
+    "diffusion_prior": "prior_steps",
+    "decoder": "decoder_steps",
+    "upsampler_256": "upsampler_256_steps",
+    "upsampler_1024": "upsampler_1024_steps",
+}
+"""The option that says in how many steps a model is sampled, by the model."""
+UNEVEN = 27
+"""So many steps of the first upsampler are GLIDE's uneven ones, of a schedule of ``UNEVEN_OF`` timesteps or more."""
+UNEVEN_OF = 50
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,8 @@ class SamplingConfig:
     is w in (1 + w) conditional - w unconditional, one less than the literature's scale: the decoder's 0.25 is the
     paper's 1.25. ``temperature`` is the AR prior's. ``..._sampler`` is "ddpm", "ddim" or "dpm" (DPM-Solver++, for 15 to
     25 steps), and for the prior "analytic", DDPM with Analytic-DPM's variance; a prior that was never measured for it
-    gets DDPM's. The upsamplers use DDIM, with GLIDE's uneven grid where ``upsampler_256_steps`` is 27. ``size`` is the
+    gets DDPM's. The upsamplers use DDIM, with GLIDE's uneven grid where ``upsampler_256_steps`` is 27. Fewer than
+    15 steps end where there is still noise to take away. ``size`` is the
     largest picture to make: 64, 256 or 1024. ``tile`` is the side of the overlapping tiles in which the upsamplers
     work where memory is short, in pixels; 0 takes pictures whole.
     """
@@ -43,11 +56,36 @@ class SamplingConfig:
         for name, known in (("prior_sampler", PRIOR_SAMPLERS), ("decoder_sampler", DECODER_SAMPLERS)):
             sampler = getattr(self, name)
             require(sampler in known, f"{name} is {sampler!r}: use one of {', '.join(known)}")
-        for name in ("candidates", "prior_steps", "decoder_steps", "upsampler_256_steps", "upsampler_1024_steps"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: use 1 or more")
+        require(self.candidates >= 1, f"candidates is {self.candidates}: use 1 or more")
+        for name in STEPS.values():
+            require(getattr(self, name) >= 2, f"{name} is {getattr(self, name)}: use 2 or more")
         require(self.temperature > 0, f"temperature is {self.temperature}: use a number above 0")
         require(self.size in (64, 256, 1024), f"size is {self.size}: use 64, 256 or 1024")
         require(self.tile >= 0, f"tile is {self.tile}: use 0 for whole pictures, or a side in pixels")
+
+
+def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that one of the models, configurations by name, would refuse at sampling: more
+    steps than it has timesteps, and tiles that its network cannot halve often enough."""
+    for name, model in models.items():
+        if name in STEPS:
+            steps = getattr(sampling, STEPS[name])
+            require(
+                steps <= model.steps,
+                f"{STEPS[name]} is {steps}, and {name} has {model.steps} timesteps: use 2 to {model.steps}",
+            )
+        if name == "upsampler_256":
+            require(
+                sampling.upsampler_256_steps != UNEVEN or model.steps >= UNEVEN_OF,
+                f"upsampler_256_steps is {UNEVEN}, which takes {UNEVEN_OF} or more timesteps, and upsampler_256 has "
+                f"{model.steps}: use another number",
+            )
+        if name.startswith("upsampler"):
+            multiple = model.patch * 2 ** (len(model.multipliers) - 1)
+            require(
+                sampling.tile % multiple == 0,
+                f"tile is {sampling.tile}: {name} takes multiples of {multiple} px",
+            )
 
 
 def change_sampling(sampling: SamplingConfig, options: dict[str, object]) -> SamplingConfig:

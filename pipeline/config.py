@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from models.presets import PRESETS
+from models.sampling_config import check_sampling
 from pipeline.bundle import BundleRecipe
 from pipeline.data.codec import CODEC_PRESETS, CodecRecipe
 from pipeline.data.curation import CURATION_PRESETS, CurationRecipe
@@ -173,14 +174,16 @@ def make_config(values: Mapping[str, Any]) -> Config:
 
 
 def _scaled(config: Config, scale: Any) -> Config:
-    """The same with ``scale`` times the samples of every training, and at least one batch. Raises UserError."""
+    """The same with ``scale`` times the samples of every training, at least one batch, and its rise and fall of the
+    learning rate with them. Raises UserError."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
         raise UserError(f"scale: {scale!r} is no number above 0; 0.5 trains every model on half as many samples")
-    recipes = {stage: getattr(config, stage) for stage in TRAININGS}
-    longer = {
-        stage: dataclasses.replace(recipe, samples=max(recipe.batch, round(recipe.samples * scale)))
-        for stage, recipe in recipes.items()
-    }
+    longer = {}
+    for stage in TRAININGS:
+        recipe = getattr(config, stage)
+        samples = max(recipe.batch, round(recipe.samples * scale))
+        warmup, decay = round(recipe.warmup * scale), min(samples, round(recipe.decay * scale))
+        longer[stage] = dataclasses.replace(recipe, samples=samples, warmup=warmup, decay=decay)
     return dataclasses.replace(config, **longer)
 
 
@@ -223,6 +226,11 @@ def _check(config: Config) -> None:
         for name in getattr(config.curation, bound):
             if name not in config.embeddings.heads:
                 raise UserError(f"curation.{bound}.{name}: embeddings.heads has no {name}; name its file there")
+    try:
+        models = {name: getattr(config, name).model for name in config.bundle.models}
+        check_sampling(config.bundle.sampling, models)
+    except ValueError as e:
+        raise UserError(f"bundle.sampling.{e}") from e
     if "ar_prior" in config.bundle.models and config.ar_prior.model.buckets != config.codec.buckets:
         raise UserError(
             f"codec.buckets: {config.codec.buckets} is not ar_prior.model.buckets {config.ar_prior.model.buckets}"

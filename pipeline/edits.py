@@ -19,7 +19,7 @@ from models import reverse
 from models.cascade import Generation, UnCLIP
 from models.comparison import compare_priors, priors_of
 from models.pixels import from_uint8
-from models.sampling_config import SamplingConfig, change_sampling
+from models.sampling_config import SamplingConfig
 from models.tokens import check_captions
 from models.view import view
 from pipeline.evaluate.metrics import cosine, psnr
@@ -102,7 +102,7 @@ def components(unclip: UnCLIP, picture: Image, counts: Sequence[int] | None, see
 
 def priors(unclip: UnCLIP, caption: str, picture: Image | None, seed: int, options: Options) -> Edit:
     """Section 5.1, figure 8: a caption decoded from each prior's embedding, its text embedding, and the picture's."""
-    sampling = change_sampling(unclip.sampling, dict(options))
+    sampling = unclip.sampling_with(dict(options))
     drawn = sum(prior_steps(unclip, dataclasses.asdict(sampling), option) for _, option in priors_of(unclip))
     with _watched("priors", unclip, sampling, more=drawn) as progress:
         compared = compare_priors(unclip, caption, seed, picture, progress, **options)

@@ -60,9 +60,7 @@ def make_sample(unclip: UnCLIP, caption: str, seed: int, options: Mapping[str, A
 
     Seed and settings are in the PNG's text chunks. Raises ValueError for an option that is out of range.
     """
-    from models.sampling_config import change_sampling
-
-    settings = dataclasses.asdict(change_sampling(unclip.sampling, dict(options)))
+    settings = dataclasses.asdict(unclip.sampling_with(dict(options)))
     with Progress(f"sampling {caption[:40]!r}", _steps(unclip, settings), "steps") as progress:
         generation = unclip.generate([caption], [seed], lambda stage, *_: progress.advance(1, stage), **options)
     text = {"caption": caption, "seed": str(seed), "settings": json.dumps(settings, sort_keys=True)}

@@ -10,6 +10,8 @@ from math import pi
 import torch
 from torch import Tensor
 
+FEW = 15
+"""Fewer steps than this end before timestep 0; from here on it makes no difference (docs/how/decoder.md)."""
 NOISIEST = -3.0
 """Half the log signal-to-noise ratio below which a prediction hardly changes: the signal has 5% of the amplitude."""
 
@@ -57,6 +59,18 @@ def strided_grid(steps: int, count: int) -> Tensor:
         raise ValueError(f"cannot take {count} sampling steps out of {steps}: use 2 to {steps}")
     ascending = torch.arange(count, dtype=torch.float64) * ((steps - 1) / (count - 1))
     return ascending.round().long().flip(0)
+
+
+def trailing_grid(steps: int, count: int) -> Tensor:
+    """Returns ``count`` of T = ``steps`` timesteps, each the last of an equal part of the schedule, from T - 1 down.
+
+    The last step then leads to the data from where there is still noise to take away, instead of from timestep 0
+    (Lin et al. 2023, "Common diffusion noise schedules and sample steps are flawed", section 3.3). Raises ValueError
+    unless 2 <= count <= steps.
+    """
+    if not 2 <= count <= steps:
+        raise ValueError(f"cannot take {count} sampling steps out of {steps}: use 2 to {steps}")
+    return (steps - torch.arange(count, dtype=torch.float64) * (steps / count)).round().long() - 1
 
 
 def log_snr_grid(schedule: Schedule, count: int) -> Tensor:

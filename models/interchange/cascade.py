@@ -11,8 +11,9 @@ from models.interchange.upsampler import import_upsampler
 from models.presets import KARLO
 from models.sampling_config import SamplingConfig
 
-KARLO_SAMPLING = replace(KARLO["bundle"], candidates=1, size=256)
-"""Karlo's own defaults: it draws one embedding a caption, and ends at 256 px."""
+KARLO_SAMPLING = replace(KARLO["bundle"], candidates=1, upsampler_256_steps=7, size=256)
+"""Karlo's own defaults: it draws one embedding a caption, and ends at 256 px, after six steps and one of a second
+network that a model trained here does not have."""
 
 
 def import_unclip(folder: str | Path, clip: Clip, sampling: SamplingConfig = KARLO_SAMPLING) -> UnCLIP:

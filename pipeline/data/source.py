@@ -37,6 +37,7 @@ from pipeline.store import Store
 VERSION = 1
 LAYOUT = 3  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
+CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
 FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
 LAST_SEGMENT = 999  # a shard's number has eight digits
 log = logging.getLogger("unclip")
@@ -81,13 +82,14 @@ class SourceRecipe:
 @dataclass(frozen=True)
 class SourceShard:
     """One shard of the list, with the key of its references and the key of its captions. ``held_out``: its rows by
-    split, but for those to train on."""
+    split, but for those to train on. ``captioned``: how many of its rows have a caption."""
 
     number: int
     image_key: str
     caption_key: str
     ledger: Ledger
     held_out: Mapping[str, int] = field(default_factory=dict)
+    captioned: int = 0
     refs: str = ""
     captions: str = ""
 
@@ -258,6 +260,7 @@ class _Cutter:
             digest(["captions", VERSION, number, captions]),
             Ledger.count(rejects),
             dict(+held_out),
+            sum(map(has_caption, captions)),
             **blobs,
         )
 
@@ -271,6 +274,11 @@ class _Cutter:
         keys = pa.array([row_key(number, i) for i in range(len(refs))], pa.string())
         said = {"key": keys, "captions": pa.array(captions, pa.list_(pa.string()))}
         return {"refs": put_blob(self.store, write_table(table)), "captions": put_blob(self.store, write_table(said))}
+
+
+def has_caption(captions: Sequence[str]) -> bool:
+    """Whether a row says anything of its image: one of its captions is more than white space."""
+    return any(caption.strip() for caption in captions)
 
 
 def segment_of(number: int) -> int:
@@ -311,6 +319,9 @@ def _publish(ctx: Context, blob: str, key: str) -> Artifact:
     found = scan(ctx.recipe, ctx.store, write=True, journal=read_journal(ctx.store, ctx.config.project))
     if found.keys[ctx.stage] != ctx.key:
         raise UserError("the list, or what is to be tried again or forgotten, has changed since the plan; run again")
-    shards = [Shard(s.number, getattr(s, key), s.ledger, {blob: getattr(s, blob)}) for s in found.shards]
+    shards = [
+        Shard(s.number, getattr(s, key), s.ledger, {blob: getattr(s, blob)}, {CAPTIONED: s.captioned})
+        for s in found.shards
+    ]
     table, ledger = write_shard_table(ctx.store, shards)
     return publish_artifact(ctx.store, ctx.publishable(shard_table=table, ledger=ledger), seconds=0.0)

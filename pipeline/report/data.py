@@ -67,7 +67,7 @@ def _funnel(artifacts: Artifacts) -> str:
 
 def _reasons(artifacts: Artifacts) -> str:
     rows, before = [], Counter[str]()
-    for stage in ("source", "pairs", "curation"):
+    for stage in ("source", "pairs", "clip", "curation"):
         if stage not in artifacts:
             continue
         ledger = artifacts[stage].ledger

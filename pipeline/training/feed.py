@@ -19,7 +19,7 @@ from pipeline.training.pictures import CACHE_MB, Pictures, View, at_once
 from pipeline.training.read_ahead import read_ahead
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.tables import Row, Tables
-from pipeline.training.task import Batch, Task
+from pipeline.training.task import Batch, Contrastive, Task
 
 READERS = 8  # windows that are read at once
 AHEAD = 0.75  # of the windows in use, after which all lanes have begun to read the next
@@ -84,7 +84,8 @@ class Feed:
     """The training rows of a task in the order of its recipe, and its validation rows.
 
     The share of a step holds batch / lanes rows of every lane that this worker owns, lane after lane. Decoded pictures
-    stay in memory up to ``cache_mb`` MiB. Raises ValueError if there are no training rows.
+    stay in memory up to ``cache_mb`` MiB. Rows without a caption are neither to a task that compares captions. Raises
+    ValueError if there are no training rows, UserError if none of them has a caption.
     """
 
     def __init__(
@@ -99,7 +100,15 @@ class Feed:
     ):
         self.columns, self.recipe = task.columns, recipe
         self.lanes = lanes_of(rank, world, recipe.lanes)
-        self.tables = Tables(store, inputs, task.columns, "train", task.min_side, cached=2 * len(self.lanes))
+        contrastive = isinstance(task, Contrastive)
+        self.tables = Tables(
+            store, inputs, task.columns, "train", task.min_side, 2 * len(self.lanes), captioned=contrastive
+        )
+        if self.tables.without_caption and not any(self.tables.counts):
+            raise UserError(
+                f"none of the {self.tables.without_caption:,} training rows has a caption to compare its image with; "
+                "give them captions, or take a CLIP that exists (clip.weights)"
+            )
         self.held_out = self.tables.of("validation")
         self.pictures = Pictures(store, task.image_size, cache_mb)
         self.order = Order(self.tables.counts, recipe.lanes, recipe.window, recipe.seed)

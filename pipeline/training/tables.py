@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import lru_cache
 from itertools import islice, repeat
@@ -13,10 +14,12 @@ import numpy as np
 
 from pipeline.artifacts import Artifact, ShardList, read_shards, read_table
 from pipeline.data.index import Place
+from pipeline.data.source import CAPTIONED, has_caption
 from pipeline.errors import UserError
 from pipeline.store import Store
 
 CACHED = 8  # shards
+READERS = 8  # shards that are read at once to count their rows
 LOCKS = 64  # of shards that are being read; two that share one wait for each other
 
 
@@ -48,8 +51,9 @@ class Tables:
     """The kept rows of one split whose short side is at least ``min_side``, by shard.
 
     Rows are those of "curation", or of "pairs" before there is a curation, when CLIP trains. ``inputs`` are the
-    stage's input artefacts; of "pairs", "captions" and "embeddings" only those that ``columns`` ask for are read.
-    ``cached`` shards stay in memory. ``counts`` are rows by position in ``shards``.
+    stage's input artefacts; of "pairs", "captions" and "embeddings" only those that ``columns`` ask for are read. With
+    ``captioned`` rows without a caption are left out, and ``without_caption`` counts them. ``cached`` shards stay in
+    memory. ``counts`` are rows by position in ``shards``.
     """
 
     def __init__(
@@ -60,8 +64,9 @@ class Tables:
         split: str,
         min_side: int,
         cached: int = CACHED,
+        captioned: bool = False,
     ):
-        self.store, self.columns, self.min_side = store, columns, min_side
+        self.store, self.columns, self.min_side, self.captioned = store, columns, min_side, captioned
         self.shards = ShardList(store, inputs["curation" if "curation" in inputs else "pairs"])
         wanted = {
             "pairs": "image" in columns,
@@ -73,7 +78,11 @@ class Tables:
 
     def _choose(self, split: str, cached: int) -> None:
         self.split = split
-        self.counts = tuple(self.shards.counts(f"{split}/{self.min_side}").tolist())
+        self._listed = self.counts = tuple(self.shards.counts(f"{split}/{self.min_side}").tolist())
+        if self.captioned:
+            with ThreadPoolExecutor(READERS) as readers:
+                self.counts = tuple(readers.map(self._captioned, range(len(self.shards))))
+        self.without_caption = sum(self._listed) - sum(self.counts)
         self._shard = lru_cache(maxsize=cached)(self._read_shard)
         self._locks = [Lock() for _ in range(LOCKS)]
 
@@ -103,14 +112,32 @@ class Tables:
         found = {name: listed.find(shard.number) for name, listed in self._others.items()}
         return {"rows": shard.blobs} | {name: other.blobs for name, other in found.items() if other is not None}
 
-    def _read_shard(self, position: int) -> list[Row]:
+    def _captioned(self, position: int) -> int:
+        """How many rows of a shard have a caption. Only where the list has rows without one is the shard read."""
+        listed = self._others["captions"].find(self.shards[position].number)
+        if not self._listed[position] or (listed and listed.counts.get(CAPTIONED) == listed.kept + listed.lost):
+            return self._listed[position]
+        return self._rows(position).num_rows
+
+    def _rows(self, position: int) -> Any:
+        """The part of a shard's index that is asked for. Raises ValueError where its artefact counts other rows."""
+        import pyarrow as pa
+
         number, blobs = self.shards[position].number, self.blobs(position)
         index = self._index(blobs["rows"]["index"])
-        if index.num_rows != self.counts[position]:
+        if index.num_rows != self._listed[position]:
             raise ValueError(
                 f"shard {number}: its index has {index.num_rows} {self.split} rows of {self.min_side} px, "
-                f"its artefact counts {self.counts[position]}"
+                f"its artefact counts {self._listed[position]}"
             )
+        if not self.captioned:
+            return index
+        captions = self._join(number, blobs, "captions", index["key"].to_pylist())["captions"].to_pylist()
+        return index.filter(pa.array([has_caption(each) for each in captions], pa.bool_()))
+
+    def _read_shard(self, position: int) -> list[Row]:
+        number, blobs = self.shards[position].number, self.blobs(position)
+        index = self._rows(position)
         keys = index["key"].to_pylist()
         places: Iterator[Place | None] = repeat(None, len(keys))
         captions: Any = repeat(None, len(keys))

@@ -111,8 +111,9 @@ class Publisher:
         if load_artifact(ctx.store, ctx.stage, ctx.key) is not None:
             return
         precision = computes_in(self.world.device, ctx.recipe.precision)
+        bare = self.feed.tables.without_caption
         artifact = ctx.publishable(
-            ledger=Ledger(kept=self.feed.order.total),
+            ledger=Ledger(self.feed.order.total, {"no_caption": bare} if bare else {}),
             blobs=self._blobs(state, model),
             metrics=state.journal.latest() | {"samples_seen": state.samples, "wrapped_rows": self.feed.order.wrapped},
             environment={"device": str(self.world.device), "precision": precision, "workers": str(self.world.size)},

@@ -1,5 +1,6 @@
 """What the sampling options make of the samplers."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,15 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from models import cascade
 from models.diffusion.dpm_solver import dpm_solver
 from models.diffusion.samplers import ancestral, ddim
-from models.diffusion.schedules import log_snr_grid, make_schedule, strided_grid
+from models.diffusion.schedules import fast27_grid, log_snr_grid, make_schedule, strided_grid, trailing_grid
 from models.diffusion_prior import diffusion_prior_denoise, diffusion_prior_variance
 from models.draw import Draw
-from models.reverse import Reverse, ignore
+from models.reverse import Reverse, ignore, sampling_grid
 from models.sampling_config import DECODER_SAMPLERS, PRIOR_SAMPLERS, SamplingConfig
+from models.sampling_config import STEPS as STEPS_OPTION
 from models.tokens import tokenize
+from models.upsampler import Upsampler
+from tests.models.mutations import fails_under
 from tests.models.test_cascade import CAPTIONS, DIM, make
+from tests.models.test_diffusion_dpm_solver import ring
 
 SCHEDULE = make_schedule("cosine", 1000)
 STEPS = 8
@@ -32,7 +38,7 @@ def unclip() -> Any:
 def test_every_sampler_of_the_prior_is_the_one_that_its_name_says(unclip: Any, sampler: str) -> None:
     model, tokens = unclip.diffusion_prior, tokenize(CAPTIONS)
     denoise = diffusion_prior_denoise(model, tokens, unclip.clip.encode_text(tokens))
-    grid, noise = strided_grid(1000, STEPS), torch.randn(3, DIM, generator=torch.Generator().manual_seed(0))
+    grid, noise = trailing_grid(1000, STEPS), torch.randn(3, DIM, generator=torch.Generator().manual_seed(0))
 
     def draw() -> Draw:
         return Draw([(0, 3)])
@@ -82,3 +88,85 @@ def test_the_papers_sampler_of_the_prior_is_the_default() -> None:
 def test_an_unknown_sampler_is_refused_with_the_known_ones(field: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{field} is '{value}': use one of .*ddpm, ddim, dpm"):
         SamplingConfig(**{field: value})
+
+
+GRIDS = [
+    ("diffusion_prior", 14, trailing_grid),
+    ("diffusion_prior", 15, strided_grid),
+    ("diffusion_prior", 27, strided_grid),
+    ("decoder", 4, trailing_grid),
+    ("decoder", 16, strided_grid),
+    ("upsampler_256", 8, trailing_grid),
+    ("upsampler_256", 26, strided_grid),
+    ("upsampler_256", 27, lambda steps, _: fast27_grid(steps)),
+    ("upsampler_1024", 4, trailing_grid),
+    ("upsampler_1024", 27, strided_grid),
+]
+OPTIONS = {"decoder_sampler": "ddim", "prior_steps": 2, "decoder_steps": 2, "upsampler_256_steps": 2}
+
+
+@pytest.mark.parametrize(("stage", "steps", "grid"), GRIDS)
+def test_the_cascade_visits_the_timesteps_of_its_grid(
+    unclip: Any, stage: str, steps: int, grid: Callable[[int, int], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GLIDE's 27 for the first upsampler and nothing else, and below 15 steps none is spent on timestep 0."""
+    name = f"{stage.removesuffix('_256').removesuffix('_1024')}_denoise"
+    visited: dict[int, list[int]] = {}
+    original = getattr(cascade, name)
+
+    def recording(model: Any, *rest: Any) -> Callable[..., Any]:
+        denoise, times = original(model, *rest), visited.setdefault(id(model), [])
+
+        def recorded(x: Tensor, t: Tensor) -> Any:
+            times.append(int(t[0]))
+            return denoise(x, t)
+
+        return recorded
+
+    monkeypatch.setattr(cascade, name, recording)
+    options = OPTIONS | {"upsampler_1024_steps": 2, STEPS_OPTION[stage]: steps}
+    unclip.generate(CAPTIONS[:1], [1], candidates=1, **options)
+    assert visited[id(getattr(unclip, stage))] == grid(1000, steps).tolist()
+
+
+@fails_under(
+    (sampling_grid, "steps == UNEVEN", "False"),
+    (sampling_grid, 'stage == "upsampler_256" and', ""),
+    (sampling_grid, "steps < FEW and", ""),
+    (sampling_grid, " and not needs_last", ""),
+    (sampling_grid, "steps < FEW and not needs_last", "False"),
+)
+def test_few_steps_end_early_but_for_a_network_of_the_last_timestep() -> None:
+    made = make()
+    last = Upsampler(replace(made.upsampler_256.config, last_unet=True))
+    assert torch.equal(sampling_grid("upsampler_256", last, 7), strided_grid(1000, 7))
+    assert torch.equal(sampling_grid("upsampler_256", made.upsampler_256, 7), trailing_grid(1000, 7))
+    assert torch.equal(sampling_grid("upsampler_256", made.upsampler_256, 27), fast27_grid(1000))
+    assert torch.equal(sampling_grid("decoder", made.decoder, 27), strided_grid(1000, 27))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_few_steps_come_nearer_to_many_when_they_end_early(schedule: str) -> None:
+    """DDIM on a mixture whose best prediction is known, against its own result in 1,000 steps."""
+    made = make_schedule(schedule, 1000)
+    best, noise = ring(made), torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    limit = ddim(best, noise, strided_grid(1000, 1000), made)
+    for count in (3, 4, 6):
+        far, near = (
+            (ddim(best, noise, grid(1000, count), made) - limit).norm() for grid in (strided_grid, trailing_grid)
+        )
+        assert near < far
+
+
+@pytest.mark.parametrize("name", STEPS_OPTION.values())
+def test_a_number_of_steps_that_sampling_would_refuse_is_refused_before_anything_is_drawn(
+    unclip: Any, name: str
+) -> None:
+    def told(*_: object) -> None:
+        pytest.fail("something was drawn")
+
+    for steps, said in ((1, "use 2 or more"), (1001, "use 2 to 1000")):
+        with pytest.raises(ValueError, match=f"{name} is {steps}.*{said}"):
+            unclip.generate(CAPTIONS[:1], [1], told, **{name: steps})
+    with pytest.raises(ValueError, match=r"tile is 10: upsampler_1024 takes multiples of \d+ px"):
+        unclip.generate(CAPTIONS[:1], [1], told, tile=10)

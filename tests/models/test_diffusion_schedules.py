@@ -1,11 +1,22 @@
+from collections.abc import Callable
+
 import pytest
 import torch
-from diffusers import DDPMScheduler, UnCLIPScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, UnCLIPScheduler
 from diffusers.schedulers.scheduling_unclip import betas_for_alpha_bar
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from models.diffusion.schedules import NOISIEST, Schedule, fast27_grid, log_snr_grid, make_schedule, strided_grid
+from models.diffusion.schedules import (
+    NOISIEST,
+    Schedule,
+    fast27_grid,
+    log_snr_grid,
+    make_schedule,
+    strided_grid,
+    trailing_grid,
+)
 from tests.models.mutations import fails_under
 
 
@@ -82,10 +93,21 @@ def test_strided_grids_fall_from_the_last_timestep_to_the_first(count: int) -> N
     assert (grid.diff() < 0).all()
 
 
+@pytest.mark.parametrize("steps", [1000, 100])
+@fails_under((trailing_grid, "steps / count)", "(steps - 1) / (count - 1))"), (trailing_grid, ".round()", ""))
+def test_trailing_grids_equal_those_of_diffusers(steps: int) -> None:
+    scheduler = DDIMScheduler(num_train_timesteps=steps, timestep_spacing="trailing")
+    for count in (*range(2, 16), 25, 50, steps):
+        scheduler.set_timesteps(count)
+        assert torch.equal(trailing_grid(steps, count), scheduler.timesteps)
+        assert trailing_grid(steps, count)[-1] == max(round(steps / count) - 1, 0)
+
+
+@pytest.mark.parametrize("grid", [strided_grid, trailing_grid])
 @pytest.mark.parametrize("count", [0, 1, 11])
-def test_a_grid_of_more_steps_than_there_are_is_refused(count: int) -> None:
+def test_a_grid_of_more_steps_than_there_are_is_refused(grid: Callable[[int, int], Tensor], count: int) -> None:
     with pytest.raises(ValueError, match="use 2 to 10"):
-        strided_grid(10, count)
+        grid(10, count)
 
 
 def test_the_27_steps_are_10_10_3_2_2_in_five_sections() -> None:

@@ -15,7 +15,7 @@ from models.clip import Clip
 from models.clip_prior import ClipPrior
 from models.decoder import decoder_denoise
 from models.diffusion.samplers import ancestral
-from models.diffusion.schedules import make_schedule, strided_grid
+from models.diffusion.schedules import make_schedule, trailing_grid
 from models.diffusion_prior import diffusion_prior_denoise, diffusion_prior_gamma, diffusion_prior_loss
 from models.draw import Draw, derive_seed
 from models.interchange import import_decoder, import_prior, import_unclip
@@ -123,7 +123,7 @@ def test_the_prior_in_the_cascade_is_karlos(unclip: UnCLIP, folder: Path) -> Non
         t = torch.tensor([999, 999])
         shown, hidden = (prior(noise, t, tokens, unused, keep) for keep in (kept, ~kept))
     torch.testing.assert_close(first, 4 * shown - 3 * hidden, rtol=0, atol=1e-5)
-    samples = ancestral(denoise, noise, strided_grid(1000, 4), SCHEDULE, draw, "small")
+    samples = ancestral(denoise, noise, trailing_grid(1000, 4), SCHEDULE, draw, "small")
     with torch.no_grad():
         theirs = PriorTransformer.from_pretrained(folder / "prior").post_process_latents(samples)
     torch.testing.assert_close(embedding, F.normalize(theirs, dim=-1), rtol=0, atol=1e-6)
@@ -133,7 +133,7 @@ def test_the_decoder_in_the_cascade_is_karlos(unclip: UnCLIP, folder: Path) -> N
     pictures = unclip.generate(CAPTIONS, SEEDS, prior_steps=2, decoder_steps=3, upsampler_256_steps=2)
     draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in SEEDS])
     denoise = decoder_denoise(import_decoder(folder), pictures.embedding, tokenize(CAPTIONS), guidance=7.0)
-    low = ancestral(denoise, draw.normal("x_T", 3, 16, 16), strided_grid(1000, 3), SCHEDULE, draw, "learned")
+    low = ancestral(denoise, draw.normal("x_T", 3, 16, 16), trailing_grid(1000, 3), SCHEDULE, draw, "learned")
     assert torch.equal(pictures.images[16], to_uint8(low).permute(0, 2, 3, 1))
     assert list(pictures.images) == [16, 64]
     assert pictures.image.float().std() > 10

@@ -12,6 +12,7 @@ from models.ar_prior import ARPrior
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
+from models.interchange.cascade import KARLO_SAMPLING
 from models.presets import PRESETS
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.upsampler import Upsampler
@@ -112,3 +113,10 @@ def test_reading_presets_needs_no_torch() -> None:
 def test_impossible_values_are_refused_by_name(config: object, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, **change)  # type: ignore[type-var]
+
+
+def test_karlo_samples_what_it_trains() -> None:
+    """Karlo's seven steps end with one of a second network; a model of the preset has none, and takes GLIDE's 27."""
+    assert PRESETS["karlo"]["upsampler_256"].last_unet is False
+    assert PRESETS["karlo"]["bundle"].upsampler_256_steps == 27
+    assert KARLO_SAMPLING.upsampler_256_steps == 7

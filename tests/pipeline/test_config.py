@@ -57,7 +57,42 @@ def test_scale_changes_how_long_every_model_trains_and_nothing_else() -> None:
         config = make_config({**LEAST, "preset": "tiny", "decoder": {"samples": 1000}, "scale": scale})
         for stage in TRAININGS:
             before, after = getattr(whole, stage), getattr(config, stage)
-            assert after == dataclasses.replace(before, samples=max(before.batch, round(scale * before.samples)))
+            samples = max(before.batch, round(scale * before.samples))
+            warmup = round(scale * before.warmup)
+            assert after == dataclasses.replace(before, samples=samples, warmup=warmup)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1e-9, 2])
+def test_scale_stretches_the_rise_and_the_fall_of_the_learning_rate(scale: float) -> None:
+    """As the shipped configuration whose rate falls: at a tenth it used to be refused with a traceback."""
+    config = load_config(ROOT / "configs/emoji-long.yaml", [f"scale={scale:.9f}"])
+    plain = load_config(ROOT / "configs/emoji-long.yaml").decoder
+    assert plain.decay > 0
+    assert config.decoder.decay == round(scale * plain.decay)
+    assert config.decoder.warmup == round(scale * plain.warmup)
+    if scale != 1e-9:
+        assert config.decoder.fork / config.decoder.samples == pytest.approx(plain.fork / plain.samples, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        ({"decoder_steps": 1}, "bundle.sampling: decoder_steps is 1: use 2 or more"),
+        ({"decoder_steps": 5000}, "bundle.sampling.decoder_steps is 5000, and decoder has 1000 timesteps: use 2 to"),
+        ({"prior_steps": 5000}, "bundle.sampling.prior_steps is 5000, and diffusion_prior has 1000 timesteps"),
+        ({"upsampler_1024_steps": 1001}, "bundle.sampling.upsampler_1024_steps is 1001, and upsampler_1024 has 1000"),
+        ({"tile": 100}, "bundle.sampling.tile is 100: upsampler_256 takes multiples of 8 px"),
+    ],
+)
+def test_steps_and_tiles_that_sampling_would_refuse_are_refused_here(sampling: dict[str, int], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_config({**LEAST, "bundle": {"sampling": sampling}})
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+    small = {"models": ["diffusion_prior", "decoder"], "sampling": {"size": 64, "upsampler_256_steps": 27}}
+    make_config({**LEAST, "bundle": small, "upsampler_256": {"model": {"steps": 20}}})  # a model that is not sampled
+    with pytest.raises(UserError, match="upsampler_256_steps is 27, which takes 50 or more timesteps"):
+        make_config({**LEAST, "upsampler_256": {"model": {"steps": 40}}})
 
 
 @pytest.mark.parametrize("scale", [0, -1, True, "half", float("inf"), float("nan"), None])

@@ -136,7 +136,7 @@ def test_a_row_that_cannot_be_drawn_costs_itself(
     ("options", "message"),
     [
         ({"size": 65}, "size is 65: use 64, 256 or 1024"),
-        ({"prior_steps": 1}, "cannot take 1 sampling steps"),
+        ({"prior_steps": 1}, "prior_steps is 1: use 2 or more"),
         ({"sise": 64}, "unknown sampling options"),
     ],
 )

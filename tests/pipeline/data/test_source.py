@@ -114,6 +114,7 @@ def test_a_folder_of_pictures_and_texts(tmp_path: Path, folder_store: Store) -> 
     captions = read_table(folder_store, shard.captions).to_pylist()
     assert [r["url"].rpartition("/")[2] for r in refs] == ["a%20b.jpg", "d.webp", "c.PNG"]
     assert [c["captions"] for c in captions] == [["first caption", "second caption"], [], []]
+    assert (shard.captioned, shard.ledger.rows) == (1, 3)  # by which CLIP knows where to look for rows to leave out
 
 
 def test_a_tar_is_used_in_place(tmp_path: Path, folder_store: Store) -> None:

@@ -19,10 +19,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from models.clip import alone
 from models.tokens import tokenize
 from models.view import open_view
 from pipeline.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
-from pipeline.errors import CorruptObject
+from pipeline.data.source import CAPTIONED
+from pipeline.errors import CorruptObject, UserError
 from pipeline.ledger import Ledger
 from pipeline.records import blob_path, put_blob
 from pipeline.training.feed import Feed, Share, Window, Windows
@@ -43,8 +45,11 @@ def make_feed(
     inputs: dict[str, Artifact] | None = None,
     recipe: DecoderRecipe = RECIPE,
     cache_mb: int = 512,
+    contrastive: bool = False,
 ) -> Feed:
     task: Any = SimpleNamespace(columns=columns, min_side=64, image_size=24)
+    if contrastive:
+        task.gather, task.local_statistics = alone, False
     return Feed(world.store, inputs or world.inputs, task, recipe, rank, size, cache_mb)
 
 
@@ -169,6 +174,59 @@ def test_before_curation_rows_are_those_of_pairs(shared_world: World) -> None:
     feed = make_feed(shared_world, ("image", "tokens"), inputs=inputs)
     assert feed.order.total == make_feed(shared_world).order.total + 4  # curation dropped one row a shard
     assert set(take(feed, 1)[0].batch) == {"image", "tokens"}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_task_that_compares_captions_has_no_row_without_one(shared_world: World, size: int) -> None:
+    """The line of an epoch is of rows with a caption, on any number of workers, and all of them have their turn."""
+    inputs = {name: shared_world.inputs[name] for name in ("pairs", "captions")}
+    everything = make_feed(shared_world, ("image", "tokens"), inputs=inputs)
+    feeds = [make_feed(shared_world, ("image", "tokens"), rank, size, inputs, contrastive=True) for rank in range(size)]
+    told = {example.key for example in shared_world.examples.values() if example.captions}
+    bare = sum(count for count in everything.tables.counts) - feeds[0].order.total
+    assert 0 < bare == feeds[0].tables.without_caption
+    steps = 2 * -(-feeds[0].order.total // RECIPE.batch)
+    seen = [key for feed in feeds for share in take(feed, steps) for key in share.keys]
+    assert set(seen) == {key for key in seen if key in told}
+    assert len(set(seen)) == feeds[0].order.total
+    validation = {key for share in feeds[0].validation(100, 8) for key in share.keys}
+    assert validation
+    assert validation <= told
+    straight = make_feed(shared_world, ("image", "tokens"), inputs=inputs, contrastive=True)
+    expected = [set(share.keys) for share in take(straight, 4)]
+    shared = zip(*(take(feed, 4) for feed in feeds), strict=True)
+    assert [{key for share in shares for key in share.keys} for shares in shared] == expected
+
+
+def test_only_shards_of_the_list_with_a_row_without_a_caption_are_read_to_count(world: World) -> None:
+    """What the captions' own shards count tells which; of others the listed numbers are taken."""
+    shards = _shards(world)
+    rows = [shard.ledger.rows for shard in shards]
+    counts = [{CAPTIONED: count - (place == 1)} for place, count in enumerate(rows)]
+    listed = [replace(shard, counts=each) for shard, each in zip(shards, counts, strict=True)]
+    table, _ = write_shard_table(world.store, listed)
+    captions = replace(world.inputs["captions"], shard_table=table)
+    inputs = {"pairs": world.inputs["pairs"], "captions": captions}
+    feed = make_feed(world, ("image", "tokens"), inputs=inputs, contrastive=True)
+    everything = make_feed(world, ("image", "tokens"), inputs=inputs).tables.counts
+    fewer = [got < all_ for got, all_ in zip(feed.tables.counts, everything, strict=True)]
+    assert fewer == [False, True, False, False]
+
+
+def test_a_list_whose_training_rows_have_no_caption_is_one_line(world: World) -> None:
+    shards = [replace(shard, blobs={"captions": _bare(world, shard)}) for shard in _shards(world)]
+    table, _ = write_shard_table(world.store, shards)
+    captions = replace(world.inputs["captions"], shard_table=table)
+    inputs = {"pairs": world.inputs["pairs"], "captions": captions}
+    with pytest.raises(UserError, match=r"none of the .* training rows has a caption") as refused:
+        make_feed(world, ("image", "tokens"), inputs=inputs, contrastive=True)
+    assert "\n" not in str(refused.value)
+
+
+def _bare(world: World, shard: Shard) -> str:
+    rows = read_table(world.store, shard.blobs["captions"]).to_pydict()
+    captions = [[" "] if place % 2 else [] for place in range(len(rows["key"]))]
+    return put_blob(world.store, write_table({"key": rows["key"], "captions": captions}))
 
 
 @pytest.mark.parametrize("columns", [("tokens",), ("tokens", "text_embedding"), ("text_embedding",)])

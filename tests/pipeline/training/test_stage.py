@@ -16,7 +16,7 @@ from safetensors.torch import load
 from models.folder import load_model
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
-from pipeline.artifacts import Artifact, load_artifact
+from pipeline.artifacts import Artifact, load_artifact, read_shards
 from pipeline.bundle import materialise
 from pipeline.damage import read_record
 from pipeline.errors import CorruptObject, UserError
@@ -111,6 +111,9 @@ def test_clip_trains_before_there_is_a_curation(shared_world: World, tmp_path: P
     inputs = ("pairs", "captions")
     artifact = stage.run_clip(shared_world.context("clip", recipe, inputs=inputs))
     assert set(artifact.blobs) == {"open_clip_config.json", "open_clip_model.safetensors", "metrics.jsonl"}
+    kept = sum(shard.counts["train/0"] for shard in read_shards(shared_world.store, shared_world.inputs["pairs"]))
+    assert artifact.ledger.rejected["no_caption"] > 0
+    assert artifact.ledger.rows == kept
     materialise(shared_world.store, artifact.blobs, tmp_path)
     assert Clip.from_folder(tmp_path).embed_dim == 16
     taken = ClipRecipe(weights=f"local-dir:{tmp_path}")  # and what stands in a folder can be taken as it is
