@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from models.cascade import UnCLIP
 
-VERSION = 4
+VERSION = 5
 log = logging.getLogger("unclip")
 
 
