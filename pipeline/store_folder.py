@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pipeline.direct import write_direct
 from pipeline.errors import UserError
@@ -56,6 +57,9 @@ class FolderStore:
     @cached_property
     def _root(self) -> str:
         return os.path.join(os.path.realpath(self.url), "")
+
+    def __getstate__(self) -> dict[str, Any]:  # on another machine the folder may be a link to another place
+        return {name: self.__dict__[name] for name in ("url", "cached", "traffic")}
 
     def _file(self, path: str) -> Path:
         """Returns where an object lies. Raises UserError for a path, or a link in the store, that leads out of it."""

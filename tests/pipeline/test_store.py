@@ -1,4 +1,5 @@
 import os
+import pickle
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -281,3 +282,16 @@ def test_links_within_a_folder_and_to_it_are_followed(tmp_path: Path) -> None:
     assert [entry.path for entry in store.list("")] == ["blobs/aa/a", "blobs/bb/a"]
     assert store.create("blobs/bb/b", b"2")
     assert store.read("blobs/aa/b") == b"2"
+
+
+def test_a_folder_that_is_elsewhere_on_another_machine_is_found_there(tmp_path: Path) -> None:
+    link = tmp_path / "store"
+    for place in ("a", "b"):
+        open_store(str(tmp_path / place)).create("blobs/x", place.encode())
+    link.symlink_to(tmp_path / "a")
+    store = open_store(str(link))
+    assert store.read("blobs/x") == b"a"
+    sent = pickle.dumps(store)
+    link.unlink()
+    link.symlink_to(tmp_path / "b")
+    assert pickle.loads(sent).read("blobs/x") == b"b"
