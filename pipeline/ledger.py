@@ -50,7 +50,6 @@ REASONS = {
     "near_duplicate": "an earlier row of its split has nearly the same picture, as large for every model",
     "near_held_out": "a training row whose picture is nearly one that is held out",
     # generation
-    "unreadable_row": "a line of a list of prompts that cannot be parsed, is not UTF-8, or has a seed that is none",
     "prompt_too_long": "more tokens than the text models read",
 }
 

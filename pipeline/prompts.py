@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.tables import Flaw, table_rows
 from pipeline.errors import UserError
 from pipeline.local import open_local
 
@@ -20,8 +21,7 @@ TABLES = (*DELIMITERS, ".jsonl", ".parquet")
 KINDS = f".txt with a prompt a line, or a {', '.join(TABLES[:-1])} or {TABLES[-1]} with a column of them"
 SEED = "seed"
 LARGEST_SEED = 2**63 - 1
-SPAN = 100  # lines that a quoted value may stand on; a quote that nothing closes costs its own line
-Row = Mapping[str, Any] | None  # None: a line that could not be parsed
+Row = Mapping[str, Any] | str  # the reason of one that cannot be read
 
 
 def find_column(path: Path, asked: str | None = None) -> str | None:
@@ -73,28 +73,29 @@ def read_prompts(path: Path, seed: int, size: int, column: str | None = None) ->
 
 def _checked(row: Row, seed: int) -> tuple[str, int, str | None]:
     """The prompt of a row, its seed, and why it cannot be drawn."""
-    unreadable = ("", seed, "unreadable_row")
-    if row is None:
-        return unreadable
+    if isinstance(row, str):
+        return "", seed, row
     prompt, own = row["prompt"], row.get(SEED)
     if isinstance(prompt, list):  # several captions of one image: the first
         prompt = prompt[0] if prompt else None
     try:
         text = prompt.decode() if isinstance(prompt, bytes) else "" if prompt is None else prompt
+        text.encode()
         own = own.decode() if isinstance(own, bytes) else own
         own = seed if own in (None, "") else int(own) if isinstance(own, float) and own.is_integer() else int(str(own))
-        text.encode()
-    except (ValueError, AttributeError):  # no text, text with halves of characters, a seed that is not a whole number
-        return unreadable
+    except UnicodeError:
+        return "", seed, "not_utf8"
+    except (ValueError, AttributeError):  # a seed that is not a whole number, a prompt that is not text
+        return "", seed, "malformed_row"
     if not 0 <= own <= LARGEST_SEED:
-        return unreadable
+        return "", seed, "malformed_row"
     return text.strip(), own, None if text.strip() else "no_caption"
 
 
 def _lines(path: Path) -> Iterator[Row]:
     for line in _utf8(path):
         if line is None or line.strip():
-            yield None if line is None else {"prompt": line}
+            yield "not_utf8" if line is None else {"prompt": line}
 
 
 def _names(path: Path) -> list[str]:
@@ -105,15 +106,15 @@ def _names(path: Path) -> list[str]:
 
         return pq.read_schema(path).names
     if kind == ".jsonl":
-        return next((list(row) for row in _jsonl(path) if row is not None), [])
-    return next(_records(path), None) or []
+        return next((list(row) for row in _objects(path) if not isinstance(row, str)), [])
+    with open_local(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as lines:
+        return next(csv.reader(lines, delimiter=DELIMITERS[kind]), [])
 
 
 def _table(path: Path, column: str) -> Iterator[Row]:
-    kind = path.suffix.lower()
-    rows = _parquet(path, column) if kind == ".parquet" else _jsonl(path) if kind == ".jsonl" else _delimited(path)
-    for row in rows:
-        yield None if row is None else {"prompt": row.get(column), SEED: row.get(SEED)}
+    """Rows with "prompt", and "seed" where the table has one."""
+    rows = {".parquet": _parquet, ".jsonl": _jsonl}.get(path.suffix.lower(), _delimited)
+    return rows(path, column)
 
 
 def _parquet(path: Path, column: str) -> Iterator[Row]:
@@ -125,57 +126,32 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
     for batch in file.iter_batches(columns=wanted, batch_size=1024):
         # As bytes: a single value that is not UTF-8 would end the list.
         columns = [c.cast(pa.large_binary()) if pa.types.is_string(c.type) else c for c in batch.columns]
-        yield from pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
+        for row in pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist():
+            yield {"prompt": row[column], SEED: row.get(SEED)}
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path, column: str) -> Iterator[Row]:
+    for row in _objects(path):
+        yield row if isinstance(row, str) else {"prompt": row.get(column), SEED: row.get(SEED)}
+
+
+def _objects(path: Path) -> Iterator[Row]:
     for line in _utf8(path):
         if line is None or line.strip():
-            yield _object(line or "")
+            yield "not_utf8" if line is None else _object(line)
 
 
 def _object(line: str) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+        return "malformed_row"
+    return row if isinstance(row, dict) else "malformed_row"
 
 
-def _delimited(path: Path) -> Iterator[Row]:
-    records = _records(path)
-    names = next(records, None) or []
-    for record in records:
-        yield dict(zip(names, record, strict=True)) if record and len(record) == len(names) else None
-
-
-def _records(path: Path) -> Iterator[list[str] | None]:
-    """The records of a .csv or .tsv file, empty lines left out; None for a line that is not a part of one."""
-    lines, waiting = _utf8(path), deque[str | None]()
-    while waiting or (waiting := deque(islice(lines, 1))):
-        first = waiting.popleft()
-        text, taken = first or "", 0
-        while (record := _record(text, path)) is None and first is not None and taken < SPAN:
-            waiting.extend(islice(lines, max(0, taken + 1 - len(waiting))))
-            if len(waiting) <= taken or (more := waiting[taken]) is None:
-                break
-            text, taken = text + more, taken + 1
-        if record is None or first is None:
-            yield None
-            continue
-        for _ in range(taken):
-            waiting.popleft()
-        if record:
-            yield record
-
-
-def _record(text: str, path: Path) -> list[str] | None:
-    """The values of one record, none of an empty line; None where a quote is still open or stands where none may."""
-    try:
-        (record,) = csv.reader([text], delimiter=DELIMITERS[path.suffix.lower()], strict=True)
-    except (csv.Error, ValueError):
-        return None
-    return record
+def _delimited(path: Path, column: str) -> Iterator[Row]:
+    for row in table_rows(path, [column], [SEED]):
+        yield row.reason if isinstance(row, Flaw) else {"prompt": row[0], SEED: row[1]}
 
 
 def _utf8(path: Path) -> Iterator[str | None]:
@@ -196,5 +172,5 @@ def _refusing(path: Path) -> Iterator[None]:
     try:
         open_local(path).close()  # readers of tables open a path themselves, and a pipe would never answer
         yield
-    except (OSError, pa.ArrowException) as e:
+    except (OSError, csv.Error, pa.ArrowException) as e:
         raise UserError(f"{path}: cannot be read ({' '.join(str(e).split())}); give a {KINDS}") from e

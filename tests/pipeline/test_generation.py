@@ -123,12 +123,13 @@ def test_a_row_that_cannot_be_drawn_costs_itself(
 ) -> None:
     """It is said before anything is drawn, counted, and in the table with its reason."""
     store = bundle[0]
-    path = tmp_path / "prompts.csv"
-    path.write_bytes(b'caption\na red fox\n""\n"open\ncaf\xe9\nthe sea\n')
+    path = tmp_path / "prompts.jsonl"
+    lines = [b'"a red fox"}', b'""}', b'"open', b'"caf\xe9"}', b'"the sea"}']
+    path.write_bytes(b"".join(b'{"caption": %b\n' % line for line in lines))
     with caplog.at_level("WARNING", "unclip"):
         made = run(bundle, path)
-    assert caplog.messages == ["not drawn: 1 row no_caption, 2 rows unreadable_row"]
-    assert made.ledger == Ledger(kept=2, rejected={"no_caption": 1, "unreadable_row": 2})
+    assert caplog.messages == ["not drawn: 1 row no_caption, 1 row malformed_row, 1 row not_utf8"]
+    assert made.ledger == Ledger(kept=2, rejected={"no_caption": 1, "malformed_row": 1, "not_utf8": 1})
     assert list(pictures(store, made, tmp_path / "out")) == [("a red fox", 0), ("the sea", 4)]
 
 

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.prompts import SPAN, find_column, read_prompts
+from pipeline.prompts import find_column, read_prompts
 
+ROWS = 100
 PROMPTS = ["a red fox", 'a "nice" dog, asleep', "une fenêtre", "寺", "two\nlines"]
 
 
@@ -64,16 +65,16 @@ def test_of_several_captions_the_first_is_drawn(tmp_path: Path) -> None:
     assert read(tmp_path / "list.parquet") == [("a", 0, None), ("", 1, "no_caption"), ("", 2, "no_caption")]
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [b'"open', b'"open" shut', b"one,value,more", b"caf\xe9", b"a,-1", b"a,x", b"a,1.5", b"a," + b"9" * 20, b'"a""b,'],
-)
-def test_a_bad_row_of_a_csv_costs_itself(tmp_path: Path, bad: bytes) -> None:
-    rows = [f"prompt {i}," for i in range(2 * SPAN)]
-    lines = [b"caption,seed", *(row.encode() for row in rows[:SPAN]), bad, *(row.encode() for row in rows[SPAN:])]
+MALFORMED = [b'"open', b'"open" shut', b"one,value,more", b"a,-1", b"a,x", b"a,1.5", b"a," + b"9" * 20, b'"a""b,']
+
+
+@pytest.mark.parametrize(("bad", "reason"), [*((bad, "malformed_row") for bad in MALFORMED), (b"caf\xe9,", "not_utf8")])
+def test_a_bad_row_of_a_csv_costs_itself(tmp_path: Path, bad: bytes, reason: str) -> None:
+    rows = [f"prompt {i}," for i in range(2 * ROWS)]
+    lines = [b"caption,seed", *(row.encode() for row in rows[:ROWS]), bad, *(row.encode() for row in rows[ROWS:])]
     (tmp_path / "list.csv").write_bytes(b"\r\n".join(lines))
     found = read(tmp_path / "list.csv")
-    assert found.pop(SPAN) == ("", SPAN, "unreadable_row")
+    assert found.pop(ROWS) == ("", ROWS, reason)
     assert [prompt for prompt, *_ in found] == [row[:-1] for row in rows]
     assert {reason for *_, reason in found} == {None}
 
@@ -84,7 +85,7 @@ def test_a_bad_row_of_a_csv_costs_itself(tmp_path: Path, bad: bytes) -> None:
 def test_a_bad_row_of_a_jsonl_costs_itself(tmp_path: Path, bad: bytes) -> None:
     good = [b'{"caption": "a"}', b'{"caption": "b"}']
     (tmp_path / "list.jsonl").write_bytes(b"\n".join([good[0], bad, good[1]]))
-    lost = [("", 1, "unreadable_row")] if bad else []
+    lost = [("", 1, "not_utf8" if b"\xe9" in bad or b"ud8" in bad else "malformed_row")] if bad else []
     assert read(tmp_path / "list.jsonl") == [("a", 0, None), *lost, ("b", 1 + len(lost), None)]
 
 
@@ -92,7 +93,7 @@ def test_a_value_of_a_parquet_that_is_not_text_costs_its_row(tmp_path: Path) -> 
     values = pa.array([b"a", b"caf\xe9", b"c"], pa.binary())
     for name, column in (("binary", values), ("text", values.view(pa.string()))):
         pq.write_table(pa.table({"caption": column}), tmp_path / f"{name}.parquet")
-        assert read(tmp_path / f"{name}.parquet") == [("a", 0, None), ("", 1, "unreadable_row"), ("c", 2, None)]
+        assert read(tmp_path / f"{name}.parquet") == [("a", 0, None), ("", 1, "not_utf8"), ("c", 2, None)]
 
 
 @pytest.mark.parametrize(
