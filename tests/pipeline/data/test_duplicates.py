@@ -40,6 +40,7 @@ def plainly(lists: list[list[str]]) -> list[list[bool]]:
     return verdicts
 
 
+@settings(deadline=None)
 @given(LISTS, st.integers(1, 7), st.integers(1, 4))
 def test_verdicts_are_those_of_a_set(lists: list[list[str]], block_rows: int, chunk: int) -> None:
     with patch.object(duplicates, "BLOCK_ROWS", block_rows), patch.object(duplicates, "CHUNK", chunk), Seen() as seen:

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import references
@@ -52,6 +52,7 @@ def test_a_password_makes_no_other_reference() -> None:
     assert comparable("http://ana:hunter2@h.test/a") == comparable("http://***@h.test/a")
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         "{}://{}/{}{}".format,
