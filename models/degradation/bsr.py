@@ -28,19 +28,23 @@ STEPS = ("blur", "second blur", "shrink", "fit", "noise", "jpeg")
 class Strength:
     """How much is done to a picture.
 
-    ``blur`` multiplies the widths of blurs, whose kernels end ``reach`` pixels from their centre; noise has standard
-    deviations of ``noise`` 8-bit levels; ``quality`` is JPEG's. Pairs are the least and the most, both included.
+    ``blur`` multiplies the widths of blurs, whose kernels end ``reach`` pixels from their centre, those of circles
+    ``circle_reach``; a share ``resized`` of shrinking is by resizing; noise has standard deviations of ``noise`` 8-bit
+    levels; ``quality`` is JPEG's. Pairs are the least and the most, both included.
     """
 
     blur: float
     second_blur: bool
     reach: tuple[int, int]
+    circle_reach: tuple[int, int]
+    resized: float
     noise: tuple[int, int]
     quality: tuple[int, int]
 
 
-FULL = Strength(blur=1.0, second_blur=True, reach=(3, 12), noise=(2, 25), quality=(30, 95))
-LIGHT = Strength(blur=0.25, second_blur=False, reach=(2, 6), noise=(1, 2), quality=(80, 95))
+FULL = Strength(1.0, True, reach=(3, 12), circle_reach=(3, 12), resized=0.75, noise=(2, 25), quality=(30, 95))
+# Latent diffusion's kernels of an even side, which move a picture by half a pixel, are of the odd sides around them.
+LIGHT = Strength(0.25, False, reach=(2, 6), circle_reach=(2, 3), resized=0.8, noise=(1, 2), quality=(80, 95))
 
 
 def bsr(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
@@ -145,16 +149,19 @@ def _kernels(draw: Draw, purpose: str, scale: Tensor, strength: Strength) -> lis
     variances = torch.where((same < 0.5)[:, None], ellipse, circle[:, None]).clamp(min=1e-4)
     kernels = gaussian_kernels(KERNEL_SIDE, angle * pi, variances)
     middle = KERNEL_SIDE // 2
-    reaches = _integers(draw, f"{purpose}_reach", strength.reach).tolist()
+    ellipse_reach = _integers(draw, f"{purpose}_reach", strength.reach)
+    circle_reach = _integers(draw, f"{purpose}_circle_reach", strength.circle_reach)
+    reaches = torch.where(same < 0.5, ellipse_reach, circle_reach).tolist()
     inside = [slice(middle - reach, middle + reach + 1) for reach in reaches]
     cut = [kernel[place, place] for kernel, place in zip(kernels, inside, strict=True)]
     return [kernel / kernel.sum() for kernel in cut]
 
 
 def _shrinker(draw: Draw, scale: Tensor, strength: Strength) -> Callable[[Tensor, list[int]], Iterable[Tensor]]:
-    """Three times in four a resize by 1 to 2 scales; else a blur and every scale-th pixel."""
+    """A resize by 1 to 2 scales, as often as ``strength.resized`` says; else a blur and every scale-th pixel."""
     factors = (1 + draw.uniform("bsr_shrink_factor") * (2 * scale - 1)).tolist()
-    how = _choice(draw, "bsr_shrink", (*RESIZINGS * 3, *("subsample",) * 3))
+    how = _choice(draw, "bsr_shrink", RESIZINGS)
+    resized = (draw.uniform("bsr_shrink_kind") < strength.resized).tolist()
     sigma = 0.1 + draw.uniform("bsr_shrink_sigma") * (0.6 * scale - 0.1)
     # A shift of half the stride puts the centre of the pixels that are kept where the small pixel's centre is.
     kernels = gaussian_kernels(
@@ -165,11 +172,11 @@ def _shrinker(draw: Draw, scale: Tensor, strength: Strength) -> Callable[[Tensor
     def shrink(x: Tensor, rows: list[int]) -> list[Tensor]:
         results = []
         for picture, row in zip(x, rows, strict=True):
-            if how[row] == "subsample":
-                results.append(blur(picture[None], kernels[[row]], strides[row])[0])
-            else:
+            if resized[row]:
                 size = tuple(max(int(side / factors[row]), 1) for side in picture.shape[1:])
                 results.append(_resized(picture, (size[0], size[1]), how[row]))
+            else:
+                results.append(blur(picture[None], kernels[[row]], strides[row])[0])
         return results
 
     return shrink

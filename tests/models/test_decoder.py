@@ -10,7 +10,9 @@ from models.diffusion.samplers import ancestral, ddim
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
 from models.image_configs import DecoderConfig
+from models.nn.text_encoder import TextEncoder
 from models.pixels import from_uint8
+from tests.models.mutations import fails_under
 
 CONFIG = DecoderConfig(
     image_size=8, channels=32, depth=1, multipliers=(1, 2), head_channels=16, attention_resolutions=(4,), dropout=0.0,
@@ -260,3 +262,13 @@ def test_the_paper_s_decoder_has_3_5_billion_parameters_and_runs_on_the_meta_dev
         out = model(torch.empty(2, 3, 64, 64), torch.zeros(2), torch.empty(2, 1024), tokens, keep, keep)
     assert out.shape == (2, 6, 64, 64)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(3.5e9, rel=0.15)
+
+
+@fails_under((TextEncoder.forward, "states[:, -1]", "states[:, 0]"))
+def test_glides_caption_vector_is_the_last_positions() -> None:
+    """Not the first's, which all positions of a network that is not causal could serve as well."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(vocabulary=50, context=6, width=8, depth=1, heads=2).eval()
+    encoded = encoder(torch.randint(1, 50, (3, 9)), torch.tensor([True, True, False]))
+    assert torch.equal(encoded.pooled, encoded.states[:, 5])
+    assert not torch.equal(encoded.pooled, encoded.states[:, 0])
