@@ -224,9 +224,10 @@ def test_a_shard_with_such_pictures_is_made_and_every_row_counted(
         (tmp_path / f"{i}.png").write_bytes(body)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for i, body in enumerate(bodies[:2]):
-            member = tarfile.TarInfo(f"{i}.png")
-            member.size = len(body)
-            tar.addfile(member, io.BytesIO(body))
+            for name, data in ((f"{i}.png", body), (f"{i}.txt", b"a picture")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
     source = write_list(tmp_path / "list.csv", [(f"file://{tmp_path}/{i}.png", "a picture") for i in range(5)])
     monkeypatch.setattr(pairs, "shared_decoder", lambda: decoder)
     bench = Bench(tmp_path / "store", [source, str(tmp_path / "a.tar")])

@@ -31,9 +31,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     with tarfile.open(folder / "in_place.tar", "w") as tar:
         for i, (name, data) in enumerate(IMAGES.items()):
             (folder / name).write_bytes(data)
-            member = tarfile.TarInfo(f"{i:02}-{name}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            for member, body in ((f"{i:02}-{name}", data), (f"{i:02}-{name.split('.')[0]}.txt", b"a caption")):
+                info = tarfile.TarInfo(member)
+                info.size = len(body)
+                tar.addfile(info, io.BytesIO(body))
     listed = write_list(folder / "list.csv", [(f"file://{folder}/{name}", name) for name in IMAGES])
     bench = Bench(
         folder / "store",
