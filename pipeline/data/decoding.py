@@ -16,11 +16,12 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from threading import Event, Lock, Timer
+from threading import Lock, Thread
 from typing import Any, BinaryIO
 
 from pipeline.data.picture import Picture, inspect, resize
@@ -56,6 +57,8 @@ class Decoder:
         self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
+        self._until: float | None = None  # time.monotonic() when the picture that is being decoded is to be done
+        self._overdue: float | None = None  # that of the last one that was not
         atexit.register(self.close)
 
     def resize(
@@ -78,6 +81,16 @@ class Decoder:
             pipe = subprocess.PIPE
             environment = bare_environment(PYTHONPATH=path, **KEEP_MEMORY)
             self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, env=environment)
+            Thread(target=self._watch, args=(self._process,), daemon=True).start()
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Kills a child that is still at a picture when its time is over. A thread for each picture would cost more."""
+        while process.returncode is None and self._process is process:
+            until = self._until
+            if until is not None and time.monotonic() > until:
+                self._overdue = until
+                process.kill()
+            time.sleep(1)
 
     def close(self) -> int | None:
         """End the child, if there is one, and return its exit code."""
@@ -94,11 +107,12 @@ class Decoder:
             for _ in range(2):
                 self._wait_until_ready()
                 assert self._process is not None
-                with _killed_after(seconds(max_pixels), self._process) as late:
-                    answer = _exchange(self._process, [name, arguments, max_pixels], data)
+                self._until = until = time.monotonic() + seconds(max_pixels)
+                answer = _exchange(self._process, [name, arguments, max_pixels], data)
+                self._until = None
                 if answer is not None:
                     return answer
-                if self.close() == -signal.SIGXCPU or late.is_set():
+                if self.close() == -signal.SIGXCPU or self._overdue == until:
                     return "decode_timeout", b""
             return "decoder_crashed", b""
 
@@ -118,24 +132,6 @@ class Decoder:
 def shared_decoder() -> Decoder:
     """The one of this process."""
     return Decoder()
-
-
-@contextlib.contextmanager
-def _killed_after(limit_s: float, process: subprocess.Popen[bytes]) -> Iterator[Event]:
-    """Kills a process if the block takes longer, and then sets the event."""
-    late = Event()
-
-    def end() -> None:
-        late.set()
-        process.kill()
-
-    watch = Timer(limit_s, end)
-    watch.daemon = True
-    watch.start()
-    try:
-        yield late
-    finally:
-        watch.cancel()
 
 
 def _exchange(process: subprocess.Popen[bytes], request: Any, data: bytes) -> tuple[Any, bytes] | None:
