@@ -76,7 +76,9 @@ class S3Store:
         return other
 
     def fresh(self) -> S3Store:
-        return replace(self)  # without the client, and so without its connections
+        other = replace(self)  # without the client, and so without its connections
+        other.__dict__["_session"] = self._session  # and with the same credentials
+        return other
 
     @cached_property
     def _session(self) -> Any:

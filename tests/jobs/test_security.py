@@ -185,8 +185,13 @@ def test_a_writer_collects_garbage_and_uploads_in_parts(
     assert "blobs/aa/large" not in team.paths()
 
 
-def test_a_writer_sets_damage_aside_and_a_reader_is_told_what_is_lacking(team: Team) -> None:
+def test_a_writer_sets_damage_aside_and_a_reader_is_told_what_is_lacking(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer, reader = team.store("writer"), team.store("reader")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", team.server.endpoint)  # for the second look's own connections
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     path = "runs/micro/19700101T000000.000000-damaged.json"
     writer.create(path, b"{")
     with pytest.raises(UserError, match=rf"lack s3:PutObject for damaged/{path}"):
