@@ -237,6 +237,7 @@ def test_every_command_of_the_documents_is_one_that_is_run() -> None:
         "unclip plan --probe",
         "unclip data retry",
         "unclip data forget",
+        "unclip data gc",
         "unclip release promote",
         "unclip release diff",
         "unclip release evaluate",
