@@ -18,7 +18,7 @@ from pipeline.names import check_record, is_digest
 from pipeline.store import Store
 from pipeline.store_shared import Buffers
 
-FORMAT = 1
+FORMAT = 2
 T = TypeVar("T")
 
 
@@ -81,7 +81,7 @@ def _read_blob(store: Store, sha256: str) -> bytes:
 
 def open_record(store: Store, path: str) -> dict[str, Any] | None:
     """Returns a record's body, or None if there is no such record. Raises CorruptObject for one that cannot be trusted,
-    and UserError for a newer format."""
+    and UserError for another format."""
     return read_twice(store, lambda store: _open_record(store, path))
 
 
@@ -115,17 +115,20 @@ def seal(body: dict[str, Any]) -> bytes:
 def unseal(data: bytes, where: str) -> dict[str, Any] | None:
     """Returns the body of a record, or None if it is damaged or holds a name that could lead out of the store.
 
-    Raises UserError for a newer format, of the record ``where``.
+    Raises UserError for another format, of the record ``where``.
     """
     try:
         body = json.loads(data)
         checksum = body.pop("checksum")
-        newer = body["format"] > FORMAT
-        if not newer and checksum == digest(body):
+        version = body["format"]
+        newer, older = version > FORMAT, version < FORMAT
+        if version == FORMAT and checksum == digest(body):
             check_record(body)
             return body
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     if newer:
         raise UserError(f"{where} was written by a newer version of this software; upgrade to read it")
+    if older:
+        raise UserError(f"{where} was written by an older version of this software; name another store to begin again")
     return None

@@ -96,9 +96,15 @@ def _read(store: Store, project: str) -> tuple[str | None, Journal]:
     version = next((entry.version for entry in store.list(path) if entry.path == path), None)
     if version is None:
         return None, NOTHING
-    data: dict[str, Any] = json.loads(store.read(path))
-    forgotten = tuple(Forgotten(mark, tuple(segments)) for mark, segments in data["forgotten"])
-    return version, Journal(tuple(data["retries"]), forgotten, data["forgettings"])
+    try:
+        data: dict[str, Any] = json.loads(store.read(path))
+        forgotten = tuple(Forgotten(mark, tuple(segments)) for mark, segments in data["forgotten"])
+        return version, Journal(tuple(data["retries"]), forgotten, data["forgettings"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{store.url}/{path} is damaged, or an older version of this software wrote it: restore it, or name "
+            "another store to begin again"
+        ) from None
 
 
 def _as_json(journal: Journal) -> bytes:

@@ -19,7 +19,7 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.execute import heal
 from pipeline.graph import pin_path, read_pin
 from pipeline.ledger import Ledger
-from pipeline.records import blob_path, peek_record, put_blob, read_blob
+from pipeline.records import FORMAT, blob_path, peek_record, put_blob, read_blob
 from pipeline.release import Move, Releases, move_release, read_releases, release_path
 from pipeline.store import Store, open_store
 from tests.flips import flip_first_reads
@@ -65,8 +65,14 @@ def _release(store: Store) -> tuple[Move, ...]:
         (_pin, "k"),
         (_release, (Move("promote", "bundle", "evaluation", NOW),)),
         (lambda store: read_blob(store, put_blob(store, b"blob")), b"blob"),
-        (lambda store: create_record(store, "runs/a.json", {}) and read_record(store, "runs/a.json"), {"format": 1}),
-        (lambda store: create_record(store, "runs/a.json", {}) and peek_record(store, "runs/a.json"), {"format": 1}),
+        (
+            lambda store: create_record(store, "runs/a.json", {}) and read_record(store, "runs/a.json"),
+            {"format": FORMAT},
+        ),
+        (
+            lambda store: create_record(store, "runs/a.json", {}) and peek_record(store, "runs/a.json"),
+            {"format": FORMAT},
+        ),
         (_pieces, b"two"),
         (_pictures, b"picture"),
     ],

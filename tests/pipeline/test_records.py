@@ -6,7 +6,7 @@ import pytest
 from pipeline.damage import create_record, read_record
 from pipeline.errors import CorruptObject, UserError
 from pipeline.ledger import Ledger, total
-from pipeline.records import blob_path, canonical, put_blob, read_blob
+from pipeline.records import FORMAT, blob_path, canonical, put_blob, read_blob
 from pipeline.store import Store
 
 
@@ -31,7 +31,7 @@ def test_a_damaged_or_missing_blob_is_noticed(store: Store) -> None:
 def test_the_first_record_stands(store: Store) -> None:
     assert create_record(store, "artifacts/a.json", {"x": 1})["x"] == 1
     assert create_record(store, "artifacts/a.json", {"x": 2})["x"] == 1
-    assert read_record(store, "artifacts/a.json") == {"x": 1, "format": 1}
+    assert read_record(store, "artifacts/a.json") == {"x": 1, "format": FORMAT}
 
 
 def test_racing_records_agree(store: Store) -> None:
@@ -40,7 +40,7 @@ def test_racing_records_agree(store: Store) -> None:
     assert len(set(seen)) == 1
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"x":1}', b"[]", b'{"x":2,"format":1,"checksum":"0"}'])
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"x":1}', b"[]", b'{"x":2,"format":2,"checksum":"0"}'])
 def test_a_corrupt_record_is_set_aside_and_can_be_made_again(store: Store, damage: bytes) -> None:
     store.create("artifacts/a.json", damage)
     assert read_record(store, "artifacts/a.json") is None
@@ -50,9 +50,10 @@ def test_a_corrupt_record_is_set_aside_and_can_be_made_again(store: Store, damag
     assert read_record(store, "artifacts/a.json") is not None
 
 
-def test_a_newer_format_is_refused_and_kept(store: Store) -> None:
-    store.create("artifacts/a.json", json.dumps({"format": 99, "checksum": "0"}).encode())
-    with pytest.raises(UserError, match="newer version"):
+@pytest.mark.parametrize(("format_", "said"), [(99, "a newer"), (FORMAT - 1, "an older")])
+def test_another_format_is_refused_and_kept(store: Store, format_: int, said: str) -> None:
+    store.create("artifacts/a.json", json.dumps({"format": format_, "checksum": "0"}).encode())
+    with pytest.raises(UserError, match=f"{said} version"):
         read_record(store, "artifacts/a.json")
     assert len(list(store.list("artifacts/"))) == 1
 

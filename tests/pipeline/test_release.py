@@ -78,6 +78,6 @@ def test_a_corrupt_pointer_is_reported_and_left_as_it_is(store: Store, damage: b
 
 
 def test_a_pointer_of_a_newer_version_is_refused(store: Store) -> None:
-    store.create(release_path("p"), seal({"moves": []}).replace(b'"format":1', b'"format":2'))
+    store.create(release_path("p"), seal({"moves": []}).replace(b'"format":2', b'"format":3'))
     with pytest.raises(UserError, match="newer version"):
         read_releases(store, "p")

@@ -18,6 +18,7 @@ from pipeline.data.journal import (
     Forgotten,
     Journal,
     change_journal,
+    journal_path,
     read_journal,
     reference_mark,
     with_forgotten,
@@ -191,3 +192,10 @@ def test_rows_are_found_by_key_by_reference_and_by_hash(tmp_path: Path) -> None:
         found("000000010009")
     with pytest.raises(UserError, match="no stored picture"):
         found("0" * 64)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"forgotten": [], "retries": [], "forgotten_at": 0.0}'])
+def test_a_journal_of_another_version_is_one_line(store: Store, text: bytes) -> None:
+    assert store.swap(journal_path("p"), None, text)
+    with pytest.raises(UserError, match="name another store"):
+        read_journal(store, "p")
