@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.local import open_local
+from pipeline.progress import counted
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 LIMIT = 1 << 20  # characters of a row of a CSV or TSV file, of a value in Parquet, of a file of captions
@@ -134,7 +135,8 @@ class _Lines:
             if cells is None:
                 yield Flaw("malformed_row", f"line {number} has a stray quotation mark")
             elif len(cells) != self._columns:
-                said = f"line {number} has {len(cells)} values, where line 1 names {self._columns} columns"
+                names = counted(self._columns, "column")
+                said = f"line {number} has {counted(len(cells), 'value')}, where line 1 names {names}"
                 yield Flaw("malformed_row", said)
             else:
                 values = ["" if place is None else cells[place] for place in places]

@@ -87,7 +87,7 @@ def test_a_flaw_names_its_line_and_column(tmp_path: Path) -> None:
     path.write_bytes("\n".join(lines).encode() + b"\nhttp://h/4,caf\xe9\n")
     flaws = [row.flaw for row in read_rows(str(path), SourceRecipe((str(path),))) if row.reject]
     assert flaws == [
-        "line 4 has 1 values, where line 1 names 2 columns",
+        "line 4 has 1 value, where line 1 names 2 columns",
         "line 5 has a stray quotation mark",
         "line 46, column caption holds byte 0xe9, which is not UTF-8",
     ]
