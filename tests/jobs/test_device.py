@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import jobs.generate
 import pipeline.evaluate.judge
 import pipeline.generation
 from jobs.cli import main
@@ -129,7 +130,7 @@ def test_generate_gives_each_worker_a_gpu(
     monkeypatch.setattr(pipeline.generation, "map_shards", work)
     Path("list.txt").write_text("a red fox\n")
     with caplog.at_level("INFO", "unclip"), pytest.raises(InterruptedError):
-        main(["generate", "list.txt", *words])
+        jobs.generate.main(["list.txt", *words])
     device = "cuda" if gpus else "cpu"
     assert given == [(GenerationSettings(workers=workers, gpus=gpus), device)]
     assert asked == [device]
