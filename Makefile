@@ -64,7 +64,7 @@ format: .venv/ready
 peek: .venv/ready
 	$(BIN)/unclip run configs/nano.yaml
 
-# At 25, which is scale 1, demo takes 22 to 25 on two idle cores. Trainings see that much more or less.
+# At 25, which is scale 1, demo takes 22 to 29 on two cores. Trainings see that much more or less.
 MINUTES ?= 25
 
 demo: .venv/ready
