@@ -38,6 +38,7 @@ PICTURES = DecoderRecipe(
     lanes=4,
     precision="fp32",
     learning_rate=1e-3,
+    eps=1e-6,  # a smaller one makes steps of what is only rounding, in biases whose gradients are hardly more than that
     ema_half_life=32,
     model=replace(DECODER, dropout=0.0),  # its masks follow the workers
 )
