@@ -15,6 +15,7 @@ from models.prior_configs import ARPriorConfig
 from pipeline.artifacts import load_artifact
 from pipeline.damage import read_record
 from pipeline.graph import Context, trajectory_key
+from pipeline.records import read_blob
 from pipeline.settings import TrainingSettings
 from pipeline.training.recipes import ARPriorRecipe, DecoderRecipe, UpsamplerRecipe
 from tests.pipeline.training.conftest import World, make_world, with_codec
@@ -89,7 +90,7 @@ def run(name: str, folder: Path, step: int) -> int:
 
 
 def left(name: str, folder: Path) -> dict[str, Any]:
-    """The blobs of the artefact, and those of the last checkpoint: weights, average, optimiser."""
+    """The blobs of the artefact, and what is in those of the last checkpoint: weights, average, optimiser."""
     world, ctx = context(name, folder)
     artifact = load_artifact(world.store, name, ctx.key)
     assert artifact is not None
@@ -97,7 +98,16 @@ def left(name: str, folder: Path) -> dict[str, Any]:
     record = read_record(world.store, newest)
     assert record is not None
     assert record["samples"] == STEPS * BATCH
-    return {"artefact": artifact.blobs, "checkpoint": record["blobs"], "journal": json.dumps(record["journal"])}
+    held = {part: tensors(read_blob(world.store, blob)) for part, blob in record["blobs"].items()}
+    return {"artefact": artifact.blobs, "checkpoint": held, "journal": json.dumps(record["journal"])}
+
+
+def tensors(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Returns what a safetensors file says of its tensors, and their bytes. Its metadata names the attempt."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    about = json.loads(data[8:end])
+    about.pop("__metadata__", None)
+    return about, data[end:]
 
 
 @pytest.mark.parametrize("name", RECIPES)
