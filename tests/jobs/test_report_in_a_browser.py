@@ -12,7 +12,11 @@ from tests.chain import done, unclip
 
 pytestmark = pytest.mark.browser
 MODELS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
-WITH_TIMESTEPS = ("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
+WITH_TIMESTEPS = (
+    "diffusion_prior",
+    "decoder",
+    "upsampler_256",
+)  # and the 1024 px upsampler, which has too few rows here
 SAMPLES = 4  # captions in the configuration
 PREVIEWS = 3 + 2 + 2  # of the decoder and the upsamplers: at the start, at the end, and the decoder's after 64 steps
 
@@ -86,6 +90,8 @@ def test_charts_show_sizes_similarity_spectrum_and_losses(shown: Shown) -> None:
     assert shown.count("#data svg") == 1 + 2  # the rows that stages keep, sizes of pictures and of captions
     assert shown.count("#embeddings svg") == shown.count("#codec svg") == 1
     assert shown.count("#training svg") == len(MODELS) + len(WITH_TIMESTEPS)
+    # Only 3 validation images are large enough for the 1024 px upsampler, and a figure of fewer than 8 is left out.
+    assert "No validation is shown: 3 validation pairs" in shown.texts("#training h3#upsampler_1024 ~ .beside .note")[0]
     boxes = shown.page.locator("svg").evaluate_all("all => all.map(s => s.getBoundingClientRect().height)")
     assert min(boxes) > 50  # a single quarter of the timesteps is one bar
 
