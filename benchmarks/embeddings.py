@@ -32,10 +32,10 @@ from models.presets import PRESETS
 from models.prior_configs import ClipConfig
 from pipeline.artifacts import publish_shard, read_table
 from pipeline.data.embeddings import DecodeBatch, MakeEncoder, read_embeddings
-from pipeline.records import blob_path, put_blob
 from pipeline.settings import EmbeddingsSettings
 from pipeline.shards import ShardTask
 from pipeline.store import Store, open_store
+from pipeline.store.records import blob_path, put_blob
 
 VIT_B_32 = ClipConfig(
     embed_dim=512,

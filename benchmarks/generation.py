@@ -17,9 +17,9 @@ from models.cascade import UnCLIP
 from models.tokens import tokenize
 from pipeline.artifacts import ShardRow, publish_shard, write_table
 from pipeline.generation import STAGE, GenerationRecipe, Generator
-from pipeline.records import put_blob
 from pipeline.shards import ShardTask
 from pipeline.store import Store, open_store
+from pipeline.store.records import put_blob
 
 BATCH = 8
 Prompts = list[str]

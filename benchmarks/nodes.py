@@ -28,10 +28,10 @@ from models.presets import PRESETS
 from pipeline.artifacts import read_shards
 from pipeline.data.embeddings import DecodeBatch, EmbeddingsRecipe, Encoder
 from pipeline.graph import Context
-from pipeline.records import read_blob
 from pipeline.settings import EmbeddingsSettings, RaySettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store, open_store
+from pipeline.store.records import read_blob
 
 NODES = (1, 2, 4)
 MEMORY = 100 << 20

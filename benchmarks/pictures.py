@@ -12,9 +12,9 @@ from PIL import Image
 from pipeline.artifacts import Artifact, Shard, ShardRow, read_table, write_shard_table, write_table
 from pipeline.data.index import checksum, index_counts, index_table
 from pipeline.ledger import Ledger
-from pipeline.records import put_blob
 from pipeline.shards import ShardTask
 from pipeline.store import Store
+from pipeline.store.records import put_blob
 
 EMBED_DIM = 512
 WORDS = ["a", "red", "old", "photo", "of", "the", "heart", "dog", "tree", "under", "two", "sea"]

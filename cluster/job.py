@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.config import Config
-from pipeline.records import digest
+from pipeline.store.records import digest
 
 PROJECT_FILE = "project.yaml"  # in the package
 LONGEST = 17  # characters of the project's name in an id, which has at most 45 with a number of up to three digits

@@ -26,8 +26,8 @@ from pipeline.data.lists import ROWS, Row, read_rows, write_rows
 from pipeline.errors import UserError
 from pipeline.local import Reach
 from pipeline.parse import ContentFile
-from pipeline.records import put_blob
 from pipeline.store import Store
+from pipeline.store.records import put_blob
 
 ROOT = Path(__file__).parents[1]
 CODE = ("models", "pipeline", "jobs", "cluster")

@@ -17,8 +17,8 @@ from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
 from pipeline.local import read_local
 from pipeline.parse import parse
-from pipeline.records import digest
 from pipeline.store import Store, open_store
+from pipeline.store.records import digest
 
 SLUG_BYTES = 80  # UTF-8; with kind, hash, seed and suffix a name stays below the 143 bytes of encrypted folders
 LARGEST_SEED = 2**62

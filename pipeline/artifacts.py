@@ -16,14 +16,14 @@ from tempfile import NamedTemporaryFile
 from threading import Lock
 from typing import Any
 
-from pipeline.crash import crash_point
 from pipeline.damage import create_record, read_record
 from pipeline.errors import CorruptObject
-from pipeline.identity import whoami
 from pipeline.ledger import Ledger
-from pipeline.names import check_blobs, is_part
-from pipeline.records import blob_path, put_blob, read_blob
 from pipeline.store import Store
+from pipeline.store.crash import crash_point
+from pipeline.store.identity import whoami
+from pipeline.store.names import check_blobs, is_part
+from pipeline.store.records import blob_path, put_blob, read_blob
 
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
 THREADS = 16  # records are small, and each is a request
@@ -47,7 +47,7 @@ class Shard:
 @dataclass(frozen=True)
 class Artifact:
     """An immutable result. ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards.
-    ``requests``: what making it asked of the store (see pipeline.store_shared.COUNTS). ``version``: its stage's;
+    ``requests``: what making it asked of the store (see pipeline.store.base.COUNTS). ``version``: its stage's;
     ``by``: the user and the host that made it. Older records have neither."""
 
     stage: str

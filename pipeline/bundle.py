@@ -15,9 +15,9 @@ from pipeline.artifacts import Artifact, publish_artifact
 from pipeline.errors import UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
-from pipeline.names import is_file_name
-from pipeline.records import put_blob, read_blob
 from pipeline.store import Store
+from pipeline.store.names import is_file_name
+from pipeline.store.records import put_blob, read_blob
 
 VERSION = 2
 PRIORS = {"ar": "ar_prior", "diffusion": "diffusion_prior"}

@@ -11,10 +11,10 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from pipeline.crash import crash_point
 from pipeline.errors import UserError
 from pipeline.live import Live, find_live, mark_blobs
 from pipeline.store import Store, clear_abandoned
+from pipeline.store.crash import crash_point
 
 TOMBSTONES = "locks/tombstones.json.gz"
 RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before what they name

@@ -12,13 +12,13 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline.crash import crash_point
 from pipeline.data.journal import read_journal
 from pipeline.errors import CorruptObject, UserError
-from pipeline.names import is_blob_or_record, is_part
-from pipeline.records import FORMAT, blob_path, open_record, peek_record, read_twice, seal
 from pipeline.release import read_releases, release_path, released_projects
 from pipeline.store import Store
+from pipeline.store.crash import crash_point
+from pipeline.store.names import is_blob_or_record, is_part
+from pipeline.store.records import FORMAT, blob_path, open_record, peek_record, read_twice, seal
 
 FOLDER = "damaged/"
 LIST = "locks/list-"

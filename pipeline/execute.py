@@ -12,15 +12,15 @@ from functools import partial
 
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.config import Config
-from pipeline.crash import crash_point
 from pipeline.damage import set_aside
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context, Graph, Stage, Verdict, ordered, pin_path, stage_key, trajectory_key, trunk_key
-from pipeline.leases import lead_or_wait
-from pipeline.names import is_digest
 from pipeline.progress import under_way
-from pipeline.records import blob_path
 from pipeline.store import Store
+from pipeline.store.crash import crash_point
+from pipeline.store.leases import lead_or_wait
+from pipeline.store.names import is_digest
+from pipeline.store.records import blob_path
 from pipeline.training.follow import showing
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.trackers import Trackers

@@ -25,10 +25,10 @@ from pipeline.graph import Context, artifact_key, flatten, shard_key
 from pipeline.history import remember_stage
 from pipeline.ledger import Ledger
 from pipeline.progress import Steps, counted
-from pipeline.records import digest, put_blob
 from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
+from pipeline.store.records import digest, put_blob
 
 STAGE, VERSION = "generation", 4
 ROWS = 64  # of a shard

@@ -15,8 +15,8 @@ from typing import Any, TypeVar, get_type_hints
 
 from pipeline.artifacts import Artifact, load_artifact
 from pipeline.damage import pinned_key
-from pipeline.records import digest
 from pipeline.store import Store
+from pipeline.store.records import digest
 
 Node = TypeVar("Node")
 SOURCES = ("source", "captions")  # their keys come from the content of the user's list

@@ -15,8 +15,8 @@ from typing import Any
 from pipeline.artifacts import Artifact, load_artifact
 from pipeline.damage import create_record, read_record
 from pipeline.graph import Context, Graph, Verdict, flatten, trajectory
-from pipeline.identity import whoami
 from pipeline.store import Store
+from pipeline.store.identity import whoami
 from pipeline.training.recipes import TrainingRecipe
 
 

@@ -15,10 +15,10 @@ from pipeline.data.journal import read_journal
 from pipeline.errors import CorruptObject
 from pipeline.graph import SOURCES
 from pipeline.history import asked_at
-from pipeline.leases import is_held
-from pipeline.records import blob_path, digest
 from pipeline.release import read_releases, released_projects
 from pipeline.store import Store
+from pipeline.store.leases import is_held
+from pipeline.store.records import blob_path, digest
 
 THREADS = 16  # records are small, and each is a request
 SEGMENTS = "shards/source/segment-"

@@ -15,10 +15,10 @@ from pipeline.artifacts import THREADS, Artifact, artifact_of, artifact_path
 from pipeline.damage import pinned_key
 from pipeline.errors import UserError
 from pipeline.history import asked_at
-from pipeline.leases import lease_path, read_lease
-from pipeline.records import peek_record
 from pipeline.release import Move, read_releases, released_projects
 from pipeline.store import Store
+from pipeline.store.leases import lease_path, read_lease
+from pipeline.store.records import peek_record
 
 SHOWN_RUNS = 5
 USING_RUNS = 50  # in which it is looked up what used an artefact

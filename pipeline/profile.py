@@ -21,8 +21,8 @@ from pipeline.bundle import MODELS
 from pipeline.errors import CorruptObject, UserError
 from pipeline.held_out import FEWEST
 from pipeline.history import last_run
-from pipeline.records import read_blob
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 FORMAT = 1
 COUNTED = ("samples", "evaluation")  # stages whose amount is passes through networks

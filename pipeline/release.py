@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from pipeline.errors import CorruptObject, UserError
-from pipeline.records import open_record, seal
 from pipeline.store import Store
+from pipeline.store.records import open_record, seal
 
 FOLDER = "releases/"
 

@@ -17,8 +17,8 @@ from pipeline.artifacts import Artifact, artifact_path, load_artifact
 from pipeline.damage import set_aside
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import recipe_changes
-from pipeline.records import read_blob
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 log = logging.getLogger("unclip")
 Figures = dict[tuple[str, str], Mapping[str, Any]]

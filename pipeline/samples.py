@@ -18,8 +18,8 @@ from pipeline.bundle import materialise
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, counted
-from pipeline.records import put_blob
 from pipeline.store import Store
+from pipeline.store.records import put_blob
 
 if TYPE_CHECKING:
     import torch

@@ -9,11 +9,11 @@ from typing import Any
 
 from pipeline.artifacts import Artifact
 from pipeline.graph import direct
-from pipeline.identity import named
 from pipeline.ledger import Ledger
 from pipeline.overview import Lineage, Named, Overview, Run
 from pipeline.progress import counted, duration
 from pipeline.release import Move
+from pipeline.store.identity import named
 
 WIDTH = 110
 SHORT = 12  # characters of a key

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifacts import Artifact, load_artifact, read_shards
-from pipeline.records import digest
 from pipeline.store import Store
+from pipeline.store.records import digest
 from tests.chain import MICRO, ROOT, Finished, done, open_at, unclip, write_config, write_list
 
 Running = subprocess.Popen[str]

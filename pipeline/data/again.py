@@ -10,8 +10,8 @@ from typing import Any
 from pipeline.artifacts import Artifact, read_shards, read_table
 from pipeline.data.journal import reference_mark
 from pipeline.data.source import FIRST_RETRY, SourceShard, segment_of
-from pipeline.records import put_blob
 from pipeline.store import Store
+from pipeline.store.records import put_blob
 
 # How a row may end that another try would only repeat, or that asked not to be tried.
 FINAL = frozenset(

@@ -16,9 +16,9 @@ from pipeline.artifacts import Shard, ShardRow, read_table
 from pipeline.data.embeddings import read_embeddings
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
-from pipeline.records import digest
 from pipeline.shards import ShardOutput, ShardTask, run_shards
 from pipeline.store import Store
+from pipeline.store.records import digest
 
 Worker = Callable[[ShardTask], ShardOutput]
 

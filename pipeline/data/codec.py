@@ -16,8 +16,8 @@ from pipeline.data import codec_passes as passes
 from pipeline.errors import UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
-from pipeline.records import digest, put_blob, read_blob
 from pipeline.shards import ShardTask, run_shards
+from pipeline.store.records import digest, put_blob, read_blob
 
 VERSION = 2
 

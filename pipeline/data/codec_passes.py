@@ -13,9 +13,9 @@ from typing import Any
 
 from pipeline.artifacts import ShardRow, read_table
 from pipeline.ledger import Ledger
-from pipeline.records import read_blob
 from pipeline.shards import ShardOutput, ShardTask
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 # A change of either is a new version of the stage: the first orders the sums, both shape what an earlier run left.
 BLOCK_ROWS = 1 << 16

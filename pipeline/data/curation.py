@@ -16,9 +16,9 @@ from pipeline.data.rejected import Rejected, rejected_table
 from pipeline.data.scores import score_column
 from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
-from pipeline.records import put_blob
 from pipeline.shards import ShardOutput, ShardTask, map_shards, run_shards
 from pipeline.store import Store
+from pipeline.store.records import put_blob
 
 VERSION = 3
 

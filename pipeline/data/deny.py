@@ -16,8 +16,8 @@ from pipeline.data.opener import Refused, normal_url
 from pipeline.data.references import comparable, shown
 from pipeline.errors import UserError
 from pipeline.parse import ContentFile
-from pipeline.records import put_blob, read_blob
 from pipeline.store import Store
+from pipeline.store.records import put_blob, read_blob
 
 
 @dataclass(frozen=True)

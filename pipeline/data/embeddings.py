@@ -25,10 +25,10 @@ from pipeline.graph import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps, add
-from pipeline.records import read_blob
 from pipeline.settings import EmbeddingsSettings
 from pipeline.shards import Helpers, ShardOutput, ShardTask, map_shards, results_ahead
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 VERSION = 5
 CAPTIONS = 16  # of a row that are embedded, the first ones, so that a text file of 10,000 lines is no trap

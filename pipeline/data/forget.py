@@ -13,8 +13,8 @@ from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table, writ
 from pipeline.data.journal import Forgotten, reference_mark
 from pipeline.data.source import SourceShard, row_key, segment_of
 from pipeline.errors import UserError
-from pipeline.records import put_blob
 from pipeline.store import Store
+from pipeline.store.records import put_blob
 
 S = TypeVar("S")
 T = TypeVar("T")

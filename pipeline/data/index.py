@@ -11,8 +11,8 @@ import xxhash
 
 from pipeline.errors import CorruptObject
 from pipeline.local import open_local
-from pipeline.records import blob_path, read_twice
 from pipeline.store import Store
+from pipeline.store.records import blob_path, read_twice
 
 STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for pictures whose short side is at least this
 COLUMNS = (

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.crash import crash_point
 from pipeline.data.references import comparable
 from pipeline.errors import UserError
 from pipeline.store import Store
+from pipeline.store.crash import crash_point
 
 FORGOTTEN = "forgotten:"
 

@@ -17,9 +17,9 @@ from pipeline.data.neighbours import NONE, PROBES, SPLITS, Cells, Rows, compare,
 from pipeline.data.pieces import pack, read_piece
 from pipeline.data.rejected import Rejected, rejected_table
 from pipeline.ledger import Ledger
-from pipeline.records import read_blob
 from pipeline.shards import ShardOutput, ShardTask
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 
 @dataclass(frozen=True)

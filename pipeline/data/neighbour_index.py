@@ -18,9 +18,9 @@ from pipeline.data.blocks import OneThread, Sample, as_input, candidates, cut_bl
 from pipeline.data.neighbours import SPLITS
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
-from pipeline.records import read_blob
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 VERSION = 1
 

@@ -32,10 +32,10 @@ from pipeline.ledger import Ledger, status_of
 from pipeline.local import Reach, read_local, reason_of
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps
-from pipeline.records import digest
 from pipeline.settings import PairsSettings
 from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
+from pipeline.store.records import digest
 
 if TYPE_CHECKING:
     from pipeline.data.fetch import Fetched, Fetcher

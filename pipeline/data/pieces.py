@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterable
 
 from pipeline.errors import CorruptObject
-from pipeline.records import blob_path, read_twice
 from pipeline.store import Store
+from pipeline.store.records import blob_path, read_twice
 
 PLACE = struct.Struct("<qq32s")
 SUM = struct.Struct("<I")

@@ -31,8 +31,8 @@ from pipeline.graph import Context
 from pipeline.ledger import Ledger
 from pipeline.local import Reach
 from pipeline.progress import counted
-from pipeline.records import digest, put_blob, read_blob
 from pipeline.store import Store
+from pipeline.store.records import digest, put_blob, read_blob
 
 VERSION = 1
 LAYOUT = 3  # of the records of segments, which no key counts

@@ -14,9 +14,9 @@ from pipeline.artifacts import Artifact, publish_artifact, read_shards, read_tab
 from pipeline.data.blocks import cut_blocks, is_a, make_task, run_pass
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
-from pipeline.records import read_blob
 from pipeline.shards import ShardOutput, ShardTask
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 VERSION = 1
 BLOCK_ROWS = 1 << 18

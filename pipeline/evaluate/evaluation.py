@@ -21,8 +21,8 @@ from pipeline.evaluate.priors import PRIORS
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut, Taught, held_out, read_views, taught
 from pipeline.held_out import SPLITS, too_few
-from pipeline.records import digest
 from pipeline.store import Store
+from pipeline.store.records import digest
 
 SHOWN = 8  # captions in the pictures of the report
 GUIDANCES = (0.0, 1.0, 3.0)  # of the decoder, in those that show what it does

@@ -28,7 +28,7 @@ from pipeline.evaluate.figure import count, judged, without_values
 from pipeline.graph import Context, flatten
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
-from pipeline.records import put_blob
+from pipeline.store.records import put_blob
 from pipeline.training.stage import VERSIONS
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any
 
 from pipeline.artifacts import Artifact
 from pipeline.evaluate.figure import LINES, difference, measured, short
-from pipeline.records import read_blob
 from pipeline.report.markup import attempt, figure, note, number, section, table, text
 from pipeline.report.pictures import Album
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 LOOK = (
     "All of this is measured on rows that taught nothing. A tick is a claim that holds, a cross one that fails; the "

@@ -151,7 +151,7 @@ def _requests(artifacts: Artifacts) -> str:
 
 
 def _asked(counts: Mapping[str, int]) -> tuple[str, str, str]:
-    """The cells of these counts (see pipeline.store_shared.COUNTS), or of none."""
+    """The cells of these counts (see pipeline.store.base.COUNTS), or of none."""
     if not counts:
         return "-", "-", "-"
     requests = sum(count for name, count in counts.items() if not name.startswith("bytes_"))

@@ -9,11 +9,11 @@ from typing import Any
 from pipeline.artifacts import Artifact
 from pipeline.evaluate.figure import difference, short
 from pipeline.progress import counted
-from pipeline.records import read_blob
 from pipeline.report.evaluation import strips
 from pipeline.report.markup import attempt, number, section, table, text
 from pipeline.report.pictures import Album
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 FIGURES = "evaluation.json"
 MEMORISATION = "m"  # the line of its figures

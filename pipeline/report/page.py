@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Artifact
-from pipeline.crash import crash_point
 from pipeline.errors import UserError
 from pipeline.graph import flatten
 from pipeline.report.data import data_section, embeddings_section
@@ -24,6 +23,7 @@ from pipeline.report.samples import samples_section
 from pipeline.report.style import STYLE
 from pipeline.report.training import codec_section, training_section, training_so_far
 from pipeline.store import Store
+from pipeline.store.crash import crash_point
 
 if TYPE_CHECKING:
     from pipeline.config import Config

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.artifacts import Artifact
-from pipeline.records import read_blob
 from pipeline.report.markup import attempt, facts, figure, note, number, section, text
 from pipeline.report.pictures import Album
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 SHOWN = 12
 LOOK = (

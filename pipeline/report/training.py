@@ -13,11 +13,11 @@ from typing import Any
 from pipeline.artifacts import Artifact
 from pipeline.held_out import FEWEST, too_few
 from pipeline.progress import duration
-from pipeline.records import read_blob
 from pipeline.report.figures import Point, bars, line_chart
 from pipeline.report.markup import attempt, beside, facts, figure, note, number, section, text
 from pipeline.report.pictures import Album
 from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 TRAININGS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 MAGNIFIED = ("upsampler_256", "upsampler_1024")

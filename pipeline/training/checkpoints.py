@@ -18,12 +18,12 @@ from safetensors.torch import load
 from torch import Tensor
 
 from models.tensors import tensors_file
-from pipeline.crash import crash_point
 from pipeline.damage import create_record
 from pipeline.errors import CorruptObject
 from pipeline.graph import Context, trajectory_key, trunk_key
-from pipeline.records import blob_path, open_record, peek_record, put_blob, read_blob
 from pipeline.store import Store
+from pipeline.store.crash import crash_point
+from pipeline.store.records import blob_path, open_record, peek_record, put_blob, read_blob
 from pipeline.training.sharding import first_row, is_spread, local
 from pipeline.training.state import Journal, TrainState, forms, parts, put_back
 

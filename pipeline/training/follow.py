@@ -57,7 +57,7 @@ def so_far(ctx: Context) -> Artifact | None:
 
     It is not in the store. None before the first checkpoint. Metrics have "samples_seen".
     """
-    from pipeline.records import put_blob
+    from pipeline.store.records import put_blob
     from pipeline.training.checkpoints import course
 
     found = course(ctx, begin=False).journal(ctx.recipe.samples)

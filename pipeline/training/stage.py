@@ -129,7 +129,7 @@ def save_pretrained(ctx: Context) -> Artifact:
     from pathlib import Path
 
     from models.clip import Clip
-    from pipeline.records import put_blob
+    from pipeline.store.records import put_blob
 
     began = time.monotonic()
     kind, _, rest = ctx.recipe.weights.partition(":")
@@ -162,7 +162,7 @@ def ar_prior_task(ctx: Context) -> Task:
     from safetensors.torch import load
 
     from models.codec import Codec
-    from pipeline.records import read_blob
+    from pipeline.store.records import read_blob
     from pipeline.training.tables import embedding_dim
     from pipeline.training.tasks.ar_prior import ARPriorTask
 

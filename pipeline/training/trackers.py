@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
 from pipeline.graph import Context, trajectory_key
-from pipeline.records import read_blob
+from pipeline.store.records import read_blob
 
 log = logging.getLogger("unclip")
 

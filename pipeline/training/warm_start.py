@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.parse import ContentFile
-from pipeline.records import put_blob, read_blob
 from pipeline.store import Store
+from pipeline.store.records import put_blob, read_blob
 
 SHOWN = 3  # names of a kind, in a message
 

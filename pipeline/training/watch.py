@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from models.draw import Draw
 from pipeline.held_out import FEWEST
 from pipeline.progress import Progress
-from pipeline.records import put_blob
 from pipeline.settings import TrainingSettings
+from pipeline.store.records import put_blob
 from pipeline.training.draws import Undropped
 from pipeline.training.feed import Feed
 from pipeline.training.loop import CHECK_EVERY

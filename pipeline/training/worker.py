@@ -15,11 +15,11 @@ from torch import nn
 
 from models.draw import Draw, derive_seed
 from pipeline.artifacts import load_artifact, publish_artifact
-from pipeline.crash import crash_point
 from pipeline.graph import Context, artifact_key
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
-from pipeline.records import put_blob
+from pipeline.store.crash import crash_point
+from pipeline.store.records import put_blob
 from pipeline.training.checkpoints import Course
 from pipeline.training.feed import Feed
 from pipeline.training.laps import NOT_MEASURED, Speed, measure_speed

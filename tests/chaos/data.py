@@ -22,8 +22,8 @@ import yaml
 from pipeline.artifacts import Artifact, read_shards
 from pipeline.errors import CorruptObject
 from pipeline.execute import heal
-from pipeline.records import blob_path, read_blob
 from pipeline.store import Store
+from pipeline.store.records import blob_path, read_blob
 from tests.chain import DATA_STAGES, keys, open_at
 from tests.chaos.strikes import LIMIT_S, Slice, cluster, kill_one, kill_raylet, ours, run_to_the_end, stop_one
 from tests.faults import Running, artifact, assert_sound, copy, finish, forget, start

@@ -22,8 +22,8 @@ from unittest import mock
 
 import yaml
 
-from pipeline.records import blob_path
 from pipeline.store import Store
+from pipeline.store.records import blob_path
 from tests.chain import open_at
 from tests.chaos.strikes import LIMIT_S, Slice, cluster, kill_one, kill_raylet, ours, run_to_the_end, stop_one
 from tests.fault_proxy import FaultProxy, always, at_random, failing, never

@@ -27,8 +27,8 @@ from pipeline.data.source import scan
 from pipeline.errors import UserError
 from pipeline.graph import differences
 from pipeline.history import remember
-from pipeline.records import read_blob
 from pipeline.store import Store, open_store
+from pipeline.store.records import read_blob
 from tests.chain import ROOT
 
 URL = "s3://bucket/prefix"

@@ -21,7 +21,7 @@ from models.folder import load_model
 from pipeline.bundle import MODELS
 from pipeline.config import load_config
 from pipeline.data.emoji import draw, emoji_rows
-from pipeline.records import read_blob
+from pipeline.store.records import read_blob
 from tests.chain import (
     ROOT,
     data_blobs,

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load
 
 from pipeline.artifacts import shard_path
-from pipeline.crash import POINTS
-from pipeline.records import read_blob
 from pipeline.store import Store
+from pipeline.store.crash import POINTS
+from pipeline.store.records import read_blob
 from tests.chain import data_blobs, done, keys, unclip
 from tests.faults import (
     Running,

@@ -21,7 +21,7 @@ from pipeline.launch import ask_every_node, start_ray
 from pipeline.resources import Node
 from pipeline.settings import RaySettings
 from pipeline.store import Entry, Store, open_store
-from pipeline.store_shared import Buffers
+from pipeline.store.base import Buffers
 from tests.chain import ROOT
 from tests.seaweed import Server
 

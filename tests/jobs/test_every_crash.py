@@ -28,7 +28,6 @@ import jobs.run
 import pipeline.data
 from pipeline import shards
 from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards
-from pipeline.crash import POINTS
 from pipeline.data import codec_passes, near_rows, neighbour_index
 from pipeline.data.codec import VERSION as CODEC
 from pipeline.data.codec import CodecRecipe, run_codec
@@ -41,6 +40,7 @@ from pipeline.data.thresholds import VERSION as THRESHOLDS
 from pipeline.data.thresholds import ThresholdsRecipe, run_thresholds
 from pipeline.graph import Stage
 from pipeline.store import Store
+from pipeline.store.crash import POINTS
 from tests.chain import open_at
 from tests.faults import artifact
 from tests.pipeline.data import vectors

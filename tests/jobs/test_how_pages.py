@@ -17,7 +17,7 @@ from pipeline.artifacts import read_shards, read_table
 from pipeline.build import build
 from pipeline.config import Config, make_config
 from pipeline.data.neighbours import SPLITS
-from pipeline.records import read_blob
+from pipeline.store.records import read_blob
 from tests.chain import ROOT
 from tests.jobs.test_docs import tables
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list

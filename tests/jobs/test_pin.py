@@ -13,7 +13,7 @@ from jobs.project import open_project
 from models.clip import Clip
 from models.presets import PRESETS
 from pipeline.artifacts import artifact_path, load_artifact
-from pipeline.records import blob_path
+from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import picture, save_clip, write_list
 
 ROWS = 40

@@ -16,10 +16,10 @@ from pipeline.bundle import MODELS
 from pipeline.graph import Context, flatten
 from pipeline.held_out import too_few
 from pipeline.ledger import Ledger
-from pipeline.records import blob_path, put_blob
 from pipeline.release import Move, Releases, move_release, read_releases, release_path
 from pipeline.report.release import release_section
 from pipeline.store import Store, open_store
+from pipeline.store.records import blob_path, put_blob
 
 ROWS = 12
 FEW = too_few(1, "test")

@@ -53,8 +53,8 @@ def test_another_bundle_has_other_files(sample: Sample, tmp_path: Path) -> None:
 
     from pipeline.artifacts import Artifact, publish_artifact
     from pipeline.ledger import Ledger
-    from pipeline.records import put_blob
     from pipeline.store import open_store
+    from pipeline.store.records import put_blob
 
     replace(make(), ar_prior=None, codec=None).save(tmp_path / "second")
     store = open_store(str(tmp_path / "store"))

@@ -12,8 +12,8 @@ from jobs.project import open_project
 from pipeline.artifacts import Artifact, publish_artifact
 from pipeline.graph import flatten
 from pipeline.history import remember
-from pipeline.leases import lead_or_wait
 from pipeline.ledger import Ledger
+from pipeline.store.leases import lead_or_wait
 from tests.chain import ROOT
 
 

@@ -33,7 +33,7 @@ NO_LIST = {"source": "s", "captions": "c"}  # source keys of a shipped configura
 # Modules that cannot change a result, so digests leave them and what they import out.
 PLUMBING = {
     "pipeline.store": "where bytes lie",
-    "pipeline.records": "names by content, checksums",
+    "pipeline.store.records": "names by content, checksums",
     "pipeline.artifacts": "layout of records and tables",
     "pipeline.graph": "computes keys; golden keys pin it",
     "pipeline.config": "parsed values are in the keys",
@@ -44,8 +44,8 @@ PLUMBING = {
     "pipeline.progress": "messages",
     "pipeline.history": "messages",
     "pipeline.report": "shows results",
-    "pipeline.crash": "fault tests",
-    "pipeline.leases": "saves duplicate work",
+    "pipeline.store.crash": "fault tests",
+    "pipeline.store.leases": "saves duplicate work",
     "pipeline.launch": "starts Ray",
     "pipeline.training.launch": "starts workers",
     "pipeline.training.checkpoints": "saves and restores a state exactly",

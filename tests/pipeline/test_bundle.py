@@ -11,10 +11,10 @@ from pipeline.artifacts import Artifact, artifact_path
 from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
 from pipeline.ledger import Ledger
-from pipeline.records import blob_path, put_blob
 from pipeline.samples import export_pictures
 from pipeline.store import Store, open_store
-from tests.pipeline.test_names import ARTIFACT, AWAY, forge
+from pipeline.store.records import blob_path, put_blob
+from tests.pipeline.store.test_names import ARTIFACT, AWAY, forge
 
 Write = Callable[[Store, dict[str, str], Path], None]
 

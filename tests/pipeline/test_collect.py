@@ -16,12 +16,12 @@ from pipeline.data.pairs import PairsRecipe
 from pipeline.errors import UserError
 from pipeline.graph import Graph, Stage, flatten, pin_path, plan, trajectory
 from pipeline.history import remember
-from pipeline.leases import lead_or_wait
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
-from pipeline.records import blob_path, put_blob, read_blob
 from pipeline.release import Move, move_release, read_releases, release_path
 from pipeline.store import Store, open_store
+from pipeline.store.leases import lead_or_wait
+from pipeline.store.records import blob_path, put_blob, read_blob
 from pipeline.training.recipes import ClipRecipe
 
 DAY = 86_400.0

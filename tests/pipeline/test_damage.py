@@ -19,9 +19,9 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.execute import heal
 from pipeline.graph import pin_path, read_pin
 from pipeline.ledger import Ledger
-from pipeline.records import FORMAT, blob_path, peek_record, put_blob, read_blob
 from pipeline.release import Move, Releases, move_release, read_releases, release_path
 from pipeline.store import Store, open_store
+from pipeline.store.records import FORMAT, blob_path, peek_record, put_blob, read_blob
 from tests.flips import flip_first_reads
 
 NOW = 1_800_000_000.0

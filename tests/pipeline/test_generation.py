@@ -17,9 +17,9 @@ from pipeline.execute import heal
 from pipeline.generation import STAGE, GenerationRecipe, export, generate
 from pipeline.ledger import Ledger
 from pipeline.prompts import read_prompts
-from pipeline.records import blob_path, put_blob
 from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.store import Store, open_store
+from pipeline.store.records import blob_path, put_blob
 from tests.models.test_cascade import make
 
 PROMPTS = ["a red fox", "a blue house", "the sea", "a tree", "a cat under a tree"]

@@ -14,12 +14,12 @@ from pipeline.config import Config, load_config
 from pipeline.errors import UserError
 from pipeline.graph import defaults, differences, direct, flatten, pin_path, plan
 from pipeline.history import remember
-from pipeline.leases import lead_or_wait, lease_path
 from pipeline.ledger import Ledger
 from pipeline.overview import find, lineage, overview
-from pipeline.records import seal
 from pipeline.release import Move, Releases, move_release, release_path
 from pipeline.store import Store, open_store
+from pipeline.store.leases import lead_or_wait, lease_path
+from pipeline.store.records import seal
 
 CONFIG = load_config("configs/nano.yaml")
 GRAPH = build(CONFIG)

@@ -16,8 +16,8 @@ from pipeline.graph import flatten, plan
 from pipeline.history import remember
 from pipeline.ledger import Ledger
 from pipeline.profile import Line, Observation, Profile, fit, load_profile, observe, pace, passes_of, shape
-from pipeline.records import put_blob
 from pipeline.store import Store, open_store
+from pipeline.store.records import put_blob
 
 ROOT = Path(__file__).parents[2]
 CONFIG = load_config(ROOT / "configs/nano.yaml")

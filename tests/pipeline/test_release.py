@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.records import seal
 from pipeline.release import Move, Releases, move_release, read_releases, release_path, released_projects
 from pipeline.store import Store
+from pipeline.store.records import seal
 
 
 def promote(bundle: str, at: float = 1.0) -> Move:

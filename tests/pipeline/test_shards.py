@@ -27,7 +27,6 @@ from pipeline.artifacts import (
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import Context
 from pipeline.ledger import Ledger
-from pipeline.records import read_blob
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings
 from pipeline.shards import (
     Helpers,
@@ -41,6 +40,7 @@ from pipeline.shards import (
     run_shards,
 )
 from pipeline.store import Store, open_store
+from pipeline.store.records import read_blob
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pipeline.data.codec_passes import cut_blocks
 from pipeline.data.embeddings import read_embeddings
 from pipeline.errors import UserError
 from pipeline.ledger import Ledger
-from pipeline.records import put_blob, read_blob
 from pipeline.settings import RaySettings, ShardSettings
+from pipeline.store.records import put_blob, read_blob
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
 
 ROWS = 60

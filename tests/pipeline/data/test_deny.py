@@ -15,8 +15,8 @@ from pipeline.data.opt_outs import read_opt_outs
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import differences
 from pipeline.parse import ContentFile
-from pipeline.records import blob_path
 from pipeline.store import open_store
+from pipeline.store.records import blob_path
 from tests.chain import ROOT
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 

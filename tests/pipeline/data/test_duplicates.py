@@ -21,8 +21,8 @@ from pipeline.data.lists import read_rows
 from pipeline.data.references import comparable
 from pipeline.data.source import Scan, SourceRecipe, scan
 from pipeline.errors import UserError
-from pipeline.records import blob_path
 from pipeline.store import Store, open_store
+from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import write_list
 
 LISTS = st.lists(st.lists(st.sampled_from(["", *(f"http://h/{i}" for i in range(12))]), max_size=20), max_size=5)

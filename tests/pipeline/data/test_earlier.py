@@ -11,7 +11,7 @@ from pipeline.data.opt_outs import read_opt_outs
 from pipeline.graph import plan
 from pipeline.history import remember
 from pipeline.ledger import Ledger
-from pipeline.records import blob_path
+from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 
 GOOD = {f"/{i}.png": Page(picture(i)) for i in range(9)}

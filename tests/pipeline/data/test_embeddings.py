@@ -20,11 +20,11 @@ from pipeline.artifacts import ShardRow, read_shards, read_table
 from pipeline.data.embeddings import CAPTIONS, DecodeBatch, MakeEncoder, read_embeddings
 from pipeline.data.index import Place, read_pictures
 from pipeline.errors import CorruptObject, UserError
-from pipeline.records import blob_path
 from pipeline.settings import EmbeddingsSettings
 from pipeline.shards import Helpers, ShardTask
 from pipeline.store import Entry, Store
-from pipeline.store_shared import Buffers, Traffic
+from pipeline.store.base import Buffers, Traffic
+from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import Bench, picture, save_clip
 
 ROWS = 25

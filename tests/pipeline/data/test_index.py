@@ -7,8 +7,8 @@ import pytest
 from pipeline.artifacts import read_table, write_table
 from pipeline.data.index import COLUMNS, STAGE_SIDES, Place, checksum, index_counts, index_table, read_pictures
 from pipeline.errors import CorruptObject
-from pipeline.records import blob_path, put_blob
 from pipeline.store import Entry, Store
+from pipeline.store.records import blob_path, put_blob
 
 
 def _row(data: bytes, offset: int, **changes: Any) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from pipeline.data.journal import (
 from pipeline.data.source import FIRST_RETRY, SEGMENT_SHARDS, SourceRecipe, SourceShard, scan
 from pipeline.errors import UserError
 from pipeline.ledger import Ledger
-from pipeline.records import put_blob
 from pipeline.store import Store
+from pipeline.store.records import put_blob
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 
 

@@ -15,9 +15,9 @@ from pipeline.data.rejected import Rejected
 from pipeline.errors import CorruptObject
 from pipeline.execute import heal
 from pipeline.graph import Context
-from pipeline.records import blob_path
 from pipeline.shards import ShardTask
 from pipeline.store import Store, open_store
+from pipeline.store.records import blob_path
 from tests.pipeline.data.vectors import SHARD_ROWS, Listed, curate, planted, publish, rejected, unit
 
 BOUND = 0.8

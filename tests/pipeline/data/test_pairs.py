@@ -14,7 +14,7 @@ from pipeline.artifacts import read_shards
 from pipeline.data.index import Place, checksum, index_counts, read_pictures
 from pipeline.errors import CorruptObject
 from pipeline.ledger import REASONS
-from pipeline.records import read_blob
+from pipeline.store.records import read_blob
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 
 HOST = "http://pictures.test"

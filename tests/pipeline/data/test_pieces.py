@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.data.pieces import HEAD, pack, read_piece
 from pipeline.errors import CorruptObject
-from pipeline.records import blob_path, put_blob
 from pipeline.store import Store
+from pipeline.store.records import blob_path, put_blob
 
 PIECES = [b"first", b"", bytes(range(256)) * 40, b"last"]
 

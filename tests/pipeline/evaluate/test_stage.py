@@ -36,10 +36,10 @@ from pipeline.evaluate.stage import LEARN, run_evaluation
 from pipeline.graph import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
-from pipeline.records import blob_path, put_blob, read_blob
 from pipeline.report.evaluation import evaluation_section
 from pipeline.report.measured import measured_sections
 from pipeline.report.pictures import Album
+from pipeline.store.records import blob_path, put_blob, read_blob
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.stage import VERSIONS
 from pipeline.training.tasks.figures import seeded

@@ -31,9 +31,9 @@ from pipeline.data.rejected import Rejected, rejected_table
 from pipeline.data.source import row_key
 from pipeline.evaluate.figure import Figure, count, judged
 from pipeline.ledger import Ledger
-from pipeline.records import digest, put_blob
 from pipeline.settings import RaySettings
 from pipeline.store import Store
+from pipeline.store.records import digest, put_blob
 
 COLOURS = ("crimson", "coral", "gold", "seagreen", "teal", "royalblue", "purple", "grey")
 SHAPES = ("circle", "square", "triangle")

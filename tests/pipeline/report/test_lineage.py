@@ -12,7 +12,7 @@ from pipeline.artifacts import Artifact
 from pipeline.ledger import Ledger
 from pipeline.report.lineage import BOX, TALL, direct_inputs, draw, levels, lineage_section
 from pipeline.store import FolderStore
-from pipeline.store_shared import COUNTS
+from pipeline.store.base import COUNTS
 from tests.pipeline.report.made_up import chain
 
 

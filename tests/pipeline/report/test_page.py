@@ -19,9 +19,9 @@ from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.data.thresholds import ThresholdsRecipe
 from pipeline.errors import UserError
-from pipeline.records import blob_path, put_blob
 from pipeline.report.page import expected, render, write_report
 from pipeline.store import FolderStore
+from pipeline.store.records import blob_path, put_blob
 from tests.pipeline.report.made_up import chain, config, encoded
 
 STAGES = (

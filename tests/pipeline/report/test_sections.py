@@ -11,13 +11,13 @@ from pipeline.artifacts import Artifact, Shard, publish_artifact, read_shards, w
 from pipeline.data.index import index_table
 from pipeline.evaluate.figure import Figure, count
 from pipeline.ledger import Ledger
-from pipeline.records import put_blob
 from pipeline.report.data import data_section, embeddings_section, spread
 from pipeline.report.evaluation import evaluation_section
 from pipeline.report.pictures import Album
 from pipeline.report.rows import read_first_shards
 from pipeline.report.training import codec_section, preview_names, read_curve, training_section
 from pipeline.store import Entry, FolderStore
+from pipeline.store.records import put_blob
 from tests.pipeline.report.made_up import SHARDS, WITH_TIMESTEPS
 
 

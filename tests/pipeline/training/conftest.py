@@ -19,9 +19,9 @@ from pipeline.data.index import checksum, index_counts, index_table
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.graph import Context, Stage, stage_key
 from pipeline.ledger import Ledger
-from pipeline.records import put_blob
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.store import Store, open_store
+from pipeline.store.records import put_blob
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "bar")

@@ -15,8 +15,8 @@ from models.prior_configs import ARPriorConfig
 from pipeline.artifacts import load_artifact
 from pipeline.damage import read_record
 from pipeline.graph import Context, trajectory_key
-from pipeline.records import read_blob
 from pipeline.settings import TrainingSettings
+from pipeline.store.records import read_blob
 from pipeline.training.recipes import ARPriorRecipe, DecoderRecipe, UpsamplerRecipe
 from tests.pipeline.training.conftest import World, make_world, with_codec
 from tests.pipeline.training.test_launch import CLIP

@@ -8,8 +8,8 @@ import torch
 
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.damage import read_record
-from pipeline.records import blob_path
 from pipeline.store import Store
+from pipeline.store.records import blob_path
 from pipeline.training.checkpoints import Checkpoints, Superseded, last_attempt, snapshot, take_attempt
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, parts

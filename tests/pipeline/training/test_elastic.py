@@ -14,8 +14,8 @@ from safetensors.torch import load
 
 from pipeline.artifacts import Artifact
 from pipeline.graph import Context
-from pipeline.records import read_blob
 from pipeline.settings import TrainingSettings
+from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.checkpoints import course
 from tests.pipeline.training.conftest import World, make_world

@@ -22,8 +22,8 @@ from pipeline.artifacts import (
 )
 from pipeline.errors import UserError
 from pipeline.ledger import Ledger
-from pipeline.records import put_blob, read_blob
 from pipeline.settings import TrainingSettings
+from pipeline.store.records import put_blob, read_blob
 from pipeline.training import stage
 from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import DiffusionPriorRecipe

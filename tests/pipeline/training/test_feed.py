@@ -26,7 +26,7 @@ from pipeline.artifacts import Artifact, Shard, read_shards, read_table, write_s
 from pipeline.data.source import CAPTIONED
 from pipeline.errors import CorruptObject, UserError
 from pipeline.ledger import Ledger
-from pipeline.records import blob_path, put_blob
+from pipeline.store.records import blob_path, put_blob
 from pipeline.training.feed import Feed, Share, Window, Windows
 from pipeline.training.read_ahead import read_ahead
 from pipeline.training.recipes import DecoderRecipe

@@ -9,9 +9,9 @@ from models.image_configs import DecoderConfig
 from models.prior_configs import ClipConfig
 from pipeline.artifacts import Artifact
 from pipeline.held_out import FEWEST, too_few
-from pipeline.records import read_blob
 from pipeline.report.pictures import Album
 from pipeline.report.training import training_section
+from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.recipes import ClipRecipe, DecoderRecipe
 from tests.pipeline.training.conftest import World, make_world

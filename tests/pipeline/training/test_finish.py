@@ -15,8 +15,8 @@ from pipeline.artifacts import Artifact
 from pipeline.bundle import materialise
 from pipeline.damage import read_record
 from pipeline.graph import trajectory_key
-from pipeline.records import read_blob
 from pipeline.settings import TrainingSettings
+from pipeline.store.records import read_blob
 from pipeline.training import stage, world
 from pipeline.training.feed import Feed
 from pipeline.training.laps import Speed

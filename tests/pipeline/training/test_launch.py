@@ -12,8 +12,8 @@ from safetensors.torch import load
 from models.prior_configs import ClipConfig
 from pipeline.errors import CorruptObject, Unreachable, UserError
 from pipeline.launch import start_ray
-from pipeline.records import read_blob
 from pipeline.settings import RaySettings, TrainingSettings
+from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.checkpoints import Superseded
 from pipeline.training.launch import Relayed, WorkerLost, _cause, launch

@@ -14,8 +14,8 @@ from pipeline.artifacts import Artifact, load_artifact
 from pipeline.damage import read_record
 from pipeline.errors import UserError
 from pipeline.graph import Context
-from pipeline.records import read_blob
 from pipeline.settings import TrainingSettings
+from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.feed import Feed
 from pipeline.training.laps import Laps

@@ -22,8 +22,8 @@ from pipeline.damage import read_record
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
-from pipeline.records import blob_path, read_blob
 from pipeline.settings import TrainingSettings
+from pipeline.store.records import blob_path, read_blob
 from pipeline.training import stage
 from pipeline.training.checkpoints import Superseded, last_attempt, take_attempt
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe

@@ -14,7 +14,7 @@ from models.prior_configs import DiffusionPriorConfig
 from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
 from pipeline.graph import Context, trajectory_key
-from pipeline.records import read_blob
+from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
 from pipeline.training.trackers import TensorBoard, Trackers, find_tracker
@@ -41,7 +41,7 @@ def told(ctx: Context, *made: Artifact) -> None:
 
 def so_far(ctx: Context, made: Artifact, samples: int) -> Artifact:
     """What the artefact would be if the training had come so far only."""
-    from pipeline.records import put_blob
+    from pipeline.store.records import put_blob
 
     text = read_blob(ctx.store, made.blobs["metrics.jsonl"]).splitlines(keepends=True)
     kept = b"".join(line for line in text if int(re.findall(rb'"samples": (\d+)', line)[0]) <= samples)

@@ -10,8 +10,8 @@ from safetensors.torch import load, save_file
 from models.prior_configs import ClipConfig, DiffusionPriorConfig
 from pipeline.errors import UserError
 from pipeline.parse import ContentFile
-from pipeline.records import put_blob, read_blob
 from pipeline.settings import TrainingSettings
+from pipeline.store.records import put_blob, read_blob
 from pipeline.training import stage
 from pipeline.training.recipes import ClipRecipe, DiffusionPriorRecipe
 from tests.pipeline.training.conftest import World

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import direct
-from pipeline.direct import DIRECT, write_direct
+from pipeline.store import direct
+from pipeline.store.direct import DIRECT, write_direct
 
 BLOCK = 1 << 14
 BUFFERS = st.lists(st.binary(max_size=3) | st.integers(0, 3 * BLOCK).map(os.urandom), max_size=4)

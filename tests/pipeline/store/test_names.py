@@ -24,10 +24,10 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph import pin_path, read_pin
 from pipeline.history import last_run
 from pipeline.ledger import Ledger
-from pipeline.names import is_blob_or_record, is_file_name, is_part
-from pipeline.records import FORMAT, blob_path, canonical, digest, put_blob, read_blob, seal
 from pipeline.release import read_releases, release_path
 from pipeline.store import Store, open_store
+from pipeline.store.names import is_blob_or_record, is_file_name, is_part
+from pipeline.store.records import FORMAT, blob_path, canonical, digest, put_blob, read_blob, seal
 from pipeline.training.checkpoints import Checkpoints
 
 BLOB = "0123456789abcdef" * 4

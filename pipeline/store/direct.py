@@ -9,7 +9,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.store_shared import Buffers
+from pipeline.store.base import Buffers
 
 BLOCK = 4 << 20  # bytes of a write
 DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only

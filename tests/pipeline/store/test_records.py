@@ -6,8 +6,8 @@ import pytest
 from pipeline.damage import create_record, read_record
 from pipeline.errors import CorruptObject, UserError
 from pipeline.ledger import Ledger, total
-from pipeline.records import FORMAT, blob_path, canonical, put_blob, read_blob
 from pipeline.store import Store
+from pipeline.store.records import FORMAT, blob_path, canonical, put_blob, read_blob
 
 
 def test_blobs_are_named_by_content(store: Store) -> None:

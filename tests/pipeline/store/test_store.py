@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import store_s3
 from pipeline.errors import UserError
 from pipeline.store import Store, check_conditions, open_store
-from pipeline.store_shared import cut
+from pipeline.store import s3 as store_s3
+from pipeline.store.base import cut
 
 
 def test_create_read_and_never_overwrite(store: Store) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.crash import crash_point
 from pipeline.errors import CorruptObject, UserError
-from pipeline.names import check_record, is_digest
 from pipeline.store import Store
-from pipeline.store_shared import Buffers
+from pipeline.store.base import Buffers
+from pipeline.store.crash import crash_point
+from pipeline.store.names import check_record, is_digest
 
 FORMAT = 2
 T = TypeVar("T")

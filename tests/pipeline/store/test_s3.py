@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import store_s3
 from pipeline.errors import UserError
 from pipeline.store import Store, clear_abandoned, open_store
-from pipeline.store_s3 import S3Store
+from pipeline.store import s3 as store_s3
+from pipeline.store.s3 import S3Store
 from tests.fault_proxy import FAULTS, FaultProxy, Request, always, at_random, failing, never, on_first_sight
 from tests.seaweed import Server
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Unreachable, UserError
-from pipeline.names import check_path
-from pipeline.store_shared import Buffers, Entry, Traffic, cut
+from pipeline.store.base import Buffers, Entry, Traffic, cut
+from pipeline.store.names import check_path
 
 TRIES = 6  # with boto3's waits about a minute at most
 TIMEOUT_S = 60.0  # without a byte

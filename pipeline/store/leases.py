@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.identity import named, whoami
 from pipeline.progress import Line, duration
 from pipeline.store import Store
+from pipeline.store.identity import named, whoami
 
 SAY_EVERY_S = 30.0  # in a log, how far the one is that is waited for
 log = logging.getLogger("unclip")

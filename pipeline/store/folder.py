@@ -16,10 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.direct import write_direct
 from pipeline.errors import UserError
-from pipeline.names import check_path
-from pipeline.store_shared import Buffers, Entry, Traffic, read_file
+from pipeline.store.base import Buffers, Entry, Traffic, read_file
+from pipeline.store.direct import write_direct
+from pipeline.store.names import check_path
 
 
 @contextmanager

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import leases
 from pipeline.errors import Unreachable
-from pipeline.identity import named, whoami
-from pipeline.leases import Lease, lead_or_wait, lease_path, read_lease
-from pipeline.store import Store
+from pipeline.store import Store, leases
+from pipeline.store.identity import named, whoami
+from pipeline.store.leases import Lease, lead_or_wait, lease_path, read_lease
 
 LEASE_S = 1.5
 
@@ -98,10 +97,10 @@ def test_moving_checkpoints_keep_a_leader_whose_lease_stands_still(store: Store)
 
 def test_a_dead_process_of_this_host_is_replaced_at_once(store: Store, tmp_path: Path) -> None:
     code = (
-        "import sys; from pipeline.store import open_store; from pipeline.leases import lead_or_wait;"
+        "import sys; from pipeline.store import open_store; from pipeline.store.leases import lead_or_wait;"
         "assert lead_or_wait(open_store(sys.argv[1]), 'k', 3600, lambda: False, lambda: '')"
     )
-    subprocess.run([sys.executable, "-c", code, store.url], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code, store.url], check=True, cwd=Path(__file__).parents[3])
     assert lead_or_wait(store, "k", 3600, lambda: False, lambda: "", poll_s=0.02) is not None
 
 

@@ -15,9 +15,9 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
-from pipeline.store_folder import FolderStore, lock_path
-from pipeline.store_s3 import S3Store
-from pipeline.store_shared import Buffers, Entry, Traffic
+from pipeline.store.base import Buffers, Entry, Traffic
+from pipeline.store.folder import FolderStore, lock_path
+from pipeline.store.s3 import S3Store
 
 
 class Store(Protocol):
