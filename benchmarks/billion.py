@@ -18,12 +18,12 @@ from pathlib import Path
 from time import perf_counter, process_time
 from types import SimpleNamespace
 
-from pipeline.artifacts import Artifact, Shard, load_artifact, publish_artifact, read_shards, write_shard_table
-from pipeline.execute import execute
-from pipeline.graph import Context, Graph, Stage, plan, shard_key
+from pipeline.graph.artifacts import Artifact, Shard, load_artifact, publish_artifact, read_shards, write_shard_table
+from pipeline.graph.execute import execute
+from pipeline.graph.plan import Context, Graph, Stage, plan, shard_key
+from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
-from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store, open_store
 
 ROWS = 10_000
@@ -118,7 +118,7 @@ def look(store: Store, shards: int) -> int:
 
 def work(store: Store, shards: int) -> int:
     """A worker of a data stage: a few shards, as any of them comes to it; returns how many."""
-    from pipeline.shards import _make
+    from pipeline.graph.shards import _make
 
     names = {stage: sha256(stage) for stage in ("pairs", "captions")}
     for number in range(100):

@@ -30,10 +30,10 @@ from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from models.presets import PRESETS
 from models.prior_configs import ClipConfig
-from pipeline.artifacts import publish_shard, read_table
 from pipeline.data.embeddings import DecodeBatch, MakeEncoder, read_embeddings
+from pipeline.graph.artifacts import publish_shard, read_table
+from pipeline.graph.shards import ShardTask
 from pipeline.settings import EmbeddingsSettings
-from pipeline.shards import ShardTask
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob
 

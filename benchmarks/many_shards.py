@@ -21,7 +21,7 @@ from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
 
-from pipeline.artifacts import (
+from pipeline.graph.artifacts import (
     Artifact,
     Shard,
     artifact_path,
@@ -32,11 +32,11 @@ from pipeline.artifacts import (
     shard_path,
     write_shard_table,
 )
-from pipeline.execute import execute
-from pipeline.graph import Context, Graph, Stage, plan, shard_key
+from pipeline.graph.execute import execute
+from pipeline.graph.plan import Context, Graph, Stage, plan, shard_key
+from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
-from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store, open_store
 
 GROWTH, DECIDING_S, NOTHING_S, STALENESS_S = 1.2, 5.0, 2.0, 5.0  # what is wanted

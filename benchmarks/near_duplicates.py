@@ -14,10 +14,18 @@ from types import SimpleNamespace
 import numpy as np
 
 from benchmarks.timing import begin, finish, parser
-from pipeline.artifacts import Artifact, Shard, publish_shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.data.curation import CurationRecipe, run_curation
 from pipeline.data.index import index_counts, index_table
-from pipeline.graph import Context
+from pipeline.graph.artifacts import (
+    Artifact,
+    Shard,
+    publish_shard,
+    read_shards,
+    read_table,
+    write_shard_table,
+    write_table,
+)
+from pipeline.graph.plan import Context
 from pipeline.ledger import Ledger
 from pipeline.settings import ShardSettings
 from pipeline.store import Store, open_store

@@ -25,11 +25,11 @@ from benchmarks.pairs import DELAY_S, SMALL, Site, make_pictures, ours, serving
 from benchmarks.pictures import make_shard, random_fields
 from benchmarks.timing import begin, finish, parser
 from models.presets import PRESETS
-from pipeline.artifacts import read_shards
 from pipeline.data.embeddings import DecodeBatch, EmbeddingsRecipe, Encoder
-from pipeline.graph import Context
+from pipeline.graph.artifacts import read_shards
+from pipeline.graph.plan import Context
+from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.settings import EmbeddingsSettings, RaySettings
-from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store, open_store
 from pipeline.store.records import read_blob
 

@@ -26,12 +26,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.timing import begin, finish, parser
-from pipeline.artifacts import Artifact, read_shards, read_table
 from pipeline.build import build
 from pipeline.config import make_config
 from pipeline.data.index import Place, read_pictures
 from pipeline.data.source import scan
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
+from pipeline.graph.plan import Context
 from pipeline.store import open_store
 
 HOSTS = 64  # as real lists have many; four requests at once to each

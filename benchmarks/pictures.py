@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.artifacts import Artifact, Shard, ShardRow, read_table, write_shard_table, write_table
 from pipeline.data.index import checksum, index_counts, index_table
+from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_table, write_shard_table, write_table
+from pipeline.graph.shards import ShardTask
 from pipeline.ledger import Ledger
-from pipeline.shards import ShardTask
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 

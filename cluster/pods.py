@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from pipeline.config import Run
 from pipeline.errors import UserError
-from pipeline.resources import Node, Share, share_of
+from pipeline.graph.resources import Node, Share, share_of
 from pipeline.settings import EmbeddingsSettings, KubernetesSettings, ShardSettings, TrainingSettings
 
 OBJECT_STORE = 0.3  # of a pod's memory, which is Ray's own share; the rest is for workers

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.sample import add_device, bundle_artifact, check_seed, newest_output, sampling_option
 from pipeline.errors import CorruptObject, UserError
-from pipeline.launch import count_gpus
+from pipeline.graph.ray import count_gpus
 from pipeline.progress import counted, duration
 from pipeline.prompts import COLUMNS, KINDS, find_column, read_prompts
 from pipeline.settings import GenerationSettings, RaySettings
@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"prompts: column {column} of {arguments.prompts}")
     store, bundle = bundle_artifact(output)
 
-    from pipeline.execute import heal
     from pipeline.generation import ROWS, STAGE, GenerationRecipe, export, generate
+    from pipeline.graph.execute import heal
 
     try:
         recipe = GenerationRecipe(dict(sampling_option(text) for text in arguments.set), arguments.batch)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from jobs.plan import print_changes
 from jobs.project import Project, open_project
-from pipeline.artifacts import load_artifact
 from pipeline.errors import UserError
-from pipeline.graph import Verdict, pin_path
+from pipeline.graph.artifacts import load_artifact
+from pipeline.graph.plan import Verdict, pin_path
 from pipeline.store import Store
 
 

@@ -18,7 +18,7 @@ from pipeline.config import OVERRIDES, load_config
 from pipeline.cost import UTILISATION, Ask, Cost, estimate
 from pipeline.errors import UserError
 from pipeline.fleet import parse_count, parse_fleet
-from pipeline.graph import Verdict
+from pipeline.graph.plan import Verdict
 from pipeline.held_out import lacking
 from pipeline.profile import Profile, load_profile, observe
 from pipeline.progress import counted, duration

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from pipeline.artifacts import Artifact, load_artifact
 from pipeline.build import build
 from pipeline.config import Config, load_config
 from pipeline.data.journal import read_journal
 from pipeline.data.source import Scan, scan
 from pipeline.errors import UserError
-from pipeline.graph import Graph, Verdict, ordered, plan
-from pipeline.history import last_run
+from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.plan import Graph, Verdict, ordered, plan
+from pipeline.graph.runs import last_run
 from pipeline.store import Store, open_store
 from pipeline.training.trackers import find_tracker
 

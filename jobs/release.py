@@ -11,14 +11,14 @@ from pathlib import Path
 
 from jobs.project import Project, open_project
 from jobs.sample import remember_bundle
-from pipeline.artifacts import Artifact, load_artifact
 from pipeline.bundle import MODELS
 from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import difference, short
-from pipeline.execute import make_context
-from pipeline.graph import stage_key
-from pipeline.release import Move, Releases, move_release, read_releases
+from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.execute import make_context
+from pipeline.graph.plan import stage_key
+from pipeline.graph.pointer import Move, Releases, move_release, read_releases
 from pipeline.release_compare import OTHER_CLIP, Change, Measured, changes, comparable, evaluations, measured, obstacles
 from pipeline.release_diff import data_changes, find_bundle, recipes_changed, stages_behind
 from pipeline.release_gates import failing, unjudged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jobs.project import Project
 from pipeline.errors import UserError
-from pipeline.execute import make_context
+from pipeline.graph.execute import make_context
 from pipeline.training.recipes import TrainingRecipe
 
 PARAMETERS = 10  # named, at most

@@ -11,11 +11,11 @@ from pathlib import Path
 from jobs.plan import agree
 from jobs.project import Project, open_project
 from jobs.sample import remember_bundle
-from pipeline.artifacts import Artifact
 from pipeline.config import OVERRIDES
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
-from pipeline.history import remember
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.runs import remember
 from pipeline.progress import counted, duration
 from pipeline.readiness import check_ready
 from pipeline.store import check_conditions
@@ -63,7 +63,7 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
 
 
 def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
-    from pipeline.execute import execute
+    from pipeline.graph.execute import execute
     from pipeline.samples import export_pictures
 
     def on_stage(stage: str, made: Artifact, artifacts: Mapping[str, Artifact]) -> None:

@@ -12,9 +12,9 @@ from typing import Any, get_type_hints
 import yaml
 
 from models.sampling_config import SamplingConfig
-from pipeline.artifacts import Artifact, load_artifact
 from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.local import read_local
 from pipeline.parse import parse
 from pipeline.store import Store, open_store

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.errors import UserError
-from pipeline.graph import defaults
+from pipeline.graph.plan import defaults
 from pipeline.overview import find, lineage, overview
 from pipeline.show import show_lineage, show_overview
 from pipeline.store import open_store

@@ -20,7 +20,7 @@ from jobs.sample import remember_bundle
 from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.data.journal import read_journal
 from pipeline.errors import UserError
-from pipeline.history import remember
+from pipeline.graph.runs import remember
 from pipeline.store import local_folder, open_store
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pipeline.config import Config
 from pipeline.data import codec, curation, embeddings, imported, neighbour_index, pairs, source, thresholds
 from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluation
-from pipeline.graph import Graph, Stage
+from pipeline.graph.plan import Graph, Stage
 from pipeline.training import stage as training
 
 

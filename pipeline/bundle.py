@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.sampling_config import SamplingConfig
-from pipeline.artifacts import Artifact, publish_artifact
 from pipeline.errors import UserError
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.plan import Context
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.names import is_file_name

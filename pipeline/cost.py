@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.config import TRAININGS, Config
 from pipeline.fleet import Device, Fleet
 from pipeline.flops import clip_size, model_size
-from pipeline.graph import flatten
+from pipeline.graph.plan import flatten
 from pipeline.profile import COUNTED, Observation, Profile, fit, pace, passes_of, shape
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.artifacts import Artifact, ancestors, artifact_path, load_artifact, read_shards, shard_path
-from pipeline.damage import pinned_key, read_record
 from pipeline.data.journal import read_journal
 from pipeline.errors import CorruptObject
-from pipeline.graph import SOURCES
-from pipeline.history import asked_at
-from pipeline.release import read_releases, released_projects
+from pipeline.graph.artifacts import Artifact, ancestors, artifact_path, load_artifact, read_shards, shard_path
+from pipeline.graph.damage import pinned_key, read_record
+from pipeline.graph.plan import SOURCES
+from pipeline.graph.pointer import read_releases, released_projects
+from pipeline.graph.runs import asked_at
 from pipeline.store import Store
 from pipeline.store.leases import is_held
 from pipeline.store.records import blob_path, digest

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.artifacts import THREADS, Artifact, artifact_of, artifact_path
-from pipeline.damage import pinned_key
 from pipeline.errors import UserError
-from pipeline.history import asked_at
-from pipeline.release import Move, read_releases, released_projects
+from pipeline.graph.artifacts import THREADS, Artifact, artifact_of, artifact_path
+from pipeline.graph.damage import pinned_key
+from pipeline.graph.pointer import Move, read_releases, released_projects
+from pipeline.graph.runs import asked_at
 from pipeline.store import Store
 from pipeline.store.leases import lease_path, read_lease
 from pipeline.store.records import peek_record

@@ -11,8 +11,8 @@ from pipeline.config import Config
 from pipeline.doctor.machine import check_idle_gpu
 from pipeline.doctor.nodes import ask_nodes, judge, versions
 from pipeline.errors import UserError
-from pipeline.launch import find_room, start_ray
-from pipeline.resources import Settings
+from pipeline.graph.ray import find_room, start_ray
+from pipeline.graph.resources import Settings
 from pipeline.store import Store
 
 log = logging.getLogger("unclip")

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from pipeline.artifacts import Artifact, artifact_path, load_artifact
-from pipeline.damage import set_aside
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import recipe_changes
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact
+from pipeline.graph.damage import set_aside
+from pipeline.graph.plan import recipe_changes
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 

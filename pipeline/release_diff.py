@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.artifacts import Artifact, ancestors, load_artifact
 from pipeline.errors import UserError
-from pipeline.graph import recipe_changes
+from pipeline.graph.artifacts import Artifact, ancestors, load_artifact
+from pipeline.graph.plan import recipe_changes
+from pipeline.graph.pointer import Releases
 from pipeline.ledger import Ledger
-from pipeline.release import Releases
 from pipeline.store import Store
 
 DATA = ("source", "captions", "pairs", "embeddings", "curation")

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import Artifact, publish_artifact
 from pipeline.bundle import materialise
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.plan import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, counted
 from pipeline.store import Store

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from textwrap import wrap
 from typing import Any
 
-from pipeline.artifacts import Artifact
-from pipeline.graph import direct
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.plan import direct
+from pipeline.graph.pointer import Move
 from pipeline.ledger import Ledger
 from pipeline.overview import Lineage, Named, Overview, Run
 from pipeline.progress import counted, duration
-from pipeline.release import Move
 from pipeline.store.identity import named
 
 WIDTH = 110

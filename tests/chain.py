@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.artifacts import load_artifact, read_shards
 from pipeline.data.emoji import emoji_rows
+from pipeline.graph.artifacts import load_artifact, read_shards
 from pipeline.store import Store, open_store
 
 Finished = subprocess.CompletedProcess[str]

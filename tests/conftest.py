@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 # Tests run side by side: OpenMP's threads must not spin while they wait for each other on cores that others use.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from pipeline import launch
+from pipeline.graph import ray as launch
 from pipeline.store import Store, open_store
 from tests.seaweed import Server, serving
 

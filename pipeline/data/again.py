@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact, read_shards, read_table
 from pipeline.data.journal import reference_mark
 from pipeline.data.source import FIRST_RETRY, SourceShard, segment_of
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifacts import Shard, ShardRow, read_table
 from pipeline.data.embeddings import read_embeddings
-from pipeline.graph import Context, shard_key
+from pipeline.graph.artifacts import Shard, ShardRow, read_table
+from pipeline.graph.plan import Context, shard_key
+from pipeline.graph.shards import ShardOutput, ShardTask, run_shards
 from pipeline.ledger import Ledger
-from pipeline.shards import ShardOutput, ShardTask, run_shards
 from pipeline.store import Store
 from pipeline.store.records import digest
 

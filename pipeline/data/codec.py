@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact, Shard, ShardRow, publish_artifact, read_shards, write_shard_table
 from pipeline.data import codec_passes as passes
 from pipeline.errors import UserError
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact, Shard, ShardRow, publish_artifact, read_shards, write_shard_table
+from pipeline.graph.plan import Context
+from pipeline.graph.shards import ShardTask, run_shards
 from pipeline.ledger import Ledger
-from pipeline.shards import ShardTask, run_shards
 from pipeline.store.records import digest, put_blob, read_blob
 
 VERSION = 2

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.artifacts import ShardRow, read_table
+from pipeline.graph.artifacts import ShardRow, read_table
+from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
-from pipeline.shards import ShardOutput, ShardTask
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
 from pipeline.data.index import index_counts, index_table
 from pipeline.data.rejected import Rejected, rejected_table
 from pipeline.data.scores import score_column
-from pipeline.graph import Context, shard_key
+from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
+from pipeline.graph.plan import Context, shard_key
+from pipeline.graph.shards import ShardOutput, ShardTask, map_shards, run_shards
 from pipeline.ledger import Ledger
-from pipeline.shards import ShardOutput, ShardTask, map_shards, run_shards
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.artifacts import ShardRow, read_shards, read_table
 from pipeline.data.index import Place, read_pictures
 from pipeline.data.opener import Evidence
 from pipeline.data.opt_outs import read_opt_outs
 from pipeline.errors import CorruptObject
-from pipeline.graph import Context
-from pipeline.history import last_made
+from pipeline.graph.artifacts import ShardRow, read_shards, read_table
+from pipeline.graph.plan import Context
+from pipeline.graph.runs import last_made
 from pipeline.store import Store
 
 log = logging.getLogger("unclip")

@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pipeline.artifacts import Artifact, read_shards, read_table, write_table
 from pipeline.data.imported import SCHEME, read_imported
 from pipeline.data.index import Place, read_pictures
 from pipeline.data.scores import Head, load_heads, score_column
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import Context, shard_key
+from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.graph.plan import Context, shard_key
+from pipeline.graph.shards import Helpers, ShardOutput, ShardTask, map_shards, results_ahead
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps, add
 from pipeline.settings import EmbeddingsSettings
-from pipeline.shards import Helpers, ShardOutput, ShardTask, map_shards, results_ahead
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 

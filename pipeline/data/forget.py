@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
-from pipeline.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.data.journal import Forgotten, reference_mark
 from pipeline.data.source import SourceShard, row_key, segment_of
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from models.view import view
-from pipeline.artifacts import Artifact, read_shards, read_table
 from pipeline.data.neighbour_index import search
 from pipeline.data.own_picture import open_picture
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.store import Store
 
 

@@ -10,14 +10,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipeline.artifacts import read_table
 from pipeline.data.blocks import candidates, is_a, numbered
 from pipeline.data.index import STAGE_SIDES
 from pipeline.data.neighbours import NONE, PROBES, SPLITS, Cells, Rows, compare, learn_cells
 from pipeline.data.pieces import pack, read_piece
 from pipeline.data.rejected import Rejected, rejected_table
+from pipeline.graph.artifacts import read_table
+from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
-from pipeline.shards import ShardOutput, ShardTask
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 

@@ -14,11 +14,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.artifacts import Shard, ShardRow, write_shard_table
 from pipeline.data.blocks import Block, Sample, as_input, cut_blocks, make_task, numbered, part, plan, run_pass
 from pipeline.data.near_passes import Compare, Learn, Merge, Scatter
-from pipeline.graph import Context
-from pipeline.shards import ShardTask
+from pipeline.graph.artifacts import Shard, ShardRow, write_shard_table
+from pipeline.graph.plan import Context
+from pipeline.graph.shards import ShardTask
 
 # A change of any is a new version of curation.
 FIRST_ROWS = 1 << 14  # of the first stretch

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifacts import Artifact, ShardRow, read_shards
 from pipeline.data.blocks import OneThread, Sample, as_input, candidates, cut_blocks, make_task, plan, run_pass
 from pipeline.data.neighbours import SPLITS
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact, ShardRow, read_shards
+from pipeline.graph.plan import Context
+from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.ledger import Ledger
-from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.artifacts import NOTE, ShardRow, read_shard, read_table, write_table
 from pipeline.data.references import shown
+from pipeline.graph.artifacts import NOTE, ShardRow, read_shard, read_table, write_table
 from pipeline.store import Store
 from pipeline.terminal import printable
 

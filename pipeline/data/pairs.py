@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from pipeline.artifacts import Artifact, read_shards, read_table, write_table
 from pipeline.data.decoding import shared_decoder
 from pipeline.data.deny import DenyLists, read_deny_lists, store_deny_lists
 from pipeline.data.earlier import Known, earlier_shards, take_over
@@ -27,13 +26,14 @@ from pipeline.data.opener import Evidence
 from pipeline.data.opt_outs import OPT_OUTS, opt_out_table
 from pipeline.data.source import row_key
 from pipeline.data.unfinished import Unfinished
-from pipeline.graph import Context, shard_key
+from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.graph.plan import Context, shard_key
+from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.ledger import Ledger, status_of
 from pipeline.local import Reach, read_local, reason_of
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps
 from pipeline.settings import PairsSettings
-from pipeline.shards import ShardOutput, ShardTask, map_shards
 from pipeline.store import Store
 from pipeline.store.records import digest
 

@@ -20,14 +20,14 @@ from itertools import islice
 
 import numpy as np
 
-from pipeline.artifacts import Artifact, Shard, publish_artifact, read_table, write_shard_table, write_table
-from pipeline.damage import create_record, read_record, set_aside
 from pipeline.data.duplicates import HASH, Seen, read_hashes
 from pipeline.data.journal import NOTHING, Journal, read_journal, reference_mark
 from pipeline.data.lists import Row, fingerprint, read_rows
 from pipeline.data.references import comparable
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, read_table, write_shard_table, write_table
+from pipeline.graph.damage import create_record, read_record, set_aside
+from pipeline.graph.plan import Context
 from pipeline.ledger import Ledger
 from pipeline.local import Reach
 from pipeline.progress import counted

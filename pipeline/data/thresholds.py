@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.artifacts import Artifact, publish_artifact, read_shards, read_table
 from pipeline.data.blocks import cut_blocks, is_a, make_task, run_pass
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
+from pipeline.graph.plan import Context
+from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
-from pipeline.shards import ShardOutput, ShardTask
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from models.cascade import UnCLIP
 from models.clip import Clip
 from models.decoder import Decoder
-from pipeline.artifacts import Artifact
 from pipeline.evaluate import images, memorisation, priors, quality, retrieval, upsamplers
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.inception import Inception, fid_figures
 from pipeline.evaluate.priors import PRIORS
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut, Taught, held_out, read_views, taught
+from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import SPLITS, too_few
 from pipeline.store import Store
 from pipeline.store.records import digest

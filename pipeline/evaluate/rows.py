@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.artifacts import Artifact
 from pipeline.data.index import Place
 from pipeline.evaluate.metrics import derangement
+from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, SPLITS
 from pipeline.store import Store
 from pipeline.training.pictures import Pictures

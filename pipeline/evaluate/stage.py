@@ -20,12 +20,12 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.bundle import materialise
-from pipeline.damage import set_aside
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import count, judged, without_values
-from pipeline.graph import Context, flatten
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
+from pipeline.graph.damage import set_aside
+from pipeline.graph.plan import Context, flatten
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.store.records import put_blob

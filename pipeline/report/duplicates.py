@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
-from pipeline.artifacts import ShardRow, read_table
 from pipeline.data.rejected import Rejected
+from pipeline.graph.artifacts import ShardRow, read_table
 from pipeline.report.markup import attempt, figure, note, number, text
 from pipeline.report.pictures import Album
 from pipeline.report.rows import SHARDS_READ, Artifacts, numbered, read_pairs, thumbnail

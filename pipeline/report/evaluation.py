@@ -6,8 +6,8 @@ import io
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from pipeline.artifacts import Artifact
 from pipeline.evaluate.figure import LINES, difference, measured, short
+from pipeline.graph.artifacts import Artifact
 from pipeline.report.markup import attempt, figure, note, number, section, table, text
 from pipeline.report.pictures import Album
 from pipeline.store import Store

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.artifacts import Artifact
 from pipeline.evaluate.figure import difference, short
+from pipeline.graph.artifacts import Artifact
 from pipeline.progress import counted
 from pipeline.report.evaluation import strips
 from pipeline.report.markup import attempt, number, section, table, text

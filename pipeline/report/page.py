@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
-from pipeline.graph import flatten
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.plan import flatten
 from pipeline.report.data import data_section, embeddings_section
 from pipeline.report.evaluation import evaluation_section
 from pipeline.report.lineage import lineage_section

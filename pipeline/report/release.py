@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.artifacts import Artifact
 from pipeline.evaluate.figure import difference, short
-from pipeline.release import read_releases
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.pointer import read_releases
 from pipeline.release_compare import Change, changes, comparable, evaluations, measured, obstacles
 from pipeline.report.markup import note, number, section, table, text
 from pipeline.store import Store

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact
 from pipeline.report.markup import attempt, facts, figure, note, number, section, text
 from pipeline.report.pictures import Album
 from pipeline.store import Store

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, too_few
 from pipeline.progress import duration
 from pipeline.report.figures import Point, bars, line_chart

@@ -1,7 +1,7 @@
 """Blobs named by their content, and the form of the records that name them.
 
 A record carries its format and its own checksum. What looks damaged is read again, past caches, before it is believed
-(see pipeline.damage for what becomes of it then).
+(see pipeline.graph.damage for what becomes of it then).
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from models.tensors import tensors_file
-from pipeline.damage import create_record
 from pipeline.errors import CorruptObject
-from pipeline.graph import Context, trajectory_key, trunk_key
+from pipeline.graph.damage import create_record
+from pipeline.graph.plan import Context, trajectory_key, trunk_key
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import blob_path, open_record, peek_record, put_blob, read_blob

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.artifacts import Artifact, read_shards
 from pipeline.errors import UserError
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact, read_shards
+from pipeline.graph.plan import Context
 from pipeline.training.task import Contrastive, Task
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from models.draw import derive_seed
-from pipeline.artifacts import Artifact
 from pipeline.data.index import Place
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
 from pipeline.training.order import Order, lanes_of
 from pipeline.training.pictures import CACHE_MB, Pictures, View, at_once

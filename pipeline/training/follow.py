@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pipeline.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
-    from pipeline.graph import Context
+    from pipeline.graph.plan import Context
 
 log = logging.getLogger("unclip")
 

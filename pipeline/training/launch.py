@@ -47,7 +47,7 @@ def launch(work: Work, stage: str, name: str, settings: TrainingSettings, ray_se
         use_threads(settings.threads or cores())
         work(World(device=choose_device(settings.device)))
         return
-    from pipeline.launch import find_room, start_ray
+    from pipeline.graph.ray import find_room, start_ray
 
     ray = start_ray(ray_settings)
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError

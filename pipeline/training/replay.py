@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.graph import Context, trajectory_key
+from pipeline.graph.plan import Context, trajectory_key
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.feed import Feed
 from pipeline.training.laps import Laps

@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.errors import Unreachable, UserError
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
+from pipeline.graph.plan import Context
 from pipeline.ledger import Ledger
 from pipeline.training.follow import following
 

@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
-from pipeline.graph import Context, trajectory_key
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.plan import Context, trajectory_key
 from pipeline.store.records import read_blob
 
 log = logging.getLogger("unclip")

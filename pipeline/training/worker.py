@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from models.draw import Draw, derive_seed
-from pipeline.artifacts import load_artifact, publish_artifact
-from pipeline.graph import Context, artifact_key
+from pipeline.graph.artifacts import load_artifact, publish_artifact
+from pipeline.graph.plan import Context, artifact_key
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.store.crash import crash_point

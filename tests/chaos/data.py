@@ -19,9 +19,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.artifacts import Artifact, read_shards
 from pipeline.errors import CorruptObject
-from pipeline.execute import heal
+from pipeline.graph.artifacts import Artifact, read_shards
+from pipeline.graph.execute import heal
 from pipeline.store import Store
 from pipeline.store.records import blob_path, read_blob
 from tests.chain import DATA_STAGES, keys, open_at

@@ -18,15 +18,15 @@ from safetensors.numpy import save_file
 import cluster.package
 from cluster.package import check_size, make_package, package_path, send_weights, write_zip
 from cluster.submission import put_package
-from pipeline.artifacts import read_table
 from pipeline.collect import collect
 from pipeline.config import Config, load_config, make_config
 from pipeline.data.forget import Request, find
 from pipeline.data.journal import NOTHING, change_journal, with_forgotten
 from pipeline.data.source import scan
 from pipeline.errors import UserError
-from pipeline.graph import differences
-from pipeline.history import remember
+from pipeline.graph.artifacts import read_table
+from pipeline.graph.plan import differences
+from pipeline.graph.runs import remember
 from pipeline.store import Store, open_store
 from pipeline.store.records import read_blob
 from tests.chain import ROOT

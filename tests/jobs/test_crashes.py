@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load
 
-from pipeline.artifacts import shard_path
+from pipeline.graph.artifacts import shard_path
 from pipeline.store import Store
 from pipeline.store.crash import POINTS
 from pipeline.store.records import read_blob

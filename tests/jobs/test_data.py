@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts import load_artifact, read_shards, read_table
 from pipeline.data.duplicates import hashes_of
 from pipeline.data.index import Place, read_pictures
 from pipeline.data.references import comparable
+from pipeline.graph.artifacts import load_artifact, read_shards, read_table
 from pipeline.store import Store, open_store
 from tests.chain import done, shard_paths, unclip, write_config, write_list
 from tests.jobs.test_mistakes import refused

@@ -16,11 +16,11 @@ import pipeline.evaluate.judge
 import pipeline.generation
 from jobs.cli import main
 from models.cascade import UnCLIP
-from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.stage import run_evaluation
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.plan import Context
 from pipeline.samples import SamplesRecipe, run_samples
 from pipeline.settings import GenerationSettings
 from pipeline.store import Store

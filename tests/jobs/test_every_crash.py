@@ -26,8 +26,6 @@ import jobs.cli
 import jobs.data
 import jobs.run
 import pipeline.data
-from pipeline import shards
-from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards
 from pipeline.data import codec_passes, near_rows, neighbour_index
 from pipeline.data.codec import VERSION as CODEC
 from pipeline.data.codec import CodecRecipe, run_codec
@@ -38,7 +36,9 @@ from pipeline.data.neighbour_index import VERSION as INDEX
 from pipeline.data.neighbour_index import IndexRecipe, run_index
 from pipeline.data.thresholds import VERSION as THRESHOLDS
 from pipeline.data.thresholds import ThresholdsRecipe, run_thresholds
-from pipeline.graph import Stage
+from pipeline.graph import shards
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, read_shards
+from pipeline.graph.plan import Stage
 from pipeline.store import Store
 from pipeline.store.crash import POINTS
 from tests.chain import open_at

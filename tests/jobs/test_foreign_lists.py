@@ -17,12 +17,12 @@ import yaml
 
 from jobs.cli import main
 from jobs.sample import bundle_artifact
-from pipeline.artifacts import read_table
 from pipeline.config import load_config
 from pipeline.data.again import gather
 from pipeline.data.own_picture import open_picture
 from pipeline.data.source import SourceRecipe, scan
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_table
 from pipeline.prompts import TABLES, read_prompts
 from pipeline.store import open_store
 from tests.chain import ROOT

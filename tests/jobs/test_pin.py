@@ -12,7 +12,7 @@ from jobs.cli import main
 from jobs.project import open_project
 from models.clip import Clip
 from models.presets import PRESETS
-from pipeline.artifacts import artifact_path, load_artifact
+from pipeline.graph.artifacts import artifact_path, load_artifact
 from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import picture, save_clip, write_list
 

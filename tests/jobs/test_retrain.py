@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from jobs.project import open_project
-from pipeline.artifacts import Artifact, load_artifact, read_shards
 from pipeline.data.emoji import emoji_rows
+from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
+from pipeline.graph.pointer import read_releases
 from pipeline.parse import merge
-from pipeline.release import read_releases
 from pipeline.release_compare import evaluations
 from pipeline.store import Store
 from tests.chain import ROOT, keys, open_at, shard_paths, unclip

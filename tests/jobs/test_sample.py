@@ -51,7 +51,7 @@ def test_another_bundle_has_other_files(sample: Sample, tmp_path: Path) -> None:
     (first,) = sample("a red heart")
     from dataclasses import replace
 
-    from pipeline.artifacts import Artifact, publish_artifact
+    from pipeline.graph.artifacts import Artifact, publish_artifact
     from pipeline.ledger import Ledger
     from pipeline.store import open_store
     from pipeline.store.records import put_blob

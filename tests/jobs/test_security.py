@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.collect import collect
-from pipeline.damage import read_record
 from pipeline.errors import UserError
-from pipeline.release import read_releases, release_path
+from pipeline.graph.damage import read_record
+from pipeline.graph.pointer import read_releases, release_path
 from pipeline.store import Store, check_conditions, open_store
 from pipeline.store import s3 as store_s3
 from pipeline.store.records import peek_record

@@ -9,9 +9,9 @@ import yaml
 
 from jobs.cli import main
 from jobs.project import open_project
-from pipeline.artifacts import Artifact, publish_artifact
-from pipeline.graph import flatten
-from pipeline.history import remember
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.plan import flatten
+from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
 from pipeline.store.leases import lead_or_wait
 from tests.chain import ROOT

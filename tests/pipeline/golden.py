@@ -21,7 +21,7 @@ from pipeline.data import codec, curation, embeddings, neighbour_index, pairs, s
 from pipeline.data.source import scan
 from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluation
-from pipeline.graph import plan
+from pipeline.graph.plan import plan
 from pipeline.store import open_store
 from pipeline.training.stage import VERSIONS
 
@@ -34,19 +34,19 @@ NO_LIST = {"source": "s", "captions": "c"}  # source keys of a shipped configura
 PLUMBING = {
     "pipeline.store": "where bytes lie",
     "pipeline.store.records": "names by content, checksums",
-    "pipeline.artifacts": "layout of records and tables",
-    "pipeline.graph": "computes keys; golden keys pin it",
+    "pipeline.graph.artifacts": "layout of records and tables",
+    "pipeline.graph.plan": "computes keys; golden keys pin it",
     "pipeline.config": "parsed values are in the keys",
-    "pipeline.shards": "who makes which shard",
+    "pipeline.graph.shards": "who makes which shard",
     "pipeline.ledger": "counts",
     "pipeline.settings": "run settings",
     "pipeline.errors": "messages",
     "pipeline.progress": "messages",
-    "pipeline.history": "messages",
+    "pipeline.graph.runs": "messages",
     "pipeline.report": "shows results",
     "pipeline.store.crash": "fault tests",
     "pipeline.store.leases": "saves duplicate work",
-    "pipeline.launch": "starts Ray",
+    "pipeline.graph.ray": "starts Ray",
     "pipeline.training.launch": "starts workers",
     "pipeline.training.checkpoints": "saves and restores a state exactly",
     "models.folder": "layout of model folders, which has a format of its own; it imports every model",

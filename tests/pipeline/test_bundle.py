@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from jobs.sample import bundle_folder, remember_bundle
-from pipeline.artifacts import Artifact, artifact_path
 from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import Artifact, artifact_path
 from pipeline.ledger import Ledger
 from pipeline.samples import export_pictures
 from pipeline.store import Store, open_store

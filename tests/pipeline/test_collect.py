@@ -8,17 +8,24 @@ from typing import Literal
 
 import pytest
 
-from pipeline.artifacts import Artifact, load_artifact, publish_artifact, publish_shard, read_shards, write_shard_table
 from pipeline.collect import TOMBSTONES, collect
-from pipeline.damage import create_record
 from pipeline.data.journal import Forgotten, Journal, change_journal, with_forgotten
 from pipeline.data.pairs import PairsRecipe
 from pipeline.errors import UserError
-from pipeline.graph import Graph, Stage, flatten, pin_path, plan, trajectory
-from pipeline.history import remember
+from pipeline.graph.artifacts import (
+    Artifact,
+    load_artifact,
+    publish_artifact,
+    publish_shard,
+    read_shards,
+    write_shard_table,
+)
+from pipeline.graph.damage import create_record
+from pipeline.graph.plan import Graph, Stage, flatten, pin_path, plan, trajectory
+from pipeline.graph.pointer import Move, move_release, read_releases, release_path
+from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
-from pipeline.release import Move, move_release, read_releases, release_path
 from pipeline.store import Store, open_store
 from pipeline.store.leases import lead_or_wait
 from pipeline.store.records import blob_path, put_blob, read_blob

@@ -11,10 +11,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.artifacts import Artifact, publish_artifact, read_shards
 from pipeline.errors import CorruptObject, UserError
-from pipeline.execute import heal
 from pipeline.generation import STAGE, GenerationRecipe, export, generate
+from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards
+from pipeline.graph.execute import heal
 from pipeline.ledger import Ledger
 from pipeline.prompts import read_prompts
 from pipeline.settings import GenerationSettings, RaySettings

@@ -8,15 +8,15 @@ from typing import get_type_hints
 
 import pytest
 
-from pipeline.artifacts import Artifact, artifact_path, publish_artifact, shard_path
 from pipeline.build import build
 from pipeline.config import Config, load_config
 from pipeline.errors import UserError
-from pipeline.graph import defaults, differences, direct, flatten, pin_path, plan
-from pipeline.history import remember
+from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact, shard_path
+from pipeline.graph.plan import defaults, differences, direct, flatten, pin_path, plan
+from pipeline.graph.pointer import Move, Releases, move_release, release_path
+from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
 from pipeline.overview import find, lineage, overview
-from pipeline.release import Move, Releases, move_release, release_path
 from pipeline.store import Store, open_store
 from pipeline.store.leases import lead_or_wait, lease_path
 from pipeline.store.records import seal

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Artifact, publish_artifact
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.cost import Ask
 from pipeline.errors import UserError
-from pipeline.graph import flatten, plan
-from pipeline.history import remember
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.plan import flatten, plan
+from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
 from pipeline.profile import Line, Observation, Profile, fit, load_profile, observe, pace, passes_of, shape
 from pipeline.store import Store, open_store

@@ -15,7 +15,7 @@ from pipeline import readiness
 from pipeline.config import make_config
 from pipeline.doctor.nodes import Answer, versions
 from pipeline.errors import UserError
-from pipeline.resources import Node
+from pipeline.graph.resources import Node
 from pipeline.store import open_store
 from tests.chain import ROOT, Finished, unclip
 from tests.pipeline.data.bench import picture

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.release import Move, Releases, move_release, read_releases, release_path, released_projects
+from pipeline.graph.pointer import Move, Releases, move_release, read_releases, release_path, released_projects
 from pipeline.store import Store
 from pipeline.store.records import seal
 

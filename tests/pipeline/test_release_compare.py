@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
 from pipeline.release_compare import OTHER_CLIP, Measured, changes, comparable, obstacles
 from pipeline.release_gates import ReleaseGates, failing, unjudged

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from pipeline.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.pointer import Move
 from pipeline.ledger import Ledger
 from pipeline.overview import Lineage, Overview, Run
-from pipeline.release import Move
 from pipeline.show import show_lineage, show_overview
 
 NOW = 1_750_000_000.0  # 2025-06-15 15:06:40 UTC

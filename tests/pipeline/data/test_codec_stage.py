@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load
 
 from models.codec import Codec, fit_codec, fit_pca, moments
-from pipeline.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_shard_table, write_table
 from pipeline.data import codec_passes
 from pipeline.data.codec import run_codec
 from pipeline.data.codec_passes import cut_blocks
 from pipeline.data.embeddings import read_embeddings
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
 from pipeline.store.records import put_blob, read_blob

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import read_shards
 from pipeline.data.curation import CurationRecipe, Judge
 from pipeline.data.index import index_counts
+from pipeline.graph.artifacts import read_shards
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
 from tests.pipeline.data.vectors import rejected
 

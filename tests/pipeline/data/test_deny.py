@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.artifacts import read_shards
 from pipeline.config import Config, make_config
 from pipeline.data.deny import DenyLists, read_deny_lists, store_deny_lists
 from pipeline.data.opener import normal_url
 from pipeline.data.opt_outs import read_opt_outs
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import differences
+from pipeline.graph.artifacts import read_shards
+from pipeline.graph.plan import differences
 from pipeline.parse import ContentFile
 from pipeline.store import open_store
 from pipeline.store.records import blob_path

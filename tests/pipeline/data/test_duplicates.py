@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifacts import read_table
 from pipeline.data import duplicates, source
 from pipeline.data.duplicates import PARTS, Seen, hashes_of, read_hashes
 from pipeline.data.journal import Forgotten, Journal, reference_mark
@@ -21,6 +20,7 @@ from pipeline.data.lists import read_rows
 from pipeline.data.references import comparable
 from pipeline.data.source import Scan, SourceRecipe, scan
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_table
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import write_list

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import read_shards
 from pipeline.data.opt_outs import read_opt_outs
-from pipeline.graph import plan
-from pipeline.history import remember
+from pipeline.graph.artifacts import read_shards
+from pipeline.graph.plan import plan
+from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list

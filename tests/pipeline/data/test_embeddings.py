@@ -16,12 +16,12 @@ import torch
 from models.clip import Clip
 from models.presets import PRESETS
 from models.view import open_view
-from pipeline.artifacts import ShardRow, read_shards, read_table
 from pipeline.data.embeddings import CAPTIONS, DecodeBatch, MakeEncoder, read_embeddings
 from pipeline.data.index import Place, read_pictures
 from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import ShardRow, read_shards, read_table
+from pipeline.graph.shards import Helpers, ShardTask
 from pipeline.settings import EmbeddingsSettings
-from pipeline.shards import Helpers, ShardTask
 from pipeline.store import Entry, Store
 from pipeline.store.base import Buffers, Traffic
 from pipeline.store.records import blob_path

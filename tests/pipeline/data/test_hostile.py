@@ -21,8 +21,8 @@ from urllib.parse import quote, unquote
 
 import pytest
 
-from pipeline.artifacts import read_shards, read_table
 from pipeline.data.references import without_password
+from pipeline.graph.artifacts import read_shards, read_table
 from pipeline.ledger import REASONS
 from tests.pipeline.data.bench import Bench, picture, write_list
 from tests.pipeline.data.hostile import MAX_PIXELS, files

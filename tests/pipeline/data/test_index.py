@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import read_table, write_table
 from pipeline.data.index import COLUMNS, STAGE_SIDES, Place, checksum, index_counts, index_table, read_pictures
 from pipeline.errors import CorruptObject
+from pipeline.graph.artifacts import read_table, write_table
 from pipeline.store import Entry, Store
 from pipeline.store.records import blob_path, put_blob
 

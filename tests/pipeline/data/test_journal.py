@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifacts import read_shards, read_table, write_table
 from pipeline.data.again import gather
 from pipeline.data.forget import Request, find
 from pipeline.data.journal import (
@@ -25,6 +24,7 @@ from pipeline.data.journal import (
 )
 from pipeline.data.source import FIRST_RETRY, SEGMENT_SHARDS, SourceRecipe, SourceShard, scan
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_shards, read_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import put_blob

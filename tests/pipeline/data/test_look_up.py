@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline.artifacts import read_shards
 from pipeline.data.embeddings import read_embeddings
 from pipeline.data.look_up import embed_caption, embed_picture, look_up
 from pipeline.data.neighbours import SPLITS
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_shards
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
 
 ROWS = 14

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.artifacts import Artifact, Shard, artifact_path, read_shards, read_table
 from pipeline.data import near_passes, near_rows, neighbours
 from pipeline.data.curation import CurationRecipe
 from pipeline.data.index import index_counts
 from pipeline.data.rejected import Rejected
 from pipeline.errors import CorruptObject
-from pipeline.execute import heal
-from pipeline.graph import Context
-from pipeline.shards import ShardTask
+from pipeline.graph.artifacts import Artifact, Shard, artifact_path, read_shards, read_table
+from pipeline.graph.execute import heal
+from pipeline.graph.plan import Context
+from pipeline.graph.shards import ShardTask
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
 from tests.pipeline.data.vectors import SHARD_ROWS, Listed, curate, planted, publish, rejected, unit
@@ -141,7 +141,7 @@ def test_a_kill_changes_nothing(store: Store, tmp_path: Path, monkeypatch: pytes
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.artifacts.crash_point", die)
+        patch.setattr("pipeline.graph.artifacts.crash_point", die)
         with pytest.raises(KeyboardInterrupt):
             curate(store, inputs, near_duplicate=BOUND, near_held_out=BOUND)
     before = {entry.path for entry in store.list("shards/curation/")}

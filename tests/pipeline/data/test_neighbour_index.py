@@ -4,10 +4,10 @@ import faiss
 import numpy as np
 import pytest
 
-from pipeline.artifacts import Artifact, read_shards
 from pipeline.data import neighbour_index
 from pipeline.data.neighbour_index import IndexRecipe, open_index, run_index, search
-from pipeline.graph import Stage
+from pipeline.graph.artifacts import Artifact, read_shards
+from pipeline.graph.plan import Stage
 from pipeline.store import Store, open_store
 from tests.pipeline.data.vectors import Listed, context, curate, planted, publish
 

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from models.view import open_view, upright_rgb, view
-from pipeline.artifacts import read_shards
 from pipeline.data.decoding import shared_decoder
 from pipeline.data.index import Place, read_pictures
 from pipeline.data.look_up import embed_picture
 from pipeline.data.own_picture import open_picture
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_shards
 from pipeline.report.pictures import shrink
 from tests.pipeline.data.bench import Bench, save_clip, write_list
 from tests.pipeline.data.odd import ADOBE_RGB, SIDES, encoded, odd_images

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from pipeline.artifacts import read_shards
 from pipeline.data.index import Place, checksum, index_counts, read_pictures
 from pipeline.errors import CorruptObject
+from pipeline.graph.artifacts import read_shards
 from pipeline.ledger import REASONS
 from pipeline.store.records import read_blob
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list

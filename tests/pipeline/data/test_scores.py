@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.artifacts import read_table
 from pipeline.data.scores import load_heads
 from pipeline.errors import UserError
-from pipeline.graph import stage_key
+from pipeline.graph.artifacts import read_table
+from pipeline.graph.plan import stage_key
 from pipeline.parse import ContentFile
 from tests.pipeline.data.bench import Bench, picture, save_clip
 

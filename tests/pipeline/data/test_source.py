@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts import read_table
 from pipeline.data.opener import Refused, normal_url
 from pipeline.data.source import SourceRecipe, scan, split_by_hash
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_table
 from pipeline.store import Store, open_store
 from tests.secrets import leaks, objects
 

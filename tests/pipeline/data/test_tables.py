@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifacts import read_table
 from pipeline.data import tables
 from pipeline.data.lists import MISSING, read_rows
 from pipeline.data.source import SourceRecipe, scan
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_table
 from pipeline.ledger import REASONS
 from pipeline.store import Store, open_store
 from tests.pipeline.data.hostile_lists import List, csv_text, hostile_lists

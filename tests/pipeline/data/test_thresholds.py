@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Artifact, publish_artifact, read_shards, read_table
 from pipeline.build import build
 from pipeline.config import make_config
 from pipeline.data import thresholds
 from pipeline.data.thresholds import BINS, ThresholdsRecipe, count, lowest, run_thresholds
-from pipeline.graph import Stage, pin_path, plan
+from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
+from pipeline.graph.plan import Stage, pin_path, plan
 from pipeline.ledger import Ledger
 from pipeline.store import open_store
 from tests.pipeline.data.vectors import Listed, context, curate, planted, publish, rejected

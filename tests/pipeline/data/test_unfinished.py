@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import read_shards
 from pipeline.data.index import checksum
 from pipeline.data.unfinished import KEEP_S, Unfinished
+from pipeline.graph.artifacts import read_shards
 from pipeline.store.records import read_blob
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 

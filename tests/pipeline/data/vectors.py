@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts import (
+from pipeline.data.curation import VERSION, CurationRecipe, run_curation
+from pipeline.data.index import index_counts, index_table
+from pipeline.data.rejected import Rejected
+from pipeline.graph.artifacts import (
     Artifact,
     publish_artifact,
     publish_shard,
@@ -17,10 +20,7 @@ from pipeline.artifacts import (
     write_shard_table,
     write_table,
 )
-from pipeline.data.curation import VERSION, CurationRecipe, run_curation
-from pipeline.data.index import index_counts, index_table
-from pipeline.data.rejected import Rejected
-from pipeline.graph import Context, Stage, stage_key
+from pipeline.graph.plan import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
 from pipeline.store import Store

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from models.prior_configs import DiffusionPriorConfig
-from pipeline.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.evaluate.stage import run_evaluation
+from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.ledger import Ledger
 from pipeline.release_compare import Measured, changes, measured, obstacles
 from pipeline.release_gates import ReleaseGates, failing

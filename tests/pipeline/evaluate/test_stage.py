@@ -26,14 +26,14 @@ from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.sampling_config import SamplingConfig
 from models.upsampler import Upsampler
-from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.evaluation import GUIDANCES
 from pipeline.evaluate.figure import LINES, as_text
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut, held_out, taught
 from pipeline.evaluate.stage import LEARN, run_evaluation
-from pipeline.graph import Context, Stage, stage_key
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
+from pipeline.graph.plan import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.report.evaluation import evaluation_section

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact
 from pipeline.store import FolderStore
 from tests.pipeline.report.made_up import chain
 

@@ -16,7 +16,11 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from pipeline.artifacts import (
+from pipeline.data.index import checksum, index_table
+from pipeline.data.rejected import Rejected, rejected_table
+from pipeline.data.source import row_key
+from pipeline.evaluate.figure import Figure, count, judged
+from pipeline.graph.artifacts import (
     Artifact,
     Shard,
     publish_artifact,
@@ -26,10 +30,6 @@ from pipeline.artifacts import (
     write_shard_table,
     write_table,
 )
-from pipeline.data.index import checksum, index_table
-from pipeline.data.rejected import Rejected, rejected_table
-from pipeline.data.source import row_key
-from pipeline.evaluate.figure import Figure, count, judged
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings
 from pipeline.store import Store

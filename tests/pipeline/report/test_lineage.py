@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
 from pipeline.report.lineage import BOX, TALL, direct_inputs, draw, levels, lineage_section
 from pipeline.store import FolderStore

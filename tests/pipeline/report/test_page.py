@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.artifacts import Artifact
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.data.thresholds import ThresholdsRecipe
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact
 from pipeline.report.page import expected, render, write_report
 from pipeline.store import FolderStore
 from pipeline.store.records import blob_path, put_blob

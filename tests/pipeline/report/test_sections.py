@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipeline.artifacts import Artifact, Shard, publish_artifact, read_shards, write_shard_table, write_table
 from pipeline.data.index import index_table
 from pipeline.evaluate.figure import Figure, count
+from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, read_shards, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.report.data import data_section, embeddings_section, spread
 from pipeline.report.evaluation import evaluation_section

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import (
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import (
     Artifact,
     ShardList,
     ancestors,
@@ -19,12 +20,11 @@ from pipeline.artifacts import (
     shard_path,
     write_table,
 )
-from pipeline.damage import read_record
-from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import pin_path, read_pin
-from pipeline.history import last_run
+from pipeline.graph.damage import read_record
+from pipeline.graph.plan import pin_path, read_pin
+from pipeline.graph.pointer import read_releases, release_path
+from pipeline.graph.runs import last_run
 from pipeline.ledger import Ledger
-from pipeline.release import read_releases, release_path
 from pipeline.store import Store, open_store
 from pipeline.store.names import is_blob_or_record, is_file_name, is_part
 from pipeline.store.records import FORMAT, blob_path, canonical, digest, put_blob, read_blob, seal

@@ -3,8 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.damage import create_record, read_record
 from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.damage import create_record, read_record
 from pipeline.ledger import Ledger, total
 from pipeline.store import Store
 from pipeline.store.records import FORMAT, blob_path, canonical, put_blob, read_blob

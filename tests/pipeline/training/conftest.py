@@ -14,10 +14,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline.artifacts import Artifact, Shard, publish_artifact, publish_shard, write_shard_table, write_table
 from pipeline.data.index import checksum, index_counts, index_table
 from pipeline.evaluate.recipe import EvaluationRecipe
-from pipeline.graph import Context, Stage, stage_key
+from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard, write_shard_table, write_table
+from pipeline.graph.plan import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.store import Store, open_store

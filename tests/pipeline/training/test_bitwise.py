@@ -12,9 +12,9 @@ import pytest
 
 from models.image_configs import UpsamplerConfig
 from models.prior_configs import ARPriorConfig
-from pipeline.artifacts import load_artifact
-from pipeline.damage import read_record
-from pipeline.graph import Context, trajectory_key
+from pipeline.graph.artifacts import load_artifact
+from pipeline.graph.damage import read_record
+from pipeline.graph.plan import Context, trajectory_key
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training.recipes import ARPriorRecipe, DecoderRecipe, UpsamplerRecipe

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.prior_configs import DiffusionPriorConfig
-from pipeline.damage import read_record
+from pipeline.graph.damage import read_record
 from pipeline.store import Store
 from pipeline.store.records import blob_path
 from pipeline.training.checkpoints import Checkpoints, Superseded, last_attempt, snapshot, take_attempt

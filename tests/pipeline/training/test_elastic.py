@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load
 
-from pipeline.artifacts import Artifact
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.plan import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage

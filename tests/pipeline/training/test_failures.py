@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from models.prior_configs import DiffusionPriorConfig
-from pipeline.artifacts import (
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import (
     Artifact,
     Shard,
     publish_artifact,
@@ -20,7 +21,6 @@ from pipeline.artifacts import (
     write_shard_table,
     write_table,
 )
-from pipeline.errors import UserError
 from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import put_blob, read_blob

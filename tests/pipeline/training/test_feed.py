@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from models.clip import alone
 from models.tokens import tokenize
 from models.view import open_view
-from pipeline.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.data.source import CAPTIONED
 from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path, put_blob
 from pipeline.training.feed import Feed, Share, Window, Windows

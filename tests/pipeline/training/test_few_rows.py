@@ -7,7 +7,7 @@ import pytest
 
 from models.image_configs import DecoderConfig
 from models.prior_configs import ClipConfig
-from pipeline.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, too_few
 from pipeline.report.pictures import Album
 from pipeline.report.training import training_section

@@ -11,7 +11,7 @@ from safetensors.torch import load
 
 from models.prior_configs import ClipConfig
 from pipeline.errors import CorruptObject, Unreachable, UserError
-from pipeline.launch import start_ray
+from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from pipeline.artifacts import Artifact, load_artifact
-from pipeline.damage import read_record
 from pipeline.errors import UserError
-from pipeline.graph import Context
+from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.damage import read_record
+from pipeline.graph.plan import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage

@@ -16,11 +16,11 @@ from safetensors.torch import load
 from models.folder import load_model
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
-from pipeline.artifacts import Artifact, load_artifact, read_shards
 from pipeline.bundle import materialise
-from pipeline.damage import read_record
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import trajectory_key, trunk_key
+from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
+from pipeline.graph.damage import read_record
+from pipeline.graph.plan import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import blob_path, read_blob
@@ -327,7 +327,7 @@ def test_no_rows_are_explained(shared_world: World) -> None:
 
 
 def test_a_damaged_input_is_named(world: World) -> None:
-    from pipeline.artifacts import read_shards
+    from pipeline.graph.artifacts import read_shards
 
     blob = blob_path(read_shards(world.store, world.inputs["embeddings"])[2].blobs["embeddings"])
     world.store.delete([blob])

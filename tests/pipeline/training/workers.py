@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from pipeline.graph import Context
+from pipeline.graph.plan import Context
 from pipeline.training.checkpoints import Course, course
 from pipeline.training.stage import make_task
 from pipeline.training.worker import Training

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.data.journal import read_journal
 from pipeline.errors import CorruptObject, UserError
-from pipeline.release import read_releases, release_path, released_projects
+from pipeline.graph.pointer import read_releases, release_path, released_projects
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.names import is_blob_or_record, is_part

@@ -19,7 +19,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import (
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import (
     Artifact,
     Shard,
     ShardRow,
@@ -30,14 +31,13 @@ from pipeline.artifacts import (
     read_shard,
     shard_path,
 )
-from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import Context
+from pipeline.graph.plan import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, add
 from pipeline.store import Store
 
 if TYPE_CHECKING:
-    from pipeline.resources import Team
+    from pipeline.graph.resources import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def _team(ctx: Context, tasks: int) -> Team | None:
     workers = min(ctx.settings.workers, tasks)
     if not workers:
         return None
-    from pipeline.launch import find_room, start_ray
+    from pipeline.graph.ray import find_room, start_ray
 
     ray = start_ray(ctx.config.run.ray)
     return find_room(ray, {ctx.stage: replace(ctx.settings, workers=workers)})[ctx.stage]

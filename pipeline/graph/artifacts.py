@@ -16,8 +16,8 @@ from tempfile import NamedTemporaryFile
 from threading import Lock
 from typing import Any
 
-from pipeline.damage import create_record, read_record
 from pipeline.errors import CorruptObject
+from pipeline.graph.damage import create_record, read_record
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.crash import crash_point

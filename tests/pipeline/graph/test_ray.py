@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import launch
 from pipeline.errors import UserError
-from pipeline.launch import find_room, may_grow, start_ray
-from pipeline.resources import Node
+from pipeline.graph import ray as launch
+from pipeline.graph.ray import find_room, may_grow, start_ray
+from pipeline.graph.resources import Node
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings, TrainingSettings
 
 

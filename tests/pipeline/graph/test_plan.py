@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Artifact, publish_artifact
-from pipeline.graph import Stage, Verdict, differences, flatten, pin_path, plan, stage_key
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.plan import Stage, Verdict, differences, flatten, pin_path, plan, stage_key
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 

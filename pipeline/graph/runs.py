@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact, load_artifact
-from pipeline.damage import create_record, read_record
-from pipeline.graph import Context, Graph, Verdict, flatten, trajectory
+from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.damage import create_record, read_record
+from pipeline.graph.plan import Context, Graph, Verdict, flatten, trajectory
 from pipeline.store import Store
 from pipeline.store.identity import whoami
 from pipeline.training.recipes import TrainingRecipe

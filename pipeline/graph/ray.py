@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.resources import Node, Settings, Team, lacking, room, team_of
+from pipeline.graph.resources import Node, Settings, Team, lacking, room, team_of
 from pipeline.settings import RaySettings
 
 log = logging.getLogger("unclip")

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.artifacts import (
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import (
     Artifact,
     Shard,
     ShardList,
@@ -24,11 +25,8 @@ from pipeline.artifacts import (
     shard_path,
     write_shard_table,
 )
-from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import Context
-from pipeline.ledger import Ledger
-from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings
-from pipeline.shards import (
+from pipeline.graph.plan import Context
+from pipeline.graph.shards import (
     Helpers,
     ShardOutput,
     ShardTask,
@@ -39,6 +37,8 @@ from pipeline.shards import (
     results_ahead,
     run_shards,
 )
+from pipeline.ledger import Ledger
+from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings
 from pipeline.store import Store, open_store
 from pipeline.store.records import read_blob
 
@@ -210,7 +210,7 @@ def test_a_failure_keeps_what_was_made_and_publishes_nothing(store: Store, failu
 
 
 def test_failures_travel_from_a_ray_worker_as_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.shards._counting_deaths", lambda stage, task: nullcontext())  # no Ray here
+    monkeypatch.setattr("pipeline.graph.shards._counting_deaths", lambda stage, task: nullcontext())  # no Ray here
 
     def answer(failure: Exception | None) -> str:
         import pickle
@@ -279,7 +279,7 @@ def test_many_shards_make_the_same_table_as_few_at_a_time(tmp_path: Path, monkey
     ]
     tables = set()
     for window in (1, 2, 100):
-        monkeypatch.setattr("pipeline.artifacts.WINDOW", window)
+        monkeypatch.setattr("pipeline.graph.artifacts.WINDOW", window)
         store = open_store(str(tmp_path / str(window)))
         table, ledger = write_shard_table(store, shards)
         assert ledger == Ledger(27)

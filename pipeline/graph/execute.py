@@ -10,11 +10,11 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
-from pipeline.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.config import Config
-from pipeline.damage import set_aside
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph import Context, Graph, Stage, Verdict, ordered, pin_path, stage_key, trajectory_key, trunk_key
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
+from pipeline.graph.damage import set_aside
+from pipeline.graph.plan import Context, Graph, Stage, Verdict, ordered, pin_path, stage_key, trajectory_key, trunk_key
 from pipeline.progress import under_way
 from pipeline.store import Store
 from pipeline.store.crash import crash_point

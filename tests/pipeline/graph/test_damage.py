@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import Artifact, artifact_path, load_artifact, publish_artifact, write_shard_table
 from pipeline.collect import collect
-from pipeline.damage import create_record, read_record, set_aside, stands_on
 from pipeline.data.index import Place, checksum, read_pictures
 from pipeline.data.journal import change_journal, journal_path
 from pipeline.data.pieces import pack, read_piece
 from pipeline.errors import CorruptObject, UserError
-from pipeline.execute import heal
-from pipeline.graph import pin_path, read_pin
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact, write_shard_table
+from pipeline.graph.damage import create_record, read_record, set_aside, stands_on
+from pipeline.graph.execute import heal
+from pipeline.graph.plan import pin_path, read_pin
+from pipeline.graph.pointer import Move, Releases, move_release, read_releases, release_path
 from pipeline.ledger import Ledger
-from pipeline.release import Move, Releases, move_release, read_releases, release_path
 from pipeline.store import Store, open_store
 from pipeline.store.records import FORMAT, blob_path, peek_record, put_blob, read_blob
 from tests.flips import flip_first_reads
@@ -145,7 +145,7 @@ def test_setting_aside_again_after_a_kill_changes_nothing(store: Store, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.damage.crash_point", killed)
+        patch.setattr("pipeline.graph.damage.crash_point", killed)
         with pytest.raises(KeyboardInterrupt):
             set_aside(store, [path])
     assert len(contents(store)) == 2

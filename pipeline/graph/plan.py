@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
-from pipeline.artifacts import Artifact, load_artifact
-from pipeline.damage import pinned_key
+from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.damage import pinned_key
 from pipeline.store import Store
 from pipeline.store.records import digest
 
@@ -24,7 +24,7 @@ SOURCES = ("source", "captions")  # their keys come from the content of the user
 
 @dataclass(frozen=True)
 class Context:
-    """All that a running stage is given. ``work``: what workers took for it so far (see pipeline.shards.Work);
+    """All that a running stage is given. ``work``: what workers took for it so far (see pipeline.graph.shards.Work);
     ``began``: when it was begun, seconds since 1970, on which machines that share a stage roughly agree."""
 
     store: Store
@@ -202,7 +202,7 @@ def plan(
 ) -> list[Verdict]:
     """One verdict a stage, in order. Runs nothing and writes nothing.
 
-    ``previous`` holds what the project's last run asked for, stage by stage (see pipeline.history), and only serves to
+    ``previous`` holds what the project's last run asked for, stage by stage (see pipeline.graph.runs), and only serves to
     say why a stage is stale. ``supposed``: keys that count as the pins of some lineages in place of those in the store,
     None for no pin.
     """

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config, make_config
+from pipeline.graph.resources import Node, Settings, Share, Team, has_labels, lacking, room, team_of
 from pipeline.readiness import on_ray
-from pipeline.resources import Node, Settings, Share, Team, has_labels, lacking, room, team_of
 from pipeline.settings import EmbeddingsSettings, PairsSettings, ShardSettings, TrainingSettings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LEAST: dict[str, Any] = {"project": "p", "store": "s", "source": {"paths": ["a.csv"]}}
 CPU, SMALL = Node("cpu", 8, 0, 16 << 30, {"pool": "cpu"}), Node("small", 2, 0, 4 << 30)
 GPU = Node("gpu", 4, 2, 64 << 30, {"pool": "gpu"})
