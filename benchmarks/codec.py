@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks.timing import begin, finish, interleave, parser, peak_memory, ratio, show
 from models.codec import PCA, fit_pca, moments
-from pipeline.data.codec import VERSION, CodecRecipe, fit_components, run_codec
-from pipeline.data.codec_passes import BLOCK_ROWS, Block, cut_blocks, training_embeddings
-from pipeline.data.index import index_counts, index_table
+from pipeline.data.codec.passes import BLOCK_ROWS, Block, cut_blocks, training_embeddings
+from pipeline.data.codec.stage import VERSION, CodecRecipe, fit_components, run_codec
+from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.graph.artifacts import Artifact, Shard, publish_shard, read_shards, write_shard_table, write_table
 from pipeline.graph.plan import Context
 from pipeline.ledger import Ledger

@@ -30,7 +30,7 @@ from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from models.presets import PRESETS
 from models.prior_configs import ClipConfig
-from pipeline.data.embeddings import DecodeBatch, MakeEncoder, read_embeddings
+from pipeline.data.embeddings.stage import DecodeBatch, MakeEncoder, read_embeddings
 from pipeline.graph.artifacts import publish_shard, read_table
 from pipeline.graph.shards import ShardTask
 from pipeline.settings import EmbeddingsSettings

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from benchmarks.timing import begin, finish, parser
-from pipeline.data.curation import CurationRecipe, run_curation
-from pipeline.data.index import index_counts, index_table
+from pipeline.data.curation.stage import CurationRecipe, run_curation
+from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.graph.artifacts import (
     Artifact,
     Shard,

@@ -25,7 +25,7 @@ from benchmarks.pairs import DELAY_S, SMALL, Site, make_pictures, ours, serving
 from benchmarks.pictures import make_shard, random_fields
 from benchmarks.timing import begin, finish, parser
 from models.presets import PRESETS
-from pipeline.data.embeddings import DecodeBatch, EmbeddingsRecipe, Encoder
+from pipeline.data.embeddings.stage import DecodeBatch, EmbeddingsRecipe, Encoder
 from pipeline.graph.artifacts import read_shards
 from pipeline.graph.plan import Context
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards

@@ -28,8 +28,8 @@ from PIL import Image
 from benchmarks.timing import begin, finish, parser
 from pipeline.build import build
 from pipeline.config import make_config
-from pipeline.data.index import Place, read_pictures
-from pipeline.data.source import scan
+from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.graph.plan import Context
 from pipeline.store import open_store

@@ -21,8 +21,8 @@ import yaml
 
 from cluster.job import PROJECT_FILE
 from pipeline.config import Config
-from pipeline.data.journal import FORGOTTEN, Journal, reference_mark
-from pipeline.data.lists import ROWS, Row, read_rows, write_rows
+from pipeline.data.source.journal import FORGOTTEN, Journal, reference_mark
+from pipeline.data.source.lists import ROWS, Row, read_rows, write_rows
 from pipeline.errors import UserError
 from pipeline.local import Reach
 from pipeline.parse import ContentFile

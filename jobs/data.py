@@ -11,12 +11,12 @@ from jobs.plan import print_changes
 from jobs.project import Project, open_project
 from pipeline.collect import collect
 from pipeline.config import OVERRIDES
-from pipeline.data.again import FINAL, gather
-from pipeline.data.forget import Request, find, without
-from pipeline.data.journal import Forgotten, Journal, change_journal, read_journal, with_forgotten
-from pipeline.data.neighbours import SPLITS
-from pipeline.data.references import shown
-from pipeline.data.source import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
+from pipeline.data.fetch.references import shown
+from pipeline.data.neighbours.cells import SPLITS
+from pipeline.data.source.forget import Request, find, without
+from pipeline.data.source.journal import Forgotten, Journal, change_journal, read_journal, with_forgotten
+from pipeline.data.source.retry import FINAL, gather
+from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import UserError
 from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import read_local
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _search(project: Project, arguments: argparse.Namespace) -> int:
     """Print a line for each of the nearest rows: cosine, key, split, reference and first caption, tabs between them."""
-    from pipeline.data.look_up import embed_caption, embed_picture, look_up
+    from pipeline.data.neighbours.search import embed_caption, embed_picture, look_up
 
     if arguments.count < 1:
         raise UserError(f"--count {arguments.count} is below 1")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.sample import add_device, bundle_folder, check_seed, file_name, newest_output, sampling_option
-from pipeline.data.own_picture import open_picture
+from pipeline.data.pairs.own_picture import open_picture
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from jobs.sample import bundle_folder
 from pipeline.config import check_project
-from pipeline.data.look import Look, look
-from pipeline.data.references import shown
-from pipeline.data.source import SourceRecipe
+from pipeline.data.fetch.references import shown
+from pipeline.data.pairs.peek import Look, look
+from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.progress import counted
 from pipeline.starter import CLIP_PAIRS, starter

@@ -21,7 +21,7 @@ from typing import Any
 
 from jobs.project import Project
 from pipeline.config import TRAININGS, Config
-from pipeline.data.lists import Row, reach, read_rows
+from pipeline.data.source.lists import Row, reach, read_rows
 from pipeline.evaluate.recipe import ROWS
 from pipeline.held_out import FEWEST
 from pipeline.profile import Profile, observe
@@ -64,7 +64,7 @@ def _serving(config: Config, stack: ExitStack) -> list[str]:
     emoji = any(path.startswith("emoji:") for path in config.source.paths)
     if not emoji or "emoji.test" in config.run.pairs.hosts:
         return []
-    from pipeline.data.emoji_server import serving
+    from pipeline.data.source.emoji.server import serving
 
     return [f"run.pairs.hosts={json.dumps({'emoji.test': stack.enter_context(serving())})}"]
 

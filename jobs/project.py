@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 from pipeline.build import build
 from pipeline.config import Config, load_config
-from pipeline.data.journal import read_journal
-from pipeline.data.source import Scan, scan
+from pipeline.data.source.journal import read_journal
+from pipeline.data.source.stage import Scan, scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.plan import Graph, Verdict, ordered, plan

@@ -18,7 +18,7 @@ from jobs.project import Project, open_project
 from jobs.run import print_places
 from jobs.sample import remember_bundle
 from pipeline.config import OVERRIDES, Config, load_config
-from pipeline.data.journal import read_journal
+from pipeline.data.source.journal import read_journal
 from pipeline.errors import UserError
 from pipeline.graph.runs import remember
 from pipeline.store import local_folder, open_store

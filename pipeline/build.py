@@ -6,7 +6,14 @@ from pathlib import Path
 
 from pipeline import bundle, samples
 from pipeline.config import Config
-from pipeline.data import codec, curation, embeddings, imported, neighbour_index, pairs, source, thresholds
+from pipeline.data.codec import stage as codec
+from pipeline.data.curation import stage as curation
+from pipeline.data.curation import thresholds
+from pipeline.data.embeddings import stage as embeddings
+from pipeline.data.neighbours import stage as neighbour_index
+from pipeline.data.pairs import stage as pairs
+from pipeline.data.source import imported
+from pipeline.data.source import stage as source
 from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluation
 from pipeline.graph.plan import Graph, Stage

@@ -19,13 +19,13 @@ import yaml
 from models.presets import PRESETS
 from models.sampling_config import check_sampling
 from pipeline.bundle import BundleRecipe
-from pipeline.data.codec import CODEC_PRESETS, CodecRecipe
-from pipeline.data.curation import CURATION_PRESETS, CurationRecipe
-from pipeline.data.embeddings import EmbeddingsRecipe
-from pipeline.data.neighbour_index import IndexRecipe
-from pipeline.data.pairs import PairsRecipe
-from pipeline.data.source import SourceRecipe
-from pipeline.data.thresholds import ThresholdsRecipe
+from pipeline.data.codec.stage import CODEC_PRESETS, CodecRecipe
+from pipeline.data.curation.stage import CURATION_PRESETS, CurationRecipe
+from pipeline.data.curation.thresholds import ThresholdsRecipe
+from pipeline.data.embeddings.stage import EmbeddingsRecipe
+from pipeline.data.neighbours.stage import IndexRecipe
+from pipeline.data.pairs.stage import PairsRecipe
+from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.recipe import EVALUATION_PRESETS, EvaluationRecipe

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.data.journal import read_journal
+from pipeline.data.source.journal import read_journal
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Artifact, ancestors, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.graph.damage import pinned_key, read_record

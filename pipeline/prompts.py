@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.tables import Flaw, table_rows
+from pipeline.data.source.tables import Flaw, table_rows
 from pipeline.errors import UserError
 from pipeline.local import open_local
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from pipeline.bundle import MODELS, side_of
-from pipeline.data.look import Look
-from pipeline.data.source import SourceRecipe
+from pipeline.data.pairs.peek import Look
+from pipeline.data.source.stage import SourceRecipe
 from pipeline.fine_tuning import fine_tuning
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted
@@ -147,7 +147,7 @@ def _splits(seen: Look | None) -> dict[str, str]:
         }
     rows = len(seen.shares) + sum(seen.splits.values())
     shares, begin, found = sorted(seen.shares), 0.0, {}
-    for split, wanted in (("test", TEST), ("validation", VALIDATION)):  # in the order of pipeline.data.source
+    for split, wanted in (("test", TEST), ("validation", VALIDATION)):  # in the order of pipeline.data.source.stage
         listed, most = seen.splits.get(split, 0), int(MOST * rows)
         share = share_of(
             [place - begin for place in shares if place >= begin], min(wanted, most) - listed, most - listed

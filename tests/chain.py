@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.data.emoji import emoji_rows
+from pipeline.data.source.emoji.listing import emoji_rows
 from pipeline.graph.artifacts import load_artifact, read_shards
 from pipeline.store import Store, open_store
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from pipeline.clip_weights import find_weights, named_weights
 from pipeline.config import Config
-from pipeline.data.source import Scan
+from pipeline.data.source.stage import Scan
 from pipeline.doctor.finding import Finding
 from pipeline.errors import UserError
 from pipeline.held_out import lacking

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.data.emoji import BACKGROUNDS, STYLES
+from pipeline.data.source.emoji.listing import BACKGROUNDS, STYLES
 
 
 class Parts(NamedTuple):

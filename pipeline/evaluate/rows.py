@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.index import Place
+from pipeline.data.pairs.row_index import Place
 from pipeline.evaluate.metrics import derangement
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, SPLITS

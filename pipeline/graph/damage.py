@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline.data.journal import read_journal
+from pipeline.data.source.journal import read_journal
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.pointer import read_releases, release_path, released_projects
 from pipeline.store import Store

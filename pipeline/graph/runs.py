@@ -32,7 +32,7 @@ def remember(
 
     Args:
         package: The path of a package that is to do it.
-        forgettings: Of the journal (see pipeline.data.journal) that the verdicts were planned with.
+        forgettings: Of the journal (see pipeline.data.source.journal) that the verdicts were planned with.
     """
     keys = {v.stage: v.key for v in verdicts}
     stages: dict[str, dict[str, Any]] = {}

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.data.references import shown
+from pipeline.data.fetch.references import shown
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.ledger import REASONS
 from pipeline.report.duplicates import duplicates

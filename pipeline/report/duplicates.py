@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
-from pipeline.data.rejected import Rejected
+from pipeline.data.curation.rejected import Rejected
 from pipeline.graph.artifacts import ShardRow, read_table
 from pipeline.report.markup import attempt, figure, note, number, text
 from pipeline.report.pictures import Album
@@ -73,7 +73,7 @@ def _too_near(store: Store, shard: ShardRow) -> list[Rejected]:
 def _cells(store: Store, artifacts: Artifacts, keys: Collection[str], album: Album) -> dict[str, str]:
     """By key the pictures that may be shown, each with what became of its row. Holds one shard at a time."""
     shards = numbered(store, artifacts, "pairs")
-    wanted = sorted({int(key[:-4]) for key in keys} & shards.keys())  # see pipeline.data.source.row_key
+    wanted = sorted({int(key[:-4]) for key in keys} & shards.keys())  # see pipeline.data.source.stage.row_key
     cells = {}
     for shard in read_pairs(store, artifacts, (shards[i] for i in wanted)):
         for row in shard.rows:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
 from pipeline.report.pictures import Album
 from pipeline.store import Store

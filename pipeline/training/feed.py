@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from models.draw import derive_seed
-from pipeline.data.index import Place
+from pipeline.data.pairs.row_index import Place
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from models.view import open_view
-from pipeline.data.index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.errors import UserError
 from pipeline.store import Store
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.data.index import Place
-from pipeline.data.source import CAPTIONED, has_caption
+from pipeline.data.pairs.row_index import Place
+from pipeline.data.source.stage import CAPTIONED, has_caption
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardList, read_shards, read_table
 from pipeline.store import Store

@@ -20,7 +20,7 @@ import yaml
 
 from cluster.local import MARK, clear, find, locked
 from jobs.project import open_project
-from pipeline.data.emoji_server import serving
+from pipeline.data.source.emoji.server import serving
 from tests.chain import ROOT, data_blobs, done, keys, open_at, unclip, write_config, write_list
 from tests.seaweed import Server
 

@@ -20,9 +20,9 @@ from cluster.package import check_size, make_package, package_path, send_weights
 from cluster.submission import put_package
 from pipeline.collect import collect
 from pipeline.config import Config, load_config, make_config
-from pipeline.data.forget import Request, find
-from pipeline.data.journal import NOTHING, change_journal, with_forgotten
-from pipeline.data.source import scan
+from pipeline.data.source.forget import Request, find
+from pipeline.data.source.journal import NOTHING, change_journal, with_forgotten
+from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.graph.plan import differences

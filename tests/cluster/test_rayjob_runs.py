@@ -23,7 +23,7 @@ import yaml
 from cluster.job import Job
 from cluster.rayjob import render
 from pipeline.config import load_config
-from pipeline.data.emoji_server import serving
+from pipeline.data.source.emoji.server import serving
 from tests.chain import MICRO, keys, open_at, shard_paths, write_list
 from tests.cluster.kuberay import Node, parse, submit_command
 from tests.seaweed import BUCKET, Server

@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.data.emoji_server import serving
+from pipeline.data.source.emoji.server import serving
 from tests.faults import Undisturbed, run_undisturbed
 
 

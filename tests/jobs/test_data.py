@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.duplicates import hashes_of
-from pipeline.data.index import Place, read_pictures
-from pipeline.data.references import comparable
+from pipeline.data.fetch.references import comparable
+from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.source.duplicates import hashes_of
 from pipeline.graph.artifacts import load_artifact, read_shards, read_table
 from pipeline.store import Store, open_store
 from tests.chain import done, shard_paths, unclip, write_config, write_list

@@ -21,13 +21,13 @@ from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.sampling_config import SamplingConfig
 from pipeline.bundle import BundleRecipe
 from pipeline.config import Config, Run
-from pipeline.data.codec import CodecRecipe
-from pipeline.data.curation import CurationRecipe
-from pipeline.data.embeddings import EmbeddingsRecipe
-from pipeline.data.neighbour_index import IndexRecipe
-from pipeline.data.pairs import PairsRecipe
-from pipeline.data.source import SourceRecipe
-from pipeline.data.thresholds import ThresholdsRecipe
+from pipeline.data.codec.stage import CodecRecipe
+from pipeline.data.curation.stage import CurationRecipe
+from pipeline.data.curation.thresholds import ThresholdsRecipe
+from pipeline.data.embeddings.stage import EmbeddingsRecipe
+from pipeline.data.neighbours.stage import IndexRecipe
+from pipeline.data.pairs.stage import PairsRecipe
+from pipeline.data.source.stage import SourceRecipe
 from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.ledger import REASONS
@@ -45,7 +45,7 @@ from pipeline.settings import (
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
 from tests.chain import MICRO, ROOT
 from tests.pipeline.data.bench import picture, save_clip, write_list
-from tests.pipeline.data.test_imported import write_parts
+from tests.pipeline.data.source.test_imported import write_parts
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRAININGS = {

@@ -23,7 +23,7 @@ from models.pixels import from_uint8
 from models.tokens import tokenize
 from models.view import view
 from pipeline import edits
-from pipeline.data.own_picture import open_picture
+from pipeline.data.pairs.own_picture import open_picture
 from pipeline.evaluate.metrics import psnr
 from pipeline.strip import END_MS, FRAME_MS, GAP
 from tests.chain import ROOT

@@ -26,16 +26,18 @@ import jobs.cli
 import jobs.data
 import jobs.run
 import pipeline.data
-from pipeline.data import codec_passes, near_rows, neighbour_index
-from pipeline.data.codec import VERSION as CODEC
-from pipeline.data.codec import CodecRecipe, run_codec
-from pipeline.data.curation import VERSION as CURATION
-from pipeline.data.curation import CurationRecipe, run_curation
-from pipeline.data.journal import read_journal
-from pipeline.data.neighbour_index import VERSION as INDEX
-from pipeline.data.neighbour_index import IndexRecipe, run_index
-from pipeline.data.thresholds import VERSION as THRESHOLDS
-from pipeline.data.thresholds import ThresholdsRecipe, run_thresholds
+from pipeline.data.codec import passes as codec_passes
+from pipeline.data.codec.stage import VERSION as CODEC
+from pipeline.data.codec.stage import CodecRecipe, run_codec
+from pipeline.data.curation import near_rows
+from pipeline.data.curation.stage import VERSION as CURATION
+from pipeline.data.curation.stage import CurationRecipe, run_curation
+from pipeline.data.curation.thresholds import VERSION as THRESHOLDS
+from pipeline.data.curation.thresholds import ThresholdsRecipe, run_thresholds
+from pipeline.data.neighbours import stage as neighbour_index
+from pipeline.data.neighbours.stage import VERSION as INDEX
+from pipeline.data.neighbours.stage import IndexRecipe, run_index
+from pipeline.data.source.journal import read_journal
 from pipeline.graph import shards
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, read_shards
 from pipeline.graph.plan import Stage
@@ -77,7 +79,7 @@ def test_every_point_is_here_or_in_a_training() -> None:
 def workers() -> set[str]:
     """The names of all classes of the data stages that make shards."""
     found = set()
-    for module in pkgutil.iter_modules(pipeline.data.__path__, "pipeline.data."):
+    for module in pkgutil.walk_packages(pipeline.data.__path__, "pipeline.data."):
         for name, value in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             call = vars(value).get("__call__")
             if value.__module__ == module.name and call and "task" in inspect.signature(call).parameters:

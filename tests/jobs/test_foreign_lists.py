@@ -18,9 +18,9 @@ import yaml
 from jobs.cli import main
 from jobs.sample import bundle_artifact
 from pipeline.config import load_config
-from pipeline.data.again import gather
-from pipeline.data.own_picture import open_picture
-from pipeline.data.source import SourceRecipe, scan
+from pipeline.data.pairs.own_picture import open_picture
+from pipeline.data.source.retry import gather
+from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.prompts import TABLES, read_prompts
@@ -317,5 +317,5 @@ def test_files_that_lists_name_are_opened_in_one_place() -> None:
     """A new ``open`` in the data plane has to be judged, and named here: lists open the list itself, which the
     configuration names, duplicates and source temporary files of their own, and a sandbox its own entry in /proc."""
     opens = re.compile(r"(?<![\w.])(?<!def )open\(|\bread_bytes\(|\bread_text\(|\bnp\.load\(")
-    found = {file.name for file in Path(ROOT, "pipeline/data").glob("*.py") if opens.search(file.read_text())}
+    found = {file.name for file in Path(ROOT, "pipeline/data").rglob("*.py") if opens.search(file.read_text())}
     assert found <= {"duplicates.py", "lists.py", "sandbox.py", "source.py"}

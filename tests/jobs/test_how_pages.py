@@ -15,7 +15,7 @@ from models.codec import Codec
 from models.presets import PRESETS
 from pipeline.build import build
 from pipeline.config import Config, make_config
-from pipeline.data.neighbours import SPLITS
+from pipeline.data.neighbours.cells import SPLITS
 from pipeline.graph.artifacts import read_shards, read_table
 from pipeline.store.records import read_blob
 from tests.chain import ROOT

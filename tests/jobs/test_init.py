@@ -14,9 +14,9 @@ import pytest
 from jobs.cli import main
 from pipeline.bundle import MODELS
 from pipeline.config import Config, load_config
-from pipeline.data import look as looking
-from pipeline.data.look import look
-from pipeline.data.source import SourceRecipe, scan
+from pipeline.data.pairs import peek as looking
+from pipeline.data.pairs.peek import look
+from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
 from pipeline.starter import CAPTION_BYTES, SHARE, _captions, _scalar, share_of
 from pipeline.store import open_store

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from jobs.project import open_project
-from pipeline.data.emoji import emoji_rows
+from pipeline.data.source.emoji.listing import emoji_rows
 from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.graph.pointer import read_releases
 from pipeline.parse import merge

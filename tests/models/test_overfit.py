@@ -26,7 +26,7 @@ from models.pixels import from_uint8, resize
 from models.presets import NANO
 from models.tokens import tokenize
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
-from pipeline.data.emoji import draw, emoji_rows
+from pipeline.data.source.emoji.listing import draw, emoji_rows
 
 pytestmark = pytest.mark.slow
 ROWS, DIM = 8, 64

@@ -17,8 +17,14 @@ from typing import Any
 from pipeline import bundle, samples
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.data import codec, curation, embeddings, neighbour_index, pairs, source, thresholds
-from pipeline.data.source import scan
+from pipeline.data.codec import stage as codec
+from pipeline.data.curation import stage as curation
+from pipeline.data.curation import thresholds
+from pipeline.data.embeddings import stage as embeddings
+from pipeline.data.neighbours import stage as neighbour_index
+from pipeline.data.pairs import stage as pairs
+from pipeline.data.source import stage as source
+from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluation
 from pipeline.graph.plan import plan
@@ -55,15 +61,15 @@ PLUMBING = {
 # Where each stage's source begins. A preset needs no digest: its values are recipe values, and those are in the keys.
 TRAINING = ("pipeline.training.worker", "pipeline.training.recipes")
 MODULES = {
-    "source": ("pipeline.data.source", "pipeline.data.emoji"),
-    "captions": ("pipeline.data.source", "pipeline.data.emoji"),
-    "pairs": ("pipeline.data.pairs",),
+    "source": ("pipeline.data.source.stage", "pipeline.data.source.emoji.listing"),
+    "captions": ("pipeline.data.source.stage", "pipeline.data.source.emoji.listing"),
+    "pairs": ("pipeline.data.pairs.stage",),
     "clip": ("pipeline.training.tasks.clip", *TRAINING),
-    "embeddings": ("pipeline.data.embeddings",),
-    "thresholds": ("pipeline.data.thresholds",),
-    "curation": ("pipeline.data.curation",),
-    "index": ("pipeline.data.neighbour_index",),
-    "codec": ("pipeline.data.codec",),
+    "embeddings": ("pipeline.data.embeddings.stage",),
+    "thresholds": ("pipeline.data.curation.thresholds",),
+    "curation": ("pipeline.data.curation.stage",),
+    "index": ("pipeline.data.neighbours.stage",),
+    "codec": ("pipeline.data.codec.stage",),
     "ar_prior": ("pipeline.training.tasks.ar_prior", *TRAINING),
     "diffusion_prior": ("pipeline.training.tasks.diffusion_prior", *TRAINING),
     "decoder": ("pipeline.training.tasks.decoder", *TRAINING),

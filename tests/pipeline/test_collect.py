@@ -9,8 +9,8 @@ from typing import Literal
 import pytest
 
 from pipeline.collect import TOMBSTONES, collect
-from pipeline.data.journal import Forgotten, Journal, change_journal, with_forgotten
-from pipeline.data.pairs import PairsRecipe
+from pipeline.data.pairs.stage import PairsRecipe
+from pipeline.data.source.journal import Forgotten, Journal, change_journal, with_forgotten
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import (
     Artifact,

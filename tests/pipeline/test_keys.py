@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.build import build
 from pipeline.config import Config, load_config
-from pipeline.data.source import SourceRecipe, scan
+from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.graph.plan import Graph, ordered, plan
 from pipeline.store import open_store
 from tests.pipeline.golden import FILE, NO_LIST, ROOT, Sources, golden_keys, source_digests, versions
@@ -206,10 +206,10 @@ def test_a_constant_moves_the_digests_of_the_stages_that_use_it_and_a_comment_no
 
 
 def test_digests_see_imports_inside_functions() -> None:
-    pairs = Sources(ROOT).closure(("pipeline.data.pairs",))
-    assert {"pipeline.data.fetch", "pipeline.data.picture", "pipeline.data.index"} <= pairs.keys()
+    pairs = Sources(ROOT).closure(("pipeline.data.pairs.stage",))
+    assert {"pipeline.data.fetch.fetcher", "pipeline.data.pairs.picture", "pipeline.data.pairs.row_index"} <= pairs.keys()
     assert [name for name in pairs if name.startswith("models")] == ["models.view"]
-    assert "models.view" in Sources(ROOT).closure(("pipeline.data.embeddings",))
+    assert "models.view" in Sources(ROOT).closure(("pipeline.data.embeddings.stage",))
 
 
 # --- settings and recipes ---------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from models.clip import Clip
 from models.presets import PRESETS
 from pipeline.build import build
 from pipeline.config import make_config
-from pipeline.data.journal import read_journal
-from pipeline.data.source import scan
+from pipeline.data.source.journal import read_journal
+from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.graph.plan import Context, stage_key
 from pipeline.parse import merge

@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 
 import pytest
 
-from pipeline.data.references import without_password
+from pipeline.data.fetch.references import without_password
 from pipeline.graph.artifacts import read_shards, read_table
 from pipeline.ledger import REASONS
 from tests.pipeline.data.bench import Bench, picture, write_list

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.curation import CurationRecipe
+from pipeline.data.curation.stage import CurationRecipe
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 
 TRAINED = ("clip", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")

@@ -16,7 +16,7 @@ from models.codec import fit_codec, fit_pca, moments
 from models.diffusion.schedules import make_schedule
 from models.image_configs import UpsamplerConfig
 from models.upsampler import Upsampler
-from pipeline.data.emoji import BACKGROUNDS
+from pipeline.data.source.emoji.listing import BACKGROUNDS
 from pipeline.evaluate import figure, images, priors, upsamplers
 from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.evaluation import absent

@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from models.clip import Clip
-from pipeline.data import emoji
+from pipeline.data.source.emoji import listing as emoji
 from pipeline.errors import UserError
 from pipeline.evaluate import memorisation, quality
 from pipeline.evaluate.captions import EMOJI, Phrases

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline.collect import collect
-from pipeline.data.index import Place, checksum, read_pictures
-from pipeline.data.journal import change_journal, journal_path
-from pipeline.data.pieces import pack, read_piece
+from pipeline.data.curation.pieces import pack, read_piece
+from pipeline.data.pairs.row_index import Place, checksum, read_pictures
+from pipeline.data.source.journal import change_journal, journal_path
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact, write_shard_table
 from pipeline.graph.damage import create_record, read_record, set_aside, stands_on

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from pipeline.data.index import checksum, index_table
-from pipeline.data.rejected import Rejected, rejected_table
-from pipeline.data.source import row_key
+from pipeline.data.curation.rejected import Rejected, rejected_table
+from pipeline.data.pairs.row_index import checksum, index_table
+from pipeline.data.source.stage import row_key
 from pipeline.evaluate.figure import Figure, count, judged
 from pipeline.graph.artifacts import (
     Artifact,

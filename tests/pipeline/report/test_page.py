@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.data.thresholds import ThresholdsRecipe
+from pipeline.data.curation.thresholds import ThresholdsRecipe
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.report.page import expected, render, write_report

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipeline.data.index import index_table
+from pipeline.data.pairs.row_index import index_table
 from pipeline.evaluate.figure import Figure, count
 from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, read_shards, write_shard_table, write_table
 from pipeline.ledger import Ledger

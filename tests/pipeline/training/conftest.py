@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline.data.index import checksum, index_counts, index_table
+from pipeline.data.pairs.row_index import checksum, index_counts, index_table
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard, write_shard_table, write_table
 from pipeline.graph.plan import Context, Stage, stage_key

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from models.clip import alone
 from models.tokens import tokenize
 from models.view import open_view
-from pipeline.data.source import CAPTIONED
+from pipeline.data.source.stage import CAPTIONED
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.ledger import Ledger

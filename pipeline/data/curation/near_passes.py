@@ -1,0 +1,143 @@
+"""The workers of the passes over all shards that find near rows; ``near_rows`` says what they are for.
+
+Each makes the input of the next, and holds a block of rows or a group of cells: never all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+import numpy as np
+
+from pipeline.data.curation.pieces import pack, read_piece
+from pipeline.data.curation.rejected import Rejected, rejected_table
+from pipeline.data.neighbours.blocks import candidates, is_a, numbered
+from pipeline.data.neighbours.cells import NONE, PROBES, SPLITS, Cells, Rows, compare, learn_cells
+from pipeline.data.pairs.row_index import STAGE_SIDES
+from pipeline.graph.artifacts import read_table
+from pipeline.graph.shards import ShardOutput, ShardTask
+from pipeline.ledger import Ledger
+from pipeline.store import Store
+from pipeline.store.records import read_blob
+
+
+@dataclass(frozen=True)
+class Learn:
+    """The second pass: the samples of all blocks before a stretch to its "cells"."""
+
+    store: Store
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        from safetensors.numpy import load, save
+
+        samples = [part for name, part in sorted(task.inputs.items()) if name != "plan"]
+        sample = np.concatenate([load(read_blob(self.store, part.blobs["sample"]))["sample"] for part in samples])
+        cells = learn_cells(sample, task.inputs["plan"].counts["cells"])
+        blob = save({"centres": cells.centres, "groups": cells.groups})
+        return ShardOutput(Ledger(kept=1), {"cells": blob})
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """The third pass: a block to its "rows", a piece for each group of cells (see ``pieces``). ``looks`` says whether
+    its rows look for others, or are only there to be found."""
+
+    store: Store
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        from safetensors.numpy import load
+
+        plan = task.inputs["plan"].counts
+        parts = list(candidates(self.store, task))
+        rows = [row for part, _ in parts for row in part]
+        vectors = np.concatenate([part for _, part in parts])
+        if "cells" in task.inputs:
+            cells = Cells(**load(read_blob(self.store, task.inputs["cells"].blobs["cells"])))
+            nearest, count = cells.nearest(vectors, PROBES), len(cells.centres)
+        else:
+            nearest, count = np.zeros((len(rows), 1), np.int32), 1
+        sides = [min(row["width"], row["height"]) for row in rows]
+        table = Rows(
+            keys=np.array([int(row["key"]) for row in rows], np.int64),
+            splits=np.array([SPLITS.index(row["split"]) for row in rows], np.int8),
+            sizes=(np.searchsorted(STAGE_SIDES, sides, side="right") - 1).astype(np.int8),
+            vectors=vectors,
+            home=nearest[:, 0],
+            probes=nearest if plan["looks"] else np.full_like(nearest, -1),
+        )
+        bounds = [-(-group * count // plan["groups"]) for group in range(plan["groups"] + 1)]
+        pieces = (_within(table, low, high) for low, high in pairwise(bounds))
+        return ShardOutput(Ledger(kept=len(rows)), {"rows": pack(pieces, plan["groups"])})
+
+
+def _within(rows: Rows, low: int, high: int) -> bytes:
+    """The rows that are in cells [low, high) or look there; nothing where there are none."""
+    from safetensors.numpy import save
+
+    home = np.where((rows.home >= low) & (rows.home < high), rows.home, -1)
+    probes = np.where((rows.probes >= low) & (rows.probes < high), rows.probes, -1)
+    mine = (home >= 0) | (probes >= 0).any(1)
+    columns = {field.name: getattr(rows, field.name) for field in fields(Rows)} | {"home": home, "probes": probes}
+    return save({name: np.ascontiguousarray(column[mine]) for name, column in columns.items()}) if mine.any() else b""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """The fourth pass: a group of cells, with the rows in it of all "blocks" (a table of shards), to what it says of
+    rows of each block: "keys", "near_duplicate" and "near_held_out", int64 [n], as ``neighbours.compare``."""
+
+    store: Store
+    duplicate: float | None
+    held_out: float | None
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        from safetensors.numpy import load, save
+
+        group = task.inputs["plan"].counts["group"]
+        names, parts = [], []
+        for block in read_table(self.store, task.inputs["blocks"].blobs["blocks"]).to_pylist():
+            if piece := read_piece(self.store, block["blob.rows"], group):
+                names.append(numbered("block", block["number"]))
+                parts.append(load(piece))
+        if not parts:
+            return ShardOutput(Ledger(kept=1), {})
+        rows = Rows(**{field.name: np.concatenate([part[field.name] for part in parts]) for field in fields(Rows)})
+        ends = np.cumsum([len(part["keys"]) for part in parts])[:-1]
+        columns = [np.split(column, ends) for column in (rows.keys, *compare(rows, self.duplicate, self.held_out))]
+        blobs = {}
+        for name, keys, duplicate, held_out in zip(names, *columns, strict=True):
+            said = (duplicate != NONE) | (held_out != NONE)
+            if said.any():
+                found = {"keys": keys, "near_duplicate": duplicate, "near_held_out": held_out}
+                blobs[name] = save({column: np.ascontiguousarray(values[said]) for column, values in found.items()})
+        return ShardOutput(Ledger(kept=1), blobs)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The last pass: all that was said of the rows of a block to a table of each of its shards (see Rejected). A leak
+    counts before a duplicate."""
+
+    store: Store
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        from safetensors.numpy import load
+
+        reasons: dict[int, tuple[str, int]] = {}
+        for reason in ("near_duplicate", "near_held_out"):
+            found: dict[int, int] = {}
+            for name, part in sorted(task.inputs.items()):
+                if is_a(name, "said"):
+                    [blob] = part.blobs.values()
+                    said = load(read_blob(self.store, blob))
+                    for key, near in zip(said["keys"].tolist(), said[reason].tolist(), strict=True):
+                        found[key] = min(near, found.get(key, NONE))
+            reasons |= {key: (reason, near) for key, near in found.items() if near != NONE}
+        judged = [shard for name, shard in task.inputs.items() if is_a(name, "curated")]
+        rejected = [Rejected(f"{key:012d}", reason, f"{near:012d}") for key, (reason, near) in reasons.items()]
+        blobs = {}
+        for shard in judged:
+            near = [row for row in rejected if row.key.startswith(f"{shard.number:08d}")]
+            blobs[numbered("shard", shard.number)] = rejected_table(near)
+        return ShardOutput(Ledger(kept=sum(shard.kept for shard in judged)), blobs)

@@ -1,0 +1,137 @@
+"""Near-duplicates and leaks over all shards: five passes of workers around ``neighbours``, in bounded memory.
+
+Rows come in the order of their keys. They are cut into stretches, each about as long as all before it, and each has
+cells of its own, learnt from training rows before it. A row is compared with earlier rows in the cells of its own
+stretch. So what is found out about duplicates among some rows hangs on these rows alone: rows that are appended later
+change nothing of it, and their work is all that is done then. A whole list costs about twice its last stretch.
+
+The first stretch is small enough for one cell: there every pair is looked at.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.data.curation.near_passes import Compare, Learn, Merge, Scatter
+from pipeline.data.neighbours.blocks import (
+    Block,
+    Sample,
+    as_input,
+    cut_blocks,
+    make_task,
+    numbered,
+    part,
+    plan,
+    run_pass,
+)
+from pipeline.graph.artifacts import Shard, ShardRow, write_shard_table
+from pipeline.graph.plan import Context
+from pipeline.graph.shards import ShardTask
+
+# A change of any is a new version of curation.
+FIRST_ROWS = 1 << 14  # of the first stretch
+BLOCK_ROWS = 1 << 16  # that a worker holds
+CELL_ROWS = 256  # of the rows before a stretch, in one of its cells
+CELL_SAMPLES = 16  # of which a cell is learnt
+MAX_CELLS = 1 << 14
+GROUP_ROWS = 1 << 14  # of the rows before a stretch, in one group of its cells
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The blocks of one stretch, and how many rows and blocks come before them."""
+
+    blocks: tuple[Block, ...]
+    rows_before: int
+    blocks_before: int
+
+
+def cut_stretches(judged: Sequence[ShardRow], embeddings: Mapping[int, ShardRow]) -> list[Stretch]:
+    """Shards with candidates in stretches of blocks: each begins where those before it hold FIRST_ROWS, or twice, four
+    times, ... as many. Shards that are appended move no shard to another stretch or block."""
+    parts: dict[int, list[ShardRow]] = {}
+    starts: dict[int, int] = {}
+    before = 0
+    for shard in judged:
+        if shard.kept:
+            number = (before // FIRST_ROWS).bit_length()
+            starts.setdefault(number, before)
+            parts.setdefault(number, []).append(shard)
+            before += shard.kept
+    stretches: list[Stretch] = []
+    count = 0
+    for number, shards in parts.items():
+        blocks = cut_blocks(shards, embeddings, BLOCK_ROWS, count)
+        stretches.append(Stretch(tuple(blocks), starts[number], count))
+        count += len(blocks)
+    return stretches
+
+
+def find_near_rows(ctx: Context, judged: Sequence[ShardRow], embeddings: Mapping[int, ShardRow]) -> dict[int, str]:
+    """For the number of each shard with candidates the blob of its rows that are too near to others (see Rejected)."""
+    stretches = cut_stretches(judged, embeddings)
+    blocks = [block for stretch in stretches for block in stretch.blocks]
+    compared = _compare(ctx, stretches, blocks, _learn(ctx, stretches, blocks))
+    said: dict[str, list[ShardRow]] = defaultdict(list)  # a group of cells has nothing to say of most blocks
+    for shard in compared:
+        for name in shard.blobs:
+            said[name].append(part(shard, name))
+    tasks = []
+    for block in blocks:
+        inputs = block.inputs() | {numbered("said", i): p for i, p in enumerate(said[numbered("block", block.number)])}
+        tasks.append(make_task(ctx, block.number, "merge", inputs))
+    merged = run_pass(ctx, Merge(ctx.store), tasks, "verdicts")
+    blobs: dict[int, str] = {}
+    for block, shard in zip(blocks, merged, strict=True):
+        blobs |= {number: shard.blobs[numbered("shard", number)] for number in block.numbers}
+    return blobs
+
+
+def _learn(ctx: Context, stretches: Sequence[Stretch], blocks: Sequence[Block]) -> list[Shard]:
+    """The cells of every stretch but the first, in order."""
+    if len(stretches) < 2:
+        return []
+    samples: list[ShardTask] = []
+    spans = []
+    for stretch in stretches[1:]:
+        cells = min(MAX_CELLS, -(-stretch.rows_before // CELL_ROWS))
+        given = plan(stride=max(1, stretch.rows_before // (cells * CELL_SAMPLES)))
+        start = len(samples)
+        for block in blocks[: stretch.blocks_before]:
+            samples.append(make_task(ctx, len(samples), "sample", block.inputs() | {"plan": given}))
+        spans.append((cells, slice(start, len(samples))))
+    sampled = run_pass(ctx, Sample(ctx.store), samples, "samples")
+    tasks = []
+    for number, (cells, span) in enumerate(spans):
+        inputs = {numbered("sample", i): as_input(shard) for i, shard in enumerate(sampled[span])}
+        tasks.append(make_task(ctx, number, "learn", inputs | {"plan": plan(cells=cells)}))
+    return run_pass(ctx, Learn(ctx.store), tasks, "cells", "stretches")
+
+
+def _compare(
+    ctx: Context, stretches: Sequence[Stretch], blocks: Sequence[Block], cells: Sequence[Shard]
+) -> list[Shard]:
+    """What every group of cells, of every stretch, says of the rows of each block."""
+    scatters: list[ShardTask] = []
+    spans = []
+    for stretch, learnt in zip(stretches, (None, *cells), strict=True):
+        groups = 1 if learnt is None else -(-stretch.rows_before // GROUP_ROWS)
+        start = len(scatters)
+        for block in blocks[: stretch.blocks_before + len(stretch.blocks)]:
+            given = plan(groups=groups, looks=block.number >= stretch.blocks_before)
+            inputs = block.inputs() | {"plan": given} | ({} if learnt is None else {"cells": as_input(learnt)})
+            scatters.append(make_task(ctx, len(scatters), "scatter in pieces", inputs))
+        spans.append((groups, slice(start, len(scatters))))
+    scattered = run_pass(ctx, Scatter(ctx.store), scatters, "rows by cell")
+    tasks: list[ShardTask] = []
+    for groups, span in spans:
+        # A table, not an input for each block: those would be as many as blocks times groups.
+        parts = [replace(shard, number=number) for number, shard in enumerate(scattered[span])]
+        table, _ = write_shard_table(ctx.store, parts)
+        listed = ShardRow(0, table, 0, 0, {"blocks": table}, {})
+        for group in range(groups):
+            tasks.append(make_task(ctx, len(tasks), "compare", {"blocks": listed, "plan": plan(group=group)}))
+    worker = Compare(ctx.store, ctx.recipe.near_duplicate, ctx.recipe.near_held_out)
+    return run_pass(ctx, worker, tasks, "neighbours", "groups of cells")

@@ -1,0 +1,178 @@
+"""Which rows the models may learn from. Curation may remove rows, never move them to another split.
+
+First every row is judged by itself, shard by shard; then rows that are too near to others go (see ``near_rows``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline.data.curation.rejected import Rejected, rejected_table
+from pipeline.data.embeddings.scores import score_column
+from pipeline.data.pairs.row_index import index_counts, index_table
+from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
+from pipeline.graph.plan import Context, shard_key
+from pipeline.graph.shards import ShardOutput, ShardTask, map_shards, run_shards
+from pipeline.ledger import Ledger
+from pipeline.store import Store
+from pipeline.store.records import put_blob
+
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class CurationRecipe:
+    """Thresholds. Sides are pixels of the stored picture, captions are judged by their first, in characters.
+
+    ``min_score`` and ``max_score``: bounds on scores, by the name of a head of the embeddings.
+    ``near_duplicate``, ``near_held_out``: the cosine of image embeddings from which a row is too near to an earlier row
+    of its split, and a training row to a held-out one; None looks for none.
+    """
+
+    min_side: int = 64
+    max_aspect: float = 3.0
+    min_caption: int = 1
+    max_caption: int = 1000
+    min_similarity: float = -1.0
+    min_score: dict[str, float] = field(default_factory=dict)
+    max_score: dict[str, float] = field(default_factory=dict)
+    near_duplicate: float | None = 0.96
+    near_held_out: float | None = 0.96
+
+    def __post_init__(self) -> None:
+        if self.max_aspect < 1:
+            raise ValueError(
+                f"max_aspect: {self.max_aspect} would reject every picture; it is the long side over the short"
+            )
+        if self.min_caption > self.max_caption:
+            raise ValueError(f"min_caption: {self.min_caption} is above max_caption {self.max_caption}")
+        for name in ("near_duplicate", "near_held_out"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}: {value} is no cosine in (0, 1]; null looks for no such rows")
+
+
+# A CLIP that has learnt from few pictures finds different ones alike, and emoji are alike by design.
+CURATION_PRESETS: dict[str, dict[str, Any]] = {
+    name: {"near_duplicate": None, "near_held_out": None} for name in ("nano", "tiny")
+}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges the rows of one shard."""
+
+    store: Store
+    recipe: CurationRecipe
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        table = read_table(self.store, task.inputs["pairs"].blobs["index"]).to_pylist()
+        texts = dict(
+            zip(*read_table(self.store, task.inputs["captions"].blobs["captions"]).to_pydict().values(), strict=True)
+        )
+        named = {score_column(name) for name in (*self.recipe.min_score, *self.recipe.max_score)}
+        columns = ["key", "similarity", *sorted(named)]
+        scored = read_table(self.store, task.inputs["embeddings"].blobs["embeddings"], columns).to_pylist()
+        scores = {row["key"]: row for row in scored}
+        rows = [row for row in table if row["status"] == "kept"]
+        captions = [texts[row["key"]][0] if texts[row["key"]] else "" for row in rows]
+        reasons = [self.reason(row, text, scores[row["key"]]) for row, text in zip(rows, captions, strict=True)]
+        kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+        lost = [Rejected(row["key"], reason) for row, reason in zip(rows, reasons, strict=True) if reason is not None]
+        blobs = {"index": write_table(index_table(kept)), "rejected": rejected_table(lost)}
+        return ShardOutput(Ledger.count(reasons), blobs, index_counts(kept))
+
+    def reason(self, row: Mapping[str, Any], caption: str, scores: Mapping[str, Any]) -> str | None:
+        """Why a row is rejected, or None. ``scores``: "similarity" and the columns of the heads that are asked for."""
+        r = self.recipe
+        if row["width"] is not None:  # None: an imported embedding, whose picture nobody sees
+            short, long = sorted((row["width"], row["height"]))
+            if short < r.min_side:
+                return "too_small"
+            if long > r.max_aspect * short:
+                return "bad_aspect"
+        if not caption:
+            return "no_caption"
+        if len(caption) < r.min_caption:
+            return "caption_too_short"
+        if len(caption) > r.max_caption:
+            return "caption_too_long"
+        if scores["similarity"] < r.min_similarity:
+            return "low_similarity"
+        if any(scores[score_column(name)] < lowest for name, lowest in r.min_score.items()):
+            return "low_score"
+        return "high_score" if any(scores[score_column(n)] > highest for n, highest in r.max_score.items()) else None
+
+
+@dataclass(frozen=True)
+class MakeJudge:
+    """Nothing to open: a judge needs only the store."""
+
+    store: Store
+    recipe: CurationRecipe
+
+    def __call__(self) -> Judge:
+        return Judge(self.store, self.recipe)
+
+
+@dataclass(frozen=True)
+class Cull:
+    """Takes the rows that are too near to others out of one judged shard."""
+
+    store: Store
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        judged = task.inputs["judged"]
+        index = read_table(self.store, judged.blobs["index"]).to_pylist()
+        near, before = (
+            [Rejected(**row) for row in read_table(self.store, blob).to_pylist()]
+            for blob in (task.inputs["near"].blobs["near"], judged.blobs["rejected"])
+        )
+        gone = {row.key for row in near}
+        kept = [row for row in index if row["key"] not in gone]
+        blobs = {"index": write_table(index_table(kept)), "rejected": rejected_table(before + near)}
+        reasons = Counter(row.reason for row in before + near)
+        return ShardOutput(Ledger(len(kept), dict(reasons)), blobs, index_counts(kept))
+
+
+def run_curation(ctx: Context) -> Artifact:
+    """Judge every shard, then find what is too near to what."""
+    names = ("pairs", "captions", "embeddings")
+    shards = {name: {s.number: s for s in read_shards(ctx.store, ctx.inputs[name])} for name in names}
+    recipe, whole = ctx.recipe, {}
+    if frozen := ctx.inputs.get("thresholds"):
+        recipe = replace(recipe, min_similarity=max(recipe.min_similarity, frozen.metrics["min_similarity"]))
+        whole = {"thresholds": frozen.key}
+    tasks = []
+    for number, pairs in sorted(shards["pairs"].items()):
+        inputs = {"pairs": pairs, "captions": shards["captions"][number], "embeddings": shards["embeddings"][number]}
+        tasks.append(ShardTask(number, shard_key(ctx, {n: s.key for n, s in inputs.items()} | whole), inputs))
+    rows = sum(s.kept for s in shards["pairs"].values())
+    judge = MakeJudge(ctx.store, recipe)
+    if ctx.recipe.near_duplicate is None and ctx.recipe.near_held_out is None:
+        return map_shards(ctx, tasks, judge, "rows", rows)
+    from pipeline.data.neighbours.blocks import OneThread
+
+    judged, _ = run_shards(ctx, tasks, judge, "rows", rows, "curation judgements")
+    tasks = _culls(ctx, judged, shards["embeddings"])
+    return map_shards(ctx, tasks, OneThread(Cull(ctx.store)), "rows", rows)
+
+
+def _culls(ctx: Context, judged: Sequence[Shard], embeddings: Mapping[int, ShardRow]) -> list[ShardTask]:
+    """A task for each judged shard. Its key counts what was found, not how: a shard of which nothing new was found when
+    others were appended stays as it is."""
+    from pipeline.data.curation.near_rows import find_near_rows
+    from pipeline.data.neighbours.blocks import as_input
+
+    nothing = put_blob(ctx.store, rejected_table([]))
+    rows = [as_input(shard) for shard in judged]
+    near = find_near_rows(ctx, rows, embeddings)
+    tasks = []
+    for shard in rows:
+        found = near.get(shard.number, nothing)
+        inputs = {"judged": shard, "near": ShardRow(shard.number, found, 0, 0, {"near": found}, {})}
+        tasks.append(ShardTask(shard.number, shard_key(ctx, {n: s.key for n, s in inputs.items()}), inputs))
+    return tasks

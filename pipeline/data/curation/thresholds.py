@@ -1,0 +1,89 @@
+"""Thresholds that are shares of the data: measured once, then frozen, so that rows which are appended move none.
+
+The stage is pinned, as CLIP and the codec are: what it says of the first data stands for later data too.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.data.neighbours.blocks import cut_blocks, is_a, make_task, run_pass
+from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
+from pipeline.graph.plan import Context
+from pipeline.graph.shards import ShardOutput, ShardTask
+from pipeline.ledger import Ledger
+from pipeline.store import Store
+from pipeline.store.records import read_blob
+
+VERSION = 1
+BLOCK_ROWS = 1 << 18
+BINS = 1 << 16  # of similarities from -1 to 1: a change is a new version
+
+
+@dataclass(frozen=True)
+class ThresholdsRecipe:
+    """``similarity``: the share of training rows, those whose image and caption are furthest apart, that curation
+    rejects; it rejects held-out rows by the same threshold. 0 rejects none."""
+
+    similarity: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.similarity < 1:
+            raise ValueError(f"similarity: {self.similarity} is no share in [0, 1)")
+
+
+@dataclass(frozen=True)
+class CountSimilarities:
+    """A block to "counts" of the similarities of its training rows: int64 [BINS]."""
+
+    store: Store
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        from safetensors.numpy import save
+
+        counts = np.zeros(BINS, np.int64)
+        for name, pairs in sorted(task.inputs.items()):
+            if is_a(name, "curated"):
+                index = read_table(self.store, pairs.blobs["index"], ["key", "split"]).to_pydict()
+                training = {k for k, split in zip(index["key"], index["split"], strict=True) if split == "train"}
+                blob = task.inputs[name.replace("curated", "embeddings")].blobs["embeddings"]
+                table = read_table(self.store, blob, ["key", "similarity"]).to_pydict()
+                values = [s for key, s in zip(table["key"], table["similarity"], strict=True) if key in training]
+                counts += count(np.array(values))
+        return ShardOutput(Ledger(kept=int(counts.sum())), {"counts": save({"counts": counts})})
+
+
+def count(similarities: np.ndarray) -> np.ndarray:
+    """Similarities [n] by bin, int64 [BINS]; those that are no number are left out."""
+    finite = similarities[np.isfinite(similarities)].astype(np.float64)
+    half = BINS // 2
+    bins = np.clip(np.floor(finite * half) + half, 0, BINS - 1).astype(np.int64)  # exact: half is a power of two
+    return np.bincount(bins, minlength=BINS)
+
+
+def lowest(counts: np.ndarray, share: float) -> float:
+    """The highest edge of a bin with at most ``share`` of the counted similarities below it; -1 where none are."""
+    below = np.cumsum(counts)
+    if not below[-1]:
+        return -1.0
+    full = int(np.searchsorted(below, share * below[-1], side="right"))
+    return 2 * min(full, BINS - 1) / BINS - 1
+
+
+def run_thresholds(ctx: Context) -> Artifact:
+    """Count the similarities of all training rows."""
+    from safetensors.numpy import load
+
+    began = time.monotonic()
+    embeddings = {shard.number: shard for shard in read_shards(ctx.store, ctx.inputs["embeddings"])}
+    blocks = cut_blocks(read_shards(ctx.store, ctx.inputs["pairs"]), embeddings, BLOCK_ROWS)
+    tasks = [make_task(ctx, block.number, "count", block.inputs()) for block in blocks]
+    counts = np.zeros(BINS, np.int64)
+    for shard in run_pass(ctx, CountSimilarities(ctx.store), tasks, "similarities"):
+        counts += load(read_blob(ctx.store, shard.blobs["counts"]))["counts"]
+    metrics = {"min_similarity": lowest(counts, ctx.recipe.similarity)}
+    artifact = ctx.publishable(ledger=Ledger(kept=int(counts.sum())), metrics=metrics)
+    return publish_artifact(ctx.store, artifact, time.monotonic() - began)

@@ -1,0 +1,60 @@
+"""References of a list: the one form in which they are compared, and the one in which they are shown."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote, urlsplit
+
+from pipeline.data.fetch.opener import Refused, normal_url
+from pipeline.data.fetch.robots import normal_path
+
+# Most references are in the form to compare already; no dot segments, no escapes, nothing that a parser has to split.
+_PLAIN = re.compile(
+    r"https?://((?:[a-z0-9-]+\.)+[a-z0-9-]+/(?:[A-Za-z0-9_/-]|\.(?![./?]|$))*(?:\?[A-Za-z0-9._/=&-]+)?)"
+)
+_PARAMETER = re.compile(r"([?&;#])([^=?&;#]+)=([^&;#]+)")
+_SECRET = re.compile(
+    r"x-[a-z]+-.*|.*(sig|token|key(?!word)|secret|pass|pwd|auth|cred|expir|policy|hmac|session|jwt|accessid).*"
+    r"|exp|s[eprtv]|sid|h[dm].*|oh|oe|q-.*|ticket|code",
+    re.IGNORECASE | re.DOTALL,
+)
+_RANDOM = re.compile(r"[A-Za-z0-9+/=_.~%-]{32,}")  # long and without words: what signs something, under any name
+
+
+def comparable(reference: str) -> str:
+    """Returns the form by which deny lists, forgetting and the search for duplicates know a reference.
+
+    Of http and https alike: what a server sees of the URL, without the scheme, in one spelling of the host (lower case,
+    IDNA, no usual port), of dots in the path, and of escapes (RFC 3986, 6.2.2). Other references are as they stand.
+    """
+    text = without_password(reference.strip())
+    if plain := _PLAIN.fullmatch(text):
+        return plain[1]
+    try:
+        parts = urlsplit(normal_url(text))
+    except Refused:
+        return text
+    query = f"?{normal_path(parts.query)}" if parts.query else ""
+    return f"{parts.netloc}{normal_path(parts.path)}{query}"
+
+
+def shown(reference: str) -> str:
+    """Returns a reference as reports, commands, evidence and messages show it: with *** for what lets others use it.
+
+    That is what stands before an @, and the values of parameters that sign a URL or say who asks.
+    """
+    return _PARAMETER.sub(_masked, without_password(reference))
+
+
+def without_password(reference: str) -> str:
+    """Returns a reference with *** for what stands before an @ in its place, since many can read a store.
+
+    It is not fetched: see pipeline.data.fetch.opener.normal_url.
+    """
+    return re.sub(r"^(\s*[A-Za-z][A-Za-z0-9+.-]*://)[^/?#]*@", r"\1***@", reference)
+
+
+def _masked(parameter: re.Match[str]) -> str:
+    before, name, value = parameter.groups()
+    secret = _SECRET.fullmatch(unquote(name)) or _RANDOM.fullmatch(value)
+    return f"{before}{name}={'***' if secret else value}"

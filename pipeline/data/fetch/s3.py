@@ -1,0 +1,100 @@
+"""Pictures that lie on S3, s3://bucket/key, read with the standard credentials of the worker.
+
+Endpoint, region and credentials come from the AWS variables and profiles, as those of a store do. A key is taken as it
+stands, without escapes. Reasons for a refusal are those of pipeline.ledger.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.data.fetch.opener import Refused
+from pipeline.errors import UserError
+
+CHUNK = 1 << 16
+# Of these no row is to blame: they would end every row of the list.
+CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+
+
+class S3Reader:
+    """Reads objects of at most ``max_bytes``. ``threads`` may call it at once."""
+
+    def __init__(self, threads: int, timeout_s: float, max_bytes: int):
+        self._threads, self._timeout_s, self._max_bytes = threads, timeout_s, max_bytes
+        self._lock = threading.Lock()
+        self._made: Any = None
+
+    def read(self, reference: str, deadline: float) -> bytes:
+        """The bytes behind s3://bucket/key. ``deadline`` is a time.monotonic().
+
+        Raises Refused with the reason, and UserError where credentials or region are wrong or missing.
+        """
+        bucket, _, key = reference.removeprefix("s3://").partition("/")
+        if not bucket or not key:
+            raise Refused("unsupported_reference")
+        with _failures_as_reasons():
+            answer = self._client().get_object(Bucket=bucket, Key=key)
+            # urllib3's response, which gives what is there instead of waiting for a whole chunk
+            with answer["Body"] as response:
+                if answer["ContentLength"] > self._max_bytes:
+                    raise Refused("too_large")
+                data = bytearray()
+                while chunk := response.read1(CHUNK):
+                    data += chunk
+                    if time.monotonic() > deadline:
+                        raise Refused("timeout")
+                    if len(data) > self._max_bytes:
+                        raise Refused("too_large")
+                if len(data) < answer["ContentLength"]:  # where the connection ends early, read1 ends, too
+                    raise Refused("truncated")
+                return bytes(data)
+
+    def _client(self) -> Any:
+        """One client for all threads: it may be shared, but it takes a moment to make."""
+        import boto3
+        from botocore.config import Config
+
+        with self._lock:
+            if self._made is None:
+                config = Config(
+                    retries={"total_max_attempts": 1},  # whoever calls tries again
+                    connect_timeout=self._timeout_s,
+                    read_timeout=self._timeout_s,
+                    max_pool_connections=self._threads,
+                )
+                self._made = boto3.session.Session().client("s3", config=config)
+            return self._made
+
+
+@contextmanager
+def _failures_as_reasons() -> Iterator[None]:
+    from botocore import exceptions
+    from urllib3 import exceptions as transfer
+
+    try:
+        yield
+    except exceptions.ClientError as e:
+        code, status = e.response["Error"]["Code"], e.response["ResponseMetadata"].get("HTTPStatusCode", 0)
+        if code in CREDENTIALS:
+            raise UserError(
+                f"source: pictures on S3: {code}: check AWS_ACCESS_KEY_ID and the secret, or the profile"
+            ) from e
+        if status == 404:
+            raise Refused("missing_file") from None
+        raise Refused({4: "http_4xx", 5: "http_5xx"}.get(status // 100, "unreachable")) from None
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as e:
+        raise UserError(
+            f"source: pictures on S3: {e}; every worker needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+        ) from e
+    except exceptions.NoRegionError as e:
+        raise UserError("source: pictures on S3: no AWS region; set AWS_REGION on every worker") from e
+    except exceptions.ParamValidationError:  # no name that a bucket may have
+        raise Refused("unsupported_reference") from None
+    except (exceptions.ConnectTimeoutError, exceptions.ReadTimeoutError, transfer.TimeoutError):
+        raise Refused("timeout") from None
+    except (exceptions.BotoCoreError, transfer.HTTPError):
+        raise Refused("unreachable") from None

@@ -1,0 +1,166 @@
+"""One reference, asked for politely: every hop of its redirects is checked, waits for its turn, and says who asks."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from pipeline.data.fetch.opener import Evidence, Guard, Refused, ask, failures_as_reasons, normal_url
+from pipeline.data.fetch.politeness import Hosts, retry_after
+from pipeline.data.fetch.references import shown
+from pipeline.data.fetch.robots import opting_out
+from pipeline.errors import UserError
+
+MAX_REDIRECTS = 5
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_OTHER_MEDIA = (
+    "text/html",
+    "application/xhtml+xml",
+    "application/json",
+    "application/pdf",
+    "video/",
+    "audio/",
+    "font/",
+)
+
+
+@dataclass(frozen=True)
+class Access:
+    """What all visits of a worker share. ``headers``: by origin (scheme://host[:port]), sent to it and nobody else."""
+
+    guard: Guard
+    hosts: Hosts
+    agent: str
+    headers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+class Visit:
+    """To be used as a thread's opener (see opener.opening_with), and closed.
+
+    ``timeout_s``: for all hops and tries together; waiting for a turn, and what ``check`` takes, does not count.
+    ``max_bytes``: of a body. ``check`` is called with every URL before it is asked for and may raise Refused.
+    ``picture``: False for robots.txt, which may be of any type and has no X-Robots-Tag. ``evidence``: why a URL was
+    refused. ``barred``: the last one was refused before it was asked for, so another try is no use.
+    """
+
+    def __init__(
+        self, access: Access, timeout_s: float, max_bytes: int, check: Callable[[str], None], picture: bool = True
+    ):
+        self.deadline = time.monotonic() + timeout_s
+        self.evidence: Evidence | None = None
+        self.barred = False
+        self._access, self._max_bytes, self._check, self._picture = access, max_bytes, check, picture
+        self._turn = ExitStack()
+
+    def open(self, request: urllib.request.Request, data: Any = None, timeout: Any = None) -> http.client.HTTPResponse:
+        """The answer behind at most five redirects, its body not yet read. Raises Refused."""
+        try:
+            return self._follow(normal_url(request.full_url))
+        except Refused as refusal:
+            self.evidence = refusal.evidence
+            raise
+
+    def close(self) -> None:
+        """Give the turn back."""
+        self._turn.close()
+
+    def _follow(self, url: str) -> http.client.HTTPResponse:
+        for _ in range(MAX_REDIRECTS + 1):
+            with failures_as_reasons():
+                response = self._ask(url)
+                try:
+                    target = self._judge(response, url)
+                except Refused:
+                    response.close()
+                    raise
+            if target is None:
+                return response
+            response.close()
+            url = target
+        raise Refused("unreachable")
+
+    def _ask(self, url: str) -> http.client.HTTPResponse:
+        host, origin = host_of(url), origin_of(url)
+        self._turn.close()
+        self.barred = True
+        began = time.monotonic()
+        self._check(url)
+        self._turn.enter_context(self._access.hosts.turn(host))
+        self.deadline += time.monotonic() - began
+        pause = self._access.hosts.held(host)
+        if time.monotonic() + pause > self.deadline:
+            raise Refused("rate_limited" if pause else "timeout")
+        if pause:
+            time.sleep(pause)
+        self.barred = False
+        headers = {"User-Agent": self._access.agent, **self._access.headers.get(origin, {})}
+        return ask(self._access.guard, url, headers, self.deadline, self._max_bytes)
+
+    def _judge(self, response: http.client.HTTPResponse, url: str) -> str | None:
+        """Where the answer leads to, or None for a body. Raises Refused."""
+        status, headers = response.status, response.headers
+        if status in (429, 503) and (seconds := retry_after(headers["Retry-After"], time.time())):
+            self._access.hosts.hold(host_of(url), seconds)
+        if self._picture and status < 400 and (tag := opting_out(headers.get_all("X-Robots-Tag", []))):
+            raise Refused("opted_out", Evidence(f"X-Robots-Tag: {tag[:500]} at {shown(url)}", time.time()))
+        if status in _REDIRECTS and (location := headers["Location"]):
+            return _target(url, location)
+        if status == 429:
+            raise Refused("rate_limited")
+        if not 200 <= status < 300:
+            raise Refused({4: "http_4xx", 5: "http_5xx"}.get(status // 100, "unreachable"))
+        if self._picture and (headers["Content-Type"] or "").strip().lower().startswith(_OTHER_MEDIA):
+            raise Refused("not_an_image")
+        return None
+
+
+def user_agent(contact: str) -> str:
+    """Who asks: this software, and where to complain."""
+    return f"unclip-ray (img2dataset; +{contact or 'https://github.com/rom1504/img2dataset'})"
+
+
+def private_headers(names: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Headers by origin, from origins and the environment variables that hold lines of "Name: value".
+
+    Raises UserError for an origin or a variable that cannot be read; it shows no value.
+    """
+    headers: dict[str, dict[str, str]] = {}
+    for place, variable in names.items():
+        try:
+            origin = origin_of(normal_url(place))
+        except Refused:
+            raise UserError(f"headers: {place!r} is not of the form https://host") from None
+        if variable not in environment:
+            raise UserError(
+                f"headers: {variable}, for {place}, is not set in the environment of every worker; export it"
+            )
+        lines = [line.strip() for line in environment[variable].splitlines() if line.strip()]
+        if not lines or not all(re.fullmatch(r"[A-Za-z0-9-]+: *[!-~][ -~]*", line) for line in lines):
+            raise UserError(f"headers: {variable}, for {place}, is not lines of the form Name: value, in ASCII")
+        headers[origin] = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return headers
+
+
+def host_of(url: str) -> str:
+    return urlsplit(url).hostname or ""
+
+
+def origin_of(url: str) -> str:
+    """scheme://host[:port] of a normal URL."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _target(url: str, location: str) -> str:
+    # http.client reads headers as Latin-1; most servers that send more than ASCII mean UTF-8.
+    target = urljoin(url, location.encode("latin-1", "replace").decode("utf-8", "replace").strip())
+    if not target.lower().startswith(("http:", "https:")):
+        raise Refused("forbidden_address")
+    return normal_url(target)

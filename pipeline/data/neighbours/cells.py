@@ -1,0 +1,206 @@
+"""Near neighbours among many unit vectors: cells of k-means to look in, and an exact verdict on each pair found there.
+
+Embeddings are float16 and about 1 long, so a dot product of two is a sum of multiples of 2**-48 that float64 holds
+without rounding: whether a pair is near does not depend on the rows that it was compared among. Cells only say which
+pairs are looked at. DALL-E 2's own data was freed from near-duplicates in this way (clusters, and several looks a
+picture; OpenAI, "DALL-E 2 pre-training mitigations", 2022). SemDeDup (Abbas et al., 2023) calls a row a duplicate if
+any earlier row is near, kept or not, and so do we: then a row's fate hangs on its own pairs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import numpy as np
+
+NONE = np.iinfo(np.int64).max  # no row: after every key
+SPLITS = ("train", "validation", "test")
+SIZES = 4  # stage sizes that a picture can reach, pipeline.data.pairs.row_index.STAGE_SIDES
+PROBES = 8  # cells in which a row is searched
+FLAT_CELLS = 4096  # up to which all are looked at to find these
+TOP_PROBES = 16  # groups of cells that are looked at where there are more
+MARGIN = 1e-3  # of the fp32 search around the exact verdict
+PAIRS = 1 << 22  # at most, in memory at once
+ROUNDS = 6  # of k-means
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Centres of cells fp32 [k, d], and of groups of neighbouring cells fp32 [g, d], all of unit norm."""
+
+    centres: np.ndarray
+    groups: np.ndarray
+
+    def nearest(self, vectors: np.ndarray, probes: int) -> np.ndarray:
+        """The nearest cells of each vector [n, d], nearest first: int32 [n, probes], -1 where there are fewer."""
+        import faiss
+
+        width = self.centres.shape[1]
+        index: Any = faiss.IndexFlatIP(width)
+        if len(self.centres) > FLAT_CELLS:
+            index.add(self.groups)
+            index = faiss.IndexIVFFlat(index, width, len(self.groups), faiss.METRIC_INNER_PRODUCT)
+            index.is_trained = True
+            index.nprobe = TOP_PROBES
+        index.add(self.centres)
+        return index.search(np.ascontiguousarray(vectors, np.float32), probes)[1].astype(np.int32)
+
+
+def learn_cells(sample: np.ndarray, cells: int) -> Cells:
+    """About ``cells`` cells of a sample [n, d], by spherical k-means in two levels: groups, then cells in each group.
+
+    So learning costs a row about the square root of the number of cells. The same sample gives the same bits on one
+    thread of one machine. An empty sample makes one cell.
+    """
+    vectors = np.ascontiguousarray(sample, np.float32)
+    if not len(vectors):
+        axis = np.eye(1, vectors.shape[1], dtype=np.float32)
+        return Cells(axis, axis)
+    groups = _kmeans(vectors, isqrt(cells))
+    mine = _nearest(groups, vectors)
+    centres = []
+    for group in range(len(groups)):
+        if len(inside := vectors[mine == group]):
+            centres.append(_kmeans(inside, max(1, round(cells * len(inside) / len(vectors)))))
+    return Cells(np.concatenate(centres), groups)
+
+
+def _kmeans(vectors: np.ndarray, count: int) -> np.ndarray:
+    import faiss
+
+    if count >= len(vectors):
+        return vectors
+    kmeans = faiss.Kmeans(
+        vectors.shape[1],
+        count,
+        niter=ROUNDS,
+        seed=1,
+        spherical=True,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(vectors),
+    )
+    kmeans.train(vectors)
+    return np.ascontiguousarray(kmeans.centroids)
+
+
+def _nearest(centres: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    import faiss
+
+    index = faiss.IndexFlatIP(centres.shape[1])
+    index.add(centres)
+    return index.search(vectors, 1)[1][:, 0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in the order of their keys, all that a comparison needs to know of them.
+
+    ``keys`` int64 [n]; ``splits`` int8 [n], by SPLITS; ``sizes`` int8 [n], the stage size that the picture reaches;
+    ``vectors`` float16 [n, d]; ``home`` int32 [n], the cell in which others find the row; ``probes`` int32 [n, p], the
+    cells in which it looks for others. -1 is no cell: a row that only others look for has no probes.
+    """
+
+    keys: np.ndarray
+    splits: np.ndarray
+    sizes: np.ndarray
+    vectors: np.ndarray
+    home: np.ndarray
+    probes: np.ndarray
+
+
+def compare(rows: Rows, duplicate: float | None, held_out: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the earliest row that it is a near-duplicate of, and the earliest held-out row near it, or NONE.
+
+    A near-duplicate has an earlier row of its split, whose picture reaches at least the same stage size, with a dot
+    product of at least ``duplicate``; ``held_out`` is the same bound between training rows and rows of other splits,
+    whichever is earlier. Equal vectors are always near. None looks for nothing of that kind. int64 [n], twice.
+    """
+    bounds = (duplicate, held_out)
+    found = np.full((2, len(rows.keys)), NONE)
+    looking = dict(_members(rows.probes.reshape(-1), np.repeat(np.arange(len(rows.keys)), rows.probes.shape[1])))
+    for cell, there in _members(rows.home, np.arange(len(rows.keys))):
+        seekers = looking.get(cell)
+        if seekers is not None:
+            _compare_in_cell(rows, there, seekers, bounds, found)
+    return found[0], found[1]
+
+
+def _members(cells: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each cell with its rows, in order."""
+    rows, cells = rows[cells >= 0], cells[cells >= 0]
+    order = np.argsort(cells, kind="stable")
+    names, starts = np.unique(cells[order], return_index=True)
+    yield from zip(names.tolist(), np.split(rows[order], starts[1:]), strict=True) if len(names) else ()
+
+
+def _compare_in_cell(
+    rows: Rows, there: np.ndarray, seekers: np.ndarray, bounds: tuple[float | None, ...], found: np.ndarray
+) -> None:
+    """Lower ``found`` by the pairs of one cell.
+
+    Equal vectors are compared once, so a picture that comes a million times costs what one costs. A pair is found by
+    the look of its later row, or by that of its earlier row if that one looks at all: so no later row can change a
+    verdict on duplicates.
+    """
+    inside = np.union1d(there, seekers)
+    bits = np.ascontiguousarray(rows.vectors[inside]).view(
+        np.dtype((np.void, rows.vectors.itemsize * rows.vectors.shape[1]))
+    )
+    _, firsts, same = np.unique(bits[:, 0], return_index=True, return_inverse=True)
+    vectors = rows.vectors[inside[firsts]]
+    resident, seeking = (np.isin(inside, members) for members in (there, seekers))
+    earliest_there, earliest_seeker = (
+        _earliest(rows, inside[mask], same[mask], len(vectors)) for mask in (resident, seeking)
+    )
+    sought = [np.full_like(earliest_there, NONE) for _ in bounds]  # what a seeker finds in this cell
+    seen = [np.full_like(earliest_there, NONE) for _ in bounds]  # by whom a resident is found
+    places, queries = np.unique(same[resident]), np.unique(same[seeking])
+    for a, b, near in _near_pairs(vectors, queries, places, bounds):
+        for kind in range(len(bounds)):
+            np.minimum.at(sought[kind], a[near[kind]], earliest_there[b[near[kind]]])
+            np.minimum.at(seen[kind], b[near[kind]], earliest_seeker[a[near[kind]]])
+    split, size = rows.splits[inside], rows.sizes[inside]
+    for kind, bound in enumerate(bounds):
+        if bound is None:
+            continue
+        for table, mask in ((sought[kind], seeking), (seen[kind], resident)):
+            if kind == 0:
+                earlier = table[same, split, size]
+                earlier = np.where(earlier < rows.keys[inside], earlier, NONE)
+            else:
+                earlier = np.where(split == 0, table[same, 1:, 0].min(1), NONE)
+            np.minimum.at(found[kind], inside[mask], earlier[mask])
+
+
+def _earliest(rows: Rows, members: np.ndarray, vector: np.ndarray, count: int) -> np.ndarray:
+    """The earliest key of ``members`` by vector, split and least size: int64 [count, 3, SIZES]."""
+    table = np.full((count, len(SPLITS), SIZES), NONE)
+    np.minimum.at(table, (vector, rows.splits[members], rows.sizes[members]), rows.keys[members])
+    return np.minimum.accumulate(table[:, :, ::-1], axis=2)[:, :, ::-1]
+
+
+def _near_pairs(
+    vectors: np.ndarray, queries: np.ndarray, places: np.ndarray, bounds: tuple[float | None, ...]
+) -> Iterator[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
+    """Pairs of a query and a place that are near by any bound, as two arrays, and a mask for each bound."""
+    lowest = min(bound for bound in bounds if bound is not None)
+    there = vectors[places].astype(np.float32).T
+    step = max(1, PAIRS // len(places))
+    for start in range(0, len(queries), step):
+        block = queries[start : start + step]
+        products = vectors[block].astype(np.float32) @ there
+        i, j = np.nonzero(products >= lowest - MARGIN)
+        a, b, similarity = block[i], places[j], products[i, j]
+        equal = a == b
+        masks = []
+        for bound in bounds:
+            near = np.zeros(len(a), bool) if bound is None else equal | (similarity >= bound + MARGIN)
+            if bound is not None:
+                close = np.flatnonzero(np.abs(similarity - bound) < MARGIN)
+                exact = (vectors[a[close]].astype(np.float64) * vectors[b[close]].astype(np.float64)).sum(1)
+                near[close] |= exact >= bound
+            masks.append(near)
+        yield a, b, masks

@@ -1,0 +1,98 @@
+"""Search of the index by caption or by picture: the query as CLIP embeds it, and what is known of the rows found."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.view import view
+from pipeline.data.neighbours.stage import search
+from pipeline.data.pairs.own_picture import open_picture
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row of the index, with the cosine of its image embedding and the query. ``caption`` is its first."""
+
+    similarity: float
+    key: str
+    split: str
+    url: str
+    caption: str
+
+
+def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
+    """The text embedding of a caption, fp32 [1, d]. Raises UserError for one that is empty or too long."""
+    from models.tokens import check_captions, tokenize
+
+    if not caption.strip():
+        raise UserError("the caption is empty; say what the pictures should show")
+    try:
+        check_captions([caption])
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    model = _open_clip(store, clip)
+    return _numbers(model.encode_text, tokenize([caption]))
+
+
+def embed_picture(store: Store, clip: Artifact, path: str) -> np.ndarray:
+    """Returns the image embedding of an image in a file, fp32 [1, d]. Raises UserError as ``open_picture`` does."""
+    import torch
+
+    picture = open_picture(Path(path))
+    model = _open_clip(store, clip)
+    pixels = view(picture, model.image_size).transpose(2, 0, 1)[None]
+    return _numbers(model.encode_image, torch.from_numpy(pixels.copy()))
+
+
+def look_up(
+    store: Store, artifacts: Mapping[str, Artifact], query: np.ndarray, count: int, splits: Sequence[str]
+) -> list[Found]:
+    """The rows of ``splits`` nearest to a query fp32 [1, d], nearest first, at most ``count``.
+
+    ``artifacts`` are those of "index", "curation" and "captions" of one plan.
+    """
+    similarity, ids = search(store, artifacts["index"], query, count, splits)
+    keys = [f"{number:012d}" for number in ids[0].tolist() if number >= 0]
+    rows = _rows(store, artifacts["curation"], "index", keys, ["key", "split", "url"])
+    texts = _rows(store, artifacts["captions"], "captions", keys, ["key", "captions"])
+    return [
+        Found(value, key, rows[key]["split"], rows[key]["url"], (texts[key]["captions"] or [""])[0])
+        for value, key in zip(similarity[0].tolist(), keys, strict=False)
+    ]
+
+
+def _rows(
+    store: Store, artifact: Artifact, blob: str, keys: Sequence[str], columns: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Rows of a table that every shard has, by key; only the shards of these keys are read."""
+    wanted = {int(key[:8]) for key in keys}
+    found: dict[str, dict[str, Any]] = {}
+    for shard in read_shards(store, artifact):
+        if shard.number in wanted:
+            found |= {row["key"]: row for row in read_table(store, shard.blobs[blob], columns).to_pylist()}
+    return found
+
+
+def _open_clip(store: Store, clip: Artifact) -> Any:
+    from models.clip import Clip
+    from pipeline.bundle import materialise
+
+    with tempfile.TemporaryDirectory() as folder:
+        materialise(store, clip.blobs, folder)
+        return Clip.from_folder(folder).eval()
+
+
+def _numbers(encode: Any, batch: Any) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return encode(batch).float().numpy()

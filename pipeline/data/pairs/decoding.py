@@ -1,0 +1,222 @@
+"""Decoding in a child process, so that a picture that kills its decoder costs one row and never a worker.
+
+Decoders are C that reads what strangers made. The child has neither network nor credentials (pipeline.data.pairs.sandbox),
+and memory and time for one picture of the budget. It does one at a time, so whoever killed it is known; that picture is
+tried once more in a new child, for a process may also be killed for what others do. Messages on the pipes are a line of
+JSON and bytes, nothing that could be executed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any, BinaryIO
+
+from pipeline.data.pairs.picture import Picture, inspect, resize
+from pipeline.data.pairs.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped
+from pipeline.errors import UserError
+from pipeline.ledger import REASONS
+
+IDLE_S = 60  # after which a child ends; the next request starts another
+BASE_S, S_PER_PIXEL = 30.0, 1e-6  # what a picture may take; a hundred times what an honest one does
+BASE_BYTES, BYTES_PER_PIXEL = 256 << 20, 20  # what the child may map for it
+MOST_TEXT, MOST_BYTES = 1000, 1 << 30  # of a message
+COMMAND = (sys.executable, "-m", "pipeline.data.pairs.decoding")
+# glibc gives the pixels of every picture back to the system and faults them in again for the next one, a third of the
+# child's time. These keep 128 MiB instead, in blocks of up to 32.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
+_READY = {"ready": True}
+
+
+def seconds(pixels: int) -> float:
+    """Returns how long a picture of so many pixels may take."""
+    return BASE_S + pixels * S_PER_PIXEL
+
+
+class Decoder:
+    """``picture.resize`` and ``picture.inspect`` in a child process, which is started when it is needed.
+
+    Both give "decoder_crashed" for bytes that killed it twice, and "decode_timeout" for bytes that took more processor
+    time than their pixels may, or more time than ``max_pixels`` may. Both raise UserError if it does not start at all.
+    """
+
+    def __init__(self, command: Sequence[str] = COMMAND):
+        self._command = command
+        self._lock = Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._until: float | None = None  # time.monotonic() when the picture that is being decoded is to be done
+        self._overdue: float | None = None  # that of the last one that was not
+        atexit.register(self.close)
+
+    def resize(
+        self, data: bytes, image_size: int, max_pixels: int, encode_format: str, encode_quality: int
+    ) -> Picture | str:
+        """See picture.resize."""
+        said, body = self._ask("resize", data, max_pixels, [image_size, max_pixels, encode_format, encode_quality])
+        return said if isinstance(said, str) else Picture(body, *said)
+
+    def inspect(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
+        """See picture.inspect."""
+        said, _ = self._ask("inspect", data, max_pixels, [max_pixels])
+        return said if isinstance(said, str) else (said[0], said[1])
+
+    def start(self) -> None:
+        """Start the child, if there is none, without waiting for it."""
+        if self._process is None:
+            root = str(Path(__file__).parents[3])
+            path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+            pipe = subprocess.PIPE
+            environment = bare_environment(PYTHONPATH=path, **KEEP_MEMORY)
+            self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, env=environment)
+            Thread(target=self._watch, args=(self._process,), daemon=True).start()
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Kills a child that is still at a picture when its time is over. A thread for each picture would cost more."""
+        while process.returncode is None and self._process is process:
+            until = self._until
+            if until is not None and time.monotonic() > until:
+                self._overdue = until
+                process.kill()
+            time.sleep(1)
+
+    def close(self) -> int | None:
+        """End the child, if there is one, and return its exit code."""
+        process, self._process, self._ready = self._process, None, False
+        if process is None:
+            return None
+        process.kill()
+        with contextlib.suppress(OSError):  # a request that was being written
+            process.communicate()
+        return process.returncode
+
+    def _ask(self, name: str, data: bytes, max_pixels: int, arguments: list[Any]) -> tuple[Any, bytes]:
+        with self._lock:
+            for _ in range(2):
+                self._wait_until_ready()
+                assert self._process is not None
+                self._until = until = time.monotonic() + seconds(max_pixels)
+                answer = _exchange(self._process, [name, arguments, max_pixels], data)
+                self._until = None
+                if answer is not None:
+                    return answer
+                if self.close() == -signal.SIGXCPU or self._overdue == until:
+                    return "decode_timeout", b""
+            return "decoder_crashed", b""
+
+    def _wait_until_ready(self) -> None:
+        self.start()
+        if not self._ready:
+            assert self._process is not None
+            assert self._process.stdout is not None
+            try:
+                self._ready = _receive(self._process.stdout)[0] == _READY
+            except (OSError, EOFError, ValueError):
+                self.close()
+                raise UserError("the decoder did not start; run python -m pipeline.data.pairs.decoding to see why") from None
+
+
+@cache
+def shared_decoder() -> Decoder:
+    """The one of this process."""
+    return Decoder()
+
+
+def _exchange(process: subprocess.Popen[bytes], request: Any, data: bytes) -> tuple[Any, bytes] | None:
+    """Returns a child's answer, or None if it ended or said what a sound one does not."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        _send(process.stdin, request, data)
+        said, body = _receive(process.stdout)
+    except (OSError, EOFError, ValueError):
+        return None
+    return None if isinstance(said, str) and said not in REASONS else (said, body)
+
+
+def _send(pipe: BinaryIO | Any, message: Any, data: bytes) -> None:
+    pipe.write(json.dumps([message, len(data)]).encode() + b"\n")
+    pipe.write(data)
+    pipe.flush()
+
+
+def _receive(pipe: BinaryIO | Any) -> tuple[Any, bytes]:
+    """Raises EOFError if the other end is gone, ValueError for what is no message."""
+    line = pipe.readline(MOST_TEXT)
+    if not line.endswith(b"\n"):
+        raise EOFError
+    message, size = json.loads(line)
+    if size > MOST_BYTES:
+        raise ValueError(f"a message of {size} bytes")
+    data = pipe.read(size)
+    if len(data) < size:
+        raise EOFError
+    return message, data
+
+
+# --- in the child -----------------------------------------------------------------------------------------------------
+
+
+def _answer(name: str, arguments: list[Any], data: bytes) -> tuple[Any, bytes]:
+    try:
+        if name == "inspect":
+            return inspect(data, *arguments, starts=_limit_to), b""
+        found = resize(data, *arguments, starts=_limit_to)
+    except MemoryError:
+        return "decode_error", b""
+    return (found, b"") if isinstance(found, str) else ([found.width, found.height, found.extension], found.data)
+
+
+def _limit_to(pixels: int) -> None:
+    limit_time(seconds(pixels))
+
+
+def main() -> None:
+    """Answer requests until stdin closes, the parent is gone, or nothing was asked for a while."""
+    import cv2  # noqa: F401  # before memory is limited by what is mapped
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
+    with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    warnings.simplefilter("ignore")  # of odd metadata and large pictures, which are judged here
+    parent = os.getppid()
+    pipe = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print must not get between answers
+    requests = os.fdopen(os.dup(0), "rb")
+    give_up_rights()
+    mapped = memory_mapped()
+    _send(pipe, _READY, b"")
+    while _request_comes(requests, parent):
+        try:
+            (name, arguments, max_pixels), data = _receive(requests)
+        except EOFError:
+            return
+        limit_memory(mapped + BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
+        _limit_to(0)
+        _send(pipe, *_answer(name, arguments, data))
+
+
+def _request_comes(requests: BinaryIO, parent: int) -> bool:
+    """Wait for a request. False: there is none for a minute, or the parent is gone."""
+    for _ in range(IDLE_S):
+        if select.select([requests], [], [], 1.0)[0]:
+            return True
+        if os.getppid() != parent:  # a fork of the parent may hold the other end of stdin open
+            return False
+    return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A shard whose references changed in part takes over what an earlier run made of the others, asking nobody again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.fetch.opener import Evidence
+from pipeline.data.pairs.opt_outs import read_opt_outs
+from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.errors import CorruptObject
+from pipeline.graph.artifacts import ShardRow, read_shards, read_table
+from pipeline.graph.plan import Context
+from pipeline.graph.runs import last_made
+from pipeline.store import Store
+
+log = logging.getLogger("unclip")
+
+
+@dataclass(frozen=True)
+class Known:
+    """How a row ended: its row of the earlier index, its picture unless that lies in a tar of the user's, and the
+    evidence of an opt-out."""
+
+    row: Mapping[str, Any]
+    picture: bytes | None
+    evidence: Evidence | None
+
+
+def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
+    """By number, the shards of source and pairs that this project's last run with the same recipe made."""
+    made = last_made(ctx, ("source",))
+    if made is None:
+        return {}
+    source = {shard.number: shard for shard in read_shards(ctx.store, made["source"])}
+    return {
+        pairs.number: {"earlier source": source[pairs.number], "earlier pairs": pairs}
+        for pairs in read_shards(ctx.store, made[ctx.stage])
+    }
+
+
+def take_over(store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow, pairs: ShardRow) -> dict[int, Known]:
+    """By place, the rows of ``refs`` that stood there in the earlier shard too, with the same hash; none if what the
+    earlier run made is gone or damaged."""
+    try:
+        before = read_table(store, source.blobs["refs"]).to_pylist()
+        index = read_table(store, pairs.blobs["index"]).to_pylist()
+        same = [
+            i
+            for i, (now, then) in enumerate(zip(refs, before, strict=False))
+            if not now["reject"] and not then["reject"] and all(now[k] == then[k] for k in ("url", "sha256"))
+        ]
+        own = [i for i in same if index[i]["tar"] is None and index[i]["size"] is not None]
+        places = [Place.of(index[i], pairs.blobs.get("images")) for i in own]
+        pictures = dict(zip(own, read_pictures(store, places), strict=True))
+        said = {row["key"]: Evidence(row["evidence"], row["seen"].timestamp()) for row in read_opt_outs(store, [pairs])}
+    except CorruptObject as e:
+        log.warning("shard %08d is fetched anew: of an earlier run, %s", pairs.number, e)
+        return {}
+    return {i: Known(index[i], pictures.get(i), said.get(index[i]["key"])) for i in same}

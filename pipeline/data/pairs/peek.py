@@ -1,0 +1,92 @@
+"""The first rows of a list: how many, what captions say, how large pictures are. Writes and fetches nothing."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+
+from pipeline.data.pairs.stage import PairsRecipe, tar_place
+from pipeline.data.source.imported import SCHEME
+from pipeline.data.source.lists import Row, reach, read_rows
+from pipeline.data.source.stage import SourceRecipe, hash_share
+from pipeline.errors import UserError
+from pipeline.local import Reach, local_path, read_local
+
+ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
+PICTURES = 100  # measured, at most
+MAX_BYTES = PairsRecipe().max_bytes
+
+
+@dataclass(frozen=True)
+class Look:
+    """Rows with a reference that were looked at, and whether there are ``more``; the first caption of each row that
+    has one; short sides, in pixels, of the first pictures that lie on this machine, and how many of them could not be
+    opened; ``splits``: rows whose split the list names, by split, and ``shares``: hash shares of all others;
+    ``forbidden``: references that the list may not name, and ``flaws``: what is wrong with rows that cannot be read,
+    which both count in none of these."""
+
+    rows: int
+    more: bool
+    captions: tuple[str, ...]
+    sides: tuple[int, ...]
+    unopened: int = 0
+    splits: Mapping[str, int] = field(default_factory=dict)
+    shares: tuple[float, ...] = ()
+    forbidden: tuple[str, ...] = ()
+    flaws: tuple[str, ...] = ()
+
+    def reaching(self, side: int) -> int:
+        """How many of the measured pictures have a short side of at least this."""
+        return sum(short >= side for short in self.sides)
+
+
+def look(recipe: SourceRecipe) -> Look:
+    """Read the first rows, and at least one of every list.
+
+    Raises UserError for a list that ``scan`` would refuse, as far as it is read.
+    """
+    found: list[Row] = []
+    more = False
+    for path in recipe.paths:
+        rows = read_rows(path, recipe)
+        first = list(islice(rows, max(1, ROWS - len(found))))
+        if not first:
+            raise UserError(f"source {path}: no rows")
+        more = more or next(rows, None) is not None
+        found += first
+    flaws = tuple(row.flaw for row in found if row.flaw)
+    forbidden = tuple(row.url for row in found if row.reject and not row.flaw)
+    found = [row for row in found if row.url and not row.reject]
+    captions = tuple(row.captions[0] for row in found if row.captions)
+    sides = list(_sides(found, reach(recipe, *recipe.paths)))
+    different = {
+        row.url: row for row in reversed(found)
+    }.values()  # the first of each reference: the others are rejected
+    splits = Counter(row.split for row in different if row.split)
+    shares = tuple(hash_share(row.group or row.url) for row in different if not row.split)
+    opened = tuple(side for side in sides if side)
+    return Look(len(found), more, captions, opened, sides.count(0), splits, shares, forbidden, flaws)
+
+
+def _sides(rows: list[Row], may: Reach) -> Iterator[int]:
+    """Short sides of the first pictures that lie here, from their headers; 0 for one that cannot be opened."""
+    from PIL import Image
+
+    for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), PICTURES):
+        try:
+            with Image.open(io.BytesIO(_read(row.url, may)), formats=("PNG", "JPEG", "WEBP")) as image:
+                yield min(image.size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a run counts these with their reason
+            yield 0
+
+
+def _read(url: str, may: Reach) -> bytes:
+    """The bytes of a picture in a file or in a tar. Raises OSError or ValueError."""
+    if url.startswith("tar://"):
+        if (place := tar_place(url)) is None:
+            raise ValueError("no member of a tar")
+        return read_local(place["tar"], MAX_BYTES, may, place["offset"], place["size"])
+    return read_local(local_path(url) or "", MAX_BYTES, may)

@@ -1,0 +1,97 @@
+"""A local HTTP server that draws emoji on demand, so that the quick start downloads real pictures without a network.
+
+It runs in a process of its own: drawing would hold the interpreter lock of the job that downloads.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline.data.source.emoji import flaws as emoji_flaws
+from pipeline.data.source.emoji import listing as emoji
+from pipeline.errors import UserError
+
+CACHED_PICTURES = 1024  # about 10 kB each at 256 px, 50 kB at 1024 px
+
+
+@lru_cache(maxsize=CACHED_PICTURES)
+def _draw(url_path: str) -> bytes:
+    return (emoji_flaws.flawed_bytes if url_path.startswith(emoji_flaws.FOLDER) else emoji.draw)(url_path)
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """Run a server as long as the block lasts; yields "127.0.0.1:PORT".
+
+    It ends with the block and also when this process dies, however it dies. Raises UserError if the demo packages are
+    missing or the server does not start.
+    """
+    emoji.fingerprint()  # names a missing package here, where it is one line
+    root = str(Path(__file__).parents[4])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "pipeline.data.source.emoji.server"]
+    environment = {**os.environ, "PYTHONPATH": path}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        try:
+            address = process.stdout.readline().strip()
+            if not address:
+                raise UserError("the emoji server did not start; run python -m pipeline.data.source.emoji.server to see why")
+            yield address
+        finally:
+            process.kill()
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # downloaders connect with many threads at once
+    daemon_threads = True
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = 60  # seconds until an idle connection is dropped
+
+    def do_GET(self) -> None:
+        try:
+            picture = _draw(urlsplit(self.path).path)
+        except LookupError:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "image/png")
+        self.send_header("Content-Length", str(len(picture)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(picture)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: the downloader's ledger counts every failure."""
+
+
+def main() -> None:
+    """Serve on a free loopback port, say which on one line, and end when stdin closes or the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
+    parent = os.getppid()
+    server = _Server(("127.0.0.1", 0), _Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"127.0.0.1:{server.server_port}", flush=True)
+    # A fork of the parent may hold the other end of stdin open, so its process id is watched too.
+    while os.getppid() == parent and not select.select([sys.stdin], [], [], 1.0)[0]:
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""From what a person asks to be forgotten (keys, references, hashes) to the references of the list that hold it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from pipeline.data.source.journal import Forgotten, reference_mark
+from pipeline.data.source.stage import SourceShard, row_key, segment_of
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
+from pipeline.store import Store
+from pipeline.store.records import put_blob
+
+S = TypeVar("S")
+T = TypeVar("T")
+NAMED = 20  # rows, at most, that are told one by one
+THREADS = 16  # a pass over the list waits for the store, not for the processor
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be forgotten: row keys (12 digits), sha256 of stored pictures (64 hexadecimal digits), references."""
+
+    keys: frozenset[str]
+    hashes: frozenset[str]
+    references: frozenset[str]
+
+    @staticmethod
+    def read(words: Iterable[str]) -> Request:
+        """Sort words by their form; empty ones and lines that begin with # are passed over."""
+        said = {word.strip() for word in words if word.strip() and not word.strip().startswith("#")}
+        keys = frozenset(word for word in said if re.fullmatch(r"\d{12}", word))
+        hashes = frozenset(word.lower() for word in said if re.fullmatch(r"[0-9a-fA-F]{64}", word))
+        return Request(keys, hashes, frozenset(w for w in said if w not in keys and w.lower() not in hashes))
+
+
+@dataclass(frozen=True)
+class Found:
+    """``forgotten``: the references to forget, with the segments that hold them. ``rows`` are hit now; ``named`` has
+    keys and references of the first. ``unseen``: asked for, and in no row yet."""
+
+    forgotten: list[Forgotten]
+    rows: int
+    named: list[tuple[str, str]]
+    unseen: list[str]
+
+
+def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, request: Request) -> Found:
+    """What a request is about.
+
+    ``source``: the stored shards of the list; ``pairs``, made from it, is needed for hashes. A reference that no row
+    has is forgotten for lists to come. Raises UserError for a key or a hash that no row has.
+    """
+    marks = {reference_mark(url) for url in request.references}
+    marks |= _of_keys(store, source, request.keys)
+    if request.hashes:
+        marks |= _of_hashes(store, read_shards(store, pairs) if pairs else [], request.hashes)
+    held: dict[str, set[int]] = {mark: set() for mark in marks}
+    rows = 0
+    named: list[tuple[str, str]] = []
+    for shard, found in _each(source, lambda shard: _rows_in(store, shard, marks)):
+        for _, url in found:
+            held[reference_mark(url)].add(segment_of(shard.number))
+        rows += len(found)
+        named += [(row_key(shard.number, place), url) for place, url in found][: NAMED - len(named)]
+    forgotten = [Forgotten(mark, tuple(sorted(segments))) for mark, segments in sorted(held.items())]
+    unseen = sorted(url for url in request.references if not held[reference_mark(url)])
+    return Found(forgotten, rows, named, unseen)
+
+
+def without(store: Store, blob: str, marks: frozenset[str]) -> str:
+    """A blob of rows to be tried again (see pipeline.data.source.retry) with what is forgotten blanked; each row stays in its
+    place."""
+    table = read_table(store, blob)
+    rows = table.to_pylist()
+    blank = {column.name: [] if column.name == "captions" else "" for column in table.schema}
+    hit = [reference_mark(row["url"]) in marks for row in rows]
+    if not any(hit):
+        return blob
+    kept = [blank if gone else row for row, gone in zip(rows, hit, strict=True)]
+    return put_blob(store, write_table(type(table).from_pylist(kept, table.schema)))
+
+
+def _rows_in(store: Store, shard: SourceShard, marks: set[str]) -> list[tuple[int, str]]:
+    """Places in the shard, and references."""
+    urls = read_table(store, shard.refs, ["url"])["url"].to_pylist()
+    return [(place, url) for place, url in enumerate(urls) if reference_mark(url) in marks]
+
+
+def _of_keys(store: Store, source: Sequence[SourceShard], keys: frozenset[str]) -> set[str]:
+    shards = {shard.number: shard for shard in source}
+    marks = set()
+    for number in sorted({int(key[:8]) for key in keys}):
+        wanted = {key for key in keys if int(key[:8]) == number}
+        urls = read_table(store, shards[number].refs, ["url"])["url"].to_pylist() if number in shards else []
+        found = {key: url for i, url in enumerate(urls) if (key := row_key(number, i)) in wanted and url}
+        if missing := sorted(wanted - found.keys()):
+            raise UserError(f"{missing[0]}: no row of the list has this key; nothing is forgotten")
+        marks |= {reference_mark(url) for url in found.values()}
+    return marks
+
+
+def _of_hashes(store: Store, pairs: list[ShardRow], hashes: frozenset[str]) -> set[str]:
+    found: dict[str, set[str]] = {}
+
+    def look(shard: ShardRow) -> list[tuple[str, str]]:
+        table = read_table(store, shard.blobs["index"], ["url", "sha256"]).to_pylist()
+        return [(row["sha256"], reference_mark(row["url"])) for row in table if row["sha256"] in hashes]
+
+    for _, hits in _each(pairs, look):
+        for sha256, mark in hits:
+            found.setdefault(sha256, set()).add(mark)
+    if missing := sorted(hashes - found.keys()):
+        raise UserError(f"{missing[0]}: no stored picture has this sha256; nothing is forgotten")
+    return {mark for marks in found.values() for mark in marks}
+
+
+def _each(shards: Sequence[S], look: Callable[[S], T]) -> Iterator[tuple[S, T]]:
+    """Look at every shard, some at once, in order."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        rest = iter(shards)
+        while block := list(islice(rest, 4 * THREADS)):
+            yield from zip(block, pool.map(look, block), strict=True)

@@ -1,0 +1,112 @@
+"""What was decided about a project's list after it was written: rows to be tried again, and rows to be forgotten.
+
+It belongs to the list and so to the source's keys, but is kept in the store, where every machine sees it. Forgotten
+references are kept as hashes only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.data.fetch.references import comparable
+from pipeline.errors import UserError
+from pipeline.store import Store
+from pipeline.store.crash import crash_point
+
+FORGOTTEN = "forgotten:"
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """A reference to be forgotten, by ``reference_mark``, and the segments that held it then."""
+
+    mark: str
+    segments: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """``retries``: Parquet blobs of rows to be tried again, each a segment of its own. ``forgettings``: how often
+    something was forgotten, by which runs of before and after are told apart, whatever clocks say."""
+
+    retries: tuple[str, ...] = ()
+    forgotten: tuple[Forgotten, ...] = ()
+    forgettings: int = 0
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """What no segment may hold from now on."""
+        return frozenset(row.mark for row in self.forgotten)
+
+    def hits(self, segment: int) -> list[str]:
+        """What was forgotten of one segment after it had been cut, so that it has to be cut again."""
+        return sorted(row.mark for row in self.forgotten if segment in row.segments)
+
+
+NOTHING = Journal()
+
+
+def reference_mark(url: str) -> str:
+    """Returns the name under which a reference is forgotten: sha256 of its comparable form.
+
+    ``forgotten:MARK`` stands for a reference in a list that travels, and has the mark of that reference.
+    """
+    if url.startswith(FORGOTTEN):
+        return url.removeprefix(FORGOTTEN)
+    return hashlib.sha256(comparable(url).encode()).hexdigest()
+
+
+def journal_path(project: str) -> str:
+    return f"locks/list-{project}.json"
+
+
+def read_journal(store: Store, project: str) -> Journal:
+    """The journal of a project, empty before the first entry."""
+    return _read(store, project)[1]
+
+
+def change_journal(store: Store, project: str, change: Callable[[Journal], Journal]) -> Journal:
+    """Apply a change by compare-and-swap, again if somebody else came first; return what stands."""
+    for _ in range(20):
+        version, journal = _read(store, project)
+        changed = change(journal)
+        crash_point("journal.before_swap", journal_path(project))
+        if changed == journal or store.swap(journal_path(project), version, _as_json(changed)):
+            return changed
+    raise UserError(f"the list of {project} is being changed by somebody else all the time; try again")
+
+
+def with_forgotten(journal: Journal, found: Iterable[Forgotten]) -> Journal:
+    """The journal with these references forgotten too; segments of those that were forgotten before are united."""
+    segments = {row.mark: set(row.segments) for row in journal.forgotten}
+    for row in found:
+        segments.setdefault(row.mark, set()).update(row.segments)
+    forgotten = tuple(Forgotten(mark, tuple(sorted(held))) for mark, held in sorted(segments.items()))
+    if forgotten == journal.forgotten:
+        return journal
+    return replace(journal, forgotten=forgotten, forgettings=journal.forgettings + 1)
+
+
+def _read(store: Store, project: str) -> tuple[str | None, Journal]:
+    path = journal_path(project)
+    version = next((entry.version for entry in store.list(path) if entry.path == path), None)
+    if version is None:
+        return None, NOTHING
+    try:
+        data: dict[str, Any] = json.loads(store.read(path))
+        forgotten = tuple(Forgotten(mark, tuple(segments)) for mark, segments in data["forgotten"])
+        return version, Journal(tuple(data["retries"]), forgotten, data["forgettings"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{store.url}/{path} is damaged, or an older version of this software wrote it: restore it, or name "
+            "another store to begin again"
+        ) from None
+
+
+def _as_json(journal: Journal) -> bytes:
+    forgotten = [[row.mark, row.segments] for row in journal.forgotten]
+    return json.dumps({"retries": journal.retries, "forgotten": forgotten, "forgettings": journal.forgettings}).encode()

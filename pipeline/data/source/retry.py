@@ -1,0 +1,88 @@
+"""Rows whose fetch failed, to be tried again: gathered from the ledger into a segment of their own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.source.journal import reference_mark
+from pipeline.data.source.stage import FIRST_RETRY, SourceShard, segment_of
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
+from pipeline.store import Store
+from pipeline.store.records import put_blob
+
+# How a row may end that another try would only repeat, or that asked not to be tried.
+FINAL = frozenset(
+    (
+        "malformed_row",
+        "not_utf8",
+        "no_reference",
+        "duplicate_url",
+        "forgotten",
+        "forbidden_address",
+        "opted_out",
+        "denied",
+    )
+)
+
+
+def gather(
+    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str]
+) -> tuple[str | None, int]:
+    """Store the rows whose last try ended with one of ``reasons``, as the Parquet blob of a segment.
+
+    ``source``: the stored shards of the list that ``pairs`` was made from. Returns the blob (None without a row) and
+    the number of rows. Their splits go along, so that none moves. One shard is in memory at a time.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [(name, pa.string()) for name in ("url", "group", "split", "sha256", "license", "attribution")]
+        + [("captions", pa.list_(pa.string()))]
+    )
+    count = 0
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "retry.parquet")
+        with pq.ParquetWriter(file, schema, compression="zstd", store_schema=False) as writer:
+            for rows in _failed(store, source, pairs, reasons):
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                count += len(rows)
+        return (put_blob(store, file) if count else None), count
+
+
+def _failed(
+    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str]
+) -> Iterator[list[dict[str, Any]]]:
+    tried = _tried(store, source)
+    for listed, shard in zip(source, read_shards(store, pairs), strict=True):
+        if not shard.lost:
+            continue
+        ended = read_table(store, shard.blobs["index"], ["reason"])["reason"].to_pylist()
+        table = read_table(store, listed.refs)
+        # What a list may not name stays refused: as rows to be tried again they would be judged by no list.
+        refused = table["reject"].to_pylist()
+        places = [i for i, reason in enumerate(ended) if reason in reasons and not refused[i]]
+        if not places:
+            continue
+        references = table.drop_columns(["reject"]).take(places).to_pylist()
+        spoken = read_table(store, listed.captions, ["captions"]).take(places).to_pylist()
+        rows = [
+            reference | caption
+            for reference, caption in zip(references, spoken, strict=True)
+            if tried.get(reference_mark(reference["url"]), 0) <= segment_of(shard.number)
+        ]
+        if rows:
+            yield rows
+
+
+def _tried(store: Store, source: Sequence[SourceShard]) -> dict[str, int]:
+    """The last segment in which a reference was tried again."""
+    tried: dict[str, int] = {}
+    for shard in source:
+        if segment_of(shard.number) >= FIRST_RETRY:
+            for url in read_table(store, shard.refs, ["url"])["url"].to_pylist():
+                tried[reference_mark(url)] = segment_of(shard.number)
+    return tried

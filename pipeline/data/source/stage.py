@@ -1,0 +1,327 @@
+"""The user's list, cut into shards that never move.
+
+A list is an ordered sequence of segments (files, folders, tars, or the emoji set), each cut in its own order into
+shards of N rows. Appending a segment, or rows at the end of the last one, leaves every full shard as it was. Rows to
+be tried again are segments too; a row to be forgotten leaves an empty place.
+
+A source shard has two keys: one over its number and image references, one over its captions, so that new captions
+never download a picture again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+
+import numpy as np
+
+from pipeline.data.fetch.references import comparable
+from pipeline.data.source.duplicates import HASH, Seen, read_hashes
+from pipeline.data.source.journal import NOTHING, Journal, read_journal, reference_mark
+from pipeline.data.source.lists import Row, fingerprint, read_rows
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, read_table, write_shard_table, write_table
+from pipeline.graph.damage import create_record, read_record, set_aside
+from pipeline.graph.plan import Context
+from pipeline.ledger import Ledger
+from pipeline.local import Reach
+from pipeline.progress import counted
+from pipeline.store import Store
+from pipeline.store.records import digest, put_blob, read_blob
+
+VERSION = 1
+LAYOUT = 3  # of the records of segments, which no key counts
+SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
+CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
+FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
+LAST_SEGMENT = 999  # a shard's number has eight digits
+log = logging.getLogger("unclip")
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """Where pairs come from. ``paths``: .parquet, .csv, .tsv, a folder of a.jpg + a.txt, one of embeddings as
+    clip-retrieval writes them, .tar, or ``emoji:SUBSET``.
+
+    A row's split is its ``split_column`` if the list has one, else a hash of its ``group_column``, else of its image
+    reference; ``validation`` and ``test`` are the shares held out by hash. ``roots``: folders, tars and s3://BUCKET or
+    s3://BUCKET/PREFIX that lists may name besides files of their own (see pipeline.local).
+    """
+
+    # A recipe and not a setting of the run: a row that is refused changes what is made. Keys count what was read, so
+    # a new root makes only those shards again that have such rows.
+
+    paths: tuple[str, ...]
+    image_column: str = "url"
+    caption_column: str = "caption"
+    group_column: str = "group"
+    split_column: str = "split"
+    hash_column: str = "sha256"
+    shard_rows: int = 1000
+    validation: float = 0.02
+    test: float = 0.02
+    roots: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("paths: empty; name at least one list")
+        if len(self.paths) > FIRST_RETRY:
+            raise ValueError(f"paths: {len(self.paths)} lists; at most {FIRST_RETRY}, so put some into one")
+        if not 1 <= self.shard_rows <= 10_000:
+            raise ValueError(f"shard_rows: {self.shard_rows} is outside 1..10000")
+        if self.validation < 0 or self.test < 0 or self.validation + self.test >= 1:
+            raise ValueError("validation and test: shares of at least 0 that leave rows to train on")
+        Reach.of((), self.roots)
+
+
+@dataclass(frozen=True)
+class SourceShard:
+    """One shard of the list, with the key of its references and the key of its captions. ``held_out``: its rows by
+    split, but for those to train on. ``captioned``: how many of its rows have a caption."""
+
+    number: int
+    image_key: str
+    caption_key: str
+    ledger: Ledger
+    held_out: Mapping[str, int] = field(default_factory=dict)
+    captioned: int = 0
+    refs: str = ""
+    captions: str = ""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """All shards of a list, and the two source keys."""
+
+    shards: list[SourceShard] = field(default_factory=list)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        return {
+            "source": digest(["source", VERSION, [s.image_key for s in self.shards]]),
+            "captions": digest(["captions", VERSION, [s.caption_key for s in self.shards]]),
+        }
+
+    @property
+    def held_out(self) -> Mapping[str, int]:
+        """How many rows of the list are held out, by split, before any is fetched."""
+        rows = Counter[str]()
+        for shard in self.shards:
+            rows.update(shard.held_out)
+        return rows
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A list as it is stored. ``hashes``: blobs of the sorted hashes of its references that no earlier segment has."""
+
+    shards: list[SourceShard]
+    hashes: list[str] = field(default_factory=list)
+
+
+def scan(recipe: SourceRecipe, store: Store, write: bool, journal: Journal = NOTHING) -> Scan:
+    """Read the list and cut it into shards. With ``write``, store them; a segment stored before is not read again, and
+    of its references the hashes are, once there is a new segment to be compared with them.
+
+    Raises UserError if a list is missing, unreadable, empty or lacks a column.
+    """
+    shards: list[SourceShard] = []
+    columns = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
+    cut = [recipe.shard_rows, recipe.validation, recipe.test, list(recipe.roots)]
+    name = ""
+    cutter = _Cutter(recipe, journal.marks, store, write)
+    with Seen() as seen:
+        unseen: list[tuple[str, str, Segment]] = []
+        for index, path in enumerate(recipe.paths):
+            name = digest(
+                ["segment", LAYOUT, name, fingerprint(path), columns, *cut, *_forgotten_later(journal, index)]
+            )
+            segment = _stored(store, name)
+            if segment is None:
+                for earlier in unseen:
+                    _see(seen, *earlier, cutter)
+                unseen = []
+                segment = cutter.cut(name, index, f"source {path}", partial(read_rows, path, recipe), seen)
+                if not segment.shards:
+                    raise UserError(f"source {path}: no rows")
+            else:
+                unseen.append((name, path, segment))
+            shards += segment.shards
+    for index, blob in enumerate(journal.retries, FIRST_RETRY):
+        name = digest(["retry", LAYOUT, index, blob, *cut, *_forgotten_later(journal, index)])
+        segment = _stored(store, name)
+        if segment is None:
+            with Seen() as seen:  # not those of the list: there they failed
+                segment = cutter.cut(name, index, "rows to be tried again", partial(_retried, store, blob), seen)
+        shards += segment.shards
+    return Scan(shards)
+
+
+def _forgotten_later(journal: Journal, segment: int) -> list[list[str]]:
+    hits = journal.hits(segment)
+    return [hits] if hits else []
+
+
+def _segment_path(name: str) -> str:
+    return f"shards/source/segment-{name}.json"
+
+
+def _stored(store: Store, name: str) -> Segment | None:
+    record = read_record(store, _segment_path(name))
+    if record is None:
+        return None
+    shards = [SourceShard(**{**s, "ledger": Ledger.from_json(s["ledger"])}) for s in record["shards"]]
+    return Segment(shards, record["hashes"])
+
+
+def _retried(store: Store, blob: str) -> Iterator[Row]:
+    for batch in read_table(store, blob).to_batches():
+        for row in batch.to_pylist():
+            yield Row(**{**row, "captions": tuple(row["captions"])})
+
+
+def _see(seen: Seen, name: str, path: str, segment: Segment, cutter: _Cutter) -> None:
+    """Count the references of a stored segment as seen."""
+    try:
+        for blob in segment.hashes:
+            seen.add(np.frombuffer(read_blob(cutter.store, blob), HASH))
+    except CorruptObject as e:
+        set_aside(cutter.store, [_segment_path(name), e.path])
+        log.warning("%s; it is set aside, and %s read again", e, path)
+        seen.judge(cutter.references(read_rows(path, cutter.recipe)))
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts segments into shards. ``forgotten``: marks of references that no shard may hold."""
+
+    recipe: SourceRecipe
+    forgotten: frozenset[str]
+    store: Store
+    write: bool
+
+    def cut(self, name: str, segment: int, what: str, rows: Callable[[], Iterator[Row]], seen: Seen) -> Segment:
+        """Read rows twice: for their references, and, once it is known which of them are duplicates, for shards."""
+        judged = seen.judge(self.references(rows()))
+        shards: list[SourceShard] = []
+        with open(judged.duplicate, "rb") as duplicate:
+            rest = rows()
+            unread, flaw = 0, ""
+            while block := list(islice(rest, self.recipe.shard_rows)):
+                if len(shards) == SEGMENT_SHARDS:
+                    raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
+                flags = duplicate.read(len(block))
+                if len(flags) < len(block):
+                    break
+                shards.append(self._shard(segment * SEGMENT_SHARDS + len(shards), block, flags))
+                unread += sum(bool(row.flaw) for row in block)
+                flaw = flaw or next((row.flaw for row in block if row.flaw), "")
+            if block or duplicate.read(1):
+                raise UserError(f"{what}: changed while it was read; run again")
+        if unread:
+            log.warning("%s: %s cannot be read and will be left out; the first: %s", what, counted(unread, "row"), flaw)
+        hashes = []
+        if self.write and shards:
+            if segment < FIRST_RETRY:
+                hashes = [put_blob(self.store, chunk.tobytes()) for chunk in read_hashes(judged.fresh)]
+            body = {"shards": [{**asdict(s), "ledger": s.ledger.as_json()} for s in shards], "hashes": hashes}
+            create_record(self.store, _segment_path(name), body)
+        return Segment(shards, hashes)
+
+    def references(self, rows: Iterator[Row]) -> Iterator[str]:
+        """As they count for duplicates: rows that are forgotten or cannot be read leave no hash, nor do rows that
+        may not name their image, since another list may."""
+        return ("" if row.reject or self._is_forgotten(row.url) else comparable(row.url) for row in rows)
+
+    def _is_forgotten(self, url: str) -> bool:
+        return bool(self.forgotten) and reference_mark(url) in self.forgotten
+
+    def _shard(self, number: int, rows: list[Row], duplicate: bytes) -> SourceShard:
+        refs, captions, rejects, held_out = [], [], [], Counter[str]()
+        for row, again in zip(rows, duplicate, strict=True):
+            reject = row.reject or ("no_reference" if not row.url else "duplicate_url" if again else None)
+            # Of rows that are tried again, only those have no reference that were blanked.
+            if self._is_forgotten(row.url) or (not row.url and segment_of(number) >= FIRST_RETRY):
+                row, reject = Row("", ()), "forgotten"
+            rejects.append(reject)
+            captions.append(row.captions)
+            split = row.split or split_by_hash(row.group or row.url, self.recipe.validation, self.recipe.test)
+            held_out[split] += reject is None and split != "train"
+            refs.append((row.url, row.group, split, row.sha256, row.license, row.attribution, reject))
+        blobs = self._put(number, refs, captions) if self.write else {}
+        return SourceShard(
+            number,
+            digest(["refs", VERSION, number, refs]),
+            digest(["captions", VERSION, number, captions]),
+            Ledger.count(rejects),
+            dict(+held_out),
+            sum(map(has_caption, captions)),
+            **blobs,
+        )
+
+    def _put(
+        self, number: int, refs: Sequence[tuple[str | None, ...]], captions: Sequence[tuple[str, ...]]
+    ) -> dict[str, str]:
+        import pyarrow as pa
+
+        columns = ("url", "group", "split", "sha256", "license", "attribution", "reject")
+        table = {name: pa.array([ref[i] for ref in refs], pa.string()) for i, name in enumerate(columns)}
+        keys = pa.array([row_key(number, i) for i in range(len(refs))], pa.string())
+        said = {"key": keys, "captions": pa.array(captions, pa.list_(pa.string()))}
+        return {"refs": put_blob(self.store, write_table(table)), "captions": put_blob(self.store, write_table(said))}
+
+
+def has_caption(captions: Sequence[str]) -> bool:
+    """Whether a row says anything of its image: one of its captions is more than white space."""
+    return any(caption.strip() for caption in captions)
+
+
+def segment_of(number: int) -> int:
+    """The segment of a shard."""
+    return number // SEGMENT_SHARDS
+
+
+def row_key(number: int, place: int) -> str:
+    """The key of a row, 12 digits: 8 for the shard's number, 4 for the place in it (img2dataset's scheme)."""
+    return f"{number:08d}{place:04d}"
+
+
+def hash_share(value: str) -> float:
+    """Returns the place of a group or a reference in [0, 1], by which it is held out or not."""
+    return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
+
+
+def split_by_hash(value: str, validation: float, test: float) -> str:
+    """'test', 'validation' or 'train', by the value alone: a split never moves."""
+    share = hash_share(value)
+    return "test" if share < test else "validation" if share < test + validation else "train"
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def run_source(ctx: Context) -> Artifact:
+    """Store the references of every shard."""
+    return _publish(ctx, "refs", "image_key")
+
+
+def run_captions(ctx: Context) -> Artifact:
+    """Store the captions of every shard."""
+    return _publish(ctx, "captions", "caption_key")
+
+
+def _publish(ctx: Context, blob: str, key: str) -> Artifact:
+    found = scan(ctx.recipe, ctx.store, write=True, journal=read_journal(ctx.store, ctx.config.project))
+    if found.keys[ctx.stage] != ctx.key:
+        raise UserError("the list, or what is to be tried again or forgotten, has changed since the plan; run again")
+    shards = [
+        Shard(s.number, getattr(s, key), s.ledger, {blob: getattr(s, blob)}, {CAPTIONED: s.captioned})
+        for s in found.shards
+    ]
+    table, ledger = write_shard_table(ctx.store, shards)
+    return publish_artifact(ctx.store, ctx.publishable(shard_table=table, ledger=ledger), seconds=0.0)

@@ -1,0 +1,320 @@
+import os
+import shutil
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from models.clip import Clip
+from models.presets import PRESETS
+from models.view import open_view
+from pipeline.data.embeddings.stage import CAPTIONS, DecodeBatch, MakeEncoder, read_embeddings
+from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import ShardRow, read_shards, read_table
+from pipeline.graph.shards import Helpers, ShardTask
+from pipeline.settings import EmbeddingsSettings
+from pipeline.store import Entry, Store
+from pipeline.store.base import Buffers, Traffic
+from pipeline.store.records import blob_path
+from tests.pipeline.data.bench import Bench, picture, save_clip
+
+ROWS = 25
+LONG = "a blue heart and " * 6  # 26 tokens, which are encoded in another batch than short captions
+BROKEN, SEVERAL, NONE = 4, 6, 7  # rows with a truncated picture, with three captions, with none
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A list of 25 pictures, and a CLIP."""
+    folder = tmp_path_factory.mktemp("listed")
+    captions = [[f"picture number {i}"] for i in range(ROWS)]
+    captions[SEVERAL] = ["a red heart", LONG, "no heart"]
+    captions[NONE] = []
+    for i in range(ROWS):
+        (folder / f"{i}.png").write_bytes(picture(i, 80 + i, 100)[: -300 if i == BROKEN else None])
+    urls = [f"file://{folder}/{i}.png" for i in range(ROWS)]
+    table = pa.table({"url": urls, "caption": pa.array(captions, pa.list_(pa.string()))})
+    pq.write_table(table, folder / "list.parquet")
+    return str(folder / "list.parquet"), save_clip(folder / "clip")
+
+
+def _bench(folder: Path, listed: tuple[str, str], **embeddings: Any) -> Bench:
+    bench = Bench(folder, [listed[0]], clip={"weights": listed[1]}, run={"embeddings": embeddings})
+    bench.make("source", "captions", "pairs", "clip", "embeddings")
+    return bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, listed: tuple[str, str]) -> Bench:
+    return _bench(tmp_path_factory.mktemp("store"), listed, batch=4)
+
+
+def _everything(bench: Bench) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Keys, embeddings and similarities of all shards; fp32."""
+    parts = [read_embeddings(bench.store, blobs["embeddings"]) for _, blobs in bench.blobs("embeddings")]
+    image, text, similarity = (np.concatenate([part[i] for part in parts]).astype(np.float32) for i in (1, 2, 3))
+    return [key for part in parts for key in part[0]], image, text, similarity
+
+
+def _expected(bench: Bench, clip: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same by open_clip alone, a row at a time, fp32."""
+    model = open_clip.create_model(clip).eval()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.visual.image_mean, model.visual.image_std))
+    images, texts = [], []
+    with torch.no_grad():
+        for shard in read_shards(bench.store, bench.made["pairs"]):
+            own = [row for row in bench.rows("pairs") if row["key"].startswith(f"{shard.number:08d}")]
+            kept = [row for row in own if row["status"] == "kept"]
+            places = [Place.of(row, shard.blobs["images"]) for row in kept]
+            for row, data in zip(kept, read_pictures(bench.store, places), strict=True):
+                pixels = torch.from_numpy(open_view(data, 64).copy()).permute(2, 0, 1)[None] / 255
+                images.append(model.encode_image((pixels - mean) / std, normalize=True)[0])
+                i = int(row["key"][:8]) * 10 + int(row["key"][8:])
+                caption = "a red heart" if i == SEVERAL else "" if i == NONE else f"picture number {i}"
+                tokens = open_clip.tokenize([caption], context_length=32)
+                texts.append(model.encode_text(tokens, normalize=True)[0])
+    return torch.stack(images).numpy(), torch.stack(texts).numpy()
+
+
+def test_they_are_open_clips(bench: Bench, listed: tuple[str, str]) -> None:
+    """Within what float16 keeps (2**-11 of each number) and fp32 rounding; similarities are fp32."""
+    keys, image, text, similarity = _everything(bench)
+    expected_image, expected_text = _expected(bench, listed[1])
+    np.testing.assert_allclose(image, expected_image, rtol=2**-11, atol=2e-6)
+    np.testing.assert_allclose(text, expected_text, rtol=2**-11, atol=2e-6)
+    np.testing.assert_allclose(similarity, (expected_image * expected_text).sum(1), atol=2e-6)
+    assert len(keys) == ROWS - 1
+
+
+def test_every_caption_is_embedded(bench: Bench, listed: tuple[str, str], tmp_path: Path) -> None:
+    """And none changes a byte of what is stored for other rows, or for the first caption."""
+    table = pa.concat_tables(read_table(bench.store, blobs["embeddings"]) for _, blobs in bench.blobs("embeddings"))
+    more = dict(zip(table["key"].to_pylist(), table["more_text_embeddings"].to_pylist(), strict=True))
+    others = more.pop(f"{0:08d}{SEVERAL:04d}")
+    assert not any(more.values())
+    model = open_clip.create_model(listed[1]).eval()
+    with torch.no_grad():
+        tokens = open_clip.tokenize([LONG, "no heart"], context_length=32)
+        expected = model.encode_text(tokens, normalize=True).numpy()
+    np.testing.assert_allclose(np.array(others, np.float32), expected, rtol=2**-11, atol=2e-6)
+
+    rows = pq.read_table(listed[0]).to_pydict()
+    rows["caption"][SEVERAL] = ["a red heart", *(f"line {i}" for i in range(2 * CAPTIONS))]
+    beside = Path(listed[0]).with_name("longer.parquet")
+    pq.write_table(pa.table(rows), beside)
+    longer = _bench(tmp_path / "store", (str(beside), listed[1]), batch=4)
+    again = pa.concat_tables(read_table(longer.store, blobs["embeddings"]) for _, blobs in longer.blobs("embeddings"))
+    assert again.drop(["more_text_embeddings"]).equals(table.drop(["more_text_embeddings"]))
+    assert len(again["more_text_embeddings"][SEVERAL - 1]) == CAPTIONS - 1  # the broken row before it is absent
+    assert again["more_text_embeddings"].to_pylist()[SEVERAL:] == table["more_text_embeddings"].to_pylist()[SEVERAL:]
+
+
+def test_new_captions_fetch_nothing_again(listed: tuple[str, str], tmp_path: Path) -> None:
+    """The pictures are gone when the captions change: pairs stand, and only the embeddings of texts move."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = {"url": [f"file://{folder}/{i}.png" for i in range(6)], "caption": [f"picture {i}" for i in range(6)]}
+    for i in range(6):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    path = str(tmp_path / "list.parquet")
+    pq.write_table(pa.table(rows), path)
+    before = _bench(tmp_path / "store", (path, listed[1]), batch=4)
+    shutil.rmtree(folder)
+    pq.write_table(pa.table(rows | {"caption": [f"a better caption of {i}" for i in range(6)]}), path)
+    after = _bench(tmp_path / "store", (path, listed[1]), batch=4)
+    assert after.made["pairs"] == before.made["pairs"]
+    (keys, image, text, _), (_, image_after, text_after, _) = _everything(before), _everything(after)
+    assert len(keys) == 6
+    assert np.array_equal(image, image_after)
+    assert (text != text_after).any(1).all()
+
+
+@pytest.mark.parametrize("dim", [512, 768, 1024])
+def test_every_width_of_embeddings_fits(dim: int, listed: tuple[str, str], tmp_path: Path) -> None:
+    """Those of OpenAI's and LAION's ViT-B, ViT-L and ViT-H."""
+    config = replace(PRESETS["nano"]["clip"], embed_dim=dim, width=dim, layers=(1,))
+    Clip.build(config, seed=1).save(tmp_path / "clip")
+    wide = _bench(tmp_path / "store", (listed[0], f"local-dir:{tmp_path}/clip"), batch=16)
+    _, image, text, _ = _everything(wide)
+    expected_image, expected_text = _expected(wide, f"local-dir:{tmp_path}/clip")
+    assert image.shape == text.shape == (ROWS - 1, dim)
+    np.testing.assert_allclose(image, expected_image, rtol=2**-11, atol=2e-6)
+    np.testing.assert_allclose(text, expected_text, rtol=2**-11, atol=2e-6)
+
+
+def test_they_have_unit_norm(bench: Bench) -> None:
+    _, image, text, _ = _everything(bench)
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, atol=1e-3)
+
+
+def test_rows_without_a_picture_are_absent_and_the_order_is_the_lists(bench: Bench) -> None:
+    keys, *_ = _everything(bench)
+    assert keys == [f"{i // 10:08d}{i % 10:04d}" for i in range(ROWS) if i != BROKEN]
+    assert bench.made["embeddings"].ledger.kept == ROWS - 1
+    assert bench.made["embeddings"].ledger.rows == bench.made["pairs"].ledger.kept
+
+
+def test_neither_workers_nor_the_order_of_shards_change_a_byte(
+    bench: Bench, listed: tuple[str, str], tmp_path: Path
+) -> None:
+    import ray
+
+    try:
+        for decoders in (0, 1):
+            again = _bench(tmp_path / str(decoders), listed, batch=4, workers=1, decoders=decoders)
+            assert again.blobs("embeddings") == bench.blobs("embeddings")
+        lost = Helpers(DecodeBatch(bench.store, 64), 1, {}).submit("ab" * 32, bench.rows("pairs")[:1])
+        with pytest.raises(CorruptObject) as caught:
+            lost.result()
+        assert caught.value.path == blob_path("ab" * 32)
+    finally:
+        ray.shutdown()
+    encoder = MakeEncoder(bench.store, bench.made["clip"].blobs, EmbeddingsSettings(batch=4), {})()
+    shards: dict[str, list[ShardRow]] = {n: read_shards(bench.store, bench.made[n]) for n in ("pairs", "captions")}
+    made = {}
+    for pairs, captions in reversed(list(zip(shards["pairs"], shards["captions"], strict=True))):
+        output = encoder(ShardTask(pairs.number, "", {"pairs": pairs, "captions": captions}))
+        made[pairs.number] = output.blobs["embeddings"]
+    stored = {s.number: s.blobs["embeddings"] for s in read_shards(bench.store, bench.made["embeddings"])}
+    assert {n: bench.store.read(f"blobs/{blob[:2]}/{blob}") for n, blob in stored.items()} == made
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A store in which every process that reads pictures or publishes embeddings leaves the number of its node.
+
+    The first of each kind that is not the first call of it kills its process, once.
+    """
+
+    store: Store
+    notes: Path
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.store.traffic
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        return self.store.read(path, start, stop)
+
+    def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        self._note("decode")
+        return self.store.read_parts(path, parts)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        return self.store.list(prefix)
+
+    def create(self, path: str, data: bytes | Path | Buffers, move: bool = False) -> bool:
+        if path.startswith("shards/embeddings/"):
+            self._note("encode")
+        return self.store.create(path, data, move)
+
+    def swap(self, path: str, old: str | None, new: bytes) -> bool:
+        return self.store.swap(path, old, new)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        self.store.delete(paths)
+
+    def _note(self, what: str) -> None:
+        import ray
+
+        with open(self.notes / what, "a+") as f:
+            f.seek(0)
+            again = bool(f.read())
+            f.write(f"{ray.get_runtime_context().get_node_id()} {os.getpid()}\n")
+        if again:
+            try:
+                (self.notes / f"{what}.killed").touch(exist_ok=False)
+            except FileExistsError:
+                return
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_decoding_and_encoding_on_nodes_of_their_own_survive_a_kill_of_each(
+    bench: Bench, listed: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three raylets. Whoever reads pictures sits on one node, whoever publishes shards on another, the driver on the
+    third, and the bytes are those of this process."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    parts = Bench(
+        tmp_path / "store",
+        [listed[0]],
+        clip={"weights": listed[1]},
+        run={
+            "embeddings": {
+                "batch": 4,
+                "workers": 1,
+                "nodes": {"part": "encode"},
+                "decoders": 2,
+                "decoder_nodes": {"part": "decode"},
+            }
+        },
+    )
+    parts.make("source", "captions", "pairs", "clip")
+    parts.store = Watched(parts.store, tmp_path)
+    node = {"object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0, "include_dashboard": False})
+    try:
+        cluster.add_node(**node, num_cpus=2, labels={"part": "decode"})
+        cluster.add_node(**node, num_cpus=1, labels={"part": "encode"})
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        parts.make("embeddings")
+        where = {n["Labels"].get("part"): n["NodeID"] for n in ray.nodes()}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert parts.made["embeddings"].key == bench.made["embeddings"].key
+    assert parts.blobs("embeddings") == bench.blobs("embeddings")
+    for what in ("decode", "encode"):
+        notes = [line.split() for line in (tmp_path / what).read_text().splitlines()]
+        assert {node for node, _ in notes} == {where[what]}
+        assert (tmp_path / f"{what}.killed").exists()
+        assert len({pid for _, pid in notes}) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"decoders": 2}, r"^run\.embeddings\.decoders: 2 decode for each Ray worker, and workers is 0; raise it$"),
+        ({"decoder_nodes": {"a": "b"}}, r"^run\.embeddings\.decoder_nodes: .* decoders is 0; raise it$"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    listed: tuple[str, str], tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        _bench(tmp_path, listed, **settings)
+
+
+def test_another_batch_changes_no_more_than_rounding(bench: Bench, listed: tuple[str, str], tmp_path: Path) -> None:
+    other = _bench(tmp_path, listed, batch=64)
+    assert other.made["embeddings"].key == bench.made["embeddings"].key
+    for ours, theirs in zip(_everything(bench)[1:], _everything(other)[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2**-10, atol=2e-6)
+
+
+def test_shards_without_a_kept_row_are_empty(tmp_path: Path, listed: tuple[str, str]) -> None:
+    table = pa.table({"url": ["file:///nowhere/a.png", "file:///nowhere/b.png"], "caption": ["a", "b"]})
+    pq.write_table(table, tmp_path / "lost.parquet")
+    bench = Bench(tmp_path / "store", [listed[0], str(tmp_path / "lost.parquet")], clip={"weights": listed[1]})
+    bench.make("source", "captions", "pairs", "clip", "embeddings", "curation", "codec")
+    last = read_shards(bench.store, bench.made["embeddings"])[-1]
+    assert last.kept == 0
+    keys, image, _, _ = read_embeddings(bench.store, last.blobs["embeddings"])
+    assert keys == []
+    assert len(image) == 0

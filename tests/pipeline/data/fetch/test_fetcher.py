@@ -1,0 +1,463 @@
+"""The fetch against a real local server that does what servers on the internet do."""
+
+import contextlib
+import datetime
+import ipaddress
+import os
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import unquote
+
+import pytest
+
+from pipeline.data.fetch import opener
+from pipeline.data.fetch.addresses import is_public
+from pipeline.data.fetch.fetcher import Fetched, Fetcher, in_order
+from pipeline.errors import UserError
+from pipeline.ledger import REASONS
+from pipeline.local import NOTHING, Reach
+from pipeline.settings import PairsSettings
+
+MAX_BYTES = 200_000
+
+
+BODY = bytes(range(256)) * 8  # the fetch never looks inside
+
+
+class Site(BaseHTTPRequestHandler):
+    """One behaviour a path. ``hits`` counts requests, ``agents`` keeps what callers said they are."""
+
+    hits: ClassVar[Counter[str]] = Counter()
+    agents: ClassVar[set[str]] = set()
+    broken_off_once = threading.Event()
+
+    def do_GET(self) -> None:
+        if self.path == "/robots.txt":  # see test_robots.py
+            return self.reply(404, b"")
+        Site.hits[self.path] += 1
+        Site.agents.add(self.headers["User-Agent"])
+        name = self.path.lstrip("/").partition("?")[0]
+        if name.startswith("status/"):
+            self.reply(int(name.removeprefix("status/")), b"sorry")
+        elif name.startswith("to/"):
+            self.reply(302, b"", Location=unquote(name.removeprefix("to/")))
+        elif name.startswith("hops/"):
+            left = int(name.removeprefix("hops/"))
+            self.reply(302, b"", Location=f"/hops/{left - 1}") if left else self.reply(200, BODY)
+        elif name == "drip":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b"x")
+                time.sleep(0.1)
+        elif name == "silent":
+            time.sleep(5)
+        elif name == "short":
+            self.reply(200, BODY[:-20], **{"Content-Length": str(len(BODY))})
+        elif name == "flaky" and not Site.broken_off_once.is_set():
+            Site.broken_off_once.set()
+            self.reply(503, b"")
+        elif name == "big":
+            self.reply(200, bytes(MAX_BYTES + 1))
+        elif name == "big-unannounced":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(bytes(2 * MAX_BYTES))
+        elif name == "largest":
+            self.reply(200, bytes(MAX_BYTES))
+        elif name == "empty":
+            self.reply(200, b"")
+        elif name == "noai":
+            self.reply(200, BODY, **{"X-Robots-Tag": "noindex, noai"})
+        elif name == "html":
+            self.reply(200, BODY, **{"Content-Type": "Text/HTML; charset=utf-8"})
+        elif name == "other-bot":
+            self.reply(200, BODY, **{"X-Robots-Tag": "someone-else: noai"})
+        elif name.startswith("number/"):
+            time.sleep(0.02 if int(name.removeprefix("number/")) % 3 == 0 else 0)
+            self.reply(200, name.encode())
+        else:
+            self.reply(200, BODY)
+        return None
+
+    def reply(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # the caller gave up first
+            super().handle()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def local_server(tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.daemon_threads = True
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    with local_server() as address:
+        yield f"http://{address}"
+
+
+def fetcher(reach: Reach = NOTHING, **changes: object) -> Fetcher:
+    settings = {"threads": 4, "timeout_s": 5.0, "retries": 0, "allow": ("127.0.0.1",)}
+    return Fetcher(PairsSettings(**{**settings, **changes}), MAX_BYTES, reach=reach)  # type: ignore[arg-type]
+
+
+def one(reference: str, reach: Reach = NOTHING, **changes: object) -> Fetched:
+    (result,) = fetcher(reach, **changes).fetch([reference])
+    assert (result.data is None) == (result.reason in REASONS)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/status/404", "http_4xx"),
+        ("/status/429", "rate_limited"),
+        ("/status/500", "http_5xx"),
+        ("/empty", "zero_bytes"),
+        ("/short", "truncated"),
+        ("/big", "too_large"),
+        ("/big-unannounced", "too_large"),
+        ("/noai", "opted_out"),
+        ("/hops/6", "unreachable"),
+        ("/to/file%3A%2F%2F%2Fetc%2Fpasswd", "forbidden_address"),
+        ("/to/ftp%3A%2F%2Fexample.org%2Fa.png", "forbidden_address"),
+        ("/to/http%3A%2F%2F169.254.169.254%2Flatest", "forbidden_address"),
+        ("/to/http%3A%2F%2F[%3A%3Affff%3A10.0.0.1]%2F", "forbidden_address"),
+        ("/html", "not_an_image"),
+        ("/to/http%3A%2F%2F0x7f.1%3A1%2F", "forbidden_address"),  # an old spelling of 127.0.0.1; see the allow list
+    ],
+)
+def test_a_failure_has_its_reason(site: str, path: str, reason: str) -> None:
+    # By name, so that redirects to other spellings of loopback are not covered by the allow list.
+    port = site.rpartition(":")[2]
+    assert one(f"http://site.test{path}", hosts={"site.test": f"127.0.0.1:{port}"}, allow=()).reason == reason
+
+
+@pytest.mark.parametrize("path", ["/a.png", "/largest", "/hops/5", "/other-bot", "/with space/é.png?q=a%20b"])
+def test_what_is_allowed_arrives(site: str, path: str) -> None:
+    result = one(site + path)
+    assert result.reason is None
+    assert result.data == (bytes(MAX_BYTES) if path == "/largest" else BODY)
+
+
+def test_the_user_agent_is_honest(site: str) -> None:
+    one(site)
+    assert len(Site.agents) == 1
+    assert next(iter(Site.agents)).startswith("unclip-ray ")
+
+
+@pytest.mark.parametrize("path", ["/drip", "/silent"])
+def test_the_deadline_holds_however_bytes_arrive(site: str, path: str) -> None:
+    start = time.monotonic()
+    assert one(site + path, timeout_s=0.5, retries=3).reason == "timeout"
+    assert time.monotonic() - start < 4  # the server would go on for 5 s and more
+
+
+def test_addresses_that_are_not_public_are_refused_before_a_connection(site: str) -> None:
+    before = Site.hits.total()
+    port = site.rpartition(":")[2]
+    for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "2130706433", "0.0.0.0"):
+        assert one(f"http://{host}:{port}/", allow=()).reason == "forbidden_address", host
+    assert one(f"{site}/", allow=("10.0.0.0/8", "example.org")).reason == "forbidden_address"
+    assert Site.hits.total() == before
+
+
+def test_a_redirect_to_loopback_is_refused(site: str) -> None:
+    port = site.rpartition(":")[2]
+    before = Site.hits["/inside"]
+    reference = f"http://site.test/to/{site.replace('/', '%2F')}%2Finside"
+    assert one(reference, hosts={"site.test": f"127.0.0.1:{port}"}, allow=()).reason == "forbidden_address"
+    assert Site.hits["/inside"] == before
+
+
+@pytest.mark.parametrize("allow", ["127.0.0.1", "127.0.0.0/8", "LOCALHOST"])
+def test_the_allow_list_takes_addresses_networks_and_names(site: str, allow: str) -> None:
+    host = "localhost" if allow == "LOCALHOST" else "127.0.0.1"
+    assert one(f"http://{host}:{site.rpartition(':')[2]}/a.png", allow=(allow,)).data == BODY
+
+
+def test_a_mapped_host_is_reached_at_its_address(site: str) -> None:
+    address = site.removeprefix("http://")
+    assert one("http://Pictures.test/a.png", hosts={"pictures.test": address}, allow=()).data == BODY
+
+
+def test_the_name_is_resolved_once(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that answers differently the second time (DNS rebinding) gains nothing."""
+    answers = iter(["93.184.216.34", "127.0.0.1"])
+    connected = []
+
+    def resolve(host: str, port: int, *_: object, **__: object) -> list:
+        address = next(answers) if host == "rebinding.test" else host
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        connected.append(address[0])
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    assert one("http://rebinding.test/", allow=()).reason == "unreachable"
+    assert connected == ["93.184.216.34"]
+
+
+def test_proxies_of_the_environment_are_not_used(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert one(site + "/a.png").data == BODY
+
+
+def test_no_server_and_no_such_name_are_unreachable() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: refuses connections
+        assert one(f"http://127.0.0.1:{unused.getsockname()[1]}/").reason == "unreachable"
+    assert one("http://no-such-host.invalid/").reason == "unreachable"
+
+
+def test_https_checks_the_certificate_and_keeps_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = tmp_path / "secure.pem"
+    certificate.write_bytes(self_signed("secure.test"))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    with local_server(context) as address:
+        hosts = dict.fromkeys(("secure.test", "other.test"), address)
+        opener._tls_context.cache_clear()
+        assert one("https://secure.test/a.png", hosts=hosts).reason == "unreachable"  # nobody vouches for it
+        opener._tls_context.cache_clear()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert one("https://secure.test/a.png", hosts=hosts).data == BODY
+        assert one("https://secure.test/hops/3", hosts=hosts).data == BODY
+        assert one("https://other.test/a.png", hosts=hosts).reason == "unreachable"
+        assert one("https://secure.test/drip", hosts=hosts, timeout_s=0.5).reason == "timeout"
+    opener._tls_context.cache_clear()
+
+
+def self_signed(name: str) -> bytes:
+    """A key and its certificate for one host name, PEM."""
+    pytest.importorskip("cryptography")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return key.private_bytes(*form) + certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def test_only_passing_troubles_are_tried_again(site: str) -> None:
+    Site.hits.clear()
+    assert one(site + "/flaky", retries=1).data == BODY
+    assert one(site + "/short", retries=1).reason == "truncated"
+    assert one(site + "/status/404", retries=3).reason == "http_4xx"
+    assert one(site + "/noai", retries=3).reason == "opted_out"
+    assert Site.hits == {"/flaky": 2, "/short": 2, "/status/404": 1, "/noai": 1}
+
+
+def test_order_is_kept_and_look_ahead_is_bounded(site: str) -> None:
+    results = fetcher(threads=3).fetch([f"{site}/number/{i}" for i in range(40)])
+    Site.hits.clear()
+    assert next(results).data == b"number/0"
+    assert Site.hits.total() <= 6
+    assert [r.data for r in results] == [f"number/{i}".encode() for i in range(1, 40)]
+
+
+def test_a_result_that_nobody_takes_stops_the_fetch(site: str) -> None:
+    results = fetcher(threads=2).fetch([f"{site}/number/{i}" for i in range(100)])
+    next(results)
+    Site.hits.clear()
+    results.close()
+    assert Site.hits.total() <= 4
+
+
+def _named(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """Lets two.test have these addresses."""
+
+    def found(host: str, *rest: object, **more: object) -> list[tuple[object, ...]]:
+        hosts = addresses if host == "two.test" else (host,)
+        return [answer for one in hosts for answer in resolve(one, *rest, **more)]
+
+    resolve: Callable[..., list[tuple[object, ...]]] = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+
+@contextlib.contextmanager
+def _black_hole(address: str, port: int) -> Iterator[None]:
+    """A port where connections are neither accepted nor refused, as its queue is full."""
+    with contextlib.ExitStack() as open_sockets:
+        listener = open_sockets.enter_context(socket.socket())
+        listener.bind((address, port))
+        listener.listen(0)
+        for _ in range(10):
+            filler = open_sockets.enter_context(socket.socket())
+            filler.settimeout(0.2)
+            try:
+                filler.connect((address, port))
+            except TimeoutError:
+                break
+        else:
+            pytest.fail("the queue never filled")
+        yield
+
+
+def test_an_address_that_never_answers_leaves_time_for_the_next(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = int(site.rpartition(":")[2])
+    url = f"http://two.test:{port}/a.png"
+    with _black_hole("127.0.0.2", port):
+        with monkeypatch.context() as patch:
+            _named(patch, "127.0.0.2", "127.0.0.1")
+            assert one(url, allow=("127.0.0.0/8",), timeout_s=4.0).data == BODY
+        with monkeypatch.context() as patch:
+            _named(patch, "127.0.0.2")
+            assert one(url, allow=("127.0.0.0/8",), timeout_s=0.5).reason == "timeout"
+
+
+def test_a_public_address_of_this_machine_is_not_the_internet(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opener, "is_public", lambda _: True)
+    assert one(site + "/a.png", allow=()).reason == "forbidden_address"
+    assert one(site + "/a.png").data == BODY
+
+
+def test_other_users_of_urllib_are_left_alone(site: str) -> None:
+    one(site)
+    with urllib.request.urlopen(site + "/a.png") as response:  # loopback, and this thread has no fetch under way
+        assert response.read() == BODY
+
+
+def test_files_are_read_within_the_same_budget(tmp_path: Path) -> None:
+    (tmp_path / "a b#1.png").write_bytes(BODY)
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "big.png").write_bytes(bytes(MAX_BYTES + 1))
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("a b#1.png")
+    (tmp_path / "out.png").symlink_to("/etc/passwd")
+    mine = Reach(own=(str(tmp_path),))
+    assert one(str(tmp_path / "a b#1.png"), reach=mine).data == BODY
+    assert one((tmp_path / "a b#1.png").as_uri(), reach=mine).data == BODY
+    reasons = {
+        "link.png": None, "empty.png": "zero_bytes", "big.png": "too_large", "none.png": "missing_file",
+        "": "missing_file", "pipe.png": "missing_file", "out.png": "forbidden_reference",
+        "../secret.png": "forbidden_reference",
+    }  # fmt: skip
+    assert {name: one(f"{tmp_path}/{name}", reach=mine).reason for name in reasons} == reasons
+    assert one("/dev/zero", reach=mine).reason == "forbidden_reference"
+    assert one("/dev/zero", reach=Reach(own=("/dev",))).reason == "missing_file"
+
+
+def test_nothing_of_the_machine_or_of_s3_is_read_that_nobody_has_named(tmp_path: Path) -> None:
+    """Not even where the records of a list, which came through a store, ask for it."""
+    (tmp_path / "a.png").write_bytes(BODY)
+    for reference in (f"{tmp_path}/a.png", f"file://{tmp_path}/a.png", "s3://bucket/a.png", "tar:///a?offset=0&size=9"):
+        assert one(reference).reason == "forbidden_reference"
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["", "a.png", "gs://bucket/a.png", "ftp://example.org/a.png", "data:image/png;base64,AA", "http://", "http://[::1",
+     "http://a:port/", "http:///a.png", "file://host/a.png", "/nul\0.png", "http://" + "a" * 64 + ".test/",
+     "http://user@127.0.0.1/", "http://user:secret@a.test/", "http://ex%61mple.org/", "http://a.test\\@b.test/",
+     "http://[fe80::1%25lo]/", "http://a..b/", "http://./", f"http://{'ü.' * 130}test/"],
+)  # fmt: skip
+def test_other_references_are_not_supported(reference: str) -> None:
+    assert one(reference).reason == "unsupported_reference"
+
+
+def test_settings_that_cannot_be_read_are_a_users_mistake() -> None:
+    with pytest.raises(UserError, match=r"emoji\.test"):
+        fetcher(hosts={"emoji.test": "localhost"})
+    with pytest.raises(UserError, match=r"10\.0\.0\.0/99"):
+        fetcher(allow=("10.0.0.0/99",))
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True), ("2606:4700::1111", True), ("64:ff9b::8.8.8.8", True), ("2002:808:808::1", True),
+        ("127.0.0.1", False), ("10.1.2.3", False), ("172.16.0.1", False), ("192.168.1.1", False), ("0.0.0.0", False),
+        ("169.254.169.254", False), ("100.64.0.1", False), ("224.0.0.1", False), ("255.255.255.255", False),
+        ("::1", False), ("::", False), ("fe80::1", False), ("fd00:ec2::254", False), ("ff02::1", False),
+        ("::ffff:127.0.0.1", False), ("64:ff9b::127.0.0.1", False), ("2002:7f00:1::1", False),
+        ("2001:0:4136:e378:8000:63bf:f5ff:fffe", False),  # Teredo of 10.0.0.1
+        # metadata of clouds: Azure, Oracle, Alibaba, AWS and GCP
+        ("168.63.129.16", False), ("168.63.129.15", True), ("192.0.0.192", False), ("100.100.100.200", False),
+        ("fd20:ce::254", False), ("::ffff:168.63.129.16", False), ("64:ff9b::a83f:8110", False),
+        ("2002:a83f:8110::1", False),
+        # ways to write an IPv4 address into an IPv6 one
+        ("::127.0.0.1", False), ("::8.8.8.8", False), ("::ffff:0:127.0.0.1", False), ("::ffff:0:8.8.8.8", False),
+        ("64:ff9b:1::a9fe:a9fe", False), ("64:ff9b:1::808:808", False), ("::ffff:8.8.8.8", True),
+        ("2606:4700::5efe:7f00:1", False), ("2606:4700::200:5efe:a9fe:a9fe", False),
+        ("2606:4700::5efe:808:808", True), ("2606:4700::300:5efe:a00:1", False), ("2002:808:808:0:0:5efe:a00:1", False),
+        ("2001:0:808:808:8000:63bf:f7f7:f7f7", False),  # Teredo, which nobody serves pictures from
+        # what else IANA keeps for special purposes
+        ("0.1.2.3", False), ("192.0.0.9", False), ("192.0.2.1", False), ("192.31.196.1", False),
+        ("192.52.193.1", False), ("192.88.99.1", False), ("192.175.48.1", False), ("198.18.0.1", False),
+        ("198.19.255.255", False), ("198.51.100.1", False), ("203.0.113.1", False), ("240.0.0.1", False),
+        ("100::1", False), ("100:0:0:1::1", False), ("2001:2::1", False), ("2001:20::1", False), ("2001:1::1", False),
+        ("2001:db8::1", False), ("2620:4f:8000::1", False), ("3fff::1", False), ("3fff:fff::1", False),
+        ("5f00::1", False), ("fec0::2", False), ("fc00::1", False), ("febf::1", False), ("ff0e::1", False),
+        ("4000::1", False), ("e000::1", False), ("2001:4860:4860::8888", True), ("2a00:1450:4001::1", True),
+        ("3fff:1000::1", True), ("192.0.1.1", True), ("172.32.0.1", True), ("100.128.0.1", True),
+        ("223.255.255.1", True),
+    ],
+)  # fmt: skip
+def test_which_addresses_are_public(address: str, public: bool) -> None:
+    assert is_public(ipaddress.ip_address(address)) == public
+
+
+def test_large_bodies_wait_for_those_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many threads there are, no more is asked for than memory holds."""
+    monkeypatch.setattr("pipeline.data.fetch.fetcher.MOST_BYTES", 250)
+    finished: list[int] = []
+    ahead: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(60):
+            while len(finished) < i:
+                time.sleep(0.001)
+            ahead.append(i - taken)
+            yield i
+
+    def work(item: int) -> bytes:
+        finished.append(item)
+        return bytes(100)
+
+    taken = 0
+    for result in in_order(work, items(), 16, len):
+        assert len(result) == 100
+        taken += 1
+    assert taken == 60
+    assert max(ahead) <= 5

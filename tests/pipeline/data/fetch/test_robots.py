@@ -1,0 +1,402 @@
+"""robots.txt and X-Robots-Tag: the examples of RFC 9309, an independent matcher, and what a real server is asked."""
+
+import re
+import textwrap
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import make_config
+from pipeline.data.fetch.fetcher import Fetcher
+from pipeline.data.fetch.opener import Refused
+from pipeline.data.fetch.references import shown
+from pipeline.data.fetch.robots import MAX_RULES, ROBOTS_BYTES, Robots, decide, opting_out, parse_robots
+from pipeline.data.fetch.visit import private_headers
+from pipeline.data.pairs.opt_outs import read_opt_outs
+from pipeline.graph.artifacts import read_shards
+from pipeline.settings import PairsSettings
+from tests.chain import ROOT
+from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
+
+RFC_5_1 = b"""\
+User-Agent: *
+Disallow: *.gif$
+Disallow: /example/
+Allow: /publications/
+
+User-Agent: foobot
+Disallow:/
+Allow:/example/page.html
+Allow:/example/allowed.gif
+
+User-Agent: barbot
+User-Agent: bazbot
+Disallow: /example/page.html
+
+User-Agent: quxbot
+"""
+
+
+def allowed(robots: str | bytes, path: str) -> bool:
+    body = robots.encode() if isinstance(robots, str) else robots
+    return decide(parse_robots(body), f"http://example.com{path}") is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "path", "expected"),
+    [
+        (b"nobody", "/a.gif", False), (b"nobody", "/a.gif?x", True), (b"nobody", "/example/", False),
+        (b"nobody", "/publications/a.gif", True), (b"nobody", "/robots.txt", True),
+        (b"foobot", "/", False), (b"foobot", "/example/page.html", True), (b"foobot", "/example/other.html", False),
+        (b"foobot", "/example/allowed.gif", True), (b"foobot", "/robots.txt", True),
+        (b"barbot", "/example/page.html", False), (b"barbot", "/a.gif", True),
+        (b"bazbot", "/example/page.html", False), (b"bazbot", "/example/", True),
+        (b"quxbot", "/example/page.html", True), (b"quxbot", "/a.gif", True),
+    ],
+)  # fmt: skip
+def test_the_simple_example_of_the_rfc(ours: bytes, path: str, expected: bool) -> None:
+    assert allowed(RFC_5_1.replace(ours, b"unclip-ray"), path) == expected
+
+
+def test_the_longest_match_of_the_rfc() -> None:
+    robots = "User-Agent: *\nAllow: /example/page/\nDisallow: /example/page/disallowed.gif\n"
+    assert not allowed(robots, "/example/page/disallowed.gif")
+    assert allowed(robots, "/example/page/other.gif")
+
+
+@pytest.mark.parametrize(
+    ("rules", "path", "expected"),
+    [
+        ("Disallow: /p\nAllow: /p", "/p", True), ("Allow: /p\nDisallow: /p", "/p", True),  # equal: allow
+        ("Disallow: /\nAllow: /*.png$", "/a.png", True), ("Disallow: /\nAllow: /*.png$", "/a.png?x", False),
+        ("Disallow:", "/a", True), ("Disallow: ", "/", True), ("Allow: /", "/a", True),
+        ("Disallow: /A", "/a", True), ("disALLOW : /a # why", "/a", False), ("Disallow /a", "/a", True),
+        ("Disallow: /fish*", "/fish.png", False), ("Disallow: /*fish", "/a/fish", False), ("Disallow: *", "/a", False),
+        ("Disallow: /a$", "/a", False), ("Disallow: /a$", "/ab", True), ("Disallow: /a$b", "/a$b", False),
+        ("Disallow: /a%2Ab", "/a*b", False), ("Disallow: /a%24", "/a$", False), ("Disallow: /a*b$", "/a-b-b", False),
+        ("Disallow: /foo/bar?baz=http://foo.bar", "/foo/bar?baz=http://foo.bar", False),  # RFC 9309, 2.2.2
+        ("Disallow: /foo/bar/\u30c4", "/foo/bar/%E3%83%84", False), ("Disallow: /%e3%83%84", "/%E3%83%84", False),
+        ("Disallow: /foo/bar/%62%61%7A", "/foo/bar/baz", False), ("Disallow: /a%2fb", "/a/b", True),
+        ("Disallow: /a%2fb", "/a%2Fb", False), ("Disallow: /?", "/?q", False), ("Disallow: /?", "/", True),
+        ("Crawl-delay: 3\nDisallow: /a", "/a", False), ("Sitemap: http://x\nDisallow: /a", "/a", False),
+    ],
+)  # fmt: skip
+def test_what_a_rule_means(rules: str, path: str, expected: bool) -> None:
+    for ending in ("\n", "\r\n", "\r"):
+        assert allowed("User-agent: *\n".replace("\n", ending) + rules.replace("\n", ending), path) == expected
+
+
+@pytest.mark.parametrize(
+    ("robots", "expected"),
+    [
+        ("User-agent: UNCLIP-Ray/1.0\nDisallow: /a", False),
+        ("User-agent: img2dataset\nDisallow: /a", False),  # in our user agent, too
+        ("User-agent: *\nDisallow: /a\nUser-agent: unclip-ray\nDisallow: /b", True),  # our own group stands alone
+        ("User-agent: unclip-ray\nDisallow: /b\nUser-agent: x\nAllow: /\nUser-agent: unclip-ray\nDisallow: /a", False),
+        ("User-agent: unclip-ray\nUser-agent: x\n\n# a remark\n\nDisallow: /a", False),
+        ("User-agent: x\nSitemap: http://x\nUser-agent: unclip-ray\nDisallow: /a", False),  # no rule between: one group
+        ("User-agent: unclip-rayon\nDisallow: /a", True),
+        ("Disallow: /a", True),  # before any group
+        ("\ufeffUser-agent: *\nDisallow: /a", False),
+        ("<!doctype html><title>not found</title>", True),
+        ("", True),
+    ],
+)
+def test_which_group_counts(robots: str, expected: bool) -> None:
+    assert allowed(robots, "/a") == expected
+
+
+def test_only_the_first_500_kib_are_read() -> None:
+    inside = b"User-agent: *\n" + b"#" * (ROBOTS_BYTES - 100) + b"\nDisallow: /a\n"
+    outside = b"User-agent: *\n" + b"#" * ROBOTS_BYTES + b"\nDisallow: /a\n"
+    assert not allowed(inside, "/a")
+    assert allowed(outside, "/a")
+
+
+@given(st.text("ab*$/", max_size=12), st.text("ab$*/", max_size=12))
+def test_a_pattern_matches_what_a_regular_expression_does(pattern: str, path: str) -> None:
+    end = pattern.endswith("$")
+    translated = "".join(".*" if c == "*" else re.escape(c) for c in pattern.removesuffix("$"))
+    expected = re.match(translated + (r"\Z" if end else ""), f"/{path}") is not None
+    assert allowed(f"User-agent: *\nDisallow: {pattern}", f"/{path}") == (not expected or not pattern)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_read(body: bytes) -> None:
+    for rule in parse_robots(b"User-agent: *\nDisallow: " + body):
+        assert unquote(rule.pattern)
+        decide([rule], "http://a.test/x")
+
+
+def test_a_pattern_of_many_stars_takes_no_time() -> None:
+    robots = "User-agent: *\nDisallow: /" + "*a" * 2000 + "b\n"  # a backtracking matcher would never end
+    assert allowed(robots, "/" + "a" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("tags", "out"),
+    [
+        (["noai"], True), (["index, NoImageAI"], True), (["all", "noindex"], True), (["none"], True),
+        (["noimageindex"], True),
+        (["nofollow, noarchive"], False), ([], False), ([""], False), (["noaim"], False), (["max-snippet: 20"], False),
+        (["unclip-ray: noai"], True), (["Unclip-Ray: nofollow, noai"], True), (["img2dataset: noindex"], True),
+        (["*: noai"], True), (["googlebot: noai"], False), (["googlebot: nofollow, noai"], False),
+        (["googlebot: noai, unclip-ray: noai"], True), (["unclip-ray: nofollow, googlebot: noai"], False),
+        (["googlebot: noai", "noai"], True), (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], True),
+        (["unavailable_after: Wed, 25 Jun 2030 15:00:00 GMT"], False), (["max-image-preview:large,noai"], True),
+    ],
+)  # fmt: skip
+def test_forms_of_the_header(tags: list[str], out: bool) -> None:
+    assert (opting_out(tags) is not None) == out
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(b"", None), ("http_4xx", None), ("http_5xx", "http_5xx"), ("timeout", "timeout"),
+     ("rate_limited", "rate_limited"), ("forbidden_address", "forbidden_address")],
+)  # fmt: skip
+def test_what_the_lack_of_a_robots_txt_means(answer: bytes | str, reason: str | None) -> None:
+    asked: list[str] = []
+    robots = Robots(lambda url: asked.append(url) or answer)
+    for _ in range(3):
+        if reason is None:
+            assert robots.forbidding("http://a.test", "http://a.test/x") is None
+        else:
+            with pytest.raises(Refused, match=f"^{reason}$"):
+                robots.forbidding("http://a.test", "http://a.test/x")
+    assert asked == ["http://a.test/robots.txt"]
+
+
+def test_it_is_asked_for_anew_after_a_day_and_after_a_failure_in_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, answers, asked = [0.0], ["http_5xx", b"User-agent: *\nDisallow: /", b""], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    robots = Robots(lambda url: asked.append(url) or answers[len(asked) - 1])  # type: ignore[return-value]
+    found = []
+    for clock[0] in (1.0, 300.0, 302.0, 86_000.0, 86_703.0):
+        try:
+            found.append(robots.forbidding("http://a.test", "http://a.test/x") is not None)
+        except Refused:
+            found.append(None)
+    assert (found, len(asked)) == ([None, None, True, True, False], 3)
+
+
+def test_threads_share_one_request_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fetch(url: str) -> bytes:
+        asked.append(url)
+        time.sleep(0.02)
+        return b"User-agent: *\nDisallow: /x"
+
+    robots = Robots(fetch)
+    threads = [threading.Thread(target=robots.forbidding, args=("http://a.test", "http://a.test/x")) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert asked == ["http://a.test/robots.txt"]
+
+    monkeypatch.setattr(Robots, "MAX_BYTES", 2000)
+    large = Robots(lambda url: b"user-agent:*\nallow:/a\n")
+    for i in range(50):
+        large.forbidding(f"http://{i}.test", f"http://{i}.test/")
+        assert large._size == sum(site.size for site in large._sites.values()) <= 2000
+    assert 5 < len(large._sites) < 50
+    monkeypatch.setattr(Robots, "MAX_SITES", 7)
+    large.forbidding("http://a.test", "http://a.test/")
+    many = Robots(lambda url: b"")
+    for i in range(50):
+        many.forbidding(f"http://{i}.test", f"http://{i}.test/")
+    assert list(many._sites) == [f"http://{i}.test" for i in range(43, 50)]
+
+
+def test_rules_count_as_the_memory_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A robots.txt of short lines takes twenty times its bytes once it is parsed."""
+    monkeypatch.setattr(Robots, "MAX_BYTES", 4 << 20)
+    largest = b"user-agent:*\n" + b"allow:/x\n" * (ROBOTS_BYTES // 9)
+    robots = Robots(lambda url: largest)
+    tracemalloc.start()
+    for i in range(6):
+        robots.forbidding(f"http://{i}.test", f"http://{i}.test/")
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert robots._size <= 4 << 20
+    assert held < 5 << 20
+    assert len(robots._sites) >= 1
+
+
+def test_of_endless_rules_those_for_us_are_not_crowded_out() -> None:
+    crowd = "User-Agent: *\n" + "Allow: /x\n" * (MAX_RULES + 1)
+    assert len(parse_robots(crowd.encode())) == MAX_RULES
+    assert not allowed(crowd + "User-Agent: img2dataset\nDisallow: /\n", "/a.png")
+
+
+# --- against a server -------------------------------------------------------------------------------------------------
+
+
+class Pages(dict[str, Page]):
+    """Pages that note what they were asked for."""
+
+    def __init__(self, pages: dict[str, Page]):
+        super().__init__(pages)
+        self.asked: list[str] = []
+
+    def get(self, path: str, default: Page | None = None) -> Page | None:  # type: ignore[override]
+        self.asked.append(path)
+        return super().get(path, default)
+
+
+def reasons(pages: Pages, *urls: str, **changes: object) -> list[str | None]:
+    with serving(pages) as address:
+        hosts = {"a.test": address, "b.test": address}
+        settings = PairsSettings(**{"hosts": hosts, "retries": 0, "timeout_s": 5.0, **changes})  # type: ignore[arg-type]
+        return [fetched.reason for fetched in Fetcher(settings, 10_000).fetch(urls)]
+
+
+def test_a_forbidden_picture_is_never_asked_for() -> None:
+    pages = Pages({"/robots.txt": Page(b"User-agent: *\nDisallow: /no"), "/no": Page(b"x"), "/yes": Page(b"x")})
+    assert reasons(pages, "http://a.test/no", "http://a.test/yes", "http://a.test/%6Eo", retries=3) == [
+        "opted_out",
+        None,
+        "opted_out",
+    ]
+    assert sorted(pages.asked) == ["/robots.txt", "/yes"]
+
+
+def test_an_opt_out_by_header_is_not_asked_for_again() -> None:
+    pages = Pages({"/no": Page(b"x", headers={"X-Robots-Tag": "googlebot: all, unclip-ray: noai"})})
+    assert reasons(pages, "http://a.test/no", retries=3) == ["opted_out"]
+    assert sorted(pages.asked) == ["/no", "/robots.txt"]
+
+
+def test_a_redirect_is_judged_where_it_leads_to() -> None:
+    pages = Pages({"/robots.txt": Page(b"User-agent: *\nDisallow: /no"), "/no": Page(b"x")})
+    pages["/to"] = Page(status=302, headers={"Location": "http://b.test/no"})
+    pages["/tagged"] = Page(status=302, headers={"Location": "/yes", "X-Robots-Tag": "noai"})
+    assert reasons(pages, "http://a.test/to", "http://a.test/tagged") == ["opted_out", "opted_out"]
+    assert sorted(pages.asked) == ["/robots.txt", "/robots.txt", "/tagged", "/to"]
+
+
+def test_robots_txt_is_followed_over_five_redirects_and_to_no_forbidden_address() -> None:
+    hops = {f"/r{i}": Page(status=301, headers={"Location": f"http://b.test/r{i + 1}"}) for i in range(1, 5)}
+    hops |= {"/r5": Page(b"User-agent: *\nDisallow: /no"), "/no": Page(b"x")}
+    start = {"/robots.txt": Page(status=302, headers={"Location": "http://b.test/r1"})}
+    assert reasons(Pages(hops | start), "http://a.test/no") == ["opted_out"]
+    longer = {
+        "/robots.txt": Page(status=302, headers={"Location": "/r0"}),
+        "/r0": Page(status=302, headers={"Location": "/r1"}),
+    }
+    assert reasons(Pages(hops | longer), "http://a.test/no") == ["unreachable"]
+    inside = {"/robots.txt": Page(status=302, headers={"Location": "http://127.0.0.1:9/"})}
+    assert reasons(Pages(hops | inside), "http://a.test/no") == ["forbidden_address"]
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [(Page(status=404), None), (Page(status=403), None), (Page(status=500), "http_5xx"), (Page(status=503), "http_5xx"),
+     (Page(b"\xff\xfe\0" * 50), None),
+     (Page(b"User-agent: *\nDisallow: /", headers={"Content-Type": "text/html"}), "opted_out"),
+     (Page(b"User-agent: *\nDisallow: /\n" + b"#" * (1 << 20)), "opted_out")],
+)  # fmt: skip
+def test_what_answers_to_robots_txt_mean(page: Page, reason: str | None) -> None:
+    pages = Pages({"/robots.txt": page, "/x": Page(b"x")})
+    assert reasons(pages, "http://a.test/x") == [reason]
+    assert ("/x" in pages.asked) == (reason is None)
+
+
+def test_a_site_whose_robots_txt_cannot_be_had_costs_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    pages = Pages({"/robots.txt": Page(status=500)})
+    urls = [f"http://a.test/{i}" for i in range(20)]
+    assert reasons(pages, *urls, retries=2) == ["http_5xx"] * 20
+    assert pages.asked == ["/robots.txt"] * 3
+    assert len([pause for pause in pauses if pause]) == 2
+
+
+def test_a_robots_txt_that_fails_once_is_tried_again() -> None:
+    class Flaky(Pages):
+        def get(self, path: str, default: Page | None = None) -> Page | None:  # type: ignore[override]
+            page = super().get(path, default)
+            return Page(status=502) if path == "/robots.txt" and self.asked.count(path) == 1 else page
+
+    pages = Flaky({"/robots.txt": Page(b"User-agent: *\nDisallow: /no"), "/no": Page(b"x"), "/x": Page(b"x")})
+    assert reasons(pages, "http://a.test/x", "http://a.test/no", retries=1) == [None, "opted_out"]
+    assert sorted(pages.asked) == ["/robots.txt", "/robots.txt", "/x"]
+
+
+def test_evidence_can_be_printed_by_whoever_reads_it(tmp_path: Path) -> None:
+    """What a site says may hold anything, and a reference may be signed."""
+    pages = {
+        "/robots.txt": Page(b"User-agent: *\nDisallow: /no # \x1b]0;PWNED\x07\n"),
+        "/tag.png?sig=5ecret": Page(picture(2), headers={"X-Robots-Tag": "noai, \x9b2J"}),
+    }
+    urls = ["http://a.test/no.png?X-Amz-Signature=5ecret", "http://a.test/tag.png?sig=5ecret"]
+    source = write_list(tmp_path / "list.csv", [(url, "a picture") for url in urls])
+    with serving(pages) as address:
+        bench = Bench(tmp_path / "store", [source], run={"pairs": {"hosts": {"a.test": address}, "retries": 0}})
+        bench.make("source", "pairs")
+    found = list(read_opt_outs(bench.store, read_shards(bench.store, bench.made["pairs"])))
+    assert [row["url"] for row in found] == [shown(url) for url in urls]
+    assert [row["evidence"] for row in found] == [
+        r"http://a.test/robots.txt line 2: Disallow: /no # \x1b]0;PWNED\x07",
+        r"X-Robots-Tag: noai, \x9b2J at http://a.test/tag.png?sig=***",
+    ]
+
+
+def test_evidence_says_what_kept_us_out_and_when_and_the_result_is_the_same_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages = {
+        "/robots.txt": Page(b"# hello\nUser-agent: *\nDisallow: /no*.png  # please\n"),
+        "/no/1.png": Page(picture(1)),
+        "/tag.png": Page(picture(2), headers={"X-Robots-Tag": "noindex, noai"}),
+        "/yes.png": Page(picture(3)),
+        "/to.png": Page(status=302, headers={"Location": "/tag.png"}),
+    }
+    began = time.time()
+    benches = []
+    with serving(pages) as address:
+        urls = [f"http://a.test/{name}.png" for name in ("no/1", "tag", "yes", "to", "gone")]
+        source = write_list(tmp_path / "list.csv", [(url, "a picture") for url in urls])
+        for name in ("first", "again"):
+            run = {"pairs": {"hosts": {"a.test": address}, "retries": 0}}
+            benches.append(Bench(tmp_path / name, [source], run=run))
+            benches[-1].make("source", "pairs")
+    first, again = benches
+    assert [row["reason"] for row in first.rows("pairs")] == ["opted_out", "opted_out", None, "opted_out", "http_4xx"]
+    assert first.blobs("pairs") == again.blobs("pairs")
+    assert first.made["pairs"].shard_table == again.made["pairs"].shard_table
+    found = list(read_opt_outs(first.store, read_shards(first.store, first.made["pairs"])))
+    assert [(row["key"], row["url"], row["evidence"]) for row in found] == [
+        ("000000000000", urls[0], "http://a.test/robots.txt line 3: Disallow: /no*.png  # please"),
+        ("000000000001", urls[1], "X-Robots-Tag: noindex, noai at http://a.test/tag.png"),
+        ("000000000003", urls[3], "X-Robots-Tag: noindex, noai at http://a.test/tag.png"),
+    ]
+    assert all(began <= row["seen"].timestamp() <= time.time() for row in found)
+
+    page = (ROOT / "docs/fetch.md").read_text()
+    code = page[page.index("    from pipeline.graph.artifacts") : page.index("`store` is")]
+    exec(textwrap.dedent(code), {"store": first.store, "pairs": first.made["pairs"]})
+    assert (
+        capsys.readouterr().out.splitlines()[0].startswith(f"000000000000 {urls[0]} opted_out http://a.test/robots.t")
+    )
+
+
+def test_the_settings_that_the_page_shows_can_be_read() -> None:
+    page = (ROOT / "docs/fetch.md").read_text()
+    values = yaml.safe_load(page[page.index("    run:\n") :])
+    config = make_config({"project": "p", "store": "s", "source": {"paths": ["a.csv"]}} | values)
+    assert private_headers(config.run.pairs.headers, {"PICTURES_HEADERS": "Cookie: a=b"}) == {
+        "https://pictures.example.org": {"Cookie": "a=b"}
+    }

@@ -1,0 +1,246 @@
+"""Pictures that kill their decoder: real processes that die by real signals."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.pairs import decoding
+from pipeline.data.pairs import stage as pairs
+from pipeline.data.pairs.decoding import BASE_BYTES, BYTES_PER_PIXEL, COMMAND, KEEP_MEMORY, Decoder, seconds
+from pipeline.data.pairs.picture import Picture, inspect, resize
+from pipeline.data.pairs.sandbox import KEPT
+from pipeline.errors import UserError
+from tests.pipeline.data.bench import Bench, picture, write_list
+
+LIMITS = (64, 1_000_000, "jpg", 90)
+
+# A child as the real one, but for pictures that hold a word: those do to it what a broken decoder would.
+WRAPPED = """
+import os, signal, sys, time
+from pathlib import Path
+from pipeline.data import decoding
+
+SIGNALS = {b"SEGFAULT": signal.SIGSEGV, b"OUT-OF-MEMORY": signal.SIGKILL, b"ABORT": signal.SIGABRT}
+
+def hurt(function):
+    def hurting(data, *arguments, starts):
+        for word in (word for word in SIGNALS if word in data):
+            os.kill(os.getpid(), SIGNALS[word])
+        if b"EXIT" in data:
+            os._exit(0)
+        if b"ONCE" in data and not Path(sys.argv[1]).exists():
+            Path(sys.argv[1]).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if b"CHATTER" in data:
+            os.write(1, b"a library that talks\\n" * 10_000)
+        if b"SPIN" in data or b"SLEEP" in data:
+            starts(1)
+            while b"SPIN" in data:
+                pass
+            time.sleep(600)
+        if b"GREEDY" in data:
+            bytearray(1 << 40)
+        if b"LIES" in data:
+            return "no_such_reason"
+        return function(data, *arguments, starts=starts)
+    return hurting
+
+decoding.resize, decoding.inspect = hurt(decoding.resize), hurt(decoding.inspect)
+decoding.IDLE_S = int(sys.argv[2])
+if os.environ.get("LANG") == "hurried":
+    decoding.BASE_S = 0.2
+decoding.main()
+"""
+
+
+def wrapped(folder: Path, idle_s: int = 60) -> Decoder:
+    return Decoder((sys.executable, "-c", WRAPPED, str(folder / "once"), str(idle_s)))
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
+    with closing(wrapped(tmp_path_factory.mktemp("decoder"))) as decoder:
+        yield decoder
+
+
+def with_word(word: str) -> bytes:
+    """A sound PNG with a word after its end, which decoders do not read."""
+    return picture(1) + word.encode()
+
+
+@pytest.mark.parametrize("word", ["SEGFAULT", "OUT-OF-MEMORY", "ABORT", "EXIT"])
+def test_a_picture_that_kills_its_decoder_costs_itself(decoder: Decoder, word: str) -> None:
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+    assert decoder.inspect(with_word(word), 1_000_000) == "decoder_crashed"
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+
+
+def test_one_that_was_killed_once_has_another_try(decoder: Decoder) -> None:
+    assert decoder.inspect(with_word("ONCE"), 1_000_000) == (80, 72)
+    assert decoder.resize(with_word("SEGFAULT"), *LIMITS) == "decoder_crashed"
+
+
+def test_answers_are_those_of_the_functions_whatever_is_printed(decoder: Decoder) -> None:
+    whole = picture(3, 300, 200)
+    for data in (whole, whole[:-300], b"", b"<html>", picture(4, kind="WEBP"), with_word("CHATTER"), bytes(3_000_000)):
+        for arguments in (LIMITS, (64, 10, "png", 3)):
+            assert decoder.resize(data, *arguments) == resize(data, *arguments)
+        assert decoder.inspect(data, 1_000_000) == inspect(data, 1_000_000)
+    assert isinstance(decoder.resize(whole, *LIMITS), Picture)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child has a second of processor time for a picture."""
+    monkeypatch.setenv("LANG", "hurried")
+
+
+@pytest.mark.usefixtures("hurried")
+def test_one_that_takes_more_processor_time_than_its_pixels_may_is_not_tried_again(tmp_path: Path) -> None:
+    with closing(wrapped(tmp_path)) as decoder:
+        for ask in (lambda data: decoder.inspect(data, 10**9), lambda data: decoder.resize(data, *LIMITS)):
+            assert ask(with_word("SPIN")) == "decode_timeout"
+            assert not isinstance(ask(picture(2)), str)
+
+
+def test_one_that_only_waits_is_ended_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "BASE_S", 1.0)
+    with closing(wrapped(tmp_path)) as decoder:
+        assert decoder.inspect(with_word("SLEEP"), 1) == "decode_timeout"
+        monkeypatch.undo()
+        assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+
+
+def test_time_is_by_pixels() -> None:
+    assert seconds(64_000_000) - seconds(0) == pytest.approx(64)
+
+
+def test_want_of_memory_costs_that_picture_and_not_the_child(decoder: Decoder) -> None:
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+    child = decoder._process
+    assert decoder.inspect(with_word("GREEDY"), 1_000_000) == "decode_error"
+    assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+    assert decoder._process is child
+
+
+def test_a_child_that_says_what_no_sound_one_does_is_replaced(decoder: Decoder) -> None:
+    assert decoder.inspect(with_word("LIES"), 1_000_000) == "decoder_crashed"
+
+
+def test_the_child_has_no_secrets_no_rights_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"AWS_SECRET_ACCESS_KEY": "SEKRET", "RAY_AUTH_TOKEN": "SEKRET", "PICTURES_HEADERS": "Cookie: SEKRET"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    with closing(Decoder()) as decoder:
+        assert decoder.inspect(picture(1), 1_000_000) == (80, 72)
+        assert decoder._process is not None
+        proc = Path(f"/proc/{decoder._process.pid}")
+        environment = dict(part.split("=", 1) for part in (proc / "environ").read_text().split("\0") if part)
+        assert "SEKRET" not in environment.values()
+        assert environment.keys() <= {*KEPT, *KEEP_MEMORY, "PYTHONPATH", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}
+        status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
+        assert status["NoNewPrivs"] == "1"
+        assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+        limits = {line[:26].strip(): line[26:].split()[0] for line in (proc / "limits").read_text().splitlines()}
+        assert limits["Max core file size"] == limits["Max file size"] == "0"
+        assert limits["Max open files"] == "64"
+        assert int(limits["Max cpu time"]) < 60
+        mapped = 1024 * int(status["VmSize"].split()[0])
+        assert 0 < int(limits["Max address space"]) - mapped <= BASE_BYTES + BYTES_PER_PIXEL * 1_000_000
+
+
+def test_the_child_has_no_network_and_writes_no_files(tmp_path: Path) -> None:
+    """Where the machine allows namespaces; elsewhere the rest still holds."""
+    code = """
+    import os, socket, sys
+    from pipeline.data.sandbox import give_up_rights
+    home = os.readlink("/proc/self/ns/net")
+    give_up_rights()
+    try:
+        with open(sys.argv[1], "wb", 0) as f:
+            f.write(b"x")
+    except OSError as e:
+        print(e.errno)
+    if os.readlink("/proc/self/ns/net") != home:
+        print(*[name for _, name in socket.if_nameindex()])
+        try:
+            open(f"/proc/{os.getppid()}/environ", "rb").read()
+        except OSError as e:
+            print(e.errno)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "file")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert said in ([str(errno.EFBIG)], [str(errno.EFBIG), "lo", str(errno.EACCES)])
+
+
+def test_an_idle_child_ends_and_the_next_picture_starts_another(tmp_path: Path) -> None:
+    with closing(wrapped(tmp_path, idle_s=1)) as decoder:
+        first = decoder.inspect(picture(1), 1_000_000)
+        assert decoder._process is not None
+        decoder._process.wait(30)
+        assert decoder.inspect(picture(1), 1_000_000) == first == (80, 72)
+
+
+def test_a_decoder_that_cannot_start_is_said_and_rejects_nothing() -> None:
+    decoder = Decoder((sys.executable, "-c", "raise SystemExit(3)"))
+    with pytest.raises(UserError, match=r"run python -m pipeline\.data\.decoding to see why"):
+        decoder.inspect(picture(1), 1_000_000)
+
+
+def test_the_child_ends_with_its_parent() -> None:
+    code = """
+    import time
+    from pipeline.data.decoding import Decoder
+    decoder = Decoder()
+    decoder.inspect(b"x", 1)
+    print(decoder._process.pid, flush=True)
+    time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():  # not a zombie
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.05)
+
+
+def test_a_shard_with_such_pictures_is_made_and_every_row_counted(
+    tmp_path: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = [picture(0), with_word("SEGFAULT"), picture(2), with_word("OUT-OF-MEMORY"), picture(4)]
+    for i, body in enumerate(bodies):
+        (tmp_path / f"{i}.png").write_bytes(body)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, body in enumerate(bodies[:2]):
+            for name, data in ((f"{i}.png", body), (f"{i}.txt", b"a picture")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    source = write_list(tmp_path / "list.csv", [(f"file://{tmp_path}/{i}.png", "a picture") for i in range(5)])
+    monkeypatch.setattr(pairs, "shared_decoder", lambda: decoder)
+    bench = Bench(tmp_path / "store", [source, str(tmp_path / "a.tar")])
+    bench.make("source", "pairs")
+    crashed = "decoder_crashed"
+    assert [row["reason"] for row in bench.rows("pairs")] == [None, crashed, None, crashed, None, None, crashed]
+    ledger = bench.made["pairs"].ledger
+    assert (ledger.kept, ledger.rejected) == (4, {crashed: 3})
+
+
+def test_the_pipelines_own_child_is_the_real_one() -> None:
+    assert (sys.executable, "-m", "pipeline.data.pairs.decoding") == COMMAND
+    assert os.access(COMMAND[0], os.X_OK)
+    with closing(Decoder()) as decoder:
+        assert decoder.resize(picture(5), *LIMITS) == resize(picture(5), *LIMITS)

@@ -1,0 +1,65 @@
+"""A shard that changed in part asks nobody for what an earlier run has."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.pairs.opt_outs import read_opt_outs
+from pipeline.graph.artifacts import read_shards
+from pipeline.graph.plan import plan
+from pipeline.graph.runs import remember
+from pipeline.ledger import Ledger
+from pipeline.store.records import blob_path
+from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
+
+GOOD = {f"/{i}.png": Page(picture(i)) for i in range(9)}
+OPTED_OUT = {"/2.png": Page(picture(2), headers={"X-Robots-Tag": "noai"})}
+
+
+def _run(folder: Path, paths: list[str], pages: Mapping[str, Page], **pairs: Any) -> Bench:
+    with serving(pages) as address:
+        settings = {"workers": 0, "hosts": {"h": address}, "retries": 0}
+        bench = Bench(folder, paths, source={"shard_rows": 4}, run={"pairs": settings}, pairs=pairs)
+        remember(bench.store, "bench", bench.graph, plan(bench.graph, bench.source_keys, "bench", bench.store, {}))
+        bench.make("source", "captions", "pairs")
+    return bench
+
+
+def _list(folder: Path, *names: int | str) -> list[str]:
+    return [write_list(folder / "a.csv", [(f"http://h/{name}.png", f"picture {name}", "train") for name in names])]
+
+
+def test_rows_that_were_added_are_the_only_ones_asked_for(tmp_path: Path) -> None:
+    first = _run(tmp_path / "a", _list(tmp_path, 0, 1, 2, 3, 4, "missing"), GOOD | OPTED_OUT)
+    assert first.made["pairs"].ledger == Ledger(kept=4, rejected={"http_4xx": 1, "opted_out": 1})
+    paths = _list(tmp_path, 0, 1, 2, 3, 4, "missing", 5)
+    grown = _run(tmp_path / "a", paths, {"/5.png": GOOD["/5.png"]})
+    fresh = _run(tmp_path / "b", paths, GOOD | OPTED_OUT)
+    assert grown.rows("pairs") == fresh.rows("pairs")
+    assert grown.blobs("pairs") == fresh.blobs("pairs")
+
+
+def test_rows_that_moved_or_have_another_hash_are_asked_for(tmp_path: Path) -> None:
+    _run(tmp_path / "a", _list(tmp_path, 0, 1, 2, 3), GOOD | OPTED_OUT)
+    swapped = _run(tmp_path / "a", _list(tmp_path, 1, 0, 2, 3), {"/0.png": GOOD["/0.png"]})
+    assert [row["reason"] for row in swapped.rows("pairs")] == ["http_4xx", None, "opted_out", None]
+    (evidence,) = read_opt_outs(swapped.store, read_shards(swapped.store, swapped.made["pairs"]))
+    assert (evidence["key"], evidence["evidence"]) == ("000000000002", "X-Robots-Tag: noai at http://h/2.png")
+    rows = [(f"http://h/{i}.png", f"picture {i}", "train", "0" * 64 if i == 3 else "") for i in (1, 0, 2, 3)]
+    hashed = _run(tmp_path / "a", [write_list(tmp_path / "a.csv", rows)], GOOD)
+    assert [row["reason"] for row in hashed.rows("pairs")] == ["http_4xx", None, "opted_out", "hash_mismatch"]
+
+
+@pytest.mark.parametrize("change", ["recipe", "damage"])
+def test_nothing_is_taken_over_from_another_recipe_or_a_damaged_shard(change: str, tmp_path: Path) -> None:
+    first = _run(tmp_path / "a", _list(tmp_path, 0, 1, 2), GOOD)
+    if change == "damage":
+        (shard,) = read_shards(first.store, first.made["pairs"])
+        first.store.delete([blob_path(shard.blobs["images"])])
+    paths = _list(tmp_path, 0, 1, 2, 3)
+    second = _run(tmp_path / "a", paths, GOOD, **({"encode_quality": 90} if change == "recipe" else {}))
+    assert second.made["pairs"].ledger == Ledger(kept=4)
+    third = _run(tmp_path / "b", paths, GOOD, **({"encode_quality": 90} if change == "recipe" else {}))
+    assert second.blobs("pairs") == third.blobs("pairs")

@@ -1,0 +1,142 @@
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.pairs.row_index import (
+    COLUMNS,
+    STAGE_SIDES,
+    Place,
+    checksum,
+    index_counts,
+    index_table,
+    read_pictures,
+)
+from pipeline.errors import CorruptObject
+from pipeline.graph.artifacts import read_table, write_table
+from pipeline.store import Entry, Store
+from pipeline.store.records import blob_path, put_blob
+
+
+def _row(data: bytes, offset: int, **changes: Any) -> dict[str, Any]:
+    place = {"tar": None, "offset": offset, "size": len(data)}
+    return {"key": f"{offset:012d}", "xxh3": checksum(data), **place} | changes
+
+
+def _read(store: Store, blob: str, rows: Sequence[dict[str, Any]]) -> list[bytes]:
+    return read_pictures(store, [Place.of(row, blob) for row in rows])
+
+
+def _packed(sizes: list[int], gap: int) -> tuple[bytes, list[dict[str, Any]]]:
+    """Members with ``gap`` bytes before each, and their rows."""
+    packed, rows = b"", []
+    for i, size in enumerate(sizes):
+        packed += bytes(gap)
+        member = bytes([i + 1]) * size
+        rows.append(_row(member, len(packed)))
+        packed += member
+    return packed, rows
+
+
+def test_the_checksum_is_xxh3() -> None:
+    """What its specification gives for no bytes and no seed."""
+    assert checksum(b"") == "2d06800538d394c2"
+
+
+@pytest.mark.parametrize("gap", [0, 512, 4096, 5000])
+def test_pictures_come_in_the_order_of_the_rows(store: Store, gap: int) -> None:
+    packed, rows = _packed([10, 700, 3, 4096, 1], gap)
+    blob = put_blob(store, packed)
+    wanted = [rows[i] for i in (3, 0, 4, 4, 1)]
+    found = _read(store, blob, wanted)
+    assert [checksum(data) for data in found] == [row["xxh3"] for row in wanted]
+    assert _read(store, blob, []) == []
+
+
+def test_a_picture_that_two_rows_name_is_read_for_both(store: Store) -> None:
+    packed, rows = _packed([10, 3 << 20, 10], 512)
+    blob = put_blob(store, packed)
+    found = _read(store, blob, [rows[2], rows[1], rows[0], rows[1]])
+    assert [len(data) for data in found] == [10, 3 << 20, 10, 3 << 20]
+
+
+class Counting:
+    """A store that counts its reads."""
+
+    def __init__(self, store: Store):
+        self.store, self.reads = store, 0
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        self.reads += 1
+        return self.store.read_parts(path, parts)
+
+    def list(self, prefix: str) -> Any:
+        return iter(list[Entry](self.store.list(prefix)))
+
+    create = swap = delete = None
+
+
+@pytest.mark.parametrize(("gap", "reads"), [(512, 1), (4096, 1), (4097, 6)])
+def test_neighbours_are_read_together(store: Store, gap: int, reads: int) -> None:
+    packed, rows = _packed([100] * 6, gap)
+    counting = Counting(store)
+    _read(counting, put_blob(store, packed), rows)  # type: ignore[arg-type]
+    assert counting.reads == reads
+
+
+def test_rows_of_own_blob_and_of_tars_mix(store: Store, tmp_path: Any) -> None:
+    packed, rows = _packed([5, 6], 10)
+    (tmp_path / "a.tar").write_bytes(b"..." + b"theirs")
+    theirs = _row(b"theirs", 3, tar=str(tmp_path / "a.tar"))
+    found = _read(store, put_blob(store, packed), [rows[1], theirs, rows[0]])
+    assert found == [bytes([2]) * 6, b"theirs", bytes([1]) * 5]
+
+
+def test_damage_is_named(store: Store) -> None:
+    packed, rows = _packed([5, 6], 10)
+    blob = put_blob(store, packed)
+    with pytest.raises(CorruptObject, match=rows[1]["key"]) as caught:
+        _read(store, blob, [rows[0], rows[1] | {"xxh3": "0" * 16}])
+    assert caught.value.path == blob_path(blob)
+    store.delete([blob_path(blob)])
+    with pytest.raises(CorruptObject, match="is missing"):
+        _read(store, blob, rows)
+
+
+def test_the_table_keeps_every_column_and_leaves_null_what_is_not_known(store: Store) -> None:
+    table = index_table([_row(b"x", 512, status="kept"), {"key": "1", "status": "rejected", "reason": "timeout"}])
+    assert tuple(table.column_names) == COLUMNS
+    back = read_table(store, put_blob(store, write_table(table))).to_pylist()
+    assert back[0]["offset"] == 512
+    assert back[1]["offset"] is None
+    assert index_table([]).num_rows == 0
+    assert index_table([]).schema == table.schema
+
+
+def test_counts_by_split_and_side() -> None:
+    def row(split: str, width: int, height: int, status: str = "kept") -> dict[str, Any]:
+        return {"split": split, "width": width, "height": height, "status": status}
+
+    lost = {"split": "train", "width": None, "height": None, "status": "rejected"}
+    rows = [row("train", 63, 2000), row("train", 64, 64), row("train", 1024, 1500), row("test", 300, 256), lost]
+    counts = index_counts(rows)
+    assert {k: n for k, n in counts.items() if n} == {
+        "train/0": 3, "train/64": 2, "train/256": 1, "train/1024": 1, "test/0": 1, "test/64": 1, "test/256": 1,
+    }  # fmt: skip
+    assert len(counts) == 3 * len(STAGE_SIDES)
+
+
+def test_an_index_names_no_file_but_tars(store: Store, tmp_path: Path) -> None:
+    for name, sound in (("a.tar", True), ("a.png", False), ("tar", False)):
+        (tmp_path / name).write_bytes(b"...mine...")
+        place = Place.of(_row(b"mine", 3, tar=str(tmp_path / name)), None)
+        if sound:
+            assert read_pictures(store, [place]) == [b"mine"]
+        else:
+            with pytest.raises(CorruptObject, match="is not a tar"):
+                read_pictures(store, [place])

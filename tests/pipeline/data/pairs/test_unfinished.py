@@ -1,0 +1,131 @@
+"""A shard whose worker dies is gone on with: servers are not asked again, and its bytes are those of one that lived."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.pairs.row_index import checksum
+from pipeline.data.pairs.unfinished import KEEP_S, Unfinished
+from pipeline.graph.artifacts import read_shards
+from pipeline.store.records import read_blob
+from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
+
+DYING = """
+import json, os, signal, sys
+from pathlib import Path
+from pipeline.data.index import checksum
+from pipeline.data.unfinished import Unfinished
+from tests.pipeline.data.bench import Bench
+
+settings, store, source, rows = json.loads(sys.argv[1])
+add = Unfinished.add
+def dying(self, row, picture, extension):
+    add(self, row, picture, extension)
+    if row["key"].endswith(f"{rows - 1:04d}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+Unfinished.add = dying
+Bench(Path(store), [source], run={"pairs": settings}).make("source", "pairs")
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return folder
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_a_shard_goes_on_where_its_worker_died(tmp_path: Path, own_temporary_folder: Path, rows: int) -> None:
+    """A row was opted out, one is a 404, one is not an image; killed before, between and behind them."""
+    pages = {f"/{i}.png": Page(picture(i)) for i in range(8)}
+    pages["/2.png"] = Page(picture(2), headers={"X-Robots-Tag": "noai"})
+    pages["/5.png"] = Page(b"<html>")
+    del pages["/6.png"]
+    with serving(pages) as address:
+        source = write_list(tmp_path / "list.csv", [(f"http://a.test/{i}.png", f"row {i}") for i in range(8)])
+        settings = {"workers": 0, "hosts": {"a.test": address}, "retries": 0, "threads": 1}
+        store = str(tmp_path / "store")
+        argument = json.dumps([settings, store, source, rows])
+        died = subprocess.run(
+            [sys.executable, "-c", DYING, argument], cwd=Path(__file__).parents[4], capture_output=True
+        )
+        assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+        for i in range(rows):
+            pages[f"/{i}.png"] = Page(b"<html>asked again")
+        bench = Bench(Path(store), [source], run={"pairs": settings})
+        bench.make("source", "pairs")
+        expected = [None, None, "opted_out", None, None, "not_an_image", "http_4xx", None]
+        assert [row["reason"] for row in bench.rows("pairs")] == expected
+        assert list((own_temporary_folder / f"unclip-pairs-{os.getuid()}").iterdir()) == []
+        for i in range(rows):
+            pages[f"/{i}.png"] = Page(picture(i), headers={"X-Robots-Tag": "noai"} if i == 2 else {})
+        if rows > 5:
+            pages["/5.png"] = Page(b"<html>")
+        if rows > 6:
+            del pages["/6.png"]
+        whole = Bench(tmp_path / "whole", [source], run={"pairs": settings})
+        whole.make("source", "pairs")
+        for ours, theirs in zip(bench.blobs("pairs"), whole.blobs("pairs"), strict=True):
+            assert {k: v for k, v in ours[1].items() if k in ("images", "index")} == {
+                k: v for k, v in theirs[1].items() if k in ("images", "index")
+            }
+        [shard] = read_shards(bench.store, bench.made["pairs"])
+        assert len(read_blob(bench.store, shard.blobs["images"])) % 10240 == 0
+
+
+def added(unfinished: Unfinished, count: int) -> None:
+    with unfinished:
+        for i in range(len(unfinished.ended), count):
+            data = bytes([i]) * 700
+            unfinished.add({"key": f"{i}", "size": len(data), "xxh3": checksum(data)}, data, "jpg")
+
+
+@pytest.mark.parametrize("damage", ["torn line", "torn tar", "other bytes", "no json"])
+def test_what_is_damaged_is_made_again(damage: str) -> None:
+    first = Unfinished("a")
+    added(first, 3)
+    sound = first.path.read_bytes()
+    rows = first.path.with_name("rows")
+    if damage == "torn line":
+        rows.write_bytes(rows.read_bytes()[:-5])
+    elif damage == "no json":
+        rows.write_bytes(rows.read_bytes().rstrip(b"\n").rpartition(b"\n")[0] + b"\n[]\n")
+    elif damage == "torn tar":
+        os.truncate(first.path, 2 * 1536 + 600)
+    else:
+        data = bytearray(sound)
+        data[2 * 1536 + 600] ^= 1
+        first.path.write_bytes(data)
+    again = Unfinished("a")
+    assert list(again.ended) == ["0", "1"]
+    added(again, 3)
+    assert again.path.read_bytes() == sound
+
+
+def test_two_at_once_have_places_of_their_own_and_what_is_old_goes(own_temporary_folder: Path) -> None:
+    with Unfinished("a") as one, Unfinished("a") as other:
+        assert one.path != other.path
+    other.remove()
+    old = one.path.with_name("rows")
+    os.utime(old, (0, old.stat().st_mtime - KEEP_S - 60))
+    with Unfinished("b") as third:
+        assert not one.path.parent.exists()
+        assert third.path.parent.parent == one.path.parent.parent
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(own_temporary_folder: Path) -> None:
+    shared = own_temporary_folder / f"unclip-pairs-{os.getuid()}"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with Unfinished("a") as unfinished:
+        assert not unfinished.path.is_relative_to(shared)
+        assert unfinished.path.parent.stat().st_mode & 0o077 == 0

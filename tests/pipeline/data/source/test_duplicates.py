@@ -1,0 +1,237 @@
+"""Duplicate references: the verdicts of a plain set, in bounded memory, and without reading lists again."""
+
+import logging
+import tempfile
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.fetch.references import comparable
+from pipeline.data.source import duplicates
+from pipeline.data.source import stage as source
+from pipeline.data.source.duplicates import PARTS, Seen, hashes_of, read_hashes
+from pipeline.data.source.journal import Forgotten, Journal, reference_mark
+from pipeline.data.source.lists import read_rows
+from pipeline.data.source.stage import Scan, SourceRecipe, scan
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_table
+from pipeline.store import Store, open_store
+from pipeline.store.records import blob_path
+from tests.pipeline.data.bench import write_list
+
+LISTS = st.lists(st.lists(st.sampled_from(["", *(f"http://h/{i}" for i in range(12))]), max_size=20), max_size=5)
+
+
+def plainly(lists: list[list[str]]) -> list[list[bool]]:
+    """Whether an earlier row has a row's reference, by a set."""
+    seen: set[str] = set()
+    verdicts = []
+    for references in lists:
+        verdicts.append([])
+        for reference in references:
+            verdicts[-1].append(reference in seen)
+            seen |= {reference} - {""}
+    return verdicts
+
+
+@settings(deadline=None)
+@given(LISTS, st.integers(1, 7), st.integers(1, 4))
+def test_verdicts_are_those_of_a_set(lists: list[list[str]], block_rows: int, chunk: int) -> None:
+    with patch.object(duplicates, "BLOCK_ROWS", block_rows), patch.object(duplicates, "CHUNK", chunk), Seen() as seen:
+        found, fresh = [], []
+        for references in lists:
+            judged = seen.judge(references)
+            found.append([bool(flag) for flag in judged.duplicate.read_bytes()])
+            fresh += [h for hashes in read_hashes(judged.fresh) for h in hashes]
+    assert found == plainly(lists)
+    distinct = {reference for references in lists for reference in references} - {""}
+    assert sorted(fresh) == sorted(hashes_of(distinct))
+
+
+def test_hashes_of_earlier_rows_can_be_handed_over() -> None:
+    rng = np.random.default_rng(0)
+    references = [f"http://h/{i}" for i in rng.integers(0, 30_000, 40_000)]
+    with Seen() as whole, Seen() as first, Seen() as second:
+        expected = whole.judge(references).duplicate.read_bytes()
+        begun = first.judge(references[:25_000])
+        handed = np.concatenate(list(read_hashes(begun.fresh)))
+        assert (handed[1:] > handed[:-1]).all()
+        second.add(handed)
+        assert begun.duplicate.read_bytes() + second.judge(references[25_000:]).duplicate.read_bytes() == expected
+    assert list(expected) == [int(again) for again in plainly([references])[0]]
+
+
+def test_memory_does_not_grow_with_the_rows() -> None:
+    """Of 16 times as many rows: what is held at once is a block, and a part of 256."""
+
+    def peak(rows: int) -> int:
+        with Seen() as seen:
+            seen.judge(f"http://example.org/{i}" for i in range(1000))  # what is imported and cached
+            tracemalloc.start()
+            seen.judge(f"http://example.org/pictures/{i}" for i in range(rows))
+            held = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        return held
+
+    with patch.object(duplicates, "BLOCK_ROWS", 2000), patch.object(duplicates, "CHUNK", 1000):
+        few, many = peak(4000), peak(64_000)
+    assert many < 1.25 * few
+    assert few > 2000 * 40  # the block itself is counted
+
+
+def test_no_room_for_temporary_files_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Seen() as seen:
+        monkeypatch.setattr("builtins.open", _full)
+        with pytest.raises(UserError, match="free space, or name another folder in TMPDIR"):
+            seen.judge(["http://h/1"])
+        monkeypatch.undo()
+
+
+def _full(*arguments: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+# --- in a list --------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, lists: list[list[str]]) -> list[str]:
+    return [
+        write_list(folder / f"{i}.csv", [(url, f"row {j}") for j, url in enumerate(urls)])
+        for i, urls in enumerate(lists)
+    ]
+
+
+def _rejects(store: Store, found: Scan) -> list[str | None]:
+    return [reject for shard in found.shards for reject in read_table(store, shard.refs)["reject"].to_pylist()]
+
+
+def _by_a_set(lists: list[list[str]], forgotten: set[str]) -> list[str | None]:
+    return [
+        "forgotten" if url in forgotten else "no_reference" if not url else "duplicate_url" if again else None
+        for urls, verdicts in zip(lists, plainly(lists), strict=True)
+        for url, again in zip(urls, verdicts, strict=True)
+    ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(LISTS.map(lambda lists: [urls for urls in lists if urls]).filter(bool), st.sets(st.integers(0, 11), max_size=2))
+def test_lists_at_once_or_one_by_one_are_cut_as_by_a_set(lists: list[list[str]], forgotten: set[int]) -> None:
+    urls = {f"http://h/{i}" for i in forgotten}
+    journal = Journal(forgotten=tuple(Forgotten(reference_mark(url), ()) for url in urls))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = _write(Path(folder), lists)
+        recipe = SourceRecipe(tuple(paths), shard_rows=3)
+        once, one_by_one = open_store(f"{folder}/once"), open_store(f"{folder}/one")
+        expected = scan(recipe, once, write=True, journal=journal)
+        assert _rejects(once, expected) == _by_a_set(lists, urls)
+        before: list[source.SourceShard] = []
+        for i in range(len(paths)):
+            grown = replace(recipe, paths=tuple(paths[: i + 1]))
+            planned = scan(grown, one_by_one, write=False, journal=journal)
+            found = scan(grown, one_by_one, write=True, journal=journal)
+            assert planned.keys == found.keys
+            assert found.shards[: len(before)] == before
+            before = found.shards
+        assert before == expected.shards
+
+
+@pytest.fixture
+def appended(tmp_path: Path) -> tuple[Store, SourceRecipe, SourceRecipe]:
+    """A store with two lists, their recipe, and one with a third."""
+    lists = [[f"http://h/{i}" for i in range(start, start + 9)] for start in (0, 5, 10)]
+    *stored, new = _write(tmp_path, lists)
+    recipe = SourceRecipe(tuple(stored), shard_rows=4)
+    store = open_store(str(tmp_path / "store"))
+    scan(recipe, store, write=True)
+    return store, recipe, replace(recipe, paths=(*stored, new))
+
+
+def _spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is read from now on: lists by path, blobs by name."""
+    read: list[str] = []
+    blob = source.read_blob
+
+    def rows(path: str, recipe: SourceRecipe) -> Iterator[source.Row]:
+        read.append(path)
+        return read_rows(path, recipe)
+
+    monkeypatch.setattr(source, "read_rows", rows)
+    monkeypatch.setattr(source, "read_blob", lambda store, name: read.append(name) or blob(store, name))
+    return read
+
+
+def _hashes(store: Store) -> set[str]:
+    records = [source.read_record(store, entry.path) for entry in store.list("shards/source/segment-")]
+    return {name for record in records if record for name in record["hashes"]}
+
+
+def test_without_news_neither_lists_nor_hashes_are_read(
+    appended: tuple[Store, SourceRecipe, SourceRecipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, recipe, longer = appended
+    stored = _hashes(store)
+    read = _spied(monkeypatch)
+    scan(recipe, store, write=False)
+    assert read == []
+    found = scan(longer, store, write=False)
+    assert set(read) == stored | {longer.paths[2]}
+    assert found.shards[-3].ledger.rejected == {"duplicate_url": 4}
+
+
+def test_damaged_hashes_are_made_again(
+    appended: tuple[Store, SourceRecipe, SourceRecipe], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    store, _, longer = appended
+    expected = scan(longer, open_store(str(tmp_path / "other")), write=True).keys
+    stored = sorted(_hashes(store))
+    Path(store.url, blob_path(stored[0])).write_bytes(b"other bytes")
+    Path(store.url, blob_path(stored[1])).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert scan(longer, store, write=True).keys == expected
+    assert caplog.text.count("it is set aside, and") == 2
+    caplog.clear()
+    assert scan(longer, store, write=True).keys == expected
+    assert _hashes(store) > set(stored)
+    assert scan(longer, store, write=False).keys == expected
+    assert not caplog.text
+
+
+def test_what_is_forgotten_leaves_no_hash(appended: tuple[Store, SourceRecipe, SourceRecipe]) -> None:
+    store, recipe, _ = appended
+    before = {entry.path for entry in store.list("")}
+    journal = Journal(forgotten=(Forgotten(reference_mark("http://h/7"), (0, 1)),))
+    scan(recipe, store, write=True, journal=journal)
+    for url, there in (("http://h/7", False), ("http://h/8", True)):
+        new = [store.read(entry.path) for entry in store.list("blobs/") if entry.path not in before]
+        assert any(hashes_of([comparable(url)]).tobytes() in data for data in new) == there
+
+
+def test_another_spelling_of_a_url_is_a_duplicate(tmp_path: Path) -> None:
+    urls = ["http://h.test/a.png", "https://H.test:443/x/../a.png#2", "http://h.test/A.png", "http://h.test/a%2epng"]
+    found = scan(SourceRecipe(tuple(_write(tmp_path, [urls]))), open_store(str(tmp_path / "store")), write=True)
+    store = open_store(str(tmp_path / "store"))
+    assert _rejects(store, found) == [None, "duplicate_url", None, "duplicate_url"]
+
+
+def test_a_list_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for first, second in ((5, 6), (6, 5)):
+        counts = iter((first, second))
+        monkeypatch.setattr(
+            source, "read_rows", lambda path, _, c=counts: iter([source.Row(str(i), ()) for i in range(next(c))])
+        )
+        recipe = SourceRecipe((write_list(tmp_path / "a.csv", [("x", "y")]),), shard_rows=4)
+        with pytest.raises(UserError, match="changed while it was read; run again"):
+            scan(recipe, open_store(str(tmp_path / "store")), write=True)
+
+
+def test_hashes_are_spread_evenly() -> None:
+    """So that a part is about one in 256 of the rows."""
+    parts = np.bincount(hashes_of(f"http://h/{i}" for i in range(100_000)) >> np.uint64(56), minlength=PARTS)
+    assert parts.max() < 1.3 * 100_000 / PARTS

@@ -1,0 +1,206 @@
+"""Embeddings in clip-retrieval's layout, without a picture anywhere, up to a trained prior."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.embeddings.stage import read_embeddings
+from pipeline.data.source.stage import SourceRecipe, read_rows, split_by_hash
+from pipeline.errors import CorruptObject, UserError
+from pipeline.evaluate.rows import taught
+from pipeline.training.tables import Tables, embedding_dim
+from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
+
+DIM = 64  # of the nano preset's CLIP
+PARTS = {"2": 14, "10": 25}  # rows by number, in this order although text sorts otherwise
+ROWS = sum(PARTS.values())
+NAN, ZERO, BARE = 3, 20, 30  # rows that are no embedding, that have no length, that have no caption
+SHORT = {"samples": 64, "batch": 16, "warmup": 0}
+
+
+def url(row: int) -> str:
+    return f"https://pictures.test/{row}.jpg"
+
+
+def write_parts(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The folder, and the image and text embeddings of all rows, float16 and not of unit norm."""
+    image, text = np.random.default_rng(0).normal(size=(2, ROWS, DIM)).astype(np.float16)
+    image[NAN, 5], text[ZERO] = np.nan, 0
+    start = 0
+    for part, rows in PARTS.items():
+        own = range(start, start + rows)
+        columns = {
+            "image_path": [f"{i:09d}" for i in own],
+            "caption": ["" if i == BARE else f"caption {i}" for i in own],
+            "url": [url(i) for i in own],
+            "sha256": ["of the picture"] * rows,
+            "license": ["CC0"] * rows,
+        }
+        for name, matrix in (("img_emb", image), ("text_emb", text)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            np.save(folder / name / f"{name}_{part}.npy", matrix[start : start + rows])
+        (folder / "metadata").mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), folder / f"metadata/metadata_{part}.parquet")
+        start += rows
+    return image, text
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    bench: Bench
+    folder: Path
+    image: np.ndarray
+    text: np.ndarray
+
+
+def make_bench(store: Path, paths: list[str], clip: str, **changes: Any) -> Bench:
+    trainings = dict.fromkeys(("ar_prior", "diffusion_prior"), SHORT)
+    return Bench(store, paths, clip={"weights": clip}, codec={"components": 8}, **trainings, **changes)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("imported") / "laion with space"
+    image, text = write_parts(folder)
+    bench = make_bench(folder.parent / "store", [str(folder)], save_clip(folder.parent / "clip"))
+    bench.make("source", "captions", "pairs", "clip", "embeddings", "curation")
+    return Made(bench, folder, image, text)
+
+
+def test_every_row_arrives_or_is_counted(made: Made) -> None:
+    assert made.bench.made["pairs"].ledger.rejected == {"not_an_embedding": 2}
+    assert made.bench.made["curation"].ledger.rejected == {"no_caption": 1}
+    rows = made.bench.rows("pairs")
+    assert [i for i, row in enumerate(rows) if row["status"] != "kept"] == [NAN, ZERO]
+    assert {row["license"] for row in rows} == {"CC0"}
+    assert all(row["size"] is None for row in rows)
+    assert not any("images" in blobs for _, blobs in made.bench.blobs("pairs"))
+
+
+def test_embeddings_are_those_of_the_files_at_unit_norm(made: Made) -> None:
+    parts = [read_embeddings(made.bench.store, blobs["embeddings"]) for _, blobs in made.bench.blobs("embeddings")]
+    kept = [i for i in range(ROWS) if i not in (NAN, ZERO)]
+    for i, expected in ((1, made.image), (2, made.text)):
+        unit = expected[kept].astype(np.float64) / np.linalg.norm(
+            expected[kept].astype(np.float64), axis=1, keepdims=True
+        )
+        np.testing.assert_allclose(np.concatenate([part[i] for part in parts]), unit, rtol=2**-11, atol=1e-6)
+    keys = [row["key"] for row in made.bench.rows("pairs") if row["status"] == "kept"]
+    assert [key for part in parts for key in part[0]] == keys
+    assert embedding_dim(made.bench.store, made.bench.made["embeddings"]) == DIM
+
+
+def test_a_row_is_in_the_split_of_its_picture(made: Made) -> None:
+    recipe = made.bench.config.source
+    splits = [row["split"] for row in made.bench.rows("pairs")]
+    assert splits == [split_by_hash(url(i), recipe.validation, recipe.test) for i in range(ROWS)]
+
+
+def test_priors_are_trained_without_pictures(made: Made) -> None:
+    for stage in ("codec", "ar_prior", "diffusion_prior"):
+        artifact = made.bench.make(stage)
+        assert "model.safetensors" in artifact.blobs
+    training = [row for row in made.bench.rows("curation") if row["split"] == "train"]
+    assert made.bench.made["diffusion_prior"].ledger.kept == len(training) > 20
+
+
+def test_beside_pictures_only_these_teach_what_needs_them(made: Made, tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    rows = [(f"file://{tmp_path}/{i}.png", f"picture {i}", "train") for i in range(4)]
+    paths = [str(made.folder), write_list(tmp_path / "list.csv", rows)]
+    both = make_bench(tmp_path / "store", paths, made.bench.config.clip.weights)
+    both.make("source", "captions", "pairs", "clip", "embeddings", "curation")
+    assert [b for _, b in both.blobs("embeddings")][:-1] == [b for _, b in made.bench.blobs("embeddings")]
+    inputs = {name: both.made[name] for name in ("pairs", "captions", "embeddings", "curation")}
+    with_pictures = Tables(both.store, inputs, ("image",), "train", min_side=64)
+    everything = Tables(both.store, inputs, ("tokens", "image_embedding"), "train", min_side=0)
+    assert sum(with_pictures.counts) == 4 < sum(everything.counts)
+    assert all(row.place for row in with_pictures.first(100))
+    assert len(taught(both.store, inputs).places) == len(taught(both.store, inputs).image_embedding) == 4
+
+
+def test_one_list_may_hold_both(made: Made, tmp_path: Path) -> None:
+    """References to embeddings and to files in one shard; a model that learns from every picture says what is wrong."""
+    (tmp_path / "a.png").write_bytes(picture(0))
+    imported = [row["url"] for row in made.bench.rows("pairs") if row["status"] == "kept"][:3]
+    rows = [
+        (url, f"caption {i}", "train") for i, url in enumerate([*imported[:2], f"file://{tmp_path}/a.png", imported[2]])
+    ]
+    paths, source = [write_list(tmp_path / "list.csv", rows)], {"roots": [str(made.folder)]}
+    mixed = make_bench(tmp_path / "store", paths, made.bench.config.clip.weights, source=source)
+    mixed.make("source", "captions", "pairs", "clip", "embeddings")
+    _, image, text, _ = read_embeddings(mixed.store, mixed.blobs("embeddings")[0][1]["embeddings"])
+    for ours, theirs in ((image, 1), (text, 2)):
+        expected = read_embeddings(made.bench.store, made.bench.blobs("embeddings")[0][1]["embeddings"])[theirs]
+        assert np.array_equal(ours[[0, 1, 3]], expected[:3])
+        np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-3)
+    train = Bench(tmp_path / "store", paths, source=source, clip={"samples": 8, "batch": 8, "lanes": 1})
+    with pytest.raises(UserError, match="has an imported embedding and no picture"):
+        train.make("source", "captions", "pairs", "clip")
+
+
+def test_files_that_change_or_go_are_named(tmp_path: Path) -> None:
+    image, _ = write_parts(tmp_path / "parts")
+    bench = make_bench(tmp_path / "store", [str(tmp_path / "parts")], save_clip(tmp_path / "clip"))
+    bench.make("source", "captions", "pairs", "clip")
+    image[1, 1] += 1
+    np.save(tmp_path / "parts/img_emb/img_emb_2.npy", image[: PARTS["2"]])
+    with pytest.raises(CorruptObject, match="the embedding of row 000000000001 has other values"):
+        bench.make("embeddings")
+    (tmp_path / "parts/img_emb/img_emb_2.npy").unlink()
+    with pytest.raises(CorruptObject, match="the embedding of row 000000000000 has other values"):
+        bench.make("embeddings")
+    gone = make_bench(
+        tmp_path / "other",
+        [str(write_list(tmp_path / "l.csv", [("embedding:///none?part=0&row=0", "c")]))],
+        "local-dir:x",
+        source={"roots": ["/none"]},
+    )
+    assert gone.make("source", "pairs").ledger.rejected == {"missing_file": 1}
+
+
+def test_another_clip_is_a_mistake(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="imported embeddings teach no CLIP"):
+        make_bench(tmp_path, [str(made.folder)], "train")
+    for name in ("img_emb", "text_emb"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / f"{name}_0.npy", np.ones((2, 9), np.float32))
+    (tmp_path / "metadata").mkdir()
+    pq.write_table(pa.table({"url": ["a", "b"], "caption": ["a", "b"]}), tmp_path / "metadata/metadata_0.parquet")
+    bench = make_bench(tmp_path / "store", [str(tmp_path)], made.bench.config.clip.weights)
+    with pytest.raises(UserError, match=r"has 9 dimensions, and the embeddings of clip\.weights have 64"):
+        bench.make("source", "captions", "pairs", "clip", "embeddings")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("text_emb/text_emb_2.npy", "text_emb_2.npy: no such file; every part needs"),
+        ("metadata/metadata_2.parquet", "metadata_2.parquet: no such file; every part needs"),
+        ("shorter", r"part 2 has image embeddings \(13, 64\), text embeddings \(14, 64\) and 14 rows"),
+        ("pickled", "part 2 cannot be read"),
+        ("integers", "holds int64, not float16 or float32"),
+        ("bare", "no column caption; it has url"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_one_line(tmp_path: Path, damage: str, said: str) -> None:
+    image, _ = write_parts(tmp_path)
+    file = tmp_path / "img_emb/img_emb_2.npy"
+    if damage == "shorter":
+        np.save(file, image[:13])
+    elif damage == "pickled":
+        np.save(file, np.array([{"a": 1}] * 14, dtype=object), allow_pickle=True)
+    elif damage == "integers":
+        np.save(file, np.ones((14, DIM), np.int64))
+    elif damage == "bare":
+        pq.write_table(pa.table({"url": [url(i) for i in range(14)]}), tmp_path / "metadata/metadata_2.parquet")
+    else:
+        (tmp_path / damage).unlink()
+    with pytest.raises(UserError, match=said):
+        list(read_rows(str(tmp_path), SourceRecipe((str(tmp_path),))))

@@ -1,0 +1,201 @@
+"""Rows tried again and rows forgotten: what moves in the source's keys, and what does not."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.source.forget import Request, find
+from pipeline.data.source.journal import (
+    NOTHING,
+    Forgotten,
+    Journal,
+    change_journal,
+    journal_path,
+    read_journal,
+    reference_mark,
+    with_forgotten,
+)
+from pipeline.data.source.retry import gather
+from pipeline.data.source.stage import FIRST_RETRY, SEGMENT_SHARDS, SourceRecipe, SourceShard, scan
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_shards, read_table, write_table
+from pipeline.ledger import Ledger
+from pipeline.store import Store
+from pipeline.store.records import put_blob
+from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
+
+
+def _recipe(tmp_path: Path, *names: str, rows: int = 10) -> SourceRecipe:
+    lists = [
+        write_list(tmp_path / f"{name}.csv", [(f"http://h/{name}{i}.png", f"{name} {i}") for i in range(rows)])
+        for name in names
+    ]
+    return SourceRecipe(tuple(lists), shard_rows=4)
+
+
+def test_what_is_forgotten_leaves_an_empty_place_and_moves_one_shard(tmp_path: Path, store: Store) -> None:
+    recipe = _recipe(tmp_path, "a", "b")
+    before = scan(recipe, store, write=True).shards
+    journal = Journal(forgotten=(Forgotten(reference_mark(" http://h/a5.png"), (0,)),))
+    after = scan(recipe, store, write=True, journal=journal).shards
+    changed = [a.number for a, b in zip(after, before, strict=True) if a != b]
+    assert changed == [1]
+    assert after[1].image_key != before[1].image_key
+    assert after[1].caption_key != before[1].caption_key
+    assert after[1].ledger == Ledger(kept=3, rejected={"forgotten": 1})
+    refs = read_table(store, after[1].refs).to_pylist()
+    assert [row["url"] for row in refs] == ["http://h/a4.png", "", "http://h/a6.png", "http://h/a7.png"]
+    assert read_table(store, after[1].captions)["captions"].to_pylist()[1] == []
+    assert (
+        scan(recipe, store, write=False, journal=journal).keys == scan(recipe, store, write=True, journal=journal).keys
+    )
+
+
+def test_what_is_forgotten_goes_by_any_spelling_of_its_url(tmp_path: Path, store: Store) -> None:
+    listed = ["http://EXAMPLE.test/A.jpg", "http://example.test/B%c3%a9.jpg#x", "https://example.test/C.jpg"]
+    recipe = SourceRecipe((write_list(tmp_path / "a.csv", [(url, "a picture") for url in listed]),))
+    named = ["https://example.test:443/A.jpg", "http://example.test/Bé.jpg"]  # as a browser shows them
+    found = find(store, scan(recipe, store, write=True).shards, None, Request.read(named))
+    assert (found.rows, found.unseen) == (2, [])
+    journal = Journal(forgotten=tuple(found.forgotten))
+    (shard,) = scan(recipe, store, write=True, journal=journal).shards
+    assert [row["url"] for row in read_table(store, shard.refs).to_pylist()] == ["", "", listed[2]]
+
+
+def test_what_is_forgotten_stays_so_in_lists_to_come(tmp_path: Path, store: Store) -> None:
+    journal = Journal(forgotten=(Forgotten(reference_mark("http://h/b2.png"), ()),))
+    first = scan(_recipe(tmp_path, "a"), store, write=True, journal=journal)
+    assert first == scan(_recipe(tmp_path, "a"), store, write=True)
+    grown = scan(_recipe(tmp_path, "a", "b"), store, write=True, journal=journal)
+    assert grown.shards[: len(first.shards)] == first.shards
+    assert sum(shard.ledger.rejected.get("forgotten", 0) for shard in grown.shards) == 1
+
+
+def test_rows_tried_again_are_a_segment_that_later_lists_do_not_move(tmp_path: Path, store: Store) -> None:
+    recipe = _recipe(tmp_path, "a")
+    plain = scan(recipe, store, write=True)
+    rows = [
+        {"url": f"http://h/a{i}.png", "captions": [f"a {i}"], "split": "test"}
+        | dict.fromkeys(("group", "sha256", "license", "attribution"), "")
+        for i in (3, 7)
+    ]
+    journal = Journal(retries=(put_blob(store, write_table(pa.Table.from_pylist(rows))),))
+    again = scan(recipe, store, write=True, journal=journal)
+    assert again.shards[:-1] == plain.shards
+    assert again.shards[-1].number == FIRST_RETRY * SEGMENT_SHARDS
+    assert again.shards[-1].ledger == Ledger(kept=2)  # not duplicates of the rows that failed
+    assert set(read_table(store, again.shards[-1].refs)["split"].to_pylist()) == {"test"}
+    grown = scan(_recipe(tmp_path, "a", "b"), store, write=True, journal=journal)
+    assert grown.shards[-1] == again.shards[-1]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 3))), max_size=6), st.randoms())
+def test_the_order_of_forgetting_does_not_matter(rows: list[tuple[str, list[int]]], random: Random) -> None:
+    found = [Forgotten(mark, tuple(segments)) for mark, segments in rows]
+    once = with_forgotten(NOTHING, found)
+    shuffled = random.sample(found, len(found))
+    one_by_one = NOTHING
+    for row in shuffled:
+        one_by_one = with_forgotten(one_by_one, [row])
+    assert once.forgotten == one_by_one.forgotten
+    assert once.forgettings == bool(found) <= one_by_one.forgettings
+    assert with_forgotten(once, found) == once
+    assert once.marks == {mark for mark, _ in rows}
+
+
+def test_entries_of_many_writers_are_all_kept(store: Store) -> None:
+    def write(i: int) -> None:
+        change_journal(store, "p", lambda j: replace(j, retries=(*j.retries, f"blob{i}")))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(8)))
+    assert sorted(read_journal(store, "p").retries) == [f"blob{i}" for i in range(8)]
+    assert read_journal(store, "another") == NOTHING
+
+
+def _fetch(folder: Path, paths: list[str], pages: dict[str, Page]) -> Bench:
+    with serving(pages) as address:
+        pairs = {"workers": 0, "hosts": {"h": address}, "retries": 0}
+        bench = Bench(folder, paths, source={"shard_rows": 4}, run={"pairs": pairs})
+        bench.make("source", "captions", "pairs")
+    return bench
+
+
+def _listed(bench: Bench) -> list[SourceShard]:
+    journal = read_journal(bench.store, bench.config.project)
+    return scan(bench.config.source, bench.store, write=False, journal=journal).shards
+
+
+def _try_again(bench: Bench, reason: str) -> int:
+    blob, rows = gather(bench.store, _listed(bench), bench.made["pairs"], frozenset({reason}))
+    if blob is not None:
+        change_journal(bench.store, bench.config.project, lambda j: replace(j, retries=(*j.retries, blob)))
+    return rows
+
+
+def test_failed_rows_are_fetched_again_and_nothing_else_is(tmp_path: Path) -> None:
+    paths = [write_list(tmp_path / "a.csv", [(f"http://h/{i}.png", f"picture {i}", "train") for i in range(10)])]
+    good = {f"/{i}.png": Page(picture(i)) for i in range(10)}
+    busy = {f"/{i}.png": Page(status=503) for i in (1, 6, 7)}
+    first = _fetch(tmp_path / "store", paths, good | busy | {"/2.png": Page(status=404)})
+    assert first.made["pairs"].ledger == Ledger(kept=6, rejected={"http_4xx": 1}, deferred={"http_5xx": 3})
+    assert _try_again(first, "timeout") == 0
+    assert _try_again(first, "http_5xx") == 3
+
+    second = _fetch(tmp_path / "store", paths, {"/1.png": good["/1.png"], "/6.png": busy["/6.png"]})
+    assert second.made["pairs"].ledger == Ledger(kept=7, rejected={"http_4xx": 2}, deferred={"http_5xx": 4})
+    assert second.blobs("pairs")[:3] == first.blobs("pairs")
+    again = [row for row in second.rows("pairs") if row["key"].startswith("5")]
+    assert [(row["url"], row["reason"]) for row in again] == [
+        ("http://h/1.png", None),
+        ("http://h/6.png", "http_5xx"),
+        ("http://h/7.png", "http_4xx"),
+    ]
+    captions = read_table(second.store, read_shards(second.store, second.made["captions"])[-1].blobs["captions"])
+    assert captions["captions"].to_pylist() == [["picture 1"], ["picture 6"], ["picture 7"]]
+
+    assert _try_again(second, "http_5xx") == 1  # only the last try of a row counts
+    third = _fetch(tmp_path / "store", paths, good)
+    assert third.made["pairs"].ledger == Ledger(kept=8, rejected={"http_4xx": 2}, deferred={"http_5xx": 4})
+    assert _try_again(third, "http_5xx") == 0
+
+
+def test_rows_are_found_by_key_by_reference_and_by_hash(tmp_path: Path) -> None:
+    rows = [(f"http://h/{i}.png", f"picture {i}") for i in range(10)]
+    paths = [write_list(tmp_path / "a.csv", rows), write_list(tmp_path / "b.csv", [("http://h/x.png", "the same")])]
+    pages = {f"/{i}.png": Page(picture(i)) for i in range(10)} | {"/x.png": Page(picture(3))}
+    bench = _fetch(tmp_path / "store", paths, pages)
+    sha256 = next(row["sha256"] for row in bench.rows("pairs") if row["url"].endswith("/3.png"))
+
+    def found(*words: str) -> tuple[set[tuple[str, tuple[int, ...]]], int]:
+        found = find(bench.store, _listed(bench), bench.made["pairs"], Request.read(words))
+        return {(row.mark, row.segments) for row in found.forgotten}, found.rows
+
+    def mark(name: str, *segments: int) -> tuple[str, tuple[int, ...]]:
+        return reference_mark(f"http://h/{name}.png"), segments
+
+    assert found("000000010001") == ({mark("5", 0)}, 1)
+    assert found("http://h/5.png", "", "# a comment") == ({mark("5", 0)}, 1)
+    assert found(sha256.upper()) == ({mark("3", 0), mark("x", 1)}, 2)
+    assert found("http://h/9.png", "http://h/none.png") == ({mark("9", 0), mark("none")}, 1)
+    request = Request.read(["000000010001", "http://h/none.png"])
+    told = find(bench.store, _listed(bench), bench.made["pairs"], request)
+    assert told.named == [("000000010001", "http://h/5.png")]
+    assert told.unseen == ["http://h/none.png"]
+    with pytest.raises(UserError, match="000000010009: no row"):
+        found("000000010009")
+    with pytest.raises(UserError, match="no stored picture"):
+        found("0" * 64)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"forgotten": [], "retries": [], "forgotten_at": 0.0}'])
+def test_a_journal_of_another_version_is_one_line(store: Store, text: bytes) -> None:
+    assert store.swap(journal_path("p"), None, text)
+    with pytest.raises(UserError, match="name another store"):
+        read_journal(store, "p")

@@ -1,0 +1,252 @@
+import io
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.fetch.opener import Refused, normal_url
+from pipeline.data.source.stage import SourceRecipe, scan, split_by_hash
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_table
+from pipeline.store import Store, open_store
+from tests.secrets import leaks, objects
+
+
+def _csv(path: Path, rows: list[tuple[str, str]], header: str = "url,caption") -> str:
+    path.write_text(header + "\n" + "".join(f"{a},{b}\n" for a, b in rows))
+    return str(path)
+
+
+@pytest.fixture
+def folder_store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def _rows(n: int, start: int = 0) -> list[tuple[str, str]]:
+    return [(f"http://h/{i}.png", f"picture {i}") for i in range(start, start + n)]
+
+
+def test_csv_tsv_and_parquet_of_the_same_rows_have_the_same_keys(tmp_path: Path, folder_store: Store) -> None:
+    rows = _rows(7)
+    lists = [_csv(tmp_path / "a.csv", rows)]
+    (tmp_path / "a.tsv").write_text("url\tcaption\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
+    pq.write_table(pa.table({"caption": [b for _, b in rows], "url": [a for a, _ in rows]}), tmp_path / "a.parquet")
+    lists += [str(tmp_path / "a.tsv"), str(tmp_path / "a.parquet")]
+    keys = [scan(SourceRecipe((path,), shard_rows=3), folder_store, write=False).keys for path in lists]
+    assert keys[0] == keys[1] == keys[2]
+    assert list(folder_store.list("")) == []
+
+
+def test_appending_leaves_full_shards_alone(tmp_path: Path, folder_store: Store) -> None:
+    recipe = SourceRecipe((_csv(tmp_path / "a.csv", _rows(10)),), shard_rows=4)
+    before = scan(recipe, folder_store, write=True).shards
+    _csv(tmp_path / "a.csv", _rows(13))
+    grown = scan(recipe, folder_store, write=True).shards
+    assert [s.image_key for s in grown[:2]] == [s.image_key for s in before[:2]]
+    assert grown[2].image_key != before[2].image_key
+    assert sum(s.ledger.rows for s in grown) == 13
+    more = replace(recipe, paths=(*recipe.paths, _csv(tmp_path / "b.csv", _rows(5, start=100))))
+    appended = scan(more, folder_store, write=True).shards
+    assert appended[: len(grown)] == grown
+    assert [s.number for s in appended] == [0, 1, 2, 3, 100_000, 100_001]
+
+
+def test_captions_have_a_key_of_their_own(tmp_path: Path, folder_store: Store) -> None:
+    recipe = SourceRecipe((_csv(tmp_path / "a.csv", _rows(5)),))
+    before = scan(recipe, folder_store, write=True)
+    _csv(tmp_path / "a.csv", [(url, f"better {text}") for url, text in _rows(5)])
+    after = scan(recipe, folder_store, write=True)
+    assert before.keys["source"] == after.keys["source"]
+    assert before.keys["captions"] != after.keys["captions"]
+
+
+def test_reading_again_takes_the_stored_segment(tmp_path: Path, folder_store: Store) -> None:
+    recipe = SourceRecipe((_csv(tmp_path / "a.csv", _rows(5)),), shard_rows=2)
+    first = scan(recipe, folder_store, write=True)
+    assert scan(recipe, folder_store, write=False) == first
+
+
+def test_duplicates_and_missing_references_are_counted(tmp_path: Path, folder_store: Store) -> None:
+    a = _csv(tmp_path / "a.csv", [*_rows(3), ("", "nothing"), ("http://h/1.png", "again")])
+    b = _csv(tmp_path / "b.csv", [("http://h/2.png", "once more"), ("http://h/9.png", "new")])
+    shards = scan(SourceRecipe((a, b)), folder_store, write=True).shards
+    assert shards[0].ledger.rejected == {"no_reference": 1, "duplicate_url": 1}
+    assert shards[1].ledger.rejected == {"duplicate_url": 1}
+    refs = read_table(folder_store, shards[0].refs).to_pylist()
+    assert [r["reject"] for r in refs] == [None, None, None, "no_reference", "duplicate_url"]
+    # A segment that is not read again still counts as seen by the next one.
+    (tmp_path / "b.csv").write_text("url,caption\nhttp://h/0.png,x\nhttp://h/7.png,y\n")
+    assert scan(SourceRecipe((a, b)), folder_store, write=True).shards[1].ledger.rejected == {"duplicate_url": 1}
+
+
+def test_split_column_then_group_then_reference(tmp_path: Path, folder_store: Store) -> None:
+    table = {
+        "url": [f"http://h/{i}" for i in range(300)],
+        "caption": ["c"] * 300,
+        "group": [f"g{i // 10}" for i in range(300)],
+    }
+    pq.write_table(pa.table(table | {"split": ["test"] * 5 + [None] * 295}), tmp_path / "a.parquet")
+    recipe = SourceRecipe((str(tmp_path / "a.parquet"),), validation=0.2, test=0.2)
+    refs = read_table(folder_store, scan(recipe, folder_store, write=True).shards[0].refs).to_pylist()
+    assert {r["split"] for r in refs[:5]} == {"test"}
+    for start in range(10, 300, 10):
+        assert len({r["split"] for r in refs[start : start + 10]}) == 1
+    assert {r["split"] for r in refs} == {"train", "validation", "test"}
+
+
+def test_split_shares() -> None:
+    splits = [split_by_hash(str(i), 0.1, 0.2) for i in range(20_000)]
+    assert abs(splits.count("test") / 20_000 - 0.2) < 0.01
+    assert abs(splits.count("validation") / 20_000 - 0.1) < 0.01
+
+
+def test_a_folder_of_pictures_and_texts(tmp_path: Path, folder_store: Store) -> None:
+    pictures = tmp_path / "pictures"
+    (pictures / "sub").mkdir(parents=True)
+    for name in ("a b.jpg", "sub/c.PNG", "d.webp"):
+        (pictures / name).write_bytes(b"x")
+    (pictures / "a b.txt").write_text("first caption\nsecond caption\n")
+    shard = scan(SourceRecipe((str(pictures),)), folder_store, write=True).shards[0]
+    refs = read_table(folder_store, shard.refs).to_pylist()
+    captions = read_table(folder_store, shard.captions).to_pylist()
+    assert [r["url"].rpartition("/")[2] for r in refs] == ["a%20b.jpg", "d.webp", "c.PNG"]
+    assert [c["captions"] for c in captions] == [["first caption", "second caption"], [], []]
+    assert (shard.captioned, shard.ledger.rows) == (1, 3)  # by which CLIP knows where to look for rows to leave out
+
+
+def test_a_tar_is_used_in_place(tmp_path: Path, folder_store: Store) -> None:
+    path = tmp_path / "00000.tar"
+    contents = {"x/1.jpg": b"one", "x/1.txt": b"caption one", "x/2.png": b"two!", "x/3.txt": b"no picture"}
+    with tarfile.open(path, "w") as tar:
+        for name, data in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    shard = scan(SourceRecipe((str(path),)), folder_store, write=True).shards[0]
+    refs = read_table(folder_store, shard.refs).to_pylist()
+    assert len(refs) == 2
+    assert read_table(folder_store, shard.captions).to_pylist()[0]["captions"] == ["caption one"]
+    offset = int(refs[0]["url"].partition("offset=")[2].partition("&")[0])
+    assert path.read_bytes()[offset : offset + 3] == b"one"
+
+
+def _tar(path: Path, mode: str, names: list[str]) -> bytes:
+    with tarfile.open(path, mode) as tar:
+        for name in names:
+            data = name.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("packed", ["gz", "bz2", "xz"])
+def test_a_compressed_tar_is_refused(tmp_path: Path, folder_store: Store, packed: str) -> None:
+    path = tmp_path / "00000.tar"
+    _tar(path, f"w:{packed}", ["1.jpg", "1.txt"])
+    with pytest.raises(UserError, match=r"compressed with .*unpack it first"):
+        scan(SourceRecipe((str(path),)), folder_store, write=True)
+    path = path.rename(tmp_path / f"00000.tar.{packed}")
+    with pytest.raises(UserError, match="unpack it first"):
+        scan(SourceRecipe((str(path),)), folder_store, write=True)
+
+
+def test_a_tar_is_read_to_its_end_or_refused(tmp_path: Path, folder_store: Store) -> None:
+    path = tmp_path / "00000.tar"
+    whole = _tar(path, "w", ["1.jpg", "1.txt", "2.jpg", "2.txt", "3.jpg", "3.txt"])
+    recipe = SourceRecipe((str(path),))
+    assert scan(recipe, folder_store, write=False).shards[0].ledger.rows == 3
+    header = 4 * tarfile.BLOCKSIZE
+    for damaged in (whole[:header] + b"\xff" + whole[header + 1 :], whole + whole):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged at byte .*, or another tar follows there"):
+            scan(recipe, folder_store, write=False)
+    path.write_bytes(whole[: 12 * tarfile.BLOCKSIZE])  # without the two blocks of its end
+    assert scan(recipe, folder_store, write=False).shards[0].ledger.rows == 3
+
+
+def test_captions_that_are_not_utf_8_cost_their_row(tmp_path: Path, folder_store: Store) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    texts = {"a": "café".encode("utf-8-sig"), "b": "café".encode("latin-1"), "c": "a cat".encode("utf-16")}
+    texts["d"] = b"x" * ((1 << 20) + 1)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, text in texts.items():
+            (pictures / f"{name}.jpg").write_bytes(b"image")
+            (pictures / f"{name}.txt").write_bytes(text)
+            tar.add(pictures / f"{name}.jpg", f"{name}.jpg")
+            tar.add(pictures / f"{name}.txt", f"{name}.txt")
+    for path in (pictures, tmp_path / "a.tar"):
+        shard = scan(SourceRecipe((str(path),)), folder_store, write=True).shards[0]
+        assert shard.ledger.rejected == {"not_utf8": 2, "malformed_row": 1}
+        rejects = read_table(folder_store, shard.refs)["reject"].to_pylist()
+        assert rejects == [None, "not_utf8", "not_utf8", "malformed_row"]
+        assert read_table(folder_store, shard.captions)["captions"].to_pylist() == [["café"], [], [], []]
+
+
+def test_rows_that_cannot_be_read_are_said_once_and_no_duplicates(
+    tmp_path: Path, folder_store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(f"http://h/{i}.jpg,a cat {i}\n" for i in range(20))
+    path = tmp_path / "a.csv"
+    path.write_text(f'url,caption\nhttp://h/1.jpg,"a stray\nhttp://h/2.jpg,"another\n{rows}')
+    (shard,) = scan(SourceRecipe((str(path),)), folder_store, write=True).shards
+    assert shard.ledger.as_json() == {"rows": 22, "kept": 20, "rejected": {"malformed_row": 2}, "deferred": {}}
+    said = [record.message for record in caplog.records if record.name == "unclip"]
+    assert len(said) == 1
+    assert "2 rows cannot be read and will be left out; the first: line 2 has a stray quotation mark" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, "no such file"),
+        ("a.csv", "url,text\nhttp://h/1,x\n", "no column caption; it has url, text"),
+        ("a.csv", "url,caption\n", "no rows"),
+        ("a.parquet", "not parquet", "cannot be read"),
+        ("a.tar", "not a tar", "not a readable tar"),
+        ("a.json", "{}", "not a .parquet, .csv, .tsv or .tar file"),
+        ("a.csv", "url,caption,split\nhttp://h/1,x,dev\n", "split 'dev' is not train, validation or test"),
+    ],
+)
+def test_bad_lists_are_one_clear_line(
+    tmp_path: Path, folder_store: Store, name: str, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        scan(SourceRecipe((str(tmp_path / name),)), folder_store, write=True)
+    assert list(folder_store.list("")) == []
+
+
+def test_a_relative_path_counts_from_the_folder_of_its_list(tmp_path: Path, folder_store: Store) -> None:
+    cells = ["pictures/a b.png", "../c.JPG", "/d.png", "http://h/e.png", "data:image/png", "no picture"]
+    path = _csv(tmp_path / "list.csv", [(cell, "text") for cell in cells])
+    (shard,) = scan(SourceRecipe((path,)), folder_store, write=True).shards
+    urls = read_table(folder_store, shard.refs)["url"].to_pylist()
+    assert urls == [f"file://{tmp_path}/pictures/a%20b.png", f"file://{tmp_path}/../c.JPG", *cells[2:]]
+
+
+def test_a_password_in_a_reference_is_not_stored_and_its_row_not_fetched(tmp_path: Path, folder_store: Store) -> None:
+    listed = ["https://ana:s3cret@h/a.png", "s3://ana:s3cret@b/a.png", "http://a@s3cret@h", "https://h/@a?x=b@c"]
+    path = _csv(tmp_path / "list.csv", [(url, "text") for url in listed])
+    (shard,) = scan(SourceRecipe((path,)), folder_store, write=True).shards
+    urls = read_table(folder_store, shard.refs)["url"].to_pylist()
+    assert urls == ["https://***@h/a.png", "s3://***@b/a.png", "http://***@h", "https://h/@a?x=b@c"]
+    assert leaks(objects(folder_store), {"password": "s3cret"}) == []
+    for url in (urls[0], urls[2]):
+        with pytest.raises(Refused, match="unsupported_reference"):
+            normal_url(url)
+
+
+def test_a_password_in_a_group_is_not_stored(tmp_path: Path, folder_store: Store) -> None:
+    """Where the column of references is that of groups, too."""
+    listed = ["https://ana:s3cret@h/a.png", " https://ana:s3cret@h/b.png", "http://h/c.png"]
+    path = _csv(tmp_path / "list.csv", [(url, "text") for url in listed])
+    (shard,) = scan(SourceRecipe((path,), group_column="url"), folder_store, write=True).shards
+    groups = read_table(folder_store, shard.refs)["group"].to_pylist()
+    assert groups == ["https://***@h/a.png", " https://***@h/b.png", "http://h/c.png"]
+    assert leaks(objects(folder_store), {"password": "s3cret"}) == []

@@ -1,0 +1,216 @@
+"""CSV, TSV and Parquet: what cannot be read costs its own row with a reason, and nothing is mangled or swallowed."""
+
+import csv
+import string
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.source import tables
+from pipeline.data.source.lists import MISSING, read_rows
+from pipeline.data.source.stage import SourceRecipe, scan
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_table
+from pipeline.ledger import REASONS
+from pipeline.store import Store, open_store
+from tests.pipeline.data.hostile_lists import List, csv_text, hostile_lists
+
+REFERENCES = [f"http://h/{i}.jpg" for i in range(30)]
+LISTS = {each.name: each for each in hostile_lists(REFERENCES)}
+QUIET = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def folder_store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def rows_of(path: Path, data: bytes | str | None = None, **recipe: Any) -> list[tuple[str, tuple[str, ...]]]:
+    """References and captions of the rows that can be read."""
+    if data is not None:
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return [(r.url, r.captions) for r in read_rows(str(path), SourceRecipe((str(path),), **recipe)) if not r.reject]
+
+
+def refs_of(path: Path, store: Store) -> list[dict[str, Any]]:
+    shards = scan(SourceRecipe((str(path),)), store, write=True).shards
+    assert sum(shard.ledger.rows for shard in shards) == sum(len(read_table(store, shard.refs)) for shard in shards)
+    return [row for shard in shards for row in read_table(store, shard.refs).to_pylist()]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_row_of_a_hostile_list_ends_with_its_reason(name: str, tmp_path: Path, folder_store: Store) -> None:
+    listed: List = LISTS[name]
+    path = tmp_path / name
+    path.write_bytes(listed.data)
+    if listed.refused:
+        with pytest.raises(UserError, match=listed.refused) as error:
+            scan(SourceRecipe((str(path),)), folder_store, write=True)
+        assert "\n" not in str(error.value)
+        assert list(folder_store.list("")) == []
+        return
+    rows = refs_of(path, folder_store)
+    assert tuple(row["reject"] for row in rows) == listed.ends
+    assert {end for end in listed.ends if end} <= REASONS.keys()
+    sound = [i for i, end in enumerate(listed.ends) if end is None]
+    assert [rows[i]["url"] for i in sound] == [REFERENCES[i] for i in sound]
+
+
+def test_a_stray_quotation_mark_costs_one_row_of_505(tmp_path: Path) -> None:
+    lines = [f"http://h/{i}.jpg\ta cat {i}" for i in range(505)]
+    lines[3] = 'http://h/3.jpg\t"a cat'
+    lines[500] = 'http://h/500.jpg\tthey said "end" and left'
+    found = rows_of(tmp_path / "stray.tsv", "url\tcaption\n" + "\n".join(lines))
+    assert len(found) == 505
+    assert found[3] == ("http://h/3.jpg", ('"a cat',))
+    found = rows_of(tmp_path / "stray.csv", ("url\tcaption\n" + "\n".join(lines)).replace("\t", ","))
+    assert [url for url, _ in found] == [f"http://h/{i}.jpg" for i in range(505) if i != 3]
+
+
+def test_what_a_row_says_is_taken_as_it_is(tmp_path: Path) -> None:
+    """No types are guessed, and a TSV file takes a quotation mark for itself unless both ends have one."""
+    found = rows_of(tmp_path / "a.csv", b'\xef\xbb\xbf"caption",url\n007,http://h/0\n1e3,http://h/1\nTrue,http://h/2\n')
+    assert [captions for _, captions in found] == [("007",), ("1e3",), ("True",)]
+    cells = ['"Mona Lisa" by Leonardo', '"a ""cat"""', '5" disk', '"', '"a, b"', 'say "hi"']
+    found = rows_of(tmp_path / "a.tsv", "url\tcaption\n" + "".join(f"http://h/{c}\t{c}\n" for c in cells))
+    assert [c for _, (c,) in found] == ['"Mona Lisa" by Leonardo', 'a "cat"', '5" disk', '"', "a, b", 'say "hi"']
+
+
+def test_a_flaw_names_its_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    lines = ["url,caption", 'http://h/0,"two\nlines"', "http://h/1", 'http://h/2,"x', *["http://h/9,a"] * 40]
+    path.write_bytes("\n".join(lines).encode() + b"\nhttp://h/4,caf\xe9\n")
+    flaws = [row.flaw for row in read_rows(str(path), SourceRecipe((str(path),))) if row.reject]
+    assert flaws == [
+        "line 4 has 1 value, where line 1 names 2 columns",
+        "line 5 has a stray quotation mark",
+        "line 46, column caption holds byte 0xe9, which is not UTF-8",
+    ]
+
+
+TEXT = st.text(st.characters(blacklist_categories=("Cs",)), max_size=30)
+QUOTING = st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+
+
+@QUIET
+@given(captions=st.lists(TEXT, min_size=1, max_size=20), quoting=QUOTING, end=st.sampled_from(["\n", "\r\n"]))
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_what_csv_writes_is_read_as_it_was(
+    kind: str, tmp_path: Path, captions: list[str], quoting: int, end: str
+) -> None:
+    captions = ["a cat", *captions]
+    table = [("caption", "url"), *((text, f"http://h/{i}") for i, text in enumerate(captions))]
+    delimiter = "," if kind == "csv" else "\t"
+    text = csv_text(table, delimiter=delimiter, quoting=quoting, lineterminator=end)
+    found = rows_of(tmp_path / f"a.{kind}", text)
+    kept = [() if text in MISSING or not text.split() else (" ".join(text.split()),) for text in captions]
+    assert found == [(f"http://h/{i}", said) for i, said in enumerate(kept)]
+
+
+LINE = st.text(st.sampled_from("\",\t\\ab:/'; " + string.digits), max_size=30)
+
+
+@QUIET
+@given(data=st.data())
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_no_line_swallows_sound_rows(kind: str, tmp_path: Path, data: st.DataObject) -> None:
+    """Any lines among sound rows leave all of these as they are, and are rows themselves unless two belong together."""
+    delimiter = "," if kind == "csv" else "\t"
+    sound = [f"http://sound/{i}.jpg{delimiter}the {i}th cat" for i in range(12)]
+    lines = [("sound", line) for line in sound]
+    for _ in range(data.draw(st.integers(1, 6))):
+        lines.insert(data.draw(st.integers(0, len(lines))), ("any", data.draw(LINE)))
+    path = tmp_path / f"a.{kind}"
+    path.write_text("\n".join([f"url{delimiter}caption", *(line for _, line in lines)]))
+    found = list(read_rows(str(path), SourceRecipe((str(path),))))
+    kept = [row for row in found if row.url.startswith("http://sound/")]
+    assert [row.captions for row in kept] == [(f"the {i}th cat",) for i in range(12)]
+    others = [line for kind, line in lines if kind == "any" and line]
+    assert len(found) - 12 <= len(others)
+    if sum('"' in line for line in others) < 2:
+        assert len(found) - 12 == len(others)
+
+
+@QUIET
+@given(data=st.binary(max_size=300), kind=st.sampled_from(["csv", "tsv", "parquet", "tar"]), head=st.booleans())
+def test_any_bytes_are_rows_or_one_line(tmp_path: Path, data: bytes, kind: str, head: bool) -> None:
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes((b"url,caption\n" if head else b"") + data)
+    try:
+        for row in read_rows(str(path), SourceRecipe((str(path),))):
+            "".join((row.url, *row.captions, row.group)).encode()
+    except UserError as e:
+        assert len(str(e).splitlines()) == 1  # noqa: PT017
+
+
+# --- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([0, 1, None], ["0", "1", ""]),
+        ([False, True, None], ["False", "True", ""]),
+        ([0.0, 1.5, float("nan")], ["0.0", "1.5", ""]),
+        ([b"NA", b"1", None], ["NA", "1", ""]),
+        (["0", "007", ""], ["0", "007", ""]),
+    ],
+)
+def test_a_group_may_be_nought(tmp_path: Path, folder_store: Store, values: list, texts: list[str]) -> None:
+    path = tmp_path / "a.parquet"
+    n = len(values)
+    pq.write_table(pa.table({"url": REFERENCES[:n], "caption": ["a"] * n, "group": values}), path)
+    assert [row["group"] for row in refs_of(path, folder_store)] == texts
+
+
+def test_a_group_of_nought_is_on_one_side_of_the_split(tmp_path: Path, folder_store: Store) -> None:
+    path = tmp_path / "a.parquet"
+    urls = [f"http://h/{i}" for i in range(200)]
+    pq.write_table(pa.table({"url": urls, "caption": ["a"] * 200, "group": [0] * 200}), path)
+    recipe = SourceRecipe((str(path),), validation=0.2, test=0.2)
+    refs = read_table(folder_store, scan(recipe, folder_store, write=True).shards[0].refs).to_pylist()
+    assert len({row["split"] for row in refs}) == 1
+
+
+def test_text_in_binary_columns_is_read_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"url": [b"http://h/0", b"http://h/1"], "caption": ["un café".encode(), b""]}), path)
+    assert rows_of(path) == [("http://h/0", ("un café",)), ("http://h/1", ())]
+    pq.write_table(pa.table({"url": ["http://h/0", "http://h/1"], "caption": [[b"a", None], [b"b", b"c"]]}), path)
+    assert rows_of(path) == [("http://h/0", ("a",)), ("http://h/1", ("b", "c"))]
+    pq.write_table(pa.table({"url": ["http://h/0", "http://h/1"], "caption": [float("nan"), 1.0]}), path)
+    assert rows_of(path) == [("http://h/0", ()), ("http://h/1", ("1.0",))]
+
+
+def test_columns_that_are_not_used_are_not_read(tmp_path: Path) -> None:
+    """The bytes of the other column are damaged, and nothing notices."""
+    path = tmp_path / "a.parquet"
+    images = [bytes([i]) * 1000 for i in range(30)]
+    columns = {"image": images, "url": REFERENCES, "caption": ["a cat"] * 30}
+    pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False)
+    place = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    data = bytearray(path.read_bytes())
+    data[place.data_page_offset : place.data_page_offset + place.total_compressed_size] = (
+        b"\xff" * place.total_compressed_size
+    )
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=r"."):
+        pq.read_table(path)
+    assert [url for url, _ in rows_of(path)] == REFERENCES
+
+
+def test_large_values_are_read_few_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "BATCH_BYTES", 1 << 20)
+    path = tmp_path / "a.parquet"
+    captions = [chr(97 + i % 26) * 100_000 + str(i) for i in range(40)]
+    table = pa.table({"url": [f"http://h/{i}" for i in range(40)], "caption": captions, "unused": captions})
+    pq.write_table(table, path, row_group_size=20, use_dictionary=False)
+    with pq.ParquetFile(path) as file:
+        batches = list(tables._batches(file, ["url", "caption"]))
+    assert [batch.num_rows for batch in batches] == [10] * 4
+    assert [captions for _, captions in rows_of(path)] == [(text,) for text in captions]
