@@ -202,9 +202,9 @@ def plan(
 ) -> list[Verdict]:
     """One verdict a stage, in order. Runs nothing and writes nothing.
 
-    ``previous`` holds what the project's last run asked for, stage by stage (see pipeline.graph.runs), and only serves to
-    say why a stage is stale. ``supposed``: keys that count as the pins of some lineages in place of those in the store,
-    None for no pin.
+    ``previous`` holds what the project's last run asked for, stage by stage (see pipeline.graph.runs), and only serves
+    to say why a stage is stale. ``supposed``: keys that count as the pins of some lineages in place of those in the
+    store, None for no pin.
     """
     keys: dict[str, str] = {}
     lineages: dict[str, str] = {}  # keys computed with the project's name in place of the source

@@ -36,7 +36,8 @@ CAPTIONS = 16  # of a row that are embedded, the first ones, so that a text file
 
 @dataclass(frozen=True)
 class EmbeddingsRecipe:
-    """``heads``: files of linear heads on the image embeddings, by the name of their score (see pipeline.data.embeddings.scores).
+    """``heads``: files of linear heads on the image embeddings, by the name of their score (see
+    pipeline.data.embeddings.scores).
 
     Always so: fp32 mathematics, float16 storage, the first CAPTIONS captions of each row.
     """

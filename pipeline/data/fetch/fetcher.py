@@ -1,7 +1,7 @@
 """From an image reference to bytes: img2dataset's download, S3, or a file, within limits.
 
-img2dataset fetches with urllib. Here it does so through visits (pipeline.data.fetch.visit) that connect to public addresses
-only, are polite, and stop at a deadline and a byte budget. Its tar writer is not used: its shards are not
+img2dataset fetches with urllib. Here it does so through visits (pipeline.data.fetch.visit) that connect to public
+addresses only, are polite, and stop at a deadline and a byte budget. Its tar writer is not used: its shards are not
 reproducible. Reasons for a refusal are those of pipeline.ledger.
 
 img2dataset is imported on first use: it takes 3 s, and a plan needs none of it.

@@ -1,9 +1,9 @@
 """Decoding in a child process, so that a picture that kills its decoder costs one row and never a worker.
 
-Decoders are C that reads what strangers made. The child has neither network nor credentials (pipeline.data.pairs.sandbox),
-and memory and time for one picture of the budget. It does one at a time, so whoever killed it is known; that picture is
-tried once more in a new child, for a process may also be killed for what others do. Messages on the pipes are a line of
-JSON and bytes, nothing that could be executed.
+Decoders are C that reads what strangers made. The child has neither network nor credentials
+(pipeline.data.pairs.sandbox), and memory and time for one picture of the budget. It does one at a time, so whoever
+killed it is known; that picture is tried once more in a new child, for a process may also be killed for what others do.
+Messages on the pipes are a line of JSON and bytes, nothing that could be executed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ IDLE_S = 60  # after which a child ends; the next request starts another
 BASE_S, S_PER_PIXEL = 30.0, 1e-6  # what a picture may take; a hundred times what an honest one does
 BASE_BYTES, BYTES_PER_PIXEL = 256 << 20, 20  # what the child may map for it
 MOST_TEXT, MOST_BYTES = 1000, 1 << 30  # of a message
-COMMAND = (sys.executable, "-m", "pipeline.data.pairs.decoding")
+MODULE = "pipeline.data.pairs.decoding"
+COMMAND = (sys.executable, "-m", MODULE)
 # glibc gives the pixels of every picture back to the system and faults them in again for the next one, a third of the
 # child's time. These keep 128 MiB instead, in blocks of up to 32.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
@@ -125,7 +126,7 @@ class Decoder:
                 self._ready = _receive(self._process.stdout)[0] == _READY
             except (OSError, EOFError, ValueError):
                 self.close()
-                raise UserError("the decoder did not start; run python -m pipeline.data.pairs.decoding to see why") from None
+                raise UserError(f"the decoder did not start; run python -m {MODULE} to see why") from None
 
 
 @cache

@@ -1,8 +1,8 @@
 """From fetched bytes to the picture that is kept: checked, upright, sRGB, and resized as img2dataset does it.
 
-The pipeline calls this in a process of its own (pipeline.data.pairs.decoding). img2dataset's own resizer decodes a second
-time and sets up a transform for every picture, a fifth of all the time; OpenCV is called here as it does, to the same
-bytes.
+The pipeline calls this in a process of its own (pipeline.data.pairs.decoding). img2dataset's own resizer decodes a
+second time and sets up a transform for every picture, a fifth of all the time; OpenCV is called here as it does, to the
+same bytes.
 """
 
 from __future__ import annotations

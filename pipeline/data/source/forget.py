@@ -74,8 +74,8 @@ def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, re
 
 
 def without(store: Store, blob: str, marks: frozenset[str]) -> str:
-    """A blob of rows to be tried again (see pipeline.data.source.retry) with what is forgotten blanked; each row stays in its
-    place."""
+    """A blob of rows to be tried again (see pipeline.data.source.retry) with what is forgotten blanked; each row stays
+    in its place."""
     table = read_table(store, blob)
     rows = table.to_pylist()
     blank = {column.name: [] if column.name == "captions" else "" for column in table.schema}

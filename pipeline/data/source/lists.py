@@ -31,8 +31,8 @@ PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2
 @dataclass(frozen=True)
 class Row:
     """One row of a list. ``url`` is an http(s), s3 or file reference, a member of a tar (see tar_reference), or
-    an embedding (see pipeline.data.source.imported). ``reject``: the reason if the list may not name it, or if the row cannot
-    be read, and then ``flaw`` says what is wrong, and where."""
+    an embedding (see pipeline.data.source.imported). ``reject``: the reason if the list may not name it, or if the row
+    cannot be read, and then ``flaw`` says what is wrong, and where."""
 
     url: str
     captions: tuple[str, ...]

@@ -48,7 +48,7 @@ def serving() -> Iterator[str]:
         try:
             address = process.stdout.readline().strip()
             if not address:
-                raise UserError("the emoji server did not start; run python -m pipeline.data.source.emoji.server to see why")
+                raise UserError(f"the emoji server did not start; run python {' '.join(command[1:])} to see why")
             yield address
         finally:
             process.kill()
