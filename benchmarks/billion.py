@@ -130,8 +130,8 @@ def work(store: Store, shards: int) -> int:
 def train(store: Store, shards: int) -> int:
     """The worker of a training of decoder's columns, as large as its share is: the first of 8. Its tables, and of its
     lanes every window of STEPS steps; returns the rows that they give."""
-    from pipeline.training.order import Order, lanes_of
-    from pipeline.training.tables import Tables
+    from pipeline.training.feed.order import Order, lanes_of
+    from pipeline.training.feed.tables import Tables
 
     inputs = {name: made for name, made in artifacts(store).items() if name != "source"}
     tables = Tables(store, inputs, ("image", "tokens", "image_embedding"), "train", 64)

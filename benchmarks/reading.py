@@ -32,7 +32,7 @@ from models.view import open_view
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
-from pipeline.training.feed import READERS, Feed, Windows
+from pipeline.training.feed.feed import READERS, Feed, Windows
 from pipeline.training.recipes import DecoderRecipe
 
 SIDE, BATCH, LANES = 64, 32, 8

@@ -26,9 +26,9 @@ from models.diffusion_prior import DiffusionPrior
 from models.draw import Draw
 from models.presets import PRESETS
 from models.upsampler import Upsampler
+from pipeline.training.distributed.world import autocast, computes_in
 from pipeline.training.recipes import TRAINING_PRESETS, DecoderRecipe
 from pipeline.training.state import ema_half_life, make_optimizer, update_ema
-from pipeline.training.world import autocast, computes_in
 
 IMAGES_PER_SECOND, UPSAMPLING_SECONDS, CAPTION_SECONDS = 150, 15, 25
 FAMILIES = {

@@ -30,8 +30,8 @@ from pipeline.graph.plan import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store import open_store
 from pipeline.training.checkpoints import course
-from pipeline.training.feed import Feed
-from pipeline.training.laps import shares_of
+from pipeline.training.distributed.world import World, autocast
+from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import fit
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe, TrainingRecipe
 from pipeline.training.saver import Saver
@@ -39,7 +39,7 @@ from pipeline.training.stage import make_task
 from pipeline.training.state import TrainState
 from pipeline.training.state import begin as begin_training
 from pipeline.training.task import Task
-from pipeline.training.world import World, autocast
+from pipeline.training.timing import shares_of
 
 BATCH, SHARDS = 16, 2
 STAGES = ("diffusion_prior", "decoder")

@@ -1,7 +1,7 @@
 """How large the models of a configuration are, and how much arithmetic they take. Exact, and nothing is computed.
 
 PyTorch builds each model of tensors that have shapes and no values, runs a row through it and counts matrix products
-and convolutions, as a training does (pipeline.training.laps). So a model that fits no machine here is counted too.
+and convolutions, as a training does (pipeline.training.timing). So a model that fits no machine here is counted too.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _size(model: Any, dim: int, codes: int) -> Size:
     from models.decoder import Decoder
     from models.diffusion_prior import DiffusionPrior
     from models.upsampler import Upsampler
-    from pipeline.training.laps import flop_counter
+    from pipeline.training.timing import flop_counter
 
     with FakeTensorMode(), torch.no_grad():
         tokens, row = torch.zeros(1, 77, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
@@ -100,7 +100,7 @@ def _clip_size(clip: ClipConfig | str) -> ClipSize:
     import open_clip
     import torch
 
-    from pipeline.training.laps import flop_counter
+    from pipeline.training.timing import flop_counter
 
     settings = _open_clip_config(clip)
     side = settings["vision_cfg"].get("image_size", 224)

@@ -96,7 +96,7 @@ def _held_out(store: Store, keys: Mapping[str, str], embeddings: str, whose: str
     import torch
 
     from pipeline.drift import Embedded
-    from pipeline.training.tables import Tables
+    from pipeline.training.feed.tables import Tables
 
     made = {"pairs": load_artifact(store, "pairs", keys["pairs"])}
     made["embeddings"] = load_artifact(store, "embeddings", embeddings)

@@ -41,7 +41,7 @@ class Observation:
     from its beginning to its record, of which ``work`` / ``workers`` grew with the amount: ``work`` counts all workers'
     seconds, and ``steps`` parts of them by name. ``shards`` that were made, and ``disk``, the bytes of all blobs.
     ``requests`` as in an artefact. ``shape`` is what else the speed hangs on: another model is another stage.
-    ``utilisation``: see pipeline.training.laps.
+    ``utilisation``: see pipeline.training.timing.
     """
 
     amount: float

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RAY = {"cluster/client.py", "pipeline/graph/ray.py", "pipeline/graph/shards.py", "pipeline/training/launch.py"}
+RAY = {
+    "cluster/client.py",
+    "pipeline/graph/ray.py",
+    "pipeline/graph/shards.py",
+    "pipeline/training/distributed/launch.py",
+}
 
 
 def _imports(file: Path) -> set[str]:

@@ -24,7 +24,7 @@ def check_machine() -> Iterator[Finding]:
     """What there is to compute with."""
     import torch
 
-    from pipeline.training.launch import cores
+    from pipeline.training.distributed.launch import cores
 
     yield Finding("ok", "python", f"{platform.python_version()}, {sys.executable}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -15,8 +15,8 @@ from pipeline.evaluate.metrics import derangement
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, SPLITS
 from pipeline.store import Store
-from pipeline.training.pictures import Pictures
-from pipeline.training.tables import Row, Tables
+from pipeline.training.feed.pictures import Pictures
+from pipeline.training.feed.tables import Row, Tables
 from pipeline.training.task import Batch
 
 COLUMNS = ("image", "tokens", "image_embedding", "text_embedding")

@@ -24,7 +24,7 @@ from pipeline.graph.plan import Context, trajectory_key, trunk_key
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import blob_path, open_record, peek_record, put_blob, read_blob
-from pipeline.training.sharding import first_row, is_spread, local
+from pipeline.training.distributed.sharding import first_row, is_spread, local
 from pipeline.training.state import Journal, TrainState, forms, parts, put_back
 
 Named = tuple[str, str]  # a part and its blob

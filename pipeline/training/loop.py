@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from models.draw import Draw, derive_seed
 from pipeline.errors import UserError
 from pipeline.settings import TrainingSettings
+from pipeline.training.distributed.sharding import whole
+from pipeline.training.distributed.world import World, autocast
 from pipeline.training.draws import Part
-from pipeline.training.feed import Feed, Share
-from pipeline.training.laps import Laps
+from pipeline.training.feed.feed import Feed, Share
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.sharding import whole
 from pipeline.training.state import TrainState, ema_half_life, learning_rate, update_ema
-from pipeline.training.world import World, autocast
+from pipeline.training.timing import Laps
 
 CHECK_EVERY = 16  # steps, at most, until a loss that is not finite is noticed
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from pipeline.graph.plan import Context, trajectory_key
 from pipeline.training.checkpoints import Checkpoints
-from pipeline.training.feed import Feed
-from pipeline.training.laps import Laps
-from pipeline.training.launch import cores, use_threads
+from pipeline.training.distributed.launch import cores, use_threads
+from pipeline.training.distributed.world import World, choose_device
+from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
 from pipeline.training.stage import make_task
 from pipeline.training.state import begin
-from pipeline.training.world import World, choose_device
+from pipeline.training.timing import Laps
 
 
 @dataclass

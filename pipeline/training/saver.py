@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from pipeline.training.checkpoints import Course, Snapshot, snapshot
+from pipeline.training.distributed.world import World
 from pipeline.training.state import TrainState
-from pipeline.training.world import World
 
 LAST = 19  # the niceness that gives way to every other
 

@@ -61,7 +61,7 @@ def train(ctx: Context) -> Artifact:
     """
     from pipeline.training.checkpoints import course
     from pipeline.training.checks import check
-    from pipeline.training.launch import WorkerLost, launch
+    from pipeline.training.distributed.launch import WorkerLost, launch
     from pipeline.training.loop import OutOfMemory
     from pipeline.training.warm_start import store_weights
     from pipeline.training.worker import Training
@@ -163,7 +163,7 @@ def ar_prior_task(ctx: Context) -> Task:
 
     from models.codec import Codec
     from pipeline.store.records import read_blob
-    from pipeline.training.tables import embedding_dim
+    from pipeline.training.feed.tables import embedding_dim
     from pipeline.training.tasks.ar_prior import ARPriorTask
 
     codec = Codec(**load(read_blob(ctx.store, ctx.inputs["codec"].blobs["model.safetensors"])))
@@ -175,14 +175,14 @@ def ar_prior_task(ctx: Context) -> Task:
 
 
 def diffusion_prior_task(ctx: Context) -> Task:
-    from pipeline.training.tables import embedding_dim
+    from pipeline.training.feed.tables import embedding_dim
     from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 
     return DiffusionPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]))
 
 
 def decoder_task(ctx: Context) -> Task:
-    from pipeline.training.tables import embedding_dim
+    from pipeline.training.feed.tables import embedding_dim
     from pipeline.training.tasks.decoder import DecoderTask
 
     return DecoderTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]))

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from models.draw import derive_seed
+from pipeline.training.distributed.sharding import local, recompute
+from pipeline.training.distributed.world import World
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.sharding import local, recompute
 from pipeline.training.task import Objective, Task
-from pipeline.training.world import World
 
 NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 VECTORS = ("position", "positional_embedding", "padding")
@@ -72,8 +72,8 @@ class TrainState:
     """Everything that a checkpoint holds. ``objective`` is the loss around the model; ``ema`` is a whole model, so that
     it can be used as one.
 
-    ``laps`` are seconds by what they went to (see pipeline.training.laps). ``failed``, fp32 [] on the device, becomes 1
-    with the first gradient or loss that is not finite; from then on the optimiser leaves everything as it is.
+    ``laps`` are seconds by what they went to (see pipeline.training.timing). ``failed``, fp32 [] on the device, becomes
+    1 with the first gradient or loss that is not finite; from then on the optimiser leaves everything as it is.
     """
 
     objective: Objective

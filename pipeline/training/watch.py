@@ -18,14 +18,14 @@ from pipeline.held_out import FEWEST
 from pipeline.progress import Progress
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import put_blob
+from pipeline.training.distributed.world import World, autocast
 from pipeline.training.draws import Undropped
-from pipeline.training.feed import Feed
+from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import CHECK_EVERY
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState
 from pipeline.training.task import Previews, Task
-from pipeline.training.world import World, autocast
 
 log = logging.getLogger("unclip")
 FIRST_LOOK = 64  # steps; then every four times as many

@@ -21,15 +21,15 @@ from pipeline.progress import Progress
 from pipeline.store.crash import crash_point
 from pipeline.store.records import put_blob
 from pipeline.training.checkpoints import Course
-from pipeline.training.feed import Feed
-from pipeline.training.laps import NOT_MEASURED, Speed, measure_speed
+from pipeline.training.distributed.world import World, computes_in
+from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import NonFinite, fit
 from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState, begin
 from pipeline.training.task import Contrastive, Examples, Finishes, Task
+from pipeline.training.timing import NOT_MEASURED, Speed, measure_speed
 from pipeline.training.warm_start import load_weights
 from pipeline.training.watch import Watch, averaged
-from pipeline.training.world import World, computes_in
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ PLUMBING = {
     "pipeline.store.crash": "fault tests",
     "pipeline.store.leases": "saves duplicate work",
     "pipeline.graph.ray": "starts Ray",
-    "pipeline.training.launch": "starts workers",
+    "pipeline.training.distributed.launch": "starts workers",
     "pipeline.training.checkpoints": "saves and restores a state exactly",
     "models.folder": "layout of model folders, which has a format of its own; it imports every model",
 }

@@ -13,13 +13,13 @@ from pipeline.config import Config, load_config
 from pipeline.errors import UserError
 from pipeline.flops import clip_size, model_size
 from pipeline.training.draws import Undropped
-from pipeline.training.laps import forward_flops
 from pipeline.training.task import Task
 from pipeline.training.tasks.ar_prior import ARPriorTask
 from pipeline.training.tasks.clip import ClipTask
 from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.tasks.upsampler import UpsamplerTask
+from pipeline.training.timing import forward_flops
 
 ROOT = Path(__file__).parents[2]
 NANO = load_config(ROOT / "configs/nano.yaml")

@@ -19,7 +19,7 @@ from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training.recipes import ARPriorRecipe, DecoderRecipe, UpsamplerRecipe
 from tests.pipeline.training.conftest import World, make_world, with_codec
-from tests.pipeline.training.test_launch import CLIP
+from tests.pipeline.training.distributed.test_launch import CLIP
 from tests.pipeline.training.test_stage import DECODER, RECIPE
 
 pytestmark = pytest.mark.slow

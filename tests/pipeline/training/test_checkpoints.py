@@ -11,10 +11,10 @@ from pipeline.graph.damage import read_record
 from pipeline.store import Store
 from pipeline.store.records import blob_path
 from pipeline.training.checkpoints import Checkpoints, Superseded, last_attempt, snapshot, take_attempt
+from pipeline.training.distributed.world import World
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, parts
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
-from pipeline.training.world import World
 from tests.flips import flip_first_reads
 
 RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, model=DiffusionPriorConfig(width=8, depth=1, heads=1))

@@ -19,7 +19,7 @@ from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.checkpoints import course
 from tests.pipeline.training.conftest import World, make_world
-from tests.pipeline.training.test_launch import CLIP
+from tests.pipeline.training.distributed.test_launch import CLIP
 from tests.pipeline.training.test_stage import lines
 
 pytestmark = pytest.mark.slow

@@ -17,11 +17,12 @@ from pipeline.graph.damage import read_record
 from pipeline.graph.plan import trajectory_key
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
-from pipeline.training import stage, world
-from pipeline.training.feed import Feed
-from pipeline.training.laps import Speed
+from pipeline.training import stage
+from pipeline.training.distributed import world
+from pipeline.training.feed.feed import Feed
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from pipeline.training.timing import Speed
 from pipeline.training.worker import Publisher
 from tests.pipeline.training.conftest import EMBED_DIM, World
 

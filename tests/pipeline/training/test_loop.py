@@ -16,9 +16,9 @@ from models.losses import Losses
 from models.presets import PRESETS
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.settings import TrainingSettings
+from pipeline.training.distributed.world import World
 from pipeline.training.draws import Part, Undropped
-from pipeline.training.feed import Feed, Share
-from pipeline.training.laps import Laps
+from pipeline.training.feed.feed import Feed, Share
 from pipeline.training.loop import (
     CHECK_EVERY,
     NonFinite,
@@ -32,7 +32,7 @@ from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, ema_half_life, learning_rate, make_optimizer, update_ema
 from pipeline.training.task import Objective
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
-from pipeline.training.world import World
+from pipeline.training.timing import Laps
 from tests.models.mutations import fails_under
 from tests.pipeline.training import conftest
 from tests.pipeline.training.conftest import EMBED_DIM

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.training.distributed.world import World
 from pipeline.training.saver import Saver
-from pipeline.training.world import World
 from tests.pipeline.training.test_checkpoints import make_state
 
 

@@ -340,9 +340,9 @@ def test_a_damaged_input_is_named(world: World) -> None:
 def test_workers_begin_where_all_of_them_can(world: World, reached: int) -> None:
     """Another worker finds no newer checkpoint than that, or none."""
     from pipeline.training.checkpoints import course
+    from pipeline.training.distributed.world import World as Workers
     from pipeline.training.state import begin
     from pipeline.training.worker import Training
-    from pipeline.training.world import World as Workers
 
     class Beside(Workers):
         def collect(self, items: list[Any], group: Any = None) -> list[Any]:

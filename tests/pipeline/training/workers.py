@@ -8,9 +8,9 @@ import torch.multiprocessing as multiprocessing
 
 from pipeline.graph.plan import Context
 from pipeline.training.checkpoints import Course, course
+from pipeline.training.distributed.world import World
 from pipeline.training.stage import make_task
 from pipeline.training.worker import Training
-from pipeline.training.world import World
 
 
 def _work(rank: int, ctx: Context, own: Course, meeting: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.data.source.stage import SourceRecipe, read_rows, split_by_hash
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.rows import taught
-from pipeline.training.tables import Tables, embedding_dim
+from pipeline.training.feed.tables import Tables, embedding_dim
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
 
 DIM = 64  # of the nano preset's CLIP

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.training.order import Order, lanes_of, permutation
+from pipeline.training.feed.order import Order, lanes_of, permutation
 
 SHAPES = st.tuples(
     st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),

@@ -15,8 +15,8 @@ from typing import Any
 from pipeline.errors import CorruptObject, Unreachable, UserError
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.checkpoints import Superseded
+from pipeline.training.distributed.world import World, choose_device
 from pipeline.training.loop import NonFinite, OutOfMemory
-from pipeline.training.world import World, choose_device
 
 Work = Callable[[World], None]
 REPORT_EVERY_S = 30.0  # a report waits for the controller's next poll, up to two seconds

@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from models.draw import Draw
+from pipeline.training.distributed.world import World, computes_in
 from pipeline.training.draws import Undropped
-from pipeline.training.feed import Feed
+from pipeline.training.feed.feed import Feed
 from pipeline.training.state import TrainState
 from pipeline.training.task import Batch, Task
-from pipeline.training.world import World, computes_in
 
 PHASES = ("wait", "forward", "backward", "optimiser", "ema")  # of a step
 SAMPLED = 15  # one step in so many is timed on a device that works on its own

@@ -17,14 +17,14 @@ from pipeline.graph.plan import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage
-from pipeline.training.feed import Feed
-from pipeline.training.laps import Laps
+from pipeline.training.distributed.sharding import layers
+from pipeline.training.distributed.world import World as Workers
+from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
 from pipeline.training.recipes import ClipRecipe, DecoderRecipe, DiffusionPriorRecipe
-from pipeline.training.sharding import layers
 from pipeline.training.state import begin
 from pipeline.training.tasks.decoder import DecoderTask
-from pipeline.training.world import World as Workers
+from pipeline.training.timing import Laps
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
 from tests.pipeline.training.test_stage import DECODER, MODEL, lines
 from tests.pipeline.training.workers import train_together

@@ -11,14 +11,14 @@ from models.draw import Draw
 from models.losses import Losses
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.training import stage
-from pipeline.training.laps import PHASES, Laps, forward_flops, matmul_peak, shares_of
 from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.timing import PHASES, Laps, forward_flops, matmul_peak, shares_of
 from tests.pipeline.training.conftest import World
 
 
 def test_a_step_is_cut_into_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 11.0, 13.0, 20.0, 24.0])
-    monkeypatch.setattr("pipeline.training.laps.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("pipeline.training.timing.time.perf_counter", lambda: next(clock))
     laps = Laps({"wait": 1.0}, torch.device("cpu"))
     laps.start(0)
     laps("wait")

@@ -27,10 +27,10 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path, put_blob
-from pipeline.training.feed import Feed, Share, Window, Windows
-from pipeline.training.read_ahead import read_ahead
+from pipeline.training.feed.feed import Feed, Share, Window, Windows
+from pipeline.training.feed.read_ahead import read_ahead
+from pipeline.training.feed.tables import Tables, embedding_dim
 from pipeline.training.recipes import DecoderRecipe
-from pipeline.training.tables import Tables, embedding_dim
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
 
 ALL = ("image", "tokens", "image_embedding", "text_embedding")
@@ -159,7 +159,7 @@ def test_a_feed_that_was_left_in_the_middle_of_a_share_begins_again(
         time.sleep(0.02)
         return open_view(data, size)
 
-    monkeypatch.setattr("pipeline.training.pictures.open_view", slowly)
+    monkeypatch.setattr("pipeline.training.feed.pictures.open_view", slowly)
     take(feed, 1)
     again: list[Share] = []
     reader = threading.Thread(target=lambda: again.extend(take(feed, 3)), daemon=True)
@@ -348,7 +348,7 @@ def _without_first(world: World, shard: Shard) -> str:
 def test_pictures_are_not_read_twice_while_there_is_room(shared_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     feed = make_feed(shared_world, ("image",))
     epoch = take(feed, feed.order.lane_rows // 2)
-    monkeypatch.setattr("pipeline.training.pictures.open_view", lambda data, size: pytest.fail("decoded again"))
+    monkeypatch.setattr("pipeline.training.feed.pictures.open_view", lambda data, size: pytest.fail("decoded again"))
     again = take(feed, len(epoch))
     assert all(torch.equal(a.batch["image"], b.batch["image"]) for a, b in zip(epoch, again, strict=True))
 

@@ -16,10 +16,10 @@ from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.checkpoints import Superseded
-from pipeline.training.launch import Relayed, WorkerLost, _cause, launch
+from pipeline.training.distributed.launch import Relayed, WorkerLost, _cause, launch
+from pipeline.training.distributed.world import World as Workers
 from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import ClipRecipe
-from pipeline.training.world import World as Workers
 from tests.pipeline.training.conftest import World
 from tests.pipeline.training.test_stage import RECIPE, lines
 
@@ -160,11 +160,11 @@ def test_a_training_goes_on_after_lost_workers_and_stores(
 
     slept: list[float] = []
     monkeypatch.setattr(stage, "time", SimpleNamespace(sleep=slept.append))
-    monkeypatch.setattr("pipeline.training.launch.launch", fragile)
+    monkeypatch.setattr("pipeline.training.distributed.launch.launch", fragile)
     ctx = world.context("diffusion_prior", replace(RECIPE, samples=32))
     assert stage.run_diffusion_prior(ctx).key == ctx.key
     assert slept == ([10.0, 20.0] if isinstance(error, Unreachable) else [0.0, 0.0])  # a store takes its time
     assert [name[-4:] for name in calls] == ["0001", "0002", "0003"]
-    monkeypatch.setattr("pipeline.training.launch.launch", hopeless)
+    monkeypatch.setattr("pipeline.training.distributed.launch.launch", hopeless)
     with pytest.raises(UserError, match=f"{error} 4 times without a new checkpoint.*{advice}"):
         stage.run_diffusion_prior(world.context("diffusion_prior", replace(RECIPE, samples=48, seed=1)))

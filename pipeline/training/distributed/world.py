@@ -14,7 +14,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UserError
-from pipeline.training.sharding import gather_gradients, spread, whole
+from pipeline.training.distributed.sharding import gather_gradients, spread, whole
 
 T = TypeVar("T")
 

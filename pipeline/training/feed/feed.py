@@ -14,11 +14,11 @@ from pipeline.data.pairs.row_index import Place
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
-from pipeline.training.order import Order, lanes_of
-from pipeline.training.pictures import CACHE_MB, Pictures, View, at_once
-from pipeline.training.read_ahead import read_ahead
+from pipeline.training.feed.order import Order, lanes_of
+from pipeline.training.feed.pictures import CACHE_MB, Pictures, View, at_once
+from pipeline.training.feed.read_ahead import read_ahead
+from pipeline.training.feed.tables import Row, Tables
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.tables import Row, Tables
 from pipeline.training.task import Batch, Contrastive, Task
 
 READERS = 8  # windows that are read at once
