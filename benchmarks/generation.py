@@ -15,9 +15,9 @@ from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from benchmarks.tiny import generator
 from models.cascade import UnCLIP
 from models.tokens import tokenize
-from pipeline.generation import STAGE, GenerationRecipe, Generator
 from pipeline.graph.artifacts import ShardRow, publish_shard, write_table
 from pipeline.graph.shards import ShardTask
+from pipeline.sampling.generation import STAGE, GenerationRecipe, Generator
 from pipeline.store import Store, open_store
 from pipeline.store.records import put_blob
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from models.cascade import UnCLIP
-    from pipeline.edits import Edit
+    from pipeline.sampling.edits import Edit
 
 SIZE = 256  # px unless asked for otherwise: a strip of 1024 px pictures takes minutes on a CPU
 NOT_ITS_OWN = ("source", "to", "seed", "set", "device")  # arguments that all kinds have, and that others tell
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     pictures = [open_picture(path) for path in _named(arguments)]
     folder = bundle_folder(output)
 
-    from pipeline.samples import open_bundle
+    from pipeline.sampling.samples import open_bundle
 
     try:
         unclip = open_bundle(folder, arguments.device)
@@ -129,7 +129,7 @@ def _named(arguments: argparse.Namespace) -> list[Path]:
 
 
 def _make(unclip: UnCLIP, a: argparse.Namespace, pictures: Sequence[Image], options: Mapping[str, Any]) -> Edit:
-    from pipeline import edits
+    from pipeline.sampling import edits
 
     if a.kind == "variations":
         return edits.variations(unclip, pictures[0], a.count, a.eta, a.caption, a.seed, options)
@@ -146,8 +146,8 @@ def _make(unclip: UnCLIP, a: argparse.Namespace, pictures: Sequence[Image], opti
 
 def _write(path: Path, edit: Edit, arguments: argparse.Namespace) -> None:
     """The strip or the animation, with all that it came from in text chunks."""
-    from pipeline.samples import png
-    from pipeline.strip import animation, strip
+    from pipeline.sampling.samples import png
+    from pipeline.sampling.strip import animation, strip
 
     text = {
         "edit": json.dumps(_asked(arguments), sort_keys=True),

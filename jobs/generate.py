@@ -11,7 +11,7 @@ from jobs.sample import add_device, bundle_artifact, check_seed, newest_output, 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.ray import count_gpus
 from pipeline.progress import counted, duration
-from pipeline.prompts import COLUMNS, KINDS, find_column, read_prompts
+from pipeline.sampling.prompts import COLUMNS, KINDS, find_column, read_prompts
 from pipeline.settings import GenerationSettings, RaySettings
 
 HEALINGS = 3  # damaged objects, until somebody has to look
@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"prompts: column {column} of {arguments.prompts}")
     store, bundle = bundle_artifact(output)
 
-    from pipeline.generation import ROWS, STAGE, GenerationRecipe, export, generate
     from pipeline.graph.execute import heal
+    from pipeline.sampling.generation import ROWS, STAGE, GenerationRecipe, export, generate
 
     try:
         recipe = GenerationRecipe(dict(sampling_option(text) for text in arguments.set), arguments.batch)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from jobs.project import Project, open_project
 from jobs.sample import remember_bundle
-from pipeline.bundle import MODELS
 from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import difference, short
@@ -22,6 +21,7 @@ from pipeline.graph.pointer import Move, Releases, move_release, read_releases
 from pipeline.release_compare import OTHER_CLIP, Change, Measured, changes, comparable, evaluations, measured, obstacles
 from pipeline.release_diff import data_changes, find_bundle, recipes_changed, stages_behind
 from pipeline.release_gates import failing, unjudged
+from pipeline.sampling.bundle import MODELS
 from pipeline.store import Store, open_store
 
 

@@ -64,7 +64,7 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
 
 def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
     from pipeline.graph.execute import execute
-    from pipeline.samples import export_pictures
+    from pipeline.sampling.samples import export_pictures
 
     def on_stage(stage: str, made: Artifact, artifacts: Mapping[str, Artifact]) -> None:
         lost = {"rejected": made.ledger.rejected, "deferred": made.ledger.deferred}

@@ -12,11 +12,11 @@ from typing import Any, get_type_hints
 import yaml
 
 from models.sampling_config import SamplingConfig
-from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.local import read_local
 from pipeline.parse import parse
+from pipeline.sampling.bundle import materialise
 from pipeline.store import Store, open_store
 from pipeline.store.records import digest
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     to.mkdir(parents=True, exist_ok=True)
 
     from models.tokens import check_captions
-    from pipeline.samples import make_sample, open_bundle
+    from pipeline.sampling.samples import make_sample, open_bundle
 
     try:
         check_captions(arguments.captions)

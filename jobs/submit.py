@@ -116,7 +116,7 @@ def _follow(project: Project, asked: Agreed, cluster: Cluster, submission_id: st
 def _bring(project: Project) -> None:
     """Write report and pictures here, from the store."""
     from pipeline.report.page import write_report
-    from pipeline.samples import export_pictures
+    from pipeline.sampling.samples import export_pictures
 
     made, output = project.finished(), Path(project.config.run.output)
     write_report(project.store, project.config, made, project.report)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import bundle, samples
 from pipeline.config import Config
 from pipeline.data.codec import stage as codec
 from pipeline.data.curation import stage as curation
@@ -17,6 +16,7 @@ from pipeline.data.source import stage as source
 from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluation
 from pipeline.graph.plan import Graph, Stage
+from pipeline.sampling import bundle, samples
 from pipeline.training import stage as training
 
 

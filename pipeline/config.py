@@ -18,7 +18,6 @@ import yaml
 
 from models.presets import PRESETS
 from models.sampling_config import check_sampling
-from pipeline.bundle import BundleRecipe
 from pipeline.data.codec.stage import CODEC_PRESETS, CodecRecipe
 from pipeline.data.curation.stage import CURATION_PRESETS, CurationRecipe
 from pipeline.data.curation.thresholds import ThresholdsRecipe
@@ -32,7 +31,8 @@ from pipeline.evaluate.recipe import EVALUATION_PRESETS, EvaluationRecipe
 from pipeline.local import read_local
 from pipeline.parse import merge, parse
 from pipeline.release_gates import ReleaseGates
-from pipeline.samples import SamplesRecipe
+from pipeline.sampling.bundle import BundleRecipe
+from pipeline.sampling.samples import SamplesRecipe
 from pipeline.settings import (
     EmbeddingsSettings,
     KubernetesSettings,

@@ -122,7 +122,7 @@ def _held_out(store: Store, keys: Mapping[str, str], embeddings: str, whose: str
 
 def _open_codec(store: Store, artifact: Artifact) -> Codec:
     from models.folder import load_codec
-    from pipeline.bundle import materialise
+    from pipeline.sampling.bundle import materialise
 
     with tempfile.TemporaryDirectory() as folder:
         materialise(store, artifact.blobs, folder)

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from models.prior_configs import ASKED
-from pipeline.bundle import MODELS
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.runs import last_run
 from pipeline.held_out import FEWEST
+from pipeline.sampling.bundle import MODELS
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.bundle import MODELS, side_of
 from pipeline.data.pairs.peek import Look
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.fine_tuning import fine_tuning
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted
+from pipeline.sampling.bundle import MODELS, side_of
 
 # Rows to hold out: the 16 and 32 by which models can be judged, and a quarter more, because some are always lost.
 VALIDATION, TEST = 20, 40

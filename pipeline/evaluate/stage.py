@@ -20,7 +20,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import count, judged, without_values
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
@@ -28,6 +27,7 @@ from pipeline.graph.damage import set_aside
 from pipeline.graph.plan import Context, flatten
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
+from pipeline.sampling.bundle import materialise
 from pipeline.store.records import put_blob
 from pipeline.training.stage import VERSIONS
 
@@ -52,7 +52,7 @@ def run_evaluation(ctx: Context) -> Artifact:
     from pipeline.evaluate.evaluation import GUIDANCES, Evaluation
     from pipeline.evaluate.inception import load_inception, package_versions
     from pipeline.evaluate.judge import load_judge
-    from pipeline.samples import drawing_device
+    from pipeline.sampling.samples import drawing_device
     from pipeline.training.watch import png
 
     began = time.monotonic()

@@ -13,7 +13,7 @@ from PIL import Image
 
 import jobs.generate
 import pipeline.evaluate.judge
-import pipeline.generation
+import pipeline.sampling.generation
 from jobs.cli import main
 from models.cascade import UnCLIP
 from pipeline.errors import UserError
@@ -21,12 +21,12 @@ from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.stage import run_evaluation
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.plan import Context
-from pipeline.samples import SamplesRecipe, run_samples
+from pipeline.sampling.samples import SamplesRecipe, run_samples
 from pipeline.settings import GenerationSettings
 from pipeline.store import Store
 from pipeline.training.distributed.world import choose_device
 from tests.jobs.test_notebook import of_type
-from tests.pipeline.test_generation import publish_bundle
+from tests.pipeline.sampling.test_generation import publish_bundle
 
 FEW = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
 
@@ -52,7 +52,7 @@ def asked(bundle: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return load(folder)
 
     monkeypatch.setattr(UnCLIP, "from_folder", open_on)
-    monkeypatch.setattr("pipeline.samples.use_all_cores", lambda: None)
+    monkeypatch.setattr("pipeline.sampling.samples.use_all_cores", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
@@ -82,9 +82,9 @@ def test_sample_and_edit_draw_on_a_gpu(
 def test_the_stages_and_the_notebook_draw_on_a_gpu(
     asked: list[str], bundle: tuple[Store, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_sample = pipeline.samples.make_sample
+    make_sample = pipeline.sampling.samples.make_sample
     few = {"size": 64, "decoder_steps": 2, "prior_steps": 2}
-    monkeypatch.setattr(pipeline.samples, "make_sample", lambda *words: make_sample(*words[:3], few))
+    monkeypatch.setattr(pipeline.sampling.samples, "make_sample", lambda *words: make_sample(*words[:3], few))
     run_samples(context(bundle, "samples", SamplesRecipe()))
 
     def load(_: object, device: torch.device) -> None:
@@ -122,12 +122,12 @@ def test_generate_gives_each_worker_a_gpu(
 ) -> None:
     given: list[tuple[GenerationSettings, str]] = []
 
-    def work(ctx: Context, _: object, make: pipeline.generation.MakeGenerator, *__: object) -> Artifact:
+    def work(ctx: Context, _: object, make: pipeline.sampling.generation.MakeGenerator, *__: object) -> Artifact:
         given.append((ctx.settings, make.device))
         make()
         raise InterruptedError
 
-    monkeypatch.setattr(pipeline.generation, "map_shards", work)
+    monkeypatch.setattr(pipeline.sampling.generation, "map_shards", work)
     Path("list.txt").write_text("a red fox\n")
     with caplog.at_level("INFO", "unclip"), pytest.raises(InterruptedError):
         jobs.generate.main(["list.txt", *words])

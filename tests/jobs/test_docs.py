@@ -19,7 +19,6 @@ from jobs.cli import COMMANDS
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.sampling_config import SamplingConfig
-from pipeline.bundle import BundleRecipe
 from pipeline.config import Config, Run
 from pipeline.data.codec.stage import CodecRecipe
 from pipeline.data.curation.stage import CurationRecipe
@@ -32,7 +31,8 @@ from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.ledger import REASONS
 from pipeline.release_gates import ReleaseGates
-from pipeline.samples import SamplesRecipe
+from pipeline.sampling.bundle import BundleRecipe
+from pipeline.sampling.samples import SamplesRecipe
 from pipeline.settings import (
     EmbeddingsSettings,
     KubernetesSettings,

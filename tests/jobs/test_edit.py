@@ -22,15 +22,15 @@ from models.codec import fit_codec, fit_pca, moments
 from models.pixels import from_uint8
 from models.tokens import tokenize
 from models.view import view
-from pipeline import edits
 from pipeline.data.pairs.own_picture import open_picture
 from pipeline.evaluate.metrics import psnr
-from pipeline.strip import END_MS, FRAME_MS, GAP
+from pipeline.sampling import edits
+from pipeline.sampling.strip import END_MS, FRAME_MS, GAP
 from tests.chain import ROOT
 from tests.jobs.test_docs import commands
 from tests.models.test_cascade import DIM, make
 from tests.models.test_manipulations import PICTURES
-from tests.pipeline.test_generation import publish_bundle
+from tests.pipeline.sampling.test_generation import publish_bundle
 
 OPTIONS: Any = {"decoder_steps": 3, "upsampler_256_steps": 2, "size": 64}
 FEW = ("--size", 64, "--set", "decoder_steps=3", "--set", "upsampler_256_steps=2")
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edit(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Edit:
     """Runs ``unclip edit`` in this process and returns the lines it printed."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("pipeline.samples.use_all_cores", lambda: None)
+    monkeypatch.setattr("pipeline.sampling.samples.use_all_cores", lambda: None)
 
     def run(*words: object) -> list[str]:
         assert main(["edit", *map(str, words)]) == 0

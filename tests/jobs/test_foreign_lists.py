@@ -23,7 +23,7 @@ from pipeline.data.source.retry import gather
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
-from pipeline.prompts import TABLES, read_prompts
+from pipeline.sampling.prompts import TABLES, read_prompts
 from pipeline.store import open_store
 from tests.chain import ROOT
 from tests.pipeline.data.bench import Bench, picture, write_list

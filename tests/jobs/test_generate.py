@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.generation
+import pipeline.sampling.generation
 from jobs.cli import main
 from tests.chain import done, unclip
-from tests.pipeline.test_generation import publish_bundle
+from tests.pipeline.sampling.test_generation import publish_bundle
 
 
 @pytest.mark.slow
@@ -48,8 +48,10 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     Path("out/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": bundle.key}))
     Path("list.csv").write_text("url,caption\nhttp://a/b,a red fox\n")
     begun: list[str] = []
-    draw = pipeline.generation.map_shards
-    monkeypatch.setattr(pipeline.generation, "map_shards", lambda ctx, *rest: begun.append(ctx.key) or draw(ctx, *rest))
+    draw = pipeline.sampling.generation.map_shards
+    monkeypatch.setattr(
+        pipeline.sampling.generation, "map_shards", lambda ctx, *rest: begun.append(ctx.key) or draw(ctx, *rest)
+    )
     return begun
 
 

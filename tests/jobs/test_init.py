@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
-from pipeline.bundle import MODELS
 from pipeline.config import Config, load_config
 from pipeline.data.pairs import peek as looking
 from pipeline.data.pairs.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
+from pipeline.sampling.bundle import MODELS
 from pipeline.starter import CAPTION_BYTES, SHARE, _captions, _scalar, share_of
 from pipeline.store import open_store
 from tests.pipeline.data.bench import picture

@@ -12,7 +12,7 @@ from jobs.cli import COMMANDS
 from models.sampling_config import SamplingConfig
 from tests.chain import ROOT
 from tests.jobs.test_docs import TESTED, check_links, commands
-from tests.pipeline.test_generation import publish_bundle
+from tests.pipeline.sampling.test_generation import publish_bundle
 
 NOTEBOOK = ROOT / "docs/notebook.ipynb"
 CELLS: list[dict[str, Any]] = json.loads(NOTEBOOK.read_text())["cells"]

@@ -13,7 +13,7 @@ from PIL import Image
 from jobs.cli import main
 from jobs.sample import SLUG_BYTES, file_name, slug
 from tests.models.test_cascade import make
-from tests.pipeline.test_generation import publish_bundle
+from tests.pipeline.sampling.test_generation import publish_bundle
 
 FEW = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
 Sample = Callable[..., list[str]]
@@ -26,7 +26,7 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     (tmp_path / "out/nano").mkdir(parents=True)
     (tmp_path / "out/nano/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": bundle.key}))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.samples.use_all_cores", lambda: None)
+    monkeypatch.setattr("pipeline.sampling.samples.use_all_cores", lambda: None)
 
     def run(*words: str) -> list[str]:
         assert main(["sample", *words, *FEW]) == 0

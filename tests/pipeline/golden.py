@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import bundle, samples
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.data.codec import stage as codec
@@ -28,6 +27,7 @@ from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluation
 from pipeline.graph.plan import plan
+from pipeline.sampling import bundle, samples
 from pipeline.store import open_store
 from pipeline.training.stage import VERSIONS
 
@@ -74,8 +74,8 @@ MODULES = {
     "diffusion_prior": ("pipeline.training.tasks.diffusion_prior", *TRAINING),
     "decoder": ("pipeline.training.tasks.decoder", *TRAINING),
     "upsampler": ("pipeline.training.tasks.upsampler", *TRAINING),
-    "bundle": ("pipeline.bundle",),
-    "samples": ("pipeline.samples",),
+    "bundle": ("pipeline.sampling.bundle",),
+    "samples": ("pipeline.sampling.samples",),
     "evaluation": ("pipeline.evaluate.stage",),
 }
 

@@ -86,7 +86,7 @@ class MakeEncoder:
         import torch
 
         from models.clip import Clip
-        from pipeline.bundle import materialise
+        from pipeline.sampling.bundle import materialise
 
         torch.set_num_threads(1)
         if self.settings.gpus:  # a GPU would convolve in TF32, and that is more than rounding

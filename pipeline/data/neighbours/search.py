@@ -84,7 +84,7 @@ def _rows(
 
 def _open_clip(store: Store, clip: Artifact) -> Any:
     from models.clip import Clip
-    from pipeline.bundle import materialise
+    from pipeline.sampling.bundle import materialise
 
     with tempfile.TemporaryDirectory() as folder:
         materialise(store, clip.blobs, folder)

@@ -131,7 +131,7 @@ def make_case(folder: Path, shards: int, rows: int, side: int, priors: tuple[str
 @pytest.fixture(autouse=True)
 def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests run side by side."""
-    monkeypatch.setattr("pipeline.samples.use_all_cores", lambda: None)
+    monkeypatch.setattr("pipeline.sampling.samples.use_all_cores", lambda: None)
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from safetensors.torch import load
 from models.diffusion_prior import diffusion_prior_gamma
 from models.folder import load_model
 from models.prior_configs import DiffusionPriorConfig
-from pipeline.bundle import materialise
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.damage import read_record
 from pipeline.graph.plan import trajectory_key
+from pipeline.sampling.bundle import materialise
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage

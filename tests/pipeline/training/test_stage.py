@@ -16,12 +16,12 @@ from safetensors.torch import load
 from models.folder import load_model
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
-from pipeline.bundle import materialise
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.graph.damage import read_record
 from pipeline.graph.plan import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
+from pipeline.sampling.bundle import materialise
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import blob_path, read_blob
 from pipeline.training import stage

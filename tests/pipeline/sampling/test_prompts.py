@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.prompts import find_column, read_prompts
+from pipeline.sampling.prompts import find_column, read_prompts
 
 ROWS = 100
 PROMPTS = ["a red fox", 'a "nice" dog, asleep', "une fenêtre", "寺", "two\nlines"]

@@ -24,7 +24,7 @@ from models.tokens import check_captions
 from models.view import view
 from pipeline.evaluate.metrics import cosine, psnr
 from pipeline.progress import Progress
-from pipeline.samples import decode_steps, prior_steps
+from pipeline.sampling.samples import decode_steps, prior_steps
 
 PAPER_COUNTS, PAPER_CODES = (20, 30, 40, 80, 120, 160, 200, 320), 320  # figure 7
 Options = Mapping[str, Any]

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.bundle import materialise
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.graph.plan import Context, artifact_key, flatten, shard_key
@@ -26,6 +25,7 @@ from pipeline.graph.runs import remember_stage
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.ledger import Ledger
 from pipeline.progress import Steps, counted
+from pipeline.sampling.bundle import materialise
 from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.store import Store
 from pipeline.store.records import digest, put_blob

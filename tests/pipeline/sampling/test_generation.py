@@ -12,11 +12,11 @@ import webdataset
 from PIL import Image
 
 from pipeline.errors import CorruptObject, UserError
-from pipeline.generation import STAGE, GenerationRecipe, export, generate
 from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards
 from pipeline.graph.execute import heal
 from pipeline.ledger import Ledger
-from pipeline.prompts import read_prompts
+from pipeline.sampling.generation import STAGE, GenerationRecipe, export, generate
+from pipeline.sampling.prompts import read_prompts
 from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.strip import END_MS, FRAME_MS, GAP, WIDEST, animation, enlarged, strip
+from pipeline.sampling.strip import END_MS, FRAME_MS, GAP, WIDEST, animation, enlarged, strip
 
 
 def squares(count: int, side: int) -> list[np.ndarray]:

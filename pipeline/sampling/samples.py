@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.bundle import materialise
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.plan import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, counted
+from pipeline.sampling.bundle import materialise
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 
