@@ -14,8 +14,8 @@ from pathlib import Path
 
 from jobs.probe import probe
 from jobs.project import open_project
-from pipeline.cost import Ask, estimate
-from pipeline.profile import Profile, load_profile, observe
+from pipeline.cost.estimate import Ask, estimate
+from pipeline.cost.profile import Profile, load_profile, observe
 
 WANTED, WANTED_SHORT, SHORT = 1.5, 2.0, 60.0  # of stages that take a minute and more, and of shorter ones
 LEAST = 1.0  # seconds

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from jobs.plan import print_changes
 from jobs.project import Project, open_project
-from pipeline.collect import collect
 from pipeline.config import OVERRIDES
 from pipeline.data.fetch.references import shown
 from pipeline.data.neighbours.cells import SPLITS
@@ -21,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import read_local
 from pipeline.progress import duration
+from pipeline.upkeep.collect import collect
 
 FILE_BYTES = 256 << 20  # of a list of what to forget
 

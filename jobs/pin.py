@@ -54,7 +54,7 @@ def _print_drift(project: Project, before: Sequence[Verdict], verdict: Verdict, 
     then, now = (load_artifact(project.store, verdict.stage, each) for each in (verdict.key, key))
     if then is None or now is None or then.key == now.key:
         return
-    from pipeline.pin_drift import drift_lines
+    from pipeline.release.pin_drift import drift_lines
 
     print(f"{verdict.stage} {then.key[:12]} -> {now.key[:12]}", flush=True)
     keys = {each.stage: each.key for each in before}

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.project import Project, open_project
-from pipeline.bill import remarks, table
 from pipeline.build import build
 from pipeline.config import OVERRIDES, load_config
-from pipeline.cost import UTILISATION, Ask, Cost, estimate
+from pipeline.cost.bill import remarks, table
+from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate
+from pipeline.cost.fleet import parse_count, parse_fleet
+from pipeline.cost.profile import Profile, load_profile, observe
 from pipeline.errors import UserError
-from pipeline.fleet import parse_count, parse_fleet
 from pipeline.graph.plan import Verdict
 from pipeline.held_out import lacking
-from pipeline.profile import Profile, load_profile, observe
 from pipeline.progress import counted, duration
 
 

@@ -1,7 +1,7 @@
 """The probe of ``unclip plan --probe``: the same configuration, run twice in a scratch store with few rows and samples.
 
 Rows are spread over the user's own list, and nothing but amounts differs: so what the two runs took is what the whole
-will take, once lines are drawn through it (pipeline.profile).
+will take, once lines are drawn through it (pipeline.cost.profile).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 from jobs.project import Project
 from pipeline.config import TRAININGS, Config
+from pipeline.cost.profile import Profile, observe
 from pipeline.data.source.lists import Row, reach, read_rows
 from pipeline.evaluate.recipe import ROWS
 from pipeline.held_out import FEWEST
-from pipeline.profile import Profile, observe
 from pipeline.progress import counted, duration
 from pipeline.store import open_store
 

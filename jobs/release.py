@@ -18,9 +18,9 @@ from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.execute import make_context
 from pipeline.graph.plan import stage_key
 from pipeline.graph.pointer import Move, Releases, move_release, read_releases
-from pipeline.release_compare import OTHER_CLIP, Change, Measured, changes, comparable, evaluations, measured, obstacles
-from pipeline.release_diff import data_changes, find_bundle, recipes_changed, stages_behind
-from pipeline.release_gates import failing, unjudged
+from pipeline.release.compare import OTHER_CLIP, Change, Measured, changes, comparable, evaluations, measured, obstacles
+from pipeline.release.diff import data_changes, find_bundle, recipes_changed, stages_behind
+from pipeline.release.gates import failing, unjudged
 from pipeline.sampling.bundle import MODELS
 from pipeline.store import Store, open_store
 

@@ -12,12 +12,12 @@ from jobs.plan import agree
 from jobs.project import Project, open_project
 from jobs.sample import remember_bundle
 from pipeline.config import OVERRIDES
+from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.runs import remember
 from pipeline.progress import counted, duration
-from pipeline.readiness import check_ready
 from pipeline.store import check_conditions
 
 HEALINGS = 5  # damaged objects that one run makes again before it gives up

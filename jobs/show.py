@@ -10,9 +10,9 @@ from typing import Any, get_type_hints
 from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.errors import UserError
 from pipeline.graph.plan import defaults
-from pipeline.overview import find, lineage, overview
-from pipeline.show import show_lineage, show_overview
 from pipeline.store import open_store
+from pipeline.upkeep.overview import find, lineage, overview
+from pipeline.upkeep.show import show_lineage, show_overview
 
 
 def main(argv: Sequence[str]) -> int:

@@ -30,7 +30,7 @@ from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.recipe import EVALUATION_PRESETS, EvaluationRecipe
 from pipeline.local import read_local
 from pipeline.parse import merge, parse
-from pipeline.release_gates import ReleaseGates
+from pipeline.release.gates import ReleaseGates
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
 from pipeline.settings import (

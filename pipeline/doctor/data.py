@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from pipeline.clip_weights import find_weights, named_weights
 from pipeline.config import Config
 from pipeline.data.source.stage import Scan
+from pipeline.doctor.clip_weights import find_weights, named_weights
 from pipeline.doctor.finding import Finding
 from pipeline.errors import UserError
 from pipeline.held_out import lacking

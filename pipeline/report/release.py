@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pipeline.evaluate.figure import difference, short
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.pointer import read_releases
-from pipeline.release_compare import Change, changes, comparable, evaluations, measured, obstacles
+from pipeline.release.compare import Change, changes, comparable, evaluations, measured, obstacles
 from pipeline.report.markup import note, number, section, table, text
 from pipeline.store import Store
 

@@ -18,7 +18,6 @@ from safetensors.numpy import save_file
 import cluster.package
 from cluster.package import check_size, make_package, package_path, send_weights, write_zip
 from cluster.submission import put_package
-from pipeline.collect import collect
 from pipeline.config import Config, load_config, make_config
 from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import NOTHING, change_journal, with_forgotten
@@ -29,6 +28,7 @@ from pipeline.graph.plan import differences
 from pipeline.graph.runs import remember
 from pipeline.store import Store, open_store
 from pipeline.store.records import read_blob
+from pipeline.upkeep.collect import collect
 from tests.chain import ROOT
 
 URL = "s3://bucket/prefix"

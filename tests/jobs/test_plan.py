@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.profile import load_profile
+from pipeline.cost.profile import load_profile
 from tests.chain import ROOT, done, unclip, write_config, write_list
 from tests.jobs.test_mistakes import refused
 

@@ -17,7 +17,7 @@ from pipeline.data.source.emoji.listing import emoji_rows
 from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.graph.pointer import read_releases
 from pipeline.parse import merge
-from pipeline.release_compare import evaluations
+from pipeline.release.compare import evaluations
 from pipeline.store import Store
 from tests.chain import ROOT, keys, open_at, shard_paths, unclip
 from tests.seaweed import Server

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.collect import collect
 from pipeline.errors import UserError
 from pipeline.graph.damage import read_record
 from pipeline.graph.pointer import read_releases, release_path
 from pipeline.store import Store, check_conditions, open_store
 from pipeline.store import s3 as store_s3
 from pipeline.store.records import peek_record
+from pipeline.upkeep.collect import collect
 from tests.chain import MICRO, ROOT, Finished, done, keys, unclip, write_config, write_list
 from tests.pipeline.data.bench import picture
 from tests.seaweed import BUCKET, Identity, Server, serving

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.pin_drift import drift_lines
+from pipeline.release.pin_drift import drift_lines
 from tests.pipeline.training.conftest import make_world
 
 

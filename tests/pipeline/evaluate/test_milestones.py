@@ -8,8 +8,8 @@ from models.prior_configs import DiffusionPriorConfig
 from pipeline.evaluate.stage import run_evaluation
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.ledger import Ledger
-from pipeline.release_compare import Measured, changes, measured, obstacles
-from pipeline.release_gates import ReleaseGates, failing
+from pipeline.release.compare import Measured, changes, measured, obstacles
+from pipeline.release.gates import ReleaseGates, failing
 from pipeline.settings import TrainingSettings
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.stage import run_diffusion_prior

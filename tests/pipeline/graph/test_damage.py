@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.collect import collect
 from pipeline.data.curation.pieces import pack, read_piece
 from pipeline.data.pairs.row_index import Place, checksum, read_pictures
 from pipeline.data.source.journal import change_journal, journal_path
@@ -22,6 +21,7 @@ from pipeline.graph.pointer import Move, Releases, move_release, read_releases, 
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.records import FORMAT, blob_path, peek_record, put_blob, read_blob
+from pipeline.upkeep.collect import collect
 from tests.flips import flip_first_reads
 
 NOW = 1_800_000_000.0

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config, make_config
+from pipeline.doctor.readiness import on_ray
 from pipeline.graph.resources import Node, Settings, Share, Team, has_labels, lacking, room, team_of
-from pipeline.readiness import on_ray
 from pipeline.settings import EmbeddingsSettings, PairsSettings, ShardSettings, TrainingSettings
 
 ROOT = Path(__file__).parents[3]

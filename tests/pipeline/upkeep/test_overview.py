@@ -16,10 +16,10 @@ from pipeline.graph.plan import defaults, differences, direct, flatten, pin_path
 from pipeline.graph.pointer import Move, Releases, move_release, release_path
 from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
-from pipeline.overview import find, lineage, overview
 from pipeline.store import Store, open_store
 from pipeline.store.leases import lead_or_wait, lease_path
 from pipeline.store.records import seal
+from pipeline.upkeep.overview import find, lineage, overview
 
 CONFIG = load_config("configs/nano.yaml")
 GRAPH = build(CONFIG)

@@ -6,8 +6,8 @@ import logging
 import os
 from collections.abc import Collection, Iterable
 
-from pipeline.clip_weights import find_weights, named_weights
 from pipeline.config import Config
+from pipeline.doctor.clip_weights import find_weights, named_weights
 from pipeline.doctor.machine import check_idle_gpu
 from pipeline.doctor.nodes import ask_nodes, judge, versions
 from pipeline.errors import UserError

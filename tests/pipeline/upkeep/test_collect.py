@@ -8,7 +8,6 @@ from typing import Literal
 
 import pytest
 
-from pipeline.collect import TOMBSTONES, collect
 from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.source.journal import Forgotten, Journal, change_journal, with_forgotten
 from pipeline.errors import UserError
@@ -30,6 +29,7 @@ from pipeline.store import Store, open_store
 from pipeline.store.leases import lead_or_wait
 from pipeline.store.records import blob_path, put_blob, read_blob
 from pipeline.training.recipes import ClipRecipe
+from pipeline.upkeep.collect import TOMBSTONES, collect
 
 DAY = 86_400.0
 NOW = time.time()
@@ -380,7 +380,7 @@ def test_files_that_a_recipe_names_stay(store: Store, tmp_path: Path) -> None:
 
 def test_two_collections_at_once_are_one_too_many(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     put_blob(store, b"garbage")
-    from pipeline import collect as module
+    from pipeline.upkeep import collect as module
 
     def meanwhile(*_: object) -> object:
         store.swap(TOMBSTONES, None, b"")

@@ -12,9 +12,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from pipeline.errors import UserError
-from pipeline.live import Live, find_live, mark_blobs
 from pipeline.store import Store, clear_abandoned
 from pipeline.store.crash import crash_point
+from pipeline.upkeep.live import Live, find_live, mark_blobs
 
 TOMBSTONES = "locks/tombstones.json.gz"
 RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before what they name

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from pipeline import cost
 from pipeline.config import TRAININGS
-from pipeline.cost import Ask, Cost, cores_a_gpu, decode_seconds, embedding_bytes, encode_seconds, picture_bytes, rate
-from pipeline.flops import clip_size, model_size
+from pipeline.cost import estimate as cost
+from pipeline.cost.estimate import (
+    Ask,
+    Cost,
+    cores_a_gpu,
+    decode_seconds,
+    embedding_bytes,
+    encode_seconds,
+    picture_bytes,
+    rate,
+)
+from pipeline.cost.flops import clip_size, model_size
 from pipeline.progress import duration
 from pipeline.settings import Prices
 

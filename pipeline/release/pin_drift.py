@@ -15,7 +15,7 @@ from pipeline.store import Store
 
 if TYPE_CHECKING:
     from models.codec import Codec
-    from pipeline.drift import Embedded
+    from pipeline.release.drift import Embedded
 
 ROWS = 1024  # at most, the first held-out ones
 
@@ -39,7 +39,7 @@ def drift_lines(
 
 
 def _of_clips(store: Store, graph: Graph, keys: Mapping[str, str], before: Artifact, after: Artifact) -> Iterator[str]:
-    from pipeline.drift import clip_drift
+    from pipeline.release.drift import clip_drift
 
     def embedded(clip: Artifact) -> tuple[str, Embedded]:
         key = stage_key(graph["embeddings"], {**keys, "clip": clip.key})
@@ -57,7 +57,7 @@ def _of_clips(store: Store, graph: Graph, keys: Mapping[str, str], before: Artif
 
 
 def _of_codecs(store: Store, graph: Graph, keys: Mapping[str, str], before: Artifact, after: Artifact) -> Iterator[str]:
-    from pipeline.drift import codec_drift
+    from pipeline.release.drift import codec_drift
 
     split, rows = _held_out(store, keys, keys["embeddings"], "the plan's CLIP")
     codecs = [_open_codec(store, artifact) for artifact in (before, after)]
@@ -95,7 +95,7 @@ def _held_out(store: Store, keys: Mapping[str, str], embeddings: str, whose: str
     import numpy as np
     import torch
 
-    from pipeline.drift import Embedded
+    from pipeline.release.drift import Embedded
     from pipeline.training.feed.tables import Tables
 
     made = {"pairs": load_artifact(store, "pairs", keys["pairs"])}

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.cost import Ask
+from pipeline.cost.estimate import Ask
+from pipeline.cost.profile import Line, Observation, Profile, fit, load_profile, observe, pace, passes_of, shape
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.plan import flatten, plan
 from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
-from pipeline.profile import Line, Observation, Profile, fit, load_profile, observe, pace, passes_of, shape
 from pipeline.store import Store, open_store
 from pipeline.store.records import put_blob
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = load_config(ROOT / "configs/nano.yaml")
 GRAPH = build(CONFIG)
 POSITIVE = st.floats(1e-3, 1e4)

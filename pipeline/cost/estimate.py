@@ -1,8 +1,8 @@
 """What a stage will cost: time, cores, GPUs, bytes and requests. Measured where it was measured, else by analysis.
 
-Runs nothing. What a profile has seen is scaled by rows, samples and workers (pipeline.profile). Other stages, and all
-trainings on GPUs that are asked for, are counted: the arithmetic of their networks over what the machines can do. The
-constants below are what is assumed then.
+Runs nothing. What a profile has seen is scaled by rows, samples and workers (pipeline.cost.profile). Other stages, and
+all trainings on GPUs that are asked for, are counted: the arithmetic of their networks over what the machines can do.
+The constants below are what is assumed then.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.config import TRAININGS, Config
-from pipeline.fleet import Device, Fleet
-from pipeline.flops import clip_size, model_size
+from pipeline.cost.fleet import Device, Fleet
+from pipeline.cost.flops import clip_size, model_size
+from pipeline.cost.profile import COUNTED, Observation, Profile, fit, pace, passes_of, shape
 from pipeline.graph.plan import flatten
-from pipeline.profile import COUNTED, Observation, Profile, fit, pace, passes_of, shape
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 
 CORE_FLOPS = 50e9  # a second, that networks reach on one core

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import readiness
 from pipeline.config import make_config
+from pipeline.doctor import readiness
 from pipeline.doctor.nodes import Answer, versions
 from pipeline.errors import UserError
 from pipeline.graph.resources import Node

@@ -11,9 +11,9 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.graph.plan import direct
 from pipeline.graph.pointer import Move
 from pipeline.ledger import Ledger
-from pipeline.overview import Lineage, Named, Overview, Run
 from pipeline.progress import counted, duration
 from pipeline.store.identity import named
+from pipeline.upkeep.overview import Lineage, Named, Overview, Run
 
 WIDTH = 110
 SHORT = 12  # characters of a key

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.pointer import Move
 from pipeline.ledger import Ledger
-from pipeline.overview import Lineage, Overview, Run
-from pipeline.show import show_lineage, show_overview
+from pipeline.upkeep.overview import Lineage, Overview, Run
+from pipeline.upkeep.show import show_lineage, show_overview
 
 NOW = 1_750_000_000.0  # 2025-06-15 15:06:40 UTC
 ANA = {"user": "ana", "host": "gpu-7"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import count, judged, measured, short
-from pipeline.release_compare import REAL, Change, Figures
+from pipeline.release.compare import REAL, Change, Figures
 
 UNKNOWN = {"holds": None, "note": ""}  # what is known of a figure that an evaluation does not have
 

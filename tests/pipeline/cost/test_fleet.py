@@ -2,8 +2,8 @@
 
 import pytest
 
+from pipeline.cost.fleet import DEVICES, Fleet, parse_count, parse_fleet
 from pipeline.errors import UserError
-from pipeline.fleet import DEVICES, Fleet, parse_count, parse_fleet
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.codec import Codec, fit_codec, fit_pca, moments
-from pipeline.drift import Embedded, clip_drift, codec_drift, explained, neighbours_kept
+from pipeline.release.drift import Embedded, clip_drift, codec_drift, explained, neighbours_kept
 
 N, D = 400, 12
 

@@ -5,16 +5,25 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bill import money, remarks, size, table
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.cost import FP32_UTILISATION, MATMUL_SHARE, Ask, Cost, amount, cores_a_gpu, estimate, picture_bytes
-from pipeline.fleet import DEVICES, Fleet
-from pipeline.flops import clip_size, model_size
-from pipeline.profile import Observation, Profile, shape
+from pipeline.cost.bill import money, remarks, size, table
+from pipeline.cost.estimate import (
+    FP32_UTILISATION,
+    MATMUL_SHARE,
+    Ask,
+    Cost,
+    amount,
+    cores_a_gpu,
+    estimate,
+    picture_bytes,
+)
+from pipeline.cost.fleet import DEVICES, Fleet
+from pipeline.cost.flops import clip_size, model_size
+from pipeline.cost.profile import Observation, Profile, shape
 from pipeline.settings import Prices
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NANO = load_config(ROOT / "configs/nano.yaml")
 PAPER = load_config(ROOT / "configs/paper.yaml")
 H100S = Fleet(64, "H100")

@@ -10,8 +10,8 @@ from models.codec import Codec
 from models.draw import Draw
 from models.upsampler import training_low
 from pipeline.config import Config, load_config
+from pipeline.cost.flops import clip_size, model_size
 from pipeline.errors import UserError
-from pipeline.flops import clip_size, model_size
 from pipeline.training.draws import Undropped
 from pipeline.training.task import Task
 from pipeline.training.tasks.ar_prior import ARPriorTask
@@ -21,7 +21,7 @@ from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.tasks.upsampler import UpsamplerTask
 from pipeline.training.timing import forward_flops
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NANO = load_config(ROOT / "configs/nano.yaml")
 
 

@@ -10,8 +10,8 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
-from pipeline.release_compare import OTHER_CLIP, Measured, changes, comparable, obstacles
-from pipeline.release_gates import ReleaseGates, failing, unjudged
+from pipeline.release.compare import OTHER_CLIP, Measured, changes, comparable, obstacles
+from pipeline.release.gates import ReleaseGates, failing, unjudged
 
 N = 40
 DEFAULT = ReleaseGates()
