@@ -12,7 +12,7 @@ from tests.chain import ROOT
 
 SCRIPT = """
 import ipaddress, json, os
-from pipeline.launch import start_ray
+from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings
 ray = start_ray(RaySettings(cpus=1, object_store_mb=100))
 import grpc, psutil  # the latter is among Ray's own packages

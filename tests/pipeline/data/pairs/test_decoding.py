@@ -164,7 +164,7 @@ def test_the_child_has_no_network_and_writes_no_files(tmp_path: Path) -> None:
     """Where the machine allows namespaces; elsewhere the rest still holds."""
     code = """
     import os, socket, sys
-    from pipeline.data.sandbox import give_up_rights
+    from pipeline.data.pairs.sandbox import give_up_rights
     home = os.readlink("/proc/self/ns/net")
     give_up_rights()
     try:
@@ -201,7 +201,7 @@ def test_a_decoder_that_cannot_start_is_said_and_rejects_nothing() -> None:
 def test_the_child_ends_with_its_parent() -> None:
     code = """
     import time
-    from pipeline.data.decoding import Decoder
+    from pipeline.data.pairs.decoding import Decoder
     decoder = Decoder()
     decoder.inspect(b"x", 1)
     print(decoder._process.pid, flush=True)

@@ -19,8 +19,8 @@ from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 DYING = """
 import json, os, signal, sys
 from pathlib import Path
-from pipeline.data.index import checksum
-from pipeline.data.unfinished import Unfinished
+from pipeline.data.pairs.row_index import checksum
+from pipeline.data.pairs.unfinished import Unfinished
 from tests.pipeline.data.bench import Bench
 
 settings, store, source, rows = json.loads(sys.argv[1])

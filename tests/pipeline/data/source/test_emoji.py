@@ -219,7 +219,7 @@ def test_the_server_draws_what_the_fetch_asks_for() -> None:
 def test_the_server_ends_with_its_parent() -> None:
     code = """
 import time
-from pipeline.data.emoji_server import serving
+from pipeline.data.source.emoji.server import serving
 with serving() as address:
     print(address, flush=True)
     time.sleep(60)
