@@ -20,8 +20,9 @@ from types import SimpleNamespace
 
 from pipeline.graph.artifacts import Artifact, Shard, load_artifact, publish_artifact, read_shards, write_shard_table
 from pipeline.graph.execute import execute
-from pipeline.graph.plan import Context, Graph, Stage, plan, shard_key
+from pipeline.graph.plan import plan
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.stages import Context, Graph, Stage, shard_key
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
 from pipeline.store import Store, open_store

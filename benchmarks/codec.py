@@ -25,7 +25,7 @@ from pipeline.data.codec.passes import BLOCK_ROWS, Block, cut_blocks, training_e
 from pipeline.data.codec.stage import VERSION, CodecRecipe, fit_components, run_codec
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.graph.artifacts import Artifact, Shard, publish_shard, read_shards, write_shard_table, write_table
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.settings import ShardSettings
 from pipeline.store import Store, open_store

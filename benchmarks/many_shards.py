@@ -33,8 +33,9 @@ from pipeline.graph.artifacts import (
     write_shard_table,
 )
 from pipeline.graph.execute import execute
-from pipeline.graph.plan import Context, Graph, Stage, plan, shard_key
+from pipeline.graph.plan import plan
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.stages import Context, Graph, Stage, shard_key
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
 from pipeline.store import Store, open_store

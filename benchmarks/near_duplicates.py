@@ -25,7 +25,7 @@ from pipeline.graph.artifacts import (
     write_shard_table,
     write_table,
 )
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.settings import ShardSettings
 from pipeline.store import Store, open_store

@@ -27,8 +27,8 @@ from benchmarks.timing import begin, finish, parser
 from models.presets import PRESETS
 from pipeline.data.embeddings.stage import DecodeBatch, EmbeddingsRecipe, Encoder
 from pipeline.graph.artifacts import read_shards
-from pipeline.graph.plan import Context
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.stages import Context
 from pipeline.settings import EmbeddingsSettings, RaySettings
 from pipeline.store import Store, open_store
 from pipeline.store.records import read_blob

@@ -31,7 +31,7 @@ from pipeline.config import make_config
 from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.store import open_store
 
 HOSTS = 64  # as real lists have many; four requests at once to each

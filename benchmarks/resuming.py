@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.pictures import publish
 from benchmarks.timing import begin, finish, parser, show
 from models.presets import PRESETS
-from pipeline.graph.plan import Context, Stage, stage_key
+from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.store import open_store
 from pipeline.training.checkpoints import course

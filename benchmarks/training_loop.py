@@ -26,7 +26,7 @@ from benchmarks.pictures import publish
 from benchmarks.timing import Seconds, begin, finish, parser, show
 from models.draw import Draw
 from models.presets import PRESETS
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store import open_store
 from pipeline.training.checkpoints import course

@@ -13,8 +13,9 @@ from pipeline.data.source.journal import read_journal
 from pipeline.data.source.stage import Scan, scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.graph.plan import Graph, Verdict, ordered, plan
+from pipeline.graph.plan import Verdict, plan
 from pipeline.graph.runs import last_run
+from pipeline.graph.stages import Graph, ordered
 from pipeline.store import Store, open_store
 from pipeline.training.trackers import find_tracker
 

@@ -16,8 +16,8 @@ from pipeline.errors import UserError
 from pipeline.evaluate.figure import difference, short
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.execute import make_context
-from pipeline.graph.plan import stage_key
 from pipeline.graph.pointer import Move, Releases, move_release, read_releases
+from pipeline.graph.stages import stage_key
 from pipeline.release.compare import OTHER_CLIP, Change, Measured, changes, comparable, evaluations, measured, obstacles
 from pipeline.release.diff import data_changes, find_bundle, recipes_changed, stages_behind
 from pipeline.release.gates import failing, unjudged

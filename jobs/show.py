@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.errors import UserError
-from pipeline.graph.plan import defaults
+from pipeline.graph.keys import defaults
 from pipeline.store import open_store
 from pipeline.upkeep.overview import find, lineage, overview
 from pipeline.upkeep.show import show_lineage, show_overview

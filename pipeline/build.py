@@ -15,7 +15,7 @@ from pipeline.data.source import imported
 from pipeline.data.source import stage as source
 from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluation
-from pipeline.graph.plan import Graph, Stage
+from pipeline.graph.stages import Graph, Stage
 from pipeline.sampling import bundle, samples
 from pipeline.training import stage as training
 
@@ -34,10 +34,18 @@ def build(config: Config) -> Graph:
     learn = ("pairs", "captions", "embeddings", "curation")
     frozen = ("thresholds",) if config.thresholds.similarity else ()
     stages = (
-        Stage("source", source.VERSION, config.source, (), source.run_source),
-        Stage("captions", source.VERSION, config.source, (), source.run_captions),
+        Stage("source", source.VERSION, config.source, (), source.run_source, kind="source"),
+        Stage("captions", source.VERSION, config.source, (), source.run_captions, kind="source"),
         Stage("pairs", pairs.VERSION, config.pairs, ("source",), pairs.run_pairs),
-        Stage("clip", training.VERSIONS["clip"], config.clip, ("pairs", "captions"), training.run_clip, pinned=True),
+        Stage(
+            "clip",
+            training.VERSIONS["clip"],
+            config.clip,
+            ("pairs", "captions"),
+            training.run_clip,
+            kind="training",
+            pinned=True,
+        ),
         Stage(
             "embeddings",
             embeddings.VERSION,
@@ -52,6 +60,7 @@ def build(config: Config) -> Graph:
             ("pairs", "embeddings"),
             thresholds.run_thresholds,
             pinned=True,
+            passes=True,
         ),
         Stage(
             "curation",
@@ -59,24 +68,43 @@ def build(config: Config) -> Graph:
             config.curation,
             ("pairs", "captions", "embeddings", *frozen),
             curation.run_curation,
+            passes=True,
         ),
-        Stage("index", neighbour_index.VERSION, config.index, ("embeddings", "curation"), neighbour_index.run_index),
-        Stage("codec", codec.VERSION, config.codec, ("embeddings", "curation"), codec.run_codec, pinned=True),
-        Stage("ar_prior", training.VERSIONS["ar_prior"], config.ar_prior, (*learn, "codec"), training.run_ar_prior),
+        Stage(
+            "index",
+            neighbour_index.VERSION,
+            config.index,
+            ("embeddings", "curation"),
+            neighbour_index.run_index,
+            passes=True,
+        ),
+        Stage(
+            "codec", codec.VERSION, config.codec, ("embeddings", "curation"), codec.run_codec, pinned=True, passes=True
+        ),
+        Stage(
+            "ar_prior",
+            training.VERSIONS["ar_prior"],
+            config.ar_prior,
+            (*learn, "codec"),
+            training.run_ar_prior,
+            kind="training",
+        ),
         Stage(
             "diffusion_prior",
             training.VERSIONS["diffusion_prior"],
             config.diffusion_prior,
             learn,
             training.run_diffusion_prior,
+            kind="training",
         ),
-        Stage("decoder", training.VERSIONS["decoder"], config.decoder, learn, training.run_decoder),
+        Stage("decoder", training.VERSIONS["decoder"], config.decoder, learn, training.run_decoder, kind="training"),
         Stage(
             "upsampler_256",
             training.VERSIONS["upsampler"],
             config.upsampler_256,
             ("pairs", "curation"),
             training.run_upsampler,
+            kind="training",
         ),
         Stage(
             "upsampler_1024",
@@ -84,10 +112,18 @@ def build(config: Config) -> Graph:
             config.upsampler_1024,
             ("pairs", "curation"),
             training.run_upsampler,
+            kind="training",
         ),
-        Stage("bundle", bundle.VERSION, config.bundle, config.bundle.inputs, bundle.run_bundle),
-        Stage("samples", samples.VERSION, config.samples, ("bundle",), samples.run_samples),
-        Stage("evaluation", evaluation.VERSION, config.evaluation, (*learn, "bundle"), evaluation.run_evaluation),
+        Stage("bundle", bundle.VERSION, config.bundle, config.bundle.inputs, bundle.run_bundle, kind="bundle"),
+        Stage("samples", samples.VERSION, config.samples, ("bundle",), samples.run_samples, kind="result"),
+        Stage(
+            "evaluation",
+            evaluation.VERSION,
+            config.evaluation,
+            (*learn, "bundle"),
+            evaluation.run_evaluation,
+            kind="result",
+        ),
     )
     wanted = {"index", "samples", "evaluation", "bundle", *config.bundle.inputs}
     needed = _needed(stages, wanted)

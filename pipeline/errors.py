@@ -23,3 +23,7 @@ class CorruptObject(Exception):
 
     def __reduce__(self) -> tuple[type[CorruptObject], tuple[str, str]]:  # it crosses processes
         return type(self), (self.path, self.why)
+
+
+class Superseded(Exception):
+    """A later attempt of a training has begun, in another process, and this one stops."""

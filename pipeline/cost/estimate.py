@@ -17,7 +17,7 @@ from pipeline.config import TRAININGS, Config
 from pipeline.cost.fleet import Device, Fleet
 from pipeline.cost.flops import clip_size, model_size
 from pipeline.cost.profile import COUNTED, Observation, Profile, fit, pace, passes_of, shape
-from pipeline.graph.plan import flatten
+from pipeline.graph.keys import flatten
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 
 CORE_FLOPS = 50e9  # a second, that networks reach on one core

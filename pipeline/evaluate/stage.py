@@ -24,7 +24,8 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import count, judged, without_values
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.graph.damage import set_aside
-from pipeline.graph.plan import Context, flatten
+from pipeline.graph.keys import flatten
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.sampling.bundle import materialise

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline.data.source.journal import read_journal
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.pointer import read_releases, release_path, released_projects
 from pipeline.store import Store
@@ -109,11 +108,19 @@ def stands_on(store: Store) -> dict[str, tuple[str, str]]:
         if entry.path.startswith(LIST):
             project = entry.path.removeprefix(LIST).removesuffix(".json")
             way_out = f"take it out of the retries in {entry.path}, and run again"
-            for blob in read_journal(store, project).retries:
+            for blob in _retries(store, entry.path):
                 found.setdefault(blob_path(blob), (f"the list of {project}", way_out))
         elif entry.path.endswith(".json"):
             stand(pinned_key(store, entry.path), f"the pin {entry.path}")
     return found
+
+
+def _retries(store: Store, path: str) -> list[str]:
+    """Returns the blobs of rows that a list tries again. Raises UserError if its journal is damaged."""
+    try:
+        return list(json.loads(store.read(path))["retries"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{store.url}/{path} is damaged: restore it, or name another store to begin again") from None
 
 
 def pinned_key(store: Store, path: str) -> str:

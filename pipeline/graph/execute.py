@@ -6,28 +6,26 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
-from pipeline.config import Config
-from pipeline.errors import CorruptObject, UserError
+from pipeline.errors import CorruptObject, Superseded, UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.graph.damage import set_aside
-from pipeline.graph.plan import Context, Graph, Stage, Verdict, ordered, pin_path, stage_key, trajectory_key, trunk_key
+from pipeline.graph.plan import Verdict, pin_path
+from pipeline.graph.stages import Context, Graph, Stage, ordered, stage_key, trajectory_key, trunk_key
 from pipeline.progress import under_way
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.leases import lead_or_wait
 from pipeline.store.names import is_digest
 from pipeline.store.records import blob_path
-from pipeline.training.follow import showing
-from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.trackers import Trackers
 
 log = logging.getLogger("unclip")
 SEGMENTS = "shards/source/segment-"
-IN_PASSES = tuple(f"shards/{stage}/" for stage in ("thresholds", "curation", "index", "codec"))
+NO_GRAPH: Graph = MappingProxyType({})
 OnStage = Callable[[str, Artifact, Mapping[str, Artifact]], None]
 OnLook = Callable[[Artifact, Mapping[str, Artifact]], None]
 
@@ -37,7 +35,7 @@ def execute(
     verdicts: Sequence[Verdict],
     wanted: set[str],
     store: Store,
-    config: Config,
+    config: Any,
     on_stage: OnStage,
     on_look: OnLook,
 ) -> dict[str, Artifact]:
@@ -65,12 +63,12 @@ def execute(
             if verdict.lineage is not None:
                 _pin(store, verdict.lineage, verdict.key)
     except CorruptObject as e:
-        heal(store, e, artifacts)
+        heal(store, e, artifacts, graph)
         raise
     return artifacts
 
 
-def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Config) -> Context:
+def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Any) -> Context:
     """What a stage is given. ``artifacts`` hold its inputs."""
     inputs = {name: artifacts[name] for name in stage.inputs}
     settings = getattr(config.run, stage.name, None)
@@ -79,7 +77,7 @@ def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], stor
 
 
 def _run_stage(
-    stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Config, on_look: OnLook
+    stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Any, on_look: OnLook
 ) -> Artifact:
     ctx = make_context(stage, key, artifacts, store, config)
 
@@ -87,27 +85,14 @@ def _run_stage(
         return bool(list(store.list(artifact_path(stage.name, key))))
 
     def progress() -> str:
-        if not isinstance(stage.recipe, TrainingRecipe):
+        if stage.kind != "training":
             return ""
         folders = [f"checkpoints/{key}/" for key in (trunk_key(ctx), trajectory_key(ctx))]
         return max((entry.path for folder in folders for entry in store.list(folder)), default="")
 
     def run() -> Artifact:
-        begun = replace(ctx, began=time.time())  # not when it began to wait for the lease
-        if not isinstance(stage.recipe, TrainingRecipe):
-            return stage.run(begun)
-        with closing(Trackers(ctx)) as trackers:
-
-            def show(running: Artifact) -> None:
-                on_look(running, artifacts)
-                trackers.tell(running)
-
-            with showing(ctx, show):
-                made = stage.run(begun)
-            trackers.tell(made)
-            return made
-
-    from pipeline.training.checkpoints import Superseded
+        # It begins now, not when it began to wait for the lease.
+        return stage.run(replace(ctx, began=time.time(), show=lambda running: on_look(running, artifacts)))
 
     while True:
         far = partial(under_way, stage.name)
@@ -138,7 +123,7 @@ def _pin(store: Store, lineage: str, key: str) -> None:
     store.swap(pin_path(lineage), None, json.dumps({"key": key}).encode())
 
 
-def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact]) -> None:
+def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact], graph: Graph = NO_GRAPH) -> None:
     """Sets aside a damaged blob and every record that names it, so that the next plan makes it again.
 
     Raises UserError if the object is not ours to make again, or if a pin, a release or a list names it.
@@ -162,7 +147,8 @@ def heal(store: Store, damage: CorruptObject, artifacts: Mapping[str, Artifact])
         if named:
             doomed.append(artifact_path(artifact.stage, artifact.key))
     # What no artefact lists, an earlier pass of its stage has made.
-    for prefix in (SEGMENTS,) if len(doomed) > 1 else (SEGMENTS, *IN_PASSES):
+    passes = (f"shards/{stage.name}/" for stage in graph.values() if stage.passes)
+    for prefix in (SEGMENTS,) if len(doomed) > 1 else (SEGMENTS, *passes):
         doomed += [entry.path for entry in store.list(prefix) if blob.encode() in store.read(entry.path)]
     set_aside(store, doomed)
     records = sum(not path.startswith("blobs/") for path in doomed)

@@ -14,10 +14,11 @@ from typing import Any
 
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.damage import create_record, read_record
-from pipeline.graph.plan import Context, Graph, Verdict, flatten, trajectory
+from pipeline.graph.keys import flatten, trajectory
+from pipeline.graph.plan import Verdict
+from pipeline.graph.stages import Context, Graph
 from pipeline.store import Store
 from pipeline.store.identity import whoami
-from pipeline.training.recipes import TrainingRecipe
 
 
 def remember(
@@ -45,7 +46,7 @@ def remember(
             "recipe": flatten(stage.recipe),
             "inputs": inputs,
         }
-        if isinstance(stage.recipe, TrainingRecipe):
+        if stage.kind == "training":
             stages[v.stage]["trajectory"] = trajectory(stage.name, stage.version, stage.recipe, inputs)
             trunk = dataclasses.replace(stage.recipe, decay=0)
             stages[v.stage]["trunk"] = trajectory(stage.name, stage.version, trunk, inputs)

@@ -31,7 +31,7 @@ from pipeline.graph.artifacts import (
     read_shard,
     shard_path,
 )
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, add
 from pipeline.store import Store

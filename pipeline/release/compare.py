@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact
 from pipeline.graph.damage import set_aside
-from pipeline.graph.plan import recipe_changes
+from pipeline.graph.keys import recipe_changes
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ancestors, load_artifact
-from pipeline.graph.plan import recipe_changes
+from pipeline.graph.keys import recipe_changes
 from pipeline.graph.pointer import Releases
 from pipeline.ledger import Ledger
 from pipeline.store import Store

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import short
 from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.graph.plan import Graph, stage_key
+from pipeline.graph.stages import Graph, stage_key
 from pipeline.held_out import FEWEST, SPLITS, too_few
 from pipeline.store import Store
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.plan import direct
+from pipeline.graph.stages import direct
 from pipeline.progress import duration
 from pipeline.report.markup import attempt, note, number, section, table, text
 

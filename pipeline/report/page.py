@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.plan import flatten
+from pipeline.graph.keys import flatten
 from pipeline.report.data import data_section, embeddings_section
 from pipeline.report.evaluation import evaluation_section
 from pipeline.report.lineage import lineage_section

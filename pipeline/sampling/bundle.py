@@ -13,7 +13,7 @@ from pathlib import Path
 from models.sampling_config import SamplingConfig
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.names import is_file_name

@@ -20,9 +20,10 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
-from pipeline.graph.plan import Context, artifact_key, flatten, shard_key
+from pipeline.graph.keys import artifact_key, flatten
 from pipeline.graph.runs import remember_stage
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.progress import Steps, counted
 from pipeline.sampling.bundle import materialise

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, counted
 from pipeline.sampling.bundle import materialise

@@ -18,9 +18,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from models.tensors import tensors_file
-from pipeline.errors import CorruptObject
+from pipeline.errors import CorruptObject, Superseded
 from pipeline.graph.damage import create_record
-from pipeline.graph.plan import Context, trajectory_key, trunk_key
+from pipeline.graph.stages import Context, trajectory_key, trunk_key
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import blob_path, open_record, peek_record, put_blob, read_blob
@@ -29,10 +29,6 @@ from pipeline.training.state import Journal, TrainState, forms, parts, put_back
 
 Named = tuple[str, str]  # a part and its blob
 log = logging.getLogger("unclip")
-
-
-class Superseded(Exception):
-    """Another start of the same training has taken over; this one has nothing left to do."""
 
 
 @dataclass(frozen=True)

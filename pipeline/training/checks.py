@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, read_shards
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.training.task import Contrastive, Task
 
 

@@ -13,7 +13,7 @@ from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
-    from pipeline.graph.plan import Context
+    from pipeline.graph.stages import Context
 
 log = logging.getLogger("unclip")
 

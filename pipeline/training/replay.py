@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.graph.plan import Context, trajectory_key
+from pipeline.graph.stages import Context, trajectory_key
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.distributed.launch import cores, use_threads
 from pipeline.training.distributed.world import World, choose_device

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Unreachable, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
-from pipeline.training.follow import following
+from pipeline.training.follow import following, showing
+from pipeline.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from pipeline.settings import TrainingSettings
@@ -54,7 +55,25 @@ def run_upsampler(ctx: Context) -> Artifact:
 
 
 def train(ctx: Context) -> Artifact:
-    """Train until the recipe's stop, from the newest checkpoint of this trajectory, and return the artefact.
+    """Trains as ``_train``, and meanwhile shows trackers and ``ctx.show`` what each new checkpoint brings."""
+    if ctx.show is None:
+        return _train(ctx)
+    with closing(Trackers(ctx)) as trackers:
+
+        def show(running: Artifact) -> None:
+            assert ctx.show is not None
+            ctx.show(running)
+            trackers.tell(running)
+
+        alone = replace(ctx, show=None)  # what follows goes to workers
+        with showing(alone, show):
+            made = _train(alone)
+        trackers.tell(made)
+        return made
+
+
+def _train(ctx: Context) -> Artifact:
+    """Trains until the recipe's stop, from the newest checkpoint of this trajectory, and returns the artefact.
 
     Raises UserError before anything starts for settings that cannot work, NonFinite (a UserError) when the training
     diverges, Superseded when another process has taken over, CorruptObject for damaged inputs.

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.plan import Context, trajectory_key
+from pipeline.graph.stages import Context, trajectory_key
 from pipeline.store.records import read_blob
 
 log = logging.getLogger("unclip")

@@ -15,7 +15,8 @@ from torch import nn
 
 from models.draw import Draw, derive_seed
 from pipeline.graph.artifacts import load_artifact, publish_artifact
-from pipeline.graph.plan import Context, artifact_key
+from pipeline.graph.keys import artifact_key
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.store.crash import crash_point

@@ -13,7 +13,6 @@ from pipeline.data.source.journal import read_journal
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Artifact, ancestors, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.graph.damage import pinned_key, read_record
-from pipeline.graph.plan import SOURCES
 from pipeline.graph.pointer import read_releases, released_projects
 from pipeline.graph.runs import asked_at
 from pipeline.store import Store
@@ -204,7 +203,7 @@ def _mark_artifact(store: Store, artifact: Artifact, live: Live) -> None:
         try:
             shards = read_shards(store, artifact)
             live.paths.update(blob_path(blob) for shard in shards for blob in shard.blobs.values())
-            if artifact.stage not in SOURCES:  # whose shards have no records
+            if artifact.inputs:  # the shards of a source have no records
                 records = [shard_path(artifact.stage, shard.key) for shard in shards]
                 live.paths.update(records)
                 with ThreadPoolExecutor(THREADS) as pool:  # they name notes too, which the table does not

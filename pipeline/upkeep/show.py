@@ -8,8 +8,8 @@ from textwrap import wrap
 from typing import Any
 
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.plan import direct
 from pipeline.graph.pointer import Move
+from pipeline.graph.stages import direct
 from pipeline.ledger import Ledger
 from pipeline.progress import counted, duration
 from pipeline.store.identity import named

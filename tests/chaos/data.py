@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.build import build
+from pipeline.config import load_config
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.execute import heal
@@ -203,7 +205,7 @@ def finally_run(reference: Reference, folder: Path, store: Store) -> None:
                     read_blob(store, blob)
             return
         except CorruptObject as e:
-            heal(store, e, artifacts)
+            heal(store, e, artifacts, build(load_config(reference.config(folder, None))))
     raise AssertionError("results are still damaged after two healings")
 
 

@@ -24,7 +24,7 @@ from pipeline.data.source.journal import NOTHING, change_journal, with_forgotten
 from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
-from pipeline.graph.plan import differences
+from pipeline.graph.keys import differences
 from pipeline.graph.runs import remember
 from pipeline.store import Store, open_store
 from pipeline.store.records import read_blob

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.stage import run_evaluation
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.sampling.samples import SamplesRecipe, run_samples
 from pipeline.settings import GenerationSettings
 from pipeline.store import Store

@@ -12,8 +12,9 @@ import jobs.release
 from jobs.cli import main
 from jobs.project import open_project
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
-from pipeline.graph.plan import Context, flatten
+from pipeline.graph.keys import flatten
 from pipeline.graph.pointer import Move, Releases, move_release, read_releases, release_path
+from pipeline.graph.stages import Context
 from pipeline.held_out import too_few
 from pipeline.ledger import Ledger
 from pipeline.report.release import release_section

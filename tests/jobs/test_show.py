@@ -10,7 +10,7 @@ import yaml
 from jobs.cli import main
 from jobs.project import open_project
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.plan import flatten
+from pipeline.graph.keys import flatten
 from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
 from pipeline.store.leases import lead_or_wait

@@ -13,7 +13,8 @@ import pytest
 from pipeline.build import build
 from pipeline.config import Config, load_config
 from pipeline.data.source.stage import SourceRecipe, scan
-from pipeline.graph.plan import Graph, ordered, plan
+from pipeline.graph.plan import plan
+from pipeline.graph.stages import Graph, ordered
 from pipeline.store import open_store
 from tests.pipeline.golden import FILE, NO_LIST, ROOT, Sources, golden_keys, source_digests, versions
 

@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.data.codec import passes
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, Shard, ShardRow, publish_artifact, read_shards, write_shard_table
-from pipeline.graph.plan import Context
 from pipeline.graph.shards import ShardTask, run_shards
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.store.records import digest, put_blob, read_blob
 

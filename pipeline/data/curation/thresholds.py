@@ -12,8 +12,8 @@ import numpy as np
 
 from pipeline.data.neighbours.blocks import cut_blocks, is_a, make_task, run_pass
 from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
-from pipeline.graph.plan import Context
 from pipeline.graph.shards import ShardOutput, ShardTask
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import read_blob

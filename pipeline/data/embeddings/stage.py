@@ -21,8 +21,8 @@ from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.data.source.imported import SCHEME, read_imported
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table
-from pipeline.graph.plan import Context, shard_key
 from pipeline.graph.shards import Helpers, ShardOutput, ShardTask, map_shards, results_ahead
+from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps, add

@@ -14,8 +14,8 @@ import numpy as np
 
 from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.graph.artifacts import Shard, ShardRow, read_table
-from pipeline.graph.plan import Context, shard_key
 from pipeline.graph.shards import ShardOutput, ShardTask, run_shards
+from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import digest

@@ -25,8 +25,8 @@ from pipeline.data.neighbours.blocks import (
 )
 from pipeline.data.neighbours.cells import SPLITS
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards
-from pipeline.graph.plan import Context
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import read_blob

@@ -12,8 +12,8 @@ from pipeline.data.pairs.opt_outs import read_opt_outs
 from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import ShardRow, read_shards, read_table
-from pipeline.graph.plan import Context
 from pipeline.graph.runs import last_made
+from pipeline.graph.stages import Context
 from pipeline.store import Store
 
 log = logging.getLogger("unclip")

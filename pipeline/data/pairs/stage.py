@@ -27,8 +27,8 @@ from pipeline.data.source.imported import SCHEME, read_imported
 from pipeline.data.source.lists import reach
 from pipeline.data.source.stage import row_key
 from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table
-from pipeline.graph.plan import Context, shard_key
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger, status_of
 from pipeline.local import Reach, read_local, reason_of
 from pipeline.parse import ContentFile

@@ -27,7 +27,7 @@ from pipeline.data.source.lists import Row, fingerprint, read_rows
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, read_table, write_shard_table, write_table
 from pipeline.graph.damage import create_record, read_record, set_aside
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.local import Reach
 from pipeline.progress import counted

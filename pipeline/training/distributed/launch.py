@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipeline.errors import CorruptObject, Unreachable, UserError
+from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
 from pipeline.settings import RaySettings, TrainingSettings
-from pipeline.training.checkpoints import Superseded
 from pipeline.training.distributed.world import World, choose_device
 from pipeline.training.loop import NonFinite, OutOfMemory
 

@@ -13,7 +13,8 @@ from pipeline.cost.estimate import Ask
 from pipeline.cost.profile import Line, Observation, Profile, fit, load_profile, observe, pace, passes_of, shape
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.plan import flatten, plan
+from pipeline.graph.keys import flatten
+from pipeline.graph.plan import plan
 from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store

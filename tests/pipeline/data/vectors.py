@@ -20,7 +20,7 @@ from pipeline.graph.artifacts import (
     write_shard_table,
     write_table,
 )
-from pipeline.graph.plan import Context, Stage, stage_key
+from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
 from pipeline.store import Store

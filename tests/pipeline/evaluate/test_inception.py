@@ -20,7 +20,7 @@ from pipeline.evaluate.metrics import derangement
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut
 from pipeline.evaluate.statistics import frechet, frechet_distance, gaussian, merge
-from pipeline.graph.plan import artifact_key
+from pipeline.graph.keys import artifact_key
 from pipeline.parse import ContentFile
 
 CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut, held_out, taught
 from pipeline.evaluate.stage import LEARN, run_evaluation
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
-from pipeline.graph.plan import Context, Stage, stage_key
+from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.report.evaluation import evaluation_section

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.build import build
+from pipeline.config import load_config
 from pipeline.data.curation.pieces import pack, read_piece
 from pipeline.data.pairs.row_index import Place, checksum, read_pictures
 from pipeline.data.source.journal import change_journal, journal_path
@@ -22,7 +24,10 @@ from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.records import FORMAT, blob_path, peek_record, put_blob, read_blob
 from pipeline.upkeep.collect import collect
+from tests.chain import ROOT
 from tests.flips import flip_first_reads
+
+GRAPH = build(load_config(ROOT / "configs/nano.yaml"))
 
 NOW = 1_800_000_000.0
 DAY = 86_400.0
@@ -177,7 +182,7 @@ def test_healing_what_is_not_a_blob_deletes_nothing(path: str, tmp_path: Path) -
     store = open_store(str(tmp_path / "store"))
     (tmp_path / "precious.txt").write_text("precious")
     with pytest.raises(UserError, match="it is a file of yours"):
-        heal(store, CorruptObject(path, "has other bytes"), {})
+        heal(store, CorruptObject(path, "has other bytes"), {}, GRAPH)
     assert (tmp_path / "precious.txt").exists()
 
 
@@ -221,10 +226,10 @@ def test_a_blob_behind_a_release_stays(victim: str, way: str, store: Store) -> N
     with pytest.raises(CorruptObject) as caught:
         read_blob(store, path.rpartition("/")[2])
     with pytest.raises(UserError, match=f"{path} is damaged or missing.*{RELEASED}roll it back, or delete releases/p"):
-        heal(store, caught.value, made)
+        heal(store, caught.value, made, GRAPH)
     assert contents(store) == before
     store.delete([release_path("p")])
-    heal(store, caught.value, made)
+    heal(store, caught.value, made, GRAPH)
     assert path not in contents(store)
 
 
@@ -242,7 +247,7 @@ def test_data_behind_a_release_are_made_again(store: Store) -> None:
     made = _released(store)
     path = blob_path(made["pairs"].blobs["a"])
     spoil(store, path)
-    heal(store, CorruptObject(path, "has other bytes"), {"pairs": made["pairs"]})
+    heal(store, CorruptObject(path, "has other bytes"), {"pairs": made["pairs"]}, GRAPH)
     assert load_artifact(store, "pairs", "pairs-key") is None
     assert load_artifact(store, "decoder", "decoder-key") is not None
 
@@ -255,7 +260,7 @@ def test_what_was_rolled_back_is_nobodys_release(store: Store) -> None:
     assert not stands_on(store)
     path = BEHIND["blob of a model"](made)
     spoil(store, path)
-    heal(store, CorruptObject(path, "has other bytes"), made)
+    heal(store, CorruptObject(path, "has other bytes"), made, GRAPH)
     assert load_artifact(store, "bundle", "bundle-key") is None
 
 
@@ -264,7 +269,7 @@ def _meet(store: Store, path: str, made: Artifact) -> None:
     if path.startswith("artifacts/"):
         load_artifact(store, made.stage, made.key)
     else:
-        heal(store, CorruptObject(path, "has other bytes"), {made.stage: made})
+        heal(store, CorruptObject(path, "has other bytes"), {made.stage: made}, GRAPH)
 
 
 @pytest.mark.parametrize("victim", ["blob", "record"])
@@ -291,7 +296,7 @@ def test_rows_that_a_list_tries_again_stay(store: Store) -> None:
     with pytest.raises(
         UserError, match=f"because the list of p names it.*take it out of .* in {journal_path('p')}, and"
     ):
-        heal(store, CorruptObject(blob_path(blob), "has other bytes"), {})
+        heal(store, CorruptObject(blob_path(blob), "has other bytes"), {}, GRAPH)
     assert contents(store) == before
 
 

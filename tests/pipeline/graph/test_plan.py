@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.plan import Stage, Verdict, differences, flatten, pin_path, plan, stage_key
+from pipeline.graph.keys import differences, flatten
+from pipeline.graph.plan import Verdict, pin_path, plan
+from pipeline.graph.stages import Kind, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 
@@ -39,8 +41,10 @@ def _graph(**recipes: Recipe) -> dict[str, Stage]:
         "decoder": ("pairs", "embeddings"),
         "ar_prior": ("embeddings", "codec"),
     }
+    kinds: dict[str, Kind] = {"source": "source", "captions": "source", "decoder": "training"}
     return {
-        n: Stage(n, 1, recipes.get(n, Recipe()), i, _never, pinned=n in ("clip", "codec")) for n, i in inputs.items()
+        n: Stage(n, 1, recipes.get(n, Recipe()), i, _never, kinds.get(n, "data"), pinned=n in ("clip", "codec"))
+        for n, i in inputs.items()
     }
 
 

@@ -25,7 +25,6 @@ from pipeline.graph.artifacts import (
     shard_path,
     write_shard_table,
 )
-from pipeline.graph.plan import Context
 from pipeline.graph.shards import (
     Helpers,
     ShardOutput,
@@ -37,6 +36,7 @@ from pipeline.graph.shards import (
     results_ahead,
     run_shards,
 )
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings
 from pipeline.store import Store, open_store

@@ -14,7 +14,7 @@ from models.image_configs import UpsamplerConfig
 from models.prior_configs import ARPriorConfig
 from pipeline.graph.artifacts import load_artifact
 from pipeline.graph.damage import read_record
-from pipeline.graph.plan import Context, trajectory_key
+from pipeline.graph.stages import Context, trajectory_key
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training.recipes import ARPriorRecipe, DecoderRecipe, UpsamplerRecipe

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from models.prior_configs import DiffusionPriorConfig
+from pipeline.errors import Superseded
 from pipeline.graph.damage import read_record
 from pipeline.store import Store
 from pipeline.store.records import blob_path
-from pipeline.training.checkpoints import Checkpoints, Superseded, last_attempt, snapshot, take_attempt
+from pipeline.training.checkpoints import Checkpoints, last_attempt, snapshot, take_attempt
 from pipeline.training.distributed.world import World
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, parts

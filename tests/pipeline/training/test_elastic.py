@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load
 
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage

@@ -13,7 +13,7 @@ from models.folder import load_model
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.damage import read_record
-from pipeline.graph.plan import trajectory_key
+from pipeline.graph.stages import trajectory_key
 from pipeline.sampling.bundle import materialise
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob

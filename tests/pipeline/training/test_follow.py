@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.plan import Context, trajectory_key
+from pipeline.graph.stages import Context, trajectory_key
 from pipeline.settings import TrainingSettings
 from pipeline.training.follow import following, showing, so_far
 from pipeline.training.recipes import DecoderRecipe

@@ -16,16 +16,16 @@ from safetensors.torch import load
 from models.folder import load_model
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
-from pipeline.errors import CorruptObject, UserError
+from pipeline.errors import CorruptObject, Superseded, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.graph.damage import read_record
-from pipeline.graph.plan import trajectory_key, trunk_key
+from pipeline.graph.stages import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
 from pipeline.sampling.bundle import materialise
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import blob_path, read_blob
 from pipeline.training import stage
-from pipeline.training.checkpoints import Superseded, last_attempt, take_attempt
+from pipeline.training.checkpoints import last_attempt, take_attempt
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
 from tests.pipeline.training.conftest import World, make_world, with_codec
 

@@ -13,7 +13,7 @@ import pytest
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.plan import Context, trajectory_key
+from pipeline.graph.stages import Context, trajectory_key
 from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.training.checkpoints import Course, course
 from pipeline.training.distributed.world import World
 from pipeline.training.stage import make_task

@@ -20,9 +20,11 @@ from pipeline.graph.artifacts import (
     write_shard_table,
 )
 from pipeline.graph.damage import create_record
-from pipeline.graph.plan import Graph, Stage, flatten, pin_path, plan, trajectory
+from pipeline.graph.keys import flatten, trajectory
+from pipeline.graph.plan import pin_path, plan
 from pipeline.graph.pointer import Move, move_release, read_releases, release_path
 from pipeline.graph.runs import remember
+from pipeline.graph.stages import Graph, Stage
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.store import Store, open_store

@@ -11,7 +11,8 @@ from pipeline.config import make_config
 from pipeline.data.curation import thresholds
 from pipeline.data.curation.thresholds import BINS, ThresholdsRecipe, count, lowest, run_thresholds
 from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
-from pipeline.graph.plan import Stage, pin_path, plan
+from pipeline.graph.plan import pin_path, plan
+from pipeline.graph.stages import Stage
 from pipeline.ledger import Ledger
 from pipeline.store import open_store
 from tests.pipeline.data.vectors import Listed, context, curate, planted, publish, rejected

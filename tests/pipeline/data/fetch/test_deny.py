@@ -13,7 +13,7 @@ from pipeline.data.fetch.opener import normal_url
 from pipeline.data.pairs.opt_outs import read_opt_outs
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import read_shards
-from pipeline.graph.plan import differences
+from pipeline.graph.keys import differences
 from pipeline.parse import ContentFile
 from pipeline.store import open_store
 from pipeline.store.records import blob_path

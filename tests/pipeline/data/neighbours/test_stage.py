@@ -7,7 +7,7 @@ import pytest
 from pipeline.data.neighbours import stage as neighbour_index
 from pipeline.data.neighbours.stage import IndexRecipe, open_index, run_index, search
 from pipeline.graph.artifacts import Artifact, read_shards
-from pipeline.graph.plan import Stage
+from pipeline.graph.stages import Stage
 from pipeline.store import Store, open_store
 from tests.pipeline.data.vectors import Listed, context, curate, planted, publish
 

@@ -10,12 +10,11 @@ import pytest
 from safetensors.torch import load
 
 from models.prior_configs import ClipConfig
-from pipeline.errors import CorruptObject, Unreachable, UserError
+from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
 from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage
-from pipeline.training.checkpoints import Superseded
 from pipeline.training.distributed.launch import Relayed, WorkerLost, _cause, launch
 from pipeline.training.distributed.world import World as Workers
 from pipeline.training.loop import NonFinite

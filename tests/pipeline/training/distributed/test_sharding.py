@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.damage import read_record
-from pipeline.graph.plan import Context
+from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage

@@ -1,0 +1,121 @@
+"""Stages, what a running stage is given, and the keys of both. Imports neither Ray nor torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.keys import artifact_key, differences, flatten, trajectory
+from pipeline.store import Store
+from pipeline.store.records import digest
+
+Node = TypeVar("Node")
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a running stage is given. ``work``: what workers took for it so far (see pipeline.graph.shards.Work);
+    ``began``: when it was begun, seconds since 1970, on which machines that share a stage roughly agree."""
+
+    store: Store
+    stage: str
+    version: int
+    key: str
+    recipe: Any
+    settings: Any  # the stage's run settings
+    inputs: Mapping[str, Artifact]
+    config: Any  # the whole Config, for Ray's settings and the list of the user
+    work: dict[str, float] = dataclasses.field(default_factory=dict)
+    began: float = dataclasses.field(default_factory=time.time)
+    show: Callable[[Artifact], None] | None = None
+
+    def publishable(self, **fields: Any) -> Artifact:
+        """An artefact of this stage with key, inputs, recipe, the work, and the time since it was begun filled in."""
+        keys = {name: artifact.key for name, artifact in self.inputs.items()}
+        whole = max(0.0, time.time() - self.began)
+        times = {**self.work, "whole_seconds": whole, **fields.pop("times", {})}
+        recipe = flatten(self.recipe)
+        return Artifact(self.stage, self.key, keys, recipe, times=times, version=self.version, **fields)
+
+
+Kind = Literal["source", "data", "training", "bundle", "result"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A node of the graph, with everything that the rest of the pipeline needs to know of it.
+
+    Attributes:
+        name: Names its artefacts, its recipe in the configuration, and its settings under ``run``.
+        version: Raised when the code makes something else of the same recipe and inputs.
+        recipe: A frozen dataclass; its fields that differ from their defaults are part of the key.
+        inputs: Names of stages before it.
+        run: Makes the artefact.
+        kind: "source": its key comes from the content of the user's list. "data": makes shards from rows. "training":
+            trains a model from a trajectory's checkpoints, with a ``TrainingRecipe``. "bundle": gathers models.
+            "result": is drawn from a bundle.
+        pinned: The first artefact made stays in use when rows are appended.
+        passes: It also makes shards that its artefact does not list, in passes before the last one.
+    """
+
+    name: str
+    version: int
+    recipe: Any
+    inputs: tuple[str, ...]
+    run: Callable[[Context], Artifact]
+    kind: Kind = "data"
+    pinned: bool = False
+    passes: bool = False
+
+
+Graph = Mapping[str, Stage]
+
+
+def stage_key(stage: Stage, inputs: Mapping[str, str]) -> str:
+    """The key of a stage's artefact, given the keys of its inputs and maybe others."""
+    return artifact_key(stage.name, stage.version, stage.recipe, {name: inputs[name] for name in stage.inputs})
+
+
+def shard_key(ctx: Context, inputs: Mapping[str, str]) -> str:
+    """The key of one shard: the stage's recipe, the input shards' keys, and the keys of inputs taken whole."""
+    return digest(["shard", ctx.stage, ctx.version, differences(ctx.recipe), sorted(inputs.items())])
+
+
+def trajectory_key(ctx: Context) -> str:
+    """The key of a training without its stop, which owns the checkpoints (design 8: length is not identity).
+
+    A learning rate that falls to the stop makes the stop count: that training branches off.
+    """
+    return trajectory(ctx.stage, ctx.version, ctx.recipe, {name: made.key for name, made in ctx.inputs.items()})
+
+
+def trunk_key(ctx: Context) -> str:
+    """The trajectory of the same training while its learning rate does not fall; the same if it never does."""
+    inputs = {name: made.key for name, made in ctx.inputs.items()}
+    return trajectory(ctx.stage, ctx.version, dataclasses.replace(ctx.recipe, decay=0), inputs)
+
+
+def ordered(graph: Graph) -> Iterator[Stage]:
+    """Stages with inputs before those that need them. ``build`` writes them in that order already; this checks it."""
+    seen: set[str] = set()
+    for stage in graph.values():
+        if missing := set(stage.inputs) - seen:
+            raise ValueError(f"stage {stage.name} comes before its inputs {sorted(missing)}")
+        seen.add(stage.name)
+        yield stage
+
+
+def direct(inputs: Mapping[Node, Sequence[Node]]) -> dict[Node, list[Node]]:
+    """Of each node of a graph the inputs that it does not also have through another of its inputs."""
+    reached: dict[Node, set[Node]] = {}
+
+    def before(node: Node) -> set[Node]:
+        if node not in reached:
+            reached[node] = set(inputs[node]).union(*(before(i) for i in inputs[node]))
+        return reached[node]
+
+    return {node: [i for i in own if not any(i in before(other) for other in own)] for node, own in inputs.items()}
