@@ -3,7 +3,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3.12)
 BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings codec near_duplicates \
-  many_shards nodes billion plan training_loop reading resuming generation tiny variants
+  training_loop reading generation tiny
 
 .PHONY: help test test-browser test-slow chaos check bench format peek demo clean
 
@@ -13,7 +13,7 @@ help:
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
 	@echo "make chaos   real faults: N=50 slices of SEED=1, a minute each, OF=data or training; goes on where it stopped"
-	@echo "make bench   what the stages cost against peers and bounds, in over an hour on an idle machine"
+	@echo "make bench   what the stages cost against peers and bounds, in about an hour on an idle machine"
 
 ifeq ($(PYTHON),)
 .venv/ready:

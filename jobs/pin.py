@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 
 from jobs.plan import print_changes
-from jobs.project import Project, open_project
+from jobs.project import open_project
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import load_artifact
-from pipeline.graph.plan import Verdict, pin_path
+from pipeline.graph.plan import pin_path
 from pipeline.store import Store
 
 
@@ -35,7 +35,6 @@ def main(argv: Sequence[str]) -> int:
     key = None
     if arguments.command == "pin":
         key = _key(project.store, arguments.stage, arguments.key or verdict.key)
-        _print_drift(project, before, verdict, key)
     if arguments.dry_run:
         print_changes(before, project.plan({verdict.lineage: key}))
         return 0
@@ -47,19 +46,6 @@ def main(argv: Sequence[str]) -> int:
         )
     print_changes(before, project.plan())
     return 0
-
-
-def _print_drift(project: Project, before: Sequence[Verdict], verdict: Verdict, key: str) -> None:
-    """What another artefact in place of the one of now changes, where there is one of now."""
-    then, now = (load_artifact(project.store, verdict.stage, each) for each in (verdict.key, key))
-    if then is None or now is None or then.key == now.key:
-        return
-    from pipeline.release.pin_drift import drift_lines
-
-    print(f"{verdict.stage} {then.key[:12]} -> {now.key[:12]}", flush=True)
-    keys = {each.stage: each.key for each in before}
-    for line in drift_lines(project.store, project.graph, keys, verdict.stage, then, now):
-        print(f"  {line}")
 
 
 def _key(store: Store, stage: str, key: str) -> str:

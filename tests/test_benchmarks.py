@@ -26,20 +26,6 @@ KEYS = {
     "pairs": {"ours_over_img2dataset", "four_workers_over_one"},
     "embeddings": {"stage_rate_over_bound", "transform_over_read"},
     "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
-    "many_shards": {
-        "memory_over_bound",
-        "deciding_over_bound",
-        "nothing_to_do_over_bound",
-        "staleness_over_bound",
-    },
-    "nodes": {"download_2_nodes_over_1", "embeddings_scheduling_only_2_nodes_over_1"},
-    "billion": {
-        "minutes_over_bound",
-        "memory_over_bound",
-        "data_worker_growth_over_bound",
-        "training_worker_growth_over_bound",
-    },
-    "plan": {"worst_over_bound"},
     "codec": {
         "moments_rate_over_matmul",
         "moments_rate_with_reading_over_matmul",
@@ -61,19 +47,10 @@ KEYS = {
     },
     "reading": {"webdataset_over_ours", "first_batch_late_over_early", "s3_gets_over_ours"},
     "generation": {"prior_batch_over_one", "decoder_batch_over_one", "worker_rate_over_models"},
-    "resuming": {"seconds_over_wanted"},
-    "variants": {
-        "channels_last",
-        "fused_attention",
-        "single_adamw",
-        "foreach_adamw",
-        "few_tokens",
-        "distinct_captions",
-    },
 }
 
 
-SLOW = KEYS.keys() - {"ar_sampling", "many_shards"}  # up to half a minute each
+SLOW = KEYS.keys() - {"ar_sampling"}  # up to half a minute each
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in KEYS])
