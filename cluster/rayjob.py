@@ -1,8 +1,8 @@
-"""A job as a RayJob of KubeRay (ray.io/v1), in YAML: its cluster comes with it and goes with it. Pure; nothing is sent.
+"""Renders a job as a RayJob of KubeRay (ray.io/v1), in YAML. Pure; nothing is sent.
 
-Two choices that the fields do not explain. There is no autoscaler: the configuration says how many workers there are,
-KubeRay makes a lost pod again, and a training uses the GPUs that are there when it begins. And a job that fails is
-tried again on a new cluster, because whatever a stage has done is in the store and is not done again.
+The cluster comes with the job and goes with it. KubeRay's autoscaler adds pods while a stage asks for them and removes
+those that are idle, so no GPU stands by while images are fetched. A job that fails is tried again on a new cluster,
+because what a stage has done is in the store and is not done again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.settings import KubernetesSettings
 
 RETRIES = 2  # new clusters after one that failed; a mistake that only a cluster notices costs as many starts
+IDLE_S = 60  # after which an idle worker pod is removed
 KEPT_S = 300  # a finished cluster stays, for its dashboard
 NCCL_MB = 1024  # beside it in /dev/shm, where NCCL has the buffers between GPUs of a pod
 HEAD_MB = 2048  # of the head's memory, for Ray's own processes there
@@ -38,11 +39,17 @@ SPOT = {
 
 
 def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
-    """The YAML of the RayJob that runs ``job`` in the unpacked ``package``, an s3:// URL, with the worker pods that
-    ``stages`` need under the settings ``run``.
+    """Returns the YAML of the RayJob that runs ``job``.
 
-    Raises UserError without an image, for a secret in the job's environment, for what would not reach the driver as it
-    is, and for workers or a driver that fit into no pod.
+    Args:
+        job: What the driver runs, in the unpacked package.
+        package: The s3:// URL of the package.
+        run: The run settings, which say what workers take and what pods have.
+        stages: The stages that have to be made.
+
+    Raises:
+        UserError: The image is missing, the job's environment has a secret or something that would not reach the driver
+            as it is, or workers or the driver fit into no pod.
     """
     settings = run.kubernetes
     _check(job, package, settings)
@@ -59,7 +66,8 @@ def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
         "rayClusterSpec": {
             "rayVersion": metadata.version("ray"),
             "authOptions": {"mode": "token"},  # KubeRay makes the token and its Secret
-            "enableInTreeAutoscaling": False,
+            "enableInTreeAutoscaling": True,
+            "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_S},  # v1 knows no labels
             "headGroupSpec": _head(settings, environment),
             "workerGroupSpecs": [_workers(group, settings, environment) for group in groups(run, stages)],
         },
@@ -111,6 +119,7 @@ def _head(settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[
 
 def _workers(group: Group, settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:
     template = _pod("ray-worker", group.cpus, group.memory_gb, group.gpus, settings, environment)
+    template["spec"]["restartPolicy"] = "Never"  # else Kubernetes would start again what the autoscaler removes
     if settings.spot:
         template["spec"].setdefault("tolerations", []).extend(
             {"key": name, "operator": "Equal", "value": value, "effect": "NoSchedule"} for name, value in SPOT.items()
@@ -124,9 +133,9 @@ def _workers(group: Group, settings: KubernetesSettings, environment: Mapping[st
         }
     return {
         "groupName": group.name,
-        "replicas": group.pods,
-        "minReplicas": group.pods,
-        "maxReplicas": group.pods,
+        "replicas": 0,
+        "minReplicas": 0,
+        "maxReplicas": group.most,
         **({"labels": dict(group.labels)} if group.labels else {}),
         "rayStartParams": _store(group.memory_gb),
         "template": template,

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,13 +85,15 @@ def _run(project: Project, asked: Agreed, job: Job, to: str) -> int:
 
 def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     """The RayJob, with its package in the bucket. Raises UserError for a store that no pod would see."""
+    from cluster.pods import name_gpus
     from cluster.rayjob import render
     from cluster.submission import check_reach, put_package
 
     if local_folder(project.store):
         raise UserError(f"{project.store.url} is a folder, which no pod sees; use s3://BUCKET/PREFIX")
     check_reach(project.store, job, KUBERAY)
-    run = project.config.run
+    run = name_gpus(project.config.run)
+    project = replace(project, config=replace(project.config, run=run))
     render(job, "", run, asked.stale)  # what is wrong with the settings is said before anything is sent
     path = put_package(project.store, _package(project))
     remember(project.store, project.config.project, project.graph, asked.verdicts, path, project.forgettings)

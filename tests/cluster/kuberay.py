@@ -16,7 +16,8 @@ class Node:
     """A pod as a Ray node: what KubeRay would start it with, and its container's environment."""
 
     group: str
-    pods: int
+    least: int
+    most: int
     cpus: int
     gpus: int
     memory: int  # bytes
@@ -41,7 +42,7 @@ def parse(text: str) -> Rendered:
     runtime = yaml.safe_load(spec["runtimeEnvYAML"])
     cluster = spec["rayClusterSpec"]
     nodes = (
-        _node({"groupName": "head", "replicas": 1, **cluster["headGroupSpec"]}),
+        _node({"groupName": "head", "minReplicas": 1, "maxReplicas": 1, **cluster["headGroupSpec"]}),
         *map(_node, cluster["workerGroupSpecs"]),
     )
     limits = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -60,7 +61,8 @@ def _node(group: Mapping[str, Any]) -> Node:
     limits, given = container["resources"]["limits"], group["rayStartParams"]
     return Node(
         group["groupName"],
-        group["replicas"],
+        group["minReplicas"],
+        group["maxReplicas"],
         int(given.get("num-cpus", limits["cpu"])),
         int(given.get("num-gpus", limits.get("nvidia.com/gpu", 0))),
         quantity(limits["memory"]),

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from cluster.job import Job, job_id
-from cluster.pods import groups
 from cluster.rayjob import SPOT, render
 from pipeline.config import Run, make_config
 from pipeline.errors import UserError
@@ -88,9 +88,10 @@ def test_read_back_it_is_the_job() -> None:
 
 def test_the_nodes_are_what_the_settings_ask_for() -> None:
     head, cpu, gpu = parse(render(JOB, PACKAGE, run_settings(), STAGES)).nodes
-    assert (head.cpus, head.gpus, head.pods) == (0, 0, 1)  # the driver's: no worker gets there
-    assert (cpu.group, cpu.pods, cpu.cpus, cpu.gpus, cpu.labels) == ("cpu", 2, 8, 0, {"pool": "cpu"})
-    assert (gpu.group, gpu.pods, gpu.cpus, gpu.gpus, gpu.labels) == ("gpu", 2, 8, 4, {"pool": "gpu"})
+    assert (head.cpus, head.gpus, head.most) == (0, 0, 1)  # the driver's: no worker gets there
+    assert (cpu.group, cpu.least, cpu.cpus, cpu.gpus, cpu.labels) == ("cpu", 0, 8, 0, {"pool": "cpu"})
+    assert (gpu.group, gpu.least, gpu.cpus, gpu.gpus, gpu.labels) == ("gpu", 0, 8, 4, {"pool": "gpu"})
+    assert (cpu.most, gpu.most) == (24, 7)  # a pod a worker
     for node in (head, cpu, gpu):
         assert (
             node.environment == JOB.environment
@@ -122,6 +123,7 @@ def test_kuberay_accepts_its_fields() -> None:
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         assert "resources" not in group  # with rayStartParams' num-cpus it is refused
         assert "labels" not in group["rayStartParams"]
+        assert group["template"]["spec"]["restartPolicy"] == "Never"
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
@@ -235,12 +237,16 @@ def test_there_is_a_template_for_each_kind_of_stage() -> None:
     assert all(Path(FOLDER / f"{name}.yaml").read_text().count("kind: RayJob") == 1 for name in TEMPLATES)
 
 
-def test_pods_of_a_group_hold_its_workers() -> None:
-    """Cores and GPUs of the rendered nodes are those that the stages' workers take, and the head has room for none."""
-    run = run_settings()
-    nodes = {node.group: node for node in parse(render(JOB, PACKAGE, run, STAGES)).nodes}
-    for group in groups(run, STAGES):
-        node = nodes[group.name]
-        assert (node.pods, node.cpus, node.gpus) == (group.pods, group.cpus, group.gpus)
-    assert nodes["cpu"].pods * nodes["cpu"].cpus >= 12
-    assert nodes["gpu"].pods * nodes["gpu"].gpus >= 5
+def test_rays_autoscaler_reads_it() -> None:
+    """By Ray's own reader of a RayCluster: pods come when they are asked for, and only then."""
+    cluster = {"metadata": {"name": "birds", "namespace": "pictures"}, "spec": rendered()["spec"]["rayClusterSpec"]}
+    config = _derive_autoscaling_config_from_ray_cr(cluster)
+    kinds = config["available_node_types"]
+    assert {name: (kind["min_workers"], kind["max_workers"]) for name, kind in kinds.items()} == {
+        "headgroup": (0, 0), "cpu": (0, 24), "gpu": (0, 7),
+    }  # fmt: skip
+    assert {name: (kind["resources"]["CPU"], kind["resources"]["GPU"]) for name, kind in kinds.items()} == {
+        "headgroup": (0, 0), "cpu": (8, 0), "gpu": (8, 4),
+    }  # fmt: skip
+    assert (kinds["cpu"]["labels"], kinds["gpu"]["labels"]) == ({"pool": "cpu"}, {"pool": "gpu"})
+    assert config["idle_timeout_minutes"] == 1
