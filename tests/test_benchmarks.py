@@ -26,6 +26,20 @@ KEYS = {
     "pairs": {"ours_over_img2dataset", "four_workers_over_one"},
     "embeddings": {"stage_rate_over_bound", "transform_over_read"},
     "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
+    "house": {
+        "files_in_pipeline",
+        "rooms",
+        "floors",
+        "circles",
+        "lines_of_code",
+        "lines_of_tests",
+        "files",
+        "modules_that_name_upsampler_1024",
+        "imports_of_a_file_median",
+        "imports_of_a_file_p90",
+        "imports_inside_functions_per_1000_lines",
+        "tics",
+    },
     "codec": {
         "moments_rate_over_matmul",
         "moments_rate_with_reading_over_matmul",
@@ -50,7 +64,7 @@ KEYS = {
 }
 
 
-SLOW = KEYS.keys() - {"ar_sampling"}  # up to half a minute each
+SLOW = KEYS.keys() - {"ar_sampling", "house"}  # up to half a minute each
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in KEYS])

@@ -1,0 +1,195 @@
+"""The shape of the code: layers, imports, lines, and words that the contributors' list forbids.
+
+Reads the files that git tracks and runs none of them. Prints a table, and as its last line one JSON object.
+"""
+
+import ast
+import io
+import json
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median, quantiles
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ("pipeline", "models", "jobs", "cluster")
+DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+NAMES_IT = "upsampler_1024"  # a stage name, and where it may stand
+MAY_NAME_IT = ("pipeline/presets/", "pipeline/build.py")
+PROSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs", *SOURCE)
+TICS = (
+    r"\b(?:is|are) no ",
+    r"\bso many\b",
+    r"\bwhoever\b",
+    r"\banew\b",
+    r"\bhangs? on\b",
+    r"\bof theirs\b",
+    r"\bof now\b",
+    r"\bat its turn\b",
+    r"\bby heart\b",
+    r"\bit is told\b",
+    r"\bsaid aloud\b",
+    r"\btaught\b",
+    r"\bdear(?:er|est)?\b",
+    r"\blearnt from\b",
+    r"\bno number\b",
+    r"\bwho only looks\b",
+)
+
+
+def tracked(*folders: str, ends: str = ".py") -> list[Path]:
+    """Returns the tracked files under these folders, or these files themselves, whose names end so."""
+    listed = subprocess.run(["git", "ls-files", "--", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in listed.stdout.splitlines() if name.endswith(ends) and (ROOT / name).is_file()]
+
+
+def module_name(file: Path) -> str:
+    """Returns the dotted name of a module's file."""
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def code_lines(text: str) -> int:
+    """Returns the number of lines that hold code: no blank lines, comments or docstrings."""
+    held: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+            held.update(range(token.start[0], token.end[0] + 1) if token.string else ())
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, DOCSTRINGS) and ast.get_docstring(node, clean=False) is not None:
+            held -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(held)
+
+
+def imports(tree: ast.AST, known: set[str]) -> set[str]:
+    """Returns the modules among ``known`` that a module imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            below = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            found |= below or {node.module}
+    return found & known
+
+
+def inside_functions(tree: ast.AST) -> int:
+    """Returns how many import statements stand inside functions."""
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    found = {
+        node for function in functions for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    return len(found)
+
+
+def room(name: str) -> str:
+    """Returns the folder of pipeline that a module lies in, or the file; models, jobs and cluster are one room each."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "pipeline" and len(parts) > 1 else parts[0]
+
+
+def floors(graph: dict[str, set[str]]) -> tuple[int, int]:
+    """Returns the length of the longest chain of imports between rooms, and the number of circles."""
+    order: list[str] = []
+    seen: set[str] = set()
+
+    def visit(node: str, through: dict[str, set[str]], out: list[str]) -> None:
+        seen.add(node)
+        for other in sorted(through[node] - seen):
+            if other not in seen:
+                visit(other, through, out)
+        out.append(node)
+
+    for node in graph:
+        if node not in seen:
+            visit(node, graph, order)
+    reverse: dict[str, set[str]] = {node: set() for node in graph}
+    for node, others in graph.items():
+        for other in others:
+            reverse[other].add(node)
+    seen.clear()
+    circle: dict[str, int] = {}
+    circles = 0
+    for node in reversed(order):
+        if node not in seen:
+            members: list[str] = []
+            visit(node, reverse, members)
+            circles += len(members) > 1
+            circle |= dict.fromkeys(members, len(circle))
+    height: dict[str, int] = {}
+    for node in order:  # what is imported comes first
+        below = (height.get(other, 0) for other in graph[node] if circle[other] != circle[node])
+        height[node] = 1 + max(below, default=0)
+    return max(height.values()), circles
+
+
+def prose(file: Path) -> Iterator[tuple[int, str]]:
+    """Yields the lines of a page, or the comments and strings of a module, with their numbers."""
+    text = file.read_text()
+    if file.suffix != ".py":
+        yield from enumerate(text.splitlines(), 1)
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1)):
+            yield from enumerate(token.string.splitlines(), token.start[0])
+
+
+def tics() -> list[str]:
+    """Returns every place where a page, a comment or a string uses words of the list, as file:line: text."""
+    words = re.compile("|".join(TICS), re.IGNORECASE)
+    files = (*tracked(*PROSE, ends=".md"), *tracked(*SOURCE))
+    return [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for file in files
+        for number, line in prose(file)
+        if words.search(line)
+    ]
+
+
+def measure() -> dict[str, float]:
+    """Returns the figures of the source by name."""
+    files = tracked(*SOURCE)
+    texts = {file: file.read_text() for file in files}
+    trees = {file: ast.parse(text) for file, text in texts.items()}
+    known = {module_name(file) for file in files}
+    imported = {module_name(file): imports(tree, known) - {module_name(file)} for file, tree in trees.items()}
+    rooms: dict[str, set[str]] = {}
+    for name, others in imported.items():
+        rooms.setdefault(room(name), set()).update({room(other) for other in others} - {room(name), "pipeline"})
+    rooms.pop("pipeline", None)
+    height, circles = floors(rooms)
+    lines = {file: code_lines(text) for file, text in texts.items()}
+    total = sum(lines.values())
+    fan_out = sorted(len(imported[module_name(file)]) for file in files if file.name != "__init__.py")
+    naming = [str(file.relative_to(ROOT)) for file, text in texts.items() if NAMES_IT in text]
+    return {
+        "files_in_pipeline": len([file for file in (ROOT / "pipeline").glob("*.py") if file.name != "__init__.py"]),
+        "rooms": len(rooms),
+        "floors": height,
+        "circles": circles,
+        "lines_of_code": total,
+        "lines_of_tests": sum(code_lines(file.read_text()) for file in tracked("tests")),
+        "files": len(files),
+        "modules_that_name_upsampler_1024": len([name for name in naming if not name.startswith(MAY_NAME_IT)]),
+        "imports_of_a_file_median": median(fan_out),
+        "imports_of_a_file_p90": quantiles(fan_out, n=10)[-1],
+        "imports_inside_functions_per_1000_lines": sum(map(inside_functions, trees.values())) / total * 1000,
+        "tics": len(tics()),
+    }
+
+
+def main() -> int:
+    """Prints the figures. With --tics, prints where the words stand."""
+    if "--tics" in sys.argv[1:]:
+        print("\n".join(tics()))
+    found = measure()
+    for name, value in found.items():
+        print(f"  {name:45} {value:,.1f}")
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
