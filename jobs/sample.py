@@ -16,9 +16,8 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.local import read_local
 from pipeline.parse import parse
-from pipeline.sampling.bundle import materialise
 from pipeline.store import Store, open_store
-from pipeline.store.records import digest
+from pipeline.store.records import digest, materialise
 
 SLUG_BYTES = 80  # UTF-8; with kind, hash, seed and suffix a name stays below the 143 bytes of encrypted folders
 LARGEST_SEED = 2**62

@@ -28,8 +28,7 @@ from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
-from pipeline.sampling.bundle import materialise
-from pipeline.store.records import put_blob
+from pipeline.store.records import materialise, put_blob
 from pipeline.training.stage import VERSIONS
 
 if TYPE_CHECKING:

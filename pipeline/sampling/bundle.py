@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from models.sampling_config import SamplingConfig
-from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
-from pipeline.store import Store
-from pipeline.store.names import is_file_name
-from pipeline.store.records import put_blob, read_blob
+from pipeline.store.records import put_blob
 
 VERSION = 2
 PRIORS = {"ar": "ar_prior", "diffusion": "diffusion_prior"}
@@ -81,26 +75,3 @@ def _card(ctx: Context) -> str:
     if any(path.startswith("emoji:") for path in ctx.config.source.paths):
         lines.append("Pictures: Twemoji (CC-BY 4.0) and OpenMoji (CC BY-SA 4.0); name them when you show samples.")
     return "\n".join(lines) + "\n"
-
-
-def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path, replace: bool = False) -> None:
-    """Writes the named blobs as files under ``folder``. A file that is there already is not read again, unless it is to
-    be replaced.
-
-    Raises CorruptObject, and UserError for a name, or a link in the folder, that leads out of it.
-    """
-    within = os.path.join(os.path.realpath(folder), "")
-    for name, blob in blobs.items():
-        file = Path(folder, name)
-        if not is_file_name(name) or not os.path.join(os.path.realpath(file.parent), "").startswith(within):
-            raise UserError(f"{str(file)!r} leads out of {folder}, so it is not written; delete it if it is a link")
-        if replace or not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
-            try:
-                with open(temporary, "xb") as out:  # which follows no link
-                    out.write(read_blob(store, blob))
-                temporary.replace(file)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise

@@ -26,10 +26,9 @@ from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.progress import Steps, counted
-from pipeline.sampling.bundle import materialise
 from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.store import Store
-from pipeline.store.records import digest, put_blob
+from pipeline.store.records import digest, materialise, put_blob
 
 STAGE, VERSION = "generation", 4
 ROWS = 64  # of a shard

@@ -17,9 +17,8 @@ from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, counted
-from pipeline.sampling.bundle import materialise
 from pipeline.store import Store
-from pipeline.store.records import put_blob
+from pipeline.store.records import materialise, put_blob
 
 if TYPE_CHECKING:
     import torch

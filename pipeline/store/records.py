@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.store import Store
 from pipeline.store.base import Buffers
 from pipeline.store.crash import crash_point
-from pipeline.store.names import check_record, is_digest
+from pipeline.store.names import check_record, is_digest, is_file_name
 
 FORMAT = 2
 T = TypeVar("T")
@@ -77,6 +79,29 @@ def _read_blob(store: Store, sha256: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CorruptObject(blob_path(sha256), "has other bytes than its name says")
     return data
+
+
+def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path, replace: bool = False) -> None:
+    """Writes the named blobs as files under ``folder``.
+
+    A file that is there already is kept as it is, unless ``replace`` is set. Raises CorruptObject, and UserError for a
+    name, or a link in the folder, that leads out of it.
+    """
+    within = os.path.join(os.path.realpath(folder), "")
+    for name, blob in blobs.items():
+        file = Path(folder, name)
+        if not is_file_name(name) or not os.path.join(os.path.realpath(file.parent), "").startswith(within):
+            raise UserError(f"{str(file)!r} leads out of {folder}, so it is not written; delete it if it is a link")
+        if replace or not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
+            try:
+                with open(temporary, "xb") as out:  # which follows no link
+                    out.write(read_blob(store, blob))
+                temporary.replace(file)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
 
 
 def open_record(store: Store, path: str) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from pipeline.parse import ContentFile
 from pipeline.progress import Steps, add
 from pipeline.settings import EmbeddingsSettings
 from pipeline.store import Store
-from pipeline.store.records import read_blob
+from pipeline.store.records import materialise, read_blob
 
 VERSION = 5
 CAPTIONS = 16  # of a row that are embedded, the first ones, so that a text file of 10,000 lines is no trap
@@ -86,7 +86,6 @@ class MakeEncoder:
         import torch
 
         from models.clip import Clip
-        from pipeline.sampling.bundle import materialise
 
         torch.set_num_threads(1)
         if self.settings.gpus:  # a GPU would convolve in TF32, and that is more than rounding

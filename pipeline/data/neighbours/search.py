@@ -16,6 +16,7 @@ from pipeline.data.pairs.own_picture import open_picture
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.store import Store
+from pipeline.store.records import materialise
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,6 @@ def _rows(
 
 def _open_clip(store: Store, clip: Artifact) -> Any:
     from models.clip import Clip
-    from pipeline.sampling.bundle import materialise
 
     with tempfile.TemporaryDirectory() as folder:
         materialise(store, clip.blobs, folder)

@@ -10,10 +10,9 @@ from jobs.sample import bundle_folder, remember_bundle
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, artifact_path
 from pipeline.ledger import Ledger
-from pipeline.sampling.bundle import materialise
 from pipeline.sampling.samples import export_pictures
 from pipeline.store import Store, open_store
-from pipeline.store.records import blob_path, put_blob
+from pipeline.store.records import blob_path, materialise, put_blob
 from tests.pipeline.store.test_names import ARTIFACT, AWAY, forge
 
 Write = Callable[[Store, dict[str, str], Path], None]

@@ -14,9 +14,8 @@ from models.prior_configs import DiffusionPriorConfig
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.damage import read_record
 from pipeline.graph.stages import trajectory_key
-from pipeline.sampling.bundle import materialise
 from pipeline.settings import TrainingSettings
-from pipeline.store.records import read_blob
+from pipeline.store.records import materialise, read_blob
 from pipeline.training import stage
 from pipeline.training.distributed import world
 from pipeline.training.feed.feed import Feed

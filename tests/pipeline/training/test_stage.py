@@ -21,9 +21,8 @@ from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.graph.damage import read_record
 from pipeline.graph.stages import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
-from pipeline.sampling.bundle import materialise
 from pipeline.settings import TrainingSettings
-from pipeline.store.records import blob_path, read_blob
+from pipeline.store.records import blob_path, materialise, read_blob
 from pipeline.training import stage
 from pipeline.training.checkpoints import last_attempt, take_attempt
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
