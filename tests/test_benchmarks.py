@@ -40,14 +40,6 @@ KEYS = {
         "imports_inside_functions_per_1000_lines",
         "tics",
     },
-    "codec": {
-        "moments_rate_over_matmul",
-        "moments_rate_with_reading_over_matmul",
-        "codec_over_reading",
-        "incremental_pca_over_moments",
-        "memory_gib",
-        "memory_four_times_over_once",
-    },
     "tiny": {
         "training_time_over_bound",
         "target_over_images_per_second",

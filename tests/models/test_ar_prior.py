@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from models.ar_prior import ARPrior, ar_prior_loss, invert_cdf, log_likelihood, sample
-from models.codec import Codec, fit_codec, fit_pca, moments
+from models.codec import Codec
+from models.codec_fit import fit_codec
 from models.draw import Draw
 from models.nn.transformer import Cache
 from models.prior_configs import ARPriorConfig
@@ -40,8 +41,7 @@ def make_inputs(rows: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, T
 def make_batch(rows: int) -> tuple[dict[str, Tensor], Codec]:
     tokens, text, _, _, _ = make_inputs(rows)
     image = torch.nn.functional.normalize(text + 0.3 * torch.randn(rows, DIM), dim=-1)
-    pca = fit_pca(*moments(image), k=CODES)
-    codec = fit_codec(pca, (image - pca.mean) @ pca.components.T, (image * text).sum(-1), CONFIG.buckets)
+    codec = fit_codec(image, (image * text).sum(-1), CODES, CONFIG.buckets).codec
     return {"tokens": tokens, "text_embedding": text.float(), "image_embedding": image.float()}, codec
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from models.ar_prior import ARPrior, sample
 from models.cascade import UnCLIP
 from models.clip import Clip
-from models.codec import Codec, fit_codec, fit_pca, moments
+from models.codec import Codec
+from models.codec_fit import fit_codec
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.draw import Draw, derive_seed
@@ -45,8 +46,7 @@ CAPTIONS = ["a red fox", "a blue house", ""]
 
 def make_codec() -> Codec:
     z = F.normalize(torch.randn(50, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
-    pca = fit_pca(*moments(z), k=CODES)
-    return fit_codec(pca, (z - pca.mean) @ pca.components.T, (z * z.flip(0)).sum(-1), 8)
+    return fit_codec(z, (z * z.flip(0)).sum(-1), CODES, 8).codec
 
 
 def make() -> Any:

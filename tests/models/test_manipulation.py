@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.codec import Codec, fit_codec, fit_pca, moments
+from models.codec import Codec
+from models.codec_fit import fit_codec
 from models.manipulation import Inversion, first_components, slerp, text_difference
 
 
@@ -55,8 +56,7 @@ def test_text_difference_is_a_direction() -> None:
 
 def _codec() -> tuple[Codec, torch.Tensor]:
     z = F.normalize(_rows(200, 12) * torch.linspace(3, 0.3, 12) + 1, dim=1)
-    pca = fit_pca(*moments(z), k=12)
-    return fit_codec(pca, (z - pca.mean) @ pca.components.T, (z * z.flip(0)).sum(1), 8), z
+    return fit_codec(z, (z * z.flip(0)).sum(1), 12, 8).codec, z
 
 
 def test_more_components_come_closer_and_all_are_exact() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.ar_prior import ARPrior, ar_prior_loss
 from models.ar_prior import sample as sample_codes
-from models.codec import fit_codec, fit_pca, moments
+from models.codec_fit import fit_codec
 from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.diffusion.samplers import ddim
 from models.diffusion.schedules import make_schedule, strided_grid
@@ -77,8 +77,7 @@ def test_the_ar_prior_reproduces_eight_embeddings() -> None:
     torch.manual_seed(0)
     batch = pairs()
     rows = F.normalize(torch.randn(4096, DIM, dtype=torch.float64), dim=1)
-    pca = fit_pca(*moments(rows), k=DIM)
-    codec = fit_codec(pca, (rows - pca.mean) @ pca.components.T, (rows * rows.roll(1, 0)).sum(1))
+    codec = fit_codec(rows, (rows * rows.roll(1, 0)).sum(1), DIM).codec
     model = ARPrior(NANO["ar_prior"], DIM, codec.codes)
     overfit(model, lambda rows, draw: ar_prior_loss(model, rows, draw, codec), batch, 600, 3e-3)
     dots = codec.encode_dot((batch["image_embedding"] * batch["text_embedding"]).sum(-1))

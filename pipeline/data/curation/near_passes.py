@@ -50,8 +50,8 @@ class Scatter:
 
         plan = task.inputs["plan"].counts
         parts = list(candidates(self.store, task))
-        rows = [row for part, _ in parts for row in part]
-        vectors = np.concatenate([part for _, part in parts])
+        rows = [row for part, _, _ in parts for row in part]
+        vectors = np.concatenate([vectors for _, vectors, _ in parts])
         if "cells" in task.inputs:
             cells = Cells(**load(read_blob(self.store, task.inputs["cells"].blobs["cells"])))
             nearest, count = cells.nearest(vectors, PROBES), len(cells.centres)

@@ -274,10 +274,8 @@ def _embed_dim(store: Store, clip: Mapping[str, str]) -> int:
 
 def read_embeddings(store: Store, blob: str) -> tuple[list[str], Any, Any, Any]:
     """Keys [n], image and first captions' embeddings float16 [n, d], similarities float32 [n] of one shard."""
-    table = read_table(store, blob)
-    flat = [
-        table[name].combine_chunks().values.to_numpy(zero_copy_only=False)
-        for name in ("image_embedding", "text_embedding")
-    ]
+    vectors = ("image_embedding", "text_embedding")
+    table = read_table(store, blob, ["key", *vectors, "similarity"])
+    flat = [table[name].combine_chunks().values.to_numpy(zero_copy_only=False) for name in vectors]
     matrices = [values.reshape(len(table), values.size // max(len(table), 1)) for values in flat]
     return table["key"].to_pylist(), matrices[0], matrices[1], table["similarity"].to_numpy()

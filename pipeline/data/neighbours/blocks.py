@@ -118,15 +118,19 @@ class OneThread:
         return self.worker
 
 
-def candidates(store: Store, task: ShardTask) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
-    """Index rows of each curated shard of a block, in order, with their image embeddings float16 [n, d]."""
+def candidates(store: Store, task: ShardTask) -> Iterator[tuple[list[dict[str, Any]], np.ndarray, np.ndarray]]:
+    """Yields the index rows of each curated shard of a block, in order, and their embeddings float16 [n, d].
+
+    The embeddings are those of images and of first captions.
+    """
     for name, curated in sorted(task.inputs.items()):
         if is_a(name, "curated"):
             embeddings = task.inputs[name.replace("curated", "embeddings")]
             rows = read_table(store, curated.blobs["index"], ["key", "split", "width", "height"]).to_pylist()
-            keys, image, *_ = read_embeddings(store, embeddings.blobs["embeddings"])
+            keys, image, text, _ = read_embeddings(store, embeddings.blobs["embeddings"])
             place = {key: i for i, key in enumerate(keys)}
-            yield rows, image[[place[row["key"]] for row in rows]]
+            places = [place[row["key"]] for row in rows]
+            yield rows, image[places], text[places]
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Sample:
         from safetensors.numpy import save
 
         training, seen = [], 0
-        for rows, vectors in candidates(self.store, task):
+        for rows, vectors, _ in candidates(self.store, task):
             training.append(vectors[[row["split"] == "train" for row in rows]])
             seen += len(rows)
         sample = np.concatenate(training)[:: task.inputs["plan"].counts["stride"]]

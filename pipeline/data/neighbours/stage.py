@@ -67,7 +67,7 @@ class MakeIndex:
 
         indices: dict[str, Any] = {}
         counts = dict.fromkeys(SPLITS, 0)
-        for rows, vectors in candidates(self.store, task):
+        for rows, vectors, _ in candidates(self.store, task):
             keys = np.array([int(row["key"]) for row in rows], np.int64)
             for split in SPLITS:
                 mine = np.array([row["split"] == split for row in rows])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.ar_prior import ARPrior
 from models.clip import Clip
-from models.codec import fit_codec, fit_pca, moments
+from models.codec_fit import fit_codec
 from models.diffusion.schedules import make_schedule
 from models.image_configs import UpsamplerConfig
 from models.upsampler import Upsampler
@@ -104,9 +104,7 @@ class Frequencies:
 @pytest.mark.parametrize("knows", [0.0, 4.0])
 def test_an_ar_prior_must_beat_the_frequencies_of_codes(knows: float) -> None:
     training, image = (F.normalize(normal(n, 8, seed=n), dim=1) for n in (300, 50))
-    mo = moments(training)
-    pca = fit_pca(*mo, k=5)
-    codec = fit_codec(pca, (training - pca.mean) @ pca.components.T, training[:, 0], buckets=16)
+    codec = fit_codec(training, training[:, 0], 5, 16).codec
     codes = codec.encode(image)
     model = Frequencies(bucket_counts(codec.encode(training), 16).log().float(), knows)
     chosen = rows(50, tokens=codes, image_embedding=image, text_embedding=image.flip(0))

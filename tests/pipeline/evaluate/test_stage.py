@@ -18,7 +18,7 @@ from PIL import Image
 from models.ar_prior import ARPrior
 from models.cascade import UnCLIP
 from models.clip import Clip
-from models.codec import fit_codec, fit_pca, moments
+from models.codec_fit import fit_codec
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.folder import save_model
@@ -75,8 +75,7 @@ def awake(model: Decoder) -> Decoder:
 
 def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
     z = F.normalize(torch.randn(60, EMBED_DIM, generator=torch.Generator().manual_seed(0)), dim=1)
-    pca = fit_pca(*moments(z), k=4)
-    codec = fit_codec(pca, (z.double() - pca.mean) @ pca.components.T, z[:, 0].double(), buckets=8)
+    codec = fit_codec(z, z[:, 0].double(), 4, 8).codec
     ar = ARPriorConfig(**TEXT, prefix=4, width=16, depth=1, heads=1, buckets=8)
     diffusion = DiffusionPriorConfig(text_context=16, width=16, depth=1, heads=1, steps=20)
     upsampler = UpsamplerConfig(**SMALL, patch=8)

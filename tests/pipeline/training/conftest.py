@@ -132,11 +132,10 @@ def with_codec(world: World) -> World:
     import torch
     from safetensors.torch import save
 
-    from models.codec import fit_codec, fit_pca
+    from models.codec_fit import fit_codec
 
     z = torch.nn.functional.normalize(torch.randn(200, EMBED_DIM, generator=torch.Generator().manual_seed(0))).double()
-    pca = fit_pca(len(z), z.sum(0), z.T @ z, k=6)
-    codec = fit_codec(pca, (z - pca.mean) @ pca.components.T, z[:, 0], buckets=8)
+    codec = fit_codec(z, z[:, 0], 6, 8).codec
     blobs = {"model.safetensors": put_blob(world.store, save(codec.tensors()))}
     artifact = publish_artifact(world.store, Artifact("codec", "c" * 64, {}, {}, Ledger(), blobs), 0.0)
     return replace(world, inputs=world.inputs | {"codec": artifact})

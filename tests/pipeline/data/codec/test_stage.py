@@ -5,15 +5,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.numpy import load as numpy_load
 from safetensors.torch import load
 
-from models.codec import Codec, fit_codec, fit_pca, moments
-from pipeline.data.codec import passes as codec_passes
-from pipeline.data.codec.passes import cut_blocks
+from models.codec import Codec
+from models.codec_fit import fit_codec
+from pipeline.data.codec import fit
 from pipeline.data.codec.stage import run_codec
 from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_shard_table, write_table
+from pipeline.graph.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
 from pipeline.store.records import put_blob, read_blob
@@ -49,71 +50,80 @@ def _codec(bench: Bench, artifact: Artifact) -> dict[str, torch.Tensor]:
     return load(read_blob(bench.store, artifact.blobs["model.safetensors"]))
 
 
-def test_it_is_the_codec_of_the_training_rows(bench: Bench) -> None:
+def _training_rows(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image embeddings of the curated training rows, in order, and their dot products with the text."""
     train = {row["key"] for row in bench.rows("curation") if row["split"] == "train"}
     images, texts = [], []
     for _, blobs in bench.blobs("embeddings"):
         keys, image, text, _ = read_embeddings(bench.store, blobs["embeddings"])
-        for i, key in enumerate(keys):
-            if key in train:
-                images.append(torch.from_numpy(image[i].astype(np.float64)))
-                texts.append(torch.from_numpy(text[i].astype(np.float64)))
-    z, t = torch.stack(images), torch.stack(texts)
-    pca = fit_pca(*moments(z), 12)
-    expected = fit_codec(pca, (z - pca.mean) @ pca.components.T, (z * t).sum(1), 16)
-    found = _codec(bench, bench.made["codec"])
-    assert found.keys() == expected.tensors().keys()
-    for name, tensor in expected.tensors().items():  # moments are merged shard by shard: another order of fp64 sums
+        chosen = [key in train for key in keys]
+        images.append(torch.from_numpy(image[chosen].astype(np.float64)))
+        texts.append(torch.from_numpy(text[chosen].astype(np.float64)))
+    return torch.cat(images), (torch.cat(images) * torch.cat(texts)).sum(1)
+
+
+def _check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
-    metrics = bench.made["codec"].metrics
-    assert bench.made["codec"].ledger.kept == len(train) == 48
-    assert metrics["components"] == metrics["requested"] == 12
-    assert metrics["explained"] == pytest.approx(float(pca.variance.sum()) / pca.total_variance)
-    assert metrics["warnings"] == []
-    residual = ((z - pca.mean) - (z - pca.mean) @ pca.components.T @ pca.components).square().sum(1).mean()
-    assert metrics["reconstruction_error"] == pytest.approx(float(residual), rel=1e-6)
+
+
+def test_it_is_the_codec_of_the_training_rows(bench: Bench) -> None:
+    z, dots = _training_rows(bench)
+    expected = fit_codec(z, dots, 12, 16)
+    found, made = _codec(bench, bench.made["codec"]), bench.made["codec"]
+    _check_equal(found, expected.codec.tensors())
+    assert made.ledger.kept == made.metrics["rows"] == made.metrics["training_rows"] == len(z) == 48
+    assert made.metrics["components"] == made.metrics["requested"] == 12
+    assert made.metrics["explained"] == pytest.approx(sum(expected.explained))
+    assert made.metrics["warnings"] == []
     codec = Codec(**found)
     error = (z - codec.decode(codec.encode(z))).square().sum(1).mean()
-    assert metrics["round_trip_error"] == pytest.approx(float(error), rel=1e-6)
-    assert metrics["round_trip_error"] > metrics["reconstruction_error"]
+    assert made.metrics["round_trip_error"] == pytest.approx(float(error), rel=1e-6)
+    assert made.metrics["round_trip_error"] > made.metrics["reconstruction_error"] > 0
 
 
-def test_blocks_follow_the_shards() -> None:
-    def row(number: int, train: int) -> ShardRow:
-        return ShardRow(number, f"key-{number}", 10, 0, {}, {"train/0": train})
-
-    curation = [row(n, train) for n, train in ((0, 4), (2, 0), (3, 5), (4, 1), (7, 9), (9, 2))]
-    blocks = cut_blocks(curation, [row(n, 0) for n in range(10)], block_rows=10)
-    assert [[c.number for c, _ in block.shards] for block in blocks] == [[0, 3, 4], [7, 9]]
-    assert [block.rows for block in blocks] == [10, 11]
-    assert all(c.number == e.number for block in blocks for c, e in block.shards)
-    assert [len(block.shards) for block in cut_blocks(curation, curation, block_rows=100)] == [5]
-    assert cut_blocks([row(0, 0)], [row(0, 0)], block_rows=10) == []
+def test_a_sample_has_the_size_that_is_asked_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From every block its share; another seed draws other rows, and the same seed the same."""
+    monkeypatch.setattr(fit, "BLOCK_ROWS", 20)
+    z, _ = _training_rows(bench)
+    ctx = bench.context("codec")
+    drawn = []
+    for seed in (0, 1):
+        sampled = replace(ctx, recipe=replace(ctx.recipe, sample_rows=31, seed=seed))
+        training, shards = fit.sample_training_rows(sampled)
+        parts = [numpy_load(read_blob(bench.store, shard.blobs["sample"])) for shard in shards]
+        sizes = [len(part["dot"]) for part in parts]
+        assert (training, sum(sizes)) == (48, 31)
+        assert len(sizes) == 3
+        assert max(sizes) - min(sizes) <= 4
+        rows = np.concatenate([part["image"] for part in parts])
+        assert len({row.tobytes() for row in rows} & {row.tobytes() for row in z.numpy().astype(np.float16)}) == 31
+        made = run_codec(replace(sampled, key=f"seed-{seed}"))
+        assert (made.metrics["rows"], made.metrics["training_rows"]) == (31, 48)
+        drawn.append((rows, made.blobs))
+    assert not np.array_equal(drawn[0][0], drawn[1][0])
+    assert drawn[0][1] != drawn[1][1]
 
 
 @pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many blocks and many groups of columns; and blocks and groups change no more than rounding."""
+    """Of many blocks, and of all rows in one block up to rounding."""
     import ray
 
-    monkeypatch.setattr(codec_passes, "BLOCK_ROWS", 10)
-    monkeypatch.setattr(codec_passes, "COLUMN_VALUES", 100)  # two columns of 48 rows
+    monkeypatch.setattr(fit, "BLOCK_ROWS", 10)
     made = {}
     try:
-        for workers in (0, 1, 2, 4):
-            settings = ShardSettings(workers)
+        for workers in (0, 1, 3):
             config = replace(bench.config, run=replace(bench.config.run, ray=RaySettings(cpus=4)))
-            ctx = replace(bench.context("codec"), key=f"{workers}-workers", settings=settings, config=config)
+            ctx = replace(bench.context("codec"), settings=ShardSettings(workers), config=config)
+            ctx = replace(ctx, key=f"{workers}-workers", version=1000 + workers)
             made[workers] = run_codec(ctx)
     finally:
         ray.shutdown()
-    # Three blocks in two passes, seven groups of columns; and one of each when the bench was made.
-    assert len(list(bench.store.list("shards/codec/"))) == 4 * (3 + 3 + 7) + 3
     assert all(artifact.blobs == made[0].blobs for artifact in made.values())
     assert all(artifact.metrics == made[0].metrics for artifact in made.values())
-    whole, parts = _codec(bench, bench.made["codec"]), _codec(bench, made[0])
-    for name, tensor in whole.items():
-        torch.testing.assert_close(parts[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
+    _check_equal(_codec(bench, made[0]), _codec(bench, bench.made["codec"]))
 
 
 def test_held_out_rows_change_no_bit(bench: Bench) -> None:
