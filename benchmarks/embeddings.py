@@ -31,7 +31,8 @@ from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from models.presets import PRESETS
 from models.prior_configs import ClipConfig
 from pipeline.data.embeddings.stage import DecodeBatch, MakeEncoder, read_embeddings
-from pipeline.graph.artifacts import publish_shard, read_table
+from pipeline.graph.artifacts import publish_shard
+from pipeline.graph.shard_tables import read_table
 from pipeline.graph.shards import ShardTask
 from pipeline.settings import EmbeddingsSettings
 from pipeline.store import Store, open_store

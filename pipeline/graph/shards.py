@@ -23,14 +23,13 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
     Artifact,
     Shard,
-    ShardRow,
-    ShardTable,
     publish_artifact,
     publish_shard,
     read_each_shard,
     read_shard,
     shard_path,
 )
+from pipeline.graph.shard_tables import ShardRow, write_shard_table
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, add
@@ -77,11 +76,8 @@ def map_shards(
 ) -> Artifact:
     """Make every shard that has no record yet, then publish the artefact that lists them all; as ``run_shards``."""
     began = time.monotonic()
-    table, made = ShardTable(), 0
-    for shard, new in _each_shard(ctx, tasks, make_worker, unit, rows, ctx.stage):
-        table.add(shard)
-        made += new
-    blob, ledger = table.write(ctx.store)
+    shards, made = run_shards(ctx, tasks, make_worker, unit, rows)
+    blob, ledger = write_shard_table(ctx.store, shards)
     metrics, times = {"shards": len(tasks)}, {"shards_made": made}
     artifact = ctx.publishable(shard_table=blob, ledger=ledger, metrics=metrics, times=times)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.data.fetch.references import shown
-from pipeline.graph.artifacts import Artifact, read_shards, read_table
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.ledger import REASONS
 from pipeline.report.duplicates import duplicates
 from pipeline.report.figures import bars, histogram

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 from pipeline.data.curation.rejected import Rejected
-from pipeline.graph.artifacts import ShardRow, read_table
+from pipeline.graph.shard_tables import ShardRow, read_table
 from pipeline.report.markup import attempt, figure, note, number, text
 from pipeline.report.pictures import Album
 from pipeline.report.rows import SHARDS_READ, Artifacts, numbered, read_pairs, thumbnail

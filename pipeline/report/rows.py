@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.pairs.row_index import Place, read_pictures
-from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
 from pipeline.report.pictures import Album
 from pipeline.store import Store
 

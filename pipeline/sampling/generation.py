@@ -19,9 +19,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
+from pipeline.graph.artifacts import Artifact
 from pipeline.graph.keys import artifact_key, flatten
 from pipeline.graph.runs import remember_stage
+from pipeline.graph.shard_tables import ShardRow, read_shards, read_table, write_table
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger

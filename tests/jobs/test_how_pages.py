@@ -16,7 +16,7 @@ from models.presets import PRESETS
 from pipeline.build import build
 from pipeline.config import Config, make_config
 from pipeline.data.neighbours.cells import SPLITS
-from pipeline.graph.artifacts import read_shards, read_table
+from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.store.records import read_blob
 from tests.chain import ROOT
 from tests.jobs.test_docs import tables

@@ -20,7 +20,8 @@ from models.folder import save_codec
 from pipeline.data.codec.stage import CodecRecipe
 from pipeline.data.neighbours.blocks import as_input, candidates, cut_blocks, make_task, numbered, plan, run_pass
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Shard, read_shards
+from pipeline.graph.artifacts import Shard
+from pipeline.graph.shard_tables import read_shards
 from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger

@@ -15,7 +15,7 @@ from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.neighbours.blocks import candidates, is_a, numbered
 from pipeline.data.neighbours.cells import NONE, PROBES, SPLITS, Cells, Rows, compare, learn_cells
 from pipeline.data.pairs.row_index import STAGE_SIDES
-from pipeline.graph.artifacts import read_table
+from pipeline.graph.shard_tables import read_table
 from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store

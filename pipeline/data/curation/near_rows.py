@@ -26,7 +26,8 @@ from pipeline.data.neighbours.blocks import (
     plan,
     run_pass,
 )
-from pipeline.graph.artifacts import Shard, ShardRow, write_shard_table
+from pipeline.graph.artifacts import Shard
+from pipeline.graph.shard_tables import ShardRow, write_shard_table
 from pipeline.graph.shards import ShardTask
 from pipeline.graph.stages import Context
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from pipeline.graph.artifacts import write_table
+from pipeline.graph.shard_tables import write_table
 
 
 class Rejected(NamedTuple):

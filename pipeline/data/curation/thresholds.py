@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.neighbours.blocks import cut_blocks, is_a, make_task, run_pass
-from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger

@@ -20,7 +20,8 @@ from pipeline.data.embeddings.scores import Head, load_heads, score_column
 from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.data.source.imported import SCHEME, read_imported
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.shard_tables import read_shards, read_table, write_table
 from pipeline.graph.shards import Helpers, ShardOutput, ShardTask, map_shards, results_ahead
 from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger

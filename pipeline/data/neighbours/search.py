@@ -14,7 +14,8 @@ from models.view import view
 from pipeline.data.neighbours.stage import search
 from pipeline.data.pairs.own_picture import open_picture
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, read_shards, read_table
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.store import Store
 from pipeline.store.records import materialise
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.data.fetch.references import shown
-from pipeline.graph.artifacts import NOTE, ShardRow, read_shard, read_table, write_table
+from pipeline.graph.artifacts import NOTE, read_shard
+from pipeline.graph.shard_tables import ShardRow, read_table, write_table
 from pipeline.store import Store
 from pipeline.terminal import printable
 

@@ -26,7 +26,8 @@ from pipeline.data.pairs.unfinished import Unfinished
 from pipeline.data.source.imported import SCHEME, read_imported
 from pipeline.data.source.lists import reach
 from pipeline.data.source.stage import row_key
-from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.shard_tables import read_shards, read_table, write_table
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger, status_of

@@ -25,8 +25,9 @@ from pipeline.data.source.duplicates import HASH, Seen, read_hashes
 from pipeline.data.source.journal import NOTHING, Journal, read_journal, reference_mark
 from pipeline.data.source.lists import Row, fingerprint, read_rows
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, read_table, write_shard_table, write_table
+from pipeline.graph.artifacts import Artifact, Shard, publish_artifact
 from pipeline.graph.damage import create_record, read_record, set_aside
+from pipeline.graph.shard_tables import read_table, write_shard_table, write_table
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.local import Reach

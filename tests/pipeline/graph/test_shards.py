@@ -15,16 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import (
-    Artifact,
-    Shard,
-    ShardList,
-    ShardRow,
-    publish_shard,
-    read_shards,
-    shard_path,
-    write_shard_table,
-)
+from pipeline.graph.artifacts import Artifact, Shard, publish_shard, shard_path
+from pipeline.graph.shard_tables import ShardList, ShardRow, read_shards, write_shard_table
 from pipeline.graph.shards import (
     Helpers,
     ShardOutput,
@@ -265,53 +257,32 @@ def test_a_listing_decides_and_records_are_read_last(store: Store) -> None:
     assert counted.traffic.counts()["GET"] == 3
 
 
-def test_many_shards_make_the_same_table_as_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed in one piece or in many, read or made, with names that only some have: the same bytes."""
-    shards = [
-        Shard(
-            n,
-            f"key-{n}",
-            Ledger(n),
-            {"data": f"{n:064x}"} | ({"rare": "f" * 64} if n == 7 else {}),
-            {f"train/{n % 3}": n},
-        )
-        for n in (3, 0, 9, 7, 1, 5, 2)
-    ]
-    tables = set()
-    for window in (1, 2, 100):
-        monkeypatch.setattr("pipeline.graph.artifacts.WINDOW", window)
-        store = open_store(str(tmp_path / str(window)))
-        table, ledger = write_shard_table(store, shards)
-        assert ledger == Ledger(27)
-        rows = read_shards(store, Artifact("pairs", "k", {}, {}, ledger, shard_table=table))
-        assert [(row.number, row.blobs) for row in rows] == [(s.number, s.blobs) for s in sorted(shards, key=_number)]
-        assert [row.counts[f"train/{row.number % 3}"] for row in rows] == [row.number for row in rows]
-        tables.add(table)
-    assert len(tables) == 1
-
-
-def _number(shard: Shard) -> int:
-    return shard.number
-
-
 @pytest.mark.parametrize("count", [0, 1, 5, 1200])
-def test_shards_that_lie_in_a_file_are_those_that_are_read(tmp_path: Path, count: int) -> None:
-    """One at a time, by place and by number, from several threads; in one piece or in several."""
+def test_listed_shards_are_those_that_were_written(tmp_path: Path, count: int) -> None:
+    """By place and by number, from several threads; with names that only some have, in any order."""
     store = open_store(str(tmp_path))
     shards = [
         Shard(
             3 * n,
             f"key-{n}",
             Ledger(n),
-            {"data": f"{n:064x}"} | ({"rare": "f" * 64} if n % 7 == 3 else {}),
+            {"data": f"{n:064x}"} | ({"rare": "f" * 64, "note.time": "e" * 64} if n % 7 == 3 else {}),
             {f"train/{n % 2}": n},
         )
         for n in range(count)
     ]
     table, ledger = write_shard_table(store, shards)
+    assert (table, ledger) == write_shard_table(store, iter(shards[::-1]))
+    assert ledger == Ledger(sum(range(count)))
     made = Artifact("pairs", "k", {}, {}, ledger, shard_table=table)
     listed, read = ShardList(store, made), read_shards(store, made)
     assert len(listed) == len(read) == count
+    for row, shard in zip(read, shards, strict=True):
+        assert (row.number, row.key, row.kept, row.lost) == (shard.number, shard.key, shard.ledger.kept, 0)
+        assert row.blobs == {name: blob for name, blob in shard.blobs.items() if not name.startswith("note.")}
+        assert {name: count for name, count in row.counts.items() if count} == {
+            n: c for n, c in shard.counts.items() if c
+        }
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(listed.__getitem__, range(count))) == read
         assert list(pool.map(listed.find, range(0, 3 * count, 3))) == read

@@ -20,16 +20,8 @@ from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.pairs.row_index import checksum, index_table
 from pipeline.data.source.stage import row_key
 from pipeline.evaluate.figure import Figure, count, judged
-from pipeline.graph.artifacts import (
-    Artifact,
-    Shard,
-    publish_artifact,
-    publish_shard,
-    read_shards,
-    read_table,
-    write_shard_table,
-    write_table,
-)
+from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard
+from pipeline.graph.shard_tables import read_shards, read_table, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings
 from pipeline.store import Store

@@ -19,7 +19,7 @@ from models.view import open_view
 from pipeline.data.embeddings.stage import CAPTIONS, DecodeBatch, MakeEncoder, read_embeddings
 from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import ShardRow, read_shards, read_table
+from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
 from pipeline.graph.shards import Helpers, ShardTask
 from pipeline.settings import EmbeddingsSettings
 from pipeline.store import Entry, Store

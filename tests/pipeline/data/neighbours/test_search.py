@@ -8,7 +8,7 @@ from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.data.neighbours.cells import SPLITS
 from pipeline.data.neighbours.search import embed_caption, embed_picture, look_up
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import read_shards
+from pipeline.graph.shard_tables import read_shards
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
 
 ROWS = 14

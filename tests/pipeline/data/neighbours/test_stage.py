@@ -6,7 +6,8 @@ import pytest
 
 from pipeline.data.neighbours import stage as neighbour_index
 from pipeline.data.neighbours.stage import IndexRecipe, open_index, run_index, search
-from pipeline.graph.artifacts import Artifact, read_shards
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.shard_tables import read_shards
 from pipeline.graph.stages import Stage
 from pipeline.store import Store, open_store
 from tests.pipeline.data.vectors import Listed, context, curate, planted, publish

@@ -15,7 +15,7 @@ from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.own_picture import open_picture
 from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import read_shards
+from pipeline.graph.shard_tables import read_shards
 from pipeline.report.pictures import shrink
 from tests.pipeline.data.bench import Bench, save_clip, write_list
 from tests.pipeline.data.odd import ADOBE_RGB, SIDES, encoded, odd_images
