@@ -103,7 +103,8 @@ def _fit_pca(rows: np.ndarray) -> tuple[PCA, int]:
     count = len(rows)
     if count < 2:
         raise ValueError(f"a codec needs 2 or more embeddings, got {count}")
-    pca = PCA(svd_solver="covariance_eigh").fit(rows)
+    with np.errstate(invalid="ignore"):  # equal rows have no variance to take shares of
+        pca = PCA(svd_solver="covariance_eigh").fit(rows)
     least = RANK_TOLERANCE * np.einsum("nd,nd->", rows, rows) / count
     rank = min(int((pca.explained_variance_ > least).sum()), count - 1)
     if rank == 0:

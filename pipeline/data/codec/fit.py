@@ -86,7 +86,7 @@ class FitSample:
         with tempfile.TemporaryDirectory() as folder:
             save_codec(folder, fitted.codec)
             blobs = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
-        return ShardOutput(Ledger(kept=len(dot)), {**blobs, METRICS: json.dumps(metrics).encode()})
+        return ShardOutput(Ledger(kept=1), {**blobs, METRICS: json.dumps(metrics).encode()})
 
 
 def sample_training_rows(ctx: Context) -> tuple[int, list[Shard]]:
@@ -113,4 +113,5 @@ def fit_sample(ctx: Context, sample: Sequence[Shard]) -> tuple[Ledger, Mapping[s
     inputs = {numbered("sample", i): as_input(shard) for i, shard in enumerate(sample)}
     [fitted] = run_pass(ctx, FitSample(ctx.store, ctx.recipe), [make_task(ctx, 0, "fit", inputs)], "fit", "codecs")
     blobs = dict(fitted.blobs)
-    return fitted.ledger, blobs, json.loads(read_blob(ctx.store, blobs.pop(METRICS)))
+    metrics = json.loads(read_blob(ctx.store, blobs.pop(METRICS)))
+    return Ledger(kept=metrics["rows"]), blobs, metrics
