@@ -19,21 +19,21 @@ COMMANDS = {
     "doctor": "check machine, packages, store and Ray before a run",
     "run": "make everything a configuration asks for, where it is stale",
     "plan": "show what a run would make, why, and about what it costs",
-    "submit": "let a cluster make it, one on this machine or one that runs, and follow",
-    "sample": "turn captions into pictures with a finished bundle",
-    "generate": "turn a list of prompts into pictures, on many workers",
-    "edit": "vary, interpolate, change or take apart pictures of your own",
-    "show": "show runs, what is being made and by whom, and where an artefact comes from",
-    "report": "write the report again, for example with some pictures only",
-    "data": "search pictures, try failed rows again, forget rows, delete what nothing needs",
-    "release": "promote a bundle if it is no worse, go back, see what differs",
-    "pin": "let an artefact stand for later data too",
+    "submit": "run it on a cluster, on this machine or elsewhere, and follow",
+    "sample": "draw images for captions with a finished bundle",
+    "generate": "draw images for a list of prompts, on many workers",
+    "edit": "vary, interpolate, change or decompose your own images",
+    "show": "show runs, what is being made and by which machine, and the lineage of an artefact",
+    "report": "write the report again, for example with images of some licences only",
+    "data": "search images, retry failed rows, forget rows, collect garbage",
+    "release": "promote a bundle that is not worse, roll back, compare",
+    "pin": "keep an artefact for later data too",
     "unpin": "lift a pin",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code: 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
+    """Runs the console script. Returns the exit code: 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print("usage: unclip COMMAND ...\n" + "".join(f"\n  {name:10}{text}" for name, text in COMMANDS.items()))
@@ -75,7 +75,9 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
     except KeyboardInterrupt:
         say_interrupted()
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output, such as head, has enough; nothing may be flushed to it at exit
+    except (
+        BrokenPipeError
+    ):  # the reader of the output, such as head, has closed it; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as e:

@@ -1,4 +1,4 @@
-"""``unclip data search | retry | forget | gc CONFIG ...``: look into the data of a project, and change what it is."""
+"""``unclip data search | retry | forget | gc CONFIG ...``: searches the data of a project, and changes it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ FILE_BYTES = 256 << 20  # of a list of what to forget
 
 
 def main(argv: Sequence[str]) -> int:
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="unclip data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    search = commands.add_parser("search", help="the pictures nearest to a caption, or to a picture")
-    retry = commands.add_parser("retry", help="try rows again whose fetch ended with one of some reasons")
-    forget = commands.add_parser("forget", help="drop pictures and their captions from everything made from now on")
+    search = commands.add_parser("search", help="find the images nearest to a caption or an image")
+    retry = commands.add_parser("retry", help="retry rows whose fetch ended with given reasons")
+    forget = commands.add_parser("forget", help="drop images and their captions from everything made from now on")
     gc = commands.add_parser("gc", help="delete what no pin, recent run or running stage needs")
     for command, run in ((search, _search), (retry, _retry), (forget, _forget), (gc, _collect)):
         command.add_argument("config", help="a YAML file")
@@ -39,12 +40,12 @@ def main(argv: Sequence[str]) -> int:
         )
         command.set_defaults(run=run)
     what = search.add_mutually_exclusive_group(required=True)
-    what.add_argument("caption", nargs="?", help="text that the pictures should fit")
-    what.add_argument("--picture", metavar="FILE", help="a picture that they should be like, in place of a caption")
-    search.add_argument("--count", type=int, default=10, help="how many (10)")
-    search.add_argument("--split", choices=SPLITS, help="of this split only; by default of all")
+    what.add_argument("caption", nargs="?", help="text to search with")
+    what.add_argument("--picture", metavar="FILE", help="an image to search with, in place of a caption")
+    search.add_argument("--count", type=int, default=10, help="number of results (10)")
+    search.add_argument("--split", choices=SPLITS, help="search this split only (all)")
     retry.add_argument("--reason", default=",".join(sorted(DEFERRED)), help="such as timeout,http_4xx (all deferred)")
-    forget.add_argument("what", nargs="*", help="row keys, references (URLs), or sha256 of stored pictures")
+    forget.add_argument("what", nargs="*", help="row keys, references (URLs), or sha256 of stored images")
     forget.add_argument("--file", help="a text file with one of them a line; - for standard input")
     gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
     gc.add_argument("--keep-days", type=float, default=30.0, help="how long what a run asked for is needed (30)")
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _search(project: Project, arguments: argparse.Namespace) -> int:
-    """Print a line for each of the nearest rows: cosine, key, split, reference and first caption, tabs between them."""
+    """Prints a line for each of the nearest rows: cosine, key, split, reference, first caption, separated by tabs."""
     from pipeline.data.neighbours.search import embed_caption, embed_picture, look_up
 
     if arguments.count < 1:
@@ -85,7 +86,7 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
     if blob is None:
         lost = {**pairs.ledger.rejected, **pairs.ledger.deferred}
         ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(lost.items()))
-        print(f"no row to try again; of the rows of pairs were not kept: {ended or 'none'}")
+        print(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}")
         return 0
     journal = read_journal(project.store, project.config.project)
     if FIRST_RETRY + len(journal.retries) > LAST_SEGMENT:
@@ -148,7 +149,7 @@ def _collect(project: Project, arguments: argparse.Namespace) -> int:
 
 
 def _listed(project: Project) -> list[SourceShard]:
-    """The shards of the list, stored."""
+    """Stores the list, and returns its shards."""
     journal = read_journal(project.store, project.config.project)
     return scan(project.config.source, project.store, write=True, journal=journal).shards
 

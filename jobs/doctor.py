@@ -1,4 +1,4 @@
-"""``unclip doctor [CONFIG]``: check machine, packages, store, list, CLIP and Ray, and leave nothing behind."""
+"""``unclip doctor [CONFIG]``: checks machine, packages, store, list, CLIP and Ray, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pipeline.store import Store, local_folder, open_store
 
 
 def main(argv: Sequence[str]) -> int:
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="unclip doctor", description=__doc__)
     parser.add_argument(
         "config", nargs="?", help="a YAML file; without one, machine, packages and Ray alone are checked"
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def examine(config: Config | None) -> Iterator[Finding]:
-    """All findings, each as soon as it is known. Raises UserError for a store that no URL can name."""
+    """Yields all findings, each as soon as it is known. Raises UserError for a store that no URL can name."""
     settings = config.run.ray if config else RaySettings()
     yield from check_packages()
     yield from check_machine()
@@ -57,7 +58,7 @@ def examine(config: Config | None) -> Iterator[Finding]:
 
 
 def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
-    """The list, where the store can be read, and every CLIP that a run would load."""
+    """Checks the list, where the store can be read, and every CLIP that a run would load."""
     stale = set(build(config))
     if store:
         try:

@@ -1,7 +1,7 @@
-"""Ctrl-C ends a command: in order if that is quick, and in any case.
+"""Ends a command at Ctrl-C: in order if that is quick, and in any case.
 
 Python turns Ctrl-C into an exception that may come between the taking of a lock and the block that would release it,
-and then whoever waits for that lock waits for ever, a thread pool's end for example. So the process is ended
+and then everything that waits for that lock waits for ever, a thread pool's end for example. So the process is ended
 after some seconds of clearing up, or at the next Ctrl-C. Nothing is lost by it that is not lost by a kill.
 """
 
@@ -21,8 +21,10 @@ INTERRUPTED = 130  # 128 and the signal's number, as shells have it
 
 @contextlib.contextmanager
 def ending_on_ctrl_c() -> Iterator[None]:
-    """Let the first Ctrl-C raise KeyboardInterrupt here, whatever errors it causes on its way, and set the limit, which
-    holds beyond this block to the very end of the process. Does nothing where Ctrl-C is ignored, as under nohup."""
+    """Lets the first Ctrl-C raise KeyboardInterrupt here, whatever errors it causes on its way, and sets the limit.
+
+    The limit holds beyond this block to the end of the process. Does nothing where Ctrl-C is ignored, as under nohup.
+    """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
@@ -54,5 +56,5 @@ def _end(signum: int, frame: FrameType | None) -> None:
 
 @cache
 def say_interrupted() -> None:
-    """Say it once: the limit may be reached after it was said."""
+    """Says it once: the limit may be reached after it was said."""
     os.write(2, b"interrupted; what is done is kept: run the same command again to go on\n")

@@ -1,4 +1,4 @@
-"""A configuration, its store, graph and plan: what every command begins with."""
+"""A configuration, its store, graph and plan: where every command begins."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ class Project:
 
     @property
     def report(self) -> Path:
-        """Where the report is written."""
+        """Returns the file of the report."""
         return Path(self.config.run.output) / "report.html"
 
     def check_trackers(self) -> None:
-        """Raise UserError for a tracker that is not there, before anything is trained."""
+        """Raises UserError for a tracker that cannot be imported, before anything is trained."""
         for name in self.config.run.trackers:
             find_tracker(name)
 
     def plan(self, supposed: Mapping[str, str | None] = MappingProxyType({})) -> list[Verdict]:
-        """The verdict on every stage, as the store stands now, or would stand with ``supposed`` pins by lineage."""
+        """Returns the verdict on every stage, with the pins of the store or with ``supposed`` pins by lineage."""
         previous = last_run(self.store, self.config.project)
         return plan(self.graph, self.scan.keys, self.config.project, self.store, previous, supposed)
 
     def made(self, *stages: str) -> dict[str, Artifact]:
-        """The artefacts of these stages as the plan has them. Raises UserError if one is not there."""
+        """Returns the artefacts of these stages as planned. Raises UserError if one does not exist."""
         keys = {verdict.stage: verdict.key for verdict in self.plan()}
         found = {stage: load_artifact(self.store, stage, keys[stage]) for stage in stages}
         if missing := [stage for stage, artifact in found.items() if artifact is None]:
             raise UserError(
-                f"{self.config.project}: not made for the list and recipes of now: {', '.join(missing)}; "
+                f"{self.config.project}: not made for the current list and recipes: {', '.join(missing)}; "
                 f"unclip run makes them, with --until {missing[-1]} no more than needed"
             )
         return {stage: artifact for stage, artifact in found.items() if artifact is not None}
 
     def finished(self) -> dict[str, Artifact]:
-        """The artefacts of all stages that are made, as the plan has them."""
+        """Returns the artefacts of all stages that are made, as planned."""
         found = {verdict.stage: load_artifact(self.store, verdict.stage, verdict.key) for verdict in self.plan()}
         return {stage: artifact for stage, artifact in found.items() if artifact is not None}
 
     def wanted(self, only: str | None, until: str | None) -> set[str]:
-        """The stages that ``--only`` or ``--until`` ask for. Raises UserError for an unknown one."""
+        """Returns the stages that ``--only`` or ``--until`` ask for. Raises UserError for an unknown one."""
         for name in (only, until):
             if name is not None and name not in self.graph:
                 raise UserError(f"unknown stage {name}; this configuration has {', '.join(self.graph)}")
@@ -76,7 +76,7 @@ class Project:
 
 
 def open_project(path: str, overrides: Sequence[str]) -> Project:
-    """Load a configuration and read its list. Raises UserError."""
+    """Loads a configuration and reads its list. Raises UserError."""
     config = load_config(path, overrides)
     return project_of(config, open_store(config.store))
 

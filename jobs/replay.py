@@ -1,20 +1,19 @@
-"""``unclip run CONFIG --replay STAGE``: what went wrong in a step that was not finite."""
+"""``unclip run CONFIG --replay STAGE``: says what went wrong in a step that was not finite."""
 
 from __future__ import annotations
 
 from jobs.project import Project
 from pipeline.errors import UserError
 from pipeline.graph.execute import make_context
-from pipeline.training.recipes import TrainingRecipe
 
 PARAMETERS = 10  # named, at most
 
 
 def replay(project: Project, stage: str) -> int:
-    """Do the step again and print where it goes wrong. Returns 0 if it goes wrong again, 1 if not. Raises UserError."""
+    """Repeats the step and prints where it fails. Returns 0 if it fails again, 1 if not. Raises UserError."""
     project.wanted(stage, None)
     node = project.graph[stage]
-    if not isinstance(node.recipe, TrainingRecipe):
+    if node.kind != "training":
         raise UserError(f"--replay {stage}: only a training has steps")
     key = next(verdict.key for verdict in project.plan() if verdict.stage == stage)
     ctx = make_context(node, key, project.made(*node.inputs), project.store, project.config)

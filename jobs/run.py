@@ -1,4 +1,4 @@
-"""``unclip run CONFIG``: make everything the configuration asks for, where it is stale."""
+"""``unclip run CONFIG``: makes everything that the configuration asks for, where it is stale."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ HEALINGS = 5  # damaged objects that one run makes again before it gives up
 
 
 def main(argv: Sequence[str]) -> int:
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="unclip run", description=__doc__)
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
     parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
     parser.add_argument("--yes", action="store_true", help="go on even above run.budget_hours")
-    parser.add_argument("--replay", metavar="STAGE", help="do the step of a training again that was not finite")
+    parser.add_argument(
+        "--replay", metavar="STAGE", help="repeat the step of a training that was not finite, and say where it fails"
+    )
     arguments = parser.parse_intermixed_args(argv)
     if sum(map(bool, (arguments.only, arguments.until, arguments.replay))) > 1:
         parser.error("--only, --until and --replay exclude each other")
@@ -43,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(project: Project, only: str | None = None, until: str | None = None, yes: bool = False) -> int:
-    """Plan, ask above the budget, execute, report. Raises UserError."""
+    """Plans, asks above the budget, executes and reports. Raises UserError."""
     began = time.monotonic()
     asked = agree(project, only, until, yes)
     if asked.stale:
@@ -106,10 +109,10 @@ def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: fl
 
 
 def print_places(project: Project, wanted: set[str]) -> None:
-    """Say where report and pictures are."""
+    """Prints where report and images are."""
     print(f"report: {project.report}")
     if "samples" in wanted:
-        print(f"pictures: {Path(project.config.run.output) / 'samples'}")
+        print(f"images: {Path(project.config.run.output) / 'samples'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run would learn from: the list, and a CLIP that somebody else has trained."""
+"""Checks what a run would train on: the list, and a pretrained CLIP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One line of what the doctor says."""
+"""One line of the output of ``unclip doctor``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Finding:
 
 
 def gigabytes(count: float) -> str:
-    """'0.3 GB', '22.1 GB'."""
+    """Returns a number of bytes such as '0.3 GB' or '22.1 GB'."""
     return f"{count / 1e9:,.1f} GB"
 
 
 def brief(error: BaseException) -> str:
-    """An error that nobody expected, in one line: its first, or the last one of a traceback inside."""
+    """Returns an unexpected error in one line: its first, or the last line of a traceback inside."""
     lines = str(error).strip().splitlines() or [""]
     line = lines[-1] if any("Traceback" in line for line in lines) else lines[0]
     return f"{type(error).__name__}: {line}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""This machine: Python, cores, memory, GPU, space on its disks."""
+"""Checks this machine: Python, cores, memory, GPU, disks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from pipeline.build import build
-from pipeline.config import TRAININGS, Config
+from pipeline.config import Config
 from pipeline.doctor.finding import Finding, gigabytes
 from pipeline.settings import RaySettings
 
@@ -21,7 +21,7 @@ SHARED = Path("/dev/shm")
 
 
 def check_machine() -> Iterator[Finding]:
-    """What there is to compute with."""
+    """Yields what there is to compute with."""
     import torch
 
     from pipeline.training.distributed.launch import cores
@@ -41,7 +41,7 @@ def check_idle_gpu(config: Config, stages: Collection[str]) -> Iterator[Finding]
 
 
 def check_memory(config: Config | None) -> Iterator[Finding]:
-    """Memory that is free, of the GPU too, against what the processes and the largest training need at least."""
+    """Yields free memory, of the GPU too, against what the processes and the largest training need at least."""
     import torch
 
     free = available_memory()
@@ -49,7 +49,8 @@ def check_memory(config: Config | None) -> Iterator[Finding]:
         yield Finding("ok", "memory", f"{gigabytes(free)} free")
         return
     run = config.run
-    workers = max(run.pairs.workers, run.embeddings.workers, run.curation.workers, run.codec.workers)
+    settings = (getattr(run, name, None) for name, stage in build(config).items() if stage.kind == "data")
+    workers = max((each.workers for each in settings if each is not None), default=0)
     processes = PROCESS * (1 + workers) + (run.ray.object_store_mb << 20)
     name, model = largest_training(config)
     on_gpu = torch.cuda.is_available() and getattr(run, name).device != "cpu"
@@ -67,35 +68,29 @@ def _enough(subject: str, free: int, needed: int, need: str) -> Finding:
 
 
 def largest_training(config: Config) -> tuple[str, int]:
-    """The training of most parameters, and the bytes of its state. Builds models without memory for their weights."""
+    """Returns the training with the most parameters, and the bytes of its state."""
     import torch
 
-    from models.ar_prior import ARPrior
     from models.clip import Clip
-    from models.decoder import Decoder
-    from models.diffusion_prior import DiffusionPrior
-    from models.upsampler import Upsampler
+    from models.folder import KINDS
 
-    embed_dim = config.clip.model.embed_dim
-    make = {
-        "clip": lambda: Clip.build(config.clip.model, 0),
-        "ar_prior": lambda: ARPrior(config.ar_prior.model, embed_dim, config.codec.components),
-        "diffusion_prior": lambda: DiffusionPrior(config.diffusion_prior.model, embed_dim),
-        "decoder": lambda: Decoder(config.decoder.model, embed_dim),
-        "upsampler_256": lambda: Upsampler(config.upsampler_256.model),
-        "upsampler_1024": lambda: Upsampler(config.upsampler_1024.model),
-    }
-    trained = set(build(config)) - ({"clip"} if config.clip.weights != "train" else set())
-    sizes = {}
-    with torch.device("meta"):
-        for name in TRAININGS:
-            if name in trained:
-                sizes[name] = PARAMETER * sum(p.numel() for p in make[name]().parameters())
-    return max(sizes.items(), key=lambda item: item[1])
+    known = {"embed_dim": config.clip.model.embed_dim, "codes": config.codec.components}
+    bytes_of: dict[str, int] = {}
+    with torch.device("meta"):  # so that no weights take memory
+        for stage in build(config).values():
+            if stage.kind != "training" or getattr(stage.recipe, "weights", "train") != "train":
+                continue
+            kind = next((kind for kind in KINDS.values() if isinstance(stage.recipe.model, kind.config)), None)
+            if kind is None:
+                model: torch.nn.Module = Clip.build(stage.recipe.model, 0)
+            else:
+                model = kind.model(stage.recipe.model, **{name: known[name] for name in kind.sizes})
+            bytes_of[stage.name] = PARAMETER * sum(parameter.numel() for parameter in model.parameters())
+    return max(bytes_of.items(), key=lambda item: item[1])
 
 
 def available_memory() -> int:
-    """Bytes that new processes may take: of the machine, or of the container if that has less."""
+    """Returns the bytes that new processes may take: of the machine, or of the container if that has less."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) << 10
@@ -110,7 +105,7 @@ def available_memory() -> int:
 
 
 def check_disks(folders: Mapping[str, Path]) -> Iterator[Finding]:
-    """Free space where the folders are, or will be."""
+    """Yields the free space where the folders are, or will be."""
     for name, folder in folders.items():
         there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(there).free
@@ -123,7 +118,7 @@ def check_disks(folders: Mapping[str, Path]) -> Iterator[Finding]:
 
 
 def check_shared_memory(settings: RaySettings) -> Iterator[Finding]:
-    """Room for the object store of a Ray that is started here."""
+    """Yields whether there is room for the object store of a Ray that is started here."""
     if not SHARED.exists() or os.environ.get("RAY_ADDRESS"):
         return
     free, wanted = shutil.disk_usage(SHARED).free, settings.object_store_mb << 20

@@ -1,4 +1,4 @@
-"""Whether Ray starts or the cluster answers, and whether all its nodes have the same code and see the same store."""
+"""Checks that Ray starts or the cluster answers, and that all its nodes have the same code and see the same store."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ class Question:
 
 
 def versions() -> dict[str, str]:
-    """Of what must be the same on every node; this project's is a digest of its code. Of a build's local part, such as
-    +cpu, the GPUs of a node decide."""
+    """Returns the versions that must be equal on every node, and a digest of this project's code.
+
+    The local part of a version, such as +cpu, is left out: it depends on a node's GPUs.
+    """
     code = hashlib.sha256()
     for folder in ("models", "pipeline"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -72,7 +74,7 @@ def _version(package: str) -> str:
 
 
 def check_nodes(settings: RaySettings, store: Store | None) -> Iterator[Finding]:
-    """Start Ray, or join the cluster of RAY_ADDRESS, ask every node, and leave. ``store``: one that was found good."""
+    """Starts Ray, or joins the cluster of RAY_ADDRESS, asks every node, and leaves. ``store`` passed its own check."""
     began = time.monotonic()
     try:
         ray = start_ray(settings)
@@ -94,7 +96,7 @@ def check_nodes(settings: RaySettings, store: Store | None) -> Iterator[Finding]
 
 
 def ask_nodes(ray: Any, store: Store | None) -> list[tuple[Node, Answer | Exception]]:
-    """The answer of every node, or why there is none; each has read what this process has written to the store."""
+    """Returns every node's answer, or its error; each node reads what this process has written to the store."""
     probe = f"{PROBES}/probe-{secrets.token_hex(8)}"
     with leaving_nothing(store) if store else nullcontext():
         try:

@@ -1,4 +1,4 @@
-"""Whether the packages that this project requires are there, in versions within its bounds, and can be imported."""
+"""Checks that the required packages are installed, within their bounds, and can be imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODULES |= {
 
 
 def check_packages() -> Iterator[Finding]:
-    """A finding for each package with a fault, or one for all of them."""
+    """Yields a finding for each package with a fault, or one for all of them."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
         wanted = [Requirement(text) for text in metadata.requires(PROJECT) or ()]

@@ -1,4 +1,4 @@
-"""Whether the store does what everything here rests on."""
+"""Checks that the store does what the pipeline depends on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROBES = "locks"  # the folder that probes lie in
 
 
 def check_store(store: Store) -> Iterator[Finding]:
-    """One finding: all of it, or what it does not do."""
+    """Yields one finding: the store does everything that is needed, or what it does not do."""
     try:
         with leaving_nothing(store):
             check_conditions(store)
@@ -28,7 +28,7 @@ def check_store(store: Store) -> Iterator[Finding]:
 
 @contextmanager
 def leaving_nothing(store: Store) -> Iterator[None]:
-    """Take away the empty folders that probes have made, where the store is a folder."""
+    """Removes the empty folders that probes have made, where the store is a folder."""
     folder = local_folder(store)
     paths = [folder / PROBES, folder, *folder.parents] if folder else []
     new = [path for path in paths if not Path(path).exists()]

@@ -1,7 +1,7 @@
-"""What is damaged: it is set aside with a warning, so that its work is done again, unless something stands on it.
+"""Sets damaged objects aside with a warning, so that their work is done again, unless something depends on them.
 
-An object is set aside by copying it to damaged/ and then deleting it. Nobody reads it there again: it is for a person
-to look at, and goes with other garbage.
+An object is set aside by copying it to damaged/ and then deleting it. Nothing reads it there: it is for a person to
+look at, and is collected with other garbage.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def read_record(store: Store, path: str) -> dict[str, Any] | None:
 
 
 def set_aside(store: Store, paths: Iterable[str]) -> None:
-    """Moves blobs and records to damaged/, each under its path and the sha256 of its bytes. One that is missing is
-    passed over.
+    """Moves blobs and records to damaged/, each under its path and the sha256 of its bytes.
+
+    Missing objects are passed over.
 
     Raises UserError where a pin, a release or a list names one of them, for nothing can make that again as it was, and
     for a path that is neither a blob's nor a record's. Then everything stays.

@@ -1,4 +1,4 @@
-"""Run what the plan calls stale, stage by stage, and heal what turns out to be damaged."""
+"""Runs what the plan calls stale, stage by stage, and sets aside what turns out to be damaged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def execute(
     on_stage: OnStage,
     on_look: OnLook,
 ) -> dict[str, Artifact]:
-    """The artefacts of ``wanted`` stages and of all that they need, made where they are stale.
+    """Makes the ``wanted`` stages and everything that they need, where they are stale, and returns their artefacts.
 
     ``on_stage`` is called after each stage that was made, with all artefacts so far; ``on_look``, from another thread,
     while a training runs, with what it has shown (see pipeline.training.follow). Raises CorruptObject after having
@@ -70,7 +70,7 @@ def execute(
 
 
 def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Any) -> Context:
-    """What a stage is given. ``artifacts`` hold its inputs."""
+    """Returns what a stage is given. ``artifacts`` hold its inputs."""
     inputs = {name: artifacts[name] for name in stage.inputs}
     settings = getattr(config.run, stage.name, None)
     # A store of its own, so that stages side by side count their requests apart.
@@ -110,7 +110,7 @@ def _run_stage(
 
 
 def _check_pin(stage: Stage, key: str, artifacts: Mapping[str, Artifact]) -> None:
-    """Raise UserError if a stage is pinned to an artefact that is lost and that the inputs of today would not make."""
+    """Raises UserError if a stage is pinned to an artefact that is lost and that its present inputs would not make."""
     if key != stage_key(stage, {name: artifacts[name].key for name in stage.inputs}):
         raise UserError(
             f"{stage.name} is pinned to {key[:12]}, which is lost and was made from other data: restore "
@@ -119,7 +119,7 @@ def _check_pin(stage: Stage, key: str, artifacts: Mapping[str, Artifact]) -> Non
 
 
 def _pin(store: Store, lineage: str, key: str) -> None:
-    """Pin the first one made; whoever comes first has won."""
+    """Pins a lineage to the first artefact made, unless another process was first."""
     crash_point("pin.before_swap", pin_path(lineage))
     store.swap(pin_path(lineage), None, json.dumps({"key": key}).encode())
 

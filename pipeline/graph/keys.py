@@ -14,7 +14,7 @@ from pipeline.store.records import digest
 
 
 def differences(recipe: Any) -> dict[str, Any]:
-    """The fields of a (nested) recipe dataclass that differ from their defaults, as plain JSON values."""
+    """Returns the fields of a (nested) recipe that differ from their defaults, as plain JSON values."""
     result: dict[str, Any] = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
@@ -29,7 +29,7 @@ def differences(recipe: Any) -> dict[str, Any]:
 
 
 def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
-    """All fields of a (nested) recipe by dotted name, as plain JSON values."""
+    """Returns all fields of a (nested) recipe by dotted name, as plain JSON values."""
     result: dict[str, Any] = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
@@ -41,8 +41,7 @@ def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def defaults(recipe: type, prefix: str = "") -> dict[str, Any]:
-    """The defaults of a (nested) recipe dataclass by dotted name, as ``flatten`` gives values; required fields have
-    none."""
+    """Returns the defaults of a (nested) recipe by dotted name, as ``flatten`` does; required fields have none."""
     result: dict[str, Any] = {}
     hints = get_type_hints(recipe)
     for field in dataclasses.fields(recipe):
@@ -64,17 +63,17 @@ def _plain(value: Any) -> Any:
 
 
 def artifact_key(stage: str, version: int, recipe: Any, inputs: Mapping[str, str]) -> str:
-    """The key of an artefact, given the keys of its inputs in the order in which its stage names them."""
+    """Returns the key of an artefact, given the keys of its inputs in the order in which its stage names them."""
     return digest([stage, version, differences(recipe), [[name, key] for name, key in inputs.items()]])
 
 
 def trajectory(stage: str, version: int, recipe: Any, inputs: Mapping[str, str]) -> str:
-    """The trajectory of a training before its inputs are made: from their keys."""
+    """Returns the trajectory of a training, from the keys of inputs that may not be made yet."""
     differing = {k: v for k, v in differences(recipe).items() if k != "samples" or recipe.decay}
     return digest(["trajectory", stage, version, differing, sorted(inputs.items())])
 
 
 def recipe_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two flattened recipes, such as "model.dropout 0.0 -> 0.1"."""
+    """Returns what differs between two flattened recipes, such as "model.dropout 0.0 -> 0.1"."""
     names = sorted(now.keys() | then.keys())
     return [f"{k} {then.get(k)} -> {now.get(k)}" for k in names if now.get(k) != then.get(k)]

@@ -1,4 +1,4 @@
-"""Which stages are fresh, pinned or stale, and why. Runs no stage, and imports neither Ray nor torch."""
+"""Says which stages are fresh, pinned or stale, and why. Runs no stage, and imports neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Verdict:
 
 
 def pin_path(lineage: str) -> str:
+    """Returns the path of a lineage's pin in the store."""
     return f"locks/{lineage}.json"
 
 
@@ -46,7 +47,7 @@ def plan(
     previous: Mapping[str, Any],
     supposed: Mapping[str, str | None] = MappingProxyType({}),
 ) -> list[Verdict]:
-    """One verdict a stage, in order. Runs nothing and writes nothing.
+    """Returns one verdict a stage, in order. Runs nothing and writes nothing.
 
     ``previous`` holds what the project's last run asked for, stage by stage (see pipeline.graph.runs), and only serves
     to say why a stage is stale. ``supposed``: keys that count as the pins of some lineages in place of those in the
@@ -73,7 +74,7 @@ def plan(
 
 
 def _because(stage: Stage, keys: Mapping[str, str], before: Mapping[str, Any] | None, verdicts: list[Verdict]) -> str:
-    """Why a stage is stale, in the words of the user's configuration."""
+    """Returns why a stage is stale, in the words of the user's configuration."""
     if before is None:
         return "not made yet"
     if before["key"] == keys[stage.name]:

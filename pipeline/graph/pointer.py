@@ -1,7 +1,7 @@
 """The release of a project: a pointer to a bundle, with everything that ever moved it.
 
-It is the one object here that nothing can make again, so it is changed only by compare-and-swap, and a damaged one is
-left as it is and reported.
+Nothing can make it again, so it is changed by compare-and-swap only, and a damaged pointer is reported and left as it
+is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Releases:
 
     @property
     def standing(self) -> tuple[Move, ...]:
-        """What a rollback can go back through: the promotions that were not rolled back, the current one last."""
+        """Returns the promotions that were not rolled back, the current one last."""
         stack: list[Move] = []
         for move in self.moves:
             if move.action == "promote":
@@ -53,27 +53,28 @@ class Releases:
 
     @property
     def current(self) -> Move | None:
-        """The promotion that is the release."""
+        """Returns the promotion that is the current release, if there is one."""
         return self.standing[-1] if self.standing else None
 
     @property
     def previous(self) -> Move | None:
-        """What a rollback makes the release."""
+        """Returns the promotion that a rollback makes the release, if there is one."""
         return self.standing[-2] if len(self.standing) > 1 else None
 
 
 def release_path(project: str) -> str:
+    """Returns the path of a project's pointer in the store."""
     return f"{FOLDER}{project}.json"
 
 
 def released_projects(store: Store) -> Iterator[str]:
-    """The projects that have a pointer in a store."""
+    """Yields the projects that have a release in a store."""
     for entry in store.list(FOLDER):
         yield entry.path.removeprefix(FOLDER).removesuffix(".json")
 
 
 def read_releases(store: Store, project: str) -> Releases:
-    """The pointer of a project as it stands. Raises UserError if it is damaged."""
+    """Returns the current pointer of a project. Raises UserError if it is damaged."""
     path = release_path(project)
     version = next((entry.version for entry in store.list(path) if entry.path == path), None)
     if version is None:
@@ -90,7 +91,7 @@ def read_releases(store: Store, project: str) -> Releases:
 
 
 def move_release(store: Store, project: str, seen: Releases, move: Move) -> None:
-    """Add a move to those that were ``seen``. Raises UserError if somebody else came first, and says who."""
+    """Adds a move to the ``seen`` ones. Raises UserError, naming the other move, if another process was first."""
     moves = [asdict(each) for each in (*seen.moves, move)]
     if store.swap(release_path(project), seen.version, seal({"project": project, "moves": moves})):
         return

@@ -29,11 +29,10 @@ def remember(
     package: str | None = None,
     forgettings: int = 0,
 ) -> None:
-    """Records what is asked, before it is done.
+    """Records what a run is asked to make, before it starts.
 
-    Args:
-        package: The path of a package that is to do it.
-        forgettings: Of the journal (see pipeline.data.source.journal) that the verdicts were planned with.
+    ``package`` is the path of the code package that is to run it; ``forgettings`` counts those in the journal that the
+    verdicts were planned with (see pipeline.data.source.journal).
     """
     keys = {v.stage: v.key for v in verdicts}
     stages: dict[str, dict[str, Any]] = {}
@@ -54,7 +53,7 @@ def remember(
 
 
 def remember_stage(ctx: Context, project: str) -> None:
-    """Record that this stage alone is asked for, before it is done."""
+    """Records that this stage alone is asked for, before it starts."""
     inputs = {name: artifact.key for name, artifact in ctx.inputs.items()}
     asked = {"key": ctx.key, "version": ctx.version, "recipe": flatten(ctx.recipe), "inputs": inputs}
     _write(ctx.store, project, {ctx.stage: asked}, 0)
@@ -69,26 +68,28 @@ def _write(store: Store, project: str, stages: Mapping[str, Any], forgettings: i
 
 
 def _command() -> str:
-    """The command line without overrides: their values may be nobody else's business, and recipes are recorded."""
+    """Returns the command line without overrides, whose values may be private; recipes are recorded anyway."""
     words = [Path(sys.argv[0]).stem, *(word for word in sys.argv[1:] if "=" not in word)]
     return shlex.join(words)
 
 
 def asked_at(path: str) -> float:
-    """When the run of this record began, in seconds since the epoch."""
+    """Returns when the run of this record began, in seconds since the epoch."""
     return calendar.timegm(time.strptime(path.rpartition("/")[2][:15], "%Y%m%dT%H%M%S"))
 
 
 def last_run(store: Store, project: str) -> dict[str, Any]:
-    """Stage by stage: key, version, recipe and input keys of the last run; empty before the first."""
+    """Returns key, version, recipe and input keys of the last run, by stage; empty before the first run."""
     newest = max((entry.path for entry in store.list(f"runs/{project}/")), default=None)
     record = read_record(store, newest) if newest else None
     return record["stages"] if record else {}
 
 
 def last_made(ctx: Context, inputs: Sequence[str]) -> dict[str, Artifact] | None:
-    """The artefact of the context's stage, and those of some inputs of it, of the newest run of its project that asked
-    for the same version and recipe and whose artefacts are there."""
+    """Returns the artefacts of the context's stage and of some of its inputs, as an earlier run made them.
+
+    It is the newest run of the project that asked for the same version and recipe and whose artefacts exist, or None.
+    """
     asked = {"version": ctx.version, "recipe": flatten(ctx.recipe)}
     for path in sorted((entry.path for entry in ctx.store.list(f"runs/{ctx.config.project}/")), reverse=True):
         record = read_record(ctx.store, path)

@@ -18,23 +18,33 @@ Node = TypeVar("Node")
 
 @dataclass(frozen=True)
 class Context:
-    """All that a running stage is given. ``work``: what workers took for it so far (see pipeline.graph.shards.Work);
-    ``began``: when it was begun, seconds since 1970, on which machines that share a stage roughly agree."""
+    """Everything that a running stage is given.
+
+    Attributes:
+        store: Where its inputs are, and its results go.
+        stage: Its name, with ``version``, ``key`` and ``recipe`` as the graph has them.
+        settings: The stage's run settings.
+        inputs: The artefacts that it is made from, by stage.
+        config: The whole Config, for Ray's settings and the user's list.
+        work: What workers took for it until now (see pipeline.graph.shards.Work).
+        began: Its beginning in seconds since 1970, on which machines that share a stage roughly agree.
+        show: Called from another thread, while a training runs, with what it would be if it ended now.
+    """
 
     store: Store
     stage: str
     version: int
     key: str
     recipe: Any
-    settings: Any  # the stage's run settings
+    settings: Any
     inputs: Mapping[str, Artifact]
-    config: Any  # the whole Config, for Ray's settings and the list of the user
+    config: Any
     work: dict[str, float] = dataclasses.field(default_factory=dict)
     began: float = dataclasses.field(default_factory=time.time)
     show: Callable[[Artifact], None] | None = None
 
     def publishable(self, **fields: Any) -> Artifact:
-        """An artefact of this stage with key, inputs, recipe, the work, and the time since it was begun filled in."""
+        """Returns an artefact of this stage with key, inputs, recipe, work and times filled in."""
         keys = {name: artifact.key for name, artifact in self.inputs.items()}
         whole = max(0.0, time.time() - self.began)
         times = {**self.work, "whole_seconds": whole, **fields.pop("times", {})}
@@ -76,31 +86,32 @@ Graph = Mapping[str, Stage]
 
 
 def stage_key(stage: Stage, inputs: Mapping[str, str]) -> str:
-    """The key of a stage's artefact, given the keys of its inputs and maybe others."""
+    """Returns the key of a stage's artefact, given the keys of its inputs and maybe others."""
     return artifact_key(stage.name, stage.version, stage.recipe, {name: inputs[name] for name in stage.inputs})
 
 
 def shard_key(ctx: Context, inputs: Mapping[str, str]) -> str:
-    """The key of one shard: the stage's recipe, the input shards' keys, and the keys of inputs taken whole."""
+    """Returns the key of one shard, from the recipe, the keys of input shards, and the keys of inputs taken whole."""
     return digest(["shard", ctx.stage, ctx.version, differences(ctx.recipe), sorted(inputs.items())])
 
 
 def trajectory_key(ctx: Context) -> str:
-    """The key of a training without its stop, which owns the checkpoints (design 8: length is not identity).
+    """Returns the key of a training without its stop, which owns the checkpoints.
 
-    A learning rate that falls to the stop makes the stop count: that training branches off.
+    Raising ``samples`` so continues a training. A learning rate that falls to the stop makes the stop count: that
+    training branches off.
     """
     return trajectory(ctx.stage, ctx.version, ctx.recipe, {name: made.key for name, made in ctx.inputs.items()})
 
 
 def trunk_key(ctx: Context) -> str:
-    """The trajectory of the same training while its learning rate does not fall; the same if it never does."""
+    """Returns the trajectory of the same training while its learning rate does not fall; the same if it never does."""
     inputs = {name: made.key for name, made in ctx.inputs.items()}
     return trajectory(ctx.stage, ctx.version, dataclasses.replace(ctx.recipe, decay=0), inputs)
 
 
 def ordered(graph: Graph) -> Iterator[Stage]:
-    """Stages with inputs before those that need them. ``build`` writes them in that order already; this checks it."""
+    """Yields stages with inputs before those that need them. Raises ValueError if ``build`` has another order."""
     seen: set[str] = set()
     for stage in graph.values():
         if missing := set(stage.inputs) - seen:
@@ -110,7 +121,7 @@ def ordered(graph: Graph) -> Iterator[Stage]:
 
 
 def direct(inputs: Mapping[Node, Sequence[Node]]) -> dict[Node, list[Node]]:
-    """Of each node of a graph the inputs that it does not also have through another of its inputs."""
+    """Returns each node's inputs, without those that it also has through another of its inputs."""
     reached: dict[Node, set[Node]] = {}
 
     def before(node: Node) -> set[Node]:
