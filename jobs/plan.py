@@ -1,7 +1,7 @@
 """``unclip plan CONFIG``: what a run would make, why, and what it costs.
 
-Costs come from the last run, from a profile that was saved, or from a probe; what nobody has measured is guessed. With
-``--pairs`` they are those of a list of that size that is not there yet, as if nothing were made.
+Costs come from the last run or from a probe; what nobody has measured is guessed. With ``--pairs`` they are those of a
+list of that size that does not exist yet, as if nothing were made.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import OVERRIDES, load_config
-from pipeline.cost.bill import remarks, table
-from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate
-from pipeline.cost.fleet import parse_count, parse_fleet
-from pipeline.cost.profile import Profile, load_profile, observe
+from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate, parse_count, parse_fleet
+from pipeline.cost.observed import Seen, observe
+from pipeline.cost.table import remarks, table
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
 from pipeline.held_out import lacking
@@ -25,16 +23,15 @@ from pipeline.progress import counted, duration
 
 
 def main(argv: Sequence[str]) -> int:
+    """Prints the verdict on every stage and what the stale ones cost."""
     parser = argparse.ArgumentParser(prog="unclip plan", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument(
         "--probe", action="store_true", help="measure first, on this machine, with few rows and samples"
     )
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="measurements that were saved, for the last run's")
-    parser.add_argument("--save-profile", type=Path, metavar="FILE", help="save the measurements that are used")
     parser.add_argument(
-        "--pairs", metavar="N", help="plan for a list of so many, such as 650M, as if nothing were made"
+        "--pairs", metavar="N", help="plan for a list of that size, such as 650M, as if nothing were made"
     )
     parser.add_argument("--gpus", metavar="NxKIND", help="plan trainings and embeddings on GPUs, such as 64xH100")
     parser.add_argument(
@@ -45,33 +42,37 @@ def main(argv: Sequence[str]) -> int:
         help=f"of a GPU's bf16 peak that trainings reach where no GPU was measured ({UTILISATION})",
     )
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.probe and (arguments.pairs or arguments.profile):
-        parser.error("--probe measures for itself: save it with --save-profile, then plan with --profile")
     if not 0 < arguments.utilisation <= 1:
         raise UserError(f"--utilisation {arguments.utilisation:g}: use a share above 0 and at most 1")
     fleet = parse_fleet(arguments.gpus) if arguments.gpus else None
-    profile = load_profile(arguments.profile) if arguments.profile else None
-    if arguments.pairs:
-        config = load_config(arguments.config, arguments.overrides)
-        ask = Ask(config, parse_count(arguments.pairs), profile or Profile(), fleet, arguments.utilisation)
-        where = f" on {fleet.count} {fleet.name}" if fleet else ""
-        print(f"{config.project}: {_size(ask.rows, ask.shards)}{where}, as if nothing were made")
-        _print_costs({stage: estimate(stage, ask) for stage in build(config)}, ask)
-    else:
+    rows = parse_count(arguments.pairs) if arguments.pairs else None
+    seen: Seen = {}
+    if rows is None or arguments.probe:
         project = open_project(arguments.config, arguments.overrides)
         project.check_trackers()
+        config, graph = project.config, project.graph
         if arguments.probe:
             from jobs.probe import probe
 
-            profile = probe(project, arguments.config, arguments.overrides)
-        ask = ask_of(project, profile, fleet, arguments.utilisation)
-        costs = _print_verdicts(project, project.plan(), set(project.graph), ask)
+            seen = probe(project, arguments.config, arguments.overrides)
+        else:
+            seen = observe(project.store, config.project, graph, project.held_out)
+    else:
+        config = load_config(arguments.config, arguments.overrides)
+        graph = build(config)
+    if rows is None:
+        ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, arguments.utilisation)
+        costs = _print_verdicts(project, project.plan(), set(graph), ask)
         if costs:
             print()
-            _print_costs(costs, ask)
-    if arguments.save_profile:
-        ask.profile.save(arguments.save_profile)
-        print(f"profile: {arguments.save_profile}")
+    else:
+        ask = Ask(config, graph, rows, config.source.test, seen, fleet, arguments.utilisation)
+        where = f" on {fleet.count} {fleet.name}" if fleet else ""
+        print(f"{config.project}: {_size(rows, ask.shards)}{where}, as if nothing were made")
+        costs = {stage: estimate(stage, ask) for stage in graph}
+    if costs:
+        for line in (*table(costs, config.run.prices), *remarks(costs, ask)):
+            print(line)
     return 0
 
 
@@ -109,17 +110,12 @@ def agree(project: Project, only: str | None, until: str | None, yes: bool) -> A
     return Agreed(wanted, verdicts, stale)
 
 
-def ask_of(project: Project, profile: Profile | None = None, *fleet: object) -> Ask:
-    """The costs of a project's own list, by default from what its last run took."""
-    rows = sum(shard.ledger.kept for shard in project.scan.shards)
-    found = observe(project.store, project.config.project) if profile is None else profile
-    return Ask(project.config, rows, found, *fleet)  # type: ignore[arg-type]
-
-
 def print_plan(project: Project, verdicts: Sequence[Verdict], wanted: set[str]) -> float:
-    """Print one line a stage; return the estimated seconds of all stale ones."""
+    """Prints one line a stage; returns the estimated seconds of all stale ones."""
     stale = any(verdict.state == "stale" and verdict.stage in wanted for verdict in verdicts)
-    ask = ask_of(project, None if stale else Profile())  # where there is nothing to do, nothing is read
+    # Where there is nothing to do, nothing is read.
+    seen = observe(project.store, project.config.project, project.graph, project.held_out) if stale else {}
+    ask = Ask(project.config, project.graph, project.rows, project.held_out, seen)
     return sum(cost.seconds for cost in _print_verdicts(project, verdicts, wanted, ask).values())
 
 
@@ -148,13 +144,6 @@ def _print_verdicts(project: Project, verdicts: Sequence[Verdict], wanted: set[s
 
 def _size(rows: int, shards: int) -> str:
     return f"{counted(rows, 'pair')} in {counted(shards, 'shard')}"
-
-
-def _print_costs(costs: dict[str, Cost], ask: Ask) -> None:
-    for line in table(costs, ask.config.run.prices):
-        print(line)
-    for line in remarks(costs, ask):
-        print(line)
 
 
 def print_changes(before: Sequence[Verdict], after: Sequence[Verdict]) -> None:

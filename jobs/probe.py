@@ -1,7 +1,7 @@
 """The probe of ``unclip plan --probe``: the same configuration, run twice in a scratch store with few rows and samples.
 
 Rows are spread over the user's own list, and nothing but amounts differs: so what the two runs took is what the whole
-will take, once lines are drawn through it (pipeline.cost.profile).
+will take, once lines are drawn through it (pipeline.cost.observed).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.project import Project
-from pipeline.config import TRAININGS, Config
-from pipeline.cost.profile import Profile, observe
+from pipeline.config import Config
+from pipeline.cost.observed import Seen, observe
 from pipeline.data.source.lists import Row, reach, read_rows
 from pipeline.evaluate.recipe import ROWS
 from pipeline.held_out import FEWEST
@@ -36,25 +36,27 @@ TRAINING_SECONDS = 6.0  # of each training, the second time
 FEW = dict.fromkeys(ROWS, FEWEST) | {"prior_samples": 2, "upsampler_samples": 2}  # of the evaluation
 TWICE = 2  # times as many, the second time
 MORE = 4  # times as many captions, the second time
-DATA = ("pairs", "embeddings", "thresholds", "curation", "index", "codec")
 
 
-def probe(project: Project, path: str, overrides: Sequence[str]) -> Profile:
+def probe(project: Project, path: str, overrides: Sequence[str]) -> Seen:
     """Run both, print what they take, and return what they say. What cannot be made with so few rows is not in it."""
     began = time.monotonic()
-    found = Profile()
+    found: Seen = {}
+    trainings = [stage.name for stage in project.graph.values() if stage.kind == "training"]
     with tempfile.TemporaryDirectory(prefix="unclip-probe-") as name, ExitStack() as stack:
         folder = Path(name)
         changes = _serving(project.config, stack)
         for number, shards in enumerate(SHARDS, 1):
             rows, cut = _write_list(project, folder / f"{number}.parquet", shards)
-            samples = {stage: _samples(project.config, stage, found) for stage in TRAININGS}
+            samples = {stage: _samples(project.config, stage, found) for stage in trainings}
             again = number > 1
             print(f"probe {number} of {len(SHARDS)}: {counted(rows, 'row')}, a few steps of each training", flush=True)
             ours = _amounts(project, folder, number, rows, cut, samples, again)
             if said := _run(path, [*overrides, *changes, *ours]):
                 print(f"  it ended early: {said}")
-            found += observe(open_store(str(folder / f"store-{number}")), project.config.project)
+            store = open_store(str(folder / f"store-{number}"))
+            for stage, seen in observe(store, project.config.project, project.graph, project.held_out).items():
+                found.setdefault(stage, []).extend(seen)
     print(f"probed in {duration(time.monotonic() - began)}")
     return found
 
@@ -95,11 +97,11 @@ def _spread(rows: Iterator[Row], wanted: int, total: int) -> Iterator[Row]:
             yield row
 
 
-def _samples(config: Config, stage: str, seen: Profile) -> int:
+def _samples(config: Config, stage: str, seen: Seen) -> int:
     """Of a training: a few batches, or as many as take TRAINING_SECONDS by what was seen."""
     batch = getattr(config, stage).batch
     steps = STEPS
-    for one in seen.stages.get(stage, ()):
+    for one in seen.get(stage, ()):
         if one.work:
             steps = max(2 * STEPS, round(TRAINING_SECONDS * one.amount * one.workers / one.work / batch))
     return steps * batch
@@ -122,11 +124,13 @@ def _amounts(
         "samples.captions": (list(config.samples.captions) * MORE)[: MORE if again else 1],
         "evaluation.early": min(config.evaluation.early, config.decoder.batch),
     }
-    for stage in TRAININGS:
+    for stage in samples:
         settings = getattr(config.run, stage)
         own |= {f"{stage}.samples": samples[stage], f"{stage}.decay": 0, f"run.{stage}.milestones": []}
         own |= {f"run.{stage}.cache_mb": round(settings.cache_mb * share)}  # so that as large a share is found there
-    own |= {f"run.{stage}.workers": min(WORKERS, getattr(config.run, stage).workers) for stage in DATA}
+    for node in project.graph.values():
+        if node.kind == "data":
+            own[f"run.{node.name}.workers"] = min(WORKERS, getattr(config.run, node.name).workers)
     for name, few in FEW.items():
         own[f"evaluation.{name}"] = min(getattr(config.evaluation, name), few * (TWICE if again else 1))
     return [f"{name}={json.dumps(value)}" for name, value in own.items()]

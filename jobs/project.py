@@ -35,6 +35,16 @@ class Project:
         """Returns the file of the report."""
         return Path(self.config.run.output) / "report.html"
 
+    @property
+    def rows(self) -> int:
+        """Returns how many rows of the list name an image and a caption."""
+        return sum(shard.ledger.kept for shard in self.scan.shards)
+
+    @property
+    def held_out(self) -> float:
+        """Returns the share of the rows that an evaluation may look at."""
+        return max(self.scan.held_out.values(), default=0) / max(1, self.rows)
+
     def check_trackers(self) -> None:
         """Raises UserError for a tracker that cannot be imported, before anything is trained."""
         for name in self.config.run.trackers:

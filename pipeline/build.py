@@ -34,9 +34,9 @@ def build(config: Config) -> Graph:
     learn = ("pairs", "captions", "embeddings", "curation")
     frozen = ("thresholds",) if config.thresholds.similarity else ()
     stages = (
-        Stage("source", source.VERSION, config.source, (), source.run_source, kind="source"),
-        Stage("captions", source.VERSION, config.source, (), source.run_captions, kind="source"),
-        Stage("pairs", pairs.VERSION, config.pairs, ("source",), pairs.run_pairs),
+        Stage("source", source.VERSION, config.source, (), source.run_source, kind="source", row_seconds=32e-6),
+        Stage("captions", source.VERSION, config.source, (), source.run_captions, kind="source", row_seconds=1e-6),
+        Stage("pairs", pairs.VERSION, config.pairs, ("source",), pairs.run_pairs, row_seconds=0.02),
         Stage(
             "clip",
             training.VERSIONS["clip"],
@@ -61,6 +61,7 @@ def build(config: Config) -> Graph:
             thresholds.run_thresholds,
             pinned=True,
             passes=True,
+            row_seconds=1e-4,
         ),
         Stage(
             "curation",
@@ -69,6 +70,7 @@ def build(config: Config) -> Graph:
             ("pairs", "captions", "embeddings", *frozen),
             curation.run_curation,
             passes=True,
+            row_seconds=2e-4,
         ),
         Stage(
             "index",
@@ -77,9 +79,17 @@ def build(config: Config) -> Graph:
             ("embeddings", "curation"),
             neighbour_index.run_index,
             passes=True,
+            row_seconds=5e-5,
         ),
         Stage(
-            "codec", codec.VERSION, config.codec, ("embeddings", "curation"), codec.run_codec, pinned=True, passes=True
+            "codec",
+            codec.VERSION,
+            config.codec,
+            ("embeddings", "curation"),
+            codec.run_codec,
+            pinned=True,
+            passes=True,
+            row_seconds=2e-4,
         ),
         Stage(
             "ar_prior",

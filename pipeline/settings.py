@@ -174,16 +174,12 @@ class KubernetesSettings:
 
 @dataclass(frozen=True)
 class Prices:
-    """What the plan counts, in ``currency``: an hour of one core and of one GPU, a month of 10^12 bytes, 1,000 requests
-    that write or list and 1,000 that read, and 10^9 bytes read from the store."""
+    """Prices by which the plan counts, in ``currency``: an hour of one core and of one GPU, a month of 10^12 bytes."""
 
     currency: str = "USD"
     core_hour: float = 0.0
     gpu_hour: float = 0.0
     storage_tb_month: float = 0.0
-    put_1000: float = 0.0
-    get_1000: float = 0.0
-    egress_gb: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "core_hour", "gpu_hour", "storage_tb_month", "put_1000", "get_1000", "egress_gb")
+        at_least(self, 0, "core_hour", "gpu_hour", "storage_tb_month")

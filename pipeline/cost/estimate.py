@@ -1,74 +1,144 @@
-"""What a stage will cost: time, cores, GPUs, bytes and requests. Measured where it was measured, else by analysis.
+"""Estimates what a stage will cost in time, cores, GPUs and bytes of the store. Runs nothing.
 
-Runs nothing. What a profile has seen is scaled by rows, samples and workers (pipeline.cost.profile). Other stages, and
-all trainings on GPUs that are asked for, are counted: the arithmetic of their networks over what the machines can do.
-The constants below are what is assumed then.
+What was observed is scaled by rows, samples and workers (pipeline.cost.observed). Other stages, and all trainings on
+GPUs that are asked for, are counted: the arithmetic of their networks over what the machines can do, by the constants
+below.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from pipeline.config import TRAININGS, Config
-from pipeline.cost.fleet import Device, Fleet
+from pipeline.config import Config
 from pipeline.cost.flops import clip_size, model_size
-from pipeline.cost.profile import COUNTED, Observation, Profile, fit, pace, passes_of, shape
+from pipeline.cost.observed import Observation, Seen, pace, passes_of, shape
+from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
-from pipeline.training.recipes import ClipRecipe, TrainingRecipe
+from pipeline.graph.stages import Graph
+from pipeline.training.recipes import ClipRecipe
 
 CORE_FLOPS = 50e9  # a second, that networks reach on one core
 UTILISATION = 0.3  # of a GPU's bf16 peak
 FP32_UTILISATION = 0.5  # of its fp32 peak, which is much lower
 MATMUL_SHARE = 0.75  # of the bf16 peak that large matrix products reach: what a measured utilisation is a share of
-CORE_SECONDS = {  # of one core for a row
-    "source": 32e-6,
-    "captions": 1e-6,
-    "pairs": 0.02,
-    "thresholds": 1e-4,
-    "curation": 2e-4,
-    "index": 5e-5,
-    "codec": 2e-4,
-}
-CELLED_ROWS = 8e6  # up to which near rows are looked for in cells of one size (docs/near-duplicates.md)
-DECODE_SECONDS = 0.004  # of one core, to read a stored picture and shrink it to CLIP's view
+CELLED_ROWS = 8e6  # up to which near rows are looked for in clusters of one size (docs/near-duplicates.md)
+DECODE_SECONDS = 0.004  # of one core, to read a stored image and shrink it to CLIP's view
 START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
 FETCH_WEIGHTS_SECONDS = 60.0
-BYTES_A_PIXEL = 0.25  # of a stored picture, as wide as it is high
-REFERENCE_BYTES = 300  # of a row in source, pairs' index, captions and keep-lists, each
+BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
+REFERENCE_BYTES = 300  # of a row in each data stage, besides what it makes
 STATE_BYTES, MODEL_BYTES = 16, 4  # a parameter: weights, average and two moments of a checkpoint; of an artefact
-LOCAL = ("samples", "evaluation")  # stages of one process with all cores, or one GPU
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: operations a second of dense products in bf16, and in fp32 without tensor cores; bytes of memory."""
+
+    peak: float
+    fp32: float
+    memory: float
+
+
+# NVIDIA's data sheets, SXM modules, without sparsity; of B200 a HGX board's figure over its eight GPUs.
+DEVICES = {
+    "A100": Device(312e12, 19.5e12, 80e9),
+    "H100": Device(989e12, 67e12, 80e9),
+    "H200": Device(989e12, 67e12, 141e9),
+    "B200": Device(2250e12, 75e12, 180e9),
+}
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A number of GPUs of one kind."""
+
+    count: int
+    name: str
+
+    @property
+    def device(self) -> Device:
+        return DEVICES[self.name]
+
+
+def parse_count(text: str) -> int:
+    """Reads 650M, 1.5B, 10k or 7000 as a number of pairs. Raises UserError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBG]?)", text.replace("_", "").replace(",", ""))
+    count = float(found[1]) * UNITS[found[2]] if found else 0.0
+    if count < 1:
+        raise UserError(f"--pairs {text}: not a number of pairs; write it as 650M, 1.5B, 10k or 7000")
+    return round(count)
+
+
+def parse_fleet(text: str) -> Fleet:
+    """Reads 64xH100 as 64 GPUs of that kind. Raises UserError."""
+    found = re.fullmatch(r"(\d+)x(\w+)", text)
+    if not found or int(found[1]) < 1:
+        raise UserError(f"--gpus {text}: not a number of GPUs; write it as 64xH100")
+    if found[2] not in DEVICES:
+        raise UserError(f"--gpus {text}: unknown kind {found[2]}; known are {', '.join(DEVICES)}")
+    return Fleet(int(found[1]), found[2])
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is planned: ``rows`` pairs of a configuration, with what is known, and maybe on a ``fleet`` of GPUs."""
+    """What is planned.
+
+    Attributes:
+        config: The configuration.
+        graph: Its stages.
+        rows: The pairs of the list.
+        held_out: The share of them that an evaluation may look at.
+        seen: What was observed.
+        fleet: GPUs to plan for.
+        utilisation: The share of a GPU's peak that trainings reach where none was observed.
+    """
 
     config: Config
+    graph: Graph
     rows: int
-    profile: Profile = field(default_factory=Profile)
+    held_out: float
+    seen: Seen = field(default_factory=dict)
     fleet: Fleet | None = None
     utilisation: float = UTILISATION
 
     @cached_property
     def recipes(self) -> dict[str, dict[str, Any]]:
-        """Flattened, by stage."""
-        names = (*TRAININGS, *CORE_SECONDS, "embeddings", "bundle", "samples", "evaluation")
-        return {name: flatten(getattr(self.config, "source" if name == "captions" else name)) for name in names}
+        """Returns flattened recipes by stage."""
+        return {name: flatten(stage.recipe) for name, stage in self.graph.items()}
 
     @property
     def shards(self) -> int:
         return -(-self.rows // self.config.source.shard_rows)
 
+    def observations(self, stage: str) -> list[Observation]:
+        """Returns those of a stage with the same models."""
+        wanted = shape(stage, self.graph, self.recipes)
+        return [one for one in self.seen.get(stage, ()) if one.shape == wanted]
+
+    def fetches(self, stage: str) -> bool:
+        """Says whether a stage fetches a CLIP instead of training it."""
+        recipe = self.graph[stage].recipe
+        return isinstance(recipe, ClipRecipe) and recipe.weights != "train"
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage. ``startup`` is the part of ``seconds`` that does not grow; ``basis``: "measured", "counted" from
-    arithmetic, or "guess". ``cores`` and ``gpus`` are held for all that time. ``disk``: bytes that stay in the store;
-    ``read`` and ``written`` bytes, ``gets`` and ``puts`` requests that go to it."""
+    """The cost of one stage.
+
+    Attributes:
+        seconds: All of its time.
+        startup: The part of ``seconds`` that does not grow.
+        basis: "measured", "counted" from arithmetic, or "guess".
+        cores: Held for all that time.
+        gpus: Held for all that time.
+        disk: Bytes that stay in the store.
+    """
 
     seconds: float
     startup: float = 0.0
@@ -76,77 +146,63 @@ class Cost:
     cores: float = 0.0
     gpus: float = 0.0
     disk: float = 0.0
-    read: float = 0.0
-    written: float = 0.0
-    gets: float = 0.0
-    puts: float = 0.0
 
 
 def estimate(stage: str, ask: Ask) -> Cost:
-    """What making a stage anew costs. Raises UserError through ``clip_size`` for a CLIP that nobody knows."""
+    """Returns what making a stage again costs. Raises UserError for a CLIP that open_clip does not know."""
     workers, cores, gpus = resources(stage, ask)
-    seen = ask.profile.of(stage, shape(stage, ask.recipes))
-    if seen and not (gpus and stage in (*TRAININGS, "embeddings", *LOCAL) and ask.fleet):
-        points = [(_amount_seen(stage, one, ask), one) for one in seen]
-        found, basis = pace(points), "measured"
-        seconds, startup = found.seconds(amount(stage, ask), workers), found.startup(workers)
-        gpus = gpus or (workers if seen[-1].device == "cuda" else 0)
+    seen = ask.observations(stage)
+    counted = bool(ask.fleet and gpus)
+    if seen and not counted:
+        startup, seconds = pace([(_amount_seen(stage, one, ask), one) for one in seen], amount(stage, ask), workers)
+        gpus, basis = gpus or (workers if seen[-1].device == "cuda" else 0), "measured"
     else:
-        startup, rest = _counted(stage, ask, workers, gpus, seen)
-        seconds, basis = startup + rest, "counted" if gpus else "guess"
-    return Cost(
-        seconds, startup, basis, 0 if gpus and stage in TRAININGS else cores, gpus, **_stored(stage, ask, seconds)
-    )
+        startup, rest = _counted(stage, ask, workers, counted)
+        seconds, basis = startup + rest, "counted" if counted else "guess"
+    cores = 0 if gpus and ask.graph[stage].kind == "training" else cores
+    return Cost(seconds, startup, basis, cores, gpus, _disk(stage, ask))
 
 
 def resources(stage: str, ask: Ask) -> tuple[int, float, float]:
-    """Workers of a stage, and all of their cores and GPUs together."""
-    recipe, settings = getattr(ask.config, stage, None), getattr(ask.config.run, stage, None)
-    if isinstance(recipe, TrainingRecipe):
-        if isinstance(recipe, ClipRecipe) and recipe.weights != "train":
-            return 1, 1, 0
-        if ask.fleet:
-            workers = min(ask.fleet.count, recipe.lanes)  # no lane is shared
+    """Returns the workers of a stage, all of their cores, and all of their GPUs."""
+    kind, settings, fleet = ask.graph[stage].kind, getattr(ask.config.run, stage, None), ask.fleet
+    if kind == "training" and not ask.fetches(stage):
+        if fleet:
+            workers = min(fleet.count, ask.graph[stage].recipe.lanes)  # no lane is shared
             return workers, 0, workers
         return max(1, settings.workers), max(settings.workers, cores_here()), 0  # type: ignore[union-attr]
-    if stage == "embeddings":
-        settings = ask.config.run.embeddings
-        if ask.fleet:
-            workers = ask.fleet.count
-            decoders = settings.decoders or max(1, round(cores_a_gpu(ask)))
-            return workers, workers * decoders, workers
-        workers = max(1, min(settings.workers, ask.shards))
-        return workers, workers * ((not settings.gpus) + settings.decoders), workers * settings.gpus
-    if stage in LOCAL:
-        return 1, 0 if ask.fleet else cores_here(), 1 if ask.fleet else 0
-    if settings is None:  # source, captions, bundle: in the driver
+    if kind == "result":
+        return 1, 0 if fleet else cores_here(), 1 if fleet else 0
+    if kind != "data" or settings is None:  # in the driver
         return 1, 1, 0
+    decoders = getattr(settings, "decoders", None)
+    if fleet and decoders is not None:
+        return fleet.count, fleet.count * (decoders or max(1, round(cores_a_gpu(ask)))), fleet.count
     workers = max(1, min(settings.workers, ask.shards))
-    return workers, workers, 0
+    gpus = getattr(settings, "gpus", 0.0)
+    return workers, workers * ((not gpus) + (decoders or 0)), workers * gpus
 
 
 def cores_here() -> int:
-    """Cores that this process may use."""
+    """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def amount(stage: str, ask: Ask) -> float:
-    """What the time of a stage grows with: samples, operations of networks that draw, or rows."""
-    recipe = getattr(ask.config, stage, None)
-    if isinstance(recipe, TrainingRecipe):
-        return 1 if isinstance(recipe, ClipRecipe) and recipe.weights != "train" else recipe.samples
-    if stage in COUNTED:
-        seen = ask.profile.of(stage, shape(stage, ask.recipes))
-        there = {part: round(share * ask.rows) for one in seen[-1:] for part, share in one.short.items()}
-        return _operations(passes_of(stage, ask.recipes, there), ask)
-    return 0 if stage == "bundle" else _rows_counted(stage, ask.rows, ask)
+    """Returns what the time of a stage grows with: samples, operations of networks that draw, or rows."""
+    kind = ask.graph[stage].kind
+    if kind == "training":
+        return 1 if ask.fetches(stage) else ask.graph[stage].recipe.samples
+    if kind == "result":
+        return _operations(passes_of(stage, ask.recipes, ask.held_out * ask.rows), ask)
+    return 0 if kind == "bundle" else _rows_counted(stage, ask.rows, ask)
 
 
 def _rows_counted(stage: str, rows: float, ask: Ask) -> float:
-    """Rows, each of them as often as its cell of near rows is larger than cells are while their number grows."""
-    c = ask.config.curation
-    compared = c.near_duplicate is not None or c.near_held_out is not None
-    return rows * max(1.0, rows / CELLED_ROWS) if stage == "curation" and compared else rows
+    """Returns rows, each as often as its cluster of near rows is larger than clusters are while their number grows."""
+    recipe = ask.graph[stage].recipe
+    near = getattr(recipe, "near_duplicate", None) is not None or getattr(recipe, "near_held_out", None) is not None
+    return rows * max(1.0, rows / CELLED_ROWS) if near else rows
 
 
 def _amount_seen(stage: str, one: Observation, ask: Ask) -> float:
@@ -157,142 +213,71 @@ def _operations(passes: Mapping[str, float], ask: Ask) -> float:
     return sum(count * model_size(ask.config, name).forward for name, count in passes.items())
 
 
-# --- by analysis ------------------------------------------------------------------------------------------------------
-
-
-def _counted(stage: str, ask: Ask, workers: int, gpus: float, seen: list[Observation]) -> tuple[float, float]:
-    """Seconds that do not grow, and those that do."""
-    recipe = getattr(ask.config, stage, None)
-    if isinstance(recipe, TrainingRecipe):
-        if isinstance(recipe, ClipRecipe) and recipe.weights != "train":
-            return FETCH_WEIGHTS_SECONDS, 0.0
-        work = recipe.samples * model_size(ask.config, stage).training
-        if ask.fleet:
-            return START_SECONDS["gpus"], work / (workers * rate(ask, recipe.precision, seen))
+def _counted(stage: str, ask: Ask, workers: int, on_fleet: bool) -> tuple[float, float]:
+    """Returns seconds that do not grow, and seconds that do."""
+    node = ask.graph[stage]
+    if ask.fetches(stage):
+        return FETCH_WEIGHTS_SECONDS, 0.0
+    if node.kind == "training":
+        work = node.recipe.samples * model_size(ask.config, stage).training
+        if on_fleet:
+            return START_SECONDS["gpus"], work / (workers * rate(ask, node.recipe.precision, stage))
         return START_SECONDS["training"], work / (cores_here() * CORE_FLOPS)
-    if stage in COUNTED:
-        work = amount(stage, ask)
-        return 0.0, work / (rate(ask, "bf16", []) if ask.fleet else cores_here() * CORE_FLOPS)
-    if stage == "embeddings":
-        clip = clip_size(ask.config.clip)
-        one = clip.image + clip.text
-        if ask.fleet:
-            encode = one / rate(ask, "fp32", [])
-            decoders = resources(stage, ask)[1] / workers
-            return START_SECONDS["gpus"], ask.rows * max(encode, decode_seconds(ask) / decoders) / workers
-        return START_SECONDS["data"], ask.rows * (one / CORE_FLOPS + decode_seconds(ask)) / workers
-    started = START_SECONDS["data"] if workers > 1 else 0.0
-    return started, CORE_SECONDS.get(stage, 0.0) * amount(stage, ask) / workers
+    if node.kind == "result":
+        return 0.0, amount(stage, ask) / (rate(ask, "bf16") if on_fleet else cores_here() * CORE_FLOPS)
+    if on_fleet:
+        each = max(encode_seconds(ask), decode_seconds(ask) * workers / resources(stage, ask)[1])
+        return START_SECONDS["gpus"], ask.rows * each / workers
+    each = node.row_seconds
+    if any(ask.graph[name].kind == "training" for name in node.inputs):
+        each += encode_seconds(ask) + decode_seconds(ask)
+    return START_SECONDS["data"] if workers > 1 else 0.0, each * amount(stage, ask) / workers
 
 
-def rate(ask: Ask, precision: str, seen: list[Observation]) -> float:
-    """Operations a second of one GPU of the fleet: as trainings of ``seen`` used theirs, else as assumed."""
+def rate(ask: Ask, precision: str, stage: str = "") -> float:
+    """Returns the operations a second of one GPU of the fleet: as the stage used one, else as is assumed."""
     device: Device = ask.fleet.device  # type: ignore[union-attr]
     if precision == "fp32":
         return device.fp32 * FP32_UTILISATION
+    seen = ask.observations(stage) if stage else ()
     used = [one.utilisation for one in seen if one.device == "cuda" and one.utilisation]
     return device.peak * (used[-1] * MATMUL_SHARE if used else ask.utilisation)
 
 
 def decode_seconds(ask: Ask) -> float:
-    """Of one core, for one picture on its way to CLIP: measured if any profile has it."""
-    seen = ask.profile.of("embeddings", shape("embeddings", ask.recipes))
-    found = [one.steps["decode_seconds"] / one.amount for one in seen if one.steps.get("decode_seconds")]
-    return found[-1] if found else DECODE_SECONDS
+    """Returns the seconds of one core for one image on its way to CLIP: as observed, else as is assumed."""
+    seen = [one for found in ask.seen.values() for one in found if one.decode_seconds]
+    return seen[-1].decode_seconds / seen[-1].amount if seen else DECODE_SECONDS
 
 
 def encode_seconds(ask: Ask) -> float:
-    """Of one core, or one GPU of the fleet, for one pair."""
-    if not ask.fleet:
-        seen = ask.profile.of("embeddings", shape("embeddings", ask.recipes))
-        found = [one.steps["encode_seconds"] / one.amount for one in seen if one.steps.get("encode_seconds")]
-        if found:
-            return found[-1]
+    """Returns the seconds of one core, or of one GPU of the fleet, for one pair."""
     clip = clip_size(ask.config.clip)
-    return (clip.image + clip.text) / (rate(ask, "fp32", []) if ask.fleet else CORE_FLOPS)
+    return (clip.image + clip.text) / (rate(ask, "fp32") if ask.fleet else CORE_FLOPS)
 
 
 def cores_a_gpu(ask: Ask) -> float:
-    """Cores that have to decode for one encoder, so that it never waits."""
+    """Returns how many cores have to decode for one encoder, so that it never waits."""
     return decode_seconds(ask) / encode_seconds(ask)
 
 
-# --- bytes and requests -----------------------------------------------------------------------------------------------
-
-
-def picture_bytes(ask: Ask) -> float:
-    """Of a stored picture: measured if the profile has pairs."""
-    seen = ask.profile.of("pairs", shape("pairs", ask.recipes))
-    found = [one.disk / one.amount for one in seen if one.disk]
+def image_bytes(ask: Ask) -> float:
+    """Returns the bytes of a stored image: as observed, else as is assumed."""
+    found = [one.disk / one.amount for one in ask.observations("pairs") if one.disk]
     return found[-1] if found else BYTES_A_PIXEL * ask.config.pairs.image_size**2
 
 
-def embedding_bytes(ask: Ask) -> float:
-    """Of a pair's two embeddings: float16."""
-    return 2 * 2 * clip_size(ask.config.clip).dim
-
-
-def _indexed_bytes(ask: Ask) -> float:
-    """Of a row of the index: an embedding, or, of many, a code and a number."""
-    flat = ask.rows <= ask.config.index.flat_rows
-    return embedding_bytes(ask) / 2 if flat else embedding_bytes(ask) / 32 + 8
-
-
-def _stored(stage: str, ask: Ask, seconds: float) -> dict[str, float]:
-    """Disk, bytes and requests of a stage. What a profile has seen goes before what is assumed."""
-    recipe, shards, rows = getattr(ask.config, stage, None), ask.shards, ask.rows
-    if isinstance(recipe, TrainingRecipe):
-        found = _stored_by_training(stage, recipe, ask, seconds)
-    else:
-        own = {"pairs": picture_bytes(ask), "embeddings": embedding_bytes(ask), "index": _indexed_bytes(ask)}
-        disk = rows * (own.get(stage, 0.0) + REFERENCE_BYTES) if stage in (*CORE_SECONDS, "embeddings") else 0.0
-        inputs = {
-            "embeddings": picture_bytes(ask),
-            "thresholds": embedding_bytes(ask),
-            "curation": embedding_bytes(ask),
-            "index": embedding_bytes(ask),
-            "codec": 2 * embedding_bytes(ask),
-        }
-        batches = rows / ask.config.run.embeddings.batch if stage == "embeddings" else 0.0
-        files = 0 if stage in (*COUNTED, "bundle") else shards
-        found = {"disk": disk, "read": rows * inputs.get(stage, 0.0), "written": disk}
-        found |= {"gets": 3 * files + batches, "puts": 3 * files}
-    seen = ask.profile.of(stage, shape(stage, ask.recipes))
-    if not seen or stage in COUNTED:
-        return found
-
-    size = amount(stage, ask) if isinstance(recipe, TrainingRecipe) else rows
-
-    def line(*names: str) -> float:
-        """The sum of these counts: of a data stage bytes grow with rows, and requests with shards."""
-        by_shard = seen[0].shards and not names[0].startswith("bytes")
-        points = [(one.shards if by_shard else one.amount, sum(one.requests.get(n, 0) for n in names)) for one in seen]
-        return fit(points).at(shards if by_shard else size)
-
-    found |= {"read": line("bytes_read"), "gets": line("GET", "HEAD")}
-    if not isinstance(recipe, TrainingRecipe):
-        disk = fit((one.amount, one.disk) for one in seen).at(size)
-        found |= {"puts": line("PUT", "LIST"), "disk": disk, "written": max(disk, line("bytes_written"))}
-    return found
-
-
-def _stored_by_training(stage: str, recipe: TrainingRecipe, ask: Ask, seconds: float) -> dict[str, float]:
-    """A model, the checkpoints that stay, and all that were written on the way; every sample is read once."""
-    parameters, settings = model_size(ask.config, stage).parameters, getattr(ask.config.run, stage)
-    if isinstance(recipe, ClipRecipe) and recipe.weights != "train":
-        return {"disk": MODEL_BYTES * parameters, "written": MODEL_BYTES * parameters, "puts": 6.0}
-    every = settings.checkpoint_every_s or seconds * recipe.batch / recipe.samples  # 0 saves after each step
-    saved = 2 + (seconds / every if seconds else 0)
-    kept = settings.keep_checkpoints * STATE_BYTES * parameters
-    needs_pictures = stage not in ("ar_prior", "diffusion_prior")
-    needs_embeddings = stage in ("ar_prior", "diffusion_prior", "decoder")
-    read = needs_pictures * picture_bytes(ask) + needs_embeddings * embedding_bytes(ask) + REFERENCE_BYTES
-    tables = 2 + needs_embeddings
-    return {
-        "disk": MODEL_BYTES * parameters + kept,
-        "read": recipe.samples * read,
-        "written": saved * STATE_BYTES * parameters + MODEL_BYTES * parameters,
-        # A window is one range of one tar, or of two; the tables of a shard are read whole and kept while it lasts.
-        "gets": recipe.samples * (needs_pictures * 1.5 / recipe.window + tables / ask.config.source.shard_rows),
-        "puts": saved * 8,
-    }
+def _disk(stage: str, ask: Ask) -> float:
+    """Returns the bytes of a model and the checkpoints that stay, or of a data stage's shards."""
+    kind = ask.graph[stage].kind
+    if kind == "training":
+        kept = 0 if ask.fetches(stage) else getattr(ask.config.run, stage).keep_checkpoints
+        return (MODEL_BYTES + kept * STATE_BYTES) * model_size(ask.config, stage).parameters
+    if kind not in ("source", "data"):
+        return 0.0
+    if seen := [one for one in ask.observations(stage) if one.disk]:
+        return ask.rows * seen[-1].disk / seen[-1].amount
+    embedding = 2 * clip_size(ask.config.clip).dim  # float16
+    index = embedding if ask.rows <= ask.config.index.flat_rows else embedding / 16 + 8  # of many, a code and a number
+    own = {"pairs": image_bytes(ask), "embeddings": 2 * embedding, "index": index}
+    return ask.rows * (own.get(stage, 0.0) + REFERENCE_BYTES)

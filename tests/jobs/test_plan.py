@@ -1,13 +1,11 @@
 """unclip plan with costs, as a user calls it: a list that is not there yet, slips, and a probe of a real chain."""
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from pipeline.cost.profile import load_profile
 from tests.chain import ROOT, done, unclip, write_config, write_list
 from tests.jobs.test_mistakes import refused
 
@@ -35,7 +33,6 @@ def test_the_table_of_the_documents_is_what_the_command_prints() -> None:
         (["--pairs", "1M", "--gpus", "64"], ["--gpus 64: not a number of GPUs"]),
         (["--pairs", "1M", "--gpus", "8xT4"], ["unknown kind T4; known are A100"]),
         (["--pairs", "1M", "--utilisation", "1.5"], ["--utilisation 1.5"]),
-        (["--pairs", "1M", "--profile", "nowhere.json"], ["nowhere.json: cannot be read"]),
         (["--pairs", "1M", "run.prices.gpu_hour=-1"], ["run.prices: gpu_hour: -1.0 is below 0"]),
     ],
 )
@@ -44,22 +41,13 @@ def test_slips_are_one_line(words: list[str], says: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_probe_measures_every_stage_and_its_profile_serves_again(tmp_path: Path, pictures: str) -> None:
+def test_a_probe_measures_every_stage_and_writes_nothing(tmp_path: Path, pictures: str) -> None:
     rows = write_list(tmp_path / "list.csv", 0, 60)
     config = write_config(tmp_path, str(tmp_path / "store"), pictures, [rows])
-    profile = tmp_path / "profile.json"
-    said = done(unclip("plan", config, "--probe", "--save-profile", profile, timeout=600))
+    said = done(unclip("plan", config, "--probe", timeout=600))
     assert "it ended early" not in said
     assert "(a guess)" not in said
     assert not (tmp_path / "store").exists()  # only the scratch stores were written
-    seen = load_profile(profile).stages
-    assert {"source", "pairs", "clip", "embeddings", "codec", "decoder", "samples", "evaluation"} <= seen.keys()
-    for stage in ("pairs", "clip", "decoder"):
-        few, many = seen[stage]
-        assert few.amount < many.amount
-        assert 0 < few.work <= few.seconds * few.workers
-    assert json.loads(profile.read_text())["format"] == 1
-
-    scaled = done(unclip("plan", config, "--pairs", "10M", "--profile", profile))
-    line = next(line for line in scaled.splitlines() if line.startswith("measured and scaled: "))
-    assert {"pairs", "decoder", "evaluation"} <= {word.strip(",") for word in line.split()}
+    line = next(line for line in said.splitlines() if line.startswith("measured and scaled: "))
+    measured = {"source", "pairs", "clip", "embeddings", "codec", "decoder", "samples", "evaluation"}
+    assert measured <= {word.strip(",;") for word in line.split()}

@@ -1,0 +1,171 @@
+"""What stages took when they were made, as their artefacts record it, and how that scales to other amounts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from models.prior_configs import ASKED
+from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.runs import last_run
+from pipeline.graph.stages import Graph
+from pipeline.held_out import FEWEST
+from pipeline.store import Store
+
+SHAPING = re.compile(r"model\.(?!.*drop).+|weights|image_size|encode_format")  # fields on which a stage's speed depends
+Recipes = Mapping[str, Mapping[str, Any]]  # flattened, by stage
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One time that a stage was made.
+
+    Attributes:
+        amount: Rows or samples.
+        seconds: From the beginning of the stage to its record.
+        work: Seconds of all workers together that grew with the amount.
+        workers: How many worked.
+        shape: What the speed depends on besides the amount; see ``shape``.
+        passes: Passes through each network, in place of the amount, of a stage that draws with a bundle.
+        disk: Bytes that were stored.
+        decode_seconds: The part of ``work`` in which images were decoded, where a stage tells it.
+        device: "cpu" or "cuda".
+        utilisation: The share of the device's matrix products that a training reached (pipeline.training.timing).
+    """
+
+    amount: float
+    seconds: float
+    work: float
+    workers: int
+    shape: Mapping[str, Any]
+    passes: Mapping[str, float] = field(default_factory=dict)
+    disk: float = 0.0
+    decode_seconds: float = 0.0
+    device: str = "cpu"
+    utilisation: float = 0.0
+
+
+Seen = dict[str, list[Observation]]  # by stage
+
+
+def observe(store: Store, project: str, graph: Graph, held_out: float) -> Seen:
+    """Returns what the artefacts of a project's last run record, for stages of ``graph`` and as far as they exist.
+
+    Args:
+        store: Has the artefacts.
+        project: The name of the project.
+        graph: The stages that are planned.
+        held_out: The share of the list's rows that an evaluation may look at.
+    """
+    asked = {name: stage for name, stage in last_run(store, project).items() if name in graph}
+    recipes = {name: stage["recipe"] for name, stage in asked.items()}
+    made = {name: load_artifact(store, name, stage["key"]) for name, stage in asked.items()}
+    rows = made["pairs"].ledger.rows if made.get("pairs") else 0  # type: ignore[union-attr]
+    found = {name: _observed(artifact, graph, recipes, rows, held_out) for name, artifact in made.items() if artifact}
+    return {name: [one] for name, one in found.items() if one}
+
+
+def _observed(artifact: Artifact, graph: Graph, recipes: Recipes, rows: int, held_out: float) -> Observation | None:
+    """Returns None where nothing was done, because another run had done it."""
+    times, stage = artifact.times, artifact.stage
+    seconds = max(times.get("whole_seconds", 0.0), times["seconds"])
+    workers = max(1, int(times.get("workers", artifact.environment.get("workers", 1))))
+    amount, work, passes = float(rows), seconds * workers, {}
+    if "busy_seconds" in times:
+        amount = rows * min(1.0, times["made_rows"] / max(1, artifact.ledger.rows))
+        work = min(times["busy_seconds"], work)
+    elif "samples_per_second" in times:
+        amount = artifact.metrics["samples_seen"]
+        work = times["seconds"] * (1 - times.get("share_pause", 0.0)) * workers
+    elif graph[stage].kind == "training":  # weights that were fetched
+        amount, work = 1.0, 0.0
+    elif graph[stage].kind == "result":
+        passes = passes_of(stage, recipes, held_out * rows)
+        if not any(passes.values()):  # an evaluation of too few rows says nothing of one that measures
+            return None
+    if not amount:
+        return None
+    return Observation(
+        amount,
+        seconds,
+        work,
+        workers,
+        shape(stage, graph, recipes),
+        passes,
+        times.get("written_bytes", 0.0),
+        times.get("decode_seconds", 0.0),
+        artifact.environment.get("device", "cpu").partition(":")[0],
+        times.get("utilisation", 0.0),
+    )
+
+
+def shape(stage: str, graph: Graph, recipes: Recipes) -> dict[str, Any]:
+    """Returns the recipe values on which a stage's speed depends: its own, and those of the models that it uses."""
+    inputs = graph[stage].inputs
+    if graph[stage].kind == "result":
+        inputs = tuple(name for bundle in inputs if graph[bundle].kind == "bundle" for name in graph[bundle].inputs)
+    models = (stage, *(name for name in inputs if graph[name].kind == "training"))
+    values = ((f"{name}.{f}", value) for name in models for f, value in recipes.get(name, {}).items())
+    return {name: value for name, value in values if SHAPING.fullmatch(name.partition(".")[2])}
+
+
+def passes_of(stage: str, recipes: Recipes, there: float) -> dict[str, float]:
+    """Returns how many passes of its training each network of a bundle does for samples or an evaluation.
+
+    The AR prior draws all codes in one pass. The diffusion prior reads a caption once and computes few positions a
+    step. Upsamplers are evaluated on crops, as they are trained, but draw whole images.
+
+    Args:
+        stage: The stage that draws.
+        recipes: Flattened recipes by stage.
+        there: Rows that an evaluation may look at.
+    """
+    sampling = {name.removeprefix("sampling."): value for name, value in recipes["bundle"].items()}
+    asked, models = recipes[stage], sampling["models"]
+
+    def passes(name: str) -> float:
+        """Returns the passes of one row through a network."""
+        steps = float(sampling.get(f"{name.removeprefix('diffusion_')}_steps", 1))
+        if name == "diffusion_prior":
+            steps = 1 + steps * ASKED / (recipes[name]["model.text_context"] + 1 + ASKED)
+        return steps * (2 if sampling.get(f"{'prior' if name.endswith('prior') else name}_guidance") else 1)
+
+    if "captions" in asked:
+        counts = {f"{sampling['prior']}_prior": float(sampling["candidates"]), "decoder": 1.0}
+        larger = [name for name in models if f"{name}_steps" in sampling and name not in counts]
+        drawn = [name for name in larger if int(name.rpartition("_")[2]) <= sampling["size"]]
+        counts |= {name: recipes[name]["model.crop"] ** -2 for name in drawn}
+        return {name: len(asked["captions"]) * count * passes(name) for name, count in counts.items()}
+
+    def some(name: str) -> int:
+        return found if (found := min(asked[name], round(there))) >= FEWEST else 0
+
+    priors = [name for name in models if name.endswith("prior")]
+    images = some("decoder_rows") * (2 if asked["early"] else 1) + some("caption_rows") * len(priors)
+    samples = some("sampled_rows") * asked["prior_samples"] + some("caption_rows") * sampling["candidates"]
+    counts = {"decoder": images, **dict.fromkeys(priors, samples)}
+    counts |= {n: some(f"{n}_rows") * asked["upsampler_samples"] for n in models if n not in counts}
+    return {name: count * passes(name) for name, count in counts.items()}
+
+
+def pace(points: Sequence[tuple[float, Observation]], amount: float, workers: int) -> tuple[float, float]:
+    """Returns the seconds of start-up, and all seconds, that an amount takes.
+
+    A straight line through the first and the last point tells the work of workers that grows from what does not; one
+    point alone, or a second that says nothing, is a line through the origin. What is left of the seconds is start-up.
+
+    Args:
+        points: Observations with their amounts, the smallest first; at least one.
+        amount: The amount to be made.
+        workers: How many will work.
+    """
+    (low, first), (high, last) = points[0], points[-1]
+    slope = (last.work - first.work) / (high - low) if high > low else -1.0
+    start = first.work - slope * low
+    if slope < 0 or start < 0:
+        start, slope = 0.0, last.work / high if high else 0.0
+    left = [one.seconds - (start + slope * size) / one.workers for size, one in points]
+    startup = max(0.0, sum(left) / len(left)) + start / workers
+    return startup, startup + slope * amount / workers

@@ -1,0 +1,102 @@
+"""Writes the costs of a plan as a table, with money, and what they rest on as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from pipeline.cost import estimate as assumed
+from pipeline.cost.estimate import Ask, Cost, cores_a_gpu, decode_seconds, encode_seconds, image_bytes, rate
+from pipeline.cost.flops import model_size
+from pipeline.progress import duration
+from pipeline.settings import Prices
+
+HEAD = ("stage", "time", "start-up", "GPU hours", "core hours", "disk")
+ROOM = 0.8  # of a GPU's memory for what a training holds besides activations
+KEPT_BYTES = 20  # a parameter: a checkpoint's, and the gradient
+BASES = {"measured": "measured and scaled", "counted": "counted from arithmetic", "guess": "guessed"}
+
+
+def money(gpu_hours: float, core_hours: float, prices: Prices) -> float:
+    """Returns what machines cost. Storage is paid by the month, and apart."""
+    return core_hours * prices.core_hour + gpu_hours * prices.gpu_hour
+
+
+def table(costs: Mapping[str, Cost], prices: Prices) -> Iterator[str]:
+    """Yields one line a stage, and their sum. Money is a column where there are prices."""
+    priced = replace(Prices(), currency=prices.currency) != prices
+    rows: list[tuple[str, ...]] = [(*HEAD, prices.currency)]
+    total = [0.0] * 5
+    for name, one in costs.items():
+        hours = one.seconds / 3600
+        values = [one.seconds, one.startup, hours * one.gpus, hours * one.cores, one.disk]
+        total = [a + b for a, b in zip(total, values, strict=True)]
+        rows.append(_row(name, values, prices))
+    rows.append(_row("all", total, prices))
+    shown = [row if priced else row[:-1] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(["", row[0].ljust(len(first)), *rest])
+    if prices.storage_tb_month:
+        yield f"storage: {total[-1] / 1e12 * prices.storage_tb_month:,.2f} {prices.currency} a month"
+
+
+def _row(name: str, values: list[float], prices: Prices) -> tuple[str, ...]:
+    seconds, startup, gpu_hours, core_hours, disk = values
+    paid = f"{money(gpu_hours, core_hours, prices):,.2f}"
+    return name, duration(seconds), duration(startup), _hours(gpu_hours), _hours(core_hours), size(disk), paid
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def size(value: float) -> str:
+    """Returns bytes by thousands, such as '1.2 GB'."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if value >= 99.5 or unit == "B" else f"{value:.2g} {unit}"
+        value /= 1000
+    return f"{value:,.1f} PB"
+
+
+def remarks(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
+    """Yields sentences: cores for each GPU, what does not fit, and what is assumed."""
+    by_basis: dict[str, list[str]] = {}
+    for stage, cost in costs.items():
+        by_basis.setdefault(cost.basis, []).append(stage)
+    yield "; ".join(f"{BASES[basis]}: {', '.join(stages)}" for basis, stages in by_basis.items())
+    if "embeddings" in costs:
+        who = f"one {ask.fleet.name}" if ask.fleet else "one core"
+        yield (
+            f"embeddings: {who} encodes {1 / encode_seconds(ask):,.0f} pairs/s, one core decodes "
+            f"{1 / decode_seconds(ask):,.0f} images/s: {cores_a_gpu(ask):.2g} decoding cores for each encoder"
+        )
+    if ask.fleet:
+        yield from _too_large(costs, ask)
+        device, bf16 = ask.fleet.device, rate(ask, "bf16")
+        yield (
+            f"assumed: one {ask.fleet.name} reaches {bf16 / device.peak:.0%} of {device.peak / 1e12:,.0f} TFLOP/s in "
+            f"bf16 (a training that was measured on a GPU: its own share), {assumed.FP32_UTILISATION:.0%} of "
+            f"{device.fp32 / 1e12:g} in fp32, and starting takes {assumed.START_SECONDS['gpus']:.0f} s"
+        )
+    guessed = by_basis.get("guess", ())
+    if rows := {name: ask.graph[name].row_seconds for name in guessed if ask.graph[name].row_seconds}:
+        yield f"assumed: microseconds of a core for a row: {', '.join(f'{n} {1e6 * s:.0f}' for n, s in rows.items())}"
+    if "pairs" in guessed:
+        yield f"assumed: {size(image_bytes(ask))} for a stored image"
+    if any(ask.graph[stage].kind in ("training", "result") for stage in guessed):
+        yield f"assumed: {assumed.CORE_FLOPS / 1e9:.0f} GFLOP/s a core; a probe or a run measures it"
+
+
+def _too_large(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
+    memory = ask.fleet.device.memory * ROOM  # type: ignore[union-attr]
+    for stage, cost in costs.items():
+        if cost.gpus and ask.graph[stage].kind == "training" and not getattr(ask.config.run, stage).sharded:
+            held = KEPT_BYTES * model_size(ask.config, stage).parameters
+            if held > memory:
+                yield (
+                    f"{stage}: weights, average, gradient and moments take {size(held)}, more than {ROOM:.0%} of one "
+                    f"GPU's memory; set run.{stage}.sharded"
+                )
