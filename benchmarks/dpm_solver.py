@@ -20,7 +20,7 @@ from models.diffusion.process import Prediction, predict
 from models.diffusion.samplers import Denoise, ddim
 from models.diffusion.schedules import Schedule, log_snr_grid, make_schedule, strided_grid
 from models.draw import Draw
-from models.presets import PRESETS
+from pipeline.config import preset_config
 from pipeline.training.state import update_ema
 
 EMBED_DIM = 64
@@ -70,7 +70,7 @@ def trained_decoder(steps: int) -> tuple[Decoder, Callable[[Tensor], Tensor]]:
     Its weights are an average, as those of every trained model are: the last ones alone jump with the timestep.
     """
     torch.manual_seed(0)
-    model = Decoder(PRESETS["nano"]["decoder"], EMBED_DIM)
+    model = Decoder(preset_config("nano").decoder.model, EMBED_DIM)
     average = deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     g = torch.Generator().manual_seed(1)

@@ -28,8 +28,8 @@ from PIL import Image
 from benchmarks.pictures import make_shard, random_fields
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
-from models.presets import PRESETS
 from models.prior_configs import ClipConfig
+from pipeline.config import preset_config
 from pipeline.data.embeddings.stage import DecodeBatch, MakeEncoder, read_embeddings
 from pipeline.graph.artifacts import publish_shard
 from pipeline.graph.shard_tables import read_table
@@ -50,7 +50,7 @@ VIT_B_32 = ClipConfig(
     text_heads=8,
     text_context=77,
 )
-QUICK = PRESETS["nano"]["clip"]
+QUICK = preset_config("nano").clip.model
 CHILD = Path(__file__).with_name("clip_retrieval_child.py")
 STAGE = "embeddings"
 

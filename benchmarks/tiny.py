@@ -8,6 +8,7 @@ the decoder's own sizes, each alone. Ratios to targets are above 1 where a targe
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -24,10 +25,10 @@ from models.clip import Clip
 from models.decoder import Decoder, decoder_loss
 from models.diffusion_prior import DiffusionPrior
 from models.draw import Draw
-from models.presets import PRESETS
 from models.upsampler import Upsampler
+from pipeline.config import preset_config
 from pipeline.training.distributed.world import autocast, computes_in
-from pipeline.training.recipes import TRAINING_PRESETS, DecoderRecipe
+from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.state import ema_half_life, make_optimizer, update_ema
 
 IMAGES_PER_SECOND, UPSAMPLING_SECONDS, CAPTION_SECONDS = 150, 15, 25
@@ -151,15 +152,15 @@ def families(training: Training, steps: int) -> dict[str, float]:
 def generator(preset: str) -> UnCLIP:
     """The preset's cascade with random weights."""
     torch.manual_seed(0)
-    models = PRESETS[preset]
-    clip = Clip.build(models["clip"], seed=0).eval()
+    config = preset_config(preset)
+    clip = Clip.build(config.clip.model, seed=0).eval()
     return UnCLIP(
         clip=clip,
-        decoder=Decoder(models["decoder"], clip.embed_dim).eval(),
-        diffusion_prior=DiffusionPrior(models["diffusion_prior"], clip.embed_dim).eval(),
-        upsampler_256=Upsampler(models["upsampler_256"]).eval(),
-        upsampler_1024=Upsampler(models["upsampler_1024"]).eval(),
-        sampling=models["bundle"],
+        decoder=Decoder(config.decoder.model, clip.embed_dim).eval(),
+        diffusion_prior=DiffusionPrior(config.diffusion_prior.model, clip.embed_dim).eval(),
+        upsampler_256=Upsampler(config.upsampler_256.model).eval(),
+        upsampler_1024=Upsampler(config.upsampler_1024.model).eval(),
+        sampling=config.bundle.sampling,
     )
 
 
@@ -181,9 +182,10 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     preset = "nano" if options.quick else "tiny"
     begin(__doc__, options)
-    fields = TRAINING_PRESETS[preset]["decoder"] | ({"batch": 4, "lanes": 4} if options.quick else {})
-    recipe = DecoderRecipe(model=PRESETS[preset]["decoder"], **fields)
-    training = Training(recipe, PRESETS[preset]["clip"].embed_dim)
+    recipe = preset_config(preset).decoder
+    if options.quick:
+        recipe = replace(recipe, batch=4, lanes=4)
+    training = Training(recipe, preset_config(preset).clip.model.embed_dim)
     weights = sum(p.numel() for p in training.model.parameters())
     precision = computes_in(CPU, recipe.precision)
     print(f"decoder training: {preset}, batch {recipe.batch}, {precision}, {weights:,} weights")

@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.pictures import publish
 from benchmarks.timing import Seconds, begin, finish, parser, show
 from models.draw import Draw
-from models.presets import PRESETS
+from pipeline.config import preset_config
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store import open_store
@@ -152,15 +152,16 @@ def main() -> None:
     options.add_argument("--stage", choices=STAGES, action="append", help="of one model only; both by default")
     chosen = options.parse_args()
     begin(__doc__, chosen)
-    preset = PRESETS["nano" if chosen.quick else "small"]
+    preset = preset_config("nano" if chosen.quick else "small")
     recipes: dict[str, Any] = {"diffusion_prior": DiffusionPriorRecipe, "decoder": DecoderRecipe}
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(str(Path(folder)))
         inputs = publish(store, SHARDS, 32 if chosen.quick else 512)
         for stage in chosen.stage or STAGES:
+            model = getattr(preset, stage).model
             recipe = recipes[stage](
-                samples=BATCH, batch=BATCH, lanes=8, learning_rate=1e-4, ema_half_life=10_000, model=preset[stage]
+                samples=BATCH, batch=BATCH, lanes=8, learning_rate=1e-4, ema_half_life=10_000, model=model
             )
             config = SimpleNamespace()
             ctx = Context(store, stage, 1, stage, recipe, TrainingSettings(device="cpu"), inputs, config)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from models.presets import PRESETS
 from models.sampling_config import check_sampling
-from pipeline.data.codec.stage import CODEC_PRESETS, CodecRecipe
-from pipeline.data.curation.stage import CURATION_PRESETS, CurationRecipe
+from pipeline.data.codec.stage import CodecRecipe
+from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.curation.thresholds import ThresholdsRecipe
 from pipeline.data.embeddings.stage import EmbeddingsRecipe
 from pipeline.data.neighbours.stage import IndexRecipe
@@ -27,10 +27,9 @@ from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
-from pipeline.evaluate.recipe import EVALUATION_PRESETS, EvaluationRecipe
+from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.local import read_local
 from pipeline.parse import merge, parse
-from pipeline.release.gates import ReleaseGates
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
 from pipeline.settings import (
@@ -39,25 +38,21 @@ from pipeline.settings import (
     PairsSettings,
     Prices,
     RaySettings,
+    ReleaseGates,
     ShardSettings,
     TrainingSettings,
 )
 from pipeline.training.recipes import (
-    TRAINING_PRESETS,
     ARPriorRecipe,
     ClipRecipe,
     DecoderRecipe,
     DiffusionPriorRecipe,
+    TrainingRecipe,
     UpsamplerRecipe,
 )
 
 CONFIG_BYTES = 16 << 20
-TRAININGS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
-FIELD_PRESETS = {
-    "curation": CURATION_PRESETS,
-    "codec": CODEC_PRESETS,
-    "evaluation": EVALUATION_PRESETS,
-}  # of stages without a model
+PRESETS = ("nano", "tiny", "small", "karlo", "paper")  # by size; each is a file of pipeline/presets
 
 
 @dataclass(frozen=True)
@@ -119,6 +114,9 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
+DEFAULTS = {field.name: field.default_factory for field in fields(Config) if field.default_factory is not MISSING}
+RECIPES = tuple(name for name in DEFAULTS if name not in ("release", "run"))
+TRAININGS = tuple(name for name in RECIPES if isinstance(DEFAULTS[name](), TrainingRecipe))
 OVERRIDES = "values in place of the file's, such as decoder.samples=100000 preset=small"
 
 
@@ -160,17 +158,21 @@ def make_config(values: Mapping[str, Any]) -> Config:
     """A Config from plain values: presets filled in, then parsed. Raises UserError."""
     values = dict(values)
     common, scale = values.pop("preset", "paper"), values.pop("scale", 1)
-    for stage in (*TRAININGS, *FIELD_PRESETS, "bundle"):
+    for stage in RECIPES:
         given = values.get(stage)
         given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise UserError(f"{stage}: expected a mapping, got {given!r}")
-        values[stage] = merge(
-            _preset(given.get("preset", common), stage), {k: v for k, v in given.items() if k != "preset"}
-        )
+        own = {name: value for name, value in given.items() if name != "preset"}
+        values[stage] = merge(_preset(given.get("preset", common)).get(stage, {}), own)
     config = _named(_scaled(parse(Config, values), scale))
     _check(config)
     return config
+
+
+def preset_config(name: str) -> Config:
+    """Returns a configuration that says nothing but its preset, for callers that need models and trainings alone."""
+    return make_config({"project": name, "store": name, "source": {"paths": [name]}, "preset": name})
 
 
 def _scaled(config: Config, scale: Any) -> Config:
@@ -195,14 +197,16 @@ def _named(config: Config) -> Config:
     return dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, phrases=EMOJI))
 
 
-def _preset(name: Any, stage: str) -> dict[str, Any]:
-    """A preset's values for one stage, as plain values."""
-    if not isinstance(name, str) or name not in PRESETS:
+def _preset(name: Any) -> Mapping[str, Any]:
+    """Returns the values of a preset by stage. Raises UserError for an unknown one."""
+    if name not in PRESETS:
         raise UserError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
-    if stage in FIELD_PRESETS:
-        return FIELD_PRESETS[stage].get(name, {})
-    part = dataclasses.asdict(PRESETS[name][stage])
-    return {"sampling": part} if stage == "bundle" else {"model": part, **TRAINING_PRESETS[name].get(stage, {})}
+    return _read_preset(name)
+
+
+@cache
+def _read_preset(name: str) -> Mapping[str, Any]:
+    return yaml.safe_load(Path(__file__).with_name("presets").joinpath(f"{name}.yaml").read_text())
 
 
 def check_project(name: str) -> None:

@@ -183,3 +183,19 @@ class Prices:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "core_hour", "gpu_hour", "storage_tb_month")
+
+
+@dataclass(frozen=True)
+class ReleaseGates:
+    """``claims``: whatever held for the release holds for the new bundle. ``figures``: nothing is worse, row by row, by
+    more than chance and by more than ``tolerance``, a share of the release's figure. ``ignore``: figures that no gate
+    asks about, as "decoder.background"."""
+
+    claims: bool = True
+    figures: bool = True
+    tolerance: float = 0.0
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance: {self.tolerance} is below 0")

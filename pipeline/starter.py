@@ -1,20 +1,24 @@
-"""The text of a first configuration for a user's own pairs, with remarks on what people change first."""
+"""The text of a first configuration: for pairs of one's own, and to go on from a finished bundle."""
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import floor
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from pipeline.config import preset_config
 from pipeline.data.pairs.peek import Look
 from pipeline.data.source.stage import SourceRecipe
-from pipeline.fine_tuning import fine_tuning
+from pipeline.errors import UserError
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted
-from pipeline.sampling.bundle import MODELS, side_of
+from pipeline.sampling.bundle import MODELS, PRIORS, side_of
 
 # Rows to hold out: the 16 and 32 by which models can be judged, and a quarter more, because some are always lost.
 VALIDATION, TEST = 20, 40
@@ -24,6 +28,14 @@ CAPTION_BYTES = 75  # a token of CLIP's is at least a byte and CLIP reads 75, so
 
 CLIP_PAIRS = 10_000  # with fewer a CLIP that is trained on them alone is poor
 EMBEDDINGS = "  embeddings: {gpus: 1} # encode on the GPU of this machine\n"
+
+# Not the AR prior: it speaks the codes of the codec that it was trained with, and other pairs have another codec.
+TUNED = tuple(name for name in MODELS if name != PRIORS["ar"])
+LENGTH = 4  # a training from nothing is so many times as long
+RATE = 10.0  # and its learning rate so many times as high
+WARMUP = 100  # batches: the optimiser knows nothing of the weights that it is given
+SHORTEST = 10  # batches; and the warmup is at most such a part of the training
+EARLY = 4  # and the checkpoint that the evaluation compares with comes after such a part
 
 TEMPLATE = """\
 # For your own pairs, written by unclip init. docs/your-data.md: what to bring and what to do when it fails;
@@ -87,7 +99,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
     models, size = _models(seen)
     tuned = ""
     if bundle is not None:
-        values = fine_tuning(bundle, preset)
+        values = _fine_tuning(bundle, preset)
         models = [name for name in models if name in values]
         size = side_of(models)
         values = {name: fields for name, fields in values.items() if name in ("clip", "evaluation", *models)}
@@ -118,6 +130,39 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
         )
         + tuned
     )
+
+
+def _fine_tuning(bundle: Path, preset: str) -> dict[str, dict[str, Any]]:
+    """Values of a configuration with this preset, by stage: the bundle's CLIP, and its models to begin with.
+
+    Raises UserError if the folder is no bundle with a decoder and a diffusion prior.
+    """
+    found = [name for name in TUNED if (bundle / name / "config.json").is_file()]
+    if missing := {"diffusion_prior", "decoder"} - set(found):
+        raise UserError(
+            f"{bundle}: no {' and no '.join(sorted(missing))} there to go on from; name a bundle's folder or a run's "
+            "output folder"
+        )
+    recipes = preset_config(preset)
+    values: dict[str, dict[str, Any]] = {"clip": {"weights": f"local-dir:{bundle / 'clip'}"}}
+    values |= {name: _values(bundle / name, getattr(recipes, name)) for name in found}
+    batch = recipes.decoder.batch
+    values["evaluation"] = {"early": max(1, values["decoder"]["samples"] // batch // EARLY) * batch}
+    return values
+
+
+def _values(folder: Path, recipe: Any) -> dict[str, Any]:
+    batches = max(SHORTEST, recipe.samples // recipe.batch // LENGTH)
+    values: dict[str, Any] = {
+        "init_from": str(folder / "model.safetensors"),
+        "samples": batches * recipe.batch,
+        "learning_rate": recipe.learning_rate / RATE,
+        "warmup": min(WARMUP, batches // SHORTEST) * recipe.batch,
+    }
+    model = json.loads((folder / "config.json").read_text())["config"]
+    usual = json.loads(json.dumps(asdict(recipe.model)))
+    other = {name: value for name, value in model.items() if value != usual.get(name)}
+    return values | ({"model": other} if other else {})
 
 
 def _models(seen: Look | None) -> tuple[list[str], int]:

@@ -1,6 +1,5 @@
 """A whole folder in diffusers' layout, such as Karlo's, as one generator."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from models.cascade import UnCLIP
@@ -8,10 +7,18 @@ from models.clip import Clip
 from models.interchange.decoder import import_decoder
 from models.interchange.prior import import_prior
 from models.interchange.upsampler import import_upsampler
-from models.presets import KARLO
 from models.sampling_config import SamplingConfig
 
-KARLO_SAMPLING = replace(KARLO["bundle"], candidates=1, upsampler_256_steps=7, size=256)
+KARLO_SAMPLING = SamplingConfig(
+    candidates=1,
+    prior_steps=25,
+    prior_sampler="ddpm",
+    prior_guidance=3.0,
+    decoder_steps=50,
+    decoder_guidance=7.0,
+    upsampler_256_steps=7,
+    size=256,
+)
 """Karlo's own defaults: it draws one embedding a caption, and ends at 256 px, after six steps and one of a second
 network that a model trained here does not have."""
 

@@ -1,10 +1,9 @@
-"""What an evaluation looks at, and the presets of it. No torch here."""
+"""What an evaluation looks at. No torch here."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from models.prior_configs import require
 from pipeline.evaluate.captions import Phrases
@@ -53,18 +52,3 @@ class EvaluationRecipe:
             self.judge is None or bool(re.fullmatch(r"open_clip:[^:]+:[^:]+|local-dir:.+", self.judge)),
             f"judge is {self.judge!r}: use open_clip:NAME:TAG, local-dir:FOLDER or null",
         )
-
-
-# Fields that differ by preset: a quarter of the decoder's samples, after which its averaged weights have forgotten how
-# they began, and what two cores measure in a minute or so.
-EVALUATION_PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {"early": 1_536},
-    "tiny": {
-        "early": 10_752,
-        "sampled_rows": 64,
-        "decoder_rows": 48,
-        "caption_rows": 24,
-        "upsampler_1024_rows": 24,
-    },
-    "small": {"early": 6_400_000},
-}

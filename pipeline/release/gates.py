@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import count, judged, measured, short
 from pipeline.release.compare import REAL, Change, Figures
+from pipeline.settings import ReleaseGates
 
 UNKNOWN = {"holds": None, "note": ""}  # what is known of a figure that an evaluation does not have
-
-
-@dataclass(frozen=True)
-class ReleaseGates:
-    """``claims``: whatever held for the release holds for the new bundle. ``figures``: nothing is worse, row by row, by
-    more than chance and by more than ``tolerance``, a share of the release's figure. ``ignore``: figures that no gate
-    asks about, as "decoder.background"."""
-
-    claims: bool = True
-    figures: bool = True
-    tolerance: float = 0.0
-    ignore: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance: {self.tolerance} is below 0")
 
 
 def failing(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[Change]) -> list[str]:

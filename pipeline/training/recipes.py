@@ -1,4 +1,4 @@
-"""What a training is: recipes, and the presets of their values. No torch and no Ray here.
+"""What a training is, as recipes. No torch and no Ray here.
 
 Everything is counted in samples, the rows that a model has seen. Run settings (workers, micro-batch, checkpoints) are
 elsewhere, in pipeline.settings, because they do not change a result.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import log
-from typing import Any, Literal
+from typing import Literal
 
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, require
@@ -158,64 +158,3 @@ class UpsamplerRecipe(TrainingRecipe):
     ema_half_life: int = half_life(0.9999, 1024)
     window: int = 64  # of large pictures
     model: UpsamplerConfig = field(default_factory=UpsamplerConfig)
-
-
-def _fields(
-    samples: int, batch: int, learning_rate: float, lanes: int = 8, precision: str = "bf16", **more: Any
-) -> dict[str, Any]:
-    """Returns the fields of a training of small models: a short rise of the learning rate, and a bound on the
-    gradient."""
-    common = {
-        "beta2": 0.99,
-        "eps": 1e-8,
-        "weight_decay": 0.01,
-        "clip_norm": 1.0,
-        "lanes": lanes,
-        "precision": precision,
-    }
-    return common | {
-        "samples": samples,
-        "batch": batch,
-        "learning_rate": learning_rate,
-        "warmup": min(samples // 20, 20 * batch),
-        **more,
-    }
-
-
-_UPSAMPLER_1024: dict[str, Any] = {
-    "samples": 1_000_000 * 512,
-    "batch": 512,
-    "learning_rate": 1.0e-4,
-    "ema_half_life": half_life(0.9999, 512),
-}
-
-# Fields that differ from a recipe's defaults, by preset and stage; the models are in models.presets. Models of nano,
-# and tiny's CLIP, are so small that bf16 is slower than fp32 on a CPU.
-TRAINING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "nano": {
-        "clip": _fields(19_200, 64, 1e-3, precision="fp32"),
-        "ar_prior": _fields(3_200, 32, 2e-3, precision="fp32"),
-        "diffusion_prior": _fields(10_240, 64, 2e-3, precision="fp32"),
-        "decoder": _fields(6_144, 16, 2e-3, precision="fp32"),
-        "upsampler_256": _fields(1_280, 8, 2e-3, precision="fp32"),
-        "upsampler_1024": _fields(256, 8, 2e-3, precision="fp32"),
-    },
-    "tiny": {
-        "clip": _fields(30_720, 128, 1e-3, precision="fp32"),
-        "ar_prior": _fields(40_000, 32, 1e-3),
-        "diffusion_prior": _fields(38_400, 128, 1e-3),
-        "decoder": _fields(43_008, 32, 1e-3),
-        "upsampler_256": _fields(10_240, 8, 1e-3),
-        "upsampler_1024": _fields(2_560, 2, 5e-4, lanes=2),  # many short steps: few pictures are so large
-    },
-    "small": {
-        "clip": _fields(20_480_000, 1024, 5e-4, lanes=32),
-        "ar_prior": _fields(25_600_000, 256, 3e-4, lanes=32, ema_half_life=500_000),
-        "diffusion_prior": _fields(51_200_000, 512, 3e-4, lanes=32, ema_half_life=1_000_000),
-        "decoder": _fields(25_600_000, 128, 1.2e-4, lanes=32, ema_half_life=500_000),
-        "upsampler_256": _fields(12_800_000, 64, 1.2e-4, lanes=32, ema_half_life=250_000),
-        "upsampler_1024": _fields(6_400_000, 32, 1e-4, lanes=32, ema_half_life=125_000),
-    },
-    "karlo": {"upsampler_1024": _UPSAMPLER_1024},
-    "paper": {"upsampler_1024": _UPSAMPLER_1024},
-}

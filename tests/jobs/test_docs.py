@@ -30,7 +30,6 @@ from pipeline.data.source.stage import SourceRecipe
 from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.ledger import REASONS
-from pipeline.release.gates import ReleaseGates
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
 from pipeline.settings import (
@@ -39,6 +38,7 @@ from pipeline.settings import (
     PairsSettings,
     Prices,
     RaySettings,
+    ReleaseGates,
     ShardSettings,
     TrainingSettings,
 )

@@ -12,9 +12,8 @@ import pytest
 from safetensors.torch import load
 
 from models.codec import Codec
-from models.presets import PRESETS
 from pipeline.build import build
-from pipeline.config import Config, make_config
+from pipeline.config import PRESETS, make_config, preset_config
 from pipeline.data.neighbours.cells import SPLITS
 from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.store.records import read_blob
@@ -35,10 +34,6 @@ def names_in(cell: str) -> list[str]:
 
 
 @cache
-def preset(name: str) -> Config:
-    return make_config({"project": "p", "store": "s", "source": {"paths": ["list.csv"]}, "preset": name})
-
-
 def defined(tree: ast.Module) -> set[str]:
     """Functions, classes and their methods, by the names that they have in a module."""
     found = set()
@@ -92,7 +87,7 @@ def test_settings_are_those_of_the_presets(stage: str) -> None:
         [setting] = names_in(row["setting"])
         assert row.keys() == {"setting", "all presets"} or list(row) == ["setting", *PRESETS]
         for name in PRESETS:
-            value = reduce(getattr, setting.split("."), preset(name))
+            value = reduce(getattr, setting.split("."), preset_config(name))
             said = row.get("all presets", row.get(name))
             assert said == json.dumps(value), f"{setting} of {name}"
 

@@ -10,7 +10,7 @@ import yaml
 from jobs.cli import main
 from jobs.project import open_project
 from models.clip import Clip
-from models.presets import PRESETS
+from pipeline.config import preset_config
 from tests.pipeline.data.bench import picture, save_clip, write_list
 
 ROWS = 40
@@ -25,7 +25,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{i}.png").write_bytes(picture(i))
     rows = [(f"file://{folder}/{i}.png", f"picture {i}", "test" if i % 4 == 3 else "train") for i in range(ROWS)]
     listed = write_list(folder / "list.csv", rows)
-    Clip.build(replace(PRESETS["nano"]["clip"], embed_dim=32), seed=1).save(folder / "narrow")
+    Clip.build(replace(preset_config("nano").clip.model, embed_dim=32), seed=1).save(folder / "narrow")
     values = {
         "project": "pins",
         "preset": "nano",

@@ -18,11 +18,11 @@ from models.diffusion_prior import DiffusionPrior
 from models.draw import Draw, derive_seed
 from models.folder import load_codec, load_model, save_codec, save_model
 from models.image_configs import DecoderConfig, UpsamplerConfig
-from models.presets import PRESETS
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.sampling_config import SamplingConfig
 from models.tokens import cut_tokens, tokenize
 from models.upsampler import Upsampler
+from pipeline.config import PRESETS, preset_config
 
 DIM, CODES = 16, 4
 TEXT: dict[str, Any] = {"text_context": 12, "text_width": 16, "text_heads": 2}
@@ -294,7 +294,7 @@ def test_codecs_come_back_from_disk(tmp_path: Path) -> None:
 
 
 def test_presets_sample_within_their_own_steps() -> None:
-    for preset in PRESETS.values():
-        sampling = preset["bundle"]
-        assert sampling.prior_steps <= preset["diffusion_prior"].steps
-        assert sampling.decoder_steps <= preset["decoder"].steps
+    for preset in map(preset_config, PRESETS):
+        sampling = preset.bundle.sampling
+        assert sampling.prior_steps <= preset.diffusion_prior.model.steps
+        assert sampling.decoder_steps <= preset.decoder.model.steps

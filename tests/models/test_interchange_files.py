@@ -37,9 +37,9 @@ from models.interchange.files import check_config
 from models.interchange.names import to_theirs, under
 from models.interchange.schedules import Process
 from models.interchange.text import text_config
-from models.presets import KARLO, PRESETS
 from models.prior_configs import ClipConfig, DiffusionPriorConfig
 from models.upsampler import Upsampler
+from pipeline.config import preset_config
 from tests.models.test_interchange_decoder import CONFIG as DECODER
 from tests.models.test_interchange_decoder import DIM
 from tests.models.test_interchange_prior import CLIP_CONFIG
@@ -91,7 +91,7 @@ def test_karlos_decoder_fits_at_its_real_size() -> None:
     )
     projections = on_meta(lambda: UnCLIPTextProjModel(time_embed_dim=1280, cross_attention_dim=1536))
     config = decoder.config_of(old_config(network), old_config(projections), TEXT, PROCESS, 18.0)
-    preset = KARLO["decoder"]
+    preset = preset_config("karlo").decoder.model
     same = ("image_size", "channels", "depth", "multipliers", "attention_resolutions", "head_channels")
     assert all(getattr(config, name) == getattr(preset, name) for name in same)
     parts, shape = decoder.parts_of(config, 768), decoder.shape_of(config)
@@ -130,7 +130,7 @@ def test_karlos_upsampler_fits_at_its_real_size() -> None:
 def test_karlos_prior_fits_at_its_real_size() -> None:
     network = on_meta(PriorTransformer)
     config = prior.config_of(old_config(network), TEXT, PROCESS)
-    preset = KARLO["diffusion_prior"]
+    preset = preset_config("karlo").diffusion_prior.model
     assert (config.width, config.depth, config.heads) == (preset.width, preset.depth, preset.heads) == (2048, 20, 32)
     for document in (old_config(network), json.loads(network.to_json_string())):
         check_config(Path("prior"), document, prior.part_of(config, 768), {"dropout"})
@@ -289,9 +289,11 @@ def test_half_precision_weights_open_in_single(copy: Path) -> None:
 
 def test_a_model_that_diffusers_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="channels is 16: only multiples of 32"):
-        export_decoder(Decoder(dataclasses.replace(PRESETS["nano"]["decoder"], channels=16), DIM), tmp_path)
+        export_decoder(Decoder(dataclasses.replace(preset_config("nano").decoder.model, channels=16), DIM), tmp_path)
     with pytest.raises(ValueError, match="channels is 16: only multiples of 32"):
-        export_upsampler(Upsampler(dataclasses.replace(PRESETS["nano"]["upsampler_256"], prediction="v")), tmp_path)
+        export_upsampler(
+            Upsampler(dataclasses.replace(preset_config("nano").upsampler_256.model, prediction="v")), tmp_path
+        )
     with pytest.raises(ValueError, match="text_width is 24 and CLIP's embeddings have 20 dimensions"):
         export_decoder(Decoder(DECODER, 20), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -23,9 +23,9 @@ from models.diffusion_prior import DiffusionPrior, diffusion_prior_denoise, diff
 from models.draw import Draw
 from models.losses import Losses
 from models.pixels import from_uint8, resize
-from models.presets import NANO
 from models.tokens import tokenize
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
+from pipeline.config import preset_config
 from pipeline.data.source.emoji.listing import draw, emoji_rows
 
 pytestmark = pytest.mark.slow
@@ -78,7 +78,7 @@ def test_the_ar_prior_reproduces_eight_embeddings() -> None:
     batch = pairs()
     rows = F.normalize(torch.randn(4096, DIM, dtype=torch.float64), dim=1)
     codec = fit_codec(rows, (rows * rows.roll(1, 0)).sum(1), DIM).codec
-    model = ARPrior(NANO["ar_prior"], DIM, codec.codes)
+    model = ARPrior(preset_config("nano").ar_prior.model, DIM, codec.codes)
     overfit(model, lambda rows, draw: ar_prior_loss(model, rows, draw, codec), batch, 600, 3e-3)
     dots = codec.encode_dot((batch["image_embedding"] * batch["text_embedding"]).sum(-1))
     codes = sample_codes(model, batch["tokens"], batch["text_embedding"], dots, Draw([(1, ROWS)]))
@@ -88,7 +88,7 @@ def test_the_ar_prior_reproduces_eight_embeddings() -> None:
 def test_the_diffusion_prior_reproduces_eight_embeddings() -> None:
     torch.manual_seed(0)
     batch = pairs()
-    model = DiffusionPrior(NANO["diffusion_prior"], DIM)
+    model = DiffusionPrior(preset_config("nano").diffusion_prior.model, DIM)
     overfit(model, lambda rows, draw: diffusion_prior_loss(model, rows, draw), batch, 600, 2e-3, repeats=8)
     denoise = diffusion_prior_denoise(model, batch["tokens"], batch["text_embedding"])
     noise, schedule = Draw([(1, ROWS)]).normal("x_T", DIM), make_schedule("cosine", 1000)
@@ -99,7 +99,7 @@ def test_the_diffusion_prior_reproduces_eight_embeddings() -> None:
 def test_the_decoder_reproduces_eight_pictures() -> None:
     torch.manual_seed(0)
     batch = pairs()
-    model = Decoder(NANO["decoder"], DIM)
+    model = Decoder(preset_config("nano").decoder.model, DIM)
     overfit(model, lambda rows, draw: decoder_loss(model, rows, draw), batch, 1500, 3e-3, repeats=2)
     denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], guidance=0.0)
     noise, schedule = Draw([(1, ROWS)]).normal("x_T", 3, 64, 64), make_schedule("cosine", 1000)
@@ -115,7 +115,7 @@ def test_the_decoder_reproduces_eight_pictures() -> None:
 )
 def test_an_upsampler_reproduces_eight_pictures(name: str, smaller: dict[str, Any], repeats: int) -> None:
     torch.manual_seed(0)
-    config = replace(NANO[name], **smaller)
+    config = replace(getattr(preset_config("nano"), name).model, **smaller)
     image = pictures(config.image_size)[0]
     model = Upsampler(config)
     overfit(model, lambda rows, draw: upsampler_loss(model, rows, draw), {"image": image}, 1000, 3e-3, repeats)

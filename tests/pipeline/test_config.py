@@ -1,15 +1,15 @@
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from models.presets import PRESETS
 from pipeline.build import build
-from pipeline.config import TRAININGS, load_config, make_config
+from pipeline.config import PRESETS, TRAININGS, load_config, make_config, preset_config
 from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
-from pipeline.training.recipes import TRAINING_PRESETS
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -48,7 +48,7 @@ def test_the_api_takes_plain_values_and_leaves_them_as_they_were() -> None:
     config = make_config(values)
     assert repr(values) == before
     assert (config.decoder.samples, config.decoder.model.channels) == (4096, 32)
-    assert config.decoder.batch == TRAINING_PRESETS["nano"]["decoder"]["batch"]
+    assert config.decoder.batch == preset_config("nano").decoder.batch
 
 
 def test_scale_changes_how_long_every_model_trains_and_nothing_else() -> None:
@@ -104,12 +104,13 @@ def test_a_scale_that_is_no_number_above_0_is_refused(scale: object) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_fills_every_model(preset: str) -> None:
     config = make_config({**LEAST, "preset": preset})
-    for stage in TRAININGS:
+    values = yaml.safe_load((ROOT / f"pipeline/presets/{preset}.yaml").read_text())
+    for stage, fields in values.items():
         recipe = getattr(config, stage)
-        assert recipe.model == PRESETS[preset][stage]
-        for name, value in TRAINING_PRESETS[preset].get(stage, {}).items():
-            assert getattr(recipe, name) == value
-    assert config.bundle.sampling == PRESETS[preset]["bundle"]
+        model = fields.pop("model", {}) | fields.pop("sampling", {})
+        assert {name: getattr(recipe, name) for name in fields} == fields
+        inner = getattr(recipe, "sampling" if stage == "bundle" else "model", None)
+        assert {name: json.loads(json.dumps(getattr(inner, name))) for name in model} == model
     assert config.evaluation.early == pytest.approx(config.decoder.samples / 4)
 
 
@@ -120,9 +121,9 @@ def test_without_a_preset_it_is_the_papers() -> None:
 def test_a_stage_may_have_a_preset_of_its_own_and_single_fields_win() -> None:
     decoder = {"preset": "tiny", "model": {"dropout": 0.3}}
     config = make_config({**LEAST, "preset": "nano", "decoder": decoder})
-    assert config.decoder.model == dataclasses.replace(PRESETS["tiny"]["decoder"], dropout=0.3)
-    assert config.decoder.samples == TRAINING_PRESETS["tiny"]["decoder"]["samples"]
-    assert config.upsampler_256.model == PRESETS["nano"]["upsampler_256"]
+    assert config.decoder.model == dataclasses.replace(preset_config("tiny").decoder.model, dropout=0.3)
+    assert config.decoder.samples == preset_config("tiny").decoder.samples
+    assert config.upsampler_256.model == preset_config("nano").upsampler_256.model
 
 
 def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
@@ -135,7 +136,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
         ],
     )  # fmt: skip
     assert config.decoder.model.dropout == 0.3
-    assert config.decoder.model.channels == PRESETS["nano"]["decoder"].channels
+    assert config.decoder.model.channels == preset_config("nano").decoder.model.channels
     assert config.source.paths == ("b.csv", "c.csv")
     assert config.run.pairs.hosts == {"a.test": "127.0.0.1:80"}
     assert config.codec.variance_target is None

@@ -37,11 +37,6 @@ class CodecRecipe:
             raise ValueError(f"variance_target: {self.variance_target} is not a share in (0, 1]")
 
 
-# Fields that differ by preset. The AR prior's time grows with the components, and 32 hold 99.2% of the variance of the
-# quick start's embeddings.
-CODEC_PRESETS: dict[str, dict[str, Any]] = {"nano": {"components": 32}, "tiny": {"components": 32}}
-
-
 def run_codec(ctx: Context) -> Artifact:
     """Fits the codec and records what it loses.
 

@@ -56,12 +56,6 @@ class CurationRecipe:
                 raise ValueError(f"{name}: {value} is no cosine in (0, 1]; null looks for no such rows")
 
 
-# A CLIP that has learnt from few pictures finds different ones alike, and emoji are alike by design.
-CURATION_PRESETS: dict[str, dict[str, Any]] = {
-    name: {"near_duplicate": None, "near_held_out": None} for name in ("nano", "tiny")
-}
-
-
 @dataclass(frozen=True)
 class Judge:
     """Judges the rows of one shard."""

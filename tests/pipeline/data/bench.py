@@ -15,9 +15,8 @@ import numpy as np
 from PIL import Image
 
 from models.clip import Clip
-from models.presets import PRESETS
 from pipeline.build import build
-from pipeline.config import make_config
+from pipeline.config import make_config, preset_config
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import Artifact
@@ -98,7 +97,7 @@ def write_list(path: Path, rows: Sequence[Sequence[str]]) -> str:
 
 def save_clip(folder: Path) -> str:
     """A nano CLIP with random weights, in open_clip's local-dir layout; how a recipe names it."""
-    Clip.build(PRESETS["nano"]["clip"], seed=0).save(folder)
+    Clip.build(preset_config("nano").clip.model, seed=0).save(folder)
     return f"local-dir:{folder}"
 
 

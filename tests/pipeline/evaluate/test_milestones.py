@@ -9,8 +9,8 @@ from pipeline.evaluate.stage import run_evaluation
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.ledger import Ledger
 from pipeline.release.compare import Measured, changes, measured, obstacles
-from pipeline.release.gates import ReleaseGates, failing
-from pipeline.settings import TrainingSettings
+from pipeline.release.gates import failing
+from pipeline.settings import ReleaseGates, TrainingSettings
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.stage import run_diffusion_prior
 from pipeline.training.worker import at_stop

@@ -11,7 +11,8 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
 from pipeline.release.compare import OTHER_CLIP, Measured, changes, comparable, obstacles
-from pipeline.release.gates import ReleaseGates, failing, unjudged
+from pipeline.release.gates import failing, unjudged
+from pipeline.settings import ReleaseGates
 
 N = 40
 DEFAULT = ReleaseGates()

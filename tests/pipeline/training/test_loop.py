@@ -13,8 +13,8 @@ from models.clip import Clip
 from models.draw import Draw
 from models.folder import KINDS
 from models.losses import Losses
-from models.presets import PRESETS
 from models.prior_configs import DiffusionPriorConfig
+from pipeline.config import preset_config
 from pipeline.settings import TrainingSettings
 from pipeline.training.distributed.world import World
 from pipeline.training.draws import Part, Undropped
@@ -181,8 +181,9 @@ def test_weights_decay_but_norms_biases_and_embeddings_do_not() -> None:
 def test_weight_decay_takes_nothing_but_weights_of_layers(preset: str, name: str) -> None:
     """Not positions, and not the padding that stands for "no text", of any network that is trained. What decays beside
     the weights of linear layers and convolutions is named here: open_clip's projections."""
-    models = PRESETS[preset] | {"karlo's decoder": replace(PRESETS[preset]["decoder"], text_encoder="clip")}
-    config = models[name]
+    config = getattr(preset_config(preset), name.removeprefix("karlo's ")).model
+    if name == "karlo's decoder":
+        config = replace(config, text_encoder="clip")
     if name == "clip":
         model: nn.Module = Clip.build(config, 0)
     else:

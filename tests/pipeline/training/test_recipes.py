@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from models.presets import PRESETS
+from pipeline.config import PRESETS, TRAININGS, preset_config
 from pipeline.training.recipes import (
-    TRAINING_PRESETS,
     ARPriorRecipe,
     ClipRecipe,
     DecoderRecipe,
@@ -19,28 +18,18 @@ from pipeline.training.recipes import (
     half_life,
 )
 
-RECIPES: dict[str, Any] = {
-    "clip": ClipRecipe,
-    "ar_prior": ARPriorRecipe,
-    "diffusion_prior": DiffusionPriorRecipe,
-    "decoder": DecoderRecipe,
-    "upsampler_256": UpsamplerRecipe,
-    "upsampler_1024": UpsamplerRecipe,
-}
-
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("stage", RECIPES)
-def test_every_preset_makes_every_recipe(preset: str, stage: str) -> None:
-    fields = TRAINING_PRESETS[preset].get(stage, {})
-    recipe = RECIPES[stage](model=PRESETS[preset][stage], **fields)
+@pytest.mark.parametrize("stage", TRAININGS)
+def test_every_preset_trains_for_a_batch_and_beyond_its_warmup(preset: str, stage: str) -> None:
+    recipe = getattr(preset_config(preset), stage)
     assert recipe.samples >= recipe.batch
     assert recipe.warmup < recipe.samples
 
 
 def test_defaults_are_table_3() -> None:
     ar, diffusion, decoder, upsampler = ARPriorRecipe(), DiffusionPriorRecipe(), DecoderRecipe(), UpsamplerRecipe()
-    last = UpsamplerRecipe(**TRAINING_PRESETS["paper"]["upsampler_1024"])
+    last = preset_config("paper").upsampler_1024
     assert [r.batch for r in (ar, diffusion, decoder, upsampler, last)] == [4096, 4096, 2048, 1024, 512]
     iterations = [r.samples // r.batch for r in (ar, diffusion, decoder, upsampler, last)]
     assert iterations == [1_000_000, 600_000, 800_000, 1_000_000, 1_000_000]

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from models.clip import Clip
-from models.presets import PRESETS
 from models.view import open_view
+from pipeline.config import preset_config
 from pipeline.data.embeddings.stage import CAPTIONS, DecodeBatch, MakeEncoder, read_embeddings
 from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.errors import CorruptObject, UserError
@@ -141,7 +141,7 @@ def test_new_captions_fetch_nothing_again(listed: tuple[str, str], tmp_path: Pat
 @pytest.mark.parametrize("dim", [512, 768, 1024])
 def test_every_width_of_embeddings_fits(dim: int, listed: tuple[str, str], tmp_path: Path) -> None:
     """Those of OpenAI's and LAION's ViT-B, ViT-L and ViT-H."""
-    config = replace(PRESETS["nano"]["clip"], embed_dim=dim, width=dim, layers=(1,))
+    config = replace(preset_config("nano").clip.model, embed_dim=dim, width=dim, layers=(1,))
     Clip.build(config, seed=1).save(tmp_path / "clip")
     wide = _bench(tmp_path / "store", (listed[0], f"local-dir:{tmp_path}/clip"), batch=16)
     _, image, text, _ = _everything(wide)

@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -13,18 +14,11 @@ from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.interchange.cascade import KARLO_SAMPLING
-from models.presets import PRESETS
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from models.upsampler import Upsampler
+from pipeline.config import PRESETS, preset_config
 
-STAGES = {
-    "clip": ClipConfig,
-    "ar_prior": ARPriorConfig,
-    "diffusion_prior": DiffusionPriorConfig,
-    "decoder": DecoderConfig,
-    "upsampler_256": UpsamplerConfig,
-    "upsampler_1024": UpsamplerConfig,
-}
+ROOT = Path(__file__).parents[2]
 
 
 def millions(module: nn.Module) -> float:
@@ -33,25 +27,26 @@ def millions(module: nn.Module) -> float:
 
 def build(name: str) -> dict[str, Any]:
     """Every model of a preset, on the meta device."""
-    preset = PRESETS[name]
-    dim = preset["clip"].embed_dim
+    preset = preset_config(name)
+    dim = preset.clip.model.embed_dim
     with torch.device("meta"):
         return {
-            "clip": open_clip.CLIP(**preset["clip"].model_config()),
-            "ar_prior": ARPrior(preset["ar_prior"], dim, min(319, dim)),
-            "diffusion_prior": DiffusionPrior(preset["diffusion_prior"], dim),
-            "decoder": Decoder(preset["decoder"], dim),
-            "upsampler_256": Upsampler(preset["upsampler_256"]),
-            "upsampler_1024": Upsampler(preset["upsampler_1024"]),
+            "clip": open_clip.CLIP(**preset.clip.model.model_config()),
+            "ar_prior": ARPrior(preset.ar_prior.model, dim, min(319, dim)),
+            "diffusion_prior": DiffusionPrior(preset.diffusion_prior.model, dim),
+            "decoder": Decoder(preset.decoder.model, dim),
+            "upsampler_256": Upsampler(preset.upsampler_256.model),
+            "upsampler_1024": Upsampler(preset.upsampler_1024.model),
         }
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_has_every_stage_and_builds(name: str) -> None:
-    preset = PRESETS[name]
-    assert {stage: type(preset[stage]) for stage in STAGES} == STAGES
-    assert preset["upsampler_256"].image_size == preset["upsampler_1024"].low_size
+def test_every_preset_builds(name: str) -> None:
     build(name)
+
+
+def test_every_file_of_a_preset_is_one_that_a_configuration_may_name() -> None:
+    assert {file.stem for file in (ROOT / "pipeline/presets").iterdir()} == set(PRESETS)
 
 
 def test_the_paper_preset_has_the_papers_sizes() -> None:
@@ -74,16 +69,16 @@ def test_small_presets_are_small() -> None:
 
 
 def test_class_defaults_are_the_paper() -> None:
-    paper = PRESETS["paper"]
-    assert paper["ar_prior"] == ARPriorConfig()
-    assert paper["diffusion_prior"] == DiffusionPriorConfig()
-    assert paper["decoder"] == DecoderConfig()
-    assert paper["upsampler_256"] == UpsamplerConfig()
+    paper = preset_config("paper")
+    assert paper.ar_prior.model == ARPriorConfig()
+    assert paper.diffusion_prior.model == DiffusionPriorConfig()
+    assert paper.decoder.model == DecoderConfig()
+    assert paper.upsampler_256.model == UpsamplerConfig()
     assert ARPriorConfig().prefix + 2 + 319 == 384  # Table 3's context
 
 
 def test_reading_presets_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import models.presets"
+    code = "import sys; sys.modules['torch'] = None; import pipeline.config; pipeline.config.preset_config('paper')"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -107,7 +102,7 @@ def test_reading_presets_needs_no_torch() -> None:
         (ClipConfig(), {"patch": 7}, "image_size 64 is not a multiple of patch 7"),
         (ClipConfig(), {"width": 300}, "width is 300"),
         (ClipConfig(), {"text_context": 78}, "text_context is 78: use 3 to 77"),
-        (PRESETS["tiny"]["clip"], {"image_size": 48}, "image_size is 48: a resnet takes multiples of 32"),
+        (preset_config("tiny").clip.model, {"image_size": 48}, "image_size is 48: a resnet takes multiples of 32"),
     ],
 )
 def test_impossible_values_are_refused_by_name(config: object, change: dict, message: str) -> None:
@@ -117,6 +112,6 @@ def test_impossible_values_are_refused_by_name(config: object, change: dict, mes
 
 def test_karlo_samples_what_it_trains() -> None:
     """Karlo's seven steps end with one of a second network; a model of the preset has none, and takes GLIDE's 27."""
-    assert PRESETS["karlo"]["upsampler_256"].last_unet is False
-    assert PRESETS["karlo"]["bundle"].upsampler_256_steps == 27
+    assert preset_config("karlo").upsampler_256.model.last_unet is False
+    assert preset_config("karlo").bundle.sampling.upsampler_256_steps == 27
     assert KARLO_SAMPLING.upsampler_256_steps == 7
