@@ -12,7 +12,7 @@ import importlib.util
 import io
 import sysconfig
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def make_package(config: Config, store_url: str, output: str, journal: Journal, 
 
     Raises UserError if it would be too large, or if something of it lies where no other machine can find it.
     """
-    files: dict[str, Path | bytes] = dict(_code(ROOT, *CODE))
+    files: dict[str, Path | bytes] = dict(_files(ROOT, CODE, "*"))  # presets and templates too
     notes: list[str] = []
     weights: list[ContentFile] = []
 
@@ -157,10 +157,11 @@ def send_weights(store: Store, package: Package) -> None:
             raise UserError(f"{file.path} changed while it was being read; submit again")
 
 
-def _code(root: Path, *folders: str) -> Iterator[tuple[str, Path]]:
+def _files(root: Path, folders: Sequence[str], pattern: str) -> Iterator[tuple[str, Path]]:
     for folder in folders:
-        for file in sorted((root / folder).rglob("*.py")):
-            yield file.relative_to(root).as_posix(), file
+        for file in sorted((root / folder).rglob(pattern)):
+            if file.is_file() and "__pycache__" not in file.parts:
+                yield file.relative_to(root).as_posix(), file
 
 
 def _module(name: str) -> dict[str, Path | bytes]:
@@ -171,7 +172,7 @@ def _module(name: str) -> dict[str, Path | bytes]:
     if origin is None or not origin.is_file() or installed & set(origin.parents):
         return {}
     if origin.name == "__init__.py":
-        return dict(_code(origin.parents[1], origin.parent.name))
+        return dict(_files(origin.parents[1], [origin.parent.name], "*.py"))
     return {origin.name: origin}
 
 

@@ -90,4 +90,5 @@ def test_what_is_copied_is_enough_to_install_the_project(tmp_path: Path) -> None
     ours = {
         str(f.relative_to(ROOT)) for p in ("pipeline", "models", "jobs", "cluster") for f in (ROOT / p).rglob("*.py")
     }
+    ours |= {str(f.relative_to(ROOT)) for f in (ROOT / "pipeline/presets").iterdir()}
     assert ours <= inside
