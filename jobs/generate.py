@@ -10,6 +10,7 @@ from pathlib import Path
 from jobs.sample import add_device, bundle_artifact, check_seed, newest_output, sampling_option
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.ray import count_gpus
+from pipeline.parse import parse
 from pipeline.progress import counted, duration
 from pipeline.sampling.prompts import COLUMNS, KINDS, find_column, read_prompts
 from pipeline.settings import GenerationSettings, RaySettings
@@ -49,11 +50,9 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.graph.execute import heal
     from pipeline.sampling.generation import ROWS, STAGE, GenerationRecipe, export, generate
 
-    try:
-        recipe = GenerationRecipe(dict(sampling_option(text) for text in arguments.set), arguments.batch)
-        settings, ray = _workers(arguments)
-    except ValueError as e:
-        raise UserError(f"--{e}") from e
+    options = dict(sampling_option(text) for text in arguments.set)
+    recipe = parse(GenerationRecipe, {"options": options, "batch": arguments.batch}, "--")
+    settings, ray = _workers(arguments)
     for _ in range(HEALINGS):
         made = None
         try:
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 def _workers(arguments: argparse.Namespace) -> tuple[GenerationSettings, RaySettings]:
     """Returns the workers, each with a GPU if there are GPUs and nothing else is asked for, and says what they draw on.
 
-    Raises UserError for GPUs that are not there, ValueError for numbers that cannot be.
+    Raises UserError for GPUs that are not there and for numbers that cannot be.
     """
     workers, gpus, asked = arguments.workers, arguments.gpus, arguments.device
     if asked == "cpu" and gpus:
@@ -89,7 +88,7 @@ def _workers(arguments: argparse.Namespace) -> tuple[GenerationSettings, RaySett
             )
         gpus = min(1.0, found)
         workers = (int(found) or 2) if workers is None else workers
-    settings = GenerationSettings(workers=2 if workers is None else workers, gpus=gpus)
+    settings = parse(GenerationSettings, {"workers": 2 if workers is None else workers, "gpus": gpus}, "--")
     where = f"{gpus:g} GPU" if gpus else "one core of the CPU"
     log.info("drawing on %s%s", where, f" in each of {counted(settings.workers, 'worker')}" if settings.workers else "")
     return settings, ray

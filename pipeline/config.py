@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field, PositiveFloat
 
 from models.sampling_config import check_sampling
 from pipeline.data.codec.stage import CodecRecipe
@@ -29,7 +30,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.local import read_local
-from pipeline.parse import merge, parse
+from pipeline.parse import merge, parse, read_yaml
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
 from pipeline.settings import (
@@ -62,9 +63,9 @@ class Run:
     yours as "module:function"."""
 
     output: str = "out"
-    budget_hours: float = 12.0
+    budget_hours: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 12.0
     trackers: tuple[str, ...] = ()
-    lease_s: float = 60.0
+    lease_s: PositiveFloat = 60.0
     ray: RaySettings = field(default_factory=RaySettings)
     kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
     prices: Prices = field(default_factory=Prices)
@@ -80,12 +81,6 @@ class Run:
     decoder: TrainingSettings = field(default_factory=TrainingSettings)
     upsampler_256: TrainingSettings = field(default_factory=TrainingSettings)
     upsampler_1024: TrainingSettings = field(default_factory=TrainingSettings)
-
-    def __post_init__(self) -> None:
-        if not self.lease_s > 0:
-            raise ValueError(f"lease_s: {self.lease_s} is not above 0")
-        if self.budget_hours < 0:
-            raise ValueError(f"budget_hours: {self.budget_hours} is below 0")
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read ({e})") from None
     try:
-        values = yaml.safe_load(text) or {}
+        values = read_yaml(text) or {}
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
@@ -146,7 +141,7 @@ def _override(text: str) -> dict[str, Any]:
     if not equals or not name:
         raise UserError(f"{text}: an override is written key.key=value")
     try:
-        nested: Any = yaml.safe_load(value)
+        nested: Any = read_yaml(value)
     except yaml.YAMLError:
         raise UserError(f"{text}: the value is not valid YAML") from None
     for part in reversed(name.split(".")):
@@ -206,7 +201,7 @@ def _preset(name: Any) -> Mapping[str, Any]:
 
 @cache
 def _read_preset(name: str) -> Mapping[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name("presets").joinpath(f"{name}.yaml").read_text())
+    return read_yaml(Path(__file__).with_name("presets").joinpath(f"{name}.yaml").read_text())
 
 
 def check_project(name: str) -> None:

@@ -1,29 +1,58 @@
-"""Frozen dataclasses from plain YAML values, with one-line errors that name the nearest valid key."""
+"""Typed, frozen values from plain ones. pydantic reads them; a mistake is one line that names the nearest valid key.
+
+A configuration is made of frozen dataclasses. Bounds of one field stand in its type, such as ``NonNegativeInt``, and
+what several fields must fulfil together in ``__post_init__``, which raises ValueError.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import hashlib
+import json
 import re
-import types
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from pipeline.errors import UserError
 from pipeline.local import open_local
 
+EXPECTED = {
+    "dataclass_type": "a mapping",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+}
+BOUNDS = {
+    "greater_than": ("gt", "is not above"),
+    "greater_than_equal": ("ge", "is below"),
+    "less_than": ("lt", "is not below"),
+    "less_than_equal": ("le", "is above"),
+}
+
 
 class ContentFile(str):
-    """A file that a recipe names. Its value is the sha256 of the content: what it says counts, not where it lies, which
-    is ``path``; "" for one that is named by its sha256 and lies in the store."""
+    """A file that a recipe names.
+
+    Its value is the sha256 of its content, because the content counts and not the place, which is ``path``. A file
+    that is named by its sha256 lies in the store, and its ``path`` is "".
+    """
 
     path: str
 
     @classmethod
-    def at(cls, path: str, where: str) -> ContentFile:
-        """Raises UserError if it cannot be read."""
+    def at(cls, path: str, where: str = "") -> ContentFile:
+        """Returns the file at a path; ``where`` begins the message of the UserError if it cannot be read."""
         if re.fullmatch(r"[0-9a-f]{64}", path):
             named = cls(path)
             named.path = ""
@@ -33,93 +62,102 @@ class ContentFile(str):
             with open_local(place) as f:
                 file = cls(hashlib.file_digest(f, "sha256").hexdigest())
         except OSError as e:
-            raise UserError(f"{where}: {path} cannot be read ({e.strerror})") from None
+            raise UserError(f"{where and f'{where}: '}{path} cannot be read ({e.strerror})") from None
         file.path = str(place)
         return file
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def read(path: str) -> ContentFile:
+            try:
+                return cls.at(path)
+            except UserError as e:
+                raise ValueError(str(e)) from None
+
+        return core_schema.no_info_after_validator_function(read, core_schema.str_schema())
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes 1e-4 for a number, as YAML 1.2 does, and 2e6 and 3.0 for whole ones."""
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    value = loader.construct_yaml_float(node)
+    return int(value) if value.is_integer() else value
+
+
+FLOAT = "tag:yaml.org,2002:float"
+_Loader.add_constructor(FLOAT, _number)
+_Loader.add_implicit_resolver(FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """Returns the value of a YAML text. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
 
 def parse(kind: Any, value: Any, where: str = "") -> Any:
-    """``value`` as ``kind``: a dataclass, int, float, bool, str, ContentFile (by its path), tuple[X, ...],
-    dict[str, X], Literal or X | None.
+    """Returns ``value`` as ``kind``: a frozen dataclass, or the type of one of its fields.
 
-    ``where`` is the dotted name used in messages. Raises UserError for unknown keys, wrong types and values that a
-    dataclass refuses.
+    ``where`` is the dotted name that messages begin with, or "--" for options of a command. Raises UserError for
+    unknown keys, wrong types and values that are out of bounds or that a dataclass refuses.
     """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _parse_dataclass(kind, value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(
-                f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}{nearest(value, arguments)}"
-            )
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return parse(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{where}: expected a list, got {value!r}")
-        return tuple(parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where}: expected a mapping, got {value!r}")
-        return {str(k): parse(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if kind is ContentFile:
-        return ContentFile.at(_parse_scalar(str, value, where), where)
-    return _parse_scalar(kind, value, where)
-
-
-def _parse_scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is bool or isinstance(value, bool):
-        fits = kind is bool and isinstance(value, bool)
-    elif kind is float:
-        if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-            try:
-                value = float(value)
-            except ValueError:
-                value = str(value)
-        fits = isinstance(value, int | float)
-        value = float(value) if fits else value
-    elif kind is int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        fits = isinstance(value, int)
-    else:
-        fits = isinstance(value, kind)
-    if not fits:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise UserError(f"{where}: expected {names.get(kind, kind.__name__)}, got {value!r}")
-    return value
-
-
-def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if value is None:
-        value = {}
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where or 'configuration'}: expected a mapping, got {value!r}")
-    hints = get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    arguments = {}
-    for key, item in value.items():
-        name = f"{where}.{key}" if where else str(key)
-        if key not in fields:
-            raise UserError(f"{name}: unknown key{nearest(key, fields)}")
-        arguments[key] = parse(hints[key], item, name)
-    for name, field in fields.items():
-        if (
-            name not in arguments
-            and field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        ):
-            raise UserError(
-                f"{where}.{name}: missing; it has no default" if where else f"{name}: missing; it has no default"
-            )
     try:
-        return kind(**arguments)
-    except ValueError as e:
-        raise UserError(f"{where}: {e}" if where else str(e)) from e
+        # Through JSON, because lists are tuples there without numbers being texts.
+        return adapter(kind).validate_json(json.dumps([_plain(kind, value)], default=str))[0]
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+        unknown = (error for error in errors if error["type"] == "unexpected_keyword_argument")
+        raise UserError(_message(kind, next(unknown, errors[0]), where)) from None
+
+
+@cache
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """Returns what reads, and describes as a JSON schema, a list of one ``kind``."""
+    # A dataclass takes its rules from what it stands in, so it stands in a tuple.
+    return TypeAdapter(tuple[kind], config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+
+
+def _plain(kind: Any, value: Any) -> Any:
+    """Returns ``value`` with keys of text, and with {} where YAML has a heading of a dataclass and nothing below it."""
+    if isinstance(value, list | tuple):
+        return [_plain(None, item) for item in value]
+    if not isinstance(value, Mapping):
+        return {} if value is None and dataclasses.is_dataclass(kind) else value
+    known = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    nested = {field.name: field.default_factory for field in known}
+    return {str(key): _plain(nested.get(key), item) for key, item in value.items()}
+
+
+def _message(kind: Any, error: ErrorDetails, where: str) -> str:
+    place, value, context = error["loc"][1:], error["input"], error.get("ctx", {})
+    name = where
+    for part in place:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name.strip("-") else str(part)
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            for part in place[:-1]:
+                kind = get_type_hints(kind)[str(part)]
+            said = f"unknown key{nearest(place[-1], [field.name for field in dataclasses.fields(kind)])}"
+        case "missing":
+            said = "missing; it has no default"
+        case "literal_error":
+            words = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+            said = f"{value!r} is not one of {', '.join(words)}{nearest(value, words)}"
+        case "value_error":
+            said = str(context["error"])
+        case "too_short":
+            said = f"has {context['actual_length']} entries; name {context['min_length']} or more"
+        case "too_long":
+            said = f"has {context['actual_length']} entries; name {context['max_length']} at most"
+        case known if known in EXPECTED:
+            said = f"expected {EXPECTED[known]}, got {value!r}"
+        case known if known in BOUNDS:
+            bound, relation = BOUNDS[known]
+            said = f"{value!r} {relation} {context[bound]:g}"
+        case _:
+            said = error["msg"]
+    return f"{name}: {said}" if name else said
 
 
 def nearest(word: Any, words: Any) -> str:
@@ -129,7 +167,7 @@ def nearest(word: Any, words: Any) -> str:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid upon ``base``, mapping by mapping."""
+    """Returns ``over`` laid upon ``base``, mapping by mapping."""
     result = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):

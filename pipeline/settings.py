@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
-def at_least(settings: object, lowest: int, *names: str) -> None:
-    """Raise ValueError for the first of these fields that is below ``lowest``."""
-    for name in names:
-        if getattr(settings, name) < lowest:
-            raise ValueError(f"{name}: {getattr(settings, name)} is below {lowest}")
-
-
-def check_gpus(gpus: float) -> None:
-    """Raise ValueError for a number of GPUs that Ray gives to no process."""
+def _check_gpus(gpus: float) -> float:
     if gpus < 0 or (gpus > 1 and gpus % 1):
-        raise ValueError(f"gpus: {gpus:g} is neither a share of one GPU nor a whole number of them")
+        raise ValueError(f"{gpus:g} is neither a share of one GPU nor a whole number of them")
+    return gpus
+
+
+Gpus = Annotated[float, AfterValidator(_check_gpus)]  # as many as Ray gives to one process
+PodMemory = Annotated[int, Field(ge=4)]  # GiB
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,10 @@ class ShardSettings:
     gives them, of the nodes of a cluster where they may run. Ray sets ``cpus`` cores and ``memory_mb`` MiB of a node
     aside for each worker; 0 cpus are one core, or none for a worker with a GPU."""
 
-    workers: int = 2
+    workers: NonNegativeInt = 2
     nodes: dict[str, str] = field(default_factory=dict)
-    cpus: float = 0.0
-    memory_mb: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "workers", "cpus", "memory_mb")
+    cpus: NonNegativeFloat = 0.0
+    memory_mb: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
@@ -43,21 +40,16 @@ class PairsSettings(ShardSettings):
     opens hosts or networks that are not public. ``contact``: a URL or mail address in the user agent. ``headers``: an
     origin to the name of the environment variable that holds headers for it alone."""
 
-    threads: int = 16
-    per_host: int = 4
-    timeout_s: float = 20.0
-    retries: int = 2
+    threads: PositiveInt = 16
+    per_host: PositiveInt = 4
+    timeout_s: PositiveFloat = 20.0
+    retries: NonNegativeInt = 2
     hosts: dict[str, str] = field(default_factory=dict)
     allow: tuple[str, ...] = ()
     contact: str = ""
     headers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "threads", "per_host")
-        at_least(self, 0, "retries")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s: {self.timeout_s} is not above 0")
         if not re.fullmatch(r"[!-'*-~]*", self.contact):
             raise ValueError(f"contact: {self.contact!r} is no URL or mail address in ASCII without spaces or brackets")
         for origin, variable in self.headers.items():
@@ -71,27 +63,17 @@ class EmbeddingsSettings(ShardSettings):
     for one worker, on nodes with the labels ``decoder_nodes``; with 0 a worker decodes on a thread beside the
     encoding. ``gpus`` of one worker; with 0 it encodes on its core."""
 
-    batch: int = 64
-    decoders: int = 0
+    batch: PositiveInt = 64
+    decoders: NonNegativeInt = 0
     decoder_nodes: dict[str, str] = field(default_factory=dict)
-    gpus: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "batch")
-        at_least(self, 0, "decoders")
-        check_gpus(self.gpus)
+    gpus: Gpus = 0.0
 
 
 @dataclass(frozen=True)
 class GenerationSettings(ShardSettings):
     """``gpus`` of one worker; with 0 it samples on its core."""
 
-    gpus: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_gpus(self.gpus)
+    gpus: Gpus = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,24 +88,23 @@ class TrainingSettings:
     ``offload`` keeps them in the memory of the CPU, and ``recompute`` keeps no more than the inputs of layers for the
     backward pass, which costs another forward pass."""
 
-    workers: int = 0
-    min_workers: int = 0
-    micro_batch: int = 0
-    threads: int = 0
-    checkpoint_every_s: float = 60.0
-    keep_checkpoints: int = 2
-    milestones: tuple[int, ...] = ()
+    workers: NonNegativeInt = 0
+    min_workers: NonNegativeInt = 0
+    micro_batch: NonNegativeInt = 0
+    threads: NonNegativeInt = 0
+    checkpoint_every_s: NonNegativeFloat = 60.0
+    keep_checkpoints: PositiveInt = 2
+    milestones: tuple[PositiveInt, ...] = ()
     device: str = "auto"
-    cache_mb: int = 512
+    cache_mb: NonNegativeInt = 512
     nodes: dict[str, str] = field(default_factory=dict)
-    cpus: float = 0.0
-    memory_mb: int = 0
+    cpus: NonNegativeFloat = 0.0
+    memory_mb: NonNegativeInt = 0
     sharded: bool = False
     offload: bool = False
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "workers", "min_workers", "micro_batch", "threads", "cache_mb", "cpus", "memory_mb")
         if self.nodes and self.min_workers:  # Ray Train would count room on all nodes, and wait for what is not there
             raise ValueError("nodes: labels and min_workers exclude each other; leave min_workers at 0")
 
@@ -132,12 +113,8 @@ class TrainingSettings:
 class RaySettings:
     """The local Ray that is started when no cluster is named by RAY_ADDRESS."""
 
-    cpus: int = 2
-    object_store_mb: int = 500
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "cpus")
-        at_least(self, 100, "object_store_mb")
+    cpus: PositiveInt = 2
+    object_store_mb: Annotated[int, Field(ge=100)] = 500
 
 
 @dataclass(frozen=True)
@@ -153,23 +130,16 @@ class KubernetesSettings:
     service_account: str = "default"
     secret: str = ""
     spot: bool = False
-    head_cpus: int = 4
-    head_memory_gb: int = 16
-    head_gpus: int = 0
-    cpus: int = 8
-    memory_gb: int = 32
-    gpus: int = 1
-    gpu_cpus: int = 8
-    gpu_memory_gb: int = 64
+    head_cpus: PositiveInt = 4
+    head_memory_gb: PodMemory = 16
+    head_gpus: NonNegativeInt = 0
+    cpus: PositiveInt = 8
+    memory_gb: PodMemory = 32
+    gpus: PositiveInt = 1
+    gpu_cpus: PositiveInt = 8
+    gpu_memory_gb: PodMemory = 64
     gpu_nodes: dict[str, str] = field(default_factory=dict)
-    deadline_hours: float = 24.0
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "head_cpus", "cpus", "gpus", "gpu_cpus")
-        at_least(self, 4, "head_memory_gb", "memory_gb", "gpu_memory_gb")
-        at_least(self, 0, "head_gpus")
-        if not self.deadline_hours > 0:
-            raise ValueError(f"deadline_hours: {self.deadline_hours} is not above 0")
+    deadline_hours: PositiveFloat = 24.0
 
 
 @dataclass(frozen=True)
@@ -177,12 +147,9 @@ class Prices:
     """Prices by which the plan counts, in ``currency``: an hour of one core and of one GPU, a month of 10^12 bytes."""
 
     currency: str = "USD"
-    core_hour: float = 0.0
-    gpu_hour: float = 0.0
-    storage_tb_month: float = 0.0
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "core_hour", "gpu_hour", "storage_tb_month")
+    core_hour: NonNegativeFloat = 0.0
+    gpu_hour: NonNegativeFloat = 0.0
+    storage_tb_month: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True)
@@ -193,9 +160,5 @@ class ReleaseGates:
 
     claims: bool = True
     figures: bool = True
-    tolerance: float = 0.0
+    tolerance: NonNegativeFloat = 0.0
     ignore: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance: {self.tolerance} is below 0")

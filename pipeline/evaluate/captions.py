@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from pipeline.data.source.emoji.listing import BACKGROUNDS, STYLES
 
@@ -25,6 +27,9 @@ class Parts(NamedTuple):
         return " ".join(part for part in (self.style, name, self.background) if part)
 
 
+Shade = Annotated[int, Field(ge=0, le=255)]
+
+
 @dataclass(frozen=True)
 class Phrases:
     """The fixed words of a list's captions. Without any, no figure goes by what a caption names.
@@ -35,12 +40,7 @@ class Phrases:
     """
 
     styles: tuple[str, ...] = ()
-    backgrounds: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for words, colour in self.backgrounds.items():
-            if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
-                raise ValueError(f"backgrounds.{words}: {list(colour)} is not a colour; use three numbers of 0 to 255")
+    backgrounds: dict[str, tuple[Shade, Shade, Shade]] = field(default_factory=dict)
 
     def parts(self, caption: str) -> Parts | None:
         """Returns the parts of a caption; None for one that does not begin with a style, or that has no name."""

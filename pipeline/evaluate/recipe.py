@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt
 
 from models.prior_configs import require
 from pipeline.evaluate.captions import Phrases
 from pipeline.held_out import FEWEST
 from pipeline.parse import ContentFile
 
-ROWS = ("rows", "sampled_rows", "decoder_rows", "caption_rows", "upsampler_256_rows", "upsampler_1024_rows")
+Rows = Annotated[int, Field(ge=FEWEST)]
+Several = Annotated[int, Field(ge=2)]  # samples, whose spread counts
 
 
 @dataclass(frozen=True)
@@ -29,26 +33,25 @@ class EvaluationRecipe:
     words, which the emoji set brings (see pipeline.config). Nothing here may be tuned on test rows.
     """
 
-    rows: int = 256
-    prior_samples: int = 16
-    sampled_rows: int = 64
-    decoder_rows: int = 64
-    caption_rows: int = 32
-    upsampler_256_rows: int = 32
-    upsampler_1024_rows: int = 16
-    upsampler_samples: int = 8
-    early: int = 409_600_000
-    seed: int = 0
+    rows: Rows = 256
+    prior_samples: Several = 16
+    sampled_rows: Rows = 64
+    decoder_rows: Rows = 64
+    caption_rows: Rows = 32
+    upsampler_256_rows: Rows = 32
+    upsampler_1024_rows: Rows = 16
+    upsampler_samples: Several = 8
+    early: NonNegativeInt = 409_600_000
+    seed: NonNegativeInt = 0
     judge: str | None = None
     inception: ContentFile | None = None
     phrases: Phrases = field(default_factory=Phrases)
 
     def __post_init__(self) -> None:
-        fewest = dict.fromkeys(ROWS, FEWEST) | {"prior_samples": 2, "upsampler_samples": 2, "early": 0, "seed": 0}
-        for name, low in fewest.items():
-            value = getattr(self, name)
-            require(value >= low, f"{name} is {value}: use {low} or more")
         require(
             self.judge is None or bool(re.fullmatch(r"open_clip:[^:]+:[^:]+|local-dir:.+", self.judge)),
             f"judge is {self.judge!r}: use open_clip:NAME:TAG, local-dir:FOLDER or null",
         )
+
+
+ROWS = tuple(field.name for field in fields(EvaluationRecipe) if field.name.endswith("rows"))

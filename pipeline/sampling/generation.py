@@ -18,6 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pydantic import PositiveInt
+
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.keys import artifact_key, flatten
@@ -43,11 +45,7 @@ class GenerationRecipe:
     """``options`` replace the bundle's sampling defaults; ``batch`` prompts are sampled at once."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    batch: int = 8
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch: {self.batch} is below 1")
+    batch: PositiveInt = 8
 
 
 def generate(

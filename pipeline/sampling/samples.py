@@ -11,7 +11,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, NonNegativeInt
 
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.stages import Context
@@ -33,14 +35,8 @@ log = logging.getLogger("unclip")
 class SamplesRecipe:
     """One picture a caption; the i-th has seed ``seed`` + i. How to sample stands in the bundle."""
 
-    captions: tuple[str, ...] = ("a red heart",)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.captions:
-            raise ValueError("captions: empty; name at least one")
-        if self.seed < 0:
-            raise ValueError(f"seed: {self.seed} is below 0")
+    captions: Annotated[tuple[str, ...], Field(min_length=1)] = ("a red heart",)
+    seed: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)

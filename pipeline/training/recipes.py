@@ -7,17 +7,15 @@ elsewhere, in pipeline.settings, because they do not change a result.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import log
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, require
 from pipeline.parse import ContentFile
 
-
-def half_life(decay: float, batch: int) -> int:
-    """The half-life in samples of an exponential moving average that keeps ``decay`` of itself every ``batch``."""
-    return round(batch * log(0.5) / log(decay))
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running average
 
 
 @dataclass(frozen=True)
@@ -34,38 +32,31 @@ class TrainingRecipe:
     same model to begin with, instead of random ones.
     """
 
-    samples: int
-    batch: int
-    learning_rate: float
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup: int = 0
-    decay: int = 0
-    clip_norm: float = 0.0
-    ema_half_life: int = 0
-    lanes: int = 64
-    window: int = 256
+    samples: PositiveInt
+    batch: PositiveInt
+    learning_rate: PositiveFloat
+    beta2: Decay = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    warmup: NonNegativeInt = 0
+    decay: NonNegativeInt = 0
+    clip_norm: NonNegativeFloat = 0.0
+    ema_half_life: NonNegativeInt = 0
+    lanes: PositiveInt = 64
+    window: PositiveInt = 256
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     init_from: ContentFile | None = None
 
     def __post_init__(self) -> None:
-        require(self.lanes >= 1, f"lanes is {self.lanes}: use 1 or more")
         require(
-            self.batch >= 1 and self.batch % self.lanes == 0,
+            self.batch % self.lanes == 0,
             f"batch {self.batch} is not a multiple of lanes {self.lanes}: change one of them",
         )
         require(
             self.samples >= self.batch,
             f"samples {self.samples} is less than one batch of {self.batch}: raise samples or lower batch and lanes",
         )
-        require(self.window >= 1, f"window is {self.window}: use 1 or more rows")
-        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: use a number above 0")
-        require(0 <= self.beta2 < 1, f"beta2 is {self.beta2}: use a number from 0 up to but not including 1")
-        require(self.eps > 0, f"eps is {self.eps}: use a number above 0")
-        for name in ("weight_decay", "warmup", "decay", "clip_norm", "ema_half_life"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: use 0 or more")
         require(self.decay <= self.samples, f"decay is {self.decay}: use at most samples, {self.samples}")
 
     @property
@@ -85,13 +76,13 @@ class ClipRecipe(TrainingRecipe):
     so other bytes need another name. Learning rate and decay are those of unCLIP's and CLIP's papers.
     """
 
-    samples: int = 32 * 650_000_000
-    batch: int = 32_768
-    learning_rate: float = 3e-4
-    beta2: float = 0.98
-    eps: float = 1e-6
-    weight_decay: float = 0.2
-    warmup: int = 2000 * 32_768
+    samples: PositiveInt = 32 * 650_000_000
+    batch: PositiveInt = 32_768
+    learning_rate: PositiveFloat = 3e-4
+    beta2: Decay = 0.98
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.2
+    warmup: NonNegativeInt = 2000 * 32_768
     model: ClipConfig = field(default_factory=ClipConfig)
     weights: str = "train"
 
@@ -113,13 +104,13 @@ class ClipRecipe(TrainingRecipe):
 class ARPriorRecipe(TrainingRecipe):
     """The autoregressive prior: Table 3's first column."""
 
-    samples: int = 1_000_000 * 4096
-    batch: int = 4096
-    learning_rate: float = 1.6e-4
-    beta2: float = 0.91
-    eps: float = 1e-10
-    weight_decay: float = 4.0e-2
-    ema_half_life: int = half_life(0.999, 4096)
+    samples: PositiveInt = 1_000_000 * 4096
+    batch: PositiveInt = 4096
+    learning_rate: PositiveFloat = 1.6e-4
+    beta2: Decay = 0.91
+    eps: PositiveFloat = 1e-10
+    weight_decay: NonNegativeFloat = 4.0e-2
+    ema_half_life: NonNegativeInt = 2_837_711  # keeps 0.999 of itself a batch
     model: ARPriorConfig = field(default_factory=ARPriorConfig)
 
 
@@ -127,13 +118,13 @@ class ARPriorRecipe(TrainingRecipe):
 class DiffusionPriorRecipe(TrainingRecipe):
     """The diffusion prior: Table 3's second column."""
 
-    samples: int = 600_000 * 4096
-    batch: int = 4096
-    learning_rate: float = 1.1e-4
-    beta2: float = 0.96
-    eps: float = 1e-6
-    weight_decay: float = 6.0e-2
-    ema_half_life: int = half_life(0.9999, 4096)
+    samples: PositiveInt = 600_000 * 4096
+    batch: PositiveInt = 4096
+    learning_rate: PositiveFloat = 1.1e-4
+    beta2: Decay = 0.96
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 6.0e-2
+    ema_half_life: NonNegativeInt = 28_389_889  # keeps 0.9999 of itself a batch
     model: DiffusionPriorConfig = field(default_factory=DiffusionPriorConfig)
 
 
@@ -141,10 +132,10 @@ class DiffusionPriorRecipe(TrainingRecipe):
 class DecoderRecipe(TrainingRecipe):
     """The 64 px decoder: Table 3's third column."""
 
-    samples: int = 800_000 * 2048
-    batch: int = 2048
-    learning_rate: float = 1.2e-4
-    ema_half_life: int = half_life(0.9999, 2048)
+    samples: PositiveInt = 800_000 * 2048
+    batch: PositiveInt = 2048
+    learning_rate: PositiveFloat = 1.2e-4
+    ema_half_life: NonNegativeInt = 14_194_944  # keeps 0.9999 of itself a batch
     model: DecoderConfig = field(default_factory=DecoderConfig)
 
 
@@ -152,9 +143,9 @@ class DecoderRecipe(TrainingRecipe):
 class UpsamplerRecipe(TrainingRecipe):
     """An upsampler: Table 3's fourth column, 64 to 256 px."""
 
-    samples: int = 1_000_000 * 1024
-    batch: int = 1024
-    learning_rate: float = 1.2e-4
-    ema_half_life: int = half_life(0.9999, 1024)
-    window: int = 64  # of large pictures
+    samples: PositiveInt = 1_000_000 * 1024
+    batch: PositiveInt = 1024
+    learning_rate: PositiveFloat = 1.2e-4
+    ema_half_life: NonNegativeInt = 7_097_472  # keeps 0.9999 of itself a batch
+    window: PositiveInt = 64  # of large pictures
     model: UpsamplerConfig = field(default_factory=UpsamplerConfig)

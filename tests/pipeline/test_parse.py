@@ -2,19 +2,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
+from pydantic import NonNegativeFloat
 
 from pipeline.errors import UserError
-from pipeline.parse import merge, parse
+from pipeline.parse import merge, parse, read_yaml
 
 
 @dataclass(frozen=True)
 class Inner:
-    guidance: float = 1.0
+    guidance: NonNegativeFloat = 1.0
     kind: Literal["a", "bee"] = "a"
 
     def __post_init__(self) -> None:
-        if self.guidance < 0:
-            raise ValueError(f"guidance: {self.guidance} is below 0")
+        if self.guidance > 1 and self.kind == "bee":
+            raise ValueError(f"guidance: {self.guidance} is too high for a bee")
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,17 @@ def test_values_of_every_kind() -> None:
         "sizes": [1, 2],
         "limit": 1,
         "hosts": {"a": "b"},
-        "inner": {"guidance": "1e-4"},
+        "inner": {"guidance": 1e-4},
     }
     assert parse(Outer, given) == Outer("n", 3, True, (1, 2), 1.0, {"a": "b"}, Inner(1e-4))
     assert parse(Outer, {"name": "n", "limit": None, "inner": None}) == Outer("n")
+    assert parse(Outer, {"name": "n", "hosts": {1: "b"}}) == Outer("n", hosts={"1": "b"})
+
+
+def test_yaml_has_numbers_with_exponents_and_whole_ones_are_integers() -> None:
+    given = read_yaml("[1e-4, 2e6, +1.5E3, 1.0e-8, 3.0, .5e1, 1.5, '1e3', e3, 1e, .inf]")
+    assert given[:-1] == [1e-4, 2_000_000, 1500, 1e-8, 3, 5, 1.5, "1e3", "e3", "1e"]
+    assert [type(value) for value in given[:6]] == [float, int, int, float, int, int]
 
 
 @pytest.mark.parametrize(
@@ -53,8 +61,14 @@ def test_values_of_every_kind() -> None:
         ({"name": "n", "sizes": 3}, "sizes: expected a list, got 3"),
         ({"name": "n", "sizes": [1, "x"]}, "sizes[1]: expected a whole number, got 'x'"),
         ({"name": "n", "inner": {"kind": "be"}}, "inner.kind: 'be' is not one of a, bee; did you mean bee?"),
-        ({"name": "n", "inner": {"guidance": -1}}, "inner: guidance: -1.0 is below 0"),
+        ({"name": "n", "inner": {"guidance": -1}}, "inner.guidance: -1 is below 0"),
+        ({"name": "n", "inner": {"guidance": 2, "kind": "bee"}}, "inner: guidance: 2.0 is too high for a bee"),
+        ({"name": "n", "inner": {"guidance": float("inf")}}, "inner.guidance: expected a finite number, got inf"),
         ({"name": "n", "inner": 3}, "inner: expected a mapping, got 3"),
+        ({"name": "n", "hosts": {"a": 1}}, "hosts.a: expected text, got 1"),
+        ({"name": "n", "limit": "1"}, "limit: expected a number, got '1'"),
+        ({"nam": "n"}, "nam: unknown key; did you mean name?"),
+        (3, "expected a mapping, got 3"),
         ({}, "name: missing; it has no default"),
     ],
 )
@@ -69,3 +83,11 @@ def test_merge_is_deep() -> None:
         "a": {"b": 3, "c": 2},
         "d": {"e": 1},
     }
+
+
+def test_a_single_value_is_read_by_the_type_of_its_field() -> None:
+    assert parse(float, 3, "--set scale") == 3.0
+    with pytest.raises(UserError, match=r"^--set scale: expected a number, got 'x'$"):
+        parse(float, "x", "--set scale")
+    with pytest.raises(UserError, match=r"^--guidance: -1 is below 0$"):
+        parse(Inner, {"guidance": -1}, "--")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
@@ -24,17 +26,11 @@ class CodecRecipe:
     ``sample_rows``: training rows that it is fitted to, at most; a larger set is sampled, by ``seed``.
     """
 
-    components: int = 319
-    variance_target: float | None = None
-    buckets: int = 1024
-    sample_rows: int = 1_000_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.components < 1 or self.buckets < 2 or self.sample_rows < 2:
-            raise ValueError("components must be at least 1, buckets and sample_rows at least 2")
-        if self.variance_target is not None and not 0 < self.variance_target <= 1:
-            raise ValueError(f"variance_target: {self.variance_target} is not a share in (0, 1]")
+    components: PositiveInt = 319
+    variance_target: Annotated[float, Field(gt=0, le=1)] | None = None
+    buckets: Annotated[int, Field(ge=2)] = 1024
+    sample_rows: Annotated[int, Field(ge=2)] = 1_000_000
+    seed: NonNegativeInt = 0
 
 
 def run_codec(ctx: Context) -> Artifact:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.embeddings.scores import score_column
@@ -22,6 +24,7 @@ from pipeline.store import Store
 from pipeline.store.records import put_blob
 
 VERSION = 3
+Cosine = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -34,26 +37,18 @@ class CurationRecipe:
     """
 
     min_side: int = 64
-    max_aspect: float = 3.0
+    max_aspect: Annotated[float, Field(ge=1)] = 3.0
     min_caption: int = 1
     max_caption: int = 1000
     min_similarity: float = -1.0
     min_score: dict[str, float] = field(default_factory=dict)
     max_score: dict[str, float] = field(default_factory=dict)
-    near_duplicate: float | None = 0.96
-    near_held_out: float | None = 0.96
+    near_duplicate: Cosine | None = 0.96
+    near_held_out: Cosine | None = 0.96
 
     def __post_init__(self) -> None:
-        if self.max_aspect < 1:
-            raise ValueError(
-                f"max_aspect: {self.max_aspect} would reject every picture; it is the long side over the short"
-            )
         if self.min_caption > self.max_caption:
             raise ValueError(f"min_caption: {self.min_caption} is above max_caption {self.max_caption}")
-        for name in ("near_duplicate", "near_held_out"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name}: {value} is no cosine in (0, 1]; null looks for no such rows")
 
 
 @dataclass(frozen=True)

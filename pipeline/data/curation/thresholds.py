@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from pipeline.data.neighbours.blocks import cut_blocks, is_a, make_task, run_pass
 from pipeline.graph.artifacts import Artifact, publish_artifact
@@ -29,11 +31,7 @@ class ThresholdsRecipe:
     """``similarity``: the share of training rows, those whose image and caption are furthest apart, that curation
     rejects; it rejects held-out rows by the same threshold. 0 rejects none."""
 
-    similarity: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.similarity < 1:
-            raise ValueError(f"similarity: {self.similarity} is no share in [0, 1)")
+    similarity: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from pipeline.data.neighbours.blocks import (
     OneThread,
@@ -49,11 +50,7 @@ PROBES = 32  # lists that a search looks in
 class IndexRecipe:
     """``flat_rows``: training rows up to which vectors are stored as they are; more are stored as codes."""
 
-    flat_rows: int = 1 << 20
-
-    def __post_init__(self) -> None:
-        if self.flat_rows < 256:
-            raise ValueError(f"flat_rows: {self.flat_rows} is below 256, the rows that a byte of a code is learnt from")
+    flat_rows: Annotated[int, Field(ge=256)] = 1 << 20  # a byte of a code is fitted to 256 rows or more
 
 
 @dataclass(frozen=True)

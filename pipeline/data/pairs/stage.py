@@ -13,8 +13,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from pydantic import Field, PositiveInt
 
 from pipeline.data.fetch.deny import DenyLists, read_deny_lists, store_deny_lists
 from pipeline.data.fetch.opener import Evidence
@@ -51,18 +53,16 @@ class PairsRecipe:
     stays. Budgets are per picture, in bytes as fetched and in pixels as the header says. What a deny list names is
     neither fetched nor kept."""
 
-    image_size: int = 1024
+    image_size: Annotated[int, Field(ge=64)] = 1024  # the smallest image that a model is trained on
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
     encode_quality: int = 95
-    max_bytes: int = 32 << 20
-    max_pixels: int = 64_000_000
+    max_bytes: PositiveInt = 32 << 20
+    max_pixels: PositiveInt = 64_000_000
     deny_hosts: ContentFile | None = None
     deny_urls: ContentFile | None = None
     deny_sha256: ContentFile | None = None
 
     def __post_init__(self) -> None:
-        if self.image_size < 64:
-            raise ValueError(f"image_size: {self.image_size} is below 64, the smallest picture a model learns from")
         limit = 9 if self.encode_format == "png" else 100
         if not 0 <= self.encode_quality <= limit:
             raise ValueError(f"encode_quality: {self.encode_quality} is outside 0..{limit} for {self.encode_format}")

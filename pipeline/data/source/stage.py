@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source.duplicates import HASH, Seen, read_hashes
@@ -57,26 +59,20 @@ class SourceRecipe:
     # A recipe and not a setting of the run: a row that is refused changes what is made. Keys count what was read, so
     # a new root makes only those shards again that have such rows.
 
-    paths: tuple[str, ...]
+    paths: Annotated[tuple[str, ...], Field(min_length=1, max_length=FIRST_RETRY)]
     image_column: str = "url"
     caption_column: str = "caption"
     group_column: str = "group"
     split_column: str = "split"
     hash_column: str = "sha256"
-    shard_rows: int = 1000
-    validation: float = 0.02
-    test: float = 0.02
+    shard_rows: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    validation: NonNegativeFloat = 0.02
+    test: NonNegativeFloat = 0.02
     roots: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.paths:
-            raise ValueError("paths: empty; name at least one list")
-        if len(self.paths) > FIRST_RETRY:
-            raise ValueError(f"paths: {len(self.paths)} lists; at most {FIRST_RETRY}, so put some into one")
-        if not 1 <= self.shard_rows <= 10_000:
-            raise ValueError(f"shard_rows: {self.shard_rows} is outside 1..10000")
-        if self.validation < 0 or self.test < 0 or self.validation + self.test >= 1:
-            raise ValueError("validation and test: shares of at least 0 that leave rows to train on")
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test: these shares leave no rows to train on; lower one of them")
         Reach.of((), self.roots)
 
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import load_config, make_config
 from pipeline.doctor.readiness import on_ray
 from pipeline.graph.resources import Node, Settings, Share, Team, has_labels, lacking, room, team_of
-from pipeline.settings import EmbeddingsSettings, PairsSettings, ShardSettings, TrainingSettings
+from pipeline.settings import EmbeddingsSettings, ShardSettings, TrainingSettings
 
 ROOT = Path(__file__).parents[3]
 LEAST: dict[str, Any] = {"project": "p", "store": "s", "source": {"paths": ["a.csv"]}}
@@ -131,17 +131,7 @@ def test_stages_that_work_without_ray_are_not_looked_at() -> None:
     assert on_ray(bought, []) == {}
 
 
-@pytest.mark.parametrize("gpus", [-1, 1.5])
-def test_gpus_that_ray_cannot_give(gpus: float) -> None:
-    with pytest.raises(ValueError, match="neither a share of one GPU nor a whole number"):
-        EmbeddingsSettings(gpus=gpus)
-
-
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="cpus: -1 is below 0"):
-        PairsSettings(cpus=-1)
-    with pytest.raises(ValueError, match="memory_mb: -1 is below 0"):
-        TrainingSettings(memory_mb=-1)
     with pytest.raises(ValueError, match="labels and min_workers exclude each other"):
         TrainingSettings(workers=2, min_workers=1, nodes={"pool": "gpu"})
 

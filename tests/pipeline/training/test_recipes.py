@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from dataclasses import replace
-from math import log
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from pipeline.training.recipes import (
     DecoderRecipe,
     DiffusionPriorRecipe,
     UpsamplerRecipe,
-    half_life,
 )
 
 
@@ -46,23 +44,12 @@ def test_defaults_are_table_3() -> None:
         assert 0.5 ** (recipe.batch / recipe.ema_half_life) == pytest.approx(decay, abs=1e-8)
 
 
-def test_half_life_of_a_decay() -> None:
-    assert half_life(0.5, 64) == 64
-    assert half_life(0.9999, 2048) == round(2048 * log(2) / -log(0.9999))
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"batch": 100}, "batch 100 is not a multiple of lanes 64"),
         ({"samples": 64, "batch": 128}, "samples 64 is less than one batch of 128"),
-        ({"lanes": 0}, "lanes is 0"),
-        ({"window": 0}, "window is 0"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"beta2": 1.0}, "beta2 is 1.0"),
-        ({"eps": 0.0}, "eps is 0.0"),
-        ({"clip_norm": -1.0}, "clip_norm is -1.0"),
-        ({"ema_half_life": -1}, "ema_half_life is -1"),
+        ({"decay": 10**10}, "decay is 10000000000"),
     ],
 )
 def test_impossible_recipes_are_refused(fields: dict[str, Any], message: str) -> None:

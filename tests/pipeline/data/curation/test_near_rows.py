@@ -9,7 +9,6 @@ import pytest
 
 from pipeline.data.curation import near_passes, near_rows
 from pipeline.data.curation.rejected import Rejected
-from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.neighbours import cells as neighbours
 from pipeline.data.pairs.row_index import index_counts
 from pipeline.errors import CorruptObject
@@ -260,10 +259,3 @@ def test_no_held_out_row_teaches_the_cells(tmp_path: Path) -> None:
         made.append(sorted(blobs["cells"] for blobs in records if "cells" in blobs))
     assert len(made[0]) == 2
     assert made[0] == made[1]
-
-
-@pytest.mark.parametrize("field", ["near_duplicate", "near_held_out"])
-@pytest.mark.parametrize("value", [0, -0.5, 1.01])
-def test_a_bound_that_is_no_cosine_is_refused(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"{field}: {value} is no cosine in \(0, 1\]"):
-        CurationRecipe(**{field: value})  # type: ignore[arg-type]

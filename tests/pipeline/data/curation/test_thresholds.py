@@ -98,9 +98,3 @@ def test_thresholds_are_made_only_if_asked_for_and_then_stand(tmp_path: Path) ->
     assert moved["thresholds"].key != later["thresholds"].key
     assert moved["curation"].key != later["curation"].key
     assert moved["embeddings"].key == later["embeddings"].key
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_no_share_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=r"is no share in \[0, 1\)"):
-        ThresholdsRecipe(share)

@@ -115,8 +115,3 @@ def test_nothing_to_index_is_an_empty_index(store: Store) -> None:
     index = make(store, Listed(rows.vectors, rows.splits, [10] * 20))
     assert index.ledger.rows == 0
     assert (search(store, index, rows.vectors[:1], 3)[1] == -1).all()
-
-
-def test_too_small_a_bound_is_refused() -> None:
-    with pytest.raises(ValueError, match="flat_rows: 255 is below 256"):
-        IndexRecipe(255)
