@@ -11,14 +11,16 @@ import json
 import logging
 import os
 import shlex
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -124,41 +126,60 @@ class Cluster:
         return seen
 
     def follow(self, submission_id: str, write: Callable[[str], object]) -> Seen:
-        """Write the job's output from its beginning as it comes, and return its end.
+        """Writes the job's output from its beginning as it comes, and returns its end.
 
         A connection that breaks off is made again. Raises UserError if the cluster does not answer for LOST_S seconds.
         """
         written = 0
         heard = time.monotonic()
-
-        async def tail() -> None:
-            nonlocal written
-            passed = 0  # what was written before the connection broke off comes again
-            async with aclosing(self._client.tail_job_logs(submission_id)) as texts:
-                with suppress(StopAsyncIteration, TimeoutError):
-                    while True:
-                        text = await asyncio.wait_for(anext(texts), SILENT_S)
-                        new = text[max(0, written - passed) :]
-                        passed += len(text)
-                        written = max(written, passed)
-                        write(new)
-
         while True:
             try:
-                asyncio.run(tail())
+                passed = 0  # what was written before the connection broke off comes again
+                for text in self._tail(submission_id):
+                    new = text[max(0, written - passed) :]
+                    passed += len(text)
+                    written = max(written, passed)
+                    write(new)
                 seen = self.job(submission_id)
                 if not seen.live:
                     return seen
                 heard = time.monotonic()
-            except BrokenPipeError:  # of whoever reads what is written
+            except BrokenPipeError:  # the reader of what is written has gone
                 raise
-            except Exception as e:  # of Ray, aiohttp and requests, which do not agree on a type
+            except (UserError, ConnectionError) as e:
                 if time.monotonic() - heard > LOST_S:
                     raise UserError(
                         f"{self.address} has not answered for {LOST_S:.0f} s ({_last_line(e)}); the job may go on: "
                         "run the same command again to attach"
                     ) from e
             time.sleep(POLL_S)
+
+    def _tail(self, submission_id: str) -> Iterator[str]:
+        """Yields the job's output from its beginning, until it ends or is silent. Raises ConnectionError.
+
+        The event loop has a thread of its own, so that Ctrl-C, which is raised in the main thread, never finds it half
+        built.
+        """
+        found: SimpleQueue[str | Exception | None] = SimpleQueue()
+
+        async def tail() -> None:
+            async with aclosing(self._client.tail_job_logs(submission_id)) as texts:
+                with suppress(StopAsyncIteration, TimeoutError):
+                    while True:
+                        found.put(await asyncio.wait_for(anext(texts), SILENT_S))
+
+        def work() -> None:
+            try:
+                asyncio.run(tail())
+                found.put(None)
+            except Exception as e:  # of Ray, aiohttp and requests, which do not agree on a type
+                found.put(e)
+
+        threading.Thread(target=work, daemon=True).start()
+        while (text := found.get()) is not None:
+            if isinstance(text, Exception):
+                raise ConnectionError(_last_line(text)) from text
+            yield text
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         """What the SDK answers, its errors in one line."""

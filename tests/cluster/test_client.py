@@ -1,13 +1,16 @@
 """A cluster that is not there, is another one, or does not know us: one line each, before anything is sent."""
 
+import asyncio
 import json
+import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,3 +107,62 @@ def test_a_token_is_told_to_whoever_asks_for_one_and_to_nobody_else(monkeypatch:
 )
 def test_the_exit_code_is_the_jobs(status: str, code: int | None, exit_code: int) -> None:
     assert Seen("id", status, "", code, {}).exit_code == exit_code
+
+
+# --- following --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """Returns a cluster whose job says two words; its first connection breaks off between them."""
+    monkeypatch.setattr("cluster.client.POLL_S", 0.0)
+    tries: list[str] = []
+
+    async def tail_job_logs(submission_id: str) -> AsyncIterator[str]:
+        tries.append(submission_id)
+        yield "one "
+        if len(tries) == 1:
+            raise OSError("it broke off")
+        yield "two"
+
+    status = SimpleNamespace(value="SUCCEEDED")
+    info = SimpleNamespace(submission_id="job", status=status, message="", driver_exit_code=0, metadata={})
+    found = object.__new__(Cluster)
+    found.address = "http://head:8265"
+    found._client = SimpleNamespace(tail_job_logs=tail_job_logs, get_job_info=lambda _: info)
+    return found
+
+
+def test_what_was_written_before_a_connection_broke_off_is_not_written_again(cluster: Cluster) -> None:
+    written: list[str] = []
+    assert cluster.follow("job", written.append).exit_code == 0
+    assert "".join(written) == "one two"
+
+
+def test_a_reader_that_has_gone_ends_it(cluster: Cluster) -> None:
+    def write(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        cluster.follow("job", write)
+
+
+def test_a_cluster_that_is_lost_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.client.LOST_S", -1.0)
+    with pytest.raises(UserError, match=r"it broke off.*run the same command again to attach"):
+        cluster.follow("job", lambda _: None)
+
+
+def test_ctrl_c_while_the_event_loop_is_built_leaves_no_traceback(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    build = asyncio.SelectorEventLoop.__init__
+
+    def interrupted(self: asyncio.SelectorEventLoop, *words: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        build(self, *words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.follow("job", lambda _: None)
+    assert capfd.readouterr().err == ""
