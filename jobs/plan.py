@@ -10,12 +10,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jobs.probe import probe
 from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import OVERRIDES, load_config
 from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate, parse_count, parse_fleet
 from pipeline.cost.observed import Seen, observe
-from pipeline.cost.table import remarks, table
+from pipeline.cost.table import cost_table, remarks
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
 from pipeline.held_out import lacking
@@ -52,8 +53,6 @@ def main(argv: Sequence[str]) -> int:
         project.check_trackers()
         config, graph = project.config, project.graph
         if arguments.probe:
-            from jobs.probe import probe
-
             seen = probe(project, arguments.config, arguments.overrides)
         else:
             seen = observe(project.store, config.project, graph, project.held_out)
@@ -71,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{config.project}: {_size(rows, ask.shards)}{where}, as if nothing were made")
         costs = {stage: estimate(stage, ask) for stage in graph}
     if costs:
-        for line in (*table(costs, config.run.prices), *remarks(costs, ask)):
+        for line in (*cost_table(costs, config.run.prices), *remarks(costs, ask)):
             print(line)
     return 0
 

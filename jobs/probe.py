@@ -19,9 +19,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from jobs.project import Project
 from pipeline.config import Config
 from pipeline.cost.observed import Seen, observe
+from pipeline.data.source.emoji.server import serving
 from pipeline.data.source.lists import Row, reach, read_rows
 from pipeline.evaluate.recipe import ROWS
 from pipeline.held_out import FEWEST
@@ -66,16 +70,11 @@ def _serving(config: Config, stack: ExitStack) -> list[str]:
     emoji = any(path.startswith("emoji:") for path in config.source.paths)
     if not emoji or "emoji.test" in config.run.pairs.hosts:
         return []
-    from pipeline.data.source.emoji.server import serving
-
     return [f"run.pairs.hosts={json.dumps({'emoji.test': stack.enter_context(serving())})}"]
 
 
 def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:
     """A list of rows spread evenly over the user's own; returns how many, and rows a shard."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     source = project.config.source
     total = sum(shard.ledger.rows for shard in project.scan.shards)
     cut = min(source.shard_rows, SHARD_ROWS)

@@ -18,7 +18,16 @@ from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.execute import make_context
 from pipeline.graph.pointer import Move, Releases, move_release, read_releases
 from pipeline.graph.stages import stage_key
-from pipeline.release.compare import OTHER_CLIP, Change, Measured, changes, comparable, evaluations, measured, obstacles
+from pipeline.release.compare import (
+    OTHER_CLIP,
+    Change,
+    Measured,
+    changes,
+    evaluations,
+    find_comparable,
+    load_measured,
+    obstacles,
+)
 from pipeline.release.diff import data_changes, find_bundle, recipes_changed, stages_behind
 from pipeline.release.gates import failing, unjudged
 from pipeline.sampling.bundle import MODELS
@@ -101,7 +110,7 @@ def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
 def _judged(asked: Asked, evaluation: Artifact) -> tuple[list[str], list[str]]:
     """Lines for the gates that do not hold against the current release, and for the claims that none could judge."""
     assert asked.releases.current is not None
-    new = measured(asked.store, evaluation)
+    new = load_measured(asked.store, evaluation)
     if new is None:
         raise UserError(f"{asked.name}: its evaluation was damaged; unclip run {asked.path} makes it again")
     old, why = _against(asked, asked.releases.current.bundle, new)
@@ -114,7 +123,7 @@ def _judged(asked: Asked, evaluation: Artifact) -> tuple[list[str], list[str]]:
 def _against(asked: Asked, bundle: str, new: Measured) -> tuple[Measured | None, str]:
     """The evaluation of a bundle that can be compared with ``new``, or why there is none and what to do."""
     found = evaluations(asked.store, bundle)
-    old = comparable(found, new)
+    old = find_comparable(found, new)
     if old is not None:
         return old, ""
     advice = f"unclip release evaluate {asked.path} measures the release as this configuration measures"

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from cluster.client import Cluster
 from cluster.job import Job, make_job
 from cluster.package import Package, make_package
+from cluster.pods import name_gpus
+from cluster.rayjob import render
+from cluster.submission import LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
 from jobs.interrupt import INTERRUPTED
 from jobs.plan import Agreed, agree
 from jobs.project import Project, open_project
@@ -23,9 +26,6 @@ from pipeline.data.source.journal import read_journal
 from pipeline.errors import UserError
 from pipeline.graph.runs import remember
 from pipeline.store import local_folder, open_store
-
-if TYPE_CHECKING:
-    from cluster.client import Cluster
 
 KUBERAY = "kuberay"
 WHERE = (
@@ -71,8 +71,6 @@ def _nothing(project: Project, asked: Agreed) -> int:
 
 def _run(project: Project, asked: Agreed, job: Job, to: str) -> int:
     """Attach to the job or submit it, follow it to its end, and bring what it has made."""
-    from cluster.submission import LOCAL, attach_or_submit, check_reach, running, started
-
     here = to == LOCAL
     if not here:
         check_reach(project.store, job, to)
@@ -85,10 +83,6 @@ def _run(project: Project, asked: Agreed, job: Job, to: str) -> int:
 
 def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     """The RayJob, with its package in the bucket. Raises UserError for a store that no pod would see."""
-    from cluster.pods import name_gpus
-    from cluster.rayjob import render
-    from cluster.submission import check_reach, put_package
-
     if local_folder(project.store):
         raise UserError(f"{project.store.url} is a folder, which no pod sees; use s3://BUCKET/PREFIX")
     check_reach(project.store, job, KUBERAY)
@@ -137,8 +131,6 @@ def _package(project: Project, here: bool = False) -> Package:
 
 
 def _stop(config: Config, to: str) -> int:
-    from cluster.submission import running, stop
-
     if to == KUBERAY:
         raise UserError("kubectl get rayjob names it, and kubectl delete rayjob NAME stops it")
     with running(to, _folder(config)) as cluster:

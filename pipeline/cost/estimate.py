@@ -12,15 +12,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
-from pipeline.cost.flops import clip_size, model_size
 from pipeline.cost.observed import Observation, Seen, pace, passes_of, shape
 from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Graph
 from pipeline.training.recipes import ClipRecipe
+
+if TYPE_CHECKING:
+    from pipeline.cost.flops import ClipSize, Size
 
 CORE_FLOPS = 50e9  # a second, that networks reach on one core
 UTILISATION = 0.3  # of a GPU's bf16 peak
@@ -181,6 +183,20 @@ def resources(stage: str, ask: Ask) -> tuple[int, float, float]:
     workers = max(1, min(settings.workers, ask.shards))
     gpus = getattr(settings, "gpus", 0.0)
     return workers, workers * ((not gpus) + (decoders or 0)), workers * gpus
+
+
+def model_size(config: Config, stage: str) -> Size:
+    """Returns the size of the model that a stage trains; to count it imports torch."""
+    from pipeline.cost.flops import count_model
+
+    return count_model(config, stage)
+
+
+def clip_size(recipe: ClipRecipe) -> ClipSize:
+    """Returns the size of a CLIP; to count it imports torch."""
+    from pipeline.cost.flops import count_clip
+
+    return count_clip(recipe)
 
 
 def cores_here() -> int:

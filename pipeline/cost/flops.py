@@ -1,4 +1,4 @@
-"""How large the models of a configuration are, and how much arithmetic they take. Exact, and nothing is computed.
+"""Counts the parameters and the arithmetic of a configuration's models. Exact, and nothing is computed.
 
 PyTorch builds each model of tensors that have shapes and no values, runs a row through it and counts matrix products
 and convolutions, as a training does (pipeline.training.timing). So a model that fits no machine here is counted too.
@@ -10,32 +10,46 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import open_clip
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from models.ar_prior import ARPrior
+from models.clip import config_in, config_named
+from models.decoder import Decoder
+from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
+from models.upsampler import Upsampler
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.training.recipes import ClipRecipe
+from pipeline.training.timing import flop_counter
 
 NEEDED = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")  # of what open_clip says of a model
 
 
 @dataclass(frozen=True)
 class Size:
-    """``forward``: floating-point operations of one row's forward pass, as training sees it, two per multiply-add;
-    ``parameters``: of the model."""
+    """The size of a model.
+
+    Attributes:
+        forward: Floating-point operations of one row's forward pass, as training sees it, two per multiply-add.
+        parameters: How many it has.
+    """
 
     forward: float
     parameters: int
 
     @property
     def training(self) -> float:
-        """Operations of one training sample, by the usual count of three forward passes."""
+        """Returns the operations of one training sample, by the usual count of three forward passes."""
         return 3 * self.forward
 
 
 @dataclass(frozen=True)
 class ClipSize:
-    """Operations to embed one picture and one caption; ``dim`` of the embeddings."""
+    """Operations to embed one image and one caption, and the dimension of embeddings."""
 
     image: float
     text: float
@@ -43,30 +57,21 @@ class ClipSize:
     parameters: int
 
 
-def model_size(config: Config, stage: str) -> Size:
-    """Of the model that a training stage trains. Raises UserError for a CLIP that open_clip does not know."""
+def count_model(config: Config, stage: str) -> Size:
+    """Returns the size of the model that a stage trains. Raises UserError for a CLIP that open_clip does not know."""
     if stage == "clip":
-        clip = clip_size(config.clip)
+        clip = count_clip(config.clip)
         return Size(clip.image + clip.text, clip.parameters)
-    return _size(getattr(config, stage).model, clip_size(config.clip).dim, config.codec.components)
+    return _size(getattr(config, stage).model, count_clip(config.clip).dim, config.codec.components)
 
 
-def clip_size(recipe: ClipRecipe) -> ClipSize:
-    """Of the CLIP that a recipe trains or names. Raises UserError as ``model_size`` does."""
-    return _clip_size(recipe.model if recipe.weights == "train" else recipe.weights)
+def count_clip(recipe: ClipRecipe) -> ClipSize:
+    """Returns the size of the CLIP that a recipe trains or names. Raises UserError as ``count_model`` does."""
+    return _count(recipe.model if recipe.weights == "train" else recipe.weights)
 
 
 @lru_cache
 def _size(model: Any, dim: int, codes: int) -> Size:
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from models.ar_prior import ARPrior
-    from models.decoder import Decoder
-    from models.diffusion_prior import DiffusionPrior
-    from models.upsampler import Upsampler
-    from pipeline.training.timing import flop_counter
-
     with FakeTensorMode(), torch.no_grad():
         tokens, row = torch.zeros(1, 77, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         embedding, kept = torch.zeros(1, dim), torch.ones(1, dtype=torch.bool)
@@ -81,8 +86,8 @@ def _size(model: Any, dim: int, codes: int) -> Size:
                 inputs = (embedding, row, tokens, embedding, kept)
             case DecoderConfig():
                 network = Decoder(model, dim)
-                picture = torch.zeros(1, 3, model.image_size, model.image_size)
-                inputs = (picture, row, embedding, tokens, kept, kept)
+                image = torch.zeros(1, 3, model.image_size, model.image_size)
+                inputs = (image, row, embedding, tokens, kept, kept)
             case UpsamplerConfig():
                 network = Upsampler(model)
                 crop, low = model.crop_size, model.crop_size // model.scale
@@ -96,12 +101,7 @@ def _size(model: Any, dim: int, codes: int) -> Size:
 
 
 @lru_cache
-def _clip_size(clip: ClipConfig | str) -> ClipSize:
-    import open_clip
-    import torch
-
-    from pipeline.training.timing import flop_counter
-
+def _count(clip: ClipConfig | str) -> ClipSize:
     settings = _open_clip_config(clip)
     side = settings["vision_cfg"].get("image_size", 224)
     sides = (side, side) if isinstance(side, int) else tuple(side)
@@ -118,11 +118,9 @@ def _clip_size(clip: ClipConfig | str) -> ClipSize:
 
 
 def _open_clip_config(clip: ClipConfig | str) -> dict[str, Any]:
-    """Of a model that is trained here, of open_clip's by "open_clip:NAME:TAG", or of "local-dir:FOLDER"."""
+    """Returns the configuration of a model of ours, of "open_clip:NAME:TAG", or of "local-dir:FOLDER"."""
     if isinstance(clip, ClipConfig):
         return clip.model_config()
-    from models.clip import config_in, config_named
-
     kind, _, rest = clip.partition(":")
     try:
         return config_in(rest) if kind == "local-dir" else config_named(rest.split(":")[0])

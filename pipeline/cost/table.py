@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from pipeline.cost import estimate as assumed
-from pipeline.cost.estimate import Ask, Cost, cores_a_gpu, decode_seconds, encode_seconds, image_bytes, rate
-from pipeline.cost.flops import model_size
+from pipeline.cost.estimate import Ask, Cost, cores_a_gpu, decode_seconds, encode_seconds, image_bytes, model_size, rate
 from pipeline.progress import duration
 from pipeline.settings import Prices
 
@@ -22,7 +21,7 @@ def money(gpu_hours: float, core_hours: float, prices: Prices) -> float:
     return core_hours * prices.core_hour + gpu_hours * prices.gpu_hour
 
 
-def table(costs: Mapping[str, Cost], prices: Prices) -> Iterator[str]:
+def cost_table(costs: Mapping[str, Cost], prices: Prices) -> Iterator[str]:
     """Yields one line a stage, and their sum. Money is a column where there are prices."""
     priced = replace(Prices(), currency=prices.currency) != prices
     rows: list[tuple[str, ...]] = [(*HEAD, prices.currency)]

@@ -1,4 +1,4 @@
-"""Two bundles, measured on the same rows and seeds: how their figures differ, and whether by more than chance.
+"""Compares the figures of two bundles, measured on the same rows and seeds, and says what differs beyond chance.
 
 Every row is its own control: the interval is that of the mean difference over rows, not of two means.
 """
@@ -23,7 +23,7 @@ from pipeline.store.records import read_blob
 log = logging.getLogger("unclip")
 Figures = dict[tuple[str, str], Mapping[str, Any]]
 OTHERS = re.compile(r".+_early_.+|.+(?<!_trained)_early")  # of an earlier checkpoint, which is not what is released
-REAL = re.compile(r".+_real_.+")  # rankings whose values are those of real pictures
+REAL = re.compile(r".+_real_.+")  # rankings whose values are those of real images
 RANKED = re.compile(r"(.+_trained)_(early|shuffled)")
 OTHER_CLIP = "another CLIP"
 OF_CODES = "nats_"  # figures that another codec measures by another yardstick
@@ -39,7 +39,7 @@ class Measured:
 
     @property
     def figures(self) -> Figures:
-        """What is said of the bundle itself, by model and name.
+        """Returns what the evaluation says of the bundle itself, by model and name.
 
         A ranking is named by its upper end: trained models stand above an early checkpoint where there is one, and
         directly above shuffled captions where not.
@@ -55,8 +55,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of two bundles: ``then`` and ``now`` are means, ``difference`` is now - then over ``rows`` rows, with
-    its 95% ``interval``. ``claim``: on which side of its baseline the figure should be, None if none was claimed."""
+    """One figure of two bundles.
+
+    Attributes:
+        model: The model that it measures.
+        name: The name of the figure.
+        then: Its mean for the first bundle.
+        now: Its mean for the second.
+        difference: The mean over rows of now - then.
+        interval: The 95% interval of the difference.
+        rows: How many rows both have.
+        claim: On which side of its baseline the figure should be; None if nothing was claimed.
+    """
 
     model: str
     name: str
@@ -69,21 +79,21 @@ class Change:
 
     @property
     def gain(self) -> tuple[float, float]:
-        """The interval of what was gained: above 0 is better. Infinitely wide where nobody says what is better."""
+        """Returns the interval of what was gained, above 0 for better; infinitely wide if nothing was claimed."""
         low, high = self.interval
         return {"above": (low, high), "below": (-high, -low)}.get(self.claim or "", (-inf, inf))
 
     @property
     def verdict(self) -> str:
-        """better, worse or changed, if by more than chance; else ""."""
+        """Returns "better", "worse" or "changed" if the difference is beyond chance, else ""."""
         low, high = self.interval
         if not (low > 0 or high < 0):
             return ""
         return "changed" if self.claim is None else "better" if self.gain[0] > 0 else "worse"
 
 
-def measured(store: Store, evaluation: Artifact) -> Measured | None:
-    """An evaluation with what it measured; None if one of them is no longer there.
+def load_measured(store: Store, evaluation: Artifact) -> Measured | None:
+    """Returns an evaluation with what it measured, or None if one of them is no longer there.
 
     A damaged evaluation is set aside with a warning, so that the next run makes it again, unless a release names it.
     """
@@ -102,21 +112,21 @@ def measured(store: Store, evaluation: Artifact) -> Measured | None:
 
 
 def evaluations(store: Store, bundle: str) -> list[Measured]:
-    """All evaluations of a bundle (its key), newest first. Reads the record of every evaluation in the store."""
+    """Returns all evaluations of a bundle (its key), newest first. Reads each evaluation's record in the store."""
     keys = [entry.path.rpartition("/")[2].removesuffix(".json") for entry in store.list("artifacts/evaluation/")]
     artifacts = [artifact for key in keys if (artifact := load_artifact(store, "evaluation", key)) is not None]
     of_bundle = [artifact for artifact in artifacts if artifact.inputs["bundle"] == bundle]
     newest = sorted(of_bundle, key=lambda artifact: artifact.times["finished"], reverse=True)
-    return [found for artifact in newest if (found := measured(store, artifact)) is not None]
+    return [found for artifact in newest if (found := load_measured(store, artifact)) is not None]
 
 
-def comparable(found: Iterable[Measured], new: Measured) -> Measured | None:
-    """The first of them that was measured as ``new`` was."""
+def find_comparable(found: Iterable[Measured], new: Measured) -> Measured | None:
+    """Returns the first of them that was measured as ``new`` was."""
     return next((old for old in found if not obstacles(old, new)), None)
 
 
 def obstacles(old: Measured, new: Measured) -> list[str]:
-    """Why figures of two evaluations may not be compared: another way to measure, or other rows."""
+    """Returns why figures of two evaluations cannot be compared: another way to measure, or other rows."""
     then, now = old.document, new.document
     why = []
     if then.get("version") != now.get("version"):
@@ -136,7 +146,7 @@ def obstacles(old: Measured, new: Measured) -> list[str]:
 
 
 def changes(old: Measured, new: Measured) -> list[Change]:
-    """Every figure that both have row by row, in the order of the new evaluation."""
+    """Returns every figure that both have row by row, in the order of the new evaluation."""
     import torch
 
     from pipeline.evaluate.metrics import bootstrap

@@ -1,8 +1,6 @@
-"""What two bundles were made from: the rows of their data, and the recipes of everything behind them."""
+"""Compares what two bundles were made from: the rows of their data, and the recipes of all stages behind them."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ancestors, load_artifact
@@ -11,12 +9,11 @@ from pipeline.graph.pointer import Releases
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 
-DATA = ("source", "captions", "pairs", "embeddings", "curation")
-Stages = Mapping[str, Artifact]
+Stages = dict[str, Artifact]
 
 
 def find_bundle(store: Store, releases: Releases, name: str) -> Artifact:
-    """A bundle by its key or the beginning of it, or as "current" or "previous" release. Raises UserError."""
+    """Returns a bundle by its key, the beginning of its key, or "current" or "previous". Raises UserError."""
     if name in ("current", "previous"):
         move = releases.current if name == "current" else releases.previous
         if move is None:
@@ -37,8 +34,11 @@ def find_bundle(store: Store, releases: Releases, name: str) -> Artifact:
 
 
 def stages_behind(store: Store, bundle: Artifact) -> dict[str, Artifact]:
-    """The artefact of every stage behind a bundle, by name: of several the nearest, as a pinned model's own data are
-    further away than the data of now."""
+    """Returns the artefact of every stage behind a bundle, by name.
+
+    Of several artefacts of a stage it is the nearest: the data that a pinned model was made from are further away than
+    the current data.
+    """
     found: dict[str, Artifact] = {}
     for artifact in ancestors(store, bundle):
         found.setdefault(artifact.stage, artifact)
@@ -46,10 +46,10 @@ def stages_behind(store: Store, bundle: Artifact) -> dict[str, Artifact]:
 
 
 def data_changes(then: Stages, now: Stages) -> list[str]:
-    """For every stage of data, whether its rows are others: "pairs: kept 57 of 60 -> 75 of 80; http_4xx 3 -> 5"."""
+    """Returns a line for each changed stage with rows: "pairs: kept 57 of 60 -> 75 of 80; http_4xx 3 -> 5"."""
     lines = []
-    for name in DATA:
-        if name in then and name in now and then[name].key != now[name].key:
+    for name in reversed(now):  # the furthest comes first
+        if name in then and then[name].key != now[name].key and now[name].shard_table:
             before, after = then[name].ledger, now[name].ledger
             kept = f"kept {before.kept:,} of {before.rows:,} -> {after.kept:,} of {after.rows:,}"
             lost = recipe_changes(_lost(before), _lost(after))
@@ -62,7 +62,7 @@ def _lost(ledger: Ledger) -> dict[str, int]:
 
 
 def recipes_changed(then: Stages, now: Stages) -> list[str]:
-    """Every recipe value that differs, such as "decoder.samples 16 -> 32", and stages that only one of them has."""
+    """Returns each recipe value that differs, as "decoder.samples 16 -> 32", and stages that only one of them has."""
     lines = []
     for name in sorted(then.keys() | now.keys()):
         if name not in then or name not in now:

@@ -1,4 +1,4 @@
-"""What a bundle must show before it becomes the release. No torch here."""
+"""Decides whether a bundle may become the release. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ UNKNOWN = {"holds": None, "note": ""}  # what is known of a figure that an evalu
 
 
 def failing(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[Change]) -> list[str]:
-    """A line for everything that keeps the new bundle from being the release; empty if all gates hold. A bundle of
-    which nothing is measured shows nothing, so no gate holds.
+    """Returns a line for each thing that keeps the new bundle from being the release.
 
-    Raises UserError if a figure is to be ignored that neither evaluation has.
+    A bundle of which nothing is measured shows nothing, so it does not pass.
+
+    Args:
+        gates: What is required.
+        old: The figures of the release.
+        new: The figures of the new bundle.
+        changes: What differs row by row.
+
+    Raises:
+        UserError: A figure is to be ignored that neither evaluation has.
     """
     known = {f"{model}.{name}" for model, name in old.keys() | new.keys()}
     if unknown := set(gates.ignore) - known:
@@ -43,8 +51,11 @@ def failing(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[C
 
 
 def unjudged(gates: ReleaseGates, old: Figures, new: Figures, changes: Sequence[Change]) -> list[str]:
-    """Returns which claims no gate has judged, in a line for each reason: those that are not measured for both bundles,
-    and those whose rows cannot be compared one by one. A claim that ``failing`` names is not among them."""
+    """Returns which claims no gate has judged, in a line for each reason.
+
+    These are claims that are not measured for both bundles, and those whose rows cannot be compared one by one. A claim
+    that ``failing`` names is not among them. The arguments are those of ``failing``.
+    """
     compared = {(change.model, change.name) for change in changes}
     found: dict[str, list[str]] = {}
     for model, name in {**old, **new} if gates.claims or gates.figures else ():

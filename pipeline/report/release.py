@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pipeline.evaluate.figure import difference, short
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.pointer import read_releases
-from pipeline.release.compare import Change, changes, comparable, evaluations, measured, obstacles
+from pipeline.release.compare import Change, changes, evaluations, find_comparable, load_measured, obstacles
 from pipeline.report.markup import note, number, section, table, text
 from pipeline.store import Store
 
@@ -25,11 +25,11 @@ def release_section(store: Store, project: str, artifacts: Mapping[str, Artifact
     current = read_releases(store, project).current
     if current is None or current.bundle == artifacts["evaluation"].inputs["bundle"]:
         return ""
-    new = measured(store, artifacts["evaluation"])
+    new = load_measured(store, artifacts["evaluation"])
     found = evaluations(store, current.bundle)
     if new is None or not found:
         return section("release", "Against the release", LOOK, note(f"{current.bundle[:12]} has no evaluation here."))
-    old = comparable(found, new)
+    old = find_comparable(found, new)
     if old is None:
         why = f"Not compared with {current.bundle[:12]}: {', '.join(obstacles(found[0], new))}."
         return section("release", "Against the release", LOOK, note(why))

@@ -15,14 +15,15 @@ from pipeline.cost.estimate import (
     Cost,
     Fleet,
     amount,
+    clip_size,
     cores_a_gpu,
     estimate,
+    model_size,
     parse_count,
     parse_fleet,
 )
-from pipeline.cost.flops import clip_size, model_size
 from pipeline.cost.observed import Observation, shape
-from pipeline.cost.table import remarks, size, table
+from pipeline.cost.table import cost_table, remarks, size
 from pipeline.errors import UserError
 from pipeline.settings import Prices
 
@@ -156,11 +157,11 @@ def test_bytes_that_were_seen_scale_with_rows() -> None:
 
 def test_the_table_has_money_where_there_are_prices() -> None:
     costs = {"pairs": Cost(3600.0, 60.0, "guess", cores=2, disk=2e12), "decoder": Cost(1800.0, gpus=1)}
-    free = list(table(costs, Prices()))
+    free = list(cost_table(costs, Prices()))
     assert [line.split()[0] for line in free] == ["stage", "pairs", "decoder", "all"]
     assert free[1].split()[1:7] == ["1", "h", "00", "min", "1", "min"]
     assert "USD" not in free[0]
-    paid = list(table(costs, Prices("EUR", core_hour=1.0, gpu_hour=2.0, storage_tb_month=20.0)))
+    paid = list(cost_table(costs, Prices("EUR", core_hour=1.0, gpu_hour=2.0, storage_tb_month=20.0)))
     assert paid[0].split()[-1] == "EUR"
     assert [line.split()[-1] for line in paid[1:4]] == ["2.00", "1.00", "3.00"]
     assert paid[4] == "storage: 40.00 EUR a month"

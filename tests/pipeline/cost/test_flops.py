@@ -10,7 +10,7 @@ from models.codec import Codec
 from models.draw import Draw
 from models.upsampler import training_low
 from pipeline.config import Config, load_config
-from pipeline.cost.flops import clip_size, model_size
+from pipeline.cost.flops import count_clip, count_model
 from pipeline.errors import UserError
 from pipeline.training.draws import Undropped
 from pipeline.training.task import Task
@@ -55,7 +55,7 @@ def test_a_training_counts_the_same(stage: str) -> None:
     if isinstance(task, UpsamplerTask):  # degrading an image is not the model's work, and depends on the draw
         given["low"] = training_low(task.config, given, draw)
     counted = forward_flops(task, model, given, draw)
-    size = model_size(NANO, stage)
+    size = count_model(NANO, stage)
     assert size.forward == pytest.approx(counted, rel=0.01)
     assert size.training == 3 * size.forward
     assert size.parameters == sum(p.numel() for p in model.parameters())
@@ -66,14 +66,14 @@ def test_the_papers_models_are_as_large_as_the_paper_says() -> None:
     paper = load_config(ROOT / "configs/paper.yaml")
     said = {"decoder": 3.5e9, "upsampler_256": 700e6, "upsampler_1024": 300e6}
     for stage, parameters in said.items():
-        assert model_size(paper, stage).parameters == pytest.approx(parameters, rel=0.07)
+        assert count_model(paper, stage).parameters == pytest.approx(parameters, rel=0.07)
 
 
 def test_a_clip_that_exists_is_known_by_its_name() -> None:
-    size = clip_size(load_config(ROOT / "configs/paper.yaml").clip)
+    size = count_clip(load_config(ROOT / "configs/paper.yaml").clip)
     assert (size.dim, size.parameters) == (768, 427_616_513)  # ViT-L/14
     assert size.image == pytest.approx(2 * 81e9, rel=0.01)  # 81 GMACs, as its authors' peers count
     with pytest.raises(UserError, match="open_clip has no model 'ViT-Q'"):
-        clip_size(load_config(ROOT / "configs/paper.yaml", ["clip.weights=open_clip:ViT-Q:openai"]).clip)
+        count_clip(load_config(ROOT / "configs/paper.yaml", ["clip.weights=open_clip:ViT-Q:openai"]).clip)
     with pytest.raises(UserError, match=r"nowhere has no open_clip_config.json"):
-        clip_size(load_config(ROOT / "configs/paper.yaml", ["clip.weights=local-dir:nowhere"]).clip)
+        count_clip(load_config(ROOT / "configs/paper.yaml", ["clip.weights=local-dir:nowhere"]).clip)

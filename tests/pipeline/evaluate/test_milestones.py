@@ -8,7 +8,7 @@ from models.prior_configs import DiffusionPriorConfig
 from pipeline.evaluate.stage import run_evaluation
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.ledger import Ledger
-from pipeline.release.compare import Measured, changes, measured, obstacles
+from pipeline.release.compare import Measured, changes, load_measured, obstacles
 from pipeline.release.gates import failing
 from pipeline.settings import ReleaseGates, TrainingSettings
 from pipeline.training.recipes import DiffusionPriorRecipe
@@ -29,7 +29,7 @@ def evaluated(case: Case, prior: Artifact, name: str) -> Measured:
     blobs = others | {f"diffusion_prior/{file}": blob for file, blob in prior.blobs.items()}
     bundle = publish_artifact(case.world.store, Artifact("bundle", name, {}, {}, Ledger(), blobs), 0.0)
     recipe = replace(RECIPE, rows=24, sampled_rows=24, prior_samples=4)
-    found = measured(case.world.store, run_evaluation(replace(case, bundle=bundle).context(recipe)))
+    found = load_measured(case.world.store, run_evaluation(replace(case, bundle=bundle).context(recipe)))
     assert found is not None
     return found
 

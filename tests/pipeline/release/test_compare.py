@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
-from pipeline.release.compare import OTHER_CLIP, Measured, changes, comparable, obstacles
+from pipeline.release.compare import OTHER_CLIP, Measured, changes, find_comparable, obstacles
 from pipeline.release.gates import failing, unjudged
 from pipeline.settings import ReleaseGates
 
@@ -90,8 +90,8 @@ def test_rows_of_a_model_that_only_one_bundle_has_do_not_matter() -> None:
 
 def test_of_several_evaluations_the_first_comparable_one_is_taken() -> None:
     others = [evaluation(version=3), evaluation(figure("decoder", "a")), evaluation()]
-    assert comparable(others, evaluation()) is others[1]
-    assert comparable(others[:1], evaluation()) is None
+    assert find_comparable(others, evaluation()) is others[1]
+    assert find_comparable(others[:1], evaluation()) is None
 
 
 # --- what is significant ----------------------------------------------------------------------------------------------
