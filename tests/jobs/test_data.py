@@ -122,7 +122,7 @@ def test_mistakes(tmp_path: Path, pictures: str) -> None:
     done(unclip("run", config, "--until", "pairs"))
     refused("data", "retry", config, "--reason", "timout", says=["unknown reason timout"])
     refused("data", "retry", config, "--reason", "timeout,opted_out", says=["opted_out is final"])
-    assert "no row to try again" in done(unclip("data", "retry", config, "--reason", "timeout"))
+    assert "no row to retry" in done(unclip("data", "retry", config, "--reason", "timeout"))
     other = ("--set", "pairs.encode_quality=90")  # of which no pairs are made
     refused("data", "retry", config, *other, says=["of now: pairs"])
     refused("data", "retry", config, "--set", "pairs.quality=90", says=["pairs.quality: unknown key"])

@@ -87,7 +87,7 @@ def test_a_file_that_is_no_picture(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("a heart",), "nano: not made for the list and recipes of now: captions, clip, curation, index;"),
+        (("a heart",), "nano: not made for the current list and recipes: captions, clip, curation, index;"),
         (("a heart", "--count", "0"), "--count 0 is below 1"),
     ],
 )
