@@ -135,15 +135,9 @@ def build(config: Config) -> Graph:
             kind="result",
         ),
     )
-    wanted = {"index", "samples", "evaluation", "bundle", *config.bundle.inputs}
-    needed = _needed(stages, wanted)
-    return {stage.name: stage for stage in stages if stage.name in needed}
-
-
-def _needed(stages: tuple[Stage, ...], wanted: set[str]) -> set[str]:
-    """``wanted`` and everything that they are made from."""
-    needed = set(wanted)
+    # Models, and what is pinned for them, are made only where a later stage needs them.
+    needed = {stage.name for stage in stages if stage.kind != "training" and not stage.pinned}
     for stage in reversed(stages):
         if stage.name in needed:
             needed |= set(stage.inputs)
-    return needed
+    return {stage.name: stage for stage in stages if stage.name in needed}

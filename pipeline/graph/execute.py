@@ -72,7 +72,7 @@ def execute(
 def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Any) -> Context:
     """Returns what a stage is given. ``artifacts`` hold its inputs."""
     inputs = {name: artifacts[name] for name in stage.inputs}
-    settings = getattr(config.run, stage.name, None)
+    settings = getattr(config.run, stage.name, stage.settings)
     # A store of its own, so that stages side by side count their requests apart.
     return Context(store.counted(), stage.name, stage.version, key, stage.recipe, settings, inputs, config)
 

@@ -70,6 +70,7 @@ class Stage:
             "result": is drawn from a bundle.
         pinned: The first artefact made stays in use when rows are appended.
         passes: It also makes shards that its artefact does not list, in passes before the last one.
+        settings: Its run settings, where the configuration has none under its name.
         row_seconds: Seconds of one core that a row takes, for estimates before anything was measured.
     """
 
@@ -81,6 +82,7 @@ class Stage:
     kind: Kind = "data"
     pinned: bool = False
     passes: bool = False
+    settings: Any = None
     row_seconds: float = 0.0
 
 

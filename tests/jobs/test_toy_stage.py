@@ -1,0 +1,77 @@
+"""A stage is one module and one line of ``build``: every command finds it, and no other file has to name it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.graph.artifacts import load_artifact
+from pipeline.graph.shard_tables import read_shards
+from pipeline.store import open_store
+from pipeline.store.records import blob_path
+from tests.chain import ROOT, Finished, done, write_config, write_list
+
+LINE = '        Stage("bundle", '
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the code with the module of the toy stage, and its line in ``build``."""
+    folder = tmp_path_factory.mktemp("code")
+    for name in ("pipeline", "models", "jobs", "cluster"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "tests/toy.py", folder / "pipeline/data/toy.py")
+    build = folder / "pipeline/build.py"
+    text = build.read_text()
+    assert text.count(LINE) == 1
+    text = text.replace(LINE, f"        TOY,\n{LINE}")
+    build.write_text(
+        text.replace(
+            "from pipeline.data.source import", "from pipeline.data.toy import TOY\nfrom pipeline.data.source import", 1
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Path:
+    """A configuration of twenty rows, whose store is a folder."""
+    folder = tmp_path_factory.mktemp("toy")
+    return write_config(folder, str(folder / "store"), pictures, [write_list(folder / "list.csv", 0, 20)])
+
+
+def unclip(code: Path, *words: object) -> Finished:
+    """Runs a command of the copy."""
+    command = [sys.executable, "-m", "jobs.cli", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(code)}
+    return subprocess.run(command, cwd=code, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_every_command_finds_it(code: Path, config: Path) -> None:
+    until = ("--until", "toy")
+    assert "toy" in done(unclip(code, "plan", config))
+    said = done(unclip(code, "run", config, *until))
+    assert "\ntoy " in said
+    values = yaml.safe_load(config.read_text())
+    store = open_store(values["store"])
+    (record,) = store.list("artifacts/toy/")
+    key = record.path.rpartition("/")[2].removesuffix(".json")
+    made = load_artifact(store, "toy", key)
+    assert made is not None
+    shards = list(read_shards(store, made))
+    lengths = [n for shard in shards for n in json.loads(store.read(blob_path(shard.blobs["lengths"])))]
+    assert made.ledger.kept == len(lengths) > 0
+
+    assert "nothing to do" in done(unclip(code, "run", config, *until))
+    assert key[:12] in done(unclip(code, "show", config, key[:12]))
+    assert "toy" in (Path(values["run"]["output"]) / "report.html").read_text()
+
+    (Path(values["store"]) / blob_path(shards[0].blobs["lengths"])).unlink()
+    store.delete([record.path])  # so that it is made from its shards again, and finds that one is gone
+    healed = unclip(code, "run", config, *until)
+    assert "toy done" in done(healed)
