@@ -28,12 +28,12 @@ def main(argv: Sequence[str]) -> int:
     artifacts = project.finished()
     if not artifacts:
         raise UserError(f"{arguments.config}: nothing of it is made yet; unclip run makes it")
+    from pipeline.report.images import Album
     from pipeline.report.page import write_report
-    from pipeline.report.pictures import Album
 
     path = Path(arguments.output) if arguments.output else project.report
     album = Album(licenses=arguments.license)
-    write_report(project.store, project.config, artifacts, path, album=album)
+    write_report(project.store, project.config, project.graph, artifacts, path, album=album)
     if unmet := sorted(set(arguments.license or ()) - album.met):
         known = f"those that it met: {', '.join(sorted(album.met))}" if album.met else "it met none that are named"
         print(f"no picture of the report has the licence {', '.join(unmet)}; {known}", file=sys.stderr)

@@ -60,7 +60,7 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
         if not project.report.exists():  # deleted, or run.output is another folder now
             from pipeline.report.page import write_report
 
-            write_report(project.store, project.config, project.finished(), project.report)
+            write_report(project.store, project.config, project.graph, project.finished(), project.report)
     print_places(project, asked.wanted)
     return 0
 
@@ -83,7 +83,7 @@ def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
     def report(running: Artifact | None, artifacts: Mapping[str, Artifact]) -> None:
         from pipeline.report.page import write_report
 
-        write_report(project.store, project.config, artifacts, project.report, running)
+        write_report(project.store, project.config, project.graph, artifacts, project.report, running)
 
     for _ in range(HEALINGS + 1):
         try:

@@ -116,7 +116,7 @@ def _bring(project: Project) -> None:
     from pipeline.sampling.samples import export_pictures
 
     made, output = project.finished(), Path(project.config.run.output)
-    write_report(project.store, project.config, made, project.report)
+    write_report(project.store, project.config, project.graph, made, project.report)
     if "bundle" in made:
         remember_bundle(output, project.store.url, made["bundle"].key)
     if "samples" in made:

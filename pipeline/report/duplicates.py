@@ -1,33 +1,31 @@
-"""Pictures that curation found too alike: the largest groups of a few shards, the row that caused each first."""
+"""Shows images that curation found too alike: the largest groups of a few shards, each row that caused one first."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
+from markupsafe import Markup
+
 from pipeline.data.curation.rejected import Rejected
 from pipeline.graph.shard_tables import ShardRow, read_table
-from pipeline.report.markup import attempt, figure, note, number, text
-from pipeline.report.pictures import Album
-from pipeline.report.rows import SHARDS_READ, Artifacts, numbered, read_pairs, thumbnail
+from pipeline.report.html import number, template
+from pipeline.report.images import Album
+from pipeline.report.rows import SHARDS_READ, Artifacts, Thumbnail, numbered, read_pairs, thumbnail
 from pipeline.store import Store
 
 NEAR = ("near_duplicate", "near_held_out")
 GROUPS_SHOWN = 4
 ROWS_SHOWN = 6  # of a group
-LOOK = (
-    "Look for groups whose pictures a caption would tell apart: there <code>curation.near_duplicate</code> or "
-    "<code>curation.near_held_out</code> is too low for this CLIP."
-)
 
 
-def duplicates(store: Store, artifacts: Artifacts, album: Album) -> str:
-    """The largest groups among the shards that lost most rows to curation; "" if it found nothing too alike.
+def duplicates(store: Store, artifacts: Artifacts, album: Album) -> Markup:
+    """Shows the largest groups among the shards that lost most rows to curation; empty if nothing is too alike.
 
-    Opens SHARDS_READ shards of curation, then one after another those that hold a row shown.
+    Opens SHARDS_READ shards of curation, then one after another the shards that hold a row shown.
     """
     if not any(artifacts["curation"].ledger.rejected.get(reason) for reason in NEAR):
-        return ""
+        return Markup()
     curated = numbered(store, artifacts, "curation").values()
     worst = sorted((shard for shard in curated if shard.lost), key=lambda shard: -shard.lost)[:SHARDS_READ]
     groups = group(row for shard in worst for row in _too_near(store, shard))
@@ -36,21 +34,19 @@ def duplicates(store: Store, artifacts: Artifacts, album: Album) -> str:
     cells = _cells(store, artifacts, {key for keys in shown.values() for key in keys}, album)
     parts = []
     for first, keys in shown.items():
-        pictures = [cells[key] for key in keys if key in cells]
-        if len(pictures) > 1:  # one alone shows nothing
+        images = [cells[key] for key in keys if key in cells]
+        if len(images) > 1:  # one alone shows nothing
             near = len(groups[first])
             said = f"Row {first} and {number(near)} that {'is' if near == 1 else 'are'} too near to it"
-            part = "" if len(pictures) == near + 1 else f"; {len(pictures)} of them are shown"
-            parts.append(
-                f'<p class="quiet">{text(said + part)}.</p>\n<div class="thumbs">\n{"".join(pictures)}</div>\n'
-            )
+            part = "" if len(images) == near + 1 else f"; {len(images)} of them are shown"
+            parts.append((f"{said}{part}.", images))
     found = f"Among the rows of {len(worst)} shards, those that lost most to curation: {number(len(groups))} groups."
-    hidden = " None of the largest has two pictures that may be shown." if groups and not parts else ""
-    return f"<h3>Too alike</h3>\n<p>{LOOK}</p>\n{''.join(parts)}{note(found + hidden)}"
+    hidden = " None of the largest has two images that may be shown." if groups and not parts else ""
+    return template("data.html").duplicates(parts, found + hidden)
 
 
 def group(rows: Iterable[Rejected]) -> dict[str, list[str]]:
-    """Keys of rejected rows in order, by the key of the row that they are too near to: the first one of a chain."""
+    """Groups the keys of rejected rows, in order, by the row at the beginning of their chain of near rows."""
     causes = {row.key: row.near for row in rows if row.near is not None}
     firsts = dict(causes)
     groups = defaultdict(list)
@@ -70,8 +66,8 @@ def _too_near(store: Store, shard: ShardRow) -> list[Rejected]:
     return [row for row in rows if row.reason in NEAR]
 
 
-def _cells(store: Store, artifacts: Artifacts, keys: Collection[str], album: Album) -> dict[str, str]:
-    """By key the pictures that may be shown, each with what became of its row. Holds one shard at a time."""
+def _cells(store: Store, artifacts: Artifacts, keys: Collection[str], album: Album) -> dict[str, Thumbnail]:
+    """Returns by key the images that may be shown, each with what became of its row. Holds one shard at a time."""
     shards = numbered(store, artifacts, "pairs")
     wanted = sorted({int(key[:-4]) for key in keys} & shards.keys())  # see pipeline.data.source.stage.row_key
     cells = {}
@@ -79,7 +75,6 @@ def _cells(store: Store, artifacts: Artifacts, keys: Collection[str], album: Alb
         for row in shard.rows:
             key = row["key"]
             if key in keys and row["size"] and album.may_show(row["license"]):
-                fate = "<b>stays</b>" if key in shard.kept else text(shard.reasons.get(key, row["reason"]))
-                picture = attempt(f"Row {key}", thumbnail, store, shard, row, album)
-                cells[key] = figure(picture, f"{fate} <bdi>{text(shard.captions.get(key, ''), 90)}</bdi>")
+                fate = Markup("<b>stays</b>") if key in shard.kept else shard.reasons.get(key, row["reason"])
+                cells[key] = thumbnail(store, shard, row, album, fate)
     return cells

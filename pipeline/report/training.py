@@ -1,4 +1,4 @@
-"""What the report shows of the codec and of each training: curves, previews, final numbers."""
+"""Shows the codec and each training: curves, previews, final numbers."""
 
 from __future__ import annotations
 
@@ -6,39 +6,38 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from markupsafe import Markup
+from PIL import Image
 
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, too_few
 from pipeline.progress import duration
-from pipeline.report.figures import Point, bars, line_chart
-from pipeline.report.markup import attempt, beside, facts, figure, note, number, section, text
-from pipeline.report.pictures import Album
+from pipeline.report.charts import Point, bars, line_chart
+from pipeline.report.html import PARTS, attempt, facts, note, number, template
+from pipeline.report.images import Album
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 
-TRAININGS = ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
-MAGNIFIED = ("upsampler_256", "upsampler_1024")
 PREVIEWS_SHOWN = 4
-LOOK_AT_CODEC = (
-    "Look for a spectrum that falls by orders of magnitude before its right end, and for a round-trip error close to "
-    "the reconstruction error: what is above it is lost to the buckets."
-)
-LOOK_AT_TRAINING = (
-    "Look for a validation loss that falls with the training loss; if it turns upwards while the other still falls, "
-    "the model has begun to remember its rows, and more data will help it more than more samples."
-)
+TRAINING = template("training.html")
 QUARTERS = {1: "least noise", 2: "less", 3: "more", 4: "most noise"}
 
 
 @dataclass
 class Curve:
-    """Losses of a training by samples seen, and the number of lines that could not be used.
+    """Holds the losses of a training by samples seen.
 
-    ``held_out``: validation rows that the latest validation had, None before the first. ``quarters``: of the latest
-    validation that told any, the loss by quarter of the timesteps, 1 to 4, after ``quarters_at`` samples.
+    Attributes:
+        train: training losses.
+        validation: validation losses.
+        held_out: validation rows of the latest validation pass, None before the first.
+        quarters: the loss by quarter of the timesteps, 1 to 4, of the latest validation pass that measured any.
+        quarters_at: samples seen at that pass.
+        unread: the number of lines that could not be used.
     """
 
     train: list[Point] = field(default_factory=list)
@@ -49,49 +48,50 @@ class Curve:
     unread: int = 0
 
 
-def codec_section(artifacts: Mapping[str, Artifact]) -> str:
-    """The spectrum that the codec keeps and what it loses; "" before there is a codec."""
+def codec_section(artifacts: Mapping[str, Artifact]) -> Markup:
+    """Shows the spectrum that the codec keeps and what it loses; empty before there is a codec."""
     if "codec" not in artifacts:
-        return ""
+        return Markup()
     metrics = artifacts["codec"].metrics
     warnings = [note(f"Warning: {warning}") for warning in metrics.get("warnings", ())]
     rest = {name: value for name, value in metrics.items() if name not in ("explained_variance_ratio", "warnings")}
     chart = attempt("The spectrum", _spectrum, metrics)
     numbers = attempt("The codec's metrics", facts, rest)
-    return section("codec", "Codec", LOOK_AT_CODEC, *warnings, beside(chart, numbers))
+    return TRAINING.codec([*warnings, PARTS.beside(chart, numbers)])
 
 
-def _spectrum(metrics: Mapping[str, Any]) -> str:
+def _spectrum(metrics: Mapping[str, Any]) -> Markup:
     points = [(i + 1, float(ratio)) for i, ratio in enumerate(metrics["explained_variance_ratio"])]
     series = {"share of variance": points}
     chart = line_chart("Spectrum of the image embeddings", "principal component", "share of variance", series)
-    return figure(chart, f"The share of variance that each of {len(points)} principal components holds.")
+    return PARTS.figure(chart, f"The share of variance that each of {len(points)} principal components holds.")
 
 
 def training_section(
-    store: Store, artifacts: Mapping[str, Artifact], album: Album, running: Artifact | None = None
-) -> str:
-    """Every trained model in order, and the ``running`` training at the top; "" before the first."""
-    parts = [_training(store, running, running.stage, album, training_so_far(running))] if running is not None else []
-    parts += [_training(store, artifacts[stage], stage, album) for stage in TRAININGS if stage in artifacts]
-    return section("training", "Training", LOOK_AT_TRAINING, *parts) if parts else ""
+    store: Store, trained: Sequence[Artifact], album: Album, running: Artifact | None = None
+) -> Markup:
+    """Shows every trained model in order, below the ``running`` training; empty before the first."""
+    parts = [_training(store, running, album, training_so_far(running))] if running is not None else []
+    parts += [_training(store, artifact, album) for artifact in trained]
+    return TRAINING.training(parts) if parts else Markup()
 
 
 def training_so_far(running: Artifact) -> str:
-    """For example "8,192 of 53,248 samples"."""
+    """Returns for example "8,192 of 53,248 samples"."""
     return f"{number(running.metrics['samples_seen'])} of {number(running.recipe['samples'])} samples"
 
 
-def _training(store: Store, artifact: Artifact, stage: str, album: Album, so_far: str = "") -> str:
-    summary = f"<p>So far: {so_far}.</p>\n" if so_far else attempt(f"The summary of {stage}", _summary, artifact)
-    chart = attempt(f"The loss curve of {stage}", _loss, store, artifact, stage)
-    numbers = attempt(f"The metrics of {stage}", facts, artifact.metrics) if artifact.metrics else ""
-    previews = attempt(f"The previews of {stage}", _previews, store, artifact, stage, album)
-    return f'<h3 id="{stage}">{stage}</h3>\n{summary}{beside(chart, numbers)}{previews}'
+def _training(store: Store, artifact: Artifact, album: Album, so_far: str = "") -> Markup:
+    stage = artifact.stage
+    summary = TRAINING.so_far(so_far) if so_far else attempt(f"The summary of {stage}", _summary, artifact)
+    chart = attempt(f"The loss curve of {stage}", _loss, store, artifact)
+    numbers = attempt(f"The metrics of {stage}", facts, artifact.metrics) if artifact.metrics else Markup()
+    previews = attempt(f"The previews of {stage}", _previews, store, artifact, album)
+    return TRAINING.model(stage, summary, PARTS.beside(chart, numbers), previews)
 
 
-def _summary(artifact: Artifact) -> str:
-    """One line: samples, how long they took, how fast that is, and where the time went, as far as it was recorded."""
+def _summary(artifact: Artifact) -> Markup:
+    """Says in one line how many samples took how long, and where the time went, as far as it was recorded."""
     times = artifact.times
     said = [f"{number(artifact.recipe['samples'])} samples"] if "samples" in artifact.recipe else []
     if "seconds" in times:
@@ -101,36 +101,37 @@ def _summary(artifact: Artifact) -> str:
     if "utilisation" in times:
         said.append(f"{times['utilisation']:.0%} of what matrix products reach there")
     shares = [(share, name.removeprefix("share_")) for name, share in times.items() if name.startswith("share_")]
-    spent = ", ".join(f"{text(name)} {share:.1%}" for share, name in sorted(shares, reverse=True))
-    return f"<p>{', '.join(said)}.{' Of the time: ' + spent + '.' if spent else ''}</p>\n" if said else ""
+    spent = ", ".join(f"{name} {share:.1%}" for share, name in sorted(shares, reverse=True))
+    return TRAINING.summary(", ".join(said), spent) if said else Markup()
 
 
-def _loss(store: Store, artifact: Artifact, stage: str) -> str:
+def _loss(store: Store, artifact: Artifact) -> Markup:
+    stage = artifact.stage
     if "metrics.jsonl" not in artifact.blobs:
         return note(f"{stage} has no metrics.jsonl among its files, so there is no loss curve.")
     curve = read_curve(read_blob(store, artifact.blobs["metrics.jsonl"]))
     series = {"train": curve.train, "validation": curve.validation}
     chart = line_chart(f"Loss of {stage}", "samples seen", "loss", series)
     unread = f" {number(curve.unread)} lines could not be used." if curve.unread else ""
-    shown = figure(chart, f"Loss of {stage} by samples seen.{unread}")
+    shown = PARTS.figure(chart, f"Loss of {stage} by samples seen.{unread}")
     if curve.held_out is not None and curve.held_out < FEWEST:
         shown += note(f"No validation is shown: {too_few(curve.held_out, 'validation')}.")
     return shown + (attempt(f"The loss of {stage} by timestep", _quarters, curve, stage) if curve.quarters else "")
 
 
-def _quarters(curve: Curve, stage: str) -> str:
+def _quarters(curve: Curve, stage: str) -> Markup:
     values = [(f"quarter {i}, {QUARTERS[i]}", loss) for i, loss in sorted(curve.quarters.items())]
-    chart = bars(f"Validation loss of {stage} by quarter of its timesteps", values, counts=False)
-    when = f"after {number(curve.quarters_at)} samples"
-    return figure(chart, f"Validation loss of {stage} by quarter of its timesteps, {when}.")
+    said = f"Validation loss of {stage} by quarter of its timesteps"
+    chart = bars(said, values, counts=False)
+    return PARTS.figure(chart, f"{said}, after {number(curve.quarters_at)} samples.")
 
 
 def read_curve(data: bytes) -> Curve:
-    """The losses in JSON lines of training, {"samples", "loss"}, and of validation, {"samples", "validation_loss"}.
+    """Reads losses from JSON lines of training, {"samples", "loss"}, and validation, {"samples", "validation_loss"}.
 
     A validation may also be nested: {"samples", "validation": {"loss"}}; one of a model with timesteps also has
-    "validation_loss_quarter_1" to "_4", less those without rows. Lines that are no JSON objects, or whose losses are
-    not finite, are counted as unread.
+    "validation_loss_quarter_1" to "_4", less those without rows. Lines other than JSON objects, and lines with
+    non-finite losses, are counted as unread.
     """
     curve = Curve()
     for line in data.splitlines():
@@ -159,7 +160,7 @@ def _point(samples: Any, loss: Any) -> Point:
 
 
 def preview_names(blobs: Mapping[str, str]) -> list[tuple[str, int | None]]:
-    """Names and samples of previews/<samples>.png (or preview-<samples>.png) in order: at most four, evenly spaced.
+    """Returns names and samples of previews/<samples>.png (or preview-<samples>.png): at most four, evenly spaced.
 
     preview.png, whose samples are None, comes last unless it is one of the others.
     """
@@ -172,27 +173,27 @@ def preview_names(blobs: Mapping[str, str]) -> list[tuple[str, int | None]]:
     return [found[i * (len(found) - 1) // (PREVIEWS_SHOWN - 1)] for i in range(PREVIEWS_SHOWN)]
 
 
-def _previews(store: Store, artifact: Artifact, stage: str, album: Album) -> str:
-    if album.licenses is not None and stage in MAGNIFIED:
-        return note("Its previews are other people's pictures made larger; they are left out here.")
+def _previews(store: Store, artifact: Artifact, album: Album) -> Markup:
+    names = preview_names(artifact.blobs)
+    # Models that are not conditioned on embeddings are conditioned on small images.
+    if names and album.licenses is not None and "embeddings" not in artifact.inputs:
+        return note("Its previews are other people's images made larger; they are left out here.")
     cells = []
-    for name, samples in preview_names(artifact.blobs):
+    for name, samples in names:
         when = "at the end" if samples is None else f"after {number(samples)} samples"
-        said = f"preview of {stage} {when}"
-        picture = attempt(f"{name} of {stage}", _preview, store, artifact.blobs[name], said, album)
-        cells.append(figure(picture, when.capitalize()))
-    return f'<div class="previews">\n{"".join(cells)}</div>\n' if cells else ""
+        said = f"preview of {artifact.stage} {when}"
+        image = attempt(f"{name} of {artifact.stage}", _preview, store, artifact.blobs[name], said, album)
+        cells.append(PARTS.figure(image, when.capitalize()))
+    return TRAINING.previews(cells) if cells else Markup()
 
 
-def _preview(store: Store, blob: str, alt: str, album: Album) -> str:
+def _preview(store: Store, blob: str, alt: str, album: Album) -> Markup:
     data = read_blob(store, blob)
     return album.image(data if album.licenses is None else _lower_half(data), 512, alt, most=60_000)
 
 
 def _lower_half(data: bytes) -> bytes:
-    """What the decoder has drawn, without the other people's pictures above it."""
-    from PIL import Image
-
+    """Returns what the decoder has drawn, without the other people's images above it."""
     with Image.open(io.BytesIO(data)) as grid:
         out = io.BytesIO()
         grid.crop((0, grid.height // 2, grid.width, grid.height)).save(out, "PNG")

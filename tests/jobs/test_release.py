@@ -17,7 +17,7 @@ from pipeline.graph.pointer import Move, Releases, move_release, read_releases, 
 from pipeline.graph.stages import Context
 from pipeline.held_out import too_few
 from pipeline.ledger import Ledger
-from pipeline.report.release import release_section
+from pipeline.report.evaluation import release_section
 from pipeline.sampling.bundle import MODELS
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob

@@ -36,9 +36,8 @@ from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, pub
 from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
-from pipeline.report.evaluation import evaluation_section
-from pipeline.report.measured import measured_sections
-from pipeline.report.pictures import Album
+from pipeline.report.evaluation import evaluation_section, measured_sections
+from pipeline.report.images import Album
 from pipeline.store.records import blob_path, put_blob, read_blob
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.stage import VERSIONS

@@ -10,23 +10,28 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from pipeline.build import build
+from pipeline.config import load_config
 from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.pairs.row_index import checksum, index_table
 from pipeline.data.source.stage import row_key
 from pipeline.evaluate.figure import Figure, count, judged
 from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard
 from pipeline.graph.shard_tables import read_shards, read_table, write_shard_table, write_table
+from pipeline.graph.stages import Graph
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings
 from pipeline.store import Store
 from pipeline.store.records import digest, put_blob
 
+ROOT = Path(__file__).parents[3]
 COLOURS = ("crimson", "coral", "gold", "seagreen", "teal", "royalblue", "purple", "grey")
 SHAPES = ("circle", "square", "triangle")
 SHARDS, ROWS = 3, 30
@@ -34,14 +39,14 @@ MODELS = ("clip", "codec", "ar_prior", "diffusion_prior", "decoder", "upsampler_
 WITH_TIMESTEPS = ("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
 
 
-def config(inputs: tuple[str, ...] = MODELS) -> Any:
-    """As much of a configuration as the report looks at; ``inputs`` are those of its bundle."""
-    return SimpleNamespace(
-        project="shapes",
-        thresholds=SimpleNamespace(similarity=0.0),
-        bundle=SimpleNamespace(inputs=inputs),
-        run=RaySettings(),
-    )
+def config() -> Any:
+    """Returns as much of a configuration as the report looks at."""
+    return SimpleNamespace(project="shapes", run=RaySettings())
+
+
+def graph(*overrides: str) -> Graph:
+    """Returns the stages of the quick start's configuration, with these overrides."""
+    return build(load_config(ROOT / "configs/nano.yaml", overrides))
 
 
 def picture(side: int, colour: str, shape: str, blur: float = 0.0, seed: int = 0) -> Image.Image:

@@ -10,7 +10,7 @@ from playwright.sync_api import Browser
 from pipeline.report.page import write_report
 from pipeline.store import FolderStore
 from tests.browser import Shown, chromium
-from tests.pipeline.report.made_up import alike, chain, config, culled
+from tests.pipeline.report.made_up import alike, chain, config, culled, graph
 
 pytestmark = pytest.mark.browser
 
@@ -28,9 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = FolderStore(str(folder / "store"))
     made = chain(store, "a caption" + 30 * "ofonewordthatnobodycanbreak")
     made = culled(store, made, alike(store, made))
-    write_report(store, config(), made, folder / "whole.html")
-    write_report(store, config(), {name: made[name] for name in list(made)[:9]}, folder / "half.html", made["decoder"])
-    write_report(store, config(), {}, folder / "empty.html")
+    write_report(store, config(), graph(), made, folder / "whole.html")
+    write_report(
+        store, config(), graph(), {name: made[name] for name in list(made)[:9]}, folder / "half.html", made["decoder"]
+    )
+    write_report(store, config(), graph(), {}, folder / "empty.html")
     return folder
 
 

@@ -13,7 +13,7 @@ from pipeline.graph.shard_tables import read_shards, write_shard_table
 from pipeline.ledger import Ledger
 from pipeline.report.data import data_section
 from pipeline.report.duplicates import GROUPS_SHOWN, duplicates, group
-from pipeline.report.pictures import Album
+from pipeline.report.images import Album
 from pipeline.store import FolderStore
 from tests.pipeline.report.made_up import SHARDS, alike, culled
 

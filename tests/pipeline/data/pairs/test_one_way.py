@@ -16,7 +16,7 @@ from pipeline.data.pairs.own_picture import open_picture
 from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.errors import UserError
 from pipeline.graph.shard_tables import read_shards
-from pipeline.report.pictures import shrink
+from pipeline.report.images import shrink
 from tests.pipeline.data.bench import Bench, save_clip, write_list
 from tests.pipeline.data.odd import ADOBE_RGB, SIDES, encoded, odd_images
 

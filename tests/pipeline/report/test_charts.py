@@ -7,9 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.report.figures import (
+from pipeline.report.charts import (
     BOTTOM,
-    HEIGHT,
     LEFT,
     MOST_POINTS,
     RIGHT,
@@ -78,10 +77,10 @@ def test_thinning_keeps_ends_order_and_mean() -> None:
 
 def test_line_chart_draws_to_scale() -> None:
     [points] = series_paths(line_chart("t", "x", "y", {"only": [(0, 1.0), (50, 2.0), (100, 3.0)]}))
-    assert [x for x, _ in points] == [LEFT, (LEFT + WIDTH - RIGHT) / 2, WIDTH - RIGHT]
+    assert [x for x, _ in points] == [LEFT, (LEFT + RIGHT) / 2, RIGHT]
     assert points[0][1] > points[1][1] > points[2][1]  # larger values are higher up
     assert points[0][1] - points[1][1] == pytest.approx(points[1][1] - points[2][1], abs=0.11)
-    assert points[0][1] < HEIGHT - BOTTOM
+    assert points[0][1] < BOTTOM
 
 
 def test_line_chart_turns_logarithmic_for_wide_ranges_only() -> None:

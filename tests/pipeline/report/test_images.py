@@ -8,7 +8,7 @@ import re
 import pytest
 from PIL import Image
 
-from pipeline.report.pictures import Album, shrink
+from pipeline.report.images import Album, shrink
 from tests.pipeline.report.made_up import encoded, picture
 
 
@@ -60,7 +60,7 @@ def test_the_album_counts_and_stops() -> None:
     data = encoded(picture(64, "teal", "circle"))
     album = Album(10_000)
     shown = album.image(data, 64, 'a "teal" <circle>')
-    assert 'alt="a &quot;teal&quot; &lt;circle&gt;"' in shown
+    assert 'alt="a &#34;teal&#34; &lt;circle&gt;"' in shown
     assert 'width="64" height="64"' in shown
     [uri] = re.findall(r'src="(data:image/png;base64,([^"]+))"', shown)
     assert base64.b64decode(uri[1]).startswith(b"\x89PNG")
