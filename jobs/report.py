@@ -1,4 +1,4 @@
-"""``unclip report CONFIG``: write the report of what the store holds again, for example to show it to others."""
+"""Writes the report of what the store holds again, for example to show it to others: unclip report CONFIG."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 from jobs.project import open_project
 from pipeline.config import OVERRIDES
 from pipeline.errors import UserError
+from pipeline.report.images import Album
+from pipeline.report.page import write_report
 
 
 def main(argv: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(prog="unclip report", description=__doc__)
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
@@ -21,22 +24,19 @@ def main(argv: Sequence[str]) -> int:
         "--license",
         metavar="NAME",
         action="append",
-        help="of your pictures show only those with this licence, as your list names it; may be given again",
+        help="show only the images with this licence, as your list names it; may be given again",
     )
     arguments = parser.parse_intermixed_args(argv)
     project = open_project(arguments.config, arguments.overrides)
     artifacts = project.finished()
     if not artifacts:
         raise UserError(f"{arguments.config}: nothing of it is made yet; unclip run makes it")
-    from pipeline.report.images import Album
-    from pipeline.report.page import write_report
-
     path = Path(arguments.output) if arguments.output else project.report
     album = Album(licenses=arguments.license)
     write_report(project.store, project.config, project.graph, artifacts, path, album=album)
     if unmet := sorted(set(arguments.license or ()) - album.met):
-        known = f"those that it met: {', '.join(sorted(album.met))}" if album.met else "it met none that are named"
-        print(f"no picture of the report has the licence {', '.join(unmet)}; {known}", file=sys.stderr)
+        known = f"its images have {', '.join(sorted(album.met))}" if album.met else "its images name none"
+        print(f"no image of the report has the licence {', '.join(unmet)}; {known}", file=sys.stderr)
     print(f"report: {path}")
     return 0
 

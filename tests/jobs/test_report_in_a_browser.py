@@ -141,7 +141,7 @@ def test_a_copy_for_others_shows_pictures_of_one_licence_only(
     ended = unclip("report", *words, "--license", "CC-BY-4.0", "--license", "CC-BY-9.0", "--output", file)
     assert str(file) in done(ended)
     assert (
-        "no picture of the report has the licence CC-BY-9.0; those that it met: CC-BY-4.0, CC-BY-SA-4.0" in ended.stderr
+        "no image of the report has the licence CC-BY-9.0; its images have CC-BY-4.0, CC-BY-SA-4.0" in ended.stderr
     )
     copy = Shown(browser, file)
     held_out = copy.page.locator("#evaluation .strips").first.locator("figcaption").all_inner_texts()
