@@ -250,7 +250,7 @@ def test_the_report_shows_the_release_beside_the_bundle(made: Made) -> None:
     shown = release_section(made.store, "p", made.artifacts(OTHER))
     (row,) = (row for row in shown.splitlines() if "decoder: background" in row)
     assert "+0.1 (0.1 to 0.1)" in row
-    assert "<td >better</td>" in row
+    assert "<td>better</td>" in row
     made.make(0.1, OTHER, "evaluation.rows=9")
     shown = release_section(made.store, "p", made.artifacts(OTHER, "evaluation.rows=9"))
     assert "Not compared with" in shown

@@ -86,7 +86,7 @@ def test_pictures_whose_licence_forbids_it_are_left_out(store: FolderStore, made
     page = duplicates(store, found, Album(1 << 20, {"CC0-1.0"}))
     assert "<img" not in page
     assert "<bdi>" not in page
-    assert "None of the largest has two pictures that may be shown." in page
+    assert "None of the largest has two images that may be shown." in page
 
 
 def test_one_picture_without_room_costs_one_picture(store: FolderStore, made: dict[str, Artifact]) -> None:
