@@ -140,9 +140,7 @@ def test_a_copy_for_others_shows_pictures_of_one_licence_only(
     file = tmp_path / "copy.html"
     ended = unclip("report", *words, "--license", "CC-BY-4.0", "--license", "CC-BY-9.0", "--output", file)
     assert str(file) in done(ended)
-    assert (
-        "no image of the report has the licence CC-BY-9.0; its images have CC-BY-4.0, CC-BY-SA-4.0" in ended.stderr
-    )
+    assert "no image of the report has the licence CC-BY-9.0; its images have CC-BY-4.0, CC-BY-SA-4.0" in ended.stderr
     copy = Shown(browser, file)
     held_out = copy.page.locator("#evaluation .strips").first.locator("figcaption").all_inner_texts()
     captions = copy.texts("#data .thumbs figcaption") + held_out
