@@ -1,6 +1,6 @@
-"""A running cluster, asked through Ray's Jobs SDK: what runs there, submit, follow, stop.
+"""Talks to a running cluster through Ray's Jobs SDK: lists, submits, follows and stops jobs.
 
-The job goes on whatever becomes of whoever follows it.
+A job goes on when the process that follows it ends.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from urllib.parse import urlsplit
 from cluster.job import Job, number_of
 from pipeline.errors import UserError
 
-ANSWER_S = 15.0  # for a head that is there
+ANSWER_S = 15.0  # within which a head answers
 AGENT_S = 90.0  # until a head that has just started takes jobs
-LOST_S = 60.0  # a head that does not answer for so long is given up
-SILENT_S = 60.0  # without a word of the job: the connection may be dead, and is made again
+LOST_S = 60.0  # after which a head that does not answer is given up
+SILENT_S = 60.0  # without output: the connection may be dead, and is made again
 POLL_S = 1.0
 PORT = 8265
 LIVE = ("PENDING", "RUNNING")
@@ -45,7 +45,7 @@ SAY_ADDRESS = f"start it, or correct the address: that of its dashboard, whose p
 
 @dataclass(frozen=True)
 class Seen:
-    """A job as the cluster has it. ``code``: the exit code of its driver, once there is one."""
+    """A job as the cluster knows it, with the exit code of its driver once it has ended."""
 
     id: str
     status: str
@@ -59,14 +59,14 @@ class Seen:
 
     @property
     def exit_code(self) -> int:
-        """0 if it succeeded, the driver's code if it failed by one, 128 and the number of a signal, else 1."""
+        """Returns 0 for a success, the driver's own exit code, 128 plus the number of a signal, or 1."""
         if self.status == "SUCCEEDED":
             return 0
         return 1 if not self.code else self.code if self.code > 0 else 128 - self.code
 
 
 class Cluster:
-    """The cluster whose dashboard is at an address such as http://HOST:8265.
+    """A cluster, by the address of its dashboard such as http://HOST:8265.
 
     Raises UserError if none answers there, if its Ray is not of our minor version, or if it wants another token.
     """
@@ -83,19 +83,19 @@ class Cluster:
         self._client: Any = self._ask(lambda: JobSubmissionClient(self.address, headers=headers))
 
     def jobs(self) -> list[Seen]:
-        """All jobs that were submitted to it, in no order."""
+        """Returns all jobs that were submitted to it, in any order."""
         return [_seen(found) for found in self._ask(self._client.list_jobs) if found.submission_id]
 
     def job(self, submission_id: str) -> Seen:
         return _seen(self._ask(lambda: self._client.get_job_info(submission_id)))
 
     def attempts(self, job: Job) -> list[Seen]:
-        """The job as often as it was submitted, in that order."""
+        """Returns every submission of a job, in order."""
         found = {number: seen for seen in self.jobs() if (number := number_of(job.id, seen.id)) is not None}
         return [found[number] for number in sorted(found)]
 
     def submit(self, job: Job, package: Path, metadata: Mapping[str, str]) -> None:
-        """Submit ``job`` with the zip ``package``; nothing happens if one of its id is there. Raises UserError."""
+        """Submits a job with its zipped package, unless a job of this id exists. Raises UserError."""
         environment = {"working_dir": str(package), "env_vars": dict(job.environment)}
         deadline = time.monotonic() + AGENT_S
         while True:
@@ -111,7 +111,7 @@ class Cluster:
                 with suppress(UserError):
                     if any(
                         seen.id == job.id for seen in self.jobs()
-                    ):  # by somebody else, or by a try without an answer
+                    ):  # submitted by another process, or by a try whose answer was lost
                         return
                 early = isinstance(e, OSError) or any(word in str(e) for word in NOT_YET)
                 if not early or time.monotonic() > deadline:
@@ -119,7 +119,7 @@ class Cluster:
                 time.sleep(POLL_S)
 
     def stop(self, submission_id: str) -> Seen:
-        """Stop a job and wait for its end."""
+        """Stops a job and waits for its end."""
         self._ask(lambda: self._client.stop_job(submission_id))
         while (seen := self.job(submission_id)).live:
             time.sleep(POLL_S)
@@ -182,7 +182,7 @@ class Cluster:
             yield text
 
     def _ask(self, call: Callable[[], Any]) -> Any:
-        """What the SDK answers, its errors in one line."""
+        """Returns the answer of the SDK. Raises UserError in one line for its errors."""
         try:
             return call()
         except OSError as e:  # those of requests are
@@ -197,17 +197,19 @@ def _seen(found: Any) -> Seen:
 
 
 def _normal(address: str) -> str:
-    """http://HOST:PORT. Raises UserError for an address of another kind."""
+    """Returns http://HOST:PORT. Raises UserError for an address of another kind."""
     parts = urlsplit(address if "://" in address else f"http://{address}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{address} is no address of a dashboard; write http://HOST:{PORT}, local or kuberay")
+        raise UserError(f"{address} is not the address of a dashboard; write http://HOST:{PORT}, local or kuberay")
     host = parts.netloc if parts.port or parts.scheme == "https" else f"{parts.netloc}:{PORT}"
     return f"{parts.scheme}://{host}"
 
 
 def _meet(address: str, token: str | None) -> str | None:
-    """Ask for the version, before Ray is imported, which would wait for minutes for a host that is silent. Returns the
-    token that the cluster wants, which nobody is told who does not ask for one."""
+    """Returns the token that the cluster wants, after a look at its version; it is sent only when it is asked for.
+
+    This comes before the import of Ray, which waits for minutes for a host that is silent. Raises UserError.
+    """
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         with urllib.request.urlopen(
@@ -234,7 +236,7 @@ def _meet(address: str, token: str | None) -> str | None:
 
 
 def _own_token() -> str | None:
-    """The token of this user, from where Ray itself looks for it."""
+    """Returns the token of this user, from the places where Ray looks for it."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
     try:

@@ -1,6 +1,6 @@
-"""One job: what is asked of a cluster, whichever it is. Pure: no Ray, and nothing is sent.
+"""Describes one job of a cluster. Pure: imports no Ray, and sends nothing.
 
-Its id is the key of what is asked, so that who asks twice finds the job that runs already.
+The id of a job is the key of what it makes, so a second submission finds the job that runs already.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ DRIVER_CPUS, DRIVER_MB = 1.0, 4096  # of Python, torch and Ray; a training witho
 
 @dataclass(frozen=True)
 class Job:
-    """``id``: "unclip-<project>-<16 hexadecimal digits>", a DNS label of at most 45 characters. ``command`` runs in the
-    unpacked package. ``environment`` holds no secret: whoever sees the dashboard reads it. ``cpus`` and ``memory_mb``:
-    what the driver takes, which runs beside the cluster's head and does itself what has no workers."""
+    """A job.
+
+    Attributes:
+        id: "unclip-<project>-<16 hexadecimal digits>", a DNS label of at most 45 characters.
+        command: Runs in the unpacked package.
+        environment: Holds no secret, since the dashboard shows it.
+        cpus: Cores of the driver, which runs beside the cluster's head and does what has no workers.
+        memory_mb: Memory of the driver.
+    """
 
     id: str
     command: tuple[str, ...]
@@ -31,7 +37,7 @@ class Job:
     memory_mb: int
 
     def again(self, number: int) -> Job:
-        """The same job for the ``number``-th time: a cluster takes an id only once, though what is done stays done."""
+        """Returns the same job for its ``number``-th submission: a cluster takes an id only once."""
         return self if number == 1 else replace(self, id=f"{self.id}-{number}")
 
 
@@ -44,10 +50,18 @@ def make_job(
     until: str | None = None,
     yes: bool = False,
 ) -> Job:
-    """The job that makes ``keys``, the artefacts that are wanted by stage, in the store at ``store_url``.
+    """Returns the job that makes artefacts in a store.
 
-    Run settings, ``yes`` and the code are no part of its id: they do not change what is asked. ``environ``: of whoever
-    submits; the job takes over where the store's server is.
+    Run settings, ``yes`` and the code are not part of its id, as they do not change what is made.
+
+    Args:
+        config: Names the project.
+        store_url: The store.
+        keys: The keys of the artefacts, by stage.
+        environ: The environment of the submitter, from which the job takes the address of the store's server.
+        only: The one stage to make.
+        until: The last stage to make.
+        yes: Go on above the budget.
     """
     words = [f"--{name}={stage}" for name, stage in (("only", only), ("until", until)) if stage]
     command = ("python", "-m", "jobs.run", PROJECT_FILE, *words, *(["--yes"] if yes else []))
@@ -56,13 +70,13 @@ def make_job(
 
 
 def job_id(project: str, store_url: str, keys: Mapping[str, str]) -> str:
-    """A name for what is asked that clusters and Kubernetes accept."""
+    """Returns a name for a job that clusters and Kubernetes accept."""
     name = re.sub(r"[^a-z0-9]+", "-", project.lower())[:LONGEST].strip("-")
     asked = digest(["job", project, store_url, sorted(keys.items())])[:16]
     return "-".join(part for part in ("unclip", name, asked) if part)
 
 
 def number_of(id: str, submission_id: str) -> int | None:
-    """The how-manieth time ``submission_id`` is of the job ``id``; None if it is another job."""
+    """Returns the number of a submission of the job ``id``, or None if it is of another job."""
     found = re.fullmatch(re.escape(id) + r"(?:-([1-9]\d*))?", submission_id)
     return int(found[1] or 1) if found else None

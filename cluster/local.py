@@ -1,7 +1,8 @@
-"""A cluster of two nodes on this machine, to rehearse a real one: a head, and a worker node with the label of a GPU's.
+"""Runs a cluster of two nodes on this machine, to rehearse a real one: a head, and a worker node with a GPU's label.
 
-A keeper, which outlives whoever started it, starts both, starts the worker node again should it die, and ends all when
-no job is left. It is found again by a small file. The dashboard listens on loopback only, and all wants a token.
+A keeper process, which outlives the command that started it, starts both nodes, starts the worker node again when it
+dies, and ends both when no job is left. A small file says where it is. The dashboard listens on loopback, and every
+connection needs a token.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ START_S = 300.0  # until both nodes are there
 TRIES = 3  # to start a node
 ANSWER_S = 60.0  # of a cluster that is there
 FIRST_S = 120.0  # until the first job comes
-LINGER_S = 30.0  # after the last one, for whoever follows it to hear its end and submits it again
+LINGER_S = 30.0  # after the last one, so that its follower hears its end and can submit it again
 POLL_S = 2.0
 END_S = 10.0  # for Ray to end in order
 LEAST_STORE_MB = 100
-# Of whoever starts it: another cluster, its token, and that it has one node only.
+# Variables of the starting process that name another cluster, its token, and that it has one node.
 NOT_OURS = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
 MARK = "UNCLIP_CLUSTER"  # in the environment of every process of a cluster
 AGENT_PORTS = (  # a node whose agents find their usual ports taken by another one starts, and never takes a job
@@ -57,7 +58,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopba
 
 @dataclass(frozen=True)
 class State:
-    """What the file says. ``keeper`` is a process; ``scratch``, Ray's folder, is in the environment of all others."""
+    """The content of the file: the dashboard, the keeper's process, and Ray's folder, which marks all others."""
 
     address: str
     keeper: int
@@ -66,7 +67,7 @@ class State:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Alone with the cluster of ``folder``: nobody starts it, submits to it or ends it meanwhile."""
+    """Locks the cluster of ``folder``: no other process starts it, submits to it or ends it meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -74,7 +75,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def find(folder: Path) -> tuple[str, str] | None:
-    """Address and token of the cluster that runs, or None. Call it ``locked``.
+    """Returns address and token of the cluster that runs, or None. Call it ``locked``.
 
     Raises UserError if it runs and does not answer: a job may be at work in it.
     """
@@ -92,7 +93,7 @@ def find(folder: Path) -> tuple[str, str] | None:
 
 
 def start(folder: Path, settings: RaySettings) -> tuple[str, str]:
-    """Start the cluster and return its address and token, once it answers. Call it ``locked``, after ``find``.
+    """Starts the cluster and returns its address and token, once it answers. Call it ``locked``, after ``find``.
 
     Raises UserError if it does not come up.
     """
@@ -115,7 +116,7 @@ def start(folder: Path, settings: RaySettings) -> tuple[str, str]:
 
 
 def clear(folder: Path) -> None:
-    """End what a keeper that was killed has left. Call it ``locked``."""
+    """Ends what a keeper that was killed has left. Call it ``locked``."""
     if (state := _read(folder)) is not None:
         _kill_marked(state.scratch)
         if _is_scratch(state.scratch):
@@ -127,7 +128,7 @@ def clear(folder: Path) -> None:
 
 
 def keep(folder: str, cpus: str, object_store_mb: str) -> None:
-    """The keeper's life, in a process of its own."""
+    """Runs the keeper until no job is left; the main function of its process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _Keeper(Path(folder), int(cpus), int(object_store_mb)).live()
 
@@ -161,8 +162,10 @@ class _Keeper:
             self._leave()
 
     def _add(self, make: Callable[[], subprocess.Popen[bytes]]) -> None:
-        """Start one more node and wait until it is part of the cluster; again where Ray gives up, as it does after half
-        a minute on a machine that is very busy."""
+        """Starts one more node and waits until it is part of the cluster.
+
+        It tries again where Ray gives up, as it does after half a minute on a machine that is very busy.
+        """
         self.nodes.append(make())
         for attempt in range(TRIES):
             while self.nodes[-1].poll() is None:
@@ -174,7 +177,7 @@ class _Keeper:
         raise SystemExit("a node ended while it started")
 
     def _node(self, host: str, name: str, cpus: int, labels: str, more: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Each node has a folder of its own: one that starts deletes the packages that it finds unpacked in it."""
+        """Starts a node with a folder of its own: a node that starts deletes the packages unpacked in its folder."""
         words = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host}",
             f"--temp-dir={self.scratch / name}", f"--num-cpus={cpus}", f"--labels={labels}",
@@ -191,7 +194,7 @@ class _Keeper:
         return subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def _watch(self) -> None:
-        """Return when no job is left, or the head is not."""
+        """Returns when no job is left or the head has ended."""
         until = time.monotonic() + FIRST_S
         while self.nodes[0].poll() is None:
             if self.nodes[1].poll() is not None:
@@ -212,7 +215,7 @@ class _Keeper:
         return jobs is None or any(job["status"] in LIVE for job in jobs)
 
     def _forget(self) -> None:
-        """Let nobody find this cluster any more; by now there may be another one."""
+        """Removes the file that names this cluster, unless it names another one by now."""
         if (state := _read(self.folder)) is not None and state.keeper == os.getpid():
             (self.folder / "state.json").unlink(missing_ok=True)
 
@@ -235,13 +238,13 @@ class _Keeper:
 def _read(folder: Path) -> State | None:
     try:
         state = State(**json.loads((folder / "state.json").read_text()))
-    except (FileNotFoundError, ValueError, TypeError):  # a file of another version is none
+    except (FileNotFoundError, ValueError, TypeError):  # or a file of another version
         return None
     return state if isinstance(state.keeper, int) and isinstance(state.scratch, str) else None
 
 
 def _is_scratch(folder: str) -> bool:
-    """Returns whether a folder is one that a keeper of this user made: what a file says may be anything."""
+    """Says whether a keeper of this user made a folder: the file that names it may hold anything."""
     try:
         about = os.lstat(folder)
     except (OSError, ValueError):
@@ -252,7 +255,7 @@ def _is_scratch(folder: str) -> bool:
 
 
 def _is_keeper(pid: int, folder: Path) -> bool:
-    """Whether the process lives and is the keeper of ``folder``; where there is no /proc, whether it lives."""
+    """Says whether a process lives and is the keeper of ``folder``; without /proc, whether it lives."""
     try:
         os.kill(pid, 0)
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -264,16 +267,16 @@ def _is_keeper(pid: int, folder: Path) -> bool:
 
 
 def _kill_marked(scratch: str) -> None:
-    """Kill every process of a cluster, those too that have left the group of their parent."""
+    """Kills every process of a cluster, also those that have left the group of their parent."""
     mark = f"{MARK}={scratch}".encode()
     for file in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             if mark in file.read_bytes().split(b"\0"):
                 os.kill(int(file.parent.name), signal.SIGKILL)
 
 
 def _free_ports(*names: str) -> dict[str, int]:
-    probes = [socket.create_server(("", 0)) for _ in names]  # of no address, so that it is free at all of them
+    probes = [socket.create_server(("", 0)) for _ in names]  # bound to every address, so that it is free at each
     ports = {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
     for probe in probes:
         probe.close()
@@ -281,12 +284,12 @@ def _free_ports(*names: str) -> dict[str, int]:
 
 
 def _jobs(address: str, token: str) -> list[dict[str, Any]] | None:
-    """The jobs that the head knows; None if it does not answer."""
+    """Returns the jobs that the head knows, or None if it does not answer."""
     return _get(f"{address}/api/jobs/", token)
 
 
 def _alive(address: str, token: str) -> int:
-    """How many nodes the cluster has."""
+    """Returns how many nodes the cluster has."""
     answer = _get(f"{address}/api/v0/nodes", token)
     return sum(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"]) if answer else 0
 

@@ -1,4 +1,4 @@
-"""What a job takes along: the code of this project, the configuration with all its values, small files that it names.
+"""Packs what a job takes along: the code, the configuration with all its values, and small files that it names.
 
 Lists travel as they are read, not as they lie: passwords are masked, and rows that were forgotten are empty. A zip of
 the same files is the same bytes, so that Ray and the store take it once.
@@ -31,7 +31,7 @@ from pipeline.store.records import put_blob
 
 ROOT = Path(__file__).parents[1]
 CODE = ("models", "pipeline", "jobs", "cluster")
-PACKAGES = "packages"  # where they lie in a store
+PACKAGES = "packages"  # their folder in a store
 LARGEST = 100 << 20  # bytes; as much as Ray keeps of a package, for which this is its own limit too
 NAMED = 5  # of the largest files, in a message
 TABLES = (".parquet", ".csv", ".tsv")
@@ -40,8 +40,13 @@ ELSEWHERE = ("file:", "tar:", "embedding:", "/")  # references to files, which e
 
 @dataclass(frozen=True)
 class Package:
-    """``files``: what lies under which name. ``weights``: files that go through the store, by their content.
-    ``notes``: what does not travel, a line each."""
+    """A package.
+
+    Attributes:
+        files: Files or their contents, by name.
+        weights: Files that go through the store, by their content.
+        notes: A line for each thing that does not travel.
+    """
 
     files: Mapping[str, Path | bytes]
     weights: tuple[ContentFile, ...] = ()
@@ -49,12 +54,12 @@ class Package:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
+        """Returns the bytes of each file."""
         return {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in self.files.items()}
 
     @property
     def key(self) -> str:
-        """sha256 of names and contents."""
+        """Returns the sha256 of names and contents."""
         whole = hashlib.sha256()
         for name, file in sorted(self.files.items()):
             data = file if isinstance(file, bytes) else file.read_bytes()
@@ -79,7 +84,7 @@ def make_package(config: Config, store_url: str, output: str, journal: Journal, 
     weights: list[ContentFile] = []
 
     def place(name: str, file: ContentFile) -> str:
-        """Under which path a file that a recipe names lies in the package."""
+        """Returns the path in the package of a file that a recipe names."""
         if name == "init_from" or not file.path:  # without a path it lies in the store already
             weights.extend([file] if file.path else [])
             return str(file)
@@ -105,7 +110,7 @@ def make_package(config: Config, store_url: str, output: str, journal: Journal, 
         if not here:
             notes.append(
                 f"{path} does not travel: every machine must find it, and the files that it names, at {file}; "
-                "pictures on S3 or the web need no such place"
+                "images on S3 or the web need no such place"
             )
     kind, _, folder = config.clip.weights.partition(":")
     if kind == "local-dir" and not here:
@@ -121,7 +126,7 @@ def make_package(config: Config, store_url: str, output: str, journal: Journal, 
 
 
 def check_size(package: Package) -> None:
-    """Raise UserError, with the largest files, if a package is over the limit before it is compressed."""
+    """Raises UserError, with the largest files, if a package is over the limit before it is compressed."""
     sizes = package.sizes
     if (total := sum(sizes.values())) <= LARGEST:
         return
@@ -129,13 +134,13 @@ def check_size(package: Package) -> None:
     named = ", ".join(f"{name} ({size / (1 << 20):,.1f} MiB)" for name, size in largest)
     raise UserError(
         f"the package of this job has {total / (1 << 20):,.1f} MiB, over {LARGEST >> 20} MiB: {named}; cut a list and "
-        "append the rest later, or put it in a folder that every machine mounts and give it pictures by file:// "
+        "append the rest later, or put it in a folder that every machine mounts and give it images by file:// "
         "references"
     )
 
 
 def write_zip(package: Package, path: Path) -> Path:
-    """Write the package as a zip whose bytes depend on names and contents alone."""
+    """Writes the package as a zip whose bytes depend on names and contents alone."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, file in sorted(package.files.items()):
             entry = zipfile.ZipInfo(name)  # of 1980
@@ -145,13 +150,13 @@ def write_zip(package: Package, path: Path) -> Path:
 
 
 def package_path(file: Path) -> str:
-    """Where a zip lies in a store, for machines that read it there instead of being sent it."""
+    """Returns the path of a zip in a store, for machines that read it there."""
     with open(file, "rb") as f:
         return f"{PACKAGES}/{hashlib.file_digest(f, 'sha256').hexdigest()}.zip"
 
 
 def send_weights(store: Store, package: Package) -> None:
-    """Put what is too large for a package where the job reads it. Raises UserError for a file that changed."""
+    """Stores what is too large for a package. Raises UserError for a file that changed."""
     for file in package.weights:
         if put_blob(store, Path(file.path)) != file:
             raise UserError(f"{file.path} changed while it was being read; submit again")
@@ -165,7 +170,7 @@ def _files(root: Path, folders: Sequence[str], pattern: str) -> Iterator[tuple[s
 
 
 def _module(name: str) -> dict[str, Path | bytes]:
-    """The files of a module of the user's; none of one that is installed, as the cluster must have it too."""
+    """Returns the files of a user's module; none if it is installed, as the cluster must have it too."""
     spec = importlib.util.find_spec(name.partition(".")[0])
     origin = Path(spec.origin) if spec and spec.origin else None
     installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
@@ -177,14 +182,14 @@ def _module(name: str) -> dict[str, Path | bytes]:
 
 
 def _travels(path: str, config: Config) -> bool:
-    """Whether a list is a file that says all there is to say: its pictures are not files beside it."""
+    """Says whether a list can travel: it is a file, and its images are not files beside it."""
     if Path(path).suffix.lower() not in TABLES or not Path(path).expanduser().is_file():
         return False
     return not any(row.url.startswith(ELSEWHERE) and not row.reject for row in read_rows(path, config.source))
 
 
 def _as_read(path: str, config: Config, forgotten: frozenset[str]) -> bytes:
-    """A list's rows as this machine reads them, each in its place; not all, if they are more than a package takes."""
+    """Returns a list's rows as this machine reads them; it stops at what a package takes."""
     out = io.BytesIO()
 
     def rows() -> Iterator[Row]:
@@ -198,7 +203,7 @@ def _as_read(path: str, config: Config, forgotten: frozenset[str]) -> bytes:
 
 
 def _plain(value: Any, place: Any, name: str = "") -> Any:
-    """A configuration as values that YAML can hold; ``place`` says for each file that is named what stands there."""
+    """Returns a configuration as values that YAML can hold; ``place`` gives the value for each file that is named."""
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name), place, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, tuple | list):

@@ -83,7 +83,7 @@ def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
     if not settings.image:
         raise UserError("run.kubernetes.image: missing; build cluster/Dockerfile, push it, and name it here")
     if len(job.id) > LONGEST_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job.id):
-        raise UserError(f"{job.id}: no name for a RayJob, which has up to {LONGEST_NAME} of a-z, 0-9 and -")
+        raise UserError(f"{job.id}: not a name for a RayJob, which has up to {LONGEST_NAME} of a-z, 0-9 and -")
     for name in job.environment:
         if SECRETS.search(name):
             raise UserError(f"{name}: no secret is written into YAML; put it into a Secret, run.kubernetes.secret")
@@ -99,7 +99,7 @@ def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
 
 
 def _head(settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The pod of the driver, which no worker may crowd: Ray hands out none of its cores and GPUs."""
+    """Returns the head group: Ray hands out none of its cores and GPUs, so no worker crowds the driver."""
     ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
     template = _pod("ray-head", settings.head_cpus, settings.head_memory_gb, settings.head_gpus, settings, environment)
     template["spec"]["containers"][0]["ports"] = [{"name": name, "containerPort": p} for name, p in ports.items()]
@@ -149,7 +149,7 @@ def _expression(name: str, operator: str) -> dict[str, Any]:
 def _pod(
     name: str, cpus: int, memory_gb: int, gpus: int, settings: KubernetesSettings, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A pod template with one container. Requests are limits, so that no pod dies of what another one uses."""
+    """Returns a pod template with one container. Requests equal limits, so no pod dies of what another one uses."""
     resources: dict[str, Any] = {"cpu": str(cpus), "memory": f"{memory_gb}Gi"}
     if gpus:
         resources["nvidia.com/gpu"] = str(gpus)
@@ -186,11 +186,11 @@ def _store(memory_gb: int) -> dict[str, str]:
 
 
 class _Block(str):
-    """Text that stands in YAML as a block, as it is."""
+    """Text that YAML writes as a block."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes out what is used twice, instead of a reference."""
+    """Writes values that are used twice in full, without references."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

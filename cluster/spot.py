@@ -1,4 +1,4 @@
-"""What Ray's autoscaler launches next: spot machines while there are some, else the same on demand.
+"""Scores what Ray's autoscaler launches next: spot machines while AWS has some, else the same on demand.
 
 Ray asks for a function of these arguments in RAY_AUTOSCALER_UTILIZATION_SCORER, which cluster/aws.yaml sets. Its own
 knows no spot: it would go on asking for machines that AWS does not have.
@@ -20,10 +20,10 @@ def score(
     *,
     node_availability_summary: Any,
 ) -> Score | None:
-    """How well one more node of ``node_type`` serves what is asked for: the largest is launched. None if nothing fits.
+    """Returns how well one more node of a type serves the requests, or None if nothing fits.
 
-    First no GPU that nobody asked for, then a type that AWS did not refuse in the last half hour (which Ray keeps in
-    ``node_availability_summary``), then spot, then the most requests.
+    The type that serves best is launched. First comes a type without an unneeded GPU, then a type that AWS did not
+    refuse in the last half hour (which Ray keeps in ``node_availability_summary``), then spot, then the most requests.
     """
     fitting = _fitting(node_resources, resources)
     if not fitting:
@@ -34,7 +34,7 @@ def score(
 
 
 def _fitting(node_resources: Mapping[str, float], resources: Sequence[Mapping[str, float]]) -> int:
-    """How many of the requests, taken in turn, one node has room for."""
+    """Returns how many of the requests, taken in turn, fit on one node."""
     free, fitting = dict(node_resources), 0
     for request in resources:
         if all(free.get(name, 0) >= amount for name, amount in request.items()):

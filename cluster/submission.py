@@ -1,4 +1,4 @@
-"""Which cluster, and which job there: the one that runs already, or a new one."""
+"""Finds the cluster and the job there, and submits the job unless it runs already."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @contextmanager
 def running(to: str, folder: Path) -> Iterator[Cluster | None]:
-    """The cluster ``to``; of the local one of ``folder``, which does not end meanwhile, None if it does not run.
+    """Yields the cluster ``to``, or None if the local one of ``folder`` does not run; it does not end meanwhile.
 
     Raises UserError if no cluster answers there.
     """
@@ -37,13 +37,13 @@ def running(to: str, folder: Path) -> Iterator[Cluster | None]:
 
 
 def started(folder: Path, settings: RaySettings) -> Cluster:
-    """The local cluster of ``folder``, started. Call it in ``running``."""
+    """Starts the local cluster of ``folder`` and returns it. Call it in ``running``."""
     print("starting a cluster of two nodes on this machine", flush=True)
     return Cluster(*start(folder, settings))
 
 
 def check_reach(store: Store, job: Job, to: str) -> None:
-    """Say what another machine needs to see the store. Raises UserError where it would look for it in itself."""
+    """Prints what another machine needs to reach the store. Raises UserError for an address of loopback."""
     if urlsplit(to if "://" in to else f"//{to}").hostname in LOOPBACK:
         return
     if local_folder(store):
@@ -56,7 +56,7 @@ def check_reach(store: Store, job: Job, to: str) -> None:
 
 
 def put_package(store: Store, package: Package) -> str:
-    """Put what a job needs into the store, for machines that read it there; the path of its zip."""
+    """Stores what a job needs, for machines that read it there; returns the path of its zip."""
     print_notes(package)
     send_weights(store, package)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,12 +67,20 @@ def put_package(store: Store, package: Package) -> str:
 
 
 def attach_or_submit(cluster: Cluster, store: Store, job: Job, package: Package, about: Mapping[str, str]) -> str:
-    """The id under which the job runs. It is submitted, ``about`` it this, unless it runs already."""
+    """Submits a job unless it runs already; returns the id of its submission.
+
+    Args:
+        cluster: Where it runs.
+        store: Gets weights that are too large for the package.
+        job: The job.
+        package: What it takes along.
+        about: Metadata by which it is found again.
+    """
     attempts = cluster.attempts(job)
     if live := [seen for seen in attempts if seen.live]:
         print(f"{live[-1].id} runs already; what it said so far:", flush=True)
         if live[-1].metadata.get("package") != package.key:
-            print("its code or run settings are others than yours; unclip submit --stop ends it", file=sys.stderr)
+            print("its code or run settings differ from yours; unclip submit --stop ends it", file=sys.stderr)
         return live[-1].id
     if attempts:
         last = attempts[-1]
@@ -89,11 +97,11 @@ def attach_or_submit(cluster: Cluster, store: Store, job: Job, package: Package,
 
 
 def print_notes(package: Package) -> None:
-    """Say what does not travel."""
+    """Prints what does not travel."""
     for note in package.notes:
         print(f"note: {note}", file=sys.stderr)
 
 
 def stop(cluster: Cluster, about: Mapping[str, str]) -> list[Seen]:
-    """Stop every job that runs and was submitted ``about`` this; as they have ended."""
+    """Stops every live job with this metadata; returns them as they ended."""
     return [cluster.stop(seen.id) for seen in cluster.jobs() if seen.live and seen.metadata.items() >= about.items()]

@@ -1,4 +1,4 @@
-"""``unclip pin CONFIG STAGE``, ``unclip unpin CONFIG STAGE``: move what stands for later data, and say what follows."""
+"""``unclip pin | unpin CONFIG STAGE``: keep an artefact for later data or lift that, and say what becomes stale."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from pipeline.store import Store
 
 
 def main(argv: Sequence[str]) -> int:
+    """Moves a pin, or lifts it."""
     parser = argparse.ArgumentParser(prog="unclip", description=__doc__)
     parser.add_argument("command", choices=("pin", "unpin"))
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("stage", help="clip, codec or thresholds")
     parser.add_argument(
-        "--key", help="pin this artefact (a key, or its first 12 characters); by default the present one"
+        "--key", help="pin this artefact (a key, or its first 12 characters); by default the current one"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would follow, and move nothing")
     arguments = parser.parse_args(argv)
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         project.store.delete([path])
     elif not project.store.swap(path, version, json.dumps({"key": key}).encode()):
         raise UserError(
-            f"{arguments.stage}: somebody else has moved this pin meanwhile; look with unclip plan and try again"
+            f"{arguments.stage}: another process has moved this pin meanwhile; look with unclip plan and try again"
         )
     print_changes(before, project.plan())
     return 0

@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Agreed:
-    """What is to be made: ``stale`` of the ``wanted`` stages."""
+    """The stages that are wanted, the verdicts on all stages, and which of the wanted ones are stale."""
 
     wanted: set[str]
     verdicts: list[Verdict]
@@ -85,14 +85,14 @@ class Agreed:
 
     @property
     def keys(self) -> dict[str, str]:
-        """The keys of what is wanted, by stage."""
+        """Returns the keys of the wanted stages, by stage."""
         return {verdict.stage: verdict.key for verdict in self.verdicts if verdict.stage in self.wanted}
 
 
 def agree(project: Project, only: str | None, until: str | None, yes: bool) -> Agreed:
-    """Plan, print the plan, and ask where it costs more than the budget, which ``yes`` has answered.
+    """Plans, prints the plan, and returns what is to be made.
 
-    Raises UserError if it is not answered, or if ``only`` lacks an input.
+    Raises UserError if it costs more than the budget and ``yes`` is not given, or if ``only`` lacks an input.
     """
     project.check_trackers()
     wanted = project.wanted(only, until)
@@ -119,7 +119,7 @@ def print_plan(project: Project, verdicts: Sequence[Verdict], wanted: set[str]) 
 
 
 def _print_verdicts(project: Project, verdicts: Sequence[Verdict], wanted: set[str], ask: Ask) -> dict[str, Cost]:
-    """Print one line a stage; return the costs of all stale ones."""
+    """Prints one line a stage; returns the costs of all stale ones."""
     shards = len(project.scan.shards)
     print(f"{project.config.project}: {_size(ask.rows, shards)}, store {project.store.url}")
     costs: dict[str, Cost] = {}
@@ -146,7 +146,7 @@ def _size(rows: int, shards: int) -> str:
 
 
 def print_changes(before: Sequence[Verdict], after: Sequence[Verdict]) -> None:
-    """Print the verdicts that are others now."""
+    """Prints the verdicts that have changed."""
     then = {v.stage: (v.key, v.state) for v in before}
     changed = [v for v in after if (v.key, v.state) != then[v.stage]]
     for verdict in changed:

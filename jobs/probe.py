@@ -1,7 +1,7 @@
-"""The probe of ``unclip plan --probe``: the same configuration, run twice in a scratch store with few rows and samples.
+"""Runs a configuration twice in a scratch store, with few rows and samples, to measure what stages take.
 
-Rows are spread over the user's own list, and nothing but amounts differs: so what the two runs took is what the whole
-will take, once lines are drawn through it (pipeline.cost.observed).
+Rows are spread over the user's own list, and nothing but amounts differs, so a line through the two runs tells what the
+whole will take (pipeline.cost.observed).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MORE = 4  # times as many captions, the second time
 
 
 def probe(project: Project, path: str, overrides: Sequence[str]) -> Seen:
-    """Run both, print what they take, and return what they say. What cannot be made with so few rows is not in it."""
+    """Runs both and returns what was observed; stages that cannot be made of so few rows are missing."""
     began = time.monotonic()
     found: Seen = {}
     trainings = [stage.name for stage in project.graph.values() if stage.kind == "training"]
@@ -66,7 +66,7 @@ def probe(project: Project, path: str, overrides: Sequence[str]) -> Seen:
 
 
 def _serving(config: Config, stack: ExitStack) -> list[str]:
-    """What the emoji set needs: its pictures are drawn by a server, which else only its own list starts."""
+    """Returns overrides for the emoji set, whose images come from a server that otherwise its own list starts."""
     emoji = any(path.startswith("emoji:") for path in config.source.paths)
     if not emoji or "emoji.test" in config.run.pairs.hosts:
         return []
@@ -74,7 +74,7 @@ def _serving(config: Config, stack: ExitStack) -> list[str]:
 
 
 def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:
-    """A list of rows spread evenly over the user's own; returns how many, and rows a shard."""
+    """Writes a list of rows spread evenly over the user's own; returns how many, and rows a shard."""
     source = project.config.source
     total = sum(shard.ledger.rows for shard in project.scan.shards)
     cut = min(source.shard_rows, SHARD_ROWS)
@@ -90,14 +90,14 @@ def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:
 
 
 def _spread(rows: Iterator[Row], wanted: int, total: int) -> Iterator[Row]:
-    """``wanted`` of ``total`` rows, equally far from each other."""
+    """Yields ``wanted`` of ``total`` rows, equally far from each other."""
     for i, row in enumerate(rows):
         if i * wanted // total != (i + 1) * wanted // total:
             yield row
 
 
 def _samples(config: Config, stage: str, seen: Seen) -> int:
-    """Of a training: a few batches, or as many as take TRAINING_SECONDS by what was seen."""
+    """Returns the samples of a training: a few batches, or as many as take TRAINING_SECONDS by what was seen."""
     batch = getattr(config, stage).batch
     steps = STEPS
     for one in seen.get(stage, ()):
@@ -109,7 +109,7 @@ def _samples(config: Config, stage: str, seen: Seen) -> int:
 def _amounts(
     project: Project, folder: Path, number: int, rows: int, cut: int, samples: dict[str, int], again: bool
 ) -> list[str]:
-    """Overrides that change how much is done, where it is kept, and nothing else."""
+    """Returns overrides that change how much is done and where it is kept, and nothing else."""
     config = project.config
     share = rows / max(1, sum(shard.ledger.rows for shard in project.scan.shards))
     own: dict[str, Any] = {
@@ -136,7 +136,7 @@ def _amounts(
 
 
 def _run(path: str, overrides: Sequence[str]) -> str:
-    """Run as a user would, in a process of its own, and return the last line of what went wrong, "" for nothing."""
+    """Runs as a user would, in a process of its own; returns the last line of an error, or ""."""
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
     command = [sys.executable, "-m", "jobs.run", path, *overrides, "--yes"]

@@ -1,4 +1,4 @@
-"""``unclip release promote | rollback | diff | list | evaluate | take | weights CONFIG``: which bundle stands."""
+"""``unclip release COMMAND CONFIG``: move, compare, measure or use the current release."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from pipeline.store import Store, open_store
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line names; the list of the project is read only where it is needed."""
+    """What the command line names; the list of the project is read only by commands that need it."""
 
     path: str
     overrides: Sequence[str]
@@ -53,6 +53,7 @@ class Asked:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Runs one of the commands."""
     parser = argparse.ArgumentParser(prog="unclip release", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runs = (_promote, _rollback, _diff, _list, _evaluate, _take, _weights)
@@ -108,7 +109,7 @@ def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
 
 
 def _judged(asked: Asked, evaluation: Artifact) -> tuple[list[str], list[str]]:
-    """Lines for the gates that do not hold against the current release, and for the claims that none could judge."""
+    """Returns lines for gates that fail against the current release, and for claims that no gate could judge."""
     assert asked.releases.current is not None
     new = load_measured(asked.store, evaluation)
     if new is None:
@@ -121,7 +122,7 @@ def _judged(asked: Asked, evaluation: Artifact) -> tuple[list[str], list[str]]:
 
 
 def _against(asked: Asked, bundle: str, new: Measured) -> tuple[Measured | None, str]:
-    """The evaluation of a bundle that can be compared with ``new``, or why there is none and what to do."""
+    """Returns the evaluation of a bundle that is comparable with ``new``, or why none is and what to do."""
     found = evaluations(asked.store, bundle)
     old = find_comparable(found, new)
     if old is not None:
@@ -131,7 +132,7 @@ def _against(asked: Asked, bundle: str, new: Measured) -> tuple[Measured | None,
         return None, f"{bundle[:12]} has no evaluation in {asked.store.url}; {advice}"
     differs = obstacles(found[0], new)
     if OTHER_CLIP in differs:
-        advice = "figures of one CLIP say nothing of another's"
+        advice = "figures by one CLIP cannot be compared with those by another"
     return None, f"{', '.join(differs)}; {advice}"
 
 
@@ -196,7 +197,7 @@ def _print_changes(found: Sequence[Change]) -> None:
 
 
 def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
-    """Measure the release as the configuration's own bundle is measured, on its rows."""
+    """Measures the release as the configuration's own bundle is measured, on its rows."""
     project, current = asked.project(), asked.releases.current
     if current is None:
         raise UserError(f"{asked.name}: nothing has been released yet")
@@ -205,7 +206,7 @@ def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
         raise UserError(
             f"{asked.name}: bundle {current.bundle[:12]} is no longer in {asked.store.url}; promote another"
         )
-    # The early checkpoint of this configuration is none of the release's.
+    # The early checkpoint belongs to this configuration, not to the release.
     stage = project.graph["evaluation"]
     stage = replace(stage, recipe=replace(stage.recipe, early=0))
     inputs = project.made("clip", *(name for name in stage.inputs if name != "bundle"))
@@ -229,7 +230,7 @@ def _take(asked: Asked, arguments: argparse.Namespace) -> int:
 
 
 def _weights(asked: Asked, arguments: argparse.Namespace) -> int:
-    """Print, as YAML, what a configuration says to begin with the release's weights. CLIP is left out: it is pinned."""
+    """Prints, as YAML, how a configuration begins with the release's weights; CLIP is left out, as it is pinned."""
     bundle, keys = find_bundle(asked.store, asked.releases, "current"), {v.stage: v.key for v in asked.project().plan()}
     for name in MODELS:
         blob = bundle.blobs.get(f"{name}/model.safetensors")

@@ -16,13 +16,14 @@ from pipeline.upkeep.show import show_lineage, show_overview
 
 
 def main(argv: Sequence[str]) -> int:
+    """Prints the last runs of a project, or the lineage of an artefact."""
     parser = argparse.ArgumentParser(
         prog="unclip show",
         description=__doc__,
         usage="unclip show [-h] (CONFIG [NAME=VALUE ...] | --store URL) [KEY]",
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG", help="a YAML file, of whose project the runs are shown")
-    parser.add_argument("--store", metavar="URL", help="in place of a configuration: all projects of this store")
+    parser.add_argument("--store", metavar="URL", help="show all projects of this store, in place of a configuration")
     parser.epilog = f"NAME=VALUE: {OVERRIDES}. KEY: of an artefact of any stage; its first 12 characters suffice."
     arguments = parser.parse_intermixed_args(argv)
     words = [word for word in arguments.words if "=" not in word]
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _defaults(stage: str) -> dict[str, Any]:
-    """Of a stage's recipe; of one that is no part of a configuration, none are known, so all of it is shown."""
+    """Returns the defaults of a stage's recipe; {} if the stage is not part of a configuration, so all is shown."""
     recipes = get_type_hints(Config)
     kind = recipes.get("source" if stage == "captions" else stage)
     return {} if kind is None else defaults(kind)

@@ -29,13 +29,14 @@ from pipeline.store import local_folder, open_store
 
 KUBERAY = "kuberay"
 WHERE = (
-    "local: two nodes on this machine; the address of a cluster's dashboard, such as http://HOST:8265; or kuberay: no "
-    "more than write the RayJob to standard output"
+    "local: two nodes on this machine; the address of a cluster's dashboard, such as http://HOST:8265; or kuberay: "
+    "only write the RayJob to standard output"
 )
 THERE = "out"  # where a driver on another machine writes its report, which is written here from the store
 
 
 def main(argv: Sequence[str]) -> int:
+    """Submits the job, follows it, and brings back its report."""
     parser = argparse.ArgumentParser(prog="unclip submit", description=__doc__)
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
@@ -43,14 +44,16 @@ def main(argv: Sequence[str]) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
     what.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
-    what.add_argument("--stop", action="store_true", help="stop what runs there of this project")
+    what.add_argument("--stop", action="store_true", help="stop the jobs of this project there")
     parser.add_argument("--yes", action="store_true", help="go on even above run.budget_hours")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.stop:
         return _stop(load_config(arguments.config, arguments.overrides), arguments.to)
     project = open_project(arguments.config, arguments.overrides)
     only, until, yes = arguments.only, arguments.until, arguments.yes
-    with redirect_stdout(sys.stderr) if arguments.to == KUBERAY else nullcontext():  # the RayJob stands there alone
+    with (
+        redirect_stdout(sys.stderr) if arguments.to == KUBERAY else nullcontext()
+    ):  # standard output holds the RayJob alone
         asked = agree(project, only, until, yes)
         if not asked.stale:
             return _nothing(project, asked)
@@ -70,7 +73,7 @@ def _nothing(project: Project, asked: Agreed) -> int:
 
 
 def _run(project: Project, asked: Agreed, job: Job, to: str) -> int:
-    """Attach to the job or submit it, follow it to its end, and bring what it has made."""
+    """Attaches to the job or submits it, follows it to its end, and brings what it has made."""
     here = to == LOCAL
     if not here:
         check_reach(project.store, job, to)
@@ -82,13 +85,13 @@ def _run(project: Project, asked: Agreed, job: Job, to: str) -> int:
 
 
 def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
-    """The RayJob, with its package in the bucket. Raises UserError for a store that no pod would see."""
+    """Returns the RayJob, after its package is stored. Raises UserError for a store that no pod can reach."""
     if local_folder(project.store):
-        raise UserError(f"{project.store.url} is a folder, which no pod sees; use s3://BUCKET/PREFIX")
+        raise UserError(f"{project.store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
     check_reach(project.store, job, KUBERAY)
     run = name_gpus(project.config.run)
     project = replace(project, config=replace(project.config, run=run))
-    render(job, "", run, asked.stale)  # what is wrong with the settings is said before anything is sent
+    render(job, "", run, asked.stale)  # raises for wrong settings before anything is sent
     path = put_package(project.store, _package(project))
     remember(project.store, project.config.project, project.graph, asked.verdicts, path, project.forgettings)
     return render(job, f"{project.store.url}/{path}", run, asked.stale)
@@ -111,7 +114,7 @@ def _follow(project: Project, asked: Agreed, cluster: Cluster, submission_id: st
 
 
 def _bring(project: Project) -> None:
-    """Write report and pictures here, from the store."""
+    """Writes report and images here, from the store."""
     from pipeline.report.page import write_report
     from pipeline.sampling.samples import export_pictures
 
@@ -143,12 +146,12 @@ def _stop(config: Config, to: str) -> int:
 
 
 def _about(config: Config) -> dict[str, str]:
-    """By what a job is known to be of a project."""
+    """Returns the metadata by which a job of a project is known."""
     return {"project": config.project, "store": open_store(config.store).url}
 
 
 def _folder(config: Config) -> Path:
-    """Where the local cluster is found again."""
+    """Returns the folder of the local cluster."""
     return Path(config.run.output).absolute() / "cluster"
 
 

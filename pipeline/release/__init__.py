@@ -1,0 +1,1 @@
+"""Comparison of bundles, and the gates before a release."""

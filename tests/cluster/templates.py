@@ -1,4 +1,4 @@
-"""RayJobs of three kinds of stages, kept in cluster/kuberay: ``python -m tests.cluster.templates`` writes them anew."""
+"""Writes RayJobs of three kinds of stages to cluster/kuberay, as ``python -m tests.cluster.templates``."""
 
 from pathlib import Path
 from typing import Any

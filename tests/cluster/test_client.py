@@ -81,7 +81,7 @@ def test_another_version_of_ray() -> None:
     assert said.startswith(f"{address} runs Ray 2.9.3, and this machine has Ray {version('ray')}: ")
 
 
-def test_a_token_is_told_to_whoever_asks_for_one_and_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_sent_when_it_is_asked_for_and_otherwise_not(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[str] = []
 
     def wants(authorization: str) -> tuple[int, bytes]:

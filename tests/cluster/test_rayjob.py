@@ -181,7 +181,7 @@ def test_no_secret_is_in_it() -> None:
 
 @pytest.mark.parametrize("name", ["", "-birds", "Birds", "birds_1", "9birds", "birds-", "b" * 48])
 def test_names_that_kubernetes_refuses_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="no name for a RayJob"):
+    with pytest.raises(UserError, match="not a name for a RayJob"):
         rendered(dataclasses.replace(JOB, id=name))
 
 

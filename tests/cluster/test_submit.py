@@ -58,7 +58,7 @@ def test_twice_is_once_until_it_has_ended(project: Project, capsys: pytest.Captu
     assert "runs already" in capsys.readouterr().out
     assert len(cluster.seen) == 1
     assert _submit(cluster, project, Package({"a": b"2"})) == first
-    assert "its code or run settings are others than yours" in capsys.readouterr().err
+    assert "its code or run settings differ from yours" in capsys.readouterr().err
     ids = []
     for status in ("FAILED", "STOPPED", "FAILED"):
         cluster.end(status)

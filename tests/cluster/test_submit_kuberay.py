@@ -44,7 +44,7 @@ def test_mistakes_are_told_before_anything_is_sent(
     s3: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for store, words, said in (
-        (str(tmp_path / "store"), [IMAGE], "is a folder, which no pod sees"),
+        (str(tmp_path / "store"), [IMAGE], "is a folder, which no pod can reach"),
         (f"{s3.url}/none-{os.getpid()}", [IMAGE], "which a machine of the cluster looks for in itself"),
         (f"{s3.url}/none-{os.getpid()}", ["--stop"], "kubectl delete rayjob NAME"),
     ):

@@ -218,7 +218,7 @@ def test_another_clip_cannot_be_compared(made: Made) -> None:
     made.store.delete([entry.path for entry in made.store.list("locks/")])
     made.make(0.2, "clip.seed=5")
     said = made.release("promote", "--set", "clip.seed=5", code=1)
-    assert "another CLIP; figures of one CLIP say nothing of another's" in said
+    assert "another CLIP; figures by one CLIP cannot be compared with those by another" in said
     assert "has another CLIP than" in made.release("evaluate", "--set", "clip.seed=5", code=2)
 
 
