@@ -128,7 +128,7 @@ def _amounts(
         own |= {f"{stage}.samples": samples[stage], f"{stage}.decay": 0, f"run.{stage}.milestones": []}
         own |= {f"run.{stage}.cache_mb": round(settings.cache_mb * share)}  # so that as large a share is found there
     for node in project.graph.values():
-        if node.kind == "data":
+        if node.kind == "data" and hasattr(config.run, node.name):
             own[f"run.{node.name}.workers"] = min(WORKERS, getattr(config.run, node.name).workers)
     for name, few in FEW.items():
         own[f"evaluation.{name}"] = min(getattr(config.evaluation, name), few * (TWICE if again else 1))

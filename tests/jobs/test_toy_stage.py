@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pipeline.graph.shard_tables import read_shards
 from pipeline.store import open_store
 from pipeline.store.records import blob_path
 from tests.chain import ROOT, Finished, done, write_config, write_list
+from tests.seaweed import Server
 
 LINE = '        Stage("bundle", '
 
@@ -45,10 +47,21 @@ def config(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Path:
     return write_config(folder, str(folder / "store"), pictures, [write_list(folder / "list.csv", 0, 20)])
 
 
-def unclip(code: Path, *words: object) -> Finished:
+@pytest.mark.slow
+def test_it_is_probed_checked_and_goes_into_a_rayjob(code: Path, config: Path, s3: Server) -> None:
+    probed = done(unclip(code, "plan", config, "--probe"))
+    assert re.search(r"^ +toy +stale .*, about [0-9.]+ m?s$", probed, re.MULTILINE), probed  # and not "(a guess)"
+    assert "problems: 0" in unclip(code, "doctor", config).stdout
+    there = (f"store={s3.url}/toy", "run.kubernetes.image=image", "run.kubernetes.secret=keys")
+    elsewhere = s3.endpoint.replace("127.0.0.1", "127.1")  # another name, for one that says loopback is refused
+    words = ("submit", config, *there, "--to", "kuberay", "--until", "toy")
+    assert "--until=toy" in done(unclip(code, *words, AWS_ENDPOINT_URL=elsewhere))
+
+
+def unclip(code: Path, *words: object, **changed: str) -> Finished:
     """Runs a command of the copy."""
     command = [sys.executable, "-m", "jobs.cli", *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": str(code)}
+    environment = os.environ | {"PYTHONPATH": str(code)} | changed
     return subprocess.run(command, cwd=code, env=environment, capture_output=True, text=True, timeout=240)
 
 
