@@ -4,8 +4,11 @@ The dimension of image embeddings is no field: it is read from CLIP.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-from models.prior_configs import check_transformer, require
+from models.prior_configs import Schedule, check_choices, check_transformer, require
+
+Prediction = Literal["eps", "v", "x0"]
 
 
 def check_image_model(
@@ -28,29 +31,41 @@ def check_image_model(
     require(0 <= dropout < 1, f"dropout is {dropout}: use a share from 0 up to but not including 1")
 
 
-def check_diffusion(schedule: str, steps: int, prediction: str) -> None:
-    """Raise ValueError unless these describe a diffusion process that the image models know."""
-    require(schedule in ("cosine", "linear"), f"schedule is {schedule!r}: use 'cosine' or 'linear'")
-    require(steps >= 2, f"steps is {steps}: use 2 or more diffusion steps")
-    require(prediction in ("eps", "v", "x0"), f"prediction is {prediction!r}: use 'eps', 'v' or 'x0'")
-
-
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The 64 px decoder; defaults are Table 3's column.
+    """Sizes the 64 px decoder; defaults are Table 3's column.
 
-    ``depth`` is the number of residual blocks a resolution, ``attention_resolutions`` are sides of feature maps.
-    ``patch`` is a small machine's option: squares of that many pixels become channels before the U-Net and pixels
-    again after it, so patch 2 at 64 px is a U-Net at 32 px. ``text_context`` is the longest caption in tokens; CLIP's
-    tokenizer stops at 77, so more than that is the same as 77, and longer captions than this are cut.
-    ``drop_image`` and ``drop_text`` are the shares of training rows without image embedding and without caption; a
-    dropped embedding becomes zeros or a learned vector (``null_image``). ``prediction`` is what the network is asked
-    for: the noise (eps), v, or the picture (x0), for which a small network need not carry the noise through. The
-    variance is always learned.
+    The variance is always learned.
 
-    ``text_encoder`` "glide" is the paper's. "clip" is CLIP's causal one, as Karlo has: its outputs are projected to
-    ``context_width`` (0: ``text_width``), padding is hidden, and a dropped caption is an empty one. ``embedding_norm``
-    is the length that image embeddings are given; 0 is the square root of their dimension, for unit variance.
+    Attributes:
+        image_size: 64, where the cascade begins.
+        channels: Of the first resolution.
+        depth: Residual blocks a resolution.
+        multipliers: Of channels, one for each resolution.
+        head_channels: Channels a head of attention.
+        attention_resolutions: Sides of feature maps with attention.
+        dropout: In residual blocks.
+        text_context: BPE tokens; CLIP's tokenizer stops at 77, so more is the same as 77, and longer captions are
+            cut.
+        text_width: Of its text encoder.
+        text_depth: Of its text encoder.
+        text_heads: Of its text encoder.
+        vocabulary: Of CLIP's tokens.
+        clip_tokens: Tokens made from the image embedding.
+        drop_image: Share of training rows without image embedding, for guidance.
+        drop_text: Share of training rows without caption.
+        null_image: What a dropped embedding becomes: ``zero`` or ``learned``.
+        patch: Squares of that many pixels become channels before the U-Net and pixels again after it; above 1 for
+            small machines.
+        schedule: Of the noise.
+        steps: Of the diffusion.
+        prediction: What the network is asked for: the noise (``eps``), ``v``, or the image (``x0``), for networks
+            too small to carry noise through.
+        text_encoder: ``glide``, the paper's, or ``clip``, CLIP's causal one, as Karlo has; with it padding is
+            hidden, and a dropped caption is an empty one.
+        context_width: With ``clip``: the width that its outputs are projected to; 0 is ``text_width``.
+        embedding_norm: Length given to image embeddings; 0 is the square root of their dimension, for unit
+            variance.
     """
 
     image_size: int = 64
@@ -68,18 +83,19 @@ class DecoderConfig:
     clip_tokens: int = 4
     drop_image: float = 0.1
     drop_text: float = 0.5
-    null_image: str = "zero"
+    null_image: Literal["zero", "learned"] = "zero"
     patch: int = 1
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     steps: int = 1000
-    prediction: str = "eps"
-    text_encoder: str = "glide"
+    prediction: Prediction = "eps"
+    text_encoder: Literal["glide", "clip"] = "glide"
     context_width: int = 0
     embedding_norm: float = 0.0
 
     def __post_init__(self) -> None:
         check_image_model(self.image_size, self.channels, self.depth, self.multipliers, self.patch, self.dropout)
-        check_diffusion(self.schedule, self.steps, self.prediction)
+        check_choices(self)
+        require(self.steps >= 2, f"steps is {self.steps}: use 2 or more diffusion steps")
         check_transformer("text_", self.text_width, self.text_depth, self.text_heads)
         sides = self.feature_sides()
         require(
@@ -101,8 +117,6 @@ class DecoderConfig:
         for name in ("drop_image", "drop_text"):
             share = getattr(self, name)
             require(0 <= share <= 1, f"{name} is {share}: use a share from 0 to 1")
-        require(self.null_image in ("zero", "learned"), f"null_image is {self.null_image!r}: use 'zero' or 'learned'")
-        require(self.text_encoder in ("glide", "clip"), f"text_encoder is {self.text_encoder!r}: use 'glide' or 'clip'")
         require(
             self.context_width == 0 or (self.context_width > 0 and self.text_encoder == "clip"),
             f"context_width is {self.context_width}: use 0, or a positive width with text_encoder 'clip'",
@@ -118,15 +132,27 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class UpsamplerConfig:
-    """A diffusion upsampler from ``low_size`` to ``image_size`` pixels; defaults are Table 3's 64 to 256 column.
+    """Sizes a diffusion upsampler; defaults are Table 3's 64 to 256 column.
 
-    Trained on crops of ``crop`` times the side, run at full size. ``corruption`` is what happens to the small picture
-    in training, and, at its mild end, in sampling if ``corrupt_at_inference``: "blur" (Gaussian, kernel 3, sigma
-    0.6), "bsr" (blind super-resolution: blurs, resampling, noise and JPEG) or "bsr_light" (the same, weaker).
-    ``patch`` and ``prediction`` are as in the decoder.
-
-    Two options are Karlo's: the timestep embedding is added and does not scale and shift (``scale_shift`` false), and
-    a second U-Net of the same shape, ``last_unet``, takes timestep 0, the last step of sampling.
+    Attributes:
+        low_size: Side of the small image: 64, or 256.
+        image_size: Side of the large image: 256, or 1024.
+        channels: Of the first resolution.
+        depth: Residual blocks a resolution.
+        multipliers: Of channels, one for each resolution.
+        dropout: In residual blocks.
+        corruption: Of the small image in training: ``blur`` (Gaussian, kernel 3, sigma 0.6), ``bsr`` (blind
+            super-resolution: blurs, resampling, noise and JPEG) or ``bsr_light`` (the same, weaker).
+        crop: Share of the side that training sees; sampling works at full size.
+        schedule: Of the noise.
+        steps: Of the diffusion.
+        prediction: What the network is asked for: the noise (``eps``), ``v``, or the image (``x0``), for networks
+            too small to carry noise through.
+        patch: Squares of that many pixels become channels before the U-Net and pixels again after it; above 1 for
+            small machines.
+        corrupt_at_inference: Whether sampling corrupts the small image mildly, too.
+        scale_shift: Whether the timestep scales and shifts, as in ADM; false adds it, as Karlo does.
+        last_unet: Whether a second U-Net of the same shape takes the last step of sampling, as Karlo's does.
     """
 
     low_size: int = 64
@@ -135,11 +161,11 @@ class UpsamplerConfig:
     depth: int = 3
     multipliers: tuple[int, ...] = (1, 2, 3, 4)
     dropout: float = 0.1
-    corruption: str = "blur"
+    corruption: Literal["blur", "bsr", "bsr_light"] = "blur"
     crop: float = 0.25
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     steps: int = 1000
-    prediction: str = "eps"
+    prediction: Prediction = "eps"
     patch: int = 1
     corrupt_at_inference: bool = True
     scale_shift: bool = True
@@ -149,10 +175,6 @@ class UpsamplerConfig:
         require(
             self.low_size >= 1 and self.image_size == self.scale * self.low_size and self.scale >= 2,
             f"image_size {self.image_size} is not a multiple of low_size {self.low_size}: use 4 times low_size",
-        )
-        require(
-            self.corruption in ("blur", "bsr", "bsr_light"),
-            f"corruption is {self.corruption!r}: use 'blur', 'bsr' or 'bsr_light'",
         )
         require(
             self.corruption == "blur" or self.scale == 4,
@@ -167,7 +189,8 @@ class UpsamplerConfig:
         # A full picture is checked too: it need not be a multiple of the crop.
         for size in (side, self.image_size):
             check_image_model(size, self.channels, self.depth, self.multipliers, self.patch, self.dropout)
-        check_diffusion(self.schedule, self.steps, self.prediction)
+        check_choices(self)
+        require(self.steps >= 2, f"steps is {self.steps}: use 2 or more diffusion steps")
 
     @property
     def scale(self) -> int:

@@ -4,15 +4,26 @@ Dimensions of embeddings and the number of codes are no fields of a prior: they 
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
 
 ASKED = 3
 """Positions of the diffusion prior after a caption and its embedding: timestep, noised image embedding, query."""
+
+Schedule = Literal["cosine", "linear"]
 
 
 def require(condition: bool, message: str) -> None:
     """Raise ValueError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def check_choices(config: object) -> None:
+    """Raises ValueError for a field whose value is not one of those that its type names."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal:
+            value, *known, last = getattr(config, name), *map(repr, get_args(kind))
+            require(value in get_args(kind), f"{name} is {value!r}: use {', '.join(known)} or {last}")
 
 
 def check_transformer(prefix: str, width: int, depth: int, heads: int) -> None:
@@ -31,12 +42,25 @@ def check_text_context(tokens: int) -> None:
 
 @dataclass(frozen=True)
 class ARPriorConfig:
-    """The autoregressive prior; defaults are Table 3's column.
+    """Sizes the autoregressive prior; defaults are Table 3's column.
 
-    The caption goes through a text encoder of its own, whose first ``prefix`` outputs open the sequence; with the
-    CLIP text embedding, the dot-product token and 319 codes that makes Table 3's context of 384.
-    ``buckets`` must be the codec's. ``drop_text`` is the share of training rows whose caption and text embedding are
-    hidden. Table 3 gives the text context as 256, but CLIP's tokenizer stops at 77; longer captions are cut.
+    The caption goes through a text encoder of its own, whose first ``prefix`` outputs open the sequence; with the CLIP
+    text embedding, the dot-product token and 319 codes that makes Table 3's context of 384. Table 3 gives the text
+    context as 256, but CLIP's tokenizer stops at 77.
+
+    Attributes:
+        text_context: BPE tokens, 3 to 77; longer captions are cut.
+        prefix: Outputs of the text encoder that open the sequence.
+        text_width: Of its text encoder.
+        text_depth: Of its text encoder.
+        text_heads: Of its text encoder.
+        width: Of the transformer.
+        depth: Of the transformer.
+        heads: Of the transformer.
+        vocabulary: Of CLIP's tokens.
+        buckets: Equal to ``codec.buckets``.
+        dropout: In the transformer.
+        drop_text: Share of training rows whose caption and text embedding are hidden, for guidance.
     """
 
     text_context: int = 77
@@ -67,12 +91,22 @@ class ARPriorConfig:
 
 @dataclass(frozen=True)
 class DiffusionPriorConfig:
-    """The diffusion prior; defaults are Table 3's column.
+    """Sizes the diffusion prior; defaults are Table 3's column.
 
-    Unit-norm embeddings are multiplied by ``scale`` times the square root of their dimension, so that a component's
-    standard deviation is ``scale``: 0.5375 is the paper's 17.2 at 1,024 dimensions. ``drop_text`` is the share of
-    training rows whose caption and text embedding are hidden. Table 3 gives the text context as 256, but CLIP's
-    tokenizer stops at 77; longer captions are cut.
+    Unit-norm embeddings are multiplied by ``scale`` times the square root of their dimension. Table 3 gives the text
+    context as 256, but CLIP's tokenizer stops at 77.
+
+    Attributes:
+        text_context: BPE tokens, 3 to 77; longer captions are cut.
+        width: Of the transformer.
+        depth: Of the transformer.
+        heads: Of the transformer.
+        vocabulary: Of CLIP's tokens.
+        schedule: Of the noise.
+        steps: Of the diffusion.
+        drop_text: Share of training rows whose caption and text embedding are hidden, for guidance.
+        scale: Standard deviation of an embedding's component as the model sees it; 0.5375 is the paper's factor of
+            17.2 at 1,024 dimensions.
     """
 
     text_context: int = 77
@@ -80,7 +114,7 @@ class DiffusionPriorConfig:
     depth: int = 24
     heads: int = 32
     vocabulary: int = 49408
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     steps: int = 1000
     drop_text: float = 0.1
     scale: float = 0.5375
@@ -89,7 +123,7 @@ class DiffusionPriorConfig:
         check_transformer("", self.width, self.depth, self.heads)
         require(self.width % 2 == 0, f"width is {self.width}: use an even width, half sines and half cosines of t")
         check_text_context(self.text_context)
-        require(self.schedule in ("cosine", "linear"), f"schedule is {self.schedule!r}: use 'cosine' or 'linear'")
+        check_choices(self)
         require(self.steps >= 2, f"steps is {self.steps}: use 2 or more diffusion steps")
         require(0 <= self.drop_text < 1, f"drop_text is {self.drop_text}: use a share from 0 up to but not including 1")
         require(self.scale > 0, f"scale is {self.scale}: use a positive number")
@@ -97,16 +131,24 @@ class DiffusionPriorConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """A CLIP that the pipeline trains itself; the default is a small vision transformer.
+    """Sizes a CLIP that the pipeline trains itself; the default is a small vision transformer.
 
-    ``tower`` "vit" has one number in ``layers`` and squares of ``patch`` pixels; "resnet" (CLIP's modified ResNet) has
-    four numbers in ``layers``, ignores ``patch`` and halves the picture five times. ``text_context`` counts BPE tokens
-    including start and end.
+    Attributes:
+        embed_dim: Of the embeddings.
+        image_size: Side of its images, pixels.
+        tower: ``vit``, or ``resnet``, CLIP's modified ResNet, which halves the image five times.
+        layers: One number for a vit, four for a resnet.
+        width: Of the image tower.
+        patch: Pixels a side; of a vit.
+        text_width: Of the text tower.
+        text_layers: Of the text tower.
+        text_heads: Of the text tower.
+        text_context: BPE tokens, 3 to 77, with start and end.
     """
 
     embed_dim: int = 256
     image_size: int = 64
-    tower: str = "vit"
+    tower: Literal["vit", "resnet"] = "vit"
     layers: tuple[int, ...] = (6,)
     width: int = 256
     patch: int = 8
@@ -116,7 +158,7 @@ class ClipConfig:
     text_context: int = 77
 
     def __post_init__(self) -> None:
-        require(self.tower in ("vit", "resnet"), f"tower is {self.tower!r}: use 'vit' or 'resnet'")
+        check_choices(self)
         require(all(n >= 1 for n in self.layers), f"layers is {self.layers}: use positive numbers")
         if self.tower == "vit":
             require(len(self.layers) == 1, f"layers is {self.layers}: a vit takes one number")

@@ -4,13 +4,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from models.prior_configs import require
+from models.prior_configs import check_choices, require
 
 SAMPLING_FILE = "sampling.json"
-DECODER_SAMPLERS = ("ddpm", "ddim", "dpm")
-PRIOR_SAMPLERS = ("analytic", *DECODER_SAMPLERS)
 STEPS = {
     "diffusion_prior": "prior_steps",
     "decoder": "decoder_steps",
@@ -25,42 +23,48 @@ UNEVEN_OF = 50
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Sampling defaults; the class's own are the paper's.
+    """Holds sampling defaults; the class's own are the paper's.
 
-    ``prior`` "diffusion" or "ar" draws ``candidates`` image embeddings a caption and keeps the best. ``..._guidance``
-    is w in (1 + w) conditional - w unconditional, one less than the literature's scale: the decoder's 0.25 is the
-    paper's 1.25. ``temperature`` is the AR prior's. ``..._sampler`` is "ddpm", "ddim" or "dpm" (DPM-Solver++, for 15 to
-    25 steps), and for the prior "analytic", DDPM with Analytic-DPM's variance; a prior that was never measured for it
-    gets DDPM's. The upsamplers use DDIM, with GLIDE's uneven grid where ``upsampler_256_steps`` is 27. Fewer than
-    15 steps end where there is still noise to take away. ``size`` is the
-    largest picture to make: 64, 256 or 1024. ``tile`` is the side of the overlapping tiles in which the upsamplers
-    work where memory is short, in pixels; 0 takes pictures whole.
+    Attributes:
+        prior: ``diffusion`` or ``ar``: which prior draws image embeddings.
+        candidates: Image embeddings drawn a caption, of which the best is kept.
+        prior_steps: Of the diffusion prior.
+        prior_sampler: ``analytic`` (DDPM with Analytic-DPM's variance; a prior without measured variances gets
+            DDPM's), ``ddpm``, ``ddim`` or ``dpm`` (DPM-Solver++, for 15 to 25 steps).
+        prior_guidance: The w of (1 + w) conditional - w unconditional.
+        temperature: Of the AR prior.
+        decoder_steps: Of the decoder; all steps are 2 to the model's ``steps``. Fewer than 15 end before timestep 0
+            ("trailing"), where there is still noise to take away.
+        decoder_sampler: ``ddpm``, ``ddim`` or ``dpm``.
+        decoder_guidance: The same w, one less than the literature's scale: 0.25 is the paper's 1.25.
+        upsampler_256_steps: Of DDIM; 27 is GLIDE's uneven grid.
+        upsampler_1024_steps: Of DDIM.
+        size: Side of the largest image to make, pixels.
+        tile: Side of the overlapping tiles in which the upsamplers work, in pixels, where memory is short; 0 takes
+            images whole.
     """
 
     prior: str = "diffusion"
     candidates: int = 2
     prior_steps: int = 64
-    prior_sampler: str = "analytic"
+    prior_sampler: Literal["analytic", "ddpm", "ddim", "dpm"] = "analytic"
     prior_guidance: float = 0.0
     temperature: float = 1.0
     decoder_steps: int = 250
-    decoder_sampler: str = "ddpm"
+    decoder_sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"
     decoder_guidance: float = 0.25
     upsampler_256_steps: int = 27
     upsampler_1024_steps: int = 15
-    size: int = 1024
+    size: Literal[64, 256, 1024] = 1024
     tile: int = 0
 
     def __post_init__(self) -> None:
         require(self.prior in ("diffusion", "ar"), f"prior is {self.prior!r}: use 'diffusion' or 'ar'")
-        for name, known in (("prior_sampler", PRIOR_SAMPLERS), ("decoder_sampler", DECODER_SAMPLERS)):
-            sampler = getattr(self, name)
-            require(sampler in known, f"{name} is {sampler!r}: use one of {', '.join(known)}")
+        check_choices(self)
         require(self.candidates >= 1, f"candidates is {self.candidates}: use 1 or more")
         for name in STEPS.values():
             require(getattr(self, name) >= 2, f"{name} is {getattr(self, name)}: use 2 or more")
         require(self.temperature > 0, f"temperature is {self.temperature}: use a number above 0")
-        require(self.size in (64, 256, 1024), f"size is {self.size}: use 64, 256 or 1024")
         require(self.tile >= 0, f"tile is {self.tile}: use 0 for whole pictures, or a side in pixels")
 
 

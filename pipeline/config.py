@@ -58,9 +58,17 @@ PRESETS = ("nano", "tiny", "small", "karlo", "paper")  # by size; each is a file
 
 @dataclass(frozen=True)
 class Run:
-    """How to run. ``output`` is the local folder for the report and pictures; ``budget_hours`` is what a run may
-    cost, by the plan's estimate, before it asks. ``trackers`` are told of trainings: "tensorboard", or a function of
-    yours as "module:function"."""
+    """Says how to run. None of these settings moves a key.
+
+    Attributes:
+        output: A local folder for the report and the images.
+        budget_hours: Above this estimate a run stops without ``--yes``.
+        trackers: What is told of trainings: ``tensorboard``, or a function of yours as ``module:function``.
+        lease_s: Seconds without progress after which another run may take over.
+        ray: The local Ray.
+        kubernetes: The pods of a RayJob.
+        prices: What the plan multiplies hours and bytes with.
+    """
 
     output: str = "out"
     budget_hours: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 12.0
@@ -85,7 +93,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Config:
-    """One project. ``project`` names the lineages of its pins; ``store`` is a folder or s3://bucket/prefix."""
+    """Describes one project: its list, its store, and a recipe for every stage.
+
+    Attributes:
+        project: A name; pins and histories of one store are kept apart by it.
+        store: A folder, or ``s3://bucket/prefix``.
+        source: The list of image-caption pairs.
+        release: What a bundle must show before it becomes the release.
+        run: Settings, which move no key.
+    """
 
     project: str
     store: str

@@ -24,9 +24,16 @@ PodMemory = Annotated[int, Field(ge=4)]  # GiB
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """Workers of a shard-wise stage; 0 works in this process, without Ray. ``nodes``: labels, as ``ray start --labels``
-    gives them, of the nodes of a cluster where they may run. Ray sets ``cpus`` cores and ``memory_mb`` MiB of a node
-    aside for each worker; 0 cpus are one core, or none for a worker with a GPU."""
+    """Describes the workers of a stage that works shard by shard.
+
+    Attributes:
+        workers: Processes; 0 works in this process, without Ray.
+        nodes: Labels of the nodes of a cluster where workers may run, as ``ray start --labels`` gives them:
+            ``{pool: cpu}``, or ``{pool: "in(cpu,spot)"}``.
+        cpus: Cores of its node that Ray sets aside for a worker, or a share of one; 0 is one core, or none for a
+            worker with a GPU.
+        memory_mb: MiB of its node's memory that Ray sets aside for a worker; it does not hold the worker to it.
+    """
 
     workers: NonNegativeInt = 2
     nodes: dict[str, str] = field(default_factory=dict)
@@ -36,9 +43,19 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class PairsSettings(ShardSettings):
-    """The fetch. ``per_host``: requests at once to one host. ``hosts`` sends a host name to another address; ``allow``
-    opens hosts or networks that are not public. ``contact``: a URL or mail address in the user agent. ``headers``: an
-    origin to the name of the environment variable that holds headers for it alone."""
+    """Describes the fetch.
+
+    Attributes:
+        threads: Downloads at once in a worker.
+        per_host: Requests at once from a worker to one host.
+        timeout_s: For a whole image, with redirects, retries and pauses.
+        retries: After a timeout, a failed connection, a 429 or a 5xx status; pauses double and are random.
+        hosts: Host name to ``address:port``, such as a mirror; trusted.
+        allow: Hosts and networks that may be reached although they are not public.
+        contact: A URL or mail address for the user agent, where owners of servers may complain.
+        headers: Origin, such as ``https://images.example.org``, to the environment variable that holds headers for
+            it alone.
+    """
 
     threads: PositiveInt = 16
     per_host: PositiveInt = 4
@@ -59,9 +76,15 @@ class PairsSettings(ShardSettings):
 
 @dataclass(frozen=True)
 class EmbeddingsSettings(ShardSettings):
-    """``batch``: rows encoded at once; batches are padded to it. ``decoders``: processes of one core each that decode
-    for one worker, on nodes with the labels ``decoder_nodes``; with 0 a worker decodes on a thread beside the
-    encoding. ``gpus`` of one worker; with 0 it encodes on its core."""
+    """Describes the encoders.
+
+    Attributes:
+        batch: Rows encoded at once; batches are padded to it.
+        decoders: Processes, one core each, that decode images for one worker; 0 decodes on a thread of the worker,
+            beside the encoding.
+        decoder_nodes: Labels of the nodes where decoders may run.
+        gpus: GPUs of a worker, or a share of one; 0 encodes on the worker's core.
+    """
 
     batch: PositiveInt = 64
     decoders: NonNegativeInt = 0
@@ -71,22 +94,42 @@ class EmbeddingsSettings(ShardSettings):
 
 @dataclass(frozen=True)
 class GenerationSettings(ShardSettings):
-    """``gpus`` of one worker; with 0 it samples on its core."""
+    """Describes the workers that sample images of many prompts.
+
+    Attributes:
+        gpus: GPUs of a worker, or a share of one; 0 samples on its core.
+    """
 
     gpus: Gpus = 0.0
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """A training. ``workers`` 0 trains in this process; with ``min_workers`` it trains with as many as there is room
-    for, at least these and at most ``workers``; ``micro_batch`` 0 takes a worker's share in one piece; ``threads`` 0
-    uses every core of the process; ``milestones`` are numbers of samples that become artefacts too. A worker keeps
-    ``cache_mb`` MiB of pictures that it has decoded. ``nodes``, ``cpus`` and ``memory_mb`` are those of ShardSettings,
-    and a worker takes one GPU or none, as ``device`` says.
+    """Describes the workers of a training, what they hold in memory and when they save.
 
-    For models that are too large for one device: ``sharded`` spreads weights, averages and moments over the workers,
-    ``offload`` keeps them in the memory of the CPU, and ``recompute`` keeps no more than the inputs of layers for the
-    backward pass, which costs another forward pass."""
+    Attributes:
+        workers: Processes; 0 trains in this one. Each takes one GPU or none, as ``device`` says.
+        min_workers: With 1 or more, a training begins with as many workers as there are cores or GPUs for, at least
+            these, and goes on with more or fewer as machines come and go.
+        micro_batch: Rows a worker computes at once; 0 is its whole share. Where they do not fit into memory, half
+            as many are taken from the last checkpoint on.
+        threads: Of a worker; 0 is every core.
+        checkpoint_every_s: Seconds between checkpoints.
+        keep_checkpoints: How many stay.
+        milestones: Numbers of samples that become artefacts, too; the decoder has ``evaluation.early`` besides.
+        device: ``auto``, ``cpu``, ``cuda``, or ``cuda:1``; each Ray worker takes one GPU with ``cuda``, and with
+            ``auto`` if there are enough of them when it begins.
+        cache_mb: MiB of decoded images that a worker keeps; 0 decodes each again.
+        nodes: Labels of the nodes where Ray workers may run, as for other stages; not with ``min_workers``, for
+            which Ray counts the room of all nodes.
+        cpus: Cores that Ray sets aside for a worker, as for other stages.
+        memory_mb: MiB that Ray sets aside for a worker, as for other stages.
+        sharded: For a model too large for one device: weights, averages and moments are sharded over the workers
+            (FSDP2), which must divide the recipe's lanes. Not for CLIP.
+        offload: With ``sharded``: they lie in the memory of the CPU.
+        recompute: Keeps only each layer's input for the backward pass, which takes the time of another forward
+            pass.
+    """
 
     workers: NonNegativeInt = 0
     min_workers: NonNegativeInt = 0
@@ -111,7 +154,12 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class RaySettings:
-    """The local Ray that is started when no cluster is named by RAY_ADDRESS."""
+    """Describes the local Ray that is started when `RAY_ADDRESS` names no cluster.
+
+    Attributes:
+        cpus: Cores that it may use.
+        object_store_mb: MiB of its object store.
+    """
 
     cpus: PositiveInt = 2
     object_store_mb: Annotated[int, Field(ge=100)] = 500
@@ -119,11 +167,27 @@ class RaySettings:
 
 @dataclass(frozen=True)
 class KubernetesSettings:
-    """Pods of a RayJob (see cluster.rayjob). ``image`` is theirs, ``service_account`` their right to the bucket,
-    ``secret`` the name of a Secret whose entries become environment variables. The driver runs on the head. ``cpus``
-    and ``memory_gb`` (GiB) are of a worker pod without GPUs, those with ``gpu_`` of one with ``gpus``; pods with GPUs
-    run where Kubernetes' nodes have the labels ``gpu_nodes``. With ``spot`` the workers, never the head, may run on
-    nodes that can be taken away. A try ends after ``deadline_hours``."""
+    """Describes the pods of a RayJob. The driver runs on the head.
+
+    Attributes:
+        image: Of every pod, built from ``cluster/Dockerfile``; without one there is no RayJob.
+        namespace: Where it runs.
+        service_account: Of every pod; it must be able to read and write the bucket, unless ``secret`` does.
+        secret: Name of a Secret whose entries become environment variables of every pod, for a store with keys of
+            its own.
+        spot: Workers prefer nodes that can be taken away, and tolerate their taints; the head never runs there.
+        head_cpus: Cores of the head, where the driver runs and no worker.
+        head_memory_gb: Its memory in GiB; of every pod's, three tenths are for Ray's object store.
+        head_gpus: Its GPUs, for samples, evaluation and trainings with ``workers: 0``.
+        cpus: Cores of a worker pod without GPUs; a worker takes one, or the ``cpus`` of its stage.
+        memory_gb: Its memory in GiB.
+        gpus: GPUs of a worker pod that has some.
+        gpu_cpus: Its cores.
+        gpu_memory_gb: Its memory in GiB.
+        gpu_nodes: Labels of Kubernetes' nodes where pods with GPUs may run, such as ``{nvidia.com/gpu.product:
+            NVIDIA-L4}``.
+        deadline_hours: After which a try is ended.
+    """
 
     image: str = ""
     namespace: str = "default"
@@ -144,7 +208,14 @@ class KubernetesSettings:
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices by which the plan counts, in ``currency``: an hour of one core and of one GPU, a month of 10^12 bytes."""
+    """Lists prices by which the plan counts.
+
+    Attributes:
+        currency: Of the prices; only shown.
+        core_hour: An hour of one CPU core.
+        gpu_hour: An hour of one GPU.
+        storage_tb_month: A month of 10^12 bytes in the store.
+    """
 
     currency: str = "USD"
     core_hour: NonNegativeFloat = 0.0
@@ -154,9 +225,14 @@ class Prices:
 
 @dataclass(frozen=True)
 class ReleaseGates:
-    """``claims``: whatever held for the release holds for the new bundle. ``figures``: nothing is worse, row by row, by
-    more than chance and by more than ``tolerance``, a share of the release's figure. ``ignore``: figures that no gate
-    asks about, as "decoder.background"."""
+    """Says what a bundle must show before it becomes the release.
+
+    Attributes:
+        claims: Every claim that held for the release must hold for the new bundle.
+        figures: No figure may be worse than the release's, row by row, by more than chance.
+        tolerance: By how much it may, as a share of the release's figure.
+        ignore: Figures that no gate asks about, such as ``decoder.background``.
+    """
 
     claims: bool = True
     figures: bool = True

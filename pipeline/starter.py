@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted
 from pipeline.sampling.bundle import MODELS, PRIORS, side_of
+from pipeline.schema import FILE
 
 # Rows to hold out: the 16 and 32 by which models can be judged, and a quarter more, because some are always lost.
 VALIDATION, TEST = 20, 40
@@ -38,6 +39,7 @@ SHORTEST = 10  # batches; and the warmup is at most such a part of the training
 EARLY = 4  # and the checkpoint that the evaluation compares with comes after such a part
 
 TEMPLATE = """\
+# yaml-language-server: $schema={schema}
 # For your own pairs, written by unclip init. docs/your-data.md: what to bring and what to do when it fails;
 # docs/configuration.md: every field and its default.
 project: {project}
@@ -113,6 +115,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
         ]
     return (
         TEMPLATE.format(
+            schema=FILE,
             project=_scalar(project),
             preset=preset,
             store=f"out/{project}/store",

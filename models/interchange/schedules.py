@@ -7,11 +7,13 @@ with the same betas and grid; UnCLIPPipeline does not take that one, a sampling 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from models.image_configs import Prediction
 from models.interchange.files import check_config, read_json, write_json
+from models.prior_configs import Schedule
 
 FILE = "scheduler_config.json"
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-BETAS = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
+PREDICTIONS: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+BETAS: dict[Schedule, str] = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 IDLE = {
     "_class_name",
     "variance_type",
@@ -29,9 +31,9 @@ IDLE = {
 class Process(NamedTuple):
     """``schedule`` "cosine" or "linear", ``steps`` T, ``prediction`` "eps", "v" or "x0"."""
 
-    schedule: str
+    schedule: Schedule
     steps: int
-    prediction: str
+    prediction: Prediction
 
 
 def scheduler_config(process: Process, variance: str, clip: float | None) -> dict[str, Any]:

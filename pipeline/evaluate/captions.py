@@ -32,11 +32,13 @@ Shade = Annotated[int, Field(ge=0, le=255)]
 
 @dataclass(frozen=True)
 class Phrases:
-    """The fixed words of a list's captions. Without any, no figure goes by what a caption names.
+    """Lists the fixed words of a list's captions; without any, no figure goes by what a caption names.
 
-    ``styles``: how a caption begins, such as "an openmoji drawing of"; where there are some, other captions have no
-    parts. ``backgrounds``: how a caption ends, with the colour [red, green, blue], 0 to 255, of the corners of its
-    image, such as {"on a pale green background": [187, 231, 178]}; "" has the colour behind captions that name none.
+    Attributes:
+        styles: How a caption begins, such as ``[a flat drawing of]``; other captions do not count. With none, all
+            captions count.
+        backgrounds: How a caption ends, and the colour that it names as red, green and blue of 0 to 255, such as
+            ``{on a red background: [200, 0, 0]}``; ``""`` has the colour behind captions that name none.
     """
 
     styles: tuple[str, ...] = ()

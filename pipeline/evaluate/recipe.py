@@ -19,18 +19,27 @@ Several = Annotated[int, Field(ge=2)]  # samples, whose spread counts
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    """How many held-out rows each figure takes, at most: the first ones, so always the same. Of fewer than FEWEST there
-    are no figures.
+    """Says what is measured, and on how many held-out rows.
 
-    ``rows``: losses of the priors; ``sampled_rows``: their samples, which are dear, ``prior_samples`` a row of each.
-    ``decoder_rows``: pictures of 64 px from the images' own embeddings; ``caption_rows``: the same from the caption
-    alone, through each prior. ``upsampler_256_rows`` and
-    ``upsampler_1024_rows``: large pictures, ``upsampler_samples`` of each. ``early``: samples that an earlier
-    checkpoint of the decoder has seen, which the finished one must beat; the decoder's training publishes it as a
-    milestone. 0 compares with none. ``judge``: a second CLIP that looks at the pictures of 64 px,
-    "open_clip:NAME:TAG" or "local-dir:FOLDER"; a key holds its name and not its bytes. ``inception``: the file of
-    Inception-v3's weights, for FID of the same pictures; its content counts. ``phrases``: what captions say in fixed
-    words, which the emoji set brings (see pipeline.config). Nothing here may be tuned on test rows.
+    The first rows are taken, so always the same ones. Nothing here may be tuned on test rows.
+
+    Attributes:
+        rows: At most, for the losses of both priors.
+        prior_samples: Image embeddings drawn a row from each prior.
+        sampled_rows: Of these, at most, for which both priors draw samples, which are expensive.
+        decoder_rows: Rows, at most, that the decoder draws at 64 px from the images' own embeddings; where
+            ``phrases`` names backgrounds, captions that name one come first.
+        caption_rows: Of these, at most, that are drawn from the caption alone, through each prior.
+        upsampler_256_rows: Rows, at most, with images of 256 px.
+        upsampler_1024_rows: Rows, at most, with images of 1024 px.
+        upsampler_samples: Samples of each, whose mean is compared with bicubic interpolation.
+        early: Samples after which the decoder's training leaves the checkpoint that the finished one must beat; 0
+            is none.
+        seed: Of all noise.
+        judge: A second CLIP that looks at the 64 px images, ``open_clip:NAME:TAG`` or ``local-dir:FOLDER``; its
+            name is in the key and not its bytes.
+        inception: The file of Inception-v3's weights, for FID of the 64 px images; its content is in the key.
+        phrases: What captions say in fixed words.
     """
 
     rows: Rows = 256

@@ -25,7 +25,12 @@ def side_of(models: Collection[str]) -> int:
 
 @dataclass(frozen=True)
 class BundleRecipe:
-    """Which models go in, and how to sample from them unless told otherwise."""
+    """Says which models go into a bundle, and how to sample from them by default.
+
+    Attributes:
+        models: The decoder, one prior or both, and none, one or both upsamplers.
+        sampling: Sampling defaults.
+    """
 
     models: tuple[str, ...] = MODELS
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -33,7 +33,12 @@ log = logging.getLogger("unclip")
 
 @dataclass(frozen=True)
 class SamplesRecipe:
-    """One picture a caption; the i-th has seed ``seed`` + i. How to sample stands in the bundle."""
+    """Says which images to draw at the end of a run; how to sample stands in the bundle.
+
+    Attributes:
+        captions: One image each.
+        seed: Of the first image; the next have the next.
+    """
 
     captions: Annotated[tuple[str, ...], Field(min_length=1)] = ("a red heart",)
     seed: NonNegativeInt = 0

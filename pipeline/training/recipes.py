@@ -20,16 +20,30 @@ Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running average
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """How one model is trained; subclasses have Table 3's values.
+    """Says how one model is trained; subclasses have Table 3's values.
 
-    ``samples``: where it stops, rounded up to whole batches; raising it later goes on from there. ``batch``: rows a
-    step, over all workers. ``lanes``: parallel readers of the data, a bound on workers; ``window``: rows that are
-    shuffled with each other, and encoded pictures that a lane holds. ``precision``: "bf16" is autocast, and fp32 on a
-    device without bf16. Adam with beta1 0.9 and decoupled ``weight_decay``, on matrices only. The learning rate rises
-    over ``warmup`` samples, stays, and falls to zero over the last ``decay``. ``clip_norm`` bounds the norm of the
-    gradient; 0 is no bound. ``ema_half_life``, in samples, is that of the averaged weights that become the model, and
-    never more than a tenth of the samples seen; 0 is no average. ``init_from``: a safetensors file of weights of the
-    same model to begin with, instead of random ones.
+    Everything is counted in samples: the rows that a model has seen.
+
+    Attributes:
+        samples: Where it stops, in samples seen, rounded up to whole batches; raising it later goes on from there.
+        batch: Rows a step, over all workers; a multiple of ``lanes``.
+        learning_rate: After the warmup.
+        beta2: Of Adam; beta1 is 0.9.
+        eps: Of Adam.
+        weight_decay: Decoupled, on the weights of layers; not on biases, norms, embeddings, positions and padding.
+        warmup: Samples over which the learning rate rises.
+        decay: Samples before the stop over which it falls to zero; such a training branches off one whose rate
+            stays.
+        clip_norm: Bound on the gradient's norm; 0 is none.
+        ema_half_life: Samples; of the averaged weights (EMA) that become the model, and at most a tenth of the
+            samples seen, so that nothing is left of the random start however short the training; ``nano`` and
+            ``tiny`` have that tenth; 0 is no average.
+        lanes: Parallel data streams, a bound on workers.
+        window: Rows that are shuffled with each other in a lane; of each lane five quarters of them, as encoded
+            images, are in a worker's memory.
+        seed: Of weights, order and noise.
+        precision: ``bf16`` is autocast, and fp32 on a device without bf16.
+        init_from: A safetensors file of weights of the same model to begin with, instead of random ones.
     """
 
     samples: PositiveInt
@@ -68,12 +82,16 @@ class TrainingRecipe:
 
 @dataclass(frozen=True)
 class ClipRecipe(TrainingRecipe):
-    """The CLIP that everything else is built on.
+    """Says which CLIP everything else is built on.
 
-    ``weights``: "train" trains ``model`` from these pairs; "open_clip:NAME:TAG", such as
-    "open_clip:ViT-L-14:openai", takes open_clip's weights; "local-dir:FOLDER" takes a folder in open_clip's layout.
-    The last two train nothing and ignore the other fields. A key holds the name of the weights and not their bytes,
-    so other bytes need another name. Learning rate and decay are those of unCLIP's and CLIP's papers.
+    Learning rate and decay are those of unCLIP's and CLIP's papers.
+
+    Attributes:
+        model: What is trained.
+        weights: ``train`` trains ``model`` from these pairs; ``open_clip:NAME:TAG``, such as
+            ``open_clip:ViT-L-14:openai``, takes open_clip's weights; ``local-dir:FOLDER`` takes a folder in
+            open_clip's layout. The last two train nothing and ignore the other fields. A key holds the name of the
+            weights and not their bytes.
     """
 
     samples: PositiveInt = 32 * 650_000_000

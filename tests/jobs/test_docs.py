@@ -1,7 +1,6 @@
 """The documents hold what the code holds, and the commands in them run."""
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -16,78 +15,15 @@ import pytest
 import yaml
 
 from jobs.cli import COMMANDS
-from models.image_configs import DecoderConfig, UpsamplerConfig
-from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
-from models.sampling_config import SamplingConfig
 from pipeline.config import Config, Run
-from pipeline.data.codec.stage import CodecRecipe
-from pipeline.data.curation.stage import CurationRecipe
-from pipeline.data.curation.thresholds import ThresholdsRecipe
-from pipeline.data.embeddings.stage import EmbeddingsRecipe
-from pipeline.data.neighbours.stage import IndexRecipe
-from pipeline.data.pairs.stage import PairsRecipe
-from pipeline.data.source.stage import SourceRecipe
-from pipeline.evaluate.captions import Phrases
-from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.ledger import REASONS
-from pipeline.sampling.bundle import BundleRecipe
-from pipeline.sampling.samples import SamplesRecipe
-from pipeline.settings import (
-    EmbeddingsSettings,
-    KubernetesSettings,
-    PairsSettings,
-    Prices,
-    RaySettings,
-    ReleaseGates,
-    ShardSettings,
-    TrainingSettings,
-)
-from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
+from pipeline.schema import FILE
 from tests.chain import MICRO, ROOT
 from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.pipeline.data.source.test_imported import write_parts
+from tests.reference import KINDS, PAGE, TABLE, fields, page, schema_text
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TRAININGS = {
-    "clip": ClipRecipe,
-    "ar_prior": ARPriorRecipe,
-    "diffusion_prior": DiffusionPriorRecipe,
-    "decoder": DecoderRecipe,
-    "upsampler": UpsamplerRecipe,
-}
-SECTIONS: dict[str, dict[str, type]] = {  # section of docs/configuration.md: column of defaults and whose they are
-    "source": {"default": SourceRecipe},
-    "pairs": {"default": PairsRecipe},
-    "embeddings": {"default": EmbeddingsRecipe},
-    "thresholds": {"default": ThresholdsRecipe},
-    "curation": {"default": CurationRecipe},
-    "index": {"default": IndexRecipe},
-    "codec": {"default": CodecRecipe},
-    "Trainings": TRAININGS,
-    "clip.model": {"default": ClipConfig},
-    "ar_prior.model": {"default": ARPriorConfig},
-    "diffusion_prior.model": {"default": DiffusionPriorConfig},
-    "decoder.model": {"default": DecoderConfig},
-    "upsampler.model": {"default": UpsamplerConfig},
-    "bundle": {"default": BundleRecipe},
-    "bundle.sampling": {"default": SamplingConfig},
-    "samples": {"default": SamplesRecipe},
-    "evaluation": {"default": EvaluationRecipe},
-    "evaluation.phrases": {"default": Phrases},
-    "release": {"default": ReleaseGates},
-    "run": {"default": Run},
-    "run.ray": {"default": RaySettings},
-    "run.kubernetes": {"default": KubernetesSettings},
-    "run.prices": {"default": Prices},
-    "run.pairs": {"default": PairsSettings},
-    "run.embeddings": {"default": EmbeddingsSettings},
-    "run.thresholds": {"default": ShardSettings},
-    "run.curation": {"default": ShardSettings},
-    "run.index": {"default": ShardSettings},
-    "run.codec": {"default": ShardSettings},
-    "Settings of trainings": {"default": TrainingSettings},
-}
-
 EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
 RETRAINED = "tests/jobs/test_retrain.py, in the order of docs/retrain.md and with what they print"
 RAYJOB = "tests/cluster/test_submit_kuberay.py and test_rayjob_runs.py; there is no Kubernetes here"
@@ -180,43 +116,19 @@ def tables(text: str) -> Iterator[dict[str, str]]:
             yield dict(zip(head, cells, strict=True))
 
 
-def sections() -> dict[str, str]:
-    parts = re.split(r"^## (.+)$", (ROOT / "docs/configuration.md").read_text(), flags=re.MULTILINE)
-    return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def default(field: dataclasses.Field[Any]) -> str:
-    """A field's default as the tables show it."""
-    if field.default_factory is not dataclasses.MISSING:
-        return json.dumps(field.default_factory())
-    return "required" if field.default is dataclasses.MISSING else json.dumps(field.default)
-
-
-def nested(field: dataclasses.Field[Any]) -> bool:
-    """Whether a field has a section of its own."""
-    factory = field.default_factory
-    return factory is not dataclasses.MISSING and dataclasses.is_dataclass(factory())
-
-
-def test_every_stage_and_every_dataclass_of_the_configuration_has_a_section() -> None:
-    assert set(sections()) == {"", *SECTIONS}
-    top = {row["field"] for row in tables(sections()[""])}
+def test_tables_and_schema_of_the_configuration_are_those_of_the_code() -> None:
+    text = PAGE.read_text()
+    assert text == page(text), "python -m tests.reference writes the tables anew"
+    assert FILE.read_text() == schema_text(), "python -m tests.reference writes the schema anew"
+    shown = {name for names in TABLE.findall(text) for name in names[0].split(", ")}
+    assert shown == KINDS.keys() - {"Config"}
+    [first, *_] = TABLE.split(text)
+    top = {row["field"] for row in tables(first.partition("\n## ")[0])}
     assert top == {"project", "store", "preset", "scale"}
-    stages = {field.name for field in dataclasses.fields(Config)} - top
-    named = {name.partition(".")[0].replace("upsampler", "upsampler_256") for name in SECTIONS}
-    assert stages - {"upsampler_1024"} <= named
-    settings = {f"run.{field.name}" for field in dataclasses.fields(Run) if nested(field)}
-    text = sections()["Settings of trainings"]
-    assert all(name in SECTIONS or f"`{name}`" in text for name in settings)
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_every_field_is_named_with_its_default(section: str) -> None:
-    rows = list(tables(sections()[section]))
-    for column, kind in SECTIONS[section].items():
-        expected = {field.name: default(field) for field in dataclasses.fields(kind) if not nested(field)}
-        assert {row["field"]: row[column] for row in rows if column in row} == expected
-    assert all(row["meaning"] for row in rows)
+    for field in dataclasses.fields(Config):
+        assert field.name in top or f"\n## {field.name}" in text or f"`{field.name}`" in text, field.name
+    for field in dataclasses.fields(Run):
+        assert field.name in fields(Run) or f"run.{field.name}" in text, field.name
 
 
 def test_every_reason_is_explained() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,14 +15,16 @@ from models.diffusion.schedules import fast27_grid, log_snr_grid, make_schedule,
 from models.diffusion_prior import diffusion_prior_denoise, diffusion_prior_variance
 from models.draw import Draw
 from models.reverse import Reverse, ignore, sampling_grid
-from models.sampling_config import DECODER_SAMPLERS, PRIOR_SAMPLERS, SamplingConfig
 from models.sampling_config import STEPS as STEPS_OPTION
+from models.sampling_config import SamplingConfig
 from models.tokens import tokenize
 from models.upsampler import Upsampler
 from tests.models.mutations import fails_under
 from tests.models.test_cascade import CAPTIONS, DIM, make
 from tests.models.test_diffusion_dpm_solver import ring
 
+PRIOR_SAMPLERS = get_args(get_type_hints(SamplingConfig)["prior_sampler"])
+DECODER_SAMPLERS = get_args(get_type_hints(SamplingConfig)["decoder_sampler"])
 SCHEDULE = make_schedule("cosine", 1000)
 STEPS = 8
 
@@ -86,7 +88,7 @@ def test_the_papers_sampler_of_the_prior_is_the_default() -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("prior_sampler", "euler"), ("decoder_sampler", "analytic")])
 def test_an_unknown_sampler_is_refused_with_the_known_ones(field: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"{field} is '{value}': use one of .*ddpm, ddim, dpm"):
+    with pytest.raises(ValueError, match=f"{field} is '{value}': use .*'ddpm', 'ddim' or 'dpm'"):
         SamplingConfig(**{field: value})
 
 

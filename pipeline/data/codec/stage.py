@@ -21,9 +21,16 @@ VERSION = 3
 
 @dataclass(frozen=True)
 class CodecRecipe:
-    """``components`` kept by PCA, or as many as hold ``variance_target`` of the variance; ``buckets`` a component.
+    """Says how finely the codec describes an image embedding.
 
-    ``sample_rows``: training rows that it is fitted to, at most; a larger set is sampled, by ``seed``.
+    Attributes:
+        components: Of the PCA; more than the data's rank is lowered with a warning. ``nano`` and ``tiny`` keep 32,
+            because the AR prior's time grows with them.
+        variance_target: A share: as many components as hold it, in place of ``components``.
+        buckets: Quantile buckets a component; equal to ``ar_prior.model.buckets``.
+        sample_rows: Training rows that it is fitted to, at most: they lie in one worker's memory, 8 bytes for each
+            number of an embedding (6 GB for a million of 768).
+        seed: Of the sample.
     """
 
     components: PositiveInt = 319

@@ -29,11 +29,21 @@ Cosine = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True)
 class CurationRecipe:
-    """Thresholds. Sides are pixels of the stored picture, captions are judged by their first, in characters.
+    """Says which rows models are trained on.
 
-    ``min_score`` and ``max_score``: bounds on scores, by the name of a head of the embeddings.
-    ``near_duplicate``, ``near_held_out``: the cosine of image embeddings from which a row is too near to an earlier row
-    of its split, and a training row to a held-out one; None looks for none.
+    Attributes:
+        min_side: Short side of the stored image, pixels.
+        max_aspect: Long side over short side.
+        min_caption: Characters of the first caption.
+        max_caption: Characters of the first caption.
+        min_similarity: Cosine of image and text embedding; -1 keeps all. The higher of this and of ``thresholds``
+            counts.
+        min_score: Lowest score that stays, by the name of a head in ``embeddings.heads``.
+        max_score: Highest score that stays, by the name of a head in ``embeddings.heads``.
+        near_duplicate: Cosine of image embeddings from which a row is a near-duplicate of an earlier one of its
+            split; ``null`` looks for none, as in ``nano`` and ``tiny``.
+        near_held_out: The same between a training row and a held-out one; ``null`` looks for none, as in ``nano``
+            and ``tiny``.
     """
 
     min_side: int = 64

@@ -28,8 +28,12 @@ BINS = 1 << 16  # of similarities from -1 to 1: a change is a new version
 
 @dataclass(frozen=True)
 class ThresholdsRecipe:
-    """``similarity``: the share of training rows, those whose image and caption are furthest apart, that curation
-    rejects; it rejects held-out rows by the same threshold. 0 rejects none."""
+    """Says which share of the data is below a threshold.
+
+    Attributes:
+        similarity: Share of the training rows that curation rejects: those whose image and text embeddings are
+            furthest apart. Held-out rows are judged by the same threshold.
+    """
 
     similarity: Annotated[float, Field(ge=0, lt=1)] = 0.0
 

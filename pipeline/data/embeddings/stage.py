@@ -37,10 +37,11 @@ CAPTIONS = 16  # of a row that are embedded, the first ones, so that a text file
 
 @dataclass(frozen=True)
 class EmbeddingsRecipe:
-    """``heads``: files of linear heads on the image embeddings, by the name of their score (see
-    pipeline.data.embeddings.scores).
+    """Says what is computed from CLIP's embeddings.
 
-    Always so: fp32 mathematics, float16 storage, the first CAPTIONS captions of each row.
+    Attributes:
+        heads: Linear heads on the image embeddings, name: path of a safetensors file with ``weight`` [1, d] and
+            ``bias`` [1].
     """
 
     heads: dict[str, ContentFile] = field(default_factory=dict)

@@ -48,7 +48,12 @@ PROBES = 32  # lists that a search looks in
 
 @dataclass(frozen=True)
 class IndexRecipe:
-    """``flat_rows``: training rows up to which vectors are stored as they are; more are stored as codes."""
+    """Says how the search index stores embeddings.
+
+    Attributes:
+        flat_rows: Training rows up to which embeddings are stored as they are and answers are exact; more are
+            stored as codes (IVF-PQ, a byte for 8 components), and answers are approximate.
+    """
 
     flat_rows: Annotated[int, Field(ge=256)] = 1 << 20  # a byte of a code is fitted to 256 rows or more
 

@@ -49,9 +49,18 @@ TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "xxh3", "tar", "o
 
 @dataclass(frozen=True)
 class PairsRecipe:
-    """How pictures are stored. ``image_size``: a larger picture is shrunk until its short side is this; a smaller one
-    stays. Budgets are per picture, in bytes as fetched and in pixels as the header says. What a deny list names is
-    neither fetched nor kept."""
+    """Says how images are stored, and which are refused.
+
+    Attributes:
+        image_size: A larger image is shrunk until its short side is this many pixels; a smaller one stays as it is.
+        encode_format: Of the stored images.
+        encode_quality: 0 to 100; for png the compression, 0 to 9.
+        max_bytes: Limit for one image, as fetched.
+        max_pixels: Limit for one image by its header, before anything is decoded.
+        deny_hosts: A text file of hosts that are never asked, each with all its subdomains.
+        deny_urls: A text file of URLs that are never fetched.
+        deny_sha256: A text file of sha256 of images that are never kept.
+    """
 
     image_size: Annotated[int, Field(ge=64)] = 1024  # the smallest image that a model is trained on
     encode_format: Literal["jpg", "png", "webp"] = "jpg"

@@ -48,12 +48,23 @@ log = logging.getLogger("unclip")
 
 @dataclass(frozen=True)
 class SourceRecipe:
-    """Where pairs come from. ``paths``: .parquet, .csv, .tsv, a folder of a.jpg + a.txt, one of embeddings as
-    clip-retrieval writes them, .tar, or ``emoji:SUBSET``.
+    """Says where pairs come from, and which rows are held out.
 
-    A row's split is its ``split_column`` if the list has one, else a hash of its ``group_column``, else of its image
-    reference; ``validation`` and ``test`` are the shares held out by hash. ``roots``: folders, tars and s3://BUCKET or
-    s3://BUCKET/PREFIX that lists may name besides files of their own (see pipeline.local).
+    Attributes:
+        paths: Lists, in order: ``.parquet``, ``.csv``, ``.tsv``, a folder of ``a.jpg`` and ``a.txt``, a folder of
+            embeddings as clip-retrieval writes them, a webdataset ``.tar``, or emoji, drawn by the packages of the
+            ``demo`` extra: ``emoji:full``, ``emoji:tiny`` (some 1,500), ``emoji:nano`` (320), ``emoji:flawed``
+            (nine rows that are all rejected, each for another reason).
+        image_column: The image's reference: http(s), s3 or file.
+        caption_column: Text, or a list of texts.
+        group_column: Rows of a group share a split; optional in the list.
+        split_column: ``train``, ``validation`` or ``test``; optional in the list.
+        hash_column: The sha256 that the fetched bytes must have; optional in the list.
+        shard_rows: Rows a shard: what one worker does at a time, and what an interruption may cost.
+        validation: Share held out, by a hash of the group or else of the reference, where the list has no split.
+        test: The same for the test split, which no training and no codec ever reads.
+        roots: Folders, tars and ``s3://BUCKET`` or ``s3://BUCKET/PREFIX`` that lists may name besides files of
+            their own.
     """
 
     # A recipe and not a setting of the run: a row that is refused changes what is made. Keys count what was read, so

@@ -1,0 +1,82 @@
+"""The tables of docs/configuration.md and pipeline/schema.json: ``python -m tests.reference`` writes both.
+
+A table follows a remark such as ``<!-- fields of RaySettings -->``. After one of several classes it has a column of
+defaults for each, and the fields that all of them have.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pipeline.config import Config
+from pipeline.schema import FILE, descriptions, parts, schema
+from pipeline.training.recipes import TrainingRecipe
+
+PAGE = Path(__file__).parents[1] / "docs/configuration.md"
+TABLE = re.compile(r"^<!-- fields of ([\w, ]+) -->\n\n((?:\|.*\n)*)", re.MULTILINE)
+KINDS = {kind.__name__: kind for kind in parts()}
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """Returns a field's default as the tables show it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return json.dumps(field.default_factory())
+    return "required" if field.default is dataclasses.MISSING else json.dumps(field.default)
+
+
+def fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
+    """Returns the fields of a dataclass that are no dataclasses themselves."""
+    return {
+        field.name: field for field in dataclasses.fields(kind) if not dataclasses.is_dataclass(field.default_factory)
+    }
+
+
+def table(names: list[str]) -> str:
+    """Returns the table of one class, or of several that share fields."""
+    kinds = [KINDS[name] for name in names]
+    shown, said = fields(kinds[0]), descriptions(kinds[0])
+    columns = ["default"]
+    if len(kinds) > 1:
+        shown = {name: field for name, field in shown.items() if all(name in fields(kind) for kind in kinds)}
+        holders = {field.default_factory: field.name for field in reversed(dataclasses.fields(Config))}
+        columns = [holders[kind] for kind in kinds]
+    elif issubclass(kinds[0], TrainingRecipe):
+        shown = {name: field for name, field in shown.items() if name not in fields(TrainingRecipe)}
+    rows = [["field", *columns, "meaning"], ["---"] * (len(columns) + 2)]
+    types = get_type_hints(kinds[0])
+    rows += [
+        [name, *(default(fields(kind)[name]) for kind in kinds), meaning(said[name], types[name])] for name in shown
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def meaning(text: str, kind: Any) -> str:
+    """Returns a description as the cell of a table, after the values that a field may have."""
+    values = [f"`{value}`" for value in get_args(kind)] if get_origin(kind) is Literal else []
+    if values and not all(value in text for value in values):
+        text = f"{', '.join(values[:-1])} or {values[-1]}. {text}"
+    phrase = text.removesuffix(".")
+    return phrase if ". " not in phrase else text
+
+
+def page(text: str) -> str:
+    """Returns the page with its tables as the code has them."""
+    return TABLE.sub(lambda found: f"<!-- fields of {found[1]} -->\n\n{table(found[1].split(', '))}", text)
+
+
+def schema_text() -> str:
+    """Returns the content of pipeline/schema.json."""
+    return json.dumps(schema(), indent=1, sort_keys=True) + "\n"
+
+
+def main() -> int:
+    PAGE.write_text(page(PAGE.read_text()))
+    FILE.write_text(schema_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
