@@ -15,8 +15,7 @@ from pipeline.graph.damage import create_record, read_record
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
-from pipeline.store.identity import whoami
-from pipeline.store.records import put_blob
+from pipeline.store.records import put_blob, whoami
 
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
 THREADS = 16  # records are small, and each is a request
@@ -38,8 +37,7 @@ class Shard:
 @dataclass(frozen=True)
 class Artifact:
     """An immutable result. ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards.
-    ``requests``: what making it asked of the store (see pipeline.store.base.COUNTS). ``version``: its stage's;
-    ``by``: the user and the host that made it. Older records have neither."""
+    ``version``: its stage's; ``by``: the user and the host that made it. Older records have neither."""
 
     stage: str
     key: str
@@ -51,7 +49,6 @@ class Artifact:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)
-    requests: Mapping[str, int] = field(default_factory=dict)
     version: int | None = None
     by: Mapping[str, str] = field(default_factory=dict)
 
@@ -118,8 +115,7 @@ def environment() -> dict[str, str]:
 
 
 def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifact:
-    """Create the record of an artefact whose blobs are in the store; return the one that stands. It has the counts of
-    this store's requests until now (see Store.counted)."""
+    """Creates the record of an artefact whose blobs are in the store. Returns the one that stands."""
     crash_point("artifact.before_record", artifact_path(artifact.stage, artifact.key))
     body = {
         "stage": artifact.stage,
@@ -132,7 +128,6 @@ def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifa
         "metrics": dict(artifact.metrics),
         "environment": environment() | dict(artifact.environment),
         "times": {"finished": time.time(), "seconds": seconds} | dict(artifact.times),
-        "requests": store.traffic.counts(),
         "version": artifact.version,
         "by": whoami(),
     }
@@ -166,5 +161,5 @@ def artifact_of(record: Mapping[str, Any]) -> Artifact:
     """The artefact that a record holds."""
     names = ("stage", "key", "inputs", "recipe", "blobs", "shard_table", "metrics", "environment", "times")
     values = {name: record[name] for name in names}
-    later: dict[str, Any] = {name: record[name] for name in ("requests", "version", "by") if name in record}
+    later: dict[str, Any] = {name: record[name] for name in ("version", "by") if name in record}
     return Artifact(ledger=Ledger.from_json(record["ledger"]), **later, **values)

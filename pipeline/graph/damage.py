@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.errors import CorruptObject, UserError
@@ -74,7 +76,10 @@ def set_aside(store: Store, paths: Iterable[str]) -> None:
             data = store.read(path)
         except FileNotFoundError:
             continue
-        store.create(f"{FOLDER}{path}.{hashlib.sha256(data).hexdigest()[:16]}", [memoryview(data)])
+        with TemporaryDirectory() as folder:  # from a file, since one request cannot create an object over 5 GiB
+            file = Path(folder, "damaged")
+            file.write_bytes(data)
+            store.create(f"{FOLDER}{path}.{hashlib.sha256(data).hexdigest()[:16]}", file, move=True)
     crash_point("damage.before_delete", paths[0] if paths else "")
     store.delete(paths)
 

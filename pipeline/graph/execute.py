@@ -73,8 +73,7 @@ def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], stor
     """Returns what a stage is given. ``artifacts`` hold its inputs."""
     inputs = {name: artifacts[name] for name in stage.inputs}
     settings = getattr(config.run, stage.name, stage.settings)
-    # A store of its own, so that stages side by side count their requests apart.
-    return Context(store.counted(), stage.name, stage.version, key, stage.recipe, settings, inputs, config)
+    return Context(store, stage.name, stage.version, key, stage.recipe, settings, inputs, config)
 
 
 def _run_stage(

@@ -76,8 +76,8 @@ def released_projects(store: Store) -> Iterator[str]:
 def read_releases(store: Store, project: str) -> Releases:
     """Returns the current pointer of a project. Raises UserError if it is damaged."""
     path = release_path(project)
-    version = next((entry.version for entry in store.list(path) if entry.path == path), None)
-    if version is None:
+    standing = store.stat(path)
+    if standing is None:
         return Releases()
     try:
         body = open_record(store, path)
@@ -85,9 +85,11 @@ def read_releases(store: Store, project: str) -> Releases:
         raise UserError(
             f"{store.url}/{path} is corrupt, and nothing can make it again: restore it, or delete it and promote again"
         ) from None
-    if body is None:  # deleted since it was listed
+    if body is None:  # deleted meanwhile
         return Releases()
-    return Releases(version, tuple(Move(**{**move, "failed": tuple(move["failed"])}) for move in body["moves"]))
+    return Releases(
+        standing.version, tuple(Move(**{**move, "failed": tuple(move["failed"])}) for move in body["moves"])
+    )
 
 
 def move_release(store: Store, project: str, seen: Releases, move: Move) -> None:

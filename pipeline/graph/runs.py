@@ -18,7 +18,7 @@ from pipeline.graph.keys import flatten, trajectory
 from pipeline.graph.plan import Verdict
 from pipeline.graph.stages import Context, Graph
 from pipeline.store import Store
-from pipeline.store.identity import whoami
+from pipeline.store.records import whoami
 
 
 def remember(

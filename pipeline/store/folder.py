@@ -1,4 +1,4 @@
-"""A store in a local or shared folder."""
+"""Keeps a store in a local or shared folder."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.store.base import Buffers, Entry, Traffic, read_file
-from pipeline.store.direct import write_direct
+from pipeline.store.base import Entry, read_file
 from pipeline.store.names import check_path
 
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """Turn what a user can mend on a disk into one line."""
+    """Turns what a user can mend on a disk into one line."""
     try:
         yield
     except PermissionError as e:
@@ -41,15 +40,13 @@ def _explained(url: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FolderStore:
-    """Objects are files. A name that begins with a dot is a lock or half written. Without ``cached``, bytes come from
-    the disk, or the server that has it, and not from this machine's memory."""
+    """Holds objects as files. A file whose name begins with a dot is a lock or half written.
+
+    Without ``cached``, bytes come from the disk, or the server that has it, and not from this machine's page cache.
+    """
 
     url: str
     cached: bool = True
-    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
-
-    def counted(self) -> FolderStore:
-        return replace(self, traffic=Traffic())
 
     def fresh(self) -> FolderStore:
         return replace(self, cached=False)
@@ -59,7 +56,7 @@ class FolderStore:
         return os.path.join(os.path.realpath(self.url), "")
 
     def __getstate__(self) -> dict[str, Any]:  # on another machine the folder may be a link to another place
-        return {name: self.__dict__[name] for name in ("url", "cached", "traffic")}
+        return {name: self.__dict__[name] for name in ("url", "cached")}
 
     def _file(self, path: str) -> Path:
         """Returns where an object lies. Raises UserError for a path, or a link in the store, that leads out of it."""
@@ -72,7 +69,7 @@ class FolderStore:
         return Path(file)
 
     def _readable(self, path: str) -> Path:
-        """As ``_file``, with nothing of it in this machine's memory where that does not count."""
+        """Returns where an object lies, dropped from the page cache first where that does not count."""
         file = self._file(path)
         if not self.cached and hasattr(os, "posix_fadvise"):  # macOS has none
             with open(file, "rb") as f:
@@ -80,30 +77,19 @@ class FolderStore:
         return file
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        self.traffic.add(GET=1)
         with open(self._readable(path), "rb") as f:
             f.seek(start)
-            data = f.read() if stop is None else f.read(stop - start)
-        self.traffic.add(bytes_read=len(data))
-        return data
+            return f.read() if stop is None else f.read(stop - start)
 
     def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        self.traffic.add(GET=1)
-        count = 0
-        try:
-            for data in read_file(self._readable(path), parts):
-                count += len(data)
-                yield data
-        finally:
-            self.traffic.add(bytes_read=count)
+        yield from read_file(self._readable(path), parts)
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        self.traffic.add(LIST=1)
         check_path(prefix)
         yield from self._walk(prefix[: prefix.rfind("/") + 1], prefix)
 
     def _walk(self, folder: str, prefix: str) -> Iterator[Entry]:
-        """What begins with ``prefix`` in a folder whose path is empty or ends with a slash."""
+        """Yields what begins with ``prefix`` in a folder whose path is empty or ends with a slash."""
         try:
             with os.scandir(self._file(folder)) as children:
                 # With their slashes folders sort among files as the paths in them do.
@@ -121,8 +107,14 @@ class FolderStore:
                 with suppress(FileNotFoundError):  # deleted since the folder was read
                     yield Entry(path, child.stat().st_size, _version(Path(child.path), path))
 
-    def create(self, path: str, data: bytes | Path | Buffers, move: bool = False) -> bool:
-        self.traffic.add(PUT=1)
+    def stat(self, path: str) -> Entry | None:
+        file = self._file(path)
+        try:
+            return Entry(path, file.stat().st_size, _version(file, path)) if file.is_file() else None
+        except FileNotFoundError:  # deleted meanwhile
+            return None
+
+    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         file = self._file(path)
         if file.exists():
             return False
@@ -138,7 +130,6 @@ class FolderStore:
         return True
 
     def swap(self, path: str, old: str | None, new: bytes) -> bool:
-        self.traffic.add(PUT=1)
         file = self._file(path)
         with _explained(self.url):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +144,6 @@ class FolderStore:
     def delete(self, paths: Iterable[str]) -> None:
         with _explained(self.url):
             for path in paths:
-                self.traffic.add(DELETE=1)
                 self._file(path).unlink(missing_ok=True)
 
     def now(self) -> float:
@@ -166,7 +156,6 @@ class FolderStore:
                 file.unlink()
 
     def clear_abandoned(self, before: float) -> int:
-        """Delete what writers that were killed before a time left half written; return how many."""
         count = 0
         for root, _, files in os.walk(self.url):
             for name in files:
@@ -177,19 +166,15 @@ class FolderStore:
                         count += 1
         return count
 
-    def _write_temporary(self, file: Path, data: bytes | Path | Buffers, move: bool = False) -> Path:
+    def _write_temporary(self, file: Path, data: bytes | Path, move: bool = False) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
         try:
-            if isinstance(data, Path):
-                if not (move and _linked(data, temporary)):
-                    shutil.copyfile(data, temporary)  # inside the kernel where it can
-            elif isinstance(data, bytes):
+            if isinstance(data, bytes):
                 temporary.write_bytes(data)
-            else:
-                write_direct(temporary, data)
+            elif not (move and _linked(data, temporary)):
+                shutil.copyfile(data, temporary)  # inside the kernel where it can
             with open(temporary, "rb") as written:
-                self.traffic.add(bytes_written=written.seek(0, os.SEEK_END))
                 os.fsync(written.fileno())
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -198,7 +183,7 @@ class FolderStore:
 
 
 def _linked(file: Path, name: Path) -> bool:
-    """Give a file another name. False: it lies on another file system, or this one has no links."""
+    """Gives a file another name. Returns False on another file system, or one without links."""
     try:
         os.link(file, name)
     except OSError:
@@ -207,7 +192,7 @@ def _linked(file: Path, name: Path) -> bool:
 
 
 def lock_path(path: str) -> str:
-    """The hidden file that a swap in a folder locks."""
+    """Returns the hidden file that a swap in a folder locks."""
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}.{name}.lock"
 
@@ -217,7 +202,7 @@ def _content_version(data: bytes) -> str:
 
 
 def _version(file: Path, path: str) -> str:
-    """Small objects that may be swapped are known by content; the rest never change, so their name will do."""
+    """Returns the content's hash for small objects that may be swapped, the name of others, which never change."""
     return _content_version(file.read_bytes()) if path.startswith(("locks/", "leases/", "releases/")) else path
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline.progress import Line, duration
 from pipeline.store import Store
-from pipeline.store.identity import named, whoami
+from pipeline.store.records import named, whoami
 
 SAY_EVERY_S = 30.0  # in a log, how far the one is that is waited for
 log = logging.getLogger("unclip")
@@ -152,13 +152,13 @@ def is_held(store: Store, path: str) -> bool:
 
 
 def _read(store: Store, path: str) -> tuple[str | None, dict[str, Any]]:
-    for entry in store.list(path):
-        if entry.path == path:
-            try:
-                return entry.version, json.loads(store.read(path))
-            except (FileNotFoundError, ValueError):
-                return entry.version, {}
-    return None, {}
+    standing = store.stat(path)
+    if standing is None:
+        return None, {}
+    try:
+        return standing.version, json.loads(store.read(path))
+    except (FileNotFoundError, ValueError):
+        return standing.version, {}
 
 
 def _identity() -> dict[str, Any]:

@@ -6,17 +6,18 @@ A record carries its format and its own checksum. What looks damaged is read aga
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import os
 import secrets
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.store import Store
-from pipeline.store.base import Buffers
 from pipeline.store.crash import crash_point
 from pipeline.store.names import check_record, is_digest, is_file_name
 
@@ -41,16 +42,13 @@ def blob_path(sha256: str) -> str:
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
-def put_blob(store: Store, data: bytes | Path | Buffers, move: bool = False) -> str:
-    """Store ``data`` under the sha256 of the content, and return it. See ``Store.create``."""
+def put_blob(store: Store, data: bytes | Path, move: bool = False) -> str:
+    """Stores a blob under the sha256 of its bytes, which it returns. See ``Store.create``."""
     if isinstance(data, Path):
         with open(data, "rb") as f:
             name = hashlib.file_digest(f, "sha256").hexdigest()
     else:
-        content = hashlib.sha256()
-        for buffer in [data] if isinstance(data, bytes) else data:
-            content.update(buffer)
-        name = content.hexdigest()
+        name = hashlib.sha256(data).hexdigest()
     store.create(blob_path(name), data, move)
     crash_point("blob.created", name)
     return name
@@ -157,3 +155,20 @@ def unseal(data: bytes, where: str) -> dict[str, Any] | None:
     if older:
         raise UserError(f"{where} was written by an older version of this software; name another store to begin again")
     return None
+
+
+def whoami() -> dict[str, str]:
+    """Returns user and host of this process, for people who share a store. They are never part of a key.
+
+    The user is empty where the system has no name for it, as in some containers.
+    """
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        user = ""
+    return {"user": user, "host": socket.gethostname()}
+
+
+def named(by: Mapping[str, Any]) -> str:
+    """Returns for example 'ana@gpu-7', or "" where a record does not say."""
+    return "@".join(str(by[name]) for name in ("user", "host") if by.get(name))

@@ -1,45 +1,44 @@
-"""A store under a prefix of an S3 bucket.
+"""Keeps a store under a prefix of an S3 bucket.
 
 A request that fails in a way that may pass is sent again, after waiting, TRIES times in all: by boto3 until the answer
-has begun, by us when its body breaks off. A write may so meet its own first try, whose answer was lost, and knows it by
-a nonce in the object's metadata.
+has begun, by this module when the body breaks off. A conditional write may so meet its own first try, whose answer was
+lost, and knows it by its bytes.
 """
 
 from __future__ import annotations
 
 import io
 import random
-import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import boto3
+from boto3.exceptions import S3UploadFailedError
+from boto3.s3.transfer import TransferConfig
+from botocore import exceptions
+from botocore.config import Config
+from botocore.exceptions import ClientError
+from urllib3.exceptions import HTTPError
+
 from pipeline.errors import Unreachable, UserError
-from pipeline.store.base import Buffers, Entry, Traffic, cut
+from pipeline.store.base import Entry, cut
 from pipeline.store.names import check_path
 
 TRIES = 6  # with boto3's waits about a minute at most
 TIMEOUT_S = 60.0  # without a byte
 LEAST_RATE = 16 << 10  # bytes a second that a body must bring from then on
-PART_BYTES = 64 << 20  # what has more is uploaded in parts; S3 takes at most 10,000 of at least 5 MiB
+PART_BYTES = 64 << 20  # a larger file is uploaded in parts; S3 takes at most 10,000 of at least 5 MiB
 CONNECTIONS = 32  # of as many threads at once; more wait for one
 BATCH = 1000  # objects that one request may delete
 
-REQUESTS = {
-    "GetObject": "GET",
-    "HeadObject": "HEAD",
-    "ListObjectsV2": "LIST",
-    "ListMultipartUploads": "LIST",
-    "DeleteObjects": "DELETE",
-    "AbortMultipartUpload": "DELETE",
-}  # everything else writes, and is billed as a PUT
 PERMISSIONS = {  # of AWS; S3 asks for others than the names of its operations
     "GetObject": "s3:GetObject",
     "HeadObject": "s3:GetObject",
@@ -63,17 +62,11 @@ _making = threading.Lock()  # a session may not be shared while a client is made
 
 @dataclass(frozen=True)
 class S3Store:
-    """Endpoint, region and credentials come from the standard AWS settings."""
+    """Holds objects in a bucket. Endpoint, region and credentials come from the standard AWS settings."""
 
     url: str
     bucket: str
     prefix: str
-    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
-
-    def counted(self) -> S3Store:
-        other = replace(self, traffic=Traffic())
-        other.__dict__["_session"] = self._session  # it has read what makes a first client slow
-        return other
 
     def fresh(self) -> S3Store:
         other = replace(self)  # without the client, and so without its connections
@@ -82,14 +75,10 @@ class S3Store:
 
     @cached_property
     def _session(self) -> Any:
-        import boto3
-
         return boto3.session.Session()  # the default one would keep the credentials it first saw
 
     @cached_property
     def _client(self) -> Any:
-        from botocore.config import Config
-
         config = Config(
             retries={"mode": "standard", "total_max_attempts": TRIES},
             connect_timeout=10,
@@ -97,19 +86,10 @@ class S3Store:
             max_pool_connections=CONNECTIONS,
         )
         with _making:
-            client = self._session.client("s3", config=config)
-        client.meta.events.register("before-send.s3", self._count)
-        return client
-
-    def _count(self, request: Any, event_name: str, **_: Any) -> None:
-        """Called for every request that is really sent."""
-        operation = event_name.rpartition(".")[2]
-        payload = operation in ("PutObject", "UploadPart")
-        length = request.headers.get("X-Amz-Decoded-Content-Length", request.headers.get("Content-Length", 0))
-        self.traffic.add(**{REQUESTS.get(operation, "PUT"): 1}, bytes_written=int(length) if payload else 0)
+            return self._session.client("s3", config=config)
 
     def __getstate__(self) -> dict[str, Any]:  # clients cannot travel between processes
-        return {name: self.__dict__[name] for name in ("url", "bucket", "prefix", "traffic")}
+        return {name: self.__dict__[name] for name in ("url", "bucket", "prefix")}
 
     def _where(self, path: str) -> dict[str, str]:
         check_path(path)
@@ -117,10 +97,7 @@ class S3Store:
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
-        """Turn what a user can mend, and what did not pass by waiting, into one line."""
-        from botocore import exceptions
-        from urllib3.exceptions import HTTPError
-
+        """Turns what a user can mend, and what did not pass by waiting, into one line."""
         again = "then run the same command again"
         try:
             yield
@@ -149,8 +126,6 @@ class S3Store:
             ) from e
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        from urllib3.exceptions import HTTPError
-
         if stop is not None and stop <= start:
             return b""
         with self._explained(path):
@@ -166,8 +141,6 @@ class S3Store:
         raise AssertionError("the last try returns or raises")
 
     def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        from urllib3.exceptions import HTTPError
-
         given = 0
         with self._explained(path):
             for last in _tries():
@@ -183,11 +156,10 @@ class S3Store:
                         raise
 
     def _chunks(self, path: str, start: int, stop: int | None) -> Iterator[bytes]:
-        """The body of one request for bytes [start, stop). Raises FileNotFoundError, and HTTPError, of urllib3, where
-        it ends early, stands still or only drips."""
-        from botocore.exceptions import ClientError
-        from urllib3.exceptions import HTTPError
+        """Yields the body of one request for bytes [start, stop).
 
+        Raises FileNotFoundError, and HTTPError where the body ends early, stands still or comes too slowly.
+        """
         asked = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
         try:
             answer = self._client.get_object(**self._where(path), **asked)
@@ -198,16 +170,13 @@ class S3Store:
                 raise FileNotFoundError(f"{self.url}/{path}") from None
             raise
         began, count = time.monotonic(), 0
-        try:
-            # urllib3's response, which gives what is there instead of waiting for a whole chunk
-            with answer["Body"] as response:
-                while chunk := response.read1(1 << 20):
-                    count += len(chunk)
-                    if time.monotonic() - began > TIMEOUT_S + count / LEAST_RATE:
-                        raise HTTPError("the body comes too slowly")
-                    yield chunk
-        finally:
-            self.traffic.add(bytes_read=count)
+        # urllib3's response returns what has come instead of waiting for a whole chunk.
+        with answer["Body"] as response:
+            while chunk := response.read1(1 << 20):
+                count += len(chunk)
+                if time.monotonic() - began > TIMEOUT_S + count / LEAST_RATE:
+                    raise HTTPError("the body comes too slowly")
+                yield chunk
         if count != answer["ContentLength"]:
             raise HTTPError("the body ended early")
 
@@ -220,10 +189,18 @@ class S3Store:
                 for item in page.get("Contents", ()):
                     yield Entry(item["Key"][skip:], item["Size"], item["ETag"])
 
-    def create(self, path: str, data: bytes | Path | Buffers, move: bool = False) -> bool:
-        if isinstance(data, bytes):
-            return self._put(path, data, IfNoneMatch="*")
-        return self._create_in_parts(path, data)
+    def stat(self, path: str) -> Entry | None:
+        with self._explained(path):
+            try:
+                found = self._client.head_object(**self._where(path))
+            except ClientError as e:
+                if _status(e) == 404:
+                    return None
+                raise
+        return Entry(path, found["ContentLength"], found["ETag"])
+
+    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
+        return self._put(path, data, IfNoneMatch="*") if isinstance(data, bytes) else self._upload(path, data)
 
     def swap(self, path: str, old: str | None, new: bytes) -> bool:
         return self._put(path, new, **({"IfNoneMatch": "*"} if old is None else {"IfMatch": old}))
@@ -235,7 +212,7 @@ class S3Store:
                 self._delete(batch)
 
     def _delete(self, batch: Sequence[str]) -> None:
-        """One request; its answer may be a success and still name objects that were not deleted."""
+        """Sends one request, whose answer may be a success and still name objects that were not deleted."""
         keys = [self._where(path)["Key"] for path in batch]
         for last in _tries():
             answer = self._client.delete_objects(
@@ -259,7 +236,6 @@ class S3Store:
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
     def clear_abandoned(self, before: float) -> int:
-        """Abort multipart uploads begun earlier than ``before``, which are paid for and never seen; return how many."""
         count = 0
         with self._explained(""):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
@@ -275,96 +251,49 @@ class S3Store:
         return count
 
     def _put(self, path: str, data: bytes, **condition: str) -> bool:
-        """A conditional PUT of one request."""
-        from botocore.exceptions import ClientError
-
-        nonce = secrets.token_hex(8)
+        """Writes an object with one conditional request. Returns whether the condition held."""
+        tried = False
         with self._explained(path):
             for last in _tries():
                 try:
-                    self._client.put_object(**self._where(path), Body=data, Metadata={"nonce": nonce}, **condition)
+                    self._client.put_object(**self._where(path), Body=data, **condition)
                     return True
                 except ClientError as e:
                     if _status(e) not in (404, 409, 412) or e.response["Error"]["Code"] in HINTS:
                         raise
                     if _status(e) == 404:  # If-Match on an object that is gone
                         return False
-                    ours = self._nonce(path) == nonce
-                    if ours or _status(e) == 412:
-                        return ours
+                    tried = tried or e.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                    if _status(e) == 412:  # perhaps because a try whose answer was lost has won
+                        return tried and self._holds(path, data)
                     if last:  # 409: somebody, perhaps our own first try, is writing, and nobody has won yet
                         raise
+                    tried = True
         raise AssertionError("the last try returns or raises")
 
-    def _nonce(self, path: str) -> str | None:
-        """Whose the object is: the nonce of its writer, empty if it has none; None if there is no object."""
-        from botocore.exceptions import ClientError
-
+    def _holds(self, path: str, data: bytes) -> bool:
         try:
-            return str(self._client.head_object(**self._where(path))["Metadata"].get("nonce", ""))
-        except ClientError as e:
-            if _status(e) == 404:
-                return None
-            raise
+            return self.read(path) == data
+        except FileNotFoundError:
+            return False
 
-    def _create_in_parts(self, path: str, data: Path | Buffers) -> bool:
-        """A multipart upload whose completion is conditional; a single PUT when one part is enough."""
-        if (data.stat().st_size if isinstance(data, Path) else sum(map(len, data))) <= PART_BYTES:
-            return self._put(path, b"".join(_parts(data)), IfNoneMatch="*")
-        from botocore.exceptions import ClientError
-
-        # The nonce is given when an upload begins, so the object has it however its completion was answered.
-        nonce = secrets.token_hex(8)
-        with self._explained(path):
-            for last in _tries():
-                standing = self._nonce(path)
-                if standing is not None:
-                    return standing == nonce
-                try:
-                    self._upload(path, data, nonce)
-                    return True
-                except ClientError as e:
-                    # 404: no such upload. Our own first try has completed it, or somebody has aborted it as abandoned.
-                    if last or _status(e) not in (404, 409, 412) or e.response["Error"]["Code"] in HINTS:
-                        raise
-        raise AssertionError("the last try returns or raises")
-
-    def _upload(self, path: str, data: Path | Buffers, nonce: str) -> None:
-        from botocore.exceptions import BotoCoreError, ClientError
-
+    def _upload(self, path: str, file: Path) -> bool:
+        """Uploads a file, in parts if it is large, unless the object exists: then it has the same bytes."""
         where = self._where(path)
-        upload = self._client.create_multipart_upload(**where, Metadata={"nonce": nonce})["UploadId"]
-        try:
-            parts: list[dict[str, Any]] = []
-            for number, part in enumerate(_parts(data), start=1):
-                tag = self._client.upload_part(**where, UploadId=upload, PartNumber=number, Body=part)["ETag"]
-                parts.append({"PartNumber": number, "ETag": tag})
-            self._client.complete_multipart_upload(
-                **where, UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
-            )
-        except BaseException:
-            with suppress(ClientError, BotoCoreError):  # what cannot be aborted now, clear_abandoned finds
-                self._client.abort_multipart_upload(**where, UploadId=upload)
-            raise
-
-
-def _parts(data: Path | Buffers) -> Iterator[bytes]:
-    """PART_BYTES after PART_BYTES, and what is left."""
-    if isinstance(data, Path):
-        with open(data, "rb") as source:
-            yield from iter(lambda: source.read(PART_BYTES), b"")
-        return
-    part: list[memoryview] = []
-    room = PART_BYTES
-    for buffer in data:
-        while buffer:
-            part.append(buffer[:room])
-            room, buffer = room - len(part[-1]), buffer[room:]
-            if room == 0:
-                yield b"".join(part)
-                part, room = [], PART_BYTES
-    if part:
-        yield b"".join(part)
+        config = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
+        for last in _tries():
+            if self.stat(path) is not None:
+                return False
+            with self._explained(path):
+                try:
+                    self._client.upload_file(str(file), where["Bucket"], where["Key"], Config=config)
+                    return True
+                except S3UploadFailedError as e:
+                    why = e.__context__
+                    gone = isinstance(why, ClientError) and why.response["Error"]["Code"] == "NoSuchUpload"
+                    if why is None or last or not gone:  # completed by a try of ours, or aborted as abandoned
+                        raise why or e from None
+        raise AssertionError("the last try returns or raises")
 
 
 def _hint(code: str, operation: str, path: str) -> str:
@@ -373,13 +302,15 @@ def _hint(code: str, operation: str, path: str) -> str:
 
 
 def _status(error: Any) -> int:
-    """Of HTTP. It tells more surely than the code, which is in the body, and that may be cut off."""
+    """Returns the HTTP status, surer than the code, which is in the body that may be cut off."""
     return int(error.response["ResponseMetadata"].get("HTTPStatusCode", 0))
 
 
 def _tries() -> Iterator[bool]:
-    """TRIES times whether this is the last one. Between them up to 1, 2, 4 ... 20 seconds pass, at random, so that many
-    clients do not come back at once."""
+    """Yields TRIES times whether this is the last try.
+
+    Between tries up to 1, 2, 4 ... 20 seconds pass, at random, so that many clients do not come back at once.
+    """
     for attempt in range(TRIES):
         if attempt:
             time.sleep(random.random() * min(20, 2 ** (attempt - 1)))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from models.tensors import tensors_file
+from models.tensors import save_tensors
 from pipeline.errors import CorruptObject, Superseded
 from pipeline.graph.damage import create_record
 from pipeline.graph.stages import Context, trajectory_key, trunk_key
@@ -156,11 +158,16 @@ class Checkpoints:
             raise Superseded(f"attempt {self.attempt} of this training stops: attempt {newest} has begun")
 
     def _put(self, tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> str:
-        """Stores a blob that no other trajectory, no artefact and no earlier attempt shares, because its header names
-        these. So where a damaged blob was skipped, the same state gets a sound one."""
+        """Stores a blob that no other trajectory, no artefact and no earlier attempt shares.
+
+        Its header names these. So where a damaged blob was skipped, the same state gets a sound one.
+        """
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = json.dumps({"trajectory": self.trajectory, "attempt": self.attempt, "starts": starts}, sort_keys=True)
-        return put_blob(self.store, tensors_file(plain, {"about": about}))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "tensors")
+            save_tensors(plain, file, {"about": about})
+            return put_blob(self.store, file, move=True)
 
     def _read(self, blobs: Mapping[str, str], part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This worker's rows of tensors ``like`` these, by as many workers as they were saved. One blob is in memory

@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from pipeline.errors import UserError
-from pipeline.store import Store, clear_abandoned
+from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.upkeep.live import Live, find_live, mark_blobs
 
@@ -51,8 +51,8 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
     ``keep_s``: how long what a run asked for is needed. ``now``: by the store's clock (``Store.now``), as the one of
     whoever collected before may differ from this machine's. Raises UserError if another collection runs.
     """
-    version = next((entry.version for entry in store.list(TOMBSTONES) if entry.path == TOMBSTONES), None)
-    earlier = json.loads(gzip.decompress(store.read(TOMBSTONES))) if version else {}
+    standing = store.stat(TOMBSTONES)
+    earlier = json.loads(gzip.decompress(store.read(TOMBSTONES))) if standing else {}
     known, live = _find_live(store, keep_s, now)
     found = Collection()
     tombstones: dict[str, float] = {}
@@ -79,13 +79,14 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
         live.paths.add(path)
         mark_blobs(store, path, live)
     due = [path for path in due if path not in live]
-    if not store.swap(TOMBSTONES, version, gzip.compress(json.dumps(tombstones).encode(), mtime=0)):
+    packed = gzip.compress(json.dumps(tombstones).encode(), mtime=0)
+    if not store.swap(TOMBSTONES, standing.version if standing else None, packed):
         raise UserError(f"another collection runs in {store.url}; let it finish")
     crash_point("gc.before_delete")
     store.delete(due)
     for path in due:
         found.deleted[path.partition("/")[0]].add(sizes[path])
-    found.abandoned = clear_abandoned(store, grace_s, now)
+    found.abandoned = store.clear_abandoned(now - grace_s)
     return found
 
 

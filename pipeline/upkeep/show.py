@@ -12,7 +12,7 @@ from pipeline.graph.pointer import Move
 from pipeline.graph.stages import direct
 from pipeline.ledger import Ledger
 from pipeline.progress import counted, duration
-from pipeline.store.identity import named
+from pipeline.store.records import named
 from pipeline.upkeep.overview import Lineage, Named, Overview, Run
 
 WIDTH = 110

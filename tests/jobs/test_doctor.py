@@ -21,7 +21,6 @@ from pipeline.graph.ray import ask_every_node, start_ray
 from pipeline.graph.resources import Node
 from pipeline.settings import RaySettings
 from pipeline.store import Entry, Store, open_store
-from pipeline.store.base import Buffers
 from tests.chain import ROOT
 from tests.seaweed import Server
 
@@ -150,7 +149,10 @@ class Memory:
     def list(self, prefix: str) -> Iterator[Entry]:
         yield from [Entry(p, len(d), d.hex()) for p, d in sorted(self.objects.items()) if p.startswith(prefix)]
 
-    def create(self, path: str, data: bytes | Path | Buffers, move: bool = False) -> bool:
+    def stat(self, path: str) -> Entry | None:
+        return next((entry for entry in self.list(path) if entry.path == path), None)
+
+    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         if path in self.objects and self.ignores != "If-None-Match":
             return False
         self.objects[path] = bytes(data)  # type: ignore[arg-type]

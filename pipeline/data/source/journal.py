@@ -93,13 +93,13 @@ def with_forgotten(journal: Journal, found: Iterable[Forgotten]) -> Journal:
 
 def _read(store: Store, project: str) -> tuple[str | None, Journal]:
     path = journal_path(project)
-    version = next((entry.version for entry in store.list(path) if entry.path == path), None)
-    if version is None:
+    standing = store.stat(path)
+    if standing is None:
         return None, NOTHING
     try:
         data: dict[str, Any] = json.loads(store.read(path))
         forgotten = tuple(Forgotten(mark, tuple(segments)) for mark, segments in data["forgotten"])
-        return version, Journal(tuple(data["retries"]), forgotten, data["forgettings"])
+        return standing.version, Journal(tuple(data["retries"]), forgotten, data["forgettings"])
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{store.url}/{path} is damaged, or an older version of this software wrote it: restore it, or name "

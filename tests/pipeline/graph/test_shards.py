@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,7 @@ from pipeline.ledger import Ledger
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings
 from pipeline.store import Store, open_store
 from pipeline.store.records import read_blob
+from tests.counted import Counted
 
 
 @dataclass(frozen=True)
@@ -228,33 +230,20 @@ def test_nothing_to_map_is_an_empty_artefact(store: Store) -> None:
     assert read_shards(store, artifact) == []
 
 
-def test_requests_are_counted_in_the_record(tmp_path: Path) -> None:
-    """On a folder, calls: a list of what is there; for each shard a look, its blob and its record; the table."""
-    store = open_store(str(tmp_path)).counted()
-    artifact = map_shards(_context(store), _tasks(0, 1, 2), Worker)
-    table = len(read_blob(store, artifact.shard_table or ""))
-    counts = artifact.requests
-    assert counts | {"bytes_written": 0} == {
-        "GET": 3, "PUT": 7, "LIST": 1, "HEAD": 0, "DELETE": 0, "bytes_read": 0, "bytes_written": 0
-    }  # fmt: skip
-    records = sum(entry.size for entry in store.list("shards/"))
-    assert counts["bytes_written"] == 3 * len("shard 0") + records + table
-
-
 def test_a_listing_decides_and_records_are_read_last(store: Store) -> None:
     map_shards(_context(store), _tasks(0, 1), Worker)
     store.delete(["artifacts/pairs/the-key.json"])
-    counted = store.counted()
+    counted: Any = Counted(store)
 
     class Looking(Worker):
         def __call__(self, task: ShardTask) -> ShardOutput:
-            seen.append(counted.traffic.counts()["GET"])
+            seen.append(counted.calls["read"])
             return super().__call__(task)
 
     seen: list[int] = []
     map_shards(_context(counted), _tasks(0, 1, 2), Looking)
     assert seen == [1]  # the look whether another driver has made this one meanwhile
-    assert counted.traffic.counts()["GET"] == 3
+    assert (counted.calls["list"], counted.calls["read"]) == (1, 3)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 1200])

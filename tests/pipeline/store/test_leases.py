@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import Unreachable
 from pipeline.store import Store, leases
-from pipeline.store.identity import named, whoami
 from pipeline.store.leases import Lease, lead_or_wait, lease_path, read_lease
+from pipeline.store.records import named, whoami
 
 LEASE_S = 1.5
 

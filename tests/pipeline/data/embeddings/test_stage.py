@@ -23,7 +23,6 @@ from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
 from pipeline.graph.shards import Helpers, ShardTask
 from pipeline.settings import EmbeddingsSettings
 from pipeline.store import Entry, Store
-from pipeline.store.base import Buffers, Traffic
 from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import Bench, picture, save_clip
 
@@ -203,10 +202,6 @@ class Watched:
     def url(self) -> str:
         return self.store.url
 
-    @property
-    def traffic(self) -> Traffic:
-        return self.store.traffic
-
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         return self.store.read(path, start, stop)
 
@@ -217,7 +212,7 @@ class Watched:
     def list(self, prefix: str) -> Iterator[Entry]:
         return self.store.list(prefix)
 
-    def create(self, path: str, data: bytes | Path | Buffers, move: bool = False) -> bool:
+    def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         if path.startswith("shards/embeddings/"):
             self._note("encode")
         return self.store.create(path, data, move)

@@ -1,4 +1,4 @@
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from pipeline.data.pairs.row_index import (
 )
 from pipeline.errors import CorruptObject
 from pipeline.graph.shard_tables import read_table, write_table
-from pipeline.store import Entry, Store
+from pipeline.store import Store
 from pipeline.store.records import blob_path, put_blob
+from tests.counted import Counted
 
 
 def _row(data: bytes, offset: int, **changes: Any) -> dict[str, Any]:
@@ -61,32 +62,12 @@ def test_a_picture_that_two_rows_name_is_read_for_both(store: Store) -> None:
     assert [len(data) for data in found] == [10, 3 << 20, 10, 3 << 20]
 
 
-class Counting:
-    """A store that counts its reads."""
-
-    def __init__(self, store: Store):
-        self.store, self.reads = store, 0
-
-    @property
-    def url(self) -> str:
-        return self.store.url
-
-    def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        self.reads += 1
-        return self.store.read_parts(path, parts)
-
-    def list(self, prefix: str) -> Any:
-        return iter(list[Entry](self.store.list(prefix)))
-
-    create = swap = delete = None
-
-
 @pytest.mark.parametrize(("gap", "reads"), [(512, 1), (4096, 1), (4097, 6)])
 def test_neighbours_are_read_together(store: Store, gap: int, reads: int) -> None:
     packed, rows = _packed([100] * 6, gap)
-    counting = Counting(store)
-    _read(counting, put_blob(store, packed), rows)  # type: ignore[arg-type]
-    assert counting.reads == reads
+    counted: Any = Counted(store)
+    _read(counted, put_blob(store, packed), rows)
+    assert counted.calls["read_parts"] == reads
 
 
 def test_rows_of_own_blob_and_of_tars_mix(store: Store, tmp_path: Any) -> None:
