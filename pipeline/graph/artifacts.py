@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +17,6 @@ from pipeline.store.crash import crash_point
 from pipeline.store.records import put_blob, whoami
 
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
-THREADS = 16  # records are small, and each is a request
-WINDOW = 512  # shards that are held as objects while many are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +80,6 @@ def read_shard(store: Store, stage: str, key: str) -> Shard | None:
     """A finished shard, or None if it has still to be made."""
     record = read_record(store, shard_path(stage, key))
     return None if record is None else _shard(record)
-
-
-def read_each_shard(store: Store, stage: str, keys: Sequence[str]) -> Iterator[Shard | None]:
-    """``read_shard`` of every key, in their order: several at once, and never many in memory."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(keys), WINDOW):
-            yield from pool.map(lambda key: read_shard(store, stage, key), keys[start : start + WINDOW])
 
 
 def _shard(record: Mapping[str, Any]) -> Shard:

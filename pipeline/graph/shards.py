@@ -9,13 +9,13 @@ import json
 import logging
 import pickle
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ from pipeline.graph.artifacts import (
     Shard,
     publish_artifact,
     publish_shard,
-    read_each_shard,
     read_shard,
     shard_path,
 )
@@ -34,6 +33,7 @@ from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, add
 from pipeline.store import Store
+from pipeline.store.parallel import ordered_map
 
 if TYPE_CHECKING:
     from pipeline.graph.resources import Team
@@ -136,7 +136,8 @@ def _each_shard(
 
         yield from make(todo)
         lost, rows = [], 0
-        for task, read in zip(done, read_each_shard(ctx.store, ctx.stage, [t.key for t in done]), strict=True):
+        found = ordered_map(lambda task: read_shard(ctx.store, ctx.stage, task.key), done)
+        for task, read in zip(done, found, strict=True):
             if read is None:
                 lost.append(task)
             else:
@@ -315,27 +316,6 @@ def _counters(stage: str) -> Callable[[Shard, Work], None]:
             written.inc(work["written_bytes"], {"stage": stage})
 
     return count
-
-
-# --- parts of a task, under way while others are used -----------------------------------------------------------------
-
-
-def results_ahead(submit: Callable[..., Future[Any]], calls: Iterable[tuple[Any, ...]], ahead: int) -> Iterator[Any]:
-    """The results of ``submit`` for these arguments, in their order, ``ahead`` of them under way from now on.
-
-    Raises what a call raises, when its turn has come.
-    """
-    calls = iter(calls)
-    waiting = deque(submit(*call) for call in islice(calls, ahead))
-
-    def results() -> Iterator[Any]:
-        for call in calls:
-            waiting.append(submit(*call))
-            yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-    return results()
 
 
 class Helpers:

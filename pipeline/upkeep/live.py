@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +17,9 @@ from pipeline.graph.runs import asked_at
 from pipeline.graph.shard_tables import read_shards
 from pipeline.store import Store
 from pipeline.store.leases import is_held
+from pipeline.store.parallel import ordered_map
 from pipeline.store.records import blob_path, digest
 
-THREADS = 16  # records are small, and each is a request
 SEGMENTS = "shards/source/segment-"
 Named = tuple[str, str]  # a stage and a key
 Clean = frozenset[Named] | None  # what holds nothing that was forgotten; None where nothing was
@@ -207,8 +206,8 @@ def _mark_artifact(store: Store, artifact: Artifact, live: Live) -> None:
             if artifact.inputs:  # the shards of a source have no records
                 records = [shard_path(artifact.stage, shard.key) for shard in shards]
                 live.paths.update(records)
-                with ThreadPoolExecutor(THREADS) as pool:  # they name notes too, which the table does not
-                    list(pool.map(lambda path: mark_blobs(store, path, live), records))
+                for _ in ordered_map(lambda path: mark_blobs(store, path, live), records):
+                    pass  # records name notes too, which the table does not
         except CorruptObject:  # the next run makes it again
             pass
 

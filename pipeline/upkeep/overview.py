@@ -6,25 +6,24 @@ Listings say what is made; of runs, leases and artefacts only as many records ar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import THREADS, Artifact, artifact_of, artifact_path
+from pipeline.graph.artifacts import Artifact, artifact_of, artifact_path
 from pipeline.graph.damage import pinned_key
 from pipeline.graph.pointer import Move, read_releases, released_projects
 from pipeline.graph.runs import asked_at
 from pipeline.store import Store
 from pipeline.store.leases import lease_path, read_lease
+from pipeline.store.parallel import ordered_map
 from pipeline.store.records import peek_record
 
 SHOWN_RUNS = 5
 USING_RUNS = 50  # in which it is looked up what used an artefact
 MOST = 64  # leases of what is not made, and pins, that are read
 Named = tuple[str, str]  # stage and key
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def overview(store: Store, project: str | None = None) -> Overview:
     keys = {key for _, key in made}
     begun = [entry.path for entry in store.list("leases/")]
     unfinished = [path for path in begun if _key(path) not in keys][:MOST]
-    held = zip(unfinished, _each(lambda path: read_lease(store, path), unfinished), strict=True)
+    held = zip(unfinished, ordered_map(lambda path: read_lease(store, path), unfinished), strict=True)
     leases = {_key(path): lease for path, lease in held if lease is not None}
     releases: dict[str, Move | str] = {}
     for name in dict.fromkeys(run.project for run in runs):
@@ -115,13 +114,13 @@ def lineage(store: Store, name: Named) -> Lineage:
     behind: dict[Named, Artifact | None] = {}
     level = list(artifact.inputs.items())
     while level:
-        behind |= dict(zip(level, _each(lambda one: _load(store, one), level), strict=True))
+        behind |= dict(zip(level, ordered_map(lambda one: _load(store, one), level), strict=True))
         above = [one for made in map(behind.get, level) if made is not None for one in made.inputs.items()]
         level = [one for one in dict.fromkeys(above) if one not in behind]
     runs = _runs(store, _run_paths(store)[:USING_RUNS])
     asked = [(stage, of) for run in runs for stage, of in run.stages.items()]
     using = dict.fromkeys((stage, of["key"]) for stage, of in asked if of["inputs"].get(name[0]) == name[1])
-    users = zip(using, _each(lambda one: _load(store, one), using), strict=True)
+    users = zip(using, ordered_map(lambda one: _load(store, one), using), strict=True)
     versions = [of["version"] for stage, of in asked if (stage, of["key"]) == name]
     return Lineage(
         artifact,
@@ -145,7 +144,7 @@ def _run_paths(store: Store, project: str | None = None) -> list[str]:
 
 
 def _runs(store: Store, paths: Sequence[str]) -> list[Run]:
-    records = zip(paths, _each(lambda path: peek_record(store, path), paths), strict=True)
+    records = zip(paths, ordered_map(lambda path: peek_record(store, path), paths), strict=True)
     return [
         Run(record["project"], asked_at(path), record.get("by", {}), record["stages"])
         for path, record in records
@@ -155,7 +154,7 @@ def _runs(store: Store, paths: Sequence[str]) -> list[Run]:
 
 def _pinned(store: Store) -> frozenset[str]:
     paths = [entry.path for entry in store.list("locks/") if re.fullmatch(r"locks/[0-9a-f]{64}\.json", entry.path)]
-    return frozenset(_each(lambda path: pinned_key(store, path), paths[:MOST]))
+    return frozenset(ordered_map(lambda path: pinned_key(store, path), paths[:MOST]))
 
 
 def _released(store: Store, name: Named) -> list[str]:
@@ -177,9 +176,3 @@ def _load(store: Store, name: Named) -> Artifact | None:
 
 def _key(path: str) -> str:
     return path.rpartition("/")[2].removesuffix(".json")
-
-
-def _each(read: Callable[[Any], T], names: Iterable[Any]) -> list[T]:
-    """Several at once."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(read, names))

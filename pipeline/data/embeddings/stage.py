@@ -22,13 +22,14 @@ from pipeline.data.source.imported import SCHEME, read_imported
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.shard_tables import read_shards, read_table, write_table
-from pipeline.graph.shards import Helpers, ShardOutput, ShardTask, map_shards, results_ahead
+from pipeline.graph.shards import Helpers, ShardOutput, ShardTask, map_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps, add
 from pipeline.settings import EmbeddingsSettings
 from pipeline.store import Store
+from pipeline.store.parallel import in_order
 from pipeline.store.records import materialise, read_blob
 
 VERSION = 5
@@ -137,7 +138,7 @@ class Encoder:
         image, text = np.zeros((2, len(rows), self.clip.embed_dim), np.float32)
         pictured = [rows[i] for i in np.flatnonzero(~came)]
         blocks = [pictured[i : i + self.batch] for i in range(0, len(pictured), self.batch)]
-        views = results_ahead(self.submit, [(pairs.blobs.get("images"), block) for block in blocks], self.ahead)
+        views = in_order(partial(self.submit, pairs.blobs.get("images")), blocks, self.ahead)
         image[came], text[came] = self._imported([rows[i] for i in np.flatnonzero(came)])
         with steps("encode"):
             text[~came] = self._texts([told[i][0] for i in np.flatnonzero(~came)])

@@ -12,13 +12,11 @@ from __future__ import annotations
 import os
 import time
 import urllib.request
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.data.fetch.deny import NOTHING_DENIED, DenyLists
@@ -38,11 +36,7 @@ from pipeline.data.fetch.visit import Access, Visit, origin_of, private_headers,
 from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import NOTHING, Reach, local_path, read_local, reason_of
 from pipeline.settings import PairsSettings
-
-MOST_BYTES = 64 << 20
-
-T = TypeVar("T")
-R = TypeVar("R")
+from pipeline.store.parallel import ordered_map
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ class Fetcher:
 
         Nothing more is asked for while bodies that wait to be taken are together larger than MOST_BYTES.
         """
-        return in_order(self._fetch, references, self._settings.threads, lambda fetched: len(fetched.data or b""))
+        return ordered_map(self._fetch, references, self._settings.threads, lambda fetched: len(fetched.data or b""))
 
     def _fetch(self, reference: str) -> Fetched:
         try:
@@ -160,31 +154,6 @@ class Fetcher:
                 break
             time.sleep(pause)
         return fetched
-
-
-def in_order(
-    work: Callable[[T], R], items: Iterable[T], threads: int, size: Callable[[R], int] = lambda result: 0
-) -> Iterator[R]:
-    """Yield what ``work`` makes of each item, in order. At most twice as many as threads are taken and not yielded.
-
-    ``size`` of a result in bytes: while results that wait have more than MOST_BYTES together, no item is taken.
-    """
-    waiting: deque[Future[R]] = deque()
-
-    def held() -> int:
-        return sum(size(future.result()) for future in waiting if future.done() and not future.exception())
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                while len(waiting) == 2 * threads or held() > MOST_BYTES:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 # --- img2dataset ------------------------------------------------------------------------------------------------------

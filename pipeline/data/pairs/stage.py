@@ -38,6 +38,7 @@ from pipeline.parse import ContentFile
 from pipeline.progress import Steps
 from pipeline.settings import PairsSettings
 from pipeline.store import Store
+from pipeline.store.parallel import ordered_map
 from pipeline.store.records import digest
 
 if TYPE_CHECKING:
@@ -172,11 +173,9 @@ class Packer:
     ) -> Iterator[bytes | None]:
         """Fetch the pictures of rows, of which it is given the references too, and yield what is to be stored of each,
         in order; where that is None, the row is rejected."""
-        from pipeline.data.fetch.fetcher import in_order
-
         answers = steps.each("fetch", self.fetcher.fetch([ref["url"] for _, ref in wanted]))
         # Two, so that there is always one to be decoded next, while pictures are put into the tar and others come.
-        return in_order(partial(self._judge, steps), zip(wanted, answers, strict=True), threads=2)
+        return ordered_map(partial(self._judge, steps), zip(wanted, answers, strict=True), threads=2)
 
     def _judge(self, steps: Steps, found: tuple[tuple[dict[str, Any], Mapping[str, Any]], Fetched]) -> bytes | None:
         (row, ref), answer = found

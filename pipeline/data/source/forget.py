@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
 
 from pipeline.data.source.journal import Forgotten, reference_mark
 from pipeline.data.source.stage import SourceShard, row_key, segment_of
@@ -15,12 +12,10 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.shard_tables import ShardRow, read_shards, read_table, write_table
 from pipeline.store import Store
+from pipeline.store.parallel import ordered_map
 from pipeline.store.records import put_blob
 
-S = TypeVar("S")
-T = TypeVar("T")
 NAMED = 20  # rows, at most, that are told one by one
-THREADS = 16  # a pass over the list waits for the store, not for the processor
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, re
     held: dict[str, set[int]] = {mark: set() for mark in marks}
     rows = 0
     named: list[tuple[str, str]] = []
-    for shard, found in _each(source, lambda shard: _rows_in(store, shard, marks)):
+    for shard, found in zip(source, ordered_map(lambda shard: _rows_in(store, shard, marks), source), strict=True):
         for _, url in found:
             held[reference_mark(url)].add(segment_of(shard.number))
         rows += len(found)
@@ -113,17 +108,9 @@ def _of_hashes(store: Store, pairs: list[ShardRow], hashes: frozenset[str]) -> s
         table = read_table(store, shard.blobs["index"], ["url", "sha256"]).to_pylist()
         return [(row["sha256"], reference_mark(row["url"])) for row in table if row["sha256"] in hashes]
 
-    for _, hits in _each(pairs, look):
+    for hits in ordered_map(look, pairs):
         for sha256, mark in hits:
             found.setdefault(sha256, set()).add(mark)
     if missing := sorted(hashes - found.keys()):
         raise UserError(f"{missing[0]}: no stored picture has this sha256; nothing is forgotten")
     return {mark for marks in found.values() for mark in marks}
-
-
-def _each(shards: Sequence[S], look: Callable[[S], T]) -> Iterator[tuple[S, T]]:
-    """Look at every shard, some at once, in order."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        rest = iter(shards)
-        while block := list(islice(rest, 4 * THREADS)):
-            yield from zip(block, pool.map(look, block), strict=True)

@@ -5,7 +5,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +26,6 @@ from pipeline.graph.shards import (
     _answer,
     _note,
     map_shards,
-    results_ahead,
     run_shards,
 )
 from pipeline.graph.stages import Context
@@ -281,39 +280,6 @@ def test_listed_shards_are_those_that_were_written(tmp_path: Path, count: int) -
     for place in (-1, count):
         with pytest.raises(IndexError):
             listed[place]
-
-
-@pytest.mark.parametrize("ahead", [1, 3, 9])
-def test_results_come_in_order_and_no_more_than_asked_for_are_under_way(ahead: int) -> None:
-    submitted: list[int] = []
-
-    def submit(number: int) -> Future[int]:
-        submitted.append(number)
-        future: Future[int] = Future()
-        future.set_result(10 * number)
-        return future
-
-    results = results_ahead(submit, [(number,) for number in range(7)], ahead)
-    assert submitted == list(range(min(ahead, 7)))  # before anything is asked for
-    for number in range(7):
-        assert next(results) == 10 * number
-        assert len(submitted) == min(number + 1 + ahead, 7)
-    assert list(results) == []
-
-
-def test_a_failure_comes_when_its_turn_has_come() -> None:
-    def submit(number: int) -> Future[int]:
-        future: Future[int] = Future()
-        if number == 1:
-            future.set_exception(CorruptObject("blobs/ab/abc", "is missing"))
-        else:
-            future.set_result(number)
-        return future
-
-    results = results_ahead(submit, [(0,), (1,), (2,)], ahead=2)
-    assert next(results) == 0
-    with pytest.raises(CorruptObject, match=r"^blobs/ab/abc: is missing$"):
-        next(results)
 
 
 def test_workers_that_have_no_room_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from pipeline.data.fetch import opener
 from pipeline.data.fetch.addresses import is_public
-from pipeline.data.fetch.fetcher import Fetched, Fetcher, in_order
+from pipeline.data.fetch.fetcher import Fetched, Fetcher
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.local import NOTHING, Reach
@@ -436,28 +436,3 @@ def test_settings_that_cannot_be_read_are_a_users_mistake() -> None:
 )  # fmt: skip
 def test_which_addresses_are_public(address: str, public: bool) -> None:
     assert is_public(ipaddress.ip_address(address)) == public
-
-
-def test_large_bodies_wait_for_those_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many threads there are, no more is asked for than memory holds."""
-    monkeypatch.setattr("pipeline.data.fetch.fetcher.MOST_BYTES", 250)
-    finished: list[int] = []
-    ahead: list[int] = []
-
-    def items() -> Iterator[int]:
-        for i in range(60):
-            while len(finished) < i:
-                time.sleep(0.001)
-            ahead.append(i - taken)
-            yield i
-
-    def work(item: int) -> bytes:
-        finished.append(item)
-        return bytes(100)
-
-    taken = 0
-    for result in in_order(work, items(), 16, len):
-        assert len(result) == 100
-        taken += 1
-    assert taken == 60
-    assert max(ahead) <= 5
