@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.local import Reach
 from pipeline.parse import ContentFile
 from pipeline.store import Store
-from pipeline.store.records import put_blob
+from pipeline.store.content import put_content
 
 ROOT = Path(__file__).parents[1]
 CODE = ("models", "pipeline", "jobs", "cluster")
@@ -158,8 +158,7 @@ def package_path(file: Path) -> str:
 def send_weights(store: Store, package: Package) -> None:
     """Stores what is too large for a package. Raises UserError for a file that changed."""
     for file in package.weights:
-        if put_blob(store, Path(file.path)) != file:
-            raise UserError(f"{file.path} changed while it was being read; submit again")
+        put_content(store, file, "init_from")
 
 
 def _files(root: Path, folders: Sequence[str], pattern: str) -> Iterator[tuple[str, Path]]:

@@ -7,7 +7,6 @@ singular for fewer than 2048 pictures. ``statistics`` has the same distance from
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 from collections.abc import Mapping
@@ -25,8 +24,9 @@ from pipeline.evaluate.quality import named
 from pipeline.evaluate.rows import HeldOut
 from pipeline.evaluate.statistics import frechet_distance
 from pipeline.evaluate.whole import whole
-from pipeline.local import read_local
 from pipeline.parse import ContentFile
+from pipeline.store import Store
+from pipeline.store.content import read_content
 
 WEIGHTS_BYTES = 256 << 20  # the published file has 91 MiB
 PACKAGES = ("torchmetrics", "torch-fidelity")
@@ -48,7 +48,7 @@ class Inception:
         return torch.cat([self.network(part.to(device)).cpu() for part in parts])
 
 
-def load_inception(file: ContentFile | None, device: torch.device) -> Inception | None:
+def load_inception(store: Store, file: ContentFile | None, device: torch.device) -> Inception | None:
     """The network with the weights of ``evaluation.inception``; None for none.
 
     Raises UserError if a package is missing, or for a file that cannot be read, that has changed since the
@@ -60,7 +60,7 @@ def load_inception(file: ContentFile | None, device: torch.device) -> Inception 
         from torchmetrics.image.fid import NoTrainInceptionV3
     except ModuleNotFoundError as e:
         raise UserError(MISSING) from e
-    state = _read(file)
+    state = _read(store, file)
     weights: Any = io.BytesIO()  # the network unpickles whatever a file holds, so it gets what was read with care
     torch.save(state, weights)
     weights.seek(0)
@@ -78,14 +78,8 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def _read(file: ContentFile) -> dict[str, Tensor]:
-    path = file.path or file
-    try:
-        data = read_local(path, WEIGHTS_BYTES)
-    except OSError as e:
-        raise UserError(f"evaluation.inception: {path} cannot be read ({e.strerror})") from None
-    if hashlib.sha256(data).hexdigest() != file:
-        raise UserError(f"evaluation.inception: {path} has changed since this run began; run again")
+def _read(store: Store, file: ContentFile) -> dict[str, Tensor]:
+    data = read_content(store, file, "evaluation.inception", WEIGHTS_BYTES)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as e:  # what is no such file, or a damaged one, fails in many ways
@@ -93,13 +87,14 @@ def _read(file: ContentFile) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(_other(file))
     if file != PUBLISHED:
-        log.warning("evaluation.inception: %s is not the file that is published; compare FID by it with no other", path)
+        what = file.path or file
+        log.warning("evaluation.inception: %s is not the file that is published; compare FID by it with no other", what)
     return dict(state)
 
 
 def _other(file: ContentFile) -> str:
     return (
-        f"evaluation.inception: {file.path} does not hold the weights that FID is defined by; "
+        f"evaluation.inception: {file.path or file} does not hold the weights that FID is defined by; "
         "fetch pt_inception-2015-12-05-6726825d.pth"
     )
 

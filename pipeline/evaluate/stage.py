@@ -58,7 +58,7 @@ def run_evaluation(ctx: Context) -> Artifact:
     began = time.monotonic()
     device = drawing_device()
     judge = load_judge(ctx.recipe.judge, device)
-    inception = load_inception(ctx.recipe.inception, device)
+    inception = load_inception(ctx.store, ctx.recipe.inception, device)
     with tempfile.TemporaryDirectory() as folder:
         materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
         unclip = UnCLIP.from_folder(folder, device)

@@ -13,6 +13,7 @@ from pipeline.errors import Unreachable, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
+from pipeline.store.content import put_content
 from pipeline.training.follow import following, showing
 from pipeline.training.trackers import Trackers
 
@@ -82,13 +83,12 @@ def _train(ctx: Context) -> Artifact:
     from pipeline.training.checks import check
     from pipeline.training.distributed.launch import WorkerLost, launch
     from pipeline.training.loop import OutOfMemory
-    from pipeline.training.warm_start import store_weights
     from pipeline.training.worker import Training
 
     task = make_task(ctx)
     check(ctx, task)
     if ctx.recipe.init_from is not None:
-        store_weights(ctx.store, ctx.stage, ctx.recipe.init_from)
+        put_content(ctx.store, ctx.recipe.init_from, f"{ctx.stage}.init_from")
     reached, lost = -1, 0
     while True:
         try:

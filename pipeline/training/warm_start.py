@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from pipeline.errors import CorruptObject, UserError
+from pipeline.errors import UserError
 from pipeline.parse import ContentFile
 from pipeline.store import Store
-from pipeline.store.records import put_blob, read_blob
+from pipeline.store.records import read_blob
 
 SHOWN = 3  # names of a kind, in a message
-
-
-def store_weights(store: Store, stage: str, file: ContentFile) -> None:
-    """Put the weights where workers can read them. Raises UserError if they changed since the file was named, or if
-    the store has none of the name."""
-    if file.path:
-        if put_blob(store, Path(file.path)) != file:
-            raise UserError(f"{file.path} changed while it was being read; run again")
-        return
-    try:
-        read_blob(store, file)
-    except CorruptObject as e:
-        raise UserError(f"{stage}.init_from: {e} in {store.url}; name a file, or a blob of this store") from e
 
 
 def load_weights(store: Store, stage: str, file: ContentFile, measured: Collection[str], model: nn.Module) -> None:

@@ -196,7 +196,7 @@ def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path
     there = make_config(values)
     assert (there.pairs, differences(there.decoder)) == (config.pairs, differences(config.decoder))
     weights.write_bytes(b"others")
-    with pytest.raises(UserError, match="changed while it was being read"):
+    with pytest.raises(UserError, match="has changed since it was named"):
         send_weights(store, package)
 
 

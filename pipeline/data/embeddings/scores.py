@@ -5,14 +5,17 @@ A head is a safetensors file with "weight" [1, d] and "bias" [1]. Its content is
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from pipeline.errors import UserError
-from pipeline.local import read_local
 from pipeline.parse import ContentFile
+from pipeline.store import Store
+from pipeline.store.content import read_content
 
 HEAD_BYTES = 16 << 20  # of one head, at most: its weight has a few thousand numbers
 
@@ -26,33 +29,24 @@ def score_column(name: str) -> str:
 class Head:
     """A linear head: ``weight`` fp32 [d] and ``bias`` fp32."""
 
-    weight: Any
-    bias: Any
+    weight: np.ndarray
+    bias: np.float32
 
-    def __call__(self, embeddings: Any) -> Any:
+    def __call__(self, embeddings: np.ndarray) -> np.ndarray:
         """Scores fp32 [n] of unit-norm embeddings fp32 [n, d]; a row's does not depend on its neighbours."""
         return (embeddings * self.weight).sum(1) + self.bias
 
 
-def load_heads(heads: Mapping[str, ContentFile], embed_dim: int) -> dict[str, Head]:
-    """The heads in files, by name, for embeddings of ``embed_dim`` dimensions.
+def load_heads(store: Store, heads: Mapping[str, ContentFile], embed_dim: int) -> dict[str, Head]:
+    """Returns the heads in files, by name, for embeddings of ``embed_dim`` dimensions.
 
-    Raises UserError for a file that cannot be read, that has changed since the configuration was read, or that is no
-    head for these embeddings.
+    Raises UserError for a file that cannot be read, that has changed since the configuration was read, or that does
+    not hold a head for these embeddings.
     """
-    import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     result = {}
     for name, file in heads.items():
-        path = file.path
-        try:
-            data = read_local(path, HEAD_BYTES)
-        except OSError as e:
-            raise UserError(f"embeddings.heads.{name}: {path} cannot be read ({e.strerror})") from None
-        if hashlib.sha256(data).hexdigest() != file:
-            raise UserError(f"embeddings.heads.{name}: {path} has changed since this run began; run again")
+        path = file.path or file
+        data = read_content(store, file, f"embeddings.heads.{name}", HEAD_BYTES)
         try:
             tensors = load(data)
         except (SafetensorError, KeyError) as e:  # KeyError: of a type that numpy does not know, as bfloat16

@@ -244,7 +244,7 @@ def run_embeddings(ctx: Context) -> Artifact:
     settings = ctx.settings
     _check(settings)
     clip = ctx.inputs["clip"]
-    heads = load_heads(ctx.recipe.heads, _embed_dim(ctx.store, clip.blobs))
+    heads = load_heads(ctx.store, ctx.recipe.heads, _embed_dim(ctx.store, clip.blobs))
     captions = {s.number: s for s in read_shards(ctx.store, ctx.inputs["captions"])}
     tasks = []
     rows = 0

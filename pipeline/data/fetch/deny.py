@@ -7,9 +7,8 @@ part of the recipe. It travels as a blob, so that every worker reads what the co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.data.fetch.opener import Refused, normal_url
@@ -17,7 +16,7 @@ from pipeline.data.fetch.references import comparable, shown
 from pipeline.errors import UserError
 from pipeline.parse import ContentFile
 from pipeline.store import Store
-from pipeline.store.records import put_blob, read_blob
+from pipeline.store.records import read_blob
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,6 @@ class DenyLists:
 NOTHING_DENIED = DenyLists()
 
 
-def store_deny_lists(store: Store, files: Iterable[ContentFile | None]) -> None:
-    """Put lists where workers can read them. Raises UserError for one that changed since it was named, or cannot be
-    read."""
-    for file in files:
-        if file is not None and put_blob(store, Path(file.path)) != file:
-            raise UserError(f"{file.path} changed while it was being read; run again")
-
-
 def read_deny_lists(
     store: Store, hosts: ContentFile | None, urls: ContentFile | None, sha256: ContentFile | None
 ) -> DenyLists:
@@ -73,7 +64,7 @@ def _entries(store: Store, file: ContentFile | None, normal: Callable[[str], str
             try:
                 yield normal(text)
             except Refused:
-                raise UserError(f"{file.path} line {number}: {text[:200]!r} is not {kind}") from None
+                raise UserError(f"{file.path or file} line {number}: {text[:200]!r} is not {kind}") from None
 
 
 def _host(text: str) -> str:

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from pydantic import Field, PositiveInt
 
-from pipeline.data.fetch.deny import DenyLists, read_deny_lists, store_deny_lists
+from pipeline.data.fetch.deny import DenyLists, read_deny_lists
 from pipeline.data.fetch.opener import Evidence
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.earlier import Known, earlier_shards, take_over
@@ -38,6 +38,7 @@ from pipeline.parse import ContentFile
 from pipeline.progress import Steps
 from pipeline.settings import PairsSettings
 from pipeline.store import Store
+from pipeline.store.content import put_content
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import digest
 
@@ -257,7 +258,9 @@ def run_pairs(ctx: Context) -> Artifact:
         for shard in read_shards(ctx.store, ctx.inputs["source"])
     ]
     may = reach(ctx.config.source, *ctx.config.source.paths)
-    store_deny_lists(ctx.store, ctx.recipe.deny_lists)
+    for name in ("deny_hosts", "deny_urls", "deny_sha256"):
+        if file := getattr(ctx.recipe, name):
+            put_content(ctx.store, file, f"pairs.{name}")
     read_deny_lists(ctx.store, *ctx.recipe.deny_lists)  # a mistake in one is found before anything is asked for
     with ExitStack() as stack:
         settings = ctx.settings

@@ -22,8 +22,10 @@ from pipeline.evaluate.rows import HeldOut
 from pipeline.evaluate.statistics import frechet, frechet_distance, gaussian, merge
 from pipeline.graph.keys import artifact_key
 from pipeline.parse import ContentFile
+from pipeline.store import open_store
 
 CPU = torch.device("cpu")
+STORE = open_store("never-written")
 
 
 def save_weights(path: Path, seed: int = 0) -> Path:
@@ -58,7 +60,7 @@ def pictures(n: int, seed: int, brightness: float) -> Tensor:
 
 def test_it_is_the_fid_of_torchmetrics(weights: ContentFile, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "unclip"):
-        inception = load_inception(weights, CPU)
+        inception = load_inception(STORE, weights, CPU)
     assert "is not the file that is published" in caplog.text
     assert inception is not None
     sets = pictures(9, 0, 1.0), pictures(8, 1, 0.6)
@@ -102,7 +104,7 @@ def test_the_weights_content_is_in_the_key_and_their_path_is_not(tmp_path: Path)
 
     assert key("one") == key("one", "moved")
     assert len({key(None), key("one"), key("two")}) == 3
-    assert load_inception(None, CPU) is None
+    assert load_inception(STORE, None, CPU) is None
 
 
 def test_without_a_package_it_says_which_to_install(monkeypatch: pytest.MonkeyPatch, weights: ContentFile) -> None:
@@ -110,10 +112,10 @@ def test_without_a_package_it_says_which_to_install(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(theirs, "_TORCH_FIDELITY_AVAILABLE", False)
         with pytest.raises(UserError, match=said):
-            load_inception(weights, CPU)
+            load_inception(STORE, weights, CPU)
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(UserError, match=said):
-        load_inception(weights, CPU)
+        load_inception(STORE, weights, CPU)
 
 
 class Trap:
@@ -138,20 +140,20 @@ def test_a_file_of_other_content_is_one_line(tmp_path: Path, weights: ContentFil
             rf"^evaluation\.inception: .*/{name} does not hold the weights that FID is defined by; fetch [^\n]*\.pth$"
         )
         with pytest.raises(UserError, match=said):
-            load_inception(named(tmp_path / name), CPU)
+            load_inception(STORE, named(tmp_path / name), CPU)
     assert not Trap.sprung
 
     file = named(tmp_path / "text")
     (tmp_path / "text").write_text("something else")
     with pytest.raises(
-        UserError, match=r"^evaluation\.inception: .*/text has changed since this run began; run again$"
+        UserError, match=r"^evaluation\.inception: .*/text has changed since it was named; run the same command again$"
     ):
-        load_inception(file, CPU)
+        load_inception(STORE, file, CPU)
     (tmp_path / "text").unlink()
     with pytest.raises(
         UserError, match=r"^evaluation\.inception: .*/text cannot be read \(No such file or directory\)"
     ):
-        load_inception(file, CPU)
+        load_inception(STORE, file, CPU)
     with pytest.raises(
         UserError, match=r"^evaluation\.inception: .*/text cannot be read \(No such file or directory\)"
     ):

@@ -12,10 +12,12 @@ from pipeline.errors import UserError
 from pipeline.graph.shard_tables import read_table
 from pipeline.graph.stages import stage_key
 from pipeline.parse import ContentFile
+from pipeline.store import open_store
 from tests.pipeline.data.bench import Bench, picture, save_clip
 
 DIM = 64  # of the nano preset's CLIP
 ROWS = 7
+STORE = open_store("never-written")
 CAPTIONS = ["a", "three words here", "", "é" * 12, "no", "yes", "perhaps"]
 
 
@@ -68,7 +70,7 @@ def _named(file: Path) -> ContentFile:
 
 def test_a_score_does_not_depend_on_neighbours(tmp_path: Path) -> None:
     save_head(tmp_path / "a", 3, dim=768)
-    head = load_heads({"a": _named(tmp_path / "a")}, 768)["a"]
+    head = load_heads(STORE, {"a": _named(tmp_path / "a")}, 768)["a"]
     rows = np.random.default_rng(0).normal(size=(33, 768)).astype(np.float32)
     alone = np.concatenate([head(row[None]) for row in rows])
     assert head(rows).tobytes() == alone.tobytes()
@@ -100,12 +102,12 @@ def test_a_head_that_is_none_is_one_line(tmp_path: Path) -> None:
         ("nan", "no numbers"),
     ):
         with pytest.raises(UserError, match=rf"embeddings\.heads\.aesthetic: .*{said}"):
-            load_heads({"aesthetic": _named(tmp_path / name)}, DIM)
+            load_heads(STORE, {"aesthetic": _named(tmp_path / name)}, DIM)
     save_head(tmp_path / "changed", 1)
     before = _named(tmp_path / "changed")
     save_head(tmp_path / "changed", 2)
     with pytest.raises(UserError, match="has changed since"):
-        load_heads({"aesthetic": before}, DIM)
+        load_heads(STORE, {"aesthetic": before}, DIM)
 
 
 def test_a_head_that_is_absent_or_has_an_odd_name_stops_the_plan(listed: tuple[str, str], tmp_path: Path) -> None:
