@@ -11,7 +11,7 @@ from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.errors import UserError
 from pipeline.graph.keys import defaults
 from pipeline.store import open_store
-from pipeline.upkeep.overview import find, lineage, overview
+from pipeline.upkeep.overview import find_artifact, lineage, overview
 from pipeline.upkeep.show import show_lineage, show_overview
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"unclip show: one key at most, not {', '.join(words)}")
     store = open_store(url)
     if words:
-        found = lineage(store, find(store, words[0]))
+        found = lineage(store, find_artifact(store, words[0]))
         print(show_lineage(found, _defaults(found.artifact.stage), time.time()))
     else:
         print(show_overview(overview(store, project), time.time()))

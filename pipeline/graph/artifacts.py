@@ -17,6 +17,7 @@ from pipeline.store.crash import crash_point
 from pipeline.store.records import put_blob, whoami
 
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
+SEGMENTS = "shards/source/segment-"  # begins the paths of records of a list's segments
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.errors import CorruptObject, Superseded, UserError
-from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, shard_path
+from pipeline.graph.artifacts import SEGMENTS, Artifact, artifact_path, load_artifact, shard_path
 from pipeline.graph.damage import set_aside
 from pipeline.graph.plan import Verdict, pin_path
 from pipeline.graph.shard_tables import read_shards
@@ -25,7 +25,6 @@ from pipeline.store.names import is_digest
 from pipeline.store.records import blob_path
 
 log = logging.getLogger("unclip")
-SEGMENTS = "shards/source/segment-"
 NO_GRAPH: Graph = MappingProxyType({})
 OnStage = Callable[[str, Artifact, Mapping[str, Artifact]], None]
 OnLook = Callable[[Artifact, Mapping[str, Artifact]], None]
@@ -82,9 +81,9 @@ def _run_stage(
     ctx = make_context(stage, key, artifacts, store, config)
 
     def finished() -> bool:
-        return bool(list(store.list(artifact_path(stage.name, key))))
+        return store.stat(artifact_path(stage.name, key)) is not None
 
-    def progress() -> str:
+    def newest() -> str:
         if stage.kind != "training":
             return ""
         folders = [f"checkpoints/{key}/" for key in (trunk_key(ctx), trajectory_key(ctx))]
@@ -95,8 +94,8 @@ def _run_stage(
         return stage.run(replace(ctx, began=time.time(), show=lambda running: on_look(running, artifacts)))
 
     while True:
-        far = partial(under_way, stage.name)
-        lease = lead_or_wait(store, key, config.run.lease_s, finished, progress, stage=stage.name, far=far)
+        progress = partial(under_way, stage.name)
+        lease = lead_or_wait(store, key, config.run.lease_s, finished, newest, stage=stage.name, progress=progress)
         if lease is not None:
             with lease:
                 try:

@@ -1,7 +1,7 @@
-"""Named points at which a test may kill the process, to prove that nothing is lost there.
+"""Names points at which a test may kill the process, to prove that nothing is lost there.
 
 ``UNCLIP_CRASH=NAME@FILE`` kills the first process that reaches NAME, with SIGKILL, and leaves FILE behind, so that
-the workers that replace it live; several, with commas between them, kill once each. If FILE is a folder, NAME kills
+the workers that replace it live. Several pairs, separated by commas, kill once each. If FILE is a folder, NAME kills
 once for each object that it is reached with, and leaves a file there for each. Without the variable a point costs one
 dictionary look-up.
 """
@@ -27,8 +27,10 @@ POINTS = (
 
 
 def crash_point(name: str, about: str = "") -> None:
-    """Die here if the environment says so; ``about`` names the object. Raises ValueError for a name that is not in
-    POINTS."""
+    """Kills this process if the environment says so; ``about`` names the object.
+
+    Raises ValueError for a name that is not in POINTS.
+    """
     if name not in POINTS:
         raise ValueError(f"unknown crash point {name}")
     wanted = os.environ.get("UNCLIP_CRASH")

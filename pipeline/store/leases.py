@@ -1,11 +1,11 @@
-"""One leads, the others wait for its record. A lease saves duplicate work; correctness never rests on it.
+"""Lets one process lead while others wait for its record. Correctness never depends on a lease: it saves double work.
 
-A waiter takes over only when the leader's lease, and whatever else shows its progress, have stood still for the whole
-lease time on the waiter's own clock, or when the leader's process is known to be dead. A leader that was overtaken
-becomes a waiter; it never takes the lease back while the new one moves. So two drivers cannot fence each other in turn.
+A waiter takes over only when the leader's lease and its other signs of activity have not changed for the whole lease
+time on the waiter's own clock, or when the leader's process is known to be dead. A leader that was overtaken becomes a
+waiter; it never takes the lease back while the new leader is active. So two drivers cannot fence each other in turn.
 
-Besides what that needs, a lease says who leads, since when and how far the work is: for whoever waits, and for
-``unclip show``.
+For people, a lease also says who leads, since when, and the progress of the work. Waiting processes and ``unclip show``
+print that.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from typing import Any
 
 from pipeline.progress import Line, duration
 from pipeline.store import Store
-from pipeline.store.records import named, whoami
+from pipeline.store.records import who, whoami
 
-SAY_EVERY_S = 30.0  # in a log, how far the one is that is waited for
+SAY_EVERY_S = 30.0  # in a log, between lines about the progress of the leader
 log = logging.getLogger("unclip")
 
 
 class Lease:
-    """A held lease, renewed by a thread until released. Use as a context manager. ``far`` says how far the work is."""
+    """Holds a lease as a context manager, renewed by a thread until it is released."""
 
     def __init__(
-        self, store: Store, path: str, owner: dict[str, Any], lease_s: float, far: Callable[[], str] = lambda: ""
+        self, store: Store, path: str, owner: dict[str, Any], lease_s: float, progress: Callable[[], str] = lambda: ""
     ):
         self._store, self._path, self._owner, self._every = store, path, owner, lease_s / 4
-        self._far = far
+        self._progress = progress
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -50,13 +50,13 @@ class Lease:
         self._thread.join()
         try:
             self._beat({"released": True})
-        except Exception as e:  # it must not hide why the work ended; others wait for as long as a lease is good
+        except Exception as e:  # must not hide why the work ended; others wait until the lease expires
             log.warning("lease %s could not be released: %s", self._path, e)
 
     def _renew(self) -> None:
         while not self._stop.wait(self._every):
             try:
-                if not self._beat({"beat": secrets.token_hex(4), "at": time.time(), "far": self._far()}):
+                if not self._beat({"beat": secrets.token_hex(4), "at": time.time(), "progress": self._progress()}):
                     return
             except Exception as e:  # a lease that cannot be renewed costs at most duplicate work
                 log.warning("lease %s could not be renewed: %s", self._path, e)
@@ -72,40 +72,47 @@ def lead_or_wait(
     key: str,
     lease_s: float,
     finished: Callable[[], bool],
-    progress: Callable[[], str],
+    activity: Callable[[], str],
     poll_s: float = 1.0,
     stage: str = "work",
-    far: Callable[[], str] = lambda: "",
+    progress: Callable[[], str] = lambda: "",
 ) -> Lease | None:
-    """A Lease if this process is to do the work; None once somebody else has ``finished`` it.
+    """Returns a Lease if this process must do the work, None once another process has finished it.
 
-    ``progress`` is any text that changes while the leader gets on, such as the name of its newest checkpoint. ``stage``
-    and ``far`` are for people: the work, and how far it is, of which the lease tells those who wait.
+    Args:
+        store: that holds the lease.
+        key: of the work.
+        lease_s: without activity, after which a waiter takes over.
+        finished: tells whether the work is done.
+        activity: text that changes while the leader works, such as the name of its newest checkpoint.
+        poll_s: between two looks.
+        stage: the name of the work, for people.
+        progress: of the work, for people. The lease shows it to processes that wait.
     """
     path = lease_path(key)
     owner = {"nonce": secrets.token_hex(8), "stage": stage, "lease_s": lease_s, **_identity()}
     watched: tuple[str | None, str] | None = None
     since = time.monotonic()
-    followed: dict[str, Any] = {}  # the lease of the one that was waited for
+    followed: dict[str, Any] = {}  # the leader's lease
     with Line(SAY_EVERY_S) as line:
         while True:
             if finished():
                 return None
             version, held = _read(store, path)
             free = version is None or held.get("released") or _is_dead(held)
-            if (version, progress()) != watched:
+            if (version, activity()) != watched:
                 if not free and held.get("nonce") != followed.get("nonce", ""):
                     followed = held
                     line.clear()
                     log.warning("%s: waiting for %s", stage, _leader(held))
-                watched, since = (version, progress()), time.monotonic()
+                watched, since = (version, activity()), time.monotonic()
             if free or time.monotonic() - since > lease_s:
                 owner["since"] = time.time()
                 if store.swap(path, version, json.dumps(owner).encode()):
                     line.clear()
                     if followed:
                         log.warning("%s: taking over: %s", stage, _why(held, lease_s))
-                    return Lease(store, path, owner, lease_s, far)
+                    return Lease(store, path, owner, lease_s, progress)
                 watched = None
                 continue
             line.show(partial(_follow, stage, held))
@@ -113,12 +120,16 @@ def lead_or_wait(
 
 
 def lease_path(key: str) -> str:
+    """Returns the path of the lease on a key."""
     return f"leases/{key}.json"
 
 
 def read_lease(store: Store, path: str) -> dict[str, Any] | None:
-    """Who holds a lease: user, host, pid, stage, ``since`` and ``at`` (its last sign of life) in seconds since the
-    epoch, and how ``far`` the work is. None if it is released, or its process known to be dead."""
+    """Returns who holds a lease; None if it is released, or its process is known to be dead.
+
+    That is user, host, pid, stage, ``since`` and ``at`` (its last sign of life) in seconds since the epoch, and the
+    ``progress`` of the work.
+    """
     try:
         held: dict[str, Any] = json.loads(store.read(path))
     except (FileNotFoundError, ValueError):
@@ -127,7 +138,7 @@ def read_lease(store: Store, path: str) -> dict[str, Any] | None:
 
 
 def _who(held: Mapping[str, Any]) -> str:
-    return named(held) or "another process"
+    return who(held) or "another process"
 
 
 def _leader(held: Mapping[str, Any]) -> str:
@@ -136,7 +147,7 @@ def _leader(held: Mapping[str, Any]) -> str:
 
 
 def _follow(stage: str, held: Mapping[str, Any]) -> str:
-    return f"{stage}: following {_who(held)}: {held.get('far') or 'no word yet of how far it is'}"
+    return f"{stage}: following {_who(held)}: {held.get('progress') or 'no progress reported yet'}"
 
 
 def _why(held: Mapping[str, Any], lease_s: float) -> str:
@@ -146,7 +157,7 @@ def _why(held: Mapping[str, Any], lease_s: float) -> str:
 
 
 def is_held(store: Store, path: str) -> bool:
-    """Whether a lease is neither released nor known to be a dead process's. One of another host may be dead too."""
+    """Returns whether a lease is neither released nor held by a dead process of this host."""
     version, held = _read(store, path)
     return version is not None and not held.get("released") and not _is_dead(held)
 
@@ -173,9 +184,9 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """The kernel's start time of a process, so that a reused pid is not taken for it; empty if it is no more.
+    """Returns the kernel's start time of a process, so that a reused pid is not taken for it; "" if it has ended.
 
-    A process that was killed and that nobody has waited for yet, as under a container's first process, is no more.
+    A zombie, such as a killed child of a container's first process, has ended.
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -185,7 +196,7 @@ def _started(pid: int) -> str:
 
 
 def _is_dead(held: Mapping[str, Any]) -> bool:
-    """Known to be dead: a process of this very boot of this host that is no more."""
+    """Returns whether the holder was a process of this very boot of this host, and has ended."""
     here = _boot() and held.get("boot") == _boot() and held.get("host") == socket.gethostname()
     pid = held.get("pid")  # which becomes a path
     return bool(here) and isinstance(pid, int) and _started(pid) != held.get("started")

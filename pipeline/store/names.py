@@ -1,7 +1,7 @@
-"""Which names a record, a table or a pin may hold: what becomes a path is checked here before anybody uses it.
+"""Checks names in records, tables and pins before they become paths.
 
-A record's checksum tells damage, not who wrote it. Whoever can write to a store can write any record, so no name out
-of one may lead anywhere but to an object of the store, or to a file below the folder that its reader has chosen.
+A record's checksum tells damage, not who wrote it. Anyone who can write to a store can write any record, so a name in
+a record may lead only to an object of the store, or to a file below the folder that its reader has chosen.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ def is_digest(value: object) -> bool:
 
 
 def is_part(value: object) -> bool:
-    """Returns whether a value can be one part of a path, as stages, keys and projects are: a word of letters, digits,
-    '.', '-' and '_' that begins with none of '.' and '-'."""
+    """Returns whether a value can be one part of a path, as stages, keys and projects are.
+
+    That is a word of letters, digits, '.', '-' and '_' that does not begin with '.' or '-'.
+    """
     return isinstance(value, str) and _PART.fullmatch(value) is not None
 
 
 def is_file_name(value: object) -> bool:
-    """Returns whether a value names a file below any folder: relative, without empty parts, '.', '..', backslashes and
-    control characters."""
+    """Returns whether a value names a file below any folder.
+
+    The name is relative, without empty parts, '.', '..', backslashes and control characters.
+    """
     if not isinstance(value, str) or not value.isprintable() or "\\" in value:
         return False
     return not {"", ".", ".."} & set(value.split("/"))
@@ -54,7 +58,7 @@ def check_path(path: str) -> None:
 def check_blobs(blobs: Any) -> None:
     """Raises ValueError unless ``blobs`` maps names of files to names of blobs."""
     if not isinstance(blobs, Mapping):
-        raise ValueError(f"{blobs!r} maps no names to blobs")
+        raise ValueError(f"{blobs!r} does not map names to blobs")
     for name, blob in blobs.items():
         if not is_file_name(name) or not is_digest(blob):
             raise ValueError(f"{name!r}: {blob!r} is not a file with its blob")
@@ -63,8 +67,8 @@ def check_blobs(blobs: Any) -> None:
 def check_record(body: Mapping[str, Any]) -> None:
     """Raises ValueError for a record with a name that could become a path to anything but an object of the store.
 
-    This is the one gate through which all records come: those of artefacts, shards, segments of a list, checkpoints,
-    runs and releases. What other fields say is for their readers to judge.
+    All records pass this one gate: those of artefacts, shards, segments of a list, checkpoints, runs and releases.
+    Readers judge the other fields.
     """
     parts = [body[name] for name in ("stage", "key", "project") if name in body]
     digests = list(body.get("hashes", ()))

@@ -1,7 +1,7 @@
-"""Blobs named by their content, and the form of the records that name them.
+"""Reads and writes blobs, which are named by their content, and the records that name them.
 
-A record carries its format and its own checksum. What looks damaged is read again, past caches, before it is believed
-(see pipeline.graph.damage for what becomes of it then).
+A record carries its format and its own checksum. An object that looks damaged is read again, past caches, before it is
+treated as damaged (see pipeline.graph.damage).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ T = TypeVar("T")
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces: one spelling for one value."""
+    """Returns JSON with sorted keys and without spaces: one spelling for one value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def digest(value: Any) -> str:
-    """sha256 of the canonical spelling."""
+    """Returns the sha256 of the canonical spelling of a value."""
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
@@ -55,9 +55,10 @@ def put_blob(store: Store, data: bytes | Path, move: bool = False) -> str:
 
 
 def read_twice(store: Store, read: Callable[[Store], T]) -> T:
-    """Returns what ``read`` makes of a store; where that raises CorruptObject, what it makes of the store read past all
-    caches and over other connections. So one read that went wrong costs no sound object. Raises the second
-    CorruptObject."""
+    """Returns what ``read`` makes of a store, of the store past all caches if it raises CorruptObject at first.
+
+    So one failed read does not condemn a sound object. Raises the second CorruptObject.
+    """
     try:
         return read(store)
     except CorruptObject:
@@ -103,8 +104,10 @@ def materialise(store: Store, blobs: Mapping[str, str], folder: str | Path, repl
 
 
 def open_record(store: Store, path: str) -> dict[str, Any] | None:
-    """Returns a record's body, or None if there is no such record. Raises CorruptObject for one that cannot be trusted,
-    and UserError for another format."""
+    """Returns a record's body, or None if it does not exist.
+
+    Raises CorruptObject for a record that cannot be trusted, and UserError for another format.
+    """
     return read_twice(store, lambda store: _open_record(store, path))
 
 
@@ -120,8 +123,10 @@ def _open_record(store: Store, path: str) -> dict[str, Any] | None:
 
 
 def peek_record(store: Store, path: str) -> dict[str, Any] | None:
-    """Returns a record's body, or None if there is none to be trusted; a damaged one stays as it is. For those who only
-    look, and may not be allowed to write."""
+    """Returns a record's body, or None if there is none to be trusted.
+
+    A damaged record stays as it is: for read-only callers.
+    """
     try:
         return open_record(store, path)
     except CorruptObject:
@@ -169,6 +174,6 @@ def whoami() -> dict[str, str]:
     return {"user": user, "host": socket.gethostname()}
 
 
-def named(by: Mapping[str, Any]) -> str:
+def who(by: Mapping[str, Any]) -> str:
     """Returns for example 'ana@gpu-7', or "" where a record does not say."""
     return "@".join(str(by[name]) for name in ("user", "host") if by.get(name))

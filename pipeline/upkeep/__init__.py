@@ -1,0 +1,1 @@
+"""Shows what a store holds, and deletes what nothing needs."""

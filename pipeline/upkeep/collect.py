@@ -1,7 +1,7 @@
-"""Garbage: what nothing needs is first written down, and deleted by a later call, after a time of grace.
+"""Collects garbage: marks it first, and deletes it in a later run, after a grace period.
 
-So whoever began to read or to write before, has that time to finish. A blob that is made again in the very seconds of
-its deletion is missing afterwards, and made again as any damaged one.
+So readers and writers already in flight can finish. A blob that is made again in the very seconds of its deletion is
+missing afterwards, and made again as any damaged blob.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DECIDING = ("releases/", "runs/", "artifacts/")
 
 @dataclass
 class Tally:
-    """Objects and bytes of one kind."""
+    """Counts objects and bytes of one kind."""
 
     objects: int = 0
     size: int = 0
@@ -37,7 +37,7 @@ class Tally:
 
 @dataclass
 class Collection:
-    """What a collection found, by kind (blobs, shards ...), and what it deleted."""
+    """Holds what a collection found, by kind (blobs, shards ...), and what it deleted."""
 
     needed: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     garbage: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
@@ -46,10 +46,17 @@ class Collection:
 
 
 def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: bool) -> Collection:
-    """Find garbage; with ``delete``, write it down and delete what has been written down for ``grace_s`` seconds.
+    """Finds garbage; with ``delete``, marks it and deletes what has been marked for ``grace_s`` seconds.
 
-    ``keep_s``: how long what a run asked for is needed. ``now``: by the store's clock (``Store.now``), as the one of
-    whoever collected before may differ from this machine's. Raises UserError if another collection runs.
+    Args:
+        store: to collect in.
+        keep_s: how long the results of a run are needed.
+        grace_s: between mark and deletion.
+        now: by the store's clock (``Store.now``), as the clocks of machines differ.
+        delete: False only looks.
+
+    Raises:
+        UserError: another collection runs.
     """
     standing = store.stat(TOMBSTONES)
     earlier = json.loads(gzip.decompress(store.read(TOMBSTONES))) if standing else {}
@@ -73,7 +80,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
                 tombstones[entry.path] = since
     if not delete:
         return found
-    if _names(store, DECIDING) - known:  # somebody has begun or finished something meanwhile
+    if _names(store, DECIDING) - known:  # a run has begun or finished something meanwhile
         _, live = _find_live(store, keep_s, now)
     for path, _ in sorted(_names(store, NAMING_BLOBS) - known):
         live.paths.add(path)
@@ -91,7 +98,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
 
 
 def _find_live(store: Store, keep_s: float, now: float) -> tuple[set[tuple[str, str]], Live]:
-    """All records of before the look, with their versions, and what is needed."""
+    """Returns all records before the look, with their versions, and what is needed."""
     known = _names(store, (*DECIDING, *NAMING_BLOBS))
     return known, find_live(store, keep_s, now)
 

@@ -1,4 +1,4 @@
-"""What a store still needs: everything that releases, pins, recent runs, running stages and lists name."""
+"""Finds what a store still needs: everything that releases, pins, recent runs, running stages and lists name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.data.source.journal import read_journal
 from pipeline.errors import CorruptObject
-from pipeline.graph.artifacts import Artifact, ancestors, artifact_path, load_artifact, shard_path
+from pipeline.graph.artifacts import SEGMENTS, Artifact, ancestors, artifact_path, load_artifact, shard_path
 from pipeline.graph.damage import pinned_key, read_record
 from pipeline.graph.pointer import read_releases, released_projects
 from pipeline.graph.runs import asked_at
@@ -20,14 +20,13 @@ from pipeline.store.leases import is_held
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import blob_path, digest
 
-SEGMENTS = "shards/source/segment-"
-Named = tuple[str, str]  # a stage and a key
-Clean = frozenset[Named] | None  # what holds nothing that was forgotten; None where nothing was
+StageKey = tuple[str, str]  # a stage and a key
+Clean = frozenset[StageKey] | None  # artefacts without forgotten rows; None where no row was forgotten
 
 
 @dataclass
 class Live:
-    """Paths that stay, and prefixes under which everything stays because a stage is not finished."""
+    """Holds paths that stay, and prefixes under which everything stays because a stage is not finished."""
 
     paths: set[str] = field(default_factory=set)
     prefixes: set[str] = field(default_factory=set)
@@ -38,14 +37,14 @@ class Live:
 
 @dataclass(frozen=True)
 class _Project:
-    """How often a project has forgotten something, and the records of its runs by path."""
+    """Counts how often a project has forgotten rows, and holds the records of its runs by path."""
 
     forgettings: int
     runs: dict[str, Mapping[str, Any]]
 
     @property
     def clean(self) -> Clean:
-        """What was planned after the last forgetting. A key is a recipe: who makes it, and when, does not matter."""
+        """Returns what was planned after the last forgetting. A key is a recipe: who makes it does not matter."""
         if not self.forgettings:
             return None
         later = [run["stages"] for run in self.runs.values() if run["forgettings"] >= self.forgettings]
@@ -53,10 +52,10 @@ class _Project:
 
 
 def find_live(store: Store, keep_s: float, now: float) -> Live:
-    """Mark what is needed. Reads every artefact record, and the shard table of every artefact that is needed.
+    """Returns what is needed. Reads every artefact record, and the shard table of every artefact that is needed.
 
     A run is needed for ``keep_s`` seconds, longer while one of its stages is being made, and in any case if it is its
-    project's last. Runs that were planned before something was forgotten are not, once there is a later one. Raises
+    project's last. Runs that were planned before rows were forgotten are not needed, once there is a later run. Raises
     UserError if the pointer of a release is damaged.
     """
     live = Live()
@@ -111,7 +110,7 @@ def _pinned(store: Store, live: Live) -> set[str]:
 
 
 def _projects(store: Store) -> dict[str, _Project]:
-    """Every project that has runs, or a release."""
+    """Returns every project that has runs, or a release."""
     found: dict[str, _Project] = {}
     for project in released_projects(store):
         found[project] = _Project(read_journal(store, project).forgettings, {})
@@ -126,7 +125,7 @@ def _projects(store: Store) -> dict[str, _Project]:
 
 
 def _released(store: Store, projects: Mapping[str, _Project]) -> dict[str, Clean]:
-    """For every bundle that is a release, or can be again by rollbacks, what is clean for all its projects."""
+    """Returns for every bundle that is a release, or can be again by rollbacks, what is clean for all its projects."""
     found: dict[str, Clean] = {}
     for project in released_projects(store):
         clean = projects[project].clean
@@ -136,11 +135,11 @@ def _released(store: Store, projects: Mapping[str, _Project]) -> dict[str, Clean
     return found
 
 
-def _behind(store: Store, released: Mapping[str, Clean], live: Live) -> set[Named]:
-    """Stage and key of all that released bundles were made from.
+def _behind(store: Store, released: Mapping[str, Clean], live: Live) -> set[StageKey]:
+    """Returns stage and key of all that released bundles were made from.
 
-    Models stand. Of the data of before something was forgotten only the records stay, which say what a bundle came
-    from, without what they list: what was forgotten must go.
+    Models are kept. Of data from before a forgetting only the records are kept, which say what a bundle came from,
+    without the blobs that they list: forgotten rows must go.
     """
     found = set()
     for key, clean in released.items():
@@ -155,7 +154,7 @@ def _behind(store: Store, released: Mapping[str, Clean], live: Live) -> set[Name
 
 
 def _mark_judgement(evaluation: Artifact, clean: Clean, live: Live) -> None:
-    """An evaluation of a released bundle, which gates compare with; its pictures go with what was forgotten."""
+    """Marks an evaluation of a released bundle, which gates compare with; its images go with forgotten rows."""
     live.paths.add(artifact_path(evaluation.stage, evaluation.key))
     inputs = {name: key for name, key in evaluation.inputs.items() if name != "bundle"}
     kept = clean is None or inputs.items() <= clean
@@ -170,8 +169,10 @@ def _needed_runs(
     now: float,
     live: Live,
 ) -> list[Mapping[str, Any]]:
-    """What the needed runs asked for. Records of runs that asked for a release stay too, which say what of it is
-    clean."""
+    """Returns the stages of needed runs.
+
+    Records of runs that made a released bundle stay too, which say what of it is clean.
+    """
     held = {entry.path for entry in store.list("leases/") if is_held(store, entry.path)}
     runs = []
     for project in projects.values():
@@ -191,7 +192,7 @@ def _needed_runs(
 
 
 def _training(stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Equal for all lengths of one training, and for its branches."""
+    """Returns a digest that is equal for all lengths of one training, and for its branches."""
     return digest([stage, {k: v for k, v in recipe.items() if k not in ("samples", "decay")}, sorted(inputs.items())])
 
 
@@ -213,8 +214,10 @@ def _mark_artifact(store: Store, artifact: Artifact, live: Live) -> None:
 
 
 def _mark_segments(store: Store, live: Live) -> None:
-    """The record of a segment stays while all its tables do; while a source is being made, with all its tables. So do
-    the hashes of its references."""
+    """Marks segments of lists whose tables all stay, with the hashes of their references.
+
+    While a source is being made, it marks every segment and its tables.
+    """
     for entry in store.list(SEGMENTS):
         record = read_record(store, entry.path)
         if record is None:
@@ -233,14 +236,14 @@ def _mark_segment(segment: Mapping[str, Any], live: Live) -> None:
 
 
 def _mark_named(store: Store, live: Live) -> None:
-    """The blobs of every record under the prefixes that stay."""
+    """Marks the blobs of every record under the prefixes that stay."""
     for prefix in sorted(live.prefixes):
         for entry in store.list(prefix):
             mark_blobs(store, entry.path, live)
 
 
 def mark_blobs(store: Store, path: str, live: Live) -> None:
-    """Let the blobs stay that the record of a shard, a checkpoint or a segment of the list names."""
+    """Marks the blobs that the record of a shard, a checkpoint or a segment of the list names."""
     record = None if "/attempts/" in path else read_record(store, path)
     if record is None:
         return

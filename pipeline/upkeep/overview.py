@@ -1,6 +1,6 @@
-"""What a store holds and what is under way in it, for people. Reads only, and not more where there is more data.
+"""Finds what a store holds and what is under way in it, for people. Read-only, and independent of the amount of data.
 
-Listings say what is made; of runs, leases and artefacts only as many records are read as are shown.
+Listings say what is made; of runs, leases and artefacts only those records are read that are shown.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ from pipeline.store import Store
 from pipeline.store.leases import lease_path, read_lease
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import peek_record
+from pipeline.upkeep.live import StageKey
 
 SHOWN_RUNS = 5
 USING_RUNS = 50  # in which it is looked up what used an artefact
-MOST = 64  # leases of what is not made, and pins, that are read
-Named = tuple[str, str]  # stage and key
+MOST = 64  # leases of unfinished artefacts, and pins, that are read
 
 
 @dataclass(frozen=True)
-class Run:
-    """What was asked for once: ``at`` in seconds since the epoch, ``by`` whom (user, host, command; empty in older
-    records), and of every stage key, version, recipe and input keys."""
+class PastRun:
+    """Describes a run as it was planned.
+
+    Attributes:
+        project: that it belongs to.
+        at: seconds since the epoch.
+        by: user, host and command; empty in older records.
+        stages: key, version, recipe and input keys of every stage.
+    """
 
     project: str
     at: float
@@ -39,14 +45,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Overview:
-    """``runs``: the last ones, the newest first, and how many there are in all. ``made``: every artefact. ``leases``:
-    who makes what is not made, by its key. ``pinned``: keys. ``releases``: of each project of these runs that has one,
-    or why it cannot be read."""
+    """Holds what ``unclip show`` says of a store.
+
+    Attributes:
+        url: of the store.
+        runs: the last runs, the newest first.
+        all_runs: how many runs there are in all.
+        made: every artefact.
+        leases: who makes an unfinished artefact, by its key.
+        pinned: keys.
+        releases: of each project of these runs that has one, or why it cannot be read.
+    """
 
     url: str
-    runs: Sequence[Run]
+    runs: Sequence[PastRun]
     all_runs: int
-    made: frozenset[Named]
+    made: frozenset[StageKey]
     leases: Mapping[str, Mapping[str, Any]]
     pinned: frozenset[str]
     releases: Mapping[str, Move | str]
@@ -54,19 +68,27 @@ class Overview:
 
 @dataclass(frozen=True)
 class Lineage:
-    """An artefact, its stage's ``version``, and all that it was made from (``behind``), None where a record is gone.
-    ``users``: what was made directly from it; ``released``: the projects whose release it is."""
+    """Holds an artefact and what is around it.
+
+    Attributes:
+        artifact: the artefact.
+        version: of its stage.
+        behind: all that it was made from, None where a record is gone.
+        users: what was made directly from it.
+        pinned: whether a pin names it.
+        released: the projects whose release it is.
+    """
 
     artifact: Artifact
     version: int | None
-    behind: Mapping[Named, Artifact | None]
-    users: Mapping[Named, Artifact]
+    behind: Mapping[StageKey, Artifact | None]
+    users: Mapping[StageKey, Artifact]
     pinned: bool
     released: Sequence[str]
 
 
 def overview(store: Store, project: str | None = None) -> Overview:
-    """The last runs of a project, or of all, and what is under way in the store."""
+    """Returns the last runs of a project, or of all, and what is under way in the store."""
     paths = _run_paths(store, project)
     runs = _runs(store, paths[:SHOWN_RUNS])
     made = _made(store)
@@ -86,8 +108,8 @@ def overview(store: Store, project: str | None = None) -> Overview:
     return Overview(store.url, runs, len(paths), made, leases, _pinned(store), releases)
 
 
-def find(store: Store, start: str) -> Named:
-    """The artefact of any stage whose key begins so. Raises UserError where there is none or more than one."""
+def find_artifact(store: Store, start: str) -> StageKey:
+    """Returns the artefact of any stage whose key begins so. Raises UserError where there is none, or more than one."""
     made = sorted(name for name in _made(store) if start and name[1].startswith(start))
     if len(made) > 1:
         several = ", ".join(f"{stage} {key[:16]}" for stage, key in made[:5])
@@ -104,14 +126,14 @@ def find(store: Store, start: str) -> Named:
     return made[0]
 
 
-def lineage(store: Store, name: Named) -> Lineage:
-    """An artefact and what is around it. Raises UserError if its record is damaged."""
+def lineage(store: Store, name: StageKey) -> Lineage:
+    """Returns an artefact and what is around it. Raises UserError if its record is damaged."""
     artifact = _load(store, name)
     if artifact is None:
         raise UserError(
             f"{store.url}/{artifact_path(*name)} is damaged or gone; unclip run makes it again where it is needed"
         )
-    behind: dict[Named, Artifact | None] = {}
+    behind: dict[StageKey, Artifact | None] = {}
     level = list(artifact.inputs.items())
     while level:
         behind |= dict(zip(level, ordered_map(lambda one: _load(store, one), level), strict=True))
@@ -132,21 +154,21 @@ def lineage(store: Store, name: Named) -> Lineage:
     )
 
 
-def _made(store: Store) -> frozenset[Named]:
+def _made(store: Store) -> frozenset[StageKey]:
     names = (entry.path.removesuffix(".json").split("/") for entry in store.list("artifacts/"))
     return frozenset((stage, key) for _, stage, key in names)
 
 
 def _run_paths(store: Store, project: str | None = None) -> list[str]:
-    """The newest first."""
+    """Returns paths of run records, the newest first."""
     paths = (entry.path for entry in store.list(f"runs/{project}/" if project else "runs/"))
     return sorted(paths, key=_key, reverse=True)
 
 
-def _runs(store: Store, paths: Sequence[str]) -> list[Run]:
+def _runs(store: Store, paths: Sequence[str]) -> list[PastRun]:
     records = zip(paths, ordered_map(lambda path: peek_record(store, path), paths), strict=True)
     return [
-        Run(record["project"], asked_at(path), record.get("by", {}), record["stages"])
+        PastRun(record["project"], asked_at(path), record.get("by", {}), record["stages"])
         for path, record in records
         if record is not None
     ]
@@ -157,7 +179,7 @@ def _pinned(store: Store) -> frozenset[str]:
     return frozenset(ordered_map(lambda path: pinned_key(store, path), paths[:MOST]))
 
 
-def _released(store: Store, name: Named) -> list[str]:
+def _released(store: Store, name: StageKey) -> list[str]:
     found = []
     for project in released_projects(store):
         try:
@@ -169,7 +191,7 @@ def _released(store: Store, name: Named) -> list[str]:
     return found
 
 
-def _load(store: Store, name: Named) -> Artifact | None:
+def _load(store: Store, name: StageKey) -> Artifact | None:
     record = peek_record(store, artifact_path(*name))
     return None if record is None else artifact_of(record)
 

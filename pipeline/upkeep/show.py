@@ -1,4 +1,4 @@
-"""What ``unclip show`` prints. Pure: text from what was read, and from the time of now."""
+"""Writes what ``unclip show`` prints. Pure: text from what was read, and from the current time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pipeline.graph.pointer import Move
 from pipeline.graph.stages import direct
 from pipeline.ledger import Ledger
 from pipeline.progress import counted, duration
-from pipeline.store.records import named
-from pipeline.upkeep.overview import Lineage, Named, Overview, Run
+from pipeline.store.records import who
+from pipeline.upkeep.live import StageKey
+from pipeline.upkeep.overview import Lineage, Overview, PastRun
 
 WIDTH = 110
 SHORT = 12  # characters of a key
@@ -21,7 +22,7 @@ UNBROKEN = "\0"  # a space at which no line ends
 
 
 def show_overview(found: Overview, now: float) -> str:
-    """The last runs, what is being made, and of each project its last run's stages, pins and release."""
+    """Returns the last runs, what is being made, and of each project its last run's stages, pins and release."""
     lines = [f"store {found.url}", "", "running now" if found.leases else "running now: nothing"]
     for key, lease in sorted(found.leases.items(), key=lambda item: item[1].get("since", 0)):
         lines += _running(key, lease, found, now)
@@ -42,25 +43,25 @@ def show_overview(found: Overview, now: float) -> str:
 def _running(key: str, lease: Mapping[str, Any], found: Overview, now: float) -> Iterator[str]:
     asked = (stage for run in found.runs for stage, of in run.stages.items() if of["key"] == key)
     stage = lease.get("stage") or next(asked, "a stage")  # which older leases do not name
-    parts = [f"  {stage} {key[:SHORT]} by {named(lease) or 'nobody known'}", f"pid {lease.get('pid', 'unknown')}"]
+    parts = [f"  {stage} {key[:SHORT]} by {who(lease) or 'an unknown user'}", f"pid {lease.get('pid', 'unknown')}"]
     if "since" in lease:
         parts.append(f"since {_date(lease['since'])} ({duration(max(0, now - lease['since']))})")
         silent = max(0, now - lease.get("at", lease["since"]))
         heard = "not heard of for {}: probably ended" if silent > lease["lease_s"] else "heard of {} ago"
         parts.append(heard.format(duration(silent)))
     yield ", ".join(parts)
-    if lease.get("far"):
-        yield f"    {lease['far']}"
+    if lease.get("progress"):
+        yield f"    {lease['progress']}"
 
 
-def _asked_by(run: Run) -> str:
-    return "  ".join(word for word in (named(run.by), run.by.get("command", "")) if word)
+def _asked_by(run: PastRun) -> str:
+    return "  ".join(word for word in (who(run.by), run.by.get("command", "")) if word)
 
 
-def _project(run: Run, found: Overview, now: float) -> Iterator[str]:
+def _project(run: PastRun, found: Overview, now: float) -> Iterator[str]:
     stages = sorted(run.stages, key=lambda stage: (_depth(stage, run.stages), stage))
     names = [(stage, run.stages[stage]["key"]) for stage in stages]
-    states: dict[str, list[Named]] = {"made": [], "being made": [], "not made": []}
+    states: dict[str, list[StageKey]] = {"made": [], "being made": [], "not made": []}
     for name in names:
         state = "made" if name in found.made else "being made" if name[1] in found.leases else "not made"
         states[state].append(name)
@@ -75,12 +76,12 @@ def _project(run: Run, found: Overview, now: float) -> Iterator[str]:
 
 
 def _depth(stage: str, stages: Mapping[str, Mapping[str, Any]]) -> int:
-    """How many stages are behind one, along the longest way."""
+    """Returns how many stages are behind one, along the longest way."""
     return max((1 + _depth(name, stages) for name in stages[stage]["inputs"] if name in stages), default=0)
 
 
 def show_lineage(found: Lineage, defaults: Mapping[str, Any], now: float) -> str:
-    """One artefact: when, where and of what it was made, and what was made from it. ``defaults``: of its recipe."""
+    """Returns when, where and of what an artefact was made, and its users. ``defaults``: of its recipe."""
     made = found.artifact
     version = "" if found.version is None else f", version {found.version}"
     standing = [f"release of {project}" for project in found.released] + ["pinned"] * found.pinned
@@ -99,7 +100,7 @@ def show_lineage(found: Lineage, defaults: Mapping[str, Any], now: float) -> str
 
 def _made(made: Artifact, now: float) -> str:
     if "finished" not in made.times:
-        return "nobody wrote down when"
+        return "unknown when"
     at = made.times["finished"]
     took = f", in {duration(made.times['seconds'])}" if "seconds" in made.times else ""
     return f"{_date(at)} ({_ago(at, now)}){took}"
@@ -107,7 +108,7 @@ def _made(made: Artifact, now: float) -> str:
 
 def _where(made: Artifact) -> Iterator[str]:
     told = made.environment
-    if by := named(made.by):
+    if by := who(made.by):
         yield by
     for name in ("device", "precision"):
         if name in told:
@@ -135,13 +136,13 @@ def _changed(recipe: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str
 
 
 def _tree(found: Lineage, now: float) -> Iterator[str]:
-    """Every input below what it went into, once; those of inputs are not repeated beside them."""
+    """Yields every input below its user, with its own inputs only the first time."""
     root = (found.artifact.stage, found.artifact.key)
-    loaded: dict[Named, Artifact | None] = {root: found.artifact, **found.behind}
+    loaded: dict[StageKey, Artifact | None] = {root: found.artifact, **found.behind}
     inputs = direct({name: list(made.inputs.items()) if made else [] for name, made in loaded.items()})
     seen = set()
 
-    def below(name: Named, depth: int) -> Iterator[str]:
+    def below(name: StageKey, depth: int) -> Iterator[str]:
         for child in inputs[name]:
             again = child in seen and bool(inputs[child])
             seen.add(child)
@@ -153,8 +154,8 @@ def _tree(found: Lineage, now: float) -> Iterator[str]:
     yield from below(root, 1)
 
 
-def _nearest(users: Mapping[Named, Artifact]) -> dict[Named, Artifact]:
-    """Those that do not also use another of them."""
+def _nearest(users: Mapping[StageKey, Artifact]) -> dict[StageKey, Artifact]:
+    """Returns users that do not also use another of them."""
     return {name: made for name, made in users.items() if not made.inputs.items() & users.keys()}
 
 
@@ -165,7 +166,7 @@ def _age(made: Artifact | None, now: float, otherwise: str) -> str:
 
 
 def _listed(title: str, words: Iterable[str]) -> list[str]:
-    """Words in as many lines as they need, none of them broken, behind a title; nothing for no words."""
+    """Returns words wrapped behind a title, no word broken; nothing for no words."""
     text = ", ".join(word.replace(" ", UNBROKEN) for word in words)
     lines = wrap(text, WIDTH, initial_indent=f"  {title:12}", subsequent_indent=" " * 14, break_long_words=False)
     return [line.replace(UNBROKEN, " ") for line in lines]

@@ -27,7 +27,7 @@ from pipeline.data.source.duplicates import HASH, Seen, read_hashes
 from pipeline.data.source.journal import NOTHING, Journal, read_journal, reference_mark
 from pipeline.data.source.lists import Row, fingerprint, read_rows
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, Shard, publish_artifact
+from pipeline.graph.artifacts import SEGMENTS, Artifact, Shard, publish_artifact
 from pipeline.graph.damage import create_record, read_record, set_aside
 from pipeline.graph.shard_tables import read_table, write_shard_table, write_table
 from pipeline.graph.stages import Context
@@ -176,7 +176,7 @@ def _forgotten_later(journal: Journal, segment: int) -> list[list[str]]:
 
 
 def _segment_path(name: str) -> str:
-    return f"shards/source/segment-{name}.json"
+    return f"{SEGMENTS}{name}.json"
 
 
 def _stored(store: Store, name: str) -> Segment | None:

@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import Unreachable
 from pipeline.store import Store, leases
 from pipeline.store.leases import Lease, lead_or_wait, lease_path, read_lease
-from pipeline.store.records import named, whoami
+from pipeline.store.records import who, whoami
 
 LEASE_S = 1.5
 
@@ -23,10 +23,10 @@ def unreachable(*_: object) -> bool:
 def _lead(
     store: Store,
     finished: Callable[[], bool] = lambda: False,
+    activity: Callable[[], str] = lambda: "",
     progress: Callable[[], str] = lambda: "",
-    far: Callable[[], str] = lambda: "",
 ) -> Lease | None:
-    return lead_or_wait(store, "k", LEASE_S, finished, progress, poll_s=0.02, stage="decoder", far=far)
+    return lead_or_wait(store, "k", LEASE_S, finished, activity, poll_s=0.02, stage="decoder", progress=progress)
 
 
 def _change(store: Store, **fields: object) -> None:
@@ -104,35 +104,35 @@ def test_a_dead_process_of_this_host_is_replaced_at_once(store: Store, tmp_path:
     assert lead_or_wait(store, "k", 3600, lambda: False, lambda: "", poll_s=0.02) is not None
 
 
-def test_whoever_waits_is_told_whom_it_follows_and_how_far_that_is(
+def test_a_process_that_waits_says_whom_it_follows_and_the_progress(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(leases, "SAY_EVERY_S", 0.1)
     said = iter(f"{8 * i} of 64 samples" for i in range(1000))
-    lease = _lead(store, far=lambda: next(said))
+    lease = _lead(store, progress=lambda: next(said))
     assert lease is not None
     end = time.monotonic() + 2 * LEASE_S
     with lease:
         assert _lead(store, lambda: time.monotonic() > end) is None
     (message,) = (record.getMessage() for record in caplog.records)
     since = time.strftime("%Y-%m-%d", time.gmtime())
-    assert message.startswith(f"decoder: waiting for {named(whoami())}, which works on this already, since {since}")
+    assert message.startswith(f"decoder: waiting for {who(whoami())}, which works on this already, since {since}")
     lines = capsys.readouterr().err.splitlines()
-    assert f"  decoder: following {named(whoami())}: no word yet of how far it is" in lines
-    assert f"  decoder: following {named(whoami())}: 8 of 64 samples" in lines
+    assert f"  decoder: following {who(whoami())}: no progress reported yet" in lines
+    assert f"  decoder: following {who(whoami())}: 8 of 64 samples" in lines
     assert len(set(lines)) > 2  # it moves
     assert len(lines) < 2 * LEASE_S / 0.1 + 1  # and is not said at every look
 
 
 def test_a_lease_tells_who_holds_it_until_it_is_released(store: Store) -> None:
-    lease = _lead(store, far=lambda: "8 of 64 samples")
+    lease = _lead(store, progress=lambda: "8 of 64 samples")
     assert lease is not None
     began = read_lease(store, lease_path("k"))
     assert began is not None
     with lease:
         while "at" not in (held := read_lease(store, lease_path("k")) or {}):
             time.sleep(0.02)
-    assert held["far"] == "8 of 64 samples"
+    assert held["progress"] == "8 of 64 samples"
     assert {"user": held["user"], "host": held["host"]} == whoami()
     assert held["stage"] == "decoder"
     assert held["since"] == began["since"] <= held["at"] <= time.time()
@@ -140,7 +140,7 @@ def test_a_lease_tells_who_holds_it_until_it_is_released(store: Store) -> None:
     assert read_lease(store, lease_path("another")) is None
 
 
-def test_whoever_takes_over_says_why(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_taking_over_says_why(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     """From one on another host, who cannot be known to be dead, after the time of a lease; one message, one holder."""
     assert _lead(store) is not None  # never entered, so never renewed
     _change(store, host="gpu-7", user="ana", boot="another")
@@ -157,7 +157,7 @@ def test_whoever_takes_over_says_why(store: Store, caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize(("change", "why"), [({"started": "0"}, "is dead"), ({"released": True}, "has stopped")])
-def test_whoever_takes_over_at_once_says_why(
+def test_taking_over_at_once_says_why(
     store: Store, caplog: pytest.LogCaptureFixture, change: dict[str, object], why: str
 ) -> None:
     assert _lead(store) is not None
@@ -169,7 +169,7 @@ def test_whoever_takes_over_at_once_says_why(
         return False
 
     assert lead_or_wait(store, "k", 3600, finished, lambda: "", poll_s=0.02, stage="decoder") is not None
-    assert caplog.records[-1].getMessage() == f"decoder: taking over: {named(whoami())} {why}"
+    assert caplog.records[-1].getMessage() == f"decoder: taking over: {who(whoami())} {why}"
 
 
 def test_a_lease_of_before_leases_said_more_is_followed_too(store: Store, caplog: pytest.LogCaptureFixture) -> None:
@@ -187,8 +187,8 @@ def test_a_process_whose_user_has_no_name_is_named_by_its_host(monkeypatch: pyte
         raise KeyError("getpwuid(): uid not found: 4711")
 
     monkeypatch.setattr("getpass.getuser", nobody)
-    assert named(whoami()) == whoami()["host"] != ""
-    assert named({}) == ""
+    assert who(whoami()) == whoami()["host"] != ""
+    assert who({}) == ""
 
 
 @pytest.mark.parametrize("pid", ["../../x", "self", 1.5, None, [1]])

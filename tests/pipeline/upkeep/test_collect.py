@@ -1,4 +1,4 @@
-"""Garbage collection: what is needed stays, whoever reads or writes meanwhile is not hurt, and the rest goes."""
+"""Garbage collection keeps what is needed, does not disturb readers and writers meanwhile, and deletes the rest."""
 
 import json
 import os

@@ -21,7 +21,7 @@ from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.leases import lead_or_wait, lease_path
 from pipeline.store.records import seal
-from pipeline.upkeep.overview import find, lineage, overview
+from pipeline.upkeep.overview import find_artifact, lineage, overview
 from tests.counted import Counted
 
 CONFIG = load_config("configs/nano.yaml")
@@ -89,7 +89,7 @@ def test_more_data_cost_no_more_requests(make_store: Callable[[], Store]) -> Non
     def requests() -> dict[str, int]:
         looking: Any = Counted(open_store(store.url))
         overview(looking, "p")
-        lineage(looking, find(looking, keys["bundle"][:12]))
+        lineage(looking, find_artifact(looking, keys["bundle"][:12]))
         return dict(looking.calls)
 
     for _ in range(5):
@@ -109,7 +109,7 @@ def test_an_artefact_with_all_that_it_was_made_from_and_into(store: Store) -> No
     make(store, keys)
     store.delete([artifact_path("source", keys["source"])])
     store.swap(pin_path("1" * 64), None, json.dumps({"key": keys["clip"]}).encode())
-    found = lineage(store, find(store, keys["clip"][:12]))
+    found = lineage(store, find_artifact(store, keys["clip"][:12]))
     assert found.artifact.stage == "clip"
     assert found.version == GRAPH["clip"].version
     assert found.behind.keys() == {(stage, keys[stage]) for stage in ("source", "captions", "pairs")}
@@ -126,13 +126,13 @@ def test_a_key_that_is_none(store: Store) -> None:
     keys = ask(store)
     make(store, keys)
     with pytest.raises(UserError, match=r"no artefact in .* has a key that begins so; unclip show without a key"):
-        find(store, "nothing")
+        find_artifact(store, "nothing")
     make(store, {stage: f"same{i}" for i, stage in enumerate(keys)})
     with pytest.raises(UserError, match=f"{len(keys)} artefacts in .* have a key that begins so: "):
-        find(store, "same")
+        find_artifact(store, "same")
     lead_or_wait(store, "begun", 60.0, lambda: False, lambda: "")
     with pytest.raises(UserError, match="it was begun and is not made yet"):
-        find(store, "beg")
+        find_artifact(store, "beg")
 
 
 def test_records_of_before_and_damaged_ones(store: Store) -> None:
@@ -158,7 +158,7 @@ def test_records_of_before_and_damaged_ones(store: Store) -> None:
     assert artefact.version == GRAPH["source"].version  # as the run asked for it
     store.create(artifact_path("clip", "broken"), b"damaged")
     with pytest.raises(UserError, match="is damaged or gone"):
-        lineage(store, find(store, "broken"))
+        lineage(store, find_artifact(store, "broken"))
     assert store.read(artifact_path("clip", "broken")) == b"damaged"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.pointer import Move
 from pipeline.ledger import Ledger
-from pipeline.upkeep.overview import Lineage, Overview, Run
+from pipeline.upkeep.overview import Lineage, Overview, PastRun
 from pipeline.upkeep.show import show_lineage, show_overview
 
 NOW = 1_750_000_000.0  # 2025-06-15 15:06:40 UTC
@@ -20,8 +20,16 @@ def asked(*stages: str) -> dict[str, dict[str, object]]:
     }
 
 
-RUN = Run("emoji", NOW - 600, {**ANA, "command": "unclip run emoji.yaml"}, asked("source", "clip", "codec"))
-LEASE = {**ANA, "pid": 42, "stage": "clip", "since": NOW - 300, "at": NOW - 4, "lease_s": 60, "far": "8 of 64 samples"}
+RUN = PastRun("emoji", NOW - 600, {**ANA, "command": "unclip run emoji.yaml"}, asked("source", "clip", "codec"))
+LEASE = {
+    **ANA,
+    "pid": 42,
+    "stage": "clip",
+    "since": NOW - 300,
+    "at": NOW - 4,
+    "lease_s": 60,
+    "progress": "8 of 64 samples",
+}
 FOUND = Overview(
     "s3://b/p",
     [RUN, replace(RUN, at=NOW - 10_000, by={}), replace(RUN, project="other", at=NOW - 20_000)],
@@ -65,7 +73,7 @@ def test_stages_stand_in_the_order_in_which_they_are_made() -> None:
     assert "  made        source sourcesource, clip clipclipclip, codec codeccodecco\n" in shown
 
 
-def test_whoever_is_silent_for_longer_than_a_lease_has_probably_ended() -> None:
+def test_a_process_silent_for_longer_than_a_lease_has_probably_ended() -> None:
     shown = show_overview(replace(FOUND, leases={"k": {**LEASE, "at": NOW - 61}}), NOW)
     assert "not heard of for 1 min 01 s: probably ended" in shown
 
