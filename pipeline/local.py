@@ -1,4 +1,4 @@
-"""Files and buckets that a list may name, and the one way to open a file of this machine.
+"""Says which files and buckets a list may name, and opens files of this machine.
 
 A list often comes from strangers, so what its rows name is confined. A table may name files below its own folder, a
 folder of images holds its own files, and ``source.roots`` adds folders, tars and buckets. Only the configuration adds
@@ -23,16 +23,16 @@ IN_PLACE = ("tar://", "embedding://")  # members of tars and rows of embeddings,
 
 
 class Outside(OSError):
-    """A path leads out of what a list may name."""
+    """Raised for a path that leads out of what a list may name."""
 
 
 class TooLarge(OSError):
-    """A file has more bytes than its budget."""
+    """Raised for a file with more bytes than its budget."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What lists may name on this machine and on S3.
+    """Holds what lists may name on this machine and on S3.
 
     Args:
         own: absolute paths of folders and tars that are lists, and of folders in which tables lie.
