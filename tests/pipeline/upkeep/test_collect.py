@@ -70,7 +70,7 @@ def _run(
     if "pairs" in made:
         table, ledger = write_shard_table(store, shards)
         publish_artifact(store, Artifact("pairs", keys["pairs"], {"source": "s"}, {}, ledger, shard_table=table), 1.0)
-    folder = trajectory("clip", 1, graph["clip"].recipe, {"pairs": keys["pairs"]})
+    folder = trajectory("clip", graph["clip"].version, graph["clip"].recipe, {"pairs": keys["pairs"]})
     blob = put_blob(store, f"state {seed}".encode())
     create_record(store, f"checkpoints/{folder}/{64:012d}-0001.json", {"blobs": {"model": blob}})
     if "clip" in made:
