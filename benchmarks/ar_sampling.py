@@ -1,4 +1,4 @@
-"""The AR prior's cached sampling against recomputing the whole sequence for every code.
+"""Compares the AR prior's cached sampling with recomputing the whole sequence for every code.
 
 The prefix is made once in both. Recomputing is timed at a few lengths and integrated over all of them by Simpson's
 rule, because a full run takes minutes.
@@ -23,7 +23,7 @@ POINTS = 5
 
 
 def inputs(model: ARPrior, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, text embeddings and dot-product tokens of random captions, and codes."""
+    """Returns tokens, text embeddings and dot-product tokens of random captions, and codes."""
     g = torch.Generator().manual_seed(1)
     tokens = torch.randint(1, 40_000, (rows, 77), generator=g)
     tokens[:, 20] = model.config.vocabulary - 1
@@ -34,14 +34,14 @@ def inputs(model: ARPrior, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def recompute(model: ARPrior, prefix: Tensor, codes: Tensor) -> Tensor:
-    """Logits of the code after ``codes`` [b, n], [b, buckets], from the whole sequence."""
+    """Returns logits of the code after ``codes`` [b, n], [b, buckets], from the whole sequence."""
     x = torch.cat([prefix, model.code(codes)], dim=1)
     return model.logits(model.transformer(x + model.position[: x.shape[1]])[:, -1])
 
 
 @torch.no_grad()
 def cached_logits(model: ARPrior, prefix: Tensor, codes: Tensor) -> Tensor:
-    """Logits of all ``codes`` [b, n], each given those before it, position by position: [b, n, buckets]."""
+    """Returns logits of all ``codes`` [b, n], each given those before it, position by position: [b, n, buckets]."""
     cache, logits, x = Cache(prefix.shape[1] + codes.shape[1]), [], prefix
     for i in range(codes.shape[1]):
         out = model.transformer(x + model.position[cache.length : cache.length + x.shape[1]], cache)
@@ -52,7 +52,7 @@ def cached_logits(model: ARPrior, prefix: Tensor, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def equal_codes(model: ARPrior, rows: int, count: int) -> bool:
-    """Whether both ways draw the same first codes in double precision."""
+    """Says whether both ways draw the same first codes in double precision."""
     model = ARPrior(model.config, model.embed_dim, count).double()
     tokens, text, dots, _ = inputs(model, rows)
     text = text.double()
@@ -66,7 +66,7 @@ def equal_codes(model: ARPrior, rows: int, count: int) -> bool:
 
 
 def simpson(seconds: Seconds, lengths: list[int], codes: int) -> list[float]:
-    """Seconds a round of recomputing at every length, from those at evenly spread ``lengths``."""
+    """Returns the seconds a round of recomputing at every length, from those at evenly spread ``lengths``."""
     weights = [1, *[4, 2] * (len(lengths) // 2 - 1), 4, 1]
     rounds = zip(*(seconds[f"recompute at {length} codes"] for length in lengths), strict=True)
     total = 3 * (len(lengths) - 1)
@@ -74,6 +74,7 @@ def simpson(seconds: Seconds, lengths: list[int], codes: int) -> list[float]:
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options = parser(__doc__).parse_args()
     config, codes, rows, embed_dim = (QUICK, 9, 2, 16) if options.quick else (CONFIG, 319, 8, 768)
     begin(__doc__, options)

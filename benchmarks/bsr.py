@@ -1,6 +1,6 @@
-"""Our batched BSR degradation against the per-image numpy pipeline of the bsrgan package, with the same operators.
+"""Compares our batched BSR degradation with the per-image numpy pipeline of bsrgan, with the same operators.
 
-Both take uint8 pictures and give fp32 tensors [b, 3, 64, 64] in [-1, 1]. The peer runs as it is, on two threads and on
+Both take uint8 images and give fp32 tensors [b, 3, 64, 64] in [-1, 1]. The peer runs as it is, on two threads and on
 two processes (one each a core); the fastest of the three counts. Every round draws new parameters.
 """
 
@@ -33,7 +33,7 @@ ADVICE = "bsrgan is missing: python -m pip install --no-deps bsrgan==0.1.5 (its 
 
 @cache
 def load_peer() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    """bsrgan's degradation, imported once, without what its package imports besides: plotting and downloads."""
+    """Returns bsrgan's degradation, without what its package imports besides: plotting and downloads."""
     spec = find_spec("bsrgan")
     if spec is None or spec.submodule_search_locations is None:
         raise SystemExit(ADVICE)
@@ -52,13 +52,13 @@ def load_peer() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
 
 
 def bilinear(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """What SciPy's interp2d was, on a regular grid."""
+    """Replaces SciPy's former interp2d, on a regular grid."""
     spline = scipy.interpolate.RectBivariateSpline(y, x, z, kx=1, ky=1)
     return lambda new_x, new_y: spline(new_y, new_x)
 
 
 def degrade(pictures: np.ndarray, seed: int) -> np.ndarray:
-    """The peer on uint8 [n, h, w, 3], one after the other: fp32 [n, 3, h / 4, w / 4] in [-1, 1]."""
+    """Runs the peer on uint8 [n, h, w, 3], one after the other: fp32 [n, 3, h / 4, w / 4] in [-1, 1]."""
     function = load_peer()
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  the peer draws from the global state
@@ -67,17 +67,17 @@ def degrade(pictures: np.ndarray, seed: int) -> np.ndarray:
 
 
 def ours_degraded(batch: Tensor, seed: int) -> Tensor:
-    """Ours on uint8 [n, 3, h, w]: fp32 [n, 3, h / 4, w / 4] in [-1, 1]."""
+    """Runs ours on uint8 [n, 3, h, w]: fp32 [n, 3, h / 4, w / 4] in [-1, 1]."""
     return bsr(from_uint8(batch), Draw([(seed, len(batch))]))
 
 
 def degrade_in(pool: Executor, pictures: np.ndarray, seed: int) -> Tensor:
-    """The peer on both halves of a batch at once."""
+    """Runs the peer on both halves of a batch at once."""
     return torch.from_numpy(np.concatenate(list(pool.map(degrade, np.split(pictures, 2), (seed, seed + 1)))))
 
 
 def pictures(rows: int) -> Tensor:
-    """Smooth random pictures with some noise, uint8 [rows, 3, 256, 256]."""
+    """Returns smooth random images with some noise, uint8 [rows, 3, 256, 256]."""
     g = torch.Generator().manual_seed(0)
     smooth = F.interpolate(torch.rand(rows, 3, 8, 8, generator=g), size=SIDE, mode="bicubic")
     noisy = smooth * 255 + 4 * torch.randn(smooth.shape, generator=g)
@@ -85,6 +85,7 @@ def pictures(rows: int) -> Tensor:
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options = parser(__doc__).parse_args()
     begin(__doc__, options)
     load_peer()

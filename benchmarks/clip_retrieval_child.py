@@ -1,4 +1,4 @@
-"""clip-retrieval in an interpreter of its own: one task for every line on standard input.
+"""Runs clip-retrieval in an interpreter of its own: one task for every line on standard input.
 
 Run by benchmarks.embeddings; imports nothing of ours, which its environment may lack.
 """
@@ -33,6 +33,7 @@ class Silent:
 
 
 def main() -> None:
+    """Runs the benchmark."""
     told = json.loads(sys.argv[1])
     os.sched_setaffinity(0, {told["core"]})
     torch.set_num_threads(1)
@@ -58,7 +59,7 @@ def main() -> None:
         return f"{sum(len(part['image_tensor']) for part in reader(tars, False))} pictures"
 
     def compare(views: str, captions: list[str], out: str) -> str:
-        """The embeddings of views that are given, in place of those that its own resizing makes."""
+        """Returns the embeddings of given views, in place of those that its own resizing makes."""
         *_, normalize = preprocess.transforms
         pixels = normalize(torch.from_numpy(np.load(views)).permute(0, 3, 1, 2) / 255)
         item = {"image_tensor": pixels, "image_filename": [], "text_tokens": tokenizer(captions), "text": captions}

@@ -1,4 +1,4 @@
-"""DALLE2-pytorch's prior in an interpreter of its own: a training step for every line on standard input.
+"""Runs DALLE2-pytorch's prior in an interpreter of its own: a training step for every line on standard input.
 
 Run by benchmarks.diffusion_prior_step; imports nothing of ours, which its environment may lack.
 """
@@ -14,6 +14,7 @@ from torch import nn
 
 
 def main() -> None:
+    """Runs the benchmark."""
     sizes = json.loads(sys.argv[1])
     torch.set_num_threads(sizes["threads"])
     torch.manual_seed(0)

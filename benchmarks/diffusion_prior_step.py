@@ -1,4 +1,4 @@
-"""A training step of the diffusion prior against diffusers' PriorTransformer, and against DALLE2-pytorch's prior.
+"""Compares a training step of the diffusion prior with diffusers' PriorTransformer and DALLE2-pytorch's prior.
 
 A step is forward, loss, backward and optimiser. diffusers' network holds the same weights under the same loss and
 gives the same output. DALLE2-pytorch cannot share an environment with us: ``--dalle2-python`` names the interpreter
@@ -30,7 +30,7 @@ CHILD = Path(__file__).with_name("dalle2_prior_child.py")
 
 
 def random_batch(config: DiffusionPriorConfig, embed_dim: int, rows: int) -> dict[str, Tensor]:
-    """What the loss takes, of captions of 20 tokens."""
+    """Returns the inputs of the loss, of captions of 20 tokens."""
     g = torch.Generator().manual_seed(1)
     tokens = torch.randint(1, config.vocabulary - 1, (rows, 77), generator=g)
     tokens[:, 19], tokens[:, 20:] = config.vocabulary - 1, 0
@@ -39,7 +39,7 @@ def random_batch(config: DiffusionPriorConfig, embed_dim: int, rows: int) -> dic
 
 
 def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
-    """One step of training, ready to be called."""
+    """Returns one step of training, ready to be called."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     draw = Draw([(0, len(batch["tokens"]))])
 
@@ -53,7 +53,7 @@ def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], No
 
 @contextmanager
 def dalle2_step(python: str, config: DiffusionPriorConfig, embed_dim: int, rows: int) -> Iterator[Callable[[], object]]:
-    """The same step in another interpreter, which waits for a line before each and answers with one."""
+    """Returns the same step in another interpreter, which waits for a line before each and answers with one."""
     sizes = {"width": config.width, "depth": config.depth, "heads": config.heads, "vocabulary": config.vocabulary}
     sizes |= {"rows": rows, "context": config.text_context, "threads": torch.get_num_threads()}
     command = [python, str(CHILD), json.dumps(sizes)]
@@ -76,11 +76,12 @@ def dalle2_step(python: str, config: DiffusionPriorConfig, embed_dim: int, rows:
 
 
 def count(model: nn.Module) -> str:
-    """Its number of parameters, in millions."""
+    """Returns its number of parameters, in millions."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M"
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options_parser = parser(__doc__)
     options_parser.add_argument("--dalle2-python", help="interpreter of an environment with dalle2-pytorch 1.15.6")
     options = options_parser.parse_args()

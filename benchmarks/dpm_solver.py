@@ -1,4 +1,4 @@
-"""How near DPM-Solver++ in 25 steps and DDIM in 100 come to DDIM in 1,000, from the same noise.
+"""Measures how near DPM-Solver++ in 25 steps and DDIM in 100 come to DDIM in 1,000, from the same noise.
 
 On data of which the best prediction is known, a mixture of normal distributions, and on a nano decoder that has learned
 drawn faces for some seconds. A sample's distance is the root mean square over its components; the ratio is that of
@@ -30,7 +30,7 @@ STRAY = 0.3
 
 
 def mixture(schedule: Schedule, components: int, dimension: int) -> Denoise:
-    """The best prediction for equally many data around each of some points, with deviations of 0.05 to 0.3."""
+    """Returns the best prediction for equally many data around each of some points, with deviations of 0.05 to 0.3."""
     g = torch.Generator().manual_seed(0)
     means = torch.randn(components, dimension, generator=g, dtype=torch.float64)
     stds = torch.linspace(0.05, 0.3, components, dtype=torch.float64)[:, None]
@@ -48,7 +48,7 @@ def mixture(schedule: Schedule, components: int, dimension: int) -> Denoise:
 
 
 def faces(rows: int, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
-    """Round faces with two eyes, uint8 [rows, 3, size, size], and their colour, place and radius, [rows, 6]."""
+    """Returns round faces with two eyes, uint8 [rows, 3, size, size], and their colour, place and radius, [rows, 6]."""
     facts = torch.rand(rows, 6, generator=generator)
     colour, place, radius = facts[:, :3], 0.4 + 0.2 * facts[:, 3:5], 0.25 + 0.15 * facts[:, 5]
     y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size] * 2, indexing="ij")
@@ -65,7 +65,7 @@ def faces(rows: int, generator: torch.Generator, size: int) -> tuple[Tensor, Ten
 
 
 def trained_decoder(steps: int) -> tuple[Decoder, Callable[[Tensor], Tensor]]:
-    """A nano decoder that has seen ``steps`` batches of faces, and the map from facts to image embeddings.
+    """Returns a nano decoder that has seen ``steps`` batches of faces, and the map from facts to image embeddings.
 
     Its weights are an average, as those of every trained model are: the last ones alone jump with the timestep.
     """
@@ -93,12 +93,12 @@ def trained_decoder(steps: int) -> tuple[Decoder, Callable[[Tensor], Tensor]]:
 
 
 def captions(rows: int) -> Tensor:
-    """Empty ones, [rows, 77]."""
+    """Returns empty captions, [rows, 77]."""
     return F.pad(torch.tensor([[49406, 49407]]), (0, 75)).repeat(rows, 1)
 
 
 def compare(name: str, denoise: Denoise, noise: Tensor, schedule: Schedule, counts: tuple[int, int, int]) -> float:
-    """Print distances to DDIM in the last of ``counts`` steps; the median of DPM-Solver++ over that of DDIM."""
+    """Prints distances to DDIM in the last of ``counts`` steps; returns DPM-Solver++ over DDIM."""
     few, many, every = counts
     target = ddim(denoise, noise, strided_grid(schedule.steps, every), schedule)
     runs = {
@@ -118,6 +118,7 @@ def compare(name: str, denoise: Denoise, noise: Tensor, schedule: Schedule, coun
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options = parser(__doc__).parse_args()
     begin(__doc__, options)
     rows, batches, counts = (2, 2, (5, 10, 20)) if options.quick else (16, 800, (25, 100, 1000))

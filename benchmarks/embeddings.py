@@ -1,4 +1,4 @@
-"""The embeddings stage against the sum of its parts, and against clip-retrieval 2.45.0 on the same tars.
+"""Compares the embeddings stage with the sum of its parts, and with clip-retrieval 2.45.0 on the same tars.
 
 Every case has one process for each core, bound to it, with torch on one thread: the thread that decodes beside the
 encoder, or the loader's process that does so for clip-retrieval, has its share of that core. All encode captions too,
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.pictures import make_shard, random_fields
+from benchmarks.images import make_shard, random_fields
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from models.prior_configs import ClipConfig
@@ -59,7 +59,7 @@ STAGE = "embeddings"
 
 
 class Core:
-    """What the process of one core holds: the encoder, and of every shard what its parts take."""
+    """The process of one core: holds the encoder, and times the parts of every shard."""
 
     def __init__(self, core: int, store: Store, clip: dict[str, str], batch: int):
         os.sched_setaffinity(0, {core})
@@ -69,7 +69,7 @@ class Core:
         self.parts: dict[int, Any] = {}
 
     def prepare(self, task: ShardTask) -> None:
-        """Views and tokens of a shard, in batches."""
+        """Returns views and tokens of a shard, in batches."""
         pairs, captions = task.inputs["pairs"], task.inputs["captions"]
         rows = read_table(self.store, pairs.blobs["index"]).to_pylist()
         texts = [c[0] for c in read_table(self.store, captions.blobs["captions"])["captions"].to_pylist()]
@@ -85,7 +85,7 @@ class Core:
         )
 
     def forward(self, task: ShardTask) -> None:
-        """The two towers, and nothing else."""
+        """Runs the two towers, and nothing else."""
         *_, views, tokens = self.parts[task.number]
         with torch.no_grad():
             for view, token in zip(views, tokens, strict=True):
@@ -93,18 +93,18 @@ class Core:
                 self.encoder.clip.encode_text(token)
 
     def read(self, task: ShardTask) -> None:
-        """Pictures from the tar to views."""
+        """Reads images from the tar as views."""
         images, blocks, *_ = self.parts[task.number]
         for block in blocks:
             self.decode(images, block)
 
     def stage(self, task: ShardTask) -> None:
-        """What a worker of the stage does, from the shards of pairs and captions to the published one."""
+        """Does what a worker of the stage does, from the shards of pairs and captions to the published one."""
         made = self.encoder(task)
         publish_shard(self.store, STAGE, task.number, task.key, made.ledger, made.blobs, made.counts)
 
     def transform(self, task: ShardTask) -> None:
-        """The same pictures as clip-retrieval reads them."""
+        """Reads the same images as clip-retrieval reads them."""
         import open_clip
         import webdataset
         from torch.utils.data import DataLoader
@@ -134,7 +134,7 @@ def _call(method: str, tasks: Sequence[ShardTask]) -> None:
 
 
 class Cores:
-    """A process for each core. ``tasks`` of a call: those of each core."""
+    """Yields a function that runs tasks in a process for each core."""
 
     def __init__(self, stack: ExitStack, cores: Sequence[int], *arguments: Any):
         spawn = get_context("spawn")
@@ -149,7 +149,7 @@ class Cores:
 
 
 class Peers:
-    """clip-retrieval in a process for each core, which waits for a line before each task and answers with one."""
+    """Runs clip-retrieval in a process for each core, which waits for a line before each task and answers with one."""
 
     def __init__(self, stack: ExitStack, cores: Sequence[int], python: str, told: dict[str, Any]):
         self.python = python
@@ -168,7 +168,7 @@ class Peers:
         stack.callback(lambda: [child.stdin.close() for child in self.children if child.stdin])
 
     def __call__(self, *tasks: Sequence[Any]) -> list[str]:
-        """One task for each core, or fewer."""
+        """Runs one task for each core, or fewer."""
         busy = self.children[: len(tasks)]
         for child, task in zip(busy, tasks, strict=True):
             assert child.stdin is not None
@@ -181,7 +181,7 @@ class Peers:
 
 
 def compare(peers: Peers, folder: Path, store: Store, task: ShardTask, batch: int) -> None:
-    """Stop if clip-retrieval's embeddings of the same views and captions are not those that the stage published."""
+    """Stops if clip-retrieval's embeddings of the same views and captions are not those that the stage published."""
     rows = read_table(store, task.inputs["pairs"].blobs["index"]).to_pylist()[:batch]
     texts = read_table(store, task.inputs["captions"].blobs["captions"])["captions"].to_pylist()[:batch]
     size = json.loads((folder / "clip" / CONFIG_FILE).read_text())["model_cfg"]["vision_cfg"]["image_size"]
@@ -198,6 +198,7 @@ def compare(peers: Peers, folder: Path, store: Store, task: ShardTask, batch: in
 
 
 def measure(options: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, float]:
+    """Returns the ratios."""
     config, batch, rows = (QUICK, 4, 8) if options.quick else (VIT_B_32, options.batch, options.rows)
     cores = sorted(os.sched_getaffinity(0))
     model = Clip.build(config, seed=0)
@@ -262,6 +263,7 @@ def _ask(peers: Peers, store: Store, task: str, tasks: Sequence[Sequence[ShardTa
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options_parser = parser(__doc__)
     options_parser.add_argument("--clip-retrieval-python", help="interpreter of an environment with it")
     options_parser.add_argument("--batch", type=int, default=64, help="pairs encoded at once (64)")

@@ -1,4 +1,4 @@
-"""Pictures of many prompts: batches against one prompt at a time, and a worker of `unclip generate` against the models.
+"""Compares batches of prompts with one at a time, and a worker of ``unclip generate`` with the models alone.
 
 The cascade of the preset tiny with random weights, one thread, as workers have. The prior alone, with the decoder (64
 px), and all of it to 1024 px; a worker also reads prompts, encodes PNG files, scores pictures with CLIP, and writes a
@@ -27,7 +27,7 @@ Prompts = list[str]
 
 
 def draw_embeddings(unclip: UnCLIP, prompts: Prompts, size: int) -> None:
-    """Image embeddings of prompts, ``size`` at once."""
+    """Draws image embeddings of prompts, ``size`` at once."""
     with torch.no_grad():
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
@@ -36,13 +36,14 @@ def draw_embeddings(unclip: UnCLIP, prompts: Prompts, size: int) -> None:
 
 
 def sample(unclip: UnCLIP, prompts: Prompts, size: int, side: int) -> None:
+    """Draws images of prompts, ``size`` at once."""
     for start in range(0, len(prompts), size):
         part = prompts[start : start + size]
         unclip.generate(part, list(range(start, start + len(part))), size=side)
 
 
 class Shards:
-    """A shard of the same prompts again and again, each under a key of its own."""
+    """Returns a shard of the same prompts again and again, each under a key of its own."""
 
     def __init__(self, store: Store, unclip: UnCLIP, prompts: Prompts, side: int):
         keys = [f"{i:010d}" for i in range(len(prompts))]
@@ -60,6 +61,7 @@ class Shards:
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options = parser(__doc__)
     options.set_defaults(rounds=3, threads=1)
     chosen = options.parse_args()

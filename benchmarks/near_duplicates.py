@@ -1,4 +1,4 @@
-"""Near-duplicates planted among random embeddings: how many curation finds, and how its time grows with the rows.
+"""Plants near-duplicates among random embeddings; measures how many curation finds and how its time grows.
 
 Vectors of 512 components are spread evenly, which no cells suit. A tenth of the rows are planted: each has a cosine,
 spread evenly from the bound to 1, with a row of the first half. Shards of 1,000 rows are curated by the stage itself,
@@ -29,7 +29,7 @@ SHARD_ROWS = 1000
 
 
 def planted(rows: int) -> np.ndarray:
-    """Random unit vectors float16 [rows, WIDTH], a tenth of them, in the second half, near one of the first half."""
+    """Returns random unit vectors, float16 [rows, WIDTH]; a tenth, in the second half, are near one of the first."""
     g = np.random.default_rng(rows)
     vectors = g.standard_normal((rows, WIDTH), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -44,7 +44,7 @@ def planted(rows: int) -> np.ndarray:
 
 
 def exact(vectors: np.ndarray) -> set[int]:
-    """The rows with an earlier row near them."""
+    """Returns the rows with an earlier row near them."""
     import faiss
 
     index = faiss.IndexFlatIP(WIDTH)
@@ -62,7 +62,7 @@ def exact(vectors: np.ndarray) -> set[int]:
 
 
 def publish(store: Store, vectors: np.ndarray) -> dict[str, Artifact]:
-    """The artefacts that curation reads, of training rows with captions and pictures that nothing is wrong with."""
+    """Publishes the artefacts that curation reads, of training rows with sound captions and images."""
     import pyarrow as pa
 
     made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": []}
@@ -95,7 +95,7 @@ def publish(store: Store, vectors: np.ndarray) -> dict[str, Artifact]:
 
 
 def curate(store: Store, inputs: dict[str, Artifact], bound: float | None) -> tuple[float, set[int]]:
-    """The seconds of curation, and the rows that it rejects."""
+    """Returns the seconds of curation, and the rows that it rejects."""
     recipe = CurationRecipe(near_duplicate=bound, near_held_out=None)
     ctx = Context(store, "curation", 1, f"bound {bound}", recipe, ShardSettings(0), inputs, SimpleNamespace())
     start = perf_counter()
@@ -109,6 +109,7 @@ def curate(store: Store, inputs: dict[str, Artifact], bound: float | None) -> tu
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options = parser(__doc__)
     options.add_argument("--rows", type=int, nargs="+", default=[50_000, 100_000, 200_000], help="sizes, rising")
     chosen = options.parse_args()

@@ -1,4 +1,4 @@
-"""The pairs stage against img2dataset's own multiprocessing distributor, and its growth where servers are slow.
+"""Compares the pairs stage with img2dataset's own distributor, and measures its growth where servers are slow.
 
 Both fetch one list of JPEG files, half of them with a short side of about 1,000 pixels and half of about 512, from one
 local server, shrink the short side to 512 with area interpolation and store JPEG of quality 95 in webdataset tars: two
@@ -45,7 +45,7 @@ DELAY_S = 0.2
 
 
 def make_pictures(folder: Path, sizes: tuple[tuple[int, int], ...], count: int) -> None:
-    """JPEG files as photographs are: amplitudes that fall with the frequency, and edges."""
+    """Returns JPEG files as photographs are: amplitudes that fall with the frequency, and edges."""
     for i in range(count):
         rng = np.random.default_rng(i)
         width, height = sizes[i % len(sizes)]
@@ -66,18 +66,18 @@ def make_pictures(folder: Path, sizes: tuple[tuple[int, int], ...], count: int) 
 
 @dataclass(frozen=True)
 class Site:
-    """A running server, and the pictures on it."""
+    """A running server, and its images."""
 
     port: int
 
     def write_list(self, file: Path, rows: int) -> Path:
-        """A list of so many pictures, one host after the other."""
+        """Writes a list of ``count`` images, one host after the other."""
         urls = (f"http://127.0.0.{i % HOSTS + 1}:{self.port}/{i}.jpg" for i in range(rows))
         file.write_text("url,caption\n" + "".join(f"{url},picture\n" for url in urls))
         return file
 
     def report(self) -> tuple[list[float], float]:
-        """The times of all pictures that were asked for since the last call, and the server's processor time."""
+        """Returns the times of all requests since the last call, and the server's processor time."""
         with urlopen(f"http://127.0.0.1:{self.port}/report") as answer:
             found = json.load(answer)
         return found["times"], found["cpu"]
@@ -85,7 +85,7 @@ class Site:
 
 @contextmanager
 def serving(pictures: Path, delay_s: float) -> Iterator[Site]:
-    """A server as long as the block lasts."""
+    """Yields a server that runs as long as the block."""
     command = [sys.executable, "-m", "benchmarks.pairs_server", str(pictures), str(delay_s), str(HOSTS)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -97,7 +97,7 @@ def serving(pictures: Path, delay_s: float) -> Iterator[Site]:
 
 @dataclass(frozen=True)
 class Run:
-    """Images a second in the middle of a run, the seconds of the whole, and the server's share of a core."""
+    """Returns images a second in the middle of a run, the seconds of the whole, and the server's share of a core."""
 
     rate: float
     seconds: float
@@ -105,7 +105,7 @@ class Run:
 
 
 def measured(site: Site, rows: int, seconds: float) -> Run:
-    """From when 3/8 were asked for, when all workers are at work, to 7/8, when none has run out of it."""
+    """Returns the time from 3/8 of the requests, when all workers work, to 7/8, when none has run out of work."""
     times, cpu = site.report()
     if len(times) != rows:
         raise SystemExit(f"{len(times)} pictures were asked for instead of {rows}")
@@ -114,7 +114,7 @@ def measured(site: Site, rows: int, seconds: float) -> Run:
 
 
 def ours(site: Site, folder: Path, rows: int, shard_rows: int, workers: int) -> tuple[Run, Artifact]:
-    """The pairs stage into a store in ``folder``."""
+    """Runs the pairs stage into a store in ``folder``."""
     config = make_config(
         {
             "project": "benchmark",
@@ -145,7 +145,7 @@ def ours(site: Site, folder: Path, rows: int, shard_rows: int, workers: int) -> 
 
 
 def theirs(site: Site, folder: Path, rows: int, shard_rows: int, workers: int) -> Run:
-    """img2dataset into ``folder``/out."""
+    """Runs img2dataset into ``folder``/out."""
     options = {
         "url_list": site.write_list(folder / "list.csv", rows),
         "input_format": "csv",
@@ -173,7 +173,7 @@ def theirs(site: Site, folder: Path, rows: int, shard_rows: int, workers: int) -
 
 
 def check_pictures(folder: Path, pairs: Artifact, other: Path) -> None:
-    """Stop unless the first shard of both holds the same pictures, up to what two JPEG decoders make of one file."""
+    """Stops unless the first shard of both holds the same images, up to what two JPEG decoders make of one file."""
     store = open_store(str(folder))
     shard = read_shards(store, pairs)[0]
     index = read_table(store, shard.blobs["index"]).to_pylist()
@@ -192,7 +192,7 @@ def check_pictures(folder: Path, pairs: Artifact, other: Path) -> None:
 
 
 def compare(site: Site, rounds: int, shards: int, shard_rows: int) -> tuple[list[Run], list[Run]]:
-    """Both, in turn."""
+    """Runs both, in turn."""
     runs: tuple[list[Run], list[Run]] = ([], [])
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
@@ -207,15 +207,17 @@ def compare(site: Site, rounds: int, shards: int, shard_rows: int) -> tuple[list
 
 
 def show(name: str, runs: list[Run]) -> None:
+    """Prints the medians of runs."""
     rates = sorted(run.rate for run in runs)
     print(f"  {name:34} {median(rates):7.1f} images/s   ({rates[0]:.1f} to {rates[-1]:.1f}); ", end="")
     print(f"whole {median(r.seconds for r in runs):.1f} s; server {median(r.server for r in runs):.1%} of a core")
 
 
 def main() -> None:
+    """Runs the benchmark."""
     chosen = parser(__doc__).parse_args()
     begin(__doc__, chosen)
-    shards, shard_rows = (4, 20) if chosen.quick else (8, 300)  # img2dataset starts a process anew after 5 shards
+    shards, shard_rows = (4, 20) if chosen.quick else (8, 300)  # img2dataset starts a new process after 5 shards
     with tempfile.TemporaryDirectory() as folder:
         mixed, small = Path(folder, "mixed"), Path(folder, "small")
         for pictures, sizes in ((mixed, MIXED), (small, SMALL)):

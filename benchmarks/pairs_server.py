@@ -1,4 +1,4 @@
-"""The server of benchmarks.pairs: ready answers from memory, one thread, little of the machine.
+"""Serves the images of benchmarks.pairs: ready answers from memory, one thread, little of the machine.
 
 python -m benchmarks.pairs_server PICTURES DELAY_S HOSTS: PICTURES is a folder of *.jpg. It prints its port, answers
 after DELAY_S on 127.0.0.1, .2 and so on, and ends with its standard input. /N.jpg is picture N modulo their number,
@@ -16,7 +16,7 @@ ROBOTS = b"User-agent: *\nDisallow: /private/\nAllow: /\n"
 
 
 class Server:
-    """Answers by path, and what has been asked for."""
+    """Answers by path, and the requests so far."""
 
     def __init__(self, pictures: Path, delay_s: float):
         self.delay_s = delay_s
@@ -26,7 +26,7 @@ class Server:
         self._cpu = process_time()
 
     def answer(self, path: str) -> bytes:
-        """A whole response."""
+        """Returns a whole response."""
         if path == "/robots.txt":
             return self._robots
         if path == "/report":
@@ -38,7 +38,7 @@ class Server:
 
 
 class Connection(asyncio.Protocol):
-    """One request."""
+    """Answers one request."""
 
     def __init__(self, server: Server):
         self._server, self._request = server, b""
@@ -65,6 +65,7 @@ def _answer(body: bytes, kind: str) -> bytes:
 
 
 async def serve(pictures: Path, delay_s: float, hosts: int) -> None:
+    """Serves until the process ends."""
     server, port = Server(pictures, delay_s), 0
     loop = asyncio.get_running_loop()
     for i in range(1, hosts + 1):  # all of 127.0.0.0/8 is this machine

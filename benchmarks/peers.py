@@ -1,4 +1,4 @@
-"""diffusers' networks under our losses: the same weights in the classes that others use."""
+"""Puts diffusers' networks under our losses: the same weights in the classes that others use."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -29,13 +29,13 @@ class PeerPrior(nn.Module):
             self.network = PriorTransformer.from_pretrained(Path(folder) / "prior", **LOADING)
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
-        """As ``DiffusionPrior.forward``."""
+        """Does the same as ``DiffusionPrior.forward``."""
         inputs = prior_inputs(self, tokens, text_embedding, keep_text)  # type: ignore[arg-type]
         return self.network(x_t, t, **inputs).predicted_image_embedding
 
 
 class PeerUNet(nn.Module):
-    """UNet2DConditionModel or UNet2DModel, called as our U-Net is."""
+    """A UNet2DConditionModel or UNet2DModel, called as our U-Net is."""
 
     def __init__(self, network: nn.Module, ours: UNet):
         super().__init__()
@@ -49,14 +49,14 @@ class PeerUNet(nn.Module):
         context: Tensor | None = None,
         shown: Tensor | None = None,
     ) -> Tensor:
-        """As ``UNet.forward``."""
+        """Does the same as ``UNet.forward``."""
         if context is None:
             return self.network(x, t).sample
         return self.network(x, t, encoder_hidden_states=context, class_labels=added, attention_mask=shown).sample
 
 
 def with_peer_unet(model: Decoder | Upsampler) -> Decoder | Upsampler:
-    """A copy of the model with diffusers' U-Net of the same weights in the place of ours."""
+    """Returns a copy of the model with diffusers' U-Net of the same weights in the place of ours."""
     copy = deepcopy(model)
     with TemporaryDirectory() as folder:
         if isinstance(model, Decoder):
@@ -71,7 +71,7 @@ def with_peer_unet(model: Decoder | Upsampler) -> Decoder | Upsampler:
 
 @torch.no_grad()
 def fill_zeros(module: nn.Module) -> None:
-    """Give layers that start at zero small random weights, so that every layer's work shows in the output."""
+    """Gives layers that start at zero small random weights, so that every layer's work shows in the output."""
     generator = torch.Generator().manual_seed(11)
     for parameter in module.parameters():
         if parameter.ndim > 1 and not parameter.any():

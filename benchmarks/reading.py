@@ -1,4 +1,4 @@
-"""Reading for a training: our feed against webdataset's loader, and from S3 against GETs of the same bytes.
+"""Compares our feed of a training with webdataset's loader, and from S3 with GETs of the same bytes.
 
 Both give batches of views and tokens of the same tars, by the same functions, on as many workers as there are threads:
 processes of a DataLoader there, threads here, where the order is exact, every picture is checked, and a training can go
@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from benchmarks.pictures import publish
+from benchmarks.images import publish
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.tokens import tokenize
 from models.view import open_view
@@ -42,18 +42,20 @@ Inputs = dict[str, Artifact]
 
 
 def make_feed(store: Store, inputs: Inputs) -> Feed:
+    """Returns the feed of a training."""
     task: Any = SimpleNamespace(columns=("image", "tokens"), min_side=SIDE, image_size=SIDE)
     return Feed(store, inputs, task, DecoderRecipe(samples=BATCH, batch=BATCH, lanes=LANES), cache_mb=0)
 
 
 def of_feed(store: Store, inputs: Inputs, steps: int) -> None:
+    """Reads some steps by our feed."""
     with closing(make_feed(store, inputs).shares(0)) as shares:
         for _ in islice(shares, steps):
             pass
 
 
 def of_webdataset(tars: list[str], steps: int, workers: int) -> None:
-    """webdataset's usual way: shards in a new order, rows shuffled in a buffer of a window's length."""
+    """Reads in webdataset's usual way: shards in a new order, rows shuffled in a buffer of a window's length."""
     import webdataset
     from torch.utils.data import DataLoader
 
@@ -72,7 +74,7 @@ def of_webdataset(tars: list[str], steps: int, workers: int) -> None:
 
 
 def fetch(store: Store, inputs: Inputs) -> None:
-    """The windows of all epochs, as a training reads them; it lets go of a picture when its turn is there."""
+    """Reads the windows of all epochs as a training does, which drops an image after its turn."""
     feed = make_feed(store, inputs)
     with ThreadPoolExecutor(READERS) as readers:
         windows = Windows(feed._read, feed.lanes, readers, 0)
@@ -84,7 +86,7 @@ def fetch(store: Store, inputs: Inputs) -> None:
 
 @dataclass
 class Recording:
-    """A store that remembers what it was asked for: paths, with their first byte and the one after the last."""
+    """A store that remembers its requests: paths, with their first byte and the one after the last."""
 
     store: Store
     asked: list[tuple[str, int, int | None]] = field(default_factory=list)
@@ -103,7 +105,7 @@ class Recording:
 
 
 def get(client: Any, bucket: str, prefix: str, asked: list[tuple[str, int, int | None]]) -> int:
-    """Send the same requests, and return the bytes of all answers."""
+    """Sends the same requests; returns the bytes of all answers."""
 
     def one(request: tuple[str, int, int | None]) -> int:
         path, start, stop = request
@@ -115,11 +117,13 @@ def get(client: Any, bucket: str, prefix: str, asked: list[tuple[str, int, int |
 
 
 def first_batch(store: Store, inputs: Inputs, samples: int) -> None:
+    """Reads the first batch after ``samples``."""
     with closing(make_feed(store, inputs).shares(samples)) as shares:
         next(shares)
 
 
 def local(folder: Path, shards: int, rows: int, rounds: int) -> dict[str, float]:
+    """Returns the ratios of reading from a folder."""
     store = open_store(str(folder))
     inputs = publish(store, shards, rows)
     tars = [f"{folder}/{blob_path(shard.blobs['images'])}" for shard in read_shards(store, inputs["pairs"])]
@@ -143,6 +147,7 @@ def local(folder: Path, shards: int, rows: int, rounds: int) -> dict[str, float]
 
 
 def on_s3(folder: Path, shards: int, rows: int, rounds: int) -> dict[str, float]:
+    """Returns the ratio of reading from S3."""
     import boto3
     from botocore.config import Config
 
@@ -164,6 +169,7 @@ def on_s3(folder: Path, shards: int, rows: int, rounds: int) -> dict[str, float]
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options = parser(__doc__).parse_args()
     begin(__doc__, options)
     shards, rows, rounds = (2, 64, 1) if options.quick else (4, 1000, options.rounds)

@@ -1,4 +1,4 @@
-"""How every benchmark measures: cases in turn, round after round, so that a machine's moods hit all of them alike."""
+"""Measures cases in turn, round after round, so that a machine's moods hit all of them alike."""
 
 import argparse
 import ctypes
@@ -20,7 +20,7 @@ Seconds = dict[str, list[float]]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks share."""
+    """Returns the options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds after one that warms up (7)")
     parser.add_argument("--threads", type=int, default=0, help="threads to compute on (PyTorch's own choice)")
@@ -29,7 +29,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Seconds:
-    """The seconds of each case in each of ``rounds`` rounds, after ``warmup`` rounds that do not count.
+    """Returns the seconds of each case in each of ``rounds`` rounds, after ``warmup`` rounds that do not count.
 
     A round runs every case once; each round starts with another one. Raises ValueError on no rounds.
     """
@@ -49,19 +49,19 @@ def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: i
 
 
 def ratio(seconds: Seconds, case: str, other: str) -> float:
-    """The median over rounds of one case's time divided by another's in the same round."""
+    """Returns the median over rounds of one case's time divided by another's in the same round."""
     return median(a / b for a, b in zip(seconds[case], seconds[other], strict=True))
 
 
 def show(seconds: Seconds, unit: float = 1e3, name: str = "ms") -> None:
-    """Print least, median and most of each case."""
+    """Prints least, median and most of each case."""
     for case, values in seconds.items():
         low, mid, high = (value * unit for value in (min(values), median(values), max(values)))
         print(f"  {case:34} {mid:10.2f} {name}   ({low:.2f} to {high:.2f})")
 
 
 def begin(title: str | None, options: argparse.Namespace) -> None:
-    """Take the number of threads from the options; print what is measured, on what, and how busy it is."""
+    """Takes the number of threads from the options; prints what is measured, on what, and how busy it is."""
     if options.threads:
         torch.set_num_threads(options.threads)
     print((title or "").partition("\n")[0])
@@ -71,13 +71,13 @@ def begin(title: str | None, options: argparse.Namespace) -> None:
 
 
 def finish(ratios: dict[str, float]) -> None:
-    """Print the load once more and then, as the last line, the ratios as one JSON object."""
+    """Prints the load once more and then, as the last line, the ratios as one JSON object."""
     print(f"  {_load()} at the end")
     print(json.dumps({name: float(f"{value:.4g}") for name, value in ratios.items()}))
 
 
 def memory_of(step: Callable[[], object]) -> int:
-    """Bytes by which ``step`` raises this process's resident memory at its highest. Linux only.
+    """Returns the bytes by which ``step`` raises this process's resident memory at its highest. Linux only.
 
     Everything that stays (weights, gradients, moments) should be there before, so that the rest is activations.
     """
@@ -89,7 +89,7 @@ def memory_of(step: Callable[[], object]) -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes that have been resident in this process so far. Linux only."""
+    """Returns the most bytes that have been resident in this process so far. Linux only."""
     return _status("VmHWM")
 
 

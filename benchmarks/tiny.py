@@ -1,4 +1,4 @@
-"""What the tiny preset does on this machine: how fast it trains and samples, and where a training step's time goes.
+"""Measures the tiny preset on this machine: how fast it trains and samples, and where a training step's time goes.
 
 Decoder training runs as the training loop runs it, in the preset's batch and precision, against a bound: the step's
 arithmetic, as PyTorch counts it, at the best rates at which this machine multiplies matrices and convolves pictures of
@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 
 
 class Training:
-    """The decoder's training loop without data: random pictures, captions of 12 tokens, a draw for every step."""
+    """The decoder's training loop without data: random images, captions of 12 tokens, a draw for every step."""
 
     def __init__(self, recipe: DecoderRecipe, embed_dim: int, seed: int = 0):
         torch.manual_seed(seed)
@@ -64,7 +64,7 @@ class Training:
         }
 
     def loss(self) -> Tensor:
-        """Forward and backward."""
+        """Runs forward and backward."""
         draw = Draw([(self.steps, self.recipe.batch)])
         with autocast(CPU, self.recipe.precision):
             loss = decoder_loss(self.model, self.batch, draw).total.mean()
@@ -72,7 +72,7 @@ class Training:
         return loss.detach()
 
     def update(self) -> None:
-        """Everything between two backward passes."""
+        """Does everything between two backward passes."""
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -81,13 +81,13 @@ class Training:
         update_ema(self.ema, self.model, self.recipe.batch, half_life)
 
     def step(self) -> None:
-        """One step."""
+        """Does one step."""
         self.loss()
         self.update()
 
 
 def count_flops(training: Training) -> dict[str, float]:
-    """Floating-point operations of a step in convolutions and in everything else that is counted."""
+    """Returns the floating-point operations of a step in convolutions and in everything else that is counted."""
     with FlopCounterMode(display=False) as counter:
         training.loss()
     training.optimizer.zero_grad()
@@ -97,7 +97,7 @@ def count_flops(training: Training) -> dict[str, float]:
 
 
 def best_rates(training: Training, rounds: int) -> dict[str, float]:
-    """The most operations a second of a matrix product, and of any of the decoder's convolutions with gradients."""
+    """Returns the most operations a second of a matrix product, and of the decoder's convolutions with gradients."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     cases: dict[str, Callable[[], object]] = {"matrices": lambda: a @ b}
     flops = {"matrices": 2.0 * 1024**3}
@@ -114,12 +114,12 @@ def best_rates(training: Training, rounds: int) -> dict[str, float]:
 
 
 def there_and_back(layer: nn.Module, x: Tensor, gradient: Tensor) -> None:
-    """Forward and backward."""
+    """Runs forward and backward."""
     layer(x).backward(gradient)
 
 
 def convolutions(training: Training) -> dict[str, tuple[nn.Conv2d, torch.Size]]:
-    """One layer of each kind of convolution that the decoder has, and the shape of what goes in."""
+    """Yields one layer of each kind of convolution that the decoder has, and the shape of what goes in."""
     found: dict[str, tuple[nn.Conv2d, torch.Size]] = {}
 
     def remember(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
@@ -136,7 +136,7 @@ def convolutions(training: Training) -> dict[str, tuple[nn.Conv2d, torch.Size]]:
 
 
 def families(training: Training, steps: int) -> dict[str, float]:
-    """The share of each kind of operator in the time of ``steps`` steps."""
+    """Returns the share of each kind of operator in the time of ``steps`` steps."""
     with profile(activities=[ProfilerActivity.CPU]) as run:
         for _ in range(steps):
             training.step()
@@ -150,7 +150,7 @@ def families(training: Training, steps: int) -> dict[str, float]:
 
 
 def generator(preset: str) -> UnCLIP:
-    """The preset's cascade with random weights."""
+    """Returns the preset's cascade with random weights."""
     torch.manual_seed(0)
     config = preset_config(preset)
     clip = Clip.build(config.clip.model, seed=0).eval()
@@ -165,7 +165,7 @@ def generator(preset: str) -> UnCLIP:
 
 
 def seconds_by_stage(unclip: UnCLIP) -> dict[str, float]:
-    """Seconds of each stage from a caption to the largest picture, and in all; a stage ends with its last step."""
+    """Returns the seconds of each stage from a caption to the largest image, and in all."""
     seconds: dict[str, float] = {}
     start = last = perf_counter()
 
@@ -179,6 +179,7 @@ def seconds_by_stage(unclip: UnCLIP) -> dict[str, float]:
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options = parser(__doc__).parse_args()
     preset = "nano" if options.quick else "tiny"
     begin(__doc__, options)

@@ -1,4 +1,4 @@
-"""The training loop against a bare one: forward, backward, clip and optimiser on batches that are in memory.
+"""Compares the training loop with a bare one: forward, backward, clip and optimiser on batches that are in memory.
 
 The prior and the decoder of the preset small, in batches of 16, from shards in a folder: ours reads, decodes, draws,
 averages weights, keeps the journal and looks for what is not finite; then once more, and a checkpoint is written
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.pictures import publish
+from benchmarks.images import publish
 from benchmarks.timing import Seconds, begin, finish, parser, show
 from models.draw import Draw
 from pipeline.config import preset_config
@@ -47,8 +47,11 @@ STAGES = ("diffusion_prior", "decoder")
 
 @dataclass
 class Ours:
-    """The loop as a training runs it, but without looks. ``laps``: where the steps without a checkpoint went.
-    ``saved``: whether the last checkpoint was written before the steps beside it ended."""
+    """The loop as a training runs it, but without validation.
+
+    ``laps`` holds the times of steps without a checkpoint, and ``saved`` whether the last checkpoint was written before
+    the steps beside it ended.
+    """
 
     ctx: Context
     task: Task
@@ -59,13 +62,13 @@ class Ours:
     saved: bool = False
 
     def run(self, steps: int) -> float:
-        """The seconds of so many steps after one that does not count."""
+        """Returns the seconds of some steps after one that does not count."""
         seconds = self._fit(steps, saving=False)
         self.laps.update(self.state.laps)
         return seconds
 
     def run_saving(self, steps: int) -> float:
-        """The same, with a checkpoint from the start of what counts."""
+        """Returns the same, with a checkpoint from the start of what counts."""
         seconds = self._fit(steps, saving=True)
         self.saved = self.saver._last is not None and self.saver._last.done()
         self.saver.wait()
@@ -86,8 +89,10 @@ class Ours:
 
 
 class Bare:
-    """What every training has to do. It goes on with the model of ours: two at different places in memory can differ
-    by more than what is to be measured."""
+    """The least that a training has to do.
+
+    It goes on with our model: two models at different places in memory can differ by more than what is measured.
+    """
 
     def __init__(self, recipe: TrainingRecipe, task: Task, feed: Feed, state: TrainState):
         self.recipe, self.task = recipe, task
@@ -96,7 +101,7 @@ class Bare:
             self.shares = list(islice(shares, 8))
 
     def run(self, steps: int) -> float:
-        """The seconds of so many steps after one that does not count."""
+        """Returns the seconds of some steps after one that does not count."""
         for number in range(steps + 1):
             if number == 1:
                 start = perf_counter()
@@ -111,7 +116,7 @@ class Bare:
 
 
 def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
-    """The ratios of one model."""
+    """Returns the ratios of one model."""
     task, recipe = make_task(ctx), ctx.recipe
     feed = Feed(ctx.store, ctx.inputs, task, recipe)
     ours = Ours(ctx, task, feed, begin_training(task, recipe, World()), Saver(course(ctx, begin=True), World()))
@@ -147,6 +152,7 @@ def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options = parser(__doc__)
     options.add_argument("--seconds", type=float, default=20.0, help="of a round, at least (20)")
     options.add_argument("--stage", choices=STAGES, action="append", help="of one model only; both by default")

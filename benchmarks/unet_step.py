@@ -1,4 +1,4 @@
-"""Decoder and upsampler against the same models with diffusers' U-Nets: training and sampling steps, time and memory.
+"""Compares decoder and upsampler with diffusers' U-Nets of the same weights: steps, time and memory.
 
 UNet2DConditionModel with SimpleCrossAttn blocks and UNet2DModel without attention hold our weights and give the same
 output; everything around the U-Net (losses, text encoder) is ours in both. A training step is forward, loss, backward
@@ -35,7 +35,7 @@ Model = Decoder | Upsampler
 
 
 def make(kind: str, side: str, quick: bool) -> Model:
-    """A model with random weights, equal for both sides."""
+    """Returns a model with random weights, equal for both sides."""
     torch.manual_seed(0)
     model: Model
     if kind == "decoder":
@@ -47,7 +47,7 @@ def make(kind: str, side: str, quick: bool) -> Model:
 
 
 def examples(model: Model, rows: int) -> dict[str, Tensor]:
-    """Random pictures, embeddings and captions of 20 tokens."""
+    """Returns random images, embeddings and captions of 20 tokens."""
     g = torch.Generator().manual_seed(1)
     side = model.config.image_size
     tokens = torch.randint(1, 1023, (rows, 77), generator=g)
@@ -60,7 +60,7 @@ def examples(model: Model, rows: int) -> dict[str, Tensor]:
 
 
 def training_step(model: Model, rows: int) -> Callable[[], None]:
-    """One step of training, ready to be called."""
+    """Returns one step of training, ready to be called."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batch, draw = examples(model, rows), Draw([(0, rows)])
     loss = decoder_loss if isinstance(model, Decoder) else upsampler_loss
@@ -74,7 +74,7 @@ def training_step(model: Model, rows: int) -> Callable[[], None]:
 
 
 def sampling_step(model: Model, rows: int) -> Callable[[], Tensor]:
-    """One prediction of the clean picture, ready to be called."""
+    """Returns one prediction of the clean image, ready to be called."""
     batch, side = examples(model, rows), model.config.image_size
     x_t = torch.randn(rows, 3, side, side, generator=torch.Generator().manual_seed(2))
     if isinstance(model, Decoder):
@@ -94,19 +94,19 @@ STEPS = {"sampling": sampling_step, "training": training_step}
 
 
 def rows_of(kind: str, mode: str, quick: bool) -> int:
-    """The batch: four, but one whole picture of 256 px."""
+    """Returns the batch: four, but one whole image of 256 px."""
     return 1 if quick or (kind, mode) == ("upsampler", "sampling") else 4
 
 
 def peaks(side: str, quick: bool) -> dict[str, int]:
-    """Bytes that a step of each kind and mode adds in a fresh process."""
+    """Returns the bytes that a step of each kind and mode adds in a fresh process."""
     code = f"import benchmarks.unet_step as u; u.print_peaks({side!r}, {quick}, {torch.get_num_threads()})"
     child = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(child.stdout)
 
 
 def print_peaks(side: str, quick: bool, threads: int) -> None:
-    """What ``peaks`` runs in that process."""
+    """Prints what ``peaks`` reads from that process."""
     torch.set_num_threads(threads)
     found = {}
     for kind in KINDS:
@@ -119,6 +119,7 @@ def print_peaks(side: str, quick: bool, threads: int) -> None:
 
 
 def main() -> None:
+    """Runs the benchmark."""
     options = parser(__doc__).parse_args()
     begin(__doc__, options)
     ratios = {}

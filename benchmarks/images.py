@@ -1,4 +1,4 @@
-"""Pictures with captions that a benchmark makes up: a shard of pairs as the stages before would leave it."""
+"""Makes up images with captions: a shard of pairs as the stages before would leave it."""
 
 import io
 import tarfile
@@ -22,8 +22,10 @@ WORDS = ["a", "red", "old", "photo", "of", "the", "heart", "dog", "tree", "under
 
 
 def random_fields(count: int, side: int) -> np.ndarray:
-    """Random fields of unit variance whose amplitudes fall with frequency as those of photographs do, fp32 [count,
-    side, side]."""
+    """Returns random fields whose amplitudes fall with frequency as those of photographs do.
+
+    They are of unit variance, fp32 [count, side, side].
+    """
     g = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = np.inf  # no mean
@@ -33,7 +35,7 @@ def random_fields(count: int, side: int) -> np.ndarray:
 
 
 def pictures(count: int, fields: np.ndarray, seed: int) -> Iterator[tuple[bytes, int, int]]:
-    """JPEG files of 256 to 512 px a side, with their width and height."""
+    """Returns JPEG files of 256 to 512 px a side, with their width and height."""
     g = np.random.default_rng(seed)
     for _ in range(count):
         height, width = g.integers(256, 513, 2).tolist()
@@ -46,7 +48,7 @@ def pictures(count: int, fields: np.ndarray, seed: int) -> Iterator[tuple[bytes,
 
 
 def make_shard(store: Store, number: int, count: int, fields: np.ndarray) -> ShardTask:
-    """A task of the embeddings stage; its shard of pairs is a webdataset tar that has the captions too."""
+    """Returns a task of the embeddings stage; its shard of pairs is a webdataset tar that has the captions too."""
     g = np.random.default_rng(10_000 + number)
     out, rows, captions = io.BytesIO(), [], []
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -72,8 +74,10 @@ def make_shard(store: Store, number: int, count: int, fields: np.ndarray) -> Sha
 
 
 def publish(store: Store, shards: int, rows: int) -> dict[str, Artifact]:
-    """The artefacts that trainings read, of ``shards`` with so many rows each: pictures with captions, random
-    embeddings, and a curation that keeps all."""
+    """Publishes the artefacts that trainings read.
+
+    They have ``shards`` of equally many rows: images with captions, random embeddings, and a curation that keeps all.
+    """
     fields = random_fields(8, 1024)
     made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
     for number in range(shards):
@@ -92,7 +96,7 @@ def publish(store: Store, shards: int, rows: int) -> dict[str, Artifact]:
 
 
 def embeddings(index: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Random unit vectors in the columns of the embeddings stage."""
+    """Returns random unit vectors in the columns of the embeddings stage."""
     vectors = np.random.default_rng(seed).standard_normal((2, len(index), EMBED_DIM), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     image, text = (
