@@ -1,4 +1,4 @@
-"""The quick start's own path at nano length, and every element of its report as a browser shows it."""
+"""Tests the quick start's own path at nano length, and every element of its report as a browser shows it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The quick start's configuration with nano models, fewer rows and a quarter of the samples.
+    """Returns the quick start's configuration with nano models, fewer rows and a quarter of the samples.
 
     Not as few as emoji:nano has: none of those for validation is large enough for the 1024 px upsampler's preview.
     """
@@ -40,7 +40,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(words: list[str]) -> Path:
-    """Where the finished run has left its report."""
+    """Returns the folder where the finished run has left its report."""
     output = done(unclip("run", *words, timeout=500))
     assert "Does it learn? " in output
     return Path(words[-1].partition("=")[2])
@@ -87,7 +87,7 @@ def test_rows_are_shown_and_rejects_with_their_reasons(shown: Shown) -> None:
 
 
 def test_charts_show_sizes_similarity_spectrum_and_losses(shown: Shown) -> None:
-    assert shown.count("#data svg") == 1 + 2  # the rows that stages keep, sizes of pictures and of captions
+    assert shown.count("#data svg") == 1 + 2  # the rows that stages keep, sizes of images and of captions
     assert shown.count("#embeddings svg") == shown.count("#codec svg") == 1
     assert shown.count("#training svg") == len(MODELS) + len(WITH_TIMESTEPS)
     # Only 3 validation images are large enough for the 1024 px upsampler, and a figure of fewer than 8 is left out.
@@ -103,7 +103,7 @@ def test_grids_grow_sharper_on_the_same_captions(shown: Shown) -> None:
     assert shown.count("#training .previews img") == PREVIEWS
 
 
-def test_the_evaluation_has_all_lines_both_priors_and_the_nearest_pictures(shown: Shown) -> None:
+def test_the_evaluation_has_all_lines_both_priors_and_the_nearest_images(shown: Shown) -> None:
     said = shown.texts("#evaluation tbody td:nth-child(2)")
     assert {text[:3] for text in said} == {"(a)", "(b)", "(c)", "(d)", "(e)", "(f)"}
     assert {text.split()[1].rstrip(":") for text in said} == {*MODELS} - {"clip"}
@@ -134,7 +134,7 @@ def test_axe_core_finds_nothing(browser: Browser, folder: Path, scheme: Literal[
     assert found.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_copy_for_others_shows_pictures_of_one_licence_only(
+def test_a_copy_for_others_shows_images_of_one_licence_only(
     browser: Browser, words: list[str], shown: Shown, tmp_path: Path
 ) -> None:
     file = tmp_path / "copy.html"
@@ -150,5 +150,5 @@ def test_a_copy_for_others_shows_pictures_of_one_licence_only(
     assert copy.count("#training h3#upsampler_256 ~ .previews") == 0
     first = [page.page.locator("#training .previews img").first for page in (shown, copy)]
     heights = [image.evaluate("image => image.naturalHeight") for image in first]
-    assert heights == [128, 64]  # real pictures above drawn ones, and the drawn ones alone
+    assert heights == [128, 64]  # real images above drawn ones, and the drawn ones alone
     assert copy.count("#samples img") == 2 * SAMPLES

@@ -1,4 +1,4 @@
-"""A whole made-up chain in a store, for the sections and the page."""
+"""Publishes a whole made-up chain in a store, for the sections and the page."""
 
 import pytest
 

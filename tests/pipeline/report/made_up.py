@@ -1,4 +1,4 @@
-"""A made-up chain in a store: every artefact that a report can show, with real pictures, without running a stage."""
+"""Makes up a chain in a store: every artefact that a report can show, with real images, without running a stage."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def graph(*overrides: str) -> Graph:
     return build(load_config(ROOT / "configs/nano.yaml", overrides))
 
 
-def picture(side: int, colour: str, shape: str, blur: float = 0.0, seed: int = 0) -> Image.Image:
-    """A shape on white; ``blur`` from 0 (as drawn) to 1 (noise)."""
+def drawn(side: int, colour: str, shape: str, blur: float = 0.0, seed: int = 0) -> Image.Image:
+    """Draws a shape on white; ``blur`` from 0 (as drawn) to 1 (noise)."""
     image = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(image)
     a, b = side * 0.2, side * 0.8
@@ -71,7 +71,7 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def chain(store: Store, caption: str | None = None) -> dict[str, Artifact]:
-    """All artefacts by stage; ``caption`` replaces every caption, and the attribution."""
+    """Publishes all artefacts, by stage; ``caption`` replaces every caption, and the attribution."""
     return {
         **_data(store, caption),
         "index": _publish(store, "index", ledger=Ledger(kept=50)),
@@ -85,7 +85,7 @@ def chain(store: Store, caption: str | None = None) -> dict[str, Artifact]:
 
 
 def culled(store: Store, made: dict[str, Artifact], lost: Sequence[Rejected]) -> dict[str, Artifact]:
-    """The chain with these rows rejected by curation, besides its others."""
+    """Returns the chain with these rows rejected by curation, besides its others."""
     gone = {row.key for row in lost}
     shards = []
     for shard in read_shards(store, made["curation"]):
@@ -101,7 +101,7 @@ def culled(store: Store, made: dict[str, Artifact], lost: Sequence[Rejected]) ->
 
 
 def alike(store: Store, made: dict[str, Artifact]) -> list[Rejected]:
-    """Every row that curation keeps and whose picture an earlier one of these also has."""
+    """Returns every row that curation keeps and that has the same image as an earlier one."""
     first: dict[str, str] = {}
     lost = []
     for shard in read_shards(store, made["curation"]):
@@ -158,7 +158,7 @@ def _data(store: Store, caption: str | None) -> dict[str, Artifact]:
 
 
 def _rows(number: int, caption: str | None) -> tuple[list[dict[str, Any]], list[list[str]], bytes]:
-    """Index rows, their captions, and the bytes that hold their pictures."""
+    """Returns index rows, their captions, and the bytes that hold their images."""
     rows, captions, images = [], [], b""
     reasons = {3: "duplicate_url", 9: "http_4xx", 10: "timeout", 17: "truncated"}
     for i in range(ROWS):
@@ -173,7 +173,7 @@ def _rows(number: int, caption: str | None) -> tuple[list[dict[str, Any]], list[
         if i in reasons:
             rows.append({**row, "status": "rejected", "reason": reasons[i]})
             continue
-        data = encoded(picture(96, colour, shape))
+        data = encoded(drawn(96, colour, shape))
         row |= {"width": 96, "height": 96, "offset": len(images)}
         row |= {"sha256": hashlib.sha256(data).hexdigest(), "xxh3": checksum(data)}
         rows.append({**row, "size": len(data), "status": "kept", "reason": None})
@@ -228,14 +228,14 @@ def _trained(store: Store, stage: str) -> Artifact:
 def _grid(side: int, blur: float) -> bytes:
     grid = Image.new("RGB", (4 * side, 2 * side))
     for i, colour in enumerate(COLOURS):
-        grid.paste(picture(side, colour, SHAPES[i % 3], blur, i), (i % 4 * side, i // 4 * side))
+        grid.paste(drawn(side, colour, SHAPES[i % 3], blur, i), (i % 4 * side, i // 4 * side))
     return encoded(grid)
 
 
 def _samples(store: Store, caption: str | None) -> Artifact:
     blobs = {}
     for i in range(6):
-        final = picture(1024, COLOURS[i], SHAPES[i % 3], 0.02, i)
+        final = drawn(1024, COLOURS[i], SHAPES[i % 3], 0.02, i)
         blobs[f"{i:04d}.png"] = put_blob(store, encoded(final))
         blobs[f"{i:04d}-64.png"] = put_blob(store, encoded(final.resize((64, 64))))
     captions = [caption or f"a {COLOURS[i]} {SHAPES[i % 3]} on white" for i in range(6)]

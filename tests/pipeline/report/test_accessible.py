@@ -1,4 +1,4 @@
-"""The page for everybody: axe-core finds nothing in either colour scheme, on a wide screen and on a narrow one."""
+"""Tests that axe-core finds nothing in the page, in either colour scheme, on a wide screen and on a narrow one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Reports of a whole chain, of its first half, and of nothing."""
+    """Writes reports of a whole chain, of its first half, and of nothing."""
     folder = tmp_path_factory.mktemp("reports")
     store = FolderStore(str(folder / "store"))
     made = chain(store, "a caption" + 30 * "ofonewordthatnobodycanbreak")

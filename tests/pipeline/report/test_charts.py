@@ -1,4 +1,4 @@
-"""Charts: what is drawn is what was given, on well-formed SVG."""
+"""Tests that charts are well-formed SVG and draw what was given."""
 
 import math
 import random
@@ -32,7 +32,7 @@ def parse(svg: str) -> ElementTree.Element:
 
 
 def series_paths(svg: str) -> list[list[tuple[float, float]]]:
-    """The points of each drawn series."""
+    """Returns the points of each drawn series."""
     paths = [p for p in parse(svg).iter("path") if "fill:none" in p.get("style", "")]
     return [[(float(x), float(y)) for x, y in re.findall(r"([-\d.]+) ([-\d.]+)", p.get("d", ""))] for p in paths]
 

@@ -1,4 +1,4 @@
-"""Groups of pictures that are too alike: as another library finds them, the largest shown, the one that stays first."""
+"""Tests groups of images that are too alike against another library, and how the largest of them are shown."""
 
 import re
 from dataclasses import replace
@@ -19,7 +19,7 @@ from tests.pipeline.report.made_up import SHARDS, alike, culled
 
 
 def rows_shown(page: str) -> list[list[tuple[str, str]]]:
-    """Of each group what became of its rows, and their captions."""
+    """Returns of each group what became of its rows, and their captions."""
     groups = page.partition("<h3>Too alike</h3>")[2].partition("<h3>")[0].split('<div class="thumbs">')[1:]
     return [re.findall(r"<figcaption>(\S+) <bdi>(.*?)</bdi>", found) for found in groups]
 
@@ -61,7 +61,7 @@ def test_the_largest_groups_are_shown_with_the_row_that_stays_first(
     for (first, caption), *others in groups:
         assert first == "<b>stays</b>"
         assert {name for name, _ in others} == {"near_duplicate"}
-        assert {said for _, said in others} == {caption}  # equal pictures have equal captions here
+        assert {said for _, said in others} == {caption}  # equal images have equal captions here
     assert f"those that lost most to curation: {len(sizes)} groups." in page
     assert "cannot be shown" not in page
 
@@ -79,7 +79,7 @@ def test_a_large_group_is_cut_and_its_first_row_may_be_gone_itself(
     assert [fate for fate, _ in rows] == ["<b>stays</b>", "near_held_out", *["near_duplicate"] * 4]
 
 
-def test_pictures_whose_licence_forbids_it_are_left_out(store: FolderStore, made: dict[str, Artifact]) -> None:
+def test_images_whose_licence_forbids_it_are_left_out(store: FolderStore, made: dict[str, Artifact]) -> None:
     found = culled(store, made, alike(store, made))
     allowed = duplicates(store, found, Album(1 << 20, {"CC-BY-4.0"}))
     assert allowed == duplicates(store, found, Album(1 << 20))
@@ -89,7 +89,7 @@ def test_pictures_whose_licence_forbids_it_are_left_out(store: FolderStore, made
     assert "None of the largest has two images that may be shown." in page
 
 
-def test_one_picture_without_room_costs_one_picture(store: FolderStore, made: dict[str, Artifact]) -> None:
+def test_one_image_without_room_costs_one_image(store: FolderStore, made: dict[str, Artifact]) -> None:
     found = culled(store, made, alike(store, made))
     whole = Album(1 << 20)
     count = duplicates(store, found, whole).count("<img")

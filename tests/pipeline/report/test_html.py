@@ -1,4 +1,4 @@
-"""Text of strangers is escaped and shortened; numbers read well; nothing that fails stops a page."""
+"""Tests that other people's text is escaped and shortened, and that nothing that fails stops a page."""
 
 import pytest
 from markupsafe import Markup

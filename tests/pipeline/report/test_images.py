@@ -1,4 +1,4 @@
-"""Pictures are shrunk, encoded within their bytes, and counted against the page's budget."""
+"""Tests that images are shrunk, encoded within their bytes, and counted against the page's budget."""
 
 import base64
 import io
@@ -9,23 +9,23 @@ import pytest
 from PIL import Image
 
 from pipeline.report.images import Album, shrink
-from tests.pipeline.report.made_up import encoded, picture
+from tests.pipeline.report.made_up import drawn, encoded
 
 
 def noise(side: int) -> Image.Image:
     return Image.frombytes("RGB", (side, side), random.Random(0).randbytes(3 * side * side))
 
 
-def test_a_small_picture_keeps_every_pixel() -> None:
-    drawn = picture(64, "teal", "circle")
-    data, kind, size = shrink(encoded(drawn), 512, 90_000)
+def test_a_small_image_keeps_every_pixel() -> None:
+    original = drawn(64, "teal", "circle")
+    data, kind, size = shrink(encoded(original), 512, 90_000)
     assert (kind, size) == ("png", (64, 64))
-    assert Image.open(io.BytesIO(data)).convert("RGB").tobytes() == drawn.tobytes()
+    assert Image.open(io.BytesIO(data)).convert("RGB").tobytes() == original.tobytes()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_a_large_picture_is_shrunk_and_keeps_its_shape(kind: str) -> None:
-    data, form, size = shrink(encoded(picture(1024, "gold", "square").resize((1000, 500)), kind), 512, 90_000)
+def test_a_large_image_is_shrunk_and_keeps_its_shape(kind: str) -> None:
+    data, form, size = shrink(encoded(drawn(1024, "gold", "square").resize((1000, 500)), kind), 512, 90_000)
     assert (form, size) == ("jpeg", (512, 256))
     opened = Image.open(io.BytesIO(data))
     assert opened.size == size
@@ -45,8 +45,8 @@ def test_alpha_goes_over_white() -> None:
     assert Image.open(io.BytesIO(data)).convert("RGB").getpixel((4, 4)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", encoded(noise(64))[:500], b"GIF89a" + bytes(50)])
-def test_what_is_no_picture_is_refused(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"not an image", encoded(noise(64))[:500], b"GIF89a" + bytes(50)])
+def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a readable"):
         shrink(data, 64, 1000)
 
@@ -57,7 +57,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
 
 
 def test_the_album_counts_and_stops() -> None:
-    data = encoded(picture(64, "teal", "circle"))
+    data = encoded(drawn(64, "teal", "circle"))
     album = Album(10_000)
     shown = album.image(data, 64, 'a "teal" <circle>')
     assert 'alt="a &#34;teal&#34; &lt;circle&gt;"' in shown

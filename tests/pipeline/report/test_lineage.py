@@ -1,4 +1,4 @@
-"""The drawing of the lineage, against another library's graphs, and the table of costs."""
+"""Tests the drawing of the lineage against another library's graphs, and the table of costs."""
 
 import re
 from itertools import combinations
@@ -16,7 +16,7 @@ from tests.pipeline.report.made_up import chain
 
 
 def graph(edges: dict[int, set[int]]) -> dict[str, Artifact]:
-    """Stages of these numbers, each with lower ones as inputs."""
+    """Returns stages of these numbers, each with lower ones as inputs."""
     return {
         f"s{i}": Artifact(f"s{i}", f"{i:064x}", {f"s{j}": f"{j:064x}" for j in sorted(inputs)}, {}, Ledger())
         for i, inputs in edges.items()

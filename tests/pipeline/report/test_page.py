@@ -1,4 +1,4 @@
-"""The whole page: complete, safe, small, balanced, atomic; and never an exception for what a store holds."""
+"""Tests that the page is complete, safe, small, balanced and atomic, and never fails for what a store holds."""
 
 import os
 import random
@@ -54,14 +54,14 @@ class Balance(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """SVG's empty elements."""
+        """Passes over the empty elements of SVG."""
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
 def checked(page: str) -> Balance:
-    """What holds for every page, whatever it shows."""
+    """Asserts what holds for every page, whatever it shows."""
     balance = Balance()
     balance.feed(page)
     balance.close()
@@ -190,7 +190,7 @@ def test_an_empty_store_and_odd_metrics_never_fail(tmp_path: Path, made: dict[st
     assert page.count("cannot be shown") > 10
 
 
-def test_many_large_noisy_pictures_stay_within_the_limit(tmp_path: Path) -> None:
+def test_many_large_noisy_images_stay_within_the_limit(tmp_path: Path) -> None:
     store = FolderStore(str(tmp_path))
     noise = Image.frombytes("RGB", (640, 640), random.Random(0).randbytes(3 * 640 * 640))
     blob = put_blob(store, encoded(noise))

@@ -1,4 +1,4 @@
-"""The sections read what stages leave in a store, and little of it."""
+"""Tests that the sections show what stages leave in a store, and read little of it."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from pipeline.ledger import Ledger
 from pipeline.report.data import data_section, embeddings_section, spread
 from pipeline.report.evaluation import evaluation_section
 from pipeline.report.images import Album
-from pipeline.report.rows import read_first_shards
+from pipeline.report.rows import read_first_shards, thumbnail
 from pipeline.report.training import codec_section, preview_names, read_curve, training_section
 from pipeline.store import Entry, FolderStore
 from pipeline.store.records import put_blob
@@ -112,10 +112,10 @@ def test_reasons_are_counted_once_and_explained(store: FolderStore, made: dict[s
     assert "<figcaption>low_similarity <bdi>a " in page
     assert "https://example.com/0/9.png" in page
     assert "CC-BY-4.0" in page
-    assert page.count("<img ") == 24 + 2  # of the twelve rejected rows shown, those that were rejected with a picture
+    assert page.count("<img ") == 24 + 2  # of the twelve rejected rows shown, those that were rejected with an image
 
 
-def test_sizes_are_those_of_kept_rows_whose_captions_and_pictures_are_known(
+def test_sizes_are_those_of_kept_rows_whose_captions_and_images_are_known(
     store: FolderStore, made: dict[str, Artifact]
 ) -> None:
     page = data_section(store, made, Album(1 << 20))
@@ -152,7 +152,7 @@ def test_a_shard_that_kept_nothing_still_tells_why(store: FolderStore) -> None:
     assert "5ec4" not in page
 
 
-def test_a_damaged_picture_costs_one_picture(store: FolderStore, made: dict[str, Artifact]) -> None:
+def test_a_damaged_image_costs_one_image(store: FolderStore, made: dict[str, Artifact]) -> None:
     [first, *_] = read_first_shards(store, made)
     rows = [dict(row) for row in first.rows]
     victim = next(row for row in rows if row["key"] in first.kept)
@@ -165,9 +165,16 @@ def test_a_damaged_picture_costs_one_picture(store: FolderStore, made: dict[str,
     assert f"Row {victim['key']} cannot be shown" in page
 
 
+def test_an_image_without_a_caption_has_an_alternative_text(store: FolderStore, made: dict[str, Artifact]) -> None:
+    [first, *_] = read_first_shards(store, made)
+    row = first.kept_rows[0]
+    shown = thumbnail(store, replace(first, captions={row["key"]: ""}), row, Album(1 << 20))
+    assert f'alt="row {row["key"]}"' in shown.image
+
+
 @dataclass(frozen=True)
 class Counting:
-    """A store that remembers what was read."""
+    """Remembers what was read from a store."""
 
     store: FolderStore
     url: str = ""
