@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         command.set_defaults(run=run)
     what = search.add_mutually_exclusive_group(required=True)
     what.add_argument("caption", nargs="?", help="text to search with")
-    what.add_argument("--picture", metavar="FILE", help="an image to search with, in place of a caption")
+    what.add_argument("--image", metavar="FILE", help="an image to search with, in place of a caption")
     search.add_argument("--count", type=int, default=10, help="number of results (10)")
     search.add_argument("--split", choices=SPLITS, help="search this split only (all)")
     retry.add_argument("--reason", default=",".join(sorted(DEFERRED)), help="such as timeout,http_4xx (all deferred)")
@@ -61,8 +61,8 @@ def _search(project: Project, arguments: argparse.Namespace) -> int:
     if arguments.count < 1:
         raise UserError(f"--count {arguments.count} is below 1")
     artifacts = project.made("captions", "clip", "curation", "index")
-    if arguments.picture:
-        query = embed_picture(project.store, artifacts["clip"], arguments.picture)
+    if arguments.image:
+        query = embed_picture(project.store, artifacts["clip"], arguments.image)
     else:
         query = embed_caption(project.store, artifacts["clip"], arguments.caption)
     splits = (arguments.split,) if arguments.split else SPLITS

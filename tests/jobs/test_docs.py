@@ -62,7 +62,7 @@ TESTED = {
     'unclip edit priors "a red house" --picture house.png': EDITED,
     "unclip init my-flags flags.csv --from out/emoji": "tests/jobs/test_chain.py, from micro models",
     'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
-    "unclip data search configs/nano.yaml --picture pictures/3.png --split train": "here",
+    "unclip data search configs/nano.yaml --image pictures/3.png --split train": "here",
     "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",
     "unclip release promote configs/nano.yaml": "here",
     "unclip release diff configs/nano.yaml --set decoder.model.dropout=0.1": "here",
@@ -241,7 +241,7 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
         found = [line.split("\t") for line in process.stdout.splitlines()]
         assert len(found) == (5 if "--count" in command else 10)
         assert all(len(fields) == 5 and "picture " in fields[4] for fields in found)
-        if "--picture" in command:  # it is in the list itself, so it is the nearest
+        if "--image" in command:  # it is in the list itself, so it is the nearest
             assert found[0][3].endswith("/pictures/3.png")
             assert {fields[2] for fields in found} == {"train"}
     if command.endswith("decoder.model.dropout=0.1"):
