@@ -15,7 +15,7 @@ from models.sampling_config import SamplingConfig
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.local import read_local
-from pipeline.parse import parse, read_yaml
+from pipeline.parse import parse
 from pipeline.store import Store, open_store
 from pipeline.store.records import digest, materialise
 
@@ -121,7 +121,7 @@ def sampling_option(text: str) -> tuple[str, Any]:
     if not equals:
         raise UserError(f"--set {text}: write NAME=VALUE")
     try:
-        parsed = read_yaml(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"--set {text}: {value} is no value; write a number or a word") from None
     kind = get_type_hints(SamplingConfig).get(name)  # whoever samples names the known ones

@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.local import read_local
-from pipeline.parse import merge, parse, read_yaml
+from pipeline.parse import merge, parse
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
 from pipeline.settings import (
@@ -142,7 +142,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read ({e})") from None
     try:
-        values = read_yaml(text) or {}
+        values = yaml.safe_load(text) or {}
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
@@ -157,7 +157,7 @@ def _override(text: str) -> dict[str, Any]:
     if not equals or not name:
         raise UserError(f"{text}: an override is written key.key=value")
     try:
-        nested: Any = read_yaml(value)
+        nested: Any = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"{text}: the value is not valid YAML") from None
     for part in reversed(name.split(".")):
@@ -217,7 +217,7 @@ def _preset(name: Any) -> Mapping[str, Any]:
 
 @cache
 def _read_preset(name: str) -> Mapping[str, Any]:
-    return read_yaml(Path(__file__).with_name("presets").joinpath(f"{name}.yaml").read_text())
+    return yaml.safe_load(Path(__file__).with_name("presets").joinpath(f"{name}.yaml").read_text())
 
 
 def check_project(name: str) -> None:

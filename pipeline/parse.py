@@ -12,11 +12,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from functools import cache
+from contextlib import suppress
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
@@ -77,38 +78,40 @@ class ContentFile(str):
         return core_schema.no_info_after_validator_function(read, core_schema.str_schema())
 
 
-class _Loader(yaml.SafeLoader):
-    """Takes 1e-4 for a number, as YAML 1.2 does, and 2e6 and 3.0 for whole ones."""
-
-
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    value = loader.construct_yaml_float(node)
-    return int(value) if value.is_integer() else value
-
-
-FLOAT = "tag:yaml.org,2002:float"
-_Loader.add_constructor(FLOAT, _number)
-_Loader.add_implicit_resolver(FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-
-
-def read_yaml(text: str) -> Any:
-    """Returns the value of a YAML text. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
-
-
 def parse(kind: Any, value: Any, where: str = "") -> Any:
     """Returns ``value`` as ``kind``: a frozen dataclass, or the type of one of its fields.
 
     ``where`` is the dotted name that messages begin with, or "--" for options of a command. Raises UserError for
     unknown keys, wrong types and values that are out of bounds or that a dataclass refuses.
     """
+    given = [_plain(kind, value)]
     try:
-        # Through JSON, because lists are tuples there without numbers being texts.
-        return adapter(kind).validate_json(json.dumps([_plain(kind, value)], default=str))[0]
+        try:
+            return _validate(kind, given)
+        except ValidationError as e:
+            _put_numbers(given, e.errors(include_url=False))
+            return _validate(kind, given)
     except ValidationError as e:
         errors = e.errors(include_url=False)
         unknown = (error for error in errors if error["type"] == "unexpected_keyword_argument")
         raise UserError(_message(kind, next(unknown, errors[0]), where)) from None
+
+
+def _validate(kind: Any, given: list[Any]) -> Any:
+    # Through JSON, because lists are tuples there without numbers being texts.
+    return adapter(kind).validate_json(json.dumps(given, default=str))[0]
+
+
+def _put_numbers(given: Any, errors: list[ErrorDetails]) -> None:
+    """Puts the number in place of a text such as 1e-4, or of 2.0 for a whole one: YAML 1.1 has no better spelling."""
+    for error in errors:
+        value, whole = error["input"], error["type"] == "int_type"
+        if (whole or error["type"] == "float_type") and isinstance(value, str | float):
+            with suppress(ValueError):
+                number = float(value)
+                holder = reduce(getitem, error["loc"][:-1], given)
+                if not whole or number.is_integer():
+                    holder[error["loc"][-1]] = int(number) if whole else number
 
 
 @cache
