@@ -1,4 +1,4 @@
-"""``unclip init NAME [SOURCE ...]``: write NAME.yaml, a commented configuration for pairs of your own."""
+"""``unclip init NAME [SOURCE ...]``: writes NAME.yaml, a commented configuration for pairs of your own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pipeline.errors import UserError
 from pipeline.progress import counted
 from pipeline.starter import CLIP_PAIRS, starter
 
-ENOUGH = 1000  # pairs, below which models learn pictures by heart
+ENOUGH = 1000  # pairs, below which models memorise images
 
 
 def main(argv: Sequence[str]) -> int:
+    """Writes the configuration and says what to do next."""
     parser = argparse.ArgumentParser(prog="unclip init", description=__doc__)
     parser.add_argument("name", metavar="NAME", help="of the project")
     parser.add_argument(
@@ -80,15 +81,15 @@ def _has_gpu() -> bool:
 
 
 def _remarks(seen: Look) -> Iterator[str]:
-    """What was found, and what will not go well with it."""
+    """Yields what was found, and warnings about what a run would reject."""
     yield f"pairs found: {seen.rows:,}{' and more' if seen.more else ''}"
     if seen.rows < ENOUGH and not seen.more:
-        yield f"warning: fewer than {ENOUGH:,} pairs are enough to try it, but the models will learn them by heart"
+        yield f"warning: fewer than {ENOUGH:,} pairs are enough to try it, but the models will memorise them"
     if seen.flaws:
         many = counted(len(seen.flaws), "row")
         yield f"warning: {many} more cannot be read and will be left out; the first: {seen.flaws[0]}"
     if bare := seen.rows - len(seen.captions):
-        yield f"warning: {bare:,} of them have no caption and will not be learnt from"
+        yield f"warning: {bare:,} of them have no caption and will not be trained on"
     if seen.forbidden:
         yield (
             f"warning: {len(seen.forbidden):,} rows are left out, which name what a list may not, such as "
@@ -96,9 +97,9 @@ def _remarks(seen: Look) -> Iterator[str]:
         )
     if seen.unopened:
         of = len(seen.sides) + seen.unopened
-        yield f"warning: {seen.unopened} of the first {of} pictures cannot be opened; a run says why, row by row"
+        yield f"warning: {seen.unopened} of the first {of} images cannot be opened; a run says why, row by row"
     if small := len(seen.sides) - seen.reaching(64):
-        yield f"warning: {small} of the first {len(seen.sides)} pictures are below 64 px, too small to learn from"
+        yield f"warning: {small} of the first {len(seen.sides)} images are below 64 px, too small to train on"
 
 
 if __name__ == "__main__":

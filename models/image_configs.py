@@ -1,6 +1,6 @@
-"""What the decoder and the upsamplers are made of. No torch here, so that a configuration can be read without it.
+"""Sizes of the decoder and the upsamplers. No torch here, so that a configuration can be read without it.
 
-The dimension of image embeddings is no field: it is read from CLIP.
+CLIP gives the dimension of image embeddings, so it has no field.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Prediction = Literal["eps", "v", "x0"]
 def check_image_model(
     size: int, channels: int, depth: int, multipliers: tuple[int, ...], patch: int, dropout: float
 ) -> None:
-    """Raise ValueError unless a U-Net of this shape can work on pictures of ``size`` pixels a side."""
+    """Raises ValueError unless a U-Net of this shape can work on images of ``size`` pixels a side."""
     require(channels >= 2 and channels % 2 == 0, f"channels is {channels}: use an even number, 2 or more")
     require(depth >= 1, f"depth is {depth}: use 1 or more residual blocks a resolution")
     require(
@@ -126,7 +126,7 @@ class DecoderConfig:
         )
 
     def feature_sides(self) -> tuple[int, ...]:
-        """The side of the U-Net's feature maps at each resolution, largest first."""
+        """Returns the side of the U-Net's feature maps at each resolution, largest first."""
         return tuple(self.image_size // self.patch // 2**level for level in range(len(self.multipliers)))
 
 
@@ -186,7 +186,7 @@ class UpsamplerConfig:
             side == self.image_size * self.crop and side % self.scale == 0,
             f"crop {self.crop} of {self.image_size} px is not a multiple of {self.scale} px: change crop",
         )
-        # A full picture is checked too: it need not be a multiple of the crop.
+        # A full image is checked too: it need not be a multiple of the crop.
         for size in (side, self.image_size):
             check_image_model(size, self.channels, self.depth, self.multipliers, self.patch, self.dropout)
         check_choices(self)
@@ -194,10 +194,10 @@ class UpsamplerConfig:
 
     @property
     def scale(self) -> int:
-        """How many times larger the picture gets."""
+        """Returns how many times larger the image gets."""
         return self.image_size // max(self.low_size, 1)
 
     @property
     def crop_size(self) -> int:
-        """The side of a training crop in pixels of the large picture."""
+        """Returns the side of a training crop in pixels of the large image."""
         return int(self.image_size * self.crop)

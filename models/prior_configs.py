@@ -1,6 +1,6 @@
-"""What a CLIP and the two priors are made of. No torch here, so that a configuration can be read without it.
+"""Sizes of a CLIP and of the two priors. No torch here, so that a configuration can be read without it.
 
-Dimensions of embeddings and the number of codes are no fields of a prior: they are read from CLIP and the codec.
+A prior has no field for the dimension of embeddings or the number of codes: CLIP and the codec give them.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Schedule = Literal["cosine", "linear"]
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError with ``message`` unless ``condition`` holds."""
+    """Raises ValueError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)
 
@@ -27,7 +27,7 @@ def check_choices(config: object) -> None:
 
 
 def check_transformer(prefix: str, width: int, depth: int, heads: int) -> None:
-    """Raise ValueError unless a transformer of this shape can be built; ``prefix`` starts the names of its fields."""
+    """Raises ValueError unless a transformer of this shape can be built; ``prefix`` starts the names of its fields."""
     require(depth >= 1, f"{prefix}depth is {depth}: use 1 or more layers")
     require(
         heads >= 1 and width >= 1 and width % heads == 0,
@@ -36,7 +36,7 @@ def check_transformer(prefix: str, width: int, depth: int, heads: int) -> None:
 
 
 def check_text_context(tokens: int) -> None:
-    """Raise ValueError unless captions of so many tokens can be made."""
+    """Raises ValueError unless the tokenizer can make captions of this many tokens."""
     require(3 <= tokens <= 77, f"text_context is {tokens}: use 3 to 77, the length that the tokenizer makes")
 
 
@@ -182,7 +182,7 @@ class ClipConfig:
         check_text_context(self.text_context)
 
     def model_config(self) -> dict:
-        """The same as an open_clip model configuration, ready for JSON."""
+        """Returns the sizes as an open_clip model configuration, ready for JSON."""
         vision: dict = {"image_size": self.image_size, "width": self.width}
         if self.tower == "vit":
             vision |= {"layers": self.layers[0], "patch_size": self.patch, "head_width": min(64, self.width)}

@@ -1,4 +1,4 @@
-"""How a bundle turns captions into pictures unless told otherwise. No torch here, as in the other configurations."""
+"""How a bundle turns captions into images by default. No torch here, as in the other configurations."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ STEPS = {
 }
 """The option that says in how many steps a model is sampled, by the model."""
 UNEVEN = 27
-"""So many steps of the first upsampler are GLIDE's uneven ones, of a schedule of ``UNEVEN_OF`` timesteps or more."""
+"""Steps of the first upsampler that stand for GLIDE's uneven grid, of a schedule of ``UNEVEN_OF`` timesteps or more."""
 UNEVEN_OF = 50
 
 
@@ -65,12 +65,14 @@ class SamplingConfig:
         for name in STEPS.values():
             require(getattr(self, name) >= 2, f"{name} is {getattr(self, name)}: use 2 or more")
         require(self.temperature > 0, f"temperature is {self.temperature}: use a number above 0")
-        require(self.tile >= 0, f"tile is {self.tile}: use 0 for whole pictures, or a side in pixels")
+        require(self.tile >= 0, f"tile is {self.tile}: use 0 for whole images, or a side in pixels")
 
 
 def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
-    """Raises ValueError for options that one of the models, configurations by name, would refuse at sampling: more
-    steps than it has timesteps, and tiles that its network cannot halve often enough."""
+    """Raises ValueError for options that one of the models, configurations by name, would refuse at sampling.
+
+    That is more steps than it has timesteps, and tiles that its network cannot halve often enough.
+    """
     for name, model in models.items():
         if name in STEPS:
             steps = getattr(sampling, STEPS[name])
@@ -93,7 +95,7 @@ def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
 
 
 def change_sampling(sampling: SamplingConfig, options: dict[str, object]) -> SamplingConfig:
-    """``sampling`` with some fields replaced. Raises ValueError on an unknown one or a value out of range."""
+    """Returns ``sampling`` with some fields replaced. Raises ValueError on an unknown one or a value out of range."""
     known = [known.name for known in fields(SamplingConfig)]
     unknown = options.keys() - set(known)
     if unknown:
@@ -102,20 +104,22 @@ def change_sampling(sampling: SamplingConfig, options: dict[str, object]) -> Sam
 
 
 def read_sampling(folder: Path) -> SamplingConfig:
-    """The sampling defaults in a bundle's folder, or the class's own where there are none. Raises ValueError as
-    above."""
+    """Returns the sampling defaults in a bundle's folder, or the class's own where it has none.
+
+    Raises ValueError as ``change_sampling`` does, and for a file that is not JSON.
+    """
     path = folder / SAMPLING_FILE
     if not path.is_file():
         return SamplingConfig()
     try:
         options = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}): mend or delete it") from error
+        raise ValueError(f"{path} is not JSON ({error}): mend or delete it") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} holds no sampling options but {options!r}: mend or delete it")
     return change_sampling(SamplingConfig(), options)
 
 
 def write_sampling(folder: Path, sampling: SamplingConfig) -> None:
-    """Write the sampling defaults into a bundle's folder, as ``read_sampling`` takes them."""
+    """Writes the sampling defaults into a bundle's folder, as ``read_sampling`` takes them."""
     (folder / SAMPLING_FILE).write_text(json.dumps(asdict(sampling), indent=2) + "\n")

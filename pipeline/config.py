@@ -1,8 +1,7 @@
-"""The configuration: every stage's recipe, under ``release`` what a release must show, and under ``run`` how to run it.
+"""The configuration of a project: a recipe for every stage, the gates of a release, and how to run.
 
-Composes, defines nothing of its own.
-
-Importing this imports neither Ray nor torch.
+Presets are files in ``presets``: values of stages that stand where a configuration gives none. Importing this module
+imports neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -63,7 +62,8 @@ class Run:
     Attributes:
         output: A local folder for the report and the images.
         budget_hours: Above this estimate a run stops without ``--yes``.
-        trackers: What is told of trainings: ``tensorboard``, or a function of yours as ``module:function``.
+        trackers: What receives the metrics of trainings: ``tensorboard``, or a function of yours as
+            ``module:function``.
         lease_s: Seconds without progress after which another run may take over.
         ray: The local Ray.
         kubernetes: The pods of a RayJob.
@@ -132,7 +132,7 @@ OVERRIDES = "values in place of the file's, such as decoder.samples=100000 prese
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply ``key.key=value`` overrides. Raises UserError with one line for any mistake."""
+    """Reads a YAML file and applies ``key.key=value`` overrides. Raises UserError with one line for any mistake."""
     try:
         text = read_local(path, CONFIG_BYTES).decode()
     except FileNotFoundError:
@@ -166,7 +166,7 @@ def _override(text: str) -> dict[str, Any]:
 
 
 def make_config(values: Mapping[str, Any]) -> Config:
-    """A Config from plain values: presets filled in, then parsed. Raises UserError."""
+    """Returns the configuration of plain values, after the values of presets are filled in. Raises UserError."""
     values = dict(values)
     common, scale = values.pop("preset", "paper"), values.pop("scale", 1)
     for stage in RECIPES:
@@ -182,15 +182,17 @@ def make_config(values: Mapping[str, Any]) -> Config:
 
 
 def preset_config(name: str) -> Config:
-    """Returns a configuration that says nothing but its preset, for callers that need models and trainings alone."""
+    """Returns a configuration of nothing but a preset, for callers that need models and trainings without a list."""
     return make_config({"project": name, "store": name, "source": {"paths": [name]}, "preset": name})
 
 
 def _scaled(config: Config, scale: Any) -> Config:
-    """The same with ``scale`` times the samples of every training, at least one batch, and its rise and fall of the
-    learning rate with them. Raises UserError."""
+    """Returns ``config`` with every training ``scale`` times as long, its warmup and decay included.
+
+    Raises UserError for a scale that is not a number above 0.
+    """
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-        raise UserError(f"scale: {scale!r} is no number above 0; 0.5 trains every model on half as many samples")
+        raise UserError(f"scale: {scale!r} is not a number above 0; 0.5 trains every model on half as many samples")
     longer = {}
     for stage in TRAININGS:
         recipe = getattr(config, stage)
@@ -201,7 +203,7 @@ def _scaled(config: Config, scale: Any) -> Config:
 
 
 def _named(config: Config) -> Config:
-    """Returns the same, with what the captions of the emoji set name where a list is that set and nothing is given."""
+    """Returns ``config`` with the phrases of the emoji set, where that set is listed and no phrases are given."""
     evaluation = config.evaluation
     if evaluation.phrases != Phrases() or not any(path.startswith("emoji:") for path in config.source.paths):
         return config
@@ -221,13 +223,13 @@ def _read_preset(name: str) -> Mapping[str, Any]:
 
 
 def check_project(name: str) -> None:
-    """Raise UserError for a name that cannot be part of paths in the store."""
+    """Raises UserError for a name that cannot be part of paths in the store."""
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"project: {name!r} is no plain name; use letters, digits, '.', '-' and '_'")
+        raise UserError(f"project: {name!r} is not a plain name; use letters, digits, '.', '-' and '_'")
 
 
 def _check(config: Config) -> None:
-    """What no single recipe can see."""
+    """Raises UserError for recipes that do not fit each other."""
     check_project(config.project)
     for stage, low, high in (("upsampler_256", 64, 256), ("upsampler_1024", 256, 1024)):
         model = getattr(config, stage).model
@@ -254,6 +256,6 @@ def _check(config: Config) -> None:
         needed = getattr(config, stage).model.image_size
         if stage in config.bundle.models and config.pairs.image_size < needed:
             raise UserError(
-                f"pairs.image_size: {config.pairs.image_size} is too small for {stage}, which learns from {needed} px; "
+                f"pairs.image_size: {config.pairs.image_size} is too small for {stage}, which trains on {needed} px; "
                 f"raise it or leave {stage} out of bundle.models"
             )

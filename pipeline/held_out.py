@@ -1,4 +1,4 @@
-"""How many held-out rows a figure needs. Plan, doctor, trainings, evaluation and report all go by it."""
+"""How many held-out rows a figure needs, for plan, doctor, trainings, evaluation and report."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 
 from pipeline.progress import counted
 
-SPLITS = ("test", "validation")  # held-out rows are looked at in the first of these that has enough
-FEWEST = 8  # rows; among fewer, chance decides more than a model, and a contrastive loss among one is 0
+SPLITS = ("test", "validation")  # figures are measured on the first of these that has enough rows
+FEWEST = 8  # rows; with fewer, chance decides more than a model does, and a contrastive loss of one row is 0
 
 
 def too_few(rows: int, split: str, of: str = "") -> str:
-    """Says why ``rows`` of a ``split`` ("test" or "validation") give no figure, and what to do.
+    """Returns why ``rows`` of a ``split`` ("test" or "validation") give no figure, and what to do.
 
     ``of`` narrows down which rows are counted: too_few(2, "test", " with an image of 1024 px") is "2 test pairs with
     an image of 1024 px, and a figure needs 8; set source.test to 0.2 or add pairs".

@@ -149,6 +149,8 @@ def _message(kind: Any, error: ErrorDetails, where: str) -> str:
             said = f"{value!r} is not one of {', '.join(words)}{nearest(value, words)}"
         case "value_error":
             said = str(context["error"])
+        case "json_invalid":
+            said = "a value has a character that is not Unicode; write it in UTF-8"
         case "too_short":
             said = f"has {context['actual_length']} entries; name {context['min_length']} or more"
         case "too_long":

@@ -1,7 +1,4 @@
-"""Run settings: how a stage runs, never what it makes. No field here can move a key.
-
-They stand under ``run:`` in the configuration.
-"""
+"""Settings: how a stage runs, never what it makes. They stand under ``run:``, and no field of them moves a key."""
 
 from __future__ import annotations
 
@@ -68,7 +65,9 @@ class PairsSettings(ShardSettings):
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[!-'*-~]*", self.contact):
-            raise ValueError(f"contact: {self.contact!r} is no URL or mail address in ASCII without spaces or brackets")
+            raise ValueError(
+                f"contact: {self.contact!r} is not a URL or mail address; write ASCII without spaces or brackets"
+            )
         for origin, variable in self.headers.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", variable):  # which may be a secret, and is not repeated
                 raise ValueError(f"headers: for {origin} give the name of an environment variable, not what it holds")
@@ -170,7 +169,7 @@ class KubernetesSettings:
     """Describes the pods of a RayJob. The driver runs on the head.
 
     Attributes:
-        image: Of every pod, built from ``cluster/Dockerfile``; without one there is no RayJob.
+        image: Of every pod, built from ``cluster/Dockerfile``; a RayJob needs it.
         namespace: Where it runs.
         service_account: Of every pod; it must be able to read and write the bucket, unless ``secret`` does.
         secret: Name of a Secret whose entries become environment variables of every pod, for a store with keys of

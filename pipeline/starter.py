@@ -24,7 +24,7 @@ from pipeline.schema import FILE
 # Rows to hold out: the 16 and 32 by which models can be judged, and a quarter more, because some are always lost.
 VALIDATION, TEST = 20, 40
 SHARE, MOST = 0.02, 0.2  # of the rows: held out of a large list, and at most of a small one
-CAPTIONS = 4  # of the list, that a run ends with pictures of
+CAPTIONS = 4  # of the list, for which a run draws images
 CAPTION_BYTES = 75  # a token of CLIP's is at least a byte and CLIP reads 75, so sampling can never refuse these
 
 CLIP_PAIRS = 10_000  # with fewer a CLIP that is trained on them alone is poor
@@ -32,8 +32,8 @@ EMBEDDINGS = "  embeddings: {gpus: 1} # encode on the GPU of this machine\n"
 
 # Not the AR prior: it speaks the codes of the codec that it was trained with, and other pairs have another codec.
 TUNED = tuple(name for name in MODELS if name != PRIORS["ar"])
-LENGTH = 4  # a training from nothing is so many times as long
-RATE = 10.0  # and its learning rate so many times as high
+LENGTH = 4  # a training from random weights is this many times as long
+RATE = 10.0  # and its learning rate this many times as high
 WARMUP = 100  # batches: the optimiser knows nothing of the weights that it is given
 SHORTEST = 10  # batches; and the warmup is at most such a part of the training
 EARLY = 4  # and the checkpoint that the evaluation compares with comes after such a part
@@ -61,22 +61,22 @@ source:
 # clip: {{weights: "open_clip:ViT-B-32:openai"}}
 
 pairs:
-  image_size: 1024 # larger pictures are shrunk to this short side. Without upsampler_1024, 256 saves space
+  image_size: 1024 # larger images are shrunk to this short side; with bundle.sampling.size 256, 256 saves space
 
 bundle:
-  # A picture teaches only models up to its own short side: upsampler_1024 needs pictures of 1024 px and more,
-  # upsampler_256 of 256 px, the decoder of 64 px. Where you have none, leave the model out and lower size.
+  # A model is trained on images whose short side is at least the side that it makes: an upsampler on 1024 or 256 px,
+  # the decoder on 64 px. Where you have no image that large, leave the upsampler out and lower size.
   # {measured}
   models: [{models}]
   sampling:
-    size: {size} # of the pictures that are made: 64, 256 or 1024
+    size: {size} # of the images to draw: 64, 256 or 1024
 
 samples:
-  captions: # one picture each at the end of a run; at most 75 tokens
+  captions: # one image each at the end of a run; at most 75 tokens
 {captions}
 
 run:
-  output: {output} # report.html and pictures
+  output: {output} # report.html and images
   budget_hours: 12 # above this estimate a run wants --yes; what was never measured is guessed for two CPU cores
   # trackers: [tensorboard] # event files in output/tensorboard while models train; docs/trackers.md
   # pairs: {{threads: 64, timeout_s: 60}} # more downloads at once, and patience with slow servers
@@ -92,10 +92,17 @@ FINE_TUNING = """
 
 
 def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bundle: Path | None = None) -> str:
-    """Returns a configuration as YAML, for a machine with a ``gpu`` or without.
+    """Returns a configuration as YAML.
 
-    ``seen`` is a look at the source; without one, paths and captions are placeholders. ``bundle``: a folder of models
-    to go on from. Raises UserError if it is none.
+    Args:
+        project: Its name.
+        gpu: Whether this machine has a GPU.
+        source: The lists, and their columns.
+        seen: A look at the source; without one, paths and captions are placeholders.
+        bundle: A folder of models to go on from.
+
+    Raises:
+        UserError: The folder does not hold the models of a bundle.
     """
     preset = "small" if gpu else "tiny"
     models, size = _models(seen)
@@ -110,7 +117,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
     if seen is None:
         lists = [
             f"- {source.paths[0]} # put your own here: a .csv, .tsv or .parquet with the columns below,",
-            "# - pictures # a folder of a.jpg and a.txt,",
+            "# - images # a folder of a.jpg and a.txt,",
             "# - shards/00000.tar # webdataset tars, used where they lie; as many lists as you like",
         ]
     return (
@@ -136,9 +143,9 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
 
 
 def _fine_tuning(bundle: Path, preset: str) -> dict[str, dict[str, Any]]:
-    """Values of a configuration with this preset, by stage: the bundle's CLIP, and its models to begin with.
+    """Returns values of a configuration with this preset, by stage: the bundle's CLIP, and its models to begin with.
 
-    Raises UserError if the folder is no bundle with a decoder and a diffusion prior.
+    Raises UserError if the folder lacks a decoder or a diffusion prior.
     """
     found = [name for name in TUNED if (bundle / name / "config.json").is_file()]
     if missing := {"diffusion_prior", "decoder"} - set(found):
@@ -169,7 +176,7 @@ def _values(folder: Path, recipe: Any) -> dict[str, Any]:
 
 
 def _models(seen: Look | None) -> tuple[list[str], int]:
-    """The models that the measured pictures can teach, all if none was measured, and the side that these end at."""
+    """Returns the models for which an image is large enough, all if none was measured, and the side they end at."""
     for size, left_out in ((1024, 0), (256, 1)):
         if seen is None or not seen.sides or seen.reaching(size):
             return list(MODELS[: len(MODELS) - left_out]), size
@@ -178,15 +185,15 @@ def _models(seen: Look | None) -> tuple[list[str], int]:
 
 def _measured(seen: Look | None) -> str:
     if seen is None or not seen.sides:
-        return "How large pictures on the web are is known once they are fetched: see the report of --until curation."
+        return "How large images on the web are is known once they are fetched: see the report of --until curation."
     return (
-        f"Of the first {len(seen.sides)} pictures {seen.reaching(1024)} have a short side of 1024 px or more, "
+        f"Of the first {len(seen.sides)} images {seen.reaching(1024)} have a short side of 1024 px or more, "
         f"{seen.reaching(256)} of 256 px, {seen.reaching(64)} of 64 px."
     )
 
 
 def _splits(seen: Look | None) -> dict[str, str]:
-    """The shares of rows to hold out, each with a remark of how many rows they are."""
+    """Returns the shares of rows to hold out, each with a remark that counts the rows."""
     if seen is None or seen.more:
         return dict.fromkeys(("validation", "test"), f"{SHARE} # of all rows; a figure needs {FEWEST} of them at least")
     if seen.splits and not seen.shares:
@@ -227,7 +234,7 @@ def share_of(places: Sequence[float], wanted: int, most: int) -> float:
 
 
 def _captions(seen: Look | None) -> list[str]:
-    """A few captions of the list, the first words of a long one."""
+    """Returns a few captions of the list, or the first words of a long one."""
     if seen is None or not seen.captions:
         return ["a caption like those of your pairs"]
     short = dict.fromkeys(caption for caption in seen.captions if len(caption.encode()) <= CAPTION_BYTES)
@@ -240,7 +247,7 @@ def _indented(lines: Sequence[str]) -> str:
 
 
 def _scalar(text: str) -> str:
-    """Text as YAML reads it back: as it stands where that works, else in quotes."""
+    """Returns a text as YAML reads it back: as it stands where that works, else in quotes."""
     try:
         plain = yaml.safe_load(f"- {text} # remark") == [text]
     except yaml.YAMLError:

@@ -28,7 +28,7 @@ def default(field: dataclasses.Field[Any]) -> str:
 
 
 def fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
-    """Returns the fields of a dataclass that are no dataclasses themselves."""
+    """Returns the fields of a dataclass that are not dataclasses themselves."""
     return {
         field.name: field for field in dataclasses.fields(kind) if not dataclasses.is_dataclass(field.default_factory)
     }
@@ -73,6 +73,7 @@ def schema_text() -> str:
 
 
 def main() -> int:
+    """Writes both files."""
     PAGE.write_text(page(PAGE.read_text()))
     FILE.write_text(schema_text())
     return 0

@@ -1,4 +1,4 @@
-"""What a training is, as recipes. No torch and no Ray here.
+"""The recipes of trainings. No torch and no Ray here.
 
 Everything is counted in samples, the rows that a model has seen. Run settings (workers, micro-batch, checkpoints) are
 elsewhere, in pipeline.settings, because they do not change a result.
@@ -20,7 +20,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running average
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Says how one model is trained; subclasses have Table 3's values.
+    """Says how one model is trained; its subclasses have the values of Table 3.
 
     Everything is counted in samples: the rows that a model has seen.
 
@@ -37,7 +37,7 @@ class TrainingRecipe:
         clip_norm: Bound on the gradient's norm; 0 is none.
         ema_half_life: Samples; of the averaged weights (EMA) that become the model, and at most a tenth of the
             samples seen, so that nothing is left of the random start however short the training; ``nano`` and
-            ``tiny`` have that tenth; 0 is no average.
+            ``tiny`` have that tenth; 0 averages nothing.
         lanes: Parallel data streams, a bound on workers.
         window: Rows that are shuffled with each other in a lane; of each lane five quarters of them, as encoded
             images, are in a worker's memory.
@@ -75,8 +75,10 @@ class TrainingRecipe:
 
     @property
     def fork(self) -> int:
-        """Samples after which the learning rate falls, in whole batches; the stop if it never does. Up to there
-        trainings with other stops and decays are the same."""
+        """Returns the samples after which the learning rate falls, in whole batches; the stop if it never does.
+
+        Up to there, trainings with other stops and decays are the same.
+        """
         return (-(-self.samples // self.batch) - -(-self.decay // self.batch)) * self.batch
 
 
@@ -165,5 +167,5 @@ class UpsamplerRecipe(TrainingRecipe):
     batch: PositiveInt = 1024
     learning_rate: PositiveFloat = 1.2e-4
     ema_half_life: NonNegativeInt = 7_097_472  # keeps 0.9999 of itself a batch
-    window: PositiveInt = 64  # of large pictures
+    window: PositiveInt = 64  # large images need more memory
     model: UpsamplerConfig = field(default_factory=UpsamplerConfig)

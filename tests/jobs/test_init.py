@@ -102,7 +102,7 @@ def test_models_that_no_picture_is_large_enough_for_are_left_out(side: int, size
     config = made("mine", "pictures")
     assert (config.bundle.models, config.bundle.sampling.size) == (models, size)
     text = Path("mine.yaml").read_text()
-    assert f"first 2 pictures {int(side >= 1024)} have a short side of 1024 px or more" in text
+    assert f"first 2 images {int(side >= 1024)} have a short side of 1024 px or more" in text
 
 
 def test_pictures_on_the_web_or_broken_leave_every_model_in(capsys: Output) -> None:
@@ -119,7 +119,7 @@ def test_small_pictures_are_named(capsys: Output) -> None:
     Path("pictures/a.png").write_bytes(picture(0, 40, 40))
     Path("pictures/a.txt").write_text("a cat")
     made("mine", "pictures")
-    assert "warning: 1 of the first 1 pictures are below 64 px" in capsys.readouterr().out
+    assert "warning: 1 of the first 1 images are below 64 px" in capsys.readouterr().out
 
 
 def test_rows_that_cannot_be_read_are_named(capsys: Output) -> None:
@@ -179,8 +179,8 @@ def test_other_columns(capsys: Output) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["a/b", "pairs.csv"], "project: 'a/b' is no plain name"),
-        (["", "pairs.csv"], "project: '' is no plain name"),
+        (["a/b", "pairs.csv"], "project: 'a/b' is not a plain name"),
+        (["", "pairs.csv"], "project: '' is not a plain name"),
         (["mine", "gone.csv"], "source gone.csv: no such file or folder"),
         (["mine", "pairs.csv", "list.json"], "source list.json: not a .parquet, .csv, .tsv or .tar file, nor a folder"),
         (["mine", "empty"], "source empty: no rows"),
@@ -207,7 +207,7 @@ def test_mistakes_are_one_line_and_write_nothing(words: list[str], says: str, he
 def test_pictures_that_cannot_be_opened_are_counted(capsys: Output) -> None:
     Path(folder(), "1.png").write_bytes(b"<html>")
     assert main(["init", "mine", "pictures"]) == 0
-    assert "warning: 1 of the first 5 pictures cannot be opened" in capsys.readouterr().out
+    assert "warning: 1 of the first 5 images cannot be opened" in capsys.readouterr().out
 
 
 def test_a_look_at_a_long_list_ends_early_but_sees_the_head_of_every_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,7 +279,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_sampling_file_is_named(tmp_path: Path) -> None:
     make().save(tmp_path)
     (tmp_path / "sampling.json").write_text("{")
-    with pytest.raises(ValueError, match=r"sampling.json is no JSON"):
+    with pytest.raises(ValueError, match=r"sampling.json is not JSON"):
         UnCLIP.from_folder(tmp_path)
     (tmp_path / "sampling.json").write_text("[]")
     with pytest.raises(ValueError, match="holds no sampling options"):

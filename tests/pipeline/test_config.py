@@ -97,7 +97,7 @@ def test_steps_and_tiles_that_sampling_would_refuse_are_refused_here(sampling: d
 
 @pytest.mark.parametrize("scale", [0, -1, True, "half", float("inf"), float("nan"), None])
 def test_a_scale_that_is_no_number_above_0_is_refused(scale: object) -> None:
-    with pytest.raises(UserError, match=r"^scale: .* is no number above 0; 0\.5 trains every model"):
+    with pytest.raises(UserError, match=r"^scale: .* is not a number above 0; 0\.5 trains every model"):
         make_config({**LEAST, "scale": scale})
 
 
@@ -153,7 +153,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
         ("decodr.samples=1", "decodr: unknown key; did you mean decoder?"),
         ("decoder.model.guidence=1", "decoder.model.guidence: unknown key"),
         ("run.pairs.retrys=1", "run.pairs.retrys: unknown key; did you mean retries?"),
-        ("project=../x", "project: '../x' is no plain name"),
+        ("project=../x", "project: '../x' is not a plain name"),
         ("run.lease_s=0", "run.lease_s: 0 is not above 0"),
         ("run.budget_hours=-1", "run.budget_hours: -1 is below 0"),
         ("run.embeddings.gpus=1.5", "run.embeddings.gpus: 1.5 is neither a share of one GPU nor a whole"),
