@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat
 
 from pipeline.data.fetch.references import comparable
-from pipeline.data.source.duplicates import HASH, Seen, read_hashes
+from pipeline.data.source.duplicates import HASH, Seen
 from pipeline.data.source.journal import NOTHING, Journal, read_journal, reference_mark
 from pipeline.data.source.lists import Row, fingerprint, read_rows
 from pipeline.errors import CorruptObject, UserError
@@ -40,6 +40,7 @@ from pipeline.store.records import digest, put_blob, read_blob
 VERSION = 1
 LAYOUT = 3  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
+HASHES_A_BLOB = 1 << 20
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
 FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
 LAST_SEGMENT = 999  # a shard's number has eight digits
@@ -143,29 +144,27 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: Journal = NOT
     cut = [recipe.shard_rows, recipe.validation, recipe.test, list(recipe.roots)]
     name = ""
     cutter = _Cutter(recipe, journal.marks, store, write)
-    with Seen() as seen:
-        unseen: list[tuple[str, str, Segment]] = []
-        for index, path in enumerate(recipe.paths):
-            name = digest(
-                ["segment", LAYOUT, name, fingerprint(path), columns, *cut, *_forgotten_later(journal, index)]
-            )
-            segment = _stored(store, name)
-            if segment is None:
-                for earlier in unseen:
-                    _see(seen, *earlier, cutter)
-                unseen = []
-                segment = cutter.cut(name, index, f"source {path}", partial(read_rows, path, recipe), seen)
-                if not segment.shards:
-                    raise UserError(f"source {path}: no rows")
-            else:
-                unseen.append((name, path, segment))
-            shards += segment.shards
+    seen = Seen()
+    unseen: list[tuple[str, str, Segment]] = []
+    for index, path in enumerate(recipe.paths):
+        name = digest(["segment", LAYOUT, name, fingerprint(path), columns, *cut, *_forgotten_later(journal, index)])
+        segment = _stored(store, name)
+        if segment is None:
+            for earlier in unseen:
+                _see(seen, *earlier, cutter)
+            unseen = []
+            segment = cutter.cut(name, index, f"source {path}", partial(read_rows, path, recipe), seen)
+            if not segment.shards:
+                raise UserError(f"source {path}: no rows")
+        else:
+            unseen.append((name, path, segment))
+        shards += segment.shards
     for index, blob in enumerate(journal.retries, FIRST_RETRY):
         name = digest(["retry", LAYOUT, index, blob, *cut, *_forgotten_later(journal, index)])
         segment = _stored(store, name)
         if segment is None:
-            with Seen() as seen:  # not those of the list: there they failed
-                segment = cutter.cut(name, index, "rows to be tried again", partial(_retried, store, blob), seen)
+            # Not compared with the list: there they failed.
+            segment = cutter.cut(name, index, "rows to be tried again", partial(_retried, store, blob), Seen())
         shards += segment.shards
     return Scan(shards)
 
@@ -217,26 +216,27 @@ class _Cutter:
         """Read rows twice: for their references, and, once it is known which of them are duplicates, for shards."""
         judged = seen.judge(self.references(rows()))
         shards: list[SourceShard] = []
-        with open(judged.duplicate, "rb") as duplicate:
-            rest = rows()
-            unread, flaw = 0, ""
-            while block := list(islice(rest, self.recipe.shard_rows)):
-                if len(shards) == SEGMENT_SHARDS:
-                    raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
-                flags = duplicate.read(len(block))
-                if len(flags) < len(block):
-                    break
-                shards.append(self._shard(segment * SEGMENT_SHARDS + len(shards), block, flags))
-                unread += sum(bool(row.flaw) for row in block)
-                flaw = flaw or next((row.flaw for row in block if row.flaw), "")
-            if block or duplicate.read(1):
-                raise UserError(f"{what}: changed while it was read; run again")
+        rest, place = rows(), 0
+        unread, flaw = 0, ""
+        while block := list(islice(rest, self.recipe.shard_rows)):
+            if len(shards) == SEGMENT_SHARDS:
+                raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
+            flags = judged.duplicate[place : place + len(block)].tolist()
+            if len(flags) < len(block):
+                break
+            shards.append(self._shard(segment * SEGMENT_SHARDS + len(shards), block, flags))
+            place += len(block)
+            unread += sum(bool(row.flaw) for row in block)
+            flaw = flaw or next((row.flaw for row in block if row.flaw), "")
+        if block or place < len(judged.duplicate):
+            raise UserError(f"{what}: changed while it was read; run again")
         if unread:
             log.warning("%s: %s cannot be read and will be left out; the first: %s", what, counted(unread, "row"), flaw)
         hashes = []
         if self.write and shards:
             if segment < FIRST_RETRY:
-                hashes = [put_blob(self.store, chunk.tobytes()) for chunk in read_hashes(judged.fresh)]
+                parts = range(0, len(judged.fresh), HASHES_A_BLOB)
+                hashes = [put_blob(self.store, judged.fresh[i : i + HASHES_A_BLOB].tobytes()) for i in parts]
             body = {"shards": [{**asdict(s), "ledger": s.ledger.as_json()} for s in shards], "hashes": hashes}
             create_record(self.store, _segment_path(name), body)
         return Segment(shards, hashes)
@@ -249,7 +249,7 @@ class _Cutter:
     def _is_forgotten(self, url: str) -> bool:
         return bool(self.forgotten) and reference_mark(url) in self.forgotten
 
-    def _shard(self, number: int, rows: list[Row], duplicate: bytes) -> SourceShard:
+    def _shard(self, number: int, rows: list[Row], duplicate: Sequence[bool]) -> SourceShard:
         refs, captions, rejects, held_out = [], [], [], Counter[str]()
         for row, again in zip(rows, duplicate, strict=True):
             reject = row.reject or ("no_reference" if not row.url else "duplicate_url" if again else None)

@@ -2,11 +2,9 @@
 
 import logging
 import tempfile
-import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.fetch.references import comparable
-from pipeline.data.source import duplicates
 from pipeline.data.source import stage as source
-from pipeline.data.source.duplicates import PARTS, Seen, hashes_of, read_hashes
+from pipeline.data.source.duplicates import Seen, hashes_of
 from pipeline.data.source.journal import Forgotten, Journal, reference_mark
 from pipeline.data.source.lists import read_rows
 from pipeline.data.source.stage import Scan, SourceRecipe, scan
@@ -42,14 +39,14 @@ def plainly(lists: list[list[str]]) -> list[list[bool]]:
 
 
 @settings(deadline=None)
-@given(LISTS, st.integers(1, 7), st.integers(1, 4))
-def test_verdicts_are_those_of_a_set(lists: list[list[str]], block_rows: int, chunk: int) -> None:
-    with patch.object(duplicates, "BLOCK_ROWS", block_rows), patch.object(duplicates, "CHUNK", chunk), Seen() as seen:
-        found, fresh = [], []
-        for references in lists:
-            judged = seen.judge(references)
-            found.append([bool(flag) for flag in judged.duplicate.read_bytes()])
-            fresh += [h for hashes in read_hashes(judged.fresh) for h in hashes]
+@given(LISTS)
+def test_verdicts_are_those_of_a_set(lists: list[list[str]]) -> None:
+    seen = Seen()
+    found, fresh = [], []
+    for references in lists:
+        judged = seen.judge(references)
+        found.append(judged.duplicate.tolist())
+        fresh += judged.fresh.tolist()
     assert found == plainly(lists)
     distinct = {reference for references in lists for reference in references} - {""}
     assert sorted(fresh) == sorted(hashes_of(distinct))
@@ -58,44 +55,12 @@ def test_verdicts_are_those_of_a_set(lists: list[list[str]], block_rows: int, ch
 def test_hashes_of_earlier_rows_can_be_handed_over() -> None:
     rng = np.random.default_rng(0)
     references = [f"http://h/{i}" for i in rng.integers(0, 30_000, 40_000)]
-    with Seen() as whole, Seen() as first, Seen() as second:
-        expected = whole.judge(references).duplicate.read_bytes()
-        begun = first.judge(references[:25_000])
-        handed = np.concatenate(list(read_hashes(begun.fresh)))
-        assert (handed[1:] > handed[:-1]).all()
-        second.add(handed)
-        assert begun.duplicate.read_bytes() + second.judge(references[25_000:]).duplicate.read_bytes() == expected
-    assert list(expected) == [int(again) for again in plainly([references])[0]]
-
-
-def test_memory_does_not_grow_with_the_rows() -> None:
-    """Of 16 times as many rows: what is held at once is a block, and a part of 256."""
-
-    def peak(rows: int) -> int:
-        with Seen() as seen:
-            seen.judge(f"http://example.org/{i}" for i in range(1000))  # what is imported and cached
-            tracemalloc.start()
-            seen.judge(f"http://example.org/pictures/{i}" for i in range(rows))
-            held = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-        return held
-
-    with patch.object(duplicates, "BLOCK_ROWS", 2000), patch.object(duplicates, "CHUNK", 1000):
-        few, many = peak(4000), peak(64_000)
-    assert many < 1.25 * few
-    assert few > 2000 * 40  # the block itself is counted
-
-
-def test_no_room_for_temporary_files_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Seen() as seen:
-        monkeypatch.setattr("builtins.open", _full)
-        with pytest.raises(UserError, match="free space, or name another folder in TMPDIR"):
-            seen.judge(["http://h/1"])
-        monkeypatch.undo()
-
-
-def _full(*arguments: object) -> None:
-    raise OSError(28, "No space left on device")
+    [expected] = plainly([references])
+    begun, second = Seen().judge(references[:25_000]), Seen()
+    assert (begun.fresh[1:] > begun.fresh[:-1]).all()
+    second.add(begun.fresh)
+    rest = second.judge(references[25_000:])
+    assert begun.duplicate.tolist() + rest.duplicate.tolist() == expected
 
 
 # --- in a list --------------------------------------------------------------------------------------------------------
@@ -229,9 +194,3 @@ def test_a_list_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
         recipe = SourceRecipe((write_list(tmp_path / "a.csv", [("x", "y")]),), shard_rows=4)
         with pytest.raises(UserError, match="changed while it was read; run again"):
             scan(recipe, open_store(str(tmp_path / "store")), write=True)
-
-
-def test_hashes_are_spread_evenly() -> None:
-    """So that a part is about one in 256 of the rows."""
-    parts = np.bincount(hashes_of(f"http://h/{i}" for i in range(100_000)) >> np.uint64(56), minlength=PARTS)
-    assert parts.max() < 1.3 * 100_000 / PARTS
