@@ -1,42 +1,31 @@
-"""From an image reference to bytes: img2dataset's download, S3, or a file, within limits.
+"""Fetches the bytes behind image references: from servers, from S3 and from files, within limits.
 
-img2dataset fetches with urllib. Here it does so through visits (pipeline.data.fetch.visit) that connect to public
-addresses only, are polite, and stop at a deadline and a byte budget. Its tar writer is not used: its shards are not
-reproducible. Reasons for a refusal are those of pipeline.ledger.
-
-img2dataset is imported on first use: it takes 3 s, and a plan needs none of it.
+Servers are asked through visits (pipeline.data.fetch.visit) that connect to public addresses only, are polite, and stop
+at a deadline and a byte budget. Reasons for a refusal are those of pipeline.ledger.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.data.fetch.deny import NOTHING_DENIED, DenyLists
-from pipeline.data.fetch.opener import (
-    Evidence,
-    Guard,
-    Refused,
-    ThreadOpener,
-    failures_as_reasons,
-    normal_url,
-    opening_with,
-)
-from pipeline.data.fetch.politeness import Hosts, backoff
+from pipeline.data.fetch.opener import Evidence, Guard, Refused, failures_as_reasons, normal_url
+from pipeline.data.fetch.references import shown
 from pipeline.data.fetch.robots import ROBOTS_BYTES, Robots
 from pipeline.data.fetch.s3 import S3Reader
-from pipeline.data.fetch.visit import Access, Visit, origin_of, private_headers, user_agent
-from pipeline.ledger import DEFERRED, REASONS
+from pipeline.data.fetch.visit import Access, Hosts, Visit, origin_of, private_headers, user_agent
+from pipeline.ledger import DEFERRED
 from pipeline.local import NOTHING, Reach, local_path, read_local, reason_of
 from pipeline.settings import PairsSettings
 from pipeline.store.parallel import ordered_map
+
+_BACKOFF_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,6 @@ class Fetcher:
         self._access = Access(guard, hosts, user_agent(settings.contact), private)
         self._robots = Robots(self._read_robots)
         self._s3 = S3Reader(settings.threads, settings.timeout_s, max_bytes)
-        _downloader()  # before the first deadline is set
 
     def fetch(self, references: Sequence[str]) -> Iterator[Fetched]:
         """Yield one result a reference, in order; at most twice as many bodies as threads are in memory.
@@ -108,8 +96,8 @@ class Fetcher:
 
     def _download(self, url: str) -> Fetched:
         with closing(Visit(self._access, self._settings.timeout_s, self._max_bytes, self._check)) as visit:
-            fetched = self._tries(visit, lambda: _download_once(url, visit, self._settings.timeout_s))
-            return replace(fetched, evidence=visit.evidence)
+            fetched = self._tries(visit, lambda: _once(visit, url))
+            return replace(fetched if fetched.data is None else _checked(fetched.data), evidence=visit.evidence)
 
     def _read_s3(self, reference: str) -> Fetched:
         limit = _Limit(time.monotonic() + self._settings.timeout_s)
@@ -125,8 +113,9 @@ class Fetcher:
     def _check(self, url: str) -> None:
         """Raise Refused for a URL that must not be asked for."""
         self._check_denied(url)
-        if found := self._robots.forbidding(origin_of(url), url):
-            raise Refused("opted_out", Evidence(*found))
+        origin = origin_of(url)
+        if (seen := self._robots.forbidden_since(origin, url)) is not None:
+            raise Refused("opted_out", Evidence(f"{origin}/robots.txt disallows {shown(url)}", seen))
 
     def _check_denied(self, url: str) -> None:
         if entry := self._deny.url(url):
@@ -136,7 +125,7 @@ class Fetcher:
         with closing(
             Visit(self._access, self._settings.timeout_s, ROBOTS_BYTES, self._check_denied, picture=False)
         ) as visit:
-            fetched = self._tries(visit, lambda: _robots_once(url, visit))
+            fetched = self._tries(visit, lambda: _once(visit, url, ROBOTS_BYTES))
             return fetched.reason or fetched.data or b""
 
     def _tries(self, limit: Visit | _Limit, once: Callable[[], Fetched]) -> Fetched:
@@ -156,33 +145,19 @@ class Fetcher:
         return fetched
 
 
-# --- img2dataset ------------------------------------------------------------------------------------------------------
+def backoff(attempt: int, draw: Callable[[], float] = random.random) -> float:
+    """Returns the seconds until another try after ``attempt`` (from 0) failed, half of 0.5 * 2**attempt to all of it.
+
+    ``draw`` gives numbers in [0, 1). Drawn, so that clients that failed together do not come back together.
+    """
+    return _BACKOFF_S * 2**attempt * (0.5 + 0.5 * draw())
 
 
-@cache
-def _downloader() -> Any:
-    """img2dataset's downloader; its requests go through the calling thread's opener."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations asks a package index for news otherwise
-    from img2dataset import downloader
-
-    urllib.request.install_opener(ThreadOpener())  # type: ignore[arg-type]
-    return downloader
-
-
-def _download_once(url: str, visit: Visit, timeout_s: float) -> Fetched:
-    with opening_with(visit):
-        # It hands on no more than an error's text; that of our own is the reason. Its user agent and its reading of
-        # X-Robots-Tag are not used: the visit has its own, which know every form of the header.
-        _, stream, error = _downloader().download_image((0, url), timeout_s, None, None)
-    if stream is not None:
-        return _checked(stream.getvalue())
-    return Fetched(None, error if error in REASONS else "unreachable")
-
-
-def _robots_once(url: str, visit: Visit) -> Fetched:
+def _once(visit: Visit, url: str, most: int | None = None) -> Fetched:
+    """Asks once for a body, or for its first ``most`` bytes."""
     try:
-        with failures_as_reasons(), visit.open(urllib.request.Request(url)) as response:
-            return Fetched(response.read(ROBOTS_BYTES), None)
+        with visit.open(url) as response, failures_as_reasons():
+            return Fetched(response.read(most), None)
     except Refused as refusal:
         return Fetched(None, str(refusal))
 

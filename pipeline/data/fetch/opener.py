@@ -15,9 +15,7 @@ import ipaddress
 import re
 import socket
 import ssl
-import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -30,7 +28,6 @@ from pipeline.errors import UserError
 _SAFE = "!#$%&'()*+,/:;=?@[]~"  # what a browser leaves as it is in a path or a query
 _LONGEST_HOST = 253  # characters of a name that DNS can hold; older Pythons take quadratic time for the IDNA of more
 _SHARES = 4  # of the time that is left an address of a name may take one, if others wait behind it
-_thread = threading.local()
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Evidence:
 
 
 class Refused(Exception):
-    """A reference that yields no bytes. Its text is the reason, for img2dataset turns exceptions into text."""
+    """A reference yields no bytes; the text is the reason."""
 
     def __init__(self, reason: str, evidence: Evidence | None = None):
         super().__init__(reason)
@@ -177,29 +174,6 @@ def ask(
     if connection.sock:  # the server means to keep it open; the response has a file of its own
         connection.sock.close()
     return response
-
-
-@contextlib.contextmanager
-def opening_with(opener: Any) -> Iterator[None]:
-    """Let this thread's urlopen calls go through ``opener``, once a ThreadOpener is installed."""
-    _thread.opener = opener
-    try:
-        yield
-    finally:
-        del _thread.opener
-
-
-class ThreadOpener:
-    """To be installed process-wide: urlopen uses the calling thread's opener, or the ordinary one if it has none."""
-
-    def __init__(self) -> None:
-        self._ordinary = urllib.request.build_opener()
-
-    def open(self, request: Any, data: Any = None, timeout: Any = None) -> Any:
-        opener = getattr(_thread, "opener", None)
-        if opener is None:
-            return self._ordinary.open(request, data, timeout)
-        return opener.open(request, data, timeout)
 
 
 @contextlib.contextmanager

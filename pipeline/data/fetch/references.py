@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote, urlsplit
+import string
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from pipeline.data.fetch.opener import Refused, normal_url
-from pipeline.data.fetch.robots import normal_path
 
 # Most references are in the form to compare already; no dot segments, no escapes, nothing that a parser has to split.
 _PLAIN = re.compile(
@@ -18,6 +18,7 @@ _SECRET = re.compile(
     r"|exp|s[eprtv]|sid|h[dm].*|oh|oe|q-.*|ticket|code",
     re.IGNORECASE | re.DOTALL,
 )
+_UNRESERVED = frozenset((string.ascii_letters + string.digits + "-._~").encode())
 _RANDOM = re.compile(r"[A-Za-z0-9+/=_.~%-]{32,}")  # long and without words: what signs something, under any name
 
 
@@ -34,8 +35,8 @@ def comparable(reference: str) -> str:
         parts = urlsplit(normal_url(text))
     except Refused:
         return text
-    query = f"?{normal_path(parts.query)}" if parts.query else ""
-    return f"{parts.netloc}{normal_path(parts.path)}{query}"
+    query = f"?{_normal_path(parts.query)}" if parts.query else ""
+    return f"{parts.netloc}{_normal_path(parts.path)}{query}"
 
 
 def shown(reference: str) -> str:
@@ -58,3 +59,14 @@ def _masked(parameter: re.Match[str]) -> str:
     before, name, value = parameter.groups()
     secret = _SECRET.fullmatch(unquote(name)) or _RANDOM.fullmatch(value)
     return f"{before}{name}={'***' if secret else value}"
+
+
+def _normal_path(text: str) -> str:
+    """Returns the one spelling of a path or a query: escapes in upper case, and only where they are needed."""
+    pieces = re.split(r"(%[0-9A-Fa-f]{2})", text)
+    return "".join(_escape(piece) if i % 2 else quote(piece, "!&'()+,/:;=?@[]%") for i, piece in enumerate(pieces))
+
+
+def _escape(escaped: str) -> str:
+    octet = unquote_to_bytes(escaped)
+    return octet.decode() if octet[0] in _UNRESERVED else escaped.upper()

@@ -5,20 +5,23 @@ from __future__ import annotations
 import http.client
 import re
 import time
-import urllib.request
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from threading import Condition
 from urllib.parse import urljoin, urlsplit
 
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
+
 from pipeline.data.fetch.opener import Evidence, Guard, Refused, ask, failures_as_reasons, normal_url
-from pipeline.data.fetch.politeness import Hosts, retry_after
 from pipeline.data.fetch.references import shown
 from pipeline.data.fetch.robots import opting_out
 from pipeline.errors import UserError
 
 MAX_REDIRECTS = 5
+LONGEST_HOLD_S = 86_400.0  # a server that says more is asked again after a day
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _OTHER_MEDIA = (
     "text/html",
@@ -29,6 +32,57 @@ _OTHER_MEDIA = (
     "audio/",
     "font/",
 )
+
+
+class Hosts:
+    """Who is asked now, and who wants to be left alone until when. Shared by the threads of a worker.
+
+    ``per_host``: requests at once to one host. Memory: the hosts that are asked now and those that said Retry-After.
+    """
+
+    def __init__(self, per_host: int):
+        self._per_host = per_host
+        self._changed = Condition()
+        self._inside: Counter[str] = Counter()
+        self._not_before: dict[str, float] = {}  # time.monotonic()
+        self._prune_at = 1000
+
+    @contextmanager
+    def turn(self, host: str) -> Iterator[None]:
+        """Wait for a place among the requests to ``host`` and hold it. Never wait for one while holding another."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._inside[host] < self._per_host)
+            self._inside[host] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside[host] -= 1
+                if not self._inside[host]:
+                    del self._inside[host]
+                self._changed.notify_all()
+
+    def hold(self, host: str, seconds: float) -> None:
+        """Leave ``host`` alone for so long."""
+        now = time.monotonic()
+        with self._changed:
+            if len(self._not_before) >= self._prune_at:
+                self._not_before = {name: until for name, until in self._not_before.items() if until > now}
+                self._prune_at = 2 * len(self._not_before) + 1000
+            self._not_before[host] = max(now + seconds, self._not_before.get(host, 0.0))
+
+    def held(self, host: str) -> float:
+        """Seconds for which ``host`` has still to be left alone."""
+        with self._changed:
+            return max(self._not_before.get(host, 0.0) - time.monotonic(), 0.0)
+
+
+def retry_after(value: str | None) -> float:
+    """Returns the seconds that a Retry-After header asks to wait, at most a day; 0 if it cannot be read."""
+    try:
+        return min(float(Retry().parse_retry_after(value or "")), LONGEST_HOLD_S)
+    except (InvalidHeader, ValueError, TypeError, IndexError, OverflowError):
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +96,7 @@ class Access:
 
 
 class Visit:
-    """To be used as a thread's opener (see opener.opening_with), and closed.
+    """Asks for one reference, for as long and as often as its limits let it; to be closed.
 
     ``timeout_s``: for all hops and tries together; waiting for a turn, and what ``check`` takes, does not count.
     ``max_bytes``: of a body. ``check`` is called with every URL before it is asked for and may raise Refused.
@@ -59,10 +113,10 @@ class Visit:
         self._access, self._max_bytes, self._check, self._picture = access, max_bytes, check, picture
         self._turn = ExitStack()
 
-    def open(self, request: urllib.request.Request, data: Any = None, timeout: Any = None) -> http.client.HTTPResponse:
-        """The answer behind at most five redirects, its body not yet read. Raises Refused."""
+    def open(self, url: str) -> http.client.HTTPResponse:
+        """Returns the answer to a normal URL, behind at most five redirects, its body not yet read. Raises Refused."""
         try:
-            return self._follow(normal_url(request.full_url))
+            return self._follow(url)
         except Refused as refusal:
             self.evidence = refusal.evidence
             raise
@@ -106,7 +160,7 @@ class Visit:
     def _judge(self, response: http.client.HTTPResponse, url: str) -> str | None:
         """Where the answer leads to, or None for a body. Raises Refused."""
         status, headers = response.status, response.headers
-        if status in (429, 503) and (seconds := retry_after(headers["Retry-After"], time.time())):
+        if status in (429, 503) and (seconds := retry_after(headers["Retry-After"])):
             self._access.hosts.hold(host_of(url), seconds)
         if self._picture and status < 400 and (tag := opting_out(headers.get_all("X-Robots-Tag", []))):
             raise Refused("opted_out", Evidence(f"X-Robots-Tag: {tag[:500]} at {shown(url)}", time.time()))
