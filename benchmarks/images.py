@@ -1,5 +1,6 @@
 """Makes up images with captions: a shard of pairs as the stages before would leave it."""
 
+import hashlib
 import io
 import tarfile
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.data.pairs.row_index import checksum, index_counts, index_table
+from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.graph.artifacts import Artifact, Shard
 from pipeline.graph.shard_tables import ShardRow, read_table, write_shard_table, write_table
 from pipeline.graph.shards import ShardTask
@@ -60,7 +61,7 @@ def make_shard(store: Store, number: int, count: int, fields: np.ndarray) -> Sha
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
             row = {"key": key, "url": "", "status": "kept", "split": "train", "width": width, "height": height}
-            rows.append(row | place | {"xxh3": checksum(data)})
+            rows.append(row | place | {"sha256": hashlib.sha256(data).hexdigest()})
             captions.append([caption])
     blobs = {
         "pairs": {"index": write_table(index_table(rows)), "images": out.getvalue()},

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.sample import add_device, bundle_folder, check_seed, file_name, newest_output, sampling_option
-from pipeline.data.pairs.own_picture import open_picture
+from pipeline.data.pairs.decoding import open_image
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     options = dict(sampling_option(text) for text in arguments.set)
     if arguments.size:
         options["size"] = arguments.size
-    pictures = [open_picture(path) for path in _named(arguments)]
+    pictures = [open_image(path) for path in _named(arguments)]
     folder = bundle_folder(output)
 
     from pipeline.sampling.samples import open_bundle

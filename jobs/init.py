@@ -9,7 +9,7 @@ from pathlib import Path
 from jobs.sample import bundle_folder
 from pipeline.config import check_project
 from pipeline.data.fetch.references import shown
-from pipeline.data.pairs.peek import Look, look
+from pipeline.data.source.peek import Look, look
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.progress import counted

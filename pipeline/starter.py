@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import preset_config
-from pipeline.data.pairs.peek import Look
+from pipeline.data.source.peek import Look
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.held_out import FEWEST

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.store import Store
 from pipeline.store.records import digest, materialise, put_blob
 
-STAGE, VERSION = "generation", 4
+STAGE, VERSION = "generation", 5
 ROWS = 64  # of a shard
 COLUMNS = ("key", "prompt", "seed")  # of a row, that its tables and JSON repeat
 SETTINGS = "settings.json"
@@ -118,13 +117,15 @@ class Generator:
         self.store, self.unclip, self.recipe = store, unclip, recipe
 
     def __call__(self, task: ShardTask) -> ShardOutput:
+        from webdataset.writer import TarWriter
+
         steps = Steps()
         rows = read_table(self.store, task.inputs["prompts"].blobs["prompts"]).to_pylist()
         reasons = [row["reject"] or (None if self._short(row["prompt"]) else "prompt_too_long") for row in rows]
         kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         similarity: dict[str, float] = {}
         out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with TarWriter(out, encoder=False, mtime=0) as tar:
             for start in range(0, len(kept), self.recipe.batch):
                 part = kept[start : start + self.recipe.batch]
                 with steps("sample"):
@@ -133,7 +134,7 @@ class Generator:
                     scores = self._score(images, [row["prompt"] for row in part])
                 for row, image, score in zip(part, images, scores, strict=True):
                     similarity[row["key"]] = score
-                    _add(tar, {name: row[name] for name in COLUMNS}, image, score)
+                    tar.write(_packed({name: row[name] for name in COLUMNS}, image, score))
         columns = {
             **{name: [row[name] for row in rows] for name in COLUMNS},
             "similarity": [similarity.get(row["key"]) for row in rows],
@@ -183,16 +184,15 @@ class Generator:
         return (image * text).sum(-1)[: len(images)].tolist()
 
 
-def _add(tar: tarfile.TarFile, row: Mapping[str, Any], image: Any, score: float) -> None:
+def _packed(row: Mapping[str, Any], image: Any, score: float) -> dict[str, str | bytes]:
+    """Returns a webdataset sample."""
     from PIL import Image
 
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
     about = json.dumps({**row, "similarity": round(score, 6)}, sort_keys=True)
-    for suffix, data in (("json", about.encode()), ("png", png.getvalue()), ("txt", row["prompt"].encode())):
-        member = tarfile.TarInfo(f"{row['key']}.{suffix}")
-        member.size = len(data)
-        tar.addfile(member, io.BytesIO(data))
+    texts = {"json": about.encode(), "txt": row["prompt"].encode()}
+    return {"__key__": row["key"], "png": png.getvalue(), **texts}
 
 
 def _typed(columns: Mapping[str, list[Any]]) -> Any:

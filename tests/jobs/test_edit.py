@@ -22,7 +22,7 @@ from models.codec_fit import fit_codec
 from models.pixels import from_uint8
 from models.tokens import tokenize
 from models.view import view
-from pipeline.data.pairs.own_picture import open_picture
+from pipeline.data.pairs.decoding import open_image
 from pipeline.evaluate.metrics import psnr
 from pipeline.sampling import edits
 from pipeline.sampling.strip import END_MS, FRAME_MS, GAP
@@ -326,10 +326,10 @@ def test_pictures_are_taken_as_pairs_would_store_them(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     turned.save(folder / "turned.jpg", exif=exif)
-    found = open_picture(folder / "turned.jpg")
+    found = open_image(folder / "turned.jpg")
     assert found.size == (1024, 1536)
     assert found.getpixel((500, 10))[2] > 200  # type: ignore[index]
     out = io.BytesIO()
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(out, "PNG")
     (folder / "clear.png").write_bytes(out.getvalue())
-    assert open_picture(folder / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(folder / "clear.png").getpixel((0, 0)) == (255, 255, 255)

@@ -18,7 +18,7 @@ import yaml
 from jobs.cli import main
 from jobs.sample import bundle_artifact
 from pipeline.config import load_config
-from pipeline.data.pairs.own_picture import open_picture
+from pipeline.data.pairs.decoding import open_image
 from pipeline.data.source.retry import gather
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
@@ -253,7 +253,7 @@ def test_commands_wait_for_no_pipe(here: Path, capsys: pytest.CaptureFixture[str
         assert "not a regular file" in capsys.readouterr().err
     for path in (pipe, link):
         with pytest.raises(UserError, match="not a regular file"):
-            open_picture(path)
+            open_image(path)
         (here / "out").mkdir(exist_ok=True)
         (here / "out/bundle.json").unlink(missing_ok=True)
         (here / "out/bundle.json").symlink_to(path)

@@ -12,7 +12,7 @@ import numpy as np
 
 from models.view import view
 from pipeline.data.neighbours.stage import search
-from pipeline.data.pairs.own_picture import open_picture
+from pipeline.data.pairs.decoding import open_image
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.shard_tables import read_shards, read_table
@@ -46,10 +46,10 @@ def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
 
 
 def embed_picture(store: Store, clip: Artifact, path: str) -> np.ndarray:
-    """Returns the image embedding of an image in a file, fp32 [1, d]. Raises UserError as ``open_picture`` does."""
+    """Returns the image embedding of an image in a file, fp32 [1, d]. Raises UserError as ``open_image`` does."""
     import torch
 
-    picture = open_picture(Path(path))
+    picture = open_image(Path(path))
     model = _open_clip(store, clip)
     pixels = view(picture, model.image_size).transpose(2, 0, 1)[None]
     return _numbers(model.encode_image, torch.from_numpy(pixels.copy()))

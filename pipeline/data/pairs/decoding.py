@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import json
 import os
 import select
@@ -19,15 +20,19 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, BinaryIO
 
-from pipeline.data.pairs.picture import Picture, inspect, resize
+from PIL import Image
+
+from pipeline.data.pairs.picture import MAX_BYTES, MAX_PIXELS, Picture, Storing, inspect, load_resizer, resize
 from pipeline.data.pairs.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
+from pipeline.local import TooLarge, read_local
 
 IDLE_S = 60  # after which a child ends; the next request starts another
 BASE_S, S_PER_PIXEL = 30.0, 1e-6  # what a picture may take; a hundred times what an honest one does
@@ -38,6 +43,7 @@ COMMAND = (sys.executable, "-m", MODULE)
 # glibc gives the pixels of every picture back to the system and faults them in again for the next one, a third of the
 # child's time. These keep 128 MiB instead, in blocks of up to 32.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
+OWN = Storing(1024, "png", 1)  # how an image of the user's own is handed on: no model sees more
 _READY = {"ready": True}
 
 
@@ -62,11 +68,9 @@ class Decoder:
         self._overdue: float | None = None  # that of the last one that was not
         atexit.register(self.close)
 
-    def resize(
-        self, data: bytes, image_size: int, max_pixels: int, encode_format: str, encode_quality: int
-    ) -> Picture | str:
+    def resize(self, data: bytes, max_pixels: int, storing: Storing) -> Picture | str:
         """See picture.resize."""
-        said, body = self._ask("resize", data, max_pixels, [image_size, max_pixels, encode_format, encode_quality])
+        said, body = self._ask("resize", data, max_pixels, [max_pixels, astuple(storing)])
         return said if isinstance(said, str) else Picture(body, *said)
 
     def inspect(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
@@ -131,8 +135,29 @@ class Decoder:
 
 @cache
 def shared_decoder() -> Decoder:
-    """The one of this process."""
+    """Returns the decoder of this process."""
     return Decoder()
+
+
+def open_image(path: Path) -> Image.Image:
+    """Opens an image that a user names, as pairs would store it, but without loss and with a short side of 1024 px.
+
+    Raises UserError for a file that cannot be read or is not a PNG, JPEG or WebP, and for one above the budgets of
+    bytes and pixels that pairs has by default.
+    """
+    try:
+        data = read_local(path, MAX_BYTES)
+    except OSError as e:
+        if isinstance(e, TooLarge):
+            raise UserError(f"{path}: more than {MAX_BYTES >> 20} MiB; name a smaller image") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); name an image") from None
+    found = shared_decoder().resize(data, MAX_PIXELS, OWN)
+    if isinstance(found, str):
+        raise UserError(
+            f"{path}: cannot be taken ({found}: {REASONS[found]}); name a PNG, JPEG or WebP of at most "
+            f"{MAX_PIXELS // 10**6} million pixels"
+        )
+    return Image.open(io.BytesIO(found.data))
 
 
 def _exchange(process: subprocess.Popen[bytes], request: Any, data: bytes) -> tuple[Any, bytes] | None:
@@ -174,7 +199,8 @@ def _answer(name: str, arguments: list[Any], data: bytes) -> tuple[Any, bytes]:
     try:
         if name == "inspect":
             return inspect(data, *arguments, starts=_limit_to), b""
-        found = resize(data, *arguments, starts=_limit_to)
+        max_pixels, storing = arguments
+        found = resize(data, max_pixels, Storing(*storing), starts=_limit_to)
     except MemoryError:
         return "decode_error", b""
     return (found, b"") if isinstance(found, str) else ([found.width, found.height, found.extension], found.data)
@@ -186,8 +212,7 @@ def _limit_to(pixels: int) -> None:
 
 def main() -> None:
     """Answer requests until stdin closes, the parent is gone, or nothing was asked for a while."""
-    import cv2  # noqa: F401  # before memory is limited by what is mapped
-
+    load_resizer()  # before memory is limited by what is mapped
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
     with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")

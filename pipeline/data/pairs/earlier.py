@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.fetch.opener import Evidence
-from pipeline.data.pairs.opt_outs import read_opt_outs
-from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_opt_outs, read_pictures
 from pipeline.errors import CorruptObject
 from pipeline.graph.runs import last_made
 from pipeline.graph.shard_tables import ShardRow, read_shards, read_table

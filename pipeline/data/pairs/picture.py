@@ -1,22 +1,26 @@
-"""From fetched bytes to the picture that is kept: checked, upright, sRGB, and resized as img2dataset does it.
+"""Turns fetched bytes into the image that is kept: checked, upright, sRGB, then resized and encoded by img2dataset.
 
-The pipeline calls this in a process of its own (pipeline.data.pairs.decoding). img2dataset's own resizer decodes a
-second time and sets up a transform for every picture, a fifth of all the time; OpenCV is called here as it does, to the
-same bytes.
+The pipeline calls this in a process of its own (pipeline.data.pairs.decoding). Only img2dataset's resizer is loaded:
+the whole package takes 350 MB and two seconds of every such process.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from models.view import upright_rgb
 
+MAX_BYTES, MAX_PIXELS = 32 << 20, 64_000_000  # of an image, unless a recipe says otherwise
 MAX_SCANS = 500  # of a JPEG; encoders write about 10
 LONGEST = 8  # times image_size: the long side of what is stored
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # of a JPEG: no escaped byte, no padding, no restart
@@ -33,32 +37,44 @@ class Picture:
     extension: str
 
 
-def resize(
-    data: bytes,
-    image_size: int,
-    max_pixels: int,
-    encode_format: str,
-    encode_quality: int,
-    *,
-    starts: Callable[[int], object] = int,
-) -> Picture | str:
-    """Normalise a picture and bring its short side down to ``image_size`` pixels; return it, or a reason.
+@dataclass(frozen=True)
+class Storing:
+    """How an image is stored, as img2dataset names it. Nothing is enlarged.
+
+    ``encode_quality`` is 0 to 100, for png the compression 0 to 9; ``resize_mode`` is one of img2dataset's.
+    """
+
+    image_size: int
+    encode_format: str = "jpg"
+    encode_quality: int = 95
+    resize_mode: str = "keep_ratio"
+    min_image_size: int = 0
+
+
+def resize(data: bytes, max_pixels: int, storing: Storing, *, starts: Callable[[int], object] = int) -> Picture | str:
+    """Returns the image in ``data`` as it is to be stored, or the reason why it cannot be.
 
     Takes PNG, JPEG and WebP by their first bytes (of an animation the first frame; no GIF). The header's pixel count
     and a JPEG's scans are checked before anything is decoded; ``starts`` is called with that count when decoding
-    starts. Pictures become what ``upright_rgb`` says, and are stored as three channels; area interpolation, never
-    enlarged. The long side may be LONGEST times ``image_size``, which bounds what is stored. Equal input gives equal
-    bytes. ``encode_format``: jpg, png or webp; ``encode_quality``: 0 to 100, for png the compression 0 to 9.
+    starts. Images become what ``upright_rgb`` says, and are stored as three channels. The long side may be LONGEST
+    times ``image_size``, which bounds what is stored. Equal input gives equal bytes.
     """
     upright = _decode(data, max_pixels, starts)
     if isinstance(upright, str):
         return upright
-    return _shrunk(np.asarray(upright), image_size, encode_format, encode_quality)
+    most = LONGEST * storing.image_size
+    size, plain = upright.size, _bitmap(upright)
+    del upright  # a large one takes as much memory as what follows
+    stored, width, height, _, _, error = _resizer(storing)(plain)
+    if error == "image too small":
+        return "too_small"
+    if max((width, height) if stored else size) > most:
+        return "too_long"
+    return Picture(stored, width, height, storing.encode_format) if stored else "decode_error"
 
 
 def inspect(data: bytes, max_pixels: int, *, starts: Callable[[int], object] = int) -> tuple[int, int] | str:
-    """Width and height, upright, of a picture that ``resize`` would take but for its long side, or the reason why it
-    would not."""
+    """Returns width and height, upright, of an image that ``resize`` would take but for its sides, or the reason."""
     upright = _decode(data, max_pixels, starts)
     return upright if isinstance(upright, str) else upright.size
 
@@ -103,27 +119,37 @@ def too_many_scans(jpeg: bytes) -> bool:
     return scans > MAX_SCANS
 
 
-def _shrunk(pixels: np.ndarray, image_size: int, encode_format: str, encode_quality: int) -> Picture | str:
-    """As img2dataset's resizer with ``keep_ratio``, ``resize_only_if_bigger`` and area interpolation; RGB uint8."""
-    import cv2
+def _bitmap(image: Image.Image) -> io.BytesIO:
+    """Returns an RGB image as a BMP, which the resizer reads with no more than a copy."""
+    out = io.BytesIO()
+    image.save(out, "BMP")
+    out.seek(0)
+    return out
 
-    cv2.setNumThreads(1)
-    height, width = pixels.shape[:2]
-    try:
-        if min(width, height) > image_size:
-            scale = image_size / min(width, height)
-            width, height = round(width * scale), round(height * scale)
-        if max(width, height) > LONGEST * image_size:
-            return "too_long"
-        if (height, width) != pixels.shape[:2]:
-            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-        quality = {
-            "jpg": cv2.IMWRITE_JPEG_QUALITY,
-            "png": cv2.IMWRITE_PNG_COMPRESSION,
-            "webp": cv2.IMWRITE_WEBP_QUALITY,
-        }[encode_format]
-        blue_first = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-        done, stored = cv2.imencode(f".{encode_format}", blue_first, [quality, encode_quality])
-    except cv2.error:
-        done = False
-    return Picture(stored.tobytes(), width, height, encode_format) if done else "decode_error"  # such as too wide
+
+@cache
+def _resizer(storing: Storing) -> Any:
+    return load_resizer().Resizer(
+        storing.image_size,
+        storing.resize_mode,
+        resize_only_if_bigger=True,
+        encode_format=storing.encode_format,
+        encode_quality=storing.encode_quality,
+        min_image_size=storing.min_image_size,
+    )
+
+
+@cache
+def load_resizer() -> Any:
+    """Returns the module img2dataset.resizer, without the rest of the package."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations asks a package index for news otherwise
+    package = importlib.util.find_spec("img2dataset")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    file = Path(package.submodule_search_locations[0], "resizer.py")
+    spec = importlib.util.spec_from_file_location("img2dataset.resizer", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

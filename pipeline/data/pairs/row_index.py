@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import xxhash
+import pyarrow as pa
 
+from pipeline.data.fetch.references import shown
 from pipeline.errors import CorruptObject
+from pipeline.graph.artifacts import NOTE, read_shard
+from pipeline.graph.shard_tables import ShardRow, read_table, write_table
 from pipeline.local import open_local
 from pipeline.store import Store
 from pipeline.store.records import blob_path, read_twice
+from pipeline.terminal import printable
 
+OPT_OUTS = f"{NOTE}opt_outs"
 STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for pictures whose short side is at least this
 COLUMNS = (
     "key",
@@ -21,7 +27,6 @@ COLUMNS = (
     "width",
     "height",
     "sha256",
-    "xxh3",
     "tar",
     "offset",
     "size",
@@ -34,28 +39,19 @@ COLUMNS = (
 WIDE = {"width", "height", "offset", "size"}
 
 
-def index_table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A pyarrow Table of index rows.
+def index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Returns the table of index rows.
 
     ``tar`` is null where the picture lies in the shard's own ``images`` blob, else the path of an existing tar.
-    ``offset`` and ``size`` are bytes; ``sha256`` and ``xxh3`` are of the stored bytes; ``status`` is kept, rejected or
-    deferred. A kept row that imports embeddings has no picture: neither a place nor a size nor an ``xxh3``, and
-    ``sha256`` is of its embeddings.
+    ``offset`` and ``size`` are bytes; ``sha256`` is of the stored bytes; ``status`` is kept, rejected or deferred. A
+    kept row that imports embeddings has no image, neither a place nor a size, and ``sha256`` is of its embeddings.
     """
-    import pyarrow as pa
-
     return pa.table(
         {
             name: pa.array([row.get(name) for row in rows], pa.int64() if name in WIDE else pa.string())
             for name in COLUMNS
         }
     )
-
-
-def checksum(data: bytes) -> str:
-    """XXH3 of 64 bits, as 16 hex digits: tells damaged bytes from sound ones in a seventh of the time of SHA-256, which
-    names them. Whoever means to deceive can forge it."""
-    return xxhash.xxh3_64_hexdigest(data)
 
 
 def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -77,16 +73,16 @@ class Place(NamedTuple):
     tar: str | None
     offset: int
     size: int
-    xxh3: str
+    sha256: str
 
     @classmethod
     def of(cls, row: Mapping[str, Any], images: str | None) -> Place:
         """That of an index row, in a shard with this blob."""
-        return cls(row["key"], images, row["tar"], row["offset"], row["size"], row["xxh3"])
+        return cls(row["key"], images, row["tar"], row["offset"], row["size"], row["sha256"])
 
 
 def read_pictures(store: Store, places: Sequence[Place]) -> list[bytes]:
-    """The stored bytes of pictures, each checked against its xxh3. Neighbours are read together.
+    """The stored bytes of pictures, each checked against its sha256. Neighbours are read together.
 
     Raises CorruptObject for a blob or a tar that is missing or whose bytes do not match.
     """
@@ -99,7 +95,7 @@ def read_pictures(store: Store, places: Sequence[Place]) -> list[bytes]:
 def _checked(group: Sequence[Place], store: Store) -> dict[Place, bytes]:
     found: dict[Place, bytes] = {}
     for place, data in zip(group, _read(store, group), strict=True):
-        if checksum(data) != place.xxh3:
+        if hashlib.sha256(data).hexdigest() != place.sha256:
             path = place.tar or blob_path(place.images or "")
             raise CorruptObject(path, f"the picture of row {place.key} has other bytes than the index says")
         found[place] = data
@@ -140,3 +136,33 @@ def _read(store: Store, group: Sequence[Place]) -> Iterator[bytes]:
         yield from store.read_parts(blob_path(images), parts)
     except FileNotFoundError:
         raise CorruptObject(blob_path(images), "is missing") from None
+
+
+# --- evidence of opt-outs ------------------------------------------------------------------------------------------
+
+
+def opt_out_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Returns Parquet of rows whose ``evidence`` is an opener.Evidence; ``seen`` in milliseconds, UTC.
+
+    It has times, so it is a note beside a shard's result: the shard's record names it, the artefact's table does not.
+    People read it: what a site said cannot control their terminal, and references are as shown.
+    """
+    columns: dict[str, Any] = {name: pa.array([row[name] for row in rows]) for name in ("key", "url", "reason")}
+    columns["url"] = pa.array([shown(row["url"]) for row in rows])
+    columns["evidence"] = pa.array([printable(row["evidence"].text) for row in rows])
+    seen = [round(1000 * row["evidence"].seen) for row in rows]
+    columns["seen"] = pa.array(seen, pa.timestamp("ms", "UTC"))
+    return write_table(columns)
+
+
+def read_opt_outs(store: Store, shards: Iterable[ShardRow]) -> Iterator[dict[str, Any]]:
+    """Yields every opted-out or denied row of shards of pairs, in order.
+
+    A row has key, url, reason, evidence, and ``seen``, a datetime.
+
+    Raises CorruptObject for evidence that is missing or damaged.
+    """
+    for row in shards:
+        shard = read_shard(store, "pairs", row.key)
+        if shard is not None and OPT_OUTS in shard.blobs:
+            yield from read_table(store, shard.blobs[OPT_OUTS]).to_pylist()

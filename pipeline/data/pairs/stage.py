@@ -1,60 +1,39 @@
-"""Pictures: fetched, checked, resized, and packed into webdataset tars with an index, one source shard at a time.
+"""Pairs: images fetched, checked, resized, and packed into webdataset tars with an index, one source shard at a time.
 
-img2dataset supplies the fetch, the key scheme and the rules of resizing. The tar is byte-reproducible: members in
-order of key, time and owner fixed. Captions stay apart, so that new captions never fetch a picture again.
+Captions stay apart, so that new captions never fetch an image again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pipeline.data.fetch.deny import DenyLists, read_deny_lists
-from pipeline.data.fetch.opener import Evidence
-from pipeline.data.pairs.decoding import shared_decoder
-from pipeline.data.pairs.earlier import Known, earlier_shards, take_over
-from pipeline.data.pairs.opt_outs import OPT_OUTS, opt_out_table
-from pipeline.data.pairs.row_index import checksum, index_counts, index_table
-from pipeline.data.pairs.unfinished import Unfinished
-from pipeline.data.source.imported import SCHEME, read_imported
+from pipeline.data.fetch.deny import read_deny_lists
+from pipeline.data.pairs.earlier import earlier_shards
+from pipeline.data.pairs.picture import MAX_BYTES, MAX_PIXELS, Storing
 from pipeline.data.source.lists import reach
-from pipeline.data.source.stage import row_key
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards, read_table, write_table
-from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.shards import ShardTask, map_shards
 from pipeline.graph.stages import Context, shard_key
-from pipeline.ledger import Ledger, status_of
-from pipeline.local import Reach, read_local, reason_of
 from pipeline.parse import ContentFile
-from pipeline.progress import Steps
-from pipeline.settings import PairsSettings
-from pipeline.store import Store
 from pipeline.store.content import put_content
-from pipeline.store.parallel import ordered_map
-from pipeline.store.records import digest
 
-if TYPE_CHECKING:
-    from pipeline.data.fetch.fetcher import Fetched, Fetcher
-
-VERSION = 5
-TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "xxh3", "tar", "offset", "size")  # of an earlier index
+VERSION = 6
 
 
 @dataclass(frozen=True)
 class PairsRecipe:
-    """Says how images are stored, and which are refused.
+    """Says how images are stored, by img2dataset's options, and which are refused.
 
     Attributes:
-        image_size: A larger image is shrunk until its short side is this many pixels; a smaller one stays as it is.
+        image_size: A larger image is brought down to this many pixels by resize_mode; a smaller one stays as it is.
+        resize_mode: keep_ratio resizes the short side to image_size, keep_ratio_largest the long side. center_crop cuts
+            a square out of the first, border pads the second to one with white. no resizes nothing.
+        min_image_size: An image whose short side is below this is rejected.
         encode_format: Of the stored images.
         encode_quality: 0 to 100; for png the compression, 0 to 9.
         max_bytes: Limit for one image, as fetched.
@@ -65,10 +44,12 @@ class PairsRecipe:
     """
 
     image_size: Annotated[int, Field(ge=64)] = 1024  # the smallest image that a model is trained on
+    resize_mode: Literal["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"] = "keep_ratio"
+    min_image_size: NonNegativeInt = 0
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
     encode_quality: int = 95
-    max_bytes: PositiveInt = 32 << 20
-    max_pixels: PositiveInt = 64_000_000
+    max_bytes: PositiveInt = MAX_BYTES
+    max_pixels: PositiveInt = MAX_PIXELS
     deny_hosts: ContentFile | None = None
     deny_urls: ContentFile | None = None
     deny_sha256: ContentFile | None = None
@@ -79,177 +60,20 @@ class PairsRecipe:
             raise ValueError(f"encode_quality: {self.encode_quality} is outside 0..{limit} for {self.encode_format}")
 
     @property
+    def storing(self) -> Storing:
+        """The fields by which one image is resized and encoded."""
+        return Storing(self.image_size, self.encode_format, self.encode_quality, self.resize_mode, self.min_image_size)
+
+    @property
     def deny_lists(self) -> tuple[ContentFile | None, ContentFile | None, ContentFile | None]:
+        """The lists by kind, as read_deny_lists takes them."""
         return self.deny_hosts, self.deny_urls, self.deny_sha256
 
 
-@dataclass(frozen=True)
-class MakePacker:
-    """Makes one packer for each worker process."""
-
-    store: Store
-    recipe: PairsRecipe
-    settings: PairsSettings
-    reach: Reach
-
-    def __call__(self) -> Packer:
-        return Packer(self.store, self.recipe, self.settings, self.reach)
-
-
-class Packer:
-    """Makes the tar and the index of one shard."""
-
-    def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings, reach: Reach):
-        self.store, self.recipe, self.settings, self.reach = store, recipe, settings, reach
-        self.decoder = shared_decoder()
-        self.decoder.start()  # it has much to import, and so has the fetch
-
-    @cached_property
-    def deny(self) -> DenyLists:
-        return read_deny_lists(self.store, *self.recipe.deny_lists)
-
-    @cached_property
-    def fetcher(self) -> Fetcher:
-        """Opened at the first shard, where a UserError of this machine's environment is still one line."""
-        from pipeline.data.fetch.fetcher import Fetcher
-
-        return Fetcher(self.settings, self.recipe.max_bytes, self.deny, self.reach)
-
-    def __call__(self, task: ShardTask) -> ShardOutput:
-        steps = Steps()
-        refs = read_table(self.store, task.inputs["source"].blobs["refs"]).to_pylist()
-        rows = [
-            {"key": row_key(task.number, i), "status": "kept"}
-            | {k: ref[k] for k in ("url", "split", "license", "attribution")}
-            for i, ref in enumerate(refs)
-        ]
-        for row, ref in zip(rows, refs, strict=True):
-            if ref["reject"]:
-                _reject(row, ref["reject"])
-            else:
-                self._reject_denied(row, ref["sha256"])  # known by the list's own hash: not even asked for
-        wanted = [i for i, row in enumerate(rows) if row["status"] == "kept"]
-        known: dict[int, Known] = {}
-        if earlier := task.inputs.get("earlier pairs"):
-            known = take_over(self.store, refs, task.inputs["earlier source"], earlier)
-        in_place = [i for i in wanted if refs[i]["url"].startswith("tar://")]
-        for i in in_place:
-            if i in known:
-                rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER}
-            else:
-                self._use_in_place(rows[i], refs[i])
-        imported = [i for i in wanted if refs[i]["url"].startswith(SCHEME)]
-        for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported], self.reach), strict=True):
-            if isinstance(found, str):
-                _reject(rows[i], found)
-            else:  # no picture, and so no size
-                rows[i]["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
-        own = [i for i in wanted if not refs[i]["url"].startswith(("tar://", SCHEME))]
-        with Unfinished(digest([self.store.url, task.key, repr(self.settings)])) as unfinished:
-            ended = unfinished.ended
-            left = [i for i in own if i not in known and rows[i]["key"] not in ended]
-            new = self._new_pictures([(rows[i], refs[i]) for i in left], steps)
-            for i in own:
-                if rows[i]["key"] in ended:
-                    rows[i] |= ended[rows[i]["key"]]
-                    if evidence := rows[i].get("evidence"):
-                        rows[i]["evidence"] = Evidence(*evidence)
-                    continue
-                if i in known:
-                    picture = known[i].picture
-                    rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER} | {"evidence": known[i].evidence}
-                else:
-                    picture = next(new)
-                unfinished.add(rows[i], picture, self.recipe.encode_format)
-        blobs: dict[str, bytes | Path] = {"index": write_table(index_table(rows))}
-        if own:
-            blobs["images"] = unfinished.path
-        if opted_out := [row for row in rows if row.get("evidence")]:
-            blobs[OPT_OUTS] = opt_out_table(opted_out)
-        ledger = Ledger.count(None if row["status"] == "kept" else row["reason"] for row in rows)
-        return ShardOutput(ledger, blobs, index_counts(rows), steps.seconds, unfinished.remove)
-
-    def _new_pictures(
-        self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]], steps: Steps
-    ) -> Iterator[bytes | None]:
-        """Fetch the pictures of rows, of which it is given the references too, and yield what is to be stored of each,
-        in order; where that is None, the row is rejected."""
-        answers = steps.each("fetch", self.fetcher.fetch([ref["url"] for _, ref in wanted]))
-        # Two, so that there is always one to be decoded next, while pictures are put into the tar and others come.
-        return ordered_map(partial(self._judge, steps), zip(wanted, answers, strict=True), threads=2)
-
-    def _judge(self, steps: Steps, found: tuple[tuple[dict[str, Any], Mapping[str, Any]], Fetched]) -> bytes | None:
-        (row, ref), answer = found
-        if answer.data is None:
-            _reject(row, answer.reason, answer.evidence)
-            return None
-        hashed = ref["sha256"] or self.deny.sha256  # else nobody asks for the hash of what was fetched
-        if hashed and self._reject_hash(row, ref, hashlib.sha256(answer.data).hexdigest()):
-            return None
-        r = self.recipe
-        with steps("decode"):
-            picture = self.decoder.resize(answer.data, r.image_size, r.max_pixels, r.encode_format, r.encode_quality)
-        if isinstance(picture, str):
-            _reject(row, picture)
-            return None
-        row |= {
-            "width": picture.width,
-            "height": picture.height,
-            "size": len(picture.data),
-            "sha256": hashlib.sha256(picture.data).hexdigest(),
-            "xxh3": checksum(picture.data),
-        }
-        return picture.data
-
-    def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any]) -> None:
-        """Index a member of an existing tar where it lies, after decoding it once."""
-        place = tar_place(ref["url"])
-        if place is None:
-            return _reject(row, "unsupported_reference")
-        try:
-            data = read_local(place["tar"], self.recipe.max_bytes, self.reach, place["offset"], place["size"])
-        except OSError as e:
-            return _reject(row, reason_of(e))
-        sha256 = hashlib.sha256(data).hexdigest()
-        if self._reject_hash(row, ref, sha256):
-            return None
-        found = self.decoder.inspect(data, self.recipe.max_pixels)
-        if isinstance(found, str):
-            return _reject(row, found)
-        row |= {**place, "sha256": sha256, "xxh3": checksum(data), "width": found[0], "height": found[1]}
-        return None
-
-    def _reject_hash(self, row: dict[str, Any], ref: Mapping[str, Any], sha256: str) -> bool:
-        """Reject bytes that are not those of the list, or that are denied; say whether they were."""
-        if ref["sha256"] and sha256 != ref["sha256"].lower():
-            _reject(row, "hash_mismatch")
-        else:
-            self._reject_denied(row, sha256)
-        return row["status"] != "kept"
-
-    def _reject_denied(self, row: dict[str, Any], sha256: str) -> None:
-        if entry := self.deny.hash(sha256):
-            _reject(row, "denied", Evidence(entry, time.time()))
-
-
-def tar_place(reference: str) -> dict[str, Any] | None:
-    """Path, offset and size of a member of a tar (see source.tar_reference), or None if it does not say them."""
-    try:
-        parts = urlsplit(reference)
-        query = parse_qs(parts.query)
-        offset, size = int(query["offset"][0]), int(query["size"][0])
-    except (KeyError, ValueError):
-        return None
-    path = unquote(parts.path)
-    return {"tar": path, "offset": offset, "size": size} if path and offset >= 0 and size >= 0 else None
-
-
-def _reject(row: dict[str, Any], reason: str | None, evidence: Evidence | None = None) -> None:
-    row |= {"status": status_of(reason), "reason": reason, "evidence": evidence}
-
-
 def run_pairs(ctx: Context) -> Artifact:
-    """Fetch and pack every source shard. The emoji set is served from this machine while the stage runs."""
+    """Fetches and packs every source shard. The emoji set is served from this machine while the stage runs."""
+    from pipeline.data.pairs.packer import MakePacker
+
     earlier = earlier_shards(ctx)
     tasks = [
         ShardTask(

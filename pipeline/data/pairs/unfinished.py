@@ -1,13 +1,14 @@
 """A shard of pairs that is being packed, on this machine's disk: its tar, and how its rows have ended so far.
 
-A worker that dies leaves both behind, and who makes the shard next on this machine goes on where it stopped: servers
-are asked again only for what was under way. So a shard takes disk and not memory.
+A worker that dies leaves both behind, and the process that makes the shard next on this machine goes on there: servers
+are asked again only for what was under way, and for the images in the last 10 KiB, which webdataset's writer holds
+back. So a shard takes disk and not memory.
 """
 
 from __future__ import annotations
 
 import fcntl
-import io
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from pipeline.data.pairs.row_index import checksum
+from webdataset.writer import TarWriter
 
 KEEP_S = 24 * 3600  # after which what nobody came back for is deleted, and answers of servers count as old
 
@@ -49,7 +50,8 @@ class Unfinished:
         self._open = ExitStack()
         self._open.enter_context(self._rows)
         self._open.enter_context(self._file)
-        self._tar = self._open.enter_context(tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT))
+        self._tar = self._open.enter_context(TarWriter(self._file, encoder=False, mtime=0))
+        self._tar.tarstream.offset = self._file.tell()  # it counts from where it begins to write
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,7 +70,7 @@ class Unfinished:
                 break
             if row.get("offset") is not None:
                 self._file.seek(row["offset"])
-                if checksum(self._file.read(row["size"])) != row["xxh3"]:
+                if hashlib.sha256(self._file.read(row["size"])).hexdigest() != row["sha256"]:
                     break
             ended[row["key"]], end, whole = row, after, whole + len(line)
         self._rows.truncate(whole)
@@ -80,15 +82,14 @@ class Unfinished:
     def add(self, row: dict[str, Any], picture: bytes | None, extension: str) -> None:
         """Adds a row that has ended, values of JSON and tuples by name, and its picture if the tar is to hold it.
 
-        Such a row has "size" and "xxh3", and gets its "offset".
+        Such a row has "size" and "sha256", and gets its "offset".
         """
         if picture is not None:
-            member = tarfile.TarInfo(f"{row['key']}.{extension}")
-            member.size = len(picture)
-            row["offset"] = self._file.tell() + tarfile.BLOCKSIZE
-            self._tar.addfile(member, io.BytesIO(picture))
+            row["offset"] = self._tar.tarstream.offset + tarfile.BLOCKSIZE
+            self._tar.write({"__key__": row["key"], extension: picture})
             self._file.flush()
-        self._rows.write(json.dumps({"row": row, "end": self._file.tell()}, default=astuple).encode() + b"\n")
+        end = self._tar.tarstream.offset
+        self._rows.write(json.dumps({"row": row, "end": end}, default=astuple).encode() + b"\n")
         self._rows.flush()
 
     def remove(self) -> None:

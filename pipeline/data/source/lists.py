@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from pipeline.data.fetch.references import without_password
 from pipeline.data.source.imported import embedding_reference, is_embeddings, metadata_parts
@@ -245,6 +245,18 @@ def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[
 def tar_reference(tar: str, member: str, offset: int, size: int) -> str:
     """A member of an existing tar, to be used where it lies."""
     return f"tar://{quote(tar)}?offset={offset}&size={size}#{quote(member, errors='surrogateescape')}"
+
+
+def tar_place(reference: str) -> dict[str, Any] | None:
+    """Path, offset and size of a member of a tar (see tar_reference), or None if it does not say them."""
+    try:
+        parts = urlsplit(reference)
+        query = parse_qs(parts.query)
+        offset, size = int(query["offset"][0]), int(query["size"][0])
+    except (KeyError, ValueError):
+        return None
+    path = unquote(parts.path)
+    return {"tar": path, "offset": offset, "size": size} if path and offset >= 0 and size >= 0 else None
 
 
 def _tar_rows(path: Path) -> Iterator[Row]:

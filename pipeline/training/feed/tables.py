@@ -145,11 +145,11 @@ class Tables:
         image: Any = repeat(None, len(keys))
         text: Any = repeat(None, len(keys))
         if "pairs" in blobs:
-            columns = (index[name].to_pylist() for name in ("tar", "offset", "size", "xxh3"))
+            columns = (index[name].to_pylist() for name in ("tar", "offset", "size", "sha256"))
             own = blobs["pairs"].get("images")
             places = (
-                None if size is None else Place(key, own, tar, offset, size, xxh3)
-                for key, tar, offset, size, xxh3 in zip(keys, *columns, strict=True)
+                None if size is None else Place(key, own, tar, offset, size, sha256)
+                for key, tar, offset, size, sha256 in zip(keys, *columns, strict=True)
             )
         if "captions" in blobs:
             captions = self._join(number, blobs, "captions", keys)["captions"].to_pylist()

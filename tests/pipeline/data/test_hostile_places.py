@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.pairs.peek import look
+from pipeline.data.source.peek import look
 from tests.pipeline.data.bench import Bench, picture, write_list
 
 OUTSIDE = [

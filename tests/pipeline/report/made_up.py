@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.data.curation.rejected import Rejected, rejected_table
-from pipeline.data.pairs.row_index import checksum, index_table
+from pipeline.data.pairs.row_index import index_table
 from pipeline.data.source.stage import row_key
 from pipeline.evaluate.figure import Figure, count, judged
 from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard
@@ -175,7 +175,7 @@ def _rows(number: int, caption: str | None) -> tuple[list[dict[str, Any]], list[
             continue
         data = encoded(drawn(96, colour, shape))
         row |= {"width": 96, "height": 96, "offset": len(images)}
-        row |= {"sha256": hashlib.sha256(data).hexdigest(), "xxh3": checksum(data)}
+        row |= {"sha256": hashlib.sha256(data).hexdigest()}
         rows.append({**row, "size": len(data), "status": "kept", "reason": None})
         images += data
     return rows, captions, images

@@ -156,7 +156,7 @@ def test_a_damaged_image_costs_one_image(store: FolderStore, made: dict[str, Art
     [first, *_] = read_first_shards(store, made)
     rows = [dict(row) for row in first.rows]
     victim = next(row for row in rows if row["key"] in first.kept)
-    victim["xxh3"] = "0" * 16
+    victim["sha256"] = "0" * 64
     blobs = {"index": put_blob(store, write_table(index_table(rows))), "images": first.shard.blobs["images"]}
     table, ledger = write_shard_table(store, [Shard(0, "k", made["pairs"].ledger, blobs)])
     pairs = Artifact("pairs", "damaged", {}, {}, ledger, shard_table=table)

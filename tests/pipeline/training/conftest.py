@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline.data.pairs.row_index import checksum, index_counts, index_table
+from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard
 from pipeline.graph.shard_tables import write_shard_table, write_table
@@ -158,7 +158,7 @@ def _pack(group: list[Example]) -> tuple[list[dict[str, Any]], bytes]:
             tar.addfile(member, io.BytesIO(example.jpeg))
             width, height = Image.open(io.BytesIO(example.jpeg)).size
             place = {"offset": offset, "size": member.size, "width": width, "height": height}
-            index.append(row | place | {"status": "kept", "xxh3": checksum(example.jpeg)})
+            index.append(row | place | {"status": "kept", "sha256": hashlib.sha256(example.jpeg).hexdigest()})
     return index, out.getvalue()
 
 

@@ -10,7 +10,7 @@ import yaml
 from pipeline.config import Config, make_config
 from pipeline.data.fetch.deny import DenyLists, read_deny_lists
 from pipeline.data.fetch.opener import normal_url
-from pipeline.data.pairs.opt_outs import read_opt_outs
+from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.keys import differences
 from pipeline.graph.shard_tables import read_shards

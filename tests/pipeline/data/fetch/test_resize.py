@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from pipeline.data.pairs.picture import LONGEST, MAX_SCANS, Picture, inspect, resize
+from pipeline.data.pairs.picture import LONGEST, MAX_SCANS, Picture, Storing, inspect, resize
 from pipeline.data.source.stage import row_key
 
 
@@ -46,7 +46,7 @@ def test_keys_are_img2datasets_sort_like_rows_and_have_one_width() -> None:
 
 
 def small(data: bytes, image_size: int = 16, kind: str = "png", quality: int = 3) -> Picture | str:
-    return resize(data, image_size, 1_000_000, kind, quality)
+    return resize(data, 1_000_000, Storing(image_size, kind, quality))
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,7 +73,7 @@ def test_equals_img2datasets_own_resizer(
     expected, width, height, *_ = Resizer(
         image_size, "keep_ratio", True, encode_format=stored[0], encode_quality=stored[1]
     )(io.BytesIO(data))
-    assert resize(data, image_size, 1_000_000, *stored) == Picture(expected, width, height, stored[0])
+    assert resize(data, 1_000_000, Storing(image_size, *stored)) == Picture(expected, width, height, stored[0])
 
 
 @pytest.mark.parametrize(("size", "expected"), [((64, 32), (32, 16)), ((32, 64), (16, 32)), ((12, 40), (12, 40))])
@@ -92,6 +92,26 @@ def test_bytes_are_reproducible_in_every_format(kind: str, quality: int) -> None
     assert picture == small(data, kind=kind, quality=quality)
     assert picture.extension == kind
     assert Image.open(io.BytesIO(picture.data)).format == {"jpg": "JPEG"}.get(kind, kind.upper())
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "expected"),
+    [
+        ("keep_ratio", (64, 32), (32, 16)), ("keep_ratio_largest", (64, 32), (16, 8)),
+        ("center_crop", (64, 32), (16, 16)), ("center_crop", (12, 10), (12, 10)),
+        ("border", (64, 32), (16, 16)), ("no", (64, 32), (64, 32)),
+    ],
+)  # fmt: skip
+def test_modes_are_img2datasets(mode: str, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    picture = resize(encoded(noise(*size)), 1_000_000, Storing(16, "png", 3, mode))
+    assert isinstance(picture, Picture)
+    assert (picture.width, picture.height) == expected
+
+
+def test_an_image_below_the_least_side_is_rejected() -> None:
+    for least, reason in ((12, None), (13, "too_small")):
+        found = resize(encoded(noise(40, 12)), 1_000_000, Storing(16, "png", 3, min_image_size=least))
+        assert found == reason or (reason is None and isinstance(found, Picture))
 
 
 def test_area_interpolation_is_the_mean() -> None:
@@ -172,7 +192,7 @@ TOO_WIDE = encoded(Image.new("L", (70_000, 2)))  # for a JPEG; it decodes
     ],
 )
 def test_a_bad_picture_has_its_reason(data: bytes, reason: str) -> None:
-    assert resize(data, 16, 1_000_000, "jpg", 90) == reason
+    assert resize(data, 1_000_000, Storing(16, "jpg", 90)) == reason
     assert inspect(data, 1_000_000) == reason or data == TOO_WIDE
 
 
@@ -184,7 +204,7 @@ def test_a_jpeg_may_have_some_scans_and_not_hundreds() -> None:
     assert scans > 5
     for count, reason in ((MAX_SCANS, None), (MAX_SCANS + 1, "decode_error")):
         data = whole[:-2] + whole[last:-2] * (count - scans) + b"\xff\xd9"
-        found = resize(data, 16, 1_000_000, "jpg", 90)
+        found = resize(data, 1_000_000, Storing(16, "jpg", 90))
         assert found == reason or (reason is None and isinstance(found, Picture))
         assert inspect(data, 1_000_000) == (reason or (80, 72))
 
@@ -210,6 +230,6 @@ def test_the_long_side_is_bounded_by_the_short_ones_limit() -> None:
 
 
 def test_an_honest_large_png_passes() -> None:
-    stored = resize(encoded(noise(1536, 1024)), 1024, 64_000_000, "png", 3)
+    stored = resize(encoded(noise(1536, 1024)), 64_000_000, Storing(1024, "png", 3))
     assert isinstance(stored, Picture)
     assert (stored.width, stored.height) == (1536, 1024)

@@ -19,7 +19,7 @@ from pipeline.data.fetch.references import shown
 from pipeline.data.fetch.robots import MAX_LINES, ROBOTS_BYTES, Robots, allows, opting_out, parse_robots
 from pipeline.data.fetch.visit import private_headers
 from pipeline.data.pairs.row_index import read_opt_outs
-from pipeline.graph.artifacts import read_shards
+from pipeline.graph.shard_tables import read_shards
 from pipeline.settings import PairsSettings
 from tests.chain import ROOT
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list

@@ -15,21 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.pairs import decoding
-from pipeline.data.pairs import stage as pairs
+from pipeline.data.pairs import decoding, packer
 from pipeline.data.pairs.decoding import BASE_BYTES, BYTES_PER_PIXEL, COMMAND, KEEP_MEMORY, Decoder, seconds
-from pipeline.data.pairs.picture import Picture, inspect, resize
+from pipeline.data.pairs.picture import Picture, Storing, inspect, resize
 from pipeline.data.pairs.sandbox import KEPT
 from pipeline.errors import UserError
 from tests.pipeline.data.bench import Bench, picture, write_list
 
-LIMITS = (64, 1_000_000, "jpg", 90)
+LIMITS = (1_000_000, Storing(64, "jpg", 90))
 
 # A child as the real one, but for pictures that hold a word: those do to it what a broken decoder would.
 WRAPPED = """
 import os, signal, sys, time
 from pathlib import Path
-from pipeline.data import decoding
+from pipeline.data.pairs import decoding
 
 SIGNALS = {b"SEGFAULT": signal.SIGSEGV, b"OUT-OF-MEMORY": signal.SIGKILL, b"ABORT": signal.SIGABRT}
 
@@ -94,7 +93,7 @@ def test_one_that_was_killed_once_has_another_try(decoder: Decoder) -> None:
 def test_answers_are_those_of_the_functions_whatever_is_printed(decoder: Decoder) -> None:
     whole = picture(3, 300, 200)
     for data in (whole, whole[:-300], b"", b"<html>", picture(4, kind="WEBP"), with_word("CHATTER"), bytes(3_000_000)):
-        for arguments in (LIMITS, (64, 10, "png", 3)):
+        for arguments in (LIMITS, (10, Storing(64, "png", 3))):
             assert decoder.resize(data, *arguments) == resize(data, *arguments)
         assert decoder.inspect(data, 1_000_000) == inspect(data, 1_000_000)
     assert isinstance(decoder.resize(whole, *LIMITS), Picture)
@@ -194,7 +193,7 @@ def test_an_idle_child_ends_and_the_next_picture_starts_another(tmp_path: Path) 
 
 def test_a_decoder_that_cannot_start_is_said_and_rejects_nothing() -> None:
     decoder = Decoder((sys.executable, "-c", "raise SystemExit(3)"))
-    with pytest.raises(UserError, match=r"run python -m pipeline\.data\.decoding to see why"):
+    with pytest.raises(UserError, match=r"run python -m pipeline\.data\.pairs\.decoding to see why"):
         decoder.inspect(picture(1), 1_000_000)
 
 
@@ -230,7 +229,7 @@ def test_a_shard_with_such_pictures_is_made_and_every_row_counted(
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     source = write_list(tmp_path / "list.csv", [(f"file://{tmp_path}/{i}.png", "a picture") for i in range(5)])
-    monkeypatch.setattr(pairs, "shared_decoder", lambda: decoder)
+    monkeypatch.setattr(packer, "shared_decoder", lambda: decoder)
     bench = Bench(tmp_path / "store", [source, str(tmp_path / "a.tar")])
     bench.make("source", "pairs")
     crashed = "decoder_crashed"

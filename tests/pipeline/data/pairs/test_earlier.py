@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.pairs.opt_outs import read_opt_outs
+from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.graph.plan import plan
 from pipeline.graph.runs import remember
 from pipeline.graph.shard_tables import read_shards

@@ -11,8 +11,7 @@ from PIL import Image
 
 from models.view import open_view, upright_rgb, view
 from pipeline.data.neighbours.search import embed_picture
-from pipeline.data.pairs.decoding import shared_decoder
-from pipeline.data.pairs.own_picture import open_picture
+from pipeline.data.pairs.decoding import open_image, shared_decoder
 from pipeline.data.pairs.row_index import Place, read_pictures
 from pipeline.errors import UserError
 from pipeline.graph.shard_tables import read_shards
@@ -62,7 +61,7 @@ def test_every_way_gives_the_same_pixels(bench: Bench) -> None:
     clip = _clip(bench)
     for name, (fetched, in_place) in read(bench).items():
         expected = open_view(fetched, SIZE)
-        given = open_picture(folder / name)
+        given = open_image(folder / name)
         assert np.array_equal(open_view(in_place, SIZE), expected), name
         assert np.array_equal(view(given, SIZE), expected), name
         embedded = embed_picture(bench.store, bench.made["clip"], str(folder / name))
@@ -117,5 +116,5 @@ def test_an_image_that_is_named_has_the_limits_of_the_list(bench: Bench, tmp_pat
     file = tmp_path / "bomb.png"
     file.write_bytes(encoded(Image.new("1", (10_000, 10_000)), "png"))
     with pytest.raises(UserError, match=r"bomb\.png: cannot be taken \(too_many_pixels"):
-        open_picture(file) if command == "edit" else embed_picture(bench.store, bench.made["clip"], str(file))
+        open_image(file) if command == "edit" else embed_picture(bench.store, bench.made["clip"], str(file))
     assert shared_decoder()._process is not None

@@ -8,16 +8,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pipeline.data.pairs.stage import PairsRecipe, tar_place
+from PIL import Image
+
 from pipeline.data.source.imported import SCHEME
-from pipeline.data.source.lists import Row, reach, read_rows
+from pipeline.data.source.lists import Row, reach, read_rows, tar_place
 from pipeline.data.source.stage import SourceRecipe, hash_share
 from pipeline.errors import UserError
 from pipeline.local import Reach, local_path, read_local
 
 ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
 PICTURES = 100  # measured, at most
-MAX_BYTES = PairsRecipe().max_bytes
+MAX_BYTES = 32 << 20  # of one, as pairs.max_bytes by default
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,6 @@ def look(recipe: SourceRecipe) -> Look:
 
 def _sides(rows: list[Row], may: Reach) -> Iterator[int]:
     """Short sides of the first pictures that lie here, from their headers; 0 for one that cannot be opened."""
-    from PIL import Image
-
     for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), PICTURES):
         try:
             with Image.open(io.BytesIO(_read(row.url, may)), formats=("PNG", "JPEG", "WEBP")) as image:

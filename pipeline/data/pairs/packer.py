@@ -1,0 +1,187 @@
+"""Makes the tar and the index of one source shard: fetches, checks, resizes and packs its images.
+
+The tar is webdataset's, and the same to the byte for the same images: members in order of key, time and owner fixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.fetch.deny import DenyLists, read_deny_lists
+from pipeline.data.fetch.fetcher import Fetched, Fetcher
+from pipeline.data.fetch.opener import Evidence
+from pipeline.data.pairs.decoding import shared_decoder
+from pipeline.data.pairs.earlier import Known, take_over
+from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, opt_out_table
+from pipeline.data.pairs.stage import PairsRecipe
+from pipeline.data.pairs.unfinished import Unfinished
+from pipeline.data.source.imported import SCHEME, read_imported
+from pipeline.data.source.lists import tar_place
+from pipeline.data.source.stage import row_key
+from pipeline.graph.shard_tables import read_table, write_table
+from pipeline.graph.shards import ShardOutput, ShardTask
+from pipeline.ledger import Ledger, status_of
+from pipeline.local import Reach, read_local, reason_of
+from pipeline.progress import Steps
+from pipeline.settings import PairsSettings
+from pipeline.store import Store
+from pipeline.store.parallel import ordered_map
+from pipeline.store.records import digest
+
+TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "tar", "offset", "size")  # of an earlier index
+
+
+@dataclass(frozen=True)
+class MakePacker:
+    """Makes one packer for each worker process."""
+
+    store: Store
+    recipe: PairsRecipe
+    settings: PairsSettings
+    reach: Reach
+
+    def __call__(self) -> Packer:
+        return Packer(self.store, self.recipe, self.settings, self.reach)
+
+
+class Packer:
+    """Makes the tar and the index of one shard."""
+
+    def __init__(self, store: Store, recipe: PairsRecipe, settings: PairsSettings, reach: Reach):
+        self.store, self.recipe, self.settings, self.reach = store, recipe, settings, reach
+        self.decoder = shared_decoder()
+        self.decoder.start()  # it has much to import, and so has the fetch
+
+    @cached_property
+    def deny(self) -> DenyLists:
+        return read_deny_lists(self.store, *self.recipe.deny_lists)
+
+    @cached_property
+    def fetcher(self) -> Fetcher:
+        # Opened at the first shard, where a UserError of this machine's environment is still one line.
+        return Fetcher(self.settings, self.recipe.max_bytes, self.deny, self.reach)
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        steps = Steps()
+        refs = read_table(self.store, task.inputs["source"].blobs["refs"]).to_pylist()
+        rows = [
+            {"key": row_key(task.number, i), "status": "kept"}
+            | {k: ref[k] for k in ("url", "split", "license", "attribution")}
+            for i, ref in enumerate(refs)
+        ]
+        for row, ref in zip(rows, refs, strict=True):
+            if ref["reject"]:
+                _reject(row, ref["reject"])
+            else:
+                self._reject_denied(row, ref["sha256"])  # known by the list's own hash: not even asked for
+        wanted = [i for i, row in enumerate(rows) if row["status"] == "kept"]
+        known: dict[int, Known] = {}
+        if earlier := task.inputs.get("earlier pairs"):
+            known = take_over(self.store, refs, task.inputs["earlier source"], earlier)
+        in_place = [i for i in wanted if refs[i]["url"].startswith("tar://")]
+        for i in in_place:
+            if i in known:
+                rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER}
+            else:
+                self._use_in_place(rows[i], refs[i])
+        imported = [i for i in wanted if refs[i]["url"].startswith(SCHEME)]
+        for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported], self.reach), strict=True):
+            if isinstance(found, str):
+                _reject(rows[i], found)
+            else:  # no picture, and so no size
+                rows[i]["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
+        own = [i for i in wanted if not refs[i]["url"].startswith(("tar://", SCHEME))]
+        with Unfinished(digest([self.store.url, task.key, repr(self.settings)])) as unfinished:
+            ended = unfinished.ended
+            left = [i for i in own if i not in known and rows[i]["key"] not in ended]
+            new = self._new_pictures([(rows[i], refs[i]) for i in left], steps)
+            for i in own:
+                if rows[i]["key"] in ended:
+                    rows[i] |= ended[rows[i]["key"]]
+                    if evidence := rows[i].get("evidence"):
+                        rows[i]["evidence"] = Evidence(*evidence)
+                    continue
+                if i in known:
+                    picture = known[i].picture
+                    rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER} | {"evidence": known[i].evidence}
+                else:
+                    picture = next(new)
+                unfinished.add(rows[i], picture, self.recipe.encode_format)
+        blobs: dict[str, bytes | Path] = {"index": write_table(index_table(rows))}
+        if own:
+            blobs["images"] = unfinished.path
+        if opted_out := [row for row in rows if row.get("evidence")]:
+            blobs[OPT_OUTS] = opt_out_table(opted_out)
+        ledger = Ledger.count(None if row["status"] == "kept" else row["reason"] for row in rows)
+        return ShardOutput(ledger, blobs, index_counts(rows), steps.seconds, unfinished.remove)
+
+    def _new_pictures(
+        self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]], steps: Steps
+    ) -> Iterator[bytes | None]:
+        """Fetch the pictures of rows, of which it is given the references too, and yield what is to be stored of each,
+        in order; where that is None, the row is rejected."""
+        answers = steps.each("fetch", self.fetcher.fetch([ref["url"] for _, ref in wanted]))
+        # Two, so that there is always one to be decoded next, while pictures are put into the tar and others come.
+        return ordered_map(partial(self._judge, steps), zip(wanted, answers, strict=True), threads=2)
+
+    def _judge(self, steps: Steps, found: tuple[tuple[dict[str, Any], Mapping[str, Any]], Fetched]) -> bytes | None:
+        (row, ref), answer = found
+        if answer.data is None:
+            _reject(row, answer.reason, answer.evidence)
+            return None
+        hashed = ref["sha256"] or self.deny.sha256  # else nobody asks for the hash of what was fetched
+        if hashed and self._reject_hash(row, ref, hashlib.sha256(answer.data).hexdigest()):
+            return None
+        r = self.recipe
+        with steps("decode"):
+            picture = self.decoder.resize(answer.data, r.max_pixels, r.storing)
+        if isinstance(picture, str):
+            _reject(row, picture)
+            return None
+        row |= {
+            "width": picture.width,
+            "height": picture.height,
+            "size": len(picture.data),
+            "sha256": hashlib.sha256(picture.data).hexdigest(),
+        }
+        return picture.data
+
+    def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any]) -> None:
+        """Index a member of an existing tar where it lies, after decoding it once."""
+        place = tar_place(ref["url"])
+        if place is None:
+            return _reject(row, "unsupported_reference")
+        try:
+            data = read_local(place["tar"], self.recipe.max_bytes, self.reach, place["offset"], place["size"])
+        except OSError as e:
+            return _reject(row, reason_of(e))
+        sha256 = hashlib.sha256(data).hexdigest()
+        if self._reject_hash(row, ref, sha256):
+            return None
+        found = self.decoder.inspect(data, self.recipe.max_pixels)
+        if isinstance(found, str):
+            return _reject(row, found)
+        row |= {**place, "sha256": sha256, "width": found[0], "height": found[1]}
+        return None
+
+    def _reject_hash(self, row: dict[str, Any], ref: Mapping[str, Any], sha256: str) -> bool:
+        """Reject bytes that are not those of the list, or that are denied; say whether they were."""
+        if ref["sha256"] and sha256 != ref["sha256"].lower():
+            _reject(row, "hash_mismatch")
+        else:
+            self._reject_denied(row, sha256)
+        return row["status"] != "kept"
+
+    def _reject_denied(self, row: dict[str, Any], sha256: str) -> None:
+        if entry := self.deny.hash(sha256):
+            _reject(row, "denied", Evidence(entry, time.time()))
+
+
+def _reject(row: dict[str, Any], reason: str | None, evidence: Evidence | None = None) -> None:
+    row |= {"status": status_of(reason), "reason": reason, "evidence": evidence}
