@@ -404,7 +404,7 @@ def test_evidence_says_what_kept_us_out_and_when_and_the_result_is_the_same_agai
     assert all(began <= row["seen"].timestamp() <= time.time() for row in found)
 
     page = (ROOT / "docs/fetch.md").read_text()
-    code = page[page.index("    from pipeline.graph.artifacts") : page.index("`store` is")]
+    code = page[page.index("    from pipeline.graph.shard_tables") : page.index("`store` is")]
     exec(textwrap.dedent(code), {"store": first.store, "pairs": first.made["pairs"]})
     assert (
         capsys.readouterr().out.splitlines()[0].startswith(f"000000000000 {urls[0]} opted_out http://a.test/robots.t")
