@@ -12,6 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import boto3
+from botocore import exceptions
+from botocore.config import Config
+from urllib3 import exceptions as transfer
+
 from pipeline.data.fetch.opener import Refused
 from pipeline.errors import UserError
 
@@ -55,9 +60,6 @@ class S3Reader:
 
     def _client(self) -> Any:
         """One client for all threads: it may be shared, but it takes a moment to make."""
-        import boto3
-        from botocore.config import Config
-
         with self._lock:
             if self._made is None:
                 config = Config(
@@ -72,9 +74,6 @@ class S3Reader:
 
 @contextmanager
 def _failures_as_reasons() -> Iterator[None]:
-    from botocore import exceptions
-    from urllib3 import exceptions as transfer
-
     try:
         yield
     except exceptions.ClientError as e:

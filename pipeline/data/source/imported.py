@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.errors import UserError
 from pipeline.local import Outside, Reach, open_local, reason_of
 
@@ -31,9 +35,6 @@ def metadata_parts(folder: Path, reach: Reach) -> list[tuple[str, Path]]:
 
     Raises UserError if there is none, or one whose files do not belong together.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     numbers = {m[1] for file in folder.glob("*/*") if (m := re.fullmatch(r"\w+_(\d+)\.(?:npy|parquet)", file.name))}
     if not numbers:
         raise UserError(f"source {folder}: it has no metadata_N.parquet; is this what clip-retrieval has written?")
@@ -67,8 +68,6 @@ def embedding_reference(folder: Path, part: str, row: int) -> str:
 
 def read_imported(references: Sequence[str], within: Reach | None = None) -> list[Any]:
     """For each reference the image and the text embedding, fp32 [2, d] as stored, or the reason why there are none."""
-    import numpy as np
-
     opened: dict[tuple[str, str], list[Any] | str] = {}
     result: list[Any] = []
     for reference in references:
@@ -110,8 +109,6 @@ def _file(folder: Path, name: str, part: str) -> Path:
 
 def _open(path: Path, within: Reach | None) -> Any:
     """A matrix that stays on disk. Raises OSError, and ValueError for what is no array of numbers."""
-    import numpy as np
-
     with open_local(path, within) as file:
         # Not np.load, which opens a path itself, and whatever that has become.
         if np.lib.format.read_magic(file) != (1, 0):

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.data.fetch.references import without_password
 from pipeline.data.source.imported import embedding_reference, is_embeddings, metadata_parts
 from pipeline.data.source.tables import IMAGES, LIMIT, Flaw, table_rows
@@ -211,9 +214,6 @@ def _spoken(url: str, data: bytes, where: str) -> Row:
 
 def write_rows(file: BinaryIO, rows: Iterable[Row]) -> None:
     """Writes rows as Parquet, so that a list is read elsewhere as it was here, whatever its columns are called."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     text, texts = pa.string(), pa.list_(pa.string())
     schema = pa.schema([(field.name, texts if field.name == "captions" else text) for field in fields(Row)])
     rest = iter(rows)
@@ -223,9 +223,6 @@ def write_rows(file: BinaryIO, rows: Iterable[Row]) -> None:
 
 
 def _written_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=10_000):
             for row in batch.to_pylist():

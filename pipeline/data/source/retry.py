@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.data.source.journal import reference_mark
 from pipeline.data.source.stage import FIRST_RETRY, SourceShard, segment_of
 from pipeline.graph.artifacts import Artifact
@@ -37,9 +40,6 @@ def gather(
     ``source``: the stored shards of the list that ``pairs`` was made from. Returns the blob (None without a row) and
     the number of rows. Their splits go along, so that none moves. One shard is in memory at a time.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     schema = pa.schema(
         [(name, pa.string()) for name in ("url", "group", "split", "sha256", "license", "attribution")]
         + [("captions", pa.list_(pa.string()))]

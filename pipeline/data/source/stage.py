@@ -20,6 +20,7 @@ from itertools import islice
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field, NonNegativeFloat
 
 from pipeline.data.fetch.references import comparable
@@ -275,8 +276,6 @@ class _Cutter:
     def _put(
         self, number: int, refs: Sequence[tuple[str | None, ...]], captions: Sequence[tuple[str, ...]]
     ) -> dict[str, str]:
-        import pyarrow as pa
-
         columns = ("url", "group", "split", "sha256", "license", "attribution", "reject")
         table = {name: pa.array([ref[i] for ref in refs], pa.string()) for i, name in enumerate(columns)}
         keys = pa.array([row_key(number, i) for i in range(len(refs))], pa.string())

@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as t
+
 from pipeline.errors import UserError
 from pipeline.local import open_local
 from pipeline.progress import counted
@@ -217,9 +221,6 @@ def _lone_surrogate(wanted: Sequence[str], values: Sequence[str], number: int) -
 
 
 def _parquet_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     number = 0
     try:
         with open_local(path) as opened, pq.ParquetFile(opened, buffer_size=1 << 20) as file:
@@ -242,8 +243,6 @@ def _parquet_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[li
 def _check_type(path: Path, column: str, kind: Any, place: int) -> None:
     """Refuses a column that holds anything but references (the first), captions or lists of them (the second), or
     what can be written as text (any other)."""
-    import pyarrow.types as t
-
     inner = kind.value_type if place == 1 and (t.is_list(kind) or t.is_large_list(kind)) else kind
     plain = inner.value_type if t.is_dictionary(inner) else inner
     text = (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary, t.is_null)
@@ -274,9 +273,6 @@ def _belongs(path: str, column: str) -> bool:
 
 def _values(array: Any) -> list[Any]:
     """The values of a column, with text that is not UTF-8 as bytes, and NaN as None."""
-    import pyarrow as pa
-    import pyarrow.types as t
-
     if t.is_dictionary(array.type):
         values = _values(array.dictionary)
         return [None if i is None else values[i] for i in array.indices.to_pylist()]

@@ -7,12 +7,10 @@ picture or its caption measures. They follow the other list, ``emoji:flawed``, a
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from pipeline.data.source.emoji.listing import HOST, EmojiRow, draw, emoji_rows
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 FOLDER = "/flawed/"
 _APPLE, _ROCKET, _CAT, _TREE = (f"/256/twemoji/white/{code}.png" for code in ("1F34E", "1F680", "1F431", "1F333"))
@@ -41,8 +39,6 @@ def flawed_rows() -> list[EmojiRow]:
 
 def flawed_bytes(url_path: str) -> bytes:
     """What is served under the path of such a row. Raises LookupError for a path without bytes."""
-    from PIL import Image
-
     match url_path.removeprefix(FOLDER).removesuffix(".png"):
         case "page":
             return b"<!doctype html><title>Please log in</title>"

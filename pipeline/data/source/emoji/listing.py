@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from pipeline.errors import UserError
 
 VERSION = 1  # raise it when the list changes: names, captions, order, splits or pixels
@@ -118,7 +120,6 @@ def draw(url_path: str) -> bytes:
         raise LookupError(f"{url_path}: {style} has no drawing of {code}")
 
     import resvg_py
-    from PIL import Image
 
     side = int(size)
     inner = side - 2 * (side // 16)
