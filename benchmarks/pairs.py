@@ -28,7 +28,7 @@ from PIL import Image
 from benchmarks.timing import begin, finish, parser
 from pipeline.build import build
 from pipeline.config import make_config
-from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.shard_tables import read_shards, read_table
@@ -177,7 +177,7 @@ def check_pictures(folder: Path, pairs: Artifact, other: Path) -> None:
     store = open_store(str(folder))
     shard = read_shards(store, pairs)[0]
     index = read_table(store, shard.blobs["index"]).to_pylist()
-    pictures = read_pictures(store, [Place.of(row, shard.blobs["images"]) for row in index])
+    pictures = read_images(store, [Place.of(row, shard.blobs["images"]) for row in index])
     with tarfile.open(other / "out/00000.tar") as tar:
         files = {m.name: tar.extractfile(m) for m in tar}
         by_url = {

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
 from pipeline.report.html import attempt
@@ -99,7 +99,7 @@ def thumbnail(store: Store, shard: PairsShard, row: Mapping[str, Any], album: Al
     caption = shard.captions.get(row["key"], "")
 
     def image() -> Markup:
-        [data] = read_pictures(store, [Place.of(row, shard.shard.blobs.get("images"))])
+        [data] = read_images(store, [Place.of(row, shard.shard.blobs.get("images"))])
         return album.image(data, 160, caption or f"row {row['key']}", most=14_000)
 
     return Thumbnail(attempt(f"Row {row['key']}", image), said, caption)

@@ -255,7 +255,7 @@ def test_a_changed_picture_in_a_tar_of_the_users(
     assert main(["run", str(config), "--until", "embeddings"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert errors == [
-        f"error: {tar}: the picture of row 000000000003 has other bytes than the index says; it is a file of yours: "
+        f"error: {tar}: the image of row 000000000003 has other bytes than the index says; it is a file of yours: "
         "restore it, or list it again as a new source"
     ]
     changed[member.offset_data + member.size - 20] ^= 255

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.fetch.references import comparable
-from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.duplicates import hashes_of
 from pipeline.graph.artifacts import load_artifact
 from pipeline.graph.shard_tables import read_shards, read_table
@@ -31,7 +31,7 @@ def _rows(store: Store, config: Path, stage: str) -> list[dict[str, Any]]:
         table = read_table(store, shard.blobs["index"]).to_pylist()
         kept = [row for row in table if row["status"] == "kept"]
         places = [Place.of(row, shard.blobs.get("images")) for row in kept]
-        pictures = dict(zip([r["key"] for r in kept], read_pictures(store, places), strict=True))
+        pictures = dict(zip([r["key"] for r in kept], read_images(store, places), strict=True))
         rows += [row | {"picture": pictures.get(row["key"])} for row in table]
     return rows
 
@@ -129,4 +129,4 @@ def test_mistakes(tmp_path: Path, pictures: str) -> None:
     refused("data", "forget", config, says=["nothing to forget"])
     refused("data", "forget", config, "--file", tmp_path / "none.txt", says=["none.txt: cannot be read"])
     refused("data", "forget", config, "000000000999", says=["000000000999: no row", "nothing is forgotten"])
-    refused("data", "forget", config, "0" * 64, says=["no stored picture"])
+    refused("data", "forget", config, "0" * 64, says=["no stored image"])

@@ -208,7 +208,7 @@ def test_a_constant_moves_the_digests_of_the_stages_that_use_it_and_a_comment_no
 
 def test_digests_see_imports_inside_functions() -> None:
     pairs = Sources(ROOT).closure(("pipeline.data.pairs.stage",))
-    assert {"pipeline.data.fetch.fetcher", "pipeline.data.pairs.picture"} <= pairs.keys()
+    assert {"pipeline.data.fetch.fetcher", "pipeline.data.pairs.image"} <= pairs.keys()
     assert [name for name in pairs if name.startswith("models")] == ["models.view"]
     assert "models.view" in Sources(ROOT).closure(("pipeline.data.embeddings.stage",))
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.data.embeddings.scores import Head, load_heads, score_column
-from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.imported import SCHEME, read_imported
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact
@@ -68,7 +68,7 @@ class DecodeBatch:
 
         steps = Steps()
         with steps("read"):
-            found = read_pictures(self.store, [Place.of(row, images) for row in rows])
+            found = read_images(self.store, [Place.of(row, images) for row in rows])
         with steps("decode"):
             views = np.stack([open_view(data, self.size) for data in found])
         return views, steps.seconds

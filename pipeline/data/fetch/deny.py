@@ -1,4 +1,4 @@
-"""Deny lists: hosts, URLs and pictures that are never fetched or kept, whatever a site says.
+"""Deny lists: hosts, URLs and images that are never fetched or kept, whatever a site says.
 
 A list is a text file, one entry a line; empty lines and those that begin with ``#`` are passed over. Its content is
 part of the recipe. It travels as a blob, so that every worker reads what the configuration read.

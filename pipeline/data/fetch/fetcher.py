@@ -49,7 +49,7 @@ class Fetcher:
     """Fetches http(s) URLs, objects on S3 (s3://bucket/key) and local files (file:// or an absolute path), each of at
     most ``max_bytes``. Of this machine and of S3 only what is within ``reach``.
 
-    The time limit is for a whole picture, with redirects, retries and pauses; name resolution has the system's own, and
+    The time limit is for a whole image, with redirects, retries and pauses; name resolution has the system's own, and
     waiting for other requests to the host or for its robots.txt does not count. Another try comes after a timeout, a
     failed connection, a 429 or a 5xx status. Every site's robots.txt and X-Robots-Tag headers are obeyed. Proxies of
     the environment are not used. S3 is reached as the AWS settings of this machine say, wherever it is. Raises
@@ -123,7 +123,7 @@ class Fetcher:
 
     def _read_robots(self, url: str) -> bytes | str:
         with closing(
-            Visit(self._access, self._settings.timeout_s, ROBOTS_BYTES, self._check_denied, picture=False)
+            Visit(self._access, self._settings.timeout_s, ROBOTS_BYTES, self._check_denied, image=False)
         ) as visit:
             fetched = self._tries(visit, lambda: _once(visit, url, ROBOTS_BYTES))
             return fetched.reason or fetched.data or b""

@@ -1,4 +1,4 @@
-"""Pictures that lie on S3, s3://bucket/key, read with the standard credentials of the worker.
+"""Images that lie on S3, s3://bucket/key, read with the standard credentials of the worker.
 
 Endpoint, region and credentials come from the AWS variables and profiles, as those of a store do. A key is taken as it
 stands, without escapes. Reasons for a refusal are those of pipeline.ledger.
@@ -80,17 +80,17 @@ def _failures_as_reasons() -> Iterator[None]:
         code, status = e.response["Error"]["Code"], e.response["ResponseMetadata"].get("HTTPStatusCode", 0)
         if code in CREDENTIALS:
             raise UserError(
-                f"source: pictures on S3: {code}: check AWS_ACCESS_KEY_ID and the secret, or the profile"
+                f"source: images on S3: {code}: check AWS_ACCESS_KEY_ID and the secret, or the profile"
             ) from e
         if status == 404:
             raise Refused("missing_file") from None
         raise Refused({4: "http_4xx", 5: "http_5xx"}.get(status // 100, "unreachable")) from None
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as e:
         raise UserError(
-            f"source: pictures on S3: {e}; every worker needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+            f"source: images on S3: {e}; every worker needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
         ) from e
     except exceptions.NoRegionError as e:
-        raise UserError("source: pictures on S3: no AWS region; set AWS_REGION on every worker") from e
+        raise UserError("source: images on S3: no AWS region; set AWS_REGION on every worker") from e
     except exceptions.ParamValidationError:  # no name that a bucket may have
         raise Refused("unsupported_reference") from None
     except (exceptions.ConnectTimeoutError, exceptions.ReadTimeoutError, transfer.TimeoutError):

@@ -21,7 +21,7 @@ from pipeline.data.fetch.robots import opting_out
 from pipeline.errors import UserError
 
 MAX_REDIRECTS = 5
-LONGEST_HOLD_S = 86_400.0  # a server that says more is asked again after a day
+LONGEST_HOLD_S = 86_400  # a server that says more is asked again after a day
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _OTHER_MEDIA = (
     "text/html",
@@ -80,7 +80,7 @@ class Hosts:
 def retry_after(value: str | None) -> float:
     """Returns the seconds that a Retry-After header asks to wait, at most a day; 0 if it cannot be read."""
     try:
-        return min(float(Retry().parse_retry_after(value or "")), LONGEST_HOLD_S)
+        return float(Retry(retry_after_max=LONGEST_HOLD_S).parse_retry_after(value or ""))
     except (InvalidHeader, ValueError, TypeError, IndexError, OverflowError):
         return 0.0
 
@@ -100,17 +100,17 @@ class Visit:
 
     ``timeout_s``: for all hops and tries together; waiting for a turn, and what ``check`` takes, does not count.
     ``max_bytes``: of a body. ``check`` is called with every URL before it is asked for and may raise Refused.
-    ``picture``: False for robots.txt, which may be of any type and has no X-Robots-Tag. ``evidence``: why a URL was
+    ``image``: False for robots.txt, which may be of any type and has no X-Robots-Tag. ``evidence``: why a URL was
     refused. ``barred``: the last one was refused before it was asked for, so another try is no use.
     """
 
     def __init__(
-        self, access: Access, timeout_s: float, max_bytes: int, check: Callable[[str], None], picture: bool = True
+        self, access: Access, timeout_s: float, max_bytes: int, check: Callable[[str], None], image: bool = True
     ):
         self.deadline = time.monotonic() + timeout_s
         self.evidence: Evidence | None = None
         self.barred = False
-        self._access, self._max_bytes, self._check, self._picture = access, max_bytes, check, picture
+        self._access, self._max_bytes, self._check, self._image = access, max_bytes, check, image
         self._turn = ExitStack()
 
     def open(self, url: str) -> http.client.HTTPResponse:
@@ -162,7 +162,7 @@ class Visit:
         status, headers = response.status, response.headers
         if status in (429, 503) and (seconds := retry_after(headers["Retry-After"])):
             self._access.hosts.hold(host_of(url), seconds)
-        if self._picture and status < 400 and (tag := opting_out(headers.get_all("X-Robots-Tag", []))):
+        if self._image and status < 400 and (tag := opting_out(headers.get_all("X-Robots-Tag", []))):
             raise Refused("opted_out", Evidence(f"X-Robots-Tag: {tag[:500]} at {shown(url)}", time.time()))
         if status in _REDIRECTS and (location := headers["Location"]):
             return _target(url, location)
@@ -170,7 +170,7 @@ class Visit:
             raise Refused("rate_limited")
         if not 200 <= status < 300:
             raise Refused({4: "http_4xx", 5: "http_5xx"}.get(status // 100, "unreachable"))
-        if self._picture and (headers["Content-Type"] or "").strip().lower().startswith(_OTHER_MEDIA):
+        if self._image and (headers["Content-Type"] or "").strip().lower().startswith(_OTHER_MEDIA):
             raise Refused("not_an_image")
         return None
 

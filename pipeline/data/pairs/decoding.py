@@ -1,8 +1,8 @@
-"""Decoding in a child process, so that a picture that kills its decoder costs one row and never a worker.
+"""Decoding in a child process, so that an image that kills its decoder costs one row and never a worker.
 
 Decoders are C that reads what strangers made. The child has neither network nor credentials
-(pipeline.data.pairs.sandbox), and memory and time for one picture of the budget. It does one at a time, so whoever
-killed it is known; that picture is tried once more in a new child, for a process may also be killed for what others do.
+(pipeline.data.pairs.sandbox), and memory and time for one image of the budget. It does one at a time, so whoever
+killed it is known; that image is tried once more in a new child, for a process may also be killed for what others do.
 Messages on the pipes are a line of JSON and bytes, nothing that could be executed.
 """
 
@@ -28,19 +28,19 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from pipeline.data.pairs.picture import MAX_BYTES, MAX_PIXELS, Picture, Storing, inspect, load_resizer, resize
+from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, StoredImage, Storing, inspect, load_resizer, resize
 from pipeline.data.pairs.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.local import TooLarge, read_local
 
 IDLE_S = 60  # after which a child ends; the next request starts another
-BASE_S, S_PER_PIXEL = 30.0, 1e-6  # what a picture may take; a hundred times what an honest one does
+BASE_S, S_PER_PIXEL = 30.0, 1e-6  # what an image may take; a hundred times what an honest one does
 BASE_BYTES, BYTES_PER_PIXEL = 256 << 20, 20  # what the child may map for it
 MOST_TEXT, MOST_BYTES = 1000, 1 << 30  # of a message
 MODULE = "pipeline.data.pairs.decoding"
 COMMAND = (sys.executable, "-m", MODULE)
-# glibc gives the pixels of every picture back to the system and faults them in again for the next one, a third of the
+# glibc gives the pixels of every image back to the system and faults them in again for the next one, a third of the
 # child's time. These keep 128 MiB instead, in blocks of up to 32.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 OWN = Storing(1024, "png", 1)  # how an image of the user's own is handed on: no model sees more
@@ -48,12 +48,12 @@ _READY = {"ready": True}
 
 
 def seconds(pixels: int) -> float:
-    """Returns how long a picture of so many pixels may take."""
+    """Returns how long an image of so many pixels may take."""
     return BASE_S + pixels * S_PER_PIXEL
 
 
 class Decoder:
-    """``picture.resize`` and ``picture.inspect`` in a child process, which is started when it is needed.
+    """``image.resize`` and ``image.inspect`` in a child process, which is started when it is needed.
 
     Both give "decoder_crashed" for bytes that killed it twice, and "decode_timeout" for bytes that took more processor
     time than their pixels may, or more time than ``max_pixels`` may. Both raise UserError if it does not start at all.
@@ -64,17 +64,17 @@ class Decoder:
         self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
-        self._until: float | None = None  # time.monotonic() when the picture that is being decoded is to be done
+        self._until: float | None = None  # time.monotonic() when the image that is being decoded is to be done
         self._overdue: float | None = None  # that of the last one that was not
         atexit.register(self.close)
 
-    def resize(self, data: bytes, max_pixels: int, storing: Storing) -> Picture | str:
-        """See picture.resize."""
+    def resize(self, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
+        """See image.resize."""
         said, body = self._ask("resize", data, max_pixels, [max_pixels, astuple(storing)])
-        return said if isinstance(said, str) else Picture(body, *said)
+        return said if isinstance(said, str) else StoredImage(body, *said)
 
     def inspect(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
-        """See picture.inspect."""
+        """See image.inspect."""
         said, _ = self._ask("inspect", data, max_pixels, [max_pixels])
         return said if isinstance(said, str) else (said[0], said[1])
 
@@ -89,7 +89,7 @@ class Decoder:
             Thread(target=self._watch, args=(self._process,), daemon=True).start()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Kills a child that is still at a picture when its time is over. A thread for each picture would cost more."""
+        """Kills a child that is still at an image when its time is over. A thread for each image would cost more."""
         while process.returncode is None and self._process is process:
             until = self._until
             if until is not None and time.monotonic() > until:
@@ -216,7 +216,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
     with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")
-    warnings.simplefilter("ignore")  # of odd metadata and large pictures, which are judged here
+    warnings.simplefilter("ignore")  # of odd metadata and large images, which are judged here
     parent = os.getppid()
     pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print must not get between answers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.fetch.opener import Evidence
-from pipeline.data.pairs.row_index import Place, read_opt_outs, read_pictures
+from pipeline.data.pairs.row_index import Place, read_images, read_opt_outs
 from pipeline.errors import CorruptObject
 from pipeline.graph.runs import last_made
 from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
@@ -20,11 +20,11 @@ log = logging.getLogger("unclip")
 
 @dataclass(frozen=True)
 class Known:
-    """How a row ended: its row of the earlier index, its picture unless that lies in a tar of the user's, and the
+    """How a row ended: its row of the earlier index, its image unless that lies in a tar of the user's, and the
     evidence of an opt-out."""
 
     row: Mapping[str, Any]
-    picture: bytes | None
+    image: bytes | None
     evidence: Evidence | None
 
 
@@ -53,9 +53,9 @@ def take_over(store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow,
         ]
         own = [i for i in same if index[i]["tar"] is None and index[i]["size"] is not None]
         places = [Place.of(index[i], pairs.blobs.get("images")) for i in own]
-        pictures = dict(zip(own, read_pictures(store, places), strict=True))
+        images = dict(zip(own, read_images(store, places), strict=True))
         said = {row["key"]: Evidence(row["evidence"], row["seen"].timestamp()) for row in read_opt_outs(store, [pairs])}
     except CorruptObject as e:
         log.warning("shard %08d is fetched anew: of an earlier run, %s", pairs.number, e)
         return {}
-    return {i: Known(index[i], pictures.get(i), said.get(index[i]["key"])) for i in same}
+    return {i: Known(index[i], images.get(i), said.get(index[i]["key"])) for i in same}

@@ -94,13 +94,13 @@ class Packer:
         for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported], self.reach), strict=True):
             if isinstance(found, str):
                 _reject(rows[i], found)
-            else:  # no picture, and so no size
+            else:  # no image, and so no size
                 rows[i]["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
         own = [i for i in wanted if not refs[i]["url"].startswith(("tar://", SCHEME))]
         with Unfinished(digest([self.store.url, task.key, repr(self.settings)])) as unfinished:
             ended = unfinished.ended
             left = [i for i in own if i not in known and rows[i]["key"] not in ended]
-            new = self._new_pictures([(rows[i], refs[i]) for i in left], steps)
+            new = self._new_images([(rows[i], refs[i]) for i in left], steps)
             for i in own:
                 if rows[i]["key"] in ended:
                     rows[i] |= ended[rows[i]["key"]]
@@ -108,11 +108,11 @@ class Packer:
                         rows[i]["evidence"] = Evidence(*evidence)
                     continue
                 if i in known:
-                    picture = known[i].picture
+                    image = known[i].image
                     rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER} | {"evidence": known[i].evidence}
                 else:
-                    picture = next(new)
-                unfinished.add(rows[i], picture, self.recipe.encode_format)
+                    image = next(new)
+                unfinished.add(rows[i], image, self.recipe.encode_format)
         blobs: dict[str, bytes | Path] = {"index": write_table(index_table(rows))}
         if own:
             blobs["images"] = unfinished.path
@@ -121,13 +121,13 @@ class Packer:
         ledger = Ledger.count(None if row["status"] == "kept" else row["reason"] for row in rows)
         return ShardOutput(ledger, blobs, index_counts(rows), steps.seconds, unfinished.remove)
 
-    def _new_pictures(
+    def _new_images(
         self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]], steps: Steps
     ) -> Iterator[bytes | None]:
-        """Fetch the pictures of rows, of which it is given the references too, and yield what is to be stored of each,
+        """Fetch the images of rows, of which it is given the references too, and yield what is to be stored of each,
         in order; where that is None, the row is rejected."""
         answers = steps.each("fetch", self.fetcher.fetch([ref["url"] for _, ref in wanted]))
-        # Two, so that there is always one to be decoded next, while pictures are put into the tar and others come.
+        # Two, so that there is always one to be decoded next, while images are put into the tar and others come.
         return ordered_map(partial(self._judge, steps), zip(wanted, answers, strict=True), threads=2)
 
     def _judge(self, steps: Steps, found: tuple[tuple[dict[str, Any], Mapping[str, Any]], Fetched]) -> bytes | None:
@@ -140,17 +140,17 @@ class Packer:
             return None
         r = self.recipe
         with steps("decode"):
-            picture = self.decoder.resize(answer.data, r.max_pixels, r.storing)
-        if isinstance(picture, str):
-            _reject(row, picture)
+            image = self.decoder.resize(answer.data, r.max_pixels, r.storing)
+        if isinstance(image, str):
+            _reject(row, image)
             return None
         row |= {
-            "width": picture.width,
-            "height": picture.height,
-            "size": len(picture.data),
-            "sha256": hashlib.sha256(picture.data).hexdigest(),
+            "width": image.width,
+            "height": image.height,
+            "size": len(image.data),
+            "sha256": hashlib.sha256(image.data).hexdigest(),
         }
-        return picture.data
+        return image.data
 
     def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any]) -> None:
         """Index a member of an existing tar where it lies, after decoding it once."""
@@ -167,6 +167,8 @@ class Packer:
         found = self.decoder.inspect(data, self.recipe.max_pixels)
         if isinstance(found, str):
             return _reject(row, found)
+        if min(found) < self.recipe.min_image_size:
+            return _reject(row, "too_small")
         row |= {**place, "sha256": sha256, "width": found[0], "height": found[1]}
         return None
 

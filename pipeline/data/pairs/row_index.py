@@ -1,4 +1,4 @@
-"""The index of a shard: where every picture lies and how its row ended. Curation keeps the schema and drops rows."""
+"""The index of a shard: where every image lies and how its row ended. Curation keeps the schema and drops rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.store.records import blob_path, read_twice
 from pipeline.terminal import printable
 
 OPT_OUTS = f"{NOTE}opt_outs"
-STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for pictures whose short side is at least this
+STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for images whose short side is at least this
 COLUMNS = (
     "key",
     "url",
@@ -42,7 +42,7 @@ WIDE = {"width", "height", "offset", "size"}
 def index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Returns the table of index rows.
 
-    ``tar`` is null where the picture lies in the shard's own ``images`` blob, else the path of an existing tar.
+    ``tar`` is null where the image lies in the shard's own ``images`` blob, else the path of an existing tar.
     ``offset`` and ``size`` are bytes; ``sha256`` is of the stored bytes; ``status`` is kept, rejected or deferred. A
     kept row that imports embeddings has no image, neither a place nor a size, and ``sha256`` is of its embeddings.
     """
@@ -66,7 +66,7 @@ def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 class Place(NamedTuple):
-    """Where a picture's bytes lie: in the tar blob ``images`` of its shard, or in the user's own file ``tar``."""
+    """Where an image's bytes lie: in the tar blob ``images`` of its shard, or in the user's own file ``tar``."""
 
     key: str
     images: str | None
@@ -81,8 +81,8 @@ class Place(NamedTuple):
         return cls(row["key"], images, row["tar"], row["offset"], row["size"], row["sha256"])
 
 
-def read_pictures(store: Store, places: Sequence[Place]) -> list[bytes]:
-    """The stored bytes of pictures, each checked against its sha256. Neighbours are read together.
+def read_images(store: Store, places: Sequence[Place]) -> list[bytes]:
+    """The stored bytes of images, each checked against its sha256. Neighbours are read together.
 
     Raises CorruptObject for a blob or a tar that is missing or whose bytes do not match.
     """
@@ -97,7 +97,7 @@ def _checked(group: Sequence[Place], store: Store) -> dict[Place, bytes]:
     for place, data in zip(group, _read(store, group), strict=True):
         if hashlib.sha256(data).hexdigest() != place.sha256:
             path = place.tar or blob_path(place.images or "")
-            raise CorruptObject(path, f"the picture of row {place.key} has other bytes than the index says")
+            raise CorruptObject(path, f"the image of row {place.key} has other bytes than the index says")
         found[place] = data
     return found
 

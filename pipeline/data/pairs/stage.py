@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.data.fetch.deny import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
-from pipeline.data.pairs.picture import MAX_BYTES, MAX_PIXELS, Storing
+from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, Storing
 from pipeline.data.source.lists import reach
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.shard_tables import read_shards

@@ -79,14 +79,14 @@ class Unfinished:
         self._file.seek(end)
         return ended
 
-    def add(self, row: dict[str, Any], picture: bytes | None, extension: str) -> None:
-        """Adds a row that has ended, values of JSON and tuples by name, and its picture if the tar is to hold it.
+    def add(self, row: dict[str, Any], image: bytes | None, extension: str) -> None:
+        """Adds a row that has ended, values of JSON and tuples by name, and its image if the tar is to hold it.
 
         Such a row has "size" and "sha256", and gets its "offset".
         """
-        if picture is not None:
+        if image is not None:
             row["offset"] = self._tar.tarstream.offset + tarfile.BLOCKSIZE
-            self._tar.write({"__key__": row["key"], extension: picture})
+            self._tar.write({"__key__": row["key"], extension: image})
             self._file.flush()
         end = self._tar.tarstream.offset
         self._rows.write(json.dumps({"row": row, "end": end}, default=astuple).encode() + b"\n")

@@ -20,7 +20,7 @@ NAMED = 20  # rows, at most, that are told one by one
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be forgotten: row keys (12 digits), sha256 of stored pictures (64 hexadecimal digits), references."""
+    """What is to be forgotten: row keys (12 digits), sha256 of stored images (64 hexadecimal digits), references."""
 
     keys: frozenset[str]
     hashes: frozenset[str]
@@ -112,5 +112,5 @@ def _of_hashes(store: Store, pairs: list[ShardRow], hashes: frozenset[str]) -> s
         for sha256, mark in hits:
             found.setdefault(sha256, set()).add(mark)
     if missing := sorted(hashes - found.keys()):
-        raise UserError(f"{missing[0]}: no stored picture has this sha256; nothing is forgotten")
+        raise UserError(f"{missing[0]}: no stored image has this sha256; nothing is forgotten")
     return {mark for marks in found.values() for mark in marks}

@@ -1,4 +1,4 @@
-"""Embeddings that clip-retrieval or LAION have made, used where they lie: pairs without pictures, for the priors.
+"""Embeddings that clip-retrieval or LAION have made, used where they lie: pairs without images, for the priors.
 
 A folder of clip-retrieval's layout has parts numbered N: img_emb/img_emb_N.npy and text_emb/text_emb_N.npy, [n, d]
 each, and metadata/metadata_N.parquet of n rows. Every machine has to reach it under the same path.

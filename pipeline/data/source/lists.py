@@ -1,4 +1,4 @@
-"""Kinds of lists: tables, folders of pictures and texts, tars that are used where they lie, and the emoji set."""
+"""Kinds of lists: tables, folders of images and texts, tars that are used where they lie, and the emoji set."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def reach(recipe: SourceRecipe, *paths: str) -> Reach:
 
 
 def _beside(folder: Path, reference: str) -> str:
-    """A picture's relative path as a reference to a file, counted from the folder of its list; all else as it is."""
+    """An image's relative path as a reference to a file, counted from the folder of its list; all else as it is."""
     relative = not reference.startswith("/") and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", reference)
     if relative and reference.lower().endswith(IMAGES):
         return f"file://{quote(os.fsencode(folder / reference))}"
@@ -232,7 +232,7 @@ def _written_rows(path: Path) -> Iterator[Row]:
 
 
 def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Row]:
-    """Each is split as its picture would be; the list's hash is that picture's."""
+    """Each is split as its image would be; the list's hash is that image's."""
     for part, metadata in metadata_parts(folder, may):
         for i, row in enumerate(_table_rows(metadata, recipe)):
             url = "" if row.reject else embedding_reference(folder, part, i)

@@ -1,4 +1,4 @@
-"""The first rows of a list: how many, what captions say, how large pictures are. Writes and fetches nothing."""
+"""The first rows of a list: how many, what captions say, how large images are. Writes and fetches nothing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pipeline.errors import UserError
 from pipeline.local import Reach, local_path, read_local
 
 ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
-PICTURES = 100  # measured, at most
+IMAGES = 100  # measured, at most
 MAX_BYTES = 32 << 20  # of one, as pairs.max_bytes by default
 
 
 @dataclass(frozen=True)
 class Look:
     """Rows with a reference that were looked at, and whether there are ``more``; the first caption of each row that
-    has one; short sides, in pixels, of the first pictures that lie on this machine, and how many of them could not be
+    has one; short sides, in pixels, of the first images that lie on this machine, and how many of them could not be
     opened; ``splits``: rows whose split the list names, by split, and ``shares``: hash shares of all others;
     ``forbidden``: references that the list may not name, and ``flaws``: what is wrong with rows that cannot be read,
     which both count in none of these."""
@@ -40,7 +40,7 @@ class Look:
     flaws: tuple[str, ...] = ()
 
     def reaching(self, side: int) -> int:
-        """How many of the measured pictures have a short side of at least this."""
+        """How many of the measured images have a short side of at least this."""
         return sum(short >= side for short in self.sides)
 
 
@@ -73,8 +73,8 @@ def look(recipe: SourceRecipe) -> Look:
 
 
 def _sides(rows: list[Row], may: Reach) -> Iterator[int]:
-    """Short sides of the first pictures that lie here, from their headers; 0 for one that cannot be opened."""
-    for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), PICTURES):
+    """Short sides of the first images that lie here, from their headers; 0 for one that cannot be opened."""
+    for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), IMAGES):
         try:
             with Image.open(io.BytesIO(_read(row.url, may)), formats=("PNG", "JPEG", "WEBP")) as image:
                 yield min(image.size)
@@ -83,7 +83,7 @@ def _sides(rows: list[Row], may: Reach) -> Iterator[int]:
 
 
 def _read(url: str, may: Reach) -> bytes:
-    """The bytes of a picture in a file or in a tar. Raises OSError or ValueError."""
+    """The bytes of an image in a file or in a tar. Raises OSError or ValueError."""
     if url.startswith("tar://"):
         if (place := tar_place(url)) is None:
             raise ValueError("no member of a tar")

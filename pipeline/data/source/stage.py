@@ -5,7 +5,7 @@ shards of N rows. Appending a segment, or rows at the end of the last one, leave
 be tried again are segments too; a row to be forgotten leaves an empty place.
 
 A source shard has two keys: one over its number and image references, one over its captions, so that new captions
-never download a picture again.
+never download an image again.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from models.view import open_view
-from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import UserError
 from pipeline.store import Store
 
@@ -38,7 +38,7 @@ class Pictures:
     def fetch(self, places: Iterable[Place]) -> dict[Place, bytes]:
         """The stored bytes of those pictures whose views are not at hand. Raises CorruptObject."""
         wanted = [place for place in dict.fromkeys(places) if place not in self._views]
-        return dict(zip(wanted, read_pictures(self.store, wanted), strict=True))
+        return dict(zip(wanted, read_images(self.store, wanted), strict=True))
 
     def views(
         self, places: Sequence[Place], fetched: dict[Place, bytes], submit: Callable[..., View] = at_once

@@ -13,7 +13,7 @@ import pytest
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.data.curation.pieces import pack, read_piece
-from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.journal import change_journal, journal_path
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
@@ -53,7 +53,7 @@ def _pieces(store: Store) -> bytes:
 
 def _pictures(store: Store) -> bytes:
     place = Place("0", put_blob(store, b"..picture.."), None, 2, 7, hashlib.sha256(b"picture").hexdigest())
-    return read_pictures(store, [place])[0]
+    return read_images(store, [place])[0]
 
 
 def _pin(store: Store) -> str | None:

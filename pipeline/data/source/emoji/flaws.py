@@ -1,7 +1,7 @@
-"""Nine flawed pairs, so that the quick start shows what becomes of bad rows before a user meets their own.
+"""Lists nine flawed pairs, so that the quick start shows what becomes of bad rows before a user meets their own.
 
-One is the address of a row of every other subset, one has no caption; the bytes of the others are at fault, or what the
-picture or its caption measures. They follow the other list, ``emoji:flawed``, and none of them teaches anything.
+One is the address of a row of every other subset, one has no caption; of the others the bytes are at fault, or the size
+of the image, or the length of the caption. They follow the other list, ``emoji:flawed``; no model is trained on them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CAPTIONS = {
 
 
 def flawed_rows() -> list[EmojiRow]:
-    """The list, in its fixed order. Raises UserError if the demo packages are missing."""
+    """Returns the list, in its fixed order. Raises UserError if the demo packages are missing."""
     twice = next(row for row in emoji_rows("nano") if "/twemoji/" in row.url)
     rights = twice.license, twice.attribution
     rows = [
@@ -38,7 +38,7 @@ def flawed_rows() -> list[EmojiRow]:
 
 
 def flawed_bytes(url_path: str) -> bytes:
-    """What is served under the path of such a row. Raises LookupError for a path without bytes."""
+    """Returns what is served under the path of such a row. Raises LookupError for a path without bytes."""
     match url_path.removeprefix(FOLDER).removesuffix(".png"):
         case "page":
             return b"<!doctype html><title>Please log in</title>"
@@ -57,7 +57,7 @@ def flawed_bytes(url_path: str) -> bytes:
             return draw(_CAT)
         case "long":
             return draw(_TREE)
-    raise LookupError(f"{url_path}: no such picture")
+    raise LookupError(f"{url_path}: no such image")
 
 
 def _png(image: Image.Image) -> bytes:

@@ -1,7 +1,7 @@
-"""Real pictures with real captions from the package index: emoji, drawn on demand.
+"""Lists real images with real captions from the package index: emoji, drawn on demand.
 
 The list is a pure function of four pinned packages (the ``demo`` extra): CLDR names, two sets of drawings (Twemoji,
-CC-BY 4.0, and OpenMoji, CC BY-SA 4.0) and a renderer. A URL says all that is needed to draw its picture:
+CC-BY 4.0, and OpenMoji, CC BY-SA 4.0) and a renderer. A URL says all that is needed to draw its image:
 ``http://emoji.test/<size>/<style>/<background>/<code points>.png``. Every choice (background, size, split, subset) is
 a hash of the drawing or its concept, so none of them moves when the list grows.
 """
@@ -47,7 +47,7 @@ _RIGHTS = {
     "openmoji": ("CC-BY-SA-4.0", "OpenMoji, the open-source emoji and icon project, licensed CC BY-SA 4.0"),
 }
 _TONE = "(?:-1F3F[B-F])"
-# Drawings equal, pixel for pixel, to another one of their set that stays. A slow test derives them anew.
+# Drawings equal, pixel for pixel, to another one of their set that stays. A slow test derives them again.
 _DUPLICATES = {
     "twemoji": "1F1ED-1F1F2|1F1E8-1F1F5|1F1F2-1F1EB|1F1E9-1F1EC|1F1EA-1F1E6|1F1F8-1F1EF|1F1FA-1F1F2"  # flags
     "|1F46[89](-200D-1F46[6-9])+|1F9D1-200D-1F9D1-200D-1F9D2|1F471-1F3FC-200D-2640",  # families, woman: blond hair
@@ -60,7 +60,7 @@ _DUPLICATES = {
 
 
 class EmojiRow(NamedTuple):
-    """One picture. ``group`` is its concept; ``split`` is train, validation or test."""
+    """An image and its caption. ``group`` is its concept; ``split`` is train, validation or test."""
 
     url: str
     caption: str
@@ -77,7 +77,7 @@ class _Drawing(NamedTuple):
 
 
 def emoji_rows(subset: str) -> list[EmojiRow]:
-    """List a subset in its fixed order. Pure; draws nothing.
+    """Lists a subset in its fixed order; draws nothing.
 
     "nano": 320 rows of one-word concepts. "nano-more": the same, then 32 more. "tiny": about 1,500 rows. "full": about
     7,000. Only "full" has skin tones. Raises UserError for another name, or if the demo packages are missing.
@@ -99,22 +99,25 @@ def emoji_rows(subset: str) -> list[EmojiRow]:
 
 
 def fingerprint() -> str:
-    """What the lists depend on: their version and those of the packages. Raises UserError if a package is missing."""
+    """Returns what the lists depend on: their version and those of the packages.
+
+    Raises UserError if a package is missing.
+    """
     _require_packages()
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _DEMO.values()]
     return " ".join([f"emoji_rows {VERSION}", *versions])
 
 
 def draw(url_path: str) -> bytes:
-    """Draw the picture of a URL's path: an RGB PNG with a margin of 1/16 in the background's colour on every side.
+    """Draws the image of a URL's path: an RGB PNG with a margin of 1/16 in the background's colour.
 
-    Raises LookupError if the path names no picture, UserError if the demo packages are missing.
+    Raises LookupError if the path names none, UserError if the demo packages are missing.
     """
     match = re.fullmatch(r"/([0-9]{1,5})/(\w+)/([a-z-]+)/([0-9A-F-]+)\.png", url_path)
     size, style, background, code = match.groups() if match else ("", "", "", "")
     background = background.replace("-", " ")
     if int(size or 0) not in SIZES or background not in BACKGROUNDS or style not in _SVG_FOLDERS:
-        raise LookupError(f"{url_path}: no such picture")
+        raise LookupError(f"{url_path}: no such image")
     svg = _svg_files(style).get(code)
     if svg is None:
         raise LookupError(f"{url_path}: {style} has no drawing of {code}")
@@ -126,10 +129,10 @@ def draw(url_path: str) -> bytes:
     # resvg's default of 0 dpi makes some drawings invalid; system fonts would make pixels depend on the machine.
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=inner, height=inner, dpi=96, skip_system_fonts=True)
     drawing = Image.open(io.BytesIO(png)).convert("RGBA")
-    picture = Image.new("RGB", (side, side), BACKGROUNDS[background])
-    picture.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2), drawing)
+    image = Image.new("RGB", (side, side), BACKGROUNDS[background])
+    image.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2), drawing)
     out = io.BytesIO()
-    picture.save(out, "PNG", compress_level=3)
+    image.save(out, "PNG", compress_level=3)
     return out.getvalue()
 
 
@@ -149,7 +152,7 @@ def _row(drawing: _Drawing) -> EmojiRow:
 
 
 def _split(drawing: _Drawing) -> str:
-    """Test: a held-out concept. Validation: one style of a concept whose other style is for training."""
+    """Returns the split. Test: a held-out concept. Validation: one style of a concept, the other is for training."""
     if _is_flag(drawing.code) or drawing.code.endswith("20E3"):
         return "train"  # names of flags and keycaps do not tell their looks
     share = _share("split", drawing.concept)
@@ -161,7 +164,7 @@ def _split(drawing: _Drawing) -> str:
 
 @cache
 def _drawings() -> tuple[_Drawing, ...]:
-    """Every named drawing, without pixel-identical ones, in an order that mixes styles and kinds."""
+    """Returns every named drawing, without pixel-identical ones, in an order that mixes styles and kinds."""
     names = _names()
     found = [
         _Drawing(style, code, _concept(code))
@@ -173,7 +176,7 @@ def _drawings() -> tuple[_Drawing, ...]:
 
 
 def _simple_concepts(drawings: tuple[_Drawing, ...]) -> list[str]:
-    """Things with a one-word name and one drawing a style: no people, flags, faces or signs."""
+    """Returns the things with a one-word name and one drawing a style: no people, flags, faces or signs."""
     counts = Counter(d.concept for d in drawings)
     pictographs = {d.concept for d in drawings if "1F300" <= d.code < "1FB00"}
     return [c for c, n in counts.items() if n == 2 and c in pictographs and re.fullmatch("[a-z]{3,}", c)]
@@ -189,7 +192,7 @@ def _svg_files(style: str) -> dict[str, Path]:
 
 @cache
 def _names() -> dict[str, str]:
-    """CLDR's English names by code points, components (bare skin tones and hair) left out."""
+    """Returns CLDR's English names by code points, components (bare skin tones and hair) left out."""
     _require_packages()
     from emoji import EMOJI_DATA, STATUS
 
@@ -204,16 +207,16 @@ def _names() -> dict[str, str]:
 def _require_packages() -> None:
     missing = [name for module, name in _DEMO.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f"the emoji pictures need {', '.join(missing)}: pip install 'unclip-ray[demo]'")
+        raise UserError(f"the emoji images need {', '.join(missing)}: pip install 'unclip-ray[demo]'")
 
 
 def _normal(code: str) -> str:
-    """Upper case, four digits or more, no variation selector: the form both sets and the names share."""
+    """Returns code points in the form that both sets and the names share, without variation selectors."""
     return "-".join(point.zfill(4) for point in code.upper().split("-") if point != "FE0F")
 
 
 def _share(*what: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
+    """Returns a number in [0, 1) that depends on nothing but its arguments."""
     return int.from_bytes(hashlib.sha256("/".join(what).encode()).digest()[:6], "big") / 2**48
 
 
@@ -287,7 +290,7 @@ def _concept(code: str) -> str:
 
 
 def _phrase(code: str) -> str:
-    """A noun phrase from the name: "a man with red hair and dark skin tone", "the flag of Ghana"."""
+    """Returns a noun phrase from the name: "a man with red hair and dark skin tone", "the flag of Ghana"."""
     tone = r" ((?:medium-light|medium-dark|light|medium|dark)) skin tone"
     name = _names()[code]
     tones = re.findall(tone, name)

@@ -1,4 +1,4 @@
-"""A local HTTP server that draws emoji on demand, so that the quick start downloads real pictures without a network.
+"""A local HTTP server that draws emoji on demand, so that the quick start downloads real images without a network.
 
 It runs in a process of its own: drawing would hold the interpreter lock of the job that downloads.
 """
@@ -22,10 +22,10 @@ from pipeline.data.source.emoji import flaws as emoji_flaws
 from pipeline.data.source.emoji import listing as emoji
 from pipeline.errors import UserError
 
-CACHED_PICTURES = 1024  # about 10 kB each at 256 px, 50 kB at 1024 px
+CACHED_IMAGES = 1024  # about 10 kB each at 256 px, 50 kB at 1024 px
 
 
-@lru_cache(maxsize=CACHED_PICTURES)
+@lru_cache(maxsize=CACHED_IMAGES)
 def _draw(url_path: str) -> bytes:
     return (emoji_flaws.flawed_bytes if url_path.startswith(emoji_flaws.FOLDER) else emoji.draw)(url_path)
 
@@ -64,16 +64,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         try:
-            picture = _draw(urlsplit(self.path).path)
+            image = _draw(urlsplit(self.path).path)
         except LookupError:
             self.send_error(404)
             return
         self.send_response(200)
         self.send_header("Content-Type", "image/png")
-        self.send_header("Content-Length", str(len(picture)))
+        self.send_header("Content-Length", str(len(image)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(picture)
+            self.wfile.write(image)
 
     do_HEAD = do_GET
 

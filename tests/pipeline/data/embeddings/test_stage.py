@@ -17,7 +17,7 @@ from models.clip import Clip
 from models.view import open_view
 from pipeline.config import preset_config
 from pipeline.data.embeddings.stage import CAPTIONS, DecodeBatch, MakeEncoder, read_embeddings
-from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
 from pipeline.graph.shards import Helpers, ShardTask
@@ -74,7 +74,7 @@ def _expected(bench: Bench, clip: str) -> tuple[np.ndarray, np.ndarray]:
             own = [row for row in bench.rows("pairs") if row["key"].startswith(f"{shard.number:08d}")]
             kept = [row for row in own if row["status"] == "kept"]
             places = [Place.of(row, shard.blobs["images"]) for row in kept]
-            for row, data in zip(kept, read_pictures(bench.store, places), strict=True):
+            for row, data in zip(kept, read_images(bench.store, places), strict=True):
                 pixels = torch.from_numpy(open_view(data, 64).copy()).permute(2, 0, 1)[None] / 255
                 images.append(model.encode_image((pixels - mean) / std, normalize=True)[0])
                 i = int(row["key"][:8]) * 10 + int(row["key"][8:])

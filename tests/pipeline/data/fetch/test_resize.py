@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from pipeline.data.pairs.picture import LONGEST, MAX_SCANS, Picture, Storing, inspect, resize
+from pipeline.data.pairs.image import LONGEST, MAX_SCANS, StoredImage, Storing, inspect, resize
 from pipeline.data.source.stage import row_key
 
 
@@ -29,8 +29,8 @@ def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: objec
     return out.getvalue()
 
 
-def decoded(picture: Picture | str) -> np.ndarray:
-    assert isinstance(picture, Picture), picture
+def decoded(picture: StoredImage | str) -> np.ndarray:
+    assert isinstance(picture, StoredImage), picture
     return np.asarray(Image.open(io.BytesIO(picture.data)))
 
 
@@ -45,7 +45,7 @@ def test_keys_are_img2datasets_sort_like_rows_and_have_one_width() -> None:
     assert keys == [compute_key(row, shard, 4, 8) for shard, row in places]
 
 
-def small(data: bytes, image_size: int = 16, kind: str = "png", quality: int = 3) -> Picture | str:
+def small(data: bytes, image_size: int = 16, kind: str = "png", quality: int = 3) -> StoredImage | str:
     return resize(data, 1_000_000, Storing(image_size, kind, quality))
 
 
@@ -73,13 +73,13 @@ def test_equals_img2datasets_own_resizer(
     expected, width, height, *_ = Resizer(
         image_size, "keep_ratio", True, encode_format=stored[0], encode_quality=stored[1]
     )(io.BytesIO(data))
-    assert resize(data, 1_000_000, Storing(image_size, *stored)) == Picture(expected, width, height, stored[0])
+    assert resize(data, 1_000_000, Storing(image_size, *stored)) == StoredImage(expected, width, height, stored[0])
 
 
 @pytest.mark.parametrize(("size", "expected"), [((64, 32), (32, 16)), ((32, 64), (16, 32)), ((12, 40), (12, 40))])
 def test_the_short_side_shrinks_and_nothing_grows(size: tuple[int, int], expected: tuple[int, int]) -> None:
     picture = small(encoded(noise(*size)))
-    assert isinstance(picture, Picture)
+    assert isinstance(picture, StoredImage)
     assert (picture.width, picture.height) == expected
     assert Image.open(io.BytesIO(picture.data)).size == expected
 
@@ -88,7 +88,7 @@ def test_the_short_side_shrinks_and_nothing_grows(size: tuple[int, int], expecte
 def test_bytes_are_reproducible_in_every_format(kind: str, quality: int) -> None:
     data = encoded(smooth(50, 40))
     picture = small(data, kind=kind, quality=quality)
-    assert isinstance(picture, Picture)
+    assert isinstance(picture, StoredImage)
     assert picture == small(data, kind=kind, quality=quality)
     assert picture.extension == kind
     assert Image.open(io.BytesIO(picture.data)).format == {"jpg": "JPEG"}.get(kind, kind.upper())
@@ -104,14 +104,14 @@ def test_bytes_are_reproducible_in_every_format(kind: str, quality: int) -> None
 )  # fmt: skip
 def test_modes_are_img2datasets(mode: str, size: tuple[int, int], expected: tuple[int, int]) -> None:
     picture = resize(encoded(noise(*size)), 1_000_000, Storing(16, "png", 3, mode))
-    assert isinstance(picture, Picture)
+    assert isinstance(picture, StoredImage)
     assert (picture.width, picture.height) == expected
 
 
 def test_an_image_below_the_least_side_is_rejected() -> None:
     for least, reason in ((12, None), (13, "too_small")):
         found = resize(encoded(noise(40, 12)), 1_000_000, Storing(16, "png", 3, min_image_size=least))
-        assert found == reason or (reason is None and isinstance(found, Picture))
+        assert found == reason or (reason is None and isinstance(found, StoredImage))
 
 
 def test_area_interpolation_is_the_mean() -> None:
@@ -205,7 +205,7 @@ def test_a_jpeg_may_have_some_scans_and_not_hundreds() -> None:
     for count, reason in ((MAX_SCANS, None), (MAX_SCANS + 1, "decode_error")):
         data = whole[:-2] + whole[last:-2] * (count - scans) + b"\xff\xd9"
         found = resize(data, 1_000_000, Storing(16, "jpg", 90))
-        assert found == reason or (reason is None and isinstance(found, Picture))
+        assert found == reason or (reason is None and isinstance(found, StoredImage))
         assert inspect(data, 1_000_000) == (reason or (80, 72))
 
 
@@ -225,11 +225,11 @@ def test_the_long_side_is_bounded_by_the_short_ones_limit() -> None:
     assert small(encoded(np.zeros((1, 16 * LONGEST + 1, 3), np.uint8))) == "too_long"
     for kind, quality in (("jpg", 100), ("png", 0), ("webp", 100)):
         largest = small(encoded(noise(16 * LONGEST, 16)), kind=kind, quality=quality)
-        assert isinstance(largest, Picture)
+        assert isinstance(largest, StoredImage)
         assert len(largest.data) <= 3 * LONGEST * 16**2 + 1024
 
 
 def test_an_honest_large_png_passes() -> None:
     stored = resize(encoded(noise(1536, 1024)), 64_000_000, Storing(1024, "png", 3))
-    assert isinstance(stored, Picture)
+    assert isinstance(stored, StoredImage)
     assert (stored.width, stored.height) == (1536, 1024)

@@ -122,7 +122,7 @@ def test_only_the_first_500_kib_are_read() -> None:
     assert allowed(outside, "/a")
 
 
-@given(st.text("ab*$/", max_size=12), st.text("ab$*/", max_size=12))
+@given(st.text("ab*$/", max_size=12), st.text("ab*/", max_size=12))  # a $ in a path is also a $ of a rule
 def test_a_pattern_matches_what_a_regular_expression_does(pattern: str, path: str) -> None:
     end = pattern.endswith("$")
     translated = "".join(".*" if c == "*" else re.escape(c) for c in pattern.removesuffix("$"))

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.data.pairs import decoding, packer
 from pipeline.data.pairs.decoding import BASE_BYTES, BYTES_PER_PIXEL, COMMAND, KEEP_MEMORY, Decoder, seconds
-from pipeline.data.pairs.picture import Picture, Storing, inspect, resize
+from pipeline.data.pairs.image import StoredImage, Storing, inspect, resize
 from pipeline.data.pairs.sandbox import KEPT
 from pipeline.errors import UserError
 from tests.pipeline.data.bench import Bench, picture, write_list
@@ -96,7 +96,7 @@ def test_answers_are_those_of_the_functions_whatever_is_printed(decoder: Decoder
         for arguments in (LIMITS, (10, Storing(64, "png", 3))):
             assert decoder.resize(data, *arguments) == resize(data, *arguments)
         assert decoder.inspect(data, 1_000_000) == inspect(data, 1_000_000)
-    assert isinstance(decoder.resize(whole, *LIMITS), Picture)
+    assert isinstance(decoder.resize(whole, *LIMITS), StoredImage)
 
 
 @pytest.fixture

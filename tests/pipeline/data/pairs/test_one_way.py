@@ -12,7 +12,7 @@ from PIL import Image
 from models.view import open_view, upright_rgb, view
 from pipeline.data.neighbours.search import embed_picture
 from pipeline.data.pairs.decoding import open_image, shared_decoder
-from pipeline.data.pairs.row_index import Place, read_pictures
+from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import UserError
 from pipeline.graph.shard_tables import read_shards
 from pipeline.report.images import shrink
@@ -52,7 +52,7 @@ def read(bench: Bench) -> dict[str, list[bytes]]:
     rows = bench.rows("pairs")
     for row, name in zip(rows, [*IMAGES, *IMAGES], strict=True):
         assert row["status"] == "kept", (name, row["reason"])
-        found[name] += read_pictures(bench.store, [Place.of(row, shards[int(row["key"][:8])])])
+        found[name] += read_images(bench.store, [Place.of(row, shards[int(row["key"][:8])])])
     return found
 
 

@@ -11,7 +11,7 @@ from pipeline.data.pairs.row_index import (
     Place,
     index_counts,
     index_table,
-    read_pictures,
+    read_images,
 )
 from pipeline.errors import CorruptObject
 from pipeline.graph.shard_tables import read_table, write_table
@@ -30,7 +30,7 @@ def _row(data: bytes, offset: int, **changes: Any) -> dict[str, Any]:
 
 
 def _read(store: Store, blob: str, rows: Sequence[dict[str, Any]]) -> list[bytes]:
-    return read_pictures(store, [Place.of(row, blob) for row in rows])
+    return read_images(store, [Place.of(row, blob) for row in rows])
 
 
 def _packed(sizes: list[int], gap: int) -> tuple[bytes, list[dict[str, Any]]]:
@@ -116,7 +116,7 @@ def test_an_index_names_no_file_but_tars(store: Store, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"...mine...")
         place = Place.of(_row(b"mine", 3, tar=str(tmp_path / name)), None)
         if sound:
-            assert read_pictures(store, [place]) == [b"mine"]
+            assert read_images(store, [place]) == [b"mine"]
         else:
             with pytest.raises(CorruptObject, match="is not a tar"):
-                read_pictures(store, [place])
+                read_images(store, [place])

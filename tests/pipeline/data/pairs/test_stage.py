@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from pipeline.data.pairs.row_index import Place, index_counts, read_pictures
+from pipeline.data.pairs.row_index import Place, index_counts, read_images
 from pipeline.errors import CorruptObject
 from pipeline.graph.shard_tables import read_shards
 from pipeline.ledger import REASONS
@@ -165,7 +165,7 @@ def test_the_index_finds_every_picture_and_so_do_tar_readers(made: Made, tmp_pat
             stored = data[row["offset"] : row["offset"] + row["size"]]
             assert (member.offset_data, member.size) == (row["offset"], row["size"])
             assert hashlib.sha256(stored).hexdigest() == row["sha256"]
-        assert read_pictures(store, [Place.of(row, shard.blobs["images"]) for row in kept]) == [
+        assert read_images(store, [Place.of(row, shard.blobs["images"]) for row in kept]) == [
             data[row["offset"] : row["offset"] + row["size"]] for row in kept
         ]
         (tmp_path / "shard.tar").write_bytes(data)
@@ -224,7 +224,15 @@ def test_a_tar_is_used_where_it_lies(tmp_path: Path) -> None:
     assert "images" not in shard.blobs
     assert rows[0]["tar"] == str(path)
     assert rows[0]["sha256"] == hashlib.sha256(picture(1)).hexdigest()
-    assert read_pictures(bench.store, [Place.of(rows[0], None)]) == [picture(1)]
+    assert read_images(bench.store, [Place.of(rows[0], None)]) == [picture(1)]
+
+
+def test_an_image_below_the_least_side_is_rejected_wherever_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1, 300, 200))
+    source = write_list(tmp_path / "list.csv", [(f"file://{tmp_path}/a.png", "large")])
+    bench = Bench(tmp_path / "store", [source, str(_tar(tmp_path / "a.tar"))], pairs={"min_image_size": 73})
+    bench.make("source", "pairs")
+    assert [row["reason"] for row in bench.rows("pairs")] == [None, "too_small", "truncated"]
 
 
 def test_a_tar_that_changed_or_went_is_named(tmp_path: Path) -> None:
@@ -236,7 +244,7 @@ def test_a_tar_that_changed_or_went_is_named(tmp_path: Path) -> None:
     data[rows[0]["offset"] + 100] ^= 1
     path.write_bytes(data)
     with pytest.raises(CorruptObject, match=r"a\.tar.*row 000000000000 has other bytes"):
-        read_pictures(bench.store, [Place.of(row, None) for row in rows])
+        read_images(bench.store, [Place.of(row, None) for row in rows])
     path.unlink()
     with pytest.raises(CorruptObject, match=r"a\.tar: cannot be read"):
-        read_pictures(bench.store, [Place.of(row, None) for row in rows])
+        read_images(bench.store, [Place.of(row, None) for row in rows])

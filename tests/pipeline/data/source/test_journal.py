@@ -190,7 +190,7 @@ def test_rows_are_found_by_key_by_reference_and_by_hash(tmp_path: Path) -> None:
     assert told.unseen == ["http://h/none.png"]
     with pytest.raises(UserError, match="000000010009: no row"):
         found("000000010009")
-    with pytest.raises(UserError, match="no stored picture"):
+    with pytest.raises(UserError, match="no stored image"):
         found("0" * 64)
 
 

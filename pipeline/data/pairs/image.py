@@ -28,8 +28,8 @@ SCAN, END = 0xDA, 0xD9
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An encoded picture with its width and height in pixels; ``extension`` is jpg, png or webp."""
+class StoredImage:
+    """An encoded image with its width and height in pixels; ``extension`` is jpg, png or webp."""
 
     data: bytes
     width: int
@@ -51,7 +51,9 @@ class Storing:
     min_image_size: int = 0
 
 
-def resize(data: bytes, max_pixels: int, storing: Storing, *, starts: Callable[[int], object] = int) -> Picture | str:
+def resize(
+    data: bytes, max_pixels: int, storing: Storing, *, starts: Callable[[int], object] = int
+) -> StoredImage | str:
     """Returns the image in ``data`` as it is to be stored, or the reason why it cannot be.
 
     Takes PNG, JPEG and WebP by their first bytes (of an animation the first frame; no GIF). The header's pixel count
@@ -70,7 +72,7 @@ def resize(data: bytes, max_pixels: int, storing: Storing, *, starts: Callable[[
         return "too_small"
     if max((width, height) if stored else size) > most:
         return "too_long"
-    return Picture(stored, width, height, storing.encode_format) if stored else "decode_error"
+    return StoredImage(stored, width, height, storing.encode_format) if stored else "decode_error"
 
 
 def inspect(data: bytes, max_pixels: int, *, starts: Callable[[int], object] = int) -> tuple[int, int] | str:
