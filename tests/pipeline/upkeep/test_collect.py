@@ -39,7 +39,7 @@ def _graph(seed: int = 0) -> Graph:
     recipe = ClipRecipe(samples=64, batch=8, lanes=8, seed=seed)
     return {
         stage.name: stage
-        for stage in (Stage("pairs", 1, recipe, (), never), Stage("clip", 1, recipe, ("pairs",), never))
+        for stage in (Stage("pairs", 1, recipe, (), never), Stage("clip", 1, recipe, ("pairs",), never, "training"))
     }
 
 
