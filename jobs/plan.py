@@ -19,7 +19,7 @@ from pipeline.cost.observed import Seen, observe
 from pipeline.cost.table import cost_table, remarks
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
-from pipeline.held_out import lacking
+from pipeline.held_out import short_splits
 from pipeline.progress import counted, duration
 
 
@@ -136,7 +136,7 @@ def _print_verdicts(project: Project, verdicts: Sequence[Verdict], wanted: set[s
         total = duration(sum(cost.seconds for cost in costs.values()))
         print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
     if "evaluation" in costs:
-        for line in lacking(project.scan.held_out):
+        for line in short_splits(project.scan.held_out):
             print(f"warning: {line}")
     return costs
 

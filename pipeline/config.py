@@ -29,7 +29,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.local import read_local
-from pipeline.parse import merge, parse
+from pipeline.parse import overlay, parse
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
 from pipeline.settings import (
@@ -148,7 +148,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of stages")
     for override in overrides:
-        values = merge(values, _override(override))
+        values = overlay(values, _override(override))
     return make_config(values)
 
 
@@ -175,7 +175,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
         if not isinstance(given, Mapping):
             raise UserError(f"{stage}: expected a mapping, got {given!r}")
         own = {name: value for name, value in given.items() if name != "preset"}
-        values[stage] = merge(_preset(given.get("preset", common)).get(stage, {}), own)
+        values[stage] = overlay(_preset(given.get("preset", common)).get(stage, {}), own)
     config = _named(_scaled(parse(Config, values), scale))
     _check(config)
     return config

@@ -19,7 +19,7 @@ def too_few(rows: int, split: str, of: str = "") -> str:
     return f"{counted(rows, f'{split} pair')}{of}, and a figure needs {FEWEST}; set source.{split} to 0.2 or add pairs"
 
 
-def lacking(held_out: Mapping[str, int]) -> Iterator[str]:
+def short_splits(held_out: Mapping[str, int]) -> Iterator[str]:
     """Yields a line for each split of which a list has fewer rows than a figure needs, given its rows by split."""
     for split in SPLITS:
         if held_out.get(split, 0) < FEWEST:

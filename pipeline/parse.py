@@ -24,7 +24,7 @@ from pydantic_core import CoreSchema, ErrorDetails, core_schema
 from pipeline.errors import UserError
 from pipeline.local import open_local
 
-EXPECTED = {
+_EXPECTED = {
     "dataclass_type": "a mapping",
     "dict_type": "a mapping",
     "tuple_type": "a list",
@@ -34,7 +34,7 @@ EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text",
 }
-BOUNDS = {
+_BOUNDS = {
     "greater_than": ("gt", "is not above"),
     "greater_than_equal": ("ge", "is below"),
     "less_than": ("lt", "is not below"),
@@ -141,12 +141,12 @@ def _message(kind: Any, error: ErrorDetails, where: str) -> str:
         case "unexpected_keyword_argument":
             for part in place[:-1]:
                 kind = get_type_hints(kind)[str(part)]
-            said = f"unknown key{nearest(place[-1], [field.name for field in dataclasses.fields(kind)])}"
+            said = f"unknown key{did_you_mean(place[-1], [field.name for field in dataclasses.fields(kind)])}"
         case "missing":
             said = "missing; it has no default"
         case "literal_error":
             words = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-            said = f"{value!r} is not one of {', '.join(words)}{nearest(value, words)}"
+            said = f"{value!r} is not one of {', '.join(words)}{did_you_mean(value, words)}"
         case "value_error":
             said = str(context["error"])
         case "json_invalid":
@@ -155,28 +155,28 @@ def _message(kind: Any, error: ErrorDetails, where: str) -> str:
             said = f"has {context['actual_length']} entries; name {context['min_length']} or more"
         case "too_long":
             said = f"has {context['actual_length']} entries; name {context['max_length']} at most"
-        case known if known in EXPECTED:
-            said = f"expected {EXPECTED[known]}, got {value!r}"
-        case known if known in BOUNDS:
-            bound, relation = BOUNDS[known]
+        case known if known in _EXPECTED:
+            said = f"expected {_EXPECTED[known]}, got {value!r}"
+        case known if known in _BOUNDS:
+            bound, relation = _BOUNDS[known]
             said = f"{value!r} {relation} {context[bound]:g}"
         case _:
             said = error["msg"]
     return f"{name}: {said}" if name else said
 
 
-def nearest(word: Any, words: Any) -> str:
+def did_you_mean(word: Any, words: Any) -> str:
     """Returns the end of a message about an unknown word: the known word nearest to it, or else all of them."""
     close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(map(str, words)))}"
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ``over`` laid upon ``base``, mapping by mapping."""
     result = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = merge(result[key], value)
+            result[key] = overlay(result[key], value)
         else:
             result[key] = value
     return result

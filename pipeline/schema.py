@@ -21,12 +21,12 @@ SCALE = {"type": "number", "exclusiveMinimum": 0, "default": 1}
 SCALE["description"] = "Every training takes this many times its samples, warmup and decay."
 
 
-def parts(kind: type = Config) -> Iterator[type]:
+def dataclasses_in(kind: type = Config) -> Iterator[type]:
     """Yields a dataclass and all those that its fields hold."""
     yield kind
     for part in get_type_hints(kind).values():
         if dataclasses.is_dataclass(part) and isinstance(part, type):
-            yield from parts(part)
+            yield from dataclasses_in(part)
 
 
 def descriptions(kind: type) -> dict[str, str]:
@@ -43,7 +43,7 @@ def descriptions(kind: type) -> dict[str, str]:
 def schema() -> dict[str, Any]:
     """Returns the JSON schema of a configuration."""
     definitions = adapter(Config).json_schema()["$defs"]
-    for kind in parts():
+    for kind in dataclasses_in():
         definitions[kind.__name__]["description"] = inspect.cleandoc(kind.__doc__ or "").partition("\n")[0]
         properties, said = definitions[kind.__name__]["properties"], descriptions(kind)
         for name, field in properties.items():

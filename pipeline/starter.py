@@ -204,7 +204,7 @@ def _splits(seen: Look | None) -> dict[str, str]:
     shares, begin, found = sorted(seen.shares), 0.0, {}
     for split, wanted in (("test", TEST), ("validation", VALIDATION)):  # in the order of pipeline.data.source.stage
         listed, most = seen.splits.get(split, 0), int(MOST * rows)
-        share = share_of(
+        share = shortest_share(
             [place - begin for place in shares if place >= begin], min(wanted, most) - listed, most - listed
         )
         held_out = listed + sum(begin <= place < begin + share for place in shares)
@@ -213,7 +213,7 @@ def _splits(seen: Look | None) -> dict[str, str]:
     return found
 
 
-def share_of(places: Sequence[float], wanted: int, most: int) -> float:
+def shortest_share(places: Sequence[float], wanted: int, most: int) -> float:
     """Returns the shortest share, SHARE or more, below which ``wanted`` to ``most`` of the ``places`` lie.
 
     ``places`` rise, in [0, 1); those of one group are equal. Where groups are large, fewer than ``wanted`` lie below.

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.config import Config
-from pipeline.schema import FILE, descriptions, parts, schema
+from pipeline.schema import FILE, dataclasses_in, descriptions, schema
 from pipeline.training.recipes import TrainingRecipe
 
 PAGE = Path(__file__).parents[1] / "docs/configuration.md"
 TABLE = re.compile(r"^<!-- fields of ([\w, ]+) -->\n\n((?:\|.*\n)*)", re.MULTILINE)
-KINDS = {kind.__name__: kind for kind in parts()}
+KINDS = {kind.__name__: kind for kind in dataclasses_in()}
 
 
 def default(field: dataclasses.Field[Any]) -> str:

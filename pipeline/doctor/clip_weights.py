@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.parse import nearest
+from pipeline.parse import did_you_mean
 
 ANSWER_S = 10.0  # for a server to say that it has a file
 
@@ -52,7 +52,7 @@ def _find_open_clip(setting: str, name: str, tag: str) -> str:
         if Path(tag).is_file():
             return f"in the file {tag}"
         tags = open_clip.list_pretrained_tags_by_model(name)
-        raise UserError(f"{setting}: {name} has no weights {tag}, nor is there such a file{nearest(tag, tags)}")
+        raise UserError(f"{setting}: {name} has no weights {tag}, nor is there such a file{did_you_mean(tag, tags)}")
     return _find_on_hub(setting, source["hf_hub"])
 
 

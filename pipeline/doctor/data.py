@@ -9,7 +9,7 @@ from pipeline.data.source.stage import Scan
 from pipeline.doctor.clip_weights import find_weights, named_weights
 from pipeline.doctor.finding import Finding
 from pipeline.errors import UserError
-from pipeline.held_out import lacking
+from pipeline.held_out import short_splits
 from pipeline.progress import counted
 
 
@@ -19,7 +19,7 @@ def check_list(scan: Scan, stages: Collection[str]) -> Iterator[Finding]:
     splits = " and ".join(f"{held_out.get(split, 0):,} for {split}" for split in ("test", "validation"))
     yield Finding("ok", "list", f"{counted(rows, 'pair')}, of which {splits}")
     if "evaluation" in stages:
-        for line in lacking(held_out):
+        for line in short_splits(held_out):
             yield Finding("warning", "list", line)
 
 

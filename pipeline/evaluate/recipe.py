@@ -13,7 +13,7 @@ from pipeline.evaluate.captions import Phrases
 from pipeline.held_out import FEWEST
 from pipeline.parse import ContentFile
 
-Rows = Annotated[int, Field(ge=FEWEST)]
+HeldOutRows = Annotated[int, Field(ge=FEWEST)]
 Several = Annotated[int, Field(ge=2)]  # samples, whose spread counts
 
 
@@ -42,13 +42,13 @@ class EvaluationRecipe:
         phrases: What captions say in fixed words.
     """
 
-    rows: Rows = 256
+    rows: HeldOutRows = 256
     prior_samples: Several = 16
-    sampled_rows: Rows = 64
-    decoder_rows: Rows = 64
-    caption_rows: Rows = 32
-    upsampler_256_rows: Rows = 32
-    upsampler_1024_rows: Rows = 16
+    sampled_rows: HeldOutRows = 64
+    decoder_rows: HeldOutRows = 64
+    caption_rows: HeldOutRows = 32
+    upsampler_256_rows: HeldOutRows = 32
+    upsampler_1024_rows: HeldOutRows = 16
     upsampler_samples: Several = 8
     early: NonNegativeInt = 409_600_000
     seed: NonNegativeInt = 0

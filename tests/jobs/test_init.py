@@ -18,7 +18,7 @@ from pipeline.data.source.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
 from pipeline.sampling.bundle import MODELS
-from pipeline.starter import CAPTION_BYTES, SHARE, _captions, _scalar, share_of
+from pipeline.starter import CAPTION_BYTES, SHARE, _captions, _scalar, shortest_share
 from pipeline.store import open_store
 from tests.pipeline.data.bench import picture
 
@@ -294,7 +294,7 @@ def test_a_share_is_the_shortest_that_fits(seed: int) -> None:
     chance = random.Random(seed)
     places = sorted(chance.choice([chance.random(), 0.5]) for _ in range(chance.randrange(1, 60)))
     wanted = chance.randrange(len(places) + 1)
-    share = share_of(places, wanted, len(places))
+    share = shortest_share(places, wanted, len(places))
     assert sum(place < share for place in places) >= wanted
     assert share == SHARE or sum(place < round(share - 0.01, 2) for place in places) < wanted
 

@@ -17,7 +17,7 @@ from pipeline.data.source.emoji.listing import emoji_rows
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.pointer import read_releases
 from pipeline.graph.shard_tables import read_shards
-from pipeline.parse import merge
+from pipeline.parse import overlay
 from pipeline.release.compare import evaluations
 from pipeline.store import Store
 from tests.chain import ROOT, keys, open_at, shard_paths, unclip
@@ -91,7 +91,7 @@ class Monthly:
 
     def month(self, name: str, **changes: Any) -> None:
         """Append a month's list, then do what the page says of it."""
-        self.values = merge(self.values, changes)
+        self.values = overlay(self.values, changes)
         self.values["source"]["paths"].append(f"{name}.csv")
         (self.folder / "monthly.yaml").write_text(yaml.safe_dump(self.values))
         self.said |= follow(section(name.capitalize()), self.folder)
@@ -134,9 +134,9 @@ def test_three_months_one_of_them_bad_and_the_release_moves_twice(
     assert values["source"]["shard_rows"] == SHARD_ROWS
     own = {
         "store": f"{s3.url}/monthly-{os.getpid()}",
-        "run": merge(RUN, {"pairs": {"hosts": {"emoji.test": pictures}}}),
+        "run": overlay(RUN, {"pairs": {"hosts": {"emoji.test": pictures}}}),
     }
-    monthly = Monthly(tmp_path, merge(values, own))
+    monthly = Monthly(tmp_path, overlay(values, own))
 
     monthly.month("january")
     store, first = monthly.store, monthly.made("bundle")

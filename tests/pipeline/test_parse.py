@@ -5,7 +5,7 @@ import pytest
 from pydantic import NonNegativeFloat
 
 from pipeline.errors import UserError
-from pipeline.parse import merge, parse
+from pipeline.parse import overlay, parse
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def test_mistakes_are_one_line(value: Any, message: str) -> None:
     assert str(caught.value) == message
 
 
-def test_merge_is_deep() -> None:
-    assert merge({"a": {"b": 1, "c": 2}, "d": 1}, {"a": {"b": 3}, "d": {"e": 1}}) == {
+def test_an_overlay_is_deep() -> None:
+    assert overlay({"a": {"b": 1, "c": 2}, "d": 1}, {"a": {"b": 3}, "d": {"e": 1}}) == {
         "a": {"b": 3, "c": 2},
         "d": {"e": 1},
     }

@@ -22,7 +22,7 @@ from pipeline.data.source.stage import scan
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.graph.stages import Context, stage_key
-from pipeline.parse import merge
+from pipeline.parse import overlay
 from pipeline.store import open_store
 
 COLUMNS = ("url", "caption", "split", "sha256")
@@ -113,7 +113,7 @@ class Bench:
             "run": {name: {"workers": 0} for name in ("pairs", "embeddings", "curation", "index", "codec")},
         }
         self.store = open_store(str(folder))
-        self.config = make_config(merge(values, changes))
+        self.config = make_config(overlay(values, changes))
         self.graph = build(self.config)
         journal = read_journal(self.store, self.config.project)
         self.source_keys = scan(self.config.source, self.store, write=False, journal=journal).keys
