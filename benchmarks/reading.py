@@ -49,7 +49,7 @@ def make_feed(store: Store, inputs: Inputs) -> Feed:
 
 def of_feed(store: Store, inputs: Inputs, steps: int) -> None:
     """Reads some steps by our feed."""
-    with closing(make_feed(store, inputs).shares(0)) as shares:
+    with closing(make_feed(store, inputs).batches(0)) as shares:
         for _ in islice(shares, steps):
             pass
 
@@ -118,7 +118,7 @@ def get(client: Any, bucket: str, prefix: str, asked: list[tuple[str, int, int |
 
 def first_batch(store: Store, inputs: Inputs, samples: int) -> None:
     """Reads the first batch after ``samples``."""
-    with closing(make_feed(store, inputs).shares(samples)) as shares:
+    with closing(make_feed(store, inputs).batches(samples)) as shares:
         next(shares)
 
 

@@ -27,7 +27,7 @@ from models.diffusion_prior import DiffusionPrior
 from models.draw import Draw
 from models.upsampler import Upsampler
 from pipeline.config import preset_config
-from pipeline.training.distributed.world import autocast, computes_in
+from pipeline.training.device import autocast, computes_in
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.state import ema_half_life, make_optimizer, update_ema
 

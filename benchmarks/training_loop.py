@@ -29,16 +29,15 @@ from pipeline.config import preset_config
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store import open_store
-from pipeline.training.checkpoints import course
-from pipeline.training.distributed.world import World, autocast
+from pipeline.training.checkpoints import Saver, course
+from pipeline.training.device import autocast
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import fit
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe, TrainingRecipe
-from pipeline.training.saver import Saver
-from pipeline.training.stage import make_task
 from pipeline.training.state import TrainState
 from pipeline.training.state import begin as begin_training
-from pipeline.training.task import Task
+from pipeline.training.task import Task, make_task
 from pipeline.training.timing import shares_of
 
 BATCH, SHARDS = 16, 2
@@ -64,7 +63,7 @@ class Ours:
     def run(self, steps: int) -> float:
         """Returns the seconds of some steps after one that does not count."""
         seconds = self._fit(steps, saving=False)
-        self.laps.update(self.state.laps)
+        self.laps.update(self.state.phase_seconds)
         return seconds
 
     def run_saving(self, steps: int) -> float:
@@ -75,7 +74,7 @@ class Ours:
         return seconds
 
     def _fit(self, steps: int, saving: bool) -> float:
-        self.state.laps.clear()
+        self.state.phase_seconds.clear()
         recipe = replace(self.ctx.recipe, samples=self.state.samples + (steps + 1) * BATCH)
         times: list[float] = []
 
@@ -84,7 +83,7 @@ class Ours:
             if saving and len(times) == 2:
                 self.saver.save(state)
 
-        fit(self.ctx.stage, self.feed, recipe, TrainingSettings(), World(), self.state, pause)
+        fit(self.ctx.stage, self.feed, recipe, TrainingSettings(), ProcessGroup(), self.state, pause)
         return times[-1] - times[1]
 
 
@@ -97,7 +96,7 @@ class Bare:
     def __init__(self, recipe: TrainingRecipe, task: Task, feed: Feed, state: TrainState):
         self.recipe, self.task = recipe, task
         self.model, self.optimizer = state.model.train(), state.optimizer
-        with closing(feed.shares(0)) as shares:
+        with closing(feed.batches(0)) as shares:
             self.shares = list(islice(shares, 8))
 
     def run(self, steps: int) -> float:
@@ -119,7 +118,9 @@ def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
     """Returns the ratios of one model."""
     task, recipe = make_task(ctx), ctx.recipe
     feed = Feed(ctx.store, ctx.inputs, task, recipe)
-    ours = Ours(ctx, task, feed, begin_training(task, recipe, World()), Saver(course(ctx, begin=True), World()))
+    ours = Ours(
+        ctx, task, feed, begin_training(task, recipe, ProcessGroup()), Saver(course(ctx, begin=True), ProcessGroup())
+    )
     cases: dict[str, Callable[[int], float]] = {
         "bare": Bare(recipe, task, feed, ours.state).run,
         "ours": ours.run,

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from cluster.job import PROJECT_FILE
+from models.clip_weights import ClipWeights
 from pipeline.config import Config
 from pipeline.data.source.journal import FORGOTTEN, Journal, reference_mark
 from pipeline.data.source.lists import ROWS, Row, read_rows, write_rows
@@ -112,8 +113,8 @@ def make_package(config: Config, store_url: str, output: str, journal: Journal, 
                 f"{path} does not travel: every machine must find it, and the files that it names, at {file}; "
                 "images on S3 or the web need no such place"
             )
-    kind, _, folder = config.clip.weights.partition(":")
-    if kind == "local-dir" and not here:
+    folder = ClipWeights.parse(config.clip.weights).folder
+    if folder and not here:
         if not Path(folder).is_absolute():
             raise UserError(f"clip.weights: {folder} is found on this machine only; write a path that the cluster has")
         notes.append(f"{folder} (clip.weights) does not travel: the cluster's head must have it there")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from pipeline.config import Run
 from pipeline.errors import UserError
@@ -79,18 +78,6 @@ def demands(run: Run, stages: Collection[str]) -> Iterator[tuple[str, int, Share
             yield stage, settings.workers, share_of(settings, getattr(settings, "gpus", 0.0))
             if isinstance(settings, EmbeddingsSettings) and settings.decoders:
                 yield stage, settings.workers * settings.decoders, Share(labels=settings.decoder_nodes)
-
-
-def name_gpus(run: Run) -> Run:
-    """Returns the settings with "cuda" in place of "auto" for trainings that have workers.
-
-    No pod with a GPU is there when a training begins, so "auto" would find none and train on cores.
-    """
-    trainings = {name: one for name, one in vars(run).items() if isinstance(one, TrainingSettings) and one.workers}
-    changed: dict[str, Any] = {
-        name: replace(one, device="cuda") for name, one in trainings.items() if one.device == "auto"
-    }
-    return replace(run, **changed)
 
 
 def _labels(selector: Mapping[str, str]) -> dict[str, str]:

@@ -75,7 +75,7 @@ def _origin(folder: Path) -> Path:
 
 
 def _has_gpu() -> bool:
-    from pipeline.training.distributed.world import choose_device
+    from pipeline.training.device import choose_device
 
     return choose_device("auto").type == "cuda"
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from cluster.client import Cluster
 from cluster.job import Job, make_job
 from cluster.package import Package, make_package
-from cluster.pods import name_gpus
 from cluster.rayjob import render
 from cluster.submission import LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
 from jobs.interrupt import INTERRUPTED
@@ -89,7 +88,8 @@ def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     if local_folder(project.store):
         raise UserError(f"{project.store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
     check_reach(project.store, job, KUBERAY)
-    run = name_gpus(project.config.run)
+    run = project.config.run
+    run = replace(run, ray=replace(run.ray, autoscaler=True))  # pods come when a stage asks for them
     project = replace(project, config=replace(project.config, run=run))
     render(job, "", run, asked.stale)  # raises for wrong settings before anything is sent
     path = put_package(project.store, _package(project))

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from models.clip_weights import ClipWeights
 from models.draw import Draw
 from models.folder import read_config
 from models.losses import Losses
@@ -69,6 +70,15 @@ class Clip(nn.Module):
             model, {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
         )
         return cls(model, model_config)
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Loads the CLIP that "open_clip:NAME:TAG" or "local-dir:FOLDER" names.
+
+        Raises what ``pretrained`` and ``from_folder`` raise.
+        """
+        weights = ClipWeights.parse(name)
+        return cls.from_folder(weights.folder) if weights.folder else cls.pretrained(weights.network, weights.tag)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
@@ -196,6 +206,12 @@ class _TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.tower.encode_text(tokens)
+
+
+def config_of(name: str) -> dict:
+    """Returns open_clip's configuration of the CLIP that ``Clip.named`` would load. Raises as that does."""
+    weights = ClipWeights.parse(name)
+    return config_in(weights.folder) if weights.folder else config_named(weights.network)
 
 
 def config_in(folder: str | Path) -> dict:

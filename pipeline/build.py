@@ -25,7 +25,7 @@ def build(config: Config) -> Graph:
 
     Raises UserError for imported embeddings without the CLIP that made them.
     """
-    if config.clip.weights == "train":
+    if not config.clip.pretrained:
         for path in config.source.paths:
             if imported.is_embeddings(Path(path).expanduser()):
                 raise UserError(
@@ -37,15 +37,7 @@ def build(config: Config) -> Graph:
         Stage("source", source.VERSION, config.source, (), source.run_source, kind="source", row_seconds=32e-6),
         Stage("captions", source.VERSION, config.source, (), source.run_captions, kind="source", row_seconds=1e-6),
         Stage("pairs", pairs.VERSION, config.pairs, ("source",), pairs.run_pairs, row_seconds=0.02),
-        Stage(
-            "clip",
-            training.VERSIONS["clip"],
-            config.clip,
-            ("pairs", "captions"),
-            training.run_clip,
-            kind="training",
-            pinned=True,
-        ),
+        training.stage("clip", config.clip, ("pairs", "captions"), training.run_clip, pinned=True),
         Stage(
             "embeddings",
             embeddings.VERSION,
@@ -91,39 +83,11 @@ def build(config: Config) -> Graph:
             passes=True,
             row_seconds=2e-4,
         ),
-        Stage(
-            "ar_prior",
-            training.VERSIONS["ar_prior"],
-            config.ar_prior,
-            (*learn, "codec"),
-            training.run_ar_prior,
-            kind="training",
-        ),
-        Stage(
-            "diffusion_prior",
-            training.VERSIONS["diffusion_prior"],
-            config.diffusion_prior,
-            learn,
-            training.run_diffusion_prior,
-            kind="training",
-        ),
-        Stage("decoder", training.VERSIONS["decoder"], config.decoder, learn, training.run_decoder, kind="training"),
-        Stage(
-            "upsampler_256",
-            training.VERSIONS["upsampler"],
-            config.upsampler_256,
-            ("pairs", "curation"),
-            training.run_upsampler,
-            kind="training",
-        ),
-        Stage(
-            "upsampler_1024",
-            training.VERSIONS["upsampler"],
-            config.upsampler_1024,
-            ("pairs", "curation"),
-            training.run_upsampler,
-            kind="training",
-        ),
+        training.stage("ar_prior", config.ar_prior, (*learn, "codec")),
+        training.stage("diffusion_prior", config.diffusion_prior, learn),
+        training.stage("decoder", config.decoder, learn, training.run_decoder),
+        training.stage("upsampler_256", config.upsampler_256, ("pairs", "curation")),
+        training.stage("upsampler_1024", config.upsampler_1024, ("pairs", "curation")),
         Stage("bundle", bundle.VERSION, config.bundle, config.bundle.inputs, bundle.run_bundle, kind="bundle"),
         Stage("samples", samples.VERSION, config.samples, ("bundle",), samples.run_samples, kind="result"),
         Stage(

@@ -158,10 +158,13 @@ class RaySettings:
     Attributes:
         cpus: Cores that it may use.
         object_store_mb: MiB of its object store.
+        autoscaler: Whether the cluster of `RAY_ADDRESS` adds nodes when they are asked for. Nothing is refused at the
+            start then, and a training on device ``auto`` asks for GPUs.
     """
 
     cpus: PositiveInt = 2
     object_store_mb: Annotated[int, Field(ge=100)] = 500
+    autoscaler: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipeline.cost.observed import Observation, Seen, pace, passes_of, shape
 from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Graph
-from pipeline.training.recipes import ClipRecipe
+from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 
 if TYPE_CHECKING:
     from pipeline.cost.flops import ClipSize, Size
@@ -126,7 +126,7 @@ class Ask:
     def fetches(self, stage: str) -> bool:
         """Says whether a stage fetches a CLIP instead of training it."""
         recipe = self.graph[stage].recipe
-        return isinstance(recipe, ClipRecipe) and recipe.weights != "train"
+        return isinstance(recipe, TrainingRecipe) and recipe.pretrained
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.ar_prior import ARPrior
-from models.clip import config_in, config_named
+from models.clip import config_of
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
@@ -67,7 +67,7 @@ def count_model(config: Config, stage: str) -> Size:
 
 def count_clip(recipe: ClipRecipe) -> ClipSize:
     """Returns the size of the CLIP that a recipe trains or names. Raises UserError as ``count_model`` does."""
-    return _count(recipe.model if recipe.weights == "train" else recipe.weights)
+    return _count(recipe.weights if recipe.pretrained else recipe.model)
 
 
 @lru_cache
@@ -121,8 +121,7 @@ def _open_clip_config(clip: ClipConfig | str) -> dict[str, Any]:
     """Returns the configuration of a model of ours, of "open_clip:NAME:TAG", or of "local-dir:FOLDER"."""
     if isinstance(clip, ClipConfig):
         return clip.model_config()
-    kind, _, rest = clip.partition(":")
     try:
-        return config_in(rest) if kind == "local-dir" else config_named(rest.split(":")[0])
+        return config_of(clip)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(f"clip.weights: {e}") from e

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from models.clip_weights import ClipWeights
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.parse import did_you_mean
@@ -17,7 +18,7 @@ ANSWER_S = 10.0  # for a server to say that it has a file
 def named_weights(config: Config, stages: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yields the setting and the value of each CLIP that somebody else has trained and that these stages load."""
     stages = set(stages)
-    if "clip" in stages and config.clip.weights != "train":
+    if "clip" in stages and config.clip.pretrained:
         yield "clip.weights", config.clip.weights
     if "evaluation" in stages and config.evaluation.judge is not None:
         yield "evaluation.judge", config.evaluation.judge
@@ -29,14 +30,12 @@ def find_weights(setting: str, weights: str) -> str:
     Raises UserError that begins with ``setting`` for a name, a tag or a folder that does not exist or cannot be used,
     and for weights that are not in the cache while their server does not answer.
     """
-    kind, _, rest = weights.partition(":")
-    try:
-        if kind == "local-dir":
-            from models.clip import config_in
+    from models.clip import config_of
 
-            config_in(rest)
-            return f"in the folder {rest}"
-        return _find_open_clip(setting, *rest.split(":"))
+    named = ClipWeights.parse(weights)
+    try:
+        config_of(weights)
+        return f"in the folder {named.folder}" if named.folder else _find_open_clip(setting, named.network, named.tag)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(f"{setting}: {e}") from e
 
@@ -44,9 +43,6 @@ def find_weights(setting: str, weights: str) -> str:
 def _find_open_clip(setting: str, name: str, tag: str) -> str:
     import open_clip
 
-    from models.clip import config_named
-
-    config_named(name)
     source = open_clip.get_pretrained_cfg(name, tag)
     if not source:
         if Path(tag).is_file():

@@ -78,7 +78,7 @@ def largest_training(config: Config) -> tuple[str, int]:
     bytes_of: dict[str, int] = {}
     with torch.device("meta"):  # so that no weights take memory
         for stage in build(config).values():
-            if stage.kind != "training" or getattr(stage.recipe, "weights", "train") != "train":
+            if stage.kind != "training" or stage.recipe.pretrained:
                 continue
             kind = next((kind for kind in KINDS.values() if isinstance(stage.recipe.model, kind.config)), None)
             if kind is None:

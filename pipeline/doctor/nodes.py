@@ -16,8 +16,7 @@ from typing import Any
 from pipeline.doctor.finding import Finding, brief
 from pipeline.doctor.storage import PROBES, leaving_nothing
 from pipeline.errors import UserError
-from pipeline.graph.ray import ask_every_node, start_ray
-from pipeline.graph.resources import Node
+from pipeline.graph.ray import Node, ask_every_node, start_ray
 from pipeline.settings import RaySettings
 from pipeline.store import Store, local_folder
 

@@ -11,7 +11,7 @@ from pipeline.doctor.clip_weights import find_weights, named_weights
 from pipeline.doctor.machine import check_idle_gpu
 from pipeline.doctor.nodes import ask_nodes, judge, versions
 from pipeline.errors import UserError
-from pipeline.graph.ray import find_room, start_ray
+from pipeline.graph.ray import check_room, start_ray
 from pipeline.graph.resources import Settings
 from pipeline.store import Store
 
@@ -31,7 +31,7 @@ def check_ready(config: Config, store: Store, stages: Collection[str]) -> None:
     if not wanted:
         return
     ray = start_ray(config.run.ray)
-    find_room(ray, wanted, refuse=True)
+    check_room(ray, wanted, config.run.ray)
     if "RAY_ADDRESS" in os.environ:
         problems: dict[str, list[str]] = {}
         for found in judge(ask_nodes(ray, store), versions(), store):
@@ -50,6 +50,6 @@ def _listed(texts: list[str]) -> str:
 def on_ray(config: Config, stages: Iterable[str]) -> dict[str, Settings]:
     """The settings of those stages that work on Ray, by stage."""
     settings = {stage: getattr(config.run, stage, None) for stage in stages}
-    if config.clip.weights != "train":
+    if config.clip.pretrained:
         settings.pop("clip", None)  # nothing is trained
     return {stage: own for stage, own in settings.items() if own is not None and own.workers}

@@ -18,9 +18,8 @@ def load_judge(weights: str | None, device: torch.device) -> Clip | None:
         return None
     from models.clip import Clip
 
-    kind, _, rest = weights.partition(":")
     try:
-        clip = Clip.from_folder(rest) if kind == "local-dir" else Clip.pretrained(*rest.split(":"))
+        clip = Clip.named(weights)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(f"evaluation.judge: {e}") from e
     return clip.to(device)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt
 
+from models import clip_weights
 from models.prior_configs import require
 from pipeline.evaluate.captions import Phrases
 from pipeline.held_out import FEWEST
@@ -58,7 +59,7 @@ class EvaluationRecipe:
 
     def __post_init__(self) -> None:
         require(
-            self.judge is None or bool(re.fullmatch(r"open_clip:[^:]+:[^:]+|local-dir:.+", self.judge)),
+            self.judge is None or bool(re.fullmatch(clip_weights.PATTERN, self.judge)),
             f"judge is {self.judge!r}: use open_clip:NAME:TAG, local-dir:FOLDER or null",
         )
 

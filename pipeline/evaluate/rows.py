@@ -15,8 +15,8 @@ from pipeline.evaluate.metrics import derangement
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, SPLITS
 from pipeline.store import Store
-from pipeline.training.feed.pictures import Pictures
 from pipeline.training.feed.tables import Row, Tables
+from pipeline.training.feed.views import Views
 from pipeline.training.task import Batch
 
 COLUMNS = ("image", "tokens", "image_embedding", "text_embedding")
@@ -101,7 +101,7 @@ def _join(store: Store, split: str, rows: list[Row], side: int) -> HeldOut:
 
 def read_views(store: Store, places: list[Place], side: int) -> Tensor:
     """Views of pictures, uint8 [n, 3, side, side]."""
-    pictures = Pictures(store, side)
+    pictures = Views(store, side)
     return torch.from_numpy(np.stack([view.result() for view in pictures.views(places, pictures.fetch(places))]))
 
 

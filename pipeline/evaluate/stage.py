@@ -29,7 +29,6 @@ from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.store.records import materialise, put_blob
-from pipeline.training.stage import VERSIONS
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +52,7 @@ def run_evaluation(ctx: Context) -> Artifact:
     from pipeline.evaluate.inception import load_inception, package_versions
     from pipeline.evaluate.judge import load_judge
     from pipeline.sampling.samples import drawing_device
-    from pipeline.training.watch import png
+    from pipeline.training.between_steps import png
 
     began = time.monotonic()
     device = drawing_device()
@@ -107,7 +106,7 @@ def early_decoder(ctx: Context, device: torch.device) -> Decoder | str:
         end = f"samples {recipe.samples:,}" + (f" less decay {recipe.decay:,}" if recipe.decay else "")
         return f"evaluation.early {early:,} is not between decoder.batch {recipe.batch:,} and {end}"
     inputs = {name: ctx.inputs[name] for name in LEARN}
-    decoder = replace(ctx, stage="decoder", version=VERSIONS["decoder"], recipe=recipe, inputs=inputs)
+    decoder = replace(ctx, stage="decoder", version=recipe.version, recipe=recipe, inputs=inputs)
     key = at_stop(decoder, early).key
     artifact = load_artifact(ctx.store, "decoder", key)
     if artifact is None:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.graph.resources import Node, Settings, Team, lacking, room, team_of
+from pipeline.graph.resources import Settings, Team, number, team_of
 from pipeline.settings import RaySettings
 
 log = logging.getLogger("unclip")
-AUTOSCALER_S = 15.0  # after which an autoscaler that has said nothing of itself is taken for one
-AUTOSCALING_STATUS = "__autoscaling_status"  # the monitor on the head writes it every five seconds
+PLACING_S = 30.0  # for Ray to place workers on nodes that may be busy
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a cluster: its name and address, and the cores and GPUs that Ray may use of it."""
+
+    host: str
+    cpus: float
+    gpus: float
 
 
 def start_ray(settings: RaySettings) -> Any:
@@ -82,7 +88,7 @@ def start_ray(settings: RaySettings) -> Any:
 
 @contextmanager
 def _without_log_lines() -> Iterator[None]:
-    """Ray's core says on the console that it has read the level above, before it heeds it. All else is passed on."""
+    """Hides the line by which Ray's core says that it has read the level above. All else is passed on."""
     sys.stderr.flush()
     console = os.dup(2)
     with tempfile.TemporaryFile() as file:
@@ -113,7 +119,7 @@ def _reach(address: str) -> None:
 
 
 def living_nodes(ray: Any) -> list[tuple[str, Node]]:
-    """The nodes of the cluster, each after its id."""
+    """Returns the nodes of the cluster, each after its id."""
     return [
         (
             node["NodeID"],
@@ -121,8 +127,6 @@ def living_nodes(ray: Any) -> list[tuple[str, Node]]:
                 f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
                 node["Resources"].get("CPU", 0),
                 node["Resources"].get("GPU", 0),
-                node["Resources"].get("memory", 0),
-                node["Labels"] or {},
             ),
         )
         for node in ray.nodes()
@@ -136,7 +140,7 @@ def count_gpus(settings: RaySettings, here: bool) -> float:
         import torch
 
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return sum(node.gpus for _, node in living_nodes(start_ray(settings)))
+    return start_ray(settings).cluster_resources().get("GPU", 0)
 
 
 def ask_every_node(ray: Any, question: Callable[[], Any], timeout_s: float) -> list[tuple[Node, Any]]:
@@ -164,59 +168,91 @@ def _answer(ray: Any, answer: Any) -> Any:
 # --- room -------------------------------------------------------------------------------------------------------------
 
 
-def find_room(ray: Any, stages: Mapping[str, Settings], refuse: bool = False) -> dict[str, Team]:
-    """The workers that each of these stages can have, by the settings of its stage.
+def check_room(ray: Any, stages: Mapping[str, Settings], settings: RaySettings) -> None:
+    """Raises UserError for the first of these stages whose workers Ray cannot place now.
 
-    On the Ray of this machine there are no more of them than there is room for. So it is on a cluster without
-    autoscaler for workers that need helpers, which would keep each other from starting; others wait there for room.
-    Raises UserError that names all that can never run: always on the Ray of this machine, and with ``refuse`` on a
-    cluster without autoscaler; without ``refuse``, and where an autoscaler runs, it is waited for. A node that was lost
-    may come back.
+    An autoscaler is asked for nothing before a stage has come to its turn, so its nodes do not wait for work.
     """
-    local = "RAY_ADDRESS" not in os.environ
-    nodes = [node for _, node in living_nodes(ray)]
-    teams = {stage: team_of(settings, nodes, local) for stage, settings in stages.items()}
-    if faults := [fault for stage, team in teams.items() if (fault := lacking(stage, team, nodes))]:
-        told = "; ".join(faults)
-        if local:
-            raise UserError(
-                f"too little for what is asked of the Ray of this machine: {told}; lower it under run, raise "
-                "run.ray.cpus, or set RAY_ADDRESS to a cluster (ray start --labels gives its nodes labels)"
-            )
-        if refuse and not may_grow(ray):
-            raise UserError(
-                f"what the cluster can never run: {told}; add such nodes, or ask for less under run, and start again"
-            )
-        log.warning("%s; waiting for nodes that have it", told)
-    return {stage: _fitted(ray, stage, team, nodes, local) for stage, team in teams.items()}
+    if not _grows(settings):
+        for stage, own in stages.items():
+            team = find_team(ray, stage, own, settings)
+            if not place(ray, team):
+                raise _refusal(ray, stage, team)
 
 
-def _fitted(ray: Any, stage: str, team: Team, nodes: list[Node], local: bool) -> Team:
-    found = room(team, nodes)
-    if not 0 < found < team.count or not (local or (team.helpers and not may_grow(ray))):
+def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings) -> Team:
+    """Returns the workers that a stage can have; says in one line what a cluster lacks that does not place them soon.
+
+    It is waited for then: a node that was lost may come back. Raises UserError where the Ray of this machine cannot
+    place them.
+    """
+    team = find_team(ray, stage, own, settings)
+    if not place(ray, team):
+        if _local():
+            raise _refusal(ray, stage, team)
+        log.warning("%s; waiting for nodes that have it", lacking(ray, stage, team))
+    return team
+
+
+def find_team(ray: Any, stage: str, own: Settings, settings: RaySettings) -> Team:
+    """Returns the workers that a stage can have, by its settings.
+
+    The Ray of this machine runs no more of them than it has room for. So does a cluster without an autoscaler where
+    workers have helpers, because workers that take the helpers' cores would wait forever. Raises UserError where the
+    Ray of this machine has too little room.
+    """
+    total = ray.cluster_resources()
+    team = team_of(own, total.get("GPU", 0), _local(), _grows(settings))
+    if not _local() and (_grows(settings) or not team.helpers):
+        return team
+    found = team.room(total)
+    if _local() and found < team.least:
+        raise _refusal(ray, stage, team)
+    if not 0 < found < team.count:
         return team
     say_once(f"run.{stage}.workers: {team.count} are asked for, and there is room for {found}; going on with {found}")
     return replace(team, count=found)
 
 
+def _local() -> bool:
+    return "RAY_ADDRESS" not in os.environ
+
+
+def _grows(settings: RaySettings) -> bool:
+    return settings.autoscaler and not _local()
+
+
+def _refusal(ray: Any, stage: str, team: Team) -> UserError:
+    advice = f"add such nodes, or ask for less under run.{stage}; where an autoscaler adds them, set run.ray.autoscaler"
+    if _local():
+        advice = f"ask for less under run.{stage}, raise run.ray.cpus, or set RAY_ADDRESS to a cluster"
+    return UserError(f"{lacking(ray, stage, team)}; {advice}")
+
+
+def place(ray: Any, team: Team) -> bool:
+    """Returns whether Ray can reserve now what the workers need, all of those with helpers; gives it back at once."""
+    from ray.util import placement_group, remove_placement_group
+
+    workers = team.count if team.helpers else team.least
+    shares = [team.worker] * workers + [team.helper] * (workers * team.helpers)
+    labels = [dict(share.labels) for share in shares]
+    group = placement_group(
+        [share.resources for share in shares], bundle_label_selector=labels if any(labels) else None
+    )
+    try:
+        return group.wait(PLACING_S)
+    finally:
+        remove_placement_group(group)
+
+
+def lacking(ray: Any, stage: str, team: Team) -> str:
+    """Returns what Ray cannot place, and what it has: "codec: Ray has no room for 2 workers with 1 GPU each ..."."""
+    total = ray.cluster_resources()
+    has = f"{number(total.get('CPU', 0), 'core')} and {number(total.get('GPU', 0), 'GPU')}"
+    return f"{stage}: Ray has no room for {team}; it has {has}, {int(total.get('memory', 0)) >> 20:,} MiB for workers"
+
+
 @cache  # a stage of many passes says it once
 def say_once(text: str) -> None:
+    """Logs a line, once in a process."""
     log.info(text)
-
-
-def may_grow(ray: Any) -> bool:
-    """Whether the cluster has an autoscaler, which may add nodes.
-
-    The monitor of the head says of what types its nodes are. Where it only watches, each is a type of its own. A head
-    that has just begun says nothing for some seconds; one that says nothing at all may have its autoscaler elsewhere.
-    """
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    end = time.monotonic() + AUTOSCALER_S
-    while True:
-        report = json.loads(_internal_kv_get(AUTOSCALING_STATUS) or "{}").get("autoscaler_report") or {}
-        if types := {*(report.get("node_type_mapping") or {}).values()}:
-            return not types <= {f"node_{node['NodeID']}" for node in ray.nodes()}
-        if time.monotonic() > end:
-            return True
-        time.sleep(0.5)

@@ -166,10 +166,10 @@ def _team(ctx: Context, tasks: int) -> Team | None:
     workers = min(ctx.settings.workers, tasks)
     if not workers:
         return None
-    from pipeline.graph.ray import find_room, start_ray
+    from pipeline.graph.ray import start_ray, wait_for_room
 
-    ray = start_ray(ctx.config.run.ray)
-    return find_room(ray, {ctx.stage: replace(ctx.settings, workers=workers)})[ctx.stage]
+    settings = ctx.config.run.ray
+    return wait_for_room(start_ray(settings), ctx.stage, replace(ctx.settings, workers=workers), settings)
 
 
 def _run(

@@ -101,7 +101,7 @@ class MakeGenerator:
         import torch
 
         from models.cascade import UnCLIP
-        from pipeline.training.distributed.world import choose_device
+        from pipeline.training.device import choose_device
 
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:

@@ -115,8 +115,8 @@ def drawing_device(name: str = "auto") -> torch.device:
     """Returns a device of ``choose_device`` to draw on, says which it is, and takes all cores. Raises UserError."""
     import torch
 
+    from pipeline.training.device import choose_device
     from pipeline.training.distributed.launch import cores
-    from pipeline.training.distributed.world import choose_device
 
     device = choose_device(name)
     use_all_cores()

@@ -1,7 +1,8 @@
-"""Checkpoints: content-named tensors, and a record that is published last. The newest readable one wins.
+"""Writes and reads checkpoints: tensors named by content, and a record that is published last.
 
 A trajectory (a recipe without its stop) owns checkpoints/<trajectory>/. Every start of a training is an attempt with a
-number of its own, taken by a conditional create; whoever sees a higher number stops.
+number of its own, taken by a conditional create; an attempt that sees a higher number stops. A training goes on from
+the newest readable checkpoint.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +29,25 @@ from pipeline.graph.stages import Context, trajectory_key, trunk_key
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import blob_path, open_record, peek_record, put_blob, read_blob
-from pipeline.training.distributed.sharding import first_row, is_spread, local
-from pipeline.training.state import Journal, TrainState, forms, parts, put_back
+from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.distributed.sharding import first_row, is_sharded, local
+from pipeline.training.state import MetricsJournal, TrainState, forms, parts, put_back
 
-Named = tuple[str, str]  # a part and its blob
+PartBlob = tuple[str, str]  # a part and its blob
+Collect = Callable[[list[PartBlob]], list[PartBlob]]
 log = logging.getLogger("unclip")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a worker has to save of a state, in the memory of the CPU: tensors by part and name, where the rows of those
-    that are spread over workers begin, by part and name, and the rest of a checkpoint's record."""
+    """Holds what a worker saves of a state, in the memory of the CPU.
+
+    Attributes:
+        samples: Seen so far.
+        tensors: By part and name.
+        starts: The place of the first row of each sharded tensor, by part and name.
+        body: The rest of a checkpoint's record.
+    """
 
     samples: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -44,32 +55,25 @@ class Snapshot:
     body: Mapping[str, Any]
 
 
-def snapshot(state: TrainState, first: bool = True, before: Snapshot | None = None) -> Snapshot:
-    """A copy of what a checkpoint holds of this worker, which later steps do not change. What every worker has, the
-    ``first`` one saves. ``before``: one that nobody needs any more; the copy takes over its memory, as fresh memory can
-    cost more than the copying."""
-    room = before.tensors if before else {}
+def snapshot(state: TrainState, first: bool = True) -> Snapshot:
+    """Copies what a checkpoint holds of this worker, so that later steps do not change it.
+
+    Rank 0 (``first``) also copies what every worker has.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
     starts: dict[str, dict[str, int]] = {}
     for part, values in parts(state).items():
-        own = {name: tensor.detach() for name, tensor in values.items() if first or is_spread(tensor)}
-        tensors[part] = {name: _copied(local(tensor), room.get(part, {}).get(name)) for name, tensor in own.items()}
-        starts[part] = {name: first_row(tensor) for name, tensor in own.items() if is_spread(tensor)}
+        own = {name: tensor.detach() for name, tensor in values.items() if first or is_sharded(tensor)}
+        tensors[part] = {name: local(tensor).to("cpu", copy=True) for name, tensor in own.items()}
+        starts[part] = {name: first_row(tensor) for name, tensor in own.items() if is_sharded(tensor)}
     journal = deepcopy(state.journal.as_json())
-    body = {"samples": state.samples, "seconds": state.seconds, "laps": dict(state.laps), "journal": journal}
+    body = {"samples": state.samples, "seconds": state.seconds, "laps": dict(state.phase_seconds), "journal": journal}
     return Snapshot(state.samples, tensors, starts, body)
-
-
-def _copied(tensor: Tensor, room: Tensor | None) -> Tensor:
-    """A copy in the memory of the CPU: in ``room``, if there is one that fits."""
-    if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
-        return tensor.to("cpu", copy=True)
-    return room.copy_(tensor)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one trajectory, as one attempt sees them. ``keep`` of them stay."""
+    """Reads and writes the checkpoints of one trajectory for one attempt, and keeps the newest ``keep`` of them."""
 
     store: Store
     trajectory: str
@@ -81,14 +85,16 @@ class Checkpoints:
         return f"checkpoints/{self.trajectory}/"
 
     def save(self, state: TrainState) -> None:
-        """Publish the state. Raises Superseded if a later attempt has begun."""
+        """Publishes the state. Raises Superseded if a later attempt has begun."""
         self.publish(snapshot(state))
 
-    def publish(self, taken: Snapshot, rank: int = 0, collect: Callable[[list[Named]], list[Named]] = list) -> None:
-        """Publish a state as it was. Raises Superseded if a later attempt has begun.
+    def publish(
+        self, taken: Snapshot, rank: int = 0, collect: Callable[[list[PartBlob]], list[PartBlob]] = list
+    ) -> None:
+        """Publishes a snapshot. Raises Superseded if a later attempt has begun.
 
-        Where it is spread over workers, each puts what it has, ``collect`` brings the names together, and the first
-        one publishes.
+        Where the state is sharded, each worker stores its blobs, ``collect`` gathers their names, and rank 0 publishes
+        the record.
         """
         own = [
             (part if rank == 0 else f"{part}.{rank:05d}", self._put(tensors, taken.starts[part]))
@@ -105,32 +111,35 @@ class Checkpoints:
         self._prune(taken.samples)
 
     def save_failure(self, weights: Mapping[str, Tensor], samples: int, keys: Sequence[str]) -> None:
-        """Keep the weights before the step after ``samples`` samples, which failed, and which rows had a hand in it."""
+        """Saves the weights before the step after ``samples`` samples, which failed, and the keys of its bad rows."""
         body = {"samples": samples, "keys": list(keys), "blobs": {"model": self._put(weights, {})}}
         create_record(self.store, f"{self.folder}failures/{samples:012d}-{self.attempt:04d}.json", body)
 
     def last_failure(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Samples before the step that failed last, and the weights then; None if none has. Raises CorruptObject."""
+        """Returns the samples before the last step that failed, and the weights then; None if no step failed.
+
+        Raises CorruptObject.
+        """
         for path in sorted((e.path for e in self.store.list(f"{self.folder}failures/")), key=_attempt, reverse=True):
             if record := peek_record(self.store, path):
                 return record["samples"], load(read_blob(self.store, record["blobs"]["model"]))
         return None
 
     def newest(self, at_most: int) -> int:
-        """Samples of the newest checkpoint of at most so many, read or not; 0 if there is none."""
+        """Returns the samples of the newest checkpoint up to ``at_most``, readable or not; 0 without a checkpoint."""
         return max((n for n in map(_samples, self._paths()) if n <= at_most), default=0)
 
-    def journal(self, at_most: int) -> tuple[int, Journal] | None:
-        """Samples and journal of the newest checkpoint of at most so many; None if there is none."""
+    def journal(self, at_most: int) -> tuple[int, MetricsJournal] | None:
+        """Returns samples and journal of the newest checkpoint up to ``at_most``; None without a checkpoint."""
         for path in reversed(self._paths()):
             if _samples(path) <= at_most and (record := peek_record(self.store, path)):
-                return record["samples"], Journal(**record["journal"])
+                return record["samples"], MetricsJournal(**record["journal"])
         return None
 
     def restore(self, state: TrainState, at_most: int) -> bool:
-        """Loads the newest readable checkpoint of at most so many samples into ``state``. False: there is none.
+        """Loads the newest readable checkpoint of at most ``at_most`` samples into ``state``; False without one.
 
-        One that cannot be read is skipped with a warning, and the one before it is tried. It stays as it is, since
+        A checkpoint that cannot be read is skipped with a warning for the one before it. It stays as it is, because
         another machine may be able to read it.
         """
         for path in reversed(self._paths()):
@@ -146,21 +155,21 @@ class Checkpoints:
                 continue
             put_back(state, saved)
             state.samples, state.seconds = record["samples"], record["seconds"]
-            state.laps = record.get("laps", {})  # older checkpoints have none
-            state.journal = Journal(**record["journal"])
+            state.phase_seconds = record.get("laps", {})  # older checkpoints have none
+            state.journal = MetricsJournal(**record["journal"])
             return True
         return False
 
     def check(self) -> None:
-        """Raise Superseded if a later attempt has begun."""
+        """Raises Superseded if a later attempt has begun."""
         newest = last_attempt(self.store, self.trajectory)
         if newest > self.attempt:
             raise Superseded(f"attempt {self.attempt} of this training stops: attempt {newest} has begun")
 
     def _put(self, tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> str:
-        """Stores a blob that no other trajectory, no artefact and no earlier attempt shares.
+        """Stores a blob that no other trajectory, artefact or earlier attempt shares, because its header names them.
 
-        Its header names these. So where a damaged blob was skipped, the same state gets a sound one.
+        So where a damaged blob was skipped, the same state gets a sound one.
         """
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = json.dumps({"trajectory": self.trajectory, "attempt": self.attempt, "starts": starts}, sort_keys=True)
@@ -170,8 +179,10 @@ class Checkpoints:
             return put_blob(self.store, file, move=True)
 
     def _read(self, blobs: Mapping[str, str], part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This worker's rows of tensors ``like`` these, by as many workers as they were saved. One blob is in memory
-        at once. Raises CorruptObject, and ValueError where these are not the tensors of the part."""
+        """Returns this worker's rows of tensors ``like`` these, however many workers saved them.
+
+        One blob is in memory at once. Raises CorruptObject, and ValueError where the blobs hold other tensors.
+        """
         found: dict[str, Tensor] = {}
         missing: dict[str, int] = {}
         for name in sorted(name for name in blobs if name.partition(".")[0] == part):
@@ -190,13 +201,15 @@ class Checkpoints:
         return found
 
     def _paths(self) -> list[str]:
-        """Paths of records, the oldest first."""
+        """Returns the paths of records, the oldest first."""
         paths = (entry.path for entry in self.store.list(self.folder))
         return sorted(path for path in paths if path.removeprefix(self.folder)[0].isdigit())
 
     def _prune(self, samples: int) -> None:
-        """Deletes all but the newest of this and earlier attempts up to so many samples, then the blobs that no record
-        names any more. Those of more samples were skipped as damaged, or belong to a longer training."""
+        """Deletes all but the newest records of this and earlier attempts up to ``samples``, then unnamed blobs.
+
+        Records of more samples were skipped as damaged, or belong to a longer training.
+        """
         paths = self._paths()
         own = [path for path in paths if _attempt(path) <= self.attempt and _samples(path) <= samples]
         old, kept = own[: -self.keep], [path for path in paths if path not in own[: -self.keep]]
@@ -212,14 +225,16 @@ class Checkpoints:
 
 
 def _about(data: bytes) -> dict[str, Any]:
-    """What a file of tensors says of itself; older ones say nothing here."""
+    """Returns what the header of a file of tensors says about it; {} for older files."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(json.loads(data[8 : 8 + size])["__metadata__"].get("about", "{}"))
 
 
 def _copy_rows(target: Tensor, first: int, piece: Tensor, start: int) -> int:
-    """Copy the rows that two stretches have in common, and say how many numbers these are. ``first`` and ``start``:
-    the places of their first rows."""
+    """Copies the rows that ``target`` and ``piece`` have in common, and returns how many numbers were copied.
+
+    ``first`` and ``start`` are the places of their first rows.
+    """
     if not piece.ndim:
         target.copy_(piece)
         return 1
@@ -240,14 +255,14 @@ def _attempt(path: str) -> int:
 
 
 def last_attempt(store: Store, trajectory: str) -> int:
-    """The highest attempt so far, 0 before the first."""
+    """Returns the highest attempt so far, 0 before the first."""
     prefix = f"checkpoints/{trajectory}/attempts/"
     names = (entry.path.removeprefix(prefix).removesuffix(".json") for entry in store.list(prefix))
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def take_attempt(store: Store, trajectory: str) -> int:
-    """The number of a new attempt, which nobody else has."""
+    """Returns the number of a new attempt, which no other process has."""
     while True:
         number = last_attempt(store, trajectory) + 1
         if store.create(f"checkpoints/{trajectory}/attempts/{number:04d}.json", b"{}"):
@@ -256,33 +271,71 @@ def take_attempt(store: Store, trajectory: str) -> int:
 
 @dataclass(frozen=True)
 class Course:
-    """The checkpoints on the way of one training: of the trunk up to ``fork`` samples, then of its own branch. Both
-    are the same where the learning rate does not fall."""
+    """Reads and writes the checkpoints of one training: of the trunk up to ``fork`` samples, then of its own branch.
+
+    Both are the same where the learning rate does not fall.
+    """
 
     trunk: Checkpoints
     branch: Checkpoints
     fork: int
 
     def at(self, samples: int) -> Checkpoints:
-        """Where a checkpoint after so many samples belongs."""
+        """Returns where a checkpoint after ``samples`` samples belongs."""
         return self.trunk if samples <= self.fork else self.branch
 
     def newest(self, at_most: int) -> int:
-        """See Checkpoints.newest."""
+        """Returns what Checkpoints.newest returns."""
         return max(self.branch.newest(at_most), self.trunk.newest(min(at_most, self.fork)))
 
-    def journal(self, at_most: int) -> tuple[int, Journal] | None:
-        """See Checkpoints.journal."""
+    def journal(self, at_most: int) -> tuple[int, MetricsJournal] | None:
+        """Returns what Checkpoints.journal returns."""
         return self.branch.journal(at_most) or self.trunk.journal(min(at_most, self.fork))
 
     def restore(self, state: TrainState, at_most: int) -> bool:
-        """See Checkpoints.restore."""
+        """Restores as Checkpoints.restore does."""
         return self.branch.restore(state, at_most) or self.trunk.restore(state, min(at_most, self.fork))
 
 
 def course(ctx: Context, begin: bool) -> Course:
-    """The checkpoints of a training: to write if it is to ``begin``, as a new attempt, or else to read."""
+    """Returns the checkpoints of a training: to ``begin`` a new attempt that writes, or to read."""
     keep = ctx.settings.keep_checkpoints
     keys = dict.fromkeys([trunk_key(ctx), trajectory_key(ctx)])
     made = [Checkpoints(ctx.store, key, take_attempt(ctx.store, key) if begin else 0, keep) for key in keys]
     return Course(made[0], made[-1], ctx.recipe.fork)
+
+
+class Saver:
+    """Writes checkpoints in a thread, so that a training waits for the copy of its tensors and not for the store.
+
+    One is written at a time. An error is raised by the next ``save`` or ``wait``; a context manager waits at its end.
+    Where a model is sharded, every worker has a Saver.
+    """
+
+    def __init__(self, course: Course, group: ProcessGroup):
+        self.course, self.group = course, group
+        self._collect = partial(group.collect, group=group.side_group()) if group.sharded else list
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Copies the state and publishes the copy. Raises Superseded if the last save found a later attempt."""
+        self.wait()
+        taken = snapshot(state, self.group.is_rank_0)
+        self._last = self._pool.submit(self.course.at(state.samples).publish, taken, self.group.rank, self._collect)
+
+    def wait(self) -> None:
+        """Waits until what was saved can be read. Raises Superseded."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown()

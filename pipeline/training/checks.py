@@ -1,4 +1,4 @@
-"""What is wrong with a training before it starts, in one line."""
+"""Refuses a training that cannot work, in one line, before it starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.training.task import Contrastive, Task
 
 
 def check(ctx: Context, task: Task) -> None:
-    """Raise UserError for what would fail, or not be what was asked for, once the training runs."""
+    """Raises UserError for settings and inputs with which the training would fail, or train something else."""
     settings, recipe, where = ctx.settings, ctx.recipe, f"run.{ctx.stage}"
     if settings.workers > recipe.lanes:
         raise UserError(
@@ -19,13 +19,13 @@ def check(ctx: Context, task: Task) -> None:
         )
     if isinstance(task, Contrastive) and task.local_statistics and settings.workers > 1:
         raise UserError(
-            f"{where}.workers: {settings.workers}; the norms of a resnet tower know the rows of one worker only: use 0 "
+            f"{where}.workers: {settings.workers}; batch norms of a resnet tower see one worker's rows only: use 0 "
             f"or 1, or {ctx.stage}.model.tower=vit"
         )
     if settings.min_workers > settings.workers:
         raise UserError(f"{where}.min_workers: {settings.min_workers} is above workers, {settings.workers}")
     if settings.offload and not settings.sharded:
-        raise UserError(f"{where}.offload: only weights that are spread are offloaded; set sharded, too")
+        raise UserError(f"{where}.offload: only sharded weights are offloaded; set sharded, too")
     if settings.sharded:
         _check_sharded(ctx, task)
     if not task.splittable and settings.micro_batch:
@@ -36,7 +36,7 @@ def check(ctx: Context, task: Task) -> None:
         if milestone > recipe.fork:
             raise UserError(
                 f"{where}.milestones: {milestone:,} is where the learning rate falls already, after {recipe.fork:,} "
-                "samples; what it would leave is no training of another length"
+                "samples, so it would not equal a training of that length; lower it"
             )
         if not recipe.batch <= milestone < recipe.samples:
             raise UserError(
@@ -51,14 +51,14 @@ def check(ctx: Context, task: Task) -> None:
 def _check_sharded(ctx: Context, task: Task) -> None:
     settings, lanes, where = ctx.settings, ctx.recipe.lanes, f"run.{ctx.stage}"
     if isinstance(task, Contrastive):
-        raise UserError(f"{where}.sharded: a CLIP's temperature is one number, which cannot be spread; use false")
+        raise UserError(f"{where}.sharded: a CLIP's temperature is one number, which cannot be sharded; use false")
     if not settings.workers:
-        raise UserError(f"{where}.sharded: there are no workers to spread a model over; set workers to 1 or more")
+        raise UserError(f"{where}.sharded: without workers a model cannot be sharded; set workers to 1 or more")
     if settings.min_workers:
-        raise UserError(f"{where}.min_workers: a model that is spread needs all of its workers; use 0")
+        raise UserError(f"{where}.min_workers: a sharded model needs all of its workers; use 0")
     if lanes % settings.workers:
         raise UserError(
-            f"{where}.sharded: workers that gather a model together need equal shares, and {lanes} lanes are no "
+            f"{where}.sharded: workers of a sharded model need equal shares, and {lanes} lanes are not a "
             f"multiple of {settings.workers} workers; change workers"
         )
 

@@ -1,4 +1,4 @@
-"""Looking on at a training from outside: its progress while workers elsewhere run, and what it has shown so far."""
+"""Follows a training from outside: its progress while workers elsewhere run, and its results so far."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.graph.artifacts import Artifact
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
+from pipeline.store.records import put_blob
 
 if TYPE_CHECKING:
     from pipeline.graph.stages import Context
@@ -20,10 +21,9 @@ log = logging.getLogger("unclip")
 
 @contextmanager
 def following(stage: str, total: int, newest: Callable[[], int], every_s: float = 5.0) -> Iterator[None]:
-    """Show how far workers elsewhere have come, in samples, for as long as the context lasts.
+    """Shows the progress of workers elsewhere, in samples, for as long as the context lasts.
 
-    ``newest`` says it by their latest checkpoint; it is asked every ``every_s`` seconds. If it cannot answer the line
-    stands still.
+    ``newest`` returns the samples of their latest checkpoint; it is called every ``every_s`` seconds.
     """
 
     def follow(stop: threading.Event) -> None:
@@ -38,7 +38,7 @@ def following(stage: str, total: int, newest: Callable[[], int], every_s: float 
 
 @contextmanager
 def showing(ctx: Context, show: Callable[[Artifact], None], every_s: float = 5.0) -> Iterator[None]:
-    """Call ``show`` with ``so_far(ctx)`` when a checkpoint brings something new, for as long as the context lasts."""
+    """Calls ``show`` with ``so_far(ctx)`` when a checkpoint brings something new, for as long as the context lasts."""
 
     def look(stop: threading.Event) -> None:
         shown: Mapping[str, str] = {}
@@ -53,11 +53,10 @@ def showing(ctx: Context, show: Callable[[Artifact], None], every_s: float = 5.0
 
 
 def so_far(ctx: Context) -> Artifact | None:
-    """What the artefact of a training would show of it had it ended at its newest checkpoint, but for the model.
+    """Returns the artefact that a training would publish at its newest checkpoint, without the model.
 
     It is not in the store. None before the first checkpoint. Metrics have "samples_seen".
     """
-    from pipeline.store.records import put_blob
     from pipeline.training.checkpoints import course
 
     found = course(ctx, begin=False).journal(ctx.recipe.samples)
@@ -70,8 +69,10 @@ def so_far(ctx: Context) -> Artifact | None:
 
 @contextmanager
 def _meanwhile(work: Callable[[threading.Event], None], failed: str) -> Iterator[None]:
-    """Run ``work`` in a thread until the event is set, at the end of the context. If it raises, that is said: looking
-    on must not end a training."""
+    """Runs ``work`` in a thread until the event is set, at the end of the context.
+
+    An error of it is a warning: following must not end a training.
+    """
     stop = threading.Event()
 
     def guarded() -> None:

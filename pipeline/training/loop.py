@@ -10,24 +10,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.draw import Draw, derive_seed
+from models.draw import Draw, Part, derive_seed
 from pipeline.errors import UserError
 from pipeline.settings import TrainingSettings
-from pipeline.training.distributed.sharding import whole
-from pipeline.training.distributed.world import World, autocast
-from pipeline.training.draws import Part
-from pipeline.training.feed.feed import Feed, Share
+from pipeline.training.device import autocast
+from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.distributed.sharding import full_tensor
+from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState, ema_half_life, learning_rate, update_ema
-from pipeline.training.timing import Laps
+from pipeline.training.timing import StepTimer
 
-CHECK_EVERY = 16  # steps, at most, until a loss that is not finite is noticed
+CHECK_EVERY = 16  # steps, at most, until a loss that is NaN or Inf is noticed
 
 
 class NonFinite(UserError):
-    """A loss or a gradient is no number: the training diverged, and stopped before the step that would spoil it.
+    """Says that a loss or a gradient is NaN or Inf: the training diverged, and stopped before that step changed it.
 
-    ``samples`` were seen before that step; ``keys`` are the rows whose loss it is, none if it is the gradient alone.
+    Attributes:
+        samples: Seen before that step.
+        keys: Of the rows whose loss is not finite; empty if only the gradient is not.
     """
 
     def __init__(self, message: str, samples: int = 0, keys: Sequence[str] = ()):
@@ -36,12 +38,18 @@ class NonFinite(UserError):
 
 
 class OutOfMemory(Exception):
-    """The first argument is the number of rows whose forward and backward pass did not fit into memory."""
+    """Says that the forward and backward pass of some rows, whose number is its argument, did not fit into memory."""
 
 
 class Step(NamedTuple):
-    """What is remembered of a step until it is known to be sound: the samples before it, this worker's rows, their
-    losses [rows], and whether the loss and the gradient of the whole batch were finite, [] of bool."""
+    """Holds what is known of a step until it is checked.
+
+    Attributes:
+        samples: Seen before it.
+        keys: Of this worker's rows.
+        losses: Of these rows, [rows].
+        finite: Whether the loss and the gradient of the global batch are finite, [] of bool.
+    """
 
     samples: int
     keys: list[str]
@@ -54,85 +62,116 @@ def fit(
     feed: Feed,
     recipe: TrainingRecipe,
     settings: TrainingSettings,
-    world: World,
+    group: ProcessGroup,
     state: TrainState,
-    pause: Callable[[TrainState], None],
+    between: Callable[[TrainState], None],
 ) -> TrainState:
-    """Train ``state`` until it has seen ``recipe.samples``. Raises NonFinite.
+    """Trains ``state`` until it has seen ``recipe.samples``.
 
-    ``pause`` is called before every step and after the last: there one looks, publishes and saves. Steps do not wait
-    for the device. Whether all went well is asked at every line of the journal, and after CHECK_EVERY steps; until
-    then ``state.failed`` keeps a step that must not be taken, and all after it, from changing anything.
+    Steps do not wait for the device. Losses and gradients are checked at every line of the journal, and after
+    CHECK_EVERY steps; until then ``state.failed`` keeps a step that is not finite, and all after it, from changing
+    anything.
+
+    Args:
+        stage: Named in messages.
+        feed: Makes the batches.
+        recipe: Says how to train.
+        settings: Has the micro-batch.
+        group: This worker's view of the others.
+        state: Trained in place.
+        between: Called before every step and after the last, to validate, publish and save.
+
+    Returns:
+        ``state``.
+
+    Raises:
+        NonFinite: A loss or a gradient is NaN or Inf.
+        OutOfMemory: A micro-batch does not fit.
     """
-    objective = world.wrap(state.objective)
+    objective = group.wrap(state.objective)
     state.model.train()
-    laps = Laps(state.laps, world.device)
+    timer = StepTimer(state.phase_seconds, group.device)
     unchecked: deque[Step] = deque()
-    with closing(feed.shares(state.samples)) as shares:
+    with closing(feed.batches(state.samples)) as batches:
         while True:
-            pause(state)
+            between(state)
             if state.samples >= recipe.samples:
                 return state
-            laps.start(state.samples // recipe.batch)
-            share = next(shares)
-            laps("wait")
-            losses, values = backward(objective, share, recipe, settings.micro_batch, world, laps)
-            norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf")))
+            timer.start(state.samples // recipe.batch)
+            batch = next(batches)
+            timer("wait")
+            losses, values = backward(objective, batch, recipe, settings.micro_batch, group, timer)
+            norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf")))
             finite = (norm + values["loss"]).isfinite()
             state.failed.copy_(torch.where(finite, state.failed, 1.0))
-            unchecked.append(Step(state.samples, share.keys, losses, finite))
+            unchecked.append(Step(state.samples, batch.keys, losses, finite))
             state.samples += recipe.batch
-            for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, state.samples)
+            for parameters in state.optimizer.param_groups:
+                parameters["lr"] = learning_rate(recipe, state.samples)
             state.optimizer.step()
             state.optimizer.zero_grad()
-            laps("optimiser")
+            timer("optimiser")
             update_ema(state.ema, state.model, recipe.batch, ema_half_life(recipe, state.samples))
-            laps("ema")
+            timer("ema")
             state.journal.add(values | {"gradient_norm": norm.double()})
             line = line_due(state.samples // recipe.batch)
             if line or state.samples >= recipe.samples or len(unchecked) == CHECK_EVERY:
-                check_finite(stage, unchecked, world)
+                check_finite(stage, unchecked, group)
                 unchecked.clear()
-                world.report({"samples": state.samples, "loss": float(values["loss"])})
+                group.report({"samples": state.samples, "loss": float(values["loss"])})
             if line:
                 state.journal.flush(state.samples)
 
 
 def backward(
-    objective: nn.Module, share: Share, recipe: TrainingRecipe, micro_batch: int, world: World, laps: Laps
+    objective: nn.Module,
+    local: LocalBatch,
+    recipe: TrainingRecipe,
+    micro_batch: int,
+    group: ProcessGroup,
+    timer: StepTimer,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add the gradient of the global batch's mean loss to the parameters, micro-batch by micro-batch.
+    """Adds the gradient of the global batch's mean loss to the parameters, micro-batch by micro-batch.
 
-    Every row of the global batch weighs the same, however many of them a worker or a micro-batch holds (a wrapped
-    module averages over workers, hence the factor). Returns this worker's losses, [rows], and the means over the
-    global batch of "loss" and its parts, fp64 [] each.
+    Every row of the global batch has the same weight, however many of them a worker or a micro-batch holds.
+
+    Args:
+        objective: A task's loss around the model.
+        local: This worker's rows.
+        recipe: Has the size of the global batch, and the precision.
+        micro_batch: Rows of one forward and backward pass; 0 takes all.
+        group: This worker's view of the others.
+        timer: Told of each phase.
+
+    Returns:
+        This worker's losses, [rows], and the means over the global batch of "loss" and its parts, fp64 [] each.
     """
-    rows = len(share.keys)
+    rows = len(local.keys)
     size = micro_batch or rows
-    draw = Draw(share.streams, world.device)
-    batch = {name: column.to(world.device, non_blocking=True) for name, column in share.batch.items()}
+    draw = Draw(local.streams, group.device)
+    batch = {name: column.to(group.device, non_blocking=True) for name, column in local.batch.items()}
     totals: list[Tensor] = []
     sums: dict[str, Tensor] = {}
     for start in range(0, rows, size):
         stop = min(start + size, rows)
-        torch.manual_seed(derive_seed(share.streams[0][0], "dropout", start))
-        with world.gathering(objective, now=stop == rows), memory_for(stop - start):
-            with autocast(world.device, recipe.precision):
+        torch.manual_seed(derive_seed(local.streams[0][0], "dropout", start))
+        with group.accumulation(objective, last=stop == rows), memory_for(stop - start):
+            with autocast(group.device, recipe.precision):
                 losses = objective({name: c[start:stop] for name, c in batch.items()}, Part(draw, start, stop))
-            laps("forward")
-            (losses.total.sum() * (world.size / recipe.batch)).backward()
-            laps("backward")
+            timer("forward")
+            # A wrapped module averages over workers, hence the factor.
+            (losses.total.sum() * (group.size / recipe.batch)).backward()
+            timer("backward")
         totals.append(losses.total.detach())
         for name, values in {"loss": losses.total, **losses.parts}.items():
             sums[name] = sums.get(name, 0.0) + values.detach().sum()
-    means = world.sum(torch.stack(list(sums.values())).double()) / recipe.batch
+    means = group.sum(torch.stack(list(sums.values())).double()) / recipe.batch
     return torch.cat(totals), dict(zip(sums, means, strict=True))
 
 
 @contextmanager
 def memory_for(rows: int) -> Iterator[None]:
-    """Raise OutOfMemory where PyTorch says so in its several ways."""
+    """Raises OutOfMemory for each error by which PyTorch reports a lack of memory."""
     try:
         yield
     except RuntimeError as e:
@@ -142,21 +181,21 @@ def memory_for(rows: int) -> Iterator[None]:
 
 
 def line_due(step: int) -> bool:
-    """Whether the journal gets a line after this step: each of the first 128, then 64 lines a doubling."""
+    """Returns whether the journal gets a line after this step: each of the first 128, then 64 lines a doubling."""
     return step % (1 << max(0, step.bit_length() - 7)) == 0
 
 
-def check_finite(stage: str, steps: Sequence[Step], world: World) -> None:
-    """Raise NonFinite for the first of these steps that was not; all workers have to ask together."""
+def check_finite(stage: str, steps: Sequence[Step], group: ProcessGroup) -> None:
+    """Raises NonFinite for the first of these steps that was not finite; all workers have to call it together."""
     finite = torch.stack([step.finite for step in steps])
     if not bool(finite.all()):
         step = steps[finite.tolist().index(False)]
-        bad = world.collect(_bad(step))
+        bad = group.collect(_bad(step))
         raise NonFinite(_diverged(stage, step.samples, bad), step.samples, bad)
 
 
 def _bad(step: Step) -> list[str]:
-    """Keys of this worker's rows whose loss is not finite."""
+    """Returns the keys of this worker's rows whose loss is not finite."""
     return [key for key, fine in zip(step.keys, step.losses.isfinite().tolist(), strict=True) if not fine]
 
 

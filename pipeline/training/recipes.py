@@ -6,11 +6,13 @@ elsewhere, in pipeline.settings, because they do not change a result.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from models import clip_weights
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, require
 from pipeline.parse import ContentFile
@@ -46,6 +48,11 @@ class TrainingRecipe:
         init_from: A safetensors file of weights of the same model to begin with, instead of random ones.
     """
 
+    # The module of pipeline.training.tasks that makes the model and its loss.
+    task: ClassVar[str]
+    # Raised when the code makes something else of the same recipe and inputs.
+    version: ClassVar[int]
+
     samples: PositiveInt
     batch: PositiveInt
     learning_rate: PositiveFloat
@@ -74,6 +81,11 @@ class TrainingRecipe:
         require(self.decay <= self.samples, f"decay is {self.decay}: use at most samples, {self.samples}")
 
     @property
+    def pretrained(self) -> bool:
+        """Returns whether the weights exist already, so that nothing is trained."""
+        return False
+
+    @property
     def fork(self) -> int:
         """Returns the samples after which the learning rate falls, in whole batches; the stop if it never does.
 
@@ -96,6 +108,9 @@ class ClipRecipe(TrainingRecipe):
             weights and not their bytes.
     """
 
+    task: ClassVar[str] = "clip"
+    version: ClassVar[int] = 3
+
     samples: PositiveInt = 32 * 650_000_000
     batch: PositiveInt = 32_768
     learning_rate: PositiveFloat = 3e-4
@@ -108,21 +123,23 @@ class ClipRecipe(TrainingRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kind, _, rest = self.weights.partition(":")
-        known = {
-            "train": not rest,
-            "open_clip": len(rest.split(":")) == 2 and all(rest.split(":")),
-            "local-dir": bool(rest),
-        }
         require(
-            known.get(kind, False),
+            bool(re.fullmatch(f"train|{clip_weights.PATTERN}", self.weights)),
             f"weights is {self.weights!r}: use train, open_clip:NAME:TAG or local-dir:FOLDER",
         )
+
+    @property
+    def pretrained(self) -> bool:
+        """Returns whether ``weights`` names a CLIP that somebody else has trained."""
+        return self.weights != "train"
 
 
 @dataclass(frozen=True)
 class ARPriorRecipe(TrainingRecipe):
     """The autoregressive prior: Table 3's first column."""
+
+    task: ClassVar[str] = "ar_prior"
+    version: ClassVar[int] = 6
 
     samples: PositiveInt = 1_000_000 * 4096
     batch: PositiveInt = 4096
@@ -138,6 +155,9 @@ class ARPriorRecipe(TrainingRecipe):
 class DiffusionPriorRecipe(TrainingRecipe):
     """The diffusion prior: Table 3's second column."""
 
+    task: ClassVar[str] = "diffusion_prior"
+    version: ClassVar[int] = 7
+
     samples: PositiveInt = 600_000 * 4096
     batch: PositiveInt = 4096
     learning_rate: PositiveFloat = 1.1e-4
@@ -152,6 +172,9 @@ class DiffusionPriorRecipe(TrainingRecipe):
 class DecoderRecipe(TrainingRecipe):
     """The 64 px decoder: Table 3's third column."""
 
+    task: ClassVar[str] = "decoder"
+    version: ClassVar[int] = 3
+
     samples: PositiveInt = 800_000 * 2048
     batch: PositiveInt = 2048
     learning_rate: PositiveFloat = 1.2e-4
@@ -162,6 +185,9 @@ class DecoderRecipe(TrainingRecipe):
 @dataclass(frozen=True)
 class UpsamplerRecipe(TrainingRecipe):
     """An upsampler: Table 3's fourth column, 64 to 256 px."""
+
+    task: ClassVar[str] = "upsampler"
+    version: ClassVar[int] = 4
 
     samples: PositiveInt = 1_000_000 * 1024
     batch: PositiveInt = 1024

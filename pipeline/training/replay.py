@@ -1,4 +1,4 @@
-"""Doing the step again that was not finite, to see where the first bad number comes from."""
+"""Repeats the step that was not finite, to find where the first NaN or Inf comes from."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from torch import Tensor, nn
 
 from pipeline.graph.stages import Context, trajectory_key
 from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.device import choose_device
 from pipeline.training.distributed.launch import cores, use_threads
-from pipeline.training.distributed.world import World, choose_device
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
-from pipeline.training.stage import make_task
 from pipeline.training.state import begin
-from pipeline.training.timing import Laps
+from pipeline.training.task import make_task
+from pipeline.training.timing import StepTimer
 
 
 @dataclass
 class Replay:
-    """What a step did. ``samples``: seen before it. ``rows``: key and loss of each whose loss is not finite.
-    ``module``: the first whose output was not finite. ``parameters``: those whose gradient is not."""
+    """Holds what a repeated step did.
+
+    Attributes:
+        samples: Seen before it.
+        rows: Key and loss of each row whose loss is not finite.
+        module: The first whose output is not finite.
+        parameters: Those whose gradient is not finite.
+    """
 
     samples: int
     rows: list[tuple[str, float]] = field(default_factory=list)
@@ -33,12 +40,12 @@ class Replay:
 
     @property
     def repeated(self) -> bool:
-        """Whether something was not finite again."""
+        """Returns whether something was not finite again."""
         return bool(self.rows or self.module or self.parameters)
 
 
 def replay(ctx: Context) -> Replay | None:
-    """Do the step of a training again that failed last, all of its batch in this process; None if none has failed.
+    """Repeats the last step of a training that failed, with all of its batch in this process; None if none failed.
 
     Changes nothing in the store. Raises CorruptObject.
     """
@@ -47,17 +54,17 @@ def replay(ctx: Context) -> Replay | None:
         return None
     samples, weights = found
     use_threads(ctx.settings.threads or cores())
-    world = World(device=choose_device(ctx.settings.device))
+    group = ProcessGroup(device=choose_device(ctx.settings.device))
     task = make_task(ctx)
-    objective = begin(task, ctx.recipe, world).objective
+    objective = begin(task, ctx.recipe, group).objective
     model = objective.model.train()
     model.load_state_dict(weights)
     result = Replay(samples)
-    with closing(Feed(ctx.store, ctx.inputs, task, ctx.recipe).shares(samples)) as shares, _watching(model, result):
-        share = next(shares)
-        laps = Laps({}, world.device)
-        losses, _ = backward(objective, share, ctx.recipe, ctx.settings.micro_batch, world, laps)
-    spoilt = [(key, loss) for key, loss in zip(share.keys, losses.tolist(), strict=True) if not _finite(loss)]
+    with closing(Feed(ctx.store, ctx.inputs, task, ctx.recipe).batches(samples)) as batches, _watching(model, result):
+        local = next(batches)
+        timer = StepTimer({}, group.device)
+        losses, _ = backward(objective, local, ctx.recipe, ctx.settings.micro_batch, group, timer)
+    spoilt = [(key, loss) for key, loss in zip(local.keys, losses.tolist(), strict=True) if not _finite(loss)]
     result.rows = spoilt
     result.parameters = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
     return result
@@ -69,7 +76,7 @@ def _finite(value: Any) -> bool:
 
 @contextmanager
 def _watching(model: nn.Module, result: Replay) -> Iterator[None]:
-    """Note the first module, innermost first, that gives out what is not finite."""
+    """Notes the first module, innermost first, whose output is not finite."""
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, given: Any, output: Any) -> None:

@@ -1,62 +1,62 @@
-"""The training stages as the graph runs them: checks, attempts, workers, an artefact."""
+"""The training stages: checks settings, starts attempts and workers, returns an artefact."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Unreachable, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
-from pipeline.graph.stages import Context
+from pipeline.graph.stages import Context, Stage
 from pipeline.ledger import Ledger
 from pipeline.store.content import put_content
+from pipeline.store.records import put_blob
 from pipeline.training.follow import following, showing
+from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from pipeline.settings import TrainingSettings
     from pipeline.training.task import Task
 
-VERSIONS = {"clip": 3, "ar_prior": 6, "diffusion_prior": 7, "decoder": 3, "upsampler": 4}
-RESTARTS = 3  # in a row, after workers or the store were lost without anything having been saved
+RESTARTS = 3  # in a row, after workers or the store were lost before a new checkpoint
 PATIENCE_S = 10.0  # before the first start after the store was lost, twice as long before the second, and so on
 log = logging.getLogger("unclip")
 
 
+def stage(
+    name: str,
+    recipe: TrainingRecipe,
+    inputs: tuple[str, ...],
+    run: Callable[[Context], Artifact] | None = None,
+    pinned: bool = False,
+) -> Stage:
+    """Returns the stage of a graph that trains by ``recipe``; ``run`` is ``train`` by default."""
+    return Stage(name, recipe.version, recipe, inputs, run or train, kind="training", pinned=pinned)
+
+
 def run_clip(ctx: Context) -> Artifact:
-    """Train a CLIP, or take one that exists."""
-    return train(ctx) if ctx.recipe.weights == "train" else save_pretrained(ctx)
-
-
-def run_ar_prior(ctx: Context) -> Artifact:
-    """Train the autoregressive prior."""
-    return train(ctx)
-
-
-def run_diffusion_prior(ctx: Context) -> Artifact:
-    """Train the diffusion prior."""
-    return train(ctx)
+    """Trains a CLIP, or takes the one that the recipe names."""
+    return take_clip(ctx) if ctx.recipe.pretrained else train(ctx)
 
 
 def run_decoder(ctx: Context) -> Artifact:
-    """Train the 64 px decoder. On its way it leaves the early checkpoint that the evaluation compares it with."""
+    """Trains the 64 px decoder, and publishes the early model that the evaluation compares it with."""
     early, milestones = ctx.config.evaluation.early, ctx.settings.milestones
     if ctx.recipe.batch <= early <= ctx.recipe.fork and early not in (*milestones, ctx.recipe.samples):
         ctx = replace(ctx, settings=replace(ctx.settings, milestones=(*milestones, early)))
     return train(ctx)
 
 
-def run_upsampler(ctx: Context) -> Artifact:
-    """Train one of the upsamplers."""
-    return train(ctx)
-
-
 def train(ctx: Context) -> Artifact:
-    """Trains as ``_train``, and meanwhile shows trackers and ``ctx.show`` what each new checkpoint brings."""
+    """Trains as ``_train`` does, and shows trackers and ``ctx.show`` what each new checkpoint brings."""
     if ctx.show is None:
         return _train(ctx)
     with closing(Trackers(ctx)) as trackers:
@@ -83,6 +83,7 @@ def _train(ctx: Context) -> Artifact:
     from pipeline.training.checks import check
     from pipeline.training.distributed.launch import WorkerLost, launch
     from pipeline.training.loop import OutOfMemory
+    from pipeline.training.task import make_task
     from pipeline.training.worker import Training
 
     task = make_task(ctx)
@@ -100,7 +101,7 @@ def _train(ctx: Context) -> Artifact:
                 log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
             name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
             with following(ctx.stage, ctx.recipe.samples, newest) if ctx.settings.workers else nullcontext():
-                launch(Training(ctx, make_task, own), ctx.stage, name, ctx.settings, ctx.config.run.ray)
+                launch(Training(ctx, own), ctx.stage, name, ctx.settings, ctx.config.run.ray)
             break
         except (WorkerLost, Unreachable) as e:
             lost += 1
@@ -118,7 +119,7 @@ def _train(ctx: Context) -> Artifact:
 
 
 def gave_up(ctx: Context, e: Exception, lost: int) -> UserError:
-    """What to tell when the last of ``lost`` starts failed like those before it."""
+    """Returns the error for ``lost`` failed starts without a new checkpoint."""
     what = f"{ctx.stage}: {e} {lost} times without a new checkpoint"
     if isinstance(e, UserError):
         return UserError(what)
@@ -128,8 +129,10 @@ def gave_up(ctx: Context, e: Exception, lost: int) -> UserError:
 
 
 def halved(ctx: Context, task: Task, rows: int) -> TrainingSettings:
-    """The settings after ``rows`` rows did not fit into memory: half as many at once. Raises UserError if that cannot
-    help."""
+    """Returns settings with half the micro-batch, after ``rows`` rows did not fit into memory.
+
+    Raises UserError where that cannot help.
+    """
     if rows == 1 or not task.splittable:
         what = "one row" if rows == 1 else f"{rows} rows, which this loss needs together,"
         raise UserError(f"{ctx.stage}: {what} did not fit into memory; take a smaller model or a larger machine")
@@ -142,18 +145,13 @@ def halved(ctx: Context, task: Task, rows: int) -> TrainingSettings:
     return replace(ctx.settings, micro_batch=half)
 
 
-def save_pretrained(ctx: Context) -> Artifact:
-    """The artefact of a CLIP that somebody else has trained, in open_clip's local-dir layout."""
-    import tempfile
-    from pathlib import Path
-
+def take_clip(ctx: Context) -> Artifact:
+    """Publishes a CLIP that somebody else has trained, in open_clip's local-dir layout."""
     from models.clip import Clip
-    from pipeline.store.records import put_blob
 
     began = time.monotonic()
-    kind, _, rest = ctx.recipe.weights.partition(":")
     try:
-        clip = Clip.from_folder(rest) if kind == "local-dir" else Clip.pretrained(*rest.split(":"))
+        clip = Clip.named(ctx.recipe.weights)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(f"clip.weights: {e}") from e
     with tempfile.TemporaryDirectory() as folder:
@@ -162,52 +160,3 @@ def save_pretrained(ctx: Context) -> Artifact:
     metrics = {"embed_dim": clip.embed_dim, "image_size": clip.image_size}
     artifact = ctx.publishable(ledger=Ledger(), blobs=blobs, metrics=metrics)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
-
-
-def make_task(ctx: Context) -> Task:
-    """The model of a stage, and how it learns. Raises UserError if the recipe does not fit its inputs."""
-    tasks = {"clip": clip_task, "ar_prior": ar_prior_task, "diffusion_prior": diffusion_prior_task}
-    tasks |= {"decoder": decoder_task, "upsampler_256": upsampler_task, "upsampler_1024": upsampler_task}
-    return tasks[ctx.stage](ctx)
-
-
-def clip_task(ctx: Context) -> Task:
-    from pipeline.training.tasks.clip import ClipTask
-
-    return ClipTask(ctx.recipe.model)
-
-
-def ar_prior_task(ctx: Context) -> Task:
-    from safetensors.torch import load
-
-    from models.codec import Codec
-    from pipeline.store.records import read_blob
-    from pipeline.training.feed.tables import embedding_dim
-    from pipeline.training.tasks.ar_prior import ARPriorTask
-
-    codec = Codec(**load(read_blob(ctx.store, ctx.inputs["codec"].blobs["model.safetensors"])))
-    if codec.buckets != ctx.recipe.model.buckets:
-        raise UserError(
-            f"ar_prior.model.buckets: {ctx.recipe.model.buckets}, but the codec has {codec.buckets}; make them equal"
-        )
-    return ARPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]), codec)
-
-
-def diffusion_prior_task(ctx: Context) -> Task:
-    from pipeline.training.feed.tables import embedding_dim
-    from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
-
-    return DiffusionPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]))
-
-
-def decoder_task(ctx: Context) -> Task:
-    from pipeline.training.feed.tables import embedding_dim
-    from pipeline.training.tasks.decoder import DecoderTask
-
-    return DecoderTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]))
-
-
-def upsampler_task(ctx: Context) -> Task:
-    from pipeline.training.tasks.upsampler import UpsamplerTask
-
-    return UpsamplerTask(ctx.recipe.model)

@@ -1,4 +1,4 @@
-"""What a training is at one moment: weights, their average, the optimiser's moments, and the journal so far."""
+"""The state of a training: weights, their average, the optimiser's moments, and the journal so far."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from models.draw import derive_seed
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import local, recompute
-from pipeline.training.distributed.world import World
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.task import Objective, Task
 
 NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 VECTORS = ("position", "positional_embedding", "padding")
-"""Names of parameters that are a vector for each place of a sequence, in our networks and in open_clip's."""
+"""Names of parameters that hold a vector for each place of a sequence, in our networks and in open_clip's."""
 MEMORY = 0.1
-"""The half-life of the averaged weights is at most such a part of the samples seen."""
+"""The half-life of the averaged weights is at most this part of the samples seen."""
 
 
 @dataclass
-class Journal:
-    """A training's metrics as JSON lines. They hold no times, so that equal trainings have equal journals.
+class MetricsJournal:
+    """Holds a training's metrics as JSON lines, without times, so that equal trainings have equal journals.
 
-    ``sums`` and ``steps`` are what the next training line averages over; sums stay on the device, so that adding to
-    them waits for nothing.
+    The next training line is the mean of ``sums`` over ``steps``. Sums stay on the device, so adding does not wait.
     """
 
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -38,42 +37,49 @@ class Journal:
     steps: int = 0
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Count one step's values, each fp64 []."""
+        """Adds one step's values, each fp64 []."""
         self.steps += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def flush(self, samples: int) -> None:
-        """Write the mean since the last line."""
+        """Adds a line with the mean since the last line."""
         self.lines.append({"samples": samples, **{name: float(s) / self.steps for name, s in self.sums.items()}})
         self.sums, self.steps = {}, 0
 
     def as_json(self) -> dict[str, Any]:
-        """The fields as a checkpoint's record holds them."""
+        """Returns the fields as a checkpoint's record holds them."""
         return {"lines": self.lines, "sums": {name: float(s) for name, s in self.sums.items()}, "steps": self.steps}
 
     def latest(self) -> dict[str, Any]:
-        """The latest value of everything that was measured."""
+        """Returns the latest value of every metric."""
         merged = {name: value for line in self.lines for name, value in line.items()}
         return {name: value for name, value in merged.items() if name not in ("samples", "preview")}
 
     def previews(self) -> dict[str, str]:
-        """Blobs of pictures by the names that they have in an artefact; "preview.png" is the last."""
+        """Returns the blobs of previews by their names in an artefact; "preview.png" is the last."""
         found = {f"previews/{line['samples']:012d}.png": line["preview"] for line in self.lines if "preview" in line}
         return found | ({"preview.png": list(found.values())[-1]} if found else {})
 
     def text(self) -> bytes:
-        """The lines as a file."""
+        """Returns the lines as the bytes of a file."""
         return "".join(json.dumps(line, sort_keys=True) + "\n" for line in self.lines).encode()
 
 
 @dataclass
 class TrainState:
-    """Everything that a checkpoint holds. ``objective`` is the loss around the model; ``ema`` is a whole model, so that
-    it can be used as one.
+    """Holds everything that a checkpoint saves.
 
-    ``laps`` are seconds by what they went to (see pipeline.training.timing). ``failed``, fp32 [] on the device, becomes
-    1 with the first gradient or loss that is not finite; from then on the optimiser leaves everything as it is.
+    Attributes:
+        objective: The loss around the model.
+        ema: The averaged weights, as a model that can be used.
+        optimizer: Has the moments.
+        samples: Seen so far.
+        seconds: Of the training so far.
+        phase_seconds: By phase (see pipeline.training.timing).
+        journal: The metrics so far.
+        failed: fp32 [] on the device. The first gradient or loss that is not finite sets it to 1, and from then on the
+            optimiser changes nothing.
     """
 
     objective: Objective
@@ -81,12 +87,12 @@ class TrainState:
     optimizer: AdamW
     samples: int = 0
     seconds: float = 0.0
-    laps: dict[str, float] = field(default_factory=dict)
-    journal: Journal = field(default_factory=Journal)
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    journal: MetricsJournal = field(default_factory=MetricsJournal)
     failed: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def __post_init__(self) -> None:
-        # The fused AdamW reads it on the device: nobody has to wait in each step to learn whether to take it.
+        # The fused AdamW reads it on the device, so a step does not wait to learn whether it may be taken.
         self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
 
     @property
@@ -97,12 +103,19 @@ class TrainState:
 def begin(
     task: Task,
     recipe: TrainingRecipe,
-    world: World,
+    group: ProcessGroup,
     warm: Callable[[nn.Module], None] | None = None,
     recomputing: bool = False,
 ) -> TrainState:
-    """The state before the first sample. Random weights depend on the recipe's seed alone; ``warm`` gives others.
-    ``recomputing`` layers are computed again in the backward pass."""
+    """Returns the state before the first sample.
+
+    Args:
+        task: Makes the model.
+        recipe: Its seed decides the random weights.
+        group: Places the model.
+        warm: Gives the model other weights.
+        recomputing: Whether the backward pass computes layers again (activation checkpointing).
+    """
     model = task.model(derive_seed(recipe.seed, "model"))
     if warm is not None:
         warm(model)
@@ -110,8 +123,8 @@ def begin(
     if recomputing:
         recompute(model)
     objective = Objective(task, model)
-    world.place(objective)
-    world.place(ema)
+    group.place(objective)
+    group.place(ema)
     optimizer = make_optimizer(model, recipe)
     return TrainState(objective, ema, optimizer, failed=torch.zeros((), device=next(model.parameters()).device))
 
@@ -130,8 +143,11 @@ def make_optimizer(model: nn.Module, recipe: TrainingRecipe) -> AdamW:
 
 
 def learning_rate(recipe: TrainingRecipe, samples: int) -> float:
-    """The rate of the step that ends at ``samples``: a linear rise over ``warmup`` samples, then constant, and a linear
-    fall over the last ``decay``, whose first step still has the full rate."""
+    """Returns the rate of the step that ends at ``samples``.
+
+    It rises linearly over ``warmup`` samples, is constant, and falls linearly over the last ``decay``, whose first step
+    has the full rate.
+    """
     rise = min(1.0, samples / recipe.warmup) if recipe.warmup else 1.0
     left = (
         1.0 - (samples - recipe.batch - recipe.fork) / recipe.decay if recipe.decay and samples > recipe.fork else 1.0
@@ -164,7 +180,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its "step"
 
 
 def parts(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a state by part and name; those of the optimiser by the parameter's name and the kind."""
+    """Returns the tensors of a state by part and name; those of the optimiser by the parameter's name and the kind."""
     optimizer = {
         f"{name}:{kind}": value
         for name, parameter in state.model.named_parameters()
@@ -174,7 +190,7 @@ def parts(state: TrainState) -> dict[str, dict[str, Tensor]]:
 
 
 def forms(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    """Tensors of the shape and the place of ``parts``, those of the optimiser also before its first step."""
+    """Returns tensors of the shape and the place of ``parts``, those of the optimiser also before its first step."""
     optimizer: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
         optimizer |= {f"{name}:{kind}": parameter for kind in MOMENTS} | {f"{name}:step": torch.zeros(())}
@@ -183,7 +199,7 @@ def forms(state: TrainState) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def put_back(state: TrainState, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Give a state the tensors of ``parts``, of this worker's rows."""
+    """Sets the tensors of ``parts`` of a state, this worker's rows of each."""
     for part, module in (("model", state.model), ("ema", state.ema)):
         for name, tensor in module.state_dict().items():
             local(tensor).copy_(saved[part][name])

@@ -1,27 +1,34 @@
-"""What the loop asks of a model that is trained. No Ray, no store."""
+"""What the loop needs of a model that is trained. Imports neither Ray nor the store."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from models.draw import Draw
 from models.losses import Losses
 
+if TYPE_CHECKING:
+    from pipeline.graph.stages import Context
+
 Batch = dict[str, Tensor]
 Examples = Sequence[tuple[Batch, Draw]]
 
 
 class Task(Protocol):
-    """One model: what it reads, its loss, its validation.
+    """Defines what a model reads, its loss and its validation.
 
-    ``columns``: what a batch holds, of "image", "tokens", "image_embedding", "text_embedding". ``min_side``: rows
-    whose short side is below it do not teach. ``image_size``: side of the views in "image". ``splittable``: whether
-    the loss of a row is its own, so that a batch may be cut into micro-batches.
-    ``validation_rows``: validation rows that are looked at, at most, in batches of ``validation_batch``.
+    Attributes:
+        columns: What a batch holds, of "image", "tokens", "image_embedding", "text_embedding".
+        min_side: Rows with a shorter side below it are not trained on.
+        image_size: The side of the views in "image".
+        splittable: Whether a row's loss does not depend on other rows, so that a batch may be cut into micro-batches.
+        validation_rows: At most how many validation rows are used.
+        validation_batch: The size of their batches.
     """
 
     columns: tuple[str, ...]
@@ -32,20 +39,20 @@ class Task(Protocol):
     validation_batch: int
 
     def model(self, seed: int) -> nn.Module:
-        """A new model, its random weights drawn from ``seed``."""
+        """Returns a new model with random weights drawn from ``seed``."""
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
-        """The loss of each row."""
+        """Returns the loss of each row."""
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """Figures on validation rows, each batch with the draw that is always its own."""
+        """Returns metrics on validation rows, each batch with its own draw, which is always the same."""
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write the model as the files of its artefact."""
+        """Writes the model as the files of its artefact."""
 
 
 class Objective(nn.Module):
-    """A task's loss as a module, so that a data-parallel wrapper sees all of the model at work."""
+    """Computes a task's loss as a module, so that a data-parallel wrapper contains all of the model."""
 
     def __init__(self, task: Task, model: nn.Module):
         super().__init__()
@@ -57,23 +64,31 @@ class Objective(nn.Module):
 
 @runtime_checkable
 class Finishes(Task, Protocol):
-    """A task that measures a model before it is published. ``finish_rows``: training rows that are looked at.
-    ``measured``: names of what is found, among the model's weights."""
+    """Measures a model before it is published.
+
+    Attributes:
+        finish_rows: The number of training rows that are used.
+        measured: Names of the statistics, among the model's weights.
+    """
 
     finish_rows: int
     measured: tuple[str, ...]
 
     def finish(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
-        """Statistics of the model on training rows, by the names in ``measured``."""
+        """Returns statistics of the model on training rows, by the names in ``measured``."""
 
     def save(self, model: nn.Module, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
-        """Write the model and its statistics as the files of its artefact."""
+        """Writes the model and its statistics as the files of its artefact."""
 
 
 @runtime_checkable
 class Contrastive(Protocol):
-    """A task whose rows are compared with those of all workers. ``gather`` is set by the worker. With
-    ``local_statistics`` the model's norms know the rows of one worker only."""
+    """Compares its rows with those of all workers.
+
+    Attributes:
+        gather: Set by the worker.
+        local_statistics: Whether the model's batch norms see the rows of one worker only.
+    """
 
     gather: Callable[[Tensor], tuple[Tensor, int]]
     local_statistics: bool
@@ -81,9 +96,14 @@ class Contrastive(Protocol):
 
 @runtime_checkable
 class Previews(Protocol):
-    """A task whose progress can be seen. ``preview_rows``: how many validation rows are drawn."""
+    """Draws previews of ``preview_rows`` validation rows."""
 
     preview_rows: int
 
     def preview(self, model: nn.Module, batch: Batch, draw: Draw) -> Tensor:
-        """A picture of what the model makes of some validation rows, uint8 [3, h, w]."""
+        """Returns an image of what the model makes of some validation rows, uint8 [3, h, w]."""
+
+
+def make_task(ctx: Context) -> Task:
+    """Returns the task that a stage's recipe names. Raises UserError if the recipe does not fit its inputs."""
+    return import_module(f"pipeline.training.tasks.{ctx.recipe.task}").make(ctx)

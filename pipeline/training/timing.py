@@ -1,4 +1,4 @@
-"""Where a training's seconds go, and how much of the device's matrix rate the model uses."""
+"""Measures where a training's seconds go, and how much of the device's matrix rate the model uses."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from models.draw import Draw
-from pipeline.training.distributed.world import World, computes_in
-from pipeline.training.draws import Undropped
+from models.draw import Draw, Undropped
+from pipeline.training.device import computes_in
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.state import TrainState
 from pipeline.training.task import Batch, Task
 
 PHASES = ("wait", "forward", "backward", "optimiser", "ema")  # of a step
-SAMPLED = 15  # one step in so many is timed on a device that works on its own
+SAMPLED = 15  # one step in 15 is timed on a device that works asynchronously
 PEAK_SECONDS = 0.2
 
 
-class Laps:
-    """A stopwatch for steps: adds to ``seconds``, by phase.
+class StepTimer:
+    """Adds the seconds of steps to ``seconds``, by phase.
 
-    A CPU has done what it was told when a call returns, and every step is timed. Other devices have to be waited for,
-    which is done in one step of SAMPLED; the other steps are not timed.
+    On a CPU every step is timed. Other devices compute asynchronously and have to be waited for, so only one step of
+    SAMPLED is timed there.
     """
 
     def __init__(self, seconds: dict[str, float], device: torch.device):
@@ -36,12 +36,12 @@ class Laps:
         self.last: float | None = None
 
     def start(self, step: int) -> None:
-        """Begin a step."""
+        """Begins a step."""
         timed = self.device.type == "cpu" or step % SAMPLED == 0
         self.last = self._now() if timed else None
 
     def __call__(self, phase: str) -> None:
-        """What was done since the last call, or since the start, was this phase."""
+        """Counts the time since the last call, or since the start, as this phase."""
         if self.last is not None:
             now = self._now()
             self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
@@ -55,54 +55,56 @@ class Laps:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a training's rate is measured against.
+    """Holds what a training's rate is compared with.
 
-    ``model_flops``: operations of a row's forward and backward pass, by the usual count of three forward passes; 0
-    where there was no row to count them on. ``matmul_flops``: operations a second that matrix products reach on all
-    workers together, in the training's precision.
+    Attributes:
+        model_flops: Operations of a row's forward and backward pass, by the usual count of three forward passes; 0
+            where no row was there to count them on.
+        matmul_flops: Operations a second that matrix products reach on all workers together, in the training's
+            precision.
     """
 
     model_flops: float
     matmul_flops: float
 
     def times(self, state: TrainState) -> dict[str, float]:
-        """Rate, shares of the time, and utilisation, for a record."""
+        """Returns rate, shares of the time, and utilisation, for a record."""
         rate = state.samples / max(state.seconds, 1e-9)
-        said = {"samples_per_second": rate}
-        said |= {f"share_{name}": share for name, share in shares_of(state.laps, state.seconds).items()}
+        times = {"samples_per_second": rate}
+        times |= {f"share_{name}": share for name, share in shares_of(state.phase_seconds, state.seconds).items()}
         if self.model_flops:
-            said |= {"model_flops_per_sample": self.model_flops, "matmul_flops_per_second": self.matmul_flops}
-            said["utilisation"] = rate * self.model_flops / self.matmul_flops
-        return said
+            times |= {"model_flops_per_sample": self.model_flops, "matmul_flops_per_second": self.matmul_flops}
+            times["utilisation"] = rate * self.model_flops / self.matmul_flops
+        return times
 
 
 NOT_MEASURED = Speed(0.0, 1.0)
 
 
-def measure_speed(task: Task, model: nn.Module, feed: Feed, precision: str, world: World) -> Speed:
-    """See Speed. ``model``, in evaluation mode and on any device, is left as it is."""
+def measure_speed(task: Task, model: nn.Module, feed: Feed, precision: str, group: ProcessGroup) -> Speed:
+    """Returns the Speed of a training. ``model``, in evaluation mode and on any device, does not change."""
     flops, device = 0, next(model.parameters()).device
-    for share in feed.validation(1, 1):
-        batch = {name: column.to(device) for name, column in share.batch.items()}
-        flops = forward_flops(task, model, batch, Undropped(share.streams, device))
-    dtype = torch.bfloat16 if computes_in(world.device, precision) == "bf16" else torch.float32
-    return Speed(3.0 * flops, world.size * matmul_peak(world.device, dtype, torch.get_num_threads()))
+    for local in feed.validation(1, 1):
+        batch = {name: column.to(device) for name, column in local.batch.items()}
+        flops = forward_flops(task, model, batch, Undropped(local.streams, device))
+    dtype = torch.bfloat16 if computes_in(group.device, precision) == "bf16" else torch.float32
+    return Speed(3.0 * flops, group.size * matmul_peak(group.device, dtype, torch.get_num_threads()))
 
 
-def shares_of(laps: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Shares of a training's ``seconds``: of each phase of a step, and of "pause", the looks and checkpoints between.
-    {} before the first step."""
-    steps = sum(laps.get(phase, 0.0) for phase in PHASES)
+def shares_of(phase_seconds: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Returns the share of each phase of a step in a training's ``seconds``, and of "pause", the validation passes and
+    checkpoints between steps; {} before the first step."""
+    steps = sum(phase_seconds.get(phase, 0.0) for phase in PHASES)
     if not steps or not seconds:
         return {}
-    pause = min(1.0, laps.get("pause", 0.0) / seconds)
-    return {phase: laps.get(phase, 0.0) / steps * (1 - pause) for phase in PHASES} | {"pause": pause}
+    pause = min(1.0, phase_seconds.get("pause", 0.0) / seconds)
+    return {phase: phase_seconds.get(phase, 0.0) / steps * (1 - pause) for phase in PHASES} | {"pause": pause}
 
 
 def forward_flops(task: Task, model: nn.Module, batch: Batch, draw: Draw) -> int:
-    """Floating-point operations of the matrix products and convolutions of one forward pass, two per multiply-add.
+    """Returns the operations of the matrix products and convolutions of one forward pass, two per multiply-add.
 
-    The model is left as it is: give one in evaluation mode.
+    A model in evaluation mode does not change.
     """
     counter = flop_counter()
     with torch.no_grad(), counter:
@@ -111,7 +113,7 @@ def forward_flops(task: Task, model: nn.Module, batch: Batch, draw: Draw) -> int
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts what ``forward_flops`` does, while it is entered."""
+    """Returns a context manager that counts operations as ``forward_flops`` does."""
 
     def on_cpu(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -122,7 +124,7 @@ def flop_counter() -> FlopCounterMode:
 
 @lru_cache
 def matmul_peak(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """Operations a second of the best of some square matrix products, on ``threads`` threads of a CPU."""
+    """Returns the operations a second of the fastest of some square matrix products, on a CPU with ``threads``."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best, began = float("inf"), time.perf_counter()

@@ -1,7 +1,7 @@
-"""A training's journal in other people's tools: TensorBoard, or whatever a function of the user's writes to.
+"""Sends a training's journal to trackers: TensorBoard, or a function of the user's.
 
-The journal in the store comes first; a tracker is told its lines from where it has none. It runs beside the driver, so
-that it does not matter how many workers there are, and what it cannot do costs a warning and no training.
+The journal in the store comes first; a tracker gets the lines that it lacks. It runs beside the driver, so the number
+of workers does not matter, and an error of it is a warning and does not end the training.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
+
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, trajectory_key
@@ -26,18 +29,18 @@ log = logging.getLogger("unclip")
 
 
 class Tracker(Protocol):
-    """``last``: samples of the last line that it has, from an earlier process or none (-1)."""
+    """Gets the lines of a journal. ``last``: samples of the last line that it has, or -1."""
 
     last: int
 
     def log(self, samples: int, values: Mapping[str, float]) -> None:
-        """A line of the journal: what was measured after so many samples."""
+        """Takes a line of the journal: what was measured after ``samples`` samples."""
 
-    def picture(self, samples: int, png: bytes) -> None:
-        """A preview after so many samples, as a PNG file."""
+    def image(self, samples: int, png: bytes) -> None:
+        """Takes a preview after ``samples`` samples, as a PNG file."""
 
     def close(self) -> None:
-        """Nothing more comes from this process."""
+        """Ends: this process sends nothing more."""
 
 
 MakeTracker = Callable[[str, str, Mapping[str, Any], Path], Tracker]
@@ -45,7 +48,7 @@ MakeTracker = Callable[[str, str, Mapping[str, Any], Path], Tracker]
 
 
 class TensorBoard:
-    """Event files in <output>/tensorboard/<stage>-<key>, written anew by every process: the journal has all lines."""
+    """Writes event files to <output>/tensorboard/<stage>-<key>, again from scratch in every process."""
 
     def __init__(self, stage: str, key: str, recipe: Mapping[str, Any], output: Path):
         from tensorboardX import SummaryWriter
@@ -60,10 +63,7 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, samples)
 
-    def picture(self, samples: int, png: bytes) -> None:
-        import numpy as np
-        from PIL import Image
-
+    def image(self, samples: int, png: bytes) -> None:
         with Image.open(io.BytesIO(png)) as image:
             self._writer.add_image("preview", np.asarray(image.convert("RGB")), samples, dataformats="HWC")
 
@@ -72,7 +72,7 @@ class TensorBoard:
 
 
 def find_tracker(name: str) -> MakeTracker:
-    """``tensorboard``, or a function by its place, ``module:function``. Raises UserError if there is no such thing."""
+    """Returns the tracker "tensorboard", or the function "module:function". Raises UserError where it is not found."""
     if name == "tensorboard":
         return TensorBoard
     module, colon, function = name.partition(":")
@@ -86,7 +86,7 @@ def find_tracker(name: str) -> MakeTracker:
 
 
 class Trackers:
-    """The trackers of one training, by name. One that fails is told nothing more."""
+    """Sends to the trackers of one training, by name. A tracker that fails gets nothing more."""
 
     def __init__(self, ctx: Context):
         self._ctx = ctx
@@ -98,7 +98,7 @@ class Trackers:
                 self._open[name] = make(ctx.stage, trajectory_key(ctx), recipe, output)
 
     def tell(self, made: Artifact) -> None:
-        """Give every tracker the lines and previews of ``made``, a training or what there is of it, that it lacks."""
+        """Sends every tracker the lines and previews of ``made``, a training so far, that it lacks."""
         if not self._open or "metrics.jsonl" not in made.blobs:
             return
         lines = [json.loads(line) for line in read_blob(self._ctx.store, made.blobs["metrics.jsonl"]).splitlines()]
@@ -111,7 +111,7 @@ class Trackers:
         for line in lines:
             tracker.log(line["samples"], {k: v for k, v in line.items() if k not in ("samples", "preview")})
             if "preview" in line:
-                tracker.picture(line["samples"], read_blob(self._ctx.store, line["preview"]))
+                tracker.image(line["samples"], read_blob(self._ctx.store, line["preview"]))
 
     def close(self) -> None:
         for name, tracker in list(self._open.items()):
@@ -122,6 +122,6 @@ class Trackers:
     def _warned(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # other people's code, about which a training does not care
-            log.warning("%s: the tracker %s fails and is told nothing more: %s", self._ctx.stage, name, e)
+        except Exception as e:  # a tracker is code of somebody else, and must not end a training
+            log.warning("%s: the tracker %s failed and gets nothing more: %s", self._ctx.stage, name, e)
             self._open.pop(name, None)

@@ -1,4 +1,4 @@
-"""Beginning with weights that exist: a file counts by its content, and lies in the store as a blob."""
+"""Starts a training from existing weights. A file is identified by its content and stored as a blob."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pipeline.parse import ContentFile
 from pipeline.store import Store
 from pipeline.store.records import read_blob
 
-SHOWN = 3  # names of a kind, in a message
+SHOWN_NAMES = 3  # of a kind, in a message
 
 
 def load_weights(store: Store, stage: str, file: ContentFile, measured: Collection[str], model: nn.Module) -> None:
-    """Give ``model`` the weights of a file, but for what is ``measured`` when it is finished.
+    """Gives ``model`` the weights of a file, except those that are ``measured`` when it is finished.
 
-    Raises UserError if they are not those of such a model, by name and shape, CorruptObject if the blob is damaged.
+    Raises UserError if names or shapes are not those of the model, CorruptObject if the blob is damaged.
     """
     data = read_blob(store, file)
     where = f"{stage}.init_from: {file.path or file[:12]}"
     try:
         tensors = {name: tensor for name, tensor in load(data).items() if name not in measured}
     except SafetensorError as e:
-        raise UserError(f"{where} is no safetensors file ({e})") from e
+        raise UserError(f"{where} is not a safetensors file ({e})") from e
     wanted = model.state_dict()
     if tensors.keys() != wanted.keys():  # a CLIP is stored without its wrapper
         inner = {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -48,4 +48,6 @@ def _differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[st
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:SHOWN_NAMES]) + (
+        f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    )

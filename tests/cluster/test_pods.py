@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.pods import Group, demands, groups, name_gpus
+from cluster.pods import Group, demands, groups
 from pipeline.config import Run, make_config
 from pipeline.errors import UserError
 
@@ -88,9 +88,3 @@ def test_the_driver_trains_on_a_gpu_only_where_the_head_has_one() -> None:
         list(demands(with_settings(decoder=training), ["decoder"]))
     run = with_settings(decoder=training, kubernetes=SHAPE | {"head_gpus": 1})
     assert list(demands(run, ["decoder"])) == []
-
-
-def test_a_training_does_not_look_for_a_gpu_that_comes_when_it_is_asked_for() -> None:
-    stages = {"clip": {"workers": 2}, "decoder": {"workers": 1, "device": "cpu"}, "ar_prior": {"workers": 0}}
-    found = name_gpus(with_settings(**stages))
-    assert (found.clip.device, found.decoder.device, found.ar_prior.device) == ("cuda", "cpu", "auto")

@@ -24,7 +24,7 @@ from pipeline.graph.stages import Context
 from pipeline.sampling.samples import SamplesRecipe, run_samples
 from pipeline.settings import GenerationSettings
 from pipeline.store import Store
-from pipeline.training.distributed.world import choose_device
+from pipeline.training.device import choose_device
 from tests.jobs.test_notebook import of_type
 from tests.pipeline.sampling.test_generation import publish_bundle
 

@@ -17,8 +17,7 @@ from pipeline.config import load_config, make_config
 from pipeline.doctor import machine, packages
 from pipeline.doctor.finding import Finding, brief
 from pipeline.doctor.nodes import Answer, judge, versions
-from pipeline.graph.ray import ask_every_node, start_ray
-from pipeline.graph.resources import Node
+from pipeline.graph.ray import Node, ask_every_node, start_ray
 from pipeline.settings import RaySettings
 from pipeline.store import Entry, Store, open_store
 from tests.chain import ROOT

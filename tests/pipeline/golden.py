@@ -29,7 +29,7 @@ from pipeline.evaluate import stage as evaluation
 from pipeline.graph.plan import plan
 from pipeline.sampling import bundle, samples
 from pipeline.store import open_store
-from pipeline.training.stage import VERSIONS
+from pipeline.training.recipes import TrainingRecipe
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("golden.json")
@@ -108,7 +108,8 @@ def versions() -> dict[str, int]:
         "samples": samples,
         "evaluation": evaluation,
     }
-    return {name: module.VERSION for name, module in own.items()} | VERSIONS
+    trained = {recipe.task: recipe.version for recipe in TrainingRecipe.__subclasses__()}
+    return {name: module.VERSION for name, module in own.items()} | trained
 
 
 def source_digests(root: Path = ROOT) -> dict[str, str]:

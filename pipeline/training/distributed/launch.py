@@ -1,7 +1,7 @@
-"""Workers of a training: in this process, or as Ray workers by Ray Train. The only file of a training that knows Ray.
+"""Starts the workers of a training: this process, or Ray workers by Ray Train. Only this module of a training uses Ray.
 
-Ray Train starts the workers, joins them in a process group and watches them. Checkpoints and resuming are not its
-business: a worker that starts reads the newest checkpoint from the store.
+Ray Train starts the workers, joins them in a process group and watches them. It neither saves nor resumes: a worker
+that starts reads the newest checkpoint from the store.
 """
 
 from __future__ import annotations
@@ -14,51 +14,60 @@ from typing import Any
 
 from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
 from pipeline.settings import RaySettings, TrainingSettings
-from pipeline.training.distributed.world import World, choose_device
+from pipeline.training.device import choose_device
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.loop import NonFinite, OutOfMemory
 
-Work = Callable[[World], None]
-REPORT_EVERY_S = 30.0  # a report waits for the controller's next poll, up to two seconds
-LISTEN_EVERY_S = 5.0  # all workers wait for each other to hear that a machine is to be taken away
+REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
+LISTEN_EVERY_S = 5.0  # all workers wait for each other when they ask whether a machine is to be taken away
 EXPECTED = (UserError, Unreachable, NonFinite, Superseded, CorruptObject, OutOfMemory)
 RELAYED = {kind.__name__: kind for kind in EXPECTED}
 
 
 class WorkerLost(Exception):
-    """A worker or its machine died. The training can go on from its newest checkpoint."""
+    """Says that a worker or its machine died. The training can go on from its newest checkpoint."""
 
 
 class Relayed(Exception):
-    """An expected error on its way to the driver: the name of its type, then its arguments."""
+    """Carries an expected error to the driver: the name of its type, then its arguments."""
 
 
-def launch(work: Work, stage: str, name: str, settings: TrainingSettings, ray_settings: RaySettings) -> None:
-    """Call ``work`` in ``settings.workers`` Ray workers, or for 0 in this process, and wait for all of them. On the Ray
-    of this machine there are no more than it has room for.
+def launch(
+    work: Callable[[ProcessGroup], None], stage: str, name: str, settings: TrainingSettings, ray_settings: RaySettings
+) -> None:
+    """Calls ``work`` in Ray workers, or in this process, and waits for all of them.
 
-    With ``settings.min_workers`` it begins with as many as there are cores or GPUs for, and Ray Train starts ``work``
-    anew with more when more come. So it does after a machine was taken away that it had been told of.
+    With ``settings.min_workers`` it begins with as many workers as there are cores or GPUs for, and Ray Train starts
+    ``work`` again when more come, and after a notice that a machine is taken away.
 
-    ``name`` must be new for every call: Ray Train would resume an old one. Raises what a worker raised of EXPECTED as
-    that type, WorkerLost when one died, and UserError where there is no room.
+    Args:
+        work: What each worker does.
+        stage: Named in messages.
+        name: New for every call: Ray Train would resume an old one.
+        settings: Has the number of workers; 0 works in this process.
+        ray_settings: Of the Ray that is started or joined.
+
+    Raises:
+        WorkerLost: A worker died.
+        UserError: Ray has too little room.
+        Exception: What a worker raised, if it is one of EXPECTED.
     """
     if settings.workers == 0:
         use_threads(settings.threads or cores())
-        work(World(device=choose_device(settings.device)))
+        work(ProcessGroup(device=choose_device(settings.device)))
         return
-    from pipeline.graph.ray import find_room, start_ray
+    from pipeline.graph.ray import start_ray, wait_for_room
 
     ray = start_ray(ray_settings)
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    team = find_room(ray, {stage: settings})[stage]
+    team = wait_for_room(ray, stage, settings, ray_settings)
     share, gpus = team.worker, team.worker.gpus > 0
-    taken = {"CPU": share.cpus, "GPU": share.gpus, "memory": share.memory}
     asked: dict[str, Any] = {
         "num_workers": (settings.min_workers, team.count) if settings.min_workers else team.count,
         "use_gpu": gpus,
-        "resources_per_worker": {name: amount for name, amount in taken.items() if amount},
+        "resources_per_worker": share.resources,
         "label_selector": dict(share.labels) or None,
     }
     with tempfile.TemporaryDirectory(prefix="unclip-train-") as scratch:
@@ -79,19 +88,19 @@ def launch(work: Work, stage: str, name: str, settings: TrainingSettings, ray_se
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_threads(count: int) -> None:
-    """Compute on ``count`` threads. Said aloud, because Ray lowers OMP_NUM_THREADS in its workers."""
+    """Computes on ``count`` threads: Ray lowers OMP_NUM_THREADS in its workers."""
     import torch
 
     torch.set_num_threads(count)
 
 
 def _worker(config: Mapping[str, Any]) -> None:
-    """One Ray worker. Errors that the driver understands travel in a form that survives the journey."""
+    """Runs one Ray worker. Sends errors that the driver expects in a form that can be pickled."""
     import ray.train
     import ray.train.torch
 
@@ -104,7 +113,7 @@ def _worker(config: Mapping[str, Any]) -> None:
         watcher = Watcher(size, device)
         sharing = {"sharded": settings.sharded, "offload": settings.offload}
         rank = context.get_world_rank()
-        config["work"](World(rank, size, device, watcher.report, lambda: watcher.leaving, **sharing))
+        config["work"](ProcessGroup(rank, size, device, watcher.report, lambda: watcher.leaving, **sharing))
     except CorruptObject as e:
         raise Relayed("CorruptObject", e.path, e.why) from None
     except OutOfMemory as e:
@@ -114,13 +123,13 @@ def _worker(config: Mapping[str, Any]) -> None:
 
 
 def _cause(failures: Sequence[Exception]) -> Exception:
-    """What to tell of the ways in which workers failed: an expected error, else a death, else the first of the rest."""
+    """Returns the error to raise where workers failed: an expected error, else a death, else the first of the rest."""
     for failure in failures:
         if isinstance(failure, Relayed):
             name, *arguments = failure.args
             return RELAYED[name](*arguments)
-    # What Ray itself raises is about processes and machines; what workers raise keeps its own type. Those that are left
-    # may notice a death before Ray does, and then theirs are the only failures.
+    # What Ray itself raises is about processes and machines; what workers raise keeps its own type. The surviving
+    # workers may notice a death before Ray does, and then only their failures are known.
     others = [failure for failure in failures if not _hung_up(failure)]
     if not others or any(type(failure).__module__.partition(".")[0] == "ray" for failure in failures):
         return WorkerLost("a worker died or could not start")
@@ -128,15 +137,17 @@ def _cause(failures: Sequence[Exception]) -> Exception:
 
 
 def _hung_up(failure: Exception) -> bool:
-    """Whether a worker says no more than that it lost the connection to another."""
+    """Returns whether a worker only lost the connection to another."""
     from torch.distributed import DistError
 
     return isinstance(failure, DistError) or (isinstance(failure, RuntimeError) and "gloo/transport" in str(failure))
 
 
 class Watcher:
-    """Tells Ray Train how far a worker is, and hears from it, now and then. All workers must do so equally often, so
-    the clock of the first one rules. ``leaving``: whether a machine of this training is to be taken away."""
+    """Reports a worker's progress to Ray Train, and asks it whether a machine is to be taken away (``leaving``).
+
+    All workers must do so equally often, so the clock of rank 0 decides when.
+    """
 
     def __init__(self, size: int, device: Any):
         self.size, self.device = size, device
@@ -144,13 +155,13 @@ class Watcher:
         self.leaving = False
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """To be called by all workers after the same steps."""
+        """Reports and asks where it is time to; all workers call it after the same steps."""
         import ray.train
         import torch
 
         now = time.monotonic()
-        wishes = [now - self.reported > REPORT_EVERY_S, now - self.listened > LISTEN_EVERY_S]
-        due = torch.tensor(wishes, dtype=torch.uint8, device=self.device)
+        overdue = [now - self.reported > REPORT_EVERY_S, now - self.listened > LISTEN_EVERY_S]
+        due = torch.tensor(overdue, dtype=torch.uint8, device=self.device)
         if self.size > 1:
             torch.distributed.broadcast(due, src=0)
         report, listen = due.tolist()

@@ -1,7 +1,6 @@
-"""A model that is spread over the workers (FSDP2): each holds some rows of every weight, average and moment.
+"""Shards a model over the workers (FSDP2): each holds some rows of every weight, average and moment.
 
-A layer's weights are gathered for as long as it computes. So a model trains that no single device could hold, with the
-arithmetic of one that every device holds whole.
+A layer's weights are gathered for as long as it computes, so a model trains that no single device could hold.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def layers(model: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered, or computed again, at a time: the members of the outermost lists of modules."""
+    """Yields the units of FSDP and of activation checkpointing: the members of the outermost ModuleLists."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from child
@@ -27,8 +26,8 @@ def layers(model: nn.Module) -> Iterator[nn.Module]:
             yield from layers(child)
 
 
-def spread(module: nn.Module, device: torch.device, workers: int, offload: bool) -> None:
-    """Keep this worker's rows of every weight of ``module``, on ``device`` or, with ``offload``, on the CPU."""
+def shard_module(module: nn.Module, device: torch.device, workers: int, offload: bool) -> None:
+    """Keeps this worker's rows of every weight of ``module``, on ``device`` or, with ``offload``, on the CPU."""
     mesh = init_device_mesh(device.type, (workers,))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     for part in (*layers(module), module):
@@ -36,34 +35,34 @@ def spread(module: nn.Module, device: torch.device, workers: int, offload: bool)
 
 
 def recompute(model: nn.Module) -> None:
-    """Keep of each layer its input alone for the backward pass, and compute the layer again there."""
+    """Keeps only the input of each layer for the backward pass, which computes the layer again."""
     for layer in layers(model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def gather_gradients(module: nn.Module, now: bool) -> None:
-    """Whether the next backward passes of a spread module bring gradients together, or leave them to be added up."""
+def sync_gradients(module: nn.Module, now: bool) -> None:
+    """Sets whether the next backward passes of a sharded module reduce gradients over the workers, or add them up."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(now)
 
 
-def is_spread(tensor: Tensor) -> bool:
-    """Whether other workers hold other rows of it."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Returns whether other workers hold other rows of it."""
     return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This worker's rows of a spread tensor, which they share memory with; any other tensor as it is."""
+    """Returns this worker's rows of a sharded tensor, which share its memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def first_row(tensor: Tensor) -> int:
-    """The place of this worker's first row among all."""
+    """Returns the place of this worker's first row among all rows."""
     if not isinstance(tensor, DTensor):
         return 0
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All rows of a tensor; all workers have to ask together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns all rows of a tensor; all workers have to call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,35 +1,41 @@
-"""Batches for one worker: what the order names, read and decoded ahead of the training in threads of their own."""
+"""Makes the batches of one worker: reads and decodes the rows of the order in threads, ahead of the training."""
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from models.draw import derive_seed
+from models.tokens import tokenize
 from pipeline.data.pairs.row_index import Place
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
 from pipeline.training.feed.order import Order, lanes_of
-from pipeline.training.feed.pictures import CACHE_MB, Pictures, View, at_once
-from pipeline.training.feed.read_ahead import read_ahead
 from pipeline.training.feed.tables import Row, Tables
+from pipeline.training.feed.views import CACHE_MB, View, Views, at_once
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.task import Batch, Contrastive, Task
 
-READERS = 8  # windows that are read at once
+Item = TypeVar("Item")
+WINDOW_READERS = 8  # windows that are read at once
 AHEAD = 0.75  # of the windows in use, after which all lanes have begun to read the next
 
 
-class Share(NamedTuple):
-    """A worker's rows of one step.
+class LocalBatch(NamedTuple):
+    """Holds a worker's rows of one step.
 
-    ``batch``: "image" uint8 [b, 3, s, s], "tokens" int64 [b, 77], "image_embedding" and "text_embedding" fp32 [b, d],
-    as far as the task's columns ask. ``keys``: of the rows. ``streams``: (seed, rows) lane by lane, for a Draw.
+    Attributes:
+        batch: "image" uint8 [b, 3, s, s], "tokens" int64 [b, 77], "image_embedding" and "text_embedding" fp32 [b, d];
+            those that the task's columns name.
+        keys: Of the rows.
+        streams: (seed, rows) lane by lane, for a Draw.
     """
 
     batch: Batch
@@ -38,7 +44,7 @@ class Share(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """A share on its way: its rows, which of its captions each is told, and the views that are being decoded."""
+    """Holds a batch that is being made: rows, the choice of a caption for each, and views that are being decoded."""
 
     rows: list[Row]
     choices: list[int]
@@ -47,20 +53,20 @@ class Begun(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What a lane is reading: [start, stop) in lane positions, the rows there, and their pictures not yet decoded."""
+    """Holds what a lane reads: [start, stop) in lane positions, the rows there, and their encoded images."""
 
     start: int
     stop: int
     rows: list[Row]
-    pictures: dict[Place, bytes]
+    images: dict[Place, bytes]
 
 
 class Windows:
-    """The windows of some lanes from ``position`` on, each read by a pool of threads before it is needed.
+    """Reads the windows of some lanes, from ``position`` on, in a pool of threads before they are needed.
 
-    All lanes come to the end of a window at the same step. Their next windows are read one lane after the other,
-    while three quarters of the present ones are used: so reads are spread, and what waits in memory is at no time more
-    than some five quarters of a window of every lane.
+    All lanes reach the end of a window at the same step. Their next windows are read one lane after the other while
+    three quarters of the current ones are used, so that reads are spread in time and memory holds at most about five
+    quarters of a window of every lane.
     """
 
     def __init__(self, read: Callable[[int, int], Window], lanes: range, pool: Executor, position: int):
@@ -69,7 +75,7 @@ class Windows:
         self._present: dict[int, Window] = {}
 
     def at(self, lane: int, position: int) -> Window:
-        """The window of a lane that holds a position; positions rise. Raises what reading it raised."""
+        """Returns the window of a lane that holds a position; positions rise. Raises what reading it raised."""
         window = self._present.get(lane)
         if window is None or position >= window.stop:
             window = self._present[lane] = self._coming.pop(lane).result()
@@ -81,11 +87,23 @@ class Windows:
 
 
 class Feed:
-    """The training rows of a task in the order of its recipe, and its validation rows.
+    """Makes batches of a task's training rows in the order of its recipe, and of its validation rows.
 
-    The share of a step holds batch / lanes rows of every lane that this worker owns, lane after lane. Decoded pictures
-    stay in memory up to ``cache_mb`` MiB. Rows without a caption are neither to a task that compares captions. Raises
-    ValueError if there are no training rows, UserError if none of them has a caption.
+    The batch of a step holds batch / lanes rows of every lane that this worker owns, lane after lane. A task that
+    compares captions gets no rows without one.
+
+    Args:
+        store: Holds the rows.
+        inputs: The stage's input artefacts.
+        task: Names the columns of a batch.
+        recipe: Its order.
+        rank: Of this worker.
+        size: How many workers there are.
+        cache_mb: MiB of decoded images that stay in memory.
+
+    Raises:
+        ValueError: There are no training rows.
+        UserError: None of the training rows has a caption.
     """
 
     def __init__(
@@ -95,11 +113,11 @@ class Feed:
         task: Task,
         recipe: TrainingRecipe,
         rank: int = 0,
-        world: int = 1,
+        size: int = 1,
         cache_mb: int = CACHE_MB,
     ):
         self.columns, self.recipe = task.columns, recipe
-        self.lanes = lanes_of(rank, world, recipe.lanes)
+        self.lanes = lanes_of(rank, size, recipe.lanes)
         contrastive = isinstance(task, Contrastive)
         self.tables = Tables(
             store, inputs, task.columns, "train", task.min_side, 2 * len(self.lanes), captioned=contrastive
@@ -110,77 +128,73 @@ class Feed:
                 "give them captions, or take a CLIP that exists (clip.weights)"
             )
         self.held_out = self.tables.of("validation")
-        self.pictures = Pictures(store, task.image_size, cache_mb)
+        self.views = Views(store, task.image_size, cache_mb)
         self.order = Order(self.tables.counts, recipe.lanes, recipe.window, recipe.seed)
 
-    def shares(self, samples: int) -> Generator[Share, None, None]:
-        """This worker's share of every step, for ever, beginning after ``samples`` samples (a multiple of batch).
+    def batches(self, samples: int) -> Generator[LocalBatch, None, None]:
+        """Yields this worker's batch of every step, without end, after ``samples`` samples (a multiple of batch).
 
         Raises CorruptObject for a stored object that cannot be trusted.
         """
-        return read_ahead(self._shares(samples // self.recipe.batch))
+        return read_ahead(self._batches(samples // self.recipe.batch))
 
-    def validation(self, rows: int, size: int) -> list[Share]:
-        """At most ``rows`` validation rows, always the same ones, in batches of ``size``."""
+    def validation(self, rows: int, size: int) -> list[LocalBatch]:
+        """Returns at most ``rows`` validation rows, always the same ones, in batches of ``size``."""
         found = self.held_out.first(rows)
-        shares = []
+        batches = []
         for start in range(0, len(found), size):
             part = found[start : start + size]
-            views = self._views(part, self.pictures.fetch(row.place for row in part if row.place))
+            views = self._views(part, self.views.fetch(row.place for row in part if row.place))
             streams = [(derive_seed(self.recipe.seed, "validation", start), len(part))]
-            shares.append(self._share(Begun(part, [0] * len(part), views, streams)))
-        return shares
+            batches.append(self._batch(Begun(part, [0] * len(part), views, streams)))
+        return batches
 
-    def _shares(self, step: int) -> Iterator[Share]:
+    def _batches(self, step: int) -> Iterator[LocalBatch]:
         # One more decoder than cores: one of them waits for the interpreter as a rule.
-        readers = ThreadPoolExecutor(READERS, "read")
+        readers = ThreadPoolExecutor(WINDOW_READERS, "read")
         decoders = ThreadPoolExecutor(torch.get_num_threads() + 1, "decode")
         windows = Windows(self._read, self.lanes, readers, step * self.recipe.batch // self.recipe.lanes)
         try:
             coming = self._begin(step, windows, decoders)
             while True:
-                # The next share is decoded while this one is put together, so that decoders never stand still.
+                # The next batch is decoded while this one is put together, so that decoders are never idle.
                 step, present = step + 1, coming
                 coming = self._begin(step, windows, decoders)
-                yield self._share(present)
+                yield self._batch(present)
         finally:
             readers.shutdown(cancel_futures=True)
-            decoders.shutdown()  # views are kept for whoever asks next: one that was cancelled would never come
+            # Views are cached for the next caller: one that was cancelled would never come.
+            decoders.shutdown()
 
     def _read(self, lane: int, position: int) -> Window:
-        """What is left of a lane's window from a position on."""
+        """Reads the rest of a lane's window from a position on."""
         start, stop = position, self.order.window_at(position)[1]
         rows = self.tables.read(self.order.rows(lane, start, stop))
-        return Window(start, stop, rows, self.pictures.fetch(row.place for row in rows if row.place))
+        return Window(start, stop, rows, self.views.fetch(row.place for row in rows if row.place))
 
     def _begin(self, step: int, windows: Windows, decoders: Executor) -> Begun:
         per_lane = self.recipe.batch // self.recipe.lanes
         rows: list[Row] = []
         choices: list[int] = []
-        pictures: dict[Place, bytes] = {}
+        images: dict[Place, bytes] = {}
         for lane in self.lanes:
             for position in range(step * per_lane, (step + 1) * per_lane):
                 window = windows.at(lane, position)
                 row = window.rows[position - window.start]
-                if row.place in window.pictures:
-                    pictures[row.place] = window.pictures.pop(row.place)
+                if row.place in window.images:
+                    images[row.place] = window.images.pop(row.place)
                 rows.append(row)
                 choices.append(derive_seed(self.recipe.seed, "caption", lane, position))
         streams = [(derive_seed(self.recipe.seed, lane, step), per_lane) for lane in self.lanes]
-        return Begun(rows, choices, self._views(rows, pictures, decoders.submit), streams)
+        return Begun(rows, choices, self._views(rows, images, decoders.submit), streams)
 
     def _views(
-        self, rows: Sequence[Row], pictures: dict[Place, bytes], submit: Callable[..., View] = at_once
+        self, rows: Sequence[Row], images: dict[Place, bytes], submit: Callable[..., View] = at_once
     ) -> list[View]:
-        return self.pictures.views(_places(rows), pictures, submit) if "image" in self.columns else []
+        return self.views.views(_places(rows), images, submit) if "image" in self.columns else []
 
-    def _share(self, begun: Begun) -> Share:
-        """The columns that the task asks for. Choices pick one of each row's captions.
-
-        With text embeddings, one of those that were embedded, and its embedding.
-        """
-        from models.tokens import tokenize
-
+    def _batch(self, begun: Begun) -> LocalBatch:
+        """Returns the columns that the task names. Choices pick one of each row's captions, and its embedding."""
         batch: Batch = {}
         rows = begun.rows
         picked = [choice % row.versions for row, choice in zip(rows, begun.choices, strict=True)]
@@ -197,15 +211,55 @@ class Feed:
                 )
             )
         if "image" in self.columns:
-            wait(begun.views)  # once for all: to be woken for each would disturb the decoders
+            # One wait for all of them: waking for each would disturb the decoders.
+            wait(begun.views)
             batch["image"] = torch.from_numpy(np.stack([view.result() for view in begun.views]))
-        return Share(batch, [row.key for row in rows], begun.streams)
+        return LocalBatch(batch, [row.key for row in rows], begun.streams)
 
 
 def _places(rows: Sequence[Row]) -> list[Place]:
     for row in rows:
         if row.place is None:
-            raise UserError(
-                f"row {row.key} has an imported embedding and no picture to learn from: take it off the list"
-            )
+            raise UserError(f"row {row.key} has an imported embedding and no image to train on: take it off the list")
     return [row.place for row in rows if row.place]
+
+
+def read_ahead(source: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
+    """Yields the items of an endless ``source``, made by a thread that is at most ``depth`` items ahead.
+
+    Raises the errors of ``source``, after the items before them. Closing the generator ends the thread, and closes
+    ``source`` if that is a generator.
+    """
+    ready: queue.Queue[Item | BaseException] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def offer(item: Item | BaseException) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in source:
+                offer(item)
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            offer(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="read ahead")
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+        if isinstance(source, Generator):
+            source.close()

@@ -1,9 +1,9 @@
 """Which rows a step trains on: a pure function of counts, lanes, window, seed and position.
 
 An epoch's rows, shard after shard in an order drawn for that epoch, form one virtual line. The line is cut into lanes
-of equal length, a lane into windows, and rows are shuffled inside their window, so that a reader needs neighbours and
-no index of everything. Lanes belong to the recipe and workers take whole lanes: the order does not know how many
-workers there are.
+(data streams) of equal length, a lane into windows, and rows are shuffled inside their window, so that a reader needs
+neighbours and not an index of all rows. Lanes belong to the recipe and workers take whole lanes, so the order does not
+depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -17,20 +17,30 @@ from models.draw import derive_seed
 
 
 def permutation(length: int, seed: int) -> np.ndarray:
-    """A permutation of range(length), int64. Sorting raw words keeps it the same in every version of numpy."""
+    """Returns a permutation of range(length), int64."""
+    # Raw words of the generator, sorted, are the same in every version of numpy.
     return np.argsort(np.random.PCG64(seed).random_raw(length), kind="stable")
 
 
-def lanes_of(rank: int, world: int, lanes: int) -> range:
-    """The lanes that worker ``rank`` of ``world`` reads: every lane belongs to exactly one worker."""
-    return range(rank * lanes // world, (rank + 1) * lanes // world)
+def lanes_of(rank: int, size: int, lanes: int) -> range:
+    """Returns the lanes that worker ``rank`` of ``size`` reads. Every lane belongs to exactly one worker."""
+    return range(rank * lanes // size, (rank + 1) * lanes // size)
 
 
 class Order:
-    """The order of rows, for ever: lane positions count the rows that a lane has given since the first epoch.
+    """Puts rows in order, epoch after epoch. Lane positions count the rows of a lane since the first epoch.
 
-    ``counts`` are rows per shard. A lane has ceil(rows / lanes) positions an epoch; positions beyond the end of the
-    line wrap to its beginning, and ``wrapped`` says how many do. Raises ValueError when there are no rows.
+    A lane has ceil(rows / lanes) positions an epoch. Positions beyond the end of the line wrap to its beginning;
+    ``wrapped`` counts them.
+
+    Args:
+        counts: Rows of each shard.
+        lanes: How many lanes there are.
+        window: Rows that are shuffled with each other.
+        seed: Decides the order of shards and of rows.
+
+    Raises:
+        ValueError: There are no rows.
     """
 
     def __init__(self, counts: Sequence[int], lanes: int, window: int, seed: int):
@@ -44,18 +54,18 @@ class Order:
         self._line = lru_cache(maxsize=2)(self._make_line)
 
     def _make_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in the order of ``epoch``, and where on the line each of them ends."""
+        """Returns the shards in the order of ``epoch``, and where on the line each of them ends."""
         shards = permutation(len(self.counts), derive_seed(self.seed, "shards", epoch))
         return shards, np.cumsum(self.counts[shards])
 
     def window_at(self, lane_position: int) -> tuple[int, int]:
-        """Start and stop, in lane positions, of the window that holds a lane position."""
+        """Returns start and stop, in lane positions, of the window that holds a lane position."""
         epoch, offset = divmod(lane_position, self.lane_rows)
         start = offset - offset % self.window
         return epoch * self.lane_rows + start, epoch * self.lane_rows + min(start + self.window, self.lane_rows)
 
     def rows(self, lane: int, start: int, stop: int) -> list[tuple[int, int]]:
-        """What a lane gives at lane positions [start, stop): (index into counts, row of that shard)."""
+        """Returns a lane's rows at lane positions [start, stop), each as (index into counts, row of that shard)."""
         result: list[tuple[int, int]] = []
         while start < stop:
             first, last = self.window_at(start)

@@ -1,16 +1,18 @@
-"""The rows that teach: an index joined with captions and embeddings, shard number by shard number and key by key."""
+"""Reads the rows to train on: an index joined with captions and embeddings, shard by shard and key by key."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import lru_cache
 from itertools import islice, repeat
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.data.pairs.row_index import Place
 from pipeline.data.source.stage import CAPTIONED, has_caption
@@ -20,15 +22,21 @@ from pipeline.graph.shard_tables import ShardList, read_shards, read_table
 from pipeline.store import Store
 
 CACHED = 8  # shards
-READERS = 8  # shards that are read at once to count their rows
-LOCKS = 64  # of shards that are being read; two that share one wait for each other
+SHARD_READERS = 8  # shards that are read at once to count their rows
+LOCKS = 64  # of shards that are being read; shards with the same lock wait for each other
 
 
 class Row(NamedTuple):
-    """One example before decoding; what the columns do not ask for is None, and so is ``place`` where embeddings were
-    imported without a picture. ``image_embedding`` is fp32 [d],
-    ``text_embeddings`` fp32 [n, d] of the first n captions, or of an empty one where there is none. ``license`` is the
-    picture's, None where the list names none."""
+    """Holds one example before decoding. Fields that the columns do not name are None.
+
+    Attributes:
+        key: Of the row.
+        place: Of the encoded image; None also where embeddings were imported without an image.
+        captions: All of them.
+        image_embedding: fp32 [d].
+        text_embeddings: fp32 [n, d] of the first n captions, or of an empty caption where the row has none.
+        license: Of the image; None where the list names none.
+    """
 
     key: str
     place: Place | None
@@ -39,22 +47,29 @@ class Row(NamedTuple):
 
     @property
     def versions(self) -> int:
-        """Captions to choose from: those that were embedded, if embeddings are read, and all otherwise."""
+        """Returns how many captions to choose from: those that were embedded if embeddings are read, else all."""
         return len(self.captions or [""]) if self.text_embeddings is None else len(self.text_embeddings)
 
     @property
     def text_embedding(self) -> np.ndarray | None:
-        """Of the first caption, fp32 [d]."""
+        """Returns the embedding of the first caption, fp32 [d]."""
         return None if self.text_embeddings is None else self.text_embeddings[0]
 
 
 class Tables:
-    """The kept rows of one split whose short side is at least ``min_side``, by shard.
+    """Reads the kept rows of one split whose shorter side is at least ``min_side``, by shard.
 
-    Rows are those of "curation", or of "pairs" before there is a curation, when CLIP trains. ``inputs`` are the
-    stage's input artefacts; of "pairs", "captions" and "embeddings" only those that ``columns`` ask for are read. With
-    ``captioned`` rows without a caption are left out, and ``without_caption`` counts them. ``cached`` shards stay in
-    memory. ``counts`` are rows by position in ``shards``.
+    Rows are those of "curation", or of "pairs" when CLIP trains, before the curation. ``counts`` are rows by position
+    in ``shards``; ``without_caption`` counts the rows that ``captioned`` leaves out.
+
+    Args:
+        store: Holds the tables.
+        inputs: The stage's input artefacts.
+        columns: Decide which of "pairs", "captions" and "embeddings" are read.
+        split: "train", "validation" or "test".
+        min_side: In pixels.
+        cached: How many shards stay in memory.
+        captioned: Whether rows without a caption are left out.
     """
 
     def __init__(
@@ -81,26 +96,28 @@ class Tables:
         self.split = split
         self._listed = self.counts = tuple(self.shards.counts(f"{split}/{self.min_side}").tolist())
         if self.captioned:
-            with ThreadPoolExecutor(READERS) as readers:
+            with ThreadPoolExecutor(SHARD_READERS) as readers:
                 self.counts = tuple(readers.map(self._captioned, range(len(self.shards))))
         self.without_caption = sum(self._listed) - sum(self.counts)
         self._shard = lru_cache(maxsize=cached)(self._read_shard)
         self._locks = [Lock() for _ in range(LOCKS)]
 
     def of(self, split: str) -> Tables:
-        """The same of another split. Lists of shards, which take a while to read, are shared."""
+        """Returns the tables of another split, which share the lists of shards."""
         other = copy(self)
         other._choose(split, CACHED)
         return other
 
     def first(self, rows: int) -> list[Row]:
-        """At most ``rows`` rows, in order of shards and of the index."""
+        """Returns at most ``rows`` rows, in order of shards and of the index."""
         everything = ((shard, row) for shard, count in enumerate(self.counts) for row in range(count))
         return self.read(list(islice(everything, rows)))
 
     def read(self, positions: Sequence[tuple[int, int]]) -> list[Row]:
-        """Rows by (position of the shard, row in it), in that order; every shard is opened once, also where several
-        threads ask for it."""
+        """Returns rows by (position of the shard, row in it), in that order.
+
+        Every shard is opened once, also where several threads ask for it.
+        """
         opened = {}
         for shard in sorted({shard for shard, _ in positions}):
             with self._locks[shard % LOCKS]:
@@ -108,22 +125,20 @@ class Tables:
         return [opened[shard][row] for shard, row in positions]
 
     def blobs(self, position: int) -> dict[str, Mapping[str, str]]:
-        """What is stored of a shard, by stage: that of the rows first, then those that are joined with it."""
+        """Returns the blobs of a shard by stage: "rows" first, then the tables that are joined with it."""
         shard = self.shards[position]
         found = {name: listed.find(shard.number) for name, listed in self._others.items()}
         return {"rows": shard.blobs} | {name: other.blobs for name, other in found.items() if other is not None}
 
     def _captioned(self, position: int) -> int:
-        """How many rows of a shard have a caption. Only where the list has rows without one is the shard read."""
+        """Returns how many rows of a shard have a caption. Reads the shard only if some rows have none."""
         listed = self._others["captions"].find(self.shards[position].number)
         if not self._listed[position] or (listed and listed.counts.get(CAPTIONED) == listed.kept + listed.lost):
             return self._listed[position]
         return self._rows(position).num_rows
 
-    def _rows(self, position: int) -> Any:
-        """The part of a shard's index that is asked for. Raises ValueError where its artefact counts other rows."""
-        import pyarrow as pa
-
+    def _rows(self, position: int) -> pa.Table:
+        """Returns the wanted rows of a shard's index. Raises ValueError where its artefact counts other rows."""
         number, blobs = self.shards[position].number, self.blobs(position)
         index = self._index(blobs["rows"]["index"])
         if index.num_rows != self._listed[position]:
@@ -141,9 +156,9 @@ class Tables:
         index = self._rows(position)
         keys = index["key"].to_pylist()
         places: Iterator[Place | None] = repeat(None, len(keys))
-        captions: Any = repeat(None, len(keys))
-        image: Any = repeat(None, len(keys))
-        text: Any = repeat(None, len(keys))
+        captions: Iterable[list[str] | None] = repeat(None, len(keys))
+        image: Iterable[np.ndarray | None] = repeat(None, len(keys))
+        text: Iterable[np.ndarray | None] = repeat(None, len(keys))
         if "pairs" in blobs:
             columns = (index[name].to_pylist() for name in ("tar", "offset", "size", "sha256"))
             own = blobs["pairs"].get("images")
@@ -162,9 +177,7 @@ class Tables:
         licenses = index["license"].to_pylist()
         return [Row(*values) for values in zip(keys, places, captions, image, text, licenses, strict=True)]
 
-    def _index(self, blob: str) -> Any:
-        import pyarrow.compute as pc
-
+    def _index(self, blob: str) -> pa.Table:
         index = read_table(self.store, blob)
         wanted = pc.and_(pc.equal(index["status"], "kept"), pc.equal(index["split"], self.split))
         if self.min_side:
@@ -172,11 +185,8 @@ class Tables:
             wanted = pc.and_(wanted, pc.greater_equal(short, self.min_side))
         return index.filter(wanted)
 
-    def _join(self, number: int, blobs: Mapping[str, Mapping[str, str]], name: str, keys: list[str]) -> Any:
-        """The rows of a shard's table whose keys are ``keys``, in that order. Raises ValueError if one is missing."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
+    def _join(self, number: int, blobs: Mapping[str, Mapping[str, str]], name: str, keys: list[str]) -> pa.Table:
+        """Returns the rows of a shard's table by their keys, in that order. Raises ValueError if one is missing."""
         table = read_table(self.store, blobs[name][name])
         found = pc.index_in(pa.array(keys, pa.string()), value_set=table["key"])
         if found.null_count:
@@ -186,15 +196,15 @@ class Tables:
 
 
 def embedding_dim(store: Store, embeddings: Artifact) -> int:
-    """The dimension d of an embeddings artefact, which is CLIP's. Raises UserError if it has no rows."""
+    """Returns the dimension d of an embeddings artefact, which is CLIP's. Raises UserError if it has no rows."""
     for shard in read_shards(store, embeddings):
         if shard.kept:
             return len(read_table(store, shard.blobs["embeddings"], ["image_embedding"])["image_embedding"][0])
-    raise UserError("embeddings: no rows, so there is nothing to train on; see why the pairs were rejected")
+    raise UserError("embeddings: no rows to train on; see why the pairs were rejected")
 
 
-def _by_row(first: np.ndarray, more: Any) -> list[np.ndarray]:
-    """Embeddings fp32 [n, d] of each row, from those of its first caption and the lists of the others."""
+def _by_row(first: np.ndarray, more: pa.ListArray) -> list[np.ndarray]:
+    """Returns embeddings fp32 [n, d] of each row, from that of its first caption and the list of the others."""
     ends = np.cumsum(more.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
     flat = more.flatten().flatten().to_numpy(zero_copy_only=False)
     others = flat.astype(np.float32).reshape(-1, first.shape[1])
@@ -204,7 +214,7 @@ def _by_row(first: np.ndarray, more: Any) -> list[np.ndarray]:
     ]
 
 
-def _matrix(column: Any) -> np.ndarray:
-    """A column of lists of one length as fp32 [rows, d]."""
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """Returns a column of lists of one length as fp32 [rows, d]."""
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.astype(np.float32).reshape(len(column), -1)

@@ -6,6 +6,7 @@ from functools import partial
 from math import log
 from pathlib import Path
 
+from safetensors.torch import load
 from torch import nn
 
 from models.ar_prior import ARPrior, ar_prior_loss
@@ -14,6 +15,10 @@ from models.draw import Draw
 from models.folder import save_model
 from models.losses import Losses
 from models.prior_configs import ARPriorConfig
+from pipeline.errors import UserError
+from pipeline.graph.stages import Context
+from pipeline.store.records import read_blob
+from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
 
@@ -49,3 +54,14 @@ class ARPriorTask:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(folder, model)
+
+
+def make(ctx: Context) -> ARPriorTask:
+    """Returns the task of a training stage, for its embeddings and its codec. Raises UserError if the codec has another
+    number of buckets."""
+    codec = Codec(**load(read_blob(ctx.store, ctx.inputs["codec"].blobs["model.safetensors"])))
+    if codec.buckets != ctx.recipe.model.buckets:
+        raise UserError(
+            f"ar_prior.model.buckets: {ctx.recipe.model.buckets}, but the codec has {codec.buckets}; make them equal"
+        )
+    return ARPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]), codec)

@@ -12,6 +12,7 @@ from models.clip import Clip, Gather, alone, clip_loss
 from models.draw import Draw
 from models.losses import Losses
 from models.prior_configs import ClipConfig
+from pipeline.graph.stages import Context
 from pipeline.training.task import Batch, Examples
 
 
@@ -51,3 +52,8 @@ class ClipTask:
     def save(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, Clip)
         model.save(folder)
+
+
+def make(ctx: Context) -> ClipTask:
+    """Returns the task of a training stage."""
+    return ClipTask(ctx.recipe.model)

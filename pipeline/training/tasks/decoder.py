@@ -15,6 +15,8 @@ from models.folder import save_model
 from models.image_configs import DecoderConfig
 from models.losses import Losses
 from models.pixels import to_uint8
+from pipeline.graph.stages import Context
+from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, grid, seeded
 
@@ -59,3 +61,8 @@ class DecoderTask:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(folder, model)
+
+
+def make(ctx: Context) -> DecoderTask:
+    """Returns the task of a training stage, for the embeddings that it trains on."""
+    return DecoderTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]))

@@ -19,6 +19,8 @@ from models.draw import Draw
 from models.folder import save_model
 from models.losses import Losses
 from models.prior_configs import DiffusionPriorConfig
+from pipeline.graph.stages import Context
+from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
 
@@ -72,3 +74,8 @@ class DiffusionPriorTask:
 
     def save(self, model: nn.Module, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
         save_model(folder, model, model.state_dict() | (statistics or {}))
+
+
+def make(ctx: Context) -> DiffusionPriorTask:
+    """Returns the task of a training stage, for the embeddings that it trains on."""
+    return DiffusionPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]))

@@ -15,6 +15,7 @@ from models.image_configs import UpsamplerConfig
 from models.losses import Losses
 from models.pixels import from_uint8, resize, to_uint8
 from models.upsampler import Upsampler, sampling_low, training_low, upsampler_denoise, upsampler_loss
+from pipeline.graph.stages import Context
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, grid, seeded
 
@@ -61,3 +62,8 @@ class UpsamplerTask:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(folder, model)
+
+
+def make(ctx: Context) -> UpsamplerTask:
+    """Returns the task of a training stage."""
+    return UpsamplerTask(ctx.recipe.model)

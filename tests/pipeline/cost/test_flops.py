@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from models.codec import Codec
-from models.draw import Draw
+from models.draw import Draw, Undropped
 from models.upsampler import training_low
 from pipeline.config import Config, load_config
 from pipeline.cost.flops import count_clip, count_model
 from pipeline.errors import UserError
-from pipeline.training.draws import Undropped
 from pipeline.training.task import Task
 from pipeline.training.tasks.ar_prior import ARPriorTask
 from pipeline.training.tasks.clip import ClipTask

@@ -15,7 +15,7 @@ from pipeline.config import make_config
 from pipeline.doctor import readiness
 from pipeline.doctor.nodes import Answer, versions
 from pipeline.errors import UserError
-from pipeline.graph.resources import Node
+from pipeline.graph.ray import Node
 from pipeline.store import open_store
 from tests.chain import ROOT, Finished, unclip
 from tests.pipeline.data.bench import picture
@@ -32,7 +32,7 @@ def test_faults_are_one_line_that_names_some_of_the_nodes(monkeypatch: pytest.Mo
     other, blind = Answer(versions() | {"ray": "2.1.0"}), Answer(versions(), "no AWS credentials")
     answers = [(Node(f"n{i}", 1, 0), other) for i in range(5)] + [(Node("n5", 1, 0), blind)]
     monkeypatch.setattr(readiness, "start_ray", lambda _: None)
-    monkeypatch.setattr(readiness, "find_room", lambda *_, **__: {})
+    monkeypatch.setattr(readiness, "check_room", lambda *_: None)
     monkeypatch.setattr(readiness, "ask_nodes", lambda *_: answers)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     config = make_config({"project": "p", "store": str(tmp_path), "source": {"paths": ["a.csv"]}})
@@ -163,7 +163,7 @@ def test_a_folder_that_other_processes_do_not_see(cluster: Any, tmp_path: Path) 
 def test_what_no_node_has(cluster: Any, tmp_path: Path) -> None:
     words = ("run.pairs.cpus=2", "run.pairs.memory_mb=1", "run.embeddings.gpus=1")
     line = refused(run(cluster, tmp_path, tmp_path / "store", *words))
-    assert "never run: pairs: 1 worker with 2 cores and 1 MiB, no node has more than 1 core; add such nodes" in line
+    assert "pairs: Ray has no room for 1 worker with 2 cores and 1 MiB; it has 1 core and 0 GPUs, " in line
     assert not (tmp_path / "store").exists()
 
 

@@ -12,7 +12,7 @@ from pipeline.release.compare import Measured, changes, load_measured, obstacles
 from pipeline.release.gates import failing
 from pipeline.settings import ReleaseGates, TrainingSettings
 from pipeline.training.recipes import DiffusionPriorRecipe
-from pipeline.training.stage import run_diffusion_prior
+from pipeline.training.stage import train
 from pipeline.training.worker import at_stop
 from tests.pipeline.evaluate.test_stage import RECIPE, Case, few_threads, make_case  # noqa: F401  # a fixture of its own
 
@@ -40,7 +40,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, Measured]:
     case = make_case(tmp_path_factory.mktemp("milestones"), 3, 56, 72, ("diffusion",))
     settings = TrainingSettings(threads=1, device="cpu", milestones=(EARLY,))
     ctx = case.world.context("diffusion_prior", PRIOR, settings)
-    late = run_diffusion_prior(ctx)
+    late = train(ctx)
     early = load_artifact(case.world.store, "diffusion_prior", at_stop(ctx, EARLY).key)
     assert early is not None
     return evaluated(case, early, "early"), evaluated(case, late, "late")

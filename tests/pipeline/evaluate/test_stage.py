@@ -40,7 +40,6 @@ from pipeline.report.evaluation import evaluation_section, measured_sections
 from pipeline.report.images import Album
 from pipeline.store.records import blob_path, put_blob, read_blob
 from pipeline.training.recipes import DecoderRecipe
-from pipeline.training.stage import VERSIONS
 from pipeline.training.tasks.figures import seeded
 from tests.pipeline.evaluate.test_inception import save_weights
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
@@ -110,7 +109,7 @@ class Case:
     def publish_early(self, folder: Path) -> str:
         """What the decoder's training leaves at the recipe's early samples; returns its key."""
         recipe = replace(self.context().config.decoder, samples=RECIPE.early)
-        node = Stage("decoder", VERSIONS["decoder"], recipe, LEARN, run_evaluation)
+        node = Stage("decoder", recipe.version, recipe, LEARN, run_evaluation)
         key = stage_key(node, {name: self.world.inputs[name].key for name in LEARN})
         save_model(folder, seeded(lambda: Decoder(DECODER, EMBED_DIM), 7))
         blobs = {file.name: put_blob(self.world.store, file) for file in folder.iterdir()}

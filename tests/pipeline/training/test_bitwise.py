@@ -60,18 +60,18 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pipeline.training import stage
-from pipeline.training.watch import Watch
+from pipeline.training.between_steps import BetweenSteps
 from tests.pipeline.training.test_bitwise import BATCH, context
 
 name, folder, step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-pause = Watch.__call__
+pause = BetweenSteps.__call__
 
 def dying(self, state):
     if state.samples == step * BATCH:
         os.kill(os.getpid(), signal.SIGKILL)
     pause(self, state)
 
-Watch.__call__ = dying
+BetweenSteps.__call__ = dying
 stage.train(context(name, folder)[1])
 """
 

@@ -65,7 +65,7 @@ def test_a_step_that_failed_can_be_done_again(world: World, workers: int) -> Non
     ctx = with_a_nan(world, poisoned).context("diffusion_prior", RECIPE, settings)
     assert replay(ctx) is None
     with pytest.raises(NonFinite, match=f"the loss of rows {poisoned} is not finite .* --replay diffusion_prior"):
-        stage.run_diffusion_prior(ctx)
+        stage.train(ctx)
     records = [entry.path for entry in world.store.list("checkpoints/")]
     found = replay(ctx)
     assert found is not None
@@ -95,7 +95,7 @@ def test_too_little_memory_halves_the_micro_batch(
     recipe = replace(RECIPE, samples=96)
     monkeypatch.setattr(DiffusionPriorTask, "loss", hungry)
     with caplog.at_level(logging.WARNING):
-        made = stage.run_diffusion_prior(world.context("diffusion_prior", recipe, SETTINGS))
+        made = stage.train(world.context("diffusion_prior", recipe, SETTINGS))
     assert "16 rows at once did not fit into memory; going on from the last checkpoint with 8." in caplog.text
     assert "run.diffusion_prior.micro_batch=4 begins so" in caplog.text
     assert made.metrics["samples_seen"] == 96
@@ -108,6 +108,6 @@ def test_memory_for_not_even_one_row_is_a_mistake(world: World, monkeypatch: pyt
 
     monkeypatch.setattr(DiffusionPriorTask, "loss", hungry)
     monkeypatch.setattr("pipeline.training.worker.measure_speed", lambda *_: None)
-    monkeypatch.setattr("pipeline.training.watch.Watch.look", lambda *_: None)
+    monkeypatch.setattr("pipeline.training.between_steps.Watch.look", lambda *_: None)
     with pytest.raises(UserError, match="one row did not fit into memory; take a smaller model"):
-        stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, SETTINGS))
+        stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))

@@ -39,7 +39,7 @@ def publisher(shared: World, recipe: DiffusionPriorRecipe, workers: int = 1) -> 
 
 @pytest.fixture(scope="module")
 def trained(shared_world: World) -> Artifact:
-    return stage.run_diffusion_prior(shared_world.context("diffusion_prior", RECIPE, SETTINGS))
+    return stage.train(shared_world.context("diffusion_prior", RECIPE, SETTINGS))
 
 
 def test_a_published_prior_has_the_gamma_of_its_averaged_weights(

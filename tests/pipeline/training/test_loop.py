@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from models.clip import Clip
-from models.draw import Draw
+from models.draw import Draw, Part, Undropped
 from models.folder import KINDS
 from models.losses import Losses
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.config import preset_config
 from pipeline.settings import TrainingSettings
-from pipeline.training.distributed.world import World
-from pipeline.training.draws import Part, Undropped
-from pipeline.training.feed.feed import Feed, Share
+from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.loop import (
     CHECK_EVERY,
     NonFinite,
@@ -32,7 +31,7 @@ from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, ema_half_life, learning_rate, make_optimizer, update_ema
 from pipeline.training.task import Objective
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
-from pipeline.training.timing import Laps
+from pipeline.training.timing import StepTimer
 from tests.models.mutations import fails_under
 from tests.pipeline.training import conftest
 from tests.pipeline.training.conftest import EMBED_DIM
@@ -42,9 +41,9 @@ RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, precision="fp32", m
 
 
 @pytest.fixture
-def share(shared_world: conftest.World) -> Share:
+def share(shared_world: conftest.World) -> LocalBatch:
     feed = Feed(shared_world.store, shared_world.inputs, task(), RECIPE)
-    shares = feed.shares(0)
+    shares = feed.batches(0)
     first = next(shares)
     shares.close()
     return first
@@ -54,8 +53,8 @@ def task() -> DiffusionPriorTask:
     return DiffusionPriorTask(MODEL, EMBED_DIM)
 
 
-def laps() -> Laps:
-    return Laps({}, torch.device("cpu"))
+def laps() -> StepTimer:
+    return StepTimer({}, torch.device("cpu"))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -63,11 +62,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 15])
-def test_micro_batches_add_up_to_the_batch(share: Share, size: int) -> None:
+def test_micro_batches_add_up_to_the_batch(share: LocalBatch, size: int) -> None:
     """Pieces that cut lanes in two as well: gradient and loss agree within 1e-6."""
-    whole, pieces = (begin(task(), RECIPE, World()).objective for _ in range(2))
-    rows, values = backward(whole, share, RECIPE, 0, World(), laps())
-    cut_rows, cut_values = backward(pieces, share, RECIPE, size, World(), laps())
+    whole, pieces = (begin(task(), RECIPE, ProcessGroup()).objective for _ in range(2))
+    rows, values = backward(whole, share, RECIPE, 0, ProcessGroup(), laps())
+    cut_rows, cut_values = backward(pieces, share, RECIPE, size, ProcessGroup(), laps())
     assert torch.allclose(rows, cut_rows, atol=1e-6)
     assert {n: float(v) for n, v in cut_values.items()} == pytest.approx(
         {n: float(v) for n, v in values.items()}, abs=1e-6
@@ -113,18 +112,20 @@ def test_ema_without_half_life_is_the_model_and_statistics_are_copied() -> None:
 
 
 @pytest.mark.parametrize("half_life", [0, 8, 1 << 40])
-def test_weights_are_averaged_with_at_most_a_tenth_of_the_samples_as_half_life(share: Share, half_life: int) -> None:
+def test_weights_are_averaged_with_at_most_a_tenth_of_the_samples_as_half_life(
+    share: LocalBatch, half_life: int
+) -> None:
     """Counted from the first step of the training, so that one which stops in between and goes on does the same."""
     recipe = replace(RECIPE, samples=16 * 10, ema_half_life=half_life, learning_rate=0.1)
-    feed: Any = SimpleNamespace(shares=Spiked(share, None).shares)
-    state = begin(Spiked(share, None), recipe, World())  # type: ignore[arg-type]
+    feed: Any = SimpleNamespace(batches=Spiked(share, None).batches)
+    state = begin(Spiked(share, None), recipe, ProcessGroup())  # type: ignore[arg-type]
     seen: list[tuple[Tensor, Tensor]] = []
 
     def pause(state: TrainState) -> None:
         seen.append((state.ema.state_dict()["bias"].clone(), state.model.state_dict()["bias"].clone()))
 
     for stop in (6, 10):
-        fit("decoder", feed, replace(recipe, samples=16 * stop), TrainingSettings(), World(), state, pause)
+        fit("decoder", feed, replace(recipe, samples=16 * stop), TrainingSettings(), ProcessGroup(), state, pause)
     del seen[6]  # paused twice there: at the stop, and where it goes on
     assert len(seen) == 11
     expected = seen[0][0]
@@ -140,14 +141,14 @@ def test_weights_are_averaged_with_at_most_a_tenth_of_the_samples_as_half_life(s
     (ema_half_life, "min(recipe.ema_half_life, MEMORY * (samples - recipe.batch))", "recipe.ema_half_life"),
     (fit, "ema_half_life(recipe, state.samples)", "recipe.ema_half_life"),
 )
-def test_the_average_forgets_the_random_start_at_any_length(share: Share, steps: int) -> None:
+def test_the_average_forgets_the_random_start_at_any_length(share: LocalBatch, steps: int) -> None:
     """Even where the half-life is five times as long as the training, as with a lower ``samples`` or ``scale``."""
     recipe = replace(RECIPE, samples=16 * steps, ema_half_life=5 * 16 * steps, learning_rate=1e-6)
-    feed: Any = SimpleNamespace(shares=Spiked(share, None).shares)
-    state = begin(Spiked(share, None), recipe, World())  # type: ignore[arg-type]
+    feed: Any = SimpleNamespace(batches=Spiked(share, None).batches)
+    state = begin(Spiked(share, None), recipe, ProcessGroup())  # type: ignore[arg-type]
     for parameter in state.ema.parameters():
         nn.init.constant_(parameter, 100.0)  # in the place of a random start, to be seen from far away
-    fit("decoder", feed, recipe, TrainingSettings(), World(), state, lambda _: None)
+    fit("decoder", feed, recipe, TrainingSettings(), ProcessGroup(), state, lambda _: None)
     for average, weights in zip(state.ema.parameters(), state.model.parameters(), strict=True):
         assert torch.allclose(average, weights, atol=1e-3)
 
@@ -211,7 +212,7 @@ def test_lines_become_rarer_and_do_not_depend_on_the_stop() -> None:
 class Spiked:
     """A task that spoils the loss of one row, or the gradient."""
 
-    def __init__(self, share: Share, bad: int | None, gradient: float = 1.0, step: int = 0):
+    def __init__(self, share: LocalBatch, bad: int | None, gradient: float = 1.0, step: int = 0):
         self.share, self.bad, self.gradient, self.step = share, bad, gradient, step
         self.steps = 0
 
@@ -226,7 +227,7 @@ class Spiked:
         self.steps += 1
         return Losses(rows, {})
 
-    def shares(self, samples: int) -> Iterator[Share]:
+    def batches(self, samples: int) -> Iterator[LocalBatch]:
         while True:
             yield self.share
 
@@ -234,13 +235,15 @@ class Spiked:
 @pytest.mark.parametrize(
     ("bad", "gradient", "words"), [(3, 1.0, "the loss of rows"), (None, float("inf"), "the gradient")]
 )
-def test_what_is_not_finite_stops_before_the_step(share: Share, bad: int | None, gradient: float, words: str) -> None:
+def test_what_is_not_finite_stops_before_the_step(
+    share: LocalBatch, bad: int | None, gradient: float, words: str
+) -> None:
     spiked: Any = Spiked(share, bad, gradient)
-    state = begin(spiked, RECIPE, World())
+    state = begin(spiked, RECIPE, ProcessGroup())
     before = state.model.state_dict()["weight"].clone()
-    feed: Any = SimpleNamespace(shares=spiked.shares)
+    feed: Any = SimpleNamespace(batches=spiked.batches)
     with pytest.raises(NonFinite) as caught:
-        fit("decoder", feed, RECIPE, TrainingSettings(), World(), state, lambda _: None)
+        fit("decoder", feed, RECIPE, TrainingSettings(), ProcessGroup(), state, lambda _: None)
     message = str(caught.value)
     assert message.startswith(f"decoder: {words}")
     assert "after sample 0" in message
@@ -250,20 +253,20 @@ def test_what_is_not_finite_stops_before_the_step(share: Share, bad: int | None,
     assert torch.equal(before, state.model.state_dict()["weight"])
 
 
-def test_a_bad_step_that_is_noticed_later_has_changed_nothing(share: Share) -> None:
+def test_a_bad_step_that_is_noticed_later_has_changed_nothing(share: LocalBatch) -> None:
     """Nobody waits for a step's loss: the step and those after it are not taken, and the message names the first."""
     spiked: Any = Spiked(share, bad=3, step=5)
     recipe = replace(RECIPE, samples=1 << 40)
-    state = begin(spiked, recipe, World())
+    state = begin(spiked, recipe, ProcessGroup())
     start = state.samples = 2**14 * recipe.batch  # where the journal has a line in 256 steps
     weights: list[Tensor] = []
-    feed: Any = SimpleNamespace(shares=spiked.shares)
+    feed: Any = SimpleNamespace(batches=spiked.batches)
 
     def pause(state: TrainState) -> None:
         weights.append(state.model.state_dict()["weight"].clone())
 
     with pytest.raises(NonFinite) as caught:
-        fit("decoder", feed, recipe, TrainingSettings(), World(), state, pause)
+        fit("decoder", feed, recipe, TrainingSettings(), ProcessGroup(), state, pause)
     assert len(weights) == CHECK_EVERY
     assert [bool(torch.equal(weights[5], later)) for later in weights] == [False] * 5 + [True] * (CHECK_EVERY - 5)
     assert torch.equal(state.model.state_dict()["weight"], weights[5])
@@ -281,12 +284,12 @@ class Hungry(Spiked):
         return super().loss(model, batch, draw)
 
 
-def test_too_little_memory_is_told_from_other_failures(share: Share) -> None:
+def test_too_little_memory_is_told_from_other_failures(share: LocalBatch) -> None:
     hungry: Any = Hungry(share, None)
     model = hungry.model(0)
     with pytest.raises(OutOfMemory) as caught:
-        backward(Objective(hungry, model), share, RECIPE, 5, World(), laps())
+        backward(Objective(hungry, model), share, RECIPE, 5, ProcessGroup(), laps())
     assert caught.value.args == (5,)
-    backward(Objective(hungry, model), share, RECIPE, 3, World(), laps())
+    backward(Objective(hungry, model), share, RECIPE, 3, ProcessGroup(), laps())
     with pytest.raises(RuntimeError, match="shape"), memory_for(3):
         torch.zeros(2, 3) @ torch.zeros(2, 3)

@@ -54,7 +54,7 @@ def lines(world: World, artifact: Artifact) -> list[dict[str, Any]]:
 
 def test_a_training_leaves_a_model_and_its_metrics(shared_world: World, tmp_path: Path) -> None:
     ctx = shared_world.context("diffusion_prior", RECIPE)
-    artifact = stage.run_diffusion_prior(ctx)
+    artifact = stage.train(ctx)
     assert (artifact.stage, artifact.key) == ("diffusion_prior", ctx.key)
     assert artifact.ledger == Ledger(kept=58)
     assert set(artifact.blobs) == {"config.json", "model.safetensors", "metrics.jsonl"}
@@ -92,7 +92,7 @@ def test_an_upsampler_needs_no_captions(shared_world: World) -> None:
     )
     recipe = UpsamplerRecipe(samples=32, batch=16, lanes=8, model=model)
     inputs = ("pairs", "curation")
-    artifact = stage.run_upsampler(shared_world.context("upsampler_256", recipe, inputs=inputs))
+    artifact = stage.train(shared_world.context("upsampler_256", recipe, inputs=inputs))
     assert artifact.stage == "upsampler_256"
     assert "preview.png" in artifact.blobs
     # It begins with the small picture enlarged, so another row's costs much from the first.
@@ -130,13 +130,13 @@ def test_the_ar_prior_uses_the_codec(shared_world: World) -> None:
     )
     recipe = ARPriorRecipe(samples=32, batch=16, lanes=8, model=model)
     inputs = ("pairs", "captions", "embeddings", "curation", "codec")
-    made = stage.run_ar_prior(world.context("ar_prior", recipe, inputs=inputs))
+    made = stage.train(world.context("ar_prior", recipe, inputs=inputs))
     assert 0 < made.metrics["loss"] < 3 * 2.08  # nats; a uniform guess has log 8 = 2.08
     gain = made.metrics["validation_nats_below_uniform"]
     assert gain == pytest.approx(log(8) - made.metrics["validation_loss"])
     wrong = replace(recipe, model=replace(model, buckets=16))
     with pytest.raises(UserError, match=r"ar_prior\.model\.buckets: 16, but the codec has 8"):
-        stage.run_ar_prior(world.context("ar_prior", wrong, inputs=inputs))
+        stage.train(world.context("ar_prior", wrong, inputs=inputs))
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ from pathlib import Path
 from tests.pipeline.training.conftest import make_world
 from tests.pipeline.training.test_stage import MILESTONE, RECIPE
 from pipeline.training import stage
-stage.run_diffusion_prior(make_world(Path(sys.argv[1])).context("diffusion_prior", RECIPE, MILESTONE))
+stage.train(make_world(Path(sys.argv[1])).context("diffusion_prior", RECIPE, MILESTONE))
 """
 POINTS = ("checkpoint.before_record", "checkpoint.after_record", "training.before_artifact", "artifact.before_record")
 
@@ -168,7 +168,7 @@ def results(world: World) -> dict[str, bytes]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a training in one go leaves: a model and a milestone."""
     world = make_world(tmp_path_factory.mktemp("undisturbed"))
-    stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, MILESTONE))
+    stage.train(world.context("diffusion_prior", RECIPE, MILESTONE))
     return results(world)
 
 
@@ -181,7 +181,7 @@ def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
     program = [sys.executable, "-c", KILLED, str(tmp_path / "store")]
     assert subprocess.run(program, env=environment, check=False, stderr=subprocess.DEVNULL).returncode == -9
     world = make_world(tmp_path / "store")
-    stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, MILESTONE))
+    stage.train(world.context("diffusion_prior", RECIPE, MILESTONE))
     assert results(world) == undisturbed
     assert len(undisturbed) == 6
 
@@ -190,9 +190,9 @@ def test_raising_samples_goes_on(world: World, caplog: pytest.LogCaptureFixture)
     short, long = replace(RECIPE, samples=96), RECIPE
     contexts = [world.context("diffusion_prior", recipe, SETTINGS) for recipe in (short, long)]
     assert trajectory_key(contexts[0]) == trajectory_key(contexts[1])
-    first = stage.run_diffusion_prior(contexts[0])
+    first = stage.train(contexts[0])
     with caplog.at_level(logging.INFO):
-        second = stage.run_diffusion_prior(contexts[1])
+        second = stage.train(contexts[1])
     assert "resuming diffusion_prior at sample 96" in caplog.text
     assert first.key != second.key
     assert second.metrics["samples_seen"] == 192
@@ -201,13 +201,13 @@ def test_raising_samples_goes_on(world: World, caplog: pytest.LogCaptureFixture)
 def test_a_longer_training_has_the_weights_of_one_in_one_go(world: World, undisturbed: dict[str, bytes]) -> None:
     for samples in (96, 192):
         recipe = replace(RECIPE, samples=samples)
-        artifact = stage.run_diffusion_prior(world.context("diffusion_prior", recipe, SETTINGS))
+        artifact = stage.train(world.context("diffusion_prior", recipe, SETTINGS))
     assert read_blob(world.store, artifact.blobs["model.safetensors"]) == undisturbed["192 model.safetensors"]
 
 
 def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World) -> None:
     settings = replace(SETTINGS, milestones=(64, 90))
-    stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, settings))
+    stage.train(world.context("diffusion_prior", RECIPE, settings))
     for milestone, seen in ((64, 64), (90, 96)):
         shorter = world.context("diffusion_prior", replace(RECIPE, samples=milestone))
         made = load_artifact(world.store, "diffusion_prior", shorter.key)
@@ -218,12 +218,12 @@ def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World) -> None
 
 def test_a_damaged_checkpoint_costs_one_checkpoint(world: World, undisturbed: dict[str, bytes]) -> None:
     short = world.context("diffusion_prior", replace(RECIPE, samples=96), SETTINGS)
-    stage.run_diffusion_prior(short)
+    stage.train(short)
     newest = max(entry.path for entry in world.store.list(f"checkpoints/{trajectory_key(short)}/0"))
     record = read_record(world.store, newest)
     assert record is not None
     world.store.delete([blob_path(record["blobs"]["optimizer"])])
-    artifact = stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, SETTINGS))
+    artifact = stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))
     assert read_blob(world.store, artifact.blobs["model.safetensors"]) == undisturbed["192 model.safetensors"]
 
 
@@ -238,9 +238,9 @@ def test_a_second_start_takes_over(world: World, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("pipeline.training.checkpoints.Checkpoints.publish", publish_after_another_began)
     with pytest.raises(Superseded, match="attempt 2 has begun"):
-        stage.run_diffusion_prior(ctx)
+        stage.train(ctx)
     assert load_artifact(world.store, "diffusion_prior", ctx.key) is None
-    stage.run_diffusion_prior(ctx)
+    stage.train(ctx)
     assert last_attempt(world.store, trajectory_key(ctx)) == 3
 
 
@@ -252,7 +252,7 @@ def stage_checkpoints() -> Any:
 
 def test_seeds_change_weights_and_settings_do_not(world: World) -> None:
     def weights(recipe: Any, settings: TrainingSettings) -> bytes:
-        artifact = stage.run_diffusion_prior(world.context("diffusion_prior", recipe, settings))
+        artifact = stage.train(world.context("diffusion_prior", recipe, settings))
         return read_blob(world.store, artifact.blobs["model.safetensors"])
 
     recipe = replace(RECIPE, samples=48, precision="fp32")
@@ -273,18 +273,18 @@ def test_a_falling_rate_branches_off(world: World, tmp_path: Path, caplog: pytes
     assert trajectory_key(contexts[0]) == trunk_key(contexts[0]) == trunk_key(contexts[1])
     longer = world.context("diffusion_prior", replace(falling, samples=176), settings)
     assert len({trajectory_key(ctx) for ctx in (*contexts, longer)}) == 3
-    stage.run_diffusion_prior(contexts[0])
+    stage.train(contexts[0])
     with caplog.at_level(logging.INFO):
-        branched = stage.run_diffusion_prior(contexts[1])
+        branched = stage.train(contexts[1])
     assert "resuming diffusion_prior at sample 96" in caplog.text
     fresh = make_world(tmp_path / "fresh")
-    straight = stage.run_diffusion_prior(fresh.context("diffusion_prior", falling, settings))
+    straight = stage.train(fresh.context("diffusion_prior", falling, settings))
     assert branched.key == straight.key
     assert branched.blobs == straight.blobs
     early = fresh.context("diffusion_prior", replace(RECIPE, samples=64))  # a milestone of the trunk
     assert load_artifact(fresh.store, "diffusion_prior", early.key) is not None
     with caplog.at_level(logging.INFO):
-        stage.run_diffusion_prior(world.context("diffusion_prior", replace(RECIPE, samples=224), settings))
+        stage.train(world.context("diffusion_prior", replace(RECIPE, samples=224), settings))
     assert "resuming diffusion_prior at sample 192" in caplog.text
 
 
@@ -302,7 +302,7 @@ def test_a_falling_rate_branches_off(world: World, tmp_path: Path, caplog: pytes
 )
 def test_settings_that_cannot_work_are_refused(shared_world: World, settings: TrainingSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        stage.run_diffusion_prior(shared_world.context("diffusion_prior", RECIPE, settings))
+        stage.train(shared_world.context("diffusion_prior", RECIPE, settings))
 
 
 def test_a_contrastive_share_stays_in_one_piece(shared_world: World) -> None:
@@ -316,14 +316,14 @@ def test_norms_over_a_batch_take_one_worker(shared_world: World) -> None:
     resnet = ClipConfig(embed_dim=16, image_size=32, tower="resnet", layers=(1, 1, 1, 1), width=2)
     recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=resnet)
     ctx = shared_world.context("clip", recipe, TrainingSettings(workers=2), inputs=("pairs", "captions"))
-    with pytest.raises(UserError, match=r"run\.clip\.workers: 2; the norms of a resnet tower"):
+    with pytest.raises(UserError, match=r"run\.clip\.workers: 2; batch norms of a resnet tower"):
         stage.run_clip(ctx)
 
 
 def test_no_rows_are_explained(shared_world: World) -> None:
     recipe = UpsamplerRecipe(samples=64, batch=16, lanes=8)
     with pytest.raises(UserError, match=r"upsampler_256: no training rows; curation kept .* short side of 256 px"):
-        stage.run_upsampler(shared_world.context("upsampler_256", recipe, inputs=("pairs", "curation")))
+        stage.train(shared_world.context("upsampler_256", recipe, inputs=("pairs", "curation")))
 
 
 def test_a_damaged_input_is_named(world: World) -> None:
@@ -332,7 +332,7 @@ def test_a_damaged_input_is_named(world: World) -> None:
     blob = blob_path(read_shards(world.store, world.inputs["embeddings"])[2].blobs["embeddings"])
     world.store.delete([blob])
     with pytest.raises(CorruptObject) as caught:
-        stage.run_diffusion_prior(world.context("diffusion_prior", RECIPE, SETTINGS))
+        stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))
     assert caught.value.path == blob
 
 
@@ -340,21 +340,22 @@ def test_a_damaged_input_is_named(world: World) -> None:
 def test_workers_begin_where_all_of_them_can(world: World, reached: int) -> None:
     """Another worker finds no newer checkpoint than that, or none."""
     from pipeline.training.checkpoints import course
-    from pipeline.training.distributed.world import World as Workers
+    from pipeline.training.distributed.process_group import ProcessGroup
     from pipeline.training.state import begin
+    from pipeline.training.task import make_task
     from pipeline.training.worker import Training
 
-    class Beside(Workers):
+    class Beside(ProcessGroup):
         def collect(self, items: list[Any], group: Any = None) -> list[Any]:
             return [items[0], min(items[0], reached)]
 
     settings = replace(SETTINGS, keep_checkpoints=9)
     ctx = world.context("diffusion_prior", replace(RECIPE, samples=48), settings)
-    stage.run_diffusion_prior(ctx)
-    training, task = Training(ctx, stage.make_task, course(ctx, begin=False)), stage.make_task(ctx)
+    stage.train(ctx)
+    training, task = Training(ctx, course(ctx, begin=False)), make_task(ctx)
     state = training._state(task, Beside())
     assert state.samples == reached
-    expected = begin(task, ctx.recipe, Workers())
+    expected = begin(task, ctx.recipe, ProcessGroup())
     training.course.restore(expected, reached)
     found, wanted = state.model.state_dict(), expected.model.state_dict()
     assert all(found[name].equal(wanted[name]) for name in wanted)

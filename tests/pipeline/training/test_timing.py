@@ -12,14 +12,14 @@ from models.losses import Losses
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.training import stage
 from pipeline.training.recipes import DiffusionPriorRecipe
-from pipeline.training.timing import PHASES, Laps, forward_flops, matmul_peak, shares_of
+from pipeline.training.timing import PHASES, StepTimer, forward_flops, matmul_peak, shares_of
 from tests.pipeline.training.conftest import World
 
 
 def test_a_step_is_cut_into_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 11.0, 13.0, 20.0, 24.0])
     monkeypatch.setattr("pipeline.training.timing.time.perf_counter", lambda: next(clock))
-    laps = Laps({"wait": 1.0}, torch.device("cpu"))
+    laps = StepTimer({"wait": 1.0}, torch.device("cpu"))
     laps.start(0)
     laps("wait")
     laps("forward")
@@ -62,7 +62,7 @@ def test_operations_are_those_on_paper() -> None:
 def test_the_record_says_where_the_time_went(shared_world: World) -> None:
     model = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
     recipe = DiffusionPriorRecipe(samples=48, batch=16, lanes=8, model=model, seed=9)
-    times = stage.run_diffusion_prior(shared_world.context("diffusion_prior", recipe)).times
+    times = stage.train(shared_world.context("diffusion_prior", recipe)).times
     shares = {name: value for name, value in times.items() if name.startswith("share_")}
     assert set(shares) == {f"share_{phase}" for phase in (*PHASES, "pause")}
     assert sum(shares.values()) == pytest.approx(1.0)

@@ -100,7 +100,7 @@ def test_the_example_for_mlflow_works(shared_world: World, tmp_path: Path, monke
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'mlruns'}")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     ctx = context(shared_world, tmp_path, "to_mlflow:ToMLflow")
-    made = stage.run_diffusion_prior(ctx)
+    made = stage.train(ctx)
     told(ctx, so_far(ctx, made, 32))
     told(ctx, so_far(ctx, made, 48), made)
     from mlflow import MlflowClient
@@ -136,10 +136,10 @@ def test_a_tracker_that_fails_costs_a_warning(
     shared_world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ctx = context(shared_world, tmp_path, f"{__name__}:Broken", "tensorboard")
-    made = stage.run_diffusion_prior(ctx)
+    made = stage.train(ctx)
     with caplog.at_level(logging.WARNING):
         told(ctx, made, made)
-    assert caplog.text.count("fails and is told nothing more: the server is gone") == 1
+    assert caplog.text.count("failed and gets nothing more: the server is gone") == 1
     assert list((tmp_path / "tensorboard").iterdir())
 
 

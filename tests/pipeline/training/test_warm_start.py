@@ -24,7 +24,7 @@ SETTINGS = TrainingSettings(threads=1, device="cpu")
 
 def weights(world: World, recipe: DiffusionPriorRecipe) -> tuple[str, dict[str, torch.Tensor]]:
     """The blob of a trained prior's weights, and the weights."""
-    blob = stage.run_diffusion_prior(world.context("diffusion_prior", recipe, SETTINGS)).blobs["model.safetensors"]
+    blob = stage.train(world.context("diffusion_prior", recipe, SETTINGS)).blobs["model.safetensors"]
     return blob, load(read_blob(world.store, blob))
 
 
@@ -42,7 +42,7 @@ def test_a_training_begins_with_the_weights_of_another(world: World, tmp_path: P
     before.pop("gamma")
     after.pop("gamma")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    made = stage.run_diffusion_prior(world.context("diffusion_prior", still[1], SETTINGS))
+    made = stage.train(world.context("diffusion_prior", still[1], SETTINGS))
     assert made.recipe["init_from"] == blob
 
 
@@ -65,7 +65,7 @@ def test_a_clip_begins_with_a_clips_weights(world: World) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"no safetensors", "is no safetensors file"),
+        (b"no safetensors", "is not a safetensors file"),
         ({"x": torch.zeros(2)}, r"does not fit diffusion_prior\.model: missing: .* and \d+ more; unknown: x"),
     ],
 )

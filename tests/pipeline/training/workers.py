@@ -8,8 +8,7 @@ import torch.multiprocessing as multiprocessing
 
 from pipeline.graph.stages import Context
 from pipeline.training.checkpoints import Course, course
-from pipeline.training.distributed.world import World
-from pipeline.training.stage import make_task
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.worker import Training
 
 
@@ -17,7 +16,7 @@ def _work(rank: int, ctx: Context, own: Course, meeting: Path) -> None:
     torch.set_num_threads(1)
     settings = ctx.settings
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=settings.workers)
-    Training(ctx, make_task, own)(World(rank, settings.workers, sharded=settings.sharded, offload=settings.offload))
+    Training(ctx, own)(ProcessGroup(rank, settings.workers, sharded=settings.sharded, offload=settings.offload))
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Workers: as many Ray workers as one likes give the result of none, and their errors reach the driver whole."""
+"""ProcessGroup: as many Ray workers as one likes give the result of none, and their errors reach the driver whole."""
 
 import logging
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.distributed.launch import Relayed, WorkerLost, _cause, launch
-from pipeline.training.distributed.world import World as Workers
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import ClipRecipe
 from tests.pipeline.training.conftest import World
@@ -45,7 +45,7 @@ def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, capl
         ctx = world.context("diffusion_prior", replace(recipe, samples=90 - workers), settings)
         world.store.delete([entry.path for entry in world.store.list("checkpoints/")])
         with caplog.at_level(logging.INFO):
-            artifact = stage.run_diffusion_prior(ctx)
+            artifact = stage.train(ctx)
         assert artifact.environment["workers"] == str(max(1, workers))
         losses.append([line["loss"] for line in lines(world, artifact) if "loss" in line])
         weights.append(load(read_blob(world.store, artifact.blobs["model.safetensors"])))
@@ -87,10 +87,10 @@ def test_a_contrastive_loss_compares_with_the_rows_of_all_workers(ray: Any, worl
     assert all((tensor - weights[1][name]).abs().max() < 1e-4 for name, tensor in weights[0].items())
 
 
-def fail(world: Workers) -> None:
-    if world.rank == 1:
+def fail(group: ProcessGroup) -> None:
+    if group.rank == 1:
         raise CorruptObject("blobs/ab/abc", "is missing")
-    world.collect([])
+    group.collect([])
 
 
 def test_a_workers_error_is_the_drivers(ray: Any) -> None:
@@ -99,22 +99,24 @@ def test_a_workers_error_is_the_drivers(ray: Any) -> None:
     assert caught.value.path == "blobs/ab/abc"
 
 
-def count(world: Workers) -> None:
-    raise UserError(f"{world.size} workers")
+def count(group: ProcessGroup) -> None:
+    raise UserError(f"{group.size} workers")
 
 
 def test_of_more_workers_than_cores_as_many_train_as_there_is_room_for(ray: Any) -> None:
     settings = TrainingSettings(workers=3, threads=1, device="cpu")
     with pytest.raises(UserError, match=r"^2 workers$"):
         launch(count, "clip", "many", settings, RaySettings())
-    with pytest.raises(UserError, match=r"clip: 3 workers with 1 core each, there is room for 2 at once"):
+    with pytest.raises(UserError, match=r"^clip: Ray has no room for 3 workers with 1 core each; it has 2 cores"):
         launch(count, "clip", "parts", replace(settings, sharded=True), RaySettings())
-    with pytest.raises(UserError, match=r"clip: 3 workers with 1 GPU each, no node has a GPU"):
+    with pytest.raises(
+        UserError, match=r"^clip: Ray has no room for 3 workers with 1 GPU each; it has 2 cores and 0 GPUs"
+    ):
         launch(count, "clip", "gpus", replace(settings, device="cuda"), RaySettings())
 
 
 def test_a_worker_takes_the_cores_and_the_memory_that_it_is_given(ray: Any) -> None:
-    def take(world: Workers) -> None:
+    def take(group: ProcessGroup) -> None:
         import ray
 
         raise UserError(str(ray.get_runtime_context().get_assigned_resources()))
@@ -161,9 +163,9 @@ def test_a_training_goes_on_after_lost_workers_and_stores(
     monkeypatch.setattr(stage, "time", SimpleNamespace(sleep=slept.append))
     monkeypatch.setattr("pipeline.training.distributed.launch.launch", fragile)
     ctx = world.context("diffusion_prior", replace(RECIPE, samples=32))
-    assert stage.run_diffusion_prior(ctx).key == ctx.key
+    assert stage.train(ctx).key == ctx.key
     assert slept == ([10.0, 20.0] if isinstance(error, Unreachable) else [0.0, 0.0])  # a store takes its time
     assert [name[-4:] for name in calls] == ["0001", "0002", "0003"]
     monkeypatch.setattr("pipeline.training.distributed.launch.launch", hopeless)
     with pytest.raises(UserError, match=f"{error} 4 times without a new checkpoint.*{advice}"):
-        stage.run_diffusion_prior(world.context("diffusion_prior", replace(RECIPE, samples=48, seed=1)))
+        stage.train(world.context("diffusion_prior", replace(RECIPE, samples=48, seed=1)))

@@ -1,4 +1,4 @@
-"""A model that is spread over workers: what one device trains, saved by as many workers as there were, read by any."""
+"""A sharded model trains what one device trains; any number of workers reads the checkpoints of any other."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -17,14 +17,14 @@ from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import read_blob
 from pipeline.training import stage
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import layers
-from pipeline.training.distributed.world import World as Workers
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
 from pipeline.training.recipes import ClipRecipe, DecoderRecipe, DiffusionPriorRecipe
 from pipeline.training.state import begin
 from pipeline.training.tasks.decoder import DecoderTask
-from pipeline.training.timing import Laps
+from pipeline.training.timing import StepTimer
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
 from tests.pipeline.training.test_stage import DECODER, MODEL, lines
 from tests.pipeline.training.workers import train_together
@@ -108,15 +108,15 @@ def test_four_workers_leave_to_two_and_to_one_what_they_know(
 def test_layers_are_computed_again_with_the_same_dropout(shared_world: World) -> None:
     recipe = replace(PICTURES, model=replace(DECODER, dropout=0.5))
     task = DecoderTask(recipe.model, EMBED_DIM)
-    with closing(Feed(shared_world.store, shared_world.inputs, task, recipe).shares(0)) as shares:
+    with closing(Feed(shared_world.store, shared_world.inputs, task, recipe).batches(0)) as shares:
         share = next(shares)
     gradients = []
     for again in (False, True):
-        state = begin(task, recipe, Workers(), recomputing=again)
+        state = begin(task, recipe, ProcessGroup(), recomputing=again)
         torch.manual_seed(0)
         for parameter in state.model.parameters():  # layers that begin at zero would hide the others
             nn.init.normal_(parameter, std=0.05)
-        backward(state.objective.train(), share, recipe, 3, Workers(), Laps({}, torch.device("cpu")))
+        backward(state.objective.train(), share, recipe, 3, ProcessGroup(), StepTimer({}, torch.device("cpu")))
         gradients.append({name: p.grad for name, p in state.model.named_parameters() if p.grad is not None})
     assert len(list(layers(state.model))) > 5
     plain, recomputed = gradients
@@ -128,19 +128,19 @@ def test_layers_are_computed_again_with_the_same_dropout(shared_world: World) ->
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"workers": 3}, r"sharded: .* 4 lanes are no multiple of 3 workers"),
-        ({"workers": 0}, r"sharded: there are no workers"),
-        ({"min_workers": 1}, r"min_workers: a model that is spread needs all"),
+        ({"workers": 3}, r"sharded: .* 4 lanes are not a multiple of 3 workers"),
+        ({"workers": 0}, r"sharded: without workers"),
+        ({"min_workers": 1}, r"min_workers: a sharded model needs all"),
         ({"min_workers": 3, "sharded": False, "offload": False}, r"min_workers: 3 is above workers, 2"),
-        ({"sharded": False}, r"offload: only weights that are spread"),
+        ({"sharded": False}, r"offload: only sharded weights"),
     ],
 )
-def test_what_cannot_be_spread_is_refused(shared_world: World, changes: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_sharded_is_refused(shared_world: World, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=rf"run\.diffusion_prior\.{said}"):
         stage.train(shared_world.context("diffusion_prior", PRIOR, replace(settings(2), **changes)))
 
 
-def test_a_clip_is_not_spread(shared_world: World) -> None:
+def test_a_clip_is_not_sharded(shared_world: World) -> None:
     recipe = ClipRecipe(samples=64, batch=16, lanes=8)
     clip = shared_world.context("clip", recipe, settings(2, micro_batch=0), ("pairs",))
     with pytest.raises(UserError, match=r"run\.clip\.sharded: a CLIP's temperature is one number"):

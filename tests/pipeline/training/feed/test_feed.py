@@ -28,8 +28,7 @@ from pipeline.graph.artifacts import Artifact, Shard
 from pipeline.graph.shard_tables import read_shards, read_table, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path, put_blob
-from pipeline.training.feed.feed import Feed, Share, Window, Windows
-from pipeline.training.feed.read_ahead import read_ahead
+from pipeline.training.feed.feed import Feed, LocalBatch, Window, Windows, read_ahead
 from pipeline.training.feed.tables import Tables, embedding_dim
 from pipeline.training.recipes import DecoderRecipe
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
@@ -54,8 +53,8 @@ def make_feed(
     return Feed(world.store, inputs or world.inputs, task, recipe, rank, size, cache_mb)
 
 
-def take(feed: Feed, steps: int, samples: int = 0) -> list[Share]:
-    shares = feed.shares(samples)
+def take(feed: Feed, steps: int, samples: int = 0) -> list[LocalBatch]:
+    shares = feed.batches(samples)
     taken = list(islice(shares, steps))
     shares.close()
     return taken
@@ -160,9 +159,9 @@ def test_a_feed_that_was_left_in_the_middle_of_a_share_begins_again(
         time.sleep(0.02)
         return open_view(data, size)
 
-    monkeypatch.setattr("pipeline.training.feed.pictures.open_view", slowly)
+    monkeypatch.setattr("pipeline.training.feed.views.open_view", slowly)
     take(feed, 1)
-    again: list[Share] = []
+    again: list[LocalBatch] = []
     reader = threading.Thread(target=lambda: again.extend(take(feed, 3)), daemon=True)
     reader.start()
     reader.join(60)
@@ -349,7 +348,7 @@ def _without_first(world: World, shard: Shard) -> str:
 def test_pictures_are_not_read_twice_while_there_is_room(shared_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     feed = make_feed(shared_world, ("image",))
     epoch = take(feed, feed.order.lane_rows // 2)
-    monkeypatch.setattr("pipeline.training.feed.pictures.open_view", lambda data, size: pytest.fail("decoded again"))
+    monkeypatch.setattr("pipeline.training.feed.views.open_view", lambda data, size: pytest.fail("decoded again"))
     again = take(feed, len(epoch))
     assert all(torch.equal(a.batch["image"], b.batch["image"]) for a, b in zip(epoch, again, strict=True))
 
@@ -357,11 +356,11 @@ def test_pictures_are_not_read_twice_while_there_is_room(shared_world: World, mo
 @pytest.mark.parametrize("room", [0, 3])
 def test_a_full_cache_reads_again(shared_world: World, room: int) -> None:
     small, large = make_feed(shared_world, ("image",), cache_mb=0), make_feed(shared_world, ("image",))
-    assert small.pictures.room == 0
-    small.pictures.room = room
+    assert small.views.room == 0
+    small.views.room = room
     for a, b in zip(take(small, 12), take(large, 12), strict=True):
         assert torch.equal(a.batch["image"], b.batch["image"])
-    assert len(small.pictures._views) == room
+    assert len(small.views._views) == room
 
 
 class AtOnce(Executor):

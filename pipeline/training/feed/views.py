@@ -1,4 +1,4 @@
-"""Pictures from the store as views: neighbours read together, every picture checked, the latest views kept at hand."""
+"""Reads images from the store as views: neighbours together, every image checked, the latest views cached."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ View = Future[np.ndarray]
 
 
 def at_once(function: Callable[..., np.ndarray], *arguments: object) -> View:
-    """As ``Executor.submit``, but called here and now."""
+    """Calls a function as ``Executor.submit`` does, but in this thread, before it returns."""
     future: View = Future()
     future.set_result(function(*arguments))
     return future
 
 
-class Pictures:
-    """Views of one size, uint8 [3, size, size]; the latest ``cache_mb`` MiB of them stay in memory.
+class Views:
+    """Opens views of one size, uint8 [3, size, size], and caches the latest ``cache_mb`` MiB of them.
 
-    Any thread may fetch; one alone asks for views.
+    Any thread may fetch; only one thread may ask for views.
     """
 
     def __init__(self, store: Store, size: int, cache_mb: int = CACHE_MB):
@@ -36,15 +36,17 @@ class Pictures:
         self._views: OrderedDict[Place, View] = OrderedDict()
 
     def fetch(self, places: Iterable[Place]) -> dict[Place, bytes]:
-        """The stored bytes of those pictures whose views are not at hand. Raises CorruptObject."""
+        """Returns the stored bytes of those images whose views are not cached. Raises CorruptObject."""
         wanted = [place for place in dict.fromkeys(places) if place not in self._views]
         return dict(zip(wanted, read_images(self.store, wanted), strict=True))
 
     def views(
         self, places: Sequence[Place], fetched: dict[Place, bytes], submit: Callable[..., View] = at_once
     ) -> list[View]:
-        """The views of pictures, from memory or from ``fetched``; read again if it is in neither any more. ``submit``
-        is given what must be decoded: ``at_once``, or that of a pool."""
+        """Returns the views of images: cached, decoded from ``fetched``, or read again where both lack an image.
+
+        ``submit`` decodes: ``at_once``, or the method of a pool.
+        """
         new = [place for place in dict.fromkeys(places) if place not in self._views]
         data = self.fetch(place for place in new if place not in fetched) | fetched
         for place in new:
@@ -60,4 +62,4 @@ class Pictures:
         try:
             return np.ascontiguousarray(open_view(data, self.size).transpose(2, 0, 1))
         except (OSError, ValueError) as e:
-            raise UserError(f"the picture of row {place.key} cannot be opened ({e}): take the row off the list") from e
+            raise UserError(f"the image of row {place.key} cannot be opened ({e}): take the row off the list") from e

@@ -1,0 +1,118 @@
+"""One worker's view of the process group. The only module that asks how many workers there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.training.distributed.sharding import full_tensor, shard_module, sync_gradients
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """Worker ``rank`` of ``size``, which computes on ``device``.
+
+    Attributes:
+        rank: Counts from 0. Rank 0 writes what is written once.
+        size: The number of workers.
+        device: Of this worker.
+        report: Called with the progress of this worker.
+        leaving: Returns whether the machine of one of the workers is to be taken away soon.
+        sharded: Whether models are sharded over the workers (FSDP). All workers then act on a model together.
+        offload: Whether sharded weights lie in the memory of the CPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    report: Callable[[Mapping[str, Any]], None] = lambda metrics: None
+    leaving: Callable[[], bool] = lambda: False
+    sharded: bool = False
+    offload: bool = False
+
+    @property
+    def is_rank_0(self) -> bool:
+        """Returns whether this worker writes what is written once."""
+        return self.rank == 0
+
+    def place(self, module: nn.Module) -> None:
+        """Moves a new module to where it is used: to the device, or sharded over the workers."""
+        if self.sharded:
+            shard_module(module, self.device, self.size, self.offload)
+        else:
+            module.to(self.device)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Returns a placed module whose backward pass averages gradients over the workers."""
+        return module if self.sharded or self.size == 1 else DistributedDataParallel(module)
+
+    @contextmanager
+    def accumulation(self, module: nn.Module, last: bool) -> Iterator[None]:
+        """Lets a backward pass of a wrapped module accumulate its gradients on this worker, unless it is the ``last``
+        of a step, which averages them over the workers."""
+        sync_gradients(module, last)
+        if isinstance(module, DistributedDataParallel) and not last:
+            with module.no_sync():
+                yield
+        else:
+            yield
+
+    def whole(self, module: nn.Module) -> dict[str, Tensor]:
+        """Returns the weights of a placed module on the CPU of rank 0; {} on the others."""
+        gathered = {}
+        for name, tensor in module.state_dict().items():
+            full = full_tensor(tensor.detach())
+            if self.is_rank_0:
+                gathered[name] = full.cpu()
+        return gathered
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Returns the sum over workers, which is made in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Returns the rows of all workers, [n, ...], by rising rank, and the place of this worker's first row.
+
+        Their gradient is the sum over all workers. Workers may have unequal numbers of rows.
+        """
+        if self.size == 1:
+            return rows, 0
+        counts = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
+        counts[self.rank] = len(rows)
+        lengths = self.sum(counts).tolist()
+        padding = rows.new_zeros(max(lengths) - len(rows), *rows.shape[1:])
+        parts = all_gather(torch.cat([rows, padding]))
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]), sum(lengths[: self.rank])
+
+    def wait(self) -> None:
+        """Waits until all workers are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def collect(self, items: list[T], group: Any = None) -> list[T]:
+        """Returns the items of all workers, by rising rank. ``group``: see ``side_group``."""
+        if self.size == 1:
+            return items
+        gathered: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(gathered, items, group)
+        return [item for part in gathered for item in part]
+
+    def side_group(self) -> Any:
+        """Returns a process group of all workers for what a thread of each does beside the steps."""
+        return dist.new_group(backend="gloo") if self.size > 1 else None
+
+    def agree(self, wish: bool) -> bool:
+        """Returns the wish of rank 0."""
+        return self.collect([wish])[0]
