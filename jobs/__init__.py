@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def hidden(root: Path) -> list[str]:
-    """What is found in place of our packages under ``root``; nothing if all are ours."""
+    """Returns what is imported in place of the packages under ``root``; nothing if all are ours."""
     found = []
     for name in ("pipeline", "models"):
         spec = find_spec(name)

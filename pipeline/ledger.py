@@ -30,35 +30,35 @@ REASONS = {
     "too_large": "more bytes than the budget",
     # decode
     "zero_bytes": "an empty body",
-    "not_an_image": "the bytes are no PNG, JPEG or WebP",
+    "not_an_image": "the bytes are not a PNG, JPEG or WebP",
     "too_many_pixels": "more pixels than the budget, by the header",
     "truncated": "the image ends early",
     "hash_mismatch": "other bytes than the list's hash says",
     "decode_error": "the image cannot be decoded",
-    "decode_timeout": "decoding the image took longer than one of its pixels may",
+    "decode_timeout": "decoding took longer than an image of that size may take",
     "too_long": "the long side would be stored with more than 8 times pairs.image_size",
     "decoder_crashed": "decoding the image killed the decoder's process, twice",
-    "not_an_embedding": "an imported embedding is zero, holds values that are no numbers, or has another's length",
+    "not_an_embedding": "an imported embedding is zero, holds NaN or Inf, or has another length",
     # curation
     "too_small": "the short side is below the minimum",
     "bad_aspect": "longer than the maximum aspect ratio",
     "caption_too_short": "fewer characters than the minimum",
     "caption_too_long": "more characters than the maximum",
-    "low_similarity": "image and caption are further apart than the threshold",
-    "low_score": "a head scores the picture below its minimum",
-    "high_score": "a head scores the picture above its maximum",
-    "near_duplicate": "an earlier row of its split has nearly the same picture, as large for every model",
-    "near_held_out": "a training row whose picture is nearly one that is held out",
+    "low_similarity": "the similarity of image and caption is below the threshold",
+    "low_score": "a head scores the image below its minimum",
+    "high_score": "a head scores the image above its maximum",
+    "near_duplicate": "an earlier row of its split has nearly the same image, as large for every model",
+    "near_held_out": "a training row whose image is nearly a held-out one",
     # generation
     "prompt_too_long": "more tokens than the text models read",
 }
 
-# Rows that end so are deferred: at another time the server may answer. All other reasons reject a row.
+# These rows are deferred, because the server may answer later. All other reasons reject a row.
 DEFERRED = frozenset({"http_5xx", "rate_limited", "timeout", "unreachable"})
 
 
 def status_of(reason: str | None) -> str:
-    """How a row ended, by its reason: kept without one, else rejected or deferred."""
+    """Returns "kept" for no reason, else "rejected" or "deferred"."""
     return "kept" if reason is None else "deferred" if reason in DEFERRED else "rejected"
 
 
@@ -89,7 +89,7 @@ class Ledger:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Sorted, with the total, so that a reader can check the balance."""
+        """Returns the counts, sorted, with their total, so that a reader can check the balance."""
         return {
             "rows": self.rows,
             "kept": self.kept,
@@ -107,7 +107,7 @@ class Ledger:
 
     @staticmethod
     def count(statuses: Iterable[str | None]) -> Ledger:
-        """From one value a row: None for kept, else the reason why it was not."""
+        """Returns the ledger of one value a row: None for kept, else a reason."""
         ended: dict[str, dict[str, int]] = {"kept": {}, "rejected": {}, "deferred": {}}
         for reason, count in Counter(statuses).items():
             ended[status_of(reason)][str(reason)] = count
@@ -115,7 +115,7 @@ class Ledger:
 
 
 def total(ledgers: Iterable[Ledger]) -> Ledger:
-    """The sum of many ledgers."""
+    """Returns the sum of ledgers."""
     result = Ledger()
     for ledger in ledgers:
         result += ledger

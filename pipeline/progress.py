@@ -1,4 +1,4 @@
-"""One line of progress: rewritten in place on a terminal, a plain line now and then in a log."""
+"""One line of progress: rewritten in place on a terminal, printed from time to time in a log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ END = object()
 
 
 def duration(seconds: float) -> str:
-    """'7 s', '3 min 20 s', '2 h 05 min'."""
+    """Returns a text such as '7 s', '3 min 20 s' or '2 h 05 min'."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -26,18 +26,18 @@ def duration(seconds: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """'1 row', '7,016 rows'."""
+    """Returns a text such as '1 row' or '7,016 rows'."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def add(total: dict[str, float], more: Mapping[str, float]) -> None:
-    """Add numbers by name."""
+    """Adds numbers by name, in place."""
     for name, value in more.items():
         total[name] = total.get(name, 0.0) + value
 
 
 class Steps:
-    """``seconds`` that went by in each named step, on any thread."""
+    """Sums ``seconds`` by named step, on any thread."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -53,7 +53,7 @@ class Steps:
                 add(self.seconds, {name: time.monotonic() - began})
 
     def each(self, name: str, items: Iterator[T]) -> Iterator[T]:
-        """The items, with waiting for them as a step."""
+        """Yields the items; the time spent waiting for them counts as a step."""
         while True:
             with self(name):
                 item = next(items, END)
@@ -79,13 +79,13 @@ class Line:
         self.clear()
 
     def clear(self) -> None:
-        """Take it off a terminal, before something else is said."""
+        """Removes the line from a terminal, before something else is printed."""
         if self.stream.isatty():
             self.stream.write("\r\033[K")
         self.stream.flush()
 
     def show(self, text: Callable[[], str]) -> None:
-        """Show the text if it is time to; it may cost something, so it is asked for only then."""
+        """Shows the text if a line is due. ``text`` is called only then, because it may be expensive."""
         now = time.monotonic()
         if now - self.shown < self.every:
             return
@@ -116,7 +116,7 @@ class Progress(Line):
         self.stream.flush()
 
     def advance(self, amount: int, note: str | Callable[[], str] = "") -> None:
-        """Count on. A note that costs something is given as a function, which is called when a line is shown."""
+        """Advances the count. An expensive ``note`` is a function, which is called when a line is shown."""
         self.done += amount
         self.show(lambda: self._text(note if isinstance(note, str) else note()))
 
@@ -128,13 +128,11 @@ class Progress(Line):
         return max(time.monotonic() - self.began, 1e-9)
 
     def line(self) -> str:
-        """For example '1,200 of 7,213 rows, 143/s, 42 s left'."""
+        """Returns a text such as '1,200 of 7,213 rows, 143/s, 42 s left'."""
         rate = (self.done - self.first) / self.seconds
-        text = (
-            f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s"
-            if rate >= 10
-            else (f"{self.done:,} of {self.total:,} {self.unit}, {rate:.2g}/s")
-        )
+        text = f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s"
+        if rate < 10:
+            text = f"{self.done:,} of {self.total:,} {self.unit}, {rate:.2g}/s"
         if self.done >= self.total:
             return f"{text}, {duration(self.seconds)}"
         return f"{text}, {duration((self.total - self.done) / rate)} left" if rate else text
@@ -144,7 +142,7 @@ _under_way: dict[str, Progress] = {}
 
 
 def under_way(stage: str) -> str:
-    """How far a stage has come that this process is at, as its line of progress says it; "" where none is shown."""
+    """Returns the progress line of a stage that this process is running, "" where none is shown."""
     lines = [line for name, line in list(_under_way.items()) if name.split()[0] == stage]
     if not lines:
         return ""

@@ -1,4 +1,4 @@
-"""What is printed: text of lists, records and other machines never controls a terminal.
+"""Keeps text of lists, records and other machines from controlling a terminal.
 
 ``jobs.cli.guard`` puts a Printable in the place of the standard streams, so everything that a command, a library or a
 log prints passes through here.
