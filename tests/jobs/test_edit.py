@@ -274,7 +274,10 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
     [
         (["variations", "none.png"], "none.png: cannot be read (No such file or directory)"),
         (["variations", "."], ".: cannot be read (Is a directory)"),
-        (["variations", "other.bmp"], "other.bmp: cannot be taken (not_an_image: the bytes are not a PNG, JPEG or WebP)"),
+        (
+            ["variations", "other.bmp"],
+            "other.bmp: cannot be taken (not_an_image: the bytes are not a PNG, JPEG or WebP)",
+        ),
         (["variations", "empty.png"], "empty.png: cannot be taken (zero_bytes"),
         (["reconstruct", "cut.png"], "cut.png: cannot be taken (truncated"),
         (["reconstruct", "big.png"], "big.png: cannot be taken (too_many_pixels"),
