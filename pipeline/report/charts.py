@@ -61,7 +61,7 @@ def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Sequ
     clean = [(i, name, thin(_finite(points))) for i, (name, points) in enumerate(series.items())]
     clean = [entry for entry in clean if entry[2]]
     if not clean:
-        raise ValueError("there are no finite values")
+        raise ValueError("no finite values to draw")
     xs, ys = zip(*(point for _, _, points in clean for point in points), strict=True)
     x = _linear(x_label, min(xs), max(xs), LEFT, RIGHT, margin=0.0)
     if min(ys) > 0 and max(ys) > LOG_RATIO * min(ys):
@@ -80,7 +80,7 @@ def histogram(title: str, x_label: str, values: Sequence[float]) -> Markup:
     """Draws counts of ``values`` in equal bins from the smallest to the largest: about sqrt(n) bins, from 8 to 40."""
     finite = [float(v) for v in values if math.isfinite(v)]
     if not finite:
-        raise ValueError("there are no finite values")
+        raise ValueError("no finite values to draw")
     low, high = _span(min(finite), max(finite))
     counts, edges = np.histogram(finite, min(max(math.isqrt(len(finite)), 8), 40), (low, high))
     x = _linear(x_label, low, high, LEFT, RIGHT, margin=0.0)
@@ -99,7 +99,7 @@ def bars(title: str, values: Sequence[tuple[str, float]], counts: bool = True) -
         counts: whether the values are counts, which show their share of the largest after the first.
     """
     if not all(math.isfinite(value) for _, value in values) or not values:
-        raise ValueError("there are no finite values")
+        raise ValueError("no finite values to draw")
     largest = max(max(value for _, value in values), 0) or 1
     shown = [f"{value:,.0f}" if counts else f"{value:.4g}" for _, value in values]
     rows = [

@@ -123,7 +123,7 @@ def strips(
     Of a grid with other people's images, which has licences, only the columns that may be shown.
     """
     if name not in artifact.blobs:
-        return note(f"There is no {name}: there were no held-out images to draw.")
+        return note(f"{name} was not drawn: the evaluation had no held-out images.")
     licenses = artifact.metrics["licenses"].get(name)
     grid = Image.open(io.BytesIO(read_blob(store, artifact.blobs[name]))).convert("RGB")
     side = grid.width // len(captions)

@@ -108,7 +108,7 @@ def _summary(artifact: Artifact) -> Markup:
 def _loss(store: Store, artifact: Artifact) -> Markup:
     stage = artifact.stage
     if "metrics.jsonl" not in artifact.blobs:
-        return note(f"{stage} has no metrics.jsonl among its files, so there is no loss curve.")
+        return note(f"{stage} has no metrics.jsonl among its files, so its loss curve cannot be drawn.")
     curve = read_curve(read_blob(store, artifact.blobs["metrics.jsonl"]))
     series = {"train": curve.train, "validation": curve.validation}
     chart = line_chart(f"Loss of {stage}", "samples seen", "loss", series)
