@@ -26,7 +26,7 @@ from pipeline.report.training import codec_section, training_section, training_s
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 
-# Of a page that is not finished. axe-core objects to any refresh, but a page without script has no other way to reload.
+# Of an unfinished page. axe-core objects to any refresh, but a page without script has no other way to reload.
 REFRESH_S = 30
 HEAD = template("head.html")
 
