@@ -13,7 +13,7 @@ import pytest
 
 from jobs.cli import main
 from pipeline.config import Config, load_config
-from pipeline.data.pairs import peek as looking
+from pipeline.data.source import peek as looking
 from pipeline.data.source.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
