@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jobs.project import Project, open_project
 from jobs.sample import remember_bundle
+from models.sampling_config import MODELS
 from pipeline.config import OVERRIDES, Config, load_config
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import difference, short
@@ -30,7 +31,6 @@ from pipeline.release.compare import (
 )
 from pipeline.release.diff import data_changes, find_bundle, recipes_changed, stages_behind
 from pipeline.release.gates import failing, unjudged
-from pipeline.sampling.bundle import MODELS
 from pipeline.store import Store, open_store
 
 

@@ -29,12 +29,22 @@ from models.folder import load_codec, load_model, save_codec, save_model
 from models.manipulation import Inversion, check_embedding, first_components, slerp, text_difference
 from models.pixels import from_uint8, to_uint8
 from models.reverse import Progress, Reverse, ignore
-from models.sampling_config import STEPS, SamplingConfig, change_sampling, check_sampling, read_sampling, write_sampling
+from models.sampling_config import (
+    MODELS,
+    PRIORS,
+    STEPS,
+    UPSAMPLERS,
+    SamplingConfig,
+    change_sampling,
+    check_sampling,
+    read_sampling,
+    write_sampling,
+)
 from models.tokens import check_captions, tokenize
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise
 from models.view import view
 
-OPTIONAL = ("diffusion_prior", "ar_prior", "upsampler_256", "upsampler_1024")
+OPTIONAL = tuple(name for name in MODELS if name != "decoder")
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class UnCLIP:
             raise ValueError("there is no prior: add diffusion_prior or ar_prior")
         if self.upsampler_1024 is not None and self.upsampler_256 is None:
             raise ValueError("upsampler_1024 has nothing to enlarge: add upsampler_256")
-        for name in ("decoder", "diffusion_prior", "ar_prior"):
+        for name in ("decoder", *PRIORS.values()):
             model = getattr(self, name)
             if model is not None and model.embed_dim != self.clip.embed_dim:
                 raise ValueError(
@@ -208,7 +218,7 @@ class UnCLIP:
         run = Reverse("decoder", sampling.decoder_sampler, "learned", sampling.decoder_steps, progress, eta, inverted)
         image = run(self.decoder, denoise, noise, draw)
         images = {config.image_size: image}
-        for name in ("upsampler_256", "upsampler_1024"):
+        for name in UPSAMPLERS:
             model = getattr(self, name)
             if model is None or model.config.image_size > sampling.size:
                 break

@@ -11,7 +11,7 @@ from models.diffusion.samplers import Denoise, ancestral, ddim
 from models.diffusion.schedules import FEW, fast27_grid, log_snr_grid, make_schedule, strided_grid, trailing_grid
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_variance
 from models.draw import Draw
-from models.sampling_config import UNEVEN
+from models.sampling_config import UNEVEN, UNEVEN_MODEL
 from models.upsampler import Upsampler
 
 Progress = Callable[[str, int, int], None]
@@ -30,7 +30,7 @@ def sampling_grid(stage: str, model: DiffusionPrior | Decoder | Upsampler, steps
     model's schedule does not have.
     """
     timesteps = model.config.steps
-    if stage == "upsampler_256" and steps == UNEVEN:
+    if stage == UNEVEN_MODEL and steps == UNEVEN:
         return fast27_grid(timesteps)
     needs_last = isinstance(model, Upsampler) and model.last_unet is not None
     return trailing_grid(timesteps, steps) if steps < FEW and not needs_last else strided_grid(timesteps, steps)

@@ -1,7 +1,7 @@
 """How a bundle turns captions into images by default. No torch here, as in the other configurations."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,15 +9,18 @@ from typing import Any, Literal
 from models.prior_configs import check_choices, require
 
 SAMPLING_FILE = "sampling.json"
-STEPS = {
-    "diffusion_prior": "prior_steps",
-    "decoder": "decoder_steps",
-    "upsampler_256": "upsampler_256_steps",
-    "upsampler_1024": "upsampler_1024_steps",
-}
+PRIORS = {"ar": "ar_prior", "diffusion": "diffusion_prior"}
+"""The models that turn a caption into an image embedding, by the value of ``prior``."""
+BASE = 64
+"""The side of the decoder's images, in pixels."""
+UPSAMPLERS = {"upsampler_256": 256, "upsampler_1024": 1024}
+"""The side of each upsampler's images, in the order in which they run."""
+MODELS = (*PRIORS.values(), "decoder", *UPSAMPLERS)
+"""The models of a bundle that are trained for it, in the order in which they run."""
+STEPS = {"diffusion_prior": "prior_steps"} | {name: f"{name}_steps" for name in ("decoder", *UPSAMPLERS)}
 """The option that says in how many steps a model is sampled, by the model."""
-UNEVEN = 27
-"""Steps of the first upsampler that stand for GLIDE's uneven grid, of a schedule of ``UNEVEN_OF`` timesteps or more."""
+UNEVEN_MODEL, UNEVEN = "upsampler_256", 27
+"""Steps of that model that stand for GLIDE's uneven grid, of a schedule of ``UNEVEN_OF`` timesteps or more."""
 UNEVEN_OF = 50
 
 
@@ -59,13 +62,18 @@ class SamplingConfig:
     tile: int = 0
 
     def __post_init__(self) -> None:
-        require(self.prior in ("diffusion", "ar"), f"prior is {self.prior!r}: use 'diffusion' or 'ar'")
+        require(self.prior in PRIORS, f"prior is {self.prior!r}: use {' or '.join(map(repr, PRIORS))}")
         check_choices(self)
         require(self.candidates >= 1, f"candidates is {self.candidates}: use 1 or more")
         for name in STEPS.values():
             require(getattr(self, name) >= 2, f"{name} is {getattr(self, name)}: use 2 or more")
         require(self.temperature > 0, f"temperature is {self.temperature}: use a number above 0")
         require(self.tile >= 0, f"tile is {self.tile}: use 0 for whole images, or a side in pixels")
+
+
+def largest_side(models: Collection[str]) -> int:
+    """Returns the side, in pixels, of the images that these models end at."""
+    return max((side for name, side in UPSAMPLERS.items() if name in models), default=BASE)
 
 
 def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
@@ -80,13 +88,13 @@ def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
                 steps <= model.steps,
                 f"{STEPS[name]} is {steps}, and {name} has {model.steps} timesteps: use 2 to {model.steps}",
             )
-        if name == "upsampler_256":
+        if name == UNEVEN_MODEL:
             require(
-                sampling.upsampler_256_steps != UNEVEN or model.steps >= UNEVEN_OF,
-                f"upsampler_256_steps is {UNEVEN}, which takes {UNEVEN_OF} or more timesteps, and upsampler_256 has "
+                steps != UNEVEN or model.steps >= UNEVEN_OF,
+                f"{STEPS[name]} is {UNEVEN}, which takes {UNEVEN_OF} or more timesteps, and {name} has "
                 f"{model.steps}: use another number",
             )
-        if name.startswith("upsampler"):
+        if name in UPSAMPLERS:
             multiple = model.patch * 2 ** (len(model.multipliers) - 1)
             require(
                 sampling.tile % multiple == 0,

@@ -1,11 +1,7 @@
-"""Captions as tokens of CLIP's own BPE, equal to open_clip's.
+"""Captions as tokens of CLIP's own BPE, by open_clip's tokenizer."""
 
-A worker may read a billion captions beside threads that open pictures, so the latest words are known by heart and the
-others forgotten (open_clip's keeps every word it ever saw), and what has nothing to mend is not searched for it.
-"""
-
+import functools
 from collections.abc import Sequence
-from functools import cache, lru_cache
 
 import numpy as np
 import open_clip
@@ -17,37 +13,27 @@ VOCABULARY = 49408
 START, END = VOCABULARY - 2, VOCABULARY - 1
 # 26 characters a token: nothing 77 tokens can hold is cut, and a hostile megabyte costs no minutes of merging pairs.
 CAPTION_CHARACTERS = 2000
-WORDS, WORD_CHARACTERS = 1 << 16, 40  # known by heart: some 20 MB
+WORDS = 1 << 16  # cached, some 20 MB
 
 
 class Bpe(open_clip.SimpleTokenizer):
-    """CLIP's own BPE in constant memory; any thread may use it."""
+    """Tokenizes as open_clip does, in bounded memory; any thread may use it.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.known = lru_cache(WORDS)(self.tokens_of)
+    open_clip's cache keeps every word that it ever saw, and a worker may read a billion captions.
+    """
+
+    cache: dict[str, str]
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text of any length, without start and end."""
-        # Of printable ASCII without entities, cleaning would change spaces alone, and these no word has.
-        plain = text.isascii() and text.isprintable() and "&" not in text
-        words = self.pat.findall(text.lower() if plain else self.clean_fn(text))
-        return [
-            token for word in words for token in (self.known if len(word) <= WORD_CHARACTERS else self.tokens_of)(word)
-        ]
-
-    def tokens_of(self, word: str) -> tuple[int, ...]:
-        """The tokens of a match of ``pat``."""
-        letters = "".join(self.byte_encoder[byte] for byte in word.encode())
-        parts = self.bpe(letters).split(" ")
-        if parts != [letters]:  # the special tokens stay
-            self.cache.pop(letters, None)
-        return tuple(self.encoder[part] for part in parts)
+        """Returns the tokens of a text of any length, without start and end."""
+        if len(self.cache) > WORDS:
+            self.cache = {self.decoder[token]: self.decoder[token] for token in self.all_special_ids}
+        return super().encode(text)
 
 
-@cache
+@functools.cache
 def tokenizer() -> Bpe:
-    """The one of this process."""
+    """Returns the tokenizer of this process."""
     return Bpe()
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
+from models.sampling_config import MODELS, PRIORS, largest_side
 from pipeline.config import preset_config
 from pipeline.data.source.peek import Look
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted
-from pipeline.sampling.bundle import MODELS, PRIORS, side_of
 from pipeline.schema import FILE
 
 # Rows to hold out: the 16 and 32 by which models can be judged, and a quarter more, because some are always lost.
@@ -110,7 +110,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
     if bundle is not None:
         values = _fine_tuning(bundle, preset)
         models = [name for name in models if name in values]
-        size = side_of(models)
+        size = largest_side(models)
         values = {name: fields for name, fields in values.items() if name in ("clip", "evaluation", *models)}
         tuned = FINE_TUNING.format(bundle=bundle, values=yaml.safe_dump(values, sort_keys=False))
     lists = [f"- {_scalar(path)}" for path in source.paths]

@@ -6,8 +6,6 @@ from torch import Tensor
 
 CORRUPTION_SIDE = 3
 CORRUPTION_SIGMA = 0.6
-WIDE = 15
-"""The side from which a kernel goes through the spectrum, faster than pixel by pixel (benchmarks/bsr.py)."""
 
 
 def gaussian_kernels(side: int, angle: Tensor, variances: Tensor, shift: Tensor | float = 0.0) -> Tensor:
@@ -40,21 +38,11 @@ def mirrored(image: Tensor, margin: int) -> Tensor:
 
 def blur(image: Tensor, kernels: Tensor, stride: int = 1) -> Tensor:
     """Filter each row of [b, 3, h, w] with its own kernel [b, k, k], k odd, and keep every ``stride``-th pixel."""
-    channels, side = image.shape[1], kernels.shape[-1]
-    padded, kernels = mirrored(image, side // 2), kernels.to(image.dtype)
-    if side >= WIDE and stride == 1:
-        return _filtered_by_spectrum(padded, kernels)
-    weight = kernels.repeat_interleave(channels, dim=0)[:, None]
+    channels = image.shape[1]
+    padded = mirrored(image, kernels.shape[-1] // 2)
+    weight = kernels.to(image.dtype).repeat_interleave(channels, dim=0)[:, None]
     filtered = F.conv2d(padded.flatten(0, 1)[None], weight, stride=stride, groups=len(weight))
     return filtered[0].unflatten(0, (-1, channels))
-
-
-def _filtered_by_spectrum(padded: Tensor, kernels: Tensor) -> Tensor:
-    """The same by the convolution theorem; what wraps around the edges is cut off."""
-    height, width = (n - kernels.shape[-1] + 1 for n in padded.shape[2:])
-    size = [-(-n // 8) * 8 for n in padded.shape[2:]]  # lengths with small factors are fast
-    spectrum = torch.fft.rfft2(padded, s=size) * torch.fft.rfft2(kernels, s=size)[:, None].conj()
-    return torch.fft.irfft2(spectrum, s=size)[:, :, :height, :width]
 
 
 def corruption_blur(image: Tensor) -> Tensor:

@@ -7,15 +7,17 @@ that do the same to pictures of one size at the same time are worked on together
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from math import pi
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.io import decode_jpeg, encode_jpeg
 
 from models.degradation.blur import blur, gaussian_kernels
-from models.degradation.jpeg import jpeg
 from models.draw import Draw
 
 SCALE = 4
@@ -95,6 +97,22 @@ def bsr_mild(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
     noisy = (_quantised((image + 1) / 2) + noise).clamp(0, 1)
     best = torch.full((len(image),), strength.quality[1], device=image.device)
     return jpeg(noisy, best) * 2 - 1
+
+
+def jpeg(image: Tensor, quality: Tensor) -> Tensor:
+    """Compresses images [b, 3, h, w] in [0, 1] as JPEG and opens them again, on the 256 levels of 8 bits.
+
+    ``quality`` [b] holds whole numbers from 1 to 100. It runs on the CPU, wherever the images are: 0.2 ms for 64 px and
+    2 ms for 256 px on one core. Rows are shared among threads, so that a GPU does not wait long.
+    """
+    levels = (image * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+    opened = _threads().map(lambda row, level: decode_jpeg(encode_jpeg(row, level)), levels, quality.tolist())
+    return torch.stack(list(opened)).to(image.device) / 255
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="jpeg")
 
 
 def _quantised(image: Tensor) -> Tensor:

@@ -24,19 +24,6 @@ def zeroed(module: nn.Module) -> nn.Module:
     return module
 
 
-def modulated_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """norm(x) (1 + scale) + shift for x [b, c, h, w], scale and shift [b, c].
-
-    In one pass, that of a norm whose weights differ from row to row: with rows as further channels, PyTorch has it.
-    """
-    rows, channels = x.shape[:2]
-    weight = norm.weight * (1 + scale)
-    bias = norm.bias * (1 + scale) + shift
-    merged = x.reshape(1, rows * channels, *x.shape[2:])
-    out = F.group_norm(merged, rows * norm.num_groups, weight.flatten(), bias.flatten(), norm.eps)
-    return out.view_as(x)
-
-
 class ResBlock(nn.Module):
     """Two convolutions, between which the embedding scales and shifts.
 
@@ -67,19 +54,17 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self._resized(F.silu(self.norm_in(x)))
         h = self.conv_in(h)
-        modulation = self.modulation(F.silu(embedding))
+        modulation = self.modulation(F.silu(embedding))[..., None, None]
         if self.scale_shift:
             scale, shift = modulation.chunk(2, dim=1)
-            h = modulated_norm(self.norm_out, h, scale, shift)
+            h = self.norm_out(h) * (1 + scale) + shift
         else:
-            h = self.norm_out(h + modulation[..., None, None])
+            h = self.norm_out(h + modulation)
         return self.skip(self._resized(x)) + self.conv_out(self.dropout(F.silu(h)))
 
     def _resized(self, x: Tensor) -> Tensor:
         if self.resize == "up":
-            # On a CPU, PyTorch doubles pictures with channels last several times as fast as others.
-            x = x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x
-            return F.interpolate(x, scale_factor=2, mode="nearest").contiguous()
+            return F.interpolate(x, scale_factor=2, mode="nearest")
         return F.avg_pool2d(x, 2) if self.resize == "down" else x
 
 
@@ -100,7 +85,8 @@ class Attention(nn.Module):
         queries, keys, values = (self._heads(part) for part in self.qkv(pixels).chunk(3, dim=-1))
         context_keys, context_values = (self._heads(part) for part in self.context_kv(context).chunk(2, dim=-1))
         mask = None if shown is None else F.pad(shown, (0, pixels.shape[1]), value=True)[:, None, None]
-        h = attend(queries, torch.cat([context_keys, keys], dim=2), torch.cat([context_values, values], dim=2), mask)
+        keys, values = torch.cat([context_keys, keys], dim=2), torch.cat([context_values, values], dim=2)
+        h = attend(queries, keys, values, mask)
         h = self.out(h.transpose(1, 2).flatten(2))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from models.cascade import UnCLIP
 from models.clip import Clip
 from models.decoder import Decoder
+from models.sampling_config import PRIORS, UPSAMPLERS
 from pipeline.evaluate import images, memorisation, priors, quality, retrieval, upsamplers
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.inception import Inception, fid_figures
-from pipeline.evaluate.priors import PRIORS
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut, Taught, held_out, read_views, taught
 from pipeline.graph.artifacts import Artifact
@@ -68,7 +68,7 @@ class Evaluation:
             chosen["diffusion_prior samples"] = partial(self.prior_samples, "diffusion")
         chosen["decoder"] = self.decoder
         chosen["pictures"] = self.drawn
-        for name in ("upsampler_256", "upsampler_1024"):
+        for name in UPSAMPLERS:
             if getattr(u, name) is not None:
                 chosen[name] = partial(self.upsampler, name)
         return chosen

@@ -11,6 +11,7 @@ from torch import Tensor
 from models.draw import Draw, derive_seed
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.metrics import standard_error
+from pipeline.evaluate.paired import whole
 from pipeline.evaluate.rows import HeldOut
 from pipeline.training.task import Batch
 
@@ -68,8 +69,7 @@ def gap_figure(model: str, condition: str, rows: HeldOut, found: Rise) -> Figure
     """Line (a): holds if the mean rise is above three standard errors."""
     difference = found.other - found.own
     mean, error = float(difference.mean()), standard_error(difference)
-    return Figure(
-        "a", model, "condition_gap", f"{model}: loss with another row's {condition}, above the loss with its own",
-        value=float(found.other.mean()), baseline=float(found.own.mean()), difference=mean, error=error,
-        holds=mean > ERRORS * error, rows=len(rows), split=rows.split,
-    )  # fmt: skip
+    says = f"loss with another row's {condition}, above the loss with its own"
+    values = float(found.other.mean()), float(found.own.mean())
+    holds = mean > ERRORS * error
+    return whole("a", model, "condition_gap", says, *values, rows, difference=mean, error=error, holds=holds)

@@ -16,21 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.image.fid import NoTrainInceptionV3
 
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.images import PICTURES
+from pipeline.evaluate.paired import whole
 from pipeline.evaluate.quality import named
 from pipeline.evaluate.rows import HeldOut
 from pipeline.evaluate.statistics import frechet_distance
-from pipeline.evaluate.whole import whole
 from pipeline.parse import ContentFile
 from pipeline.store import Store
 from pipeline.store.content import read_content
 
 WEIGHTS_BYTES = 256 << 20  # the published file has 91 MiB
 PACKAGES = ("torchmetrics", "torch-fidelity")
-MISSING = f"evaluation.inception needs {' and '.join(PACKAGES)}: pip install 'unclip-ray[fid]'"
+MISSING = "evaluation.inception needs torch-fidelity: pip install 'unclip-ray[fid]'"
 PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 log = logging.getLogger("unclip")
 
@@ -56,10 +57,6 @@ def load_inception(store: Store, file: ContentFile | None, device: torch.device)
     """
     if file is None:
         return None
-    try:
-        from torchmetrics.image.fid import NoTrainInceptionV3
-    except ModuleNotFoundError as e:
-        raise UserError(MISSING) from e
     state = _read(store, file)
     weights: Any = io.BytesIO()  # the network unpickles whatever a file holds, so it gets what was read with care
     torch.save(state, weights)
@@ -74,7 +71,7 @@ def load_inception(store: Store, file: ContentFile | None, device: torch.device)
 
 
 def package_versions() -> dict[str, str]:
-    """Of what the features hang on besides weights and torch, for a record's environment."""
+    """Of what the features depend on besides weights and torch, for a record's environment."""
     return {name: version(name) for name in PACKAGES}
 
 

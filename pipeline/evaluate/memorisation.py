@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.metrics import Interval, percentiles, resample
-from pipeline.evaluate.paired import paired
+from pipeline.evaluate.paired import paired, whole
 from pipeline.evaluate.rows import HeldOut
 
 LINE = "m"  # no claim of the table
@@ -57,18 +57,7 @@ def memorisation_figures(
         says = "distance of drawn pictures to the nearest training picture; baseline: held-out pictures"
         figures.append(paired(LINE, model, "nearest_training", says, ours, theirs, part, seed, None))
         share, interval = share_nearer(ours, theirs, seed)
-        figures.append(
-            Figure(
-                line=LINE,
-                model=model,
-                name="share_nearer",
-                says=f"{model}: share of pairs in which the drawn picture is nearer to training than the held-out one",
-                value=share,
-                baseline=0.5,
-                difference=share - 0.5,
-                interval=(interval.low - 0.5, interval.high - 0.5),
-                rows=len(part),
-                split=part.split,
-            )
-        )
+        says = "share of pairs in which the drawn picture is nearer to training than the held-out one"
+        around = (interval.low - 0.5, interval.high - 0.5)
+        figures.append(whole(LINE, model, "share_nearer", says, share, 0.5, part, interval=around))
     return figures

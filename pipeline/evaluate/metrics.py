@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 1000
-PEAK = 2.0  # of pictures in [-1, 1]
 
 
 class Interval(NamedTuple):
@@ -113,12 +112,6 @@ def u_statistic(terms: Tensor) -> tuple[float, float]:
         return value, nan
     left_out = (total - 2 * terms.sum(1)) / ((n - 1) * (n - 2))
     return value, float(((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt())
-
-
-def psnr(image: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal to noise ratio of pictures in [-1, 1], [b, c, h, w], in dB: fp64 [b], at most 100."""
-    error = (image.double() - reference.double()).square().flatten(1).mean(1)
-    return 10 * torch.log10(PEAK**2 / error.clamp(min=PEAK**2 * 1e-10))
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:

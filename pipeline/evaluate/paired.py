@@ -1,14 +1,31 @@
-"""A figure that compares two values of each row."""
+"""Figures that compare values of rows, or of a whole set of rows, with a baseline."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.metrics import bootstrap
 from pipeline.evaluate.rows import HeldOut
+
+
+def whole(
+    line: str, model: str, name: str, says: str, value: float, baseline: float, rows: HeldOut, **more: Any
+) -> Figure:
+    """Returns the figure of a value of all ``rows`` together; ``more`` are fields of ``Figure``, none by default."""
+    return Figure(
+        line,
+        model,
+        name,
+        f"{model}: {says}",
+        value,
+        baseline,
+        rows=len(rows),
+        split=rows.split,
+        **{"difference": value - baseline} | more,
+    )
 
 
 def paired(
@@ -22,24 +39,23 @@ def paired(
     seed: int,
     claim: Literal["above", "below"] | None,
 ) -> Figure:
-    """``value`` [n] against ``baseline`` [n], with a 95% bootstrap interval of the mean difference over these n rows.
+    """Compares ``value`` [n] with ``baseline`` [n]: a 95% bootstrap interval of the mean difference over these n rows.
 
-    It holds if the whole interval is on the side of 0 that ``claim`` names; with None there is nothing to hold.
+    The figure holds if the whole interval is on the side of 0 that ``claim`` names; with None it is for information.
     """
     value, baseline = value.double().cpu(), baseline.double().cpu()
     interval = bootstrap(value - baseline, seed)
-    return Figure(
-        line=line,
-        model=model,
-        name=name,
-        says=f"{model}: {says}",
-        value=float(value.mean()),
-        baseline=float(baseline.mean()),
+    return whole(
+        line,
+        model,
+        name,
+        says,
+        float(value.mean()),
+        float(baseline.mean()),
+        rows,
         difference=float((value - baseline).mean()),
         interval=interval,
         holds={"above": interval.low > 0, "below": interval.high < 0}.get(claim or ""),
-        rows=len(value),
-        split=rows.split,
         claim=claim,
         values=tuple(float(f"{v:.6g}") for v in value.tolist()),
     )

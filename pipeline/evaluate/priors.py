@@ -15,10 +15,11 @@ from models.cascade import UnCLIP
 from models.codec import Codec
 from models.diffusion_prior import best_of, diffusion_prior_loss
 from models.draw import derive_seed
+from models.sampling_config import PRIORS
 from pipeline.evaluate import metrics
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import BATCH, Rise, gap_figure, rise
-from pipeline.evaluate.paired import paired
+from pipeline.evaluate.paired import paired, whole
 from pipeline.evaluate.rows import HeldOut
 from pipeline.training.task import Batch
 
@@ -26,7 +27,6 @@ CAPTION = ("tokens", "text_embedding")
 FIRST = 16  # positions: those of the largest variance
 DRAWS = 4  # timesteps a row
 SEQUENCES = 256  # sampled at once
-PRIORS = {"ar": "ar_prior", "diffusion": "diffusion_prior"}
 Tick = Callable[[str], None]
 
 
@@ -117,35 +117,16 @@ def sample_figures(model: str, samples: Tensor, rows: HeldOut, seed: int) -> lis
 
 def _variance(model: str, samples: Tensor, image: Tensor, rows: HeldOut, seed: int) -> Figure:
     ratio, interval = metrics.variance_ratio(samples, image, seed)
-    return Figure(
-        line="c",
-        model=model,
-        name="variance_ratio",
-        says=f"{model}: variance of samples over that of images, from 0.5 to 1.5",
-        value=ratio,
-        baseline=1.0,
-        difference=ratio - 1,
-        interval=(interval.low - 1, interval.high - 1),
-        holds=0.5 <= ratio <= 1.5,
-        rows=len(rows),
-        split=rows.split,
-    )
+    says, around = "variance of samples over that of images, from 0.5 to 1.5", (interval.low - 1, interval.high - 1)
+    holds = 0.5 <= ratio <= 1.5
+    return whole("c", model, "variance_ratio", says, ratio, 1.0, rows, interval=around, holds=holds)
 
 
 def _mmd(model: str, sample: Tensor, text: Tensor, image: Tensor, rows: HeldOut) -> Figure:
     bandwidth = metrics.median_distance(image)
     ours, theirs = (metrics.mmd_terms(x, image, bandwidth) for x in (sample, text))
     difference, error = metrics.u_statistic(ours - theirs)
-    return Figure(
-        line="c",
-        model=model,
-        name="mmd",
-        says=f"{model}: squared MMD of samples to images, below the caption embeddings'",
-        value=metrics.u_statistic(ours)[0],
-        baseline=metrics.u_statistic(theirs)[0],
-        difference=difference,
-        error=error,
-        holds=difference < -2 * error,
-        rows=len(rows),
-        split=rows.split,
-    )
+    says = "squared MMD of samples to images, below the caption embeddings'"
+    value, baseline = (metrics.u_statistic(x)[0] for x in (ours, theirs))
+    holds = difference < -2 * error
+    return whole("c", model, "mmd", says, value, baseline, rows, difference=difference, error=error, holds=holds)

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from models.clip import Clip
+from pipeline.errors import UserError
 from pipeline.evaluate.captions import Phrases
-from pipeline.evaluate.distribution import distribution_figures
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.images import embed
 from pipeline.evaluate.metrics import cosine
-from pipeline.evaluate.paired import paired
+from pipeline.evaluate.paired import paired, whole
 from pipeline.evaluate.retrieval import AMONG, told_apart
 from pipeline.evaluate.rows import HeldOut
+from pipeline.evaluate.statistics import cmmd, frechet_distance
 from pipeline.held_out import FEWEST
 
 BATCH = 128  # captions
+NEIGHBOURS = 3
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,20 @@ class Eye:
         """Embeddings of captions: fp32 [n, d] on the CPU."""
         tokens = self.clip.tokenize(captions).to(self.clip.mean.device)
         return torch.cat([self.clip.encode_text(part).cpu() for part in tokens.split(BATCH)])
+
+
+def load_judge(weights: str | None, device: torch.device) -> Clip | None:
+    """Returns the CLIP of ``evaluation.judge``, written as ``clip.weights`` is; None for none. Raises UserError.
+
+    A model that was trained on the embeddings of one CLIP may please that CLIP alone.
+    """
+    if weights is None:
+        return None
+    try:
+        clip = Clip.named(weights)
+    except (FileNotFoundError, ValueError) as e:
+        raise UserError(f"evaluation.judge: {e}") from e
+    return clip.to(device)
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,45 @@ def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
     Hessel et al. 2021, scaled as torchmetrics does.
     """
     return 100 * cosine(pictures, texts).clamp(min=0)
+
+
+def covered(points: Tensor, of: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """Whether each of ``points`` [n, d] lies within some ball around a row of ``of`` [m, d], bool [n].
+
+    A row's ball reaches to the k-th nearest of the others (to the farthest, where there are fewer). So precision is the
+    share of drawn rows that are covered by real ones, and recall the share of real ones that are covered by drawn ones
+    (Kynkäänniemi et al. 2019). Raises ValueError for fewer than two rows.
+    """
+    if len(of) < 2:
+        raise ValueError(f"{len(of)} rows have no neighbours")
+    points, of = points.double(), of.double()
+    own = torch.cdist(of, of).fill_diagonal_(torch.inf)
+    reach = own.kthvalue(min(k, len(of) - 1), dim=1).values
+    return (torch.cdist(points, of) <= reach).any(1)
+
+
+def distribution_figures(
+    model: str, eye: str, subject: str, end: str, drawn: Tensor, other: Tensor, real: Tensor, rows: HeldOut, seed: int
+) -> list[Figure]:
+    """CMMD, Fréchet distance, precision and recall of ``drawn`` [n, d] against ``real`` [n, d], the held-out pictures.
+
+    The baseline is what ``other`` [n, d], as many real pictures that taught, have in the place of the drawn ones: no
+    model need be better. ``eye`` names whose embeddings they are, ``subject`` what was drawn; names end on ``end``.
+    """
+    short = eye.lower()
+    told = f"of {subject} pictures to real ones, by {eye}; baseline: training pictures"
+    figures = [
+        whole("f", model, f"{short}_{name}{end}", f"{says} {told}", distance(drawn, real), distance(other, real), rows)
+        for name, says, distance in (("cmmd", "CMMD", cmmd), ("frechet", "Fréchet distance", frechet_distance))
+    ]
+    shares = {
+        "precision": [covered(x, real) for x in (drawn, other)],
+        "recall": [covered(real, x) for x in (drawn, other)],
+    }
+    for name, (ours, theirs) in shares.items():
+        says = f"{name} {told}"
+        figures.append(paired("f", model, f"{short}_{name}{end}", says, ours, theirs, rows, seed, None))
+    return figures
 
 
 def named(kind: str) -> tuple[str, str, str]:

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.metrics import Interval, cosine, percentiles, resample
-from pipeline.evaluate.paired import paired
+from pipeline.evaluate.paired import paired, whole
 from pipeline.evaluate.rows import HeldOut, Taught
 from pipeline.evaluate.statistics import frechet_distance
-from pipeline.evaluate.whole import whole
 
 AMONG = 100  # captions of which a picture's own must be the nearest
 RECALLS = (1, 10)
@@ -100,12 +99,8 @@ def _ranked(
     ours, theirs = ranks(query, gallery.cpu(), own), ranks(baseline, gallery.cpu(), own)
     end = f"by {said}, among {len(gallery)}; baseline: by {BASELINES[name]}"
     medians = float(ours.median()), float(theirs.median())
-    middle = Figure(
-        "c", model, f"rank_of_{what}_{name}", f"{model}: median rank of the image {end}", value=medians[0],
-        baseline=medians[1], difference=medians[0] - medians[1], interval=median_interval(ours, theirs, seed),
-        rows=len(rows), split=rows.split,
-    )  # fmt: skip
-    figures = [middle]
+    says, interval = f"median rank of the image {end}", median_interval(ours, theirs, seed)
+    figures = [whole("c", model, f"rank_of_{what}_{name}", says, *medians, rows, interval=interval)]
     for k in (k for k in RECALLS if k < len(gallery)):
         says = f"images found in the first {k} {end}" if k > 1 else f"images found first {end}"
         figure = paired("c", model, f"recall_{k}_of_{what}_{name}", says, ours <= k, theirs <= k, rows, seed, None)

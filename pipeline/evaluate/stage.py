@@ -50,7 +50,7 @@ def run_evaluation(ctx: Context) -> Artifact:
     from models.cascade import UnCLIP
     from pipeline.evaluate.evaluation import GUIDANCES, Evaluation
     from pipeline.evaluate.inception import load_inception, package_versions
-    from pipeline.evaluate.judge import load_judge
+    from pipeline.evaluate.quality import load_judge
     from pipeline.sampling.samples import drawing_device
     from pipeline.training.between_steps import png
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from models.draw import Draw, derive_seed
 from models.pixels import from_uint8, resize
@@ -19,17 +20,37 @@ from models.upsampler import (
     upsampler_denoise,
     upsampler_loss,
 )
-from pipeline.evaluate import metrics
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import gap_figure, rise
 from pipeline.evaluate.paired import paired
 from pipeline.evaluate.rows import HeldOut
-from pipeline.evaluate.ssim import ssim
 from pipeline.training.task import Batch
 
 DRAWS = 2  # crops and timesteps a picture
 OTHER_ROWS = 8  # at most, that are sampled without the damage to the small picture, too
+RANGE = 2.0  # of pixels, from -1 to 1
+MOST_DB = 100.0
+REACH = 5  # pixels from the middle of SSIM's window to its edge
 Tick = Callable[[str], None]
+
+
+def psnr(image: Tensor, reference: Tensor) -> Tensor:
+    """Returns the PSNR of images in [-1, 1], [b, c, h, w], in dB: fp64 [b], at most MOST_DB."""
+    values = peak_signal_noise_ratio(image.double(), reference.double(), RANGE, reduction="none", dim=(1, 2, 3))
+    return values.clamp(max=MOST_DB)
+
+
+def ssim(image: Tensor, reference: Tensor) -> Tensor:
+    """Returns the SSIM of images in [-1, 1], [b, c, h, w] (Wang et al. 2004): fp64 [b], 1 for equal images.
+
+    torchmetrics mirrors images at their edges; here a window counts only if it lies within the image. Raises
+    ValueError for an image that is smaller than the window.
+    """
+    if min(image.shape[2:]) <= 2 * REACH:
+        raise ValueError(f"an image of {tuple(image.shape[2:])} px is smaller than SSIM's window of {2 * REACH + 1} px")
+    pair = image.double(), reference.double()
+    _, places = structural_similarity_index_measure(*pair, data_range=RANGE, return_full_image=True)
+    return places[..., REACH:-REACH, REACH:-REACH].flatten(1).mean(1)
 
 
 def upsampler_gap(name: str, model: Upsampler, rows: HeldOut, seed: int) -> Figure:
@@ -118,7 +139,7 @@ def likeness_figures(name: str, made: Upsampled, rows: HeldOut, seed: int) -> li
     """PSNR and SSIM to the original, of the mean of the samples and of one, against bicubic interpolation."""
     mean, one, count = made.samples.mean(0), made.samples[0], len(made.samples)
     figures = []
-    for short, measure, unit in (("psnr", metrics.psnr, " (dB)"), ("ssim", ssim, "")):
+    for short, measure, unit in (("psnr", psnr, " (dB)"), ("ssim", ssim, "")):
         values = [measure(x, made.original) for x in (mean, one, made.bicubic)]
         claim: Literal["above"] | None = "above" if short == "psnr" else None
         said = f"{short.upper()} of the mean of {count} samples, " + (
@@ -133,7 +154,7 @@ def likeness_figures(name: str, made: Upsampled, rows: HeldOut, seed: int) -> li
 def consistency_figure(name: str, made: Upsampled, rows: HeldOut, seed: int) -> Figure:
     """How much of the undamaged small picture is left in one sample, made small again as that was."""
     small = (made.clean.shape[2], made.clean.shape[3])
-    one, bicubic = (metrics.psnr(resize(x, small), made.clean) for x in (made.samples[0], made.bicubic))
+    one, bicubic = (psnr(resize(x, small), made.clean) for x in (made.samples[0], made.bicubic))
     says = "PSNR of one sample, made small again, to its undamaged small picture (dB); baseline: bicubic"
     return paired("e", name, "consistency", says, one, bicubic, rows, seed, None)
 
@@ -144,7 +165,7 @@ def damage_figures(
     """PSNR of one sample of ``other``, sampled the other way, against that of ``made`` and against bicubic."""
     ways = ("damaged", "undamaged") if damaged else ("undamaged", "damaged")
     usual, one, bicubic = (
-        metrics.psnr(x, other.original) for x in (made.samples[0, : len(rows)], other.samples[0], other.bicubic)
+        psnr(x, other.original) for x in (made.samples[0, : len(rows)], other.samples[0], other.bicubic)
     )
     says = f"PSNR of one sample from the {ways[1]} small picture (dB)"
     return [

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from models.sampling_config import SamplingConfig
+from models.sampling_config import MODELS, PRIORS, UPSAMPLERS, SamplingConfig, largest_side
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.store.records import put_blob
 
 VERSION = 2
-PRIORS = {"ar": "ar_prior", "diffusion": "diffusion_prior"}
-MODELS = ("ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024")
-
-
-def side_of(models: Collection[str]) -> int:
-    """Side in pixels of the pictures that these models end at."""
-    return 1024 if "upsampler_1024" in models else 256 if "upsampler_256" in models else 64
 
 
 @dataclass(frozen=True)
@@ -40,13 +33,14 @@ class BundleRecipe:
             raise ValueError(f"models: {unknown[0]} is not one of {', '.join(MODELS)}")
         if "decoder" not in self.models or not set(PRIORS.values()) & set(self.models):
             raise ValueError("models: a bundle needs the decoder and at least one prior")
-        if "upsampler_1024" in self.models and "upsampler_256" not in self.models:
-            raise ValueError("models: upsampler_1024 needs upsampler_256 before it")
+        for before, after in pairwise(UPSAMPLERS):
+            if after in self.models and before not in self.models:
+                raise ValueError(f"models: {after} needs {before} before it")
         if PRIORS[self.sampling.prior] not in self.models:
             raise ValueError(
                 f"sampling.prior: {self.sampling.prior}, but {PRIORS[self.sampling.prior]} is not among models"
             )
-        largest = side_of(self.models)
+        largest = largest_side(self.models)
         if self.sampling.size > largest:
             raise ValueError(f"sampling.size: {self.sampling.size}, but these models end at {largest} px")
 

@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image
+from torch.nn.functional import cosine_similarity
 
 from models import reverse
 from models.cascade import Generation, UnCLIP
 from models.comparison import compare_priors, priors_of
-from models.pixels import from_uint8
 from models.sampling_config import SamplingConfig
 from models.tokens import check_captions
 from models.view import view
-from pipeline.evaluate.metrics import cosine, psnr
 from pipeline.progress import Progress
 from pipeline.sampling.samples import decode_steps, prior_steps
 
 PAPER_COUNTS, PAPER_CODES = (20, 30, 40, 80, 120, 160, 200, 320), 320  # figure 7
+MOST_DB = 100.0
 Options = Mapping[str, Any]
 
 
@@ -94,7 +94,7 @@ def components(unclip: UnCLIP, picture: Image, counts: Sequence[int] | None, see
     with _watched("components", unclip, sampling, decodings=2) as progress:
         made = unclip.principal_components(embedding, counts, seed, progress, **options)
         whole = unclip.decode(embedding, None, [seed], sampling, progress)
-    near = cosine(made.embedding, embedding)
+    near = cosine_similarity(made.embedding, embedding)
     names = [f"{n} of {codes} components, cosine {c:.3f}" for n, c in zip(counts, near.tolist(), strict=True)]
     pictures = [*_pictures(made), *_pictures(whole), _like(picture, made)]
     return _edit(pictures, [*names, "the whole embedding", "the picture"], sampling)
@@ -107,9 +107,9 @@ def priors(unclip: UnCLIP, caption: str, picture: Image | None, seed: int, optio
     with _watched("priors", unclip, sampling, more=drawn) as progress:
         compared = compare_priors(unclip, caption, seed, picture, progress, **options)
     made = compared.generation
-    near = {"caption": cosine(made.embedding, compared.text).tolist()}
+    near = {"caption": cosine_similarity(made.embedding, compared.text).tolist()}
     if picture is not None:  # its embedding is the last
-        near["picture"] = cosine(made.embedding, made.embedding[-1:]).tolist()
+        near["picture"] = cosine_similarity(made.embedding, made.embedding[-1:]).tolist()
     names = [
         f"{name}, cosine {', '.join(f'{values[i]:.3f} to the {what}' for what, values in near.items())}"
         for i, name in enumerate(compared.names)
@@ -145,6 +145,8 @@ def _like(picture: Image, made: Generation) -> np.ndarray:
 
 
 def _psnr(made: torch.Tensor, picture: Image) -> float:
-    """In dB, of one picture, uint8 [1, s, s, 3]."""
+    """Returns the PSNR in dB of one image, uint8 [1, s, s, 3], at most MOST_DB."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # takes seconds, for the reconstruction alone
+
     truth = torch.tensor(view(picture, made.shape[1]))[None]
-    return float(psnr(*(from_uint8(x.permute(0, 3, 1, 2)) for x in (made, truth))))
+    return min(MOST_DB, float(peak_signal_noise_ratio(made.float(), truth.float(), 255.0)))

@@ -187,7 +187,7 @@ class UpsamplerRecipe(TrainingRecipe):
     """An upsampler: Table 3's fourth column, 64 to 256 px."""
 
     task: ClassVar[str] = "upsampler"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     samples: PositiveInt = 1_000_000 * 1024
     batch: PositiveInt = 1024

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load
 
 from models.folder import load_model
+from models.sampling_config import MODELS
 from pipeline.config import load_config
 from pipeline.data.source.emoji.listing import draw, emoji_rows
-from pipeline.sampling.bundle import MODELS
 from pipeline.store.records import read_blob
 from tests.chain import (
     ROOT,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import jobs.generate
-import pipeline.evaluate.judge
+import pipeline.evaluate.quality
 import pipeline.sampling.generation
 from jobs.cli import main
 from models.cascade import UnCLIP
@@ -91,7 +91,7 @@ def test_the_stages_and_the_notebook_draw_on_a_gpu(
         asked.append(str(device))
         raise InterruptedError
 
-    monkeypatch.setattr(pipeline.evaluate.judge, "load_judge", load)
+    monkeypatch.setattr(pipeline.evaluate.quality, "load_judge", load)
     with pytest.raises(InterruptedError):
         run_evaluation(context(bundle, "evaluation", EvaluationRecipe()))
     Path("docs").mkdir()

@@ -23,7 +23,7 @@ from models.pixels import from_uint8
 from models.tokens import tokenize
 from models.view import view
 from pipeline.data.pairs.decoding import open_image
-from pipeline.evaluate.metrics import psnr
+from pipeline.evaluate.upsamplers import psnr
 from pipeline.sampling import edits
 from pipeline.sampling.strip import END_MS, FRAME_MS, GAP
 from tests.chain import ROOT

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
+from models.sampling_config import MODELS
 from pipeline.config import Config, load_config
 from pipeline.data.source import peek as looking
 from pipeline.data.source.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
-from pipeline.sampling.bundle import MODELS
 from pipeline.starter import CAPTION_BYTES, SHARE, _captions, _scalar, shortest_share
 from pipeline.store import open_store
 from tests.pipeline.data.bench import picture

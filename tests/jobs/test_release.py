@@ -11,6 +11,7 @@ import yaml
 import jobs.release
 from jobs.cli import main
 from jobs.project import open_project
+from models.sampling_config import MODELS
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.pointer import Move, Releases, move_release, read_releases, release_path
@@ -18,7 +19,6 @@ from pipeline.graph.stages import Context
 from pipeline.held_out import too_few
 from pipeline.ledger import Ledger
 from pipeline.report.evaluation import release_section
-from pipeline.sampling.bundle import MODELS
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob
 

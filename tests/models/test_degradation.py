@@ -9,9 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from models.degradation.blur import WIDE, _filtered_by_spectrum, blur, corruption_blur, gaussian_kernels, mirrored
-from models.degradation.bsr import FULL, LIGHT, STEPS, Strength, _noise, _orders, bsr, bsr_mild
-from models.degradation.jpeg import CHROMINANCE, LUMINANCE, _halved, _requantised, _steps, jpeg
+from models.degradation.blur import blur, corruption_blur, gaussian_kernels, mirrored
+from models.degradation.bsr import FULL, LIGHT, STEPS, Strength, _noise, _orders, bsr, bsr_mild, jpeg
 from models.draw import Draw
 from models.pixels import from_uint8, resize, to_uint8
 from tests.models.mutations import fails_under
@@ -29,17 +28,6 @@ def picture(rows: int, height: int, width: int, detail: float = 0.05) -> Tensor:
 def psnr(first: Tensor, second: Tensor) -> float:
     """dB, for values in [-1, 1]; of others, differences mean something."""
     return (10 * torch.log10(4 / (first - second).square().mean())).item()
-
-
-@fails_under((_filtered_by_spectrum, ".conj()", ""), (_filtered_by_spectrum, ":height, :width", "-height:, -width:"))
-def test_a_wide_kernel_does_the_same_through_the_spectrum() -> None:
-    """Every stride-th pixel is filtered directly, whatever the width."""
-    g = torch.Generator().manual_seed(0)
-    image = torch.rand(3, 3, 21, 34, generator=g, dtype=torch.float64)
-    for side in (WIDE, 25):
-        kernels = torch.rand(3, side, side, generator=g, dtype=torch.float64)
-        kernels = kernels / kernels.sum(dim=(1, 2), keepdim=True)
-        torch.testing.assert_close(blur(image, kernels)[..., ::2, ::2], blur(image, kernels, 2), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (17, 30)])
@@ -92,32 +80,13 @@ def pillow_jpeg(image: Tensor, quality: int) -> Image.Image:
     return Image.open(file)
 
 
-@fails_under(
-    (_requantised, "transform.T @ (levels", "transform @ (levels"),
-    (jpeg, "_steps(LUMINANCE, quality)", "2 * _steps(LUMINANCE, quality)"),
-    (jpeg, "opened - _chroma_offset(opened)", "opened"),
-    (_halved, "[0.25, 0.5]", "[0.0, 0.0]"),
-)
+@fails_under((jpeg, ".round()", ""), (jpeg, "level)), levels", "75)), levels"))
 def test_jpeg_equals_pillow() -> None:
-    """What tells them apart, a few coefficients on a rounding edge, has under 4% of the power of JPEG's own error."""
-    for shape, quality in product([(64, 64), (48, 80), (33, 61), (7, 5)], [10, 30, 49, 50, 80, 95, 100]):
+    for shape, quality in product([(64, 64), (48, 80), (33, 61), (7, 5)], [1, 10, 30, 49, 50, 80, 95, 100]):
         original = picture(1, *shape)
-        theirs = torch.from_numpy(np.array(pillow_jpeg(original, quality))).permute(2, 0, 1)[None].float()
-        ours = jpeg(original.float() / 255, torch.tensor([quality])) * 255
-        assert (ours - theirs).square().mean() < 0.04 * (theirs - original).square().mean()
-        assert psnr(ours, original) == pytest.approx(psnr(theirs, original), abs=0.05)
-
-
-@fails_under(
-    (_steps, "+ 50) // 100", "+ 49) // 100"),
-    (_steps, "200 - 2 * q", "200 - q"),
-    (_steps, "clamp(1, 255)", "clamp(2, 255)"),
-)
-def test_quantisation_tables_equal_those_in_pillow_s_files() -> None:
-    for quality in (1, 2, 10, 33, 49, 50, 51, 75, 95, 100):
-        tables = pillow_jpeg(picture(1, 16, 16), quality).quantization
-        for table, theirs in zip((LUMINANCE, CHROMINANCE), tables.values(), strict=True):
-            assert _steps(table, torch.tensor([quality])).flatten().tolist() == list(theirs)
+        theirs = torch.from_numpy(np.array(pillow_jpeg(original, quality))).permute(2, 0, 1)[None]
+        ours = jpeg((original.float() - 0.4) / 255, torch.tensor([quality]))
+        assert torch.equal((ours * 255).round().to(torch.uint8), theirs)
 
 
 def test_jpeg_takes_a_quality_for_each_row() -> None:

@@ -133,7 +133,7 @@ def test_the_cascade_visits_the_timesteps_of_its_grid(
 
 @fails_under(
     (sampling_grid, "steps == UNEVEN", "False"),
-    (sampling_grid, 'stage == "upsampler_256" and', ""),
+    (sampling_grid, "stage == UNEVEN_MODEL and", ""),
     (sampling_grid, "steps < FEW and", ""),
     (sampling_grid, " and not needs_last", ""),
     (sampling_grid, "steps < FEW and not needs_last", "False"),

@@ -21,7 +21,7 @@ from models.interchange import export_decoder, import_decoder, unet
 from models.interchange.decoder import swap_tokens
 from models.nn.text_encoder import ClipTextEncoder
 from models.nn.transformer import Block, Transformer, quick_gelu
-from models.nn.unet import Attention, ResBlock, UNet, modulated_norm
+from models.nn.unet import Attention, ResBlock, UNet
 from tests.models.mutations import fails_under
 from tests.models.test_unet import normal
 
@@ -184,9 +184,7 @@ def difference(decoder: Decoder, theirs: Theirs) -> float:
 
 
 @fails_under(
-    (modulated_norm, "norm.weight * (1 + scale)", "norm.weight * scale"),
-    (modulated_norm, "norm.bias * (1 + scale)", "norm.bias"),
-    (modulated_norm, "rows * norm.num_groups", "norm.num_groups"),
+    (ResBlock, "* (1 + scale)", "* scale"),
     (ResBlock, "modulation.chunk(2, dim=1)", "modulation.chunk(2, dim=1)[::-1]"),
     (Attention, "torch.cat([context_values, values], dim=2)", "torch.cat([values, context_values], dim=2)"),
     (UNet, "embedding = embedding + added", "embedding = embedding"),

@@ -26,9 +26,6 @@ def test_importing_needs_no_network() -> None:
     assert run.stdout.strip() == "[49406, 320, 2368, 49407]"
 
 
-@fails_under(
-    (Bpe.encode, "plain = ", "plain = True or "), (Bpe.encode, ' and "&" not in text', ""), (Bpe.encode, ".lower()", "")
-)
 def test_tokens_are_open_clips() -> None:
     captions = [
         "a red fox",
@@ -66,15 +63,16 @@ def test_tokens_of_any_text_are_open_clips(text: str) -> None:
     assert tokenizer().encode(text) == OPEN_CLIP.encode(text)
 
 
+@fails_under((Bpe.encode, "self.cache = ", "known = "), (Bpe.encode, "self.all_special_ids", "[]"))
 def test_words_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker remembers of a billion captions is bounded."""
     monkeypatch.setattr(tokens, "WORDS", 8)
     bpe = Bpe()
     for number in range(100):
         word = "word" + "abcdefghij"[number // 10] + "abcdefghij"[number % 10]
-        assert bpe.encode(f"{word} {word * 20}") == OPEN_CLIP.encode(f"{word} {word * 20}")
-    assert bpe.known.cache_info().currsize == 8
-    assert len(bpe.cache) == 2
+        text = f"{word} {word * 20} <end_of_text>"
+        assert bpe.encode(text) == OPEN_CLIP.encode(text)
+        assert len(bpe.cache) <= 8 + 3
 
 
 def test_a_caption_that_would_be_cut_is_refused() -> None:

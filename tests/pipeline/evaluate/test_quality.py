@@ -15,13 +15,11 @@ from pipeline.data.source.emoji import listing as emoji
 from pipeline.errors import UserError
 from pipeline.evaluate import memorisation, quality
 from pipeline.evaluate.captions import EMOJI, Phrases
-from pipeline.evaluate.distribution import covered
-from pipeline.evaluate.judge import load_judge
 from pipeline.evaluate.metrics import derangement
-from pipeline.evaluate.quality import Choice, Eye, choices, right
+from pipeline.evaluate.quality import Choice, Eye, choices, covered, load_judge, right
 from pipeline.evaluate.retrieval import median_interval, prior_figures, ranks, told_apart, weighted_median
 from pipeline.evaluate.rows import HeldOut, Taught
-from pipeline.evaluate.ssim import ssim
+from pipeline.evaluate.upsamplers import ssim
 
 BACKS = ["", *(f" on a {name} background" for name in emoji.BACKGROUNDS if name != "white")]
 STYLES = EMOJI.styles
@@ -59,7 +57,7 @@ def test_ssim_is_the_formula_with_scipys_filter() -> None:
     assert ssim(x, y).tolist() == pytest.approx(ssim(y, x).tolist())
     assert ssim(x, x).tolist() == pytest.approx([1, 1])
     assert ssim(x, x.flip(3)).max() < 0.1  # other noise of the same kind
-    with pytest.raises(ValueError, match=r"\(10, 30\) px is smaller than the window of 11"):
+    with pytest.raises(ValueError, match=r"\(10, 30\) px is smaller than SSIM's window of 11 px"):
         ssim(x[:, :, :10], y[:, :, :10])
 
 

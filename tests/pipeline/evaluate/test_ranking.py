@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.evaluate import metrics, quality
-from pipeline.evaluate.distribution import covered
 from pipeline.evaluate.memorisation import share_nearer
 from pipeline.evaluate.metrics import derangement
+from pipeline.evaluate.quality import covered
 from pipeline.evaluate.retrieval import ranks, told_apart
-from pipeline.evaluate.ssim import ssim
 from pipeline.evaluate.statistics import cmmd, frechet_distance
-from pipeline.evaluate.upsamplers import Upsampled, consistency_figure, likeness_figures
+from pipeline.evaluate.upsamplers import Upsampled, consistency_figure, likeness_figures, ssim
 from tests.pipeline.evaluate.test_figures import rows
 
 N, D = 160, 24
