@@ -30,7 +30,8 @@ from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from models.prior_configs import ClipConfig
 from pipeline.config import preset_config
-from pipeline.data.embeddings.stage import DecodeBatch, MakeEncoder, read_embeddings
+from pipeline.data.embeddings.encoder import MakeEncoder
+from pipeline.data.embeddings.stage import DecodeBatch, read_embeddings
 from pipeline.graph.artifacts import publish_shard
 from pipeline.graph.shard_tables import read_table
 from pipeline.graph.shards import ShardTask

@@ -1,4 +1,4 @@
-"""Scores of pictures: linear heads on CLIP image embeddings, such as those for aesthetics, NSFW content or watermarks.
+"""Scores of images: linear heads on CLIP image embeddings, such as those for aesthetics, NSFW content or watermarks.
 
 A head is a safetensors file with "weight" [1, d] and "bias" [1]. Its content is part of a key, its path is not.
 """
@@ -21,7 +21,7 @@ HEAD_BYTES = 16 << 20  # of one head, at most: its weight has a few thousand num
 
 
 def score_column(name: str) -> str:
-    """The column of the embeddings shard that holds the scores of head ``name``."""
+    """Returns the column of an embeddings shard that holds the scores of head ``name``."""
     return f"score_{name}"
 
 
@@ -50,7 +50,9 @@ def load_heads(store: Store, heads: Mapping[str, ContentFile], embed_dim: int) -
         try:
             tensors = load(data)
         except (SafetensorError, KeyError) as e:  # KeyError: of a type that numpy does not know, as bfloat16
-            raise UserError(f"embeddings.heads.{name}: {path} is no safetensors file of fp32 or fp16 ({e})") from None
+            raise UserError(
+                f"embeddings.heads.{name}: {path} is not a safetensors file of fp32 or fp16 ({e})"
+            ) from None
         shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
         if shapes != {"weight": [1, embed_dim], "bias": [1]}:
             raise UserError(
@@ -59,6 +61,6 @@ def load_heads(store: Store, heads: Mapping[str, ContentFile], embed_dim: int) -
             )
         weight, bias = (tensors[key].astype(np.float32) for key in ("weight", "bias"))
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-            raise UserError(f"embeddings.heads.{name}: {path} holds values that are no numbers; fetch it again")
+            raise UserError(f"embeddings.heads.{name}: {path} holds NaN or Inf; fetch it again")
         result[name] = Head(weight[0], bias[0])
     return result

@@ -16,7 +16,8 @@ import torch
 from models.clip import Clip
 from models.view import open_view
 from pipeline.config import preset_config
-from pipeline.data.embeddings.stage import CAPTIONS, DecodeBatch, MakeEncoder, read_embeddings
+from pipeline.data.embeddings.encoder import MakeEncoder
+from pipeline.data.embeddings.stage import EMBEDDED_CAPTIONS, DecodeBatch, read_embeddings
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
@@ -107,13 +108,15 @@ def test_every_caption_is_embedded(bench: Bench, listed: tuple[str, str], tmp_pa
     np.testing.assert_allclose(np.array(others, np.float32), expected, rtol=2**-11, atol=2e-6)
 
     rows = pq.read_table(listed[0]).to_pydict()
-    rows["caption"][SEVERAL] = ["a red heart", *(f"line {i}" for i in range(2 * CAPTIONS))]
+    rows["caption"][SEVERAL] = ["a red heart", *(f"line {i}" for i in range(2 * EMBEDDED_CAPTIONS))]
     beside = Path(listed[0]).with_name("longer.parquet")
     pq.write_table(pa.table(rows), beside)
     longer = _bench(tmp_path / "store", (str(beside), listed[1]), batch=4)
     again = pa.concat_tables(read_table(longer.store, blobs["embeddings"]) for _, blobs in longer.blobs("embeddings"))
     assert again.drop(["more_text_embeddings"]).equals(table.drop(["more_text_embeddings"]))
-    assert len(again["more_text_embeddings"][SEVERAL - 1]) == CAPTIONS - 1  # the broken row before it is absent
+    assert (
+        len(again["more_text_embeddings"][SEVERAL - 1]) == EMBEDDED_CAPTIONS - 1
+    )  # the broken row before it is absent
     assert again["more_text_embeddings"].to_pylist()[SEVERAL:] == table["more_text_embeddings"].to_pylist()[SEVERAL:]
 
 
