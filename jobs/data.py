@@ -11,7 +11,7 @@ from jobs.plan import print_changes
 from jobs.project import Project, open_project
 from pipeline.config import OVERRIDES
 from pipeline.data.fetch.references import shown
-from pipeline.data.neighbours.cells import SPLITS
+from pipeline.data.pairs.row_index import SPLITS
 from pipeline.data.source.forget import Request, find, without
 from pipeline.data.source.journal import Forgotten, Journal, change_journal, read_journal, with_forgotten
 from pipeline.data.source.retry import FINAL, gather
@@ -56,13 +56,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _search(project: Project, arguments: argparse.Namespace) -> int:
     """Prints a line for each of the nearest rows: cosine, key, split, reference, first caption, separated by tabs."""
-    from pipeline.data.neighbours.search import embed_caption, embed_picture, look_up
+    from pipeline.data.neighbours.search import embed_caption, embed_image, look_up
 
     if arguments.count < 1:
         raise UserError(f"--count {arguments.count} is below 1")
     artifacts = project.made("captions", "clip", "curation", "index")
     if arguments.image:
-        query = embed_picture(project.store, artifacts["clip"], arguments.image)
+        query = embed_image(project.store, artifacts["clip"], arguments.image)
     else:
         query = embed_caption(project.store, artifacts["clip"], arguments.caption)
     splits = (arguments.split,) if arguments.split else SPLITS

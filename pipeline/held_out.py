@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from pipeline.progress import counted
 
-SPLITS = ("test", "validation")  # figures are measured on the first of these that has enough rows
+HELD_OUT_SPLITS = ("test", "validation")  # figures are measured on the first of these that has enough rows
 FEWEST = 8  # rows; with fewer, chance decides more than a model does, and a contrastive loss of one row is 0
 
 
@@ -21,6 +21,6 @@ def too_few(rows: int, split: str, of: str = "") -> str:
 
 def short_splits(held_out: Mapping[str, int]) -> Iterator[str]:
     """Yields a line for each split of which a list has fewer rows than a figure needs, given its rows by split."""
-    for split in SPLITS:
+    for split in HELD_OUT_SPLITS:
         if held_out.get(split, 0) < FEWEST:
             yield too_few(held_out.get(split, 0), split)

@@ -20,7 +20,7 @@ from pipeline.evaluate.inception import Inception, fid_figures
 from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut, Taught, held_out, read_views, taught
 from pipeline.graph.artifacts import Artifact
-from pipeline.held_out import SPLITS, too_few
+from pipeline.held_out import HELD_OUT_SPLITS, too_few
 from pipeline.store import Store
 from pipeline.store.records import digest
 
@@ -104,7 +104,7 @@ class Evaluation:
             # Where there are too few rows at all, that is why, not how few of them have a large image.
             general = self.rows if side else ""
             large = f" with an image of {side} px" if side else ""
-            return general if isinstance(general, str) and general else too_few(found, SPLITS[0], large)
+            return general if isinstance(general, str) and general else too_few(found, HELD_OUT_SPLITS[0], large)
         self.keys[part] = {"split": found.split, "keys": found.keys, "captions": digest(found.captions)}
         return found.to(self.device)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.data.pairs.row_index import Place
 from pipeline.evaluate.metrics import derangement
 from pipeline.graph.artifacts import Artifact
-from pipeline.held_out import FEWEST, SPLITS
+from pipeline.held_out import FEWEST, HELD_OUT_SPLITS
 from pipeline.store import Store
 from pipeline.training.feed.tables import Row, Tables
 from pipeline.training.feed.views import Views
@@ -69,9 +69,9 @@ def held_out(
     the first LOOKED rows whose captions ``prefer`` likes come before the others. Raises CorruptObject for what cannot
     be trusted.
     """
-    tables = Tables(store, inputs, COLUMNS, SPLITS[0], side)
+    tables = Tables(store, inputs, COLUMNS, HELD_OUT_SPLITS[0], side)
     there = sum(tables.counts)
-    for split in SPLITS:
+    for split in HELD_OUT_SPLITS:
         tables = tables.of(split)
         if sum(tables.counts) >= FEWEST:
             found = tables.first(LOOKED if prefer else rows)

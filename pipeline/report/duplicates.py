@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 from markupsafe import Markup
 
-from pipeline.data.curation.rejected import Rejected
+from pipeline.data.curation.stage import Rejected
 from pipeline.graph.shard_tables import ShardRow, read_table
 from pipeline.report.html import number, template
 from pipeline.report.images import Album

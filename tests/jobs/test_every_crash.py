@@ -26,7 +26,7 @@ import jobs.cli
 import jobs.data
 import jobs.run
 import pipeline.data
-from pipeline.data.codec import passes as codec_passes
+from pipeline.data.codec import fit as codec_fit
 from pipeline.data.codec.stage import VERSION as CODEC
 from pipeline.data.codec.stage import CodecRecipe, run_codec
 from pipeline.data.curation import near_rows
@@ -34,7 +34,7 @@ from pipeline.data.curation.stage import VERSION as CURATION
 from pipeline.data.curation.stage import CurationRecipe, run_curation
 from pipeline.data.curation.thresholds import VERSION as THRESHOLDS
 from pipeline.data.curation.thresholds import ThresholdsRecipe, run_thresholds
-from pipeline.data.neighbours import stage as neighbour_index
+from pipeline.data.neighbours import indices
 from pipeline.data.neighbours.stage import VERSION as INDEX
 from pipeline.data.neighbours.stage import IndexRecipe, run_index
 from pipeline.data.source.journal import read_journal
@@ -125,9 +125,8 @@ def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
         (near_rows, "BLOCK_ROWS", 120),
         (near_rows, "CELL_ROWS", 25),
         (near_rows, "GROUP_ROWS", 100),
-        (neighbour_index, "CODED_BLOCK_ROWS", 250),
-        (codec_passes, "BLOCK_ROWS", 200),
-        (codec_passes, "COLUMN_VALUES", 1200),
+        (indices, "CODED_BLOCK_ROWS", 250),
+        (codec_fit, "BLOCK_ROWS", 200),
     ):
         setattr(module, name, value)
     make = shards._make

@@ -18,7 +18,15 @@ from threadpoolctl import threadpool_limits
 from models.codec_fit import fit_codec
 from models.folder import save_codec
 from pipeline.data.codec.stage import CodecRecipe
-from pipeline.data.neighbours.blocks import as_input, candidates, cut_blocks, make_task, numbered, plan, run_pass
+from pipeline.data.neighbours.blocks import (
+    as_input,
+    candidates,
+    constants,
+    cut_blocks,
+    input_name,
+    pass_task,
+    run_pass,
+)
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Shard
 from pipeline.graph.shard_tables import read_shards
@@ -103,15 +111,15 @@ def sample_training_rows(ctx: Context) -> tuple[int, list[Shard]]:
     tasks = []
     for block, (start, end) in zip(blocks, pairwise(ends), strict=True):
         rows = wanted * end // ends[-1] - wanted * start // ends[-1]
-        given = plan(rows=rows, block=block.number)
-        tasks.append(make_task(ctx, block.number, "sample", {**block.inputs(), "plan": given}))
+        given = constants(rows=rows, block=block.number)
+        tasks.append(pass_task(ctx, block.number, "sample", {**block.inputs(), "plan": given}))
     return ends[-1], run_pass(ctx, SampleTraining(ctx.store, ctx.recipe.seed), tasks, "sample")
 
 
 def fit_sample(ctx: Context, sample: Sequence[Shard]) -> tuple[Ledger, Mapping[str, str], dict[str, Any]]:
     """Fits the codec in one worker. Returns the ledger, the blobs and the metrics of its artefact."""
-    inputs = {numbered("sample", i): as_input(shard) for i, shard in enumerate(sample)}
-    [fitted] = run_pass(ctx, FitSample(ctx.store, ctx.recipe), [make_task(ctx, 0, "fit", inputs)], "fit", "codecs")
+    inputs = {input_name("sample", i): as_input(shard) for i, shard in enumerate(sample)}
+    [fitted] = run_pass(ctx, FitSample(ctx.store, ctx.recipe), [pass_task(ctx, 0, "fit", inputs)], "fit", "codecs")
     blobs = dict(fitted.blobs)
     metrics = json.loads(read_blob(ctx.store, blobs.pop(METRICS)))
     return Ledger(kept=metrics["rows"]), blobs, metrics

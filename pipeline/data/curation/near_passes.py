@@ -5,21 +5,27 @@ Each makes the input of the next, and holds a block of rows or a group of cells:
 
 from __future__ import annotations
 
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
+from safetensors.numpy import load, save
 
-from pipeline.data.curation.pieces import pack, read_piece
-from pipeline.data.curation.rejected import Rejected, rejected_table
-from pipeline.data.neighbours.blocks import candidates, is_a, numbered
-from pipeline.data.neighbours.cells import NONE, PROBES, SPLITS, Cells, Rows, compare, learn_cells
-from pipeline.data.pairs.row_index import STAGE_SIDES
+from pipeline.data.curation.stage import Rejected, rejected_table
+from pipeline.data.neighbours.blocks import candidates, input_name, is_a
+from pipeline.data.neighbours.cells import NONE, PROBES, Cells, Rows, compare, learn_cells
+from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
+from pipeline.errors import CorruptObject
 from pipeline.graph.shard_tables import read_table
 from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store
-from pipeline.store.records import read_blob
+from pipeline.store.records import blob_path, read_blob, read_twice
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,6 @@ class Learn:
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        from safetensors.numpy import load, save
-
         samples = [part for name, part in sorted(task.inputs.items()) if name != "plan"]
         sample = np.concatenate([load(read_blob(self.store, part.blobs["sample"]))["sample"] for part in samples])
         cells = learn_cells(sample, task.inputs["plan"].counts["cells"])
@@ -46,8 +50,6 @@ class Scatter:
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        from safetensors.numpy import load
-
         plan = task.inputs["plan"].counts
         parts = list(candidates(self.store, task))
         rows = [row for part, _, _ in parts for row in part]
@@ -73,8 +75,6 @@ class Scatter:
 
 def _within(rows: Rows, low: int, high: int) -> bytes:
     """The rows that are in cells [low, high) or look there; nothing where there are none."""
-    from safetensors.numpy import save
-
     home = np.where((rows.home >= low) & (rows.home < high), rows.home, -1)
     probes = np.where((rows.probes >= low) & (rows.probes < high), rows.probes, -1)
     mine = (home >= 0) | (probes >= 0).any(1)
@@ -92,13 +92,11 @@ class Compare:
     held_out: float | None
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        from safetensors.numpy import load, save
-
         group = task.inputs["plan"].counts["group"]
         names, parts = [], []
         for block in read_table(self.store, task.inputs["blocks"].blobs["blocks"]).to_pylist():
             if piece := read_piece(self.store, block["blob.rows"], group):
-                names.append(numbered("block", block["number"]))
+                names.append(input_name("block", block["number"]))
                 parts.append(load(piece))
         if not parts:
             return ShardOutput(Ledger(kept=1), {})
@@ -122,8 +120,6 @@ class Merge:
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        from safetensors.numpy import load
-
         reasons: dict[int, tuple[str, int]] = {}
         for reason in ("near_duplicate", "near_held_out"):
             found: dict[int, int] = {}
@@ -139,5 +135,48 @@ class Merge:
         blobs = {}
         for shard in judged:
             near = [row for row in rejected if row.key.startswith(f"{shard.number:08d}")]
-            blobs[numbered("shard", shard.number)] = rejected_table(near)
+            blobs[input_name("shard", shard.number)] = rejected_table(near)
         return ShardOutput(Ledger(kept=sum(shard.kept for shard in judged)), blobs)
+
+
+# Many pieces in one blob, each read and checked by itself: a blob for each piece would be as many objects, and names in
+# records, as there are tasks that write times tasks that read. The head of the blob has a place for each piece: where
+# it begins and ends, its sha256, and a checksum of these.
+PLACE = struct.Struct("<qq32s")
+SUM = struct.Struct("<I")
+HEAD = PLACE.size + SUM.size
+
+
+def pack(pieces: Iterable[bytes], count: int) -> bytes:
+    """``count`` pieces as one blob; only one of them is held besides."""
+    out = io.BytesIO()
+    places = []
+    out.seek(HEAD * count)
+    for piece in pieces:
+        start = out.tell()
+        out.write(piece)
+        place = PLACE.pack(start, out.tell(), hashlib.sha256(piece).digest())
+        places.append(place + SUM.pack(zlib.crc32(place)))
+    out.seek(0)
+    out.write(b"".join(places))
+    return out.getvalue()
+
+
+def read_piece(store: Store, blob: str, number: int) -> bytes:
+    """Returns one piece of a blob of the store. Raises CorruptObject if it is missing or damaged."""
+    return read_twice(store, lambda store: _read_piece(store, blob, number))
+
+
+def _read_piece(store: Store, blob: str, number: int) -> bytes:
+    path = blob_path(blob)
+    try:
+        head = store.read(path, number * HEAD, (number + 1) * HEAD)
+        if len(head) < HEAD or zlib.crc32(head[: PLACE.size]) != SUM.unpack(head[PLACE.size :])[0]:
+            raise CorruptObject(path, f"has a damaged place for piece {number}")
+        start, stop, sha256 = PLACE.unpack(head[: PLACE.size])
+        piece = store.read(path, start, stop)
+    except FileNotFoundError:
+        raise CorruptObject(path, "is missing") from None
+    if hashlib.sha256(piece).digest() != sha256:
+        raise CorruptObject(path, f"has other bytes in piece {number} than its place says")
+    return piece

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from pipeline.data.curation.near_passes import Compare, Learn, Merge, Scatter
 from pipeline.data.neighbours.blocks import (
     Block,
-    Sample,
+    SampleVectors,
     as_input,
+    constants,
     cut_blocks,
-    make_task,
-    numbered,
-    part,
-    plan,
+    input_name,
+    one_blob,
+    pass_task,
     run_pass,
 )
 from pipeline.graph.artifacts import Shard
@@ -78,15 +78,17 @@ def find_near_rows(ctx: Context, judged: Sequence[ShardRow], embeddings: Mapping
     said: dict[str, list[ShardRow]] = defaultdict(list)  # a group of cells has nothing to say of most blocks
     for shard in compared:
         for name in shard.blobs:
-            said[name].append(part(shard, name))
+            said[name].append(one_blob(shard, name))
     tasks = []
     for block in blocks:
-        inputs = block.inputs() | {numbered("said", i): p for i, p in enumerate(said[numbered("block", block.number)])}
-        tasks.append(make_task(ctx, block.number, "merge", inputs))
+        inputs = block.inputs() | {
+            input_name("said", i): p for i, p in enumerate(said[input_name("block", block.number)])
+        }
+        tasks.append(pass_task(ctx, block.number, "merge", inputs))
     merged = run_pass(ctx, Merge(ctx.store), tasks, "verdicts")
     blobs: dict[int, str] = {}
     for block, shard in zip(blocks, merged, strict=True):
-        blobs |= {number: shard.blobs[numbered("shard", number)] for number in block.numbers}
+        blobs |= {number: shard.blobs[input_name("shard", number)] for number in block.numbers}
     return blobs
 
 
@@ -98,16 +100,16 @@ def _learn(ctx: Context, stretches: Sequence[Stretch], blocks: Sequence[Block]) 
     spans = []
     for stretch in stretches[1:]:
         cells = min(MAX_CELLS, -(-stretch.rows_before // CELL_ROWS))
-        given = plan(stride=max(1, stretch.rows_before // (cells * CELL_SAMPLES)))
+        given = constants(stride=max(1, stretch.rows_before // (cells * CELL_SAMPLES)))
         start = len(samples)
         for block in blocks[: stretch.blocks_before]:
-            samples.append(make_task(ctx, len(samples), "sample", block.inputs() | {"plan": given}))
+            samples.append(pass_task(ctx, len(samples), "sample", block.inputs() | {"plan": given}))
         spans.append((cells, slice(start, len(samples))))
-    sampled = run_pass(ctx, Sample(ctx.store), samples, "samples")
+    sampled = run_pass(ctx, SampleVectors(ctx.store), samples, "samples")
     tasks = []
     for number, (cells, span) in enumerate(spans):
-        inputs = {numbered("sample", i): as_input(shard) for i, shard in enumerate(sampled[span])}
-        tasks.append(make_task(ctx, number, "learn", inputs | {"plan": plan(cells=cells)}))
+        inputs = {input_name("sample", i): as_input(shard) for i, shard in enumerate(sampled[span])}
+        tasks.append(pass_task(ctx, number, "learn", inputs | {"plan": constants(cells=cells)}))
     return run_pass(ctx, Learn(ctx.store), tasks, "cells", "stretches")
 
 
@@ -121,9 +123,9 @@ def _compare(
         groups = 1 if learnt is None else -(-stretch.rows_before // GROUP_ROWS)
         start = len(scatters)
         for block in blocks[: stretch.blocks_before + len(stretch.blocks)]:
-            given = plan(groups=groups, looks=block.number >= stretch.blocks_before)
+            given = constants(groups=groups, looks=block.number >= stretch.blocks_before)
             inputs = block.inputs() | {"plan": given} | ({} if learnt is None else {"cells": as_input(learnt)})
-            scatters.append(make_task(ctx, len(scatters), "scatter in pieces", inputs))
+            scatters.append(pass_task(ctx, len(scatters), "scatter in pieces", inputs))
         spans.append((groups, slice(start, len(scatters))))
     scattered = run_pass(ctx, Scatter(ctx.store), scatters, "rows by cell")
     tasks: list[ShardTask] = []
@@ -133,6 +135,6 @@ def _compare(
         table, _ = write_shard_table(ctx.store, parts)
         listed = ShardRow(0, table, 0, 0, {"blocks": table}, {})
         for group in range(groups):
-            tasks.append(make_task(ctx, len(tasks), "compare", {"blocks": listed, "plan": plan(group=group)}))
+            tasks.append(pass_task(ctx, len(tasks), "compare", {"blocks": listed, "plan": constants(group=group)}))
     worker = Compare(ctx.store, ctx.recipe.near_duplicate, ctx.recipe.near_held_out)
     return run_pass(ctx, worker, tasks, "neighbours", "groups of cells")

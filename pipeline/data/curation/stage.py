@@ -6,14 +6,15 @@ First every row is judged by itself, shard by shard; then rows that are too near
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import pyarrow as pa
 from pydantic import Field
 
-from pipeline.data.curation.rejected import Rejected, rejected_table
 from pipeline.data.embeddings.scores import score_column
+from pipeline.data.neighbours.blocks import OneThread, as_input
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.graph.artifacts import Artifact, Shard
 from pipeline.graph.shard_tables import ShardRow, read_shards, read_table, write_table
@@ -59,6 +60,21 @@ class CurationRecipe:
     def __post_init__(self) -> None:
         if self.min_caption > self.max_caption:
             raise ValueError(f"min_caption: {self.min_caption} is above max_caption {self.max_caption}")
+
+
+class Rejected(NamedTuple):
+    """A row's key, the reason, and the key of the earliest row that it is too near to, if that is why."""
+
+    key: str
+    reason: str
+    near: str | None = None
+
+
+def rejected_table(rows: Iterable[Rejected]) -> bytes:
+    """Parquet bytes, in order of keys."""
+    ordered = sorted(rows)
+    columns = {name: pa.array([getattr(row, name) for row in ordered], pa.string()) for name in Rejected._fields}
+    return write_table(columns)
 
 
 @dataclass(frozen=True)
@@ -154,8 +170,6 @@ def run_curation(ctx: Context) -> Artifact:
     judge = MakeJudge(ctx.store, recipe)
     if ctx.recipe.near_duplicate is None and ctx.recipe.near_held_out is None:
         return map_shards(ctx, tasks, judge, "rows", rows)
-    from pipeline.data.neighbours.blocks import OneThread
-
     judged, _ = run_shards(ctx, tasks, judge, "rows", rows, "curation judgements")
     tasks = _culls(ctx, judged, shards["embeddings"])
     return map_shards(ctx, tasks, OneThread(Cull(ctx.store)), "rows", rows)
@@ -165,7 +179,6 @@ def _culls(ctx: Context, judged: Sequence[Shard], embeddings: Mapping[int, Shard
     """A task for each judged shard. Its key counts what was found, not how: a shard of which nothing new was found when
     others were appended stays as it is."""
     from pipeline.data.curation.near_rows import find_near_rows
-    from pipeline.data.neighbours.blocks import as_input
 
     nothing = put_blob(ctx.store, rejected_table([]))
     rows = [as_input(shard) for shard in judged]

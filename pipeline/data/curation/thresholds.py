@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from pipeline.data.neighbours.blocks import cut_blocks, is_a, make_task, run_pass
+from pipeline.data.neighbours.blocks import cut_blocks, is_a, pass_task, run_pass
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.graph.shards import ShardOutput, ShardTask
@@ -83,7 +83,7 @@ def run_thresholds(ctx: Context) -> Artifact:
     began = time.monotonic()
     embeddings = {shard.number: shard for shard in read_shards(ctx.store, ctx.inputs["embeddings"])}
     blocks = cut_blocks(read_shards(ctx.store, ctx.inputs["pairs"]), embeddings, BLOCK_ROWS)
-    tasks = [make_task(ctx, block.number, "count", block.inputs()) for block in blocks]
+    tasks = [pass_task(ctx, block.number, "count", block.inputs()) for block in blocks]
     counts = np.zeros(BINS, np.int64)
     for shard in run_pass(ctx, CountSimilarities(ctx.store), tasks, "similarities"):
         counts += load(read_blob(ctx.store, shard.blobs["counts"]))["counts"]

@@ -1,32 +1,31 @@
-"""Blocks of shards with image embeddings, and passes of workers over them.
+"""Blocks of shards with embeddings, and passes of workers over them.
 
-A pass is a list of tasks; what it makes of one is an input of the next pass. A task's key is that of all its inputs, so
-what is there already, of an interrupted run or of one with fewer rows, is not made again.
+A pass is a list of tasks, and its results are inputs of the next pass. A task's key is that of all its inputs, so the
+results of an interrupted run, or of a run with fewer rows, are not made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.graph.artifacts import Shard
 from pipeline.graph.shard_tables import ShardRow, read_table
-from pipeline.graph.shards import ShardOutput, ShardTask, run_shards
+from pipeline.graph.shards import ShardOutput, ShardTask, Worker, run_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import digest
 
-Worker = Callable[[ShardTask], ShardOutput]
-
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring shards: curated ones with those of embeddings, and their number of curated rows."""
+    """Neighbouring curated shards, each with its shard of embeddings, and their number of curated rows."""
 
     number: int
     shards: tuple[tuple[ShardRow, ShardRow], ...]
@@ -34,22 +33,27 @@ class Block:
 
     @property
     def numbers(self) -> list[int]:
-        """Of its shards."""
+        """Returns the numbers of its shards."""
         return [curated.number for curated, _ in self.shards]
 
     def inputs(self) -> dict[str, ShardRow]:
-        """As a task names them."""
+        """Returns its shards as a task names them."""
         inputs: dict[str, ShardRow] = {}
         for curated, embeddings in self.shards:
-            inputs |= {numbered("curated", curated.number): curated, numbered("embeddings", curated.number): embeddings}
+            inputs |= {
+                input_name("curated", curated.number): curated,
+                input_name("embeddings", curated.number): embeddings,
+            }
         return inputs
 
 
 def cut_blocks(
     curated: Sequence[ShardRow], embeddings: Mapping[int, ShardRow], block_rows: int, first: int = 0
 ) -> list[Block]:
-    """Shards with rows, in order, cut into blocks of ``block_rows`` or a little more; the last may have fewer. Blocks
-    are numbered from ``first``."""
+    """Cuts shards with rows, in order, into blocks of ``block_rows`` or a little more; the last may have fewer.
+
+    Blocks are numbered from ``first``.
+    """
     cuts: list[list[ShardRow]] = []
     rows = block_rows
     for shard in curated:
@@ -65,23 +69,23 @@ def cut_blocks(
     ]
 
 
-def numbered(what: str, number: int) -> str:
-    """The name of an input or of a blob that there are many of; names sort by number."""
+def input_name(what: str, number: int) -> str:
+    """Returns the name of one of many inputs or blobs; names sort by number."""
     return f"{what} {number:08d}"
 
 
 def is_a(name: str, what: str) -> bool:
-    """Whether an input is one of these."""
+    """Tells whether ``input_name`` made a name for one of these."""
     return name.partition(" ")[0] == what
 
 
 def as_input(shard: Shard) -> ShardRow:
-    """A shard that was made, as a later pass takes it."""
+    """Returns a shard of one pass as an input of a later one."""
     return ShardRow(shard.number, shard.key, shard.ledger.kept, 0, shard.blobs, shard.counts)
 
 
 def run_pass(ctx: Context, worker: Worker, tasks: Sequence[ShardTask], title: str, unit: str = "rows") -> list[Shard]:
-    """One pass: what it made of each task, in their order. Tasks with one key are one."""
+    """Runs one pass and returns the shard of each task, in their order. Tasks with one key are made once."""
     distinct = {task.key: task for task in tasks}
     rows = sum(shard.kept for task in distinct.values() for name, shard in task.inputs.items() if is_a(name, "curated"))
     amount = rows if unit == "rows" else len(distinct)
@@ -90,25 +94,25 @@ def run_pass(ctx: Context, worker: Worker, tasks: Sequence[ShardTask], title: st
     return [made[task.key] for task in tasks]
 
 
-def make_task(ctx: Context, number: int, what: str, inputs: Mapping[str, ShardRow]) -> ShardTask:
-    """A task of a pass: its key is that of all its inputs, so what is there already is not done again."""
+def pass_task(ctx: Context, number: int, what: str, inputs: Mapping[str, ShardRow]) -> ShardTask:
+    """Makes a task of the pass ``what``, whose key is that of all its inputs."""
     key = shard_key(ctx, {"pass": what} | {name: shard.key for name, shard in inputs.items()})
     return ShardTask(number, key, inputs)
 
 
-def plan(**values: int) -> ShardRow:
-    """Numbers that a task is given, as an input of it."""
+def constants(**values: int) -> ShardRow:
+    """Returns numbers as an input of a task, which its key then depends on."""
     return ShardRow(0, digest(values), 0, 0, {}, values)
 
 
-def part(shard: Shard, name: str) -> ShardRow:
-    """A shard that was made, as the input of a later pass that needs one blob of it."""
+def one_blob(shard: Shard, name: str) -> ShardRow:
+    """Returns a shard of one pass as an input of a later one that needs only this blob."""
     return ShardRow(shard.number, shard.key, shard.ledger.kept, 0, {name: shard.blobs[name]}, {})
 
 
 @dataclass(frozen=True)
 class OneThread:
-    """Makes a worker of a pass, on one thread: the same bits wherever it runs."""
+    """Makes a worker of a pass, on one faiss thread: the same bits wherever it runs."""
 
     worker: Worker
 
@@ -135,14 +139,12 @@ def candidates(store: Store, task: ShardTask) -> Iterator[tuple[list[dict[str, A
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A pass that many begin with: a block to "sample", one in ``stride`` of its training rows, float16 [n, d]."""
+class SampleVectors:
+    """Takes a "sample" of a block: the image embeddings of one in ``stride`` training rows, float16 [n, d]."""
 
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        from safetensors.numpy import save
-
         training, seen = [], 0
         for rows, vectors, _ in candidates(self.store, task):
             training.append(vectors[[row["split"] == "train" for row in rows]])

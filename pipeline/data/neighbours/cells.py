@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any
 
+import faiss
 import numpy as np
 
+from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
+
 NONE = np.iinfo(np.int64).max  # no row: after every key
-SPLITS = ("train", "validation", "test")
-SIZES = 4  # stage sizes that a picture can reach, pipeline.data.pairs.row_index.STAGE_SIDES
 PROBES = 8  # cells in which a row is searched
 FLAT_CELLS = 4096  # up to which all are looked at to find these
 TOP_PROBES = 16  # groups of cells that are looked at where there are more
@@ -36,10 +36,8 @@ class Cells:
 
     def nearest(self, vectors: np.ndarray, probes: int) -> np.ndarray:
         """The nearest cells of each vector [n, d], nearest first: int32 [n, probes], -1 where there are fewer."""
-        import faiss
-
         width = self.centres.shape[1]
-        index: Any = faiss.IndexFlatIP(width)
+        index: faiss.Index = faiss.IndexFlatIP(width)
         if len(self.centres) > FLAT_CELLS:
             index.add(self.groups)
             index = faiss.IndexIVFFlat(index, width, len(self.groups), faiss.METRIC_INNER_PRODUCT)
@@ -69,8 +67,6 @@ def learn_cells(sample: np.ndarray, cells: int) -> Cells:
 
 
 def _kmeans(vectors: np.ndarray, count: int) -> np.ndarray:
-    import faiss
-
     if count >= len(vectors):
         return vectors
     kmeans = faiss.Kmeans(
@@ -87,8 +83,6 @@ def _kmeans(vectors: np.ndarray, count: int) -> np.ndarray:
 
 
 def _nearest(centres: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    import faiss
-
     index = faiss.IndexFlatIP(centres.shape[1])
     index.add(centres)
     return index.search(vectors, 1)[1][:, 0]
@@ -176,8 +170,8 @@ def _compare_in_cell(
 
 
 def _earliest(rows: Rows, members: np.ndarray, vector: np.ndarray, count: int) -> np.ndarray:
-    """The earliest key of ``members`` by vector, split and least size: int64 [count, 3, SIZES]."""
-    table = np.full((count, len(SPLITS), SIZES), NONE)
+    """The earliest key of ``members`` by vector, split and least size: int64 [count, 3, len(STAGE_SIDES)]."""
+    table = np.full((count, len(SPLITS), len(STAGE_SIDES)), NONE)
     np.minimum.at(table, (vector, rows.splits[members], rows.sizes[members]), rows.keys[members])
     return np.minimum.accumulate(table[:, :, ::-1], axis=2)[:, :, ::-1]
 

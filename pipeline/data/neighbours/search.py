@@ -1,17 +1,20 @@
-"""Search of the index by caption or by picture: the query as CLIP embeds it, and what is known of the rows found."""
+"""Searches the index by caption or by image: embeds the query with CLIP and reads the rows found."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from models.clip import Clip
+from models.tokens import check_captions, tokenize
 from models.view import view
-from pipeline.data.neighbours.stage import search
+from pipeline.data.neighbours.indices import search
 from pipeline.data.pairs.decoding import open_image
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
@@ -21,8 +24,8 @@ from pipeline.store.records import materialise
 
 
 @dataclass(frozen=True)
-class Found:
-    """A row of the index, with the cosine of its image embedding and the query. ``caption`` is its first."""
+class FoundRow:
+    """A row of the index, with the cosine of its image embedding and the query, and its first caption."""
 
     similarity: float
     key: str
@@ -32,11 +35,9 @@ class Found:
 
 
 def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
-    """The text embedding of a caption, fp32 [1, d]. Raises UserError for one that is empty or too long."""
-    from models.tokens import check_captions, tokenize
-
+    """Returns the text embedding of a caption, fp32 [1, d]. Raises UserError if it is empty or too long."""
     if not caption.strip():
-        raise UserError("the caption is empty; say what the pictures should show")
+        raise UserError("the caption is empty; say what the images should show")
     try:
         check_captions([caption])
     except ValueError as e:
@@ -45,10 +46,8 @@ def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
     return _numbers(model.encode_text, tokenize([caption]))
 
 
-def embed_picture(store: Store, clip: Artifact, path: str) -> np.ndarray:
+def embed_image(store: Store, clip: Artifact, path: str) -> np.ndarray:
     """Returns the image embedding of an image in a file, fp32 [1, d]. Raises UserError as ``open_image`` does."""
-    import torch
-
     picture = open_image(Path(path))
     model = _open_clip(store, clip)
     pixels = view(picture, model.image_size).transpose(2, 0, 1)[None]
@@ -57,8 +56,8 @@ def embed_picture(store: Store, clip: Artifact, path: str) -> np.ndarray:
 
 def look_up(
     store: Store, artifacts: Mapping[str, Artifact], query: np.ndarray, count: int, splits: Sequence[str]
-) -> list[Found]:
-    """The rows of ``splits`` nearest to a query fp32 [1, d], nearest first, at most ``count``.
+) -> list[FoundRow]:
+    """Finds the rows of ``splits`` nearest to a query fp32 [1, d], nearest first, at most ``count``.
 
     ``artifacts`` are those of "index", "curation" and "captions" of one plan.
     """
@@ -67,7 +66,7 @@ def look_up(
     rows = _rows(store, artifacts["curation"], "index", keys, ["key", "split", "url"])
     texts = _rows(store, artifacts["captions"], "captions", keys, ["key", "captions"])
     return [
-        Found(value, key, rows[key]["split"], rows[key]["url"], (texts[key]["captions"] or [""])[0])
+        FoundRow(value, key, rows[key]["split"], rows[key]["url"], (texts[key]["captions"] or [""])[0])
         for value, key in zip(similarity[0].tolist(), keys, strict=False)
     ]
 
@@ -75,7 +74,7 @@ def look_up(
 def _rows(
     store: Store, artifact: Artifact, blob: str, keys: Sequence[str], columns: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Rows of a table that every shard has, by key; only the shards of these keys are read."""
+    """Reads rows of a table that every shard has, by key, from the shards of these keys only."""
     wanted = {int(key[:8]) for key in keys}
     found: dict[str, dict[str, Any]] = {}
     for shard in read_shards(store, artifact):
@@ -84,16 +83,12 @@ def _rows(
     return found
 
 
-def _open_clip(store: Store, clip: Artifact) -> Any:
-    from models.clip import Clip
-
+def _open_clip(store: Store, clip: Artifact) -> Clip:
     with tempfile.TemporaryDirectory() as folder:
         materialise(store, clip.blobs, folder)
         return Clip.from_folder(folder).eval()
 
 
-def _numbers(encode: Any, batch: Any) -> np.ndarray:
-    import torch
-
+def _numbers(encode: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> np.ndarray:
     with torch.no_grad():
         return encode(batch).float().numpy()

@@ -20,6 +20,7 @@ from pipeline.store.records import blob_path, read_twice
 from pipeline.terminal import printable
 
 OPT_OUTS = f"{NOTE}opt_outs"
+SPLITS = ("train", "validation", "test")
 STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for images whose short side is at least this
 COLUMNS = (
     "key",
@@ -56,7 +57,7 @@ def index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Kept rows by split and by the stage sizes their short side reaches, e.g. {"train/64": 812}."""
-    counts = {f"{split}/{side}": 0 for split in ("train", "validation", "test") for side in STAGE_SIDES}
+    counts = {f"{split}/{side}": 0 for split in SPLITS for side in STAGE_SIDES}
     for row in rows:
         if row["status"] == "kept":
             short = min(row.get("width") or 0, row.get("height") or 0)

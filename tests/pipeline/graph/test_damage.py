@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.data.curation.pieces import pack, read_piece
+from pipeline.data.curation.near_passes import pack, read_piece
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.journal import change_journal, journal_path
 from pipeline.errors import CorruptObject, UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.curation import near_passes, near_rows
-from pipeline.data.curation.rejected import Rejected
+from pipeline.data.curation.stage import Rejected
 from pipeline.data.neighbours import cells as neighbours
 from pipeline.data.pairs.row_index import index_counts
 from pipeline.errors import CorruptObject
@@ -198,7 +198,7 @@ def test_the_driver_names_no_pair_of_a_block_and_a_group(store: Store, monkeypat
 
     monkeypatch.setattr(near_rows, "run_pass", noting)
     run(store, listed())
-    assert held["Compare"][0] == 2  # the table of blocks, and the number of the group
+    assert held["CompareRows"][0] == 2  # the table of blocks, and the number of the group
     assert held["Scatter"][1] == 1  # all groups of a block
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from jobs.cli import main
 from pipeline.data.embeddings.stage import read_embeddings
-from pipeline.data.neighbours.cells import SPLITS
-from pipeline.data.neighbours.search import embed_caption, embed_picture, look_up
+from pipeline.data.neighbours.search import embed_caption, embed_image, look_up
+from pipeline.data.pairs.row_index import SPLITS
 from pipeline.errors import UserError
 from pipeline.graph.shard_tables import read_shards
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
@@ -49,7 +49,7 @@ def test_a_query_is_embedded_as_the_rows_were(bench: Bench) -> None:
     clip = bench.made["clip"]
     np.testing.assert_allclose(embed_caption(bench.store, clip, "picture 2")[0], text, atol=2e-3)
     file = Path(bench.config.source.paths[0]).with_name("2.png")
-    np.testing.assert_allclose(embed_picture(bench.store, clip, str(file))[0], image, atol=2e-3)
+    np.testing.assert_allclose(embed_image(bench.store, clip, str(file))[0], image, atol=2e-3)
 
 
 def test_the_nearest_rows_come_with_what_is_known_of_them(bench: Bench) -> None:
@@ -81,7 +81,7 @@ def test_a_file_that_is_no_picture(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("no picture")
     for name, why in (("a.txt", "taken"), ("absent.png", "read")):
         with pytest.raises(UserError, match=f"{name}: cannot be {why}"):
-            embed_picture(bench.store, bench.made["clip"], str(tmp_path / name))
+            embed_image(bench.store, bench.made["clip"], str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

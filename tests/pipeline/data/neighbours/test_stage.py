@@ -4,8 +4,9 @@ import faiss
 import numpy as np
 import pytest
 
-from pipeline.data.neighbours import stage as neighbour_index
-from pipeline.data.neighbours.stage import IndexRecipe, open_index, run_index, search
+from pipeline.data.neighbours import indices
+from pipeline.data.neighbours.indices import open_index, search
+from pipeline.data.neighbours.stage import IndexRecipe, run_index
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.shard_tables import read_shards
 from pipeline.graph.stages import Stage
@@ -22,8 +23,8 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbour_index, "FLAT_BLOCK_ROWS", 100)
-    monkeypatch.setattr(neighbour_index, "CODED_BLOCK_ROWS", 200)
+    monkeypatch.setattr(indices, "FLAT_BLOCK_ROWS", 100)
+    monkeypatch.setattr(indices, "CODED_BLOCK_ROWS", 200)
 
 
 def listed(rows: int = ROWS) -> Listed:
@@ -92,7 +93,7 @@ def test_the_bytes_do_not_depend_on_who_made_what_when(store: Store, tmp_path: P
     make(other, listed(500), flat_rows=flat_rows)
     grown = make(other, listed(), flat_rows=flat_rows)
     assert blobs(other, grown) == blobs(store, whole)
-    if flat_rows > 256:  # codes are learnt anew
+    if flat_rows > 256:  # codes are trained again
         assert grown.times["shards_made"] < whole.times["shards_made"] / 2
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from models.view import open_view, upright_rgb, view
-from pipeline.data.neighbours.search import embed_picture
+from pipeline.data.neighbours.search import embed_image
 from pipeline.data.pairs.decoding import open_image, shared_decoder
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import UserError
@@ -64,7 +64,7 @@ def test_every_way_gives_the_same_pixels(bench: Bench) -> None:
         given = open_image(folder / name)
         assert np.array_equal(open_view(in_place, SIZE), expected), name
         assert np.array_equal(view(given, SIZE), expected), name
-        embedded = embed_picture(bench.store, bench.made["clip"], str(folder / name))
+        embedded = embed_image(bench.store, bench.made["clip"], str(folder / name))
         assert np.array_equal(embedded, clip(expected)), name
         shown = Image.open(io.BytesIO(shrink(in_place, 100, 10**6)[0])).convert("RGB")
         assert np.array_equal(np.asarray(shown), np.asarray(given)), name
@@ -116,5 +116,5 @@ def test_an_image_that_is_named_has_the_limits_of_the_list(bench: Bench, tmp_pat
     file = tmp_path / "bomb.png"
     file.write_bytes(encoded(Image.new("1", (10_000, 10_000)), "png"))
     with pytest.raises(UserError, match=r"bomb\.png: cannot be taken \(too_many_pixels"):
-        open_image(file) if command == "edit" else embed_picture(bench.store, bench.made["clip"], str(file))
+        open_image(file) if command == "edit" else embed_image(bench.store, bench.made["clip"], str(file))
     assert shared_decoder()._process is not None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.curation.pieces import HEAD, pack, read_piece
+from pipeline.data.curation.near_passes import HEAD, pack, read_piece
 from pipeline.errors import CorruptObject
 from pipeline.store import Store
 from pipeline.store.records import blob_path, put_blob

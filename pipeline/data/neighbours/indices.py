@@ -1,0 +1,146 @@
+"""The faiss indices of blocks of shards: how they are made, and the search in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from safetensors.numpy import load
+
+from pipeline.data.neighbours.blocks import (
+    OneThread,
+    SampleVectors,
+    as_input,
+    candidates,
+    constants,
+    cut_blocks,
+    pass_task,
+    run_pass,
+)
+from pipeline.data.pairs.row_index import SPLITS
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.shard_tables import ShardRow, read_shards
+from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.stages import Context
+from pipeline.ledger import Ledger
+from pipeline.store import Store
+from pipeline.store.records import read_blob
+
+# A change of any is a new version.
+FLAT_BLOCK_ROWS = 1 << 16  # vectors of a block
+CODED_BLOCK_ROWS = 1 << 20  # codes of a block
+SAMPLES = 1 << 16  # training rows that the codes are trained on
+LISTS = 1024  # of an inverted file, at most
+LIST_SAMPLES = 39  # a list, at least: faiss's own advice
+CODE_COMPONENTS = 8  # components of a vector in one byte of its code
+
+PROBES = 32  # lists that a search looks in
+
+
+@dataclass(frozen=True)
+class MakeIndex:
+    """Makes the faiss indices of a block, one for each split; ids are row keys as numbers.
+
+    The task's input "empty", if there is one, is a trained index without rows that these begin as; else vectors are
+    stored unchanged, as float16.
+    """
+
+    store: Store
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        indices: dict[str, faiss.Index] = {}
+        counts = dict.fromkeys(SPLITS, 0)
+        for rows, vectors, _ in candidates(self.store, task):
+            keys = np.array([int(row["key"]) for row in rows], np.int64)
+            for split in SPLITS:
+                mine = np.array([row["split"] == split for row in rows])
+                if mine.any():
+                    if split not in indices:
+                        indices[split] = self._empty(task, vectors.shape[1])
+                    indices[split].add_with_ids(vectors[mine].astype(np.float32), keys[mine])
+                    counts[split] += int(mine.sum())
+        blobs = {split: faiss.serialize_index(index).tobytes() for split, index in indices.items()}
+        return ShardOutput(Ledger(kept=sum(counts.values())), blobs, counts)
+
+    def _empty(self, task: ShardTask, width: int) -> faiss.Index:
+        if "empty" in task.inputs:
+            return open_index(self.store, task.inputs["empty"].blobs["empty"])
+        flat = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        return faiss.IndexIDMap2(flat)
+
+
+@dataclass(frozen=True)
+class TrainIndex:
+    """Trains an "empty" IVF-PQ index on the samples of all blocks."""
+
+    store: Store
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        samples = [part for _, part in sorted(task.inputs.items())]
+        sample = np.concatenate([load(read_blob(self.store, part.blobs["sample"]))["sample"] for part in samples])
+        width = sample.shape[1]
+        lists = max(1, min(LISTS, len(sample) // LIST_SAMPLES))
+        length = max(n for n in range(1, max(1, width // CODE_COMPONENTS) + 1) if width % n == 0)
+        quantizer = faiss.IndexFlatIP(width)
+        index = faiss.IndexIVFPQ(quantizer, width, lists, length, 8, faiss.METRIC_INNER_PRODUCT)
+        index.train(sample.astype(np.float32))
+        return ShardOutput(Ledger(kept=1), {"empty": faiss.serialize_index(index).tobytes()})
+
+
+def make_indices(ctx: Context) -> Artifact:
+    """Indexes the image embeddings of all curated rows."""
+    curated = read_shards(ctx.store, ctx.inputs["curation"])
+    embeddings = {shard.number: shard for shard in read_shards(ctx.store, ctx.inputs["embeddings"])}
+    training = sum(shard.counts["train/0"] for shard in curated)
+    coded = training > ctx.recipe.flat_rows
+    blocks = cut_blocks(curated, embeddings, CODED_BLOCK_ROWS if coded else FLAT_BLOCK_ROWS)
+    inputs = [block.inputs() for block in blocks]
+    if coded:
+        empty = _train(ctx, inputs, max(1, training // SAMPLES))
+        inputs = [own | {"empty": empty} for own in inputs]
+    tasks = [pass_task(ctx, block.number, "index", own) for block, own in zip(blocks, inputs, strict=True)]
+    rows = sum(block.rows for block in blocks)
+    return map_shards(ctx, tasks, OneThread(MakeIndex(ctx.store)), "rows", rows)
+
+
+def _train(ctx: Context, inputs: Sequence[Mapping[str, ShardRow]], stride: int) -> ShardRow:
+    """Trains an IVF-PQ index without rows on training rows."""
+    tasks = [pass_task(ctx, i, "sample", {**own, "plan": constants(stride=stride)}) for i, own in enumerate(inputs)]
+    sampled = run_pass(ctx, SampleVectors(ctx.store), tasks, "samples")
+    parts = {f"{i:08d}": as_input(shard) for i, shard in enumerate(sampled)}
+    [trained] = run_pass(ctx, TrainIndex(ctx.store), [pass_task(ctx, 0, "train", parts)], "codes", "codebooks")
+    return as_input(trained)
+
+
+def open_index(store: Store, blob: str) -> faiss.Index:
+    """Reads a faiss index of the store into memory."""
+    return faiss.deserialize_index(np.frombuffer(read_blob(store, blob), np.uint8))
+
+
+def search(
+    store: Store, index: Artifact, queries: np.ndarray, count: int, splits: Sequence[str] = SPLITS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the ``count`` rows of ``splits`` that are nearest to each of ``queries`` [n, d], one block at a time.
+
+    Returns:
+        Cosines fp32 [n, count] and row keys as numbers int64 [n, count], nearest first and equal ones by their keys;
+        -inf and -1 where there are fewer rows. Where the index holds codes, cosines are those of the codes.
+    """
+    queries = np.ascontiguousarray(queries, np.float32)
+    best: np.ndarray = np.full((len(queries), count), -np.inf, np.float32)
+    keys: np.ndarray = np.full((len(queries), count), -1, np.int64)
+    for shard in read_shards(store, index):
+        for split in splits:
+            if split not in shard.blobs:
+                continue
+            part = open_index(store, shard.blobs[split])
+            if hasattr(part, "nprobe"):
+                part.nprobe = PROBES
+            similarity, ids = part.search(queries, min(count, part.ntotal))
+            similarity = np.where(ids < 0, -np.inf, similarity).astype(np.float32)
+            best, keys = np.hstack([best, similarity]), np.hstack([keys, ids])
+            order = np.lexsort((keys, -best))[:, :count]
+            best, keys = (np.take_along_axis(table, order, 1) for table in (best, keys))
+    return best, keys
