@@ -1,0 +1,1 @@
+"""The codec of the AR prior, fitted to image embeddings."""

@@ -1,0 +1,1 @@
+"""Curation: which rows models are trained on."""

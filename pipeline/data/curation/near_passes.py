@@ -1,6 +1,6 @@
-"""The workers of the passes over all shards that find near rows; ``near_rows`` says what they are for.
+"""The workers of the passes over all shards that find near rows (see ``near_rows``).
 
-Each makes the input of the next, and holds a block of rows or a group of cells: never all rows.
+Each makes the input of the next, and holds a block of rows or a group of cells, never all rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 from pipeline.data.curation.stage import Rejected, rejected_table
 from pipeline.data.neighbours.blocks import candidates, input_name, is_a
-from pipeline.data.neighbours.cells import NONE, PROBES, Cells, Rows, compare, learn_cells
+from pipeline.data.neighbours.cells import NONE, PROBES, Cells, Rows, compare, fit_cells
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
 from pipeline.errors import CorruptObject
 from pipeline.graph.shard_tables import read_table
@@ -29,23 +29,25 @@ from pipeline.store.records import blob_path, read_blob, read_twice
 
 
 @dataclass(frozen=True)
-class Learn:
-    """The second pass: the samples of all blocks before a stretch to its "cells"."""
+class FitCells:
+    """Fits the "cells" of a stretch to samples of all blocks before it: the second pass."""
 
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         samples = [part for name, part in sorted(task.inputs.items()) if name != "plan"]
         sample = np.concatenate([load(read_blob(self.store, part.blobs["sample"]))["sample"] for part in samples])
-        cells = learn_cells(sample, task.inputs["plan"].counts["cells"])
+        cells = fit_cells(sample, task.inputs["plan"].counts["cells"])
         blob = save({"centres": cells.centres, "groups": cells.groups})
         return ShardOutput(Ledger(kept=1), {"cells": blob})
 
 
 @dataclass(frozen=True)
-class Scatter:
-    """The third pass: a block to its "rows", a piece for each group of cells (see ``pieces``). ``looks`` says whether
-    its rows look for others, or are only there to be found."""
+class ScatterRows:
+    """Cuts the "rows" of a block into a piece for each group of cells: the third pass.
+
+    The number ``looks`` says whether its rows look for others, or can only be found.
+    """
 
     store: Store
 
@@ -74,7 +76,7 @@ class Scatter:
 
 
 def _within(rows: Rows, low: int, high: int) -> bytes:
-    """The rows that are in cells [low, high) or look there; nothing where there are none."""
+    """Returns the rows that are in cells [low, high) or look there; no bytes where there are none."""
     home = np.where((rows.home >= low) & (rows.home < high), rows.home, -1)
     probes = np.where((rows.probes >= low) & (rows.probes < high), rows.probes, -1)
     mine = (home >= 0) | (probes >= 0).any(1)
@@ -83,9 +85,11 @@ def _within(rows: Rows, low: int, high: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Compare:
-    """The fourth pass: a group of cells, with the rows in it of all "blocks" (a table of shards), to what it says of
-    rows of each block: "keys", "near_duplicate" and "near_held_out", int64 [n], as ``neighbours.compare``."""
+class CompareRows:
+    """Compares the rows in a group of cells, from all "blocks" (a table of shards): the fourth pass.
+
+    Finds for rows of each block "keys", "near_duplicate" and "near_held_out", int64 [n], as ``compare`` does.
+    """
 
     store: Store
     duplicate: float | None
@@ -113,9 +117,11 @@ class Compare:
 
 
 @dataclass(frozen=True)
-class Merge:
-    """The last pass: all that was said of the rows of a block to a table of each of its shards (see Rejected). A leak
-    counts before a duplicate."""
+class MergeFound:
+    """Merges all that was found for a block into a table of rejected rows for each of its shards: the last pass.
+
+    A row that is a leak and a duplicate counts as a leak.
+    """
 
     store: Store
 
@@ -148,7 +154,7 @@ HEAD = PLACE.size + SUM.size
 
 
 def pack(pieces: Iterable[bytes], count: int) -> bytes:
-    """``count`` pieces as one blob; only one of them is held besides."""
+    """Packs ``count`` pieces into one blob, and holds one of them at a time besides."""
     out = io.BytesIO()
     places = []
     out.seek(HEAD * count)

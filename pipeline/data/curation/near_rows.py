@@ -1,11 +1,11 @@
-"""Near-duplicates and leaks over all shards: five passes of workers around ``neighbours``, in bounded memory.
+"""Finds near-duplicates and leaks over all shards: five passes of workers around ``neighbours``, in bounded memory.
 
-Rows come in the order of their keys. They are cut into stretches, each about as long as all before it, and each has
-cells of its own, learnt from training rows before it. A row is compared with earlier rows in the cells of its own
-stretch. So what is found out about duplicates among some rows hangs on these rows alone: rows that are appended later
-change nothing of it, and their work is all that is done then. A whole list costs about twice its last stretch.
+Rows come in the order of their keys. They are cut into stretches, each about as long as all stretches before it. Each
+stretch has its own cells, k-means clusters that are fitted to training rows before it, and a row is compared with
+earlier rows in the cells of its stretch. So the duplicates among some rows depend on these rows alone: appended rows
+change none of them, and only the appended rows have to be compared. A whole list costs about twice its last stretch.
 
-The first stretch is small enough for one cell: there every pair is looked at.
+The first stretch is small enough for one cell: every pair in it is compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.data.curation.near_passes import Compare, Learn, Merge, Scatter
+from pipeline.data.curation.near_passes import CompareRows, FitCells, MergeFound, ScatterRows
 from pipeline.data.neighbours.blocks import (
     Block,
     SampleVectors,
@@ -35,14 +35,14 @@ from pipeline.graph.stages import Context
 FIRST_ROWS = 1 << 14  # of the first stretch
 BLOCK_ROWS = 1 << 16  # that a worker holds
 CELL_ROWS = 256  # of the rows before a stretch, in one of its cells
-CELL_SAMPLES = 16  # of which a cell is learnt
+CELL_SAMPLES = 16  # that a cell is fitted to
 MAX_CELLS = 1 << 14
 GROUP_ROWS = 1 << 14  # of the rows before a stretch, in one group of its cells
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """The blocks of one stretch, and how many rows and blocks come before them."""
+    """The blocks of one stretch, and the numbers of rows and blocks before it."""
 
     blocks: tuple[Block, ...]
     rows_before: int
@@ -50,8 +50,10 @@ class Stretch:
 
 
 def cut_stretches(judged: Sequence[ShardRow], embeddings: Mapping[int, ShardRow]) -> list[Stretch]:
-    """Shards with candidates in stretches of blocks: each begins where those before it hold FIRST_ROWS, or twice, four
-    times, ... as many. Shards that are appended move no shard to another stretch or block."""
+    """Cuts shards with candidates into stretches of blocks; appended shards move no shard to another stretch or block.
+
+    A stretch begins where the shards before it hold FIRST_ROWS, or twice, four times, ... as many.
+    """
     parts: dict[int, list[ShardRow]] = {}
     starts: dict[int, int] = {}
     before = 0
@@ -71,11 +73,11 @@ def cut_stretches(judged: Sequence[ShardRow], embeddings: Mapping[int, ShardRow]
 
 
 def find_near_rows(ctx: Context, judged: Sequence[ShardRow], embeddings: Mapping[int, ShardRow]) -> dict[int, str]:
-    """For the number of each shard with candidates the blob of its rows that are too near to others (see Rejected)."""
+    """Returns, by the number of each shard with candidates, the blob of its rows that are too near to others."""
     stretches = cut_stretches(judged, embeddings)
     blocks = [block for stretch in stretches for block in stretch.blocks]
-    compared = _compare(ctx, stretches, blocks, _learn(ctx, stretches, blocks))
-    said: dict[str, list[ShardRow]] = defaultdict(list)  # a group of cells has nothing to say of most blocks
+    compared = _compare(ctx, stretches, blocks, _fit_cells(ctx, stretches, blocks))
+    said: dict[str, list[ShardRow]] = defaultdict(list)  # a group of cells finds nothing in most blocks
     for shard in compared:
         for name in shard.blobs:
             said[name].append(one_blob(shard, name))
@@ -85,15 +87,15 @@ def find_near_rows(ctx: Context, judged: Sequence[ShardRow], embeddings: Mapping
             input_name("said", i): p for i, p in enumerate(said[input_name("block", block.number)])
         }
         tasks.append(pass_task(ctx, block.number, "merge", inputs))
-    merged = run_pass(ctx, Merge(ctx.store), tasks, "verdicts")
+    merged = run_pass(ctx, MergeFound(ctx.store), tasks, "verdicts")
     blobs: dict[int, str] = {}
     for block, shard in zip(blocks, merged, strict=True):
         blobs |= {number: shard.blobs[input_name("shard", number)] for number in block.numbers}
     return blobs
 
 
-def _learn(ctx: Context, stretches: Sequence[Stretch], blocks: Sequence[Block]) -> list[Shard]:
-    """The cells of every stretch but the first, in order."""
+def _fit_cells(ctx: Context, stretches: Sequence[Stretch], blocks: Sequence[Block]) -> list[Shard]:
+    """Fits the cells of every stretch but the first, in order."""
     if len(stretches) < 2:
         return []
     samples: list[ShardTask] = []
@@ -110,24 +112,24 @@ def _learn(ctx: Context, stretches: Sequence[Stretch], blocks: Sequence[Block]) 
     for number, (cells, span) in enumerate(spans):
         inputs = {input_name("sample", i): as_input(shard) for i, shard in enumerate(sampled[span])}
         tasks.append(pass_task(ctx, number, "learn", inputs | {"plan": constants(cells=cells)}))
-    return run_pass(ctx, Learn(ctx.store), tasks, "cells", "stretches")
+    return run_pass(ctx, FitCells(ctx.store), tasks, "cells", "stretches")
 
 
 def _compare(
     ctx: Context, stretches: Sequence[Stretch], blocks: Sequence[Block], cells: Sequence[Shard]
 ) -> list[Shard]:
-    """What every group of cells, of every stretch, says of the rows of each block."""
+    """Compares the rows in every group of cells of every stretch."""
     scatters: list[ShardTask] = []
     spans = []
-    for stretch, learnt in zip(stretches, (None, *cells), strict=True):
-        groups = 1 if learnt is None else -(-stretch.rows_before // GROUP_ROWS)
+    for stretch, fitted in zip(stretches, (None, *cells), strict=True):
+        groups = 1 if fitted is None else -(-stretch.rows_before // GROUP_ROWS)
         start = len(scatters)
         for block in blocks[: stretch.blocks_before + len(stretch.blocks)]:
             given = constants(groups=groups, looks=block.number >= stretch.blocks_before)
-            inputs = block.inputs() | {"plan": given} | ({} if learnt is None else {"cells": as_input(learnt)})
+            inputs = block.inputs() | {"plan": given} | ({} if fitted is None else {"cells": as_input(fitted)})
             scatters.append(pass_task(ctx, len(scatters), "scatter in pieces", inputs))
         spans.append((groups, slice(start, len(scatters))))
-    scattered = run_pass(ctx, Scatter(ctx.store), scatters, "rows by cell")
+    scattered = run_pass(ctx, ScatterRows(ctx.store), scatters, "rows by cell")
     tasks: list[ShardTask] = []
     for groups, span in spans:
         # A table, not an input for each block: those would be as many as blocks times groups.
@@ -136,5 +138,5 @@ def _compare(
         listed = ShardRow(0, table, 0, 0, {"blocks": table}, {})
         for group in range(groups):
             tasks.append(pass_task(ctx, len(tasks), "compare", {"blocks": listed, "plan": constants(group=group)}))
-    worker = Compare(ctx.store, ctx.recipe.near_duplicate, ctx.recipe.near_held_out)
+    worker = CompareRows(ctx.store, ctx.recipe.near_duplicate, ctx.recipe.near_held_out)
     return run_pass(ctx, worker, tasks, "neighbours", "groups of cells")

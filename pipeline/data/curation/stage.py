@@ -1,6 +1,6 @@
-"""Which rows the models may learn from. Curation may remove rows, never move them to another split.
+"""Curation: removes rows that models should not be trained on, and never moves a row to another split.
 
-First every row is judged by itself, shard by shard; then rows that are too near to others go (see ``near_rows``).
+It judges every row by itself, shard by shard, and then removes rows that are too near to others (see ``near_rows``).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class CurationRecipe:
 
 
 class Rejected(NamedTuple):
-    """A row's key, the reason, and the key of the earliest row that it is too near to, if that is why."""
+    """A row that curation rejected, by its key, and the key of the earliest row that it is too near to, if any."""
 
     key: str
     reason: str
@@ -71,7 +71,7 @@ class Rejected(NamedTuple):
 
 
 def rejected_table(rows: Iterable[Rejected]) -> bytes:
-    """Parquet bytes, in order of keys."""
+    """Returns Parquet bytes of rejected rows in the order of their keys."""
     ordered = sorted(rows)
     columns = {name: pa.array([getattr(row, name) for row in ordered], pa.string()) for name in Rejected._fields}
     return write_table(columns)
@@ -102,9 +102,12 @@ class Judge:
         return ShardOutput(Ledger.count(reasons), blobs, index_counts(kept))
 
     def reason(self, row: Mapping[str, Any], caption: str, scores: Mapping[str, Any]) -> str | None:
-        """Why a row is rejected, or None. ``scores``: "similarity" and the columns of the heads that are asked for."""
+        """Returns why a row is rejected, or None.
+
+        ``scores``: "similarity" and the columns of the heads that the recipe bounds.
+        """
         r = self.recipe
-        if row["width"] is not None:  # None: an imported embedding, whose picture nobody sees
+        if row["width"] is not None:  # None: an imported embedding, without an image
             short, long = sorted((row["width"], row["height"]))
             if short < r.min_side:
                 return "too_small"
@@ -125,7 +128,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class MakeJudge:
-    """Nothing to open: a judge needs only the store."""
+    """Makes a judge, which has nothing to open but the store."""
 
     store: Store
     recipe: CurationRecipe
@@ -136,7 +139,7 @@ class MakeJudge:
 
 @dataclass(frozen=True)
 class Cull:
-    """Takes the rows that are too near to others out of one judged shard."""
+    """Removes the rows that are too near to others from one judged shard."""
 
     store: Store
 
@@ -155,7 +158,7 @@ class Cull:
 
 
 def run_curation(ctx: Context) -> Artifact:
-    """Judge every shard, then find what is too near to what."""
+    """Judges every shard, then removes rows that are too near to others."""
     names = ("pairs", "captions", "embeddings")
     shards = {name: {s.number: s for s in read_shards(ctx.store, ctx.inputs[name])} for name in names}
     recipe, whole = ctx.recipe, {}
@@ -176,8 +179,10 @@ def run_curation(ctx: Context) -> Artifact:
 
 
 def _culls(ctx: Context, judged: Sequence[Shard], embeddings: Mapping[int, ShardRow]) -> list[ShardTask]:
-    """A task for each judged shard. Its key counts what was found, not how: a shard of which nothing new was found when
-    others were appended stays as it is."""
+    """Makes a task for each judged shard, whose key depends on the near rows found in it.
+
+    So appended rows leave a shard as it is unless they are near to its rows.
+    """
     from pipeline.data.curation.near_rows import find_near_rows
 
     nothing = put_blob(ctx.store, rejected_table([]))

@@ -1,6 +1,6 @@
-"""Thresholds that are shares of the data: measured once, then frozen, so that rows which are appended move none.
+"""Thresholds that are shares of the data: measured once and pinned, so that appended rows move none of them.
 
-The stage is pinned, as CLIP and the codec are: what it says of the first data stands for later data too.
+Like CLIP and the codec, they are made from the first data and kept for later data.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Annotated
 
 import numpy as np
 from pydantic import Field
+from safetensors.numpy import load, save
 
 from pipeline.data.neighbours.blocks import cut_blocks, is_a, pass_task, run_pass
 from pipeline.graph.artifacts import Artifact, publish_artifact
@@ -40,13 +41,11 @@ class ThresholdsRecipe:
 
 @dataclass(frozen=True)
 class CountSimilarities:
-    """A block to "counts" of the similarities of its training rows: int64 [BINS]."""
+    """Makes the "counts" of the similarities of a block's training rows: int64 [BINS]."""
 
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        from safetensors.numpy import save
-
         counts = np.zeros(BINS, np.int64)
         for name, pairs in sorted(task.inputs.items()):
             if is_a(name, "curated"):
@@ -55,12 +54,12 @@ class CountSimilarities:
                 blob = task.inputs[name.replace("curated", "embeddings")].blobs["embeddings"]
                 table = read_table(self.store, blob, ["key", "similarity"]).to_pydict()
                 values = [s for key, s in zip(table["key"], table["similarity"], strict=True) if key in training]
-                counts += count(np.array(values))
+                counts += count_by_bin(np.array(values))
         return ShardOutput(Ledger(kept=int(counts.sum())), {"counts": save({"counts": counts})})
 
 
-def count(similarities: np.ndarray) -> np.ndarray:
-    """Similarities [n] by bin, int64 [BINS]; those that are no number are left out."""
+def count_by_bin(similarities: np.ndarray) -> np.ndarray:
+    """Counts similarities [n] by bin, int64 [BINS], and leaves out NaN and Inf."""
     finite = similarities[np.isfinite(similarities)].astype(np.float64)
     half = BINS // 2
     bins = np.clip(np.floor(finite * half) + half, 0, BINS - 1).astype(np.int64)  # exact: half is a power of two
@@ -68,7 +67,7 @@ def count(similarities: np.ndarray) -> np.ndarray:
 
 
 def lowest(counts: np.ndarray, share: float) -> float:
-    """The highest edge of a bin with at most ``share`` of the counted similarities below it; -1 where none are."""
+    """Returns the highest edge of a bin with at most ``share`` of the counts below it; -1 where all counts are 0."""
     below = np.cumsum(counts)
     if not below[-1]:
         return -1.0
@@ -77,9 +76,7 @@ def lowest(counts: np.ndarray, share: float) -> float:
 
 
 def run_thresholds(ctx: Context) -> Artifact:
-    """Count the similarities of all training rows."""
-    from safetensors.numpy import load
-
+    """Counts the similarities of all training rows and reads the threshold off the counts."""
     began = time.monotonic()
     embeddings = {shard.number: shard for shard in read_shards(ctx.store, ctx.inputs["embeddings"])}
     blocks = cut_blocks(read_shards(ctx.store, ctx.inputs["pairs"]), embeddings, BLOCK_ROWS)

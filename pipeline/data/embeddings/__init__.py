@@ -1,0 +1,1 @@
+"""CLIP embeddings of images and captions."""

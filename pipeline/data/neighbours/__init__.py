@@ -1,0 +1,1 @@
+"""Near neighbours among image embeddings, and the search index."""

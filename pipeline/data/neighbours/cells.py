@@ -1,10 +1,10 @@
-"""Near neighbours among many unit vectors: cells of k-means to look in, and an exact verdict on each pair found there.
+"""Finds near neighbours among many unit vectors: k-means cells (IVF lists), and an exact test of each pair in a cell.
 
-Embeddings are float16 and about 1 long, so a dot product of two is a sum of multiples of 2**-48 that float64 holds
-without rounding: whether a pair is near does not depend on the rows that it was compared among. Cells only say which
-pairs are looked at. DALL-E 2's own data was freed from near-duplicates in this way (clusters, and several looks a
-picture; OpenAI, "DALL-E 2 pre-training mitigations", 2022). SemDeDup (Abbas et al., 2023) calls a row a duplicate if
-any earlier row is near, kept or not, and so do we: then a row's fate hangs on its own pairs alone.
+Embeddings are float16 and about 1 long, so the dot product of two is a sum of multiples of 2**-48 that float64 holds
+without rounding: whether a pair is near does not depend on the rows that it is compared among. Cells only decide which
+pairs are compared. OpenAI removed near-duplicates from the data of DALL-E 2 in this way, with clusters and several
+probes an image ("DALL-E 2 pre-training mitigations", 2022). SemDeDup (Abbas et al., 2023) calls a row a duplicate if
+any earlier row is near, kept or not. So does this module: a row's verdict depends on its own pairs alone.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
 
-NONE = np.iinfo(np.int64).max  # no row: after every key
+NONE = np.iinfo(np.int64).max  # stands for no row: after every key
 PROBES = 8  # cells in which a row is searched
-FLAT_CELLS = 4096  # up to which all are looked at to find these
-TOP_PROBES = 16  # groups of cells that are looked at where there are more
+FLAT_CELLS = 4096  # up to which a search for the nearest cells is exact
+TOP_PROBES = 16  # groups of cells that are searched where there are more cells
 MARGIN = 1e-3  # of the fp32 search around the exact verdict
 PAIRS = 1 << 22  # at most, in memory at once
 ROUNDS = 6  # of k-means
@@ -35,7 +35,7 @@ class Cells:
     groups: np.ndarray
 
     def nearest(self, vectors: np.ndarray, probes: int) -> np.ndarray:
-        """The nearest cells of each vector [n, d], nearest first: int32 [n, probes], -1 where there are fewer."""
+        """Returns the nearest cells of vectors [n, d], nearest first: int32 [n, probes], -1 where there are fewer."""
         width = self.centres.shape[1]
         index: faiss.Index = faiss.IndexFlatIP(width)
         if len(self.centres) > FLAT_CELLS:
@@ -47,11 +47,11 @@ class Cells:
         return index.search(np.ascontiguousarray(vectors, np.float32), probes)[1].astype(np.int32)
 
 
-def learn_cells(sample: np.ndarray, cells: int) -> Cells:
-    """About ``cells`` cells of a sample [n, d], by spherical k-means in two levels: groups, then cells in each group.
+def fit_cells(sample: np.ndarray, cells: int) -> Cells:
+    """Fits about ``cells`` cells to a sample [n, d], by spherical k-means in two levels: groups, then cells in groups.
 
-    So learning costs a row about the square root of the number of cells. The same sample gives the same bits on one
-    thread of one machine. An empty sample makes one cell.
+    A row costs about the square root of the number of cells. The same sample gives the same bits on one thread of
+    one machine. An empty sample makes one cell.
     """
     vectors = np.ascontiguousarray(sample, np.float32)
     if not len(vectors):
@@ -90,11 +90,16 @@ def _nearest(centres: np.ndarray, vectors: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in the order of their keys, all that a comparison needs to know of them.
+    """Rows in the order of their keys, with what a comparison needs.
 
-    ``keys`` int64 [n]; ``splits`` int8 [n], by SPLITS; ``sizes`` int8 [n], the stage size that the picture reaches;
-    ``vectors`` float16 [n, d]; ``home`` int32 [n], the cell in which others find the row; ``probes`` int32 [n, p], the
-    cells in which it looks for others. -1 is no cell: a row that only others look for has no probes.
+    Attributes:
+        keys: int64 [n].
+        splits: int8 [n], places in SPLITS.
+        sizes: int8 [n], places in STAGE_SIDES of the size that the image reaches.
+        vectors: float16 [n, d].
+        home: int32 [n], the cell in which others find the row.
+        probes: int32 [n, p], the cells in which it looks for others. -1 stands for none: a row that can only be found
+            has no probes.
     """
 
     keys: np.ndarray
@@ -106,11 +111,19 @@ class Rows:
 
 
 def compare(rows: Rows, duplicate: float | None, held_out: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the earliest row that it is a near-duplicate of, and the earliest held-out row near it, or NONE.
+    """Finds for each row the earliest row that it duplicates, and the earliest held-out row near it.
 
-    A near-duplicate has an earlier row of its split, whose picture reaches at least the same stage size, with a dot
-    product of at least ``duplicate``; ``held_out`` is the same bound between training rows and rows of other splits,
-    whichever is earlier. Equal vectors are always near. None looks for nothing of that kind. int64 [n], twice.
+    Equal vectors are always near.
+
+    Args:
+        rows: the rows, with their cells.
+        duplicate: the least dot product of a near-duplicate with an earlier row of its split whose image reaches at
+            least the same stage size; None looks for none.
+        held_out: the least dot product of a training row with a row of another split, earlier or later; None looks for
+            none.
+
+    Returns:
+        Keys int64 [n] of duplicated rows and of held-out rows, NONE where there is none.
     """
     bounds = (duplicate, held_out)
     found = np.full((2, len(rows.keys)), NONE)
@@ -123,7 +136,7 @@ def compare(rows: Rows, duplicate: float | None, held_out: float | None) -> tupl
 
 
 def _members(cells: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Each cell with its rows, in order."""
+    """Yields each cell with its rows, in order."""
     rows, cells = rows[cells >= 0], cells[cells >= 0]
     order = np.argsort(cells, kind="stable")
     names, starts = np.unique(cells[order], return_index=True)
@@ -133,11 +146,11 @@ def _members(cells: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndar
 def _compare_in_cell(
     rows: Rows, there: np.ndarray, seekers: np.ndarray, bounds: tuple[float | None, ...], found: np.ndarray
 ) -> None:
-    """Lower ``found`` by the pairs of one cell.
+    """Lowers ``found`` by the pairs of one cell.
 
-    Equal vectors are compared once, so a picture that comes a million times costs what one costs. A pair is found by
-    the look of its later row, or by that of its earlier row if that one looks at all: so no later row can change a
-    verdict on duplicates.
+    Equal vectors are compared once, so a million copies of an image cost what one costs. A pair is found by the probes
+    of its later row, or by those of its earlier row if that has any: so no later row can change a verdict on
+    duplicates.
     """
     inside = np.union1d(there, seekers)
     bits = np.ascontiguousarray(rows.vectors[inside]).view(
@@ -170,7 +183,7 @@ def _compare_in_cell(
 
 
 def _earliest(rows: Rows, members: np.ndarray, vector: np.ndarray, count: int) -> np.ndarray:
-    """The earliest key of ``members`` by vector, split and least size: int64 [count, 3, len(STAGE_SIDES)]."""
+    """Returns the earliest key of ``members`` by vector, split and least size: int64 [count, 3, len(STAGE_SIDES)]."""
     table = np.full((count, len(SPLITS), len(STAGE_SIDES)), NONE)
     np.minimum.at(table, (vector, rows.splits[members], rows.sizes[members]), rows.keys[members])
     return np.minimum.accumulate(table[:, :, ::-1], axis=2)[:, :, ::-1]
@@ -179,7 +192,7 @@ def _earliest(rows: Rows, members: np.ndarray, vector: np.ndarray, count: int) -
 def _near_pairs(
     vectors: np.ndarray, queries: np.ndarray, places: np.ndarray, bounds: tuple[float | None, ...]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
-    """Pairs of a query and a place that are near by any bound, as two arrays, and a mask for each bound."""
+    """Yields pairs of a query and a place that are near by any bound, as two arrays, and a mask for each bound."""
     lowest = min(bound for bound in bounds if bound is not None)
     there = vectors[places].astype(np.float32).T
     step = max(1, PAIRS // len(places))

@@ -199,7 +199,7 @@ def test_the_driver_names_no_pair_of_a_block_and_a_group(store: Store, monkeypat
     monkeypatch.setattr(near_rows, "run_pass", noting)
     run(store, listed())
     assert held["CompareRows"][0] == 2  # the table of blocks, and the number of the group
-    assert held["Scatter"][1] == 1  # all groups of a block
+    assert held["ScatterRows"][1] == 1  # all groups of a block
 
 
 def test_a_million_equal_pictures_would_be_compared_once(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:

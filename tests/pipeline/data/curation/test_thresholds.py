@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.build import build
 from pipeline.config import make_config
 from pipeline.data.curation import thresholds
-from pipeline.data.curation.thresholds import BINS, ThresholdsRecipe, count, lowest, run_thresholds
+from pipeline.data.curation.thresholds import BINS, ThresholdsRecipe, count_by_bin, lowest, run_thresholds
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.plan import pin_path, plan
 from pipeline.graph.shard_tables import read_shards, read_table
@@ -32,15 +32,15 @@ def listed() -> tuple[Listed, np.ndarray]:
 @given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=60), st.floats(0, 0.99))
 def test_at_most_the_share_is_below_and_no_higher_edge_would_do(values: list[float], share: float) -> None:
     similarities = np.array(values)
-    bound = lowest(count(similarities), share)
+    bound = lowest(count_by_bin(similarities), share)
     assert (similarities < bound).sum() <= share * len(values)
     above = bound + 2 / BINS
     assert bound >= 1 - 2 / BINS or (similarities < above).sum() > share * len(values)
 
 
-def test_what_is_no_number_does_not_count() -> None:
-    assert count(np.array([np.nan, 0.5, np.inf])).sum() == 1
-    assert lowest(count(np.array([])), 0.5) == -1
+def test_nan_and_inf_do_not_count() -> None:
+    assert count_by_bin(np.array([np.nan, 0.5, np.inf])).sum() == 1
+    assert lowest(count_by_bin(np.array([])), 0.5) == -1
 
 
 def test_the_threshold_is_that_of_the_training_rows_and_curation_rejects_below_it(

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.neighbours import cells as neighbours
-from pipeline.data.neighbours.cells import NONE, Cells, Rows, compare, learn_cells
+from pipeline.data.neighbours.cells import NONE, Cells, Rows, compare, fit_cells
 from tests.pipeline.data.vectors import planted, unit
 
 
@@ -97,7 +97,7 @@ def test_recall_and_precision_against_all_pairs(monkeypatch: pytest.MonkeyPatch,
     """On evenly spread vectors, which no cells suit."""
     monkeypatch.setattr(neighbours, "FLAT_CELLS", flat)
     vectors, *_ = planted(12_000, 128, 1500, 3, 0.96)
-    rows = in_cells(vectors, learn_cells(vectors[:6000:4], 60))
+    rows = in_cells(vectors, fit_cells(vectors[:6000:4], 60))
     found = compare(rows, 0.96, None)[0]
     everything = vectors.astype(np.float64)
     true = np.full(len(vectors), NONE)
@@ -112,18 +112,18 @@ def test_recall_and_precision_against_all_pairs(monkeypatch: pytest.MonkeyPatch,
 
 def test_cells_are_about_as_many_as_asked_for_and_of_like_sizes() -> None:
     vectors, *_ = planted(8000, 32, 1, 5, 0.9)
-    cells = learn_cells(vectors, 50)
+    cells = fit_cells(vectors, 50)
     assert 45 <= len(cells.centres) <= 55
     np.testing.assert_allclose(np.linalg.norm(cells.centres, axis=1), 1, rtol=1e-5)
     sizes = np.bincount(cells.nearest(vectors, 1)[:, 0], minlength=len(cells.centres))
     assert sizes.max() < 3 * sizes.mean()
-    again = learn_cells(vectors, 50)
+    again = fit_cells(vectors, 50)
     assert again.centres.tobytes() == cells.centres.tobytes()
 
 
 @pytest.mark.parametrize("sample", [0, 1, 3])
 def test_samples_that_are_smaller_than_the_number_of_cells(sample: int) -> None:
     vectors = unit(np.random.default_rng(2).standard_normal((20, 8)))
-    cells = learn_cells(vectors[:sample], 10)
+    cells = fit_cells(vectors[:sample], 10)
     assert 1 <= len(cells.centres) <= max(sample, 1)
     assert set(cells.nearest(vectors, 2)[:, 0]) <= set(range(len(cells.centres)))
