@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.curation import near_passes, near_rows
-from pipeline.data.curation.stage import Rejected
+from pipeline.data.curation.stage import Rejected, run_curation
 from pipeline.data.neighbours import cells as neighbours
 from pipeline.data.pairs.row_index import index_counts
 from pipeline.errors import CorruptObject
@@ -16,7 +16,7 @@ from pipeline.graph.artifacts import Artifact, Shard, artifact_path
 from pipeline.graph.execute import heal
 from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.graph.shards import ShardTask
-from pipeline.graph.stages import Context
+from pipeline.graph.stages import Context, Stage
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
 from tests.pipeline.data.vectors import SHARD_ROWS, Listed, curate, planted, publish, rejected, unit
@@ -154,17 +154,17 @@ def test_a_kill_changes_nothing(store: Store, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.usefixtures("small")
 def test_what_a_pass_has_left_and_is_lost_is_made_again(store: Store) -> None:
-    inputs = publish(store, listed(6, 200))
+    inputs, passes = publish(store, listed(6, 200)), Stage("curation", 1, None, (), run_curation, passes=True)
     bounds = {"near_duplicate": BOUND, "near_held_out": BOUND}
     expected = curate(store, inputs, **bounds)
     records = {entry.path: json.loads(store.read(entry.path))["blobs"] for entry in store.list("shards/curation/")}
     found = {name: blob for blobs in records.values() for name, blob in blobs.items()}
     for name in ("sample", "cells", "rows", "block 00000001", "shard 00000000"):
-        needed = [path for path, blobs in records.items() if name not in blobs]  # so all that needs it is made anew
+        needed = [path for path, blobs in records.items() if name not in blobs]  # so all that needs it is made again
         store.delete([blob_path(found[name]), artifact_path("curation", expected.key), *needed])
         with pytest.raises(CorruptObject, match="is missing") as damage:
             curate(store, inputs, **bounds)
-        heal(store, damage.value, {})
+        heal(store, damage.value, {}, {"curation": passes})
         assert blobs(store, curate(store, inputs, **bounds)) == blobs(store, expected)
 
 
