@@ -1,0 +1,1 @@
+"""Fetches what references name, politely and within limits."""

@@ -1,4 +1,4 @@
-"""Which addresses are on the public internet, by a table of our own that is the same on every Python.
+"""Says which addresses are on the public internet, by a table of our own that is the same on every Python.
 
 The standard library's ``is_global`` changes with its version and knows no cloud. The networks are those of IANA's
 registries of special-purpose addresses (iana-ipv4-special-registry and iana-ipv6-special-registry), anycast services

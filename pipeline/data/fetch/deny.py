@@ -1,4 +1,4 @@
-"""Deny lists: hosts, URLs and images that are never fetched or kept, whatever a site says.
+"""Reads deny lists: hosts, URLs and images that are never fetched or kept, whatever a site says.
 
 A list is a text file, one entry a line; empty lines and those that begin with ``#`` are passed over. Its content is
 part of the recipe. It travels as a blob, so that every worker reads what the configuration read.
@@ -21,15 +21,20 @@ from pipeline.store.records import read_blob
 
 @dataclass(frozen=True)
 class DenyLists:
-    """Entries by kind, in one spelling: hosts, each with all below it; URLs as ``comparable`` returns them; sha256 in
-    lower-case hex, of bytes as fetched."""
+    """Holds entries by kind, in one spelling.
+
+    Attributes:
+        hosts: Each with all below it.
+        urls: As ``comparable`` returns them.
+        sha256: In lower-case hex, of bytes as fetched.
+    """
 
     hosts: frozenset[str] = frozenset()
     urls: frozenset[str] = frozenset()
     sha256: frozenset[str] = frozenset()
 
     def url(self, url: str) -> str | None:
-        """The entry that denies a normal URL (see opener.normal_url), as text, or None."""
+        """Returns the entry that denies a normal URL (see opener.normal_url), as text, or None."""
         if comparable(url) in self.urls:
             return f"deny_urls: {shown(url)}"
         labels = (urlsplit(url).hostname or "").split(".")
@@ -37,7 +42,7 @@ class DenyLists:
         return next((f"deny_hosts: {name}" for name in names if name in self.hosts), None)
 
     def hash(self, sha256: str) -> str | None:
-        """The entry that denies bytes of this hash, as text, or None."""
+        """Returns the entry that denies bytes of this hash, as text, or None."""
         return f"deny_sha256: {sha256.lower()}" if sha256.lower() in self.sha256 else None
 
 
@@ -47,7 +52,7 @@ NOTHING_DENIED = DenyLists()
 def read_deny_lists(
     store: Store, hosts: ContentFile | None, urls: ContentFile | None, sha256: ContentFile | None
 ) -> DenyLists:
-    """Raises UserError for the first line that is no entry of its kind."""
+    """Returns the deny lists of a recipe. Raises UserError for the first line that is not an entry of its kind."""
     return DenyLists(
         frozenset(_entries(store, hosts, _host, "a host name")),
         frozenset(_entries(store, urls, _url, "an http(s) URL")),

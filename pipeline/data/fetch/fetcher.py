@@ -30,7 +30,7 @@ _BACKOFF_S = 0.5
 
 @dataclass(frozen=True)
 class Fetched:
-    """The bytes behind a reference, or the reason why there are none; of an opt-out the evidence, too."""
+    """Holds the bytes behind a reference, or the reason why it has none; of an opt-out the evidence, too."""
 
     data: bytes | None
     reason: str | None
@@ -39,21 +39,24 @@ class Fetched:
 
 @dataclass(frozen=True)
 class _Limit:
-    """What a visit has, too: a time.monotonic() to be done by, and whether another try is no use."""
+    """Holds what a visit has, too: a time.monotonic() to be done by, and whether another try is useless."""
 
     deadline: float
     barred: bool = False
 
 
 class Fetcher:
-    """Fetches http(s) URLs, objects on S3 (s3://bucket/key) and local files (file:// or an absolute path), each of at
-    most ``max_bytes``. Of this machine and of S3 only what is within ``reach``.
+    """Fetches http(s) URLs, objects on S3 (s3://bucket/key) and local files (file:// or an absolute path).
+
+    Each may have at most ``max_bytes``. Of this machine and of S3 only what is within ``reach`` is read.
 
     The time limit is for a whole image, with redirects, retries and pauses; name resolution has the system's own, and
     waiting for other requests to the host or for its robots.txt does not count. Another try comes after a timeout, a
     failed connection, a 429 or a 5xx status. Every site's robots.txt and X-Robots-Tag headers are obeyed. Proxies of
-    the environment are not used. S3 is reached as the AWS settings of this machine say, wherever it is. Raises
-    UserError for settings that cannot be read, and while fetching for credentials that S3 refuses.
+    the environment are not used. S3 is reached as the AWS settings of this machine say, wherever it is.
+
+    Raises:
+        UserError: for settings that cannot be read, and while fetching for credentials that S3 refuses.
     """
 
     def __init__(
@@ -67,9 +70,9 @@ class Fetcher:
         self._s3 = S3Reader(settings.threads, settings.timeout_s, max_bytes)
 
     def fetch(self, references: Sequence[str]) -> Iterator[Fetched]:
-        """Yield one result a reference, in order; at most twice as many bodies as threads are in memory.
+        """Yields one result a reference, in order; at most twice as many bodies as threads are in memory.
 
-        Nothing more is asked for while bodies that wait to be taken are together larger than MOST_BYTES.
+        No reference is asked for while bodies that wait to be taken are together larger than MOST_BYTES.
         """
         return ordered_map(self._fetch, references, self._settings.threads, lambda fetched: len(fetched.data or b""))
 
@@ -111,7 +114,7 @@ class Fetcher:
         return self._tries(limit, once)
 
     def _check(self, url: str) -> None:
-        """Raise Refused for a URL that must not be asked for."""
+        """Raises Refused for a URL that must not be asked for."""
         self._check_denied(url)
         origin = origin_of(url)
         if (seen := self._robots.forbidden_since(origin, url)) is not None:
@@ -129,7 +132,7 @@ class Fetcher:
             return fetched.reason or fetched.data or b""
 
     def _tries(self, limit: Visit | _Limit, once: Callable[[], Fetched]) -> Fetched:
-        """Call ``once`` until it succeeds, fails for good, or tries or time are used up."""
+        """Calls ``once`` until it succeeds, fails for good, or tries or time are used up."""
         for attempt in range(self._settings.retries + 1):
             fetched = once()
             pause = backoff(attempt)

@@ -32,14 +32,14 @@ _SHARES = 4  # of the time that is left an address of a name may take one, if ot
 
 @dataclass(frozen=True)
 class Evidence:
-    """What asked us to leave a reference alone, and when it was seen, in seconds since the epoch."""
+    """Says what asked us to leave a reference alone, and when it was seen, in seconds since the epoch."""
 
     text: str
     seen: float
 
 
 class Refused(Exception):
-    """A reference yields no bytes; the text is the reason."""
+    """Says why a reference yields no bytes; its text is the reason."""
 
     def __init__(self, reason: str, evidence: Evidence | None = None):
         super().__init__(reason)
@@ -113,12 +113,12 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return ipaddress.ip_address(address.partition("%")[0])
 
 
-@lru_cache(maxsize=1024)  # each of a URL's checks asks anew
+@lru_cache(maxsize=1024)  # each of a URL's checks asks for it
 def normal_url(reference: str) -> str:
-    """An http(s) URL in the one spelling that everybody sees: the guard, the server, robots.txt and deny lists.
+    """Returns an http(s) URL in one spelling, that the guard, the server, robots.txt and deny lists all see.
 
     Host in lower case and ASCII (IDNA), spaces and letters outside ASCII escaped as a browser does, no fragment, no
-    ``.`` or ``..`` in the path. Raises Refused for what is none, and for user names and escapes in the host, which
+    ``.`` or ``..`` in the path. Raises Refused for anything else, and for user names and escapes in the host, which
     parsers read differently.
     """
     try:
@@ -157,9 +157,9 @@ def _without_dots(path: str) -> str:
 def ask(
     guard: Guard, url: str, headers: Mapping[str, str], deadline: float, max_bytes: int
 ) -> http.client.HTTPResponse:
-    """The answer to a GET of a normal URL, whatever its status, its body not yet read. ``deadline``: time.monotonic().
+    """Returns the answer to a GET of a normal URL, whatever its status, its body not yet read.
 
-    What it raises are reasons after failures_as_reasons.
+    ``deadline`` is a time.monotonic(). What it raises are reasons after failures_as_reasons.
     """
     parts = urlsplit(url)
     connection_to = {"http": _HTTPConnection, "https": _HTTPSConnection}[parts.scheme]
@@ -178,7 +178,7 @@ def ask(
 
 @contextlib.contextmanager
 def failures_as_reasons() -> Iterator[None]:
-    """Turn whatever goes wrong between us and a server into a Refused."""
+    """Turns whatever goes wrong between us and a server into a Refused."""
     try:
         yield
     except TimeoutError:
@@ -246,7 +246,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _DeadlineReader(io.RawIOBase):
-    """A socket's file whose every read waits no longer than until the deadline."""
+    """Reads from a socket's file and waits no longer than until the deadline."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float):
         super().__init__()

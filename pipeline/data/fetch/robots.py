@@ -1,4 +1,4 @@
-"""What sites ask of robots: robots.txt (RFC 9309), which protego parses, and X-Robots-Tag.
+"""Reads what sites ask of robots: robots.txt (RFC 9309), by protego, and X-Robots-Tag.
 
 Rules for ``img2dataset`` are obeyed as well as rules for ``unclip-ray``, for both names are in the user agent.
 """

@@ -1,4 +1,4 @@
-"""Images that lie on S3, s3://bucket/key, read with the standard credentials of the worker.
+"""Reads images that lie on S3, s3://bucket/key, with the standard credentials of the worker.
 
 Endpoint, region and credentials come from the AWS variables and profiles, as those of a store do. A key is taken as it
 stands, without escapes. Reasons for a refusal are those of pipeline.ledger.
@@ -34,9 +34,11 @@ class S3Reader:
         self._made: Any = None
 
     def read(self, reference: str, deadline: float) -> bytes:
-        """The bytes behind s3://bucket/key. ``deadline`` is a time.monotonic().
+        """Returns the bytes behind s3://bucket/key. ``deadline`` is a time.monotonic().
 
-        Raises Refused with the reason, and UserError where credentials or region are wrong or missing.
+        Raises:
+            Refused: with the reason.
+            UserError: where credentials or region are wrong or missing.
         """
         bucket, _, key = reference.removeprefix("s3://").partition("/")
         if not bucket or not key:
@@ -59,11 +61,11 @@ class S3Reader:
                 return bytes(data)
 
     def _client(self) -> Any:
-        """One client for all threads: it may be shared, but it takes a moment to make."""
+        """Returns one client for all threads: it may be shared, but it takes a moment to make."""
         with self._lock:
             if self._made is None:
                 config = Config(
-                    retries={"total_max_attempts": 1},  # whoever calls tries again
+                    retries={"total_max_attempts": 1},  # the caller tries again
                     connect_timeout=self._timeout_s,
                     read_timeout=self._timeout_s,
                     max_pool_connections=self._threads,

@@ -1,4 +1,4 @@
-"""One reference, asked for politely: every hop of its redirects is checked, waits for its turn, and says who asks."""
+"""Asks for one reference politely: checks every hop of its redirects, waits for its turn, and says who asks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _OTHER_MEDIA = (
 
 
 class Hosts:
-    """Who is asked now, and who wants to be left alone until when. Shared by the threads of a worker.
+    """Knows who is asked now, and until when a host wants to be left alone. Shared by the threads of a worker.
 
     ``per_host``: requests at once to one host. Memory: the hosts that are asked now and those that said Retry-After.
     """
@@ -49,7 +49,7 @@ class Hosts:
 
     @contextmanager
     def turn(self, host: str) -> Iterator[None]:
-        """Wait for a place among the requests to ``host`` and hold it. Never wait for one while holding another."""
+        """Waits for a place among the requests to ``host`` and holds it. Never wait for one while holding another."""
         with self._changed:
             self._changed.wait_for(lambda: self._inside[host] < self._per_host)
             self._inside[host] += 1
@@ -63,7 +63,7 @@ class Hosts:
                 self._changed.notify_all()
 
     def hold(self, host: str, seconds: float) -> None:
-        """Leave ``host`` alone for so long."""
+        """Leaves ``host`` alone for some seconds."""
         now = time.monotonic()
         with self._changed:
             if len(self._not_before) >= self._prune_at:
@@ -72,7 +72,7 @@ class Hosts:
             self._not_before[host] = max(now + seconds, self._not_before.get(host, 0.0))
 
     def held(self, host: str) -> float:
-        """Seconds for which ``host`` has still to be left alone."""
+        """Returns for how many seconds ``host`` has still to be left alone."""
         with self._changed:
             return max(self._not_before.get(host, 0.0) - time.monotonic(), 0.0)
 
@@ -87,7 +87,10 @@ def retry_after(value: str | None) -> float:
 
 @dataclass(frozen=True)
 class Access:
-    """What all visits of a worker share. ``headers``: by origin (scheme://host[:port]), sent to it and nobody else."""
+    """Holds what all visits of a worker share.
+
+    ``headers`` are by origin (scheme://host[:port]), sent to it alone.
+    """
 
     guard: Guard
     hosts: Hosts
@@ -98,10 +101,15 @@ class Access:
 class Visit:
     """Asks for one reference, for as long and as often as its limits let it; to be closed.
 
-    ``timeout_s``: for all hops and tries together; waiting for a turn, and what ``check`` takes, does not count.
-    ``max_bytes``: of a body. ``check`` is called with every URL before it is asked for and may raise Refused.
-    ``image``: False for robots.txt, which may be of any type and has no X-Robots-Tag. ``evidence``: why a URL was
-    refused. ``barred``: the last one was refused before it was asked for, so another try is no use.
+    ``evidence`` says why a URL was refused. ``barred``: the last URL was refused before it was asked for, so another
+    try is useless.
+
+    Args:
+        access: What all visits share.
+        timeout_s: For all hops and tries together; waiting for a turn, and what ``check`` takes, does not count.
+        max_bytes: Of a body.
+        check: Is called with every URL before it is asked for, and may raise Refused.
+        image: False for robots.txt, which may be of any type and has no X-Robots-Tag.
     """
 
     def __init__(
@@ -122,7 +130,7 @@ class Visit:
             raise
 
     def close(self) -> None:
-        """Give the turn back."""
+        """Gives the turn back."""
         self._turn.close()
 
     def _follow(self, url: str) -> http.client.HTTPResponse:
@@ -158,7 +166,7 @@ class Visit:
         return ask(self._access.guard, url, headers, self.deadline, self._max_bytes)
 
     def _judge(self, response: http.client.HTTPResponse, url: str) -> str | None:
-        """Where the answer leads to, or None for a body. Raises Refused."""
+        """Returns where the answer leads to, or None for a body. Raises Refused."""
         status, headers = response.status, response.headers
         if status in (429, 503) and (seconds := retry_after(headers["Retry-After"])):
             self._access.hosts.hold(host_of(url), seconds)
@@ -176,12 +184,12 @@ class Visit:
 
 
 def user_agent(contact: str) -> str:
-    """Who asks: this software, and where to complain."""
+    """Returns who asks: this software, and where to complain."""
     return f"unclip-ray (img2dataset; +{contact or 'https://github.com/rom1504/img2dataset'})"
 
 
 def private_headers(names: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Headers by origin, from origins and the environment variables that hold lines of "Name: value".
+    """Returns headers by origin, from origins and the environment variables that hold lines of "Name: value".
 
     Raises UserError for an origin or a variable that cannot be read; it shows no value.
     """
@@ -203,11 +211,12 @@ def private_headers(names: Mapping[str, str], environment: Mapping[str, str]) ->
 
 
 def host_of(url: str) -> str:
+    """Returns the host of a normal URL."""
     return urlsplit(url).hostname or ""
 
 
 def origin_of(url: str) -> str:
-    """scheme://host[:port] of a normal URL."""
+    """Returns scheme://host[:port] of a normal URL."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}"
 

@@ -1,0 +1,1 @@
+"""Makes webdataset tars of checked images, and the index of their rows."""

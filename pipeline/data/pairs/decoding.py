@@ -1,8 +1,8 @@
-"""Decoding in a child process, so that an image that kills its decoder costs one row and never a worker.
+"""Decodes in a child process, so that an image that kills its decoder costs one row and never a worker.
 
 Decoders are C that reads what strangers made. The child has neither network nor credentials
-(pipeline.data.pairs.sandbox), and memory and time for one image of the budget. It does one at a time, so whoever
-killed it is known; that image is tried once more in a new child, for a process may also be killed for what others do.
+(pipeline.data.pairs.sandbox), and memory and time for one image of the budget. It does one at a time, so the image that
+killed it is known; it is tried once more in a new child, for a process may also be killed for what others do.
 Messages on the pipes are a line of JSON and bytes, nothing that could be executed.
 """
 
@@ -48,12 +48,12 @@ _READY = {"ready": True}
 
 
 def seconds(pixels: int) -> float:
-    """Returns how long an image of so many pixels may take."""
+    """Returns how long an image of this many pixels may take."""
     return BASE_S + pixels * S_PER_PIXEL
 
 
 class Decoder:
-    """``image.resize`` and ``image.inspect`` in a child process, which is started when it is needed.
+    """Calls ``image.resize`` and ``image.inspect`` in a child process, which is started when it is needed.
 
     Both give "decoder_crashed" for bytes that killed it twice, and "decode_timeout" for bytes that took more processor
     time than their pixels may, or more time than ``max_pixels`` may. Both raise UserError if it does not start at all.
@@ -69,17 +69,17 @@ class Decoder:
         atexit.register(self.close)
 
     def resize(self, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
-        """See image.resize."""
+        """Calls image.resize."""
         said, body = self._ask("resize", data, max_pixels, [max_pixels, astuple(storing)])
         return said if isinstance(said, str) else StoredImage(body, *said)
 
     def inspect(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
-        """See image.inspect."""
+        """Calls image.inspect."""
         said, _ = self._ask("inspect", data, max_pixels, [max_pixels])
         return said if isinstance(said, str) else (said[0], said[1])
 
     def start(self) -> None:
-        """Start the child, if there is none, without waiting for it."""
+        """Starts the child, if it is not there, without waiting for it."""
         if self._process is None:
             root = str(Path(__file__).parents[3])
             path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -98,7 +98,7 @@ class Decoder:
             time.sleep(1)
 
     def close(self) -> int | None:
-        """End the child, if there is one, and return its exit code."""
+        """Ends the child, if it is there, and returns its exit code."""
         process, self._process, self._ready = self._process, None, False
         if process is None:
             return None
@@ -179,7 +179,7 @@ def _send(pipe: BinaryIO | Any, message: Any, data: bytes) -> None:
 
 
 def _receive(pipe: BinaryIO | Any) -> tuple[Any, bytes]:
-    """Raises EOFError if the other end is gone, ValueError for what is no message."""
+    """Returns a message. Raises EOFError if the other end is gone, ValueError for anything but a message."""
     line = pipe.readline(MOST_TEXT)
     if not line.endswith(b"\n"):
         raise EOFError
@@ -211,7 +211,7 @@ def _limit_to(pixels: int) -> None:
 
 
 def main() -> None:
-    """Answer requests until stdin closes, the parent is gone, or nothing was asked for a while."""
+    """Answers requests until stdin closes, the parent is gone, or no request came for a while."""
     load_resizer()  # before memory is limited by what is mapped
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
     with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
@@ -235,7 +235,7 @@ def main() -> None:
 
 
 def _request_comes(requests: BinaryIO, parent: int) -> bool:
-    """Wait for a request. False: there is none for a minute, or the parent is gone."""
+    """Waits for a request. Returns False if none came for a minute, or the parent is gone."""
     for _ in range(IDLE_S):
         if select.select([requests], [], [], 1.0)[0]:
             return True

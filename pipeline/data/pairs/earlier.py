@@ -1,4 +1,4 @@
-"""A shard whose references changed in part takes over what an earlier run made of the others, asking nobody again."""
+"""Takes over from an earlier run what it made of the references that a shard still has, without fetching them again."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ log = logging.getLogger("unclip")
 
 @dataclass(frozen=True)
 class Known:
-    """How a row ended: its row of the earlier index, its image unless that lies in a tar of the user's, and the
-    evidence of an opt-out."""
+    """Holds how a row ended.
+
+    Attributes:
+        row: Its row of the earlier index.
+        image: Its image, unless that lies in a tar of the user's.
+        evidence: Of an opt-out.
+    """
 
     row: Mapping[str, Any]
     image: bytes | None
@@ -29,7 +34,7 @@ class Known:
 
 
 def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
-    """By number, the shards of source and pairs that this project's last run with the same recipe made."""
+    """Returns, by number, the shards of source and pairs that the last run with the same recipe made."""
     made = last_made(ctx, ("source",))
     if made is None:
         return {}
@@ -41,8 +46,10 @@ def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
 
 
 def take_over(store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow, pairs: ShardRow) -> dict[int, Known]:
-    """By place, the rows of ``refs`` that stood there in the earlier shard too, with the same hash; none if what the
-    earlier run made is gone or damaged."""
+    """Returns, by place, the rows of ``refs`` that stood there in the earlier shard too, with the same hash.
+
+    Returns none if what the earlier run made is gone or damaged.
+    """
     try:
         before = read_table(store, source.blobs["refs"]).to_pylist()
         index = read_table(store, pairs.blobs["index"]).to_pylist()
@@ -56,6 +63,6 @@ def take_over(store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow,
         images = dict(zip(own, read_images(store, places), strict=True))
         said = {row["key"]: Evidence(row["evidence"], row["seen"].timestamp()) for row in read_opt_outs(store, [pairs])}
     except CorruptObject as e:
-        log.warning("shard %08d is fetched anew: of an earlier run, %s", pairs.number, e)
+        log.warning("shard %08d is fetched from scratch: of an earlier run, %s", pairs.number, e)
         return {}
     return {i: Known(index[i], images.get(i), said.get(index[i]["key"])) for i in same}

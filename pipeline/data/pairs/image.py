@@ -29,7 +29,7 @@ SCAN, END = 0xDA, 0xD9
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An encoded image with its width and height in pixels; ``extension`` is jpg, png or webp."""
+    """Holds an encoded image with its width and height in pixels; ``extension`` is jpg, png or webp."""
 
     data: bytes
     width: int
@@ -39,7 +39,7 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Storing:
-    """How an image is stored, as img2dataset names it. Nothing is enlarged.
+    """Says how an image is stored, as img2dataset names it. Nothing is enlarged.
 
     ``encode_quality`` is 0 to 100, for png the compression 0 to 9; ``resize_mode`` is one of img2dataset's.
     """
@@ -107,9 +107,9 @@ def _decode(data: bytes, max_pixels: int, starts: Callable[[int], object]) -> Im
 
 
 def too_many_scans(jpeg: bytes) -> bool:
-    """Whether a JPEG has more than MAX_SCANS scans. A decoder goes over all pixels for each, however few bytes it has.
+    """Returns whether a JPEG has more than MAX_SCANS scans.
 
-    See LJT-01-003 of libjpeg-turbo's advice.
+    A decoder goes over all pixels for each, however few bytes it has. See LJT-01-003 of libjpeg-turbo's advice.
     """
     at, scans = 2, 0
     while scans <= MAX_SCANS and (marker := MARKER.search(jpeg, at)):

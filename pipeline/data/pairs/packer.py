@@ -124,8 +124,10 @@ class Packer:
     def _new_images(
         self, wanted: Sequence[tuple[dict[str, Any], Mapping[str, Any]]], steps: Steps
     ) -> Iterator[bytes | None]:
-        """Fetch the images of rows, of which it is given the references too, and yield what is to be stored of each,
-        in order; where that is None, the row is rejected."""
+        """Fetches the images of rows and yields what is to be stored of each, in order; None where the row is rejected.
+
+        ``wanted`` has rows with their references.
+        """
         answers = steps.each("fetch", self.fetcher.fetch([ref["url"] for _, ref in wanted]))
         # Two, so that there is always one to be decoded next, while images are put into the tar and others come.
         return ordered_map(partial(self._judge, steps), zip(wanted, answers, strict=True), threads=2)
@@ -153,7 +155,7 @@ class Packer:
         return image.data
 
     def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any]) -> None:
-        """Index a member of an existing tar where it lies, after decoding it once."""
+        """Indexes a member of an existing tar where it lies, after decoding it once."""
         place = tar_place(ref["url"])
         if place is None:
             return _reject(row, "unsupported_reference")
@@ -173,7 +175,7 @@ class Packer:
         return None
 
     def _reject_hash(self, row: dict[str, Any], ref: Mapping[str, Any], sha256: str) -> bool:
-        """Reject bytes that are not those of the list, or that are denied; say whether they were."""
+        """Rejects bytes that the list's hash, or a deny list, does not allow; returns whether it did."""
         if ref["sha256"] and sha256 != ref["sha256"].lower():
             _reject(row, "hash_mismatch")
         else:

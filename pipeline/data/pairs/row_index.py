@@ -1,4 +1,4 @@
-"""The index of a shard: where every image lies and how its row ended. Curation keeps the schema and drops rows."""
+"""Writes and reads the index of a shard: where every image lies and how its row ended. Curation keeps the schema."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Kept rows by split and by the stage sizes their short side reaches, e.g. {"train/64": 812}."""
+    """Returns kept rows by split and by the stage sizes their short side reaches, e.g. {"train/64": 812}."""
     counts = {f"{split}/{side}": 0 for split in SPLITS for side in STAGE_SIDES}
     for row in rows:
         if row["status"] == "kept":
@@ -67,7 +67,7 @@ def index_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 class Place(NamedTuple):
-    """Where an image's bytes lie: in the tar blob ``images`` of its shard, or in the user's own file ``tar``."""
+    """Says where an image's bytes lie: in the tar blob ``images`` of its shard, or in the user's own file ``tar``."""
 
     key: str
     images: str | None
@@ -78,12 +78,12 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, row: Mapping[str, Any], images: str | None) -> Place:
-        """That of an index row, in a shard with this blob."""
+        """Returns the place of an index row, in a shard with this blob."""
         return cls(row["key"], images, row["tar"], row["offset"], row["size"], row["sha256"])
 
 
 def read_images(store: Store, places: Sequence[Place]) -> list[bytes]:
-    """The stored bytes of images, each checked against its sha256. Neighbours are read together.
+    """Returns the stored bytes of images, each checked against its sha256. Neighbours are read together.
 
     Raises CorruptObject for a blob or a tar that is missing or whose bytes do not match.
     """
@@ -104,7 +104,7 @@ def _checked(group: Sequence[Place], store: Store) -> dict[Place, bytes]:
 
 
 def _neighbours(places: Iterable[Place]) -> Iterator[list[Place]]:
-    """Groups of one file with at most a few headers and paddings between them, in order."""
+    """Yields groups of one file with at most a few headers and paddings between them, in order."""
     group: list[Place] = []
     for place in sorted(places, key=lambda p: (p.images or "", p.tar or "", p.offset)):
         if group:

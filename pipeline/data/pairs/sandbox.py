@@ -1,4 +1,4 @@
-"""What a process gives up before it reads strangers' files, on Linux: network, new rights, files, memory and time.
+"""Gives up what a process does not need to read strangers' files, on Linux: network, rights, files, memory and time.
 
 Each part is given up where the machine lets it: a container may forbid namespaces, and then the rest still holds.
 """
@@ -53,12 +53,12 @@ def memory_mapped() -> int:
 
 
 def limit_memory(most: int) -> None:
-    """Lets this process map so many bytes; then allocations fail."""
+    """Lets this process map at most this many bytes; then allocations fail."""
     _limit(resource.RLIMIT_AS, most)
 
 
 def limit_time(seconds: float) -> None:
-    """Lets this process use so much processor time from now on; then SIGXCPU ends it."""
+    """Lets this process use at most this much processor time from now on; then SIGXCPU ends it."""
     _limit(resource.RLIMIT_CPU, int(time.process_time() + seconds) + 1)
 
 

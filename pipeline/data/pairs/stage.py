@@ -1,4 +1,4 @@
-"""Pairs: images fetched, checked, resized, and packed into webdataset tars with an index, one source shard at a time.
+"""Makes pairs: images fetched, checked, resized, and packed into webdataset tars with an index, shard by shard.
 
 Captions stay apart, so that new captions never fetch an image again.
 """
@@ -61,12 +61,12 @@ class PairsRecipe:
 
     @property
     def storing(self) -> Storing:
-        """The fields by which one image is resized and encoded."""
+        """Returns the fields by which one image is resized and encoded."""
         return Storing(self.image_size, self.encode_format, self.encode_quality, self.resize_mode, self.min_image_size)
 
     @property
     def deny_lists(self) -> tuple[ContentFile | None, ContentFile | None, ContentFile | None]:
-        """The lists by kind, as read_deny_lists takes them."""
+        """Returns the lists by kind, as read_deny_lists takes them."""
         return self.deny_hosts, self.deny_urls, self.deny_sha256
 
 

@@ -1,4 +1,4 @@
-"""A shard of pairs that is being packed, on this machine's disk: its tar, and how its rows have ended so far.
+"""Keeps a shard of pairs that is being packed on this machine's disk: its tar, and how its rows have ended so far.
 
 A worker that dies leaves both behind, and the process that makes the shard next on this machine goes on there: servers
 are asked again only for what was under way, and for the images in the last 10 KiB, which webdataset's writer holds
@@ -27,8 +27,9 @@ KEEP_S = 24 * 3600  # after which what nobody came back for is deleted, and answ
 
 
 class Unfinished:
-    """Takes rows in order, each once, as a context manager. ``ended`` are those that an earlier worker added, by key.
-    Afterwards ``path`` is the tar, until ``remove``.
+    """Takes rows in order, each once, as a context manager.
+
+    ``ended`` has the rows that an earlier worker added, by key. Afterwards ``path`` is the tar, until ``remove``.
 
     ``name`` says what is packed: all that rows depend on. If another process is at it, this one has a place of its own.
     """

@@ -1,0 +1,1 @@
+"""The user's list: what it names, cut into shards."""

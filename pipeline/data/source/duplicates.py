@@ -20,7 +20,7 @@ Hashes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of rows, in order, and the hashes that were not seen before.
+    """Says what became of rows, in order, and which hashes were not seen before.
 
     ``duplicate`` [n] is true where an earlier row has the reference; ``fresh`` is sorted.
     """
@@ -30,7 +30,7 @@ class Judged:
 
 
 class Seen:
-    """The hashes of all references so far."""
+    """Keeps the hashes of all references so far."""
 
     def __init__(self) -> None:
         self._parts: list[Hashes] = []

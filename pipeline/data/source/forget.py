@@ -1,4 +1,4 @@
-"""From what a person asks to be forgotten (keys, references, hashes) to the references of the list that hold it."""
+"""Finds the references of a list behind what a person asks to be forgotten: keys, references, hashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ NAMED = 20  # rows, at most, that are told one by one
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be forgotten: row keys (12 digits), sha256 of stored images (64 hexadecimal digits), references."""
+    """Holds what is to be forgotten.
+
+    Attributes:
+        keys: Of rows, 12 digits.
+        hashes: sha256 of stored images, 64 hexadecimal digits.
+        references: Everything else.
+    """
 
     keys: frozenset[str]
     hashes: frozenset[str]
@@ -28,7 +34,7 @@ class Request:
 
     @staticmethod
     def read(words: Iterable[str]) -> Request:
-        """Sort words by their form; empty ones and lines that begin with # are passed over."""
+        """Sorts words by their form; empty words and lines that begin with # are passed over."""
         said = {word.strip() for word in words if word.strip() and not word.strip().startswith("#")}
         keys = frozenset(word for word in said if re.fullmatch(r"\d{12}", word))
         hashes = frozenset(word.lower() for word in said if re.fullmatch(r"[0-9a-fA-F]{64}", word))
@@ -37,8 +43,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Found:
-    """``forgotten``: the references to forget, with the segments that hold them. ``rows`` are hit now; ``named`` has
-    keys and references of the first. ``unseen``: asked for, and in no row yet."""
+    """Holds what a request is about.
+
+    Attributes:
+        forgotten: The references to forget, with the segments that hold them.
+        rows: How many rows have them.
+        named: Keys and references of the first NAMED of these rows.
+        unseen: References of the request that no row has yet.
+    """
 
     forgotten: list[Forgotten]
     rows: int
@@ -47,10 +59,18 @@ class Found:
 
 
 def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, request: Request) -> Found:
-    """What a request is about.
+    """Returns what a request is about.
 
-    ``source``: the stored shards of the list; ``pairs``, made from it, is needed for hashes. A reference that no row
-    has is forgotten for lists to come. Raises UserError for a key or a hash that no row has.
+    A reference that no row has is forgotten for lists to come.
+
+    Args:
+        store: Where the list is stored.
+        source: The stored shards of the list.
+        pairs: Made from ``source``; needed for hashes.
+        request: What is to be forgotten.
+
+    Raises:
+        UserError: for a key or a hash that no row has.
     """
     marks = {reference_mark(url) for url in request.references}
     marks |= _of_keys(store, source, request.keys)
@@ -70,8 +90,10 @@ def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, re
 
 
 def without(store: Store, blob: str, marks: frozenset[str]) -> str:
-    """A blob of rows to be tried again (see pipeline.data.source.retry) with what is forgotten blanked; each row stays
-    in its place."""
+    """Returns a blob of rows to be tried again, with the rows that are forgotten blanked.
+
+    Each row stays in its place (see pipeline.data.source.retry).
+    """
     table = read_table(store, blob)
     rows = table.to_pylist()
     blank = {column.name: [] if column.name == "captions" else "" for column in table.schema}
@@ -83,7 +105,7 @@ def without(store: Store, blob: str, marks: frozenset[str]) -> str:
 
 
 def _rows_in(store: Store, shard: SourceShard, marks: set[str]) -> list[tuple[int, str]]:
-    """Places in the shard, and references."""
+    """Returns places in the shard, and references."""
     urls = read_table(store, shard.refs, ["url"])["url"].to_pylist()
     return [(place, url) for place, url in enumerate(urls) if reference_mark(url) in marks]
 

@@ -1,4 +1,4 @@
-"""Embeddings that clip-retrieval or LAION have made, used where they lie: pairs without images, for the priors.
+"""Reads embeddings that clip-retrieval or LAION have made where they lie: pairs without images, for the priors.
 
 A folder of clip-retrieval's layout has parts numbered N: img_emb/img_emb_N.npy and text_emb/text_emb_N.npy, [n, d]
 each, and metadata/metadata_N.parquet of n rows. Every machine has to reach it under the same path.
@@ -26,14 +26,15 @@ NAMES = ("img_emb", "text_emb")
 
 
 def is_embeddings(folder: Path) -> bool:
-    """Whether a folder has clip-retrieval's layout."""
+    """Returns whether a folder has clip-retrieval's layout."""
     return all((folder / name).is_dir() for name in ("img_emb", "metadata"))
 
 
 def metadata_parts(folder: Path, reach: Reach) -> list[tuple[str, Path]]:
-    """The number of each part, as its files spell it, and its Parquet file, by rising number.
+    """Returns the number of each part, as its files spell it, and its Parquet file, by rising number.
 
-    Raises UserError if there is none, or one whose files do not belong together.
+    Raises:
+        UserError: if the folder has no part, or one whose files do not belong together.
     """
     numbers = {m[1] for file in folder.glob("*/*") if (m := re.fullmatch(r"\w+_(\d+)\.(?:npy|parquet)", file.name))}
     if not numbers:
@@ -62,12 +63,15 @@ def metadata_parts(folder: Path, reach: Reach) -> list[tuple[str, Path]]:
 
 
 def embedding_reference(folder: Path, part: str, row: int) -> str:
-    """A row of a part, as an image reference."""
+    """Returns a row of a part as an image reference."""
     return f"{SCHEME}{quote(str(folder))}?part={part}&row={row}"
 
 
 def read_imported(references: Sequence[str], within: Reach | None = None) -> list[Any]:
-    """For each reference the image and the text embedding, fp32 [2, d] as stored, or the reason why there are none."""
+    """Returns for each reference the image and the text embedding, fp32 [2, d] as stored.
+
+    In place of embeddings that cannot be read stands the reason.
+    """
     opened: dict[tuple[str, str], list[Any] | str] = {}
     result: list[Any] = []
     for reference in references:
@@ -108,7 +112,7 @@ def _file(folder: Path, name: str, part: str) -> Path:
 
 
 def _open(path: Path, within: Reach | None) -> Any:
-    """A matrix that stays on disk. Raises OSError, and ValueError for what is no array of numbers."""
+    """Returns a matrix that stays on disk. Raises OSError, and ValueError for what is not an array of numbers."""
     with open_local(path, within) as file:
         # Not np.load, which opens a path itself, and whatever that has become.
         if np.lib.format.read_magic(file) != (1, 0):

@@ -1,4 +1,4 @@
-"""What was decided about a project's list after it was written: rows to be tried again, and rows to be forgotten.
+"""Keeps what was decided about a list after it was written: rows to be tried again, and rows to be forgotten.
 
 It belongs to the list and so to the source's keys, but is kept in the store, where every machine sees it. Forgotten
 references are kept as hashes only.
@@ -22,7 +22,7 @@ FORGOTTEN = "forgotten:"
 
 @dataclass(frozen=True)
 class Forgotten:
-    """A reference to be forgotten, by ``reference_mark``, and the segments that held it then."""
+    """Names a reference to be forgotten, by ``reference_mark``, and the segments that held it then."""
 
     mark: str
     segments: tuple[int, ...]
@@ -30,8 +30,13 @@ class Forgotten:
 
 @dataclass(frozen=True)
 class Journal:
-    """``retries``: Parquet blobs of rows to be tried again, each a segment of its own. ``forgettings``: how often
-    something was forgotten, by which runs of before and after are told apart, whatever clocks say."""
+    """Holds the decisions about one list.
+
+    Attributes:
+        retries: Parquet blobs of rows to be tried again, each a segment of its own.
+        forgotten: References to be forgotten.
+        forgettings: How often something was forgotten, which tells earlier runs from later ones whatever clocks say.
+    """
 
     retries: tuple[str, ...] = ()
     forgotten: tuple[Forgotten, ...] = ()
@@ -39,11 +44,11 @@ class Journal:
 
     @property
     def marks(self) -> frozenset[str]:
-        """What no segment may hold from now on."""
+        """Returns the marks of references that no segment may hold from now on."""
         return frozenset(row.mark for row in self.forgotten)
 
     def hits(self, segment: int) -> list[str]:
-        """What was forgotten of one segment after it had been cut, so that it has to be cut again."""
+        """Returns what was forgotten of one segment after it had been cut, so that it has to be cut again."""
         return sorted(row.mark for row in self.forgotten if segment in row.segments)
 
 
@@ -61,16 +66,17 @@ def reference_mark(url: str) -> str:
 
 
 def journal_path(project: str) -> str:
+    """Returns where the journal of a project lies."""
     return f"locks/list-{project}.json"
 
 
 def read_journal(store: Store, project: str) -> Journal:
-    """The journal of a project, empty before the first entry."""
+    """Returns the journal of a project, empty before the first entry."""
     return _read(store, project)[1]
 
 
 def change_journal(store: Store, project: str, change: Callable[[Journal], Journal]) -> Journal:
-    """Apply a change by compare-and-swap, again if somebody else came first; return what stands."""
+    """Applies a change by compare-and-swap, again if another process came first; returns the new journal."""
     for _ in range(20):
         version, journal = _read(store, project)
         changed = change(journal)
@@ -81,7 +87,7 @@ def change_journal(store: Store, project: str, change: Callable[[Journal], Journ
 
 
 def with_forgotten(journal: Journal, found: Iterable[Forgotten]) -> Journal:
-    """The journal with these references forgotten too; segments of those that were forgotten before are united."""
+    """Returns the journal with these references forgotten too, each with all segments that ever held it."""
     segments = {row.mark: set(row.segments) for row in journal.forgotten}
     for row in found:
         segments.setdefault(row.mark, set()).update(row.segments)

@@ -1,4 +1,4 @@
-"""Kinds of lists: tables, folders of images and texts, tars that are used where they lie, and the emoji set."""
+"""Reads lists: tables, folders of images and texts, tars that are used where they lie, and the emoji set."""
 
 from __future__ import annotations
 
@@ -33,9 +33,14 @@ PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a list. ``url`` is an http(s), s3 or file reference, a member of a tar (see tar_reference), or
-    an embedding (see pipeline.data.source.imported). ``reject``: the reason if the list may not name it, or if the row
-    cannot be read, and then ``flaw`` says what is wrong, and where."""
+    """Holds one row of a list.
+
+    Attributes:
+        url: An http(s), s3 or file reference, a member of a tar (see tar_reference), or an embedding (see
+            pipeline.data.source.imported).
+        reject: The reason if the list may not name it, or if the row cannot be read.
+        flaw: What is wrong with a row that cannot be read, and where.
+    """
 
     url: str
     captions: tuple[str, ...]
@@ -51,7 +56,8 @@ class Row:
 def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
     """Yields the rows of one list in its order, read as they are asked for.
 
-    Raises UserError as ``scan`` does, and behind the last row if none of them can be read, or none has a caption.
+    Raises:
+        UserError: as ``scan`` does, and behind the last row if none of them can be read, or none has a caption.
     """
     kind, where = _kind(path)
     rows = unread = spoken = 0
@@ -76,7 +82,7 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
 
 
 def _looked_for(kind: str, where: str, recipe: SourceRecipe) -> str:
-    """Where the captions of a list would have been found."""
+    """Returns where the captions of a list would have been found."""
     if kind == "folder":
         image = next(file for file in _files(Path(where)) if file.suffix.lower() in IMAGES)
         text = image.with_suffix(".txt")
@@ -108,8 +114,11 @@ def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[Ro
 
 
 def reach(recipe: SourceRecipe, *paths: str) -> Reach:
-    """Returns what these lists may name: a table what lies below its folder, any other list its own files, and all of
-    them what ``recipe.roots`` names. Raises UserError for a list that is missing."""
+    """Returns what these lists may name.
+
+    A table may name what lies below its folder, any other list its own files, and all of them what ``recipe.roots``
+    names. Raises UserError for a list that is missing.
+    """
     kinds = [_kind(path) for path in paths]
     own = [
         where if kind in ("folder", "tar", "embeddings") else os.path.dirname(where)
@@ -120,7 +129,7 @@ def reach(recipe: SourceRecipe, *paths: str) -> Reach:
 
 
 def _beside(folder: Path, reference: str) -> str:
-    """An image's relative path as a reference to a file, counted from the folder of its list; all else as it is."""
+    """Returns an image's relative path as a reference to a file, counted from the folder of its list."""
     relative = not reference.startswith("/") and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", reference)
     if relative and reference.lower().endswith(IMAGES):
         return f"file://{quote(os.fsencode(folder / reference))}"
@@ -146,7 +155,7 @@ def _kind(path: str) -> tuple[str, str]:
 
 
 def fingerprint(path: str) -> Any:
-    """Changes whenever the segment may have changed. Equal ones are not read again."""
+    """Returns a value that changes whenever the segment may have changed. An equal one is not read again."""
     kind, where = _kind(path)
     if kind == "emoji":
         from pipeline.data.source.emoji import listing as emoji
@@ -192,8 +201,10 @@ def _folder_rows(folder: Path, may: Reach) -> Iterator[Row]:
 
 
 def _bytes(text: Path, may: Reach) -> bytes:
-    """The bytes of a text file, one more than LIMIT at most; none of one that is missing, irregular, or a link to what
-    the list may not name."""
+    """Returns the bytes of a text file, one more than LIMIT at most.
+
+    It has none if it is missing or irregular, or a link to what the list may not name.
+    """
     try:
         with open_local(text, may) as file:
             return file.read(LIMIT + 1)
@@ -202,7 +213,7 @@ def _bytes(text: Path, may: Reach) -> bytes:
 
 
 def _spoken(url: str, data: bytes, where: str) -> Row:
-    """A row whose captions are the lines of a file."""
+    """Returns a row whose captions are the lines of a file."""
     if len(data) > LIMIT:
         return Row(url, (), reject="malformed_row", flaw=f"{where} has over {LIMIT:,} bytes")
     try:
@@ -232,7 +243,7 @@ def _written_rows(path: Path) -> Iterator[Row]:
 
 
 def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Row]:
-    """Each is split as its image would be; the list's hash is that image's."""
+    """Yields a row for each embedding, split as its image would be; the list's hash is that image's."""
     for part, metadata in metadata_parts(folder, may):
         for i, row in enumerate(_table_rows(metadata, recipe)):
             url = "" if row.reject else embedding_reference(folder, part, i)
@@ -240,12 +251,12 @@ def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[
 
 
 def tar_reference(tar: str, member: str, offset: int, size: int) -> str:
-    """A member of an existing tar, to be used where it lies."""
+    """Returns the reference of a member of an existing tar, to be used where it lies."""
     return f"tar://{quote(tar)}?offset={offset}&size={size}#{quote(member, errors='surrogateescape')}"
 
 
 def tar_place(reference: str) -> dict[str, Any] | None:
-    """Path, offset and size of a member of a tar (see tar_reference), or None if it does not say them."""
+    """Returns path, offset and size of a member of a tar (see tar_reference), or None if it does not say them."""
     try:
         parts = urlsplit(reference)
         query = parse_qs(parts.query)
@@ -257,7 +268,7 @@ def tar_place(reference: str) -> dict[str, Any] | None:
 
 
 def _tar_rows(path: Path) -> Iterator[Row]:
-    """Members that share a name up to the first dot of their base name are one sample, as in webdataset."""
+    """Yields the samples of a tar: members that share a name up to the first dot, as in webdataset."""
     with open_local(path) as file:
         head = file.read(6)
         if packed := next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None):
@@ -276,7 +287,7 @@ def _tar_rows(path: Path) -> Iterator[Row]:
 
 
 class _Tar:
-    """A tar as tarfile may read it, which otherwise takes as much memory as a header says that it is long."""
+    """Reads a tar for tarfile, which otherwise takes as much memory as a header says that it is long."""
 
     def __init__(self, file: BinaryIO):
         self.seek, self.tell, self._read = file.seek, file.tell, file.read
@@ -320,7 +331,10 @@ def _members(path: Path, file: BinaryIO) -> Iterator[Row]:
 
 
 def _table_rows(path: Path, recipe: SourceRecipe, may: Reach | None = None) -> Iterator[Row]:
-    """The rows of a table. With ``may``, what it may name, relative paths of images count from its folder."""
+    """Yields the rows of a table.
+
+    With ``may``, what the table may name, relative paths of images count from its folder.
+    """
     optional = (recipe.split_column, recipe.hash_column, "license", "attribution", recipe.group_column)
     found = table_rows(path, (recipe.image_column, recipe.caption_column), optional)
     for number, values in enumerate(found, 1):

@@ -1,4 +1,4 @@
-"""The first rows of a list: how many, what captions say, how large images are. Writes and fetches nothing."""
+"""Looks at the first rows of a list: how many, what captions say, how large images are. Writes and fetches nothing."""
 
 from __future__ import annotations
 
@@ -23,11 +23,19 @@ MAX_BYTES = 32 << 20  # of one, as pairs.max_bytes by default
 
 @dataclass(frozen=True)
 class Look:
-    """Rows with a reference that were looked at, and whether there are ``more``; the first caption of each row that
-    has one; short sides, in pixels, of the first images that lie on this machine, and how many of them could not be
-    opened; ``splits``: rows whose split the list names, by split, and ``shares``: hash shares of all others;
-    ``forbidden``: references that the list may not name, and ``flaws``: what is wrong with rows that cannot be read,
-    which both count in none of these."""
+    """Holds what the first rows of a list are like.
+
+    Attributes:
+        rows: Rows with a reference that were read.
+        more: Whether the list has more rows.
+        captions: The first caption of each row that has one.
+        sides: Short sides, in pixels, of the first images that lie on this machine.
+        unopened: How many of these images could not be opened.
+        splits: Rows whose split the list names, by split.
+        shares: Hash shares of all other rows.
+        forbidden: References that the list may not name; counted nowhere else.
+        flaws: What is wrong with rows that cannot be read; counted nowhere else.
+    """
 
     rows: int
     more: bool
@@ -40,14 +48,15 @@ class Look:
     flaws: tuple[str, ...] = ()
 
     def reaching(self, side: int) -> int:
-        """How many of the measured images have a short side of at least this."""
+        """Returns how many of the measured images have a short side of at least this."""
         return sum(short >= side for short in self.sides)
 
 
 def look(recipe: SourceRecipe) -> Look:
-    """Read the first rows, and at least one of every list.
+    """Reads the first rows, and at least one of every list.
 
-    Raises UserError for a list that ``scan`` would refuse, as far as it is read.
+    Raises:
+        UserError: for a list that ``scan`` would refuse, as far as it is read.
     """
     found: list[Row] = []
     more = False
@@ -73,7 +82,7 @@ def look(recipe: SourceRecipe) -> Look:
 
 
 def _sides(rows: list[Row], may: Reach) -> Iterator[int]:
-    """Short sides of the first images that lie here, from their headers; 0 for one that cannot be opened."""
+    """Yields short sides of the first images that lie here, from their headers; 0 for one that cannot be opened."""
     for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), IMAGES):
         try:
             with Image.open(io.BytesIO(_read(row.url, may)), formats=("PNG", "JPEG", "WEBP")) as image:
@@ -83,9 +92,9 @@ def _sides(rows: list[Row], may: Reach) -> Iterator[int]:
 
 
 def _read(url: str, may: Reach) -> bytes:
-    """The bytes of an image in a file or in a tar. Raises OSError or ValueError."""
+    """Returns the bytes of an image in a file or in a tar. Raises OSError or ValueError."""
     if url.startswith("tar://"):
         if (place := tar_place(url)) is None:
-            raise ValueError("no member of a tar")
+            raise ValueError("not a member of a tar")
         return read_local(place["tar"], MAX_BYTES, may, place["offset"], place["size"])
     return read_local(local_path(url) or "", MAX_BYTES, may)

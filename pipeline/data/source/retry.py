@@ -1,4 +1,4 @@
-"""Rows whose fetch failed, to be tried again: gathered from the ledger into a segment of their own."""
+"""Gathers rows whose fetch failed, to be tried again, from the ledger into a segment of their own."""
 
 from __future__ import annotations
 
@@ -35,10 +35,18 @@ FINAL = frozenset(
 def gather(
     store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str]
 ) -> tuple[str | None, int]:
-    """Store the rows whose last try ended with one of ``reasons``, as the Parquet blob of a segment.
+    """Stores the rows whose last try ended with one of ``reasons``, as the Parquet blob of a segment.
 
-    ``source``: the stored shards of the list that ``pairs`` was made from. Returns the blob (None without a row) and
-    the number of rows. Their splits go along, so that none moves. One shard is in memory at a time.
+    Their splits go along, so that none moves. One shard is in memory at a time.
+
+    Args:
+        store: Where the list is stored.
+        source: The stored shards of the list that ``pairs`` was made from.
+        pairs: Says how rows ended.
+        reasons: Why they are tried again.
+
+    Returns:
+        The blob, None without a row, and the number of rows.
     """
     schema = pa.schema(
         [(name, pa.string()) for name in ("url", "group", "split", "sha256", "license", "attribution")]
@@ -80,7 +88,7 @@ def _failed(
 
 
 def _tried(store: Store, source: Sequence[SourceShard]) -> dict[str, int]:
-    """The last segment in which a reference was tried again."""
+    """Returns the last segment in which each reference was tried again."""
     tried: dict[str, int] = {}
     for shard in source:
         if segment_of(shard.number) >= FIRST_RETRY:

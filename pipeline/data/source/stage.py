@@ -1,4 +1,4 @@
-"""The user's list, cut into shards that never move.
+"""Cuts the user's list into shards that never move.
 
 A list is an ordered sequence of segments (files, folders, tars, or the emoji set), each cut in its own order into
 shards of N rows. Appending a segment, or rows at the end of the last one, leaves every full shard as it was. Rows to
@@ -91,8 +91,16 @@ class SourceRecipe:
 
 @dataclass(frozen=True)
 class SourceShard:
-    """One shard of the list, with the key of its references and the key of its captions. ``held_out``: its rows by
-    split, but for those to train on. ``captioned``: how many of its rows have a caption."""
+    """Holds one shard of the list.
+
+    Attributes:
+        image_key: Key of the number and the references.
+        caption_key: Key of the captions.
+        held_out: Rows of the validation and the test split.
+        captioned: Rows with a caption.
+        refs: Blob of the references, "" before they are stored.
+        captions: Blob of the captions, "" before they are stored.
+    """
 
     number: int
     image_key: str
@@ -106,7 +114,7 @@ class SourceShard:
 
 @dataclass(frozen=True)
 class Scan:
-    """All shards of a list, and the two source keys."""
+    """Holds all shards of a list, and has the two source keys."""
 
     shards: list[SourceShard] = field(default_factory=list)
 
@@ -119,7 +127,7 @@ class Scan:
 
     @property
     def held_out(self) -> Mapping[str, int]:
-        """How many rows of the list are held out, by split, before any is fetched."""
+        """Returns how many rows of the list are held out, by split, before any is fetched."""
         rows = Counter[str]()
         for shard in self.shards:
             rows.update(shard.held_out)
@@ -128,17 +136,23 @@ class Scan:
 
 @dataclass(frozen=True)
 class Segment:
-    """A list as it is stored. ``hashes``: blobs of the sorted hashes of its references that no earlier segment has."""
+    """Holds a list as it is stored.
+
+    ``hashes`` names blobs of the sorted hashes of its references that no earlier segment has.
+    """
 
     shards: list[SourceShard]
     hashes: list[str] = field(default_factory=list)
 
 
 def scan(recipe: SourceRecipe, store: Store, write: bool, journal: Journal = NOTHING) -> Scan:
-    """Read the list and cut it into shards. With ``write``, store them; a segment stored before is not read again, and
-    of its references the hashes are, once there is a new segment to be compared with them.
+    """Reads the list and cuts it into shards, which ``write`` stores.
 
-    Raises UserError if a list is missing, unreadable, empty or lacks a column.
+    A segment that is stored is not read again. Of its references the hashes are read, once there is a new segment to be
+    compared with them.
+
+    Raises:
+        UserError: for a list that is missing, unreadable or empty, or lacks a column.
     """
     shards: list[SourceShard] = []
     columns = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
@@ -194,7 +208,7 @@ def _retried(store: Store, blob: str) -> Iterator[Row]:
 
 
 def _see(seen: Seen, name: str, path: str, segment: Segment, cutter: _Cutter) -> None:
-    """Count the references of a stored segment as seen."""
+    """Counts the references of a stored segment as seen."""
     try:
         for blob in segment.hashes:
             seen.add(np.frombuffer(read_blob(cutter.store, blob), HASH))
@@ -206,7 +220,7 @@ def _see(seen: Seen, name: str, path: str, segment: Segment, cutter: _Cutter) ->
 
 @dataclass(frozen=True)
 class _Cutter:
-    """Cuts segments into shards. ``forgotten``: marks of references that no shard may hold."""
+    """Cuts segments into shards, none of which may hold a reference whose mark is in ``forgotten``."""
 
     recipe: SourceRecipe
     forgotten: frozenset[str]
@@ -214,7 +228,7 @@ class _Cutter:
     write: bool
 
     def cut(self, name: str, segment: int, what: str, rows: Callable[[], Iterator[Row]], seen: Seen) -> Segment:
-        """Read rows twice: for their references, and, once it is known which of them are duplicates, for shards."""
+        """Reads rows twice: for their references and, once it is known which are duplicates, for shards."""
         judged = seen.judge(self.references(rows()))
         shards: list[SourceShard] = []
         rest, place = rows(), 0
@@ -243,8 +257,11 @@ class _Cutter:
         return Segment(shards, hashes)
 
     def references(self, rows: Iterator[Row]) -> Iterator[str]:
-        """As they count for duplicates: rows that are forgotten or cannot be read leave no hash, nor do rows that
-        may not name their image, since another list may."""
+        """Yields references as they count for duplicates.
+
+        Rows that are forgotten or cannot be read leave no hash, nor do rows that may not name their image, since
+        another list may.
+        """
         return ("" if row.reject or self._is_forgotten(row.url) else comparable(row.url) for row in rows)
 
     def _is_forgotten(self, url: str) -> bool:
@@ -284,17 +301,17 @@ class _Cutter:
 
 
 def has_caption(captions: Sequence[str]) -> bool:
-    """Whether a row says anything of its image: one of its captions is more than white space."""
+    """Returns whether one of a row's captions is more than white space."""
     return any(caption.strip() for caption in captions)
 
 
 def segment_of(number: int) -> int:
-    """The segment of a shard."""
+    """Returns the segment of a shard."""
     return number // SEGMENT_SHARDS
 
 
 def row_key(number: int, place: int) -> str:
-    """The key of a row, 12 digits: 8 for the shard's number, 4 for the place in it (img2dataset's scheme)."""
+    """Returns the key of a row as img2dataset spells it: 8 digits for its shard and 4 for its place in it."""
     return f"{number:08d}{place:04d}"
 
 
@@ -304,7 +321,7 @@ def hash_share(value: str) -> float:
 
 
 def split_by_hash(value: str, validation: float, test: float) -> str:
-    """'test', 'validation' or 'train', by the value alone: a split never moves."""
+    """Returns 'test', 'validation' or 'train', by the value alone: a split never moves."""
     share = hash_share(value)
     return "test" if share < test else "validation" if share < test + validation else "train"
 
@@ -313,12 +330,12 @@ def split_by_hash(value: str, validation: float, test: float) -> str:
 
 
 def run_source(ctx: Context) -> Artifact:
-    """Store the references of every shard."""
+    """Stores the references of every shard."""
     return _publish(ctx, "refs", "image_key")
 
 
 def run_captions(ctx: Context) -> Artifact:
-    """Store the captions of every shard."""
+    """Stores the captions of every shard."""
     return _publish(ctx, "captions", "caption_key")
 
 

@@ -35,24 +35,31 @@ csv.field_size_limit(LIMIT)
 
 @dataclass(frozen=True)
 class Flaw:
-    """Why a row cannot be read: a reason of pipeline.ledger, and for a message what is wrong, and where."""
+    """Says why a row cannot be read: a reason of pipeline.ledger, and for a message what is wrong, and where."""
 
     reason: str
     what: str
 
 
 def table_rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[list[Any] | Flaw]:
-    """Yields for each row its values in ``needed`` and ``optional`` columns: text, a list of texts and Nones, or None
-    for an empty value or an absent column. The first of ``needed`` holds references of images, the second captions.
+    """Yields for each row its values in ``needed`` and ``optional`` columns.
 
-    Raises UserError for a file that cannot be read, is not UTF-8, lacks a column, or has one twice or of another type.
+    A value is text, a list of texts and Nones, or None where it is empty or its column is absent.
+
+    Args:
+        path: Of a CSV, TSV or Parquet file.
+        needed: The columns of the references of images and of the captions.
+        optional: Other columns.
+
+    Raises:
+        UserError: for a file that cannot be read, is not UTF-8, lacks a column, or has one twice or of another type.
     """
     rows = _parquet_rows if path.suffix.lower() == ".parquet" else _text_rows
     return rows(path, [*needed, *optional], len(needed))
 
 
 def _places(path: Path, names: Sequence[str], wanted: Sequence[str], needed: int) -> list[int | None]:
-    """Where the wanted columns are among those of a file."""
+    """Returns where the wanted columns are among the columns of a file."""
     counts = Counter(names)
     for column in wanted[:needed]:
         if not counts[column]:
@@ -111,7 +118,7 @@ def _not_utf8(line: bytes) -> int | None:
 
 
 class _Lines:
-    """The physical lines of a file, and the rows in them."""
+    """Finds the rows in the physical lines of a file."""
 
     def __init__(self, path: Path, file: io.TextIOWrapper, delimiter: str, end: str):
         self._path, self._file, self._delimiter, self._end = path, file, delimiter, end
@@ -147,7 +154,7 @@ class _Lines:
                 yield _lone_surrogate(wanted, values, number) or [value or None for value in values]
 
     def _take(self) -> str:
-        """The next line, "" at the end; of one that is too long no more than shows that it is."""
+        """Returns the next line, "" at the end; of one that is too long no more than shows that it is."""
         if self._ahead:
             line = self._ahead.popleft()
         else:
@@ -158,8 +165,10 @@ class _Lines:
         return line
 
     def _record(self, first: str) -> list[str] | None:
-        """The cells of the row that begins with a line, by the strict rules of quoting; None if it breaks them, and
-        then no other line is taken."""
+        """Returns the cells of the row that begins with a line, by the strict rules of quoting.
+
+        Returns None if the row breaks them, and then no other line is taken.
+        """
         behind: list[str] = []
 
         def lines() -> Iterator[str]:
@@ -183,8 +192,11 @@ class _Lines:
         return cells
 
     def _is_row(self, line: str) -> bool:
-        """Whether a line inside of a quoted value is by itself a row with a reference: then the quotation mark before
-        it was a stray one. A mark in the line may end the value, so that counts as a reference only what is before."""
+        """Returns whether a line inside of a quoted value is by itself a row with a reference.
+
+        Then the quotation mark before it was a stray one. A mark in the line may end the value, so only what stands
+        before it counts as a reference.
+        """
         before, mark, _ = line.partition('"')
         if mark and before.count(self._delimiter) <= self._image:
             return False
@@ -199,13 +211,13 @@ class _Lines:
 
 
 def _unquoted(cell: str) -> str:
-    """A cell of a TSV file, whose quotation marks stand for themselves unless it is properly quoted at both ends."""
+    """Returns a cell of a TSV file, whose quotation marks stand for themselves unless both ends have one."""
     found = QUOTED.fullmatch(cell)
     return found[1].replace('""', '"') if found else cell
 
 
 def _lone_surrogate(wanted: Sequence[str], values: Sequence[str], number: int) -> Flaw | None:
-    """The flaw of a row that holds bytes which are not UTF-8, in a column that is used."""
+    """Returns the flaw of a row that holds bytes which are not UTF-8, in a column that is used."""
     if "".join(values).isascii():
         return None
     for column, value in zip(wanted, values, strict=True):
@@ -241,8 +253,11 @@ def _parquet_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[li
 
 
 def _check_type(path: Path, column: str, kind: Any, place: int) -> None:
-    """Refuses a column that holds anything but references (the first), captions or lists of them (the second), or
-    what can be written as text (any other)."""
+    """Refuses a column of values that it cannot hold.
+
+    These are references in the first column, captions or lists of them in the second, and in any other what can be
+    written as text.
+    """
     inner = kind.value_type if place == 1 and (t.is_list(kind) or t.is_large_list(kind)) else kind
     plain = inner.value_type if t.is_dictionary(inner) else inner
     text = (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary, t.is_null)
@@ -255,7 +270,7 @@ def _check_type(path: Path, column: str, kind: Any, place: int) -> None:
 
 
 def _batches(file: Any, used: Sequence[str]) -> Iterator[Any]:
-    """Record batches of the used columns, with fewer rows at once where these are large."""
+    """Yields record batches of the used columns, with fewer rows at once where these are large."""
     metadata = file.metadata
     chunks = [
         i for i in range(metadata.num_columns) if any(_belongs(metadata.schema.column(i).path, name) for name in used)
@@ -272,7 +287,7 @@ def _belongs(path: str, column: str) -> bool:
 
 
 def _values(array: Any) -> list[Any]:
-    """The values of a column, with text that is not UTF-8 as bytes, and NaN as None."""
+    """Returns the values of a column, with text that is not UTF-8 as bytes, and NaN as None."""
     if t.is_dictionary(array.type):
         values = _values(array.dictionary)
         return [None if i is None else values[i] for i in array.indices.to_pylist()]
@@ -299,7 +314,7 @@ def _texts(wanted: Sequence[str], row: Sequence[Any], number: int) -> list[Any] 
 
 
 def _text(value: Any) -> str | None:
-    """A value as text. Raises UnicodeDecodeError, and ValueError for one that is too long."""
+    """Returns a value as text. Raises UnicodeDecodeError, and ValueError for one that is too long."""
     if isinstance(value, str | bytes) and len(value) > LIMIT:
         raise ValueError(f"has over {LIMIT:,} characters")
     return (

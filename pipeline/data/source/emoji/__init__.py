@@ -1,0 +1,1 @@
+"""The emoji set: a list and its images, drawn on demand."""

@@ -60,7 +60,7 @@ _DUPLICATES = {
 
 
 class EmojiRow(NamedTuple):
-    """An image and its caption. ``group`` is its concept; ``split`` is train, validation or test."""
+    """Holds an image and its caption. ``group`` is its concept; ``split`` is train, validation or test."""
 
     url: str
     caption: str
@@ -280,7 +280,7 @@ def _is_flag(code: str) -> bool:
 
 
 def _concept(code: str) -> str:
-    """The name without skin tone, gender and direction."""
+    """Returns the name without skin tone, gender and direction."""
     bare = re.sub(rf"{_TONE}|-200D-(2640|2642|27A1)", "", code)
     bare = "-".join(_NEUTRAL.get(point, point) for point in bare.split("-"))
     if "-200D-1F9D2" in bare:

@@ -1,4 +1,4 @@
-"""A local HTTP server that draws emoji on demand, so that the quick start downloads real images without a network.
+"""Serves emoji from this machine, drawn on demand, so that the quick start downloads real images without a network.
 
 It runs in a process of its own: drawing would hold the interpreter lock of the job that downloads.
 """
@@ -32,10 +32,12 @@ def _draw(url_path: str) -> bytes:
 
 @contextmanager
 def serving() -> Iterator[str]:
-    """Run a server as long as the block lasts; yields "127.0.0.1:PORT".
+    """Runs a server as long as the block lasts; yields "127.0.0.1:PORT".
 
-    It ends with the block and also when this process dies, however it dies. Raises UserError if the demo packages are
-    missing or the server does not start.
+    It ends with the block and also when this process dies, however it dies.
+
+    Raises:
+        UserError: if the demo packages are missing or the server does not start.
     """
     emoji.fingerprint()  # names a missing package here, where it is one line
     root = str(Path(__file__).parents[4])
@@ -78,11 +80,11 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: the downloader's ledger counts every failure."""
+        """Says nothing: the downloader's ledger counts every failure."""
 
 
 def main() -> None:
-    """Serve on a free loopback port, say which on one line, and end when stdin closes or the parent is gone."""
+    """Serves on a free loopback port, says which on one line, and ends when stdin closes or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
     parent = os.getppid()
     server = _Server(("127.0.0.1", 0), _Handler)
