@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.local import Reach, local_path, read_local
 
 ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
-IMAGES = 100  # measured, at most
+MEASURED = 100  # measured, at most
 MAX_BYTES = 32 << 20  # of one, as pairs.max_bytes by default
 
 
@@ -83,7 +83,7 @@ def look(recipe: SourceRecipe) -> Look:
 
 def _sides(rows: list[Row], may: Reach) -> Iterator[int]:
     """Yields short sides of the first images that lie here, from their headers; 0 for one that cannot be opened."""
-    for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), IMAGES):
+    for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), MEASURED):
         try:
             with Image.open(io.BytesIO(_read(row.url, may)), formats=("PNG", "JPEG", "WEBP")) as image:
                 yield min(image.size)
