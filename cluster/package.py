@@ -22,8 +22,8 @@ import yaml
 from cluster.job import PROJECT_FILE
 from models.clip_weights import ClipWeights
 from pipeline.config import Config
-from pipeline.data.source.journal import FORGOTTEN, Journal, reference_mark
-from pipeline.data.source.lists import ROWS, Row, read_rows, write_rows
+from pipeline.data.source.journal import FORGOTTEN, ListJournal, reference_mark
+from pipeline.data.source.lists import ROWS_SUFFIX, ListRow, read_rows, write_rows
 from pipeline.errors import UserError
 from pipeline.local import Reach
 from pipeline.parse import ContentFile
@@ -68,7 +68,7 @@ class Package:
         return whole.hexdigest()
 
 
-def make_package(config: Config, store_url: str, output: str, journal: Journal, here: bool = False) -> Package:
+def make_package(config: Config, store_url: str, output: str, journal: ListJournal, here: bool = False) -> Package:
     """Returns the package of a job.
 
     Args:
@@ -104,7 +104,7 @@ def make_package(config: Config, store_url: str, output: str, journal: Journal, 
             continue
         file = Path(path).expanduser().absolute()
         if not here and _travels(path, config):
-            paths[i] = f"lists/{i}/{file.stem}{ROWS}"
+            paths[i] = f"lists/{i}/{file.stem}{ROWS_SUFFIX}"
             files[paths[i]] = _as_read(path, config, journal.marks)
             continue
         paths[i] = str(file)
@@ -192,11 +192,11 @@ def _as_read(path: str, config: Config, forgotten: frozenset[str]) -> bytes:
     """Returns a list's rows as this machine reads them; it stops at what a package takes."""
     out = io.BytesIO()
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[ListRow]:
         for row in read_rows(path, config.source):
             if out.tell() > LARGEST:
                 return
-            yield row if (mark := reference_mark(row.url)) not in forgotten else Row(FORGOTTEN + mark, ())
+            yield row if (mark := reference_mark(row.url)) not in forgotten else ListRow(FORGOTTEN + mark, ())
 
     write_rows(out, rows())
     return out.getvalue()

@@ -13,7 +13,7 @@ from pipeline.config import OVERRIDES
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.data.source.forget import Request, find, without
-from pipeline.data.source.journal import Forgotten, Journal, change_journal, read_journal, with_forgotten
+from pipeline.data.source.journal import Forgotten, ListJournal, change_journal, read_journal, with_forgotten
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import UserError
@@ -127,7 +127,7 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _forgetting(project: Project, journal: Journal, found: Sequence[Forgotten]) -> Journal:
+def _forgetting(project: Project, journal: ListJournal, found: Sequence[Forgotten]) -> ListJournal:
     changed = with_forgotten(journal, found)
     return replace(changed, retries=tuple(without(project.store, blob, changed.marks) for blob in changed.retries))
 

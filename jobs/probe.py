@@ -26,7 +26,7 @@ from jobs.project import Project
 from pipeline.config import Config
 from pipeline.cost.observed import Seen, observe
 from pipeline.data.source.emoji.server import serving
-from pipeline.data.source.lists import Row, reach, read_rows
+from pipeline.data.source.lists import ListRow, reach, read_rows
 from pipeline.evaluate.recipe import ROWS
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted, duration
@@ -89,7 +89,7 @@ def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:
     return len(rows), cut
 
 
-def _spread(rows: Iterator[Row], wanted: int, total: int) -> Iterator[Row]:
+def _spread(rows: Iterator[ListRow], wanted: int, total: int) -> Iterator[ListRow]:
     """Yields ``wanted`` of ``total`` rows, equally far from each other."""
     for i, row in enumerate(rows):
         if i * wanted // total != (i + 1) * wanted // total:

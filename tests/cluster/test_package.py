@@ -20,7 +20,7 @@ from cluster.package import check_size, make_package, package_path, send_weights
 from cluster.submission import put_package
 from pipeline.config import Config, load_config, make_config
 from pipeline.data.source.forget import Request, find
-from pipeline.data.source.journal import NOTHING, change_journal, with_forgotten
+from pipeline.data.source.journal import EMPTY, change_journal, with_forgotten
 from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
 from pipeline.graph.keys import differences
@@ -47,7 +47,7 @@ def _list(path: Path, *urls: str) -> Path:
 
 
 def _project(config: Config, **more: object) -> dict:
-    return yaml.safe_load(make_package(config, URL, "out", NOTHING, **more).files["project.yaml"])
+    return yaml.safe_load(make_package(config, URL, "out", EMPTY, **more).files["project.yaml"])
 
 
 @pytest.mark.parametrize("name", ["nano", "emoji", "emoji-long"])
@@ -61,7 +61,7 @@ def test_the_resolved_configuration_is_the_same_one(name: str) -> None:
 
 
 def test_the_unpacked_package_is_the_whole_code(tmp_path: Path) -> None:
-    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out", NOTHING)
+    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out", EMPTY)
     found = [f for folder in cluster.package.CODE for f in (ROOT / folder).rglob("*") if f.is_file()]
     code = {f.relative_to(ROOT).as_posix() for f in found if "__pycache__" not in f.parts}
     assert {"pipeline/presets/nano.yaml", "pipeline/report/templates/page.html"} <= code
@@ -73,14 +73,14 @@ def test_same_files_same_bytes(tmp_path: Path) -> None:
     config = _config(
         tmp_path, [_list(tmp_path / "a/list.csv", "http://a/1.png"), _list(tmp_path / "b/list.csv", "s3://b/1")]
     )
-    one = make_package(config, URL, "out", NOTHING)
+    one = make_package(config, URL, "out", EMPTY)
     first, second = (write_zip(one, tmp_path / name) for name in ("1.zip", "2.zip"))
     for file in (tmp_path / "a/list.csv", tmp_path / "b/list.csv"):
         file.touch()
-    again = make_package(config, URL, "out", NOTHING)
+    again = make_package(config, URL, "out", EMPTY)
     assert first.read_bytes() == second.read_bytes() == write_zip(again, tmp_path / "3.zip").read_bytes()
     assert again.key == one.key
-    assert make_package(config, URL, "elsewhere", NOTHING).key != one.key
+    assert make_package(config, URL, "elsewhere", EMPTY).key != one.key
     with zipfile.ZipFile(first) as archive:
         assert [row["url"] for row in _rows(archive.read("lists/0/list.rows"))] == ["http://a/1.png"]
         assert [row["url"] for row in _rows(archive.read("lists/1/list.rows"))] == ["s3://b/1"]
@@ -132,7 +132,7 @@ def test_a_list_travels_as_it_is_read_masked_and_without_what_was_forgotten(stor
 
 def test_a_list_of_files_by_their_paths_stays_where_it_lies(tmp_path: Path) -> None:
     config = _config(tmp_path, [_list(tmp_path / "list.csv", "http://a/1.png", f"{tmp_path}/pictures/2.png")])
-    package = make_package(config, URL, "out", NOTHING)
+    package = make_package(config, URL, "out", EMPTY)
     assert not [name for name in package.files if name.startswith("lists/")]
     assert len(package.notes) == 1
 
@@ -147,15 +147,15 @@ def test_a_row_that_may_not_name_its_file_keeps_no_list_here_and_is_refused_ther
         {"project": "p", "store": URL, "preset": "nano"}
         | {"source": {"paths": list(config.source.paths), "roots": ["s3://images", "sets"]}}
     )
-    package = make_package(config, URL, "out", NOTHING)
+    package = make_package(config, URL, "out", EMPTY)
     sent = yaml.safe_load(package.files["project.yaml"])
     assert sent["source"]["roots"] == [str(tmp_path / "sets"), "s3://images"]
     (name,) = sent["source"]["paths"]
     (tmp_path / "unpacked" / name).parent.mkdir(parents=True)
     (tmp_path / "unpacked" / name).write_bytes(package.files[name])
     sent["source"]["paths"] = [str(tmp_path / "unpacked" / name)]
-    ours = scan(config.source, store, write=False, journal=NOTHING)
-    theirs = scan(make_config(sent).source, store, write=False, journal=NOTHING)
+    ours = scan(config.source, store, write=False, journal=EMPTY)
+    theirs = scan(make_config(sent).source, store, write=False, journal=EMPTY)
     assert theirs.keys == ours.keys
     assert theirs.shards[0].ledger.rejected == {"forbidden_reference": 4}
 
@@ -165,14 +165,14 @@ def test_what_lies_in_files_stays_and_a_line_says_so(tmp_path: Path, monkeypatch
     beside = _list(tmp_path / "beside.csv", "http://a/1.png", "2.png")
     (tmp_path / "folder").mkdir()
     config = _config(tmp_path, ["beside.csv", "folder", "emoji:nano"])
-    package = make_package(config, URL, "out", NOTHING)
+    package = make_package(config, URL, "out", EMPTY)
     paths = [str(beside), str(tmp_path / "folder"), "emoji:nano"]
     assert _project(config)["source"]["paths"] == paths
     assert len(package.notes) == 2
     assert f"every machine must find it, and the files that it names, at {beside}" in package.notes[0]
     travelling = _config(tmp_path, [_list(tmp_path / "web.csv", "http://a/1.png")])
     assert _project(travelling, here=True)["source"]["paths"] == [str(tmp_path / "web.csv")]
-    assert make_package(config, URL, "out", NOTHING, here=True).notes == ()
+    assert make_package(config, URL, "out", EMPTY, here=True).notes == ()
 
 
 def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path, store: Store) -> None:
@@ -181,7 +181,7 @@ def test_files_of_recipes_travel_and_weights_go_through_the_store(tmp_path: Path
     save_file({"w": np.ones(3, np.float32)}, weights)
     more = {"pairs": {"deny_hosts": str(hosts)}, "decoder": {"init_from": str(weights)}}
     config = _config(tmp_path, ["emoji:nano"], **more)
-    package = make_package(config, URL, "out", NOTHING)
+    package = make_package(config, URL, "out", EMPTY)
     values = yaml.safe_load(package.files["project.yaml"])
     where = values["pairs"]["deny_hosts"]
     assert package.files[where] == hosts
@@ -205,10 +205,10 @@ def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path, mon
     urls = [f"http://a/{name}.png" for name in names]
     lists = [_list(tmp_path / f"{i}.csv", *urls[: 300 * (7 - i)]) for i in range(7)]
     config = _config(tmp_path, lists)
-    check_size(make_package(config, URL, "out", NOTHING))
+    check_size(make_package(config, URL, "out", EMPTY))
     monkeypatch.setattr(cluster.package, "LARGEST", 1 << 20)
     with pytest.raises(UserError) as refused:
-        make_package(config, URL, "out", NOTHING)
+        make_package(config, URL, "out", EMPTY)
     named = [f"lists/{i}/{i}.rows (0." for i in range(4)]
     places = [str(refused.value).index(name) for name in named]
     assert places == sorted(places)
@@ -219,9 +219,9 @@ def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path, mon
 
 def test_a_clip_in_a_folder_needs_a_path_that_the_cluster_has(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"clip\.weights: my-clip is found on this machine only"):
-        make_package(_config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:my-clip"}), URL, "out", NOTHING)
+        make_package(_config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:my-clip"}), URL, "out", EMPTY)
     package = make_package(
-        _config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:/models/clip"}), URL, "out", NOTHING
+        _config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:/models/clip"}), URL, "out", EMPTY
     )
     assert package.notes == ("/models/clip (clip.weights) does not travel: the cluster's head must have it there",)
 
@@ -230,14 +230,14 @@ def test_a_tracker_of_the_users_travels(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "mytracker.py").write_text("def make(*_): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = _config(tmp_path, ["emoji:nano"], run={"trackers": ["mytracker:make", "tensorboard", "json:dumps"]})
-    package = make_package(config, URL, "out", NOTHING)
+    package = make_package(config, URL, "out", EMPTY)
     assert package.files["mytracker.py"] == tmp_path / "mytracker.py"
     assert not [name for name in package.files if name.startswith(("json", "tensorboard"))]
     sys.modules.pop("mytracker", None)
 
 
 def test_a_package_in_the_store_stays_as_long_as_the_run_that_asked_for_it(store: Store, tmp_path: Path) -> None:
-    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out", NOTHING)
+    package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out", EMPTY)
     file = write_zip(package, tmp_path / "p.zip")
     path = package_path(file)
     assert path == package_path(write_zip(package, tmp_path / "q.zip"))

@@ -20,7 +20,7 @@ from safetensors.torch import load
 from models.folder import load_model
 from models.sampling_config import MODELS
 from pipeline.config import load_config
-from pipeline.data.source.emoji.listing import draw, emoji_rows
+from pipeline.data.source.emoji.listing import draw_emoji, emoji_rows
 from pipeline.store.records import read_blob
 from tests.chain import (
     ROOT,
@@ -87,7 +87,7 @@ def test_a_small_set_of_ones_own_is_told_why_nothing_was_measured_and_what_to_do
     folder.mkdir()
     small = [row for row in emoji_rows("nano") if "/256/" in row.url and "background" in row.caption]
     for i, row in enumerate(small[:40]):
-        (folder / f"{i:02d}.png").write_bytes(draw(row.url.removeprefix("http://emoji.test")))
+        (folder / f"{i:02d}.png").write_bytes(draw_emoji(row.url.removeprefix("http://emoji.test")))
         (folder / f"{i:02d}.txt").write_text(row.caption)
     bundle = {"models": ["diffusion_prior", "decoder"], "sampling": {"size": 64, "decoder_steps": 2, "prior_steps": 2}}
     config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:1", [folder], bundle=bundle)

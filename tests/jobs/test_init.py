@@ -211,7 +211,7 @@ def test_pictures_that_cannot_be_opened_are_counted(capsys: Output) -> None:
 
 
 def test_a_look_at_a_long_list_ends_early_but_sees_the_head_of_every_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looking, "ROWS", 3)
+    monkeypatch.setattr(looking, "MOST_ROWS", 3)
     first, other = table("csv"), table("parquet")
     seen = look(SourceRecipe((first, other)))
     assert (seen.rows, seen.more) == (4, True)

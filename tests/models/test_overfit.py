@@ -26,7 +26,7 @@ from models.pixels import from_uint8, resize
 from models.tokens import tokenize
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
 from pipeline.config import preset_config
-from pipeline.data.source.emoji.listing import draw, emoji_rows
+from pipeline.data.source.emoji.listing import draw_emoji, emoji_rows
 
 pytestmark = pytest.mark.slow
 ROWS, DIM = 8, 64
@@ -36,7 +36,7 @@ def pictures(side: int) -> tuple[Tensor, list[str]]:
     """Eight emoji of different concepts, uint8 [8, 3, side, side], and their captions."""
     rows = list({row.group: row for row in emoji_rows("nano")}.values())[:ROWS]
     size = 1024 if side > 256 else 256
-    drawn = [Image.open(BytesIO(draw(f"/{size}/" + row.url.split("/", 4)[4]))).convert("RGB") for row in rows]
+    drawn = [Image.open(BytesIO(draw_emoji(f"/{size}/" + row.url.split("/", 4)[4]))).convert("RGB") for row in rows]
     arrays = [np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)) for picture in drawn]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), [row.caption for row in rows]
 

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, StoredImage, Storing, inspect, load_resizer, resize
+from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, StoredImage, Storing, inspect, load_resizer, prepare
 from pipeline.data.pairs.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
@@ -52,8 +52,8 @@ def seconds(pixels: int) -> float:
     return BASE_S + pixels * S_PER_PIXEL
 
 
-class Decoder:
-    """Calls ``image.resize`` and ``image.inspect`` in a child process, which is started when it is needed.
+class ImageDecoder:
+    """Calls ``image.prepare`` and ``image.inspect`` in a child process, which is started when it is needed.
 
     Both give "decoder_crashed" for bytes that killed it twice, and "decode_timeout" for bytes that took more processor
     time than their pixels may, or more time than ``max_pixels`` may. Both raise UserError if it does not start at all.
@@ -68,9 +68,9 @@ class Decoder:
         self._overdue: float | None = None  # that of the last one that was not
         atexit.register(self.close)
 
-    def resize(self, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
-        """Calls image.resize."""
-        said, body = self._ask("resize", data, max_pixels, [max_pixels, astuple(storing)])
+    def prepare(self, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
+        """Calls image.prepare."""
+        said, body = self._ask("prepare", data, max_pixels, [max_pixels, astuple(storing)])
         return said if isinstance(said, str) else StoredImage(body, *said)
 
     def inspect(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
@@ -134,9 +134,9 @@ class Decoder:
 
 
 @cache
-def shared_decoder() -> Decoder:
+def shared_decoder() -> ImageDecoder:
     """Returns the decoder of this process."""
-    return Decoder()
+    return ImageDecoder()
 
 
 def open_image(path: Path) -> Image.Image:
@@ -151,7 +151,7 @@ def open_image(path: Path) -> Image.Image:
         if isinstance(e, TooLarge):
             raise UserError(f"{path}: more than {MAX_BYTES >> 20} MiB; name a smaller image") from None
         raise UserError(f"{path}: cannot be read ({e.strerror}); name an image") from None
-    found = shared_decoder().resize(data, MAX_PIXELS, OWN)
+    found = shared_decoder().prepare(data, MAX_PIXELS, OWN)
     if isinstance(found, str):
         raise UserError(
             f"{path}: cannot be taken ({found}: {REASONS[found]}); name a PNG, JPEG or WebP of at most "
@@ -200,7 +200,7 @@ def _answer(name: str, arguments: list[Any], data: bytes) -> tuple[Any, bytes]:
         if name == "inspect":
             return inspect(data, *arguments, starts=_limit_to), b""
         max_pixels, storing = arguments
-        found = resize(data, max_pixels, Storing(*storing), starts=_limit_to)
+        found = prepare(data, max_pixels, Storing(*storing), starts=_limit_to)
     except MemoryError:
         return "decode_error", b""
     return (found, b"") if isinstance(found, str) else ([found.width, found.height, found.extension], found.data)

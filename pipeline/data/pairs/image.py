@@ -22,7 +22,7 @@ from models.view import upright_rgb
 
 MAX_BYTES, MAX_PIXELS = 32 << 20, 64_000_000  # of an image, unless a recipe says otherwise
 MAX_SCANS = 500  # of a JPEG; encoders write about 10
-LONGEST = 8  # times image_size: the long side of what is stored
+LONGEST_SIDE = 8  # times image_size: the long side of what is stored
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # of a JPEG: no escaped byte, no padding, no restart
 SCAN, END = 0xDA, 0xD9
 
@@ -51,20 +51,20 @@ class Storing:
     min_image_size: int = 0
 
 
-def resize(
+def prepare(
     data: bytes, max_pixels: int, storing: Storing, *, starts: Callable[[int], object] = int
 ) -> StoredImage | str:
     """Returns the image in ``data`` as it is to be stored, or the reason why it cannot be.
 
     Takes PNG, JPEG and WebP by their first bytes (of an animation the first frame; no GIF). The header's pixel count
     and a JPEG's scans are checked before anything is decoded; ``starts`` is called with that count when decoding
-    starts. Images become what ``upright_rgb`` says, and are stored as three channels. The long side may be LONGEST
+    starts. Images become what ``upright_rgb`` says, and are stored as three channels. The long side may be LONGEST_SIDE
     times ``image_size``, which bounds what is stored. Equal input gives equal bytes.
     """
     upright = _decode(data, max_pixels, starts)
     if isinstance(upright, str):
         return upright
-    most = LONGEST * storing.image_size
+    most = LONGEST_SIDE * storing.image_size
     size, plain = upright.size, _bitmap(upright)
     del upright  # a large one takes as much memory as what follows
     stored, width, height, _, _, error = _resizer(storing)(plain)
@@ -76,7 +76,7 @@ def resize(
 
 
 def inspect(data: bytes, max_pixels: int, *, starts: Callable[[int], object] = int) -> tuple[int, int] | str:
-    """Returns width and height, upright, of an image that ``resize`` would take but for its sides, or the reason."""
+    """Returns width and height, upright, of an image that ``prepare`` would take but for its sides, or the reason."""
     upright = _decode(data, max_pixels, starts)
     return upright if isinstance(upright, str) else upright.size
 

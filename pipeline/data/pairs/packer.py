@@ -142,7 +142,7 @@ class Packer:
             return None
         r = self.recipe
         with steps("decode"):
-            image = self.decoder.resize(answer.data, r.max_pixels, r.storing)
+            image = self.decoder.prepare(answer.data, r.max_pixels, r.storing)
         if isinstance(image, str):
             _reject(row, image)
             return None

@@ -22,7 +22,7 @@ from pipeline.terminal import printable
 OPT_OUTS = f"{NOTE}opt_outs"
 SPLITS = ("train", "validation", "test")
 STAGE_SIDES = (0, 64, 256, 1024)  # counts are kept for images whose short side is at least this
-COLUMNS = (
+INDEX_COLUMNS = (
     "key",
     "url",
     "width",
@@ -37,7 +37,7 @@ COLUMNS = (
     "license",
     "attribution",
 )
-WIDE = {"width", "height", "offset", "size"}
+_WIDE = {"width", "height", "offset", "size"}
 
 
 def index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -49,8 +49,8 @@ def index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """
     return pa.table(
         {
-            name: pa.array([row.get(name) for row in rows], pa.int64() if name in WIDE else pa.string())
-            for name in COLUMNS
+            name: pa.array([row.get(name) for row in rows], pa.int64() if name in _WIDE else pa.string())
+            for name in INDEX_COLUMNS
         }
     )
 

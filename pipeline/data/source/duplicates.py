@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 HASH = np.dtype("<u8")
-NONE = 0  # the hash of no reference
+_NO_HASH = 0  # the hash of no reference
 Hashes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
 
@@ -29,7 +29,7 @@ class Judged:
     fresh: Hashes
 
 
-class Seen:
+class SeenReferences:
     """Keeps the hashes of all references so far."""
 
     def __init__(self) -> None:
@@ -46,11 +46,11 @@ class Seen:
         """
         hashes = hashes_of(references)
         distinct, first = np.unique(hashes, return_index=True)
-        known = distinct == NONE
+        known = distinct == _NO_HASH
         for earlier in self._parts if len(distinct) else ():
             place = np.minimum(np.searchsorted(distinct, earlier), len(distinct) - 1)
             known[place[distinct[place] == earlier]] = True
-        duplicate = hashes != NONE
+        duplicate = hashes != _NO_HASH
         duplicate[first[~known]] = False
         fresh = distinct[~known]
         self.add(fresh)
@@ -58,9 +58,11 @@ class Seen:
 
 
 def hashes_of(references: Iterable[str]) -> Hashes:
-    """Returns the hashes of references, NONE for an empty one."""
+    """Returns the hashes of references, _NO_HASH for an empty one."""
     return np.fromiter(map(_hash, references), HASH)
 
 
 def _hash(reference: str) -> int:
-    return int.from_bytes(hashlib.blake2b(reference.encode(), digest_size=8).digest(), "little") if reference else NONE
+    return (
+        int.from_bytes(hashlib.blake2b(reference.encode(), digest_size=8).digest(), "little") if reference else _NO_HASH
+    )

@@ -15,7 +15,7 @@ from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import put_blob
 
-NAMED = 20  # rows, at most, that are told one by one
+MOST_NAMED = 20  # rows, at most, that are told one by one
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Found:
+class Matches:
     """Holds what a request is about.
 
     Attributes:
         forgotten: The references to forget, with the segments that hold them.
         rows: How many rows have them.
-        named: Keys and references of the first NAMED of these rows.
+        named: Keys and references of the first MOST_NAMED of these rows.
         unseen: References of the request that no row has yet.
     """
 
@@ -58,7 +58,7 @@ class Found:
     unseen: list[str]
 
 
-def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, request: Request) -> Found:
+def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, request: Request) -> Matches:
     """Returns what a request is about.
 
     A reference that no row has is forgotten for lists to come.
@@ -83,10 +83,10 @@ def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, re
         for _, url in found:
             held[reference_mark(url)].add(segment_of(shard.number))
         rows += len(found)
-        named += [(row_key(shard.number, place), url) for place, url in found][: NAMED - len(named)]
+        named += [(row_key(shard.number, place), url) for place, url in found][: MOST_NAMED - len(named)]
     forgotten = [Forgotten(mark, tuple(sorted(segments))) for mark, segments in sorted(held.items())]
     unseen = sorted(url for url in request.references if not held[reference_mark(url)])
-    return Found(forgotten, rows, named, unseen)
+    return Matches(forgotten, rows, named, unseen)
 
 
 def without(store: Store, blob: str, marks: frozenset[str]) -> str:

@@ -29,7 +29,7 @@ class Forgotten:
 
 
 @dataclass(frozen=True)
-class Journal:
+class ListJournal:
     """Holds the decisions about one list.
 
     Attributes:
@@ -52,7 +52,7 @@ class Journal:
         return sorted(row.mark for row in self.forgotten if segment in row.segments)
 
 
-NOTHING = Journal()
+EMPTY = ListJournal()
 
 
 def reference_mark(url: str) -> str:
@@ -70,12 +70,12 @@ def journal_path(project: str) -> str:
     return f"locks/list-{project}.json"
 
 
-def read_journal(store: Store, project: str) -> Journal:
+def read_journal(store: Store, project: str) -> ListJournal:
     """Returns the journal of a project, empty before the first entry."""
     return _read(store, project)[1]
 
 
-def change_journal(store: Store, project: str, change: Callable[[Journal], Journal]) -> Journal:
+def change_journal(store: Store, project: str, change: Callable[[ListJournal], ListJournal]) -> ListJournal:
     """Applies a change by compare-and-swap, again if another process came first; returns the new journal."""
     for _ in range(20):
         version, journal = _read(store, project)
@@ -86,7 +86,7 @@ def change_journal(store: Store, project: str, change: Callable[[Journal], Journ
     raise UserError(f"the list of {project} is being changed by somebody else all the time; try again")
 
 
-def with_forgotten(journal: Journal, found: Iterable[Forgotten]) -> Journal:
+def with_forgotten(journal: ListJournal, found: Iterable[Forgotten]) -> ListJournal:
     """Returns the journal with these references forgotten too, each with all segments that ever held it."""
     segments = {row.mark: set(row.segments) for row in journal.forgotten}
     for row in found:
@@ -97,15 +97,15 @@ def with_forgotten(journal: Journal, found: Iterable[Forgotten]) -> Journal:
     return replace(journal, forgotten=forgotten, forgettings=journal.forgettings + 1)
 
 
-def _read(store: Store, project: str) -> tuple[str | None, Journal]:
+def _read(store: Store, project: str) -> tuple[str | None, ListJournal]:
     path = journal_path(project)
     standing = store.stat(path)
     if standing is None:
-        return None, NOTHING
+        return None, EMPTY
     try:
         data: dict[str, Any] = json.loads(store.read(path))
         forgotten = tuple(Forgotten(mark, tuple(segments)) for mark, segments in data["forgotten"])
-        return standing.version, Journal(tuple(data["retries"]), forgotten, data["forgettings"])
+        return standing.version, ListJournal(tuple(data["retries"]), forgotten, data["forgettings"])
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{store.url}/{path} is damaged, or an older version of this software wrote it: restore it, or name "
@@ -113,6 +113,6 @@ def _read(store: Store, project: str) -> tuple[str | None, Journal]:
         ) from None
 
 
-def _as_json(journal: Journal) -> bytes:
+def _as_json(journal: ListJournal) -> bytes:
     forgotten = [[row.mark, row.segments] for row in journal.forgotten]
     return json.dumps({"retries": journal.retries, "forgotten": forgotten, "forgettings": journal.forgettings}).encode()

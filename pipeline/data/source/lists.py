@@ -25,14 +25,14 @@ from pipeline.local import Reach, open_local
 if TYPE_CHECKING:
     from pipeline.data.source.stage import SourceRecipe
 
-ROWS = ".rows"  # ends the name of a file of rows as they were read (see write_rows)
+ROWS_SUFFIX = ".rows"  # ends the name of a file of rows as they were read (see write_rows)
 # What a table says where it has no value, as pyarrow and pandas read it. In a column of groups it is a group.
-MISSING = frozenset(("#N/A", "#NA", "-NaN", "-nan", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"))
+NO_VALUE = frozenset(("#N/A", "#NA", "-NaN", "-nan", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"))
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True)
-class Row:
+class ListRow:
     """Holds one row of a list.
 
     Attributes:
@@ -53,7 +53,7 @@ class Row:
     flaw: str = ""
 
 
-def read_rows(path: str, recipe: SourceRecipe) -> Iterator[Row]:
+def read_rows(path: str, recipe: SourceRecipe) -> Iterator[ListRow]:
     """Yields the rows of one list in its order, read as they are asked for.
 
     Raises:
@@ -92,13 +92,13 @@ def _looked_for(kind: str, where: str, recipe: SourceRecipe) -> str:
     return f"its column {recipe.caption_column} is empty; name another one in source.caption_column"
 
 
-def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[Row]:
+def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[ListRow]:
     if kind == "emoji":
         from pipeline.data.source.emoji.flaws import flawed_rows
         from pipeline.data.source.emoji.listing import emoji_rows
 
         for row in flawed_rows() if where == "flawed" else emoji_rows(where):
-            yield Row(row.url, _captions([row.caption]), row.group, row.split, "", row.license, row.attribution)
+            yield ListRow(row.url, _captions([row.caption]), row.group, row.split, "", row.license, row.attribution)
     elif kind == "folder":
         yield from _folder_rows(Path(where), reach(recipe, path))
     elif kind == "tar":
@@ -147,7 +147,7 @@ def _kind(path: str) -> tuple[str, str]:
         return "embeddings" if is_embeddings(file) else "folder", str(file.absolute())
     if not file.is_file():
         raise UserError(f"source {path}: not a regular file, and nothing else is read")
-    if (suffix := file.suffix.lower()) in (".parquet", ".csv", ".tsv", ".tar", ROWS):
+    if (suffix := file.suffix.lower()) in (".parquet", ".csv", ".tsv", ".tar", ROWS_SUFFIX):
         return suffix[1:], str(file.absolute())
     if suffix in (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"):
         raise UserError(f"source {path}: lists and tars are not read out of a compressed file; unpack it first")
@@ -160,7 +160,7 @@ def fingerprint(path: str) -> Any:
     if kind == "emoji":
         from pipeline.data.source.emoji import listing as emoji
 
-        return ["emoji", where, emoji.fingerprint()]
+        return ["emoji", where, emoji.emoji_fingerprint()]
     try:
         if kind in ("folder", "embeddings"):
             files = _files(Path(where)) if kind == "folder" else sorted(Path(where).glob("*/*"))
@@ -193,7 +193,7 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(root, name)
 
 
-def _folder_rows(folder: Path, may: Reach) -> Iterator[Row]:
+def _folder_rows(folder: Path, may: Reach) -> Iterator[ListRow]:
     for file in _files(folder):
         if file.suffix.lower() in IMAGES:
             text = file.with_suffix(".txt")
@@ -212,37 +212,37 @@ def _bytes(text: Path, may: Reach) -> bytes:
         return b""
 
 
-def _spoken(url: str, data: bytes, where: str) -> Row:
+def _spoken(url: str, data: bytes, where: str) -> ListRow:
     """Returns a row whose captions are the lines of a file."""
     if len(data) > LIMIT:
-        return Row(url, (), reject="malformed_row", flaw=f"{where} has over {LIMIT:,} bytes")
+        return ListRow(url, (), reject="malformed_row", flaw=f"{where} has over {LIMIT:,} bytes")
     try:
-        return Row(url, _captions(data.decode("utf-8-sig").splitlines()))
+        return ListRow(url, _captions(data.decode("utf-8-sig").splitlines()))
     except UnicodeDecodeError as e:
         flaw = f"byte {e.start + 1} of {where} is 0x{data[e.start]:02x}, which is not UTF-8"
-        return Row(url, (), reject="not_utf8", flaw=flaw)
+        return ListRow(url, (), reject="not_utf8", flaw=flaw)
 
 
-def write_rows(file: BinaryIO, rows: Iterable[Row]) -> None:
+def write_rows(file: BinaryIO, rows: Iterable[ListRow]) -> None:
     """Writes rows as Parquet, so that a list is read elsewhere as it was here, whatever its columns are called."""
     text, texts = pa.string(), pa.list_(pa.string())
-    schema = pa.schema([(field.name, texts if field.name == "captions" else text) for field in fields(Row)])
+    schema = pa.schema([(field.name, texts if field.name == "captions" else text) for field in fields(ListRow)])
     rest = iter(rows)
     with pq.ParquetWriter(file, schema, compression="zstd", store_schema=False) as writer:
         while block := list(islice(rest, 10_000)):
             writer.write_table(pa.Table.from_pylist([vars(row) for row in block], schema))
 
 
-def _written_rows(path: Path) -> Iterator[Row]:
+def _written_rows(path: Path) -> Iterator[ListRow]:
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=10_000):
             for row in batch.to_pylist():
-                yield Row(**{**row, "captions": tuple(row["captions"])})
+                yield ListRow(**{**row, "captions": tuple(row["captions"])})
     except (pa.ArrowInvalid, TypeError, KeyError) as e:
         raise UserError(f"source {path}: not a file of rows as a package holds them ({e}); name the list") from None
 
 
-def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Row]:
+def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[ListRow]:
     """Yields a row for each embedding, split as its image would be; the list's hash is that image's."""
     for part, metadata in metadata_parts(folder, may):
         for i, row in enumerate(_table_rows(metadata, recipe)):
@@ -267,7 +267,7 @@ def tar_place(reference: str) -> dict[str, Any] | None:
     return {"tar": path, "offset": offset, "size": size} if path and offset >= 0 and size >= 0 else None
 
 
-def _tar_rows(path: Path) -> Iterator[Row]:
+def _tar_rows(path: Path) -> Iterator[ListRow]:
     """Yields the samples of a tar: members that share a name up to the first dot, as in webdataset."""
     with open_local(path) as file:
         head = file.read(6)
@@ -298,7 +298,7 @@ class _Tar:
         return self._read(size)
 
 
-def _members(path: Path, file: BinaryIO) -> Iterator[Row]:
+def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
     file.seek(0)
     with tarfile.open(fileobj=_Tar(file), mode="r:") as tar:  # type: ignore[call-overload]
         text, text_name = b"", ""
@@ -330,7 +330,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[Row]:
             )
 
 
-def _table_rows(path: Path, recipe: SourceRecipe, may: Reach | None = None) -> Iterator[Row]:
+def _table_rows(path: Path, recipe: SourceRecipe, may: Reach | None = None) -> Iterator[ListRow]:
     """Yields the rows of a table.
 
     With ``may``, what the table may name, relative paths of images count from its folder.
@@ -339,21 +339,21 @@ def _table_rows(path: Path, recipe: SourceRecipe, may: Reach | None = None) -> I
     found = table_rows(path, (recipe.image_column, recipe.caption_column), optional)
     for number, values in enumerate(found, 1):
         if isinstance(values, Flaw):
-            yield Row("", (), reject=values.reason, flaw=values.what)
+            yield ListRow("", (), reject=values.reason, flaw=values.what)
             continue
         url, captions, *fields, group = values
         texts = captions if isinstance(captions, list) else [captions]
-        url, split, sha256, license, attribution = ("" if v is None or v in MISSING else v for v in (url, *fields))
+        url, split, sha256, license, attribution = ("" if v is None or v in NO_VALUE else v for v in (url, *fields))
         if split not in ("", "train", "validation", "test"):
             raise UserError(f"source {path}: row {number:,}: split {split!r} is not train, validation or test")
         reference = without_password(url.strip())
-        spoken = _captions(text for text in texts if text not in MISSING)
+        spoken = _captions(text for text in texts if text not in NO_VALUE)
         if may is not None:
             reference = _beside(path.parent, reference)
         refusal = may.refusal(reference) if may else None
         # Images may be grouped by the column of their references, or by that of the pages that they stand in.
         grouped = without_password(group or "")
-        yield Row(reference, spoken, grouped, split, sha256, license, attribution, refusal)
+        yield ListRow(reference, spoken, grouped, split, sha256, license, attribution, refusal)
 
 
 def _captions(lines: Iterable[str | None]) -> tuple[str, ...]:

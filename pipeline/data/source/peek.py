@@ -11,12 +11,12 @@ from itertools import islice
 from PIL import Image
 
 from pipeline.data.source.imported import SCHEME
-from pipeline.data.source.lists import Row, reach, read_rows, tar_place
+from pipeline.data.source.lists import ListRow, reach, read_rows, tar_place
 from pipeline.data.source.stage import SourceRecipe, hash_share
 from pipeline.errors import UserError
 from pipeline.local import Reach, local_path, read_local
 
-ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
+MOST_ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
 MEASURED = 100  # measured, at most
 MAX_BYTES = 32 << 20  # of one, as pairs.max_bytes by default
 
@@ -58,11 +58,11 @@ def look(recipe: SourceRecipe) -> Look:
     Raises:
         UserError: for a list that ``scan`` would refuse, as far as it is read.
     """
-    found: list[Row] = []
+    found: list[ListRow] = []
     more = False
     for path in recipe.paths:
         rows = read_rows(path, recipe)
-        first = list(islice(rows, max(1, ROWS - len(found))))
+        first = list(islice(rows, max(1, MOST_ROWS - len(found))))
         if not first:
             raise UserError(f"source {path}: no rows")
         more = more or next(rows, None) is not None
@@ -81,7 +81,7 @@ def look(recipe: SourceRecipe) -> Look:
     return Look(len(found), more, captions, opened, sides.count(0), splits, shares, forbidden, flaws)
 
 
-def _sides(rows: list[Row], may: Reach) -> Iterator[int]:
+def _sides(rows: list[ListRow], may: Reach) -> Iterator[int]:
     """Yields short sides of the first images that lie here, from their headers; 0 for one that cannot be opened."""
     for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), MEASURED):
         try:

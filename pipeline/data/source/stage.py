@@ -24,9 +24,9 @@ import pyarrow as pa
 from pydantic import Field, NonNegativeFloat
 
 from pipeline.data.fetch.references import comparable
-from pipeline.data.source.duplicates import HASH, Seen
-from pipeline.data.source.journal import NOTHING, Journal, read_journal, reference_mark
-from pipeline.data.source.lists import Row, fingerprint, read_rows
+from pipeline.data.source.duplicates import HASH, SeenReferences
+from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_mark
+from pipeline.data.source.lists import ListRow, fingerprint, read_rows
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import SEGMENTS, Artifact, Shard, publish_artifact
 from pipeline.graph.damage import create_record, read_record, set_aside
@@ -145,7 +145,7 @@ class Segment:
     hashes: list[str] = field(default_factory=list)
 
 
-def scan(recipe: SourceRecipe, store: Store, write: bool, journal: Journal = NOTHING) -> Scan:
+def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal = EMPTY) -> Scan:
     """Reads the list and cuts it into shards, which ``write`` stores.
 
     A segment that is stored is not read again. Of its references the hashes are read, once there is a new segment to be
@@ -159,7 +159,7 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: Journal = NOT
     cut = [recipe.shard_rows, recipe.validation, recipe.test, list(recipe.roots)]
     name = ""
     cutter = _Cutter(recipe, journal.marks, store, write)
-    seen = Seen()
+    seen = SeenReferences()
     unseen: list[tuple[str, str, Segment]] = []
     for index, path in enumerate(recipe.paths):
         name = digest(["segment", LAYOUT, name, fingerprint(path), columns, *cut, *_forgotten_later(journal, index)])
@@ -179,12 +179,14 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: Journal = NOT
         segment = _stored(store, name)
         if segment is None:
             # Not compared with the list: there they failed.
-            segment = cutter.cut(name, index, "rows to be tried again", partial(_retried, store, blob), Seen())
+            segment = cutter.cut(
+                name, index, "rows to be tried again", partial(_retried, store, blob), SeenReferences()
+            )
         shards += segment.shards
     return Scan(shards)
 
 
-def _forgotten_later(journal: Journal, segment: int) -> list[list[str]]:
+def _forgotten_later(journal: ListJournal, segment: int) -> list[list[str]]:
     hits = journal.hits(segment)
     return [hits] if hits else []
 
@@ -201,13 +203,13 @@ def _stored(store: Store, name: str) -> Segment | None:
     return Segment(shards, record["hashes"])
 
 
-def _retried(store: Store, blob: str) -> Iterator[Row]:
+def _retried(store: Store, blob: str) -> Iterator[ListRow]:
     for batch in read_table(store, blob).to_batches():
         for row in batch.to_pylist():
-            yield Row(**{**row, "captions": tuple(row["captions"])})
+            yield ListRow(**{**row, "captions": tuple(row["captions"])})
 
 
-def _see(seen: Seen, name: str, path: str, segment: Segment, cutter: _Cutter) -> None:
+def _see(seen: SeenReferences, name: str, path: str, segment: Segment, cutter: _Cutter) -> None:
     """Counts the references of a stored segment as seen."""
     try:
         for blob in segment.hashes:
@@ -227,7 +229,9 @@ class _Cutter:
     store: Store
     write: bool
 
-    def cut(self, name: str, segment: int, what: str, rows: Callable[[], Iterator[Row]], seen: Seen) -> Segment:
+    def cut(
+        self, name: str, segment: int, what: str, rows: Callable[[], Iterator[ListRow]], seen: SeenReferences
+    ) -> Segment:
         """Reads rows twice: for their references and, once it is known which are duplicates, for shards."""
         judged = seen.judge(self.references(rows()))
         shards: list[SourceShard] = []
@@ -256,7 +260,7 @@ class _Cutter:
             create_record(self.store, _segment_path(name), body)
         return Segment(shards, hashes)
 
-    def references(self, rows: Iterator[Row]) -> Iterator[str]:
+    def references(self, rows: Iterator[ListRow]) -> Iterator[str]:
         """Yields references as they count for duplicates.
 
         Rows that are forgotten or cannot be read leave no hash, nor do rows that may not name their image, since
@@ -267,13 +271,13 @@ class _Cutter:
     def _is_forgotten(self, url: str) -> bool:
         return bool(self.forgotten) and reference_mark(url) in self.forgotten
 
-    def _shard(self, number: int, rows: list[Row], duplicate: Sequence[bool]) -> SourceShard:
+    def _shard(self, number: int, rows: list[ListRow], duplicate: Sequence[bool]) -> SourceShard:
         refs, captions, rejects, held_out = [], [], [], Counter[str]()
         for row, again in zip(rows, duplicate, strict=True):
             reject = row.reject or ("no_reference" if not row.url else "duplicate_url" if again else None)
             # Of rows that are tried again, only those have no reference that were blanked.
             if self._is_forgotten(row.url) or (not row.url and segment_of(number) >= FIRST_RETRY):
-                row, reject = Row("", ()), "forgotten"
+                row, reject = ListRow("", ()), "forgotten"
             rejects.append(reject)
             captions.append(row.captions)
             split = row.split or split_by_hash(row.group or row.url, self.recipe.validation, self.recipe.test)

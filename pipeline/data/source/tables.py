@@ -27,7 +27,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 LIMIT = 1 << 20  # characters of a row of a CSV or TSV file, of a value in Parquet, of a file of captions
 BATCH_ROWS = 10_000  # read from a Parquet file at once, at most
 BATCH_BYTES = 64 << 20  # of the columns that are used, about
-HEAD = 1 << 20  # bytes by which the encoding of a file is judged
+_HEAD = 1 << 20  # bytes by which the encoding of a file is judged
 QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
 
 csv.field_size_limit(LIMIT)
@@ -78,7 +78,7 @@ def _places(path: Path, names: Sequence[str], wanted: Sequence[str], needed: int
 
 def _text_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
     with open_local(path) as file:
-        head = file.read(HEAD)
+        head = file.read(_HEAD)
         _check_encoding(path, head)
         file.seek(0)
         # Bytes that are not UTF-8 become lone surrogates, which only their own row is asked for.
@@ -97,7 +97,7 @@ def _check_encoding(path: Path, head: bytes) -> None:
     lines = head.split(b"\n")
     if b"\0" in lines[0]:
         raise UserError(f"source {path}: line 1 holds a NUL, as UTF-16 does, and binary files do; {remedy}")
-    whole = lines if len(head) < HEAD else lines[:-1] or lines
+    whole = lines if len(head) < _HEAD else lines[:-1] or lines
     wrong = [(number, place) for number, line in enumerate(whole, 1) if (place := _not_utf8(line)) is not None]
     # A few such lines cost their rows; more than one in ten, and the file is in another encoding.
     if 10 * len(wrong) > len(whole):

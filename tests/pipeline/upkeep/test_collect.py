@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from pipeline.data.pairs.stage import PairsRecipe
-from pipeline.data.source.journal import Forgotten, Journal, change_journal, with_forgotten
+from pipeline.data.source.journal import Forgotten, ListJournal, change_journal, with_forgotten
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact, publish_shard
 from pipeline.graph.damage import create_record
@@ -322,7 +322,7 @@ def test_a_release_that_comes_while_it_looks_is_spared(store: Store, monkeypatch
 def test_rows_to_be_tried_again_stay(store: Store) -> None:
     _run(store)
     blob = put_blob(store, b"rows")
-    change_journal(store, "p", lambda _: Journal(retries=(blob,)))
+    change_journal(store, "p", lambda _: ListJournal(retries=(blob,)))
     _sweep(store)
     assert read_blob(store, blob) == b"rows"
 

@@ -10,9 +10,9 @@ import io
 
 from PIL import Image
 
-from pipeline.data.source.emoji.listing import HOST, EmojiRow, draw, emoji_rows
+from pipeline.data.source.emoji.listing import HOST, EmojiRow, draw_emoji, emoji_rows
 
-FOLDER = "/flawed/"
+FLAWED = "/flawed/"
 _APPLE, _ROCKET, _CAT, _TREE = (f"/256/twemoji/white/{code}.png" for code in ("1F34E", "1F680", "1F431", "1F333"))
 _CAPTIONS = {
     "missing": "a flat twemoji picture that nobody has kept",
@@ -31,7 +31,7 @@ def flawed_rows() -> list[EmojiRow]:
     twice = next(row for row in emoji_rows("nano") if "/twemoji/" in row.url)
     rights = twice.license, twice.attribution
     rows = [
-        EmojiRow(f"http://{HOST}{FOLDER}{name}.png", caption, "flawed", "train", *rights)
+        EmojiRow(f"http://{HOST}{FLAWED}{name}.png", caption, "flawed", "train", *rights)
         for name, caption in _CAPTIONS.items()
     ]
     return [*rows, twice]
@@ -39,24 +39,24 @@ def flawed_rows() -> list[EmojiRow]:
 
 def flawed_bytes(url_path: str) -> bytes:
     """Returns what is served under the path of such a row. Raises LookupError for a path without bytes."""
-    match url_path.removeprefix(FOLDER).removesuffix(".png"):
+    match url_path.removeprefix(FLAWED).removesuffix(".png"):
         case "page":
             return b"<!doctype html><title>Please log in</title>"
         case "cut":
-            return draw(_APPLE)[:2000]
+            return draw_emoji(_APPLE)[:2000]
         case "empty":
             return b""
         case "small":
-            return _png(Image.open(io.BytesIO(draw(_ROCKET))).resize((32, 32)))
+            return _png(Image.open(io.BytesIO(draw_emoji(_ROCKET))).resize((32, 32)))
         case "strip":
             strip = Image.new("RGB", (1024, 256))
             for i, path in enumerate((_APPLE, _ROCKET, _CAT, _TREE)):
-                strip.paste(Image.open(io.BytesIO(draw(path))), (256 * i, 0))
+                strip.paste(Image.open(io.BytesIO(draw_emoji(path))), (256 * i, 0))
             return _png(strip)
         case "untold":
-            return draw(_CAT)
+            return draw_emoji(_CAT)
         case "long":
-            return draw(_TREE)
+            return draw_emoji(_TREE)
     raise LookupError(f"{url_path}: no such image")
 
 

@@ -1,7 +1,7 @@
 """Lists real images with real captions from the package index: emoji, drawn on demand.
 
 The list is a pure function of four pinned packages (the ``demo`` extra): CLDR names, two sets of drawings (Twemoji,
-CC-BY 4.0, and OpenMoji, CC BY-SA 4.0) and a renderer. A URL says all that is needed to draw its image:
+CC-BY 4.0, and OpenMoji, CC BY-SA 4.0) and a renderer. A URL says all that is needed to draw_emoji its image:
 ``http://emoji.test/<size>/<style>/<background>/<code points>.png``. Every choice (background, size, split, subset) is
 a hash of the drawing or its concept, so none of them moves when the list grows.
 """
@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 
 VERSION = 1  # raise it when the list changes: names, captions, order, splits or pixels
 HOST = "emoji.test"
-SIZES = (256, 1024)
+DRAWN_SIZES = (256, 1024)
 BACKGROUNDS = {  # RGB; a caption names every background but white
     "white": (255, 255, 255),
     "pale pink": (250, 200, 216),
@@ -98,7 +98,7 @@ def emoji_rows(subset: str) -> list[EmojiRow]:
     return [_row(d) for d in chosen]
 
 
-def fingerprint() -> str:
+def emoji_fingerprint() -> str:
     """Returns what the lists depend on: their version and those of the packages.
 
     Raises UserError if a package is missing.
@@ -108,7 +108,7 @@ def fingerprint() -> str:
     return " ".join([f"emoji_rows {VERSION}", *versions])
 
 
-def draw(url_path: str) -> bytes:
+def draw_emoji(url_path: str) -> bytes:
     """Draws the image of a URL's path: an RGB PNG with a margin of 1/16 in the background's colour.
 
     Raises LookupError if the path names none, UserError if the demo packages are missing.
@@ -116,7 +116,7 @@ def draw(url_path: str) -> bytes:
     match = re.fullmatch(r"/([0-9]{1,5})/(\w+)/([a-z-]+)/([0-9A-F-]+)\.png", url_path)
     size, style, background, code = match.groups() if match else ("", "", "", "")
     background = background.replace("-", " ")
-    if int(size or 0) not in SIZES or background not in BACKGROUNDS or style not in _SVG_FOLDERS:
+    if int(size or 0) not in DRAWN_SIZES or background not in BACKGROUNDS or style not in _SVG_FOLDERS:
         raise LookupError(f"{url_path}: no such image")
     svg = _svg_files(style).get(code)
     if svg is None:

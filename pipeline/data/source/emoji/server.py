@@ -27,7 +27,7 @@ CACHED_IMAGES = 1024  # about 10 kB each at 256 px, 50 kB at 1024 px
 
 @lru_cache(maxsize=CACHED_IMAGES)
 def _draw(url_path: str) -> bytes:
-    return (emoji_flaws.flawed_bytes if url_path.startswith(emoji_flaws.FOLDER) else emoji.draw)(url_path)
+    return (emoji_flaws.flawed_bytes if url_path.startswith(emoji_flaws.FLAWED) else emoji.draw_emoji)(url_path)
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def serving() -> Iterator[str]:
     Raises:
         UserError: if the demo packages are missing or the server does not start.
     """
-    emoji.fingerprint()  # names a missing package here, where it is one line
+    emoji.emoji_fingerprint()  # names a missing package here, where it is one line
     root = str(Path(__file__).parents[4])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pipeline.data.source.emoji.server"]

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.pairs import decoding, packer
-from pipeline.data.pairs.decoding import BASE_BYTES, BYTES_PER_PIXEL, COMMAND, KEEP_MEMORY, Decoder, seconds
-from pipeline.data.pairs.image import StoredImage, Storing, inspect, resize
+from pipeline.data.pairs.decoding import BASE_BYTES, BYTES_PER_PIXEL, COMMAND, KEEP_MEMORY, ImageDecoder, seconds
+from pipeline.data.pairs.image import StoredImage, Storing, inspect, prepare
 from pipeline.data.pairs.sandbox import KEPT
 from pipeline.errors import UserError
 from tests.pipeline.data.bench import Bench, picture, write_list
@@ -55,7 +55,7 @@ def hurt(function):
         return function(data, *arguments, starts=starts)
     return hurting
 
-decoding.resize, decoding.inspect = hurt(decoding.resize), hurt(decoding.inspect)
+decoding.prepare, decoding.inspect = hurt(decoding.prepare), hurt(decoding.inspect)
 decoding.IDLE_S = int(sys.argv[2])
 if os.environ.get("LANG") == "hurried":
     decoding.BASE_S = 0.2
@@ -63,12 +63,12 @@ decoding.main()
 """
 
 
-def wrapped(folder: Path, idle_s: int = 60) -> Decoder:
-    return Decoder((sys.executable, "-c", WRAPPED, str(folder / "once"), str(idle_s)))
+def wrapped(folder: Path, idle_s: int = 60) -> ImageDecoder:
+    return ImageDecoder((sys.executable, "-c", WRAPPED, str(folder / "once"), str(idle_s)))
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageDecoder]:
     with closing(wrapped(tmp_path_factory.mktemp("decoder"))) as decoder:
         yield decoder
 
@@ -79,24 +79,24 @@ def with_word(word: str) -> bytes:
 
 
 @pytest.mark.parametrize("word", ["SEGFAULT", "OUT-OF-MEMORY", "ABORT", "EXIT"])
-def test_a_picture_that_kills_its_decoder_costs_itself(decoder: Decoder, word: str) -> None:
+def test_a_picture_that_kills_its_decoder_costs_itself(decoder: ImageDecoder, word: str) -> None:
     assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
     assert decoder.inspect(with_word(word), 1_000_000) == "decoder_crashed"
     assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
 
 
-def test_one_that_was_killed_once_has_another_try(decoder: Decoder) -> None:
+def test_one_that_was_killed_once_has_another_try(decoder: ImageDecoder) -> None:
     assert decoder.inspect(with_word("ONCE"), 1_000_000) == (80, 72)
-    assert decoder.resize(with_word("SEGFAULT"), *LIMITS) == "decoder_crashed"
+    assert decoder.prepare(with_word("SEGFAULT"), *LIMITS) == "decoder_crashed"
 
 
-def test_answers_are_those_of_the_functions_whatever_is_printed(decoder: Decoder) -> None:
+def test_answers_are_those_of_the_functions_whatever_is_printed(decoder: ImageDecoder) -> None:
     whole = picture(3, 300, 200)
     for data in (whole, whole[:-300], b"", b"<html>", picture(4, kind="WEBP"), with_word("CHATTER"), bytes(3_000_000)):
         for arguments in (LIMITS, (10, Storing(64, "png", 3))):
-            assert decoder.resize(data, *arguments) == resize(data, *arguments)
+            assert decoder.prepare(data, *arguments) == prepare(data, *arguments)
         assert decoder.inspect(data, 1_000_000) == inspect(data, 1_000_000)
-    assert isinstance(decoder.resize(whole, *LIMITS), StoredImage)
+    assert isinstance(decoder.prepare(whole, *LIMITS), StoredImage)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("hurried")
 def test_one_that_takes_more_processor_time_than_its_pixels_may_is_not_tried_again(tmp_path: Path) -> None:
     with closing(wrapped(tmp_path)) as decoder:
-        for ask in (lambda data: decoder.inspect(data, 10**9), lambda data: decoder.resize(data, *LIMITS)):
+        for ask in (lambda data: decoder.inspect(data, 10**9), lambda data: decoder.prepare(data, *LIMITS)):
             assert ask(with_word("SPIN")) == "decode_timeout"
             assert not isinstance(ask(picture(2)), str)
 
@@ -125,7 +125,7 @@ def test_time_is_by_pixels() -> None:
     assert seconds(64_000_000) - seconds(0) == pytest.approx(64)
 
 
-def test_want_of_memory_costs_that_picture_and_not_the_child(decoder: Decoder) -> None:
+def test_want_of_memory_costs_that_picture_and_not_the_child(decoder: ImageDecoder) -> None:
     assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
     child = decoder._process
     assert decoder.inspect(with_word("GREEDY"), 1_000_000) == "decode_error"
@@ -133,7 +133,7 @@ def test_want_of_memory_costs_that_picture_and_not_the_child(decoder: Decoder) -
     assert decoder._process is child
 
 
-def test_a_child_that_says_what_no_sound_one_does_is_replaced(decoder: Decoder) -> None:
+def test_a_child_that_says_what_no_sound_one_does_is_replaced(decoder: ImageDecoder) -> None:
     assert decoder.inspect(with_word("LIES"), 1_000_000) == "decoder_crashed"
 
 
@@ -141,7 +141,7 @@ def test_the_child_has_no_secrets_no_rights_and_limits(monkeypatch: pytest.Monke
     secrets = {"AWS_SECRET_ACCESS_KEY": "SEKRET", "RAY_AUTH_TOKEN": "SEKRET", "PICTURES_HEADERS": "Cookie: SEKRET"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    with closing(Decoder()) as decoder:
+    with closing(ImageDecoder()) as decoder:
         assert decoder.inspect(picture(1), 1_000_000) == (80, 72)
         assert decoder._process is not None
         proc = Path(f"/proc/{decoder._process.pid}")
@@ -192,7 +192,7 @@ def test_an_idle_child_ends_and_the_next_picture_starts_another(tmp_path: Path) 
 
 
 def test_a_decoder_that_cannot_start_is_said_and_rejects_nothing() -> None:
-    decoder = Decoder((sys.executable, "-c", "raise SystemExit(3)"))
+    decoder = ImageDecoder((sys.executable, "-c", "raise SystemExit(3)"))
     with pytest.raises(UserError, match=r"run python -m pipeline\.data\.pairs\.decoding to see why"):
         decoder.inspect(picture(1), 1_000_000)
 
@@ -200,8 +200,8 @@ def test_a_decoder_that_cannot_start_is_said_and_rejects_nothing() -> None:
 def test_the_child_ends_with_its_parent() -> None:
     code = """
     import time
-    from pipeline.data.pairs.decoding import Decoder
-    decoder = Decoder()
+    from pipeline.data.pairs.decoding import ImageDecoder
+    decoder = ImageDecoder()
     decoder.inspect(b"x", 1)
     print(decoder._process.pid, flush=True)
     time.sleep(60)
@@ -217,7 +217,7 @@ def test_the_child_ends_with_its_parent() -> None:
 
 
 def test_a_shard_with_such_pictures_is_made_and_every_row_counted(
-    tmp_path: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bodies = [picture(0), with_word("SEGFAULT"), picture(2), with_word("OUT-OF-MEMORY"), picture(4)]
     for i, body in enumerate(bodies):
@@ -241,5 +241,5 @@ def test_a_shard_with_such_pictures_is_made_and_every_row_counted(
 def test_the_pipelines_own_child_is_the_real_one() -> None:
     assert (sys.executable, "-m", "pipeline.data.pairs.decoding") == COMMAND
     assert os.access(COMMAND[0], os.X_OK)
-    with closing(Decoder()) as decoder:
-        assert decoder.resize(picture(5), *LIMITS) == resize(picture(5), *LIMITS)
+    with closing(ImageDecoder()) as decoder:
+        assert decoder.prepare(picture(5), *LIMITS) == prepare(picture(5), *LIMITS)

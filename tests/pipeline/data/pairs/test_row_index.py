@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.pairs.row_index import (
-    COLUMNS,
+    INDEX_COLUMNS,
     STAGE_SIDES,
     Place,
     index_counts,
@@ -90,7 +90,7 @@ def test_damage_is_named(store: Store) -> None:
 
 def test_the_table_keeps_every_column_and_leaves_null_what_is_not_known(store: Store) -> None:
     table = index_table([_row(b"x", 512, status="kept"), {"key": "1", "status": "rejected", "reason": "timeout"}])
-    assert tuple(table.column_names) == COLUMNS
+    assert tuple(table.column_names) == INDEX_COLUMNS
     back = read_table(store, put_blob(store, write_table(table))).to_pylist()
     assert back[0]["offset"] == 512
     assert back[1]["offset"] is None

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source import stage as source
-from pipeline.data.source.duplicates import Seen, hashes_of
-from pipeline.data.source.journal import Forgotten, Journal, reference_mark
+from pipeline.data.source.duplicates import SeenReferences, hashes_of
+from pipeline.data.source.journal import Forgotten, ListJournal, reference_mark
 from pipeline.data.source.lists import read_rows
 from pipeline.data.source.stage import Scan, SourceRecipe, scan
 from pipeline.errors import UserError
@@ -41,7 +41,7 @@ def plainly(lists: list[list[str]]) -> list[list[bool]]:
 @settings(deadline=None)
 @given(LISTS)
 def test_verdicts_are_those_of_a_set(lists: list[list[str]]) -> None:
-    seen = Seen()
+    seen = SeenReferences()
     found, fresh = [], []
     for references in lists:
         judged = seen.judge(references)
@@ -56,7 +56,7 @@ def test_hashes_of_earlier_rows_can_be_handed_over() -> None:
     rng = np.random.default_rng(0)
     references = [f"http://h/{i}" for i in rng.integers(0, 30_000, 40_000)]
     [expected] = plainly([references])
-    begun, second = Seen().judge(references[:25_000]), Seen()
+    begun, second = SeenReferences().judge(references[:25_000]), SeenReferences()
     assert (begun.fresh[1:] > begun.fresh[:-1]).all()
     second.add(begun.fresh)
     rest = second.judge(references[25_000:])
@@ -89,7 +89,7 @@ def _by_a_set(lists: list[list[str]], forgotten: set[str]) -> list[str | None]:
 @given(LISTS.map(lambda lists: [urls for urls in lists if urls]).filter(bool), st.sets(st.integers(0, 11), max_size=2))
 def test_lists_at_once_or_one_by_one_are_cut_as_by_a_set(lists: list[list[str]], forgotten: set[int]) -> None:
     urls = {f"http://h/{i}" for i in forgotten}
-    journal = Journal(forgotten=tuple(Forgotten(reference_mark(url), ()) for url in urls))
+    journal = ListJournal(forgotten=tuple(Forgotten(reference_mark(url), ()) for url in urls))
     with tempfile.TemporaryDirectory() as folder:
         paths = _write(Path(folder), lists)
         recipe = SourceRecipe(tuple(paths), shard_rows=3)
@@ -123,7 +123,7 @@ def _spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
     blob = source.read_blob
 
-    def rows(path: str, recipe: SourceRecipe) -> Iterator[source.Row]:
+    def rows(path: str, recipe: SourceRecipe) -> Iterator[source.ListRow]:
         read.append(path)
         return read_rows(path, recipe)
 
@@ -171,7 +171,7 @@ def test_damaged_hashes_are_made_again(
 def test_what_is_forgotten_leaves_no_hash(appended: tuple[Store, SourceRecipe, SourceRecipe]) -> None:
     store, recipe, _ = appended
     before = {entry.path for entry in store.list("")}
-    journal = Journal(forgotten=(Forgotten(reference_mark("http://h/7"), (0, 1)),))
+    journal = ListJournal(forgotten=(Forgotten(reference_mark("http://h/7"), (0, 1)),))
     scan(recipe, store, write=True, journal=journal)
     for url, there in (("http://h/7", False), ("http://h/8", True)):
         new = [store.read(entry.path) for entry in store.list("blobs/") if entry.path not in before]
@@ -189,7 +189,7 @@ def test_a_list_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     for first, second in ((5, 6), (6, 5)):
         counts = iter((first, second))
         monkeypatch.setattr(
-            source, "read_rows", lambda path, _, c=counts: iter([source.Row(str(i), ()) for i in range(next(c))])
+            source, "read_rows", lambda path, _, c=counts: iter([source.ListRow(str(i), ()) for i in range(next(c))])
         )
         recipe = SourceRecipe((write_list(tmp_path / "a.csv", [("x", "y")]),), shard_rows=4)
         with pytest.raises(UserError, match="changed while it was read; run again"):

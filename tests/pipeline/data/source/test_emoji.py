@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.data.fetch.fetcher import Fetcher
 from pipeline.data.source.emoji import listing as emoji
-from pipeline.data.source.emoji.listing import BACKGROUNDS, SUBSETS, EmojiRow, draw, emoji_rows
+from pipeline.data.source.emoji.listing import BACKGROUNDS, SUBSETS, EmojiRow, draw_emoji, emoji_rows
 from pipeline.data.source.emoji.server import serving
 from pipeline.errors import UserError
 from pipeline.settings import PairsSettings
@@ -37,7 +37,7 @@ def path(row: EmojiRow) -> str:
 
 
 def pixels(row: EmojiRow) -> np.ndarray:
-    image = Image.open(io.BytesIO(draw(path(row))))
+    image = Image.open(io.BytesIO(draw_emoji(path(row))))
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -161,7 +161,7 @@ def test_pictures_have_their_size_and_background_on_every_edge() -> None:
         for edge in (image[:margin], image[-margin:], image[:, :margin], image[:, -margin:]):
             assert (edge == colour).all()
         assert (image != colour).any(-1).mean() > 0.02  # and something is drawn
-    assert draw(path(chosen[0])) == draw(path(chosen[0]))
+    assert draw_emoji(path(chosen[0])) == draw_emoji(path(chosen[0]))
 
 
 def test_backgrounds_can_be_told_apart() -> None:
@@ -179,7 +179,7 @@ def test_backgrounds_can_be_told_apart() -> None:
 )  # fmt: skip
 def test_other_paths_name_no_picture(bad: str) -> None:
     with pytest.raises(LookupError):
-        draw(bad)
+        draw_emoji(bad)
 
 
 def test_a_users_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_the_server_draws_what_the_fetch_asks_for() -> None:
         settings = PairsSettings(threads=4, timeout_s=10.0, retries=0, hosts={emoji.HOST: address})
         fetcher = Fetcher(settings, max_bytes=1_000_000)
         fetched = list(fetcher.fetch([*(row.url for row in rows), f"http://{emoji.HOST}/256/twemoji/white/0.png"]))
-        assert [f.data for f in fetched[:-1]] == [draw(path(row)) for row in rows]
+        assert [f.data for f in fetched[:-1]] == [draw_emoji(path(row)) for row in rows]
         assert fetched[-1].reason == "http_4xx"
         head = urllib.request.Request(f"http://{address}{path(rows[0])}", method="HEAD")
         with urllib.request.urlopen(head) as response:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import (
-    NOTHING,
+    EMPTY,
     Forgotten,
-    Journal,
+    ListJournal,
     change_journal,
     journal_path,
     read_journal,
@@ -42,7 +42,7 @@ def _recipe(tmp_path: Path, *names: str, rows: int = 10) -> SourceRecipe:
 def test_what_is_forgotten_leaves_an_empty_place_and_moves_one_shard(tmp_path: Path, store: Store) -> None:
     recipe = _recipe(tmp_path, "a", "b")
     before = scan(recipe, store, write=True).shards
-    journal = Journal(forgotten=(Forgotten(reference_mark(" http://h/a5.png"), (0,)),))
+    journal = ListJournal(forgotten=(Forgotten(reference_mark(" http://h/a5.png"), (0,)),))
     after = scan(recipe, store, write=True, journal=journal).shards
     changed = [a.number for a, b in zip(after, before, strict=True) if a != b]
     assert changed == [1]
@@ -63,13 +63,13 @@ def test_what_is_forgotten_goes_by_any_spelling_of_its_url(tmp_path: Path, store
     named = ["https://example.test:443/A.jpg", "http://example.test/Bé.jpg"]  # as a browser shows them
     found = find(store, scan(recipe, store, write=True).shards, None, Request.read(named))
     assert (found.rows, found.unseen) == (2, [])
-    journal = Journal(forgotten=tuple(found.forgotten))
+    journal = ListJournal(forgotten=tuple(found.forgotten))
     (shard,) = scan(recipe, store, write=True, journal=journal).shards
     assert [row["url"] for row in read_table(store, shard.refs).to_pylist()] == ["", "", listed[2]]
 
 
 def test_what_is_forgotten_stays_so_in_lists_to_come(tmp_path: Path, store: Store) -> None:
-    journal = Journal(forgotten=(Forgotten(reference_mark("http://h/b2.png"), ()),))
+    journal = ListJournal(forgotten=(Forgotten(reference_mark("http://h/b2.png"), ()),))
     first = scan(_recipe(tmp_path, "a"), store, write=True, journal=journal)
     assert first == scan(_recipe(tmp_path, "a"), store, write=True)
     grown = scan(_recipe(tmp_path, "a", "b"), store, write=True, journal=journal)
@@ -85,7 +85,7 @@ def test_rows_tried_again_are_a_segment_that_later_lists_do_not_move(tmp_path: P
         | dict.fromkeys(("group", "sha256", "license", "attribution"), "")
         for i in (3, 7)
     ]
-    journal = Journal(retries=(put_blob(store, write_table(pa.Table.from_pylist(rows))),))
+    journal = ListJournal(retries=(put_blob(store, write_table(pa.Table.from_pylist(rows))),))
     again = scan(recipe, store, write=True, journal=journal)
     assert again.shards[:-1] == plain.shards
     assert again.shards[-1].number == FIRST_RETRY * SEGMENT_SHARDS
@@ -98,9 +98,9 @@ def test_rows_tried_again_are_a_segment_that_later_lists_do_not_move(tmp_path: P
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 3))), max_size=6), st.randoms())
 def test_the_order_of_forgetting_does_not_matter(rows: list[tuple[str, list[int]]], random: Random) -> None:
     found = [Forgotten(mark, tuple(segments)) for mark, segments in rows]
-    once = with_forgotten(NOTHING, found)
+    once = with_forgotten(EMPTY, found)
     shuffled = random.sample(found, len(found))
-    one_by_one = NOTHING
+    one_by_one = EMPTY
     for row in shuffled:
         one_by_one = with_forgotten(one_by_one, [row])
     assert once.forgotten == one_by_one.forgotten
@@ -116,7 +116,7 @@ def test_entries_of_many_writers_are_all_kept(store: Store) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(8)))
     assert sorted(read_journal(store, "p").retries) == [f"blob{i}" for i in range(8)]
-    assert read_journal(store, "another") == NOTHING
+    assert read_journal(store, "another") == EMPTY
 
 
 def _fetch(folder: Path, paths: list[str], pages: dict[str, Page]) -> Bench:

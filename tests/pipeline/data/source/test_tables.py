@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.source import tables
-from pipeline.data.source.lists import MISSING, read_rows
+from pipeline.data.source.lists import NO_VALUE, read_rows
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
 from pipeline.graph.shard_tables import read_table
@@ -108,7 +108,7 @@ def test_what_csv_writes_is_read_as_it_was(
     delimiter = "," if kind == "csv" else "\t"
     text = csv_text(table, delimiter=delimiter, quoting=quoting, lineterminator=end)
     found = rows_of(tmp_path / f"a.{kind}", text)
-    kept = [() if text in MISSING or not text.split() else (" ".join(text.split()),) for text in captions]
+    kept = [() if text in NO_VALUE or not text.split() else (" ".join(text.split()),) for text in captions]
     assert found == [(f"http://h/{i}", said) for i, said in enumerate(kept)]
 
 

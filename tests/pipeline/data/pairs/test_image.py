@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from pipeline.data.pairs.image import LONGEST, MAX_SCANS, StoredImage, Storing, inspect, resize
+from pipeline.data.pairs.image import LONGEST_SIDE, MAX_SCANS, StoredImage, Storing, inspect, prepare
 from pipeline.data.source.stage import row_key
 
 
@@ -46,7 +46,7 @@ def test_keys_are_img2datasets_sort_like_rows_and_have_one_width() -> None:
 
 
 def small(data: bytes, image_size: int = 16, kind: str = "png", quality: int = 3) -> StoredImage | str:
-    return resize(data, 1_000_000, Storing(image_size, kind, quality))
+    return prepare(data, 1_000_000, Storing(image_size, kind, quality))
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,7 +73,7 @@ def test_equals_img2datasets_own_resizer(
     expected, width, height, *_ = Resizer(
         image_size, "keep_ratio", True, encode_format=stored[0], encode_quality=stored[1]
     )(io.BytesIO(data))
-    assert resize(data, 1_000_000, Storing(image_size, *stored)) == StoredImage(expected, width, height, stored[0])
+    assert prepare(data, 1_000_000, Storing(image_size, *stored)) == StoredImage(expected, width, height, stored[0])
 
 
 @pytest.mark.parametrize(("size", "expected"), [((64, 32), (32, 16)), ((32, 64), (16, 32)), ((12, 40), (12, 40))])
@@ -103,14 +103,14 @@ def test_bytes_are_reproducible_in_every_format(kind: str, quality: int) -> None
     ],
 )  # fmt: skip
 def test_modes_are_img2datasets(mode: str, size: tuple[int, int], expected: tuple[int, int]) -> None:
-    picture = resize(encoded(noise(*size)), 1_000_000, Storing(16, "png", 3, mode))
+    picture = prepare(encoded(noise(*size)), 1_000_000, Storing(16, "png", 3, mode))
     assert isinstance(picture, StoredImage)
     assert (picture.width, picture.height) == expected
 
 
 def test_an_image_below_the_least_side_is_rejected() -> None:
     for least, reason in ((12, None), (13, "too_small")):
-        found = resize(encoded(noise(40, 12)), 1_000_000, Storing(16, "png", 3, min_image_size=least))
+        found = prepare(encoded(noise(40, 12)), 1_000_000, Storing(16, "png", 3, min_image_size=least))
         assert found == reason or (reason is None and isinstance(found, StoredImage))
 
 
@@ -192,7 +192,7 @@ TOO_WIDE = encoded(Image.new("L", (70_000, 2)))  # for a JPEG; it decodes
     ],
 )
 def test_a_bad_picture_has_its_reason(data: bytes, reason: str) -> None:
-    assert resize(data, 1_000_000, Storing(16, "jpg", 90)) == reason
+    assert prepare(data, 1_000_000, Storing(16, "jpg", 90)) == reason
     assert inspect(data, 1_000_000) == reason or data == TOO_WIDE
 
 
@@ -204,7 +204,7 @@ def test_a_jpeg_may_have_some_scans_and_not_hundreds() -> None:
     assert scans > 5
     for count, reason in ((MAX_SCANS, None), (MAX_SCANS + 1, "decode_error")):
         data = whole[:-2] + whole[last:-2] * (count - scans) + b"\xff\xd9"
-        found = resize(data, 1_000_000, Storing(16, "jpg", 90))
+        found = prepare(data, 1_000_000, Storing(16, "jpg", 90))
         assert found == reason or (reason is None and isinstance(found, StoredImage))
         assert inspect(data, 1_000_000) == (reason or (80, 72))
 
@@ -219,17 +219,17 @@ def test_what_only_looks_like_scans_does_not_count(where: str) -> None:
 
 def test_the_long_side_is_bounded_by_the_short_ones_limit() -> None:
     """So what is stored is, whatever its aspect: at most 3 bytes for each of 8 squares."""
-    assert small(encoded(noise(16 * LONGEST, 16))) != "too_long"
-    assert small(encoded(noise(16 * LONGEST + 1, 16))) == "too_long"
-    assert small(encoded(noise(64, 64 * LONGEST + 16))) == "too_long"
-    assert small(encoded(np.zeros((1, 16 * LONGEST + 1, 3), np.uint8))) == "too_long"
+    assert small(encoded(noise(16 * LONGEST_SIDE, 16))) != "too_long"
+    assert small(encoded(noise(16 * LONGEST_SIDE + 1, 16))) == "too_long"
+    assert small(encoded(noise(64, 64 * LONGEST_SIDE + 16))) == "too_long"
+    assert small(encoded(np.zeros((1, 16 * LONGEST_SIDE + 1, 3), np.uint8))) == "too_long"
     for kind, quality in (("jpg", 100), ("png", 0), ("webp", 100)):
-        largest = small(encoded(noise(16 * LONGEST, 16)), kind=kind, quality=quality)
+        largest = small(encoded(noise(16 * LONGEST_SIDE, 16)), kind=kind, quality=quality)
         assert isinstance(largest, StoredImage)
-        assert len(largest.data) <= 3 * LONGEST * 16**2 + 1024
+        assert len(largest.data) <= 3 * LONGEST_SIDE * 16**2 + 1024
 
 
 def test_an_honest_large_png_passes() -> None:
-    stored = resize(encoded(noise(1536, 1024)), 64_000_000, Storing(1024, "png", 3))
+    stored = prepare(encoded(noise(1536, 1024)), 64_000_000, Storing(1024, "png", 3))
     assert isinstance(stored, StoredImage)
     assert (stored.width, stored.height) == (1536, 1024)
