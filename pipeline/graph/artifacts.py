@@ -16,6 +16,7 @@ from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import put_blob, whoami
 
+StageKey = tuple[str, str]  # a stage and a key
 NOTE = "note."  # begins the names of blobs that a shard's record names and an artefact's table does not
 SEGMENTS = "shards/source/segment-"  # begins the paths of records of a list's segments
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.data.source.journal import read_journal
 from pipeline.errors import CorruptObject
-from pipeline.graph.artifacts import SEGMENTS, Artifact, ancestors, artifact_path, load_artifact, shard_path
+from pipeline.graph.artifacts import SEGMENTS, Artifact, StageKey, ancestors, artifact_path, load_artifact, shard_path
 from pipeline.graph.damage import pinned_key, read_record
 from pipeline.graph.pointer import read_releases, released_projects
 from pipeline.graph.runs import asked_at
@@ -20,7 +20,6 @@ from pipeline.store.leases import is_held
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import blob_path, digest
 
-StageKey = tuple[str, str]  # a stage and a key
 Clean = frozenset[StageKey] | None  # artefacts without forgotten rows; None where no row was forgotten
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, artifact_of, artifact_path
+from pipeline.graph.artifacts import Artifact, StageKey, artifact_of, artifact_path
 from pipeline.graph.damage import pinned_key
 from pipeline.graph.pointer import Move, read_releases, released_projects
 from pipeline.graph.runs import asked_at
@@ -19,7 +19,6 @@ from pipeline.store import Store
 from pipeline.store.leases import lease_path, read_lease
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import peek_record
-from pipeline.upkeep.live import StageKey
 
 SHOWN_RUNS = 5
 USING_RUNS = 50  # in which it is looked up what used an artefact

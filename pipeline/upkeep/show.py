@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from textwrap import wrap
 from typing import Any
 
-from pipeline.graph.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact, StageKey
 from pipeline.graph.pointer import Move
 from pipeline.graph.stages import direct
 from pipeline.ledger import Ledger
 from pipeline.progress import counted, duration
 from pipeline.store.records import who
-from pipeline.upkeep.live import StageKey
 from pipeline.upkeep.overview import Lineage, Overview, PastRun
 
 WIDTH = 110
