@@ -96,8 +96,6 @@ TESTED = {
     "unclip submit my-project.yaml --to http://HEAD:8265": SUBMITTED,
     "unclip submit my-project.yaml --to WHERE --stop": SUBMITTED,
     "unclip submit my-project.yaml --to kuberay > job.yaml": RAYJOB,
-    "unclip submit my-project.yaml --to kuberay > rest.yaml": RAYJOB,
-    "unclip submit my-project.yaml --to kuberay --until pairs > pairs.yaml": RAYJOB,
     "unclip submit my-project.yaml --to http://localhost:8265": SUBMITTED,
     "ray job submit": "tests/jobs/test_chain.py::test_through_a_ray_job_the_keys_and_data_blobs_are_the_same",
 }
