@@ -139,11 +139,11 @@ def _against(asked: Asked, bundle: str, new: Measured) -> tuple[Measured | None,
 def _rollback(asked: Asked, arguments: argparse.Namespace) -> int:
     current, previous = asked.releases.current, asked.releases.previous
     if current is None or previous is None:
-        raise UserError(f"{asked.name}: there is no release before {'this' if current else 'the first'} to go back to")
-    if load_artifact(asked.store, "bundle", previous.bundle) is None:
         raise UserError(
-            f"{asked.name}: bundle {previous.bundle[:12]} is no longer in {asked.store.url}; promote another"
+            f"{asked.name}: no release exists before {'this one' if current else 'the first'} to go back to"
         )
+    if load_artifact(asked.store, "bundle", previous.bundle) is None:
+        raise UserError(f"{asked.name}: bundle {previous.bundle[:12]} has gone from {asked.store.url}; promote another")
     move = Move("rollback", previous.bundle, previous.evaluation, time.time(), arguments.reason)
     move_release(asked.store, asked.name, asked.releases, move)
     print(f"{asked.name}: {previous.bundle[:12]} is the release again, which was {current.bundle[:12]}")
@@ -203,9 +203,7 @@ def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
         raise UserError(f"{asked.name}: nothing has been released yet")
     bundle = load_artifact(asked.store, "bundle", current.bundle)
     if bundle is None:
-        raise UserError(
-            f"{asked.name}: bundle {current.bundle[:12]} is no longer in {asked.store.url}; promote another"
-        )
+        raise UserError(f"{asked.name}: bundle {current.bundle[:12]} has gone from {asked.store.url}; promote another")
     # The early checkpoint belongs to this configuration, not to the release.
     stage = project.graph["evaluation"]
     stage = replace(stage, recipe=replace(stage.recipe, early=0))

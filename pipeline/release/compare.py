@@ -62,7 +62,7 @@ class Change:
         name: The name of the figure.
         then: Its mean for the first bundle.
         now: Its mean for the second.
-        difference: The mean over rows of now - then.
+        difference: The mean over rows of the second minus the first.
         interval: The 95% interval of the difference.
         rows: How many rows both have.
         claim: On which side of its baseline the figure should be; None if nothing was claimed.
@@ -93,7 +93,7 @@ class Change:
 
 
 def load_measured(store: Store, evaluation: Artifact) -> Measured | None:
-    """Returns an evaluation with what it measured, or None if one of them is no longer there.
+    """Returns an evaluation with what it measured, or None if one of them has gone.
 
     A damaged evaluation is set aside with a warning, so that the next run makes it again, unless a release names it.
     """

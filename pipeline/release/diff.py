@@ -17,7 +17,7 @@ def find_bundle(store: Store, releases: Releases, name: str) -> Artifact:
     if name in ("current", "previous"):
         move = releases.current if name == "current" else releases.previous
         if move is None:
-            raise UserError(f"there is no {name} release yet; unclip release promote makes one")
+            raise UserError(f"no {name} release exists yet; unclip release promote makes one")
         name = move.bundle
     # A key is hexadecimal; anything else would be a path.
     paths = [entry.path for entry in store.list(f"artifacts/bundle/{name}")] if name.isalnum() else []

@@ -110,9 +110,9 @@ LATER, OTHER = ("--set", "decoder.samples=12288"), "decoder.samples=12288"
 def test_before_anything_is_made_or_released(made: Made) -> None:
     assert "unclip run makes them, with --until evaluation" in made.release("promote", code=2)
     assert "nothing has been released" in made.release("list")
-    assert "there is no release before the first" in made.release("rollback", code=2)
-    assert "there is no current release yet" in made.release("diff", code=2)
-    assert "there is no current release yet" in made.release("take", "folder", code=2)
+    assert "no release exists before the first" in made.release("rollback", code=2)
+    assert "no current release exists yet" in made.release("diff", code=2)
+    assert "no current release exists yet" in made.release("take", "folder", code=2)
     assert "nothing has been released yet" in made.release("evaluate", code=2)
     assert list(made.store.list("")) == []
 
@@ -128,7 +128,7 @@ def test_a_better_bundle_is_promoted_and_rolled_back(made_anywhere: Made) -> Non
 
     assert f"p: {first[:12]} is the release again" in made.release("rollback", "--reason", "it drew cats")
     assert made.current == first
-    assert "there is no release before this" in made.release("rollback", code=2)
+    assert "no release exists before this one" in made.release("rollback", code=2)
     listed = made.release("list")
     assert f"{first} is the release" in listed
     assert [line.split()[3] for line in listed.splitlines()[1:]] == ["promote", "promote", "rollback"]
@@ -324,7 +324,7 @@ def test_a_bundle_that_is_gone_is_not_gone_back_to(made: Made) -> None:
     better = made.make(0.1, OTHER)
     made.release("promote", *LATER)
     made.store.delete([artifact_path("bundle", first)])
-    assert "is no longer in" in made.release("rollback", code=2)
+    assert "has gone from" in made.release("rollback", code=2)
     assert made.current == better
 
 
@@ -340,7 +340,7 @@ def test_the_release_can_be_taken_into_a_folder(made: Made, tmp_path: Path) -> N
 
 
 def test_a_configuration_may_begin_with_the_weights_of_the_release(made: Made) -> None:
-    assert "there is no current release yet" in made.release("weights", code=2)
+    assert "no current release exists yet" in made.release("weights", code=2)
     first = made.make(0.0)
     made.release("promote")
     made.make(0.1, OTHER)  # made, and not the release
