@@ -166,7 +166,7 @@ def test_a_releaser_can_and_a_writer_cannot_delete_it(team: Team) -> None:
         team.store("releaser").create("blobs/aa/x", b"1")
     assert read_releases(team.store("reader"), "micro").current is not None
     line = team.refused("writer", "release", "rollback", team.config)
-    assert "there is no release before this" in line
+    assert "no release exists before this one" in line
 
 
 def test_a_writer_collects_garbage_and_uploads_in_parts(
