@@ -245,7 +245,7 @@ def test_rays_autoscaler_reads_it() -> None:
     assert {name: (kind["min_workers"], kind["max_workers"]) for name, kind in kinds.items()} == {
         "headgroup": (0, 0), "cpu": (0, 24), "gpu": (0, 7),
     }  # fmt: skip
-    assert {name: (kind["resources"]["CPU"], kind["resources"]["GPU"]) for name, kind in kinds.items()} == {
+    assert {name: (kind["resources"]["CPU"], kind["resources"].get("GPU", 0)) for name, kind in kinds.items()} == {
         "headgroup": (0, 0), "cpu": (8, 0), "gpu": (8, 4),
     }  # fmt: skip
     assert (kinds["cpu"]["labels"], kinds["gpu"]["labels"]) == ({"pool": "cpu"}, {"pool": "gpu"})

@@ -121,4 +121,4 @@ def test_another_model_is_another_stage_and_dropout_is_not() -> None:
     assert shaped("evaluation") != shaped("evaluation", "decoder.model.channels=64")
     assert shaped("embeddings") == shaped("embeddings", "decoder.model.channels=64")
     assert shaped("embeddings") != shaped("embeddings", "clip.model.width=128")
-    assert shaped("pairs") != shaped("pairs", "pairs.image_size=512")
+    assert shaped("pairs") != shaped("pairs", "pairs.encode_format=png", "pairs.encode_quality=6")
