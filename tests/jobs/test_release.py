@@ -55,9 +55,12 @@ class Made:
                 blobs = {"evaluation.json": put_blob(self.store, json.dumps(document).encode())}
             if stage.name == "bundle":
                 blobs = {f"{m}/model.safetensors": put_blob(self.store, f"{m} {gain}".encode()) for m in MODELS}
-            kept = Ledger(kept=sum(s.ledger.kept for s in project.scan.shards) if stage.name in DATA else 0)
+            kept, table = Ledger(), None
+            if stage.name in DATA:
+                kept = Ledger(kept=sum(s.ledger.kept for s in project.scan.shards))
+                table = put_blob(self.store, b"not read")
             inputs = {name: keys[name] for name in stage.inputs}
-            made = Artifact(stage.name, keys[stage.name], inputs, flatten(stage.recipe), kept, blobs)
+            made = Artifact(stage.name, keys[stage.name], inputs, flatten(stage.recipe), kept, blobs, table)
             publish_artifact(self.store, made, 0.0)
         return keys["bundle"]
 
