@@ -136,7 +136,7 @@ class ClipRecipe(TrainingRecipe):
 
 @dataclass(frozen=True)
 class ARPriorRecipe(TrainingRecipe):
-    """The autoregressive prior: Table 3's first column."""
+    """Trains the autoregressive prior as Table 3's first column says."""
 
     task: ClassVar[str] = "ar_prior"
     version: ClassVar[int] = 6
@@ -153,7 +153,7 @@ class ARPriorRecipe(TrainingRecipe):
 
 @dataclass(frozen=True)
 class DiffusionPriorRecipe(TrainingRecipe):
-    """The diffusion prior: Table 3's second column."""
+    """Trains the diffusion prior as Table 3's second column says."""
 
     task: ClassVar[str] = "diffusion_prior"
     version: ClassVar[int] = 7
@@ -170,7 +170,7 @@ class DiffusionPriorRecipe(TrainingRecipe):
 
 @dataclass(frozen=True)
 class DecoderRecipe(TrainingRecipe):
-    """The 64 px decoder: Table 3's third column."""
+    """Trains the 64 px decoder as Table 3's third column says."""
 
     task: ClassVar[str] = "decoder"
     version: ClassVar[int] = 3
@@ -184,7 +184,7 @@ class DecoderRecipe(TrainingRecipe):
 
 @dataclass(frozen=True)
 class UpsamplerRecipe(TrainingRecipe):
-    """An upsampler: Table 3's fourth column, 64 to 256 px."""
+    """Trains an upsampler as Table 3's fourth column says, from 64 to 256 px."""
 
     task: ClassVar[str] = "upsampler"
     version: ClassVar[int] = 5
