@@ -128,6 +128,7 @@ class Config:
 DEFAULTS = {field.name: field.default_factory for field in fields(Config) if field.default_factory is not MISSING}
 RECIPES = tuple(name for name in DEFAULTS if name not in ("release", "run"))
 TRAININGS = tuple(name for name in RECIPES if isinstance(DEFAULTS[name](), TrainingRecipe))
+UPSAMPLERS = tuple(name for name in RECIPES if DEFAULTS[name] is UpsamplerRecipe)
 OVERRIDES = "values in place of the file's, such as decoder.samples=100000 preset=small"
 
 
@@ -191,8 +192,7 @@ def _scaled(config: Config, scale: Any) -> Config:
 
     Raises UserError for a scale that is not a number above 0.
     """
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-        raise UserError(f"scale: {scale!r} is not a number above 0; 0.5 trains every model on half as many samples")
+    scale = parse(PositiveFloat, scale, "scale")
     longer = {}
     for stage in TRAININGS:
         recipe = getattr(config, stage)
@@ -231,14 +231,7 @@ def check_project(name: str) -> None:
 def _check(config: Config) -> None:
     """Raises UserError for recipes that do not fit each other."""
     check_project(config.project)
-    for stage, low, high in (("upsampler_256", 64, 256), ("upsampler_1024", 256, 1024)):
-        model = getattr(config, stage).model
-        if (model.low_size, model.image_size) != (low, high):
-            raise UserError(
-                f"{stage}.model: makes {model.low_size} -> {model.image_size}; the cascade needs {low} -> {high}"
-            )
-    if config.decoder.model.image_size != 64:
-        raise UserError(f"decoder.model.image_size: {config.decoder.model.image_size}; the cascade begins at 64")
+    _check_cascade(config)
     for bound in ("min_score", "max_score"):
         for name in getattr(config.curation, bound):
             if name not in config.embeddings.heads:
@@ -252,10 +245,20 @@ def _check(config: Config) -> None:
         raise UserError(
             f"codec.buckets: {config.codec.buckets} is not ar_prior.model.buckets {config.ar_prior.model.buckets}"
         )
-    for stage in ("upsampler_256", "upsampler_1024"):
-        needed = getattr(config, stage).model.image_size
-        if stage in config.bundle.models and config.pairs.image_size < needed:
+
+
+def _check_cascade(config: Config) -> None:
+    side = 64
+    if config.decoder.model.image_size != side:
+        raise UserError(f"decoder.model.image_size: {config.decoder.model.image_size}; the cascade begins at {side}")
+    for stage in UPSAMPLERS:
+        low, side, model = side, 4 * side, getattr(config, stage).model
+        if (model.low_size, model.image_size) != (low, side):
             raise UserError(
-                f"pairs.image_size: {config.pairs.image_size} is too small for {stage}, which trains on {needed} px; "
+                f"{stage}.model: makes {model.low_size} -> {model.image_size}; the cascade needs {low} -> {side}"
+            )
+        if stage in config.bundle.models and config.pairs.image_size < side:
+            raise UserError(
+                f"pairs.image_size: {config.pairs.image_size} is too small for {stage}, which trains on {side} px; "
                 f"raise it or leave {stage} out of bundle.models"
             )

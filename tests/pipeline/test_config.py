@@ -65,7 +65,7 @@ def test_scale_changes_how_long_every_model_trains_and_nothing_else() -> None:
 @pytest.mark.parametrize("scale", [0.1, 1e-9, 2])
 def test_scale_stretches_the_rise_and_the_fall_of_the_learning_rate(scale: float) -> None:
     """As the shipped configuration whose rate falls: at a tenth it used to be refused with a traceback."""
-    config = load_config(ROOT / "configs/emoji-long.yaml", [f"scale={scale:.9f}"])
+    config = load_config(ROOT / "configs/emoji-long.yaml", [f"scale={scale}"])
     plain = load_config(ROOT / "configs/emoji-long.yaml").decoder
     assert plain.decay > 0
     assert config.decoder.decay == round(scale * plain.decay)
@@ -96,8 +96,8 @@ def test_steps_and_tiles_that_sampling_would_refuse_are_refused_here(sampling: d
 
 
 @pytest.mark.parametrize("scale", [0, -1, True, "half", float("inf"), float("nan"), None])
-def test_a_scale_that_is_no_number_above_0_is_refused(scale: object) -> None:
-    with pytest.raises(UserError, match=r"^scale: .* is not a number above 0; 0\.5 trains every model"):
+def test_a_scale_that_is_not_a_number_above_0_is_refused(scale: object) -> None:
+    with pytest.raises(UserError, match=r"^scale: (expected a (finite )?number, got|-?[01] is not above 0)"):
         make_config({**LEAST, "scale": scale})
 
 
