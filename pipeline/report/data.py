@@ -12,15 +12,12 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.data.fetch.references import shown
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.ledger import REASONS
 from pipeline.report.charts import bars, histogram
 from pipeline.report.duplicates import duplicates
 from pipeline.report.html import PARTS, attempt, note, number, template
-from pipeline.report.images import Album
-from pipeline.report.rows import SHARDS_READ, Artifacts, PairsShard, read_first_shards, read_worst_shards, thumbnail
-from pipeline.store import Store
+from pipeline.report.inputs import ReportInput
+from pipeline.report.rows import SHARDS_READ, PairsShard, read_first_shards, read_worst_shards, thumbnail
 
 THUMBNAILS = 24
 REJECTS_SHOWN = 12
@@ -28,42 +25,43 @@ RIGHTS_SHOWN = 20
 DATA = template("data.html")
 
 
-def data_section(store: Store, artifacts: Artifacts, album: Album) -> Markup:
+def data_section(given: ReportInput) -> Markup:
     """Follows the rows from the list to the training set; empty before there is a list."""
-    if not {"source", "pairs", "curation"} & artifacts.keys():
+    if not {"source", "pairs", "curation"} & given.artifacts.keys():
         return Markup()
     parts = [
-        attempt("The number of rows by stage", _funnel, artifacts),
-        attempt("The reasons of rejects", _reasons, artifacts),
+        attempt("The number of rows by stage", _funnel, given),
+        attempt("The reasons of rejects", _reasons, given),
     ]
-    if "pairs" in artifacts:
-        parts.append(attempt("What the first shards hold", _first_shards, store, artifacts, album))
-    if {"pairs", "curation"} <= artifacts.keys():
-        parts.append(attempt("The near-duplicates", duplicates, store, artifacts, album))
-    parts.append(attempt("The work of the stages", _work, artifacts))
+    if "pairs" in given.artifacts:
+        parts.append(attempt("What the first shards hold", _first_shards, given))
+    if {"pairs", "curation"} <= given.artifacts.keys():
+        parts.append(attempt("The near-duplicates", duplicates, given))
+    parts.append(attempt("The work of the stages", _work, given))
     return DATA.data(parts)
 
 
-def embeddings_section(store: Store, artifacts: Artifacts) -> Markup:
+def embeddings_section(given: ReportInput) -> Markup:
     """Shows how well captions fit their images, by CLIP; empty before there are embeddings."""
-    if "embeddings" not in artifacts:
+    if "embeddings" not in given.artifacts:
         return Markup()
-    return DATA.embeddings([attempt("The histogram of similarity", _similarity, store, artifacts["embeddings"])])
+    return DATA.embeddings([attempt("The histogram of similarity", _similarity, given)])
 
 
-def _funnel(artifacts: Artifacts) -> Markup:
+def _funnel(given: ReportInput) -> Markup:
     steps: list[tuple[str, float]] = []
-    if "source" in artifacts:
-        steps.append(("rows in the list", artifacts["source"].ledger.rows))
-    steps += [(stage, artifacts[stage].ledger.kept) for stage in ("source", "pairs", "curation") if stage in artifacts]
+    if "source" in given.artifacts:
+        steps.append(("rows in the list", given.artifacts["source"].ledger.rows))
+    kept = [stage for stage in ("source", "pairs", "curation") if stage in given.artifacts]
+    steps += [(stage, given.artifacts[stage].ledger.kept) for stage in kept]
     chart = bars("Rows that each stage keeps", steps)
     return PARTS.figure(chart, "Rows that each stage keeps, and their share of the first number.")
 
 
-def _reasons(artifacts: Artifacts) -> Markup:
+def _reasons(given: ReportInput) -> Markup:
     rows = []
     seen: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
-    for stage, artifact in artifacts.items():
+    for stage, artifact in given.artifacts.items():
         ledger = artifact.ledger
         for kind, counts in (("", ledger.rejected), (", deferred", ledger.deferred)):
             # Stages that count the same rows, such as all of the list, count the same rejects again.
@@ -76,10 +74,10 @@ def _reasons(artifacts: Artifacts) -> Markup:
     return DATA.reasons(rows) if rows else note("No row was rejected.")
 
 
-def _work(artifacts: Artifacts) -> Markup:
+def _work(given: ReportInput) -> Markup:
     """Shows what the workers of each stage did with their time, where this was written down."""
     rows = []
-    for stage, artifact in artifacts.items():
+    for stage, artifact in given.artifacts.items():
         took = artifact.times
         if not took.get("busy_seconds"):
             continue
@@ -94,29 +92,29 @@ def _work(artifacts: Artifacts) -> Markup:
     return DATA.work(rows) if rows else Markup()
 
 
-def _first_shards(store: Store, artifacts: Artifacts, album: Album) -> Markup:
-    shards = read_first_shards(store, artifacts)
-    title = "Kept pairs, after curation" if "curation" in artifacts else "Kept pairs"
+def _first_shards(given: ReportInput) -> Markup:
+    shards = read_first_shards(given)
+    title = "Kept pairs, after curation" if "curation" in given.artifacts else "Kept pairs"
     return Markup().join(
         (
-            attempt("The images", _thumbnails, store, shards, title, album),
+            attempt("The images", _thumbnails, given, shards, title),
             attempt("The sizes of images and captions", _sizes, shards),
-            attempt("The rejected rows", _rejects, store, read_worst_shards(store, artifacts), album),
+            attempt("The rejected rows", _rejects, given, read_worst_shards(given)),
             attempt("The licences", _rights, shards),
         )
     )
 
 
-def _thumbnails(store: Store, shards: Sequence[PairsShard], title: str, album: Album) -> Markup:
+def _thumbnails(given: ReportInput, shards: Sequence[PairsShard], title: str) -> Markup:
     cells = []
     for i, shard in enumerate(shards):
         share = THUMBNAILS * (i + 1) // len(shards) - THUMBNAILS * i // len(shards)
-        shown = [row for row in shard.kept_rows if row["size"] and album.may_show(row["license"])]
-        cells += [thumbnail(store, shard, row, album) for row in spread(shown, share)]
+        shown = [row for row in shard.kept_rows if row["size"] and given.album.may_show(row["license"])]
+        cells += [thumbnail(given, shard, row) for row in spread(shown, share)]
     if not cells:
         return note(
             "No pair was kept, or none with an image."
-            if album.licenses is None
+            if given.album.licenses is None
             else "No pair's licence lets it be shown here."
         )
     return DATA.thumbnails(title, cells)
@@ -145,7 +143,7 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def _rejects(store: Store, shards: Sequence[PairsShard], album: Album) -> Markup:
+def _rejects(given: ReportInput, shards: Sequence[PairsShard]) -> Markup:
     """Shows rejected rows, one of each reason first: images where they are stored, else their references."""
     found, seen = [], Counter[str]()
     for shard in shards:
@@ -158,8 +156,8 @@ def _rejects(store: Store, shards: Sequence[PairsShard], album: Album) -> Markup
         return Markup()
     references, cells = [], []
     for _, reason, shard, row in sorted(found, key=lambda reject: reject[0])[:REJECTS_SHOWN]:
-        if row["size"] and album.may_show(row["license"]):
-            cells.append(thumbnail(store, shard, row, album, reason))
+        if row["size"] and given.album.may_show(row["license"]):
+            cells.append(thumbnail(given, shard, row, reason))
         else:
             references.append((reason, shown(row["url"])))
     return DATA.rejects(cells, references)
@@ -173,11 +171,11 @@ def _rights(shards: Sequence[PairsShard]) -> Markup:
     return DATA.rights(len(kept), len(shards), counts.most_common(RIGHTS_SHOWN), len(counts) - RIGHTS_SHOWN)
 
 
-def _similarity(store: Store, artifact: Artifact) -> Markup:
-    shards = [shard for shard in read_shards(store, artifact) if shard.kept][:SHARDS_READ]
+def _similarity(given: ReportInput) -> Markup:
+    shards = [shard for shard in given.shards("embeddings").values() if shard.kept][:SHARDS_READ]
     values: list[float] = []
     for shard in shards:
-        values += read_table(store, shard.blobs["embeddings"], ["similarity"])["similarity"].to_pylist()
+        values += given.table(shard.blobs["embeddings"], ["similarity"])["similarity"].to_pylist()
     chart = histogram("Similarity of image and caption", "cosine of image and text embedding", values)
     median = sorted(values)[len(values) // 2]
     said = f"{number(len(values))} rows of the first {len(shards)} shards; the median is {median:.3f}."

@@ -8,30 +8,29 @@ from collections.abc import Collection, Iterable
 from markupsafe import Markup
 
 from pipeline.data.curation.stage import Rejected
-from pipeline.graph.shard_tables import ShardRow, read_table
+from pipeline.graph.shard_tables import ShardRow
 from pipeline.report.html import number, template
-from pipeline.report.images import Album
-from pipeline.report.rows import SHARDS_READ, Artifacts, Thumbnail, numbered, read_pairs, thumbnail
-from pipeline.store import Store
+from pipeline.report.inputs import ReportInput
+from pipeline.report.rows import SHARDS_READ, Thumbnail, read_pairs, thumbnail
 
 NEAR = ("near_duplicate", "near_held_out")
 GROUPS_SHOWN = 4
 ROWS_SHOWN = 6  # of a group
 
 
-def duplicates(store: Store, artifacts: Artifacts, album: Album) -> Markup:
+def duplicates(given: ReportInput) -> Markup:
     """Shows the largest groups among the shards that lost most rows to curation; empty if nothing is too alike.
 
     Opens SHARDS_READ shards of curation, then one after another the shards that hold a row shown.
     """
-    if not any(artifacts["curation"].ledger.rejected.get(reason) for reason in NEAR):
+    if not any(given.artifacts["curation"].ledger.rejected.get(reason) for reason in NEAR):
         return Markup()
-    curated = numbered(store, artifacts, "curation").values()
+    curated = given.shards("curation").values()
     worst = sorted((shard for shard in curated if shard.lost), key=lambda shard: -shard.lost)[:SHARDS_READ]
-    groups = group(row for shard in worst for row in _too_near(store, shard))
+    groups = group(row for shard in worst for row in _too_near(given, shard))
     largest = sorted(groups, key=lambda first: -len(groups[first]))[:GROUPS_SHOWN]
     shown = {first: [first, *groups[first][: ROWS_SHOWN - 1]] for first in largest}
-    cells = _cells(store, artifacts, {key for keys in shown.values() for key in keys}, album)
+    cells = _cells(given, {key for keys in shown.values() for key in keys})
     parts = []
     for first, keys in shown.items():
         images = [cells[key] for key in keys if key in cells]
@@ -61,20 +60,20 @@ def group(rows: Iterable[Rejected]) -> dict[str, list[str]]:
     return dict(groups)
 
 
-def _too_near(store: Store, shard: ShardRow) -> list[Rejected]:
-    rows = (Rejected(**row) for row in read_table(store, shard.blobs["rejected"]).to_pylist())
+def _too_near(given: ReportInput, shard: ShardRow) -> list[Rejected]:
+    rows = (Rejected(**row) for row in given.table(shard.blobs["rejected"]).to_pylist())
     return [row for row in rows if row.reason in NEAR]
 
 
-def _cells(store: Store, artifacts: Artifacts, keys: Collection[str], album: Album) -> dict[str, Thumbnail]:
+def _cells(given: ReportInput, keys: Collection[str]) -> dict[str, Thumbnail]:
     """Returns by key the images that may be shown, each with what became of its row. Holds one shard at a time."""
-    shards = numbered(store, artifacts, "pairs")
+    shards = given.shards("pairs")
     wanted = sorted({int(key[:-4]) for key in keys} & shards.keys())  # see pipeline.data.source.stage.row_key
     cells = {}
-    for shard in read_pairs(store, artifacts, (shards[i] for i in wanted)):
+    for shard in read_pairs(given, (shards[i] for i in wanted)):
         for row in shard.rows:
             key = row["key"]
-            if key in keys and row["size"] and album.may_show(row["license"]):
+            if key in keys and row["size"] and given.album.may_show(row["license"]):
                 fate = Markup("<b>stays</b>") if key in shard.kept else shard.reasons.get(key, row["reason"])
-                cells[key] = thumbnail(store, shard, row, album, fate)
+                cells[key] = thumbnail(given, shard, row, fate)
     return cells

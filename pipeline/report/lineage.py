@@ -12,7 +12,6 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import direct
 from pipeline.progress import duration
 from pipeline.report.html import attempt, note, number, template
-from pipeline.report.rows import Artifacts
 
 BOX, TALL, ACROSS, DOWN = 124, 52, 12, 34  # SVG units: width and height of a box, the space between boxes
 LINEAGE = template("lineage.html")
@@ -26,7 +25,7 @@ class Box(NamedTuple):
     y: float
 
 
-def lineage_section(artifacts: Artifacts) -> Markup:
+def lineage_section(artifacts: Mapping[str, Artifact]) -> Markup:
     """Shows the graph of what is made and its cost; empty before anything is."""
     if not artifacts:
         return Markup()
@@ -34,7 +33,7 @@ def lineage_section(artifacts: Artifacts) -> Markup:
     return LINEAGE.lineage([drawing, attempt("The cost", _cost, artifacts)])
 
 
-def direct_inputs(artifacts: Artifacts) -> dict[str, list[str]]:
+def direct_inputs(artifacts: Mapping[str, Artifact]) -> dict[str, list[str]]:
     """Returns of each stage the inputs that it does not also have through another of its inputs."""
     return direct({name: [i for i in made.inputs if i in artifacts] for name, made in artifacts.items()})
 
@@ -50,7 +49,7 @@ def levels(inputs: Mapping[str, Sequence[str]]) -> list[list[str]]:
     return rows
 
 
-def draw(artifacts: Artifacts) -> Markup:
+def draw(artifacts: Mapping[str, Artifact]) -> Markup:
     """Draws the graph as SVG, from top to bottom: a box a stage with its key and its time."""
     if not artifacts:
         raise ValueError("nothing is made yet")
@@ -80,7 +79,7 @@ def _words(name: str, artifact: Artifact) -> tuple[str, str, str]:
     return name, artifact.key[:12], "" if took is None else duration(took)
 
 
-def _cost(artifacts: Artifacts) -> Markup:
+def _cost(artifacts: Mapping[str, Artifact]) -> Markup:
     """Shows time, workers and bytes of every stage, and their sum."""
     rows, total = [], 0.0
     for name, artifact in artifacts.items():

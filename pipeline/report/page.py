@@ -20,6 +20,7 @@ from pipeline.report.data import data_section, embeddings_section
 from pipeline.report.evaluation import evaluation_section, measured_sections, release_section
 from pipeline.report.html import ENVIRONMENT, PARTS, attempt, facts, number, template
 from pipeline.report.images import Album
+from pipeline.report.inputs import ReportInput
 from pipeline.report.lineage import lineage_section
 from pipeline.report.samples import samples_section
 from pipeline.report.training import codec_section, training_section, training_so_far
@@ -79,19 +80,19 @@ def render(
     album: Album | None = None,
 ) -> str:
     """Returns the page as text, under 5 MiB, without script or any outside resource."""
-    album = album or Album()
+    given = ReportInput(store, artifacts, album or Album())
     in_order = [name for name in graph if name in artifacts]
     trained = [artifacts[name] for name in in_order if graph[name].kind == "training"]
     head = attempt("The summary", _head, config, graph, artifacts, running)
     sections = [
-        attempt("The samples", samples_section, store, artifacts, album),
-        attempt("The evaluation", evaluation_section, store, artifacts, album),
-        attempt("The comparison with the release", release_section, store, config.project, artifacts),
-        attempt("What else was measured", measured_sections, store, artifacts, album),
-        attempt("The data", data_section, store, artifacts, album),
-        attempt("The embeddings", embeddings_section, store, artifacts),
-        attempt("The codec", codec_section, artifacts),
-        attempt("The trainings", training_section, store, trained, album, running),
+        attempt("The samples", samples_section, given),
+        attempt("The evaluation", evaluation_section, given),
+        attempt("The comparison with the release", release_section, given, config.project),
+        attempt("What else was measured", measured_sections, given),
+        attempt("The data", data_section, given),
+        attempt("The embeddings", embeddings_section, given),
+        attempt("The codec", codec_section, given),
+        attempt("The trainings", training_section, given, trained, running),
         attempt("The lineage", lineage_section, artifacts),
         attempt("Environment and settings", _environment_section, config, [artifacts[name] for name in in_order]),
     ]

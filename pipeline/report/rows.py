@@ -10,15 +10,11 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from pipeline.data.pairs.row_index import Place, read_images
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
+from pipeline.graph.shard_tables import ShardRow
 from pipeline.report.html import attempt
-from pipeline.report.images import Album
-from pipeline.store import Store
+from pipeline.report.inputs import ReportInput
 
 SHARDS_READ = 3
-
-Artifacts = Mapping[str, Artifact]
 
 
 @dataclass(frozen=True)
@@ -53,53 +49,48 @@ class Thumbnail(NamedTuple):
     caption: str
 
 
-def read_first_shards(store: Store, artifacts: Artifacts) -> list[PairsShard]:
+def read_first_shards(given: ReportInput) -> list[PairsShard]:
     """Returns the first shards of pairs, beginning with those that keep any row."""
-    shards = numbered(store, artifacts, "pairs")
-    left = {number: shard.kept for number, shard in {**shards, **numbered(store, artifacts, "curation")}.items()}
+    shards = given.shards("pairs")
+    left = {number: shard.kept for number, shard in {**shards, **given.shards("curation")}.items()}
     first = sorted(shards.values(), key=lambda s: left[s.number] == 0)
-    return list(read_pairs(store, artifacts, first[:SHARDS_READ]))
+    return list(read_pairs(given, first[:SHARDS_READ]))
 
 
-def read_worst_shards(store: Store, artifacts: Artifacts) -> list[PairsShard]:
+def read_worst_shards(given: ReportInput) -> list[PairsShard]:
     """Returns the shards of pairs that have lost most rows, without those that have lost none."""
-    shards = numbered(store, artifacts, "pairs")
+    shards = given.shards("pairs")
     lost = Counter({number: shard.lost for number, shard in shards.items()})
-    lost.update({number: shard.lost for number, shard in numbered(store, artifacts, "curation").items()})
+    lost.update({number: shard.lost for number, shard in given.shards("curation").items()})
     worst = sorted((s for s in shards.values() if lost[s.number]), key=lambda s: -lost[s.number])
-    return list(read_pairs(store, artifacts, worst[:SHARDS_READ]))
+    return list(read_pairs(given, worst[:SHARDS_READ]))
 
 
-def read_pairs(store: Store, artifacts: Artifacts, shards: Iterable[ShardRow]) -> Iterator[PairsShard]:
+def read_pairs(given: ReportInput, shards: Iterable[ShardRow]) -> Iterator[PairsShard]:
     """Yields each of ``shards`` of pairs, with what later stages say of its rows."""
-    curated = numbered(store, artifacts, "curation")
-    captioned = numbered(store, artifacts, "captions")
+    curated = given.shards("curation")
+    captioned = given.shards("captions")
     for shard in shards:
-        rows = read_table(store, shard.blobs["index"]).to_pylist()
+        rows = given.table(shard.blobs["index"]).to_pylist()
         kept = {row["key"] for row in rows if row["status"] == "kept"}
         captions: dict[str, str] = {}
         reasons: dict[str, str] = {}
         if shard.number in curated:
             blobs = curated[shard.number].blobs
-            kept = set(read_table(store, blobs["index"], ["key"])["key"].to_pylist())
-            reasons = {row["key"]: row["reason"] for row in read_table(store, blobs["rejected"]).to_pylist()}
+            kept = set(given.table(blobs["index"], ["key"])["key"].to_pylist())
+            reasons = {row["key"]: row["reason"] for row in given.table(blobs["rejected"]).to_pylist()}
         if shard.number in captioned:
-            table = read_table(store, captioned[shard.number].blobs["captions"]).to_pylist()
+            table = given.table(captioned[shard.number].blobs["captions"]).to_pylist()
             captions = {row["key"]: row["captions"][0] for row in table if row["captions"]}
         yield PairsShard(shard, rows, kept, captions, reasons)
 
 
-def numbered(store: Store, artifacts: Artifacts, stage: str) -> dict[int, ShardRow]:
-    """Returns the shards of a stage by number; none before it is made."""
-    return {shard.number: shard for shard in read_shards(store, artifacts[stage])} if stage in artifacts else {}
-
-
-def thumbnail(store: Store, shard: PairsShard, row: Mapping[str, Any], album: Album, said: str = "") -> Thumbnail:
+def thumbnail(given: ReportInput, shard: PairsShard, row: Mapping[str, Any], said: str = "") -> Thumbnail:
     """Returns a row's image, small, or one line that says why it cannot be shown."""
     caption = shard.captions.get(row["key"], "")
 
     def image() -> Markup:
-        [data] = read_images(store, [Place.of(row, shard.shard.blobs.get("images"))])
-        return album.image(data, 160, caption or f"row {row['key']}", most=14_000)
+        [data] = read_images(given.store, [Place.of(row, shard.shard.blobs.get("images"))])
+        return given.album.image(data, 160, caption or f"row {row['key']}", most=14_000)
 
     return Thumbnail(attempt(f"Row {row['key']}", image), said, caption)

@@ -18,9 +18,7 @@ from pipeline.held_out import FEWEST, too_few
 from pipeline.progress import duration
 from pipeline.report.charts import Point, bars, line_chart
 from pipeline.report.html import PARTS, attempt, facts, note, number, template
-from pipeline.report.images import Album
-from pipeline.store import Store
-from pipeline.store.records import read_blob
+from pipeline.report.inputs import ReportInput
 
 PREVIEWS_SHOWN = 4
 TRAINING = template("training.html")
@@ -48,11 +46,11 @@ class Curve:
     unread: int = 0
 
 
-def codec_section(artifacts: Mapping[str, Artifact]) -> Markup:
+def codec_section(given: ReportInput) -> Markup:
     """Shows the spectrum that the codec keeps and what it loses; empty before there is a codec."""
-    if "codec" not in artifacts:
+    if "codec" not in given.artifacts:
         return Markup()
-    metrics = artifacts["codec"].metrics
+    metrics = given.artifacts["codec"].metrics
     warnings = [note(f"Warning: {warning}") for warning in metrics.get("warnings", ())]
     rest = {name: value for name, value in metrics.items() if name not in ("explained_variance_ratio", "warnings")}
     chart = attempt("The spectrum", _spectrum, metrics)
@@ -67,12 +65,10 @@ def _spectrum(metrics: Mapping[str, Any]) -> Markup:
     return PARTS.figure(chart, f"The share of variance that each of {len(points)} principal components holds.")
 
 
-def training_section(
-    store: Store, trained: Sequence[Artifact], album: Album, running: Artifact | None = None
-) -> Markup:
+def training_section(given: ReportInput, trained: Sequence[Artifact], running: Artifact | None = None) -> Markup:
     """Shows every trained model in order, below the ``running`` training; empty before the first."""
-    parts = [_training(store, running, album, training_so_far(running))] if running is not None else []
-    parts += [_training(store, artifact, album) for artifact in trained]
+    parts = [_training(given, running, training_so_far(running))] if running is not None else []
+    parts += [_training(given, artifact) for artifact in trained]
     return TRAINING.training(parts) if parts else Markup()
 
 
@@ -81,12 +77,12 @@ def training_so_far(running: Artifact) -> str:
     return f"{number(running.metrics['samples_seen'])} of {number(running.recipe['samples'])} samples"
 
 
-def _training(store: Store, artifact: Artifact, album: Album, so_far: str = "") -> Markup:
+def _training(given: ReportInput, artifact: Artifact, so_far: str = "") -> Markup:
     stage = artifact.stage
     summary = TRAINING.so_far(so_far) if so_far else attempt(f"The summary of {stage}", _summary, artifact)
-    chart = attempt(f"The loss curve of {stage}", _loss, store, artifact)
+    chart = attempt(f"The loss curve of {stage}", _loss, given, artifact)
     numbers = attempt(f"The metrics of {stage}", facts, artifact.metrics) if artifact.metrics else Markup()
-    previews = attempt(f"The previews of {stage}", _previews, store, artifact, album)
+    previews = attempt(f"The previews of {stage}", _previews, given, artifact)
     return TRAINING.model(stage, summary, PARTS.beside(chart, numbers), previews)
 
 
@@ -105,11 +101,11 @@ def _summary(artifact: Artifact) -> Markup:
     return TRAINING.summary(", ".join(said), spent) if said else Markup()
 
 
-def _loss(store: Store, artifact: Artifact) -> Markup:
+def _loss(given: ReportInput, artifact: Artifact) -> Markup:
     stage = artifact.stage
     if "metrics.jsonl" not in artifact.blobs:
         return note(f"{stage} has no metrics.jsonl among its files, so its loss curve cannot be drawn.")
-    curve = read_curve(read_blob(store, artifact.blobs["metrics.jsonl"]))
+    curve = read_curve(given.read(artifact.blobs["metrics.jsonl"]))
     series = {"train": curve.train, "validation": curve.validation}
     chart = line_chart(f"Loss of {stage}", "samples seen", "loss", series)
     unread = f" {number(curve.unread)} lines could not be used." if curve.unread else ""
@@ -173,23 +169,23 @@ def preview_names(blobs: Mapping[str, str]) -> list[tuple[str, int | None]]:
     return [found[i * (len(found) - 1) // (PREVIEWS_SHOWN - 1)] for i in range(PREVIEWS_SHOWN)]
 
 
-def _previews(store: Store, artifact: Artifact, album: Album) -> Markup:
+def _previews(given: ReportInput, artifact: Artifact) -> Markup:
     names = preview_names(artifact.blobs)
     # Models that are not conditioned on embeddings are conditioned on small images.
-    if names and album.licenses is not None and "embeddings" not in artifact.inputs:
+    if names and given.album.licenses is not None and "embeddings" not in artifact.inputs:
         return note("Its previews are other people's images made larger; they are left out here.")
     cells = []
     for name, samples in names:
         when = "at the end" if samples is None else f"after {number(samples)} samples"
         said = f"preview of {artifact.stage} {when}"
-        image = attempt(f"{name} of {artifact.stage}", _preview, store, artifact.blobs[name], said, album)
+        image = attempt(f"{name} of {artifact.stage}", _preview, given, artifact.blobs[name], said)
         cells.append(PARTS.figure(image, when.capitalize()))
     return TRAINING.previews(cells) if cells else Markup()
 
 
-def _preview(store: Store, blob: str, alt: str, album: Album) -> Markup:
-    data = read_blob(store, blob)
-    return album.image(data if album.licenses is None else _lower_half(data), 512, alt, most=60_000)
+def _preview(given: ReportInput, blob: str, alt: str) -> Markup:
+    data = given.read(blob)
+    return given.album.image(data if given.album.licenses is None else _lower_half(data), 512, alt, most=60_000)
 
 
 def _lower_half(data: bytes) -> bytes:

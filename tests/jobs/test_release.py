@@ -19,6 +19,7 @@ from pipeline.graph.stages import Context
 from pipeline.held_out import too_few
 from pipeline.ledger import Ledger
 from pipeline.report.evaluation import release_section
+from pipeline.report.inputs import ReportInput
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob
 
@@ -246,16 +247,16 @@ def test_diff_names_data_recipe_and_figures(made: Made) -> None:
 
 def test_the_report_shows_the_release_beside_the_bundle(made: Made) -> None:
     made.make(0.0)
-    assert release_section(made.store, "p", made.artifacts()) == ""
+    assert release_section(ReportInput(made.store, made.artifacts()), "p") == ""
     made.release("promote")
-    assert release_section(made.store, "p", made.artifacts()) == ""  # it is the release
+    assert release_section(ReportInput(made.store, made.artifacts()), "p") == ""  # it is the release
     made.make(0.1, OTHER)
-    shown = release_section(made.store, "p", made.artifacts(OTHER))
+    shown = release_section(ReportInput(made.store, made.artifacts(OTHER)), "p")
     (row,) = (row for row in shown.splitlines() if "decoder: background" in row)
     assert "+0.1 (0.1 to 0.1)" in row
     assert "<td>better</td>" in row
     made.make(0.1, OTHER, "evaluation.rows=9")
-    shown = release_section(made.store, "p", made.artifacts(OTHER, "evaluation.rows=9"))
+    shown = release_section(ReportInput(made.store, made.artifacts(OTHER, "evaluation.rows=9")), "p")
     assert "Not compared with" in shown
     assert "evaluation.rows 256 -&gt; 9" in shown
 

@@ -37,7 +37,7 @@ from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.report.evaluation import evaluation_section, measured_sections
-from pipeline.report.images import Album
+from pipeline.report.inputs import ReportInput
 from pipeline.store.records import blob_path, put_blob, read_blob
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.tasks.figures import seeded
@@ -168,8 +168,8 @@ def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: P
     assert guided.shape == (len(GUIDANCES) * 64, 8 * 64, 3)
     assert not np.array_equal(guided[:64], guided[-64:])
 
-    page = evaluation_section(case.world.store, {"evaluation": artifact}, Album(1 << 20))
-    more = measured_sections(case.world.store, {"evaluation": artifact}, Album(1 << 20))
+    page = evaluation_section(ReportInput(case.world.store, {"evaluation": artifact}))
+    more = measured_sections(ReportInput(case.world.store, {"evaluation": artifact}))
     assert page.count("<img") == 2 * more.count("<img") == 16  # of eight captions: drawn, by guidance, what is nearest
     assert "cannot be shown" not in page + more
     assert page.count("✓") + page.count("✗") == len(found)
@@ -238,11 +238,11 @@ def test_of_too_few_rows_it_measures_nothing_and_says_so_once(tmp_path: Path) ->
     document = json.loads(read_blob(case.world.store, artifact.blobs["evaluation.json"]))
     assert document["few"] == {"priors": 2, "decoder": 2, "upsampler_256": 0}
     assert {tuple(part["keys"]) for part in document["rows"].values()} == {()}
-    page = evaluation_section(case.world.store, {"evaluation": artifact}, Album(1 << 20))
+    page = evaluation_section(ReportInput(case.world.store, {"evaluation": artifact}))
     assert f'<p class="note">Nothing was measured: {why}.</p>' in page
     assert page.count(why) == 1
     assert "<table" not in page
-    assert measured_sections(case.world.store, {"evaluation": artifact}, Album(1 << 20)) == ""
+    assert measured_sections(ReportInput(case.world.store, {"evaluation": artifact})) == ""
     assert as_text(figures) == f"Does it learn? Nothing was measured: {why}"
 
 
@@ -252,7 +252,7 @@ def test_backgrounds_and_names_are_looked_at_only_where_a_configuration_says_wha
     def measured(recipe: EvaluationRecipe) -> dict[tuple[str, str], dict[str, Any]]:
         artifact = run_evaluation(case.context(recipe))
         document = json.loads(read_blob(case.world.store, artifact.blobs["evaluation.json"]))
-        page = evaluation_section(case.world.store, {"evaluation": artifact}, Album(1 << 20))
+        page = evaluation_section(ReportInput(case.world.store, {"evaluation": artifact}))
         assert (f"<li>(d) {LINES['d']}</li>" in page) == bool(recipe.phrases.backgrounds)
         return {(f["model"], f["name"]): f for f in document["figures"]}
 

@@ -14,6 +14,7 @@ from pipeline.ledger import Ledger
 from pipeline.report.data import data_section
 from pipeline.report.duplicates import GROUPS_SHOWN, duplicates, group
 from pipeline.report.images import Album
+from pipeline.report.inputs import ReportInput
 from pipeline.store import FolderStore
 from tests.pipeline.report.made_up import SHARDS, alike, culled
 
@@ -54,7 +55,7 @@ def test_the_largest_groups_are_shown_with_the_row_that_stays_first(
     store: FolderStore, made: dict[str, Artifact]
 ) -> None:
     lost = alike(store, made)
-    page = data_section(store, culled(store, made, lost), Album(1 << 20))
+    page = data_section(ReportInput(store, culled(store, made, lost)))
     groups = rows_shown(page)
     sizes = sorted((len(keys) + 1 for keys in group(lost).values()), reverse=True)
     assert [len(rows) for rows in groups] == sizes[:GROUPS_SHOWN]
@@ -73,7 +74,7 @@ def test_a_large_group_is_cut_and_its_first_row_may_be_gone_itself(
     first, *others = [f"{zero.number:08d}{place:04d}" for place in (0, 1, 2, 4, 5, 6, 7, 8)]
     held_out = f"{one.number:08d}0000"
     lost = [Rejected(key, "near_duplicate", first) for key in others] + [Rejected(first, "near_held_out", held_out)]
-    page = duplicates(store, culled(store, made, lost), Album(1 << 20))
+    page = duplicates(ReportInput(store, culled(store, made, lost)))
     assert f"Row {held_out} and 8 that are too near to it; 6 of them are shown." in page
     [rows] = rows_shown(page)
     assert [fate for fate, _ in rows] == ["<b>stays</b>", "near_held_out", *["near_duplicate"] * 4]
@@ -81,9 +82,9 @@ def test_a_large_group_is_cut_and_its_first_row_may_be_gone_itself(
 
 def test_images_whose_licence_forbids_it_are_left_out(store: FolderStore, made: dict[str, Artifact]) -> None:
     found = culled(store, made, alike(store, made))
-    allowed = duplicates(store, found, Album(1 << 20, {"CC-BY-4.0"}))
-    assert allowed == duplicates(store, found, Album(1 << 20))
-    page = duplicates(store, found, Album(1 << 20, {"CC0-1.0"}))
+    allowed = duplicates(ReportInput(store, found, Album(1 << 20, {"CC-BY-4.0"})))
+    assert allowed == duplicates(ReportInput(store, found))
+    page = duplicates(ReportInput(store, found, Album(1 << 20, {"CC0-1.0"})))
     assert "<img" not in page
     assert "<bdi>" not in page
     assert "None of the largest has two images that may be shown." in page
@@ -92,15 +93,15 @@ def test_images_whose_licence_forbids_it_are_left_out(store: FolderStore, made: 
 def test_one_image_without_room_costs_one_image(store: FolderStore, made: dict[str, Artifact]) -> None:
     found = culled(store, made, alike(store, made))
     whole = Album(1 << 20)
-    count = duplicates(store, found, whole).count("<img")
-    page = duplicates(store, found, Album((1 << 20) - whole.left - 1))
+    count = duplicates(ReportInput(store, found, whole)).count("<img")
+    page = duplicates(ReportInput(store, found, Album((1 << 20) - whole.left - 1)))
     assert page.count("<img") == count - 1
     assert page.count("the page has reached its size") == 1
 
 
 def test_nothing_too_alike_shows_nothing(store: FolderStore, made: dict[str, Artifact]) -> None:
-    assert duplicates(store, made, Album(1 << 20)) == ""
-    assert "Too alike" not in data_section(store, made, Album(1 << 20))
+    assert duplicates(ReportInput(store, made)) == ""
+    assert "Too alike" not in data_section(ReportInput(store, made))
 
 
 def test_of_many_shards_those_that_lost_most_are_opened(store: FolderStore, made: dict[str, Artifact]) -> None:
@@ -116,4 +117,4 @@ def test_of_many_shards_those_that_lost_most_are_opened(store: FolderStore, made
         ]
         table, ledger = write_shard_table(store, shards)
         many[stage] = replace(found[stage], shard_table=table, ledger=ledger)
-    assert duplicates(store, many, Album(1 << 20)) == duplicates(store, found, Album(1 << 20))
+    assert duplicates(ReportInput(store, many)) == duplicates(ReportInput(store, found))

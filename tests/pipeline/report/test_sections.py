@@ -14,7 +14,7 @@ from pipeline.graph.shard_tables import read_shards, write_shard_table, write_ta
 from pipeline.ledger import Ledger
 from pipeline.report.data import data_section, embeddings_section, spread
 from pipeline.report.evaluation import evaluation_section
-from pipeline.report.images import Album
+from pipeline.report.inputs import ReportInput
 from pipeline.report.rows import read_first_shards, thumbnail
 from pipeline.report.training import codec_section, preview_names, read_curve, training_section
 from pipeline.store import Entry, FolderStore
@@ -50,7 +50,7 @@ def test_too_few_validation_rows_are_told_of_instead_of_a_curve(store: FolderSto
     assert (curve.held_out, curve.validation) == (1, [])
     blob = put_blob(store, "\n".join(map(json.dumps, lines)).encode())
     made = Artifact("clip", "k", {}, {"samples": 16}, Ledger(), {"metrics.jsonl": blob})
-    page = training_section(store, [made], Album(1 << 20))
+    page = training_section(ReportInput(store, {}), [made])
     assert "No validation is shown: 1 validation pair, and a figure needs 8; set source.validation to 0.2" in page
     assert "Loss of clip: train from 2 to 1</title>" in page
 
@@ -59,13 +59,13 @@ def test_why_nothing_was_measured_is_escaped(store: FolderStore) -> None:
     figures = [Figure("d", "decoder", "background", "decoder: <b>", note="<script>alert(1)</script>").as_json()]
     metrics = {"holds": count(figures), "figures": figures, "captions": [], "licenses": {}}
     made = Artifact("evaluation", "k", {}, {}, Ledger(), metrics=metrics)
-    page = evaluation_section(store, {"evaluation": made}, Album(1 << 20))
+    page = evaluation_section(ReportInput(store, {"evaluation": made}))
     assert "Nothing was measured: &lt;script&gt;alert(1)&lt;/script&gt;." in page
     assert "<script" not in page
 
 
 def test_only_models_with_timesteps_show_losses_by_them(store: FolderStore, made: dict[str, Artifact]) -> None:
-    page = training_section(store, [made[stage] for stage in MODELS if stage != "codec"], Album(1 << 20))
+    page = training_section(ReportInput(store, {}), [made[stage] for stage in MODELS if stage != "codec"])
     shown = re.findall(
         r"<figcaption>Validation loss of (\w+) by quarter of its timesteps, after ([\d,]+) samples", page
     )
@@ -97,15 +97,15 @@ def test_spread_takes_evenly_and_never_twice() -> None:
 
 
 def test_first_shards_agree_with_curation(store: FolderStore, made: dict[str, Artifact]) -> None:
-    shards = read_first_shards(store, made)
+    shards = read_first_shards(ReportInput(store, made))
     assert sum(len(shard.kept_rows) for shard in shards) == made["curation"].ledger.kept
-    early = read_first_shards(store, {"pairs": made["pairs"]})
+    early = read_first_shards(ReportInput(store, {"pairs": made["pairs"]}))
     assert sum(len(shard.kept_rows) for shard in early) == made["pairs"].ledger.kept
     assert all(shard.captions == {} for shard in early)
 
 
 def test_reasons_are_counted_once_and_explained(store: FolderStore, made: dict[str, Artifact]) -> None:
-    page = data_section(store, made, Album(1 << 20))
+    page = data_section(ReportInput(store, made))
     assert page.count("duplicate_url<br>") == 1  # the index of pairs holds these rows again
     assert "an earlier row of the list names the same image" in page
     assert "low_similarity" in page
@@ -118,23 +118,27 @@ def test_reasons_are_counted_once_and_explained(store: FolderStore, made: dict[s
 def test_sizes_are_those_of_kept_rows_whose_captions_and_images_are_known(
     store: FolderStore, made: dict[str, Artifact]
 ) -> None:
-    page = data_section(store, made, Album(1 << 20))
+    page = data_section(ReportInput(store, made))
     kept = made["curation"].ledger.kept
-    captions = [len(shard.captions[row["key"]]) for shard in read_first_shards(store, made) for row in shard.kept_rows]
+    captions = [
+        len(shard.captions[row["key"]])
+        for shard in read_first_shards(ReportInput(store, made))
+        for row in shard.kept_rows
+    ]
     median = statistics.median_high(captions)
     assert f"Short sides of images: {kept} kept rows of 3 shards; the median is 96 px." in page
     assert f"Lengths of captions: {kept} kept rows of 3 shards; the median is {median} characters." in page
-    early = data_section(store, {"pairs": made["pairs"]}, Album(1 << 20))
+    early = data_section(ReportInput(store, {"pairs": made["pairs"]}))
     assert "Short sides of images: 78 kept rows" in early
     assert "Lengths of captions" not in early
 
 
 def test_the_work_of_a_stage_is_told_where_it_was_written_down(store: FolderStore, made: dict[str, Artifact]) -> None:
-    assert "<h3>Workers</h3>" not in data_section(store, made, Album(1 << 20))
+    assert "<h3>Workers</h3>" not in data_section(ReportInput(store, made))
     took = {"workers": 2, "made_seconds": 10.0, "made_rows": 1000, "written_bytes": 25_000_000}
     took |= {"busy_seconds": 15.0, "wait_seconds": 1.0, "fetch_seconds": 12.0, "write_seconds": 2.0, "pack_seconds": 0}
     told = made | {"pairs": replace(made["pairs"], times={"seconds": 12.0, **took})}
-    section = data_section(store, told, Album(1 << 20))
+    section = data_section(ReportInput(store, told))
     [row] = [line for line in section.splitlines() if line.startswith("<tr><td>pairs") and "fetch" in line]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
     assert cells == ["pairs", "2", "100", "2.5", "75%", "5%", "fetch 60%, write 10%"]
@@ -146,29 +150,29 @@ def test_a_shard_that_kept_nothing_still_tells_why(store: FolderStore) -> None:
     ledger = Ledger(0, {"timeout": 5})
     shard = Shard(0, "k", ledger, {"index": put_blob(store, write_table(index_table(rows)))})
     table, _ = write_shard_table(store, [shard])
-    page = data_section(store, {"pairs": Artifact("pairs", "k", {}, {}, ledger, shard_table=table)}, Album(1 << 20))
+    page = data_section(ReportInput(store, {"pairs": Artifact("pairs", "k", {}, {}, ledger, shard_table=table)}))
     assert "No pair was kept" in page
     assert "https://***@example.com/4?X-Amz-Signature=***" in page
     assert "5ec4" not in page
 
 
 def test_a_damaged_image_costs_one_image(store: FolderStore, made: dict[str, Artifact]) -> None:
-    [first, *_] = read_first_shards(store, made)
+    [first, *_] = read_first_shards(ReportInput(store, made))
     rows = [dict(row) for row in first.rows]
     victim = next(row for row in rows if row["key"] in first.kept)
     victim["sha256"] = "0" * 64
     blobs = {"index": put_blob(store, write_table(index_table(rows))), "images": first.shard.blobs["images"]}
     table, ledger = write_shard_table(store, [Shard(0, "k", made["pairs"].ledger, blobs)])
     pairs = Artifact("pairs", "damaged", {}, {}, ledger, shard_table=table)
-    page = data_section(store, {"pairs": pairs}, Album(1 << 20))
+    page = data_section(ReportInput(store, {"pairs": pairs}))
     assert page.count("<img ") == 23
     assert f"Row {victim['key']} cannot be shown" in page
 
 
 def test_an_image_without_a_caption_has_an_alternative_text(store: FolderStore, made: dict[str, Artifact]) -> None:
-    [first, *_] = read_first_shards(store, made)
+    [first, *_] = read_first_shards(ReportInput(store, made))
     row = first.kept_rows[0]
-    shown = thumbnail(store, replace(first, captions={row["key"]: ""}), row, Album(1 << 20))
+    shown = thumbnail(ReportInput(store, made), replace(first, captions={row["key"]: ""}), row)
     assert f'alt="row {row["key"]}"' in shown.image
 
 
@@ -198,18 +202,18 @@ def test_of_many_shards_few_are_read(store: FolderStore, made: dict[str, Artifac
         table, ledger = write_shard_table(store, shards)
         many[stage] = replace(made[stage], shard_table=table, ledger=ledger)
     counting = Counting(store)
-    data_section(counting, many, Album(1 << 20))  # type: ignore[arg-type]
-    embeddings_section(counting, many)  # type: ignore[arg-type]
+    data_section(ReportInput(counting, many))  # type: ignore[arg-type]
+    embeddings_section(ReportInput(counting, many))  # type: ignore[arg-type]
     assert len(counting.reads) < 60
 
 
 def test_codec_without_a_spectrum_says_so(store: FolderStore) -> None:
     artifact = publish_artifact(store, Artifact("codec", "odd", {}, {}, Ledger(), metrics={"explained": 0.5}), 0.0)
-    page = codec_section({"codec": artifact})
+    page = codec_section(ReportInput(store, {"codec": artifact}))
     assert "The spectrum cannot be shown" in page
     assert "0.5" in page
 
 
 def test_sections_of_nothing_are_empty(tmp_path: Path) -> None:
-    store = FolderStore(str(tmp_path))
-    assert data_section(store, {}, Album(1)) == embeddings_section(store, {}) == codec_section({}) == ""
+    nothing = ReportInput(FolderStore(str(tmp_path)), {})
+    assert data_section(nothing) == embeddings_section(nothing) == codec_section(nothing) == ""

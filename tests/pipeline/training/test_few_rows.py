@@ -9,7 +9,7 @@ from models.image_configs import DecoderConfig
 from models.prior_configs import ClipConfig
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, too_few
-from pipeline.report.images import Album
+from pipeline.report.inputs import ReportInput
 from pipeline.report.training import training_section
 from pipeline.store.records import read_blob
 from pipeline.training import stage
@@ -42,7 +42,7 @@ def test_clip_has_no_validation_figures_of_one_row(tmp_path: Path) -> None:
     assert [line["validation_rows"] for line in journal(world, made) if "validation_rows" in line] == [1, 1]
     assert not {name for line in journal(world, made) for name in line} & {"validation_loss", "validation_recall_at_1"}
     assert not [name for name in made.metrics if name in ("validation_loss", "validation_recall_at_1")]
-    page = training_section(world.store, [made], Album(1 << 20))
+    page = training_section(ReportInput(world.store, {}), [made])
     assert "validation from" not in page
     assert f"No validation is shown: {WHY}." in page
 
@@ -53,7 +53,7 @@ def test_the_decoder_of_one_row_still_draws_it(tmp_path: Path) -> None:
     made = stage.run_decoder(world.context("decoder", recipe))
     assert "preview.png" in made.blobs
     assert "validation_loss" not in made.metrics
-    assert f"No validation is shown: {WHY}." in training_section(world.store, [made], Album(1 << 20))
+    assert f"No validation is shown: {WHY}." in training_section(ReportInput(world.store, {}), [made])
 
 
 @pytest.mark.parametrize(("shards", "held_out"), [((14, 14, 14), FEWEST - 2), ((14,) * 4, FEWEST)])

@@ -1,0 +1,37 @@
+"""Holds what a report is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
+from pipeline.report.images import Album
+from pipeline.store import Store
+from pipeline.store.records import read_blob
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """The artefacts that a report shows, by stage, their store, and the images that may be shown."""
+
+    store: Store
+    artifacts: Mapping[str, Artifact]
+    album: Album = field(default_factory=Album)
+
+    def read(self, blob: str) -> bytes:
+        """Returns the bytes of a blob."""
+        return read_blob(self.store, blob)
+
+    def table(self, blob: str, columns: list[str] | None = None) -> pa.Table:
+        """Returns a Parquet blob as a table."""
+        return read_table(self.store, blob, columns)
+
+    def shards(self, stage: str) -> dict[int, ShardRow]:
+        """Returns the shards of a stage by number; none before it is made."""
+        if stage not in self.artifacts:
+            return {}
+        return {shard.number: shard for shard in read_shards(self.store, self.artifacts[stage])}
