@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import numpy as np
@@ -67,13 +66,13 @@ def embedding_reference(folder: Path, part: str, row: int) -> str:
     return f"{SCHEME}{quote(str(folder))}?part={part}&row={row}"
 
 
-def read_imported(references: Sequence[str], within: Reach | None = None) -> list[Any]:
+def read_imported(references: Sequence[str], within: Reach | None = None) -> list[np.ndarray | str]:
     """Returns for each reference the image and the text embedding, fp32 [2, d] as stored.
 
     In place of embeddings that cannot be read stands the reason.
     """
-    opened: dict[tuple[str, str], list[Any] | str] = {}
-    result: list[Any] = []
+    opened: dict[tuple[str, str], list[np.memmap] | str] = {}
+    result: list[np.ndarray | str] = []
     for reference in references:
         place = _place(reference)
         if place is None:
@@ -111,7 +110,7 @@ def _file(folder: Path, name: str, part: str) -> Path:
     return folder / name / f"{name}_{part}.npy"
 
 
-def _open(path: Path, within: Reach | None) -> Any:
+def _open(path: Path, within: Reach | None) -> np.memmap:
     """Returns a matrix that stays on disk. Raises OSError, and ValueError for what is not an array of numbers."""
     with open_local(path, within) as file:
         # Not np.load, which opens a path itself, and whatever that has become.

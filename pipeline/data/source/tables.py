@@ -252,7 +252,7 @@ def _parquet_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[li
         raise UserError(f"source {path}: cannot be read{where} ({(str(e) or repr(e)).splitlines()[0]})") from None
 
 
-def _check_type(path: Path, column: str, kind: Any, place: int) -> None:
+def _check_type(path: Path, column: str, kind: pa.DataType, place: int) -> None:
     """Refuses a column of values that it cannot hold.
 
     These are references in the first column, captions or lists of them in the second, and in any other what can be
@@ -269,7 +269,7 @@ def _check_type(path: Path, column: str, kind: Any, place: int) -> None:
         )
 
 
-def _batches(file: Any, used: Sequence[str]) -> Iterator[Any]:
+def _batches(file: pq.ParquetFile, used: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Yields record batches of the used columns, with fewer rows at once where these are large."""
     metadata = file.metadata
     chunks = [
@@ -286,7 +286,7 @@ def _belongs(path: str, column: str) -> bool:
     return path == column or path.startswith(f"{column}.")
 
 
-def _values(array: Any) -> list[Any]:
+def _values(array: pa.Array) -> list[Any]:
     """Returns the values of a column, with text that is not UTF-8 as bytes, and NaN as None."""
     if t.is_dictionary(array.type):
         values = _values(array.dictionary)
