@@ -117,7 +117,7 @@ def test_mistakes(tmp_path: Path, pictures: str) -> None:
         config,
         "--reason",
         "timeout",
-        says=["of now: pairs", "--until pairs"],
+        says=["not made for the current list and recipes: pairs", "--until pairs"],
     )
     done(unclip("run", config, "--until", "pairs"))
     refused("data", "retry", config, "--reason", "timout", says=["unknown reason timout"])
