@@ -196,6 +196,9 @@ class S3Store:
             except ClientError as e:
                 if _status(e) == 404:
                     return None
+                if _status(e) == 403:
+                    # The answer to a HEAD has no body that says why; that of a GET does.
+                    self.read(path, 0, 1)
                 raise
         return Entry(path, found["ContentLength"], found["ETag"])
 
