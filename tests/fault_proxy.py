@@ -181,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", length if self.command == "HEAD" and length else str(len(data)))
         if fault == "cut" and (self.command == "HEAD" or len(data) < 2):
-            self._end()  # without a body there is no middle: not even the headers leave
+            self._end()  # a body is missing, so not even the headers leave
             return
         self.end_headers()
         if self.command == "HEAD":
