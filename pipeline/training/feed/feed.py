@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from itertools import repeat
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +16,7 @@ from pipeline.data.pairs.row_index import Place
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
+from pipeline.store.parallel import ordered_map
 from pipeline.training.feed.order import Order, lanes_of
 from pipeline.training.feed.tables import Row, Tables
 from pipeline.training.feed.views import CACHE_MB, View, Views, at_once
@@ -149,7 +149,7 @@ class Feed:
             batches.append(self._batch(Begun(part, [0] * len(part), views, streams)))
         return batches
 
-    def _batches(self, step: int) -> Iterator[LocalBatch]:
+    def _batches(self, step: int) -> Generator[LocalBatch, None, None]:
         # One more decoder than cores: one of them waits for the interpreter as a rule.
         readers = ThreadPoolExecutor(WINDOW_READERS, "read")
         decoders = ThreadPoolExecutor(torch.get_num_threads() + 1, "decode")
@@ -224,42 +224,13 @@ def _places(rows: Sequence[Row]) -> list[Place]:
     return [row.place for row in rows if row.place]
 
 
-def read_ahead(source: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
-    """Yields the items of an endless ``source``, made by a thread that is at most ``depth`` items ahead.
+def read_ahead(source: Generator[Item, None, None]) -> Generator[Item, None, None]:
+    """Yields the items of an endless ``source``, made by a thread that is at most two items ahead.
 
     Raises the errors of ``source``, after the items before them. Closing the generator ends the thread, and closes
-    ``source`` if that is a generator.
+    ``source``.
     """
-    ready: queue.Queue[Item | BaseException] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def offer(item: Item | BaseException) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in source:
-                offer(item)
-                if stopped.is_set():
-                    return
-        except BaseException as error:
-            offer(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="read ahead")
-    thread.start()
     try:
-        while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        yield from ordered_map(lambda _: next(source), repeat(None), threads=1)
     finally:
-        stopped.set()
-        thread.join()
-        if isinstance(source, Generator):
-            source.close()
+        source.close()
