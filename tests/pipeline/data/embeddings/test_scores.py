@@ -95,11 +95,11 @@ def test_a_head_that_is_none_is_one_line(tmp_path: Path) -> None:
     save_file({"weight": torch.full((1, DIM), torch.nan), "bias": torch.zeros(1)}, tmp_path / "nan")
     save_file({"weight": torch.zeros(1, DIM, dtype=torch.bfloat16)}, tmp_path / "bf16")
     for name, said in (
-        ("bf16", "no safetensors file of fp32 or fp16"),
+        ("bf16", "not a safetensors file of fp32 or fp16"),
         ("wide", r"weight \[1, 64\] and bias \[1\]"),
-        ("text", "no safetensors file of fp32 or fp16"),
+        ("text", "not a safetensors file of fp32 or fp16"),
         ("no-bias", r"a head of this CLIP has"),
-        ("nan", "no numbers"),
+        ("nan", "NaN or Inf"),
     ):
         with pytest.raises(UserError, match=rf"embeddings\.heads\.aesthetic: .*{said}"):
             load_heads(STORE, {"aesthetic": _named(tmp_path / name)}, DIM)
@@ -114,7 +114,7 @@ def test_a_head_that_is_absent_or_has_an_odd_name_stops_the_plan(listed: tuple[s
     with pytest.raises(UserError, match=r"embeddings\.heads\.aesthetic: .*none cannot be read"):
         make_bench(tmp_path, listed, aesthetic=tmp_path / "none")
     save_head(tmp_path / "a", 1)
-    with pytest.raises(UserError, match="'Watermark-2' is no name of a column"):
+    with pytest.raises(UserError, match="'Watermark-2' is not the name of a column"):
         make_bench(tmp_path, listed, **{"Watermark-2": tmp_path / "a"})
 
 
