@@ -212,8 +212,11 @@ def test_s3_mistakes_are_one_clear_line(s3: object, monkeypatch: pytest.MonkeyPa
             monkeypatch.setenv(name, value)
         else:
             monkeypatch.delenv(name)
+    store = open_store("s3://unclip/mistakes")
     with pytest.raises(UserError, match=words):
-        open_store("s3://unclip/mistakes").create("a", b"1")
+        store.create("a", b"1")
+    with pytest.raises(UserError, match=words):
+        store.stat("a")
 
 
 def test_no_such_bucket(s3: object) -> None:
