@@ -124,7 +124,7 @@ def test_mistakes(tmp_path: Path, pictures: str) -> None:
     refused("data", "retry", config, "--reason", "timeout,opted_out", says=["opted_out is final"])
     assert "no row to retry" in done(unclip("data", "retry", config, "--reason", "timeout"))
     other = ("--set", "pairs.encode_quality=90")  # of which no pairs are made
-    refused("data", "retry", config, *other, says=["of now: pairs"])
+    refused("data", "retry", config, *other, says=["not made for the current list and recipes: pairs"])
     refused("data", "retry", config, "--set", "pairs.quality=90", says=["pairs.quality: unknown key"])
     refused("data", "forget", config, says=["nothing to forget"])
     refused("data", "forget", config, "--file", tmp_path / "none.txt", says=["none.txt: cannot be read"])
