@@ -37,7 +37,7 @@ from pipeline.training.loop import fit
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe, TrainingRecipe
 from pipeline.training.state import TrainState
 from pipeline.training.state import begin as begin_training
-from pipeline.training.task import Task, make_task
+from pipeline.training.task import Task, task_of
 from pipeline.training.timing import shares_of
 
 BATCH, SHARDS = 16, 2
@@ -116,7 +116,7 @@ class Bare:
 
 def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
     """Returns the ratios of one model."""
-    task, recipe = make_task(ctx), ctx.recipe
+    task, recipe = task_of(ctx), ctx.recipe
     feed = Feed(ctx.store, ctx.inputs, task, recipe)
     ours = Ours(
         ctx, task, feed, begin_training(task, recipe, ProcessGroup()), Saver(course(ctx, begin=True), ProcessGroup())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.config import Run
 from pipeline.errors import UserError
-from pipeline.graph.resources import Share, share_of
+from pipeline.graph.resources import Share, worker_share
 from pipeline.settings import EmbeddingsSettings, KubernetesSettings, ShardSettings, TrainingSettings
 
 OBJECT_STORE = 0.3  # of a pod's memory, which is Ray's own share; the rest is for workers
@@ -68,14 +68,14 @@ def demands(run: Run, stages: Collection[str]) -> Iterator[tuple[str, int, Share
             continue
         if isinstance(settings, TrainingSettings):
             if settings.workers:
-                yield stage, settings.workers, share_of(settings, 0.0 if settings.device == "cpu" else 1.0)
+                yield stage, settings.workers, worker_share(settings, 0.0 if settings.device == "cpu" else 1.0)
             elif settings.device.startswith("cuda") and not run.kubernetes.head_gpus:
                 raise UserError(
                     f"run.{stage}.workers: with 0 the driver trains, whose pod has no GPU; "
                     "set it to 1 or more, or run.kubernetes.head_gpus"
                 )
         elif isinstance(settings, ShardSettings) and settings.workers:
-            yield stage, settings.workers, share_of(settings, getattr(settings, "gpus", 0.0))
+            yield stage, settings.workers, worker_share(settings, getattr(settings, "gpus", 0.0))
             if isinstance(settings, EmbeddingsSettings) and settings.decoders:
                 yield stage, settings.workers * settings.decoders, Share(labels=settings.decoder_nodes)
 

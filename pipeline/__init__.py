@@ -1,1 +1,1 @@
-"""Store, keys, graph, data stages and trainings. Knows models, does not know jobs."""
+"""Store, graph, data stages, trainings, and what operates them. Knows the models, does not know the commands."""

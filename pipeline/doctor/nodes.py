@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.doctor.finding import Finding, brief
 from pipeline.doctor.storage import PROBES, leaving_nothing
 from pipeline.errors import UserError
-from pipeline.graph.ray import Node, ask_every_node, start_ray
+from pipeline.graph.ray import ClusterNode, ask_every_node, start_ray
 from pipeline.settings import RaySettings
 from pipeline.store import Store, local_folder
 
@@ -94,7 +94,7 @@ def check_nodes(settings: RaySettings, store: Store | None) -> Iterator[Finding]
         yield from judge(answers, versions(), store)
 
 
-def ask_nodes(ray: Any, store: Store | None) -> list[tuple[Node, Answer | Exception]]:
+def ask_nodes(ray: Any, store: Store | None) -> list[tuple[ClusterNode, Answer | Exception]]:
     """Returns every node's answer, or its error; each node reads what this process has written to the store."""
     probe = f"{PROBES}/probe-{secrets.token_hex(8)}"
     with leaving_nothing(store) if store else nullcontext():
@@ -108,7 +108,7 @@ def ask_nodes(ray: Any, store: Store | None) -> list[tuple[Node, Answer | Except
 
 
 def judge(
-    answers: Sequence[tuple[Node, Answer | Exception]], ours: Mapping[str, str], store: Store | None
+    answers: Sequence[tuple[ClusterNode, Answer | Exception]], ours: Mapping[str, str], store: Store | None
 ) -> Iterator[Finding]:
     """Findings about nodes: each that differs from this process or does not see the store, or one for all."""
     faults = [fault for node, answer in answers for fault in _faults(node.host, answer, ours, store)]

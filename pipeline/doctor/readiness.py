@@ -1,4 +1,4 @@
-"""Whether Ray can do what a run asks of it, and a CLIP that it names is there: looked at before anything is written."""
+"""Checks, before anything is written, that Ray can do what a run asks of it, and that a CLIP that it names exists."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from pipeline.graph.resources import Settings
 from pipeline.store import Store
 
 log = logging.getLogger("unclip")
-NAMED = 3  # nodes of one fault
+NAMED = 3  # nodes with the same fault
 
 
 def check_ready(config: Config, store: Store, stages: Collection[str]) -> None:
-    """Raise UserError for a CLIP that some of these stages load and that is nowhere, for what they can never have of
-    Ray, and for nodes of a cluster that differ from this process or do not see the store. Warns of a GPU that is left
-    idle. Starts or joins Ray if one of the stages has workers there, and stays."""
+    """Raises UserError where a run could not do some of these stages.
+
+    A CLIP that they load may be nowhere, Ray may have no room for their workers, and nodes of a cluster may differ from
+    this process or not see the store. Warns of an idle GPU. Starts or joins Ray if one of the stages has workers there.
+    """
     for setting, weights in named_weights(config, stages):
         find_weights(setting, weights)
     for found in check_idle_gpu(config, stages):
@@ -42,13 +44,13 @@ def check_ready(config: Config, store: Store, stages: Collection[str]) -> None:
 
 
 def _listed(texts: list[str]) -> str:
-    """The first of them: a cluster may have a thousand nodes."""
+    """Returns the first texts only: a cluster may have a thousand nodes."""
     more = len(texts) - NAMED
     return ", ".join(texts[:NAMED]) + (f", and {more} more of that kind" if more > 0 else "")
 
 
 def on_ray(config: Config, stages: Iterable[str]) -> dict[str, Settings]:
-    """The settings of those stages that work on Ray, by stage."""
+    """Returns the settings of those stages that work on Ray, by stage."""
     settings = {stage: getattr(config.run, stage, None) for stage in stages}
     if config.clip.pretrained:
         settings.pop("clip", None)  # nothing is trained

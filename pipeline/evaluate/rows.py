@@ -15,7 +15,7 @@ from pipeline.evaluate.metrics import derangement
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, HELD_OUT_SPLITS
 from pipeline.store import Store
-from pipeline.training.feed.tables import Row, Tables
+from pipeline.training.feed.tables import JoinedRow, Tables
 from pipeline.training.feed.views import Views
 from pipeline.training.task import Batch
 
@@ -81,11 +81,11 @@ def held_out(
     return there
 
 
-def _caption(row: Row) -> str:
+def _caption(row: JoinedRow) -> str:
     return (row.captions or [""])[0]
 
 
-def _join(store: Store, split: str, rows: list[Row], side: int) -> HeldOut:
+def _join(store: Store, split: str, rows: list[JoinedRow], side: int) -> HeldOut:
     from models.tokens import tokenize
 
     captions = [_caption(row) for row in rows]

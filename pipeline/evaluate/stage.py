@@ -52,7 +52,7 @@ def run_evaluation(ctx: Context) -> Artifact:
     from pipeline.evaluate.inception import load_inception, package_versions
     from pipeline.evaluate.quality import load_judge
     from pipeline.sampling.samples import drawing_device
-    from pipeline.training.between_steps import png
+    from pipeline.training.between_steps import preview_png
 
     began = time.monotonic()
     device = drawing_device()
@@ -79,7 +79,7 @@ def run_evaluation(ctx: Context) -> Artifact:
         "sampling": dataclasses.asdict(unclip.sampling),
     }
     blobs = {"evaluation.json": put_blob(ctx.store, (json.dumps(document, indent=1) + "\n").encode())}
-    blobs |= {name: put_blob(ctx.store, png(picture)) for name, picture in evaluation.pictures.items()}
+    blobs |= {name: put_blob(ctx.store, preview_png(picture)) for name, picture in evaluation.pictures.items()}
     metrics = {
         "holds": count(figures),
         "figures": without_values(judged(figures)),

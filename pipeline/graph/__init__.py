@@ -1,0 +1,1 @@
+"""Stages, keys, plans, artefacts, shards and Ray. Knows neither images nor models."""

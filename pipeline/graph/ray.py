@@ -1,4 +1,4 @@
-"""Ray, started once and only when something needs it, and what its nodes have."""
+"""Starts or joins Ray, only when something needs it, and asks it for room for workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.graph.resources import Settings, Team, number, team_of
+from pipeline.graph.resources import Settings, Team, counted, team_of
 from pipeline.settings import RaySettings
 
 log = logging.getLogger("unclip")
@@ -23,8 +23,8 @@ PLACING_S = 30.0  # for Ray to place workers on nodes that may be busy
 
 
 @dataclass(frozen=True)
-class Node:
-    """A machine of a cluster: its name and address, and the cores and GPUs that Ray may use of it."""
+class ClusterNode:
+    """Describes a machine of a cluster: its name and address, and the cores and GPUs that Ray may use."""
 
     host: str
     cpus: float
@@ -32,21 +32,25 @@ class Node:
 
 
 def start_ray(settings: RaySettings) -> Any:
-    """Join the cluster that RAY_ADDRESS names, or start one in this machine that ends with this process.
+    """Joins the cluster that RAY_ADDRESS names, or starts one on this machine that ends with this process.
 
-    That one has no dashboard, listens on loopback, and asks for a token that only its processes have.
+    The latter has no dashboard, listens on loopback, and asks for a token that only its processes have.
 
-    Returns the ``ray`` module. Raises UserError if the named cluster does not answer, or has another version of Ray or
-    Python, and if temporary files are where no Ray can be.
+    Returns:
+        The ``ray`` module.
+
+    Raises:
+        UserError: The named cluster does not answer, or has another version of Ray or Python, or the folder of
+            temporary files has too long a name for Ray.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's core warns on the console of what Ray Data does with its own actors; nobody here can act on it.
+    # Ray's core warns on the console about the actors of Ray Data, where the user can do nothing.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     if "RAY_ADDRESS" not in os.environ:
-        # What it also does on laptops with macOS or Windows: a Ray of one machine listens on loopback only.
+        # As on macOS and Windows, a Ray of one machine then listens on loopback only.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # Known to its processes alone; Ray's own stands in a file that every user of the machine can read.
+        # Only its processes know it; Ray's own token stands in a file that every user of the machine can read.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
@@ -106,7 +110,7 @@ def _without_log_lines() -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """Raise UserError if nobody listens at HOST:PORT, of which Ray would take two minutes to be sure."""
+    """Raises UserError if nobody listens at HOST:PORT, which Ray would find out after two minutes."""
     host, _, port = address.rpartition(":")
     if "/" in address or not port.isdecimal():  # ray://, http:// or "auto": for Ray to judge
         return
@@ -118,12 +122,12 @@ def _reach(address: str) -> None:
         ) from e
 
 
-def living_nodes(ray: Any) -> list[tuple[str, Node]]:
+def living_nodes(ray: Any) -> list[tuple[str, ClusterNode]]:
     """Returns the nodes of the cluster, each after its id."""
     return [
         (
             node["NodeID"],
-            Node(
+            ClusterNode(
                 f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
                 node["Resources"].get("CPU", 0),
                 node["Resources"].get("GPU", 0),
@@ -143,8 +147,8 @@ def count_gpus(settings: RaySettings, here: bool) -> float:
     return start_ray(settings).cluster_resources().get("GPU", 0)
 
 
-def ask_every_node(ray: Any, question: Callable[[], Any], timeout_s: float) -> list[tuple[Node, Any]]:
-    """Call ``question`` on every living node. A node that gives no answer has the exception that says why."""
+def ask_every_node(ray: Any, question: Callable[[], Any], timeout_s: float) -> list[tuple[ClusterNode, Any]]:
+    """Returns the answers of all living nodes to ``question``; where a node gives none, the exception that says why."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ask = ray.remote(num_cpus=0, max_retries=0)(lambda: question())
@@ -190,7 +194,7 @@ def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings) ->
     if not place(ray, team):
         if _local():
             raise _refusal(ray, stage, team)
-        log.warning("%s; waiting for nodes that have it", lacking(ray, stage, team))
+        log.warning("%s; waiting for nodes that have it", _lacking(ray, stage, team))
     return team
 
 
@@ -226,7 +230,7 @@ def _refusal(ray: Any, stage: str, team: Team) -> UserError:
     advice = f"add such nodes, or ask for less under run.{stage}; where an autoscaler adds them, set run.ray.autoscaler"
     if _local():
         advice = f"ask for less under run.{stage}, raise run.ray.cpus, or set RAY_ADDRESS to a cluster"
-    return UserError(f"{lacking(ray, stage, team)}; {advice}")
+    return UserError(f"{_lacking(ray, stage, team)}; {advice}")
 
 
 def place(ray: Any, team: Team) -> bool:
@@ -245,10 +249,10 @@ def place(ray: Any, team: Team) -> bool:
         remove_placement_group(group)
 
 
-def lacking(ray: Any, stage: str, team: Team) -> str:
+def _lacking(ray: Any, stage: str, team: Team) -> str:
     """Returns what Ray cannot place, and what it has: "codec: Ray has no room for 2 workers with 1 GPU each ..."."""
     total = ray.cluster_resources()
-    has = f"{number(total.get('CPU', 0), 'core')} and {number(total.get('GPU', 0), 'GPU')}"
+    has = f"{counted(total.get('CPU', 0), 'core')} and {counted(total.get('GPU', 0), 'GPU')}"
     return f"{stage}: Ray has no room for {team}; it has {has}, {int(total.get('memory', 0)) >> 20:,} MiB for workers"
 
 

@@ -37,7 +37,7 @@ class Share:
         return min(found)
 
     def __str__(self) -> str:
-        parts = [number(self.gpus, "GPU")] * (self.gpus > 0) + [number(self.cpus, "core")] * (self.cpus > 0)
+        parts = [counted(self.gpus, "GPU")] * (self.gpus > 0) + [counted(self.cpus, "core")] * (self.cpus > 0)
         parts += [f"{self.memory >> 20:,} MiB"] * (self.memory > 0)
         labels = ", ".join(f"{name}={value}" for name, value in self.labels.items())
         return " and ".join(parts) + (f" on nodes with {labels}" if labels else "")
@@ -60,7 +60,7 @@ class Team:
 
     def __str__(self) -> str:
         count = f"at least {self.least}" if 1 < self.least < self.count else f"{self.count}"
-        helpers = f" and {number(self.helpers, 'decoder')} of {self.helper}" if self.helpers else ""
+        helpers = f" and {counted(self.helpers, 'decoder')} of {self.helper}" if self.helpers else ""
         plural = count != "1"
         return f"{count} worker{'s' * plural} with {self.worker}{helpers}{' each' * plural}"
 
@@ -79,7 +79,7 @@ def team_of(settings: Settings, gpus: float, local: bool, autoscaler: bool = Fal
         autoscaler: Whether more GPUs come when they are asked for.
     """
     if isinstance(settings, ShardSettings):
-        share = share_of(
+        share = worker_share(
             settings, settings.gpus if isinstance(settings, EmbeddingsSettings | GenerationSettings) else 0.0
         )
         team = Team(settings.workers, 1, share)
@@ -90,16 +90,16 @@ def team_of(settings: Settings, gpus: float, local: bool, autoscaler: bool = Fal
     if local and not settings.min_workers and not settings.sharded:
         least = 1
     found = settings.device == "auto" and (autoscaler or gpus >= least)
-    share = share_of(settings, 1.0 if found or settings.device.startswith("cuda") else 0.0)
+    share = worker_share(settings, 1.0 if found or settings.device.startswith("cuda") else 0.0)
     return Team(settings.workers, least, share)
 
 
-def share_of(settings: Settings, gpus: float) -> Share:
+def worker_share(settings: Settings, gpus: float) -> Share:
     """Returns what one worker with this many ``gpus`` takes under these settings."""
     cpus = settings.cpus or (0.0 if gpus else 1.0)
     return Share(cpus, gpus, settings.memory_mb << 20, settings.nodes)
 
 
-def number(count: float, what: str) -> str:
+def counted(count: float, what: str) -> str:
     """Returns such as "1 core", "2 cores"."""
     return f"{count:g} {what}{'s' if count != 1 else ''}"

@@ -1,4 +1,4 @@
-"""One shard out for every task, on Ray Data workers. The only user of Ray Data.
+"""Makes one shard for every task, on workers of Ray Data. Only this module uses Ray Data.
 
 Progress is the shard records in the store, never anything of Ray's: what has a record is not done again.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """A shard to make: its number and key, and the input shards it is made from."""
+    """Names a shard to make: its number and key, and the input shards that it is made from."""
 
     number: int
     key: str
@@ -50,8 +50,15 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardOutput:
-    """What a worker made of one shard; a large blob may lie in a file. ``seconds`` of its steps are for people, and no
-    part of the shard. ``finished`` is called when the shard is in the store."""
+    """Holds what a worker made of one shard.
+
+    Attributes:
+        ledger: Counts its rows.
+        blobs: By name; a large blob may lie in a file.
+        counts: Published with the shard.
+        seconds: Of the worker's steps, for people; not part of the shard.
+        finished: Called when the shard is in the store.
+    """
 
     ledger: Ledger
     blobs: Mapping[str, bytes | Path]
@@ -60,21 +67,21 @@ class ShardOutput:
     finished: Callable[[], object] = lambda: None
 
 
-DEATHS = 3  # of workers at one shard; the next one does not try
-Worker = Callable[[ShardTask], ShardOutput]
-Work = dict[str, float]
-"""What workers took, summed: "busy_seconds" in tasks and "wait_seconds" between them, "written_bytes", and
+DEATHS = 3  # of workers at one shard; the next worker refuses it
+ShardWorker = Callable[[ShardTask], ShardOutput]
+WorkTimes = dict[str, float]
+"""Sums of what workers took: "busy_seconds" in tasks and "wait_seconds" between them, "written_bytes", and
 "NAME_seconds" of each step. Steps of threads or helpers beside a worker are not part of its busy seconds."""
 
 
 def map_shards(
     ctx: Context,
     tasks: Sequence[ShardTask],
-    make_worker: Callable[[], Worker],
+    make_worker: Callable[[], ShardWorker],
     unit: str = "rows",
     rows: int = 0,
 ) -> Artifact:
-    """Make every shard that has no record yet, then publish the artefact that lists them all; as ``run_shards``."""
+    """Makes every shard without a record as ``run_shards`` does, then publishes the artefact that lists them all."""
     began = time.monotonic()
     shards, made = run_shards(ctx, tasks, make_worker, unit, rows)
     blob, ledger = write_shard_table(ctx.store, shards)
@@ -86,16 +93,23 @@ def map_shards(
 def run_shards(
     ctx: Context,
     tasks: Sequence[ShardTask],
-    make_worker: Callable[[], Worker],
+    make_worker: Callable[[], ShardWorker],
     unit: str,
     amount: int,
     title: str | None = None,
 ) -> tuple[list[Shard], int]:
-    """Make every shard that has no record yet. Returns all shards by rising number, and how many were made now.
+    """Makes every shard without a record. With ``ctx.settings.workers`` 0 the worker runs in this process, without Ray.
 
-    ``make_worker`` is pickled and called once in every worker process. ``amount`` counts the units of all tasks, as
-    ledgers count them, for the progress line. With ``ctx.settings.workers`` 0 the worker runs in this process, without
-    Ray.
+    Args:
+        ctx: Of the stage.
+        tasks: One for each shard.
+        make_worker: Pickled, and called once in every worker process.
+        unit: Of the progress line.
+        amount: The units of all tasks, as ledgers count them, for the progress line.
+        title: Of the progress line; the stage by default.
+
+    Returns:
+        All shards by rising number, and how many were made now.
     """
     found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage))
     return sorted((shard for shard, _ in found), key=lambda shard: shard.number), sum(new for _, new in found)
@@ -104,18 +118,17 @@ def run_shards(
 def _each_shard(
     ctx: Context,
     tasks: Sequence[ShardTask],
-    make_worker: Callable[[], Worker],
+    make_worker: Callable[[], ShardWorker],
     unit: str,
     amount: int,
     title: str,
 ) -> Iterator[tuple[Shard, bool]]:
-    """Every shard, in no order, and whether it was made now.
+    """Yields every shard, in no order, and whether it was made now.
 
-    A listing alone decides what is made first. The records that were there are read last; a corrupt one is made again.
-    What the workers took is added to ``ctx.work``: over all passes of a stage, with the most workers and the most rows
-    of a pass.
+    A listing decides what is made first. Existing records are read last; a corrupt one is made again. What the workers
+    took is added to ``ctx.work``: summed over the passes of a stage, with the most workers and rows of a pass.
     """
-    work = Work()
+    work = WorkTimes()
     paths = {shard_path(ctx.stage, task.key) for task in tasks}
     there = {entry.path for entry in ctx.store.list(f"shards/{ctx.stage}/") if entry.path in paths}
     todo = [task for task in tasks if shard_path(ctx.stage, task.key) not in there]
@@ -151,8 +164,8 @@ def _each_shard(
     ctx.work.update(most)
 
 
-def _note(work: Work, lost: Counter[str]) -> str:
-    """For example '2 workers 93% busy, 1.2 MB/s written, lost 12 http_4xx, 3 timeout'."""
+def _note(work: WorkTimes, lost: Counter[str]) -> str:
+    """Returns such as '2 workers 93% busy, 1.2 MB/s written, lost 12 http_4xx, 3 timeout'."""
     seconds = work["made_seconds"]
     busy, rate = work["busy_seconds"] / seconds / work["workers"], work["written_bytes"] / seconds / 1e6
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common(2))
@@ -162,7 +175,7 @@ def _note(work: Work, lost: Counter[str]) -> str:
 
 
 def _team(ctx: Context, tasks: int) -> Team | None:
-    """Ray's workers for so many tasks; None where there is nothing to do, or this process does it."""
+    """Returns Ray's workers for this many tasks; None where nothing is left to do, or this process does it."""
     workers = min(ctx.settings.workers, tasks)
     if not workers:
         return None
@@ -173,8 +186,8 @@ def _team(ctx: Context, tasks: int) -> Team | None:
 
 
 def _run(
-    ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], Worker], team: Team | None
-) -> Iterator[tuple[Shard, Work]]:
+    ctx: Context, todo: Sequence[ShardTask], make_worker: Callable[[], ShardWorker], team: Team | None
+) -> Iterator[tuple[Shard, WorkTimes]]:
     if not todo:
         return
     if team is None:
@@ -189,7 +202,7 @@ def _run(
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
-        # Ray's own, to the console; its log file keeps everything, and so does whatever else listens.
+        # Ray's own, to the console; its log file and other handlers keep everything.
         if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray."):
             handler.setLevel(logging.ERROR)
     dataset = ray.data.from_items(
@@ -210,14 +223,14 @@ def _run(
 def _make(
     store: Store,
     stage: str,
-    worker: Worker,
+    worker: ShardWorker,
     task: ShardTask,
     free: float,
     making: Callable[[str, ShardTask], AbstractContextManager[None]] = lambda stage, task: nullcontext(),
-) -> tuple[Shard, Work]:
-    """One shard, unless another driver has made it meanwhile. The worker has been ``free`` since then."""
+) -> tuple[Shard, WorkTimes]:
+    """Makes one shard, unless another driver has made it. The worker has been idle since ``free``."""
     began = time.monotonic()
-    work: Work = {"wait_seconds": began - free, "write_seconds": 0.0, "written_bytes": 0}
+    work: WorkTimes = {"wait_seconds": began - free, "write_seconds": 0.0, "written_bytes": 0}
     shard = read_shard(store, stage, task.key)
     if shard is None:
         with making(stage, task):
@@ -259,8 +272,8 @@ def _counting_deaths(stage: str, task: ShardTask) -> Iterator[None]:
         internal_kv._internal_kv_del(name)
 
 
-def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
-    """A class for Ray Data around a worker. What a person can mend travels back as a value, not as a traceback."""
+def _actor(store: Store, stage: str, make_worker: Callable[[], ShardWorker]) -> type:
+    """Returns a class for Ray Data around a worker. Expected errors travel back as values, not as tracebacks."""
 
     class ShardActor:
         def __init__(self) -> None:
@@ -286,7 +299,7 @@ def _actor(store: Store, stage: str, make_worker: Callable[[], Worker]) -> type:
     return ShardActor
 
 
-def _answer(text: str) -> tuple[Shard, Work]:
+def _answer(text: str) -> tuple[Shard, WorkTimes]:
     answer = json.loads(text)
     if "user_error" in answer:
         raise UserError(answer["user_error"])
@@ -296,15 +309,15 @@ def _answer(text: str) -> tuple[Shard, Work]:
     return Shard(number, key, Ledger.from_json(ledger), blobs, counts), answer["work"]
 
 
-def _counters(stage: str) -> Callable[[Shard, Work], None]:
-    """Adds what a worker did to Ray's own metrics, for whoever scrapes the cluster. Rates of them are rates of work."""
+def _counters(stage: str) -> Callable[[Shard, WorkTimes], None]:
+    """Returns what adds a worker's work to Ray's own metrics, where the cluster is scraped."""
     from ray.util import metrics
 
     rows = metrics.Counter("unclip_rows", "Rows by how they ended.", ("stage", "end"))
     seconds = metrics.Counter("unclip_worker_seconds", "Seconds of workers, by what they went into.", ("stage", "step"))
     written = metrics.Counter("unclip_written_bytes", "Bytes of blobs published.", ("stage",))
 
-    def count(shard: Shard, work: Work) -> None:
+    def count(shard: Shard, work: WorkTimes) -> None:
         ends = {"kept": shard.ledger.kept, **shard.ledger.rejected, **shard.ledger.deferred}
         for end, number in ends.items():
             if number:  # a counter takes no zero
@@ -319,10 +332,9 @@ def _counters(stage: str) -> Callable[[Shard, Work], None]:
 
 
 class Helpers:
-    """Ray actors of one core each, on nodes with these labels, that call ``work`` for one worker. Each takes its turn.
+    """Calls ``work`` for one worker, in turn in Ray actors of one core each, on nodes with these labels.
 
-    They end with the process that made them; one that is killed, or whose node is lost, is replaced and its calls made
-    again.
+    Actors end with the process that made them. Ray replaces a lost actor and repeats its calls.
     """
 
     def __init__(self, work: Callable[..., Any], size: int, nodes: Mapping[str, str]):
@@ -333,7 +345,7 @@ class Helpers:
         self._turns = cycle([actor.remote(work) for _ in range(size)])
 
     def submit(self, *arguments: Any) -> Future[Any]:
-        """As ``Executor.submit``, without the function."""
+        """Submits as ``Executor.submit`` does, without the function."""
         return next(self._turns).call.remote(*arguments).future()
 
 

@@ -1,1 +1,1 @@
-"""Order, feed, loop, checkpoints and launch of every training."""
+"""Trains the models: feed, loop, checkpoints and workers."""

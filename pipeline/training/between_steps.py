@@ -128,7 +128,7 @@ class BetweenSteps:
                 seed = self.held_out[0].streams[0][0]
                 batch = {name: column[:shown] for name, column in examples[0][0].items()}
                 preview = self.task.preview(model, batch, Draw([(seed, shown)], device))
-                line["preview"] = put_blob(self.saver.course.branch.store, png(preview))
+                line["preview"] = put_blob(self.saver.course.branch.store, preview_png(preview))
         state.journal.lines.append({"samples": state.samples, **line})
 
 
@@ -162,7 +162,7 @@ def was_validated(state: TrainState) -> bool:
     return any(line["samples"] == state.samples and "validation_rows" in line for line in state.journal.lines)
 
 
-def png(image: Tensor) -> bytes:
+def preview_png(image: Tensor) -> bytes:
     """Returns an image, uint8 [3, h, w], as the bytes of a PNG file."""
     out = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(out, "PNG")

@@ -8,8 +8,10 @@ from pipeline.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device of a name: "auto" is the first GPU, or the CPU where torch can use none; else as torch writes
-    it. Raises UserError for a name that torch does not know, and for a GPU that it cannot use."""
+    """Returns the device of a name as torch writes it; "auto" is the first GPU, or the CPU where torch can use none.
+
+    Raises UserError for a name that torch does not know, and for a GPU that it cannot use.
+    """
     there = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if there else "cpu")
@@ -25,17 +27,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bf16 itself; emulation is slower than fp32."""
+    """Returns whether a device computes in bf16 itself; emulation is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def computes_in(device: torch.device, precision: str) -> str:
-    """What a device makes of a recipe's precision: "bf16" becomes "fp32" where there is no bf16."""
+    """Returns the precision that a device computes in: "bf16" becomes "fp32" where the device lacks bf16."""
     return precision if has_bfloat16(device) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of every forward pass."""
+    """Returns the context of every forward pass."""
     return torch.autocast(device.type, torch.bfloat16, enabled=computes_in(device, precision) == "bf16")

@@ -18,7 +18,7 @@ from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
 from pipeline.training.state import begin
-from pipeline.training.task import make_task
+from pipeline.training.task import task_of
 from pipeline.training.timing import StepTimer
 
 
@@ -55,7 +55,7 @@ def replay(ctx: Context) -> Replay | None:
     samples, weights = found
     use_threads(ctx.settings.threads or cores())
     group = ProcessGroup(device=choose_device(ctx.settings.device))
-    task = make_task(ctx)
+    task = task_of(ctx)
     objective = begin(task, ctx.recipe, group).objective
     model = objective.model.train()
     model.load_state_dict(weights)

@@ -83,10 +83,10 @@ def _train(ctx: Context) -> Artifact:
     from pipeline.training.checks import check
     from pipeline.training.distributed.launch import WorkerLost, launch
     from pipeline.training.loop import OutOfMemory
-    from pipeline.training.task import make_task
+    from pipeline.training.task import task_of
     from pipeline.training.worker import Training
 
-    task = make_task(ctx)
+    task = task_of(ctx)
     check(ctx, task)
     if ctx.recipe.init_from is not None:
         put_content(ctx.store, ctx.recipe.init_from, f"{ctx.stage}.init_from")

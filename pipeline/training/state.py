@@ -130,8 +130,10 @@ def begin(
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingRecipe) -> AdamW:
-    """Returns Adam with decoupled weight decay on matrices and kernels; none on norms, biases, embeddings, positions
-    and other vectors, such as those that stand for "no text"."""
+    """Returns Adam with decoupled weight decay on matrices and kernels.
+
+    Norms, biases, embeddings, positions and other vectors, such as those that stand for "no text", do not decay.
+    """
     spared = {id(p) for m in model.modules() if isinstance(m, (*NORMALISATIONS, nn.Embedding)) for p in m.parameters()}
     spared |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] in VECTORS}
     learned = [p for p in model.parameters() if p.requires_grad]
@@ -167,8 +169,10 @@ def ema_half_life(recipe: TrainingRecipe, samples: int) -> float:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, samples: int, half_life: float) -> None:
-    """Moves the average towards the model by what ``samples`` samples weigh; statistics of norms are copied. A
-    ``half_life`` of 0 samples copies the weights too."""
+    """Moves the average towards the model by the weight of ``samples`` samples; statistics of norms are copied.
+
+    A ``half_life`` of 0 samples copies the weights too.
+    """
     decay = 0.5 ** (samples / half_life) if half_life else 0.0
     averaged, current = ([local(p.detach()) for p in m.parameters()] for m in (ema, model))
     torch._foreach_lerp_(averaged, current, 1.0 - decay)

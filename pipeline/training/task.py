@@ -104,6 +104,6 @@ class Previews(Protocol):
         """Returns an image of what the model makes of some validation rows, uint8 [3, h, w]."""
 
 
-def make_task(ctx: Context) -> Task:
+def task_of(ctx: Context) -> Task:
     """Returns the task that a stage's recipe names. Raises UserError if the recipe does not fit its inputs."""
     return import_module(f"pipeline.training.tasks.{ctx.recipe.task}").make(ctx)

@@ -92,8 +92,10 @@ def measure_speed(task: Task, model: nn.Module, feed: Feed, precision: str, grou
 
 
 def shares_of(phase_seconds: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Returns the share of each phase of a step in a training's ``seconds``, and of "pause", the validation passes and
-    checkpoints between steps; {} before the first step."""
+    """Returns the share of each phase in a training's ``seconds``; {} before the first step.
+
+    "pause" are the validation passes and checkpoints between steps.
+    """
     steps = sum(phase_seconds.get(phase, 0.0) for phase in PHASES)
     if not steps or not seconds:
         return {}

@@ -28,7 +28,7 @@ from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import NonFinite, fit
 from pipeline.training.state import TrainState, begin
-from pipeline.training.task import Contrastive, Examples, Finishes, Task, make_task
+from pipeline.training.task import Contrastive, Examples, Finishes, Task, task_of
 from pipeline.training.timing import NOT_MEASURED, Speed, measure_speed
 from pipeline.training.warm_start import load_weights
 
@@ -46,7 +46,7 @@ class Training:
         Raises Superseded, NonFinite, CorruptObject and UserError.
         """
         ctx = self.ctx
-        task = make_task(ctx)
+        task = task_of(ctx)
         feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, group.rank, group.size, ctx.settings.cache_mb)
         state = self._state(task, group)
         # Before the workers wait for each other, because rank 0 measures alone.

@@ -17,7 +17,7 @@ from pipeline.config import load_config, make_config
 from pipeline.doctor import machine, packages
 from pipeline.doctor.finding import Finding, brief
 from pipeline.doctor.nodes import Answer, judge, versions
-from pipeline.graph.ray import Node, ask_every_node, start_ray
+from pipeline.graph.ray import ClusterNode, ask_every_node, start_ray
 from pipeline.settings import RaySettings
 from pipeline.store import Entry, Store, open_store
 from tests.chain import ROOT
@@ -384,7 +384,7 @@ def test_a_package_that_hides_ours_is_one_line(name: str, here: Path) -> None:
 
 
 def findings(store: Store, *answers: Answer | Exception) -> list[Finding]:
-    nodes = [(Node(f"node-{i}", 4, 0), answer) for i, answer in enumerate(answers)]
+    nodes = [(ClusterNode(f"node-{i}", 4, 0), answer) for i, answer in enumerate(answers)]
     return list(judge(nodes, versions(), store))
 
 

@@ -1,0 +1,1 @@
+"""Workers of a training: their start, their process group, sharded models."""

@@ -58,8 +58,10 @@ class ProcessGroup:
 
     @contextmanager
     def accumulation(self, module: nn.Module, last: bool) -> Iterator[None]:
-        """Lets a backward pass of a wrapped module accumulate its gradients on this worker, unless it is the ``last``
-        of a step, which averages them over the workers."""
+        """Lets a backward pass of a wrapped module accumulate its gradients on this worker.
+
+        The ``last`` pass of a step averages them over the workers.
+        """
         sync_gradients(module, last)
         if isinstance(module, DistributedDataParallel) and not last:
             with module.no_sync():

@@ -1,0 +1,1 @@
+"""The order of rows, and batches in that order."""

@@ -18,7 +18,7 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
 from pipeline.training.feed.order import Order, lanes_of
-from pipeline.training.feed.tables import Row, Tables
+from pipeline.training.feed.tables import JoinedRow, Tables
 from pipeline.training.feed.views import CACHE_MB, View, Views, at_once
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.task import Batch, Contrastive, Task
@@ -46,7 +46,7 @@ class LocalBatch(NamedTuple):
 class Begun(NamedTuple):
     """Holds a batch that is being made: rows, the choice of a caption for each, and views that are being decoded."""
 
-    rows: list[Row]
+    rows: list[JoinedRow]
     choices: list[int]
     views: list[View]
     streams: list[tuple[int, int]]
@@ -57,7 +57,7 @@ class Window(NamedTuple):
 
     start: int
     stop: int
-    rows: list[Row]
+    rows: list[JoinedRow]
     images: dict[Place, bytes]
 
 
@@ -174,7 +174,7 @@ class Feed:
 
     def _begin(self, step: int, windows: Windows, decoders: Executor) -> Begun:
         per_lane = self.recipe.batch // self.recipe.lanes
-        rows: list[Row] = []
+        rows: list[JoinedRow] = []
         choices: list[int] = []
         images: dict[Place, bytes] = {}
         for lane in self.lanes:
@@ -189,7 +189,7 @@ class Feed:
         return Begun(rows, choices, self._views(rows, images, decoders.submit), streams)
 
     def _views(
-        self, rows: Sequence[Row], images: dict[Place, bytes], submit: Callable[..., View] = at_once
+        self, rows: Sequence[JoinedRow], images: dict[Place, bytes], submit: Callable[..., View] = at_once
     ) -> list[View]:
         return self.views.views(_places(rows), images, submit) if "image" in self.columns else []
 
@@ -217,7 +217,7 @@ class Feed:
         return LocalBatch(batch, [row.key for row in rows], begun.streams)
 
 
-def _places(rows: Sequence[Row]) -> list[Place]:
+def _places(rows: Sequence[JoinedRow]) -> list[Place]:
     for row in rows:
         if row.place is None:
             raise UserError(f"row {row.key} has an imported embedding and no image to train on: take it off the list")

@@ -26,7 +26,7 @@ SHARD_READERS = 8  # shards that are read at once to count their rows
 LOCKS = 64  # of shards that are being read; shards with the same lock wait for each other
 
 
-class Row(NamedTuple):
+class JoinedRow(NamedTuple):
     """Holds one example before decoding. Fields that the columns do not name are None.
 
     Attributes:
@@ -108,12 +108,12 @@ class Tables:
         other._choose(split, CACHED)
         return other
 
-    def first(self, rows: int) -> list[Row]:
+    def first(self, rows: int) -> list[JoinedRow]:
         """Returns at most ``rows`` rows, in order of shards and of the index."""
         everything = ((shard, row) for shard, count in enumerate(self.counts) for row in range(count))
         return self.read(list(islice(everything, rows)))
 
-    def read(self, positions: Sequence[tuple[int, int]]) -> list[Row]:
+    def read(self, positions: Sequence[tuple[int, int]]) -> list[JoinedRow]:
         """Returns rows by (position of the shard, row in it), in that order.
 
         Every shard is opened once, also where several threads ask for it.
@@ -151,7 +151,7 @@ class Tables:
         captions = self._join(number, blobs, "captions", index["key"].to_pylist())["captions"].to_pylist()
         return index.filter(pa.array([has_caption(each) for each in captions], pa.bool_()))
 
-    def _read_shard(self, position: int) -> list[Row]:
+    def _read_shard(self, position: int) -> list[JoinedRow]:
         number, blobs = self.shards[position].number, self.blobs(position)
         index = self._rows(position)
         keys = index["key"].to_pylist()
@@ -175,7 +175,7 @@ class Tables:
             if "text_embedding" in self.columns:
                 text = _by_row(_matrix(table["text_embedding"]), table["more_text_embeddings"].combine_chunks())
         licenses = index["license"].to_pylist()
-        return [Row(*values) for values in zip(keys, places, captions, image, text, licenses, strict=True)]
+        return [JoinedRow(*values) for values in zip(keys, places, captions, image, text, licenses, strict=True)]
 
     def _index(self, blob: str) -> pa.Table:
         index = read_table(self.store, blob)

@@ -24,7 +24,7 @@ from pipeline.training.tasks.figures import conditional_figures, seeded
 
 
 class ARPriorTask:
-    """Cross-entropy of codes, in nats a code. ``codec`` turns embeddings into codes."""
+    """Trains by the cross-entropy of codes, in nats a code. ``codec`` turns embeddings into codes."""
 
     columns: tuple[str, ...] = ("tokens", "image_embedding", "text_embedding")
     min_side = 0
@@ -47,8 +47,10 @@ class ARPriorTask:
         return ar_prior_loss(model, batch, draw, self.codec)
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """ "loss" and what another row's caption and text embedding would cost; the nats that a code costs less than
-        one of buckets that are all as likely, as a codec's are."""
+        """Returns the "loss", its rise with another row's caption and text embedding, and "nats_below_uniform".
+
+        The latter is how much less a code costs than one of equally likely buckets, as a codec's are.
+        """
         figures = conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"))
         return figures | {"nats_below_uniform": log(self.config.buckets) - figures["loss"]}
 
@@ -57,8 +59,10 @@ class ARPriorTask:
 
 
 def make(ctx: Context) -> ARPriorTask:
-    """Returns the task of a training stage, for its embeddings and its codec. Raises UserError if the codec has another
-    number of buckets."""
+    """Returns the task of a training stage, for its embeddings and its codec.
+
+    Raises UserError if the codec has another number of buckets.
+    """
     codec = Codec(**load(read_blob(ctx.store, ctx.inputs["codec"].blobs["model.safetensors"])))
     if codec.buckets != ctx.recipe.model.buckets:
         raise UserError(

@@ -1,4 +1,4 @@
-"""CLIP: pictures and captions into one space."""
+"""CLIP: images and captions into one space."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from pipeline.training.task import Batch, Examples
 
 
 class ClipTask:
-    """Contrastive training. A row's loss depends on its whole batch: a worker's share stays in one piece, and
-    ``gather`` fetches what the other workers have."""
+    """Trains by a contrastive loss.
+
+    A row's loss depends on its whole batch, so a worker's rows stay in one piece, and ``gather`` fetches those of the
+    other workers.
+    """
 
     columns: tuple[str, ...] = ("image", "tokens")
     min_side = 0
@@ -40,7 +43,7 @@ class ClipTask:
         return clip_loss(model, batch, draw, self.gather)
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """Contrastive "loss" among all validation rows, and "recall_at_1" of captions given pictures."""
+        """Returns the contrastive "loss" among all validation rows, and "recall_at_1" of captions given images."""
         assert isinstance(model, Clip)
         image = torch.cat([model.encode_image(batch["image"]) for batch, _ in examples])
         text = torch.cat([model.encode_text(batch["tokens"]) for batch, _ in examples])

@@ -1,4 +1,4 @@
-"""The 64 px decoder: image embeddings, and captions, to pictures."""
+"""The 64 px decoder: image embeddings, and captions, to images."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, grid, seeded
 
-PREVIEW_STEPS = 25
+_PREVIEW_STEPS = 25
 
 
 class DecoderTask:
-    """The hybrid loss on pictures of the decoder's size, embeddings and captions given."""
+    """Trains by the hybrid loss on images of the decoder's size, given embeddings and captions."""
 
     columns: tuple[str, ...] = ("image", "tokens", "image_embedding")
     splittable = True
@@ -44,19 +44,19 @@ class DecoderTask:
         return decoder_loss(model, batch, draw)
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """ "loss" and what another row's embedding and caption would cost."""
+        """Returns the "loss", and its rise with another row's embedding and caption."""
         conditions = ("image_embedding", "tokens")
         return conditional_figures(partial(self.loss, model), examples, conditions, self.config.steps)
 
     def preview(self, model: nn.Module, batch: Batch, draw: Draw) -> Tensor:
-        """Above the pictures, below them what their embeddings and captions become, without guidance."""
+        """Returns the images, and below them what their embeddings and captions become, without guidance."""
         assert isinstance(model, Decoder)
         size, steps = self.config.image_size, self.config.steps
         denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], guidance=0.0)
         schedule = make_schedule(self.config.schedule, steps)
         noise = draw.normal("preview", 3, size, size)
         return grid(
-            batch["image"], to_uint8(ddim(denoise, noise, strided_grid(steps, min(steps, PREVIEW_STEPS)), schedule))
+            batch["image"], to_uint8(ddim(denoise, noise, strided_grid(steps, min(steps, _PREVIEW_STEPS)), schedule))
         )
 
     def save(self, model: nn.Module, folder: Path) -> None:

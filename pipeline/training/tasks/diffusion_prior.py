@@ -26,7 +26,7 @@ from pipeline.training.tasks.figures import conditional_figures, seeded
 
 
 class DiffusionPriorTask:
-    """Squared error of the clean embedding."""
+    """Trains by the squared error of the clean embedding."""
 
     columns: tuple[str, ...] = ("tokens", "image_embedding", "text_embedding")
     min_side = 0
@@ -34,7 +34,7 @@ class DiffusionPriorTask:
     splittable = True
     validation_rows = 512
     validation_batch = 64
-    finish_rows = 128  # at 64 timesteps each: as dear as a training of 2,700 samples
+    finish_rows = 128  # at 64 timesteps each: as expensive as a training on 2,700 samples
     measured = ("gamma",)
 
     def __init__(self, config: DiffusionPriorConfig, embed_dim: int):
@@ -48,15 +48,17 @@ class DiffusionPriorTask:
         return diffusion_prior_loss(model, batch, draw)
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """ "loss" and what another row's caption and text embedding would cost; cosines to the image embedding."""
+        """Returns the "loss", its rise with another row's conditions, and cosines to the image embedding."""
         loss = partial(self.loss, model)
         figures = conditional_figures(loss, examples, ("tokens", "text_embedding"), self.config.steps)
         assert isinstance(model, DiffusionPrior)
         return figures | self._cosines(model, examples)
 
     def _cosines(self, model: DiffusionPrior, examples: Examples) -> dict[str, float]:
-        """Mean cosine to the image embedding: of the text embedding, and of what the model makes of noise alone, which
-        for a model without fault is the mean of all its samples."""
+        """Returns mean cosines to the image embedding: of the text embedding, and of the model's output for pure noise.
+
+        For a perfect model the latter is the mean of all its samples.
+        """
         of_mean, of_text = [], []
         for batch, draw in examples:
             image, text = batch["image_embedding"], batch["text_embedding"]
@@ -68,7 +70,7 @@ class DiffusionPriorTask:
         return {"cosine_of_mean": float(torch.cat(of_mean).mean()), "cosine_of_text": float(torch.cat(of_text).mean())}
 
     def finish(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
-        """Analytic-DPM's "gamma"."""
+        """Returns Analytic-DPM's "gamma"."""
         assert isinstance(model, DiffusionPrior)
         return {"gamma": diffusion_prior_gamma(model, examples)}
 

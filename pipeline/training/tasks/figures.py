@@ -1,4 +1,4 @@
-"""Validation figures and pictures that several tasks share."""
+"""Validation metrics and previews that several tasks share."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pipeline.training.task import Batch, Examples
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """``make()`` with random weights that depend on ``seed`` alone."""
+    """Returns ``make()`` with random weights that depend on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
 
 
 def by_timestep(losses: Tensor, draws: Sequence[Draw], steps: int) -> dict[str, float]:
-    """The mean of ``losses`` [rows] of each quarter of the timesteps, "loss_quarter_1" having the least noise.
+    """Returns the mean of ``losses`` [rows] in each quarter of the timesteps; "loss_quarter_1" has the least noise.
 
-    ``draws`` are those that the losses were computed with, batch after batch. A quarter that no row fell into has none.
+    ``draws`` are those of the losses, batch after batch. A quarter without rows has no mean.
     """
     quarters = torch.cat([draw.integers("t", steps) for draw in draws]) * 4 // steps
     found = {int(quarter) for quarter in quarters.unique()}
@@ -33,11 +33,10 @@ def by_timestep(losses: Tensor, draws: Sequence[Draw], steps: int) -> dict[str, 
 def conditional_figures(
     loss: Callable[[Batch, Draw], Losses], examples: Examples, conditions: Sequence[str], steps: int | None = None
 ) -> dict[str, float]:
-    """The mean "loss", also by timestep where a model has ``steps``, and what it costs to give every row its
-    neighbour's ``conditions``.
+    """Returns the mean "loss", also by timestep where a model has ``steps``, and how the conditions lower it.
 
-    "condition_gap" is the mean rise of the loss, "condition_gap_error" its standard error. A model that ignores its
-    conditions has a gap of 0 however low its loss. Noise and timesteps are the same on both sides.
+    "condition_gap" is the mean rise of the loss when every row has its neighbour's ``conditions``, with the same noise
+    and timesteps; "condition_gap_error" is its standard error. A model that ignores its conditions has a gap of 0.
     """
     true, wrong = [], []
     for batch, draw in examples:
@@ -53,5 +52,5 @@ def conditional_figures(
 
 
 def grid(*rows: Tensor) -> Tensor:
-    """Rows of pictures, uint8 [n, 3, s, s] each, as one picture uint8 [3, h, w], one row below the other."""
+    """Returns rows of images, uint8 [n, 3, s, s] each, as one image uint8 [3, h, w], one row below the other."""
     return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)

@@ -19,12 +19,12 @@ from pipeline.graph.stages import Context
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, grid, seeded
 
-PREVIEW_STEPS = 15
+_PREVIEW_STEPS = 15
 PREVIEW_WIDTH = 1024  # pixels
 
 
 class UpsamplerTask:
-    """Squared error on crops of pictures that are at least as large as what the upsampler makes."""
+    """Trains by squared error on crops of images that are at least as large as the upsampler's output."""
 
     columns: tuple[str, ...] = ("image",)
     splittable = True
@@ -44,18 +44,18 @@ class UpsamplerTask:
         return upsampler_loss(model, batch, draw)
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """The "loss" on a crop of each picture, and what another row's small picture would cost."""
+        """Returns the "loss" on a crop of each image, and its rise with another row's small image."""
         given = [(batch | {"low": training_low(self.config, batch, draw)}, draw) for batch, draw in examples]
         return conditional_figures(partial(self.loss, model), given, ("low",), self.config.steps)
 
     def preview(self, model: nn.Module, batch: Batch, draw: Draw) -> Tensor:
-        """From above: the small pictures enlarged by bicubic interpolation, upsampled, and the large pictures."""
+        """Returns, from above: small images enlarged by bicubic interpolation, upsampled, and the large images."""
         assert isinstance(model, Upsampler)
         config = self.config
         small = resize(from_uint8(batch["image"]), (config.low_size, config.low_size))
         denoise = upsampler_denoise(model, sampling_low(config, small, draw))
         noise = draw.normal("preview", 3, config.image_size, config.image_size)
-        steps = strided_grid(config.steps, min(config.steps, PREVIEW_STEPS))
+        steps = strided_grid(config.steps, min(config.steps, _PREVIEW_STEPS))
         large = ddim(denoise, noise, steps, make_schedule(config.schedule, config.steps))
         enlarged = resize(small, (config.image_size, config.image_size))
         return grid(to_uint8(enlarged), to_uint8(large), batch["image"])

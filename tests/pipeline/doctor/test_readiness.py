@@ -15,7 +15,7 @@ from pipeline.config import make_config
 from pipeline.doctor import readiness
 from pipeline.doctor.nodes import Answer, versions
 from pipeline.errors import UserError
-from pipeline.graph.ray import Node
+from pipeline.graph.ray import ClusterNode
 from pipeline.store import open_store
 from tests.chain import ROOT, Finished, unclip
 from tests.pipeline.data.bench import picture
@@ -30,7 +30,7 @@ UNKNOWN = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
 
 def test_faults_are_one_line_that_names_some_of_the_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other, blind = Answer(versions() | {"ray": "2.1.0"}), Answer(versions(), "no AWS credentials")
-    answers = [(Node(f"n{i}", 1, 0), other) for i in range(5)] + [(Node("n5", 1, 0), blind)]
+    answers = [(ClusterNode(f"n{i}", 1, 0), other) for i in range(5)] + [(ClusterNode("n5", 1, 0), blind)]
     monkeypatch.setattr(readiness, "start_ray", lambda _: None)
     monkeypatch.setattr(readiness, "check_room", lambda *_: None)
     monkeypatch.setattr(readiness, "ask_nodes", lambda *_: answers)
@@ -43,7 +43,7 @@ def test_faults_are_one_line_that_names_some_of_the_nodes(monkeypatch: pytest.Mo
         f"n0 {has}, n1 {has}, n2 {has}, and 2 more of that kind; install the same on every node; "
         "n5 does not see the store s3://bucket/a (no AWS credentials); give every node the same AWS settings"
     )
-    monkeypatch.setattr(readiness, "ask_nodes", lambda *_: [(Node("n0", 1, 0), Answer(versions()))])
+    monkeypatch.setattr(readiness, "ask_nodes", lambda *_: [(ClusterNode("n0", 1, 0), Answer(versions()))])
     readiness.check_ready(config, open_store("s3://bucket/a"), ["pairs"])
     monkeypatch.delattr(readiness, "start_ray")  # nothing on Ray: it is not asked
     readiness.check_ready(config, open_store("s3://bucket/a"), ["source", "decoder", "samples"])

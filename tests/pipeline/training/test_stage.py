@@ -342,7 +342,7 @@ def test_workers_begin_where_all_of_them_can(world: World, reached: int) -> None
     from pipeline.training.checkpoints import course
     from pipeline.training.distributed.process_group import ProcessGroup
     from pipeline.training.state import begin
-    from pipeline.training.task import make_task
+    from pipeline.training.task import task_of
     from pipeline.training.worker import Training
 
     class Beside(ProcessGroup):
@@ -352,7 +352,7 @@ def test_workers_begin_where_all_of_them_can(world: World, reached: int) -> None
     settings = replace(SETTINGS, keep_checkpoints=9)
     ctx = world.context("diffusion_prior", replace(RECIPE, samples=48), settings)
     stage.train(ctx)
-    training, task = Training(ctx, course(ctx, begin=False)), make_task(ctx)
+    training, task = Training(ctx, course(ctx, begin=False)), task_of(ctx)
     state = training._state(task, Beside())
     assert state.samples == reached
     expected = begin(task, ctx.recipe, ProcessGroup())
