@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
@@ -28,15 +28,14 @@ from pipeline.graph.artifacts import (
     read_shard,
     shard_path,
 )
+from pipeline.graph.ray import start_ray, wait_for_room
+from pipeline.graph.resources import Team
 from pipeline.graph.shard_tables import ShardRow, write_shard_table
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, add
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
-
-if TYPE_CHECKING:
-    from pipeline.graph.resources import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +178,6 @@ def _team(ctx: Context, tasks: int) -> Team | None:
     workers = min(ctx.settings.workers, tasks)
     if not workers:
         return None
-    from pipeline.graph.ray import start_ray, wait_for_room
-
     settings = ctx.config.run.ray
     return wait_for_room(start_ray(settings), ctx.stage, replace(ctx.settings, workers=workers), settings)
 

@@ -6,15 +6,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from pipeline.graph.artifacts import Artifact
+from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.store.records import put_blob
-
-if TYPE_CHECKING:
-    from pipeline.graph.stages import Context
+from pipeline.training.checkpoints import course
 
 log = logging.getLogger("unclip")
 
@@ -40,7 +38,7 @@ def following(stage: str, total: int, newest: Callable[[], int], every_s: float 
 def showing(ctx: Context, show: Callable[[Artifact], None], every_s: float = 5.0) -> Iterator[None]:
     """Calls ``show`` with ``so_far(ctx)`` when a checkpoint brings something new, for as long as the context lasts."""
 
-    def look(stop: threading.Event) -> None:
+    def follow(stop: threading.Event) -> None:
         shown: Mapping[str, str] = {}
         while not stop.wait(every_s):
             running = so_far(ctx)
@@ -48,7 +46,7 @@ def showing(ctx: Context, show: Callable[[Artifact], None], every_s: float = 5.0
                 show(running)
                 shown = running.blobs
 
-    with _meanwhile(look, f"{ctx.stage}: the report does not show it any more while it runs"):
+    with _meanwhile(follow, f"{ctx.stage}: the report does not show it any more while it runs"):
         yield
 
 
@@ -57,8 +55,6 @@ def so_far(ctx: Context) -> Artifact | None:
 
     It is not in the store. None before the first checkpoint. Metrics have "samples_seen".
     """
-    from pipeline.training.checkpoints import course
-
     found = course(ctx, begin=False).journal(ctx.recipe.samples)
     if found is None:
         return None

@@ -1,34 +1,13 @@
-"""The training stages: checks settings, starts attempts and workers, returns an artefact."""
+"""The training stages. Light: what trains is imported when a stage runs."""
 
 from __future__ import annotations
 
-import logging
-import tempfile
-import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pipeline.errors import Unreachable, UserError
-from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
+from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, Stage
-from pipeline.ledger import Ledger
-from pipeline.store.content import put_content
-from pipeline.store.records import put_blob
-from pipeline.training.follow import following, showing
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.trackers import Trackers
-
-if TYPE_CHECKING:
-    from pipeline.settings import TrainingSettings
-    from pipeline.training.task import Task
-
-RESTARTS = 3  # in a row, after workers or the store were lost before a new checkpoint
-PATIENCE_S = 10.0  # before the first start after the store was lost, twice as long before the second, and so on
-log = logging.getLogger("unclip")
 
 
 def stage(
@@ -44,7 +23,11 @@ def stage(
 
 def run_clip(ctx: Context) -> Artifact:
     """Trains a CLIP, or takes the one that the recipe names."""
-    return take_clip(ctx) if ctx.recipe.pretrained else train(ctx)
+    if not ctx.recipe.pretrained:
+        return train(ctx)
+    from pipeline.training.attempts import take_clip
+
+    return take_clip(ctx)
 
 
 def run_decoder(ctx: Context) -> Artifact:
@@ -56,107 +39,7 @@ def run_decoder(ctx: Context) -> Artifact:
 
 
 def train(ctx: Context) -> Artifact:
-    """Trains as ``_train`` does, and shows trackers and ``ctx.show`` what each new checkpoint brings."""
-    if ctx.show is None:
-        return _train(ctx)
-    with closing(Trackers(ctx)) as trackers:
+    """Trains until the recipe's stop; see pipeline.training.attempts."""
+    from pipeline.training.attempts import train_and_show
 
-        def show(running: Artifact) -> None:
-            assert ctx.show is not None
-            ctx.show(running)
-            trackers.tell(running)
-
-        alone = replace(ctx, show=None)  # what follows goes to workers
-        with showing(alone, show):
-            made = _train(alone)
-        trackers.tell(made)
-        return made
-
-
-def _train(ctx: Context) -> Artifact:
-    """Trains until the recipe's stop, from the newest checkpoint of this trajectory, and returns the artefact.
-
-    Raises UserError before anything starts for settings that cannot work, NonFinite (a UserError) when the training
-    diverges, Superseded when another process has taken over, CorruptObject for damaged inputs.
-    """
-    from pipeline.training.checkpoints import course
-    from pipeline.training.checks import check
-    from pipeline.training.distributed.launch import WorkerLost, launch
-    from pipeline.training.loop import OutOfMemory
-    from pipeline.training.task import task_of
-    from pipeline.training.worker import Training
-
-    task = task_of(ctx)
-    check(ctx, task)
-    if ctx.recipe.init_from is not None:
-        put_content(ctx.store, ctx.recipe.init_from, f"{ctx.stage}.init_from")
-    reached, lost = -1, 0
-    while True:
-        try:
-            own = course(ctx, begin=True)
-            newest = partial(own.newest, ctx.recipe.samples)
-            if newest() > reached:
-                reached, lost = newest(), 0
-            if reached:
-                log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
-            name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
-            with following(ctx.stage, ctx.recipe.samples, newest) if ctx.settings.workers else nullcontext():
-                launch(Training(ctx, own), ctx.stage, name, ctx.settings, ctx.config.run.ray)
-            break
-        except (WorkerLost, Unreachable) as e:
-            lost += 1
-            if lost > RESTARTS:
-                raise gave_up(ctx, e, lost) from e
-            wait_s = PATIENCE_S * lost if isinstance(e, Unreachable) else 0.0
-            log.warning("%s: %s; starting again%s", ctx.stage, e, f" in {wait_s:.0f} s" if wait_s else "")
-            time.sleep(wait_s)
-        except OutOfMemory as e:
-            ctx = replace(ctx, settings=halved(ctx, task, rows=e.args[0]))
-    artifact = load_artifact(ctx.store, ctx.stage, ctx.key)
-    if artifact is None:
-        raise UserError(f"{ctx.stage}: its record vanished as soon as it was written; check the store")
-    return artifact
-
-
-def gave_up(ctx: Context, e: Exception, lost: int) -> UserError:
-    """Returns the error for ``lost`` failed starts without a new checkpoint."""
-    what = f"{ctx.stage}: {e} {lost} times without a new checkpoint"
-    if isinstance(e, UserError):
-        return UserError(what)
-    return UserError(
-        f"{what}; look for the cause in Ray's logs (often too little memory: set micro_batch), then run again"
-    )
-
-
-def halved(ctx: Context, task: Task, rows: int) -> TrainingSettings:
-    """Returns settings with half the micro-batch, after ``rows`` rows did not fit into memory.
-
-    Raises UserError where that cannot help.
-    """
-    if rows == 1 or not task.splittable:
-        what = "one row" if rows == 1 else f"{rows} rows, which this loss needs together,"
-        raise UserError(f"{ctx.stage}: {what} did not fit into memory; take a smaller model or a larger machine")
-    half = -(-rows // 2)
-    log.warning(
-        "%s: %d rows at once did not fit into memory; going on from the last checkpoint with %d. "
-        "run.%s.micro_batch=%d begins so",
-        *(ctx.stage, rows, half, ctx.stage, half),
-    )
-    return replace(ctx.settings, micro_batch=half)
-
-
-def take_clip(ctx: Context) -> Artifact:
-    """Publishes a CLIP that somebody else has trained, in open_clip's local-dir layout."""
-    from models.clip import Clip
-
-    began = time.monotonic()
-    try:
-        clip = Clip.named(ctx.recipe.weights)
-    except (FileNotFoundError, ValueError) as e:
-        raise UserError(f"clip.weights: {e}") from e
-    with tempfile.TemporaryDirectory() as folder:
-        clip.save(folder)
-        blobs = {file.name: put_blob(ctx.store, file, move=True) for file in sorted(Path(folder).iterdir())}
-    metrics = {"embed_dim": clip.embed_dim, "image_size": clip.image_size}
-    artifact = ctx.publishable(ledger=Ledger(), blobs=blobs, metrics=metrics)
-    return publish_artifact(ctx.store, artifact, time.monotonic() - began)
+    return train_and_show(ctx)

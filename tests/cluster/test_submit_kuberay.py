@@ -1,10 +1,13 @@
 """``unclip submit --to kuberay``: the RayJob alone on standard output, and its package in the bucket."""
 
+import io
 import os
+import zipfile
 from pathlib import Path
 
 import boto3
 import pytest
+import yaml
 
 from jobs.cli import main
 from tests.chain import done, open_at, unclip, write_config, write_list
@@ -31,8 +34,9 @@ def test_the_rayjob_is_all_there_is_on_standard_output(s3: Server, tmp_path: Pat
     assert [node.group for node in found.nodes] == ["head", "cpu"]
     assert found.package.startswith(f"{store}/packages/")
     bucket, _, key = found.package.removeprefix("s3://").partition("/")
-    size = boto3.client("s3", endpoint_url=s3.endpoint).head_object(Bucket=bucket, Key=key)["ContentLength"]
-    assert size > 1000
+    body = boto3.client("s3", endpoint_url=s3.endpoint).get_object(Bucket=bucket, Key=key)["Body"].read()
+    with zipfile.ZipFile(io.BytesIO(body)) as package:
+        assert yaml.safe_load(package.read("project.yaml"))["run"]["ray"]["autoscaler"] is True
     assert "pairs" in process.stderr  # the plan
     again = unclip(*words, env=elsewhere)
     assert again.stdout == process.stdout

@@ -12,7 +12,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch.distributed import DistError
+
 from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
+from pipeline.graph.ray import start_ray, wait_for_room
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.device import choose_device
 from pipeline.training.distributed.process_group import ProcessGroup
@@ -56,8 +60,6 @@ def launch(
         use_threads(settings.threads or cores())
         work(ProcessGroup(device=choose_device(settings.device)))
         return
-    from pipeline.graph.ray import start_ray, wait_for_room
-
     ray = start_ray(ray_settings)
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -94,8 +96,6 @@ def cores() -> int:
 
 def use_threads(count: int) -> None:
     """Computes on ``count`` threads: Ray lowers OMP_NUM_THREADS in its workers."""
-    import torch
-
     torch.set_num_threads(count)
 
 
@@ -138,8 +138,6 @@ def _cause(failures: Sequence[Exception]) -> Exception:
 
 def _hung_up(failure: Exception) -> bool:
     """Returns whether a worker only lost the connection to another."""
-    from torch.distributed import DistError
-
     return isinstance(failure, DistError) or (isinstance(failure, RuntimeError) and "gloo/transport" in str(failure))
 
 

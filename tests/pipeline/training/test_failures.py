@@ -108,6 +108,6 @@ def test_memory_for_not_even_one_row_is_a_mistake(world: World, monkeypatch: pyt
 
     monkeypatch.setattr(DiffusionPriorTask, "loss", hungry)
     monkeypatch.setattr("pipeline.training.worker.measure_speed", lambda *_: None)
-    monkeypatch.setattr("pipeline.training.between_steps.Watch.look", lambda *_: None)
+    monkeypatch.setattr("pipeline.training.between_steps.BetweenSteps.validate", lambda *_: None)
     with pytest.raises(UserError, match="one row did not fit into memory; take a smaller model"):
         stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))

@@ -160,12 +160,12 @@ def test_a_training_goes_on_after_lost_workers_and_stores(
         raise error
 
     slept: list[float] = []
-    monkeypatch.setattr(stage, "time", SimpleNamespace(sleep=slept.append))
-    monkeypatch.setattr("pipeline.training.distributed.launch.launch", fragile)
+    monkeypatch.setattr("pipeline.training.attempts.time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("pipeline.training.attempts.launch", fragile)
     ctx = world.context("diffusion_prior", replace(RECIPE, samples=32))
     assert stage.train(ctx).key == ctx.key
     assert slept == ([10.0, 20.0] if isinstance(error, Unreachable) else [0.0, 0.0])  # a store takes its time
     assert [name[-4:] for name in calls] == ["0001", "0002", "0003"]
-    monkeypatch.setattr("pipeline.training.distributed.launch.launch", hopeless)
+    monkeypatch.setattr("pipeline.training.attempts.launch", hopeless)
     with pytest.raises(UserError, match=f"{error} 4 times without a new checkpoint.*{advice}"):
         stage.train(world.context("diffusion_prior", replace(RECIPE, samples=48, seed=1)))
