@@ -1,7 +1,7 @@
 """Compares the training loop with a bare one: forward, backward, clip and optimiser on batches that are in memory.
 
 The prior and the decoder of the preset small, in batches of 16, from shards in a folder: ours reads, decodes, draws,
-averages weights, keeps the journal and looks for what is not finite; then once more, and a checkpoint is written
+averages weights, keeps the journal and checks that losses are finite; then once more, and a checkpoint is written
 meanwhile. From that comes the time with one a minute, over that without. All train one model with one fused AdamW.
 A round is at least --seconds of steps after one that does not count.
 """
@@ -48,8 +48,8 @@ STAGES = ("diffusion_prior", "decoder")
 class Ours:
     """The loop as a training runs it, but without validation.
 
-    ``laps`` holds the times of steps without a checkpoint, and ``saved`` whether the last checkpoint was written before
-    the steps beside it ended.
+    ``seconds`` holds the times of steps without a checkpoint, by phase. ``saved``: whether the last checkpoint was written
+    before the steps beside it ended.
     """
 
     ctx: Context
@@ -57,13 +57,13 @@ class Ours:
     feed: Feed
     state: TrainState
     saver: Saver
-    laps: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
     saved: bool = False
 
     def run(self, steps: int) -> float:
         """Returns the seconds of some steps after one that does not count."""
         seconds = self._fit(steps, saving=False)
-        self.laps.update(self.state.phase_seconds)
+        self.seconds.update(self.state.phase_seconds)
         return seconds
 
     def run_saving(self, steps: int) -> float:
@@ -127,7 +127,7 @@ def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
         "ours, saving": ours.run_saving,
     }
     steps = max(1, ceil(seconds / min(run(1) for run in cases.values())))
-    ours.laps.clear()
+    ours.seconds.clear()
     took: Seconds = {name: [] for name in cases}
     for number in range(rounds):
         first = number % len(cases)
@@ -137,7 +137,7 @@ def measure(ctx: Context, rounds: int, seconds: float) -> dict[str, float]:
             raise ValueError(f"a checkpoint takes longer than a round of {steps} steps: give more --seconds")
     print(f"  {ctx.stage}: {sum(p.numel() for p in ours.state.model.parameters()) / 1e6:.0f}M weights, {steps} steps")
     show(took, 1, "s")
-    shares = shares_of(ours.laps, sum(took["ours"]))
+    shares = shares_of(ours.seconds, sum(took["ours"]))
     print("  where ours goes: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     ratios = [a / b for a, b in zip(took["bare"], took["ours"], strict=True)]
     print(f"  bare over ours: {min(ratios):.3f} to {max(ratios):.3f}")

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.graph.resources import Settings, Team, counted, team_of
+from pipeline.graph.resources import Settings, Team, amount_of, team_of
 from pipeline.settings import RaySettings
 
 log = logging.getLogger("unclip")
@@ -252,7 +252,7 @@ def place(ray: Any, team: Team) -> bool:
 def _lacking(ray: Any, stage: str, team: Team) -> str:
     """Returns what Ray cannot place, and what it has: "codec: Ray has no room for 2 workers with 1 GPU each ..."."""
     total = ray.cluster_resources()
-    has = f"{counted(total.get('CPU', 0), 'core')} and {counted(total.get('GPU', 0), 'GPU')}"
+    has = f"{amount_of(total.get('CPU', 0), 'core')} and {amount_of(total.get('GPU', 0), 'GPU')}"
     return f"{stage}: Ray has no room for {team}; it has {has}, {int(total.get('memory', 0)) >> 20:,} MiB for workers"
 
 

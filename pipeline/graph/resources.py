@@ -37,7 +37,7 @@ class Share:
         return min(found)
 
     def __str__(self) -> str:
-        parts = [counted(self.gpus, "GPU")] * (self.gpus > 0) + [counted(self.cpus, "core")] * (self.cpus > 0)
+        parts = [amount_of(self.gpus, "GPU")] * (self.gpus > 0) + [amount_of(self.cpus, "core")] * (self.cpus > 0)
         parts += [f"{self.memory >> 20:,} MiB"] * (self.memory > 0)
         labels = ", ".join(f"{name}={value}" for name, value in self.labels.items())
         return " and ".join(parts) + (f" on nodes with {labels}" if labels else "")
@@ -60,7 +60,7 @@ class Team:
 
     def __str__(self) -> str:
         count = f"at least {self.least}" if 1 < self.least < self.count else f"{self.count}"
-        helpers = f" and {counted(self.helpers, 'decoder')} of {self.helper}" if self.helpers else ""
+        helpers = f" and {amount_of(self.helpers, 'decoder')} of {self.helper}" if self.helpers else ""
         plural = count != "1"
         return f"{count} worker{'s' * plural} with {self.worker}{helpers}{' each' * plural}"
 
@@ -100,6 +100,6 @@ def worker_share(settings: Settings, gpus: float) -> Share:
     return Share(cpus, gpus, settings.memory_mb << 20, settings.nodes)
 
 
-def counted(count: float, what: str) -> str:
+def amount_of(count: float, what: str) -> str:
     """Returns such as "1 core", "2 cores"."""
     return f"{count:g} {what}{'s' if count != 1 else ''}"

@@ -33,9 +33,9 @@ log = logging.getLogger("unclip")
 
 
 def train_and_show(ctx: Context) -> Artifact:
-    """Trains as ``train`` does, and shows trackers and ``ctx.show`` what each new checkpoint brings."""
+    """Trains as ``run_attempts`` does, and shows trackers and ``ctx.show`` what each new checkpoint brings."""
     if ctx.show is None:
-        return train(ctx)
+        return run_attempts(ctx)
     with closing(Trackers(ctx)) as trackers:
 
         def show(running: Artifact) -> None:
@@ -45,12 +45,12 @@ def train_and_show(ctx: Context) -> Artifact:
 
         alone = replace(ctx, show=None)  # what follows goes to workers
         with showing(alone, show):
-            made = train(alone)
+            made = run_attempts(alone)
         trackers.tell(made)
         return made
 
 
-def train(ctx: Context) -> Artifact:
+def run_attempts(ctx: Context) -> Artifact:
     """Trains until the recipe's stop, from the newest checkpoint of this trajectory, and returns the artefact.
 
     Raises UserError before anything starts for settings that cannot work, NonFinite (a UserError) when the training

@@ -18,7 +18,7 @@ FIXED, GROWS = RaySettings(), RaySettings(autoscaler=True)
 
 
 def ray_of(cpus: float, gpus: float = 0) -> Any:
-    """What is asked of Ray, with so many cores and GPUs on all nodes."""
+    """Stands in for a Ray with these cores and GPUs on all nodes."""
     total = {"CPU": cpus, "memory": 8 << 30} | ({"GPU": gpus} if gpus else {})
     return SimpleNamespace(cluster_resources=lambda: total)
 

@@ -92,8 +92,11 @@ class World:
 
 
 def make_world(folder: Path, shards: Sequence[int] = (21, 22, 23, 24), side: int = 72) -> World:
-    """Publish a small world of shards with so many rows: every seventh row is held out for validation, another for
-    test, curation drops one, and the last of a shard was never there."""
+    """Publishes a small world of shards with these numbers of rows.
+
+    Every seventh row is held out for validation, another for test; curation drops one, and the last row of a shard was
+    rejected.
+    """
     store = open_store(str(folder))
     examples: dict[str, Example] = {}
     made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
@@ -143,7 +146,7 @@ def with_codec(world: World) -> World:
 
 
 def _pack(group: list[Example]) -> tuple[list[dict[str, Any]], bytes]:
-    """Index rows and a tar; the last row of a shard was rejected and has no picture."""
+    """Index rows and a tar; the last row of a shard was rejected and has no image."""
     out = io.BytesIO()
     index: list[dict[str, Any]] = []
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:

@@ -49,11 +49,10 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             made.shutdown()
 
 
-def wait_for(ctx: Context, samples: int, seconds: float = 120.0, looks: Sequence[int] = ()) -> int:
-    """Wait until there is a checkpoint of so many samples, not of as many as one of ``looks``, and give those of the
-    newest."""
+def wait_for(ctx: Context, samples: int, seconds: float = 120.0, passed: Sequence[int] = ()) -> int:
+    """Waits for a checkpoint of at least ``samples``, and of none of ``passed``; returns the samples of the newest."""
     own, end = course(ctx, begin=False), time.monotonic() + seconds
-    while ((newest := own.newest(1 << 40)) < samples or newest in looks) and time.monotonic() < end:
+    while ((newest := own.newest(1 << 40)) < samples or newest in passed) and time.monotonic() < end:
         time.sleep(0.1)
     return newest
 
@@ -112,16 +111,16 @@ def test_a_machine_that_is_to_be_taken_away_costs_no_step(cluster: Any, world: W
     settings = TrainingSettings(workers=2, min_workers=1, threads=1, device="cpu", checkpoint_every_s=1e6)
     inputs = ("pairs", "captions")
     ctx = world.context("clip", RECIPE, settings, inputs)
-    looks = [steps * 12 for steps in (64, 256, 1024)]  # saved because they are looked at; a fast machine is soon there
+    validated = [steps * 12 for steps in (64, 256, 1024)]  # saved after a validation pass; a fast machine is soon there
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(stage.train, ctx)
         wait_for(ctx, 64 * 12)
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         deadline = int((time.time() + 30) * 1000)
         GcsClient(cluster.address).drain_node(nodes[1].node_id, reason, "to be taken away", deadline)
-        saved = wait_for(ctx, 65 * 12, seconds=25.0, looks=looks)
+        saved = wait_for(ctx, 65 * 12, seconds=25.0, passed=validated)
         cluster.remove_node(nodes[1], allow_graceful=False)
         artifact = training.result()
     assert saved > 64 * 12
-    assert saved not in looks
+    assert saved not in validated
     assert artifact.environment["workers"] == "1"

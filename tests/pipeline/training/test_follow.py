@@ -43,7 +43,7 @@ def test_errors_of_the_training_pass_through() -> None:
 
 
 def context(world: World, steps: int, seed: int) -> Context:
-    """A decoder that is saved only after a look and at its end."""
+    """A decoder that is saved only after a validation pass and at its end."""
     recipe = DecoderRecipe(samples=16 * steps, batch=16, lanes=8, learning_rate=1e-3, seed=seed, model=DECODER)
     return world.context("decoder", recipe, TrainingSettings(threads=1, device="cpu", checkpoint_every_s=1e9))
 
@@ -61,7 +61,7 @@ def test_every_look_is_saved_and_shown(shared_world: World) -> None:
     assert [artifact.metrics["samples_seen"] for artifact in shown[-2:]] == [64 * 16, 66 * 16][-len(shown) :]
     running = so_far(ctx)
     assert running is not None
-    assert replace(running, times={}) == replace(shown[-1], times={})  # the times are those of two looks
+    assert replace(running, times={}) == replace(shown[-1], times={})  # their times differ
     assert running.blobs == {name: b for name, b in made.blobs.items() if name.endswith((".png", ".jsonl"))}
     assert {"metrics.jsonl", "preview.png", "previews/000000000000.png"} <= set(running.blobs)
     assert {name: made.metrics[name] for name in running.metrics} == running.metrics

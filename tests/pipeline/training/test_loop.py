@@ -53,7 +53,7 @@ def task() -> DiffusionPriorTask:
     return DiffusionPriorTask(MODEL, EMBED_DIM)
 
 
-def laps() -> StepTimer:
+def timer() -> StepTimer:
     return StepTimer({}, torch.device("cpu"))
 
 
@@ -65,8 +65,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def test_micro_batches_add_up_to_the_batch(share: LocalBatch, size: int) -> None:
     """Pieces that cut lanes in two as well: gradient and loss agree within 1e-6."""
     whole, pieces = (begin(task(), RECIPE, ProcessGroup()).objective for _ in range(2))
-    rows, values = backward(whole, share, RECIPE, 0, ProcessGroup(), laps())
-    cut_rows, cut_values = backward(pieces, share, RECIPE, size, ProcessGroup(), laps())
+    rows, values = backward(whole, share, RECIPE, 0, ProcessGroup(), timer())
+    cut_rows, cut_values = backward(pieces, share, RECIPE, size, ProcessGroup(), timer())
     assert torch.allclose(rows, cut_rows, atol=1e-6)
     assert {n: float(v) for n, v in cut_values.items()} == pytest.approx(
         {n: float(v) for n, v in values.items()}, abs=1e-6
@@ -288,8 +288,8 @@ def test_too_little_memory_is_told_from_other_failures(share: LocalBatch) -> Non
     hungry: Any = Hungry(share, None)
     model = hungry.model(0)
     with pytest.raises(OutOfMemory) as caught:
-        backward(Objective(hungry, model), share, RECIPE, 5, ProcessGroup(), laps())
+        backward(Objective(hungry, model), share, RECIPE, 5, ProcessGroup(), timer())
     assert caught.value.args == (5,)
-    backward(Objective(hungry, model), share, RECIPE, 3, ProcessGroup(), laps())
+    backward(Objective(hungry, model), share, RECIPE, 3, ProcessGroup(), timer())
     with pytest.raises(RuntimeError, match="shape"), memory_for(3):
         torch.zeros(2, 3) @ torch.zeros(2, 3)

@@ -95,7 +95,7 @@ def test_an_upsampler_needs_no_captions(shared_world: World) -> None:
     artifact = stage.train(shared_world.context("upsampler_256", recipe, inputs=inputs))
     assert artifact.stage == "upsampler_256"
     assert "preview.png" in artifact.blobs
-    # It begins with the small picture enlarged, so another row's costs much from the first.
+    # It begins with the small image enlarged, so another row's costs much from the first.
     first, last = (line for line in lines(shared_world, artifact) if "validation_loss" in line)
     for line in (first, last):
         assert line["validation_condition_gap"] > line["validation_loss"] > 0

@@ -19,18 +19,18 @@ from tests.pipeline.training.conftest import World
 def test_a_step_is_cut_into_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 11.0, 13.0, 20.0, 24.0])
     monkeypatch.setattr("pipeline.training.timing.time.perf_counter", lambda: next(clock))
-    laps = StepTimer({"wait": 1.0}, torch.device("cpu"))
-    laps.start(0)
-    laps("wait")
-    laps("forward")
-    laps.start(1)
-    laps("wait")
-    assert laps.seconds == {"wait": 6.0, "forward": 2.0}
+    timer = StepTimer({"wait": 1.0}, torch.device("cpu"))
+    timer.start(0)
+    timer("wait")
+    timer("forward")
+    timer.start(1)
+    timer("wait")
+    assert timer.seconds == {"wait": 6.0, "forward": 2.0}
 
 
 def test_shares_add_up_to_the_whole_time() -> None:
-    laps = {"wait": 1.0, "forward": 3.0, "backward": 4.0, "pause": 5.0}
-    shares = shares_of(laps, 20.0)
+    seconds = {"wait": 1.0, "forward": 3.0, "backward": 4.0, "pause": 5.0}
+    shares = shares_of(seconds, 20.0)
     assert set(shares) == {*PHASES, "pause"}
     assert sum(shares.values()) == pytest.approx(1.0)
     assert (shares["pause"], shares["forward"], shares["ema"]) == (0.25, pytest.approx(0.75 * 3 / 8), 0.0)

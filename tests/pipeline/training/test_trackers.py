@@ -60,12 +60,12 @@ def test_tensorboard_has_the_journal_once(shared_world: World, tmp_path: Path) -
     (folder,) = (tmp_path / "tensorboard").iterdir()
     assert folder.name == f"decoder-{trajectory_key(ctx)[:12]}"
     scalars: dict[tuple[int, str], float] = {}
-    pictures = []
+    previews = []
     for data in (event for file in folder.iterdir() for event in records(file)):
         event = Event.FromString(data)
         for value in event.summary.value:
             if value.HasField("image"):
-                pictures.append(event.step)
+                previews.append(event.step)
             elif value.HasField("simple_value"):
                 assert (event.step, value.tag) not in scalars
                 scalars[event.step, value.tag] = value.simple_value
@@ -78,7 +78,7 @@ def test_tensorboard_has_the_journal_once(shared_world: World, tmp_path: Path) -
     }
     assert scalars.keys() == expected.keys()
     assert all(scalars[place] == pytest.approx(value, rel=1e-6) for place, value in expected.items())
-    assert sorted(pictures) == [line["samples"] for line in journal if "preview" in line]
+    assert sorted(previews) == [line["samples"] for line in journal if "preview" in line]
 
 
 def records(file: Path) -> list[bytes]:

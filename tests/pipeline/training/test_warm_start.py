@@ -29,7 +29,7 @@ def weights(world: World, recipe: DiffusionPriorRecipe) -> tuple[str, dict[str, 
 
 
 def test_a_training_begins_with_the_weights_of_another(world: World, tmp_path: Path) -> None:
-    """Named by file or by blob: one key, and where nothing is learnt the same weights come out."""
+    """Named by file or by blob: one key, and with a learning rate near 0 the same weights come out."""
     blob, before = weights(world, RECIPE)
     (tmp_path / "model.safetensors").write_bytes(read_blob(world.store, blob))
     by_file = ContentFile.at(str(tmp_path / "model.safetensors"), "init_from")

@@ -1,4 +1,4 @@
-"""The feed: the right rows with the right pictures, captions and embeddings, on any number of workers."""
+"""The feed: the right rows with the right images, captions and embeddings, on any number of workers."""
 
 import tarfile
 import tempfile
@@ -95,7 +95,7 @@ def test_no_shape_hangs(tmp_path: Path, sizes: list[int], lanes: int, per_lane: 
     assert {key for keys in found for key in keys} <= teaching
 
 
-def test_every_row_has_its_own_picture_captions_and_embeddings(shared_world: World) -> None:
+def test_every_row_has_its_own_image_captions_and_embeddings(shared_world: World) -> None:
     for share in take(make_feed(shared_world), 6):
         for i, key in enumerate(share.keys):
             example = shared_world.examples[key]
@@ -151,7 +151,7 @@ def test_a_feed_goes_on_from_any_position(shared_world: World) -> None:
 def test_a_feed_that_was_left_in_the_middle_of_a_share_begins_again(
     shared_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pictures that were still to be decoded then are not waited for in vain."""
+    """Does not wait for images that were still to be decoded then."""
     feed = make_feed(shared_world)
     expected = take(make_feed(shared_world), 3)
 
@@ -296,13 +296,13 @@ def test_validation_rows_are_always_the_same(shared_world: World) -> None:
     assert len({seed for share in first for seed, _ in share.streams}) == 3
 
 
-def test_small_pictures_do_not_teach(shared_world: World) -> None:
+def test_small_images_are_not_trained_on(shared_world: World) -> None:
     tables = Tables(shared_world.store, shared_world.inputs, ("image",), "train", min_side=256)
     assert sum(tables.counts) == 0
     assert tables.first(5) == []
 
 
-def test_a_changed_picture_is_found_and_named(world: World) -> None:
+def test_a_changed_image_is_found_and_named(world: World) -> None:
     blob = blob_path(read_shards(world.store, world.inputs["pairs"])[1].blobs["images"])
     data = bytearray(world.store.read(blob))
     data[tarfile.BLOCKSIZE + 99] ^= 1  # in the first member, a training row
@@ -345,7 +345,7 @@ def _without_first(world: World, shard: Shard) -> str:
     return put_blob(world.store, write_table(table.filter([key[-4:] != "0000" for key in table["key"].to_pylist()])))
 
 
-def test_pictures_are_not_read_twice_while_there_is_room(shared_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_not_read_twice_while_there_is_room(shared_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     feed = make_feed(shared_world, ("image",))
     epoch = take(feed, feed.order.lane_rows // 2)
     monkeypatch.setattr("pipeline.training.feed.views.open_view", lambda data, size: pytest.fail("decoded again"))
