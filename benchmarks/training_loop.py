@@ -48,7 +48,7 @@ STAGES = ("diffusion_prior", "decoder")
 class Ours:
     """The loop as a training runs it, but without validation.
 
-    ``seconds`` holds the times of steps without a checkpoint, by phase. ``saved``: whether the last checkpoint was written
+    ``seconds`` holds the times of steps without a checkpoint. ``saved``: whether the last checkpoint was written
     before the steps beside it ended.
     """
 

@@ -102,7 +102,7 @@ class Feed:
         cache_mb: MiB of decoded images that stay in memory.
 
     Raises:
-        ValueError: There are no training rows.
+        ValueError: The task has no training rows.
         UserError: None of the training rows has a caption.
     """
 

@@ -40,7 +40,7 @@ class Order:
         seed: Decides the order of shards and of rows.
 
     Raises:
-        ValueError: There are no rows.
+        ValueError: ``counts`` has no rows.
     """
 
     def __init__(self, counts: Sequence[int], lanes: int, window: int, seed: int):
