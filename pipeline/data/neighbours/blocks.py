@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.graph.artifacts import Shard
 from pipeline.graph.shard_tables import ShardRow, read_table
-from pipeline.graph.shards import ShardOutput, ShardTask, Worker, run_shards
+from pipeline.graph.shards import ShardOutput, ShardTask, ShardWorker, run_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger
 from pipeline.store import Store
@@ -84,7 +84,9 @@ def as_input(shard: Shard) -> ShardRow:
     return ShardRow(shard.number, shard.key, shard.ledger.kept, 0, shard.blobs, shard.counts)
 
 
-def run_pass(ctx: Context, worker: Worker, tasks: Sequence[ShardTask], title: str, unit: str = "rows") -> list[Shard]:
+def run_pass(
+    ctx: Context, worker: ShardWorker, tasks: Sequence[ShardTask], title: str, unit: str = "rows"
+) -> list[Shard]:
     """Runs one pass and returns the shard of each task, in their order. Tasks with one key are made once."""
     distinct = {task.key: task for task in tasks}
     rows = sum(shard.kept for task in distinct.values() for name, shard in task.inputs.items() if is_a(name, "curated"))
@@ -114,9 +116,9 @@ def one_blob(shard: Shard, name: str) -> ShardRow:
 class OneThread:
     """Makes a worker of a pass, on one faiss thread: the same bits wherever it runs."""
 
-    worker: Worker
+    worker: ShardWorker
 
-    def __call__(self) -> Worker:
+    def __call__(self) -> ShardWorker:
         import faiss
 
         faiss.omp_set_num_threads(1)
