@@ -23,8 +23,11 @@ SEGMENTS = "shards/source/segment-"  # begins the paths of records of a list's s
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard of an artefact. Blobs called ``note.`` are beside the result, such as times: made again, a shard may
-    have others. ``counts`` are sums that later stages need without opening a blob."""
+    """One shard of an artefact.
+
+    Blobs called ``note.`` are beside the result, such as times: they may differ when a shard is made again. ``counts``
+    are sums that later stages need without opening a blob.
+    """
 
     number: int
     key: str
@@ -35,8 +38,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An immutable result. ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards.
-    ``version``: its stage's; ``by``: the user and the host that made it. Older records have neither."""
+    """An immutable result.
+
+    ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards. ``version`` is that of its
+    stage, and ``by`` the user and the host that made it; older records have neither.
+    """
 
     stage: str
     key: str
@@ -53,10 +59,12 @@ class Artifact:
 
 
 def shard_path(stage: str, key: str) -> str:
+    """Returns the path of a shard's record."""
     return f"shards/{stage}/{key}.json"
 
 
 def artifact_path(stage: str, key: str) -> str:
+    """Returns the path of an artefact's record."""
     return f"artifacts/{stage}/{key}.json"
 
 
@@ -135,7 +143,7 @@ def load_artifact(store: Store, stage: str, key: str) -> Artifact | None:
 
 
 def ancestors(store: Store, artifact: Artifact) -> Iterator[Artifact]:
-    """An artefact and all that it was made from, each once, the nearest first. What is no longer there is passed over.
+    """Yields an artefact and all that it was made from, each once, the nearest first, and skips what was deleted.
 
     At equal distance models that are pinned come after others, by their names: what is behind them may be older.
     """

@@ -48,9 +48,9 @@ def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
 
 def embed_image(store: Store, clip: Artifact, path: str) -> np.ndarray:
     """Returns the image embedding of an image in a file, fp32 [1, d]. Raises UserError as ``open_image`` does."""
-    picture = open_image(Path(path))
+    image = open_image(Path(path))
     model = _open_clip(store, clip)
-    pixels = view(picture, model.image_size).transpose(2, 0, 1)[None]
+    pixels = view(image, model.image_size).transpose(2, 0, 1)[None]
     return _numbers(model.encode_image, torch.from_numpy(pixels.copy()))
 
 
