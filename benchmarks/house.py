@@ -21,7 +21,7 @@ NAMES_IT = "upsampler_1024"  # a stage name, and where it may stand
 MAY_NAME_IT = ("pipeline/presets/", "pipeline/build.py")
 PROSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs", *SOURCE)
 TICS = (
-    r"\b(?:is|are) no (?!longer)",
+    r"(?<!there )\b(?:is|are) no (?!longer)",
     r"\bso many\b",
     r"\bwhoever\b",
     r"\banew\b",
