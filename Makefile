@@ -5,7 +5,7 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings near_duplicates \
   training_loop reading generation tiny
 
-.PHONY: help test test-browser test-slow chaos check bench format peek demo clean
+.PHONY: help test test-browser test-slow chaos check bench lock format peek demo clean
 
 help:
 	@echo "make peek    the whole chain at nano size: pictures over HTTP to a 1024 px image, in minutes"
@@ -22,11 +22,12 @@ ifeq ($(PYTHON),)
 else
 # Without warnings: the first words that a user reads would be the build tool's remarks on editable installations.
 # bsrgan, a peer of tests and benchmarks, without its requirements: one would replace OpenCV by another build of it.
-.venv/ready: pyproject.toml
+# requirements.lock has the versions that everything was tested with; other packages may come beside them, such as CUDA's.
+.venv/ready: pyproject.toml requirements.lock
 	@echo "Installing packages into .venv: some minutes, without a word"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[demo,dev,reference]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --editable '.[demo,dev,reference]'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps bsrgan==0.1.5
 	@touch .venv/ready
 endif
@@ -57,6 +58,14 @@ check: .venv/ready
 
 bench: .venv/ready
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# The newest versions within the bounds of pyproject.toml, without the local part (such as +cpu) that a machine decides.
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install $(PIP_FLAGS) --editable '.[demo,dev,reference]'
+	build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort --ignore-case > requirements.lock
+	rm -rf build/lock
 
 format: .venv/ready
 	$(BIN)/ruff format .
