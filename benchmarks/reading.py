@@ -33,7 +33,7 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.graph.shard_tables import read_shards
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
-from pipeline.training.feed.feed import READERS, Feed, Windows
+from pipeline.training.feed.feed import WINDOW_READERS, Feed, Windows
 from pipeline.training.recipes import DecoderRecipe
 
 SIDE, BATCH, LANES = 64, 32, 8
@@ -76,7 +76,7 @@ def of_webdataset(tars: list[str], steps: int, workers: int) -> None:
 def fetch(store: Store, inputs: Inputs) -> None:
     """Reads the windows of all epochs as a training does, which drops an image after its turn."""
     feed = make_feed(store, inputs)
-    with ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(WINDOW_READERS) as readers:
         windows = Windows(feed._read, feed.lanes, readers, 0)
         for position in range(EPOCHS * feed.order.lane_rows):
             for lane in feed.lanes:
@@ -112,7 +112,7 @@ def get(client: Any, bucket: str, prefix: str, asked: list[tuple[str, int, int |
         part = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         return len(client.get_object(Bucket=bucket, Key=f"{prefix}/{path}", **part)["Body"].read())
 
-    with ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(WINDOW_READERS) as readers:
         return sum(readers.map(one, asked))
 
 
@@ -160,7 +160,7 @@ def on_s3(folder: Path, shards: int, rows: int, rounds: int) -> dict[str, float]
         recording: Any = Recording(store)
         fetch(recording, inputs)
         where = urlsplit(store.url)
-        client = boto3.client("s3", config=Config(max_pool_connections=READERS))
+        client = boto3.client("s3", config=Config(max_pool_connections=WINDOW_READERS))
         gets = partial(get, client, where.netloc, where.path.strip("/"), recording.asked)
         print(f"  {len(recording.asked)} requests, {gets() / 2**20:.0f} MiB")
         seconds = interleave({"S3, ours": partial(fetch, store, inputs), "S3, GETs": gets}, rounds)

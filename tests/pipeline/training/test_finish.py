@@ -17,7 +17,7 @@ from pipeline.graph.stages import trajectory_key
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import materialise, read_blob
 from pipeline.training import stage
-from pipeline.training.distributed import world
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
@@ -34,7 +34,7 @@ def publisher(shared: World, recipe: DiffusionPriorRecipe, workers: int = 1) -> 
     task = DiffusionPriorTask(recipe.model, EMBED_DIM)
     ctx = shared.context("diffusion_prior", recipe, SETTINGS)
     feed = Feed(ctx.store, ctx.inputs, task, recipe, 0, workers)
-    return Publisher(ctx, task, feed, world.World(size=workers), Speed(0.0, 1.0))
+    return Publisher(ctx, task, feed, ProcessGroup(size=workers), Speed(0.0, 1.0))
 
 
 @pytest.fixture(scope="module")
