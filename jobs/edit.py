@@ -1,4 +1,4 @@
-"""``unclip edit KIND ...``: change pictures of your own with a finished bundle, and show the result as a strip."""
+"""``unclip edit KIND ...``: change images of your own with a finished bundle, and show the result as a strip."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ if TYPE_CHECKING:
     from models.cascade import UnCLIP
     from pipeline.sampling.edits import Edit
 
-SIZE = 256  # px unless asked for otherwise: a strip of 1024 px pictures takes minutes on a CPU
+SIZE = 256  # px unless asked for otherwise: a strip of 1024 px images takes minutes on a CPU
 NOT_ITS_OWN = ("source", "to", "seed", "set", "device")  # arguments that all kinds have, and that others tell
 KINDS = {
-    "variations": "other pictures with the same meaning (the paper's section 3.1)",
-    "interpolate": "pictures on the way from one to another (3.2)",
-    "textdiff": "a picture, changed as one caption differs from another (3.3)",
-    "reconstruct": "a picture beside what its two latents become (3)",
-    "components": "what the first principal components of a picture's embedding say (4)",
+    "variations": "other images with the same meaning (the paper's section 3.1)",
+    "interpolate": "images on the way from one to another (3.2)",
+    "textdiff": "an image, changed as one caption differs from another (3.3)",
+    "reconstruct": "an image beside what its two latents become (3)",
+    "components": "what the first principal components of an image's embedding say (4)",
     "priors": "a caption, decoded from each prior's embedding and from its text embedding (5.1)",
 }
 
 
 def main(argv: Sequence[str]) -> int:
+    """Runs ``unclip edit``."""
     arguments = _parse(argv)
     _check(arguments)
     output = arguments.source or newest_output()
     options = dict(sampling_option(text) for text in arguments.set)
     if arguments.size:
         options["size"] = arguments.size
-    pictures = [open_image(path) for path in _named(arguments)]
+    images = [open_image(path) for path in _named(arguments)]
     folder = bundle_folder(output)
 
-    from pipeline.sampling.samples import open_bundle
+    from pipeline.sampling.drawing import open_bundle
 
     try:
         unclip = open_bundle(folder, arguments.device)
-        edit = _make(unclip, arguments, pictures, {"size": min(SIZE, unclip.sampling.size)} | options)
+        edit = _make(unclip, arguments, images, {"size": min(SIZE, unclip.sampling.size)} | options)
     except ValueError as e:
         raise UserError(str(e)) from e
-    path = arguments.to or output / "edits" / _name(arguments, pictures, edit, folder.name)
+    path = arguments.to or output / "edits" / _name(arguments, images, edit, folder.name)
     _write(path, edit, arguments)
     print(path)
     for i, name in enumerate(edit.names, 1):
@@ -65,7 +66,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "-o", "--to", type=Path, metavar="FILE", help="where the strip goes (edits/NAME in the run's output folder)"
     )
     shared.add_argument("--seed", type=int, default=0, help="of the noise that is drawn (default 0)")
-    shared.add_argument("--size", type=int, choices=(64, 256, 1024), help=f"of the pictures, in px ({SIZE})")
+    shared.add_argument("--size", type=int, choices=(64, 256, 1024), help=f"of the images, in px ({SIZE})")
     shared.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as decoder_steps=50"
     )
@@ -74,30 +75,30 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     kinds = {name: commands.add_parser(name, help=text, parents=[shared]) for name, text in KINDS.items()}
     for name in ("variations", "textdiff", "reconstruct", "components"):
-        kinds[name].add_argument("picture", type=Path, metavar="PICTURE", help="a PNG, JPEG or WebP file")
+        kinds[name].add_argument("image", type=Path, metavar="IMAGE", help="a PNG, JPEG or WebP file")
     kind = kinds["variations"]
     kind.add_argument("--count", type=int, default=8, help="how many (8)")
     kind.add_argument("--eta", type=float, default=1.0, help="how free they are, from 0 to 1 (1)")
     kind = kinds["interpolate"]
     kind.add_argument("first", type=Path, metavar="A", help="a PNG, JPEG or WebP file")
     kind.add_argument("second", type=Path, metavar="B", help="another")
-    kind.add_argument("--count", type=int, default=9, help="pictures, both ends included (9)")
+    kind.add_argument("--count", type=int, default=9, help="images, both ends included (9)")
     kind.add_argument("--animate", action="store_true", help="a WebP that goes forth and back, in place of a strip")
     kind = kinds["textdiff"]
-    kind.add_argument("before", metavar="BEFORE", help="a caption of the picture as it is")
+    kind.add_argument("before", metavar="BEFORE", help="a caption of the image as it is")
     kind.add_argument("after", metavar="AFTER", help="a caption of what it should become")
     kind.add_argument("--most", type=float, default=0.5, help="share of the way to the difference, at the end (0.5)")
-    kind.add_argument("--count", type=int, default=6, help="pictures, the first unchanged (6)")
+    kind.add_argument("--count", type=int, default=6, help="images, the first unchanged (6)")
     for name in ("variations", "reconstruct"):
-        kinds[name].add_argument("--caption", help="tells the decoder what is in the picture")
+        kinds[name].add_argument("--caption", help="tells the decoder what is in the image")
     kinds["components"].add_argument("--counts", help="such as 20,30,40; by default as in the paper's figure 7")
     kinds["priors"].add_argument("caption", metavar="CAPTION")
-    kinds["priors"].add_argument("--picture", type=Path, metavar="FILE", help="a picture that the caption is true of")
+    kinds["priors"].add_argument("--image", type=Path, metavar="FILE", help="an image that the caption is true of")
     return parser.parse_args(argv)
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise UserError for what would otherwise be found out only after minutes of sampling."""
+    """Raises UserError for what would otherwise be found out only after minutes of sampling."""
     values = vars(arguments)
     least = 1 if arguments.kind == "variations" else 2
     check_seed(arguments.seed)
@@ -108,7 +109,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if not 0 < values.get("most", 1) <= 1:
         raise UserError(f"--most {arguments.most} is not above 0 and at most 1; the paper goes up to 0.25 to 0.5")
     if "before" in values and arguments.before == arguments.after:
-        raise UserError(f"both captions are {arguments.before!r}; let AFTER say what should become of the picture")
+        raise UserError(f"both captions are {arguments.before!r}; let AFTER say what should become of the image")
     if arguments.to and arguments.to.suffix.lower() != _suffix(arguments):
         raise UserError(f"--to {arguments.to}: what is made is a {_suffix(arguments)} file; name one")
     if values.get("counts"):
@@ -123,54 +124,54 @@ def _counts(text: str) -> list[int]:
 
 
 def _named(arguments: argparse.Namespace) -> list[Path]:
-    """The pictures that the arguments name."""
+    """Returns the images that the arguments name."""
     values = vars(arguments)
-    return [values[name] for name in ("picture", "first", "second") if values.get(name)]
+    return [values[name] for name in ("image", "first", "second") if values.get(name)]
 
 
-def _make(unclip: UnCLIP, a: argparse.Namespace, pictures: Sequence[Image], options: Mapping[str, Any]) -> Edit:
+def _make(unclip: UnCLIP, a: argparse.Namespace, images: Sequence[Image], options: Mapping[str, Any]) -> Edit:
     from pipeline.sampling import edits
 
     if a.kind == "variations":
-        return edits.variations(unclip, pictures[0], a.count, a.eta, a.caption, a.seed, options)
+        return edits.variations(unclip, images[0], a.count, a.eta, a.caption, a.seed, options)
     if a.kind == "interpolate":
-        return edits.interpolation(unclip, pictures[0], pictures[1], a.count, a.seed, options)
+        return edits.interpolation(unclip, images[0], images[1], a.count, a.seed, options)
     if a.kind == "textdiff":
-        return edits.text_difference(unclip, pictures[0], a.before, a.after, a.most, a.count, a.seed, options)
+        return edits.text_difference(unclip, images[0], a.before, a.after, a.most, a.count, a.seed, options)
     if a.kind == "reconstruct":
-        return edits.reconstruction(unclip, pictures[0], a.caption, a.seed, options)
+        return edits.reconstruction(unclip, images[0], a.caption, a.seed, options)
     if a.kind == "components":
-        return edits.components(unclip, pictures[0], _counts(a.counts) if a.counts else None, a.seed, options)
-    return edits.priors(unclip, a.caption, pictures[0] if pictures else None, a.seed, options)
+        return edits.components(unclip, images[0], _counts(a.counts) if a.counts else None, a.seed, options)
+    return edits.priors(unclip, a.caption, images[0] if images else None, a.seed, options)
 
 
 def _write(path: Path, edit: Edit, arguments: argparse.Namespace) -> None:
     """The strip or the animation, with all that it came from in text chunks."""
-    from pipeline.sampling.samples import png
-    from pipeline.sampling.strip import animation, strip
+    from pipeline.sampling.drawing import png_with_text
+    from pipeline.sampling.edits import animation, strip
 
     text = {
         "edit": json.dumps(_asked(arguments), sort_keys=True),
-        "pictures": json.dumps(edit.names),
+        "images": json.dumps(edit.names),
         "seed": str(arguments.seed),
         "settings": json.dumps(edit.settings, sort_keys=True),
     }
     animated = _suffix(arguments) == ".webp"
-    data = animation(edit.pictures, text) if animated else png(strip(edit.pictures), text)
+    data = animation(edit.images, text) if animated else png_with_text(strip(edit.images), text)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 
 
 def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The kind and its own arguments, an image by the name of its file."""
+    """Returns the kind and its own arguments, an image by the name of its file."""
     own = {name: value for name, value in vars(arguments).items() if name not in NOT_ITS_OWN}
     return {name: value.name if isinstance(value, Path) else value for name, value in own.items()}
 
 
-def _name(arguments: argparse.Namespace, pictures: Sequence[Image], edit: Edit, bundle: str) -> str:
+def _name(arguments: argparse.Namespace, images: Sequence[Image], edit: Edit, bundle: str) -> str:
     said = [file.stem for file in _named(arguments)]
     said += [vars(arguments)[name] for name in ("after", "caption") if vars(arguments).get(name)]
-    contents = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
+    contents = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
     request = {"edit": _asked(arguments), "contents": contents, "settings": edit.settings, "bundle": bundle}
     return f"{arguments.kind}-{file_name(' '.join(said), request, arguments.seed)}{_suffix(arguments)}"
 

@@ -1,4 +1,4 @@
-"""``unclip generate PROMPTS``: pictures of many prompts with a finished bundle, on many workers."""
+"""``unclip generate PROMPTS``: images of many prompts with a finished bundle, on many workers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ log = logging.getLogger("unclip")
 
 
 def main(argv: Sequence[str]) -> int:
+    """Runs ``unclip generate``."""
     parser = argparse.ArgumentParser(prog="unclip generate", description=__doc__)
     parser.add_argument("prompts", type=Path, help=f"a {KINDS}")
     parser.add_argument("--column", metavar="COLUMN", help=f"of the prompts ({', '.join(COLUMNS)}: the first there is)")
@@ -29,8 +30,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "-o", "--to", type=Path, metavar="FOLDER", help="where tars and tables are written (FOLDER/generated)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default 0)")
-    parser.add_argument("--batch", type=int, default=8, help="pictures that a worker samples at once (8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next have the next (default 0)")
+    parser.add_argument("--batch", type=int, default=8, help="images that a worker samples at once (8)")
     parser.add_argument(
         "--workers", type=int, help="processes; 0 works in this one (one for each GPU, or 2 of one core each)"
     )
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         raise UserError(f"{damage}; if it belongs to the bundle, run its configuration again, and then this")
     lost = "".join(f", {counted(n, 'prompt')} {reason}" for reason, n in made.ledger.rejected.items())
-    print(f"{counted(made.ledger.kept, 'picture')}{lost}, {duration(made.times['seconds'])}")
+    print(f"{counted(made.ledger.kept, 'image')}{lost}, {duration(made.times['seconds'])}")
     print(f"{counted(len(tars), 'tar')}, each with a table of seeds and scores: {to}")
     return 0
 
@@ -84,7 +85,7 @@ def _workers(arguments: argparse.Namespace) -> tuple[GenerationSettings, RaySett
         found = 0 if asked == "cpu" else count_gpus(ray, here=workers == 0)
         if asked == "cuda" and not found:
             raise UserError(
-                "--device cuda: there is no GPU to draw on; use --device cpu, or --gpus on a cluster that grows"
+                "--device cuda: no GPU was found to draw on; use --device cpu, or --gpus on a cluster that grows"
             )
         gpus = min(1.0, found)
         workers = (int(found) or 2) if workers is None else workers

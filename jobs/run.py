@@ -19,6 +19,7 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.graph.runs import remember
 from pipeline.progress import counted, duration
 from pipeline.store import check_conditions
+from pipeline.store.records import materialise
 
 HEALINGS = 5  # damaged objects that one run makes again before it gives up
 
@@ -67,7 +68,6 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
 
 def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
     from pipeline.graph.execute import execute
-    from pipeline.sampling.samples import export_pictures
 
     def on_stage(stage: str, made: Artifact, artifacts: Mapping[str, Artifact]) -> None:
         lost = {"rejected": made.ledger.rejected, "deferred": made.ledger.deferred}
@@ -77,7 +77,7 @@ def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
         if stage == "bundle":
             remember_bundle(output, project.store.url, made.key)
         if stage == "samples":
-            export_pictures(project.store, made, output / "samples")
+            materialise(project.store, made.blobs, output / "samples", replace=True)
         report(None, artifacts)
 
     def report(running: Artifact | None, artifacts: Mapping[str, Artifact]) -> None:

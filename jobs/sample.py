@@ -1,4 +1,4 @@
-"""``unclip sample "CAPTION"``: turn captions into pictures with a finished bundle."""
+"""``unclip sample "CAPTION"``: turn captions into images with a finished bundle."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ NAME_HASH = 10  # hexadecimal digits
 
 
 def main(argv: Sequence[str]) -> int:
+    """Runs ``unclip sample``."""
     parser = argparse.ArgumentParser(prog="unclip sample", description=__doc__)
     parser.add_argument("captions", nargs="+", metavar="CAPTION")
     parser.add_argument(
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "-o", "--to", type=Path, metavar="FOLDER", help="where the images go (samples, in the run's output folder)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next have the next (default 0)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as prior=ar"
     )
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     to.mkdir(parents=True, exist_ok=True)
 
     from models.tokens import check_captions
-    from pipeline.sampling.samples import make_sample, open_bundle
+    from pipeline.sampling.drawing import make_sample, open_bundle
 
     try:
         check_captions(arguments.captions)
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             sample = make_sample(unclip, caption, arguments.seed + i, options)
             request = {"caption": caption, "settings": sample.settings, "bundle": folder.name}
             path = to / f"{file_name(caption, request, sample.seed)}.png"
-            path.write_bytes(sample.picture)
+            path.write_bytes(sample.image)
             print(path)
     except ValueError as e:
         raise UserError(str(e)) from e
@@ -77,12 +78,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def remember_bundle(output: Path, store: str, key: str) -> None:
-    """Leave word in a run's output folder of where its bundle is."""
+    """Writes into a run's output folder where its bundle is."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "bundle.json").write_text(json.dumps({"store": store, "bundle": key}) + "\n")
 
 
 def newest_output() -> Path:
+    """Returns the output folder under out/ whose bundle is the newest. Raises UserError if there is none."""
     found = sorted(Path("out").glob("*/bundle.json"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(
@@ -92,7 +94,7 @@ def newest_output() -> Path:
 
 
 def bundle_artifact(output: Path) -> tuple[Store, Artifact]:
-    """The bundle that a run left word of in its output folder, and the store that it is in. Raises UserError."""
+    """Returns the store and the bundle that ``remember_bundle`` wrote into an output folder. Raises UserError."""
     try:
         word = json.loads(read_local(output / "bundle.json", 1 << 16))
         store, key = open_store(word["store"]), word["bundle"]
@@ -100,31 +102,31 @@ def bundle_artifact(output: Path) -> tuple[Store, Artifact]:
         raise UserError(f"{output}: no finished bundle there; name a run's output folder") from None
     artifact = load_artifact(store, "bundle", key)
     if artifact is None:
-        raise UserError(f"{output}: its bundle is no longer in {store.url}; run its configuration again")
+        raise UserError(f"{output}: its bundle is not in {store.url} any longer; run its configuration again")
     return store, artifact
 
 
 def bundle_folder(output: Path) -> Path:
-    """The bundle's folder on this machine, copied from the store the first time."""
+    """Returns the bundle's folder on this machine, copied from the store the first time."""
     store, artifact = bundle_artifact(output)
     folder = output / "bundle" / artifact.key[:12]
     try:
         materialise(store, artifact.blobs, folder)
     except CorruptObject as e:
-        raise UserError(f"{e}; run the configuration again, which makes it anew") from e
+        raise UserError(f"{e}; run the configuration again, which makes it again") from e
     return folder
 
 
 def sampling_option(text: str) -> tuple[str, Any]:
-    """Name and value of a --set, of the option's type. Raises UserError."""
+    """Returns name and value of a --set, of the option's type. Raises UserError."""
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text}: write NAME=VALUE")
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise UserError(f"--set {text}: {value} is no value; write a number or a word") from None
-    kind = get_type_hints(SamplingConfig).get(name)  # whoever samples names the known ones
+        raise UserError(f"--set {text}: {value} is not a value; write a number or a word") from None
+    kind = get_type_hints(SamplingConfig).get(name)  # ``sampling_with`` names the known options
     return name, parsed if kind is None else parse(kind, parsed, f"--set {name}")
 
 

@@ -25,6 +25,7 @@ from pipeline.data.source.journal import read_journal
 from pipeline.errors import UserError
 from pipeline.graph.runs import remember
 from pipeline.store import local_folder, open_store
+from pipeline.store.records import materialise
 
 KUBERAY = "kuberay"
 WHERE = (
@@ -116,14 +117,13 @@ def _follow(project: Project, asked: Agreed, cluster: Cluster, submission_id: st
 def _bring(project: Project) -> None:
     """Writes report and images here, from the store."""
     from pipeline.report.page import write_report
-    from pipeline.sampling.samples import export_pictures
 
     made, output = project.finished(), Path(project.config.run.output)
     write_report(project.store, project.config, project.graph, made, project.report)
     if "bundle" in made:
         remember_bundle(output, project.store.url, made["bundle"].key)
     if "samples" in made:
-        export_pictures(project.store, made["samples"], output / "samples")
+        materialise(project.store, made["samples"].blobs, output / "samples", replace=True)
 
 
 def _package(project: Project, here: bool = False) -> Package:

@@ -51,11 +51,11 @@ class ARPrior(nn.Module):
         nn.init.normal_(self.position, std=0.01)
 
     def prefix(self, tokens: Tensor, text_embedding: Tensor, dot_codes: Tensor, keep_text: Tensor) -> Tensor:
-        """What comes before the codes, [b, prefix + 2, width].
+        """Returns what comes before the codes, [b, prefix + 2, width].
 
         ``tokens`` int64 [b, 77], ``text_embedding`` unit norm [b, d], ``dot_codes`` int64 [b] in
         [0, buckets), ``keep_text`` bool [b]: False hides the caption and the text embedding. The dot-product token
-        stays: it says how well the picture fits its text, not what the text is.
+        stays: it says how well the image fits its text, not what the text is.
         """
         text = self.text_encoder(self.caption(tokens, keep_text))[:, : self.config.prefix]
         unit_variance = text_embedding.to(self.null_embedding.dtype) * self.embed_dim**0.5
@@ -75,14 +75,14 @@ class ARPrior(nn.Module):
         return self.logits(out[:, prefix.shape[1] - 1 :])
 
     def logits(self, out: Tensor) -> Tensor:
-        """The head, in full precision also under autocast."""
+        """Returns the head, in full precision also under autocast."""
         with torch.autocast(out.device.type, enabled=False):
             return self.head(out.to(self.head.weight.dtype))
 
 
 @torch.no_grad()
 def random_walk_(table: Tensor, std: float) -> None:
-    """Fill ``table`` [buckets, width] with a random walk over the buckets, of mean 0 and this standard deviation.
+    """Fills ``table`` [buckets, width] with a random walk over the buckets, of mean 0 and this standard deviation.
 
     Buckets are quantiles, in order: neighbours mean almost the same. In a walk they look almost the same before
     the first step; independent rows would have to learn it, which takes a small data set most of its training. The
@@ -96,7 +96,7 @@ def random_walk_(table: Tensor, std: float) -> None:
 def log_likelihood(
     model: ARPrior, tokens: Tensor, text_embedding: Tensor, dot_codes: Tensor, codes: Tensor, keep_text: Tensor
 ) -> Tensor:
-    """The exact log probability of every code given those before it, in nats: [b, codes]. A row's sum is its own."""
+    """Returns the exact log probability of every code given those before it, in nats: [b, codes]."""
     logits = model(tokens, text_embedding, dot_codes, codes, keep_text)
     # One row a code: over the middle dimension of [b, buckets, codes] it takes three times as long on a CPU.
     nats = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
@@ -104,7 +104,7 @@ def log_likelihood(
 
 
 def ar_prior_loss(model: ARPrior, batch: dict[str, Tensor], draw: Draw, codec: Codec) -> Losses:
-    """Mean cross-entropy of a row's codes, in nats, [b].
+    """Returns the mean cross-entropy of a row's codes, in nats, [b].
 
     ``batch`` has "tokens" int64 [b, 77], "text_embedding" and "image_embedding" [b, d] of unit norm. A uniform guess
     scores log(buckets). Text is hidden in training mode only: validation measures the model with it. Raises ValueError
@@ -133,7 +133,7 @@ def sample(
     guidance: float = 0.0,
     callback: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Codes drawn left to right, int64 [b, codes].
+    """Returns codes drawn left to right, int64 [b, codes].
 
     Logits are (1 + guidance) conditional - guidance unconditional, over ``temperature``, which must be above 0. A row
     depends on its own stream of ``draw`` alone. ``callback`` hears the number of codes drawn after every one. Raises
@@ -161,7 +161,7 @@ def sample(
 
 
 def invert_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The bucket in whose share of [0, 1) ``uniform`` [b] falls, for ``logits`` [b, buckets]: int64 [b]."""
+    """Returns the bucket in whose share of [0, 1) ``uniform`` [b] falls, for ``logits`` [b, buckets]: int64 [b]."""
     cdf = logits.double().softmax(-1).cumsum(-1)
     bucket = torch.searchsorted(cdf, uniform.double()[:, None], right=True)[:, 0]
     return bucket.clamp(max=logits.shape[-1] - 1)  # rounding may leave the last sum just below 1

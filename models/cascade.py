@@ -1,7 +1,7 @@
-"""The whole generator: captions to image embeddings to pictures of 64, 256 and 1024 px, and changed pictures.
+"""The whole generator: captions to image embeddings to images of 64, 256 and 1024 px, and changed images.
 
 Algorithm 2 of the specification (a prior draws several embeddings and keeps the best), then Algorithm 1 (the decoder
-and two upsamplers, each of which gets a slightly damaged picture, as in training). Sections are those of Ramesh et
+and two upsamplers, each of which gets a slightly damaged image, as in training). Sections are those of Ramesh et
 al. 2022.
 """
 
@@ -51,7 +51,7 @@ OPTIONAL = tuple(name for name in MODELS if name != "decoder")
 class Generation:
     """What a caption became: ``embedding``, unit norm, fp32 [b, d], and ``images`` by side in pixels.
 
-    Pictures are uint8 [b, side, side, 3], on the CPU.
+    Images are uint8 [b, side, side, 3], on the CPU.
     """
 
     embedding: Tensor
@@ -59,7 +59,7 @@ class Generation:
 
     @property
     def image(self) -> Tensor:
-        """The largest pictures."""
+        """The largest images."""
         return self.images[max(self.images)]
 
 
@@ -81,7 +81,7 @@ class UnCLIP:
 
     def __post_init__(self) -> None:
         if self.diffusion_prior is None and self.ar_prior is None:
-            raise ValueError("there is no prior: add diffusion_prior or ar_prior")
+            raise ValueError("a prior is missing: add diffusion_prior or ar_prior")
         if self.upsampler_1024 is not None and self.upsampler_256 is None:
             raise ValueError("upsampler_1024 has nothing to enlarge: add upsampler_256")
         for name in ("decoder", *PRIORS.values()):
@@ -98,14 +98,16 @@ class UnCLIP:
 
     @classmethod
     def from_folder(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
-        """Load a bundle: a folder with a subfolder for each model, named as the fields are, and sampling.json.
+        """Loads a bundle: a folder with a subfolder for each model, named as the fields are, and sampling.json.
 
         clip, decoder and a prior must be there. Raises FileNotFoundError when they are not, ValueError when something
         is damaged or does not belong together.
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: name a bundle, as the bundle stage or a release makes it")
+            raise FileNotFoundError(
+                f"{folder} is not a folder: name a bundle, as the bundle stage or a release makes it"
+            )
         models = {name: load_model(folder / name, device) for name in OPTIONAL if (folder / name).is_dir()}
         codec = load_codec(folder / "codec", device) if (folder / "codec").is_dir() else None
         return cls(
@@ -117,7 +119,7 @@ class UnCLIP:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write a bundle that ``from_folder`` opens as the same generator.
+        """Writes a bundle that ``from_folder`` opens as the same generator.
 
         Raises FileExistsError when the folder is not empty: parts of another bundle would stay in it.
         """
@@ -137,9 +139,9 @@ class UnCLIP:
     def generate(
         self, captions: Sequence[str], seeds: Sequence[int], progress: Progress = ignore, **options: object
     ) -> Generation:
-        """Make one picture for each caption from its own seed.
+        """Makes one image for each caption from its own seed.
 
-        ``options`` replace single fields of ``sampling``. A picture depends on its caption, its seed and the options,
+        ``options`` replace single fields of ``sampling``. An image depends on its caption, its seed and the options,
         and not on the rest of the batch beyond rounding. Stops at the last upsampler there is. Raises ValueError on
         captions and seeds of different number, a caption that is too long, and an option out of range.
         """
@@ -153,7 +155,7 @@ class UnCLIP:
     def draw_embedding(
         self, tokens: Tensor, text: Tensor, seeds: Sequence[int], sampling: SamplingConfig, progress: Progress = ignore
     ) -> Tensor:
-        """Algorithm 2: the best of several image embeddings a caption, unit norm, fp32 [b, d].
+        """Runs algorithm 2: the best of several image embeddings a caption, unit norm, fp32 [b, d].
 
         ``tokens`` [b, 77] and ``text``, CLIP's embeddings [b, d], are of the same captions.
         """
@@ -204,7 +206,7 @@ class UnCLIP:
         noise: Tensor | None = None,
         eta: float = 0.0,
     ) -> Generation:
-        """Algorithm 1: pictures of embeddings [b, d], of unit norm, and of tokens [b, 77] or no captions.
+        """Runs algorithm 1: images of embeddings [b, d], of unit norm, and of tokens [b, 77] or no captions.
 
         ``seeds`` are as many as embeddings. ``noise`` [b, 3, s, s] is the decoder's x_T in place of their own; ``eta``
         belongs to its "ddim" sampler. Raises ValueError on embeddings that do not fit.
@@ -231,29 +233,29 @@ class UnCLIP:
         return Generation(embedding, {side: to_uint8(x).permute(0, 2, 3, 1).cpu() for side, x in images.items()})
 
     @torch.no_grad()
-    def embed(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """z_i of each picture, by CLIP: unit norm, fp32 [b, d]."""
-        return self.clip.encode_image(self._views(pictures, self.clip.image_size))
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Returns z_i of each image, by CLIP: unit norm, fp32 [b, d]."""
+        return self.clip.encode_image(self._views(images, self.clip.image_size))
 
     @torch.no_grad()
     def invert(
         self,
-        pictures: Sequence[Image.Image],
+        images: Sequence[Image.Image],
         captions: Sequence[str] | None = None,
         progress: Progress = ignore,
         **options: object,
     ) -> Inversion:
-        """Section 3: the two latents of each picture, z_i by CLIP and x_T by DDIM inversion of the decoder.
+        """Follows section 3: the two latents of each image, z_i by CLIP and x_T by DDIM inversion of the decoder.
 
-        ``captions`` tell the decoder what is in the pictures; they stay with the latents. Raises ValueError on another
-        number of captions than pictures.
+        ``captions`` tell the decoder what is in the images; they stay with the latents. Raises ValueError on another
+        number of captions than images.
         """
         sampling = self.manipulation_sampling(options)
-        if captions is not None and len(captions) != len(pictures):
-            raise ValueError(f"got {len(pictures)} pictures and {len(captions)} captions: give one for each")
+        if captions is not None and len(captions) != len(images):
+            raise ValueError(f"got {len(images)} images and {len(captions)} captions: give one for each")
         tokens = None if captions is None else self._tokens(captions)
         config = self.decoder.config
-        embedding, x0 = self.embed(pictures), self._views(pictures, config.image_size)
+        embedding, x0 = self.embed(images), self._views(images, config.image_size)
         denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance)
         schedule, steps = make_schedule(config.schedule, config.steps), sampling.decoder_steps
 
@@ -266,7 +268,7 @@ class UnCLIP:
     def reconstruct(
         self, inversion: Inversion, seed: int = 0, progress: Progress = ignore, **options: object
     ) -> Generation:
-        """Section 3: the pictures that these latents are of, by DDIM with eta 0. ``seed`` is the upsamplers'."""
+        """Follows section 3: the images that these latents are of, by DDIM with eta 0. ``seed`` is the upsamplers'."""
         return self.variations(inversion, [seed] * len(inversion), 0.0, progress, **options)
 
     def variations(
@@ -277,13 +279,13 @@ class UnCLIP:
         progress: Progress = ignore,
         **options: object,
     ) -> Generation:
-        """Section 3.1: other pictures of the same embedding, from the same x_T, by DDIM with ``eta`` above 0.
+        """Follows section 3.1: other images of the same embedding, from the same x_T, by DDIM with ``eta`` above 0.
 
-        One picture becomes as many as there are seeds; several take a seed each. With eta 0 nothing changes, with 1
+        One image becomes as many as there are seeds; several take a seed each. With eta 0 nothing changes, with 1
         most does. Raises ValueError on an eta below 0.
         """
         if eta < 0:
-            raise ValueError(f"eta is {eta}: use 0 for the picture itself, up to 1 for variations")
+            raise ValueError(f"eta is {eta}: use 0 for the image itself, up to 1 for variations")
         many, sampling = inversion.repeated(len(seeds)), self.manipulation_sampling(options)
         return self.decode(many.embedding, many.tokens, seeds, sampling, progress, many.noise, eta)
 
@@ -296,12 +298,12 @@ class UnCLIP:
         progress: Progress = ignore,
         **options: object,
     ) -> Generation:
-        """Section 3.2: ``count`` pictures from one to the other, both latents turned by spherical interpolation.
+        """Follows section 3.2: ``count`` images from one to the other, both latents turned by spherical interpolation.
 
         Captions are left out. Raises ValueError on a count below 2.
         """
         if count < 2:
-            raise ValueError(f"an interpolation takes 2 or more pictures, got {count}")
+            raise ValueError(f"an interpolation takes 2 or more images, got {count}")
         share = torch.linspace(0, 1, count, device=first.embedding.device)
         a, b = first.repeated(count), second.repeated(count)
         noise = slerp(a.noise, b.noise, share)
@@ -318,7 +320,7 @@ class UnCLIP:
         progress: Progress = ignore,
         **options: object,
     ) -> Generation:
-        """Section 3.3: the picture, its embedding turned by each of ``shares`` towards caption after minus before.
+        """Follows section 3.3: the image, its embedding turned by a share towards ``after`` minus ``before``.
 
         The paper goes up to 0.25 to 0.5. x_T stays, and captions are left out. Raises ValueError where both captions
         mean the same.
@@ -339,7 +341,7 @@ class UnCLIP:
         progress: Progress = ignore,
         **options: object,
     ) -> Generation:
-        """Section 4: what the first so many principal components of an embedding [1, d] say, drawn from one noise.
+        """Follows section 4: what the first principal components of an embedding [1, d] say, drawn from one noise.
 
         Raises ValueError without a codec, and on more components than it has.
         """
@@ -349,21 +351,26 @@ class UnCLIP:
         return self.decode(parts, None, [seed] * len(counts), self.manipulation_sampling(options), progress)
 
     def manipulation_sampling(self, options: dict[str, object]) -> SamplingConfig:
-        """How pictures are changed: DDIM without guidance, which alone can be inverted, unless ``options`` ask for
-        some. Raises ValueError as ``change_sampling`` does."""
+        """Returns how images are changed: DDIM without guidance, which alone is invertible, unless ``options`` set it.
+
+        Raises ValueError as ``change_sampling`` does.
+        """
         return replace(self.sampling_with({"decoder_guidance": 0.0} | options), decoder_sampler="ddim")
 
     def sampling_with(self, options: dict[str, object]) -> SamplingConfig:
-        """Returns ``sampling`` with some fields replaced. Raises ValueError on an unknown one, a value out of range and
-        one that these models cannot take, before anything is drawn."""
+        """Returns ``sampling`` with some fields replaced.
+
+        Raises ValueError on an unknown field, a value out of range and one that these models cannot take, before
+        anything is drawn.
+        """
         sampling = change_sampling(self.sampling, options)
         models = {name: getattr(self, name) for name in STEPS}
         check_sampling(sampling, {name: model.config for name, model in models.items() if model is not None})
         return sampling
 
-    def _views(self, pictures: Sequence[Image.Image], side: int) -> Tensor:
-        """uint8 [b, 3, side, side]."""
-        views = torch.from_numpy(np.stack([view(picture, side) for picture in pictures]))
+    def _views(self, images: Sequence[Image.Image], side: int) -> Tensor:
+        """Returns uint8 [b, 3, side, side]."""
+        views = torch.from_numpy(np.stack([view(image, side) for image in images]))
         return views.permute(0, 3, 1, 2).to(self.clip.mean.device)
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
@@ -371,5 +378,5 @@ class UnCLIP:
         return tokenize(list(captions)).to(self.clip.mean.device)
 
     def _text(self, captions: Sequence[str]) -> Tensor:
-        """CLIP's embeddings of captions, fp32 [b, d]."""
+        """Returns CLIP's embeddings of captions, fp32 [b, d]."""
         return self.clip.encode_text(self.clip.tokenize(captions).to(self.clip.mean.device))

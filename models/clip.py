@@ -61,7 +61,7 @@ class Clip(nn.Module):
 
     @classmethod
     def build(cls, config: ClipConfig, seed: int) -> Self:
-        """A new CLIP whose random weights depend on ``config`` and ``seed`` alone."""
+        """Returns a new CLIP whose random weights depend on ``config`` and ``seed`` alone."""
         model_config = config.model_config()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -82,7 +82,7 @@ class Clip(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """Load open_clip's local-dir layout: open_clip_config.json and open_clip_model.safetensors.
+        """Loads open_clip's local-dir layout: open_clip_config.json and open_clip_model.safetensors.
 
         A CLIP with a tokenizer of its own has that tokenizer's files there too. Raises FileNotFoundError when one of
         the two files is missing, ValueError when a file is damaged, names code or files elsewhere, or when the text
@@ -97,7 +97,7 @@ class Clip(nn.Module):
 
     @classmethod
     def pretrained(cls, name: str, tag: str) -> Self:
-        """Load open_clip's model ``name`` with weights ``tag``, a tag that open_clip knows or a file.
+        """Loads open_clip's model ``name`` with weights ``tag``, a tag that open_clip knows or a file.
 
         Takes the activation function that the tag was trained with. Raises ValueError on an unknown name or tag, on a
         download that fails, and when the text tower or its tokenizer cannot be used.
@@ -118,7 +118,7 @@ class Clip(nn.Module):
         return cls(model, model_config, _own_tokenizer(name, model_config)).eval()
 
     def save(self, folder: str | Path) -> None:
-        """Write open_clip's local-dir layout into ``folder``, which is made if need be."""
+        """Writes open_clip's local-dir layout into ``folder``, which is made if need be."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         preprocess = {"mean": self.model.visual.image_mean, "std": self.model.visual.image_std}
         document = {"model_cfg": self.model_config, "preprocess_cfg": preprocess}
@@ -134,7 +134,7 @@ class Clip(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures that ``encode_image`` takes, in pixels."""
+        """Side of the images that ``encode_image`` takes, in pixels."""
         size = self.model.visual.image_size
         return size if isinstance(size, int) else size[0]
 
@@ -149,7 +149,7 @@ class Clip(nn.Module):
         return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Unit-norm embeddings, fp32 [b, d], of views uint8 [b, 3, image_size, image_size].
+        """Returns unit-norm embeddings, fp32 [b, d], of views uint8 [b, 3, image_size, image_size].
 
         Raises ValueError on another type or size.
         """
@@ -159,11 +159,11 @@ class Clip(nn.Module):
         return self.encode_pixels(images / 255)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Unit-norm embeddings, fp32 [b, d], of pictures in [0, 1], [b, 3, image_size, image_size]."""
+        """Returns unit-norm embeddings, fp32 [b, d], of images in [0, 1], [b, 3, image_size, image_size]."""
         return F.normalize(self.model.encode_image((pixels - self.mean) / self.std).float(), dim=-1)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Captions to what ``encode_text`` takes: BPE tokens int64 [b, 77], or the tower's own [b, context_length].
+        """Turns captions to what ``encode_text`` takes: BPE tokens int64 [b, 77], or its own [b, context_length].
 
         Longer captions are cut.
         """
@@ -173,22 +173,24 @@ class Clip(nn.Module):
 
     @property
     def text_lengths(self) -> tuple[int, ...]:
-        """Numbers of tokens to which captions that end within them may be cut for ``encode_text``, rising; the last is
-        its full length. In a causal tower a caption's end does not see what comes after it."""
+        """Numbers of tokens, rising, to which captions that end within them may be cut for ``encode_text``.
+
+        The last is its full length. In a causal tower a caption's end does not see what comes after it.
+        """
         full, model = self.context_length, self.model
         causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None and model.text_pool_type == "argmax"
         shorter = [n for n in SHORTER if n < full] if causal and self.own_tokenizer is None else []
         return (*shorter, full)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Unit-norm embeddings, fp32 [b, d], of tokens of this CLIP's ``tokenize``, cut as ``text_lengths`` allows."""
+        """Embeds, with unit norm, fp32 [b, d], tokens of this CLIP's ``tokenize``, cut as ``text_lengths`` allows."""
         if tokens.shape[1] in self.text_lengths[:-1]:
             return F.normalize(self._encode_shorter(tokens).float(), dim=-1)
         cut = cut_tokens(tokens, self.context_length) if self.own_tokenizer is None else tokens
         return F.normalize(self.model.encode_text(cut).float(), dim=-1)
 
     def _encode_shorter(self, tokens: Tensor) -> Tensor:
-        """open_clip's text tower with as many positions as there are tokens."""
+        """Runs open_clip's text tower with as many positions as there are tokens."""
         length, model = tokens.shape[1], self.model
         cut = {
             "tower.positional_embedding": model.positional_embedding[:length],
@@ -215,8 +217,10 @@ def config_of(name: str) -> dict:
 
 
 def config_in(folder: str | Path) -> dict:
-    """Returns open_clip's configuration of the CLIP in a folder, before anything of it is built. Raises as
-    ``Clip.from_folder`` does."""
+    """Returns open_clip's configuration of the CLIP in a folder, before anything of it is built.
+
+    Raises as ``Clip.from_folder`` does.
+    """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (Path(folder) / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: name a CLIP folder in open_clip's local-dir layout")
@@ -246,12 +250,12 @@ def _unusable(folder: str | Path, error: Exception) -> ValueError:
 
 
 def _check_towers(name: str, model_config: dict) -> None:
-    """Raises ValueError for towers that a folder cannot hold, and a text tower without a tokenizer that reads other BPE
-    tokens than CLIP's own.
+    """Raises ValueError for towers that a folder cannot hold.
 
+    That includes a text tower without a tokenizer that reads other BPE tokens than CLIP's own.
     A tower of Hugging Face's or of timm's hub is built from what that hub says, which no folder has, and a tokenizer
     with other options than ``TOKENIZER_OPTIONS`` may run code of its folder. Raises KeyError, TypeError or
-    AttributeError where this is no configuration.
+    AttributeError where this is not a configuration.
     """
     text, image = model_config["text_cfg"], model_config["vision_cfg"]
     options = text.get("tokenizer_kwargs", {}).keys() - TOKENIZER_OPTIONS
@@ -287,7 +291,7 @@ def _check_tokenizer_files(folder: Path) -> None:
 
 
 def _own_tokenizer(name: str, model_config: dict) -> HFTokenizer | None:
-    """The tokenizer that a model, or "local-dir:FOLDER", has instead of CLIP's own BPE. Raises ValueError."""
+    """Returns the tokenizer that a model, or "local-dir:FOLDER", has instead of CLIP's own BPE. Raises ValueError."""
     if not model_config["text_cfg"].get("hf_tokenizer_name"):
         return None
     try:
@@ -306,12 +310,12 @@ Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 
 def alone(rows: Tensor) -> tuple[Tensor, int]:
-    """The Gather of a worker that holds the whole batch."""
+    """Returns the Gather of a worker that holds the whole batch."""
     return rows, 0
 
 
 def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather = alone) -> Losses:
-    """The symmetric contrastive loss of each row against the whole batch, nats, [b] (CLIP, figure 3).
+    """Returns the symmetric contrastive loss of each row against the whole batch, nats, [b] (CLIP, figure 3).
 
     ``batch`` has "image" uint8 [b, 3, image_size, image_size], augmented here, and "tokens" int64 [b, 77]. A row's
     loss depends on the others: those of other workers come through ``gather``, and a worker's own must not be cut. The
@@ -331,13 +335,13 @@ def clip_loss(clip: Clip, batch: dict[str, Tensor], draw: Draw, gather: Gather =
 
 
 def augment(images: Tensor, draw: Draw) -> Tensor:
-    """Training pictures fp32 [b, 3, s, s] in [0, 1] from uint8 ones.
+    """Returns training images fp32 [b, 3, s, s] in [0, 1] from uint8 ones.
 
     A square crop of 0.75 to 1 of the side at a random place, resized back, then brightness times 0.8 to 1.2. No
     flips: left and right are words.
     """
     side = 0.75 + 0.25 * draw.uniform("crop_side", 1)
-    centre = (2 * draw.uniform("crop_place", 2) - 1) * (1 - side)  # the picture being [-1, 1]
+    centre = (2 * draw.uniform("crop_place", 2) - 1) * (1 - side)  # the image being [-1, 1]
     scale = torch.diag_embed(side.expand(-1, 2))
     grid = F.affine_grid(torch.cat([scale, centre[..., None]], dim=2), list(images.shape), align_corners=False)
     pixels = F.grid_sample(images / 255, grid, padding_mode="border", align_corners=False)

@@ -59,7 +59,7 @@ class ClipPrior(DiffusionPrior):
         )
 
     def given(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> tuple[Tensor, Tensor]:
-        """As the parent's, but ``text_embedding`` is not used: the text encoder makes it, not of unit norm.
+        """Works as the parent's, but ``text_embedding`` is not used: the text encoder makes it, not of unit norm.
 
         ``x_t`` and the result of ``forward`` are standardised, [b, d].
         """
@@ -68,5 +68,5 @@ class ClipPrior(DiffusionPrior):
         return sequence + self.position[:-ASKED], F.pad(text.shown, (0, 1), value=True)
 
     def image_embedding(self, samples: Tensor) -> Tensor:
-        """As the parent's."""
+        """Works as the parent's."""
         return F.normalize(samples * self.std + self.mean, dim=-1)

@@ -10,12 +10,12 @@ from models.cascade import Generation, UnCLIP
 from models.reverse import Progress, ignore
 from models.tokens import check_captions, tokenize
 
-AR, DIFFUSION, TEXT, PICTURE = "AR prior", "diffusion prior", "text embedding", "true image embedding"
+AR, DIFFUSION, TEXT, IMAGE = "AR prior", "diffusion prior", "text embedding", "true image embedding"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pictures of one caption, the i-th decoded from the embedding that ``names[i]`` says.
+    """Images of one caption, the i-th decoded from the embedding that ``names[i]`` says.
 
     ``text`` is the caption's own embedding, unit norm, fp32 [1, d].
     """
@@ -26,7 +26,7 @@ class Comparison:
 
 
 def priors_of(unclip: UnCLIP) -> list[tuple[str, str]]:
-    """Name and sampling option of each prior that a bundle has."""
+    """Returns the name and sampling option of each prior that a bundle has."""
     both = ((AR, "ar", unclip.ar_prior), (DIFFUSION, "diffusion", unclip.diffusion_prior))
     return [(name, option) for name, option, model in both if model is not None]
 
@@ -36,11 +36,11 @@ def compare_priors(
     unclip: UnCLIP,
     caption: str,
     seed: int = 0,
-    picture: Image.Image | None = None,
+    image: Image.Image | None = None,
     progress: Progress = ignore,
     **options: object,
 ) -> Comparison:
-    """Decode a caption from each prior's embedding, from its text embedding in place of one, and from ``picture``'s.
+    """Decodes a caption from each prior's embedding, from its text embedding in place of one, and from ``image``'s.
 
     The decoder always sees the caption, is guided as when sampling, and starts from the same noise. Raises ValueError
     on a caption that is too long and an option out of range.
@@ -55,8 +55,8 @@ def compare_priors(
         for name, option in priors_of(unclip)
     }
     embeddings[TEXT] = text
-    if picture is not None:
-        embeddings[PICTURE] = unclip.embed([picture])
+    if image is not None:
+        embeddings[IMAGE] = unclip.embed([image])
     many = list(embeddings.values())
     made = unclip.decode(torch.cat(many), tokens.expand(len(many), -1), [seed] * len(many), sampling, progress)
     return Comparison(tuple(embeddings), made, text)

@@ -25,8 +25,13 @@ CLIP_CONTEXT = 77
 
 
 class Condition(NamedTuple):
-    """What the U-Net gets to know: a vector [b, embedding_width] added to the timestep embedding, and tokens
-    [b, n, context_width] to attend to where ``shown``, bool [b, n], is True (None: everywhere)."""
+    """Holds the condition of the U-Net.
+
+    Attributes:
+        added: [b, embedding_width], added to the timestep embedding.
+        context: Tokens [b, n, context_width] to attend to.
+        shown: bool [b, n]; False hides a token, None shows all.
+    """
 
     added: Tensor
     context: Tensor
@@ -34,7 +39,7 @@ class Condition(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Predicts noise (or v) and variance of a noised picture.
+    """Predicts noise (or v) and variance of a noised image.
 
     The image embedding z has unit norm, as CLIP gives it, and is multiplied by ``scale``, by default sqrt(d) for unit
     variance. W z joins the timestep embedding, and W' z makes ``clip_tokens`` tokens before the outputs of the
@@ -75,7 +80,7 @@ class Decoder(nn.Module):
         self.null_image = nn.Parameter(torch.zeros(embed_dim), requires_grad=config.null_image == "learned")
 
     def condition(self, image_embedding: Tensor, tokens: Tensor, keep_image: Tensor, keep_text: Tensor) -> Condition:
-        """Encode embeddings [b, d] and BPE tokens [b, 77], 0 after the end token; ``keep_...`` bool [b], False drops.
+        """Encodes embeddings [b, d] and BPE tokens [b, 77], 0 after the end token; ``keep_...`` bool [b], False drops.
 
         It does not depend on the timestep, so a sampler calls it once.
         """
@@ -98,12 +103,12 @@ class Decoder(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, image_embedding: Tensor, tokens: Tensor, keep_image: Tensor, keep_text: Tensor
     ) -> Tensor:
-        """``predict`` under ``condition``; shapes as there."""
+        """Returns ``predict`` under ``condition``; shapes as there."""
         return self.predict(x_t, t, self.condition(image_embedding, tokens, keep_image, keep_text))
 
 
 def decoder_loss(model: Decoder, batch: dict[str, Tensor], draw: Draw) -> Losses:
-    """Hybrid loss of "image" (uint8 [b, 3, s, s]), given "image_embedding" [b, d] and "tokens" [b, 77].
+    """Returns the hybrid loss of "image" (uint8 [b, 3, s, s]), given "image_embedding" [b, d] and "tokens" [b, 77].
 
     Embedding and caption are dropped independently of each other, in training mode only: validation measures the
     model with its conditions. Parts: "mse" and "vb".
@@ -122,7 +127,7 @@ def decoder_loss(model: Decoder, batch: dict[str, Tensor], draw: Draw) -> Losses
 
 
 def decoder_denoise(model: Decoder, image_embedding: Tensor, tokens: Tensor | None, guidance: float) -> Denoise:
-    """What samplers need, for embeddings [b, d] and captions [b, 77], or None for none; ``guidance`` is w, 0 for none.
+    """Returns what samplers need for embeddings [b, d] and captions [b, 77] or None; ``guidance`` is w, 0 for none.
 
     The empty condition drops both. x0 is clipped to [-1, 1].
     """

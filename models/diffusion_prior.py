@@ -65,13 +65,13 @@ class DiffusionPrior(nn.Module):
         return self.config.scale * self.embed_dim**0.5
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Make room for ``gamma`` if the weights bring it."""
+        """Makes room for ``gamma`` if the weights bring it."""
         if f"{prefix}gamma" in state_dict:
             self.gamma = self.query.new_empty(self.config.steps, dtype=torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def condition(self, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Cache:
-        """Read captions; the arguments are those of ``forward``.
+        """Reads captions; the arguments are those of ``forward``.
 
         They come first and the transformer is causal, so that neither x_t nor t changes what it keeps of them: a
         sampler calls this once, and a step computes three positions.
@@ -82,13 +82,13 @@ class DiffusionPrior(nn.Module):
         return cache
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Cache) -> Tensor:
-        """``forward`` for captions that ``condition`` has read."""
+        """Returns ``forward`` for captions that ``condition`` has read."""
         out = self.transformer(self.asked(x_t, t), condition, last_only=True)
         condition.length -= ASKED
         return self.embedding_out(out)
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
-        """The clean embedding at the diffusion's scale, fp32 [b, d].
+        """Returns the clean embedding at the diffusion's scale, fp32 [b, d].
 
         ``x_t`` [b, d] at that scale, ``t`` int64 [b], ``tokens`` int64 [b, 77], ``text_embedding`` unit norm
         [b, d], ``keep_text`` bool [b]: False hides caption and text embedding, never the noised embedding.
@@ -105,23 +105,23 @@ class DiffusionPrior(nn.Module):
         return torch.cat([self.caption(tokens, keep_text), embedding[:, None]], dim=1), None
 
     def asked(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Timestep, noised embedding and query as the transformer takes them, [b, 3, width]."""
+        """Returns timestep, noised embedding and query as the transformer takes them, [b, 3, width]."""
         step = self.timestep(timestep_embedding(t, self.config.width).to(self.query.dtype))
         noised = self.noised_in(x_t.to(self.query.dtype))
         return torch.stack([step, noised, self.query.expand_as(step)], dim=1) + self.position[-ASKED:]
 
     def embedding_out(self, out: Tensor) -> Tensor:
-        """The clean embedding [b, d] in what the transformer says at the query, in full precision."""
+        """Returns the clean embedding [b, d] in what the transformer says at the query, in full precision."""
         with torch.autocast(out.device.type, enabled=False):
             return self.out(out[:, -1].to(self.query.dtype))
 
     def image_embedding(self, samples: Tensor) -> Tensor:
-        """Image embeddings, unit norm [b, d], of samples [b, d] of the diffusion."""
+        """Returns image embeddings, unit norm [b, d], of samples [b, d] of the diffusion."""
         return F.normalize(samples / self.scale, dim=-1)
 
 
 def diffusion_prior_loss(model: DiffusionPrior, batch: dict[str, Tensor], draw: Draw) -> Losses:
-    """Mean squared error of the clean embedding at the diffusion's scale, [b].
+    """Returns the mean squared error of the clean embedding at the diffusion's scale, [b].
 
     ``batch`` has "tokens" int64 [b, 77], "text_embedding" and "image_embedding" [b, d] of unit norm. Text is hidden in
     training mode only: validation measures the model with it.
@@ -138,7 +138,7 @@ def diffusion_prior_loss(model: DiffusionPrior, batch: dict[str, Tensor], draw: 
 def diffusion_prior_denoise(
     model: DiffusionPrior, tokens: Tensor, text_embedding: Tensor, guidance: float = 0.0
 ) -> Denoise:
-    """The prior as a sampler takes it, for these captions; ``image_embedding`` makes embeddings of the samples.
+    """Returns the prior as a sampler takes it, for these captions; ``image_embedding`` makes embeddings of the samples.
 
     ``guidance`` is w in (1 + w) conditional - w unconditional.
     """

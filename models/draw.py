@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on every part, in order, and on nothing else."""
+    """Returns a 63-bit seed that depends on every part, in order, and on nothing else."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -30,17 +30,17 @@ class Draw:
         return [(torch.Generator().manual_seed(derive_seed(seed, purpose)), rows) for seed, rows in self.streams]
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
-        """Standard normal numbers, [rows, *shape], fp32."""
+        """Returns standard normal numbers, [rows, *shape], fp32."""
         blocks = [torch.randn(rows, *shape, generator=g) for g, rows in self._generators(purpose)]
         return torch.cat(blocks).to(self.device)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """Numbers in [0, 1), [rows, *shape], fp32."""
+        """Returns numbers in [0, 1), [rows, *shape], fp32."""
         blocks = [torch.rand(rows, *shape, generator=g) for g, rows in self._generators(purpose)]
         return torch.cat(blocks).to(self.device)
 
     def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
-        """Integers in [0, high), [rows, *shape], int64."""
+        """Returns integers in [0, high), [rows, *shape], int64."""
         blocks = [torch.randint(high, (rows, *shape), generator=g) for g, rows in self._generators(purpose)]
         return torch.cat(blocks).to(self.device)
 

@@ -48,7 +48,7 @@ KINDS = {
 
 
 def save_model(folder: str | Path, model: nn.Module, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a prior, decoder or upsampler into ``folder``, with ``weights`` (an average, say) instead of its own."""
+    """Writes a prior, decoder or upsampler into ``folder``, with ``weights`` (an average, say) instead of its own."""
     kind = next(name for name, kind in KINDS.items() if type(model) is kind.model)
     sizes = {name: getattr(model, name) for name in KINDS[kind].sizes}
     document = {"format": FORMAT, "kind": kind, "config": asdict(model.config), "sizes": sizes}  # type: ignore[call-overload]
@@ -56,7 +56,7 @@ def save_model(folder: str | Path, model: nn.Module, weights: dict[str, Tensor] 
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Any:
-    """Read a prior, decoder or upsampler that ``save_model`` wrote; in evaluation mode.
+    """Reads a prior, decoder or upsampler that ``save_model`` wrote; in evaluation mode.
 
     Raises FileNotFoundError when a file is missing, and ValueError when the folder was written by a newer version or
     its weights do not fit its configuration.
@@ -82,12 +82,12 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Any:
 
 
 def save_codec(folder: str | Path, codec: Codec) -> None:
-    """Write a codec into ``folder``."""
+    """Writes a codec into ``folder``."""
     write(Path(folder), {"format": FORMAT, "kind": "codec"}, codec.tensors())
 
 
 def load_codec(folder: str | Path, device: torch.device | str = "cpu") -> Codec:
-    """Read a codec that ``save_codec`` wrote. Raises as ``load_model`` does."""
+    """Reads a codec that ``save_codec`` wrote. Raises as ``load_model`` does."""
     document, tensors = read(Path(folder), device)
     if document["kind"] != "codec" or tensors.keys() != {field.name for field in fields(Codec)}:
         raise ValueError(f"{folder} holds no codec but a {document['kind']} of {sorted(tensors)}")
@@ -95,14 +95,14 @@ def load_codec(folder: str | Path, device: torch.device | str = "cpu") -> Codec:
 
 
 def write(folder: Path, document: dict, tensors: dict[str, Tensor]) -> None:
-    """Write both files of a model folder, which is made if need be."""
+    """Writes both files of a model folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
 
 
 def read(folder: Path, device: torch.device | str) -> tuple[dict, dict[str, Tensor]]:
-    """Read both files of a model folder. Raises as ``load_model`` does."""
+    """Reads both files of a model folder. Raises as ``load_model`` does."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: name a folder that a training wrote")

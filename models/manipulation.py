@@ -1,7 +1,7 @@
-"""The arithmetic of changing pictures through their latents (Ramesh et al. 2022, section 3). Pure functions.
+"""The arithmetic of changing images through their latents (Ramesh et al. 2022, section 3). Pure functions.
 
-A picture has two latents: its CLIP image embedding z_i says what CLIP recognises in it, and x_T, the decoder's noise,
-holds what else it takes to draw this very picture.
+An image has two latents: its CLIP image embedding z_i says what CLIP recognises in it, and x_T, the decoder's noise,
+holds what else it takes to draw this very image.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from models.codec import Codec
 
 @dataclass(frozen=True)
 class Inversion:
-    """The latents of pictures: ``embedding`` z_i, unit norm [b, d], and ``noise`` x_T, [b, 3, s, s].
+    """The latents of images: ``embedding`` z_i, unit norm [b, d], and ``noise`` x_T, [b, 3, s, s].
 
     ``tokens`` are the captions that the decoder was told, int64 [b, 77], or None for none.
     """
@@ -28,28 +28,28 @@ class Inversion:
         return len(self.embedding)
 
     def repeated(self, count: int) -> "Inversion":
-        """Its only picture ``count`` times. Raises ValueError if there are several, unless they are ``count``."""
+        """Its only image ``count`` times. Raises ValueError if there are several, unless they are ``count``."""
         if len(self) == count:
             return self
         if len(self) != 1:
-            raise ValueError(f"got {len(self)} pictures and {count} seeds: give one picture, or a seed for each")
+            raise ValueError(f"got {len(self)} images and {count} seeds: give one image, or a seed for each")
         tokens = None if self.tokens is None else self.tokens.expand(count, -1)
         return Inversion(self.embedding.expand(count, -1), self.noise.expand(count, -1, -1, -1), tokens)
 
 
 def check_embedding(embedding: Tensor, embed_dim: int) -> None:
-    """Raise ValueError unless these are image embeddings as CLIP makes them: [b, ``embed_dim``], of unit norm."""
+    """Raises ValueError unless these are image embeddings as CLIP makes them: [b, ``embed_dim``], of unit norm."""
     if embedding.ndim != 2 or embedding.shape[1] != embed_dim:
         raise ValueError(f"embeddings have shape {tuple(embedding.shape)}, this bundle's CLIP makes [b, {embed_dim}]")
     norm = embedding.norm(dim=1)
     if not norm.isfinite().all():
-        raise ValueError("embeddings hold values that are no numbers: leave those rows out")
+        raise ValueError("embeddings hold NaN or Inf: leave those rows out")
     if ((norm - 1).abs() > 0.01).any():
         raise ValueError(f"embeddings have norms from {norm.min():.3g} to {norm.max():.3g}: normalise them to 1")
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """Spherical interpolation of rows, [b, ...]: ``a`` where ``share`` [b] is 0, ``b`` where it is 1 (Shoemake 1985).
+    """Interpolates rows spherically, [b, ...]: ``a`` where ``share`` [b] is 0, ``b`` where it is 1 (Shoemake 1985).
 
     The angle is that between the two as vectors; the length changes with them. Rows that point the same way are
     interpolated in a straight line. Computed in fp64.
@@ -65,20 +65,20 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 
 
 def text_difference(before: Tensor, after: Tensor) -> Tensor:
-    """The direction from one caption to another, unit norm [b, d], of text embeddings [b, d] (section 3.3).
+    """Returns the direction from one caption to another, unit norm [b, d], of text embeddings [b, d] (section 3.3).
 
     Raises ValueError where both are the same.
     """
     difference = after - before
     if (difference.norm(dim=-1) < 1e-6).any():
-        raise ValueError("both captions have the same embedding: there is no difference to follow, change one of them")
+        raise ValueError("both captions have the same embedding: without a difference to follow; change one of them")
     return F.normalize(difference, dim=-1)
 
 
 def first_components(codec: Codec, embedding: Tensor, count: int) -> Tensor:
-    """Embeddings [b, d] from their first ``count`` principal components, unit norm fp32 (section 4).
+    """Returns embeddings [b, d] from their first ``count`` principal components, unit norm fp32 (section 4).
 
-    Raises ValueError unless the codec has so many.
+    Raises ValueError unless the codec has ``count`` components.
     """
     if not 0 <= count <= codec.codes:
         raise ValueError(f"cannot keep {count} principal components: this codec has {codec.codes}")

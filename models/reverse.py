@@ -56,7 +56,7 @@ class Reverse:
     def __call__(
         self, model: DiffusionPrior | Decoder | Upsampler, denoise: Denoise, noise: Tensor, draw: Draw
     ) -> Tensor:
-        """From ``noise`` [b, ...] to a sample of the same shape."""
+        """Goes from ``noise`` [b, ...] to a sample of the same shape."""
         schedule = make_schedule(model.config.schedule, model.config.steps)
         steps = self.steps
         grid = strided_grid(schedule.steps, steps) if self.inverted else sampling_grid(self.stage, model, steps)

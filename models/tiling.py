@@ -1,4 +1,4 @@
-"""A convolutional network on a large picture piece by piece, without seams."""
+"""A convolutional network on a large image piece by piece, without seams."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def tile_weight(tile: int) -> Tensor:
 def in_tiles(
     network: Callable[[Tensor, Tensor], Tensor], x: Tensor, condition: Tensor, tile: int, multiple: int
 ) -> Tensor:
-    """``network`` of x and ``condition``, both [b, c, h, w], from tiles of ``tile`` pixels: fp32 [b, c', h, w].
+    """Returns ``network`` of x and ``condition``, both [b, c, h, w], from tiles of ``tile`` pixels: fp32 [b, c', h, w].
 
     Where tiles overlap, their outputs are averaged with weights that fall to nothing at a tile's edge, so no pixel
     jumps from one tile's output to the next. ``tile`` and s are multiples of ``multiple``, and tiles begin at such.

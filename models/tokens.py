@@ -38,12 +38,12 @@ def tokenizer() -> Bpe:
 
 
 def shortened(captions: Sequence[str]) -> list[str]:
-    """Captions with single spaces, cut where no tokenizer would read on."""
+    """Returns captions with single spaces, cut where no tokenizer would read on."""
     return [" ".join(caption.split())[:CAPTION_CHARACTERS] for caption in captions]
 
 
 def tokenize(captions: Sequence[str]) -> Tensor:
-    """Captions to int64 [b, 77]: start, at most 75 BPE tokens, end, then zeros. Longer captions are cut."""
+    """Turns captions to int64 [b, 77]: start, at most 75 BPE tokens, end, then zeros. Longer captions are cut."""
     rows = np.zeros((len(captions), CONTEXT), np.int64)
     for row, caption in zip(rows, shortened(captions), strict=True):
         tokens = [START, *tokenizer().encode(caption)[: CONTEXT - 2], END]
@@ -52,7 +52,7 @@ def tokenize(captions: Sequence[str]) -> Tensor:
 
 
 def check_captions(captions: Sequence[str]) -> None:
-    """Raise ValueError for the first caption that ``tokenize`` would cut. For what is asked for, not for data."""
+    """Raises ValueError for the first caption that ``tokenize`` would cut. For what is asked for, not for data."""
     for i, caption in enumerate(captions, 1):
         length = len(tokenizer().encode(caption[: 2 * CAPTION_CHARACTERS]))
         if length > CONTEXT - 2:
@@ -60,7 +60,7 @@ def check_captions(captions: Sequence[str]) -> None:
 
 
 def cut_tokens(tokens: Tensor, context: int) -> Tensor:
-    """The first ``context`` columns of ``tokens``, the last one an end token in rows that had none left."""
+    """Returns the first ``context`` columns of ``tokens``, the last one an end token in rows that had none left."""
     cut = tokens[:, :context]
     unended = (cut != END).all(1)
     last = torch.where(unended, END, cut[:, -1])
@@ -68,5 +68,5 @@ def cut_tokens(tokens: Tensor, context: int) -> Tensor:
 
 
 def text_ends(tokens: Tensor) -> Tensor:
-    """How many tokens of each row of ``tokenize`` a caption takes, start and end included: int64 [b]."""
+    """Returns how many tokens of each row of ``tokenize`` a caption takes, start and end included: int64 [b]."""
     return (tokens == END).int().argmax(1) + 1

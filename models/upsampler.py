@@ -1,7 +1,7 @@
-"""The upsamplers: diffusion models conditioned on a smaller, slightly damaged picture.
+"""The upsamplers: diffusion models conditioned on a smaller, slightly damaged image.
 
 Ramesh et al. 2022 (unCLIP), section 2.1: ADM's network without attention, no caption and no guidance. It is
-convolutional, so it learns on crops and runs on whole pictures.
+convolutional, so it learns on crops and runs on whole images.
 """
 
 import torch
@@ -22,9 +22,9 @@ from models.tiling import in_tiles
 
 
 class Upsampler(nn.Module):
-    """Predicts noise (or v, or the picture) of a noised picture of any size that the U-Net can halve often enough.
+    """Predicts noise (or v, or the image) of a noised image of any size that the U-Net can halve often enough.
 
-    Where it predicts the picture, the network's output is what the enlarged small picture lacks, nothing at the start.
+    Where it predicts the image, the network's output is what the enlarged small image lacks, nothing at the start.
     ``last_unet``, where the configuration has one, takes the rows at timestep 0 (Karlo). Dropout uses PyTorch's global
     generator.
     """
@@ -48,7 +48,7 @@ class Upsampler(nn.Module):
         self.last_unet = unet() if config.last_unet else None
 
     def forward(self, x_t: Tensor, t: Tensor, low: Tensor) -> Tensor:
-        """x_t [b, 3, h, w] at timesteps [b], given the small picture ``low`` in [-1, 1], to fp32 [b, 3, h, w].
+        """Turns x_t [b, 3, h, w] at timesteps [b], given the small image ``low`` in [-1, 1], to fp32 [b, 3, h, w].
 
         ``low`` is resized to h x w (antialiased bicubic), if need be, and put beside x_t as three more channels.
         """
@@ -63,9 +63,9 @@ class Upsampler(nn.Module):
 
 
 def random_crop(image: Tensor, size: int, multiple: int, draw: Draw) -> Tensor:
-    """One ``size`` x ``size`` crop of each row of [b, 3, h, w], its corner at a multiple of ``multiple`` pixels.
+    """Cuts one ``size`` x ``size`` crop of each row of [b, 3, h, w], its corner at a multiple of ``multiple`` pixels.
 
-    The multiple keeps the small picture's pixels on the large picture's grid.
+    The multiple keeps the small image's pixels on the large image's grid.
     """
     places = ((image.shape[2] - size) // multiple + 1, (image.shape[3] - size) // multiple + 1)
     window = torch.arange(size, device=image.device)
@@ -76,7 +76,7 @@ def random_crop(image: Tensor, size: int, multiple: int, draw: Draw) -> Tensor:
 
 
 def corrupted_low(config: UpsamplerConfig, crop: Tensor, draw: Draw) -> Tensor:
-    """The small, damaged version of a crop [b, 3, c, c] in [-1, 1]: [b, 3, c / scale, c / scale], fp32."""
+    """Returns the small, damaged version of a crop [b, 3, c, c] in [-1, 1]: [b, 3, c / scale, c / scale], fp32."""
     with torch.autocast(crop.device.type, enabled=False):  # bf16 has no room for 256 levels
         if config.corruption == "blur":
             side = crop.shape[2] // config.scale
@@ -85,9 +85,9 @@ def corrupted_low(config: UpsamplerConfig, crop: Tensor, draw: Draw) -> Tensor:
 
 
 def sampling_low(config: UpsamplerConfig, low: Tensor, draw: Draw) -> Tensor:
-    """The condition to sample with, for a small picture [b, 3, s, s] in [-1, 1]: the mild end of the corruption.
+    """Returns the condition to sample with, for a small image [b, 3, s, s] in [-1, 1]: the mild end of the corruption.
 
-    Algorithm 1, lines 12 and 19 of the specification; the picture itself unless ``corrupt_at_inference``.
+    Algorithm 1, lines 12 and 19 of the specification; the image itself unless ``corrupt_at_inference``.
     """
     if not config.corrupt_at_inference:
         return low
@@ -98,17 +98,17 @@ def sampling_low(config: UpsamplerConfig, low: Tensor, draw: Draw) -> Tensor:
 
 
 def training_crop(config: UpsamplerConfig, batch: dict[str, Tensor], draw: Draw) -> Tensor:
-    """A random crop of "image" (uint8 [b, 3, s, s]), in [-1, 1], [b, 3, c, c]."""
+    """Returns a random crop of "image" (uint8 [b, 3, s, s]), in [-1, 1], [b, 3, c, c]."""
     return from_uint8(random_crop(batch["image"], config.crop_size, config.scale, draw))
 
 
 def training_low(config: UpsamplerConfig, batch: dict[str, Tensor], draw: Draw) -> Tensor:
-    """The small, corrupted version of ``training_crop``, [b, 3, c / scale, c / scale]."""
+    """Returns the small, corrupted version of ``training_crop``, [b, 3, c / scale, c / scale]."""
     return corrupted_low(config, training_crop(config, batch, draw), draw)
 
 
 def upsampler_loss(model: Upsampler, batch: dict[str, Tensor], draw: Draw) -> Losses:
-    """Squared error on ``training_crop``, [b], given ``training_low`` or, where the batch has it, "low"."""
+    """Returns the squared error on ``training_crop``, [b], given ``training_low`` or, where the batch has it, "low"."""
     config = model.config
     schedule = make_schedule(config.schedule, config.steps)
     x0 = training_crop(config, batch, draw)
@@ -122,9 +122,9 @@ def upsampler_loss(model: Upsampler, batch: dict[str, Tensor], draw: Draw) -> Lo
 
 
 def upsampler_denoise(model: Upsampler, low: Tensor, tile: int = 0) -> Denoise:
-    """What samplers need, for small pictures [b, 3, h, w] in [-1, 1], as ``sampling_low`` makes them.
+    """Returns what samplers need, for small images [b, 3, h, w] in [-1, 1], as ``sampling_low`` makes them.
 
-    x0 is clipped to [-1, 1]. With ``tile``, the network sees overlapping squares of so many pixels, one after the
+    x0 is clipped to [-1, 1]. With ``tile``, the network sees overlapping squares of ``tile`` pixels, one after the
     other, so that memory is that of one. Raises ValueError on a tile that the network cannot halve often enough.
     """
     schedule = make_schedule(model.config.schedule, model.config.steps)

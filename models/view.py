@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 
 def open_view(data: bytes, size: int) -> np.ndarray:
-    """Decode ``data`` and return its view, uint8 [size, size, 3]. Raises OSError or ValueError on a bad file."""
+    """Decodes ``data`` and returns its view, uint8 [size, size, 3]. Raises OSError or ValueError on a bad file."""
     image = Image.open(io.BytesIO(data))
     if image.format == "JPEG":  # decoding at 1/2, 1/4 or 1/8 costs a fraction, and still leaves two pixels for one
         image.draft("RGB", (2 * size, 2 * size))

@@ -1,1 +1,1 @@
-"""How small pictures are damaged so that upsamplers learn to repair them."""
+"""How small images are damaged so that upsamplers learn to repair them."""

@@ -9,7 +9,7 @@ CORRUPTION_SIGMA = 0.6
 
 
 def gaussian_kernels(side: int, angle: Tensor, variances: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-    """Normalised kernels [b, side, side].
+    """Returns normalised kernels [b, side, side].
 
     ``variances`` [b, 2], above zero, in pixels squared along two axes that ``angle`` [b], radians, turns from (x, y).
     ``shift``, a number or [b], moves the centre by as many pixels down and right.
@@ -25,9 +25,9 @@ def gaussian_kernels(side: int, angle: Tensor, variances: Tensor, shift: Tensor 
 
 
 def mirrored(image: Tensor, margin: int) -> Tensor:
-    """[b, c, h, w] with ``margin`` more pixels on each side, mirrored without repeating the edge.
+    """Returns [b, c, h, w] with ``margin`` more pixels on each side, mirrored without repeating the edge.
 
-    The margin may be wider than the picture, unlike PyTorch's own reflection.
+    The margin may be wider than the image, unlike PyTorch's own reflection.
     """
     for axis in (2, 3):
         last = image.shape[axis] - 1
@@ -37,7 +37,7 @@ def mirrored(image: Tensor, margin: int) -> Tensor:
 
 
 def blur(image: Tensor, kernels: Tensor, stride: int = 1) -> Tensor:
-    """Filter each row of [b, 3, h, w] with its own kernel [b, k, k], k odd, and keep every ``stride``-th pixel."""
+    """Filters each row of [b, 3, h, w] with its own kernel [b, k, k], k odd, and keeps every ``stride``-th pixel."""
     channels = image.shape[1]
     padded = mirrored(image, kernels.shape[-1] // 2)
     weight = kernels.to(image.dtype).repeat_interleave(channels, dim=0)[:, None]
@@ -46,6 +46,6 @@ def blur(image: Tensor, kernels: Tensor, stride: int = 1) -> Tensor:
 
 
 def corruption_blur(image: Tensor) -> Tensor:
-    """The first upsampler's corruption: Gaussian, kernel 3, sigma 0.6, of [b, 3, h, w] (unCLIP, appendix C)."""
+    """Returns the first upsampler's corruption: Gaussian, kernel 3, sigma 0.6, of [b, 3, h, w] (unCLIP, appendix C)."""
     variances = torch.full((len(image), 2), CORRUPTION_SIGMA**2, device=image.device)
     return blur(image, gaussian_kernels(CORRUPTION_SIDE, variances.new_zeros(len(image)), variances))

@@ -1,8 +1,8 @@
 """BSR degradation (Zhang et al. 2021, "Designing a practical degradation model"), as in latent diffusion.
 
-A picture is sometimes halved first, and then blurred twice, shrunk, brought to a quarter of its side, made noisy and
+An image is sometimes halved first, and then blurred twice, shrunk, brought to a quarter of its side, made noisy and
 JPEG-compressed, in a random order of its own, and JPEG-compressed again. Every row draws its own parameters. The rows
-that do the same to pictures of one size at the same time are worked on together.
+that do the same to images of one size at the same time are worked on together.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ STEPS = ("blur", "second blur", "shrink", "fit", "noise", "jpeg")
 
 @dataclass(frozen=True)
 class Strength:
-    """How much is done to a picture.
+    """How much is done to an image.
 
     ``blur`` multiplies the widths of blurs, whose kernels end ``reach`` pixels from their centre, those of circles
     ``circle_reach``; a share ``resized`` of shrinking is by resizing; noise has standard deviations of ``noise`` 8-bit
@@ -45,7 +45,7 @@ class Strength:
 
 
 FULL = Strength(1.0, True, reach=(3, 12), circle_reach=(3, 12), resized=0.75, noise=(2, 25), quality=(30, 95))
-# Latent diffusion's kernels of an even side, which move a picture by half a pixel, are of the odd sides around them.
+# Latent diffusion's kernels of an even side, which move an image by half a pixel, are of the odd sides around them.
 LIGHT = Strength(0.25, False, reach=(2, 6), circle_reach=(2, 3), resized=0.8, noise=(1, 2), quality=(80, 95))
 
 
@@ -55,11 +55,11 @@ def bsr(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
     ``light`` is latent diffusion's weaker form: one blur instead of two, and less of everything.
     """
     strength = LIGHT if light else FULL
-    pictures = list(_quantised((image + 1) / 2))
+    images = list(_quantised((image + 1) / 2))
     size = (image.shape[2] // SCALE, image.shape[3] // SCALE)
     halved = (draw.uniform("bsr_halve") < 0.25).tolist()
     halving = _choice(draw, "bsr_halving", (*RESIZINGS, "antialiased", "antialiased", "antialiased"))
-    pictures = [_halved(x, how) if half else x for x, how, half in zip(pictures, halving, halved, strict=True)]
+    images = [_halved(x, how) if half else x for x, how, half in zip(images, halving, halved, strict=True)]
     scale = torch.tensor([SCALE / 2 if half else SCALE for half in halved], device=image.device)
     kernels = {name: _kernels(draw, f"bsr_{name}", scale, strength) for name in STEPS[:2]}
     shrink, fit = _shrinker(draw, scale, strength), _choice(draw, "bsr_fit", RESIZINGS)
@@ -67,28 +67,28 @@ def bsr(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
     compress = draw.keep("bsr_jpeg", drop=0.1)
     quality = _integers(draw, "bsr_jpeg_quality", strength.quality)
 
-    # Each takes pictures [n, 3, h, w] of one size and their row numbers, and gives n pictures.
+    # Each takes images [n, 3, h, w] of one size and their row numbers, and gives n images.
     steps: dict[str, Callable[[Tensor, list[int]], Iterable[Tensor]]] = {
         "blur": lambda x, rows: _blurred(x, kernels["blur"], rows),
         "second blur": lambda x, rows: _blurred(x, kernels["second blur"], rows) if strength.second_blur else x,
         "shrink": shrink,
-        "fit": lambda x, rows: [_resized(picture, size, fit[row]) for picture, row in zip(x, rows, strict=True)],
+        "fit": lambda x, rows: [_resized(crop, size, fit[row]) for crop, row in zip(x, rows, strict=True)],
         "noise": lambda x, rows: x + noise[rows, :, : x.shape[2], : x.shape[3]],
         "jpeg": lambda x, rows: torch.where(compress[rows, None, None, None], jpeg(x, quality[rows]), x),
     }
     order = _orders(draw)
     for turn in range(len(STEPS)):
         groups = defaultdict(list)
-        for row, picture in enumerate(pictures):
-            groups[order[row][turn], picture.shape].append(row)
+        for row, crop in enumerate(images):
+            groups[order[row][turn], crop.shape].append(row)
         for (name, _), rows in groups.items():
-            for row, picture in zip(rows, steps[name](torch.stack([pictures[i] for i in rows]), rows), strict=True):
-                pictures[row] = picture.clamp(0, 1)
-    return jpeg(torch.stack(pictures), _integers(draw, "bsr_last_quality", strength.quality)) * 2 - 1
+            for row, crop in zip(rows, steps[name](torch.stack([images[i] for i in rows]), rows), strict=True):
+                images[row] = crop.clamp(0, 1)
+    return jpeg(torch.stack(images), _integers(draw, "bsr_last_quality", strength.quality)) * 2 - 1
 
 
 def bsr_mild(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
-    """The mild end of ``bsr`` at an unchanged size, for sampling: [b, 3, h, w] in [-1, 1], on 8-bit levels.
+    """Returns the mild end of ``bsr`` at an unchanged size, for sampling: [b, 3, h, w] in [-1, 1], on 8-bit levels.
 
     No blur, the least noise and the best JPEG quality of the training range.
     """
@@ -116,12 +116,12 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _quantised(image: Tensor) -> Tensor:
-    """[0, 1] on the 256 levels of 8 bits."""
+    """Returns [0, 1] on the 256 levels of 8 bits."""
     return (image.float() * 255).round().clamp(0, 255) / 255
 
 
 def _integers(draw: Draw, purpose: str, bounds: tuple[int, int]) -> Tensor:
-    """int64 [b], both bounds included."""
+    """Returns int64 [b], both bounds included."""
     return draw.integers(purpose, bounds[1] - bounds[0] + 1) + bounds[0]
 
 
@@ -130,7 +130,7 @@ def _choice(draw: Draw, purpose: str, options: tuple[str, ...]) -> list[str]:
 
 
 def _orders(draw: Draw) -> list[list[str]]:
-    """For each row the steps in random order, except that shrinking comes before the fit to the final size."""
+    """Returns for each row the steps in random order, except that shrinking comes before the fit to the final size."""
     orders = [[STEPS[i] for i in row] for row in draw.uniform("bsr_order", len(STEPS)).argsort(dim=1).tolist()]
     for order in orders:
         shrink, fit = order.index("shrink"), order.index("fit")
@@ -139,24 +139,24 @@ def _orders(draw: Draw) -> list[list[str]]:
     return orders
 
 
-def _resized(picture: Tensor, size: tuple[int, int], how: str) -> Tensor:
+def _resized(crop: Tensor, size: tuple[int, int], how: str) -> Tensor:
     """[3, h, w] to [3, *size] without antialiasing. Enlarging by areas would repeat pixels, so it is bilinear then."""
-    if how == "area" and size[0] <= picture.shape[1]:
-        return F.interpolate(picture[None], size, mode="area")[0]
-    return F.interpolate(picture[None], size, mode="bicubic" if how == "bicubic" else "bilinear")[0]
+    if how == "area" and size[0] <= crop.shape[1]:
+        return F.interpolate(crop[None], size, mode="area")[0]
+    return F.interpolate(crop[None], size, mode="bicubic" if how == "bicubic" else "bilinear")[0]
 
 
-def _halved(picture: Tensor, how: str) -> Tensor:
-    """[3, h, w] at half its side."""
-    size = (picture.shape[1] // 2, picture.shape[2] // 2)
+def _halved(crop: Tensor, how: str) -> Tensor:
+    """Returns [3, h, w] at half its side."""
+    size = (crop.shape[1] // 2, crop.shape[2] // 2)
     if how == "antialiased":
-        return F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-    return _resized(picture, size, how).clamp(0, 1)
+        return F.interpolate(crop[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return _resized(crop, size, how).clamp(0, 1)
 
 
 def _blurred(x: Tensor, kernels: list[Tensor], rows: list[int]) -> list[Tensor]:
-    """Each picture by itself: most kernels are much smaller than the largest."""
-    return [blur(picture[None], kernels[row][None])[0] for picture, row in zip(x, rows, strict=True)]
+    """Blurs each image by itself: most kernels are much smaller than the largest."""
+    return [blur(crop[None], kernels[row][None])[0] for crop, row in zip(x, rows, strict=True)]
 
 
 def _kernels(draw: Draw, purpose: str, scale: Tensor, strength: Strength) -> list[Tensor]:
@@ -189,12 +189,12 @@ def _shrinker(draw: Draw, scale: Tensor, strength: Strength) -> Callable[[Tensor
 
     def shrink(x: Tensor, rows: list[int]) -> list[Tensor]:
         results = []
-        for picture, row in zip(x, rows, strict=True):
+        for crop, row in zip(x, rows, strict=True):
             if resized[row]:
-                size = tuple(max(int(side / factors[row]), 1) for side in picture.shape[1:])
-                results.append(_resized(picture, (size[0], size[1]), how[row]))
+                size = tuple(max(int(side / factors[row]), 1) for side in crop.shape[1:])
+                results.append(_resized(crop, (size[0], size[1]), how[row]))
             else:
-                results.append(blur(picture[None], kernels[[row]], strides[row])[0])
+                results.append(blur(crop[None], kernels[[row]], strides[row])[0])
         return results
 
     return shrink

@@ -19,7 +19,7 @@ from models.draw import Draw
 
 @torch.no_grad()
 def squared_noise(denoise: Denoise, x0: Tensor, times: Sequence[int], schedule: Schedule, draw: Draw) -> Tensor:
-    """What each row of x0 [b, ...] says of Gamma at each of ``times``, float64 [b, times]; their mean is Gamma.
+    """Returns what each row of x0 [b, ...] says of Gamma at each of ``times``, float64 [b, times]; their mean is Gamma.
 
     The mean square of the predicted noise, less that of the true noise, plus 1, which is what the latter would be on
     average: among much noise the two are almost equal, and it is their difference that counts. Every row and timestep
@@ -40,7 +40,7 @@ def fill_in(gamma: Tensor, times: Sequence[int], steps: int) -> Tensor:
 
 
 def analytic_variance(gamma: Tensor, schedule: Schedule, grid: Tensor, data_variance: float = inf) -> Tensor:
-    """The optimal variance of each step down ``grid``, float64 [len(grid)] (theorem 1).
+    """Returns the optimal variance of each step down ``grid``, float64 [len(grid)] (theorem 1).
 
     The posterior's variance, and what is unknown of x0 given x_t as the posterior's mean passes it on. ``gamma`` [T].
     The bounds of section 3.2 hold whatever was measured of an imperfect model: Gamma is from 0 to 1, and no more of x0

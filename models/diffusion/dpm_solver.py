@@ -12,7 +12,7 @@ from models.diffusion.schedules import Schedule
 def dpm_solver(
     denoise: Denoise, noise: Tensor, grid: Tensor, schedule: Schedule, callback: Callback | None = None
 ) -> Tensor:
-    """DPM-Solver++(2M) from ``noise`` [b, ...], which is x at the first timestep of ``grid``, to the data.
+    """Returns DPM-Solver++(2M) from ``noise`` [b, ...], which is x at the first timestep of ``grid``, to the data.
 
     The predicted data is extrapolated along lambda, half the log signal-to-noise ratio, through the last two
     predictions, so that one evaluation a step gives second order on any grid (``log_snr_grid`` suits it). The first

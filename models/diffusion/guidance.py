@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def guidance_rows(rows: int, weight: float, device: torch.device) -> Tensor:
-    """Which rows of a guided forward pass keep their condition: bool [rows], or [2 rows] if there is guidance.
+    """Returns which rows of a guided forward pass keep their condition: bool [rows], or [2 rows] if there is guidance.
 
     With guidance the second half is the empty condition.
     """
@@ -20,7 +20,7 @@ def guidance_rows(rows: int, weight: float, device: torch.device) -> Tensor:
 
 
 def guided_output(network: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor, weight: float) -> Tensor:
-    """The guided output of ``network`` for x_t [b, c, ...] and t [b], both branches in one pass.
+    """Returns the guided output of ``network`` for x_t [b, c, ...] and t [b], both branches in one pass.
 
     ``network`` holds conditions for the rows of ``guidance_rows``. Channels after the first c, the learned variance,
     come from the conditional branch alone.

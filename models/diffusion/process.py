@@ -2,7 +2,7 @@
 
 Levels (``alpha_bar``) are float64 [b], one for each row of x [b, ...]; factors are computed in float64 and then
 rounded to x's precision. Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (improved DDPM), Salimans & Ho 2022
-(v). Pictures are in [-1, 1].
+(v). Images are in [-1, 1].
 """
 
 from math import log
@@ -14,12 +14,18 @@ from torch import Tensor
 from models.diffusion.schedules import Schedule
 
 MOST_SNR = 5.0
-"""The signal-to-noise ratio from which an error of x0 weighs no more: there hardly any of the picture is hidden."""
+"""The signal-to-noise ratio from which an error of x0 weighs no more: there hardly any of the image is hidden."""
 
 
 class Prediction(NamedTuple):
-    """What a network says about x_t: the clean data, the noise, and, where the variance is learned, its position
-    between the two bounds of ``log_variance_range`` (0 the lower, 1 the upper; not clamped)."""
+    """Holds what a network says about x_t.
+
+    Attributes:
+        x0: The clean data.
+        eps: The noise.
+        variance_fraction: Where the variance is learned, its position between the two bounds of
+            ``log_variance_range`` (0 the lower, 1 the upper; not clamped).
+    """
 
     x0: Tensor
     eps: Tensor
@@ -27,12 +33,12 @@ class Prediction(NamedTuple):
 
 
 def per_row(value: Tensor, x: Tensor) -> Tensor:
-    """``value`` [b] shaped [b, 1, ...] and rounded so that it multiplies x."""
+    """Returns ``value`` [b] shaped [b, 1, ...] and rounded so that it multiplies x."""
     return value.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def q_sample(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise (DDPM, equation 4)."""
+    """Returns x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise (DDPM, equation 4)."""
     return per_row(alpha_bar.sqrt(), x0) * x0 + per_row((1 - alpha_bar).sqrt(), x0) * noise
 
 
@@ -51,7 +57,7 @@ def regression_target(kind: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -
 
 
 def squared_error(kind: str, output: Tensor, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Mean squared error of a network's output of this kind, [b].
+    """Returns the mean squared error of a network's output of this kind, [b].
 
     An error of x0 counts as the error of v that it makes, 1 + SNR times as much (Salimans & Ho 2022, section 4), where
     the signal-to-noise ratio is bounded by ``MOST_SNR`` (Hang et al. 2023). Raises ValueError on another kind.
@@ -64,7 +70,7 @@ def squared_error(kind: str, output: Tensor, x0: Tensor, noise: Tensor, alpha_ba
 
 
 def predict(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, clip: float | None = None) -> Prediction:
-    """Read a network's output for x_t [b, c, ...] as a prediction of kind "eps", "v" or "x0".
+    """Reads a network's output for x_t [b, c, ...] as a prediction of kind "eps", "v" or "x0".
 
     An output with 2c channels holds the learned variance, from -1 to 1, in its second half. ``clip`` bounds x0 to
     [-clip, clip], and the noise is then the one that belongs to the bounded x0. Raises ValueError on another kind.
@@ -89,7 +95,7 @@ def predict(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, clip: flo
 
 
 def posterior_mean(x0: Tensor, x_t: Tensor, alpha_bar: Tensor, previous: Tensor) -> Tensor:
-    """Mean of q(x_s given x_t, x0), where x_s has level ``previous`` > ``alpha_bar`` (DDPM, equation 7)."""
+    """Returns the mean of q(x_s given x_t, x0), where x_s has level ``previous`` > ``alpha_bar`` (DDPM, equation 7)."""
     ratio = alpha_bar / previous
     of_x0 = previous.sqrt() * (1 - ratio) / (1 - alpha_bar)
     of_x_t = ratio.sqrt() * (1 - previous) / (1 - alpha_bar)
@@ -97,7 +103,7 @@ def posterior_mean(x0: Tensor, x_t: Tensor, alpha_bar: Tensor, previous: Tensor)
 
 
 def posterior_variance(alpha_bar: Tensor, previous: Tensor) -> Tensor:
-    """Variance of q(x_s given x_t, x0), float64 [b]; zero where x_s is the data (``previous`` is 1)."""
+    """Returns the variance of q(x_s given x_t, x0), float64 [b]; zero where x_s is the data (``previous`` is 1)."""
     return (1 - alpha_bar / previous) * (1 - previous) / (1 - alpha_bar)
 
 
@@ -114,25 +120,25 @@ def log_variance_range(schedule: Schedule, t: Tensor, previous: Tensor) -> tuple
 
 
 def learned_log_variance(fraction: Tensor, schedule: Schedule, t: Tensor, previous: Tensor) -> Tensor:
-    """Log variance, shaped like ``fraction``, between the bounds of the step from t to ``previous``."""
+    """Returns the log variance, shaped like ``fraction``, between the bounds of the step from t to ``previous``."""
     low, high = log_variance_range(schedule, t, previous)
     return fraction * per_row(high, fraction) + (1 - fraction) * per_row(low, fraction)
 
 
 def mean_over_row(x: Tensor) -> Tensor:
-    """[b, ...] to [b]."""
+    """Turns [b, ...] to [b]."""
     return x.flatten(1).mean(1)
 
 
 def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
-    """KL divergence of one normal distribution from another, element by element, in nats."""
+    """Returns KL divergence of one normal distribution from another, element by element, in nats."""
     gap = other_log_variance - log_variance
     distance = (mean - other_mean) ** 2 * torch.exp(-other_log_variance)
     return 0.5 * (gap - 1 + torch.exp(-gap) + distance)
 
 
 def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Negative log probability, in nats, of the 8-bit value that x [-1, 1] stands for (DDPM, equation 13).
+    """Returns the negative log probability, in nats, of the 8-bit value that x [-1, 1] stands for (DDPM, equation 13).
 
     Each value owns 1/255 to either side; the first and last own everything beyond.
     """
@@ -145,9 +151,9 @@ def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> T
 
 
 def variational_bound(prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """One term of the variational bound, [b], in bits per dimension (improved DDPM, equations 4 to 7).
+    """Returns one term of the variational bound, [b], in bits per dimension (improved DDPM, equations 4 to 7).
 
-    The KL divergence of the predicted from the true posterior, or, at t = 0, the likelihood of the 8-bit picture.
+    The KL divergence of the predicted from the true posterior, or, at t = 0, the likelihood of the 8-bit image.
     Raises ValueError when the prediction has no learned variance.
     """
     if prediction.variance_fraction is None:
@@ -167,7 +173,7 @@ def variational_bound(prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor
 def hybrid_loss(
     kind: str, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
-    """Squared error of the prediction and weighted variational bound, [b] each; the loss is their sum.
+    """Returns the squared error of the prediction and weighted variational bound, [b] each; the loss is their sum.
 
     ``output`` [b, 2c, ...]. The bound trains the variance only: it sees the prediction detached. Its weight is
     T / 1000, that is 1/1000 of the whole bound (improved DDPM, equation 16).

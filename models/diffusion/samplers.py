@@ -1,4 +1,4 @@
-"""Samplers: plain functions from noise to data, for pictures and for vectors.
+"""Samplers: plain functions from noise to data, for images and for vectors.
 
 A step's noise comes from the draw under the purpose "step0", "step1", ..., so a row's sample depends on its own seed
 and on nothing else in the batch.
@@ -21,7 +21,7 @@ Callback = Callable[[int, Tensor], None]
 
 
 def grid_steps(grid: Tensor, schedule: Schedule, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(number of the step, t [b], previous t [b]) down the grid, int64; the last previous t is -1, the data.
+    """Returns (number of the step, t [b], previous t [b]) down the grid, int64; the last previous t is -1, the data.
 
     Raises ValueError on a grid that does not fall, or begins beyond the schedule.
     """
@@ -45,7 +45,7 @@ def ancestral(
     variance: str | Tensor = "learned",
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDPM's reverse steps (Ho et al. 2020, algorithm 2) on a grid that may skip timesteps.
+    """Returns DDPM's reverse steps (Ho et al. 2020, algorithm 2) on a grid that may skip timesteps.
 
     ``noise`` [b, ...] is x at the first timestep. ``variance`` is "learned" (the prediction's own, kept within its
     bounds), "small" (the posterior's) or one number for each step of the grid, as ``analytic_variance`` makes them.
@@ -84,7 +84,7 @@ def ddim(
     draw: Draw | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, equation 12) on any grid.
+    """Returns DDIM (Song et al. 2021, equation 12) on any grid.
 
     ``noise`` [b, ...] is x at the first timestep. ``eta`` 0 is deterministic and needs no draw, 1 has DDPM's
     variance. Raises ValueError on a grid that does not fall, or an eta above 0 without a draw.
@@ -109,7 +109,7 @@ def ddim(
 def ddim_inversion(
     denoise: Denoise, x0: Tensor, grid: Tensor, schedule: Schedule, callback: Callback | None = None
 ) -> Tensor:
-    """The noise at the first timestep of ``grid`` from which ``ddim`` with eta 0 leads to ``x0`` [b, ...].
+    """Returns the noise at the first timestep of ``grid`` from which ``ddim`` with eta 0 leads to ``x0`` [b, ...].
 
     DDIM's steps upwards, each with the prediction at the timestep that it leaves (Song et al. 2021, section 4.3;
     Dhariwal & Nichol 2021, appendix F). The data has no timestep: there the noise is the one predicted at the last of

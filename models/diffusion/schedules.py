@@ -1,7 +1,7 @@
 """Noise schedules and sampling grids.
 
 Timestep t runs from 0 (least noise) to T - 1 (almost only noise). A grid is a descending int64 tensor of the timesteps
-that a sampler visits; after its last one comes the picture itself, written as timestep -1.
+that a sampler visits; after its last one comes the image itself, written as timestep -1.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ class Schedule:
         return len(self.alpha_bar)
 
     def at(self, t: Tensor) -> Tensor:
-        """alpha_bar of int64 timesteps, float64, shaped like ``t``; timestep -1 is the data, where it is 1."""
+        """Returns alpha_bar of int64 timesteps, float64, shaped like ``t``; timestep -1 is the data, where it is 1."""
         values = self.alpha_bar.to(t.device)[t.clamp(min=0)]
         return torch.where(t < 0, 1.0, values)
 
 
 def make_schedule(name: str, steps: int) -> Schedule:
-    """The schedule called "cosine" or "linear" with T = ``steps``. Raises ValueError on another name.
+    """Returns the schedule called "cosine" or "linear" with T = ``steps``. Raises ValueError on another name.
 
     Cosine: Nichol & Dhariwal 2021, equation 17. Linear: Ho et al. 2020, betas from 1e-4 to 0.02 at T = 1000, scaled
     by 1000 / T. Both keep beta at or below 0.999.
@@ -51,7 +51,7 @@ def make_schedule(name: str, steps: int) -> Schedule:
 
 
 def strided_grid(steps: int, count: int) -> Tensor:
-    """``count`` of T = ``steps`` timesteps, evenly spread from T - 1 down to 0, rounded to the nearest.
+    """Returns ``count`` of T = ``steps`` timesteps, evenly spread from T - 1 down to 0, rounded to the nearest.
 
     Raises ValueError unless 2 <= count <= steps.
     """
@@ -95,7 +95,7 @@ def log_snr_grid(schedule: Schedule, count: int) -> Tensor:
 
 
 def fast27_grid(steps: int) -> Tensor:
-    """GLIDE's 27 uneven timesteps: 10, 10, 3, 2 and 2 in five equal sections from the least noise to the most.
+    """Returns GLIDE's 27 uneven timesteps: 10, 10, 3, 2 and 2 in five equal sections from the least noise to the most.
 
     The noisiest is T - 3 instead of T - 1, which makes fewer artefacts with DDIM. Raises ValueError if T is below 50.
     """

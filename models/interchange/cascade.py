@@ -24,7 +24,7 @@ network that a model trained here does not have."""
 
 
 def import_unclip(folder: str | Path, clip: Clip, sampling: SamplingConfig = KARLO_SAMPLING) -> UnCLIP:
-    """Read prior, decoder and, where there is one, upsampler, and join them to their CLIP, on its device.
+    """Reads prior, decoder and, where there is one, upsampler, and join them to their CLIP, on its device.
 
     The folder holds no CLIP with an image encoder: Karlo's is OpenAI's ViT-L/14. Raises FileNotFoundError when a file
     is missing, and ValueError when something does not fit or embeddings have another dimension than CLIP's.

@@ -51,7 +51,7 @@ class Parts(NamedTuple):
 
 
 def shape_of(config: DecoderConfig) -> Shape:
-    """The U-Net of such a decoder."""
+    """Returns the U-Net of such a decoder."""
     sides = config.feature_sides()
     return Shape(
         in_channels=3 * config.patch**2,
@@ -66,12 +66,12 @@ def shape_of(config: DecoderConfig) -> Shape:
 
 
 def process_of(config: DecoderConfig | UpsamplerConfig) -> Process:
-    """The diffusion process of such a model."""
+    """Returns the diffusion process of such a model."""
     return Process(config.schedule, config.steps, config.prediction)
 
 
 def parts_of(config: DecoderConfig, embed_dim: int) -> Parts:
-    """The configurations of such a decoder's parts. Raises ValueError if the classes cannot hold it."""
+    """Returns the configurations of such a decoder's parts. Raises ValueError if the classes cannot hold it."""
     unet = unet_config(shape_of(config), config.image_size // config.patch, config.dropout)
     if config.text_encoder == "glide":
         return Parts(unet, None, None)
@@ -93,7 +93,7 @@ def parts_of(config: DecoderConfig, embed_dim: int) -> Parts:
 
 
 def swap_tokens(projection: Tensor, rows: int) -> Tensor:
-    """The projection to the image's tokens with its outputs in the other order.
+    """Returns the projection to the image's tokens with its outputs in the other order.
 
     Ours come token by token, theirs channel by channel: ``rows`` is the number of tokens (ours to theirs) or of
     channels (theirs to ours).
@@ -102,7 +102,7 @@ def swap_tokens(projection: Tensor, rows: int) -> Tensor:
 
 
 def export_decoder(decoder: Decoder, folder: str | Path) -> None:
-    """Write decoder, decoder_scheduler, ours/decoder and, with CLIP's text encoder, text_proj and text_encoder.
+    """Writes decoder, decoder_scheduler, ours/decoder and, with CLIP's text encoder, text_proj and text_encoder.
 
     Where the decoder works on patches, its U-Net takes and gives ``pixel_unshuffle(x, patch)``. ``text_proj`` takes
     image embeddings of length ``decoder.scale``, not 1. Raises ValueError, before anything is written, on a decoder
@@ -127,7 +127,7 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
 
 
 def import_decoder(folder: str | Path, embedding_norm: float | None = None) -> Decoder:
-    """Read a decoder in diffusers' layout, Karlo's or an exported one; fp32, in evaluation mode.
+    """Reads a decoder in diffusers' layout, Karlo's or an exported one; fp32, in evaluation mode.
 
     Karlo's takes image embeddings as CLIP makes them, ours come with unit norm: they get the length
     ``embedding_norm``. Without it, that is the root mean square length that the prior in the same folder reports; an
@@ -167,7 +167,7 @@ def import_decoder(folder: str | Path, embedding_norm: float | None = None) -> D
 def config_of(
     unet: dict[str, Any], text_proj: dict[str, Any], text: dict[str, Any], process: Process, embedding_norm: float
 ) -> DecoderConfig:
-    """Our configuration of the decoder that these config.json describe."""
+    """Returns our configuration of the decoder that these config.json describe."""
     patch = math.isqrt(unet["in_channels"] // 3)
     widths = unet["block_out_channels"]
     return DecoderConfig(

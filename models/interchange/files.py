@@ -34,15 +34,17 @@ class Ours(NamedTuple):
 
 
 def read_json(path: Path) -> dict:
-    """Reads one JSON object. Raises FileNotFoundError when there is none, ValueError when it is damaged or names code
-    to be loaded."""
+    """Reads one JSON object.
+
+    Raises FileNotFoundError without a file, ValueError when it is damaged or names code to be loaded.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: name a folder in diffusers' layout")
     return read_config(path)
 
 
 def read_weights(path: Path) -> Weights:
-    """All tensors of one safetensors file, fp32. Raises as ``read_json`` does; pickles are never read."""
+    """Returns all tensors of one safetensors file, fp32. Raises as ``read_json`` does; pickles are never read."""
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no {path}: with other weights there, load them with diffusers or transformers and save them "
@@ -55,13 +57,13 @@ def read_weights(path: Path) -> Weights:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """One JSON object; the folder is made if need be."""
+    """Writes one JSON object; the folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def write_part(folder: Path, config: Mapping[str, Any], weights: Weights, file: str = WEIGHTS_FILE) -> None:
-    """Write one part's two files."""
+    """Writes one part's two files."""
     write_json(folder / CONFIG_FILE, config)
     # Slices share memory with what they are cut from, which safetensors refuses.
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
@@ -69,13 +71,13 @@ def write_part(folder: Path, config: Mapping[str, Any], weights: Weights, file: 
 
 
 def write_ours(folder: Path, name: str, config: Any, sizes: dict[str, int], weights: Weights) -> None:
-    """Write ``folder/ours/name``: the model's configuration, and ``weights`` that have no other place."""
+    """Writes ``folder/ours/name``: the model's configuration, and ``weights`` that have no other place."""
     document = {"format": FORMAT, "kind": type(config).__name__, "config": asdict(config), "sizes": sizes}
     write(folder / OURS / name, document, weights)
 
 
 def read_ours(folder: Path, name: str, *kinds: type) -> Ours | None:
-    """What ``write_ours`` wrote, or None where nothing of the kind is, as in Karlo. Raises as ``load_model`` does."""
+    """Reads what ``write_ours`` wrote; None where it is missing, as in Karlo. Raises as ``load_model`` does."""
     if not (folder / OURS / name).is_dir():
         return None
     document, weights = read(folder / OURS / name, "cpu")
@@ -90,7 +92,7 @@ def read_ours(folder: Path, name: str, *kinds: type) -> Ours | None:
 
 
 def derive(path: Path, build: Callable[[], Any]) -> Any:
-    """``build``, which reads configurations in ``path``; what does not fit there is one ValueError."""
+    """Returns ``build``, which reads configurations in ``path``; what does not fit there is one ValueError."""
     try:
         return build()
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -100,7 +102,7 @@ def derive(path: Path, build: Callable[[], Any]) -> Any:
 
 
 def check_config(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], idle: set[str]) -> None:
-    """Raise ValueError unless the configuration in ``path`` describes the network that ``expected`` describes.
+    """Raises ValueError unless the configuration in ``path`` describes the network that ``expected`` describes.
 
     ``idle`` fields may hold anything. A field that ``found`` lacks was invented after it was written, and is neutral;
     one that ``expected`` lacks is unknown here, and must be null or false.
@@ -117,7 +119,7 @@ def check_config(path: Path, found: Mapping[str, Any], expected: Mapping[str, An
 
 
 def load(model: nn.Module, weights: Weights, folder: Path) -> None:
-    """Give ``model`` its weights, all of them; buffers may be missing. Raises ValueError on any other misfit."""
+    """Gives ``model`` its weights, all of them; buffers may be missing. Raises ValueError on any other misfit."""
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:

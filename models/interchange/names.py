@@ -1,7 +1,7 @@
 """Names of tensors here and there.
 
-A table lists pairs (our module, their modules): the weights and biases of theirs, one below the other, are ours. So
-our one projection to queries, keys and values has three counterparts.
+A table lists pairs (our module, their modules): the weights and biases of their modules, one below the other, are
+ours. So our one projection to queries, keys and values has three counterparts.
 """
 
 import torch
@@ -12,12 +12,12 @@ Table = list[tuple[str, tuple[str, ...]]]
 
 
 def pair(ours: str, *theirs: str) -> tuple[str, tuple[str, ...]]:
-    """One row of a table."""
+    """Returns one row of a table."""
     return ours, theirs
 
 
 def to_theirs(weights: Weights, table: Table) -> Weights:
-    """Take the tensors of ``table`` out of ``weights``, which are ours, and name them as theirs."""
+    """Takes the tensors of ``table`` out of ``weights``, which are ours, and names them as theirs."""
     out: Weights = {}
     for ours, theirs in table:
         for kind in ("weight", "bias"):
@@ -28,7 +28,7 @@ def to_theirs(weights: Weights, table: Table) -> Weights:
 
 
 def to_ours(weights: Weights, table: Table) -> Weights:
-    """Take the tensors of ``table`` out of ``weights``, which are theirs, and name them as ours.
+    """Takes the tensors of ``table`` out of ``weights``, which are theirs, and names them as ours.
 
     A pair whose parts are not all there is left out; loading the model then says what is missing.
     """
@@ -42,10 +42,10 @@ def to_ours(weights: Weights, table: Table) -> Weights:
 
 
 def under(prefix: str, weights: Weights) -> Weights:
-    """The tensors below ``prefix``, without it."""
+    """Returns the tensors below ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def put_under(prefix: str, weights: Weights) -> Weights:
-    """The same tensors with ``prefix`` before their names."""
+    """Returns the same tensors with ``prefix`` before their names."""
     return {prefix + name: tensor for name, tensor in weights.items()}

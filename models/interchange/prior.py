@@ -35,7 +35,7 @@ BARE = {"positional_embedding": "position", "prd_embedding": "query", "clip_mean
 
 
 def prior_table(depth: int) -> Table:
-    """Names of all tensors but the bare ones."""
+    """Returns names of all tensors but the bare ones."""
     table = [
         pair("timestep.0", "time_embedding.linear_1"),
         pair("timestep.2", "time_embedding.linear_2"),
@@ -59,7 +59,7 @@ def prior_table(depth: int) -> Table:
 
 
 def part_of(config: DiffusionPriorConfig, embed_dim: int) -> dict[str, Any]:
-    """config.json of the network in diffusers."""
+    """Returns config.json of the network in diffusers."""
     clip = isinstance(config, ClipPriorConfig)
     return {
         "_class_name": "PriorTransformer",
@@ -84,7 +84,7 @@ def part_of(config: DiffusionPriorConfig, embed_dim: int) -> dict[str, Any]:
 def prior_inputs(
     prior: DiffusionPrior, tokens: Tensor, text_embedding: Tensor, keep_text: Tensor
 ) -> dict[str, Tensor | None]:
-    """What the exported PriorTransformer takes besides x and t, by its own names; arguments as in ``forward``.
+    """Returns what the exported PriorTransformer takes besides x and t, by its own names; arguments as in ``forward``.
 
     The mask is never left out, though all ones for our own prior: without one PriorTransformer is not causal.
     """
@@ -104,7 +104,7 @@ def prior_inputs(
 
 
 def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
-    """Write prior, prior_scheduler, ours/prior and, for a ``ClipPrior``, text_encoder.
+    """Writes prior, prior_scheduler, ours/prior and, for a ``ClipPrior``, text_encoder.
 
     ``post_process_latents`` makes embeddings of length sqrt(d) of our own prior's samples, as an exported decoder's
     text_proj takes them. Raises ValueError if another model's text encoder is in the folder.
@@ -128,7 +128,7 @@ def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
 
 
 def own_to_bare(prior: DiffusionPrior, weights: Weights) -> Weights:
-    """Our own prior's tensors where Karlo's differ: null embedding and positions, and no standardisation."""
+    """Returns our own prior's tensors where Karlo's differ: null embedding and positions, and no standardisation."""
     columns = [
         weights["embedding_in.weight"],
         weights["embedding_in.bias"][:, None],
@@ -145,7 +145,7 @@ def own_to_bare(prior: DiffusionPrior, weights: Weights) -> Weights:
 
 
 def bare_to_own(weights: Weights) -> Weights:
-    """The inverse of ``own_to_bare``."""
+    """Returns the inverse of ``own_to_bare``."""
     columns, bias = weights["embedding_in.weight"], weights["embedding_in.bias"]
     kept = {name: tensor for name, tensor in weights.items() if name not in ("mean", "std")}
     return kept | {
@@ -157,7 +157,7 @@ def bare_to_own(weights: Weights) -> Weights:
 
 
 def import_prior(folder: str | Path) -> DiffusionPrior:
-    """Read a prior in diffusers' layout: an exported one, or Karlo's as a ``ClipPrior``; fp32, in evaluation mode.
+    """Reads a prior in diffusers' layout: an exported one, or Karlo's as a ``ClipPrior``; fp32, in evaluation mode.
 
     Raises FileNotFoundError when a file is missing, and ValueError when something does not fit.
     """
@@ -189,7 +189,7 @@ def import_prior(folder: str | Path) -> DiffusionPrior:
 
 
 def config_of(found: dict[str, Any], text: dict[str, Any], process: Process) -> ClipPriorConfig:
-    """Our configuration of the prior that these config.json describe."""
+    """Returns our configuration of the prior that these config.json describe."""
     return ClipPriorConfig(
         text_context=text["max_position_embeddings"],
         width=found["num_attention_heads"] * found["attention_head_dim"],

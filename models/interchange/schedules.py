@@ -56,12 +56,12 @@ def scheduler_config(process: Process, variance: str, clip: float | None) -> dic
 
 
 def write_scheduler(folder: Path, process: Process, variance: str, clip: float | None) -> None:
-    """Write ``folder/scheduler_config.json``."""
+    """Writes ``folder/scheduler_config.json``."""
     write_json(folder / FILE, scheduler_config(process, variance, clip))
 
 
 def read_scheduler(folder: Path) -> Process:
-    """The process in ``folder/scheduler_config.json``. Raises as ``read_json``, and ValueError on an unknown one."""
+    """Reads the process in ``folder/scheduler_config.json``. Raises as ``read_json``, and ValueError on another."""
     path = folder / FILE
     found = read_json(path)
     betas = {theirs: ours for ours, theirs in BETAS.items()}
@@ -76,6 +76,6 @@ def read_scheduler(folder: Path) -> Process:
 
 
 def check_process(folder: Path, found: Process, expected: Process) -> None:
-    """Raise ValueError unless the scheduler in ``folder`` describes the process of the model beside it."""
+    """Raises ValueError unless the scheduler in ``folder`` describes the process of the model beside it."""
     if found != expected:
         raise ValueError(f"{folder / FILE} does not fit: it is for {found}, the model was trained for {expected}")

@@ -24,7 +24,7 @@ DEFAULTS = {
 
 
 def text_config(vocabulary: int, context: int, width: int, depth: int, heads: int, embed_dim: int) -> dict[str, Any]:
-    """config.json of the encoder in transformers."""
+    """Returns config.json of the encoder in transformers."""
     return {
         "architectures": ["CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
@@ -45,7 +45,7 @@ def text_config(vocabulary: int, context: int, width: int, depth: int, heads: in
 
 
 def read_text_config(folder: Path) -> dict[str, Any]:
-    """config.json of the encoder in ``folder``. Raises as ``read_json``, and ValueError if it is not CLIP's."""
+    """Returns config.json of the encoder in ``folder``. Raises as ``read_json``, and ValueError if it is not CLIP's."""
     found = DEFAULTS | read_json(folder / CONFIG_FILE)
     expected = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-05, "intermediate_size": 4 * found["hidden_size"]}
     check_config(folder / CONFIG_FILE, found, expected, found.keys() - expected.keys())
@@ -53,7 +53,7 @@ def read_text_config(folder: Path) -> dict[str, Any]:
 
 
 def text_table(depth: int) -> Table:
-    """Names of the tensors, but for the positions, which are a bare tensor here."""
+    """Returns names of the tensors, but for the positions, which are a bare tensor here."""
     table = [
         pair("token", "text_model.embeddings.token_embedding"),
         pair("transformer.norm", "text_model.final_layer_norm"),
@@ -76,7 +76,7 @@ POSITION = "text_model.embeddings.position_embedding.weight"
 
 
 def write_text(folder: Path, config: dict[str, Any], weights: Weights) -> None:
-    """Write the encoder with the tensors ``weights``, which are emptied.
+    """Writes the encoder with the tensors ``weights``, which are emptied.
 
     Raises ValueError if another encoder is there already: prior and decoder may share one, not replace it.
     """
@@ -90,7 +90,7 @@ def write_text(folder: Path, config: dict[str, Any], weights: Weights) -> None:
 
 
 def read_text(folder: Path, depth: int) -> Weights:
-    """The encoder's tensors, named as ours. Raises as ``read_weights``, and ValueError on unknown tensors."""
+    """Returns the encoder's tensors, named as ours. Raises as ``read_weights``, and ValueError on unknown tensors."""
     theirs = read_weights(folder / WEIGHTS_FILE)
     theirs.pop("text_model.embeddings.position_ids", None)  # a constant that old versions saved
     ours = {"position": theirs.pop(POSITION)} if POSITION in theirs else {}

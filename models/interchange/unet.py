@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 
 def multipliers_of(widths: list[int]) -> tuple[int, ...]:
-    """Channel multipliers of ``block_out_channels``. Raises ValueError unless they are whole numbers."""
+    """Returns channel multipliers of ``block_out_channels``. Raises ValueError unless they are whole numbers."""
     if any(width % widths[0] for width in widths):
         raise ValueError(f"block_out_channels is {widths}: each must be a multiple of the first")
     return tuple(width // widths[0] for width in widths)
@@ -41,10 +41,10 @@ def attention_levels(config: dict[str, Any]) -> list[int]:
 
 
 def unet_config(shape: Shape, sample_size: int, dropout: float) -> dict[str, Any]:
-    """config.json of the same network in diffusers.
+    """Returns config.json of the same network in diffusers.
 
-    Raises ValueError if the width is no multiple of 32: diffusers normalises 32 groups everywhere, ours the most that
-    fit.
+    Raises ValueError if the width is not a multiple of 32: diffusers normalises 32 groups everywhere, ours the most
+    that fit.
     """
     if shape.channels % 32:
         raise ValueError(f"channels is {shape.channels}: only multiples of 32 can be exported to diffusers' layout")
@@ -87,7 +87,7 @@ def unet_config(shape: Shape, sample_size: int, dropout: float) -> dict[str, Any
 
 
 def idle_fields(shape: Shape) -> set[str]:
-    """Fields of the class's config.json that need not be checked for a network of this shape."""
+    """Returns fields of the class's config.json that need not be checked for a network of this shape."""
     if not shape.attention_levels:
         return IDLE | {"attention_head_dim"}
     # Of blocks that these networks do not have.
@@ -101,7 +101,7 @@ def idle_fields(shape: Shape) -> set[str]:
 
 
 def unet_table(shape: Shape) -> Table:
-    """Names of all tensors, ours and theirs."""
+    """Returns names of all tensors, ours and theirs."""
     table = [
         pair("time.0", "time_embedding.linear_1"),
         pair("time.2", "time_embedding.linear_2"),
@@ -128,7 +128,7 @@ def unet_table(shape: Shape) -> Table:
 
 
 def _stage(ours: str, block: str, resnet: str, attention: str | None = None) -> Table:
-    """One residual block and the attention that may follow it."""
+    """Returns one residual block and the attention that may follow it."""
     theirs = f"{block}.{resnet}"
     table = [
         pair(f"{ours}.resblock.norm_in", f"{theirs}.norm1"),

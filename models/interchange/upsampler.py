@@ -28,10 +28,10 @@ SCALE = 4
 
 
 def shape_of(config: UpsamplerConfig) -> Shape:
-    """The U-Net of such an upsampler. Raises ValueError where it only adds to a picture, which diffusers cannot say."""
+    """The U-Net of such an upsampler. Raises ValueError where it only adds to an image, which diffusers cannot say."""
     if config.prediction == "x0":
         raise ValueError(
-            "prediction is 'x0', which adds to the enlarged small picture: only 'eps' and 'v' go to diffusers"
+            "prediction is 'x0', which adds to the enlarged small image: only 'eps' and 'v' go to diffusers"
         )
     return Shape(
         in_channels=6 * config.patch**2,
@@ -44,7 +44,7 @@ def shape_of(config: UpsamplerConfig) -> Shape:
 
 
 def export_upsampler(upsampler: Upsampler, folder: str | Path) -> None:
-    """Write super_res_first, super_res_last, super_res_scheduler and ours/upsampler.
+    """Writes super_res_first, super_res_last, super_res_scheduler and ours/upsampler.
 
     Without a second U-Net both hold the same one. Where the upsampler works on patches, they take and give
     ``pixel_unshuffle(x, patch)``, noise and condition one after the other. Raises ValueError, before anything is
@@ -62,10 +62,10 @@ def export_upsampler(upsampler: Upsampler, folder: str | Path) -> None:
 
 
 def import_upsampler(folder: str | Path) -> Upsampler:
-    """Read an upsampler in diffusers' layout, Karlo's or an exported one; fp32, in evaluation mode.
+    """Reads an upsampler in diffusers' layout, Karlo's or an exported one; fp32, in evaluation mode.
 
-    Karlo's files do not say that it enlarges 4 times, nor how it was trained: pictures to enlarge are not corrupted,
-    and crops are whole pictures. Raises FileNotFoundError when a file is missing, and ValueError when something does
+    Karlo's files do not say that it enlarges 4 times, nor how it was trained: images to enlarge are not corrupted,
+    and crops are whole images. Raises FileNotFoundError when a file is missing, and ValueError when something does
     not fit.
     """
     folder = Path(folder)
@@ -90,7 +90,7 @@ def import_upsampler(folder: str | Path) -> Upsampler:
 
 
 def config_of(unet: dict[str, Any], process: Process, last_unet: bool) -> UpsamplerConfig:
-    """Our configuration of the upsampler that this config.json describes."""
+    """Returns our configuration of the upsampler that this config.json describes."""
     patch = math.isqrt(unet["in_channels"] // 6)
     widths = unet["block_out_channels"]
     attention_levels(unet)  # refuses blocks of other kinds

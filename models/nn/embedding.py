@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Timesteps [b], whole or not, to fp32 [b, width]: cosines, then sines, of periods 2 pi to 20,000 pi.
+    """Turns timesteps [b], whole or not, to fp32 [b, width]: cosines, then sines, of periods 2 pi to 20,000 pi.
 
     As in guided diffusion; an odd last column is zero.
     """

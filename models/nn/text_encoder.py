@@ -57,7 +57,7 @@ class ClipTextEncoder(nn.Module):
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, tokens: Tensor, keep: Tensor) -> EncodedText:
-        """As ``TextEncoder``; the vector of a caption whose end is cut is its highest token's, as in CLIP.
+        """Works as ``TextEncoder``; the vector of a caption whose end is cut is its highest token's, as in CLIP.
 
         Raises ValueError on fewer tokens than ``context``.
         """

@@ -22,7 +22,7 @@ class Cache:
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append one layer's new keys and values, [b, heads, n, head], and return all of them."""
+        """Appends one layer's new keys and values, [b, heads, n, head], and returns all of them."""
         if layer == len(self.layers):
             rows, heads, _, head = keys.shape
             shape = (rows, heads, self.context, head)
@@ -35,7 +35,7 @@ class Cache:
 
 
 def normal_linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
-    """A linear layer whose weights are normal with standard deviation ``std`` and whose biases are zero."""
+    """Returns a linear layer whose weights are normal with standard deviation ``std`` and whose biases are zero."""
     linear = nn.Linear(inputs, outputs)
     nn.init.normal_(linear.weight, std=std)
     nn.init.zeros_(linear.bias)
@@ -43,7 +43,7 @@ def normal_linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The approximation x sigmoid(1.702 x) of GELU, with which OpenAI's CLIPs were trained."""
+    """Returns the approximation x sigmoid(1.702 x) of GELU, with which OpenAI's CLIPs were trained."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, cache: Cache | None = None, shown: Tensor | None = None, last_only: bool = False
     ) -> Tensor:
-        """``shown`` bool [b, n]: False hides a position from all others; position 0 must be shown.
+        """Returns ``shown`` bool [b, n]: False hides a position from all others; position 0 must be shown.
 
         With a cache ``shown`` comes with the first call and holds for the later ones, whose own positions are shown.
         With ``last_only`` the result is the last position's, [b, 1, width], and the last layer computes no other.
@@ -156,7 +156,7 @@ class Transformer(nn.Module):
 
 
 def is_padding(tokens: Tensor, end: int) -> Tensor:
-    """Which positions come after the first ``end`` token: booleans shaped like ``tokens``, [b, n].
+    """Returns which positions come after the first ``end`` token: booleans shaped like ``tokens``, [b, n].
 
     CLIP's tokenizer pads with 0, which is also the token of "!": only the end token tells the two apart.
     """
@@ -165,7 +165,7 @@ def is_padding(tokens: Tensor, end: int) -> Tensor:
 
 
 def cut_captions(tokens: Tensor, context: int) -> Tensor:
-    """The first ``context`` of tokens [b, context or more]. Raises ValueError on fewer."""
+    """Returns the first ``context`` of tokens [b, context or more]. Raises ValueError on fewer."""
     if tokens.shape[1] < context:
         raise ValueError(f"captions must have {context} tokens or more, got {tokens.shape[1]}: pad them")
     return tokens[:, :context]
@@ -190,8 +190,10 @@ class CaptionEmbedding(nn.Module):
         nn.init.normal_(self.padding, std=0.02)
 
     def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
-        """``tokens`` int64 [b, context or more], ``keep`` bool [b]: False drops the caption. Raises ValueError on
-        fewer tokens."""
+        """Returns vectors of ``tokens``, int64 [b, context or more]; ``keep``, bool [b], is False to drop a caption.
+
+        Raises ValueError on fewer tokens.
+        """
         tokens = cut_captions(tokens, self.context)
         shown = keep[:, None] & ~is_padding(tokens, self.end)
         return torch.where(shown[..., None], self.token(tokens) + self.position, self.padding)

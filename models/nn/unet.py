@@ -13,12 +13,12 @@ from models.nn.embedding import timestep_embedding
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups, as in ADM, or the most that fit widths which are no multiple of 32."""
+    """Returns 32 groups, as in ADM, or for widths that are not multiples of 32 as many as fit."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """The same module with all weights zero: a branch that starts as nothing."""
+    """Returns the module with all weights zero: a branch that starts as nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor, shown: Tensor | None = None) -> Tensor:
-        """``shown`` bool [b, n]: False hides a token of ``context`` [b, n, context_width]."""
+        """Returns ``shown`` bool [b, n]: False hides a token of ``context`` [b, n, context_width]."""
         pixels = self.norm(x).flatten(2).transpose(1, 2)
         queries, keys, values = (self._heads(part) for part in self.qkv(pixels).chunk(3, dim=-1))
         context_keys, context_values = (self._heads(part) for part in self.context_kv(context).chunk(2, dim=-1))
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[b, n, channels] to [b, heads, n, head_channels]."""
+        """Turns [b, n, channels] to [b, heads, n, head_channels]."""
         return x.unflatten(-1, (-1, self.head_channels)).transpose(1, 2)
 
 
@@ -113,7 +113,7 @@ class UNet(nn.Module):
 
     ``depth`` residual blocks at each resolution, which has ``channels`` times its multiplier. ``attention_levels``
     are the resolutions, 0 the largest, that attend to themselves and to a context of ``context_width``; the middle
-    then does so too. With no attention levels there is no attention anywhere. ``scale_shift`` is as in ``ResBlock``.
+    then does so too. Without attention levels nothing attends. ``scale_shift`` is as in ``ResBlock``.
     The last convolution of every branch, and of the network, starts at zero. Its first and last layers are fp32 even
     under autocast: bf16 would round the least noise in x away (a fifth of it at t = 0), and the variance.
     """
@@ -178,9 +178,18 @@ class UNet(nn.Module):
         context: Tensor | None = None,
         shown: Tensor | None = None,
     ) -> Tensor:
-        """``t`` [b] timesteps; ``added`` [b, embedding_width] joins the timestep embedding; ``context`` [b, n,
-        context_width] is attended to, but for tokens where ``shown``, bool [b, n], is False. Raises ValueError on a
-        size that cannot be halved often enough."""
+        """Returns the network's output for a noised image.
+
+        Args:
+            x: [b, in_channels, h, w].
+            t: Timesteps, [b].
+            added: [b, embedding_width], joins the timestep embedding.
+            context: [b, n, context_width], attended to.
+            shown: bool [b, n]; False hides a token of ``context``.
+
+        Raises:
+            ValueError: The sides cannot be halved often enough.
+        """
         if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             raise ValueError(
                 f"this U-Net takes multiples of {self.multiple} pixels a side, got {x.shape[2]} x {x.shape[3]}"
@@ -205,5 +214,5 @@ class UNet(nn.Module):
 
 
 def _fp32(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast where ``x`` is; the meta device, where a network is only measured, knows none."""
+    """Turns autocast off where ``x`` is; the meta device, where a network is only measured, knows none."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -1,1 +1,1 @@
-"""Whether the models have learnt, measured on rows that taught nothing."""
+"""Measures on held-out rows whether the models learn."""

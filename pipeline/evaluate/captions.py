@@ -1,7 +1,7 @@
 """What captions say in fixed words: how they begin, what they name, and on which background.
 
 Style and background words alone find a good part of the right captions, so that retrieval among whole captions flatters
-a model that has learnt them and no names. No torch here.
+a model that knows them and no names. No torch here.
 """
 
 from __future__ import annotations

@@ -18,28 +18,32 @@ from pipeline.evaluate import images, memorisation, priors, quality, retrieval, 
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.inception import Inception, fid_figures
 from pipeline.evaluate.recipe import EvaluationRecipe
-from pipeline.evaluate.rows import HeldOut, Taught, held_out, read_views, taught
+from pipeline.evaluate.rows import HeldOut, Tick, TrainingRows, held_out, read_views, training_rows
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import HELD_OUT_SPLITS, too_few
 from pipeline.store import Store
 from pipeline.store.records import digest
 
-SHOWN = 8  # captions in the pictures of the report
+SHOWN = 8  # captions in the images of the report
 GUIDANCES = (0.0, 1.0, 3.0)  # of the decoder, in those that show what it does
 BASE = 64  # pixels
-Tick = Callable[[str], None]
 Part = Callable[[Tick], list[Figure]]
 
 
 @dataclass
 class Evaluation:
-    """An evaluation of ``unclip``. ``early`` is the decoder's earlier checkpoint, or why there is none; ``judge`` a
-    second CLIP that looks at its pictures, ``inception`` the network of their FID.
+    """Measures a bundle's models part by part; figures are returned, the rest is left in attributes.
 
-    Beside figures it leaves ``pictures``, uint8 [3, h, w] by file name, the ``captions`` of the columns of
-    "comparison.png", caption and distance of those of "nearest.png" in ``closest`` and, by file name, the ``licenses``
-    of the real picture in each column; the ``keys`` of all rows that were looked at, by part and split; and how many
-    rows there are where they are too ``few``, by part.
+    Attributes:
+        early: The decoder's earlier checkpoint, or why there is none.
+        judge: A second CLIP that looks at the drawn images.
+        inception: The network of their FID.
+        shown: Images for the report, uint8 [3, h, w], by file name.
+        captions: Of the columns of "comparison.png".
+        closest: Caption and distance of the columns of "nearest.png".
+        licenses: Of the real image in each column, by file name.
+        keys: Of all rows that were measured, by part, with their split.
+        few: How many rows there are where they are too few, by part.
     """
 
     store: Store
@@ -49,7 +53,7 @@ class Evaluation:
     early: Decoder | str
     judge: Clip | None = None
     inception: Inception | None = None
-    pictures: dict[str, Tensor] = field(default_factory=dict)
+    shown: dict[str, Tensor] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
     closest: list[dict[str, Any]] = field(default_factory=list)
     licenses: dict[str, list[str | None]] = field(default_factory=dict)
@@ -57,7 +61,7 @@ class Evaluation:
     few: dict[str, int] = field(default_factory=dict)
 
     def parts(self) -> dict[str, Part]:
-        """What is to be measured, by title; every part returns its figures."""
+        """Returns what is to be measured, by title; every part returns its figures."""
         u = self.unclip
         chosen: dict[str, Part] = {}
         if u.ar_prior is not None:
@@ -67,7 +71,7 @@ class Evaluation:
             chosen["diffusion_prior"] = self.diffusion_prior
             chosen["diffusion_prior samples"] = partial(self.prior_samples, "diffusion")
         chosen["decoder"] = self.decoder
-        chosen["pictures"] = self.drawn
+        chosen["images"] = self.drawn
         for name in UPSAMPLERS:
             if getattr(u, name) is not None:
                 chosen[name] = partial(self.upsampler, name)
@@ -79,20 +83,22 @@ class Evaluation:
 
     @cached_property
     def rows(self) -> HeldOut | str:
-        """Rows without pictures, for the priors, or why there are none."""
+        """Rows without images, for the priors, or why there are none."""
         return self._held_out("priors", self.recipe.rows, 0)
 
     @cached_property
     def small(self) -> HeldOut | str:
-        """Rows with pictures of 64 px, for the decoder, or why there are none. Captions that name a background come
-        first: line (d) needs them, and a picture is expensive."""
+        """Rows with images of 64 px, for the decoder, or why there are none.
+
+        Captions that name a background come first: line (d) needs them, and an image is expensive.
+        """
         phrases = self.recipe.phrases
         prefer = phrases.background if phrases.backgrounds else None
         return self._held_out("decoder", self.recipe.decoder_rows, BASE, prefer)
 
     @cached_property
-    def taught(self) -> Taught:
-        return taught(self.store, self.inputs)
+    def training(self) -> TrainingRows:
+        return training_rows(self.store, self.inputs)
 
     def _held_out(
         self, part: str, rows: int, side: int, prefer: Callable[[str], object] | None = None
@@ -109,122 +115,125 @@ class Evaluation:
         return found.to(self.device)
 
     def ar_prior(self, tick: Tick) -> list[Figure]:
-        """Lines (a) and (b) of the AR prior."""
+        """Returns lines (a) and (b) of the AR prior."""
         model, codec = self.unclip.ar_prior, self.unclip.codec
         assert model is not None
         assert codec is not None
         if isinstance(self.rows, str):
             return absent("ab", "ar_prior", self.rows)
-        training = self.taught.image_embedding.to(self.device)
+        training = self.training.image_embedding.to(self.device)
         return priors.ar_prior_figures(model, codec, self.rows, training, self.recipe.seed)
 
     def diffusion_prior(self, tick: Tick) -> list[Figure]:
-        """Line (a) of the diffusion prior."""
+        """Returns line (a) of the diffusion prior."""
         if isinstance(self.rows, str):
             return absent("a", "diffusion_prior", self.rows)
         return [priors.diffusion_prior_gap(self.unclip, self.rows, self.recipe.seed)]
 
     def prior_samples(self, prior: str, tick: Tick) -> list[Figure]:
-        """Line (c) of one prior, and how its samples rank images."""
+        """Returns line (c) of one prior, and how its samples rank images."""
         if isinstance(self.rows, str):
             return absent("c", PRIORS[prior], self.rows)
         recipe = self.recipe
         chosen = self.rows.first(min(recipe.sampled_rows, len(self.rows)))
-        samples = priors.draw_samples(self.unclip, prior, chosen, recipe.prior_samples, recipe.seed, tick)
+        samples = priors.sample_embeddings(self.unclip, prior, chosen, recipe.prior_samples, recipe.seed, tick)
         model, gallery = PRIORS[prior], self.rows.batch["image_embedding"]
         return [
             *priors.sample_figures(model, samples, chosen, recipe.seed),
-            *retrieval.prior_figures(model, samples, chosen, gallery, self.taught, recipe.seed),
+            *retrieval.prior_figures(model, samples, chosen, gallery, self.training, recipe.seed),
         ]
 
     def decoder(self, tick: Tick) -> list[Figure]:
-        """Line (a) of the decoder."""
+        """Returns line (a) of the decoder."""
         if isinstance(self.small, str):
             return absent("a", "decoder", self.small)
         return [images.decoder_gap(self.unclip.decoder, self.small, self.recipe.seed)]
 
     def drawn(self, tick: Tick) -> list[Figure]:
-        """Lines (d) and (f), the pictures, how good they are and whether they are copies."""
+        """Returns lines (d) and (f), the images, how good they are and whether they are copies."""
         rows, seed, phrases = self.small, self.recipe.seed, self.recipe.phrases
         if isinstance(rows, str):
             return absent("df" if phrases.backgrounds else "f", "decoder", rows)
         embedding, prior = rows.batch["image_embedding"], self.unclip.sampling.prior
-        drawn = {"decoder": images.draw_pictures(self.unclip, rows, embedding, prior, seed, tick)}
+        drawn = {"decoder": images.draw_images(self.unclip, rows, embedding, prior, seed, tick)}
         fewer = rows.first(min(self.recipe.caption_rows, len(rows)))
         for name, stage in PRIORS.items():
             if getattr(self.unclip, stage) is not None:
-                drawn[stage] = images.draw_pictures(self.unclip, fewer, None, name, seed, tick)
+                drawn[stage] = images.draw_images(self.unclip, fewer, None, name, seed, tick)
         early: Tensor | str = self.early if isinstance(self.early, str) else ""
         if isinstance(self.early, Decoder):
             unclip = replace(self.unclip, decoder=self.early)
-            early = images.draw_pictures(unclip, rows, embedding, prior, seed, tick)
+            early = images.draw_images(unclip, rows, embedding, prior, seed, tick)
         figures = []
-        for model, pictures in drawn.items() if phrases.backgrounds else ():
+        for model, made in drawn.items() if phrases.backgrounds else ():
             source = "the image's embedding" if model == "decoder" else "the caption alone"
             chosen = rows if model == "decoder" else fewer
-            figures.append(images.background_figure(model, source, pictures, chosen, phrases, seed))
+            figures.append(images.background_figure(model, source, made, chosen, phrases, seed))
         figures += images.ranking_figures(self.unclip.clip, rows, drawn["decoder"], early, seed)
         figures += self._looked_at(rows, drawn, early, tick)
         self._guide(rows.first(len(self.captions)), tick)
         return figures
 
     def _guide(self, rows: HeldOut, tick: Tick) -> None:
-        """Keep what the decoder draws of the same embeddings and noise with each of GUIDANCES."""
+        """Keeps what the decoder draws of the same embeddings and noise with each of GUIDANCES."""
         lines = []
         for weight in GUIDANCES:
             unclip = replace(self.unclip, sampling=replace(self.unclip.sampling, decoder_guidance=weight))
             embedding, prior = rows.batch["image_embedding"], unclip.sampling.prior
-            lines.append(images.draw_pictures(unclip, rows, embedding, prior, self.recipe.seed, tick))
-        self.pictures["guidance.png"] = images.beside(*lines)
+            lines.append(images.draw_images(unclip, rows, embedding, prior, self.recipe.seed, tick))
+        self.shown["guidance.png"] = images.beside(*lines)
 
     def _looked_at(self, rows: HeldOut, drawn: dict[str, Tensor], early: Tensor | str, tick: Tick) -> list[Figure]:
-        """What the bundle's CLIP, the judge and Inception see in the drawn pictures; keeps the pictures to be shown."""
+        """Measures the drawn images by CLIP, the judge and Inception, and keeps those to be shown."""
         real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
-        training = self._training_pictures(self.recipe.phrases.alike(rows.captions, self.taught.captions))
+        training = self._training_images(self.recipe.phrases.alike(rows.captions, self.training.captions))
         more = [] if isinstance(self.rows, str) else self.rows.captions
         everything = drawn | ({"early": early} if isinstance(early, Tensor) else {})
         eyes = [quality.Eye("CLIP", self.unclip.clip)]
         eyes += [quality.Eye("judge", self.judge)] if self.judge else []
         figures: list[Figure] = []
         for eye in eyes:
-            tick(f"{eye.name} looks at pictures")
-            seen = {kind: eye.look(pictures) for kind, pictures in (everything | {"real": real}).items()}
+            tick(f"{eye.name} looks at images")
+            seen = {kind: eye.look(made) for kind, made in (everything | {"real": real}).items()}
             of_real = seen.pop("real")
             arguments = (seen, of_real, eye.look(training), rows, more, self.recipe.phrases, self.recipe.seed)
             figures += quality.quality_figures(eye, *arguments)
             if eye is eyes[0]:
                 of_drawn = {model: seen[model] for model in drawn}
-                taught = self.taught.image_embedding
-                figures += memorisation.memorisation_figures(of_drawn, of_real, taught, rows, self.recipe.seed)
+                training = self.training.image_embedding
+                figures += memorisation.memorisation_figures(of_drawn, of_real, training, rows, self.recipe.seed)
                 sampled = PRIORS[self.unclip.sampling.prior]
                 self._show(rows, drawn, drawn[sampled], seen[sampled])
         if self.inception:
-            tick("Inception looks at pictures")
-            seen = {kind: self.inception.look(pictures) for kind, pictures in everything.items()}
+            tick("Inception looks at images")
+            seen = {kind: self.inception.look(made) for kind, made in everything.items()}
             figures += fid_figures(seen, self.inception.look(real), self.inception.look(training), rows)
         return figures
 
-    def _training_pictures(self, chosen: list[int]) -> Tensor:
-        """Pictures of BASE px that taught, uint8 [n, 64, 64, 3]."""
-        return read_views(self.store, [self.taught.places[i] for i in chosen], BASE).permute(0, 2, 3, 1)
+    def _training_images(self, chosen: list[int]) -> Tensor:
+        """Returns images of BASE px of training rows, uint8 [n, 64, 64, 3]."""
+        return read_views(self.store, [self.training.places[i] for i in chosen], BASE).permute(0, 2, 3, 1)
 
     def _show(self, rows: HeldOut, drawn: Mapping[str, Tensor], sampled: Tensor, seen: Tensor) -> None:
-        """Keep the pictures: what each model made of the first captions, and of the pictures ``sampled`` from captions,
-        with embeddings ``seen``, the nearest to training pictures above these."""
+        """Keeps images for the report: what each model made of the first captions, and possible copies.
+
+        These are of the images ``sampled`` from captions, with embeddings ``seen``, the nearest to training images,
+        above these.
+        """
         real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
         shown = min(SHOWN, *map(len, drawn.values()))
         self.captions = rows.captions[:shown]
         self.licenses["comparison.png"] = rows.licenses[:shown]
-        self.pictures["comparison.png"] = images.beside(*(lines[:shown] for lines in (real, *drawn.values())))
-        nearest = memorisation.nearest(seen, self.taught.image_embedding)
+        self.shown["comparison.png"] = images.beside(*(lines[:shown] for lines in (real, *drawn.values())))
+        nearest = memorisation.nearest(seen, self.training.image_embedding)
         closest = memorisation.closest(nearest.distance, SHOWN)
         found = nearest.place[closest].tolist()
         self.closest = [{"caption": rows.captions[i], "distance": float(nearest.distance[i])} for i in closest]
-        self.licenses["nearest.png"] = [self.taught.licenses[i] for i in found]
-        self.pictures["nearest.png"] = images.beside(sampled[closest], self._training_pictures(found))
+        self.licenses["nearest.png"] = [self.training.licenses[i] for i in found]
+        self.shown["nearest.png"] = images.beside(sampled[closest], self._training_images(found))
 
     def upsampler(self, name: str, tick: Tick) -> list[Figure]:
-        """Lines (a) and (e) of one upsampler, and more of its pictures."""
+        """Returns lines (a) and (e) of one upsampler, and more of its images."""
         model, recipe = getattr(self.unclip, name), self.recipe
         rows = self._held_out(name, getattr(recipe, f"{name}_rows"), model.config.image_size)
         if isinstance(rows, str):

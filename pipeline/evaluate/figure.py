@@ -45,7 +45,7 @@ class Figure:
     values: tuple[float, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; numbers that are not finite become None."""
+        """Returns plain values; numbers that are not finite become None."""
         return {name: _finite(value) for name, value in asdict(self).items()}
 
 
@@ -56,7 +56,7 @@ def _finite(value: Any) -> Any:
 
 
 def judged(figures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The figures, as JSON, that claim something: those that hold or fail, and those that could not be measured."""
+    """Returns the figures, as JSON, that claim something: they hold, fail or could not be measured."""
     return [figure for figure in figures if figure["holds"] is not None or figure["note"]]
 
 
@@ -66,24 +66,24 @@ def measured(figures: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def without_values(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The figures, as JSON, for a record, which is small: the values of rows are in evaluation.json."""
+    """Returns the figures, as JSON, for a record, which is small: the values of rows are in evaluation.json."""
     return [{name: value for name, value in figure.items() if name != "values"} for figure in figures]
 
 
 def mark(figure: Mapping[str, Any]) -> str:
-    """yes, NO, or - for what was not measured."""
+    """Returns "yes", "NO", or "-" for what was not measured."""
     return {True: "yes", False: "NO"}.get(figure["holds"], "-")
 
 
 def short(value: float | None) -> str:
-    """Four digits, and no more than four places."""
+    """Returns four digits, and no more than four places."""
     if value is None:
         return "?"
     return f"{value:.4f}".rstrip("0").rstrip(".") if 0.001 <= abs(value) < 10 else f"{value:.4g}"
 
 
 def difference(figure: Mapping[str, Any]) -> str:
-    """For example '+0.12 ± 0.01' (standard error) or '+0.12 (0.1 to 0.14)' (95% interval)."""
+    """Returns for example '+0.12 ± 0.01' (standard error) or '+0.12 (0.1 to 0.14)' (95% interval)."""
     if figure["difference"] is None:
         return ""
     text = ("+" if figure["difference"] >= 0 else "") + short(figure["difference"])
@@ -104,7 +104,7 @@ def count(figures: Sequence[Mapping[str, Any]]) -> str:
 
 
 def as_text(figures: Sequence[Mapping[str, Any]]) -> str:
-    """The table as plain text, under a heading for each line; one line where nothing was measured."""
+    """Returns the table as plain text, under a heading for each line; one line where nothing was measured."""
     out = [f"Does it learn? {count(figures)}"]
     for line, claim in LINES.items() if measured(figures) else ():
         of_line = [figure for figure in judged(figures) if figure["line"] == line]

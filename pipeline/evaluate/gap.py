@@ -28,7 +28,7 @@ class Rise(NamedTuple):
 
 
 def ready(batch: Batch, draw: Draw) -> Batch:
-    """A batch whose conditions are among its columns already."""
+    """Returns a batch whose conditions are among its columns already."""
     return batch
 
 
@@ -41,10 +41,10 @@ def rise(
     draws: int = 1,
     prepare: Callable[[Batch, Draw], Batch] = ready,
 ) -> Rise:
-    """``loss`` of the rows of ``batch`` with their own ``conditions``, and with those of the rows ``other`` [n].
+    """Returns ``loss`` of the rows of ``batch`` with their own ``conditions``, and with those of rows ``other`` [n].
 
-    Noise and timesteps are the same on both sides, and every row has numbers of its own; the mean over so many
-    ``draws``. ``prepare`` adds columns that depend on a draw, which may be conditions.
+    Noise and timesteps are the same on both sides, and every row has numbers of its own; the mean over
+    ``draws`` draws. ``prepare`` adds columns that depend on a draw, which may be conditions.
     """
     n = len(other)
     totals = torch.zeros(2, n, dtype=torch.float64)
@@ -66,7 +66,7 @@ def rise(
 
 
 def gap_figure(model: str, condition: str, rows: HeldOut, found: Rise) -> Figure:
-    """Line (a): holds if the mean rise is above three standard errors."""
+    """Returns line (a): holds if the mean rise is above three standard errors."""
     difference = found.other - found.own
     mean, error = float(difference.mean()), standard_error(difference)
     says = f"loss with another row's {condition}, above the loss with its own"

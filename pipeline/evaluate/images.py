@@ -1,8 +1,8 @@
-"""What the decoder has learnt: lines (a), (d) and (f), all on pictures of 64 px."""
+"""Measures the decoder: lines (a), (d) and (f), all on images of 64 px."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,58 +21,60 @@ from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import gap_figure, rise
 from pipeline.evaluate.paired import paired
-from pipeline.evaluate.rows import HeldOut
+from pipeline.evaluate.rows import HeldOut, Tick
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted
 
 DRAWS = 4  # timesteps a row
-PICTURES = 16  # drawn at once
+IMAGES = 16  # drawn at once
 CORNER = 4  # pixels: the margin of a 64 px emoji, and the side of each corner that is looked at
-Tick = Callable[[str], None]
 
 
 def decoder_gap(model: Decoder, rows: HeldOut, seed: int) -> Figure:
-    """Line (a) of the decoder, whose condition is embedding and caption together."""
+    """Returns line (a) of the decoder, whose condition is embedding and caption together."""
     conditions = ("image_embedding", "tokens")
     found = rise(lambda b, d: decoder_loss(model, b, d).total, rows.batch, conditions, rows.other, seed, DRAWS)
     return gap_figure("decoder", "embedding and caption", rows, found)
 
 
-def draw_pictures(
-    unclip: UnCLIP, rows: HeldOut, embeddings: Tensor | None, prior: str, seed: int, tick: Tick
-) -> Tensor:
-    """A picture of 64 px a row, uint8 [n, 64, 64, 3], sampled as the bundle samples: of ``embeddings`` [n, d] and the
-    caption or, for None, of the caption alone through ``prior``, "ar" or "diffusion"."""
+def draw_images(unclip: UnCLIP, rows: HeldOut, embeddings: Tensor | None, prior: str, seed: int, tick: Tick) -> Tensor:
+    """Draws an image of 64 px a row, uint8 [n, 64, 64, 3], as the bundle samples.
+
+    It is drawn of ``embeddings`` [n, d] and the caption or, for None, of the caption alone through ``prior``, "ar" or
+    "diffusion".
+    """
     sampling = replace(unclip.sampling, size=64, prior=prior)
-    seeds = [derive_seed(seed, "picture", i) for i in range(len(rows))]
-    pictures = []
-    for start in range(0, len(rows), PICTURES):
-        part = slice(start, start + PICTURES)
+    seeds = [derive_seed(seed, "image", i) for i in range(len(rows))]
+    images = []
+    for start in range(0, len(rows), IMAGES):
+        part = slice(start, start + IMAGES)
         tokens, text = rows.batch["tokens"][part], rows.batch["text_embedding"][part]
         given = unclip.draw_embedding(tokens, text, seeds[part], sampling) if embeddings is None else embeddings[part]
-        pictures.append(unclip.decode(given, tokens, seeds[part], sampling).image)
-        tick(f"{min(start + PICTURES, len(rows))} of {len(rows)} pictures")
-    return torch.cat(pictures)
+        images.append(unclip.decode(given, tokens, seeds[part], sampling).image)
+        tick(f"{min(start + IMAGES, len(rows))} of {len(rows)} images")
+    return torch.cat(images)
 
 
-def embed(clip: Clip, pictures: Tensor) -> Tensor:
-    """CLIP's embeddings of pictures uint8 [n, s, s, 3], by way of the view: fp32 [n, d] on the CPU."""
-    views = [view(Image.fromarray(picture.numpy()), clip.image_size) for picture in pictures]
+def embed(clip: Clip, images: Tensor) -> Tensor:
+    """Returns CLIP's embeddings of images uint8 [n, s, s, 3], by way of the view: fp32 [n, d] on the CPU."""
+    views = [view(Image.fromarray(image.numpy()), clip.image_size) for image in images]
     pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(clip.mean.device)
-    return torch.cat([clip.encode_image(part) for part in pixels.split(PICTURES)]).cpu()
+    return torch.cat([clip.encode_image(part) for part in pixels.split(IMAGES)]).cpu()
 
 
-def backgrounds(pictures: Tensor, palette: Mapping[str, Sequence[int]]) -> list[str]:
-    """Returns the name of the colour of ``palette`` that is nearest to the mean of the corners of each picture, which
-    are uint8 [n, s, s, 3]."""
+def backgrounds(images: Tensor, palette: Mapping[str, Sequence[int]]) -> list[str]:
+    """Returns the name of the colour of ``palette`` that is nearest to the mean of each image's corners.
+
+    Images are uint8 [n, s, s, 3].
+    """
     ends = torch.cat([torch.arange(CORNER), torch.arange(-CORNER, 0)])
-    colours = pictures[:, ends][:, :, ends].double().mean((1, 2))
+    colours = images[:, ends][:, :, ends].double().mean((1, 2))
     known = torch.tensor(list(palette.values()), dtype=torch.float64)
     return [list(palette)[i] for i in torch.cdist(colours, known).argmin(1).tolist()]
 
 
-def background_figure(model: str, source: str, pictures: Tensor, rows: HeldOut, phrases: Phrases, seed: int) -> Figure:
-    """Line (d): how often the background is the one that the caption names, against every other row's caption.
+def background_figure(model: str, source: str, images: Tensor, rows: HeldOut, phrases: Phrases, seed: int) -> Figure:
+    """Returns line (d): how often the background is the one that the caption names, against every other row's caption.
 
     Only rows whose captions name one count; with fewer than FEWEST, or of one background, there is nothing to measure.
     """
@@ -86,7 +88,7 @@ def background_figure(model: str, source: str, pictures: Tensor, rows: HeldOut, 
         why = f"all captions of {rows.split} rows that name a background name the same one"
     if why:
         return Figure("d", model, "background", f"{model}: {says}", note=why, split=rows.split)
-    seen = backgrounds(pictures[chosen], phrases.backgrounds)
+    seen = backgrounds(images[chosen], phrases.backgrounds)
     right = torch.tensor([[found == named[j] for j in chosen] for found in seen], dtype=torch.float64)
     hits = right.diagonal()
     chance = (right.sum(1) - hits) / (len(chosen) - 1)
@@ -94,11 +96,11 @@ def background_figure(model: str, source: str, pictures: Tensor, rows: HeldOut, 
 
 
 def ranking_figures(clip: Clip, rows: HeldOut, drawn: Tensor, early: Tensor | str, seed: int) -> list[Figure]:
-    """Line (f): two similarities by CLIP, each of which must rank real > trained > early > shuffled captions.
+    """Returns line (f): two similarities by CLIP, each of which must rank real > trained > early > shuffled captions.
 
-    ``drawn`` are the decoder's pictures, uint8 [n, 64, 64, 3]; ``early`` those of an earlier checkpoint of it, or why
-    there are none, and then trained stands directly above shuffled. Shuffled are the decoder's pictures beside another
-    row's caption or picture.
+    ``drawn`` are the decoder's images, uint8 [n, 64, 64, 3]; ``early`` those of an earlier checkpoint of it, or why
+    there are none, and then trained stands directly above shuffled. Shuffled are the decoder's images beside another
+    row's caption or image.
     """
     real = rows.batch["image"].permute(0, 2, 3, 1).cpu()
     embeddings = {"real": embed(clip, real), "trained": embed(clip, drawn)}
@@ -107,7 +109,7 @@ def ranking_figures(clip: Clip, rows: HeldOut, drawn: Tensor, early: Tensor | st
     figures = []
     targets = {
         "caption": rows.batch["text_embedding"].cpu(),
-        "picture": embeddings["real"],
+        "image": embeddings["real"],
     }
     for name, target in targets.items():
         scores = {kind: metrics.cosine(x, target) for kind, x in embeddings.items()}
@@ -123,5 +125,5 @@ def ranking_figures(clip: Clip, rows: HeldOut, drawn: Tensor, early: Tensor | st
 
 
 def beside(*lines: Tensor) -> Tensor:
-    """Lines of pictures, uint8 [n, s, s, 3] each, as one picture uint8 [3, h, w], a line below the other."""
+    """Returns lines of images, uint8 [n, s, s, 3] each, as one image uint8 [3, h, w], a line below the other."""
     return torch.cat([torch.cat(list(line), dim=1) for line in lines]).permute(2, 0, 1)

@@ -1,8 +1,8 @@
-"""FID of the drawn pictures of 64 px, for whoever has the weights of Inception-v3 that it is defined by.
+"""FID of the drawn images of 64 px, for anyone who has the weights of Inception-v3 that it is defined by.
 
 Features are torchmetrics' own. Its metric is not used: that keeps sums and forgets the rows, while every model here is
 compared with the first rows of one real set; and it takes the eigenvalues of a product of covariances, which are
-singular for fewer than 2048 pictures. ``statistics`` has the same distance from features or from Gaussians that merge.
+singular for fewer than 2048 images. ``statistics`` has the same distance from features or from Gaussians that merge.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import Figure
-from pipeline.evaluate.images import PICTURES
+from pipeline.evaluate.images import IMAGES
 from pipeline.evaluate.paired import whole
 from pipeline.evaluate.quality import named
 from pipeline.evaluate.rows import HeldOut
@@ -42,15 +42,15 @@ class Inception:
 
     network: nn.Module
 
-    def look(self, pictures: Tensor) -> Tensor:
-        """Features of pictures uint8 [n, s, s, 3], which become 299 px wide: fp32 [n, 2048] on the CPU."""
+    def look(self, images: Tensor) -> Tensor:
+        """Returns features of images uint8 [n, s, s, 3], which become 299 px wide: fp32 [n, 2048] on the CPU."""
         device = next(self.network.parameters()).device
-        parts = pictures.permute(0, 3, 1, 2).split(PICTURES)
+        parts = images.permute(0, 3, 1, 2).split(IMAGES)
         return torch.cat([self.network(part.to(device)).cpu() for part in parts])
 
 
 def load_inception(store: Store, file: ContentFile | None, device: torch.device) -> Inception | None:
-    """The network with the weights of ``evaluation.inception``; None for none.
+    """Returns the network with the weights of ``evaluation.inception``; None for none.
 
     Raises UserError if a package is missing, or for a file that cannot be read, that has changed since the
     configuration was read, or that holds other weights.
@@ -71,7 +71,7 @@ def load_inception(store: Store, file: ContentFile | None, device: torch.device)
 
 
 def package_versions() -> dict[str, str]:
-    """Of what the features depend on besides weights and torch, for a record's environment."""
+    """Returns the versions of what the features depend on besides weights and torch, for a record's environment."""
     return {name: version(name) for name in PACKAGES}
 
 
@@ -79,7 +79,7 @@ def _read(store: Store, file: ContentFile) -> dict[str, Tensor]:
     data = read_content(store, file, "evaluation.inception", WEIGHTS_BYTES)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as e:  # what is no such file, or a damaged one, fails in many ways
+    except Exception as e:  # a file of another kind, or a damaged one, fails in many ways
         raise UserError(_other(file)) from e
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(_other(file))
@@ -97,16 +97,16 @@ def _other(file: ContentFile) -> str:
 
 
 def fid_figures(drawn: Mapping[str, Tensor], real: Tensor, training: Tensor, rows: HeldOut) -> list[Figure]:
-    """FID of every set of ``drawn`` features [m, 2048], m at least 2, each of the first m of ``rows``.
+    """Returns FID of every set of ``drawn`` features [m, 2048], m at least 2, each of the first m of ``rows``.
 
-    Sets are named as for ``quality_figures``. ``real`` [n, 2048] are the rows' own pictures and ``training``
-    [n, 2048] others, that taught.
+    Sets are named as for ``quality_figures``. ``real`` [n, 2048] are the rows' own images and ``training``
+    [n, 2048] those of training rows.
     """
     figures = []
     for kind, seen in drawn.items():
         model, end, subject = named(kind)
         m = len(seen)
         ours, theirs = (frechet_distance(x, real[:m]) for x in (seen, training[:m]))
-        says = f"FID of {subject} pictures to real ones; baseline: training pictures"
+        says = f"FID of {subject} images to real ones; baseline: training images"
         figures.append(whole("f", model, f"fid{end}", says, ours, theirs, rows.first(m)))
     return figures

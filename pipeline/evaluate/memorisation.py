@@ -1,4 +1,4 @@
-"""Are pictures made, or remembered? Drawn pictures' distances to the nearest training picture, and real ones'."""
+"""Are images made, or remembered? Drawn images' distances to the nearest training image, and real ones'."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ LINE = "m"  # no claim of the table
 
 
 class Nearest(NamedTuple):
-    """For every row the distance to the nearest training picture, 1 - cosine, fp64 [n], and which it is, int64 [n]."""
+    """For every row the distance to the nearest training image, 1 - cosine, fp64 [n], and which it is, int64 [n]."""
 
     distance: Tensor
     place: Tensor
 
 
-def nearest(pictures: Tensor, training: Tensor) -> Nearest:
-    """Of embeddings [n, d] among those of training pictures [m, d]."""
-    x, y = (F.normalize(z.double(), dim=1) for z in (pictures, training))
+def nearest(images: Tensor, training: Tensor) -> Nearest:
+    """Returns the nearest training image, of embeddings [m, d], for each of ``images`` [n, d]."""
+    x, y = (F.normalize(z.double(), dim=1) for z in (images, training))
     cosine, place = (x @ y.T).max(1)
     return Nearest((1 - cosine).clamp(min=0), place)
 
 
 def share_nearer(drawn: Tensor, real: Tensor, seed: int) -> tuple[float, Interval]:
-    """How often a distance of ``drawn`` [n] is below one of ``real`` [n], over all pairs, ties by half (the area under
-    the ROC curve), with its bootstrap interval over rows: 0.5 for equal distributions, 1 where all is copied."""
+    """Returns how often a distance of ``drawn`` [n] is below one of ``real`` [n], and its bootstrap interval over rows.
+
+    All pairs count, ties by half (the area under the ROC curve): 0.5 for equal distributions, 1 where all is copied.
+    """
     below = (drawn[:, None] < real).double() + (drawn[:, None] == real).double() / 2
     weights = resample(len(drawn), seed)
     resampled = ((weights @ below) * weights).sum(1) / len(drawn) ** 2
@@ -41,23 +43,30 @@ def share_nearer(drawn: Tensor, real: Tensor, seed: int) -> tuple[float, Interva
 
 
 def closest(distance: Tensor, count: int) -> list[int]:
-    """The rows of the ``count`` smallest distances, the smallest first, earlier rows first among equal ones."""
+    """Returns the rows of the ``count`` smallest distances, the smallest first, earlier rows first among equal ones."""
     return torch.argsort(distance, stable=True)[:count].tolist()
 
 
 def memorisation_figures(
     drawn: Mapping[str, Tensor], real: Tensor, training: Tensor, rows: HeldOut, seed: int
 ) -> list[Figure]:
-    """For information: how near the ``drawn`` embeddings [m, d] of each model, m at least 2, lie to ``training`` [t, d]
-    beside the real held-out pictures ``real`` [n, d] of the same rows, which nobody has learnt."""
+    """Returns, for information, figures of how near drawn images lie to training images, beside held-out ones.
+
+    Args:
+        drawn: Embeddings [m, d] by model, m at least 2.
+        real: Embeddings [n, d] of the real images of the same rows, on which no model was trained.
+        training: Embeddings [t, d] of training images.
+        rows: The held-out rows.
+        seed: Of the bootstrap.
+    """
     of_real, figures = nearest(real, training).distance, []
     for model, seen in drawn.items():
         ours, theirs = nearest(seen, training).distance, of_real[: len(seen)]
         part = rows.first(len(seen))
-        says = "distance of drawn pictures to the nearest training picture; baseline: held-out pictures"
+        says = "distance of drawn images to the nearest training image; baseline: held-out images"
         figures.append(paired(LINE, model, "nearest_training", says, ours, theirs, part, seed, None))
         share, interval = share_nearer(ours, theirs, seed)
-        says = "share of pairs in which the drawn picture is nearer to training than the held-out one"
+        says = "share of pairs in which the drawn image is nearer to training than the held-out one"
         around = (interval.low - 0.5, interval.high - 0.5)
         figures.append(whole(LINE, model, "share_nearer", says, share, 0.5, part, interval=around))
     return figures

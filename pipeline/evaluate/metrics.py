@@ -20,7 +20,7 @@ class Interval(NamedTuple):
 
 
 def derangement(labels: Sequence[Hashable]) -> Tensor:
-    """Another row for every row, int64 [n]: a roll by about half the rows, never the row itself.
+    """Returns another row for every row, int64 [n]: a roll by about half the rows, never the row itself.
 
     Of all rolls it is one that pairs the fewest rows of equal ``labels``, the nearest to half. Raises ValueError on
     fewer than two rows.
@@ -37,25 +37,25 @@ def derangement(labels: Sequence[Hashable]) -> Tensor:
 
 
 def standard_error(x: Tensor) -> float:
-    """Standard error of the mean of ``x`` [n]; nan for one row."""
+    """Returns the standard error of the mean of ``x`` [n]; nan for one row."""
     return float(x.double().std()) / sqrt(len(x)) if len(x) > 1 else nan
 
 
 def resample(n: int, seed: int) -> Tensor:
-    """How often each of ``n`` rows is in each bootstrap sample: fp64 [RESAMPLES, n], rows that sum to n."""
+    """Returns how often each of ``n`` rows is in each bootstrap sample: fp64 [RESAMPLES, n], rows that sum to n."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
     return torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
 
 def percentiles(values: Tensor) -> Interval:
-    """The middle 95% of ``values`` [m]."""
+    """Returns the middle 95% of ``values`` [m]."""
     low, high = torch.quantile(values.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(low, high)
 
 
 def bootstrap(x: Tensor, seed: int) -> Interval:
-    """Percentile bootstrap interval of the mean of ``x`` [n] over rows (Efron 1979)."""
+    """Returns the percentile bootstrap interval of the mean of ``x`` [n] over rows (Efron 1979)."""
     if len(x) < 2:
         return Interval(nan, nan)
     return percentiles(resample(len(x), seed) @ x.double().cpu() / len(x))
@@ -72,7 +72,7 @@ def total_variance(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def variance_ratio(samples: Tensor, data: Tensor, seed: int) -> tuple[float, Interval]:
-    """Total variance of ``samples`` [k, n, d], one a row and averaged over k, over that of ``data`` [n, d].
+    """Returns the total variance of ``samples`` [k, n, d], one a row and averaged over k, over that of ``data`` [n, d].
 
     With a bootstrap interval over rows.
     """
@@ -84,7 +84,7 @@ def variance_ratio(samples: Tensor, data: Tensor, seed: int) -> tuple[float, Int
 
 
 def median_distance(x: Tensor) -> float:
-    """The median distance between two different rows of [n, d]: the usual bandwidth of a kernel."""
+    """Returns the median distance between two different rows of [n, d]: the usual bandwidth of a kernel."""
     return float(torch.pdist(x.double()).median())
 
 
@@ -115,18 +115,18 @@ def u_statistic(terms: Tensor) -> tuple[float, float]:
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosines of rows [..., d]: fp64 [...]."""
+    """Returns cosines of rows [..., d]: fp64 [...]."""
     return torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1)
 
 
 def bucket_counts(codes: Tensor, buckets: int) -> Tensor:
-    """How often each bucket occurs at each position of ``codes`` int64 [n, k]: fp64 [k, buckets]."""
+    """Returns how often each bucket occurs at each position of ``codes`` int64 [n, k]: fp64 [k, buckets]."""
     counts = torch.zeros(codes.shape[1], buckets, dtype=torch.float64, device=codes.device)
     return counts.scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=torch.float64))
 
 
 def marginal_nats(codes: Tensor, counts: Tensor) -> Tensor:
-    """-log of each code's share in ``counts`` [k, buckets] at its position: fp64 [n, k] for codes int64 [n, k].
+    """Returns -log of each code's share in ``counts`` [k, buckets] at its position: fp64 [n, k] for codes int64 [n, k].
 
     A bucket that no row fell into counts as 1 / buckets of a row, so that what it costs stays finite.
     """

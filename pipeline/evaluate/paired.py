@@ -12,20 +12,11 @@ from pipeline.evaluate.rows import HeldOut
 
 
 def whole(
-    line: str, model: str, name: str, says: str, value: float, baseline: float, rows: HeldOut, **more: Any
+    line: str, model: str, name: str, says: str, value: float, baseline: float, of: HeldOut, **more: Any
 ) -> Figure:
-    """Returns the figure of a value of all ``rows`` together; ``more`` are fields of ``Figure``, none by default."""
-    return Figure(
-        line,
-        model,
-        name,
-        f"{model}: {says}",
-        value,
-        baseline,
-        rows=len(rows),
-        split=rows.split,
-        **{"difference": value - baseline} | more,
-    )
+    """Returns the figure of a value of all rows ``of`` a set together; ``more`` are further fields of ``Figure``."""
+    known: dict[str, Any] = {"difference": value - baseline, "rows": len(of), "split": of.split}
+    return Figure(line, model, name, f"{model}: {says}", value, baseline, **known | more)
 
 
 def paired(
@@ -54,6 +45,7 @@ def paired(
         float(baseline.mean()),
         rows,
         difference=float((value - baseline).mean()),
+        rows=len(value),
         interval=interval,
         holds={"above": interval.low > 0, "below": interval.high < 0}.get(claim or ""),
         claim=claim,

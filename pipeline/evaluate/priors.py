@@ -1,8 +1,7 @@
-"""What the priors have learnt: lines (a), (b) and (c)."""
+"""Measures the priors: lines (a), (b) and (c)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import log
 
@@ -20,18 +19,17 @@ from pipeline.evaluate import metrics
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import BATCH, Rise, gap_figure, rise
 from pipeline.evaluate.paired import paired, whole
-from pipeline.evaluate.rows import HeldOut
+from pipeline.evaluate.rows import HeldOut, Tick
 from pipeline.training.task import Batch
 
 CAPTION = ("tokens", "text_embedding")
 FIRST = 16  # positions: those of the largest variance
 DRAWS = 4  # timesteps a row
 SEQUENCES = 256  # sampled at once
-Tick = Callable[[str], None]
 
 
 def diffusion_prior_gap(unclip: UnCLIP, rows: HeldOut, seed: int) -> Figure:
-    """Line (a) of the diffusion prior."""
+    """Returns line (a) of the diffusion prior."""
     model = unclip.diffusion_prior
     assert model is not None
     found = rise(lambda b, d: diffusion_prior_loss(model, b, d).total, rows.batch, CAPTION, rows.other, seed, DRAWS)
@@ -39,7 +37,7 @@ def diffusion_prior_gap(unclip: UnCLIP, rows: HeldOut, seed: int) -> Figure:
 
 
 def ar_prior_figures(model: ARPrior, codec: Codec, rows: HeldOut, training: Tensor, seed: int) -> list[Figure]:
-    """Lines (a) and (b) of the AR prior; ``training`` are embeddings of training rows, fp32 [m, d].
+    """Returns lines (a) and (b) of the AR prior; ``training`` are embeddings of training rows, fp32 [m, d].
 
     The dot-product token stays that of the row itself also beside another row's caption: the caption alone is what
     changes. Codes are given those before them, the caption and that token. The baseline is the cheaper of the
@@ -83,8 +81,8 @@ def _entropy(
     return paired("b", "ar_prior", name, says, nats.mean(1), baseline, rows, seed, "below")
 
 
-def draw_samples(unclip: UnCLIP, prior: str, rows: HeldOut, count: int, seed: int, tick: Tick) -> Tensor:
-    """``count`` image embeddings a row, [count, n, d] of unit norm, each from a seed of its own.
+def sample_embeddings(unclip: UnCLIP, prior: str, rows: HeldOut, count: int, seed: int, tick: Tick) -> Tensor:
+    """Returns ``count`` image embeddings a row, [count, n, d] of unit norm, each from a seed of its own.
 
     As the bundle samples, but without keeping the best. ``prior`` is "ar" or "diffusion".
     """
@@ -100,7 +98,7 @@ def draw_samples(unclip: UnCLIP, prior: str, rows: HeldOut, count: int, seed: in
 
 
 def sample_figures(model: str, samples: Tensor, rows: HeldOut, seed: int) -> list[Figure]:
-    """Line (c) of samples [k, n, d] for n rows: direction, spread and distribution, and two plain cosines."""
+    """Returns line (c) of samples [k, n, d] for n rows: direction, spread and distribution, and two plain cosines."""
     samples = samples.cpu()
     image, text = (rows.batch[name].cpu() for name in ("image_embedding", "text_embedding"))
     mean, texts = metrics.cosine(F.normalize(samples.mean(0), dim=-1), image), metrics.cosine(text, image)

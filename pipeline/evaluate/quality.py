@@ -1,4 +1,4 @@
-"""How good the drawn pictures of 64 px are, as a CLIP sees them. All for information: nothing here holds or fails."""
+"""How good the drawn images of 64 px are, as a CLIP sees them. All for information: nothing here holds or fails."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ NEIGHBOURS = 3
 
 @dataclass(frozen=True)
 class Eye:
-    """A CLIP that looks at pictures: the bundle's own, called "CLIP", or another, called "judge"."""
+    """A CLIP that looks at images: the bundle's own, called "CLIP", or another, called "judge"."""
 
     name: str
     clip: Clip
 
-    def look(self, pictures: Tensor) -> Tensor:
-        """Embeddings of pictures uint8 [n, s, s, 3]: fp32 [n, d] on the CPU."""
-        return embed(self.clip, pictures)
+    def look(self, images: Tensor) -> Tensor:
+        """Returns embeddings of images uint8 [n, s, s, 3]: fp32 [n, d] on the CPU."""
+        return embed(self.clip, images)
 
     def read(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings of captions: fp32 [n, d] on the CPU."""
+        """Returns the embeddings of captions: fp32 [n, d] on the CPU."""
         tokens = self.clip.tokenize(captions).to(self.clip.mean.device)
         return torch.cat([self.clip.encode_text(part).cpu() for part in tokens.split(BATCH)])
 
@@ -57,8 +57,15 @@ def load_judge(weights: str | None, device: torch.device) -> Clip | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """Captions among which a picture must find its own: ``texts`` [c, d], or [n, c, d] with captions for every row, of
-    which row i's own is number own[i]. ``chosen``: the rows that take part, int64 [n]."""
+    """Holds captions among which an image must find its own.
+
+    Attributes:
+        name: Part of the names of figures.
+        says: The same in words.
+        texts: Embeddings [c, d], or [n, c, d] with captions for every row.
+        own: Which of them is row i's own, int64 [n].
+        chosen: The rows that take part, int64 [n].
+    """
 
     name: str
     says: str
@@ -68,7 +75,7 @@ class Choice:
 
 
 def choices(eye: Eye, captions: Sequence[str], more: Sequence[str], phrases: Phrases) -> list[Choice]:
-    """The choices for rows with these ``captions``; ``more`` captions fill them up to AMONG different ones.
+    """Returns the choices for rows with these ``captions``; ``more`` captions fill them up to AMONG different ones.
 
     Whole captions; then, for the rows whose captions have parts by ``phrases``, names alone, and names with the row's
     own style and background. A choice of fewer than two is left out.
@@ -94,29 +101,29 @@ def choices(eye: Eye, captions: Sequence[str], more: Sequence[str], phrases: Phr
 
 
 def _filled(own: Sequence[str], more: Sequence[str]) -> list[str]:
-    """Different ones: all of ``own``, and so many of ``more`` that there are AMONG, if there are."""
+    """Returns different texts: all of ``own``, filled up from ``more`` to AMONG."""
     distinct = list(dict.fromkeys(own))
     others = [text for text in dict.fromkeys(more) if text not in set(distinct)]
     return distinct + others[: max(0, AMONG - len(distinct))]
 
 
-def right(choice: Choice, pictures: Tensor) -> Tensor:
-    """Whether pictures [n, d], of the first n rows, find their own caption: bool, for those that take part."""
-    kept = choice.chosen < len(pictures)
+def right(choice: Choice, images: Tensor) -> Tensor:
+    """Returns whether images [n, d], of the first n rows, find their own caption: bool, for those that take part."""
+    kept = choice.chosen < len(images)
     texts = choice.texts[kept] if choice.texts.dim() == 3 else choice.texts
-    return told_apart(pictures[choice.chosen[kept]], texts, choice.own[kept])
+    return told_apart(images[choice.chosen[kept]], texts, choice.own[kept])
 
 
-def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
-    """100 times the cosine of each picture to its caption, at least 0: fp64 [n] from embeddings [n, d] each.
+def clip_score(images: Tensor, texts: Tensor) -> Tensor:
+    """Returns 100 times the cosine of each image to its caption, at least 0: fp64 [n] from embeddings [n, d] each.
 
     Hessel et al. 2021, scaled as torchmetrics does.
     """
-    return 100 * cosine(pictures, texts).clamp(min=0)
+    return 100 * cosine(images, texts).clamp(min=0)
 
 
 def covered(points: Tensor, of: Tensor, k: int = NEIGHBOURS) -> Tensor:
-    """Whether each of ``points`` [n, d] lies within some ball around a row of ``of`` [m, d], bool [n].
+    """Returns whether each of ``points`` [n, d] lies within some ball around a row of ``of`` [m, d], bool [n].
 
     A row's ball reaches to the k-th nearest of the others (to the farthest, where there are fewer). So precision is the
     share of drawn rows that are covered by real ones, and recall the share of real ones that are covered by drawn ones
@@ -133,13 +140,13 @@ def covered(points: Tensor, of: Tensor, k: int = NEIGHBOURS) -> Tensor:
 def distribution_figures(
     model: str, eye: str, subject: str, end: str, drawn: Tensor, other: Tensor, real: Tensor, rows: HeldOut, seed: int
 ) -> list[Figure]:
-    """CMMD, Fréchet distance, precision and recall of ``drawn`` [n, d] against ``real`` [n, d], the held-out pictures.
+    """CMMD, Fréchet distance, precision and recall of ``drawn`` [n, d] against ``real`` [n, d], the held-out images.
 
-    The baseline is what ``other`` [n, d], as many real pictures that taught, have in the place of the drawn ones: no
+    The baseline is what ``other`` [n, d], as many real images of training rows, have in the place of the drawn ones: no
     model need be better. ``eye`` names whose embeddings they are, ``subject`` what was drawn; names end on ``end``.
     """
     short = eye.lower()
-    told = f"of {subject} pictures to real ones, by {eye}; baseline: training pictures"
+    told = f"of {subject} images to real ones, by {eye}; baseline: training images"
     figures = [
         whole("f", model, f"{short}_{name}{end}", f"{says} {told}", distance(drawn, real), distance(other, real), rows)
         for name, says, distance in (("cmmd", "CMMD", cmmd), ("frechet", "Fréchet distance", frechet_distance))
@@ -155,8 +162,10 @@ def distribution_figures(
 
 
 def named(kind: str) -> tuple[str, str, str]:
-    """Of a set of pictures the model, what the names of its figures end on, and what sentences call it. Sets are named
-    by model, and "early" is the decoder's earlier checkpoint."""
+    """Returns the model of a set of images, the end of its figures' names, and what sentences call it.
+
+    Sets are named by model, and "early" is the decoder's earlier checkpoint.
+    """
     return ("decoder", "_early", "an early checkpoint's") if kind == "early" else (kind, "", "drawn")
 
 
@@ -164,11 +173,11 @@ def quality_figures(
     eye: Eye, drawn: Mapping[str, Tensor], real: Tensor, training: Tensor, rows: HeldOut, more: Sequence[str],
     phrases: Phrases, seed: int,
 ) -> list[Figure]:  # fmt: skip
-    """The figures of every set of ``drawn`` embeddings [m, d], m at least 2, each of the first m of ``rows``.
+    """Returns the figures of every set of ``drawn`` embeddings [m, d], m at least 2, each of the first m of ``rows``.
 
-    Sets are named as ``named`` reads them. ``real`` [n, d] are the rows' own pictures and ``training`` [n, d] others,
-    that taught. ``more``: captions to choose among besides those of the rows. A choice of which fewer than FEWEST rows
-    have a part gives no figure.
+    Sets are named as ``named`` reads them. ``real`` [n, d] are the rows' own images and ``training`` [n, d] those of
+    training rows. ``more``: captions to choose among besides those of the rows. A choice of which fewer than FEWEST
+    rows have a part gives no figure.
     """
     texts, offered = eye.read(rows.captions), choices(eye, rows.captions, more, phrases)
     short, figures = eye.name.lower(), []
@@ -176,13 +185,13 @@ def quality_figures(
         model, end, subject = named(kind)
         m = len(seen)
         part = rows.first(m)
-        score = f"CLIP score of {subject} pictures, by {eye.name}; baseline: real pictures"
+        score = f"CLIP score of {subject} images, by {eye.name}; baseline: real images"
         values = clip_score(seen, texts[:m]), clip_score(real[:m], texts[:m])
         figures.append(paired("f", model, f"{short}_score{end}", score, *values, part, seed, None))
         for choice in offered:
             ours, theirs = right(choice, seen), right(choice, real[:m])
             if len(ours) >= FEWEST:
-                says = f"{choice.says}, of {subject} pictures, by {eye.name}; baseline: real pictures"
+                says = f"{choice.says}, of {subject} images, by {eye.name}; baseline: real images"
                 figures.append(paired("f", model, f"{short}_{choice.name}{end}", says, ours, theirs, part, seed, None))
         figures += distribution_figures(model, eye.name, subject, end, seen, training[:m], real[:m], part, seed)
     return figures

@@ -1,4 +1,4 @@
-"""Whether the right one is found among many: images by samples of the priors, and captions by pictures."""
+"""Whether the right one is found among many: images by samples of the priors, and captions by images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.metrics import Interval, cosine, percentiles, resample
 from pipeline.evaluate.paired import paired, whole
-from pipeline.evaluate.rows import HeldOut, Taught
+from pipeline.evaluate.rows import HeldOut, TrainingRows
 from pipeline.evaluate.statistics import frechet_distance
 
-AMONG = 100  # captions of which a picture's own must be the nearest
+AMONG = 100  # captions of which an image's own must be the nearest
 RECALLS = (1, 10)
 TIE = 1e-9  # cosines of equal rows differ by rounding
 BASELINES = {
@@ -23,7 +23,7 @@ BASELINES = {
 
 
 def ranks(queries: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
-    """The place of row own[i] of ``gallery`` [m, d] by falling cosine to query i of [n, d]: fp64 [n], from 1 to m.
+    """Returns the rank of row own[i] of ``gallery`` [m, d] by falling cosine to query i of [n, d]: fp64 [n], 1 to m.
 
     Rows that are equally near share the mean of their places, so a constant query ranks in the middle and not first.
     """
@@ -35,26 +35,26 @@ def ranks(queries: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
 
 
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
-    """The lower median of ``values`` [n], each so often as ``weights`` [m, n] say: [m]."""
+    """Returns the lower median of ``values`` [n], each so often as ``weights`` [m, n] say: [m]."""
     order = values.argsort()
     reached = weights[:, order].cumsum(1) >= weights.sum(1, keepdim=True) / 2
     return values[order][reached.int().argmax(1)]
 
 
 def median_interval(x: Tensor, y: Tensor, seed: int) -> Interval:
-    """Bootstrap interval over rows of the median of ``x`` [n] less that of ``y`` [n]."""
+    """Returns the bootstrap interval over rows of the median of ``x`` [n] less that of ``y`` [n]."""
     weights = resample(len(x), seed)
     return percentiles(weighted_median(x, weights) - weighted_median(y, weights))
 
 
-def told_apart(pictures: Tensor, texts: Tensor, own: Tensor, among: int = AMONG) -> Tensor:
-    """Whether caption own[i] is nearer to picture i than all others: bool [n]. Its mean is R-precision.
+def told_apart(images: Tensor, texts: Tensor, own: Tensor, among: int = AMONG) -> Tensor:
+    """Returns whether caption own[i] is nearer to image i than all others: bool [n]. Its mean is R-precision.
 
-    ``pictures`` are embeddings [n, d], ``texts`` those of different captions [c, d], or [n, c, d] where every picture
+    ``images`` are embeddings [n, d], ``texts`` those of different captions [c, d], or [n, c, d] where every image
     has captions of its own. Of more than ``among`` captions, a row is compared with the next ones after its own, round
     the end. A caption that is as near as the right one counts as a miss.
     """
-    x, y = (F.normalize(z.double(), dim=-1) for z in (pictures, texts))
+    x, y = (F.normalize(z.double(), dim=-1) for z in (images, texts))
     scores = x @ y.T if y.dim() == 2 else torch.einsum("nd,ncd->nc", x, y)
     count = scores.shape[1]
     columns = (own[:, None] + torch.arange(min(among, count))) % count
@@ -63,7 +63,7 @@ def told_apart(pictures: Tensor, texts: Tensor, own: Tensor, among: int = AMONG)
 
 
 def prior_figures(
-    model: str, samples: Tensor, rows: HeldOut, gallery: Tensor, training: Taught, seed: int
+    model: str, samples: Tensor, rows: HeldOut, gallery: Tensor, training: TrainingRows, seed: int
 ) -> list[Figure]:
     """For information, of ``samples`` [k, n, d] of a prior for n rows: how their images rank, and Fréchet distances.
 

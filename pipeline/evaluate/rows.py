@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.tokens import tokenize
 from pipeline.data.pairs.row_index import Place
 from pipeline.evaluate.metrics import derangement
 from pipeline.graph.artifacts import Artifact
@@ -21,7 +22,8 @@ from pipeline.training.task import Batch
 
 COLUMNS = ("image", "tokens", "image_embedding", "text_embedding")
 LOOKED = 1024
-TRAINING_ROWS = 16_384  # at most, for the codes' frequencies and the nearest training picture
+Tick = Callable[[str], None]  # tells the progress
+TRAINING_ROWS = 16_384  # at most, for the codes' frequencies and the nearest training image
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class HeldOut:
     """Rows of one split.
 
     ``batch``: "tokens" int64 [n, 77], "image_embedding" and "text_embedding" fp32 [n, d] of unit norm and, for
-    pictures, "image" uint8 [n, 3, s, s]. ``captions``: the first of each row, which is the one that was embedded.
-    ``licenses``: of the pictures, None where unknown. ``other``: another row for each row, int64 [n].
+    images, "image" uint8 [n, 3, s, s]. ``captions``: the first of each row, which is the one that was embedded.
+    ``licenses``: of the images, None where unknown. ``other``: another row for each row, int64 [n].
     """
 
     split: str
@@ -44,12 +46,12 @@ class HeldOut:
         return len(self.keys)
 
     def to(self, device: torch.device) -> HeldOut:
-        """The same on a device."""
+        """Returns the same on a device."""
         batch = {name: column.to(device) for name, column in self.batch.items()}
         return HeldOut(self.split, self.keys, self.captions, self.licenses, batch, self.other.to(device))
 
     def first(self, rows: int) -> HeldOut:
-        """The first ``rows`` of them (two or more), with other rows among themselves."""
+        """Returns the first ``rows`` of them (two or more), with other rows among themselves."""
         batch = {name: column[:rows] for name, column in self.batch.items()}
         other = derangement(self.captions[:rows]).to(self.other.device)
         return HeldOut(self.split, self.keys[:rows], self.captions[:rows], self.licenses[:rows], batch, other)
@@ -62,10 +64,10 @@ def held_out(
     side: int = 0,
     prefer: Callable[[str], object] | None = None,
 ) -> HeldOut | int:
-    """The first ``rows`` test rows, or validation rows where there are fewer than FEWEST test rows; where there are as
-    few of both, how many test rows there are.
+    """Returns the first ``rows`` test rows, or validation rows where there are fewer than FEWEST test rows.
 
-    Rows with a short side below ``side`` are left out, and with a ``side`` pictures are read, as views of it. Those of
+    Where there are too few of both, it returns how many test rows there are.
+    Rows with a short side below ``side`` are left out, and with a ``side`` images are read, as views of it. Those of
     the first LOOKED rows whose captions ``prefer`` likes come before the others. Raises CorruptObject for what cannot
     be trusted.
     """
@@ -86,8 +88,6 @@ def _caption(row: JoinedRow) -> str:
 
 
 def _join(store: Store, split: str, rows: list[JoinedRow], side: int) -> HeldOut:
-    from models.tokens import tokenize
-
     captions = [_caption(row) for row in rows]
     batch: Batch = {"tokens": tokenize(captions)}
     for name in ("image_embedding", "text_embedding"):
@@ -100,15 +100,22 @@ def _join(store: Store, split: str, rows: list[JoinedRow], side: int) -> HeldOut
 
 
 def read_views(store: Store, places: list[Place], side: int) -> Tensor:
-    """Views of pictures, uint8 [n, 3, side, side]."""
-    pictures = Views(store, side)
-    return torch.from_numpy(np.stack([view.result() for view in pictures.views(places, pictures.fetch(places))]))
+    """Returns views of images, uint8 [n, 3, side, side]."""
+    images = Views(store, side)
+    return torch.from_numpy(np.stack([view.result() for view in images.views(places, images.fetch(places))]))
 
 
 @dataclass(frozen=True)
-class Taught:
-    """The first rows that taught, at most TRAINING_ROWS: where their pictures lie, their first captions, their
-    licences, and embeddings of picture and first caption, fp32 [n, d] of unit norm."""
+class TrainingRows:
+    """Holds the first training rows, at most TRAINING_ROWS.
+
+    Attributes:
+        places: Where their images lie.
+        captions: The first of each.
+        licenses: Of the images, None where unknown.
+        image_embedding: fp32 [n, d] of unit norm.
+        text_embedding: Of the first captions, fp32 [n, d] of unit norm.
+    """
 
     places: list[Place]
     captions: list[str]
@@ -117,8 +124,8 @@ class Taught:
     text_embedding: Tensor
 
 
-def taught(store: Store, inputs: Mapping[str, Artifact]) -> Taught:
-    """Kept training rows, which held-out rows are compared with."""
+def training_rows(store: Store, inputs: Mapping[str, Artifact]) -> TrainingRows:
+    """Returns kept training rows, which held-out rows are compared with."""
     first = Tables(store, inputs, COLUMNS, "train", 0).first(TRAINING_ROWS)
     rows = [row for row in first if row.place]
     image, text = (
@@ -126,4 +133,4 @@ def taught(store: Store, inputs: Mapping[str, Artifact]) -> Taught:
         for name in ("image_embedding", "text_embedding")
     )
     places, captions = [row.place for row in rows if row.place], [_caption(row) for row in rows]
-    return Taught(places, captions, [row.license for row in rows], image, text)
+    return TrainingRows(places, captions, [row.license for row in rows], image, text)

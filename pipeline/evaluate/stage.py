@@ -1,124 +1,15 @@
-"""Does it learn? The models of a bundle, measured on rows that taught nothing (design section 9).
-
-Everything is a function of the inputs and the recipe, on rows and seeds that never change. Nothing here may be tuned on
-test rows: a figure that fails is reported as failing.
-
-Line (f) wants an earlier checkpoint of the decoder. That is no input of the graph, because it would be a training of
-its own there: the decoder's training publishes it on its way, as a milestone at ``recipe.early`` samples (see
-pipeline.training.stage). Its key follows from the decoder's recipe and from inputs that are inputs here too, so with
-``early`` in the recipe this stage's key says which checkpoint is meant before anything runs. It is missing only from
-stores in which the decoder was trained without it, and then a line says so.
-"""
+"""The stage of the evaluation: does it learn?"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
-import tempfile
-import time
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
-
-from pipeline.errors import CorruptObject, UserError
-from pipeline.evaluate.figure import count, judged, without_values
-from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
-from pipeline.graph.damage import set_aside
-from pipeline.graph.keys import flatten
+from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context
-from pipeline.ledger import Ledger
-from pipeline.progress import Progress
-from pipeline.store.records import materialise, put_blob
 
-if TYPE_CHECKING:
-    import torch
-
-    from models.decoder import Decoder
-
-VERSION = 6
-LEARN = ("pairs", "captions", "embeddings", "curation")  # the decoder's inputs
-log = logging.getLogger("unclip")
+VERSION = 7
 
 
 def run_evaluation(ctx: Context) -> Artifact:
-    """Measure every model of the bundle, in this process and on all cores.
+    """Measures every model of the bundle on held-out rows."""
+    from pipeline.evaluate.run import evaluate
 
-    Raises CorruptObject, and UserError for a judge or an Inception that cannot be loaded.
-    """
-    import torch
-
-    from models.cascade import UnCLIP
-    from pipeline.evaluate.evaluation import GUIDANCES, Evaluation
-    from pipeline.evaluate.inception import load_inception, package_versions
-    from pipeline.evaluate.quality import load_judge
-    from pipeline.sampling.samples import drawing_device
-    from pipeline.training.between_steps import preview_png
-
-    began = time.monotonic()
-    device = drawing_device()
-    judge = load_judge(ctx.recipe.judge, device)
-    inception = load_inception(ctx.store, ctx.recipe.inception, device)
-    with tempfile.TemporaryDirectory() as folder:
-        materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
-        unclip = UnCLIP.from_folder(folder, device)
-    evaluation = Evaluation(ctx.store, ctx.inputs, unclip, ctx.recipe, early_decoder(ctx, device), judge, inception)
-    figures: list[dict[str, Any]] = []
-    parts = evaluation.parts()
-    with torch.no_grad(), Progress("evaluation", len(parts), "parts") as progress:
-        for title, measure in parts.items():
-            found = measure(lambda note, title=title: progress.advance(0, f"{title}: {note}"))  # type: ignore[misc]
-            figures += [figure.as_json() for figure in found]
-            progress.advance(1, title)
-    document = {
-        "version": VERSION,
-        "figures": figures,
-        "rows": evaluation.keys,
-        "few": evaluation.few,
-        "captions": evaluation.captions,
-        "recipe": flatten(ctx.recipe),
-        "sampling": dataclasses.asdict(unclip.sampling),
-    }
-    blobs = {"evaluation.json": put_blob(ctx.store, (json.dumps(document, indent=1) + "\n").encode())}
-    blobs |= {name: put_blob(ctx.store, preview_png(picture)) for name, picture in evaluation.pictures.items()}
-    metrics = {
-        "holds": count(figures),
-        "figures": without_values(judged(figures)),
-        "captions": evaluation.captions,
-        "closest": evaluation.closest,
-        "guidances": GUIDANCES,
-        "licenses": evaluation.licenses,
-    }
-    rows = 0 if isinstance(evaluation.rows, str) else len(evaluation.rows)
-    environment = package_versions() if inception else {}
-    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=rows), metrics=metrics, environment=environment)
-    return publish_artifact(ctx.store, artifact, time.monotonic() - began)
-
-
-def early_decoder(ctx: Context, device: torch.device) -> Decoder | str:
-    """The decoder as it was after ``recipe.early`` samples, from the store, or why it cannot be had."""
-    from models.folder import load_model
-    from pipeline.training.worker import at_stop
-
-    early, recipe = ctx.recipe.early, ctx.config.decoder
-    if early == 0:
-        return "evaluation.early is 0"
-    if not recipe.batch <= early <= recipe.fork or early == recipe.samples:
-        end = f"samples {recipe.samples:,}" + (f" less decay {recipe.decay:,}" if recipe.decay else "")
-        return f"evaluation.early {early:,} is not between decoder.batch {recipe.batch:,} and {end}"
-    inputs = {name: ctx.inputs[name] for name in LEARN}
-    decoder = replace(ctx, stage="decoder", version=recipe.version, recipe=recipe, inputs=inputs)
-    key = at_stop(decoder, early).key
-    artifact = load_artifact(ctx.store, "decoder", key)
-    if artifact is None:
-        return f"the decoder at {early:,} samples is not in the store; a decoder trained from the start leaves it there"
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            materialise(ctx.store, artifact.blobs, folder)
-        except CorruptObject as e:  # not an input, so nobody would make it again
-            log.warning("%s; the decoder at %s samples is not compared with", e, f"{early:,}")
-            try:
-                set_aside(ctx.store, [e.path, artifact_path("decoder", key)])
-            except UserError as why:
-                log.warning("%s", why)
-            return f"the decoder at {early:,} samples was damaged; a decoder trained from the start leaves a new one"
-        return load_model(folder, device)
+    return evaluate(ctx)

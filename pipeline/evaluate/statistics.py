@@ -16,7 +16,7 @@ BLOCK = 1024  # rows whose pairs are in memory at once
 
 
 class Gaussian(NamedTuple):
-    """So many rows, their ``mean`` [d], and their ``scatter`` [d, d]: the sum of outer products about the mean."""
+    """Holds the number of rows, their ``mean`` [d] and ``scatter`` [d, d], the sum of outer products about the mean."""
 
     rows: int
     mean: Tensor
@@ -31,7 +31,7 @@ class Gaussian(NamedTuple):
 
 
 def gaussian(x: Tensor) -> Gaussian:
-    """That of rows [n, d], n at least 1."""
+    """Returns the Gaussian of rows [n, d], n at least 1."""
     x = x.double()
     mean = x.mean(0)
     centred = x - mean
@@ -39,7 +39,7 @@ def gaussian(x: Tensor) -> Gaussian:
 
 
 def merge(a: Gaussian, b: Gaussian) -> Gaussian:
-    """That of the rows of both (Chan, Golub and LeVeque 1979)."""
+    """Returns the Gaussian of the rows of both (Chan, Golub and LeVeque 1979)."""
     rows = a.rows + b.rows
     apart = b.mean - a.mean
     scatter = a.scatter + b.scatter + torch.outer(apart, apart) * (a.rows * b.rows / rows)
@@ -47,7 +47,7 @@ def merge(a: Gaussian, b: Gaussian) -> Gaussian:
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance of two Gaussians (Dowson and Landau 1982; the formula of FID, Heusel et al. 2017).
+    """Returns the squared Fréchet distance of two Gaussians (Dowson and Landau 1982), as FID takes it.
 
     |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½). The last trace is the sum of the singular values of R_aᵀ R_b where
     C = R Rᵀ, which needs no root of a nearly singular matrix: with fewer rows than dimensions every C is one. With few
@@ -72,20 +72,20 @@ def _between(apart: Tensor, a: Tensor, b: Tensor) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """R [d, r] with R Rᵀ = ``covariance``; r leaves out what rounding makes of a variance of 0."""
+    """Returns R [d, r] with R Rᵀ = ``covariance``; r leaves out what rounding makes of a variance of 0."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
 
 
 class PairSum(NamedTuple):
-    """The sum of a kernel over so many pairs of rows."""
+    """Holds the sum of a kernel over pairs of rows, and their number."""
 
     total: float
     pairs: int
 
     def merge(self, other: PairSum) -> PairSum:
-        """The sum over the pairs of both."""
+        """Returns the sum over the pairs of both."""
         return PairSum(self.total + other.total, self.pairs + other.pairs)
 
     @property
@@ -94,7 +94,7 @@ class PairSum(NamedTuple):
 
 
 def kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> PairSum:
-    """exp(-|x_i - y_j|² / (2 bandwidth²)) over all pairs of rows [n, d] and [m, d], block by block."""
+    """Returns exp(-|x_i - y_j|² / (2 bandwidth²)) over all pairs of rows [n, d] and [m, d], block by block."""
     found = PairSum(0.0, 0)
     for a in x.double().split(BLOCK):
         for b in y.double().split(BLOCK):
@@ -104,13 +104,17 @@ def kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> PairSum:
 
 
 def squared_mmd(xx: PairSum, yy: PairSum, xy: PairSum) -> float:
-    """The biased squared MMD (Gretton et al. 2012, equation 5) from the sums over a set's own pairs, each row with
-    itself too, and over the pairs of both sets."""
+    """Returns the biased squared MMD (Gretton et al. 2012, equation 5).
+
+    ``xx`` and ``yy`` are the sums over a set's own pairs, each row with itself too, ``xy`` over the pairs of both sets.
+    """
     return xx.mean + yy.mean - 2 * xy.mean
 
 
 def cmmd(x: Tensor, y: Tensor) -> float:
-    """CMMD of CLIP embeddings of unit norm, [n, d] and [m, d]: 1000 times the biased squared MMD of an RBF kernel of
-    bandwidth 10 (Jayasumana et al. 2024)."""
+    """Returns CMMD of CLIP embeddings of unit norm, [n, d] and [m, d] (Jayasumana et al. 2024).
+
+    It is 1000 times the biased squared MMD of an RBF kernel of bandwidth 10.
+    """
     sums = (kernel_sum(a, b, CMMD_BANDWIDTH) for a, b in ((x, x), (y, y), (x, y)))
     return CMMD_SCALE * squared_mmd(*sums)

@@ -1,8 +1,7 @@
-"""What the upsamplers have learnt: lines (a) and (e), and how like and true their pictures are."""
+"""Measures the upsamplers: lines (a) and (e), and how near their images are to the originals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -23,15 +22,14 @@ from models.upsampler import (
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import gap_figure, rise
 from pipeline.evaluate.paired import paired
-from pipeline.evaluate.rows import HeldOut
+from pipeline.evaluate.rows import HeldOut, Tick
 from pipeline.training.task import Batch
 
-DRAWS = 2  # crops and timesteps a picture
-OTHER_ROWS = 8  # at most, that are sampled without the damage to the small picture, too
+DRAWS = 2  # crops and timesteps an image
+OTHER_ROWS = 8  # at most, that are sampled without the damage to the small image, too
 RANGE = 2.0  # of pixels, from -1 to 1
 MOST_DB = 100.0
 REACH = 5  # pixels from the middle of SSIM's window to its edge
-Tick = Callable[[str], None]
 
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:
@@ -54,7 +52,7 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
 
 
 def upsampler_gap(name: str, model: Upsampler, rows: HeldOut, seed: int) -> Figure:
-    """Line (a) of an upsampler: "image" uint8 [n, 3, s, s], of which crops are judged as in training."""
+    """Returns line (a) of an upsampler: "image" uint8 [n, 3, s, s], of which crops are judged as in training."""
 
     def with_low(batch: Batch, draw: Draw) -> Batch:
         return batch | {"low": training_low(model.config, batch, draw)}
@@ -62,20 +60,20 @@ def upsampler_gap(name: str, model: Upsampler, rows: HeldOut, seed: int) -> Figu
     def loss(batch: Batch, draw: Draw) -> Tensor:
         return upsampler_loss(model, batch, draw).total
 
-    pictures = {"image": rows.batch["image"]}
+    images = {"image": rows.batch["image"]}
     return gap_figure(
-        name, "small picture", rows, rise(loss, pictures, ("low",), rows.other, seed, DRAWS, prepare=with_low)
+        name, "small image", rows, rise(loss, images, ("low",), rows.other, seed, DRAWS, prepare=with_low)
     )
 
 
 def busiest_crop(image: Tensor, side: int) -> Tensor:
-    """Of the tiles of ``side`` px of each picture [n, c, h, w] the one of the largest variance: [n, c, side, side].
+    """Of the tiles of ``side`` px of each image [n, c, h, w] the one of the largest variance: [n, c, side, side].
 
     A flat tile tells nothing: any interpolation has it right.
     """
     n, channels = image.shape[:2]
     down, across = (length // side for length in image.shape[2:])
-    whole = image[:, :, : down * side, : across * side]  # a crop's side need not divide the picture's
+    whole = image[:, :, : down * side, : across * side]  # a crop's side need not divide the image's
     tiles = whole.reshape(n, channels, down, side, across, side).permute(0, 2, 4, 1, 3, 5)
     tiles = tiles.reshape(n, -1, channels, side, side)
     best = tiles.double().flatten(3).var(3).sum(2).argmax(1)
@@ -83,8 +81,15 @@ def busiest_crop(image: Tensor, side: int) -> Tensor:
 
 
 class Upsampled(NamedTuple):
-    """What an upsampler made of small pictures: ``original`` and ``bicubic`` [n, 3, c, c], the small pictures ``clean``
-    and ``low``, as damaged for sampling, [n, 3, c / scale, c / scale], and ``samples`` [k, n, 3, c, c]; in [-1, 1]."""
+    """Holds what an upsampler made of small images; all values are in [-1, 1].
+
+    Attributes:
+        original: [n, 3, c, c].
+        clean: The small images, [n, 3, c / scale, c / scale].
+        low: The same, as damaged for sampling.
+        bicubic: ``low`` enlarged, [n, 3, c, c].
+        samples: [k, n, 3, c, c].
+    """
 
     original: Tensor
     clean: Tensor
@@ -93,12 +98,12 @@ class Upsampled(NamedTuple):
     samples: Tensor
 
 
-def draw_samples(
+def upsample(
     name: str, model: Upsampler, original: Tensor, steps: int, count: int, seed: int, tick: Tick, damaged: bool
 ) -> Upsampled:
-    """``count`` samples of each picture of ``original`` [n, 3, c, c], from its small picture, ``damaged`` or as it is.
+    """Draws ``count`` samples of each image of ``original`` [n, 3, c, c], from its small image, ``damaged`` or not.
 
-    DDIM with so many ``steps``, as the bundle samples; the same noise for the same row, either way.
+    DDIM in ``steps`` steps, as the bundle samples; the same noise for the same row, either way.
     """
     side = (original.shape[2], original.shape[3])
     clean = resize(original, (side[0] // model.config.scale, side[1] // model.config.scale))
@@ -117,17 +122,18 @@ def draw_samples(
 def upsampler_figures(
     name: str, model: Upsampler, rows: HeldOut, steps: int, count: int, seed: int, tick: Tick
 ) -> list[Figure]:
-    """Line (e): PSNR of the mean of ``count`` samples to the original, above that of bicubic interpolation; and, for
-    information, that of one sample, SSIM, consistency, and the first rows with the damage of the small picture left
-    out, or put in where the model samples without.
+    """Returns line (e): PSNR of the mean of ``count`` samples to the original, above that of bicubic interpolation.
 
-    Each picture's busiest crop of the side that training sees; all begin with the same small picture.
+    And, for information, that of one sample, SSIM, consistency, and the first rows with the damage of the small image
+    left out, or put in where the model samples without.
+
+    Each image's busiest crop of the side that training sees; all begin with the same small image.
     """
     original = from_uint8(busiest_crop(rows.batch["image"], model.config.crop_size))
     damaged = model.config.corrupt_at_inference
-    made = draw_samples(name, model, original, steps, count, seed, tick, damaged)
+    made = upsample(name, model, original, steps, count, seed, tick, damaged)
     few = rows.first(min(OTHER_ROWS, len(rows)))
-    other = draw_samples(name, model, original[: len(few)], steps, 1, seed, tick, not damaged)
+    other = upsample(name, model, original[: len(few)], steps, 1, seed, tick, not damaged)
     return [
         *likeness_figures(name, made, rows, seed),
         consistency_figure(name, made, rows, seed),
@@ -136,7 +142,7 @@ def upsampler_figures(
 
 
 def likeness_figures(name: str, made: Upsampled, rows: HeldOut, seed: int) -> list[Figure]:
-    """PSNR and SSIM to the original, of the mean of the samples and of one, against bicubic interpolation."""
+    """Returns PSNR and SSIM to the original, of the mean of the samples and of one, against bicubic interpolation."""
     mean, one, count = made.samples.mean(0), made.samples[0], len(made.samples)
     figures = []
     for short, measure, unit in (("psnr", psnr, " (dB)"), ("ssim", ssim, "")):
@@ -152,22 +158,22 @@ def likeness_figures(name: str, made: Upsampled, rows: HeldOut, seed: int) -> li
 
 
 def consistency_figure(name: str, made: Upsampled, rows: HeldOut, seed: int) -> Figure:
-    """How much of the undamaged small picture is left in one sample, made small again as that was."""
+    """Returns how much of the undamaged small image is left in one sample, made small again as that was."""
     small = (made.clean.shape[2], made.clean.shape[3])
     one, bicubic = (psnr(resize(x, small), made.clean) for x in (made.samples[0], made.bicubic))
-    says = "PSNR of one sample, made small again, to its undamaged small picture (dB); baseline: bicubic"
+    says = "PSNR of one sample, made small again, to its undamaged small image (dB); baseline: bicubic"
     return paired("e", name, "consistency", says, one, bicubic, rows, seed, None)
 
 
 def damage_figures(
     name: str, made: Upsampled, other: Upsampled, rows: HeldOut, seed: int, damaged: bool
 ) -> list[Figure]:
-    """PSNR of one sample of ``other``, sampled the other way, against that of ``made`` and against bicubic."""
+    """Returns PSNR of one sample of ``other``, sampled the other way, against that of ``made`` and against bicubic."""
     ways = ("damaged", "undamaged") if damaged else ("undamaged", "damaged")
     usual, one, bicubic = (
         psnr(x, other.original) for x in (made.samples[0, : len(rows)], other.samples[0], other.bicubic)
     )
-    says = f"PSNR of one sample from the {ways[1]} small picture (dB)"
+    says = f"PSNR of one sample from the {ways[1]} small image (dB)"
     return [
         paired("e", name, f"{ways[1]}_psnr", f"{says}; baseline: {ways[0]}", one, usual, rows, seed, None),
         paired("e", name, f"{ways[1]}_psnr_bicubic", f"{says}; baseline: bicubic", one, bicubic, rows, seed, None),

@@ -1,0 +1,1 @@
+"""Bundles, and images that are drawn with them."""

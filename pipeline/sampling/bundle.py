@@ -1,4 +1,4 @@
-"""A bundle: the folders of all models that turn a caption into a picture, with sampling defaults."""
+"""A bundle: the folders of all models that turn a caption into an image, with sampling defaults."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class BundleRecipe:
 
 
 def run_bundle(ctx: Context) -> Artifact:
-    """Gather the models' files under one folder each. Copies nothing: a bundle names the blobs of its parts."""
+    """Gathers the models' files under one folder each. Copies nothing: a bundle names the blobs of its parts."""
     blobs = {f"{stage}/{name}": blob for stage, part in ctx.inputs.items() for name, blob in part.blobs.items()}
     sampling = json.dumps(dataclasses.asdict(ctx.recipe.sampling), indent=2)
     blobs["sampling.json"] = put_blob(ctx.store, sampling.encode())
@@ -72,5 +72,5 @@ def _card(ctx: Context) -> str:
         lines.append(f"| {name} | {part.key[:12]} | {part.recipe.get('samples', '')} |")
     lines += ["", f"Trained on: {', '.join(ctx.config.source.paths)}."]
     if any(path.startswith("emoji:") for path in ctx.config.source.paths):
-        lines.append("Pictures: Twemoji (CC-BY 4.0) and OpenMoji (CC BY-SA 4.0); name them when you show samples.")
+        lines.append("Images: Twemoji (CC-BY 4.0) and OpenMoji (CC BY-SA 4.0); name them when you show samples.")
     return "\n".join(lines) + "\n"

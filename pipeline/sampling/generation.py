@@ -1,7 +1,7 @@
-"""Pictures of many prompts: shard by shard, each picture once, whatever is killed on the way.
+"""Images of many prompts: shard by shard, each image once, whatever is killed on the way.
 
 A shard's prompts are sampled in batches of one size, cut inside the shard and padded, on one thread, so that neither
-neighbours nor workers can change a picture.
+neighbours nor workers can change an image.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
 from pydantic import PositiveInt
+from webdataset.writer import TarWriter
 
+from models.cascade import UnCLIP
+from models.tokens import check_captions
+from models.view import view
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.keys import artifact_key, flatten
@@ -31,6 +39,7 @@ from pipeline.progress import Steps, counted
 from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.store import Store
 from pipeline.store.records import digest, materialise, put_blob
+from pipeline.training.device import choose_device
 
 STAGE, VERSION = "generation", 5
 ROWS = 64  # of a shard
@@ -56,10 +65,10 @@ def generate(
     ray: RaySettings,
     to: Path | None = None,
 ) -> Artifact:
-    """The artefact of these prompts' pictures, of parts as ``read_prompts`` gives them; what is made is not made again.
+    """Draws the images of prompts, in parts as ``read_prompts`` yields them; what is made is not made again.
 
-    Its shards have a webdataset tar "images" (KEY.png, KEY.txt, KEY.json) and a table "pictures" (key, prompt, seed,
-    similarity of picture and prompt by the bundle's CLIP, status, reason). Raises UserError for options that the bundle
+    Its shards have a webdataset tar "images" (KEY.png, KEY.txt, KEY.json) and a table "rows" (key, prompt, seed,
+    similarity of image and prompt by the bundle's CLIP, status, reason). Raises UserError for options that the bundle
     cannot take, and, before anything is drawn, for a folder ``to`` that ``export`` would refuse.
     """
     blobs, lost = [], Counter[str]()
@@ -85,7 +94,7 @@ def generate(
     ]
     remember_stage(ctx, f"generate-{bundle.key[:12]}")
     make = MakeGenerator(store, dict(bundle.blobs), recipe, "cuda" if settings.gpus else "cpu")
-    return map_shards(ctx, tasks, make, "pictures", sum(rows for _, rows in blobs))
+    return map_shards(ctx, tasks, make, "images", sum(rows for _, rows in blobs))
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,6 @@ class MakeGenerator:
     device: str
 
     def __call__(self) -> Generator:
-        import torch
-
-        from models.cascade import UnCLIP
-        from pipeline.training.device import choose_device
 
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
@@ -113,11 +118,10 @@ class MakeGenerator:
 class Generator:
     """Samples the prompts of one shard."""
 
-    def __init__(self, store: Store, unclip: Any, recipe: GenerationRecipe):
+    def __init__(self, store: Store, unclip: UnCLIP, recipe: GenerationRecipe):
         self.store, self.unclip, self.recipe = store, unclip, recipe
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        from webdataset.writer import TarWriter
 
         steps = Steps()
         rows = read_table(self.store, task.inputs["prompts"].blobs["prompts"]).to_pylist()
@@ -141,11 +145,10 @@ class Generator:
             "status": ["kept" if reason is None else "rejected" for reason in reasons],
             "reason": reasons,
         }
-        blobs = {"images": out.getvalue(), "pictures": write_table(_typed(columns))}
+        blobs = {"images": out.getvalue(), "rows": write_table(_typed(columns))}
         return ShardOutput(Ledger.count(reasons), blobs, seconds=steps.seconds)
 
     def _short(self, prompt: str) -> bool:
-        from models.tokens import check_captions
 
         try:
             check_captions([prompt])
@@ -154,7 +157,7 @@ class Generator:
         return True
 
     def _sample(self, rows: Sequence[Mapping[str, Any]]) -> Any:
-        """Pictures uint8 [n, side, side, 3], of a batch that is padded with empty prompts."""
+        """Returns images uint8 [n, side, side, 3], of a batch that is padded with empty prompts."""
         empty = self.recipe.batch - len(rows)
         prompts = [row["prompt"] for row in rows] + [""] * empty
         seeds = [row["seed"] for row in rows] + [0] * empty
@@ -164,14 +167,8 @@ class Generator:
             raise UserError(str(e)) from e
         return made.image[: len(rows)].numpy()
 
-    def _score(self, images: Any, prompts: Sequence[str]) -> list[float]:
-        """Cosine of each picture's and prompt's embeddings by the bundle's CLIP."""
-        import numpy as np
-        import torch
-        from PIL import Image
-
-        from models.view import view
-
+    def _score(self, images: np.ndarray, prompts: Sequence[str]) -> list[float]:
+        """Returns the cosine of each image's and prompt's embeddings by the bundle's CLIP."""
         clip = self.unclip.clip
         views = np.zeros((self.recipe.batch, clip.image_size, clip.image_size, 3), np.uint8)
         for i, image in enumerate(images):
@@ -184,10 +181,8 @@ class Generator:
         return (image * text).sum(-1)[: len(images)].tolist()
 
 
-def _packed(row: Mapping[str, Any], image: Any, score: float) -> dict[str, str | bytes]:
+def _packed(row: Mapping[str, Any], image: np.ndarray, score: float) -> dict[str, str | bytes]:
     """Returns a webdataset sample."""
-    from PIL import Image
-
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
     about = json.dumps({**row, "similarity": round(score, 6)}, sort_keys=True)
@@ -196,19 +191,18 @@ def _packed(row: Mapping[str, Any], image: Any, score: float) -> dict[str, str |
 
 
 def _typed(columns: Mapping[str, list[Any]]) -> Any:
-    import pyarrow as pa
 
     types = {"seed": pa.int64(), "similarity": pa.float32()}
     return pa.table({name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()})
 
 
 def _about(key: str, inputs: Mapping[str, str], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What a folder's settings.json says of the pictures in it."""
+    """Returns what a folder's settings.json says of the images in it."""
     return {"key": key, **inputs, **recipe}
 
 
 def check_folder(folder: Path, about: Mapping[str, Any]) -> None:
-    """Raises UserError where a folder holds other pictures than those of ``about``, and says in what they differ."""
+    """Raises UserError where a folder holds other images than those of ``about``, and says in what they differ."""
     try:
         there = json.loads((folder / SETTINGS).read_bytes())
         differing = [name for name in sorted({*about, *there} - {"key"}) if about.get(name) != there.get(name)]
@@ -218,19 +212,19 @@ def check_folder(folder: Path, about: Mapping[str, Any]) -> None:
     except (ValueError, TypeError, AttributeError):
         there, why = None, f"and its {SETTINGS} cannot be read"
     if there != about:
-        raise UserError(f"{folder} holds pictures {why}; name another folder with --to, or delete it")
+        raise UserError(f"{folder} holds images {why}; name another folder with --to, or delete it")
 
 
 def export(store: Store, made: Artifact, folder: Path) -> Iterator[Path]:
-    """Write a tar and a table for each shard, and settings.json; yields the paths of the tars.
+    """Writes a tar and a table for each shard, and settings.json; yields the paths of the tars.
 
-    Raises UserError where the folder holds the pictures of other prompts, or of other settings.
+    Raises UserError where the folder holds the images of other prompts, or of other settings.
     """
     about = _about(made.key, made.inputs, made.recipe)
     check_folder(folder, about)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(json.dumps(about, indent=2, sort_keys=True))
     for shard in read_shards(store, made):
-        names = {f"{shard.number:05d}.tar": "images", f"{shard.number:05d}.parquet": "pictures"}
+        names = {f"{shard.number:05d}.tar": "images", f"{shard.number:05d}.parquet": "rows"}
         materialise(store, {name: shard.blobs[blob] for name, blob in names.items()}, folder)
         yield folder / f"{shard.number:05d}.tar"

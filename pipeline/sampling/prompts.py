@@ -11,6 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.data.source.tables import Flaw, table_rows
 from pipeline.errors import UserError
 from pipeline.local import open_local
@@ -72,7 +75,7 @@ def read_prompts(path: Path, seed: int, size: int, column: str | None = None) ->
 
 
 def _checked(row: Row, seed: int) -> tuple[str, int, str | None]:
-    """The prompt of a row, its seed, and why it cannot be drawn."""
+    """Returns the prompt of a row, its seed, and why it cannot be drawn."""
     if isinstance(row, str):
         return "", seed, row
     prompt, own = row["prompt"], row.get(SEED)
@@ -99,11 +102,9 @@ def _lines(path: Path) -> Iterator[Row]:
 
 
 def _names(path: Path) -> list[str]:
-    """The columns of a table: of a .jsonl file, the names in its first row that can be parsed."""
+    """Returns the columns of a table: of a .jsonl file, the names in its first row that can be parsed."""
     kind = path.suffix.lower()
     if kind == ".parquet":
-        import pyarrow.parquet as pq
-
         return pq.read_schema(path).names
     if kind == ".jsonl":
         return next((list(row) for row in _objects(path) if not isinstance(row, str)), [])
@@ -112,14 +113,12 @@ def _names(path: Path) -> list[str]:
 
 
 def _table(path: Path, column: str) -> Iterator[Row]:
-    """Rows with "prompt", and "seed" where the table has one."""
+    """Returns rows with "prompt", and "seed" where the table has one."""
     rows = {".parquet": _parquet, ".jsonl": _jsonl}.get(path.suffix.lower(), _delimited)
     return rows(path, column)
 
 
 def _parquet(path: Path, column: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
     wanted = [name for name in dict.fromkeys((column, SEED)) if name in file.schema_arrow.names]
@@ -155,7 +154,7 @@ def _delimited(path: Path, column: str) -> Iterator[Row]:
 
 
 def _utf8(path: Path) -> Iterator[str | None]:
-    """The lines of a text file; None for one that is not UTF-8."""
+    """Returns the lines of a text file; None for one that is not UTF-8."""
     with open_local(path) as lines:
         for number, line in enumerate(lines):
             try:
@@ -167,8 +166,6 @@ def _utf8(path: Path) -> Iterator[str | None]:
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
     """Turns what keeps a list from being read into a UserError."""
-    import pyarrow as pa
-
     try:
         open_local(path).close()  # readers of tables open a path themselves, and a pipe would never answer
         yield

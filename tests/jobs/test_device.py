@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import jobs.generate
-import pipeline.evaluate.quality
+import pipeline.evaluate.run
+import pipeline.sampling.drawing
 import pipeline.sampling.generation
 from jobs.cli import main
 from models.cascade import UnCLIP
@@ -52,7 +53,7 @@ def asked(bundle: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return load(folder)
 
     monkeypatch.setattr(UnCLIP, "from_folder", open_on)
-    monkeypatch.setattr("pipeline.sampling.samples.use_all_cores", lambda: None)
+    monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
@@ -82,16 +83,16 @@ def test_sample_and_edit_draw_on_a_gpu(
 def test_the_stages_and_the_notebook_draw_on_a_gpu(
     asked: list[str], bundle: tuple[Store, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_sample = pipeline.sampling.samples.make_sample
+    make_sample = pipeline.sampling.drawing.make_sample
     few = {"size": 64, "decoder_steps": 2, "prior_steps": 2}
-    monkeypatch.setattr(pipeline.sampling.samples, "make_sample", lambda *words: make_sample(*words[:3], few))
+    monkeypatch.setattr(pipeline.sampling.drawing, "make_sample", lambda *words: make_sample(*words[:3], few))
     run_samples(context(bundle, "samples", SamplesRecipe()))
 
     def load(_: object, device: torch.device) -> None:
         asked.append(str(device))
         raise InterruptedError
 
-    monkeypatch.setattr(pipeline.evaluate.quality, "load_judge", load)
+    monkeypatch.setattr(pipeline.evaluate.run, "load_judge", load)
     with pytest.raises(InterruptedError):
         run_evaluation(context(bundle, "evaluation", EvaluationRecipe()))
     Path("docs").mkdir()
@@ -143,7 +144,7 @@ def test_generate_gives_each_worker_a_gpu(
     [
         (("sample", "a red fox", "--device", "cuda"), "device cuda: torch finds no GPU here; use auto or cpu"),
         (("edit", "priors", "a red fox", "--device", "cuda"), "device cuda: torch finds no GPU here; use auto or cpu"),
-        (("generate", "list.txt", "--device", "cuda"), "--device cuda: there is no GPU to draw on"),
+        (("generate", "list.txt", "--device", "cuda"), "--device cuda: no GPU was found to draw on"),
         (("generate", "list.txt", "--device", "cpu", "--gpus", "1"), "--gpus 1 and --device cpu exclude each other"),
         (("generate", "list.txt", "--workers", "0", "--gpus", "1"), "device cuda: torch finds no GPU here"),
     ],

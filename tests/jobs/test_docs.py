@@ -59,7 +59,7 @@ TESTED = {
     'unclip edit textdiff cat.png "a cat" "an angry cat" --most 0.4': EDITED,
     "unclip edit reconstruct cat.png": EDITED,
     "unclip edit components cat.png": EDITED,
-    'unclip edit priors "a red house" --picture house.png': EDITED,
+    'unclip edit priors "a red house" --image house.png': EDITED,
     "unclip init my-flags flags.csv --from out/emoji": "tests/jobs/test_chain.py, from micro models",
     'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
     "unclip data search configs/nano.yaml --image pictures/3.png --split train": "here",

@@ -25,11 +25,11 @@ from models.view import view
 from pipeline.data.pairs.decoding import open_image
 from pipeline.evaluate.upsamplers import psnr
 from pipeline.sampling import edits
-from pipeline.sampling.strip import END_MS, FRAME_MS, GAP
+from pipeline.sampling.edits import END_MS, FRAME_MS, GAP
 from tests.chain import ROOT
 from tests.jobs.test_docs import commands
 from tests.models.test_cascade import DIM, make
-from tests.models.test_manipulations import PICTURES
+from tests.models.test_manipulations import IMAGES
 from tests.pipeline.sampling.test_generation import publish_bundle
 
 OPTIONS: Any = {"decoder_steps": 3, "upsampler_256_steps": 2, "size": 64}
@@ -39,12 +39,12 @@ Edit = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a bundle of random weights and two pictures. "64 px" pictures are of 64, the decoder's of 16."""
+    """A folder with a bundle of random weights and two images. "64 px" images are of 64, the decoder's of 16."""
     folder = tmp_path_factory.mktemp("edit")
     _, bundle = publish_bundle(folder)
     (folder / "out/nano").mkdir(parents=True)
     (folder / "out/nano/bundle.json").write_text(json.dumps({"store": str(folder / "store"), "bundle": bundle.key}))
-    for name, picture in zip(("cat.png", "house.png"), PICTURES, strict=True):
+    for name, picture in zip(("cat.png", "house.png"), IMAGES, strict=True):
         picture.save(folder / name)
     return folder
 
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edit(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Edit:
     """Runs ``unclip edit`` in this process and returns the lines it printed."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("pipeline.sampling.samples.use_all_cores", lambda: None)
+    monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
 
     def run(*words: object) -> list[str]:
         assert main(["edit", *map(str, words)]) == 0
@@ -68,7 +68,7 @@ def unclip(folder: Path) -> UnCLIP:
 
 
 def tiles(path: str | Path, count: int, side: int = 128) -> list[np.ndarray]:
-    """The first ``count`` pictures of a strip whose pictures are ``side`` px wide."""
+    """The first ``count`` images of a strip whose images are ``side`` px wide."""
     whole = np.asarray(Image.open(path))
     step = side + GAP
     columns = (whole.shape[1] + GAP) // step
@@ -77,7 +77,7 @@ def tiles(path: str | Path, count: int, side: int = 128) -> list[np.ndarray]:
 
 
 def shown(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
-    """A picture of 64 px as a strip shows it, every pixel as four."""
+    """An image of 64 px as a strip shows it, every pixel as four."""
     return np.asarray(pixels).repeat(2, 0).repeat(2, 1)
 
 
@@ -98,7 +98,7 @@ def test_the_commands_of_the_page_run_as_they_stand(edit: Edit, folder: Path, mo
             assert names[0].startswith("  1: ")
 
 
-def test_pictures_are_of_256_px_unless_asked_for_otherwise(edit: Edit) -> None:
+def test_images_are_of_256_px_unless_asked_for_otherwise(edit: Edit) -> None:
     path, *_ = edit("interpolate", "cat.png", "house.png", "--count", 2, *FEW[2:])
     assert Image.open(path).size == (2 * 256 + GAP, 256)
 
@@ -123,18 +123,18 @@ def test_a_strip_says_how_it_was_made(edit: Edit, folder: Path) -> None:
     assert re.fullmatch(r"out/nano/edits/variations-cat-a-cät-[0-9a-f]{10}-7\.png", path)
     text: Any = Image.open(folder / path).info
     assert json.loads(text["edit"])["caption"] == "a cät"
-    assert json.loads(text["edit"])["picture"] == "cat.png"
+    assert json.loads(text["edit"])["image"] == "cat.png"
     settings = json.loads(text["settings"])
     assert (settings["size"], settings["decoder_steps"], settings["decoder_sampler"]) == (64, 3, "ddim")
     assert text["seed"] == "7"
-    assert [f"  {i}: {name}" for i, name in enumerate(json.loads(text["pictures"]), 1)] == names
-    assert names == ["  1: the picture", "  2: seed 7", "  3: seed 8", "  4: seed 9"]
+    assert [f"  {i}: {name}" for i, name in enumerate(json.loads(text["images"]), 1)] == names
+    assert names == ["  1: the image", "  2: seed 7", "  3: seed 8", "  4: seed 9"]
 
 
 def test_edits_that_differ_have_files_of_their_own(edit: Edit, folder: Path) -> None:
-    """Another option, another picture of the same name, another caption before."""
+    """Another option, another image of the same name, another caption before."""
     (folder / "other").mkdir()
-    PICTURES[1].save(folder / "other/cat.png")
+    IMAGES[1].save(folder / "other/cat.png")
     ways = [
         ("variations", "cat.png", "--count", 1),
         ("variations", "cat.png", "--count", 2),
@@ -149,13 +149,13 @@ def test_edits_that_differ_have_files_of_their_own(edit: Edit, folder: Path) -> 
     assert edit(*ways[0], *FEW)[0] == paths[0]
 
 
-def test_variations_come_after_the_picture_and_differ_by_eta(edit: Edit, unclip: UnCLIP) -> None:
+def test_variations_come_after_the_image_and_differ_by_eta(edit: Edit, unclip: UnCLIP) -> None:
     strips = {}
     for eta in (0, 1):
         path, *_ = edit("variations", "cat.png", "--count", 2, "--eta", eta, *FEW)
         strips[eta] = tiles(path, 3)
-        assert np.array_equal(strips[eta][0], shown(view(PICTURES[0], 64)))
-    inversion = unclip.invert(PICTURES[:1], **OPTIONS)
+        assert np.array_equal(strips[eta][0], shown(view(IMAGES[0], 64)))
+    inversion = unclip.invert(IMAGES[:1], **OPTIONS)
     expected = unclip.variations(inversion, [0, 1], 1.0, **OPTIONS)
     for tile, picture in zip(strips[1][1:], expected.image, strict=True):
         assert differ(tile, shown(picture)) <= 1
@@ -217,34 +217,32 @@ def whole_codec() -> Any:
 
 def test_all_components_are_the_whole_embedding() -> None:
     unclip = replace(make(), ar_prior=None, codec=whole_codec())
-    swept = edits.components(unclip, PICTURES[0], None, 4, OPTIONS)
-    *parts, whole, picture = swept.pictures
+    swept = edits.components(unclip, IMAGES[0], None, 4, OPTIONS)
+    *parts, whole, picture = swept.images
     assert len(parts) >= 6  # the paper's 8, in proportion to 16 components, some of which fall together
     cosines = [float(name.rpartition(" ")[2]) for name in swept.names[:-2]]
     assert cosines[-1] == 1.0
     assert min(cosines) < 0.9
     assert differ(parts[-1], whole) <= 1
     assert differ(parts[0], whole) > 1
-    assert np.array_equal(picture, view(PICTURES[0], 64))
+    assert np.array_equal(picture, view(IMAGES[0], 64))
 
 
 def test_priors_differ_by_their_embedding_alone(edit: Edit, unclip: UnCLIP) -> None:
     words = ("priors", "a red fox", "--seed", 2, *FEW)
-    path, *names = edit(*words, "--picture", "cat.png")
+    path, *names = edit(*words, "--image", "cat.png")
     compared = tiles(path, 4)
     for tile, prior in zip(compared, ("ar", "diffusion"), strict=False):  # as generate makes them
         alone = unclip.generate(["a red fox"], [2], prior=prior, **OPTIONS)
         assert differ(tile, shown(alone.image[0])) <= 1
     sampling = replace(unclip.sampling, **OPTIONS)
     tokens = tokenize(["a red fox"])
-    for tile, embedding in zip(
-        compared[2:], (unclip.clip.encode_text(tokens), unclip.embed(PICTURES[:1])), strict=True
-    ):
+    for tile, embedding in zip(compared[2:], (unclip.clip.encode_text(tokens), unclip.embed(IMAGES[:1])), strict=True):
         alone = unclip.decode(embedding.detach(), tokens, [2], sampling)
         assert differ(tile, shown(alone.image[0])) <= 1
     assert "text embedding, cosine 1.000 to the caption" in names[2]
     assert "true image embedding, " in names[3]
-    assert names[3].endswith("1.000 to the picture")
+    assert names[3].endswith("1.000 to the image")
     without, *names = edit(*words, "--to", "without.png")
     assert len(names) == 3
     assert all(differ(a, b) <= 1 for a, b in zip(tiles(without, 3), compared, strict=False))
@@ -286,7 +284,7 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
         (["variations", "cat.png", "--eta", "1.5"], "--eta 1.5 is outside 0 to 1"),
         (["variations", "cat.png", "--seed", "-1"], "--seed -1 is below 0"),
         (["variations", "cat.png", "--set", "sise=64"], "unknown sampling options ['sise']"),
-        (["variations", "cat.png", "--set", "size=["], "--set size=[: [ is no value"),
+        (["variations", "cat.png", "--set", "size=["], "--set size=[: [ is not a value"),
         (
             ["variations", "cat.png", "--set", "decoder_steps=many"],
             "decoder_steps: expected a whole number, got 'many'",
@@ -322,7 +320,7 @@ def test_without_kind_or_with_a_wrong_one_it_says_what_there_is(capsys: pytest.C
         assert "usage: unclip edit" in capsys.readouterr().err
 
 
-def test_pictures_are_taken_as_pairs_would_store_them(folder: Path) -> None:
+def test_images_are_taken_as_pairs_would_store_them(folder: Path) -> None:
     """Upright, on white, no larger than a model sees."""
     turned = Image.new("RGB", (2100, 1400), "red")
     turned.paste("blue", (0, 0, 1050, 1400))

@@ -13,11 +13,11 @@ from tests.pipeline.sampling.test_generation import publish_bundle
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_costs_no_picture(tmp_path: Path) -> None:
+def test_a_worker_that_dies_costs_no_image(tmp_path: Path) -> None:
     """Three shards on one worker, killed before its first record, and in this process: the same files."""
     _, bundle = publish_bundle(tmp_path)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"picture {i}\n" for i in range(130)))
+    prompts.write_text("".join(f"image {i}\n" for i in range(130)))
     shutil.copytree(tmp_path / "store", tmp_path / "other")
     outputs = []
     for store, workers in (("store", 1), ("other", 0)):
@@ -31,7 +31,7 @@ def test_a_worker_that_dies_costs_no_picture(tmp_path: Path) -> None:
         said = done(ended)
         assert "logging.cc" not in ended.stderr  # Ray's, about itself
         assert "generation: 130 of 130" in ended.stderr
-        assert "130 pictures, " in said
+        assert "130 images, " in said
         assert f"3 tars, each with a table of seeds and scores: {out}/generated" in said
         outputs.append({path.name: path.read_bytes() for path in (out / "generated").iterdir()})
     assert (tmp_path / "killed").exists()
@@ -58,12 +58,12 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 FEW = ("--from", "out", "--workers", "0", "--batch", "1", "--set", "decoder_steps=2", "--set", "prior_steps=2")
 
 
-def test_a_folder_of_other_pictures_is_refused_before_drawing(
+def test_a_folder_of_other_images_is_refused_before_drawing(
     drawn: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["generate", "list.csv", *FEW, "-o", "made"]
     assert main([*words, "--set", "size=64"]) == 0
-    assert "prompts: column caption of list.csv\n1 picture, " in capsys.readouterr().out
+    assert "prompts: column caption of list.csv\n1 image, " in capsys.readouterr().out
     before = {path.name: path.read_bytes() for path in Path("made").iterdir()}
     for change, says in (
         (["--set", "size=256"], "of other options"),
@@ -72,10 +72,10 @@ def test_a_folder_of_other_pictures_is_refused_before_drawing(
     ):
         assert main([*words, *change]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error == f"error: made holds pictures {says}; name another folder with --to, or delete it"
+        assert error == f"error: made holds images {says}; name another folder with --to, or delete it"
     Path("made/settings.json").unlink()
     assert main([*words, "--set", "size=64"]) == 2
-    assert "made holds pictures without a settings.json" in capsys.readouterr().err
+    assert "made holds images without a settings.json" in capsys.readouterr().err
     assert len(drawn) == 1
     before.pop("settings.json")
     assert {path.name: path.read_bytes() for path in Path("made").iterdir()} == before

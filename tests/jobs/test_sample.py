@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from jobs.cli import main
@@ -26,7 +27,7 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     (tmp_path / "out/nano").mkdir(parents=True)
     (tmp_path / "out/nano/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": bundle.key}))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.sampling.samples.use_all_cores", lambda: None)
+    monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
 
     def run(*words: str) -> list[str]:
         assert main(["sample", *words, *FEW]) == 0

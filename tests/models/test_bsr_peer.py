@@ -58,8 +58,8 @@ PARTS = np.linspace(0.1, 0.9, 9)
 
 @pytest.fixture(scope="module")
 def drawn(peer: ModuleType) -> dict[str, np.ndarray]:
-    """What bsrgan draws while it degrades small pictures: eigenvalues and sides of ellipses, deviations and sides of
-    circles, and deviations of the kernels for shrinking, with the share of pictures that are shrunk by one."""
+    """What bsrgan draws while it degrades small images: eigenvalues and sides of ellipses, deviations and sides of
+    circles, and deviations of the kernels for shrinking, with the share of images that are shrunk by one."""
     found: dict[str, list[float]] = {
         name: [] for name in ("ellipse", "ellipse side", "circle", "circle side", "shrink")
     }

@@ -65,7 +65,7 @@ def make() -> Any:
     return UnCLIP(Clip.build(CLIP, seed=0).eval(), codec=make_codec(), sampling=SAMPLING, **models)
 
 
-def test_captions_become_pictures_of_every_size() -> None:
+def test_captions_become_images_of_every_size() -> None:
     out = make().generate(CAPTIONS, [1, 2, 3])
     assert {side: tuple(image.shape) for side, image in out.images.items()} == {s: (3, s, s, 3) for s in (16, 64, 256)}
     assert all(image.dtype == torch.uint8 for image in out.images.values())
@@ -75,7 +75,7 @@ def test_captions_become_pictures_of_every_size() -> None:
 
 
 @pytest.mark.parametrize("prior", ["diffusion", "ar"])
-def test_a_picture_depends_on_its_caption_and_seed_alone(prior: str) -> None:
+def test_a_image_depends_on_its_caption_and_seed_alone(prior: str) -> None:
     unclip = make()
     together = unclip.generate(CAPTIONS, [1, 2, 3], prior=prior)
     for i in (0, 2):
@@ -167,7 +167,7 @@ def test_it_stops_where_the_bundle_or_the_user_stops() -> None:
     assert list(low.generate(["a cat"], [0]).images) == [16]
 
 
-def test_upsamplers_see_a_damaged_picture_unless_told_otherwise() -> None:
+def test_upsamplers_see_a_damaged_image_unless_told_otherwise() -> None:
     unclip = make()
     clean = Upsampler(dataclasses.replace(UPSAMPLER_256, corrupt_at_inference=False)).eval()
     clean.load_state_dict(unclip.upsampler_256.state_dict())
@@ -177,7 +177,7 @@ def test_upsamplers_see_a_damaged_picture_unless_told_otherwise() -> None:
     assert not torch.equal(damaged.images[64], undamaged.images[64])
 
 
-def test_a_bundle_on_disk_makes_the_same_pictures(tmp_path: Path) -> None:
+def test_a_bundle_on_disk_makes_the_same_images(tmp_path: Path) -> None:
     unclip = make()
     unclip.save(tmp_path)
     again = UnCLIP.from_folder(tmp_path)
@@ -210,7 +210,7 @@ def test_a_bundle_is_not_saved_over_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"diffusion_prior": None, "ar_prior": None}, "there is no prior"),
+        ({"diffusion_prior": None, "ar_prior": None}, "a prior is missing"),
         ({"codec": None}, "needs its codec, of 4 codes of 8 buckets"),
         ({"upsampler_256": None}, "upsampler_1024 has nothing to enlarge"),
         ({"decoder": Decoder(DECODER, 8)}, "decoder was trained on 8-dimensional embeddings, CLIP makes 16"),
@@ -272,7 +272,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model.safetensors"):
         load_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         UnCLIP.from_folder(tmp_path / "nowhere")
 
 

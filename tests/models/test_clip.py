@@ -229,9 +229,9 @@ def test_a_siglip_reads_its_own_tokens_and_squashes_as_we_crop(siglip: Path, tmp
     clip.save(tmp_path / "saved")
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{siglip}")
     captions = ["A cat!", "a  much longer caption", ""]
-    pictures = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in views(size=48)]
-    squashed = torch.stack([preprocess(picture) for picture in pictures])
-    ours = torch.from_numpy(np.stack([view(picture, 32) for picture in pictures]))
+    images = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in views(size=48)]
+    squashed = torch.stack([preprocess(picture) for picture in images])
+    ours = torch.from_numpy(np.stack([view(picture, 32) for picture in images]))
     tokens = open_clip.get_tokenizer(f"local-dir:{siglip}", trust_remote_code=False)(captions)
     assert tokens[0].tolist() == [2, -1 + 2, 4, 2, 21, 1, 1, 1]
     model.eval()

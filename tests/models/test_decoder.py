@@ -231,7 +231,7 @@ def test_guidance_moves_away_from_the_empty_condition() -> None:
     torch.testing.assert_close(first.variance_fraction, second.variance_fraction, atol=1e-5, rtol=1e-5)
 
 
-def test_it_learns_eight_pictures_from_their_embeddings() -> None:
+def test_it_learns_eight_images_from_their_embeddings() -> None:
     torch.manual_seed(0)
     model, batch = Decoder(dataclasses.replace(CONFIG, channels=16), DIM), make_batch(8)
     optimiser = torch.optim.Adam(model.parameters(), lr=4e-3)
@@ -246,10 +246,10 @@ def test_it_learns_eight_pictures_from_their_embeddings() -> None:
     assert sum(losses[-20:]) < 0.4 * sum(losses[:20])
     model.eval()
     draw, schedule, grid = Draw([(99, 8)]), make_schedule("cosine", 1000), strided_grid(1000, 20)
-    noise, pictures = draw.normal("x_T", 3, 8, 8), from_uint8(batch["image"])
+    noise, images = draw.normal("x_T", 3, 8, 8), from_uint8(batch["image"])
     denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], 0.0)
     for samples in (ddim(denoise, noise, grid, schedule), ancestral(denoise, noise, grid, schedule, draw)):
-        distance = (samples[:, None] - pictures[None]).square().mean(dim=(2, 3, 4))
+        distance = (samples[:, None] - images[None]).square().mean(dim=(2, 3, 4))
         assert (distance.argmin(1) == torch.arange(8)).all()
         assert distance.diagonal().mean() < 0.25 * distance.mean()
 

@@ -139,7 +139,7 @@ def test_colours_are_kept() -> None:
 
 
 def test_a_gradient_stays_where_it_is() -> None:
-    """No step moves the picture: the slope's middle remains in the middle, to a tenth of a small pixel."""
+    """No step moves the image: the slope's middle remains in the middle, to a tenth of a small pixel."""
     slope = torch.linspace(-0.8, 0.8, 64).expand(200, 3, 64, 64)
     low = bsr(slope, draws(200), light=True).mean(dim=(0, 1))
     expected = resize(slope[:1], (16, 16))[0, 0]

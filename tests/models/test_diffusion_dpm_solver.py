@@ -111,7 +111,7 @@ def test_25_steps_are_as_close_to_the_limit_as_100_of_ddim(make: type[Mixture], 
     assert ours < distance(dpm_solver(best, noise, strided_grid(1000, 25), schedule)) / 2
 
 
-def test_every_step_is_reported_and_the_last_is_the_predicted_picture() -> None:
+def test_every_step_is_reported_and_the_last_is_the_predicted_image() -> None:
     reported: list[tuple[int, Tensor]] = []
     grid = strided_grid(1000, 4)
     out = dpm_solver(denoise, start(torch.float64), grid, SCHEDULE, lambda i, x: reported.append((i, x)))

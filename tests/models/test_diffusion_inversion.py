@@ -29,7 +29,7 @@ def denoise(x_t: Tensor, t: Tensor) -> Prediction:
     return predict("eps", noise_in(x_t, t), x_t, SCHEDULE.at(t))
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -40,11 +40,11 @@ def test_it_equals_diffusers(count: int) -> None:
     scheduler = DDIMInverseScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, set_alpha_to_one=True)
     scheduler.alphas_cumprod = SCHEDULE.alpha_bar  # its own are float32
     scheduler.set_timesteps(count)
-    expected = pictures()
+    expected = images()
     for t in scheduler.timesteps:
         asked = (t - 1000 // count).clamp(min=0)
         expected = scheduler.step(noise_in(expected, asked.expand(2)), t, expected).prev_sample
-    ours = ddim_inversion(denoise, pictures(), scheduler.timesteps.flip(0), SCHEDULE)
+    ours = ddim_inversion(denoise, images(), scheduler.timesteps.flip(0), SCHEDULE)
     torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8)
 
 
@@ -85,7 +85,7 @@ def test_the_round_trip_works_with_the_schedules_that_are_used(grid: Tensor, tol
 
 def test_every_step_is_reported_and_a_rising_grid_is_refused() -> None:
     reported: list[tuple[int, Tensor]] = []
-    x0, grid = pictures(), fast27_grid(1000)
+    x0, grid = images(), fast27_grid(1000)
     ddim_inversion(denoise, x0, grid, SCHEDULE, lambda i, x: reported.append((i, x)))
     assert [i for i, _ in reported] == list(range(1, 28))
     assert torch.equal(reported[0][1], x0)

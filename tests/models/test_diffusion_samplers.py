@@ -71,7 +71,7 @@ def test_ancestral_sampling_equals_diffusers(grid: Tensor, variance: str) -> Non
     torch.testing.assert_close(ours, expected, atol=1e-8, rtol=0)
 
 
-def test_noise_on_the_finished_picture_is_noticed() -> None:
+def test_noise_on_the_finished_image_is_noticed() -> None:
     with mutated(ancestral, "if previous[0] >= 0", "if True"), pytest.raises(AssertionError):
         test_ancestral_sampling_equals_diffusers.__wrapped__(strided_grid(1000, 25), "learned")
 
@@ -79,7 +79,7 @@ def test_noise_on_the_finished_picture_is_noticed() -> None:
 @pytest.mark.parametrize(("asked", "bound"), [(7.0, 1.0), (-3.0, 0.0)])
 @fails_under((ancestral, ".clamp(0, 1)", ""))
 def test_a_learned_variance_beyond_its_bounds_is_the_bound(asked: float, bound: float) -> None:
-    """As trained networks ask for it: unbounded, a coarse grid turned their pictures into noise."""
+    """As trained networks ask for it: unbounded, a coarse grid turned their images into noise."""
     grid = strided_grid(1000, 50)
     ours, wanted = (
         ancestral(
@@ -107,7 +107,7 @@ def test_ddim_equals_diffusers(eta: float) -> None:
     expected = start()
     for t in scheduler.timesteps:
         output = network(expected, t.expand(2))[:, :3]
-        last = t == scheduler.timesteps[-1]  # diffusers adds noise to the finished picture; we do not
+        last = t == scheduler.timesteps[-1]  # diffusers adds noise to the finished image; we do not
         expected = scheduler.step(output, t, expected, 0.0 if last else eta, generator=generator).prev_sample
     ours = ddim(denoise_network(), start(), scheduler.timesteps, SCHEDULE, eta, SharedNoise(2))
     torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8)
@@ -171,7 +171,7 @@ def test_ancestral_sampling_converges_to_the_gaussian() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
-def test_a_seed_gives_the_same_picture_in_any_batch(sampler: str) -> None:
+def test_a_seed_gives_the_same_image_in_any_batch(sampler: str) -> None:
     def sample(seeds: list[int]) -> Tensor:
         draw = Draw([(seed, 1) for seed in seeds])
         noise, grid = draw.normal("x_T", 3, 4, 4), strided_grid(1000, 8)
@@ -185,21 +185,21 @@ def test_a_seed_gives_the_same_picture_in_any_batch(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
-def test_the_last_step_is_the_predicted_picture_and_every_step_is_reported(sampler: str) -> None:
+def test_the_last_step_is_the_predicted_image_and_every_step_is_reported(sampler: str) -> None:
     reported: list[tuple[int, Tensor]] = []
-    picture = torch.linspace(-1, 1, 96, dtype=torch.float64).view(2, 3, 4, 4)
+    image = torch.linspace(-1, 1, 96, dtype=torch.float64).view(2, 3, 4, 4)
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-        return predict("x0", picture, x_t, SCHEDULE.at(t))
+        return predict("x0", image, x_t, SCHEDULE.at(t))
 
     grid, draw = strided_grid(1000, 4), Draw([(0, 2)])
     if sampler == "ancestral":
         out = ancestral(denoise, start(), grid, SCHEDULE, draw, "small", lambda i, x: reported.append((i, x)))
     else:
         out = ddim(denoise, start(), grid, SCHEDULE, callback=lambda i, x: reported.append((i, x)))
-    torch.testing.assert_close(out, picture, atol=1e-6, rtol=0)
+    torch.testing.assert_close(out, image, atol=1e-6, rtol=0)
     assert [i for i, _ in reported] == [1, 2, 3, 4]
-    assert torch.equal(reported[-1][1], picture)
+    assert torch.equal(reported[-1][1], image)
 
 
 def test_a_wrong_use_of_a_sampler_is_refused() -> None:
@@ -220,7 +220,7 @@ def test_a_wrong_use_of_a_sampler_is_refused() -> None:
         ancestral(denoise, start(), grid, SCHEDULE, draw, "learned")
 
 
-def test_sampling_inverts_noising_of_one_known_picture() -> None:
+def test_sampling_inverts_noising_of_one_known_image() -> None:
     x0 = start().clamp(-1, 1)
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:

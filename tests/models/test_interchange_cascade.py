@@ -139,7 +139,7 @@ def test_the_decoder_in_the_cascade_is_karlos(unclip: UnCLIP, folder: Path) -> N
     assert pictures.image.float().std() > 10
 
 
-def test_as_a_bundle_it_makes_the_same_pictures(unclip: UnCLIP, tmp_path: Path) -> None:
+def test_as_a_bundle_it_makes_the_same_images(unclip: UnCLIP, tmp_path: Path) -> None:
     unclip.save(tmp_path)
     again = UnCLIP.from_folder(tmp_path)
     assert again.sampling == unclip.sampling
@@ -153,7 +153,7 @@ def test_as_a_bundle_it_makes_the_same_pictures(unclip: UnCLIP, tmp_path: Path) 
     assert all(torch.equal(pictures.images[side], expected.images[side]) for side in (16, 64))
 
 
-def test_without_an_upsampler_pictures_stay_small(folder: Path, tmp_path: Path) -> None:
+def test_without_an_upsampler_images_stay_small(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     for name in ("super_res_first", "super_res_last", "super_res_scheduler"):
         shutil.rmtree(copy / name)

@@ -168,7 +168,7 @@ def folder(theirs: Theirs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_t, t, unit-norm image embeddings and captions; the picture is no square."""
+    """x_t, t, unit-norm image embeddings and captions; the image is no square."""
     return normal(3, 3, 16, 24), torch.tensor([0, 421, 999]), F.normalize(normal(3, DIM, seed=2), dim=1), captions()
 
 

@@ -154,10 +154,10 @@ def karlo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokens = {"vocabulary": 49408, "text_context": 77}
     network = ClipPrior(dataclasses.replace(CLIP_CONFIG, **tokens), DIM)
-    pictures = Decoder(dataclasses.replace(DECODER, **tokens), DIM)
-    pictures.text = network.text
+    images = Decoder(dataclasses.replace(DECODER, **tokens), DIM)
+    images.text = network.text
     export_prior(network, folder)
-    export_decoder(pictures, folder)
+    export_decoder(images, folder)
     export_upsampler(Upsampler(dataclasses.replace(UPSAMPLER, low_size=16, image_size=64)), folder)
     shutil.rmtree(folder / "ours")
     return folder
@@ -325,7 +325,7 @@ def test_the_examples_of_the_document_run(karlo: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(Clip, "pretrained", lambda name, tag: Clip.build(clip, seed=0).eval())
     results: dict[str, Any] = {}
     exec(here, results)
-    assert results["pictures"].image.shape == (1, 64, 64, 3)
+    assert results["images"].image.shape == (1, 64, 64, 3)
     exec(there, {})
     UNet2DConditionModel.from_pretrained("exported/decoder")
     PriorTransformer.from_pretrained("exported/prior")

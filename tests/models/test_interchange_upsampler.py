@@ -61,7 +61,7 @@ def folder(theirs: dict[str, UNet2DModel], tmp_path_factory: pytest.TempPathFact
 
 
 def low(width: int = 6) -> Tensor:
-    """Small pictures, dim enough to stay within [-1, 1] when enlarged: we clamp there, UnCLIPPipeline does not."""
+    """Small images, dim enough to stay within [-1, 1] when enlarged: we clamp there, UnCLIPPipeline does not."""
     return 0.5 * normal(3, 3, 4, width, seed=3).tanh()
 
 
@@ -147,8 +147,8 @@ def test_one_network_alone_is_an_upsampler_too(folder: Path, tmp_path: Path) -> 
     assert import_upsampler(tmp_path).config == dataclasses.replace(CONFIG, last_unet=False)
 
 
-def test_an_upsampler_that_adds_to_the_small_picture_is_refused(tmp_path: Path) -> None:
+def test_an_upsampler_that_adds_to_the_small_image_is_refused(tmp_path: Path) -> None:
     config = UpsamplerConfig(channels=32, depth=1, multipliers=(1, 2), prediction="x0")
-    with pytest.raises(ValueError, match="prediction is 'x0', which adds to the enlarged small picture"):
+    with pytest.raises(ValueError, match="prediction is 'x0', which adds to the enlarged small image"):
         export_upsampler(Upsampler(config), tmp_path)
     assert not list(tmp_path.iterdir())

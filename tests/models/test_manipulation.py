@@ -70,11 +70,11 @@ def test_more_components_come_closer_and_all_are_exact() -> None:
         first_components(codec, z, 13)
 
 
-def test_one_picture_serves_many_seeds() -> None:
+def test_one_image_serves_many_seeds() -> None:
     one = Inversion(_rows(1, 8), _rows(1, 3, 4, 4), torch.ones(1, 77, dtype=torch.int64))
     many = one.repeated(3)
     assert many.tokens is not None
     assert (len(many), many.noise.shape, many.tokens.shape) == (3, (3, 3, 4, 4), (3, 77))
     assert many.repeated(3) is many
-    with pytest.raises(ValueError, match="got 3 pictures and 2 seeds"):
+    with pytest.raises(ValueError, match="got 3 images and 2 seeds"):
         many.repeated(2)

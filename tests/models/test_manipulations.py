@@ -1,4 +1,4 @@
-"""What UnCLIP does with pictures: inversion, variations, interpolation, text differences, principal components."""
+"""What UnCLIP does with images: inversion, variations, interpolation, text differences, principal components."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,12 +17,12 @@ from models.view import view
 from tests.models.test_cascade import DECODER, DIM, make
 
 
-def _picture(seed: int) -> Image.Image:
+def _image(seed: int) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(60, 200, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((40, 40), Image.Resampling.BICUBIC)
 
 
-PICTURES = [_picture(0), _picture(1)]
+IMAGES = [_image(0), _image(1)]
 
 
 @pytest.fixture(scope="module")
@@ -37,44 +37,44 @@ def unclip() -> UnCLIP:
 
 
 def _distance(unclip: UnCLIP, inversion: Inversion, steps: int) -> float:
-    """From the pictures to what their latents become, as a mean over pixels in [-1, 1]."""
+    """From the images to what their latents become, as a mean over pixels in [-1, 1]."""
     drawn = unclip.reconstruct(inversion, decoder_steps=steps, size=64).images[16]
-    truth = np.stack([view(p, 16) for p in PICTURES])
+    truth = np.stack([view(p, 16) for p in IMAGES])
     return float((drawn.float() - torch.from_numpy(truth).float()).abs().mean() / 127.5)
 
 
-def test_a_picture_becomes_its_latents_and_they_the_picture(unclip: UnCLIP) -> None:
+def test_a_image_becomes_its_latents_and_they_the_image(unclip: UnCLIP) -> None:
     error = {}
     for steps in (10, 100, 500):
-        inversion = unclip.invert(PICTURES, decoder_steps=steps)
+        inversion = unclip.invert(IMAGES, decoder_steps=steps)
         assert inversion.noise.shape == (2, 3, 16, 16)
         error[steps] = _distance(unclip, inversion, steps)
     assert error[500] < error[100] < error[10]
     assert error[500] < 0.01
-    pixels = torch.from_numpy(np.stack([view(p, 32) for p in PICTURES])).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack([view(p, 32) for p in IMAGES])).permute(0, 3, 1, 2)
     torch.testing.assert_close(inversion.embedding, unclip.clip.encode_image(pixels))
 
 
 def test_the_caption_of_an_inversion_is_the_one_it_is_drawn_with(unclip: UnCLIP) -> None:
-    plain, told = unclip.invert(PICTURES), unclip.invert(PICTURES, ["a red fox", "a blue house"])
+    plain, told = unclip.invert(IMAGES), unclip.invert(IMAGES, ["a red fox", "a blue house"])
     assert plain.tokens is None
     assert told.tokens is not None
     assert torch.equal(told.tokens, tokenize(["a red fox", "a blue house"]))
     assert not torch.equal(plain.noise, told.noise)
     with_caption = unclip.reconstruct(told).images[16]
     assert not torch.equal(with_caption, unclip.reconstruct(replace(told, tokens=None)).images[16])
-    with pytest.raises(ValueError, match="got 2 pictures and 1 captions"):
-        unclip.invert(PICTURES, ["one"])
+    with pytest.raises(ValueError, match="got 2 images and 1 captions"):
+        unclip.invert(IMAGES, ["one"])
 
 
 def test_variations_keep_the_embedding_and_differ_by_seed_and_eta(unclip: UnCLIP) -> None:
-    one = unclip.invert(PICTURES[:1], decoder_steps=50)
+    one = unclip.invert(IMAGES[:1], decoder_steps=50)
     drawn = unclip.variations(one, [1, 2, 1], decoder_steps=50, size=64)
     assert torch.equal(drawn.embedding, one.embedding.expand(3, -1))
     assert not torch.equal(drawn.images[16][0], drawn.images[16][1])
     assert torch.equal(drawn.images[16][0], drawn.images[16][2])
     still = unclip.variations(one, [1], eta=0.0, decoder_steps=50, size=64).images[16]
-    truth = torch.tensor(view(PICTURES[0], 16)).float()
+    truth = torch.tensor(view(IMAGES[0], 16)).float()
 
     def far(image: torch.Tensor) -> float:
         return float((image.float() - truth).abs().mean())
@@ -86,8 +86,8 @@ def test_variations_keep_the_embedding_and_differ_by_seed_and_eta(unclip: UnCLIP
         unclip.variations(one, [1], eta=-0.1)
 
 
-def test_an_interpolation_begins_at_one_picture_and_ends_at_the_other(unclip: UnCLIP) -> None:
-    a, b = (unclip.invert([p]) for p in PICTURES)
+def test_an_interpolation_begins_at_one_image_and_ends_at_the_other(unclip: UnCLIP) -> None:
+    a, b = (unclip.invert([p]) for p in IMAGES)
     strip = unclip.interpolate(a, b, 5, seed=3, size=64)
     assert len(strip.images[16]) == len(strip.embedding) == 5
     for end, latents in ((0, a), (4, b)):
@@ -97,12 +97,12 @@ def test_an_interpolation_begins_at_one_picture_and_ends_at_the_other(unclip: Un
     torch.testing.assert_close(strip.embedding.norm(dim=1), torch.ones(5))
     along = strip.embedding @ b.embedding[0]
     assert (along.diff() > 0).all()
-    with pytest.raises(ValueError, match="an interpolation takes 2 or more pictures, got 1"):
+    with pytest.raises(ValueError, match="an interpolation takes 2 or more images, got 1"):
         unclip.interpolate(a, b, 1)
 
 
 def test_a_text_difference_turns_the_embedding_towards_the_new_caption(unclip: UnCLIP) -> None:
-    one = unclip.invert(PICTURES[:1])
+    one = unclip.invert(IMAGES[:1])
     strip = unclip.text_difference(one, "a cat", "an anime drawing of a supersaiyan cat", [0.0, 0.25, 0.5], size=64)
     torch.testing.assert_close(strip.embedding[0], one.embedding[0])
     before, after = unclip.clip.encode_text(tokenize(["a cat", "an anime drawing of a supersaiyan cat"]))
@@ -114,7 +114,7 @@ def test_a_text_difference_turns_the_embedding_towards_the_new_caption(unclip: U
 
 
 def test_principal_components_are_drawn_from_one_noise(unclip: UnCLIP) -> None:
-    embedding = unclip.invert(PICTURES[:1]).embedding
+    embedding = unclip.invert(IMAGES[:1]).embedding
     assert unclip.codec is not None
     swept = unclip.principal_components(embedding, [0, 2, 4], seed=7, size=64)
     expected = torch.cat([first_components(unclip.codec, embedding, n) for n in (0, 2, 4)])
@@ -131,7 +131,7 @@ def test_principal_components_are_drawn_from_one_noise(unclip: UnCLIP) -> None:
     ("embedding", "message"),
     [
         (torch.ones(1, DIM + 1), rf"embeddings have shape \(1, {DIM + 1}\), this bundle's CLIP makes \[b, {DIM}\]"),
-        (torch.full((1, DIM), float("nan")), "embeddings hold values that are no numbers"),
+        (torch.full((1, DIM), float("nan")), "embeddings hold NaN or Inf"),
         (torch.ones(1, DIM), "embeddings have norms from 4 to 4: normalise them to 1"),
     ],
 )
@@ -147,7 +147,7 @@ def test_captions_that_would_be_cut_are_refused(unclip: UnCLIP) -> None:
 
 
 def test_without_a_caption_the_decoder_draws_from_the_embedding_alone(unclip: UnCLIP) -> None:
-    embedding = unclip.invert(PICTURES[:1]).embedding
+    embedding = unclip.invert(IMAGES[:1]).embedding
     tokens = tokenize(["a cat"])
     without, with_one = (unclip.decode(embedding, t, [0], unclip.sampling).images[16] for t in (None, tokens))
     assert not torch.equal(without, with_one)

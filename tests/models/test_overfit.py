@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 ROWS, DIM = 8, 64
 
 
-def pictures(side: int) -> tuple[Tensor, list[str]]:
+def images(side: int) -> tuple[Tensor, list[str]]:
     """Eight emoji of different concepts, uint8 [8, 3, side, side], and their captions."""
     rows = list({row.group: row for row in emoji_rows("nano")}.values())[:ROWS]
     size = 1024 if side > 256 else 256
@@ -43,7 +43,7 @@ def pictures(side: int) -> tuple[Tensor, list[str]]:
 
 def pairs(side: int = 64) -> dict[str, Tensor]:
     """A batch as the losses take it, with random embeddings of which text and image are alike."""
-    image, captions = pictures(side)
+    image, captions = images(side)
     g = torch.Generator().manual_seed(0)
     embedding = F.normalize(torch.randn(ROWS, DIM, generator=g), dim=1)
     text = F.normalize(embedding + 0.05 * torch.randn(ROWS, DIM, generator=g), dim=1)
@@ -96,7 +96,7 @@ def test_the_diffusion_prior_reproduces_eight_embeddings() -> None:
     assert (samples * batch["image_embedding"]).sum(-1).min() > 0.99
 
 
-def test_the_decoder_reproduces_eight_pictures() -> None:
+def test_the_decoder_reproduces_eight_images() -> None:
     torch.manual_seed(0)
     batch = pairs()
     model = Decoder(preset_config("nano").decoder.model, DIM)
@@ -113,10 +113,10 @@ def test_the_decoder_reproduces_eight_pictures() -> None:
     ("name", "smaller", "repeats"),
     [("upsampler_256", {}, 1), ("upsampler_1024", {"low_size": 16, "image_size": 64, "crop": 1.0}, 2)],
 )
-def test_an_upsampler_reproduces_eight_pictures(name: str, smaller: dict[str, Any], repeats: int) -> None:
+def test_an_upsampler_reproduces_eight_images(name: str, smaller: dict[str, Any], repeats: int) -> None:
     torch.manual_seed(0)
     config = replace(getattr(preset_config("nano"), name).model, **smaller)
-    image = pictures(config.image_size)[0]
+    image = images(config.image_size)[0]
     model = Upsampler(config)
     overfit(model, lambda rows, draw: upsampler_loss(model, rows, draw), {"image": image}, 1000, 3e-3, repeats)
     small = Draw([(1, ROWS)])
@@ -127,4 +127,4 @@ def test_an_upsampler_reproduces_eight_pictures(name: str, smaller: dict[str, An
     bicubic = psnr(resize(low, (config.image_size, config.image_size)), image)
     assert found.min() > 25
     assert (found - bicubic).mean() > 3
-    assert found.min() > bicubic.min() + 2  # the most detailed picture
+    assert found.min() > bicubic.min() + 2  # the most detailed image

@@ -20,7 +20,7 @@ def test_values_beyond_the_range_are_clamped() -> None:
 
 @pytest.mark.parametrize("size", [(16, 16), (64, 48), (50, 20)])
 def test_resize_equals_pillow(size: tuple[int, int]) -> None:
-    """To one 8-bit level. Pillow rounds and clips between its two passes, so the picture keeps clear of the ends."""
+    """To one 8-bit level. Pillow rounds and clips between its two passes, so the image keeps clear of the ends."""
     image = torch.randint(64, 192, (1, 3, 32, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BICUBIC)
     ours = to_uint8(resize(from_uint8(image), size))[0].permute(1, 2, 0).numpy()

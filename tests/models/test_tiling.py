@@ -1,4 +1,4 @@
-"""Large pictures in tiles: covered, averaged without seams, and close to what the whole gives."""
+"""Large images in tiles: covered, averaged without seams, and close to what the whole gives."""
 
 from itertools import pairwise
 

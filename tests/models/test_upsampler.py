@@ -80,7 +80,7 @@ def test_sampling_corrupts_the_condition_mildly_or_not_at_all() -> None:
         assert sampling_low(dataclasses.replace(config, corrupt_at_inference=False), low, draw) is low
 
 
-def test_an_upsampler_that_predicts_the_picture_begins_with_the_enlarged_one() -> None:
+def test_an_upsampler_that_predicts_the_image_begins_with_the_enlarged_one() -> None:
     torch.manual_seed(0)
     model = Upsampler(dataclasses.replace(CONFIG, prediction="x0"))
     low, noise, schedule = torch.rand(2, 3, 4, 4) * 2 - 1, torch.randn(2, 3, 16, 16), make_schedule("cosine", 1000)
@@ -107,7 +107,7 @@ def test_it_learns_on_crops_and_runs_at_any_full_size(patch: int) -> None:
 
 
 def test_far_pixels_do_not_matter_so_a_crop_is_as_good_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only group normalisation, which averages over the picture, sees further than the convolutions do."""
+    """Only group normalisation, which averages over the image, sees further than the convolutions do."""
     torch.manual_seed(0)
     model = Upsampler(CONFIG)
     for parameter in model.parameters():

@@ -167,7 +167,7 @@ def test_two_rows_are_no_crash() -> None:
 
 
 def emoji(names: list[str]) -> Tensor:
-    """Pictures uint8 [n, 64, 64, 3] on these backgrounds, with a black thing in the middle and a little noise."""
+    """Images uint8 [n, 64, 64, 3] on these backgrounds, with a black thing in the middle and a little noise."""
     pictures = torch.stack([torch.tensor(BACKGROUNDS[name]).expand(64, 64, 3) for name in names]).float()
     pictures[:, 8:56, 8:56] = 0
     return (pictures + 4 * normal(len(names), 64, 64, 3)).clamp(0, 255).to(torch.uint8)
@@ -183,7 +183,7 @@ def test_backgrounds_are_read_from_corners_and_captions() -> None:
     assert Phrases().background("an openmoji drawing of a cat on a pale green background") == ""
 
 
-def test_training_pictures_to_compare_with_name_backgrounds_as_often() -> None:
+def test_training_images_to_compare_with_name_backgrounds_as_often() -> None:
     named = "an openmoji drawing of a cat on a pale green background"
     others = ["a dog", named, "a hat", named, "a bee", "a cup", named, "a fox"]
     assert EMOJI.alike([named, named, "a cow"], others) == [1, 3, 0]
@@ -229,7 +229,7 @@ SMALL = UpsamplerConfig(
 
 @dataclass
 class Knows:
-    """An upsampler that is sure of the clean picture: ``answer``, or for None the enlarged small picture."""
+    """An upsampler that is sure of the clean image: ``answer``, or for None the enlarged small image."""
 
     answer: Tensor | None
     config: UpsamplerConfig = SMALL
@@ -268,7 +268,7 @@ def test_an_upsampler_must_beat_bicubic_interpolation() -> None:
     assert figures["oracle"][0].value > 60
 
 
-def test_an_upsampler_that_ignores_the_small_picture_has_no_gap() -> None:
+def test_an_upsampler_that_ignores_the_small_image_has_no_gap() -> None:
     image = (normal(6, 3, 64, 64) * 60 + 128).clamp(0, 255).to(torch.uint8)
     chosen = rows(6, image=image)
     deaf = upsamplers.upsampler_gap("u", cast(Upsampler, Knows(torch.zeros(1, 3, 16, 16))), chosen, 0)
@@ -291,7 +291,7 @@ def test_the_busiest_crop_has_the_detail() -> None:
 
 
 class Eye:
-    """A CLIP whose image embedding is the picture, made small."""
+    """A CLIP whose image embedding is the image, made small."""
 
     image_size = 8
     mean = torch.zeros(1)
@@ -311,7 +311,7 @@ def test_clip_ranks_by_nearness() -> None:
     assert len(figures) == 6
     assert all(f.holds for f in figures)
     turned = images.ranking_figures(clip, chosen, early, drawn, 0)  # the early one is better
-    assert {f.name for f in turned if not f.holds} == {"caption_trained_early", "picture_trained_early"}
+    assert {f.name for f in turned if not f.holds} == {"caption_trained_early", "image_trained_early"}
     lonely = images.ranking_figures(clip, chosen, drawn, "not there", 0)
     assert [f.holds for f in lonely] == [True, True, None] * 2
     assert {f.note for f in lonely} == {"", "not there"}

@@ -35,7 +35,7 @@ def save_weights(path: Path, seed: int = 0) -> Path:
         network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
         for module in network.modules():
             if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight)  # so that 48 layers neither drown nor drown out a picture
+                torch.nn.init.kaiming_normal_(module.weight)  # so that 48 layers neither drown nor drown out an image
     state = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(state, path, _use_new_zipfile_serialization=False)
     return path
@@ -50,7 +50,7 @@ def named(path: Path) -> ContentFile:
     return ContentFile.at(str(path), "evaluation.inception")
 
 
-def pictures(n: int, seed: int, brightness: float) -> Tensor:
+def images(n: int, seed: int, brightness: float) -> Tensor:
     """Coloured clouds: uint8 [n, 64, 64, 3]."""
     generator = torch.Generator().manual_seed(seed)
     clouds = F.interpolate(torch.rand(n, 3, 5, 5, generator=generator), (64, 64), mode="bicubic") * brightness
@@ -62,7 +62,7 @@ def test_it_is_the_fid_of_torchmetrics(weights: ContentFile, caplog: pytest.LogC
         inception = load_inception(STORE, weights, CPU)
     assert "is not the file that is published" in caplog.text
     assert inception is not None
-    sets = pictures(9, 0, 1.0), pictures(8, 1, 0.6)
+    sets = images(9, 0, 1.0), images(8, 1, 0.6)
     real, drawn = map(inception.look, sets)
     metric = theirs.FrechetInceptionDistance(feature_extractor_weights_path=weights.path)
     for x, is_real in zip(sets, (True, False), strict=True):
@@ -90,7 +90,7 @@ def test_every_set_has_its_figure_on_its_own_rows() -> None:
     assert prior.baseline == pytest.approx(frechet_distance(training[:7], real[:7]))
     assert (prior.rows, prior.split, prior.holds) == (7, "test", None)
     assert found["decoder", "fid_early"].says == (
-        "decoder: FID of an early checkpoint's pictures to real ones; baseline: training pictures"
+        "decoder: FID of an early checkpoint's images to real ones; baseline: training images"
     )
 
 

@@ -54,7 +54,7 @@ def test_the_later_wins_where_it_should(both: tuple[Measured, Measured]) -> None
     assert mean.verdict == "better"
     assert 0 < mean.interval[0] < mean.difference < mean.interval[1]
     assert mean.rows == len(late.document["rows"]["priors"]["keys"]) > 20
-    # The decoder is the same in both, and so are its noise and its pictures.
+    # The decoder is the same in both, and so are its noise and its images.
     assert {c.difference for (model, _), c in found.items() if model == "decoder"} == {0.0}
     assert {c.verdict for (model, _), c in found.items() if model == "decoder"} == {""}
 

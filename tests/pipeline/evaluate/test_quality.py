@@ -18,7 +18,7 @@ from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.metrics import derangement
 from pipeline.evaluate.quality import Choice, Eye, choices, covered, load_judge, right
 from pipeline.evaluate.retrieval import median_interval, prior_figures, ranks, told_apart, weighted_median
-from pipeline.evaluate.rows import HeldOut, Taught
+from pipeline.evaluate.rows import HeldOut, TrainingRows
 from pipeline.evaluate.upsamplers import ssim
 
 BACKS = ["", *(f" on a {name} background" for name in emoji.BACKGROUNDS if name != "white")]
@@ -42,7 +42,7 @@ def test_ssim_is_the_formula_with_scipys_filter() -> None:
     y = (x + 0.2 * normal(2, 3, 24, 30, seed=2)).clamp(-1, 1)
 
     def blurred(z: np.ndarray) -> np.ndarray:
-        return gaussian_filter(z, sigma=1.5, truncate=3.5)[5:-5, 5:-5]  # 11 px, and only within the picture
+        return gaussian_filter(z, sigma=1.5, truncate=3.5)[5:-5, 5:-5]  # 11 px, and only within the image
 
     expected = []
     for a, b in zip(x.numpy(), y.numpy(), strict=True):
@@ -85,16 +85,16 @@ def test_weighted_medians_are_medians_of_the_rows_repeated() -> None:
 
 def test_r_precision_among_the_next_captions() -> None:
     texts, own = normal(7, 6, seed=4), torch.tensor([6, 2, 0])
-    pictures = texts[own] + 0.6 * normal(3, 6, seed=5)
-    cosine = F.normalize(pictures, dim=1) @ F.normalize(texts, dim=1).T
+    images = texts[own] + 0.6 * normal(3, 6, seed=5)
+    cosine = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
     for among in (2, 4, 7, 100):
         expected = []
         for row, j in zip(cosine, own.tolist(), strict=True):
             others = [(j + k) % 7 for k in range(1, min(among, 7))]
             expected.append(all(row[j] > row[k] for k in others))
-        assert told_apart(pictures, texts, own, among).tolist() == expected
+        assert told_apart(images, texts, own, among).tolist() == expected
         repeated = texts.expand(3, -1, -1)  # captions of each row's own
-        assert told_apart(pictures, repeated, own, among).tolist() == expected
+        assert told_apart(images, repeated, own, among).tolist() == expected
     assert told_apart(torch.ones(3, 6), texts[:1].expand(7, 6), own).tolist() == [False] * 3  # a tie is a miss
 
 
@@ -103,7 +103,9 @@ def test_the_baselines_of_a_prior_are_what_they_say() -> None:
     text = F.normalize(normal(n, 16, seed=1), dim=1)
     image = F.normalize(text.roll(1, 1) + 0.05 * normal(n, 16, seed=2), dim=1)
     rows = held_out([f"caption {i}" for i in range(n)], image_embedding=image, text_embedding=text)
-    training = Taught([], [], [], image_embedding=image.flip(0), text_embedding=text.flip(0))  # here the same captions
+    training = TrainingRows(
+        [], [], [], image_embedding=image.flip(0), text_embedding=text.flip(0)
+    )  # here the same captions
     samples = F.normalize(image + 0.1 * normal(4, n, 16, seed=3), dim=-1)
     gallery = torch.cat([image, F.normalize(normal(30, 16, seed=4), dim=1)])
     found = {f.name: f for f in prior_figures("prior", samples, rows, gallery, training, 0)}
@@ -137,14 +139,14 @@ def test_coverage_is_the_loop() -> None:
         covered(points, of[:1])
 
 
-def test_a_model_of_one_picture_is_precise_and_recalls_nothing() -> None:
+def test_a_model_of_one_image_is_precise_and_recalls_nothing() -> None:
     real = normal(50, 4, seed=8)
     constant = real[:1] + 1e-3 * normal(50, 4, seed=9)
     assert covered(constant, real).double().mean() > 0.9
     assert covered(real, constant).double().mean() < 0.1
 
 
-# --- captions of the emoji pictures -----------------------------------------------------------------------------------
+# --- captions of the emoji images -----------------------------------------------------------------------------------
 
 
 def test_a_caption_has_its_parts_and_is_put_together_again() -> None:
@@ -195,7 +197,7 @@ def test_style_and_background_alone_flatter_whole_captions_only() -> None:
     assert share["all", "r_precision"] == share["all", "within_style"] == share["name", "name_alone"] == 1
     assert share["style", "r_precision"] > 3 * share["style", "name_alone"]
     assert share["style", "within_style"] < 0.5 < share["name", "within_style"]
-    assert right(found["within_style"], knows_all[:3]).tolist() == [True] * 3  # fewer pictures than captions
+    assert right(found["within_style"], knows_all[:3]).tolist() == [True] * 3  # fewer images than captions
 
 
 def test_other_captions_have_no_style_and_one_caption_no_choice() -> None:
@@ -229,7 +231,7 @@ def test_the_judge_is_a_clip_in_a_folder_or_a_mistake(tmp_path: Any) -> None:
 # --- memorisation -----------------------------------------------------------------------------------------------------
 
 
-def test_copies_lie_nearer_to_training_than_held_out_pictures_do() -> None:
+def test_copies_lie_nearer_to_training_than_held_out_images_do() -> None:
     training, real, fresh = (F.normalize(normal(n, 12, seed=n), dim=1) for n in (300, 60, 61))
     fresh = fresh[:60]
     copied = F.normalize(training[:60] + 0.05 * normal(60, 12, seed=1), dim=1)
@@ -246,8 +248,8 @@ def test_copies_lie_nearer_to_training_than_held_out_pictures_do() -> None:
 
 def test_the_nearest_and_the_closest() -> None:
     training = torch.eye(4)
-    pictures = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 2], [0, 3, 0.1, 0], [0, 0, 5, 0]])
-    found = memorisation.nearest(pictures, training)
+    images = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 2], [0, 3, 0.1, 0], [0, 0, 5, 0]])
+    found = memorisation.nearest(images, training)
     assert found.place[1:].tolist() == [3, 1, 2]
     assert found.distance.tolist() == pytest.approx([1 - math.sqrt(0.5), 0, 1 - 3 / math.hypot(3, 0.1), 0], abs=1e-9)
     assert memorisation.closest(found.distance, 3) == [1, 3, 2]

@@ -34,14 +34,14 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1)
 
 
-SCALES = 1 / torch.arange(1, D + 1)  # few directions matter, as in embeddings of pictures
+SCALES = 1 / torch.arange(1, D + 1)  # few directions matter, as in embeddings of images
 TEXT = unit(normal(N, D, seed=0) * SCALES)
 IMAGE = unit(TEXT.roll(1, 1) + 0.1 * normal(N, D, seed=1) * SCALES)
 MEAN = unit(torch.tensor([1.0, *[0.3] * (D - 1)]))
 
 
 def learnt(share: float, noise: float, seed: int) -> Tensor:
-    """What a model draws that knows so much of each picture, and else draws the same for all."""
+    """What a model draws that knows so much of each image, and else draws the same for all."""
     return unit(share * IMAGE + (1 - share) * MEAN + noise * normal(N, D, seed=seed))
 
 
@@ -83,8 +83,8 @@ def test_metrics_of_sets_rank_three_above_noise_and_are_blind_to_captions(metric
         assert OF_SETS[metric](SEEN["shuffled"]) == pytest.approx(measured[1], abs=1e-9)
 
 
-def pictures() -> dict[str, Upsampled]:
-    """Upsampled pictures by level: real ones are the original itself but for a little noise."""
+def images() -> dict[str, Upsampled]:
+    """Upsampled images by level: real ones are the original itself but for a little noise."""
     original = F.interpolate(normal(6, 3, 8, 8, seed=6) / 2, 32, mode="bicubic").clamp(-1, 1)
     original = (original + 0.1 * normal(6, 3, 32, 32, seed=7)).clamp(-1, 1)
     clean = F.interpolate(original, 8, mode="bicubic", antialias=True)
@@ -99,17 +99,17 @@ def pictures() -> dict[str, Upsampled]:
 def test_metrics_of_upsamplers_rank_all_four() -> None:
     measured: dict[str, list[float]] = {}
     for level in LEVELS:
-        made = pictures()[level]
+        made = images()[level]
         for figure in (*likeness_figures("u", made, rows(6), 0), consistency_figure("u", made, rows(6), 0)):
             assert figure.value is not None
             measured.setdefault(figure.name, []).append(figure.value)
     assert set(measured) == {"psnr_of_mean", "psnr_of_one", "ssim_of_mean", "ssim_of_one", "consistency"}
     for name, values in measured.items():
         assert all(upper > lower for upper, lower in pairwise(values)), (name, values)
-    assert float(ssim(pictures()["real"].original, pictures()["real"].original).min()) == pytest.approx(1)
+    assert float(ssim(images()["real"].original, images()["real"].original).min()) == pytest.approx(1)
 
 
-def test_the_share_of_nearer_pictures_ranks_copies_above_likenesses_above_new_ones() -> None:
+def test_the_share_of_nearer_images_ranks_copies_above_likenesses_above_new_ones() -> None:
     training, real = unit(normal(300, D, seed=9)), unit(normal(N, D, seed=10))
 
     def distance(x: Tensor) -> Tensor:

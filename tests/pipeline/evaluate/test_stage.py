@@ -30,8 +30,9 @@ from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.evaluation import GUIDANCES
 from pipeline.evaluate.figure import LINES, as_text
 from pipeline.evaluate.recipe import EvaluationRecipe
-from pipeline.evaluate.rows import HeldOut, held_out, taught
-from pipeline.evaluate.stage import LEARN, run_evaluation
+from pipeline.evaluate.rows import HeldOut, held_out, training_rows
+from pipeline.evaluate.run import LEARN
+from pipeline.evaluate.stage import run_evaluation
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
@@ -64,7 +65,7 @@ SAMPLING = SamplingConfig(prior_steps=2, decoder_steps=2, decoder_sampler="ddim"
 
 
 def awake(model: Decoder) -> Decoder:
-    """Without the zeros with which a training begins, and with which all conditions give the same picture."""
+    """Without the zeros with which a training begins, and with which all conditions give the same image."""
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -128,7 +129,7 @@ def make_case(folder: Path, shards: int, rows: int, side: int, priors: tuple[str
 @pytest.fixture(autouse=True)
 def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests run side by side."""
-    monkeypatch.setattr("pipeline.sampling.samples.use_all_cores", lambda: None)
+    monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
 
 
 @pytest.fixture
@@ -266,7 +267,7 @@ def test_backgrounds_and_names_are_looked_at_only_where_a_configuration_says_wha
     assert named["decoder", "clip_name_alone"]["rows"] >= 8
 
 
-def test_held_out_rows_are_the_first_with_their_pictures(shared_world: World) -> None:
+def test_held_out_rows_are_the_first_with_their_images(shared_world: World) -> None:
     found = held_out(shared_world.store, shared_world.inputs, 5, side=64)
     assert isinstance(found, HeldOut)
     expected = [key for key, e in shared_world.examples.items() if e.split == "test"]
@@ -278,7 +279,7 @@ def test_held_out_rows_are_the_first_with_their_pictures(shared_world: World) ->
     assert isinstance(liked, HeldOut)
     squares = [key for key in expected if "square" in shared_world.examples[key].captions[0]]
     assert liked.keys == [*squares, *(key for key in expected if key not in squares)][:5]
-    seen = taught(shared_world.store, shared_world.inputs)
+    seen = training_rows(shared_world.store, shared_world.inputs)
     assert len(seen.places) == len(seen.image_embedding) == len(seen.text_embedding)
     assert seen.captions == [(shared_world.examples[place.key].captions or [""])[0] for place in seen.places]
     assert not {place.key for place in seen.places} & {

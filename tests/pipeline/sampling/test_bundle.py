@@ -2,15 +2,14 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from jobs.sample import bundle_folder, remember_bundle
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, artifact_path
-from pipeline.ledger import Ledger
-from pipeline.sampling.samples import export_pictures
+from pipeline.graph.artifacts import artifact_path
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, materialise, put_blob
 from tests.pipeline.store.test_names import ARTIFACT, AWAY, forge
@@ -18,11 +17,7 @@ from tests.pipeline.store.test_names import ARTIFACT, AWAY, forge
 Write = Callable[[Store, dict[str, str], Path], None]
 
 
-def _export(store: Store, blobs: dict[str, str], folder: Path) -> None:
-    export_pictures(store, Artifact("samples", "k", {}, {}, Ledger(), blobs), folder)
-
-
-@pytest.fixture(params=[materialise, _export], ids=["materialise", "export_pictures"])
+@pytest.fixture(params=[materialise, partial(materialise, replace=True)], ids=["keep", "replace"])
 def write(request: pytest.FixtureRequest) -> Write:
     return request.param
 
@@ -65,16 +60,16 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(write: Write, place: Path
     folder.mkdir()
     (folder / "0000.png").symlink_to(place / "outside/new.pth")
     (folder / ".0000.png.part").symlink_to(place / "outside/new.pth")
-    write(store, {"0000.png": put_blob(store, b"picture")}, folder)
+    write(store, {"0000.png": put_blob(store, b"image")}, folder)
     assert not (folder / "0000.png").is_symlink()
-    assert (folder / "0000.png").read_bytes() == b"picture"
+    assert (folder / "0000.png").read_bytes() == b"image"
     assert not (place / "outside/new.pth").exists()
 
 
-def test_pictures_replace_earlier_ones_and_other_files_are_not_read_again(place: Path) -> None:
+def test_images_replace_earlier_ones_and_other_files_are_not_read_again(place: Path) -> None:
     store, folder = open_store(str(place / "store")), place / "folder"
     for data in (b"one", b"two"):
-        _export(store, {"0000.png": put_blob(store, data)}, folder)
+        materialise(store, {"0000.png": put_blob(store, data)}, folder, replace=True)
         assert (folder / "0000.png").read_bytes() == data
     materialise(store, {"0000.png": put_blob(store, b"three"), "a/b": put_blob(store, b"ab")}, folder)
     assert {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == {
@@ -108,6 +103,6 @@ def test_a_forged_bundle_writes_nothing(absolute: bool, place: Path) -> None:
     forge(store, artifact_path("bundle", "k"), {**ARTIFACT, "inputs": {}, "blobs": {name: evil}})
     remember_bundle(output, store.url, "k")
     before = _outside(place)
-    with pytest.raises(UserError, match="its bundle is no longer in"):
+    with pytest.raises(UserError, match="its bundle is not in"):
         bundle_folder(output)
     assert _outside(place) == before

@@ -1,4 +1,4 @@
-"""Pictures of many prompts: the same for any neighbours, each once, and where they say they are."""
+"""Images of many prompts: the same for any neighbours, each once, and where they say they are."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def run(bundle: tuple[Store, Artifact], path: Path, seed: int = 0, rows: int = 2
     return generate(*bundle, read_prompts(path, seed, rows), recipe, GenerationSettings(workers=0), RaySettings())
 
 
-def pictures(store: Store, made: Artifact, folder: Path) -> dict[tuple[str, int], bytes]:
+def images(store: Store, made: Artifact, folder: Path) -> dict[tuple[str, int], bytes]:
     """PNG files by prompt and seed, as webdataset reads them; the tables must say the same."""
     tars = [str(path) for path in export(store, made, folder)]
     found = {}
@@ -67,19 +67,19 @@ def pictures(store: Store, made: Artifact, folder: Path) -> dict[tuple[str, int]
     return found
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_alone(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
+def test_a_image_depends_on_its_prompt_and_seed_alone(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
     """Other neighbours, other shards, another place in its batch: the same bytes."""
     store = bundle[0]
-    whole = pictures(store, run(bundle, text(tmp_path, PROMPTS)), tmp_path / "whole")
+    whole = images(store, run(bundle, text(tmp_path, PROMPTS)), tmp_path / "whole")
     assert list(whole) == [(prompt, i) for i, prompt in enumerate(PROMPTS)]
     assert len(set(whole.values())) == 5
     with Image.open(io.BytesIO(whole["the sea", 2])) as image:
         assert (image.size, image.mode) == ((64, 64), "RGB")
     table = {"prompt": PROMPTS[::-1], "seed": [4, 3, 2, 1, 0]}
     pq.write_table(pa.table(table), tmp_path / "other.parquet")
-    other = pictures(store, run(bundle, tmp_path / "other.parquet", rows=4), tmp_path / "other")
+    other = images(store, run(bundle, tmp_path / "other.parquet", rows=4), tmp_path / "other")
     assert other == whole
-    seeded = pictures(store, run(bundle, text(tmp_path, PROMPTS[1:3]), seed=1), tmp_path / "seeded")
+    seeded = images(store, run(bundle, text(tmp_path, PROMPTS[1:3]), seed=1), tmp_path / "seeded")
     assert seeded == {key: whole[key] for key in list(whole)[1:3]}
 
 
@@ -97,25 +97,25 @@ def test_a_prompt_that_is_too_long_costs_itself(bundle: tuple[Store, Artifact], 
     store = bundle[0]
     made = run(bundle, text(tmp_path, ["a red fox", "tree " * 80, "the sea"]))
     assert made.ledger == Ledger(kept=2, rejected={"prompt_too_long": 1})
-    assert list(pictures(store, made, tmp_path / "out")) == [("a red fox", 0), ("the sea", 2)]
+    assert list(images(store, made, tmp_path / "out")) == [("a red fox", 0), ("the sea", 2)]
 
 
 def test_a_damaged_shard_is_made_again(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
     store, about = bundle
     made = run(bundle, text(tmp_path, PROMPTS), seed=90)
-    whole = pictures(store, made, tmp_path / "whole")
+    whole = images(store, made, tmp_path / "whole")
     blob = read_shards(store, made)[1].blobs["images"]
     store.delete([blob_path(blob)])
     with pytest.raises(CorruptObject) as damage:
         list(export(store, made, tmp_path / "again"))
     heal(store, damage.value, {STAGE: made, "bundle": about})
-    assert pictures(store, run(bundle, text(tmp_path, PROMPTS), seed=90), tmp_path / "again") == whole
+    assert images(store, run(bundle, text(tmp_path, PROMPTS), seed=90), tmp_path / "again") == whole
 
 
-def test_a_folder_of_other_pictures_is_left_alone(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
+def test_a_folder_of_other_images_is_left_alone(bundle: tuple[Store, Artifact], tmp_path: Path) -> None:
     store = bundle[0]
     list(export(store, run(bundle, text(tmp_path, PROMPTS[:1])), tmp_path / "out"))
-    with pytest.raises(UserError, match="out holds pictures of other prompts; name another folder"):
+    with pytest.raises(UserError, match="out holds images of other prompts; name another folder"):
         list(export(store, run(bundle, text(tmp_path, PROMPTS[:1]), seed=7), tmp_path / "out"))
 
 
@@ -131,7 +131,7 @@ def test_a_row_that_cannot_be_drawn_costs_itself(
         made = run(bundle, path)
     assert caplog.messages == ["not drawn: 1 row no_caption, 1 row malformed_row, 1 row not_utf8"]
     assert made.ledger == Ledger(kept=2, rejected={"no_caption": 1, "malformed_row": 1, "not_utf8": 1})
-    assert list(pictures(store, made, tmp_path / "out")) == [("a red fox", 0), ("the sea", 4)]
+    assert list(images(store, made, tmp_path / "out")) == [("a red fox", 0), ("the sea", 4)]
 
 
 @pytest.mark.parametrize(

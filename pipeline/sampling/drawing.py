@@ -1,0 +1,128 @@
+"""Opens a bundle in this process and draws images of captions with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from models.cascade import UnCLIP
+from models.sampling_config import UPSAMPLERS
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.stages import Context
+from pipeline.ledger import Ledger
+from pipeline.progress import Progress, counted
+from pipeline.store.records import materialise, put_blob
+from pipeline.training.device import choose_device
+from pipeline.training.distributed.launch import cores
+
+log = logging.getLogger("unclip")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Holds a caption's image as PNG, its base image of 64 px, and how it was made."""
+
+    caption: str
+    seed: int
+    settings: Mapping[str, Any]
+    image: bytes
+    base: bytes
+
+
+def make_sample(unclip: UnCLIP, caption: str, seed: int, options: Mapping[str, Any]) -> Sample:
+    """Draws one image, showing progress over all steps of all models.
+
+    Seed and settings are in the PNG's text chunks. Raises ValueError for an option that is out of range.
+    """
+    settings = dataclasses.asdict(unclip.sampling_with(dict(options)))
+    with Progress(f"sampling {caption[:40]!r}", _steps(unclip, settings), "steps") as progress:
+        generation = unclip.generate([caption], [seed], lambda stage, *_: progress.advance(1, stage), **options)
+    text = {"caption": caption, "seed": str(seed), "settings": json.dumps(settings, sort_keys=True)}
+    images = [
+        png_with_text(pixels[0].numpy(), text)
+        for pixels in (generation.image, generation.images[min(generation.images)])
+    ]
+    return Sample(caption, seed, settings, *images)
+
+
+def _steps(unclip: UnCLIP, settings: Mapping[str, Any]) -> int:
+    return prior_steps(unclip, settings, settings["prior"]) + decode_steps(unclip, settings)
+
+
+def prior_steps(unclip: UnCLIP, settings: Mapping[str, Any], prior: str) -> int:
+    """Returns how often the prior "ar" or "diffusion" reports progress for one batch."""
+    return settings["prior_steps"] if prior == "diffusion" or unclip.ar_prior is None else unclip.ar_prior.codes
+
+
+def decode_steps(unclip: UnCLIP, settings: Mapping[str, Any]) -> int:
+    """Returns how often decoder and upsamplers report progress for one batch."""
+    steps = settings["decoder_steps"]
+    for name in UPSAMPLERS:
+        model = getattr(unclip, name)
+        if model is None or model.config.image_size > settings["size"]:
+            break
+        steps += settings[f"{name}_steps"]
+    return steps
+
+
+def png_with_text(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
+    """Returns uint8 [h, w, 3] as a PNG file with text chunks."""
+    info = PngInfo()
+    for name, value in text.items():
+        info.add_itxt(name, value)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+def open_bundle(folder: str | Path, device: str = "auto") -> UnCLIP:
+    """Loads a bundle to draw with in this process, and says on which device.
+
+    Raises UserError for a device that is not there, and as ``UnCLIP.from_folder`` does.
+    """
+    return UnCLIP.from_folder(folder, drawing_device(device))
+
+
+def drawing_device(name: str = "auto") -> torch.device:
+    """Returns a device of ``choose_device`` to draw on, says which it is, and takes all cores. Raises UserError."""
+    device = choose_device(name)
+    torch.set_num_threads(cores())  # Ray and job runners lower the number of threads in the environment
+    if device.type == "cuda":
+        log.info("drawing on %s, %s", device, torch.cuda.get_device_name(device))
+    else:
+        why = "" if torch.cuda.is_available() else ": torch finds no GPU"
+        log.info("drawing on the CPU, %s%s", counted(cores(), "core"), why)
+    return device
+
+
+def publish_samples(ctx: Context) -> Artifact:
+    """Draws every caption of the stage's recipe and publishes the images."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
+        unclip = open_bundle(folder)
+        samples = [make_sample(unclip, text, ctx.recipe.seed + i, {}) for i, text in enumerate(ctx.recipe.captions)]
+    blobs = {}
+    for i, sample in enumerate(samples):
+        blobs[f"{i:04d}.png"] = put_blob(ctx.store, sample.image)
+        blobs[f"{i:04d}-64.png"] = put_blob(ctx.store, sample.base)
+    metrics = {
+        "captions": [s.caption for s in samples],
+        "seeds": [s.seed for s in samples],
+        "settings": samples[0].settings,
+    }
+    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=len(samples)), metrics=metrics)
+    return publish_artifact(ctx.store, artifact, time.monotonic() - began)
