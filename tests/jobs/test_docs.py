@@ -31,7 +31,7 @@ SUBMITTED = "tests/cluster/test_local.py, to clusters on loopback"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip init my-project pairs.csv": "here",
-    "unclip init birds pictures": "here",
+    "unclip init birds images": "here",
     "unclip init scans 00000.tar 00001.tar": "here",
     "unclip doctor my-project.yaml": "here",
     "unclip run my-project.yaml --until pairs": "here",
@@ -62,7 +62,7 @@ TESTED = {
     'unclip edit priors "a red house" --image house.png': EDITED,
     "unclip init my-flags flags.csv --from out/emoji": "tests/jobs/test_chain.py, from micro models",
     'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
-    "unclip data search configs/nano.yaml --image pictures/3.png --split train": "here",
+    "unclip data search configs/nano.yaml --image images/3.png --split train": "here",
     "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",
     "unclip release promote configs/nano.yaml": "here",
     "unclip release diff configs/nano.yaml --set decoder.model.dropout=0.1": "here",
@@ -186,18 +186,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with configurations of the names in the documents, small enough to run."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "configs").mkdir()
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for i in range(24):
-        (folder / f"pictures/{i}.png").write_bytes(picture(i))
-        (folder / f"pictures/{i}.txt").write_text(f"picture {i}\n")
+        (folder / f"images/{i}.png").write_bytes(picture(i))
+        (folder / f"images/{i}.txt").write_text(f"picture {i}\n")
     for i in range(2):
         with tarfile.open(folder / f"{i:05d}.tar", "w") as tar:
             for name in (f"{i}.png", f"{i}.txt"):
-                tar.add(folder / "pictures" / name, name)
+                tar.add(folder / "images" / name, name)
     splits = ["validation" if i % 8 == 5 else "test" if i % 8 == 7 else "train" for i in range(24)]
     write_list(
         folder / "pairs.csv",
-        [(f"file://{folder}/pictures/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)],
+        [(f"file://{folder}/images/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)],
     )
     (folder / "prompts.txt").write_text("a red heart\na green apple\n")
     write_parts(folder / "embeddings")
@@ -240,7 +240,7 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
         assert len(found) == (5 if "--count" in command else 10)
         assert all(len(fields) == 5 and "picture " in fields[4] for fields in found)
         if "--image" in command:  # it is in the list itself, so it is the nearest
-            assert found[0][3].endswith("/pictures/3.png")
+            assert found[0][3].endswith("/images/3.png")
             assert {fields[2] for fields in found} == {"train"}
     if command.endswith("decoder.model.dropout=0.1"):
         assert "model.dropout 0.0 -> 0.1" in process.stdout
