@@ -200,8 +200,8 @@ class Evaluation:
             figures += quality.quality_figures(eye, *arguments)
             if eye is eyes[0]:
                 of_drawn = {model: seen[model] for model in drawn}
-                training = self.training.image_embedding
-                figures += memorisation.memorisation_figures(of_drawn, of_real, training, rows, self.recipe.seed)
+                known = self.training.image_embedding
+                figures += memorisation.memorisation_figures(of_drawn, of_real, known, rows, self.recipe.seed)
                 sampled = PRIORS[self.unclip.sampling.prior]
                 self._show(rows, drawn, drawn[sampled], seen[sampled])
         if self.inception:
