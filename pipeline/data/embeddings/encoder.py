@@ -28,9 +28,9 @@ from pipeline.store import Store
 from pipeline.store.parallel import in_order
 from pipeline.store.records import materialise
 
-Views = tuple[np.ndarray, Mapping[str, float]]
+DecodedBatch = tuple[np.ndarray, Mapping[str, float]]
 """What DecodeBatch returns."""
-Submit = Callable[[str | None, Sequence[IndexRow]], "Future[Views]"]
+Submit = Callable[[str | None, Sequence[IndexRow]], "Future[DecodedBatch]"]
 """Has a batch decoded elsewhere; takes the arguments of DecodeBatch."""
 
 
@@ -139,7 +139,7 @@ class Encoder:
         unit = stacked / np.linalg.norm(stacked, axis=2, keepdims=True)
         return unit[:, 0], unit[:, 1]
 
-    def _images(self, views: Iterator[Views], count: int, steps: Steps) -> np.ndarray:
+    def _images(self, views: Iterator[DecodedBatch], count: int, steps: Steps) -> np.ndarray:
         """Embeds ``count`` images, whose views come in batches that are full but for the last one."""
         size = self.clip.image_size
         result = np.zeros((count, self.clip.embed_dim), np.float32)

@@ -31,12 +31,12 @@ from pipeline.store.records import read_blob
 # A change of any is a new version.
 FLAT_BLOCK_ROWS = 1 << 16  # vectors of a block
 CODED_BLOCK_ROWS = 1 << 20  # codes of a block
-SAMPLES = 1 << 16  # training rows that the codes are trained on
+TRAINING_SAMPLES = 1 << 16  # training rows that the codes are trained on
 LISTS = 1024  # of an inverted file, at most
 LIST_SAMPLES = 39  # a list, at least: faiss's own advice
 CODE_COMPONENTS = 8  # components of a vector in one byte of its code
 
-PROBES = 32  # lists that a search looks in
+LIST_PROBES = 32  # lists that a search looks in
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def make_indices(ctx: Context) -> Artifact:
     blocks = cut_blocks(curated, embeddings, CODED_BLOCK_ROWS if coded else FLAT_BLOCK_ROWS)
     inputs = [block.inputs() for block in blocks]
     if coded:
-        empty = _train(ctx, inputs, max(1, training // SAMPLES))
+        empty = _train(ctx, inputs, max(1, training // TRAINING_SAMPLES))
         inputs = [own | {"empty": empty} for own in inputs]
     tasks = [pass_task(ctx, block.number, "index", own) for block, own in zip(blocks, inputs, strict=True)]
     rows = sum(block.rows for block in blocks)
@@ -137,7 +137,7 @@ def search(
                 continue
             part = open_index(store, shard.blobs[split])
             if hasattr(part, "nprobe"):
-                part.nprobe = PROBES
+                part.nprobe = LIST_PROBES
             similarity, ids = part.search(queries, min(count, part.ntotal))
             similarity = np.where(ids < 0, -np.inf, similarity).astype(np.float32)
             best, keys = np.hstack([best, similarity]), np.hstack([keys, ids])
