@@ -59,7 +59,7 @@ class Generation:
 
     @property
     def image(self) -> Tensor:
-        """The largest images."""
+        """Returns the largest images."""
         return self.images[max(self.images)]
 
 

@@ -129,12 +129,12 @@ class Clip(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        """Dimension of the embeddings."""
+        """Returns the dimension of the embeddings."""
         return self.model_config["embed_dim"]
 
     @property
     def image_size(self) -> int:
-        """Side of the images that ``encode_image`` takes, in pixels."""
+        """Returns the side of the images that ``encode_image`` takes, in pixels."""
         size = self.model.visual.image_size
         return size if isinstance(size, int) else size[0]
 
@@ -145,7 +145,7 @@ class Clip(nn.Module):
 
     @property
     def has_batch_norm(self) -> bool:
-        """Whether its training depends on the local batch: use one worker, or synchronise the statistics."""
+        """Returns whether training depends on the local batch: use one worker, or synchronise the statistics."""
         return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
 
     def encode_image(self, images: Tensor) -> Tensor:

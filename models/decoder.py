@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         )
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """[b, 3, s, s] at timesteps [b] to fp32 [b, 6, s, s]: prediction, then variance interpolation (-1 to 1)."""
+        """Returns prediction and variance interpolation (-1 to 1), fp32 [b, 6, s, s], at timesteps [b]."""
         patches = F.pixel_unshuffle(x_t, self.config.patch)
         output = self.unet(patches, t, *condition)
         return F.pixel_shuffle(output, self.config.patch)

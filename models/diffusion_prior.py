@@ -61,7 +61,7 @@ class DiffusionPrior(nn.Module):
 
     @property
     def scale(self) -> float:
-        """Length at which image embeddings are diffused."""
+        """Returns the length at which image embeddings are diffused."""
         return self.config.scale * self.embed_dim**0.5
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -156,7 +156,9 @@ def diffusion_prior_denoise(
 
 
 def diffusion_prior_gamma(model: DiffusionPrior, examples: Iterable[tuple[dict[str, Tensor], Draw]]) -> Tensor:
-    """Analytic-DPM's Gamma of the model with its captions, fp32 [steps] on the CPU (models/diffusion/analytic.py).
+    """Returns Analytic-DPM's Gamma of the model with its captions, fp32 [steps] on the CPU.
+
+    See models/diffusion/analytic.py.
 
     ``examples`` are batches as the loss takes them, each with its draw. Measured at ``GAMMA_STEPS`` timesteps.
     """
@@ -179,7 +181,7 @@ def diffusion_prior_gamma(model: DiffusionPrior, examples: Iterable[tuple[dict[s
 
 
 def diffusion_prior_variance(model: DiffusionPrior, grid: Tensor) -> Tensor | str:
-    """What ``ancestral`` takes as its variance: Analytic-DPM's on ``grid``, or "small" if Gamma was never measured.
+    """Returns the variance for ``ancestral``: Analytic-DPM's on ``grid``, or "small" if Gamma was never measured.
 
     Embeddings have unit norm, so the mean square of a scaled component is the square of the configuration's scale.
     Guidance is not in Gamma: with it the variance is still that of the conditional model.
@@ -191,7 +193,7 @@ def diffusion_prior_variance(model: DiffusionPrior, grid: Tensor) -> Tensor | st
 
 
 def best_of(samples: Tensor, text_embedding: Tensor) -> Tensor:
-    """Of n samples [n, b, d] a row, the one with the highest dot product with ``text_embedding`` [b, d]: [b, d].
+    """Returns [b, d]: of n samples a row, [n, b, d], the one with the highest dot product with ``text_embedding``.
 
     Samples have unit norm, or the longest would win (Algorithm 2, lines 23 to 25).
     """

@@ -10,13 +10,13 @@ OVERLAP = 4
 
 
 def tile_starts(size: int, tile: int, multiple: int) -> list[int]:
-    """Where tiles of ``tile`` pixels begin that cover ``size`` pixels and overlap, at multiples of ``multiple``."""
+    """Returns where overlapping tiles of ``tile`` pixels begin that cover ``size``, at multiples of ``multiple``."""
     step = max(multiple, (tile - tile // OVERLAP) // multiple * multiple)
     return [*range(0, size - tile, step), size - tile]
 
 
 def tile_weight(tile: int) -> Tensor:
-    """How much each pixel of a tile counts, fp32 [tile, tile]: rising from the edges over the overlap, then 1."""
+    """Returns the weight of each pixel of a tile, fp32 [tile, tile], rising from the edges over the overlap to 1."""
     ramp = (torch.arange(tile) + 0.5) / max(1, tile // OVERLAP)
     side = torch.minimum(ramp, ramp.flip(0)).clamp(max=1)
     return side[:, None] * side

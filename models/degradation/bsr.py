@@ -50,7 +50,9 @@ LIGHT = Strength(0.25, False, reach=(2, 6), circle_reach=(2, 3), resized=0.8, no
 
 
 def bsr(image: Tensor, draw: Draw, light: bool = False) -> Tensor:
-    """[b, 3, h, w] in [-1, 1], h and w multiples of 4, to its degraded [b, 3, h / 4, w / 4], both on 8-bit levels.
+    """Degrades images [b, 3, h, w] in [-1, 1] to [b, 3, h / 4, w / 4], both on 8-bit levels.
+
+    Sides h and w are multiples of 4.
 
     ``light`` is latent diffusion's weaker form: one blur instead of two, and less of everything.
     """
@@ -140,7 +142,10 @@ def _orders(draw: Draw) -> list[list[str]]:
 
 
 def _resized(crop: Tensor, size: tuple[int, int], how: str) -> Tensor:
-    """[3, h, w] to [3, *size] without antialiasing. Enlarging by areas would repeat pixels, so it is bilinear then."""
+    """Resizes [3, h, w] to [3, *size] without antialiasing.
+
+    Enlarging by areas would repeat pixels, so it is bilinear then.
+    """
     if how == "area" and size[0] <= crop.shape[1]:
         return F.interpolate(crop[None], size, mode="area")[0]
     return F.interpolate(crop[None], size, mode="bicubic" if how == "bicubic" else "bilinear")[0]
@@ -160,7 +165,10 @@ def _blurred(x: Tensor, kernels: list[Tensor], rows: list[int]) -> list[Tensor]:
 
 
 def _kernels(draw: Draw, purpose: str, scale: Tensor, strength: Strength) -> list[Tensor]:
-    """[k, k] for each row: an even chance of a turned ellipse and of a circle, cut off at a random reach, k // 2."""
+    """Returns a blur kernel [k, k] for each row.
+
+    Each is a turned ellipse or a circle, with equal chance, cut off at a random reach, k // 2.
+    """
     same, first, second, angle = draw.uniform(purpose, 4).unbind(1)
     ellipse = torch.stack([first, second], dim=1) * ((4 + scale) * strength.blur)[:, None]
     circle = (first * (2 + 0.2 * scale) * strength.blur) ** 2
@@ -176,7 +184,7 @@ def _kernels(draw: Draw, purpose: str, scale: Tensor, strength: Strength) -> lis
 
 
 def _shrinker(draw: Draw, scale: Tensor, strength: Strength) -> Callable[[Tensor, list[int]], Iterable[Tensor]]:
-    """A resize by 1 to 2 scales, as often as ``strength.resized`` says; else a blur and every scale-th pixel."""
+    """Returns a resize by 1 to 2 scales, with chance ``strength.resized``, else a blur and every scale-th pixel."""
     factors = (1 + draw.uniform("bsr_shrink_factor") * (2 * scale - 1)).tolist()
     how = _choice(draw, "bsr_shrink", RESIZINGS)
     resized = (draw.uniform("bsr_shrink_kind") < strength.resized).tolist()
@@ -201,7 +209,9 @@ def _shrinker(draw: Draw, scale: Tensor, strength: Strength) -> Callable[[Tensor
 
 
 def _noise(draw: Draw, size: tuple[int, int], strength: Strength) -> Tensor:
-    """[b, 3, *size]: independent in each channel (two rows in five), the same in all (two), or correlated (one).
+    """Returns noise [b, 3, *size].
+
+    It is independent in each channel (two rows in five), the same in all (two), or correlated (one).
 
     Correlated noise has the covariance L^2 Q^T D Q of a random rotation Q and diagonal D in [0, 1], with the largest
     level L.

@@ -35,7 +35,10 @@ def squared_noise(denoise: Denoise, x0: Tensor, times: Sequence[int], schedule: 
 
 
 def fill_in(gamma: Tensor, times: Sequence[int], steps: int) -> Tensor:
-    """Gamma at all timesteps, float64 [steps], from Gamma at rising ``times``: linear in between, level outside."""
+    """Returns Gamma at all timesteps, float64 [steps], from Gamma at rising ``times``.
+
+    It is linear in between, and constant outside.
+    """
     return torch.from_numpy(np.interp(np.arange(steps), times, gamma.double().cpu().numpy()))
 
 

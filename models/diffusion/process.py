@@ -43,7 +43,9 @@ def q_sample(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def regression_target(kind: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What a network of this kind is asked for: "eps" the noise, "x0" the data, "v" sqrt(a) noise - sqrt(1 - a) x0.
+    """Returns what a network of this kind predicts.
+
+    That is for "eps" the noise, for "x0" the data, for "v" sqrt(a) noise - sqrt(1 - a) x0.
 
     Raises ValueError on another kind.
     """

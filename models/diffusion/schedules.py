@@ -24,7 +24,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """T, the number of timesteps."""
+        """Returns T, the number of timesteps."""
         return len(self.alpha_bar)
 
     def at(self, t: Tensor) -> Tensor:

@@ -196,7 +196,10 @@ def config_of(
 
 
 def read_part(folder: Path, table: Table, bare: dict[str, str] | None = None) -> Weights:
-    """The tensors of a part, named as ours; ``bare`` names single tensors. Raises ValueError on unknown ones."""
+    """Returns the tensors of a part, named as ours; ``bare`` names single tensors.
+
+    Raises ValueError on unknown ones.
+    """
     theirs = read_weights(folder / WEIGHTS_FILE)
     ours = {name: theirs.pop(other) for other, name in (bare or {}).items() if other in theirs}
     ours |= to_ours(theirs, table)
@@ -206,7 +209,10 @@ def read_part(folder: Path, table: Table, bare: dict[str, str] | None = None) ->
 
 
 def prior_norm(folder: Path) -> float:
-    """Root mean square length of image embeddings, from the mean and deviation that the folder's prior keeps."""
+    """Returns the root mean square length of image embeddings.
+
+    It follows from the mean and deviation that the folder's prior keeps.
+    """
     path = folder / "prior" / WEIGHTS_FILE
     weights = read_weights(path) if path.is_file() else {}
     if not {"clip_mean", "clip_std"} <= weights.keys():

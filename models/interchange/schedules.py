@@ -37,7 +37,10 @@ class Process(NamedTuple):
 
 
 def scheduler_config(process: Process, variance: str, clip: float | None) -> dict[str, Any]:
-    """The file's content; ``variance`` "fixed_small_log" or "learned_range", ``clip`` bounds predictions of x0."""
+    """Returns the file's content.
+
+    ``variance`` is "fixed_small_log" or "learned_range"; ``clip`` bounds predictions of x0.
+    """
     config = {
         "_class_name": "UnCLIPScheduler",
         "num_train_timesteps": process.steps,

@@ -33,7 +33,10 @@ def multipliers_of(widths: list[int]) -> tuple[int, ...]:
 
 
 def attention_levels(config: dict[str, Any]) -> list[int]:
-    """The levels that attend, from config.json's down_block_types. Raises ValueError on other blocks than ours."""
+    """Returns the levels that attend, from config.json's down_block_types.
+
+    Raises ValueError on other blocks than ours.
+    """
     kinds = config["down_block_types"]
     if not set(kinds) <= set(DOWN.values()):
         raise ValueError(f"down_block_types is {kinds}: only {' and '.join(DOWN.values())} are known")

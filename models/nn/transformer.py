@@ -103,7 +103,10 @@ class Block(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
     def _queries_keys_values(self, x: Tensor, last_only: bool) -> list[Tensor]:
-        """[b, heads, n, width / heads] each; with ``last_only`` the queries are those of the last position alone."""
+        """Returns queries, keys and values, [b, heads, n, width / heads] each.
+
+        With ``last_only`` the queries are those of the last position alone.
+        """
         if not last_only:
             return list(self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4))
         width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias

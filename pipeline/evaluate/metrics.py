@@ -62,7 +62,10 @@ def bootstrap(x: Tensor, seed: int) -> Interval:
 
 
 def total_variance(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Trace of the unbiased covariance of rows [n, d], for each of ``weights`` [m, n] that sum to n: [m], or []."""
+    """Returns the trace of the unbiased covariance of rows [n, d].
+
+    With ``weights`` [m, n], each of which sums to n, it is [m], else [].
+    """
     x = x.double()
     n = len(x)
     weights = torch.ones(1, n, dtype=torch.float64) if weights is None else weights
@@ -89,7 +92,7 @@ def median_distance(x: Tensor) -> float:
 
 
 def mmd_terms(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
-    """h(i, j) of the unbiased squared MMD between rows of pairs (x_i, y_i), [n, d] each: fp64 [n, n], 0 at i = j.
+    """Returns h(i, j) of the unbiased squared MMD between pairs (x_i, y_i), [n, d] each, as fp64 [n, n], 0 at i = j.
 
     k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i) with an RBF kernel (Gretton et al. 2012, equation 4). x_i and
     y_i belong to one caption, so the cross terms leave i = j out as the others do.
@@ -104,7 +107,7 @@ def mmd_terms(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
 
 
 def u_statistic(terms: Tensor) -> tuple[float, float]:
-    """The mean of h(i, j) over i != j for symmetric ``terms`` [n, n], and its jackknife standard error over rows."""
+    """Returns the mean of symmetric ``terms`` [n, n] over i != j, and its jackknife standard error over rows."""
     n = len(terms)
     total = terms.sum()
     value = float(total / (n * (n - 1)))

@@ -61,7 +61,10 @@ def ar_prior_figures(model: ARPrior, codec: Codec, rows: HeldOut, training: Tens
 
 
 def nats_per_code(model: ARPrior, batch: Batch) -> Tensor:
-    """-log probability of every code of "codes" int64 [n, k], given those before it, "dot" and CAPTION: fp64 [n, k]."""
+    """Returns -log probability of every code, fp64 [n, k].
+
+    It is that of "codes" int64 [n, k], given the codes before it, "dot" and CAPTION.
+    """
     parts = []
     for start in range(0, len(batch["dot"]), BATCH):
         part = {name: column[start : start + BATCH] for name, column in batch.items()}

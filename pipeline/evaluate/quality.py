@@ -140,7 +140,7 @@ def covered(points: Tensor, of: Tensor, k: int = NEIGHBOURS) -> Tensor:
 def distribution_figures(
     model: str, eye: str, subject: str, end: str, drawn: Tensor, other: Tensor, real: Tensor, rows: HeldOut, seed: int
 ) -> list[Figure]:
-    """CMMD, Fréchet distance, precision and recall of ``drawn`` [n, d] against ``real`` [n, d], the held-out images.
+    """Returns CMMD, Fréchet distance, precision and recall of ``drawn`` [n, d] against held-out ``real`` [n, d].
 
     The baseline is what ``other`` [n, d], as many real images of training rows, have in the place of the drawn ones: no
     model need be better. ``eye`` names whose embeddings they are, ``subject`` what was drawn; names end on ``end``.

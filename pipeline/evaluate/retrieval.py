@@ -65,7 +65,9 @@ def told_apart(images: Tensor, texts: Tensor, own: Tensor, among: int = AMONG) -
 def prior_figures(
     model: str, samples: Tensor, rows: HeldOut, gallery: Tensor, training: TrainingRows, seed: int
 ) -> list[Figure]:
-    """For information, of ``samples`` [k, n, d] of a prior for n rows: how their images rank, and Fréchet distances.
+    """Returns figures, for information, of ``samples`` [k, n, d] of a prior for n rows.
+
+    They say how the right images rank, and give Fréchet distances.
 
     ``gallery`` [m, d]: image embeddings of held-out rows, of which the first n are those of ``rows``. All against the
     caption's embedding, the image of the training row whose caption is nearest, and the samples for another caption.
@@ -94,7 +96,10 @@ def _ranked(
     model: str, what: str, said: str, query: Tensor, name: str, baseline: Tensor, rows: HeldOut, gallery: Tensor,
     seed: int,
 ) -> list[Figure]:  # fmt: skip
-    """Median rank and recalls of the right image by ``query`` [n, d], and by ``baseline`` [n, d] called ``name``."""
+    """Returns median rank and recalls of the right image by ``query`` [n, d].
+
+    The same by ``baseline`` [n, d], called ``name``, stands beside them.
+    """
     own = torch.arange(len(query))
     ours, theirs = ranks(query, gallery.cpu(), own), ranks(baseline, gallery.cpu(), own)
     end = f"by {said}, among {len(gallery)}; baseline: by {BASELINES[name]}"

@@ -24,7 +24,7 @@ class Gaussian(NamedTuple):
 
     @property
     def covariance(self) -> Tensor:
-        """The unbiased covariance [d, d]. Raises ValueError for fewer than two rows."""
+        """Returns the unbiased covariance [d, d]. Raises ValueError for fewer than two rows."""
         if self.rows < 2:
             raise ValueError(f"{self.rows} rows have no covariance")
         return self.scatter / (self.rows - 1)
@@ -57,7 +57,10 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """The same of the Gaussians of rows [n, d] and [m, d], n and m at least 2; much faster where both are below d."""
+    """Returns the Fréchet distance of the Gaussians of rows [n, d] and [m, d], n and m at least 2.
+
+    It is much faster where both are below d.
+    """
     if max(len(x), len(y)) >= x.shape[1]:
         return frechet(gaussian(x), gaussian(y))
     means = [z.double().mean(0) for z in (x, y)]
@@ -66,7 +69,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def _between(apart: Tensor, a: Tensor, b: Tensor) -> float:
-    """The distance of Gaussians from the difference of their means [d] and roots [d, r] of their covariances."""
+    """Returns the distance of Gaussians, from the gap of their means [d] and roots [d, r] of their covariances."""
     shared = torch.linalg.svdvals(a.T @ b).sum()
     return float(apart.square().sum() + a.square().sum() + b.square().sum() - 2 * shared)
 

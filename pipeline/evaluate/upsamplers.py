@@ -67,7 +67,7 @@ def upsampler_gap(name: str, model: Upsampler, rows: HeldOut, seed: int) -> Figu
 
 
 def busiest_crop(image: Tensor, side: int) -> Tensor:
-    """Of the tiles of ``side`` px of each image [n, c, h, w] the one of the largest variance: [n, c, side, side].
+    """Returns the tile with the largest variance, [n, c, side, side], of each image [n, c, h, w].
 
     A flat tile tells nothing: any interpolation has it right.
     """

@@ -87,7 +87,7 @@ def publish_shard(
 
 
 def read_shard(store: Store, stage: str, key: str) -> Shard | None:
-    """A finished shard, or None if it has still to be made."""
+    """Returns a finished shard, or None if it has still to be made."""
     record = read_record(store, shard_path(stage, key))
     return None if record is None else _shard(record)
 
@@ -98,7 +98,7 @@ def _shard(record: Mapping[str, Any]) -> Shard:
 
 
 def environment() -> dict[str, str]:
-    """What the bytes of a result may depend on besides its recipe. Recorded, never hashed."""
+    """Returns what the bytes of a result may depend on besides its recipe. Recorded, never hashed."""
     packages = (
         "ray",
         "torch",
@@ -137,7 +137,7 @@ def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifa
 
 
 def load_artifact(store: Store, stage: str, key: str) -> Artifact | None:
-    """A finished artefact, or None."""
+    """Returns a finished artefact, or None."""
     record = read_record(store, artifact_path(stage, key))
     return None if record is None else artifact_of(record)
 
@@ -158,7 +158,7 @@ def ancestors(store: Store, artifact: Artifact) -> Iterator[Artifact]:
 
 
 def artifact_of(record: Mapping[str, Any]) -> Artifact:
-    """The artefact that a record holds."""
+    """Returns the artefact that a record holds."""
     names = ("stage", "key", "inputs", "recipe", "blobs", "shard_table", "metrics", "environment", "times")
     values = {name: record[name] for name in names}
     later: dict[str, Any] = {name: record[name] for name in ("version", "by") if name in record}

@@ -46,7 +46,7 @@ class BundleRecipe:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The stages that a bundle is made from."""
+        """Returns the stages that a bundle is made from."""
         codec = ("codec",) if "ar_prior" in self.models else ()
         return ("clip", *codec, *(name for name in MODELS if name in self.models))
 

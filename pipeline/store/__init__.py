@@ -25,7 +25,7 @@ class Store(Protocol):
 
     @property
     def url(self) -> str:
-        """Where the store is, as the configuration names it."""
+        """Returns the folder or s3:// URL of the store, as the configuration names it."""
 
     def fresh(self) -> Store:
         """Returns the same store past caches: over other connections, from the disk instead of the page cache."""

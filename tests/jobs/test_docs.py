@@ -53,7 +53,7 @@ TESTED = {
     "unclip run configs/nano.yaml decoder.model.dropout=0.1": "here",
     'unclip sample "a red heart on a pale green background"': "here",
     'unclip sample "a green apple" "a cat face" --seed 7 --set prior=ar': "here",
-    "unclip generate prompts.txt --from out/nano --to pictures-made --workers 2": "here",
+    "unclip generate prompts.txt --from out/nano --to images-made --workers 2": "here",
     "unclip edit variations cat.png": EDITED,
     "unclip edit interpolate cat.png house.png --count 24 --animate": EDITED,
     'unclip edit textdiff cat.png "a cat" "an angry cat" --most 0.4': EDITED,

@@ -44,7 +44,7 @@ class Team:
         self.server, self.folder = server, folder
         self.url = f"s3://{BUCKET}/{PREFIX}"
         self.ray = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # paths of sockets in it must stay short
-        pairs = {"workers": 1, "headers": {"http://emoji.test": "PICTURES_HEADERS"}}
+        pairs = {"workers": 1, "headers": {"http://emoji.test": "IMAGES_HEADERS"}}
         run = {**MICRO["run"], "pairs": pairs, "clip": {"workers": 1}}  # type: ignore[dict-item]
         paths = [write_list(folder / "list.csv", 0, 60), _foreign(folder / "foreign")]
         self.config = write_config(folder, self.url, pictures, paths, run=run)
@@ -55,7 +55,7 @@ class Team:
         here = {
             "RAY_TMPDIR": str(self.ray),
             "RAY_AUTH_TOKEN": SECRETS["token"],
-            "PICTURES_HEADERS": f"X-Key: {SECRETS['header']}",
+            "IMAGES_HEADERS": f"X-Key: {SECRETS['header']}",
         }
         return unclip(*words, env=self.server.environment_of(who, SECRETS[who]) | here, timeout=400)
 

@@ -77,7 +77,7 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[ListRow]:
                 f"source {path}: no row with a caption can be read, and {unread:,} of {rows:,} not at all: {flaw}"
             )
         raise UserError(
-            f"source {path}: no row has a caption, so nothing can be learnt from it; {_looked_for(kind, where, recipe)}"
+            f"source {path}: no row has a caption, so nothing can be trained on it; {_looked_for(kind, where, recipe)}"
         )
 
 

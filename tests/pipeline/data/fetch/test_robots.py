@@ -415,6 +415,6 @@ def test_the_settings_that_the_page_shows_can_be_read() -> None:
     page = (ROOT / "docs/fetch.md").read_text()
     values = yaml.safe_load(page[page.index("    run:\n") :])
     config = make_config({"project": "p", "store": "s", "source": {"paths": ["a.csv"]}} | values)
-    assert private_headers(config.run.pairs.headers, {"PICTURES_HEADERS": "Cookie: a=b"}) == {
-        "https://pictures.example.org": {"Cookie": "a=b"}
+    assert private_headers(config.run.pairs.headers, {"IMAGES_HEADERS": "Cookie: a=b"}) == {
+        "https://images.example.org": {"Cookie": "a=b"}
     }

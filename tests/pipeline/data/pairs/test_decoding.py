@@ -138,7 +138,7 @@ def test_a_child_that_says_what_no_sound_one_does_is_replaced(decoder: ImageDeco
 
 
 def test_the_child_has_no_secrets_no_rights_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    secrets = {"AWS_SECRET_ACCESS_KEY": "SEKRET", "RAY_AUTH_TOKEN": "SEKRET", "PICTURES_HEADERS": "Cookie: SEKRET"}
+    secrets = {"AWS_SECRET_ACCESS_KEY": "SEKRET", "RAY_AUTH_TOKEN": "SEKRET", "IMAGES_HEADERS": "Cookie: SEKRET"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     with closing(ImageDecoder()) as decoder:
