@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+OURS = {"pipeline", "models", "jobs", "cluster", "tests", "benchmarks"}
 RAY = {
     "cluster/client.py",
     "pipeline/graph/ray.py",
@@ -46,3 +47,38 @@ def test_configuration_and_graph_need_neither_ray_nor_torch() -> None:
 def test_every_relevant_file_is_small() -> None:
     for file in _files("models", "pipeline", "jobs", "cluster"):
         assert len(file.read_text().splitlines()) <= 400, f"{file}: over 400 lines; one idea a file"
+
+
+def test_a_public_name_of_the_pipeline_means_one_thing() -> None:
+    places: dict[str, set[Path]] = {}
+    for file in _files("pipeline"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, set()).add(file)
+    several = {name: files for name, files in places.items() if len(files) > 1}
+    assert several.keys() <= {"main", "make"}, several  # of processes of their own; of the task that a recipe names
+
+
+def test_tests_and_benchmarks_import_what_is_there() -> None:
+    """Checks names that mypy does not see, and benchmarks that only slow tests run."""
+    for file in _files("tests", "benchmarks"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in OURS:
+                for alias in node.names:
+                    assert _is_there(node.module or "", alias.name), f"{file}: {node.module}.{alias.name}"
+
+
+def _is_there(module: str, name: str) -> bool:
+    """Returns whether a module of ours has a name: as a module below it, or at its top level."""
+    path = ROOT.joinpath(*module.split("."))
+    if (path / f"{name}.py").is_file() or (path / name).is_dir():
+        return True
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    tree = ast.parse(file.read_text()) if file.is_file() else ast.Module([], [])
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            named.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            named |= {alias.asname or alias.name for alias in node.names}
+    return name in named
