@@ -132,8 +132,8 @@ def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
     make = shards._make
 
     def noting(
-        store: Store, stage: str, worker: shards.Worker, task: shards.ShardTask, free: float
-    ) -> tuple[shards.Shard, shards.Work]:
+        store: Store, stage: str, worker: shards.ShardWorker, task: shards.ShardTask, free: float
+    ) -> tuple[shards.Shard, shards.WorkTimes]:
         Path(seen, type(worker).__name__).touch()
         return make(store, stage, worker, task, free)
 

@@ -85,7 +85,8 @@ class ImageDecoder:
             path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
             pipe = subprocess.PIPE
             environment = bare_environment(PYTHONPATH=path, **KEEP_MEMORY)
-            self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, env=environment)
+            # In a group of its own: a terminal's Ctrl-C is for this process, and may come before the child is ready.
+            self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, env=environment, process_group=0)
             Thread(target=self._watch, args=(self._process,), daemon=True).start()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
@@ -213,7 +214,6 @@ def _limit_to(pixels: int) -> None:
 def main() -> None:
     """Answers requests until stdin closes, the parent is gone, or no request came for a while."""
     load_resizer()  # before memory is limited by what is mapped
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
     with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")
     warnings.simplefilter("ignore")  # of odd metadata and large images, which are judged here

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -45,7 +44,8 @@ def serving() -> Iterator[str]:
     command = [sys.executable, "-m", "pipeline.data.source.emoji.server"]
     environment = {**os.environ, "PYTHONPATH": path}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+    # In a group of its own: a terminal's Ctrl-C is for this process, and may come before the server is ready.
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, process_group=0) as process:
         assert process.stdout is not None
         try:
             address = process.stdout.readline().strip()
@@ -85,7 +85,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     """Serves on a free loopback port, says which on one line, and ends when stdin closes or the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this one
     parent = os.getppid()
     server = _Server(("127.0.0.1", 0), _Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

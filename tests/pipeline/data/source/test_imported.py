@@ -141,7 +141,7 @@ def test_one_list_may_hold_both(made: Made, tmp_path: Path) -> None:
         assert np.array_equal(ours[[0, 1, 3]], expected[:3])
         np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-3)
     train = Bench(tmp_path / "store", paths, source=source, clip={"samples": 8, "batch": 8, "lanes": 1})
-    with pytest.raises(UserError, match="has an imported embedding and no picture"):
+    with pytest.raises(UserError, match="has an imported embedding and no image to train on"):
         train.make("source", "captions", "pairs", "clip")
 
 
