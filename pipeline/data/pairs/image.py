@@ -1,4 +1,4 @@
-"""Turns fetched bytes into the image that is kept: checked, upright, sRGB, then resized and encoded by img2dataset.
+"""Turns fetched bytes into the image that is kept: checked, upright, sRGB, then resized and encoded as img2dataset does.
 
 The pipeline calls this in a process of its own (pipeline.data.pairs.decoding). Only img2dataset's resizer is loaded:
 the whole package takes 350 MB and two seconds of every such process.
@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from models.view import upright_rgb
@@ -65,14 +66,53 @@ def prepare(
     if isinstance(upright, str):
         return upright
     most = LONGEST_SIDE * storing.image_size
-    size, plain = upright.size, _bitmap(upright)
-    del upright  # a large one takes as much memory as what follows
-    stored, width, height, _, _, error = _resizer(storing)(plain)
+    size = upright.size
+    if storing.resize_mode == "keep_ratio":
+        stored, width, height, error = _keep_ratio(np.asarray(upright), storing)
+    else:
+        plain = _bitmap(upright)
+        del upright  # a large one takes as much memory as what follows
+        stored, width, height, _, _, error = _resizer(storing)(plain)
     if error == "image too small":
         return "too_small"
-    if max((width, height) if stored else size) > most:
+    if max((width, height) if stored or width else size) > most:
         return "too_long"
     return StoredImage(stored, width, height, storing.encode_format) if stored else "decode_error"
+
+
+def _keep_ratio(pixels: np.ndarray, storing: Storing) -> tuple[bytes | None, int, int, str | None]:
+    """Resizes and encodes as img2dataset's resizer does by its mode ``keep_ratio``, to the same bytes.
+
+    Its own reads the image again and sets up a transform for each: twice the time of this child.
+
+    Args:
+        pixels: RGB uint8 [height, width, 3].
+        storing: How the image is stored.
+
+    Returns:
+        The encoded image, its width and height, and what is wrong; without bytes it could not be encoded.
+    """
+    import cv2
+
+    cv2.setNumThreads(1)
+    height, width = pixels.shape[:2]
+    if min(width, height) < storing.min_image_size:
+        return None, width, height, "image too small"
+    scale = storing.image_size / min(width, height)
+    if scale < 1:
+        width, height = round(width * scale), round(height * scale)
+    if max(width, height) > LONGEST_SIDE * storing.image_size:
+        return None, width, height, None  # nothing so long is resized or encoded
+    kind = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "png": cv2.IMWRITE_PNG_COMPRESSION, "webp": cv2.IMWRITE_WEBP_QUALITY}
+    try:
+        if scale < 1:
+            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+        blue_first = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+        quality = [kind[storing.encode_format], storing.encode_quality]
+        done, encoded = cv2.imencode(f".{storing.encode_format}", blue_first, quality)
+    except cv2.error as error:  # such as too wide
+        return None, width, height, str(error)
+    return encoded.tobytes() if done else None, width, height, None
 
 
 def inspect(data: bytes, max_pixels: int, *, starts: Callable[[int], object] = int) -> tuple[int, int] | str:
