@@ -1,4 +1,4 @@
-"""Turns fetched bytes into the image that is kept: checked, upright, sRGB, then resized and encoded as img2dataset does.
+"""Turns fetched bytes into the image that is kept: checked, upright, sRGB, resized and encoded as img2dataset does.
 
 The pipeline calls this in a process of its own (pipeline.data.pairs.decoding). Only img2dataset's resizer is loaded:
 the whole package takes 350 MB and two seconds of every such process.
