@@ -53,7 +53,7 @@ def write_list(path: Path, start: int, stop: int) -> Path:
     with open(path, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(("url", "caption", "group", "split", "license", "attribution"))
-        writer.writerows(rows[start:stop])
+        writer.writerows(row._replace(captions=row.captions[0]) for row in rows[start:stop])
     return path
 
 

@@ -85,10 +85,10 @@ def test_a_small_set_of_ones_own_is_told_why_nothing_was_measured_and_what_to_do
     """A folder of 40 images, of which the default holds out one or so; then more are held out."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    small = [row for row in emoji_rows("nano") if "/256/" in row.url and "background" in row.caption]
+    small = [row for row in emoji_rows("nano") if "/256/" in row.url and "background" in row.captions[0]]
     for i, row in enumerate(small[:40]):
         (folder / f"{i:02d}.png").write_bytes(draw_emoji(row.url.removeprefix("http://emoji.test")))
-        (folder / f"{i:02d}.txt").write_text(row.caption)
+        (folder / f"{i:02d}.txt").write_text(row.captions[0])
     bundle = {"models": ["diffusion_prior", "decoder"], "sampling": {"size": 64, "decoder_steps": 2, "prior_steps": 2}}
     config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:1", [folder], bundle=bundle)
     found = re.findall(r"^Does it learn\? .*$", done(unclip("run", config)), flags=re.MULTILINE)

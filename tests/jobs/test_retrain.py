@@ -111,7 +111,7 @@ def write_months(folder: Path) -> None:
     """Lists of emoji; the captions of February have slipped by one row."""
     rows = emoji_rows("nano-more")
     for month, part in MONTHS.items():
-        captions = [row.caption for row in rows[part]]
+        captions = [row.captions[0] for row in rows[part]]
         if month == "february":
             captions = captions[1:] + captions[:1]
         with open(folder / f"{month}.csv", "w", newline="") as f:

@@ -38,7 +38,7 @@ def images(side: int) -> tuple[Tensor, list[str]]:
     size = 1024 if side > 256 else 256
     drawn = [Image.open(BytesIO(draw_emoji(f"/{size}/" + row.url.split("/", 4)[4]))).convert("RGB") for row in rows]
     arrays = [np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)) for picture in drawn]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), [row.caption for row in rows]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), [row.captions[0] for row in rows]
 
 
 def pairs(side: int = 64) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[Li
         from pipeline.data.source.emoji.listing import emoji_rows
 
         for row in flawed_rows() if where == "flawed" else emoji_rows(where):
-            yield ListRow(row.url, _captions([row.caption]), row.group, row.split, "", row.license, row.attribution)
+            yield ListRow(row.url, _captions(row.captions), row.group, row.split, "", row.license, row.attribution)
     elif kind == "folder":
         yield from _folder_rows(Path(where), reach(recipe, path))
     elif kind == "tar":

@@ -158,7 +158,7 @@ def test_a_caption_has_its_parts_and_is_put_together_again() -> None:
         assert Phrases().parts(caption) is None
     assert EMOJI.parts("a photo of a cat") is None
     assert EMOJI.parts("an openmoji drawing of on a pale green background") is None
-    assert all(EMOJI.parts(row.caption) for row in emoji.emoji_rows("full"))
+    assert all(EMOJI.parts(row.captions[0]) for row in emoji.emoji_rows("full"))
 
 
 class Words:

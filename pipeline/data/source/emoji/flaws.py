@@ -31,7 +31,7 @@ def flawed_rows() -> list[EmojiRow]:
     twice = next(row for row in emoji_rows("nano") if "/twemoji/" in row.url)
     rights = twice.license, twice.attribution
     rows = [
-        EmojiRow(f"http://{HOST}{FLAWED}{name}.png", caption, "flawed", "train", *rights)
+        EmojiRow(f"http://{HOST}{FLAWED}{name}.png", (caption,), "flawed", "train", *rights)
         for name, caption in _CAPTIONS.items()
     ]
     return [*rows, twice]

@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 
-VERSION = 1  # raise it when the list changes: names, captions, order, splits or pixels
+VERSION = 2  # raise it when the list changes: names, captions, order, splits or pixels
 HOST = "emoji.test"
 DRAWN_SIZES = (256, 1024)
 BACKGROUNDS = {  # RGB; a caption names every background but white
@@ -60,10 +60,14 @@ _DUPLICATES = {
 
 
 class EmojiRow(NamedTuple):
-    """Holds an image and its caption. ``group`` is its concept; ``split`` is train, validation or test."""
+    """Holds an image and its captions. ``group`` is its concept; ``split`` is train, validation or test.
+
+    The first caption is whole: style, name and background. The second is the name alone ("a red heart"), so that style
+    and background do not tell all images of a batch apart, and CLIP has to know things.
+    """
 
     url: str
-    caption: str
+    captions: tuple[str, ...]
     group: str
     split: str
     license: str
@@ -146,9 +150,10 @@ def _row(drawing: _Drawing) -> EmojiRow:
     if _share("coloured", style, code) < 0.4:
         pale = [name for name in BACKGROUNDS if name != "white"]
         background = pale[int(len(pale) * _share("colour", style, code))]
-    caption = f"{STYLES[style]} {_phrase(code)}" + (f" on a {background} background" if background != "white" else "")
+    name = _phrase(code)
+    whole = f"{STYLES[style]} {name}" + (f" on a {background} background" if background != "white" else "")
     url = f"http://{HOST}/{size}/{style}/{background.replace(' ', '-')}/{code}.png"
-    return EmojiRow(url, caption, concept, _split(drawing), *_RIGHTS[style])
+    return EmojiRow(url, (whole, name), concept, _split(drawing), *_RIGHTS[style])
 
 
 def _split(drawing: _Drawing) -> str:
