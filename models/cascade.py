@@ -214,7 +214,8 @@ class UnCLIP:
         check_embedding(embedding, self.clip.embed_dim)
         draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in seeds], embedding.device)
         config = self.decoder.config
-        denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance)
+        interval = sampling.decoder_guidance_interval
+        denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance, interval)
         inverted = noise is not None
         noise = draw.normal("x_T", 3, config.image_size, config.image_size) if noise is None else noise
         run = Reverse("decoder", sampling.decoder_sampler, "learned", sampling.decoder_steps, progress, eta, inverted)
@@ -256,7 +257,8 @@ class UnCLIP:
         tokens = None if captions is None else self._tokens(captions)
         config = self.decoder.config
         embedding, x0 = self.embed(images), self._views(images, config.image_size)
-        denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance)
+        interval = sampling.decoder_guidance_interval
+        denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance, interval)
         schedule, steps = make_schedule(config.schedule, config.steps), sampling.decoder_steps
 
         def report(done: int, _: Tensor) -> None:

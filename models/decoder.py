@@ -17,7 +17,7 @@ from models.draw import Draw
 from models.image_configs import DecoderConfig
 from models.losses import Losses
 from models.nn.text_encoder import ClipTextEncoder, TextEncoder
-from models.nn.unet import UNet
+from models.nn.unet import UNet, zeroed
 from models.pixels import from_uint8
 
 CLIP_CONTEXT = 77
@@ -31,11 +31,50 @@ class Condition(NamedTuple):
         added: [b, embedding_width], added to the timestep embedding.
         context: Tokens [b, n, context_width] to attend to.
         shown: bool [b, n]; False hides a token, None shows all.
+        layout: [b, width, h, w], added at the lowest resolution.
     """
 
     added: Tensor
     context: Tensor
     shown: Tensor | None = None
+    layout: Tensor | None = None
+
+    def first(self, rows: int) -> "Condition":
+        """Returns the condition of the first rows."""
+        return Condition(*(None if part is None else part[:rows] for part in self))  # type: ignore[arg-type]
+
+
+class Layout(nn.Module):
+    """Projects an image embedding [b, d] to features [b, width, side, side], which start at zero.
+
+    Added tokens and timestep embeddings reach all positions alike; this says what is where.
+    """
+
+    def __init__(self, embed_dim: int, channels: int, side: int, width: int):
+        super().__init__()
+        self.positions = nn.Linear(embed_dim, channels * side * side)
+        self.shape = (channels, side, side)
+        self.out = zeroed(nn.Conv2d(channels, width, 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.out(F.silu(self.positions(z).unflatten(1, self.shape)))
+
+
+class PixelCorrection(nn.Module):
+    """Corrects an output [b, c, s, s] pixel by pixel, given x_t; the correction starts at zero.
+
+    With ``patch`` above 1 all pixels of a patch come from one position of the U-Net, and those of two patches from two:
+    errors that these do not share show as a grid. Two 3x3 convolutions see across its borders.
+    """
+
+    def __init__(self, channels_in: int, channels: int, channels_out: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels_in + channels_out, channels, 3, padding=1)
+        self.conv_out = zeroed(nn.Conv2d(channels, channels_out, 3, padding=1))
+
+    def forward(self, x_t: Tensor, output: Tensor) -> Tensor:
+        hidden = F.silu(self.conv_in(torch.cat([x_t, output], dim=1)))
+        return output + self.conv_out(hidden).float()
 
 
 class Decoder(nn.Module):
@@ -78,6 +117,9 @@ class Decoder(nn.Module):
             else nn.Identity()
         )
         self.null_image = nn.Parameter(torch.zeros(embed_dim), requires_grad=config.null_image == "learned")
+        lowest = config.channels * config.multipliers[-1]
+        self.layout = Layout(embed_dim, config.layout_channels, sides[-1], lowest) if config.layout_channels else None
+        self.pixels = PixelCorrection(3, config.pixel_channels, 6) if config.pixel_channels else None
 
     def condition(self, image_embedding: Tensor, tokens: Tensor, keep_image: Tensor, keep_text: Tensor) -> Condition:
         """Encodes embeddings [b, d] and BPE tokens [b, 77], 0 after the end token; ``keep_...`` bool [b], False drops.
@@ -92,13 +134,14 @@ class Decoder(nn.Module):
             self.image_to_time(z) + self.text_to_time(text.pooled),
             torch.cat([clip_tokens, self.text_to_context(text.states)], dim=1),
             shown,
+            None if self.layout is None else self.layout(z),
         )
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Returns prediction and variance interpolation (-1 to 1), fp32 [b, 6, s, s], at timesteps [b]."""
         patches = F.pixel_unshuffle(x_t, self.config.patch)
-        output = self.unet(patches, t, *condition)
-        return F.pixel_shuffle(output, self.config.patch)
+        output = F.pixel_shuffle(self.unet(patches, t, *condition), self.config.patch)
+        return output if self.pixels is None else self.pixels(x_t, output)
 
     def forward(
         self, x_t: Tensor, t: Tensor, image_embedding: Tensor, tokens: Tensor, keep_image: Tensor, keep_text: Tensor
@@ -126,10 +169,17 @@ def decoder_loss(model: Decoder, batch: dict[str, Tensor], draw: Draw) -> Losses
     return Losses(mse + vb, {"mse": mse, "vb": vb})
 
 
-def decoder_denoise(model: Decoder, image_embedding: Tensor, tokens: Tensor | None, guidance: float) -> Denoise:
+def decoder_denoise(
+    model: Decoder,
+    image_embedding: Tensor,
+    tokens: Tensor | None,
+    guidance: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Denoise:
     """Returns what samplers need for embeddings [b, d] and captions [b, 77] or None; ``guidance`` is w, 0 for none.
 
-    The empty condition drops both. x0 is clipped to [-1, 1].
+    The empty condition drops both. x0 is clipped to [-1, 1]. Outside of ``interval``, shares of the timesteps, nothing
+    is guided (Kynkäänniemi et al. 2024), and a step costs half. All rows are at one timestep.
     """
     schedule = make_schedule(model.config.schedule, model.config.steps)
     rows = len(image_embedding)
@@ -140,9 +190,13 @@ def decoder_denoise(model: Decoder, image_embedding: Tensor, tokens: Tensor | No
         tokens = torch.zeros(rows, CLIP_CONTEXT, dtype=torch.int64, device=keep.device)
     with torch.no_grad():
         condition = model.condition(image_embedding.repeat(branches, 1), tokens.repeat(branches, 1), keep, keep_text)
+    alone = condition.first(rows)
+    first, last = (share * model.config.steps for share in interval)
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-        output = guided_output(lambda x, times: model.predict(x, times, condition), x_t, t, guidance)
+        guided = guidance != 0 and first <= float(t[0]) <= last
+        given, weight = (condition, guidance) if guided else (alone, 0.0)
+        output = guided_output(lambda x, times: model.predict(x, times, given), x_t, t, weight)
         return predict(model.config.prediction, output, x_t, schedule.at(t), clip=1.0)
 
     return denoise

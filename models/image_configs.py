@@ -66,6 +66,10 @@ class DecoderConfig:
         context_width: With ``clip``: the width that its outputs are projected to; 0 is ``text_width``.
         embedding_norm: Length given to image embeddings; 0 is the square root of their dimension, for unit
             variance.
+        layout_channels: Channels that the image embedding is projected to at every position of the lowest resolution,
+            to say what is where; 0 is none.
+        pixel_channels: Of two 3x3 convolutions at full resolution that correct the network's output, given x_t, across
+            the borders of ``patch``; 0 is none.
     """
 
     image_size: int = 64
@@ -91,9 +95,13 @@ class DecoderConfig:
     text_encoder: Literal["glide", "clip"] = "glide"
     context_width: int = 0
     embedding_norm: float = 0.0
+    layout_channels: int = 0
+    pixel_channels: int = 0
 
     def __post_init__(self) -> None:
         check_image_model(self.image_size, self.channels, self.depth, self.multipliers, self.patch, self.dropout)
+        for name in ("layout_channels", "pixel_channels"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: use 0 for none, or more")
         check_choices(self)
         require(self.steps >= 2, f"steps is {self.steps}: use 2 or more diffusion steps")
         check_transformer("text_", self.text_width, self.text_depth, self.text_heads)

@@ -40,6 +40,9 @@ class SamplingConfig:
             ("trailing"), where there is still noise to take away.
         decoder_sampler: ``ddpm``, ``ddim`` or ``dpm``.
         decoder_guidance: The same w, one less than the literature's scale: 0.25 is the paper's 1.25.
+        decoder_guidance_from: The share of the timesteps below which the decoder is not guided: with next to no noise
+            left, guidance adds dots and loud colours.
+        decoder_guidance_to: The share above which it is not guided.
         upsampler_256_steps: Of DDIM; 27 is GLIDE's uneven grid.
         upsampler_1024_steps: Of DDIM.
         size: Side of the largest image to make, pixels.
@@ -56,6 +59,8 @@ class SamplingConfig:
     decoder_steps: int = 250
     decoder_sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"
     decoder_guidance: float = 0.25
+    decoder_guidance_from: float = 0.0
+    decoder_guidance_to: float = 1.0
     upsampler_256_steps: int = 27
     upsampler_1024_steps: int = 15
     size: Literal[64, 256, 1024] = 1024
@@ -68,7 +73,17 @@ class SamplingConfig:
         for name in STEPS.values():
             require(getattr(self, name) >= 2, f"{name} is {getattr(self, name)}: use 2 or more")
         require(self.temperature > 0, f"temperature is {self.temperature}: use a number above 0")
+        first, last = self.decoder_guidance_interval
+        require(
+            0 <= first <= last <= 1,
+            f"decoder_guidance_from is {first} and decoder_guidance_to {last}: use shares from 0 to 1, in this order",
+        )
         require(self.tile >= 0, f"tile is {self.tile}: use 0 for whole images, or a side in pixels")
+
+    @property
+    def decoder_guidance_interval(self) -> tuple[float, float]:
+        """Returns the shares of the timesteps between which the decoder is guided."""
+        return self.decoder_guidance_from, self.decoder_guidance_to
 
 
 def largest_side(models: Collection[str]) -> int:

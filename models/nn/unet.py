@@ -177,6 +177,7 @@ class UNet(nn.Module):
         added: Tensor | None = None,
         context: Tensor | None = None,
         shown: Tensor | None = None,
+        layout: Tensor | None = None,
     ) -> Tensor:
         """Returns the network's output for a noised image.
 
@@ -186,6 +187,7 @@ class UNet(nn.Module):
             added: [b, embedding_width], joins the timestep embedding.
             context: [b, n, context_width], attended to.
             shown: bool [b, n]; False hides a token of ``context``.
+            layout: [b, width, h, w] of the lowest resolution, joins its features after the middle.
 
         Raises:
             ValueError: The sides cannot be halved often enough.
@@ -205,6 +207,8 @@ class UNet(nn.Module):
             skips.append(x)
         for stage in self.middle:
             x = stage(x, embedding, context, shown)
+        if layout is not None:
+            x = x + layout
         for stage in self.up:
             if stage.resblock.resize == "":
                 x = torch.cat([x, skips.pop()], dim=1)

@@ -108,12 +108,27 @@ def test_a_clip_with_its_own_tokenizer_reads_its_own_tokens() -> None:
     assert torch.equal(drawn.image, decoded.image)
 
 
+@pytest.mark.parametrize("interval", [(-0.1, 1.0), (0.0, 1.1), (0.6, 0.5)])
+def test_an_interval_of_guidance_that_is_none_is_named(interval: tuple[float, float]) -> None:
+    first, last = interval
+    with pytest.raises(
+        ValueError, match=f"decoder_guidance_from is {first} and decoder_guidance_to {last}: use shares"
+    ):
+        SamplingConfig(decoder_guidance_from=first, decoder_guidance_to=last)
+
+
 def test_guidance_temperature_and_candidates_are_used() -> None:
     unclip = make()
     base = unclip.generate(CAPTIONS, [1, 2, 3], size=64)
     for options in ({"prior_guidance": 3.0}, {"candidates": 1}, {"prior_steps": 5}, {"prior_sampler": "ddim"}):
         assert not torch.equal(unclip.generate(CAPTIONS, [1, 2, 3], size=64, **options).embedding, base.embedding)
-    for options in ({"decoder_guidance": 5.0}, {"decoder_steps": 3}, {"decoder_sampler": "ddim"}):
+    decoder = (
+        {"decoder_guidance": 5.0},
+        {"decoder_guidance_from": 0.5},
+        {"decoder_steps": 3},
+        {"decoder_sampler": "ddim"},
+    )
+    for options in decoder:
         changed = unclip.generate(CAPTIONS, [1, 2, 3], size=64, **options)
         assert torch.equal(changed.embedding, base.embedding)
         assert not torch.equal(changed.images[16], base.images[16])

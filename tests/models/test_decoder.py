@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.decoder import Decoder, decoder_denoise, decoder_loss
+from models.decoder import Decoder, PixelCorrection, decoder_denoise, decoder_loss
 from models.diffusion.samplers import ancestral, ddim
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
@@ -229,6 +229,77 @@ def test_guidance_moves_away_from_the_empty_condition() -> None:
         expected = (level.sqrt() * x_t - (1 - level).sqrt() * v).clamp(-1, 1)
         torch.testing.assert_close(prediction.x0, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(first.variance_fraction, second.variance_fraction, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.5, 1.0), (0.3, 0.7)])
+def test_outside_of_its_interval_nothing_is_guided_and_a_step_costs_one_pass(interval: tuple[float, float]) -> None:
+    model, batch = make().eval(), make_batch(2)
+    arguments = (model, batch["image_embedding"], batch["tokens"])
+    plain, always, within = (
+        decoder_denoise(*arguments, 0.0), decoder_denoise(*arguments, 2.0), decoder_denoise(*arguments, 2.0, interval)
+    )  # fmt: skip
+    rows = []
+    model.unet.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    x_t = 0.1 * torch.randn(2, 3, 8, 8)
+    for step in (0, 299, 301, 499, 501, 699, 701, 999):
+        t = torch.full((2,), step)
+        expected = always if interval[0] <= step / 1000 <= interval[1] else plain
+        with torch.no_grad():
+            ours, theirs = within(x_t, t), expected(x_t, t)
+        assert rows[-2] == rows[-1] == (4 if expected is always else 2)
+        torch.testing.assert_close(ours.x0, theirs.x0, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.variance_fraction, theirs.variance_fraction, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_added_for_layout_and_pixels_starts_as_nothing() -> None:
+    torch.manual_seed(0)
+    plain = Decoder(CONFIG, DIM)
+    torch.manual_seed(0)
+    added = Decoder(dataclasses.replace(CONFIG, layout_channels=3, pixel_channels=5), DIM)
+    added.load_state_dict(plain.state_dict(), strict=False)
+    torch.nn.init.normal_(plain.unet.conv_out.weight)
+    torch.nn.init.normal_(plain.unet.norm_out.weight)
+    added.unet.load_state_dict(plain.unet.state_dict())
+    batch = make_batch(2)
+    assert torch.equal(forward(plain, batch), forward(added, batch))
+
+
+def test_a_layout_says_what_is_where() -> None:
+    """Of two positions that see the same all around them, only a layout can make different things."""
+    model, batch = make(layout_channels=3).eval(), make_batch(2)
+    keep = torch.ones(2, dtype=torch.bool)
+    layout = model.condition(batch["image_embedding"], batch["tokens"], keep, keep).layout
+    assert layout.shape == (2, 64, 4, 4)
+    assert not torch.allclose(layout[0], layout[1], atol=1e-3)
+    assert layout.std(dim=(2, 3)).min() > 1e-3
+    weight, bias = model.layout.positions.weight.view(3, 4, 4, DIM), model.layout.positions.bias.view(3, 4, 4)
+    hidden = F.silu(torch.einsum("bd,chwd->bchw", batch["image_embedding"] * DIM**0.5, weight) + bias)
+    out = model.layout.out
+    expected = torch.einsum("bchw,oc->bohw", hidden, out.weight[:, :, 0, 0]) + out.bias.view(-1, 1, 1)
+    torch.testing.assert_close(layout, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_correction_of_pixels_crosses_the_borders_of_patches() -> None:
+    corrected, plain = (
+        make(patch=4, multipliers=(1,), attention_resolutions=(2,), pixel_channels=5),
+        PixelCorrection(3, 5, 6),
+    )
+    torch.nn.init.normal_(plain.conv_out.weight)
+    x_t, output = torch.randn(1, 3, 8, 8), torch.randn(1, 6, 8, 8)
+    changed = output.clone()
+    changed[..., 4] += 1  # of the patch to the right
+    moved = (plain(x_t, output) != plain(x_t, changed)).any(dim=(0, 1, 2))
+    assert moved.tolist() == [False, False, True, True, True, True, True, False]
+    batch = make_batch(1)
+    loss = decoder_loss(corrected, batch, Draw([(0, 1)])).total.sum()
+    loss.backward()
+    assert corrected.pixels.conv_in.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["layout_channels", "pixel_channels"])
+def test_a_negative_number_of_channels_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is -1: use 0 for none, or more"):
+        DecoderConfig(**{name: -1})
 
 
 def test_it_learns_eight_images_from_their_embeddings() -> None:

@@ -290,6 +290,7 @@ def test_theirs_to_ours_to_theirs_is_the_same_to_the_bit(folder: Path, theirs: T
         {"text_encoder": "glide", "context_width": 0, "embedding_norm": 0.0, "text_width": 20},
         {"patch": 2, "image_size": 32},
         {"multipliers": (1, 1, 3), "attention_resolutions": (16, 4), "depth": 1, "clip_tokens": 4},
+        {"patch": 2, "image_size": 32, "layout_channels": 3, "pixel_channels": 5},
     ],
 )
 def test_ours_opens_in_diffusers_and_comes_back_to_the_bit(changes: dict, tmp_path: Path) -> None:
@@ -298,19 +299,26 @@ def test_ours_opens_in_diffusers_and_comes_back_to_the_bit(changes: dict, tmp_pa
     export_decoder(decoder, tmp_path)
     network = UNet2DConditionModel.from_pretrained(tmp_path / "decoder").eval()
     x, t, image, tokens = inputs()
-    x, kept = normal(3, 3, config.image_size, 2 * config.image_size), torch.tensor([True, True, False])
+    width = config.image_size * (1 if config.layout_channels else 2)
+    x, kept = normal(3, 3, config.image_size, width), torch.tensor([True, True, False])
     with torch.no_grad():
         condition = decoder.condition(image, tokens, kept, kept)
         patches = F.pixel_unshuffle(x, config.patch)
+        zeros = [torch.zeros(1)] * len(config.multipliers) * (config.depth + 1)
+        layout = {"mid_block_additional_residual": condition.layout, "down_block_additional_residuals": zeros}
+        layout = {} if condition.layout is None else layout
         output = network(
             patches,
             t,
             encoder_hidden_states=condition.context,
             class_labels=condition.added,
             attention_mask=condition.shown,
+            **layout,
         ).sample
+        output = F.pixel_shuffle(output, config.patch)
+        output = output if decoder.pixels is None else decoder.pixels(x, output)
         expected = decoder(x, t, image, tokens, kept, kept)
-    torch.testing.assert_close(F.pixel_shuffle(output, config.patch), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
     back = import_decoder(tmp_path)
     assert back.config == config
     assert_same(decoder.state_dict(), back.state_dict())

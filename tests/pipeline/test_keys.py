@@ -91,6 +91,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "bundle.sampling.prior": {"prior": "ar"},
     "bundle.sampling.prior_sampler": {"prior_sampler": "ddim"},
     "bundle.sampling.decoder_sampler": {"decoder_sampler": "ddpm"},
+    "bundle.sampling.decoder_guidance_to": {"decoder_guidance_to": 0.5},
     "bundle.sampling.size": {"size": 256},
     "evaluation.judge": {"judge": "local-dir:clip"},
     "evaluation.phrases.backgrounds": {"backgrounds": {"on red": (200, 0, 0)}},
