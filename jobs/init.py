@@ -57,6 +57,12 @@ def main(argv: Sequence[str]) -> int:
             f"warning: a CLIP trained on fewer than {CLIP_PAIRS:,} pairs is poor; take one that exists: uncomment "
             f"clip.weights in {path}, or go on from a run's models with --from"
         )
+    if seen and 2 * seen.framed.rows > seen.rows and origin is None:
+        print(
+            f"warning: every caption of {seen.framed.rows:,} of {seen.rows:,} rows begins or ends with words that many "
+            f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the things; "
+            "add the bare text as a second caption of each row: Captions that name a style in docs/your-data.md"
+        )
     print(f"next:\n    unclip doctor {path}\n    unclip run {path}")
     return 0
 

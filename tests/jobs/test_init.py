@@ -15,6 +15,7 @@ from jobs.cli import main
 from models.sampling_config import MODELS
 from pipeline.config import Config, load_config
 from pipeline.data.source import peek as looking
+from pipeline.data.source.emoji.listing import emoji_rows
 from pipeline.data.source.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
@@ -316,3 +317,79 @@ def test_on_a_machine_with_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch) -> 
     config = made("mine", "pairs.csv")
     assert config.run.embeddings.gpus == 1
     assert "preset: small" in Path("mine.yaml").read_text()
+
+
+THINGS = [f"{size} {thing}" for size in ("a tiny", "a huge", "an old") for thing in ("cat", "dog", "tree", "house")]
+FRAMED = (
+    "warning: every caption of 12 of 12 rows begins or ends with words that many share, such as 'an icon of', and a "
+    "CLIP that trains on them learns those words, not the things; add the bare text as a second caption of each row: "
+    "Captions that name a style in docs/your-data.md\n"
+)
+
+
+def spoken(captions: list[str]) -> None:
+    """Writes a folder of images that have these texts, of one caption a line."""
+    Path("pictures").mkdir()
+    for i, text in enumerate(captions):
+        Path(f"pictures/{i}.png").write_bytes(picture(i))
+        Path(f"pictures/{i}.txt").write_text(text)
+
+
+def test_captions_that_begin_alike_are_noticed_once_and_not_with_the_bare_text(capsys: Output) -> None:
+    spoken([f"an icon of {thing}" for thing in THINGS])
+    made("mine", "pictures")
+    assert capsys.readouterr().out.count(FRAMED) == 1
+    for file in Path("pictures").glob("*.txt"):
+        file.write_text(f"{file.read_text()}\n{file.read_text().removeprefix('an icon of ')}\n")
+    made("other", "pictures")
+    assert "many share" not in capsys.readouterr().out
+
+
+def framed_slowly(rows: list[tuple[str, ...]]) -> int:
+    """How many rows have shared words in every caption, each compared with every different caption."""
+    texts = [caption.split() for caption in {caption for row in rows for caption in row}]
+    long = [words for words in texts if len(words) > 3]
+
+    def shared(caption: str) -> bool:
+        own = caption.split()
+        begins = sum(other[:3] == own[:3] for other in long)
+        ends = sum(other[-3:] == own[-3:] for other in long)
+        return len(own) > 3 and max(begins, ends) >= 10 and 10 * max(begins, ends) >= len(texts)
+
+    return sum(bool(row) and all(map(shared, row)) for row in rows)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_of_captions_that_share_their_words_are_counted(seed: int) -> None:
+    chance = random.Random(seed)
+    words = ["a", "photo", "of", "red", "cat"][: 2 + seed % 4]
+    rows = [
+        tuple(" ".join(chance.choices(words, k=chance.randint(1, 6))) for _ in range(chance.randint(0, 2)))
+        for _ in range(60)
+    ]
+    found = looking.framed_rows(rows)
+    assert found.rows == framed_slowly(rows)
+    assert bool(found.words) == bool(found.rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([(f"{thing} on a white background",) for thing in THINGS], (12, "a white background")),
+        ([(f"an icon of {thing}", thing) for thing in THINGS], (0, "")),
+        ([(thing,) for thing in THINGS], (0, "")),
+        ([("a tall green tree in a park",)] * 100, (0, "")),  # one text of many images is a class, not a style
+        ([(f"{kind} of a {thing}",) for kind in ("a flat icon", "one old photo") for thing in range(50)], (100, "")),
+        ([], (0, "")),
+    ],
+)
+def test_what_counts_as_shared_words(rows: list[tuple[str, ...]], found: tuple[int, str]) -> None:
+    counted, words = looking.framed_rows(rows)
+    assert counted == found[0]
+    assert words == found[1] or words in ("a flat icon", "one old photo")
+
+
+def test_the_quick_starts_own_captions_are_fine_with_names_and_not_without() -> None:
+    rows = [row.captions for row in emoji_rows("full")]
+    assert looking.framed_rows(rows).rows == 0
+    assert looking.framed_rows([row[:1] for row in rows]).rows == len(rows)

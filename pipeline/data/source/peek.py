@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -19,6 +20,17 @@ from pipeline.local import Reach, local_path, read_local
 MOST_ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
 MEASURED = 100  # measured, at most
 MAX_BYTES = 32 << 20  # of one, as pairs.max_bytes by default
+
+FRAME_WORDS = 3  # at the beginning or the end of a caption, which has more
+COMMON = 0.1  # of the different captions have such words, and at least COMMON_LEAST captions
+COMMON_LEAST = 10
+
+
+class Framed(NamedTuple):
+    """Holds how many rows have only captions that begin or end as many do, and the most frequent of these words."""
+
+    rows: int = 0
+    words: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class Look:
         shares: Hash shares of all other rows.
         forbidden: References that the list may not name; counted nowhere else.
         flaws: What is wrong with rows that cannot be read; counted nowhere else.
+        framed: Rows of which every caption begins or ends as many captions do.
     """
 
     rows: int
@@ -46,6 +59,7 @@ class Look:
     shares: tuple[float, ...] = ()
     forbidden: tuple[str, ...] = ()
     flaws: tuple[str, ...] = ()
+    framed: Framed = field(default_factory=Framed)
 
     def reaching(self, side: int) -> int:
         """Returns how many of the measured images have a short side of at least this."""
@@ -78,7 +92,33 @@ def look(recipe: SourceRecipe) -> Look:
     splits = Counter(row.split for row in different if row.split)
     shares = tuple(hash_share(row.group or row.url) for row in different if not row.split)
     opened = tuple(side for side in sides if side)
-    return Look(len(found), more, captions, opened, sides.count(0), splits, shares, forbidden, flaws)
+    framed = framed_rows([row.captions for row in found])
+    return Look(len(found), more, captions, opened, sides.count(0), splits, shares, forbidden, flaws, framed)
+
+
+def framed_rows(rows: Sequence[Sequence[str]]) -> Framed:
+    """Counts the rows of which every caption begins or ends with FRAME_WORDS words that are common among captions.
+
+    Words are common if COMMON of the different captions, and COMMON_LEAST of them, begin (or end) with them and go on
+    (or begin) otherwise. ``rows`` are the captions of each; one without any does not count.
+    """
+    different = list(dict.fromkeys(chain.from_iterable(rows)))
+    least = max(COMMON_LEAST, COMMON * len(different))
+    counts = Counter(frame for caption in different for frame in _frames(caption))
+    common = {frame for frame, count in counts.items() if count >= least}
+    framed = [row for row in rows if row and all(common.intersection(_frames(caption)) for caption in row)]
+    if not framed:
+        return Framed()
+    _, words = max(common, key=lambda frame: counts[frame])
+    return Framed(len(framed), words)
+
+
+def _frames(caption: str) -> list[tuple[bool, str]]:
+    """Returns the first and the last words of a caption that has more, each with whether they are the first."""
+    first, last = caption.split(maxsplit=FRAME_WORDS), caption.rsplit(maxsplit=FRAME_WORDS)
+    if len(first) <= FRAME_WORDS:
+        return []
+    return [(True, " ".join(first[:-1])), (False, " ".join(last[1:]))]
 
 
 def _sides(rows: list[ListRow], may: Reach) -> Iterator[int]:
