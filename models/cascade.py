@@ -214,8 +214,8 @@ class UnCLIP:
         check_embedding(embedding, self.clip.embed_dim)
         draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in seeds], embedding.device)
         config = self.decoder.config
-        interval = sampling.decoder_guidance_interval
-        denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance, interval)
+        guided = (sampling.decoder_guidance, sampling.decoder_guidance_interval, sampling.decoder_threshold)
+        denoise = decoder_denoise(self.decoder, embedding, tokens, *guided)
         inverted = noise is not None
         noise = draw.normal("x_T", 3, config.image_size, config.image_size) if noise is None else noise
         run = Reverse("decoder", sampling.decoder_sampler, "learned", sampling.decoder_steps, progress, eta, inverted)
@@ -355,9 +355,12 @@ class UnCLIP:
     def manipulation_sampling(self, options: dict[str, object]) -> SamplingConfig:
         """Returns how images are changed: DDIM without guidance, which alone is invertible, unless ``options`` set it.
 
+        Nor is an image shrunk into the range (``decoder_threshold``), unless ``options`` say so.
+
         Raises ValueError as ``change_sampling`` does.
         """
-        return replace(self.sampling_with({"decoder_guidance": 0.0} | options), decoder_sampler="ddim")
+        plain: dict[str, object] = {"decoder_guidance": 0.0, "decoder_threshold": 0.0}
+        return replace(self.sampling_with(plain | options), decoder_sampler="ddim")
 
     def sampling_with(self, options: dict[str, object]) -> SamplingConfig:
         """Returns ``sampling`` with some fields replaced.

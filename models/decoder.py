@@ -165,7 +165,7 @@ def decoder_loss(model: Decoder, batch: dict[str, Tensor], draw: Draw) -> Losses
     keep_text = draw.keep("drop_text", config.drop_text if model.training else 0.0)
     x_t = q_sample(x0, noise, schedule.at(t))
     output = model(x_t, t, batch["image_embedding"], batch["tokens"], keep_image, keep_text)
-    mse, vb = hybrid_loss(config.prediction, output, x0, noise, t, schedule)
+    mse, vb = hybrid_loss(config.prediction, output, x0, noise, t, schedule, config.max_snr)
     return Losses(mse + vb, {"mse": mse, "vb": vb})
 
 
@@ -175,11 +175,13 @@ def decoder_denoise(
     tokens: Tensor | None,
     guidance: float,
     interval: tuple[float, float] = (0.0, 1.0),
+    threshold: float = 0.0,
 ) -> Denoise:
     """Returns what samplers need for embeddings [b, d] and captions [b, 77] or None; ``guidance`` is w, 0 for none.
 
-    The empty condition drops both. x0 is clipped to [-1, 1]. Outside of ``interval``, shares of the timesteps, nothing
-    is guided (Kynkäänniemi et al. 2024), and a step costs half. All rows are at one timestep.
+    The empty condition drops both. x0 is clipped to [-1, 1]; ``threshold`` is ``predict``'s. Outside of ``interval``,
+    shares of the timesteps, nothing is guided (Kynkäänniemi et al. 2024), and a step costs half. All rows are at one
+    timestep.
     """
     schedule = make_schedule(model.config.schedule, model.config.steps)
     rows = len(image_embedding)
@@ -197,6 +199,6 @@ def decoder_denoise(
         guided = guidance != 0 and first <= float(t[0]) <= last
         given, weight = (condition, guidance) if guided else (alone, 0.0)
         output = guided_output(lambda x, times: model.predict(x, times, given), x_t, t, weight)
-        return predict(model.config.prediction, output, x_t, schedule.at(t), clip=1.0)
+        return predict(model.config.prediction, output, x_t, schedule.at(t), clip=1.0, threshold=threshold)
 
     return denoise

@@ -4,6 +4,7 @@ CLIP gives the dimension of image embeddings, so it has no field.
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from models.prior_configs import Schedule, check_choices, check_transformer, require
@@ -29,6 +30,11 @@ def check_image_model(
         "use fewer multipliers, a smaller patch or another size",
     )
     require(0 <= dropout < 1, f"dropout is {dropout}: use a share from 0 up to but not including 1")
+
+
+def check_max_snr(max_snr: float | None) -> None:
+    """Raises ValueError for a bound of the signal-to-noise ratio that is not a positive number."""
+    require(max_snr is None or 0 < max_snr < inf, f"max_snr is {max_snr}: use a positive number, or null for the usual")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class DecoderConfig:
             to say what is where; 0 is none.
         pixel_channels: Of two 3x3 convolutions at full resolution that correct the network's output, given x_t, across
             the borders of ``patch``; 0 is none.
+        max_snr: Bound on the signal-to-noise ratio that weighs the squared error; ``null`` is 5 for ``x0`` and none for
+            ``eps`` and ``v``, whose error then counts as it is (docs/how/diffusion.md).
     """
 
     image_size: int = 64
@@ -97,12 +105,14 @@ class DecoderConfig:
     embedding_norm: float = 0.0
     layout_channels: int = 0
     pixel_channels: int = 0
+    max_snr: float | None = None
 
     def __post_init__(self) -> None:
         check_image_model(self.image_size, self.channels, self.depth, self.multipliers, self.patch, self.dropout)
         for name in ("layout_channels", "pixel_channels"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: use 0 for none, or more")
         check_choices(self)
+        check_max_snr(self.max_snr)
         require(self.steps >= 2, f"steps is {self.steps}: use 2 or more diffusion steps")
         check_transformer("text_", self.text_width, self.text_depth, self.text_heads)
         sides = self.feature_sides()
@@ -161,6 +171,8 @@ class UpsamplerConfig:
         corrupt_at_inference: Whether sampling corrupts the small image mildly, too.
         scale_shift: Whether the timestep scales and shifts, as in ADM; false adds it, as Karlo does.
         last_unet: Whether a second U-Net of the same shape takes the last step of sampling, as Karlo's does.
+        max_snr: Bound on the signal-to-noise ratio that weighs the squared error; ``null`` is 5 for ``x0`` and none for
+            ``eps`` and ``v``, whose error then counts as it is (docs/how/diffusion.md).
     """
 
     low_size: int = 64
@@ -178,6 +190,7 @@ class UpsamplerConfig:
     corrupt_at_inference: bool = True
     scale_shift: bool = True
     last_unet: bool = False
+    max_snr: float | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -198,6 +211,7 @@ class UpsamplerConfig:
         for size in (side, self.image_size):
             check_image_model(size, self.channels, self.depth, self.multipliers, self.patch, self.dropout)
         check_choices(self)
+        check_max_snr(self.max_snr)
         require(self.steps >= 2, f"steps is {self.steps}: use 2 or more diffusion steps")
 
     @property

@@ -43,6 +43,8 @@ class SamplingConfig:
         decoder_guidance_from: The share of the timesteps below which the decoder is not guided: with next to no noise
             left, guidance adds dots and loud colours.
         decoder_guidance_to: The share above which it is not guided.
+        decoder_threshold: Where guidance drives an image beyond its range, shrink it until this share of its values
+            lies inside, at every step (dynamic thresholding; 0.995 is usual); 0 cuts the values off.
         upsampler_256_steps: Of DDIM; 27 is GLIDE's uneven grid.
         upsampler_1024_steps: Of DDIM.
         size: Side of the largest image to make, pixels.
@@ -61,6 +63,7 @@ class SamplingConfig:
     decoder_guidance: float = 0.25
     decoder_guidance_from: float = 0.0
     decoder_guidance_to: float = 1.0
+    decoder_threshold: float = 0.0
     upsampler_256_steps: int = 27
     upsampler_1024_steps: int = 15
     size: Literal[64, 256, 1024] = 1024
@@ -77,6 +80,10 @@ class SamplingConfig:
         require(
             0 <= first <= last <= 1,
             f"decoder_guidance_from is {first} and decoder_guidance_to {last}: use shares from 0 to 1, in this order",
+        )
+        require(
+            0 <= self.decoder_threshold <= 1,
+            f"decoder_threshold is {self.decoder_threshold}: use a share from 0 to 1, such as 0.995",
         )
         require(self.tile >= 0, f"tile is {self.tile}: use 0 for whole images, or a side in pixels")
 

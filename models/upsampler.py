@@ -117,7 +117,7 @@ def upsampler_loss(model: Upsampler, batch: dict[str, Tensor], draw: Draw) -> Lo
     noise = draw.normal("noise", *x0.shape[1:])
     alpha_bar = schedule.at(t)
     output = model(q_sample(x0, noise, alpha_bar), t, low)
-    mse = squared_error(config.prediction, output, x0, noise, alpha_bar)
+    mse = squared_error(config.prediction, output, x0, noise, alpha_bar, config.max_snr)
     return Losses(mse, {"mse": mse})
 
 

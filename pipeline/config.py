@@ -188,7 +188,7 @@ def preset_config(name: str) -> Config:
 
 
 def _scaled(config: Config, scale: Any) -> Config:
-    """Returns ``config`` with every training ``scale`` times as long, its warmup and decay included.
+    """Returns ``config`` with every training ``scale`` times as long, its warmup, decay and early checkpoint included.
 
     Raises UserError for a scale that is not a number above 0.
     """
@@ -199,7 +199,9 @@ def _scaled(config: Config, scale: Any) -> Config:
         samples = max(recipe.batch, round(recipe.samples * scale))
         warmup, decay = round(recipe.warmup * scale), min(samples, round(recipe.decay * scale))
         longer[stage] = dataclasses.replace(recipe, samples=samples, warmup=warmup, decay=decay)
-    return dataclasses.replace(config, **longer)
+    early = config.evaluation.early
+    early = max(config.decoder.batch, round(early * scale)) if early else 0
+    return dataclasses.replace(config, **longer, evaluation=dataclasses.replace(config.evaluation, early=early))
 
 
 def _named(config: Config) -> Config:

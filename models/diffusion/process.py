@@ -14,7 +14,9 @@ from torch import Tensor
 from models.diffusion.schedules import Schedule
 
 MOST_SNR = 5.0
-"""The signal-to-noise ratio from which an error of x0 weighs no more: there hardly any of the image is hidden."""
+"""The signal-to-noise ratio from which an error of x0 weighs no more: there hardly any of the image is hidden.
+
+Hang et al. 2023 found this value best, too."""
 
 
 class Prediction(NamedTuple):
@@ -58,24 +60,44 @@ def regression_target(kind: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -
     raise ValueError(f"prediction is {kind!r}: use 'eps', 'v' or 'x0'")
 
 
-def squared_error(kind: str, output: Tensor, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Returns the mean squared error of a network's output of this kind, [b].
+def error_weight(kind: str, alpha_bar: Tensor, max_snr: float | None = None) -> Tensor:
+    """Returns the weight of a squared error of this kind at levels [b], float64 [b].
 
-    An error of x0 counts as the error of v that it makes, 1 + SNR times as much (Salimans & Ho 2022, section 4), where
-    the signal-to-noise ratio is bounded by ``MOST_SNR`` (Hang et al. 2023). Raises ValueError on another kind.
+    With SNR = alpha_bar / (1 - alpha_bar), an error of x0 is an error of the noise SNR times as large, and one of v
+    1 + SNR times (Salimans & Ho 2022, section 4). ``max_snr`` bounds the SNR in that factor, so that little noise does
+    not outweigh all else (Hang et al. 2023, min-SNR): "eps" min(SNR, max_snr) / SNR, "v"
+    (1 + min(SNR, max_snr)) / (1 + SNR), "x0" 1 + min(SNR, max_snr). The 1 keeps the weight of v where all is noise,
+    where min-SNR alone has none. None is ``MOST_SNR`` for "x0" and no bound for the others, whose weight is then 1.
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    if kind == "x0":
+        return 1 + snr.clamp(max=MOST_SNR if max_snr is None else max_snr)
+    if max_snr is None:
+        return torch.ones_like(snr)
+    bounded = snr.clamp(max=max_snr)
+    return bounded / snr if kind == "eps" else (1 + bounded) / (1 + snr)
+
+
+def squared_error(
+    kind: str, output: Tensor, x0: Tensor, noise: Tensor, alpha_bar: Tensor, max_snr: float | None = None
+) -> Tensor:
+    """Returns the mean squared error of a network's output of this kind times its ``error_weight``, [b].
+
+    Raises ValueError on another kind.
     """
     error = mean_over_row((output - regression_target(kind, x0, noise, alpha_bar)) ** 2)
-    if kind != "x0":
-        return error
-    snr = alpha_bar / (1 - alpha_bar)
-    return error * (1 + snr.clamp(max=MOST_SNR)).to(error)
+    return error * error_weight(kind, alpha_bar, max_snr).to(error)
 
 
-def predict(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, clip: float | None = None) -> Prediction:
+def predict(
+    kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, clip: float | None = None, threshold: float = 0.0
+) -> Prediction:
     """Reads a network's output for x_t [b, c, ...] as a prediction of kind "eps", "v" or "x0".
 
     An output with 2c channels holds the learned variance, from -1 to 1, in its second half. ``clip`` bounds x0 to
-    [-clip, clip], and the noise is then the one that belongs to the bounded x0. Raises ValueError on another kind.
+    [-clip, clip], and the noise is then the one that belongs to the bounded x0. With a ``threshold`` above 0, a row of
+    which less than this share lies within these bounds is shrunk until the share does, and then bounded: dynamic
+    thresholding (Saharia et al. 2022, Imagen, section 2.3). Raises ValueError on another kind.
     """
     fraction = None
     if output.shape[1] == 2 * x_t.shape[1]:
@@ -91,6 +113,9 @@ def predict(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, clip: flo
     else:
         raise ValueError(f"prediction is {kind!r}: use 'eps', 'v' or 'x0'")
     if clip is not None:
+        if threshold:
+            reach = x0.abs().flatten(1).quantile(threshold, dim=1).clamp(min=clip)
+            x0 = x0 * per_row(clip / reach, x0)
         x0 = x0.clamp(-clip, clip)
         eps = (x_t - signal * x0) / sigma
     return Prediction(x0, eps, fraction)
@@ -173,16 +198,22 @@ def variational_bound(prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor
 
 
 def hybrid_loss(
-    kind: str, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule
+    kind: str,
+    output: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    max_snr: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the squared error of the prediction and weighted variational bound, [b] each; the loss is their sum.
 
     ``output`` [b, 2c, ...]. The bound trains the variance only: it sees the prediction detached. Its weight is
-    T / 1000, that is 1/1000 of the whole bound (improved DDPM, equation 16).
+    T / 1000, that is 1/1000 of the whole bound (improved DDPM, equation 16). ``max_snr`` is ``error_weight``'s.
     """
     alpha_bar = schedule.at(t)
     mean, variance = output.chunk(2, dim=1)
-    error = squared_error(kind, mean, x0, noise, alpha_bar)
+    error = squared_error(kind, mean, x0, noise, alpha_bar, max_snr)
     x_t = q_sample(x0, noise, alpha_bar)
     prediction = predict(kind, torch.cat([mean.detach(), variance], dim=1), x_t, alpha_bar)
     bound = variational_bound(prediction, x0, x_t, t, schedule)

@@ -125,6 +125,7 @@ def test_guidance_temperature_and_candidates_are_used() -> None:
     decoder = (
         {"decoder_guidance": 5.0},
         {"decoder_guidance_from": 0.5},
+        {"decoder_threshold": 0.5},
         {"decoder_steps": 3},
         {"decoder_sampler": "ddim"},
     )

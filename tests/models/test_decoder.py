@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoder import Decoder, PixelCorrection, decoder_denoise, decoder_loss
+from models.diffusion.process import error_weight
 from models.diffusion.samplers import ancestral, ddim
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
@@ -213,6 +214,19 @@ def test_autocast_changes_the_loss_by_rounding_only() -> None:
             half = decoder_loss(model, batch, Draw([(0, 8)])).total
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, full, atol=0.02, rtol=0.02)
+
+
+def test_max_snr_weighs_the_squared_error_alone() -> None:
+    model, batch, draw = make().eval(), make_batch(8), Draw([(3, 8)])
+    assert model.config.prediction == "v"
+    with torch.no_grad():
+        plain = decoder_loss(model, batch, draw).parts
+        model.config = dataclasses.replace(model.config, max_snr=5.0)
+        bounded = decoder_loss(model, batch, draw).parts
+    weight = error_weight("v", make_schedule("cosine", 1000).at(draw.integers("t", 1000)), 5.0).float()
+    assert (weight < 1).any()
+    torch.testing.assert_close(bounded["mse"], weight * plain["mse"])
+    assert torch.equal(bounded["vb"], plain["vb"])
 
 
 def test_guidance_moves_away_from_the_empty_condition() -> None:

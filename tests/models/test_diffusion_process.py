@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UnCLIPScheduler
@@ -10,6 +11,7 @@ from models.diffusion.process import (
     MOST_SNR,
     Prediction,
     discretized_gaussian_nll,
+    error_weight,
     hybrid_loss,
     learned_log_variance,
     log_variance_range,
@@ -81,9 +83,9 @@ def test_the_v_target_equals_diffusers() -> None:
 
 
 @fails_under(
-    (squared_error, "alpha_bar / (1 - alpha_bar)", "1 / (1 - alpha_bar)"),
-    (squared_error, "max=MOST_SNR", "max=25.0"),
-    (squared_error, 'kind != "x0"', 'kind != "v"'),
+    (error_weight, "snr = alpha_bar /", "snr = 1 /"),
+    (error_weight, "max=MOST_SNR", "max=25.0"),
+    (error_weight, 'kind == "x0"', 'kind == "v"'),
 )
 def test_an_error_of_x0_counts_as_that_of_v() -> None:
     x0, noise, output = (rows(5, seed=seed).double() for seed in range(3))
@@ -97,6 +99,62 @@ def test_an_error_of_x0_counts_as_that_of_v() -> None:
     torch.testing.assert_close(of_x0[noisy], of_v[noisy], rtol=1e-9, atol=0)
     plain = ((output - x0) ** 2).mean(1)
     torch.testing.assert_close(of_x0[~noisy], plain[~noisy] * (1 + MOST_SNR), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("max_snr", [0.5, 20.0])
+@fails_under(
+    (error_weight, "(1 + bounded) / (1 + snr)", "bounded / (1 + snr)"),
+    (error_weight, "bounded / snr if", "bounded if"),
+    (error_weight, "snr.clamp(max=max_snr)\n", "snr\n"),
+    (error_weight, "MOST_SNR if max_snr is None else max_snr", "MOST_SNR"),
+)
+def test_weights_equal_their_closed_forms(max_snr: float) -> None:
+    alpha_bar = make_schedule("cosine", 1000).at(torch.arange(1000))
+    snr = [a / (1 - a) for a in alpha_bar.tolist()]
+    for kind, weight in {
+        "eps": [min(r, max_snr) / r for r in snr],
+        "v": [(1 + min(r, max_snr)) / (1 + r) for r in snr],
+        "x0": [1 + min(r, max_snr) for r in snr],
+    }.items():
+        assert error_weight(kind, alpha_bar, max_snr).tolist() == weight
+    for kind in ("eps", "v"):
+        assert error_weight(kind, alpha_bar).tolist() == [1.0] * 1000
+
+
+def test_a_bounded_error_is_the_error_of_x0_with_a_bounded_weight() -> None:
+    """However the network says it: min-SNR for the noise (Hang et al. 2023), and 1 more for v and x0."""
+    x0, noise, output = (rows(5, seed=seed).double() for seed in range(3))
+    alpha_bar = SCHEDULE.at(TIMES)
+    x_t = q_sample(x0, noise, alpha_bar)
+    snr = alpha_bar / (1 - alpha_bar)
+    for kind, more in (("eps", 0), ("v", 1), ("x0", 1)):
+        error = ((predict(kind, output, x_t, alpha_bar).x0 - x0) ** 2).mean(1)
+        bounded = squared_error(kind, output, x0, noise, alpha_bar, max_snr=5.0)
+        torch.testing.assert_close(bounded, (more + snr.clamp(max=5)) * error, rtol=1e-9, atol=0)
+        mse, _ = hybrid_loss(kind, torch.cat([output, output], dim=1), x0, noise, TIMES, SCHEDULE, 5.0)
+        assert torch.equal(mse, bounded)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@fails_under(
+    (predict, ".clamp(min=clip)", ".clamp(min=0.1)"),
+    (predict, "x0.abs()", "x0"),
+    (predict, "clip / reach", "clip * reach"),
+)
+def test_dynamic_thresholding_equals_diffusers_and_the_papers_formula(kind: str) -> None:
+    alpha_bar = SCHEDULE.at(TIMES)
+    scale = torch.linspace(0.2, 2, len(TIMES))[:, None, None, None]  # rows within the range, and rows beyond it
+    x_t, output = 0.3 * rows(3, 8, 8), scale * rows(3, 8, 8, seed=1)
+    plain = predict(kind, output, x_t, alpha_bar)
+    bounded = predict(kind, output, x_t, alpha_bar, clip=1.0, threshold=0.9)
+    theirs = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
+    torch.testing.assert_close(bounded.x0, theirs._threshold_sample(plain.x0), atol=1e-6, rtol=0)
+    for given, found in zip(plain.x0.numpy(), bounded.x0.numpy(), strict=True):
+        s = max(1.0, float(np.percentile(abs(given), 90)))
+        np.testing.assert_allclose(found, given.clip(-s, s) / s, atol=1e-6)
+    torch.testing.assert_close(
+        q_sample(bounded.x0.double(), bounded.eps.double(), alpha_bar), x_t.double(), atol=1e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])

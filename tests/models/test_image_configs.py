@@ -58,6 +58,7 @@ def test_patches_shrink_the_feature_maps() -> None:
         ({"schedule": "quadratic"}, "schedule is 'quadratic': use 'cosine' or 'linear'"),
         ({"steps": 1}, "steps is 1"),
         ({"prediction": "score"}, "prediction is 'score': use 'eps', 'v' or 'x0'"),
+        ({"max_snr": 0.0}, "max_snr is 0.0: use a positive number, or null"),
     ],
 )
 def test_decoder_mistakes_are_named(change: dict, message: str | None) -> None:
@@ -84,6 +85,7 @@ def test_decoder_mistakes_are_named(change: dict, message: str | None) -> None:
         ({"crop": 1.0}, None),
         ({"schedule": "quadratic"}, "schedule is 'quadratic'"),
         ({"prediction": "score"}, "prediction is 'score'"),
+        ({"max_snr": float("inf")}, "max_snr is inf"),
     ],
 )
 def test_upsampler_mistakes_are_named(change: dict, message: str | None) -> None:

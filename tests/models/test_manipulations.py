@@ -67,6 +67,15 @@ def test_the_caption_of_an_inversion_is_the_one_it_is_drawn_with(unclip: UnCLIP)
         unclip.invert(IMAGES, ["one"])
 
 
+def test_images_are_changed_without_guidance_and_thresholding_unless_asked(unclip: UnCLIP) -> None:
+    guided = replace(unclip, sampling=replace(unclip.sampling, decoder_guidance=3.0, decoder_threshold=0.5))
+    plain = guided.manipulation_sampling({})
+    assert (plain.decoder_guidance, plain.decoder_threshold, plain.decoder_sampler) == (0.0, 0.0, "ddim")
+    assert guided.manipulation_sampling({"decoder_threshold": 0.9}).decoder_threshold == 0.9
+    one = guided.invert(IMAGES[:1])
+    assert torch.equal(guided.reconstruct(one).images[16], unclip.reconstruct(one).images[16])
+
+
 def test_variations_keep_the_embedding_and_differ_by_seed_and_eta(unclip: UnCLIP) -> None:
     one = unclip.invert(IMAGES[:1], decoder_steps=50)
     drawn = unclip.variations(one, [1, 2, 1], decoder_steps=50, size=64)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.degradation.blur import corruption_blur
+from models.diffusion.process import error_weight
 from models.diffusion.samplers import ddim
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
@@ -104,6 +105,18 @@ def test_it_learns_on_crops_and_runs_at_any_full_size(patch: int) -> None:
         out = model(torch.zeros(2, 3, height, width), torch.tensor([0, 999]), low)
         assert out.shape == (2, 3, height, width)
         assert out.dtype == torch.float32
+
+
+def test_max_snr_weighs_the_squared_error() -> None:
+    torch.manual_seed(0)
+    model, batch, draw = Upsampler(CONFIG).eval(), {"image": stripes(8)}, Draw([(0, 8)])
+    with torch.no_grad():
+        plain = upsampler_loss(model, batch, draw).total
+        model.config = dataclasses.replace(CONFIG, max_snr=5.0)
+        bounded = upsampler_loss(model, batch, draw).total
+    weight = error_weight("v", make_schedule("cosine", 1000).at(draw.integers("t", 1000)), 5.0).float()
+    assert (weight < 1).any()
+    torch.testing.assert_close(bounded, weight * plain)
 
 
 def test_far_pixels_do_not_matter_so_a_crop_is_as_good_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

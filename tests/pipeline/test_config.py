@@ -60,6 +60,9 @@ def test_scale_changes_how_long_every_model_trains_and_nothing_else() -> None:
             samples = max(before.batch, round(scale * before.samples))
             warmup = round(scale * before.warmup)
             assert after == dataclasses.replace(before, samples=samples, warmup=warmup)
+        early = max(whole.decoder.batch, round(scale * whole.evaluation.early))
+        assert config.evaluation == dataclasses.replace(whole.evaluation, early=early)
+    assert make_config({**LEAST, "evaluation": {"early": 0}, "scale": 0.5}).evaluation.early == 0
 
 
 @pytest.mark.parametrize("scale", [0.1, 1e-9, 2])
@@ -81,6 +84,10 @@ def test_scale_stretches_the_rise_and_the_fall_of_the_learning_rate(scale: float
         ({"decoder_steps": 5000}, "bundle.sampling.decoder_steps is 5000, and decoder has 1000 timesteps: use 2 to"),
         ({"prior_steps": 5000}, "bundle.sampling.prior_steps is 5000, and diffusion_prior has 1000 timesteps"),
         ({"upsampler_1024_steps": 1001}, "bundle.sampling.upsampler_1024_steps is 1001, and upsampler_1024 has 1000"),
+        (
+            {"decoder_threshold": 99.5},
+            "bundle.sampling: decoder_threshold is 99.5: use a share from 0 to 1, such as 0.995",
+        ),
         ({"tile": 100}, "bundle.sampling.tile is 100: upsampler_256 takes multiples of 8 px"),
     ],
 )
