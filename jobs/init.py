@@ -9,11 +9,11 @@ from pathlib import Path
 from jobs.sample import bundle_folder
 from pipeline.config import check_project
 from pipeline.data.fetch.references import shown
-from pipeline.data.source.peek import Look, look
+from pipeline.data.source.peek import MOST_COUNTED, Look, look
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.progress import counted
-from pipeline.starter import CLIP_PAIRS, starter
+from pipeline.starter import CLIP_PAIRS, existing_clip, starter
 
 ENOUGH = 1000  # pairs, below which models memorise images
 
@@ -46,18 +46,25 @@ def main(argv: Sequence[str]) -> int:
     source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **columns)
     seen = _look(source) if arguments.sources else None
     origin = _origin(arguments.origin) if arguments.origin else None
-    text = starter(arguments.name, _has_gpu(), source, seen, origin)
+    gpu = _has_gpu()
+    text = starter(arguments.name, gpu, source, seen, origin)
+    trains = origin is None and not existing_clip(gpu, seen)
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
     print(f"{path} written; open it to see what can be changed")
     for line in _remarks(seen) if seen else ["put your list under source.paths first"]:
         print(line)
-    if seen and not seen.more and seen.rows < CLIP_PAIRS and origin is None:
+    if origin is None and not trains:
         print(
-            f"warning: a CLIP trained on fewer than {CLIP_PAIRS:,} pairs is poor; take one that exists: uncomment "
-            f"clip.weights in {path}, or go on from a run's models with --from"
+            f"clip.weights takes a CLIP that exists, 0.6 GB to download: with fewer than {CLIP_PAIRS:,} pairs it knows "
+            "more than one of your own"
         )
-    if seen and 2 * seen.framed.rows > seen.rows and origin is None:
+    if seen and seen.pairs < CLIP_PAIRS and trains:
+        print(
+            f"warning: a CLIP trained on fewer than {CLIP_PAIRS:,} pairs is poor; take one that exists, which is slow "
+            f"without a GPU: uncomment clip.weights in {path}, or go on from a run's models with --from"
+        )
+    if seen and 2 * seen.framed.rows > seen.rows and trains:
         print(
             f"warning: every caption of {seen.framed.rows:,} of {seen.rows:,} rows begins or ends with words that many "
             f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the things; "
@@ -88,8 +95,8 @@ def _has_gpu() -> bool:
 
 def _remarks(seen: Look) -> Iterator[str]:
     """Yields what was found, and warnings about what a run would reject."""
-    yield f"pairs found: {seen.rows:,}{' and more' if seen.more else ''}"
-    if seen.rows < ENOUGH and not seen.more:
+    yield f"pairs found: {seen.pairs:,}{' or more' if seen.behind >= MOST_COUNTED else ''}"
+    if seen.pairs < ENOUGH:
         yield f"warning: fewer than {ENOUGH:,} pairs are enough to try it, but the models will memorise them"
     if seen.flaws:
         many = counted(len(seen.flaws), "row")

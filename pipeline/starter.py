@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from models.sampling_config import MODELS, PRIORS, largest_side
-from pipeline.config import preset_config
+from pipeline.config import Config, preset_config
 from pipeline.data.source.peek import Look
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
@@ -27,7 +27,16 @@ SHARE, MOST = 0.02, 0.2  # of the rows: held out of a large list, and at most of
 CAPTIONS = 4  # of the list, for which a run draws images
 CAPTION_BYTES = 75  # a token of CLIP's is at least a byte and CLIP reads 75, so sampling can never refuse these
 
-CLIP_PAIRS = 10_000  # with fewer a CLIP that is trained on them alone is poor
+CLIP_PAIRS = 1_000_000  # with fewer a CLIP that is trained on them alone knows less than one that exists
+CLIP_WEIGHTS = "open_clip:ViT-B-32:openai"
+
+# How often a training may see a pair. Diffusion models of text learn from repeated data as from new data for some 100
+# epochs, autoregressive ones for 4 (Prabhudesai et al. 2025, "Diffusion beats autoregressive in data-constrained
+# settings").
+EPOCHS = 100
+LEAST_SAMPLES = 1_000_000  # of the longest training: with fewer, a model of preset small has not learned what there is
+BARE_EPOCHS = 20  # beyond which a decoder without dropout got worse on unseen captions (docs/demo.md)
+DROPOUT = 0.1  # of Table 3's decoder
 EMBEDDINGS = "  embeddings: {gpus: 1} # encode on the GPU of this machine\n"
 
 # Not the AR prior: it speaks the codes of the codec that it was trained with, and other pairs have another codec.
@@ -44,7 +53,7 @@ TEMPLATE = """\
 # docs/configuration.md: every field and its default.
 project: {project}
 preset: {preset} # nano: a first look in minutes; tiny: CPU cores; small: one GPU; karlo, paper: clusters of them
-store: {store} # or s3://bucket/prefix, which every machine of a cluster can reach
+{scale}store: {store} # or s3://bucket/prefix, which every machine of a cluster can reach
 
 source:
   paths: # in order, relative to where unclip runs; lists appended here later cost only their own rows
@@ -57,10 +66,7 @@ source:
   validation: {validation}
   test: {test}
 
-# A CLIP that exists (0.6 GB). One that is trained on fewer than some {clip_pairs:,} pairs alone is poor:
-# clip: {{weights: "open_clip:ViT-B-32:openai"}}
-
-pairs:
+{clip}{dropout}pairs:
   image_size: 1024 # larger images are shrunk to this short side; with bundle.sampling.size 256, 256 saves space
 
 bundle:
@@ -86,8 +92,8 @@ run:
 
 FINE_TUNING = """
 # Goes on from the models of {bundle}: their CLIP stays, and each
-# learns for a quarter of the preset's samples with a tenth of its learning rate. The AR prior is left out: it speaks
-# the codes of a codec that was fitted to other pairs.
+# learns for a quarter of the preset's samples, times scale, with a tenth of its learning rate. The AR prior is left
+# out: it speaks the codes of a codec that was fitted to other pairs.
 {values}"""
 
 
@@ -106,8 +112,11 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
     """
     preset = "small" if gpu else "tiny"
     models, size = _models(seen)
-    tuned = ""
+    recipes = preset_config(preset)
+    scale = _scale(recipes, seen)
+    clip, dropout, tuned = _clip(gpu, seen), _dropout(recipes, seen), ""
     if bundle is not None:
+        clip = dropout = ""  # both are the bundle's
         values = _fine_tuning(bundle, preset)
         models = [name for name in models if name in values]
         size = largest_side(models)
@@ -133,7 +142,9 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
             models=", ".join(models),
             size=size,
             captions=_indented([f"- {_scalar(caption)}" for caption in _captions(seen)]),
-            clip_pairs=CLIP_PAIRS,
+            scale=scale,
+            clip=clip,
+            dropout=dropout,
             embeddings=EMBEDDINGS if gpu else "",
             **_splits(seen),
             output=f"out/{project}",
@@ -173,6 +184,60 @@ def _values(folder: Path, recipe: Any) -> dict[str, Any]:
     usual = json.loads(json.dumps(asdict(recipe.model)))
     other = {name: value for name, value in model.items() if value != usual.get(name)}
     return values | ({"model": other} if other else {})
+
+
+def existing_clip(gpu: bool, seen: Look | None) -> bool:
+    """Returns whether the configuration takes a CLIP that exists, rather than training one on these pairs."""
+    return gpu and (seen is None or seen.pairs < CLIP_PAIRS)
+
+
+def _clip(gpu: bool, seen: Look | None) -> str:
+    """Returns the lines of the CLIP: its weights, or a remark that names them."""
+    says = f"# A CLIP that exists (0.6 GB to download) knows more than one of fewer than some {CLIP_PAIRS:,} pairs."
+    line = f'clip: {{weights: "{CLIP_WEIGHTS}"}}'
+    if existing_clip(gpu, seen):
+        return f"{says}\n{line} # train: one of your own\n\n"
+    slow = "" if gpu else " It is slow\n# without a GPU: unclip plan estimates the hours."
+    return f"{says}{slow}\n# {line}\n\n"
+
+
+def _longest(recipes: Config) -> int:
+    """Returns the samples of the longest training of a model."""
+    return max(getattr(recipes, name).samples for name in MODELS)
+
+
+def _scale(recipes: Config, seen: Look | None) -> str:
+    """Returns the line that shortens the trainings where there are few pairs, or nothing.
+
+    The longest sees each pair at most ``EPOCHS`` times, or ``LEAST_SAMPLES`` in all where that is more.
+    """
+    longest = _longest(recipes)
+    samples = longest if seen is None else max(LEAST_SAMPLES, EPOCHS * seen.pairs)
+    if seen is None or samples >= longest:
+        return ""
+    scale = float(f"{samples / longest:.2g}")
+    times = round(scale * longest / seen.pairs)
+    return (
+        f"scale: {scale} # of the preset's samples: the longest training sees each of {counted(seen.pairs, 'pair')} "
+        f"some {times:,} times; docs/your-data.md\n"
+    )
+
+
+def _dropout(recipes: Config, seen: Look | None) -> str:
+    """Returns the lines that give dropout to models which have none and see every pair often, or nothing."""
+    if seen is None:
+        return ""
+    often = [
+        name
+        for name in ("ar_prior", "decoder")
+        if getattr(recipes, name).model.dropout == 0 and getattr(recipes, name).samples > BARE_EPOCHS * seen.pairs
+    ]
+    if not often:
+        return ""
+    lines = "".join(f"{name}: {{model: {{dropout: {DROPOUT}}}}}\n" for name in often)
+    return (
+        f"# Each pair is seen more than {BARE_EPOCHS} times: dropout, so that unseen captions do not suffer.\n{lines}\n"
+    )
 
 
 def _models(seen: Look | None) -> tuple[list[str], int]:

@@ -4,22 +4,24 @@ import random
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from jobs.cli import main
 from models.sampling_config import MODELS
-from pipeline.config import Config, load_config
+from pipeline.config import Config, load_config, make_config, preset_config
 from pipeline.data.source import peek as looking
 from pipeline.data.source.emoji.listing import emoji_rows
 from pipeline.data.source.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
-from pipeline.starter import CAPTION_BYTES, SHARE, _captions, _scalar, shortest_share
+from pipeline.starter import CAPTION_BYTES, CLIP_WEIGHTS, SHARE, _captions, _scalar, shortest_share, starter
 from pipeline.store import open_store
 from tests.pipeline.data.bench import picture
 
@@ -215,7 +217,9 @@ def test_a_look_at_a_long_list_ends_early_but_sees_the_head_of_every_list(monkey
     monkeypatch.setattr(looking, "MOST_ROWS", 3)
     first, other = table("csv"), table("parquet")
     seen = look(SourceRecipe((first, other)))
-    assert (seen.rows, seen.more) == (4, True)
+    assert (seen.rows, seen.more, seen.pairs) == (4, True, 10)
+    monkeypatch.setattr(looking, "MOST_COUNTED", 3)
+    assert look(SourceRecipe((first, other))).pairs == 4 + 3
     Path("bad.csv").write_text("url\nx\n")
     with pytest.raises(UserError, match="no column caption"):
         look(SourceRecipe((first, "bad.csv")))
@@ -226,8 +230,6 @@ def test_a_look_at_a_long_list_ends_early_but_sees_the_head_of_every_list(monkey
     ["plain", "true", "1e3", "- a", "a: b", "a #b", "ends:", "'", '"', "{a", "@x", "*a", "~", "", "é 🐈", "a\nb"],
 )
 def test_any_text_comes_back_from_yaml(text: str) -> None:
-    import yaml
-
     for document in (f"- {_scalar(text)}", f"- {_scalar(text)} # remark", f"- {_scalar(text)}\n- b"):
         assert yaml.safe_load(document)[0] == text
     assert yaml.safe_load(f"a: {_scalar(text)} # remark") == {"a": text}
@@ -303,20 +305,67 @@ def test_a_share_is_the_shortest_that_fits(seed: int) -> None:
 def test_a_clip_that_exists_is_named(capsys: Output) -> None:
     """The remark in the file works when it is uncommented."""
     made("mine", table("csv"))
-    assert "warning: a CLIP trained on fewer than 10,000 pairs is poor; take one that exists" in capsys.readouterr().out
+    says = "warning: a CLIP trained on fewer than 1,000,000 pairs is poor; take one that exists, which is slow without"
+    assert says in capsys.readouterr().out
     text = Path("mine.yaml").read_text()
     Path("mine.yaml").write_text(text.replace("# clip: {", "clip: {"))
     assert load_config("mine.yaml").clip.weights == "open_clip:ViT-B-32:openai"
 
 
-def test_on_a_machine_with_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_machine_with_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     import torch
 
-    assert made("without", table("csv")).run.embeddings.gpus == 0
+    plain = made("without", table("csv"))
+    assert (plain.run.embeddings.gpus, plain.clip.weights) == (0, "train")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capsys.readouterr()
     config = made("mine", "pairs.csv")
     assert config.run.embeddings.gpus == 1
+    assert config.clip.weights == "open_clip:ViT-B-32:openai"
+    assert config.decoder.model.prediction == "v"
     assert "preset: small" in Path("mine.yaml").read_text()
+    output = capsys.readouterr().out
+    assert "clip.weights takes a CLIP that exists" in output
+    assert "a CLIP trained on fewer" not in output
+    assert made("unlisted").clip.weights == "open_clip:ViT-B-32:openai"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "scale", "weights"),
+    [
+        (5, 0.02, CLIP_WEIGHTS),
+        (10_000, 0.02, CLIP_WEIGHTS),
+        (123_000, 0.24, CLIP_WEIGHTS),
+        (500_000, 0.98, CLIP_WEIGHTS),
+        (600_000, 1, CLIP_WEIGHTS),
+        (1_000_000, 1, "train"),
+    ],
+)
+def test_on_a_gpu_few_pairs_are_seen_a_hundred_times_and_need_a_clip_that_exists(
+    pairs: int, scale: float, weights: str
+) -> None:
+    """A million samples are the least of the longest training, the diffusion prior's 51,200,000."""
+    source = SourceRecipe((table("csv"),))
+    seen = replace(look(source), behind=pairs - len(CAPTIONS))
+    config = make_config(yaml.safe_load(starter("mine", True, source, seen)))
+    whole = preset_config("small")
+    assert config.clip.weights == weights
+    for name in ("diffusion_prior", "decoder", "upsampler_1024"):
+        found, preset = getattr(config, name), getattr(whole, name)
+        assert found.samples == round(scale * preset.samples)
+        assert found.decay / found.samples == pytest.approx(0.2)
+        assert found.samples <= max(103 * pairs, 1_030_000)
+    assert config.evaluation.early == round(scale * whole.evaluation.early)
+
+
+@pytest.mark.parametrize(("pairs", "dropout"), [(5, 0.1), (2_100, 0.1), (2_200, 0.0), (10_000, 0.0)])
+def test_without_a_gpu_pairs_that_are_seen_often_get_dropout(pairs: int, dropout: float) -> None:
+    source = SourceRecipe((table("csv"),))
+    seen = replace(look(source), behind=pairs - len(CAPTIONS))
+    config = make_config(yaml.safe_load(starter("mine", False, source, seen)))
+    assert config.decoder.samples == preset_config("tiny").decoder.samples
+    assert config.decoder.model.dropout == dropout
+    assert config.ar_prior.model.dropout == (dropout if pairs < 2_000 else 0.0)
 
 
 THINGS = [f"{size} {thing}" for size in ("a tiny", "a huge", "an old") for thing in ("cat", "dog", "tree", "house")]

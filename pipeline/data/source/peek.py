@@ -18,6 +18,9 @@ from pipeline.errors import UserError
 from pipeline.local import Reach, local_path, read_local
 
 MOST_ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
+MOST_COUNTED = (
+    1_000_000  # behind those, at most; what a configuration says of more rows does not depend on their number
+)
 MEASURED = 100  # measured, at most
 MAX_BYTES = 32 << 20  # of one, as pairs.max_bytes by default
 
@@ -48,6 +51,7 @@ class Look:
         forbidden: References that the list may not name; counted nowhere else.
         flaws: What is wrong with rows that cannot be read; counted nowhere else.
         framed: Rows of which every caption begins or ends as many captions do.
+        behind: Rows with a reference behind those that were read, of at most ``MOST_COUNTED``.
     """
 
     rows: int
@@ -60,6 +64,12 @@ class Look:
     forbidden: tuple[str, ...] = ()
     flaws: tuple[str, ...] = ()
     framed: Framed = field(default_factory=Framed)
+    behind: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """Returns the rows that were read or counted."""
+        return self.rows + self.behind
 
     def reaching(self, side: int) -> int:
         """Returns how many of the measured images have a short side of at least this."""
@@ -67,20 +77,22 @@ class Look:
 
 
 def look(recipe: SourceRecipe) -> Look:
-    """Reads the first rows, and at least one of every list.
+    """Reads the first rows, and at least one of every list, and counts the others.
 
     Raises:
         UserError: for a list that ``scan`` would refuse, as far as it is read.
     """
     found: list[ListRow] = []
-    more = False
+    counted = behind = 0
     for path in recipe.paths:
         rows = read_rows(path, recipe)
         first = list(islice(rows, max(1, MOST_ROWS - len(found))))
         if not first:
             raise UserError(f"source {path}: no rows")
-        more = more or next(rows, None) is not None
         found += first
+        for row in islice(rows, MOST_COUNTED - counted):
+            counted += 1
+            behind += bool(row.url and not row.reject)
     flaws = tuple(row.flaw for row in found if row.flaw)
     forbidden = tuple(row.url for row in found if row.reject and not row.flaw)
     found = [row for row in found if row.url and not row.reject]
@@ -93,7 +105,8 @@ def look(recipe: SourceRecipe) -> Look:
     shares = tuple(hash_share(row.group or row.url) for row in different if not row.split)
     opened = tuple(side for side in sides if side)
     framed = framed_rows([row.captions for row in found])
-    return Look(len(found), more, captions, opened, sides.count(0), splits, shares, forbidden, flaws, framed)
+    more = counted > 0
+    return Look(len(found), more, captions, opened, sides.count(0), splits, shares, forbidden, flaws, framed, behind)
 
 
 def framed_rows(rows: Sequence[Sequence[str]]) -> Framed:
