@@ -37,6 +37,7 @@ MICRO = {
         "sampled_rows": 8,
         "decoder_rows": 8,
         "caption_rows": 8,
+        "name_rows": 8,
         "upsampler_samples": 2,
         "early": 16,
     },

@@ -143,8 +143,9 @@ def passes_of(stage: str, recipes: Recipes, there: float) -> dict[str, float]:
         return found if (found := min(asked[name], round(there))) >= FEWEST else 0
 
     priors = [name for name in models if name.endswith("prior")]
-    images = some("decoder_rows") * (2 if asked["early"] else 1) + some("caption_rows") * len(priors)
-    samples = some("sampled_rows") * asked["prior_samples"] + some("caption_rows") * sampling["candidates"]
+    captions = some("caption_rows") + 2 * some("name_rows")  # as many of training rows
+    images = some("decoder_rows") * (2 if asked["early"] else 1) + captions * len(priors)
+    samples = some("sampled_rows") * asked["prior_samples"] + captions * sampling["candidates"]
     counts = {"decoder": images, **dict.fromkeys(priors, samples)}
     counts |= {n: some(f"{n}_rows") * asked["upsampler_samples"] for n in models if n not in counts}
     return {name: count * passes(name) for name, count in counts.items()}

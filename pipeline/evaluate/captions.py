@@ -27,6 +27,7 @@ class Parts(NamedTuple):
         return " ".join(part for part in (self.style, name, self.background) if part)
 
 
+Frame = tuple[str, str]  # a style and a background
 Shade = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -39,15 +40,23 @@ class Phrases:
             captions count.
         backgrounds: How a caption ends, and the colour that it names as red, green and blue of 0 to 255, such as
             ``{on a red background: [200, 0, 0]}``; ``""`` has the colour behind captions that name none.
+        variants: Words of names that say which of many alike things is meant, such as ``[skin tone]``. Claim (g) and
+            the figures beside it leave these captions out.
     """
 
     styles: tuple[str, ...] = ()
     backgrounds: dict[str, tuple[Shade, Shade, Shade]] = field(default_factory=dict)
+    variants: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> bool:
+        """Returns whether captions have parts at all."""
+        return bool(self.styles or self.backgrounds)
 
     def parts(self, caption: str) -> Parts | None:
         """Returns the parts of a caption; None for one that does not begin with a style, or that has no name."""
         style = next((style for style in self.styles if caption.startswith(f"{style} ")), "")
-        if (self.styles and not style) or not (self.styles or self.backgrounds):
+        if (self.styles and not style) or not self.named:
             return None
         ends = (words for words in self.backgrounds if words and caption.endswith(f" {words}"))
         background = max(ends, key=len, default="")
@@ -58,6 +67,41 @@ class Phrases:
         """Returns the background that a caption names, "" for none."""
         found = self.parts(caption)
         return found.background if found else ""
+
+    def frame(self, caption: str) -> Frame | None:
+        """Returns the style and the background of a caption; None for a caption without parts."""
+        found = self.parts(caption)
+        return (found.style, found.background) if found else None
+
+    def is_variant(self, caption: str) -> bool:
+        """Returns whether the caption has words of ``variants``."""
+        return any(words in caption for words in self.variants)
+
+    def group(self, caption: str) -> Frame | None:
+        """Returns the frame of a caption that names a thing; None also for a variant."""
+        return None if self.is_variant(caption) else self.frame(caption)
+
+    def in_frames(self, captions: Sequence[str], count: int) -> list[int]:
+        """Returns at most ``count`` places among ``captions``, in order, for figures of names.
+
+        These are the first captions beside which another one differs in the name alone, each name once in a style and
+        on a background. So more captions after them change nothing. Without phrases they are the first different
+        captions.
+        """
+        frames: dict[Frame, dict[str, int]] = {}
+        chosen: list[int] = []
+        for i, caption in enumerate(captions):
+            found = self.parts(caption) if self.named else Parts("", caption, "")
+            if found is None or self.is_variant(caption):
+                continue
+            names = frames.setdefault((found.style, found.background), {})
+            if names.setdefault(found.name, i) != i:
+                continue
+            more = list(names.values()) if len(names) == 1 + self.named else [i] if len(names) > 1 else []
+            if len(chosen) + len(more) > count:
+                break
+            chosen += more
+        return sorted(chosen)
 
     def alike(self, captions: Sequence[str], others: Sequence[str]) -> list[int]:
         """Returns as many places among ``others`` as there are ``captions``, far apart.
@@ -80,4 +124,5 @@ class Phrases:
 EMOJI = Phrases(
     tuple(STYLES.values()),
     {"" if name == "white" else f"on a {name} background": colour for name, colour in BACKGROUNDS.items()},
+    ("skin tone", "the flag of"),
 )

@@ -14,11 +14,12 @@ from models.cascade import UnCLIP
 from models.clip import Clip
 from models.decoder import Decoder
 from models.sampling_config import PRIORS, UPSAMPLERS
-from pipeline.evaluate import images, memorisation, priors, quality, retrieval, upsamplers
+from pipeline.evaluate import images, memorisation, names, priors, quality, retrieval, upsamplers
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.inception import Inception, fid_figures
 from pipeline.evaluate.recipe import EvaluationRecipe
-from pipeline.evaluate.rows import HeldOut, Tick, TrainingRows, held_out, read_views, training_rows
+from pipeline.evaluate.rows import HeldOut, Tick, TrainingRows, held_out, named_rows, read_views, training_rows
+from pipeline.evaluate.whitening import Whitening, fit_whitening
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import HELD_OUT_SPLITS, too_few
 from pipeline.store import Store
@@ -40,6 +41,7 @@ class Evaluation:
         inception: The network of their FID.
         shown: Images for the report, uint8 [3, h, w], by file name.
         captions: Of the columns of "comparison.png".
+        named: Caption and split of the columns of "names.png".
         closest: Caption and distance of the columns of "nearest.png".
         licenses: Of the real image in each column, by file name.
         keys: Of all rows that were measured, by part, with their split.
@@ -55,6 +57,7 @@ class Evaluation:
     inception: Inception | None = None
     shown: dict[str, Tensor] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
+    named: list[dict[str, str]] = field(default_factory=list)
     closest: list[dict[str, Any]] = field(default_factory=list)
     licenses: dict[str, list[str | None]] = field(default_factory=dict)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -72,6 +75,7 @@ class Evaluation:
             chosen["diffusion_prior samples"] = partial(self.prior_samples, "diffusion")
         chosen["decoder"] = self.decoder
         chosen["images"] = self.drawn
+        chosen["names"] = self.names
         for name in UPSAMPLERS:
             if getattr(u, name) is not None:
                 chosen[name] = partial(self.upsampler, name)
@@ -99,6 +103,21 @@ class Evaluation:
     @cached_property
     def training(self) -> TrainingRows:
         return training_rows(self.store, self.inputs)
+
+    @cached_property
+    def whitening(self) -> Whitening:
+        return fit_whitening(self.training, self.recipe.phrases)
+
+    @property
+    def priors(self) -> dict[str, str]:
+        """Returns the priors that the bundle has: stage by the name that sampling goes by."""
+        return {name: stage for name, stage in PRIORS.items() if getattr(self.unclip, stage) is not None}
+
+    @property
+    def eyes(self) -> list[quality.Eye]:
+        """Returns the CLIPs that look at images, the bundle's own first."""
+        judge = [quality.Eye("judge", self.judge)] if self.judge else []
+        return [quality.Eye("CLIP", self.unclip.clip), *judge]
 
     def _held_out(
         self, part: str, rows: int, side: int, prefer: Callable[[str], object] | None = None
@@ -139,7 +158,7 @@ class Evaluation:
         samples = priors.sample_embeddings(self.unclip, prior, chosen, recipe.prior_samples, recipe.seed, tick)
         model, gallery = PRIORS[prior], self.rows.batch["image_embedding"]
         return [
-            *priors.sample_figures(model, samples, chosen, recipe.seed),
+            *priors.sample_figures(model, samples, chosen, self.whitening, recipe.seed),
             *retrieval.prior_figures(model, samples, chosen, gallery, self.training, recipe.seed),
         ]
 
@@ -157,9 +176,8 @@ class Evaluation:
         embedding, prior = rows.batch["image_embedding"], self.unclip.sampling.prior
         drawn = {"decoder": images.draw_images(self.unclip, rows, embedding, prior, seed, tick)}
         fewer = rows.first(min(self.recipe.caption_rows, len(rows)))
-        for name, stage in PRIORS.items():
-            if getattr(self.unclip, stage) is not None:
-                drawn[stage] = images.draw_images(self.unclip, fewer, None, name, seed, tick)
+        for name, stage in self.priors.items():
+            drawn[stage] = images.draw_images(self.unclip, fewer, None, name, seed, tick)
         early: Tensor | str = self.early if isinstance(self.early, str) else ""
         if isinstance(self.early, Decoder):
             unclip = replace(self.unclip, decoder=self.early)
@@ -172,6 +190,44 @@ class Evaluation:
         figures += images.ranking_figures(self.unclip.clip, rows, drawn["decoder"], early, seed)
         figures += self._looked_at(rows, drawn, early, tick)
         self._guide(rows.first(len(self.captions)), tick)
+        return figures
+
+    def names(self, tick: Tick) -> list[Figure]:
+        """Returns line (g) and how often right real images are found, of held-out rows and of training rows."""
+        recipe, phrases = self.recipe, self.recipe.phrases
+        if isinstance(self.small, str):
+            return [one for stage in self.priors.values() if phrases.named for one in absent("g", stage, self.small)]
+        figures: list[Figure] = []
+        lines: list[list[Tensor]] = []
+        for split in (self.small.split, "train"):
+            claim = split == self.small.split
+            found = named_rows(self.store, self.inputs, phrases, split, recipe.name_rows, BASE)
+            if isinstance(found, int):
+                why, unmeasured = (
+                    names.too_few_alike(found, split),
+                    self.priors.values() if phrases.named and claim else (),
+                )
+                figures += [one for stage in unmeasured for one in absent("g", stage, why)]
+                continue
+            every, count = found
+            rows = every.first(count).to(self.device)
+            if claim:
+                self.keys["names"] = {"split": split, "keys": rows.keys, "captions": digest(rows.captions)}
+            drawn = {
+                stage: images.draw_images(self.unclip, rows, None, name, recipe.seed, tick)
+                for name, stage in self.priors.items()
+            }
+            real = every.batch["image"].permute(0, 2, 3, 1)
+            for eye in self.eyes:
+                tick(f"{eye.name} looks at images")
+                seen = {stage: eye.look(made) for stage, made in drawn.items()}
+                figures += names.named_figures(eye, seen, eye.look(real), rows, phrases, recipe.seed, claim)
+            shown = slice(SHOWN)
+            lines.append([line[shown] for line in (real, *drawn.values())])
+            self.named += [{"caption": caption, "split": split} for caption in rows.captions[shown]]
+            self.licenses.setdefault("names.png", []).extend(rows.licenses[shown])
+        if lines:
+            self.shown["names.png"] = images.beside(*map(torch.cat, zip(*lines, strict=True)))
         return figures
 
     def _guide(self, rows: HeldOut, tick: Tick) -> None:
@@ -189,16 +245,14 @@ class Evaluation:
         training = self._training_images(self.recipe.phrases.alike(rows.captions, self.training.captions))
         more = [] if isinstance(self.rows, str) else self.rows.captions
         everything = drawn | ({"early": early} if isinstance(early, Tensor) else {})
-        eyes = [quality.Eye("CLIP", self.unclip.clip)]
-        eyes += [quality.Eye("judge", self.judge)] if self.judge else []
         figures: list[Figure] = []
-        for eye in eyes:
+        for eye in self.eyes:
             tick(f"{eye.name} looks at images")
             seen = {kind: eye.look(made) for kind, made in (everything | {"real": real}).items()}
             of_real = seen.pop("real")
             arguments = (seen, of_real, eye.look(training), rows, more, self.recipe.phrases, self.recipe.seed)
             figures += quality.quality_figures(eye, *arguments)
-            if eye is eyes[0]:
+            if eye.clip is self.unclip.clip:
                 of_drawn = {model: seen[model] for model in drawn}
                 known = self.training.image_embedding
                 figures += memorisation.memorisation_figures(of_drawn, of_real, known, rows, self.recipe.seed)

@@ -10,10 +10,11 @@ from typing import Any
 LINES = {
     "a": "every conditional model uses its condition",
     "b": "the AR prior knows more than the codes' frequencies",
-    "c": "samples of the priors are near the right image embeddings and spread like them",
+    "c": "samples of the priors are near the right image embeddings and spread like them, palette aside too",
     "d": "the decoder paints the background that the caption names",
     "e": "the upsamplers beat bicubic interpolation",
     "f": "CLIP ranks real above trained above early above shuffled",
+    "g": "images of captions that differ in the name alone are told apart",
 }
 
 

@@ -49,5 +49,10 @@ def paired(
         interval=interval,
         holds={"above": interval.low > 0, "below": interval.high < 0}.get(claim or ""),
         claim=claim,
-        values=tuple(float(f"{v:.6g}") for v in value.tolist()),
+        values=rounded(value),
     )
+
+
+def rounded(values: Tensor) -> tuple[float, ...]:
+    """Returns the values of rows [n] to six digits, as figures keep them."""
+    return tuple(float(f"{v:.6g}") for v in values.tolist())

@@ -18,8 +18,10 @@ from models.sampling_config import PRIORS
 from pipeline.evaluate import metrics
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import BATCH, Rise, gap_figure, rise
+from pipeline.evaluate.names import apart_figures
 from pipeline.evaluate.paired import paired, whole
 from pipeline.evaluate.rows import HeldOut, Tick
+from pipeline.evaluate.whitening import Whitening
 from pipeline.training.task import Batch
 
 CAPTION = ("tokens", "text_embedding")
@@ -100,34 +102,65 @@ def sample_embeddings(unclip: UnCLIP, prior: str, rows: HeldOut, count: int, see
     return torch.cat(parts).unflatten(0, (count, len(rows)))
 
 
-def sample_figures(model: str, samples: Tensor, rows: HeldOut, seed: int) -> list[Figure]:
-    """Returns line (c) of samples [k, n, d] for n rows: direction, spread and distribution, and two plain cosines."""
+def sample_figures(model: str, samples: Tensor, rows: HeldOut, whitening: Whitening, seed: int) -> list[Figure]:
+    """Returns line (c) of samples [k, n, d] for n rows: direction, spread and distribution, and two plain cosines.
+
+    The first three a second time in coordinates in which style and background have no say, and then how often the mean
+    is nearer to its own image than to others of equal style and background, where captions name these.
+    """
     samples = samples.cpu()
     image, text = (rows.batch[name].cpu() for name in ("image_embedding", "text_embedding"))
-    mean, texts = metrics.cosine(F.normalize(samples.mean(0), dim=-1), image), metrics.cosine(text, image)
-    says = f"cosine of the mean of {len(samples)} samples to the image, above the caption embedding's"
+    mean = samples.double().mean(0)
+    figures = _three(model, "", "", samples, mean, image, text, rows, seed)
     one, best = metrics.cosine(samples[0], image), metrics.cosine(best_of(samples[:2], text), image)
-    return [
-        paired("c", model, "cosine_of_mean", says, mean, texts, rows, seed, "above"),
-        _variance(model, samples, image, rows, seed),
-        _mmd(model, samples[0], text, image, rows),
+    texts = metrics.cosine(text, image)
+    figures += [
         paired("c", model, "cosine_of_one", "cosine of one sample to the image", one, texts, rows, seed, None),
         paired("c", model, "cosine_of_best", "cosine of the better of two samples", best, texts, rows, seed, None),
     ]
+    captions, phrases = rows.captions, whitening.phrases
+    s, m, i = (whitening.image(x, captions) for x in (samples, mean, image))
+    within = " within style and background" if phrases.named else ""
+    where = f", in {whitening.root.shape[1]} whitened directions{within}"
+    whitened = _three(model, "_whitened", where, s, m, i, whitening.text(text, captions), rows, seed)
+    # Other training rows whiten otherwise, so that rows of two bundles cannot be compared.
+    figures += [replace(figure, values=None) for figure in whitened]
+    if phrases.named:
+        says = f"mean of {len(samples)} samples nearer to its image than to another of equal style and background"
+        scores = F.normalize(mean, dim=1) @ F.normalize(image.double(), dim=1).T
+        figures += apart_figures("c", model, "own_image", f"{says}, above chance", scores, phrases, rows)
+    return figures
 
 
-def _variance(model: str, samples: Tensor, image: Tensor, rows: HeldOut, seed: int) -> Figure:
+def _three(
+    model: str, end: str, where: str, samples: Tensor, mean: Tensor, image: Tensor, text: Tensor, rows: HeldOut,
+    seed: int,
+) -> list[Figure]:  # fmt: skip
+    """Returns the three claims of ``samples`` [k, n, d], their ``mean``, ``image`` and ``text`` [n, d].
+
+    Their names end on ``end``, and ``where`` says in which coordinates they are.
+    """
+    means, texts = metrics.cosine(mean, image), metrics.cosine(text, image)
+    says = f"cosine of the mean of {len(samples)} samples to the image, above the caption embedding's{where}"
+    return [
+        paired("c", model, f"cosine_of_mean{end}", says, means, texts, rows, seed, "above"),
+        _variance(model, end, where, samples, image, rows, seed),
+        _mmd(model, end, where, samples[0], text, image, rows),
+    ]
+
+
+def _variance(model: str, end: str, where: str, samples: Tensor, image: Tensor, rows: HeldOut, seed: int) -> Figure:
     ratio, interval = metrics.variance_ratio(samples, image, seed)
-    says, around = "variance of samples over that of images, from 0.5 to 1.5", (interval.low - 1, interval.high - 1)
-    holds = 0.5 <= ratio <= 1.5
-    return whole("c", model, "variance_ratio", says, ratio, 1.0, rows, interval=around, holds=holds)
+    says = f"variance of samples over that of images, from 0.5 to 1.5{where}"
+    around, holds = (interval.low - 1, interval.high - 1), 0.5 <= ratio <= 1.5
+    return whole("c", model, f"variance_ratio{end}", says, ratio, 1.0, rows, interval=around, holds=holds)
 
 
-def _mmd(model: str, sample: Tensor, text: Tensor, image: Tensor, rows: HeldOut) -> Figure:
+def _mmd(model: str, end: str, where: str, sample: Tensor, text: Tensor, image: Tensor, rows: HeldOut) -> Figure:
     bandwidth = metrics.median_distance(image)
     ours, theirs = (metrics.mmd_terms(x, image, bandwidth) for x in (sample, text))
     difference, error = metrics.u_statistic(ours - theirs)
-    says = "squared MMD of samples to images, below the caption embeddings'"
+    says = f"squared MMD of samples to images, below the caption embeddings'{where}"
     value, baseline = (metrics.u_statistic(x)[0] for x in (ours, theirs))
-    holds = difference < -2 * error
-    return whole("c", model, "mmd", says, value, baseline, rows, difference=difference, error=error, holds=holds)
+    more = {"difference": difference, "error": error, "holds": difference < -2 * error}
+    return whole("c", model, f"mmd{end}", says, value, baseline, rows, **more)

@@ -31,6 +31,8 @@ class EvaluationRecipe:
         decoder_rows: Rows, at most, that the decoder draws at 64 px from the images' own embeddings; where
             ``phrases`` names backgrounds, captions that name one come first.
         caption_rows: Of these, at most, that are drawn from the caption alone, through each prior.
+        name_rows: Rows, at most, that each prior draws from captions that differ in the name alone; as many training
+            rows besides.
         upsampler_256_rows: Rows, at most, with images of 256 px.
         upsampler_1024_rows: Rows, at most, with images of 1024 px.
         upsampler_samples: Samples of each, whose mean is compared with bicubic interpolation.
@@ -48,6 +50,7 @@ class EvaluationRecipe:
     sampled_rows: HeldOutRows = 64
     decoder_rows: HeldOutRows = 64
     caption_rows: HeldOutRows = 32
+    name_rows: HeldOutRows = 64
     upsampler_256_rows: HeldOutRows = 32
     upsampler_1024_rows: HeldOutRows = 16
     upsampler_samples: Several = 8

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.tokens import tokenize
 from pipeline.data.pairs.row_index import Place
+from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.metrics import derangement
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, HELD_OUT_SPLITS
@@ -22,13 +23,14 @@ from pipeline.training.task import Batch
 
 COLUMNS = ("image", "tokens", "image_embedding", "text_embedding")
 LOOKED = 1024
+GALLERY = 500  # real images among which the right one is looked for
 Tick = Callable[[str], None]  # tells the progress
 TRAINING_ROWS = 16_384  # at most, for the codes' frequencies and the nearest training image
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows of one split.
+    """Rows of one split: held out, or training rows that stand beside these.
 
     ``batch``: "tokens" int64 [n, 77], "image_embedding" and "text_embedding" fp32 [n, d] of unit norm and, for
     images, "image" uint8 [n, 3, s, s]. ``captions``: the first of each row, which is the one that was embedded.
@@ -81,6 +83,24 @@ def held_out(
                 found = sorted(found, key=lambda row: not prefer(_caption(row)))[:rows]
             return _join(store, split, found, side)
     return there
+
+
+def named_rows(
+    store: Store, inputs: Mapping[str, Artifact], phrases: Phrases, split: str, rows: int, side: int
+) -> tuple[HeldOut, int] | int:
+    """Returns at most GALLERY rows of a split with images of ``side``, and how many of the first are to be drawn.
+
+    These are at most ``rows``, whose captions differ in the name alone (see ``Phrases.in_frames``), of the first LOOKED
+    rows. The others, in order, stand beside them when images are searched for; captions with words of
+    ``phrases.variants`` are left out. Where fewer than FEWEST are to be drawn, it returns how many.
+    """
+    found = Tables(store, inputs, COLUMNS, split, side).first(LOOKED)
+    found = [row for row in found if not phrases.is_variant(_caption(row))]
+    chosen = phrases.in_frames([_caption(row) for row in found], rows)
+    if len(chosen) < FEWEST:
+        return len(chosen)
+    ordered = [found[i] for i in chosen] + [row for i, row in enumerate(found) if i not in set(chosen)]
+    return _join(store, split, ordered[:GALLERY], side), len(chosen)
 
 
 def _caption(row: JoinedRow) -> str:

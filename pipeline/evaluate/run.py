@@ -81,6 +81,7 @@ def evaluate(ctx: Context) -> Artifact:
         "holds": count(figures),
         "figures": without_values(judged(figures)),
         "captions": evaluation.captions,
+        "named": evaluation.named,
         "closest": evaluation.closest,
         "guidances": GUIDANCES,
         "licenses": evaluation.licenses,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context
 
-VERSION = 7
+VERSION = 8
 
 
 def run_evaluation(ctx: Context) -> Artifact:

@@ -23,6 +23,7 @@ DRAWN = {
     "ar_prior": "AR prior and decoder from the caption",
     "diffusion_prior": "diffusion prior and decoder from the caption",
 }
+MARK = {True: "trained on", False: "held out"}
 EVALUATION = template("evaluation.html")
 
 
@@ -35,6 +36,7 @@ def evaluation_section(given: ReportInput) -> Markup:
         return EVALUATION.unmeasured([note(f"{artifact.metrics['holds']}.")])
     parts = [
         attempt("The table of the evaluation", _claims, artifact.metrics),
+        attempt("names.png of the evaluation", _names, given),
         attempt("comparison.png of the evaluation", _comparison, given),
         attempt("guidance.png of the evaluation", _guidance, given),
     ]
@@ -56,12 +58,26 @@ def _numbers(figure: Mapping[str, Any]) -> dict[str, str]:
     return {**values, "difference": difference(figure), "rows": rows}
 
 
+def _names(given: ReportInput) -> Markup:
+    """Shows what is drawn from captions of held-out rows beside those of training rows; empty where nothing is."""
+    artifact = given.artifacts["evaluation"]
+    if "names.png" not in artifact.blobs:
+        return Markup()
+    captions = [f"{MARK[row['split'] == 'train']}: {row['caption']}" for row in artifact.metrics["named"]]
+    said = f"{_from_above(artifact.metrics, [name for name in DRAWN if name != 'decoder'])} Models were trained on the "
+    said += "rows marked so, and on none of the others."
+    return strips(given, "names.png", captions, "Held-out rows beside training rows", said)
+
+
+def _from_above(metrics: Mapping[str, Any], names: Sequence[str]) -> str:
+    models = [found["model"] for found in metrics["figures"]]
+    return f"From above: {'; '.join(['the real image', *(DRAWN[name] for name in names if name in models)])}."
+
+
 def _comparison(given: ReportInput) -> Markup:
     """Shows the images of some captions, below one another the ways to make them."""
     metrics = given.artifacts["evaluation"].metrics
-    models = [found["model"] for found in metrics["figures"]]
-    lines = ["the real image", *(said for name, said in DRAWN.items() if name in models)]
-    said = f"From above: {'; '.join(lines)}."
+    said = _from_above(metrics, list(DRAWN))
     return strips(given, "comparison.png", metrics["captions"], "Held-out captions", said)
 
 

@@ -105,10 +105,11 @@ def test_grids_grow_sharper_on_the_same_captions(shown: Shown) -> None:
 
 def test_the_evaluation_has_all_lines_both_priors_and_the_nearest_images(shown: Shown) -> None:
     said = shown.texts("#evaluation tbody td:nth-child(2)")
-    assert {text[:3] for text in said} == {"(a)", "(b)", "(c)", "(d)", "(e)", "(f)"}
+    assert {text[:3] for text in said} == {"(a)", "(b)", "(c)", "(d)", "(e)", "(f)", "(g)"}
     assert {text.split()[1].rstrip(":") for text in said} == {*MODELS} - {"clip"}
     assert "AR prior and decoder from the caption; diffusion prior and decoder" in shown.page.inner_text("#evaluation")
-    comparison, guided = (shown.page.locator("#evaluation .strips").nth(i) for i in range(2))
+    named, comparison, guided = (shown.page.locator("#evaluation .strips").nth(i) for i in range(3))
+    assert named.locator("img").count() == 16  # held-out rows beside training rows
     nearest = shown.page.locator("#memorisation .strips")
     heights = comparison.locator("img").evaluate_all("images => images.map(i => i.naturalHeight)")
     assert heights == [4 * 64] * 8  # real, decoder, and either prior

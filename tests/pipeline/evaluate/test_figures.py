@@ -23,7 +23,8 @@ from pipeline.evaluate.evaluation import absent
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import Rise, gap_figure, rise
 from pipeline.evaluate.metrics import bucket_counts, derangement
-from pipeline.evaluate.rows import HeldOut
+from pipeline.evaluate.rows import HeldOut, TrainingRows
+from pipeline.evaluate.whitening import Whitening, fit_whitening
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -128,12 +129,19 @@ def world(n: int = 200) -> tuple[HeldOut, Tensor]:
     return rows(n, image_embedding=image, text_embedding=text), mean
 
 
+def white(rows: HeldOut) -> Whitening:
+    """Whitening by these very rows, whose captions have no parts."""
+    image, text = rows.batch["image_embedding"], rows.batch["text_embedding"]
+    return fit_whitening(TrainingRows([], rows.captions, [], image, text), Phrases())
+
+
 def test_a_perfect_sampler_holds() -> None:
     chosen, mean = world()
     samples = F.normalize(mean + 0.1 * normal(16, 200, 16, seed=3), dim=-1)
-    found = by_name(priors.sample_figures("prior", samples, chosen, seed=0))
+    found = by_name(priors.sample_figures("prior", samples, chosen, white(chosen), seed=0))
     assert {name: f.holds for name, f in found.items()} == {
         "cosine_of_mean": True, "variance_ratio": True, "mmd": True, "cosine_of_one": None, "cosine_of_best": None,
+        "cosine_of_mean_whitened": True, "variance_ratio_whitened": True, "mmd_whitened": True,
     }  # fmt: skip
     assert found["variance_ratio"].value == pytest.approx(1, abs=0.1)
     assert found["mmd"].value == pytest.approx(0, abs=0.01)
@@ -146,11 +154,11 @@ def test_a_perfect_sampler_holds() -> None:
 def test_a_constant_sampler_and_one_that_copies_the_caption_fail() -> None:
     chosen, mean = world()
     constant = F.normalize(mean.mean(0), dim=0).expand(16, 200, 16)
-    found = by_name(priors.sample_figures("prior", constant, chosen, seed=0))
+    found = by_name(priors.sample_figures("prior", constant, chosen, white(chosen), seed=0))
     assert found["variance_ratio"].value == pytest.approx(0, abs=1e-6)
     assert found["variance_ratio"].holds is False
     copied = chosen.batch["text_embedding"].expand(16, -1, -1)
-    found = by_name(priors.sample_figures("prior", copied, chosen, seed=0))
+    found = by_name(priors.sample_figures("prior", copied, chosen, white(chosen), seed=0))
     assert found["cosine_of_mean"].holds is False
     assert found["mmd"].holds is False
     assert found["mmd"].difference == pytest.approx(0, abs=1e-9)
@@ -158,7 +166,7 @@ def test_a_constant_sampler_and_one_that_copies_the_caption_fail() -> None:
 
 def test_two_rows_are_no_crash() -> None:
     chosen, mean = world(2)
-    found = by_name(priors.sample_figures("prior", mean.expand(3, -1, -1), chosen, seed=0))
+    found = by_name(priors.sample_figures("prior", mean.expand(3, -1, -1), chosen, white(chosen), seed=0))
     assert found["mmd"].holds is False  # without an error nothing is proved
     assert json.loads(json.dumps(found["mmd"].as_json(), allow_nan=False))["error"] is None
 

@@ -57,6 +57,7 @@ RECIPE = EvaluationRecipe(
     sampled_rows=8,
     decoder_rows=9,
     caption_rows=8,
+    name_rows=8,
     upsampler_256_rows=8,
     upsampler_samples=2,
     early=32,
@@ -147,11 +148,12 @@ def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: P
         ("c", "ar_prior"), ("c", "diffusion_prior"), ("e", "upsampler_256"), ("f", "decoder"),
     }  # fmt: skip
     assert found.count(("f", "decoder")) == 6
-    assert {f["split"] for f in document["figures"]} == {"test"}
+    assert {f["split"] for f in document["figures"] if not f["name"].endswith("_train")} == {"test"}
+    assert {f["split"] for f in document["figures"] if f["name"].endswith("_train")} == {"train"}
     test_rows = {key for key, example in case.world.examples.items() if example.split == "test"}
     assert all(set(part["keys"]) <= test_rows for part in document["rows"].values())
     assert {name: len(part["keys"]) for name, part in document["rows"].items()} == {
-        "priors": 10, "decoder": 9, "upsampler_256": 8,
+        "priors": 10, "decoder": 9, "names": 8, "upsampler_256": 8,
     }  # fmt: skip
     assert document["few"] == {}
     assert artifact.ledger.kept == 10
@@ -159,19 +161,29 @@ def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: P
     models = ("decoder", "ar_prior", "diffusion_prior")
     assert plain == {
         ("c", "ar_prior"), ("c", "diffusion_prior"), ("e", "upsampler_256"), *product("fm", models),
+        ("g", "ar_prior"), ("g", "diffusion_prior"),
     }  # fmt: skip
     closest = artifact.metrics["closest"]
     assert [pair["distance"] for pair in closest] == sorted(pair["distance"] for pair in closest)
     assert {pair["caption"] for pair in closest} <= set(artifact.metrics["captions"])
     assert len(closest) == len(artifact.metrics["licenses"]["nearest.png"]) == 8
-    assert set(artifact.blobs) == {"evaluation.json", "comparison.png", "nearest.png", "guidance.png"}
+    assert set(artifact.blobs) == {
+        "evaluation.json", "comparison.png", "nearest.png", "guidance.png", "names.png",
+    }  # fmt: skip
+    named = artifact.metrics["named"]
+    assert [row["split"] for row in named] == ["test"] * 8 + ["train"] * 8
+    assert len({row["caption"] for row in named[:8]}) == 8  # each caption once
+    drawn = np.asarray(Image.open(BytesIO(read_blob(case.world.store, artifact.blobs["names.png"]))))
+    assert drawn.shape == (3 * 64, 16 * 64, 3)
     guided = np.asarray(Image.open(BytesIO(read_blob(case.world.store, artifact.blobs["guidance.png"]))))
     assert guided.shape == (len(GUIDANCES) * 64, 8 * 64, 3)
     assert not np.array_equal(guided[:64], guided[-64:])
 
     page = evaluation_section(ReportInput(case.world.store, {"evaluation": artifact}))
     more = measured_sections(ReportInput(case.world.store, {"evaluation": artifact}))
-    assert page.count("<img") == 2 * more.count("<img") == 16  # of eight captions: drawn, by guidance, what is nearest
+    # Of eight captions: drawn, by guidance, what is nearest; and of eight training rows.
+    assert page.count("<img") == 4 * more.count("<img") == 32
+    assert page.count("held out: ") == 2 * page.count("trained on: ") / 2 > 0
     assert "cannot be shown" not in page + more
     assert page.count("✓") + page.count("✗") == len(found)
 
@@ -259,12 +271,15 @@ def test_backgrounds_and_names_are_looked_at_only_where_a_configuration_says_wha
 
     plain = measured(RECIPE)
     assert not {name for _, name in plain if name in ("background", "clip_name_alone", "clip_within_style")}
-    assert not [f for f in plain.values() if f["line"] == "d"]
+    assert not [f for f in plain.values() if f["line"] == "d" or f["name"] in ("own_image", "clip_names")]
     phrases = Phrases(backgrounds={"circle": (255, 255, 255), "square": (255, 0, 0), "bar": (0, 0, 255)})
     named = measured(replace(RECIPE, phrases=phrases))
     assert {model for model, name in named if name == "background"} == {"decoder", "ar_prior", "diffusion_prior"}
     assert named["decoder", "background"]["rows"] >= 8
     assert named["decoder", "clip_name_alone"]["rows"] >= 8
+    assert named["ar_prior", "own_image"]["line"] == "c"
+    assert named["ar_prior", "clip_names"]["line"] == "g"
+    assert "whitened directions within style and background" in named["ar_prior", "mmd_whitened"]["says"]
 
 
 def test_held_out_rows_are_the_first_with_their_images(shared_world: World) -> None:

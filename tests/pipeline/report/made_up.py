@@ -255,10 +255,14 @@ def _evaluation(store: Store, caption: str | None) -> Artifact:
     ]
     found = [figure.as_json() for figure in figures]
     captions = [caption or f"a {colour} circle on white" for colour in COLOURS]
-    blobs = {name: put_blob(store, _grid(64, 0.1)) for name in ("comparison.png", "nearest.png", "guidance.png")}
+    blobs = {
+        name: put_blob(store, _grid(64, 0.1)) for name in ("comparison.png", "nearest.png", "guidance.png", "names.png")
+    }
     blobs["evaluation.json"] = put_blob(store, json.dumps({"figures": found}).encode())
     metrics = {"holds": count(found), "figures": judged(found), "captions": captions}
     metrics["closest"] = [{"caption": captions[i], "distance": i / 8} for i in range(8)]
+    metrics["named"] = [{"caption": said, "split": "test" if i < 4 else "train"} for i, said in enumerate(captions)]
     metrics["guidances"] = [0.0, 1.0, 3.0]
     metrics["licenses"] = {"comparison.png": ["CC-BY-4.0"] * 4 + [None] * 4, "nearest.png": ["other"] * 8}
+    metrics["licenses"]["names.png"] = ["CC-BY-4.0"] * 7 + [None]
     return _publish(store, "evaluation", 9.0, ledger=Ledger(kept=8), blobs=blobs, metrics=metrics, recipe={"rows": 8})

@@ -105,6 +105,9 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert "From above: the real image; the decoder from the image" in page
     assert "From above: guidance 0, 1, 3." in page
     assert page.count('alt="Held-out captions: ') == 8
+    assert page.count('alt="Held-out rows beside training rows: held out: ') == 4
+    assert page.count('alt="Held-out rows beside training rows: trained on: ') == 4
+    assert "From above: the real image; AR prior and decoder from the caption. Models were trained" in page
     assert page.count('alt="Drawn images and the training images nearest to them: ') == 8
     assert page.count("diffusion prior and decoder from the caption") == 0  # this one has no diffusion prior
     assert "243 a second, 41% of what matrix products reach there. Of the time: forward 98.0%, wait 2.0%." in page
