@@ -89,18 +89,15 @@ class Phrases:
         captions.
         """
         frames: dict[Frame, dict[str, int]] = {}
-        chosen: list[int] = []
+        chosen: set[int] = set()
         for i, caption in enumerate(captions):
             found = self.parts(caption) if self.named else Parts("", caption, "")
-            if found is None or self.is_variant(caption):
+            if found is None or not found.name or self.is_variant(caption):
                 continue
             names = frames.setdefault((found.style, found.background), {})
-            if names.setdefault(found.name, i) != i:
-                continue
-            more = list(names.values()) if len(names) == 1 + self.named else [i] if len(names) > 1 else []
-            if len(chosen) + len(more) > count:
-                break
-            chosen += more
+            if names.setdefault(found.name, i) == i and len(names) > self.named:
+                more = chosen | set(names.values())
+                chosen = more if len(more) <= count else chosen
         return sorted(chosen)
 
     def alike(self, captions: Sequence[str], others: Sequence[str]) -> list[int]:

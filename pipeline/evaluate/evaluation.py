@@ -194,40 +194,38 @@ class Evaluation:
 
     def names(self, tick: Tick) -> list[Figure]:
         """Returns line (g) and how often right real images are found, of held-out rows and of training rows."""
-        recipe, phrases = self.recipe, self.recipe.phrases
         if isinstance(self.small, str):
-            return [one for stage in self.priors.values() if phrases.named for one in absent("g", stage, self.small)]
+            return self._unnamed(self.small)
+        return [*self._named(self.small.split, True, tick), *self._named("train", False, tick)]
+
+    def _unnamed(self, why: str) -> list[Figure]:
+        """Returns why line (g) is not measured; nothing where it is not claimed."""
+        stages = self.priors.values() if self.recipe.phrases.named else ()
+        return [figure for stage in stages for figure in absent("g", stage, why)]
+
+    def _named(self, split: str, claim: bool, tick: Tick) -> list[Figure]:
+        """Returns the figures of images that are drawn from captions of a split, and keeps some of these."""
+        recipe, phrases = self.recipe, self.recipe.phrases
+        found = named_rows(self.store, self.inputs, phrases, split, recipe.name_rows, BASE)
+        if isinstance(found, int):
+            return self._unnamed(names.too_few_alike(found, split)) if claim else []
+        every, count = found
+        rows, real = every.first(count).to(self.device), every.batch["image"].permute(0, 2, 3, 1)
+        if claim:
+            self.keys["names"] = {"split": split, "keys": rows.keys, "captions": digest(rows.captions)}
+        drawn = {
+            stage: images.draw_images(self.unclip, rows, None, name, recipe.seed, tick)
+            for name, stage in self.priors.items()
+        }
         figures: list[Figure] = []
-        lines: list[list[Tensor]] = []
-        for split in (self.small.split, "train"):
-            claim = split == self.small.split
-            found = named_rows(self.store, self.inputs, phrases, split, recipe.name_rows, BASE)
-            if isinstance(found, int):
-                why, unmeasured = (
-                    names.too_few_alike(found, split),
-                    self.priors.values() if phrases.named and claim else (),
-                )
-                figures += [one for stage in unmeasured for one in absent("g", stage, why)]
-                continue
-            every, count = found
-            rows = every.first(count).to(self.device)
-            if claim:
-                self.keys["names"] = {"split": split, "keys": rows.keys, "captions": digest(rows.captions)}
-            drawn = {
-                stage: images.draw_images(self.unclip, rows, None, name, recipe.seed, tick)
-                for name, stage in self.priors.items()
-            }
-            real = every.batch["image"].permute(0, 2, 3, 1)
-            for eye in self.eyes:
-                tick(f"{eye.name} looks at images")
-                seen = {stage: eye.look(made) for stage, made in drawn.items()}
-                figures += names.named_figures(eye, seen, eye.look(real), rows, phrases, recipe.seed, claim)
-            shown = slice(SHOWN)
-            lines.append([line[shown] for line in (real, *drawn.values())])
-            self.named += [{"caption": caption, "split": split} for caption in rows.captions[shown]]
-            self.licenses.setdefault("names.png", []).extend(rows.licenses[shown])
-        if lines:
-            self.shown["names.png"] = images.beside(*map(torch.cat, zip(*lines, strict=True)))
+        for eye in self.eyes:
+            tick(f"{eye.name} looks at images")
+            seen = {stage: eye.look(made) for stage, made in drawn.items()}
+            figures += names.named_figures(eye, seen, eye.look(real), rows, phrases, recipe.seed, claim)
+        grid = images.beside(*(line[:SHOWN] for line in (real, *drawn.values())))
+        self.shown["names.png"] = torch.cat([self.shown["names.png"], grid], 2) if "names.png" in self.shown else grid
+        self.named += [{"caption": caption, "split": split} for caption in rows.captions[:SHOWN]]
+        self.licenses["names.png"] = [*self.licenses.get("names.png", []), *rows.licenses[:SHOWN]]
         return figures
 
     def _guide(self, rows: HeldOut, tick: Tick) -> None:

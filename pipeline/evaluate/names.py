@@ -33,14 +33,12 @@ class Apart(NamedTuple):
 
     Attributes:
         share: For each row that has others in its group, how many of these score lower than the row itself, as a share
-            from 0 to 1; fp64 [m].
-        place: Which rows these are, int64 [m].
+            from 0 to 1; fp64 [m], group by group.
         error: The standard error of the mean share where nothing is known.
         groups: How many groups have two rows or more.
     """
 
     share: Tensor
-    place: Tensor
     error: float
     groups: int
 
@@ -52,8 +50,8 @@ def told_within(scores: Tensor, groups: Sequence[Hashable | None]) -> Apart:
     curve within groups: 0.5 by chance, 1 where every row is found. The error is exact: where the queries of a group
     know nothing of their targets, every assignment of targets to queries is as likely, and the variance of the sum of
     n numbers a(i, p(i)) over all permutations p is the sum of squares of a(i, j), centred by rows and columns, over
-    n - 1 (Hoeffding 1951, "A combinatorial central limit theorem"). So targets that attract every
-    query add no false certainty. A group of None, or of one row, does not count.
+    n - 1 (Hoeffding 1951, "A combinatorial central limit theorem"). So targets that attract every query add no false
+    certainty. A group of None, or of one row, does not count.
     """
     places: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
@@ -69,9 +67,8 @@ def told_within(scores: Tensor, groups: Sequence[Hashable | None]) -> Apart:
         centred = share - share.mean(0) - share.mean(1, keepdim=True) + share.mean()
         variance += float(centred.square().sum()) / (n - 1)
         shares.append(share.diagonal())
-    share = torch.cat(shares)
-    place = torch.cat([torch.zeros(0, dtype=torch.int64), *inside])
-    return Apart(share, place, variance**0.5 / max(1, len(share)), len(inside))
+    known = torch.cat(shares)
+    return Apart(known, variance**0.5 / max(1, len(known)), len(inside))
 
 
 def too_few_alike(rows: int, split: str) -> str:
@@ -123,9 +120,7 @@ def named_figures(
     end = "" if claim else f"_{rows.split}"
     for model, seen in drawn.items():
         if phrases.named:
-            says = (
-                f"image nearer to its caption than to one that differs in the name alone, by {eye.name}, above chance"
-            )
+            says = f"image nearer to its caption than to one of another name, by {eye.name}, above chance"
             scores = F.normalize(seen, dim=1) @ F.normalize(texts, dim=1).T
             name = f"{eye.name.lower()}_names{end}"
             figures += apart_figures("g", model, name, says, scores, phrases, rows, claim)
@@ -136,8 +131,8 @@ def named_figures(
 def found_first(drawn: Tensor, real: Tensor, rows: HeldOut, model: str, eye: str, seed: int) -> list[Figure]:
     """Returns, for information, how often the right real image is among the FIRST of all by cosine to the drawn one.
 
-    ``drawn`` [n, d] are embeddings of images drawn from the captions of the first n ``rows``, and ``real`` [m, d] those
-    of all their real images. Empty where there are no more than FIRST of these.
+    ``drawn`` [n, d] are embeddings of images drawn from the captions of ``rows``, and ``real`` [m, d] those of real
+    images, of which the first n are of the same rows. Empty where there are no more than FIRST.
     """
     if len(real) <= FIRST:
         return []

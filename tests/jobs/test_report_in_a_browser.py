@@ -57,7 +57,7 @@ def test_it_is_one_small_file_that_nothing_is_wrong_with(shown: Shown, folder: P
     assert (folder / "report.html").stat().st_size < 5 << 20
     assert "cannot be shown" not in shown.page.inner_text("body")
     widths = shown.page.locator("img").evaluate_all("images => images.map(i => i.complete && i.naturalWidth)")
-    assert len(widths) == 2 * SAMPLES + 24 + 4 + PREVIEWS + 3 * 8  # samples, rows kept and rejected, strips
+    assert len(widths) == 2 * SAMPLES + 24 + 4 + PREVIEWS + 5 * 8  # samples, rows kept and rejected, strips
     assert all(widths)
 
 

@@ -46,7 +46,6 @@ def test_chance_is_that_of_all_permutations() -> None:
     scores[0, 2] = scores[0, 5]  # a tie
     found = told_within(scores, groups)
     inside = [[0, 2, 5, 6], [1, 4, 7]]
-    assert found.place.tolist() == [i for group in inside for i in group]
     assert found.groups == 2
 
     def share(i: int, j: int, group: list[int]) -> float:
@@ -167,11 +166,16 @@ def test_rows_are_drawn_that_differ_in_the_name_alone() -> None:
     ]
     assert EMOJI.in_frames(listed, 20) == [0, 1, 4, 7, 8, 9]
     assert EMOJI.in_frames(listed, 3) == [0, 4, 7]
-    assert EMOJI.in_frames(listed, 4) == [0, 4, 7]  # the next two come together
+    assert EMOJI.in_frames(listed, 4) == [
+        0,
+        4,
+        7,
+        9,
+    ]  # two would come together before the last, and there is place for one
     for count in (2, 3, 5):
         chosen = EMOJI.in_frames(listed, count)
         assert EMOJI.in_frames([*listed, *captions(30)], count) == chosen  # an append changes nothing
-    assert Phrases().in_frames(["a cat", "a dog", "a cat", "a hen"], 3) == [0, 1, 3]
+    assert Phrases().in_frames(["a cat", "", "a dog", "a cat", "a hen"], 3) == [0, 2, 4]
     assert Phrases(variants=("dog",)).in_frames(["a cat", "a dog", "a hen"], 3) == [0, 2]
 
 
