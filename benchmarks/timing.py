@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,7 +68,7 @@ def begin(title: str | None, options: argparse.Namespace) -> None:
     print((title or "").partition("\n")[0])
     packages = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     print(f"  Python {platform.python_version()}, {packages}")
-    print(f"  {_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_load()}")
+    print(f"  {cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_load()}")
 
 
 def finish(ratios: dict[str, float]) -> None:
@@ -105,11 +106,20 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """Returns the name of the processor and the instructions that PyTorch uses on it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return f"{model or platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def commit() -> str:
+    """Returns the short name of the commit that is checked out; a "+" says that files differ from it."""
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return said.stdout.strip()
 
 
 def _load() -> str:

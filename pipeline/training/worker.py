@@ -128,12 +128,12 @@ class Publisher:
         store = self.ctx.store
         blobs = {"metrics.jsonl": put_blob(store, state.journal.text()), **state.journal.previews()}
         with tempfile.TemporaryDirectory() as folder:
-            self._save(model, Path(folder))
+            self.save(model, Path(folder))
             for file in sorted(Path(folder).iterdir()):
                 blobs[file.name] = put_blob(store, file, move=True)
         return blobs
 
-    def _save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: nn.Module, folder: Path) -> None:
         """Writes the model as files, after its task has measured it, in fp32 as in sampling, if it does."""
         if not isinstance(self.task, Finishes):
             self.task.save(model, folder)
