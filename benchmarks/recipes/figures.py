@@ -27,7 +27,6 @@ from models.folder import load_model
 from models.pixels import from_uint8
 from models.prior_configs import DiffusionPriorConfig
 from models.tokens import tokenize
-from pipeline.config import Config
 from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.images import backgrounds, draw_images
 from pipeline.evaluate.metrics import bootstrap, cosine, derangement, variance_ratio
@@ -58,26 +57,24 @@ PATCH = 4  # pixels
 LEVEL = 1 / 255  # at most, the spread within a patch of a real image that is level, but for what JPEG makes of it
 
 
-def measure(
-    stage: str, ctx: Context, config: Config, models: Mapping[str, str], splits: Sequence[str]
-) -> dict[str, Found]:
+def measure(stage: str, ctx: Context, models: Mapping[str, str], splits: Sequence[str]) -> dict[str, Found]:
     """Returns the figures of a model, those of "test" rows under "held_out_" and their name.
 
     A split with too few rows has none.
 
     Args:
         stage: What was trained.
-        ctx: Has the store and the artefacts, CLIP among them where it was not trained.
-        config: Has the phrases of captions and the sampling defaults.
+        ctx: Has the store, the artefacts, CLIP among them where it was not trained, and the configuration, with the
+            phrases of captions and the sampling defaults.
         models: Folders by stage, and as "prior" and "judge".
         splits: "validation", "test" or both.
     """
     found: dict[str, Found] = {}
     for split in splits:
         if stage == "clip":
-            figures = clip_figures(Clip.from_folder(models["clip"]), ctx, config.evaluation.phrases, split)
+            figures = clip_figures(Clip.from_folder(models["clip"]), ctx, ctx.config.evaluation.phrases, split)
         else:
-            figures = _Measured(ctx, config, models, split).figures(stage)
+            figures = _Measured(ctx, models, split).figures(stage)
         prefix = "held_out_" if split == "test" else ""
         found |= {f"{prefix}{name}": value for name, value in figures.items()}
     return found
@@ -162,7 +159,6 @@ class _Measured:
     """A decoder, a prior or both, with what looks at what they make."""
 
     ctx: Context
-    config: Config
     models: Mapping[str, str]
     split: str
 
@@ -187,7 +183,7 @@ class _Measured:
             diffusion_prior=None if ar else diffusion,
             ar_prior=self.prior if ar else None,
             codec=self.codec,
-            sampling=self.config.bundle.sampling,
+            sampling=self.ctx.config.bundle.sampling,
         )
         self.kind = "ar" if ar else "diffusion"
 
@@ -256,7 +252,7 @@ class _Measured:
         found = {}
         if embeddings is not None:
             found["dots"] = mean(dots(drawn, real))
-        phrases = self.config.evaluation.phrases
+        phrases = self.ctx.config.evaluation.phrases
         named = [(i, name) for i, text in enumerate(rows.captions) if (name := phrases.background(text))]
         if len(named) >= FEWEST:
             seen = backgrounds(drawn[[i for i, _ in named]], phrases.backgrounds)

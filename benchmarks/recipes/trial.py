@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt
+from torch import nn
 
 from benchmarks.recipes.figures import measure
 from benchmarks.recipes.others import Cropped, Reworded
@@ -150,9 +151,14 @@ def run(
         "torch": torch.__version__,
     }
     print(f"{trial.name}: {state.samples:,} samples in {took:.0f} processor seconds", flush=True)
-    figures = {} if diverged else _measured(trial, ctx, project, task, feed, state, partners, save, held_out)
-    rounded = {name: [float(f"{value:.5g}") for value in found] for name, found in figures.items()}
-    return line | {"figures": rounded, "diverged": diverged}
+    figures: dict[str, list[float]] = {}
+    if not diverged:
+        splits = ("validation", "test") if held_out else ("validation",)
+        with tempfile.TemporaryDirectory() if save is None else nullcontext(save) as folder, torch.no_grad():
+            saved(ctx, task, feed, state.ema, folder)
+            found = measure(trial.stage, ctx, {**partners, trial.stage: folder}, splits)
+        figures = {name: [float(f"{value:.5g}") for value in values] for name, values in found.items()}
+    return line | {"figures": figures, "diverged": diverged}
 
 
 def context(project: Project, stage: str) -> Context:
@@ -215,22 +221,7 @@ def _fit(ctx: Context, feed: Any, recipe: TrainingRecipe, state: TrainState, bet
     fit(ctx.stage, feed, recipe, ctx.settings, ProcessGroup(), state, between)
 
 
-def _measured(
-    trial: Trial,
-    ctx: Context,
-    project: Project,
-    task: Task,
-    feed: Feed,
-    state: TrainState,
-    partners: Mapping[str, str],
-    save: str | None,
-    held_out: bool,
-) -> dict[str, tuple[float, float, float]]:
-    """Saves the averaged weights as a model and returns the figures of that model."""
-    with tempfile.TemporaryDirectory() if save is None else nullcontext(save) as folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Publisher(ctx, task, feed, ProcessGroup(), NOT_MEASURED).save(state.ema, Path(folder))
-        models = {**partners, trial.stage: folder}
-        splits = ("validation", "test") if held_out else ("validation",)
-        with torch.no_grad():
-            return measure(trial.stage, ctx, project.config, models, splits)
+def saved(ctx: Context, task: Task, feed: Feed, model: nn.Module, folder: str) -> None:
+    """Writes a model as its stage does, measured by its task if need be."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Publisher(ctx, task, feed, ProcessGroup(), NOT_MEASURED).save(model, Path(folder))
