@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.recipes import trial as trials
-from benchmarks.recipes.figures import DRAWN, PATCH, QUARTERS, dots, errors, other_style
+from benchmarks.recipes.__main__ import main
+from benchmarks.recipes.figures import PATCH, QUARTERS, dots, errors, other_style
 from benchmarks.recipes.others import reworded
 from benchmarks.recipes.record import LOG, PAGE, cell, check_new, page, read_log, table
 from benchmarks.recipes.trial import Trial, describe, read_trial, train
@@ -312,11 +312,11 @@ def test_every_model_gets_its_line(folder: Path) -> None:
     assert decoder != again
 
 
-def test_a_trial_that_is_in_the_record_is_refused_before_it_runs(folder: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.recipes", "clip.yaml", "--store", "store", "--log", "log.jsonl"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 2
-    assert ran.stderr.splitlines() == ["error: clip: the record has it with seed 0; take another --seed"]
-    assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seed"] == 1
-    assert DRAWN >= 32
+def test_a_trial_that_is_in_the_record_is_refused_before_it_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    record = (folder / "log.jsonl").read_text()
+    with pytest.raises(UserError, match="clip: the record has it with seed 0; take another --seed"):
+        main(["clip.yaml", "--store", "store", "--log", "log.jsonl"])
+    with pytest.raises(UserError, match="clip is not empty: name a new folder for the model"):
+        main(["clip.yaml", "--store", "store", "--log", "log.jsonl", "--save", "clip", "--seed", "1"])
+    assert (folder / "log.jsonl").read_text() == record
