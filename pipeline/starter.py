@@ -197,7 +197,7 @@ def _clip(gpu: bool, seen: Look | None) -> str:
     line = f'clip: {{weights: "{CLIP_WEIGHTS}"}}'
     if existing_clip(gpu, seen):
         return f"{says}\n{line} # train: one of your own\n\n"
-    slow = "" if gpu else " It is slow\n# without a GPU: unclip plan estimates the hours."
+    slow = "" if gpu else " It is slow\n# without a GPU: unclip plan estimates the time."
     return f"{says}{slow}\n# {line}\n\n"
 
 
