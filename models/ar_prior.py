@@ -7,7 +7,8 @@ unCLIP section 2.2 and Algorithm 2, option 1. The sequence is
 and a causal transformer predicts each code from what is left of it. Codes are quantile buckets of PCA coordinates by
 falling variance (models/codec.py), so that bucket j means the same at every position: the j-th quantile. One bucket
 embedding and one output head therefore serve all positions, and position embeddings tell them apart. The text encoder
-is bidirectional: its first 63 outputs have seen the whole caption.
+is bidirectional: its first 63 outputs have seen the whole caption. With ``text_encoder: frozen`` it reads the token
+states of CLIP (models/frozen_text.py) in place of token embeddings.
 """
 
 from collections.abc import Callable
@@ -19,20 +20,26 @@ from torch import Tensor, nn
 from models.codec import Codec
 from models.diffusion.guidance import guidance_rows
 from models.draw import Draw
+from models.frozen_text import FrozenCaption, required
 from models.losses import Losses
 from models.nn.transformer import Cache, CaptionEmbedding, Transformer, normal_linear
-from models.prior_configs import ARPriorConfig
+from models.prior_configs import ARPriorConfig, TextTower
 
 
 class ARPrior(nn.Module):
     """P(codes | caption, text embedding, dot-product token) for embeddings of ``embed_dim`` and ``codes`` positions."""
 
-    def __init__(self, config: ARPriorConfig, embed_dim: int, codes: int):
+    def __init__(self, config: ARPriorConfig, embed_dim: int, codes: int, text_tower: TextTower | None = None):
         super().__init__()
         self.config = config
         self.embed_dim = embed_dim
         self.codes = codes
-        self.caption = CaptionEmbedding(config.vocabulary, config.text_context, config.text_width)
+        self.text_tower = text_tower
+        self.caption: nn.Module
+        if config.text_encoder == "frozen":
+            self.caption = FrozenCaption(required(text_tower), embed_dim, config.text_context, config.text_width)
+        else:
+            self.caption = CaptionEmbedding(config.vocabulary, config.text_context, config.text_width)
         self.text_encoder = Transformer(
             config.text_width, config.text_depth, config.text_heads, causal=False, dropout=config.dropout
         )

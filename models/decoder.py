@@ -14,11 +14,13 @@ from models.diffusion.process import Prediction, hybrid_loss, predict, q_sample
 from models.diffusion.samplers import Denoise
 from models.diffusion.schedules import make_schedule
 from models.draw import Draw
+from models.frozen_text import FrozenText, required
 from models.image_configs import DecoderConfig
 from models.losses import Losses
 from models.nn.text_encoder import ClipTextEncoder, TextEncoder
 from models.nn.unet import UNet, zeroed
 from models.pixels import from_uint8
+from models.prior_configs import TextTower
 
 CLIP_CONTEXT = 77
 """The length of the captions that CLIP's tokenizer makes."""
@@ -82,17 +84,19 @@ class Decoder(nn.Module):
 
     The image embedding z has unit norm, as CLIP gives it, and is multiplied by ``scale``, by default sqrt(d) for unit
     variance. W z joins the timestep embedding, and W' z makes ``clip_tokens`` tokens before the outputs of the
-    decoder's own text encoder, whose vector for the caption joins the timestep embedding as well (GLIDE). Dropout uses
-    PyTorch's global generator.
+    decoder's own text encoder, whose vector for the caption joins the timestep embedding as well (GLIDE); with
+    ``text_encoder: frozen`` it is a copy of CLIP's, of the sizes ``text_tower``. Dropout uses PyTorch's global
+    generator.
     """
 
-    def __init__(self, config: DecoderConfig, embed_dim: int):
+    def __init__(self, config: DecoderConfig, embed_dim: int, text_tower: TextTower | None = None):
         super().__init__()
         self.config = config
         self.embed_dim = embed_dim
+        self.text_tower = text_tower
         self.scale = config.embedding_norm or embed_dim**0.5
         sides = config.feature_sides()
-        clip = config.text_encoder == "clip"
+        clip = config.text_encoder != "glide"
         context_width = config.context_width or config.text_width
         self.unet = UNet(
             in_channels=3 * config.patch**2,
@@ -107,14 +111,18 @@ class Decoder(nn.Module):
         )
         context = min(CLIP_CONTEXT, config.text_context)
         shape = (config.vocabulary, context, config.text_width, config.text_depth, config.text_heads)
-        self.text = ClipTextEncoder(*shape, embed_dim) if clip else TextEncoder(*shape)
+        self.text: ClipTextEncoder | TextEncoder
+        text_width = config.text_width
+        if config.text_encoder == "frozen":
+            tower = required(text_tower)
+            self.text, text_width = FrozenText(tower, embed_dim, context), tower.width
+        else:
+            self.text = ClipTextEncoder(*shape, embed_dim) if clip else TextEncoder(*shape)
         self.text_to_time = nn.Linear(embed_dim if clip else config.text_width, self.unet.embedding_width)
         self.image_to_time = nn.Linear(embed_dim, self.unet.embedding_width)
         self.image_to_tokens = nn.Linear(embed_dim, config.clip_tokens * context_width)
         self.text_to_context = (
-            nn.Sequential(nn.Linear(config.text_width, context_width), nn.LayerNorm(context_width))
-            if clip
-            else nn.Identity()
+            nn.Sequential(nn.Linear(text_width, context_width), nn.LayerNorm(context_width)) if clip else nn.Identity()
         )
         self.null_image = nn.Parameter(torch.zeros(embed_dim), requires_grad=config.null_image == "learned")
         lowest = config.channels * config.multipliers[-1]

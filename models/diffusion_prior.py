@@ -6,7 +6,8 @@ unCLIP section 2.2 and Algorithm 2, option 2. One causal transformer reads
 
 and its output at the query is the clean embedding. Embeddings are diffused at ``scale`` times the square root of their
 dimension (unCLIP, appendix C). Table 3's 24 layers of width 2,048 make the 1B of its model size alone, so its "text
-encoder" row is this transformer, and captions enter as token embeddings.
+encoder" row is this transformer, and captions enter as token embeddings, or with ``text_encoder: frozen`` as the token
+states of CLIP (models/frozen_text.py).
 """
 
 from collections.abc import Iterable
@@ -22,10 +23,11 @@ from models.diffusion.process import Prediction, mean_over_row, predict, q_sampl
 from models.diffusion.samplers import Denoise
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
+from models.frozen_text import FrozenCaption, required
 from models.losses import Losses
 from models.nn.embedding import timestep_embedding
 from models.nn.transformer import Cache, CaptionEmbedding, Transformer, normal_linear
-from models.prior_configs import ASKED, DiffusionPriorConfig
+from models.prior_configs import ASKED, DiffusionPriorConfig, TextTower
 
 GAMMA_STEPS = 64
 """Timesteps at which Gamma is measured: those of the paper's grid."""
@@ -40,12 +42,17 @@ class DiffusionPrior(nn.Module):
 
     gamma: Tensor | None
 
-    def __init__(self, config: DiffusionPriorConfig, embed_dim: int):
+    def __init__(self, config: DiffusionPriorConfig, embed_dim: int, text_tower: TextTower | None = None):
         super().__init__()
         self.config = config
         self.embed_dim = embed_dim
+        self.text_tower = text_tower
         width = config.width
-        self.caption = CaptionEmbedding(config.vocabulary, config.text_context, width)
+        self.caption: nn.Module
+        if config.text_encoder == "frozen":
+            self.caption = FrozenCaption(required(text_tower), embed_dim, config.text_context, width)
+        else:
+            self.caption = CaptionEmbedding(config.vocabulary, config.text_context, width)
         self.embedding_in = normal_linear(embed_dim, width)
         self.null_embedding = nn.Parameter(torch.empty(width))
         self.timestep = nn.Sequential(normal_linear(width, width), nn.SiLU(), normal_linear(width, width))

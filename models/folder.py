@@ -4,7 +4,7 @@ CLIP has open_clip's layout instead (models/clip.py).
 """
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from models.codec import Codec
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
-from models.prior_configs import ARPriorConfig, DiffusionPriorConfig
+from models.prior_configs import ARPriorConfig, DiffusionPriorConfig, TextTower
 from models.tensors import save_tensors
 from models.upsampler import Upsampler
 
@@ -31,7 +31,7 @@ CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 
 
 class Kind(NamedTuple):
-    """A class of models: what builds it from its configuration, and the dimensions it takes besides."""
+    """A class of models: what builds it from its configuration, and what CLIP and the codec decide of it besides."""
 
     model: type[nn.Module]
     config: type
@@ -39,10 +39,10 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "ar_prior": Kind(ARPrior, ARPriorConfig, ("embed_dim", "codes")),
-    "diffusion_prior": Kind(DiffusionPrior, DiffusionPriorConfig, ("embed_dim",)),
+    "ar_prior": Kind(ARPrior, ARPriorConfig, ("embed_dim", "codes", "text_tower")),
+    "diffusion_prior": Kind(DiffusionPrior, DiffusionPriorConfig, ("embed_dim", "text_tower")),
     "clip_prior": Kind(ClipPrior, ClipPriorConfig, ("embed_dim",)),
-    "decoder": Kind(Decoder, DecoderConfig, ("embed_dim",)),
+    "decoder": Kind(Decoder, DecoderConfig, ("embed_dim", "text_tower")),
     "upsampler": Kind(Upsampler, UpsamplerConfig, ()),
 }
 
@@ -50,7 +50,7 @@ KINDS = {
 def save_model(folder: str | Path, model: nn.Module, weights: dict[str, Tensor] | None = None) -> None:
     """Writes a prior, decoder or upsampler into ``folder``, with ``weights`` (an average, say) instead of its own."""
     kind = next(name for name, kind in KINDS.items() if type(model) is kind.model)
-    sizes = {name: getattr(model, name) for name in KINDS[kind].sizes}
+    sizes = sizes_as_json({name: getattr(model, name) for name in KINDS[kind].sizes})
     document = {"format": FORMAT, "kind": kind, "config": asdict(model.config), "sizes": sizes}  # type: ignore[call-overload]
     write(Path(folder), document, weights or model.state_dict())
 
@@ -71,7 +71,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Any:
             raise ValueError(f"{folder}/{CONFIG_FILE} has unknown fields {sorted(unknown)}: update this software")
         config = kind.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in document["config"].items()})
         with torch.device("meta"):  # no time lost on random weights
-            model = kind.model(config, **document["sizes"])
+            model = kind.model(config, **sizes_from_json(document["sizes"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/{CONFIG_FILE} is damaged ({error!r}): fetch or train it again") from error
     try:
@@ -79,6 +79,16 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Any:
     except RuntimeError as error:
         raise ValueError(f"{folder}/{WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from error
     return model.eval()
+
+
+def sizes_as_json(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a model takes besides its configuration as a folder holds it, without what it does not have."""
+    return {name: asdict(size) if is_dataclass(size) else size for name, size in sizes.items() if size is not None}  # type: ignore[arg-type]
+
+
+def sizes_from_json(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Returns the inverse of ``sizes_as_json``. Raises TypeError for a text tower with unknown sizes."""
+    return {name: TextTower(**size) if name == "text_tower" else size for name, size in sizes.items()}
 
 
 def save_codec(folder: str | Path, codec: Codec) -> None:

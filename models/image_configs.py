@@ -67,9 +67,11 @@ class DecoderConfig:
         steps: Of the diffusion.
         prediction: What the network is asked for: the noise (``eps``), ``v``, or the image (``x0``), for networks
             too small to carry noise through.
-        text_encoder: ``glide``, the paper's, or ``clip``, CLIP's causal one, as Karlo has; with it padding is
-            hidden, and a dropped caption is an empty one.
-        context_width: With ``clip``: the width that its outputs are projected to; 0 is ``text_width``.
+        text_encoder: ``glide``, the paper's; ``clip``, CLIP's causal one, as Karlo has; or ``frozen``, the text
+            tower of this run's CLIP, of its own sizes and not trained. With the last two padding is hidden, and a
+            dropped caption is an empty one.
+        context_width: With ``clip`` or ``frozen``: the width that its outputs are projected to; 0 is
+            ``text_width``.
         embedding_norm: Length given to image embeddings; 0 is the square root of their dimension, for unit
             variance.
         layout_channels: Channels that the image embedding is projected to at every position of the lowest resolution,
@@ -100,7 +102,7 @@ class DecoderConfig:
     schedule: Schedule = "cosine"
     steps: int = 1000
     prediction: Prediction = "eps"
-    text_encoder: Literal["glide", "clip"] = "glide"
+    text_encoder: Literal["glide", "clip", "frozen"] = "glide"
     context_width: int = 0
     embedding_norm: float = 0.0
     layout_channels: int = 0
@@ -136,8 +138,8 @@ class DecoderConfig:
             share = getattr(self, name)
             require(0 <= share <= 1, f"{name} is {share}: use a share from 0 to 1")
         require(
-            self.context_width == 0 or (self.context_width > 0 and self.text_encoder == "clip"),
-            f"context_width is {self.context_width}: use 0, or a positive width with text_encoder 'clip'",
+            self.context_width == 0 or (self.context_width > 0 and self.text_encoder != "glide"),
+            f"context_width is {self.context_width}: use 0, or a positive width with text_encoder 'clip' or 'frozen'",
         )
         require(
             self.embedding_norm >= 0, f"embedding_norm is {self.embedding_norm}: use a length, or 0 for unit variance"

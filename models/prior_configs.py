@@ -4,7 +4,7 @@ A prior has no field for the dimension of embeddings or the number of codes: CLI
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 ASKED = 3
 """Positions of the diffusion prior after a caption and its embedding: timestep, noised image embedding, query."""
@@ -41,6 +41,47 @@ def check_text_context(tokens: int) -> None:
 
 
 @dataclass(frozen=True)
+class TextTower:
+    """Sizes the text tower of a CLIP as Radford et al. 2021 (section 2.4) have it: causal, read at the end token.
+
+    Attributes:
+        width: Of its token states.
+        depth: Layers.
+        heads: Of attention.
+        context: BPE tokens, with start and end.
+        vocabulary: Of its tokens, whose last two are start and end.
+        quick_gelu: Whether it has OpenAI's approximation of GELU.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    context: int = 77
+    vocabulary: int = 49408
+    quick_gelu: bool = False
+
+    @classmethod
+    def of(cls, model_config: dict[str, Any]) -> Self:
+        """Returns the sizes in open_clip's configuration of a CLIP. Raises ValueError for a tower of another kind."""
+        text = model_config["text_cfg"]
+        known = {"width", "layers", "heads", "context_length", "vocab_size"}
+        odd = sorted(name for name in text.keys() - known if text[name])
+        require(
+            not odd,
+            f"text_encoder 'frozen' reads text towers like CLIP's own, and this CLIP's has {', '.join(odd)}: choose "
+            "another CLIP, or another text_encoder",
+        )
+        return cls(
+            width=text.get("width", 512),
+            depth=text.get("layers", 12),
+            heads=text.get("heads", 8),
+            context=text.get("context_length", 77),
+            vocabulary=text.get("vocab_size", 49408),
+            quick_gelu=bool(model_config.get("quick_gelu")),
+        )
+
+
+@dataclass(frozen=True)
 class ARPriorConfig:
     """Sizes the autoregressive prior; defaults are Table 3's column.
 
@@ -61,6 +102,8 @@ class ARPriorConfig:
         buckets: Equal to ``codec.buckets``.
         dropout: In the transformer.
         drop_text: Share of training rows whose caption and text embedding are hidden, for guidance.
+        text_encoder: What its text encoder reads: token vectors of its ``own``, or the token states of this run's
+            CLIP, whose text tower is ``frozen`` in it.
     """
 
     text_context: int = 77
@@ -75,8 +118,10 @@ class ARPriorConfig:
     buckets: int = 1024
     dropout: float = 0.0
     drop_text: float = 0.1
+    text_encoder: Literal["own", "frozen"] = "own"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_transformer("text_", self.text_width, self.text_depth, self.text_heads)
         check_transformer("", self.width, self.depth, self.heads)
         check_text_context(self.text_context)
@@ -107,6 +152,8 @@ class DiffusionPriorConfig:
         drop_text: Share of training rows whose caption and text embedding are hidden, for guidance.
         scale: Standard deviation of an embedding's component as the model sees it; 0.5375 is the paper's factor of
             17.2 at 1,024 dimensions.
+        text_encoder: What captions enter as: token vectors of its ``own``, or the token states of this run's CLIP,
+            whose text tower is ``frozen`` in it.
     """
 
     text_context: int = 77
@@ -118,6 +165,7 @@ class DiffusionPriorConfig:
     steps: int = 1000
     drop_text: float = 0.1
     scale: float = 0.5375
+    text_encoder: Literal["own", "frozen"] = "own"
 
     def __post_init__(self) -> None:
         check_transformer("", self.width, self.depth, self.heads)

@@ -59,14 +59,14 @@ def check_captions(captions: Sequence[str]) -> None:
             raise ValueError(f"caption {i} has {length} tokens and CLIP reads {CONTEXT - 2}: shorten it")
 
 
-def cut_tokens(tokens: Tensor, context: int) -> Tensor:
-    """Returns the first ``context`` columns of ``tokens``, the last one an end token in rows that had none left."""
+def cut_tokens(tokens: Tensor, context: int, end: int = END) -> Tensor:
+    """Returns the first ``context`` columns of ``tokens``, the last one ``end`` in rows that had none left."""
     cut = tokens[:, :context]
-    unended = (cut != END).all(1)
-    last = torch.where(unended, END, cut[:, -1])
+    unended = (cut != end).all(1)
+    last = torch.where(unended, end, cut[:, -1])
     return torch.cat([cut[:, :-1], last[:, None]], dim=1)
 
 
-def text_ends(tokens: Tensor) -> Tensor:
+def text_ends(tokens: Tensor, end: int = END) -> Tensor:
     """Returns how many tokens of each row of ``tokenize`` a caption takes, start and end included: int64 [b]."""
-    return (tokens == END).int().argmax(1) + 1
+    return (tokens == end).int().argmax(1) + 1

@@ -32,7 +32,11 @@ def build(config: Config) -> Graph:
                     f"source {path}: imported embeddings teach no CLIP; name in clip.weights what made them"
                 )
     learn = ("pairs", "captions", "embeddings", "curation")
-    frozen = ("thresholds",) if config.thresholds.similarity else ()
+    of_ar_prior, of_diffusion_prior, of_decoder = (
+        (*learn, "clip") if recipe.model.text_encoder == "frozen" else learn
+        for recipe in (config.ar_prior, config.diffusion_prior, config.decoder)
+    )
+    thresholded = ("thresholds",) if config.thresholds.similarity else ()
     stages = (
         Stage("source", source.VERSION, config.source, (), source.run_source, kind="source", row_seconds=32e-6),
         Stage("captions", source.VERSION, config.source, (), source.run_captions, kind="source", row_seconds=1e-6),
@@ -59,7 +63,7 @@ def build(config: Config) -> Graph:
             "curation",
             curation.VERSION,
             config.curation,
-            ("pairs", "captions", "embeddings", *frozen),
+            ("pairs", "captions", "embeddings", *thresholded),
             curation.run_curation,
             passes=True,
             row_seconds=2e-4,
@@ -83,9 +87,9 @@ def build(config: Config) -> Graph:
             passes=True,
             row_seconds=2e-4,
         ),
-        training.stage("ar_prior", config.ar_prior, (*learn, "codec")),
-        training.stage("diffusion_prior", config.diffusion_prior, learn),
-        training.stage("decoder", config.decoder, learn, training.run_decoder),
+        training.stage("ar_prior", config.ar_prior, (*of_ar_prior, "codec")),
+        training.stage("diffusion_prior", config.diffusion_prior, of_diffusion_prior),
+        training.stage("decoder", config.decoder, of_decoder, training.run_decoder),
         training.stage("upsampler_256", config.upsampler_256, ("pairs", "curation")),
         training.stage("upsampler_1024", config.upsampler_1024, ("pairs", "curation")),
         Stage("bundle", bundle.VERSION, config.bundle, config.bundle.inputs, bundle.run_bundle, kind="bundle"),
@@ -94,7 +98,7 @@ def build(config: Config) -> Graph:
             "evaluation",
             evaluation.VERSION,
             config.evaluation,
-            (*learn, "bundle"),
+            (*of_decoder, "bundle"),
             evaluation.run_evaluation,
             kind="result",
         ),

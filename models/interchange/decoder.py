@@ -6,6 +6,7 @@ A decoder with GLIDE's text encoder exports its U-Net alone: the rest has no cla
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from models.interchange.names import Table, pair, put_under, to_ours, to_theirs,
 from models.interchange.schedules import Process, check_process, read_scheduler, write_scheduler
 from models.interchange.text import read_text, read_text_config, text_config, write_text
 from models.interchange.unet import Shape, attention_levels, idle_fields, multipliers_of, unet_config, unet_table
+from models.prior_configs import TextTower
 
 PROJECTIONS: Table = [
     pair("text_to_time", "embedding_proj"),
@@ -70,14 +72,24 @@ def process_of(config: DecoderConfig | UpsamplerConfig) -> Process:
     return Process(config.schedule, config.steps, config.prediction)
 
 
-def parts_of(config: DecoderConfig, embed_dim: int) -> Parts:
+def text_of(config: DecoderConfig, tower: TextTower | None) -> TextTower:
+    """Returns the sizes of the text encoder of such a decoder, ``tower`` where it is a frozen one."""
+    context = min(CLIP_CONTEXT, config.text_context)
+    if tower is not None:
+        return replace(tower, context=min(context, tower.context))
+    sizes = (config.text_width, config.text_depth, config.text_heads)
+    return TextTower(*sizes, context, config.vocabulary, quick_gelu=True)
+
+
+def parts_of(config: DecoderConfig, embed_dim: int, tower: TextTower | None = None) -> Parts:
     """Returns the configurations of such a decoder's parts. Raises ValueError if the classes cannot hold it."""
     unet = unet_config(shape_of(config), config.image_size // config.patch, config.dropout)
     if config.text_encoder == "glide":
         return Parts(unet, None, None)
-    if config.text_width != embed_dim:
+    text = text_of(config, tower)
+    if text.width != embed_dim:
         raise ValueError(
-            f"text_width is {config.text_width} and CLIP's embeddings have {embed_dim} dimensions: UnCLIPTextProjModel "
+            f"text_width is {text.width} and CLIP's embeddings have {embed_dim} dimensions: UnCLIPTextProjModel "
             "takes one number for both, so this decoder cannot be exported"
         )
     text_proj = {
@@ -87,9 +99,7 @@ def parts_of(config: DecoderConfig, embed_dim: int) -> Parts:
         "time_embed_dim": 4 * config.channels,
         "cross_attention_dim": config.context_width or config.text_width,
     }
-    context = min(CLIP_CONTEXT, config.text_context)
-    text = (config.vocabulary, context, config.text_width, config.text_depth, config.text_heads, embed_dim)
-    return Parts(unet, text_proj, text_config(*text))
+    return Parts(unet, text_proj, text_config(text, embed_dim))
 
 
 def swap_tokens(projection: Tensor, rows: int) -> Tensor:
@@ -110,7 +120,7 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
     before anything is written, on a decoder that diffusers' classes cannot hold.
     """
     folder, config = Path(folder), decoder.config
-    parts = parts_of(config, decoder.embed_dim)
+    parts = parts_of(config, decoder.embed_dim, decoder.text_tower)
     rest = dict(decoder.state_dict())
     unet = under("unet.", rest)
     rest = {name: tensor for name, tensor in rest.items() if not name.startswith("unet.")}
@@ -124,7 +134,8 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
         rest = projections
     write_part(folder / "decoder", parts.unet, to_theirs(unet, unet_table(shape_of(config))))
     write_scheduler(folder / "decoder_scheduler", process_of(config), "learned_range", clip=1.0)
-    write_ours(folder, "decoder", config, {"embed_dim": decoder.embed_dim}, rest)
+    sizes = {"embed_dim": decoder.embed_dim, "text_tower": decoder.text_tower}
+    write_ours(folder, "decoder", config, sizes, rest)
 
 
 def import_decoder(folder: str | Path, embedding_norm: float | None = None) -> Decoder:
@@ -141,26 +152,27 @@ def import_decoder(folder: str | Path, embedding_norm: float | None = None) -> D
     ours = read_ours(folder, "decoder", DecoderConfig)
     if ours is not None:
         config, embed_dim, weights = ours.config, ours.sizes["embed_dim"], ours.weights
+        tower = ours.sizes.get("text_tower")
     else:
         text_proj = read_json(folder / "text_proj" / CONFIG_FILE)
         text = read_text_config(folder / "text_encoder")
         norm = prior_norm(folder) if embedding_norm is None else embedding_norm
         config = derive(folder, lambda: config_of(found, text_proj, text, process, norm))
-        embed_dim, weights = text_proj["clip_embeddings_dim"], {}
-    shape, parts = shape_of(config), parts_of(config, embed_dim)
+        embed_dim, weights, tower = text_proj["clip_embeddings_dim"], {}, None
+    shape, parts = shape_of(config), parts_of(config, embed_dim, tower)
     check_process(folder / "decoder_scheduler", process, process_of(config))
     check_config(folder / "decoder" / CONFIG_FILE, found, parts.unet, idle_fields(shape))
     weights = weights | put_under("unet.", read_part(folder / "decoder", unet_table(shape)))
     if parts.text_proj is not None:
         path = folder / "text_proj"
         check_config(path / CONFIG_FILE, read_json(path / CONFIG_FILE), parts.text_proj, set())
-        weights |= put_under("text.", read_text(folder / "text_encoder", config.text_depth))
+        weights |= put_under("text.", read_text(folder / "text_encoder", text_of(config, tower).depth))
         weights |= read_part(path, PROJECTIONS, {NULL_IMAGE: "null_image"})
         for name in {"image_to_tokens.weight", "image_to_tokens.bias"} & weights.keys():
             if len(weights[name]) == config.clip_tokens * shape.context_width:  # if not, loading says so
                 weights[name] = swap_tokens(weights[name], shape.context_width)
     with torch.device("meta"):
-        decoder = Decoder(config, embed_dim)
+        decoder = Decoder(config, embed_dim, tower)
     load(decoder, weights, folder)
     return decoder.eval()
 

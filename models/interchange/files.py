@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.folder import FORMAT, read, read_config, write
+from models.folder import FORMAT, read, read_config, sizes_as_json, sizes_from_json, write
 from models.tensors import save_tensors
 
 CONFIG_FILE = "config.json"
@@ -26,10 +26,10 @@ Weights = dict[str, Tensor]
 
 
 class Ours(NamedTuple):
-    """What ``ours/NAME`` holds: our configuration, dimensions besides, and tensors without a counterpart."""
+    """What ``ours/NAME`` holds: our configuration, what a model takes besides, and tensors without a counterpart."""
 
     config: Any
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
     weights: Weights
 
 
@@ -70,9 +70,14 @@ def write_part(folder: Path, config: Mapping[str, Any], weights: Weights, file: 
     save_tensors(copies, folder / file, metadata={"format": "pt"})
 
 
-def write_ours(folder: Path, name: str, config: Any, sizes: dict[str, int], weights: Weights) -> None:
+def write_ours(folder: Path, name: str, config: Any, sizes: dict[str, Any], weights: Weights) -> None:
     """Writes ``folder/ours/name``: the model's configuration, and ``weights`` that have no other place."""
-    document = {"format": FORMAT, "kind": type(config).__name__, "config": asdict(config), "sizes": sizes}
+    document = {
+        "format": FORMAT,
+        "kind": type(config).__name__,
+        "config": asdict(config),
+        "sizes": sizes_as_json(sizes),
+    }
     write(folder / OURS / name, document, weights)
 
 
@@ -84,7 +89,7 @@ def read_ours(folder: Path, name: str, *kinds: type) -> Ours | None:
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in document["config"].items()}
     for kind in kinds:
         if kind.__name__ == document["kind"] and values.keys() <= {field.name for field in fields(kind)}:
-            return Ours(kind(**values), document["sizes"], weights)
+            return Ours(kind(**values), sizes_from_json(document["sizes"]), weights)
     raise ValueError(
         f"{folder / OURS / name} holds a {document['kind']} of {sorted(values)}, which is not known here: export it "
         "again, or update this software"

@@ -1,7 +1,7 @@
 """The diffusion prior as diffusers' PriorTransformer.
 
-Our own prior embeds captions itself, which no class of diffusers does: its table of tokens stays in ``ours/prior``, and
-``prior_inputs`` makes what the network takes. Karlo's prior is a ``ClipPrior``.
+Our own prior embeds captions itself, which no class of diffusers does: its table of tokens, or its copy of CLIP's text
+tower, stays in ``ours/prior``, and ``prior_inputs`` makes what the network takes. Karlo's prior is a ``ClipPrior``.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ from models.interchange.files import (
 from models.interchange.names import Table, pair, put_under, to_theirs, under
 from models.interchange.schedules import Process, check_process, read_scheduler, write_scheduler
 from models.interchange.text import read_text, read_text_config, text_config, write_text
-from models.prior_configs import DiffusionPriorConfig
+from models.prior_configs import DiffusionPriorConfig, TextTower
 
 BARE = {"positional_embedding": "position", "prd_embedding": "query", "clip_mean": "mean", "clip_std": "std"}
 
@@ -113,8 +113,10 @@ def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
     weights = dict(prior.state_dict())
     if isinstance(prior, ClipPrior):
         assert isinstance(config, ClipPriorConfig)
-        text = (config.vocabulary, config.text_context, d, config.text_depth, config.text_heads, d)
-        write_text(folder / "text_encoder", text_config(*text), under("text.", weights))
+        text = TextTower(
+            d, config.text_depth, config.text_heads, config.text_context, config.vocabulary, quick_gelu=True
+        )
+        write_text(folder / "text_encoder", text_config(text, d), under("text.", weights))
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("text.")}
     else:
         weights |= own_to_bare(prior, weights)
@@ -124,7 +126,7 @@ def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
     theirs |= {name: weights.pop(ours).view(shapes[ours]) for name, ours in BARE.items()}
     write_part(folder / "prior", part_of(config, d), theirs)
     write_scheduler(folder / "prior_scheduler", Process(config.schedule, config.steps, "x0"), "fixed_small_log", None)
-    write_ours(folder, "prior", config, {"embed_dim": d}, weights)
+    write_ours(folder, "prior", config, {"embed_dim": d, "text_tower": prior.text_tower}, weights)
 
 
 def own_to_bare(prior: DiffusionPrior, weights: Weights) -> Weights:
@@ -167,10 +169,11 @@ def import_prior(folder: str | Path) -> DiffusionPrior:
     ours = read_ours(folder, "prior", DiffusionPriorConfig, ClipPriorConfig)
     if ours is not None:
         config, embed_dim, weights = ours.config, ours.sizes["embed_dim"], ours.weights
+        tower = ours.sizes.get("text_tower")
     else:
         text = read_text_config(folder / "text_encoder")
         config = derive(folder, lambda: config_of(found, text, process))
-        embed_dim, weights = text["hidden_size"], {}
+        embed_dim, weights, tower = text["hidden_size"], {}, None
     check_process(folder / "prior_scheduler", process, Process(config.schedule, config.steps, "x0"))
     check_config(path, found, part_of(config, embed_dim), {"dropout"})
     part = read_part(folder / "prior", prior_table(config.depth), BARE)
@@ -183,7 +186,7 @@ def import_prior(folder: str | Path) -> DiffusionPrior:
         prior: DiffusionPrior = ClipPrior(config, embed_dim)
     else:
         part = bare_to_own(part)
-        prior = DiffusionPrior(config, embed_dim)
+        prior = DiffusionPrior(config, embed_dim, tower)
     load(prior, weights | part, folder)
     return prior.eval()
 

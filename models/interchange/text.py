@@ -7,6 +7,7 @@ import torch
 
 from models.interchange.files import CONFIG_FILE, Weights, check_config, read_json, read_weights, write_part
 from models.interchange.names import Table, pair, to_ours, to_theirs
+from models.prior_configs import TextTower
 
 WEIGHTS_FILE = "model.safetensors"
 # What transformers leaves out of its file when it is so.
@@ -23,23 +24,23 @@ DEFAULTS = {
 }
 
 
-def text_config(vocabulary: int, context: int, width: int, depth: int, heads: int, embed_dim: int) -> dict[str, Any]:
+def text_config(tower: TextTower, embed_dim: int) -> dict[str, Any]:
     """Returns config.json of the encoder in transformers."""
     return {
         "architectures": ["CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
+        "vocab_size": tower.vocabulary,
+        "hidden_size": tower.width,
+        "intermediate_size": 4 * tower.width,
         "projection_dim": embed_dim,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "max_position_embeddings": context,
-        "hidden_act": "quick_gelu",
+        "num_hidden_layers": tower.depth,
+        "num_attention_heads": tower.heads,
+        "max_position_embeddings": tower.context,
+        "hidden_act": "quick_gelu" if tower.quick_gelu else "gelu",
         "layer_norm_eps": 1e-05,
         "attention_dropout": 0.0,
-        "bos_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1,
+        "bos_token_id": tower.vocabulary - 2,
+        "eos_token_id": tower.vocabulary - 1,
         "pad_token_id": 0,
     }
 

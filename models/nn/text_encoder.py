@@ -1,5 +1,6 @@
 """The text encoders that the decoder may have: GLIDE's (section 2.3) and CLIP's (Radford et al. 2021, section 2.4)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,13 +45,22 @@ class ClipTextEncoder(nn.Module):
     shown, as in Karlo.
     """
 
-    def __init__(self, vocabulary: int, context: int, width: int, depth: int, heads: int, embed_dim: int):
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int,
+        width: int,
+        depth: int,
+        heads: int,
+        embed_dim: int,
+        activation: Callable[[Tensor], Tensor] = quick_gelu,
+    ):
         super().__init__()
         self.start, self.end = vocabulary - 2, vocabulary - 1  # the last two tokens of CLIP's BPE
         self.context = context
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.empty(context, width))
-        self.transformer = Transformer(width, depth, heads, causal=True, activation=quick_gelu)
+        self.transformer = Transformer(width, depth, heads, causal=True, activation=activation)
         self.projection = nn.Linear(width, embed_dim, bias=False)
         nn.init.normal_(self.token.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
@@ -64,7 +74,10 @@ class ClipTextEncoder(nn.Module):
         tokens = cut_captions(tokens, self.context)
         empty = tokens.new_zeros(self.context)
         empty[0], empty[1] = self.start, self.end
-        tokens = torch.where(keep[:, None], tokens, empty)
-        states = self.transformer(self.token(tokens) + self.position)
+        return self.read(torch.where(keep[:, None], tokens, empty))
+
+    def read(self, tokens: Tensor) -> EncodedText:
+        """Returns what the transformer makes of tokens int64 [b, n], n up to ``context``; shapes as in ``forward``."""
+        states = self.transformer(self.token(tokens) + self.position[: tokens.shape[1]])
         pooled = self.projection(states[torch.arange(len(tokens), device=tokens.device), tokens.argmax(1)])
         return EncodedText(states, pooled, ~is_padding(tokens, self.end))

@@ -19,7 +19,7 @@ from models.clip import config_of
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
-from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
+from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, TextTower
 from models.upsampler import Upsampler
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -62,7 +62,8 @@ def count_model(config: Config, stage: str) -> Size:
     if stage == "clip":
         clip = count_clip(config.clip)
         return Size(clip.image + clip.text, clip.parameters)
-    return _size(getattr(config, stage).model, count_clip(config.clip).dim, config.codec.components)
+    model = getattr(config, stage).model
+    return _size(model, count_clip(config.clip).dim, config.codec.components, text_tower(model, config.clip))
 
 
 def count_clip(recipe: ClipRecipe) -> ClipSize:
@@ -70,8 +71,21 @@ def count_clip(recipe: ClipRecipe) -> ClipSize:
     return _count(recipe.weights if recipe.pretrained else recipe.model)
 
 
+def text_tower(model: Any, recipe: ClipRecipe) -> TextTower | None:
+    """Returns the sizes of the text tower of a recipe's CLIP where a model of this configuration reads it frozen.
+
+    Raises UserError as ``count_model`` does, and for a tower that it cannot read.
+    """
+    if getattr(model, "text_encoder", None) != "frozen":
+        return None
+    try:
+        return TextTower.of(_open_clip_config(recipe.weights if recipe.pretrained else recipe.model))
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
 @lru_cache
-def _size(model: Any, dim: int, codes: int) -> Size:
+def _size(model: Any, dim: int, codes: int, tower: TextTower | None) -> Size:
     with FakeTensorMode(), torch.no_grad():
         tokens, row = torch.zeros(1, 77, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         embedding, kept = torch.zeros(1, dim), torch.ones(1, dtype=torch.bool)
@@ -79,13 +93,13 @@ def _size(model: Any, dim: int, codes: int) -> Size:
         inputs: tuple[torch.Tensor, ...]
         match model:
             case ARPriorConfig():
-                network = ARPrior(model, dim, codes)
+                network = ARPrior(model, dim, codes, tower)
                 inputs = (tokens, embedding, row, torch.zeros(1, codes, dtype=torch.int64), kept)
             case DiffusionPriorConfig():
-                network = DiffusionPrior(model, dim)
+                network = DiffusionPrior(model, dim, tower)
                 inputs = (embedding, row, tokens, embedding, kept)
             case DecoderConfig():
-                network = Decoder(model, dim)
+                network = Decoder(model, dim, tower)
                 image = torch.zeros(1, 3, model.image_size, model.image_size)
                 inputs = (image, row, embedding, tokens, kept, kept)
             case UpsamplerConfig():

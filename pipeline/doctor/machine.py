@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.build import build
 from pipeline.config import Config
@@ -73,8 +74,9 @@ def largest_training(config: Config) -> tuple[str, int]:
 
     from models.clip import Clip
     from models.folder import KINDS
+    from pipeline.cost.flops import text_tower
 
-    known = {"embed_dim": config.clip.model.embed_dim, "codes": config.codec.components}
+    known: dict[str, Any] = {"embed_dim": config.clip.model.embed_dim, "codes": config.codec.components}
     bytes_of: dict[str, int] = {}
     with torch.device("meta"):  # so that no weights take memory
         for stage in build(config).values():
@@ -84,6 +86,7 @@ def largest_training(config: Config) -> tuple[str, int]:
             if kind is None:
                 model: torch.nn.Module = Clip.build(stage.recipe.model, 0)
             else:
+                known["text_tower"] = text_tower(stage.recipe.model, config.clip)
                 model = kind.model(stage.recipe.model, **{name: known[name] for name in kind.sizes})
             bytes_of[stage.name] = PARAMETER * sum(parameter.numel() for parameter in model.parameters())
     return max(bytes_of.items(), key=lambda item: item[1])

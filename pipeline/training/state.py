@@ -171,10 +171,11 @@ def ema_half_life(recipe: TrainingRecipe, samples: int) -> float:
 def update_ema(ema: nn.Module, model: nn.Module, samples: int, half_life: float) -> None:
     """Moves the average towards the model by the weight of ``samples`` samples; statistics of norms are copied.
 
-    A ``half_life`` of 0 samples copies the weights too.
+    A ``half_life`` of 0 samples copies the weights too. Frozen weights stay, as they do in the model.
     """
     decay = 0.5 ** (samples / half_life) if half_life else 0.0
-    averaged, current = ([local(p.detach()) for p in m.parameters()] for m in (ema, model))
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    averaged, current = zip(*[(local(a), local(p.detach())) for a, p in pairs if p.requires_grad], strict=True)
     torch._foreach_lerp_(averaged, current, 1.0 - decay)
     for average, value in zip(ema.buffers(), model.buffers(), strict=True):
         average.copy_(value)

@@ -17,8 +17,9 @@ SHOWN_NAMES = 3  # of a kind, in a message
 
 
 def load_weights(store: Store, stage: str, file: ContentFile, measured: Collection[str], model: nn.Module) -> None:
-    """Gives ``model`` the weights of a file, except those that are ``measured`` when it is finished.
+    """Gives ``model`` the weights of a file, except those that are ``measured`` when it is finished, and frozen ones.
 
+    What is frozen in a model is of this run's CLIP, which need not be the file's.
     Raises UserError if names or shapes are not those of the model, CorruptObject if the blob is damaged.
     """
     data = read_blob(store, file)
@@ -33,7 +34,8 @@ def load_weights(store: Store, stage: str, file: ContentFile, measured: Collecti
         tensors = inner if inner.keys() == wanted.keys() else tensors
     if problems := _differences(tensors, wanted):
         raise UserError(f"{where} does not fit {stage}.model: {'; '.join(problems)}")
-    model.load_state_dict(tensors)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model.load_state_dict(tensors | {name: wanted[name] for name in frozen})
 
 
 def _differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:

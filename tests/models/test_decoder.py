@@ -158,8 +158,8 @@ def test_image_embeddings_get_the_length_that_is_configured() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text_encoder": "t5"}, "text_encoder is 't5': use 'glide' or 'clip'"),
-        ({"context_width": 24}, "context_width is 24: use 0, or a positive width with text_encoder 'clip'"),
+        ({"text_encoder": "t5"}, "text_encoder is 't5': use 'glide', 'clip' or 'frozen'"),
+        ({"context_width": 24}, "context_width is 24: use 0, or a positive width with text_encoder 'clip' or 'frozen'"),
         ({"text_encoder": "clip", "context_width": -1}, "context_width is -1"),
         ({"embedding_norm": -1.0}, "embedding_norm is -1.0: use a length"),
     ],

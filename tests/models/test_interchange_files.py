@@ -37,7 +37,7 @@ from models.interchange.files import check_config
 from models.interchange.names import to_theirs, under
 from models.interchange.schedules import Process
 from models.interchange.text import text_config
-from models.prior_configs import ClipConfig, DiffusionPriorConfig
+from models.prior_configs import ClipConfig, DiffusionPriorConfig, TextTower
 from models.upsampler import Upsampler
 from pipeline.config import preset_config
 from tests.models.test_interchange_decoder import CONFIG as DECODER
@@ -47,7 +47,7 @@ from tests.models.test_interchange_upsampler import CONFIG as UPSAMPLER
 
 WIDTHS = (320, 640, 960, 1280)
 PROCESS = Process("cosine", 1000, "eps")
-TEXT = text_config(49408, 77, 768, 12, 12, 768)
+TEXT = text_config(TextTower(768, 12, 12, quick_gelu=True), 768)
 # The fields of config.json when Karlo's weights were published.
 OLD_FIELDS = """_class_name act_fn attention_head_dim block_out_channels center_input_sample class_embed_type
     cross_attention_dim down_block_types downsample_padding dual_cross_attention flip_sin_to_cos freq_shift in_channels

@@ -66,6 +66,8 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "ar_prior.model.text_heads": {"text_heads": 4},
     "ar_prior.model.width": {"width": 66},
     "ar_prior.model.heads": {"heads": 4},
+    "ar_prior.model.text_encoder": {"text_encoder": "frozen"},
+    "diffusion_prior.model.text_encoder": {"text_encoder": "frozen"},
     "diffusion_prior.model.width": {"width": 66},
     "diffusion_prior.model.heads": {"heads": 4},
     "decoder.model.image_size": {"image_size": 128, "attention_resolutions": (32,)},

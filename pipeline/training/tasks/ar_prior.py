@@ -13,6 +13,7 @@ from models.ar_prior import ARPrior, ar_prior_loss
 from models.codec import Codec
 from models.draw import Draw
 from models.folder import save_model
+from models.frozen_text import FrozenTower
 from models.losses import Losses
 from models.prior_configs import ARPriorConfig
 from pipeline.errors import UserError
@@ -21,6 +22,7 @@ from pipeline.store.records import read_blob
 from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
+from pipeline.training.tasks.frozen import frozen_tower
 
 
 class ARPriorTask:
@@ -33,11 +35,12 @@ class ARPriorTask:
     validation_rows = 256
     validation_batch = 32
 
-    def __init__(self, config: ARPriorConfig, embed_dim: int, codec: Codec):
-        self.config, self.embed_dim, self.codec = config, embed_dim, codec
+    def __init__(self, config: ARPriorConfig, embed_dim: int, codec: Codec, tower: FrozenTower | None = None):
+        self.config, self.embed_dim, self.codec, self.tower = config, embed_dim, codec, tower
 
     def model(self, seed: int) -> nn.Module:
-        return seeded(lambda: ARPrior(self.config, self.embed_dim, self.codec.codes), seed)
+        sizes = self.tower and self.tower.sizes
+        return seeded(lambda: ARPrior(self.config, self.embed_dim, self.codec.codes, sizes), seed, self.tower)
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
         assert isinstance(model, ARPrior)
@@ -68,4 +71,4 @@ def make(ctx: Context) -> ARPriorTask:
         raise UserError(
             f"ar_prior.model.buckets: {ctx.recipe.model.buckets}, but the codec has {codec.buckets}; make them equal"
         )
-    return ARPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]), codec)
+    return ARPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]), codec, frozen_tower(ctx))

@@ -12,6 +12,7 @@ from models.diffusion.samplers import ddim
 from models.diffusion.schedules import make_schedule, strided_grid
 from models.draw import Draw
 from models.folder import save_model
+from models.frozen_text import FrozenTower
 from models.image_configs import DecoderConfig
 from models.losses import Losses
 from models.pixels import to_uint8
@@ -19,6 +20,7 @@ from pipeline.graph.stages import Context
 from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, grid, seeded
+from pipeline.training.tasks.frozen import frozen_tower
 
 _PREVIEW_STEPS = 25
 
@@ -32,12 +34,13 @@ class DecoderTask:
     validation_batch = 32
     preview_rows = 8
 
-    def __init__(self, config: DecoderConfig, embed_dim: int):
-        self.config, self.embed_dim = config, embed_dim
+    def __init__(self, config: DecoderConfig, embed_dim: int, tower: FrozenTower | None = None):
+        self.config, self.embed_dim, self.tower = config, embed_dim, tower
         self.min_side = self.image_size = config.image_size
 
     def model(self, seed: int) -> nn.Module:
-        return seeded(lambda: Decoder(self.config, self.embed_dim), seed)
+        sizes = self.tower and self.tower.sizes
+        return seeded(lambda: Decoder(self.config, self.embed_dim, sizes), seed, self.tower)
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
         assert isinstance(model, Decoder)
@@ -65,4 +68,4 @@ class DecoderTask:
 
 def make(ctx: Context) -> DecoderTask:
     """Returns the task of a training stage, for the embeddings that it trains on."""
-    return DecoderTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]))
+    return DecoderTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]), frozen_tower(ctx))

@@ -17,12 +17,14 @@ from models.diffusion_prior import (
 )
 from models.draw import Draw
 from models.folder import save_model
+from models.frozen_text import FrozenTower
 from models.losses import Losses
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.graph.stages import Context
 from pipeline.training.feed.tables import embedding_dim
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, seeded
+from pipeline.training.tasks.frozen import frozen_tower
 
 
 class DiffusionPriorTask:
@@ -37,11 +39,12 @@ class DiffusionPriorTask:
     finish_rows = 128  # at 64 timesteps each: as expensive as a training on 2,700 samples
     measured = ("gamma",)
 
-    def __init__(self, config: DiffusionPriorConfig, embed_dim: int):
-        self.config, self.embed_dim = config, embed_dim
+    def __init__(self, config: DiffusionPriorConfig, embed_dim: int, tower: FrozenTower | None = None):
+        self.config, self.embed_dim, self.tower = config, embed_dim, tower
 
     def model(self, seed: int) -> nn.Module:
-        return seeded(lambda: DiffusionPrior(self.config, self.embed_dim), seed)
+        sizes = self.tower and self.tower.sizes
+        return seeded(lambda: DiffusionPrior(self.config, self.embed_dim, sizes), seed, self.tower)
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
         assert isinstance(model, DiffusionPrior)
@@ -80,4 +83,4 @@ class DiffusionPriorTask:
 
 def make(ctx: Context) -> DiffusionPriorTask:
     """Returns the task of a training stage, for the embeddings that it trains on."""
-    return DiffusionPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]))
+    return DiffusionPriorTask(ctx.recipe.model, embedding_dim(ctx.store, ctx.inputs["embeddings"]), frozen_tower(ctx))

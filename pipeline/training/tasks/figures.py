@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from models.draw import Draw
+from models.frozen_text import FrozenTower
 from models.losses import Losses
 from pipeline.training.task import Batch, Examples
 
 
-def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Returns ``make()`` with random weights that depend on ``seed`` alone."""
+def seeded(make: Callable[[], nn.Module], seed: int, tower: FrozenTower | None = None) -> nn.Module:
+    """Returns ``make()`` with random weights that depend on ``seed`` alone, and those of a frozen ``tower``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make()
+        model = make()
+    if tower is not None:
+        tower.put_into(model)
+    return model
 
 
 def by_timestep(losses: Tensor, draws: Sequence[Draw], steps: int) -> dict[str, float]:

@@ -189,7 +189,7 @@ def test_weight_decay_takes_nothing_but_weights_of_layers(preset: str, name: str
         model: nn.Module = Clip.build(config, 0)
     else:
         kind = KINDS[name.removeprefix("karlo's ").removesuffix("_256")]
-        model = kind.model(config, **{size: {"embed_dim": 64, "codes": 8}[size] for size in kind.sizes})
+        model = kind.model(config, **{size: {"embed_dim": 64, "codes": 8}.get(size) for size in kind.sizes})
     decayed = {id(p) for p in make_optimizer(model, replace(RECIPE, weight_decay=0.1)).param_groups[0]["params"]}
     modules = dict(model.named_modules())
     odd = set()

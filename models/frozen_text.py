@@ -1,0 +1,124 @@
+"""The text tower of a run's CLIP inside the models that read captions: a copy that nothing trains.
+
+Karlo's prior and decoder and Kandinsky's prior read the token states of a trained CLIP (after its final norm, one for
+each position) in place of a text encoder of their own. The copy is among a model's weights, so that a model's folder
+opens by itself, and is frozen: no gradient, no moments, no average.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.nn.text_encoder import ClipTextEncoder, EncodedText
+from models.nn.transformer import normal_linear, quick_gelu
+from models.prior_configs import TextTower
+from models.tokens import cut_tokens, text_ends
+
+OPEN_CLIPS = {
+    "ln_1": "norm_attention",
+    "attn.in_proj": "qkv",
+    "attn.out_proj": "attention_out",
+    "ln_2": "norm_mlp",
+    "mlp.c_fc": "mlp_in",
+    "mlp.c_proj": "mlp_out",
+}
+"""Parts of a layer by open_clip's names and by ours."""
+
+
+class FrozenTower(NamedTuple):
+    """The text tower of a CLIP: its sizes, and its weights by the names of ``ClipTextEncoder``."""
+
+    sizes: TextTower
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model_config: dict, weights: Mapping[str, Tensor]) -> "FrozenTower":
+        """Takes it out of a CLIP, of its configuration and its weights as open_clip has them.
+
+        Raises ValueError for a text tower of another kind than CLIP's own.
+        """
+        sizes = TextTower.of(model_config)
+        # A CLIP with "custom_text" holds its text tower under that name.
+        theirs = {name.removeprefix("text."): tensor for name, tensor in weights.items()}
+        ours = {
+            "token.weight": theirs["token_embedding.weight"],
+            "position": theirs["positional_embedding"],
+            "transformer.norm.weight": theirs["ln_final.weight"],
+            "transformer.norm.bias": theirs["ln_final.bias"],
+            "projection.weight": theirs["text_projection"].T,
+        }
+        for layer in range(sizes.depth):
+            for other, own in OPEN_CLIPS.items():
+                for kind in ("weight", "bias"):
+                    joint = "_" if other == "attn.in_proj" else "."
+                    name = f"transformer.resblocks.{layer}.{other}{joint}{kind}"
+                    ours[f"transformer.blocks.{layer}.{own}.{kind}"] = theirs[name]
+        return cls(sizes, {name: tensor.detach().float().contiguous() for name, tensor in ours.items()})
+
+    def put_into(self, model: nn.Module) -> None:
+        """Gives every frozen tower in ``model`` these weights, as many positions as it reads."""
+        for module in model.modules():
+            if isinstance(module, FrozenText):
+                module.load_state_dict(self.weights | {"position": self.weights["position"][: module.context]})
+
+
+def required(tower: TextTower | None) -> TextTower:
+    """Returns the tower, for a model that reads a frozen one. Raises ValueError for None."""
+    if tower is None:
+        raise ValueError("text_encoder 'frozen' reads a CLIP's text tower: pass its sizes as text_tower")
+    return tower
+
+
+class FrozenText(ClipTextEncoder):
+    """A CLIP's text tower that reads ``context`` tokens, or as many as CLIP does, and is not trained.
+
+    Its weights are random until ``FrozenTower.put_into`` or a model's folder brings them. A longer caption ends as
+    CLIP ends it: its last token is replaced by the end token.
+    """
+
+    def __init__(self, sizes: TextTower, embed_dim: int, context: int):
+        activation = quick_gelu if sizes.quick_gelu else F.gelu
+        shape = (sizes.vocabulary, min(context, sizes.context), sizes.width, sizes.depth, sizes.heads)
+        super().__init__(*shape, embed_dim, activation)
+        self.requires_grad_(False)
+
+    def read(self, tokens: Tensor) -> EncodedText:
+        """Works as the parent's for tokens [b, context]; what follows a batch's longest caption has states of zeros."""
+        tokens = cut_tokens(tokens, self.context, self.end)
+        length = self.context
+        # No caption sees what comes after it, and is shown none. Asking a GPU would make it wait, and a tensor that
+        # has a shape alone has no answer. On two cores this takes a tenth off a step of the preset tiny.
+        if tokens.is_cpu and type(tokens) is Tensor:
+            length = int(text_ends(tokens, self.end).max())
+        text, missing = super().read(tokens[:, :length]), self.context - length
+        assert text.shown is not None
+        return EncodedText(F.pad(text.states, (0, 0, 0, missing)), text.pooled, F.pad(text.shown, (0, missing)))
+
+
+class FrozenCaption(nn.Module):
+    """BPE tokens [b, 77] to vectors [b, context, width]: CLIP's token states through one linear layer, plus position.
+
+    It stands where ``CaptionEmbedding`` stands, and does as that does with padding and dropped captions: these
+    positions hold learned vectors. That is so too of positions which CLIP's own context lacks.
+    """
+
+    def __init__(self, sizes: TextTower, embed_dim: int, context: int, width: int):
+        super().__init__()
+        self.text = FrozenText(sizes, embed_dim, context)
+        self.missing = context - self.text.context
+        self.states_in = normal_linear(sizes.width, width)
+        self.position = nn.Parameter(torch.empty(context, width))
+        self.padding = nn.Parameter(torch.empty(context, width))
+        nn.init.normal_(self.position, std=0.01)
+        nn.init.normal_(self.padding, std=0.02)
+
+    def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        """Returns vectors of ``tokens``; ``keep``, bool [b], is False to drop a caption. Raises as ``FrozenText``."""
+        text = self.text(tokens, torch.ones_like(keep))
+        states = F.pad(self.states_in(text.states), (0, 0, 0, self.missing))
+        assert text.shown is not None
+        shown = F.pad(text.shown & keep[:, None], (0, self.missing))
+        return torch.where(shown[..., None], states + self.position, self.padding)

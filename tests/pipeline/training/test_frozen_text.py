@@ -1,0 +1,154 @@
+"""Trainings whose models read captions through the text tower of the run's CLIP: what is trained, kept and resumed."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from models.clip import Clip
+from models.folder import load_model
+from models.frozen_text import FrozenTower
+from models.prior_configs import ClipConfig, DiffusionPriorConfig
+from pipeline.build import build
+from pipeline.config import load_config, preset_config
+from pipeline.cost.flops import count_model
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
+from pipeline.ledger import Ledger
+from pipeline.parse import ContentFile
+from pipeline.settings import TrainingSettings
+from pipeline.store.records import materialise, put_blob, read_blob
+from pipeline.training import stage
+from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
+from pipeline.training.state import begin, parts
+from pipeline.training.task import task_of
+from tests.pipeline.golden import ROOT
+from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
+from tests.pipeline.training.test_stage import DECODER
+from tests.pipeline.training.workers import train_together
+
+CLIP = ClipConfig(
+    embed_dim=EMBED_DIM, image_size=32, layers=(1,), width=32, patch=16, text_width=32, text_layers=1, text_heads=2,
+    text_context=16,
+)  # fmt: skip
+MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2, text_encoder="frozen")
+PRIOR = DiffusionPriorRecipe(
+    samples=48, batch=16, lanes=4, precision="fp32", learning_rate=1e-2, weight_decay=0.1, ema_half_life=64, model=MODEL
+)
+PICTURES = DecoderRecipe(
+    samples=16, batch=8, lanes=4, precision="fp32", learning_rate=1e-2, model=replace(DECODER, text_encoder="frozen")
+)
+INPUTS = ("pairs", "captions", "embeddings", "curation", "clip")
+SETTINGS = TrainingSettings(threads=1, device="cpu", checkpoint_every_s=0.0)
+
+
+def with_clip(world: World, folder: Path, seed: int = 0) -> World:
+    """The same world, and a CLIP of random weights."""
+    clip = Clip.build(CLIP, seed)
+    clip.save(folder)
+    blobs = {file.name: put_blob(world.store, file) for file in sorted(folder.iterdir())}
+    artifact = publish_artifact(world.store, Artifact("clip", f"{seed:064d}", {}, {}, Ledger(), blobs), 0.0)
+    return replace(world, inputs=world.inputs | {"clip": artifact})
+
+
+def tower(seed: int = 0) -> FrozenTower:
+    clip = Clip.build(CLIP, seed)
+    return FrozenTower.of(clip.model_config, clip.model.state_dict())
+
+
+def weights(world: World, artifact: Artifact) -> dict[str, torch.Tensor]:
+    return load(read_blob(world.store, artifact.blobs["model.safetensors"]))
+
+
+def of_tower(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def check_tower(tensors: dict[str, torch.Tensor], prefix: str, seed: int = 0) -> None:
+    found, expected = of_tower(tensors, prefix), tower(seed).weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_prior_and_a_decoder_leave_the_tower_as_it_was(world: World, tmp_path: Path) -> None:
+    """Also where a training goes on from its checkpoint; a folder of the model opens by itself."""
+    world = with_clip(world, tmp_path / "clip")
+    for name, recipe, prefix in (("diffusion_prior", PRIOR, "caption.text."), ("decoder", PICTURES, "text.")):
+        half = replace(recipe, samples=recipe.batch)
+        stage.train(world.context(name, half, SETTINGS, INPUTS))
+        artifact = stage.train(world.context(name, recipe, SETTINGS, INPUTS))
+        check_tower(weights(world, artifact), prefix)
+        materialise(world.store, artifact.blobs, tmp_path / name)
+        assert load_model(tmp_path / name).text_tower == tower().sizes
+
+
+def test_nothing_of_the_tower_is_in_the_optimiser_or_averaged(world: World, tmp_path: Path) -> None:
+    world = with_clip(world, tmp_path / "clip")
+    state = begin(task_of(world.context("diffusion_prior", PRIOR, inputs=INPUTS)), PRIOR, ProcessGroup())
+    frozen = {name for name, parameter in state.model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"caption.text.{name}" for name in tower().weights}
+    learned = {id(parameter) for group in state.optimizer.param_groups for parameter in group["params"]}
+    assert not learned & {id(dict(state.model.named_parameters())[name]) for name in frozen}
+    assert not parts(state)["optimizer"]
+
+
+def test_a_training_that_begins_with_other_weights_keeps_its_own_clips_tower(world: World, tmp_path: Path) -> None:
+    first = with_clip(world, tmp_path / "first", seed=1)
+    blob = stage.train(first.context("diffusion_prior", PRIOR, SETTINGS, INPUTS)).blobs["model.safetensors"]
+    second = with_clip(world, tmp_path / "second", seed=2)
+    recipe = replace(PRIOR, init_from=ContentFile.at(blob, ""), learning_rate=1e-30, weight_decay=0.0)
+    made = weights(second, stage.train(second.context("diffusion_prior", recipe, SETTINGS, INPUTS)))
+    check_tower(made, "caption.text.", seed=2)
+    assert torch.equal(made["caption.states_in.weight"], load(read_blob(world.store, blob))["caption.states_in.weight"])
+
+
+def test_a_text_tower_of_another_kind_is_one_line(world: World, tmp_path: Path) -> None:
+    world = with_clip(world, tmp_path / "clip")
+    file = tmp_path / "clip/open_clip_config.json"
+    file.write_text(file.read_text().replace('"layers": 1,', '"layers": 1, "no_causal_mask": true,'))
+    odd = replace(world.inputs["clip"], blobs=world.inputs["clip"].blobs | {file.name: put_blob(world.store, file)})
+    world = replace(world, inputs=world.inputs | {"clip": odd})
+    with pytest.raises(
+        UserError, match=r"diffusion_prior.model: .*this CLIP's has no_causal_mask: choose another CLIP"
+    ):
+        stage.train(world.context("diffusion_prior", PRIOR, SETTINGS, INPUTS))
+
+
+def test_only_a_model_that_reads_clip_depends_on_it() -> None:
+    plain = build(load_config(ROOT / "configs/nano.yaml"))
+    frozen = build(load_config(ROOT / "configs/nano.yaml", ["decoder.model.text_encoder=frozen"]))
+    assert {name for name in plain if plain[name].inputs != frozen[name].inputs} == {"decoder", "evaluation"}
+    assert frozen["decoder"].inputs == INPUTS
+    assert "clip" in frozen["evaluation"].inputs
+
+
+def test_a_plan_counts_the_tower() -> None:
+    config = preset_config("nano")
+    for name in ("ar_prior", "diffusion_prior", "decoder"):
+        recipe = getattr(config, name)
+        counted = replace(config, **{name: replace(recipe, model=replace(recipe.model, text_encoder="frozen"))})
+        # A token table of CLIP's width in place of its own, of its own width.
+        assert count_model(counted, name).parameters > 49_408 * config.clip.model.text_width
+    named = replace(counted, clip=replace(config.clip, weights="open_clip:ViT-B-16-SigLIP:webli"))
+    with pytest.raises(UserError, match="reads text towers like CLIP's own"):
+        count_model(named, "decoder")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_workers_train_what_one_process_trains(sharded: bool, world: World, tmp_path: Path) -> None:
+    alone = with_clip(make_world(tmp_path / "alone"), tmp_path / "clip")
+    together = with_clip(world, tmp_path / "clip")
+    settings = replace(SETTINGS, workers=2, sharded=sharded)
+    ctx = together.context("diffusion_prior", PRIOR, settings, INPUTS)
+    train_together(ctx, tmp_path)
+    artifact = load_artifact(together.store, "diffusion_prior", ctx.key)
+    assert artifact is not None
+    made = weights(together, artifact)
+    expected = weights(alone, stage.train(alone.context("diffusion_prior", PRIOR, SETTINGS, INPUTS)))
+    check_tower(made, "caption.text.")
+    gaps = {name: (made[name] - expected[name]).abs().max() for name in expected if name != "gamma"}
+    assert max(gaps.values()) < 1e-4
