@@ -161,7 +161,7 @@ def test_a_caption_matters_unless_it_is_dropped_and_what_follows_its_end_never_d
         kept = torch.full((4,), keep)
         if kind == "decoder":
             condition = model.condition(batch["image_embedding"], tokens, kept, kept)
-            return condition.added.sum() + condition.context[condition.shown].sum()
+            return torch.cat([condition.added.flatten(), condition.context[condition.shown].flatten()])
         return model.caption(tokens, kept)
 
     with torch.no_grad():

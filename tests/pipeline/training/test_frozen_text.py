@@ -1,5 +1,6 @@
 """Trainings whose models read captions through the text tower of the run's CLIP: what is trained, kept and resumed."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,7 +109,9 @@ def test_a_training_that_begins_with_other_weights_keeps_its_own_clips_tower(wor
 def test_a_text_tower_of_another_kind_is_one_line(world: World, tmp_path: Path) -> None:
     world = with_clip(world, tmp_path / "clip")
     file = tmp_path / "clip/open_clip_config.json"
-    file.write_text(file.read_text().replace('"layers": 1,', '"layers": 1, "no_causal_mask": true,'))
+    document = json.loads(file.read_text())
+    document["model_cfg"]["text_cfg"]["no_causal_mask"] = True
+    file.write_text(json.dumps(document))
     odd = replace(world.inputs["clip"], blobs=world.inputs["clip"].blobs | {file.name: put_blob(world.store, file)})
     world = replace(world, inputs=world.inputs | {"clip": odd})
     with pytest.raises(
