@@ -30,10 +30,11 @@ from models.tokens import tokenize
 from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.images import backgrounds, draw_images
 from pipeline.evaluate.metrics import bootstrap, cosine, derangement, variance_ratio
+from pipeline.evaluate.names import FIRST
 from pipeline.evaluate.priors import nats_per_code
 from pipeline.evaluate.quality import Eye, choices, right
 from pipeline.evaluate.retrieval import median_interval, ranks
-from pipeline.evaluate.rows import COLUMNS, HeldOut, read_views
+from pipeline.evaluate.rows import COLUMNS, GALLERY, HeldOut, read_views
 from pipeline.graph.stages import Context
 from pipeline.held_out import FEWEST
 from pipeline.store.records import materialise, read_blob
@@ -42,14 +43,10 @@ from pipeline.training.feed.tables import JoinedRow, Tables
 Found = tuple[float, float, float]
 """A figure, and its 95% interval: value, low, high."""
 
-# Emoji that differ in a skin tone are nearly the same image, and names of flags do not tell their looks.
-LEFT_OUT = ("skin tone", "the flag of")
 SEED = 0  # of noise and resampling, the same in every trial
 ROWS = 512  # of losses, at most
 NAMED = 256  # images whose name is asked for, at most
 DRAWN = 128  # images drawn, at most
-GALLERY = 500  # real images among which the right one is looked for, at most
-FIRST = 10
 QUARTERS = 4
 ENCODED = 64  # at once
 SIDE = 64  # pixels
@@ -86,10 +83,11 @@ def mean(values: Tensor) -> Found:
 
 
 def listed(ctx: Context, split: str, columns: Sequence[str], side: int = 0) -> list[JoinedRow]:
-    """Returns the rows of a split that have an image and are not LEFT_OUT, always in the same order."""
+    """Returns the rows of a split that have an image and are not variants by the phrases, always in the same order."""
+    phrases = ctx.config.evaluation.phrases
     tables = Tables(ctx.store, ctx.inputs, columns, split, side)
     rows = tables.first(sum(tables.counts))
-    return [row for row in rows if row.place and not any(words in caption(row) for words in LEFT_OUT)]
+    return [row for row in rows if row.place and not phrases.is_variant(caption(row))]
 
 
 def caption(row: JoinedRow) -> str:
