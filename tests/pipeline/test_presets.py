@@ -14,7 +14,7 @@ from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.interchange.cascade import KARLO_SAMPLING
-from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
+from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, TextTower
 from models.upsampler import Upsampler
 from pipeline.config import PRESETS, preset_config
 
@@ -28,13 +28,13 @@ def millions(module: nn.Module) -> float:
 def build(name: str) -> dict[str, Any]:
     """Every model of a preset, on the meta device."""
     preset = preset_config(name)
-    dim = preset.clip.model.embed_dim
+    dim, tower = preset.clip.model.embed_dim, TextTower.of(preset.clip.model.model_config())
     with torch.device("meta"):
         return {
             "clip": open_clip.CLIP(**preset.clip.model.model_config()),
-            "ar_prior": ARPrior(preset.ar_prior.model, dim, min(319, dim)),
-            "diffusion_prior": DiffusionPrior(preset.diffusion_prior.model, dim),
-            "decoder": Decoder(preset.decoder.model, dim),
+            "ar_prior": ARPrior(preset.ar_prior.model, dim, min(319, dim), tower),
+            "diffusion_prior": DiffusionPrior(preset.diffusion_prior.model, dim, tower),
+            "decoder": Decoder(preset.decoder.model, dim, tower),
             "upsampler_256": Upsampler(preset.upsampler_256.model),
             "upsampler_1024": Upsampler(preset.upsampler_1024.model),
         }
@@ -108,6 +108,16 @@ def test_reading_presets_needs_no_torch() -> None:
 def test_impossible_values_are_refused_by_name(config: object, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, **change)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("name", ["small", "karlo"])
+def test_captions_are_read_through_the_clip_of_the_run(name: str) -> None:
+    """Own text or another's: nothing in these models learns a table of tokens."""
+    models = build(name)
+    for model in ("diffusion_prior", "decoder"):
+        tables = [module for module in models[model].modules() if isinstance(module, nn.Embedding)]
+        assert tables
+        assert not any(table.weight.requires_grad for table in tables)
 
 
 def test_karlo_samples_what_it_trains() -> None:
