@@ -43,6 +43,8 @@ class TrainingRecipe:
         lanes: Parallel data streams, a bound on workers.
         window: Rows that are shuffled with each other in a lane; of each lane five quarters of them, as encoded
             images, are in a worker's memory.
+        captions: Which of a row's captions a model reads: ``any`` draws one for each time that the row is seen,
+            ``first`` takes the first.
         seed: Of weights, order and noise.
         precision: ``bf16`` is autocast, and fp32 on a device without bf16.
         init_from: A safetensors file of weights of the same model to begin with, instead of random ones.
@@ -65,6 +67,7 @@ class TrainingRecipe:
     ema_half_life: NonNegativeInt = 0
     lanes: PositiveInt = 64
     window: PositiveInt = 256
+    captions: Literal["any", "first"] = "any"
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     init_from: ContentFile | None = None

@@ -184,7 +184,8 @@ class Feed:
                 if row.place in window.images:
                     images[row.place] = window.images.pop(row.place)
                 rows.append(row)
-                choices.append(derive_seed(self.recipe.seed, "caption", lane, position))
+                first = self.recipe.captions == "first"
+                choices.append(0 if first else derive_seed(self.recipe.seed, "caption", lane, position))
         streams = [(derive_seed(self.recipe.seed, lane, step), per_lane) for lane in self.lanes]
         return Begun(rows, choices, self._views(rows, images, decoders.submit), streams)
 

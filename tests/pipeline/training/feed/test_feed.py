@@ -247,6 +247,18 @@ def test_all_captions_of_a_row_have_their_turn(shared_world: World, columns: tup
     assert 0.4 < firsts / sum(map(len, several.values())) < 0.6
 
 
+def test_a_recipe_may_read_the_first_caption_alone(shared_world: World) -> None:
+    columns = ("tokens", "text_embedding")
+    several = 0
+    for share in take(make_feed(shared_world, columns, recipe=replace(RECIPE, captions="first")), 16):
+        for key, tokens, embedding in zip(share.keys, *(share.batch[name] for name in columns), strict=True):
+            example = shared_world.examples[key]
+            several += len(example.captions or []) > 1
+            assert torch.equal(tokens, tokenize((example.captions or [""])[:1])[0])
+            assert np.array_equal(embedding.numpy(), example.text_embeddings[0])
+    assert several > 40
+
+
 def _with_first(
     world: World, seen: dict[str, list[tuple[float, ...]]], column: str
 ) -> Iterator[tuple[list[tuple[float, ...]], list[float]]]:
