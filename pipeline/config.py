@@ -176,7 +176,8 @@ def make_config(values: Mapping[str, Any]) -> Config:
         if not isinstance(given, Mapping):
             raise UserError(f"{stage}: expected a mapping, got {given!r}")
         own = {name: value for name, value in given.items() if name != "preset"}
-        values[stage] = overlay(_preset(given.get("preset", common)).get(stage, {}), own)
+        preset = _preset(given.get("preset", common)).get(stage, {})
+        values[stage] = overlay(preset | _decay(preset, own.get("samples")), own)
     config = _named(_scaled(parse(Config, values), scale))
     _check(config)
     return config
@@ -185,6 +186,13 @@ def make_config(values: Mapping[str, Any]) -> Config:
 def preset_config(name: str) -> Config:
     """Returns a configuration of nothing but a preset, for callers that need models and trainings without a list."""
     return make_config({"project": name, "store": name, "source": {"paths": [name]}, "preset": name})
+
+
+def _decay(preset: Mapping[str, Any], samples: Any) -> dict[str, int]:
+    """Returns the decay of a training that takes other ``samples`` than its preset: the same share of them."""
+    if "decay" not in preset or not isinstance(samples, int) or samples < 1:
+        return {}
+    return {"decay": round(preset["decay"] * samples / preset["samples"])}
 
 
 def _scaled(config: Config, scale: Any) -> Config:

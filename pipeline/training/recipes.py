@@ -35,7 +35,7 @@ class TrainingRecipe:
         weight_decay: Decoupled, on the weights of layers; not on biases, norms, embeddings, positions and padding.
         warmup: Samples over which the learning rate rises.
         decay: Samples before the stop over which it falls to zero; such a training branches off one whose rate
-            stays.
+            stays. Where ``samples`` replaces a preset's, the decay keeps its share of them.
         clip_norm: Bound on the gradient's norm; 0 is none.
         ema_half_life: Samples; of the averaged weights (EMA) that become the model, and at most a tenth of the
             samples seen, so that nothing is left of the random start however short the training; ``nano`` and

@@ -58,11 +58,23 @@ def test_scale_changes_how_long_every_model_trains_and_nothing_else() -> None:
         for stage in TRAININGS:
             before, after = getattr(whole, stage), getattr(config, stage)
             samples = max(before.batch, round(scale * before.samples))
-            warmup = round(scale * before.warmup)
-            assert after == dataclasses.replace(before, samples=samples, warmup=warmup)
+            warmup, decay = round(scale * before.warmup), min(samples, round(scale * before.decay))
+            assert after == dataclasses.replace(before, samples=samples, warmup=warmup, decay=decay)
         early = max(whole.decoder.batch, round(scale * whole.evaluation.early))
         assert config.evaluation == dataclasses.replace(whole.evaluation, early=early)
     assert make_config({**LEAST, "evaluation": {"early": 0}, "scale": 0.5}).evaluation.early == 0
+
+
+def test_other_samples_than_a_preset_s_keep_the_share_over_which_its_rate_falls() -> None:
+    plain = make_config({**LEAST, "preset": "tiny"}).decoder
+    for samples in (64, 1000, 10 * plain.samples):
+        found = make_config({**LEAST, "preset": "tiny", "decoder": {"samples": samples}}).decoder
+        assert found.decay / samples == pytest.approx(plain.decay / plain.samples, abs=0.01)
+        assert found == dataclasses.replace(plain, samples=samples, decay=found.decay)
+    own = make_config({**LEAST, "preset": "tiny", "decoder": {"samples": 1000, "decay": 0}}).decoder
+    assert own.decay == 0
+    with pytest.raises(UserError, match="decoder: decay is 2000: use at most samples, 1000"):
+        make_config({**LEAST, "preset": "tiny", "decoder": {"samples": 1000, "decay": 2000}})
 
 
 @pytest.mark.parametrize("scale", [0.1, 1e-9, 2])
