@@ -27,6 +27,7 @@ from models.diffusion_prior import DiffusionPrior
 from models.draw import Draw
 from models.upsampler import Upsampler
 from pipeline.config import preset_config
+from pipeline.cost.flops import text_tower
 from pipeline.training.device import autocast, computes_in
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.state import ema_half_life, make_optimizer, update_ema
@@ -153,11 +154,11 @@ def generator(preset: str) -> UnCLIP:
     """Returns the preset's cascade with random weights."""
     torch.manual_seed(0)
     config = preset_config(preset)
-    clip = Clip.build(config.clip.model, seed=0).eval()
+    clip, prior = Clip.build(config.clip.model, seed=0).eval(), config.diffusion_prior.model
     return UnCLIP(
         clip=clip,
         decoder=Decoder(config.decoder.model, clip.embed_dim).eval(),
-        diffusion_prior=DiffusionPrior(config.diffusion_prior.model, clip.embed_dim).eval(),
+        diffusion_prior=DiffusionPrior(prior, clip.embed_dim, text_tower(prior, config.clip)).eval(),
         upsampler_256=Upsampler(config.upsampler_256.model).eval(),
         upsampler_1024=Upsampler(config.upsampler_1024.model).eval(),
         sampling=config.bundle.sampling,
