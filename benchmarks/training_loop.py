@@ -167,7 +167,7 @@ def main() -> None:
         inputs = publish(store, SHARDS, 32 if chosen.quick else 512)
         for stage in chosen.stage or STAGES:
             model = getattr(preset, stage).model
-            # With a text encoder of its own, as there is no CLIP here whose text tower it could read.
+            # With a text encoder of its own: no CLIP is loaded here whose text tower it could read.
             model = replace(model, text_encoder=type(model)().text_encoder)
             recipe = recipes[stage](
                 samples=BATCH, batch=BATCH, lanes=8, learning_rate=1e-4, ema_half_life=10_000, model=model

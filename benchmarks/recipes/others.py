@@ -45,7 +45,7 @@ class Reworded:
         self.captions = {row.key: (row.captions or [""])[0] for row in rows}
 
     def batches(self, samples: int) -> Generator[LocalBatch, None, None]:
-        """Yields the feed's batches, their captions worded anew by the seeds of their rows."""
+        """Yields the feed's batches, their captions reworded by the seeds of their rows."""
         with closing(self.feed.batches(samples)) as batches:
             for local in batches:
                 seed = local.streams[0][0]

@@ -18,9 +18,8 @@ from pipeline.errors import UserError
 from pipeline.local import Reach, local_path, read_local
 
 MOST_ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
-MOST_COUNTED = (
-    1_000_000  # behind those, at most; what a configuration says of more rows does not depend on their number
-)
+# Of the rows behind those: what a configuration says of more does not depend on their number.
+MOST_COUNTED = 1_000_000
 MEASURED = 100  # measured, at most
 MAX_BYTES = 32 << 20  # of one, as pairs.max_bytes by default
 
