@@ -15,6 +15,7 @@ from models.folder import KINDS
 from models.losses import Losses
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.config import preset_config
+from pipeline.cost.flops import text_tower
 from pipeline.settings import TrainingSettings
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed, LocalBatch
@@ -182,21 +183,23 @@ def test_weights_decay_but_norms_biases_and_embeddings_do_not() -> None:
 def test_weight_decay_takes_nothing_but_weights_of_layers(preset: str, name: str) -> None:
     """Not positions, and not the padding that stands for "no text", of any network that is trained. What decays beside
     the weights of linear layers and convolutions is named here: open_clip's projections."""
-    config = getattr(preset_config(preset), name.removeprefix("karlo's ")).model
+    whole = preset_config(preset)
+    config = getattr(whole, name.removeprefix("karlo's ")).model
     if name == "karlo's decoder":
         config = replace(config, text_encoder="clip")
     if name == "clip":
         model: nn.Module = Clip.build(config, 0)
     else:
         kind = KINDS[name.removeprefix("karlo's ").removesuffix("_256")]
-        model = kind.model(config, **{size: {"embed_dim": 64, "codes": 8}.get(size) for size in kind.sizes})
+        sizes = {"embed_dim": 64, "codes": 8, "text_tower": text_tower(config, whole.clip)}
+        model = kind.model(config, **{size: sizes.get(size) for size in kind.sizes})
     decayed = {id(p) for p in make_optimizer(model, replace(RECIPE, weight_decay=0.1)).param_groups[0]["params"]}
     modules = dict(model.named_modules())
     odd = set()
     for path, parameter in model.named_parameters():
         owner, _, own = path.rpartition(".")
         is_layer = isinstance(modules[owner], (nn.Linear, nn.Conv2d)) and own == "weight"
-        assert not is_layer or id(parameter) in decayed
+        assert (is_layer and parameter.requires_grad) <= (id(parameter) in decayed) <= parameter.requires_grad
         if id(parameter) in decayed and not is_layer:
             odd.add(own)
     assert odd <= ({"in_proj_weight", "text_projection", "proj"} if name == "clip" else set())
