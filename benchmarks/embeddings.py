@@ -32,8 +32,7 @@ from models.prior_configs import ClipConfig
 from pipeline.config import preset_config
 from pipeline.data.embeddings.encoder import MakeEncoder
 from pipeline.data.embeddings.stage import DecodeBatch, read_embeddings
-from pipeline.graph.artifacts import publish_shard
-from pipeline.graph.shard_tables import read_table
+from pipeline.graph.artifacts import publish_shard, read_table
 from pipeline.graph.shards import ShardTask
 from pipeline.settings import EmbeddingsSettings
 from pipeline.store import Store, open_store

@@ -15,8 +15,7 @@ from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from benchmarks.tiny import generator
 from models.cascade import UnCLIP
 from models.tokens import tokenize
-from pipeline.graph.artifacts import publish_shard
-from pipeline.graph.shard_tables import ShardRow, write_table
+from pipeline.graph.artifacts import ShardRow, publish_shard, write_table
 from pipeline.graph.shards import ShardTask
 from pipeline.sampling.generation import STAGE, GenerationRecipe, Generator
 from pipeline.store import Store, open_store

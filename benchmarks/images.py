@@ -11,8 +11,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.data.pairs.row_index import index_counts, index_table
-from pipeline.graph.artifacts import Artifact, Shard
-from pipeline.graph.shard_tables import ShardRow, read_table, write_shard_table, write_table
+from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_table, write_shard_table, write_table
 from pipeline.graph.shards import ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store

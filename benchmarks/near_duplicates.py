@@ -16,8 +16,15 @@ import numpy as np
 from benchmarks.timing import begin, finish, parser
 from pipeline.data.curation.stage import CurationRecipe, run_curation
 from pipeline.data.pairs.row_index import index_counts, index_table
-from pipeline.graph.artifacts import Artifact, Shard, publish_shard
-from pipeline.graph.shard_tables import read_shards, read_table, write_shard_table, write_table
+from pipeline.graph.artifacts import (
+    Artifact,
+    Shard,
+    publish_shard,
+    read_shards,
+    read_table,
+    write_shard_table,
+    write_table,
+)
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.settings import ShardSettings

@@ -30,8 +30,7 @@ from pipeline.build import build
 from pipeline.config import make_config
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.stage import scan
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards, read_table
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.graph.stages import Context
 from pipeline.store import open_store
 

@@ -29,8 +29,7 @@ from benchmarks.images import publish
 from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.tokens import tokenize
 from models.view import open_view
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
 from pipeline.training.feed.feed import WINDOW_READERS, Feed, Windows

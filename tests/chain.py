@@ -11,8 +11,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.data.source.emoji.listing import emoji_rows
-from pipeline.graph.artifacts import load_artifact
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import load_artifact, read_shards
 from pipeline.store import Store, open_store
 
 Finished = subprocess.CompletedProcess[str]

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.store import Store
 from pipeline.store.records import digest
 from tests.chain import MICRO, ROOT, Finished, done, open_at, unclip, write_config, write_list

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.graph.shard_tables import write_table
+from pipeline.graph.artifacts import write_table
 from tests.chain import open_at
 from tests.secrets import leaks, objects
 

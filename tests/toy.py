@@ -3,8 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards, read_table
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.graph.stages import Context, Stage, shard_key
 from pipeline.ledger import Ledger

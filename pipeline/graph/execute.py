@@ -12,10 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.errors import CorruptObject, Superseded, UserError
-from pipeline.graph.artifacts import SEGMENTS, Artifact, artifact_path, load_artifact, shard_path
+from pipeline.graph.artifacts import SEGMENTS, Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.graph.damage import set_aside
 from pipeline.graph.plan import Verdict, pin_path
-from pipeline.graph.shard_tables import read_shards
 from pipeline.graph.stages import Context, Graph, Stage, ordered, stage_key, trajectory_key, trunk_key
 from pipeline.progress import under_way
 from pipeline.store import Store

@@ -23,14 +23,15 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
     Artifact,
     Shard,
+    ShardRow,
     publish_artifact,
     publish_shard,
     read_shard,
     shard_path,
+    write_shard_table,
 )
 from pipeline.graph.ray import start_ray, wait_for_room
 from pipeline.graph.resources import Team
-from pipeline.graph.shard_tables import ShardRow, write_shard_table
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, add

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from markupsafe import Markup
 
 from pipeline.data.curation.stage import Rejected
-from pipeline.graph.shard_tables import ShardRow
+from pipeline.graph.artifacts import ShardRow
 from pipeline.report.html import number, template
 from pipeline.report.inputs import ReportInput
 from pipeline.report.rows import SHARDS_READ, Thumbnail, read_pairs, thumbnail

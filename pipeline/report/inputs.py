@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
+from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
 from pipeline.report.images import Album
 from pipeline.store import Store
 from pipeline.store.records import read_blob

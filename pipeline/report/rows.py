@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from pipeline.data.pairs.row_index import Place, read_images
-from pipeline.graph.shard_tables import ShardRow
+from pipeline.graph.artifacts import ShardRow
 from pipeline.report.html import attempt
 from pipeline.report.inputs import ReportInput
 

@@ -28,10 +28,9 @@ from models.cascade import UnCLIP
 from models.tokens import check_captions
 from models.view import view
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.graph.keys import artifact_key, flatten
 from pipeline.graph.runs import remember_stage
-from pipeline.graph.shard_tables import ShardRow, read_shards, read_table, write_table
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger

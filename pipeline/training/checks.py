@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.stages import Context
 from pipeline.training.task import Contrastive, Task
 

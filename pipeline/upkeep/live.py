@@ -10,11 +10,19 @@ from typing import Any
 
 from pipeline.data.source.journal import read_journal
 from pipeline.errors import CorruptObject
-from pipeline.graph.artifacts import SEGMENTS, Artifact, StageKey, ancestors, artifact_path, load_artifact, shard_path
+from pipeline.graph.artifacts import (
+    SEGMENTS,
+    Artifact,
+    StageKey,
+    ancestors,
+    artifact_path,
+    load_artifact,
+    read_shards,
+    shard_path,
+)
 from pipeline.graph.damage import pinned_key, read_record
 from pipeline.graph.pointer import read_releases, released_projects
 from pipeline.graph.runs import asked_at
-from pipeline.graph.shard_tables import read_shards
 from pipeline.store import Store
 from pipeline.store.leases import is_held
 from pipeline.store.parallel import ordered_map

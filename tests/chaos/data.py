@@ -22,9 +22,8 @@ import yaml
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.errors import CorruptObject
-from pipeline.graph.artifacts import Artifact
+from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.execute import heal
-from pipeline.graph.shard_tables import read_shards
 from pipeline.store import Store
 from pipeline.store.records import blob_path, read_blob
 from tests.chain import DATA_STAGES, keys, open_at

@@ -23,9 +23,9 @@ from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import EMPTY, change_journal, with_forgotten
 from pipeline.data.source.stage import scan
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_table
 from pipeline.graph.keys import differences
 from pipeline.graph.runs import remember
-from pipeline.graph.shard_tables import read_table
 from pipeline.store import Store, open_store
 from pipeline.store.records import read_blob
 from pipeline.upkeep.collect import collect

@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli import main
-from pipeline.graph.artifacts import artifact_path, publish_artifact, shard_path
-from pipeline.graph.shard_tables import read_shards, read_table, write_table
+from pipeline.graph.artifacts import artifact_path, publish_artifact, read_shards, read_table, shard_path, write_table
 from pipeline.store import Store
 from pipeline.store.records import blob_path, put_blob
 from tests.chain import data_blobs, done, keys, unclip, write_config, write_list

@@ -39,8 +39,7 @@ from pipeline.data.neighbours.stage import VERSION as INDEX
 from pipeline.data.neighbours.stage import IndexRecipe, run_index
 from pipeline.data.source.journal import read_journal
 from pipeline.graph import shards
-from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, read_shards
 from pipeline.graph.stages import Stage
 from pipeline.store import Store
 from pipeline.store.crash import POINTS

@@ -22,7 +22,7 @@ from pipeline.data.pairs.decoding import open_image
 from pipeline.data.source.retry import gather
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
-from pipeline.graph.shard_tables import read_table
+from pipeline.graph.artifacts import read_table
 from pipeline.sampling.prompts import TABLES, read_prompts
 from pipeline.store import open_store
 from tests.chain import ROOT

@@ -15,7 +15,7 @@ from models.codec import Codec
 from pipeline.build import build
 from pipeline.config import PRESETS, make_config, preset_config
 from pipeline.data.pairs.row_index import SPLITS
-from pipeline.graph.shard_tables import read_shards, read_table
+from pipeline.graph.artifacts import read_shards, read_table
 from pipeline.store.records import read_blob
 from tests.chain import ROOT
 from tests.jobs.test_docs import tables

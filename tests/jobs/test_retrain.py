@@ -14,9 +14,8 @@ import yaml
 
 from jobs.project import open_project
 from pipeline.data.source.emoji.listing import emoji_rows
-from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.graph.pointer import read_releases
-from pipeline.graph.shard_tables import read_shards
 from pipeline.parse import overlay
 from pipeline.release.compare import evaluations
 from pipeline.store import Store

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.graph.artifacts import load_artifact
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import load_artifact, read_shards
 from pipeline.store import open_store
 from pipeline.store.records import blob_path
 from tests.chain import ROOT, Finished, done, write_config, write_list

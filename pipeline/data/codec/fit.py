@@ -28,8 +28,7 @@ from pipeline.data.neighbours.blocks import (
     run_pass,
 )
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Shard
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import Shard, read_shards
 from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger

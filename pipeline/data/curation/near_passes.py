@@ -21,7 +21,7 @@ from pipeline.data.neighbours.blocks import candidates, input_name, is_a
 from pipeline.data.neighbours.cells import NONE, PROBES, Cells, Rows, compare, fit_cells
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
 from pipeline.errors import CorruptObject
-from pipeline.graph.shard_tables import read_table
+from pipeline.graph.artifacts import read_table
 from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store

@@ -26,8 +26,7 @@ from pipeline.data.neighbours.blocks import (
     pass_task,
     run_pass,
 )
-from pipeline.graph.artifacts import Shard
-from pipeline.graph.shard_tables import ShardRow, write_shard_table
+from pipeline.graph.artifacts import Shard, ShardRow, write_shard_table
 from pipeline.graph.shards import ShardTask
 from pipeline.graph.stages import Context
 

@@ -16,8 +16,7 @@ from pydantic import Field
 from pipeline.data.embeddings.scores import score_column
 from pipeline.data.neighbours.blocks import OneThread, as_input
 from pipeline.data.pairs.row_index import index_counts, index_table
-from pipeline.graph.artifacts import Artifact, Shard
-from pipeline.graph.shard_tables import ShardRow, read_shards, read_table, write_table
+from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards, run_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger

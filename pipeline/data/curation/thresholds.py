@@ -14,8 +14,7 @@ from pydantic import Field
 from safetensors.numpy import load, save
 
 from pipeline.data.neighbours.blocks import cut_blocks, is_a, pass_task, run_pass
-from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.graph.shard_tables import read_shards, read_table
+from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
 from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger

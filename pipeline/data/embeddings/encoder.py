@@ -19,7 +19,7 @@ from pipeline.data.embeddings.scores import Head, score_column
 from pipeline.data.embeddings.stage import EMBEDDED_CAPTIONS, DecodeBatch, IndexRow
 from pipeline.data.source.imported import SCHEME, read_imported
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.shard_tables import read_table, write_table
+from pipeline.graph.artifacts import read_table, write_table
 from pipeline.graph.shards import Helpers, ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.progress import Steps, add

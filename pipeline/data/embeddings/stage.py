@@ -19,8 +19,7 @@ from models.view import open_view
 from pipeline.data.embeddings.scores import load_heads
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards, read_table
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.graph.shards import ShardTask, map_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.parse import ContentFile

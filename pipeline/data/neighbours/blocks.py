@@ -14,8 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from pipeline.data.embeddings.stage import read_embeddings
-from pipeline.graph.artifacts import Shard
-from pipeline.graph.shard_tables import ShardRow, read_table
+from pipeline.graph.artifacts import Shard, ShardRow, read_table
 from pipeline.graph.shards import ShardOutput, ShardTask, ShardWorker, run_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.ledger import Ledger

@@ -20,8 +20,7 @@ from pipeline.data.neighbours.blocks import (
     run_pass,
 )
 from pipeline.data.pairs.row_index import SPLITS
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import ShardRow, read_shards
+from pipeline.graph.artifacts import Artifact, ShardRow, read_shards
 from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger

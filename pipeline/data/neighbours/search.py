@@ -17,8 +17,7 @@ from models.view import view
 from pipeline.data.neighbours.indices import search
 from pipeline.data.pairs.decoding import open_image
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards, read_table
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.store import Store
 from pipeline.store.records import materialise
 

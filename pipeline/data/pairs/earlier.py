@@ -10,8 +10,8 @@ from typing import Any
 from pipeline.data.fetch.opener import Evidence
 from pipeline.data.pairs.row_index import Place, read_images, read_opt_outs
 from pipeline.errors import CorruptObject
+from pipeline.graph.artifacts import ShardRow, read_shards, read_table
 from pipeline.graph.runs import last_made
-from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
 from pipeline.graph.stages import Context
 from pipeline.store import Store
 

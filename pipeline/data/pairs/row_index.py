@@ -12,8 +12,7 @@ import pyarrow as pa
 
 from pipeline.data.fetch.references import shown
 from pipeline.errors import CorruptObject
-from pipeline.graph.artifacts import NOTE, read_shard
-from pipeline.graph.shard_tables import ShardRow, read_table, write_table
+from pipeline.graph.artifacts import NOTE, ShardRow, read_shard, read_table, write_table
 from pipeline.local import open_local
 from pipeline.store import Store
 from pipeline.store.records import blob_path, read_twice

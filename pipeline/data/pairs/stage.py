@@ -15,8 +15,7 @@ from pipeline.data.fetch.deny import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, Storing
 from pipeline.data.source.lists import reach
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.shards import ShardTask, map_shards
 from pipeline.graph.stages import Context, shard_key
 from pipeline.parse import ContentFile

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pipeline.data.source.journal import Forgotten, reference_mark
 from pipeline.data.source.stage import SourceShard, row_key, segment_of
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import ShardRow, read_shards, read_table, write_table
+from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import put_blob

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.source.journal import reference_mark
 from pipeline.data.source.stage import FIRST_RETRY, SourceShard, segment_of
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards, read_table
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 

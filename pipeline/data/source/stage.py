@@ -28,9 +28,16 @@ from pipeline.data.source.duplicates import HASH, SeenReferences
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_mark
 from pipeline.data.source.lists import ListRow, fingerprint, read_rows
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import SEGMENTS, Artifact, Shard, publish_artifact
+from pipeline.graph.artifacts import (
+    SEGMENTS,
+    Artifact,
+    Shard,
+    publish_artifact,
+    read_table,
+    write_shard_table,
+    write_table,
+)
 from pipeline.graph.damage import create_record, read_record, set_aside
-from pipeline.graph.shard_tables import read_table, write_shard_table, write_table
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.local import Reach

@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 from pipeline.data.pairs.row_index import Place
 from pipeline.data.source.stage import CAPTIONED, has_caption
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import ShardList, read_shards, read_table
+from pipeline.graph.artifacts import Artifact, ShardList, read_shards, read_table
 from pipeline.store import Store
 
 CACHED = 8  # shards

@@ -19,8 +19,7 @@ from pipeline.build import build
 from pipeline.config import make_config, preset_config
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.stage import scan
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards, read_table
+from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.graph.stages import Context, stage_key
 from pipeline.parse import overlay
 from pipeline.store import open_store

@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote
 import pytest
 
 from pipeline.data.fetch.references import without_password
-from pipeline.graph.shard_tables import read_shards, read_table
+from pipeline.graph.artifacts import read_shards, read_table
 from pipeline.ledger import REASONS
 from tests.pipeline.data.bench import Bench, picture, write_list
 from tests.pipeline.data.hostile import MAX_PIXELS, files

@@ -10,8 +10,15 @@ import pyarrow as pa
 
 from pipeline.data.curation.stage import VERSION, CurationRecipe, Rejected, run_curation
 from pipeline.data.pairs.row_index import index_counts, index_table
-from pipeline.graph.artifacts import Artifact, publish_artifact, publish_shard
-from pipeline.graph.shard_tables import read_shards, read_table, write_shard_table, write_table
+from pipeline.graph.artifacts import (
+    Artifact,
+    publish_artifact,
+    publish_shard,
+    read_shards,
+    read_table,
+    write_shard_table,
+    write_table,
+)
 from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings

@@ -16,12 +16,11 @@ from pipeline.data.curation.near_passes import pack, read_piece
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.journal import change_journal, journal_path
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact, write_shard_table
 from pipeline.graph.damage import create_record, read_record, set_aside, stands_on
 from pipeline.graph.execute import heal
 from pipeline.graph.plan import pin_path, read_pin
 from pipeline.graph.pointer import Move, Releases, move_release, read_releases, release_path
-from pipeline.graph.shard_tables import write_shard_table
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.records import FORMAT, blob_path, peek_record, put_blob, read_blob

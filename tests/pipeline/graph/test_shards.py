@@ -16,8 +16,16 @@ from typing import Any
 import pytest
 
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, Shard, publish_shard, shard_path
-from pipeline.graph.shard_tables import ShardList, ShardRow, read_shards, write_shard_table
+from pipeline.graph.artifacts import (
+    Artifact,
+    Shard,
+    ShardList,
+    ShardRow,
+    publish_shard,
+    read_shards,
+    shard_path,
+    write_shard_table,
+)
 from pipeline.graph.shards import (
     Helpers,
     ShardOutput,

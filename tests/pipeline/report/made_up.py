@@ -23,8 +23,16 @@ from pipeline.data.curation.stage import Rejected, rejected_table
 from pipeline.data.pairs.row_index import index_table
 from pipeline.data.source.stage import row_key
 from pipeline.evaluate.figure import Figure, count, judged
-from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard
-from pipeline.graph.shard_tables import read_shards, read_table, write_shard_table, write_table
+from pipeline.graph.artifacts import (
+    Artifact,
+    Shard,
+    publish_artifact,
+    publish_shard,
+    read_shards,
+    read_table,
+    write_shard_table,
+    write_table,
+)
 from pipeline.graph.stages import Graph
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.curation.stage import Rejected
-from pipeline.graph.artifacts import Artifact, Shard
-from pipeline.graph.shard_tables import read_shards, write_shard_table
+from pipeline.graph.artifacts import Artifact, Shard, read_shards, write_shard_table
 from pipeline.ledger import Ledger
 from pipeline.report.data import data_section
 from pipeline.report.duplicates import GROUPS_SHOWN, duplicates, group

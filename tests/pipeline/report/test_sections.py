@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pipeline.data.pairs.row_index import index_table
 from pipeline.evaluate.figure import Figure, count
-from pipeline.graph.artifacts import Artifact, Shard, publish_artifact
-from pipeline.graph.shard_tables import read_shards, write_shard_table, write_table
+from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, read_shards, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.report.data import data_section, embeddings_section, spread
 from pipeline.report.evaluation import evaluation_section

@@ -12,9 +12,8 @@ import webdataset
 from PIL import Image
 
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards
 from pipeline.graph.execute import heal
-from pipeline.graph.shard_tables import read_shards
 from pipeline.ledger import Ledger
 from pipeline.sampling.generation import STAGE, GenerationRecipe, export, generate
 from pipeline.sampling.prompts import read_prompts

@@ -10,18 +10,20 @@ import pytest
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
     Artifact,
+    ShardList,
     ancestors,
     artifact_path,
     load_artifact,
     publish_artifact,
     read_shard,
+    read_shards,
     shard_path,
+    write_table,
 )
 from pipeline.graph.damage import read_record
 from pipeline.graph.plan import pin_path, read_pin
 from pipeline.graph.pointer import read_releases, release_path
 from pipeline.graph.runs import last_run
-from pipeline.graph.shard_tables import ShardList, read_shards, write_table
 from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.names import is_blob_or_record, is_file_name, is_part

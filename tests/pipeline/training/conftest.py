@@ -16,8 +16,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.evaluate.recipe import EvaluationRecipe
-from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard
-from pipeline.graph.shard_tables import write_shard_table, write_table
+from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard, write_shard_table, write_table
 from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, TrainingSettings

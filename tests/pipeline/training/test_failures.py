@@ -12,8 +12,15 @@ import torch
 
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, Shard, publish_artifact
-from pipeline.graph.shard_tables import read_shards, read_table, write_shard_table, write_table
+from pipeline.graph.artifacts import (
+    Artifact,
+    Shard,
+    publish_artifact,
+    read_shards,
+    read_table,
+    write_shard_table,
+    write_table,
+)
 from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import put_blob, read_blob

@@ -17,9 +17,8 @@ from models.folder import load_model
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
 from pipeline.errors import CorruptObject, Superseded, UserError
-from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.graph.damage import read_record
-from pipeline.graph.shard_tables import read_shards
 from pipeline.graph.stages import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
@@ -327,7 +326,7 @@ def test_no_rows_are_explained(shared_world: World) -> None:
 
 
 def test_a_damaged_input_is_named(world: World) -> None:
-    from pipeline.graph.shard_tables import read_shards
+    from pipeline.graph.artifacts import read_shards
 
     blob = blob_path(read_shards(world.store, world.inputs["embeddings"])[2].blobs["embeddings"])
     world.store.delete([blob])

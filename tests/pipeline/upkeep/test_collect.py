@@ -11,13 +11,19 @@ import pytest
 from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.source.journal import Forgotten, ListJournal, change_journal, with_forgotten
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact, publish_shard
+from pipeline.graph.artifacts import (
+    Artifact,
+    load_artifact,
+    publish_artifact,
+    publish_shard,
+    read_shards,
+    write_shard_table,
+)
 from pipeline.graph.damage import create_record
 from pipeline.graph.keys import flatten, trajectory
 from pipeline.graph.plan import pin_path, plan
 from pipeline.graph.pointer import Move, move_release, read_releases, release_path
 from pipeline.graph.runs import remember
-from pipeline.graph.shard_tables import read_shards, write_shard_table
 from pipeline.graph.stages import Graph, Stage
 from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile

@@ -14,8 +14,7 @@ from pipeline.data.codec import fit
 from pipeline.data.codec.stage import run_codec
 from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, Shard
-from pipeline.graph.shard_tables import read_shards, read_table, write_shard_table, write_table
+from pipeline.graph.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
 from pipeline.store.records import put_blob, read_blob

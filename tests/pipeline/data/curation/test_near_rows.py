@@ -12,9 +12,8 @@ from pipeline.data.curation.stage import Rejected, run_curation
 from pipeline.data.neighbours import cells as neighbours
 from pipeline.data.pairs.row_index import index_counts
 from pipeline.errors import CorruptObject
-from pipeline.graph.artifacts import Artifact, Shard, artifact_path
+from pipeline.graph.artifacts import Artifact, Shard, artifact_path, read_shards, read_table
 from pipeline.graph.execute import heal
-from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.graph.shards import ShardTask
 from pipeline.graph.stages import Context, Stage
 from pipeline.store import Store, open_store

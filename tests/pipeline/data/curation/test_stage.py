@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.data.curation.stage import CurationRecipe, Judge
 from pipeline.data.pairs.row_index import index_counts
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import read_shards
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
 from tests.pipeline.data.vectors import rejected
 

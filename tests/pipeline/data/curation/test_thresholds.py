@@ -10,9 +10,8 @@ from pipeline.build import build
 from pipeline.config import make_config
 from pipeline.data.curation import thresholds
 from pipeline.data.curation.thresholds import BINS, ThresholdsRecipe, count_by_bin, lowest, run_thresholds
-from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
 from pipeline.graph.plan import pin_path, plan
-from pipeline.graph.shard_tables import read_shards, read_table
 from pipeline.graph.stages import Stage
 from pipeline.ledger import Ledger
 from pipeline.store import open_store

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from pipeline.data.embeddings.scores import load_heads
 from pipeline.errors import UserError
-from pipeline.graph.shard_tables import read_table
+from pipeline.graph.artifacts import read_table
 from pipeline.graph.stages import stage_key
 from pipeline.parse import ContentFile
 from pipeline.store import open_store

@@ -20,7 +20,7 @@ from pipeline.data.embeddings.encoder import MakeEncoder
 from pipeline.data.embeddings.stage import EMBEDDED_CAPTIONS, DecodeBatch, read_embeddings
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.shard_tables import ShardRow, read_shards, read_table
+from pipeline.graph.artifacts import ShardRow, read_shards, read_table
 from pipeline.graph.shards import Helpers, ShardTask
 from pipeline.settings import EmbeddingsSettings
 from pipeline.store import Entry, Store

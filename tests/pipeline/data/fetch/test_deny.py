@@ -12,8 +12,8 @@ from pipeline.data.fetch.deny import DenyLists, read_deny_lists
 from pipeline.data.fetch.opener import normal_url
 from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import read_shards
 from pipeline.graph.keys import differences
-from pipeline.graph.shard_tables import read_shards
 from pipeline.parse import ContentFile
 from pipeline.store import open_store
 from pipeline.store.records import blob_path, put_blob

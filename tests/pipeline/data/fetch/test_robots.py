@@ -20,7 +20,7 @@ from pipeline.data.fetch.references import shown
 from pipeline.data.fetch.robots import MAX_LINES, ROBOTS_BYTES, Robots, allows, opting_out, parse_robots
 from pipeline.data.fetch.visit import private_headers
 from pipeline.data.pairs.row_index import read_opt_outs
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import read_shards
 from pipeline.settings import PairsSettings
 from tests.chain import ROOT
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
@@ -406,7 +406,7 @@ def test_evidence_says_what_kept_us_out_and_when_and_the_result_is_the_same_agai
     assert all(began <= row["seen"].timestamp() <= time.time() for row in found)
 
     page = (ROOT / "docs/fetch.md").read_text()
-    code = page[page.index("    from pipeline.graph.shard_tables") : page.index("`store` is")]
+    code = page[page.index("    from pipeline.graph.artifacts") : page.index("`store` is")]
     exec(textwrap.dedent(code), {"store": first.store, "pairs": first.made["pairs"]})
     assert (
         capsys.readouterr().out.splitlines()[0].startswith(f"000000000000 {urls[0]} opted_out http://a.test/robots.t")

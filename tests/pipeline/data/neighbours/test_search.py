@@ -8,7 +8,7 @@ from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.data.neighbours.search import embed_caption, embed_image, look_up
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.errors import UserError
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import read_shards
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
 
 ROWS = 14

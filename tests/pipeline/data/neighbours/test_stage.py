@@ -7,8 +7,7 @@ import pytest
 from pipeline.data.neighbours import indices
 from pipeline.data.neighbours.indices import open_index, search
 from pipeline.data.neighbours.stage import IndexRecipe, run_index
-from pipeline.graph.artifacts import Artifact
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.stages import Stage
 from pipeline.store import Store, open_store
 from tests.pipeline.data.vectors import Listed, context, curate, planted, publish

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from pipeline.data.pairs.row_index import read_opt_outs
+from pipeline.graph.artifacts import read_shards
 from pipeline.graph.plan import plan
 from pipeline.graph.runs import remember
-from pipeline.graph.shard_tables import read_shards
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list

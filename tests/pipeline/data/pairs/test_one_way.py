@@ -14,7 +14,7 @@ from pipeline.data.neighbours.search import embed_image
 from pipeline.data.pairs.decoding import open_image, shared_decoder
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import UserError
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import read_shards
 from pipeline.report.images import shrink
 from tests.pipeline.data.bench import Bench, save_clip, write_list
 from tests.pipeline.data.odd import ADOBE_RGB, SIDES, encoded, odd_images

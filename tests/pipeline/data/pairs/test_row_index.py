@@ -14,7 +14,7 @@ from pipeline.data.pairs.row_index import (
     read_images,
 )
 from pipeline.errors import CorruptObject
-from pipeline.graph.shard_tables import read_table, write_table
+from pipeline.graph.artifacts import read_table, write_table
 from pipeline.store import Store
 from pipeline.store.records import blob_path, put_blob
 from tests.counted import Counted

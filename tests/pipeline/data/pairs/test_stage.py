@@ -12,7 +12,7 @@ import webdataset
 
 from pipeline.data.pairs.row_index import Place, index_counts, read_images
 from pipeline.errors import CorruptObject
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import read_shards
 from pipeline.ledger import REASONS
 from pipeline.store.records import read_blob
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.pairs.unfinished import KEEP_S, Unfinished
-from pipeline.graph.shard_tables import read_shards
+from pipeline.graph.artifacts import read_shards
 from pipeline.store.records import read_blob
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 

@@ -18,7 +18,7 @@ from pipeline.data.source.journal import Forgotten, ListJournal, reference_mark
 from pipeline.data.source.lists import read_rows
 from pipeline.data.source.stage import Scan, SourceRecipe, scan
 from pipeline.errors import UserError
-from pipeline.graph.shard_tables import read_table
+from pipeline.graph.artifacts import read_table
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import write_list

@@ -24,7 +24,7 @@ from pipeline.data.source.journal import (
 from pipeline.data.source.retry import gather
 from pipeline.data.source.stage import FIRST_RETRY, SEGMENT_SHARDS, SourceRecipe, SourceShard, scan
 from pipeline.errors import UserError
-from pipeline.graph.shard_tables import read_shards, read_table, write_table
+from pipeline.graph.artifacts import read_shards, read_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import put_blob

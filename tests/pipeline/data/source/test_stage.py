@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.fetch.opener import Refused, normal_url
 from pipeline.data.source.stage import SourceRecipe, scan, split_by_hash
 from pipeline.errors import UserError
-from pipeline.graph.shard_tables import read_table
+from pipeline.graph.artifacts import read_table
 from pipeline.store import Store, open_store
 from tests.secrets import leaks, objects
 

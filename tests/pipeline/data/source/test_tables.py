@@ -15,7 +15,7 @@ from pipeline.data.source import tables
 from pipeline.data.source.lists import NO_VALUE, read_rows
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
-from pipeline.graph.shard_tables import read_table
+from pipeline.graph.artifacts import read_table
 from pipeline.ledger import REASONS
 from pipeline.store import Store, open_store
 from tests.pipeline.data.hostile_lists import List, csv_text, hostile_lists

@@ -24,8 +24,7 @@ from models.tokens import tokenize
 from models.view import open_view
 from pipeline.data.source.stage import CAPTIONED
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, Shard
-from pipeline.graph.shard_tables import read_shards, read_table, write_shard_table, write_table
+from pipeline.graph.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path, put_blob
 from pipeline.training.feed.feed import Feed, LocalBatch, Window, Windows, read_ahead
