@@ -5,7 +5,7 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings near_duplicates \
   training_loop reading generation tiny
 
-.PHONY: help test test-browser test-slow chaos check bench lock format peek demo clean
+.PHONY: help test test-browser test-slow chaos check bench gpu-check lock format peek demo clean
 
 help:
 	@echo "make peek    the whole chain at nano size: pictures over HTTP to a 1024 px image, in minutes"
@@ -13,6 +13,7 @@ help:
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
 	@echo "make chaos   real faults: N=50 slices of SEED=1, a minute each, OF=data or training; goes on where it stopped"
+	@echo "make gpu-check    does a GPU compute what a CPU does, and how fast? 8 minutes; ARGS='--preset karlo --gpus 8'"
 	@echo "make bench   what the stages cost against peers and bounds, in about an hour on an idle machine"
 
 ifeq ($(PYTHON),)
@@ -58,6 +59,10 @@ check: .venv/ready
 
 bench: .venv/ready
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# Needs a GPU, unless ARGS="--device cpu --quick".
+gpu-check: .venv/ready
+	$(BIN)/python -m benchmarks.gpu_check --json out/gpu-check.json $(ARGS)
 
 # The newest versions within the bounds of pyproject.toml, without the local part (such as +cpu) that a machine decides.
 lock:

@@ -34,11 +34,16 @@ def random_fields(count: int, side: int) -> np.ndarray:
     return fields / fields.std(axis=(1, 2), keepdims=True)
 
 
-def pictures(count: int, fields: np.ndarray, seed: int) -> Iterator[tuple[bytes, int, int]]:
-    """Returns JPEG files of 256 to 512 px a side, with their width and height."""
+SIDES = (256, 512)  # the shortest and the longest, in pixels
+
+
+def pictures(
+    count: int, fields: np.ndarray, seed: int, sides: tuple[int, int] = SIDES
+) -> Iterator[tuple[bytes, int, int]]:
+    """Returns JPEG files with sides between these, with their width and height."""
     g = np.random.default_rng(seed)
     for _ in range(count):
-        height, width = g.integers(256, 513, 2).tolist()
+        height, width = g.integers(sides[0], sides[1] + 1, 2).tolist()
         top, left = (g.integers(0, fields.shape[1] - side) for side in (height, width))
         parts = fields[g.choice(len(fields), 4, replace=False), top : top + height, left : left + width]
         pixels = 128 + 45 * parts[0, ..., None] + 15 * np.moveaxis(parts[1:], 0, -1)
@@ -47,12 +52,12 @@ def pictures(count: int, fields: np.ndarray, seed: int) -> Iterator[tuple[bytes,
         yield out.getvalue(), width, height
 
 
-def make_shard(store: Store, number: int, count: int, fields: np.ndarray) -> ShardTask:
+def make_shard(store: Store, number: int, count: int, fields: np.ndarray, sides: tuple[int, int] = SIDES) -> ShardTask:
     """Returns a task of the embeddings stage; its shard of pairs is a webdataset tar that has the captions too."""
     g = np.random.default_rng(10_000 + number)
     out, rows, captions = io.BytesIO(), [], []
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, (data, width, height) in enumerate(pictures(count, fields, number)):
+        for i, (data, width, height) in enumerate(pictures(count, fields, number, sides)):
             key, caption = f"{number:08d}{i:04d}", " ".join(g.choice(WORDS, int(g.integers(6, 16))))
             place = {"offset": out.tell() + tarfile.BLOCKSIZE, "size": len(data)}
             for suffix, content in (("jpg", data), ("txt", caption.encode())):
@@ -73,15 +78,15 @@ def make_shard(store: Store, number: int, count: int, fields: np.ndarray) -> Sha
     return ShardTask(number, f"embeddings-{number}", inputs)
 
 
-def publish(store: Store, shards: int, rows: int) -> dict[str, Artifact]:
+def publish(store: Store, shards: int, rows: int, sides: tuple[int, int] = SIDES) -> dict[str, Artifact]:
     """Publishes the artefacts that trainings read.
 
     They have ``shards`` of equally many rows: images with captions, random embeddings, and a curation that keeps all.
     """
-    fields = random_fields(8, 1024)
+    fields = random_fields(8, 2 * sides[1])
     made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
     for number in range(shards):
-        inputs = make_shard(store, number, rows, fields).inputs
+        inputs = make_shard(store, number, rows, fields, sides).inputs
         index = read_table(store, inputs["pairs"].blobs["index"]).to_pylist()
         blobs = {stage: dict(inputs[stage].blobs) for stage in ("pairs", "captions")}
         blobs["curation"] = {"index": inputs["pairs"].blobs["index"]}

@@ -4,7 +4,6 @@ from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
@@ -67,12 +66,3 @@ def with_peer_unet(model: Decoder | Upsampler) -> Decoder | Upsampler:
             network = UNet2DModel.from_pretrained(Path(folder) / "super_res_first", **LOADING)
     copy.unet = PeerUNet(network, model.unet)  # type: ignore[assignment]
     return copy
-
-
-@torch.no_grad()
-def fill_zeros(module: nn.Module) -> None:
-    """Gives layers that start at zero small random weights, so that every layer's work shows in the output."""
-    generator = torch.Generator().manual_seed(11)
-    for parameter in module.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)

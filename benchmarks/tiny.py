@@ -154,10 +154,14 @@ def generator(preset: str) -> UnCLIP:
     """Returns the preset's cascade with random weights."""
     torch.manual_seed(0)
     config = preset_config(preset)
-    clip, prior = Clip.build(config.clip.model, seed=0).eval(), config.diffusion_prior.model
+    clip, prior, decoder = (
+        Clip.build(config.clip.model, seed=0).eval(),
+        config.diffusion_prior.model,
+        config.decoder.model,
+    )
     return UnCLIP(
         clip=clip,
-        decoder=Decoder(config.decoder.model, clip.embed_dim).eval(),
+        decoder=Decoder(decoder, clip.embed_dim, text_tower(decoder, config.clip)).eval(),
         diffusion_prior=DiffusionPrior(prior, clip.embed_dim, text_tower(prior, config.clip)).eval(),
         upsampler_256=Upsampler(config.upsampler_256.model).eval(),
         upsampler_1024=Upsampler(config.upsampler_1024.model).eval(),

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.peers import fill_zeros, with_peer_unet
+from benchmarks.gpu.bench import fill_zeros
+from benchmarks.peers import with_peer_unet
 from benchmarks.timing import begin, finish, interleave, memory_of, parser, ratio, show
 from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.draw import Draw

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from jobs.probe import probe
 from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import OVERRIDES, load_config
 from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate, parse_count, parse_fleet
-from pipeline.cost.observed import Seen, observe
+from pipeline.cost.observed import Seen, observe, read_profile
 from pipeline.cost.table import cost_table, remarks
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
@@ -42,6 +43,9 @@ def main(argv: Sequence[str]) -> int:
         metavar="SHARE",
         help=f"of a GPU's bf16 peak that trainings reach where no GPU was measured ({UTILISATION})",
     )
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="take what make gpu-check measured of the same models"
+    )
     arguments = parser.parse_intermixed_args(argv)
     if not 0 < arguments.utilisation <= 1:
         raise UserError(f"--utilisation {arguments.utilisation:g}: use a share above 0 and at most 1")
@@ -59,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         config = load_config(arguments.config, arguments.overrides)
         graph = build(config)
+    if arguments.profile:
+        seen = read_profile(arguments.profile, graph) | seen
     if rows is None:
         ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, arguments.utilisation)
         costs = _print_verdicts(project, project.plan(), set(graph), ask)

@@ -8,8 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.gpu.bench import Bench, Outcome
+from benchmarks.gpu_check import PARTS
+from benchmarks.gpu_check import main as check_gpu
 from benchmarks.timing import interleave, ratio
+from pipeline.build import build
+from pipeline.config import preset_config
+from pipeline.cost.observed import read_profile
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
@@ -67,6 +74,69 @@ def test_the_last_line_is_the_ratios(name: str) -> None:
     ratios = json.loads(run.stdout.splitlines()[-1])
     assert ratios.keys() == KEYS[name]
     assert all(math.isfinite(value) and (value > 0 or name == "house") for value in ratios.values())
+
+
+def test_the_check_of_a_gpu_runs_on_a_cpu_and_writes_a_profile(tmp_path: Path) -> None:
+    """At nano's sizes; a plan of nano takes the rates of all five models from it."""
+    file = tmp_path / "check.json"
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--quick", "--json", str(file)]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    parts = {part["part"]: part["result"] for part in json.loads(file.read_text())["parts"]}
+    skipped = {"waits", "peers", "several"}
+    assert parts == {name: "SKIP" if name in skipped else "PASS" for name, _ in PARTS}
+    assert len(run.stdout.splitlines()) == len(PARTS) + 1
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert len(read_profile(file, build(preset_config("nano")))) == 5
+
+
+@pytest.mark.slow
+def test_the_check_starts_several_processes() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_check",
+        "--device",
+        "cpu",
+        "--quick",
+        "--part",
+        "10",
+        "--gpus",
+        "2",
+    ]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert "several    PASS" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_check_without_a_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_gpu([]) == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_a_part_that_breaks_or_finds_something_fails_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(bench: Bench) -> Outcome:
+        raise RuntimeError("CUDA error: unspecified\nmore of it")
+
+    def finds(bench: Bench) -> Outcome:
+        outcome = Outcome("two figures")
+        outcome.expect(False, "one is too high")
+        return outcome
+
+    parts = (("breaks", breaks), ("finds", finds), ("holds", lambda bench: Outcome("fine")))
+    monkeypatch.setattr("benchmarks.gpu_check.PARTS", parts)
+    assert check_gpu(["--device", "cpu"]) == 1
+    lines = [line.split("(")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "1 breaks     FAIL  it broke off",
+        "RuntimeError: CUDA error: unspecified",
+        "2 finds      FAIL  two figures",
+        "one is too high",
+        "3 holds      PASS  fine",
+        "1 of 3 passed; failed: breaks, finds",
+    ]
 
 
 def test_rounds_run_every_case_in_turn() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from models.prior_configs import ASKED
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.keys import flatten
 from pipeline.graph.runs import last_run
 from pipeline.graph.stages import Graph
 from pipeline.held_out import FEWEST
@@ -67,6 +71,34 @@ def observe(store: Store, project: str, graph: Graph, held_out: float) -> Seen:
     return {name: [one] for name, one in found.items() if one}
 
 
+def read_profile(path: Path, graph: Graph) -> Seen:
+    """Returns what ``make gpu-check`` measured, of trainings in ``graph`` whose models are those that it measured.
+
+    Raises UserError for a file that it did not write, and where no training has the same model.
+    """
+    try:
+        document = json.loads(path.read_text())
+        kind, preset, measured = (document[name] for name in ("kind", "preset", "profile"))
+        rates = {
+            stage: (_shaping(one["recipe"]), float(one["rows_per_second"]), float(one["utilisation"]))
+            for stage, one in measured.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"--profile {path}: not what make gpu-check writes ({e}); name its gpu-check.json") from e
+    recipes = {name: flatten(stage.recipe) for name, stage in graph.items()}
+    found: Seen = {}
+    for stage, (model, rate, utilisation) in rates.items():
+        if stage in graph and _shaping(recipes[stage]) == model:
+            like = shape(stage, graph, recipes)
+            found[stage] = [Observation(rate, 1.0, 1.0, 1, like, device=kind, utilisation=utilisation)]
+    if not found:
+        raise UserError(
+            f"--profile {path}: it measured the models of preset {preset}, and no training here has one of them; run "
+            "make gpu-check with the preset of this configuration"
+        )
+    return found
+
+
 def _observed(artifact: Artifact, graph: Graph, recipes: Recipes, rows: int, held_out: float) -> Observation | None:
     """Returns None where nothing was done, because another run had done it."""
     times, stage = artifact.times, artifact.stage
@@ -107,8 +139,11 @@ def shape(stage: str, graph: Graph, recipes: Recipes) -> dict[str, Any]:
     if graph[stage].kind == "result":
         inputs = tuple(name for bundle in inputs if graph[bundle].kind == "bundle" for name in graph[bundle].inputs)
     models = (stage, *(name for name in inputs if graph[name].kind == "training"))
-    values = ((f"{name}.{f}", value) for name in models for f, value in recipes.get(name, {}).items())
-    return {name: value for name, value in values if SHAPING.fullmatch(name.partition(".")[2])}
+    return {f"{name}.{f}": value for name in models for f, value in _shaping(recipes.get(name, {})).items()}
+
+
+def _shaping(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if SHAPING.fullmatch(name)}
 
 
 def passes_of(stage: str, recipes: Recipes, there: float) -> dict[str, float]:

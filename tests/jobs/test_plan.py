@@ -33,6 +33,7 @@ def test_the_table_of_the_documents_is_what_the_command_prints() -> None:
         (["--pairs", "1M", "--gpus", "64"], ["--gpus 64: not a number of GPUs"]),
         (["--pairs", "1M", "--gpus", "8xT4"], ["unknown kind T4; known are A100"]),
         (["--pairs", "1M", "--utilisation", "1.5"], ["--utilisation 1.5"]),
+        (["--pairs", "1M", "--profile", "none.json"], ["--profile none.json: not what make gpu-check writes"]),
         (["--pairs", "1M", "run.prices.gpu_hour=-1"], ["run.prices.gpu_hour: -1 is below 0"]),
     ],
 )

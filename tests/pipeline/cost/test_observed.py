@@ -1,5 +1,6 @@
 """What artefacts record of their time, and lines through it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.cost.observed import Observation, Recipes, observe, pace, passes_of, shape
+from pipeline.cost.observed import Observation, Recipes, observe, pace, passes_of, read_profile, shape
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.plan import plan
@@ -122,3 +124,36 @@ def test_another_model_is_another_stage_and_dropout_is_not() -> None:
     assert shaped("embeddings") == shaped("embeddings", "decoder.model.channels=64")
     assert shaped("embeddings") != shaped("embeddings", "clip.model.width=128")
     assert shaped("pairs") != shaped("pairs", "pairs.encode_format=png", "pairs.encode_quality=6")
+
+
+# --- from a check of a GPU --------------------------------------------------------------------------------------------
+
+
+def profile(folder: Path, **stages: object) -> Path:
+    path = folder / "gpu-check.json"
+    path.write_text(json.dumps({"kind": "cuda", "preset": "nano", "profile": stages}))
+    return path
+
+
+def test_a_profile_tells_of_trainings_with_the_models_that_it_measured(tmp_path: Path) -> None:
+    wider = build(load_config(NANO, ["decoder.model.channels=64"]))
+    rate = {"rows_per_second": 50.0, "utilisation": 0.4}
+    path = profile(tmp_path, **{name: {"recipe": recipes()[name], **rate} for name in ("decoder", "ar_prior")})
+    found = read_profile(path, GRAPH)
+    assert found.keys() == {"decoder", "ar_prior"}
+    (one,) = found["decoder"]
+    assert (one.device, one.utilisation, one.shape) == ("cuda", 0.4, shape("decoder", GRAPH, recipes()))
+    assert pace([(one.amount, one)], 1000.0, 2) == (0.0, pytest.approx(10.0))
+    assert read_profile(path, wider).keys() == {"ar_prior"}
+    with pytest.raises(UserError, match="models of preset nano, and no training here has one of them"):
+        read_profile(profile(tmp_path, decoder={"recipe": recipes()["decoder"], **rate}), wider)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": 1, "preset": 1, "profile": {"decoder": {"recipe": []}}}'])
+def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="not what make gpu-check writes"):
+        read_profile(path, GRAPH)
+    with pytest.raises(UserError, match="not what make gpu-check writes"):
+        read_profile(tmp_path / "none.json", GRAPH)

@@ -1,0 +1,164 @@
+"""Part 3: the device computes what the CPU computes."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.bench import Bench, Outcome, distance, fill_zeros, make_rows, make_task, of_rows, on, trainings
+from models.cascade import Decoder
+from models.decoder import decoder_denoise
+from models.degradation.bsr import bsr
+from models.draw import Draw
+from models.reverse import Reverse, ignore
+from pipeline.config import Config, preset_config
+from pipeline.training.device import autocast
+from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.task import Batch, Task
+from pipeline.training.tasks.ar_prior import ARPriorTask
+from pipeline.training.tasks.decoder import DecoderTask
+
+ROWS = 4
+LOSS, GRADIENT = 1e-5, 1e-4  # relative errors of fp32
+BF16_LOSS, BF16_COSINE = 0.01, 0.99
+SAMPLE = 1e-3
+CPU = torch.device("cpu")
+Gradients = dict[str, Tensor]
+
+
+def parity(bench: Bench) -> Outcome:
+    """Compares losses, gradients, samplers, BSR and codes of the device with those of the CPU."""
+    outcome = Outcome("")
+    names = dict.fromkeys(("nano", "nano" if bench.quick else "small"))
+    for preset in names:
+        config = preset_config(preset)
+        for stage, recipe in trainings(config).items():
+            with bench.exact():
+                outcome.values[f"{preset} {stage}"] = _compare(bench, outcome, f"{preset} {stage}", config, recipe)
+            bench.free()
+    with bench.exact():
+        outcome.values["samplers"] = _samplers(bench, outcome)
+        outcome.values["bsr"] = _bsr(bench, outcome)
+    worst = {
+        what: max(value.get(what, 0.0) for name, value in outcome.values.items() if " " in name)
+        for what in ("loss", "gradient", "bf16_loss")
+    }
+    outcome.line = (
+        f"{len(names)} x {len(trainings(bench.config))} models: loss {worst['loss']:.1e}, gradient "
+        f"{worst['gradient']:.1e}, loss in bf16 {worst['bf16_loss']:.1e}; samplers {outcome.values['samplers']:.1e}"
+    )
+    return outcome
+
+
+def _compare(bench: Bench, outcome: Outcome, name: str, config: Config, recipe: TrainingRecipe) -> dict[str, float]:
+    """Returns the errors of one model."""
+    model = recipe.model  # type: ignore[attr-defined]
+    if "dropout" in {field.name for field in fields(model)}:  # which each device draws for itself
+        recipe = replace(recipe, model=replace(model, dropout=0.0))  # type: ignore[call-arg]
+    task = make_task(config, of_rows(recipe, ROWS, 1))
+    batch = make_rows(task, ROWS, config.clip.model.embed_dim)
+    network = task.model(0).train()
+    fill_zeros(network)
+    loss, gradients = run(task, network, batch, CPU, "fp32")
+    network.to(bench.device)
+    other, others = run(task, network, batch, bench.device, "fp32")
+    _, cuts = run(task, network, batch, bench.device, "fp32", micro_batch=ROWS // 2)
+    low, lows = run(task, network, batch, bench.device, "bf16")
+    found = {
+        "loss": distance(other, loss),
+        "gradient": apart(others, gradients),
+        "micro_batch": apart(cuts, others),
+        "bf16_loss": distance(low, other),
+        "bf16_cosine": cosine(lows, others),
+    }
+    network.to(memory_format=torch.channels_last)
+    found["channels_last"] = distance(run(task, network, batch, bench.device, "fp32")[0], other)
+    if bench.compile:
+        network.compile()
+        found["compiled"] = distance(run(task, network, batch, bench.device, "bf16")[0], other)
+    bounds = {
+        "loss": LOSS,
+        "gradient": GRADIENT,
+        "micro_batch": GRADIENT,
+        "bf16_loss": BF16_LOSS,
+        "channels_last": LOSS,
+        "compiled": BF16_LOSS,
+    }
+    for what, bound in bounds.items():
+        if what in found:
+            outcome.expect(found[what] <= bound, f"{name}: {what} differs by {found[what]:.1e}, at most {bound:g}")
+    share = found["bf16_cosine"]
+    outcome.expect(
+        share >= BF16_COSINE, f"{name}: gradients in bf16 and fp32 have cosine {share:.4f}, {BF16_COSINE} or more"
+    )
+    if isinstance(task, ARPriorTask):
+        z = batch["image_embedding"]
+        same = torch.equal(task.codec.to(bench.device).encode(z.to(bench.device)).cpu(), task.codec.to(CPU).encode(z))
+        outcome.expect(same, f"{name}: the codes of embeddings differ")
+    return found
+
+
+def run(
+    task: Task, network: nn.Module, batch: Batch, device: torch.device, precision: str, micro_batch: int = ROWS
+) -> tuple[Tensor, Gradients]:
+    """Returns the losses of rows, [rows], and the gradients of their mean."""
+    network.zero_grad()
+    losses = []
+    for start in range(0, ROWS, micro_batch):
+        rows = slice(start, start + micro_batch)
+        part = on(device, {column: values[rows] for column, values in batch.items()})
+        with autocast(device, precision):
+            total = task.loss(network, part, Draw([(row, 1) for row in range(ROWS)[rows]], device)).total
+        (total.sum() / ROWS).backward()
+        losses.append(total.detach())
+    return torch.cat(losses), {n: p.grad.detach().float() for n, p in network.named_parameters() if p.grad is not None}
+
+
+def apart(found: Gradients, expected: Gradients) -> float:
+    """Returns the largest relative error of a gradient; those below a thousandth of all are held against that."""
+    least = 1e-3 * float(sum(g.double().norm() ** 2 for g in expected.values())) ** 0.5
+    norms = {n: max(float(g.norm()), least) for n, g in expected.items()}
+    return max(float((found[n].cpu() - g.cpu()).norm()) / norms[n] for n, g in expected.items())
+
+
+def cosine(found: Gradients, expected: Gradients) -> float:
+    """Returns the cosine of all gradients together."""
+    a, b = (torch.cat([each[n].cpu().double().flatten() for n in expected]) for each in (found, expected))
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def _samplers(bench: Bench, outcome: Outcome) -> float:
+    """Returns the largest error of four steps of each sampler."""
+    config = preset_config("nano")
+    task = make_task(config, config.decoder)
+    assert isinstance(task, DecoderTask)
+    network = task.model(0).eval()
+    assert isinstance(network, Decoder)
+    fill_zeros(network)
+    batch, side = make_rows(task, ROWS, task.embed_dim), task.image_size
+    worst = 0.0
+    for sampler in ("ddpm", "ddim", "dpm"):
+        drawn = []
+        for device in (CPU, bench.device):
+            network.to(device)
+            rows, draw = on(device, batch), Draw([(row, 1) for row in range(ROWS)], device)
+            with torch.no_grad():
+                denoise = decoder_denoise(network, rows["image_embedding"], rows["tokens"], 1.0)
+                noise = draw.normal("x_T", 3, side, side)
+                drawn.append(Reverse("decoder", sampler, "small", 4, ignore)(network, denoise, noise, draw))
+        error = distance(drawn[1], drawn[0])
+        outcome.expect(error <= SAMPLE, f"4 steps of {sampler} differ by {error:.1e}, at most {SAMPLE:g}")
+        worst = max(worst, error)
+    return worst
+
+
+def _bsr(bench: Bench, outcome: Outcome) -> float:
+    """Returns the share of pixels that differ by more than one 8-bit level."""
+    rows, side = (2, 64) if bench.quick else (16, 256)
+    image = torch.rand(rows, 3, side, side, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    small = [bsr(image.to(device), Draw([(5, rows)], device)).cpu() for device in (CPU, bench.device)]
+    share = float(((small[0] - small[1]).abs() > 1.01 / 127.5).float().mean())
+    outcome.expect(share <= 1e-3, f"BSR differs by more than a level in {share:.2%} of the pixels, at most 0.1%")
+    return share
