@@ -28,6 +28,7 @@ EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
 RETRAINED = "tests/jobs/test_retrain.py, in the order of docs/retrain.md and with what they print"
 RAYJOB = "tests/cluster/test_submit_kuberay.py and test_rayjob_runs.py; there is no Kubernetes here"
 SUBMITTED = "tests/cluster/test_local.py, to clusters on loopback"
+CHECKED = "tests/test_benchmarks.py, on a CPU; there is no GPU here"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip init my-project pairs.csv": "here",
@@ -92,6 +93,8 @@ TESTED = {
     "make check": "continuous integration",
     "make test-slow": "a release check",
     "make bench": "a release check: tests/test_benchmarks.py runs every script of it at small sizes",
+    "make gpu-check": CHECKED,
+    "unclip plan my-project.yaml --profile out/gpu-check.json": "tests/pipeline/cost/test_observed.py reads one",
     "unclip submit my-project.yaml --to local": SUBMITTED,
     "unclip submit my-project.yaml --to http://HEAD:8265": SUBMITTED,
     "unclip submit my-project.yaml --to WHERE --stop": SUBMITTED,
