@@ -2,7 +2,7 @@
 
 A name is resolved once and the connection goes to the address that was checked, so no name that changes its address
 reaches the machine itself, its network or a cloud's metadata service. Redirects are followed by
-pipeline.data.fetch.visit, hop by hop, each a request here. Every failure is a Refused whose text is a reason of
+pipeline.data.fetch.fetcher, hop by hop, each a request here. Every failure is a Refused whose text is a reason of
 pipeline.ledger.
 """
 

@@ -13,9 +13,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.fetch.deny import DenyLists, read_deny_lists
 from pipeline.data.fetch.fetcher import Fetched, Fetcher
 from pipeline.data.fetch.opener import Evidence
+from pipeline.data.fetch.rules import DenyLists, read_deny_lists
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.earlier import Known, take_over
 from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, opt_out_table

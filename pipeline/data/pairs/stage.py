@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pipeline.data.fetch.deny import read_deny_lists
+from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, Storing
 from pipeline.data.source.lists import reach

@@ -47,9 +47,13 @@ class ListJournal:
         """Returns the marks of references that no segment may hold from now on."""
         return frozenset(row.mark for row in self.forgotten)
 
-    def hits(self, segment: int) -> list[str]:
-        """Returns what was forgotten of one segment after it had been cut, so that it has to be cut again."""
-        return sorted(row.mark for row in self.forgotten if segment in row.segments)
+    def hits(self, segment: int) -> list[list[str]]:
+        """Returns the marks forgotten of one segment after it had been cut, in a list, or no list if there are none.
+
+        It names the segment, which so has to be cut again.
+        """
+        marks = sorted(row.mark for row in self.forgotten if segment in row.segments)
+        return [marks] if marks else []
 
 
 EMPTY = ListJournal()

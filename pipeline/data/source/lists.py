@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pyarrow as pa
@@ -97,8 +97,8 @@ def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[Li
         from pipeline.data.source.emoji.flaws import flawed_rows
         from pipeline.data.source.emoji.listing import emoji_rows
 
-        for row in flawed_rows() if where == "flawed" else emoji_rows(where):
-            yield ListRow(row.url, _captions(row.captions), row.group, row.split, "", row.license, row.attribution)
+        for url, captions, group, split, *rights in flawed_rows() if where == "flawed" else emoji_rows(where):
+            yield ListRow(url, _captions(captions), group, split, "", *rights)
     elif kind == "folder":
         yield from _folder_rows(Path(where), reach(recipe, path))
     elif kind == "tar":
@@ -107,8 +107,11 @@ def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[Li
         yield from _embedding_rows(Path(where), recipe, reach(recipe, path))
     elif kind == "rows":
         may = reach(recipe, path)
-        for written in _written_rows(Path(where)):
-            yield replace(written, reject=written.reject or may.refusal(written.url))
+        try:
+            for row in written_rows(Path(where)):
+                yield replace(row, reject=row.reject or may.refusal(row.url))
+        except (pa.ArrowInvalid, TypeError, KeyError) as e:
+            raise UserError(f"source {path}: not a file of rows as a package holds them ({e}); name the list") from None
     else:
         yield from _table_rows(Path(where), recipe, reach(recipe, path))
 
@@ -223,23 +226,23 @@ def _spoken(url: str, data: bytes, where: str) -> ListRow:
         return ListRow(url, (), reject="not_utf8", flaw=flaw)
 
 
-def write_rows(file: BinaryIO, rows: Iterable[ListRow]) -> None:
-    """Writes rows as Parquet, so that a list is read elsewhere as it was here, whatever its columns are called."""
+def write_rows(file: IO[bytes], rows: Iterable[ListRow]) -> int:
+    """Writes rows as Parquet, so that they are read elsewhere as they were here. Returns their number."""
     text, texts = pa.string(), pa.list_(pa.string())
     schema = pa.schema([(field.name, texts if field.name == "captions" else text) for field in fields(ListRow)])
-    rest = iter(rows)
+    rest, count = iter(rows), 0
     with pq.ParquetWriter(file, schema, compression="zstd", store_schema=False) as writer:
         while block := list(islice(rest, 10_000)):
             writer.write_table(pa.Table.from_pylist([vars(row) for row in block], schema))
+            count += len(block)
+    return count
 
 
-def _written_rows(path: Path) -> Iterator[ListRow]:
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=10_000):
-            for row in batch.to_pylist():
-                yield ListRow(**{**row, "captions": tuple(row["captions"])})
-    except (pa.ArrowInvalid, TypeError, KeyError) as e:
-        raise UserError(f"source {path}: not a file of rows as a package holds them ({e}); name the list") from None
+def written_rows(file: Path | pa.NativeFile) -> Iterator[ListRow]:
+    """Yields the rows that ``write_rows`` has written."""
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=10_000):
+        for row in batch.to_pylist():
+            yield ListRow(**{**row, "captions": tuple(row["captions"])})
 
 
 def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[ListRow]:

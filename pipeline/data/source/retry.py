@@ -5,12 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.data.source.journal import reference_mark
+from pipeline.data.source.lists import ListRow, write_rows
 from pipeline.data.source.stage import FIRST_RETRY, SourceShard, segment_of
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
 from pipeline.store import Store
@@ -47,23 +44,13 @@ def gather(
     Returns:
         The blob, None without a row, and the number of rows.
     """
-    schema = pa.schema(
-        [(name, pa.string()) for name in ("url", "group", "split", "sha256", "license", "attribution")]
-        + [("captions", pa.list_(pa.string()))]
-    )
-    count = 0
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "retry.parquet")
-        with pq.ParquetWriter(file, schema, compression="zstd", store_schema=False) as writer:
-            for rows in _failed(store, source, pairs, reasons):
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-                count += len(rows)
-        return (put_blob(store, file) if count else None), count
+    with tempfile.NamedTemporaryFile() as file:
+        count = write_rows(file, _failed(store, source, pairs, reasons))
+        file.flush()
+        return (put_blob(store, Path(file.name)) if count else None), count
 
 
-def _failed(
-    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str]
-) -> Iterator[list[dict[str, Any]]]:
+def _failed(store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str]) -> Iterator[ListRow]:
     tried = _tried(store, source)
     for listed, shard in zip(source, read_shards(store, pairs), strict=True):
         if not shard.lost:
@@ -76,14 +63,10 @@ def _failed(
         if not places:
             continue
         references = table.drop_columns(["reject"]).take(places).to_pylist()
-        spoken = read_table(store, listed.captions, ["captions"]).take(places).to_pylist()
-        rows = [
-            reference | caption
-            for reference, caption in zip(references, spoken, strict=True)
-            if tried.get(reference_mark(reference["url"]), 0) <= segment_of(shard.number)
-        ]
-        if rows:
-            yield rows
+        spoken = read_table(store, listed.captions, ["captions"])["captions"].take(places).to_pylist()
+        for reference, captions in zip(references, spoken, strict=True):
+            if tried.get(reference_mark(reference["url"]), 0) <= segment_of(shard.number):
+                yield ListRow(**reference, captions=tuple(captions))
 
 
 def _tried(store: Store, source: Sequence[SourceShard]) -> dict[str, int]:

@@ -13,27 +13,25 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, NonNegativeFloat
 
 from pipeline.data.fetch.references import comparable
-from pipeline.data.source.duplicates import HASH, SeenReferences
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_mark
-from pipeline.data.source.lists import ListRow, fingerprint, read_rows
+from pipeline.data.source.lists import ListRow, fingerprint, read_rows, written_rows
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
     SEGMENTS,
     Artifact,
     Shard,
     publish_artifact,
-    read_table,
     write_shard_table,
     write_table,
 )
@@ -52,6 +50,9 @@ HASHES_A_BLOB = 1 << 20
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
 FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
 LAST_SEGMENT = 999  # a shard's number has eight digits
+HASH = np.dtype("<u8")  # of a reference
+_NO_HASH = 0  # of an empty reference
+Hashes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 log = logging.getLogger("unclip")
 
 
@@ -135,18 +136,12 @@ class Scan:
     @property
     def held_out(self) -> Mapping[str, int]:
         """Returns how many rows of the list are held out, by split, before any is fetched."""
-        rows = Counter[str]()
-        for shard in self.shards:
-            rows.update(shard.held_out)
-        return rows
+        return sum((Counter(shard.held_out) for shard in self.shards), Counter[str]())
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Holds a list as it is stored.
-
-    ``hashes`` names blobs of the sorted hashes of its references that no earlier segment has.
-    """
+    """Holds a list as it is stored, with the blobs of the sorted hashes that no earlier segment has."""
 
     shards: list[SourceShard]
     hashes: list[str] = field(default_factory=list)
@@ -169,7 +164,7 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
     seen = SeenReferences()
     unseen: list[tuple[str, str, Segment]] = []
     for index, path in enumerate(recipe.paths):
-        name = digest(["segment", LAYOUT, name, fingerprint(path), columns, *cut, *_forgotten_later(journal, index)])
+        name = digest(["segment", LAYOUT, name, fingerprint(path), columns, *cut, *journal.hits(index)])
         segment = _stored(store, name)
         if segment is None:
             for earlier in unseen:
@@ -182,20 +177,14 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
             unseen.append((name, path, segment))
         shards += segment.shards
     for index, blob in enumerate(journal.retries, FIRST_RETRY):
-        name = digest(["retry", LAYOUT, index, blob, *cut, *_forgotten_later(journal, index)])
+        name = digest(["retry", LAYOUT, index, blob, *cut, *journal.hits(index)])
         segment = _stored(store, name)
         if segment is None:
+            retried = partial(written_rows, pa.BufferReader(read_blob(store, blob)))
             # Not compared with the list: there they failed.
-            segment = cutter.cut(
-                name, index, "rows to be tried again", partial(_retried, store, blob), SeenReferences()
-            )
+            segment = cutter.cut(name, index, "rows to be tried again", retried, SeenReferences())
         shards += segment.shards
     return Scan(shards)
-
-
-def _forgotten_later(journal: ListJournal, segment: int) -> list[list[str]]:
-    hits = journal.hits(segment)
-    return [hits] if hits else []
 
 
 def _segment_path(name: str) -> str:
@@ -206,14 +195,8 @@ def _stored(store: Store, name: str) -> Segment | None:
     record = read_record(store, _segment_path(name))
     if record is None:
         return None
-    shards = [SourceShard(**{**s, "ledger": Ledger.from_json(s["ledger"])}) for s in record["shards"]]
+    shards = [SourceShard(**{**shard, "ledger": Ledger.from_json(shard["ledger"])}) for shard in record["shards"]]
     return Segment(shards, record["hashes"])
-
-
-def _retried(store: Store, blob: str) -> Iterator[ListRow]:
-    for batch in read_table(store, blob).to_batches():
-        for row in batch.to_pylist():
-            yield ListRow(**{**row, "captions": tuple(row["captions"])})
 
 
 def _see(seen: SeenReferences, name: str, path: str, segment: Segment, cutter: _Cutter) -> None:
@@ -335,6 +318,59 @@ def split_by_hash(value: str, validation: float, test: float) -> str:
     """Returns 'test', 'validation' or 'train', by the value alone: a split never moves."""
     share = hash_share(value)
     return "test" if share < test else "validation" if share < test + validation else "train"
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Says for each row whether an earlier one has its reference, and has the new hashes, sorted."""
+
+    duplicate: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    fresh: Hashes
+
+
+class SeenReferences:
+    """Keeps the hashes of all references so far, 64 bits each, and finds what an earlier row has, too.
+
+    Cutting a list takes some 40 bytes a row, and each row of the lists before it 8. Among a billion rows two references
+    share a hash with a chance of 3 percent, which would cost the later one.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Hashes] = []
+
+    def add(self, hashes: Hashes) -> None:
+        """Counts hashes as seen."""
+        self._parts.append(hashes)
+
+    def judge(self, references: Iterable[str]) -> Judged:
+        """Looks for the references of further rows, which are seen from then on.
+
+        An empty one is not a reference: never a duplicate, never seen.
+        """
+        hashes = hashes_of(references)
+        distinct, first = np.unique(hashes, return_index=True)
+        known = distinct == _NO_HASH
+        for earlier in self._parts if len(distinct) else ():
+            place = np.minimum(np.searchsorted(distinct, earlier), len(distinct) - 1)
+            known[place[distinct[place] == earlier]] = True
+        duplicate = hashes != _NO_HASH
+        duplicate[first[~known]] = False
+        fresh = distinct[~known]
+        self.add(fresh)
+        return Judged(duplicate, fresh)
+
+
+def hashes_of(references: Iterable[str]) -> Hashes:
+    """Returns the hashes of references, _NO_HASH for an empty one."""
+    return np.fromiter(map(_hash, references), HASH)
+
+
+def _hash(reference: str) -> int:
+    hashed = hashlib.blake2b(reference.encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "little") if reference else _NO_HASH
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from pipeline.config import Config, make_config
-from pipeline.data.fetch.deny import DenyLists, read_deny_lists
 from pipeline.data.fetch.opener import normal_url
+from pipeline.data.fetch.rules import DenyLists, read_deny_lists
 from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import read_shards

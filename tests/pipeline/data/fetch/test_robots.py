@@ -14,11 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import make_config
-from pipeline.data.fetch.fetcher import Fetcher
+from pipeline.data.fetch.fetcher import Fetcher, private_headers
 from pipeline.data.fetch.opener import Refused
 from pipeline.data.fetch.references import shown
-from pipeline.data.fetch.robots import MAX_LINES, ROBOTS_BYTES, Robots, allows, opting_out, parse_robots
-from pipeline.data.fetch.visit import private_headers
+from pipeline.data.fetch.rules import MAX_LINES, ROBOTS_BYTES, Robots, allows, opting_out, parse_robots
 from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.graph.artifacts import read_shards
 from pipeline.settings import PairsSettings

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.fetch.fetcher import Fetched, Fetcher, backoff
-from pipeline.data.fetch.visit import LONGEST_HOLD_S, Hosts, private_headers, retry_after
+from pipeline.data.fetch.fetcher import LONGEST_HOLD_S, Fetched, Fetcher, Hosts, backoff, private_headers, retry_after
 from pipeline.errors import UserError
 from pipeline.parse import parse
 from pipeline.settings import PairsSettings

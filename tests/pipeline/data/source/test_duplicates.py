@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source import stage as source
-from pipeline.data.source.duplicates import SeenReferences, hashes_of
 from pipeline.data.source.journal import Forgotten, ListJournal, reference_mark
 from pipeline.data.source.lists import read_rows
-from pipeline.data.source.stage import Scan, SourceRecipe, scan
+from pipeline.data.source.stage import Scan, SeenReferences, SourceRecipe, hashes_of, scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.store import Store, open_store

@@ -1,6 +1,10 @@
-"""Reads what sites ask of robots: robots.txt (RFC 9309), by protego, and X-Robots-Tag.
+"""Says what is not asked for: what deny lists name, and what sites forbid in robots.txt and X-Robots-Tag.
 
-Rules for ``img2dataset`` are obeyed as well as rules for ``unclip-ray``, for both names are in the user agent.
+A deny list is a text file, one host, URL or hash a line; empty lines and those that begin with ``#`` are passed over.
+Its content is part of the recipe. It travels as a blob, so that every worker reads what the configuration read.
+
+robots.txt (RFC 9309) is read by protego. Rules for ``img2dataset`` are obeyed as well as rules for ``unclip-ray``, for
+both names are in the user agent.
 """
 
 from __future__ import annotations
@@ -8,13 +12,19 @@ from __future__ import annotations
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from threading import Lock
+from urllib.parse import urlsplit
 
 from protego import Protego
 
-from pipeline.data.fetch.opener import Refused
+from pipeline.data.fetch.opener import Refused, normal_url
+from pipeline.data.fetch.references import comparable, shown
+from pipeline.errors import UserError
+from pipeline.parse import ContentFile
+from pipeline.store import Store
+from pipeline.store.records import read_blob
 
 AGENTS = frozenset({"unclip-ray", "img2dataset"})
 ROBOTS_BYTES = 500 << 10  # of a robots.txt are read (RFC 9309, 2.5)
@@ -23,6 +33,79 @@ MAX_LINES = 20_000  # of a robots.txt are read; a URL is compared with every rul
 _OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # none is noindex, nofollow
 _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 _AGENT_LINE = re.compile(r"user(?:-|\s*)agent(?:\s*:|\s)\s*([^\s/]*).*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DenyLists:
+    """Holds entries by kind, in one spelling.
+
+    Attributes:
+        hosts: Each with all below it.
+        urls: As ``comparable`` returns them.
+        sha256: In lower-case hex, of bytes as fetched.
+    """
+
+    hosts: frozenset[str] = frozenset()
+    urls: frozenset[str] = frozenset()
+    sha256: frozenset[str] = frozenset()
+
+    def url(self, url: str) -> str | None:
+        """Returns the entry that denies a normal URL (see opener.normal_url), as text, or None."""
+        if comparable(url) in self.urls:
+            return f"deny_urls: {shown(url)}"
+        labels = (urlsplit(url).hostname or "").split(".")
+        names = (".".join(labels[i:]) for i in range(len(labels)))
+        return next((f"deny_hosts: {name}" for name in names if name in self.hosts), None)
+
+    def hash(self, sha256: str) -> str | None:
+        """Returns the entry that denies bytes of this hash, as text, or None."""
+        return f"deny_sha256: {sha256.lower()}" if sha256.lower() in self.sha256 else None
+
+
+NOTHING_DENIED = DenyLists()
+
+
+def read_deny_lists(
+    store: Store, hosts: ContentFile | None, urls: ContentFile | None, sha256: ContentFile | None
+) -> DenyLists:
+    """Returns the deny lists of a recipe. Raises UserError for the first line that is not an entry of its kind."""
+    return DenyLists(
+        frozenset(_entries(store, hosts, _host, "a host name")),
+        frozenset(_entries(store, urls, _url, "an http(s) URL")),
+        frozenset(_entries(store, sha256, _sha256, "a sha256 of 64 hexadecimal digits")),
+    )
+
+
+def _entries(store: Store, file: ContentFile | None, normal: Callable[[str], str], kind: str) -> Iterator[str]:
+    if file is None:
+        return
+    for number, line in enumerate(read_blob(store, file).decode("utf-8", "replace").splitlines(), start=1):
+        text = line.strip().removeprefix("\ufeff")
+        if text and not text.startswith("#"):
+            try:
+                yield normal(text)
+            except Refused:
+                raise UserError(f"{file.path or file} line {number}: {text[:200]!r} is not {kind}") from None
+
+
+def _host(text: str) -> str:
+    parts = urlsplit(normal_url(f"http://{text.removeprefix('*').removeprefix('.')}"))
+    if parts.path != "/" or parts.query or parts.port or parts.hostname is None:
+        raise Refused("unsupported_reference")
+    return parts.hostname
+
+
+def _url(text: str) -> str:
+    return comparable(normal_url(text))
+
+
+def _sha256(text: str) -> str:
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise Refused("unsupported_reference")
+    return text.lower()
+
+
+# --- robots.txt and X-Robots-Tag --------------------------------------------------------------------------------------
 
 
 def parse_robots(body: bytes) -> Protego:
@@ -65,9 +148,6 @@ def opting_out(tags: Iterable[str]) -> str | None:
             if directive in _OPT_OUTS and (robot in (None, "*") or robot in AGENTS):
                 return tag
     return None
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
