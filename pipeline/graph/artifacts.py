@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,11 @@ def publish_shard(
 ) -> Shard:
     """Blobs first, the record last. Returns the shard that stands, which may be another worker's."""
     names = {name: put_blob(store, data) for name, data in sorted(blobs.items())}
-    crash_point("shard.before_record", shard_path(stage, key))
+    path = shard_path(stage, key)
+    crash_point("shard.before_record", path)
     body = {"number": number, "key": key, "ledger": ledger.as_json(), "blobs": names, "counts": dict(counts)}
-    record = create_record(store, shard_path(stage, key), body)
-    crash_point("shard.after_record", shard_path(stage, key))
+    record = create_record(store, path, body)
+    crash_point("shard.after_record", path)
     return _shard(record)
 
 
@@ -127,20 +128,9 @@ def environment() -> dict[str, str]:
 def publish_artifact(store: Store, artifact: Artifact, seconds: float) -> Artifact:
     """Creates the record of an artefact whose blobs are in the store. Returns the one that stands."""
     crash_point("artifact.before_record", artifact_path(artifact.stage, artifact.key))
-    body = {
-        "stage": artifact.stage,
-        "key": artifact.key,
-        "inputs": dict(artifact.inputs),
-        "recipe": dict(artifact.recipe),
-        "ledger": artifact.ledger.as_json(),
-        "blobs": dict(artifact.blobs),
-        "shard_table": artifact.shard_table,
-        "metrics": dict(artifact.metrics),
-        "environment": environment() | dict(artifact.environment),
-        "times": {"finished": time.time(), "seconds": seconds} | dict(artifact.times),
-        "version": artifact.version,
-        "by": whoami(),
-    }
+    times = {"finished": time.time(), "seconds": seconds, **artifact.times}
+    computed = {"environment": {**environment(), **artifact.environment}, "times": times, "by": whoami()}
+    body = vars(artifact) | {"ledger": artifact.ledger.as_json()} | computed
     record = create_record(store, artifact_path(artifact.stage, artifact.key), body)
     crash_point("artifact.after_record", artifact_path(artifact.stage, artifact.key))
     return artifact_of(record)
@@ -169,10 +159,8 @@ def ancestors(store: Store, artifact: Artifact) -> Iterator[Artifact]:
 
 def artifact_of(record: Mapping[str, Any]) -> Artifact:
     """Returns the artefact that a record holds."""
-    names = ("stage", "key", "inputs", "recipe", "blobs", "shard_table", "metrics", "environment", "times")
-    values = {name: record[name] for name in names}
-    later: dict[str, Any] = {name: record[name] for name in ("version", "by") if name in record}
-    return Artifact(ledger=Ledger.from_json(record["ledger"]), **later, **values)
+    held = {field.name: record[field.name] for field in fields(Artifact) if field.name in record}
+    return Artifact(**held | {"ledger": Ledger.from_json(record["ledger"])})
 
 
 # --- tables, and the list of an artefact's shards ---------------------------------------------------------------------

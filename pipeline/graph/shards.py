@@ -5,7 +5,6 @@ Progress is the shard records in the store, never anything of Ray's: what has a 
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import time
@@ -282,29 +281,23 @@ def _actor(store: Store, stage: str, make_worker: Callable[[], ShardWorker]) -> 
         def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
             return {"answer": [self.answer(pickle.loads(task)) for task in batch["task"]]}
 
-        def answer(self, task: ShardTask) -> str:
+        def answer(self, task: ShardTask) -> bytes:
             try:
                 shard, work = _make(store, stage, self.worker, task, self.free, _counting_deaths)
-            except UserError as e:
-                return json.dumps({"user_error": str(e)})
-            except CorruptObject as e:
-                return json.dumps({"corrupt": [e.path, e.why]})
+            except (UserError, CorruptObject) as e:
+                return pickle.dumps(e)
             self.count(shard, work)
             self.free = time.monotonic()
-            made = [shard.number, shard.key, shard.ledger.as_json(), shard.blobs, shard.counts]
-            return json.dumps({"shard": made, "work": work})
+            return pickle.dumps((shard, work))
 
     return ShardActor
 
 
-def _answer(text: str) -> tuple[Shard, WorkTimes]:
-    answer = json.loads(text)
-    if "user_error" in answer:
-        raise UserError(answer["user_error"])
-    if "corrupt" in answer:
-        raise CorruptObject(*answer["corrupt"])
-    number, key, ledger, blobs, counts = answer["shard"]
-    return Shard(number, key, Ledger.from_json(ledger), blobs, counts), answer["work"]
+def _answer(answer: bytes) -> tuple[Shard, WorkTimes]:
+    found = pickle.loads(answer)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _counters(stage: str) -> Callable[[Shard, WorkTimes], None]:

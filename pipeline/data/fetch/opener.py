@@ -80,7 +80,9 @@ class Guard:
         host, port = self._map.get(host, (host, port))
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         addresses = [str(address) for *_, (address, *_) in found]
-        addresses = [address for address in addresses if trusted or self._allows(address) or _is_public(address)]
+        addresses = [
+            address for address in addresses if trusted or self._allows(address) or is_public(_parsed(address))
+        ]
         if not addresses:
             raise Refused("forbidden_address")
         for left in range(len(addresses), 0, -1):
@@ -103,10 +105,6 @@ class Guard:
     def _allows(self, address: str) -> bool:
         ip = _parsed(address)
         return any(ip in network for network in self._networks)
-
-
-def _is_public(address: str) -> bool:
-    return is_public(_parsed(address))
 
 
 def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from ssl import SSLContext
 from threading import Thread
 from typing import Any
 
@@ -29,7 +30,7 @@ COLUMNS = ("url", "caption", "split", "sha256")
 
 @dataclass(frozen=True)
 class Page:
-    """What the server answers. ``drip_s``: pause before each of the body's bytes."""
+    """What the server answers, without the headers that are empty. ``drip_s``: pause before each byte of the body."""
 
     body: bytes = b""
     status: int = 200
@@ -37,8 +38,21 @@ class Page:
     drip_s: float = 0.0
 
 
+class Pages(dict[str, Page | list[Page]]):
+    """Pages by path, of a list one a request and the last one from then on; ``asked`` notes the paths."""
+
+    def __init__(self, pages: Mapping[str, Page | list[Page]]):
+        super().__init__(pages)
+        self.asked: list[str] = []
+
+    def get(self, path: str, default: Any = None) -> Any:
+        self.asked.append(path)
+        found = super().get(path, default)
+        return found if isinstance(found, Page) else found.pop(0) if len(found) > 1 else found[0]
+
+
 @contextmanager
-def serving(pages: Mapping[str, Page]) -> Iterator[str]:
+def serving(pages: Mapping[str, Page] | Pages, tls: SSLContext | None = None) -> Iterator[str]:
     """Serve ``pages`` by path, 404 for any other; yields "127.0.0.1:PORT"."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -46,7 +60,8 @@ def serving(pages: Mapping[str, Page]) -> Iterator[str]:
             page = pages.get(self.path, Page(status=404))
             self.send_response(page.status)
             for name, value in {"Content-Length": str(len(page.body)), **page.headers}.items():
-                self.send_header(name, value)
+                if value:
+                    self.send_header(name, value)
             self.end_headers()
             with suppress(OSError):  # the caller gave up first
                 if not page.drip_s:
@@ -58,15 +73,17 @@ def serving(pages: Mapping[str, Page]) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with listening(Handler) as address:
+    with listening(Handler, tls) as address:
         yield address
 
 
 @contextmanager
-def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+def listening(handler: type[BaseHTTPRequestHandler], tls: SSLContext | None = None) -> Iterator[str]:
     """An HTTP server on loopback with a thread a request; yields "127.0.0.1:PORT"."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

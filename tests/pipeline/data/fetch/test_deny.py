@@ -18,7 +18,7 @@ from pipeline.parse import ContentFile
 from pipeline.store import open_store
 from pipeline.store.records import blob_path, put_blob
 from tests.chain import ROOT
-from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
+from tests.pipeline.data.bench import Bench, Page, Pages, picture, serving, write_list
 
 
 def sha256(data: bytes) -> str:
@@ -81,13 +81,6 @@ def test_the_key_holds_what_a_list_says_and_not_where_it_lies(tmp_path: Path) ->
 
 
 def test_what_is_denied_is_not_asked_for_and_not_kept(tmp_path: Path) -> None:
-    asked: list[str] = []
-
-    class Pages(dict[str, Page]):
-        def get(self, path: str, default: Page | None = None) -> Page | None:  # type: ignore[override]
-            asked.append(path)
-            return super().get(path, default)
-
     pages = Pages({f"/{i}.png": Page(picture(i)) for i in range(6)})
     pages["/to-host"] = Page(status=302, headers={"Location": "http://www.denied.test/0.png"})
     pages["/to-url"] = Page(status=302, headers={"Location": "/1.png"})
@@ -122,7 +115,7 @@ def test_what_is_denied_is_not_asked_for_and_not_kept(tmp_path: Path) -> None:
         bench = Bench(tmp_path / "store", paths, pairs=deny, run={"pairs": {"hosts": hosts, "retries": 2}})
         bench.make("source", "pairs")
     assert [row["reason"] for row in bench.rows("pairs")] == [*(reason for *_, reason in rows), "denied"]
-    assert sorted(asked) == ["/0.png", "/2.png", "/robots.txt", "/to-host", "/to-url"]
+    assert sorted(pages.asked) == ["/0.png", "/2.png", "/robots.txt", "/to-host", "/to-url"]
     found = list(read_opt_outs(bench.store, read_shards(bench.store, bench.made["pairs"])))
     by_url, by_hash = "deny_urls: http://a.test/1.png", f"deny_sha256: {sha256(picture(2))}"
     by_host = "deny_hosts: denied.test"

@@ -130,14 +130,6 @@ def test_a_host_that_asks_for_an_hour_is_left_alone(status: int, reason: str) ->
         assert asked(log) == ["/0"]
 
 
-def test_only_passing_trouble_is_tried_again() -> None:
-    answers = {"/busy": [(429, {}), (500, {}), (200, {})], "/gone": [(410, {})], "/down": [(502, {})]}
-    with server(answers) as (address, log):
-        fetched = fetch(address, ["/busy", "/gone", "/down"], retries=2, timeout_s=20.0)
-    assert [f.reason for f in fetched] == [None, "http_4xx", "http_5xx"]
-    assert sorted(asked(log)) == ["/busy"] * 3 + ["/down"] * 3 + ["/gone"]
-
-
 @given(st.integers(0, 8), st.floats(0, 1))
 def test_pauses_double_and_are_spread_over_half_of_them(attempt: int, drawn: float) -> None:
     pause = backoff(attempt, lambda: drawn)

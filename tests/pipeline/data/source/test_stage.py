@@ -63,12 +63,6 @@ def test_captions_have_a_key_of_their_own(tmp_path: Path, folder_store: Store) -
     assert before.keys["captions"] != after.keys["captions"]
 
 
-def test_reading_again_takes_the_stored_segment(tmp_path: Path, folder_store: Store) -> None:
-    recipe = SourceRecipe((_csv(tmp_path / "a.csv", _rows(5)),), shard_rows=2)
-    first = scan(recipe, folder_store, write=True)
-    assert scan(recipe, folder_store, write=False) == first
-
-
 def test_duplicates_and_missing_references_are_counted(tmp_path: Path, folder_store: Store) -> None:
     a = _csv(tmp_path / "a.csv", [*_rows(3), ("", "nothing"), ("http://h/1.png", "again")])
     b = _csv(tmp_path / "b.csv", [("http://h/2.png", "once more"), ("http://h/9.png", "new")])
