@@ -69,7 +69,7 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
 def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
     from pipeline.graph.execute import execute
 
-    def on_stage(stage: str, made: Artifact, artifacts: Mapping[str, Artifact]) -> None:
+    def on_stage(stage: str, made: Artifact) -> None:
         lost = {"rejected": made.ledger.rejected, "deferred": made.ledger.deferred}
         counts = [f"{counted(sum(reasons.values()), 'row')} {end}" for end, reasons in lost.items() if reasons]
         print(f"{stage} done: {made.key[:12]}" + "".join(f", {count}" for count in counts), flush=True)
@@ -78,9 +78,8 @@ def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
             remember_bundle(output, project.store.url, made.key)
         if stage == "samples":
             materialise(project.store, made.blobs, output / "samples", replace=True)
-        report(None, artifacts)
 
-    def report(running: Artifact | None, artifacts: Mapping[str, Artifact]) -> None:
+    def report(running: Sequence[Artifact], artifacts: Mapping[str, Artifact]) -> None:
         from pipeline.report.page import write_report
 
         write_report(project.store, project.config, project.graph, artifacts, project.report, running)

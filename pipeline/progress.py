@@ -6,7 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from threading import Lock
+from shutil import get_terminal_size
+from threading import Lock, RLock
 from typing import Self, TextIO, TypeVar
 
 from pipeline.terminal import printable
@@ -63,12 +64,16 @@ class Steps:
 
 
 class Line:
-    """Text rewritten in place on a terminal, printed every ``every_s`` seconds in a log. Use as a context manager."""
+    """Text rewritten in place on a terminal, printed every ``every_s`` seconds in a log. Use as a context manager.
+
+    Lines of several threads stand below each other.
+    """
 
     def __init__(self, every_s: float = 10.0, stream: TextIO | None = None):
         stream = stream or sys.stderr
         # A line that is rewritten in place needs what is kept from all other text.
         self.stream: TextIO = getattr(stream, "unfiltered", stream)
+        self.text = ""
         self.shown = time.monotonic()
         self.every = 0.2 if self.stream.isatty() else every_s
 
@@ -80,9 +85,21 @@ class Line:
 
     def clear(self) -> None:
         """Removes the line from a terminal, before something else is printed."""
-        if self.stream.isatty():
-            self.stream.write("\r\033[K")
-        self.stream.flush()
+        self._replace("")
+
+    def _replace(self, text: str, last: str = "") -> None:
+        """Puts a text in this line's place on a terminal, or none, and what is to stay above all lines."""
+        with _lock:
+            terminal = self.stream.isatty()
+            if terminal:
+                _erase(self.stream)
+            self.text = text
+            self.stream.write(last)
+            if terminal:
+                _shown[:] = [line for line in _shown if line is not self or text]
+                _shown.extend([self] if text and self not in _shown else [])
+                _draw(self.stream)
+            self.stream.flush()
 
     def show(self, text: Callable[[], str]) -> None:
         """Shows the text if a line is due. ``text`` is called only then, because it may be expensive."""
@@ -91,8 +108,39 @@ class Line:
             return
         self.shown = now
         said = printable(text())
-        self.stream.write(f"\r\033[K  {said}" if self.stream.isatty() else f"  {said}\n")
-        self.stream.flush()
+        if self.stream.isatty():
+            self._replace(said)
+        else:
+            self._replace("", f"  {said}\n")
+
+
+_lock = RLock()
+_shown: list[Line] = []  # on terminals now, from above
+
+
+def _erase(stream: TextIO) -> None:
+    stream.write("\r\033[K" + "\033[A\r\033[K" * (sum(line.stream is stream for line in _shown) - 1))
+
+
+def _draw(stream: TextIO) -> None:
+    texts = [line.text for line in _shown if line.stream is stream]
+    if len(texts) > 1:  # one that wraps would take two rows
+        texts = [text[: get_terminal_size().columns - 3] for text in texts]
+    stream.write("\n".join(f"  {text}" for text in texts))
+
+
+@contextmanager
+def above_lines() -> Iterator[None]:
+    """Lets what the context prints stand above the lines that terminals show."""
+    with _lock:
+        streams = {id(line.stream): line.stream for line in _shown}.values()
+        for stream in streams:
+            _erase(stream)
+            stream.flush()
+        yield
+        for stream in streams:
+            _draw(stream)
+            stream.flush()
 
 
 class Progress(Line):
@@ -110,10 +158,7 @@ class Progress(Line):
 
     def __exit__(self, *_: object) -> None:
         _under_way.pop(self.name, None)
-        self.clear()
-        if self.done > self.first:
-            self.stream.write(f"  {self.name}: {self.line()}\n")
-        self.stream.flush()
+        self._replace("", f"  {self.name}: {self.line()}\n" if self.done > self.first else "")
 
     def advance(self, amount: int, note: str | Callable[[], str] = "") -> None:
         """Advances the count. An expensive ``note`` is a function, which is called when a line is shown."""

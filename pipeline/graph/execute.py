@@ -1,4 +1,4 @@
-"""Runs what the plan calls stale, stage by stage, and sets aside what turns out to be damaged."""
+"""Runs what the plan calls stale, trainings side by side where there is room, and sets aside what is damaged."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from queue import Empty, Queue
+from threading import Lock, Thread
 from types import MappingProxyType
 from typing import Any
 
@@ -15,8 +17,9 @@ from pipeline.errors import CorruptObject, Superseded, UserError
 from pipeline.graph.artifacts import SEGMENTS, Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.graph.damage import set_aside
 from pipeline.graph.plan import Verdict, pin_path
+from pipeline.graph.ray import room_beside
 from pipeline.graph.stages import Context, Graph, Stage, ordered, stage_key, trajectory_key, trunk_key
-from pipeline.progress import under_way
+from pipeline.progress import above_lines, under_way
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.leases import lead_or_wait
@@ -25,8 +28,9 @@ from pipeline.store.records import blob_path
 
 log = logging.getLogger("unclip")
 NO_GRAPH: Graph = MappingProxyType({})
-OnStage = Callable[[str, Artifact, Mapping[str, Artifact]], None]
-OnLook = Callable[[Artifact, Mapping[str, Artifact]], None]
+LOOK_S = 30.0  # between two looks for room beside the trainings that run
+OnStage = Callable[[str, Artifact], None]
+OnLook = Callable[[Sequence[Artifact], Mapping[str, Artifact]], None]
 
 
 def execute(
@@ -40,31 +44,137 @@ def execute(
 ) -> dict[str, Artifact]:
     """Makes the ``wanted`` stages and everything that they need, where they are stale, and returns their artefacts.
 
-    ``on_stage`` is called after each stage that was made, with all artefacts so far; ``on_look``, from another thread,
-    while a training runs, with what it has shown (see pipeline.training.follow). Raises CorruptObject after having
-    set aside a damaged object and the records that name it: plan again and call again.
+    One stage runs after another, in the order of the graph, but trainings that do not need each other run at once
+    where Ray has room for all their workers. Among these a failure does not stop the others: what does not need the
+    failed one is still made, and then its error is raised.
+
+    Args:
+        graph: Every stage.
+        verdicts: The plan.
+        wanted: Names of stages, with all that they need.
+        store: Where artefacts are.
+        config: The whole Config.
+        on_stage: Called after each stage that was made.
+        on_look: Called after that, and from other threads while trainings run, with what these have shown (see
+            pipeline.training.follow) and with all artefacts so far.
+
+    Raises:
+        CorruptObject: After having set aside damaged objects and the records that name them: plan again and call again.
     """
-    artifacts: dict[str, Artifact] = {}
-    keys = {verdict.stage: verdict for verdict in verdicts}
-    try:
-        for stage in ordered(graph):
-            if stage.name not in wanted:
+    run = _Run({verdict.stage: verdict for verdict in verdicts}, store, config, on_stage, on_look)
+    run.make([stage for stage in ordered(graph) if stage.name in wanted])
+    damage = {failure.path: failure for failure in run.failures if isinstance(failure, CorruptObject)}
+    for each in damage.values():
+        heal(store, each, run.artifacts, graph)
+    for failure in (*damage.values(), *run.failures):
+        raise failure
+    return {name: run.artifacts[name] for name in graph if name in run.artifacts}
+
+
+class _Run:
+    """Makes stages. ``artifacts`` are those that are there; ``failures`` say what went wrong."""
+
+    def __init__(self, verdicts: Mapping[str, Verdict], store: Store, config: Any, on_stage: OnStage, on_look: OnLook):
+        self.artifacts: dict[str, Artifact] = {}
+        self.failures: list[BaseException] = []
+        self._verdicts, self._store, self._config = verdicts, store, config
+        self._on_stage, self._on_look = on_stage, on_look
+        self._beside: set[str] = set()  # trainings in threads
+        self._ended: Queue[tuple[Stage, Artifact | BaseException]] = Queue()
+        self._shown: dict[str, Artifact] = {}  # what the trainings that run have shown
+        self._lock = Lock()
+
+    def make(self, stages: Sequence[Stage]) -> None:
+        """Makes stages, given in order, until all are there or those left need one that failed."""
+        todo, stale = list(stages), list[Stage]()
+        while True:
+            for stage in list(todo):
+                if set(stage.inputs) <= self.artifacts.keys():
+                    todo.remove(stage)
+                    made = load_artifact(self._store, stage.name, self._verdicts[stage.name].key)
+                    if made is None:
+                        stale.append(stage)
+                    else:
+                        self._keep(stage, made)
+            begun = self._next(sorted(stale, key=stages.index))
+            stale = [stage for stage in stale if stage not in begun]
+            if begun and (len(begun) + len(self._beside) == 1 or not self._on_ray(begun[0])):
+                self._end(begun[0], self._made(begun[0]))
+                if self.failures and not self._beside:
+                    return
                 continue
-            verdict = keys[stage.name]
-            made = load_artifact(store, stage.name, verdict.key)
-            if made is None:
-                if verdict.lineage is not None:
-                    _check_pin(stage, verdict.key, artifacts)
-                made = _run_stage(stage, verdict.key, artifacts, store, config, on_look)
-                artifacts[stage.name] = made
-                on_stage(stage.name, made, artifacts)
-            artifacts[stage.name] = made
+            for stage in begun:
+                self._beside.add(stage.name)
+                Thread(target=self._work_beside, args=(stage,), daemon=True, name=stage.name).start()
+            if not self._beside:
+                return
+            try:
+                stage, made_or_failed = self._ended.get(timeout=LOOK_S)
+            except Empty:
+                continue
+            self._beside.remove(stage.name)
+            self._end(stage, made_or_failed)
+
+    def _next(self, stale: Sequence[Stage]) -> Sequence[Stage]:
+        """Returns which of some stages, all of whose inputs are there, begin now: one, or trainings at once."""
+        if not stale or any(isinstance(failure, CorruptObject) for failure in self.failures):
+            return []
+        here = [stage for stage in stale if not self._on_ray(stage)]
+        if here or len(stale) + len(self._beside) <= 1:
+            return here[:1] or stale
+        room = room_beside({stage.name: self._settings(stage) for stage in stale}, self._config.run.ray)
+        return [stage for stage in stale if stage.name in room] or ([] if self._beside else stale[:1])
+
+    def _on_ray(self, stage: Stage) -> bool:
+        return stage.kind == "training" and self._settings(stage).workers != 0
+
+    def _settings(self, stage: Stage) -> Any:
+        return getattr(self._config.run, stage.name, stage.settings)
+
+    def _work_beside(self, stage: Stage) -> None:
+        found: Artifact | BaseException
+        try:
+            found = self._made(stage)
+        except BaseException as e:  # such as SystemExit, which would end this thread unseen
+            found = e
+        self._ended.put((stage, found))
+
+    def _made(self, stage: Stage) -> Artifact | BaseException:
+        """Returns the artefact of a stage, which it makes, or what went wrong."""
+        verdict, artifacts = self._verdicts[stage.name], dict(self.artifacts)
+        try:
             if verdict.lineage is not None:
-                _pin(store, verdict.lineage, verdict.key)
-    except CorruptObject as e:
-        heal(store, e, artifacts, graph)
-        raise
-    return artifacts
+                _check_pin(stage, verdict.key, artifacts)
+            return _run_stage(stage, verdict.key, artifacts, self._store, self._config, self._look)
+        except Exception as e:
+            return e
+
+    def _end(self, stage: Stage, found: Artifact | BaseException) -> None:
+        """Keeps what a stage has made and shows it, or says why it failed, if other stages go on."""
+        with self._lock:
+            self._shown.pop(stage.name, None)
+        try:
+            if isinstance(found, BaseException):
+                raise found
+            self._keep(stage, found)
+            with above_lines():
+                self._on_stage(stage.name, found)
+            self._look()
+        except Exception as e:
+            self.failures.append(e)
+            if self._beside:
+                log.warning("%s failed, and %s goes on: %s", stage.name, ", ".join(sorted(self._beside)), e)
+
+    def _keep(self, stage: Stage, made: Artifact) -> None:
+        self.artifacts[stage.name] = made
+        if (lineage := self._verdicts[stage.name].lineage) is not None:
+            _pin(self._store, lineage, made.key)
+
+    def _look(self, running: Artifact | None = None) -> None:
+        with self._lock:
+            if running is not None:
+                self._shown[running.stage] = running
+            self._on_look(list(self._shown.values()), dict(self.artifacts))
 
 
 def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Any) -> Context:
@@ -75,7 +185,12 @@ def make_context(stage: Stage, key: str, artifacts: Mapping[str, Artifact], stor
 
 
 def _run_stage(
-    stage: Stage, key: str, artifacts: Mapping[str, Artifact], store: Store, config: Any, on_look: OnLook
+    stage: Stage,
+    key: str,
+    artifacts: Mapping[str, Artifact],
+    store: Store,
+    config: Any,
+    show: Callable[[Artifact], None],
 ) -> Artifact:
     ctx = make_context(stage, key, artifacts, store, config)
 
@@ -90,7 +205,7 @@ def _run_stage(
 
     def run() -> Artifact:
         # It begins now, not when it began to wait for the lease.
-        return stage.run(replace(ctx, began=time.time(), show=lambda running: on_look(running, artifacts)))
+        return stage.run(replace(ctx, began=time.time(), show=show))
 
     while True:
         progress = partial(under_way, stage.name)

@@ -8,18 +8,19 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.graph.resources import Settings, Team, amount_of, team_of
+from pipeline.graph.resources import Settings, Share, Team, amount_of, team_of
 from pipeline.settings import RaySettings
 
 log = logging.getLogger("unclip")
 PLACING_S = 30.0  # for Ray to place workers on nodes that may be busy
+BESIDE_S = 5.0  # the same beside workers that run, where it is asked again later
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,26 @@ def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings) ->
     return team
 
 
+def room_beside(stages: Mapping[str, Settings], settings: RaySettings) -> list[str]:
+    """Returns those of some stages whose workers Ray has room for at once, beside all that it runs now.
+
+    On the Ray of this machine these are only stages on GPUs: on its cores they would take turns. Where an autoscaler
+    adds nodes, every stage has room.
+    """
+    ray = start_ray(settings)
+    reserved: list[Share] = []
+    found = []
+    for stage, own in stages.items():
+        team = find_team(ray, stage, own, settings)
+        if _local() and not team.worker.gpus:
+            continue
+        more = [*reserved, *[team.worker] * team.count]
+        if _grows(settings) or _reserve(more, BESIDE_S):
+            reserved = more
+            found.append(stage)
+    return found
+
+
 def find_team(ray: Any, stage: str, own: Settings, settings: RaySettings) -> Team:
     """Returns the workers that a stage can have, by its settings.
 
@@ -235,16 +256,20 @@ def _refusal(ray: Any, stage: str, team: Team) -> UserError:
 
 def place(ray: Any, team: Team) -> bool:
     """Returns whether Ray can reserve now what the workers need, all of those with helpers; gives it back at once."""
+    workers = team.count if team.helpers else team.least
+    return _reserve([team.worker] * workers + [team.helper] * (workers * team.helpers), PLACING_S)
+
+
+def _reserve(shares: Sequence[Share], seconds: float) -> bool:
+    """Returns whether Ray can reserve all of these within some seconds; gives them back at once."""
     from ray.util import placement_group, remove_placement_group
 
-    workers = team.count if team.helpers else team.least
-    shares = [team.worker] * workers + [team.helper] * (workers * team.helpers)
     labels = [dict(share.labels) for share in shares]
     group = placement_group(
         [share.resources for share in shares], bundle_label_selector=labels if any(labels) else None
     )
     try:
-        return group.wait(PLACING_S)
+        return group.wait(seconds)
     finally:
         remove_placement_group(group)
 

@@ -38,7 +38,7 @@ def write_report(
     graph: Graph,
     artifacts: Mapping[str, Artifact],
     path: Path,
-    running: Artifact | None = None,
+    running: Sequence[Artifact] = (),
     album: Album | None = None,
 ) -> None:
     """Writes the report of the artefacts that exist so far, atomically.
@@ -51,7 +51,7 @@ def write_report(
         graph: every stage, in order.
         artifacts: what is made, by stage.
         path: the file to write.
-        running: what there is of a training that is not done.
+        running: what there is of trainings that are not done.
         album: says which of other people's images are shown; all of them without one.
 
     Raises:
@@ -76,7 +76,7 @@ def render(
     config: Config,
     graph: Graph,
     artifacts: Mapping[str, Artifact],
-    running: Artifact | None = None,
+    running: Sequence[Artifact] = (),
     album: Album | None = None,
 ) -> str:
     """Returns the page as text, under 5 MiB, without script or any outside resource."""
@@ -101,13 +101,13 @@ def render(
     return page.render(project=config.project, refresh=refresh, head=head, sections=sections)
 
 
-def _head(config: Config, graph: Graph, artifacts: Mapping[str, Artifact], running: Artifact | None) -> Markup:
+def _head(config: Config, graph: Graph, artifacts: Mapping[str, Artifact], running: Sequence[Artifact]) -> Markup:
     names = [*graph, *sorted(artifacts.keys() - set(graph))]
     todo = [name for name in graph if name not in artifacts]
     state = f"{len(names) - len(todo)} of {len(names)} stages are done"
-    if running is not None:
-        state += f"; {running.stage} is being trained: {training_so_far(running)}"
-    elif todo:
+    for each in running:
+        state += f"; {each.stage} is being trained: {training_so_far(each)}"
+    if todo and not running:
         state += f"; next is {todo[0]}"
     seconds = sum(artifact.times.get("seconds", 0.0) for artifact in artifacts.values())
     return HEAD.head(

@@ -65,9 +65,9 @@ def _spectrum(metrics: Mapping[str, Any]) -> Markup:
     return PARTS.figure(chart, f"The share of variance that each of {len(points)} principal components holds.")
 
 
-def training_section(given: ReportInput, trained: Sequence[Artifact], running: Artifact | None = None) -> Markup:
-    """Shows every trained model in order, below the ``running`` training; empty before the first."""
-    parts = [_training(given, running, training_so_far(running))] if running is not None else []
+def training_section(given: ReportInput, trained: Sequence[Artifact], running: Sequence[Artifact] = ()) -> Markup:
+    """Shows every trained model in order, below the ``running`` trainings; empty before the first."""
+    parts = [_training(given, artifact, training_so_far(artifact)) for artifact in running]
     parts += [_training(given, artifact) for artifact in trained]
     return TRAINING.training(parts) if parts else Markup()
 

@@ -1,9 +1,10 @@
 import io
+import re
 
 import pytest
 
 from pipeline import progress
-from pipeline.progress import Line, Progress, duration, under_way
+from pipeline.progress import Line, Progress, above_lines, duration, under_way
 
 
 class Clock:
@@ -78,6 +79,39 @@ def test_a_terminal_has_one_line_rewritten(clock: Clock) -> None:
             bar.advance(1)
     assert stream.getvalue().count("\n") == 1
     assert stream.getvalue().count("\r\033[K") == 11
+
+
+def test_lines_of_a_terminal_stand_below_each_other(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A screen that knows the control sequences shows each stage on a row of its own, and what is said above them."""
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal, rows = Terminal(), [""]
+
+    def screen() -> list[str]:
+        place = 0
+        rows[:] = [""]
+        for part in re.findall(r"\r|\n|\x1b\[[KA]|[^\r\n\x1b]+", terminal.getvalue()):
+            if part == "\n":
+                place += 1
+                rows.extend([""] * (place + 1 - len(rows)))
+            elif part == "\x1b[A":
+                place -= 1
+            else:
+                rows[place] = "" if part.startswith("\x1b") else rows[place] + part.strip("\r")
+        return [row for row in rows if row]
+
+    with Progress("decoder", 100, "samples", stream=terminal) as decoder:
+        with Progress("ar_prior", 50, "samples", stream=terminal) as prior:
+            for bar in (decoder, prior, decoder):
+                clock.now += 10
+                bar.advance(10, "with a note that is longer than the terminal is wide")
+            shown = screen()
+            assert [row.split(":")[0] for row in shown] == ["  decoder", "  ar_prior"]
+            assert all(len(row) < 40 for row in shown)
+            with above_lines():
+                terminal.write("codec done\n")
+            assert [row.split(":")[0] for row in screen()] == ["codec done", "  decoder", "  ar_prior"]
+        assert [row.split(":")[0] for row in screen()] == ["codec done", "  ar_prior", "  decoder"]
+        assert screen()[1] == "  ar_prior: 10 of 50 samples, 0.33/s, 2 min 00 s left"
 
 
 def test_a_stage_with_nothing_to_do_says_nothing(clock: Clock) -> None:

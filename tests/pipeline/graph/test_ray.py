@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.graph import ray as launch
-from pipeline.graph.ray import check_room, find_team, start_ray, wait_for_room
+from pipeline.graph.ray import check_room, find_team, room_beside, start_ray, wait_for_room
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings, TrainingSettings
 
 MEMORY = 100 << 20
@@ -83,6 +83,16 @@ def test_workers_that_would_take_the_cores_of_their_helpers_are_lowered() -> Non
         assert find_team(ray_of(4), "pairs", ShardSettings(9), settings).count == 9
 
 
+def test_on_this_machine_trainings_run_side_by_side_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    trainings = {name: TrainingSettings(workers=2) for name in ("clip", "decoder", "ar_prior")}
+    for cpus, gpus, names in ((16, 0, []), (16, 5, ["clip", "decoder"]), (16, 2, ["clip"])):
+        here = ray_of(cpus, gpus)
+        monkeypatch.setattr(launch, "start_ray", lambda _, here=here: here)
+        monkeypatch.setattr(launch, "_reserve", lambda shares, _, gpus=gpus: sum(s.gpus for s in shares) <= gpus)
+        assert room_beside(trainings, FIXED) == names
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head with one core, and a node with two and a label."""
@@ -129,3 +139,15 @@ def test_ray_says_what_it_can_place(cluster: Any, monkeypatch: pytest.MonkeyPatc
     ):
         with pytest.raises(UserError, match=r"^curation: Ray has no room for .* it has 3 cores and 0 GPUs"):
             check_room(ray, {"curation": asked}, FIXED)
+
+
+def test_trainings_have_room_beside_each_other_by_all_their_workers(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    monkeypatch.setattr(launch, "BESIDE_S", 1.0)
+    workers = {"clip": 2, "decoder": 2, "ar_prior": 1, "diffusion_prior": 1}
+    trainings = {name: TrainingSettings(workers=count, device="cpu") for name, count in workers.items()}
+    assert room_beside(trainings, FIXED) == ["clip", "ar_prior"]
+    assert room_beside({"clip": TrainingSettings(workers=4, min_workers=1, device="cpu")}, FIXED) == []
+    assert room_beside(trainings, GROWS) == list(trainings)

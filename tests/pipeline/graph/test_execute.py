@@ -1,0 +1,187 @@
+"""Stages one after another, and trainings side by side: who waits for whom, what a failure costs, and what is shown."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Barrier, Event, current_thread, main_thread
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph import execute as execution
+from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact
+from pipeline.graph.execute import execute
+from pipeline.graph.plan import plan
+from pipeline.graph.stages import Context, Graph, Kind, Stage
+from pipeline.ledger import Ledger
+from pipeline.settings import RaySettings, ShardSettings, TrainingSettings
+from pipeline.store import Store, open_store
+from pipeline.store.records import blob_path, put_blob
+
+WAIT_S = 20.0  # for what must come, or the test fails
+INPUTS = {
+    "source": (),
+    "curation": ("source",),
+    "codec": ("curation",),
+    "ar_prior": ("curation", "codec"),
+    "decoder": ("curation",),
+    "upsampler": ("curation",),
+    "bundle": ("ar_prior", "decoder", "upsampler"),
+}
+TRAININGS = ("ar_prior", "decoder", "upsampler")
+Does = Callable[[Context], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    samples: int = 1
+    decay: int = 0
+
+
+@dataclass
+class House:
+    """A graph whose stages note what they did, and an executor of it. ``does``: what a stage does besides."""
+
+    store: Store
+    does: dict[str, Does] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+    looks: list[set[str]] = field(default_factory=list)  # what was shown of trainings that ran
+    here: set[str] = field(default_factory=set)  # what ran in the main thread
+
+    def run(self, ctx: Context) -> Artifact:
+        if current_thread() is main_thread():
+            self.here.add(ctx.stage)
+        self.does.get(ctx.stage, lambda _: None)(ctx)
+        blobs = {"made": put_blob(self.store, f"{ctx.stage} of {sorted(ctx.inputs)}".encode())}
+        return publish_artifact(self.store, ctx.publishable(ledger=Ledger(), blobs=blobs), 0.0)
+
+    def graph(self) -> Graph:
+        kinds: dict[str, Kind] = {"source": "source", **dict.fromkeys(TRAININGS, "training")}  # type: ignore[dict-item]
+        return {n: Stage(n, 1, Recipe(), i, self.run, kinds.get(n, "data")) for n, i in INPUTS.items()}
+
+    def execute(self, workers: int = 1) -> dict[str, Artifact]:
+        settings = {name: TrainingSettings(workers=workers) for name in TRAININGS}
+        others = {name: ShardSettings() for name in INPUTS if name not in TRAININGS}
+        config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings(), lease_s=60.0, **settings, **others))
+        verdicts = plan(self.graph(), {"source": "s"}, "p", self.store, {})
+
+        def on_look(running: Sequence[Artifact], artifacts: Mapping[str, Artifact]) -> None:
+            self.looks.append({each.stage for each in running})
+
+        on_stage = lambda stage, made: self.done.append(stage)  # noqa: E731
+        return execute(self.graph(), verdicts, set(INPUTS), self.store, config, on_stage, on_look)
+
+
+@pytest.fixture
+def house(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> House:
+    """Ray has room for everything."""
+    monkeypatch.setattr(execution, "room_beside", lambda stages, _: list(stages))
+    return House(open_store(str(tmp_path)))
+
+
+def test_trainings_run_at_once_and_give_what_they_give_one_after_another(house: House, tmp_path: Any) -> None:
+    met = Barrier(3, timeout=WAIT_S)
+    house.does = dict.fromkeys(TRAININGS, lambda _: met.wait())
+    made = house.execute()
+    assert list(made) == list(INPUTS)
+    assert house.here == set(INPUTS) - set(TRAININGS)
+    assert house.done[:3] == ["source", "curation", "codec"]
+    assert house.done[-1] == "bundle"
+    alone = House(open_store(str(tmp_path / "alone")))
+    assert {n: (a.key, a.blobs) for n, a in alone.execute(workers=0).items()} == {
+        n: (a.key, a.blobs) for n, a in made.items()
+    }
+    assert (alone.done, alone.here) == (list(INPUTS), set(INPUTS))
+    assert house.execute() == made
+    assert len(house.done) == len(INPUTS)  # nothing is made twice
+
+
+def test_without_room_trainings_run_one_after_another_in_this_thread(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "room_beside", lambda *_: [])
+    house.execute()
+    assert (house.done, house.here) == (list(INPUTS), set(INPUTS))
+
+
+def test_a_training_that_has_no_room_yet_begins_when_there_is_some(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside one that runs, as soon as a look finds room, or after another one has ended."""
+    monkeypatch.setattr(execution, "LOOK_S", 0.01)
+    begun, room = Event(), iter([["ar_prior", "decoder"], [], [], ["upsampler"]])
+    monkeypatch.setattr(execution, "room_beside", lambda *_: next(room))
+    wait: Does = lambda _: pytest.fail("never began") if not begun.wait(WAIT_S) else None  # noqa: E731
+    house.does = {"ar_prior": wait, "decoder": wait, "upsampler": lambda _: begun.set()}
+    assert list(house.execute()) == list(INPUTS)
+
+
+def test_one_that_fails_does_not_stop_the_others(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    failed = Event()
+
+    def fail(_: Context) -> None:
+        failed.set()
+        raise UserError("decoder: mend this")
+
+    house.does = {"decoder": fail, "ar_prior": lambda _: failed.wait(WAIT_S) or pytest.fail("never failed")}
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match=r"^decoder: mend this$"):
+        house.execute()
+    assert set(house.done) == {"source", "curation", "codec", "ar_prior", "upsampler"}
+    house.done.clear()
+    house.does = {}
+    assert list(house.execute()) == list(INPUTS)
+    assert house.done == ["decoder", "bundle"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_that_runs_alone_ends_the_run(house: House, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "room_beside", lambda *_: [])
+
+    def fail(_: Context) -> None:
+        raise UserError("decoder: mend this")
+
+    house.does = {"decoder": fail}
+    with pytest.raises(UserError, match=r"^decoder: mend this$"):
+        house.execute(workers)
+    assert house.done == ["source", "curation", "codec", "ar_prior"]
+
+
+def test_damage_is_set_aside_after_the_others_have_ended(house: House) -> None:
+    ended, raised = Event(), Event()
+
+    def damaged(ctx: Context) -> None:
+        raised.set()
+        path = blob_path(ctx.inputs["curation"].blobs["made"])
+        raise CorruptObject(path, "has other bytes")
+
+    def work(ctx: Context) -> None:
+        assert raised.wait(WAIT_S)
+        assert house.store.stat(artifact_path("curation", ctx.inputs["curation"].key)) is not None
+        ended.set()
+
+    house.does = {"decoder": damaged, "upsampler": work}
+    with pytest.raises(CorruptObject, match="has other bytes"):
+        house.execute()
+    assert ended.is_set()
+    house.does = {}
+    house.done.clear()
+    assert list(house.execute()) == list(INPUTS)
+    assert {"curation", "decoder", "bundle"} <= set(house.done)
+    assert "upsampler" not in house.done
+
+
+def test_all_trainings_that_run_are_shown_together(house: House) -> None:
+    met = Barrier(3, timeout=WAIT_S)
+
+    def show(ctx: Context) -> None:
+        met.wait()
+        assert ctx.show is not None
+        ctx.show(ctx.publishable(ledger=Ledger()))
+        met.wait()
+
+    house.does = dict.fromkeys(TRAININGS, show)
+    house.execute()
+    assert set(TRAININGS) in house.looks
+    assert house.looks[-1] == set()
