@@ -59,6 +59,7 @@ KEYS = {
         for what in ("bare_over_ours", "with_a_checkpoint_a_minute", "wait_share", "ema_share")
     },
     "reading": {"webdataset_over_ours", "first_batch_late_over_early", "s3_gets_over_ours"},
+    "side_by_side": {"together_over_in_turn"},
     "generation": {"prior_batch_over_one", "decoder_batch_over_one", "worker_rate_over_models"},
 }
 
