@@ -163,7 +163,7 @@ class _Run:
         except Exception as e:
             self.failures.append(e)
             if self._beside:
-                log.warning("%s failed, and %s goes on: %s", stage.name, ", ".join(sorted(self._beside)), e)
+                log.warning("%s failed: %s; still running: %s", stage.name, e, ", ".join(sorted(self._beside)))
 
     def _keep(self, stage: Stage, made: Artifact) -> None:
         self.artifacts[stage.name] = made
