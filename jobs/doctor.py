@@ -10,13 +10,15 @@ from pathlib import Path
 from jobs.project import project_of
 from pipeline.build import build
 from pipeline.config import OVERRIDES, Config, load_config
-from pipeline.doctor.data import check_clips, check_list
+from pipeline.doctor.clip_weights import check_clips
 from pipeline.doctor.finding import Finding
 from pipeline.doctor.machine import check_disks, check_idle_gpu, check_machine, check_memory, check_shared_memory
 from pipeline.doctor.nodes import check_nodes
 from pipeline.doctor.packages import check_packages
 from pipeline.doctor.storage import check_store
 from pipeline.errors import UserError
+from pipeline.held_out import HELD_OUT_SPLITS, short_splits
+from pipeline.progress import counted
 from pipeline.settings import RaySettings
 from pipeline.store import Store, local_folder, open_store
 
@@ -66,7 +68,11 @@ def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
         except UserError as e:
             yield Finding("problem", "list", str(e))
         else:
-            yield from check_list(project.scan, stale)
+            held_out = project.scan.held_out
+            splits = " and ".join(f"{held_out.get(split, 0):,} for {split}" for split in HELD_OUT_SPLITS)
+            yield Finding("ok", "list", f"{counted(project.rows, 'pair')}, of which {splits}")
+            if "evaluation" in stale:
+                yield from (Finding("warning", "list", line) for line in short_splits(held_out))
             stale &= {verdict.stage for verdict in project.plan() if verdict.state == "stale"}
     yield from check_clips(config, stale)
     yield from check_idle_gpu(config, stale)

@@ -9,6 +9,7 @@ from typing import Any
 
 from models.clip_weights import ClipWeights
 from pipeline.config import Config
+from pipeline.doctor.finding import Finding
 from pipeline.errors import UserError
 from pipeline.parse import did_you_mean
 
@@ -22,6 +23,15 @@ def named_weights(config: Config, stages: Iterable[str]) -> Iterator[tuple[str, 
         yield "clip.weights", config.clip.weights
     if "evaluation" in stages and config.evaluation.judge is not None:
         yield "evaluation.judge", config.evaluation.judge
+
+
+def check_clips(config: Config, stages: Iterable[str]) -> Iterator[Finding]:
+    """Yields where each CLIP is that these stages load, or that it is nowhere."""
+    for setting, weights in named_weights(config, stages):
+        try:
+            yield Finding("ok", "clip", f"{setting} {weights}: {find_weights(setting, weights)}")
+        except UserError as e:
+            yield Finding("problem", "clip", str(e))
 
 
 def find_weights(setting: str, weights: str) -> str:

@@ -51,7 +51,7 @@ class Artifact:
     """An immutable result.
 
     ``blobs`` maps file names to sha256; ``shard_table`` is the blob that lists its shards. ``version`` is that of its
-    stage, and ``by`` the user and the host that made it; older records have neither.
+    stage, and ``by`` the user and the host that made it.
     """
 
     stage: str

@@ -129,8 +129,8 @@ def obstacles(old: Measured, new: Measured) -> list[str]:
     """Returns why figures of two evaluations cannot be compared: another way to measure, or other rows."""
     then, now = old.document, new.document
     why = []
-    if then.get("version") != now.get("version"):
-        why.append(f"version {then.get('version', '3 or less')} -> {now.get('version', '3 or less')} of the evaluation")
+    if then["version"] != now["version"]:
+        why.append(f"version {then['version']} -> {now['version']} of the evaluation")
     if old.bundle.inputs.get("clip") != new.bundle.inputs.get("clip"):
         why.append(OTHER_CLIP)
     # What an early checkpoint is, only the figures know that are not compared.

@@ -125,9 +125,8 @@ def _quarters(curve: Curve, stage: str) -> Markup:
 def read_curve(data: bytes) -> Curve:
     """Reads losses from JSON lines of training, {"samples", "loss"}, and validation, {"samples", "validation_loss"}.
 
-    A validation may also be nested: {"samples", "validation": {"loss"}}; one of a model with timesteps also has
-    "validation_loss_quarter_1" to "_4", less those without rows. Lines other than JSON objects, and lines with
-    non-finite losses, are counted as unread.
+    A validation of a model with timesteps also has "validation_loss_quarter_1" to "_4", less those without rows. Lines
+    other than JSON objects, and lines with non-finite losses, are counted as unread.
     """
     curve = Curve()
     for line in data.splitlines():
@@ -137,9 +136,8 @@ def read_curve(data: bytes) -> Curve:
                 curve.train.append(_point(entry["samples"], entry["loss"]))
             if "validation_rows" in entry:
                 curve.held_out = int(entry["validation_rows"])
-            validation = entry.get("validation", {}).get("loss", entry.get("validation_loss"))
-            if validation is not None:
-                curve.validation.append(_point(entry["samples"], validation))
+            if "validation_loss" in entry:
+                curve.validation.append(_point(entry["samples"], entry["validation_loss"]))
             named = {i: entry.get(f"validation_loss_quarter_{i}") for i in QUARTERS}
             if quarters := {i: _point(entry["samples"], loss)[1] for i, loss in named.items() if loss is not None}:
                 curve.quarters, curve.quarters_at = quarters, float(entry["samples"])
@@ -155,15 +153,10 @@ def _point(samples: Any, loss: Any) -> Point:
     return point
 
 
-def preview_names(blobs: Mapping[str, str]) -> list[tuple[str, int | None]]:
-    """Returns names and samples of previews/<samples>.png (or preview-<samples>.png): at most four, evenly spaced.
-
-    preview.png, whose samples are None, comes last unless it is one of the others.
-    """
-    matches = [m for name in blobs if (m := re.fullmatch(r"(?:previews/|preview-)(\d{1,15})\.png", name))]
-    found: list[tuple[str, int | None]] = [(m[0], int(m[1])) for m in sorted(matches, key=lambda m: int(m[1]))]
-    if "preview.png" in blobs and blobs["preview.png"] not in [blobs[name] for name, _ in found]:
-        found.append(("preview.png", None))
+def preview_names(blobs: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Returns names and samples of previews/<samples>.png: at most four, evenly spaced."""
+    matches = [m for name in blobs if (m := re.fullmatch(r"previews/(\d{1,15})\.png", name))]
+    found = [(m[0], int(m[1])) for m in sorted(matches, key=lambda m: int(m[1]))]
     if len(found) <= PREVIEWS_SHOWN:
         return found
     return [found[i * (len(found) - 1) // (PREVIEWS_SHOWN - 1)] for i in range(PREVIEWS_SHOWN)]
@@ -176,7 +169,7 @@ def _previews(given: ReportInput, artifact: Artifact) -> Markup:
         return note("Its previews are other people's images made larger; they are left out here.")
     cells = []
     for name, samples in names:
-        when = "at the end" if samples is None else f"after {number(samples)} samples"
+        when = f"after {number(samples)} samples"
         said = f"preview of {artifact.stage} {when}"
         image = attempt(f"{name} of {artifact.stage}", _preview, given, artifact.blobs[name], said)
         cells.append(PARTS.figure(image, when.capitalize()))

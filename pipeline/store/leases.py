@@ -142,8 +142,8 @@ def _who(held: Mapping[str, Any]) -> str:
 
 
 def _leader(held: Mapping[str, Any]) -> str:
-    since = f", since {time.strftime('%Y-%m-%d %H:%M', time.gmtime(held['since']))} UTC" if "since" in held else ""
-    return f"{_who(held)}, which works on this already{since}"
+    since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(held["since"]))
+    return f"{_who(held)}, which works on this already, since {since} UTC"
 
 
 def _follow(stage: str, held: Mapping[str, Any]) -> str:
@@ -154,12 +154,6 @@ def _why(held: Mapping[str, Any], lease_s: float) -> str:
     if held.get("released"):
         return f"{_who(held)} has stopped"
     return f"{_who(held)} " + ("is dead" if _is_dead(held) else f"has not moved for {duration(lease_s)}")
-
-
-def is_held(store: Store, path: str) -> bool:
-    """Returns whether a lease is neither released nor held by a dead process of this host."""
-    version, held = _read(store, path)
-    return version is not None and not held.get("released") and not _is_dead(held)
 
 
 def _read(store: Store, path: str) -> tuple[str | None, dict[str, Any]]:

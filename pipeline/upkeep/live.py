@@ -24,7 +24,7 @@ from pipeline.graph.damage import pinned_key, read_record
 from pipeline.graph.pointer import read_releases, released_projects
 from pipeline.graph.runs import asked_at
 from pipeline.store import Store
-from pipeline.store.leases import is_held
+from pipeline.store.leases import read_lease
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import blob_path, digest
 
@@ -180,7 +180,7 @@ def _needed_runs(
 
     Records of runs that made a released bundle stay too, which say what of it is clean.
     """
-    held = {entry.path for entry in store.list("leases/") if is_held(store, entry.path)}
+    held = {entry.path for entry in store.list("leases/") if read_lease(store, entry.path) is not None}
     runs = []
     for project in projects.values():
         last = max(project.runs, key=lambda path: (project.runs[path]["forgettings"], path), default=None)

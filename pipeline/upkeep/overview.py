@@ -32,7 +32,7 @@ class PastRun:
     Attributes:
         project: that it belongs to.
         at: seconds since the epoch.
-        by: user, host and command; empty in older records.
+        by: user, host and command.
         stages: key, version, recipe and input keys of every stage.
     """
 
@@ -71,7 +71,6 @@ class Lineage:
 
     Attributes:
         artifact: the artefact.
-        version: of its stage.
         behind: all that it was made from, None where a record is gone.
         users: what was made directly from it.
         pinned: whether a pin names it.
@@ -79,7 +78,6 @@ class Lineage:
     """
 
     artifact: Artifact
-    version: int | None
     behind: Mapping[StageKey, Artifact | None]
     users: Mapping[StageKey, Artifact]
     pinned: bool
@@ -142,10 +140,8 @@ def lineage(store: Store, name: StageKey) -> Lineage:
     asked = [(stage, of) for run in runs for stage, of in run.stages.items()]
     using = dict.fromkeys((stage, of["key"]) for stage, of in asked if of["inputs"].get(name[0]) == name[1])
     users = zip(using, ordered_map(lambda one: _load(store, one), using), strict=True)
-    versions = [of["version"] for stage, of in asked if (stage, of["key"]) == name]
     return Lineage(
         artifact,
-        artifact.version if artifact.version is not None else next(iter(versions), None),
         behind,
         {one: made for one, made in users if made is not None},
         name[1] in _pinned(store),
@@ -167,7 +163,7 @@ def _run_paths(store: Store, project: str | None = None) -> list[str]:
 def _runs(store: Store, paths: Sequence[str]) -> list[PastRun]:
     records = zip(paths, ordered_map(lambda path: peek_record(store, path), paths), strict=True)
     return [
-        PastRun(record["project"], asked_at(path), record.get("by", {}), record["stages"])
+        PastRun(record["project"], asked_at(path), record["by"], record["stages"])
         for path, record in records
         if record is not None
     ]

@@ -24,7 +24,7 @@ def show_overview(found: Overview, now: float) -> str:
     """Returns the last runs, what is being made, and of each project its last run's stages, pins and release."""
     lines = [f"store {found.url}", "", "running now" if found.leases else "running now: nothing"]
     for key, lease in sorted(found.leases.items(), key=lambda item: item[1].get("since", 0)):
-        lines += _running(key, lease, found, now)
+        lines += _running(key, lease, now)
     if not found.runs:
         return "\n".join([*lines, "", "no runs yet"])
     earlier = found.all_runs - len(found.runs)
@@ -39,16 +39,12 @@ def show_overview(found: Overview, now: float) -> str:
     return "\n".join(lines)
 
 
-def _running(key: str, lease: Mapping[str, Any], found: Overview, now: float) -> Iterator[str]:
-    asked = (stage for run in found.runs for stage, of in run.stages.items() if of["key"] == key)
-    stage = lease.get("stage") or next(asked, "a stage")  # which older leases do not name
-    parts = [f"  {stage} {key[:SHORT]} by {who(lease) or 'an unknown user'}", f"pid {lease.get('pid', 'unknown')}"]
-    if "since" in lease:
-        parts.append(f"since {_date(lease['since'])} ({duration(max(0, now - lease['since']))})")
-        silent = max(0, now - lease.get("at", lease["since"]))
-        heard = "not heard of for {}: probably ended" if silent > lease["lease_s"] else "heard of {} ago"
-        parts.append(heard.format(duration(silent)))
-    yield ", ".join(parts)
+def _running(key: str, lease: Mapping[str, Any], now: float) -> Iterator[str]:
+    began = f"since {_date(lease['since'])} ({duration(max(0, now - lease['since']))})"
+    silent = max(0, now - lease.get("at", lease["since"]))
+    heard = "not heard of for {}: probably ended" if silent > lease["lease_s"] else "heard of {} ago"
+    who_does = f"{lease['stage']} {key[:SHORT]} by {who(lease)}, pid {lease['pid']}"
+    yield f"  {who_does}, {began}, {heard.format(duration(silent))}"
     if lease.get("progress"):
         yield f"    {lease['progress']}"
 
@@ -82,27 +78,19 @@ def _depth(stage: str, stages: Mapping[str, Mapping[str, Any]]) -> int:
 def show_lineage(found: Lineage, defaults: Mapping[str, Any], now: float) -> str:
     """Returns when, where and of what an artefact was made, and its users. ``defaults``: of its recipe."""
     made = found.artifact
-    version = "" if found.version is None else f", version {found.version}"
     standing = [f"release of {project}" for project in found.released] + ["pinned"] * found.pinned
-    lines = [f"{made.stage} {made.key}{version}"]
-    lines += _listed("made", [_made(made, now)])
+    lines = [f"{made.stage} {made.key}, version {made.version}"]
+    at, took = made.times["finished"], duration(made.times["seconds"])
+    lines += _listed("made", [f"{_date(at)} ({_ago(at, now)}), in {took}"])
     lines += _listed("where", _where(made))
     lines += _listed("rows", _rows(made.ledger))
     lines += _listed("recipe", _changed(made.recipe, defaults) or ["as the defaults are"])
     lines += _listed("stands", standing)
     if made.inputs:
         lines += ["", "made from", *_tree(found, now)]
-    users = (f"{stage} {key[:SHORT]} ({_age(user, now, '')})" for (stage, key), user in _nearest(found.users).items())
+    users = (f"{stage} {key[:SHORT]} ({_age(user, now)})" for (stage, key), user in _nearest(found.users).items())
     lines += ["", *_listed("used by", users)] if found.users else []
     return "\n".join(lines)
-
-
-def _made(made: Artifact, now: float) -> str:
-    if "finished" not in made.times:
-        return "unknown when"
-    at = made.times["finished"]
-    took = f", in {duration(made.times['seconds'])}" if "seconds" in made.times else ""
-    return f"{_date(at)} ({_ago(at, now)}){took}"
 
 
 def _where(made: Artifact) -> Iterator[str]:
@@ -145,7 +133,7 @@ def _tree(found: Lineage, now: float) -> Iterator[str]:
         for child in inputs[name]:
             again = child in seen and bool(inputs[child])
             seen.add(child)
-            age = "see above" if again else _age(loaded[child], now, "no longer there")
+            age = "see above" if again else _age(loaded[child], now)
             yield f"{'  ' * depth}{child[0]} {child[1][:SHORT]}  {age}"
             if not again:
                 yield from below(child, depth + 1)
@@ -158,10 +146,8 @@ def _nearest(users: Mapping[StageKey, Artifact]) -> dict[StageKey, Artifact]:
     return {name: made for name, made in users.items() if not made.inputs.items() & users.keys()}
 
 
-def _age(made: Artifact | None, now: float, otherwise: str) -> str:
-    if made is None:
-        return otherwise
-    return _ago(made.times["finished"], now) if "finished" in made.times else ""
+def _age(made: Artifact | None, now: float) -> str:
+    return "no longer there" if made is None else _ago(made.times["finished"], now)
 
 
 def _listed(title: str, words: Iterable[str]) -> list[str]:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.cli import main
 from pipeline.config import make_config
 from pipeline.doctor import readiness
 from pipeline.doctor.nodes import Answer, versions
 from pipeline.errors import UserError
-from pipeline.graph.ray import ClusterNode
+from pipeline.graph.ray import ClusterNode, ask_every_node, start_ray
+from pipeline.settings import RaySettings
 from pipeline.store import open_store
 from tests.chain import ROOT, Finished, unclip
 from tests.pipeline.data.bench import picture
@@ -117,6 +119,35 @@ def test_a_healthy_cluster_is_left_as_it_was(cluster: Any, s3: Server, monkeypat
     finally:
         ray.shutdown()
     assert empty(store)
+
+
+def test_the_doctor_asks_every_node(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And leaves nothing; what a question raises there comes back, too."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    monkeypatch.chdir(tmp_path)
+    rows = [f"http://closed.test/{i},a,{('train', 'validation', 'test')[i % 3]}\n" for i in range(24)]
+    (tmp_path / "pairs.csv").write_text("url,caption,split\n" + "".join(rows))
+    (tmp_path / "mine.yaml").write_text("project: p\npreset: nano\nstore: store\nsource: {paths: [pairs.csv]}\n")
+    assert main(["doctor", "mine.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok       ray       2 nodes, 1 CPUs, 0 GPUs") for line in lines)
+    assert any(line.startswith("ok       nodes") and line.endswith("see the store") for line in lines)
+    assert not any(line.split()[1] == "shm" for line in lines)
+    assert not ray.is_initialized()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml", "pairs.csv"]
+
+    def fails() -> None:
+        raise FileNotFoundError("no such thing")
+
+    try:
+        answers = ask_every_node(start_ray(RaySettings()), fails, 60)
+        assert [str(answer) for _, answer in answers] == ["no such thing"] * 2
+    finally:
+        ray.shutdown()
 
 
 def test_a_node_without_credentials(cluster: Any, s3: Server, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """When two evaluations may be compared, what is significant then, and which gates fail."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -75,12 +74,6 @@ def test_equal_measurements_are_comparable_whatever_early_checkpoint_they_knew()
 def test_another_measurement_is_named(old: dict[str, Any], says: str) -> None:
     (why,) = obstacles(evaluation(**old), evaluation())
     assert why.startswith(says)
-
-
-def test_an_evaluation_of_before_there_were_versions_is_not_comparable() -> None:
-    old = evaluation()
-    old = replace(old, document={k: v for k, v in old.document.items() if k != "version"})
-    assert obstacles(old, evaluation()) == ["version 3 or less -> 4 of the evaluation"]
 
 
 def test_rows_of_a_model_that_only_one_bundle_has_do_not_matter() -> None:

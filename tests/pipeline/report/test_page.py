@@ -200,7 +200,7 @@ def test_many_large_noisy_images_stay_within_the_limit(tmp_path: Path) -> None:
     made = chain(store)
     made["samples"] = replace(made["samples"], blobs={f"{i:04d}.png": blob for i in range(200)})
     for stage in ("clip", "ar_prior", "decoder", "upsampler_256", "upsampler_1024"):
-        made[stage] = replace(made[stage], blobs={f"preview-{i}.png": blob for i in range(50)})
+        made[stage] = replace(made[stage], blobs={f"previews/{i}.png": blob for i in range(50)})
     page = render(store, config(), graph(), made)
     checked(page)
     assert "188 more are in the folder of samples" in page

@@ -25,7 +25,7 @@ def test_curves_from_json_lines() -> None:
     lines = [
         {"samples": 0, "validation_loss": 1.5, "validation_rows": 4},
         {"samples": 128, "loss": 1.0},
-        {"samples": 256, "loss": 0.5, "validation": {"loss": 0.75}},
+        {"samples": 256, "loss": 0.5, "validation_loss": 0.75},
         {"samples": 512, "validation_rows": 0},
     ]
     curve = read_curve("\n".join(map(json.dumps, lines)).encode())
@@ -73,7 +73,7 @@ def test_only_models_with_timesteps_show_losses_by_them(store: FolderStore, made
 
 def test_odd_lines_are_counted_and_passed_over() -> None:
     odd = [b"{", b"\xff\xfe", b"[1]", b"5", b"", b'{"loss": 1}', b'{"samples": 1, "loss": NaN}']
-    odd += [b'{"samples": 1, "loss": []}', b'{"samples": 1, "validation": 3}']
+    odd += [b'{"samples": 1, "loss": []}', b'{"samples": 1, "validation_loss": null}']
     curve = read_curve(b"\n".join([*odd, b'{"samples": 9, "loss": 2}']))
     assert curve.train == [(9, 2.0)]
     assert curve.validation == []
@@ -81,11 +81,9 @@ def test_odd_lines_are_counted_and_passed_over() -> None:
 
 
 def test_previews_in_order_of_samples() -> None:
-    blobs = {"preview.png": "end", "preview-900.png": "b", "preview-20.png": "a", "model.safetensors": "m"}
-    assert preview_names(blobs) == [("preview-20.png", 20), ("preview-900.png", 900), ("preview.png", None)]
-    numbered = {f"previews/{samples:012d}.png": str(samples) for samples in range(0, 1000, 100)}
-    found = [samples for _, samples in preview_names(numbered | {"preview.png": "900"})]
-    assert found == [0, 300, 600, 900]  # preview.png is the last of them
+    numbered = {f"previews/{samples:012d}.png": str(samples) for samples in range(900, -1, -100)}
+    found = preview_names(numbered | {"preview.png": "900", "model.safetensors": "m"})
+    assert found == [(f"previews/{samples:012d}.png", samples) for samples in (0, 300, 600, 900)]
     assert preview_names({}) == []
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -101,6 +102,21 @@ def _sweep(store: Store, now: float = NOW, keep_s: float = 30 * DAY, grace_s: fl
     collect(store, keep_s, grace_s, now + grace_s, delete=True)
 
 
+def _collect_while(store: Store, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Collect a day later, while ``act`` happens once between the look and the deletion."""
+    original, seen = type(store).list, []
+
+    def list_and_act(self: Store, prefix: str) -> object:
+        if prefix == "blobs/" and not seen:
+            seen.append(prefix)
+            act()
+        return original(self, prefix)
+
+    monkeypatch.setattr(type(store), "list", list_and_act)
+    collect(store, 30 * DAY, DAY, NOW + DAY, delete=True)
+    assert seen
+
+
 def test_what_recent_runs_made_stays(store: Store) -> None:
     for seed in (0, 1):
         _run(store, seed)
@@ -174,18 +190,7 @@ def test_what_comes_while_it_looks_is_spared(store: Store, monkeypatch: pytest.M
     _run(store, 0, age_s=40 * DAY)
     _run(store, 1)
     collect(store, 30 * DAY, DAY, NOW, delete=True)
-    seen = []
-    original = type(store).list
-
-    def list_and_act(self: Store, prefix: str) -> object:
-        if prefix == "blobs/" and not seen:
-            seen.append(prefix)
-            _run(store, 0)
-        return original(self, prefix)
-
-    monkeypatch.setattr(type(store), "list", list_and_act)
-    collect(store, 30 * DAY, DAY, NOW + DAY, delete=True)
-    assert seen
+    _collect_while(store, monkeypatch, lambda: _run(store, 0))
     keys = {verdict.stage: verdict.key for verdict in plan(_graph(0), {}, "p", store, {})}
     pairs = load_artifact(store, "pairs", keys["pairs"])
     assert pairs is not None
@@ -309,17 +314,8 @@ def test_a_release_that_comes_while_it_looks_is_spared(store: Store, monkeypatch
     _release(store, older)
     publish_artifact(store, Artifact("bundle", "b", {"clip": old["clip"]}, {}, Ledger()), 1.0)
     collect(store, 30 * DAY, DAY, NOW, delete=True)
-    original, seen = type(store).list, []
-
-    def list_and_act(self: Store, prefix: str) -> object:
-        if prefix == "blobs/" and not seen:
-            seen.append(prefix)
-            move_release(store, "released", read_releases(store, "released"), Move("promote", "b", "e", NOW))
-        return original(self, prefix)
-
-    monkeypatch.setattr(type(store), "list", list_and_act)
-    collect(store, 30 * DAY, DAY, NOW + DAY, delete=True)
-    assert seen
+    move = Move("promote", "b", "e", NOW)
+    _collect_while(store, monkeypatch, lambda: move_release(store, "released", read_releases(store, "released"), move))
     clip = load_artifact(store, "clip", old["clip"])
     assert clip is not None
     assert read_blob(store, clip.blobs["model"]) == b"model 0 64"
@@ -339,18 +335,9 @@ def test_a_segment_of_the_list_that_comes_while_it_looks_keeps_its_tables(
     """A list is cut again between the look and the deletion, into tables that had been garbage."""
     blobs = {name: put_blob(store, name.encode()) for name in ("refs", "captions", "hashes")}
     collect(store, 30 * DAY, DAY, NOW, delete=True)
-    original, seen = type(store).list, []
-
-    def list_and_act(self: Store, prefix: str) -> object:
-        if prefix == "blobs/" and not seen:
-            seen.append(prefix)
-            shard = {"refs": blobs["refs"], "captions": blobs["captions"]}
-            create_record(store, "shards/source/segment-s.json", {"shards": [shard], "hashes": [blobs["hashes"]]})
-        return original(self, prefix)
-
-    monkeypatch.setattr(type(store), "list", list_and_act)
-    collect(store, 30 * DAY, DAY, NOW + DAY, delete=True)
-    assert seen
+    shard = {"refs": blobs["refs"], "captions": blobs["captions"]}
+    segment = {"shards": [shard], "hashes": [blobs["hashes"]]}
+    _collect_while(store, monkeypatch, lambda: create_record(store, "shards/source/segment-s.json", segment))
     assert [read_blob(store, blob) for blob in blobs.values()] == [b"refs", b"captions", b"hashes"]
 
 
