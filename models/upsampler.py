@@ -98,21 +98,23 @@ def sampling_low(config: UpsamplerConfig, low: Tensor, draw: Draw) -> Tensor:
 
 
 def training_crop(config: UpsamplerConfig, batch: dict[str, Tensor], draw: Draw) -> Tensor:
-    """Returns a random crop of "image" (uint8 [b, 3, s, s]), in [-1, 1], [b, 3, c, c]."""
-    return from_uint8(random_crop(batch["image"], config.crop_size, config.scale, draw))
+    """Returns "crop" or else a random crop of "image", uint8 [b, 3, s, s] both: uint8 [b, 3, c, c]."""
+    return batch["crop"] if "crop" in batch else random_crop(batch["image"], config.crop_size, config.scale, draw)
 
 
 def training_low(config: UpsamplerConfig, batch: dict[str, Tensor], draw: Draw) -> Tensor:
-    """Returns the small, corrupted version of ``training_crop``, [b, 3, c / scale, c / scale]."""
-    return corrupted_low(config, training_crop(config, batch, draw), draw)
+    """Returns "low" or else the small, corrupted version of ``training_crop``, fp32 [b, 3, c / scale, c / scale]."""
+    return (
+        batch["low"] if "low" in batch else corrupted_low(config, from_uint8(training_crop(config, batch, draw)), draw)
+    )
 
 
 def upsampler_loss(model: Upsampler, batch: dict[str, Tensor], draw: Draw) -> Losses:
-    """Returns the squared error on ``training_crop``, [b], given ``training_low`` or, where the batch has it, "low"."""
+    """Returns the squared error on ``training_crop``, [b], given ``training_low``."""
     config = model.config
     schedule = make_schedule(config.schedule, config.steps)
-    x0 = training_crop(config, batch, draw)
-    low = batch["low"] if "low" in batch else corrupted_low(config, x0, draw)
+    crop = training_crop(config, batch, draw)
+    x0, low = from_uint8(crop), training_low(config, batch | {"crop": crop}, draw)
     t = draw.integers("t", config.steps)
     noise = draw.normal("noise", *x0.shape[1:])
     alpha_bar = schedule.at(t)

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from benchmarks.images import WORDS
 from models.clip import Clip
 from models.codec import Codec
-from models.draw import derive_seed
+from models.draw import Draw, derive_seed
 from models.frozen_text import FrozenTower
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, DiffusionPriorConfig
 from models.tokens import tokenize
 from pipeline.build import build
 from pipeline.config import Config, preset_config
-from pipeline.training.feed.feed import LocalBatch
+from pipeline.training.feed.draws import Asked, make_numbers, use_one_thread
+from pipeline.training.feed.feed import LocalBatch, read_ahead
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.task import Batch, Task
+from pipeline.training.task import Batch, Prepares, Task
 from pipeline.training.tasks.ar_prior import ARPriorTask
 from pipeline.training.tasks.clip import ClipTask
 from pipeline.training.tasks.decoder import DecoderTask
@@ -182,20 +183,32 @@ def make_rows(task: Task, rows: int, dim: int) -> Batch:
 class Repeated:
     """A feed without data: the same rows at every step, from pinned memory, with draws that go on unless ``still``.
 
-    ``first`` is the place of the first of these rows in the batch of all workers.
+    Like the real one, it prepares rows and draws ahead. ``first`` is the place of its first row in the batch of all
+    workers.
     """
 
-    def __init__(self, bench: Bench, batch: Batch, recipe: TrainingRecipe, still: bool = False, first: int = 0):
-        self.batch = {name: column.pin_memory() if bench.cuda else column for name, column in batch.items()}
-        self.recipe, self.still, self.first = recipe, still, first
+    def __init__(
+        self, bench: Bench, task: Task, batch: Batch, recipe: TrainingRecipe, still: bool = False, first: int = 0
+    ):
+        self.bench, self.recipe, self.still = bench, recipe, still
+        self.places = range(first, first + len(next(iter(batch.values()))))
+        self.batch = task.prepare(batch, Draw(self._streams(0))) if isinstance(task, Prepares) else batch
+        self.asked: set[Asked] = set()
+
+    def _streams(self, step: int) -> list[tuple[int, int]]:
+        return [(derive_seed("gpu_check", 0 if self.still else step, row), 1) for row in self.places]
 
     def batches(self, samples: int) -> Generator[LocalBatch, None, None]:
         """Yields the rows of every step, without end, after ``samples`` samples."""
-        step, rows = samples // self.recipe.batch, len(next(iter(self.batch.values())))
+        return read_ahead(self._batches(samples // self.recipe.batch))
+
+    def _batches(self, step: int) -> Generator[LocalBatch, None, None]:
+        use_one_thread()
         while True:
-            places = range(self.first, self.first + rows)
-            streams = [(derive_seed("gpu_check", 0 if self.still else step, row), 1) for row in places]
-            yield LocalBatch(self.batch, [str(row) for row in places], streams)
+            streams = self._streams(step)
+            numbers = make_numbers(streams, tuple(self.asked))
+            local = LocalBatch(self.batch, [str(row) for row in self.places], streams, numbers, self.asked)
+            yield local.pinned() if self.bench.cuda else local
             step += 1
 
 

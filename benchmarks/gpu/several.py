@@ -83,7 +83,7 @@ def _train(bench: Bench, group: ProcessGroup, rank: int, size: int, precision: s
     task = make_task(bench.config, recipe)
     batch = make_rows(task, 2 * size, bench.config.clip.model.embed_dim)
     share = slice(rank * 2, rank * 2 + 2) if group.size > 1 else slice(None)
-    feed: Any = Repeated(bench, {n: column[share] for n, column in batch.items()}, recipe, first=share.start or 0)
+    feed: Any = Repeated(bench, task, {n: column[share] for n, column in batch.items()}, recipe, first=share.start or 0)
     state = begin(task, recipe, group)
     fit("gpu_check", feed, recipe, TrainingSettings(), group, state, lambda _: None)
     return [line["loss"] for line in state.journal.lines]
@@ -94,7 +94,7 @@ def _rate(bench: Bench, group: ProcessGroup) -> float:
     rows = 2 if bench.quick else 16
     recipe = of_rows(bench.config.decoder, rows * group.size, 3 + STEPS)
     task = make_task(bench.config, recipe)
-    feed: Any = Repeated(bench, make_rows(task, rows, bench.config.clip.model.embed_dim), recipe)
+    feed: Any = Repeated(bench, task, make_rows(task, rows, bench.config.clip.model.embed_dim), recipe)
     marks: list[float] = []
 
     def between(_: object) -> None:

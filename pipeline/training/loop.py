@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.draw import Draw, Part, derive_seed
+from models.draw import derive_seed
 from pipeline.errors import UserError
 from pipeline.settings import TrainingSettings
 from pipeline.training.device import autocast
@@ -148,7 +148,6 @@ def backward(
     """
     rows = len(local.keys)
     size = micro_batch or rows
-    draw = Draw(local.streams, group.device)
     batch = {name: column.to(group.device, non_blocking=True) for name, column in local.batch.items()}
     totals: list[Tensor] = []
     sums: dict[str, Tensor] = {}
@@ -157,7 +156,8 @@ def backward(
         torch.manual_seed(derive_seed(local.streams[0][0], "dropout", start))
         with group.accumulation(objective, last=stop == rows), memory_for(stop - start):
             with autocast(group.device, recipe.precision):
-                losses = objective({name: c[start:stop] for name, c in batch.items()}, Part(draw, start, stop))
+                rows_of = {name: column[start:stop] for name, column in batch.items()}
+                losses = objective(rows_of, local.draw(group.device, start, stop))
             timer("forward")
             # A wrapped module averages over workers, hence the factor.
             (losses.total.sum() * (group.size / recipe.batch)).backward()

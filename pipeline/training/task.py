@@ -82,6 +82,17 @@ class Finishes(Task, Protocol):
 
 
 @runtime_checkable
+class Prepares(Protocol):
+    """Computes a part of its loss in the feed, beside the training."""
+
+    def prepare(self, batch: Batch, draw: Draw) -> Batch:
+        """Returns columns in place of "image", uint8 [b, 3, s, s], on the CPU, that give the same loss with ``draw``.
+
+        It is called in several threads at once, with some rows of a batch each.
+        """
+
+
+@runtime_checkable
 class Contrastive(Protocol):
     """Compares its rows with those of all workers.
 

@@ -47,7 +47,8 @@ class Training:
         """
         ctx = self.ctx
         task = task_of(ctx)
-        feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, group.rank, group.size, ctx.settings.cache_mb)
+        pin = group.device.type == "cuda"
+        feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe, group.rank, group.size, ctx.settings.cache_mb, pin)
         state = self._state(task, group)
         # Before the workers wait for each other, because rank 0 measures alone.
         speed = self._speed(task, feed, state, group) if group.is_rank_0 else NOT_MEASURED

@@ -1,27 +1,33 @@
-"""Makes the batches of one worker: reads and decodes the rows of the order in threads, ahead of the training."""
+"""Makes the batches of one worker in threads, ahead of the training.
+
+They read the rows of the order, decode images, prepare what a task computes without its model, and draw numbers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from itertools import repeat
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from models.draw import derive_seed
+from models.draw import Draw, Part, derive_seed
 from models.tokens import tokenize
 from pipeline.data.pairs.row_index import Place
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
+from pipeline.training.feed.draws import Asked, Numbers, ReadyDraw, make_numbers, use_one_thread
 from pipeline.training.feed.order import Order, lanes_of
 from pipeline.training.feed.tables import JoinedRow, Tables
 from pipeline.training.feed.views import CACHE_MB, View, Views, at_once
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.task import Batch, Contrastive, Task
+from pipeline.training.task import Batch, Contrastive, Prepares, Task
 
 Item = TypeVar("Item")
 WINDOW_READERS = 8  # windows that are read at once
@@ -34,22 +40,46 @@ class LocalBatch(NamedTuple):
     Attributes:
         batch: "image" uint8 [b, 3, s, s], "tokens" int64 [b, 77], "image_embedding" and "text_embedding" fp32 [b, d];
             those that the task's columns name.
+            A task that prepares its batches has columns of its own in place of the images.
         keys: Of the rows.
         streams: (seed, rows) lane by lane, for a Draw.
+        numbers: Of that draw, which were made ahead.
+        asked: Gets the calls of the draw whose numbers were not, so that a feed makes them for later batches.
     """
 
     batch: Batch
     keys: list[str]
     streams: list[tuple[int, int]]
+    numbers: Numbers = MappingProxyType({})
+    asked: set[Asked] | None = None
+
+    def draw(self, device: torch.device, start: int, stop: int) -> Draw:
+        """Returns the draw of rows [start, stop)."""
+        part = Part(Draw(self.streams, device), start, stop)
+        return part if self.asked is None else ReadyDraw(part, start, stop, self.numbers, self.asked)
+
+    def pinned(self) -> LocalBatch:
+        """Returns the same in pinned memory, from which a GPU copies while the host goes on."""
+        batch = {name: column.pin_memory() for name, column in self.batch.items()}
+        return self._replace(batch=batch, numbers={call: made.pin_memory() for call, made in self.numbers.items()})
 
 
 class Begun(NamedTuple):
-    """Holds a batch that is being made: rows, the choice of a caption for each, and views that are being decoded."""
+    """Holds a batch that is being made.
+
+    Attributes:
+        rows: Of all lanes.
+        choices: Of a caption for each row.
+        views: That are being decoded.
+        streams: As in LocalBatch.
+        prepared: What the task makes of the views, lane by lane; empty if it does not prepare.
+    """
 
     rows: list[JoinedRow]
     choices: list[int]
     views: list[View]
     streams: list[tuple[int, int]]
+    prepared: Sequence[Future[Batch]] = ()
 
 
 class Window(NamedTuple):
@@ -100,6 +130,7 @@ class Feed:
         rank: Of this worker.
         size: How many workers there are.
         cache_mb: MiB of decoded images that stay in memory.
+        pin: Whether batches of training rows are put into pinned memory, for a GPU.
 
     Raises:
         ValueError: The task has no training rows.
@@ -115,8 +146,11 @@ class Feed:
         rank: int = 0,
         size: int = 1,
         cache_mb: int = CACHE_MB,
+        pin: bool = False,
     ):
-        self.columns, self.recipe = task.columns, recipe
+        self.columns, self.recipe, self.pin = task.columns, recipe, pin
+        self.prepare = task.prepare if isinstance(task, Prepares) else None
+        self.asked: set[Asked] = set()
         self.lanes = lanes_of(rank, size, recipe.lanes)
         contrastive = isinstance(task, Contrastive)
         self.tables = Tables(
@@ -152,7 +186,8 @@ class Feed:
     def _batches(self, step: int) -> Generator[LocalBatch, None, None]:
         # One more decoder than cores: one of them waits for the interpreter as a rule.
         readers = ThreadPoolExecutor(WINDOW_READERS, "read")
-        decoders = ThreadPoolExecutor(torch.get_num_threads() + 1, "decode")
+        decoders = ThreadPoolExecutor(torch.get_num_threads() + 1, "decode", use_one_thread)
+        use_one_thread()
         windows = Windows(self._read, self.lanes, readers, step * self.recipe.batch // self.recipe.lanes)
         try:
             coming = self._begin(step, windows, decoders)
@@ -160,7 +195,10 @@ class Feed:
                 # The next batch is decoded while this one is put together, so that decoders are never idle.
                 step, present = step + 1, coming
                 coming = self._begin(step, windows, decoders)
-                yield self._batch(present)
+                local = self._batch(present)
+                # What losses have drawn by now; none knows the rest before the first of them.
+                local = local._replace(numbers=make_numbers(local.streams, tuple(self.asked)), asked=self.asked)
+                yield local.pinned() if self.pin else local
         finally:
             readers.shutdown(cancel_futures=True)
             # Views are cached for the next caller: one that was cancelled would never come.
@@ -187,7 +225,17 @@ class Feed:
                 first = self.recipe.captions == "first"
                 choices.append(0 if first else derive_seed(self.recipe.seed, "caption", lane, position))
         streams = [(derive_seed(self.recipe.seed, lane, step), per_lane) for lane in self.lanes]
-        return Begun(rows, choices, self._views(rows, images, decoders.submit), streams)
+        views = self._views(rows, images, decoders.submit)
+        prepared = []
+        if self.prepare is not None:
+            # A task that waits for its views never waits for long: they were submitted before it.
+            lanes = (views[i : i + per_lane] for i in range(0, len(views), per_lane))
+            prepared = [decoders.submit(self._prepared, *lane) for lane in zip(lanes, streams, strict=True)]
+        return Begun(rows, choices, views, streams, prepared)
+
+    def _prepared(self, views: Sequence[View], stream: tuple[int, int]) -> Batch:
+        assert self.prepare is not None
+        return self.prepare({"image": _stacked(views)}, Draw([stream]))
 
     def _views(
         self, rows: Sequence[JoinedRow], images: dict[Place, bytes], submit: Callable[..., View] = at_once
@@ -211,11 +259,19 @@ class Feed:
                     [r.text_embeddings[i] for r, i in zip(rows, picked, strict=True) if r.text_embeddings is not None]
                 )
             )
-        if "image" in self.columns:
-            # One wait for all of them: waking for each would disturb the decoders.
-            wait(begun.views)
-            batch["image"] = torch.from_numpy(np.stack([view.result() for view in begun.views]))
+        if begun.prepared:
+            wait(begun.prepared)
+            lanes = [future.result() for future in begun.prepared]
+            batch |= {name: torch.cat([lane[name] for lane in lanes]) for name in lanes[0]}
+        elif "image" in self.columns:
+            batch["image"] = _stacked(begun.views)
         return LocalBatch(batch, [row.key for row in rows], begun.streams)
+
+
+def _stacked(views: Sequence[View]) -> Tensor:
+    """Returns uint8 [b, 3, s, s]."""
+    wait(views)  # one wait for all of them: waking for each would disturb the decoders
+    return torch.from_numpy(np.stack([view.result() for view in views]))
 
 
 def _places(rows: Sequence[JoinedRow]) -> list[Place]:

@@ -14,7 +14,7 @@ from models.folder import save_model
 from models.image_configs import UpsamplerConfig
 from models.losses import Losses
 from models.pixels import from_uint8, resize, to_uint8
-from models.upsampler import Upsampler, sampling_low, training_low, upsampler_denoise, upsampler_loss
+from models.upsampler import Upsampler, sampling_low, training_crop, training_low, upsampler_denoise, upsampler_loss
 from pipeline.graph.stages import Context
 from pipeline.training.task import Batch, Examples
 from pipeline.training.tasks.figures import conditional_figures, grid, seeded
@@ -42,6 +42,11 @@ class UpsamplerTask:
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
         assert isinstance(model, Upsampler)
         return upsampler_loss(model, batch, draw)
+
+    def prepare(self, batch: Batch, draw: Draw) -> Batch:
+        """Returns the "crop" of each image, and the "low" that is damaged: BSR is many small steps, none for a GPU."""
+        crop = {"crop": training_crop(self.config, batch, draw)}
+        return crop | {"low": training_low(self.config, crop, draw)}
 
     def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
         """Returns the "loss" on a crop of each image, and its rise with another row's small image."""
