@@ -51,7 +51,8 @@ def feed(bench: Bench) -> Outcome:
                 rate >= need, f"{stage}: the feed makes {rate:.0f} rows/s, the GPU trains on {need:.0f}: add cores"
             )
     outcome.line = ", ".join(
-        f"{stage} {found['rows_per_second']:.0f} rows/s" for stage, found in outcome.values.items()
+        f"{stage} {found['rows_per_second']:.0f} rows/s, {1e3 * found['host_seconds_per_row']:.2g} ms of the host each"
+        for stage, found in outcome.values.items()
     )
     return outcome
 
