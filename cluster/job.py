@@ -64,7 +64,7 @@ def make_job(
         yes: Go on above the budget.
     """
     words = [f"--{name}={stage}" for name, stage in (("only", only), ("until", until)) if stage]
-    command = ("python", "-m", "jobs.run", PROJECT_FILE, *words, *(["--yes"] if yes else []))
+    command = ("python", "-m", "jobs.cli", "run", PROJECT_FILE, *words, *(["--yes"] if yes else []))
     environment = {name: environ[name] for name in PLAIN if environ.get(name)}
     return Job(job_id(config.project, store_url, keys), command, environment, DRIVER_CPUS, DRIVER_MB)
 

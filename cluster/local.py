@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import http.client
 import json
 import logging
@@ -17,7 +18,6 @@ import secrets
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -51,18 +51,17 @@ AGENT_PORTS = (  # a node whose agents find their usual ports taken by another o
     "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
 )  # fmt: skip
 LIVE = ("PENDING", "RUNNING")
-SCRATCH_ROOT, SCRATCH = "/tmp", "unclip-"  # Ray's sockets need a short path
+SCRATCH_ROOT = "/tmp"  # Ray's sockets need a short path
 log = logging.getLogger("unclip")
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is behind no proxy
 
 
 @dataclass(frozen=True)
 class State:
-    """The content of the file: the dashboard, the keeper's process, and Ray's folder, which marks all others."""
+    """The content of the file: the dashboard and the keeper's process."""
 
     address: str
     keeper: int
-    scratch: str
 
 
 @contextlib.contextmanager
@@ -117,11 +116,10 @@ def start(folder: Path, settings: RaySettings) -> tuple[str, str]:
 
 def clear(folder: Path) -> None:
     """Ends what a keeper that was killed has left. Call it ``locked``."""
-    if (state := _read(folder)) is not None:
-        _kill_marked(state.scratch)
-        if _is_scratch(state.scratch):
-            shutil.rmtree(state.scratch, ignore_errors=True)
-        (folder / "state.json").unlink(missing_ok=True)
+    for scratch in Path(SCRATCH_ROOT).glob(_scratch(folder) + "*"):
+        _kill_marked(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
+    (folder / "state.json").unlink(missing_ok=True)
 
 
 # --- the keeper -------------------------------------------------------------------------------------------------------
@@ -139,13 +137,13 @@ class _Keeper:
         self.head_cpus = max(1, cpus // 2)
         self.worker_cpus = max(1, cpus - self.head_cpus)
         self.memory = max(object_store_mb // 2, LEAST_STORE_MB) << 20
-        self.scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=SCRATCH_ROOT))
+        self.scratch = Path(tempfile.mkdtemp(prefix=_scratch(folder), dir=SCRATCH_ROOT))
         self.token = (folder / "token").read_text()
         self.nodes: list[subprocess.Popen[bytes]] = []
 
     def live(self) -> None:
         try:
-            ports = _free_ports("port", "dashboard-port", "ray-client-server-port", *AGENT_PORTS)
+            ports = free_ports("port", "dashboard-port", "ray-client-server-port", *AGENT_PORTS)
             self.address = f"http://{HOST}:{ports['dashboard-port']}"
             head = ["--head", f"--dashboard-host={HOST}", "--disable-usage-stats"]
             head += [f"--{name}={port}" for name, port in ports.items() if name not in AGENT_PORTS]
@@ -153,7 +151,7 @@ class _Keeper:
             self._add(lambda: self._node(HEAD, "head", self.head_cpus, HEAD_LABELS, head))
             self.make_worker = lambda: self._node(WORKER, "worker", self.worker_cpus, WORKER_LABELS, worker)
             self._add(self.make_worker)
-            state = State(self.address, os.getpid(), str(self.scratch))
+            state = State(self.address, os.getpid())
             draft = self.folder / "state.new"
             draft.write_text(json.dumps(asdict(state)))
             draft.replace(self.folder / "state.json")
@@ -182,7 +180,7 @@ class _Keeper:
             sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host}",
             f"--temp-dir={self.scratch / name}", f"--num-cpus={cpus}", f"--labels={labels}",
             f"--object-store-memory={self.memory}", "--min-worker-port=0", "--max-worker-port=0",
-            *(f"--{name}={port}" for name, port in _free_ports(*AGENT_PORTS).items()), *more,
+            *(f"--{name}={port}" for name, port in free_ports(*AGENT_PORTS).items()), *more,
         ]  # fmt: skip
         environment = {name: value for name, value in os.environ.items() if name not in NOT_OURS}
         environment |= {
@@ -221,14 +219,14 @@ class _Keeper:
 
     def _leave(self) -> None:
         self._forget()
+        for file in self.scratch.glob("head/session_*/logs/job-driver-*.log"):
+            shutil.copy(file, self.folder / file.name.removeprefix("job-driver-"))
         for node in reversed(self.nodes):
             node.terminate()
         for node in self.nodes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 node.wait(END_S)
-        _kill_marked(str(self.scratch))
-        for file in self.scratch.glob("head/session_*/logs/job-driver-*.log"):
-            shutil.copy(file, self.folder / file.name.removeprefix("job-driver-"))
+        _kill_marked(self.scratch)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
@@ -240,18 +238,12 @@ def _read(folder: Path) -> State | None:
         state = State(**json.loads((folder / "state.json").read_text()))
     except (FileNotFoundError, ValueError, TypeError):  # or a file of another version
         return None
-    return state if isinstance(state.keeper, int) and isinstance(state.scratch, str) else None
+    return state if isinstance(state.keeper, int) else None
 
 
-def _is_scratch(folder: str) -> bool:
-    """Says whether a keeper of this user made a folder: the file that names it may hold anything."""
-    try:
-        about = os.lstat(folder)
-    except (OSError, ValueError):
-        return False
-    path = Path(folder)
-    made = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
-    return made and str(path.parent) == SCRATCH_ROOT and path.name.startswith(SCRATCH)
+def _scratch(folder: Path) -> str:
+    """Returns how the names of Ray's folders begin, for the cluster of ``folder``. They mark its processes."""
+    return f"unclip-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}-"
 
 
 def _is_keeper(pid: int, folder: Path) -> bool:
@@ -266,7 +258,7 @@ def _is_keeper(pid: int, folder: Path) -> bool:
     return os.fsencode(folder) in words
 
 
-def _kill_marked(scratch: str) -> None:
+def _kill_marked(scratch: Path) -> None:
     """Kills every process of a cluster, also those that have left the group of their parent."""
     mark = f"{MARK}={scratch}".encode()
     for file in Path("/proc").glob("[0-9]*/environ"):
@@ -275,7 +267,8 @@ def _kill_marked(scratch: str) -> None:
                 os.kill(int(file.parent.name), signal.SIGKILL)
 
 
-def _free_ports(*names: str) -> dict[str, int]:
+def free_ports(*names: str) -> dict[str, int]:
+    """Returns a port for each name that nobody listens on."""
     probes = [socket.create_server(("", 0)) for _ in names]  # bound to every address, so that it is free at each
     ports = {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
     for probe in probes:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jobs.plan import print_changes
-from jobs.project import Project, open_project
-from pipeline.config import OVERRIDES
+from jobs.project import Project, add_config_and_set, open_project
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.data.source.forget import Request, find, without
@@ -34,10 +33,7 @@ def main(argv: Sequence[str]) -> int:
     forget = commands.add_parser("forget", help="drop images and their captions from everything made from now on")
     gc = commands.add_parser("gc", help="delete what no pin, recent run or running stage needs")
     for command, run in ((search, _search), (retry, _retry), (forget, _forget), (gc, _collect)):
-        command.add_argument("config", help="a YAML file")
-        command.add_argument(
-            "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=OVERRIDES
-        )
+        add_config_and_set(command)
         command.set_defaults(run=run)
     what = search.add_mutually_exclusive_group(required=True)
     what.add_argument("caption", nargs="?", help="text to search with")
@@ -168,9 +164,3 @@ def _lines(path: str | None) -> list[str]:
         raise UserError(
             f"--file {path}: cannot be read ({e}); give a UTF-8 text file, or - for standard input"
         ) from None
-
-
-if __name__ == "__main__":
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

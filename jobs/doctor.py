@@ -76,11 +76,3 @@ def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
             stale &= {verdict.stage for verdict in project.plan() if verdict.state == "stale"}
     yield from check_clips(config, stale)
     yield from check_idle_gpu(config, stale)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

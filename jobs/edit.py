@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.sample import add_device, bundle_folder, check_seed, file_name, newest_output, sampling_option
+from jobs.sample import bundle_folder, check_seed, drawing_options, file_name, newest_output, sampling_option
 from pipeline.data.pairs.decoding import open_image
 from pipeline.errors import UserError
 
@@ -58,19 +58,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--from", dest="source", type=Path, metavar="FOLDER", help="a run's output folder, such as out/emoji"
-    )
+    shared = drawing_options()
     shared.add_argument(
         "-o", "--to", type=Path, metavar="FILE", help="where the strip goes (edits/NAME in the run's output folder)"
     )
-    shared.add_argument("--seed", type=int, default=0, help="of the noise that is drawn (default 0)")
     shared.add_argument("--size", type=int, choices=(64, 256, 1024), help=f"of the images, in px ({SIZE})")
-    shared.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as decoder_steps=50"
-    )
-    add_device(shared)
     parser = argparse.ArgumentParser(prog="unclip edit", description=__doc__)
     commands = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     kinds = {name: commands.add_parser(name, help=text, parents=[shared]) for name, text in KINDS.items()}
@@ -178,11 +170,3 @@ def _name(arguments: argparse.Namespace, images: Sequence[Image], edit: Edit, bu
 
 def _suffix(arguments: argparse.Namespace) -> str:
     return ".webp" if vars(arguments).get("animate") else ".png"
-
-
-if __name__ == "__main__":
-    import sys
-
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.sample import add_device, bundle_artifact, check_seed, newest_output, sampling_option
+from jobs.sample import bundle_artifact, check_seed, drawing_options, newest_output, sampling_option
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.ray import count_gpus
 from pipeline.parse import parse
@@ -21,25 +21,17 @@ log = logging.getLogger("unclip")
 
 def main(argv: Sequence[str]) -> int:
     """Runs ``unclip generate``."""
-    parser = argparse.ArgumentParser(prog="unclip generate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="unclip generate", description=__doc__, parents=[drawing_options()])
     parser.add_argument("prompts", type=Path, help=f"a {KINDS}")
     parser.add_argument("--column", metavar="COLUMN", help=f"of the prompts ({', '.join(COLUMNS)}: the first there is)")
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="FOLDER", help="a run's output folder, such as out/emoji"
-    )
-    parser.add_argument(
         "-o", "--to", type=Path, metavar="FOLDER", help="where tars and tables are written (FOLDER/generated)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next have the next (default 0)")
     parser.add_argument("--batch", type=int, default=8, help="images that a worker samples at once (8)")
     parser.add_argument(
         "--workers", type=int, help="processes; 0 works in this one (one for each GPU, or 2 of one core each)"
     )
     parser.add_argument("--gpus", type=float, help="of each worker, in place of its core (1 if there is one, else 0)")
-    add_device(parser)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as prior=ar"
-    )
     arguments = parser.parse_args(argv)
     check_seed(arguments.seed)
     output = arguments.source or newest_output()
@@ -93,11 +85,3 @@ def _workers(arguments: argparse.Namespace) -> tuple[GenerationSettings, RaySett
     where = f"{gpus:g} GPU" if gpus else "one core of the CPU"
     log.info("drawing on %s%s", where, f" in each of {counted(settings.workers, 'worker')}" if settings.workers else "")
     return settings, ray
-
-
-if __name__ == "__main__":
-    import sys
-
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

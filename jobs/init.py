@@ -113,11 +113,3 @@ def _remarks(seen: Look) -> Iterator[str]:
         yield f"warning: {seen.unopened} of the first {of} images cannot be opened; a run says why, row by row"
     if small := len(seen.sides) - seen.reaching(64):
         yield f"warning: {small} of the first {len(seen.sides)} images are below 64 px, too small to train on"
-
-
-if __name__ == "__main__":
-    import sys
-
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.probe import probe
-from jobs.project import Project, open_project
+from jobs.project import Project, add_config, open_project
 from pipeline.build import build
-from pipeline.config import OVERRIDES, load_config
+from pipeline.config import load_config
 from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate, parse_count, parse_fleet
 from pipeline.cost.observed import Seen, observe, read_profile
 from pipeline.cost.table import cost_table, remarks
@@ -27,8 +27,7 @@ from pipeline.progress import counted, duration
 def main(argv: Sequence[str]) -> int:
     """Prints the verdict on every stage and what the stale ones cost."""
     parser = argparse.ArgumentParser(prog="unclip plan", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    add_config(parser)
     parser.add_argument(
         "--probe", action="store_true", help="measure first, on this machine, with few rows and samples"
     )
@@ -159,11 +158,3 @@ def print_changes(before: Sequence[Verdict], after: Sequence[Verdict]) -> None:
         print(f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {verdict.because}".rstrip())
     if not changed:
         print("nothing becomes stale")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs.project import Project, open_project
+from jobs.project import Project, add_config_and_set, open_project
 from jobs.sample import remember_bundle
 from models.sampling_config import MODELS
-from pipeline.config import OVERRIDES, Config, load_config
+from pipeline.config import Config, load_config
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import difference, short
 from pipeline.graph.artifacts import Artifact, load_artifact
@@ -67,10 +67,7 @@ def main(argv: Sequence[str]) -> int:
     take = commands.add_parser("take", help="let sample and generate --from FOLDER draw with the release")
     weights = commands.add_parser("weights", help="what a configuration says to begin with the release's weights")
     for command, run in zip((promote, rollback, diff, listing, evaluate, take, weights), runs, strict=True):
-        command.add_argument("config", help="a YAML file")
-        command.add_argument(
-            "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=OVERRIDES
-        )
+        add_config_and_set(command)
         command.set_defaults(run=run)
     named = "current, previous, own (this configuration's), or the beginning of a bundle's key"
     diff.add_argument("first", nargs="?", default="current", metavar="A", help=f"{named}; by default current")
@@ -237,9 +234,3 @@ def _weights(asked: Asked, arguments: argparse.Namespace) -> int:
         elif blob:
             print(f"{name}: {{init_from: {blob}}}")
     return 0
-
-
-if __name__ == "__main__":
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.project import open_project
-from pipeline.config import OVERRIDES
+from jobs.project import add_config, open_project
 from pipeline.errors import UserError
 from pipeline.report.images import Album
 from pipeline.report.page import write_report
@@ -17,8 +16,7 @@ from pipeline.report.page import write_report
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(prog="unclip report", description=__doc__)
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    add_config(parser)
     parser.add_argument("--output", metavar="FILE", help="where to write it; report.html in run.output by default")
     parser.add_argument(
         "--license",
@@ -39,9 +37,3 @@ def main(argv: Sequence[str]) -> int:
         print(f"no image of the report has the licence {', '.join(unmet)}; {known}", file=sys.stderr)
     print(f"report: {path}")
     return 0
-
-
-if __name__ == "__main__":
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

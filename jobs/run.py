@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jobs.plan import agree
-from jobs.project import Project, open_project
+from jobs.project import Project, add_config, open_project
 from jobs.sample import remember_bundle
-from pipeline.config import OVERRIDES
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
+from pipeline.graph.execute import execute, make_context
 from pipeline.graph.runs import remember
 from pipeline.progress import counted, duration
 from pipeline.store import check_conditions
 from pipeline.store.records import materialise
 
+PARAMETERS = 10  # named by a replay, at most
 HEALINGS = 5  # damaged objects that one run makes again before it gives up
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="unclip run", description=__doc__)
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    add_config(parser)
     parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
     parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
     parser.add_argument("--yes", action="store_true", help="go on even above run.budget_hours")
@@ -40,9 +39,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--only, --until and --replay exclude each other")
     project = open_project(arguments.config, arguments.overrides)
     if arguments.replay:
-        from jobs.replay import replay
-
-        return replay(project, arguments.replay)
+        return _replay(project, arguments.replay)
     return run(project, arguments.only, arguments.until, arguments.yes)
 
 
@@ -67,8 +64,6 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
 
 
 def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
-    from pipeline.graph.execute import execute
-
     def on_stage(stage: str, made: Artifact) -> None:
         lost = {"rejected": made.ledger.rejected, "deferred": made.ledger.deferred}
         counts = [f"{counted(sum(reasons.values()), 'row')} {end}" for end, reasons in lost.items() if reasons]
@@ -114,7 +109,29 @@ def print_places(project: Project, wanted: set[str]) -> None:
         print(f"images: {Path(project.config.run.output) / 'samples'}")
 
 
-if __name__ == "__main__":
-    from jobs.cli import guard
+def _replay(project: Project, stage: str) -> int:
+    """Repeats the step of a training that was not finite; returns 0 if it fails again, 1 if not. Raises UserError."""
+    project.wanted(stage, None)
+    node = project.graph[stage]
+    if node.kind != "training":
+        raise UserError(f"--replay {stage}: only a training has steps")
+    key = next(verdict.key for verdict in project.plan() if verdict.stage == stage)
+    ctx = make_context(node, key, project.made(*node.inputs), project.store, project.config)
+    from pipeline.training.replay import replay
 
-    sys.exit(guard(main, sys.argv[1:]))
+    found = replay(ctx)
+    if found is None:
+        raise UserError(f"--replay {stage}: with this list and recipe no step of it has failed")
+    print(f"{stage}: the step after sample {found.samples:,}")
+    if not found.repeated:
+        print("everything is finite here: on another device, or with other numbers of workers, rounding differs")
+        return 1
+    for row, loss in found.rows:
+        print(f"  row {row}: loss {loss}")
+    if found.module:
+        print(f"  the first output that is not finite comes from {found.module}")
+    for name in found.parameters[:PARAMETERS]:
+        print(f"  the gradient of {name} is not finite")
+    if len(found.parameters) > PARAMETERS:
+        print(f"  and of {len(found.parameters) - PARAMETERS:,} more parameters")
+    return 0

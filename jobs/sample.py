@@ -26,22 +26,14 @@ NAME_HASH = 10  # hexadecimal digits
 
 def main(argv: Sequence[str]) -> int:
     """Runs ``unclip sample``."""
-    parser = argparse.ArgumentParser(prog="unclip sample", description=__doc__)
+    parser = argparse.ArgumentParser(prog="unclip sample", description=__doc__, parents=[drawing_options()])
     parser.add_argument("captions", nargs="+", metavar="CAPTION")
-    parser.add_argument(
-        "--from", dest="source", metavar="FOLDER", help="a run's output folder; by default the newest under out/"
-    )
     parser.add_argument(
         "-o", "--to", type=Path, metavar="FOLDER", help="where the images go (samples, in the run's output folder)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next have the next (default 0)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as prior=ar"
-    )
-    add_device(parser)
     arguments = parser.parse_intermixed_args(argv)
     check_seed(arguments.seed)
-    output = Path(arguments.source) if arguments.source else newest_output()
+    output = arguments.source or newest_output()
     options = dict(sampling_option(text) for text in arguments.set)
     folder = bundle_folder(output)
     to = arguments.to or output / "samples"
@@ -70,11 +62,24 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed {seed} is {'below 0' if seed < 0 else f'too large; use one below {LARGEST_SEED}'}")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Adds the option of what to draw on."""
+def drawing_options() -> argparse.ArgumentParser:
+    """Returns a parser of the options that every command which draws has."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FOLDER",
+        help="a run's output folder, such as out/emoji; by default the newest under out/",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next have the next (default 0)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as decoder_steps=50"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="draws on it; auto is a GPU if there is one"
     )
+    return parser
 
 
 def remember_bundle(output: Path, store: str, key: str) -> None:
@@ -147,11 +152,3 @@ def slug(text: str) -> str:
         kept += char if kind in "LN" or (kind == "M" and kept[-1:].strip()) else " "
     words = "-".join(kept.split())
     return words.encode()[:SLUG_BYTES].decode(errors="ignore").strip("-") or "image"
-
-
-if __name__ == "__main__":
-    import sys
-
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

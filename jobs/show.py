@@ -51,11 +51,3 @@ def _defaults(stage: str) -> dict[str, Any]:
     recipes = get_type_hints(Config)
     kind = recipes.get("source" if stage == "captions" else stage)
     return {} if kind is None else defaults(kind)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

@@ -17,10 +17,10 @@ from cluster.rayjob import render
 from cluster.submission import LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
 from jobs.interrupt import INTERRUPTED
 from jobs.plan import Agreed, agree
-from jobs.project import Project, open_project
+from jobs.project import Project, add_config, open_project
 from jobs.run import print_places
 from jobs.sample import remember_bundle
-from pipeline.config import OVERRIDES, Config, load_config
+from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
 from pipeline.errors import UserError
 from pipeline.graph.runs import remember
@@ -38,8 +38,7 @@ THERE = "out"  # where a driver on another machine writes its report, which is w
 def main(argv: Sequence[str]) -> int:
     """Submits the job, follows it, and brings back its report."""
     parser = argparse.ArgumentParser(prog="unclip submit", description=__doc__)
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    add_config(parser)
     parser.add_argument("--to", metavar="WHERE", required=True, help=WHERE)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
@@ -153,9 +152,3 @@ def _about(config: Config) -> dict[str, str]:
 def _folder(config: Config) -> Path:
     """Returns the folder of the local cluster."""
     return Path(config.run.output).absolute() / "cluster"
-
-
-if __name__ == "__main__":
-    from jobs.cli import guard
-
-    sys.exit(guard(main, sys.argv[1:]))

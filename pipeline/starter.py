@@ -6,7 +6,6 @@ import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict
-from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -283,19 +282,14 @@ def shortest_share(places: Sequence[float], wanted: int, most: int) -> float:
 
     ``places`` rise, in [0, 1); those of one group are equal. Where groups are large, fewer than ``wanted`` lie below.
     """
-    if bisect_left(places, SHARE) >= wanted:
-        return SHARE
-    ends = [end for end in range(1, len(places) + 1) if end == len(places) or places[end - 1] < places[end]]
-    fit = [end for end in ends if end <= most]
-    if not fit:
-        return SHARE
-    end = next((end for end in fit if end >= wanted), fit[-1])
-    low, high = places[end - 1], places[end] if end < len(places) else 1.0
-    for digits in range(2, 18):
-        share = (floor(low * 10**digits) + 1) / 10**digits
-        if low < share <= high:
-            return share
-    return high
+    best = SHARE
+    for parts in (100, 1000, 10_000):  # the fewest digits that do
+        shares = [part / parts for part in range(round(SHARE * parts), parts + 1)]
+        fit = [share for share in shares if bisect_left(places, share) <= most]
+        best = max(fit, key=lambda share: min(bisect_left(places, share), wanted), default=best)
+        if bisect_left(places, best) >= wanted:
+            break
+    return best
 
 
 def _captions(seen: Look | None) -> list[str]:

@@ -9,10 +9,9 @@ import json
 import os
 import random
 import shutil
-import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ from pipeline.graph.execute import heal
 from pipeline.store import Store
 from pipeline.store.records import blob_path, read_blob
 from tests.chain import DATA_STAGES, keys, open_at
-from tests.chaos.strikes import LIMIT_S, Slice, cluster, kill_one, kill_raylet, ours, run_to_the_end, stop_one
-from tests.faults import Running, artifact, assert_sound, copy, finish, forget, start
+from tests.chaos import strikes
+from tests.chaos.strikes import Fault, Moment, Slice, cluster, ours, run_to_the_end
+from tests.faults import artifact, assert_sound, copy, forget, start
 from tests.pipeline.data.bench import picture, save_clip, write_list
 
 ROWS = 60
@@ -88,41 +88,13 @@ def run_reference(folder: Path) -> Reference:
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Moment:
-    """What a fault may strike: the command that runs, the store that it writes, Ray's nodes if it uses a cluster."""
-
-    process: Running
-    store: Store
-    stage: str
-    nodes: Sequence[Any]
-    draw: random.Random
-
-
 def ray_workers() -> list[int]:
     """Ray's processes that make shards."""
     return ours("MapWorker")
 
 
-def kill_worker(now: Moment) -> str:
-    return kill_one(ray_workers(), now.draw)
-
-
-def stop_worker(now: Moment) -> str:
-    return stop_one(ray_workers(), now.draw)
-
-
-def kill_driver(now: Moment) -> str:
-    now.process.kill()
-    return "killed"
-
-
 def stop_driver(now: Moment) -> str:
-    return stop_one([now.process.pid], now.draw)
-
-
-def kill_node(now: Moment) -> str:
-    return kill_raylet(now.nodes, now.draw)
+    return strikes.stop_one([now.process.pid], now.draw)
 
 
 def truncate_blob(now: Moment) -> str:
@@ -134,27 +106,28 @@ def delete_blob(now: Moment) -> str:
 
 
 def _damage(now: Moment, how: Callable[[Path], None]) -> str:
-    """Kill the driver, and damage something that the stage left."""
+    """Kill the driver, and damage something that the stage left; ``now.place`` is the store and the stage."""
+    store, stage = now.place
     now.process.kill()
     now.process.wait()
     names = {
         (name, blob)
-        for entry in now.store.list(f"shards/{now.stage}/")
-        for name, blob in json.loads(now.store.read(entry.path))["blobs"].items()
+        for entry in store.list(f"shards/{stage}/")
+        for name, blob in json.loads(store.read(entry.path))["blobs"].items()
     }
     if not names:
         return "killed the driver, nothing was left to damage"
     name, blob = now.draw.choice(sorted(names))
-    how(Path(now.store.url, blob_path(blob)))
+    how(Path(store.url, blob_path(blob)))
     return f"killed the driver, damaged a blob: {name}"
 
 
-FAULTS: dict[str, Callable[[Moment], str]] = {
-    "kill worker": kill_worker,
-    "kill driver": kill_driver,
+FAULTS: dict[str, Fault] = {
+    "kill worker": strikes.kill_worker,
+    "kill driver": strikes.kill_driver,
     "truncate blob": truncate_blob,
-    "kill node": kill_node,
-    "stop worker": stop_worker,
+    "kill node": strikes.kill_node,
+    "stop worker": strikes.stop_worker,
     "delete blob": delete_blob,
     "stop driver": stop_driver,
 }
@@ -182,7 +155,13 @@ def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: 
     config = reference.config(folder, chosen.stage)
     began = time.monotonic()
     with cluster(nodes=2, cpus=2) if chosen.fault == "kill node" else nullcontext(({}, [])) as (environment, nodes):
-        what, code = strike(config, chosen, draw, store, environment, nodes)
+        process = start("run", config, "--until", chosen.stage, env=environment)
+
+        def due() -> bool:
+            return len(list(store.list(f"shards/{chosen.stage}/"))) >= chosen.after
+
+        now = Moment(process, ray_workers, nodes, draw, (store, chosen.stage))
+        what, code = strikes.strike(now, FAULTS[chosen.fault], due, always=False)  # it may be faster than we
     finally_run(reference, folder, store)
     if "blob" not in chosen.fault:  # else what a pass has left and nobody reads again may stay damaged
         assert_sound(store)
@@ -236,24 +215,3 @@ def results(store: Store, stage: str) -> Any:
     made = artifact(store, stage)
     shards = [(s.key, s.blobs, s.counts) for s in read_shards(store, made)] if made.shard_table else []
     return made.key, made.blobs, made.ledger, made.metrics, shards
-
-
-def strike(
-    config: Path, chosen: Slice, draw: random.Random, store: Store, environment: dict[str, str], nodes: Sequence[Any]
-) -> tuple[str, int]:
-    """Run the stage, and the fault when its moment has come; what it did, and how the command ended."""
-    process = start("run", config, "--until", chosen.stage, env=environment)
-    deadline = time.monotonic() + LIMIT_S
-    try:
-        while len(list(store.list(f"shards/{chosen.stage}/"))) < chosen.after or not ray_workers():
-            if process.poll() is not None or time.monotonic() > deadline:
-                break  # it was faster than we
-            time.sleep(0.005)
-        what = FAULTS[chosen.fault](Moment(process, store, chosen.stage, nodes, draw))
-        result = finish(process, LIMIT_S)
-        if result.returncode > 0:
-            what += f"; {result.stderr.splitlines()[-1][:200]}"
-        return what, result.returncode
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)

@@ -4,13 +4,13 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults import finish, start
+from tests.faults import Running, finish, start
 
 LIMIT_S = 600.0  # of one command
 
@@ -53,11 +53,27 @@ def command_line(pid: int) -> str:
     return ""
 
 
-def kill_one(found: Sequence[int], draw: random.Random) -> str:
-    """Kill one of these processes; says which."""
-    if not found:
+@dataclass(frozen=True)
+class Moment:
+    """What a fault may strike: a command that runs, its Ray workers, the nodes of its cluster if it has one.
+
+    ``place`` is what the faults of some stages strike besides.
+    """
+
+    process: Running
+    workers: Callable[[], list[int]]
+    nodes: Sequence[Any]
+    draw: random.Random
+    place: Any
+
+
+Fault = Callable[[Moment], str]  # strikes, and says what it did
+
+
+def kill_worker(now: Moment) -> str:
+    if not (found := now.workers()):
         return "no worker was left"
-    victim = draw.choice(found)
+    victim = now.draw.choice(found)
     name = command_line(victim)
     with suppress(ProcessLookupError):
         os.kill(victim, signal.SIGKILL)
@@ -77,11 +93,44 @@ def stop_one(found: Sequence[int], draw: random.Random) -> str:
     return f"stopped for {seconds:.1f} s: {name}"
 
 
-def kill_raylet(nodes: Sequence[Any], draw: random.Random) -> str:
-    """Kill the raylet of one of these nodes."""
-    [raylet] = draw.choice(nodes).all_processes["raylet"]
+def stop_worker(now: Moment) -> str:
+    return stop_one(now.workers(), now.draw)
+
+
+def kill_driver(now: Moment) -> str:
+    now.process.kill()
+    return "killed"
+
+
+def kill_node(now: Moment) -> str:
+    [raylet] = now.draw.choice(now.nodes).all_processes["raylet"]
     os.kill(raylet.process.pid, signal.SIGKILL)
     return "killed a raylet"
+
+
+def strike(now: Moment, fault: Fault, due: Callable[[], bool], always: bool = True) -> tuple[str, int]:
+    """Strike a command when its moment is due; returns what that did, and how the command ended.
+
+    A command that ends before is struck all the same, or with ``always`` raises AssertionError.
+    """
+    process = now.process
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        while not due() or not now.workers():
+            if process.poll() is not None or time.monotonic() > deadline:
+                if not always:
+                    break
+                out = finish(process, 1)
+                raise AssertionError(f"no moment for the fault before exit {out.returncode}\n{out.stderr[-2000:]}")
+            time.sleep(0.005)
+        what = fault(now)
+        result = finish(process, LIMIT_S)
+        if result.returncode > 0:
+            what += f"; {result.stderr.splitlines()[-1][:200]}"
+        return what, result.returncode
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager

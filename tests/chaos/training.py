@@ -13,7 +13,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +24,10 @@ import yaml
 from pipeline.store import Store
 from pipeline.store.records import blob_path
 from tests.chain import open_at
-from tests.chaos.strikes import LIMIT_S, Slice, cluster, kill_one, kill_raylet, ours, run_to_the_end, stop_one
+from tests.chaos import strikes
+from tests.chaos.strikes import Fault, Moment, Slice, cluster, ours, run_to_the_end
 from tests.fault_proxy import FaultProxy, always, at_random, failing, never
-from tests.faults import Running, artifact, assert_sound, finish, start
+from tests.faults import artifact, assert_sound, start
 from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.seaweed import serving
 
@@ -130,55 +130,29 @@ def set_up(fault: str, reference: Reference, folder: Path, stack: ExitStack) -> 
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Moment:
-    """What a fault may strike."""
-
-    process: Running
-    scene: Scene
-    draw: random.Random
-
-
 def workers() -> list[int]:
     """Ray's processes that train."""
     return ours("RayTrainWorker")
 
 
-def kill_worker(now: Moment) -> str:
-    return kill_one(workers(), now.draw)
-
-
-def stop_worker(now: Moment) -> str:
-    return stop_one(workers(), now.draw)
-
-
-def kill_driver(now: Moment) -> str:
-    now.process.kill()
-    return "killed"
-
-
-def kill_node(now: Moment) -> str:
-    return kill_raylet(now.scene.nodes, now.draw)
-
-
 def store_gone(now: Moment) -> str:
-    assert now.scene.proxy
-    now.scene.proxy.choose = always("reset")
+    assert now.place.proxy
+    now.place.proxy.choose = always("reset")
     time.sleep(GONE_S)
-    now.scene.proxy.choose = never
+    now.place.proxy.choose = never
     return f"no answer for {GONE_S:.0f} s"
 
 
 def store_errors(now: Moment) -> str:
-    assert now.scene.proxy
-    now.scene.proxy.choose = at_random(now.draw.randrange(1 << 30), chance=0.1)
+    assert now.place.proxy
+    now.place.proxy.choose = at_random(now.draw.randrange(1 << 30), chance=0.1)
     return "every tenth request met a fault from then on"
 
 
 def full_disk(now: Moment) -> str:
     """Fill the folder of temporary files until the command has ended."""
-    assert now.scene.scratch
-    with suppress(OSError), open(now.scene.scratch / "full", "wb", buffering=0) as f:
+    assert now.place.scratch
+    with suppress(OSError), open(now.place.scratch / "full", "wb", buffering=0) as f:
         while f.write(bytes(1 << 16)):
             pass
     return "filled the disk"
@@ -188,25 +162,25 @@ def damage_checkpoint(now: Moment) -> str:
     """Kill the driver, and cut a blob of the newest checkpoint in half."""
     now.process.kill()
     now.process.wait()
-    for pid in workers():  # they may be saving
+    for pid in now.workers():  # they may be saving
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    record = json.loads(now.scene.store.read(checkpoints(now.scene.store)[-1]))
+    record = json.loads(now.place.store.read(checkpoints(now.place.store)[-1]))
     part, blob = now.draw.choice(sorted(record["blobs"].items()))
-    file = Path(now.scene.store.url, blob_path(blob))
+    file = Path(now.place.store.url, blob_path(blob))
     os.truncate(file, file.stat().st_size // 2)
     return f"killed the driver, damaged the newest checkpoint: {part}"
 
 
-FAULTS: dict[str, Callable[[Moment], str]] = {
-    "kill worker": kill_worker,
-    "kill node": kill_node,
+FAULTS: dict[str, Fault] = {
+    "kill worker": strikes.kill_worker,
+    "kill node": strikes.kill_node,
     "store gone": store_gone,
     "damage checkpoint": damage_checkpoint,
     "full disk": full_disk,
-    "kill driver": kill_driver,
+    "kill driver": strikes.kill_driver,
     "store errors": store_errors,
-    "stop worker": stop_worker,
+    "stop worker": strikes.stop_worker,
 }
 
 
@@ -233,7 +207,15 @@ def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: 
     with ExitStack() as stack:
         scene = set_up(chosen.fault, reference, folder, stack)
         config = reference.config(folder, scene.store.url)
-        what, code = strike(config, chosen, draw, scene)
+        process = start("run", config, "--until", STAGE, env=scene.environment)
+        begun: set[str] = set()
+
+        def due() -> bool:
+            begun.update(checkpoints(scene.store))  # older ones are deleted
+            return len(begun) >= chosen.after
+
+        now = Moment(process, workers, scene.nodes, draw, scene)
+        what, code = strikes.strike(now, FAULTS[chosen.fault], due)
         if scene.proxy:
             scene.proxy.choose = never
         if scene.scratch:
@@ -245,25 +227,3 @@ def run_slice(chosen: Slice, draw: random.Random, reference: Reference, folder: 
         assert (made.key, made.blobs, made.metrics) == (wanted.key, wanted.blobs, wanted.metrics), "another model"
     shutil.rmtree(folder)
     return {"what": what, "exit": code, "seconds": round(time.monotonic() - began, 1)}
-
-
-def strike(config: Path, chosen: Slice, draw: random.Random, scene: Scene) -> tuple[str, int]:
-    """Train, and the fault when its moment has come; what it did, and how the command ended."""
-    process = start("run", config, "--until", STAGE, env=scene.environment)
-    deadline = time.monotonic() + LIMIT_S
-    begun: set[str] = set()
-    try:
-        while len(begun) < chosen.after or not workers():
-            begun |= set(checkpoints(scene.store))  # older ones are deleted
-            if process.poll() is not None or time.monotonic() > deadline:
-                out = finish(process, 1)
-                raise AssertionError(f"no moment for the fault before exit {out.returncode}\n{out.stderr[-2000:]}")
-            time.sleep(0.05)
-        what = FAULTS[chosen.fault](Moment(process, scene, draw))
-        result = finish(process, LIMIT_S)
-        if result.returncode > 0:
-            what += f"; {result.stderr.splitlines()[-1][:200]}"
-        return what, result.returncode
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)

@@ -32,7 +32,7 @@ def template(name: str) -> str:
     """The file ``name``: a remark with the settings, then the RayJob of that stage alone."""
     stage, run = TEMPLATES[name]
     config = make_config({"project": "birds", "store": "s3://BUCKET/birds", "source": {"paths": ["a.csv"]}, "run": run})
-    command = ("python", "-m", "jobs.run", "project.yaml", f"--only={stage}")
+    command = ("python", "-m", "jobs.cli", "run", "project.yaml", f"--only={stage}")
     job = Job("unclip-birds-0123456789abcdef", command, {"AWS_REGION": "us-west-2"}, 1.0, 4096)
     settings = "".join(f"#   {line}\n" for line in yaml.safe_dump({"run": run}, sort_keys=False).splitlines())
     remark = f"# What unclip submit --to kuberay --only {stage} writes with these settings:\n{settings}"

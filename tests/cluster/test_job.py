@@ -53,7 +53,7 @@ def test_a_job_tells_where_the_store_is_and_no_secret() -> None:
     }
     job = make_job(config, "s3://b/p", KEYS, environ, until="pairs", yes=True)
     assert job.environment == {"AWS_ENDPOINT_URL": "http://store:8333", "AWS_REGION": "eu-central-1"}
-    assert job.command == ("python", "-m", "jobs.run", "project.yaml", "--until=pairs", "--yes")
+    assert job.command == ("python", "-m", "jobs.cli", "run", "project.yaml", "--until=pairs", "--yes")
     again = make_job(config, "s3://b/p", KEYS, environ)
     assert again.id == job.id
     assert again.again(3).id == f"{job.id}-3"

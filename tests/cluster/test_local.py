@@ -3,13 +3,10 @@
 import json
 import os
 import re
-import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.local import MARK, clear, find, locked
+from cluster.local import MARK, find, locked
 from jobs.project import open_project
 from pipeline.data.source.emoji.server import serving
 from tests.chain import ROOT, data_blobs, done, keys, open_at, unclip, write_config, write_list
@@ -183,7 +180,7 @@ def test_the_whole_chain_survives_its_worker_node_and_its_driver(
     raylet.kill()
     _wait("another worker node", lambda: len(node := _worker_node(folder)) > 1 and node[1].pid != raylet.pid)
     _wait("half of the chain", lambda: "ar_prior done" in log.read_text() or submitter.poll() is not None)
-    driver = [p for p in _processes(folder) if p.words[1:3] == ["-m", "jobs.run"]]
+    driver = [p for p in _processes(folder) if p.words[1:4] == ["-m", "jobs.cli", "run"]]
     driver[-1].kill()
     assert submitter.wait(WAIT_S) == 137, log.read_text()
     assert "failed (exit code 137)" in log.read_text()
@@ -212,27 +209,3 @@ def _on_the_worker_node(folder: Path) -> bool:
     return len(node) > 1 and any(
         p.parent == node[1].pid and p.words[0].startswith("ray::MapWorker") for p in _processes(folder)
     )
-
-
-def test_only_scratch_folders_that_a_keeper_made_are_removed(tmp_path: Path) -> None:
-    """What state.json names may be anything; it lies in a folder that others may write to."""
-    scratch = Path(tempfile.mkdtemp(prefix="unclip-", dir="/tmp"))
-    link = Path("/tmp") / f"unclip-link-{secrets.token_hex(4)}"
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    link.symlink_to(precious)
-    nested = tmp_path / "unclip-nested"
-    nested.mkdir()
-    try:
-        for named in (precious, nested, link, scratch / ".." / ".." / str(precious)[1:], scratch):
-            state = {"address": "http://127.0.0.1:9", "keeper": 1 << 22, "scratch": str(named)}
-            (tmp_path / "state.json").write_text(json.dumps(state))
-            clear(tmp_path)
-            assert not (tmp_path / "state.json").exists()
-            assert precious.is_dir()
-            assert nested.is_dir()
-            assert link.is_symlink()
-            assert scratch.exists() == (named != scratch)
-    finally:
-        link.unlink()
-        shutil.rmtree(scratch, ignore_errors=True)

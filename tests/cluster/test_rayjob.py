@@ -28,7 +28,7 @@ PACKAGE = "s3://bucket/birds/packages/birds/1-0123456789abcdef.zip"
 STAGES = ("pairs", "embeddings", "decoder")
 JOB = Job(
     "unclip-birds-0123456789abcdef",
-    ("python", "-m", "jobs.run", "project.yaml", "--until=decoder", "--yes"),
+    ("python", "-m", "jobs.cli", "run", "project.yaml", "--until=decoder", "--yes"),
     {"AWS_ENDPOINT_URL": "http://seaweed:8333", "AWS_REGION": "us-west-2"},
     1.0,
     4096,

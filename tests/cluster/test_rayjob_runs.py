@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pytest
 import yaml
 
 from cluster.job import Job
+from cluster.local import AGENT_PORTS, free_ports
 from cluster.rayjob import render
 from pipeline.config import load_config
 from pipeline.data.source.emoji.server import serving
@@ -31,22 +31,13 @@ from tests.seaweed import BUCKET, Server
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 HOST = "127.0.0.1"
-AGENTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port")
 HEAD = ("port", "dashboard-port", "ray-client-server-port")
-
-
-def free_ports(names: Sequence[str]) -> dict[str, int]:
-    probes = [socket.create_server((HOST, 0)) for _ in names]
-    ports = {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 @contextmanager
 def started(node: Node, where: Sequence[str], names: Sequence[str], environment: Mapping[str, str]) -> Iterator[dict]:
     """A pod's Ray, with at most one of its cores; yields its ports. A Secret's entries are in ``environment``."""
-    ports = free_ports(names)
+    ports = free_ports(*names)
     labels = ",".join(f"{name}={value}" for name, value in node.labels.items())
     words = [
         BIN / "ray", "start", "--block", *where, f"--num-cpus={min(node.cpus, 1)}", f"--num-gpus={node.gpus}",
@@ -81,13 +72,13 @@ def cluster(nodes: Sequence[Node], secret: Mapping[str, str], home: Path) -> Ite
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         stack.callback(kill_all, token["RAY_AUTH_TOKEN"])
         where = ["--head", f"--dashboard-host={HOST}", f"--temp-dir={scratch}/head"]
-        ports = stack.enter_context(started(head, where, (*HEAD, *AGENTS), submitter | secret))
+        ports = stack.enter_context(started(head, where, (*HEAD, *AGENT_PORTS), submitter | secret))
         address = f"http://{HOST}:{ports['dashboard-port']}"
         wait_for(address, token["RAY_AUTH_TOKEN"])
         for worker in workers:
             # A folder of its own, for its agent unpacks the package over what is there: the driver works in that.
             at = [f"--address={HOST}:{ports['port']}", f"--temp-dir={scratch}/{worker.group}"]
-            stack.enter_context(started(worker, at, AGENTS, submitter | secret))
+            stack.enter_context(started(worker, at, AGENT_PORTS, submitter | secret))
         yield address, submitter
 
 
@@ -140,7 +131,7 @@ def test_its_entrypoint_environment_and_nodes_make_the_pairs(s3: Server, tmp_pat
         package = put_package(s3, tmp_path, project)
         settings = load_config(tmp_path / "package/unclip/project.yaml").run
         keyless = {name: value for name, value in s3.environment.items() if "KEY" not in name}
-        job = Job("unclip-micro-0123456789abcdef", ("python", "-m", "jobs.run", "project.yaml", "--until=pairs"),
+        job = Job("unclip-micro-0123456789abcdef", ("python", "-m", "jobs.cli", "run", "project.yaml", "--until=pairs"),
                   keyless, 1.0, 4096)  # fmt: skip
         text = render(job, package, settings, ["source", "pairs"])
         found = parse(text)

@@ -29,7 +29,7 @@ def test_the_rayjob_is_all_there_is_on_standard_output(s3: Server, tmp_path: Pat
     process = unclip(*words, env=elsewhere)
     assert process.returncode == 0, process.stderr
     found = parse(process.stdout)
-    assert found.job.command == ("python", "-m", "jobs.run", "project.yaml", "--until=pairs")
+    assert found.job.command == ("python", "-m", "jobs.cli", "run", "project.yaml", "--until=pairs")
     assert found.job.environment["AWS_ENDPOINT_URL"] == elsewhere["AWS_ENDPOINT_URL"]
     assert [node.group for node in found.nodes] == ["head", "cpu"]
     assert found.package.startswith(f"{store}/packages/")

@@ -1,16 +1,11 @@
-"""The whole chain as a user runs it: on a folder, on S3, through a Ray job; appended to, changed, continued."""
+"""The whole chain as a user runs it: on a folder and on S3; appended to, changed, continued."""
 
 import hashlib
 import json
 import os
 import re
-import secrets
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +21,7 @@ from tests.chain import (
     ROOT,
     data_blobs,
     done,
+    here,
     keys,
     open_at,
     shard_paths,
@@ -201,7 +197,7 @@ def test_rows_added_to_the_list_redo_at_most_its_last_shard(chain: Chain, tmp_pa
 
 
 def test_a_decoder_value_makes_the_decoder_and_what_follows_stale(chain: Chain) -> None:
-    output = done(unclip("plan", chain.config, "decoder.model.dropout=0.1"))
+    output = done(here("plan", chain.config, "decoder.model.dropout=0.1"))
     assert _stale(output) == {"decoder", "bundle", "samples", "evaluation"}
     assert "model.dropout 0.0 -> 0.1" in output
 
@@ -218,7 +214,7 @@ def test_a_decoder_value_makes_the_decoder_and_what_follows_stale(chain: Chain) 
     ],
 )
 def test_a_run_setting_moves_no_key(chain: Chain, setting: str) -> None:
-    assert _stale(done(unclip("plan", chain.config, setting))) == set()
+    assert _stale(done(here("plan", chain.config, setting))) == set()
 
 
 def test_more_samples_continue_a_training(chain: Chain) -> None:
@@ -231,87 +227,9 @@ def test_more_samples_continue_a_training(chain: Chain) -> None:
 
 def test_only_and_until(chain: Chain, tmp_path: Path) -> None:
     config = write_config(tmp_path, str(tmp_path / "store"), chain.pictures, [chain.list])
-    refused = unclip("run", config, "--only", "pairs")
+    refused = here("run", config, "--only", "pairs")
     assert refused.returncode == 2
     assert "--only pairs needs source first; use --until pairs" in refused.stderr
-    done(unclip("run", config, "--until", "source"))
-    done(unclip("run", config, "--only", "pairs"))
+    done(here("run", config, "--until", "source"))
+    done(here("run", config, "--only", "pairs"))
     assert set(keys(open_at(tmp_path / "store"))) == {"source", "pairs"}
-
-
-def test_pins_move_and_say_what_follows(chain: Chain, tmp_path: Path) -> None:
-    more = write_list(tmp_path / "more.csv", 70, 74)
-    config = write_config(tmp_path, str(chain.store), chain.pictures, [chain.list, more])
-    assert _states(done(unclip("plan", config)))["clip"] == "pinned"
-    pinned = next(line.split()[2] for line in done(unclip("plan", config)).splitlines() if line.startswith("  clip"))
-    output = done(unclip("unpin", config, "clip"))
-    assert "clip" in _stale(output)
-    assert "embeddings" in {line.split()[0] for line in output.splitlines()}
-    assert "nothing becomes stale" not in done(unclip("pin", config, "clip", "--key", pinned))
-    assert _states(done(unclip("plan", config)))["clip"] == "pinned"
-
-
-@pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory, s3: Server) -> Iterator[dict[str, str]]:
-    """A Ray head with token authentication as a user starts it, in folders of its own; the environment to reach it."""
-    # Every port is one of its own, for another test's Ray may run beside this one: a head whose agents find their
-    # usual ports taken starts, and never takes a job.
-    names = (
-        "port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
-        "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
-    )  # fmt: skip
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in names]
-    ports = {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
-    for probe in probes:
-        probe.close()
-    home = tmp_path_factory.mktemp("home")
-    scratch = Path("/tmp") / f"ray-{os.getpid()}"  # socket paths inside must stay short
-    environment = os.environ | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    ray = str(Path(sys.executable).with_name("ray"))
-    head = subprocess.Popen(
-        [
-            ray, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
-            "--dashboard-host=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items()),
-            "--disable-usage-stats", f"--temp-dir={scratch}", "--object-store-memory=300000000",
-        ],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    address = environment | {"RAY_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}"}
-    try:
-        # The head answers before the agent that starts jobs does, so a job is what tells that it is ready.
-        deadline = time.monotonic() + 240
-        submit = [ray, "job", "submit", "--", "true"]
-        while (ready := subprocess.run(submit, env=address, capture_output=True)).returncode:
-            assert time.monotonic() < deadline, f"the Ray head took no job: {ready.stderr.decode()[-2000:]}"
-            assert head.poll() is None, "the Ray head ended"
-            time.sleep(1)
-        yield address
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-            head.wait()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_through_a_ray_job_the_keys_and_data_blobs_are_the_same(
-    chain: Chain, s3: Server, cluster: dict[str, str], tmp_path: Path
-) -> None:
-    url = f"{s3.url}/job-{os.getpid()}"
-    config = write_config(tmp_path, url, chain.pictures, [chain.list])
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [
-        ray, "job", "submit", "--working-dir", str(ROOT),
-        "--runtime-env-json", json.dumps({"env_vars": s3.environment, "excludes": ["out", ".venv", ".git"]}),
-        "--", sys.executable, "-m", "jobs.run", str(config), "run.pairs.workers=1", "run.embeddings.workers=1",
-    ]  # fmt: skip
-    job = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=500)
-    assert "succeeded" in done(job)
-    assert keys(open_at(url)) == chain.keys
-    assert data_blobs(open_at(url)) == chain.blobs
-    job = subprocess.run([*command[:-2], "decoder.nothing=1"], env=cluster, capture_output=True, text=True, timeout=200)
-    assert job.returncode == 1
-    assert "unknown key" in job.stdout

@@ -13,14 +13,14 @@ from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.stage import hashes_of
 from pipeline.graph.artifacts import load_artifact, read_shards, read_table
 from pipeline.store import Store, open_store
-from tests.chain import done, shard_paths, unclip, write_config, write_list
+from tests.chain import done, here, shard_paths, write_config, write_list
 from tests.jobs.test_mistakes import refused
 from tests.seaweed import Server
 
 
 def _rows(store: Store, config: Path, stage: str) -> list[dict[str, Any]]:
     """The index rows of a stage's newest artefact, each with the stored bytes of its picture."""
-    plan = done(unclip("plan", config))
+    plan = done(here("plan", config))
     begin = next(line.split()[2] for line in plan.splitlines() if line.split()[0] == stage)
     (entry,) = store.list(f"artifacts/{stage}/{begin}")
     artifact = load_artifact(store, stage, entry.path.rpartition("/")[2].removesuffix(".json"))
@@ -56,18 +56,18 @@ def test_what_is_forgotten_is_nowhere_any_more(
     store = open_store(url)
     write_list(tmp_path / "list.csv", 0, 50)
     config = write_config(tmp_path, url, pictures, [tmp_path / "list.csv"])
-    done(unclip("run", config, "--until", "curation"))
+    done(here("run", config, "--until", "curation"))
     before = _rows(store, config, "pairs")
     victim = before[23]
     caption = list(csv.DictReader((tmp_path / "list.csv").open()))[23]["caption"].encode()
     assert len(_holding(store, victim["picture"])) == 1
     shards = shard_paths(store, "embeddings")
 
-    said = done(unclip("data", "forget", config, victim["key"]))
+    said = done(here("data", "forget", config, victim["key"]))
     assert said.startswith("1 rows are forgotten\n")
     assert "pairs           stale" in said
     nobody = "run.pairs.hosts={emoji.test: '127.0.0.1:1'}"  # none of the other pictures is fetched again
-    done(unclip("run", config, nobody, "--until", "curation"))
+    done(here("run", config, nobody, "--until", "curation"))
     after = _rows(store, config, "pairs")
     assert _others(after, victim) == _others(before, victim)
     assert after[23]["reason"] == "forgotten"
@@ -76,11 +76,11 @@ def test_what_is_forgotten_is_nowhere_any_more(
     hashed = hashes_of([comparable(victim["url"])]).tobytes()
     assert _holding(store, victim["picture"], caption)
     assert _holding(store, hashed)
-    done(unclip("data", "gc", config, "--yes", "--grace-hours", "0"))
+    done(here("data", "gc", config, "--yes", "--grace-hours", "0"))
     assert not _holding(store, victim["picture"], caption, str(victim["url"]).encode(), hashed)
     assert _holding(store, hashes_of([comparable(before[24]["url"])]).tobytes())
     assert _rows(store, config, "pairs") == after
-    assert "nothing to do" in done(unclip("run", config, "--until", "curation"))
+    assert "nothing to do" in done(here("run", config, "--until", "curation"))
 
 
 def test_what_is_forgotten_is_not_kept_by_a_retry(tmp_path: Path, pictures: str) -> None:
@@ -89,17 +89,17 @@ def test_what_is_forgotten_is_not_kept_by_a_retry(tmp_path: Path, pictures: str)
     store = open_store(str(tmp_path / "store"))
     config = write_config(tmp_path, store.url, pictures, [tmp_path / "list.csv"])
     nobody = ("run.pairs.hosts={emoji.test: '127.0.0.1:1'}", "run.pairs.retries=0", "--until", "pairs")
-    done(unclip("run", config, *nobody))
-    assert done(unclip("data", "retry", config)).startswith("20 rows are appended")
+    done(here("run", config, *nobody))
+    assert done(here("data", "retry", config)).startswith("20 rows are appended")
     victim = list(csv.DictReader((tmp_path / "list.csv").open()))[7]
-    assert done(unclip("data", "forget", config, victim["url"])).startswith("2 rows are forgotten")
-    done(unclip("run", config, "--until", "curation"))
+    assert done(here("data", "forget", config, victim["url"])).startswith("2 rows are forgotten")
+    done(here("run", config, "--until", "curation"))
     ended = [row["reason"] for row in _rows(store, config, "pairs")]
     assert ended[:20] == ["unreachable"] * 7 + ["forgotten"] + ["unreachable"] * 12
     assert ended[20:] == [None] * 7 + ["forgotten"] + [None] * 12
-    done(unclip("data", "gc", config, "--yes", "--grace-hours", "0"))
+    done(here("data", "gc", config, "--yes", "--grace-hours", "0"))
     assert not _holding(store, victim["url"].encode(), victim["caption"].encode())
-    assert "nothing to do" in done(unclip("run", config, "--until", "curation"))
+    assert "nothing to do" in done(here("run", config, "--until", "curation"))
 
 
 def _others(rows: list[dict[str, Any]], but: dict[str, Any]) -> list[dict[str, Any]]:
@@ -118,10 +118,10 @@ def test_mistakes(tmp_path: Path, pictures: str) -> None:
         "timeout",
         says=["not made for the current list and recipes: pairs", "--until pairs"],
     )
-    done(unclip("run", config, "--until", "pairs"))
+    done(here("run", config, "--until", "pairs"))
     refused("data", "retry", config, "--reason", "timout", says=["unknown reason timout"])
     refused("data", "retry", config, "--reason", "timeout,opted_out", says=["opted_out is final"])
-    assert "no row to retry" in done(unclip("data", "retry", config, "--reason", "timeout"))
+    assert "no row to retry" in done(here("data", "retry", config, "--reason", "timeout"))
     other = ("--set", "pairs.encode_quality=90")  # of which no pairs are made
     refused("data", "retry", config, *other, says=["not made for the current list and recipes: pairs"])
     refused("data", "retry", config, "--set", "pairs.quality=90", says=["pairs.quality: unknown key"])

@@ -3,7 +3,6 @@
 No test machine has a GPU: torch is told that there is one, and models stay on the CPU, after they were asked to go.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pipeline.evaluate.run
 import pipeline.sampling.drawing
 import pipeline.sampling.generation
 from jobs.cli import main
+from jobs.sample import remember_bundle
 from models.cascade import UnCLIP
 from pipeline.errors import UserError
 from pipeline.evaluate.recipe import EvaluationRecipe
@@ -36,8 +36,7 @@ FEW = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, Artifact]:
     """A bundle in the output folder out/nano of the current folder."""
     store, bundle = publish_bundle(tmp_path)
-    (tmp_path / "out/nano").mkdir(parents=True)
-    (tmp_path / "out/nano/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": bundle.key}))
+    remember_bundle(tmp_path / "out/nano", store.url, bundle.key)
     monkeypatch.chdir(tmp_path)
     return store, bundle
 

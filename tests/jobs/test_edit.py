@@ -17,6 +17,7 @@ from PIL import Image
 
 from jobs.cli import main
 from jobs.edit import KINDS
+from jobs.sample import remember_bundle
 from models.cascade import UnCLIP
 from models.codec_fit import fit_codec
 from models.pixels import from_uint8
@@ -41,9 +42,8 @@ Edit = Callable[..., list[str]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a bundle of random weights and two images. "64 px" images are of 64, the decoder's of 16."""
     folder = tmp_path_factory.mktemp("edit")
-    _, bundle = publish_bundle(folder)
-    (folder / "out/nano").mkdir(parents=True)
-    (folder / "out/nano/bundle.json").write_text(json.dumps({"store": str(folder / "store"), "bundle": bundle.key}))
+    store, bundle = publish_bundle(folder)
+    remember_bundle(folder / "out/nano", store.url, bundle.key)
     for name, picture in zip(("cat.png", "house.png"), IMAGES, strict=True):
         picture.save(folder / name)
     return folder

@@ -1,6 +1,5 @@
 """``unclip generate`` as a user runs it: on workers, one of which is killed."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import pytest
 
 import pipeline.sampling.generation
 from jobs.cli import main
-from tests.chain import done, unclip
+from jobs.sample import remember_bundle
+from tests.chain import done, here, unclip
 from tests.pipeline.sampling.test_generation import publish_bundle
 
 
@@ -22,8 +22,7 @@ def test_a_worker_that_dies_costs_no_image(tmp_path: Path) -> None:
     outputs = []
     for store, workers in (("store", 1), ("other", 0)):
         out = tmp_path / f"out-{workers}"
-        out.mkdir()
-        (out / "bundle.json").write_text(json.dumps({"store": str(tmp_path / store), "bundle": bundle.key}))
+        remember_bundle(out, str(tmp_path / store), bundle.key)
         words = ("generate", prompts, "--from", out, "--workers", workers, "--batch", 16)
         options = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
         crash = {"UNCLIP_CRASH": f"shard.before_record@{tmp_path / 'killed'}"} if workers else {}
@@ -42,10 +41,9 @@ def test_a_worker_that_dies_costs_no_image(tmp_path: Path) -> None:
 @pytest.fixture
 def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list, a bundle's output folder here, and the folders that a drawing was begun for."""
-    _, bundle = publish_bundle(tmp_path)
+    store, bundle = publish_bundle(tmp_path)
     monkeypatch.chdir(tmp_path)
-    Path("out").mkdir()
-    Path("out/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": bundle.key}))
+    remember_bundle(Path("out"), store.url, bundle.key)
     Path("list.csv").write_text("url,caption\nhttp://a/b,a red fox\n")
     begun: list[str] = []
     draw = pipeline.sampling.generation.map_shards
@@ -83,8 +81,8 @@ def test_a_folder_of_other_images_is_refused_before_drawing(
 
 def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red fox\n")
-    below = unclip("generate", tmp_path / "prompts.txt", "--from", tmp_path, "--seed", "-1")
+    below = here("generate", tmp_path / "prompts.txt", "--from", tmp_path, "--seed", "-1")
     assert (below.returncode, below.stderr) == (2, "error: --seed -1 is below 0\n")
-    nowhere = unclip("generate", tmp_path / "prompts.txt", "--from", tmp_path)
+    nowhere = here("generate", tmp_path / "prompts.txt", "--from", tmp_path)
     assert nowhere.returncode == 2
     assert "no finished bundle there" in nowhere.stderr

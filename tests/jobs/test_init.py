@@ -1,6 +1,5 @@
 """``unclip init``: a first configuration for each kind of list, one that plans as it stands."""
 
-import random
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -16,16 +15,14 @@ import yaml
 from jobs.cli import main
 from models.sampling_config import MODELS
 from pipeline.config import Config, load_config, make_config, preset_config
-from pipeline.data.source import peek as looking
-from pipeline.data.source.emoji.listing import emoji_rows
 from pipeline.data.source.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
-from pipeline.errors import UserError
-from pipeline.starter import CAPTION_BYTES, CLIP_WEIGHTS, SHARE, _captions, _scalar, shortest_share, starter
+from pipeline.starter import CLIP_WEIGHTS, starter
 from pipeline.store import open_store
 from tests.pipeline.data.bench import picture
 
 Output = pytest.CaptureFixture[str]
+UNREAD = b'url,caption\na.png,a cat\nb.png,a cat\nc.png,"a dog\nd.png\n'
 CAPTIONS = ["a red heart", 'a "cat": #1, on blue', "a red heart", "true", "two trees"]
 
 
@@ -108,31 +105,26 @@ def test_models_that_no_picture_is_large_enough_for_are_left_out(side: int, size
     assert f"first 2 images {int(side >= 1024)} have a short side of 1024 px or more" in text
 
 
-def test_pictures_on_the_web_or_broken_leave_every_model_in(capsys: Output) -> None:
-    Path("pictures").mkdir()
-    Path("pictures/a.jpg").write_bytes(b"not a picture")
-    Path("pictures/b.jpg").write_bytes(b"not a picture")
-    Path("pictures/b.txt").write_text("a cat")
-    assert made("mine", table("csv"), "pictures").bundle.models == MODELS
-    assert "warning: 1 of them have no caption" in capsys.readouterr().out
-
-
-def test_small_pictures_are_named(capsys: Output) -> None:
-    Path("pictures").mkdir()
-    Path("pictures/a.png").write_bytes(picture(0, 40, 40))
-    Path("pictures/a.txt").write_text("a cat")
-    made("mine", "pictures")
-    assert "warning: 1 of the first 1 images are below 64 px" in capsys.readouterr().out
-
-
-def test_rows_that_cannot_be_read_are_named(capsys: Output) -> None:
-    rows = "".join(f"http://closed.test/{i}.png,a cat\n" for i in range(20))
-    Path("pairs.csv").write_text(f'url,caption\n{rows}http://closed.test/a.png,"a dog\nhttp://closed.test/b.png\n')
-    made("mine", "pairs.csv")
-    output = capsys.readouterr().out
-    assert "pairs found: 20\n" in output
-    says = "warning: 2 rows more cannot be read and will be left out; the first: line 22 has a stray quotation mark\n"
-    assert says in output
+@pytest.mark.parametrize(
+    ("files", "says", "models"),
+    [
+        (
+            {"small/a.png": picture(0, 40, 40), "small/a.txt": b"a cat"},
+            "1 of the first 1 images are below 64",
+            MODELS[:3],
+        ),
+        ({"bare/a.jpg": b"no", "bare/b.jpg": b"no", "bare/b.txt": b"a cat"}, "1 of them have no caption", MODELS),
+        ({"broken/a.png": b"<html>", "broken/a.txt": b"a cat"}, "1 of the first 1 images cannot be opened", MODELS),
+        ({"unread.csv": UNREAD}, "2 rows more cannot be read and will be left out; the first: line 4 has a", MODELS),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_run_would_leave_out_is_named(files: dict, says: str, models: tuple, capsys: Output) -> None:
+    for name, data in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(data)
+    assert made("mine", name.partition("/")[0]).bundle.models == models
+    assert f"warning: {says}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -207,43 +199,6 @@ def test_mistakes_are_one_line_and_write_nothing(words: list[str], says: str, he
     assert (here / "taken.yaml").read_text() == "mine\n"
 
 
-def test_pictures_that_cannot_be_opened_are_counted(capsys: Output) -> None:
-    Path(folder(), "1.png").write_bytes(b"<html>")
-    assert main(["init", "mine", "pictures"]) == 0
-    assert "warning: 1 of the first 5 images cannot be opened" in capsys.readouterr().out
-
-
-def test_a_look_at_a_long_list_ends_early_but_sees_the_head_of_every_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looking, "MOST_ROWS", 3)
-    first, other = table("csv"), table("parquet")
-    seen = look(SourceRecipe((first, other)))
-    assert (seen.rows, seen.more, seen.pairs) == (4, True, 10)
-    monkeypatch.setattr(looking, "MOST_COUNTED", 3)
-    assert look(SourceRecipe((first, other))).pairs == 4 + 3
-    Path("bad.csv").write_text("url\nx\n")
-    with pytest.raises(UserError, match="no column caption"):
-        look(SourceRecipe((first, "bad.csv")))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["plain", "true", "1e3", "- a", "a: b", "a #b", "ends:", "'", '"', "{a", "@x", "*a", "~", "", "é 🐈", "a\nb"],
-)
-def test_any_text_comes_back_from_yaml(text: str) -> None:
-    for document in (f"- {_scalar(text)}", f"- {_scalar(text)} # remark", f"- {_scalar(text)}\n- b"):
-        assert yaml.safe_load(document)[0] == text
-    assert yaml.safe_load(f"a: {_scalar(text)} # remark") == {"a": text}
-
-
-def test_captions_are_short_enough_for_clip() -> None:
-    long = "word " * 100
-    assert _captions(looking.Look(2, False, (long, "short"), ())) == ["short"]
-    (cut,) = _captions(looking.Look(1, False, (long,), ()))
-    assert cut == "word " * 14 + "word"
-    (cut,) = _captions(looking.Look(1, False, ("猫" * 100,), ()))
-    assert cut == "猫" * (CAPTION_BYTES // 3)
-
-
 def listed(rows: int, columns: str = "url,caption", more: Callable[[int], str] = lambda i: "") -> str:
     """A list of references; ``more`` gives what follows the caption of a row."""
     lines = [f"http://closed.test/{i}.png,picture {i}{more(i)}\n" for i in range(rows)]
@@ -290,16 +245,6 @@ def test_groups_are_held_out_whole() -> None:
     assert 25 <= validation <= 80
     Path("mine.yaml").unlink()
     assert held_out(made("mine", listed(100, "url,caption,group", lambda i: ",one"))) in ((0, 0), (100, 0), (0, 100))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_share_is_the_shortest_that_fits(seed: int) -> None:
-    chance = random.Random(seed)
-    places = sorted(chance.choice([chance.random(), 0.5]) for _ in range(chance.randrange(1, 60)))
-    wanted = chance.randrange(len(places) + 1)
-    share = shortest_share(places, wanted, len(places))
-    assert sum(place < share for place in places) >= wanted
-    assert share == SHARE or sum(place < round(share - 0.01, 2) for place in places) < wanted
 
 
 def test_a_clip_that_exists_is_named(capsys: Output) -> None:
@@ -392,53 +337,3 @@ def test_captions_that_begin_alike_are_noticed_once_and_not_with_the_bare_text(c
         file.write_text(f"{file.read_text()}\n{file.read_text().removeprefix('an icon of ')}\n")
     made("other", "pictures")
     assert "many share" not in capsys.readouterr().out
-
-
-def framed_slowly(rows: list[tuple[str, ...]]) -> int:
-    """How many rows have shared words in every caption, each compared with every different caption."""
-    texts = [caption.split() for caption in {caption for row in rows for caption in row}]
-    long = [words for words in texts if len(words) > 3]
-
-    def shared(caption: str) -> bool:
-        own = caption.split()
-        begins = sum(other[:3] == own[:3] for other in long)
-        ends = sum(other[-3:] == own[-3:] for other in long)
-        return len(own) > 3 and max(begins, ends) >= 10 and 10 * max(begins, ends) >= len(texts)
-
-    return sum(bool(row) and all(map(shared, row)) for row in rows)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_rows_of_captions_that_share_their_words_are_counted(seed: int) -> None:
-    chance = random.Random(seed)
-    words = ["a", "photo", "of", "red", "cat"][: 2 + seed % 4]
-    rows = [
-        tuple(" ".join(chance.choices(words, k=chance.randint(1, 6))) for _ in range(chance.randint(0, 2)))
-        for _ in range(60)
-    ]
-    found = looking.framed_rows(rows)
-    assert found.rows == framed_slowly(rows)
-    assert bool(found.words) == bool(found.rows)
-
-
-@pytest.mark.parametrize(
-    ("rows", "found"),
-    [
-        ([(f"{thing} on a white background",) for thing in THINGS], (12, "a white background")),
-        ([(f"an icon of {thing}", thing) for thing in THINGS], (0, "")),
-        ([(thing,) for thing in THINGS], (0, "")),
-        ([("a tall green tree in a park",)] * 100, (0, "")),  # one text of many images is a class, not a style
-        ([(f"{kind} of a {thing}",) for kind in ("a flat icon", "one old photo") for thing in range(50)], (100, "")),
-        ([], (0, "")),
-    ],
-)
-def test_what_counts_as_shared_words(rows: list[tuple[str, ...]], found: tuple[int, str]) -> None:
-    counted, words = looking.framed_rows(rows)
-    assert counted == found[0]
-    assert words == found[1] or words in ("a flat icon", "one old photo")
-
-
-def test_the_quick_starts_own_captions_are_fine_with_names_and_not_without() -> None:
-    rows = [row.captions for row in emoji_rows("full")]
-    assert looking.framed_rows(rows).rows == 0
-    assert looking.framed_rows([row[:1] for row in rows]).rows == len(rows)

@@ -2,22 +2,24 @@
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
 from jobs.cli import guard
-from tests.chain import MICRO, Finished, unclip
+from tests.chain import MICRO, Finished, here, unclip
 from tests.seaweed import Server
 
 NANO = "configs/nano.yaml"
 
 
-def refused(*words: object, says: Sequence[str], **options: object) -> Finished:
+def refused(
+    *words: object, says: Sequence[str], env: Mapping[str, str] | None = None, run: Callable[..., Finished] = here
+) -> Finished:
     """Run a command that must be refused with one line that holds all of ``says``."""
-    process = unclip(*words, **options)  # type: ignore[arg-type]
+    process = run(*words, env=env)
     assert "Traceback" not in process.stderr + process.stdout
     assert process.returncode == 2, process.stdout + process.stderr
     lines = [line for line in process.stderr.splitlines() if not line.startswith("  ")]  # progress is indented
@@ -50,7 +52,7 @@ def write(tmp_path: Path) -> Write:
 
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_no_such_configuration(command: str) -> None:
-    refused(command, "nowhere.yaml", says=["nowhere.yaml: no such configuration", "configs/"])
+    refused(command, "nowhere.yaml", says=["nowhere.yaml: no such configuration", "configs/"], run=unclip)
 
 
 def test_overrides_may_stand_after_options() -> None:
@@ -115,7 +117,7 @@ def test_above_the_budget_it_stops_without_yes(write: Write) -> None:
     words = ("run", config, "run.budget_hours=0.000001", "--until", "pairs")
     process = refused(*words, says=["above run.budget_hours 1e-06", "--yes"])
     assert "pairs           stale" in process.stdout
-    process = unclip(*words, "--yes")
+    process = here(*words, "--yes")
     assert process.returncode == 0, process.stderr
     assert "pairs done" in process.stdout
 
@@ -138,7 +140,7 @@ def test_temporary_files_where_ray_cannot_be(write: Write, tmp_path: Path) -> No
     deep = tmp_path / ("long" * 20)
     deep.mkdir()
     says = ["TMPDIR", "too long a name for Ray", "RAY_TMPDIR=/tmp"]
-    refused("run", write(), "run.pairs.workers=1", says=says, env={"TMPDIR": str(deep)})
+    refused("run", write(), "run.pairs.workers=1", says=says, env={"TMPDIR": str(deep)}, run=unclip)
 
 
 @pytest.mark.parametrize(("file", "says"), [("/a/file", "(/a/file)"), (None, "TMPDIR")])
@@ -170,9 +172,9 @@ def test_commands(tmp_path: Path) -> None:
     usage = unclip()
     assert usage.returncode == 2
     assert "usage: unclip COMMAND" in usage.stdout
-    assert unclip("--help").returncode == 0
+    assert here("--help").returncode == 0
     for command in ("init", "doctor", "run", "plan", "sample", "pin"):
-        assert f"usage: unclip {command if command != 'pin' else ''}".strip() in unclip(command, "--help").stdout
+        assert f"usage: unclip {command if command != 'pin' else ''}".strip() in here(command, "--help").stdout
 
 
 def test_sample_without_a_bundle(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli import COMMANDS
+from jobs.sample import remember_bundle
 from models.sampling_config import SamplingConfig
 from tests.chain import ROOT
 from tests.jobs.test_docs import TESTED, check_links, commands
@@ -64,11 +65,9 @@ def shown(code: str, names: dict[str, Any]) -> Any:
 def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every cell shows, run in order from the folder of a notebook beside the output of a run."""
     folder = tmp_path_factory.mktemp("notebook")
-    _, bundle = publish_bundle(folder)
+    store, bundle = publish_bundle(folder)
     (folder / "docs").mkdir()
-    (folder / "out/nano").mkdir(parents=True)
-    word = {"store": str(folder / "store"), "bundle": bundle.key}
-    (folder / "out/nano/bundle.json").write_text(json.dumps(word))
+    remember_bundle(folder / "out/nano", store.url, bundle.key)
     names: dict[str, Any] = {"__name__": "__main__"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder / "docs")

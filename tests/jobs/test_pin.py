@@ -101,5 +101,10 @@ def test_a_dry_run_of_unpin_lifts_nothing(config: Path, say: Say) -> None:
         assert "  clip            stale" in said
         assert "nothing becomes stale" in say("pin", "clip", "--dry-run")
         assert "  clip            pinned" in say("plan")
+        own = key(config, "clip")
+        assert say("unpin", "clip") == said
+        assert "  clip            stale" in say("plan")
+        say("pin", "clip", "--key", own)
+        assert "  clip            pinned" in say("plan")
     finally:
         path.write_text(before)

@@ -4,6 +4,7 @@ import itertools
 import json
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ import torch
 from PIL import Image
 
 from jobs.cli import main
-from jobs.sample import SLUG_BYTES, file_name, slug
+from jobs.sample import SLUG_BYTES, file_name, remember_bundle, slug
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.ledger import Ledger
+from pipeline.store import open_store
+from pipeline.store.records import put_blob
 from tests.models.test_cascade import make
 from tests.pipeline.sampling.test_generation import publish_bundle
 
@@ -23,9 +28,8 @@ Sample = Callable[..., list[str]]
 @pytest.fixture
 def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sample:
     """Runs ``unclip sample`` in a folder with the bundle of a run, and returns the files that it names."""
-    _, bundle = publish_bundle(tmp_path)
-    (tmp_path / "out/nano").mkdir(parents=True)
-    (tmp_path / "out/nano/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": bundle.key}))
+    store, bundle = publish_bundle(tmp_path)
+    remember_bundle(tmp_path / "out/nano", store.url, bundle.key)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
 
@@ -50,19 +54,12 @@ def test_requests_that_differ_have_files_of_their_own(sample: Sample) -> None:
 
 def test_another_bundle_has_other_files(sample: Sample, tmp_path: Path) -> None:
     (first,) = sample("a red heart")
-    from dataclasses import replace
-
-    from pipeline.graph.artifacts import Artifact, publish_artifact
-    from pipeline.ledger import Ledger
-    from pipeline.store import open_store
-    from pipeline.store.records import put_blob
-
     replace(make(), ar_prior=None, codec=None).save(tmp_path / "second")
     store = open_store(str(tmp_path / "store"))
     files = [path for path in (tmp_path / "second").rglob("*") if path.is_file()]
     blobs = {str(path.relative_to(tmp_path / "second")): put_blob(store, path) for path in files}
     publish_artifact(store, Artifact("bundle", "c" * 64, {}, {}, Ledger(), blobs), 0.0)
-    Path("out/nano/bundle.json").write_text(json.dumps({"store": str(tmp_path / "store"), "bundle": "c" * 64}))
+    remember_bundle(Path("out/nano"), store.url, "c" * 64)
     (second,) = sample("a red heart")
     assert second != first
 

@@ -1,0 +1,78 @@
+"""A look at a list before there is a configuration: its head, its size, and words that all its captions share."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.source import peek
+from pipeline.data.source.emoji.listing import emoji_rows
+from pipeline.data.source.stage import SourceRecipe
+from pipeline.errors import UserError
+
+THINGS = [f"{size} {thing}" for size in ("a tiny", "a huge", "an old") for thing in ("cat", "dog", "tree", "house")]
+
+
+def test_a_look_at_a_long_list_ends_early_but_sees_the_head_of_every_list(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(peek, "MOST_ROWS", 3)
+    for name in ("first.csv", "other.csv"):
+        (tmp_path / name).write_text("url,caption\n" + "".join(f"http://a/{i}.png,a cat\n" for i in range(5)))
+    monkeypatch.chdir(tmp_path)
+    first, other = "first.csv", "other.csv"
+    seen = peek.look(SourceRecipe((first, other)))
+    assert (seen.rows, seen.more, seen.pairs) == (4, True, 10)
+    monkeypatch.setattr(peek, "MOST_COUNTED", 3)
+    assert peek.look(SourceRecipe((first, other))).pairs == 4 + 3
+    Path("bad.csv").write_text("url\nx\n")
+    with pytest.raises(UserError, match="no column caption"):
+        peek.look(SourceRecipe((first, "bad.csv")))
+
+
+def framed_slowly(rows: list[tuple[str, ...]]) -> int:
+    """How many rows have shared words in every caption, each compared with every different caption."""
+    texts = [caption.split() for caption in {caption for row in rows for caption in row}]
+    long = [words for words in texts if len(words) > 3]
+
+    def shared(caption: str) -> bool:
+        own = caption.split()
+        begins = sum(other[:3] == own[:3] for other in long)
+        ends = sum(other[-3:] == own[-3:] for other in long)
+        return len(own) > 3 and max(begins, ends) >= 10 and 10 * max(begins, ends) >= len(texts)
+
+    return sum(bool(row) and all(map(shared, row)) for row in rows)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_of_captions_that_share_their_words_are_counted(seed: int) -> None:
+    chance = random.Random(seed)
+    words = ["a", "photo", "of", "red", "cat"][: 2 + seed % 4]
+    rows = [
+        tuple(" ".join(chance.choices(words, k=chance.randint(1, 6))) for _ in range(chance.randint(0, 2)))
+        for _ in range(60)
+    ]
+    found = peek.framed_rows(rows)
+    assert found.rows == framed_slowly(rows)
+    assert bool(found.words) == bool(found.rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([(f"{thing} on a white background",) for thing in THINGS], (12, "a white background")),
+        ([(f"an icon of {thing}", thing) for thing in THINGS], (0, "")),
+        ([("a tall green tree in a park",)] * 100, (0, "")),  # one text of many images is a class, not a style
+        ([(f"{kind} of a {thing}",) for kind in ("a flat icon", "one old photo") for thing in range(50)], (100, "")),
+    ],
+)
+def test_what_counts_as_shared_words(rows: list[tuple[str, ...]], found: tuple[int, str]) -> None:
+    counted, words = peek.framed_rows(rows)
+    assert counted == found[0]
+    assert words == found[1] or words in ("a flat icon", "one old photo")
+
+
+def test_the_quick_starts_own_captions_are_fine_with_names_and_not_without() -> None:
+    rows = [row.captions for row in emoji_rows("full")]
+    assert peek.framed_rows(rows).rows == 0
+    assert peek.framed_rows([row[:1] for row in rows]).rows == len(rows)
