@@ -1,6 +1,7 @@
 """A run that is killed or interrupted anywhere continues with the same command and ends as if nothing had happened."""
 
 import os
+import re
 import signal
 import socket
 from dataclasses import dataclass
@@ -51,49 +52,6 @@ def test_every_crash_point_is_tested() -> None:
     assert sorted(IN_DATA + IN_TRAINING + IN_COMMANDS + IN_HEALING) == sorted(POINTS)
 
 
-def _crash(config: Path, until: str, point: str, marker: Path) -> None:
-    killed = unclip("run", config, "--until", until, env={"UNCLIP_CRASH": f"{point}@{marker}"})
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("point", IN_DATA)
-def test_killed_in_the_data_stages(point: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    store = copy(undisturbed.data, tmp_path)
-    for entry in [e for prefix in ("artifacts/", "shards/", "locks/") for e in store.list(prefix)]:
-        if entry.path.split("/")[1] not in ("source", "captions", "clip"):
-            store.delete([entry.path])  # its blobs stay as what an earlier kill may leave: named by no record
-    config = undisturbed.config(tmp_path)
-    _crash(config, "codec", point, tmp_path / "marker")
-    assert_sound(store)
-    done(unclip("run", config, "--until", "codec"))
-    assert_sound(store)
-    assert_each_shard_once(store, undisturbed.data)
-    assert keys(store) == keys(undisturbed.data)
-    assert data_blobs(store) == data_blobs(undisturbed.data)
-    assert (tmp_path / "out/report.html").exists()
-
-
-@pytest.mark.parametrize("point", IN_TRAINING)
-def test_killed_in_a_training(point: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    store = copy(undisturbed.data, tmp_path)
-    config = undisturbed.config(tmp_path)
-    _crash(config, "decoder", point, tmp_path / "marker")
-    assert_sound(store)
-    reached = {"checkpoint.before_record": 0, "checkpoint.after_record": 8, "training.before_artifact": 48}[point]
-    again = unclip("run", config, "--until", "decoder")
-    _ends_undisturbed(done(again), store, undisturbed)
-    assert (f"resuming decoder at sample {reached}\n" in again.stderr) == (reached > 0)
-
-
-def _ends_undisturbed(output: str, store: Store, undisturbed: Undisturbed) -> None:
-    assert "decoder done" in output
-    assert_sound(store)
-    assert keys(store) == keys(undisturbed.trained)
-    ours, theirs = artifact(store, "decoder"), artifact(undisturbed.trained, "decoder")
-    assert ours.blobs["model.safetensors"] == theirs.blobs["model.safetensors"]
-
-
 @dataclass(frozen=True)
 class Kills:
     """Kills one process at each of some points, one after the other."""
@@ -107,6 +65,46 @@ class Kills:
 
     def all_happened(self) -> bool:
         return all((self.folder / point).exists() for point in self.points)
+
+    def run(self, store: Store, *words: object) -> list[str]:
+        """Runs a command until it was killed at every point, and once more; what each run said on stderr."""
+        said = []
+        for _ in self.points:
+            killed = unclip("run", *words, env=self.environment)
+            assert killed.returncode == -signal.SIGKILL, killed.stderr
+            assert_sound(store)
+            said.append(killed.stderr)
+        assert self.all_happened()
+        last = unclip("run", *words)
+        done(last)
+        return [*said, last.stderr]
+
+
+def test_killed_in_the_data_stages(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    for entry in [e for prefix in ("artifacts/", "shards/", "locks/") for e in store.list(prefix)]:
+        if entry.path.split("/")[1] not in ("source", "captions", "clip"):
+            store.delete([entry.path])  # its blobs stay as what an earlier kill may leave: named by no record
+    Kills(tmp_path, IN_DATA).run(store, undisturbed.config(tmp_path), "--until", "codec")
+    assert_sound(store)
+    assert_each_shard_once(store, undisturbed.data)
+    assert keys(store) == keys(undisturbed.data)
+    assert data_blobs(store) == data_blobs(undisturbed.data)
+    assert (tmp_path / "out/report.html").exists()
+
+
+def test_killed_in_a_training(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    store = copy(undisturbed.data, tmp_path)
+    said = Kills(tmp_path, IN_TRAINING).run(store, undisturbed.config(tmp_path), "--until", "decoder")
+    _assert_undisturbed(store, undisturbed)
+    assert [re.findall(r"resuming decoder at sample (\d+)\n", run) for run in said] == [[], [], ["8"], ["48"]]
+
+
+def _assert_undisturbed(store: Store, undisturbed: Undisturbed) -> None:
+    assert_sound(store)
+    assert keys(store) == keys(undisturbed.trained)
+    ours, theirs = artifact(store, "decoder"), artifact(undisturbed.trained, "decoder")
+    assert ours.blobs["model.safetensors"] == theirs.blobs["model.safetensors"]
 
 
 SLOW = pytest.mark.slow  # the same code again, and a minute each
@@ -158,7 +156,8 @@ def test_kill_9_at_a_checkpoint(undisturbed: Undisturbed, tmp_path: Path) -> Non
     assert finish(process).returncode == -signal.SIGKILL
     newest = decoder_checkpoints(store, undisturbed)[-1].rpartition("/")[2]
     again = unclip("run", config, "--until", "decoder")
-    _ends_undisturbed(done(again), store, undisturbed)
+    done(again)
+    _assert_undisturbed(store, undisturbed)
     assert f"resuming decoder at sample {int(newest.split('-')[0])}\n" in again.stderr
     assert sorted(attempts(store).values()) == [1, 2]  # CLIP's and the decoder's
 
@@ -200,5 +199,6 @@ def test_ctrl_c_during_a_training(undisturbed: Undisturbed, tmp_path: Path) -> N
     wait_until(lambda: decoder_checkpoints(store, undisturbed), process)
     _interrupt(process)
     again = unclip("run", config, "--until", "decoder")
-    _ends_undisturbed(done(again), store, undisturbed)
+    done(again)
+    _assert_undisturbed(store, undisturbed)
     assert "resuming decoder at sample" in again.stderr
