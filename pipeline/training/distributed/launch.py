@@ -7,9 +7,11 @@ that starts reads the newest checkpoint from the store.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from pipeline.training.loop import NonFinite, OutOfMemory
 
 REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
 LISTEN_EVERY_S = 5.0  # all workers wait for each other when they ask whether a machine is to be taken away
+LOG_LINES, LOG_S = 1000, 10  # of a lost worker's log, and for how long it is asked for
+LONGEST_REASON = 400  # characters
+NCCL_ERROR = re.compile(r"NCCL WARN|NCCL error|Watchdog caught|\bnccl\w*Error\b")
 EXPECTED = (UserError, Unreachable, NonFinite, Superseded, CorruptObject, OutOfMemory)
 RELAYED = {kind.__name__: kind for kind in EXPECTED}
 
@@ -107,6 +112,7 @@ def _worker(config: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     settings: TrainingSettings = config["settings"]
     use_threads(settings.threads or max(1, cores() // context.get_local_world_size()))
+    os.environ.setdefault("NCCL_DEBUG", "WARN")  # else it says of an error that it was one
     size = context.get_world_size()
     device = ray.train.torch.get_device()
     try:
@@ -132,8 +138,36 @@ def _cause(failures: Sequence[Exception]) -> Exception:
     # workers may notice a death before Ray does, and then only their failures are known.
     others = [failure for failure in failures if not _hung_up(failure)]
     if not others or any(type(failure).__module__.partition(".")[0] == "ray" for failure in failures):
-        return WorkerLost("a worker died or could not start")
+        reason = _last_words(failures)
+        return WorkerLost("a worker died or could not start" + (f" ({reason})" if reason else ""))
     return others[0]
+
+
+def _last_words(failures: Sequence[Exception]) -> str:
+    """Returns the first error of NCCL or gloo that lost workers have raised or logged, on one line; "" without one.
+
+    NCCL ends a process that it finds an error in, so that only the log of the worker has it. Ray's Jobs server, which
+    every cluster has, shows it.
+    """
+    said = [" ".join(str(failure).split()) for failure in failures if _hung_up(failure)]
+    # That the other side has gone is what follows from the first error, on another worker.
+    told = sorted(said, key=lambda text: "remote process" in text or "by peer" in text)
+    for failure in failures:
+        for pid, address in re.findall(r"\bpid: (\d+)\b.*?\bip: (\S+)", str(failure), re.DOTALL):
+            told[:0] = _logged(int(pid), address)
+    return told[0][:LONGEST_REASON] if told else ""
+
+
+def _logged(pid: int, address: str) -> list[str]:
+    """Returns the lines by which NCCL and torch's process groups tell of errors in a worker's log."""
+    from ray.util.state import get_log
+
+    found = []
+    for suffix in ("out", "err"):
+        with suppress(Exception):  # of many kinds: without a dashboard there is no log to be had, nor of a lost machine
+            text = "".join(get_log(node_ip=address, pid=pid, suffix=suffix, tail=LOG_LINES, timeout=LOG_S))
+            found += [" ".join(line.split()) for line in text.splitlines() if NCCL_ERROR.search(line)]
+    return found
 
 
 def _hung_up(failure: Exception) -> bool:

@@ -1,13 +1,17 @@
 """ProcessGroup: as many Ray workers as one likes give the result of none, and their errors reach the driver whole."""
 
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors.torch import load
+from torch.distributed import DistBackendError
 
 from models.prior_configs import ClipConfig
 from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
@@ -139,6 +143,37 @@ def test_a_lost_connection_is_a_lost_worker_unless_another_says_more() -> None:
     assert isinstance(_cause([closed, closed]), WorkerLost)
     bug = ZeroDivisionError("division by zero")
     assert _cause([closed, bug]) is bug
+
+
+def test_the_first_error_of_nccl_is_told() -> None:
+    gone = DistBackendError("NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error")
+    first = DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:77, unhandled system error (run with NCCL_DEBUG=INFO for details)\n"
+        "ncclSystemError: System call or external library call failed.\nLast error:\nsocketStartConnect: no route"
+    )
+    for failures in ([gone, first], [first, gone]):
+        found = _cause(failures)
+        assert isinstance(found, WorkerLost)
+        assert str(found).startswith("a worker died or could not start (NCCL error in: NCCLUtils.cpp:77, unhandled")
+        assert str(found).endswith("Last error: socketStartConnect: no route)")
+
+
+def die(group: ProcessGroup) -> None:
+    print("[2026] gpu-7:12:34 [0] misc/socket.cc:50 NCCL WARN socketStartConnect: no route", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_of_a_worker_that_nccl_has_ended_the_log_is_asked(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Ray of the tests has no dashboard, which answers on a cluster: the file is read in its place."""
+
+    def get_log(node_ip: str, pid: int, suffix: str, **_: object) -> Iterator[str]:
+        assert node_ip in {node["NodeManagerAddress"] for node in ray.nodes()}
+        folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+        yield from [file.read_text() for file in folder.glob(f"worker-*-{pid}.{suffix}")]
+
+    monkeypatch.setattr("ray.util.state.get_log", get_log)
+    with pytest.raises(WorkerLost, match=r"^a worker died or could not start \(.* NCCL WARN socketStartConnect: no ro"):
+        launch(die, "clip", "die", TrainingSettings(workers=1, threads=1, device="cpu"), RaySettings())
 
 
 @pytest.mark.parametrize(
