@@ -55,7 +55,7 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/hadolint cluster/Dockerfile
+	$(BIN)/hadolint cluster/Dockerfile cluster/efa.Dockerfile
 
 bench: .venv/ready
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done

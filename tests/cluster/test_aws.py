@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from botocore.validate import ParamValidator
 from ray.autoscaler._private.constants import AUTOSCALER_NODE_AVAILABILITY_MAX_STALENESS_S
 from ray.autoscaler._private.node_provider_availability_tracker import NodeProviderAvailabilityTracker
 from ray.autoscaler._private.resource_demand_scheduler import ResourceDemandScheduler, get_nodes_for
@@ -43,6 +45,28 @@ def test_ray_prepares_and_validates_it() -> None:
     assert prepared["available_node_types"]["head"]["max_workers"] == 0
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_aws_takes_what_a_machine_is_started_with(name: str) -> None:
+    """By the model of EC2's interface that botocore has: names, types and nothing unknown."""
+    asked = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    given = TYPES[name]["node_config"] | {"MinCount": 1, "MaxCount": 1}
+    if subnets := given.pop("SubnetIds", None):  # Ray's own word for several
+        given["SubnetId"] = subnets[0]
+    assert ParamValidator().validate(given, asked).generate_report() == ""
+    assert "Unknown" in ParamValidator().validate(given | {"Subnet": "a"}, asked).generate_report()
+
+
+def test_machines_with_gpus_are_in_one_zone_and_one_placement_group() -> None:
+    kinds = {name: kind["node_config"] for name, kind in TYPES.items() if kind["resources"].get("GPU")}
+    assert kinds.keys() == {"gpu", "gpu-spot", "gpu-efa"}
+    assert {json.dumps(kind["Placement"]) for kind in kinds.values()} == {'{"GroupName": "unclip-gpu"}'}
+    cards = kinds["gpu-efa"]["NetworkInterfaces"]
+    assert [(card["InterfaceType"], card["NetworkCardIndex"]) for card in cards] == [("efa", i) for i in range(4)]
+    assert not {"SubnetIds", "SecurityGroupIds"} & kinds["gpu-efa"].keys()  # Ray refuses them beside interfaces
+    places = [kinds[name]["SubnetIds"] for name in ("gpu", "gpu-spot")] + [[card["SubnetId"]] for card in cards]
+    assert {json.dumps(place) for place in places} == {'["subnet-CHANGE"]'}
+
+
 def test_the_token_is_wanted_and_nothing_is_published() -> None:
     assert "-e RAY_AUTH_MODE=token" in CONFIG["docker"]["run_options"]
     assert CONFIG["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
@@ -72,7 +96,7 @@ def test_every_spot_type_has_its_like_on_demand_and_the_head_is_none() -> None:
 def test_values_to_change_are_marked() -> None:
     """Whoever starts the cluster must find every value that stands for one of their own."""
     for line in TEXT.splitlines():
-        mine = ("us-west-2", "ACCOUNT", "ami-")
+        mine = ("us-west-2", "ACCOUNT", "ami-", "subnet-", "sg-")
         if any(word in line.partition(" # ")[0] for word in mine) and not line.startswith("#"):
             assert "# CHANGE" in line, line
 

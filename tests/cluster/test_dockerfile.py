@@ -51,12 +51,29 @@ def test_nothing_comes_from_an_address_or_holds_a_secret() -> None:
     assert not re.search(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY", named, re.IGNORECASE)
 
 
-def test_the_layer_of_torch_has_the_projects_bounds() -> None:
-    needed = {r.name: r for r in map(Requirement, PROJECT["project"]["dependencies"])}
-    (command,) = (command for command in words("RUN") if "TORCH_INDEX" in command)
-    asked = [Requirement(word) for word in shlex.split(command) if re.match(r"torch(vision)?\W", word)]
-    assert {r.name for r in asked} == {"torch", "torchvision"}
-    assert all(r.specifier == needed[r.name].specifier for r in asked)
+def test_versions_are_those_of_the_lock_that_the_project_takes() -> None:
+    installs = [command for command in words("RUN") if "pip install" in command]
+    assert [shlex.split(command)[-1] for command in installs] == ["torchvision", "."]
+    assert all("--constraint requirements.lock" in command for command in installs)
+    lock = (ROOT / "requirements.lock").read_text().split()
+    locked = dict(line.lower().split("==") for line in lock if "==" in line)
+    for needed in map(Requirement, PROJECT["project"]["dependencies"]):
+        assert locked[needed.name.lower()] in needed.specifier, needed
+
+
+def test_it_has_what_nccl_and_torchs_compiler_need() -> None:
+    (command,) = (command for command in words("RUN") if "apt-get" in command)
+    assert {"libibverbs1", "ibverbs-providers", "librdmacm1", "gcc", "libc6-dev"} <= set(command.split())
+
+
+def test_the_variant_for_efa_brings_no_other_code_and_ends_as_the_same_user() -> None:
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "cluster/efa.Dockerfile").read_text())
+    lines = [line.partition(" ")[::2] for line in text.splitlines() if line and not line.startswith("#")]
+    assert [rest for name, rest in lines if name in ("FROM", "ADD", "COPY")] == [
+        "${IMAGE}", "aws-efa-installer-*.tar.gz ./",
+    ]  # fmt: skip
+    assert "://" not in text
+    assert [rest for name, rest in lines if name in ("USER", "WORKDIR")][-2:] == ["1000", "/home/unclip"]
 
 
 def test_only_what_is_copied_gets_into_the_context() -> None:
