@@ -14,7 +14,8 @@ from pipeline.store.records import digest
 
 PROJECT_FILE = "project.yaml"  # in the package
 LONGEST = 17  # characters of the project's name in an id, which has at most 45 with a number of up to three digits
-PLAIN = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")  # of the AWS variables
+# What travels of the submitter's environment: where the store is, and what NCCL, libfabric and torch's allocator read.
+PLAIN = re.compile(r"AWS_(ENDPOINT_URL(_S3)?|(DEFAULT_)?REGION)|(TORCH_)?NCCL_\w+|FI_\w+|PYTORCH_(CUDA_)?ALLOC_CONF")
 DRIVER_CPUS, DRIVER_MB = 1.0, 4096  # of Python, torch and Ray; a training without workers takes its model's, too
 
 
@@ -58,14 +59,14 @@ def make_job(
         config: Names the project.
         store_url: The store.
         keys: The keys of the artefacts, by stage.
-        environ: The environment of the submitter, from which the job takes the address of the store's server.
+        environ: The environment of the submitter, of which the job takes what ``PLAIN`` names.
         only: The one stage to make.
         until: The last stage to make.
         yes: Go on above the budget.
     """
     words = [f"--{name}={stage}" for name, stage in (("only", only), ("until", until)) if stage]
     command = ("python", "-m", "jobs.cli", "run", PROJECT_FILE, *words, *(["--yes"] if yes else []))
-    environment = {name: environ[name] for name in PLAIN if environ.get(name)}
+    environment = {name: value for name, value in sorted(environ.items()) if PLAIN.fullmatch(name) and value}
     return Job(job_id(config.project, store_url, keys), command, environment, DRIVER_CPUS, DRIVER_MB)
 
 

@@ -6,6 +6,7 @@ nobody asks. Here it is decided which kinds of pods there are, and how many of e
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,14 +14,19 @@ from dataclasses import dataclass, field, replace
 from pipeline.config import Run
 from pipeline.errors import UserError
 from pipeline.graph.resources import Share, worker_share
-from pipeline.settings import EmbeddingsSettings, KubernetesSettings, ShardSettings, TrainingSettings
+from pipeline.settings import EmbeddingsSettings, ShardSettings, TrainingSettings
 
-OBJECT_STORE = 0.3  # of a pod's memory, which is Ray's own share; the rest is for workers
+# Of a pod's memory, for Ray's object store; the rest is for workers. Decoded images pass through it on their way to the
+# encoders; of all other stages only tasks and results do.
+OF_IMAGES, OF_TASKS = 0.3, 0.05
 
 
 @dataclass(frozen=True)
 class Group:
-    """At most ``most`` pods with these cores, GiB and GPUs each, whose Ray nodes have ``labels``."""
+    """At most ``most`` pods with these cores, GiB and GPUs each, whose Ray nodes have ``labels``.
+
+    ``object_store`` is the share of a pod's memory that is Ray's object store.
+    """
 
     name: str
     most: int
@@ -28,32 +34,42 @@ class Group:
     memory_gb: int
     gpus: int
     labels: Mapping[str, str] = field(default_factory=dict)
+    object_store: float = OF_TASKS
+
+
+def object_store_mb(memory_gb: int, share: float) -> int:
+    """Returns the MiB of a pod's object store."""
+    return int(memory_gb * 1024 * share)
 
 
 def groups(run: Run, stages: Collection[str]) -> list[Group]:
     """Returns the groups of worker pods for these stages; none where the driver does everything.
 
     Workers join the first group of their kind whose labels do not contradict theirs, so a training, which asks for no
-    label, runs on the pods of another stage.
+    label, runs on the pods of another stage. A group has room for all of its stages at once.
 
     Raises:
         UserError: A worker fits into no pod, or a training in the driver wants a GPU that its pod lacks.
     """
-    settings, found = run.kubernetes, list[Group]()
-    for stage, workers, share in demands(run, stages):
-        _check_fit(stage, share, settings)
+    settings, found, homes = run.kubernetes, list[Group](), list[int]()
+    asked = list(demands(run, stages))
+    for stage, _, share in asked:
         labels = _labels(share.labels)
         kind, shape = "cpu", (settings.cpus, settings.memory_gb, 0)
         if share.gpus:
             kind, shape = "gpu", (settings.gpu_cpus, settings.gpu_memory_gb, settings.gpus)
-        alike = [group for group in found if group.name.startswith(kind)]
-        for group in alike:
-            if all(group.labels.get(name, value) == value for name, value in labels.items()):
-                joined = replace(group, most=group.most + workers, labels={**group.labels, **labels})
-                found[found.index(group)] = joined
-                break
-        else:
-            found.append(Group(f"{kind}-{len(alike) + 1}" if alike else kind, workers, *shape, labels))
+        alike = [i for i, group in enumerate(found) if group.name.startswith(kind)]
+        fitting = (i for i in alike if all(found[i].labels.get(name, value) == value for name, value in labels.items()))
+        home = next(fitting, len(found))
+        if home == len(found):
+            found.append(Group(f"{kind}-{len(alike) + 1}" if alike else kind, 0, *shape))
+        store = OF_IMAGES if isinstance(getattr(run, stage), EmbeddingsSettings) else OF_TASKS
+        group = found[home]
+        found[home] = replace(group, labels={**group.labels, **labels}, object_store=max(group.object_store, store))
+        homes.append(home)
+    for (stage, workers, share), home in zip(asked, homes, strict=True):
+        pods = math.ceil(workers / _workers_of_a_pod(stage, share, found[home]))
+        found[home] = replace(found[home], most=found[home].most + pods)
     return found
 
 
@@ -86,13 +102,14 @@ def _labels(selector: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in values.items() if not value.startswith("!")}
 
 
-def _check_fit(stage: str, share: Share, settings: KubernetesSettings) -> None:
-    """Raises UserError where a pod lacks what one worker takes: the autoscaler would wait for ever."""
+def _workers_of_a_pod(stage: str, share: Share, group: Group) -> int:
+    """Returns how many workers fit into a pod. Raises UserError for none: the autoscaler would wait for ever."""
     cpus, memory_gb = ("gpu_cpus", "gpu_memory_gb") if share.gpus else ("cpus", "memory_gb")
-    room_mb = int(getattr(settings, memory_gb) * 1024 * (1 - OBJECT_STORE))
+    room_mb = group.memory_gb * 1024 - object_store_mb(group.memory_gb, group.object_store)
+    fitting = math.inf
     for name, field_name, takes, has in (
-        ("gpus", "gpus", share.gpus, settings.gpus),
-        ("cpus", cpus, share.cpus, getattr(settings, cpus)),
+        ("gpus", "gpus", share.gpus, group.gpus),
+        ("cpus", cpus, share.cpus, group.cpus),
         ("memory_mb", memory_gb, share.memory >> 20, room_mb),
     ):
         if takes > has:
@@ -100,3 +117,6 @@ def _check_fit(stage: str, share: Share, settings: KubernetesSettings) -> None:
                 f"run.{stage}.{name}: {takes:g} a worker are more than the {has} of a pod; "
                 f"raise run.kubernetes.{field_name} or lower it"
             )
+        if takes:
+            fitting = min(fitting, has / takes + 1e-9)  # a share of a GPU is rarely a binary fraction
+    return int(fitting)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from cluster.job import Job
-from cluster.pods import OBJECT_STORE, Group, groups
+from cluster.pods import OF_TASKS, Group, groups, object_store_mb
 from pipeline.config import Run
 from pipeline.errors import UserError
 from pipeline.settings import KubernetesSettings
@@ -25,10 +25,11 @@ from pipeline.settings import KubernetesSettings
 RETRIES = 2  # new clusters after one that failed; a mistake that only a cluster notices costs as many starts
 IDLE_S = 60  # after which an idle worker pod is removed
 KEPT_S = 300  # a finished cluster stays, for its dashboard
-NCCL_MB = 1024  # beside it in /dev/shm, where NCCL has the buffers between GPUs of a pod
+NCCL_MB = 1024  # beside it in /dev/shm for each GPU: NCCL has the buffers between GPUs of a pod there
 HEAD_MB = 2048  # of the head's memory, for Ray's own processes there
 LONGEST_NAME = 47  # characters; KubeRay adds to it and has to stay below 63
 SECRETS = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY", re.IGNORECASE)
+QUEUE = "kueue.x-k8s.io/queue-name"
 # Labels, and often taints, of nodes that can be taken away: of EKS, Karpenter, GKE and AKS.
 SPOT = {
     "eks.amazonaws.com/capacityType": "SPOT",
@@ -53,11 +54,15 @@ def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
     """
     settings = run.kubernetes
     _check(job, package, settings)
-    environment = dict(job.environment)
+    environment = {**settings.env, **job.environment}
+    # What Kueue admits has a fixed size from its start to its end. The first autoscaler knows no labels.
+    growing = {"enableInTreeAutoscaling": True, "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_S}}
     spec = {
         "jobId": job.id,
         "entrypoint": _Block(shlex.join(job.command)),
-        "runtimeEnvYAML": _Block(yaml.safe_dump({"working_dir": package, "env_vars": environment}, sort_keys=False)),
+        "runtimeEnvYAML": _Block(
+            yaml.safe_dump({"working_dir": package, "env_vars": dict(job.environment)}, sort_keys=False)
+        ),
         "submissionMode": "K8sJobMode",  # kubectl logs job/NAME shows the driver
         "backoffLimit": RETRIES,
         "activeDeadlineSeconds": math.ceil(settings.deadline_hours * 3600),
@@ -66,13 +71,17 @@ def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
         "rayClusterSpec": {
             "rayVersion": metadata.version("ray"),
             "authOptions": {"mode": "token"},  # KubeRay makes the token and its Secret
-            "enableInTreeAutoscaling": True,
-            "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_S},  # v1 knows no labels
+            **({} if settings.queue else growing),
             "headGroupSpec": _head(settings, environment),
             "workerGroupSpecs": [_workers(group, settings, environment) for group in groups(run, stages)],
         },
     }
-    named = {"name": job.id, "namespace": settings.namespace, "labels": {"app.kubernetes.io/name": "unclip"}}
+    labels = {
+        "app.kubernetes.io/name": "unclip",
+        **settings.labels,
+        **({QUEUE: settings.queue} if settings.queue else {}),
+    }
+    named = {"name": job.id, "namespace": settings.namespace, "labels": labels}
     return yaml.dump(
         {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": named, "spec": spec},
         Dumper=_Dumper, sort_keys=False, width=120,
@@ -84,13 +93,13 @@ def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
         raise UserError("run.kubernetes.image: missing; build cluster/Dockerfile, push it, and name it here")
     if len(job.id) > LONGEST_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job.id):
         raise UserError(f"{job.id}: not a name for a RayJob, which has up to {LONGEST_NAME} of a-z, 0-9 and -")
-    for name in job.environment:
+    for name in (*job.environment, *settings.env):
         if SECRETS.search(name):
             raise UserError(f"{name}: no secret is written into YAML; put it into a Secret, run.kubernetes.secret")
     for name, value in {"package": package, **job.environment}.items():
         if re.search(r"[$`]", value):  # KubeRay hands it to a shell between double quotes
             raise UserError(f"{name}: {value!r} holds $ or `, which would not reach the cluster as it is")
-    room_mb = settings.head_memory_gb * 1024 - _object_store_mb(settings.head_memory_gb) - HEAD_MB
+    room_mb = settings.head_memory_gb * 1024 - object_store_mb(settings.head_memory_gb, OF_TASKS) - HEAD_MB
     if job.cpus > settings.head_cpus or job.memory_mb > room_mb:
         raise UserError(
             f"run.kubernetes.head_cpus, head_memory_gb: the driver takes {job.cpus:g} cores and {job.memory_mb} MiB, "
@@ -101,7 +110,8 @@ def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
 def _head(settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:
     """Returns the head group: Ray hands out none of its cores and GPUs, so no worker crowds the driver."""
     ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
-    template = _pod("ray-head", settings.head_cpus, settings.head_memory_gb, settings.head_gpus, settings, environment)
+    own = Group("head", 1, settings.head_cpus, settings.head_memory_gb, settings.head_gpus)
+    template = _pod("ray-head", own, settings, environment)
     template["spec"]["containers"][0]["ports"] = [{"name": name, "containerPort": p} for name, p in ports.items()]
     template["spec"]["affinity"] = {
         "nodeAffinity": {
@@ -112,13 +122,13 @@ def _head(settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[
     }
     return {
         "serviceType": "ClusterIP",
-        "rayStartParams": {"num-cpus": "0", "num-gpus": "0", **_store(settings.head_memory_gb)},
+        "rayStartParams": {"num-cpus": "0", "num-gpus": "0", **_store(own)},
         "template": template,
     }
 
 
 def _workers(group: Group, settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:
-    template = _pod("ray-worker", group.cpus, group.memory_gb, group.gpus, settings, environment)
+    template = _pod("ray-worker", group, settings, environment)
     template["spec"]["restartPolicy"] = "Never"  # else Kubernetes would start again what the autoscaler removes
     if settings.spot:
         template["spec"].setdefault("tolerations", []).extend(
@@ -133,11 +143,10 @@ def _workers(group: Group, settings: KubernetesSettings, environment: Mapping[st
         }
     return {
         "groupName": group.name,
-        "replicas": 0,
-        "minReplicas": 0,
+        **dict.fromkeys(("replicas", "minReplicas"), group.most if settings.queue else 0),
         "maxReplicas": group.most,
         **({"labels": dict(group.labels)} if group.labels else {}),
-        "rayStartParams": _store(group.memory_gb),
+        "rayStartParams": _store(group),
         "template": template,
     }
 
@@ -146,13 +155,14 @@ def _expression(name: str, operator: str) -> dict[str, Any]:
     return {"key": name, "operator": operator, "values": [SPOT[name]]}
 
 
-def _pod(
-    name: str, cpus: int, memory_gb: int, gpus: int, settings: KubernetesSettings, environment: Mapping[str, str]
-) -> dict[str, Any]:
+def _pod(name: str, group: Group, settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:
     """Returns a pod template with one container. Requests equal limits, so no pod dies of what another one uses."""
-    resources: dict[str, Any] = {"cpu": str(cpus), "memory": f"{memory_gb}Gi"}
-    if gpus:
-        resources["nvidia.com/gpu"] = str(gpus)
+    resources: dict[str, Any] = {"cpu": str(group.cpus), "memory": f"{group.memory_gb}Gi"}
+    security: dict[str, Any] = {"allowPrivilegeEscalation": False}
+    if group.gpus:
+        resources |= {"nvidia.com/gpu": str(group.gpus), **settings.gpu_resources}
+    if group.gpus and settings.gpu_resources:  # network adapters read and write memory that is locked
+        security["capabilities"] = {"add": ["IPC_LOCK"]}
     container = {
         "name": name,
         "image": settings.image,
@@ -160,29 +170,29 @@ def _pod(
         "env": [{"name": key, "value": value} for key, value in environment.items()],
         **({"envFrom": [{"secretRef": {"name": settings.secret}}]} if settings.secret else {}),
         "resources": {"requests": resources, "limits": dict(resources)},
-        "securityContext": {"allowPrivilegeEscalation": False},
+        "securityContext": security,
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
-    size = f"{_object_store_mb(memory_gb) + NCCL_MB}Mi"
+    size = f"{object_store_mb(group.memory_gb, group.object_store) + NCCL_MB * max(1, group.gpus)}Mi"
     spec: dict[str, Any] = {
         "serviceAccountName": settings.service_account,
         "securityContext": {"runAsNonRoot": True},
         "containers": [container],
         "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": size}}],
     }
-    if gpus:
+    if settings.pull_secrets:
+        spec["imagePullSecrets"] = [{"name": secret} for secret in settings.pull_secrets]
+    if group.gpus:
         spec["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
         if settings.gpu_nodes:
             spec["nodeSelector"] = dict(settings.gpu_nodes)
-    return {"spec": spec}
+    about = {"labels": dict(settings.labels), "annotations": dict(settings.annotations)}
+    metadata = {name: values for name, values in about.items() if values}
+    return {**({"metadata": metadata} if metadata else {}), "spec": spec}
 
 
-def _object_store_mb(memory_gb: int) -> int:
-    return int(memory_gb * 1024 * OBJECT_STORE)
-
-
-def _store(memory_gb: int) -> dict[str, str]:
-    return {"object-store-memory": str(_object_store_mb(memory_gb) << 20)}
+def _store(group: Group) -> dict[str, str]:
+    return {"object-store-memory": str(object_store_mb(group.memory_gb, group.object_store) << 20)}
 
 
 class _Block(str):

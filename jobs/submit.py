@@ -89,7 +89,7 @@ def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
         raise UserError(f"{project.store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
     check_reach(project.store, job, KUBERAY)
     run = project.config.run
-    run = replace(run, ray=replace(run.ray, autoscaler=True))  # pods come when a stage asks for them
+    run = replace(run, ray=replace(run.ray, autoscaler=not run.kubernetes.queue))  # else pods come when a stage asks
     project = replace(project, config=replace(project.config, run=run))
     render(job, "", run, asked.stale)  # raises for wrong settings before anything is sent
     path = put_package(project.store, _package(project))

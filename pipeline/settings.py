@@ -177,9 +177,16 @@ class KubernetesSettings:
         service_account: Of every pod; it must be able to read and write the bucket, unless ``secret`` does.
         secret: Name of a Secret whose entries become environment variables of every pod, for a store with keys of
             its own.
+        pull_secrets: Names of the Secrets with which the image is pulled.
+        env: Environment variables of every pod, such as ``{NCCL_SOCKET_IFNAME: eth0}``; none that is a secret.
+        labels: Of the RayJob and of every pod.
+        annotations: Of every pod.
+        queue: Name of the LocalQueue of Kueue that admits the job. Its pods then come together and stay to its end,
+            without Ray's autoscaler.
         spot: Workers prefer nodes that can be taken away, and tolerate their taints; the head never runs there.
         head_cpus: Cores of the head, where the driver runs and no worker.
-        head_memory_gb: Its memory in GiB; of every pod's, three tenths are for Ray's object store.
+        head_memory_gb: Its memory in GiB; of every pod's, a twentieth is for Ray's object store, or three tenths where
+            embeddings are made.
         head_gpus: Its GPUs, for samples, evaluation and trainings with ``workers: 0``.
         cpus: Cores of a worker pod without GPUs; a worker takes one, or the ``cpus`` of its stage.
         memory_gb: Its memory in GiB.
@@ -188,6 +195,8 @@ class KubernetesSettings:
         gpu_memory_gb: Its memory in GiB.
         gpu_nodes: Labels of Kubernetes' nodes where pods with GPUs may run, such as ``{nvidia.com/gpu.product:
             NVIDIA-L4}``.
+        gpu_resources: What a pod with GPUs asks for besides, such as ``{rdma/hca: "1"}``; its container may then lock
+            memory, for network adapters that read and write it.
         deadline_hours: After which a try is ended.
     """
 
@@ -195,6 +204,11 @@ class KubernetesSettings:
     namespace: str = "default"
     service_account: str = "default"
     secret: str = ""
+    pull_secrets: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
+    queue: str = ""
     spot: bool = False
     head_cpus: PositiveInt = 4
     head_memory_gb: PodMemory = 16
@@ -205,6 +219,7 @@ class KubernetesSettings:
     gpu_cpus: PositiveInt = 8
     gpu_memory_gb: PodMemory = 64
     gpu_nodes: dict[str, str] = field(default_factory=dict)
+    gpu_resources: dict[str, str] = field(default_factory=dict)
     deadline_hours: PositiveFloat = 24.0
 
 

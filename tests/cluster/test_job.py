@@ -50,9 +50,19 @@ def test_a_job_tells_where_the_store_is_and_no_secret() -> None:
         "AWS_PROFILE": "mine",
         "RAY_AUTH_TOKEN": "token",
         "HOME": "/home/me",
+        "NCCL_DEBUG": "INFO",
+        "FI_PROVIDER": "efa",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_SOCKET_IFNAME": "",
     }
     job = make_job(config, "s3://b/p", KEYS, environ, until="pairs", yes=True)
-    assert job.environment == {"AWS_ENDPOINT_URL": "http://store:8333", "AWS_REGION": "eu-central-1"}
+    assert job.environment == {
+        "AWS_ENDPOINT_URL": "http://store:8333",
+        "AWS_REGION": "eu-central-1",
+        "FI_PROVIDER": "efa",
+        "NCCL_DEBUG": "INFO",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
     assert job.command == ("python", "-m", "jobs.cli", "run", "project.yaml", "--until=pairs", "--yes")
     again = make_job(config, "s3://b/p", KEYS, environ)
     assert again.id == job.id

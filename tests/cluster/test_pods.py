@@ -28,27 +28,31 @@ APART = {"workers": 8, "gpus": 1, "decoders": 3, "nodes": {"pool": "gpu"}, "deco
     [
         # stages without workers, or that are made already, need no pods
         ({"pairs": {"workers": 0}, "codec": {"workers": 0}}, "source captions pairs codec decoder bundle", {}),
-        ({"pairs": {"workers": 80}, "curation": {"workers": 9}}, "curation", {"cpu": (9, {})}),
+        ({"pairs": {"workers": 80}, "curation": {"workers": 9}}, "curation", {"cpu": (2, {})}),
+        # as many workers as fit share a pod, by the scarcest of what they take
+        ({"pairs": {"workers": 10, "cpus": 3}}, "pairs", {"cpu": (5, {})}),
+        ({"pairs": {"workers": 10, "cpus": 0.1, "memory_mb": 10_000}}, "pairs", {"cpu": (4, {})}),
+        ({"embeddings": {"workers": 9, "gpus": 0.1}}, "embeddings", {"gpu": (1, {})}),
         # branches may run side by side, so a group has room for all
         (
             {"pairs": {"workers": 33}, "curation": {"workers": 9}, "clip": {"workers": 5}, "decoder": {"workers": 8}},
             "pairs curation clip decoder",
-            {"cpu": (42, {}), "gpu": (13, {})},
+            {"cpu": (7, {}), "gpu": (4, {})},
         ),
         # decoders and encoders of one stage run at once
-        ({"embeddings": {"workers": 5, "decoders": 3}}, "embeddings", {"cpu": (20, {})}),
-        ({"embeddings": APART}, "embeddings", {"gpu": (8, {"pool": "gpu"}), "cpu": (24, {"pool": "cpu"})}),
+        ({"embeddings": {"workers": 5, "decoders": 3}}, "embeddings", {"cpu": (3, {})}),
+        ({"embeddings": APART}, "embeddings", {"gpu": (2, {"pool": "gpu"}), "cpu": (3, {"pool": "cpu"})}),
         # a training, which asks for no label, runs on the pods of the embeddings
         (
             {"embeddings": {"workers": 2, "gpus": 1, "nodes": {"pool": "gpu"}}, "decoder": {"workers": 8}},
             "embeddings decoder",
-            {"gpu": (10, {"pool": "gpu"})},
+            {"gpu": (3, {"pool": "gpu"})},
         ),
         # labels that contradict make two groups
         (
             {"pairs": {"workers": 8, "nodes": {"pool": "near"}}, "curation": {"workers": 8, "nodes": {"pool": "far"}}},
             "pairs curation",
-            {"cpu": (8, {"pool": "near"}), "cpu-2": (8, {"pool": "far"})},
+            {"cpu": (1, {"pool": "near"}), "cpu-2": (1, {"pool": "far"})},
         ),
     ],
 )
@@ -70,9 +74,9 @@ def test_labels_satisfy_the_selector(selector: str, labels: dict[str, str]) -> N
     [
         ("embeddings", {"gpus": 5}, "gpus", 4),
         ("pairs", {"cpus": 9}, "cpus", 8),
-        ("pairs", {"memory_mb": 22_938}, "memory_mb", 22_937),  # 0.7 of 32 GiB
+        ("pairs", {"memory_mb": 31_131}, "memory_mb", 31_130),  # 0.95 of 32 GiB
         ("decoder", {"device": "cuda", "cpus": 17}, "cpus", 16),
-        ("decoder", {"device": "cuda", "memory_mb": 45_876}, "memory_mb", 45_875),
+        ("decoder", {"device": "cuda", "memory_mb": 62_261}, "memory_mb", 62_260),
     ],
 )
 def test_a_worker_larger_than_a_pod_is_refused(stage: str, settings: dict[str, Any], field: str, most: int) -> None:

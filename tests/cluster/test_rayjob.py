@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from cluster.rayjob import SPOT, render
 from pipeline.config import Run, make_config
 from pipeline.errors import UserError
 from tests.cluster.kuberay import parse, quantity, submit_command
+from tests.cluster.published import validate
 from tests.cluster.templates import FOLDER, TEMPLATES, template
 
 PACKAGE = "s3://bucket/birds/packages/birds/1-0123456789abcdef.zip"
@@ -91,7 +93,7 @@ def test_the_nodes_are_what_the_settings_ask_for() -> None:
     assert (head.cpus, head.gpus, head.most) == (0, 0, 1)  # the driver's: no worker gets there
     assert (cpu.group, cpu.least, cpu.cpus, cpu.gpus, cpu.labels) == ("cpu", 0, 8, 0, {"pool": "cpu"})
     assert (gpu.group, gpu.least, gpu.cpus, gpu.gpus, gpu.labels) == ("gpu", 0, 8, 4, {"pool": "gpu"})
-    assert (cpu.most, gpu.most) == (24, 7)  # a pod a worker
+    assert (cpu.most, gpu.most) == (4, 3)  # 12 workers, then 12 decoders, on 8 cores; 2, then 5 workers, on 4 GPUs
     for node in (head, cpu, gpu):
         assert (
             node.environment == JOB.environment
@@ -175,6 +177,8 @@ def test_no_secret_is_in_it() -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "MY_PASSWORD"):
         with pytest.raises(UserError, match=f"{name}: no secret is written into YAML"):
             rendered(dataclasses.replace(JOB, environment={**JOB.environment, name: "hush"}))
+    with pytest.raises(UserError, match="MY_TOKEN: no secret is written into YAML"):
+        rendered(env={"MY_TOKEN": "hush"})
     words = " ".join(texts(rendered(secret="")))
     assert not re.search(r"AWS_SECRET|AWS_ACCESS|AUTH_TOKEN|secretRef", words)
 
@@ -190,6 +194,63 @@ def test_names_that_kubernetes_refuses_are_refused(name: str) -> None:
 def test_ids_of_jobs_are_names(project: str) -> None:
     job = dataclasses.replace(JOB, id=job_id(project, "s3://b", {"pairs": "k"})).again(999)
     assert rendered(job)["metadata"]["name"] == job.id
+
+
+EVERYTHING: dict[str, Any] = {
+    "pull_secrets": ["registry"],
+    "env": {"NCCL_SOCKET_IFNAME": "eth0", "AWS_REGION": "elsewhere"},
+    "labels": {"team": "birds"},
+    "annotations": {"k8s.v1.cni.cncf.io/networks": "rdma"},
+    "queue": "images",
+    "gpu_resources": {"rdma/hca": "1", "hugepages-2Mi": "5120Mi"},
+}
+
+
+def test_what_the_settings_pass_through_reaches_every_pod() -> None:
+    rayjob = rendered(**EVERYTHING)
+    assert rayjob["metadata"]["labels"] == {
+        "app.kubernetes.io/name": "unclip", "team": "birds", "kueue.x-k8s.io/queue-name": "images",
+    }  # fmt: skip
+    cluster = rayjob["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert group["template"]["metadata"] == {
+            "labels": {"team": "birds"}, "annotations": EVERYTHING["annotations"],
+        }  # fmt: skip
+        pod = group["template"]["spec"]
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+        (container,) = pod["containers"]
+        found = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert found == {"NCCL_SOCKET_IFNAME": "eth0", **JOB.environment}  # the store's own come from the job
+        limits = container["resources"]["limits"]
+        has_gpu = "nvidia.com/gpu" in limits
+        assert (EVERYTHING["gpu_resources"].items() <= limits.items()) == has_gpu
+        locks = container["securityContext"].get("capabilities") == {"add": ["IPC_LOCK"]}
+        assert locks == has_gpu
+    assert yaml.safe_load(rayjob["spec"]["runtimeEnvYAML"])["env_vars"] == JOB.environment
+
+
+def test_what_kueue_admits_has_all_its_pods_from_the_start() -> None:
+    cluster = rendered(**EVERYTHING)["spec"]["rayClusterSpec"]
+    assert not cluster.keys() & {"enableInTreeAutoscaling", "autoscalerOptions"}
+    sizes = [[group[f] for f in ("minReplicas", "replicas", "maxReplicas")] for group in cluster["workerGroupSpecs"]]
+    assert sizes == [[4] * 3, [3] * 3]  # 12 workers and 12 decoders of a core on 8 cores, 2 and 5 GPUs on 4
+
+
+def test_the_object_store_is_as_large_as_what_passes_through_it() -> None:
+    """Decoded images do on their way to encoders; a training's batches do not."""
+    head, cpu, gpu = parse(render(JOB, PACKAGE, run_settings(), STAGES)).nodes
+    training = parse(render(JOB, PACKAGE, run_settings(), ["decoder"])).nodes[1]
+    shares = [node.object_store / node.memory for node in (head, cpu, gpu, training)]
+    assert shares == pytest.approx([0.05, 0.3, 0.3, 0.05], abs=1e-4)
+
+
+@pytest.mark.parametrize("kubernetes", [{}, EVERYTHING, {"spot": False, "secret": "", "head_gpus": 1}])
+def test_kubernetes_with_kuberay_takes_it(kubernetes: dict[str, Any]) -> None:
+    rayjob = rendered(**kubernetes)
+    validate(rayjob)
+    for spoilt in ({"entrypont": "x"}, {"backoffLimit": "2"}):
+        with pytest.raises(jsonschema.ValidationError):
+            validate({**rayjob, "spec": rayjob["spec"] | spoilt})
 
 
 def test_mistakes_are_told() -> None:
@@ -243,7 +304,7 @@ def test_rays_autoscaler_reads_it() -> None:
     config = _derive_autoscaling_config_from_ray_cr(cluster)
     kinds = config["available_node_types"]
     assert {name: (kind["min_workers"], kind["max_workers"]) for name, kind in kinds.items()} == {
-        "headgroup": (0, 0), "cpu": (0, 24), "gpu": (0, 7),
+        "headgroup": (0, 0), "cpu": (0, 4), "gpu": (0, 3),
     }  # fmt: skip
     assert {name: (kind["resources"]["CPU"], kind["resources"].get("GPU", 0)) for name, kind in kinds.items()} == {
         "headgroup": (0, 0), "cpu": (8, 0), "gpu": (8, 4),
