@@ -27,7 +27,7 @@ from pipeline.config import Config
 from pipeline.cost.observed import Seen, observe
 from pipeline.data.source.emoji.server import serving
 from pipeline.data.source.lists import ListRow, reach, read_rows
-from pipeline.evaluate.recipe import ROWS
+from pipeline.evaluate.stage import ROWS
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted, duration
 from pipeline.store import open_store

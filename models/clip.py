@@ -143,11 +143,6 @@ class Clip(nn.Module):
         """Tokens that the text tower reads."""
         return self.model_config["text_cfg"].get("context_length", CONTEXT)
 
-    @property
-    def has_batch_norm(self) -> bool:
-        """Returns whether training depends on the local batch: use one worker, or synchronise the statistics."""
-        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
-
     def encode_image(self, images: Tensor) -> Tensor:
         """Returns unit-norm embeddings, fp32 [b, d], of views uint8 [b, 3, image_size, image_size].
 

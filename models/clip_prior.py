@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.diffusion_prior import DiffusionPrior
 from models.nn.text_encoder import ClipTextEncoder
 from models.nn.transformer import normal_linear
-from models.prior_configs import ASKED, DiffusionPriorConfig, require
+from models.prior_configs import ASKED, DiffusionPriorConfig, check_least
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class ClipPriorConfig(DiffusionPriorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.text_depth >= 1, f"text_depth is {self.text_depth}: use 1 or more layers")
-        require(self.text_heads >= 1, f"text_heads is {self.text_heads}: use a divisor of the embeddings' dimension")
+        check_least(self, 1, "text_depth", "text_heads")
 
 
 class ClipPrior(DiffusionPrior):

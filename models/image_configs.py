@@ -3,37 +3,35 @@
 CLIP gives the dimension of image embeddings, so it has no field.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
-from models.prior_configs import Schedule, check_choices, check_transformer, require
+from models.prior_configs import Schedule, check_choices, check_least, check_shares, check_transformer, require
 
 Prediction = Literal["eps", "v", "x0"]
 
 
-def check_image_model(
-    size: int, channels: int, depth: int, multipliers: tuple[int, ...], patch: int, dropout: float
-) -> None:
-    """Raises ValueError unless a U-Net of this shape can work on images of ``size`` pixels a side."""
+def check_image_model(config: DecoderConfig | UpsamplerConfig, size: int) -> None:
+    """Raises ValueError unless the U-Net and its diffusion can work on images of ``size`` pixels a side."""
+    channels, multipliers, patch, max_snr = config.channels, config.multipliers, config.patch, config.max_snr
     require(channels >= 2 and channels % 2 == 0, f"channels is {channels}: use an even number, 2 or more")
-    require(depth >= 1, f"depth is {depth}: use 1 or more residual blocks a resolution")
+    check_least(config, 1, "depth", "patch")
     require(
         len(multipliers) >= 1 and min(multipliers) >= 1,
         f"multipliers is {multipliers}: use one whole number, 1 or more, for each resolution",
     )
-    require(patch >= 1, f"patch is {patch}: use 1 or more pixels")
     multiple = patch * 2 ** (len(multipliers) - 1)
     require(
         size >= multiple and size % multiple == 0,
         f"{size} px is not a multiple of {multiple}, which {len(multipliers)} multipliers and patch {patch} need: "
         "use fewer multipliers, a smaller patch or another size",
     )
-    require(0 <= dropout < 1, f"dropout is {dropout}: use a share from 0 up to but not including 1")
-
-
-def check_max_snr(max_snr: float | None) -> None:
-    """Raises ValueError for a bound of the signal-to-noise ratio that is not a positive number."""
+    check_shares(config, "dropout")
+    check_choices(config)
+    check_least(config, 2, "steps")
     require(max_snr is None or 0 < max_snr < inf, f"max_snr is {max_snr}: use a positive number, or null for the usual")
 
 
@@ -110,13 +108,11 @@ class DecoderConfig:
     max_snr: float | None = None
 
     def __post_init__(self) -> None:
-        check_image_model(self.image_size, self.channels, self.depth, self.multipliers, self.patch, self.dropout)
-        for name in ("layout_channels", "pixel_channels"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: use 0 for none, or more")
-        check_choices(self)
-        check_max_snr(self.max_snr)
-        require(self.steps >= 2, f"steps is {self.steps}: use 2 or more diffusion steps")
-        check_transformer("text_", self.text_width, self.text_depth, self.text_heads)
+        check_image_model(self, self.image_size)
+        check_least(self, 0, "layout_channels", "pixel_channels", "embedding_norm")
+        check_least(self, 1, "clip_tokens")
+        check_least(self, 2, "text_context", "vocabulary")
+        check_transformer(self, "text_")
         sides = self.feature_sides()
         require(
             len(self.attention_resolutions) >= 1 and set(self.attention_resolutions) <= set(sides),
@@ -131,18 +127,12 @@ class DecoderConfig:
                     self.head_channels >= 1 and width % self.head_channels == 0,
                     f"head_channels is {self.head_channels}: use a divisor of the {width} channels at {side} px",
                 )
-        require(self.text_context >= 2, f"text_context is {self.text_context}: use 2 or more tokens")
-        require(self.vocabulary >= 2, f"vocabulary is {self.vocabulary}: use 49408 for CLIP's tokens")
-        require(self.clip_tokens >= 1, f"clip_tokens is {self.clip_tokens}: use 1 or more, the paper has 4")
         for name in ("drop_image", "drop_text"):
             share = getattr(self, name)
             require(0 <= share <= 1, f"{name} is {share}: use a share from 0 to 1")
         require(
             self.context_width == 0 or (self.context_width > 0 and self.text_encoder != "glide"),
             f"context_width is {self.context_width}: use 0, or a positive width with text_encoder 'clip' or 'frozen'",
-        )
-        require(
-            self.embedding_norm >= 0, f"embedding_norm is {self.embedding_norm}: use a length, or 0 for unit variance"
         )
 
     def feature_sides(self) -> tuple[int, ...]:
@@ -211,10 +201,7 @@ class UpsamplerConfig:
         )
         # A full image is checked too: it need not be a multiple of the crop.
         for size in (side, self.image_size):
-            check_image_model(size, self.channels, self.depth, self.multipliers, self.patch, self.dropout)
-        check_choices(self)
-        check_max_snr(self.max_snr)
-        require(self.steps >= 2, f"steps is {self.steps}: use 2 or more diffusion steps")
+            check_image_model(self, size)
 
     @property
     def scale(self) -> int:

@@ -26,9 +26,24 @@ def check_choices(config: object) -> None:
             require(value in get_args(kind), f"{name} is {value!r}: use {', '.join(known)} or {last}")
 
 
-def check_transformer(prefix: str, width: int, depth: int, heads: int) -> None:
-    """Raises ValueError unless a transformer of this shape can be built; ``prefix`` starts the names of its fields."""
-    require(depth >= 1, f"{prefix}depth is {depth}: use 1 or more layers")
+def check_least(config: object, least: int, *names: str) -> None:
+    """Raises ValueError for one of these fields whose value is below ``least``."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"{name} is {value}: use {least} or more")
+
+
+def check_shares(config: object, *names: str) -> None:
+    """Raises ValueError for one of these fields whose value is not in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"{name} is {value}: use a share from 0 up to but not including 1")
+
+
+def check_transformer(config: object, prefix: str = "", depth: str = "depth") -> None:
+    """Raises ValueError unless a transformer can be built from the fields whose names begin with ``prefix``."""
+    check_least(config, 1, f"{prefix}{depth}")
+    width, heads = getattr(config, f"{prefix}width"), getattr(config, f"{prefix}heads")
     require(
         heads >= 1 and width >= 1 and width % heads == 0,
         f"{prefix}width {width} is not a multiple of {prefix}heads {heads}: change one of them",
@@ -122,16 +137,15 @@ class ARPriorConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_transformer("text_", self.text_width, self.text_depth, self.text_heads)
-        check_transformer("", self.width, self.depth, self.heads)
+        check_transformer(self, "text_")
+        check_transformer(self)
         check_text_context(self.text_context)
         require(
             1 <= self.prefix <= self.text_context,
             f"prefix is {self.prefix}: use 1 to text_context, which is {self.text_context}",
         )
-        require(self.buckets >= 2, f"buckets is {self.buckets}: use 2 or more, as the codec has")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}: use a share from 0 up to but not including 1")
-        require(0 <= self.drop_text < 1, f"drop_text is {self.drop_text}: use a share from 0 up to but not including 1")
+        check_least(self, 2, "buckets")
+        check_shares(self, "dropout", "drop_text")
 
 
 @dataclass(frozen=True)
@@ -168,12 +182,12 @@ class DiffusionPriorConfig:
     text_encoder: Literal["own", "frozen"] = "own"
 
     def __post_init__(self) -> None:
-        check_transformer("", self.width, self.depth, self.heads)
+        check_transformer(self)
         require(self.width % 2 == 0, f"width is {self.width}: use an even width, half sines and half cosines of t")
         check_text_context(self.text_context)
         check_choices(self)
-        require(self.steps >= 2, f"steps is {self.steps}: use 2 or more diffusion steps")
-        require(0 <= self.drop_text < 1, f"drop_text is {self.drop_text}: use a share from 0 up to but not including 1")
+        check_least(self, 2, "steps")
+        check_shares(self, "drop_text")
         require(self.scale > 0, f"scale is {self.scale}: use a positive number")
 
 
@@ -226,7 +240,7 @@ class ClipConfig:
             pooled >= 1 and pooled % min(64, pooled) == 0,
             f"width is {self.width}: a vit wider than 64 takes multiples of 64, a resnet even numbers",
         )
-        check_transformer("text_", self.text_width, self.text_layers, self.text_heads)
+        check_transformer(self, "text_", "layers")
         check_text_context(self.text_context)
 
     def model_config(self) -> dict:

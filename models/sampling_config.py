@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from models.prior_configs import check_choices, require
+from models.prior_configs import check_choices, check_least, require
 
 SAMPLING_FILE = "sampling.json"
 PRIORS = {"ar": "ar_prior", "diffusion": "diffusion_prior"}
@@ -72,9 +72,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         require(self.prior in PRIORS, f"prior is {self.prior!r}: use {' or '.join(map(repr, PRIORS))}")
         check_choices(self)
-        require(self.candidates >= 1, f"candidates is {self.candidates}: use 1 or more")
-        for name in STEPS.values():
-            require(getattr(self, name) >= 2, f"{name} is {getattr(self, name)}: use 2 or more")
+        check_least(self, 1, "candidates")
+        check_least(self, 2, *STEPS.values())
+        check_least(self, 0, "tile")
         require(self.temperature > 0, f"temperature is {self.temperature}: use a number above 0")
         first, last = self.decoder_guidance_interval
         require(
@@ -85,7 +85,6 @@ class SamplingConfig:
             0 <= self.decoder_threshold <= 1,
             f"decoder_threshold is {self.decoder_threshold}: use a share from 0 to 1, such as 0.995",
         )
-        require(self.tile >= 0, f"tile is {self.tile}: use 0 for whole images, or a side in pixels")
 
     @property
     def decoder_guidance_interval(self) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
-from pipeline.evaluate.recipe import EvaluationRecipe
+from pipeline.evaluate.stage import EvaluationRecipe
 from pipeline.local import read_local
 from pipeline.parse import overlay, parse
 from pipeline.sampling.bundle import BundleRecipe

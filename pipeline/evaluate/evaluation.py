@@ -17,8 +17,8 @@ from models.sampling_config import PRIORS, UPSAMPLERS
 from pipeline.evaluate import images, memorisation, names, priors, quality, retrieval, upsamplers
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.inception import Inception, fid_figures
-from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut, Tick, TrainingRows, held_out, named_rows, read_views, training_rows
+from pipeline.evaluate.stage import EvaluationRecipe
 from pipeline.evaluate.whitening import Whitening, fit_whitening
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import HELD_OUT_SPLITS, too_few

@@ -2,7 +2,7 @@
 
 Features are torchmetrics' own. Its metric is not used: that keeps sums and forgets the rows, while every model here is
 compared with the first rows of one real set; and it takes the eigenvalues of a product of covariances, which are
-singular for fewer than 2048 images. ``statistics`` has the same distance from features or from Gaussians that merge.
+singular for fewer than 2048 images. ``statistics`` has the same distance.
 """
 
 from __future__ import annotations

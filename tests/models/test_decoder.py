@@ -155,20 +155,6 @@ def test_image_embeddings_get_the_length_that_is_configured() -> None:
     torch.testing.assert_close(condition.added, expected.added)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"text_encoder": "t5"}, "text_encoder is 't5': use 'glide', 'clip' or 'frozen'"),
-        ({"context_width": 24}, "context_width is 24: use 0, or a positive width with text_encoder 'clip' or 'frozen'"),
-        ({"text_encoder": "clip", "context_width": -1}, "context_width is -1"),
-        ({"embedding_norm": -1.0}, "embedding_norm is -1.0: use a length"),
-    ],
-)
-def test_mistakes_in_the_text_encoder_and_the_length_are_named(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DecoderConfig(**change)
-
-
 def kept(model: Decoder, rows: int) -> Tensor:
     """bool [rows, 2]: which rows keep image and text in one loss."""
     seen = []
@@ -308,12 +294,6 @@ def test_a_correction_of_pixels_crosses_the_borders_of_patches() -> None:
     loss = decoder_loss(corrected, batch, Draw([(0, 1)])).total.sum()
     loss.backward()
     assert corrected.pixels.conv_in.weight.grad.any()
-
-
-@pytest.mark.parametrize("name", ["layout_channels", "pixel_channels"])
-def test_a_negative_number_of_channels_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is -1: use 0 for none, or more"):
-        DecoderConfig(**{name: -1})
 
 
 def test_it_learns_eight_images_from_their_embeddings() -> None:

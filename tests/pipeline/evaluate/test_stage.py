@@ -29,10 +29,9 @@ from models.upsampler import Upsampler
 from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.evaluation import GUIDANCES
 from pipeline.evaluate.figure import LINES, as_text
-from pipeline.evaluate.recipe import EvaluationRecipe
 from pipeline.evaluate.rows import HeldOut, held_out, training_rows
 from pipeline.evaluate.run import LEARN
-from pipeline.evaluate.stage import run_evaluation
+from pipeline.evaluate.stage import EvaluationRecipe, run_evaluation
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger

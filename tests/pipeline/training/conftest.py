@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pipeline.data.pairs.row_index import index_counts, index_table
-from pipeline.evaluate.recipe import EvaluationRecipe
+from pipeline.evaluate.stage import EvaluationRecipe
 from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard, write_shard_table, write_table
 from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
