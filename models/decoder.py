@@ -202,9 +202,10 @@ def decoder_denoise(
         condition = model.condition(image_embedding.repeat(branches, 1), tokens.repeat(branches, 1), keep, keep_text)
     alone = condition.first(rows)
     first, last = (share * model.config.steps for share in interval)
+    always = interval == (0.0, 1.0)
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-        guided = guidance != 0 and first <= float(t[0]) <= last
+        guided = guidance != 0 and (always or first <= float(t[0]) <= last)
         given, weight = (condition, guidance) if guided else (alone, 0.0)
         output = guided_output(lambda x, times: model.predict(x, times, given), x_t, t, weight)
         return predict(model.config.prediction, output, x_t, schedule.at(t), clip=1.0, threshold=threshold)

@@ -1,7 +1,9 @@
 """Randomness that does not know how rows were spread over workers."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,28 +27,38 @@ class Draw:
         self.streams = tuple(streams)
         self.rows = sum(rows for _, rows in self.streams)
         self.device = torch.device(device)
+        self.cut = slice(None)
 
-    def _generators(self, purpose: str) -> list[tuple[torch.Generator, int]]:
-        return [(torch.Generator().manual_seed(derive_seed(seed, purpose)), rows) for seed, rows in self.streams]
+    def on(self, device: torch.device | str) -> Self:
+        """Returns the same draw, whose numbers are on another device."""
+        other = copy(self)
+        other.device = torch.device(device)
+        return other
+
+    def _made(self, purpose: str, make: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+        blocks = [make(rows, torch.Generator().manual_seed(derive_seed(seed, purpose))) for seed, rows in self.streams]
+        return sent(torch.cat(blocks)[self.cut], self.device)
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Returns standard normal numbers, [rows, *shape], fp32."""
-        blocks = [torch.randn(rows, *shape, generator=g) for g, rows in self._generators(purpose)]
-        return torch.cat(blocks).to(self.device)
+        return self._made(purpose, lambda rows, generator: torch.randn(rows, *shape, generator=generator))
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
         """Returns numbers in [0, 1), [rows, *shape], fp32."""
-        blocks = [torch.rand(rows, *shape, generator=g) for g, rows in self._generators(purpose)]
-        return torch.cat(blocks).to(self.device)
+        return self._made(purpose, lambda rows, generator: torch.rand(rows, *shape, generator=generator))
 
     def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
         """Returns integers in [0, high), [rows, *shape], int64."""
-        blocks = [torch.randint(high, (rows, *shape), generator=g) for g, rows in self._generators(purpose)]
-        return torch.cat(blocks).to(self.device)
+        return self._made(purpose, lambda rows, generator: torch.randint(high, (rows, *shape), generator=generator))
 
     def keep(self, purpose: str, drop: float) -> Tensor:
         """Booleans, [rows]: False with probability ``drop``."""
         return self.uniform(purpose) >= drop
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor of the CPU on ``device``; a GPU gets it when its turn has come, and nobody waits for that."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Undropped(Draw):
@@ -71,12 +83,3 @@ class Part(Draw):
         super().__init__(streams, draw.device)
         self.cut = slice(start - skipped, stop - skipped)
         self.rows = stop - start
-
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        return super().normal(purpose, *shape)[self.cut]
-
-    def uniform(self, purpose: str, *shape: int) -> Tensor:
-        return super().uniform(purpose, *shape)[self.cut]
-
-    def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
-        return super().integers(purpose, high, *shape)[self.cut]

@@ -15,9 +15,9 @@ def tile_starts(size: int, tile: int, multiple: int) -> list[int]:
     return [*range(0, size - tile, step), size - tile]
 
 
-def tile_weight(tile: int) -> Tensor:
+def tile_weight(tile: int, device: torch.device) -> Tensor:
     """Returns the weight of each pixel of a tile, fp32 [tile, tile], rising from the edges over the overlap to 1."""
-    ramp = (torch.arange(tile) + 0.5) / max(1, tile // OVERLAP)
+    ramp = (torch.arange(tile, device=device) + 0.5) / max(1, tile // OVERLAP)
     side = torch.minimum(ramp, ramp.flip(0)).clamp(max=1)
     return side[:, None] * side
 
@@ -31,7 +31,7 @@ def in_tiles(
     jumps from one tile's output to the next. ``tile`` and s are multiples of ``multiple``, and tiles begin at such.
     """
     height, width = x.shape[2:]
-    weight = tile_weight(tile).to(x.device)
+    weight = tile_weight(tile, x.device)
     total, weights = None, x.new_zeros(height, width, dtype=torch.float32)
     for top in tile_starts(height, tile, multiple):
         for left in tile_starts(width, tile, multiple):

@@ -81,7 +81,8 @@ def corrupted_low(config: UpsamplerConfig, crop: Tensor, draw: Draw) -> Tensor:
         if config.corruption == "blur":
             side = crop.shape[2] // config.scale
             return corruption_blur(resize(crop, (side, side)))
-        return bsr(crop, draw, light=config.corruption == "bsr_light")
+        # Many small steps whose sizes are drawn: a GPU would have to be asked for each of them.
+        return bsr(crop.cpu(), draw.on("cpu"), light=config.corruption == "bsr_light").to(crop.device)
 
 
 def sampling_low(config: UpsamplerConfig, low: Tensor, draw: Draw) -> Tensor:
@@ -94,7 +95,7 @@ def sampling_low(config: UpsamplerConfig, low: Tensor, draw: Draw) -> Tensor:
     with torch.autocast(low.device.type, enabled=False):
         if config.corruption == "blur":
             return corruption_blur(low)
-        return bsr_mild(low, draw, light=config.corruption == "bsr_light")
+        return bsr_mild(low.cpu(), draw.on("cpu"), light=config.corruption == "bsr_light").to(low.device)
 
 
 def training_crop(config: UpsamplerConfig, batch: dict[str, Tensor], draw: Draw) -> Tensor:

@@ -15,7 +15,7 @@ def gaussian_kernels(side: int, angle: Tensor, variances: Tensor, shift: Tensor 
     ``shift``, a number or [b], moves the centre by as many pixels down and right.
     """
     places = torch.arange(side, device=angle.device) - (side - 1) / 2
-    offset = places - torch.as_tensor(shift, device=angle.device).expand(len(angle))[:, None]
+    offset = (places - (shift[:, None] if isinstance(shift, Tensor) else shift)).expand(len(angle), side)
     y, x = offset[:, :, None], offset[:, None, :]
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     along, across = cos * x + sin * y, cos * y - sin * x

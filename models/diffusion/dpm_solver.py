@@ -21,12 +21,12 @@ def dpm_solver(
     """
     x = noise
     earlier: tuple[Tensor, Tensor] | None = None  # the last prediction and step
-    for i, t, previous in grid_steps(grid, schedule, noise):
+    for i, t, previous, last in grid_steps(grid, schedule, noise):
         x0 = denoise(x, t).x0
         level, level_previous = schedule.at(t), schedule.at(previous)
         h = (torch.logit(level_previous) - torch.logit(level)) / 2
         data = x0
-        if earlier is not None and previous[0] >= 0:
+        if earlier is not None and not last:
             x0_before, h_before = earlier
             data = x0 + per_row(h / (2 * h_before), x) * (x0 - x0_before)
         kept = ((1 - level_previous) / (1 - level)).sqrt()

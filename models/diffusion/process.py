@@ -141,14 +141,13 @@ def log_variance_range(schedule: Schedule, t: Tensor, previous: Tensor) -> tuple
     the lower bound is never below the one of step 1, as in that paper's code.
     """
     level, level_previous = schedule.at(t), schedule.at(previous)
-    floor = posterior_variance(*schedule.alpha_bar[[1, 0]].to(t.device))
-    low = posterior_variance(level, level_previous).clamp(min=floor)
+    floor = posterior_variance(schedule.alpha_bar[1], schedule.alpha_bar[0])
+    low = posterior_variance(level, level_previous).clamp(min=float(floor))
     return low.log(), (1 - level / level_previous).log()
 
 
-def learned_log_variance(fraction: Tensor, schedule: Schedule, t: Tensor, previous: Tensor) -> Tensor:
-    """Returns the log variance, shaped like ``fraction``, between the bounds of the step from t to ``previous``."""
-    low, high = log_variance_range(schedule, t, previous)
+def learned_log_variance(fraction: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Returns the log variance, shaped like ``fraction``, between the bounds of ``log_variance_range``, [b] each."""
     return fraction * per_row(high, fraction) + (1 - fraction) * per_row(low, fraction)
 
 
@@ -186,11 +185,11 @@ def variational_bound(prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor
     if prediction.variance_fraction is None:
         raise ValueError("the variational bound needs a network that predicts its variance: 2c output channels")
     level, level_previous = schedule.at(t), schedule.at(t - 1)
-    log_variance = learned_log_variance(prediction.variance_fraction, schedule, t, t - 1)
+    low, high = log_variance_range(schedule, t, t - 1)
+    log_variance = learned_log_variance(prediction.variance_fraction, low, high)
     mean = posterior_mean(prediction.x0, x_t, level, level_previous)
     true_mean = posterior_mean(x0, x_t, level, level_previous)
-    true_log_variance = per_row(log_variance_range(schedule, t, t - 1)[0], x_t)
-    bound = mean_over_row(normal_kl(true_mean, true_log_variance, mean, log_variance))
+    bound = mean_over_row(normal_kl(true_mean, per_row(low, x_t), mean, log_variance))
     if not t.is_cpu or (t == 0).any():  # a question that a GPU would have to stop for
         nll = mean_over_row(discretized_gaussian_nll(x0, mean, log_variance))
         bound = torch.where(t == 0, nll, bound)

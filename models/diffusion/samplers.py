@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from models.diffusion.process import Prediction, learned_log_variance, per_row, posterior_mean, posterior_variance
+from models.diffusion.process import (
+    Prediction,
+    learned_log_variance,
+    log_variance_range,
+    per_row,
+    posterior_mean,
+    posterior_variance,
+)
 from models.diffusion.schedules import Schedule
 from models.draw import Draw
 
@@ -20,8 +27,10 @@ Callback = Callable[[int, Tensor], None]
 """Called after every step with the number of steps done and the current estimate of the clean data."""
 
 
-def grid_steps(grid: Tensor, schedule: Schedule, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Returns (number of the step, t [b], previous t [b]) down the grid, int64; the last previous t is -1, the data.
+def grid_steps(grid: Tensor, schedule: Schedule, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
+    """Yields the steps down a grid: number of the step, t [b], previous t [b], and whether it leads to the data.
+
+    The last previous t is -1, the data. Timesteps are int64, on the device of x, and not read from there.
 
     Raises ValueError on a grid that does not fall, or begins beyond the schedule.
     """
@@ -31,8 +40,8 @@ def grid_steps(grid: Tensor, schedule: Schedule, x: Tensor) -> Iterator[tuple[in
         raise ValueError(f"timestep {int(grid[0])} is beyond the schedule: it has {schedule.steps}, counted from 0")
     visited = grid.tolist()
     for i, (t, previous) in enumerate(zip(visited, [*visited[1:], -1], strict=True)):
-        rows = torch.ones(len(x), dtype=torch.int64, device=x.device)
-        yield i, rows * t, rows * previous
+        rows = x.new_ones(len(x), dtype=torch.int64)
+        yield i, rows * t, rows * previous, previous < 0
 
 
 @torch.no_grad()
@@ -52,20 +61,20 @@ def ancestral(
     Raises ValueError on another variance, a grid that does not fall, or a learned variance that the prediction lacks.
     """
     x = noise
-    for i, t, previous in grid_steps(grid, schedule, noise):
+    for i, t, previous, last in grid_steps(grid, schedule, noise):
         prediction = denoise(x, t)
         level, level_previous = schedule.at(t), schedule.at(previous)
         x = posterior_mean(prediction.x0, x, level, level_previous)
-        if previous[0] >= 0:
+        if not last:
             if isinstance(variance, Tensor):
-                std = per_row(variance[i].sqrt().expand(len(x)).to(x.device), x)
+                std = variance[i].sqrt()
             elif variance == "small":
                 std = per_row(posterior_variance(level, level_previous).sqrt(), x)
             elif variance == "learned" and prediction.variance_fraction is not None:
                 # A small network that cannot draw what little noise hides asks for far more than the upper bound there,
                 # and so everywhere. From one timestep to the next the bounds are close, but not on a coarse grid.
                 fraction = prediction.variance_fraction.clamp(0, 1)
-                std = torch.exp(0.5 * learned_log_variance(fraction, schedule, t, previous))
+                std = torch.exp(0.5 * learned_log_variance(fraction, *log_variance_range(schedule, t, previous)))
             else:
                 raise ValueError(f"variance {variance!r} does not fit: use 'small', or 'learned' if the model has one")
             x = x + std * draw.normal(f"step{i}", *x.shape[1:])
@@ -92,13 +101,13 @@ def ddim(
     if eta > 0 and draw is None:
         raise ValueError(f"DDIM with eta {eta} adds noise: pass a draw, or use eta 0")
     x = noise
-    for i, t, previous in grid_steps(grid, schedule, noise):
+    for i, t, previous, last in grid_steps(grid, schedule, noise):
         prediction = denoise(x, t)
         level, level_previous = schedule.at(t), schedule.at(previous)
         added = eta**2 * posterior_variance(level, level_previous)
         direction = per_row((1 - level_previous - added).clamp(min=0).sqrt(), x)
         x = per_row(level_previous.sqrt(), x) * prediction.x0 + direction * prediction.eps
-        if draw is not None and eta > 0 and previous[0] >= 0:
+        if draw is not None and eta > 0 and not last:
             x = x + per_row(added.sqrt(), x) * draw.normal(f"step{i}", *x.shape[1:])
         if callback is not None:
             callback(i + 1, prediction.x0)
@@ -116,7 +125,7 @@ def ddim_inversion(
     the grid. Inverse up to an error of first order in the steps. Raises ValueError on a grid that does not fall.
     """
     x = x0
-    for i, (_, t, previous) in enumerate(reversed(list(grid_steps(grid, schedule, x0)))):
+    for i, (_, t, previous, _) in enumerate(reversed(list(grid_steps(grid, schedule, x0)))):
         prediction = denoise(x, t if i == 0 else previous)
         estimate = x if i == 0 else prediction.x0
         level = schedule.at(t)

@@ -4,7 +4,8 @@ Timestep t runs from 0 (least noise) to T - 1 (almost only noise). A grid is a d
 that a sampler visits; after its last one comes the image itself, written as timestep -1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from math import pi
 
 import torch
@@ -16,11 +17,12 @@ NOISIEST = -3.0
 """Half the log signal-to-noise ratio below which a prediction hardly changes: the signal has 5% of the amplitude."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """``alpha_bar``, float64 [T], falling: the share of the data's variance that is left at timestep t."""
 
     alpha_bar: Tensor
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -29,10 +31,13 @@ class Schedule:
 
     def at(self, t: Tensor) -> Tensor:
         """Returns alpha_bar of int64 timesteps, float64, shaped like ``t``; timestep -1 is the data, where it is 1."""
-        values = self.alpha_bar.to(t.device)[t.clamp(min=0)]
+        if t.device not in self._copies:
+            self._copies[t.device] = self.alpha_bar.to(t.device)
+        values = self._copies[t.device][t.clamp(min=0)]
         return torch.where(t < 0, 1.0, values)
 
 
+@cache
 def make_schedule(name: str, steps: int) -> Schedule:
     """Returns the schedule called "cosine" or "linear" with T = ``steps``. Raises ValueError on another name.
 

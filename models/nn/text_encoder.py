@@ -72,8 +72,8 @@ class ClipTextEncoder(nn.Module):
         Raises ValueError on fewer tokens than ``context``.
         """
         tokens = cut_captions(tokens, self.context)
-        empty = tokens.new_zeros(self.context)
-        empty[0], empty[1] = self.start, self.end
+        place = torch.arange(self.context, device=tokens.device)
+        empty = self.start * (place == 0) + self.end * (place == 1)
         return self.read(torch.where(keep[:, None], tokens, empty))
 
     def read(self, tokens: Tensor) -> EncodedText:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.nn.attention import attend
+from models.nn.casting import half_precision, run_in_precision_of
 from models.nn.embedding import timestep_embedding
 
 
@@ -104,8 +105,8 @@ class Stage(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, shown: Tensor | None = None) -> Tensor:
-        x = self.resblock(x, embedding)
-        return x if self.attention is None else self.attention(x, context, shown)
+        x = run_in_precision_of(x, self.resblock, embedding)
+        return x if self.attention is None else run_in_precision_of(x, self.attention, context, shown)
 
 
 class UNet(nn.Module):
@@ -115,7 +116,8 @@ class UNet(nn.Module):
     are the resolutions, 0 the largest, that attend to themselves and to a context of ``context_width``; the middle
     then does so too. Without attention levels nothing attends. ``scale_shift`` is as in ``ResBlock``.
     The last convolution of every branch, and of the network, starts at zero. Its first and last layers are fp32 even
-    under autocast: bf16 would round the least noise in x away (a fifth of it at t = 0), and the variance.
+    under autocast: bf16 would round the least noise in x away (a fifth of it at t = 0), and the variance. On a GPU all
+    between them is in autocast's precision (models/nn/casting.py).
     """
 
     def __init__(
@@ -199,24 +201,30 @@ class UNet(nn.Module):
         embedding = self.time(timestep_embedding(t, self.channels))
         if added is not None:
             embedding = embedding + added
-        with _fp32(x):
+        with _no_autocast(x):
             x = self.conv_in(x.float())
-        skips = [x]
-        for stage in self.down:
-            x = stage(x, embedding, context, shown)
-            skips.append(x)
-        for stage in self.middle:
-            x = stage(x, embedding, context, shown)
-        if layout is not None:
-            x = x + layout
-        for stage in self.up:
-            if stage.resblock.resize == "":
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, embedding, context, shown)
-        with _fp32(x):
+        half = half_precision(x)
+        if half is not None:
+            x, embedding = x.to(half), embedding.to(half)
+            context = None if context is None else context.to(half)
+            layout = None if layout is None else layout.to(half)
+        with nullcontext() if half is None else _no_autocast(x):
+            skips = [x]
+            for stage in self.down:
+                x = stage(x, embedding, context, shown)
+                skips.append(x)
+            for stage in self.middle:
+                x = stage(x, embedding, context, shown)
+            if layout is not None:
+                x = x + layout
+            for stage in self.up:
+                if stage.resblock.resize == "":
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = stage(x, embedding, context, shown)
+        with _no_autocast(x):
             return self.conv_out(F.silu(self.norm_out(x.float())))
 
 
-def _fp32(x: Tensor) -> AbstractContextManager[Any]:
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Turns autocast off where ``x`` is; the meta device, where a network is only measured, knows none."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -28,6 +28,7 @@ def mutated(target: Any, old: str, new: str) -> Iterator[None]:
     when ``old`` does not occur exactly once in the source, stands outside the body of a function, or when ``new`` has
     another number of lines or makes no difference.
     """
+    forget = getattr(target, "cache_clear", lambda: None)  # of a function that keeps its results
     target = inspect.unwrap(target) if callable(target) else target
     module = target if isinstance(target, ModuleType) else inspect.getmodule(target)
     assert module is not None
@@ -44,10 +45,12 @@ def mutated(target: Any, old: str, new: str) -> Iterator[None]:
         raise ValueError(f"putting {new!r} for {old!r} in {target.__name__} changes no code of a function")
     function = _resolve(module, code.co_qualname)
     original, function.__code__ = function.__code__, code
+    forget()
     try:
         yield
     finally:
         function.__code__ = original
+        forget()
 
 
 def fails_under(*mutations: Mutation) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -1,0 +1,44 @@
+"""A GPU's half precision without a cast at every turn.
+
+Autocast casts every weight of a layer by itself, and what goes into and comes out of every norm, which it wants in
+fp32. Of the kernels of a training step more than a third were such casts. Here a block computes in one precision from
+end to end, norms too, whose kernels sum up in fp32 whatever they are given, and its weights are cast together.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def half_precision(x: Tensor) -> torch.dtype | None:
+    """Returns the precision of autocast where ``x`` is on a GPU and autocast is on, else None."""
+    return torch.get_autocast_dtype("cuda") if x.is_cuda and torch.is_autocast_enabled("cuda") else None
+
+
+class _Together(torch.autograd.Function):
+    """Casts tensors by one kernel, and their gradients back by another."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        return tuple(_cast(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, *_cast(gradients, ctx.dtype)
+
+
+def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    out = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(out, tensors)
+    return out
+
+
+def run_in_precision_of(x: Tensor, module: nn.Module, *rest: Tensor | None) -> Tensor:
+    """Returns ``module(x, *rest)``. On a GPU its weights, all of one dtype, are cast to that of ``x``, if need be."""
+    names, weights = zip(*module.named_parameters(), strict=True)
+    if not x.is_cuda or weights[0].dtype == x.dtype:
+        return module(x, *rest)
+    return functional_call(module, dict(zip(names, _Together.apply(x.dtype, *weights), strict=True)), (x, *rest))

@@ -1,0 +1,285 @@
+"""The losses, samplers and encoders that run on the fake device."""
+
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from models.ar_prior import ARPrior, ar_prior_loss
+from models.ar_prior import sample as sample_codes
+from models.clip import Clip, clip_loss
+from models.codec import Codec
+from models.decoder import Decoder, decoder_denoise, decoder_loss
+from models.diffusion import dpm_solver, samplers
+from models.diffusion.schedules import Schedule, make_schedule
+from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise, diffusion_prior_loss
+from models.draw import Draw, Part
+from models.losses import Losses
+from models.prior_configs import ClipConfig, TextTower
+from models.reverse import Progress, Reverse
+from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
+from pipeline.config import preset_config
+from pipeline.training.device import autocast
+from tests.models.fake_cuda.watch import Watch, pretend
+
+CUDA = torch.device("cuda")
+ROWS, DIM, CODES = 4, 64, 8
+TOWER = TextTower(512, 12, 8)
+STREAMS = [(1, 2), (2, 2)]
+Step = Callable[[], Any]
+Sampling = Callable[[Progress], Tensor]
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=CUDA)
+
+
+def batch(side: int) -> dict[str, Tensor]:
+    """A batch as the losses take it."""
+    return {
+        "image": zeros(ROWS, 3, side, side, dtype=torch.uint8),
+        "tokens": zeros(ROWS, 77, dtype=torch.int64),
+        "image_embedding": zeros(ROWS, DIM),
+        "text_embedding": zeros(ROWS, DIM),
+    }
+
+
+def codec() -> Codec:
+    shapes = [(DIM,), (CODES, DIM), (CODES,), (CODES, 1023), (CODES, 1024), (1023,)]
+    return Codec(*(zeros(*shape, dtype=torch.float64) for shape in shapes), zeros(1024, dtype=torch.int64))
+
+
+def build(make: Callable[[], Any]) -> Any:
+    """Returns the model, made on the device: fake weights cannot move there."""
+    with CUDA:
+        return make()
+
+
+def config(preset: str, stage: str, **changes: Any) -> Any:
+    return replace(getattr(preset_config(preset), stage).model, **changes)
+
+
+def clip(config: ClipConfig) -> Clip:
+    """A CLIP as ``Clip.build`` makes it, whose seed would be asked of the device."""
+    sizes = config.model_config()
+    model = open_clip.CLIP(**sizes)
+    normal = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    open_clip.set_model_preprocess_cfg(model, normal)
+    return Clip(model, sizes)
+
+
+def decoder(preset: str = "nano", **changes: Any) -> Decoder:
+    chosen = config(preset, "decoder", **changes)
+    return build(lambda: Decoder(chosen, DIM, TOWER if chosen.text_encoder == "frozen" else None))
+
+
+def prior(stage: str, kind: type, *sizes: int, **changes: Any) -> Any:
+    chosen = config("nano", stage, **changes)
+    return build(lambda: kind(chosen, DIM, *sizes, TOWER if chosen.text_encoder == "frozen" else None))
+
+
+# --- losses: forward and backward under autocast ----------------------------------------------------------------------
+
+
+def training(
+    model: nn.Module, loss: Callable[[Any, dict[str, Tensor], Draw], Losses], columns: dict[str, Tensor]
+) -> Step:
+    """A micro-batch: the rows' loss and its gradient, as the training loop computes them."""
+    assert isinstance(model, nn.Module)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> None:
+        with autocast(CUDA, "bf16"):
+            total = loss(model, columns, Part(Draw(STREAMS, CUDA), 0, ROWS)).total
+        assert (total.device.type, total.dtype, total.shape) == ("cuda", torch.float32, (ROWS,))
+        total.sum().backward()
+        gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
+        assert len(gradients) > 0.9 * len(learning)
+        assert {(x.device.type, x.dtype) for x in gradients} == {("cuda", torch.float32)}
+        for parameter in learning:
+            parameter.grad = None
+
+    return step
+
+
+def upsampler_training(stage: str) -> Step:
+    """With a batch that has the small image: BSR, whose sizes are drawn, is for the CPU."""
+    sizes = config("nano", stage)
+    low = zeros(ROWS, 3, *[sizes.crop_size // sizes.scale] * 2)
+    columns = batch(sizes.image_size) | ({} if sizes.corruption == "blur" else {"low": low})
+    return training(build(lambda: Upsampler(sizes)), upsampler_loss, columns)
+
+
+def clip_training(changes: dict[str, Any]) -> Step:
+    chosen = replace(preset_config("nano").clip.model, **changes)
+    return training(build(lambda: clip(chosen)), clip_loss, batch(chosen.image_size))
+
+
+RESNET = {"tower": "resnet", "layers": (1, 1, 1, 1), "image_size": 64, "width": 16}
+LOSSES: dict[str, Callable[[], Step]] = {
+    "clip": lambda: clip_training({}),
+    "clip, resnet": lambda: clip_training(RESNET),
+    "decoder, own text": lambda: training(decoder(text_encoder="glide", context_width=0), decoder_loss, batch(64)),
+    "decoder, clip's text": lambda: training(decoder(text_encoder="clip"), decoder_loss, batch(64)),
+    "decoder, frozen text": lambda: training(decoder(text_encoder="frozen"), decoder_loss, batch(64)),
+    "decoder, pixels": lambda: training(decoder(layout_channels=4, pixel_channels=8), decoder_loss, batch(64)),
+    "decoder, small": lambda: training(decoder("small"), decoder_loss, batch(64)),
+    "diffusion_prior": lambda: training(prior("diffusion_prior", DiffusionPrior), diffusion_prior_loss, batch(64)),
+    "diffusion_prior, frozen text": lambda: training(
+        prior("diffusion_prior", DiffusionPrior, text_encoder="frozen"), diffusion_prior_loss, batch(64)
+    ),
+    "ar_prior": lambda: training(
+        prior("ar_prior", ARPrior, CODES), lambda model, b, draw: ar_prior_loss(model, b, draw, codec()), batch(64)
+    ),
+    "upsampler_256": lambda: upsampler_training("upsampler_256"),
+    "upsampler_1024": lambda: upsampler_training("upsampler_1024"),
+}
+
+
+# --- samplers: what the steps after the first cost --------------------------------------------------------------------
+
+
+def steps(grid: Tensor, schedule: Schedule, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
+    """Does what ``grid_steps`` does, for a grid whose values are known: fake ones have none."""
+    visited = (999, 700, 400, 3)
+    for i, (t, previous) in enumerate(zip(visited, (*visited[1:], -1), strict=True)):
+        rows = x.new_ones(len(x), dtype=torch.int64)
+        yield i, rows * t, rows * previous, previous < 0
+
+
+def draw() -> Draw:
+    return Draw(STREAMS, CUDA)
+
+
+def decoding(sampler: str, guidance: float = 0.0, eta: float = 0.0, **options: Any) -> Sampling:
+    model, given = decoder().eval(), batch(64)
+    denoise = decoder_denoise(model, given["image_embedding"], given["tokens"], guidance, **options)
+
+    def sample(progress: Progress) -> Tensor:
+        run = Reverse("decoder", sampler, "learned", 4, progress, eta)
+        return run(model, denoise, draw().normal("x_T", 3, 64, 64), draw())
+
+    return sample
+
+
+def priming(sampler: str) -> Sampling:
+    model, given = prior("diffusion_prior", DiffusionPrior).eval(), batch(64)
+    model.gamma = zeros(model.config.steps)
+    denoise = diffusion_prior_denoise(model, given["tokens"], given["text_embedding"], 1.0)
+
+    def sample(progress: Progress) -> Tensor:
+        run = Reverse("diffusion_prior", sampler, "small", 4, progress)
+        made = model.image_embedding(run(model, denoise, draw().normal("x_T", DIM), draw()))
+        return best_of(torch.stack([made, made]), given["text_embedding"])
+
+    return sample
+
+
+def upsampling(stage: str, tile: int = 0, **changes: Any) -> Sampling:
+    sizes = config("nano", stage, **changes)
+    model = build(lambda: Upsampler(sizes)).eval()
+    low = zeros(ROWS, 3, sizes.low_size, sizes.low_size)
+    low = sampling_low(sizes, low, draw()) if sizes.corruption == "blur" else low
+    denoise = upsampler_denoise(model, low, tile)
+
+    def sample(progress: Progress) -> Tensor:
+        noise = draw().normal("x_T", 3, sizes.image_size, sizes.image_size)
+        return Reverse(stage, "ddim", "small", 4, progress)(model, denoise, noise, draw())
+
+    return sample
+
+
+def inverting(progress: Progress) -> Tensor:
+    model, given = decoder().eval(), batch(64)
+    denoise = decoder_denoise(model, given["image_embedding"], None, 0.0)
+    schedule = make_schedule("cosine", model.config.steps)
+    image = given["image"].float()
+    return samplers.ddim_inversion(denoise, image, zeros(4), schedule, lambda done, _: progress("inversion", done, 4))
+
+
+def coding(progress: Progress) -> Tensor:
+    model, given = prior("ar_prior", ARPrior, CODES).eval(), batch(64)
+    arguments = (given["tokens"], given["text_embedding"], codec().sample_upper_dot(draw()), draw())
+    codes = sample_codes(model, *arguments, 1.0, 1.0, lambda done: progress("ar_prior", done, CODES))
+    return codec().decode(codes)
+
+
+SAMPLERS: dict[str, Callable[[], Sampling]] = {
+    "decoder, ddpm, guided": lambda: decoding("ddpm", 2.0),
+    "decoder, ddim, thresholded": lambda: decoding("ddim", 2.0, threshold=0.99),
+    "decoder, ddim, eta 1": lambda: decoding("ddim", eta=1.0),
+    "decoder, dpm": lambda: decoding("dpm"),
+    "decoder, guided in an interval": lambda: decoding("ddim", 2.0, interval=(0.2, 0.9)),
+    "decoder, inversion": lambda: inverting,
+    "diffusion_prior, analytic": lambda: priming("analytic"),
+    "diffusion_prior, dpm": lambda: priming("dpm"),
+    "ar_prior": lambda: coding,
+    "upsampler_256": lambda: upsampling("upsampler_256"),
+    "upsampler_256, a network for the last step": lambda: upsampling("upsampler_256", last_unet=True),
+    "upsampler_1024, tiles": lambda: upsampling("upsampler_1024", tile=256),
+}
+
+
+def encoding() -> Step:
+    model = build(lambda: clip(preset_config("nano").clip.model)).eval()
+
+    @torch.no_grad()
+    def step() -> None:
+        images, texts = model.encode_image(batch(64)["image"]), model.encode_text(batch(64)["tokens"])
+        assert {(x.device.type, x.dtype) for x in (images, texts)} == {("cuda", torch.float32)}
+
+    return step
+
+
+STEPS = {f"loss: {name}": case for name, case in LOSSES.items()} | {"clip encodes": encoding}
+CASES = (*STEPS, *(f"sampler: {name}" for name in SAMPLERS))
+
+
+def measure(name: str, watch: Watch) -> None:
+    """Runs a case; what ``watch`` holds then is what it costs once everything is warm."""
+    if name in STEPS:
+        step = STEPS[name]()
+        with watch:
+            step()
+            watch.clear()
+            step()
+        return
+    sampling = SAMPLERS[name.removeprefix("sampler: ")]()
+    kept: list[Any] = []
+
+    def progress(_: str, done: int, of: int) -> None:
+        if done == 1:
+            watch.clear()
+        elif done == of:
+            kept.append((watch.kernels, watch.copies, watch.asked))
+
+    with watch, torch.no_grad():
+        made = sampling(progress)
+        assert (made.device.type, made.dtype) == ("cuda", torch.float32)
+    [(watch.kernels, watch.copies, watch.asked)] = kept
+
+
+def run(names: list[str]) -> dict[str, Any]:
+    """Returns what was found of each case: kernels, copies, asked, or the error."""
+    pretend()
+    for steps_of in {config("nano", stage).steps for stage in ("decoder", "diffusion_prior", "upsampler_256")}:
+        for schedule in ("cosine", "linear"):
+            make_schedule(schedule, steps_of)  # a table of real values, which outlives a case
+    samplers.grid_steps = dpm_solver.grid_steps = steps  # type: ignore[assignment]
+    found: dict[str, Any] = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for name in names:
+        watch = Watch()
+        try:
+            with mode, torch.autograd.set_multithreading_enabled(False):
+                measure(name, watch)
+        except Exception:  # what it says is the finding
+            found[name] = {"error": traceback.format_exc()}
+            continue
+        found[name] = {"kernels": watch.kernels, "copies": watch.copies, "asked": watch.asked}
+    return found
