@@ -57,22 +57,6 @@ def test_every_step_equals_that_of_diffusers_in_float32(grid: Tensor) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=len)
-@fails_under(*FAULTS)
-def test_every_update_equals_that_of_diffusers_in_float64(grid: Tensor) -> None:
-    """Their ``step`` rounds to float32, so their updates are called one by one."""
-    scheduler, expected, seen = peer(grid), start(torch.float64), []
-    for i, t in enumerate(grid):
-        scheduler._step_index = i
-        seen.append(data(expected, t.expand(2)))
-        if i in (0, len(grid) - 1):
-            expected = scheduler.dpm_solver_first_order_update(seen[-1], sample=expected)
-        else:
-            expected = scheduler.multistep_dpm_solver_second_order_update(seen, sample=expected)
-    ours = dpm_solver(denoise, start(torch.float64), grid, SCHEDULE)
-    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
-
-
 def test_two_steps_are_those_of_ddim() -> None:
     grid = strided_grid(1000, 2)
     ours = dpm_solver(denoise, start(torch.float64), grid, SCHEDULE)

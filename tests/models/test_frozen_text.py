@@ -26,7 +26,7 @@ from models.interchange.prior import prior_inputs
 from models.losses import Losses
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig, TextTower
 from models.tokens import tokenize
-from tests.models.test_interchange_decoder import lively
+from tests.models.karlo import lively
 
 DIM, CONTEXT, WIDTH = 16, 12, 32
 CLIP = ClipConfig(

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
-from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from diffusers import PriorTransformer
 
 from models.cascade import UnCLIP
 from models.clip import Clip
@@ -22,9 +21,10 @@ from models.interchange import import_decoder, import_prior, import_unclip
 from models.pixels import to_uint8
 from models.prior_configs import ClipConfig
 from models.sampling_config import SamplingConfig
-from models.tokens import CONTEXT, VOCABULARY, tokenize
+from models.tokens import tokenize
+from tests.models import karlo
+from tests.models.karlo import DIM, assert_same
 from tests.models.mutations import fails_under
-from tests.models.test_interchange_decoder import DIM, TOKENS, assert_same, clip_text_tower, lively, write_text_encoder
 from tests.models.test_unet import normal
 
 CAPTIONS, SEEDS = ["a portrait of an old monk", ""], [3, 4]
@@ -33,53 +33,8 @@ SCHEDULE = make_schedule("cosine", 1000)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All parts of Karlo as diffusers' pipeline writes them, small, with CLIP's own tokens: 16 px, then 64."""
-    folder = tmp_path_factory.mktemp("karlo")
-    prior = lively(
-        PriorTransformer(
-            num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=DIM, num_embeddings=CONTEXT
-        ),
-        seed=1,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=3,
-        out_channels=6,
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=20,
-        attention_head_dim=16,
-        class_embed_type="identity",
-        resnet_time_scale_shift="scale_shift",
-    )
-    text_proj = UnCLIPTextProjModel(
-        clip_extra_context_tokens=TOKENS, clip_embeddings_dim=DIM, time_embed_dim=128, cross_attention_dim=20
-    )
-    prior.save_pretrained(folder / "prior")
-    lively(unet, seed=2).save_pretrained(folder / "decoder")
-    lively(text_proj, seed=3).save_pretrained(folder / "text_proj")
-    write_text_encoder(clip_text_tower(vocabulary=VOCABULARY, context=CONTEXT), folder / "text_encoder")
-    for seed, name in enumerate(("super_res_first", "super_res_last"), start=4):
-        network = UNet2DModel(
-            sample_size=64,
-            in_channels=6,
-            out_channels=3,
-            down_block_types=("ResnetDownsampleBlock2D",) * 2,
-            up_block_types=("ResnetUpsampleBlock2D",) * 2,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            add_attention=False,
-        )
-        lively(network, seed).save_pretrained(folder / name)
-    for stage, options in (
-        ("prior", {"prediction_type": "sample", "clip_sample_range": 5.0}),
-        ("decoder", {"variance_type": "learned_range"}),
-        ("super_res", {}),
-    ):
-        UnCLIPScheduler(**options).save_pretrained(folder / f"{stage}_scheduler")
+    folder = tmp_path_factory.mktemp("all") / "karlo"
+    karlo.write_all(folder)
     return folder
 
 
@@ -95,11 +50,11 @@ def unclip(folder: Path) -> UnCLIP:
 
 
 def test_it_samples_as_karlo_does_unless_told_otherwise(unclip: UnCLIP, folder: Path) -> None:
-    karlo = SamplingConfig(
+    theirs = SamplingConfig(
         candidates=1, prior_steps=25, prior_sampler="ddpm", prior_guidance=3.0, decoder_steps=50, decoder_guidance=7.0,
         upsampler_256_steps=7, size=256,
     )  # fmt: skip
-    assert unclip.sampling == karlo
+    assert unclip.sampling == theirs
     other = SamplingConfig(candidates=3)
     assert import_unclip(folder, clip(), other).sampling == other
 

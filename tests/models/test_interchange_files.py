@@ -24,7 +24,6 @@ from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.interchange import (
     decoder,
     export_decoder,
-    export_prior,
     export_upsampler,
     import_decoder,
     import_prior,
@@ -40,10 +39,9 @@ from models.interchange.text import text_config
 from models.prior_configs import ClipConfig, DiffusionPriorConfig, TextTower
 from models.upsampler import Upsampler
 from pipeline.config import preset_config
-from tests.models.test_interchange_decoder import CONFIG as DECODER
-from tests.models.test_interchange_decoder import DIM
-from tests.models.test_interchange_prior import CLIP_CONFIG
-from tests.models.test_interchange_upsampler import CONFIG as UPSAMPLER
+from tests.models import karlo
+from tests.models.karlo import CONFIG as DECODER
+from tests.models.karlo import DIM, UPSAMPLER
 
 WIDTHS = (320, 640, 960, 1280)
 PROCESS = Process("cosine", 1000, "eps")
@@ -73,22 +71,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def test_karlos_decoder_fits_at_its_real_size() -> None:
-    network = on_meta(
-        lambda: UNet2DConditionModel(
-            sample_size=64,
-            layers_per_block=3,
-            down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
-            up_block_types=(*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            block_out_channels=WIDTHS,
-            in_channels=3,
-            out_channels=6,
-            cross_attention_dim=1536,
-            class_embed_type="identity",
-            attention_head_dim=64,
-            resnet_time_scale_shift="scale_shift",
-        )
-    )
+    network = on_meta(lambda: karlo.unet(64, 3, WIDTHS, 1536, 64))
     projections = on_meta(lambda: UnCLIPTextProjModel(time_embed_dim=1280, cross_attention_dim=1536))
     config = decoder.config_of(old_config(network), old_config(projections), TEXT, PROCESS, 18.0)
     preset = preset_config("karlo").decoder.model
@@ -105,18 +88,7 @@ def test_karlos_decoder_fits_at_its_real_size() -> None:
 
 
 def test_karlos_upsampler_fits_at_its_real_size() -> None:
-    network = on_meta(
-        lambda: UNet2DModel(
-            sample_size=256,
-            layers_per_block=3,
-            down_block_types=("ResnetDownsampleBlock2D",) * 4,
-            up_block_types=("ResnetUpsampleBlock2D",) * 4,
-            block_out_channels=WIDTHS,
-            in_channels=6,
-            out_channels=3,
-            add_attention=False,
-        )
-    )
+    network = on_meta(lambda: karlo.upsampler(256, 3, WIDTHS))
     config = upsampler.config_of(old_config(network), PROCESS, last_unet=True)
     assert (config.low_size, config.image_size, config.scale_shift) == (64, 256, False)
     shape = upsampler.shape_of(config)
@@ -148,24 +120,15 @@ def test_karlos_prior_fits_at_its_real_size() -> None:
 
 
 @pytest.fixture(scope="module")
-def karlo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all parts and nothing of ours, as Karlo's; CLIP's tokens, and captions of 77."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("all") / "karlo"
-    torch.manual_seed(0)
-    tokens = {"vocabulary": 49408, "text_context": 77}
-    network = ClipPrior(dataclasses.replace(CLIP_CONFIG, **tokens), DIM)
-    images = Decoder(dataclasses.replace(DECODER, **tokens), DIM)
-    images.text = network.text
-    export_prior(network, folder)
-    export_decoder(images, folder)
-    export_upsampler(Upsampler(dataclasses.replace(UPSAMPLER, low_size=16, image_size=64)), folder)
-    shutil.rmtree(folder / "ours")
+    karlo.write_all(folder)
     return folder
 
 
 @pytest.fixture
-def copy(karlo: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(karlo, tmp_path / "karlo"))
+def copy(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "karlo"))
 
 
 def open_all(folder: Path) -> None:
@@ -309,7 +272,7 @@ def test_ours_of_another_version_is_refused(tmp_path: Path) -> None:
         import_upsampler(tmp_path)
 
 
-def test_the_examples_of_the_document_run(karlo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_document_run(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = Path(__file__).parents[2] / "docs/interchange.md"
     here, there = re.findall(r"^```python\n(.*?)^```$", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     save_model(
@@ -319,7 +282,7 @@ def test_the_examples_of_the_document_run(karlo: Path, tmp_path: Path, monkeypat
         tmp_path / "bundle/diffusion_prior", DiffusionPrior(DiffusionPriorConfig(width=32, depth=1, heads=2), DIM)
     )
     save_model(tmp_path / "bundle/upsampler_256", Upsampler(UpsamplerConfig(channels=32, depth=1, multipliers=(1, 2))))
-    shutil.copytree(karlo, tmp_path / "karlo")
+    shutil.copytree(written, tmp_path / "karlo")
     monkeypatch.chdir(tmp_path)
     clip = ClipConfig(embed_dim=DIM, layers=(1,), width=DIM, patch=16, text_width=DIM, text_layers=1, text_heads=2)
     monkeypatch.setattr(Clip, "pretrained", lambda name, tag: Clip.build(clip, seed=0).eval())

@@ -10,7 +10,7 @@ from diffusers import PriorTransformer, UnCLIPScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.clip_prior import ClipPrior, ClipPriorConfig
+from models.clip_prior import ClipPrior
 from models.decoder import Decoder
 from models.diffusion.samplers import ancestral
 from models.diffusion.schedules import make_schedule, strided_grid
@@ -26,11 +26,9 @@ from models.interchange import (
 from models.interchange import prior as conversion
 from models.nn.transformer import Block, Transformer
 from models.prior_configs import DiffusionPriorConfig
-from tests.models.mutations import fails_under
-from tests.models.test_interchange_decoder import (
-    CONFIG as DECODER_CONFIG,
-)
-from tests.models.test_interchange_decoder import (
+from tests.models import karlo
+from tests.models.karlo import (
+    CLIP_PRIOR,
     CONTEXT,
     DIM,
     VOCABULARY,
@@ -42,23 +40,17 @@ from tests.models.test_interchange_decoder import (
     text_features,
     write_text_encoder,
 )
+from tests.models.karlo import CONFIG as DECODER_CONFIG
+from tests.models.mutations import fails_under
 from tests.models.test_unet import normal
 
 CONFIG = DiffusionPriorConfig(text_context=CONTEXT, width=32, depth=2, heads=2, vocabulary=VOCABULARY)
-CLIP_CONFIG = ClipPriorConfig(
-    text_context=CONTEXT, width=32, depth=2, heads=2, vocabulary=VOCABULARY, text_depth=2, text_heads=2
-)
 T = torch.tensor([0, 421, 999])
 
 
 @pytest.fixture(scope="module")
 def theirs() -> PriorTransformer:
-    return lively(
-        PriorTransformer(
-            num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=DIM, num_embeddings=CONTEXT
-        ),
-        seed=6,
-    )
+    return lively(karlo.prior(), seed=6)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +70,7 @@ def folder(theirs: PriorTransformer, clip: open_clip.CLIP, tmp_path_factory: pyt
 
 
 @torch.no_grad()
-def karlo(theirs: PriorTransformer, clip: open_clip.CLIP, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+def karlos(theirs: PriorTransformer, clip: open_clip.CLIP, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
     """UnCLIPPipeline's call of its prior."""
     states, embedding, shown = text_features(clip, tokens)
     return theirs(x, t, embedding, states, shown).predicted_image_embedding
@@ -98,9 +90,9 @@ def karlo(theirs: PriorTransformer, clip: open_clip.CLIP, x: Tensor, t: Tensor, 
 def test_karlos_prior_opens_here(folder: Path, theirs: PriorTransformer, clip: open_clip.CLIP) -> None:
     prior = import_prior(folder)
     assert isinstance(prior, ClipPrior)
-    assert prior.config == CLIP_CONFIG
+    assert prior.config == CLIP_PRIOR
     x, unused = normal(3, DIM), torch.full((3, DIM), torch.nan)
-    expected = karlo(theirs, clip, x, T, captions())
+    expected = karlos(theirs, clip, x, T, captions())
     assert expected.abs().mean() > 0.1
     with torch.no_grad():
         out = prior(x, T, captions(), unused, torch.tensor([True, True, False]))  # the third caption is empty
@@ -117,7 +109,7 @@ def test_four_steps_of_its_guided_sampling_are_karlos(
     x, noises = normal(3, DIM), torch.Generator().manual_seed(4)
     tokens = torch.cat([captions()[2:].expand(3, -1), captions()])
     for i, t in enumerate(scheduler.timesteps):
-        empty, conditional = karlo(theirs, clip, x.repeat(2, 1), t, tokens).chunk(2)
+        empty, conditional = karlos(theirs, clip, x.repeat(2, 1), t, tokens).chunk(2)
         guided = empty + 4 * (conditional - empty)
         following = scheduler.timesteps[i + 1] if i < 3 else None
         x = scheduler.step(guided, t, x, prev_timestep=following, generator=noises).prev_sample
@@ -140,7 +132,7 @@ def test_theirs_to_ours_to_theirs_is_the_same_to_the_bit(folder: Path, tmp_path:
         before = load_file(folder / file)
         before.pop("text_model.embeddings.position_ids", None)
         assert_same(before, load_file(tmp_path / file))
-    assert import_prior(tmp_path).config == CLIP_CONFIG
+    assert import_prior(tmp_path).config == CLIP_PRIOR
 
 
 def own() -> DiffusionPrior:

@@ -18,37 +18,19 @@ from models.image_configs import UpsamplerConfig
 from models.interchange import export_upsampler, import_upsampler
 from models.nn.unet import ResBlock, UNet
 from models.upsampler import Upsampler, upsampler_denoise
+from tests.models import karlo
+from tests.models.karlo import UPSAMPLER as CONFIG
+from tests.models.karlo import assert_same, lively, precise
 from tests.models.mutations import fails_under
-from tests.models.test_interchange_decoder import assert_same, lively, precise
 from tests.models.test_unet import normal
 
-CONFIG = UpsamplerConfig(
-    low_size=4, image_size=16, channels=32, depth=2, multipliers=(1, 2), dropout=0.1, crop=1.0,
-    corrupt_at_inference=False, scale_shift=False, last_unet=True,
-)  # fmt: skip
 NAMES = ("super_res_first", "super_res_last")
 
 
 @pytest.fixture(scope="module")
 def theirs() -> dict[str, UNet2DModel]:
     """Karlo's two networks, small."""
-    return {
-        name: lively(
-            UNet2DModel(
-                sample_size=16,
-                in_channels=6,
-                out_channels=3,
-                down_block_types=("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"),
-                up_block_types=("ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
-                block_out_channels=(32, 64),
-                layers_per_block=2,
-                dropout=0.1,
-                add_attention=False,
-            ),
-            seed,
-        )
-        for seed, name in enumerate(NAMES)
-    }
+    return {name: lively(karlo.upsampler(16, 2, (32, 64), 0.1), seed) for seed, name in enumerate(NAMES)}
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,6 @@ LOSSES: dict[str, Callable[[], Step]] = {
     "decoder, clip's text": lambda: training(decoder(text_encoder="clip"), decoder_loss, batch(64)),
     "decoder, frozen text": lambda: training(decoder(text_encoder="frozen"), decoder_loss, batch(64)),
     "decoder, pixels": lambda: training(decoder(layout_channels=4, pixel_channels=8), decoder_loss, batch(64)),
-    "decoder, small": lambda: training(decoder("small"), decoder_loss, batch(64)),
     "diffusion_prior": lambda: training(prior("diffusion_prior", DiffusionPrior), diffusion_prior_loss, batch(64)),
     "diffusion_prior, frozen text": lambda: training(
         prior("diffusion_prior", DiffusionPrior, text_encoder="frozen"), diffusion_prior_loss, batch(64)
@@ -221,7 +220,7 @@ SAMPLERS: dict[str, Callable[[], Sampling]] = {
     "ar_prior": lambda: coding,
     "upsampler_256": lambda: upsampling("upsampler_256"),
     "upsampler_256, a network for the last step": lambda: upsampling("upsampler_256", last_unet=True),
-    "upsampler_1024, tiles": lambda: upsampling("upsampler_1024", tile=256),
+    "upsampler_1024, tiles": lambda: upsampling("upsampler_1024", tile=512),
 }
 
 
@@ -236,20 +235,100 @@ def encoding() -> Step:
     return step
 
 
-STEPS = {f"loss: {name}": case for name, case in LOSSES.items()} | {"clip encodes": encoding}
-CASES = (*STEPS, *(f"sampler: {name}" for name in SAMPLERS))
+# --- compiled, in one graph each --------------------------------------------------------------------------------------
+
+
+def compiled(network: nn.Module, *given: Any) -> Step:
+    """A network's forward and backward pass under autocast. Raises where the compiler would break its graph."""
+    whole = torch.compile(network, fullgraph=True, backend="aot_eager")
+
+    def step() -> None:
+        with autocast(CUDA, "bf16"):
+            out = whole(*given)
+        out.float().sum().backward()
+
+    return step
+
+
+class Tower(nn.Module):
+    """A CLIP whose call is that of one of its encoders."""
+
+    def __init__(self, model: Clip, encode: str):
+        super().__init__()
+        self.model, self.encode = model, encode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.model, self.encode)(x)
+
+
+def compiled_decoder() -> Step:
+    model, given, keep = decoder(), batch(64), zeros(ROWS, dtype=torch.bool)
+    t = zeros(ROWS, dtype=torch.int64)
+    return compiled(model, zeros(ROWS, 3, 64, 64), t, given["image_embedding"], given["tokens"], keep, keep)
+
+
+def compiled_upsampler(stage: str) -> Step:
+    sizes = config("nano", stage)
+    model = build(lambda: Upsampler(sizes))
+    side = sizes.crop_size
+    low = zeros(ROWS, 3, side // sizes.scale, side // sizes.scale)
+    return compiled(model, zeros(ROWS, 3, side, side), zeros(ROWS, dtype=torch.int64), low)
+
+
+def compiled_prior(stage: str, kind: type, *sizes: int) -> Step:
+    given, keep, whole = batch(64), zeros(ROWS, dtype=torch.bool), torch.int64
+    text = (given["tokens"], given["text_embedding"])
+    if stage == "ar_prior":
+        return compiled(
+            prior(stage, kind, *sizes), *text, zeros(ROWS, dtype=whole), zeros(ROWS, *sizes, dtype=whole), keep
+        )
+    return compiled(prior(stage, kind), zeros(ROWS, DIM), zeros(ROWS, dtype=whole), *text, keep)
+
+
+def compiled_tower(encode: str) -> Step:
+    chosen = preset_config("nano").clip.model
+    side = chosen.image_size
+    given = zeros(ROWS, 3, side, side) if encode == "encode_pixels" else batch(side)["tokens"]
+    return compiled(Tower(build(lambda: clip(chosen)), encode), given)
+
+
+COMPILED: dict[str, Callable[[], Step]] = {
+    "decoder": compiled_decoder,
+    "diffusion_prior": lambda: compiled_prior("diffusion_prior", DiffusionPrior),
+    "ar_prior": lambda: compiled_prior("ar_prior", ARPrior, CODES),
+    "upsampler_256": lambda: compiled_upsampler("upsampler_256"),
+    "upsampler_1024": lambda: compiled_upsampler("upsampler_1024"),
+    "clip's image tower": lambda: compiled_tower("encode_pixels"),
+    "clip's text tower": lambda: compiled_tower("encode_text"),
+}
+
+
+STEPS = {**{f"loss: {name}": case for name, case in LOSSES.items()}, "clip encodes": encoding}
+SAMPLERS = {f"sampler: {name}": case for name, case in SAMPLERS.items()}
+COMPILED = {f"compiled: {name}": case for name, case in COMPILED.items()}
+LARGE: dict[str, Callable[[], Step]] = {
+    "loss: decoder, small": lambda: training(decoder("small"), decoder_loss, batch(64)),
+}
+FAULTS: dict[str, Callable[[], Step]] = {
+    "fault: devices mix": lambda: lambda: zeros(2) + torch.zeros(2),
+    "fault: a blocking copy": lambda: lambda: torch.zeros(2).to(CUDA),
+    "fault: a question": lambda: lambda: bool(zeros(2).any()),
+}
 
 
 def measure(name: str, watch: Watch) -> None:
     """Runs a case; what ``watch`` holds then is what it costs once everything is warm."""
-    if name in STEPS:
-        step = STEPS[name]()
+    if name in COMPILED:  # of which nothing is counted: compilers run a network their own way
+        COMPILED[name]()()
+        return
+    if name not in SAMPLERS:
+        step = (STEPS | LARGE | FAULTS)[name]()
         with watch:
             step()
             watch.clear()
             step()
         return
-    sampling = SAMPLERS[name.removeprefix("sampler: ")]()
+    sampling = SAMPLERS[name]()
     kept: list[Any] = []
 
     def progress(_: str, done: int, of: int) -> None:

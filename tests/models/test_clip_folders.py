@@ -1,0 +1,279 @@
+"""CLIPs in folders and by name: what cannot be used is refused, tokenizers of their own, and no code is run."""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from models.clip import Clip
+from models.view import view
+from tests.models.mutations import fails_under
+from tests.models.test_clip import VIT, views
+
+
+def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no open_clip_config.json"):
+        Clip.from_folder(tmp_path)
+    Clip.build(VIT, seed=0).save(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no open_clip_model.safetensors"):
+        Clip.from_folder(tmp_path)
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    Clip.build(VIT, seed=0).save(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="holds no CLIP that open_clip can load"):
+        Clip.from_folder(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="KeyError"):
+        Clip.from_folder(tmp_path)
+
+
+def test_a_text_tower_that_a_folder_cannot_hold_is_refused(tmp_path: Path) -> None:
+    Clip.build(VIT, seed=0).save(tmp_path)
+    path = tmp_path / "open_clip_config.json"
+    saved = json.loads(path.read_text())
+    for change, said in (
+        ({"hf_model_name": "roberta-base"}, "roberta-base needs the hub"),
+        ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "does not read CLIP's own BPE"),
+        ({"vocab_size": 32000}, "does not read CLIP's own BPE"),
+        ({"context_length": 248}, "does not read CLIP's own BPE"),
+    ):
+        text = saved["model_cfg"]["text_cfg"] | change
+        path.write_text(json.dumps({**saved, "model_cfg": saved["model_cfg"] | {"text_cfg": text}}))
+        with pytest.raises(ValueError, match=said):
+            Clip.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="needs the hub"):
+        Clip.pretrained("roberta-ViT-B-32", "laion2b_s12b_b32k")
+
+
+SIGLIP = {  # as ViT-B-16-SigLIP, but tiny
+    "embed_dim": 20,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 32, "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "avg",
+        "timm_proj": "linear",
+    },
+    "text_cfg": {
+        "context_length": 8, "vocab_size": 50_000, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
+        "tokenizer_kwargs": {"clean": "canonicalize"}, "width": 16, "heads": 2, "layers": 1, "no_causal_mask": True,
+        "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6},
+    },
+}  # fmt: skip
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class AutoTokenizer:
+    """What open_clip asks of transformers' class of that name: a token a letter, from a file in the model's folder."""
+
+    def __init__(self, letters: str):
+        self.letters = letters
+
+    @classmethod
+    def from_pretrained(
+        cls, name: Path, cache_dir: str | None = None, trust_remote_code: bool | None = None
+    ) -> "AutoTokenizer":
+        assert trust_remote_code is False, "transformers would ask, or do as the folder says"
+        return cls((name / "tokenizer.json").read_text())
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text(self.letters)
+
+    def __call__(
+        self, texts: list[str], return_tensors: str, max_length: int, padding: str, truncation: bool
+    ) -> SimpleNamespace:
+        assert (return_tensors, padding, truncation) == ("pt", "max_length", True)
+        rows = [[self.letters.find(letter) + 2 for letter in text][:max_length] for text in texts]
+        return SimpleNamespace(input_ids=torch.tensor([row + [1] * (max_length - len(row)) for row in rows]))
+
+
+@pytest.fixture
+def siglip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as open_clip's hub has one for a SigLIP, with random weights."""
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoTokenizer=AutoTokenizer))
+    folder = tmp_path / "siglip"
+    folder.mkdir()
+    preprocess = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    document = {"model_cfg": SIGLIP, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    (folder / "tokenizer.json").write_text(LETTERS)
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder}")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@fails_under(
+    (Clip.encode_pixels, "- self.mean", "- 0.45"),
+    (Clip.encode_text, "self.own_tokenizer is None", "True"),
+    (Clip.tokenize, "self.own_tokenizer(shortened(captions))", "self.own_tokenizer(shortened(captions[::-1]))"),
+)
+def test_a_siglip_reads_its_own_tokens_and_squashes_as_we_crop(siglip: Path, tmp_path: Path) -> None:
+    """Against open_clip's transform and tokenizer; again after it was saved elsewhere, as the clip stage does."""
+    clip = Clip.from_folder(siglip)
+    clip.save(tmp_path / "saved")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{siglip}")
+    captions = ["A cat!", "a  much longer caption", ""]
+    images = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in views(size=48)]
+    squashed = torch.stack([preprocess(picture) for picture in images])
+    ours = torch.from_numpy(np.stack([view(picture, 32) for picture in images]))
+    tokens = open_clip.get_tokenizer(f"local-dir:{siglip}", trust_remote_code=False)(captions)
+    assert tokens[0].tolist() == [2, -1 + 2, 4, 2, 21, 1, 1, 1]
+    model.eval()
+    for one in (clip, Clip.from_folder(tmp_path / "saved")):
+        torch.testing.assert_close(
+            one.encode_image(ours.permute(0, 3, 1, 2)), model.encode_image(squashed, normalize=True), rtol=0, atol=1e-6
+        )
+        text = one.encode_text(one.tokenize(captions))
+        torch.testing.assert_close(text, model.encode_text(tokens, normalize=True), rtol=0, atol=1e-6)
+        assert (one.embed_dim, one.image_size, one.context_length) == (20, 32, 8)
+
+
+def test_an_own_tokenizer_that_is_not_there_is_one_line(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (siglip / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded"):
+        Clip.from_folder(siglip)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"pip install 'unclip-ray\[siglip\]'"):
+        Clip.from_folder(siglip)
+
+
+EVIL = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path(__file__).with_name("ran").touch()
+class Evil(PreTrainedTokenizerFast):
+    pass
+"""
+AUTO_MAP = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}
+
+
+def bring_code(folder: Path, said_in: str) -> None:
+    """Puts code into a CLIP folder and has one of its files ask for it."""
+    (folder / "evil.py").write_text(EVIL)
+    if said_in == "tokenizer_kwargs":
+        (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": AUTO_MAP}))
+        change_text(folder, tokenizer_kwargs={"trust_remote_code": True})
+    else:
+        (folder / said_in).write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": AUTO_MAP}))
+
+
+def change_text(folder: Path, **values: object) -> None:
+    """Changes fields of the text tower in a CLIP folder's configuration."""
+    change(folder, "text_cfg", values)
+
+
+def change(folder: Path, tower: str, values: dict[str, object]) -> None:
+    path = folder / "open_clip_config.json"
+    document = json.loads(path.read_text())
+    document["model_cfg"][tower] |= values
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("said_in", ["tokenizer_kwargs", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("tokenizer", [{}, {"hf_tokenizer_name": "x"}], ids=["bpe", "own"])
+def test_a_folder_brings_no_code(
+    said_in: str, tokenizer: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused in one line before open_clip or transformers, installed or not, is asked."""
+    Clip.build(VIT, seed=0).save(tmp_path)
+    change_text(tmp_path, **tokenizer)
+    bring_code(tmp_path, said_in)
+    asked: list[str] = []
+    monkeypatch.setattr(open_clip, "create_model", lambda name: asked.append(name))
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name, **_: asked.append(name))
+    with pytest.raises(ValueError, match="code") as refused:
+        Clip.from_folder(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert asked == []
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_gate_lets_no_code_past_transformers_itself(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub's folder of a named model could say: transformers is told not to run it. Needs the siglip extra."""
+    monkeypatch.delitem(sys.modules, "transformers")
+    pytest.importorskip("transformers")
+    bring_code(siglip, "tokenizer_config.json")
+    monkeypatch.setattr("models.clip._check_tokenizer_files", lambda folder: None)
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded") as refused:
+        Clip.from_folder(siglip)
+    assert "trust_remote_code" in str(refused.value)
+    assert not (siglip / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("tower", "values", "said"),
+    [
+        ("vision_cfg", {"timm_model_name": "hf-hub:evil/model"}, "its image tower hf-hub:evil/model needs the hub"),
+        ("vision_cfg", {"timm_model_name": "hf_hub:evil/model"}, "its image tower hf_hub:evil/model needs the hub"),
+        ("vision_cfg", {"timm_model_name": "local-dir:/tmp"}, "its image tower local-dir:/tmp needs the hub"),
+        ("vision_cfg", {"timm_model_pretrained": True}, "its image tower test_vit needs the hub"),
+        ("text_cfg", {"hf_model_name": "evil/model"}, "its text tower evil/model needs the hub"),
+        ("text_cfg", {"tokenizer_kwargs": {"cache_dir": "/etc"}}, "tokenizer_kwargs names cache_dir"),
+        ("text_cfg", {"tokenizer_kwargs": {"gguf_file": "x", "clean": "lower"}}, "tokenizer_kwargs names gguf_file"),
+        ("text_cfg", {"tokenizer_kwargs": ["clean"]}, "holds no CLIP that open_clip can load"),
+        ("text_cfg", {"width": "wide"}, "holds no CLIP that open_clip can load"),
+    ],
+)
+def test_a_folder_sends_open_clip_nowhere_else(
+    tower: str, values: dict, said: str, siglip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clip.from_folder(siglip)
+    change(siglip, tower, values)
+    with pytest.raises(ValueError, match=said) as refused:
+        Clip.from_folder(siglip)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_names_no_file_of_the_machine(siglip: Path) -> None:
+    path = siglip / "tokenizer_config.json"
+    path.write_text(json.dumps({"special_tokens_map_file": "/home/a/special_tokens_map.json", "vocab_file": None}))
+    Clip.from_folder(siglip)
+    path.write_text(json.dumps({"vocab_file": "/etc/passwd"}))
+    with pytest.raises(ValueError, match=r"names a file of this machine \(vocab_file\)"):
+        Clip.from_folder(siglip)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:evil/model", "local-dir:/tmp"])
+def test_a_name_is_one_of_open_clips_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match=f"open_clip has no model '{name}'"):
+        Clip.pretrained(name, "any")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_named_weights_that_are_a_pickle_run_nothing(suffix: str, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "ran",)
+
+    weights = tmp_path / f"weights{suffix}"
+    weights.write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(ValueError, match="could not be loaded") as refused:
+        Clip.pretrained("ViT-B-32", str(weights))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_named_weights(tmp_path: Path) -> None:
+    clip = Clip.build(VIT, seed=0).eval()
+    (tmp_path / "test-tiny-vit.json").write_text(json.dumps(clip.model_config))
+    open_clip.add_model_config(tmp_path / "test-tiny-vit.json")
+    weights = tmp_path / "weights.pt"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in clip.model.state_dict().items()}}, weights)
+    again = Clip.pretrained("test-tiny-vit", str(weights))
+    assert torch.equal(again.encode_image(views()), clip.encode_image(views()))
+    with pytest.raises(ValueError, match=r"weights 'laion9b' could not be loaded .* tags of test-tiny-vit are none"):
+        Clip.pretrained("test-tiny-vit", "laion9b")
+    with pytest.raises(ValueError, match="open_clip has no model 'ViT-Z'"):
+        Clip.pretrained("ViT-Z", "openai")
