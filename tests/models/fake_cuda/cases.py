@@ -126,8 +126,9 @@ LOSSES: dict[str, Callable[[], Step]] = {
     "clip, resnet": lambda: clip_training(RESNET),
     "decoder, own text": lambda: training(decoder(text_encoder="glide", context_width=0), decoder_loss, batch(64)),
     "decoder, clip's text": lambda: training(decoder(text_encoder="clip"), decoder_loss, batch(64)),
-    "decoder, frozen text": lambda: training(decoder(text_encoder="frozen"), decoder_loss, batch(64)),
-    "decoder, pixels": lambda: training(decoder(layout_channels=4, pixel_channels=8), decoder_loss, batch(64)),
+    "decoder, frozen text, layout and pixels": lambda: training(
+        decoder(text_encoder="frozen", layout_channels=4, pixel_channels=8), decoder_loss, batch(64)
+    ),
     "diffusion_prior": lambda: training(prior("diffusion_prior", DiffusionPrior), diffusion_prior_loss, batch(64)),
     "diffusion_prior, frozen text": lambda: training(
         prior("diffusion_prior", DiffusionPrior, text_encoder="frozen"), diffusion_prior_loss, batch(64)
@@ -145,7 +146,7 @@ LOSSES: dict[str, Callable[[], Step]] = {
 
 def steps(grid: Tensor, schedule: Schedule, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
     """Does what ``grid_steps`` does, for a grid whose values are known: fake ones have none."""
-    visited = (999, 700, 400, 3)
+    visited = (999, 400, 3)
     for i, (t, previous) in enumerate(zip(visited, (*visited[1:], -1), strict=True)):
         rows = x.new_ones(len(x), dtype=torch.int64)
         yield i, rows * t, rows * previous, previous < 0
@@ -160,7 +161,7 @@ def decoding(sampler: str, guidance: float = 0.0, eta: float = 0.0, **options: A
     denoise = decoder_denoise(model, given["image_embedding"], given["tokens"], guidance, **options)
 
     def sample(progress: Progress) -> Tensor:
-        run = Reverse("decoder", sampler, "learned", 4, progress, eta)
+        run = Reverse("decoder", sampler, "learned", 3, progress, eta)
         return run(model, denoise, draw().normal("x_T", 3, 64, 64), draw())
 
     return sample
@@ -172,7 +173,7 @@ def priming(sampler: str) -> Sampling:
     denoise = diffusion_prior_denoise(model, given["tokens"], given["text_embedding"], 1.0)
 
     def sample(progress: Progress) -> Tensor:
-        run = Reverse("diffusion_prior", sampler, "small", 4, progress)
+        run = Reverse("diffusion_prior", sampler, "small", 3, progress)
         made = model.image_embedding(run(model, denoise, draw().normal("x_T", DIM), draw()))
         return best_of(torch.stack([made, made]), given["text_embedding"])
 
@@ -188,7 +189,7 @@ def upsampling(stage: str, tile: int = 0, **changes: Any) -> Sampling:
 
     def sample(progress: Progress) -> Tensor:
         noise = draw().normal("x_T", 3, sizes.image_size, sizes.image_size)
-        return Reverse(stage, "ddim", "small", 4, progress)(model, denoise, noise, draw())
+        return Reverse(stage, "ddim", "small", 3, progress)(model, denoise, noise, draw())
 
     return sample
 
@@ -198,7 +199,7 @@ def inverting(progress: Progress) -> Tensor:
     denoise = decoder_denoise(model, given["image_embedding"], None, 0.0)
     schedule = make_schedule("cosine", model.config.steps)
     image = given["image"].float()
-    return samplers.ddim_inversion(denoise, image, zeros(4), schedule, lambda done, _: progress("inversion", done, 4))
+    return samplers.ddim_inversion(denoise, image, zeros(3), schedule, lambda done, _: progress("inversion", done, 3))
 
 
 def coding(progress: Progress) -> Tensor:
@@ -210,17 +211,16 @@ def coding(progress: Progress) -> Tensor:
 
 SAMPLERS: dict[str, Callable[[], Sampling]] = {
     "decoder, ddpm, guided": lambda: decoding("ddpm", 2.0),
-    "decoder, ddim, thresholded": lambda: decoding("ddim", 2.0, threshold=0.99),
-    "decoder, ddim, eta 1": lambda: decoding("ddim", eta=1.0),
+    "decoder, ddim, eta 1, thresholded": lambda: decoding("ddim", eta=1.0, threshold=0.99),
     "decoder, dpm": lambda: decoding("dpm"),
     "decoder, guided in an interval": lambda: decoding("ddim", 2.0, interval=(0.2, 0.9)),
     "decoder, inversion": lambda: inverting,
     "diffusion_prior, analytic": lambda: priming("analytic"),
     "diffusion_prior, dpm": lambda: priming("dpm"),
     "ar_prior": lambda: coding,
-    "upsampler_256": lambda: upsampling("upsampler_256"),
+    "upsampler_256, tiles": lambda: upsampling("upsampler_256", tile=128),
     "upsampler_256, a network for the last step": lambda: upsampling("upsampler_256", last_unet=True),
-    "upsampler_1024, tiles": lambda: upsampling("upsampler_1024", tile=512),
+    "upsampler_1024": lambda: upsampling("upsampler_1024"),
 }
 
 
