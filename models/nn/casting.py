@@ -36,9 +36,14 @@ def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
     return out
 
 
-def run_in_precision_of(x: Tensor, module: nn.Module, *rest: Tensor | None) -> Tensor:
-    """Returns ``module(x, *rest)``. On a GPU its weights, all of one dtype, are cast to that of ``x``, if need be."""
+def call_in(dtype: torch.dtype, module: nn.Module, *given: Tensor | None) -> Tensor:
+    """Returns ``module(*given)`` with all its weights, which are of one dtype, cast to ``dtype`` by one kernel."""
     names, weights = zip(*module.named_parameters(), strict=True)
-    if not x.is_cuda or weights[0].dtype == x.dtype:
+    return functional_call(module, dict(zip(names, _Together.apply(dtype, *weights), strict=True)), given)
+
+
+def run(module: nn.Module, x: Tensor, *rest: Tensor | None) -> Tensor:
+    """Returns ``module(x, *rest)``, on a GPU in the precision of ``x``; elsewhere autocast casts, where it is on."""
+    if not x.is_cuda or next(module.parameters()).dtype == x.dtype:
         return module(x, *rest)
-    return functional_call(module, dict(zip(names, _Together.apply(x.dtype, *weights), strict=True)), (x, *rest))
+    return call_in(x.dtype, module, x, *rest)

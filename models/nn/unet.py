@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.nn.attention import attend
-from models.nn.casting import half_precision, run_in_precision_of
+from models.nn.casting import half_precision, run
 from models.nn.embedding import timestep_embedding
 
 
@@ -105,8 +105,8 @@ class Stage(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, shown: Tensor | None = None) -> Tensor:
-        x = run_in_precision_of(x, self.resblock, embedding)
-        return x if self.attention is None else run_in_precision_of(x, self.attention, context, shown)
+        x = run(self.resblock, x, embedding)
+        return x if self.attention is None else run(self.attention, x, context, shown)
 
 
 class UNet(nn.Module):
