@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 
 LOG = Path(__file__).with_name("log.jsonl")
 PAGE = Path(__file__).parents[2] / "docs/recipes.md"
-TABLE = re.compile(r"^<!-- trials of (\w+) -->\n\n((?:\|.*\n)*)", re.MULTILINE)
+TABLE = re.compile(r"^<!-- trials of (\w+) -->\n\n(?:(?:\|.*\n)+\n)?", re.MULTILINE)
 COLUMNS = {  # of the table of each stage: a figure, its heading, its decimals
     "clip": {
         "name_alone": ("name", 2),
@@ -79,7 +79,12 @@ def check_new(lines: Iterable[Mapping[str, Any]], described: Mapping[str, Any], 
 
 def page(text: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """Returns the page with its tables as the record has them."""
-    return TABLE.sub(lambda found: f"<!-- trials of {found[1]} -->\n\n{table(found[1], lines)}", text)
+
+    def filled(found: re.Match[str]) -> str:
+        rows = table(found[1], lines)
+        return f"<!-- trials of {found[1]} -->\n\n{rows}" + "\n" * bool(rows)
+
+    return TABLE.sub(filled, text)
 
 
 def table(stage: str, lines: Sequence[Mapping[str, Any]]) -> str:
