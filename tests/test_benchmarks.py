@@ -78,7 +78,7 @@ def test_the_last_line_is_the_ratios(name: str) -> None:
 
 
 def test_the_check_of_a_gpu_runs_on_a_cpu_and_writes_a_profile(tmp_path: Path) -> None:
-    """At nano's sizes; a plan of nano takes the rates of all five models from it."""
+    """At nano's sizes; a plan of nano takes the rates of all six models from it."""
     file = tmp_path / "check.json"
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--quick", "--json", str(file)]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -88,7 +88,7 @@ def test_the_check_of_a_gpu_runs_on_a_cpu_and_writes_a_profile(tmp_path: Path) -
     assert parts == {name: "SKIP" if name in skipped else "PASS" for name, _ in PARTS}
     assert len(run.stdout.splitlines()) == len(PARTS) + 1
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert len(read_profile(file, build(preset_config("nano")))) == 5
+    assert len(read_profile(file, build(preset_config("nano")))) == 6
 
 
 @pytest.mark.slow

@@ -122,9 +122,9 @@ class Bench:
 
 
 def trainings(config: Config) -> dict[str, TrainingRecipe]:
-    """Returns the recipes of all trainings but CLIP's, by stage."""
+    """Returns the recipes of all trainings, by stage."""
     stages = build(config).values()
-    return {s.name: s.recipe for s in stages if s.kind == "training" and s.recipe is not config.clip}  # type: ignore[misc]
+    return {s.name: s.recipe for s in stages if s.kind == "training" and not s.recipe.pretrained}  # type: ignore[attr-defined]
 
 
 def make_task(config: Config, recipe: TrainingRecipe) -> Task:
