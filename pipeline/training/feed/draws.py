@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -37,6 +38,11 @@ class ReadyDraw(Draw):
         super().__init__(part.streams, part.device)
         self.part, self.place, self.numbers, self.asked = part, slice(start, stop), numbers, asked
         self.rows = part.rows
+
+    def on(self, device: torch.device | str) -> Self:
+        other = super().on(device)
+        other.part = self.part.on(device)
+        return other
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         return self._take("normal", purpose, *shape)

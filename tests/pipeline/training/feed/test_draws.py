@@ -41,6 +41,9 @@ def test_numbers_that_lie_ready_are_those_of_the_draw() -> None:
                 for name, arguments in CALLS:
                     assert torch.equal(getattr(ready, name)(*arguments), getattr(part, name)(*arguments))
                 assert torch.equal(ready.keep("drop", 0.3), part.keep("drop", 0.3))
+                moved = ready.on("meta")
+                assert all(getattr(moved, name)(*arguments).device.type == "meta" for name, arguments in CALLS)
+                assert (ready.device.type, ready.part.device.type) == ("cpu", "cpu")
         assert asked == set(CALLS[known:])
 
 
