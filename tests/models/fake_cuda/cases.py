@@ -108,10 +108,11 @@ def training(
 
 
 def upsampler_training(stage: str) -> Step:
-    """With a batch that has the small image: BSR, whose sizes are drawn, is for the CPU."""
+    """With crops and small images, as the feed makes them; the damage of BSR, whose sizes are drawn, is for the CPU."""
     sizes = config("nano", stage)
-    low = zeros(ROWS, 3, *[sizes.crop_size // sizes.scale] * 2)
-    columns = batch(sizes.image_size) | ({} if sizes.corruption == "blur" else {"low": low})
+    crop, low = (zeros(ROWS, 3, side, side) for side in (sizes.crop_size, sizes.crop_size // sizes.scale))
+    made = {"crop": crop.to(torch.uint8), "low": low}
+    columns = batch(sizes.image_size) if sizes.corruption == "blur" else made
     return training(build(lambda: Upsampler(sizes)), upsampler_loss, columns)
 
 
