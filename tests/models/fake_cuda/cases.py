@@ -126,7 +126,6 @@ LOSSES: dict[str, Callable[[], Step]] = {
     "clip": lambda: clip_training({}),
     "clip, resnet": lambda: clip_training(RESNET),
     "decoder, own text": lambda: training(decoder(text_encoder="glide", context_width=0), decoder_loss, batch(64)),
-    "decoder, clip's text": lambda: training(decoder(text_encoder="clip"), decoder_loss, batch(64)),
     "decoder, frozen text, layout and pixels": lambda: training(
         decoder(text_encoder="frozen", layout_channels=4, pixel_channels=8), decoder_loss, batch(64)
     ),
