@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from pipeline.training.loop import NonFinite, OutOfMemory
 
 REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
 LISTEN_EVERY_S = 5.0  # all workers wait for each other when they ask whether a machine is to be taken away
-LOG_LINES, LOG_S = 1000, 10  # of a lost worker's log, and for how long it is asked for
+LOGS, LOG_LINES, LOG_S = 4, 1000, 10  # of how many lost workers a log is read, its lines, how long it is asked for
+DIED = re.compile(r"\bpid: (\d+)\b.*?\bip: (\S+)", re.DOTALL)  # in Ray's words on an actor
 LONGEST_REASON = 400  # characters
 NCCL_ERROR = re.compile(r"NCCL WARN|NCCL error|Watchdog caught|\bnccl\w*Error\b")
 EXPECTED = (UserError, Unreachable, NonFinite, Superseded, CorruptObject, OutOfMemory)
@@ -146,26 +148,32 @@ def _cause(failures: Sequence[Exception]) -> Exception:
 def _last_words(failures: Sequence[Exception]) -> str:
     """Returns the first error of NCCL or gloo that lost workers have raised or logged, on one line; "" without one.
 
-    NCCL ends a process that it finds an error in, so that only the log of the worker has it. Ray's Jobs server, which
-    every cluster has, shows it.
+    NCCL ends a process that it finds an error in, so that only the log of the worker has it.
     """
-    said = [" ".join(str(failure).split()) for failure in failures if _hung_up(failure)]
+    dead = [found for failure in failures for found in DIED.findall(str(failure))]
+    for pid, address in dead[:LOGS]:
+        if said := _logged(int(pid), address):
+            return said[0][:LONGEST_REASON]
+    raised = [" ".join(str(failure).split()) for failure in failures if _hung_up(failure)]
     # That the other side has gone is what follows from the first error, on another worker.
-    told = sorted(said, key=lambda text: "remote process" in text or "by peer" in text)
-    for failure in failures:
-        for pid, address in re.findall(r"\bpid: (\d+)\b.*?\bip: (\S+)", str(failure), re.DOTALL):
-            told[:0] = _logged(int(pid), address)
-    return told[0][:LONGEST_REASON] if told else ""
+    raised.sort(key=lambda text: "remote process" in text or "by peer" in text)
+    return raised[0][:LONGEST_REASON] if raised else ""
 
 
 def _logged(pid: int, address: str) -> list[str]:
     """Returns the lines by which NCCL and torch's process groups tell of errors in a worker's log."""
+    import ray
     from ray.util.state import get_log
 
     found = []
     for suffix in ("out", "err"):
-        with suppress(Exception):  # of many kinds: without a dashboard there is no log to be had, nor of a lost machine
-            text = "".join(get_log(node_ip=address, pid=pid, suffix=suffix, tail=LOG_LINES, timeout=LOG_S))
+        with suppress(Exception):  # of many kinds: a machine that is lost has no log, nor has a log that cannot be read
+            if address == ray.util.get_node_ip_address():  # the Ray of one machine has no Jobs server to ask
+                node: Any = ray._private.worker._global_node
+                [file] = Path(node.get_logs_dir_path()).glob(f"worker-*-{pid}.{suffix}")
+                text = file.read_text(errors="replace")
+            else:
+                text = "".join(get_log(node_ip=address, pid=pid, suffix=suffix, tail=LOG_LINES, timeout=LOG_S))
             found += [" ".join(line.split()) for line in text.splitlines() if NCCL_ERROR.search(line)]
     return found
 

@@ -5,11 +5,11 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 from safetensors.torch import load
 from torch.distributed import DistBackendError
 
@@ -163,17 +163,24 @@ def die(group: ProcessGroup) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_of_a_worker_that_nccl_has_ended_the_log_is_asked(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Ray of the tests has no dashboard, which answers on a cluster: the file is read in its place."""
-
-    def get_log(node_ip: str, pid: int, suffix: str, **_: object) -> Iterator[str]:
-        assert node_ip in {node["NodeManagerAddress"] for node in ray.nodes()}
-        folder = Path(ray._private.worker._global_node.get_logs_dir_path())
-        yield from [file.read_text() for file in folder.glob(f"worker-*-{pid}.{suffix}")]
-
-    monkeypatch.setattr("ray.util.state.get_log", get_log)
+def test_of_a_worker_that_nccl_has_ended_the_log_is_read(ray: Any) -> None:
     with pytest.raises(WorkerLost, match=r"^a worker died or could not start \(.* NCCL WARN socketStartConnect: no ro"):
         launch(die, "clip", "die", TrainingSettings(workers=1, threads=1, device="cpu"), RaySettings())
+
+
+def test_of_a_worker_of_another_machine_ray_is_asked_for_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def get_log(**words: Any) -> Iterator[str]:
+        asked.append((words["node_ip"], words["pid"]))
+        yield "[rank3]: Watchdog caught collective operation timeout:"
+        yield " WorkNCCL(SeqNum=7)\nterminate called\n"
+
+    monkeypatch.setattr("ray.util.state.get_log", get_log)
+    died = RayError("The actor died.\n\tpid: 71\n\tnamespace: n\n\tip: 10.0.0.3\nIts process has died.")
+    found = _cause([died, DistBackendError("NCCL error in: a.cpp:7, remote process exited")])
+    assert str(found).endswith("([rank3]: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7))")
+    assert set(asked) == {("10.0.0.3", 71)}
 
 
 @pytest.mark.parametrize(
