@@ -242,8 +242,8 @@ def _read(folder: Path) -> State | None:
 
 
 def _scratch(folder: Path) -> str:
-    """Returns how the names of Ray's folders begin, for the cluster of ``folder``. They mark its processes."""
-    return f"unclip-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}-"
+    """Returns how the names of Ray's folders begin, for the cluster of ``folder``; short, since sockets lie there."""
+    return f"unclip-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}-"
 
 
 def _is_keeper(pid: int, folder: Path) -> bool:
