@@ -25,7 +25,6 @@ from pipeline.errors import UserError
 from pipeline.graph.execute import execute, make_context
 from pipeline.graph.stages import Context, ordered
 from pipeline.parse import parse
-from pipeline.training.distributed.launch import use_threads
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import NonFinite, fit
@@ -123,7 +122,7 @@ def run(
     Raises:
         UserError: The trial does not fit its configuration.
     """
-    use_threads(trial.threads)
+    torch.set_num_threads(trial.threads)
     changes = [*trial.overrides, f"{trial.stage}.seed={seed}", f"store={store}", *IN_THIS_PROCESS]
     project = open_project(trial.config, changes)
     ctx = context(project, trial.stage)

@@ -7,7 +7,6 @@ below.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pipeline.config import Config
 from pipeline.cost.observed import Observation, Seen, pace, passes_of, shape
 from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
+from pipeline.graph.resources import cores
 from pipeline.graph.stages import Graph
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 
@@ -152,7 +152,7 @@ class Cost:
 
 def estimate(stage: str, ask: Ask) -> Cost:
     """Returns what making a stage again costs. Raises UserError for a CLIP that open_clip does not know."""
-    workers, cores, gpus = resources(stage, ask)
+    workers, held, gpus = resources(stage, ask)
     seen = ask.observations(stage)
     counted = bool(ask.fleet and gpus)
     if seen and not counted:
@@ -161,8 +161,8 @@ def estimate(stage: str, ask: Ask) -> Cost:
     else:
         startup, rest = _counted(stage, ask, workers, counted)
         seconds, basis = startup + rest, "counted" if counted else "guess"
-    cores = 0 if gpus and ask.graph[stage].kind == "training" else cores
-    return Cost(seconds, startup, basis, cores, gpus, _disk(stage, ask))
+    held = 0 if gpus and ask.graph[stage].kind == "training" else held
+    return Cost(seconds, startup, basis, held, gpus, _disk(stage, ask))
 
 
 def resources(stage: str, ask: Ask) -> tuple[int, float, float]:
@@ -172,9 +172,9 @@ def resources(stage: str, ask: Ask) -> tuple[int, float, float]:
         if fleet:
             workers = min(fleet.count, ask.graph[stage].recipe.lanes)  # no lane is shared
             return workers, 0, workers
-        return max(1, settings.workers), max(settings.workers, cores_here()), 0  # type: ignore[union-attr]
+        return max(1, settings.workers), max(settings.workers, cores()), 0  # type: ignore[union-attr]
     if kind == "result":
-        return 1, 0 if fleet else cores_here(), 1 if fleet else 0
+        return 1, 0 if fleet else cores(), 1 if fleet else 0
     if kind != "data" or settings is None:  # in the driver
         return 1, 1, 0
     decoders = getattr(settings, "decoders", None)
@@ -197,11 +197,6 @@ def clip_size(recipe: ClipRecipe) -> ClipSize:
     from pipeline.cost.flops import count_clip
 
     return count_clip(recipe)
-
-
-def cores_here() -> int:
-    """Returns how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def amount(stage: str, ask: Ask) -> float:
@@ -238,9 +233,9 @@ def _counted(stage: str, ask: Ask, workers: int, on_fleet: bool) -> tuple[float,
         work = node.recipe.samples * model_size(ask.config, stage).training
         if on_fleet:
             return START_SECONDS["gpus"], work / (workers * rate(ask, node.recipe.precision, stage))
-        return START_SECONDS["training"], work / (cores_here() * CORE_FLOPS)
+        return START_SECONDS["training"], work / (cores() * CORE_FLOPS)
     if node.kind == "result":
-        return 0.0, amount(stage, ask) / (rate(ask, "bf16") if on_fleet else cores_here() * CORE_FLOPS)
+        return 0.0, amount(stage, ask) / (rate(ask, "bf16") if on_fleet else cores() * CORE_FLOPS)
     if on_fleet:
         each = max(encode_seconds(ask), decode_seconds(ask) * workers / resources(stage, ask)[1])
         return START_SECONDS["gpus"], ask.rows * each / workers

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.build import build
 from pipeline.config import Config
 from pipeline.doctor.finding import Finding, gigabytes
+from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings
 
 PROCESS = 1 << 30  # bytes that Python, torch and Ray take in a process before any model
@@ -24,8 +25,6 @@ SHARED = Path("/dev/shm")
 def check_machine() -> Iterator[Finding]:
     """Yields what there is to compute with."""
     import torch
-
-    from pipeline.training.distributed.launch import cores
 
     yield Finding("ok", "python", f"{platform.python_version()}, {sys.executable}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

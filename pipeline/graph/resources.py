@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline.settings import EmbeddingsSettings, GenerationSettings, ShardSettings, TrainingSettings
 
 Settings = ShardSettings | TrainingSettings
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from PIL.PngImagePlugin import PngInfo
 from models.cascade import UnCLIP
 from models.sampling_config import UPSAMPLERS
 from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.resources import cores
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, counted
 from pipeline.store.records import materialise, put_blob
 from pipeline.training.device import choose_device
-from pipeline.training.distributed.launch import cores
 
 log = logging.getLogger("unclip")
 

@@ -89,7 +89,7 @@ class BetweenSteps:
     def _late(self, state: TrainState, now: float) -> bool:
         late = now - self.saved_at >= self.settings.checkpoint_every_s
         if self.group.sharded:  # rank 0's clock counts, and asking it costs a collective
-            return state.samples // self.recipe.batch % CHECK_EVERY == 0 and self.group.agree(late)
+            return state.samples // self.recipe.batch % CHECK_EVERY == 0 and self.group.collect([late])[0]
         return late
 
     def _validate_publish_save(self, state: TrainState, validate: bool, reached: Sequence[int], save: bool) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.graph.resources import cores
 from pipeline.graph.stages import Context, trajectory_key
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.device import choose_device
-from pipeline.training.distributed.launch import cores, use_threads
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
@@ -53,7 +53,7 @@ def replay(ctx: Context) -> Replay | None:
     if found is None:
         return None
     samples, weights = found
-    use_threads(ctx.settings.threads or cores())
+    torch.set_num_threads(ctx.settings.threads or cores())
     group = ProcessGroup(device=choose_device(ctx.settings.device))
     task = task_of(ctx)
     objective = begin(task, ctx.recipe, group).objective

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ Examples = Sequence[tuple[Batch, Draw]]
 
 
 class Task(Protocol):
-    """Defines what a model reads, its loss and its validation.
+    """Defines what a model reads, its loss and its validation. Every ``model`` given is one that ``model`` has made.
 
     Attributes:
         columns: What a batch holds, of "image", "tokens", "image_embedding", "text_embedding".
@@ -41,13 +41,13 @@ class Task(Protocol):
     def model(self, seed: int) -> nn.Module:
         """Returns a new model with random weights drawn from ``seed``."""
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
+    def loss(self, model: Any, batch: Batch, draw: Draw) -> Losses:
         """Returns the loss of each row."""
 
-    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def validate(self, model: Any, examples: Examples) -> dict[str, float]:
         """Returns metrics on validation rows, each batch with its own draw, which is always the same."""
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: Any, folder: Path) -> None:
         """Writes the model as the files of its artefact."""
 
 
@@ -74,10 +74,10 @@ class Finishes(Task, Protocol):
     finish_rows: int
     measured: tuple[str, ...]
 
-    def finish(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
+    def finish(self, model: Any, examples: Examples) -> dict[str, Tensor]:
         """Returns statistics of the model on training rows, by the names in ``measured``."""
 
-    def save(self, model: nn.Module, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
+    def save(self, model: Any, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
         """Writes the model and its statistics as the files of its artefact."""
 
 
@@ -111,7 +111,7 @@ class Previews(Protocol):
 
     preview_rows: int
 
-    def preview(self, model: nn.Module, batch: Batch, draw: Draw) -> Tensor:
+    def preview(self, model: Any, batch: Batch, draw: Draw) -> Tensor:
         """Returns an image of what the model makes of some validation rows, uint8 [3, h, w]."""
 
 

@@ -54,9 +54,8 @@ class Training:
         speed = self._speed(task, feed, state, group) if group.is_rank_0 else NOT_MEASURED
         if isinstance(task, Contrastive):
             task.gather = group.gather
-        train = partial(fit, ctx.stage, feed, ctx.recipe, ctx.settings, group, state)
         try:
-            self._train(train, Publisher(ctx, task, feed, group, speed), state)
+            self._train(Publisher(ctx, task, feed, group, speed), state)
         except NonFinite as e:
             weights = group.whole(state.model)
             if group.is_rank_0:
@@ -80,13 +79,9 @@ class Training:
                 return state
             newest = min(found)
 
-    def _train(
-        self,
-        train: Callable[[Callable[[TrainState], None]], TrainState],
-        publish: Publisher,
-        state: TrainState,
-    ) -> None:
+    def _train(self, publish: Publisher, state: TrainState) -> None:
         ctx, task, feed, group = self.ctx, publish.task, publish.feed, publish.group
+        train = partial(fit, ctx.stage, feed, ctx.recipe, ctx.settings, group, state)
         if not (group.is_rank_0 or group.sharded):
             train(lambda _: None)
             return

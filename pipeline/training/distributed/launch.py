@@ -20,6 +20,7 @@ from torch.distributed import DistError
 
 from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
 from pipeline.graph.ray import start_ray, wait_for_room
+from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.device import choose_device
 from pipeline.training.distributed.process_group import ProcessGroup
@@ -64,7 +65,7 @@ def launch(
         Exception: What a worker raised, if it is one of EXPECTED.
     """
     if settings.workers == 0:
-        use_threads(settings.threads or cores())
+        torch.set_num_threads(settings.threads or cores())
         work(ProcessGroup(device=choose_device(settings.device)))
         return
     ray = start_ray(ray_settings)
@@ -96,16 +97,6 @@ def launch(
             raise _cause([e]) from e
 
 
-def cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def use_threads(count: int) -> None:
-    """Computes on ``count`` threads: Ray lowers OMP_NUM_THREADS in its workers."""
-    torch.set_num_threads(count)
-
-
 def _worker(config: Mapping[str, Any]) -> None:
     """Runs one Ray worker. Sends errors that the driver expects in a form that can be pickled."""
     import ray.train
@@ -113,7 +104,8 @@ def _worker(config: Mapping[str, Any]) -> None:
 
     context = ray.train.get_context()
     settings: TrainingSettings = config["settings"]
-    use_threads(settings.threads or max(1, cores() // context.get_local_world_size()))
+    # Ray lowers OMP_NUM_THREADS in its workers.
+    torch.set_num_threads(settings.threads or max(1, cores() // context.get_local_world_size()))
     os.environ.setdefault("NCCL_DEBUG", "WARN")  # else it says of an error that it was one
     size = context.get_world_size()
     device = ray.train.torch.get_device()
@@ -197,7 +189,6 @@ class Watcher:
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Reports and asks where it is time to; all workers call it after the same steps."""
         import ray.train
-        import torch
 
         now = time.monotonic()
         overdue = [now - self.reported > REPORT_EVERY_S, now - self.listened > LISTEN_EVERY_S]

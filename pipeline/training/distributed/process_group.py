@@ -114,7 +114,3 @@ class ProcessGroup:
     def side_group(self) -> Any:
         """Returns a process group of all workers for what a thread of each does beside the steps."""
         return dist.new_group(backend="gloo") if self.size > 1 else None
-
-    def agree(self, wish: bool) -> bool:
-        """Returns the wish of rank 0."""
-        return self.collect([wish])[0]

@@ -42,14 +42,13 @@ class ARPriorTask:
         sizes = self.tower and self.tower.sizes
         return seeded(lambda: ARPrior(self.config, self.embed_dim, self.codec.codes, sizes), seed, self.tower)
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
-        assert isinstance(model, ARPrior)
+    def loss(self, model: ARPrior, batch: Batch, draw: Draw) -> Losses:
         device = batch["image_embedding"].device
         if self.codec.mean.device != device:
             self.codec = self.codec.to(device)
         return ar_prior_loss(model, batch, draw, self.codec)
 
-    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def validate(self, model: ARPrior, examples: Examples) -> dict[str, float]:
         """Returns the "loss", its rise with another row's caption and text embedding, and "nats_below_uniform".
 
         The latter is how much less a code costs than one of equally likely buckets, as a codec's are.
@@ -57,7 +56,7 @@ class ARPriorTask:
         figures = conditional_figures(partial(self.loss, model), examples, ("tokens", "text_embedding"))
         return figures | {"nats_below_uniform": log(self.config.buckets) - figures["loss"]}
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: ARPrior, folder: Path) -> None:
         save_model(folder, model)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from models.clip import Clip, Gather, alone, clip_loss
 from models.draw import Draw
@@ -38,13 +37,11 @@ class ClipTask:
     def model(self, seed: int) -> Clip:
         return Clip.build(self.config, seed)
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
-        assert isinstance(model, Clip)
+    def loss(self, model: Clip, batch: Batch, draw: Draw) -> Losses:
         return clip_loss(model, batch, draw, self.gather)
 
-    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def validate(self, model: Clip, examples: Examples) -> dict[str, float]:
         """Returns the contrastive "loss" among all validation rows, and "recall_at_1" of captions given images."""
-        assert isinstance(model, Clip)
         image = torch.cat([model.encode_image(batch["image"]) for batch, _ in examples])
         text = torch.cat([model.encode_text(batch["tokens"]) for batch, _ in examples])
         labels = torch.arange(len(image), device=image.device)
@@ -52,8 +49,7 @@ class ClipTask:
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         return {"loss": float(loss), "recall_at_1": float((logits.argmax(1) == labels).float().mean())}
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        assert isinstance(model, Clip)
+    def save(self, model: Clip, folder: Path) -> None:
         model.save(folder)
 
 

@@ -42,18 +42,16 @@ class DecoderTask:
         sizes = self.tower and self.tower.sizes
         return seeded(lambda: Decoder(self.config, self.embed_dim, sizes), seed, self.tower)
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
-        assert isinstance(model, Decoder)
+    def loss(self, model: Decoder, batch: Batch, draw: Draw) -> Losses:
         return decoder_loss(model, batch, draw)
 
-    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def validate(self, model: Decoder, examples: Examples) -> dict[str, float]:
         """Returns the "loss", and its rise with another row's embedding and caption."""
         conditions = ("image_embedding", "tokens")
         return conditional_figures(partial(self.loss, model), examples, conditions, self.config.steps)
 
-    def preview(self, model: nn.Module, batch: Batch, draw: Draw) -> Tensor:
+    def preview(self, model: Decoder, batch: Batch, draw: Draw) -> Tensor:
         """Returns the images, and below them what their embeddings and captions become, without guidance."""
-        assert isinstance(model, Decoder)
         size, steps = self.config.image_size, self.config.steps
         denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], guidance=0.0)
         schedule = make_schedule(self.config.schedule, steps)
@@ -62,7 +60,7 @@ class DecoderTask:
             batch["image"], to_uint8(ddim(denoise, noise, strided_grid(steps, min(steps, _PREVIEW_STEPS)), schedule))
         )
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: Decoder, folder: Path) -> None:
         save_model(folder, model)
 
 

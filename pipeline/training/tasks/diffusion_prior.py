@@ -46,15 +46,13 @@ class DiffusionPriorTask:
         sizes = self.tower and self.tower.sizes
         return seeded(lambda: DiffusionPrior(self.config, self.embed_dim, sizes), seed, self.tower)
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
-        assert isinstance(model, DiffusionPrior)
+    def loss(self, model: DiffusionPrior, batch: Batch, draw: Draw) -> Losses:
         return diffusion_prior_loss(model, batch, draw)
 
-    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def validate(self, model: DiffusionPrior, examples: Examples) -> dict[str, float]:
         """Returns the "loss", its rise with another row's conditions, and cosines to the image embedding."""
         loss = partial(self.loss, model)
         figures = conditional_figures(loss, examples, ("tokens", "text_embedding"), self.config.steps)
-        assert isinstance(model, DiffusionPrior)
         return figures | self._cosines(model, examples)
 
     def _cosines(self, model: DiffusionPrior, examples: Examples) -> dict[str, float]:
@@ -72,12 +70,11 @@ class DiffusionPriorTask:
             of_text.append(F.cosine_similarity(text.float(), image.float()))
         return {"cosine_of_mean": float(torch.cat(of_mean).mean()), "cosine_of_text": float(torch.cat(of_text).mean())}
 
-    def finish(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
+    def finish(self, model: DiffusionPrior, examples: Examples) -> dict[str, Tensor]:
         """Returns Analytic-DPM's "gamma"."""
-        assert isinstance(model, DiffusionPrior)
         return {"gamma": diffusion_prior_gamma(model, examples)}
 
-    def save(self, model: nn.Module, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
+    def save(self, model: DiffusionPrior, folder: Path, statistics: dict[str, Tensor] | None = None) -> None:
         save_model(folder, model, model.state_dict() | (statistics or {}))
 
 

@@ -39,8 +39,7 @@ class UpsamplerTask:
     def model(self, seed: int) -> nn.Module:
         return seeded(lambda: Upsampler(self.config), seed)
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
-        assert isinstance(model, Upsampler)
+    def loss(self, model: Upsampler, batch: Batch, draw: Draw) -> Losses:
         return upsampler_loss(model, batch, draw)
 
     def prepare(self, batch: Batch, draw: Draw) -> Batch:
@@ -48,14 +47,13 @@ class UpsamplerTask:
         crop = {"crop": training_crop(self.config, batch, draw)}
         return crop | {"low": training_low(self.config, crop, draw)}
 
-    def validate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def validate(self, model: Upsampler, examples: Examples) -> dict[str, float]:
         """Returns the "loss" on a crop of each image, and its rise with another row's small image."""
         given = [(batch | {"low": training_low(self.config, batch, draw)}, draw) for batch, draw in examples]
         return conditional_figures(partial(self.loss, model), given, ("low",), self.config.steps)
 
-    def preview(self, model: nn.Module, batch: Batch, draw: Draw) -> Tensor:
+    def preview(self, model: Upsampler, batch: Batch, draw: Draw) -> Tensor:
         """Returns, from above: small images enlarged by bicubic interpolation, upsampled, and the large images."""
-        assert isinstance(model, Upsampler)
         config = self.config
         small = resize(from_uint8(batch["image"]), (config.low_size, config.low_size))
         denoise = upsampler_denoise(model, sampling_low(config, small, draw))
@@ -65,7 +63,7 @@ class UpsamplerTask:
         enlarged = resize(small, (config.image_size, config.image_size))
         return grid(to_uint8(enlarged), to_uint8(large), batch["image"])
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: Upsampler, folder: Path) -> None:
         save_model(folder, model)
 
 

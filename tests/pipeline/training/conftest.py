@@ -3,7 +3,7 @@
 import hashlib
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,16 @@ from PIL import Image, ImageDraw
 
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.evaluate.stage import EvaluationRecipe
-from pipeline.graph.artifacts import Artifact, Shard, publish_artifact, publish_shard, write_shard_table, write_table
+from pipeline.graph.artifacts import (
+    Artifact,
+    Shard,
+    publish_artifact,
+    publish_shard,
+    read_shards,
+    read_table,
+    write_shard_table,
+    write_table,
+)
 from pipeline.graph.stages import Context, Stage, stage_key
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, TrainingSettings
@@ -142,6 +151,21 @@ def with_codec(world: World) -> World:
     blobs = {"model.safetensors": put_blob(world.store, save(codec.tensors()))}
     artifact = publish_artifact(world.store, Artifact("codec", "c" * 64, {}, {}, Ledger(), blobs), 0.0)
     return replace(world, inputs=world.inputs | {"codec": artifact})
+
+
+def rewritten(world: World, stage: str, change: Callable[[pa.Table], pa.Table]) -> World:
+    """The same world, with another table of this stage in every shard."""
+    shards = []
+    for row in read_shards(world.store, world.inputs[stage]):
+        blob = put_blob(world.store, write_table(change(read_table(world.store, row.blobs[stage]))))
+        shards.append(Shard(row.number, row.key, Ledger(kept=row.kept), {stage: blob}))
+    return listed(world, stage, shards)
+
+
+def listed(world: World, stage: str, shards: Sequence[Shard]) -> World:
+    """The same world, with other shards of this stage."""
+    table, _ = write_shard_table(world.store, shards)
+    return replace(world, inputs=world.inputs | {stage: replace(world.inputs[stage], shard_table=table)})
 
 
 def _pack(group: list[Example]) -> tuple[list[dict[str, Any]], bytes]:

@@ -20,7 +20,8 @@ from pipeline.store.records import read_blob
 from pipeline.training.recipes import ARPriorRecipe, DecoderRecipe, UpsamplerRecipe
 from tests.pipeline.training.conftest import World, make_world, with_codec
 from tests.pipeline.training.distributed.test_launch import CLIP
-from tests.pipeline.training.test_stage import DECODER, RECIPE
+from tests.pipeline.training.test_stage import RECIPE
+from tests.pipeline.training.trainings import DECODER
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH, KILLS = 200, 8, 5
@@ -31,17 +32,9 @@ UPSAMPLER = UpsamplerConfig(
     low_size=16, image_size=64, channels=8, depth=1, multipliers=(1, 2), steps=50, patch=2, dropout=DROPOUT
 )
 AR_PRIOR = ARPriorConfig(
-    text_context=16,
-    prefix=8,
-    text_width=32,
-    text_depth=1,
-    text_heads=2,
-    width=32,
-    depth=1,
-    heads=2,
-    buckets=8,
+    text_context=16, prefix=8, text_width=32, text_depth=1, text_heads=2, width=32, depth=1, heads=2, buckets=8,
     dropout=DROPOUT,
-)
+)  # fmt: skip
 RECIPES = {
     "clip": replace(CLIP, precision="bf16", **SHARED),
     "ar_prior": ARPriorRecipe(model=AR_PRIOR, **SHARED),

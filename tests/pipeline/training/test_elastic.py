@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load
 
-from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
-from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.checkpoints import course
 from tests.pipeline.training.conftest import World, make_world
 from tests.pipeline.training.distributed.test_launch import CLIP
-from tests.pipeline.training.test_stage import lines
+from tests.pipeline.training.trainings import assert_equal_trainings
 
 pytestmark = pytest.mark.slow
 MEMORY = 100 << 20
@@ -57,24 +54,6 @@ def wait_for(ctx: Context, samples: int, seconds: float = 120.0, passed: Sequenc
     return newest
 
 
-def straight(folder: Path, name: str, recipe: Any, inputs: tuple[str, ...]) -> tuple[World, Artifact]:
-    """The same training, by this process alone."""
-    world = make_world(folder)
-    settings = TrainingSettings(threads=1, device="cpu")
-    return world, stage.train(world.context(name, recipe, settings, inputs))
-
-
-def check_equal(ours: tuple[World, Artifact], theirs: tuple[World, Artifact]) -> None:
-    """Losses within 1e-5, weights within 1e-4: what adding in another order leaves."""
-    losses = [[line["loss"] for line in lines(*both) if "loss" in line] for both in (ours, theirs)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    found, wanted = (
-        load(read_blob(world.store, artifact.blobs["open_clip_model.safetensors"]))
-        for world, artifact in (ours, theirs)
-    )
-    assert all((found[name] - wanted[name]).abs().max() < 1e-4 for name in wanted)
-
-
 def test_four_workers_become_two_and_then_three(
     cluster: Any, world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -99,7 +78,8 @@ def test_four_workers_become_two_and_then_three(
     assert caplog.text.count("starting again") == 2
     assert (tmp_path / "crash").exists()
     assert artifact.environment["workers"] == "3"
-    check_equal((world, artifact), straight(tmp_path / "straight", "clip", RECIPE, inputs))
+    alone = make_world(tmp_path / "straight")
+    assert_equal_trainings((world, artifact), (alone, stage.train(alone.context("clip", RECIPE, inputs=inputs))))
 
 
 def test_a_machine_that_is_to_be_taken_away_costs_no_step(cluster: Any, world: World, tmp_path: Path) -> None:

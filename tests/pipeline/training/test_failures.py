@@ -10,48 +10,31 @@ import pyarrow as pa
 import pytest
 import torch
 
-from models.prior_configs import DiffusionPriorConfig
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import (
-    Artifact,
-    Shard,
-    publish_artifact,
-    read_shards,
-    read_table,
-    write_shard_table,
-    write_table,
-)
-from pipeline.ledger import Ledger
-from pipeline.settings import TrainingSettings
-from pipeline.store.records import put_blob, read_blob
+from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.replay import replay
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
-from tests.pipeline.training.conftest import EMBED_DIM, World
+from tests.pipeline.training.conftest import EMBED_DIM, World, rewritten
+from tests.pipeline.training.trainings import MODEL, SETTINGS
 
-MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
 RECIPE = DiffusionPriorRecipe(samples=320, batch=16, lanes=8, window=5, precision="fp32", ema_half_life=64, model=MODEL)
-SETTINGS = TrainingSettings(threads=1, device="cpu", checkpoint_every_s=0.0)
 
 
 def with_a_nan(world: World, key: str) -> World:
     """The same world, but for one number of one row's image embedding."""
-    shards = []
-    for row in read_shards(world.store, world.inputs["embeddings"]):
-        table = read_table(world.store, row.blobs["embeddings"])
+
+    def spoil(table: pa.Table) -> pa.Table:
         values = table["image_embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
         for i, found in enumerate(table["key"].to_pylist()):
             if found == key:
                 values[i * EMBED_DIM + 3] = np.nan
         column = pa.FixedSizeListArray.from_arrays(pa.array(values), EMBED_DIM)
-        table = table.set_column(table.column_names.index("image_embedding"), "image_embedding", column)
-        blobs = {"embeddings": put_blob(world.store, write_table(table))}
-        shards.append(Shard(row.number, row.key, Ledger(kept=row.kept), blobs))
-    blob, ledger = write_shard_table(world.store, shards)
-    artifact = publish_artifact(world.store, Artifact("embeddings", "e" * 64, {}, {}, ledger, shard_table=blob), 0.0)
-    return replace(world, inputs=world.inputs | {"embeddings": artifact})
+        return table.set_column(table.column_names.index("image_embedding"), "image_embedding", column)
+
+    return rewritten(world, "embeddings", spoil)
 
 
 @pytest.fixture

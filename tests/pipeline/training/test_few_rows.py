@@ -1,37 +1,23 @@
 """A training whose list holds out hardly a row says so, and shows no figure that such rows would give."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from models.image_configs import DecoderConfig
-from models.prior_configs import ClipConfig
 from pipeline.graph.artifacts import Artifact
 from pipeline.held_out import FEWEST, too_few
 from pipeline.report.inputs import ReportInput
 from pipeline.report.training import training_section
-from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.recipes import ClipRecipe, DecoderRecipe
 from tests.pipeline.training.conftest import World, make_world
+from tests.pipeline.training.trainings import CLIP_MODEL, DECODER, lines
 
-CLIP = ClipConfig(
-    embed_dim=16, image_size=32, layers=(1,), width=32, patch=16, text_width=32, text_layers=1, text_heads=1
-)
-DECODER = DecoderConfig(
-    channels=8, depth=1, multipliers=(1,), head_channels=8, attention_resolutions=(8,), text_width=16, text_depth=1,
-    text_heads=1, patch=8, steps=20,
-)  # fmt: skip
 WHY = f"1 validation pair, and a figure needs {FEWEST}; set source.validation to 0.2 or add pairs"
 
 
-def journal(world: World, made: Artifact) -> list[dict[str, object]]:
-    return [json.loads(line) for line in read_blob(world.store, made.blobs["metrics.jsonl"]).splitlines()]
-
-
 def trained_clip(world: World) -> Artifact:
-    recipe = ClipRecipe(samples=16, batch=8, lanes=4, model=CLIP)
+    recipe = ClipRecipe(samples=16, batch=8, lanes=4, model=CLIP_MODEL)
     return stage.run_clip(world.context("clip", recipe, inputs=("pairs", "captions")))
 
 
@@ -39,8 +25,8 @@ def test_clip_has_no_validation_figures_of_one_row(tmp_path: Path) -> None:
     """The contrastive loss of one row is 0 and its recall is 1, whatever the model."""
     world = make_world(tmp_path, (9,))
     made = trained_clip(world)
-    assert [line["validation_rows"] for line in journal(world, made) if "validation_rows" in line] == [1, 1]
-    assert not {name for line in journal(world, made) for name in line} & {"validation_loss", "validation_recall_at_1"}
+    assert [line["validation_rows"] for line in lines(world, made) if "validation_rows" in line] == [1, 1]
+    assert not {name for line in lines(world, made) for name in line} & {"validation_loss", "validation_recall_at_1"}
     assert not [name for name in made.metrics if name in ("validation_loss", "validation_recall_at_1")]
     page = training_section(ReportInput(world.store, {}), [made])
     assert "validation from" not in page

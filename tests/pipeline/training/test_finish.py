@@ -10,11 +10,9 @@ from safetensors.torch import load
 
 from models.diffusion_prior import diffusion_prior_gamma
 from models.folder import load_model
-from models.prior_configs import DiffusionPriorConfig
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.damage import read_record
 from pipeline.graph.stages import trajectory_key
-from pipeline.settings import TrainingSettings
 from pipeline.store.records import materialise, read_blob
 from pipeline.training import stage
 from pipeline.training.distributed.process_group import ProcessGroup
@@ -24,22 +22,22 @@ from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import Speed
 from pipeline.training.worker import Publisher
 from tests.pipeline.training.conftest import EMBED_DIM, World
+from tests.pipeline.training.trainings import MODEL, SETTINGS
 
-MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
 RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, precision="fp32", learning_rate=1e-3, model=MODEL)
-SETTINGS = TrainingSettings(threads=1, device="cpu", checkpoint_every_s=0.0, keep_checkpoints=9, milestones=(32,))
+KEEPING = replace(SETTINGS, keep_checkpoints=9, milestones=(32,))
 
 
 def publisher(shared: World, recipe: DiffusionPriorRecipe, workers: int = 1) -> Publisher:
     task = DiffusionPriorTask(recipe.model, EMBED_DIM)
-    ctx = shared.context("diffusion_prior", recipe, SETTINGS)
+    ctx = shared.context("diffusion_prior", recipe, KEEPING)
     feed = Feed(ctx.store, ctx.inputs, task, recipe, 0, workers)
     return Publisher(ctx, task, feed, ProcessGroup(size=workers), Speed(0.0, 1.0))
 
 
 @pytest.fixture(scope="module")
 def trained(shared_world: World) -> Artifact:
-    return stage.train(shared_world.context("diffusion_prior", RECIPE, SETTINGS))
+    return stage.train(shared_world.context("diffusion_prior", RECIPE, KEEPING))
 
 
 def test_a_published_prior_has_the_gamma_of_its_averaged_weights(
@@ -55,7 +53,7 @@ def test_a_published_prior_has_the_gamma_of_its_averaged_weights(
 def test_gamma_is_in_no_checkpoint_and_the_training_goes_on_after_a_milestone(
     shared_world: World, trained: Artifact
 ) -> None:
-    folder = f"checkpoints/{trajectory_key(shared_world.context('diffusion_prior', RECIPE, SETTINGS))}/"
+    folder = f"checkpoints/{trajectory_key(shared_world.context('diffusion_prior', RECIPE, KEEPING))}/"
     records = [read_record(shared_world.store, entry.path) for entry in shared_world.store.list(f"{folder}0")]
     assert {record["samples"] for record in records if record} == {16, 32, 48, 64}
     for record in records:

@@ -15,7 +15,7 @@ from pipeline.training.follow import following, showing, so_far
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.stage import run_decoder
 from tests.pipeline.training.conftest import World
-from tests.pipeline.training.test_stage import DECODER
+from tests.pipeline.training.trainings import DECODER
 
 
 def test_it_ends_where_the_workers_ended(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ from models.clip import Clip
 from models.draw import Draw, Part, Undropped
 from models.folder import KINDS
 from models.losses import Losses
-from models.prior_configs import DiffusionPriorConfig
 from pipeline.config import preset_config
 from pipeline.cost.flops import text_tower
 from pipeline.settings import TrainingSettings
@@ -36,8 +35,8 @@ from pipeline.training.timing import StepTimer
 from tests.models.mutations import fails_under
 from tests.pipeline.training import conftest
 from tests.pipeline.training.conftest import EMBED_DIM
+from tests.pipeline.training.trainings import MODEL
 
-MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
 RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, precision="fp32", model=MODEL, ema_half_life=32)
 
 

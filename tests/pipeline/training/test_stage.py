@@ -1,6 +1,5 @@
 """A training as the graph runs it: artefacts, resuming, milestones, and the one line that a mistake costs."""
 
-import json
 import logging
 import os
 import subprocess
@@ -11,44 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load
 
+from models.clip import Clip
 from models.folder import load_model
-from models.image_configs import DecoderConfig, UpsamplerConfig
-from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
-from pipeline.errors import CorruptObject, Superseded, UserError
+from models.image_configs import UpsamplerConfig
+from models.prior_configs import ARPriorConfig
+from pipeline.errors import Superseded, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, read_shards
 from pipeline.graph.damage import read_record
 from pipeline.graph.stages import trajectory_key, trunk_key
 from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
-from pipeline.store.records import blob_path, materialise, read_blob
+from pipeline.store.records import materialise, read_blob
 from pipeline.training import stage
-from pipeline.training.checkpoints import last_attempt, take_attempt
+from pipeline.training.checkpoints import Checkpoints, course, last_attempt, take_attempt
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
+from pipeline.training.state import begin
+from pipeline.training.task import task_of
+from pipeline.training.worker import Training
 from tests.pipeline.training.conftest import World, make_world, with_codec
+from tests.pipeline.training.trainings import CLIP_MODEL, DECODER, MODEL, SETTINGS, assert_close, lines, weights
 
-MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
 RECIPE = DiffusionPriorRecipe(
     samples=192, batch=16, lanes=8, window=5, learning_rate=1e-2, ema_half_life=64, warmup=32, model=MODEL
 )
-SETTINGS = TrainingSettings(threads=1, device="cpu", checkpoint_every_s=0.0)
-DECODER = DecoderConfig(
-    channels=8,
-    depth=1,
-    multipliers=(1, 2),
-    head_channels=8,
-    attention_resolutions=(8,),
-    text_width=16,
-    text_depth=1,
-    text_heads=1,
-    patch=4,
-    steps=50,
-)
-
-
-def lines(world: World, artifact: Artifact) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in read_blob(world.store, artifact.blobs["metrics.jsonl"]).splitlines()]
 
 
 def test_a_training_leaves_a_model_and_its_metrics(shared_world: World, tmp_path: Path) -> None:
@@ -101,12 +87,7 @@ def test_an_upsampler_needs_no_captions(shared_world: World) -> None:
 
 
 def test_clip_trains_before_there_is_a_curation(shared_world: World, tmp_path: Path) -> None:
-    from models.clip import Clip
-
-    model = ClipConfig(
-        embed_dim=16, image_size=32, layers=(1,), width=32, patch=16, text_width=32, text_layers=1, text_heads=1
-    )
-    recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=model)
+    recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=CLIP_MODEL)
     inputs = ("pairs", "captions")
     artifact = stage.run_clip(shared_world.context("clip", recipe, inputs=inputs))
     assert set(artifact.blobs) == {"open_clip_config.json", "open_clip_model.safetensors", "metrics.jsonl"}
@@ -185,7 +166,8 @@ def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
     assert len(undisturbed) == 6
 
 
-def test_raising_samples_goes_on(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_samples_goes_on(world: World, undisturbed: dict[str, bytes], caplog: pytest.LogCaptureFixture) -> None:
+    """And ends with the weights of a training in one go."""
     short, long = replace(RECIPE, samples=96), RECIPE
     contexts = [world.context("diffusion_prior", recipe, SETTINGS) for recipe in (short, long)]
     assert trajectory_key(contexts[0]) == trajectory_key(contexts[1])
@@ -195,13 +177,7 @@ def test_raising_samples_goes_on(world: World, caplog: pytest.LogCaptureFixture)
     assert "resuming diffusion_prior at sample 96" in caplog.text
     assert first.key != second.key
     assert second.metrics["samples_seen"] == 192
-
-
-def test_a_longer_training_has_the_weights_of_one_in_one_go(world: World, undisturbed: dict[str, bytes]) -> None:
-    for samples in (96, 192):
-        recipe = replace(RECIPE, samples=samples)
-        artifact = stage.train(world.context("diffusion_prior", recipe, SETTINGS))
-    assert read_blob(world.store, artifact.blobs["model.safetensors"]) == undisturbed["192 model.safetensors"]
+    assert read_blob(world.store, second.blobs["model.safetensors"]) == undisturbed["192 model.safetensors"]
 
 
 def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World) -> None:
@@ -215,27 +191,16 @@ def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World) -> None
         assert made.metrics["samples_seen"] == seen
 
 
-def test_a_damaged_checkpoint_costs_one_checkpoint(world: World, undisturbed: dict[str, bytes]) -> None:
-    short = world.context("diffusion_prior", replace(RECIPE, samples=96), SETTINGS)
-    stage.train(short)
-    newest = max(entry.path for entry in world.store.list(f"checkpoints/{trajectory_key(short)}/0"))
-    record = read_record(world.store, newest)
-    assert record is not None
-    world.store.delete([blob_path(record["blobs"]["optimizer"])])
-    artifact = stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))
-    assert read_blob(world.store, artifact.blobs["model.safetensors"]) == undisturbed["192 model.safetensors"]
-
-
 def test_a_second_start_takes_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = world.context("diffusion_prior", RECIPE, SETTINGS)
-    publish = stage_checkpoints().publish
+    publish = Checkpoints.publish
 
     def publish_after_another_began(self: Any, taken: Any, *rest: Any) -> None:
         if taken.samples == 64 and self.attempt == 1:
             take_attempt(world.store, trajectory_key(ctx))
         publish(self, taken, *rest)
 
-    monkeypatch.setattr("pipeline.training.checkpoints.Checkpoints.publish", publish_after_another_began)
+    monkeypatch.setattr(Checkpoints, "publish", publish_after_another_began)
     with pytest.raises(Superseded, match="attempt 2 has begun"):
         stage.train(ctx)
     assert load_artifact(world.store, "diffusion_prior", ctx.key) is None
@@ -243,25 +208,16 @@ def test_a_second_start_takes_over(world: World, monkeypatch: pytest.MonkeyPatch
     assert last_attempt(world.store, trajectory_key(ctx)) == 3
 
 
-def stage_checkpoints() -> Any:
-    from pipeline.training.checkpoints import Checkpoints
-
-    return Checkpoints
-
-
 def test_seeds_change_weights_and_settings_do_not(world: World) -> None:
-    def weights(recipe: Any, settings: TrainingSettings) -> bytes:
-        artifact = stage.train(world.context("diffusion_prior", recipe, settings))
-        return read_blob(world.store, artifact.blobs["model.safetensors"])
+    def trained(recipe: Any, settings: TrainingSettings) -> Artifact:
+        return stage.train(world.context("diffusion_prior", recipe, settings))
 
     recipe = replace(RECIPE, samples=48, precision="fp32")
-    first = weights(recipe, SETTINGS)
-    assert weights(replace(recipe, seed=1), SETTINGS) != first
-    cut = load(weights(replace(recipe, samples=47), replace(SETTINGS, micro_batch=5, keep_checkpoints=1)))
-    whole = load(first)
-    gamma = whole.pop("gamma")  # at the first timesteps a square of what is divided by their little noise
-    assert ((cut["gamma"] - gamma).abs() < 1e-4 + 1e-3 * gamma.abs()).all()
-    assert all((cut[name] - whole[name]).abs().max() < 1e-4 for name in whole)
+    whole = trained(recipe, SETTINGS)
+    other = trained(replace(recipe, seed=1), SETTINGS)
+    assert other.blobs["model.safetensors"] != whole.blobs["model.safetensors"]
+    cut = trained(replace(recipe, samples=47), replace(SETTINGS, micro_batch=5, keep_checkpoints=1))
+    assert_close(weights(world, cut), weights(world, whole))
 
 
 def test_a_falling_rate_branches_off(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -304,19 +260,21 @@ def test_settings_that_cannot_work_are_refused(shared_world: World, settings: Tr
         stage.train(shared_world.context("diffusion_prior", RECIPE, settings))
 
 
-def test_a_contrastive_share_stays_in_one_piece(shared_world: World) -> None:
-    recipe = ClipRecipe(samples=64, batch=16, lanes=8)
-    ctx = shared_world.context("clip", recipe, TrainingSettings(micro_batch=4), inputs=("pairs", "captions"))
-    with pytest.raises(UserError, match="compares every row with its whole batch"):
-        stage.run_clip(ctx)
+RESNET = replace(CLIP_MODEL, tower="resnet", layers=(1, 1, 1, 1), width=2)
 
 
-def test_norms_over_a_batch_take_one_worker(shared_world: World) -> None:
-    resnet = ClipConfig(embed_dim=16, image_size=32, tower="resnet", layers=(1, 1, 1, 1), width=2)
-    recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=resnet)
-    ctx = shared_world.context("clip", recipe, TrainingSettings(workers=2), inputs=("pairs", "captions"))
-    with pytest.raises(UserError, match=r"run\.clip\.workers: 2; batch norms of a resnet tower"):
-        stage.run_clip(ctx)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (TrainingSettings(micro_batch=4), "compares every row with its whole batch"),
+        (TrainingSettings(workers=2), r"run\.clip\.workers: 2; batch norms of a resnet tower"),
+        (TrainingSettings(workers=2, sharded=True), r"run\.clip\.sharded: a CLIP's temperature is one number"),
+    ],
+)
+def test_a_clip_compares_its_whole_batch(shared_world: World, settings: TrainingSettings, message: str) -> None:
+    recipe = ClipRecipe(samples=64, batch=16, lanes=8, model=CLIP_MODEL if settings.sharded else RESNET)
+    with pytest.raises(UserError, match=message):
+        stage.run_clip(shared_world.context("clip", recipe, settings, inputs=("pairs", "captions")))
 
 
 def test_no_rows_are_explained(shared_world: World) -> None:
@@ -325,24 +283,9 @@ def test_no_rows_are_explained(shared_world: World) -> None:
         stage.train(shared_world.context("upsampler_256", recipe, inputs=("pairs", "curation")))
 
 
-def test_a_damaged_input_is_named(world: World) -> None:
-    from pipeline.graph.artifacts import read_shards
-
-    blob = blob_path(read_shards(world.store, world.inputs["embeddings"])[2].blobs["embeddings"])
-    world.store.delete([blob])
-    with pytest.raises(CorruptObject) as caught:
-        stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))
-    assert caught.value.path == blob
-
-
 @pytest.mark.parametrize("reached", [16, 0])
 def test_workers_begin_where_all_of_them_can(world: World, reached: int) -> None:
     """Another worker finds no newer checkpoint than that, or none."""
-    from pipeline.training.checkpoints import course
-    from pipeline.training.distributed.process_group import ProcessGroup
-    from pipeline.training.state import begin
-    from pipeline.training.task import task_of
-    from pipeline.training.worker import Training
 
     class Beside(ProcessGroup):
         def collect(self, items: list[Any], group: Any = None) -> list[Any]:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from models.draw import Draw
 from models.losses import Losses
-from models.prior_configs import DiffusionPriorConfig
 from pipeline.training import stage
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.timing import PHASES, StepTimer, forward_flops, matmul_peak, shares_of
 from tests.pipeline.training.conftest import World
+from tests.pipeline.training.trainings import MODEL
 
 
 def test_a_step_is_cut_into_phases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +60,7 @@ def test_operations_are_those_on_paper() -> None:
 
 
 def test_the_record_says_where_the_time_went(shared_world: World) -> None:
-    model = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
-    recipe = DiffusionPriorRecipe(samples=48, batch=16, lanes=8, model=model, seed=9)
+    recipe = DiffusionPriorRecipe(samples=48, batch=16, lanes=8, model=MODEL, seed=9)
     times = stage.train(shared_world.context("diffusion_prior", recipe)).times
     shares = {name: value for name, value in times.items() if name.startswith("share_")}
     assert set(shares) == {f"share_{phase}" for phase in (*PHASES, "pause")}

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from models.prior_configs import DiffusionPriorConfig
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, trajectory_key
@@ -20,9 +19,8 @@ from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
 from pipeline.training.trackers import TensorBoard, Trackers, find_tracker
 from tests.chain import ROOT
 from tests.pipeline.training.conftest import World
-from tests.pipeline.training.test_stage import DECODER, lines
+from tests.pipeline.training.trainings import DECODER, MODEL, lines
 
-MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
 RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, model=MODEL, seed=3)
 
 

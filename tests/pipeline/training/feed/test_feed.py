@@ -4,8 +4,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,13 +23,13 @@ from models.tokens import tokenize
 from models.view import open_view
 from pipeline.data.source.stage import CAPTIONED
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, Shard, read_shards, read_table, write_shard_table, write_table
+from pipeline.graph.artifacts import Artifact, Shard, read_shards
 from pipeline.ledger import Ledger
-from pipeline.store.records import blob_path, put_blob
-from pipeline.training.feed.feed import Feed, LocalBatch, Window, Windows, read_ahead
+from pipeline.store.records import blob_path
+from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.feed.tables import Tables, embedding_dim
 from pipeline.training.recipes import DecoderRecipe
-from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
+from tests.pipeline.training.conftest import EMBED_DIM, World, listed, make_world, rewritten
 
 ALL = ("image", "tokens", "image_embedding", "text_embedding")
 RECIPE = DecoderRecipe(samples=64, batch=16, lanes=8, window=5)
@@ -50,6 +49,11 @@ def make_feed(
     if contrastive:
         task.gather, task.local_statistics = alone, False
     return Feed(world.store, inputs or world.inputs, task, recipe, rank, size, cache_mb)
+
+
+def before_curation(world: World) -> dict[str, Artifact]:
+    """What CLIP trains on."""
+    return {name: world.inputs[name] for name in ("pairs", "captions")}
 
 
 def take(feed: Feed, steps: int, samples: int = 0) -> list[LocalBatch]:
@@ -169,7 +173,7 @@ def test_a_feed_that_was_left_in_the_middle_of_a_share_begins_again(
 
 
 def test_before_curation_rows_are_those_of_pairs(shared_world: World) -> None:
-    inputs = {name: shared_world.inputs[name] for name in ("pairs", "captions")}
+    inputs = before_curation(shared_world)
     feed = make_feed(shared_world, ("image", "tokens"), inputs=inputs)
     assert feed.order.total == make_feed(shared_world).order.total + 4  # curation dropped one row a shard
     assert set(take(feed, 1)[0].batch) == {"image", "tokens"}
@@ -178,7 +182,7 @@ def test_before_curation_rows_are_those_of_pairs(shared_world: World) -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_task_that_compares_captions_has_no_row_without_one(shared_world: World, size: int) -> None:
     """The line of an epoch is of rows with a caption, on any number of workers, and all of them have their turn."""
-    inputs = {name: shared_world.inputs[name] for name in ("pairs", "captions")}
+    inputs = before_curation(shared_world)
     everything = make_feed(shared_world, ("image", "tokens"), inputs=inputs)
     feeds = [make_feed(shared_world, ("image", "tokens"), rank, size, inputs, contrastive=True) for rank in range(size)]
     told = {example.key for example in shared_world.examples.values() if example.captions}
@@ -199,13 +203,11 @@ def test_a_task_that_compares_captions_has_no_row_without_one(shared_world: Worl
 
 def test_only_shards_of_the_list_with_a_row_without_a_caption_are_read_to_count(world: World) -> None:
     """What the captions' own shards count tells which; of others the listed numbers are taken."""
-    shards = _shards(world)
-    rows = [shard.ledger.rows for shard in shards]
-    counts = [{CAPTIONED: count - (place == 1)} for place, count in enumerate(rows)]
-    listed = [replace(shard, counts=each) for shard, each in zip(shards, counts, strict=True)]
-    table, _ = write_shard_table(world.store, listed)
-    captions = replace(world.inputs["captions"], shard_table=table)
-    inputs = {"pairs": world.inputs["pairs"], "captions": captions}
+    shards = []
+    for place, row in enumerate(read_shards(world.store, world.inputs["captions"])):
+        counts = {CAPTIONED: row.kept - (place == 1)}
+        shards.append(Shard(row.number, row.key, Ledger(kept=row.kept), row.blobs, counts))
+    inputs = before_curation(listed(world, "captions", shards))
     feed = make_feed(world, ("image", "tokens"), inputs=inputs, contrastive=True)
     everything = make_feed(world, ("image", "tokens"), inputs=inputs).tables.counts
     fewer = [got < all_ for got, all_ in zip(feed.tables.counts, everything, strict=True)]
@@ -213,19 +215,15 @@ def test_only_shards_of_the_list_with_a_row_without_a_caption_are_read_to_count(
 
 
 def test_a_list_whose_training_rows_have_no_caption_is_one_line(world: World) -> None:
-    shards = [replace(shard, blobs={"captions": _bare(world, shard)}) for shard in _shards(world)]
-    table, _ = write_shard_table(world.store, shards)
-    captions = replace(world.inputs["captions"], shard_table=table)
-    inputs = {"pairs": world.inputs["pairs"], "captions": captions}
+    bare = rewritten(world, "captions", lambda table: with_captions(table, lambda i, _: [" "] if i % 2 else []))
     with pytest.raises(UserError, match=r"none of the .* training rows has a caption") as refused:
-        make_feed(world, ("image", "tokens"), inputs=inputs, contrastive=True)
+        make_feed(world, ("image", "tokens"), inputs=before_curation(bare), contrastive=True)
     assert "\n" not in str(refused.value)
 
 
-def _bare(world: World, shard: Shard) -> str:
-    rows = read_table(world.store, shard.blobs["captions"]).to_pydict()
-    captions = [[" "] if place % 2 else [] for place in range(len(rows["key"]))]
-    return put_blob(world.store, write_table({"key": rows["key"], "captions": captions}))
+def with_captions(table: pa.Table, change: Callable[[int, list[str]], list[str]]) -> pa.Table:
+    captions = [change(i, each) for i, each in enumerate(table["captions"].to_pylist())]
+    return pa.table({"key": table["key"], "captions": captions})
 
 
 @pytest.mark.parametrize("columns", [("tokens",), ("tokens", "text_embedding"), ("text_embedding",)])
@@ -235,76 +233,64 @@ def test_all_captions_of_a_row_have_their_turn(shared_world: World, columns: tup
     for share in take(make_feed(shared_world, columns), 32):
         for key, told in zip(share.keys, share.batch[columns[-1]].tolist(), strict=True):
             seen.setdefault(key, []).append(tuple(told))
-    several = {key: told for key, told in seen.items() if len(shared_world.examples[key].captions) > 1}
+    embedded, several, firsts = columns[-1] == "text_embedding", [], []
     for key, told in seen.items():
         example = shared_world.examples[key]
-        expected = example.text_embeddings if columns[-1] == "text_embedding" else tokenize(example.captions or [""])
-        assert set(told) <= {tuple(each.tolist()) for each in expected}
+        there = example.text_embeddings if embedded else tokenize(example.captions or [""])
+        expected = [tuple(each.tolist()) for each in there]
+        assert set(told) <= set(expected)
+        if len(expected) > 1:
+            several.append(len(set(told)) == 2)
+            firsts += [each == expected[0] for each in told]
     assert len(several) > 40
-    assert sum(len(set(told)) == 2 for told in several.values()) > 0.9 * len(several)
-    firsts = sum(told.count(tuple(first)) for told, first in _with_first(shared_world, several, columns[-1]))
-    assert 0.4 < firsts / sum(map(len, several.values())) < 0.6
+    assert np.mean(several) > 0.9
+    assert 0.4 < np.mean(firsts) < 0.6
 
 
 def test_a_recipe_may_read_the_first_caption_alone(shared_world: World) -> None:
-    columns = ("tokens", "text_embedding")
-    several = 0
-    for share in take(make_feed(shared_world, columns, recipe=replace(RECIPE, captions="first")), 16):
-        for key, tokens, embedding in zip(share.keys, *(share.batch[name] for name in columns), strict=True):
-            example = shared_world.examples[key]
-            several += len(example.captions or []) > 1
-            assert torch.equal(tokens, tokenize((example.captions or [""])[:1])[0])
-            assert np.array_equal(embedding.numpy(), example.text_embeddings[0])
-    assert several > 40
+    recipe = replace(RECIPE, captions="first")
+    shares = take(make_feed(shared_world, ("tokens", "text_embedding"), recipe=recipe), 16)
+    for share in shares:
+        assert_first_captions(shared_world, share)
+    assert sum(len(shared_world.examples[key].captions) > 1 for share in shares for key in share.keys) > 40
 
 
-def _with_first(
-    world: World, seen: dict[str, list[tuple[float, ...]]], column: str
-) -> Iterator[tuple[list[tuple[float, ...]], list[float]]]:
-    for key, told in seen.items():
+def assert_first_captions(world: World, share: LocalBatch) -> None:
+    for key, tokens, text in zip(share.keys, share.batch["tokens"], share.batch["text_embedding"], strict=True):
         example = world.examples[key]
-        first = example.text_embeddings[0] if column == "text_embedding" else tokenize(example.captions[:1])[0]
-        yield told, first.tolist()
+        assert torch.equal(tokens, tokenize((example.captions or [""])[:1])[0])
+        assert np.array_equal(text.numpy(), example.text_embeddings[0].astype(np.float32))
 
 
 def test_captions_that_were_not_embedded_are_not_chosen_with_embeddings(world: World) -> None:
-    shards = [replace(shard, blobs={"captions": _with_one_more(world, shard)}) for shard in _shards(world)]
-    table, _ = write_shard_table(world.store, shards)
-    captions = replace(world.inputs["captions"], shard_table=table)
+    def with_one_more(table: pa.Table) -> pa.Table:
+        return with_captions(table, lambda _, each: [*each, "never embedded"] if each else each)
+
+    more = rewritten(world, "captions", with_one_more)
     for columns in (ALL, ("image", "tokens", "image_embedding")):  # a prior's, and the decoder's, which needs none
-        feeds = (make_feed(world, columns, inputs=world.inputs | more) for more in ({}, {"captions": captions}))
+        feeds = (make_feed(each, columns) for each in (world, more))
         before, after = (torch.cat([share.batch["tokens"] for share in take(feed, 8)]) for feed in feeds)
         assert torch.equal(before, after) == ("text_embedding" in columns)
 
 
 def test_rows_of_one_caption_each_are_told_that_one(world: World) -> None:
-    shards = []
-    for row in read_shards(world.store, world.inputs["embeddings"]):
-        table = read_table(world.store, row.blobs["embeddings"])
+    def only_first(table: pa.Table) -> pa.Table:
         none = pa.array([[]] * len(table), table.schema.field("more_text_embeddings").type)
-        position = table.schema.get_field_index("more_text_embeddings")
-        blob = put_blob(world.store, write_table(table.set_column(position, "more_text_embeddings", none)))
-        shards.append(Shard(row.number, row.key, Ledger(kept=row.kept), {"embeddings": blob}))
-    table, _ = write_shard_table(world.store, shards)
-    embeddings = replace(world.inputs["embeddings"], shard_table=table)
-    for share in take(make_feed(world, inputs=world.inputs | {"embeddings": embeddings}), 8):
+        return table.set_column(table.schema.get_field_index("more_text_embeddings"), "more_text_embeddings", none)
+
+    for share in take(make_feed(rewritten(world, "embeddings", only_first)), 8):
         for key, text in zip(share.keys, share.batch["text_embedding"], strict=True):
             assert np.array_equal(text.numpy(), world.examples[key].text_embeddings[0].astype(np.float32))
 
 
-def test_validation_is_told_the_first_caption(shared_world: World) -> None:
-    for share in make_feed(shared_world).validation(12, 4):
-        for key, tokens, text in zip(share.keys, share.batch["tokens"], share.batch["text_embedding"], strict=True):
-            assert torch.equal(tokens, tokenize(shared_world.examples[key].captions[:1])[0])
-            assert np.array_equal(text.numpy(), shared_world.examples[key].text_embeddings[0].astype(np.float32))
-
-
-def test_validation_rows_are_always_the_same(shared_world: World) -> None:
+def test_validation_rows_are_always_the_same_and_have_their_first_caption(shared_world: World) -> None:
     first, second = (make_feed(shared_world, rank=rank, size=2).validation(9, 4) for rank in (0, 1))
     assert [share.keys for share in first] == [share.keys for share in second]
     assert [len(share.keys) for share in first] == [4, 4, 1]
     assert {shared_world.examples[key].split for share in first for key in share.keys} == {"validation"}
     assert len({seed for share in first for seed, _ in share.streams}) == 3
+    for share in first:
+        assert_first_captions(shared_world, share)
 
 
 def test_small_images_are_not_trained_on(shared_world: World) -> None:
@@ -313,47 +299,25 @@ def test_small_images_are_not_trained_on(shared_world: World) -> None:
     assert tables.first(5) == []
 
 
-def test_a_changed_image_is_found_and_named(world: World) -> None:
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_changed_image_and_a_missing_blob_are_named(world: World, missing: bool) -> None:
     blob = blob_path(read_shards(world.store, world.inputs["pairs"])[1].blobs["images"])
     data = bytearray(world.store.read(blob))
     data[tarfile.BLOCKSIZE + 99] ^= 1  # in the first member, a training row
     world.store.delete([blob])
-    world.store.create(blob, bytes(data))
-    with pytest.raises(CorruptObject) as caught:
-        take(make_feed(world), 8)
-    assert caught.value.path == blob
-
-
-def test_a_missing_blob_is_named(world: World) -> None:
-    blob = blob_path(read_shards(world.store, world.inputs["pairs"])[0].blobs["images"])
-    world.store.delete([blob])
-    with pytest.raises(CorruptObject, match="is missing") as caught:
+    if not missing:
+        world.store.create(blob, bytes(data))
+    with pytest.raises(CorruptObject, match="is missing" if missing else "") as caught:
         take(make_feed(world), 8)
     assert caught.value.path == blob
 
 
 def test_a_row_without_embedding_is_named(world: World) -> None:
-    shards = [replace(shard, blobs={"captions": _without_first(world, shard)}) for shard in _shards(world)]
-    table, _ = write_shard_table(world.store, shards)
-    captions = replace(world.inputs["captions"], shard_table=table)
+    fewer = rewritten(
+        world, "captions", lambda table: table.filter([key[-4:] != "0000" for key in table["key"].to_pylist()])
+    )
     with pytest.raises(ValueError, match="is in the index but not in its captions"):
-        take(make_feed(world, inputs=world.inputs | {"captions": captions}), 8)
-
-
-def _shards(world: World) -> list[Shard]:
-    rows = read_shards(world.store, world.inputs["captions"])
-    return [Shard(row.number, row.key, Ledger(kept=row.kept), row.blobs, row.counts) for row in rows]
-
-
-def _with_one_more(world: World, shard: Shard) -> str:
-    rows = read_table(world.store, shard.blobs["captions"]).to_pydict()
-    longer = [[*captions, "never embedded"] if captions else captions for captions in rows["captions"]]
-    return put_blob(world.store, write_table({"key": rows["key"], "captions": longer}))
-
-
-def _without_first(world: World, shard: Shard) -> str:
-    table = read_table(world.store, shard.blobs["captions"])
-    return put_blob(world.store, write_table(table.filter([key[-4:] != "0000" for key in table["key"].to_pylist()])))
+        take(make_feed(fewer), 8)
 
 
 def test_images_are_not_read_twice_while_there_is_room(shared_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,80 +338,5 @@ def test_a_full_cache_reads_again(shared_world: World, room: int) -> None:
     assert len(small.views._views) == room
 
 
-class AtOnce(Executor):
-    """A pool that does what it is given before it answers."""
-
-    def submit(self, fn: Any, /, *arguments: Any, **_: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(fn(*arguments))
-        return done
-
-
-@given(lanes=st.integers(1, 9), length=st.integers(1, 20), first=st.integers(0, 40))
-@settings(max_examples=50, deadline=None)
-def test_windows_are_read_in_turn_before_they_are_needed(lanes: int, length: int, first: int) -> None:
-    """Every window once; what lanes have read and not used is at most five quarters of a window each, and one."""
-    read: list[tuple[int, int]] = []
-
-    def window(lane: int, position: int) -> Window:
-        start = position - position % length
-        read.append((lane, start))
-        return Window(start, start + length, [], {})
-
-    own = range(3, 3 + lanes)
-    windows = Windows(window, own, AtOnce(), first)
-    for position in range(first, first + 3 * length):
-        for lane in own:
-            found = windows.at(lane, position)
-            assert found.start <= position < found.stop
-        assert len(set(read)) == len(read)
-        used = lanes * (position + 1 - (first - first % length))
-        assert len(read) * length - used <= lanes * (1.25 * length + 1) + length
-    assert len(read) >= 3 * lanes
-
-
-def test_a_window_that_cannot_be_read_is_told_when_it_is_needed() -> None:
-    def window(lane: int, position: int) -> Window:
-        if position:
-            raise CorruptObject("blobs/00/00", "is missing")
-        return Window(0, 2, [], {})
-
-    with ThreadPoolExecutor(1) as pool:
-        windows = Windows(window, range(1), pool, 0)
-        assert windows.at(0, 0) is windows.at(0, 1)
-        with pytest.raises(CorruptObject, match="blobs/00/00: is missing"):
-            windows.at(0, 2)
-
-
 def test_embedding_dimension_is_read(shared_world: World) -> None:
     assert embedding_dim(shared_world.store, shared_world.inputs["embeddings"]) == EMBED_DIM
-
-
-def test_reading_ahead_passes_items_then_the_error() -> None:
-    def source() -> Any:
-        yield 1
-        yield 2
-        raise OSError("the disk is gone")
-
-    items = read_ahead(source())
-    assert [next(items), next(items)] == [1, 2]
-    with pytest.raises(OSError, match="disk is gone"):
-        next(items)
-
-
-def test_reading_ahead_stops_when_closed() -> None:
-    made = []
-
-    def source() -> Any:
-        for i in range(1_000_000):
-            made.append(i)
-            yield i
-
-    ahead = source()
-    before = threading.active_count()
-    items = read_ahead(ahead)
-    next(items)
-    items.close()
-    assert len(made) <= 5
-    assert ahead.gi_frame is None  # it is closed, too
-    assert threading.active_count() == before

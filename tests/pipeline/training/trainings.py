@@ -1,0 +1,75 @@
+"""Models that train in a second, workers without a Ray, and what tests look at in what trainings leave."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from safetensors.torch import load
+from torch import Tensor
+
+from models.image_configs import DecoderConfig
+from models.prior_configs import ClipConfig, DiffusionPriorConfig
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.stages import Context
+from pipeline.settings import TrainingSettings
+from pipeline.store.records import read_blob
+from pipeline.training.checkpoints import Course, course
+from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.worker import Training
+from tests.pipeline.training.conftest import EMBED_DIM, World
+
+SETTINGS = TrainingSettings(threads=1, device="cpu", checkpoint_every_s=0.0)
+MODEL = DiffusionPriorConfig(text_context=16, width=32, depth=1, heads=2)
+CLIP_MODEL = ClipConfig(
+    embed_dim=EMBED_DIM, image_size=32, layers=(1,), width=32, patch=16, text_width=32, text_layers=1, text_heads=1
+)
+DECODER = DecoderConfig(
+    channels=8, depth=1, multipliers=(1, 2), head_channels=8, attention_resolutions=(8,), text_width=16, text_depth=1,
+    text_heads=1, patch=4, steps=50,
+)  # fmt: skip
+
+
+def lines(world: World, artifact: Artifact) -> list[dict[str, Any]]:
+    """The journal."""
+    return [json.loads(line) for line in read_blob(world.store, artifact.blobs["metrics.jsonl"]).splitlines()]
+
+
+def weights(world: World, artifact: Artifact) -> dict[str, Tensor]:
+    """The tensors of the model."""
+    (blob,) = [blob for name, blob in artifact.blobs.items() if name.endswith(".safetensors")]
+    return load(read_blob(world.store, blob))
+
+
+def assert_equal_trainings(ours: tuple[World, Artifact], theirs: tuple[World, Artifact]) -> None:
+    """Losses within 1e-5, weights within 1e-4: what adding in another order leaves."""
+    for kind, rel in (("loss", None), ("gradient_norm", 1e-4)):
+        found, wanted = ([line[kind] for line in lines(*both) if kind in line] for both in (ours, theirs))
+        assert found == pytest.approx(wanted, abs=1e-5, rel=rel), kind
+    assert_close(weights(*ours), weights(*theirs))
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    gaps = {name: (found[name] - wanted[name]).abs() for name in wanted}
+    if "gamma" in gaps:  # at the first timesteps a square of what is divided by their little noise
+        assert (gaps.pop("gamma") < 1e-4 + 1e-3 * wanted["gamma"].abs()).all()
+    assert all(gap.max() < 1e-4 for gap in gaps.values())
+
+
+def _work(rank: int, ctx: Context, own: Course, meeting: Path) -> None:
+    torch.set_num_threads(1)
+    settings = ctx.settings
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=settings.workers)
+    Training(ctx, own)(ProcessGroup(rank, settings.workers, sharded=settings.sharded, offload=settings.offload))
+    dist.destroy_process_group()
+
+
+def train_together(ctx: Context, folder: Path) -> None:
+    """Trains as many workers as the settings say, as processes joined by gloo, from the newest checkpoint on."""
+    own = course(ctx, begin=True)
+    meeting = folder / f"meeting-{own.branch.attempt}"
+    multiprocessing.spawn(_work, (ctx, own, meeting), nprocs=ctx.settings.workers)
