@@ -27,9 +27,9 @@ from pipeline.graph.artifacts import Artifact, Shard, read_shards
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path
 from pipeline.training.feed.feed import Feed, LocalBatch
-from pipeline.training.feed.tables import Tables, embedding_dim
+from pipeline.training.feed.tables import Tables
 from pipeline.training.recipes import DecoderRecipe
-from tests.pipeline.training.conftest import EMBED_DIM, World, listed, make_world, rewritten
+from tests.pipeline.training.conftest import World, listed, make_world, rewritten
 
 ALL = ("image", "tokens", "image_embedding", "text_embedding")
 RECIPE = DecoderRecipe(samples=64, batch=16, lanes=8, window=5)
@@ -336,7 +336,3 @@ def test_a_full_cache_reads_again(shared_world: World, room: int) -> None:
     for a, b in zip(take(small, 12), take(large, 12), strict=True):
         assert torch.equal(a.batch["image"], b.batch["image"])
     assert len(small.views._views) == room
-
-
-def test_embedding_dimension_is_read(shared_world: World) -> None:
-    assert embedding_dim(shared_world.store, shared_world.inputs["embeddings"]) == EMBED_DIM

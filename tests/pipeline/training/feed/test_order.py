@@ -18,7 +18,7 @@ SHAPES = st.tuples(
 
 @settings(max_examples=200, deadline=None)
 @given(SHAPES, st.integers(0, 3))
-def test_an_epoch_gives_every_row_once_and_the_wrapped_ones_twice(
+def test_an_epoch_gives_every_row_once_and_the_wrapped_ones_once_more(
     shape: tuple[list[int], int, int, int], epoch: int
 ) -> None:
     counts, lanes, window, seed = shape
@@ -28,9 +28,7 @@ def test_an_epoch_gives_every_row_once_and_the_wrapped_ones_twice(
     everything = {(shard, row) for shard, count in enumerate(counts) for row in range(count)}
     assert set(seen) == everything
     assert sum(seen.values()) == order.total + order.wrapped
-    if order.wrapped < order.total:
-        assert max(seen.values()) <= 2
-        assert sum(count == 2 for count in seen.values()) == order.wrapped
+    assert max(seen.values()) - min(seen.values()) <= 1
 
 
 @settings(max_examples=100, deadline=None)
@@ -73,13 +71,6 @@ def test_epochs_lanes_and_seeds_shuffle_differently() -> None:
 def test_the_last_short_window_does_not_reach_into_the_next_epoch() -> None:
     order = Order([10], lanes=1, window=4, seed=0)
     assert [order.window_at(p) for p in (0, 3, 4, 8, 9, 10)] == [(0, 4), (0, 4), (4, 8), (8, 10), (8, 10), (10, 14)]
-
-
-def test_fewer_rows_than_lanes_wrap() -> None:
-    order = Order([2, 1], lanes=8, window=5, seed=0)
-    assert (order.lane_rows, order.wrapped) == (1, 5)
-    seen = Counter(row for lane in range(8) for row in order.rows(lane, 0, 1))
-    assert sorted(seen.values()) == [2, 3, 3]
 
 
 def test_no_rows_are_refused() -> None:
