@@ -29,12 +29,13 @@ from pipeline.config import preset_config
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store import open_store
-from pipeline.training.checkpoints import Saver, course
+from pipeline.training.checkpoints import course
 from pipeline.training.device import autocast
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import fit
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe, TrainingRecipe
+from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState
 from pipeline.training.state import begin as begin_training
 from pipeline.training.task import Task, task_of

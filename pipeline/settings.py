@@ -15,6 +15,7 @@ def _check_gpus(gpus: float) -> float:
     return gpus
 
 
+SPARED = 30  # times as long as it took to write a checkpoint, until the next one
 Gpus = Annotated[float, AfterValidator(_check_gpus)]  # as many as Ray gives to one process
 PodMemory = Annotated[int, Field(ge=4)]  # GiB
 
@@ -110,10 +111,12 @@ class TrainingSettings:
         workers: Processes; 0 trains in this one. Each takes one GPU or none, as ``device`` says.
         min_workers: With 1 or more, a training begins with as many workers as there are cores or GPUs for, at least
             these, and goes on with more or fewer as machines come and go.
-        micro_batch: Rows a worker computes at once; 0 is its whole share. Where they do not fit into memory, half
-            as many are taken from the last checkpoint on.
+        micro_batch: Rows a worker computes at once; 0 is its whole share, or on GPUs as many of it as a trial before
+            the first step finds room for. Where they do not fit later, half as many are taken from the last
+            checkpoint on.
         threads: Of a worker; 0 is every core.
-        checkpoint_every_s: Seconds between checkpoints.
+        checkpoint_every_s: Seconds between checkpoints, at least; where it takes longer to write one, 30 times as
+            long as that. 0 saves after every step.
         keep_checkpoints: How many stay.
         milestones: Numbers of samples that become artefacts, too; the decoder has ``evaluation.early`` besides.
         device: ``auto``, ``cpu``, ``cuda``, or ``cuda:1``; each Ray worker takes one GPU with ``cuda``, and with

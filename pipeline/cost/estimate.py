@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
 from pipeline.graph.resources import cores
 from pipeline.graph.stages import Graph
+from pipeline.settings import SPARED
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
 FETCH_WEIGHTS_SECONDS = 60.0
 BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
 REFERENCE_BYTES = 300  # of a row in each data stage, besides what it makes
+SAVED_BYTES, COPIED_BYTES = (
+    1e9,
+    20e9,
+)  # a second: a worker writes of a checkpoint; a GPU copies, while it does nothing else
 STATE_BYTES, MODEL_BYTES = 16, 4  # a parameter: weights, average and two moments of a checkpoint; of an artefact
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
@@ -232,7 +237,10 @@ def _counted(stage: str, ask: Ask, workers: int, on_fleet: bool) -> tuple[float,
     if node.kind == "training":
         work = node.recipe.samples * model_size(ask.config, stage).training
         if on_fleet:
-            return START_SECONDS["gpus"], work / (workers * rate(ask, node.recipe.precision, stage))
+            seconds = work / (workers * rate(ask, node.recipe.precision, stage))
+            size, every = save(stage, ask, workers)
+            # The last checkpoint is waited for, the others only copied.
+            return START_SECONDS["gpus"] + size / SAVED_BYTES, seconds * (1 + size / COPIED_BYTES / every)
         return START_SECONDS["training"], work / (cores() * CORE_FLOPS)
     if node.kind == "result":
         return 0.0, amount(stage, ask) / (rate(ask, "bf16") if on_fleet else cores() * CORE_FLOPS)
@@ -253,6 +261,13 @@ def rate(ask: Ask, precision: str, stage: str = "") -> float:
     seen = ask.observations(stage) if stage else ()
     used = [one.utilisation for one in seen if one.device == "cuda" and one.utilisation]
     return device.peak * (used[-1] * MATMUL_SHARE if used else ask.utilisation)
+
+
+def save(stage: str, ask: Ask, workers: int) -> tuple[float, float]:
+    """Returns the bytes that a worker writes of a training's checkpoint, and the seconds between two of them."""
+    settings = getattr(ask.config.run, stage)
+    size = STATE_BYTES * model_size(ask.config, stage).parameters / (workers if settings.sharded else 1)
+    return size, max(settings.checkpoint_every_s, SPARED * size / SAVED_BYTES)
 
 
 def decode_seconds(ask: Ask) -> float:

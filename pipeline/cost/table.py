@@ -6,7 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from pipeline.cost import estimate as assumed
-from pipeline.cost.estimate import Ask, Cost, cores_a_gpu, decode_seconds, encode_seconds, image_bytes, model_size, rate
+from pipeline.cost.estimate import (
+    Ask,
+    Cost,
+    cores_a_gpu,
+    decode_seconds,
+    encode_seconds,
+    image_bytes,
+    model_size,
+    rate,
+    save,
+)
 from pipeline.progress import duration
 from pipeline.settings import Prices
 
@@ -74,6 +84,7 @@ def remarks(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
         )
     if ask.fleet:
         yield from _too_large(costs, ask)
+        yield from _rare_saves(costs, ask)
         device, bf16 = ask.fleet.device, rate(ask, "bf16")
         yield (
             f"assumed: one {ask.fleet.name} reaches {bf16 / device.peak:.0%} of {device.peak / 1e12:,.0f} TFLOP/s in "
@@ -87,6 +98,15 @@ def remarks(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
         yield f"assumed: {size(image_bytes(ask))} for a stored image"
     if any(ask.graph[stage].kind in ("training", "result") for stage in guessed):
         yield f"assumed: {assumed.CORE_FLOPS / 1e9:.0f} GFLOP/s a core; a probe or a run measures it"
+
+
+def _rare_saves(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
+    trained = {stage: cost for stage, cost in costs.items() if cost.gpus and ask.graph[stage].kind == "training"}
+    saves = {stage: save(stage, ask, round(cost.gpus)) for stage, cost in trained.items()}
+    rare = {n: one for n, one in saves.items() if one[1] > getattr(ask.config.run, n).checkpoint_every_s}
+    if rare:
+        each = ", ".join(f"{name} {size(held)} every {duration(every)}" for name, (held, every) in rare.items())
+        yield f"checkpoints of a worker, at an assumed {size(assumed.SAVED_BYTES)}/s: {each}"
 
 
 def _too_large(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:

@@ -20,8 +20,10 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.names import check_record, is_digest, is_file_name
+from pipeline.store.parallel import ordered_map
 
 FORMAT = 2
+PART_BYTES = 16 << 20  # of a blob that is read in parts
 T = TypeVar("T")
 
 
@@ -65,14 +67,24 @@ def read_twice(store: Store, read: Callable[[Store], T]) -> T:
         return read(store.fresh())
 
 
-def read_blob(store: Store, sha256: str) -> bytes:
-    """Returns the whole blob, checked. Raises CorruptObject if it is missing or not what its name says."""
-    return read_twice(store, lambda store: _read_blob(store, sha256))
+def read_blob(store: Store, sha256: str, threads: int = 1) -> bytes:
+    """Returns the whole blob, checked. Raises CorruptObject if it is missing or not what its name says.
+
+    With ``threads`` a large one is read in parts of PART_BYTES at once.
+    """
+    return read_twice(store, lambda store: _read_blob(store, sha256, threads))
 
 
-def _read_blob(store: Store, sha256: str) -> bytes:
+def _read_blob(store: Store, sha256: str, threads: int) -> bytes:
+    path = blob_path(sha256)
+
+    def read(start: int) -> bytes:
+        return store.read(path, start, start + PART_BYTES)
+
     try:
-        data = store.read(blob_path(sha256))
+        found = store.stat(path) if threads > 1 else None
+        starts = range(0, found.size if found else 0, PART_BYTES)
+        data = b"".join(ordered_map(read, starts, threads)) if len(starts) > 1 else store.read(path)
     except FileNotFoundError:
         raise CorruptObject(blob_path(sha256), "is missing") from None
     if hashlib.sha256(data).hexdigest() != sha256:

@@ -22,7 +22,7 @@ from pipeline.training.checkpoints import course
 from pipeline.training.checks import check
 from pipeline.training.distributed.launch import WorkerLost, launch
 from pipeline.training.follow import following, showing
-from pipeline.training.loop import OutOfMemory
+from pipeline.training.memory import OutOfMemory
 from pipeline.training.task import Task, task_of
 from pipeline.training.trackers import Trackers
 from pipeline.training.worker import Training
@@ -81,7 +81,7 @@ def run_attempts(ctx: Context) -> Artifact:
             log.warning("%s: %s; starting again%s", ctx.stage, e, f" in {wait_s:.0f} s" if wait_s else "")
             time.sleep(wait_s)
         except OutOfMemory as e:
-            ctx = replace(ctx, settings=halved(ctx, task, rows=e.args[0]))
+            ctx = replace(ctx, settings=halved(ctx, task, *e.args))
     artifact = load_artifact(ctx.store, ctx.stage, ctx.key)
     if artifact is None:
         raise UserError(f"{ctx.stage}: its record vanished as soon as it was written; check the store")
@@ -98,13 +98,13 @@ def gave_up(ctx: Context, e: Exception, lost: int) -> UserError:
     )
 
 
-def halved(ctx: Context, task: Task, rows: int) -> TrainingSettings:
-    """Returns settings with half the micro-batch, after ``rows`` rows did not fit into memory.
+def halved(ctx: Context, task: Task, what: str, rows: int) -> TrainingSettings:
+    """Returns settings with half the micro-batch, after ``what`` did not fit into memory (see OutOfMemory).
 
     Raises UserError where that cannot help.
     """
-    if rows == 1 or not task.splittable:
-        what = "one row" if rows == 1 else f"{rows} rows, which this loss needs together,"
+    if rows <= 1 or not task.splittable:
+        what = "one row" if rows == 1 else f"{rows} rows, which this loss needs together," if rows else what
         raise UserError(f"{ctx.stage}: {what} did not fit into memory; take a smaller model or a larger machine")
     half = -(-rows // 2)
     log.warning(

@@ -18,12 +18,12 @@ from pipeline.held_out import FEWEST
 from pipeline.progress import Progress
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import put_blob
-from pipeline.training.checkpoints import Saver
 from pipeline.training.device import autocast
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import CHECK_EVERY
 from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState
 from pipeline.training.task import Previews, Task
 
@@ -52,15 +52,15 @@ class BetweenSteps:
         self.task, self.recipe, self.settings, self.group = task, recipe, settings, group
         self.saver, self.publish, self.progress = saver, publish, progress
         self.held_out = feed.validation(task.validation_rows, task.validation_batch) if group.is_rank_0 else []
-        self.saved_at = self.ticked_at = time.monotonic()
+        self.ticked_at = time.monotonic()
         self.saved: int | None = None
-        self.left = False
+        self.owed = self.left = False  # a validation pass that is not saved yet; a machine that is to be taken away
 
     def __call__(self, state: TrainState) -> None:
         """Validates if a validation pass is due, and publishes milestones.
 
-        Saves after a validation pass, every ``checkpoint_every_s`` seconds, before a machine is taken away, and at the
-        end.
+        Saves after a validation pass, every ``checkpoint_every_s`` seconds or more, before a machine is taken away, and
+        at the end. Only for the last two it waits for a checkpoint that is still being written.
         """
         now = time.monotonic()
         state.seconds += now - self.ticked_at
@@ -71,8 +71,9 @@ class BetweenSteps:
         validate = validation_due(state.samples, self.recipe) and not was_validated(state)
         reached = [m for m in self.settings.milestones if m <= state.samples < m + self.recipe.batch]
         leaving = self.group.leaving() and not self.left
-        due = validate or leaving or state.samples >= self.recipe.samples
-        save = state.samples > self.saved and (due or self._late(state, now))
+        self.owed = self.owed or validate
+        last = leaving or state.samples >= self.recipe.samples
+        save = state.samples > self.saved and (last or self._due(state, validate))
         # The loop raises for a step that has failed, a few steps from here.
         if (validate or reached or save) and not bool(state.failed):
             self._validate_publish_save(state, validate, reached, save)
@@ -86,11 +87,13 @@ class BetweenSteps:
             paused = state.phase_seconds.get("pause", 0.0)
             state.phase_seconds["pause"] = paused + self.ticked_at - now
 
-    def _late(self, state: TrainState, now: float) -> bool:
-        late = now - self.saved_at >= self.settings.checkpoint_every_s
+    def _due(self, state: TrainState, validate: bool) -> bool:
+        """Returns whether to save now; after every step with an interval of 0, else not while one is written."""
+        due = self.saver.every_s == 0 or (self.saver.free() and (self.owed or self.saver.late()))
         if self.group.sharded:  # rank 0's clock counts, and asking it costs a collective
-            return state.samples // self.recipe.batch % CHECK_EVERY == 0 and self.group.collect([late])[0]
-        return late
+            asked = validate or state.samples // self.recipe.batch % CHECK_EVERY == 0
+            return asked and self.group.collect([due])[0]
+        return due
 
     def _validate_publish_save(self, state: TrainState, validate: bool, reached: Sequence[int], save: bool) -> None:
         if validate or reached:
@@ -102,7 +105,7 @@ class BetweenSteps:
                     self.publish(state, model, milestone)
         if save:
             self.saver.save(state)
-            self.saved, self.saved_at = state.samples, time.monotonic()
+            self.saved, self.owed = state.samples, False
 
     def validate(self, state: TrainState, model: nn.Module) -> None:
         """Validates the averaged weights and draws a preview, both on rows and noise that are always the same.

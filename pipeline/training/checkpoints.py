@@ -11,10 +11,9 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ from pipeline.graph.stages import Context, trajectory_key, trunk_key
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import blob_path, open_record, peek_record, put_blob, read_blob
-from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.distributed.sharding import first_row, is_sharded, local
+from pipeline.training.distributed.sharding import first_row, is_sharded, local, rows_of
 from pipeline.training.state import MetricsJournal, TrainState, forms, parts, put_back
 
+READERS = 16  # of a blob at once
 PartBlob = tuple[str, str]  # a part and its blob
 Collect = Callable[[list[PartBlob]], list[PartBlob]]
 log = logging.getLogger("unclip")
@@ -47,28 +46,39 @@ class Snapshot:
         tensors: By part and name.
         starts: The place of the first row of each sharded tensor, by part and name.
         body: The rest of a checkpoint's record.
+        wait: Returns when a GPU has copied the tensors.
     """
 
     samples: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     starts: Mapping[str, Mapping[str, int]]
     body: Mapping[str, Any]
+    wait: Callable[[], None] = lambda: None
 
 
 def snapshot(state: TrainState, first: bool = True) -> Snapshot:
     """Copies what a checkpoint holds of this worker, so that later steps do not change it.
 
-    Rank 0 (``first``) also copies what every worker has.
+    A GPU copies to pinned memory, between the steps before and after, and nobody waits for it. Rank 0 (``first``) also
+    copies what every worker has.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     starts: dict[str, dict[str, int]] = {}
     for part, values in parts(state).items():
         own = {name: tensor.detach() for name, tensor in values.items() if first or is_sharded(tensor)}
-        tensors[part] = {name: local(tensor).to("cpu", copy=True) for name, tensor in own.items()}
+        tensors[part] = {name: _copied(local(tensor)) for name, tensor in own.items()}
         starts[part] = {name: first_row(tensor) for name, tensor in own.items() if is_sharded(tensor)}
     journal = deepcopy(state.journal.as_json())
     body = {"samples": state.samples, "seconds": state.seconds, "laps": dict(state.phase_seconds), "journal": journal}
-    return Snapshot(state.samples, tensors, starts, body)
+    device = state.failed.device
+    wait = torch.cuda.current_stream(device).record_event().synchronize if device.type == "cuda" else (lambda: None)
+    return Snapshot(state.samples, tensors, starts, body, wait)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Returns a copy in the memory of the CPU, which a GPU has yet to make."""
+    pinned = tensor.device.type == "cuda"
+    return torch.empty_like(tensor, device="cpu", pin_memory=pinned).copy_(tensor, non_blocking=pinned)
 
 
 @dataclass(frozen=True)
@@ -84,23 +94,19 @@ class Checkpoints:
     def folder(self) -> str:
         return f"checkpoints/{self.trajectory}/"
 
-    def save(self, state: TrainState) -> None:
-        """Publishes the state. Raises Superseded if a later attempt has begun."""
-        self.publish(snapshot(state))
-
     def publish(
         self, taken: Snapshot, rank: int = 0, collect: Callable[[list[PartBlob]], list[PartBlob]] = list
     ) -> None:
         """Publishes a snapshot. Raises Superseded if a later attempt has begun.
 
-        Where the state is sharded, each worker stores its blobs, ``collect`` gathers their names, and rank 0 publishes
-        the record.
+        All parts are stored at once. Where the state is sharded, each worker stores its blobs, ``collect`` gathers
+        their names, and rank 0 publishes the record.
         """
-        own = [
-            (part if rank == 0 else f"{part}.{rank:05d}", self._put(tensors, taken.starts[part]))
-            for part, tensors in taken.tensors.items()
-        ]
-        blobs = dict(collect(own))
+        taken.wait()
+        names = [part if rank == 0 else f"{part}.{rank:05d}" for part in taken.tensors]
+        with ThreadPoolExecutor(len(names)) as pool:
+            stored = list(pool.map(self._put, taken.tensors.values(), taken.starts.values()))
+        blobs = dict(collect(list(zip(names, stored, strict=True))))
         if rank > 0:
             return
         body = {**taken.body, "attempt": self.attempt, "blobs": blobs}
@@ -181,12 +187,16 @@ class Checkpoints:
     def _read(self, blobs: Mapping[str, str], part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns this worker's rows of tensors ``like`` these, however many workers saved them.
 
-        One blob is in memory at once. Raises CorruptObject, and ValueError where the blobs hold other tensors.
+        Blobs without such rows are not read, and one is in memory at once. Raises CorruptObject, and ValueError where
+        the blobs hold other tensors.
         """
         found: dict[str, Tensor] = {}
         missing: dict[str, int] = {}
-        for name in sorted(name for name in blobs if name.partition(".")[0] == part):
-            data = read_blob(self.store, blobs[name])
+        names = sorted(name for name in blobs if name.partition(".")[0] == part)
+        for saver, name in enumerate(names):
+            if saver and not any(_shares_rows(tensor, saver, len(names)) for tensor in like.values()):
+                continue  # the first holds what is not sharded, too
+            data = read_blob(self.store, blobs[name], READERS)
             starts = _about(data).get("starts", {})
             for tensor, piece in load(data).items():
                 if tensor not in like or piece.shape[1:] != like[tensor].shape[1:]:
@@ -228,6 +238,14 @@ def _about(data: bytes) -> dict[str, Any]:
     """Returns what the header of a file of tensors says about it; {} for older files."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(json.loads(data[8 : 8 + size])["__metadata__"].get("about", "{}"))
+
+
+def _shares_rows(tensor: Tensor, saver: int, savers: int) -> bool:
+    """Returns whether one of the workers that saved a sharded tensor held rows that this worker has to have."""
+    if not tensor.ndim:
+        return False
+    rows, first = rows_of(saver, savers, len(tensor)), first_row(tensor)
+    return max(first, rows.start) < min(first + len(local(tensor)), rows.stop)
 
 
 def _copy_rows(target: Tensor, first: int, piece: Tensor, start: int) -> int:
@@ -303,39 +321,3 @@ def course(ctx: Context, begin: bool) -> Course:
     keys = dict.fromkeys([trunk_key(ctx), trajectory_key(ctx)])
     made = [Checkpoints(ctx.store, key, take_attempt(ctx.store, key) if begin else 0, keep) for key in keys]
     return Course(made[0], made[-1], ctx.recipe.fork)
-
-
-class Saver:
-    """Writes checkpoints in a thread, so that a training waits for the copy of its tensors and not for the store.
-
-    One is written at a time. An error is raised by the next ``save`` or ``wait``; a context manager waits at its end.
-    Where a model is sharded, every worker has a Saver.
-    """
-
-    def __init__(self, course: Course, group: ProcessGroup):
-        self.course, self.group = course, group
-        self._collect = partial(group.collect, group=group.side_group()) if group.sharded else list
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._last: Future[None] | None = None
-
-    def save(self, state: TrainState) -> None:
-        """Copies the state and publishes the copy. Raises Superseded if the last save found a later attempt."""
-        self.wait()
-        taken = snapshot(state, self.group.is_rank_0)
-        self._last = self._pool.submit(self.course.at(state.samples).publish, taken, self.group.rank, self._collect)
-
-    def wait(self) -> None:
-        """Waits until what was saved can be read. Raises Superseded."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            self._pool.shutdown()

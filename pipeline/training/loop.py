@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from pipeline.training.device import autocast
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import full_tensor
 from pipeline.training.feed.feed import Feed, LocalBatch
+from pipeline.training.memory import memory_for
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState, ema_half_life, learning_rate, update_ema
 from pipeline.training.timing import StepTimer
@@ -35,10 +36,6 @@ class NonFinite(UserError):
     def __init__(self, message: str, samples: int = 0, keys: Sequence[str] = ()):
         super().__init__(message)
         self.samples, self.keys = samples, keys
-
-
-class OutOfMemory(Exception):
-    """Says that the forward and backward pass of some rows, whose number is its argument, did not fit into memory."""
 
 
 class Step(NamedTuple):
@@ -86,7 +83,7 @@ def fit(
 
     Raises:
         NonFinite: A loss or a gradient is NaN or Inf.
-        OutOfMemory: A micro-batch does not fit.
+        OutOfMemory: A step, or what is done between steps, does not fit.
     """
     objective = group.wrap(state.objective)
     state.model.train()
@@ -94,25 +91,28 @@ def fit(
     unchecked: deque[Step] = deque()
     with closing(feed.batches(state.samples)) as batches:
         while True:
-            between(state)
+            with memory_for("a validation pass, a milestone or a checkpoint"):
+                between(state)
             if state.samples >= recipe.samples:
                 return state
             timer.start(state.samples // recipe.batch)
             batch = next(batches)
             timer("wait")
-            losses, values = backward(objective, batch, recipe, settings.micro_batch, group, timer)
-            norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf")))
-            finite = (norm + values["loss"]).isfinite()
-            state.failed.copy_(torch.where(finite, state.failed, 1.0))
-            unchecked.append(Step(state.samples, batch.keys, losses, finite))
-            state.samples += recipe.batch
-            for parameters in state.optimizer.param_groups:
-                parameters["lr"] = learning_rate(recipe, state.samples)
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            timer("optimiser")
-            update_ema(state.ema, state.model, recipe.batch, ema_half_life(recipe, state.samples))
-            timer("ema")
+            rows = min(settings.micro_batch or len(batch.keys), len(batch.keys))
+            with memory_for(f"{rows} rows at once", rows):
+                losses, values = backward(objective, batch, recipe, rows, group, timer)
+                norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm or float("inf")))
+                finite = (norm + values["loss"]).isfinite()
+                state.failed.copy_(torch.where(finite, state.failed, 1.0))
+                unchecked.append(Step(state.samples, batch.keys, losses, finite))
+                state.samples += recipe.batch
+                for parameters in state.optimizer.param_groups:
+                    parameters["lr"] = learning_rate(recipe, state.samples)
+                state.optimizer.step()
+                state.optimizer.zero_grad()
+                timer("optimiser")
+                update_ema(state.ema, state.model, recipe.batch, ema_half_life(recipe, state.samples))
+                timer("ema")
             state.journal.add(values | {"gradient_norm": norm.double()})
             line = line_due(state.samples // recipe.batch)
             if line or state.samples >= recipe.samples or len(unchecked) == CHECK_EVERY:
@@ -127,7 +127,7 @@ def backward(
     objective: nn.Module,
     local: LocalBatch,
     recipe: TrainingRecipe,
-    micro_batch: int,
+    size: int,
     group: ProcessGroup,
     timer: StepTimer,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,7 +139,7 @@ def backward(
         objective: A task's loss around the model.
         local: This worker's rows.
         recipe: Has the size of the global batch, and the precision.
-        micro_batch: Rows of one forward and backward pass; 0 takes all.
+        size: Rows of one forward and backward pass.
         group: This worker's view of the others.
         timer: Told of each phase.
 
@@ -147,14 +147,13 @@ def backward(
         This worker's losses, [rows], and the means over the global batch of "loss" and its parts, fp64 [] each.
     """
     rows = len(local.keys)
-    size = micro_batch or rows
     batch = {name: column.to(group.device, non_blocking=True) for name, column in local.batch.items()}
     totals: list[Tensor] = []
     sums: dict[str, Tensor] = {}
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         torch.manual_seed(derive_seed(local.streams[0][0], "dropout", start))
-        with group.accumulation(objective, last=stop == rows), memory_for(stop - start):
+        with group.accumulation(objective, last=stop == rows):
             with autocast(group.device, recipe.precision):
                 rows_of = {name: column[start:stop] for name, column in batch.items()}
                 losses = objective(rows_of, local.draw(group.device, start, stop))
@@ -167,17 +166,6 @@ def backward(
             sums[name] = sums.get(name, 0.0) + values.detach().sum()
     means = group.sum(torch.stack(list(sums.values())).double()) / recipe.batch
     return torch.cat(totals), dict(zip(sums, means, strict=True))
-
-
-@contextmanager
-def memory_for(rows: int) -> Iterator[None]:
-    """Raises OutOfMemory for each error by which PyTorch reports a lack of memory."""
-    try:
-        yield
-    except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
-            raise OutOfMemory(rows) from e
-        raise
 
 
 def line_due(step: int) -> bool:

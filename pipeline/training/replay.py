@@ -63,7 +63,8 @@ def replay(ctx: Context) -> Replay | None:
     with closing(Feed(ctx.store, ctx.inputs, task, ctx.recipe).batches(samples)) as batches, _watching(model, result):
         local = next(batches)
         timer = StepTimer({}, group.device)
-        losses, _ = backward(objective, local, ctx.recipe, ctx.settings.micro_batch, group, timer)
+        rows = ctx.settings.micro_batch or len(local.keys)
+        losses, _ = backward(objective, local, ctx.recipe, rows, group, timer)
     spoilt = [(key, loss) for key, loss in zip(local.keys, losses.tolist(), strict=True) if not _finite(loss)]
     result.rows = spoilt
     result.parameters = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]

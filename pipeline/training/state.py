@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from models.draw import derive_seed
+from pipeline.training.device import computes_in
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import local, recompute
 from pipeline.training.recipes import TrainingRecipe
@@ -123,7 +124,7 @@ def begin(
     if recomputing:
         recompute(model)
     objective = Objective(task, model)
-    group.place(objective)
+    group.place(objective, computes_in(group.device, recipe.precision) == "bf16")
     group.place(ema)
     optimizer = make_optimizer(model, recipe)
     return TrainState(objective, ema, optimizer, failed=torch.zeros((), device=next(model.parameters()).device))
@@ -217,3 +218,17 @@ def put_back(state: TrainState, saved: Mapping[str, Mapping[str, Tensor]]) -> No
             local(tensor).copy_(saved["optimizer"][f"{name}:{kind}"])
         step = saved["optimizer"][f"{name}:step"].to(parameter.device)
         state.optimizer.state[parameter] = {"step": step, **moments}
+
+
+def share(state: TrainState, group: ProcessGroup) -> None:
+    """Gives all workers, which hold the same tensors, the state that rank 0 has restored."""
+    about = (state.samples, state.seconds, state.phase_seconds, state.journal.as_json(), [*parts(state)["optimizer"]])
+    state.samples, state.seconds, state.phase_seconds, journal, moments = group.collect([about])[0]
+    if not state.samples:  # all begin with the same random weights
+        return
+    state.journal = MetricsJournal(**journal)
+    if not group.is_rank_0:
+        like = forms(state)
+        put_back(state, like | {"optimizer": {name: like["optimizer"][name] for name in moments}})
+    held = parts(state)
+    group.broadcast(held[part][name] for part in held for name in sorted(held[part]))

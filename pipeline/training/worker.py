@@ -22,12 +22,14 @@ from pipeline.progress import Progress
 from pipeline.store.crash import crash_point
 from pipeline.store.records import put_blob
 from pipeline.training.between_steps import BetweenSteps, averaged
-from pipeline.training.checkpoints import Course, Saver
+from pipeline.training.checkpoints import Course
 from pipeline.training.device import computes_in
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import NonFinite, fit
-from pipeline.training.state import TrainState, begin
+from pipeline.training.memory import fitting_rows, memory_for, refuses
+from pipeline.training.saver import Saver
+from pipeline.training.state import TrainState, begin, share
 from pipeline.training.task import Contrastive, Examples, Finishes, Task, task_of
 from pipeline.training.timing import NOT_MEASURED, Speed, measure_speed
 from pipeline.training.warm_start import load_weights
@@ -43,8 +45,12 @@ class Training:
     def __call__(self, group: ProcessGroup) -> None:
         """Trains from the newest checkpoint to the stop; rank 0 publishes.
 
-        Raises Superseded, NonFinite, CorruptObject and UserError.
+        Raises Superseded, NonFinite, OutOfMemory, CorruptObject and UserError.
         """
+        with memory_for("the model, with its average, its optimiser and what is measured of it,"):
+            self._work(group)
+
+    def _work(self, group: ProcessGroup) -> None:
         ctx = self.ctx
         task = task_of(ctx)
         pin = group.device.type == "cuda"
@@ -73,7 +79,10 @@ class Training:
         newest = self.ctx.recipe.samples
         while True:
             state = begin(task, self.ctx.recipe, group, warm_start(self.ctx, task), self.ctx.settings.recompute)
-            self.course.restore(state, newest)
+            if group.is_rank_0 or group.sharded:
+                self.course.restore(state, newest)
+            if group.size > 1 and not group.sharded:
+                share(state, group)
             found = group.collect([state.samples])
             if len(set(found)) == 1:
                 return state
@@ -81,13 +90,18 @@ class Training:
 
     def _train(self, publish: Publisher, state: TrainState) -> None:
         ctx, task, feed, group = self.ctx, publish.task, publish.feed, publish.group
-        train = partial(fit, ctx.stage, feed, ctx.recipe, ctx.settings, group, state)
+        settings = ctx.settings
+        # A sharded model computes only with all workers, who would wait for one that failed.
+        if task.splittable and not settings.micro_batch and refuses(group.device) and not group.sharded:
+            rows = ctx.recipe.batch // ctx.recipe.lanes * len(feed.lanes)
+            settings = replace(settings, micro_batch=fitting_rows(ctx.stage, feed, ctx.recipe, rows, group, state))
+        train = partial(fit, ctx.stage, feed, ctx.recipe, settings, group, state)
         if not (group.is_rank_0 or group.sharded):
             train(lambda _: None)
             return
         line = Progress(ctx.stage, ctx.recipe.samples, "samples", start=state.samples) if group.is_rank_0 else None
-        with line or nullcontext(), Saver(self.course, group) as saver:
-            train(BetweenSteps(task, feed, ctx.recipe, ctx.settings, group, saver, publish, line))
+        with line or nullcontext(), Saver(self.course, group, settings.checkpoint_every_s) as saver:
+            train(BetweenSteps(task, feed, ctx.recipe, settings, group, saver, publish, line))
         crash_point("training.before_artifact")
         model = averaged(task, state, group)
         if group.is_rank_0:

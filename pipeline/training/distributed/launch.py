@@ -24,7 +24,8 @@ from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.device import choose_device
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.loop import NonFinite, OutOfMemory
+from pipeline.training.loop import NonFinite
+from pipeline.training.memory import OutOfMemory
 
 REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
 LISTEN_EVERY_S = 5.0  # all workers wait for each other when they ask whether a machine is to be taken away

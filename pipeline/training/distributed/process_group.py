@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -45,16 +45,19 @@ class ProcessGroup:
         """Returns whether this worker writes what is written once."""
         return self.rank == 0
 
-    def place(self, module: nn.Module) -> None:
-        """Moves a new module to where it is used: to the device, or sharded over the workers."""
+    def place(self, module: nn.Module, bf16: bool = False) -> None:
+        """Moves a new module to where it is used: to the device, or sharded over the workers (see shard_module)."""
         if self.sharded:
-            shard_module(module, self.device, self.size, self.offload)
+            shard_module(module, self.device, self.size, self.offload, bf16)
         else:
             module.to(self.device)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Returns a placed module whose backward pass averages gradients over the workers."""
-        return module if self.sharded or self.size == 1 else DistributedDataParallel(module)
+        if self.sharded or self.size == 1:
+            return module
+        # Gradients lie in the buckets that are sent. Buffers are the same everywhere: statistics take one worker.
+        return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     @contextmanager
     def accumulation(self, module: nn.Module, last: bool) -> Iterator[None]:
@@ -97,6 +100,11 @@ class ProcessGroup:
         padding = rows.new_zeros(max(lengths) - len(rows), *rows.shape[1:])
         parts = all_gather(torch.cat([rows, padding]))
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]), sum(lengths[: self.rank])
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every worker the values of rank 0, in place."""
+        for sending in [dist.broadcast(tensor, 0, async_op=True) for tensor in tensors]:
+            sending.wait()
 
     def wait(self) -> None:
         """Waits until all workers are here."""

@@ -1,5 +1,6 @@
 """What stages cost: as they were measured, scaled; or by arithmetic."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.cost.estimate import (
     model_size,
     parse_count,
     parse_fleet,
+    save,
 )
 from pipeline.cost.observed import Observation, shape
 from pipeline.cost.table import cost_table, remarks, size
@@ -102,12 +104,24 @@ def test_a_training_on_gpus_is_its_arithmetic(stage: str) -> None:
     cost = estimate(stage, ask)
     work = recipe.samples * model_size(PAPER, stage).training
     assert cost.basis == "counted"
-    assert cost.seconds - cost.startup == pytest.approx(work / (64 * DEVICES["H100"].peak * 0.3))
+    size, every = save(stage, ask, 64)
+    saves = 1 + size / 20e9 / every  # a GPU copies its state, as often as the interval says
+    assert cost.seconds - cost.startup == pytest.approx(saves * work / (64 * DEVICES["H100"].peak * 0.3))
+    assert cost.startup == pytest.approx(60 + size / 1e9)  # the last checkpoint is waited for
     assert (cost.gpus, cost.cores) == (64, 0)
     assert estimate(stage, replace(ask, rows=10)).seconds == cost.seconds  # samples count, not pairs
     half = estimate(stage, replace(ask, utilisation=0.15))
     assert half.seconds - half.startup == pytest.approx(2 * (cost.seconds - cost.startup))
     assert estimate(stage, replace(ask, fleet=Fleet(128, "H100"))).gpus == 64  # as many as lanes
+
+
+def test_large_checkpoints_are_written_less_often_and_sharded_ones_by_all() -> None:
+    size, every = save("decoder", asked(PAPER), 64)
+    assert size == 16 * model_size(PAPER, "decoder").parameters
+    assert every == pytest.approx(30 * size / 1e9) > 60
+    assert save("decoder", asked(NANO), 1)[1] == 60
+    sharded = load_config(ROOT / "configs/paper.yaml", ["run.decoder.sharded=true", "run.decoder.workers=64"])
+    assert save("decoder", asked(sharded), 64) == (size / 64, 60)
 
 
 def test_a_utilisation_that_was_measured_on_a_gpu_goes_before_the_assumed_one() -> None:
@@ -117,7 +131,7 @@ def test_a_utilisation_that_was_measured_on_a_gpu_goes_before_the_assumed_one() 
     work = PAPER.decoder.samples * model_size(PAPER, "decoder").training
     for asked, share in ((ask, 0.5 * MATMUL_SHARE), (slow, 0.3)):
         cost = estimate("decoder", asked)
-        assert cost.seconds - cost.startup == pytest.approx(work / (64 * DEVICES["H100"].peak * share))
+        assert cost.seconds - cost.startup == pytest.approx(work / (64 * DEVICES["H100"].peak * share), rel=0.01)
 
 
 def test_embeddings_on_gpus_wait_for_the_slower_of_encoding_and_decoding() -> None:
@@ -184,6 +198,7 @@ def test_everything_assumed_is_said() -> None:
     said = "\n".join(remarks({stage: estimate(stage, ask) for stage in build(PAPER)}, ask))
     assert "decoding cores for each encoder" in said
     assert "set run.decoder.sharded" in said
+    assert re.search(r"checkpoints of a worker, at an assumed 1 GB/s: .*decoder 57 GB every 28 min", said)
     assert "one A100 reaches 30% of 312 TFLOP/s" in said
     assert "microseconds of a core for a row: source 32, captions 1, pairs 20000" in said
     assert "262 kB for a stored image" in said

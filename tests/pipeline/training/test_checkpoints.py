@@ -11,7 +11,7 @@ from pipeline.errors import Superseded
 from pipeline.graph.damage import read_record
 from pipeline.store import Store
 from pipeline.store.records import blob_path
-from pipeline.training.checkpoints import Checkpoints, last_attempt, take_attempt
+from pipeline.training.checkpoints import Checkpoints, last_attempt, snapshot, take_attempt
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, parts
@@ -34,6 +34,10 @@ def make_state(steps: int = 0, seed: int = 0) -> TrainState:
     return state
 
 
+def save(checkpoints: Checkpoints, state: TrainState) -> None:
+    checkpoints.publish(snapshot(state))
+
+
 def same(a: TrainState, b: TrainState) -> bool:
     pairs = [(parts(a)[name], parts(b)[name]) for name in parts(a)]
     equal = all(x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs)
@@ -44,7 +48,7 @@ def test_a_state_comes_back_bit_by_bit(store: Store) -> None:
     state, other = make_state(steps=3), make_state()
     state.journal.flush(state.samples)
     state.journal.add({"loss": 1 / 3})
-    Checkpoints(store, "t", 1).save(state)
+    save(Checkpoints(store, "t", 1), state)
     assert Checkpoints(store, "t", 2).restore(other, at_most=100)
     assert same(state, other)
 
@@ -57,7 +61,7 @@ def test_without_checkpoints_nothing_is_restored(store: Store) -> None:
 def test_the_newest_up_to_the_stop_wins(store: Store) -> None:
     checkpoints = Checkpoints(store, "t", 1, keep=5)
     for steps in (1, 2, 3):
-        checkpoints.save(make_state(steps))
+        save(checkpoints, make_state(steps))
     state = make_state()
     assert checkpoints.restore(state, at_most=47)
     assert state.samples == checkpoints.newest(47) == 32
@@ -92,8 +96,8 @@ def test_a_damaged_one_is_skipped_with_a_warning_and_stays(
     store: Store, damage: Damage, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(store, "t", 1)
-    checkpoints.save(make_state(1))
-    checkpoints.save(make_state(2))
+    save(checkpoints, make_state(1))
+    save(checkpoints, make_state(2))
     newest = sorted(entry.path for entry in store.list("checkpoints/t/0"))[-1]
     damage(store, newest)
     before = list(store.list(""))
@@ -104,7 +108,7 @@ def test_a_damaged_one_is_skipped_with_a_warning_and_stays(
     (warning,) = caplog.records
     assert warning.getMessage().startswith("checkpoint at sample 32 is skipped, for the one before it: ")
     assert list(store.list("")) == before  # another machine may be able to read it
-    later.save(make_state(2))  # and its work can be done again, with the very same state
+    save(later, make_state(2))  # and its work can be done again, with the very same state
     assert Checkpoints(store, "t", 3).restore(state, at_most=100)
     assert same(state, make_state(2))
 
@@ -114,8 +118,8 @@ def test_one_read_that_went_wrong_costs_no_checkpoint(
 ) -> None:
     """Of a record, and of a blob, as this process first reads them."""
     checkpoints = Checkpoints(store, "t", 1)
-    checkpoints.save(make_state(1))
-    checkpoints.save(make_state(2))
+    save(checkpoints, make_state(1))
+    save(checkpoints, make_state(2))
     flipped = flip_first_reads(monkeypatch, store)
     state = make_state()
     assert checkpoints.restore(state, at_most=100)
@@ -128,14 +132,14 @@ def test_one_read_that_went_wrong_costs_no_checkpoint(
 def test_damaged_ones_do_not_push_out_what_is_made_in_their_place(store: Store) -> None:
     first = Checkpoints(store, "t", 1, keep=2)
     for steps in (1, 2, 3):
-        first.save(make_state(steps))
+        save(first, make_state(steps))
     for entry in list(store.list("checkpoints/t/0")):
         if "000000000016" not in entry.path:
             _lose_blob(store, entry.path)
     second = Checkpoints(store, "t", 2, keep=2)
     assert not second.restore(make_state(), at_most=100)
     state = make_state(1)
-    second.save(state)
+    save(second, state)
     assert Checkpoints(store, "t", 3).restore(state, at_most=100)
     assert state.samples == 16
 
@@ -143,10 +147,10 @@ def test_damaged_ones_do_not_push_out_what_is_made_in_their_place(store: Store) 
 def test_an_unreadable_record_saves_the_blobs_that_it_may_name(store: Store) -> None:
     checkpoints = Checkpoints(store, "t", 1, keep=2)
     for steps in (1, 2):
-        checkpoints.save(make_state(steps))
+        save(checkpoints, make_state(steps))
     blobs = {entry.path for entry in store.list("blobs/")}
     _cut_record(store, "checkpoints/t/000000000032-0001.json")
-    checkpoints.save(make_state(3))
+    save(checkpoints, make_state(3))
     assert [entry.path for entry in store.list("checkpoints/t/0")] == [
         "checkpoints/t/000000000032-0001.json", "checkpoints/t/000000000048-0001.json",
     ]  # fmt: skip
@@ -156,7 +160,7 @@ def test_an_unreadable_record_saves_the_blobs_that_it_may_name(store: Store) -> 
 def test_old_ones_go_with_their_blobs(store: Store) -> None:
     checkpoints = Checkpoints(store, "t", 1, keep=2)
     for steps in (1, 2, 3, 4):
-        checkpoints.save(make_state(steps))
+        save(checkpoints, make_state(steps))
     records = [read_record(store, entry.path) for entry in store.list("checkpoints/t/0")]
     assert [record["samples"] for record in records if record] == [48, 64]
     named = {blob_path(blob) for record in records if record for blob in record["blobs"].values()}
@@ -165,24 +169,24 @@ def test_old_ones_go_with_their_blobs(store: Store) -> None:
 
 def test_trajectories_share_no_blobs(store: Store) -> None:
     for trajectory in ("t", "u"):
-        Checkpoints(store, trajectory, 1, keep=1).save(make_state(1))
-    Checkpoints(store, "t", 1, keep=1).save(make_state(2))
+        save(Checkpoints(store, trajectory, 1, keep=1), make_state(1))
+    save(Checkpoints(store, "t", 1, keep=1), make_state(2))
     assert Checkpoints(store, "u", 1).restore(make_state(), at_most=100)
 
 
 def test_a_later_attempt_stops_an_earlier_one(store: Store) -> None:
     first, second = take_attempt(store, "t"), take_attempt(store, "t")
     assert (first, second, last_attempt(store, "t"), last_attempt(store, "u")) == (1, 2, 2, 0)
-    Checkpoints(store, "t", second).save(make_state(1))
+    save(Checkpoints(store, "t", second), make_state(1))
     with pytest.raises(Superseded, match="attempt 1 of this training stops: attempt 2 has begun"):
-        Checkpoints(store, "t", first).save(make_state(2))
+        save(Checkpoints(store, "t", first), make_state(2))
     assert Checkpoints(store, "t", second).newest(100) == 16
 
 
 def test_an_overtaken_attempt_deletes_nothing_of_its_successor(store: Store) -> None:
     old, new = Checkpoints(store, "t", 1, keep=1), Checkpoints(store, "t", 2, keep=1)
-    old.save(make_state(1))
-    new.save(make_state(2))
+    save(old, make_state(1))
+    save(new, make_state(2))
     old._prune(100)
     assert new.newest(100) == 32
     assert new.restore(make_state(), at_most=100)

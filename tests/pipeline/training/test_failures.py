@@ -92,12 +92,19 @@ def test_too_little_memory_halves_the_micro_batch(
     assert len(read_blob(world.store, made.blobs["model.safetensors"])) > 0
 
 
-def test_memory_for_not_even_one_row_is_a_mistake(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hungry(self: DiffusionPriorTask, model: Any, batch: Any, draw: Any) -> Any:
-        return torch.empty(1 << 50, dtype=torch.uint8)
-
-    monkeypatch.setattr(DiffusionPriorTask, "loss", hungry)
+@pytest.mark.parametrize(
+    ("hungry", "words"),
+    [
+        ("pipeline.training.tasks.diffusion_prior.DiffusionPriorTask.loss", "one row"),
+        ("pipeline.training.between_steps.BetweenSteps.validate", "a validation pass, a milestone or a checkpoint"),
+        ("pipeline.training.worker.begin", "the model, with its average, its optimiser"),
+    ],
+)
+def test_memory_for_less_than_a_step_or_for_one_row_is_a_mistake(
+    world: World, monkeypatch: pytest.MonkeyPatch, hungry: str, words: str
+) -> None:
     monkeypatch.setattr("pipeline.training.worker.measure_speed", lambda *_: None)
     monkeypatch.setattr("pipeline.training.between_steps.BetweenSteps.validate", lambda *_: None)
-    with pytest.raises(UserError, match="one row did not fit into memory; take a smaller model"):
+    monkeypatch.setattr(hungry, lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
+    with pytest.raises(UserError, match=f"{words}.* did not fit into memory; take a smaller model"):
         stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))

@@ -1,5 +1,7 @@
 """The loop: what a step does to weights, averages and the journal."""
 
+import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,15 +22,13 @@ from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.loop import (
     CHECK_EVERY,
     NonFinite,
-    OutOfMemory,
     backward,
     fit,
     line_due,
-    memory_for,
 )
+from pipeline.training.memory import OutOfMemory, fitting_rows, memory_for
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, ema_half_life, learning_rate, make_optimizer, update_ema
-from pipeline.training.task import Objective
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import StepTimer
 from tests.models.mutations import fails_under
@@ -64,7 +64,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def test_micro_batches_add_up_to_the_batch(share: LocalBatch, size: int) -> None:
     """Pieces that cut lanes in two as well: gradient and loss agree within 1e-6."""
     whole, pieces = (begin(task(), RECIPE, ProcessGroup()).objective for _ in range(2))
-    rows, values = backward(whole, share, RECIPE, 0, ProcessGroup(), timer())
+    rows, values = backward(whole, share, RECIPE, 16, ProcessGroup(), timer())
     cut_rows, cut_values = backward(pieces, share, RECIPE, size, ProcessGroup(), timer())
     assert torch.allclose(rows, cut_rows, atol=1e-6)
     assert {n: float(v) for n, v in cut_values.items()} == pytest.approx(
@@ -258,9 +258,11 @@ def test_a_bad_step_that_is_noticed_later_has_changed_nothing(share: LocalBatch)
 
 
 class Hungry(Spiked):
-    """A task that asks for 2^50 bytes for more than three rows."""
+    """A task that asks for 2^50 bytes for more than three rows. It has one validation row."""
 
-    splittable = True
+    def validation(self, rows: int, size: int) -> list[LocalBatch]:
+        row = {name: column[:1] for name, column in self.share.batch.items()}
+        return [LocalBatch(row, self.share.keys[:1], [(0, 1)])]
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], draw: Draw) -> Losses:
         if len(batch["image_embedding"]) > 3:
@@ -268,12 +270,34 @@ class Hungry(Spiked):
         return super().loss(model, batch, draw)
 
 
-def test_too_little_memory_is_told_from_other_failures(share: LocalBatch) -> None:
+def test_as_many_rows_are_computed_at_once_as_fit(share: LocalBatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Of 16 rows two. The trial leaves neither gradients nor moments."""
     hungry: Any = Hungry(share, None)
-    model = hungry.model(0)
+    state = begin(hungry, RECIPE, ProcessGroup())
+    before = state.model.state_dict()["weight"].clone()
+    with caplog.at_level(logging.INFO):
+        assert fitting_rows("decoder", hungry, RECIPE, 16, ProcessGroup(), state) == 2
+    assert [int(n) for n in re.findall(r"computes (\d+) rows at once", caplog.text)] == [8, 4, 2]
+    assert fitting_rows("decoder", hungry, RECIPE, 3, ProcessGroup(), state) == 3
+    assert torch.equal(state.model.state_dict()["weight"], before)
+    assert not gradients(state.model)
+    assert not state.optimizer.state
     with pytest.raises(OutOfMemory) as caught:
-        backward(Objective(hungry, model), share, RECIPE, 5, ProcessGroup(), timer())
-    assert caught.value.args == (5,)
-    backward(Objective(hungry, model), share, RECIPE, 3, ProcessGroup(), timer())
-    with pytest.raises(RuntimeError, match="shape"), memory_for(3):
-        torch.zeros(2, 3) @ torch.zeros(2, 3)
+        fit("decoder", hungry, RECIPE, TrainingSettings(micro_batch=5), ProcessGroup(), state, lambda _: None)
+    assert caught.value.args == ("5 rows at once", 5)
+
+
+@pytest.mark.parametrize(
+    ("said", "lacking"),
+    [
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'", True),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False),
+    ],
+)
+def test_too_little_memory_is_told_from_other_failures(said: str, lacking: bool) -> None:
+    with pytest.raises(OutOfMemory if lacking else RuntimeError) as caught, memory_for("a step", 3):
+        raise RuntimeError(said)
+    assert caught.value.args == (("a step", 3) if lacking else (said,))

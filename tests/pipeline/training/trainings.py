@@ -1,6 +1,7 @@
 """Models that train in a second, workers without a Ray, and what tests look at in what trainings leave."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,24 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert all(gap.max() < 1e-4 for gap in gaps.values())
 
 
-def _work(rank: int, ctx: Context, own: Course, meeting: Path) -> None:
+def _work(rank: int, ctx: Context, own: Course, meeting: Path, before: Callable[[int], None]) -> None:
     torch.set_num_threads(1)
+    before(rank)
     settings = ctx.settings
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=settings.workers)
     Training(ctx, own)(ProcessGroup(rank, settings.workers, sharded=settings.sharded, offload=settings.offload))
     dist.destroy_process_group()
 
 
-def train_together(ctx: Context, folder: Path) -> None:
-    """Trains as many workers as the settings say, as processes joined by gloo, from the newest checkpoint on."""
+def as_it_is(rank: int) -> None:
+    """Changes nothing in a worker."""
+
+
+def train_together(ctx: Context, folder: Path, before: Callable[[int], None] = as_it_is, join: bool = True) -> Any:
+    """Trains as many workers as the settings say, as processes joined by gloo, from the newest checkpoint on.
+
+    Each calls ``before`` with its rank first. Without ``join`` returns the processes as torch.multiprocessing does.
+    """
     own = course(ctx, begin=True)
     meeting = folder / f"meeting-{own.branch.attempt}"
-    multiprocessing.spawn(_work, (ctx, own, meeting), nprocs=ctx.settings.workers)
+    return multiprocessing.spawn(_work, (ctx, own, meeting, before), nprocs=ctx.settings.workers, join=join)

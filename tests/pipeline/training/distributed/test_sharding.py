@@ -1,14 +1,23 @@
 """A sharded model trains what one device trains; any number of workers reads the checkpoints of any other."""
 
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from models.draw import Draw
+from pipeline.config import preset_config
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.damage import read_record
@@ -16,14 +25,17 @@ from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.training import stage
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.distributed.sharding import layers
+from pipeline.training.distributed.sharding import full_tensor, layers, rows_of, shard_module
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
 from pipeline.training.state import begin
+from pipeline.training.task import Objective
 from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.timing import StepTimer
+from tests.pipeline.cost.test_flops import task_of
 from tests.pipeline.training.conftest import EMBED_DIM, World, make_world
+from tests.pipeline.training.distributed.test_workers import lines, noting
 from tests.pipeline.training.trainings import DECODER, MODEL, SETTINGS, assert_equal_trainings, train_together
 
 PRIOR = DiffusionPriorRecipe(
@@ -53,7 +65,7 @@ def trained(world: World, name: str, recipe: Any, runs: list[Run], folder: Path)
     for samples, workers in runs:
         ctx: Context = world.context(name, replace(recipe, samples=samples), settings(workers))
         if workers:
-            train_together(ctx, folder)
+            train_together(ctx, folder, partial(noting, folder))
         else:
             stage.train(ctx)
     artifact = load_artifact(world.store, name, ctx.key)
@@ -73,6 +85,8 @@ def check_equal(world: World, name: str, recipe: Any, runs: list[Run], folder: P
 def test_two_workers_train_what_one_process_trains(world: World, tmp_path: Path) -> None:
     """From a checkpoint of this process, and back to it: every kind of tensor goes both ways."""
     check_equal(world, "diffusion_prior", PRIOR, [(16, 0), (32, 2), (48, 2), (64, 0)], tmp_path)
+    # Of the checkpoints before 16 and 48: what is not sharded is in the blobs of the first worker.
+    assert [len(lines(tmp_path / f"read-{rank}")) for rank in (0, 1)] == [3 + 3, 3 + 6]
     records = [read_record(world.store, entry.path) for entry in world.store.list("checkpoints/")]
     blobs = {record["samples"]: sorted(record["blobs"]) for record in records if record and record.get("blobs")}
     assert blobs[16] == blobs[64] == ["ema", "model", "optimizer"]
@@ -86,6 +100,92 @@ def test_four_workers_leave_to_two_and_to_one_what_they_know(
 ) -> None:
     runs = [(2 * recipe.batch, 4), (4 * recipe.batch, 2), (6 * recipe.batch, 1), (8 * recipe.batch, 4)]
     check_equal(world, name, recipe, runs, tmp_path)
+
+
+@given(rows=st.integers(1, 50), workers=st.integers(1, 12))
+def test_a_sharded_tensor_is_cut_as_torch_cuts_it(rows: int, workers: int) -> None:
+    parts: Iterable[Tensor] = torch.arange(rows).chunk(workers)
+    expected = [part.tolist() for part in parts]
+    expected += [[]] * (workers - len(expected))
+    assert [list(rows_of(worker, workers, rows)) for worker in range(workers)] == expected
+
+
+class Seen(nn.Module):
+    """A layer that notes the kind of numbers that it computes with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.kinds: set[torch.dtype] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kinds |= {x.dtype, self.linear.weight.dtype}
+        return x + self.linear(self.norm(x))
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Seen(), Seen()])
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layers[1](self.layers[0](x)))
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_are_gathered_in_bf16_and_gradients_are_added_in_fp32() -> None:
+    torch.manual_seed(0)
+    plain = Small()
+    sharded = deepcopy(plain)
+    shard_module(sharded, torch.device("cpu"), 1, offload=False, bf16=True)
+    x = torch.randn(5, 6)
+    for model in (plain, sharded):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).float().square().sum().backward()
+    assert [layer.kinds for layer in plain.layers] == [{torch.float32}] * 2
+    assert [layer.kinds for layer in sharded.layers] == [{torch.float32, torch.bfloat16}] * 2
+    for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
+        gradient = full_tensor(ours.grad)
+        assert gradient.dtype == ours.dtype == torch.float32
+        assert torch.allclose(gradient, theirs.grad, rtol=0.05, atol=0.05 * float(theirs.grad.abs().max()))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("network", ["diffusion_prior", "ar_prior", "decoder", "upsampler_256"])
+def test_every_network_computes_with_weights_in_bf16(network: str) -> None:
+    """The loss is that of fp32 weights under autocast, to the rounding of bf16."""
+    config = preset_config("nano")
+    task = task_of(config, network)
+    objectives = [Objective(task, task.model(0)) for _ in range(2)]
+    shard_module(objectives[1], torch.device("cpu"), 1, offload=False, bf16=True)
+    dim, side = config.clip.model.embed_dim, max(task.image_size, 1)
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "image": torch.randint(256, (2, 3, side, side), generator=generator, dtype=torch.uint8),
+        "tokens": torch.randint(1, 999, (2, 77), generator=generator),
+        "image_embedding": F.normalize(torch.randn(2, dim, generator=generator)),
+        "text_embedding": F.normalize(torch.randn(2, dim, generator=generator)),
+    }
+    losses = []
+    for objective in objectives:
+        with torch.autocast("cpu", torch.bfloat16):
+            total = objective({name: batch[name] for name in task.columns}, Draw([(0, 2)])).total
+        total.sum().backward()
+        losses.append(total.detach())
+    assert losses[1].dtype == torch.float32
+    assert torch.allclose(losses[1], losses[0], rtol=0.02)
+    kinds = {p.grad.dtype for p in objectives[1].parameters() if p.grad is not None}
+    assert kinds == {torch.float32}
 
 
 def test_layers_are_computed_again_with_the_same_dropout(shared_world: World) -> None:

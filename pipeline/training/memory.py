@@ -1,0 +1,84 @@
+"""What fits into the memory of a device: how many rows at once, and what to do where something does not."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from models.draw import Draw
+from pipeline.training.device import autocast
+from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.feed.feed import Feed
+from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.state import MOMENTS, TrainState
+from pipeline.training.task import Batch
+
+# Of PyTorch on a CPU, and of CUDA, cuBLAS, cuDNN and NCCL.
+LACKING = re.compile(r"can't allocate memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
+log = logging.getLogger("unclip")
+
+
+class OutOfMemory(Exception):
+    """Says that something did not fit into memory: its name, and the number of its rows if fewer might."""
+
+
+@contextmanager
+def memory_for(what: str, rows: int = 0) -> Iterator[None]:
+    """Raises OutOfMemory for each error by which PyTorch reports a lack of memory."""
+    try:
+        yield
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or LACKING.search(str(e)):
+            raise OutOfMemory(what, rows) from e
+        raise
+
+
+def refuses(device: torch.device) -> bool:
+    """Returns whether a device says that memory is short when it is asked for; a CPU's is given, and is short later."""
+    return device.type != "cpu"
+
+
+def fitting_rows(
+    stage: str, feed: Feed, recipe: TrainingRecipe, rows: int, group: ProcessGroup, state: TrainState
+) -> int:
+    """Returns how many rows all workers can compute at once: ``rows``, or a half, a quarter and so on.
+
+    Every worker tries one forward and backward pass, with room for the optimiser's moments and without the others, so
+    nobody waits for a worker that failed. It changes nothing but the random numbers that a step draws anew. Without a
+    validation row to try nothing is found out. Raises OutOfMemory if one row does not fit.
+    """
+    for row in feed.validation(1, 1):
+        while not all(group.collect([_fits(row.batch, rows, recipe, group, state)])):
+            if rows == 1:
+                raise OutOfMemory("one row", 1)
+            rows = -(-rows // 2)
+            log.info("%s: computes %d rows at once, because more do not fit into memory", stage, rows)
+            if group.device.type == "cuda":
+                torch.cuda.empty_cache()
+    return rows
+
+
+def _fits(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> bool:
+    try:
+        with memory_for("a trial"):
+            _try(row, rows, recipe, group, state)
+        return True
+    except OutOfMemory:
+        return False
+    finally:
+        state.optimizer.zero_grad()
+
+
+def _try(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> None:
+    device = group.device
+    new = [p for p in state.model.parameters() if p.requires_grad and p not in state.optimizer.state]
+    moments = [torch.empty_like(p) for p in new for _ in MOMENTS]
+    batch = {name: column.to(device).repeat(rows, *[1] * (column.ndim - 1)) for name, column in row.items()}
+    with autocast(device, recipe.precision):
+        losses = state.objective(batch, Draw([(0, rows)], device))
+    losses.total.sum().backward()
+    del moments  # held until here

@@ -1,0 +1,100 @@
+"""Workers as processes: what they read of a checkpoint, how many rows they compute at once, and how they end."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.graph.artifacts import load_artifact
+from pipeline.training import checkpoints as checkpoints_module
+from pipeline.training import stage, worker
+from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from tests.pipeline.training.conftest import World, make_world
+from tests.pipeline.training.trainings import MODEL, SETTINGS, assert_equal_trainings, train_together
+
+RECIPE = DiffusionPriorRecipe(
+    samples=48, batch=16, lanes=4, precision="fp32", learning_rate=1e-3, ema_half_life=64, clip_norm=1.0, model=MODEL
+)
+
+
+def noting(folder: Path, rank: int) -> None:
+    """Writes down how many blobs of checkpoints a worker reads, and how many rows it computes at once."""
+    read_blob, loss = checkpoints_module.read_blob, DiffusionPriorTask.loss
+
+    def note(name: str, line: object) -> None:
+        with open(folder / f"{name}-{rank}", "a") as out:
+            out.write(f"{line}\n")
+
+    def read(*given: Any) -> bytes:
+        note("read", given[1])
+        return read_blob(*given)
+
+    def noted(self: Any, model: Any, batch: Any, draw: Any) -> Any:
+        if model.training:
+            note("rows", draw.rows)
+        return loss(self, model, batch, draw)
+
+    checkpoints_module.read_blob = read
+    DiffusionPriorTask.loss = noted  # type: ignore[method-assign]
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def noting_and_hungry(folder: Path, rank: int) -> None:
+    """The second worker has no memory for more than three rows, and is told so as a GPU tells it."""
+    noting(folder, rank)
+    worker.refuses = lambda device: True
+    loss = DiffusionPriorTask.loss
+
+    def hungry(self: Any, model: Any, batch: Any, draw: Any) -> Any:
+        losses = loss(self, model, batch, draw)
+        if rank == 1 and draw.rows > 3:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        return losses
+
+    DiffusionPriorTask.loss = hungry  # type: ignore[method-assign]
+
+
+def test_the_first_worker_reads_a_checkpoint_and_all_compute_as_many_rows_as_fit(world: World, tmp_path: Path) -> None:
+    """From a checkpoint of one process: what comes out is what one process trains."""
+    stage.train(world.context("diffusion_prior", replace(RECIPE, samples=16), SETTINGS))
+    ctx = world.context("diffusion_prior", RECIPE, replace(SETTINGS, workers=2))
+    train_together(ctx, tmp_path, partial(noting_and_hungry, tmp_path))
+    made = load_artifact(world.store, "diffusion_prior", ctx.key)
+    assert made is not None
+    assert [len(lines(tmp_path / f"read-{rank}")) for rank in (0, 1)] == [3, 0]
+    assert [lines(tmp_path / f"rows-{rank}")[:2] for rank in (0, 1)] == [["8", "4"]] * 2  # of a share of eight
+    assert [set(lines(tmp_path / f"rows-{rank}")[2:]) for rank in (0, 1)] == [{"2"}] * 2
+    straight = make_world(tmp_path / "straight")
+    expected = stage.train(straight.context("diffusion_prior", RECIPE, SETTINGS))
+    assert_equal_trainings((world, made), (straight, expected))
+
+
+def out_of_memory_later(rank: int) -> None:
+    """The second worker runs out of memory in its third step, while the first waits for its gradients."""
+    loss, calls = DiffusionPriorTask.loss, []
+
+    def hungry(self: Any, model: Any, batch: Any, draw: Any) -> Any:
+        calls.append(model.training)
+        if rank == 1 and sum(calls) == 3:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        return loss(self, model, batch, draw)
+
+    DiffusionPriorTask.loss = hungry  # type: ignore[method-assign]
+
+
+@pytest.mark.timeout(180)
+def test_where_one_worker_runs_out_of_memory_no_other_waits_for_it(world: World, tmp_path: Path) -> None:
+    """Each ends by itself; what starts them ends nobody."""
+    ctx = world.context("diffusion_prior", RECIPE, replace(SETTINGS, workers=2))
+    started = train_together(ctx, tmp_path, out_of_memory_later, join=False)
+    for process in started.processes:
+        process.join(60)
+    assert [process.exitcode for process in started.processes] == [1, 1]
+    assert "OutOfMemory" in Path(started.error_files[1]).read_bytes().decode(errors="replace")
