@@ -71,9 +71,10 @@ class BetweenSteps:
         validate = validation_due(state.samples, self.recipe) and not was_validated(state)
         reached = [m for m in self.settings.milestones if m <= state.samples < m + self.recipe.batch]
         leaving = self.group.leaving() and not self.left
-        self.owed = self.owed or validate
+        new = state.samples > self.saved
+        self.owed = new and (self.owed or validate)
         last = leaving or state.samples >= self.recipe.samples
-        save = state.samples > self.saved and (last or self._due(state, validate))
+        save = new and (last or self._due(state, validate))
         # The loop raises for a step that has failed, a few steps from here.
         if (validate or reached or save) and not bool(state.failed):
             self._validate_publish_save(state, validate, reached, save)

@@ -93,7 +93,7 @@ class Training:
         settings = ctx.settings
         # A sharded model computes only with all workers, who would wait for one that failed.
         if task.splittable and not settings.micro_batch and refuses(group.device) and not group.sharded:
-            rows = ctx.recipe.batch // ctx.recipe.lanes * len(feed.lanes)
+            rows = ctx.recipe.batch // ctx.recipe.lanes * -(-ctx.recipe.lanes // group.size)  # of the largest share
             settings = replace(settings, micro_batch=fitting_rows(ctx.stage, feed, ctx.recipe, rows, group, state))
         train = partial(fit, ctx.stage, feed, ctx.recipe, settings, group, state)
         if not (group.is_rank_0 or group.sharded):
