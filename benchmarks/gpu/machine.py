@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from benchmarks.gpu.bench import Bench, Outcome
 from benchmarks.timing import cpu
-from pipeline.cost.estimate import DEVICES, cores_here
+from pipeline.cost.estimate import DEVICES
+from pipeline.graph.resources import cores
 from pipeline.training.device import has_bfloat16
 
 QUERIES = ("clocks.max.sm", "power.limit", "ecc.mode.current", "driver_version")  # of nvidia-smi
@@ -35,7 +36,7 @@ def machine(bench: Bench) -> Outcome:
         "device": device_name(bench),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cores": cores_here(),
+        "cores": cores(),
         "bf16": has_bfloat16(bench.device),
     }
     if bench.cuda:

@@ -25,7 +25,8 @@ from pipeline.graph.keys import flatten
 from pipeline.settings import TrainingSettings
 from pipeline.training.device import autocast, has_bfloat16
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.loop import OutOfMemory, fit
+from pipeline.training.loop import fit
+from pipeline.training.memory import OutOfMemory
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import MetricsJournal, TrainState, begin
 from pipeline.training.timing import PHASES, matmul_peak

@@ -15,7 +15,7 @@ from benchmarks.images import publish
 from models.decoder import Decoder
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from pipeline.store import open_store
-from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.checkpoints import Checkpoints, snapshot
 from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.task import Task
 
@@ -86,7 +86,7 @@ def checkpoint(bench: Bench) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(open_store(folder), "gpu_check", 1)
         began = perf_counter()
-        checkpoints.save(trainer.state)
+        checkpoints.publish(snapshot(trainer.state))
         saved = perf_counter()
         other = Trainer(bench, recipe)
         fresh = perf_counter()
