@@ -48,7 +48,8 @@ class ProcessGroup:
     def place(self, module: nn.Module, bf16: bool = False) -> None:
         """Moves a new module to where it is used: to the device, or sharded over the workers (see shard_module)."""
         if self.sharded:
-            shard_module(module, self.device, self.size, self.offload, bf16)
+            # Autocast computes norms in fp32 on a GPU; on the CPU they take no weights in bf16.
+            shard_module(module, self.device, self.size, self.offload, bf16 and self.device.type == "cuda")
         else:
             module.to(self.device)
 

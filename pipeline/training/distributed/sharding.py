@@ -29,14 +29,16 @@ def layers(model: nn.Module) -> Iterator[nn.Module]:
 def shard_module(module: nn.Module, device: torch.device, workers: int, offload: bool, bf16: bool) -> None:
     """Keeps this worker's rows of every weight of ``module``, on ``device`` or, with ``offload``, on the CPU.
 
-    With ``bf16`` weights are gathered in bf16, which is half of the traffic and of the memory; workers keep their rows
-    and add up gradients in fp32. Inputs stay as they are, because autocast decides what computes in bf16.
+    With ``bf16`` the weights of layers are gathered in bf16, which is half of the traffic and of the memory; workers
+    keep their rows and add up gradients in fp32. Inputs stay as they are, because autocast decides what computes in
+    bf16, and so do weights outside of layers, some of which compute in fp32 under autocast, too.
     """
     mesh = init_device_mesh(device.type, (workers,))
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for part in (*layers(module), module):
-        fully_shard(part, mesh=mesh, mp_policy=half if bf16 else MixedPrecisionPolicy(), offload_policy=place)
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else whole
+    for part, policy in (*((layer, half) for layer in layers(module)), (module, whole)):
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place)
 
 
 def recompute(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_steps_go_on_while_the_store_takes_its_time(world: World, monkeypatch: p
 
 def test_the_next_save_waits_for_longer_than_the_last_one_took(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("pipeline.training.saver.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.training.saver.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(Checkpoints, "publish", lambda *_: now.__setitem__(0, now[0] + 2.0))
     checkpoints = Checkpoints(world.store, "t", 1)
     with Saver(Course(checkpoints, checkpoints, 64), ProcessGroup(), every_s=10.0) as saver:
