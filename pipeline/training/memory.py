@@ -52,7 +52,8 @@ def fitting_rows(
     validation row to try nothing is found out. Raises OutOfMemory if one row does not fit.
     """
     for row in feed.validation(1, 1):
-        while not all(group.collect([_fits(row.batch, rows, recipe, group, state)])):
+        one = feed.prepare(row.batch, Draw(row.streams)) if feed.prepare else row.batch
+        while not all(group.collect([_fits(one, rows, recipe, group, state)])):
             if rows == 1:
                 raise OutOfMemory("one row", 1)
             rows = -(-rows // 2)

@@ -260,6 +260,8 @@ def test_a_bad_step_that_is_noticed_later_has_changed_nothing(share: LocalBatch)
 class Hungry(Spiked):
     """A task that asks for 2^50 bytes for more than three rows. It has one validation row."""
 
+    prepare = None
+
     def validation(self, rows: int, size: int) -> list[LocalBatch]:
         row = {name: column[:1] for name, column in self.share.batch.items()}
         return [LocalBatch(row, self.share.keys[:1], [(0, 1)])]
