@@ -1,4 +1,4 @@
-"""Every loss, sampler and encoder on a CUDA device that is not there: devices, dtypes, and what a step waits for."""
+"""Every loss and sampler, CLIP and the loop of a training on a CUDA device that is not there (see fake_cuda)."""
 
 import json
 import shutil
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.fake_cuda.cases import COMPILED, FAULTS, LARGE, SAMPLERS, STEPS
+from tests.models.fake_cuda.cases import COMPILED, FAULTS, FIT, LARGE, SAMPLERS, STEPS
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is not None or shutil.which("g++") is None, reason="needs a CPU build of torch, and g++"
 )
-QUICK = [name for name in (*STEPS, *SAMPLERS, *FAULTS) if name not in LARGE]
+QUICK = (*STEPS, *SAMPLERS, FIT, *FAULTS)
 # What still asks the device at every step. Entries go, and none is added.
 ASKS = {
     "sampler: decoder, guided in an interval": "models/decoder.py",

@@ -1,8 +1,11 @@
 """The losses, samplers and encoders that run on the fake device."""
 
+import contextlib
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -24,7 +27,13 @@ from models.prior_configs import ClipConfig, TextTower
 from models.reverse import Progress, Reverse
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
 from pipeline.config import preset_config
+from pipeline.settings import TrainingSettings
 from pipeline.training.device import autocast
+from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.feed.feed import LocalBatch
+from pipeline.training.loop import fit
+from pipeline.training.state import TrainState, make_optimizer
+from pipeline.training.task import Objective
 from tests.models.fake_cuda.watch import Watch, pretend
 
 CUDA = torch.device("cuda")
@@ -36,7 +45,7 @@ Sampling = Callable[[Progress], Tensor]
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(*shape, dtype=dtype, device=CUDA)
+    return torch.zeros(shape, dtype=dtype, device=CUDA)
 
 
 def batch(side: int) -> dict[str, Tensor]:
@@ -235,6 +244,39 @@ def encoding() -> Step:
     return step
 
 
+# --- the loop of a training -------------------------------------------------------------------------------------------
+
+
+class Finished(Exception):
+    """Ends a training after the steps that are looked at."""
+
+
+def fitting(watch: Watch) -> None:
+    """Three steps of two micro-batches, between two lines of the journal, from batches on the CPU."""
+    chosen = preset_config("nano").decoder
+    recipe = replace(chosen, precision="bf16", lanes=2, window=1, batch=ROWS, samples=ROWS * 10_000)
+    model, ema = decoder(text_encoder="glide", context_width=0), decoder(text_encoder="glide", context_width=0)
+    task: Any = SimpleNamespace(loss=decoder_loss)
+    state = TrainState(Objective(task, model), ema.requires_grad_(False), make_optimizer(model, recipe), failed=zeros())
+    first = 513  # the journal has a line every eighth step there, and none of the next is timed
+    state.samples = first * ROWS
+    host = {name: column.cpu() for name, column in batch(64).items()}
+    local = LocalBatch(host, [str(i) for i in range(ROWS)], STREAMS)
+    feed: Any = SimpleNamespace(batches=lambda samples: (local.pinned() for _ in count()))
+
+    def between(state: TrainState) -> None:
+        done = state.samples // ROWS - first
+        if done == 1:
+            watch.clear()
+        elif done == 4:
+            raise Finished
+
+    with watch, contextlib.suppress(Finished):
+        fit("decoder", feed, recipe, TrainingSettings(micro_batch=2), ProcessGroup(device=CUDA), state, between)
+    assert state.samples == (first + 4) * ROWS
+    assert {x.device.type for moments in state.optimizer.state.values() for x in moments.values()} == {"cuda"}
+
+
 # --- compiled, in one graph each --------------------------------------------------------------------------------------
 
 
@@ -309,6 +351,7 @@ COMPILED: dict[str, Callable[[], Step]] = {
 STEPS = {**{f"loss: {name}": case for name, case in LOSSES.items()}, "clip encodes": encoding}
 SAMPLERS = {f"sampler: {name}": case for name, case in SAMPLERS.items()}
 COMPILED = {f"compiled: {name}": case for name, case in COMPILED.items()}
+FIT = "the loop of a training"
 LARGE: dict[str, Callable[[], Step]] = {
     "loss: decoder, small": lambda: training(decoder("small"), decoder_loss, batch(64)),
 }
@@ -321,6 +364,9 @@ FAULTS: dict[str, Callable[[], Step]] = {
 
 def measure(name: str, watch: Watch) -> None:
     """Runs a case; what ``watch`` holds then is what it costs once everything is warm."""
+    if name == FIT:
+        fitting(watch)
+        return
     if name in COMPILED:  # of which nothing is counted: compilers run a network their own way
         COMPILED[name]()()
         return
