@@ -45,11 +45,11 @@ def make_schedule(name: str, steps: int) -> Schedule:
     by 1000 / T. Both keep beta at or below 0.999.
     """
     if name == "cosine":
-        edges = torch.arange(steps + 1, dtype=torch.float64) / steps
+        edges = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         level = torch.cos((edges + 0.008) / 1.008 * pi / 2) ** 2
         beta = 1 - level[1:] / level[:-1]
     elif name == "linear":
-        beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * 1000 / steps
+        beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64, device="cpu") * 1000 / steps
     else:
         raise ValueError(f"schedule is {name!r}: use 'cosine' or 'linear'")
     return Schedule(torch.cumprod(1 - beta.clamp(max=0.999), dim=0))

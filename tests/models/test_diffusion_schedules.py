@@ -25,6 +25,13 @@ def betas(schedule: Schedule) -> torch.Tensor:
     return 1 - schedule.alpha_bar / before
 
 
+def test_a_schedule_is_kept_on_the_cpu_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        made = [make_schedule(name, 7) for name in ("cosine", "linear")]
+    assert [schedule.alpha_bar.device.type for schedule in made] == ["cpu", "cpu"]
+    assert make_schedule("cosine", 7) is made[0]
+
+
 @pytest.mark.parametrize("steps", [10, 100, 1000])
 @fails_under(
     (make_schedule, "+ 0.008", "+ 0.009"),
