@@ -83,7 +83,7 @@ def publish(store: Store, shards: int, rows: int, sides: tuple[int, int] = SIDES
 
     They have ``shards`` of equally many rows: images with captions, random embeddings, and a curation that keeps all.
     """
-    fields = random_fields(8, 2 * sides[1])
+    fields = random_fields(8, max(1024, sides[1] + 256))
     made: dict[str, list[Shard]] = {"pairs": [], "captions": [], "embeddings": [], "curation": []}
     for number in range(shards):
         inputs = make_shard(store, number, rows, fields, sides).inputs
