@@ -282,7 +282,7 @@ def test_an_address_that_never_answers_leaves_time_for_the_next(site: str, monke
     with _black_hole("127.0.0.2", port):
         with monkeypatch.context() as patch:
             _named(patch, "127.0.0.2", "127.0.0.1")
-            assert one(url, allow=("127.0.0.0/8",), timeout_s=4.0).data == BODY
+            assert one(url, allow=("127.0.0.0/8",), timeout_s=2.0).data == BODY
         with monkeypatch.context() as patch:
             _named(patch, "127.0.0.2")
             assert one(url, allow=("127.0.0.0/8",), timeout_s=0.5).reason == "timeout"
