@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.graph.resources import cores_of
 from pipeline.settings import RaySettings
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +102,7 @@ def start(folder: Path, settings: RaySettings) -> tuple[str, str]:
     with open(os.open(folder / "token", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from cluster.local import keep; keep(*sys.argv[1:])"
-    words = [sys.executable, "-c", code, str(folder), str(settings.cpus), str(settings.object_store_mb)]
+    words = [sys.executable, "-c", code, str(folder), str(cores_of(settings)), str(settings.object_store_mb)]
     with open(folder / "keeper.log", "wb") as output:
         keeper = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     deadline = time.monotonic() + START_S

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from pipeline.config import Run
+from pipeline.config import Config, Run
 from pipeline.errors import UserError
-from pipeline.graph.resources import Share, worker_share
-from pipeline.settings import EmbeddingsSettings, ShardSettings, TrainingSettings
+from pipeline.graph.resources import Machine, Share, team_of
+from pipeline.settings import EmbeddingsSettings, KubernetesSettings, ShardSettings, TrainingSettings
 
 # Of a pod's memory, for Ray's object store; the rest is for workers. Decoded images pass through it on their way to the
 # encoders; of all other stages only tasks and results do.
@@ -40,6 +42,31 @@ class Group:
 def object_store_mb(memory_gb: int, share: float) -> int:
     """Returns the MiB of a pod's object store."""
     return int(memory_gb * 1024 * share)
+
+
+def settled(config: Config, stages: Collection[str]) -> Run:
+    """Returns the run settings with numbers in place of "auto": as many workers as one pod has cores or GPUs for.
+
+    The cluster comes with the job, so nobody else can say what there will be.
+    """
+    changed: dict[str, Any] = {}
+    for stage, settings in vars(config.run).items():
+        if stage in stages and isinstance(settings, TrainingSettings | ShardSettings):
+            recipe = getattr(config, stage)
+            team = team_of(settings, pod(config.run.kubernetes), getattr(recipe, "lanes", sys.maxsize))
+            numbers: dict[str, Any] = {"workers": 0 if getattr(recipe, "pretrained", False) else team.count}
+            if not team.worker.gpus:
+                numbers |= {name: of for name, of in (("gpus", 0.0), ("device", "cpu")) if hasattr(settings, name)}
+            changed[stage] = replace(settings, **numbers)
+    # Of a queue come all pods at once, else pods come when a stage asks for them.
+    ray = replace(config.run.ray, autoscaler=not config.run.kubernetes.queue)
+    return replace(config.run, ray=ray, **changed)
+
+
+def pod(settings: KubernetesSettings) -> Machine:
+    """Returns what workers find in one pod with GPUs and one without; more come when they are asked for."""
+    memory = (1 - OF_IMAGES) * settings.memory_gb * 2**30
+    return Machine(settings.cpus, settings.gpus, memory=memory, local=False, grows=True)
 
 
 def groups(run: Run, stages: Collection[str]) -> list[Group]:
@@ -82,18 +109,18 @@ def demands(run: Run, stages: Collection[str]) -> Iterator[tuple[str, int, Share
     for stage, settings in vars(run).items():
         if stage not in stages:
             continue
-        if isinstance(settings, TrainingSettings):
-            if settings.workers:
-                yield stage, settings.workers, worker_share(settings, 0.0 if settings.device == "cpu" else 1.0)
-            elif settings.device.startswith("cuda") and not run.kubernetes.head_gpus:
-                raise UserError(
-                    f"run.{stage}.workers: with 0 the driver trains, whose pod has no GPU; "
-                    "set it to 1 or more, or run.kubernetes.head_gpus"
-                )
-        elif isinstance(settings, ShardSettings) and settings.workers:
-            yield stage, settings.workers, worker_share(settings, getattr(settings, "gpus", 0.0))
-            if isinstance(settings, EmbeddingsSettings) and settings.decoders:
-                yield stage, settings.workers * settings.decoders, Share(labels=settings.decoder_nodes)
+        if not isinstance(settings, TrainingSettings | ShardSettings):
+            continue
+        team = team_of(settings, pod(run.kubernetes))
+        if team.count:
+            yield stage, team.count, team.worker
+            if team.helpers:
+                yield stage, team.count * team.helpers, team.helper
+        elif getattr(settings, "device", "").startswith("cuda") and not run.kubernetes.head_gpus:
+            raise UserError(
+                f"run.{stage}.workers: with 0 the driver trains, whose pod has no GPU; "
+                "set it to 1 or more, or run.kubernetes.head_gpus"
+            )
 
 
 def _labels(selector: Mapping[str, str]) -> dict[str, str]:

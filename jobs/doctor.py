@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from jobs.project import project_of
+from jobs.project import Project, project_of
 from pipeline.build import build
 from pipeline.config import OVERRIDES, Config, load_config
+from pipeline.cost.estimate import Ask, estimate
+from pipeline.cost.observed import observe
+from pipeline.cost.places import places, too_slow
 from pipeline.doctor.clip_weights import check_clips
 from pipeline.doctor.finding import Finding
-from pipeline.doctor.machine import check_disks, check_idle_gpu, check_machine, check_memory, check_shared_memory
+from pipeline.doctor.machine import check_disks, check_machine, check_memory, check_shared_memory
 from pipeline.doctor.nodes import check_nodes
 from pipeline.doctor.packages import check_packages
 from pipeline.doctor.storage import check_store
 from pipeline.errors import UserError
+from pipeline.graph.ray import find_machine
 from pipeline.held_out import HELD_OUT_SPLITS, short_splits
 from pipeline.progress import counted
 from pipeline.settings import RaySettings
@@ -61,7 +65,7 @@ def examine(config: Config | None) -> Iterator[Finding]:
 
 def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
     """Checks the list, where the store can be read, and every CLIP that a run would load."""
-    stale = set(build(config))
+    stale, project = set(build(config)), None
     if store:
         try:
             project = project_of(config, store)
@@ -75,4 +79,19 @@ def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
                 yield from (Finding("warning", "list", line) for line in short_splits(held_out))
             stale &= {verdict.stage for verdict in project.plan() if verdict.state == "stale"}
     yield from check_clips(config, stale)
-    yield from check_idle_gpu(config, stale)
+    if project and stale:
+        yield from _check_places(project, stale)
+
+
+def _check_places(project: Project, stale: Collection[str]) -> Iterator[Finding]:
+    """Yields on what the stages will run, and a warning for each that would take a CPU too long."""
+    seen = observe(project.store, project.config.project, project.graph, project.held_out)
+    try:
+        machine = find_machine(project.config.run.ray)
+        ask = Ask(project.config, project.graph, project.rows, project.held_out, seen, machine=machine)
+        costs = {stage: estimate(stage, ask) for stage in project.graph if stage in stale}
+    except UserError:  # of a cluster that does not answer, or a CLIP that is nowhere: other checks say so
+        return
+    yield Finding("ok", "stages", places(costs, ask))
+    for line in too_slow(costs, ask):
+        yield Finding("warning", "stages", line, "run where there are GPUs, or take a smaller preset")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.sample import bundle_artifact, check_seed, drawing_options, newest_output, sampling_option
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.ray import count_gpus
+from pipeline.graph.ray import find_machine, this_machine
+from pipeline.graph.resources import team_of
 from pipeline.parse import parse
 from pipeline.progress import counted, duration
 from pipeline.sampling.prompts import COLUMNS, KINDS, find_column, read_prompts
@@ -29,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--batch", type=int, default=8, help="images that a worker samples at once (8)")
     parser.add_argument(
-        "--workers", type=int, help="processes; 0 works in this one (one for each GPU, or 2 of one core each)"
+        "--workers", type=int, help="processes; 0 works in this one (one for each GPU, or one for each core)"
     )
     parser.add_argument("--gpus", type=float, help="of each worker, in place of its core (1 if there is one, else 0)")
     arguments = parser.parse_args(argv)
@@ -69,19 +71,19 @@ def _workers(arguments: argparse.Namespace) -> tuple[GenerationSettings, RaySett
 
     Raises UserError for GPUs that are not there and for numbers that cannot be.
     """
-    workers, gpus, asked = arguments.workers, arguments.gpus, arguments.device
+    gpus, asked, ray = arguments.gpus, arguments.device, RaySettings()
     if asked == "cpu" and gpus:
         raise UserError(f"--gpus {gpus:g} and --device cpu exclude each other; leave one of them out")
-    ray = RaySettings(cpus=2 if workers is None else max(1, workers))
-    if gpus is None:
-        found = 0 if asked == "cpu" else count_gpus(ray, here=workers == 0)
-        if asked == "cuda" and not found:
-            raise UserError(
-                "--device cuda: no GPU was found to draw on; use --device cpu, or --gpus on a cluster that grows"
-            )
-        gpus = min(1.0, found)
-        workers = (int(found) or 2) if workers is None else workers
-    settings = parse(GenerationSettings, {"workers": 2 if workers is None else workers, "gpus": gpus}, "--")
+    given = {"workers": arguments.workers, "gpus": 0 if asked == "cpu" else gpus}
+    settings = parse(GenerationSettings, {name: value for name, value in given.items() if value is not None}, "--")
+    machine = this_machine(ray) if settings.workers == 0 else find_machine(ray)
+    if asked == "cuda" and not gpus and not machine.gpus:
+        raise UserError(
+            "--device cuda: no GPU was found to draw on; use --device cpu, or --gpus on a cluster that grows"
+        )
+    team = team_of(settings, machine)
+    gpus = team.worker.gpus
+    settings = replace(settings, workers=team.count, gpus=gpus)
     where = f"{gpus:g} GPU" if gpus else "one core of the CPU"
-    log.info("drawing on %s%s", where, f" in each of {counted(settings.workers, 'worker')}" if settings.workers else "")
+    log.info("drawing on %s%s", where, f" in each of {counted(team.count, 'worker')}" if team.count else "")
     return settings, ray

@@ -7,8 +7,8 @@ list of that size that does not exist yet, as if nothing were made.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.probe import probe
@@ -17,11 +17,15 @@ from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate, parse_count, parse_fleet
 from pipeline.cost.observed import Seen, observe, read_profile
+from pipeline.cost.places import places, too_slow
 from pipeline.cost.table import cost_table, remarks
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
+from pipeline.graph.ray import find_machine
+from pipeline.graph.resources import Machine
 from pipeline.held_out import short_splits
 from pipeline.progress import counted, duration
+from pipeline.settings import RaySettings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,8 +69,11 @@ def main(argv: Sequence[str]) -> int:
     if arguments.profile:
         seen = read_profile(arguments.profile, graph) | seen
     if rows is None:
+        verdicts = project.plan()
         ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, arguments.utilisation)
-        costs = _print_verdicts(project, project.plan(), set(graph), ask)
+        if any(verdict.state == "stale" for verdict in verdicts):
+            ask = replace(ask, machine=find_machine(config.run.ray))
+        costs = _print_verdicts(project, verdicts, set(graph), ask)
         if costs:
             print()
     else:
@@ -94,10 +101,25 @@ class Agreed:
         return {verdict.stage: verdict.key for verdict in self.verdicts if verdict.stage in self.wanted}
 
 
-def agree(project: Project, only: str | None, until: str | None, yes: bool) -> Agreed:
+def agree(
+    project: Project,
+    only: str | None,
+    until: str | None,
+    yes: bool,
+    machine_of: Callable[[RaySettings], Machine | None] = find_machine,
+) -> Agreed:
     """Plans, prints the plan, and returns what is to be made.
 
-    Raises UserError if it costs more than the budget and ``yes`` is not given, or if ``only`` lacks an input.
+    Args:
+        project: What is planned.
+        only: The one stage to make.
+        until: The last stage to make.
+        yes: Go on whatever it costs.
+        machine_of: Finds what there is to run on; None where that is not known here.
+
+    Raises:
+        UserError: ``only`` lacks an input. Without ``yes``: it costs more than the budget, or a CPU would take more
+            than a day for what a GPU can do.
     """
     project.check_trackers()
     wanted = project.wanted(only, until)
@@ -105,26 +127,30 @@ def agree(project: Project, only: str | None, until: str | None, yes: bool) -> A
     stale = [v.stage for v in verdicts if v.state == "stale" and v.stage in wanted]
     if only and [name for name in stale if name != only]:
         raise UserError(f"--only {only} needs {', '.join(n for n in stale if n != only)} first; use --until {only}")
-    seconds = print_plan(project, verdicts, wanted)
+    machine = machine_of(project.config.run.ray) if stale else None
+    # Where there is nothing to do, nothing is read.
+    seen = observe(project.store, project.config.project, project.graph, project.held_out) if stale else {}
+    ask = Ask(project.config, project.graph, project.rows, project.held_out, seen)
+    ask = replace(ask, machine=machine) if machine else ask
+    costs = _print_verdicts(project, verdicts, wanted, ask, told=machine is not None)
+    seconds = sum(cost.seconds for cost in costs.values())
     if stale and seconds > project.config.run.budget_hours * 3600 and not yes:
         raise UserError(
             f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
             "add --yes to go on, or raise the budget"
         )
+    if machine and not yes and (slow := list(too_slow(costs, ask))):
+        raise UserError(
+            f"{'; '.join(slow)}, for want of a GPU: run it where there are GPUs, or take a smaller preset; add --yes "
+            "to go on all the same"
+        )
     return Agreed(wanted, verdicts, stale)
 
 
-def print_plan(project: Project, verdicts: Sequence[Verdict], wanted: set[str]) -> float:
-    """Prints one line a stage; returns the estimated seconds of all stale ones."""
-    stale = any(verdict.state == "stale" and verdict.stage in wanted for verdict in verdicts)
-    # Where there is nothing to do, nothing is read.
-    seen = observe(project.store, project.config.project, project.graph, project.held_out) if stale else {}
-    ask = Ask(project.config, project.graph, project.rows, project.held_out, seen)
-    return sum(cost.seconds for cost in _print_verdicts(project, verdicts, wanted, ask).values())
-
-
-def _print_verdicts(project: Project, verdicts: Sequence[Verdict], wanted: set[str], ask: Ask) -> dict[str, Cost]:
-    """Prints one line a stage; returns the costs of all stale ones."""
+def _print_verdicts(
+    project: Project, verdicts: Sequence[Verdict], wanted: set[str], ask: Ask, told: bool = True
+) -> dict[str, Cost]:
+    """Prints one line a stage, and if it is ``told`` on what they run; returns the costs of all stale ones."""
     shards = len(project.scan.shards)
     print(f"{project.config.project}: {_size(ask.rows, shards)}, store {project.store.url}")
     costs: dict[str, Cost] = {}
@@ -140,6 +166,8 @@ def _print_verdicts(project: Project, verdicts: Sequence[Verdict], wanted: set[s
         guessed = any(cost.basis == "guess" for cost in costs.values())
         total = duration(sum(cost.seconds for cost in costs.values()))
         print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
+        if told:
+            print(places(costs, ask))
     if "evaluation" in costs:
         for line in short_splits(project.scan.held_out):
             print(f"warning: {line}")

@@ -129,7 +129,8 @@ def _amounts(
         own |= {f"run.{stage}.cache_mb": round(settings.cache_mb * share)}  # so that as large a share is found there
     for node in project.graph.values():
         if node.kind == "data" and hasattr(config.run, node.name):
-            own[f"run.{node.name}.workers"] = min(WORKERS, getattr(config.run, node.name).workers)
+            asked = getattr(config.run, node.name).workers
+            own[f"run.{node.name}.workers"] = WORKERS if asked == "auto" else min(WORKERS, asked)
     for name, few in FEW.items():
         own[f"evaluation.{name}"] = min(getattr(config.evaluation, name), few * (TWICE if again else 1))
     return [f"{name}={json.dumps(value)}" for name, value in own.items()]

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     add_config(parser)
     parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
     parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
-    parser.add_argument("--yes", action="store_true", help="go on even above run.budget_hours")
+    parser.add_argument("--yes", action="store_true", help="go on above run.budget_hours, and without a GPU")
     parser.add_argument(
         "--replay", metavar="STAGE", help="repeat the step of a training that was not finite, and say where it fails"
     )

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cluster.client import Cluster
 from cluster.job import Job, make_job
 from cluster.package import Package, make_package
+from cluster.pods import pod, settled
 from cluster.rayjob import render
 from cluster.submission import LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
 from jobs.interrupt import INTERRUPTED
@@ -23,7 +25,10 @@ from jobs.sample import remember_bundle
 from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
 from pipeline.errors import UserError
+from pipeline.graph.ray import this_machine
+from pipeline.graph.resources import Machine
 from pipeline.graph.runs import remember
+from pipeline.settings import RaySettings
 from pipeline.store import local_folder, open_store
 from pipeline.store.records import materialise
 
@@ -44,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     what.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
     what.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
     what.add_argument("--stop", action="store_true", help="stop the jobs of this project there")
-    parser.add_argument("--yes", action="store_true", help="go on even above run.budget_hours")
+    parser.add_argument("--yes", action="store_true", help="go on above run.budget_hours, and without a GPU")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.stop:
         return _stop(load_config(arguments.config, arguments.overrides), arguments.to)
@@ -53,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     with (
         redirect_stdout(sys.stderr) if arguments.to == KUBERAY else nullcontext()
     ):  # standard output holds the RayJob alone
-        asked = agree(project, only, until, yes)
+        asked = agree(project, only, until, yes, partial(_machine, arguments.to, project.config))
         if not asked.stale:
             return _nothing(project, asked)
     job = make_job(project.config, project.store.url, asked.keys, os.environ, only, until, yes)
@@ -61,6 +66,13 @@ def main(argv: Sequence[str]) -> int:
         print(_rayjob(project, asked, job), end="")
         return 0
     return _run(project, asked, job, arguments.to)
+
+
+def _machine(to: str, config: Config, ray: RaySettings) -> Machine | None:
+    """Returns what the job runs on, as far as it is known before it begins."""
+    if to == KUBERAY:
+        return pod(config.run.kubernetes)
+    return this_machine(ray) if to == LOCAL else None  # the job says it
 
 
 def _nothing(project: Project, asked: Agreed) -> int:
@@ -88,8 +100,7 @@ def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     if local_folder(project.store):
         raise UserError(f"{project.store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
     check_reach(project.store, job, KUBERAY)
-    run = project.config.run
-    run = replace(run, ray=replace(run.ray, autoscaler=not run.kubernetes.queue))  # else pods come when a stage asks
+    run = settled(project.config, asked.stale)  # pods come when a stage asks for them
     project = replace(project, config=replace(project.config, run=run))
     render(job, "", run, asked.stale)  # raises for wrong settings before anything is sent
     path = put_package(project.store, _package(project))

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+from pydantic_core import CoreSchema, core_schema
 
 
 def _check_gpus(gpus: float) -> float:
@@ -16,7 +26,26 @@ def _check_gpus(gpus: float) -> float:
 
 
 SPARED = 30  # times as long as it took to write a checkpoint, until the next one
-Gpus = Annotated[float, AfterValidator(_check_gpus)]  # as many as Ray gives to one process
+
+
+@dataclass(frozen=True)
+class OrAuto:
+    """Lets a field hold a ``kind`` of number or "auto"; what is neither is refused as the number would be."""
+
+    kind: Any
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, read: value if value == "auto" else read(value), handler.generate_schema(self.kind)
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"const": "auto"}, handler(schema)]}
+
+
+Auto = Literal["auto"]
+Workers = Annotated[int | Auto, OrAuto(NonNegativeInt)]
+Gpus = Annotated[float | Auto, OrAuto(Annotated[float, AfterValidator(_check_gpus)])]  # that Ray gives to one process
 PodMemory = Annotated[int, Field(ge=4)]  # GiB
 
 
@@ -25,7 +54,8 @@ class ShardSettings:
     """Describes the workers of a stage that works shard by shard.
 
     Attributes:
-        workers: Processes; 0 works in this process, without Ray.
+        workers: Processes; 0 works in this process, without Ray. ``auto`` is one a core, as far as there are 2 GiB of
+            memory for each, and one a GPU where workers take GPUs.
         nodes: Labels of the nodes of a cluster where workers may run, as ``ray start --labels`` gives them:
             ``{pool: cpu}``, or ``{pool: "in(cpu,spot)"}``.
         cpus: Cores of its node that Ray sets aside for a worker, or a share of one; 0 is one core, or none for a
@@ -33,7 +63,7 @@ class ShardSettings:
         memory_mb: MiB of its node's memory that Ray sets aside for a worker; it does not hold the worker to it.
     """
 
-    workers: NonNegativeInt = 2
+    workers: Workers = "auto"
     nodes: dict[str, str] = field(default_factory=dict)
     cpus: NonNegativeFloat = 0.0
     memory_mb: NonNegativeInt = 0
@@ -83,13 +113,13 @@ class EmbeddingsSettings(ShardSettings):
         decoders: Processes, one core each, that decode images for one worker; 0 decodes on a thread of the worker,
             beside the encoding.
         decoder_nodes: Labels of the nodes where decoders may run.
-        gpus: GPUs of a worker, or a share of one; 0 encodes on the worker's core.
+        gpus: GPUs of a worker, or a share of one; 0 encodes on the worker's core. ``auto`` is 1 where Ray has any.
     """
 
     batch: PositiveInt = 64
     decoders: NonNegativeInt = 0
     decoder_nodes: dict[str, str] = field(default_factory=dict)
-    gpus: Gpus = 0.0
+    gpus: Gpus = "auto"
 
 
 @dataclass(frozen=True)
@@ -97,10 +127,10 @@ class GenerationSettings(ShardSettings):
     """Describes the workers that sample images of many prompts.
 
     Attributes:
-        gpus: GPUs of a worker, or a share of one; 0 samples on its core.
+        gpus: GPUs of a worker, or a share of one; 0 samples on its core. ``auto`` is 1 where Ray has any.
     """
 
-    gpus: Gpus = 0.0
+    gpus: Gpus = "auto"
 
 
 @dataclass(frozen=True)
@@ -108,7 +138,8 @@ class TrainingSettings:
     """Describes the workers of a training, what they hold in memory and when they save.
 
     Attributes:
-        workers: Processes; 0 trains in this one. Each takes one GPU or none, as ``device`` says.
+        workers: Processes; 0 trains in this one. Each takes one GPU or none, as ``device`` says. ``auto`` is one a
+            GPU, at most as many as the recipe has lanes, and 0 where there is no GPU.
         min_workers: With 1 or more, a training begins with as many workers as there are cores or GPUs for, at least
             these, and goes on with more or fewer as machines come and go.
         micro_batch: Rows a worker computes at once; 0 is its whole share, or on GPUs as many of it as a trial before
@@ -133,7 +164,7 @@ class TrainingSettings:
             pass.
     """
 
-    workers: NonNegativeInt = 0
+    workers: Workers = "auto"
     min_workers: NonNegativeInt = 0
     micro_batch: NonNegativeInt = 0
     threads: NonNegativeInt = 0
@@ -159,13 +190,13 @@ class RaySettings:
     """Describes the local Ray that is started when `RAY_ADDRESS` names no cluster.
 
     Attributes:
-        cpus: Cores that it may use.
+        cpus: Cores that it may use; ``auto`` is all of this machine's.
         object_store_mb: MiB of its object store.
         autoscaler: Whether the cluster of `RAY_ADDRESS` adds nodes when they are asked for. Nothing is refused at the
             start then, and a training on device ``auto`` asks for GPUs.
     """
 
-    cpus: PositiveInt = 2
+    cpus: Annotated[int | Auto, OrAuto(PositiveInt)] = "auto"
     object_store_mb: Annotated[int, Field(ge=100)] = 500
     autoscaler: bool = False
 
@@ -193,7 +224,7 @@ class KubernetesSettings:
         head_gpus: Its GPUs, for samples, evaluation and trainings with ``workers: 0``.
         cpus: Cores of a worker pod without GPUs; a worker takes one, or the ``cpus`` of its stage.
         memory_gb: Its memory in GiB.
-        gpus: GPUs of a worker pod that has some.
+        gpus: GPUs of a worker pod that has some; 0 where no node has any.
         gpu_cpus: Its cores.
         gpu_memory_gb: Its memory in GiB.
         gpu_nodes: Labels of Kubernetes' nodes where pods with GPUs may run, such as ``{nvidia.com/gpu.product:
@@ -218,7 +249,7 @@ class KubernetesSettings:
     head_gpus: NonNegativeInt = 0
     cpus: PositiveInt = 8
     memory_gb: PodMemory = 32
-    gpus: PositiveInt = 1
+    gpus: NonNegativeInt = 1
     gpu_cpus: PositiveInt = 8
     gpu_memory_gb: PodMemory = 64
     gpu_nodes: dict[str, str] = field(default_factory=dict)

@@ -36,7 +36,6 @@ EPOCHS = 100
 LEAST_SAMPLES = 1_000_000  # of the longest training: with fewer, a model of preset small has not learned what there is
 BARE_EPOCHS = 20  # beyond which a decoder without dropout got worse on unseen captions (docs/demo.md)
 DROPOUT = 0.1  # of Table 3's decoder
-EMBEDDINGS = "  embeddings: {gpus: 1} # encode on the GPU of this machine\n"
 
 # Not the AR prior: it speaks the codes of the codec that it was trained with, and other pairs have another codec.
 TUNED = tuple(name for name in MODELS if name != PRIORS["ar"])
@@ -85,8 +84,8 @@ run:
   budget_hours: 12 # above this estimate a run wants --yes; what was never measured is guessed for two CPU cores
   # trackers: [tensorboard] # event files in output/tensorboard while models train; docs/trackers.md
   # pairs: {{threads: 64, timeout_s: 60}} # more downloads at once, and patience with slow servers
-  # ray: {{cpus: 8}} # cores for Ray on this machine
-{embeddings}"""
+  # ray: {{cpus: 8}} # cores for Ray on this machine; all by default
+"""
 
 
 FINE_TUNING = """
@@ -144,7 +143,6 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
             scale=scale,
             clip=clip,
             dropout=dropout,
-            embeddings=EMBEDDINGS if gpu else "",
             **_splits(seen),
             output=f"out/{project}",
         )

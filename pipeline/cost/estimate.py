@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.cost.observed import Observation, Seen, pace, passes_of, shape
 from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
-from pipeline.graph.resources import cores
+from pipeline.graph.resources import Machine, cores, team_of
 from pipeline.graph.stages import Graph
 from pipeline.settings import SPARED
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
@@ -61,16 +61,15 @@ DEVICES = {
 }
 
 
+UNKNOWN = Device(121e12, 30e12, 24e9)  # any other GPU counts as an L4
+
+
 @dataclass(frozen=True)
 class Fleet:
     """A number of GPUs of one kind."""
 
     count: int
     name: str
-
-    @property
-    def device(self) -> Device:
-        return DEVICES[self.name]
 
 
 def parse_count(text: str) -> int:
@@ -102,7 +101,8 @@ class Ask:
         rows: The pairs of the list.
         held_out: The share of them that an evaluation may look at.
         seen: What was observed.
-        fleet: GPUs to plan for.
+        fleet: GPUs to plan for, in place of the machine's.
+        machine: What there is to run on.
         utilisation: The share of a GPU's peak that trainings reach where none was observed.
     """
 
@@ -113,6 +113,19 @@ class Ask:
     seen: Seen = field(default_factory=dict)
     fleet: Fleet | None = None
     utilisation: float = UTILISATION
+    machine: Machine = field(default_factory=lambda: Machine(cores()))
+
+    @property
+    def gpu(self) -> str:
+        """Returns the kind of the GPUs, "" where it is not known."""
+        if self.fleet:
+            return self.fleet.name
+        return next((name for name in DEVICES if name in self.machine.gpu), "")
+
+    @property
+    def device(self) -> Device:
+        """Returns what one of the GPUs can do."""
+        return DEVICES.get(self.gpu, UNKNOWN)
 
     @cached_property
     def recipes(self) -> dict[str, dict[str, Any]]:
@@ -127,6 +140,15 @@ class Ask:
         """Returns those of a stage with the same models."""
         wanted = shape(stage, self.graph, self.recipes)
         return [one for one in self.seen.get(stage, ()) if one.shape == wanted]
+
+    def computes(self, stage: str) -> bool:
+        """Says whether a GPU can do a stage's work: networks train, encode or draw."""
+        kind = self.graph[stage].kind
+        return (kind == "training" and not self.fetches(stage)) or kind == "result" or self.encodes(stage)
+
+    def encodes(self, stage: str) -> bool:
+        """Says whether a stage of rows has workers that may take GPUs."""
+        return hasattr(getattr(self.config.run, stage, None), "gpus")
 
     def fetches(self, stage: str) -> bool:
         """Says whether a stage fetches a CLIP instead of training it."""
@@ -158,14 +180,15 @@ class Cost:
 def estimate(stage: str, ask: Ask) -> Cost:
     """Returns what making a stage again costs. Raises UserError for a CLIP that open_clip does not know."""
     workers, held, gpus = resources(stage, ask)
-    seen = ask.observations(stage)
-    counted = bool(ask.fleet and gpus)
-    if seen and not counted:
+    seen = [] if ask.fleet and gpus else ask.observations(stage)
+    if gpus and ask.graph[stage].kind == "training":
+        seen = [one for one in seen if one.device == "cuda"]
+    if seen:
         startup, seconds = pace([(_amount_seen(stage, one, ask), one) for one in seen], amount(stage, ask), workers)
         gpus, basis = gpus or (workers if seen[-1].device == "cuda" else 0), "measured"
     else:
-        startup, rest = _counted(stage, ask, workers, counted)
-        seconds, basis = startup + rest, "counted" if counted else "guess"
+        startup, rest = _counted(stage, ask, workers, bool(gpus))
+        seconds, basis = startup + rest, "counted" if gpus else "guess"
     held = 0 if gpus and ask.graph[stage].kind == "training" else held
     return Cost(seconds, startup, basis, held, gpus, _disk(stage, ask))
 
@@ -173,21 +196,25 @@ def estimate(stage: str, ask: Ask) -> Cost:
 def resources(stage: str, ask: Ask) -> tuple[int, float, float]:
     """Returns the workers of a stage, all of their cores, and all of their GPUs."""
     kind, settings, fleet = ask.graph[stage].kind, getattr(ask.config.run, stage, None), ask.fleet
+    there = fleet.count if fleet else ask.machine.gpus
     if kind == "training" and not ask.fetches(stage):
+        lanes = ask.graph[stage].recipe.lanes  # which no workers share
         if fleet:
-            workers = min(fleet.count, ask.graph[stage].recipe.lanes)  # no lane is shared
-            return workers, 0, workers
-        return max(1, settings.workers), max(settings.workers, cores()), 0  # type: ignore[union-attr]
+            return min(fleet.count, lanes), 0, min(fleet.count, lanes)
+        team = team_of(settings, ask.machine, lanes)  # type: ignore[arg-type]
+        if not team.count:  # in the driver
+            on_gpu = there and ask.machine.local and settings.device != "cpu"  # type: ignore[union-attr]
+            return 1, cores(), int(bool(on_gpu))
+        return team.count, max(team.count, cores()), team.count * team.worker.gpus
     if kind == "result":
-        return 1, 0 if fleet else cores(), 1 if fleet else 0
+        return (1, 0, 1) if there else (1, cores(), 0)
     if kind != "data" or settings is None:  # in the driver
         return 1, 1, 0
-    decoders = getattr(settings, "decoders", None)
-    if fleet and decoders is not None:
-        return fleet.count, fleet.count * (decoders or max(1, round(cores_a_gpu(ask)))), fleet.count
-    workers = max(1, min(settings.workers, ask.shards))
-    gpus = getattr(settings, "gpus", 0.0)
-    return workers, workers * ((not gpus) + (decoders or 0)), workers * gpus
+    if fleet and ask.encodes(stage):
+        return fleet.count, fleet.count * (settings.decoders or max(1, round(cores_a_gpu(ask)))), fleet.count
+    team = team_of(settings, ask.machine, ask.shards)
+    workers = max(1, team.count)
+    return workers, workers * ((not team.worker.gpus) + team.helpers), workers * team.worker.gpus
 
 
 def model_size(config: Config, stage: str) -> Size:
@@ -229,23 +256,24 @@ def _operations(passes: Mapping[str, float], ask: Ask) -> float:
     return sum(count * model_size(ask.config, name).forward for name, count in passes.items())
 
 
-def _counted(stage: str, ask: Ask, workers: int, on_fleet: bool) -> tuple[float, float]:
+def _counted(stage: str, ask: Ask, workers: int, on_gpus: bool) -> tuple[float, float]:
     """Returns seconds that do not grow, and seconds that do."""
     node = ask.graph[stage]
     if ask.fetches(stage):
         return FETCH_WEIGHTS_SECONDS, 0.0
     if node.kind == "training":
         work = node.recipe.samples * model_size(ask.config, stage).training
-        if on_fleet:
+        if on_gpus:
             seconds = work / (workers * rate(ask, node.recipe.precision, stage))
             size, every = save(stage, ask, workers)
             # The last checkpoint is waited for, the others only copied.
             return START_SECONDS["gpus"] + size / SAVED_BYTES, seconds * (1 + size / COPIED_BYTES / every)
         return START_SECONDS["training"], work / (cores() * CORE_FLOPS)
     if node.kind == "result":
-        return 0.0, amount(stage, ask) / (rate(ask, "bf16") if on_fleet else cores() * CORE_FLOPS)
-    if on_fleet:
-        each = max(encode_seconds(ask), decode_seconds(ask) * workers / resources(stage, ask)[1])
+        return 0.0, amount(stage, ask) / (rate(ask, "bf16") if on_gpus else cores() * CORE_FLOPS)
+    if on_gpus:
+        decoders = resources(stage, ask)[1] or workers  # a worker without helpers decodes on a thread of its own
+        each = max(encode_seconds(ask), decode_seconds(ask) * workers / decoders)
         return START_SECONDS["gpus"], ask.rows * each / workers
     each = node.row_seconds
     if any(ask.graph[name].kind == "training" for name in node.inputs):
@@ -254,13 +282,12 @@ def _counted(stage: str, ask: Ask, workers: int, on_fleet: bool) -> tuple[float,
 
 
 def rate(ask: Ask, precision: str, stage: str = "") -> float:
-    """Returns the operations a second of one GPU of the fleet: as the stage used one, else as is assumed."""
-    device: Device = ask.fleet.device  # type: ignore[union-attr]
+    """Returns the operations a second of one GPU: as the stage used one, else as is assumed."""
     if precision == "fp32":
-        return device.fp32 * FP32_UTILISATION
+        return ask.device.fp32 * FP32_UTILISATION
     seen = ask.observations(stage) if stage else ()
     used = [one.utilisation for one in seen if one.device == "cuda" and one.utilisation]
-    return device.peak * (used[-1] * MATMUL_SHARE if used else ask.utilisation)
+    return ask.device.peak * (used[-1] * MATMUL_SHARE if used else ask.utilisation)
 
 
 def save(stage: str, ask: Ask, workers: int) -> tuple[float, float]:
@@ -277,9 +304,10 @@ def decode_seconds(ask: Ask) -> float:
 
 
 def encode_seconds(ask: Ask) -> float:
-    """Returns the seconds of one core, or of one GPU of the fleet, for one pair."""
-    clip = clip_size(ask.config.clip)
-    return (clip.image + clip.text) / (rate(ask, "fp32") if ask.fleet else CORE_FLOPS)
+    """Returns the seconds of one GPU for one pair, or of one core where the embeddings have no GPU."""
+    clip, settings = clip_size(ask.config.clip), ask.config.run.embeddings
+    on_gpu = ask.fleet or team_of(settings, ask.machine).worker.gpus
+    return (clip.image + clip.text) / (rate(ask, "fp32") if on_gpu else CORE_FLOPS)
 
 
 def cores_a_gpu(ask: Ask) -> float:

@@ -77,17 +77,17 @@ def remarks(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
         by_basis.setdefault(cost.basis, []).append(stage)
     yield "; ".join(f"{BASES[basis]}: {', '.join(stages)}" for basis, stages in by_basis.items())
     if "embeddings" in costs:
-        who = f"one {ask.fleet.name}" if ask.fleet else "one core"
+        who = f"one {ask.gpu or 'GPU'}" if costs["embeddings"].gpus else "one core"
         yield (
             f"embeddings: {who} encodes {1 / encode_seconds(ask):,.0f} pairs/s, one core decodes "
             f"{1 / decode_seconds(ask):,.0f} images/s: {cores_a_gpu(ask):.2g} decoding cores for each encoder"
         )
-    if ask.fleet:
+    if any(cost.gpus and cost.basis == "counted" for cost in costs.values()):
         yield from _too_large(costs, ask)
         yield from _rare_saves(costs, ask)
-        device, bf16 = ask.fleet.device, rate(ask, "bf16")
+        device, bf16 = ask.device, rate(ask, "bf16")
         yield (
-            f"assumed: one {ask.fleet.name} reaches {bf16 / device.peak:.0%} of {device.peak / 1e12:,.0f} TFLOP/s in "
+            f"assumed: one {ask.gpu or 'GPU'} reaches {bf16 / device.peak:.0%} of {device.peak / 1e12:,.0f} TFLOP/s in "
             f"bf16 (a training that was measured on a GPU: its own share), {assumed.FP32_UTILISATION:.0%} of "
             f"{device.fp32 / 1e12:g} in fp32, and starting takes {assumed.START_SECONDS['gpus']:.0f} s"
         )
@@ -110,7 +110,7 @@ def _rare_saves(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
 
 
 def _too_large(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
-    memory = ask.fleet.device.memory * ROOM  # type: ignore[union-attr]
+    memory = ask.device.memory * ROOM
     for stage, cost in costs.items():
         if cost.gpus and ask.graph[stage].kind == "training" and not getattr(ask.config.run, stage).sharded:
             held = KEPT_BYTES * model_size(ask.config, stage).parameters

@@ -6,14 +6,15 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.build import build
 from pipeline.config import Config
 from pipeline.doctor.finding import Finding, gigabytes
-from pipeline.graph.resources import cores
+from pipeline.graph.ray import this_machine
+from pipeline.graph.resources import cores, team_of
 from pipeline.settings import RaySettings
 
 PROCESS = 1 << 30  # bytes that Python, torch and Ray take in a process before any model
@@ -31,15 +32,6 @@ def check_machine() -> Iterator[Finding]:
     yield Finding("ok", "machine", f"{cores()} cores, {', '.join(gpus) or 'no GPU that torch can use'}")
 
 
-def check_idle_gpu(config: Config, stages: Collection[str]) -> Iterator[Finding]:
-    """Yields a warning where embeddings are among the stages and would leave the GPU of this machine idle."""
-    import torch
-
-    if "embeddings" in stages and not config.run.embeddings.gpus and torch.cuda.is_available():
-        text = "embeddings are encoded on CPU cores, though torch finds a GPU here"
-        yield Finding("warning", "gpu", text, "set run.embeddings.gpus to 1")
-
-
 def check_memory(config: Config | None) -> Iterator[Finding]:
     """Yields free memory, of the GPU too, against what the processes and the largest training need at least."""
     import torch
@@ -50,7 +42,8 @@ def check_memory(config: Config | None) -> Iterator[Finding]:
         return
     run = config.run
     settings = (getattr(run, name, None) for name, stage in build(config).items() if stage.kind == "data")
-    workers = max((each.workers for each in settings if each is not None), default=0)
+    here = this_machine(run.ray)
+    workers = max((team_of(each, here).count for each in settings if each is not None), default=0)
     processes = PROCESS * (1 + workers) + (run.ray.object_store_mb << 20)
     name, model = largest_training(config)
     on_gpu = torch.cuda.is_available() and getattr(run, name).device != "cpu"

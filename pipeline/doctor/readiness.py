@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Collection, Iterable
 
 from pipeline.config import Config
 from pipeline.doctor.clip_weights import find_weights, named_weights
-from pipeline.doctor.machine import check_idle_gpu
 from pipeline.doctor.nodes import ask_nodes, judge, versions
 from pipeline.errors import UserError
-from pipeline.graph.ray import check_room, start_ray
+from pipeline.graph.ray import check_room, start_ray, works_on_ray
 from pipeline.graph.resources import Settings
 from pipeline.store import Store
 
-log = logging.getLogger("unclip")
 NAMED = 3  # nodes with the same fault
 
 
@@ -23,12 +20,10 @@ def check_ready(config: Config, store: Store, stages: Collection[str]) -> None:
     """Raises UserError where a run could not do some of these stages.
 
     A CLIP that they load may be nowhere, Ray may have no room for their workers, and nodes of a cluster may differ from
-    this process or not see the store. Warns of an idle GPU. Starts or joins Ray if one of the stages has workers there.
+    this process or not see the store. Starts or joins Ray if one of the stages has workers there.
     """
     for setting, weights in named_weights(config, stages):
         find_weights(setting, weights)
-    for found in check_idle_gpu(config, stages):
-        log.warning("%s; %s", found.text, found.advice)
     wanted = on_ray(config, stages)
     if not wanted:
         return
@@ -54,4 +49,4 @@ def on_ray(config: Config, stages: Iterable[str]) -> dict[str, Settings]:
     settings = {stage: getattr(config.run, stage, None) for stage in stages}
     if config.clip.pretrained:
         settings.pop("clip", None)  # nothing is trained
-    return {stage: own for stage, own in settings.items() if own is not None and own.workers}
+    return {stage: own for stage, own in settings.items() if own is not None and works_on_ray(own, config.run.ray)}

@@ -12,6 +12,7 @@ from models import clip_weights
 from models.prior_configs import require
 from pipeline.evaluate.captions import Phrases
 from pipeline.graph.artifacts import Artifact
+from pipeline.graph.ray import on_a_gpu
 from pipeline.graph.stages import Context
 from pipeline.held_out import FEWEST
 from pipeline.parse import ContentFile
@@ -78,4 +79,4 @@ def run_evaluation(ctx: Context) -> Artifact:
     """Measures every model of the bundle on held-out rows."""
     from pipeline.evaluate.run import evaluate
 
-    return evaluate(ctx)
+    return on_a_gpu(evaluate, ctx)

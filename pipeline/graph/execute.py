@@ -17,7 +17,7 @@ from pipeline.errors import CorruptObject, Superseded, UserError
 from pipeline.graph.artifacts import SEGMENTS, Artifact, artifact_path, load_artifact, read_shards, shard_path
 from pipeline.graph.damage import set_aside
 from pipeline.graph.plan import Verdict, pin_path
-from pipeline.graph.ray import room_beside
+from pipeline.graph.ray import room_beside, works_on_ray
 from pipeline.graph.stages import Context, Graph, Stage, ordered, stage_key, trajectory_key, trunk_key
 from pipeline.progress import above_lines, under_way
 from pipeline.store import Store
@@ -126,7 +126,7 @@ class _Run:
         return [stage for stage in stale if stage.name in room] or ([] if self._beside else stale[:1])
 
     def _on_ray(self, stage: Stage) -> bool:
-        return stage.kind == "training" and self._settings(stage).workers != 0
+        return stage.kind == "training" and works_on_ray(self._settings(stage), self._config.run.ray)
 
     def _settings(self, stage: Stage) -> Any:
         return getattr(self._config.run, stage.name, stage.settings)

@@ -15,7 +15,9 @@ from functools import cache
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.graph.resources import Settings, Share, Team, amount_of, team_of
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.resources import Machine, Settings, Share, Team, amount_of, cores_of, team_of
+from pipeline.graph.stages import Context
 from pipeline.settings import RaySettings
 
 log = logging.getLogger("unclip")
@@ -76,7 +78,7 @@ def start_ray(settings: RaySettings) -> Any:
             with _without_log_lines():
                 ray.init(
                     address="local",
-                    num_cpus=settings.cpus,
+                    num_cpus=cores_of(settings),
                     object_store_memory=settings.object_store_mb << 20,
                     include_dashboard=False,
                     **quiet,
@@ -139,13 +141,49 @@ def living_nodes(ray: Any) -> list[tuple[str, ClusterNode]]:
     ]
 
 
-def count_gpus(settings: RaySettings, here: bool) -> float:
-    """Returns how many GPUs there are: those that torch can use ``here``, or on a cluster those of all its nodes."""
-    if here or "RAY_ADDRESS" not in os.environ:
-        import torch
+def find_machine(settings: RaySettings) -> Machine:
+    """Returns what there is to run on: this machine, or the cluster that RAY_ADDRESS names, which it joins."""
+    return this_machine(settings) if _local() else _machine(start_ray(settings), settings)
 
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return start_ray(settings).cluster_resources().get("GPU", 0)
+
+def works_on_ray(own: Settings, settings: RaySettings) -> bool:
+    """Returns whether a stage has workers; without, this process works, as trainings do where there is no GPU."""
+    return own.workers != 0 and (own.workers != "auto" or team_of(own, find_machine(settings)).count > 0)
+
+
+def this_machine(settings: RaySettings) -> Machine:
+    """Returns this machine, with the cores that its own Ray may use and the GPUs that torch can use."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = torch.cuda.get_device_name(0) if gpus else ""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(cores_of(settings), gpus, name, memory)
+
+
+def _machine(ray: Any, settings: RaySettings) -> Machine:
+    total, grows = ray.cluster_resources(), _grows(settings)
+    kind = next((name for name in total if name.startswith("accelerator_type:")), "").partition(":")[2]
+    gpus = max(total.get("GPU", 0), int(grows))  # an autoscaler may have a node with a GPU, which has to be asked for
+    return Machine(total.get("CPU", 0), gpus, kind, total.get("memory", 0), _local(), grows)
+
+
+def on_a_gpu(work: Callable[[Context], Artifact], ctx: Context) -> Artifact:
+    """Returns ``work(ctx)``, which a node of the cluster does where this process has no GPU and the cluster has one."""
+    import torch
+
+    if _local() or torch.cuda.is_available():
+        return work(ctx)
+    ray = start_ray(ctx.config.run.ray)
+    if not ray.cluster_resources().get("GPU", 0):
+        return work(ctx)
+    log.info("%s: on a GPU of the cluster", ctx.stage)
+    there = ray.remote(num_cpus=0, num_gpus=1)(lambda own: work(own)).remote(replace(ctx, show=None))
+    ray.wait([there])
+    made = _answer(ray, there)
+    if isinstance(made, Exception):
+        raise made
+    return made
 
 
 def ask_every_node(ray: Any, question: Callable[[], Any], timeout_s: float) -> list[tuple[ClusterNode, Any]]:
@@ -185,13 +223,13 @@ def check_room(ray: Any, stages: Mapping[str, Settings], settings: RaySettings) 
                 raise _refusal(ray, stage, team)
 
 
-def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings) -> Team:
+def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings, most: int = sys.maxsize) -> Team:
     """Returns the workers that a stage can have; says in one line what a cluster lacks that does not place them soon.
 
-    It is waited for then: a node that was lost may come back. Raises UserError where the Ray of this machine cannot
-    place them.
+    It is waited for then: a node that was lost may come back. ``most``: as many as there is work for. Raises UserError
+    where the Ray of this machine cannot place them.
     """
-    team = find_team(ray, stage, own, settings)
+    team = find_team(ray, stage, own, settings, most)
     if not place(ray, team):
         if _local():
             raise _refusal(ray, stage, team)
@@ -219,23 +257,25 @@ def room_beside(stages: Mapping[str, Settings], settings: RaySettings) -> list[s
     return found
 
 
-def find_team(ray: Any, stage: str, own: Settings, settings: RaySettings) -> Team:
-    """Returns the workers that a stage can have, by its settings.
+def find_team(ray: Any, stage: str, own: Settings, settings: RaySettings, most: int = sys.maxsize) -> Team:
+    """Returns the workers that a stage can have, by its settings; at most ``most``.
 
     The Ray of this machine runs no more of them than it has room for. So does a cluster without an autoscaler where
     workers have helpers, because workers that take the helpers' cores would wait forever. Raises UserError where the
     Ray of this machine has too little room.
     """
-    total = ray.cluster_resources()
-    team = team_of(own, total.get("GPU", 0), _local(), _grows(settings))
+    team = team_of(own, _machine(ray, settings), most)
     if not _local() and (_grows(settings) or not team.helpers):
         return team
-    found = team.room(total)
+    found = team.room(ray.cluster_resources())
     if _local() and found < team.least:
         raise _refusal(ray, stage, team)
     if not 0 < found < team.count:
         return team
-    say_once(f"run.{stage}.workers: {team.count} are asked for, and there is room for {found}; going on with {found}")
+    if own.workers != "auto":
+        say_once(
+            f"run.{stage}.workers: {team.count} are asked for, and there is room for {found}; going on with {found}"
+        )
     return replace(team, count=found)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pipeline.settings import EmbeddingsSettings, GenerationSettings, ShardSettings, TrainingSettings
+from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings, TrainingSettings
 
 Settings = ShardSettings | TrainingSettings
+WORKER_BYTES = 2 << 30  # of Python, torch and a CLIP, where the number of workers is "auto"
 
 
 def cores() -> int:
@@ -71,39 +73,83 @@ class Team:
         return f"{count} worker{'s' * plural} with {self.worker}{helpers}{' each' * plural}"
 
 
-def team_of(settings: Settings, gpus: float, local: bool, autoscaler: bool = False) -> Team:
-    """Returns the workers that these settings ask for.
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on: this machine, or all nodes of a cluster.
 
-    A stage that goes shard by shard makes do with one worker. So does a training on the Ray of one machine, unless each
-    worker holds its part of the model; on a cluster it has all, or at least ``min_workers``. With device "auto" a
-    training takes GPUs where there are enough of them.
+    Attributes:
+        cpus: Cores.
+        gpus: GPUs.
+        gpu: What they are called; "" if that is not known.
+        memory: Bytes for workers.
+        local: Whether it is this machine alone.
+        grows: Whether nodes like these are added when they are asked for.
+    """
+
+    cpus: float
+    gpus: float = 0.0
+    gpu: str = ""
+    memory: float = 1 << 60
+    local: bool = True
+    grows: bool = False
+
+
+def team_of(settings: Settings, machine: Machine, most: int = sys.maxsize) -> Team:
+    """Returns the workers that these settings ask for; none where this process does the work.
+
+    A stage that goes shard by shard makes do with one worker. So does a training on one machine, unless each worker
+    holds its part of the model; on a cluster it has all, or at least ``min_workers``. With device "auto" a training
+    takes GPUs where there are enough of them.
 
     Args:
         settings: Those of the stage.
-        gpus: How many GPUs Ray has.
-        local: Whether it is the Ray of this machine.
-        autoscaler: Whether more GPUs come when they are asked for.
+        machine: Where they work.
+        most: As many as there is work for: shards, or lanes of a training.
     """
-    if isinstance(settings, ShardSettings):
-        share = worker_share(
-            settings, settings.gpus if isinstance(settings, EmbeddingsSettings | GenerationSettings) else 0.0
-        )
-        team = Team(settings.workers, 1, share)
-        if isinstance(settings, EmbeddingsSettings):
-            return replace(team, helpers=settings.decoders, helper=Share(labels=settings.decoder_nodes))
-        return team
-    least = settings.min_workers or settings.workers
-    if local and not settings.min_workers and not settings.sharded:
-        least = 1
-    found = settings.device == "auto" and (autoscaler or gpus >= least)
-    share = worker_share(settings, 1.0 if found or settings.device.startswith("cuda") else 0.0)
-    return Team(settings.workers, least, share)
+    if isinstance(settings, TrainingSettings):
+        return _training_team(settings, machine, most)
+    gpus = getattr(settings, "gpus", 0.0)
+    if gpus == "auto":
+        gpus = 1.0 if machine.gpus >= 1 else 0.0
+    share = _worker_share(settings, gpus)
+    count = settings.workers if isinstance(settings.workers, int) else _as_many_as_fit(share, machine)
+    team = Team(min(count, most), 1, share)
+    if isinstance(settings, EmbeddingsSettings):
+        return replace(team, helpers=settings.decoders, helper=Share(labels=settings.decoder_nodes))
+    return team
 
 
-def worker_share(settings: Settings, gpus: float) -> Share:
+def _as_many_as_fit(share: Share, machine: Machine) -> int:
+    memory = share.memory or (0 if share.gpus else WORKER_BYTES)
+    room = {"CPU": machine.cpus, "GPU": machine.gpus, "memory": machine.memory}
+    return max(1, replace(share, memory=memory).places(room))
+
+
+def _training_team(settings: TrainingSettings, machine: Machine, most: int) -> Team:
+    if isinstance(settings.workers, int):
+        count = settings.workers
+    else:
+        there = int(machine.gpus) if settings.device in ("auto", "cuda") else 0
+        count = max(min(there, most), settings.min_workers, int(settings.sharded))
+        while settings.sharded and most % count:  # workers of a sharded model have equal shares
+            count -= 1
+    least = settings.min_workers or count
+    if machine.local and not settings.min_workers and not settings.sharded:
+        least = min(1, count)
+    enough = machine.gpus >= (1 if machine.grows else least)
+    on_gpus = settings.device.startswith("cuda") or (settings.device == "auto" and enough)
+    return Team(count, least, _worker_share(settings, float(on_gpus)))
+
+
+def _worker_share(settings: Settings, gpus: float) -> Share:
     """Returns what one worker with this many ``gpus`` takes under these settings."""
     cpus = settings.cpus or (0.0 if gpus else 1.0)
     return Share(cpus, gpus, settings.memory_mb << 20, settings.nodes)
+
+
+def cores_of(settings: RaySettings) -> int:
+    """Returns the number of cores that a Ray on this machine may use."""
+    return cores() if settings.cpus == "auto" else settings.cpus
 
 
 def amount_of(count: float, what: str) -> str:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -175,11 +175,10 @@ def _note(work: WorkTimes, lost: Counter[str]) -> str:
 
 def _team(ctx: Context, tasks: int) -> Team | None:
     """Returns Ray's workers for this many tasks; None where nothing is left to do, or this process does it."""
-    workers = min(ctx.settings.workers, tasks)
-    if not workers:
+    if not tasks or ctx.settings.workers == 0:
         return None
     settings = ctx.config.run.ray
-    return wait_for_room(start_ray(settings), ctx.stage, replace(ctx.settings, workers=workers), settings)
+    return wait_for_room(start_ray(settings), ctx.stage, ctx.settings, settings, tasks)
 
 
 def _run(

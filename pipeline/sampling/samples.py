@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt
 
 from pipeline.graph.artifacts import Artifact
+from pipeline.graph.ray import on_a_gpu
 from pipeline.graph.stages import Context
 
 VERSION = 5
@@ -30,4 +31,4 @@ def run_samples(ctx: Context) -> Artifact:
     """Draws every caption of the recipe."""
     from pipeline.sampling.drawing import publish_samples
 
-    return publish_samples(ctx)
+    return on_a_gpu(publish_samples, ctx)

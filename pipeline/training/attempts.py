@@ -13,13 +13,14 @@ from pathlib import Path
 from models.clip import Clip
 from pipeline.errors import Unreachable, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
+from pipeline.graph.ray import works_on_ray
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
 from pipeline.store.content import put_content
 from pipeline.store.records import put_blob
 from pipeline.training.checkpoints import course
-from pipeline.training.checks import check
+from pipeline.training.checks import check, most_workers
 from pipeline.training.distributed.launch import WorkerLost, launch
 from pipeline.training.follow import following, showing
 from pipeline.training.memory import OutOfMemory
@@ -70,8 +71,10 @@ def run_attempts(ctx: Context) -> Artifact:
             if reached:
                 log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
             name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
-            with following(ctx.stage, ctx.recipe.samples, newest) if ctx.settings.workers else nullcontext():
-                launch(Training(ctx, own), ctx.stage, name, ctx.settings, ctx.config.run.ray)
+            ray, most = ctx.config.run.ray, most_workers(ctx, task)
+            workers = works_on_ray(ctx.settings, ray)
+            with following(ctx.stage, ctx.recipe.samples, newest) if workers else nullcontext():
+                launch(Training(ctx, own), ctx.stage, name, ctx.settings, ray, most)
             break
         except (WorkerLost, Unreachable) as e:
             lost += 1

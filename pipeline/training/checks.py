@@ -8,25 +8,32 @@ from pipeline.graph.stages import Context
 from pipeline.training.task import Contrastive, Task
 
 
+def most_workers(ctx: Context, task: Task) -> int:
+    """Returns how many workers a training can use: no lane is shared, and statistics of one worker stay with it."""
+    return 1 if isinstance(task, Contrastive) and task.local_statistics else ctx.recipe.lanes
+
+
 def check(ctx: Context, task: Task) -> None:
     """Raises UserError for settings and inputs with which the training would fail, or train something else."""
     settings, recipe, where = ctx.settings, ctx.recipe, f"run.{ctx.stage}"
-    if settings.workers > recipe.lanes:
+    most = most_workers(ctx, task)
+    workers = most if settings.workers == "auto" else settings.workers
+    if workers > recipe.lanes:
         raise UserError(
-            f"{where}.workers: {settings.workers} is more than the {recipe.lanes} lanes of the recipe; lower workers "
+            f"{where}.workers: {workers} is more than the {recipe.lanes} lanes of the recipe; lower workers "
             f"or raise {ctx.stage}.lanes"
         )
-    if isinstance(task, Contrastive) and task.local_statistics and settings.workers > 1:
+    if workers > most:
         raise UserError(
-            f"{where}.workers: {settings.workers}; batch norms of a resnet tower see one worker's rows only: use 0 "
+            f"{where}.workers: {workers}; batch norms of a resnet tower see one worker's rows only: use 0 "
             f"or 1, or {ctx.stage}.model.tower=vit"
         )
-    if settings.min_workers > settings.workers:
-        raise UserError(f"{where}.min_workers: {settings.min_workers} is above workers, {settings.workers}")
+    if settings.min_workers > workers:
+        raise UserError(f"{where}.min_workers: {settings.min_workers} is above workers, {workers}")
     if settings.offload and not settings.sharded:
         raise UserError(f"{where}.offload: only sharded weights are offloaded; set sharded, too")
     if settings.sharded:
-        _check_sharded(ctx, task)
+        _check_sharded(ctx, task, workers)
     if not task.splittable and settings.micro_batch:
         raise UserError(f"{where}.micro_batch: this loss compares every row with its whole batch; use 0")
     if settings.keep_checkpoints < 1:
@@ -47,18 +54,18 @@ def check(ctx: Context, task: Task) -> None:
         raise UserError(_no_rows(ctx, task, rows))
 
 
-def _check_sharded(ctx: Context, task: Task) -> None:
+def _check_sharded(ctx: Context, task: Task, workers: int) -> None:
     settings, lanes, where = ctx.settings, ctx.recipe.lanes, f"run.{ctx.stage}"
     if isinstance(task, Contrastive):
         raise UserError(f"{where}.sharded: a CLIP's temperature is one number, which cannot be sharded; use false")
-    if not settings.workers:
+    if not workers:
         raise UserError(f"{where}.sharded: without workers a model cannot be sharded; set workers to 1 or more")
     if settings.min_workers:
         raise UserError(f"{where}.min_workers: a sharded model needs all of its workers; use 0")
-    if lanes % settings.workers:
+    if lanes % workers:
         raise UserError(
             f"{where}.sharded: workers of a sharded model need equal shares, and {lanes} lanes are not a "
-            f"multiple of {settings.workers} workers; change workers"
+            f"multiple of {workers} workers; change workers"
         )
 
 

@@ -4,16 +4,20 @@ from typing import Any
 
 import pytest
 
-from cluster.pods import Group, demands, groups
-from pipeline.config import Run, make_config
+from cluster.pods import Group, demands, groups, settled
+from pipeline.config import Config, Run, make_config
 from pipeline.errors import UserError
 
 SHAPE = {"cpus": 8, "gpus": 4, "gpu_cpus": 16, "gpu_memory_gb": 64}
 
 
-def with_settings(**stages: Any) -> Run:
+def configured(**stages: Any) -> Config:
     run = {"kubernetes": SHAPE, **stages}
-    return make_config({"project": "p", "store": "s3://b/p", "source": {"paths": ["a.csv"]}, "run": run}).run
+    return make_config({"project": "p", "store": "s3://b/p", "source": {"paths": ["a.csv"]}, "run": run})
+
+
+def with_settings(**stages: Any) -> Run:
+    return configured(**stages).run
 
 
 def sizes(found: list[Group]) -> dict[str, tuple[int, dict[str, str]]]:
@@ -27,7 +31,7 @@ APART = {"workers": 8, "gpus": 1, "decoders": 3, "nodes": {"pool": "gpu"}, "deco
     ("stages", "made", "found"),
     [
         # stages without workers, or that are made already, need no pods
-        ({"pairs": {"workers": 0}, "codec": {"workers": 0}}, "source captions pairs codec decoder bundle", {}),
+        ({stage: {"workers": 0} for stage in ("pairs", "codec", "decoder")}, "source pairs codec decoder bundle", {}),
         ({"pairs": {"workers": 80}, "curation": {"workers": 9}}, "curation", {"cpu": (2, {})}),
         # as many workers as fit share a pod, by the scarcest of what they take
         ({"pairs": {"workers": 10, "cpus": 3}}, "pairs", {"cpu": (5, {})}),
@@ -40,7 +44,7 @@ APART = {"workers": 8, "gpus": 1, "decoders": 3, "nodes": {"pool": "gpu"}, "deco
             {"cpu": (7, {}), "gpu": (4, {})},
         ),
         # decoders and encoders of one stage run at once
-        ({"embeddings": {"workers": 5, "decoders": 3}}, "embeddings", {"cpu": (3, {})}),
+        ({"embeddings": {"workers": 5, "decoders": 3, "gpus": 0}}, "embeddings", {"cpu": (3, {})}),
         ({"embeddings": APART}, "embeddings", {"gpu": (2, {"pool": "gpu"}), "cpu": (3, {"pool": "cpu"})}),
         # a training, which asks for no label, runs on the pods of the embeddings
         (
@@ -48,6 +52,10 @@ APART = {"workers": 8, "gpus": 1, "decoders": 3, "nodes": {"pool": "gpu"}, "deco
             "embeddings decoder",
             {"gpu": (3, {"pool": "gpu"})},
         ),
+        # where nothing is said, one pod is filled
+        ({}, "pairs", {"cpu": (1, {})}),
+        ({}, "embeddings decoder", {"gpu": (2, {})}),
+        ({"kubernetes": SHAPE | {"gpus": 0}}, "embeddings decoder", {"cpu": (1, {})}),
         # labels that contradict make two groups
         (
             {"pairs": {"workers": 8, "nodes": {"pool": "near"}}, "curation": {"workers": 8, "nodes": {"pool": "far"}}},
@@ -92,3 +100,11 @@ def test_the_driver_trains_on_a_gpu_only_where_the_head_has_one() -> None:
         list(demands(with_settings(decoder=training), ["decoder"]))
     run = with_settings(decoder=training, kubernetes=SHAPE | {"head_gpus": 1})
     assert list(demands(run, ["decoder"])) == []
+
+
+def test_a_job_takes_numbers_along_for_a_cluster_that_is_not_there_yet() -> None:
+    run = settled(configured(clip={"workers": 2}), ["clip", "embeddings", "decoder", "curation"])
+    assert (run.curation.workers, run.embeddings.workers, run.decoder.workers, run.clip.workers) == (8, 4, 4, 2)
+    assert (run.pairs.workers, run.ray.autoscaler) == ("auto", True)  # which is made already
+    none = settled(configured(kubernetes=SHAPE | {"gpus": 0}, clip={"workers": 2}), ["clip", "embeddings", "decoder"])
+    assert (none.embeddings.workers, none.embeddings.gpus, none.decoder.workers, none.clip.device) == (8, 0, 0, "cpu")

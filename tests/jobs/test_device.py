@@ -104,7 +104,7 @@ def test_the_stages_and_the_notebook_draw_on_a_gpu(
     [
         ((), 2, 1.0, "1 GPU in each of 2 workers"),
         (("--workers", "5"), 5, 1.0, "1 GPU in each of 5 workers"),
-        (("--gpus", "0.5"), 2, 0.5, "0.5 GPU in each of 2 workers"),
+        (("--gpus", "0.5"), 4, 0.5, "0.5 GPU in each of 4 workers"),
         (("--workers", "0"), 0, 1.0, "1 GPU"),
         (("--device", "cpu"), 2, 0.0, "one core of the CPU in each of 2 workers"),
         (("--gpus", "0", "--workers", "1"), 1, 0.0, "one core of the CPU in each of 1 worker"),

@@ -266,17 +266,18 @@ def test_a_clip_of_open_clip_is_in_the_cache_or_on_the_hub(
 
 
 @pytest.mark.usefixtures("no_ray", "plenty")
-def test_a_gpu_that_embeddings_leave_idle(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    assert level(doctor(capsys, "store")[1], "gpu") == []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (80 * 10**9, 80 * 10**9))
-    code, lines = doctor(capsys, "store")
+def test_it_says_on_what_each_stage_will_run(capsys: Output, request: pytest.FixtureRequest) -> None:
+    code, lines = doctor(capsys, "store", "preset=paper")
+    slow = next(line for line in lines if line.startswith("warning  stages    decoder would take"))
+    assert slow.endswith("; run where there are GPUs, or take a smaller preset")
+    request.getfixturevalue("gpus")
+    code, lines = doctor(capsys, "store", "preset=paper")
     assert code == 0
-    assert level(lines, "gpu") == ["ok", "warning"]
-    assert any(line.endswith("though torch finds a GPU here; set run.embeddings.gpus to 1") for line in lines)
-    assert level(doctor(capsys, "store", "run.embeddings.gpus=1")[1], "gpu") == ["ok"]
+    assert level(lines, "gpu") == ["ok"]
+    [said] = [line for line in lines if line.split()[1] == "stages"]
+    assert said.startswith("ok       stages    runs on ")
+    assert "8 H100 (clip, ar_prior, " in said
+    assert "1 H100 (embeddings, samples, evaluation)" in said  # of one shard
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

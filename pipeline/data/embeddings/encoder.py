@@ -45,7 +45,9 @@ class MakeEncoder:
 
     def __call__(self) -> Encoder:
         torch.set_num_threads(1)
-        if self.settings.gpus:  # a GPU would convolve in TF32, and that is more than rounding
+        # Ray shows a worker the GPUs that are its own.
+        on_gpu = torch.cuda.is_available() if self.settings.gpus == "auto" else self.settings.gpus > 0
+        if on_gpu:  # a GPU would convolve in TF32, and that is more than rounding
             torch.backends.cudnn.allow_tf32 = False
         with tempfile.TemporaryDirectory() as folder:
             materialise(self.store, self.clip, folder)
@@ -55,8 +57,9 @@ class MakeEncoder:
             submit: Submit = Helpers(decode, helpers, self.settings.decoder_nodes).submit
         else:
             submit = partial(ThreadPoolExecutor(1).submit, decode)  # type: ignore[call-arg]
-        device = "cuda" if self.settings.gpus else "cpu"
-        return Encoder(self.store, clip.to(device), self.settings.batch, self.heads, submit, max(helpers, 1))
+        return Encoder(
+            self.store, clip.to("cuda" if on_gpu else "cpu"), self.settings.batch, self.heads, submit, max(helpers, 1)
+        )
 
 
 class Encoder:

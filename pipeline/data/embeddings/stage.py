@@ -95,11 +95,11 @@ def run_embeddings(ctx: Context) -> Artifact:
 
 def _check(settings: EmbeddingsSettings) -> None:
     """Raises UserError for settings that exclude each other."""
-    if settings.decoders and not settings.workers:
+    if settings.decoders and settings.workers == 0:
         raise UserError(
             f"run.embeddings.decoders: {settings.decoders} decode for each Ray worker, and workers is 0; raise it"
         )
-    if settings.gpus and not settings.workers:
+    if settings.gpus not in (0, "auto") and settings.workers == 0:
         import torch
 
         if not torch.cuda.is_available():

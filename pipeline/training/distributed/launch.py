@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch.distributed import DistError
 
 from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
-from pipeline.graph.ray import start_ray, wait_for_room
+from pipeline.graph.ray import start_ray, wait_for_room, works_on_ray
 from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.device import choose_device
@@ -46,7 +47,12 @@ class Relayed(Exception):
 
 
 def launch(
-    work: Callable[[ProcessGroup], None], stage: str, name: str, settings: TrainingSettings, ray_settings: RaySettings
+    work: Callable[[ProcessGroup], None],
+    stage: str,
+    name: str,
+    settings: TrainingSettings,
+    ray_settings: RaySettings,
+    most: int = sys.maxsize,
 ) -> None:
     """Calls ``work`` in Ray workers, or in this process, and waits for all of them.
 
@@ -57,15 +63,16 @@ def launch(
         work: What each worker does.
         stage: Named in messages.
         name: New for every call: Ray Train would resume an old one.
-        settings: Has the number of workers; 0 works in this process.
+        settings: Has the number of workers.
         ray_settings: Of the Ray that is started or joined.
+        most: As many workers as the training can use.
 
     Raises:
         WorkerLost: A worker died.
         UserError: Ray has too little room.
         Exception: What a worker raised, if it is one of EXPECTED.
     """
-    if settings.workers == 0:
+    if not works_on_ray(settings, ray_settings):
         torch.set_num_threads(settings.threads or cores())
         work(ProcessGroup(device=choose_device(settings.device)))
         return
@@ -73,7 +80,7 @@ def launch(
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    team = wait_for_room(ray, stage, settings, ray_settings)
+    team = wait_for_room(ray, stage, settings, ray_settings, most)
     share, gpus = team.worker, team.worker.gpus > 0
     asked: dict[str, Any] = {
         "num_workers": (settings.min_workers, team.count) if settings.min_workers else team.count,

@@ -13,6 +13,7 @@ from pipeline.cost.estimate import (
     DEVICES,
     FP32_UTILISATION,
     MATMUL_SHARE,
+    UNKNOWN,
     Ask,
     Cost,
     Fleet,
@@ -28,6 +29,7 @@ from pipeline.cost.estimate import (
 from pipeline.cost.observed import Observation, shape
 from pipeline.cost.table import cost_table, remarks, size
 from pipeline.errors import UserError
+from pipeline.graph.resources import Machine
 from pipeline.settings import Prices
 
 ROOT = Path(__file__).parents[3]
@@ -147,6 +149,25 @@ def test_embeddings_on_gpus_wait_for_the_slower_of_encoding_and_decoding() -> No
     assert faster.cores == 4 * 64
 
 
+def test_gpus_that_are_there_are_counted_as_those_that_are_asked_for() -> None:
+    box = replace(asked(PAPER, 10**6), machine=Machine(64, 8, "NVIDIA H100 80GB HBM3"))
+    for stage in TRAININGS:
+        assert estimate(stage, box) == estimate(stage, asked(PAPER, 10**6, Fleet(8, "H100")))
+    gpus = {stage: estimate(stage, box).gpus for stage in ("pairs", "embeddings", "samples", "evaluation")}
+    assert gpus == {"pairs": 0, "embeddings": 8, "samples": 1, "evaluation": 1}
+    plain = again(box, load_config(ROOT / "configs/paper.yaml", ["run.decoder.device=cpu", "run.embeddings.gpus=0"]))
+    assert [estimate(stage, plain).gpus for stage in ("decoder", "embeddings")] == [0, 0]
+    assert replace(box, machine=Machine(8, 1, "NVIDIA GeForce RTX 4090")).device == UNKNOWN
+
+
+def test_what_a_cpu_took_says_nothing_of_a_gpu() -> None:
+    ask = measured(decoder=Observation(100, 10.0, 10.0, 1, {}))
+    assert [estimate("decoder", replace(ask, machine=Machine(8, gpus))).basis for gpus in (0, 1)] == [
+        "measured",
+        "counted",
+    ]
+
+
 def test_data_stages_grow_with_pairs_and_trainings_do_not() -> None:
     small, large = ({s: estimate(s, asked(PAPER, n, H100S)) for s in build(PAPER)} for n in (10**7, 10**9))
     for stage in ("source", "pairs", "embeddings", "curation", "index", "codec"):
@@ -215,7 +236,7 @@ def test_a_number_of_pairs_and_a_fleet() -> None:
     texts = {"650M": 650_000_000, "1.5B": 1_500_000_000, "1G": 10**9, "10k": 10_000, "7000": 7000, "7_000": 7000}
     assert {text: parse_count(text) for text in texts} == texts
     assert parse_fleet("64xH100") == H100S
-    assert parse_fleet("1xB200").device == DEVICES["B200"]
+    assert asked(fleet=parse_fleet("1xB200")).device == DEVICES["B200"]
 
 
 @pytest.mark.parametrize(

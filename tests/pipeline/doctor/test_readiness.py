@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline.doctor import readiness
 from pipeline.doctor.nodes import Answer, versions
 from pipeline.errors import UserError
 from pipeline.graph.ray import ClusterNode, ask_every_node, start_ray
-from pipeline.settings import RaySettings
+from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.store import open_store
 from tests.chain import ROOT, Finished, unclip
 from tests.pipeline.data.bench import picture
@@ -34,6 +35,7 @@ def test_faults_are_one_line_that_names_some_of_the_nodes(monkeypatch: pytest.Mo
     other, blind = Answer(versions() | {"ray": "2.1.0"}), Answer(versions(), "no AWS credentials")
     answers = [(ClusterNode(f"n{i}", 1, 0), other) for i in range(5)] + [(ClusterNode("n5", 1, 0), blind)]
     monkeypatch.setattr(readiness, "start_ray", lambda _: None)
+    monkeypatch.setattr(readiness, "works_on_ray", lambda own, _: own.workers != 0)
     monkeypatch.setattr(readiness, "check_room", lambda *_: None)
     monkeypatch.setattr(readiness, "ask_nodes", lambda *_: answers)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
@@ -48,7 +50,8 @@ def test_faults_are_one_line_that_names_some_of_the_nodes(monkeypatch: pytest.Mo
     monkeypatch.setattr(readiness, "ask_nodes", lambda *_: [(ClusterNode("n0", 1, 0), Answer(versions()))])
     readiness.check_ready(config, open_store("s3://bucket/a"), ["pairs"])
     monkeypatch.delattr(readiness, "start_ray")  # nothing on Ray: it is not asked
-    readiness.check_ready(config, open_store("s3://bucket/a"), ["source", "decoder", "samples"])
+    here = replace(config, run=replace(config.run, decoder=TrainingSettings(workers=0)))
+    readiness.check_ready(here, open_store("s3://bucket/a"), ["source", "decoder", "samples"])
 
 
 # --- a cluster of two nodes -------------------------------------------------------------------------------------------

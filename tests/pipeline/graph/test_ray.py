@@ -1,8 +1,10 @@
 """Joining a cluster, and whether what stages ask for is there: refused, lowered or waited for."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +12,20 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.graph import ray as launch
-from pipeline.graph.ray import check_room, find_team, room_beside, start_ray, wait_for_room
+from pipeline.graph.ray import (
+    check_room,
+    find_machine,
+    find_team,
+    on_a_gpu,
+    room_beside,
+    start_ray,
+    wait_for_room,
+    works_on_ray,
+)
+from pipeline.graph.resources import Machine
+from pipeline.graph.stages import Context
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings, TrainingSettings
+from pipeline.store import open_store
 
 MEMORY = 100 << 20
 FIXED, GROWS = RaySettings(), RaySettings(autoscaler=True)
@@ -151,3 +165,53 @@ def test_trainings_have_room_beside_each_other_by_all_their_workers(
     assert room_beside(trainings, FIXED) == ["clip", "ar_prior"]
     assert room_beside({"clip": TrainingSettings(workers=4, min_workers=1, device="cpu")}, FIXED) == []
     assert room_beside(trainings, GROWS) == list(trainings)
+
+
+def test_what_draws_goes_to_a_gpu_of_the_cluster(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays in the driver while there is none. Its own error comes back."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    config = SimpleNamespace(run=SimpleNamespace(ray=FIXED))
+    ctx = Context(open_store("unused"), "samples", 1, "k", None, None, {}, config)  # type: ignore[arg-type]
+
+    def draw(ctx: Context) -> Any:
+        if ctx.version == 2:
+            raise UserError("no such caption")
+        return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    assert on_a_gpu(draw, ctx)[0] == os.getpid()  # type: ignore[index]
+    node = cluster.add_node(num_cpus=0, num_gpus=1, object_store_memory=MEMORY)
+    try:
+        process, devices = on_a_gpu(draw, ctx)  # type: ignore[misc]
+        assert (process != os.getpid(), devices) == (True, "0")
+        with pytest.raises(UserError, match=r"^no such caption$"):
+            on_a_gpu(draw, replace(ctx, version=2))
+        assert (find_machine(FIXED).gpus, find_machine(FIXED).local) == (1, False)
+    finally:
+        cluster.remove_node(node)
+
+
+def test_a_cluster_that_grows_may_have_a_gpu(on_a_cluster: None) -> None:
+    machines = [launch._machine(ray_of(4), settings) for settings in (FIXED, GROWS)]
+    assert machines == [
+        Machine(4, 0, memory=8 << 30, local=False),
+        Machine(4, 1, memory=8 << 30, local=False, grows=True),
+    ]
+
+
+def test_this_machine_has_the_gpus_that_torch_finds(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = find_machine(RaySettings(cpus=3))
+    assert (found.cpus, found.gpus, found.gpu, found.local) == (3, 8, "NVIDIA H100 80GB HBM3", True)
+
+
+def test_without_gpus_the_driver_trains_and_with_gpus_workers_do(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    here = [TrainingSettings(workers=0), TrainingSettings(device="cpu"), TrainingSettings(device="cuda:1")]
+    assert not any(works_on_ray(settings, RaySettings()) for settings in here)
+    assert works_on_ray(TrainingSettings(), RaySettings())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not works_on_ray(TrainingSettings(), RaySettings())
+    assert works_on_ray(TrainingSettings(workers=1), RaySettings())
+    assert works_on_ray(ShardSettings(), RaySettings())

@@ -8,20 +8,23 @@ import pytest
 
 from pipeline.config import load_config, make_config
 from pipeline.doctor.readiness import on_ray
-from pipeline.graph.resources import Settings, Share, Team, team_of
-from pipeline.settings import EmbeddingsSettings, ShardSettings, TrainingSettings
+from pipeline.graph.resources import WORKER_BYTES, Machine, Settings, Share, Team, team_of
+from pipeline.settings import EmbeddingsSettings, GenerationSettings, ShardSettings, TrainingSettings
 
 ROOT = Path(__file__).parents[3]
 LEAST: dict[str, Any] = {"project": "p", "store": "s", "source": {"paths": ["a.csv"]}}
 MACHINE = {"CPU": 8.0, "GPU": 2.0, "memory": 16 << 30}
+LAPTOP, BOX = Machine(8), Machine(64, 8)
+CLUSTER = Machine(256, 32, local=False)
 
 
 def test_a_worker_takes_a_core_or_its_gpu_unless_it_is_told() -> None:
-    assert team_of(ShardSettings(3), 0, True) == Team(3, 1, Share(1))
+    assert team_of(ShardSettings(3), LAPTOP) == Team(3, 1, Share(1))
     settings = EmbeddingsSettings(workers=2, gpus=0.5, decoders=3, decoder_nodes={"pool": "cpu"}, memory_mb=100)
-    assert team_of(settings, 0, True) == Team(2, 1, Share(0, 0.5, 100 << 20), 3, Share(labels={"pool": "cpu"}))
-    assert team_of(replace(settings, cpus=4), 0, True).worker == Share(4, 0.5, 100 << 20)
-    assert team_of(TrainingSettings(workers=2, nodes={"a": "b"}), 0, False) == Team(2, 2, Share(1, labels={"a": "b"}))
+    assert team_of(settings, LAPTOP) == Team(2, 1, Share(0, 0.5, 100 << 20), 3, Share(labels={"pool": "cpu"}))
+    assert team_of(replace(settings, cpus=4), LAPTOP).worker == Share(4, 0.5, 100 << 20)
+    training = TrainingSettings(workers=2, nodes={"a": "b"})
+    assert team_of(training, Machine(8, local=False)) == Team(2, 2, Share(1, labels={"a": "b"}))
     assert Share(0, 0.5, 100 << 20).resources == {"GPU": 0.5, "memory": 100 << 20}
 
 
@@ -31,8 +34,8 @@ def test_a_worker_takes_a_core_or_its_gpu_unless_it_is_told() -> None:
 )
 def test_how_few_workers_a_training_makes_do_with(changes: Any, least: int, on_one_machine: int) -> None:
     settings = TrainingSettings(workers=4, **changes)
-    assert team_of(settings, 0, local=False).least == least
-    assert team_of(settings, 0, local=True).least == on_one_machine
+    assert team_of(settings, Machine(8, local=False)).least == least
+    assert team_of(settings, LAPTOP).least == on_one_machine
 
 
 @pytest.mark.parametrize(
@@ -41,7 +44,7 @@ def test_how_few_workers_a_training_makes_do_with(changes: Any, least: int, on_o
         ("auto", 2, 2, False, 1),
         ("auto", 3, 2, False, 0),
         ("auto", 2, 0, False, 0),
-        ("auto", 2, 0, True, 1),
+        ("auto", 2, 1, True, 1),
         ("cpu", 2, 2, True, 0),
         ("cuda", 3, 0, False, 1),
     ],
@@ -49,12 +52,51 @@ def test_how_few_workers_a_training_makes_do_with(changes: Any, least: int, on_o
 def test_a_training_takes_gpus_that_are_there_or_that_it_must_have(
     device: str, workers: int, there: float, autoscaler: bool, gpus: int
 ) -> None:
-    share = team_of(TrainingSettings(workers=workers, device=device), there, False, autoscaler).worker
+    machine = Machine(8, there, local=False, grows=autoscaler)
+    share = team_of(TrainingSettings(workers=workers, device=device), machine).worker
     assert (share.gpus, share.cpus) == (gpus, 0 if gpus else 1)
 
 
 def test_on_one_machine_one_gpu_is_taken_before_many_cores() -> None:
-    assert team_of(TrainingSettings(workers=4), 1, local=True).worker.gpus == 1
+    assert team_of(TrainingSettings(workers=4), Machine(8, 1)).worker.gpus == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine", "most", "count", "gpus"),
+    [
+        (TrainingSettings(), LAPTOP, 64, 0, 0),  # this process, on all cores
+        (TrainingSettings(), Machine(8, 1), 64, 1, 1),
+        (TrainingSettings(), BOX, 64, 8, 1),
+        (TrainingSettings(), CLUSTER, 64, 32, 1),
+        (TrainingSettings(), CLUSTER, 8, 8, 1),  # no lane is shared
+        (TrainingSettings(workers=2), BOX, 64, 2, 1),
+        (TrainingSettings(workers=0), BOX, 64, 0, 1),
+        (TrainingSettings(device="cuda"), BOX, 64, 8, 1),
+        (TrainingSettings(device="cpu"), BOX, 64, 0, 0),
+        (TrainingSettings(device="cuda:3"), BOX, 64, 0, 1),  # this process, on that GPU
+        (TrainingSettings(sharded=True), Machine(64, 6), 64, 4, 1),  # equal shares
+        (TrainingSettings(sharded=True), LAPTOP, 64, 1, 0),
+        (TrainingSettings(min_workers=2), LAPTOP, 64, 2, 0),
+        (TrainingSettings(workers=9), Machine(4, 1, local=False, grows=True), 64, 9, 1),  # nodes with GPUs are added
+        (EmbeddingsSettings(), LAPTOP, 99, 8, 0),
+        (EmbeddingsSettings(), LAPTOP, 3, 3, 0),  # no more than shards
+        (EmbeddingsSettings(), BOX, 99, 8, 1),
+        (EmbeddingsSettings(gpus=0), BOX, 99, 64, 0),
+        (EmbeddingsSettings(gpus=0.5), BOX, 99, 16, 0.5),
+        (EmbeddingsSettings(workers=3), BOX, 99, 3, 1),
+        (GenerationSettings(), CLUSTER, 99, 32, 1),
+        (ShardSettings(), BOX, 99, 64, 0),  # its work has no use for GPUs
+        (ShardSettings(cpus=4), BOX, 99, 16, 0),
+        (ShardSettings(), Machine(64, memory=9 * WORKER_BYTES), 99, 9, 0),
+        (ShardSettings(memory_mb=1 << 10), Machine(64, memory=16 << 30), 99, 16, 0),
+        (ShardSettings(), Machine(1, memory=1 << 30), 99, 1, 0),  # never none
+    ],
+)
+def test_what_is_there_is_used_where_nothing_is_said(
+    settings: Settings, machine: Machine, most: int, count: int, gpus: float
+) -> None:
+    team = team_of(settings, machine, most)
+    assert (team.count, team.worker.gpus if count else gpus) == (count, gpus)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +141,7 @@ def test_on_two_cores_and_on_one_every_stage_has_room(path: Path | None, cores: 
     wanted: dict[str, Settings] = on_ray(config, vars(config))
     assert {"pairs", "embeddings"} <= wanted.keys()
     for settings in wanted.values():
-        team = team_of(settings, 0, local=True)
+        team = team_of(settings, Machine(cores))
         assert team.room({"CPU": cores, "memory": 1 << 30}) >= team.least
 
 
