@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         config = load_config(arguments.config, arguments.overrides)
         graph = build(config)
     if arguments.profile:
-        seen = read_profile(arguments.profile, graph) | seen
+        seen = seen | read_profile(arguments.profile, graph)
     if rows is None:
         verdicts = project.plan()
         ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, arguments.utilisation)
