@@ -42,7 +42,6 @@ from pipeline.graph import shards
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, read_shards
 from pipeline.graph.stages import Stage
 from pipeline.store import Store
-from pipeline.store.crash import POINTS
 from tests.chain import open_at
 from tests.faults import artifact
 from tests.pipeline.data import vectors
@@ -53,9 +52,6 @@ FORKED.set_forkserver_preload([__name__])
 IN_SHARDS = ("blob.created", "shard.before_record", "shard.after_record")
 IN_ARTIFACTS = ("artifact.before_record", "artifact.after_record")
 IN_DRIVER = ("pin.before_swap", "report.before_replace")
-IN_COMMANDS = ("journal.before_swap", "gc.before_delete")
-IN_HEALING = ("damage.before_delete",)  # see test_damage
-IN_TRAININGS = {point for point in POINTS if point.startswith(("checkpoint.", "training."))}  # see test_crashes
 SLOW = pytest.mark.slow
 STAGES = (
     Stage("thresholds", THRESHOLDS, ThresholdsRecipe(0.05), ("pairs", "embeddings"), run_thresholds),
@@ -70,10 +66,6 @@ STAGES = (
     Stage("codec", CODEC, CodecRecipe(components=4, buckets=8), ("embeddings", "curation"), run_codec),
 )
 IN_PAIRS = {"Packer", "Encoder"}  # the workers of the stages before
-
-
-def test_every_point_is_here_or_in_a_training() -> None:
-    assert {*IN_SHARDS, *IN_ARTIFACTS, *IN_DRIVER, *IN_COMMANDS, *IN_HEALING} | IN_TRAININGS == set(POINTS)
 
 
 def workers() -> set[str]:

@@ -179,7 +179,6 @@ def test_commands(tmp_path: Path) -> None:
 
 def test_sample_without_a_bundle(tmp_path: Path) -> None:
     refused("sample", "a cat", "--from", tmp_path, says=["no finished bundle there", "output folder"])
-    refused("sample", "a cat", "--from", tmp_path, "--seed", "-1", says=["--seed -1 is below 0"])
     refused("sample", "a cat", "--from", tmp_path, "--set", "steps", says=["--set steps: write NAME=VALUE"])
     (tmp_path / "bundle.json").write_text(f'{{"store": "{tmp_path}", "bundle": "0123456789abcdef"}}')
     refused("sample", "a cat", "--from", tmp_path, says=["its bundle is not in", "run its configuration again"])
