@@ -27,11 +27,6 @@ class Rise(NamedTuple):
     other: Tensor
 
 
-def ready(batch: Batch, draw: Draw) -> Batch:
-    """Returns a batch whose conditions are among its columns already."""
-    return batch
-
-
 def rise(
     loss: Loss,
     batch: Batch,
@@ -39,7 +34,7 @@ def rise(
     other: Tensor,
     seed: int,
     draws: int = 1,
-    prepare: Callable[[Batch, Draw], Batch] = ready,
+    prepare: Callable[[Batch, Draw], Batch] = lambda batch, draw: batch,
 ) -> Rise:
     """Returns ``loss`` of the rows of ``batch`` with their own ``conditions``, and with those of rows ``other`` [n].
 

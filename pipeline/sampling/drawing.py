@@ -48,7 +48,8 @@ def make_sample(unclip: UnCLIP, caption: str, seed: int, options: Mapping[str, A
     Seed and settings are in the PNG's text chunks. Raises ValueError for an option that is out of range.
     """
     settings = dataclasses.asdict(unclip.sampling_with(dict(options)))
-    with Progress(f"sampling {caption[:40]!r}", _steps(unclip, settings), "steps") as progress:
+    steps = prior_steps(unclip, settings, settings["prior"]) + decode_steps(unclip, settings)
+    with Progress(f"sampling {caption[:40]!r}", steps, "steps") as progress:
         generation = unclip.generate([caption], [seed], lambda stage, *_: progress.advance(1, stage), **options)
     text = {"caption": caption, "seed": str(seed), "settings": json.dumps(settings, sort_keys=True)}
     images = [
@@ -56,10 +57,6 @@ def make_sample(unclip: UnCLIP, caption: str, seed: int, options: Mapping[str, A
         for pixels in (generation.image, generation.images[min(generation.images)])
     ]
     return Sample(caption, seed, settings, *images)
-
-
-def _steps(unclip: UnCLIP, settings: Mapping[str, Any]) -> int:
-    return prior_steps(unclip, settings, settings["prior"]) + decode_steps(unclip, settings)
 
 
 def prior_steps(unclip: UnCLIP, settings: Mapping[str, Any], prior: str) -> int:
