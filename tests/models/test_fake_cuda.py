@@ -69,3 +69,11 @@ def test_a_step_of_the_small_decoder_has_few_kernels(library: Path) -> None:
 def test_every_network_is_one_graph_for_a_compiler(library: Path) -> None:
     errors = {name: result.get("error") for name, result in run(library, "cases", *COMPILED).items()}
     assert errors == dict.fromkeys(COMPILED)
+
+
+@pytest.mark.slow
+def test_a_rank_holds_its_share_of_a_sharded_training(library: Path) -> None:
+    """Weights, average and moments at rest; at the peak, activations and a gathered layer come on top."""
+    alone, sharded = (run(library, "memory", "nano", "decoder", ranks, "8") for ranks in ("1", "8"))
+    assert alone["rest"] / 8 <= sharded["rest"] < 1.1 * alone["rest"] / 8
+    assert sharded["rest"] < sharded["peak"] < alone["peak"] - 0.8 * (alone["rest"] - sharded["rest"])
