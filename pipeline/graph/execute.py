@@ -122,7 +122,8 @@ class _Run:
         here = [stage for stage in stale if not self._on_ray(stage)]
         if here or len(stale) + len(self._beside) <= 1:
             return here[:1] or stale
-        room = room_beside({stage.name: self._settings(stage) for stage in stale}, self._config.run.ray)
+        asking = {stage.name: (self._settings(stage), stage.recipe.lanes) for stage in stale}
+        room = room_beside(asking, self._config.run.ray)
         return [stage for stage in stale if stage.name in room] or ([] if self._beside else stale[:1])
 
     def _on_ray(self, stage: Stage) -> bool:

@@ -38,6 +38,7 @@ Does = Callable[[Context], None]
 class Recipe:
     samples: int = 1
     decay: int = 0
+    lanes: int = 8
 
 
 @dataclass

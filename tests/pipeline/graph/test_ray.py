@@ -99,7 +99,8 @@ def test_workers_that_would_take_the_cores_of_their_helpers_are_lowered() -> Non
 
 def test_on_this_machine_trainings_run_side_by_side_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    trainings = {name: TrainingSettings(workers=2) for name in ("clip", "decoder", "ar_prior")}
+    two, all_that_it_can_use = (TrainingSettings(workers=2), 8), (TrainingSettings(), 2)
+    trainings = {"clip": two, "decoder": all_that_it_can_use, "ar_prior": two}
     for cpus, gpus, names in ((16, 0, []), (16, 5, ["clip", "decoder"]), (16, 2, ["clip"])):
         here = ray_of(cpus, gpus)
         monkeypatch.setattr(launch, "start_ray", lambda _, here=here: here)
@@ -161,9 +162,9 @@ def test_trainings_have_room_beside_each_other_by_all_their_workers(
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     monkeypatch.setattr(launch, "BESIDE_S", 1.0)
     workers = {"clip": 2, "decoder": 2, "ar_prior": 1, "diffusion_prior": 1}
-    trainings = {name: TrainingSettings(workers=count, device="cpu") for name, count in workers.items()}
+    trainings = {name: (TrainingSettings(workers=count, device="cpu"), 8) for name, count in workers.items()}
     assert room_beside(trainings, FIXED) == ["clip", "ar_prior"]
-    assert room_beside({"clip": TrainingSettings(workers=4, min_workers=1, device="cpu")}, FIXED) == []
+    assert room_beside({"clip": (TrainingSettings(workers=4, min_workers=1, device="cpu"), 8)}, FIXED) == []
     assert room_beside(trainings, GROWS) == list(trainings)
 
 
