@@ -62,14 +62,12 @@ def fit_codec(
         variance_target: a share in (0, 1] that replaces ``components`` by the fewest that hold it.
 
     Raises:
-        ValueError: on fewer than two different rows, and on arguments out of range.
+        ValueError: on fewer than two different rows.
     """
     rows = image.double().numpy()
     pca, rank = _fit_pca(rows)
     variance = pca.explained_variance_
     total = variance[:rank].sum()
-    if components < 1 or (variance_target is not None and not 0 < variance_target <= 1):
-        raise ValueError(f"components is {components}, variance_target {variance_target}: use 1 or more, (0, 1]")
     if variance_target is not None:
         components = min(int((variance[:rank].cumsum() / total < variance_target).sum()) + 1, rank)
     k = min(components, rank)
@@ -118,13 +116,8 @@ def fit_buckets(columns: np.ndarray, buckets: int) -> list[Buckets]:
     Edges are quantiles with linear interpolation. Defined cases: equal rows never part, so ties leave a bucket
     over-full and others empty; with at most as many rows as buckets every different row has a bucket of its own; a
     constant column puts all rows in its last bucket. An empty bucket stands for the middle of its edges.
-
-    Raises:
-        ValueError: on fewer than 2 rows or buckets.
     """
     count = len(columns)
-    if count < 2 or buckets < 2:
-        raise ValueError(f"quantiles need 2 or more rows and buckets, got {count} rows and {buckets} buckets")
     # Not KBinsDiscretizer: it removes equal edges, and with them the border between a tie and the rows above it.
     quantiles = QuantileTransformer(n_quantiles=min(buckets + 1, count), subsample=None).fit(columns)
     shares = np.linspace(0, 1, buckets + 1)

@@ -22,7 +22,6 @@ from pipeline.data.neighbours.blocks import (
     constants,
     cut_blocks,
     input_name,
-    one_blob,
     pass_task,
     run_pass,
 )
@@ -79,7 +78,7 @@ def find_near_rows(ctx: Context, judged: Sequence[ShardRow], embeddings: Mapping
     said: dict[str, list[ShardRow]] = defaultdict(list)  # a group of cells finds nothing in most blocks
     for shard in compared:
         for name in shard.blobs:
-            said[name].append(one_blob(shard, name))
+            said[name].append(replace(as_input(shard), blobs={name: shard.blobs[name]}))
     tasks = []
     for block in blocks:
         inputs = block.inputs() | {
@@ -89,7 +88,7 @@ def find_near_rows(ctx: Context, judged: Sequence[ShardRow], embeddings: Mapping
     merged = run_pass(ctx, MergeFound(ctx.store), tasks, "verdicts")
     blobs: dict[int, str] = {}
     for block, shard in zip(blocks, merged, strict=True):
-        blobs |= {number: shard.blobs[input_name("shard", number)] for number in block.numbers}
+        blobs |= {curated.number: shard.blobs[input_name("shard", curated.number)] for curated, _ in block.shards}
     return blobs
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
@@ -126,17 +127,6 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class MakeJudge:
-    """Makes a judge, which has nothing to open but the store."""
-
-    store: Store
-    recipe: CurationRecipe
-
-    def __call__(self) -> Judge:
-        return Judge(self.store, self.recipe)
-
-
-@dataclass(frozen=True)
 class Cull:
     """Removes the rows that are too near to others from one judged shard."""
 
@@ -169,7 +159,7 @@ def run_curation(ctx: Context) -> Artifact:
         inputs = {"pairs": pairs, "captions": shards["captions"][number], "embeddings": shards["embeddings"][number]}
         tasks.append(ShardTask(number, shard_key(ctx, {n: s.key for n, s in inputs.items()} | whole), inputs))
     rows = sum(s.kept for s in shards["pairs"].values())
-    judge = MakeJudge(ctx.store, recipe)
+    judge = partial(Judge, ctx.store, recipe)
     if ctx.recipe.near_duplicate is None and ctx.recipe.near_held_out is None:
         return map_shards(ctx, tasks, judge, "rows", rows)
     judged, _ = run_shards(ctx, tasks, judge, "rows", rows, "curation judgements")

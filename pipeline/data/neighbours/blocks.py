@@ -30,11 +30,6 @@ class Block:
     shards: tuple[tuple[ShardRow, ShardRow], ...]
     rows: int
 
-    @property
-    def numbers(self) -> list[int]:
-        """Returns the numbers of its shards."""
-        return [curated.number for curated, _ in self.shards]
-
     def inputs(self) -> dict[str, ShardRow]:
         """Returns its shards as a task names them."""
         inputs: dict[str, ShardRow] = {}
@@ -104,11 +99,6 @@ def pass_task(ctx: Context, number: int, what: str, inputs: Mapping[str, ShardRo
 def constants(**values: int) -> ShardRow:
     """Returns numbers as an input of a task, which its key then depends on."""
     return ShardRow(0, digest(values), 0, 0, {}, values)
-
-
-def one_blob(shard: Shard, name: str) -> ShardRow:
-    """Returns a shard of one pass as an input of a later one that needs only this blob."""
-    return ShardRow(shard.number, shard.key, shard.ledger.kept, 0, {name: shard.blobs[name]}, {})
 
 
 @dataclass(frozen=True)

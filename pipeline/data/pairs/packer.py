@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,19 +34,6 @@ from pipeline.store.parallel import ordered_map
 from pipeline.store.records import digest
 
 TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "tar", "offset", "size")  # of an earlier index
-
-
-@dataclass(frozen=True)
-class MakePacker:
-    """Makes one packer for each worker process."""
-
-    store: Store
-    recipe: PairsRecipe
-    settings: PairsSettings
-    reach: Reach
-
-    def __call__(self) -> Packer:
-        return Packer(self.store, self.recipe, self.settings, self.reach)
 
 
 class Packer:

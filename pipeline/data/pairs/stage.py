@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -71,7 +72,7 @@ class PairsRecipe:
 
 def run_pairs(ctx: Context) -> Artifact:
     """Fetches and packs every source shard. The emoji set is served from this machine while the stage runs."""
-    from pipeline.data.pairs.packer import MakePacker
+    from pipeline.data.pairs.packer import Packer
 
     earlier = earlier_shards(ctx)
     tasks = [
@@ -92,4 +93,4 @@ def run_pairs(ctx: Context) -> Artifact:
 
             settings = replace(settings, hosts=settings.hosts | {"emoji.test": stack.enter_context(serving())})
         rows = ctx.inputs["source"].ledger.rows
-        return map_shards(ctx, tasks, MakePacker(ctx.store, ctx.recipe, settings, may), "rows", rows)
+        return map_shards(ctx, tasks, partial(Packer, ctx.store, ctx.recipe, settings, may), "rows", rows)

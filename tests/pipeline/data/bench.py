@@ -2,11 +2,13 @@
 
 import csv
 import io
+import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import zip_longest
 from pathlib import Path
 from ssl import SSLContext
 from threading import Thread
@@ -102,6 +104,16 @@ def picture(seed: int, width: int = 80, height: int = 72, kind: str = "PNG") -> 
     return out.getvalue()
 
 
+def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    """Writes a tar of these files, in order."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
 def write_list(path: Path, rows: Sequence[Sequence[str]]) -> str:
     """A CSV list of (url, caption, split, sha256); rows may be shorter."""
     with open(path, "w", newline="") as f:
@@ -109,6 +121,15 @@ def write_list(path: Path, rows: Sequence[Sequence[str]]) -> str:
         writer.writerow(COLUMNS)
         writer.writerows([*row, *[""] * (len(COLUMNS) - len(row))] for row in rows)
     return str(path)
+
+
+def write_listed(folder: Path, images: Sequence[bytes], splits: Sequence[str] = (), caption: str = "picture {}") -> str:
+    """A CSV list of these images, which are written beside it; rows without a split are for training."""
+    rows = []
+    for i, (data, split) in enumerate(zip_longest(images, splits, fillvalue="train")):
+        (folder / f"{i}.png").write_bytes(data)
+        rows.append((f"file://{folder}/{i}.png", caption.format(i), split))
+    return write_list(folder / "list.csv", rows)
 
 
 def save_clip(folder: Path) -> str:

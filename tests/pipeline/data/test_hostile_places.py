@@ -1,16 +1,14 @@
 """A list of strangers' that names what it may not: pipes, devices, sockets, links, other folders, tars, buckets."""
 
-import io
 import os
 import socket
-import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from pipeline.data.source.peek import look
-from tests.pipeline.data.bench import Bench, picture, write_list
+from tests.pipeline.data.bench import Bench, picture, write_list, write_tar
 
 OUTSIDE = [
     "/etc/passwd", "/dev/zero", "/dev/stdin", "/dev/tty", "/dev/null", "/dev/fd/0", "/proc/self/environ",
@@ -46,10 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         server.bind("socket")
     for name, target in LINKS.items():
         (folder / name).symlink_to(target)
-    with tarfile.open(folder / "own.tar", "w") as tar:
-        member = tarfile.TarInfo("a.png")
-        member.size = len(picture(2))
-        tar.addfile(member, io.BytesIO(picture(2)))
+    write_tar(folder / "own.tar", {"a.png": picture(2)})
     return folder
 
 

@@ -18,18 +18,10 @@ from pipeline.graph.artifacts import Artifact, Shard, read_shards, read_table, w
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings
 from pipeline.store.records import put_blob, read_blob
-from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
+from tests.pipeline.data.bench import Bench, picture, save_clip, write_listed
 
 ROWS = 60
 STAGES = ("source", "captions", "pairs", "clip", "embeddings", "curation")
-
-
-def _list(folder: Path, splits: list[str]) -> str:
-    for i in range(len(splits)):
-        (folder / f"{i}.png").write_bytes(picture(i))
-    return write_list(
-        folder / "list.csv", [(f"file://{folder}/{i}.png", f"picture {i}", s) for i, s in enumerate(splits)]
-    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     splits = ["test" if i % 10 == 3 else "validation" if i % 10 == 7 else "train" for i in range(ROWS)]
     weights = save_clip(folder / "clip")
     recipe = {"components": 12, "buckets": 16}
-    path = _list(folder, splits)
+    path = write_listed(folder, [picture(i) for i in range(ROWS)], splits)
     bench = Bench(
         folder / "store", [path], clip={"weights": weights}, codec=recipe, ar_prior={"model": {"buckets": 16}}
     )
@@ -150,7 +142,7 @@ def test_held_out_rows_change_no_bit(bench: Bench) -> None:
 
 
 def test_more_components_than_rows_is_a_warning(tmp_path: Path) -> None:
-    path = _list(tmp_path, ["train"] * 5)
+    path = write_listed(tmp_path, [picture(i) for i in range(5)])
     bench = Bench(tmp_path / "store", [path], clip={"weights": save_clip(tmp_path / "clip")})
     codec = bench.make(*STAGES, "codec")
     assert codec.metrics["requested"] == 32
@@ -160,20 +152,19 @@ def test_more_components_than_rows_is_a_warning(tmp_path: Path) -> None:
     assert codec.metrics["explained"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("splits", [["test"] * 3, ["train", "validation", "test"]])
-def test_too_few_training_rows_is_a_mistake_of_the_user(tmp_path: Path, splits: list[str]) -> None:
-    path = _list(tmp_path, splits)
+@pytest.mark.parametrize(
+    ("seeds", "splits", "said"),
+    [
+        ([0, 1, 2], ["test"] * 3, "codec: 0 training rows are left after curation"),
+        ([0, 1, 2], ["train", "validation", "test"], "codec: 1 training rows are left after curation"),
+        ([1, 1, 1, 1], [], "all 4 embeddings are equal"),
+    ],
+)
+def test_too_few_different_training_rows_is_a_mistake_of_the_user(
+    tmp_path: Path, seeds: list[int], splits: list[str], said: str
+) -> None:
+    path = write_listed(tmp_path, [picture(seed) for seed in seeds], splits)
     bench = Bench(tmp_path / "store", [path], clip={"weights": save_clip(tmp_path / "clip")})
     bench.make(*STAGES)
-    with pytest.raises(UserError, match=f"codec: {splits.count('train')} training rows are left after curation"):
-        bench.make("codec")
-
-
-def test_equal_pictures_are_named(tmp_path: Path) -> None:
-    for i in range(4):
-        (tmp_path / f"{i}.png").write_bytes(picture(1))
-    path = write_list(tmp_path / "list.csv", [(f"file://{tmp_path}/{i}.png", "same", "train") for i in range(4)])
-    bench = Bench(tmp_path / "store", [path], clip={"weights": save_clip(tmp_path / "clip")})
-    bench.make(*STAGES)
-    with pytest.raises(UserError, match="all 4 embeddings are equal"):
+    with pytest.raises(UserError, match=said):
         bench.make("codec")

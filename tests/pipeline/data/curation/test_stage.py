@@ -3,10 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.curation.stage import CurationRecipe, Judge
-from pipeline.data.pairs.row_index import index_counts
-from pipeline.graph.artifacts import read_shards
-from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
+from tests.pipeline.data.bench import Bench, picture, save_clip, write_list, write_listed
 from tests.pipeline.data.vectors import rejected
 
 ROWS = [  # width, height, caption, split, and how curation ends it
@@ -53,36 +50,11 @@ def test_every_reason(bench: Bench) -> None:
     assert {row.near for row in said} == {None}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "similarity", "reason"),
-    [({"min_similarity": 0.2}, 0.19, "low_similarity"), ({"min_similarity": 0.2}, 0.2, None), ({}, -1.0, None)],
-)
-def test_similarity(bench: Bench, recipe: dict[str, float], similarity: float, reason: str | None) -> None:
-    judge = Judge(bench.store, CurationRecipe(**recipe))  # type: ignore[arg-type]
-    assert judge.reason({"width": 64, "height": 64}, "a caption", {"similarity": similarity}) == reason
-
-
-@pytest.mark.parametrize(
-    ("aesthetic", "nsfw", "reason"),
-    [(0.5, 0.1, None), (0.49, 0.1, "low_score"), (0.5, 0.11, "high_score"), (0.0, 1.0, "low_score"), (9, -9, None)],
-)
-def test_bounds_on_scores(bench: Bench, aesthetic: float, nsfw: float, reason: str | None) -> None:
-    judge = Judge(bench.store, CurationRecipe(min_score={"aesthetic": 0.5}, max_score={"nsfw": 0.1}))
-    scores = {"similarity": 0.0, "score_aesthetic": aesthetic, "score_nsfw": nsfw}
-    assert judge.reason({"width": 64, "height": 64}, "a caption", scores) == reason
-
-
 def test_rows_are_removed_and_nothing_about_the_others_moves(bench: Bench) -> None:
     before = {row["key"]: row for row in bench.rows("pairs")}
     after = bench.rows("curation")
     assert after == [before[row["key"]] for row in after]
     assert [row["key"] for row in after] == sorted(row["key"] for row in after)
-
-
-def test_counts_are_those_of_the_rows(bench: Bench) -> None:
-    for shard in read_shards(bench.store, bench.made["curation"]):
-        own = [row for row in bench.rows("curation") if row["key"].startswith(f"{shard.number:08d}")]
-        assert shard.counts == index_counts(own)
 
 
 def test_appended_rows_leave_the_shards_before_alone(bench: Bench, tmp_path: Path) -> None:
@@ -134,12 +106,10 @@ def test_copies_of_a_picture_are_found_in_the_list_that_has_them(tmp_path: Path)
     """The first of them stays, and a copy that teaches what is held out goes."""
     pictures = [picture(i) for i in range(12)]
     copies = {12: 3, 13: 5, 14: 3}  # place in the list: what it is a copy of
-    for i in range(15):
-        (tmp_path / f"{i}.png").write_bytes(pictures[copies.get(i, i)])
-    rows = [(f"file://{tmp_path}/{i}.png", f"picture {i}", "test" if i == 13 else "train") for i in range(15)]
+    images = [pictures[copies.get(i, i)] for i in range(15)]
     bench = Bench(
         tmp_path / "store",
-        [write_list(tmp_path / "list.csv", rows)],
+        [write_listed(tmp_path, images, ["train"] * 13 + ["test"])],
         clip={"weights": save_clip(tmp_path / "clip")},
         curation={"near_duplicate": 0.99999, "near_held_out": 0.99999},  # random weights find all pictures alike
     )

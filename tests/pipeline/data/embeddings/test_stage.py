@@ -140,9 +140,9 @@ def test_new_captions_fetch_nothing_again(listed: tuple[str, str], tmp_path: Pat
     assert (text != text_after).any(1).all()
 
 
-@pytest.mark.parametrize("dim", [512, 768, 1024])
-def test_every_width_of_embeddings_fits(dim: int, listed: tuple[str, str], tmp_path: Path) -> None:
-    """Those of OpenAI's and LAION's ViT-B, ViT-L and ViT-H."""
+def test_another_width_of_embeddings_fits(listed: tuple[str, str], tmp_path: Path) -> None:
+    """That of OpenAI's and LAION's ViT-L."""
+    dim = 768
     config = replace(preset_config("nano").clip.model, embed_dim=dim, width=dim, layers=(1,))
     Clip.build(config, seed=1).save(tmp_path / "clip")
     wide = _bench(tmp_path / "store", (listed[0], f"local-dir:{tmp_path}/clip"), batch=16)

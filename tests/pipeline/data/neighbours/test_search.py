@@ -9,7 +9,7 @@ from pipeline.data.neighbours.search import embed_caption, embed_image, look_up
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_shards
-from tests.pipeline.data.bench import Bench, picture, save_clip, write_list
+from tests.pipeline.data.bench import Bench, picture, save_clip, write_list, write_listed
 
 ROWS = 14
 
@@ -18,12 +18,9 @@ ROWS = 14
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Pictures of which the fourth is too wide for curation; stored without loss, so that a file is the stored one."""
     folder = tmp_path_factory.mktemp("look_up")
-    for i in range(ROWS):
-        (folder / f"{i}.png").write_bytes(picture(i, 400 if i == 3 else 80))
+    images = [picture(i, 400 if i == 3 else 80) for i in range(ROWS)]
     splits = ["validation" if i == 5 else "test" if i == 11 else "train" for i in range(ROWS)]
-    path = write_list(
-        folder / "list.csv", [(f"file://{folder}/{i}.png", f"picture\n{i}", splits[i]) for i in range(ROWS)]
-    )
+    path = write_listed(folder, images, splits, caption="picture\n{}")
     bench = Bench(
         folder / "store",
         [path],

@@ -96,20 +96,6 @@ def test_the_bytes_do_not_depend_on_who_made_what_when(store: Store, tmp_path: P
         assert grown.times["shards_made"] < whole.times["shards_made"] / 2
 
 
-@pytest.mark.slow
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:
-    import ray
-
-    made = []
-    try:
-        for workers in (0, 1, 3):
-            own = open_store(str(tmp_path / f"{workers}"))
-            made.append(make(own, listed(), workers, 256).shard_table)
-    finally:
-        ray.shutdown()
-    assert made[0] == made[1] == made[2]
-
-
 def test_nothing_to_index_is_an_empty_index(store: Store) -> None:
     rows = listed(20)
     index = make(store, Listed(rows.vectors, rows.splits, [10] * 20))

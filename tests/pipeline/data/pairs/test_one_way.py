@@ -1,7 +1,6 @@
 """An image has the same pixels by whatever way it comes: fetched, used in place, searched with, or edited."""
 
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_shards
 from pipeline.report.images import shrink
-from tests.pipeline.data.bench import Bench, save_clip, write_list
+from tests.pipeline.data.bench import Bench, save_clip, write_list, write_tar
 from tests.pipeline.data.odd import ADOBE_RGB, SIDES, encoded, odd_images
 
 SIZE = 64  # of a nano CLIP's views; no image here is large enough to be decoded at a fraction
@@ -27,13 +26,11 @@ IMAGES = odd_images()
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Every image twice, as a file that is fetched and as a member of a tar; stored without loss."""
     folder = tmp_path_factory.mktemp("one_way")
-    with tarfile.open(folder / "in_place.tar", "w") as tar:
-        for i, (name, data) in enumerate(IMAGES.items()):
-            (folder / name).write_bytes(data)
-            for member, body in ((f"{i:02}-{name}", data), (f"{i:02}-{name.split('.')[0]}.txt", b"a caption")):
-                info = tarfile.TarInfo(member)
-                info.size = len(body)
-                tar.addfile(info, io.BytesIO(body))
+    members = {}
+    for i, (name, data) in enumerate(IMAGES.items()):
+        (folder / name).write_bytes(data)
+        members |= {f"{i:02}-{name}": data, f"{i:02}-{name.split('.')[0]}.txt": b"a caption"}
+    write_tar(folder / "in_place.tar", members)
     listed = write_list(folder / "list.csv", [(f"file://{folder}/{name}", name) for name in IMAGES])
     bench = Bench(
         folder / "store",

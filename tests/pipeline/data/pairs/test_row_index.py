@@ -54,13 +54,6 @@ def test_pictures_come_in_the_order_of_the_rows(store: Store, gap: int) -> None:
     assert _read(store, blob, []) == []
 
 
-def test_a_picture_that_two_rows_name_is_read_for_both(store: Store) -> None:
-    packed, rows = _packed([10, 3 << 20, 10], 512)
-    blob = put_blob(store, packed)
-    found = _read(store, blob, [rows[2], rows[1], rows[0], rows[1]])
-    assert [len(data) for data in found] == [10, 3 << 20, 10, 3 << 20]
-
-
 @pytest.mark.parametrize(("gap", "reads"), [(512, 1), (4096, 1), (4097, 6)])
 def test_neighbours_are_read_together(store: Store, gap: int, reads: int) -> None:
     packed, rows = _packed([100] * 6, gap)

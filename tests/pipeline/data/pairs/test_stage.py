@@ -1,8 +1,6 @@
 import hashlib
 import io
-import struct
 import tarfile
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +13,11 @@ from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import read_shards
 from pipeline.ledger import REASONS
 from pipeline.store.records import read_blob
-from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
+from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list, write_listed, write_tar
+from tests.pipeline.data.odd import png
 
 HOST = "http://pictures.test"
 MAX_BYTES = 100_000
-
-
-def _bomb() -> bytes:
-    """A PNG whose header promises 60,000 x 60,000 pixels."""
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
-    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def _garbled() -> bytes:
@@ -45,7 +36,7 @@ PAGES = {
     "/cut.png": Page(picture(20)[:-400]),
     "/cut.jpg": Page(picture(21, kind="JPEG")[:-400]),
     "/empty": Page(),
-    "/bomb.png": Page(_bomb()),
+    "/bomb.png": Page(png(60_000, 60_000, rows=bytes(1000))),
     "/garbled.png": Page(_garbled()),
     "/slow.png": Page(picture(22), drip_s=0.2),
     "/robots.png": Page(picture(23), headers={"X-Robots-Tag": "noai"}),
@@ -175,17 +166,8 @@ def test_the_index_finds_every_picture_and_so_do_tar_readers(made: Made, tmp_pat
             assert [hashlib.sha256(sample["jpg"]).hexdigest() for sample in samples] == [r["sha256"] for r in kept]
 
 
-def test_sizes_and_splits_are_those_of_the_rows(made: Made) -> None:
-    rows = {row["url"]: row for row in made.first.rows("pairs") if row["status"] == "kept"}
-    assert (rows[f"{HOST}/wide.jpg"]["width"], rows[f"{HOST}/wide.jpg"]["height"]) == (200, 70)
-    assert rows[f"{HOST}/3.png"]["split"] == "test"
-    assert rows[f"{HOST}/hashed.png"]["split"] == "validation"
-
-
 def test_a_smaller_image_size_shrinks_the_short_side(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(1, 300, 200))
-    (tmp_path / "b.png").write_bytes(picture(2, 90, 70))
-    source = write_list(tmp_path / "list.csv", [(f"file://{tmp_path}/{n}.png", n) for n in "ab"])
+    source = write_listed(tmp_path, [picture(1, 300, 200), picture(2, 90, 70)])
     models = {"models": ["diffusion_prior", "decoder"], "sampling": {"size": 64}}
     bench = Bench(tmp_path / "store", [source], pairs={"image_size": 80, "encode_format": "png",
                   "encode_quality": 3}, bundle=models)  # fmt: skip
@@ -193,25 +175,8 @@ def test_a_smaller_image_size_shrinks_the_short_side(tmp_path: Path) -> None:
     assert [(row["width"], row["height"]) for row in bench.rows("pairs")] == [(120, 80), (90, 70)]
 
 
-def test_a_folder_of_pictures_and_texts(tmp_path: Path) -> None:
-    pictures = tmp_path / "my pictures"
-    pictures.mkdir()
-    for name in ("a", "b"):
-        (pictures / f"{name}.png").write_bytes(picture(ord(name)))
-        (pictures / f"{name}.txt").write_text(f"picture {name}\n")
-    (pictures / "c.jpg").write_bytes(b"")
-    bench = Bench(tmp_path / "store", [str(pictures)])
-    bench.make("source", "pairs")
-    assert [row["reason"] for row in bench.rows("pairs")] == [None, None, "zero_bytes"]
-
-
 def _tar(path: Path) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in (("0.png", picture(1)), ("0.txt", b"one"), ("1.jpg", picture(2, kind="JPEG")[:-300])):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
+    return write_tar(path, {"0.png": picture(1), "0.txt": b"one", "1.jpg": picture(2, kind="JPEG")[:-300]})
 
 
 def test_a_tar_is_used_where_it_lies(tmp_path: Path) -> None:
@@ -228,8 +193,7 @@ def test_a_tar_is_used_where_it_lies(tmp_path: Path) -> None:
 
 
 def test_an_image_below_the_least_side_is_rejected_wherever_it_lies(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(1, 300, 200))
-    source = write_list(tmp_path / "list.csv", [(f"file://{tmp_path}/a.png", "large")])
+    source = write_listed(tmp_path, [picture(1, 300, 200)])
     bench = Bench(tmp_path / "store", [source, str(_tar(tmp_path / "a.tar"))], pairs={"min_image_size": 73})
     bench.make("source", "pairs")
     assert [row["reason"] for row in bench.rows("pairs")] == [None, "too_small", "truncated"]
