@@ -30,11 +30,10 @@ from benchmarks.timing import begin, finish, interleave, parser, ratio, show
 from models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
 from models.prior_configs import ClipConfig
 from pipeline.config import preset_config
-from pipeline.data.embeddings.encoder import MakeEncoder
-from pipeline.data.embeddings.stage import DecodeBatch, read_embeddings
+from pipeline.data.embeddings.encoder import OpenEncoder
+from pipeline.data.embeddings.stage import ImageParts, parts_for, read_embeddings
 from pipeline.graph.artifacts import publish_shard, read_table
-from pipeline.graph.shards import ShardTask
-from pipeline.settings import EmbeddingsSettings
+from pipeline.graph.workers import ShardTask, Streamed
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob
 
@@ -64,29 +63,23 @@ class Core:
     def __init__(self, core: int, store: Store, clip: dict[str, str], batch: int):
         os.sched_setaffinity(0, {core})
         self.store, self.batch = store, batch
-        self.encoder = MakeEncoder(store, clip, EmbeddingsSettings(batch=batch), {})()
-        self.decode = DecodeBatch(store, self.encoder.clip.image_size)
+        self.encoder = OpenEncoder(store, clip, batch, gpus=0, bf16=False)()
+        self.cut = parts_for(store, clip, batch, {})
+        self.worker = Streamed(self.cut.count, self.cut.decode, lambda: self.encoder, self.cut.join)()
         self.parts: dict[int, Any] = {}
 
     def prepare(self, task: ShardTask) -> None:
         """Returns views and tokens of a shard, in batches."""
-        pairs, captions = task.inputs["pairs"], task.inputs["captions"]
-        rows = read_table(self.store, pairs.blobs["index"]).to_pylist()
-        texts = [c[0] for c in read_table(self.store, captions.blobs["captions"])["captions"].to_pylist()]
-        starts = range(0, len(rows), self.batch)
-        blocks = [rows[i : i + self.batch] for i in starts]
-        views = [torch.from_numpy(self.decode(pairs.blobs["images"], block)[0]) for block in blocks]
-        tokens = [self.encoder.clip.tokenize(texts[i : i + self.batch]) for i in starts]
-        self.parts[task.number] = (
-            pairs.blobs["images"],
-            blocks,
-            [v.permute(0, 3, 1, 2).contiguous() for v in views],
-            tokens,
-        )
+        table = read_table(self.store, task.inputs["captions"].blobs["captions"])
+        texts = [captions[0] for captions in table["captions"].to_pylist()]
+        whole = np.concatenate([self.cut.decode(task, part)[0] for part in range(self.cut.count(task))])
+        starts = range(0, len(whole), self.batch)
+        views = [torch.from_numpy(whole[i : i + self.batch]).permute(0, 3, 1, 2).contiguous() for i in starts]
+        self.parts[task.number] = views, [self.encoder.clip.tokenize(texts[i : i + self.batch]) for i in starts]
 
     def forward(self, task: ShardTask) -> None:
         """Runs the two towers, and nothing else."""
-        *_, views, tokens = self.parts[task.number]
+        views, tokens = self.parts[task.number]
         with torch.no_grad():
             for view, token in zip(views, tokens, strict=True):
                 self.encoder.clip.encode_image(view)
@@ -94,13 +87,12 @@ class Core:
 
     def read(self, task: ShardTask) -> None:
         """Reads images from the tar as views."""
-        images, blocks, *_ = self.parts[task.number]
-        for block in blocks:
-            self.decode(images, block)
+        for part in range(self.cut.count(task)):
+            self.cut.decode(task, part)
 
     def stage(self, task: ShardTask) -> None:
         """Does what a worker of the stage does, from the shards of pairs and captions to the published one."""
-        made = self.encoder(task)
+        made = self.worker(task)
         publish_shard(self.store, STAGE, task.number, task.key, made.ledger, made.blobs, made.counts)
 
     def transform(self, task: ShardTask) -> None:
@@ -182,10 +174,9 @@ class Peers:
 
 def compare(peers: Peers, folder: Path, store: Store, task: ShardTask, batch: int) -> None:
     """Stops if clip-retrieval's embeddings of the same views and captions are not those that the stage published."""
-    rows = read_table(store, task.inputs["pairs"].blobs["index"]).to_pylist()[:batch]
     texts = read_table(store, task.inputs["captions"].blobs["captions"])["captions"].to_pylist()[:batch]
     size = json.loads((folder / "clip" / CONFIG_FILE).read_text())["model_cfg"]["vision_cfg"]["image_size"]
-    np.save(folder / "views.npy", DecodeBatch(store, size)(task.inputs["pairs"].blobs["images"], rows)[0])
+    np.save(folder / "views.npy", ImageParts(store, batch, size, 0, {}).decode(task, 0)[0])
     out = str(folder / "theirs.npy")
     [said] = peers(["compare", str(folder / "views.npy"), [text[0] for text in texts], out])
     record = json.loads(store.read(f"shards/{STAGE}/{task.key}.json"))

@@ -16,7 +16,7 @@ from benchmarks.tiny import generator
 from models.cascade import UnCLIP
 from models.tokens import tokenize
 from pipeline.graph.artifacts import ShardRow, publish_shard, write_table
-from pipeline.graph.shards import ShardTask
+from pipeline.graph.workers import ShardTask
 from pipeline.sampling.generation import STAGE, GenerationRecipe, Generator
 from pipeline.store import Store, open_store
 from pipeline.store.records import put_blob

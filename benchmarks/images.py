@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_table, write_shard_table, write_table
-from pipeline.graph.shards import ShardTask
+from pipeline.graph.workers import ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import put_blob

@@ -32,6 +32,7 @@ KEYS = {
     "dpm_solver": {"mixture_cosine", "mixture_linear", "decoder_guidance_0", "decoder_guidance_1"},
     "pairs": {"ours_over_img2dataset", "four_workers_over_one"},
     "embeddings": {"stage_rate_over_bound", "transform_over_read"},
+    "streaming": {"encoder_busy"},
     "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
     "house": {
         "files_in_pipeline",

@@ -11,6 +11,7 @@ RAY = {
     "cluster/client.py",
     "pipeline/graph/ray.py",
     "pipeline/graph/shards.py",
+    "pipeline/graph/workers.py",
     "pipeline/training/distributed/launch.py",
 }
 

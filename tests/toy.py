@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass
 
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
-from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, Stage, shard_key
+from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.settings import ShardSettings
 from pipeline.store import Store

@@ -307,7 +307,7 @@ def encode_seconds(ask: Ask) -> float:
     """Returns the seconds of one GPU for one pair, or of one core where the embeddings have no GPU."""
     clip, settings = clip_size(ask.config.clip), ask.config.run.embeddings
     on_gpu = ask.fleet or team_of(settings, ask.machine).worker.gpus
-    return (clip.image + clip.text) / (rate(ask, "fp32") if on_gpu else CORE_FLOPS)
+    return (clip.image + clip.text) / (rate(ask, ask.config.embeddings.precision) if on_gpu else CORE_FLOPS)
 
 
 def cores_a_gpu(ask: Ask) -> float:

@@ -31,8 +31,9 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.graph.keys import artifact_key, flatten
 from pipeline.graph.runs import remember_stage
-from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, shard_key
+from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.progress import Steps, counted
 from pipeline.settings import GenerationSettings, RaySettings

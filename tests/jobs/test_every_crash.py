@@ -120,7 +120,7 @@ def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
         (codec_fit, "BLOCK_ROWS", 200),
     ):
         setattr(module, name, value)
-    make = shards._make
+    make = shards.make_shard
 
     def noting(
         store: Store, stage: str, worker: shards.ShardWorker, task: shards.ShardTask, free: float
@@ -128,7 +128,7 @@ def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
         Path(seen, type(worker).__name__).touch()
         return make(store, stage, worker, task, free)
 
-    shards._make = noting
+    shards.make_shard = noting
     store, made = open_at(url), dict(inputs)
     for stage in STAGES:
         ctx = vectors.context(store, stage, made)

@@ -29,8 +29,8 @@ from pipeline.data.neighbours.blocks import (
 )
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Shard, read_shards
-from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.graph.stages import Context
+from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import read_blob

@@ -22,7 +22,7 @@ from pipeline.data.neighbours.cells import NONE, PROBES, Cells, Rows, compare, f
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import read_table
-from pipeline.graph.shards import ShardOutput, ShardTask
+from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import blob_path, read_blob, read_twice

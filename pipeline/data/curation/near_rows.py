@@ -26,8 +26,8 @@ from pipeline.data.neighbours.blocks import (
     run_pass,
 )
 from pipeline.graph.artifacts import Shard, ShardRow, write_shard_table
-from pipeline.graph.shards import ShardTask
 from pipeline.graph.stages import Context
+from pipeline.graph.workers import ShardTask
 
 # A change of any is a new version of curation.
 FIRST_ROWS = 1 << 14  # of the first stretch

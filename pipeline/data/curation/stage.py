@@ -18,8 +18,9 @@ from pipeline.data.embeddings.scores import score_column
 from pipeline.data.neighbours.blocks import OneThread, as_input
 from pipeline.data.pairs.row_index import index_counts, index_table
 from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
-from pipeline.graph.shards import ShardOutput, ShardTask, map_shards, run_shards
+from pipeline.graph.shards import map_shards, run_shards
 from pipeline.graph.stages import Context, shard_key
+from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import put_blob

@@ -15,8 +15,8 @@ from safetensors.numpy import load, save
 
 from pipeline.data.neighbours.blocks import cut_blocks, is_a, pass_task, run_pass
 from pipeline.graph.artifacts import Artifact, publish_artifact, read_shards, read_table
-from pipeline.graph.shards import ShardOutput, ShardTask
 from pipeline.graph.stages import Context
+from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import read_blob

@@ -1,27 +1,33 @@
 """CLIP embeddings of images and captions, shard by shard.
 
 A shard's rows are encoded in batches that are cut inside the shard and padded, on one thread: neither neighbours nor
-workers can change a byte of the result. Images are decoded a batch ahead, on a thread beside the encoding or by
-processes of their own on any node, so a few batches of pixels are in memory at a time.
+workers can change a byte of the result. Images are decoded a part of a shard ahead, on a thread beside the encoding or
+by processes of their own on any node, so a few parts are in memory at a time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from models.view import open_view
-from pipeline.data.embeddings.scores import load_heads
+from pipeline.data.embeddings.scores import Head, load_heads, score_column
 from pipeline.data.pairs.row_index import Place, read_images
-from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, read_shards, read_table
-from pipeline.graph.shards import ShardTask, map_shards
+from pipeline.data.source.imported import SCHEME, read_imported
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, shard_key
+from pipeline.graph.workers import ShardOutput, ShardTask, Streamed, Timed
+from pipeline.ledger import Ledger
 from pipeline.parse import ContentFile
 from pipeline.progress import Steps
 from pipeline.settings import EmbeddingsSettings
@@ -30,19 +36,23 @@ from pipeline.store.records import read_blob
 
 VERSION = 5
 EMBEDDED_CAPTIONS = 16  # the first ones of a row, so that a text file of 10,000 lines is not a trap
+PART_BYTES = 64 << 20  # of the views of a part: it lies in Ray's object store
 IndexRow = Mapping[str, Any]
 """A row of a shard's index (see pipeline.data.pairs.row_index)."""
 
 
 @dataclass(frozen=True)
 class EmbeddingsRecipe:
-    """Says what is computed from CLIP's embeddings.
+    """Says how CLIP computes, and what is computed from its embeddings.
 
     Attributes:
+        precision: ``bf16`` computes in bf16 on a GPU that has it, and the record says by how much cosines differ from
+            fp32; ``fp32`` never does. A CPU always computes in fp32.
         heads: Linear heads on the image embeddings, name: path of a safetensors file with ``weight`` [1, d] and
             ``bias`` [1].
     """
 
+    precision: Literal["bf16", "fp32"] = "bf16"
     heads: dict[str, ContentFile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,37 +61,19 @@ class EmbeddingsRecipe:
                 raise ValueError(f"heads: {name!r} is not the name of a column; use small letters, digits and '_'")
 
 
-@dataclass(frozen=True)
-class DecodeBatch:
-    """Reads the images of index rows, in a process that may have no torch.
-
-    Returns their views, uint8 [n, size, size, 3], and the seconds that "read" and "decode" took.
-    """
-
-    store: Store
-    size: int
-
-    def __call__(self, images: str | None, rows: Sequence[IndexRow]) -> tuple[np.ndarray, Mapping[str, float]]:
-        steps = Steps()
-        with steps("read"):
-            found = read_images(self.store, [Place.of(row, images) for row in rows])
-        with steps("decode"):
-            views = np.stack([open_view(data, self.size) for data in found])
-        return views, steps.seconds
-
-
 def run_embeddings(ctx: Context) -> Artifact:
     """Embeds every shard of pairs with the CLIP of the graph.
 
     Raises:
         UserError: for a head that cannot be used, and for settings that exclude each other.
     """
-    from pipeline.data.embeddings.encoder import MakeEncoder
+    from pipeline.data.embeddings.encoder import OpenEncoder, cosine_error
 
     settings = ctx.settings
     _check(settings)
     clip = ctx.inputs["clip"]
-    heads = load_heads(ctx.store, ctx.recipe.heads, _embed_dim(ctx.store, clip.blobs))
+    opened = OpenEncoder(ctx.store, clip.blobs, settings.batch, settings.gpus, ctx.recipe.precision == "bf16")
+    parts = parts_for(ctx.store, clip.blobs, settings.batch, ctx.recipe.heads)
     captions = {s.number: s for s in read_shards(ctx.store, ctx.inputs["captions"])}
     tasks = []
     rows = 0
@@ -90,7 +82,8 @@ def run_embeddings(ctx: Context) -> Artifact:
         key = shard_key(ctx, {name: shard.key for name, shard in inputs.items()} | {"clip": clip.key})
         tasks.append(ShardTask(pairs.number, key, inputs))
         rows += pairs.kept
-    return map_shards(ctx, tasks, MakeEncoder(ctx.store, clip.blobs, settings, heads), "rows", rows)
+    make = Streamed(parts.count, parts.decode, opened, parts.join)
+    return map_shards(ctx, tasks, make, "rows", rows, measure=partial(cosine_error, ctx, opened, parts))
 
 
 def _check(settings: EmbeddingsSettings) -> None:
@@ -108,9 +101,141 @@ def _check(settings: EmbeddingsSettings) -> None:
         raise UserError("run.embeddings.decoder_nodes: names nodes for decoders, and decoders is 0; raise it")
 
 
-def _embed_dim(store: Store, clip: Mapping[str, str]) -> int:
-    """Returns the dimension of a CLIP's embeddings, from its configuration."""
-    return json.loads(read_blob(store, clip["open_clip_config.json"]))["model_cfg"]["embed_dim"]
+@dataclass(frozen=True)
+class ImageParts:
+    """Cuts shards into parts of ``rows`` images, decodes them, and joins what CLIP makes of them.
+
+    Attributes:
+        store: where shards lie.
+        rows: a multiple of the encoder's batch, so that its batches are the same however a shard is cut.
+        size: of a view, pixels.
+        dim: of an embedding.
+        heads: linear heads by the name of their score.
+    """
+
+    store: Store
+    rows: int
+    size: int
+    dim: int
+    heads: Mapping[str, Head]
+
+    def count(self, task: ShardTask) -> int:
+        """Returns how many parts a shard has; the last ones are empty if some of its rows have no image."""
+        return max(1, -(-task.inputs["pairs"].kept // self.rows))
+
+    def decode(self, task: ShardTask, part: int) -> Timed:
+        """Returns the views of one part, uint8 [n, size, size, 3]."""
+        _, views, seconds = self.read(task, part)
+        return views, seconds
+
+    def read(self, task: ShardTask, part: int) -> tuple[Sequence[IndexRow], np.ndarray, Mapping[str, float]]:
+        """Returns the rows of one part, their views, and the seconds of "read" and "decode"."""
+        steps = Steps()
+        with steps("read"):
+            pictured = [row for row in kept_rows(self.store, task) if not _is_imported(row)]
+            rows = pictured[part * self.rows : (part + 1) * self.rows]
+            images = task.inputs["pairs"].blobs.get("images")
+            found = read_images(self.store, [Place.of(row, images) for row in rows])
+        with steps("decode"):
+            views = np.zeros((len(rows), self.size, self.size, 3), np.uint8)
+            for i, data in enumerate(found):
+                views[i] = open_view(data, self.size)
+        return rows, views, steps.seconds
+
+    def join(self, task: ShardTask, made: Sequence[Mapping[str, Any]]) -> ShardOutput:
+        """Makes the shard of what the encoder returned for its parts.
+
+        Columns: "key", "image_embedding" and "text_embedding" (float16 [d], unit norm, of the first caption),
+        "more_text_embeddings" (a list of them, of the other captions), "similarity" (cosine of the first two), "width"
+        and "height" of the stored image in pixels (null where embeddings are imported), "caption_length" (of the first,
+        in characters), and "score_NAME" of every head. The count "bf16" is that of rows that were encoded so.
+        """
+        steps = Steps()
+        with steps("read"):
+            rows = kept_rows(self.store, task)
+            captioned = captions_of(self.store, task, rows)
+        came = np.array([_is_imported(row) for row in rows], bool)
+        image, text = np.zeros((2, len(rows), self.dim), np.float32)
+        image[came], text[came] = self._imported([row for row in rows if _is_imported(row)])
+        image[~came] = np.concatenate([part["image"] for part in made])
+        text[~came] = made[0]["text"]
+        offsets = np.cumsum([0, *(len(captions) - 1 for captions in captioned)], dtype=np.int32)
+        columns = {
+            "key": pa.array([row["key"] for row in rows], pa.string()),
+            "image_embedding": _column(image),
+            "text_embedding": _column(text),
+            "more_text_embeddings": pa.ListArray.from_arrays(pa.array(offsets), _column(made[0]["more"])),
+            "similarity": pa.array((image * text).sum(1).astype(np.float32)),
+        }
+        columns |= {name: pa.array([row[name] for row in rows], pa.int32()) for name in ("width", "height")}
+        columns["caption_length"] = pa.array([len(captions[0]) for captions in captioned], pa.int32())
+        columns |= {score_column(name): pa.array(head(image)) for name, head in self.heads.items()}
+        with steps("pack"):
+            data = write_table(columns, dictionary=False)
+        counts = {"bf16": len(rows)} if made[0]["bf16"] else {}
+        return ShardOutput(Ledger(kept=len(rows)), {"embeddings": data}, counts, steps.seconds)
+
+    def _imported(self, rows: Sequence[IndexRow]) -> tuple[np.ndarray, np.ndarray]:
+        """Reads imported image and text embeddings: fp32 [n, d] of unit norm.
+
+        Raises:
+            CorruptObject: when they have changed.
+            UserError: when they are not of this CLIP's dimension.
+        """
+        found = read_imported([row["url"] for row in rows])
+        for row, pair in zip(rows, found, strict=True):
+            if isinstance(pair, str) or hashlib.sha256(pair.tobytes()).hexdigest() != row["sha256"]:
+                raise CorruptObject(
+                    row["url"], f"the embedding of row {row['key']} has other values than the index says"
+                )
+            if pair.shape[1] != self.dim:
+                raise UserError(
+                    f"source: {row['url']} has {pair.shape[1]} dimensions, and the embeddings of clip.weights have "
+                    f"{self.dim}: name there the CLIP that made them"
+                )
+        stacked = np.array(found, np.float32).reshape(-1, 2, self.dim)
+        unit = stacked / np.linalg.norm(stacked, axis=2, keepdims=True)
+        return unit[:, 0], unit[:, 1]
+
+
+def parts_for(store: Store, clip: Mapping[str, str], batch: int, heads: Mapping[str, ContentFile]) -> ImageParts:
+    """Returns how shards are cut for the CLIP of these blobs. Raises UserError for a head that cannot be used."""
+    config = json.loads(read_blob(store, clip["open_clip_config.json"]))["model_cfg"]
+    size, dim = config["vision_cfg"]["image_size"], config["embed_dim"]
+    size = size if isinstance(size, int) else size[0]
+    rows = batch * max(1, PART_BYTES // (3 * size**2 * batch))
+    return ImageParts(store, rows, size, dim, load_heads(store, heads, dim))
+
+
+def kept_rows(store: Store, task: ShardTask) -> list[IndexRow]:
+    """Returns the index rows of the kept pairs of a shard, in order."""
+    return [
+        row for row in read_table(store, task.inputs["pairs"].blobs["index"]).to_pylist() if row["status"] == "kept"
+    ]
+
+
+def captions_of(store: Store, task: ShardTask, rows: Sequence[IndexRow]) -> list[list[str]]:
+    """Returns the captions of rows that are embedded, one or more each; one where embeddings are imported."""
+    table = read_table(store, task.inputs["captions"].blobs["captions"])
+    texts = dict(zip(*table.to_pydict().values(), strict=True))
+    return [texts[row["key"]][: 1 if _is_imported(row) else EMBEDDED_CAPTIONS] or [""] for row in rows]
+
+
+def captions_to_encode(store: Store, task: ShardTask) -> tuple[list[str], list[str]]:
+    """Returns the first captions of the rows of a shard that have an image, and the other captions of all rows."""
+    rows = kept_rows(store, task)
+    captioned = captions_of(store, task, rows)
+    first = [captions[0] for row, captions in zip(rows, captioned, strict=True) if not _is_imported(row)]
+    return first, [caption for captions in captioned for caption in captions[1:]]
+
+
+def _is_imported(row: IndexRow) -> bool:
+    return row["url"].startswith(SCHEME)
+
+
+def _column(embeddings: np.ndarray) -> pa.Array:
+    """Returns embeddings [n, d] as a column of float16 lists of one length."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.astype(np.float16).reshape(-1)), embeddings.shape[1])
 
 
 def read_embeddings(store: Store, blob: str) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:

@@ -15,8 +15,9 @@ from safetensors.numpy import save
 
 from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.graph.artifacts import Shard, ShardRow, read_table
-from pipeline.graph.shards import ShardOutput, ShardTask, ShardWorker, run_shards
+from pipeline.graph.shards import run_shards
 from pipeline.graph.stages import Context, shard_key
+from pipeline.graph.workers import ShardOutput, ShardTask, ShardWorker
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import digest

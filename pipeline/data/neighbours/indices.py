@@ -21,8 +21,9 @@ from pipeline.data.neighbours.blocks import (
 )
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards
-from pipeline.graph.shards import ShardOutput, ShardTask, map_shards
+from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context
+from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import read_blob

@@ -24,7 +24,7 @@ from pipeline.data.source.imported import SCHEME, read_imported
 from pipeline.data.source.lists import tar_place
 from pipeline.data.source.stage import row_key
 from pipeline.graph.artifacts import read_table, write_table
-from pipeline.graph.shards import ShardOutput, ShardTask
+from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger, status_of
 from pipeline.local import Reach, read_local, reason_of
 from pipeline.progress import Steps

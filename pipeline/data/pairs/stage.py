@@ -17,8 +17,9 @@ from pipeline.data.pairs.earlier import earlier_shards
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, Storing
 from pipeline.data.source.lists import reach
 from pipeline.graph.artifacts import Artifact, read_shards
-from pipeline.graph.shards import ShardTask, map_shards
+from pipeline.graph.shards import map_shards
 from pipeline.graph.stages import Context, shard_key
+from pipeline.graph.workers import ShardTask
 from pipeline.parse import ContentFile
 from pipeline.store.content import put_content
 

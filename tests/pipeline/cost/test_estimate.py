@@ -139,14 +139,17 @@ def test_a_utilisation_that_was_measured_on_a_gpu_goes_before_the_assumed_one() 
 def test_embeddings_on_gpus_wait_for_the_slower_of_encoding_and_decoding() -> None:
     ask = asked(PAPER, 10**9, H100S)
     clip = clip_size(PAPER.clip)
-    encoding = (clip.image + clip.text) / (DEVICES["H100"].fp32 * FP32_UTILISATION)
+    encoding = (clip.image + clip.text) / (DEVICES["H100"].peak * ask.utilisation)
     cost = estimate("embeddings", ask)
     assert cost.seconds - cost.startup == pytest.approx(1e9 * encoding / 64, rel=0.35)  # cores are whole
-    few = again(ask, load_config(ROOT / "configs/paper.yaml", ["run.embeddings.decoders=4"]))
-    assert cores_a_gpu(few) < 4
+    few = again(ask, load_config(ROOT / "configs/paper.yaml", ["run.embeddings.decoders=12"]))
+    assert cores_a_gpu(few) < 12
     faster = estimate("embeddings", few)
     assert faster.seconds - faster.startup == pytest.approx(1e9 * encoding / 64)
-    assert faster.cores == 4 * 64
+    assert faster.cores == 12 * 64
+    exact = estimate("embeddings", again(ask, load_config(ROOT / "configs/paper.yaml", ["embeddings.precision=fp32"])))
+    share = DEVICES["H100"].peak * ask.utilisation / (DEVICES["H100"].fp32 * FP32_UTILISATION)
+    assert exact.seconds - exact.startup == pytest.approx(1e9 * encoding * share / 64, rel=0.01)
 
 
 def test_gpus_that_are_there_are_counted_as_those_that_are_asked_for() -> None:

@@ -2,9 +2,10 @@
 
 import logging
 import os
+import pickle
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,17 +27,9 @@ from pipeline.graph.artifacts import (
     shard_path,
     write_shard_table,
 )
-from pipeline.graph.shards import (
-    Helpers,
-    ShardOutput,
-    ShardTask,
-    _actor,
-    _answer,
-    _note,
-    map_shards,
-    run_shards,
-)
+from pipeline.graph.shards import _note, map_shards, run_shards
 from pipeline.graph.stages import Context
+from pipeline.graph.workers import Part, ShardOutput, ShardTask, Streamed, Timed, publisher, read_answer
 from pipeline.ledger import Ledger
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings
 from pipeline.store import Store, open_store
@@ -147,10 +140,10 @@ def test_workers_count_for_rays_metrics(monkeypatch: pytest.MonkeyPatch) -> None
             counted[name] = counted.get(name, 0.0) + value
 
     monkeypatch.setattr(metrics, "Counter", Spy)
-    actor = _actor(open_store("never-written"), "pairs", Worker)()
+    made = publisher(open_store("never-written"), "pairs", dict, alone=True)()
     work = {"busy_seconds": 3.0, "wait_seconds": 0.0, "fetch_seconds": 2.5, "written_bytes": 7}
     for _ in range(2):
-        actor.count(Shard(1, "key-1", Ledger(10, {"timeout": 1, "truncated": 0})), work)
+        made.count(Shard(1, "key-1", Ledger(10, {"timeout": 1, "truncated": 0})), work)
     assert counted == {
         ("unclip_rows", "pairs/kept"): 20,
         ("unclip_rows", "pairs/timeout"): 2,
@@ -211,21 +204,18 @@ def test_a_failure_keeps_what_was_made_and_publishes_nothing(store: Store, failu
 
 
 def test_failures_travel_from_a_ray_worker_as_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.graph.shards._counting_deaths", lambda stage, task: nullcontext())  # no Ray here
+    monkeypatch.setattr("pipeline.graph.workers._counting_deaths", lambda stage, task: nullcontext())  # no Ray here
 
-    def answer(failure: Exception | None) -> str:
-        import pickle
-
+    def answer(failure: Exception) -> bytes:
         worker = Worker(failure=failure, fails_at=0)
-        store = open_store("never-written")
-        actor = _actor(store, "pairs", lambda: worker)()
-        [text] = actor({"task": [pickle.dumps(ShardTask(0, "key-0", {}))]})["answer"]
-        return text
+        make = publisher(open_store("never-written"), "pairs", lambda: lambda task, made: worker(task), alone=True)()
+        [data] = make({"part": [pickle.dumps(Part(ShardTask(0, "key-0", {})))]})["answer"]
+        return data
 
     with pytest.raises(UserError, match=r"^mend this$"):
-        _answer(answer(UserError("mend this")))
+        read_answer(answer(UserError("mend this")))
     with pytest.raises(CorruptObject, match=r"^blobs/ab/abc: is missing$") as caught:
-        _answer(answer(CorruptObject("blobs/ab/abc", "is missing")))
+        read_answer(answer(CorruptObject("blobs/ab/abc", "is missing")))
     assert caught.value.path == "blobs/ab/abc"
     with pytest.raises(ZeroDivisionError):
         answer(ZeroDivisionError())
@@ -290,8 +280,53 @@ def test_listed_shards_are_those_that_were_written(tmp_path: Path, count: int) -
             listed[place]
 
 
+def _count(task: ShardTask) -> int:
+    return task.number % 3 + 1
+
+
+def _prepare(task: ShardTask, part: int) -> Timed:
+    return f"{task.number}.{part}", {"read": 1.0}
+
+
+class Worked:
+    """Works on parts, of which those of shard 13 are damaged."""
+
+    def __call__(self, task: ShardTask, part: int, prepared: str) -> Timed:
+        if task.number == 13:
+            raise CorruptObject("blobs/13", "is missing")
+        return f"<{prepared}>", {"encode": 2.0}
+
+
+def _join(task: ShardTask, made: Sequence[str]) -> ShardOutput:
+    return ShardOutput(Ledger(kept=len(made)), {"data": "".join(made).encode()}, seconds={"pack": 4.0})
+
+
+STREAM = Streamed(_count, _prepare, Worked, _join)
+
+
+def test_a_stream_makes_what_one_worker_makes(tmp_path: Path) -> None:
+    """Shards of one to three parts, in two operators; damage that a worker finds comes through."""
+    import ray
+
+    shards, took = [], []
+    try:
+        for settings in (EmbeddingsSettings(workers=0), EmbeddingsSettings(workers=1, decoders=1)):
+            store = open_store(str(tmp_path / f"{settings.decoders}"))
+            ctx = replace(_context(store), settings=settings)
+            artifact = map_shards(ctx, _tasks(*range(7)), STREAM)
+            shards.append([(shard.key, dict(shard.blobs)) for shard in read_shards(store, artifact)])
+            took.append({name: artifact.times[f"{name}_seconds"] for name in ("read", "encode", "pack")})
+            assert read_blob(store, read_shards(store, artifact)[2].blobs["data"]) == b"<2.0><2.1><2.2>"
+            with pytest.raises(CorruptObject, match="blobs/13: is missing"):
+                map_shards(replace(ctx, key="other"), _tasks(12, 13), STREAM)
+    finally:
+        ray.shutdown()
+    assert shards[0] == shards[1]
+    assert took[0] == took[1] == {"read": 13.0, "encode": 26.0, "pack": 28.0}
+
+
 def test_workers_that_have_no_room_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """On a Ray of two cores: of four workers, two; of two with a helper each, one."""
+    """On a Ray of two cores: of four workers, two; of two with a decoder each, one."""
     import ray.data
 
     store = open_store(str(tmp_path))
@@ -304,9 +339,9 @@ def test_workers_that_have_no_room_are_left_out(tmp_path: Path, caplog: pytest.L
             assert artifact.times["shards_made"] == 5
             store.delete([entry.path for entry in store.list("")])
             helped = replace(_context(store), settings=EmbeddingsSettings(workers=2, decoders=1))
-            artifact = map_shards(helped, _tasks(0, 1), Helped)
+            artifact = map_shards(helped, _tasks(0, 1), STREAM)
             assert artifact.times["workers"] == 1
-            assert artifact.ledger.kept == 2
+            assert artifact.ledger.kept == 1 + 2
         assert [record.getMessage() for record in caplog.records if record.name == "unclip"] == [
             "run.pairs.workers: 4 are asked for, and there is room for 2; going on with 2",
             "run.pairs.workers: 2 are asked for, and there is room for 1; going on with 1",
@@ -350,13 +385,3 @@ def test_a_shard_that_kills_every_worker_ends_with_one_line(tmp_path: Path) -> N
         assert artifact.ledger.rows == 10 + 11 + 12
     finally:
         ray.shutdown()
-
-
-class Helped:
-    """Has a process beside it do its work."""
-
-    def __init__(self) -> None:
-        self.helpers = Helpers(len, 1, {})
-
-    def __call__(self, task: ShardTask) -> ShardOutput:
-        return ShardOutput(Ledger(kept=self.helpers.submit("x").result()), {})

@@ -14,8 +14,8 @@ from pipeline.data.pairs.row_index import index_counts
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Artifact, Shard, artifact_path, read_shards, read_table
 from pipeline.graph.execute import heal
-from pipeline.graph.shards import ShardTask
 from pipeline.graph.stages import Context, Stage
+from pipeline.graph.workers import ShardTask
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
 from tests.pipeline.data.vectors import SHARD_ROWS, Listed, curate, planted, publish, rejected, unit

@@ -1,8 +1,8 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import torch
 from models.clip import Clip
 from models.view import open_view
 from pipeline.config import preset_config
-from pipeline.data.embeddings.encoder import MakeEncoder
-from pipeline.data.embeddings.stage import EMBEDDED_CAPTIONS, DecodeBatch, read_embeddings
+from pipeline.data.embeddings import encoder, stage
+from pipeline.data.embeddings.encoder import OpenEncoder, cosine_error
+from pipeline.data.embeddings.stage import EMBEDDED_CAPTIONS, read_embeddings
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import ShardRow, read_shards, read_table
-from pipeline.graph.shards import Helpers, ShardTask
-from pipeline.settings import EmbeddingsSettings
-from pipeline.store import Entry, Store
+from pipeline.graph.artifacts import read_shards, read_table
+from pipeline.graph.shards import map_shards, run_shards
+from pipeline.graph.workers import ShardTask, Streamed
+from pipeline.store import Store
 from pipeline.store.records import blob_path
 from tests.pipeline.data.bench import Bench, picture, save_clip
 
@@ -166,65 +167,65 @@ def test_rows_without_a_picture_are_absent_and_the_order_is_the_lists(bench: Ben
     assert bench.made["embeddings"].ledger.rows == bench.made["pairs"].ledger.kept
 
 
-def test_neither_workers_nor_the_order_of_shards_change_a_byte(
-    bench: Bench, listed: tuple[str, str], tmp_path: Path
+def test_neither_workers_nor_parts_nor_the_order_of_shards_change_a_byte(
+    bench: Bench, listed: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In this process, by a worker that does all of it, and by a stream; a damaged image is named by all of them."""
     import ray
 
+    monkeypatch.setattr(stage, "PART_BYTES", 1)  # so a part is one batch, and a shard has three
+    monkeypatch.setattr(
+        stage, "map_shards", lambda ctx, tasks, *rest, **more: map_shards(ctx, tasks[::-1], *rest, **more)
+    )
     try:
-        for decoders in (0, 1):
-            again = _bench(tmp_path / str(decoders), listed, batch=4, workers=1, decoders=decoders)
+        for workers, decoders in ((0, 0), (1, 0), (1, 1)):
+            settings = {"batch": 4, "workers": workers, "decoders": decoders}
+            again = Bench(
+                tmp_path / f"{workers}-{decoders}",
+                [listed[0]],
+                clip={"weights": listed[1]},
+                run={"embeddings": settings},
+            )
+            again.make("source", "captions", "pairs", "clip")
+            again.make("embeddings")
             assert again.blobs("embeddings") == bench.blobs("embeddings")
-        lost = Helpers(DecodeBatch(bench.store, 64), 1, {}).submit("ab" * 32, bench.rows("pairs")[:1])
-        with pytest.raises(CorruptObject) as caught:
-            lost.result()
-        assert caught.value.path == blob_path("ab" * 32)
+            last = read_shards(again.store, again.made["pairs"])[-1].blobs["images"]
+            again.store.delete([blob_path(last), *(entry.path for entry in again.store.list("shards/embeddings/"))])
+            with pytest.raises(CorruptObject) as caught:
+                again.make("embeddings")
+            assert caught.value.path == blob_path(last)
     finally:
         ray.shutdown()
-    encoder = MakeEncoder(bench.store, bench.made["clip"].blobs, EmbeddingsSettings(batch=4), {})()
-    shards: dict[str, list[ShardRow]] = {n: read_shards(bench.store, bench.made[n]) for n in ("pairs", "captions")}
-    made = {}
-    for pairs, captions in reversed(list(zip(shards["pairs"], shards["captions"], strict=True))):
-        output = encoder(ShardTask(pairs.number, "", {"pairs": pairs, "captions": captions}))
-        made[pairs.number] = output.blobs["embeddings"]
-    stored = {s.number: s.blobs["embeddings"] for s in read_shards(bench.store, bench.made["embeddings"])}
-    assert {n: bench.store.read(f"blobs/{blob[:2]}/{blob}") for n, blob in stored.items()} == made
 
 
-@dataclass(frozen=True)
 class Watched:
-    """A store in which every process that reads pictures or publishes embeddings leaves the number of its node.
+    """A store in which processes that read pictures or captions, or publish embeddings, leave the number of their node.
 
     The first of each kind that is not the first call of it kills its process, once.
     """
 
-    store: Store
-    notes: Path
+    def __init__(self, store: Store, notes: Path, captions: set[str]):
+        self.store, self.notes, self.captions = store, notes, captions
 
-    @property
-    def url(self) -> str:
-        return self.store.url
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # without __getattr__ before there is a store
+        return Watched, (self.store, self.notes, self.captions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        if path in self.captions:
+            self._note("encode")
         return self.store.read(path, start, stop)
 
     def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         self._note("decode")
         return self.store.read_parts(path, parts)
 
-    def list(self, prefix: str) -> Iterator[Entry]:
-        return self.store.list(prefix)
-
     def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
         if path.startswith("shards/embeddings/"):
-            self._note("encode")
+            self._note("publish")
         return self.store.create(path, data, move)
-
-    def swap(self, path: str, old: str | None, new: bytes) -> bool:
-        return self.store.swap(path, old, new)
-
-    def delete(self, paths: Iterable[str]) -> None:
-        self.store.delete(paths)
 
     def _note(self, what: str) -> None:
         import ray
@@ -244,8 +245,8 @@ class Watched:
 def test_decoding_and_encoding_on_nodes_of_their_own_survive_a_kill_of_each(
     bench: Bench, listed: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three raylets. Whoever reads pictures sits on one node, whoever publishes shards on another, the driver on the
-    third, and the bytes are those of this process."""
+    """Three raylets. Pictures are read on one node, captions are read and shards published on another, the driver is on
+    the third, and the bytes are those of this process."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -264,7 +265,9 @@ def test_decoding_and_encoding_on_nodes_of_their_own_survive_a_kill_of_each(
         },
     )
     parts.make("source", "captions", "pairs", "clip")
-    parts.store = Watched(parts.store, tmp_path)
+    captions = {blob_path(blob) for _, blobs in parts.blobs("captions") for blob in blobs.values()}
+    watched: Any = Watched(parts.store, tmp_path, captions)
+    parts.store = watched
     node = {"object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0, "include_dashboard": False})
     try:
@@ -278,9 +281,9 @@ def test_decoding_and_encoding_on_nodes_of_their_own_survive_a_kill_of_each(
         cluster.shutdown()
     assert parts.made["embeddings"].key == bench.made["embeddings"].key
     assert parts.blobs("embeddings") == bench.blobs("embeddings")
-    for what in ("decode", "encode"):
+    for what, part in (("decode", "decode"), ("encode", "encode"), ("publish", "encode")):
         notes = [line.split() for line in (tmp_path / what).read_text().splitlines()]
-        assert {node for node, _ in notes} == {where[what]}
+        assert {place for place, _ in notes} == {where[part]}
         assert (tmp_path / f"{what}.killed").exists()
         assert len({pid for _, pid in notes}) > 1
 
@@ -297,6 +300,38 @@ def test_settings_that_would_do_nothing_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         _bench(tmp_path, listed, **settings)
+
+
+def test_the_record_says_how_near_bf16_is_to_fp32(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would do, on the CPU: embeddings by autocast, and the largest error among the first images."""
+    monkeypatch.setattr(encoder, "CHECKED", 15)
+    opened = OpenEncoder(bench.store, bench.made["clip"].blobs, 4, gpus=0, bf16=True)
+
+    def open_bf16() -> encoder.Encoder:
+        opening = opened()
+        assert not opening.bf16  # on a CPU
+        opening.bf16 = True
+        return opening
+
+    cut = stage.parts_for(bench.store, opened.clip, 4, {})
+    ctx = replace(bench.context("embeddings"), key="bf16", version=1000)
+    tasks = [
+        ShardTask(pairs.number, f"bf16-{pairs.key}", {"pairs": pairs, "captions": captions})
+        for pairs, captions in zip(
+            *(read_shards(bench.store, bench.made[n]) for n in ("pairs", "captions")), strict=True
+        )
+    ]
+    made, _ = run_shards(ctx, tasks, Streamed(cut.count, cut.decode, open_bf16, cut.join), "rows", ROWS)
+    _, exact, *_ = _everything(bench)
+    near = np.concatenate([read_embeddings(bench.store, shard.blobs["embeddings"])[1] for shard in made]).astype(float)
+    np.testing.assert_allclose(np.linalg.norm(near, axis=1), 1, atol=1e-3)
+    errors = 1 - (near * exact).sum(1) / np.linalg.norm(near, axis=1) / np.linalg.norm(exact, axis=1)
+    assert 1e-6 < errors.max() < 1e-3
+    checked = 19  # rows of the first two shards, of which one has nine
+    assert [shard.counts for shard in made] == [{"bf16": 9}, {"bf16": 10}, {"bf16": 5}]
+    [(name, error)] = cosine_error(ctx, opened, cut, made).items()
+    assert (name, error) == ("cosine_error", pytest.approx(errors[:checked].max(), rel=0.1))
+    assert "cosine_error" not in bench.made["embeddings"].metrics
 
 
 def test_another_batch_changes_no_more_than_rounding(bench: Bench, listed: tuple[str, str], tmp_path: Path) -> None:

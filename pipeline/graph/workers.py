@@ -1,0 +1,270 @@
+"""What makes shards in the processes of Ray Data, and what travels to and from them."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import Shard, ShardRow, publish_shard, read_shard
+from pipeline.ledger import Ledger
+from pipeline.progress import Steps, add
+from pipeline.store import Store
+from pipeline.store.parallel import in_order
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """Names a shard to make: its number and key, and the input shards that it is made from."""
+
+    number: int
+    key: str
+    inputs: Mapping[str, ShardRow]
+
+
+@dataclass(frozen=True)
+class ShardOutput:
+    """Holds what a worker made of one shard.
+
+    Attributes:
+        ledger: Counts its rows.
+        blobs: By name; a large blob may lie in a file.
+        counts: Published with the shard.
+        seconds: Of the worker's steps, for people; not part of the shard.
+        finished: Called when the shard is in the store.
+    """
+
+    ledger: Ledger
+    blobs: Mapping[str, bytes | Path]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    finished: Callable[[], object] = lambda: None
+
+
+DEATHS = 3  # of workers at one shard; the next worker refuses it
+ShardWorker = Callable[[ShardTask], ShardOutput]
+WorkTimes = dict[str, float]
+"""Sums of what workers took: "busy_seconds" in tasks and "wait_seconds" between them, "written_bytes", and
+"NAME_seconds" of each step. Steps of threads or helpers beside a worker are not part of its busy seconds."""
+Timed = tuple[Any, Mapping[str, float]]
+"""A result that can be pickled, and the seconds of the steps that it took."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Makes shards in parts that are prepared on cores, worked on by workers, and joined.
+
+    Where the settings name decoders, these are operators of one Ray Data stream, which holds the parts back that
+    workers are not ready for. Elsewhere a worker does all of it, and prepares a part ahead on a thread. What is made
+    must not depend on that.
+
+    Attributes:
+        parts: Returns how many parts a shard has, 1 or more.
+        prepare: Prepares one part, by its number.
+        work: Called once in each worker; what it returns works on a part that was prepared.
+        join: Makes the shard of what all its parts became, in order.
+    """
+
+    parts: Callable[[ShardTask], int]
+    prepare: Callable[[ShardTask, int], Timed]
+    work: Callable[[], Callable[[ShardTask, int, Any], Timed]]
+    join: Callable[[ShardTask, Sequence[Any]], ShardOutput]
+
+    def __call__(self) -> ShardWorker:
+        """Returns a worker that does all of it."""
+        work, thread = self.work(), ThreadPoolExecutor(1)
+
+        def make(task: ShardTask) -> ShardOutput:
+            steps, made = Steps(), []
+            parts = range(self.parts(task))
+            prepared = in_order(partial(thread.submit, self.prepare, task), parts, 1)  # type: ignore[call-arg]
+            for part, (value, took) in zip(parts, steps.each("views", prepared), strict=True):
+                result, seconds = work(task, part, value)
+                made.append(result)
+                for more in (took, seconds):
+                    add(steps.seconds, more)
+            output = self.join(task, made)
+            add(steps.seconds, output.seconds)
+            return replace(output, seconds=steps.seconds)
+
+        return make
+
+
+def make_shard(
+    store: Store,
+    stage: str,
+    worker: ShardWorker,
+    task: ShardTask,
+    free: float,
+    making: Callable[[ShardTask], AbstractContextManager[None]] = lambda task: nullcontext(),
+) -> tuple[Shard, WorkTimes]:
+    """Makes one shard, unless another driver has made it. The worker has been idle since ``free``."""
+    began = time.monotonic()
+    work: WorkTimes = {"wait_seconds": began - free, "write_seconds": 0.0, "written_bytes": 0}
+    shard = read_shard(store, stage, task.key)
+    if shard is None:
+        with making(task):
+            output = worker(task)
+            made = time.monotonic()
+            sizes = [blob.stat().st_size if isinstance(blob, Path) else len(blob) for blob in output.blobs.values()]
+            shard = publish_shard(store, stage, task.number, task.key, output.ledger, output.blobs, output.counts)
+            output.finished()
+        work |= {f"{name}_seconds": seconds for name, seconds in output.seconds.items()}
+        work["write_seconds"] = time.monotonic() - made
+        work["written_bytes"] = sum(sizes)
+    work["busy_seconds"] = time.monotonic() - began
+    return shard, work
+
+
+@contextmanager
+def _counting_deaths(stage: str, task: ShardTask, step: str = "") -> Iterator[None]:
+    """Raises UserError if DEATHS workers of this driver died in this block.
+
+    Ray replaces a worker that dies, for ever, and gives it the same shard. Its own limits count the tasks that wait
+    behind such a shard, too, and do not say which one it was.
+    """
+    import ray
+    from ray.experimental import internal_kv
+
+    name = f"unclip {ray.get_runtime_context().get_job_id()} {stage} {task.key}{step}"
+    begun = int(internal_kv._internal_kv_get(name) or 0)
+    internal_kv._internal_kv_put(name, str(begun + 1), overwrite=True)
+    try:
+        if begun == DEATHS:
+            rows = max((shard.kept + shard.lost for shard in task.inputs.values()), default=0)
+            raise UserError(
+                f"{stage}: shard {task.number} ({rows:,} rows, whose keys begin with {task.number:08d}) killed {begun} "
+                f"workers; Ray's log says how, most often for want of memory: give them more (run.{stage}.memory_mb) "
+                f"or make shards smaller (source.shard_rows), and run the same command again"
+            )
+        yield
+    finally:  # what dies does not come here
+        internal_kv._internal_kv_del(name)
+
+
+@dataclass
+class Part:
+    """A part of a shard on its way through operators: what it became until now, or why it cannot be made."""
+
+    task: ShardTask
+    number: int = 0
+    made: Any = None
+    failure: UserError | CorruptObject | None = None
+    work: WorkTimes = field(default_factory=dict)
+
+
+def step(
+    stage: str, parts: Callable[[ShardTask], int], open_work: Callable[[], Callable[..., Timed]], of_workers: bool
+) -> type:
+    """Returns a class for Ray Data that puts parts through one step of a stream.
+
+    ``of_workers``: its time counts as that of workers. Expected errors travel on with the part.
+    """
+
+    class Step:
+        def __init__(self) -> None:
+            self.work = open_work()
+            self.free = time.monotonic()
+
+        def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+            [data] = batch["part"]
+            part: Part = pickle.loads(data)
+            if part.failure is None and part.number < parts(part.task):
+                try:
+                    self.put_through(part)
+                except (UserError, CorruptObject) as e:
+                    part.failure = e
+            return {"part": [pickle.dumps(part)]}
+
+        def put_through(self, part: Part) -> None:
+            began = time.monotonic()
+            given = () if part.made is None else (part.made,)
+            with _counting_deaths(stage, part.task, f" {part.number} {of_workers}"):
+                part.made, seconds = self.work(part.task, part.number, *given)
+            add(part.work, {f"{name}_seconds": value for name, value in seconds.items()})
+            if of_workers:
+                add(part.work, {"wait_seconds": began - self.free, "busy_seconds": time.monotonic() - began})
+            self.free = time.monotonic()
+
+    return Step
+
+
+def publisher(
+    store: Store, stage: str, open_join: Callable[[], Callable[[ShardTask, Sequence[Any]], ShardOutput]], alone: bool
+) -> type:
+    """Returns a class for Ray Data that makes a shard of what its parts became, and publishes it.
+
+    ``alone``: there is no operator before it, and its time is that of workers. Expected errors travel back as values,
+    not as tracebacks.
+    """
+
+    class Publisher:
+        def __init__(self) -> None:
+            self.join = open_join()
+            self.count = _counters(stage)
+            self.free = time.monotonic()
+
+        def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+            try:
+                made: Any = self.publish([pickle.loads(data) for data in batch["part"]])
+            except (UserError, CorruptObject) as e:
+                made = e
+            return {"answer": [pickle.dumps(made)]}
+
+        def publish(self, parts: Sequence[Part]) -> tuple[Shard, WorkTimes]:
+            task = parts[0].task
+            if [(part.task.key, part.number) for part in parts] != [(task.key, i) for i in range(len(parts))]:
+                raise RuntimeError(f"{stage}: Ray Data mixed the parts of shard {task.number} with others")
+            for part in parts:
+                if part.failure is not None:
+                    raise part.failure
+            made = [part.made for part in parts if part.made is not None]
+            shard, work = make_shard(
+                store, stage, lambda task: self.join(task, made), task, self.free, partial(_counting_deaths, stage)
+            )
+            if not alone:
+                work |= {"wait_seconds": 0.0, "busy_seconds": 0.0}
+            for part in parts:
+                add(work, part.work)
+            self.count(shard, work)
+            self.free = time.monotonic()
+            return shard, work
+
+    return Publisher
+
+
+def read_answer(data: bytes) -> tuple[Shard, WorkTimes]:
+    """Returns the shard that an operator's answer holds, and what it took, or raises what was in its way."""
+    answer = pickle.loads(data)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _counters(stage: str) -> Callable[[Shard, WorkTimes], None]:
+    """Returns what adds a worker's work to Ray's own metrics, where the cluster is scraped."""
+    from ray.util import metrics
+
+    rows = metrics.Counter("unclip_rows", "Rows by how they ended.", ("stage", "end"))
+    seconds = metrics.Counter("unclip_worker_seconds", "Seconds of workers, by what they went into.", ("stage", "step"))
+    written = metrics.Counter("unclip_written_bytes", "Bytes of blobs published.", ("stage",))
+
+    def count(shard: Shard, work: WorkTimes) -> None:
+        ends = {"kept": shard.ledger.kept, **shard.ledger.rejected, **shard.ledger.deferred}
+        for end, number in ends.items():
+            if number:  # a counter takes no zero
+                rows.inc(number, {"stage": stage, "end": end})
+        for step, value in work.items():
+            if step.endswith("_seconds") and value > 0:
+                seconds.inc(value, {"stage": stage, "step": step.removesuffix("_seconds")})
+        if work["written_bytes"]:
+            written.inc(work["written_bytes"], {"stage": stage})
+
+    return count
