@@ -45,12 +45,13 @@ def test_slips_are_one_line(words: list[str], says: list[str]) -> None:
 def test_what_a_gpu_does_in_minutes_is_not_left_to_a_cpu_in_silence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
-    rows = write_list(tmp_path / "list.csv", 0, 60)
-    config = str(write_config(tmp_path, str(tmp_path / "store"), "127.0.0.1:1", [rows]))
-    words = ["run", config, "decoder.preset=small", "--until", "decoder", "run.budget_hours=.inf"]
-    assert main(words) == 2
+    (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"http://closed.test/{i},a\n" for i in range(60)))
+    config = str(tmp_path / "mine.yaml")
+    said = f"project: p\npreset: nano\nstore: {tmp_path}/store\nsource: {{paths: [{tmp_path}/list.csv], test: 0.2}}\n"
+    Path(config).write_text(said + "decoder: {preset: small}\n")
+    assert main(["run", config, "--until", "decoder", "run.budget_hours=.inf"]) == 2
     shown = capsys.readouterr()
-    assert re.search(r"^runs on 1 core \(source, captions\), .*decoder", shown.out, re.MULTILINE)
+    assert re.search(r"^runs on 1 core \(source, .*decoder\)$", shown.out, re.MULTILINE)
     assert re.fullmatch(
         r"error: decoder would take \d+ cores? about .*, for want of a GPU: run it where there are GPUs, or take a "
         r"smaller preset; add --yes to go on all the same\n",
@@ -58,11 +59,11 @@ def test_what_a_gpu_does_in_minutes_is_not_left_to_a_cpu_in_silence(
     )
     assert not (tmp_path / "store/runs").exists()
     request.getfixturevalue("gpus")
-    assert main(["plan", config, "decoder.preset=small", "run.clip.device=cpu", "run.ar_prior.workers=2"]) == 0
+    assert main(["plan", config, "run.clip.device=cpu", "run.ar_prior.workers=2"]) == 0
     said = capsys.readouterr().out
     assert "8 H100 (diffusion_prior, decoder, upsampler_256, upsampler_1024)" in said
     assert "2 H100 (ar_prior)" in said
-    assert "1 H100 (samples, evaluation)" in said
+    assert "1 H100 (embeddings, samples, evaluation)" in said
     assert "clip" not in re.findall(r"H100 \((.*?)\)", said)
     assert "assumed: one H100 reaches" in said
 

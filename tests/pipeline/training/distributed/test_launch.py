@@ -173,11 +173,11 @@ def test_a_training_goes_on_after_lost_workers_and_stores(
     """Two starts fail, the third finishes; with none that comes further there are four at most."""
     calls: list[str] = []
 
-    def fragile(work: Any, stage: str, name: str, settings: Any, ray: Any) -> None:
+    def fragile(work: Any, stage: str, name: str, *others: Any) -> None:
         calls.append(name)
         if len(calls) < 3:
             raise error
-        launch(work, stage, name, settings, ray)
+        launch(work, stage, name, *others)
 
     def hopeless(*_: Any) -> None:
         raise error
