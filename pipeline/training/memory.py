@@ -48,7 +48,7 @@ def fitting_rows(
     """Returns how many rows all workers can compute at once: ``rows``, or a half, a quarter and so on.
 
     Every worker tries one forward and backward pass, with room for the optimiser's moments and without the others, so
-    nobody waits for a worker that failed. It changes nothing but the random numbers that a step draws anew. Without a
+    nobody waits for a worker that failed. It changes nothing but the random numbers that a step draws again. Without a
     validation row to try nothing is found out. Raises OutOfMemory if one row does not fit.
     """
     for row in feed.validation(1, 1):

@@ -120,7 +120,8 @@ def test_a_training_on_gpus_is_its_arithmetic(stage: str) -> None:
 def test_large_checkpoints_are_written_less_often_and_sharded_ones_by_all() -> None:
     size, every = save("decoder", asked(PAPER), 64)
     assert size == 16 * model_size(PAPER, "decoder").parameters
-    assert every == pytest.approx(30 * size / 1e9) > 60
+    assert every == pytest.approx(30 * size / 1e9)
+    assert every > 60
     assert save("decoder", asked(NANO), 1)[1] == 60
     sharded = load_config(ROOT / "configs/paper.yaml", ["run.decoder.sharded=true", "run.decoder.workers=64"])
     assert save("decoder", asked(sharded), 64) == (size / 64, 60)

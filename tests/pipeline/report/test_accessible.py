@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = culled(store, made, alike(store, made))
     write_report(store, config(), graph(), made, folder / "whole.html")
     write_report(
-        store, config(), graph(), {name: made[name] for name in list(made)[:9]}, folder / "half.html", made["decoder"]
+        store, config(), graph(), {name: made[name] for name in list(made)[:9]}, folder / "half.html", [made["decoder"]]
     )
     write_report(store, config(), graph(), {}, folder / "empty.html")
     return folder
