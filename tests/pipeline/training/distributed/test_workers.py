@@ -97,4 +97,7 @@ def test_where_one_worker_runs_out_of_memory_no_other_waits_for_it(world: World,
     for process in started.processes:
         process.join(60)
     assert [process.exitcode for process in started.processes] == [1, 1]
-    assert "OutOfMemory" in Path(started.error_files[1]).read_bytes().decode(errors="replace")
+    said = [Path(file).read_bytes().decode(errors="replace") for file in started.error_files]
+    assert "OutOfMemory" in said[1]
+    for file in started.error_files:
+        Path(file).unlink()
