@@ -214,9 +214,10 @@ def _stream(ctx: Context, todo: Sequence[ShardTask], make: Streamed, team: Team)
     many rows, gets the parts of one shard.
     """
     most = max(make.parts(task) for task in todo)
-    prepare = step(ctx.stage, make.parts, lambda: make.prepare, of_workers=False)
+    prepares, joins = make.prepare, make.join  # not with what works: decoders need no torch
+    prepare = step(ctx.stage, make.parts, lambda: prepares, of_workers=False)
     work = step(ctx.stage, make.parts, make.work, of_workers=True)
-    join = publisher(ctx.store, ctx.stage, lambda: make.join, alone=False)
+    join = publisher(ctx.store, ctx.stage, lambda: joins, alone=False)
     dataset = _parts(todo, most)
     dataset.context.execution_options.preserve_order = True
     return (
