@@ -145,5 +145,6 @@ def run(names: list[str]) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
         gc.collect()
+        found = {"rest": memory.live / 2**30, "peak": memory.peak / 2**30}
         del average
-    return {"rest": memory.live / 2**30, "peak": memory.peak / 2**30}
+    return found
