@@ -23,7 +23,7 @@ from pipeline.graph import execute as execution
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.execute import execute
 from pipeline.graph.plan import Verdict
-from pipeline.graph.stages import Stage
+from pipeline.graph.stages import Stage, stage_key
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.store import open_store
 from pipeline.training import attempts, stage
@@ -72,7 +72,9 @@ def train(folder: Path, model: Any) -> dict[str, Artifact]:
     graph |= {name: stage.stage(name, recipe, DATA) for name, recipe in recipes.items()}
     settings = {name: TrainingSettings(workers=1, threads=1, device="cpu") for name in TRAININGS}
     run = SimpleNamespace(ray=RaySettings(), lease_s=60.0, trackers=(), output=str(folder), **settings)
-    verdicts = [Verdict(name, name, "stale") for name in graph]
+    keys = {name: name for name in DATA}
+    keys |= {name: stage_key(graph[name], keys) for name in TRAININGS}
+    verdicts = [Verdict(name, key, "stale") for name, key in keys.items()]
     config = SimpleNamespace(run=run, project="side-by-side")
     return execute(graph, verdicts, set(graph), open_store(str(folder)), config, lambda *_: None, lambda *_: None)
 
