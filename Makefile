@@ -9,7 +9,7 @@ BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs em
 
 help:
 	@echo "make peek    the whole chain at nano size: pictures over HTTP to a 1024 px image, in minutes"
-	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 120 trains less or more than 40"
+	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 120 trains less or more than 50"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
 	@echo "make chaos   real faults: N=50 slices of SEED=1, a minute each, OF=data or training; goes on where it stopped"
@@ -79,11 +79,11 @@ format: .venv/ready
 peek: .venv/ready
 	$(BIN)/unclip run configs/nano.yaml
 
-# At 40, which is scale 1, demo takes about that long on two cores. Trainings see that much more or less.
-MINUTES ?= 40
+# At 50, which is scale 1, demo takes about that long on two cores. Trainings see that much more or less.
+MINUTES ?= 50
 
 demo: .venv/ready
-	$(BIN)/unclip run configs/emoji.yaml scale=$(shell awk "BEGIN { print $(MINUTES) / 40 }")
+	$(BIN)/unclip run configs/emoji.yaml scale=$(shell awk "BEGIN { print $(MINUTES) / 50 }")
 
 clean:
 	rm -rf out build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
