@@ -131,9 +131,8 @@ def test_any_bytes_are_read(body: bytes) -> None:
     allowed(b"User-agent: *\nDisallow: " + body, "/x")
 
 
-def test_a_pattern_of_many_stars_takes_no_time() -> None:
-    robots = "User-agent: *\nDisallow: /" + "*a" * 2000 + "b\n"  # a backtracking matcher would never end
-    assert allowed(robots, "/" + "a" * 5000)
+def test_a_pattern_of_many_stars_takes_no_time() -> None:  # a backtracking matcher would never end
+    assert allowed("User-agent: *\nDisallow: /" + "*a" * 2000 + "b\n", "/" + "a" * 5000)
 
 
 @pytest.mark.parametrize(
