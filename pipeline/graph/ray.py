@@ -240,15 +240,16 @@ def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings, mo
 def room_beside(stages: Mapping[str, tuple[Settings, int]], settings: RaySettings) -> list[str]:
     """Returns those of some stages whose workers Ray has room for at once, beside all that it runs now.
 
-    On the Ray of this machine these are only stages on GPUs: on its cores they would take turns. Where an autoscaler
-    adds nodes, every stage has room. ``stages`` have settings, and how many workers each can use at most.
+    A stage that works in this process is none of them. On the Ray of this machine these are only stages on GPUs: on
+    its cores they would take turns. Where an autoscaler adds nodes, every stage has room. ``stages`` have settings, and
+    how many workers each can use at most.
     """
     ray = start_ray(settings)
     reserved: list[Share] = []
     found = []
     for stage, (own, most) in stages.items():
         team = find_team(ray, stage, own, settings, most)
-        if _local() and not team.worker.gpus:
+        if team.count == 0 or (_local() and not team.worker.gpus):
             continue
         more = [*reserved, *[team.worker] * team.count]
         if _grows(settings) or _reserve(more, BESIDE_S):

@@ -93,7 +93,8 @@ def generate(
         for number, (blob, rows) in enumerate(blobs)
     ]
     remember_stage(ctx, f"generate-{bundle.key[:12]}")
-    make = MakeGenerator(store, dict(bundle.blobs), recipe, "cuda" if settings.gpus else "cpu")
+    device = "auto" if settings.gpus == "auto" else "cuda" if settings.gpus else "cpu"
+    make = MakeGenerator(store, dict(bundle.blobs), recipe, device)
     return map_shards(ctx, tasks, make, "images", sum(rows for _, rows in blobs))
 
 

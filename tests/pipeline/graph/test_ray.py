@@ -108,6 +108,14 @@ def test_on_this_machine_trainings_run_side_by_side_on_gpus_alone(monkeypatch: p
         assert room_beside(trainings, FIXED) == names
 
 
+@pytest.mark.usefixtures("on_a_cluster")
+def test_trainings_in_this_process_run_beside_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "start_ray", lambda _: ray_of(16))
+    monkeypatch.setattr(launch, "_reserve", lambda *_: True)
+    trainings = {"clip": (TrainingSettings(), 8), "decoder": (TrainingSettings(workers=2), 8)}
+    assert room_beside(trainings, FIXED) == ["decoder"]
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head with one core, and a node with two and a label."""

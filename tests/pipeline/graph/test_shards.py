@@ -346,7 +346,7 @@ def test_workers_that_have_no_room_are_left_out(tmp_path: Path, caplog: pytest.L
             "run.pairs.workers: 4 are asked for, and there is room for 2; going on with 2",
             "run.pairs.workers: 2 are asked for, and there is room for 1; going on with 1",
         ]
-        with pytest.raises(UserError, match=r"^pairs: Ray has no room for 2 workers with 3 cores each; it has 2 cores"):
+        with pytest.raises(UserError, match=r"^pairs: Ray has no room for 1 worker with 3 cores; it has 2 cores"):
             map_shards(replace(_context(store), settings=ShardSettings(cpus=3)), _tasks(7, 8), Worker)
     finally:
         logging.getLogger("ray.data").removeHandler(caplog.handler)
