@@ -35,10 +35,8 @@ START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
 FETCH_WEIGHTS_SECONDS = 60.0
 BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
 REFERENCE_BYTES = 300  # of a row in each data stage, besides what it makes
-SAVED_BYTES, COPIED_BYTES = (
-    1e9,
-    20e9,
-)  # a second: a worker writes of a checkpoint; a GPU copies, while it does nothing else
+SAVED_BYTES = 1e9  # of a checkpoint that a worker writes in a second
+COPIED_BYTES = 20e9  # that a GPU copies in a second, while it does nothing else
 STATE_BYTES, MODEL_BYTES = 16, 4  # a parameter: weights, average and two moments of a checkpoint; of an artefact
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 

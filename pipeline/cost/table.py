@@ -80,7 +80,7 @@ def remarks(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
         who = f"one {ask.gpu or 'GPU'}" if costs["embeddings"].gpus else "one core"
         yield (
             f"embeddings: {who} encodes {1 / encode_seconds(ask):,.0f} pairs/s, one core decodes "
-            f"{1 / decode_seconds(ask):,.0f} images/s: {cores_a_gpu(ask):.2g} decoding cores for each encoder"
+            f"{1 / decode_seconds(ask):,.0f} images/s: {round(cores_a_gpu(ask), 1):g} decoding cores for each encoder"
         )
     if any(cost.gpus and cost.basis == "counted" for cost in costs.values()):
         yield from _too_large(costs, ask)
