@@ -73,7 +73,7 @@ def clip_text_tower(seed: int = 5, vocabulary: int = VOCABULARY, context: int = 
 
 
 def text_features(clip: open_clip.CLIP, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """open_clip's states of all tokens, its embedding of the caption, not of unit norm, and which are no padding."""
+    """Returns open_clip's token states, its caption embedding before normalisation, and a mask of real tokens."""
     tokens = tokens[:, :CONTEXT]
     states = clip.ln_final(clip.transformer(clip.token_embedding(tokens) + clip.positional_embedding, clip.attn_mask))
     return states, clip.encode_text(tokens), torch.arange(CONTEXT) <= (tokens == END).int().argmax(1)[:, None]

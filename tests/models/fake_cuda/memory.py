@@ -88,7 +88,7 @@ class Stream(torch.cpu.Stream):
 
 
 def pretend_ranks(ranks: int, memory: Memory) -> None:
-    """Makes a process group of so many ranks, and FSDP believe in streams."""
+    """Makes a process group with this number of ranks, and lets FSDP believe in streams."""
     handle, stream = ModuleType("handle"), Stream()
     handle.__dict__.update({name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("__")})
     handle.__dict__.update(current_device=lambda: 0, current_stream=lambda *_: stream, Stream=Stream, Event=Stream)
