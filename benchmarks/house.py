@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ("pipeline", "models", "jobs", "cluster")
+SOURCE = ("unclip", "pipeline", "models", "jobs", "cluster", "serve")
 DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 NAMES_IT = "upsampler_1024"  # a stage name, and where it may stand
 MAY_NAME_IT = ("pipeline/presets/", "pipeline/build.py")

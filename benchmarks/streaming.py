@@ -7,6 +7,7 @@ measured is Ray's stream.
 import argparse
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -23,6 +24,11 @@ NODES = 4
 MEMORY = 200 << 20  # of each node's object store
 BYTES = 8 << 20  # of a part
 PARTS = 3  # of a shard
+
+
+@dataclass(frozen=True)
+class NoRecipe:
+    """The recipe of a stage that only sleeps."""
 
 
 class Sleeper:
@@ -70,7 +76,7 @@ def measure(options: argparse.Namespace, folder: str) -> float:
         cluster.add_node(**node, num_cpus=1, num_gpus=1, labels={"part": "encode"})
         os.environ["RAY_ADDRESS"] = cluster.address
         config = SimpleNamespace(run=SimpleNamespace(ray=RaySettings()))
-        ctx = Context(open_store(f"{folder}/store"), "embeddings", 1, "key", None, settings, {}, config)
+        ctx = Context(open_store(f"{folder}/store"), "embeddings", 1, "key", NoRecipe(), settings, {}, config)
         tasks = [ShardTask(number, f"shard-{number}", {}) for number in range(options.shards)]
         map_shards(ctx, tasks, Streamed(lambda task: PARTS, sleeper.decode, sleeper.open, sleeper.join))
     finally:

@@ -104,8 +104,7 @@ def test_what_is_copied_is_enough_to_install_the_project(tmp_path: Path) -> None
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
-    ours = {
-        str(f.relative_to(ROOT)) for p in ("pipeline", "models", "jobs", "cluster") for f in (ROOT / p).rglob("*.py")
-    }
+    folders = ("unclip", "pipeline", "models", "jobs", "cluster", "serve")
+    ours = {str(f.relative_to(ROOT)) for folder in folders for f in (ROOT / folder).rglob("*.py")}
     ours |= {str(f.relative_to(ROOT)) for f in (ROOT / "pipeline/presets").iterdir()}
     assert ours <= inside

@@ -105,7 +105,7 @@ def kill_all(token: str) -> None:
 def put_package(server: Server, folder: Path, project: Mapping[str, object]) -> str:
     """This code, a configuration and its list as a zip in the bucket; its URL."""
     inside = folder / "package" / "unclip"
-    for name in ("pipeline", "models", "jobs", "cluster"):
+    for name in ("unclip", "pipeline", "models", "jobs", "cluster", "serve"):
         shutil.copytree(ROOT / name, inside / name, ignore=shutil.ignore_patterns("__pycache__"))
     (inside / "project.yaml").write_text(yaml.safe_dump(dict(project)))
     write_list(inside / "pairs.csv", 200, 208)  # small pictures

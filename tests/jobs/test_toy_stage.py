@@ -24,7 +24,7 @@ LINE = '        Stage("bundle", '
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the code with the module of the toy stage, and its line in ``build``."""
     folder = tmp_path_factory.mktemp("code")
-    for name in ("pipeline", "models", "jobs", "cluster"):
+    for name in ("unclip", "pipeline", "models", "jobs", "cluster", "serve"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "tests/toy.py", folder / "pipeline/data/toy.py")
     build = folder / "pipeline/build.py"

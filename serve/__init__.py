@@ -1,0 +1,1 @@
+"""Draws images over HTTP with a trained bundle."""

@@ -1,0 +1,1 @@
+"""The public interface: what a program imports; everything else is private."""
