@@ -56,7 +56,7 @@ def _search(project: Project, arguments: argparse.Namespace) -> int:
 
     if arguments.count < 1:
         raise UserError(f"--count {arguments.count} is below 1")
-    artifacts = project.made("captions", "clip", "curation", "index")
+    artifacts = project.made("captions", "clip", "curation", "pairs", "index")
     if arguments.image:
         query = embed_image(project.store, artifacts["clip"], arguments.image)
     else:

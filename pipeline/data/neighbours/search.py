@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,28 @@ from models.tokens import check_captions, tokenize
 from models.view import view
 from pipeline.data.neighbours.indices import search
 from pipeline.data.pairs.decoding import open_image
+from pipeline.data.pairs.row_index import Place
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, read_shards, read_table
+from pipeline.graph.artifacts import Artifact, ShardList, ShardRow, read_table
 from pipeline.store import Store
 from pipeline.store.records import materialise
 
 
 @dataclass(frozen=True)
 class FoundRow:
-    """A row of the index, with the cosine of its image embedding and the query, and its first caption."""
+    """A row of the index, with the cosine of its image embedding and the query, and its first caption.
+
+    ``place`` is None for a row that imports embeddings and has no image.
+    """
 
     similarity: float
     key: str
     split: str
     url: str
     caption: str
+    license: str | None
+    attribution: str | None
+    place: Place | None
 
 
 def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
@@ -58,28 +65,35 @@ def look_up(
 ) -> list[FoundRow]:
     """Finds the rows of ``splits`` nearest to a query fp32 [1, d], nearest first, at most ``count``.
 
-    ``artifacts`` are those of "index", "curation" and "captions" of one plan.
+    ``artifacts`` are those of "index", "curation", "pairs" and "captions" of one plan.
     """
     similarity, ids = search(store, artifacts["index"], query, count, splits)
     keys = [f"{number:012d}" for number in ids[0].tolist() if number >= 0]
-    rows = _rows(store, artifacts["curation"], "index", keys, ["key", "split", "url"])
-    texts = _rows(store, artifacts["captions"], "captions", keys, ["key", "captions"])
+    wanted = {int(key[:8]) for key in keys}
+    rows = _rows(store, artifacts["curation"], wanted, "index")
+    texts = _rows(store, artifacts["captions"], wanted, "captions")
+    images = {shard.number: shard.blobs.get("images") for shard in _shards(store, artifacts["pairs"], wanted)}
     return [
-        FoundRow(value, key, rows[key]["split"], rows[key]["url"], (texts[key]["captions"] or [""])[0])
+        _found(value, rows[key], (texts[key]["captions"] or [""])[0], images[int(key[:8])])
         for value, key in zip(similarity[0].tolist(), keys, strict=False)
     ]
 
 
-def _rows(
-    store: Store, artifact: Artifact, blob: str, keys: Sequence[str], columns: list[str]
-) -> dict[str, dict[str, Any]]:
-    """Reads rows of a table that every shard has, by key, from the shards of these keys only."""
-    wanted = {int(key[:8]) for key in keys}
-    found: dict[str, dict[str, Any]] = {}
-    for shard in read_shards(store, artifact):
-        if shard.number in wanted:
-            found |= {row["key"]: row for row in read_table(store, shard.blobs[blob], columns).to_pylist()}
-    return found
+def _found(similarity: float, row: Mapping[str, Any], caption: str, images: str | None) -> FoundRow:
+    place = None if row["size"] is None else Place.of(row, images)
+    known = {name: row[name] for name in ("key", "split", "url", "license", "attribution")}
+    return FoundRow(similarity, caption=caption, place=place, **known)
+
+
+def _rows(store: Store, artifact: Artifact, wanted: Collection[int], blob: str) -> dict[str, dict[str, Any]]:
+    """Reads the rows of a table that every shard has, by key, from the shards of these numbers only."""
+    shards = _shards(store, artifact, wanted)
+    return {row["key"]: row for shard in shards for row in read_table(store, shard.blobs[blob]).to_pylist()}
+
+
+def _shards(store: Store, artifact: Artifact, wanted: Collection[int]) -> list[ShardRow]:
+    shards = ShardList(store, artifact)
+    return [shard for number in wanted if (shard := shards.find(number)) is not None]
 
 
 def _open_clip(store: Store, clip: Artifact) -> Clip:

@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from jobs.cli import main
 from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.data.neighbours.search import embed_caption, embed_image, look_up
-from pipeline.data.pairs.row_index import SPLITS
+from pipeline.data.pairs.row_index import SPLITS, read_images
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_shards
 from tests.pipeline.data.bench import Bench, picture, save_clip, write_list, write_listed
@@ -60,6 +61,10 @@ def test_the_nearest_rows_come_with_what_is_known_of_them(bench: Bench) -> None:
     for row in found:
         assert row.similarity == pytest.approx(cosine[row.key], abs=1e-4)
         assert (row.url, row.split) == (rows[row.key]["url"], rows[row.key]["split"])
+        assert (row.license, row.attribution) == (rows[row.key]["license"], rows[row.key]["attribution"])
+        assert row.place is not None
+        [data] = read_images(bench.store, [row.place])
+        assert hashlib.sha256(data).hexdigest() == rows[row.key]["sha256"]
         assert row.caption.split() == ["picture", row.url.rpartition("/")[2][:-4]]
     held_out = look_up(bench.store, bench.made, query, 6, ("validation", "test"))
     assert {row.split for row in held_out} == {"validation", "test"}
@@ -84,7 +89,7 @@ def test_a_file_that_is_no_picture(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("a heart",), "nano: not made for the current list and recipes: captions, clip, curation, index;"),
+        (("a heart",), "nano: not made for the current list and recipes: captions, clip, curation, pairs, index;"),
         (("a heart", "--count", "0"), "--count 0 is below 1"),
     ],
 )
