@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.sample import bundle_folder, check_seed, drawing_options, file_name, newest_output, sampling_option
+from jobs.bundles import find_bundle
+from jobs.sample import check_seed, drawing_options, file_name, sampling_option
 from pipeline.data.pairs.decoding import open_image
 from pipeline.errors import UserError
 
@@ -35,12 +36,12 @@ def main(argv: Sequence[str]) -> int:
     """Runs ``unclip edit``."""
     arguments = _parse(argv)
     _check(arguments)
-    output = arguments.source or newest_output()
     options = dict(sampling_option(text) for text in arguments.set)
     if arguments.size:
         options["size"] = arguments.size
     images = [open_image(path) for path in _named(arguments)]
-    folder = bundle_folder(output)
+    bundle = find_bundle(arguments.source)
+    folder = bundle.folder
 
     from pipeline.sampling.drawing import open_bundle
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         edit = _make(unclip, arguments, images, {"size": min(SIZE, unclip.sampling.size)} | options)
     except ValueError as e:
         raise UserError(str(e)) from e
-    path = arguments.to or output / "edits" / _name(arguments, images, edit, folder.name)
+    path = arguments.to or bundle.output / "edits" / _name(arguments, images, edit, bundle.name)
     _write(path, edit, arguments)
     print(path)
     for i, name in enumerate(edit.names, 1):

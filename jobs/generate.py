@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.sample import bundle_artifact, check_seed, drawing_options, newest_output, sampling_option
+from jobs.bundles import find_bundle
+from jobs.sample import check_seed, drawing_options, sampling_option
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.ray import find_machine, this_machine
 from pipeline.graph.resources import team_of
@@ -36,11 +37,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gpus", type=float, help="of each worker, in place of its core (1 if there is one, else 0)")
     arguments = parser.parse_args(argv)
     check_seed(arguments.seed)
-    output = arguments.source or newest_output()
-    to = arguments.to or output / "generated"
+    found = find_bundle(arguments.source)
+    to = arguments.to or found.output / "generated"
     if column := find_column(arguments.prompts, arguments.column):
         print(f"prompts: column {column} of {arguments.prompts}")
-    store, bundle = bundle_artifact(output)
+    store, bundle = found.stored()
 
     from pipeline.graph.execute import heal
     from pipeline.sampling.generation import ROWS, STAGE, GenerationRecipe, export, generate

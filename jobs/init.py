@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs.sample import bundle_folder
+from jobs.bundles import PLACES, find_bundle
 from pipeline.config import check_project
 from pipeline.data.fetch.references import shown
 from pipeline.data.source.peek import MOST_COUNTED, Look, look
@@ -33,9 +33,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--from",
         dest="origin",
-        type=Path,
-        metavar="FOLDER",
-        help="fine-tune: go on from the bundle of this output folder of a run, such as out/emoji, or from a bundle",
+        metavar="WHERE",
+        help=f"fine-tune: go on from the bundle of {PLACES}",
     )
     arguments = parser.parse_args(argv)
     check_project(arguments.name)
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     columns = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
     source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **columns)
     seen = _look(source) if arguments.sources else None
-    origin = _origin(arguments.origin) if arguments.origin else None
+    origin = find_bundle(arguments.origin).folder if arguments.origin else None
     gpu = _has_gpu()
     text = starter(arguments.name, gpu, source, seen, origin)
     trains = origin is None and not existing_clip(gpu, seen)
@@ -81,10 +80,6 @@ def _look(source: SourceRecipe) -> Look:
         if "source.image_column" in str(e):  # there is no configuration yet in which that could be set
             raise UserError(f"{e}, here with --image-column and --caption-column") from None
         raise
-
-
-def _origin(folder: Path) -> Path:
-    return bundle_folder(folder) if (folder / "bundle.json").exists() else folder
 
 
 def _has_gpu() -> bool:

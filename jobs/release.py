@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jobs.bundles import remember_bundle
 from jobs.project import Project, add_config_and_set, open_project
-from jobs.sample import remember_bundle
 from models.sampling_config import MODELS
 from pipeline.config import Config, load_config
 from pipeline.errors import UserError

@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jobs.bundles import remember_bundle
 from jobs.plan import agree
 from jobs.project import Project, add_config, open_project
-from jobs.sample import remember_bundle
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text

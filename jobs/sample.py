@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +10,11 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from jobs.bundles import PLACES, find_bundle
 from models.sampling_config import SamplingConfig
-from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.local import read_local
+from pipeline.errors import UserError
 from pipeline.parse import parse
-from pipeline.store import Store, open_store
-from pipeline.store.records import digest, materialise
+from pipeline.store.records import digest
 
 SLUG_BYTES = 80  # UTF-8; with kind, hash, seed and suffix a name stays below the 143 bytes of encrypted folders
 LARGEST_SEED = 2**62
@@ -33,10 +30,9 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
     check_seed(arguments.seed)
-    output = arguments.source or newest_output()
     options = dict(sampling_option(text) for text in arguments.set)
-    folder = bundle_folder(output)
-    to = arguments.to or output / "samples"
+    bundle = find_bundle(arguments.source)
+    folder, to = bundle.folder, arguments.to or bundle.output / "samples"
     to.mkdir(parents=True, exist_ok=True)
 
     from models.tokens import check_captions
@@ -47,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         unclip = open_bundle(folder, arguments.device)
         for i, caption in enumerate(arguments.captions):
             sample = make_sample(unclip, caption, arguments.seed + i, options)
-            request = {"caption": caption, "settings": sample.settings, "bundle": folder.name}
+            request = {"caption": caption, "settings": sample.settings, "bundle": bundle.name}
             path = to / f"{file_name(caption, request, sample.seed)}.png"
             path.write_bytes(sample.image)
             print(path)
@@ -68,9 +64,8 @@ def drawing_options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from",
         dest="source",
-        type=Path,
-        metavar="FOLDER",
-        help="a run's output folder, such as out/emoji; by default the newest under out/",
+        metavar="WHERE",
+        help=f"the bundle: {PLACES}; by default the newest under out/",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the next have the next (default 0)")
     parser.add_argument(
@@ -80,46 +75,6 @@ def drawing_options() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="draws on it; auto is a GPU if there is one"
     )
     return parser
-
-
-def remember_bundle(output: Path, store: str, key: str) -> None:
-    """Writes into a run's output folder where its bundle is."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "bundle.json").write_text(json.dumps({"store": store, "bundle": key}) + "\n")
-
-
-def newest_output() -> Path:
-    """Returns the output folder under out/ whose bundle is the newest. Raises UserError if there is none."""
-    found = sorted(Path("out").glob("*/bundle.json"), key=lambda file: file.stat().st_mtime)
-    if not found:
-        raise UserError(
-            "no finished bundle under out/; run one first (make peek), or name a run's output folder with --from"
-        )
-    return found[-1].parent
-
-
-def bundle_artifact(output: Path) -> tuple[Store, Artifact]:
-    """Returns the store and the bundle that ``remember_bundle`` wrote into an output folder. Raises UserError."""
-    try:
-        word = json.loads(read_local(output / "bundle.json", 1 << 16))
-        store, key = open_store(word["store"]), word["bundle"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{output}: no finished bundle there; name a run's output folder") from None
-    artifact = load_artifact(store, "bundle", key)
-    if artifact is None:
-        raise UserError(f"{output}: its bundle is not in {store.url} any longer; run its configuration again")
-    return store, artifact
-
-
-def bundle_folder(output: Path) -> Path:
-    """Returns the bundle's folder on this machine, copied from the store the first time."""
-    store, artifact = bundle_artifact(output)
-    folder = output / "bundle" / artifact.key[:12]
-    try:
-        materialise(store, artifact.blobs, folder)
-    except CorruptObject as e:
-        raise UserError(f"{e}; run the configuration again, which makes it again") from e
-    return folder
 
 
 def sampling_option(text: str) -> tuple[str, Any]:

@@ -17,11 +17,11 @@ from cluster.package import Package, make_package
 from cluster.pods import pod, settled
 from cluster.rayjob import render
 from cluster.submission import LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
+from jobs.bundles import remember_bundle
 from jobs.interrupt import INTERRUPTED
 from jobs.plan import Agreed, agree
 from jobs.project import Project, add_config, open_project
 from jobs.run import print_places
-from jobs.sample import remember_bundle
 from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
 from pipeline.errors import UserError

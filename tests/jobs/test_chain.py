@@ -146,7 +146,7 @@ def test_fine_tuning_goes_on_from_a_bundle(chain: Chain, tmp_path: Path) -> None
         assert name == "gamma" or (tuned[name] - tensor).abs().max() < 1e-6
     nowhere = unclip("init", "other", pairs, "--from", tmp_path, cwd=tmp_path)
     assert nowhere.returncode == 2
-    assert "no decoder and no diffusion_prior there to go on from" in nowhere.stderr
+    assert "no finished bundle there; name a run's output folder" in nowhere.stderr
 
 
 def test_on_s3_the_keys_and_data_blobs_are_the_same(chain: Chain, s3: Server, tmp_path: Path) -> None:

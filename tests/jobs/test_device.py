@@ -14,8 +14,8 @@ import jobs.generate
 import pipeline.evaluate.run
 import pipeline.sampling.drawing
 import pipeline.sampling.generation
+from jobs.bundles import remember_bundle
 from jobs.cli import main
-from jobs.sample import remember_bundle
 from models.cascade import UnCLIP
 from pipeline.errors import UserError
 from pipeline.evaluate.stage import EvaluationRecipe, run_evaluation

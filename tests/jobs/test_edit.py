@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from jobs.bundles import remember_bundle
 from jobs.cli import main
 from jobs.edit import KINDS
-from jobs.sample import remember_bundle
 from models.cascade import UnCLIP
 from models.codec_fit import fit_codec
 from models.pixels import from_uint8

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from jobs.bundles import find_bundle
 from jobs.cli import main
-from jobs.sample import bundle_artifact
 from pipeline.config import load_config
 from pipeline.data.pairs.decoding import open_image
 from pipeline.data.source.retry import gather
@@ -258,7 +258,7 @@ def test_commands_wait_for_no_pipe(here: Path, capsys: pytest.CaptureFixture[str
         (here / "out/bundle.json").unlink(missing_ok=True)
         (here / "out/bundle.json").symlink_to(path)
         with pytest.raises(UserError, match="no finished bundle there"):
-            bundle_artifact(here / "out")
+            find_bundle(str(here / "out"))
         for kind in (".txt", *TABLES):
             (here / f"prompts{kind}").unlink(missing_ok=True)
             (here / f"prompts{kind}").symlink_to(path)

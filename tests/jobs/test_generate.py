@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import pipeline.sampling.generation
+from jobs.bundles import remember_bundle
 from jobs.cli import main
-from jobs.sample import remember_bundle
 from tests.chain import done, here, unclip
 from tests.pipeline.sampling.test_generation import publish_bundle
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from jobs.bundles import remember_bundle
 from jobs.cli import COMMANDS
-from jobs.sample import remember_bundle
 from models.sampling_config import SamplingConfig
 from tests.chain import ROOT
 from tests.jobs.test_docs import TESTED, check_links, commands

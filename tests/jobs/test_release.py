@@ -333,13 +333,13 @@ def test_a_bundle_that_is_gone_is_not_gone_back_to(made: Made) -> None:
 
 
 def test_the_release_can_be_taken_into_a_folder(made: Made, tmp_path: Path) -> None:
-    from jobs.sample import bundle_artifact
+    from jobs.bundles import find_bundle
 
     first = made.make(0.0)
     made.make(0.1, OTHER)
     made.release("promote")
     assert "unclip sample --from" in made.release("take", str(tmp_path / "released"))
-    store, artifact = bundle_artifact(tmp_path / "released")
+    store, artifact = find_bundle(str(tmp_path / "released")).stored()
     assert (store.url, artifact.key) == (made.store.url, first)
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.bundles import remember_bundle
 from jobs.cli import main
-from jobs.sample import SLUG_BYTES, file_name, remember_bundle, slug
+from jobs.sample import SLUG_BYTES, file_name, slug
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.ledger import Ledger
 from pipeline.store import open_store

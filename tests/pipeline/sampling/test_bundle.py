@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.sample import bundle_folder, remember_bundle
+from jobs.bundles import find_bundle, remember_bundle
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import artifact_path
 from pipeline.store import Store, open_store
@@ -104,5 +104,5 @@ def test_a_forged_bundle_writes_nothing(absolute: bool, place: Path) -> None:
     remember_bundle(output, store.url, "k")
     before = _outside(place)
     with pytest.raises(UserError, match="its bundle is not in"):
-        bundle_folder(output)
+        find_bundle(str(output))
     assert _outside(place) == before

@@ -1,0 +1,147 @@
+"""Finds the bundle that ``--from`` names, wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from jobs.project import open_project
+from pipeline.config import load_config
+from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.pointer import read_releases
+from pipeline.ledger import Ledger
+from pipeline.local import Reach, open_local, read_local
+from pipeline.release.diff import find_bundle as find_in_store
+from pipeline.store import Store, local_folder, open_store
+from pipeline.store.names import is_part
+from pipeline.store.records import digest, materialise, put_blob
+
+RELEASE = "release:"
+PLACES = (
+    "a run's output folder (out/emoji), a project (emoji.yaml), its release (release:emoji.yaml), or a bundle's folder"
+)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle of a store, or of a folder as it is if there is no ``store``.
+
+    Attributes:
+        output: Where what is drawn with it goes by default.
+        key: Of its artefact, or of the files in its folder.
+        blobs: Its files by their names, with the sha256 of each.
+        store: Holds the files.
+        place: Its own folder, where it has one already.
+    """
+
+    output: Path
+    key: str
+    blobs: Mapping[str, str]
+    store: Store | None = None
+    place: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Returns what short messages and files call it."""
+        return self.key[:12]
+
+    @cached_property
+    def folder(self) -> Path:
+        """Returns its folder on this machine, copied from the store the first time. Raises UserError."""
+        if self.store is None:
+            assert self.place is not None
+            return self.place
+        folder = self.output / "bundle" / self.name
+        try:
+            materialise(self.store, self.blobs, folder)
+        except CorruptObject as e:
+            raise UserError(f"{e}; run the configuration again, which makes it again") from e
+        return folder
+
+    def stored(self) -> tuple[Store, Artifact]:
+        """Returns the store that holds it and its artefact; a bundle of a folder is put into a store of the output."""
+        store = self.store or open_store(str(self.output / "store"))
+        if self.store is None:
+            for name in self.blobs:
+                put_blob(store, self.folder / name)
+        return store, Artifact("bundle", self.key, {}, {}, Ledger(), self.blobs)
+
+
+def find_bundle(source: str | None) -> Bundle:
+    """Returns the bundle at ``source``, one of PLACES; by default the newest of the runs under out/.
+
+    Raises UserError where none is finished.
+    """
+    if source is None:
+        return _of_output(_newest_output())
+    if source.startswith(RELEASE):
+        config = load_config(source.removeprefix(RELEASE), [])
+        store = open_store(config.store)
+        return _stored(
+            Path(config.run.output), store, find_in_store(store, read_releases(store, config.project), "current")
+        )
+    folder = Path(source)
+    if folder.suffix in (".yaml", ".yml"):
+        project = open_project(source, [])
+        return _stored(Path(project.config.run.output), project.store, project.made("bundle")["bundle"])
+    if (folder / "sampling.json").is_file():
+        return _of_folder(folder, Path("out") / folder.resolve().name)
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{source}: is in diffusers' layout; unclip export {source} --to NEW makes a bundle of it")
+    return _of_output(folder)
+
+
+def remember_bundle(output: Path, store: str, key: str) -> None:
+    """Writes into a run's output folder where its bundle is, relative to it where the store is below it."""
+    output.mkdir(parents=True, exist_ok=True)
+    if (folder := local_folder(open_store(store))) and folder.is_relative_to(output.absolute()):
+        store = os.path.relpath(folder, output.absolute())
+    (output / "bundle.json").write_text(json.dumps({"store": store, "bundle": key}) + "\n")
+
+
+def _newest_output() -> Path:
+    found = sorted(Path("out").glob("*/bundle.json"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise UserError(f"no finished bundle under out/; run one first (make peek), or name with --from {PLACES}")
+    return found[-1].parent
+
+
+def _of_output(output: Path) -> Bundle:
+    """Returns the bundle that ``remember_bundle`` wrote down; its copy in the folder, where its store has gone."""
+    try:
+        word = json.loads(read_local(output / "bundle.json", 1 << 16))
+        url, key = word["store"], word["bundle"]
+        if not is_part(key):
+            raise ValueError(key)
+        store = open_store(url if "://" in url else str(output / url))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{output}: no finished bundle there; name {PLACES}") from None
+    artifact = load_artifact(store, "bundle", key)
+    copy = output / "bundle" / key[:12]
+    if artifact is None and (copy / "sampling.json").is_file():
+        return _of_folder(copy, output)
+    if artifact is None:
+        raise UserError(f"{output}: its bundle is not in {store.url} any longer; run its configuration again")
+    return _stored(output, store, artifact)
+
+
+def _stored(output: Path, store: Store, artifact: Artifact) -> Bundle:
+    return Bundle(output, artifact.key, artifact.blobs, store)
+
+
+def _of_folder(folder: Path, output: Path) -> Bundle:
+    """Returns the bundle in a folder that may come from anybody. Raises UserError for a link that leads out of it."""
+    blobs, within = {}, Reach((str(folder.absolute()),))
+    try:
+        for file in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+            with open_local(file, within) as opened:
+                blobs[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror}); copy the bundle with cp -rL first") from None
+    return Bundle(output, digest(blobs), blobs, place=folder)

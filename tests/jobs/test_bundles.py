@@ -1,0 +1,90 @@
+"""Every ``--from`` takes a run's output folder wherever it was moved, a bundle's folder, a project and its release."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from jobs.bundles import find_bundle, remember_bundle
+from jobs.cli import main
+from pipeline.errors import UserError
+from tests.jobs.test_release import LATER, OTHER, Made, made  # noqa: F401
+from tests.pipeline.sampling.test_generation import publish_bundle
+
+FEW = ("--set", "size=64", "--set", "decoder_steps=2", "--set", "prior_steps=2")
+Draw = Callable[..., list[Path]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The output folder of a run, which has the store in it and the bundle's folder beside it."""
+    store, bundle = publish_bundle(tmp_path / "out/nano")
+    remember_bundle(tmp_path / "out/nano", store.url, bundle.key)
+    (tmp_path / "out/nano/bundle").rename(tmp_path / "a bundle")
+    return tmp_path / "out/nano"
+
+
+@pytest.fixture
+def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Draw:
+    """Runs a command that draws, in ``tmp_path``, and returns the files that it names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.sampling.drawing.cores", torch.get_num_threads)
+
+    def run(*words: object) -> list[Path]:
+        capsys.readouterr()
+        assert main([*map(str, words), *FEW]) == 0
+        return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_a_run_that_was_moved_draws_the_same(run: Path, draw: Draw, tmp_path: Path) -> None:
+    (before,) = draw("sample", "a red heart")
+    pixels = before.read_bytes()
+    assert str(tmp_path) not in (run / "bundle.json").read_text()
+    shutil.move(run, tmp_path / "elsewhere")
+    (after,) = draw("sample", "a red heart", "--from", "elsewhere")
+    assert after == Path("elsewhere/samples") / before.name
+    assert after.read_bytes() == pixels
+    shutil.rmtree("elsewhere/store")  # the bundle's copy stays
+    assert draw("sample", "a red heart", "--from", "elsewhere")[0].read_bytes() == pixels
+
+
+def test_a_bundles_folder_draws_with_every_command(run: Path, draw: Draw, tmp_path: Path) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "a bundle").rglob("*")}
+    (sampled,) = draw("sample", "a red heart", "--from", "a bundle")
+    assert sampled.parent == Path("out/a bundle/samples")
+    (edited, *_) = draw("edit", "priors", "a red heart", "--from", "a bundle")
+    assert edited.parent == Path("out/a bundle/edits")
+    Path("prompts.txt").write_text("a red heart\n")
+    draw("generate", "prompts.txt", "--from", "a bundle", "--workers", 0, "--batch", 1)
+    assert Path("out/a bundle/generated/00000.tar").is_file()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a bundle").rglob("*")} == files
+    assert Image.open(sampled).size == (64, 64)
+
+
+def test_a_project_and_its_release(made: Made) -> None:  # noqa: F811
+    first = made.make(0.0)
+    assert find_bundle(str(made.path)).key == first
+    with pytest.raises(UserError, match="no current release exists yet"):
+        find_bundle(f"release:{made.path}")
+    made.make(0.1, OTHER)
+    made.release("promote", *LATER)
+    assert find_bundle(f"release:{made.path}").key == made.current != first
+
+
+def test_what_is_not_a_bundle_is_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished bundle there; name a run's output folder"):
+        find_bundle(str(tmp_path / "nowhere"))
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "a bundle/README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"a bundle/README.md: cannot be read .*; copy the bundle with cp -rL"):
+        find_bundle(str(tmp_path / "a bundle"))
+    for key in ("../../../secret", 7):
+        (run / "bundle.json").write_text(json.dumps({"store": "store", "bundle": key}))
+        with pytest.raises(UserError, match="no finished bundle there"):
+            find_bundle(str(run))
