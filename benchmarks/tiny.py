@@ -174,7 +174,7 @@ def seconds_by_stage(unclip: UnCLIP) -> dict[str, float]:
     seconds: dict[str, float] = {}
     start = last = perf_counter()
 
-    def progress(stage: str, step: int, steps: int) -> None:
+    def progress(stage: str, step: int, steps: int, *_: object) -> None:
         nonlocal last
         if step == steps:
             seconds[stage], last = perf_counter() - last, perf_counter()

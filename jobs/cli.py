@@ -22,6 +22,7 @@ COMMANDS = {
     "submit": "run it on a cluster, on this machine or elsewhere, and follow",
     "sample": "draw images for captions with a finished bundle",
     "generate": "draw images for a list of prompts, on many workers",
+    "serve": "draw from a page, and from any client of OpenAI's image API",
     "edit": "vary, interpolate, change or decompose your own images",
     "show": "show runs, what is being made and by which machine, and the lineage of an artefact",
     "report": "write the report again, for example with images of some licences only",

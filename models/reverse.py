@@ -14,11 +14,14 @@ from models.draw import Draw
 from models.sampling_config import UNEVEN, UNEVEN_MODEL
 from models.upsampler import Upsampler
 
-Progress = Callable[[str, int, int], None]
-"""Called after every step with the stage's name, the number of steps done and the number of steps."""
+Progress = Callable[..., None]
+"""Called after every step with the stage's name, the number of steps done and the number of steps.
+
+Stages that make images add the current estimate of the clean images, [b, 3, s, s], after the last step the result.
+"""
 
 
-def ignore(stage: str, step: int, steps: int) -> None:
+def ignore(stage: str, step: int, steps: int, estimate: Tensor | None = None) -> None:
     """Progress that nobody watches."""
 
 
@@ -61,8 +64,9 @@ class Reverse:
         steps = self.steps
         grid = strided_grid(schedule.steps, steps) if self.inverted else sampling_grid(self.stage, model, steps)
 
-        def report(done: int, _: Tensor) -> None:
-            self.progress(self.stage, done, self.steps)
+        def report(done: int, estimate: Tensor) -> None:
+            shown = () if isinstance(model, DiffusionPrior) else (estimate,)
+            self.progress(self.stage, done, self.steps, *shown)
 
         if self.sampler == "dpm":
             return dpm_solver(denoise, noise, log_snr_grid(schedule, self.steps), schedule, report)

@@ -1,1 +1,1 @@
-"""Draws images over HTTP with a trained bundle."""
+"""A trained bundle behind OpenAI's image API and a page, on Ray Serve."""

@@ -14,6 +14,7 @@ RAY = {
     "pipeline/graph/shards.py",
     "pipeline/graph/workers.py",
     "pipeline/training/distributed/launch.py",
+    "serve/app.py",
 }
 
 

@@ -48,7 +48,7 @@ def _draw(bench: Bench, unclip: UnCLIP, size: int) -> tuple[Generation, dict[str
     seconds: dict[str, float] = {}
     start = last = perf_counter()
 
-    def progress(stage: str, step: int, steps: int) -> None:
+    def progress(stage: str, step: int, steps: int, *_: object) -> None:
         nonlocal last
         if step == steps:
             bench.wait()

@@ -25,9 +25,11 @@ EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
 RETRAINED = "tests/jobs/test_retrain.py, in the order of docs/retrain.md and with what they print"
 RAYJOB = "tests/cluster/test_submit_kuberay.py and test_rayjob_runs.py; there is no Kubernetes here"
 SUBMITTED = "tests/cluster/test_local.py, to clusters on loopback"
+SERVED = "tests/serve, with models of random weights"
 CHECKED = "tests/test_benchmarks.py, on a CPU; there is no GPU here"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
+    "unclip serve out/nano": SERVED,
     "unclip init my-project pairs.csv": "here",
     "unclip init birds images": "here",
     "unclip init scans 00000.tar 00001.tar": "here",

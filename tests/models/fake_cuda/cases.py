@@ -338,7 +338,7 @@ def measure(name: str, watch: Watch) -> None:
     sampling = SAMPLERS[name]()
     kept: list[Any] = []
 
-    def progress(_: str, done: int, of: int) -> None:
+    def progress(_: str, done: int, of: int, *__: object) -> None:
         if done == 1:
             watch.clear()
         elif done == of:

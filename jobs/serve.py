@@ -1,0 +1,96 @@
+"""``unclip serve BUNDLE``: draw from a page, and from any client of OpenAI's image API."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.sample import bundle_artifact, newest_output
+from pipeline.config import load_config
+from pipeline.errors import UserError
+from pipeline.graph.ray import start_ray
+from pipeline.parse import parse
+from pipeline.settings import RaySettings
+from pipeline.store.records import digest
+from serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from serve.bundle import Served
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs ``unclip serve``."""
+    parser = argparse.ArgumentParser(prog="unclip serve", description=__doc__)
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        metavar="BUNDLE",
+        help="a run's output folder, a bundle's folder, or a project's YAML to serve its release (newest under out/)",
+    )
+    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="such as port=9000; docs/serve.md has them")
+    arguments = parser.parse_args(argv)
+    words = [word for word in (arguments.bundle, *arguments.settings) if word]
+    named = [word for word in words if "=" not in word]
+    settings = read_settings([word for word in words if "=" in word])
+    if find_spec("multipart") is None and find_spec("python_multipart") is None:
+        raise UserError("unclip serve needs more packages; install them with pip install 'unclip-ray[serve]'")
+    served = find_bundle(Path(named[0]) if named else newest_output())
+    settings = replace(settings, port=settings.port or _free_port(settings.host))
+
+    from serve.app import start, stop
+
+    start_ray(RaySettings())
+    print(f"loading {served.name} ...", flush=True)
+    start(served, settings)
+    host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
+    print(f"the studio is at http://{host}:{settings.port}/, the API at http://{host}:{settings.port}/v1", flush=True)
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    try:
+        ended.wait()
+    finally:
+        stop()
+    return 0
+
+
+def read_settings(words: Sequence[str]) -> ServeSettings:
+    """Returns settings from NAME=VALUE. Raises UserError."""
+    import yaml
+
+    pairs = (word.partition("=") for word in words)
+    return parse(ServeSettings, {name: yaml.safe_load(value) for name, _, value in pairs}, "serve")
+
+
+def find_bundle(place: Path) -> Served:
+    """Returns what a path names. Raises UserError where no bundle is there."""
+    from serve.bundle import Served
+
+    if place.suffix in (".yaml", ".yml"):
+        config = load_config(str(place), [])
+        served = Served(config.project, store=config.store, project=config.project)
+        served.current()
+        return served
+    if (place / "decoder").is_dir():
+        files = sorted(path for path in place.rglob("*") if path.is_file())
+        contents = {str(path.relative_to(place)): _sha256(path) for path in files}
+        return Served(place.resolve().name, key=digest(contents), folder=str(place.resolve()))
+    store, artifact = bundle_artifact(place)
+    return Served(place.resolve().name, store=store.url, key=artifact.key)
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as server:
+        return server.getsockname()[1]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,181 @@
+"""The processes of Ray Serve: one door that speaks HTTP and holds the line, and processes that draw."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event as Flag
+from threading import Thread
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.handle import DeploymentHandle
+
+from pipeline.graph.resources import cores
+from serve.api import make_api
+from serve.bundle import Served
+from serve.door import Door
+from serve.line import Died, Event, Line, Refused
+from serve.painter import Painter, Stopped, Work
+from serve.results import Results
+from serve.settings import ServeSettings
+
+APP = "unclip"
+CONNECTIONS = 1000  # requests that the door holds at once, waiting ones among them
+log = logging.getLogger("unclip")
+
+
+class Drawer:
+    """A process that holds the bundle and draws one batch at a time. A new release is loaded beside the old one."""
+
+    def __init__(self, served: Served, settings: ServeSettings):
+        logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+        self.served, self.settings = served, settings
+        self.painter = self._open(served.current())
+        self.next: Painter | None = None
+        self.thread = ThreadPoolExecutor(1)
+        if not served.key:
+            Thread(target=self._follow, daemon=True).start()
+
+    def _open(self, key: str) -> Painter:
+        painter = Painter(key, self.served.open(key, self.settings.device), self.settings.batch)
+        painter.warm_up()
+        return painter
+
+    def _follow(self) -> None:
+        """Loads every new release, for the next batch to be drawn with; one that cannot be loaded changes nothing."""
+        seen = self.painter.key
+        while True:
+            Flag().wait(self.settings.follow_s)
+            try:
+                key = self.served.current()
+                if key != seen:
+                    seen = key
+                    self.next = self._open(key)
+                    log.info("bundle %s is served from the next request on", key[:12])
+            except Exception as e:  # whatever is wrong with the new one, the old one goes on
+                log.warning("bundle %s goes on: the release could not be loaded (%s)", self.painter.key[:12], e)
+
+    def _switch(self) -> None:
+        if self.next is not None:
+            self.painter, self.next = self.next, None
+
+    async def describe(self) -> dict[str, Any]:
+        """Returns what this process draws with."""
+        self._switch()
+        return self.painter.describe()
+
+    async def draw(self, work: Work) -> AsyncGenerator[Event]:
+        """Yields ("bundle", its description), then the events of ``Painter.draw``, or ("refused", why)."""
+        self._switch()
+        painter, loop, stop = self.painter, asyncio.get_running_loop(), Flag()
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+
+        def emit(event: Event | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def run() -> None:
+            try:
+                painter.draw(work, emit, stop.is_set)
+            except Stopped:
+                pass
+            except ValueError as e:
+                emit(("refused", str(e)))
+            finally:
+                emit(None)
+
+        drawing = loop.run_in_executor(self.thread, run)
+        try:
+            yield ("bundle", painter.describe())
+            while (event := await events.get()) is not None:
+                yield event
+            await drawing
+        finally:
+            stop.set()
+
+
+class DoorProcess:
+    """The process that speaks HTTP."""
+
+    def __init__(self, drawers: DeploymentHandle, served: Served, settings: ServeSettings):
+        logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+        stream = drawers.options(stream=True)
+
+        async def draw(work: Work) -> AsyncGenerator[Event]:
+            response: Any = stream.draw.remote(work)
+            try:
+                async for event in response:
+                    if event[0] == "refused":
+                        raise Refused(event[1])
+                    yield event
+            except RayTaskError:
+                raise
+            except RayActorError as e:
+                raise Died(type(e).__name__) from None
+            finally:
+                response.cancel()
+
+        async def ask() -> dict[str, Any]:
+            return await drawers.describe.remote()
+
+        def observe(name: str, value: float) -> None:
+            pass
+
+        line = Line(draw, settings.replicas, settings.batch, settings.queue, settings.wait_ms / 1000, observe)
+        self.door = Door(served.name, settings, line, Results(settings.results_mb << 20), ask, observe)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return make_api(self.door)
+
+
+def build(served: Served, settings: ServeSettings) -> serve.Application:
+    """Returns the application of Ray Serve."""
+    gpu = settings.device != "cpu" and _gpus() > 0
+    drawers: Any = serve.deployment(
+        Drawer,
+        name="drawer",
+        max_ongoing_requests=1,
+        ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": min(cores(), _cpus())},
+        autoscaling_config={
+            "min_replicas": settings.idle_replicas,
+            "initial_replicas": max(1, settings.idle_replicas),
+            "max_replicas": settings.replicas,
+            "target_ongoing_requests": 1,
+        },
+        health_check_timeout_s=120,
+        graceful_shutdown_timeout_s=60,
+    )
+    door: Any = serve.deployment(
+        serve.ingress()(DoorProcess), name="door", max_ongoing_requests=CONNECTIONS, ray_actor_options={"num_cpus": 0}
+    )
+    return door.bind(drawers.bind(served, settings), served, settings)
+
+
+def _gpus() -> float:
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0)
+
+
+def _cpus() -> float:
+    import ray
+
+    return ray.cluster_resources().get("CPU", 1)
+
+
+def start(served: Served, settings: ServeSettings) -> None:
+    """Serves on the cluster that this process has joined, and returns when the first image could be drawn."""
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 65},
+        logging_config={"log_level": "ERROR", "enable_access_log": False},
+    )
+    serve.run(build(served, settings), name=APP, route_prefix="/")
+
+
+def stop() -> None:
+    """Stops what ``start`` started; requests that were accepted are answered first."""
+    serve.shutdown()

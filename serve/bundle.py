@@ -1,0 +1,67 @@
+"""Which bundle is served, wherever a process of Ray opens it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+import torch
+
+from models.cascade import UnCLIP
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import load_artifact
+from pipeline.graph.pointer import read_releases
+from pipeline.sampling.drawing import open_bundle
+from pipeline.store import open_store
+from pipeline.store.records import materialise
+
+
+@dataclass(frozen=True)
+class Served:
+    """Names a bundle: in a store by its key or as the release of a project, or a folder.
+
+    Attributes:
+        name: What clients call the model.
+        store: The store's URL, or "" for a folder.
+        key: The bundle's key, or what identifies the folder; "" for the release of ``project``.
+        project: The project whose release is followed.
+        folder: The bundle's folder, where there is no store.
+    """
+
+    name: str
+    store: str = ""
+    key: str = ""
+    project: str = ""
+    folder: str = ""
+
+    def current(self) -> str:
+        """Returns the key of the bundle to serve now. Raises UserError for a project without a release."""
+        if self.key:
+            return self.key
+        move = read_releases(open_store(self.store), self.project).current
+        if move is None:
+            raise UserError(f"{self.project} has no release in {self.store}; make one with unclip release promote")
+        return move.bundle
+
+    def open(self, key: str, device: str) -> UnCLIP:
+        """Loads the bundle of a key. Raises UserError where it is not in the store, CorruptObject if it is damaged."""
+        if self.folder:
+            return open_bundle(self.folder, device)
+        store = open_store(self.store)
+        artifact = load_artifact(store, "bundle", key)
+        if artifact is None:
+            raise UserError(f"bundle {key[:12]} is not in {store.url} any longer; run its configuration again")
+        with tempfile.TemporaryDirectory() as folder:
+            materialise(store, artifact.blobs, folder)
+            return open_bundle(folder, device)
+
+
+def sides(unclip: UnCLIP) -> list[int]:
+    """Returns the sides of the images that a bundle makes, in pixels, the smallest first."""
+    models = (unclip.decoder, unclip.upsampler_256, unclip.upsampler_1024)
+    return [model.config.image_size for model in models if model is not None]
+
+
+def device_of(unclip: UnCLIP) -> torch.device:
+    """Returns the device that a bundle draws on."""
+    return unclip.clip.mean.device

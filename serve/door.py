@@ -1,0 +1,114 @@
+"""From a request that was read to its images: what is known already, the line, what is kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline.store.records import digest
+from serve.errors import ApiError
+from serve.line import Event, Line, Refused
+from serve.painter import Row, Work
+from serve.results import Result, Results
+from serve.settings import ServeSettings
+
+
+@dataclass
+class Door:
+    """What the endpoints share.
+
+    Attributes:
+        name: What clients call the model.
+        settings: How it is served.
+        line: The line of requests.
+        results: Finished images.
+        ask: Asks a process that draws what it draws with, as ``Painter.describe``.
+        about: The last answer to that.
+        observe: Notes a figure.
+    """
+
+    name: str
+    settings: ServeSettings
+    line: Line
+    results: Results
+    ask: Callable[[], Awaitable[dict[str, Any]]]
+    observe: Callable[[str, float], None]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    async def described(self) -> dict[str, Any]:
+        """Returns what the bundle is. Raises ApiError while no process has loaded it."""
+        if not self.about:
+            self.about = await self.ask()
+        return self.about
+
+    async def side(self, model: str | None, size: str) -> int:
+        """Returns the side that a request asks for. Raises ApiError for a model or size that is not here."""
+        about = await self.described()
+        known = (None, "dall-e-2", self.name)
+        if model not in known and not (len(model or "") >= 8 and about["bundle"].startswith(model)):
+            raise ApiError(
+                404,
+                "model_not_found",
+                f"The model {model!r} is not served here: leave model out, or use {self.name!r}",
+                "model",
+            )
+        largest = about["sides"][-1]
+        side = largest if size == "auto" else int(size.partition("x")[0])
+        if side > largest:
+            raise ApiError(
+                400, "invalid_size", f"This bundle's images end at {largest} px: use a smaller size, or auto", "size"
+            )
+        return side
+
+    async def draw(self, work: Work, seen: Callable[[Event], None]) -> AsyncGenerator[Event]:
+        """Yields the events of drawing, with ("image", row, name, Result) for each image.
+
+        Raises ApiError for what this bundle cannot draw, and where the line is full.
+        """
+        about = await self.described()
+        names = [self.results.name(self._key(about["bundle"], work, row)) for row in work.rows]
+        missing = []
+        for i, name in enumerate(names):
+            if found := self.results.get(name):
+                yield ("image", i, name, found)
+            else:
+                missing.append(i)
+        if not missing:
+            return
+        rows = tuple(work.rows[i] for i in missing)
+        try:
+            async with aclosing(self.line.run(replace(work, rows=rows))) as events:
+                async for event in events:
+                    if event[0] == "bundle":
+                        if event[1]["bundle"] != about["bundle"]:
+                            self.about = about = event[1]
+                            names = [self.results.name(self._key(about["bundle"], work, row)) for row in work.rows]
+                    elif event[0] == "image":
+                        i = missing[event[1]]
+                        result = Result(event[2], work.rows[i].seed, event[3])
+                        yield ("image", i, names[i], self.results.keep(names[i], result))
+                    elif event[0] == "partial":
+                        yield ("partial", missing[event[1]], *event[2:])
+                    else:
+                        yield event
+        except Refused as e:
+            raise ApiError(400, "invalid_request", str(e)) from None
+
+    def _key(self, bundle: str, work: Work, row: Row) -> str:
+        """Returns the key of one image: everything that it depends on."""
+        images = [hashlib.sha256(image).hexdigest() for image in work.images]
+        return digest(
+            {
+                "bundle": bundle,
+                "kind": work.kind,
+                "options": work.options,
+                "side": work.side,
+                "caption": row.caption,
+                "seed": row.seed,
+                "images": images,
+                "more": work.more,
+            }
+        )

@@ -1,0 +1,169 @@
+"""The line of requests: bounded, in order, drawn together where their settings are equal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from serve.errors import ApiError
+from serve.painter import Row, Work
+
+ATTEMPTS = 5  # at a batch whose process dies
+log = logging.getLogger("unclip")
+Event = tuple[Any, ...]
+
+
+class Died(Exception):
+    """The process that drew is gone; another one can draw the same."""
+
+
+class Refused(Exception):
+    """The bundle cannot draw that."""
+
+
+class Draw(Protocol):
+    """Draws a work in some process, and yields events. Raises Died, Refused, or what went wrong."""
+
+    def __call__(self, work: Work) -> AsyncGenerator[Event]: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in the line, with the events that are still to be read."""
+
+    work: Work
+    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    gone: bool = False
+    seen: set[tuple[Any, ...]] = field(default_factory=set)  # of the events that a second attempt repeats
+
+    def tell(self, event: Event) -> None:
+        """Hands on an event, but not twice."""
+        if event[0] in ("partial", "image"):
+            if event[:2] + event[2:3] * (event[0] == "partial") in self.seen:
+                return
+            self.seen.add(event[:2] + event[2:3] * (event[0] == "partial"))
+        self.events.put_nowait(event)
+
+
+class Line:
+    """Draws jobs in the order in which they came, ``lanes`` batches of up to ``batch`` images at once.
+
+    Args:
+        draw: Draws one batch.
+        lanes: How many processes draw, at most.
+        batch: Images of a batch; a request is never split.
+        limit: Images that may wait.
+        wait: Seconds that a batch waits for more of its kind.
+        observe: Called with the name of a figure and its value.
+    """
+
+    def __init__(
+        self, draw: Draw, lanes: int, batch: int, limit: int, wait: float, observe: Callable[[str, float], None]
+    ):
+        self.draw, self.lanes, self.batch, self.limit, self.wait = draw, lanes, batch, limit, wait
+        self.observe = observe
+        self.waiting: deque[Job] = deque()
+        self.running: list[list[Job]] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.seconds = 5.0  # a batch takes, as the last ones did
+
+    def images(self) -> int:
+        """Returns how many images wait."""
+        return sum(len(job.work.rows) for job in self.waiting)
+
+    async def run(self, work: Work) -> AsyncGenerator[Event]:
+        """Yields ("place", jobs before this one) as it changes, then the events of drawing.
+
+        Raises ApiError where the line is full, Refused and what went wrong. Leaving the iteration takes the job out.
+        """
+        if self.waiting and self.images() + len(work.rows) > self.limit:
+            again = self.seconds * self.images() / (self.batch * self.lanes)
+            raise ApiError(
+                429, "queue_full", f"{len(self.waiting)} requests wait already; try again later", retry_after=again
+            )
+        job = Job(work)
+        self.waiting.append(job)
+        job.tell(("place", len(self.waiting) - 1 + len(self.running)))
+        if len(self.tasks) < self.lanes:
+            task = asyncio.create_task(self._lane())
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        missing = len(work.rows)
+        try:
+            while missing:
+                event = await job.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                missing -= event[0] == "image"
+                yield event
+        finally:
+            job.gone = True
+            if job in self.waiting:
+                self.waiting.remove(job)
+
+    async def _lane(self) -> None:
+        """Draws batches until nothing waits."""
+        loop = asyncio.get_running_loop()
+        while self.waiting:
+            if self.wait and self.images() < self.batch:
+                await asyncio.sleep(self.wait)
+            jobs = self._take()
+            if not jobs:
+                continue
+            self.running.append(jobs)
+            began = loop.time()
+            try:
+                await self._draw(jobs)
+                self.seconds = 0.7 * self.seconds + 0.3 * (loop.time() - began)
+            except Exception as e:
+                for job in jobs:
+                    job.events.put_nowait(e)
+            finally:
+                self.running.remove(jobs)
+            for place, job in enumerate(self.waiting):
+                job.tell(("place", place + len(self.running)))
+
+    def _take(self) -> list[Job]:
+        """Returns the first job with those behind it that have equal settings, as long as the batch has room."""
+        taken: list[Job] = []
+        room = self.batch
+        for job in list(self.waiting):
+            first = taken[0].work if taken else job.work
+            alike = (job.work.kind, job.work.options, job.work.side) == (first.kind, first.options, first.side)
+            alone = first.kind != "generation" and bool(taken)
+            if alike and not alone and (not taken or len(job.work.rows) <= room):
+                taken.append(job)
+                room -= len(job.work.rows)
+                self.waiting.remove(job)
+        return taken
+
+    async def _draw(self, jobs: list[Job]) -> None:
+        rows: list[Row] = []
+        owners: list[tuple[Job, int]] = []
+        for job in jobs:
+            owners += [(job, i) for i in range(len(job.work.rows))]
+            rows += job.work.rows
+        work = replace(jobs[0].work, rows=tuple(rows), partial=any(job.work.partial for job in jobs))
+        self.observe("batch_size", len(rows))
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with aclosing(self.draw(work)) as events:
+                    async for event in events:
+                        if all(job.gone for job in jobs):
+                            return  # which ends the drawing, too
+                        if event[0] in ("partial", "image"):
+                            job, own = owners[event[1]]
+                            job.tell((event[0], own, *event[2:]))
+                        else:
+                            for job in jobs:
+                                job.tell(event)
+                return
+            except Died as e:
+                if attempt == ATTEMPTS:
+                    raise
+                log.warning("a process that drew is gone (%s); its %d images are drawn again", e, len(rows))

@@ -1,0 +1,149 @@
+"""Draws what requests ask for with one bundle, and says of every image as it is made. Knows neither HTTP nor Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.cascade import Generation, UnCLIP
+from models.comparison import priors_of
+from models.pixels import to_uint8
+from models.view import view
+from pipeline.sampling.drawing import png_with_text
+from serve.bundle import sides
+
+STEP_S = 0.2  # between two reports of steps
+Emit = Callable[[tuple[Any, ...]], None]
+
+
+class Stopped(Exception):
+    """Raised inside a drawing that nobody waits for any longer."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image to draw."""
+
+    caption: str | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images of one kind with equal settings.
+
+    Attributes:
+        kind: generation, variation, difference, inpainting or interpolation.
+        options: Sampling options that differ from the bundle's.
+        side: Of the images to hand out, pixels; smaller than what is drawn for 512.
+        rows: The images.
+        images: PNG files as ``decoding.prepare`` makes them, and of the mask.
+        more: What the kind needs besides: eta, before, strength.
+        partial: Whether the smaller images are handed out, too.
+    """
+
+    kind: str
+    options: Mapping[str, Any]
+    side: int
+    rows: tuple[Row, ...]
+    images: tuple[bytes, ...] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
+    partial: bool = False
+
+
+class Painter:
+    """Draws with one bundle, ``batch`` images at once."""
+
+    def __init__(self, key: str, unclip: UnCLIP, batch: int):
+        self.key, self.unclip, self.batch = key, unclip, batch
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what clients may know of the bundle."""
+        return {
+            "bundle": self.key,
+            "sides": sides(self.unclip),
+            "priors": [option for _, option in priors_of(self.unclip)],
+            "sampling": dataclasses.asdict(self.unclip.sampling),
+            "device": str(self.unclip.clip.mean.device),
+        }
+
+    def warm_up(self) -> None:
+        """Draws one image of the largest side in as few steps as there may be, so that the first request is quick."""
+        least = {f"{name}_steps": 2 for name in ("prior", "decoder", "upsampler_256", "upsampler_1024")}
+        self.draw(Work("generation", least, max(sides(self.unclip)), (Row("", 0),)), lambda _: None, lambda: False)
+
+    def draw(self, work: Work, emit: Emit, stopped: Callable[[], bool]) -> None:
+        """Draws the images of ``work``.
+
+        ``emit`` gets ("step", stage, done, steps), ("partial", row, side, PNG) if wanted, and ("image", row, PNG,
+        score) for every row, where the score is the cosine of image and caption by CLIP. Raises Stopped at the next
+        step after ``stopped`` says so, and ValueError for what this bundle cannot draw.
+        """
+        size = 64 * min(n for n in (1, 4, 16) if 64 * n >= work.side)
+        options = {**work.options, "size": size}
+        settings = dataclasses.asdict(self.unclip.sampling_with(options))
+        chunk = len(work.rows) if work.kind == "interpolation" else self.batch
+        for start in range(0, len(work.rows), chunk):
+            rows = work.rows[start : start + chunk]
+            watch = _Watch(emit, stopped, start, work)
+            made = self._make(work, rows, options, watch)
+            scores = self._scores(made, rows)
+            for i, row in enumerate(rows):
+                pixels = made.image[i].numpy()
+                if len(pixels) > work.side:
+                    pixels = view(Image.fromarray(pixels), work.side)
+                text = {
+                    "caption": row.caption or "",
+                    "seed": str(row.seed),
+                    "settings": json.dumps(settings, sort_keys=True),
+                    "made": json.dumps({"kind": work.kind, "bundle": self.key, **work.more}, sort_keys=True),
+                }
+                emit(("image", start + i, png_with_text(pixels, text), scores[i]))
+
+    def _make(self, work: Work, rows: Sequence[Row], options: dict[str, Any], watch: Callable[..., None]) -> Generation:
+        seeds = [row.seed for row in rows]
+        return self.unclip.generate([row.caption or "" for row in rows], seeds, watch, **options)
+
+    def _scores(self, made: Generation, rows: Sequence[Row]) -> list[float | None]:
+        """Returns the cosine of each image and its caption, None where there is no caption."""
+        clip = self.unclip.clip
+        device = clip.mean.device
+        with torch.no_grad():
+            views = [torch.from_numpy(view(Image.fromarray(x.numpy()), clip.image_size)) for x in made.image]
+            images = clip.encode_image(torch.stack(views).permute(0, 3, 1, 2).to(device))
+            texts = clip.encode_text(clip.tokenize([row.caption or "" for row in rows]).to(device))
+        near = (images * texts).sum(-1).tolist()
+        return [None if row.caption is None else score for row, score in zip(rows, near, strict=True)]
+
+
+class _Watch:
+    """Turns the progress of models into events, and ends a drawing that nobody waits for."""
+
+    def __init__(self, emit: Emit, stopped: Callable[[], bool], start: int, work: Work):
+        self.emit, self.stopped, self.start, self.work, self.said = emit, stopped, start, work, 0.0
+
+    def __call__(self, stage: str, done: int, steps: int, estimate: Tensor | None = None) -> None:
+        if self.stopped():
+            raise Stopped
+        now = time.monotonic()
+        if done == steps or now - self.said > STEP_S:
+            self.said = now
+            self.emit(("step", stage, done, steps))
+        if self.work.partial and estimate is not None and done == steps and estimate.shape[-1] < self.work.side:
+            pixels = to_uint8(estimate).permute(0, 2, 3, 1).cpu().numpy()
+            for i, image in enumerate(pixels):
+                self.emit(("partial", self.start + i, len(image), png_with_text(image, {})))
+
+
+def opened(png: bytes) -> Image.Image:
+    """Opens a PNG that ``decoding.prepare`` has made."""
+    return Image.open(io.BytesIO(png))

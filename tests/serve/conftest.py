@@ -1,0 +1,44 @@
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults import Running, start
+from tests.models.test_cascade import make
+
+SECONDS = 240
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of ``unclip serve`` with a bundle of random weights, of 16, 64 and 256 px."""
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    make().save(folder)
+    with_port = serving(folder)
+    yield next(with_port)
+    next(with_port, None)
+
+
+def serving(*words: object) -> Iterator[str]:
+    """Starts ``unclip serve`` on a free port, yields its address when it is ready, and ends it."""
+    process = start("serve", *words, "port=0")
+    try:
+        yield address(process)
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def address(process: Running) -> str:
+    """Returns the address that a server prints when it is ready."""
+    said = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        said.append(line)
+        if " at http://" in line:
+            return line.partition(" at ")[2].split("/,")[0]
+    raise AssertionError(f"not ready: {said} {process.communicate(timeout=60)}")
