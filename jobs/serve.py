@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import signal
 import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.sample import bundle_artifact, newest_output
+from jobs.bundles import PLACES, RELEASE, find_bundle
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.graph.ray import start_ray
 from pipeline.parse import parse
 from pipeline.settings import RaySettings
-from pipeline.store.records import digest
+from pipeline.store import open_store
 from serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         "bundle",
         nargs="?",
         metavar="BUNDLE",
-        help="a run's output folder, a bundle's folder, or a project's YAML to serve its release (newest under out/)",
+        help=f"{PLACES}; a release is followed; by default the newest under out/",
     )
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="such as port=9000; docs/serve.md has them")
     arguments = parser.parse_args(argv)
@@ -42,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     settings = read_settings([word for word in words if "=" in word])
     if find_spec("multipart") is None and find_spec("python_multipart") is None:
         raise UserError("unclip serve needs more packages; install them with pip install 'unclip-ray[serve]'")
-    served = find_bundle(Path(named[0]) if named else newest_output())
+    served = find_served(named[0] if named else None)
     settings = replace(settings, port=settings.port or _free_port(settings.host))
 
     from serve.app import start, stop
@@ -69,28 +67,22 @@ def read_settings(words: Sequence[str]) -> ServeSettings:
     return parse(ServeSettings, {name: yaml.safe_load(value) for name, _, value in pairs}, "serve")
 
 
-def find_bundle(place: Path) -> Served:
-    """Returns what a path names. Raises UserError where no bundle is there."""
+def find_served(source: str | None) -> Served:
+    """Returns the bundle at one of PLACES, the newest of the runs by default. Raises UserError where none is there."""
     from serve.bundle import Served
 
-    if place.suffix in (".yaml", ".yml"):
-        config = load_config(str(place), [])
-        served = Served(config.project, store=config.store, project=config.project)
+    if source is not None and source.startswith(RELEASE):
+        config = load_config(source.removeprefix(RELEASE), [])
+        served = Served(config.project, store=open_store(config.store).url, project=config.project)
         served.current()
         return served
-    if (place / "decoder").is_dir():
-        files = sorted(path for path in place.rglob("*") if path.is_file())
-        contents = {str(path.relative_to(place)): _sha256(path) for path in files}
-        return Served(place.resolve().name, key=digest(contents), folder=str(place.resolve()))
-    store, artifact = bundle_artifact(place)
-    return Served(place.resolve().name, store=store.url, key=artifact.key)
+    bundle = find_bundle(source)
+    name = bundle.output.resolve().name
+    if bundle.store is None:
+        return Served(name, key=bundle.key, folder=str(bundle.folder.resolve()))
+    return Served(name, store=bundle.store.url, key=bundle.key)
 
 
 def _free_port(host: str) -> int:
     with socket.create_server((host, 0)) as server:
         return server.getsockname()[1]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
