@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from pipeline.build import build
 from pipeline.config import OVERRIDES, Config, load_config
@@ -98,9 +99,9 @@ def add_config_and_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=OVERRIDES)
 
 
-def open_project(path: str, overrides: Sequence[str]) -> Project:
-    """Loads a configuration and reads its list. Raises UserError."""
-    config = load_config(path, overrides)
+def open_project(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Project:
+    """Loads a configuration, from a file or from its values, and reads its list. Raises UserError."""
+    config = load_config(source, overrides)
     return project_of(config, open_store(config.store))
 
 

@@ -132,8 +132,15 @@ UPSAMPLERS = tuple(name for name in RECIPES if DEFAULTS[name] is UpsamplerRecipe
 OVERRIDES = "values in place of the file's, such as decoder.samples=100000 preset=small"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies ``key.key=value`` overrides. Raises UserError with one line for any mistake."""
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, or takes its values, and applies ``key.key=value`` overrides. Raises UserError."""
+    values = source if isinstance(source, Mapping) else _read_values(source)
+    for override in overrides:
+        values = overlay(values, _override(override))
+    return make_config(values)
+
+
+def _read_values(path: str | Path) -> Mapping[str, Any]:
     try:
         text = read_local(path, CONFIG_BYTES).decode()
     except FileNotFoundError:
@@ -148,9 +155,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of stages")
-    for override in overrides:
-        values = overlay(values, _override(override))
-    return make_config(values)
+    return values
 
 
 def _override(text: str) -> dict[str, Any]:

@@ -1,1 +1,47 @@
-"""The public interface: what a program imports; everything else is private."""
+"""The public interface: what a program imports; everything else is private.
+
+Nothing heavy is imported before a name is used, so ``import unclip`` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.errors import UserError as UserError
+    from unclip.artifact import Artifact as Artifact
+    from unclip.model import Model as Model
+    from unclip.model import load as load
+    from unclip.pairs import Pairs as Pairs
+    from unclip.project import Plan as Plan
+    from unclip.project import Project as Project
+    from unclip.project import open as open
+    from unclip.training import train as train
+
+    __version__: str
+
+_PLACES = {
+    "Artifact": "unclip.artifact",
+    "Model": "unclip.model",
+    "Pairs": "unclip.pairs",
+    "Plan": "unclip.project",
+    "Project": "unclip.project",
+    "UserError": "pipeline.errors",
+    "load": "unclip.model",
+    "open": "unclip.project",
+    "train": "unclip.training",
+}
+__all__ = [*_PLACES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("unclip-ray")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'unclip' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

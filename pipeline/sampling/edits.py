@@ -52,7 +52,7 @@ def variations(
 ) -> Edit:
     """Follows section 3.1: the image, then ``count`` others of its embedding, with the seeds from ``seed`` on."""
     sampling, seeds = unclip.manipulation_sampling(dict(options)), range(seed, seed + count)
-    with _watched("variations", unclip, sampling, inversions=1) as progress:
+    with watched("variations", unclip, sampling, inversions=1) as progress:
         inversion = unclip.invert([image], _listed(caption), progress, **options)
         made = unclip.variations(inversion, seeds, eta, progress, **options)
     names = ("the image", *(f"seed {s}" for s in seeds))
@@ -64,7 +64,7 @@ def interpolation(
 ) -> Edit:
     """Follows section 3.2: ``count`` images from the first, reconstructed, to the second, reconstructed."""
     sampling = unclip.manipulation_sampling(dict(options))
-    with _watched("interpolation", unclip, sampling, inversions=2) as progress:
+    with watched("interpolation", unclip, sampling, inversions=2) as progress:
         a, b = (unclip.invert([image], None, progress, **options) for image in (first, second))
         made = unclip.interpolate(a, b, count, seed, progress, **options)
     return _edit(_images(made), [f"{i / (count - 1):.0%}" for i in range(count)], sampling)
@@ -76,7 +76,7 @@ def text_difference(
     """Follows section 3.3: the image, reconstructed, then turned further and further, up to the share ``most``."""
     sampling, shares = unclip.manipulation_sampling(dict(options)), [most * i / (count - 1) for i in range(count)]
     check_captions([before, after])
-    with _watched("text difference", unclip, sampling, inversions=1) as progress:
+    with watched("text difference", unclip, sampling, inversions=1) as progress:
         inversion = unclip.invert([image], None, progress, **options)
         made = unclip.text_difference(inversion, before, after, shares, seed, progress, **options)
     return _edit(_images(made), [f"turned by {share:.3g}" for share in shares], sampling)
@@ -85,7 +85,7 @@ def text_difference(
 def reconstruction(unclip: UnCLIP, image: Image.Image, caption: str | None, seed: int, options: Options) -> Edit:
     """Follows section 3: the image, and what its two latents become; how near it is, at every size that is made."""
     sampling = unclip.manipulation_sampling(dict(options))
-    with _watched("reconstruction", unclip, sampling, inversions=1) as progress:
+    with watched("reconstruction", unclip, sampling, inversions=1) as progress:
         inversion = unclip.invert([image], _listed(caption), progress, **options)
         made = unclip.reconstruct(inversion, seed, progress, **options)
     near = [f"{_psnr(made.images[side], image):.1f} dB at {side} px" for side in made.images]
@@ -101,7 +101,7 @@ def components(unclip: UnCLIP, image: Image.Image, counts: Sequence[int] | None,
     sampling, codes = unclip.manipulation_sampling(dict(options)), unclip.codec.codes if unclip.codec else PAPER_CODES
     counts = counts or sorted({max(1, round(n * codes / PAPER_CODES)) for n in PAPER_COUNTS})
     embedding = unclip.embed([image])
-    with _watched("components", unclip, sampling, decodings=2) as progress:
+    with watched("components", unclip, sampling, decodings=2) as progress:
         made = unclip.principal_components(embedding, counts, seed, progress, **options)
         whole = unclip.decode(embedding, None, [seed], sampling, progress)
     near = cosine_similarity(made.embedding, embedding)
@@ -114,7 +114,7 @@ def priors(unclip: UnCLIP, caption: str, image: Image.Image | None, seed: int, o
     """Follows section 5.1, figure 8: a caption decoded from each prior's embedding, its text's and the image's."""
     sampling = unclip.sampling_with(dict(options))
     drawn = sum(prior_steps(unclip, dataclasses.asdict(sampling), option) for _, option in priors_of(unclip))
-    with _watched("priors", unclip, sampling, more=drawn) as progress:
+    with watched("priors", unclip, sampling, more=drawn) as progress:
         compared = compare_priors(unclip, caption, seed, image, progress, **options)
     made = compared.generation
     near = {"caption": cosine_similarity(made.embedding, compared.text).tolist()}
@@ -128,7 +128,7 @@ def priors(unclip: UnCLIP, caption: str, image: Image.Image | None, seed: int, o
 
 
 @contextmanager
-def _watched(
+def watched(
     name: str, unclip: UnCLIP, sampling: SamplingConfig, inversions: int = 0, decodings: int = 1, more: int = 0
 ) -> Iterator[reverse.Progress]:
     """Shows progress over all steps of ``inversions`` and ``decodings``, and ``more`` steps."""

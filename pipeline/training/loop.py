@@ -16,7 +16,7 @@ from pipeline.settings import TrainingSettings
 from pipeline.training.device import autocast
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import full_tensor
-from pipeline.training.feed.feed import Feed, LocalBatch
+from pipeline.training.feed.feed import Batches, LocalBatch
 from pipeline.training.memory import memory_for
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState, ema_half_life, learning_rate, update_ema
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 def fit(
     stage: str,
-    feed: Feed,
+    feed: Batches,
     recipe: TrainingRecipe,
     settings: TrainingSettings,
     group: ProcessGroup,

@@ -25,9 +25,10 @@ from pipeline.training.between_steps import BetweenSteps, averaged
 from pipeline.training.checkpoints import Course
 from pipeline.training.device import computes_in
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.feed.feed import Feed
+from pipeline.training.feed.feed import Batches, Feed
 from pipeline.training.loop import NonFinite, fit
 from pipeline.training.memory import fitting_rows, memory_for, refuses
+from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState, begin, share
 from pipeline.training.task import Contrastive, Examples, Finishes, Task, task_of
@@ -149,19 +150,21 @@ class Publisher:
             self.task.save(model, folder)
             return
         with torch.no_grad():
-            statistics = self.task.finish(model, self._examples(self.task.finish_rows))
+            ctx = self.ctx
+            feed = Feed(ctx.store, ctx.inputs, self.task, ctx.recipe)
+            statistics = self.task.finish(model, first_rows(feed, ctx.recipe, self.task.finish_rows, self.group.device))
         self.task.save(model, folder, statistics)
 
-    def _examples(self, rows: int) -> Examples:
-        """Returns ``rows`` training rows of the first steps, the same for any workers and any stop."""
-        recipe, device = self.ctx.recipe, self.group.device
-        size = min(rows, recipe.batch)
-        every = slice(None, None, recipe.batch // size)
-        with closing(Feed(self.ctx.store, self.ctx.inputs, self.task, recipe).batches(0)) as batches:
-            parts = [local.batch for local in islice(batches, -(-rows // size))]
-        columns = {name: torch.cat([part[name][every][:size] for part in parts])[:rows] for name in parts[0]}
-        batch = {name: column.to(device) for name, column in columns.items()}
-        return [(batch, Draw([(derive_seed(recipe.seed, "finish"), rows)], device))]
+
+def first_rows(feed: Batches, recipe: TrainingRecipe, rows: int, device: torch.device) -> Examples:
+    """Returns ``rows`` training rows of the first steps, the same for any workers and any stop."""
+    size = min(rows, recipe.batch)
+    every = slice(None, None, recipe.batch // size)
+    with closing(feed.batches(0)) as batches:
+        parts = [local.batch for local in islice(batches, -(-rows // size))]
+    columns = {name: torch.cat([part[name][every][:size] for part in parts])[:rows] for name in parts[0]}
+    batch = {name: column.to(device) for name, column in columns.items()}
+    return [(batch, Draw([(derive_seed(recipe.seed, "finish"), rows)], device))]
 
 
 def warm_start(ctx: Context, task: Task) -> Callable[[nn.Module], None] | None:

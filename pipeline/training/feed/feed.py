@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from itertools import repeat
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -62,6 +62,13 @@ class LocalBatch(NamedTuple):
         """Returns the same in pinned memory, from which a GPU copies while the host goes on."""
         batch = {name: column.pin_memory() for name, column in self.batch.items()}
         return self._replace(batch=batch, numbers={call: made.pin_memory() for call, made in self.numbers.items()})
+
+
+class Batches(Protocol):
+    """Makes the batches that a training takes."""
+
+    def batches(self, samples: int) -> Generator[LocalBatch, None, None]:
+        """Yields this worker's batch of every step, without end, after ``samples`` samples (a multiple of batch)."""
 
 
 class Begun(NamedTuple):

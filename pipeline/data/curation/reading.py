@@ -1,0 +1,135 @@
+"""Reads pairs for programs: the rows of a split with their captions, embeddings and stored images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from pipeline.data.pairs.row_index import SPLITS, Place, read_images
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import Artifact, ShardList, read_table
+from pipeline.store import Store
+
+TOGETHER = 64  # rows whose images are read, and are in memory, at once
+FACTS = ("key", "url", "width", "height", "split", "license", "attribution")
+VECTORS = ("image_embedding", "text_embedding")
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Holds one image with its captions.
+
+    Attributes:
+        key: Of the row: its shard and its place in it.
+        url: Of the image, as listed.
+        width: Of the stored image, in pixels; None where embeddings were imported without an image.
+        height: The same.
+        split: "train", "validation" or "test".
+        license: Of the image; None where the list names none.
+        attribution: Whom to name; None where the list names nobody.
+        captions: All of them.
+        data: The stored file; None where embeddings were imported without an image.
+        image_embedding: float16 [d], unit norm, where embeddings were asked for.
+        text_embedding: The same, of the first caption.
+    """
+
+    key: str
+    url: str
+    width: int | None
+    height: int | None
+    split: str
+    license: str | None
+    attribution: str | None
+    captions: list[str]
+    data: bytes | None = field(repr=False)
+    image_embedding: np.ndarray | None = field(repr=False, default=None)
+    text_embedding: np.ndarray | None = field(repr=False, default=None)
+
+    @property
+    def caption(self) -> str:
+        """Returns the first caption, "" where there is none."""
+        return self.captions[0] if self.captions else ""
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """Returns the image, upright RGB. Raises UserError where embeddings were imported without it."""
+        from models.view import upright_rgb
+
+        if self.data is None:
+            raise UserError(f"row {self.key} has imported embeddings and no image; read its embeddings instead")
+        return upright_rgb(Image.open(io.BytesIO(self.data)))
+
+
+class PairReader:
+    """Reads the pairs of one split, or of all, shard by shard. It can be pickled.
+
+    Args:
+        store: Holds them.
+        inputs: The artefacts "pairs" and "captions"; with "curation" curated rows only; "embeddings" to read these.
+        split: "train", "validation" or "test"; None reads all.
+
+    Raises:
+        UserError: for an unknown split.
+    """
+
+    def __init__(self, store: Store, inputs: Mapping[str, Artifact], split: str | None = None):
+        if split not in (None, *SPLITS):
+            raise UserError(f"split {split!r}: use one of {', '.join(SPLITS)}, or none for all")
+        self.store, self.split = store, split
+        self.rows = ShardList(store, inputs["curation" if "curation" in inputs else "pairs"])
+        self._joined = {name: ShardList(store, inputs[name]) for name in inputs if name != "curation"}
+
+    def __len__(self) -> int:
+        """Returns the number of pairs."""
+        return sum(int(self.rows.counts(f"{split}/0").sum()) for split in SPLITS if self.split in (None, split))
+
+    @property
+    def embedded(self) -> bool:
+        """Returns whether pairs are read with their embeddings."""
+        return "embeddings" in self._joined
+
+    @property
+    def shards(self) -> int:
+        """Returns the number of shards."""
+        return len(self.rows)
+
+    def read(self, position: int) -> Iterator[list[Pair]]:
+        """Yields the pairs of a shard, some at a time, in the order of the list. Raises CorruptObject."""
+        shard = self.rows[position]
+        blobs = {name: found.blobs for name, each in self._joined.items() if (found := each.find(shard.number))}
+        index = read_table(self.store, shard.blobs["index"])
+        wanted = pc.equal(index["status"], "kept")
+        if self.split:
+            wanted = pc.and_(wanted, pc.equal(index["split"], self.split))
+        index = index.filter(wanted)
+        captions = self._join(index, blobs["captions"]["captions"], ["captions"])
+        vectors: dict[str, pa.ChunkedArray] = {}
+        if "embeddings" in blobs:
+            joined = self._join(index, blobs["embeddings"]["embeddings"], list(VECTORS))
+            vectors = {name: joined[name] for name in VECTORS}
+        for start in range(0, index.num_rows, TOGETHER):
+            rows = index.slice(start, TOGETHER).to_pylist()
+            texts = captions["captions"].slice(start, TOGETHER).to_pylist()
+            places = [Place.of(row, blobs["pairs"].get("images")) for row in rows if row["size"] is not None]
+            images = dict(zip((place.key for place in places), read_images(self.store, places), strict=True))
+            for row, text in zip(rows, texts, strict=True):
+                row |= {"captions": text, "data": images.get(row["key"])}
+            for name, column in vectors.items():
+                for row, value in zip(rows, column.slice(start, TOGETHER), strict=True):
+                    row[name] = value.values.to_numpy(zero_copy_only=False)
+            yield [Pair(**{field.name: row.get(field.name) for field in fields(Pair)}) for row in rows]
+
+    def _join(self, index: pa.Table, blob: str, columns: list[str]) -> pa.Table:
+        """Returns columns of a shard's table for the rows of an index. Raises ValueError where a row is missing."""
+        table = read_table(self.store, blob, ["key", *columns])
+        found = pc.index_in(index["key"], value_set=table["key"])
+        if found.null_count:
+            raise ValueError(f"{found.null_count} rows of the index are not in {columns[0]}")
+        return table.take(found)

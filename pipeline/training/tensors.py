@@ -1,0 +1,78 @@
+"""Trains one model in this process on tensors in memory, by the pipeline's own loop and without a store."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.draw import derive_seed
+from pipeline.progress import Progress
+from pipeline.settings import TrainingSettings
+from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.feed.feed import LocalBatch
+from pipeline.training.feed.order import Order
+from pipeline.training.loop import fit
+from pipeline.training.recipes import TrainingRecipe
+from pipeline.training.state import TrainState, begin
+from pipeline.training.task import Batch, Finishes, Task
+from pipeline.training.worker import first_rows
+
+
+class TensorFeed:
+    """Makes batches of rows in memory, in the order that a recipe gives to one shard of them."""
+
+    def __init__(self, columns: Batch, recipe: TrainingRecipe):
+        self.columns, self.recipe = columns, recipe
+        rows = len(next(iter(columns.values())))
+        self.order = Order([rows], recipe.lanes, recipe.window, recipe.seed)
+
+    def batches(self, samples: int) -> Generator[LocalBatch, None, None]:
+        """Yields the batch of every step, without end, after ``samples`` samples."""
+        recipe, step = self.recipe, samples // self.recipe.batch
+        share, lanes = recipe.batch // recipe.lanes, range(recipe.lanes)
+        while True:
+            rows = [row for lane in lanes for _, row in self.order.rows(lane, step * share, (step + 1) * share)]
+            streams = [(derive_seed(recipe.seed, lane, step), share) for lane in lanes]
+            yield LocalBatch(
+                {name: column[rows] for name, column in self.columns.items()}, list(map(str, rows)), streams
+            )
+            step += 1
+
+
+def train_on(
+    name: str, task: Task, columns: Batch, recipe: TrainingRecipe, device: torch.device
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Trains a task's model from random weights, and shows progress.
+
+    Args:
+        name: Of what is trained, for progress and messages.
+        task: Makes the model and its loss.
+        columns: What the task's columns name, with a row an example, on the CPU.
+        recipe: Says how to train.
+        device: To train on.
+
+    Returns:
+        The averaged weights as a model in evaluation mode on ``device``, and the lines of the journal.
+
+    Raises:
+        NonFinite: The training diverged.
+        OutOfMemory: A step does not fit.
+    """
+    group, feed = ProcessGroup(device=device), TensorFeed(columns, recipe)
+    state = begin(task, recipe, group)
+    with Progress(name, recipe.samples, "samples") as line:
+
+        def between(state: TrainState) -> None:
+            loss = next((each["loss"] for each in reversed(state.journal.lines)), None)
+            line.advance(state.samples - line.done, "" if loss is None else f"loss {loss:.4g}")
+
+        fit(name, feed, recipe, TrainingSettings(), group, state, between)
+    model = state.ema
+    if isinstance(task, Finishes):
+        with torch.no_grad():
+            found = task.finish(model, first_rows(feed, recipe, task.finish_rows, device))
+        model.load_state_dict(found, strict=False)
+    return model, state.journal.lines

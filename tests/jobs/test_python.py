@@ -1,0 +1,264 @@
+"""What a program does with ``import unclip``: open a project, read its data, train a model, draw."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import unclip
+from models.folder import load_model
+from tests.chain import ROOT
+from tests.faults import Undisturbed, copy
+from tests.models.test_cascade import make
+
+FEW: dict[str, Any] = {"size": 64, "decoder_steps": 2, "prior_steps": 2, "candidates": 1, "progress": False}
+SIDE = 64  # px
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> unclip.Model:
+    """A bundle of random weights, from its folder."""
+    folder = tmp_path_factory.mktemp("python") / "bundle"
+    make().save(folder)
+    return unclip.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed) -> unclip.Project:
+    """A project of thirty rows that is made up to the codec, in a copy of its store."""
+    folder = tmp_path_factory.mktemp("project")
+    copy(undisturbed.data, folder)
+    return unclip.open(undisturbed.config(folder))
+
+
+def test_the_package_is_light_and_says_what_it_has() -> None:
+    code = (
+        "import sys, unclip; heavy = {'torch', 'ray', 'numpy', 'pyarrow', 'yaml', 'pydantic'} & set(sys.modules);"
+        "assert not heavy, heavy; print(unclip.__version__, *dir(unclip))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    version, *names = said.split()
+    assert version == "0.1.0"
+    assert {"load", "open", "train", "Model", "Project", "Artifact", "UserError"} <= set(names)
+    assert all(getattr(unclip, name) for name in names)
+    assert (ROOT / "unclip/py.typed").is_file()
+    with pytest.raises(AttributeError, match="unclip"):
+        unclip.generate  # noqa: B018
+
+
+def test_a_caption_becomes_an_image_and_a_list_becomes_a_list(model: unclip.Model) -> None:
+    heart = model.generate("a red heart", **FEW)
+    assert (heart.size, heart.mode) == ((SIDE, SIDE), "RGB")
+    several = model.generate(["a red heart", "a cat", "a red heart"], seeds=[0, 5, 6], batch=2, **FEW)
+    assert near(several[0], heart)
+    assert not near(several[2], heart)
+    assert near(model("a red heart", seeds=6, **FEW), several[2])
+    assert [near(*pair) for pair in zip(model.generate("a cat", seeds=[4, 5], **FEW), several, strict=False)] == [0, 1]
+    second = model.generate(["a cat", "a red heart"], seeds=5, **FEW)[1]
+    assert near(second, several[2])
+
+
+def near(a: Image.Image, b: Image.Image) -> bool:
+    """Equal but for rounding."""
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) <= 1
+
+
+def test_images_are_varied_interpolated_changed_and_embedded(model: unclip.Model, tmp_path: Path) -> None:
+    heart, cat = model.generate(["a red heart", "a cat"], **FEW)
+    heart.save(tmp_path / "heart.png")
+    varied = model.vary(tmp_path / "heart.png", count=2, caption="a red heart", **FEW)
+    assert len(varied) == 2
+    assert not near(*varied)
+    [alike] = model.vary(heart, count=1, eta=0.0, **FEW)
+    between = model.interpolate(heart, cat, count=3, **FEW)
+    changed = model.change(heart, "a red heart", "a blue heart", shares=[0.0, 0.5], **FEW)
+    assert len(between) == 3
+    assert near(between[0], alike)
+    assert near(changed[0], alike)
+    assert not near(changed[1], alike)
+    images, captions = model.embed([heart, cat]), model.embed(["a red heart", "a cat"])
+    assert (images @ captions.T).shape == (2, 2)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(model.embed("a cat"), captions[1], atol=1e-6)
+    np.testing.assert_allclose(model.embed(heart), images[0], atol=1e-6)
+
+
+def test_progress_is_shown_left_out_or_passed_on(model: unclip.Model, capsys: pytest.CaptureFixture[str]) -> None:
+    steps: list[tuple[str, int, int]] = []
+    model.generate("a cat", **FEW | {"progress": lambda *step: steps.append(step)})
+    assert steps[:3] == [("diffusion_prior", 1, 2), ("diffusion_prior", 2, 2), ("decoder", 1, 2)]
+    assert capsys.readouterr().err == ""
+    model.generate(["a cat"] * 3, batch=2, **FEW | {"progress": True})
+    assert f"drawing: {2 * len(steps)} of {2 * len(steps)} steps" in capsys.readouterr().err
+
+
+def test_mistakes_in_drawing_are_named(model: unclip.Model, tmp_path: Path) -> None:
+    for call, words in {
+        lambda: model.generate("a cat", guidance=3): "unknown sampling options",
+        lambda: model.generate(["a cat"], seeds=[1, 2]): "1 captions and 2 seeds",
+        lambda: model.generate("word " * 100): "shorten it",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+    (tmp_path / "a.png").write_text("no image")
+    for call, words in {
+        lambda: model.vary(tmp_path / "a.png"): "a.png",
+        lambda: model.to("cuda"): "no GPU",
+        lambda: unclip.load(tmp_path / "nothing"): "nothing",
+    }.items():
+        with pytest.raises(unclip.UserError, match=words):
+            call()
+
+
+def test_a_model_is_shown_moved_saved_and_given_another_part(model: unclip.Model, tmp_path: Path) -> None:
+    shown = repr(model)
+    assert "decoder" in shown
+    assert len(shown.splitlines()) < 10
+    moved = unclip.Model(model.cascade).to("cpu")
+    assert moved.device.type == "cpu"
+    assert moved.cascade.codec is not None
+    ar = model.replace(diffusion_prior=None, sampling=replace(model.sampling, prior="ar"))
+    ar.save(tmp_path / "ar")
+    again = unclip.load(tmp_path / "ar", device="cpu")
+    assert again.sampling.prior == "ar"
+    assert near(again.generate("a cat", **FEW), model.generate("a cat", prior="ar", **FEW))
+
+
+def test_a_project_is_planned_and_run(project: unclip.Project, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = project.plan()
+    assert {"ar_prior", "decoder", "bundle"} <= set(plan.stale)
+    assert {v.state for v in plan if v.stage in ("pairs", "curation")} == {"fresh"}
+    assert len(repr(plan).splitlines()) == len(plan) == len(project.stages)
+    assert len(repr(project).splitlines()) == 1
+    assert project.run(until="codec") is project
+    assert "nothing to do" in capsys.readouterr().out
+    project.run(until="codec", quiet=True)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(unclip.UserError, match="unclip run makes them"):
+        project.artifact("decoder")
+    with pytest.raises(unclip.UserError, match="unknown stage decodr"):
+        project.run(until="decodr")
+
+
+def test_values_open_as_their_file_does(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    path = undisturbed.config(tmp_path)
+    values = yaml.safe_load(path.read_text())
+    of_file, of_values = (unclip.open(source, "decoder.seed=1").plan() for source in (path, values))
+    assert of_file == of_values
+    assert of_file != unclip.open(path).plan()
+    with pytest.raises(unclip.UserError, match="did you mean decoder"):
+        unclip.open(values, "decodr.seed=1")
+
+
+def test_artifacts_are_tables_files_and_models(project: unclip.Project, tmp_path: Path) -> None:
+    embeddings = project.artifact("embeddings")
+    table = embeddings.table(columns=["key", "image_embedding"])
+    assert table.column_names == ["key", "image_embedding"]
+    assert table.num_rows == embeddings.record.ledger.kept == sum(len(part) for part in embeddings.tables())
+    assert "30 rows" in repr(embeddings)
+    assert project.artifact("curation").table("rejected").column_names == ["key", "reason", "near"]
+    clip = project.artifact("clip")
+    assert "loss" in clip.table().column_names
+    assert clip.model().embed_dim == len(table["image_embedding"][0])
+    assert project.artifact("codec").model().buckets == 1024
+    assert (clip.save(tmp_path) / "open_clip_config.json").read_bytes() == clip.read("open_clip_config.json")
+    for call, words in {
+        lambda: embeddings.table("images"): "has no table images; it has embeddings",
+        lambda: embeddings.model(): "not a model",
+        lambda: clip.read("nothing"): "has no file nothing",
+        lambda: project.artifact("pairs").table("images"): "not a table",
+        lambda: next(clip.tables()): "has no rows",
+    }.items():
+        with pytest.raises(unclip.UserError, match=words):
+            call()
+
+
+def test_pairs_are_read_in_four_ways(project: unclip.Project) -> None:
+    """One by one, as a webdataset, by the workers of a DataLoader, and as tensors: the same pairs."""
+    pairs = project.pairs("train", embeddings=True)
+    found = list(pairs)
+    assert len(found) == len(pairs) == project.artifact("curation").record.ledger.kept > 20
+    assert found[0].image.size == (found[0].width, found[0].height)
+    table = project.artifact("embeddings").table()
+    row = table["key"].to_pylist().index(found[3].key)
+    assert found[3].image_embedding.tolist() == table["image_embedding"][row].as_py()  # type: ignore[union-attr]
+    assert list(project.pairs("test")) == []
+    assert "data" not in repr(found[0])
+    with pytest.raises(unclip.UserError, match="split 'tests'"):
+        project.pairs("tests")
+
+    samples = list(pairs.webdataset())
+    assert [sample["__key__"] for sample in samples] == [pair.key for pair in found]
+    assert [sample["txt"].decode() for sample in samples] == [pair.caption for pair in found]
+    assert json.loads(samples[0]["json"])["attribution"] == found[0].attribution
+    [(image, text), *_] = pairs.webdataset().decode("pil").to_tuple("jpg", "txt")
+    assert (image.size, text) == (found[0].image.size, found[0].caption)
+    loaded = DataLoader(pairs.webdataset(), batch_size=None, num_workers=2)
+    assert sorted(sample["__key__"] for sample in loaded) == sorted(pair.key for pair in found)
+
+    tensors = pairs.tensors(side=32)
+    assert tensors["captions"] == [pair.caption for pair in found]
+    assert tuple(tensors["image"].shape) == (len(found), 3, 32, 32)
+    assert tensors["text_embedding"].dtype == torch.float32
+
+
+def test_pairs_are_a_ray_dataset(project: unclip.Project) -> None:
+    pairs = project.pairs()
+    rows = {row["key"]: row for row in pairs.ray().take_all()}
+    assert rows.keys() == {pair.key for pair in pairs}
+    for pair in pairs:
+        assert rows[pair.key]["captions"] == pair.captions
+        assert rows[pair.key]["data"] == pair.data
+    assert Image.open(io.BytesIO(next(iter(rows.values()))["data"])).format == "JPEG"
+
+
+def test_a_model_trained_on_tensors_is_that_of_the_pipeline(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Rows of one shard in one order, so the same order of rows, the same noise, and the same weights."""
+    copy(undisturbed.data, tmp_path)
+    few = ("source.shard_rows=1000", "diffusion_prior.samples=128", "run.diffusion_prior.threads=1")
+    project = unclip.open(undisturbed.config(tmp_path), *few)
+    project.run(until="diffusion_prior", quiet=True)
+    artifact = project.artifact("diffusion_prior")
+    data = project.pairs("train", embeddings=True).tensors()
+    trained = unclip.train("diffusion_prior", data, "nano", "cpu", samples=128, batch=32, captions="first")
+    artifact.save(tmp_path / "prior")
+    expected = load_model(tmp_path / "prior")
+    for name, value in trained.model.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-6)
+    assert [line["loss"] for line in trained.journal] == pytest.approx(
+        [line["loss"] for line in artifact.table().to_pylist() if line.get("loss") is not None], rel=1e-4
+    )
+
+
+MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
+    "unknown": (lambda: unclip.train("decodr", {}), "unknown model decodr"),
+    "recipe": (lambda: unclip.train("decoder", {}, sample=3), "did you mean samples"),
+    "missing": (lambda: unclip.train("diffusion_prior", {"captions": ["a"]}), "data has no image_embedding"),
+    "codec": (lambda: unclip.train("ar_prior", {}), "pass codec="),
+    "clip": (lambda: unclip.train("diffusion_prior", {}, preset="tiny"), "pass clip="),
+    "shape": (lambda: unclip.train("upsampler_256", {"image": torch.zeros(2, 3, 9, 9)}), r"reads \[n, 3, 256, 256\]"),
+    "type": (lambda: unclip.train("upsampler_256", {"image": torch.zeros(2, 3, 256, 256)}), "give uint8"),
+    "rows": (
+        lambda: unclip.train("clip", {"image": torch.zeros(2, 3, 64, 64).byte(), "captions": ["a"]}),
+        "different numbers of rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_training_are_one_line(mistake: str) -> None:
+    call, words = MISTAKES[mistake]
+    with pytest.raises(unclip.UserError, match=words) as raised:
+        call()
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,226 @@
+"""A trained cascade with which a program draws: captions and images in, PIL images out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from jobs.sample import bundle_folder, newest_output
+from models import reverse
+from models.cascade import UnCLIP
+from models.sampling_config import SamplingConfig
+from pipeline.data.pairs.decoding import open_image
+from pipeline.sampling.drawing import open_bundle, prior_steps
+from pipeline.sampling.edits import watched
+from pipeline.training.device import choose_device
+
+Picture = Image.Image | str | Path
+"""An image, or the path of a file that holds one."""
+Watch = bool | Callable[[str, int, int], None]
+"""Whether a line of progress is shown; or what is called after every step with a model's name, steps done and steps."""
+
+
+def load(path: str | Path | None = None, device: str = "auto") -> Model:
+    """Opens trained models to draw with.
+
+    Args:
+        path: A run's output folder or a bundle's; by default the newest finished run under ``out/``.
+        device: "cpu", "cuda", or "auto", which is a GPU where there is one.
+
+    Raises:
+        UserError: There is no finished bundle, or no such device.
+        ValueError: The bundle is damaged.
+    """
+    source = newest_output() if path is None else Path(path)
+    folder = source if (source / "decoder").is_dir() else bundle_folder(source)
+    return Model(open_bundle(folder, device))
+
+
+class Model:
+    """Draws, varies, interpolates and embeds.
+
+    Methods that draw take sampling options by name, for that call alone, such as ``size=256`` or ``decoder_steps=50``;
+    ``sampling`` has all of them with their defaults. They raise ValueError for an unknown option, one that is out of
+    range, and a caption that is too long. Images are given as PIL images or as paths. ``progress`` is True for a line
+    on stderr, False for nothing, or a function that is called with a model's name, the steps done and their number.
+
+    Attributes:
+        cascade: The networks, and the same calls on tensors.
+    """
+
+    def __init__(self, cascade: UnCLIP):
+        self.cascade = cascade
+
+    @property
+    def device(self) -> torch.device:
+        """Returns the device that it computes on."""
+        return self.cascade.clip.mean.device
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Returns the sampling options that hold where a call names none."""
+        return self.cascade.sampling
+
+    def to(self, device: str | torch.device) -> Self:
+        """Moves all networks, in place, and returns itself. Raises UserError for a device that is not there."""
+        there = choose_device(str(device))
+        parts = {name: part.to(there) for name, part in vars(self.cascade).items() if hasattr(part, "to")}
+        self.cascade = replace(self.cascade, **parts)
+        return self
+
+    def replace(self, **parts: Any) -> Model:
+        """Returns a model with other networks or sampling defaults, such as ``diffusion_prior=mine``.
+
+        Raises ValueError for networks that do not belong together.
+        """
+        return Model(replace(self.cascade, **parts))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a bundle that ``load`` opens. Raises FileExistsError for a folder that is not empty."""
+        self.cascade.save(folder)
+
+    @overload
+    def generate(self, captions: str, seeds: int | None = None, **options: Any) -> Image.Image: ...
+
+    @overload
+    def generate(self, captions: str, seeds: Sequence[int], **options: Any) -> list[Image.Image]: ...
+
+    @overload
+    def generate(
+        self, captions: Sequence[str], seeds: int | Sequence[int] | None = None, **options: Any
+    ) -> list[Image.Image]: ...
+
+    def generate(
+        self,
+        captions: str | Sequence[str],
+        seeds: int | Sequence[int] | None = None,
+        batch: int = 8,
+        progress: Watch = True,
+        **options: Any,
+    ) -> Image.Image | list[Image.Image]:
+        """Draws captions. An image depends on its caption, its seed and the options alone, beyond rounding.
+
+        Args:
+            captions: One, or a list of them.
+            seeds: One for each image; a number is the first of consecutive ones; 0 by default. One caption with
+                several seeds gives as many images.
+            batch: Images that are drawn at once.
+            progress: Whether it is shown.
+            options: Of sampling.
+
+        Returns:
+            An image for one caption with one seed, else a list.
+        """
+        single = isinstance(captions, str) and not isinstance(seeds, Sequence)
+        if isinstance(captions, str):
+            captions = [captions] * (len(seeds) if isinstance(seeds, Sequence) else 1)
+        if not isinstance(seeds, Sequence):
+            seeds = range(seeds or 0, (seeds or 0) + len(captions))
+        if len(seeds) != len(captions):
+            raise ValueError(f"got {len(captions)} captions and {len(seeds)} seeds: give one seed for each")
+        sampling = self.cascade.sampling_with(dict(options))
+        starts = range(0, len(captions), batch)
+        steps = len(starts) * prior_steps(self.cascade, asdict(sampling), sampling.prior)
+        images: list[Image.Image] = []
+        with self._watched("drawing", progress, sampling, decodings=len(starts), more=steps) as watch:
+            for start in starts:
+                part = slice(start, start + batch)
+                images += _pil(self.cascade.generate(captions[part], seeds[part], watch, **options).image)
+        return images[0] if single else images
+
+    __call__ = generate
+
+    def vary(
+        self,
+        image: Picture,
+        count: int = 4,
+        eta: float = 1.0,
+        caption: str | None = None,
+        seed: int = 0,
+        progress: Watch = True,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """Returns ``count`` other images with the meaning of an image (section 3.1 of the paper).
+
+        ``eta`` is from 0, the image reconstructed, to 1, the freest. A caption tells the decoder what is in the image.
+        """
+        sampling = self.cascade.manipulation_sampling(dict(options))
+        captions = None if caption is None else [caption]
+        with self._watched("variations", progress, sampling, inversions=1) as watch:
+            latents = self.cascade.invert([_opened(image)], captions, watch, **options)
+            made = self.cascade.variations(latents, range(seed, seed + count), eta, watch, **options)
+        return _pil(made.image)
+
+    def interpolate(
+        self, first: Picture, second: Picture, count: int = 9, seed: int = 0, progress: Watch = True, **options: Any
+    ) -> list[Image.Image]:
+        """Returns ``count`` images from one image to another, both ends included and reconstructed (section 3.2)."""
+        sampling = self.cascade.manipulation_sampling(dict(options))
+        with self._watched("interpolation", progress, sampling, inversions=2) as watch:
+            a, b = (self.cascade.invert([_opened(image)], None, watch, **options) for image in (first, second))
+            made = self.cascade.interpolate(a, b, count, seed, watch, **options)
+        return _pil(made.image)
+
+    def change(
+        self,
+        image: Picture,
+        before: str,
+        after: str,
+        shares: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
+        seed: int = 0,
+        progress: Watch = True,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """Returns an image turned by each share towards what ``after`` says beyond ``before`` (section 3.3)."""
+        sampling = self.cascade.manipulation_sampling(dict(options))
+        with self._watched("text difference", progress, sampling, inversions=1) as watch:
+            latents = self.cascade.invert([_opened(image)], None, watch, **options)
+            made = self.cascade.text_difference(latents, before, after, shares, seed, watch, **options)
+        return _pil(made.image)
+
+    def embed(self, what: str | Image.Image | Sequence[str] | Sequence[Image.Image]) -> np.ndarray:
+        """Returns CLIP's embeddings of captions or images, unit norm: fp32 [d] of one, [n, d] of a list.
+
+        ``a @ b.T`` are their cosines. A string is a caption; open an image of a path with PIL.
+        """
+        single = isinstance(what, str | Image.Image)
+        several: list[Any] = [what] if single else list(what)  # type: ignore[arg-type]
+        with torch.no_grad():
+            if all(isinstance(each, str) for each in several):
+                found = self.cascade.clip.encode_text(self.cascade.clip.tokenize(several).to(self.device))
+            else:
+                found = self.cascade.embed(several)
+        vectors = found.cpu().numpy()
+        return vectors[0] if single else vectors
+
+    @contextmanager
+    def _watched(
+        self, name: str, progress: Watch, sampling: SamplingConfig, **steps: int
+    ) -> Iterator[reverse.Progress]:
+        if progress is True:
+            with watched(name, self.cascade, sampling, **steps) as watch:
+                yield watch
+        else:
+            yield progress or reverse.ignore
+
+    def __repr__(self) -> str:
+        parts = [(name, part) for name, part in vars(self.cascade).items() if isinstance(part, torch.nn.Module)]
+        lines = [f"  {name:16}{sum(p.numel() for p in part.parameters()):>15,} parameters" for name, part in parts]
+        return "\n".join([f"unclip.Model, draws {self.sampling.size} px on {self.device}", *lines])
+
+
+def _pil(images: Tensor) -> list[Image.Image]:
+    """Returns images uint8 [b, s, s, 3] as PIL's."""
+    return [Image.fromarray(image) for image in images.numpy()]
+
+
+def _opened(image: Picture) -> Image.Image:
+    return image if isinstance(image, Image.Image) else open_image(Path(image))

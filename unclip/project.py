@@ -1,0 +1,122 @@
+"""A project: a configuration, what is made of it, and the run that makes it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs import run as command
+from jobs.project import Project as Opened
+from jobs.project import open_project
+from jobs.sample import bundle_folder, remember_bundle
+from pipeline.data.curation.reading import PairReader
+from pipeline.graph.plan import Verdict
+from pipeline.graph.stages import Stage
+from unclip.artifact import Artifact
+from unclip.pairs import Pairs
+
+if TYPE_CHECKING:
+    from unclip.model import Model
+
+
+class Plan(tuple[Verdict, ...]):
+    """Holds a verdict a stage, in order: its name, key, state ("fresh", "pinned" or "stale") and why."""
+
+    @property
+    def stale(self) -> list[str]:
+        """Returns the stages that a run would make."""
+        return [verdict.stage for verdict in self if verdict.state == "stale"]
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{v.stage:16}{v.state:8}{v.key[:12]}  {v.because}".rstrip() for v in self)
+
+
+def open(source: str | Path | Mapping[str, Any], *overrides: str, stages: Iterable[Stage] = ()) -> Project:
+    """Opens a configuration and reads its list. Nothing is made.
+
+    Args:
+        source: A YAML file, or its values as a mapping.
+        overrides: Values in place of the file's, such as "decoder.samples=100000".
+        stages: More stages; their inputs are among those of the pipeline, or before them in this list.
+
+    Raises:
+        UserError: for a mistake in the configuration, a list that cannot be read, and a store that cannot be reached.
+    """
+    opened = open_project(source, overrides)
+    return Project(replace(opened, graph={**opened.graph, **{stage.name: stage for stage in stages}}))
+
+
+class Project:
+    """Plans, runs, and gives what was made. Methods raise UserError, whose text says what to do."""
+
+    def __init__(self, opened: Opened):
+        self._opened = opened
+
+    @property
+    def name(self) -> str:
+        """Returns the name in its configuration."""
+        return self._opened.config.project
+
+    @property
+    def stages(self) -> list[str]:
+        """Returns the names of its stages, in order."""
+        return list(self._opened.graph)
+
+    @property
+    def report(self) -> Path:
+        """Returns the file of the report, which every run writes."""
+        return self._opened.report
+
+    def plan(self) -> Plan:
+        """Returns what is fresh, and what is stale and why."""
+        return Plan(self._opened.plan())
+
+    def run(self, until: str | None = None, only: str | None = None, yes: bool = False, quiet: bool = False) -> Project:
+        """Makes what is stale, as ``unclip run`` does, and returns itself. Called again, it goes on.
+
+        Args:
+            until: The last stage to make, with all that it needs; by default everything.
+            only: The one stage to make; what it needs has to be there.
+            yes: Go on above ``run.budget_hours``, and without a GPU.
+            quiet: Print neither plan nor summary; progress is shown all the same.
+        """
+        with contextlib.ExitStack() as stack:
+            if quiet:
+                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            command.run(self._opened, only, until, yes)
+        return self
+
+    def artifact(self, stage: str) -> Artifact:
+        """Returns what a stage has made of the current list and configuration."""
+        self._opened.wanted(stage, None)
+        return Artifact(self._opened.store, self._opened.made(stage)[stage])
+
+    def pairs(self, split: str | None = None, curated: bool = True, embeddings: bool = False) -> Pairs:
+        """Returns the pairs to iterate over, or as a webdataset or a Ray Dataset.
+
+        Args:
+            split: "train", "validation" or "test"; by default all.
+            curated: Whether rows that curation rejected are left out; with False, curation need not be made.
+            embeddings: Whether CLIP's embeddings are read, too.
+        """
+        stages = ["pairs", "captions", *["curation"] * curated, *["embeddings"] * embeddings]
+        reader = PairReader(self._opened.store, self._opened.made(*stages), split)
+        return Pairs(reader, self._opened.config.run.ray)
+
+    def model(self, device: str = "auto") -> Model:
+        """Opens the trained models to draw with; see ``unclip.load``."""
+        from unclip.model import load
+
+        output = self.report.parent
+        remember_bundle(output, self._opened.store.url, self.artifact("bundle").key)
+        return load(bundle_folder(output), device)
+
+    def __repr__(self) -> str:
+        verdicts = self.plan()
+        made = len(verdicts) - len(verdicts.stale)
+        return f"unclip.Project {self.name}: {made} of {len(verdicts)} stages made, store {self._opened.store.url}"

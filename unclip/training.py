@@ -1,0 +1,110 @@
+"""Trains one model on tensors of a program's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from models.clip import Clip
+from models.codec import Codec
+from models.frozen_text import FrozenTower
+from models.tokens import tokenize
+from pipeline.config import TRAININGS, make_config
+from pipeline.errors import UserError
+from pipeline.training.device import choose_device
+from pipeline.training.task import Batch, Task
+from pipeline.training.tasks.ar_prior import ARPriorTask
+from pipeline.training.tasks.clip import ClipTask
+from pipeline.training.tasks.decoder import DecoderTask
+from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from pipeline.training.tasks.upsampler import UpsamplerTask
+from pipeline.training.tensors import train_on
+
+
+class Trained(NamedTuple):
+    """Holds a ``model``, its averaged weights in evaluation mode, and the ``journal``, a mapping for each line."""
+
+    model: Any
+    journal: list[dict[str, Any]]
+
+
+def train(
+    stage: str,
+    data: Mapping[str, Any],
+    preset: str = "nano",
+    device: str = "auto",
+    clip: Clip | None = None,
+    codec: Codec | None = None,
+    task: Task | None = None,
+    **recipe: Any,
+) -> Trained:
+    """Trains one model on data in memory, by the pipeline's own loop, and shows progress.
+
+    Nothing is saved on the way: a training that takes days belongs into a project.
+
+    Args:
+        stage: Which model: "clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256" or "upsampler_1024".
+        data: A row an example: "image" uint8 [n, 3, s, s] of the model's side, "captions" (n strings) or "tokens"
+            int64 [n, 77], "image_embedding" and "text_embedding" fp [n, d] of unit norm; those that the model reads.
+        preset: Whose values hold for what ``recipe`` leaves out.
+        device: "cpu", "cuda", or "auto", which is a GPU where there is one.
+        clip: The CLIP whose text tower a model with ``text_encoder: frozen`` reads.
+        codec: Of the AR prior.
+        task: A task of your own in place of the stage's.
+        recipe: Fields of the stage's recipe, such as ``samples=20_000`` or ``model={"width": 128}``.
+
+    Raises:
+        UserError: for an unknown stage, a recipe out of range, and data that are missing or of another shape.
+    """
+    if stage not in TRAININGS:
+        raise UserError(f"unknown model {stage}; use one of {', '.join(TRAININGS)}")
+    values = {"project": stage, "store": stage, "source": {"paths": [stage]}, "preset": preset, stage: recipe}
+    chosen = getattr(make_config(values), stage)
+    given = dict(data)
+    if "captions" in given:
+        given["tokens"] = tokenize(list(given.pop("captions")))
+    task = task or _task(stage, chosen.model, given, clip, codec)
+    columns = _columns(stage, task, given)
+    return Trained(*train_on(stage, task, columns, chosen, choose_device(device)))
+
+
+def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, codec: Codec | None) -> Task:
+    if stage == "clip":
+        return ClipTask(model)
+    if stage.startswith("upsampler"):
+        return UpsamplerTask(model)
+    tower = None
+    if model.text_encoder == "frozen":
+        if clip is None:
+            raise UserError(f"{stage} of this preset reads CLIP's text tower: pass clip=, such as model.cascade.clip")
+        tower = FrozenTower.of(clip.model_config, clip.model.state_dict())
+    dim = torch.as_tensor(data.get("image_embedding", torch.zeros(0, 0))).shape[-1]
+    if stage == "ar_prior":
+        if codec is None:
+            raise UserError("ar_prior predicts a codec's codes: pass codec=, such as project.artifact('codec').model()")
+        return ARPriorTask(model, dim, codec, tower)
+    return (DecoderTask if stage == "decoder" else DiffusionPriorTask)(model, dim, tower)
+
+
+def _columns(stage: str, task: Task, data: Mapping[str, Any]) -> Batch:
+    """Returns the task's columns. Raises UserError for those that are missing or of another shape."""
+    if missing := set(task.columns) - data.keys():
+        raise UserError(f"{stage} reads {', '.join(task.columns)}; data has no {', '.join(sorted(missing))}")
+    side = task.image_size
+    shapes = {"image": (3, side, side), "tokens": (77,)}
+    found: Batch = {}
+    for name in task.columns:
+        column = torch.as_tensor(data[name])
+        column = column.float() if name.endswith("_embedding") else column
+        shape = shapes.get(name, column.shape[1:2])
+        if tuple(column.shape[1:]) != tuple(shape) or not len(column):
+            raise UserError(f"{name} has shape {list(column.shape)}; {stage} reads [n, {', '.join(map(str, shape))}]")
+        if name == "image" and column.dtype != torch.uint8:
+            raise UserError(f"image is {column.dtype}; give uint8 from 0 to 255")
+        found[name] = column
+    if len({len(column) for column in found.values()}) > 1:
+        sizes = ", ".join(f"{name} {len(column):,}" for name, column in found.items())
+        raise UserError(f"columns have different numbers of rows: {sizes}")
+    return found
