@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jobs.sample import bundle_folder, newest_output
+from jobs.bundles import find_bundle
 from models import reverse
 from models.cascade import UnCLIP
 from models.sampling_config import SamplingConfig
@@ -32,16 +32,15 @@ def load(path: str | Path | None = None, device: str = "auto") -> Model:
     """Opens trained models to draw with.
 
     Args:
-        path: A run's output folder or a bundle's; by default the newest finished run under ``out/``.
+        path: A run's output folder, a project's YAML file, its release ("release:FILE"), or a bundle's folder; by
+            default the newest finished run under ``out/``.
         device: "cpu", "cuda", or "auto", which is a GPU where there is one.
 
     Raises:
         UserError: There is no finished bundle, or no such device.
         ValueError: The bundle is damaged.
     """
-    source = newest_output() if path is None else Path(path)
-    folder = source if (source / "decoder").is_dir() else bundle_folder(source)
-    return Model(open_bundle(folder, device))
+    return Model(open_bundle(find_bundle(None if path is None else str(path)).folder, device))
 
 
 class Model:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import run as command
+from jobs.bundles import Bundle
 from jobs.project import Project as Opened
 from jobs.project import open_project
-from jobs.sample import bundle_folder, remember_bundle
 from pipeline.data.curation.reading import PairReader
 from pipeline.graph.plan import Verdict
 from pipeline.graph.stages import Stage
@@ -112,9 +112,8 @@ class Project:
         """Opens the trained models to draw with; see ``unclip.load``."""
         from unclip.model import load
 
-        output = self.report.parent
-        remember_bundle(output, self._opened.store.url, self.artifact("bundle").key)
-        return load(bundle_folder(output), device)
+        made = self.artifact("bundle").record
+        return load(Bundle(self.report.parent, made.key, made.blobs, self._opened.store).folder, device)
 
     def __repr__(self) -> str:
         verdicts = self.plan()
