@@ -1,0 +1,518 @@
+// The studio: asks the server that it came from, by OpenAI's image API, and keeps what was drawn in this browser.
+
+const $ = (selector, root = document) => root.querySelector(selector);
+const ROOT = new URL(".", location.href).href; // wherever the server is mounted
+const KEPT = 100; // runs of the history
+const SEEDS = 2 ** 32;
+const STAGES = {
+  ar_prior: "imagining it", diffusion_prior: "imagining it", inversion: "reading the picture", decoder: "drawing 64 px",
+  upsampler_256: "growing to 256 px", upsampler_1024: "growing to 1024 px",
+};
+const ORDER = ["imagining it", "reading the picture", "drawing 64 px", "growing to 256 px", "growing to 1024 px"];
+const KINDS = { "images/generations": "drawn", "images/variations": "varied", "images/edits": "changed",
+  "images/interpolations": "blended", own: "your own" };
+
+const runs = new Map(); // by id: {id, at, title, request: {path, fields, images}, items, seconds, problem}
+const elements = new Map(); // the article of each run
+const urls = new WeakMap(); // the address of each image, as long as it is in use
+let model = { sides: [64, 256, 1024], priors: [], sampling: {} };
+let viewed = null; // {run, index} in the viewer
+
+// --- the server -----------------------------------------------------------------------------------------------------
+
+async function call(path, { json, form, signal } = {}) {
+  const headers = json ? { "Content-Type": "application/json" } : {};
+  const token = sessionStorage.getItem("token");
+  if (token) headers.Authorization = `Bearer ${token}`;
+  const body = json ? JSON.stringify(json) : form;
+  const answer = await fetch(`${ROOT}${path}`, { method: body ? "POST" : "GET", headers, body, signal });
+  if (answer.status === 401) {
+    await new Promise((entered) => { $("#door").addEventListener("close", entered, { once: true }); $("#door").showModal(); });
+    sessionStorage.setItem("token", $("#token").value.trim());
+    return call(path, { json, form, signal });
+  }
+  if (answer.ok) return answer;
+  const { error } = await answer.json().catch(() => ({}));
+  const wait = answer.headers.get("Retry-After");
+  throw new Error(`${error?.message ?? `The server answered ${answer.status}.`}${wait ? ` Try again in ${wait} s.` : ""}`);
+}
+
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = ""; ;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const parts = (text + value).split("\n\n");
+    text = parts.pop();
+    for (const part of parts) {
+      const data = part.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("");
+      if (data && data !== "[DONE]") yield JSON.parse(data);
+    }
+  }
+}
+
+function asForm(fields, images) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) form.append(name, value);
+  for (const [name, blob] of Object.entries(images)) form.append(name, blob, `${name}.png`);
+  return form;
+}
+
+const png = (base64, type = "image/png") => new Blob([Uint8Array.from(atob(base64), (c) => c.charCodeAt(0))], { type });
+
+async function connect() {
+  const { data } = await (await call("v1/models")).json();
+  model = { ...model, ...data[0].unclip, id: data[0].id };
+  const { sampling, sides, priors } = model;
+  const sizes = [64, 256, 1024].filter((one) => one <= sides.at(-1));
+  const side = model.device === "cpu" ? Math.min(256, sizes.at(-1)) : sizes.at(-1); // of four, a CPU takes long
+  choices($("#sizes"), "size", sizes.map((s) => [`${s}x${s}`, `${s} px`]), `${side}x${side}`);
+  choices($("#priors"), "prior", priors.map((p) => [p, p === "ar" ? "autoregressive" : p]), sampling.prior);
+  $("#priors").hidden = priors.length < 2;
+  toDefaults();
+  const where = model.device === "cpu" ? "on a CPU" : "on a GPU";
+  $("#server").textContent = `${model.id}, up to ${sides.at(-1)} px, ${where}`;
+}
+
+async function connectAtLast() {
+  for (;;) {
+    try {
+      return await connect();
+    } catch (error) {
+      $("#server").textContent = `Not ready: ${error.message}`;
+      await new Promise((wake) => setTimeout(wake, 2000));
+    }
+  }
+}
+
+// --- the history, in this browser -----------------------------------------------------------------------------------
+
+const database = new Promise((resolve) => {
+  const asked = indexedDB.open("unclip-studio", 1);
+  asked.onupgradeneeded = () => asked.result.createObjectStore("runs", { keyPath: "id" });
+  asked.onsuccess = () => resolve(asked.result);
+  asked.onerror = () => resolve(null); // a private window may have none: then there is no history
+});
+
+async function history(mode, act) {
+  const opened = await database;
+  if (!opened) return null;
+  return new Promise((resolve) => {
+    const asked = act(opened.transaction("runs", mode).objectStore("runs"));
+    asked.onsuccess = () => resolve(asked.result);
+    asked.onerror = () => resolve(null);
+  });
+}
+
+async function keep(run) {
+  runs.set(run.id, run);
+  await history("readwrite", (table) => table.put(run));
+  for (const id of [...runs.keys()].sort((a, b) => a - b).slice(0, -KEPT)) forget(id);
+}
+
+function forget(id) {
+  runs.delete(id);
+  elements.get(id)?.remove();
+  elements.delete(id);
+  history("readwrite", (table) => table.delete(id));
+  emptiness();
+}
+
+function emptiness() {
+  $("#empty").hidden = elements.size > 0;
+  $("#clear").hidden = elements.size === 0;
+}
+
+// --- drawing --------------------------------------------------------------------------------------------------------
+
+async function draw(title, path, fields, images = {}) {
+  const seed = fields.seed ?? Math.floor(Math.random() * SEEDS);
+  const n = fields.n ?? 1;
+  const request = { path, fields: { ...fields, n, seed }, images };
+  const run = { id: Date.now() + Math.random(), at: Date.now(), title, request, seconds: 0, problem: "",
+    items: Array.from({ length: n }, () => ({ blob: null, side: 0 })) };
+  const stop = new AbortController();
+  const article = show(run, stop);
+  article.scrollIntoView({ behavior: "smooth", block: "nearest" });
+  try {
+    await receive(run, article, stop.signal);
+  } catch (error) {
+    run.problem = stop.signal.aborted ? "Stopped." : error.message;
+  }
+  run.seconds = (Date.now() - run.at) / 1000;
+  run.items = run.items.filter((item) => item.blob);
+  elements.get(run.id).replaceWith(show(run));
+  if (run.items.length) await keep(run);
+}
+
+async function receive(run, article, signal) {
+  const { path, fields, images } = run.request;
+  const all = { ...fields, stream: true, partial_images: 2, progress: true };
+  const sent = Object.keys(images).length ? { form: asForm(all, images) } : { json: all };
+  let missing = run.items.length;
+  for await (const event of events(await call(`v1/${path}`, { ...sent, signal }))) {
+    if (event.error) throw new Error(event.error.message);
+    const kind = event.type.split(".")[1];
+    if (kind === "queued") said(article, event.place ? `${event.place} before yours` : "it is your turn");
+    else if (kind === "step") said(article, STAGES[event.stage] ?? event.stage, event.step / event.steps);
+    else if (event.b64_json) {
+      const side = parseInt(event.size);
+      const item = { blob: png(event.b64_json), side, partial: kind !== "completed", seed: event.seed, score: event.score };
+      run.items[event.index ?? 0] = item;
+      missing -= kind === "completed";
+      fill(article, run);
+    }
+  }
+  if (missing) throw new Error("The server went away before all was drawn. Draw the same again: what is done is kept.");
+}
+
+function said(article, text, share = 0) {
+  $(".going span", article).textContent = text;
+  const at = ORDER.indexOf(text);
+  if (at >= 0) $("progress", article).value = (at + share) / ORDER.length;
+}
+
+// --- what was drawn -------------------------------------------------------------------------------------------------
+
+function address(blob) {
+  if (!urls.has(blob)) urls.set(blob, URL.createObjectURL(blob));
+  return urls.get(blob);
+}
+
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+function choices(fieldset, name, options, chosen) {
+  fieldset.replaceChildren($("legend", fieldset), ...options.map(([value, text]) => make("label", { className: "choice" },
+    make("input", { type: "radio", name, value, checked: value === chosen }), text)));
+}
+
+function show(run, stop) {
+  const article = $("#a-run").content.firstElementChild.cloneNode(true);
+  $("h3", article).textContent = run.title;
+  $(".going", article).hidden = !stop;
+  $(".stop", article).onclick = () => stop.abort();
+  for (const name of [".again", ".forget"]) $(name, article).hidden = Boolean(stop);
+  $(".again", article).hidden ||= run.request.path === "own";
+  $(".again", article).onclick = () => {
+    const { path, fields, images } = run.request;
+    draw(run.title, path, { ...fields, seed: Math.floor(Math.random() * SEEDS) }, images);
+  };
+  $(".forget", article).onclick = () => { forget(run.id); $("#caption").focus(); };
+  $(".problem", article).hidden = !run.problem;
+  $(".problem", article).textContent = run.problem;
+  fill(article, run);
+  if (!elements.has(run.id)) $("#runs").prepend(article);
+  elements.set(run.id, article);
+  emptiness();
+  return article;
+}
+
+function fill(article, run) {
+  const { path, fields } = run.request;
+  const when = new Date(run.at).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  const took = run.seconds ? `in ${run.seconds.toFixed(1)} s` : "";
+  const facts = [KINDS[path], fields.size?.split("x")[0].concat(" px"), took, when];
+  $("header p", article).textContent = facts.filter(Boolean).join(" · ");
+  const best = Math.max(...run.items.map((item) => item.score ?? -1));
+  const tiles = run.items.map((item, index) => {
+    if (!item.blob) return make("div", { className: "tile" }, make("div", { className: "wait" }));
+    const image = make("img", { src: address(item.blob), alt: described(run, index), className: item.side < 200 ? "small" : "" });
+    const score = item.score == null ? "" : `score ${item.score.toFixed(3)}`;
+    const nearest = run.items.length > 1 && item.score === best && !item.partial;
+    const note = make("span", {}, item.partial ? `${item.side} px so far` : score, nearest ? make("b", {}, "nearest") : "");
+    return make("button", { type: "button", className: "tile", onclick: () => view(run, index) }, image, note);
+  });
+  const focused = [...$(".tiles", article).children].indexOf(document.activeElement);
+  $(".tiles", article).replaceChildren(...tiles);
+  if (focused >= 0) tiles[focused].focus();
+}
+
+const described = (run, index) => `${run.title}, picture ${index + 1} of ${run.items.length}`;
+
+// --- one picture ----------------------------------------------------------------------------------------------------
+
+function view(run, index) {
+  const item = run.items[index];
+  if (!item?.blob) return;
+  viewed = { run, index };
+  $("#viewed").textContent = run.title;
+  Object.assign($("#large"), { src: address(item.blob), alt: described(run, index), className: item.side < 200 ? "small" : "" });
+  const facts = [`${item.side} px`, item.seed != null && `seed ${item.seed}`, item.score != null && `score ${item.score.toFixed(3)}: how near it is to the caption`];
+  $("#about").textContent = facts.filter(Boolean).join(" · ");
+  for (const [button, to] of [["#previous", index - 1], ["#next", index + 1]]) {
+    $(button).disabled = !run.items[to]?.blob;
+    $(button).onclick = () => view(run, to);
+  }
+  const caption = run.request.fields.prompt ?? "";
+  $("#tool-words [name=caption]").value = $("#tool-mask [name=prompt]").value = caption;
+  $("#tool-words [name=prompt]").value = "";
+  const others = [...runs.values()].reverse().flatMap((other) => other.items.map((one, at) => ({ other, one, at })))
+    .filter(({ one }) => one.blob && one !== item).slice(0, 60);
+  $("#others").replaceChildren($("#others legend"), ...others.map(({ other, one, at }, place) => make("label", { className: "pick" },
+    make("input", { type: "radio", name: "other", value: `${other.id}/${at}`, required: true, checked: place === 0 }),
+    make("img", { src: address(one.blob), alt: described(other, at) }))));
+  if (!others.length) $("#others").append(make("p", {}, "Draw or drop another picture first."));
+  $("#tool-between button").disabled = !others.length;
+  $("#download").href = address(item.blob);
+  $("#download").download = `${(run.title.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["picture"]).join("-").slice(0, 60)}-${item.seed ?? index}.png`;
+  $("#recipe").textContent = run.request.path === "own" ? "A picture of your own." : JSON.stringify(exact(), null, 1);
+  for (const button of document.querySelectorAll("[data-copy]")) button.hidden = run.request.path === "own";
+  $("#copied").textContent = "";
+  unpaint();
+  $("#learnt").replaceChildren();
+  if ($("#tool-learnt").open) learnt();
+  if (!$("#viewer").open) $("#viewer").showModal();
+}
+
+function use(event) {
+  event.preventDefault();
+  const form = event.target, { run, index } = viewed, item = run.items[index];
+  const given = Object.fromEntries([...new FormData(form)].map(([k, v]) => [k, Number.isNaN(Number(v)) || !v ? v : Number(v)]));
+  const size = `${item.side}x${item.side}`;
+  const image = item.blob;
+  const shown = settings();
+  const common = { size: run.request.path === "own" ? shown.size : size, seed: shown.seed, ...(shown.steps && { steps: shown.steps }) };
+  const text = (name) => String(form.elements[name].value).trim();
+  if (form.dataset.tool === "vary") draw(run.title, "images/variations", { ...common, n: given.n, eta: given.eta }, { image });
+  if (form.dataset.tool === "words") {
+    const fields = { ...common, prompt: text("prompt"), before: text("caption"), strength: given.strength };
+    draw(text("prompt"), "images/edits", fields, { image });
+  }
+  if (form.dataset.tool === "between") {
+    const [id, at] = String(form.elements.other.value).split("/");
+    const other = runs.get(Number(id));
+    draw(`${run.title} → ${other.title}`, "images/interpolations", { ...common, n: given.n }, { first: image, second: other.items[at].blob });
+  }
+  if (form.dataset.tool === "mask") {
+    const problem = painted ? "" : "Paint over a part of the picture first.";
+    form.elements.prompt.setCustomValidity(problem);
+    if (problem) { form.elements.prompt.reportValidity(); form.elements.prompt.setCustomValidity(""); return; }
+    cut().then((mask) => draw(text("prompt"), "images/edits", { ...common, n: given.n, prompt: text("prompt") }, { image, mask }));
+  }
+  $("#viewer").close();
+}
+
+async function learnt() {
+  const { run, index } = viewed;
+  $("#learnt-says").textContent = "Looking …";
+  try {
+    const form = asForm({ count: 8 }, { image: run.items[index].blob });
+    const { data } = await (await call("v1/unclip/neighbours", { form })).json();
+    if (viewed.run !== run || viewed.index !== index) return;
+    $("#learnt-says").textContent = data.length ? "" : "The index holds no picture.";
+    $("#learnt").replaceChildren(...data.map((row) => make("li", {},
+      row.b64_json ? make("img", { src: address(png(row.b64_json, "image/jpeg")), alt: row.caption })
+        : make("p", { className: "none" }, "Its licence does not let it be shown."),
+      make("p", { className: "what" }, row.caption),
+      make("p", {}, `${Math.round(row.similarity * 100)}% alike · ${row.license ?? "licence not named"}`),
+      make("p", {}, row.attribution ?? ""),
+      row.url ? make("p", {}, make("a", { href: row.url, rel: "noreferrer", target: "_blank" }, "where it is from")) : "")));
+  } catch (error) {
+    $("#learnt-says").textContent = error.message;
+  }
+}
+
+// --- the mask: painted pixels are drawn again -----------------------------------------------------------------------
+
+const SIDE = 512; // of the mask
+let painted = false, at = { x: SIDE / 2, y: SIDE / 2 };
+const canvas = $("#mask"), pen = canvas.getContext("2d");
+
+function unpaint() {
+  canvas.width = canvas.height = SIDE;
+  painted = false;
+  at = { x: SIDE / 2, y: SIDE / 2 };
+}
+
+function paint(to) {
+  painted = true;
+  pen.lineCap = pen.lineJoin = "round";
+  pen.strokeStyle = "rgb(111 208 189)";
+  pen.lineWidth = (SIDE * $("#tool-mask [name=brush]").value) / 100;
+  pen.beginPath();
+  pen.moveTo(at.x, at.y);
+  pen.lineTo(to.x + 0.01, to.y);
+  pen.stroke();
+  at = to;
+}
+
+function place(event) {
+  const box = canvas.getBoundingClientRect();
+  return { x: ((event.clientX - box.left) / box.width) * SIDE, y: ((event.clientY - box.top) / box.height) * SIDE };
+}
+
+function byKey(event) {
+  const step = SIDE / (event.shiftKey ? 8 : 32);
+  const [x, y] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] }[event.key] ?? [];
+  if (x === undefined) return;
+  event.preventDefault();
+  event.stopPropagation();
+  const to = { x: Math.min(SIDE, Math.max(0, at.x + x * step)), y: Math.min(SIDE, Math.max(0, at.y + y * step)) };
+  if (event.key === " " || event.ctrlKey) paint(to);
+  at = to;
+  $("#about").textContent = `brush at ${Math.round((100 * at.x) / SIDE)}% from the left, ${Math.round((100 * at.y) / SIDE)}% from the top`;
+}
+
+function cut() {
+  const out = make("canvas", { width: SIDE, height: SIDE });
+  const knife = out.getContext("2d");
+  knife.fillRect(0, 0, SIDE, SIDE);
+  knife.globalCompositeOperation = "destination-out";
+  knife.drawImage(canvas, 0, 0);
+  return new Promise((resolve) => out.toBlob(resolve));
+}
+
+// --- taking it along ------------------------------------------------------------------------------------------------
+
+function exact() {
+  const { path, fields } = viewed.run.request, item = viewed.run.items[viewed.index];
+  return path === "images/interpolations" ? { path, ...fields } : { path, ...fields, n: 1, seed: item.seed };
+}
+
+function command() {
+  const { path, ...fields } = exact(), images = Object.keys(viewed.run.request.images);
+  const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
+  const key = sessionStorage.getItem("token") ? ' -H "Authorization: Bearer $UNCLIP_TOKEN"' : "";
+  const body = images.length
+    ? [...images.map((name) => `-F ${name}=@${name}.png`), ...Object.entries(fields).map(([k, v]) => `--form-string ${quoted(`${k}=${v}`)}`)].join(" ")
+    : `-H 'Content-Type: application/json' -d ${quoted(JSON.stringify(fields))}`;
+  return `curl -s ${ROOT}v1/${path}${key} ${body} | grep -o 'http[^"]*png' | xargs -n 1 curl -sO`;
+}
+
+function python() {
+  const { path, ...fields } = exact(), images = Object.keys(viewed.run.request.images);
+  const method = { "images/generations": "generate", "images/variations": "create_variation", "images/edits": "edit" }[path];
+  const own = new Set(["prompt", "n", "size"]);
+  const text = (value) => (typeof value === "string" ? JSON.stringify(value) : value);
+  const extra = Object.entries(fields).filter(([k]) => !own.has(k)).map(([k, v]) => `"${k}": ${text(v)}`).join(", ");
+  const files = images.map((name) => `"${name}": open("${name}.png", "rb")`).join(", ");
+  if (!method) {
+    const all = Object.entries(fields).map(([k, v]) => `"${k}": ${text(v)}`).join(", ");
+    return `import httpx\n\nmade = httpx.post(\n    "${ROOT}v1/${path}",\n    data={${all}},\n    files={${files}},\n    timeout=600,\n).json()\n`
+      + `for i, image in enumerate(made["data"]):\n    with open(f"drawn-{i}.png", "wb") as file:\n        file.write(httpx.get(image["url"]).content)\n`;
+  }
+  const words = [...images.map((name) => `${name}=open("${name}.png", "rb")`),
+    ...Object.entries(fields).filter(([k]) => own.has(k)).map(([k, v]) => `${k}=${text(v)}`),
+    'response_format="b64_json"', `extra_body={${extra}}`];
+  return `import base64\nimport os\n\nfrom openai import OpenAI\n\nclient = OpenAI(base_url="${ROOT}v1", api_key=os.environ.get("UNCLIP_TOKEN", "none"))\n`
+    + `made = client.images.${method}(\n${words.map((word) => `    ${word},\n`).join("")})\n`
+    + `for i, image in enumerate(made.data):\n    with open(f"drawn-{i}.png", "wb") as file:\n        file.write(base64.b64decode(image.b64_json))\n`;
+}
+
+async function copy(what) {
+  const text = what === "python" ? python() : command(), images = viewed.run.request.images;
+  $("#recipe").textContent = text;
+  try {
+    await navigator.clipboard.writeText(text);
+    $("#copied").textContent = "Copied.";
+  } catch { // not every page may: one that did not come by https from another machine
+    getSelection().selectAllChildren($("#recipe"));
+    $("#copied").textContent = "It is selected below: copy it from there.";
+  }
+  for (const [name, blob] of Object.entries(images)) {
+    $("#copied").append(" ", make("a", { href: address(blob), download: `${name}.png` }, `It needs ${name}.png.`));
+  }
+}
+
+// --- what is asked --------------------------------------------------------------------------------------------------
+
+function settings() {
+  const form = $("#compose").elements, { sampling } = model;
+  if ($("#fresh").checked) $("#seed").value = Math.floor(Math.random() * SEEDS);
+  const fields = { n: Number(form.n.value), size: form.size.value, seed: Number(form.seed.value) };
+  if (Number(form.steps.value) !== sampling.decoder_steps) fields.steps = Number(form.steps.value);
+  if (Number(form.guidance.value) !== sampling.decoder_guidance) fields.guidance = Number(form.guidance.value);
+  if (form.prior?.value && form.prior.value !== sampling.prior) fields.prior = form.prior.value;
+  return fields;
+}
+
+function toDefaults() {
+  const form = $("#compose").elements, { sampling } = model;
+  form.steps.value = sampling.decoder_steps;
+  form.guidance.value = sampling.decoder_guidance;
+  form.n.value = 4;
+  for (const radio of document.querySelectorAll("[name=prior]")) radio.checked = radio.value === sampling.prior;
+  outputs();
+}
+
+function outputs() {
+  for (const range of document.querySelectorAll("input[type=range]")) {
+    const suffix = range.name === "brush" ? "%" : "";
+    $("output", range.parentElement).textContent = `${range.value}${suffix}`;
+  }
+  const form = $("#compose").elements;
+  const seed = $("#fresh").checked ? "a new seed" : `seed ${form.seed.value}`;
+  $("#summary").textContent = [`${form.n.value} pictures`, form.size?.value.split("x")[0].concat(" px"), seed].filter(Boolean).join(", ");
+}
+
+async function takeIn(file) {
+  $("#problem").hidden = true;
+  try {
+    const bitmap = await createImageBitmap(file); // upright; the model sees the square in the middle
+    const short = Math.min(bitmap.width, bitmap.height), side = Math.min(short, 1024);
+    const square = make("canvas", { width: side, height: side });
+    square.getContext("2d").drawImage(bitmap, (bitmap.width - short) / 2, (bitmap.height - short) / 2, short, short, 0, 0, side, side);
+    const blob = await new Promise((resolve) => square.toBlob(resolve));
+    const title = file.name?.replace(/\.\w+$/, "") || "A picture of your own";
+    const run = { id: Date.now() + Math.random(), at: Date.now(), title, seconds: 0, problem: "",
+      request: { path: "own", fields: {}, images: {} }, items: [{ blob, side }] };
+    show(run);
+    await keep(run);
+    view(run, 0);
+  } catch {
+    $("#problem").textContent = `${file.name || "This"} is no picture that this browser can open: take a PNG, JPEG or WebP.`;
+    $("#problem").hidden = false;
+  }
+}
+
+$("#compose").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const prompt = $("#caption").value.trim();
+  if (prompt) draw(prompt, "images/generations", { prompt, ...settings() }).then(outputs);
+});
+$("#caption").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("#compose").requestSubmit();
+});
+document.addEventListener("input", outputs);
+$("#seed").addEventListener("input", () => { $("#fresh").checked = false; });
+$("#defaults").addEventListener("click", toDefaults);
+$("#own").addEventListener("change", (event) => { [...event.target.files].forEach(takeIn); event.target.value = ""; });
+document.addEventListener("paste", (event) => [...event.clipboardData.files].forEach(takeIn));
+for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
+  document.addEventListener(name, (event) => {
+    if (!event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    document.body.classList.toggle("dropping", over);
+    if (name === "drop") [...event.dataTransfer.files].forEach(takeIn);
+  });
+}
+$("#clear").addEventListener("click", () => { if (confirm("Forget all pictures that this browser keeps?")) [...elements.keys()].forEach(forget); });
+$("#close").addEventListener("click", () => $("#viewer").close());
+$("#viewer").addEventListener("click", (event) => { if (event.target === $("#viewer")) $("#viewer").close(); });
+$("#viewer").addEventListener("keydown", (event) => {
+  const button = { ArrowLeft: "#previous", ArrowRight: "#next" }[event.key];
+  if (button && !["INPUT", "CANVAS", "PRE"].includes(event.target.tagName)) $(button).click();
+});
+$("#viewer").addEventListener("submit", use);
+$("#tool-learnt").addEventListener("toggle", (event) => { if (event.target.open && !$("#learnt").children.length) learnt(); });
+$("#tool-mask").addEventListener("toggle", (event) => { canvas.hidden = !event.target.open; });
+$("#unpaint").addEventListener("click", unpaint);
+for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button.dataset.copy));
+canvas.addEventListener("pointerdown", (event) => { canvas.setPointerCapture(event.pointerId); at = place(event); paint(at); });
+canvas.addEventListener("pointermove", (event) => { if (event.buttons) paint(place(event)); });
+canvas.addEventListener("keydown", byKey);
+
+outputs();
+unpaint();
+connectAtLast();
+for (const run of (await history("readonly", (table) => table.getAll())) ?? []) {
+  runs.set(run.id, run);
+  show(run);
+}
+emptiness();
