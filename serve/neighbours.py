@@ -3,40 +3,72 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
+from fastapi import APIRouter, Form, Request, UploadFile
+from fastapi.concurrency import run_in_threadpool
+from PIL import Image
 
+from models.clip import Clip
 from pipeline.data.fetch.references import shown
-from pipeline.data.neighbours.search import FoundRow, look_up
-from pipeline.data.pairs.decoding import shared_decoder
-from pipeline.data.pairs.image import MAX_PIXELS, Storing
+from pipeline.data.neighbours.search import FoundRow, embed_opened, look_up, read_clip
+from pipeline.data.pairs.decoding import OWN, shared_decoder
+from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, Storing
 from pipeline.data.pairs.row_index import read_images
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.store import Store
+from pipeline.ledger import REASONS
+from pipeline.store import Store, open_store
+from serve.bundle import Served
+from serve.errors import ApiError
 
 MOST = 24  # rows of one answer
 THUMBNAIL = Storing(192, "jpg", 85)  # px of the short side, format and quality
+router = APIRouter()
+
+
+@router.post("/v1/unclip/neighbours")
+async def neighbours(
+    request: Request, image: UploadFile, count: Annotated[int, Form(ge=1, le=MOST)] = 8
+) -> dict[str, Any]:
+    """Returns the training images nearest to an image, nearest first."""
+    door = request.app.state.door
+    bundle = (await door.described())["bundle"]
+    training = await run_in_threadpool(training_set_of, door.served, bundle)
+    if training is None:
+        raise ApiError(404, "no_index", "There is no index of what this bundle was trained on: serve a run's own folder")
+    found = await run_in_threadpool(training.nearest, await image.read(MAX_BYTES + 1), count)
+    return {"object": "list", "data": found}
 
 
 @dataclass(frozen=True)
 class TrainingSet:
     """The rows that a bundle's decoder was trained on, and their index.
 
-    ``artifacts`` are those that ``look_up`` takes. ``licenses`` are those of the images that may be shown, None for
-    any; of other rows everything but the image is told.
+    ``artifacts`` are those that ``look_up`` takes, and the CLIP. ``licenses`` are those of the images that may be
+    shown, None for any; of other rows everything but the image is told.
     """
 
     store: Store
     artifacts: Mapping[str, Artifact]
     licenses: Collection[str] | None = None
 
-    def nearest(self, embedding: np.ndarray, count: int) -> list[dict[str, Any]]:
-        """Returns the training rows nearest to an image embedding fp32 [1, d], nearest first, as JSON."""
+    @cached_property
+    def clip(self) -> Clip:
+        """Returns the CLIP that made the embeddings in the index."""
+        return read_clip(self.store, self.artifacts["clip"])
+
+    def nearest(self, image: bytes, count: int) -> list[dict[str, Any]]:
+        """Returns the training rows nearest to an image, nearest first, as JSON. Raises ApiError for a broken image."""
+        found = shared_decoder().prepare(image, MAX_PIXELS, OWN) if len(image) <= MAX_BYTES else "too_large"
+        if isinstance(found, str):
+            raise ApiError(400, "invalid_image", f"image: cannot be taken ({found}: {REASONS[found]})", "image")
+        embedding = embed_opened(self.clip, Image.open(io.BytesIO(found.data)))
         return [self._described(row) for row in look_up(self.store, self.artifacts, embedding, count, ("train",))]
 
     def _described(self, row: FoundRow) -> dict[str, Any]:
@@ -79,11 +111,18 @@ def find_training_set(store: Store, bundle: Artifact, licenses: Collection[str] 
         embeddings = load_artifact(store, "embeddings", index.inputs["embeddings"])
         if embeddings is None or embeddings.inputs.get("clip") != bundle.inputs["clip"]:
             continue
-        keys = {
-            "curation": index.inputs["curation"],
-            **{name: embeddings.inputs[name] for name in ("captions", "pairs")},
-        }
-        found = {name: load_artifact(store, name, key) for name, key in keys.items()}
+        keys = {**embeddings.inputs, "curation": index.inputs["curation"]}
+        found = {name: load_artifact(store, name, keys[name]) for name in ("captions", "clip", "curation", "pairs")}
         if all(found.values()):
             return TrainingSet(store, {"index": index, **{n: a for n, a in found.items() if a is not None}}, licenses)
     return None
+
+
+@lru_cache(2)
+def training_set_of(served: Served, key: str) -> TrainingSet | None:
+    """Returns what the served bundle of a key was trained on; None for a folder that knows no store."""
+    if not served.store:
+        return None
+    store = open_store(served.store)
+    bundle = load_artifact(store, "bundle", key)
+    return None if bundle is None else find_training_set(store, bundle)

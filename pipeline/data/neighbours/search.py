@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from models.clip import Clip
 from models.tokens import check_captions, tokenize
@@ -48,14 +49,18 @@ def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
         check_captions([caption])
     except ValueError as e:
         raise UserError(str(e)) from None
-    model = _open_clip(store, clip)
+    model = read_clip(store, clip)
     return _numbers(model.encode_text, tokenize([caption]))
 
 
 def embed_image(store: Store, clip: Artifact, path: str) -> np.ndarray:
     """Returns the image embedding of an image in a file, fp32 [1, d]. Raises UserError as ``open_image`` does."""
     image = open_image(Path(path))
-    model = _open_clip(store, clip)
+    return embed_opened(read_clip(store, clip), image)
+
+
+def embed_opened(model: Clip, image: Image.Image) -> np.ndarray:
+    """Returns the image embedding of an image that was opened already, fp32 [1, d]."""
     pixels = view(image, model.image_size).transpose(2, 0, 1)[None]
     return _numbers(model.encode_image, torch.from_numpy(pixels.copy()))
 
@@ -96,7 +101,8 @@ def _shards(store: Store, artifact: Artifact, wanted: Collection[int]) -> list[S
     return [shard for number in wanted if (shard := shards.find(number)) is not None]
 
 
-def _open_clip(store: Store, clip: Artifact) -> Clip:
+def read_clip(store: Store, clip: Artifact) -> Clip:
+    """Returns the CLIP of an artefact, on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         materialise(store, clip.blobs, folder)
         return Clip.from_folder(folder).eval()
