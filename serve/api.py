@@ -18,6 +18,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from models.tokens import check_captions
+from serve import neighbours
 from serve.door import Door
 from serve.errors import ApiError
 from serve.painter import Row, Work
@@ -41,6 +42,7 @@ def make_api(door: Door) -> FastAPI:
     api.add_exception_handler(RequestValidationError, _told)
     api.add_exception_handler(HTTPException, _told)
     api.include_router(router)
+    api.include_router(neighbours.router)
     api.mount("/", StaticFiles(directory=STUDIO, html=True, check_dir=False))
 
     @api.middleware("http")

@@ -125,7 +125,7 @@ class DoorProcess:
             pass
 
         line = Line(draw, settings.replicas, settings.batch, settings.queue, settings.wait_ms / 1000, observe)
-        self.door = Door(served.name, settings, line, Results(settings.results_mb << 20), ask, observe)
+        self.door = Door(served, settings, line, Results(settings.results_mb << 20), ask, observe)
 
     def __serve_build_asgi_app__(self) -> Any:
         return make_api(self.door)

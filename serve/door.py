@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.store.records import digest
+from serve.bundle import Served
 from serve.errors import ApiError
 from serve.line import Event, Line, Refused
 from serve.painter import Row, Work
@@ -21,7 +22,7 @@ class Door:
     """What the endpoints share.
 
     Attributes:
-        name: What clients call the model.
+        served: Which bundle is served.
         settings: How it is served.
         line: The line of requests.
         results: Finished images.
@@ -30,13 +31,18 @@ class Door:
         observe: Notes a figure.
     """
 
-    name: str
+    served: Served
     settings: ServeSettings
     line: Line
     results: Results
     ask: Callable[[], Awaitable[dict[str, Any]]]
     observe: Callable[[str, float], None]
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Returns what clients call the model."""
+        return self.served.name
 
     async def described(self) -> dict[str, Any]:
         """Returns what the bundle is. Raises ApiError while no process has loaded it."""

@@ -39,9 +39,11 @@ async def neighbours(
     """Returns the training images nearest to an image, nearest first."""
     door = request.app.state.door
     bundle = (await door.described())["bundle"]
-    training = await run_in_threadpool(training_set_of, door.served, bundle)
+    training = await run_in_threadpool(training_set_of, door.served, bundle, door.settings.licenses)
     if training is None:
-        raise ApiError(404, "no_index", "There is no index of what this bundle was trained on: serve a run's own folder")
+        raise ApiError(
+            404, "no_index", "There is no index of what this bundle was trained on: serve a run's own folder"
+        )
     found = await run_in_threadpool(training.nearest, await image.read(MAX_BYTES + 1), count)
     return {"object": "list", "data": found}
 
@@ -51,12 +53,12 @@ class TrainingSet:
     """The rows that a bundle's decoder was trained on, and their index.
 
     ``artifacts`` are those that ``look_up`` takes, and the CLIP. ``licenses`` are those of the images that may be
-    shown, None for any; of other rows everything but the image is told.
+    shown, all if none is named; of other rows everything but the image is told.
     """
 
     store: Store
     artifacts: Mapping[str, Artifact]
-    licenses: Collection[str] | None = None
+    licenses: Collection[str] = ()
 
     @cached_property
     def clip(self) -> Clip:
@@ -86,7 +88,7 @@ class TrainingSet:
 
     def _thumbnail(self, row: FoundRow) -> str | None:
         """Returns a small JPEG in base64; None for a row without an image, and for one that may not be shown."""
-        if row.place is None or (self.licenses is not None and row.license not in self.licenses):
+        if row.place is None or (self.licenses and row.license not in self.licenses):
             return None
         try:
             [data] = read_images(self.store, [row.place])
@@ -96,7 +98,7 @@ class TrainingSet:
         return None if isinstance(found, str) else base64.b64encode(found.data).decode()
 
 
-def find_training_set(store: Store, bundle: Artifact, licenses: Collection[str] | None = None) -> TrainingSet | None:
+def find_training_set(store: Store, bundle: Artifact, licenses: Collection[str] = ()) -> TrainingSet | None:
     """Returns the rows that a bundle's decoder was trained on; None where the store has no index of them.
 
     The index is one of the decoder's own curated rows, and of embeddings by the bundle's CLIP.
@@ -119,10 +121,10 @@ def find_training_set(store: Store, bundle: Artifact, licenses: Collection[str] 
 
 
 @lru_cache(2)
-def training_set_of(served: Served, key: str) -> TrainingSet | None:
+def training_set_of(served: Served, key: str, licenses: tuple[str, ...]) -> TrainingSet | None:
     """Returns what the served bundle of a key was trained on; None for a folder that knows no store."""
     if not served.store:
         return None
     store = open_store(served.store)
     bundle = load_artifact(store, "bundle", key)
-    return None if bundle is None else find_training_set(store, bundle)
+    return None if bundle is None else find_training_set(store, bundle, licenses)

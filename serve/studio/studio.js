@@ -185,8 +185,8 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-function choices(fieldset, name, options, chosen) {
-  fieldset.replaceChildren($("legend", fieldset), ...options.map(([value, text]) => make("label", { className: "choice" },
+function choices(group, name, options, chosen) {
+  group.replaceChildren($("span", group), ...options.map(([value, text]) => make("label", { className: "choice" },
     make("input", { type: "radio", name, value, checked: value === chosen }), text)));
 }
 
@@ -252,7 +252,7 @@ function view(run, index) {
   $("#tool-words [name=prompt]").value = "";
   const others = [...runs.values()].reverse().flatMap((other) => other.items.map((one, at) => ({ other, one, at })))
     .filter(({ one }) => one.blob && one !== item).slice(0, 60);
-  $("#others").replaceChildren($("#others legend"), ...others.map(({ other, one, at }, place) => make("label", { className: "pick" },
+  $("#others").replaceChildren(...others.map(({ other, one, at }, place) => make("label", { className: "pick" },
     make("input", { type: "radio", name: "other", value: `${other.id}/${at}`, required: true, checked: place === 0 }),
     make("img", { src: address(one.blob), alt: described(other, at) }))));
   if (!others.length) $("#others").append(make("p", {}, "Draw or drop another picture first."));

@@ -2,59 +2,58 @@
 
 import base64
 import io
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 
-from pipeline.data.neighbours.search import embed_image
-from pipeline.graph.artifacts import Artifact, publish_artifact
-from pipeline.ledger import Ledger
-from pipeline.store.records import digest
+from serve.api import make_api
+from serve.bundle import Served
+from serve.door import Door
+from serve.line import Line
 from serve.neighbours import find_training_set
-from tests.pipeline.data.bench import Bench, picture, save_clip
-
-LICENSES = ("CC-BY 4.0", "unknown", "CC-BY 4.0", "CC0")
+from serve.results import Results
+from serve.settings import ServeSettings
+from tests.pipeline.data.bench import Bench, picture
+from tests.serve.trained import make_trained, publish
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """Four images with licences, of which the last is held out."""
-    folder = tmp_path_factory.mktemp("neighbours")
-    rows = ["url,caption,split,license,attribution"]
-    for i, license in enumerate(LICENSES):
-        (folder / f"{i}.png").write_bytes(picture(i))
-        rows.append(f"file://{folder}/{i}.png,image {i},{'test' if i == 3 else 'train'},{license},By {i}")
-    (folder / "list.csv").write_text("\n".join(rows) + "\n")
-    bench = Bench(folder / "store", [str(folder / "list.csv")], clip={"weights": save_clip(folder / "clip")})
-    bench.make("source", "captions", "pairs", "clip", "embeddings", "curation", "index")
-    return bench
+    return make_trained(tmp_path_factory.mktemp("neighbours"))
 
 
-def made(bench: Bench, stage: str, *inputs: str, **others: str) -> Artifact:
-    """Publishes an artefact of which only the inputs matter here."""
-    keys = {name: bench.made[name].key for name in inputs} | others
-    artifact = Artifact(stage, digest(keys), keys, {}, Ledger())
-    bench.made[stage] = publish_artifact(bench.store, artifact, 0.0)
-    return bench.made[stage]
+def door(bench: Bench, settings: ServeSettings, store: str) -> Iterator[TestClient]:
+    """The API of a server that need not draw."""
+
+    async def ask() -> dict[str, Any]:
+        return {"bundle": bench.made["bundle"].key}
+
+    def observe(name: str, value: float) -> None:
+        pass
+
+    def draw(work: Any) -> Any:
+        raise AssertionError
+
+    served = Served("bench", store=store, key=bench.made["bundle"].key)
+    line = Line(draw, 1, 1, 1, 0.0, observe)
+    with TestClient(make_api(Door(served, settings, line, Results(0), ask, observe))) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
-def bundle(bench: Bench) -> Artifact:
-    made(bench, "decoder", "captions", "curation", "embeddings", "pairs")
-    return made(bench, "bundle", "clip", "decoder")
+def client(bench: Bench) -> Iterator[TestClient]:
+    yield from door(bench, ServeSettings(), bench.store.url)
 
 
-def embedding(bench: Bench, number: int) -> np.ndarray:
-    file = Path(bench.config.source.paths[0]).with_name(f"{number}.png")
-    return embed_image(bench.store, bench.made["clip"], str(file))
+def ask(client: TestClient, image: bytes, **fields: object) -> Any:
+    return client.post("/v1/unclip/neighbours", data=fields, files={"image": image})
 
 
-def test_training_images_come_nearest_first_with_their_rights(bench: Bench, bundle: Artifact) -> None:
-    training = find_training_set(bench.store, bundle)
-    assert training is not None
-    found = training.nearest(embedding(bench, 2), 24)
+def test_training_images_come_nearest_first_with_their_rights(client: TestClient) -> None:
+    found = ask(client, picture(2), count=24).json()["data"]
     assert {row["caption"] for row in found} == {"image 0", "image 1", "image 2"}  # never the held-out one
     assert found[0]["caption"] == "image 2"
     assert found[0]["similarity"] == pytest.approx(1, abs=0.01)
@@ -63,16 +62,35 @@ def test_training_images_come_nearest_first_with_their_rights(bench: Bench, bund
     assert found[0]["url"] is None  # a path of this machine
     with Image.open(io.BytesIO(base64.b64decode(found[0]["b64_json"]))) as image:
         assert (image.format, image.size) == ("JPEG", (80, 72))  # nothing is enlarged
+    assert len(ask(client, picture(2), count=1).json()["data"]) == 1
 
 
-def test_images_are_shown_where_their_licence_allows_it(bench: Bench, bundle: Artifact) -> None:
-    training = find_training_set(bench.store, bundle, ["CC-BY 4.0"])
-    assert training is not None
-    found = {row["caption"]: row["b64_json"] is not None for row in training.nearest(embedding(bench, 1), 3)}
-    assert found == {"image 0": True, "image 1": False, "image 2": True}
+def test_images_are_shown_where_their_licence_allows_it(bench: Bench) -> None:
+    for client in door(bench, ServeSettings(licenses=("CC-BY 4.0",)), bench.store.url):
+        found = ask(client, picture(1)).json()["data"]
+    shown = {row["caption"]: row["b64_json"] is not None for row in found}
+    assert shown == {"image 0": True, "image 1": False, "image 2": True}
 
 
-def test_an_index_of_other_rows_or_another_clip_is_not_taken(bench: Bench, bundle: Artifact) -> None:
-    assert find_training_set(bench.store, made(bench, "bundle", "decoder", clip="f" * 64)) is None
-    made(bench, "decoder", "captions", "embeddings", "pairs", curation="e" * 64)
-    assert find_training_set(bench.store, made(bench, "bundle", "clip", "decoder")) is None
+@pytest.mark.parametrize(
+    ("image", "count", "param", "says"),
+    [(b"no image", 8, "image", "not_an_image"), (b"", 8, "image", "zero_bytes"), (picture(0), 25, "count", "24")],
+)
+def test_what_cannot_be_looked_for(client: TestClient, image: bytes, count: int, param: str, says: str) -> None:
+    answer = ask(client, image, count=count)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert says in error["message"]
+
+
+def test_a_folder_of_a_bundle_alone_says_so(bench: Bench) -> None:
+    for client in door(bench, ServeSettings(), ""):
+        answer = ask(client, picture(0))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_index")
+
+
+def test_an_index_of_other_rows_or_another_clip_is_not_taken(bench: Bench) -> None:
+    clip, decoder = bench.made["clip"].key, bench.made["decoder"]
+    assert find_training_set(bench.store, publish(bench, "bundle", {"clip": "f" * 64, "decoder": decoder.key})) is None
+    other = publish(bench, "decoder", {**decoder.inputs, "curation": "e" * 64})
+    assert find_training_set(bench.store, publish(bench, "bundle", {"clip": clip, "decoder": other.key})) is None

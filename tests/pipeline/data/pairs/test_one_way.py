@@ -68,9 +68,9 @@ def test_every_way_gives_the_same_pixels(bench: Bench) -> None:
 
 
 def _clip(bench: Bench) -> object:
-    from pipeline.data.neighbours.search import _numbers, _open_clip
+    from pipeline.data.neighbours.search import _numbers, read_clip
 
-    model = _open_clip(bench.store, bench.made["clip"])
+    model = read_clip(bench.store, bench.made["clip"])
     return lambda pixels: _numbers(model.encode_image, torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()))
 
 
