@@ -1,4 +1,4 @@
-"""``unclip data search | retry | forget | gc CONFIG ...``: searches the data of a project, and changes it."""
+"""``unclip data search | export | retry | forget | gc CONFIG ...``: searches, exports and changes data."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from dataclasses import replace
 
 from jobs.plan import print_changes
 from jobs.project import Project, add_config_and_set, open_project
+from pipeline.data.export import KINDS, STAGES, export_pairs
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.data.source.forget import Request, find, without
 from pipeline.data.source.journal import Forgotten, ListJournal, change_journal, read_journal, with_forgotten
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
-from pipeline.errors import UserError
+from pipeline.errors import CorruptObject, UserError
 from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import read_local
-from pipeline.progress import duration
+from pipeline.progress import counted, duration
+from pipeline.store import open_store
 from pipeline.upkeep.collect import collect
 
 FILE_BYTES = 256 << 20  # of a list of what to forget
@@ -32,7 +34,9 @@ def main(argv: Sequence[str]) -> int:
     retry = commands.add_parser("retry", help="retry rows whose fetch ended with given reasons")
     forget = commands.add_parser("forget", help="drop images and their captions from everything made from now on")
     gc = commands.add_parser("gc", help="delete what no pin, recent run or running stage needs")
-    for command, run in ((search, _search), (retry, _retry), (forget, _forget), (gc, _collect)):
+    export = commands.add_parser("export", help="write curated pairs and embeddings for other tools")
+    runs = {search: _search, retry: _retry, forget: _forget, gc: _collect, export: _export}
+    for command, run in runs.items():
         add_config_and_set(command)
         command.set_defaults(run=run)
     what = search.add_mutually_exclusive_group(required=True)
@@ -46,6 +50,9 @@ def main(argv: Sequence[str]) -> int:
     gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
     gc.add_argument("--keep-days", type=float, default=30.0, help="how long what a run asked for is needed (30)")
     gc.add_argument("--grace-hours", type=float, default=24.0, help="from the first finding to the deletion (24)")
+    export.add_argument("-o", "--to", required=True, metavar="FOLDER", help="a folder, or s3://BUCKET/PREFIX")
+    export.add_argument("--only", choices=KINDS, action="append", default=[], help="write this alone (all three)")
+    export.add_argument("--split", choices=SPLITS, action="append", default=[], help="rows of this split only (all)")
     arguments = parser.parse_args(argv)
     return arguments.run(open_project(arguments.config, arguments.overrides), arguments)
 
@@ -67,6 +74,17 @@ def _search(project: Project, arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.config}: its index holds no row to be found; see the rejects in the report")
     for row in found:
         print(f"{row.similarity:.4f}\t{row.key}\t{row.split}\t{_words(shown(row.url))}\t{_words(row.caption)}")
+    return 0
+
+
+def _export(project: Project, arguments: argparse.Namespace) -> int:
+    made, target = project.made(*STAGES), open_store(arguments.to)
+    try:
+        counts = export_pairs(project.store, made, target, arguments.only, arguments.split)
+    except CorruptObject as e:
+        raise UserError(f"{e}; unclip run {arguments.config} makes it again") from None
+    for kind, count in counts.items():
+        print(f"{target.url}/{kind}: {counted(count, 'row')}")
     return 0
 
 

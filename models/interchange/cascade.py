@@ -1,13 +1,23 @@
-"""A whole folder in diffusers' layout, such as Karlo's, as one generator."""
+"""A whole generator as a folder in diffusers' layout, such as Karlo's, and back.
 
+An export has two additions to that layout. Models that no class of diffusers holds, CLIP and the sampling defaults lie
+in ``ours``, and a second upsampler in ``upsampler_1024``. Code lies beside the weights: the class of a pipeline, and a
+copy of ``models`` under another name. It is for diffusers; nothing here reads or runs it.
+"""
+
+import re
+import shutil
 from pathlib import Path
 
+import models
 from models.cascade import UnCLIP
 from models.clip import Clip
-from models.interchange.decoder import import_decoder
-from models.interchange.prior import import_prior
-from models.interchange.upsampler import import_upsampler
-from models.sampling_config import SamplingConfig
+from models.folder import load_codec, load_model, save_codec, save_model
+from models.interchange.decoder import export_decoder, import_decoder
+from models.interchange.files import OURS, write_json
+from models.interchange.prior import export_prior, import_prior
+from models.interchange.upsampler import export_upsampler, import_upsampler
+from models.sampling_config import SAMPLING_FILE, SamplingConfig, read_sampling, write_sampling
 
 KARLO_SAMPLING = SamplingConfig(
     candidates=1,
@@ -21,21 +31,89 @@ KARLO_SAMPLING = SamplingConfig(
 )
 """Karlo's own defaults: it draws one embedding a caption, and ends at 256 px, after six steps and one of a second
 network that a model trained here does not have."""
+PARTS = {
+    "diffusion_prior": (".", "prior", export_prior, import_prior),
+    "decoder": (".", "decoder", export_decoder, import_decoder),
+    "upsampler_256": (".", "super_res_first", export_upsampler, import_upsampler),
+    "upsampler_1024": ("upsampler_1024", "super_res_first", export_upsampler, import_upsampler),
+}
+"""Of each model that classes of diffusers may hold: folder, part that tells that they do, and both ways."""
+PIPELINE = Path(__file__).with_name("pipeline.py")
+CODE = "unclip_models"
 
 
-def import_unclip(folder: str | Path, clip: Clip, sampling: SamplingConfig = KARLO_SAMPLING) -> UnCLIP:
-    """Reads prior, decoder and, where there is one, upsampler, and join them to their CLIP, on its device.
+def export_unclip(unclip: UnCLIP, folder: str | Path) -> list[str]:
+    """Writes all models, in the classes of diffusers where they fit, and the class of a pipeline that draws with them.
 
-    The folder holds no CLIP with an image encoder: Karlo's is OpenAI's ViT-L/14. Raises FileNotFoundError when a file
-    is missing, and ValueError when something does not fit or embeddings have another dimension than CLIP's.
+    Returns the models that are in classes of diffusers. Raises FileExistsError when the folder is not empty.
     """
-    folder, device = Path(folder), clip.mean.device
-    prior, decoder = import_prior(folder), import_decoder(folder)
-    for name, dim in (("prior", prior.embed_dim), ("decoder", decoder.embed_dim)):
-        if dim != clip.embed_dim:
+    folder, native = Path(folder), []
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: name a new folder for the export")
+    for name in ("ar_prior", *PARTS):
+        if (model := getattr(unclip, name)) is None:
+            continue
+        try:
+            where, _, export, _ = PARTS[name]
+            export(model, folder / where)
+            native.append(name)
+        except (KeyError, ValueError):  # before anything is written: diffusers has no class for it
+            save_model(folder / OURS / name, model)
+    unclip.clip.save(folder / OURS / "clip")
+    if unclip.codec is not None:
+        save_codec(folder / OURS / "codec", unclip.codec)
+    write_sampling(folder / OURS, unclip.sampling)
+    _write_code(folder)
+    return native
+
+
+def _write_code(folder: Path) -> None:
+    """Writes model_index.json, and the code that it names, which needs no package of ours."""
+    index = {"_class_name": [PIPELINE.stem, "UnCLIPRayPipeline"], "unclip": [PIPELINE.stem, "Generator"]}
+    write_json(folder / "model_index.json", index)
+    source = Path(models.__file__).parent
+    for file in source.rglob("*.py"):
+        copy = folder / "unclip" / CODE / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(re.sub(r"^(\s*(?:from|import)) models\b", rf"\1 {CODE}", file.read_text(), flags=re.MULTILINE))
+    for place in (folder, folder / "unclip"):
+        shutil.copy(PIPELINE, place)
+
+
+def import_unclip(folder: str | Path, clip: Clip | None = None, sampling: SamplingConfig | None = None) -> UnCLIP:
+    """Reads a folder in diffusers' layout, an exported one to the last bit, and joins its models to a CLIP.
+
+    Args:
+        folder: An export, or Karlo's.
+        clip: On whose device all models come. Karlo's folder holds none with an image encoder: it is OpenAI's ViT-L/14.
+        sampling: Of the generator; by default the export's, or Karlo's.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        ValueError: when something does not fit, or embeddings have another dimension than CLIP's.
+    """
+    folder = Path(folder)
+    ours = folder / OURS
+    if clip is None:
+        if not (ours / "clip").is_dir():
+            raise FileNotFoundError(f"{ours / 'clip'} is missing: pass the CLIP that the models were trained with")
+        clip = Clip.from_folder(ours / "clip")
+    device, found = clip.mean.device, {}
+    for name, (where, part, _, read) in PARTS.items():
+        if (folder / where / part).is_dir():
+            found[name] = read(folder / where)
+    for name in ("ar_prior", *PARTS):
+        if name not in found and (ours / name).is_dir():
+            found[name] = load_model(ours / name)
+    if "decoder" not in found:
+        raise FileNotFoundError(f"there is no decoder in {folder}: name a folder in diffusers' layout")
+    for name in ("diffusion_prior", "decoder"):
+        if name in found and found[name].embed_dim != clip.embed_dim:
             raise ValueError(
-                f"{folder / name} was trained on {dim}-dimensional embeddings, this CLIP makes {clip.embed_dim}: pass "
-                "the CLIP that it was trained with, which for Karlo is OpenAI's ViT-L/14"
+                f"{folder / PARTS[name][1]} was trained on {found[name].embed_dim}-dimensional embeddings, this CLIP "
+                f"makes {clip.embed_dim}: pass the CLIP that it was trained with, which for Karlo is OpenAI's ViT-L/14"
             )
-    upsampler = import_upsampler(folder).to(device) if (folder / "super_res_first").is_dir() else None
-    return UnCLIP(clip, decoder.to(device), prior.to(device), upsampler_256=upsampler, sampling=sampling)
+    if sampling is None:
+        sampling = read_sampling(ours) if (ours / SAMPLING_FILE).is_file() else KARLO_SAMPLING
+    codec = load_codec(ours / "codec", device) if (ours / "codec").is_dir() else None
+    return UnCLIP(clip, codec=codec, sampling=sampling, **{name: model.to(device) for name, model in found.items()})

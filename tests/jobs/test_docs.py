@@ -5,6 +5,7 @@ import re
 import shlex
 import tarfile
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ TESTED = {
     "unclip init my-flags flags.csv --from out/emoji": "tests/jobs/test_chain.py, from micro models",
     'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
     "unclip data search configs/nano.yaml --image images/3.png --split train": "here",
+    "unclip data export configs/nano.yaml --to exported": "here",
     "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",
     "unclip release promote configs/nano.yaml": "here",
     "unclip release diff configs/nano.yaml --set decoder.model.dropout=0.1": "here",
@@ -247,5 +249,9 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
         if "--image" in command:  # it is in the list itself, so it is the nearest
             assert found[0][3].endswith("/images/3.png")
             assert {fields[2] for fields in found} == {"train"}
+    if command.startswith("unclip data export"):
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), flags=re.DOTALL):
+            with chdir(folder):
+                exec(block, {})
     if command.endswith("decoder.model.dropout=0.1"):
         assert "model.dropout 0.0 -> 0.1" in process.stdout

@@ -1,0 +1,144 @@
+"""What is exported is read by other tools, holds the curated rows and no other, and comes back in."""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from embedding_reader import EmbeddingReader
+from PIL import Image
+
+from pipeline.data.embeddings.stage import read_embeddings
+from pipeline.data.export import export_pairs
+from pipeline.data.pairs.row_index import Place, read_images
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_shards
+from pipeline.store import Store, open_store
+from tests.pipeline.data.bench import Bench, picture, save_clip, write_listed
+
+ROWS, SPLITS = 23, ["test", "validation", *["train"] * 21]
+SMALL = (4, 15)  # below curation's least side; all rows of the last shard stay
+
+
+@dataclass(frozen=True)
+class Made:
+    """The data stages of 23 rows, of which curation keeps 21, and their export."""
+
+    bench: Bench
+    folder: Path
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The curated rows, each with its image and embeddings."""
+        store, images, vectors = self.bench.store, {}, {}
+        tars = {s.number: s.blobs["images"] for s in read_shards(store, self.bench.made["pairs"])}
+        for row in self.bench.rows("curation"):
+            (images[row["key"]],) = read_images(store, [Place.of(row, tars[int(row["key"][:8])])])
+        for shard in read_shards(store, self.bench.made["embeddings"]):
+            keys, image, text, _ = read_embeddings(store, shard.blobs["embeddings"])
+            vectors |= dict(zip(keys, zip(image, text, strict=True), strict=True))
+        return [
+            row | {"image": images[row["key"]], "vectors": vectors[row["key"]]} for row in self.bench.rows("curation")
+        ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("export")
+    images = [picture(i, *((40, 40) if i in SMALL else (80, 72))) for i in range(ROWS)]
+    paths = [write_listed(folder, images, SPLITS)]
+    bench = Bench(folder / "store", paths, clip={"weights": save_clip(folder / "clip")})
+    bench.make("source", "captions", "pairs", "clip", "embeddings", "curation")
+    exported = Made(bench, folder / "exported")
+    assert export_pairs(bench.store, bench.made, open_store(str(exported.folder))) == {
+        "pairs": 21, "clip-retrieval": 21, "embeddings": 21,
+    }  # fmt: skip
+    return exported
+
+
+def test_webdataset_and_img2datasets_files(made: Made) -> None:
+    tars = sorted(map(str, (made.folder / "pairs").glob("*.tar")))
+    assert [Path(tar).name for tar in tars] == ["00000.tar", "00001.tar", "00002.tar"]
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False))
+    for sample, row in zip(samples, made.rows(), strict=True):
+        assert (sample["__key__"], sample["jpg"]) == (row["key"], row["image"])
+        about = json.loads(sample["json"])
+        assert (about["caption"], about["split"], about["sha256"]) == (
+            sample["txt"].decode(),
+            row["split"],
+            row["sha256"],
+        )
+        assert Image.open(io.BytesIO(sample["jpg"])).size == (about["width"], about["height"])
+    for tar in tars:
+        rows = pq.read_table(tar.replace(".tar", ".parquet")).to_pylist()
+        told = [json.loads(s["json"]) for s in samples if s["__url__"] == tar]
+        assert rows == told
+        stats = json.loads(Path(tar.replace(".tar", "_stats.json")).read_text())
+        assert stats["count"] == stats["successes"] == stats["status_dict"]["success"] == len(rows)
+
+
+def test_clip_retrievals_reader(made: Made) -> None:
+    rows, folder = made.rows(), made.folder / "clip-retrieval"
+    metadata: Any = {"metadata_folder": str(folder / "metadata"), "meta_columns": ["image_path", "caption"]}
+    for place, (kind, options) in enumerate({"img_emb": metadata, "text_emb": {}}.items()):
+        reader = EmbeddingReader(str(folder / kind), "parquet_npy" if options else "npy", **options)
+        ((found, about),) = reader(batch_size=100, show_progress=False)
+        assert np.array_equal(found, np.float32([row["vectors"][place] for row in rows]))
+        if place == 0:
+            assert list(about["image_path"]) == [row["key"] for row in rows]
+            assert about["caption"][3] == f"picture {int(rows[3]['key'][-4:])}"
+
+
+def test_datasets_of_hugging_face(made: Made, tmp_path: Path) -> None:
+    options: Any = {"split": "train", "cache_dir": str(tmp_path)}
+    pairs = datasets.load_dataset("webdataset", data_files=f"{made.folder}/pairs/*.tar", **options)
+    rows = made.rows()
+    assert pairs["__key__"] == [row["key"] for row in rows]
+    assert pairs[0]["jpg"].size == (rows[0]["width"], rows[0]["height"])
+    table = datasets.load_dataset("parquet", data_files=f"{made.folder}/embeddings/*.parquet", **options)
+    assert np.array_equal(np.float16(table["image_embedding"]), [row["vectors"][0] for row in rows])
+
+
+def test_a_shard_of_which_all_rows_stayed_is_a_link(made: Made) -> None:
+    links = [os.stat(made.folder / f"embeddings/{i:05d}.parquet").st_nlink for i in range(3)]
+    assert links == [1, 1, 2]
+
+
+def test_it_goes_on_and_mixes_nothing(made: Made) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made.folder.rglob("*.*")}
+    (made.folder / "pairs/00001_stats.json").unlink()  # as if it had been killed there
+    (made.folder / "pairs/00001.parquet").unlink()
+    export_pairs(made.bench.store, made.bench.made, open_store(str(made.folder)))
+    after = {path: path.stat().st_mtime_ns for path in made.folder.rglob("*.*")}
+    assert {path.name for path in after if after[path] != before[path]} == {"00001_stats.json", "00001.parquet"}
+    with pytest.raises(UserError, match="holds an export of other rows"):
+        export_pairs(made.bench.store, made.bench.made, open_store(str(made.folder)), splits=["train"])
+
+
+def test_a_split_and_a_kind_alone_anywhere(made: Made, make_store: Callable[[], Store]) -> None:
+    target = make_store()
+    assert export_pairs(made.bench.store, made.bench.made, target, ["embeddings"], ["test"]) == {"embeddings": 1}
+    assert [entry.path for entry in target.list("")] == ["embeddings/00000.parquet", "export.json"]
+
+
+def test_what_came_out_goes_in(made: Made, tmp_path: Path) -> None:
+    """Shards and embeddings become projects of the same rows and captions."""
+    rows = made.rows()
+    again = Bench(tmp_path / "again", sorted(map(str, (made.folder / "pairs").glob("*.tar"))))
+    again.make("source", "captions", "pairs")
+    found = [row for row in again.rows("pairs") if row["status"] == "kept"]
+    assert [row["sha256"] for row in found] == [row["sha256"] for row in rows]
+    clip = {"weights": save_clip(tmp_path / "clip")}
+    imported = Bench(tmp_path / "imported", [str(made.folder / "clip-retrieval")], clip=clip)
+    imported.make("source", "captions", "pairs", "clip", "embeddings")
+    (shard, *_) = read_shards(imported.store, imported.made["embeddings"])
+    keys, images, _, _ = read_embeddings(imported.store, shard.blobs["embeddings"])
+    expected = np.float32([row["vectors"][0] for row in rows[: len(keys)]])
+    assert np.abs(images - expected).max() < 1e-3
