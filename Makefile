@@ -3,7 +3,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3.12)
 BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings streaming near_duplicates \
-  training_loop reading generation side_by_side tiny
+  training_loop checkpoints reading generation side_by_side tiny
 
 .PHONY: help test test-browser test-slow chaos check bench gpu-check lock format peek demo clean
 

@@ -71,12 +71,13 @@ class FaultProxy:
     answer in small pieces, ``pause_s`` before each. cut: the connection ends in the middle of the body of the answer.
     lose: it ends after the request was forwarded and answered, before a byte of that. reset: it ends before the request
     is forwarded. keep, of a deletion of many: nothing is forwarded, and a success names every object as not deleted.
-    ``choose`` may be replaced at any time; ``requests`` are all that came.
+    ``choose`` may be replaced at any time; ``requests`` are all that came. A connection carries ``bytes_per_s``.
     """
 
     upstream: str
     choose: Choose = never
     pause_s: float = 0.05
+    bytes_per_s: float = float("inf")
     requests: list[Request] = field(default_factory=list)
     endpoint: str = ""
     connections: list[socket.socket] = field(default_factory=list)
@@ -146,6 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(self.proxy.pause_s)
         answer = self._forward(body)
         data = answer.read()
+        time.sleep((len(body) + len(data)) / self.proxy.bytes_per_s)
         if fault == "lose":
             self._end()
             return

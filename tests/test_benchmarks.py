@@ -61,6 +61,7 @@ KEYS = {
     },
     "reading": {"webdataset_over_ours", "first_batch_late_over_early", "s3_gets_over_ours"},
     "side_by_side": {"together_over_in_turn"},
+    "checkpoints": {"save_in_turn_over_ours", "restore_in_turn_over_ours", "rate_saving_over_alone"},
     "generation": {"prior_batch_over_one", "decoder_batch_over_one", "worker_rate_over_models"},
 }
 
