@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
+from pipeline.progress import counted
 from pipeline.report.html import template
 
 WIDTH, HEIGHT = 400, 236
@@ -20,10 +22,11 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 388, 30, 190  # edges of the plot inside the char
 BAR_STEP = 44  # from one horizontal bar to the next
 MOST_POINTS = 300
 MARKED = 40  # a series of at most this many points shows each of them
+SMOOTH = 60  # points of a longer one's line: means, above all of its points in a faint colour
+HOVERED = 32  # places at most where a chart says its values under a pointer
 LOG_RATIO = 20  # positive values that span more than this factor are drawn on a logarithmic axis
 
 Point = tuple[float, float]
-CHART = template("chart.svg")
 
 
 class Axis(NamedTuple):
@@ -40,17 +43,33 @@ class Axis(NamedTuple):
 
 
 class Series(NamedTuple):
-    """A named line in SVG units, and whether it shows its points. ``style`` chooses its colour and its dashes."""
+    """A named line in SVG units, and whether it shows its points. ``style`` chooses its colour and its dashes.
+
+    ``faint`` are all points of a line that is smoothed.
+    """
 
     style: int
     name: str
     points: list[Point]
     marked: bool
+    faint: list[Point]
 
-    @property
-    def path(self) -> Markup:
-        """Returns the commands that draw the line."""
-        return Markup("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in self.points))
+
+class Hint(NamedTuple):
+    """What a chart says of the strip from ``left`` to ``right`` while a pointer is there; ``points`` are marked."""
+
+    left: float
+    right: float
+    words: str
+    points: list[tuple[int, Point]]
+
+
+def path(points: Sequence[Point]) -> Markup:
+    """Returns the commands that draw a line."""
+    return Markup("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points))
+
+
+CHART = template("chart.svg", path=path)
 
 
 def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]]) -> Markup:
@@ -68,12 +87,27 @@ def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Sequ
         y = _logarithmic(f"{y_label}, log scale", min(ys), max(ys), BOTTOM, TOP)
     else:
         y = _linear(y_label, min(ys), max(ys), BOTTOM, TOP)
-    lines = [
-        Series(i, name, [(x.place(a), y.place(b)) for a, b in points], len(points) <= MARKED)
-        for i, name, points in clean
-    ]
+    lines, hints = [], _hints(clean, x, y)
+    for i, name, points in clean:
+        every, smooth = ([(x.place(a), y.place(b)) for a, b in line] for line in (points, thin(points, SMOOTH)))
+        lines.append(Series(i, name, smooth, len(points) <= MARKED, every if len(points) > SMOOTH else []))
     said = "; ".join(f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for _, name, points in clean)
-    return CHART.line_chart(f"{title}: {said}", x, y, lines, len(series) > 1)
+    return CHART.line_chart(f"{title}: {said}", x, y, lines, hints, len(series) > 1)
+
+
+def _hints(series: Sequence[tuple[int, str, list[Point]]], x: Axis, y: Axis) -> list[Hint]:
+    """Returns what to say at the places of the series with most points: its value, and the other's nearest one."""
+    lines = [(i, name, thin(points, HOVERED)) for i, name, points in series]
+    places = [a for a, _ in max((points for _, _, points in lines), key=len)]
+    middles = [x.place((a + b) / 2) for a, b in pairwise(places)]
+    hints = []
+    for at, left, right in zip(places, [LEFT, *middles], [*middles, RIGHT], strict=True):
+        found = [(i, name, min(points, key=lambda point: abs(point[0] - at))) for i, name, points in lines]
+        words = ", ".join(f"{name} {b:.4g}" for _, name, (_, b) in found)
+        hints.append(
+            Hint(left, right, f"{tick_label(at)}: {words}", [(i, (x.place(a), y.place(b))) for i, _, (a, b) in found])
+        )
+    return hints
 
 
 def histogram(title: str, x_label: str, values: Sequence[float]) -> Markup:
@@ -85,7 +119,8 @@ def histogram(title: str, x_label: str, values: Sequence[float]) -> Markup:
     counts, edges = np.histogram(finite, min(max(math.isqrt(len(finite)), 8), 40), (low, high))
     x = _linear(x_label, low, high, LEFT, RIGHT, margin=0.0)
     y = _linear("rows", 0, int(counts.max()), BOTTOM, TOP, margin=0.0)
-    columns = [(x.place(a), y.place(n)) for a, n in zip(edges, counts, strict=False) if n]
+    ends = zip(edges, edges[1:], counts, strict=False)
+    columns = [(x.place(a), y.place(n), f"{a:.4g} to {b:.4g}: {counted(int(n), 'row')}") for a, b, n in ends if n]
     said = f"{title}: {len(finite):,} values from {min(finite):.3g} to {max(finite):.3g}"
     return CHART.histogram(said, x, y, columns, (RIGHT - LEFT) / len(counts) - 1)
 

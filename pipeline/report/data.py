@@ -5,7 +5,7 @@ Reads the first few shards only, however many there are.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +13,17 @@ from markupsafe import Markup
 
 from pipeline.data.fetch.references import shown
 from pipeline.ledger import REASONS
+from pipeline.progress import counted
 from pipeline.report.charts import bars, histogram
 from pipeline.report.duplicates import duplicates
 from pipeline.report.html import PARTS, attempt, note, number, template
 from pipeline.report.inputs import ReportInput
-from pipeline.report.rows import SHARDS_READ, PairsShard, read_first_shards, read_worst_shards, thumbnail
+from pipeline.report.rows import SHARDS_READ, PairsShard, lost_rows, read_first_shards, read_worst_shards, thumbnail
 
 THUMBNAILS = 24
 REJECTS_SHOWN = 12
 RIGHTS_SHOWN = 20
+REASONS_SHOWN = 5
 DATA = template("data.html")
 
 
@@ -29,23 +31,18 @@ def data_section(given: ReportInput) -> Markup:
     """Follows the rows from the list to the training set; empty before there is a list."""
     if not {"source", "pairs", "curation"} & given.artifacts.keys():
         return Markup()
-    parts = [
-        attempt("The number of rows by stage", _funnel, given),
-        attempt("The reasons of rejects", _reasons, given),
-    ]
+    funnel = attempt("The number of rows by stage", _funnel, given)
+    parts = [DATA.rows(funnel, attempt("The reasons of rejects", _reasons, given))]
     if "pairs" in given.artifacts:
-        parts.append(attempt("What the first shards hold", _first_shards, given))
-    if {"pairs", "curation"} <= given.artifacts.keys():
-        parts.append(attempt("The near-duplicates", duplicates, given))
-    parts.append(attempt("The work of the stages", _work, given))
+        similar = (
+            [attempt("The histogram of similarity", _similarity, given)] if "embeddings" in given.artifacts else []
+        )
+        first = attempt("What the first shards hold", _first_shards, given, similar)
+        parts += [first, *(chart for chart in similar if chart not in first)]
+    near = {"pairs", "curation"} <= given.artifacts.keys()
+    folds = [attempt("The near-duplicates", duplicates, given)] if near else []
+    parts.append(DATA.more([*folds, attempt("The work of the stages", _work, given)]))
     return DATA.data(parts)
-
-
-def embeddings_section(given: ReportInput) -> Markup:
-    """Shows how well captions fit their images, by CLIP; empty before there are embeddings."""
-    if "embeddings" not in given.artifacts:
-        return Markup()
-    return DATA.embeddings([attempt("The histogram of similarity", _similarity, given)])
 
 
 def _funnel(given: ReportInput) -> Markup:
@@ -55,23 +52,15 @@ def _funnel(given: ReportInput) -> Markup:
     kept = [stage for stage in ("source", "pairs", "curation") if stage in given.artifacts]
     steps += [(stage, given.artifacts[stage].ledger.kept) for stage in kept]
     chart = bars("Rows that each stage keeps", steps)
-    return PARTS.figure(chart, "Rows that each stage keeps, and their share of the first number.")
+    return PARTS.figure(chart, "Rows that each stage keeps, and their share of the first number.", "rows")
 
 
 def _reasons(given: ReportInput) -> Markup:
-    rows = []
-    seen: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
-    for stage, artifact in given.artifacts.items():
-        ledger = artifact.ledger
-        for kind, counts in (("", ledger.rejected), (", deferred", ledger.deferred)):
-            # Stages that count the same rows, such as all of the list, count the same rejects again.
-            own = Counter(counts) - seen[ledger.rows, kind]
-            seen[ledger.rows, kind] += own
-            rows += [
-                (stage, reason + kind, REASONS.get(reason, ""), count, f"{count / max(ledger.rows, 1):.1%}")
-                for reason, count in own.most_common()
-            ]
-    return DATA.reasons(rows) if rows else note("No row was rejected.")
+    rows = [
+        (lost.stage, lost.reason + ", deferred" * lost.deferred, REASONS.get(lost.reason, ""), lost.number, lost.share)
+        for lost in lost_rows(given.artifacts)
+    ]
+    return DATA.reasons(rows[:REASONS_SHOWN], rows[REASONS_SHOWN:]) if rows else note("No row was rejected.")
 
 
 def _work(given: ReportInput) -> Markup:
@@ -92,13 +81,14 @@ def _work(given: ReportInput) -> Markup:
     return DATA.work(rows) if rows else Markup()
 
 
-def _first_shards(given: ReportInput) -> Markup:
+def _first_shards(given: ReportInput, similar: Sequence[Markup]) -> Markup:
     shards = read_first_shards(given)
     title = "Kept pairs, after curation" if "curation" in given.artifacts else "Kept pairs"
+    charts = [attempt("The sizes of images and captions", _sizes, shards), *similar]
     return Markup().join(
         (
             attempt("The images", _thumbnails, given, shards, title),
-            attempt("The sizes of images and captions", _sizes, shards),
+            PARTS.beside(charts),
             attempt("The rejected rows", _rejects, given, read_worst_shards(given)),
             attempt("The licences", _rights, shards),
         )
@@ -125,16 +115,17 @@ def _sizes(shards: Sequence[PairsShard]) -> Markup:
     kept = [(shard, row) for shard in shards for row in shard.kept_rows]
     sides = [min(row["width"], row["height"]) for _, row in kept if row["width"]]
     lengths = [len(shard.captions[row["key"]]) for shard, row in kept if row["key"] in shard.captions]
-    charts = []
+    charts = Markup()
     for what, unit, values in (
         ("Short sides of images", "px", sides),
         ("Lengths of captions", "characters", lengths),
     ):
         if values:
-            said = f"{what}: {number(len(values))} kept rows of {len(shards)} shards; the median is"
+            said = f"{what}: {counted(len(values), 'kept row')} of {counted(len(shards), 'shard')}; the median is"
             chart = histogram(what, unit, values)
-            charts.append(PARTS.figure(chart, f"{said} {number(sorted(values)[len(values) // 2])} {unit}."))
-    return PARTS.beside(charts[0], Markup().join(charts[1:])) if charts else Markup()
+            said += f" {number(sorted(values)[len(values) // 2])} {unit}."
+            charts += PARTS.figure(chart, said, "sides" if unit == "px" else "lengths")
+    return charts
 
 
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
@@ -168,7 +159,8 @@ def _rights(shards: Sequence[PairsShard]) -> Markup:
     if not kept:
         return Markup()
     counts = Counter((row["license"] or "not named", row["attribution"] or "not named") for row in kept)
-    return DATA.rights(len(kept), len(shards), counts.most_common(RIGHTS_SHOWN), len(counts) - RIGHTS_SHOWN)
+    where = f"{counted(len(kept), 'row')} in {counted(len(shards), 'shard')}"
+    return DATA.rights(where, counts.most_common(RIGHTS_SHOWN), len(counts) - RIGHTS_SHOWN)
 
 
 def _similarity(given: ReportInput) -> Markup:
@@ -178,5 +170,5 @@ def _similarity(given: ReportInput) -> Markup:
         values += given.table(shard.blobs["embeddings"], ["similarity"])["similarity"].to_pylist()
     chart = histogram("Similarity of image and caption", "cosine of image and text embedding", values)
     median = sorted(values)[len(values) // 2]
-    said = f"{number(len(values))} rows of the first {len(shards)} shards; the median is {median:.3f}."
-    return PARTS.figure(chart, said)
+    said = f"{counted(len(values), 'row')} of the first {counted(len(shards), 'shard')}; the median is {median:.3f}."
+    return DATA.similarity(chart, said)

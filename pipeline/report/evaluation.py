@@ -10,10 +10,11 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from pipeline.evaluate.figure import LINES, difference, measured, short
+from pipeline.evaluate.figure import difference, measured, short
 from pipeline.graph.pointer import read_releases
 from pipeline.release import compare
-from pipeline.report.html import attempt, note, number, template, text
+from pipeline.report.claims import CLAIMS, claims, numbers_of, shown_figure
+from pipeline.report.html import PARTS, attempt, note, number, template
 from pipeline.report.inputs import ReportInput
 
 FIGURES = "evaluation.json"
@@ -24,6 +25,7 @@ DRAWN = {
     "diffusion_prior": "diffusion prior and decoder from the caption",
 }
 MARK = {True: "trained on", False: "held out"}
+OPEN = ("comparison.png", "nearest.png")  # the others are unfolded by a click
 EVALUATION = template("evaluation.html")
 
 
@@ -33,29 +35,14 @@ def evaluation_section(given: ReportInput) -> Markup:
         return Markup()
     artifact = given.artifacts["evaluation"]
     if not measured(artifact.metrics["figures"]):
-        return EVALUATION.unmeasured([note(f"{artifact.metrics['holds']}.")])
+        return EVALUATION.evaluation([attempt("The claims", claims, artifact.metrics)])
     parts = [
-        attempt("The table of the evaluation", _claims, artifact.metrics),
+        attempt("The table of the evaluation", claims, artifact.metrics),
         attempt("names.png of the evaluation", _names, given),
         attempt("comparison.png of the evaluation", _comparison, given),
         attempt("guidance.png of the evaluation", _guidance, given),
     ]
     return EVALUATION.evaluation(parts)
-
-
-def _claims(metrics: Mapping[str, Any]) -> Markup:
-    found = metrics["figures"]
-    rows = [{**figure, **_numbers(figure)} for figure in found]
-    lines = {figure["line"] for figure in found}
-    legend = [(line, claim) for line, claim in LINES.items() if line in lines]
-    return EVALUATION.claims(metrics["holds"], rows, legend)
-
-
-def _numbers(figure: Mapping[str, Any]) -> dict[str, str]:
-    """Formats the numbers of one figure."""
-    values = {name: short(figure[name]) if figure[name] is not None else "" for name in ("value", "baseline")}
-    rows = f"{number(figure['rows'])} {text(figure['split'])}"
-    return {**values, "difference": difference(figure), "rows": rows}
 
 
 def _names(given: ReportInput) -> Markup:
@@ -98,12 +85,12 @@ def measured_sections(given: ReportInput) -> Markup:
     artifact = given.artifacts["evaluation"]
     document = json.loads(given.read(artifact.blobs[FIGURES]))
     plain = [figure for figure in document["figures"] if figure["holds"] is None and not figure["note"]]
-    copies = [{**figure, **_numbers(figure)} for figure in plain if figure["line"] == MEMORISATION]
+    copies = [shown_figure(figure) for figure in plain if figure["line"] == MEMORISATION]
     others = [figure for figure in plain if figure["line"] != MEMORISATION]
     made = Markup()
     if copies or "nearest.png" in artifact.blobs:
         closest = attempt("nearest.png of the evaluation", _closest, given)
-        made += EVALUATION.memorisation([EVALUATION.figures(copies) if copies else "", closest])
+        made += EVALUATION.memorisation([CLAIMS.rows(copies) if copies else "", closest])
     if others:
         made += EVALUATION.more([_by_model(others)])
     return made
@@ -115,7 +102,7 @@ def _by_model(figures: Sequence[Mapping[str, Any]]) -> Markup:
     for figure in figures:
         # The model's name stands above the table.
         says = str(figure["says"]).removeprefix(f"{figure['model']}: ")
-        tables.setdefault(figure["model"], []).append({**figure, "says": says, **_numbers(figure)})
+        tables.setdefault(figure["model"], []).append({**figure, "says": says, **numbers_of(figure)})
     return EVALUATION.by_model(tables)
 
 
@@ -149,7 +136,7 @@ def strips(given: ReportInput, name: str, captions: Sequence[str], title: str, s
             cells.append(
                 (given.album.image(strip.getvalue(), grid.height, f"{title}: {caption}", most=100_000), caption)
             )
-    return EVALUATION.strips(title, said, cells)
+    return PARTS.folded(title, EVALUATION.strips(said, cells), name.removesuffix(".png"), name in OPEN)
 
 
 def release_section(given: ReportInput, project: str) -> Markup:

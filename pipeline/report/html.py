@@ -53,9 +53,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def template(name: str) -> Any:
-    """Returns a template whose macros can be called as functions; each returns Markup."""
-    return ENVIRONMENT.get_template(name).module
+def template(name: str, **names: Any) -> Any:
+    """Returns a template whose macros can be called as functions and know these ``names``; each returns Markup."""
+    return ENVIRONMENT.get_template(name, globals=names).module
 
 
 def facts(values: Mapping[str, Any]) -> Markup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -15,11 +16,12 @@ from pipeline.store.records import read_blob
 
 @dataclass(frozen=True)
 class ReportInput:
-    """The artefacts that a report shows, by stage, their store, and the images that may be shown."""
+    """The artefacts that a report shows, their store, the images that may be shown, and the folder of the report."""
 
     store: Store
     artifacts: Mapping[str, Artifact]
     album: Album = field(default_factory=Album)
+    folder: Path | None = None
 
     def read(self, blob: str) -> bytes:
         """Returns the bytes of a blob."""

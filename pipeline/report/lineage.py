@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import direct
 from pipeline.progress import duration
-from pipeline.report.html import attempt, note, number, template
+from pipeline.report.html import PARTS, attempt, number, template
 
 BOX, TALL, ACROSS, DOWN = 124, 52, 12, 34  # SVG units: width and height of a box, the space between boxes
 LINEAGE = template("lineage.html")
@@ -30,7 +30,7 @@ def lineage_section(artifacts: Mapping[str, Artifact]) -> Markup:
     if not artifacts:
         return Markup()
     drawing = attempt("The drawing of the lineage", draw, artifacts)
-    return LINEAGE.lineage([drawing, attempt("The cost", _cost, artifacts)])
+    return LINEAGE.lineage([attempt("The table of stages", _stages, artifacts), PARTS.folded("The graph", drawing)])
 
 
 def direct_inputs(artifacts: Mapping[str, Artifact]) -> dict[str, list[str]]:
@@ -79,20 +79,28 @@ def _words(name: str, artifact: Artifact) -> tuple[str, str, str]:
     return name, artifact.key[:12], "" if took is None else duration(took)
 
 
-def _cost(artifacts: Mapping[str, Artifact]) -> Markup:
-    """Shows time, workers and bytes of every stage, and their sum."""
+def worker_hours(artifact: Artifact) -> float:
+    """Returns workers times hours that a stage took when it was made."""
+    return _workers(artifact) * artifact.times["seconds"] / 3600
+
+
+def _workers(artifact: Artifact) -> int:
+    return max(1, int(artifact.times.get("workers", artifact.environment.get("workers", 1))))
+
+
+def _stages(artifacts: Mapping[str, Artifact]) -> Markup:
+    """Shows key, amount, time, workers and bytes of every stage, and their sum."""
     rows, total = [], 0.0
     for name, artifact in artifacts.items():
-        took = artifact.times
-        if "seconds" not in took:
-            continue
-        workers = max(1, int(took.get("workers", artifact.environment.get("workers", 1))))
-        hours = workers * took["seconds"] / 3600
-        total += hours
+        took, hours = artifact.times, ""
+        amount = artifact.ledger.kept if name == "samples" else artifact.recipe.get("samples", artifact.ledger.kept)
+        if "seconds" in took:
+            total += worker_hours(artifact)
+            hours = f"{worker_hours(artifact):.2f}"
         written = number(took["written_bytes"] / 1e6) if took.get("written_bytes") else ""
         rate = number(took["samples_per_second"]) if "samples_per_second" in took else ""
         used = f"{took['utilisation']:.0%}" if took.get("utilisation") else ""
-        rows.append((name, duration(took["seconds"]), number(workers), f"{hours:.2f}", written, rate, used))
-    if not rows:
-        return note("No stage has written down how long it took.")
-    return LINEAGE.cost([*rows, ("all", "", "", f"{total:.2f}", "", "", "")])
+        long = duration(took["seconds"]) if hours else ""
+        amounts = number(amount) if amount else "", long, number(_workers(artifact)), hours, written, rate, used
+        rows.append((name, artifact.key[:12], *amounts))
+    return LINEAGE.stages([*rows, ("all", "", "", "", "", f"{total:.2f}", "", "", "")])

@@ -1,10 +1,10 @@
-"""Writes the report: one HTML file that holds everything it shows, written again after every stage."""
+"""Writes the report: one HTML file that holds everything it shows, and its twin for programs, after every stage."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,22 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Graph
-from pipeline.report.data import data_section, embeddings_section
+from pipeline.report.data import data_section
+from pipeline.report.document import document
 from pipeline.report.evaluation import evaluation_section, measured_sections, release_section
-from pipeline.report.html import ENVIRONMENT, PARTS, attempt, facts, number, template
+from pipeline.report.html import ENVIRONMENT, PARTS, attempt, facts
 from pipeline.report.images import Album
 from pipeline.report.inputs import ReportInput
 from pipeline.report.lineage import lineage_section
 from pipeline.report.samples import samples_section
-from pipeline.report.training import codec_section, training_section, training_so_far
+from pipeline.report.summary import HEAD, head
+from pipeline.report.training import codec_section, training_section
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 
 # Of an unfinished page. axe-core objects to any refresh, but a page without script has no other way to reload.
 REFRESH_S = 30
-HEAD = template("head.html")
+SECTION = re.compile(r'<section id="([\w-]+)">\n<h2><a [^>]+>([^<]+)')  # as the template writes it: for the contents
 
 
 def write_report(
@@ -41,7 +43,7 @@ def write_report(
     running: Sequence[Artifact] = (),
     album: Album | None = None,
 ) -> None:
-    """Writes the report of the artefacts that exist so far, atomically.
+    """Writes the report of the artefacts that exist so far, and a .json of it for programs, each atomically.
 
     What is missing, damaged or odd in the store becomes a line in the report.
 
@@ -57,12 +59,20 @@ def write_report(
     Raises:
         UserError: the file cannot be written.
     """
-    page = render(store, config, graph, artifacts, running, album).encode("utf-8", "replace")
+    given = ReportInput(store, artifacts, album or Album(), path.parent)
+    page = render(given, config, graph, running)
+    twin = document(given, config, graph, running)
+    _replace(path.with_suffix(".json"), twin)
+    _replace(path, page)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file, atomically. Raises UserError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(page)
+            temporary.write_bytes(text.encode("utf-8", "replace"))
             crash_point("report.before_replace")
             os.replace(temporary, path)
         finally:
@@ -71,67 +81,40 @@ def write_report(
         raise UserError(f"report {path}: cannot be written ({e.strerror}); choose another run.output") from e
 
 
-def render(
-    store: Store,
-    config: Config,
-    graph: Graph,
-    artifacts: Mapping[str, Artifact],
-    running: Sequence[Artifact] = (),
-    album: Album | None = None,
-) -> str:
+def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[Artifact] = ()) -> str:
     """Returns the page as text, under 5 MiB, without script or any outside resource."""
-    given = ReportInput(store, artifacts, album or Album())
+    artifacts = given.artifacts
     in_order = [name for name in graph if name in artifacts]
     trained = [artifacts[name] for name in in_order if graph[name].kind == "training"]
-    head = attempt("The summary", _head, config, graph, artifacts, running)
-    sections = [
-        attempt("The samples", samples_section, given),
-        attempt("The evaluation", evaluation_section, given),
-        attempt("The comparison with the release", release_section, given, config.project),
-        attempt("What else was measured", measured_sections, given),
-        attempt("The data", data_section, given),
-        attempt("The embeddings", embeddings_section, given),
-        attempt("The codec", codec_section, given),
-        attempt("The trainings", training_section, given, trained, running),
-        attempt("The lineage", lineage_section, artifacts),
-        attempt("Environment and settings", _environment_section, config, [artifacts[name] for name in in_order]),
-    ]
+    shown = attempt("The summary", head, config, graph, artifacts, running)
+    sections = Markup().join(
+        (
+            attempt("The samples", samples_section, given),
+            attempt("The evaluation", evaluation_section, given),
+            attempt("The comparison with the release", release_section, given, config.project),
+            attempt("What else was measured", measured_sections, given),
+            attempt("The data", data_section, given),
+            attempt("The codec", codec_section, given),
+            attempt("The trainings", training_section, given, trained, running),
+            attempt("The lineage", lineage_section, artifacts),
+            attempt("Environment and settings", _environment_section, config, [artifacts[name] for name in in_order]),
+        )
+    )
     refresh = REFRESH_S if any(s.kind == "result" and s.name not in artifacts for s in graph.values()) else None
     page = ENVIRONMENT.get_template("page.html")
-    return page.render(project=config.project, refresh=refresh, head=head, sections=sections)
-
-
-def _head(config: Config, graph: Graph, artifacts: Mapping[str, Artifact], running: Sequence[Artifact]) -> Markup:
-    names = [*graph, *sorted(artifacts.keys() - set(graph))]
-    todo = [name for name in graph if name not in artifacts]
-    state = f"{len(names) - len(todo)} of {len(names)} stages are done"
-    for each in running:
-        state += f"; {each.stage} is being trained: {training_so_far(each)}"
-    if todo and not running:
-        state += f"; next is {todo[0]}"
-    seconds = sum(artifact.times.get("seconds", 0.0) for artifact in artifacts.values())
-    return HEAD.head(
-        config.project,
-        f"{state}. Together they took {number(round(seconds, 1))} seconds.",
-        time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        [(name, name in artifacts) for name in names],
-        [_row(name, artifacts[name]) for name in names if name in artifacts],
-    )
-
-
-def _row(name: str, artifact: Artifact) -> tuple[str, str, str, str]:
-    amount = artifact.ledger.kept if name == "samples" else artifact.recipe.get("samples", artifact.ledger.kept)
-    shown = number(amount) if amount else ""  # a bundle has no rows
-    took = number(round(artifact.times["seconds"], 1)) if "seconds" in artifact.times else ""
-    return name, shown, took, artifact.key[:12]
+    contents = SECTION.findall(sections)
+    return page.render(project=config.project, refresh=refresh, head=shown, sections=sections, contents=contents)
 
 
 def _environment_section(config: Config, artifacts: Sequence[Artifact]) -> Markup:
-    parts = [attempt("The environment", lambda: facts(_environment(artifacts)))]
-    for artifact in artifacts:
-        parts.append(attempt(f"The settings of {artifact.stage}", _settings, artifact.stage, artifact.recipe))
-    parts.append(attempt("The run settings", lambda: _settings("run", flatten(config.run))))
-    return HEAD.environment(parts)
+    settings = [attempt(f"The settings of {made.stage}", _settings, made.stage, made.recipe) for made in artifacts]
+    settings.append(attempt("The run settings", lambda: _settings("run", flatten(config.run))))
+    return HEAD.environment(
+        [
+            attempt("The environment", lambda: PARTS.folded("Packages and devices", facts(_environment(artifacts)))),
+            PARTS.folded("Settings of every stage", Markup().join(settings)),
+        ]
+    )
 
 
 def _settings(name: str, values: Mapping[str, Any]) -> Markup:

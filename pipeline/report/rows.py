@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from pipeline.data.pairs.row_index import Place, read_images
-from pipeline.graph.artifacts import ShardRow
+from pipeline.graph.artifacts import Artifact, ShardRow
 from pipeline.report.html import attempt
 from pipeline.report.inputs import ReportInput
 
@@ -47,6 +47,35 @@ class Thumbnail(NamedTuple):
     image: Markup
     said: str
     caption: str
+
+
+class Lost(NamedTuple):
+    """Rows that a stage rejected, or deferred, for one reason, and the rows that it looked at."""
+
+    stage: str
+    reason: str
+    deferred: bool
+    number: int
+    rows: int
+
+    @property
+    def share(self) -> str:
+        """Returns how much of the stage's rows they are."""
+        return f"{self.number / max(self.rows, 1):.1%}"
+
+
+def lost_rows(artifacts: Mapping[str, Artifact]) -> list[Lost]:
+    """Returns what was rejected or deferred, by stage and reason, each row once."""
+    found = []
+    seen: dict[tuple[int, bool], Counter[str]] = defaultdict(Counter)
+    for stage, artifact in artifacts.items():
+        ledger = artifact.ledger
+        for deferred, counts in ((False, ledger.rejected), (True, ledger.deferred)):
+            # Stages that count the same rows, such as all of the list, count the same rejects again.
+            own = Counter(counts) - seen[ledger.rows, deferred]
+            seen[ledger.rows, deferred] += own
+            found += [Lost(stage, reason, deferred, count, ledger.rows) for reason, count in own.most_common()]
+    return found
 
 
 def read_first_shards(given: ReportInput) -> list[PairsShard]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+import shlex
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from pipeline.report.html import attempt, facts, template
+from pipeline.graph.artifacts import Artifact
+from pipeline.report.html import attempt, facts, template, text
 from pipeline.report.inputs import ReportInput
 
 SHOWN = 12
@@ -20,35 +21,49 @@ def samples_section(given: ReportInput) -> Markup:
     if "samples" not in given.artifacts:
         return Markup()
     artifact = given.artifacts["samples"]
-    names = sorted(name for name in artifact.blobs if re.fullmatch(r"\d+\.png", name))
-    cells = [attempt(f"Sample {name}", _sample, given, name) for name in names[:SHOWN]]
-    settings = attempt("The settings of the samples", _settings, artifact.metrics)
+    names = sample_names(artifact)
+    cells = [attempt(f"Sample {name}", _sample, given, artifact, name) for name in names[:SHOWN]]
+    settings = attempt("The settings of the samples", _settings, artifact, names[:SHOWN])
     return SAMPLES.samples([SAMPLES.grid(cells, len(names) - SHOWN), settings])
 
 
-def _sample(given: ReportInput, name: str) -> Markup:
-    """Shows one image. The number in its name is its place in the ``captions`` and ``seeds`` of the metrics."""
-    artifact = given.artifacts["samples"]
+def sample_names(samples: Artifact) -> list[str]:
+    """Returns the names of the images among the blobs, in order."""
+    return sorted(name for name in samples.blobs if re.fullmatch(r"\d+\.png", name))
+
+
+def asked_for(samples: Artifact, name: str) -> tuple[str | None, int | None]:
+    """Returns caption and seed of an image. The number in its name is its place in both lists of the metrics."""
     place = int(name.removesuffix(".png"))
-    caption = _at(artifact.metrics.get("captions"), place)
-    seed = _at(artifact.metrics.get("seeds"), place)
+    lists = (samples.metrics.get("captions"), samples.metrics.get("seeds"))
+    caption, seed = (values[place] if isinstance(values, list) and place < len(values) else None for values in lists)
+    return caption, seed
+
+
+def _sample(given: ReportInput, artifact: Artifact, name: str) -> Markup:
+    caption, seed = asked_for(artifact, name)
+    place = int(name.removesuffix(".png"))
     alt = f"sample for: {caption}" if caption is not None else f"sample {place}"
-    image = attempt(f"Sample {name}", _image, given, artifact.blobs[name], 512, alt)
+    image = attempt(f"Sample {name}", sample_image, given, artifact.blobs[name], 512, alt)
     small = name.replace(".png", "-64.png")
     begun = Markup()
     if small in artifact.blobs:
-        begun = attempt(f"Sample {small}", _image, given, artifact.blobs[small], 64, f"sample {place} at 64 px")
-    return SAMPLES.sample(image, begun, caption, seed)
+        begun = attempt(f"Sample {small}", sample_image, given, artifact.blobs[small], 64, f"sample {place} at 64 px")
+    file = f"samples/{name}" if given.folder and (given.folder / "samples" / name).exists() else ""
+    return SAMPLES.sample(image, begun, caption, seed, file)
 
 
-def _image(given: ReportInput, blob: str, side: int, alt: str) -> Markup:
+def sample_image(given: ReportInput, blob: str, side: int, alt: str) -> Markup:
+    """Returns an image of a sample's blob."""
     return given.album.image(given.read(blob), side, alt, most=110_000)
 
 
-def _at(values: Any, place: int) -> Any:
-    return values[place] if isinstance(values, list) and place < len(values) else None
-
-
-def _settings(metrics: Mapping[str, Any]) -> Markup:
-    settings = metrics.get("settings")
-    return SAMPLES.settings(facts(settings)) if settings else Markup()
+def _settings(artifact: Artifact, names: Sequence[str]) -> Markup:
+    """Shows the commands that draw the same again, of captions that fit into a line, and the settings."""
+    commands = []
+    for name in names:
+        caption, seed = asked_for(artifact, name)
+        if isinstance(caption, str) and isinstance(seed, int) and text(caption) == caption:
+            commands.append(f"unclip sample {shlex.quote(caption)} --seed {seed}")
+    settings = artifact.metrics.get("settings")
+    return SAMPLES.settings(commands, facts(settings) if settings else "") if commands or settings else Markup()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from pipeline.graph.artifacts import Artifact
@@ -22,6 +22,21 @@ from pipeline.report.inputs import ReportInput
 
 PREVIEWS_SHOWN = 4
 TRAINING = template("training.html")
+WORDS = {
+    "loss": "training loss",
+    "validation_loss": "validation loss",
+    "validation_rows": "validation rows",
+    "validation_recall_at_1": "validation: share of images whose own caption is nearest",
+    "validation_condition_gap": "validation: loss with another row's condition, less the loss with its own",
+    "validation_condition_gap_error": "its standard error",
+    "gradient_norm": "norm of the gradient",
+    "samples_seen": "samples seen",
+    "wrapped_rows": "rows seen once more, to fill the lanes",
+    "mse": "mean squared error",
+    "vb": "variational bound",
+    "image_to_text": "contrastive loss, image to caption",
+    "text_to_image": "contrastive loss, caption to image",
+}
 QUARTERS = {1: "least noise", 2: "less", 3: "more", 4: "most noise"}
 
 
@@ -55,7 +70,7 @@ def codec_section(given: ReportInput) -> Markup:
     rest = {name: value for name, value in metrics.items() if name not in ("explained_variance_ratio", "warnings")}
     chart = attempt("The spectrum", _spectrum, metrics)
     numbers = attempt("The codec's metrics", facts, rest)
-    return TRAINING.codec([*warnings, PARTS.beside(chart, numbers)])
+    return TRAINING.codec([*warnings, PARTS.beside([chart, numbers])])
 
 
 def _spectrum(metrics: Mapping[str, Any]) -> Markup:
@@ -79,15 +94,23 @@ def training_so_far(running: Artifact) -> str:
 
 def _training(given: ReportInput, artifact: Artifact, so_far: str = "") -> Markup:
     stage = artifact.stage
-    summary = TRAINING.so_far(so_far) if so_far else attempt(f"The summary of {stage}", _summary, artifact)
-    chart = attempt(f"The loss curve of {stage}", _loss, given, artifact)
-    numbers = attempt(f"The metrics of {stage}", facts, artifact.metrics) if artifact.metrics else Markup()
+    summary = f"So far: {so_far}" if so_far else attempt(f"The summary of {stage}", _summary, artifact)
+    losses = attempt(f"The loss curve of {stage}", _loss, given, artifact)
+    numbers = attempt(f"The metrics of {stage}", _numbers, artifact)
     previews = attempt(f"The previews of {stage}", _previews, given, artifact)
-    return TRAINING.model(stage, summary, PARTS.beside(chart, numbers), previews)
+    return TRAINING.model(stage, summary, losses, previews, numbers)
+
+
+def _numbers(artifact: Artifact) -> Markup:
+    """Shows where the time went, and the last numbers in words, to be unfolded."""
+    shares = [(share, name.removeprefix("share_")) for name, share in artifact.times.items() if "share_" in name]
+    spent = {f"time: {name}": f"{share:.1%}" for share, name in sorted(shares, reverse=True)}
+    shown = {f"{name}: {WORDS[name]}" if name in WORDS else name: value for name, value in artifact.metrics.items()}
+    return facts({**shown, **spent}) if shown or spent else Markup()
 
 
 def _summary(artifact: Artifact) -> Markup:
-    """Says in one line how many samples took how long, and where the time went, as far as it was recorded."""
+    """Says in one line how many samples took how long, as far as it was recorded."""
     times = artifact.times
     said = [f"{number(artifact.recipe['samples'])} samples"] if "samples" in artifact.recipe else []
     if "seconds" in times:
@@ -96,9 +119,7 @@ def _summary(artifact: Artifact) -> Markup:
         said.append(f"{times['samples_per_second']:,.3g} a second")
     if "utilisation" in times:
         said.append(f"{times['utilisation']:.0%} of what matrix products reach there")
-    shares = [(share, name.removeprefix("share_")) for name, share in times.items() if name.startswith("share_")]
-    spent = ", ".join(f"{name} {share:.1%}" for share, name in sorted(shares, reverse=True))
-    return TRAINING.summary(", ".join(said), spent) if said else Markup()
+    return Markup(escape(", ".join(said) or "Numbers"))
 
 
 def _loss(given: ReportInput, artifact: Artifact) -> Markup:
@@ -109,17 +130,18 @@ def _loss(given: ReportInput, artifact: Artifact) -> Markup:
     series = {"train": curve.train, "validation": curve.validation}
     chart = line_chart(f"Loss of {stage}", "samples seen", "loss", series)
     unread = f" {number(curve.unread)} lines could not be used." if curve.unread else ""
-    shown = PARTS.figure(chart, f"Loss of {stage} by samples seen.{unread}")
+    shown = PARTS.figure(chart, f"Loss of {stage} by samples seen.{unread}", f"{stage}-loss")
     if curve.held_out is not None and curve.held_out < FEWEST:
         shown += note(f"No validation is shown: {too_few(curve.held_out, 'validation')}.")
-    return shown + (attempt(f"The loss of {stage} by timestep", _quarters, curve, stage) if curve.quarters else "")
+    quarters = attempt(f"The loss of {stage} by timestep", _quarters, curve, stage) if curve.quarters else Markup()
+    return shown + quarters
 
 
 def _quarters(curve: Curve, stage: str) -> Markup:
     values = [(f"quarter {i}, {QUARTERS[i]}", loss) for i, loss in sorted(curve.quarters.items())]
     said = f"Validation loss of {stage} by quarter of its timesteps"
     chart = bars(said, values, counts=False)
-    return PARTS.figure(chart, f"{said}, after {number(curve.quarters_at)} samples.")
+    return PARTS.figure(chart, f"{said}, after {number(curve.quarters_at)} samples.", f"{stage}-timesteps")
 
 
 def read_curve(data: bytes) -> Curve:
@@ -172,7 +194,7 @@ def _previews(given: ReportInput, artifact: Artifact) -> Markup:
         when = f"after {number(samples)} samples"
         said = f"preview of {artifact.stage} {when}"
         image = attempt(f"{name} of {artifact.stage}", _preview, given, artifact.blobs[name], said)
-        cells.append(PARTS.figure(image, when.capitalize()))
+        cells.append(PARTS.figure(PARTS.zoomed(image), when.capitalize()))
     return TRAINING.previews(cells) if cells else Markup()
 
 

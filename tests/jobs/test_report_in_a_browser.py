@@ -1,5 +1,6 @@
 """Tests the quick start's own path at nano length, and every element of its report as a browser shows it."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -58,13 +59,27 @@ def test_it_is_one_small_file_that_nothing_is_wrong_with(shown: Shown, folder: P
     assert "cannot be shown" not in shown.page.inner_text("body")
     widths = shown.page.locator("img").evaluate_all("images => images.map(i => i.complete && i.naturalWidth)")
     assert len(widths) == 2 * SAMPLES + 24 + 4 + PREVIEWS + 5 * 8  # samples, rows kept and rejected, strips
+    document = json.loads((folder / "report.json").read_text())
+    assert document["verdict"] == shown.texts(".verdict")[0]
+    assert all(stage["made"] for stage in document["stages"])
     assert all(widths)
 
 
 def test_the_head_says_what_was_done(shown: Shown) -> None:
     assert shown.page.inner_text("h1") == "emoji"
-    assert shown.count("ol.chain li.done") == 16
-    assert shown.count("ol.chain li.open") == 0
+    assert "claims hold on held-out rows" in shown.texts(".verdict")[0]
+    assert shown.count("ol.chain") == 0  # nothing is still to come
+    assert [text.split("\n")[0] for text in shown.texts(".tiles li")] == ["Images", "Quality", "Data", "Cost"]
+
+
+def test_the_first_screen_has_verdict_tiles_and_samples(shown: Shown) -> None:
+    for selector in (".verdict", ".tiles li:last-child", "#samples figure:last-child img"):
+        box = shown.page.locator(selector).first.bounding_box()
+        assert box
+        assert box["y"] + box["height"] <= 800
+    assert shown.page.evaluate("document.documentElement.scrollHeight") <= 9000
+    for link in shown.page.locator("nav a").all():
+        assert shown.count(link.get_attribute("href") or "") == 1
     assert shown.count("meta[http-equiv]") == 0  # it does not refresh itself any more
 
 
@@ -80,33 +95,42 @@ def test_rows_are_shown_and_rejects_with_their_reasons(shown: Shown) -> None:
     assert all(" of " in text for text in kept.locator("figcaption").all_inner_texts())
     reasons = [text.split()[0] for text in rejected.locator("figcaption").all_inner_texts()]
     assert sorted(reasons) == ["bad_aspect", "caption_too_long", "no_caption", "too_small"]
-    table = " ".join(shown.texts("#data table"))
+    table = " ".join(shown.page.locator("#data table").all_text_contents())
     assert all(name in table for name in ("http_4xx", "not_an_image", "truncated", "zero_bytes"))
     assert "Twemoji graphics, copyright Twitter" in table
     assert "OpenMoji, the open-source emoji" in table
 
 
 def test_charts_show_sizes_similarity_spectrum_and_losses(shown: Shown) -> None:
-    assert shown.count("#data svg") == 1 + 2  # the rows that stages keep, sizes of images and of captions
+    assert shown.count("#data svg") == 1 + 3  # the rows that stages keep, sizes of images and captions, similarity
     assert shown.count("#embeddings svg") == shown.count("#codec svg") == 1
+    chart = shown.page.locator("#decoder-loss")
+    assert chart.locator("text", has_text=": train ").first.is_hidden()
+    chart.locator(".hit").nth(2).hover()
+    assert [hint for hint in chart.locator("text", has_text=": train ").all() if hint.is_visible()]
     assert shown.count("#training svg") == len(MODELS) + len(WITH_TIMESTEPS)
     # Only 3 validation images are large enough for the 1024 px upsampler, and a figure of fewer than 8 is left out.
     assert "No validation is shown: 3 validation pairs" in shown.texts("#training h3#upsampler_1024 ~ .beside .note")[0]
-    boxes = shown.page.locator("svg").evaluate_all("all => all.map(s => s.getBoundingClientRect().height)")
+    boxes = shown.page.locator("svg").evaluate_all(
+        "all => all.filter(s => s.checkVisibility() && !s.matches('.bar')).map(s => s.getBoundingClientRect().height)"
+    )
     assert min(boxes) > 50  # a single quarter of the timesteps is one bar
 
 
 def test_grids_grow_sharper_on_the_same_captions(shown: Shown) -> None:
     for stage in ("decoder", "upsampler_256", "upsampler_1024"):
-        labels = shown.texts(f"#training h3#{stage} ~ .previews figcaption")
+        labels = shown.texts(f"#training h3#{stage} ~ .beside .previews figcaption")
         assert labels[0] == "After 0 samples"
     assert shown.count("#training .previews img") == PREVIEWS
 
 
 def test_the_evaluation_has_all_lines_both_priors_and_the_nearest_images(shown: Shown) -> None:
-    said = shown.texts("#evaluation tbody td:nth-child(2)")
+    said = shown.page.locator("#evaluation tbody td:nth-child(2)").all_text_contents()
     assert {text[:3] for text in said} == {"(a)", "(b)", "(c)", "(d)", "(e)", "(f)", "(g)"}
     assert {text.split()[1].rstrip(":") for text in said} == {*MODELS} - {"clip"}
+    marks = shown.page.locator(".claims li span:first-child").all_inner_texts()
+    groups = [len(group.locator("li").all()) for group in shown.page.locator("#evaluation ul.claims").all()]
+    assert marks.count("✓") + marks.count("✗") == sum(groups) >= 10
     assert "AR prior and decoder from the caption; diffusion prior and decoder" in shown.page.inner_text("#evaluation")
     named, comparison, guided = (shown.page.locator("#evaluation .strips").nth(i) for i in range(3))
     assert named.locator("img").count() == 16  # held-out rows beside training rows
@@ -118,7 +142,7 @@ def test_the_evaluation_has_all_lines_both_priors_and_the_nearest_images(shown: 
 
 def test_it_can_be_read_without_script_on_a_narrow_screen_and_on_paper(browser: Browser, folder: Path) -> None:
     narrow = Shown(browser, folder / "report.html", width=360, script=False)
-    assert narrow.page.locator("#evaluation tbody tr").count() > 10
+    assert narrow.page.locator("#evaluation .claims li").count() > 10
     measured = Shown(browser, folder / "report.html", width=360).page
     assert measured.evaluate("document.documentElement.scrollWidth") <= 360
     paper = narrow.page.pdf(format="A4", print_background=True)
@@ -143,12 +167,12 @@ def test_a_copy_for_others_shows_images_of_one_licence_only(
     assert str(file) in done(ended)
     assert "no image of the report has the licence CC-BY-9.0; its images have CC-BY-4.0, CC-BY-SA-4.0" in ended.stderr
     copy = Shown(browser, file)
-    held_out = copy.page.locator("#evaluation .strips").first.locator("figcaption").all_inner_texts()
+    held_out = copy.page.locator("#evaluation .strips").first.locator("figcaption").all_text_contents()
     captions = copy.texts("#data .thumbs figcaption") + held_out
     assert len(captions) > 24
     assert not [text for text in captions if "openmoji" in text]
     assert [text for text in shown.texts("#data .thumbs figcaption") if "openmoji" in text]
-    assert copy.count("#training h3#upsampler_256 ~ .previews") == 0
+    assert copy.count("#training .previews") == 1  # the decoder's
     first = [page.page.locator("#training .previews img").first for page in (shown, copy)]
     heights = [image.evaluate("image => image.naturalHeight") for image in first]
     assert heights == [128, 64]  # real images above drawn ones, and the drawn ones alone

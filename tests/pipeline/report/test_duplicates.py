@@ -20,7 +20,7 @@ from tests.pipeline.report.made_up import SHARDS, alike, culled
 
 def rows_shown(page: str) -> list[list[tuple[str, str]]]:
     """Returns of each group what became of its rows, and their captions."""
-    groups = page.partition("<h3>Too alike</h3>")[2].partition("<h3>")[0].split('<div class="thumbs">')[1:]
+    groups = page.partition("<summary>Too alike")[2].partition("</details>")[0].split('<div class="thumbs">')[1:]
     return [re.findall(r"<figcaption>(\S+) <bdi>(.*?)</bdi>", found) for found in groups]
 
 

@@ -16,21 +16,30 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
-from pipeline.report.page import render, write_report
+from pipeline.graph.stages import Graph
+from pipeline.report import page as report
+from pipeline.report.inputs import ReportInput
+from pipeline.report.page import write_report
 from pipeline.store import FolderStore
 from pipeline.store.records import blob_path, put_blob
 from tests.pipeline.report.made_up import chain, config, encoded, graph
 
+TILES = [("samples", "Images"), ("evaluation", "Quality"), ("data", "Data"), ("lineage", "Cost")]
 STAGES = (
     *("source", "captions", "pairs", "clip", "embeddings", "curation", "index", "codec", "ar_prior"),
     *("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024", "bundle", "samples", "evaluation"),
 )
 SECTIONS = (
     *("samples", "evaluation", "memorisation", "more-figures"),
-    *("data", "embeddings", "codec", "training", "lineage", "environment"),
+    *("data", "codec", "training", "lineage", "environment"),
 )
 MEASURED = ("evaluation", "more-figures")
 VOID = {"meta", "img", "br"}
+
+
+def render(store: FolderStore, config: Any, graph: Graph, made: dict[str, Artifact]) -> str:
+    """Returns the page of these artefacts."""
+    return report.render(ReportInput(store, made), config, graph)
 
 
 class Balance(HTMLParser):
@@ -68,7 +77,11 @@ def checked(page: str) -> Balance:
     assert balance.open == []
     assert len(balance.ids) == len(set(balance.ids))
     assert not balance.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
-    assert all(reference.startswith("data:image/") for reference in balance.references)
+    links = {reference[1:] for reference in balance.references if reference.startswith("#")}
+    assert links <= set(balance.ids)
+    assert links >= set(balance.ids) & set(SECTIONS)  # the contents name every section
+    others = [reference for reference in balance.references if not reference.startswith(("#", "samples/"))]
+    assert all(reference.startswith("data:image/") for reference in others)
     assert "url(" not in page.split("</style>")[0]
     assert balance.unnamed == 0
     assert len(page.encode()) < 5 << 20
@@ -84,15 +97,18 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert set(balance.ids) >= {"clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"}
     assert "cannot be shown" not in page
     assert all(made[stage].key[:12] in page for stage in STAGES)
-    assert "16 of 16 stages are done." in page
+    assert "1 of 2 claims hold on held-out rows; the others are about ar_prior." in page
+    assert "<b>75 of 90 rows</b>" in page
+    assert re.findall(r'<li><h2><a href="#(\w+)">(\w+)</a></h2>', page) == TILES
     assert "a crimson circle on white" in page
     assert "http-equiv" not in page
-    assert (
-        page.count('role="img"') == 16
-    )  # funnel, sizes, lengths, similarity, spectrum, six losses, four by timestep, lineage
+    # Funnel, sizes, lengths, similarity, spectrum, six losses, four by timestep, lineage; bars of two claims, a figure.
+    assert page.count('role="img"') == 16 + 3
     assert page.count('alt="preview of decoder after') == 4
-    assert "1 of 2 hold, 1 not measured." in page
-    assert (page.count(">✓<"), page.count(">✗<"), page.count("<td>–</td>")) == (1, 1, 1)
+    assert (page.count(">✓<"), page.count(">✗<")) == (2, 2)  # among the claims, and in the table of all numbers
+    assert page.index(">✗<") < page.index(">✓<")
+    assert "<b>Not measured</b>" in page
+    assert "no colours: <bdi" in page
     assert "+0.02 ± 0.004" in page
     assert "-0.1 (-0.2 to 0.1)" in page
     evaluation, more = (page.partition(f'<section id="{name}">')[2].partition("</section>")[0] for name in MEASURED)
@@ -100,7 +116,7 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert "one sample" in more
     assert "<summary>decoder: 1 figure</summary>" in more  # those that hold or were not measured stand above
     assert "near" not in more
-    assert "<bdi>ar_prior: near</bdi>" in page
+    assert "<b>ar_prior</b> <bdi>near</bdi>" in page
     assert "0.125: a coral circle on white" in page
     assert "From above: the real image; the decoder from the image" in page
     assert "From above: guidance 0, 1, 3." in page
@@ -110,10 +126,11 @@ def test_a_full_chain_has_every_section(store: FolderStore, made: dict[str, Arti
     assert "From above: the real image; AR prior and decoder from the caption. Models were trained" in page
     assert page.count('alt="Drawn images and the training images nearest to them: ') == 8
     assert page.count("diffusion prior and decoder from the caption") == 0  # this one has no diffusion prior
-    assert "243 a second, 41% of what matrix products reach there. Of the time: forward 98.0%, wait 2.0%." in page
+    assert "243 a second, 41% of what matrix products reach there</summary>" in page
+    assert "<td>time: forward</td><td><bdi>98.0%</bdi></td>" in page
     assert "319 components asked for, 95 kept" in page
     assert "fp32 (clip); bf16 (ar_prior" in page
-    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+    assert [p.name for p in path.parent.iterdir()] == ["report.html", "report.json"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -235,4 +252,4 @@ def test_a_report_that_cannot_be_written_is_explained(store: FolderStore, tmp_pa
     (tmp_path / "report.html").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
         write_report(store, config(), graph(), {}, tmp_path / "report.html")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "report.html"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "report.html", "report.json"]

@@ -1,0 +1,92 @@
+"""Writes what the page says for programs: verdict, stages, figures, samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.graph.artifacts import Artifact
+from pipeline.graph.stages import Graph
+from pipeline.report.evaluation import FIGURES
+from pipeline.report.inputs import ReportInput
+from pipeline.report.lineage import worker_hours
+from pipeline.report.samples import asked_for, sample_names
+from pipeline.report.summary import verdict
+
+FORMAT = 1
+
+
+def document(given: ReportInput, config: Config, graph: Graph, running: Sequence[Artifact] = ()) -> str:
+    """Returns JSON; what cannot be read is null, and ``cannot_be_shown`` says why. docs/report.md names the fields."""
+    parts: dict[str, Callable[[], Any]] = {
+        "verdict": lambda: verdict(graph, given.artifacts, running),
+        "stages": lambda: [
+            _stage(name, given.artifacts.get(name)) for name in [*graph, *given.artifacts.keys() - graph]
+        ],
+        "figures": lambda: _figures(given),
+        "samples": lambda: _samples(given.artifacts.get("samples")),
+    }
+    found: dict[str, Any] = {"format": FORMAT, "project": config.project}
+    found["written"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    found["cannot_be_shown"] = {}
+    for name, make in parts.items():
+        try:
+            found[name] = make()
+        except Exception as e:  # a report must never stop a run
+            found[name], found["cannot_be_shown"][name] = None, str(e) or type(e).__name__
+    return json.dumps(finite(found), indent=1, ensure_ascii=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """Returns a JSON value with null in place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(name): finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _stage(name: str, made: Artifact | None) -> dict[str, Any]:
+    if made is None:
+        return {"stage": name, "made": False}
+    ledger = made.ledger
+    lost = {"rejected": dict(ledger.rejected), "deferred": dict(ledger.deferred)}
+    took = {"worker_hours": worker_hours(made)} if "seconds" in made.times else {}
+    numbers = {name: value for name, value in made.metrics.items() if isinstance(value, int | float)}
+    return {
+        "stage": name,
+        "made": True,
+        "key": made.key,
+        "inputs": dict(made.inputs),
+        "rows": ledger.rows,
+        "kept": ledger.kept,
+        **lost,
+        "metrics": numbers,
+        "times": {**made.times, **took},
+        "environment": dict(made.environment),
+    }
+
+
+def _figures(given: ReportInput) -> list[dict[str, Any]]:
+    """Returns every figure of the evaluation, without the values of its rows."""
+    made = given.artifacts.get("evaluation")
+    if made is None:
+        return []
+    figures = (
+        json.loads(given.read(made.blobs[FIGURES]))["figures"] if FIGURES in made.blobs else made.metrics["figures"]
+    )
+    return [{name: value for name, value in figure.items() if name != "values"} for figure in figures]
+
+
+def _samples(made: Artifact | None) -> list[dict[str, Any]]:
+    if made is None:
+        return []
+    found = []
+    for name in sample_names(made):
+        caption, seed = asked_for(made, name)
+        found.append({"file": f"samples/{name}", "caption": caption, "seed": seed})
+    return found

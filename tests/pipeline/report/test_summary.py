@@ -1,0 +1,121 @@
+"""Tests the sentence, the tiles and the bars of claims: what a reader sees before anything else."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipeline.evaluate.figure import Figure, count
+from pipeline.graph.artifacts import Artifact
+from pipeline.report.claims import HALF, Bar, bar_of, claims
+from pipeline.report.document import document
+from pipeline.report.inputs import ReportInput
+from pipeline.report.page import render
+from pipeline.report.summary import verdict
+from pipeline.store import FolderStore
+from tests.pipeline.report.made_up import config, graph
+
+
+def figure(holds: bool | None, difference: float | None = 0.1, **more: Any) -> dict[str, Any]:
+    known: dict[str, Any] = {"line": "c", "model": "decoder", "name": "x", "says": "decoder: x, above y", "rows": 8}
+    values = {"value": 0.5, "baseline": 0.4} if difference is not None else {}
+    return Figure(**(known | values | more), difference=difference, holds=holds).as_json()
+
+
+def judged(made: dict[str, Artifact], *figures: dict[str, Any]) -> dict[str, Artifact]:
+    metrics = {**made["evaluation"].metrics, "figures": list(figures), "holds": count(figures)}
+    return made | {"evaluation": replace(made["evaluation"], metrics=metrics)}
+
+
+def test_the_sentence_says_what_is_done_and_then_what_was_found(made: dict[str, Artifact]) -> None:
+    assert verdict(graph(), {"source": made["source"]}) == "1 of 16 stages are done; next is captions."
+    running = replace(made["decoder"], metrics={"samples_seen": 1024})
+    said = "1 of 16 stages are done; decoder is being trained: 1,024 of 51,200 samples."
+    assert verdict(graph(), {"source": made["source"]}, [running]) == said
+    assert verdict(graph(), judged(made, figure(True))) == "1 of 1 claims hold on held-out rows."
+    found = judged(made, figure(True), figure(False), figure(False, model="clip"), figure(False))
+    assert verdict(graph(), found) == "1 of 4 claims hold on held-out rows; the others are about decoder and clip."
+    few = judged(made, figure(None, None, note="2 test pairs; set source.test to 0.2"))
+    assert verdict(graph(), few) == "Nothing was measured: 2 test pairs; set source.test to 0.2."
+
+
+def test_the_sentence_says_that_a_failing_prior_drew_nothing(made: dict[str, Artifact]) -> None:
+    drawn = replace(made["samples"], metrics={**made["samples"].metrics, "settings": {"prior": "diffusion"}})
+    found = judged(made, figure(True), figure(False, model="ar_prior")) | {"samples": drawn}
+    said = "1 of 2 claims hold on held-out rows; the others are about ar_prior, which drew none of these images."
+    assert verdict(graph(), found) == said
+    found["samples"] = replace(drawn, metrics={**drawn.metrics, "settings": {"prior": "ar"}})
+    assert verdict(graph(), found).endswith("the others are about ar_prior.")
+
+
+def bar(**more: Any) -> Bar:
+    found = bar_of(figure(**more))
+    assert found is not None
+    return found
+
+
+def test_a_bar_is_right_of_the_baseline_where_it_is_better() -> None:
+    above = bar(holds=True, difference=0.2, interval=(0.1, 0.4))
+    assert above.thick == pytest.approx((HALF / 4, HALF))
+    assert above.middle == pytest.approx(HALF / 2)
+    assert above.kind == "good"
+    below = bar(holds=False, difference=0.2, interval=(0.1, 0.4), claim="below")
+    assert below.thick == pytest.approx((-HALF, -HALF / 4))
+    assert below.kind == "bad"
+    assert bar(holds=False, difference=0.2, error=0.1, says="m: MMD, below z").middle < 0
+    erring = bar(holds=False, difference=0.2, error=0.1)
+    assert erring.thin[0] < 0 < erring.thick[0]  # 95% clear the baseline, three standard errors do not
+    assert bar(holds=True, difference=0.0, interval=(0.0, 0.0)).thick == (0.0, 0.0)
+    near = bar(holds=False, difference=2.0, interval=(1.5, 2.5), says="m: variance, from 0.5 to 1.5")
+    assert near.band == pytest.approx(HALF / 5)
+    assert bar_of(figure(None, None)) is None
+
+
+def test_claims_that_fail_come_first_and_what_was_not_measured_is_one_box() -> None:
+    figures = [
+        figure(True, line="a", says="decoder: one"),
+        figure(True, line="b", says="decoder: two"),
+        figure(False, line="b", says="decoder: three"),
+        *(figure(None, None, line="g", says=f"decoder: {n}", note="few rows") for n in ("four", "five")),
+    ]
+    page = claims({"figures": figures}).partition("All numbers")[0]
+    places = [page.index(f"<bdi>{word}</bdi>") for word in ("three", "two", "one")]
+    assert places == sorted(places)
+    assert page.count("few rows") == 1
+    assert "(g) decoder: four; (g) decoder: five" in page
+    assert 'id="claims-g"' not in page
+
+
+def test_the_twin_for_programs_says_what_the_page_says(store: FolderStore, made: dict[str, Artifact]) -> None:
+    found = json.loads(document(ReportInput(store, made), config(), graph()))
+    assert found["verdict"] == verdict(graph(), made)
+    assert {stage["stage"]: stage["key"] for stage in found["stages"]} == {name: a.key for name, a in made.items()}
+    curation = next(stage for stage in found["stages"] if stage["stage"] == "curation")
+    assert (curation["rows"], curation["kept"], curation["rejected"]) == (78, 75, {"low_similarity": 3})
+    assert [figure["holds"] for figure in found["figures"]].count(None) == 4
+    assert found["samples"][1] == {"file": "samples/0001.png", "caption": "a coral square on white", "seed": 1}
+    assert found["cannot_be_shown"] == {}
+
+
+def test_the_twin_never_fails_and_is_json_that_everybody_reads(store: FolderStore, made: dict[str, Artifact]) -> None:
+    odd = {name: replace(a, metrics={"loss": float("nan")}, times={}, blobs={}) for name, a in made.items()}
+    found = json.loads(
+        document(ReportInput(store, odd), config(), graph()), parse_constant=lambda name: pytest.fail(name)
+    )
+    assert found["figures"] is None
+    assert found["cannot_be_shown"].keys() == {"verdict", "figures"}
+    assert json.loads(document(ReportInput(store, {}), config(), graph()))["stages"][0] == {
+        "stage": "source",
+        "made": False,
+    }
+
+
+def test_commands_draw_the_samples_again_and_full_size_is_linked_where_it_is(
+    store: FolderStore, made: dict[str, Artifact], tmp_path: Any
+) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/0001.png").touch()
+    page = render(ReportInput(store, made, folder=tmp_path), config(), graph())
+    assert "unclip sample &#39;a coral square on white&#39; --seed 1</code>" in page
+    assert page.count('href="samples/') == page.count('href="samples/0001.png"') == 1
