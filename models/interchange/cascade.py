@@ -7,7 +7,9 @@ copy of ``models`` under another name. It is for diffusers; nothing here reads o
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import models
 from models.cascade import UnCLIP
@@ -31,7 +33,7 @@ KARLO_SAMPLING = SamplingConfig(
 )
 """Karlo's own defaults: it draws one embedding a caption, and ends at 256 px, after six steps and one of a second
 network that a model trained here does not have."""
-PARTS = {
+PARTS: dict[str, tuple[str, str, Callable[..., Any], Callable[..., Any]]] = {
     "diffusion_prior": (".", "prior", export_prior, import_prior),
     "decoder": (".", "decoder", export_decoder, import_decoder),
     "upsampler_256": (".", "super_res_first", export_upsampler, import_upsampler),
