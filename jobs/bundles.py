@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from jobs.command_line import PLACES
 from jobs.project import open_project
 from pipeline.config import load_config
 from pipeline.errors import CorruptObject, UserError
@@ -23,9 +24,6 @@ from pipeline.store.names import is_part
 from pipeline.store.records import digest, materialise, put_blob
 
 RELEASE = "release:"
-PLACES = (
-    "a run's output folder (out/emoji), a project (emoji.yaml), its release (release:emoji.yaml), or a bundle's folder"
-)
 
 
 @dataclass(frozen=True)

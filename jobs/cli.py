@@ -10,45 +10,27 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from jobs.command_line import command_line
 from jobs.interrupt import INTERRUPTED, ending_on_ctrl_c, say_interrupted
 from pipeline.errors import UserError
 from pipeline.terminal import printable_streams
 
-COMMANDS = {
-    "init": "write a commented configuration for pairs of your own",
-    "doctor": "check machine, packages, store and Ray before a run",
-    "run": "make everything a configuration asks for, where it is stale",
-    "plan": "show what a run would make, why, and about what it costs",
-    "submit": "run it on a cluster, on this machine or elsewhere, and follow",
-    "sample": "draw images for captions with a finished bundle",
-    "generate": "draw images for a list of prompts, on many workers",
-    "serve": "draw from a page, and from any client of OpenAI's image API",
-    "edit": "vary, interpolate, change or decompose your own images",
-    "show": "show runs, what is being made and by which machine, and the lineage of an artefact",
-    "report": "write the report again, for example with images of some licences only",
-    "data": "search images, retry failed rows, forget rows, collect garbage",
-    "release": "promote a bundle that is not worse, roll back, compare",
-    "pin": "keep an artefact for later data too",
-    "unpin": "lift a pin",
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console script. Returns the exit code: 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print("usage: unclip COMMAND ...\n" + "".join(f"\n  {name:10}{text}" for name, text in COMMANDS.items()))
-        print("\nunclip COMMAND --help says more.")
-        return 0 if words else 2
-    name = words[0]
-    if name not in COMMANDS:
-        print(f"error: unknown command {name}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+    return guard(_command, list(sys.argv[1:] if argv is None else argv))
+
+
+def _command(words: Sequence[str]) -> int:
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    parser = command_line()
+    arguments = parser.parse_args(words)
+    if arguments.command is None:
+        parser.print_help()
         return 2
-
-    def command(argv: Sequence[str]) -> int:  # imported inside the guard: Ctrl-C may come that early
-        return importlib.import_module("jobs.pin" if name == "unpin" else f"jobs.{name}").main(argv)
-
-    return guard(command, words[1:] if name not in ("pin", "unpin") else words)
+    name = "pin" if arguments.command == "unpin" else arguments.command
+    return importlib.import_module(f"jobs.{name}").main(arguments)
 
 
 def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

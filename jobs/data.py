@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jobs.plan import print_changes
-from jobs.project import Project, add_config_and_set, open_project
-from pipeline.data.export import KINDS, STAGES, export_pairs
+from jobs.project import Project, open_project
+from pipeline.data.export import STAGES, export_pairs
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.data.source.forget import Request, find, without
@@ -17,7 +17,7 @@ from pipeline.data.source.journal import Forgotten, ListJournal, change_journal,
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import CorruptObject, UserError
-from pipeline.ledger import DEFERRED, REASONS
+from pipeline.ledger import REASONS
 from pipeline.local import read_local
 from pipeline.progress import counted, duration
 from pipeline.store import open_store
@@ -26,35 +26,10 @@ from pipeline.upkeep.collect import collect
 FILE_BYTES = 256 << 20  # of a list of what to forget
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="unclip data", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    search = commands.add_parser("search", help="find the images nearest to a caption or an image")
-    retry = commands.add_parser("retry", help="retry rows whose fetch ended with given reasons")
-    forget = commands.add_parser("forget", help="drop images and their captions from everything made from now on")
-    gc = commands.add_parser("gc", help="delete what no pin, recent run or running stage needs")
-    export = commands.add_parser("export", help="write curated pairs and embeddings for other tools")
-    runs = {search: _search, retry: _retry, forget: _forget, gc: _collect, export: _export}
-    for command, run in runs.items():
-        add_config_and_set(command)
-        command.set_defaults(run=run)
-    what = search.add_mutually_exclusive_group(required=True)
-    what.add_argument("caption", nargs="?", help="text to search with")
-    what.add_argument("--image", metavar="FILE", help="an image to search with, in place of a caption")
-    search.add_argument("--count", type=int, default=10, help="number of results (10)")
-    search.add_argument("--split", choices=SPLITS, help="search this split only (all)")
-    retry.add_argument("--reason", default=",".join(sorted(DEFERRED)), help="such as timeout,http_4xx (all deferred)")
-    forget.add_argument("what", nargs="*", help="row keys, references (URLs), or sha256 of stored images")
-    forget.add_argument("--file", help="a text file with one of them a line; - for standard input")
-    gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
-    gc.add_argument("--keep-days", type=float, default=30.0, help="how long what a run asked for is needed (30)")
-    gc.add_argument("--grace-hours", type=float, default=24.0, help="from the first finding to the deletion (24)")
-    export.add_argument("-o", "--to", required=True, metavar="FOLDER", help="a folder, or s3://BUCKET/PREFIX")
-    export.add_argument("--only", choices=KINDS, action="append", default=[], help="write this alone (all three)")
-    export.add_argument("--split", choices=SPLITS, action="append", default=[], help="rows of this split only (all)")
-    arguments = parser.parse_args(argv)
-    return arguments.run(open_project(arguments.config, arguments.overrides), arguments)
+    runs = {"search": _search, "retry": _retry, "forget": _forget, "gc": _collect, "export": _export}
+    return runs[arguments.action](open_project(arguments.config, arguments.overrides), arguments)
 
 
 def _search(project: Project, arguments: argparse.Namespace) -> int:

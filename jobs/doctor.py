@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from jobs.project import Project, project_of
 from pipeline.build import build
-from pipeline.config import OVERRIDES, Config, load_config
+from pipeline.config import Config, load_config
 from pipeline.cost.estimate import Ask, estimate
 from pipeline.cost.observed import observe
 from pipeline.cost.places import places, too_slow
@@ -27,14 +27,8 @@ from pipeline.settings import RaySettings
 from pipeline.store import Store, local_folder, open_store
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="unclip doctor", description=__doc__)
-    parser.add_argument(
-        "config", nargs="?", help="a YAML file; without one, machine, packages and Ray alone are checked"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
-    arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     levels: Counter[str] = Counter()
     for finding in examine(config):

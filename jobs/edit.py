@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.bundles import find_bundle
-from jobs.sample import check_seed, drawing_options, file_name, sampling_option
+from jobs.sample import check_seed, file_name, sampling_option
 from pipeline.data.pairs.decoding import open_image
 from pipeline.errors import UserError
 
@@ -21,22 +21,20 @@ if TYPE_CHECKING:
     from pipeline.sampling.edits import Edit
 
 SIZE = 256  # px unless asked for otherwise: a strip of 1024 px images takes minutes on a CPU
-NOT_ITS_OWN = ("source", "to", "seed", "set", "device")  # arguments that all kinds have, and that others tell
-KINDS = {
-    "variations": "other images with the same meaning (the paper's section 3.1)",
-    "interpolate": "images on the way from one to another (3.2)",
-    "textdiff": "an image, changed as one caption differs from another (3.3)",
-    "reconstruct": "an image beside what its two latents become (3)",
-    "components": "what the first principal components of an image's embedding say (4)",
-    "priors": "a caption, decoded from each prior's embedding and from its text embedding (5.1)",
-}
+NOT_ITS_OWN = (
+    "command",
+    "source",
+    "to",
+    "seed",
+    "overrides",
+    "device",
+)  # arguments that all kinds have, and that others tell
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip edit``."""
-    arguments = _parse(argv)
     _check(arguments)
-    options = dict(sampling_option(text) for text in arguments.set)
+    options = dict(sampling_option(text) for text in arguments.overrides)
     if arguments.size:
         options["size"] = arguments.size
     images = [open_image(path) for path in _named(arguments)]
@@ -56,38 +54,6 @@ def main(argv: Sequence[str]) -> int:
     for i, name in enumerate(edit.names, 1):
         print(f"  {i}: {name}")
     return 0
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    shared = drawing_options()
-    shared.add_argument(
-        "-o", "--to", type=Path, metavar="FILE", help="where the strip goes (edits/NAME in the run's output folder)"
-    )
-    shared.add_argument("--size", type=int, choices=(64, 256, 1024), help=f"of the images, in px ({SIZE})")
-    parser = argparse.ArgumentParser(prog="unclip edit", description=__doc__)
-    commands = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    kinds = {name: commands.add_parser(name, help=text, parents=[shared]) for name, text in KINDS.items()}
-    for name in ("variations", "textdiff", "reconstruct", "components"):
-        kinds[name].add_argument("image", type=Path, metavar="IMAGE", help="a PNG, JPEG or WebP file")
-    kind = kinds["variations"]
-    kind.add_argument("--count", type=int, default=8, help="how many (8)")
-    kind.add_argument("--eta", type=float, default=1.0, help="how free they are, from 0 to 1 (1)")
-    kind = kinds["interpolate"]
-    kind.add_argument("first", type=Path, metavar="A", help="a PNG, JPEG or WebP file")
-    kind.add_argument("second", type=Path, metavar="B", help="another")
-    kind.add_argument("--count", type=int, default=9, help="images, both ends included (9)")
-    kind.add_argument("--animate", action="store_true", help="a WebP that goes forth and back, in place of a strip")
-    kind = kinds["textdiff"]
-    kind.add_argument("before", metavar="BEFORE", help="a caption of the image as it is")
-    kind.add_argument("after", metavar="AFTER", help="a caption of what it should become")
-    kind.add_argument("--most", type=float, default=0.5, help="share of the way to the difference, at the end (0.5)")
-    kind.add_argument("--count", type=int, default=6, help="images, the first unchanged (6)")
-    for name in ("variations", "reconstruct"):
-        kinds[name].add_argument("--caption", help="tells the decoder what is in the image")
-    kinds["components"].add_argument("--counts", help="such as 20,30,40; by default as in the paper's figure 7")
-    kinds["priors"].add_argument("caption", metavar="CAPTION")
-    kinds["priors"].add_argument("--image", type=Path, metavar="FILE", help="an image that the caption is true of")
-    return parser.parse_args(argv)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from jobs.bundles import find_bundle
-from jobs.sample import check_seed, drawing_options, sampling_option
+from jobs.sample import check_seed, sampling_option
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.ray import find_machine, this_machine
 from pipeline.graph.resources import team_of
 from pipeline.parse import parse
 from pipeline.progress import counted, duration
-from pipeline.sampling.prompts import COLUMNS, KINDS, find_column, read_prompts
+from pipeline.sampling.prompts import find_column, read_prompts
 from pipeline.settings import GenerationSettings, RaySettings
 
 HEALINGS = 3  # damaged objects, until somebody has to look
 log = logging.getLogger("unclip")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip generate``."""
-    parser = argparse.ArgumentParser(prog="unclip generate", description=__doc__, parents=[drawing_options()])
-    parser.add_argument("prompts", type=Path, help=f"a {KINDS}")
-    parser.add_argument("--column", metavar="COLUMN", help=f"of the prompts ({', '.join(COLUMNS)}: the first there is)")
-    parser.add_argument(
-        "-o", "--to", type=Path, metavar="FOLDER", help="where tars and tables are written (FOLDER/generated)"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="images that a worker samples at once (8)")
-    parser.add_argument(
-        "--workers", type=int, help="processes; 0 works in this one (one for each GPU, or one for each core)"
-    )
-    parser.add_argument("--gpus", type=float, help="of each worker, in place of its core (1 if there is one, else 0)")
-    arguments = parser.parse_args(argv)
     check_seed(arguments.seed)
     found = find_bundle(arguments.source)
     to = arguments.to or found.output / "generated"
@@ -46,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.graph.execute import heal
     from pipeline.sampling.generation import ROWS, STAGE, GenerationRecipe, export, generate
 
-    options = dict(sampling_option(text) for text in arguments.set)
+    options = dict(sampling_option(text) for text in arguments.overrides)
     recipe = parse(GenerationRecipe, {"options": options, "batch": arguments.batch}, "--")
     settings, ray = _workers(arguments)
     for _ in range(HEALINGS):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from jobs.bundles import PLACES, find_bundle
+from jobs.bundles import find_bundle
 from pipeline.config import check_project
 from pipeline.data.fetch.references import shown
 from pipeline.data.source.peek import MOST_COUNTED, Look, look
@@ -18,25 +18,8 @@ from pipeline.starter import CLIP_PAIRS, existing_clip, starter
 ENOUGH = 1000  # pairs, below which models memorise images
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Writes the configuration and says what to do next."""
-    parser = argparse.ArgumentParser(prog="unclip init", description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="of the project")
-    parser.add_argument(
-        "sources",
-        nargs="*",
-        metavar="SOURCE",
-        help="a .csv, .tsv or .parquet of url and caption, a folder of a.jpg and a.txt, or a webdataset .tar",
-    )
-    parser.add_argument("--image-column", default="url", metavar="COLUMN", help="of references (default url)")
-    parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help="of captions (default caption)")
-    parser.add_argument(
-        "--from",
-        dest="origin",
-        metavar="WHERE",
-        help=f"fine-tune: go on from the bundle of {PLACES}",
-    )
-    arguments = parser.parse_args(argv)
     check_project(arguments.name)
     path = Path(f"{arguments.name}.yaml")
     if path.exists():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 
 from jobs.plan import print_changes
 from jobs.project import open_project
@@ -14,18 +13,9 @@ from pipeline.graph.plan import pin_path
 from pipeline.store import Store
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Moves a pin, or lifts it."""
-    parser = argparse.ArgumentParser(prog="unclip", description=__doc__)
-    parser.add_argument("command", choices=("pin", "unpin"))
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("stage", help="clip, codec or thresholds")
-    parser.add_argument(
-        "--key", help="pin this artefact (a key, or its first 12 characters); by default the current one"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="say what would follow, and move nothing")
-    arguments = parser.parse_args(argv)
-    project = open_project(arguments.config, ())
+    project = open_project(arguments.config, arguments.overrides)
     before = project.plan()
     verdict = next((v for v in before if v.stage == arguments.stage), None)
     if verdict is None or verdict.lineage is None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from jobs.probe import probe
-from jobs.project import Project, add_config, open_project
+from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate, parse_count, parse_fleet
+from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate, parse_fleet
 from pipeline.cost.observed import Seen, observe, read_profile
 from pipeline.cost.places import places, too_slow
 from pipeline.cost.table import cost_table, remarks
@@ -28,32 +27,15 @@ from pipeline.progress import counted, duration
 from pipeline.settings import RaySettings
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Prints the verdict on every stage and what the stale ones cost."""
-    parser = argparse.ArgumentParser(prog="unclip plan", description=(__doc__ or "").partition("\n")[0])
-    add_config(parser)
-    parser.add_argument(
-        "--probe", action="store_true", help="measure first, on this machine, with few rows and samples"
-    )
-    parser.add_argument(
-        "--pairs", metavar="N", help="plan for a list of that size, such as 650M, as if nothing were made"
-    )
-    parser.add_argument("--gpus", metavar="NxKIND", help="plan trainings and embeddings on GPUs, such as 64xH100")
-    parser.add_argument(
-        "--utilisation",
-        type=float,
-        default=UTILISATION,
-        metavar="SHARE",
-        help=f"of a GPU's bf16 peak that trainings reach where no GPU was measured ({UTILISATION})",
-    )
-    parser.add_argument(
-        "--profile", type=Path, metavar="FILE", help="take what make gpu-check measured of the same models"
-    )
-    arguments = parser.parse_intermixed_args(argv)
-    if not 0 < arguments.utilisation <= 1:
-        raise UserError(f"--utilisation {arguments.utilisation:g}: use a share above 0 and at most 1")
+    utilisation = UTILISATION if arguments.utilisation is None else arguments.utilisation
+    if not 0 < utilisation <= 1:
+        raise UserError(f"--utilisation {utilisation:g}: use a share above 0 and at most 1")
     fleet = parse_fleet(arguments.gpus) if arguments.gpus else None
-    rows = parse_count(arguments.pairs) if arguments.pairs else None
+    rows = arguments.pairs
+    if rows == 0:
+        raise UserError("--pairs 0: plan for 1 pair or more")
     seen: Seen = {}
     if rows is None or arguments.probe:
         project = open_project(arguments.config, arguments.overrides)
@@ -70,14 +52,14 @@ def main(argv: Sequence[str]) -> int:
         seen = seen | read_profile(arguments.profile, graph)
     if rows is None:
         verdicts = project.plan()
-        ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, arguments.utilisation)
+        ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, utilisation)
         if any(verdict.state == "stale" for verdict in verdicts):
             ask = replace(ask, machine=find_machine(config.run.ray))
         costs = _print_verdicts(project, verdicts, set(graph), ask)
         if costs:
             print()
     else:
-        ask = Ask(config, graph, rows, config.source.test, seen, fleet, arguments.utilisation)
+        ask = Ask(config, graph, rows, config.source.test, seen, fleet, utilisation)
         where = f" on {fleet.count} {fleet.name}" if fleet else ""
         print(f"{config.project}: {_size(rows, ask.shards)}{where}, as if nothing were made")
         costs = {stage: estimate(stage, ask) for stage in graph}

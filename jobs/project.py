@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.build import build
-from pipeline.config import OVERRIDES, Config, load_config
+from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.stage import Scan, scan
 from pipeline.errors import UserError
@@ -85,18 +84,6 @@ class Project:
             if stage.name in wanted:
                 wanted |= set(stage.inputs)
         return {str(name) for name in wanted}
-
-
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that name a configuration and override values of it."""
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
-
-
-def add_config_and_set(parser: argparse.ArgumentParser) -> None:
-    """Adds the same for a command that has other words besides: each override follows a ``--set``."""
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=OVERRIDES)
 
 
 def open_project(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Project:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.bundles import remember_bundle
-from jobs.project import Project, add_config_and_set, open_project
+from jobs.project import Project, open_project
 from models.sampling_config import MODELS
 from pipeline.config import Config, load_config
 from pipeline.errors import UserError
@@ -52,32 +52,12 @@ class Asked:
         return self.config.project
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Runs one of the commands."""
-    parser = argparse.ArgumentParser(prog="unclip release", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    runs = (_promote, _rollback, _diff, _list, _evaluate, _take, _weights)
-    promote = commands.add_parser("promote", help="make this configuration's bundle the release, if the gates hold")
-    promote.add_argument("--force", metavar="REASON", help="promote whatever the gates say, and record why")
-    rollback = commands.add_parser("rollback", help="go back to the release before")
-    rollback.add_argument("--reason", default="", help="to be recorded")
-    diff = commands.add_parser("diff", help="what differs between two bundles in data, recipe and figures")
-    listing = commands.add_parser("list", help="all moves of the release")
-    evaluate = commands.add_parser("evaluate", help="measure the release on the rows of this configuration")
-    take = commands.add_parser("take", help="let sample and generate --from FOLDER draw with the release")
-    weights = commands.add_parser("weights", help="what a configuration says to begin with the release's weights")
-    for command, run in zip((promote, rollback, diff, listing, evaluate, take, weights), runs, strict=True):
-        add_config_and_set(command)
-        command.set_defaults(run=run)
-    named = "current, previous, own (this configuration's), or the beginning of a bundle's key"
-    diff.add_argument("first", nargs="?", default="current", metavar="A", help=f"{named}; by default current")
-    diff.add_argument("second", nargs="?", default="own", metavar="B", help="the same; by default own")
-    take.add_argument("folder", help="will hold the bundle")
-    arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     store = open_store(config.store)
     asked = Asked(arguments.config, arguments.overrides, config, store, read_releases(store, config.project))
-    return arguments.run(asked, arguments)
+    return RUNS[arguments.action](asked, arguments)
 
 
 def _promote(asked: Asked, arguments: argparse.Namespace) -> int:
@@ -234,3 +214,14 @@ def _weights(asked: Asked, arguments: argparse.Namespace) -> int:
         elif blob:
             print(f"{name}: {{init_from: {blob}}}")
     return 0
+
+
+RUNS = {
+    "promote": _promote,
+    "rollback": _rollback,
+    "diff": _diff,
+    "list": _list,
+    "evaluate": _evaluate,
+    "take": _take,
+    "weights": _weights,
+}

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.project import add_config, open_project
+from jobs.project import open_project
 from pipeline.errors import UserError
 from pipeline.report.images import Album
 from pipeline.report.page import write_report
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="unclip report", description=__doc__)
-    add_config(parser)
-    parser.add_argument("--output", metavar="FILE", help="where to write it; report.html in run.output by default")
-    parser.add_argument(
-        "--license",
-        metavar="NAME",
-        action="append",
-        help="show only the images with this licence, as your list names it; may be given again",
-    )
-    arguments = parser.parse_intermixed_args(argv)
     project = open_project(arguments.config, arguments.overrides)
     artifacts = project.finished()
     if not artifacts:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.bundles import remember_bundle
 from jobs.plan import agree
-from jobs.project import Project, add_config, open_project
+from jobs.project import Project, open_project
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
@@ -24,19 +24,10 @@ PARAMETERS = 10  # named by a replay, at most
 HEALINGS = 5  # damaged objects that one run makes again before it gives up
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="unclip run", description=__doc__)
-    add_config(parser)
-    parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
-    parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
-    parser.add_argument("--yes", action="store_true", help="go on above run.budget_hours, and without a GPU")
-    parser.add_argument(
-        "--replay", metavar="STAGE", help="repeat the step of a training that was not finite, and say where it fails"
-    )
-    arguments = parser.parse_intermixed_args(argv)
     if sum(map(bool, (arguments.only, arguments.until, arguments.replay))) > 1:
-        parser.error("--only, --until and --replay exclude each other")
+        raise UserError("--only, --until and --replay exclude each other; leave all but one of them out")
     project = open_project(arguments.config, arguments.overrides)
     if arguments.replay:
         return _replay(project, arguments.replay)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import unicodedata
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import yaml
 
-from jobs.bundles import PLACES, find_bundle
+from jobs.bundles import find_bundle
 from models.sampling_config import SamplingConfig
 from pipeline.errors import UserError
 from pipeline.parse import parse
@@ -21,16 +20,10 @@ LARGEST_SEED = 2**62
 NAME_HASH = 10  # hexadecimal digits
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip sample``."""
-    parser = argparse.ArgumentParser(prog="unclip sample", description=__doc__, parents=[drawing_options()])
-    parser.add_argument("captions", nargs="+", metavar="CAPTION")
-    parser.add_argument(
-        "-o", "--to", type=Path, metavar="FOLDER", help="where the images go (samples, in the run's output folder)"
-    )
-    arguments = parser.parse_intermixed_args(argv)
     check_seed(arguments.seed)
-    options = dict(sampling_option(text) for text in arguments.set)
+    options = dict(sampling_option(text) for text in arguments.overrides)
     bundle = find_bundle(arguments.source)
     folder, to = bundle.folder, arguments.to or bundle.output / "samples"
     to.mkdir(parents=True, exist_ok=True)
@@ -56,25 +49,6 @@ def check_seed(seed: int) -> None:
     """Raises UserError for a seed below 0, and for one so large that the seeds after it have no room in a table."""
     if not 0 <= seed < LARGEST_SEED:
         raise UserError(f"--seed {seed} is {'below 0' if seed < 0 else f'too large; use one below {LARGEST_SEED}'}")
-
-
-def drawing_options() -> argparse.ArgumentParser:
-    """Returns a parser of the options that every command which draws has."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--from",
-        dest="source",
-        metavar="WHERE",
-        help=f"the bundle: {PLACES}; by default the newest under out/",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next have the next (default 0)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling option, such as decoder_steps=50"
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="draws on it; auto is a GPU if there is one"
-    )
-    return parser
 
 
 def sampling_option(text: str) -> tuple[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from jobs.bundles import PLACES, RELEASE, find_bundle
+from jobs.bundles import RELEASE, find_bundle
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.graph.ray import start_ray
@@ -24,23 +24,12 @@ if TYPE_CHECKING:
     from serve.bundle import Served
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip serve``."""
-    parser = argparse.ArgumentParser(prog="unclip serve", description=__doc__)
-    parser.add_argument(
-        "bundle",
-        nargs="?",
-        metavar="BUNDLE",
-        help=f"{PLACES}; a release is followed; by default the newest under out/",
-    )
-    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="such as port=9000; docs/serve.md has them")
-    arguments = parser.parse_args(argv)
-    words = [word for word in (arguments.bundle, *arguments.settings) if word]
-    named = [word for word in words if "=" not in word]
-    settings = read_settings([word for word in words if "=" in word])
+    settings = read_settings(arguments.overrides)
     if find_spec("multipart") is None and find_spec("python_multipart") is None:
         raise UserError("unclip serve needs more packages; install them with pip install 'unclip-ray[serve]'")
-    served = find_served(named[0] if named else None)
+    served = find_served(arguments.bundle)
     settings = replace(settings, port=settings.port or _free_port(settings.host))
 
     from serve.app import start, stop

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from cluster.submission import LOCAL, attach_or_submit, check_reach, put_package
 from jobs.bundles import remember_bundle
 from jobs.interrupt import INTERRUPTED
 from jobs.plan import Agreed, agree
-from jobs.project import Project, add_config, open_project
+from jobs.project import Project, open_project
 from jobs.run import print_places
 from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
@@ -33,24 +32,11 @@ from pipeline.store import local_folder, open_store
 from pipeline.store.records import materialise
 
 KUBERAY = "kuberay"
-WHERE = (
-    "local: two nodes on this machine; the address of a cluster's dashboard, such as http://HOST:8265; or kuberay: "
-    "only write the RayJob to standard output"
-)
 THERE = "out"  # where a driver on another machine writes its report, which is written here from the store
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Submits the job, follows it, and brings back its report."""
-    parser = argparse.ArgumentParser(prog="unclip submit", description=__doc__)
-    add_config(parser)
-    parser.add_argument("--to", metavar="WHERE", required=True, help=WHERE)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
-    what.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
-    what.add_argument("--stop", action="store_true", help="stop the jobs of this project there")
-    parser.add_argument("--yes", action="store_true", help="go on above run.budget_hours, and without a GPU")
-    arguments = parser.parse_intermixed_args(argv)
     if arguments.stop:
         return _stop(load_config(arguments.config, arguments.overrides), arguments.to)
     project = open_project(arguments.config, arguments.overrides)

@@ -129,7 +129,6 @@ DEFAULTS = {field.name: field.default_factory for field in fields(Config) if fie
 RECIPES = tuple(name for name in DEFAULTS if name not in ("release", "run"))
 TRAININGS = tuple(name for name in RECIPES if isinstance(DEFAULTS[name](), TrainingRecipe))
 UPSAMPLERS = tuple(name for name in RECIPES if DEFAULTS[name] is UpsamplerRecipe)
-OVERRIDES = "values in place of the file's, such as decoder.samples=100000 preset=small"
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

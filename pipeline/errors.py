@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in what was asked for, or in the machine it was asked of: one line, what to do next, no traceback."""
@@ -27,3 +30,10 @@ class CorruptObject(Exception):
 
 class Superseded(Exception):
     """A later attempt of a training has begun, in another process, and this one stops."""
+
+
+def did_you_mean(word: object, words: Iterable[object]) -> str:
+    """Returns the end of a message about an unknown word: the known word nearest to it, or else all of them."""
+    known = sorted(map(str, words))
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

@@ -7,7 +7,6 @@ what several fields must fulfil together in ``__post_init__``, which raises Valu
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
@@ -21,7 +20,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.local import open_local
 
 _EXPECTED = {
@@ -163,12 +162,6 @@ def _message(kind: Any, error: ErrorDetails, where: str) -> str:
         case _:
             said = error["msg"]
     return f"{name}: {said}" if name else said
-
-
-def did_you_mean(word: Any, words: Any) -> str:
-    """Returns the end of a message about an unknown word: the known word nearest to it, or else all of them."""
-    close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(map(str, words)))}"
 
 
 def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

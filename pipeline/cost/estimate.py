@@ -38,7 +38,6 @@ REFERENCE_BYTES = 300  # of a row in each data stage, besides what it makes
 SAVED_BYTES = 1e9  # of a checkpoint that a worker writes in a second
 COPIED_BYTES = 20e9  # that a GPU copies in a second, while it does nothing else
 STATE_BYTES, MODEL_BYTES = 16, 4  # a parameter: weights, average and two moments of a checkpoint; of an artefact
-UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
 @dataclass(frozen=True)
@@ -68,15 +67,6 @@ class Fleet:
 
     count: int
     name: str
-
-
-def parse_count(text: str) -> int:
-    """Reads 650M, 1.5B, 10k or 7000 as a number of pairs. Raises UserError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBG]?)", text.replace("_", "").replace(",", ""))
-    count = float(found[1]) * UNITS[found[2]] if found else 0.0
-    if count < 1:
-        raise UserError(f"--pairs {text}: not a number of pairs; write it as 650M, 1.5B, 10k or 7000")
-    return round(count)
 
 
 def parse_fleet(text: str) -> Fleet:

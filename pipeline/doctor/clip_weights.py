@@ -10,8 +10,7 @@ from typing import Any
 from models.clip_weights import ClipWeights
 from pipeline.config import Config
 from pipeline.doctor.finding import Finding
-from pipeline.errors import UserError
-from pipeline.parse import did_you_mean
+from pipeline.errors import UserError, did_you_mean
 
 ANSWER_S = 10.0  # for a server to say that it has a file
 

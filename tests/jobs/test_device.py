@@ -16,6 +16,7 @@ import pipeline.sampling.drawing
 import pipeline.sampling.generation
 from jobs.bundles import remember_bundle
 from jobs.cli import main
+from jobs.command_line import command_line
 from models.cascade import UnCLIP
 from pipeline.errors import UserError
 from pipeline.evaluate.stage import EvaluationRecipe, run_evaluation
@@ -129,7 +130,7 @@ def test_generate_gives_each_worker_a_gpu(
     monkeypatch.setattr(pipeline.sampling.generation, "map_shards", work)
     Path("list.txt").write_text("a red fox\n")
     with caplog.at_level("INFO", "unclip"), pytest.raises(InterruptedError):
-        jobs.generate.main(["list.txt", *words])
+        jobs.generate.main(command_line().parse_args(["generate", "list.txt", *words]))
     device = "cuda" if gpus else "cpu"
     assert given == [(GenerationSettings(workers=workers, gpus=gpus), device)]
     assert asked == [device]

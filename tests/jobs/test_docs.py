@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.cli import COMMANDS
+from jobs.command_line import COMMANDS
 from pipeline.config import Config, Run
 from pipeline.ledger import REASONS
 from pipeline.schema import FILE

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs.bundles import remember_bundle
-from jobs.cli import COMMANDS
+from jobs.command_line import COMMANDS
 from models.sampling_config import SamplingConfig
 from tests.chain import ROOT
 from tests.jobs.test_docs import TESTED, check_links, commands

@@ -30,7 +30,8 @@ def test_the_table_of_the_documents_is_what_the_command_prints() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--pairs", "many"], ["--pairs many: not a number of pairs"]),
+        (["--pairs", "many"], ["--pairs: 'many' is not a whole number, such as 100, 10k or 1e6"]),
+        (["--pairs", "0"], ["--pairs 0: plan for 1 pair or more"]),
         (["--pairs", "1M", "--gpus", "64"], ["--gpus 64: not a number of GPUs"]),
         (["--pairs", "1M", "--gpus", "8xT4"], ["unknown kind T4; known are A100"]),
         (["--pairs", "1M", "--utilisation", "1.5"], ["--utilisation 1.5"]),

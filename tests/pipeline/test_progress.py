@@ -4,7 +4,7 @@ import re
 import pytest
 
 from pipeline import progress
-from pipeline.progress import Line, Progress, above_lines, duration, under_way
+from pipeline.progress import Line, Progress, above_lines, duration, read_count, under_way
 
 
 class Clock:
@@ -33,6 +33,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_counts_are_read_as_people_write_them() -> None:
+    counts = {"650M": 650_000_000, "1.5B": 1_500_000_000, "1G": 10**9, "10k": 10_000, "7000": 7000, "7_000": 7000}
+    counts |= {"7,000": 7000, "1e6": 10**6, "1.5e3": 1500, "0": 0}
+    assert {text: read_count(text) for text in counts} == counts
+    assert [read_count(text) for text in ("", "M", "650m", "-3", "0.2", "650 M", "650MB", "1e", "nan")] == [None] * 9
 
 
 def test_the_line_says_rate_and_time_left(clock: Clock) -> None:

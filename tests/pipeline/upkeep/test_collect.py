@@ -344,12 +344,12 @@ def test_a_segment_of_the_list_that_comes_while_it_looks_keeps_its_tables(
 def test_the_grace_goes_by_the_stores_clock_not_by_this_machines(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jobs.data import main
+    from jobs.cli import main
 
     blob = put_blob(store, b"garbage")
     config = tmp_path / "p.yaml"
     config.write_text(f"project: p\npreset: nano\nstore: {store.url}\nsource: {{paths: ['emoji:nano']}}\n")
-    collect_it = ["gc", str(config), "--yes"]
+    collect_it = ["data", "gc", str(config), "--yes"]
     assert main(collect_it) == 0
     ahead = time.time() + 2 * DAY
     monkeypatch.setattr(time, "time", lambda: ahead)

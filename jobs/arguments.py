@@ -1,0 +1,91 @@
+"""Reads the words of a command: options anywhere, KEY=VALUE anywhere, and a mistake is one line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NoReturn
+
+from pipeline.errors import UserError, did_you_mean
+from pipeline.progress import read_count
+
+# A dotted name, or a plain one whose value has no space in it; "E=mc2 on a blackboard" is a caption.
+OVERRIDE = re.compile(r"[A-Za-z_]\w*((\.\w+)+=.*|=\S*)", re.DOTALL)
+_SAID = (
+    (r"the following arguments are required: (.*)", r"\1: missing"),
+    (r"unrecognized arguments: (.*)", r"\1: not understood here"),
+    (r"one of the arguments (\S+) (\S+) is required", r"\1 or \2: one of them is needed"),
+    (r"argument (\S+): not allowed with argument (\S+)", r"\1 and \2 exclude each other; leave one of them out"),
+    (r"argument (\S+): invalid (?:int|float) value: (.*)", r"\1: \2 is not a number"),
+    (r"argument (.*)", r"\1"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses the words of a command. Where it has ``--set``, a bare KEY=VALUE means the same."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses words, the options among them first. Raises UserError for a mistake."""
+        if self._subparsers:
+            return super().parse_known_args(args, namespace)
+        found, unknown = super().parse_known_args(self._options_first(args), namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, []
+
+    def _options_first(self, words: Sequence[str]) -> list[str]:
+        options: list[str] = []
+        others: list[str] = []
+        rest = iter(words)
+        for word in rest:
+            if word == "--":
+                others += [word, *rest]
+            elif word == "-" or not word.startswith("-"):
+                if "--set" in self._option_string_actions and OVERRIDE.fullmatch(word):
+                    options.append(f"--set={word}")
+                else:
+                    others.append(word)
+            else:
+                options += [word, *islice(rest, self._takes_next(word))]
+        return [*options, *others]
+
+    def _takes_next(self, word: str) -> int:
+        """Returns 1 if the value of this option is the next word, else 0. Raises UserError for an unknown option."""
+        known = self._option_string_actions
+        name, equals, _ = word.partition("=")
+        if name in known:
+            return int(known[name].nargs is None and not equals)
+        if not name.startswith("--") and word[:2] in known:
+            return 0
+        begun = [action for option, action in known.items() if name.startswith("--") and option.startswith(name)]
+        if not begun:
+            bare = word.lstrip("-")
+            if "--set" in known and OVERRIDE.fullmatch(bare):
+                raise UserError(f"{word}: values are written without dashes: {bare}")
+            raise UserError(f"{self.prog}: unknown option {name}{did_you_mean(name, known)}")
+        return int(begun[0].nargs is None and not equals)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = f"{action.option_strings[-1]}:" if action.option_strings else f"{self.prog}:"
+            kind = "command" if isinstance(action, argparse._SubParsersAction) else "value"
+            raise UserError(f"{what} unknown {kind} {value}{did_you_mean(value, action.choices)}")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with the message in plain words."""
+        for pattern, words in _SAID:
+            if re.fullmatch(pattern, message):
+                message = re.sub(pattern, words, message)
+                break
+        how = ", values as KEY=VALUE" if "--set" in self._option_string_actions else ""
+        raise UserError(f"{self.prog}: {message}; {self.prog} --help shows what it takes{how}")
+
+
+def count(text: str) -> int:
+    """Returns a whole number written as 100, 100k or 1e6."""
+    number = read_count(text)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 100, 10k or 1e6")
+    return number

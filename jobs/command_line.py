@@ -1,0 +1,315 @@
+"""The words of every command, in one place that imports nothing heavy: help and completion come at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs.arguments import Parser, count
+from pipeline.ledger import DEFERRED
+
+OVERRIDES = "a value in place of the file's, such as decoder.samples=100k or preset=small"
+OPTIONS = "a sampling option, such as size=64 or decoder_steps=50"
+# What a shell completes to names of files.
+FILES = ("CONFIG", "FILE", "FOLDER", "IMAGE", "A", "B", "PROMPTS", "SOURCE", "WHERE", "BUNDLE")
+EDITS = {
+    "variations": "other images with the same meaning (the paper's section 3.1)",
+    "interpolate": "images on the way from one to another (3.2)",
+    "textdiff": "an image, changed as one caption differs from another (3.3)",
+    "reconstruct": "an image beside what its two latents become (3)",
+    "components": "what the first principal components of an image's embedding say (4)",
+    "priors": "a caption, decoded from each prior's embedding and from its text embedding (5.1)",
+}
+PLACES = (
+    "a run's output folder (out/emoji), a project (emoji.yaml), its release (release:emoji.yaml), or a bundle's folder"
+)
+SPLITS = ("train", "validation", "test")
+EXPORTS = ("pairs", "clip-retrieval", "embeddings")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
+
+
+def command_line() -> Parser:
+    """Returns the parser of ``unclip``. What it returns has the command's name in ``command``."""
+    parser = Parser(
+        prog="unclip",
+        usage="unclip COMMAND ...",
+        description="Train your own text-to-image model, from image-caption pairs to 1024 px images.",
+        epilog="unclip COMMAND --help shows the words of a command.",
+    )
+    parser.add_argument("-V", "--version", nargs=0, action=_Version, help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="unclip")
+    for name, (text, add) in COMMANDS.items():
+        add(_below(commands, name, text))
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"unclip {importlib.metadata.version('unclip-ray')}")
+        parser.exit()
+
+
+def _below(commands: Any, name: str, text: str) -> Parser:
+    """Returns the parser of one more command, whose help is a sentence."""
+    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+
+def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yields the parsers below one that have no further commands."""
+    below = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield parser
+    for choices in below:
+        for one in choices.values():
+            yield from leaves(one)
+
+
+def _config(parser: Parser, nargs: str | None = None) -> None:
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="a project's YAML file")
+    _set(parser, "KEY=VALUE", OVERRIDES)
+
+
+def _set(parser: Parser, metavar: str, text: str) -> None:
+    text = f"{text}; --set may be left out"
+    parser.add_argument("--set", dest="overrides", metavar=metavar, action="append", default=[], help=text)
+
+
+def _stages(parser: Parser) -> None:
+    parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
+    parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
+    parser.add_argument("--yes", action="store_true", help="go on above run.budget_hours, and without a GPU")
+
+
+def _init(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of the project; NAME.yaml is written")
+    kinds = "a .csv, .tsv or .parquet of url and caption, a folder of a.jpg and a.txt, or a webdataset .tar"
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help=kinds)
+    parser.add_argument("--image-column", default="url", metavar="COLUMN", help="of references (default url)")
+    parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help="of captions (default caption)")
+    text = f"fine-tune: go on from the bundle of {PLACES}"
+    parser.add_argument("--from", dest="origin", metavar="WHERE", help=text)
+
+
+def _doctor(parser: Parser) -> None:
+    _config(parser, "?")
+
+
+def _run(parser: Parser) -> None:
+    _config(parser)
+    _stages(parser)
+    text = "repeat the step of a training that was not finite, and say where it fails"
+    parser.add_argument("--replay", metavar="STAGE", help=text)
+
+
+def _plan(parser: Parser) -> None:
+    _config(parser)
+    text = "measure first, on this machine, with few rows and samples"
+    parser.add_argument("--probe", action="store_true", help=text)
+    text = "plan for a list of that size, such as 650M, as if nothing were made"
+    parser.add_argument("--pairs", type=count, metavar="N", help=text)
+    text = "plan trainings and embeddings on GPUs, such as 64xH100"
+    parser.add_argument("--gpus", metavar="NxKIND", help=text)
+    text = "of a GPU's bf16 peak that trainings reach where no GPU was measured (0.3)"
+    parser.add_argument("--utilisation", type=float, metavar="SHARE", help=text)
+    text = "take what make gpu-check measured of the same models"
+    parser.add_argument("--profile", type=Path, metavar="FILE", help=text)
+
+
+def _submit(parser: Parser) -> None:
+    _config(parser)
+    text = (
+        "local: two nodes on this machine; the address of a cluster's dashboard, such as http://HOST:8265; or kuberay: "
+        "print a RayJob for kubectl, and start nothing"
+    )
+    parser.add_argument("--to", metavar="WHERE", required=True, help=text)
+    _stages(parser)
+    parser.add_argument("--stop", action="store_true", help="stop the jobs of this project there")
+
+
+def _drawing(parser: Parser) -> None:
+    text = f"the bundle: {PLACES}; by default the newest under out/"
+    parser.add_argument("--from", dest="source", metavar="WHERE", help=text)
+    text = "of the first image; the next have the next (default 0)"
+    parser.add_argument("--seed", type=int, default=0, help=text)
+    text = "draws on it; auto is a GPU if there is one"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
+    _set(parser, "NAME=VALUE", OPTIONS)
+
+
+def _serve(parser: Parser) -> None:
+    text = f"{PLACES}; a release is followed; by default the newest under out/"
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help=text)
+    _set(parser, "NAME=VALUE", "a setting, such as port=9000; docs/serve.md has them")
+
+
+def _to(parser: Parser, metavar: str, text: str) -> None:
+    parser.add_argument("-o", "--to", type=Path, metavar=metavar, help=text)
+
+
+def _sample(parser: Parser) -> None:
+    parser.add_argument("captions", nargs="+", metavar="CAPTION", help="what the image shows")
+    _to(parser, "FOLDER", "where the images go (samples, in the run's output folder)")
+    _drawing(parser)
+
+
+def _generate(parser: Parser) -> None:
+    kinds = "a .txt with a prompt a line, or a .csv, .tsv, .jsonl or .parquet with a column of them"
+    parser.add_argument("prompts", type=Path, metavar="PROMPTS", help=kinds)
+    text = "of the prompts (prompt, caption, text: the first there is)"
+    parser.add_argument("--column", metavar="COLUMN", help=text)
+    _to(parser, "FOLDER", "where tars and tables are written (FOLDER/generated)")
+    parser.add_argument("--batch", type=count, default=8, help="images that a worker samples at once (8)")
+    text = "processes; 0 works in this one (one for each GPU, or one for each core)"
+    parser.add_argument("--workers", type=int, help=text)
+    text = "of each worker, in place of its core (1 if there is one, else 0)"
+    parser.add_argument("--gpus", type=float, help=text)
+    _drawing(parser)
+
+
+def _edit(parser: Parser) -> None:
+    commands = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    kinds = {name: _below(commands, name, text) for name, text in EDITS.items()}
+    for name in ("variations", "textdiff", "reconstruct", "components"):
+        kinds[name].add_argument("image", type=Path, metavar="IMAGE", help="a PNG, JPEG or WebP file")
+    kind = kinds["variations"]
+    kind.add_argument("--count", type=int, default=8, help="how many (8)")
+    kind.add_argument("--eta", type=float, default=1.0, help="how free they are, from 0 to 1 (1)")
+    kind = kinds["interpolate"]
+    kind.add_argument("first", type=Path, metavar="A", help="a PNG, JPEG or WebP file")
+    kind.add_argument("second", type=Path, metavar="B", help="another")
+    kind.add_argument("--count", type=int, default=9, help="images, both ends included (9)")
+    kind.add_argument("--animate", action="store_true", help="a WebP that goes forth and back, in place of a strip")
+    kind = kinds["textdiff"]
+    kind.add_argument("before", metavar="BEFORE", help="a caption of the image as it is")
+    kind.add_argument("after", metavar="AFTER", help="a caption of what it should become")
+    kind.add_argument("--most", type=float, default=0.5, help="share of the way to the difference, at the end (0.5)")
+    kind.add_argument("--count", type=int, default=6, help="images, the first unchanged (6)")
+    for name in ("variations", "reconstruct"):
+        kinds[name].add_argument("--caption", help="tells the decoder what is in the image")
+    kinds["components"].add_argument("--counts", help="such as 20,30,40; by default as in the paper's figure 7")
+    kinds["priors"].add_argument("caption", metavar="CAPTION", help="what the image shows")
+    kinds["priors"].add_argument("--image", type=Path, metavar="FILE", help="an image that the caption is true of")
+    for kind in kinds.values():
+        _to(kind, "FILE", "where the strip goes (edits/NAME in the run's output folder)")
+        kind.add_argument("--size", type=int, choices=(64, 256, 1024), help="of the images, in px (256)")
+        _drawing(kind)
+
+
+def _show(parser: Parser) -> None:
+    _config(parser, "?")
+    text = "of an artefact of any stage, to show its lineage; its first 12 characters suffice"
+    parser.add_argument("key", nargs="?", metavar="KEY", help=text)
+    text = "show all projects of this store, in place of a configuration"
+    parser.add_argument("--store", metavar="URL", help=text)
+
+
+def _report(parser: Parser) -> None:
+    _config(parser)
+    text = "where to write it; report.html in run.output by default"
+    parser.add_argument("-o", "--output", metavar="FILE", help=text)
+    text = "show only the images with this licence, as your list names it; may be given again"
+    parser.add_argument("--license", metavar="NAME", action="append", help=text)
+
+
+def _actions(parser: Parser, texts: Mapping[str, str]) -> dict[str, Parser]:
+    """Adds a command below one for each text, each of which names a configuration."""
+    commands = parser.add_subparsers(dest="action", metavar="COMMAND", required=True)
+    found = {name: _below(commands, name, text) for name, text in texts.items()}
+    for one in found.values():
+        _config(one)
+    return found
+
+
+def _data(parser: Parser) -> None:
+    actions = _actions(
+        parser,
+        {
+            "search": "find the images nearest to a caption or an image",
+            "retry": "retry rows whose fetch ended with given reasons",
+            "forget": "drop images and their captions from everything made from now on",
+            "gc": "delete what no pin, recent run or running stage needs",
+            "export": "write curated pairs and embeddings for other tools",
+        },
+    )
+    search, retry, forget, gc, export = actions.values()
+    what = search.add_mutually_exclusive_group(required=True)
+    what.add_argument("caption", nargs="?", metavar="CAPTION", help="text to search with")
+    what.add_argument("--image", metavar="FILE", help="an image to search with, in place of a caption")
+    search.add_argument("--count", type=count, default=10, help="number of results (10)")
+    search.add_argument("--split", choices=SPLITS, help="search this split only (all)")
+    text = "such as timeout,http_4xx (all deferred)"
+    retry.add_argument("--reason", default=",".join(sorted(DEFERRED)), metavar="REASONS", help=text)
+    text = "row keys, references (URLs), or sha256 of stored images"
+    forget.add_argument("what", nargs="*", metavar="WHAT", help=text)
+    forget.add_argument("--file", metavar="FILE", help="a text file with one of them a line; - for standard input")
+    where = "a folder, or s3://BUCKET/PREFIX"
+    export.add_argument("-o", "--to", required=True, metavar="FOLDER", help=where)
+    export.add_argument("--only", choices=EXPORTS, action="append", default=[], help="write this alone (all three)")
+    export.add_argument("--split", choices=SPLITS, action="append", default=[], help="rows of this split only (all)")
+    gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
+    text = "keep all that a run of the last days needs (30)"
+    gc.add_argument("--keep-days", type=float, default=30.0, metavar="DAYS", help=text)
+    text = "from the first finding to the deletion (24)"
+    gc.add_argument("--grace-hours", type=float, default=24.0, metavar="HOURS", help=text)
+
+
+def _release(parser: Parser) -> None:
+    actions = _actions(
+        parser,
+        {
+            "promote": "make this configuration's bundle the release, if the gates hold",
+            "rollback": "go back to the release before",
+            "diff": "what differs between two bundles in data, recipe and figures",
+            "list": "all moves of the release",
+            "evaluate": "measure the release on the rows of this configuration",
+            "take": "let sample and generate --from FOLDER draw with the release",
+            "weights": "print how a configuration begins with the release's weights",
+        },
+    )
+    text = "promote whatever the gates say, and record why"
+    actions["promote"].add_argument("--force", metavar="REASON", help=text)
+    actions["rollback"].add_argument("--reason", default="", help="to be recorded")
+    named = "current, previous, own (this configuration's), or the beginning of a bundle's key"
+    diff = actions["diff"]
+    diff.add_argument("first", nargs="?", default="current", metavar="OLD", help=f"{named}; by default current")
+    diff.add_argument("second", nargs="?", default="own", metavar="NEW", help="the same; by default own")
+    actions["take"].add_argument("folder", metavar="FOLDER", help="will hold the bundle")
+
+
+def _unpin(parser: Parser) -> None:
+    _config(parser)
+    parser.add_argument("stage", metavar="STAGE", help="clip, codec or thresholds")
+    parser.add_argument("--dry-run", action="store_true", help="say what would follow, and move nothing")
+
+
+def _pin(parser: Parser) -> None:
+    _unpin(parser)
+    text = "pin this artefact (a key, or its first 12 characters); by default the current one"
+    parser.add_argument("--key", help=text)
+
+
+def _completion(parser: Parser) -> None:
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"one of {', '.join(SHELLS)}")
+
+
+COMMANDS = {
+    "init": ("write a commented configuration for image-caption pairs of your own", _init),
+    "doctor": ("check machine, packages, store, list, CLIP and Ray before a run", _doctor),
+    "run": ("make everything that a configuration asks for, where it is stale", _run),
+    "plan": ("show what a run would make, why, and about what it costs", _plan),
+    "submit": ("run a configuration on a cluster and follow it", _submit),
+    "sample": ("draw images for captions", _sample),
+    "generate": ("draw images for a list of prompts, on many workers", _generate),
+    "serve": ("draw from a page, and from any client of OpenAI's image API", _serve),
+    "edit": ("vary, interpolate, change or decompose images of your own", _edit),
+    "show": ("show runs, what is being made and where, or the lineage of an artefact", _show),
+    "report": ("write the report again, for example with images of some licences only", _report),
+    "data": ("search and export images, retry failed rows, forget rows, collect garbage", _data),
+    "release": ("promote a bundle that is not worse, roll back, compare", _release),
+    "pin": ("keep an artefact for later data too", _pin),
+    "unpin": ("lift a pin", _unpin),
+    "completion": ("print the completion script of a shell", _completion),
+}

@@ -1,0 +1,79 @@
+"""The words of the commands: options and values anywhere, help and completion without anything heavy."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from jobs.command_line import COMMANDS, SHELLS, command_line, leaves
+from pipeline.errors import UserError
+from tests.chain import ROOT, done, here
+
+SEARCH = {"config": "a.yaml", "caption": "a pink flower", "count": 3, "overrides": ["preset=nano"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["data", "search", "a.yaml", "preset=nano", "a pink flower", "--count", "3"], SEARCH),
+        (["data", "search", "--count=3", "--set", "preset=nano", "a.yaml", "a pink flower"], SEARCH),
+        (["data", "search", "a.yaml", "--count", "3", "--set=preset=nano", "a pink flower"], SEARCH),
+        (["pin", "a.yaml", "preset=nano", "clip"], {"stage": "clip", "overrides": ["preset=nano"]}),
+        (["release", "diff", "current", "x=1", "--set", "y=2"], {"first": "current", "overrides": ["x=1", "y=2"]}),
+        (["sample", "E=mc2 on a board", "size=64"], {"captions": ["E=mc2 on a board"], "overrides": ["size=64"]}),
+        (["sample", "size=64", "--", "a=b", "-x"], {"captions": ["a=b", "-x"], "overrides": ["size=64"]}),
+        (["edit", "priors", "a cat", "prior=ar"], {"caption": "a cat", "overrides": ["prior=ar"]}),
+        (["run", "a.yaml", 'samples.captions=["a cat"]'], {"overrides": ['samples.captions=["a cat"]']}),
+        (["release", "promote", "a.yaml", "--force", "x=y"], {"force": "x=y", "overrides": []}),
+        (["report", "-omine.html", "a.yaml"], {"output": "mine.html"}),
+        (["data", "forget", "a.yaml", "http://a/b?c=d", "0001"], {"what": ["http://a/b?c=d", "0001"]}),
+        (["plan", "a.yaml", "--pairs", "1e6"], {"pairs": 1_000_000}),
+    ],
+)
+def test_options_and_values_stand_anywhere(words: list[str], values: dict[str, object]) -> None:
+    if words[:2] == ["release", "diff"]:
+        words = [*words[:2], "a.yaml", *words[2:]]
+    found = vars(command_line().parse_args(words))
+    assert {name: found[name] for name in values} == values
+
+
+def test_help_version_and_completion_import_nothing_heavy() -> None:
+    heavy = {"pydantic", "pyarrow", "yaml", "numpy", "torch", "ray"}
+    code = "import sys; from jobs.cli import main\ntry: main(sys.argv[1:])\nfinally: assert not HEAVY & {*sys.modules}"
+    code = code.replace("HEAVY", str(heavy))
+    for words in (["--help"], ["help", "plan"], ["edit", "priors", "-h"], ["-V"], ["completion", "bash"], ["rnu"]):
+        process = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+        assert "Error" not in process.stderr
+        assert process.stdout.startswith(("usage: unclip", "unclip 0", "#")) or words == ["rnu"]
+
+
+def test_every_command_is_a_module_that_takes_its_words() -> None:
+    for name in COMMANDS:
+        assert callable(import_module(f"jobs.{name.removeprefix('un')}").main)
+        assert f"\n    {name}" in done(here("help"))
+    for leaf in leaves(command_line()):
+        assert all(action.help for action in leaf._actions)
+        assert "``" not in leaf.format_help()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_knows_commands_options_and_files(shell: str, tmp_path: Path) -> None:
+    script = done(here("completion", shell))
+    assert "variations" in script
+    assert "--until" in script or "until" in script
+    if shell == "bash":
+        (tmp_path / "mine.yaml").touch()
+        (tmp_path / "complete.sh").write_text(script)
+        code = (
+            'source ./complete.sh; tried() { COMP_WORDS=(unclip "$@"); COMP_CWORD=$#; COMPREPLY=(); _shtab_unclip '
+            'unclip "${!#}" ""; echo "${COMPREPLY[@]}"; }; tried re; tried run --unt; tried plan mi; tried data se'
+        )
+        said = done(subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True))
+        assert [line.strip() for line in said.splitlines()] == ["report release", "--until", "mine.yaml", "search"]
+
+
+def test_a_module_and_an_unknown_command_are_told_apart() -> None:
+    with pytest.raises(UserError, match="unknown command command_line"):
+        command_line().parse_args(["command_line"])
