@@ -37,7 +37,7 @@ def command_line() -> Parser:
         prog="unclip",
         usage="unclip COMMAND ...",
         description="Train your own text-to-image model, from image-caption pairs to 1024 px images.",
-        epilog="unclip COMMAND --help shows the words of a command.",
+        epilog="unclip COMMAND --help shows the words of a command; exit codes are in docs/commands.md.",
     )
     parser.add_argument("-V", "--version", nargs=0, action=_Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="unclip")

@@ -44,6 +44,8 @@ TESTED = {
     "unclip data gc my-project.yaml --yes": "here",
     "unclip run laion.yaml --until diffusion_prior": "here",
     "unclip plan configs/nano.yaml": "here",
+    "unclip help": "here",
+    "unclip completion bash > unclip.bash": "tests/jobs/test_command_line.py, with a shell that completes",
     "unclip plan my-project.yaml": "here",
     "unclip plan configs/paper.yaml --pairs 650M --gpus 64xH100 clip.weights=train \\": "tests/jobs/test_plan.py",
     "unclip run configs/nano.yaml": "here",
@@ -151,6 +153,8 @@ def commands(text: str) -> Iterator[str]:
 def test_every_command_of_the_documents_is_one_that_is_run() -> None:
     known = {f"unclip {name}" for name in COMMANDS} | {
         "unclip plan CONFIG",
+        "unclip run --help",
+        "unclip help run",
         "unclip plan --probe",
         "unclip data retry",
         "unclip data forget",

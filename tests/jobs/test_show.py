@@ -58,7 +58,7 @@ def test_with_a_key_it_shows_an_artefact(config: Path, capsys: pytest.CaptureFix
     [
         ([], "needs a configuration, or --store URL"),
         (["--store", "store", "run.lease_s=3"], "without values to override"),
-        (["CONFIG", "abc", "def"], "one key at most, not abc, def"),
+        (["CONFIG", "abc", "def"], "def: not understood here"),
         (["CONFIG", "nosuchkey"], "no artefact in"),
         (["nowhere.yaml"], "no such configuration"),
     ],
