@@ -77,10 +77,21 @@ def _set(parser: Parser, metavar: str, text: str) -> None:
     parser.add_argument("--set", dest="overrides", metavar=metavar, action="append", default=[], help=text)
 
 
+def _json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+
+
+def _loudness(parser: Parser) -> None:
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("-v", "--verbose", action="store_true", help="print the whole plan, with what each stage takes")
+    how.add_argument("-q", "--quiet", action="store_true", help="print neither plan nor progress")
+
+
 def _stages(parser: Parser) -> None:
     parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
     parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
     parser.add_argument("--yes", action="store_true", help="go on above run.budget_hours, and without a GPU")
+    _loudness(parser)
 
 
 def _init(parser: Parser) -> None:
@@ -95,11 +106,15 @@ def _init(parser: Parser) -> None:
 
 def _doctor(parser: Parser) -> None:
     _config(parser, "?")
+    _json(parser)
 
 
 def _run(parser: Parser) -> None:
     _config(parser)
     _stages(parser)
+    parser.add_argument("-n", "--dry-run", action="store_true", help="print the plan and make nothing")
+    text = "append what happens to this file, a JSON object a line"
+    parser.add_argument("--events", type=Path, metavar="FILE", help=text)
     text = "repeat the step of a training that was not finite, and say where it fails"
     parser.add_argument("--replay", metavar="STAGE", help=text)
 
@@ -116,6 +131,8 @@ def _plan(parser: Parser) -> None:
     parser.add_argument("--utilisation", type=float, metavar="SHARE", help=text)
     text = "take what make gpu-check measured of the same models"
     parser.add_argument("--profile", type=Path, metavar="FILE", help=text)
+    parser.add_argument("-v", "--verbose", action="store_true", help="print what each stage takes, and every change")
+    _json(parser)
 
 
 def _submit(parser: Parser) -> None:
@@ -204,6 +221,7 @@ def _show(parser: Parser) -> None:
     parser.add_argument("key", nargs="?", metavar="KEY", help=text)
     text = "show all projects of this store, in place of a configuration"
     parser.add_argument("--store", metavar="URL", help=text)
+    _json(parser)
 
 
 def _report(parser: Parser) -> None:
@@ -277,6 +295,8 @@ def _release(parser: Parser) -> None:
     diff.add_argument("first", nargs="?", default="current", metavar="OLD", help=f"{named}; by default current")
     diff.add_argument("second", nargs="?", default="own", metavar="NEW", help="the same; by default own")
     actions["take"].add_argument("folder", metavar="FOLDER", help="will hold the bundle")
+    for name in ("diff", "list"):
+        _json(actions[name])
 
 
 def _unpin(parser: Parser) -> None:

@@ -7,9 +7,14 @@ list of that size that does not exist yet, as if nothing were made.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
+from textwrap import shorten
+from typing import Any
 
+from jobs.output import print_json
 from jobs.probe import probe
 from jobs.project import Project, open_project
 from pipeline.build import build
@@ -17,7 +22,7 @@ from pipeline.config import load_config
 from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate, parse_fleet
 from pipeline.cost.observed import Seen, observe, read_profile
 from pipeline.cost.places import places, too_slow
-from pipeline.cost.table import cost_table, remarks
+from pipeline.cost.table import cost_table, remarks, size
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
 from pipeline.graph.ray import find_machine
@@ -25,6 +30,9 @@ from pipeline.graph.resources import Machine
 from pipeline.held_out import short_splits
 from pipeline.progress import counted, duration
 from pipeline.settings import RaySettings
+
+SHORT = 48  # characters of a reason
+LONGEST = 3  # stages that are named
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -34,15 +42,16 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"--utilisation {utilisation:g}: use a share above 0 and at most 1")
     fleet = parse_fleet(arguments.gpus) if arguments.gpus else None
     rows = arguments.pairs
+    seen: Seen = {}
     if rows == 0:
         raise UserError("--pairs 0: plan for 1 pair or more")
-    seen: Seen = {}
     if rows is None or arguments.probe:
         project = open_project(arguments.config, arguments.overrides)
         project.check_trackers()
         config, graph = project.config, project.graph
         if arguments.probe:
-            seen = probe(project, arguments.config, arguments.overrides)
+            with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+                seen = probe(project, arguments.config, arguments.overrides)
         else:
             seen = observe(project.store, config.project, graph, project.held_out)
     else:
@@ -50,22 +59,26 @@ def main(arguments: argparse.Namespace) -> int:
         graph = build(config)
     if arguments.profile:
         seen = seen | read_profile(arguments.profile, graph)
-    if rows is None:
-        verdicts = project.plan()
-        ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, utilisation)
-        if any(verdict.state == "stale" for verdict in verdicts):
-            ask = replace(ask, machine=find_machine(config.run.ray))
-        costs = _print_verdicts(project, verdicts, set(graph), ask)
-        if costs:
-            print()
-    else:
+    if rows is not None:
         ask = Ask(config, graph, rows, config.source.test, seen, fleet, utilisation)
+        costs = {stage: estimate(stage, ask) for stage in graph}
+        if arguments.json:
+            print_json(_as_values(config.project, ask, costs))
+            return 0
         where = f" on {fleet.count} {fleet.name}" if fleet else ""
         print(f"{config.project}: {_size(rows, ask.shards)}{where}, as if nothing were made")
-        costs = {stage: estimate(stage, ask) for stage in graph}
-    if costs:
-        for line in (*cost_table(costs, config.run.prices), *remarks(costs, ask)):
-            print(line)
+        _print_costs(costs, ask)
+        return 0
+    verdicts = project.plan()
+    ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, utilisation)
+    if any(verdict.state == "stale" for verdict in verdicts):
+        ask = replace(ask, machine=find_machine(config.run.ray))
+    costs = _costs(verdicts, set(graph), ask)
+    if arguments.json:
+        print_json(_as_values(config.project, ask, costs, project, verdicts))
+        return 0
+    verbose = arguments.verbose or any((arguments.probe, arguments.gpus, arguments.profile))
+    _print_plan(project, verdicts, costs, ask, verbose)
     return 0
 
 
@@ -88,6 +101,7 @@ def agree(
     only: str | None,
     until: str | None,
     yes: bool,
+    verbose: bool = False,
     machine_of: Callable[[RaySettings], Machine | None] = find_machine,
 ) -> Agreed:
     """Plans, prints the plan, and returns what is to be made.
@@ -97,6 +111,7 @@ def agree(
         only: The one stage to make.
         until: The last stage to make.
         yes: Go on whatever it costs.
+        verbose: Print what each stage takes, and every change.
         machine_of: Finds what there is to run on; None where that is not known here.
 
     Raises:
@@ -114,7 +129,8 @@ def agree(
     seen = observe(project.store, project.config.project, project.graph, project.held_out) if stale else {}
     ask = Ask(project.config, project.graph, project.rows, project.held_out, seen)
     ask = replace(ask, machine=machine) if machine else ask
-    costs = _print_verdicts(project, verdicts, wanted, ask, told=machine is not None)
+    costs = _costs(verdicts, wanted, ask)
+    _print_plan(project, [v for v in verdicts if v.stage in wanted], costs, ask, verbose, told=machine is not None)
     seconds = sum(cost.seconds for cost in costs.values())
     if stale and seconds > project.config.run.budget_hours * 3600 and not yes:
         raise UserError(
@@ -129,31 +145,72 @@ def agree(
     return Agreed(wanted, verdicts, stale)
 
 
-def _print_verdicts(
-    project: Project, verdicts: Sequence[Verdict], wanted: set[str], ask: Ask, told: bool = True
-) -> dict[str, Cost]:
-    """Prints one line a stage, and if it is ``told`` on what they run; returns the costs of all stale ones."""
-    shards = len(project.scan.shards)
-    print(f"{project.config.project}: {_size(ask.rows, shards)}, store {project.store.url}")
-    costs: dict[str, Cost] = {}
+def _costs(verdicts: Sequence[Verdict], wanted: set[str], ask: Ask) -> dict[str, Cost]:
+    """Returns the costs of all wanted stages that are stale."""
+    return {v.stage: estimate(v.stage, ask) for v in verdicts if v.state == "stale" and v.stage in wanted}
+
+
+def _print_plan(
+    project: Project,
+    verdicts: Sequence[Verdict],
+    costs: Mapping[str, Cost],
+    ask: Ask,
+    verbose: bool,
+    told: bool = True,
+) -> None:
+    """Prints one line a stage and the whole; in full if ``verbose``, and if it is ``told`` on what they run."""
+    print(f"{project.config.project}: {_size(ask.rows, len(project.scan.shards))}, store {project.store.url}")
     for verdict in verdicts:
-        if verdict.stage not in wanted:
-            continue
-        note = verdict.because
-        if verdict.state == "stale":
-            cost = costs[verdict.stage] = estimate(verdict.stage, ask)
+        note = verdict.because if verbose else shorten(verdict.because, SHORT, placeholder=" ...")
+        if cost := costs.get(verdict.stage):
             note += f", about {duration(cost.seconds)}{' (a guess)' if cost.basis == 'guess' else ''}"
         print(f"  {verdict.stage:16}{verdict.state:8}{verdict.key[:12]}  {note}".rstrip())
-    if costs:
-        guessed = any(cost.basis == "guess" for cost in costs.values())
-        total = duration(sum(cost.seconds for cost in costs.values()))
-        print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
-        if told:
-            print(places(costs, ask))
+    if not costs:
+        return
+    guessed = any(cost.basis == "guess" for cost in costs.values())
+    total = duration(sum(cost.seconds for cost in costs.values()))
+    print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
+    if told:
+        print(places(costs, ask))
     if "evaluation" in costs:
         for line in short_splits(project.scan.held_out):
             print(f"warning: {line}")
-    return costs
+    if verbose:
+        print()
+        _print_costs(costs, ask)
+    else:
+        longest = sorted(costs, key=lambda stage: -costs[stage].seconds)[:LONGEST]
+        parts = ", ".join(f"{stage} {duration(costs[stage].seconds)}" for stage in longest)
+        print(f"most of it: {parts}; {size(sum(cost.disk for cost in costs.values()))} of disk; -v says more")
+
+
+def _print_costs(costs: Mapping[str, Cost], ask: Ask) -> None:
+    for line in (*cost_table(costs, ask.config.run.prices), *remarks(costs, ask)):
+        print(line)
+
+
+def _as_values(
+    name: str,
+    ask: Ask,
+    costs: Mapping[str, Cost],
+    project: Project | None = None,
+    verdicts: Sequence[Verdict] = (),
+) -> dict[str, Any]:
+    """Returns what a plan says, for JSON. Times are in seconds, ``disk`` in bytes."""
+    said = {v.stage: {"state": v.state, "key": v.key, "because": v.because} for v in verdicts}
+    return {
+        "project": name,
+        "store": project.store.url if project else None,
+        "pairs": ask.rows,
+        "shards": len(project.scan.shards) if project else ask.shards,
+        "seconds": sum(cost.seconds for cost in costs.values()),
+        "warnings": list(short_splits(project.scan.held_out)) if project and "evaluation" in costs else [],
+        "stages": [
+            {"stage": stage, **said.get(stage, {}), "cost": costs.get(stage)}
+            for stage in ask.graph
+            if stage in said or stage in costs
+        ],
+    }
 
 
 def _size(rows: int, shards: int) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from jobs.bundles import remember_bundle
-from jobs.plan import agree
+from jobs.output import Events, events_to
+from jobs.plan import Agreed, agree
 from jobs.project import Project, open_project
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
@@ -16,7 +20,7 @@ from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.execute import execute, make_context
 from pipeline.graph.runs import remember
-from pipeline.progress import counted, duration
+from pipeline.progress import Line, counted, duration
 from pipeline.store import check_conditions
 from pipeline.store.records import materialise
 
@@ -31,18 +35,30 @@ def main(arguments: argparse.Namespace) -> int:
     project = open_project(arguments.config, arguments.overrides)
     if arguments.replay:
         return _replay(project, arguments.replay)
-    return run(project, arguments.only, arguments.until, arguments.yes)
+    asking = partial(agree, project, arguments.only, arguments.until, arguments.yes, arguments.verbose)
+    if arguments.dry_run:
+        asking()
+        return 0
+    Line.quiet = arguments.quiet
+    with (
+        events_to(arguments.events) as events,
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere) if arguments.quiet else nullcontext(),
+    ):
+        run(project, asking, events)
+    return 0
 
 
-def run(project: Project, only: str | None = None, until: str | None = None, yes: bool = False) -> int:
-    """Plans, asks above the budget, executes and reports. Raises UserError."""
+def run(project: Project, asking: Callable[[], Agreed], events: Events) -> None:
+    """Plans, asks above the budget, executes and reports, and tells it as events. Raises UserError."""
     began = time.monotonic()
-    asked = agree(project, only, until, yes)
+    asked = asking()
+    events.tell("plan", project=project.config.project, stale=asked.stale, keys=asked.keys)
     if asked.stale:
         check_ready(project.config, project.store, asked.stale)
         check_conditions(project.store)
         remember(project.store, project.config.project, project.graph, asked.verdicts, forgettings=project.forgettings)
-        artifacts = _execute(project, asked.wanted)
+        artifacts = _execute(project, asked.wanted, events)
         _summary(artifacts, asked.stale, time.monotonic() - began)
     else:
         print("nothing to do")
@@ -51,14 +67,14 @@ def run(project: Project, only: str | None = None, until: str | None = None, yes
 
             write_report(project.store, project.config, project.graph, project.finished(), project.report)
     print_places(project, asked.wanted)
-    return 0
 
 
-def _execute(project: Project, wanted: set[str]) -> dict[str, Artifact]:
+def _execute(project: Project, wanted: set[str], events: Events) -> dict[str, Artifact]:
     def on_stage(stage: str, made: Artifact) -> None:
         lost = {"rejected": made.ledger.rejected, "deferred": made.ledger.deferred}
         counts = [f"{counted(sum(reasons.values()), 'row')} {end}" for end, reasons in lost.items() if reasons]
         print(f"{stage} done: {made.key[:12]}" + "".join(f", {count}" for count in counts), flush=True)
+        events.tell("stage", stage=stage, key=made.key, rows=made.ledger, seconds=made.times["seconds"])
         output = Path(project.config.run.output)
         if stage == "bundle":
             remember_bundle(output, project.store.url, made.key)

@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     with (
         redirect_stdout(sys.stderr) if arguments.to == KUBERAY else nullcontext()
     ):  # standard output holds the RayJob alone
-        asked = agree(project, only, until, yes, partial(_machine, arguments.to, project.config))
+        asked = agree(project, only, until, yes, arguments.verbose, partial(_machine, arguments.to, project.config))
         if not asked.stale:
             return _nothing(project, asked)
     job = make_job(project.config, project.store.url, asked.keys, os.environ, only, until, yes)

@@ -75,8 +75,10 @@ class Steps:
 class Line:
     """Text rewritten in place on a terminal, printed every ``every_s`` seconds in a log. Use as a context manager.
 
-    Lines of several threads stand below each other.
+    Lines of several threads stand below each other. Where ``quiet`` is set, none is shown.
     """
+
+    quiet = False
 
     def __init__(self, every_s: float = 10.0, stream: TextIO | None = None):
         stream = stream or sys.stderr
@@ -113,7 +115,7 @@ class Line:
     def show(self, text: Callable[[], str]) -> None:
         """Shows the text if a line is due. ``text`` is called only then, because it may be expensive."""
         now = time.monotonic()
-        if now - self.shown < self.every:
+        if Line.quiet or now - self.shown < self.every:
             return
         self.shown = now
         said = printable(text())
@@ -167,7 +169,7 @@ class Progress(Line):
 
     def __exit__(self, *_: object) -> None:
         _under_way.pop(self.name, None)
-        self._replace("", f"  {self.name}: {self.line()}\n" if self.done > self.first else "")
+        self._replace("", f"  {self.name}: {self.line()}\n" if self.done > self.first and not Line.quiet else "")
 
     def advance(self, amount: int, note: str | Callable[[], str] = "") -> None:
         """Advances the count. An expensive ``note`` is a function, which is called when a line is shown."""
@@ -193,6 +195,11 @@ class Progress(Line):
 
 
 _under_way: dict[str, Progress] = {}
+
+
+def counts_under_way() -> list[tuple[str, int, int, str]]:
+    """Returns name, count, total and unit of everything that this process is counting now."""
+    return [(name, one.done, one.total, one.unit) for name, one in list(_under_way.items())]
 
 
 def under_way(stage: str) -> str:
