@@ -30,6 +30,7 @@ from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.stage import EvaluationRecipe
 from pipeline.local import read_local
 from pipeline.parse import overlay, parse
+from pipeline.progress import read_count
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
 from pipeline.settings import (
@@ -194,6 +195,7 @@ def preset_config(name: str) -> Config:
 
 def _decay(preset: Mapping[str, Any], samples: Any) -> dict[str, int]:
     """Returns the decay of a training that takes other ``samples`` than its preset: the same share of them."""
+    samples = read_count(samples) if isinstance(samples, str) else samples
     if "decay" not in preset or not isinstance(samples, int) or samples < 1:
         return {}
     return {"decay": round(preset["decay"] * samples / preset["samples"])}

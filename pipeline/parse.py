@@ -22,6 +22,7 @@ from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from pipeline.errors import UserError, did_you_mean
 from pipeline.local import open_local
+from pipeline.progress import read_count
 
 _EXPECTED = {
     "dataclass_type": "a mapping",
@@ -102,12 +103,13 @@ def _validate(kind: Any, given: list[Any]) -> Any:
 
 
 def _put_numbers(given: Any, errors: list[ErrorDetails]) -> None:
-    """Puts the number in place of a text such as 1e-4, or of 2.0 for a whole one: YAML 1.1 has no better spelling."""
+    """Puts the number in place of a text such as 1e-4 or 100k, or of 2.0 for a whole one, as YAML 1.1 reads them."""
     for error in errors:
         value, whole = error["input"], error["type"] == "int_type"
         if (whole or error["type"] == "float_type") and isinstance(value, str | float):
             with suppress(ValueError):
-                number = float(value)
+                count = read_count(value) if whole and isinstance(value, str) else None
+                number = float(value if count is None else count)
                 holder = reduce(getitem, error["loc"][:-1], given)
                 if not whole or number.is_integer():
                     holder[error["loc"][-1]] = int(number) if whole else number

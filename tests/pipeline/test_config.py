@@ -145,6 +145,12 @@ def test_a_stage_may_have_a_preset_of_its_own_and_single_fields_win() -> None:
     assert config.upsampler_256.model == preset_config("nano").upsampler_256.model
 
 
+def test_a_count_in_words_is_the_count(least: Path) -> None:
+    one, other = (load_config(least, [f"decoder.samples={count}"]) for count in ("100000", "100k"))
+    assert one == other
+    assert one.decoder.decay < 100_000  # its share of the preset's
+
+
 def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
     config = load_config(
         least,
