@@ -7,6 +7,7 @@ imports neither Ray nor torch.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -53,6 +54,11 @@ from pipeline.training.recipes import (
 )
 
 CONFIG_BYTES = 16 << 20
+# Values that name files or folders; of a list, each does.
+PATHS = re.compile(
+    r"store|run\.output|source\.(paths|roots)|embeddings\.heads\.\w+|evaluation\.inception|\w+\.init_from|pairs\.deny_\w+"
+)
+RELATIVE = re.compile(r"(?![A-Za-z][\w+.-]*:|[/~]|[0-9a-f]{64}$).")
 PRESETS = ("nano", "tiny", "small", "karlo", "paper")  # by size; each is a file of pipeline/presets
 
 
@@ -133,7 +139,10 @@ UPSAMPLERS = tuple(name for name in RECIPES if DEFAULTS[name] is UpsamplerRecipe
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, or takes its values, and applies ``key.key=value`` overrides. Raises UserError."""
+    """Reads a YAML file, or takes its values, and applies ``key.key=value`` overrides. Raises UserError.
+
+    Relative paths of a file count from its folder, those of overrides and of values from the current one.
+    """
     values = source if isinstance(source, Mapping) else _read_values(source)
     for override in overrides:
         values = overlay(values, _override(override))
@@ -155,7 +164,36 @@ def _read_values(path: str | Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of stages")
-    return values
+    return _from_its_folder(Path(path), values)
+
+
+def _from_its_folder(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a file, with paths that count from its folder written as they are found from here.
+
+    Raises UserError where a store lies where an older version would have found it.
+    """
+    folder = path.parent
+    if folder.samefile("."):
+        return dict(values)
+
+    def found(value: Any, name: str = "") -> Any:
+        if isinstance(value, Mapping):
+            return {key: found(below, f"{name}.{key}".lstrip(".")) for key, below in value.items()}
+        if isinstance(value, list):
+            return [found(each, name) for each in value]
+        if not (isinstance(value, str) and PATHS.fullmatch(name) and RELATIVE.match(value)):
+            return value
+        place = os.path.normpath(folder.absolute() / value)
+        near = os.path.relpath(place)
+        return place if near.startswith("..") else near
+
+    store, moved = values.get("store"), found(overlay({"run": {"output": Run.output}}, values))
+    if isinstance(store, str) and RELATIVE.match(store) and Path(store).is_dir() and not Path(moved["store"]).exists():
+        raise UserError(
+            f"{path}: store {store} counts from the folder of this file, {folder}, where there is none, and there is "
+            f"one at {Path(store).absolute()}; move it, or write store: {os.path.relpath(store, folder)}"
+        )
+    return moved
 
 
 def _override(text: str) -> dict[str, Any]:

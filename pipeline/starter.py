@@ -54,7 +54,7 @@ preset: {preset} # nano: a first look in minutes; tiny: CPU cores; small: one GP
 {scale}store: {store} # or s3://bucket/prefix, which every machine of a cluster can reach
 
 source:
-  paths: # in order, relative to where unclip runs; lists appended here later cost only their own rows
+  paths: # in order, relative to this file; lists appended here later cost only their own rows
 {paths}
   # roots: [/data/images, s3://BUCKET] # what lists may name besides the web and files in their own folder
   # Columns of a .csv, .tsv or .parquet; its columns group, split and sha256 are read too, if it has them.

@@ -216,8 +216,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     laion = small(laion)
     laion["clip"] = laion["clip"] | {"weights": save_clip(folder / "clip")}
     (folder / "laion.yaml").write_text(yaml.safe_dump(laion))
-    config = {"project": "nano", "store": "out/nano/store", "source": {"paths": ["pairs.csv"]}}
-    (folder / "configs/nano.yaml").write_text(yaml.safe_dump(small(config)))
+    nano = small({"project": "nano", "store": "../out/nano/store", "source": {"paths": ["../pairs.csv"]}})
+    nano["run"]["output"] = "../out/nano"
+    (folder / "configs/nano.yaml").write_text(yaml.safe_dump(nano))
     return folder
 
 

@@ -60,7 +60,7 @@ def test_what_a_gpu_does_in_minutes_is_not_left_to_a_cpu_in_silence(
     )
     assert not (tmp_path / "store/runs").exists()
     request.getfixturevalue("gpus")
-    assert main(["plan", config, "run.clip.device=cpu", "run.ar_prior.workers=2"]) == 0
+    assert main(["plan", config, "-v", "run.clip.device=cpu", "run.ar_prior.workers=2"]) == 0
     said = capsys.readouterr().out
     assert "8 H100 (diffusion_prior, decoder, upsampler_256, upsampler_1024)" in said
     assert "2 H100 (ar_prior)" in said

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,34 @@ def test_a_stage_may_have_a_preset_of_its_own_and_single_fields_win() -> None:
     assert config.decoder.model == dataclasses.replace(preset_config("tiny").decoder.model, dropout=0.3)
     assert config.decoder.samples == preset_config("tiny").decoder.samples
     assert config.upsampler_256.model == preset_config("nano").upsampler_256.model
+
+
+def test_relative_paths_count_from_the_folder_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From every folder it is the same project; what the command line names counts from the current one."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/urls").write_text("http://a.test/")
+    path = tmp_path / "mine/p.yaml"
+    path.write_text(
+        "project: p\nstore: out/store\npairs: {deny_urls: urls}\n"
+        "source: {paths: [a.csv, ../b.csv, /c.csv, 'emoji:nano'], roots: ['s3://bucket', images]}\n"
+    )
+    for folder in (tmp_path, tmp_path / "mine", ROOT):
+        monkeypatch.chdir(folder)
+        config = load_config(path, ["run.pairs.hosts={store: 'x:1'}"])
+        assert Path(config.store).absolute() == tmp_path / "mine/out/store"
+        assert Path(config.run.output).absolute() == tmp_path / "mine/out"
+        assert [os.path.abspath(p) for p in config.source.paths[:3]] == [
+            f"{tmp_path}/mine/a.csv", f"{tmp_path}/b.csv", "/c.csv"
+        ]  # fmt: skip
+        assert config.source.paths[3] == "emoji:nano"
+        assert config.source.roots[0] == "s3://bucket"
+        assert config.pairs.deny_urls is not None
+        assert config.run.pairs.hosts == {"store": "x:1"}
+    monkeypatch.chdir(tmp_path)
+    assert load_config(path, ["store=here"]).store == "here"
+    (tmp_path / "out/store").mkdir(parents=True)  # made when paths counted from the current folder
+    with pytest.raises(UserError, match=r"p\.yaml: store out/store counts from .*write store: \.\./out/store$"):
+        load_config(path)
 
 
 def test_a_count_in_words_is_the_count(least: Path) -> None:

@@ -45,7 +45,13 @@ def test_values_of_every_kind() -> None:
 
 
 def test_numbers_that_yaml_takes_for_text_and_whole_ones_with_a_point() -> None:
-    given = {"name": "1e3", "count": "2e6", "sizes": [3.0, "1E2", "1.5k", "2_000"], "limit": "1e-4", "inner": {"guidance": ".5"}}
+    given = {
+        "name": "1e3",
+        "count": "2e6",
+        "sizes": [3.0, "1E2", "1.5k", "2_000"],
+        "limit": "1e-4",
+        "inner": {"guidance": ".5"},
+    }
     assert parse(Outer, given) == Outer("1e3", 2_000_000, sizes=(3, 100, 1500, 2000), limit=1e-4, inner=Inner(0.5))
 
 

@@ -144,7 +144,7 @@ def _kind(path: str) -> tuple[str, str]:
         return "emoji", path.removeprefix("emoji:")
     file = Path(path).expanduser()
     if not file.exists():
-        where = "" if file.is_absolute() else f" in {Path.cwd()}, from where relative paths count"
+        where = "" if file.is_absolute() else f" in {Path.cwd()}"
         raise UserError(f"source {path}: no such file or folder{where}")
     if file.is_dir():
         return "embeddings" if is_embeddings(file) else "folder", str(file.absolute())
