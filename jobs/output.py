@@ -44,6 +44,9 @@ class Events:
                 self._file.flush()
 
 
+NO_EVENTS = Events()
+
+
 @contextmanager
 def events_to(path: Path | None) -> Iterator[Events]:
     """Yields events that go to the end of a file, with progress every few seconds and how it ended; to none for None.
@@ -51,7 +54,7 @@ def events_to(path: Path | None) -> Iterator[Events]:
     Raises UserError for a file that cannot be written.
     """
     if path is None:
-        yield Events()
+        yield NO_EVENTS
         return
     try:
         file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed below

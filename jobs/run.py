@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
-from functools import partial
 from pathlib import Path
 
 from jobs.bundles import remember_bundle
-from jobs.output import Events, events_to
-from jobs.plan import Agreed, agree
+from jobs.output import NO_EVENTS, Events, events_to
+from jobs.plan import agree
 from jobs.project import Project, open_project
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
@@ -35,9 +34,9 @@ def main(arguments: argparse.Namespace) -> int:
     project = open_project(arguments.config, arguments.overrides)
     if arguments.replay:
         return _replay(project, arguments.replay)
-    asking = partial(agree, project, arguments.only, arguments.until, arguments.yes, arguments.verbose)
+    asked = (project, arguments.only, arguments.until, arguments.yes, arguments.verbose)
     if arguments.dry_run:
-        asking()
+        agree(*asked)
         return 0
     Line.quiet = arguments.quiet
     with (
@@ -45,14 +44,21 @@ def main(arguments: argparse.Namespace) -> int:
         open(os.devnull, "w") as nowhere,
         redirect_stdout(nowhere) if arguments.quiet else nullcontext(),
     ):
-        run(project, asking, events)
+        run(*asked, events)
     return 0
 
 
-def run(project: Project, asking: Callable[[], Agreed], events: Events) -> None:
+def run(
+    project: Project,
+    only: str | None = None,
+    until: str | None = None,
+    yes: bool = False,
+    verbose: bool = False,
+    events: Events = NO_EVENTS,
+) -> None:
     """Plans, asks above the budget, executes and reports, and tells it as events. Raises UserError."""
     began = time.monotonic()
-    asked = asking()
+    asked = agree(project, only, until, yes, verbose)
     events.tell("plan", project=project.config.project, stale=asked.stale, keys=asked.keys)
     if asked.stale:
         check_ready(project.config, project.store, asked.stale)
