@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line import COMMANDS, SHELLS, command_line, leaves
+from jobs.command_line import COMMANDS, EXPORTS, SHELLS, SPLITS, command_line, leaves
+from pipeline.data import export
+from pipeline.data.pairs import row_index
 from pipeline.errors import UserError
 from tests.chain import ROOT, done, here
 
@@ -56,6 +58,12 @@ def test_every_command_is_a_module_that_takes_its_words() -> None:
     for leaf in leaves(command_line()):
         assert all(action.help for action in leaf._actions)
         assert "``" not in leaf.format_help()
+
+
+def test_words_that_stand_here_are_those_of_the_code() -> None:
+    """The parsers import nothing heavy, so they cannot read these."""
+    assert SPLITS == row_index.SPLITS
+    assert tuple(export.KINDS) == EXPORTS
 
 
 @pytest.mark.parametrize("shell", SHELLS)
