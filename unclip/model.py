@@ -22,7 +22,7 @@ from pipeline.sampling.drawing import open_bundle, prior_steps
 from pipeline.sampling.edits import watched
 from pipeline.training.device import choose_device
 
-Picture = Image.Image | str | Path
+ImageLike = Image.Image | str | Path
 """An image, or the path of a file that holds one."""
 Watch = bool | Callable[[str, int, int], None]
 """Whether a line of progress is shown; or what is called after every step with a model's name, steps done and steps."""
@@ -139,7 +139,7 @@ class Model:
 
     def vary(
         self,
-        image: Picture,
+        image: ImageLike,
         count: int = 4,
         eta: float = 1.0,
         caption: str | None = None,
@@ -159,7 +159,7 @@ class Model:
         return _pil(made.image)
 
     def interpolate(
-        self, first: Picture, second: Picture, count: int = 9, seed: int = 0, progress: Watch = True, **options: Any
+        self, first: ImageLike, second: ImageLike, count: int = 9, seed: int = 0, progress: Watch = True, **options: Any
     ) -> list[Image.Image]:
         """Returns ``count`` images from one image to another, both ends included and reconstructed (section 3.2)."""
         sampling = self.cascade.manipulation_sampling(dict(options))
@@ -170,7 +170,7 @@ class Model:
 
     def change(
         self,
-        image: Picture,
+        image: ImageLike,
         before: str,
         after: str,
         shares: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
@@ -221,5 +221,5 @@ def _pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in images.numpy()]
 
 
-def _opened(image: Picture) -> Image.Image:
+def _opened(image: ImageLike) -> Image.Image:
     return image if isinstance(image, Image.Image) else open_image(Path(image))

@@ -2,12 +2,15 @@
 
 import dataclasses
 import re
+import runpy
 import shlex
+import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -74,6 +77,11 @@ TESTED = {
     "unclip release list configs/nano.yaml": "here",
     'unclip release rollback configs/nano.yaml --reason "it drew cats"': "here",
     "unclip release evaluate configs/nano.yaml": "here",
+    "python examples/sample.py": "here",
+    "python examples/read_embeddings.py configs/nano.yaml": "here",
+    "python examples/train_prior.py configs/nano.yaml": "here",
+    "python examples/add_stage.py configs/nano.yaml": "here",
+    "python examples/another_decoder.py configs/nano.yaml": "here",
     "unclip release take configs/nano.yaml out/released": "here",
     'unclip sample "a red heart" --from out/released': "here",
     "unclip release weights configs/nano.yaml": "here",
@@ -107,6 +115,7 @@ TESTED = {
 }
 
 
+EXAMPLES = [command for command in TESTED if command.startswith("python ")]
 OF_RAY = ("doctor", "generate")  # they start a Ray, and run in a process of their own
 
 
@@ -145,7 +154,7 @@ def test_every_reason_is_explained() -> None:
 
 def commands(text: str) -> Iterator[str]:
     """Commands on indented lines and between backticks, without remarks; a continued line counts by its first."""
-    for line in re.findall(r"^    ((?:unclip|make|ray job submit) ?.*)$", text, flags=re.MULTILINE):
+    for line in re.findall(r"^    ((?:unclip|make|ray job submit|python examples/) ?.*)$", text, flags=re.MULTILINE):
         yield re.sub(r"\s+#.*", "", line).strip()
     yield from re.findall(r"`((?:unclip|make) [^`]+)`", text)
 
@@ -236,7 +245,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("command", [command for command, where in TESTED.items() if where == "here"])
+@pytest.mark.parametrize("command", [text for text in TESTED if TESTED[text] == "here" and text not in EXAMPLES])
 def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
     words = shlex.split(command)[1:]
     if command.startswith("unclip run my-project.yaml"):
@@ -260,3 +269,28 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
                 exec(block, {})
     if command.endswith("decoder.model.dropout=0.1"):
         assert "model.dropout 0.0 -> 0.1" in process.stdout
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_examples_run_as_they_stand(folder: Path, command: str) -> None:
+    """In this process, which need not import torch again."""
+    words = shlex.split(command)[1:]
+    with chdir(folder), mock.patch.object(sys, "argv", words):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def test_every_example_is_run() -> None:
+    assert {command.split()[1] for command in EXAMPLES} == {
+        f"examples/{file.name}" for file in (ROOT / "examples").glob("*.py")
+    }
+
+
+def test_python_of_a_page_runs_as_it_stands(folder: Path) -> None:
+    """After the commands above, on what they have made."""
+    names: dict[str, Any] = {}
+    with chdir(folder):
+        for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(), re.M | re.S):
+            exec(compile(block, "docs/python.md", "exec"), names)
+    assert [image.size for image in (names["heart"], *names["four"], *names["between"])] == [(64, 64)] * 10
+    assert names["plan"].stale[:1] == ["decoder"]
+    assert len(names["samples"].__iter__().__next__()) == 2

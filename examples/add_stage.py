@@ -1,0 +1,71 @@
+"""Adds a stage to a project: how bright is every image?
+
+    python examples/add_stage.py [CONFIG]
+
+It is planned, resumed, kept and shown as the stages of the pipeline are. docs/extend.md explains each part.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import unclip
+from models.view import open_view
+from unclip.stages import (
+    Artifact,
+    Context,
+    Ledger,
+    Place,
+    ShardOutput,
+    ShardSettings,
+    ShardTask,
+    Stage,
+    Store,
+    map_shards,
+    read_images,
+    read_shards,
+    read_table,
+    shard_key,
+    write_table,
+)
+
+
+@dataclass(frozen=True)
+class BrightnessRecipe:
+    """All that may change the result: it is a part of the key."""
+
+    side: int = 64
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures one shard; a worker of Ray, or this process where the settings say ``workers=0``."""
+
+    store: Store
+    recipe: BrightnessRecipe
+
+    def __call__(self, task: ShardTask) -> ShardOutput:
+        pairs = task.inputs["pairs"]
+        rows = [row for row in read_table(self.store, pairs.blobs["index"]).to_pylist() if row["status"] == "kept"]
+        files = read_images(self.store, [Place.of(row, pairs.blobs.get("images")) for row in rows])
+        values = [float(open_view(file, self.recipe.side).mean()) / 255 for file in files]
+        table = write_table({"key": [row["key"] for row in rows], "brightness": values})
+        return ShardOutput(Ledger(kept=len(rows)), {"brightness": table})
+
+
+def run(ctx: Context) -> Artifact:
+    """Makes a task for each shard of pairs; a shard that is made already is not made again."""
+    shards = read_shards(ctx.store, ctx.inputs["pairs"])
+    tasks = [ShardTask(shard.number, shard_key(ctx, {"pairs": shard.key}), {"pairs": shard}) for shard in shards]
+    return map_shards(ctx, tasks, partial(Measure, ctx.store, ctx.recipe), rows=sum(shard.kept for shard in shards))
+
+
+BRIGHTNESS = Stage("brightness", 1, BrightnessRecipe(), ("pairs",), run, settings=ShardSettings(workers=0))
+
+if __name__ == "__main__":
+    project = unclip.open(*(sys.argv[1:2] or ["configs/nano.yaml"]), stages=[BRIGHTNESS])
+    project.run(until="brightness")
+    table = project.artifact("brightness").table().sort_by("brightness")
+    captions = {pair.key: pair.caption for pair in project.pairs(curated=False)}
+    for row in table.slice(0, 5).to_pylist():
+        print(f"{row['brightness']:.2f}  {captions[row['key']]}")

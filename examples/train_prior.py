@@ -1,0 +1,29 @@
+"""Trains a prior on the embeddings of a project, in memory, and draws with it.
+
+python examples/train_prior.py [CONFIG] [SAMPLES]
+"""
+
+import sys
+from pathlib import Path
+
+import unclip
+
+config, samples = (*sys.argv[1:], *["configs/nano.yaml", "1024"][len(sys.argv) - 1 :])
+project = unclip.open(config)
+project.run()
+
+data = project.pairs("train", embeddings=True).tensors()
+print({name: len(column) for name, column in data.items()})
+prior, journal = unclip.train(
+    "diffusion_prior",
+    data,  # or tensors of your own, of unit norm
+    preset="nano",
+    samples=int(samples),
+    model={"width": 96, "depth": 3},
+)
+print(f"loss {journal[0]['loss']:.3f} -> {journal[-1]['loss']:.3f}")
+
+model = project.model().replace(diffusion_prior=prior)
+to = Path("out/examples")
+to.mkdir(parents=True, exist_ok=True)
+model.generate("a red heart", prior="diffusion", size=64).save(to / "heart-by-my-prior.png")

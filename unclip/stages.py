@@ -1,0 +1,28 @@
+"""What a stage of one's own is made of; examples/add_stage.py has a whole one."""
+
+from pipeline.data.pairs.row_index import Place, read_images
+from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table
+from pipeline.graph.shards import map_shards
+from pipeline.graph.stages import Context, Stage, shard_key
+from pipeline.graph.workers import ShardOutput, ShardTask
+from pipeline.ledger import Ledger
+from pipeline.settings import ShardSettings
+from pipeline.store import Store
+
+__all__ = [
+    "Artifact",
+    "Context",
+    "Ledger",
+    "Place",
+    "ShardOutput",
+    "ShardSettings",
+    "ShardTask",
+    "Stage",
+    "Store",
+    "map_shards",
+    "read_images",
+    "read_shards",
+    "read_table",
+    "shard_key",
+    "write_table",
+]
