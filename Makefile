@@ -5,11 +5,12 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs embeddings streaming near_duplicates \
   training_loop checkpoints reading generation side_by_side tiny
 
-.PHONY: help test test-browser test-slow chaos check bench gpu-check lock format peek demo clean
+.PHONY: help test test-browser test-slow chaos check bench gpu-check lock format peek demo studio clean
 
 help:
 	@echo "make peek    the whole chain at nano size: pictures over HTTP to a 1024 px image, in minutes"
 	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 120 trains less or more than 50"
+	@echo "make studio  a page to draw on with the demo's bundle, or with peek's where there is none"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
 	@echo "make chaos   real faults: N=50 slices of SEED=1, a minute each, OF=data or training; goes on where it stopped"
@@ -84,6 +85,12 @@ MINUTES ?= 50
 
 demo: .venv/ready
 	$(BIN)/unclip run configs/emoji.yaml scale=$(shell awk "BEGIN { print $(MINUTES) / 50 }")
+
+# Without make demo, the models of make peek draw: they are made in minutes, if need be, and draw blots.
+studio: .venv/ready
+	@if [ -e out/emoji/bundle.json ]; then exec $(BIN)/unclip serve out/emoji; fi; \
+	echo "out/emoji has no bundle yet (make demo): the studio draws with make peek's nano models, which know colours at best"; \
+	if [ ! -e out/nano/bundle.json ]; then $(BIN)/unclip run configs/nano.yaml || exit 1; fi; exec $(BIN)/unclip serve out/nano
 
 clean:
 	rm -rf out build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

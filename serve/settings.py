@@ -29,7 +29,7 @@ class ServeSettings:
         megabytes_per_minute: Of a token, sent to the server; 0 sets no limit.
         follow_s: Seconds between two looks at the release, if one is served.
         log_prompts: Write the captions of requests into the log.
-        licenses: Licences of the training images that "learnt from" may show, as the list spells them; all if none.
+        licenses: Licences of the training images that the studio may show, as the list spells them; all if none.
         origins: Web pages of other addresses that may call the API, such as https://example.org.
     """
 

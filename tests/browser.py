@@ -23,12 +23,12 @@ def chromium() -> Iterator[Browser]:
 
 
 class Shown:
-    """A page as it is loaded, what was asked for and what was complained about meanwhile."""
+    """A page, a file or an address, as it is loaded, what was asked for and what was complained about meanwhile."""
 
     def __init__(
         self,
         browser: Browser,
-        file: Path,
+        page: Path | str,
         width: int = 1280,
         script: bool = True,
         scheme: Literal["light", "dark"] = "light",
@@ -42,7 +42,7 @@ class Shown:
         self.page.on("request", lambda request: self.requested.append(request.url))
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(file.as_uri())
+        self.page.goto(page.as_uri() if isinstance(page, Path) else page)
 
     def count(self, selector: str) -> int:
         return self.page.locator(selector).count()
@@ -50,8 +50,9 @@ class Shown:
     def texts(self, selector: str) -> list[str]:
         return self.page.locator(selector).all_inner_texts()
 
-    def findings(self) -> list[str]:
+    def findings(self, unfold: bool = True) -> list[str]:
         """What axe-core finds, of any gravity, with all details open: what is folded away it does not look at."""
-        self.page.evaluate("document.querySelectorAll('details:not(.zoom)').forEach(part => { part.open = true; })")
+        if unfold:
+            self.page.evaluate("document.querySelectorAll('details:not(.zoom)').forEach(part => { part.open = true; })")
         found = Axe().run(self.page).response["violations"]
         return [f"{rule['impact']}: {rule['id']} at {node['target']}" for rule in found for node in rule["nodes"]]

@@ -279,7 +279,7 @@ function use(event) {
   const text = (name) => String(form.elements[name].value).trim();
   if (form.dataset.tool === "vary") draw(run.title, "images/variations", { ...common, n: given.n, eta: given.eta }, { image });
   if (form.dataset.tool === "words") {
-    const fields = { ...common, prompt: text("prompt"), before: text("caption"), strength: given.strength };
+    const fields = { ...common, n: given.n, prompt: text("prompt"), before: text("caption"), strength: given.strength };
     draw(text("prompt"), "images/edits", fields, { image });
   }
   if (form.dataset.tool === "between") {
@@ -370,7 +370,8 @@ function cut() {
 
 function exact() {
   const { path, fields } = viewed.run.request, item = viewed.run.items[viewed.index];
-  return path === "images/interpolations" ? { path, ...fields } : { path, ...fields, n: 1, seed: item.seed };
+  const together = path === "images/interpolations" || fields.before !== undefined; // one seed, further and further
+  return together ? { path, ...fields } : { path, ...fields, n: 1, seed: item.seed };
 }
 
 function command() {

@@ -34,6 +34,7 @@ CHECKED = "tests/test_benchmarks.py, on a CPU; there is no GPU here"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip serve out/nano": SERVED,
+    "unclip serve out/emoji 'licenses=[CC-BY-4.0]'": "tests/serve/test_neighbours.py, that setting alone",
     "unclip init my-project pairs.csv": "here",
     "unclip init birds images": "here",
     "unclip init scans 00000.tar 00001.tar": "here",
@@ -100,6 +101,7 @@ TESTED = {
     "make peek": "a release check: the command it holds is run by tests/jobs/test_chain.py at micro size",
     "unclip run configs/emoji.yaml": "tests/jobs/test_report_in_a_browser.py, with nano models",
     "make demo": "a release check: as make peek, with configs/emoji.yaml",
+    "make studio": SERVED,
     "make test": "continuous integration",
     "make check": "continuous integration",
     "make test-slow": "a release check",

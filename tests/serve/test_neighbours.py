@@ -9,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from jobs.serve import read_settings
 from serve.api import make_api
 from serve.bundle import Served
 from serve.door import Door
@@ -66,7 +67,7 @@ def test_training_images_come_nearest_first_with_their_rights(client: TestClient
 
 
 def test_images_are_shown_where_their_licence_allows_it(bench: Bench) -> None:
-    for client in door(bench, ServeSettings(licenses=("CC-BY 4.0",)), bench.store.url):
+    for client in door(bench, read_settings(["licenses=[CC-BY 4.0]"]), bench.store.url):
         found = ask(client, picture(1)).json()["data"]
     shown = {row["caption"]: row["b64_json"] is not None for row in found}
     assert shown == {"image 0": True, "image 1": False, "image 2": True}

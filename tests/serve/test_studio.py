@@ -1,0 +1,178 @@
+"""The studio by its buttons, in Chromium, on a real server: what it draws, keeps, says, and lets one take along."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from serve.api import STUDIO
+from tests.browser import Shown, chromium
+from tests.pipeline.data.bench import picture
+from tests.serve.conftest import serving
+from tests.serve.trained import make_trained
+
+pytestmark = pytest.mark.browser
+CAPTION = "a red fox's <b>tail</b>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of a run's output folder, whose store has the rows that the bundle was trained on."""
+    folder = tmp_path_factory.mktemp("studio")
+    make_trained(folder)
+    yield from serving(folder / "out")
+
+
+@pytest.fixture
+def studio(browser: Browser, server: str) -> Iterator[Page]:
+    """The page, ready to draw small, which nothing may complain about."""
+    shown = open_studio(browser, server)
+    yield shown.page
+    assert shown.complaints == []
+    assert all(url.startswith((server, "blob:", "data:")) for url in shown.requested)
+    shown.page.context.close()
+
+
+def open_studio(browser: Browser, server: str, width: int = 1280, scheme: Literal["light", "dark"] = "light") -> Shown:
+    shown = Shown(browser, f"{server}/", width, scheme=scheme)
+    expect(shown.page.locator("#server")).to_contain_text("up to 256 px, on a CPU")
+    shown.page.locator("#settings summary").click()
+    shown.page.locator("#sizes").get_by_text("64 px").click()
+    return shown
+
+
+def draw(page: Page, caption: str = CAPTION) -> Locator:
+    """Draws a caption, and returns the run when it is done."""
+    page.get_by_label("What shall I draw?").fill(caption)
+    page.keyboard.press("Enter")
+    return done(page, caption)
+
+
+def done(page: Page, title: str) -> Locator:
+    run = page.locator("article", has=page.get_by_role("heading", name=title, exact=True)).first
+    expect(run.get_by_role("button", name="Forget")).to_be_visible(timeout=120_000)
+    expect(run.locator(".problem")).to_be_hidden()
+    return run
+
+
+def test_the_page_is_small() -> None:
+    assert sum(file.stat().st_size for file in STUDIO.iterdir()) < 150_000
+
+
+def test_four_candidates_come_smallest_first_with_their_scores(studio: Page) -> None:
+    studio.evaluate(
+        "window.seen = []; new MutationObserver(() => document.querySelectorAll('.tile span, .going span').forEach("
+        "s => window.seen.push(s.textContent))).observe(document.body, {childList: true, subtree: true})"
+    )
+    run = draw(studio)
+    assert run.locator("h3 b").count() == 0  # a caption is text
+    scores = [float(text.split()[1].removesuffix("nearest")) for text in run.locator(".tile span").all_inner_texts()]
+    assert len(scores) == 4
+    assert [text for text in run.locator(".tile").all_inner_texts() if "nearest" in text] == [
+        f"score {max(scores):.3f}\nnearest"
+    ]
+    seen = studio.evaluate("window.seen")
+    assert "16 px so far" in seen
+    assert {"imagining it", "drawing 64 px"} <= set(seen)
+
+
+def test_what_was_drawn_outlives_the_page_until_it_is_forgotten(studio: Page) -> None:
+    draw(studio)
+    studio.reload()
+    again = done(studio, CAPTION)
+    assert again.locator("img").evaluate_all("all => all.map(i => i.naturalWidth)") == [64] * 4
+    again.get_by_role("button", name="Forget").click()
+    studio.reload()
+    expect(studio.locator("#empty")).to_be_visible()
+    assert studio.locator("article").count() == 0
+
+
+def test_a_picture_is_taken_along_with_its_recipe(studio: Page, tmp_path: Path) -> None:
+    studio.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    draw(studio).locator(".tile").nth(1).click()
+    viewer = studio.locator("#viewer")
+    viewer.get_by_text("Take it with you").click()
+    with studio.expect_download() as downloading:
+        viewer.get_by_text("Download").click()
+    drawn = Path(downloading.value.path())
+    assert downloading.value.suggested_filename.startswith("a-red-fox-s-b-tail-b-")
+    with Image.open(drawn) as image:
+        recipe = dict(image.info)
+    shown = json.loads(studio.inner_text("#recipe"))
+    assert (recipe["caption"], int(recipe["seed"])) == (CAPTION, shown["seed"])
+    for what in ("Python", "command"):
+        viewer.get_by_role("button", name=f"Copy as {'a ' * (what == 'command')}{what}").click()
+        expect(studio.locator("#copied")).to_have_text("Copied.")
+        text = studio.evaluate("navigator.clipboard.readText()")
+        words: Any = [sys.executable, "-c", text] if what == "Python" else ["bash", "-c", text]
+        to = tmp_path / what
+        to.mkdir()
+        subprocess.run(words, cwd=to, env={**os.environ, "NO_PROXY": "*"}, check=True, timeout=100)
+        [made] = to.iterdir()
+        assert made.read_bytes() == drawn.read_bytes()
+
+
+def test_the_nearest_training_pictures_are_named_with_their_rights(studio: Page) -> None:
+    studio.locator("#own").set_input_files({"name": "mine.png", "mimeType": "image/png", "buffer": picture(2)})
+    viewer = studio.locator("#viewer")
+    expect(viewer.get_by_role("heading", name="mine")).to_be_visible()
+    viewer.get_by_text("Learnt from", exact=True).click()
+    first = viewer.locator("#learnt li").first
+    expect(first).to_contain_text("image 2")
+    expect(first).to_contain_text("alike · CC-BY 4.0")
+    expect(first).to_contain_text("By 2")
+    assert viewer.locator("#learnt li").count() == 3
+    assert viewer.locator("#learnt img").evaluate_all("all => all.every(i => i.naturalWidth > 0)")
+
+
+def test_a_file_that_is_no_picture_is_named(studio: Page) -> None:
+    studio.locator("#own").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
+    expect(studio.get_by_role("alert")).to_have_text(
+        "a.png is no picture that this browser can open: take a PNG, JPEG or WebP."
+    )
+
+
+def test_the_keyboard_does_everything(studio: Page) -> None:
+    draw(studio)
+    keys = studio.keyboard
+    studio.get_by_label("What shall I draw?").focus()
+    for _ in range(30):
+        keys.press("Tab")
+        if studio.evaluate("document.activeElement.className") == "tile":
+            break
+    keys.press("Enter")
+    expect(studio.locator("#viewer")).to_be_visible()
+    assert studio.evaluate("document.activeElement.closest('dialog').id") == "viewer"
+    before = studio.get_attribute("#large", "alt")
+    keys.press("ArrowRight")
+    assert studio.get_attribute("#large", "alt") != before
+    keys.press("Escape")
+    expect(studio.locator("#viewer")).to_be_hidden()
+    assert studio.evaluate("document.activeElement.className") == "tile"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
+def test_nothing_is_wrong_with_it(browser: Browser, server: str, width: int, scheme: Literal["light", "dark"]) -> None:
+    shown = open_studio(browser, server, width, scheme)
+    run = draw(shown.page)
+    assert shown.findings() == []
+    assert shown.page.evaluate("document.documentElement.scrollWidth") == width
+    run.locator(".tile").first.click()
+    for tool in shown.page.locator("#viewer summary").all():
+        tool.click()
+        assert shown.page.evaluate("document.querySelector('#viewer').scrollWidth") <= width
+        assert shown.findings(unfold=False) == []
+    assert shown.complaints == []
