@@ -33,10 +33,13 @@ def main(arguments: argparse.Namespace) -> int:
     settings = replace(settings, port=settings.port or _free_port(settings.host))
 
     from serve.app import start, stop
+    from serve.guard import read_tokens
+
+    tokens = read_tokens(settings)
 
     start_ray(RaySettings())
     print(f"loading {served.name} ...", flush=True)
-    start(served, settings)
+    start(served, settings, tokens)
     host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
     print(f"the studio is at http://{host}:{settings.port}/, the API at http://{host}:{settings.port}/v1", flush=True)
     ended = threading.Event()

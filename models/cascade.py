@@ -26,6 +26,7 @@ from models.diffusion.schedules import make_schedule, strided_grid
 from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise
 from models.draw import Draw, derive_seed
 from models.folder import load_codec, load_model, save_codec, save_model
+from models.inpainting import Kept
 from models.manipulation import Inversion, check_embedding, first_components, slerp, text_difference
 from models.pixels import from_uint8, to_uint8
 from models.reverse import Progress, Reverse, ignore
@@ -205,11 +206,13 @@ class UnCLIP:
         progress: Progress = ignore,
         noise: Tensor | None = None,
         eta: float = 0.0,
+        kept: Kept | None = None,
     ) -> Generation:
         """Runs algorithm 1: images of embeddings [b, d], of unit norm, and of tokens [b, 77] or no captions.
 
         ``seeds`` are as many as embeddings. ``noise`` [b, 3, s, s] is the decoder's x_T in place of their own; ``eta``
-        belongs to its "ddim" sampler. Raises ValueError on embeddings that do not fit.
+        belongs to its "ddim" sampler. ``kept`` is the part of an image that stays. Raises ValueError on embeddings that
+        do not fit.
         """
         check_embedding(embedding, self.clip.embed_dim)
         draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in seeds], embedding.device)
@@ -218,7 +221,8 @@ class UnCLIP:
         denoise = decoder_denoise(self.decoder, embedding, tokens, *guided)
         inverted = noise is not None
         noise = draw.normal("x_T", 3, config.image_size, config.image_size) if noise is None else noise
-        run = Reverse("decoder", sampling.decoder_sampler, "learned", sampling.decoder_steps, progress, eta, inverted)
+        sampler = sampling.decoder_sampler
+        run = Reverse("decoder", sampler, "learned", sampling.decoder_steps, progress, eta, inverted, kept)
         image = run(self.decoder, denoise, noise, draw)
         images = {config.image_size: image}
         for name in UPSAMPLERS:
@@ -228,7 +232,7 @@ class UnCLIP:
             draw = Draw([(derive_seed(seed, name), 1) for seed in seeds], embedding.device)
             low = sampling_low(model.config, image.clamp(-1, 1), draw)
             noise = draw.normal("x_T", 3, model.config.image_size, model.config.image_size)
-            run = Reverse(name, "ddim", "small", getattr(sampling, f"{name}_steps"), progress)
+            run = Reverse(name, "ddim", "small", getattr(sampling, f"{name}_steps"), progress, kept=kept)
             image = run(model, upsampler_denoise(model, low, sampling.tile), noise, draw)
             images[model.config.image_size] = image
         return Generation(embedding, {side: to_uint8(x).permute(0, 2, 3, 1).cpu() for side, x in images.items()})

@@ -11,6 +11,7 @@ from models.diffusion.samplers import Denoise, ancestral, ddim
 from models.diffusion.schedules import FEW, fast27_grid, log_snr_grid, make_schedule, strided_grid, trailing_grid
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_variance
 from models.draw import Draw
+from models.inpainting import Kept, repaint
 from models.sampling_config import UNEVEN, UNEVEN_MODEL
 from models.upsampler import Upsampler
 
@@ -45,7 +46,8 @@ class Reverse:
 
     ``sampler``: "ddpm", with the ``variance`` "small" or "learned"; "analytic", the same with the diffusion prior's
     optimal variance; "ddim" with ``eta``; or "dpm", DPM-Solver++ on a grid of its own. ``inverted``: the noise is from
-    an inversion, whose grid ends at timestep 0, next to the data, however few its steps.
+    an inversion, whose grid ends at timestep 0, next to the data, however few its steps. ``kept``: the part of an image
+    that stays, whatever the sampler.
     """
 
     stage: str
@@ -55,6 +57,7 @@ class Reverse:
     progress: Progress
     eta: float = 0.0
     inverted: bool = False
+    kept: Kept | None = None
 
     def __call__(
         self, model: DiffusionPrior | Decoder | Upsampler, denoise: Denoise, noise: Tensor, draw: Draw
@@ -68,6 +71,8 @@ class Reverse:
             shown = () if isinstance(model, DiffusionPrior) else (estimate,)
             self.progress(self.stage, done, self.steps, *shown)
 
+        if self.kept is not None:
+            return repaint(denoise, noise, self.kept, grid, schedule, draw, self.stage == "decoder", report)
         if self.sampler == "dpm":
             return dpm_solver(denoise, noise, log_snr_grid(schedule, self.steps), schedule, report)
         if self.sampler == "ddim":

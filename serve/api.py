@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import base64
-import json
+import logging
 import random
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from models.tokens import check_captions
 from serve import neighbours
+from serve.answer import Answer
 from serve.door import Door
 from serve.errors import ApiError
-from serve.painter import Row, Work
-from serve.requests import LARGEST_SEED, Common, Generation
+from serve.guard import Guard
+from serve.painter import Work
+from serve.requests import LARGEST_SEED, Common, Edit, Generation, Interpolation, Variation
 from serve.settings import MOST_IMAGES
+from serve.uploads import read_image, read_mask
 
 STUDIO = Path(__file__).parent / "studio"
 PAGE = {  # the page asks nobody but this server, and nobody may frame it
@@ -31,10 +33,12 @@ PAGE = {  # the page asks nobody but this server, and nobody may frame it
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+FORM = Form(media_type="multipart/form-data")
 router = APIRouter()
+log = logging.getLogger("unclip")
 
 
-def make_api(door: Door) -> FastAPI:
+def make_api(door: Door, tokens: Mapping[str, str]) -> FastAPI:
     """Returns the application."""
     api = FastAPI(title="unclip serve", version="1", redoc_url=None)
     api.state.door = door
@@ -44,6 +48,9 @@ def make_api(door: Door) -> FastAPI:
     api.include_router(router)
     api.include_router(neighbours.router)
     api.mount("/", StaticFiles(directory=STUDIO, html=True, check_dir=False))
+    api.add_middleware(Guard, settings=door.settings, tokens=tokens)
+    if door.settings.origins:
+        api.add_middleware(CORSMiddleware, allow_origins=door.settings.origins, allow_headers=["*"])
 
     @api.middleware("http")
     async def headers(request: Request, call_next: Any) -> Response:
@@ -101,99 +108,60 @@ async def file(request: Request, name: str) -> Response:
 @router.post("/v1/images/generations")
 async def generations(request: Request, asked: Generation) -> Response:
     """Draws images of a caption."""
-    _check_captions(asked.prompt)
-    return await _answer(request, asked, "generation", asked.prompt, "image_generation")
+    return await _answer(request, asked, "generation", "image_generation")
 
 
-def _check_captions(*captions: str | None) -> None:
-    try:
-        check_captions([caption for caption in captions if caption is not None])
-    except ValueError as e:
-        raise ApiError(400, "prompt_too_long", f"prompt: {e}", "prompt") from None
+@router.post("/v1/images/variations")
+async def variations(request: Request, asked: Annotated[Variation, FORM]) -> Response:
+    """Draws other images with the meaning of one."""
+    images = [await read_image(asked.image, "image")]
+    return await _answer(request, asked, "variation", "image_variation", images, eta=asked.eta)
+
+
+@router.post("/v1/images/edits")
+async def edits(request: Request, asked: Annotated[Edit, FORM]) -> Response:
+    """Draws a part of an image again, or changes an image by words."""
+    images = [await read_image(asked.image, "image")]
+    if asked.mask is None:
+        return await _answer(request, asked, "difference", "image_edit", images, before=asked.before)
+    images.append(await read_mask(asked.mask, "mask"))
+    return await _answer(request, asked, "inpainting", "image_edit", images)
+
+
+@router.post("/v1/images/interpolations")
+async def interpolations(request: Request, asked: Annotated[Interpolation, FORM]) -> Response:
+    """Draws images on the way from one image to another."""
+    images = [await read_image(asked.first, "first"), await read_image(asked.second, "second")]
+    return await _answer(request, asked, "interpolation", "image_interpolation", images)
 
 
 async def _answer(
-    request: Request, asked: Common, kind: str, caption: str | None, event: str, images: tuple[bytes, ...] = (),
-    **more: Any,
-) -> Response:  # fmt: skip
-    """Draws, and answers at once or by and by."""
+    request: Request, asked: Common, kind: str, event: str, images: Sequence[bytes] = (), **more: Any
+) -> Response:
+    """Draws, and answers with all images at once or with each as it is made."""
     door: Door = request.app.state.door
     side = await door.side(asked.model, asked.size)
+    try:
+        check_captions([caption for caption in (asked.prompt, more.get("before")) if caption is not None])
+    except ValueError as e:
+        raise ApiError(400, "prompt_too_long", f"prompt: {e}", "prompt") from None
+    request.scope["allowance"].spend("megapixels", asked.n * side**2 / 1e6)
+    if door.settings.log_prompts:
+        log.info("%s: %r", kind, asked.prompt)
     seed = random.SystemRandom().randrange(LARGEST_SEED - MOST_IMAGES) if asked.seed is None else asked.seed
-    partial = min(asked.partial_images, len([one for one in (await door.described())["sides"] if one < side]))
-    rows = tuple(Row(caption, seed + i) for i in range(asked.n))
-    work = Work(kind, asked.options(), side, rows, images, more, bool(asked.stream and partial))
-    answer = _Answer(request, asked, side, partial, event, work)
-    if asked.stream:
-        return StreamingResponse(answer.events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-    return JSONResponse(await answer.whole())
+    smaller = len([one for one in (await door.described())["sides"] if one < side])
+    partial = min(asked.partial_images, smaller) if asked.stream else 0
+    work = Work(kind, asked.options(), side, asked.rows(seed), tuple(images), more, partial > 0)
+    answer = Answer(door, asked, work, event, partial, str(request.base_url))
+    if not asked.stream:
+        return JSONResponse(await answer.whole())
+    events = answer.events()
+    first = await anext(events)  # a line that is full is said by the status
+    return StreamingResponse(_chained(first, events), 200, {"X-Accel-Buffering": "no"}, "text/event-stream")
 
 
-class _Answer:
-    """The answer to one request."""
-
-    def __init__(self, request: Request, asked: Common, side: int, partial: int, event: str, work: Work):
-        self.door: Door = request.app.state.door
-        self.base, self.asked, self.side, self.partial = str(request.base_url), asked, side, partial
-        self.event, self.work, self.created = event, work, int(time.time())
-
-    async def whole(self) -> dict[str, Any]:
-        """Returns all images at once."""
-        data: list[Any] = [None] * len(self.work.rows)
-        async with aclosing(self.door.draw(self.work, lambda _: None)) as events:
-            async for event in events:
-                if event[0] == "image":
-                    data[event[1]] = self._image(*event[2:])
-        return {"created": self.created, "size": f"{self.side}x{self.side}", "output_format": "png", "data": data}
-
-    async def events(self) -> AsyncGenerator[bytes]:
-        """Yields server-sent events, as OpenAI's clients read them."""
-        sent: dict[int, int] = {}
-        try:
-            async with aclosing(self.door.draw(self.work, lambda _: None)) as events:
-                async for kind, *rest in events:
-                    if kind == "partial" and sent.get(rest[0], 0) < self.partial:
-                        index = sent[rest[0]] = sent.get(rest[0], 0) + 1
-                        about = {"partial_image_index": index - 1, "index": rest[0], "size": f"{rest[1]}x{rest[1]}"}
-                        yield self._event("partial_image", about | {"b64_json": _base64(rest[2])})
-                    elif kind == "image":
-                        about = {"index": rest[0], "size": f"{self.side}x{self.side}", "usage": _USAGE}
-                        image = self._image(*rest[1:]) | {"b64_json": _base64(rest[2].png)}
-                        yield self._event("completed", about | image)
-                    elif kind == "place" and self.asked.progress:
-                        yield self._event("queued", {"place": rest[0]})
-                    elif kind == "step" and self.asked.progress:
-                        yield self._event("step", dict(zip(("stage", "step", "steps"), rest, strict=True)))
-        except ApiError as e:
-            yield _sse("error", e.body)
-        yield b"data: [DONE]\n\n"
-
-    def _image(self, name: str, result: Any) -> dict[str, Any]:
-        """Returns one image as the request wants it, with its seed and score besides."""
-        where = (
-            {"b64_json": _base64(result.png)}
-            if self.asked.response_format == "b64_json"
-            else {"url": f"{self.base}v1/images/files/{name}.png"}
-        )
-        return {**where, "seed": result.seed, "score": result.score}
-
-    def _event(self, kind: str, about: dict[str, Any]) -> bytes:
-        name = f"{self.event}.{kind}"
-        common = {"type": name, "created_at": self.created, "quality": "auto", "background": "opaque"}
-        return _sse(name, {**common, "output_format": "png", **about})
-
-
-_USAGE = {
-    "input_tokens": 0,
-    "output_tokens": 0,
-    "total_tokens": 0,
-    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-}
-
-
-def _sse(event: str, data: dict[str, Any]) -> bytes:
-    return f"event: {event}\ndata: {json.dumps(data)}\n\n".encode()
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+async def _chained(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(events):
+        yield first
+        async for event in events:
+            yield event

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event as Flag
 from threading import Thread
@@ -100,7 +100,7 @@ class Drawer:
 class DoorProcess:
     """The process that speaks HTTP."""
 
-    def __init__(self, drawers: DeploymentHandle, served: Served, settings: ServeSettings):
+    def __init__(self, drawers: DeploymentHandle, served: Served, settings: ServeSettings, tokens: Mapping[str, str]):
         logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
         stream = drawers.options(stream=True)
 
@@ -125,13 +125,14 @@ class DoorProcess:
             pass
 
         line = Line(draw, settings.replicas, settings.batch, settings.queue, settings.wait_ms / 1000, observe)
+        self.tokens = tokens
         self.door = Door(served, settings, line, Results(settings.results_mb << 20), ask, observe)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_api(self.door)
+        return make_api(self.door, self.tokens)
 
 
-def build(served: Served, settings: ServeSettings) -> serve.Application:
+def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> serve.Application:
     """Returns the application of Ray Serve."""
     gpu = settings.device != "cpu" and _gpus() > 0
     drawers: Any = serve.deployment(
@@ -151,7 +152,7 @@ def build(served: Served, settings: ServeSettings) -> serve.Application:
     door: Any = serve.deployment(
         serve.ingress()(DoorProcess), name="door", max_ongoing_requests=CONNECTIONS, ray_actor_options={"num_cpus": 0}
     )
-    return door.bind(drawers.bind(served, settings), served, settings)
+    return door.bind(drawers.bind(served, settings), served, settings, tokens)
 
 
 def _gpus() -> float:
@@ -166,14 +167,14 @@ def _cpus() -> float:
     return ray.cluster_resources().get("CPU", 1)
 
 
-def start(served: Served, settings: ServeSettings) -> None:
+def start(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> None:
     """Serves on the cluster that this process has joined, and returns when the first image could be drawn."""
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 65},
         logging_config={"log_level": "ERROR", "enable_access_log": False},
     )
-    serve.run(build(served, settings), name=APP, route_prefix="/")
+    serve.run(build(served, settings, tokens), name=APP, route_prefix="/")
 
 
 def stop() -> None:

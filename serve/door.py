@@ -69,19 +69,19 @@ class Door:
             )
         return side
 
-    async def draw(self, work: Work, seen: Callable[[Event], None]) -> AsyncGenerator[Event]:
+    async def draw(self, work: Work) -> AsyncGenerator[Event]:
         """Yields the events of drawing, with ("image", row, name, Result) for each image.
 
         Raises ApiError for what this bundle cannot draw, and where the line is full.
         """
         about = await self.described()
         names = [self.results.name(self._key(about["bundle"], work, row)) for row in work.rows]
-        missing = []
-        for i, name in enumerate(names):
-            if found := self.results.get(name):
-                yield ("image", i, name, found)
-            else:
-                missing.append(i)
+        kept = {i: found for i, name in enumerate(names) if (found := self.results.get(name))}
+        if len(kept) < len(names) and work.kind not in ("generation", "inpainting"):
+            kept = {}  # their images are made together
+        for i, found in kept.items():
+            yield ("image", i, names[i], found)
+        missing = [i for i in range(len(names)) if i not in kept]
         if not missing:
             return
         rows = tuple(work.rows[i] for i in missing)
@@ -114,6 +114,7 @@ class Door:
                 "side": work.side,
                 "caption": row.caption,
                 "seed": row.seed,
+                "share": row.share,
                 "images": images,
                 "more": work.more,
             }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.cascade import Generation, UnCLIP
 from models.comparison import priors_of
+from models.inpainting import Kept, inpaint
 from models.pixels import to_uint8
 from models.view import view
 from pipeline.sampling.drawing import png_with_text
@@ -31,10 +32,11 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One image to draw."""
+    """One image to draw; ``share`` is how far it is turned, where a kind turns images."""
 
     caption: str | None
     seed: int
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ class Work:
     """Images of one kind with equal settings.
 
     Attributes:
-        kind: generation, variation, difference, inpainting or interpolation.
+        kind: generation, inpainting, variation, difference or interpolation.
         options: Sampling options that differ from the bundle's.
         side: Of the images to hand out, pixels; smaller than what is drawn for 512.
         rows: The images.
         images: PNG files as ``decoding.prepare`` makes them, and of the mask.
-        more: What the kind needs besides: eta, before, strength.
+        more: What the kind needs besides: eta of a variation, the caption before a difference.
         partial: Whether the smaller images are handed out, too.
     """
 
@@ -90,8 +92,10 @@ class Painter:
         """
         size = 64 * min(n for n in (1, 4, 16) if 64 * n >= work.side)
         options = {**work.options, "size": size}
-        settings = dataclasses.asdict(self.unclip.sampling_with(options))
-        chunk = len(work.rows) if work.kind == "interpolation" else self.batch
+        plain = work.kind in ("generation", "inpainting")
+        sampling = self.unclip.sampling_with(options) if plain else self.unclip.manipulation_sampling(options)
+        settings = dataclasses.asdict(sampling)
+        chunk = self.batch if plain else len(work.rows)  # the latents of an image are found once
         for start in range(0, len(work.rows), chunk):
             rows = work.rows[start : start + chunk]
             watch = _Watch(emit, stopped, start, work)
@@ -110,8 +114,21 @@ class Painter:
                 emit(("image", start + i, png_with_text(pixels, text), scores[i]))
 
     def _make(self, work: Work, rows: Sequence[Row], options: dict[str, Any], watch: Callable[..., None]) -> Generation:
+        unclip, images, caption = self.unclip, [opened(png) for png in work.images], rows[0].caption
         seeds = [row.seed for row in rows]
-        return self.unclip.generate([row.caption or "" for row in rows], seeds, watch, **options)
+        if work.kind == "generation":
+            return unclip.generate([row.caption or "" for row in rows], seeds, watch, **options)
+        if work.kind == "inpainting":
+            return inpaint(unclip, Kept(*images), caption or "", seeds, watch, **options)
+        told = [caption] if caption and work.kind == "variation" else None
+        latents = unclip.invert(images[:1], told, watch, **options)
+        if work.kind == "variation":
+            return unclip.variations(latents, seeds, work.more["eta"], watch, **options)
+        if work.kind == "interpolation":
+            second = unclip.invert(images[1:], None, watch, **options)
+            return unclip.interpolate(latents, second, len(rows), seeds[0], watch, **options)
+        shares, before = [row.share for row in rows], work.more["before"]
+        return unclip.text_difference(latents, before, caption or "", shares, seeds[0], watch, **options)
 
     def _scores(self, made: Generation, rows: Sequence[Row]) -> list[float | None]:
         """Returns the cosine of each image and its caption, None where there is no caption."""

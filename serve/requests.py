@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from serve.painter import Row
 from serve.settings import MOST_IMAGES
 
 LARGEST_SEED = 2**53  # what JavaScript counts to exactly
@@ -18,6 +19,7 @@ class Common(BaseModel):
     """The fields that all endpoints have.
 
     Attributes:
+        prompt: The caption.
         model: The served model, ``dall-e-2``, or the beginning of the bundle's key; may be left out.
         n: How many images.
         size: Width and height in pixels; ``auto`` is the largest that the bundle makes.
@@ -33,6 +35,7 @@ class Common(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    prompt: str | None = Field(None, max_length=PROMPT)
     model: str | None = Field(None, max_length=100)
     n: int = Field(1, ge=1, le=MOST_IMAGES)
     size: Literal["auto", "64x64", "256x256", "512x512", "1024x1024"] = "auto"
@@ -45,9 +48,17 @@ class Common(BaseModel):
     partial_images: int = Field(0, ge=0, le=3)
     progress: bool = False
 
+    def rows(self, seed: int) -> tuple[Row, ...]:
+        """Returns the images to draw, the first with ``seed``."""
+        return tuple(Row(self.prompt, seed + i) for i in range(self.n))
+
     def options(self) -> dict[str, Any]:
         """Returns the sampling options that the request sets, but for the size."""
-        options = {"decoder_steps": self.steps, "decoder_guidance": self.guidance}
+        options = {
+            "decoder_steps": self.steps,
+            "decoder_guidance": self.guidance,
+            "prior": getattr(self, "prior", None),
+        }
         return {name: value for name, value in options.items() if value is not None}
 
 
@@ -70,10 +81,6 @@ class Generation(Common):
     moderation: Literal["auto"] | None = None
     output_format: Literal["png"] | None = None
 
-    def options(self) -> dict[str, Any]:
-        """Returns the sampling options that the request sets, but for the size."""
-        return super().options() | ({"prior": self.prior} if self.prior else {})
-
 
 class Variation(Common):
     """Asks for other images with the meaning of one (section 3.1 of the paper).
@@ -86,7 +93,6 @@ class Variation(Common):
 
     image: UploadFile
     eta: Share = 1.0
-    prompt: str | None = Field(None, max_length=PROMPT)
 
 
 class Edit(Common):
@@ -105,8 +111,14 @@ class Edit(Common):
     prompt: str = Field(max_length=PROMPT)
     mask: UploadFile | None = None
     before: str | None = Field(None, max_length=PROMPT)
-    strength: Share | None = None
+    strength: Share = 0.4
     prior: Literal["ar", "diffusion"] | None = None
+
+    def rows(self, seed: int) -> tuple[Row, ...]:
+        """Returns the images to draw: with a mask of the next seeds, else of one seed, turned further and further."""
+        if self.mask is not None:
+            return super().rows(seed)
+        return tuple(Row(self.prompt, seed, self.strength * (i + 1) / self.n) for i in range(self.n))
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -123,6 +135,11 @@ class Interpolation(Common):
         second: Another.
     """
 
+    prompt: None = None  # a way between two images has no caption
     first: UploadFile
     second: UploadFile
     n: int = Field(5, ge=2, le=MOST_IMAGES)
+
+    def rows(self, seed: int) -> tuple[Row, ...]:
+        """Returns the images to draw, all of one seed."""
+        return tuple(Row(None, seed, i / (self.n - 1)) for i in range(self.n))

@@ -30,6 +30,7 @@ class ServeSettings:
         follow_s: Seconds between two looks at the release, if one is served.
         log_prompts: Write the captions of requests into the log.
         licenses: Licences of the training images that the studio may show, as the list spells them; all if none.
+        tokens: A file of lines NAME TOKEN; whoever sends none of them is refused.
         origins: Web pages of other addresses that may call the API, such as https://example.org.
     """
 
@@ -48,6 +49,7 @@ class ServeSettings:
     follow_s: PositiveFloat = 10.0
     log_prompts: bool = False
     licenses: tuple[str, ...] = ()
+    tokens: str = ""
     origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -28,7 +28,16 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, StoredImage, Storing, inspect, load_resizer, prepare
+from pipeline.data.pairs.image import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    StoredImage,
+    Storing,
+    inspect,
+    load_resizer,
+    opacity,
+    prepare,
+)
 from pipeline.data.pairs.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
@@ -53,10 +62,10 @@ def seconds(pixels: int) -> float:
 
 
 class ImageDecoder:
-    """Calls ``image.prepare`` and ``image.inspect`` in a child process, which is started when it is needed.
+    """Calls ``image.prepare``, ``opacity`` and ``inspect`` in a child process, which is started when it is needed.
 
-    Both give "decoder_crashed" for bytes that killed it twice, and "decode_timeout" for bytes that took more processor
-    time than their pixels may, or more time than ``max_pixels`` may. Both raise UserError if it does not start at all.
+    All give "decoder_crashed" for bytes that killed it twice, and "decode_timeout" for bytes that took more processor
+    time than their pixels may, or more time than ``max_pixels`` may. All raise UserError if it does not start at all.
     """
 
     def __init__(self, command: Sequence[str] = COMMAND):
@@ -70,7 +79,14 @@ class ImageDecoder:
 
     def prepare(self, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
         """Calls image.prepare."""
-        said, body = self._ask("prepare", data, max_pixels, [max_pixels, astuple(storing)])
+        return self._stored("prepare", data, max_pixels, storing)
+
+    def opacity(self, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
+        """Calls image.opacity."""
+        return self._stored("opacity", data, max_pixels, storing)
+
+    def _stored(self, name: str, data: bytes, max_pixels: int, storing: Storing) -> StoredImage | str:
+        said, body = self._ask(name, data, max_pixels, [max_pixels, astuple(storing)])
         return said if isinstance(said, str) else StoredImage(body, *said)
 
     def inspect(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
@@ -201,7 +217,8 @@ def _answer(name: str, arguments: list[Any], data: bytes) -> tuple[Any, bytes]:
         if name == "inspect":
             return inspect(data, *arguments, starts=_limit_to), b""
         max_pixels, storing = arguments
-        found = prepare(data, max_pixels, Storing(*storing), starts=_limit_to)
+        made = opacity if name == "opacity" else prepare
+        found = made(data, max_pixels, Storing(*storing), starts=_limit_to)
     except MemoryError:
         return "decode_error", b""
     return (found, b"") if isinstance(found, str) else ([found.width, found.height, found.extension], found.data)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from models.view import upright_rgb
 
@@ -53,16 +53,21 @@ class Storing:
 
 
 def prepare(
-    data: bytes, max_pixels: int, storing: Storing, *, starts: Callable[[int], object] = int
+    data: bytes,
+    max_pixels: int,
+    storing: Storing,
+    *,
+    starts: Callable[[int], object] = int,
+    shown: Callable[[Image.Image], Image.Image] = upright_rgb,
 ) -> StoredImage | str:
     """Returns the image in ``data`` as it is to be stored, or the reason why it cannot be.
 
     Takes PNG, JPEG and WebP by their first bytes (of an animation the first frame; no GIF). The header's pixel count
     and a JPEG's scans are checked before anything is decoded; ``starts`` is called with that count when decoding
-    starts. Images become what ``upright_rgb`` says, and are stored as three channels. The long side may be LONGEST_SIDE
+    starts. Images become what ``shown`` makes of them, in three channels. The long side may be LONGEST_SIDE
     times ``image_size``, which bounds what is stored. Equal input gives equal bytes.
     """
-    upright = _decode(data, max_pixels, starts)
+    upright = _decode(data, max_pixels, starts, shown)
     if isinstance(upright, str):
         return upright
     most = LONGEST_SIDE * storing.image_size
@@ -115,13 +120,27 @@ def _keep_ratio(pixels: np.ndarray, storing: Storing) -> tuple[bytes | None, int
     return encoded.tobytes() if done else None, width, height, None
 
 
+def opacity(
+    data: bytes, max_pixels: int, storing: Storing, *, starts: Callable[[int], object] = int
+) -> StoredImage | str:
+    """Returns how opaque the image in ``data`` is, white where it is wholly, as ``prepare`` would store it."""
+    return prepare(data, max_pixels, storing, starts=starts, shown=_opaque)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    return Image.merge("RGB", [alpha] * 3)
+
+
 def inspect(data: bytes, max_pixels: int, *, starts: Callable[[int], object] = int) -> tuple[int, int] | str:
     """Returns width and height, upright, of an image that ``prepare`` would take but for its sides, or the reason."""
-    upright = _decode(data, max_pixels, starts)
+    upright = _decode(data, max_pixels, starts, upright_rgb)
     return upright if isinstance(upright, str) else upright.size
 
 
-def _decode(data: bytes, max_pixels: int, starts: Callable[[int], object]) -> Image.Image | str:
+def _decode(
+    data: bytes, max_pixels: int, starts: Callable[[int], object], shown: Callable[[Image.Image], Image.Image]
+) -> Image.Image | str:
     if not data:
         return "zero_bytes"
     if not (data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")):
@@ -138,7 +157,7 @@ def _decode(data: bytes, max_pixels: int, starts: Callable[[int], object]) -> Im
             # The decoder of WebP keeps two canvases as long as its image is there.
             plain = image.copy() if image.format == "WEBP" else image
         del image
-        return upright_rgb(plain)
+        return shown(plain)
     except Image.DecompressionBombError:
         return "too_many_pixels"
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others

@@ -1,0 +1,103 @@
+"""Draws a part of an image again: the rest is kept by replacement in the reverse process.
+
+RePaint (Lugmayr et al. 2022, algorithm 1): after every step what is kept is replaced by the image itself, noised to the
+same level, and the step is taken several times, so that what is drawn can agree with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.diffusion.process import per_row, posterior_variance, q_sample
+from models.diffusion.samplers import Callback, Denoise, grid_steps
+from models.diffusion.schedules import Schedule
+from models.draw import Draw
+from models.pixels import from_uint8
+from models.tokens import check_captions, tokenize
+from models.view import view
+
+if TYPE_CHECKING:
+    from models.cascade import Generation, UnCLIP
+    from models.reverse import Progress
+
+RESAMPLINGS = 4  # times that each step of the decoder is taken; the paper's 10 cost as much more
+OPAQUE = 250  # of 255: what a mask shows less of is drawn
+
+
+class Kept:
+    """An image and the part of it that is kept: where ``mask``, a grey image of the same view, is white."""
+
+    def __init__(self, image: Image.Image, mask: Image.Image):
+        self.image, self.mask = image, mask
+
+    def at(self, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns the image, fp32 [1, 3, side, side] in [-1, 1], and where it is kept, bool [1, 1, side, side]."""
+        image, mask = (torch.tensor(view(one, side)).permute(2, 0, 1)[None] for one in (self.image, self.mask))
+        return from_uint8(image).to(device), (mask[:, :1] >= OPAQUE).to(device)
+
+
+@torch.no_grad()
+def repaint(
+    denoise: Denoise,
+    noise: Tensor,
+    kept: Kept,
+    grid: Tensor,
+    schedule: Schedule,
+    draw: Draw,
+    free: bool,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Returns samples that equal an image where it is kept.
+
+    Args:
+        denoise: The model.
+        noise: x at the first timestep of ``grid``, [b, c, s, s].
+        kept: The image.
+        grid: Falling timesteps.
+        schedule: The model's.
+        draw: Noise of each row.
+        free: Whether nothing else says what is to be drawn: then DDPM's steps are taken, each RESAMPLINGS times, with
+            the sample noised again between two times. An upsampler has seen all of it, and takes DDIM's steps once.
+        callback: As the samplers'.
+    """
+    x0, where = kept.at(noise.shape[-1], noise.device)
+    x0, x, eta = x0.expand_as(noise), noise, float(free)
+    for i, t, previous, last in grid_steps(grid, schedule, noise):
+        level, before = schedule.at(t), schedule.at(previous)
+        for again in range(RESAMPLINGS if free and not last else 1):
+            if again:  # from the previous level back to this one
+                ratio = level / before
+                x = per_row(ratio.sqrt(), x) * x
+                x = x + per_row((1 - ratio).sqrt(), x) * draw.normal(f"again{i}.{again}", *x.shape[1:])
+            prediction = denoise(x, t)
+            added = eta * posterior_variance(level, before)
+            x = per_row(before.sqrt(), x) * prediction.x0
+            x = x + per_row((1 - before - added).clamp(min=0).sqrt(), x) * prediction.eps
+            if free and not last:
+                x = x + per_row(added.sqrt(), x) * draw.normal(f"step{i}.{again}", *x.shape[1:])
+            x = torch.where(where, q_sample(x0, draw.normal(f"kept{i}.{again}", *x.shape[1:]), before), x)
+        if callback is not None:
+            callback(i + 1, torch.where(where, x0, prediction.x0))
+    return x
+
+
+@torch.no_grad()
+def inpaint(
+    unclip: UnCLIP, kept: Kept, caption: str, seeds: Sequence[int], progress: Progress, **options: object
+) -> Generation:
+    """Draws the part of an image that is not kept, as a caption says, one image for each seed.
+
+    Every size is equal to the image where it is kept. Raises ValueError as ``UnCLIP.generate`` does.
+    """
+    sampling = unclip.sampling_with(options)
+    check_captions([caption])
+    device, count = unclip.clip.mean.device, len(seeds)
+    tokens = tokenize([caption] * count).to(device)
+    text = unclip.clip.encode_text(unclip.clip.tokenize([caption] * count).to(device))
+    embedding = unclip.draw_embedding(tokens, text, seeds, sampling, progress)
+    return unclip.decode(embedding, tokens, seeds, sampling, progress, kept=kept)

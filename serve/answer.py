@@ -1,0 +1,113 @@
+"""One request's answer: a body, or server-sent events as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve.door import Door
+from serve.errors import ApiError
+from serve.painter import Work
+from serve.requests import Common
+from serve.results import Result
+
+USAGE = {  # what OpenAI's clients require; nothing is counted in tokens here
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "total_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
+
+
+@dataclass
+class Answer:
+    """Draws ``work`` and tells it to the client that ``asked``.
+
+    Attributes:
+        door: Draws.
+        asked: The request.
+        work: What is drawn.
+        event: What the names of events begin with.
+        partial: How many smaller images of each image are sent.
+        base: The server's address, for URLs.
+    """
+
+    door: Door
+    asked: Common
+    work: Work
+    event: str
+    partial: int
+    base: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    async def whole(self) -> dict[str, Any]:
+        """Returns all images at once."""
+        data: list[Any] = [None] * len(self.work.rows)
+        async with aclosing(self.door.draw(self.work)) as events:
+            async for event in events:
+                if event[0] == "image":
+                    _, i, name, result = event
+                    data[i] = self._image(name, result, self.asked.response_format)
+        return {"created": self.created, "size": _size(self.work.side), "output_format": "png", "data": data}
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """Yields server-sent events. Raises ApiError before the first, and sends a later one as an event."""
+        sent: dict[int, int] = {}
+        begun = False
+        try:
+            async with aclosing(self.door.draw(self.work)) as events:
+                async for kind, *rest in events:
+                    said = self._said(kind, rest, sent)
+                    yield b": drawing\n\n" if said is None else self._event(*said)
+                    begun = True
+        except ApiError as e:
+            if not begun:
+                raise
+            yield _sse("error", e.body)
+        yield b"data: [DONE]\n\n"
+
+    def _said(self, kind: str, rest: list[Any], sent: dict[int, int]) -> tuple[str, dict[str, Any]] | None:
+        """Returns name and content of an event, None for one that the client has not asked for."""
+        if kind == "partial" and sent.get(rest[0], 0) < self.partial:
+            index = sent[rest[0]] = sent.get(rest[0], 0) + 1
+            about = {"index": rest[0], "size": _size(rest[1]), "partial_image_index": index - 1}
+            return "partial_image", about | {"b64_json": _base64(rest[2])}
+        if kind == "image":
+            i, name, result = rest
+            image = self._image(name, result, "b64_json") | {"url": self._url(name)}
+            return "completed", {"index": i, "size": _size(self.work.side), "usage": USAGE, **image}
+        if kind == "place" and self.asked.progress:
+            return "queued", {"place": rest[0]}
+        if kind == "step" and self.asked.progress:
+            return "step", dict(zip(("stage", "step", "steps"), rest, strict=True))
+        return None
+
+    def _image(self, name: str, result: Result, kind: str) -> dict[str, Any]:
+        """Returns one image with its seed and score."""
+        where = {"b64_json": _base64(result.png)} if kind == "b64_json" else {"url": self._url(name)}
+        return {**where, "seed": result.seed, "score": result.score}
+
+    def _url(self, name: str) -> str:
+        return f"{self.base}v1/images/files/{name}.png"
+
+    def _event(self, kind: str, about: dict[str, Any]) -> bytes:
+        name = f"{self.event}.{kind}"
+        common = {"type": name, "created_at": self.created, "quality": "auto", "background": "opaque"}
+        return _sse(name, {**common, "output_format": "png", **about})
+
+
+def _size(side: int) -> str:
+    return f"{side}x{side}"
+
+
+def _sse(event: str, data: dict[str, Any]) -> bytes:
+    return f"event: {event}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

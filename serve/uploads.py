@@ -1,0 +1,38 @@
+"""Images that clients send, opened in the one way that strangers' images are."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import UploadFile
+
+from pipeline.data.pairs.decoding import OWN, shared_decoder
+from pipeline.data.pairs.image import MAX_BYTES, StoredImage
+from pipeline.ledger import REASONS
+from serve.errors import ApiError
+
+MAX_PIXELS = 16_000_000  # of an upload; one takes the decoder for a second at most
+
+
+async def read_image(file: UploadFile, field: str) -> bytes:
+    """Returns an upload as a PNG, upright and with a short side of 1024 px at most. Raises ApiError."""
+    data = await file.read(MAX_BYTES + 1)
+    return _taken(await asyncio.to_thread(shared_decoder().prepare, data, MAX_PIXELS, OWN), field)
+
+
+async def read_mask(file: UploadFile, field: str) -> bytes:
+    """Returns how opaque an upload is as a PNG of the same view, white where it is opaque. Raises ApiError."""
+    data = await file.read(MAX_BYTES + 1)
+    return _taken(await asyncio.to_thread(shared_decoder().opacity, data, MAX_PIXELS, OWN), field)
+
+
+def _taken(found: StoredImage | str, field: str) -> bytes:
+    if isinstance(found, str):
+        raise ApiError(
+            400,
+            "invalid_image",
+            f"{field}: cannot be taken ({found}: {REASONS[found]}): send a PNG, JPEG or WebP of at most "
+            f"{MAX_PIXELS // 10**6} million pixels",
+            field,
+        )
+    return found.data

@@ -1,0 +1,141 @@
+"""The line: bounded, in order, together where settings are equal, and nothing lost where a process dies."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
+
+import pytest
+
+from serve.errors import ApiError
+from serve.line import ATTEMPTS, Died, Event, Line, Refused
+from serve.painter import Row, Work
+
+A, B = {"decoder_steps": 2}, {"decoder_steps": 3}
+
+
+class Drawer:
+    """Draws at once when it is let, and notes what; ``deaths`` of its processes come in the middle of a batch."""
+
+    def __init__(self, deaths: int = 0, error: Exception | None = None):
+        self.works: list[Work] = []
+        self.go = asyncio.Event()
+        self.deaths, self.error, self.closed = deaths, error, 0
+
+    async def __call__(self, work: Work) -> AsyncGenerator[Event]:
+        self.works.append(work)
+        try:
+            await self.go.wait()
+            if self.error:
+                raise self.error
+            for i, row in enumerate(work.rows):
+                if i == 1 and self.deaths:
+                    self.deaths -= 1
+                    raise Died("killed")
+                yield ("step", "decoder", i, 9)
+                yield ("image", i, f"{row.caption}{row.seed}".encode(), 0.5)
+        finally:
+            self.closed += 1
+
+
+def work(*captions: str, options: Any = A, kind: str = "generation") -> Work:
+    return Work(kind, options, 64, tuple(Row(caption, i) for i, caption in enumerate(captions)))
+
+
+def line(drawer: Drawer, lanes: int = 1, batch: int = 4, limit: int = 8) -> Line:
+    return Line(drawer, lanes, batch, limit, 0.0, lambda *_: None)
+
+
+async def images(line: Line, asked: Work) -> list[bytes]:
+    made: dict[int, bytes] = {}
+    async for event in line.run(asked):
+        if event[0] == "image":
+            assert event[1] not in made, "an image came twice"
+            made[event[1]] = event[2]
+    return [made[i] for i in range(len(asked.rows))]
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 30))
+
+
+def test_requests_of_equal_settings_are_drawn_together_in_order_and_get_their_own() -> None:
+    async def test() -> None:
+        drawer = Drawer()
+        drawn = line(drawer)
+        asked = [work("z"), work("a", "b"), work("c", options=B), work("d"), work("e", "f"), work("g", kind="edit")]
+        tasks = [asyncio.create_task(images(drawn, one)) for one in asked]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        drawer.go.set()
+        made = await asyncio.gather(*tasks)
+        assert made == [[f"{r.caption}{r.seed}".encode() for r in one.rows] for one in asked]
+        batches = ["".join(row.caption or "" for row in one.rows) for one in drawer.works]
+        assert batches == ["zabd", "c", "ef", "g"]
+
+    run(test())
+
+
+def test_a_full_line_says_when_to_come_back_and_places_count_down() -> None:
+    async def test() -> None:
+        drawer = Drawer()
+        drawn = line(drawer, limit=2)
+        tasks = []
+        for steps, caption in enumerate("abc"):
+            tasks.append(asyncio.create_task(images(drawn, work(caption, options={"decoder_steps": steps}))))
+            await asyncio.sleep(0.01)
+        with pytest.raises(ApiError) as caught:
+            await images(drawn, work("d"))
+        assert caught.value.status == 429
+        assert int(caught.value.headers["Retry-After"]) >= 1
+        places: list[int] = []
+
+        async def watch() -> None:
+            async for event in drawn.run(work("e")):
+                places.extend(event[1:] if event[0] == "place" else ())
+
+        drawn.limit = 9
+        watched = asyncio.create_task(watch())
+        await asyncio.sleep(0.01)
+        drawer.go.set()
+        await asyncio.gather(*tasks, watched)
+        assert places == [3, 2, 1]
+
+    run(test())
+
+
+def test_a_batch_whose_process_dies_is_drawn_again_and_each_image_comes_once() -> None:
+    async def test() -> None:
+        drawer = Drawer(deaths=2)
+        drawer.go.set()
+        assert await images(line(drawer), work("a", "b")) == [b"a0", b"b1"]
+        assert len(drawer.works) == 3
+        drawer = Drawer(deaths=ATTEMPTS)
+        drawer.go.set()
+        with pytest.raises(Died):
+            await images(line(drawer), work("a", "b"))
+        drawer = Drawer(error=Refused("too many steps"))
+        drawer.go.set()
+        with pytest.raises(Refused, match="too many steps"):
+            await images(line(drawer), work("a"))
+
+    run(test())
+
+
+def test_a_client_that_goes_leaves_the_line_and_ends_its_drawing() -> None:
+    async def test() -> None:
+        drawer = Drawer()
+        drawn = line(drawer)
+        first, second, third = (
+            asyncio.create_task(images(drawn, work(c, options={"decoder_steps": i}))) for i, c in enumerate("abc")
+        )
+        await asyncio.sleep(0.01)
+        for task in (first, second):
+            task.cancel()
+        await asyncio.sleep(0.01)
+        assert len(drawn.waiting) == 1
+        drawer.go.set()
+        assert await third == [b"c0"]
+        assert [one.rows[0].caption for one in drawer.works] == ["a", "c"]
+        assert drawer.closed == 2
+
+    run(test())
