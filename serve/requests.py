@@ -96,7 +96,7 @@ class Variation(Common):
 
 
 class Edit(Common):
-    """Asks for a part of an image to be drawn anew, or for an image to be changed by words.
+    """Asks for a part of an image to be drawn again, or for an image to be changed by words.
 
     Attributes:
         image: A PNG, JPEG or WebP.
