@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,23 +71,25 @@ class Bundle:
         return store, Artifact("bundle", self.key, {}, {}, Ledger(), self.blobs)
 
 
-def find_bundle(source: str | None) -> Bundle:
+def find_bundle(source: str | None, overrides: Sequence[str] = ()) -> Bundle:
     """Returns the bundle at ``source``, one of PLACES; by default the newest of the runs under out/.
 
-    Raises UserError where none is finished.
+    ``overrides`` are a project's. Raises UserError where none is finished.
     """
     if source is None:
         return _of_output(_newest_output())
     if source.startswith(RELEASE):
-        config = load_config(source.removeprefix(RELEASE), [])
+        config = load_config(source.removeprefix(RELEASE), overrides)
         store = open_store(config.store)
         return _stored(
             Path(config.run.output), store, find_in_store(store, read_releases(store, config.project), "current")
         )
     folder = Path(source)
     if folder.suffix in (".yaml", ".yml"):
-        project = open_project(source, [])
+        project = open_project(source, overrides)
         return _stored(Path(project.config.run.output), project.store, project.made("bundle")["bundle"])
+    if overrides:
+        raise UserError(f"{overrides[0]}: {source} is not a project, which alone takes KEY=VALUE; leave it out")
     if (folder / "sampling.json").is_file():
         return _of_folder(folder, Path("out") / folder.resolve().name)
     if (folder / "model_index.json").is_file():

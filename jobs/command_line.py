@@ -28,6 +28,7 @@ PLACES = (
 )
 SPLITS = ("train", "validation", "test")
 EXPORTS = ("pairs", "clip-retrieval", "embeddings")
+FORMATS = ("bundle", "diffusers")
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 
 
@@ -215,6 +216,14 @@ def _edit(parser: Parser) -> None:
         _drawing(kind)
 
 
+def _export(parser: Parser) -> None:
+    parser.add_argument("source", metavar="WHERE", help=f"{PLACES}, or a folder in diffusers' layout")
+    parser.add_argument("-o", "--to", required=True, metavar="FOLDER", help="a new folder, or s3://BUCKET/PREFIX")
+    text = "bundle (default) is what every --from takes; diffusers is its layout, with the class of a pipeline"
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=text)
+    _set(parser, "KEY=VALUE", OVERRIDES)
+
+
 def _show(parser: Parser) -> None:
     _config(parser, "?")
     text = "of an artefact of any stage, to show its lineage; its first 12 characters suffice"
@@ -325,6 +334,7 @@ COMMANDS = {
     "generate": ("draw images for a list of prompts, on many workers", _generate),
     "serve": ("draw from a page, and from any client of OpenAI's image API", _serve),
     "edit": ("vary, interpolate, change or decompose images of your own", _edit),
+    "export": ("write a bundle as a folder to share, or for diffusers", _export),
     "show": ("show runs, what is being made and where, or the lineage of an artefact", _show),
     "report": ("write the report again, for example with images of some licences only", _report),
     "data": ("search and export images, retry failed rows, forget rows, collect garbage", _data),

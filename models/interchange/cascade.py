@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import models
 from models.cascade import UnCLIP
@@ -33,13 +33,23 @@ KARLO_SAMPLING = SamplingConfig(
 )
 """Karlo's own defaults: it draws one embedding a caption, and ends at 256 px, after six steps and one of a second
 network that a model trained here does not have."""
-PARTS: dict[str, tuple[str, str, Callable[..., Any], Callable[..., Any]]] = {
-    "diffusion_prior": (".", "prior", export_prior, import_prior),
-    "decoder": (".", "decoder", export_decoder, import_decoder),
-    "upsampler_256": (".", "super_res_first", export_upsampler, import_upsampler),
-    "upsampler_1024": ("upsampler_1024", "super_res_first", export_upsampler, import_upsampler),
+
+
+class Part(NamedTuple):
+    """A model that classes of diffusers may hold: where, the subfolder that tells that they do, and both ways."""
+
+    folder: str
+    tells: str
+    write: Callable[..., None]
+    read: Callable[..., Any]
+
+
+PARTS = {
+    "diffusion_prior": Part(".", "prior", export_prior, import_prior),
+    "decoder": Part(".", "decoder", export_decoder, import_decoder),
+    "upsampler_256": Part(".", "super_res_first", export_upsampler, import_upsampler),
+    "upsampler_1024": Part("upsampler_1024", "super_res_first", export_upsampler, import_upsampler),
 }
-"""Of each model that classes of diffusers may hold: folder, part that tells that they do, and both ways."""
 PIPELINE = Path(__file__).with_name("pipeline.py")
 CODE = "unclip_models"
 
@@ -56,8 +66,7 @@ def export_unclip(unclip: UnCLIP, folder: str | Path) -> list[str]:
         if (model := getattr(unclip, name)) is None:
             continue
         try:
-            where, _, export, _ = PARTS[name]
-            export(model, folder / where)
+            PARTS[name].write(model, folder / PARTS[name].folder)
             native.append(name)
         except (KeyError, ValueError):  # before anything is written: diffusers has no class for it
             save_model(folder / OURS / name, model)
@@ -101,19 +110,20 @@ def import_unclip(folder: str | Path, clip: Clip | None = None, sampling: Sampli
             raise FileNotFoundError(f"{ours / 'clip'} is missing: pass the CLIP that the models were trained with")
         clip = Clip.from_folder(ours / "clip")
     device, found = clip.mean.device, {}
-    for name, (where, part, _, read) in PARTS.items():
-        if (folder / where / part).is_dir():
-            found[name] = read(folder / where)
+    for name, part in PARTS.items():
+        if (folder / part.folder / part.tells).is_dir():
+            found[name] = part.read(folder / part.folder)
     for name in ("ar_prior", *PARTS):
         if name not in found and (ours / name).is_dir():
             found[name] = load_model(ours / name)
     if "decoder" not in found:
         raise FileNotFoundError(f"there is no decoder in {folder}: name a folder in diffusers' layout")
     for name in ("diffusion_prior", "decoder"):
-        if name in found and found[name].embed_dim != clip.embed_dim:
+        dim = found[name].embed_dim if name in found else clip.embed_dim
+        if dim != clip.embed_dim:
             raise ValueError(
-                f"{folder / PARTS[name][1]} was trained on {found[name].embed_dim}-dimensional embeddings, this CLIP "
-                f"makes {clip.embed_dim}: pass the CLIP that it was trained with, which for Karlo is OpenAI's ViT-L/14"
+                f"{folder / PARTS[name].tells} was trained on {dim}-dimensional embeddings, this CLIP makes "
+                f"{clip.embed_dim}: pass the CLIP that it was trained with, which for Karlo is OpenAI's ViT-L/14"
             )
     if sampling is None:
         sampling = read_sampling(ours) if (ours / SAMPLING_FILE).is_file() else KARLO_SAMPLING

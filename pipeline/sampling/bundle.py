@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 from models.sampling_config import MODELS, PRIORS, UPSAMPLERS, SamplingConfig, largest_side
 from pipeline.graph.artifacts import Artifact, publish_artifact
@@ -64,13 +65,15 @@ def _card(ctx: Context) -> str:
     lines = [
         f"# {ctx.config.project}",
         "",
-        "An unCLIP text-to-image bundle. Load it with `UnCLIP.from_folder(path)`.",
+        "An unCLIP text-to-image model. `UnCLIP.from_folder(path)` loads it as a bundle, and in diffusers' layout",
+        "`DiffusionPipeline.from_pretrained(path, trust_remote_code=True)` does.",
         "",
     ]
     lines += ["| part | key | samples seen |", "| --- | --- | ---: |"]
     for name, part in ctx.inputs.items():
         lines.append(f"| {name} | {part.key[:12]} | {part.recipe.get('samples', '')} |")
-    lines += ["", f"Trained on: {', '.join(ctx.config.source.paths)}."]
+    # Without folders of this machine: a bundle travels.
+    lines += ["", f"Trained on: {', '.join(Path(path).name for path in ctx.config.source.paths)}."]
     if any(path.startswith("emoji:") for path in ctx.config.source.paths):
         lines.append("Images: Twemoji (CC-BY 4.0) and OpenMoji (CC BY-SA 4.0); name them when you show samples.")
     return "\n".join(lines) + "\n"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line import COMMANDS, EXPORTS, SHELLS, SPLITS, command_line, leaves
+from jobs.command_line import COMMANDS, EXPORTS, FORMATS, SHELLS, SPLITS, command_line, leaves
+from jobs.export import LOADING
 from pipeline.data import export
 from pipeline.data.pairs import row_index
 from pipeline.errors import UserError
@@ -64,6 +65,7 @@ def test_words_that_stand_here_are_those_of_the_code() -> None:
     """The parsers import nothing heavy, so they cannot read these."""
     assert SPLITS == row_index.SPLITS
     assert tuple(export.KINDS) == EXPORTS
+    assert tuple(LOADING) == FORMATS
 
 
 @pytest.mark.parametrize("shell", SHELLS)

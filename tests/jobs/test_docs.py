@@ -71,6 +71,9 @@ TESTED = {
     'unclip data search configs/nano.yaml "a red heart" --count 5': "here",
     "unclip data search configs/nano.yaml --image images/3.png --split train": "here",
     "unclip data export configs/nano.yaml --to exported": "here",
+    "unclip export configs/nano.yaml --to shared": "here",
+    "unclip export configs/nano.yaml --to for-diffusers --format diffusers": "here",
+    "unclip export for-diffusers --to back": "here",
     "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",
     "unclip release promote configs/nano.yaml": "here",
     "unclip release diff configs/nano.yaml --set decoder.model.dropout=0.1": "here",
@@ -265,7 +268,7 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
         if "--image" in command:  # it is in the list itself, so it is the nearest
             assert found[0][3].endswith("/images/3.png")
             assert {fields[2] for fields in found} == {"train"}
-    if command.startswith("unclip data export"):
+    if command == "unclip export for-diffusers --to back":  # the last one of the page
         for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), flags=re.DOTALL):
             with chdir(folder):
                 exec(block, {})

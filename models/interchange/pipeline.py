@@ -1,0 +1,92 @@
+# mypy: ignore-errors
+"""The generator as a pipeline of diffusers; a copy of this file and of the code it needs lies in every export.
+
+pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+pipe("a red heart", generator=torch.Generator().manual_seed(0)).images[0]
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from PIL import Image
+from torch import Tensor, nn
+
+MOST = 2**53  # a seed
+
+
+class Generator(ModelMixin):
+    """Holds all models of an unCLIP cascade, so that a pipeline moves them together. They compute in fp32."""
+
+    def __init__(self, unclip: Any):
+        super().__init__()
+        self.unclip = unclip
+        self.models = nn.ModuleDict(
+            {name: value for name, value in vars(unclip).items() if isinstance(value, nn.Module)}
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str, **_: object) -> "Generator":
+        """Opens the export whose part ``path`` is, with the code that lies in it."""
+        sys.path.append(str(path))
+        return cls(importlib.import_module("unclip_models.interchange").import_unclip(Path(path).parent))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Generator":
+        """Moves the codec, too, which is not a module."""
+        if (codec := self.unclip.codec) is not None:
+            self.unclip = replace(self.unclip, codec=codec.to(fn(codec.mean).device))
+        return super()._apply(fn, recurse)
+
+
+class UnCLIPRayPipeline(DiffusionPipeline):
+    """Draws images of captions: a prior, a decoder and up to two upsamplers."""
+
+    def __init__(self, unclip):  # diffusers loads this file twice, and so its Generator is another class
+        super().__init__()
+        self.register_modules(unclip=unclip)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
+        output_type: str = "pil",
+        **options: object,
+    ) -> ImagePipelineOutput:
+        """Draws images.
+
+        Args:
+            prompt: One caption or more.
+            num_images_per_prompt: Images of each caption.
+            generator: Draws a seed for each image.
+            seeds: Of the images, in its place; they give what ``unclip sample --seed`` draws.
+            output_type: "pil", or "np" for uint8 [images, side, side, 3].
+            options: Replace sampling defaults, such as ``size=256`` or ``decoder_steps=50``.
+
+        Returns:
+            Its ``images`` are those of the first caption, then of the second, and so on.
+        """
+        captions = [prompt] if isinstance(prompt, str) else list(prompt)
+        captions = [caption for caption in captions for _ in range(num_images_per_prompt)]
+        if seeds is None:
+            seeds = torch.randint(MOST, (len(captions),), generator=generator).tolist()
+        steps = self.progress_bar(total=1)
+
+        def advance(stage: str, done: int, total: int, *_: object) -> None:
+            if steps.desc != f"{stage}: ":
+                steps.set_description(stage, refresh=False)
+                steps.reset(total)
+            steps.update(done - steps.n)
+
+        with steps:
+            pixels = self.unclip.unclip.generate(captions, seeds, advance, **options).image.numpy()
+        return ImagePipelineOutput(
+            images=[Image.fromarray(image) for image in pixels] if output_type == "pil" else pixels
+        )

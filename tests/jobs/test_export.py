@@ -1,0 +1,53 @@
+"""``unclip export``: a bundle leaves as a folder, draws the same there, and in diffusers' layout it comes back."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.bundles import find_bundle
+from tests.chain import done, here
+from tests.jobs.test_bundles import Draw, draw, run  # noqa: F401
+from tests.jobs.test_mistakes import refused
+
+
+def test_a_bundle_travels(run: Path, draw: Draw, tmp_path: Path) -> None:  # noqa: F811
+    before = draw("sample", "a red heart")[0].read_bytes()
+    said = done(here("export", run, "--to", tmp_path / "shared", cwd=tmp_path))
+    assert 'next: unclip sample "a red heart" --from' in said
+    bundle = find_bundle(str(run))
+    assert find_bundle(str(tmp_path / "shared")).blobs == bundle.blobs
+    for file in (tmp_path / "shared").rglob("*.*"):
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+    shutil.rmtree(run)
+    (after,) = draw("sample", "a red heart", "--from", "shared")
+    assert after.read_bytes() == before
+
+
+def test_to_diffusers_and_back(run: Path, draw: Draw, tmp_path: Path) -> None:  # noqa: F811
+    before = draw("sample", "a red heart")[0].read_bytes()
+    (find_bundle(str(run)).folder / "README.md").write_text("# a card\n")
+    said = done(here("export", run, "--to", "theirs", "--format", "diffusers", cwd=tmp_path))
+    assert "in classes of diffusers: diffusion_prior; all others are in ours/" in said
+    assert (tmp_path / "theirs/README.md").read_text() == "# a card\n"
+    refused(
+        "sample", "a cat", "--from", tmp_path / "theirs", says=["diffusers' layout", "--to NEW makes a bundle of it"]
+    )
+    done(here("export", "theirs", "--to", "back", cwd=tmp_path))
+    (after,) = draw("sample", "a red heart", "--from", "back")
+    assert after.read_bytes() == before
+    refused("export", run, "--to", tmp_path / "back", says=["is not empty; name a new folder with --to"])
+    refused("export", run, "a.b=1", "--to", tmp_path / "new", says=["a.b=1", "is not a project"])
+    refused("export", tmp_path / "nowhere", "--to", tmp_path / "new", says=["no finished bundle there"])
+
+
+@pytest.mark.parametrize("kind", ["bundle", "diffusers"])
+def test_damage_is_one_line(kind: str, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    done(here("export", run, "--to", tmp_path / "made", "--format", kind))
+    weights = next((tmp_path / "made").rglob("*.safetensors"))
+    weights.write_bytes(b"not tensors")
+    ended = here("export", tmp_path / "made", "--to", tmp_path / "again", "--format", "diffusers")
+    assert ended.returncode == 2
+    assert re.fullmatch(r"error: .*is damaged .*\n", ended.stderr)
+    assert not (tmp_path / "again").exists()
