@@ -23,7 +23,9 @@ from cluster.job import PROJECT_FILE
 from models.clip_weights import ClipWeights
 from pipeline.config import Config
 from pipeline.data.source.journal import FORGOTTEN, ListJournal, reference_mark
-from pipeline.data.source.lists import ROWS_SUFFIX, ListRow, read_rows, write_rows
+from pipeline.data.source.lists import read_rows
+from pipeline.data.source.rows import ROWS_SUFFIX, ListRow, write_rows
+from pipeline.data.source.tables import table_kind
 from pipeline.errors import UserError
 from pipeline.local import Reach
 from pipeline.parse import ContentFile
@@ -35,7 +37,6 @@ CODE = ("models", "pipeline", "jobs", "cluster")
 PACKAGES = "packages"  # their folder in a store
 LARGEST = 100 << 20  # bytes; as much as Ray keeps of a package, for which this is its own limit too
 NAMED = 5  # of the largest files, in a message
-TABLES = (".parquet", ".csv", ".tsv")
 ELSEWHERE = ("file:", "tar:", "embedding:", "/")  # references to files, which every machine must have at the same place
 
 
@@ -183,7 +184,7 @@ def _module(name: str) -> dict[str, Path | bytes]:
 
 def _travels(path: str, config: Config) -> bool:
     """Says whether a list can travel: it is a file, and its images are not files beside it."""
-    if Path(path).suffix.lower() not in TABLES or not Path(path).expanduser().is_file():
+    if table_kind(path) is None or not Path(path).expanduser().is_file():
         return False
     return not any(row.url.startswith(ELSEWHERE) and not row.reject for row in read_rows(path, config.source))
 

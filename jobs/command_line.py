@@ -97,7 +97,10 @@ def _stages(parser: Parser) -> None:
 
 def _init(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="of the project; NAME.yaml is written")
-    kinds = "a .csv, .tsv or .parquet of url and caption, a folder of a.jpg and a.txt, or a webdataset .tar"
+    kinds = (
+        "a .csv, .tsv, .jsonl or .parquet of url and caption, a folder of a.jpg and a.txt or with metadata.jsonl, "
+        "webdataset tars, or embeddings of clip-retrieval"
+    )
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help=kinds)
     parser.add_argument("--image-column", default="url", metavar="COLUMN", help="of references (default url)")
     parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help="of captions (default caption)")
@@ -191,12 +194,12 @@ def _edit(parser: Parser) -> None:
     commands = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     kinds = {name: _below(commands, name, text) for name, text in EDITS.items()}
     for name in ("variations", "textdiff", "reconstruct", "components"):
-        kinds[name].add_argument("image", type=Path, metavar="IMAGE", help="a PNG, JPEG or WebP file")
+        kinds[name].add_argument("image", type=Path, metavar="IMAGE", help="an image file, such as PNG or JPEG")
     kind = kinds["variations"]
     kind.add_argument("--count", type=int, default=8, help="how many (8)")
     kind.add_argument("--eta", type=float, default=1.0, help="how free they are, from 0 to 1 (1)")
     kind = kinds["interpolate"]
-    kind.add_argument("first", type=Path, metavar="A", help="a PNG, JPEG or WebP file")
+    kind.add_argument("first", type=Path, metavar="A", help="an image file, such as PNG or JPEG")
     kind.add_argument("second", type=Path, metavar="B", help="another")
     kind.add_argument("--count", type=int, default=9, help="images, both ends included (9)")
     kind.add_argument("--animate", action="store_true", help="a WebP that goes forth and back, in place of a strip")

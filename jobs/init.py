@@ -9,12 +9,14 @@ from pathlib import Path
 from jobs.bundles import find_bundle
 from pipeline.config import check_project
 from pipeline.data.fetch.references import shown
-from pipeline.data.source.peek import MOST_COUNTED, Look, look
+from pipeline.data.pairs.peek import MOST_COUNTED, Look, look
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
+from pipeline.ledger import REASONS
 from pipeline.progress import counted
 from pipeline.starter import CLIP_PAIRS, existing_clip, starter
 
+NAMED = 3  # images that cannot be opened
 ENOUGH = 1000  # pairs, below which models memorise images
 
 
@@ -79,6 +81,7 @@ def _remarks(seen: Look) -> Iterator[str]:
     if seen.flaws:
         many = counted(len(seen.flaws), "row")
         yield f"warning: {many} more cannot be read and will be left out; the first: {seen.flaws[0]}"
+    yield from (f"warning: {left}" for left in seen.unread)
     if bare := seen.rows - len(seen.captions):
         yield f"warning: {bare:,} of them have no caption and will not be trained on"
     if seen.forbidden:
@@ -87,7 +90,9 @@ def _remarks(seen: Look) -> Iterator[str]:
             f"{shown(seen.forbidden[0])[:200]!r}; if that is yours, name its folder or s3://BUCKET under source.roots"
         )
     if seen.unopened:
-        of = len(seen.sides) + seen.unopened
-        yield f"warning: {seen.unopened} of the first {of} images cannot be opened; a run says why, row by row"
+        of = len(seen.sides) + len(seen.unopened)
+        yield f"warning: {len(seen.unopened)} of the first {of} images cannot be opened and will be left out:"
+        for url, reason in seen.unopened[:NAMED]:
+            yield f"    {url.removeprefix('file://')}: {reason}: {REASONS[reason]}"
     if small := len(seen.sides) - seen.reaching(64):
         yield f"warning: {small} of the first {len(seen.sides)} images are below 64 px, too small to train on"

@@ -26,7 +26,8 @@ from jobs.project import Project
 from pipeline.config import Config
 from pipeline.cost.observed import Seen, observe
 from pipeline.data.source.emoji.server import serving
-from pipeline.data.source.lists import ListRow, reach, read_rows
+from pipeline.data.source.lists import reach, read_rows
+from pipeline.data.source.rows import ListRow
 from pipeline.evaluate.stage import ROWS
 from pipeline.held_out import FEWEST
 from pipeline.progress import counted, duration

@@ -30,7 +30,8 @@ REASONS = {
     "too_large": "more bytes than the budget",
     # decode
     "zero_bytes": "an empty body",
-    "not_an_image": "the bytes are not a PNG, JPEG or WebP",
+    "not_an_image": "the bytes are not an image of a kind that is read; in a tar: not a PNG, JPEG or WebP",
+    "needs_heif": "a HEIC image, which takes the extra heif: pip install 'pillow-heif>=1,<2'",
     "too_many_pixels": "more pixels than the budget, by the header",
     "truncated": "the image ends early",
     "hash_mismatch": "other bytes than the list's hash says",
@@ -53,8 +54,8 @@ REASONS = {
     "prompt_too_long": "more tokens than the text models read",
 }
 
-# These rows are deferred, because the server may answer later. All other reasons reject a row.
-DEFERRED = frozenset({"http_5xx", "rate_limited", "timeout", "unreachable"})
+# These rows are deferred: the server may answer later, the package may be installed. All other reasons reject a row.
+DEFERRED = frozenset({"http_5xx", "rate_limited", "timeout", "unreachable", "needs_heif"})
 
 
 def status_of(reason: str | None) -> str:

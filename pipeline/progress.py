@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from shutil import get_terminal_size
 from threading import Lock, RLock
 from typing import Self, TextIO, TypeVar
@@ -209,3 +211,10 @@ def under_way(stage: str) -> str:
         return ""
     title = lines[-1].name.removeprefix(stage).strip()
     return f"{title}: {lines[-1].line()}" if title else lines[-1].line()
+
+
+@cache  # a stage of many passes says it once, and so does a list that is read more than once
+def say_once(text: str) -> None:
+    """Logs a line, once in a process; an empty one never."""
+    if text:
+        logging.getLogger("unclip").info(text)

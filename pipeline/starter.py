@@ -13,7 +13,7 @@ import yaml
 
 from models.sampling_config import MODELS, PRIORS, largest_side
 from pipeline.config import Config, preset_config
-from pipeline.data.source.peek import Look
+from pipeline.data.pairs.peek import Look
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.held_out import FEWEST
@@ -57,7 +57,7 @@ source:
   paths: # in order, relative to this file; lists appended here later cost only their own rows
 {paths}
   # roots: [/data/images, s3://BUCKET] # what lists may name besides the web and files in their own folder
-  # Columns of a .csv, .tsv or .parquet; its columns group, split and sha256 are read too, if it has them.
+  # Columns of a table, or else the one such as URL, file_name, TEXT or prompt; group, split and sha256 are read too.
   image_column: {image_column}
   caption_column: {caption_column}
   # Held out of training, by a hash of the row's group or else reference, so that the models can be judged.
@@ -123,8 +123,8 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
     lists = [f"- {_scalar(path)}" for path in source.paths]
     if seen is None:
         lists = [
-            f"- {source.paths[0]} # put your own here: a .csv, .tsv or .parquet with the columns below,",
-            "# - images # a folder of a.jpg and a.txt,",
+            f"- {source.paths[0]} # put your own here: a .csv, .tsv, .jsonl or .parquet with the columns below,",
+            "# - images # a folder of a.jpg and a.txt, or an imagefolder with metadata.jsonl,",
             "# - shards/00000.tar # webdataset tars, used where they lie; as many lists as you like",
         ]
     return (

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 # Tests run side by side: OpenMP's threads must not spin while they wait for each other on cores that others use.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from pipeline.graph import ray as launch
+from pipeline.progress import say_once
 from pipeline.store import Store, open_store
 from tests.seaweed import Server, serving
 
@@ -32,7 +32,7 @@ os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.d
 @pytest.fixture(autouse=True)
 def _as_at_the_start() -> None:
     """Our log, what it has said, and Ray's token are as at the start of a process, whatever ran before has set."""
-    launch.say_once.cache_clear()
+    say_once.cache_clear()
     log, root = logging.getLogger("unclip"), logging.getLogger()
     log.disabled, log.propagate = False, True
     log.setLevel(logging.NOTSET)

@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.resources import Machine, Settings, Share, Team, amount_of, cores_of, team_of
 from pipeline.graph.stages import Context
+from pipeline.progress import say_once
 from pipeline.settings import RaySettings
 
 log = logging.getLogger("unclip")
@@ -320,9 +320,3 @@ def _lacking(ray: Any, stage: str, team: Team) -> str:
     total = ray.cluster_resources()
     has = f"{amount_of(total.get('CPU', 0), 'core')} and {amount_of(total.get('GPU', 0), 'GPU')}"
     return f"{stage}: Ray has no room for {team}; it has {has}, {int(total.get('memory', 0)) >> 20:,} MiB for workers"
-
-
-@cache  # a stage of many passes says it once
-def say_once(text: str) -> None:
-    """Logs a line, once in a process."""
-    log.info(text)

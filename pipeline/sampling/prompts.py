@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.source.tables import Flaw, table_rows
+from pipeline.data.source.columns import Flaw
+from pipeline.data.source.tables import table_rows
 from pipeline.errors import UserError
 from pipeline.local import open_local
 

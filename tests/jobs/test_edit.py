@@ -273,8 +273,8 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
         (["variations", "none.png"], "none.png: cannot be read (No such file or directory)"),
         (["variations", "."], ".: cannot be read (Is a directory)"),
         (
-            ["variations", "other.bmp"],
-            "other.bmp: cannot be taken (not_an_image: the bytes are not a PNG, JPEG or WebP)",
+            ["variations", "other.ico"],
+            "other.ico: cannot be taken (not_an_image: the bytes are not an image of a kind that is read",
         ),
         (["variations", "empty.png"], "empty.png: cannot be taken (zero_bytes"),
         (["reconstruct", "cut.png"], "cut.png: cannot be taken (truncated"),
@@ -306,7 +306,7 @@ def test_mistakes_are_told_in_a_line(
     (folder / "empty.png").write_bytes(b"")
     (folder / "cut.png").write_bytes((folder / "cat.png").read_bytes()[:200])
     Image.new("1", (9000, 9000)).save(folder / "big.png")
-    Image.new("RGB", (9, 9)).save(folder / "other.bmp")
+    Image.new("RGB", (9, 9)).save(folder / "other.ico")
     assert main(["edit", *words]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("  ")]
     assert line.startswith("error: ")

@@ -15,7 +15,7 @@ import yaml
 from jobs.cli import main
 from models.sampling_config import MODELS
 from pipeline.config import Config, load_config, make_config, preset_config
-from pipeline.data.source.peek import look
+from pipeline.data.pairs.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.starter import CLIP_WEIGHTS, starter
 from pipeline.store import open_store
@@ -130,8 +130,8 @@ def test_what_a_run_would_leave_out_is_named(files: dict, says: str, models: tup
 @pytest.mark.parametrize(
     ("source", "looked_for"),
     [
-        ("pictures", "/pictures/0.txt for 0.png, and so on (metadata.jsonl is not read)"),
-        ("00000.tar", "000.txt or 000.caption has the caption of 000.jpg"),
+        ("pictures", "/pictures/0.txt for 0.png, and so on, or write {"),
+        ("00000.tar", "000.txt, 000.caption or the caption in 000.json belongs to 000.jpg"),
         ("pairs.csv", "its column caption is empty"),
         ("pairs.parquet", "its column caption is empty"),
     ],
@@ -141,8 +141,6 @@ def test_a_list_without_any_caption_is_refused(
 ) -> None:
     monkeypatch.setattr("tests.jobs.test_init.CAPTIONS", ["", " ", "", "\n", ""])
     (tar if source.endswith("tar") else folder if source == "pictures" else partial(table, source[6:]))()
-    Path("pictures").mkdir(exist_ok=True)
-    Path("pictures/metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
     Path("run.yaml").write_text(f"project: mine\npreset: nano\nstore: store\nsource: {{paths: [{source}]}}\n")
     for words in (["init", "mine", source], ["plan", "run.yaml"], ["run", "run.yaml"]):
         assert main(words) == 2
@@ -157,11 +155,28 @@ def test_a_list_without_any_caption_is_refused(
 def test_without_a_list_it_names_one_of_each_kind(capsys: Output) -> None:
     assert made("mine").source.paths == ("pairs.csv",)
     text = Path("mine.yaml").read_text()
-    assert all(kind in text for kind in (".csv, .tsv or .parquet", "a folder of a.jpg and a.txt", "webdataset tars"))
+    assert all(kind in text for kind in (".csv, .tsv, .jsonl or", "a folder of a.jpg and a.txt", "webdataset tars"))
     assert "put your list under source.paths first" in capsys.readouterr().out
     assert main(["plan", "mine.yaml"]) == 2
     where = f"no such file or folder in {Path.cwd()}"
     assert capsys.readouterr().err == f"error: source pairs.csv: no such file or folder {where}\n"
+
+
+def test_what_cannot_be_opened_is_named_with_why_and_so_are_files_that_are_not_read(capsys: Output) -> None:
+    folder()
+    for i in range(4):
+        Path(f"pictures/x{i}.png").write_bytes(b"<html>")
+    for name in ("note.txt", "clip.mp4", "talk.mp4", ".hidden"):
+        Path(f"pictures/{name}").write_text("")
+    made("mine", "pictures")
+    output = capsys.readouterr().out
+    assert "warning: 4 of the first 9 images cannot be opened and will be left out:\n" in output
+    assert [line.split(":")[0] for line in output.splitlines() if line.startswith("    /")] == [
+        f"    {Path.cwd()}/pictures/x{i}.png" for i in range(3)
+    ]
+    assert "x2.png: not_an_image: the bytes are not an image" in output
+    assert "3 files in " in output
+    assert "are not read: 2 .mp4 (such as clip.mp4), 1 .txt without an image (such as note.txt)\n" in output
 
 
 def test_other_columns(capsys: Output) -> None:
@@ -177,9 +192,14 @@ def test_other_columns(capsys: Output) -> None:
         (["a/b", "pairs.csv"], "project: 'a/b' is not a plain name"),
         (["", "pairs.csv"], "project: '' is not a plain name"),
         (["mine", "gone.csv"], "source gone.csv: no such file or folder"),
-        (["mine", "pairs.csv", "list.json"], "source list.json: not a .parquet, .csv, .tsv or .tar file, nor a folder"),
+        (
+            ["mine", "pairs.csv", "list.json"],
+            "list.json: not a .parquet, .csv, .tsv, .jsonl or .tar file, nor a folder",
+        ),
         (["mine", "empty"], "source empty: no rows"),
-        (["mine", "laion.csv"], "has URL, TEXT. Set source.image_column or source.caption_column, here with --image"),
+        (["mine", "links.csv"], "has link, TEXT. Set source.image_column or source.caption_column, here with --image"),
+        (["mine", "two.csv"], "no column caption; prompt and text could be meant"),
+        (["mine", "bare.tsv"], "it has http://closed.test/a.png, a cat; line 1 has to name the columns"),
         (["taken", "pairs.csv"], "taken.yaml is there already and stays as it is"),
     ],
 )
@@ -187,7 +207,9 @@ def test_mistakes_are_one_line_and_write_nothing(words: list[str], says: str, he
     table("csv")
     (here / "empty").mkdir()
     (here / "list.json").write_text("[]")
-    (here / "laion.csv").write_text("URL,TEXT\nhttp://closed.test/a.png,a cat\n")
+    (here / "links.csv").write_text("link,TEXT\nhttp://closed.test/a.png,a cat\n")
+    (here / "two.csv").write_text("url,prompt,text\nhttp://closed.test/a.png,a cat,a dog\n")
+    (here / "bare.tsv").write_text("http://closed.test/a.png\ta cat\n")
     (here / "taken.yaml").write_text("mine\n")
     before = sorted(here.iterdir())
     assert main(["init", *words]) == 2

@@ -5,7 +5,7 @@ import random
 import pytest
 import yaml
 
-from pipeline.data.source.peek import Look
+from pipeline.data.pairs.peek import Look
 from pipeline.starter import CAPTION_BYTES, SHARE, _captions, _scalar, shortest_share
 
 

@@ -31,10 +31,13 @@ from PIL import Image
 from pipeline.data.pairs.image import (
     MAX_BYTES,
     MAX_PIXELS,
+    READ,
     StoredImage,
     Storing,
+    heif_is_there,
     inspect,
     load_resizer,
+    measure,
     opacity,
     prepare,
 )
@@ -62,7 +65,7 @@ def seconds(pixels: int) -> float:
 
 
 class ImageDecoder:
-    """Calls ``image.prepare``, ``opacity`` and ``inspect`` in a child process, which is started when it is needed.
+    """Calls ``image.prepare``, ``opacity``, ``inspect`` and ``measure`` in a child process, started when it is needed.
 
     All give "decoder_crashed" for bytes that killed it twice, and "decode_timeout" for bytes that took more processor
     time than their pixels may, or more time than ``max_pixels`` may. All raise UserError if it does not start at all.
@@ -91,7 +94,14 @@ class ImageDecoder:
 
     def inspect(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
         """Calls image.inspect."""
-        said, _ = self._ask("inspect", data, max_pixels, [max_pixels])
+        return self._size("inspect", data, max_pixels)
+
+    def measure(self, data: bytes, max_pixels: int) -> tuple[int, int] | str:
+        """Calls image.measure."""
+        return self._size("measure", data, max_pixels)
+
+    def _size(self, name: str, data: bytes, max_pixels: int) -> tuple[int, int] | str:
+        said, _ = self._ask(name, data, max_pixels, [max_pixels])
         return said if isinstance(said, str) else (said[0], said[1])
 
     def start(self) -> None:
@@ -159,7 +169,7 @@ def shared_decoder() -> ImageDecoder:
 def open_image(path: Path) -> Image.Image:
     """Opens an image that a user names, as pairs would store it, but without loss and with a short side of 1024 px.
 
-    Raises UserError for a file that cannot be read or is not a PNG, JPEG or WebP, and for one above the budgets of
+    Raises UserError for a file that cannot be read or is of another kind than READ, and for one above the budgets of
     bytes and pixels that pairs has by default.
     """
     try:
@@ -171,7 +181,7 @@ def open_image(path: Path) -> Image.Image:
     found = shared_decoder().prepare(data, MAX_PIXELS, OWN)
     if isinstance(found, str):
         raise UserError(
-            f"{path}: cannot be taken ({found}: {REASONS[found]}); name a PNG, JPEG or WebP of at most "
+            f"{path}: cannot be taken ({found}: {REASONS[found]}); name a {READ} of at most "
             f"{MAX_PIXELS // 10**6} million pixels"
         )
     return Image.open(io.BytesIO(found.data))
@@ -214,6 +224,8 @@ def _receive(pipe: BinaryIO | Any) -> tuple[Any, bytes]:
 
 def _answer(name: str, arguments: list[Any], data: bytes) -> tuple[Any, bytes]:
     try:
+        if name == "measure":
+            return measure(data, *arguments), b""
         if name == "inspect":
             return inspect(data, *arguments, starts=_limit_to), b""
         max_pixels, storing = arguments
@@ -231,6 +243,7 @@ def _limit_to(pixels: int) -> None:
 def main() -> None:
     """Answers requests until stdin closes, the parent is gone, or no request came for a while."""
     load_resizer()  # before memory is limited by what is mapped
+    heif_is_there()
     with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")
     warnings.simplefilter("ignore")  # of odd metadata and large images, which are judged here

@@ -22,6 +22,20 @@ from PIL import Image, ImageOps
 from models.view import upright_rgb
 
 MAX_BYTES, MAX_PIXELS = 32 << 20, 64_000_000  # of an image, unless a recipe says otherwise
+READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
+IN_PLACE = ("PNG", "JPEG", "WEBP")
+BEGINNINGS = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+BRANDS = dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIF") | dict.fromkeys(
+    (b"avif", b"avis"), "AVIF"
+)
 MAX_SCANS = 500  # of a JPEG; encoders write about 10
 LONGEST_SIDE = 8  # times image_size: the long side of what is stored
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # of a JPEG: no escaped byte, no padding, no restart
@@ -62,8 +76,8 @@ def prepare(
 ) -> StoredImage | str:
     """Returns the image in ``data`` as it is to be stored, or the reason why it cannot be.
 
-    Takes PNG, JPEG and WebP by their first bytes (of an animation the first frame; no GIF). The header's pixel count
-    and a JPEG's scans are checked before anything is decoded; ``starts`` is called with that count when decoding
+    Takes images of the kinds READ by their first bytes (of an animation the first frame). The header's pixel count and
+    a JPEG's scans are checked before anything is decoded; ``starts`` is called with that count when decoding
     starts. Images become what ``shown`` makes of them, in three channels. The long side may be LONGEST_SIDE
     times ``image_size``, which bounds what is stored. Equal input gives equal bytes.
     """
@@ -133,29 +147,66 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def inspect(data: bytes, max_pixels: int, *, starts: Callable[[int], object] = int) -> tuple[int, int] | str:
-    """Returns width and height, upright, of an image that ``prepare`` would take but for its sides, or the reason."""
+    """Returns width and height, upright, of an image that can be used as it lies, or the reason why it cannot.
+
+    It is one that ``prepare`` would take but for its sides, and a PNG, JPEG or WebP: trainings decode it again.
+    """
+    if kind_of(data) not in ("", *IN_PLACE):
+        return "not_an_image"
     upright = _decode(data, max_pixels, starts, upright_rgb)
     return upright if isinstance(upright, str) else upright.size
 
 
+def measure(data: bytes, max_pixels: int) -> tuple[int, int] | str:
+    """Returns width and height of an image by its header, or the reason why ``prepare`` would not open it."""
+    opened = _decode(data, max_pixels, int, None)
+    return opened if isinstance(opened, str) else opened.size
+
+
+def kind_of(data: bytes) -> str:
+    """Returns the kind of an image by its first bytes, as Pillow calls it, "" for none of READ."""
+    if data[4:8] == b"ftyp" and (data[8:12] in BRANDS or data[8:12] in (b"mif1", b"msf1")):
+        # The two general brands are followed by those that say more.
+        return BRANDS.get(data[8:12]) or ("AVIF" if b"avif" in data[16:64] else "HEIF")
+    if (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
+        return "WEBP"
+    return next((kind for begin, kind in BEGINNINGS.items() if data.startswith(begin)), "")
+
+
+@cache
+def heif_is_there() -> bool:
+    """Returns whether HEIC can be read, which takes the package of the extra ``heif``, and makes Pillow read it."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
+    return True
+
+
 def _decode(
-    data: bytes, max_pixels: int, starts: Callable[[int], object], shown: Callable[[Image.Image], Image.Image]
+    data: bytes, max_pixels: int, starts: Callable[[int], object], shown: Callable[[Image.Image], Image.Image] | None
 ) -> Image.Image | str:
+    """Returns what ``shown`` makes of an image, or without it the image of which only the header is read."""
     if not data:
         return "zero_bytes"
-    if not (data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")):
+    if not (kind := kind_of(data)):
         return "not_an_image"
+    if kind == "HEIF" and not heif_is_there():
+        return "needs_heif"
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
                 return "too_many_pixels"
-            if data.startswith(b"\xff\xd8") and too_many_scans(data):
+            if shown is None:
+                return image
+            if kind == "JPEG" and too_many_scans(data):
                 return "decode_error"
             starts(pixels)
             image.load()
             # The decoder of WebP keeps two canvases as long as its image is there.
-            plain = image.copy() if image.format == "WEBP" else image
+            plain = image.copy() if kind == "WEBP" else image
         del image
         return shown(plain)
     except Image.DecompressionBombError:

@@ -21,8 +21,8 @@ from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, o
 from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.pairs.unfinished import Unfinished
 from pipeline.data.source.imported import SCHEME, read_imported
-from pipeline.data.source.lists import tar_place
 from pipeline.data.source.stage import row_key
+from pipeline.data.source.tars import tar_place
 from pipeline.graph.artifacts import read_table, write_table
 from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger, status_of

@@ -25,7 +25,8 @@ from pydantic import Field, NonNegativeFloat
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_mark
-from pipeline.data.source.lists import ListRow, fingerprint, read_rows, written_rows
+from pipeline.data.source.lists import fingerprint, read_rows, unread
+from pipeline.data.source.rows import ListRow, written_rows
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
     SEGMENTS,
@@ -39,12 +40,12 @@ from pipeline.graph.damage import create_record, read_record, set_aside
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.local import Reach
-from pipeline.progress import counted
+from pipeline.progress import counted, say_once
 from pipeline.store import Store
 from pipeline.store.records import digest, put_blob, read_blob
 
 VERSION = 1
-LAYOUT = 3  # of the records of segments, which no key counts
+LAYOUT = 4  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
 HASHES_A_BLOB = 1 << 20
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
@@ -61,10 +62,10 @@ class SourceRecipe:
     """Says where pairs come from, and which rows are held out.
 
     Attributes:
-        paths: Lists, in order: ``.parquet``, ``.csv``, ``.tsv``, a folder of ``a.jpg`` and ``a.txt``, a folder of
-            embeddings as clip-retrieval writes them, a webdataset ``.tar``, or emoji, drawn by the packages of the
-            ``demo`` extra: ``emoji:full``, ``emoji:tiny`` (some 1,500), ``emoji:nano`` (320), ``emoji:flawed``
-            (nine rows that are all rejected, each for another reason).
+        paths: Lists, in order: ``.parquet``, ``.csv``, ``.tsv`` or ``.jsonl``, a folder of images and texts, an
+            imagefolder, a webdataset ``.tar``, a folder of tables or tars, embeddings of clip-retrieval, or emoji,
+            drawn by the packages of the ``demo`` extra: ``emoji:full``, ``emoji:tiny`` (some 1,500), ``emoji:nano``
+            (320), ``emoji:flawed`` (nine rows that are all rejected, each for another reason).
         image_column: The image's reference: http(s), s3 or file.
         caption_column: Text, or a list of texts.
         group_column: Rows of a group share a split; optional in the list.
@@ -170,6 +171,7 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
             for earlier in unseen:
                 _see(seen, *earlier, cutter)
             unseen = []
+            say_once(unread(path, recipe))
             segment = cutter.cut(name, index, f"source {path}", partial(read_rows, path, recipe), seen)
             if not segment.shards:
                 raise UserError(f"source {path}: no rows")

@@ -1,44 +1,42 @@
-"""Reads tables of rows: CSV, TSV and Parquet. A line or a value that cannot be read costs its own row, and says why.
+"""Reads tables of rows: CSV, TSV, JSONL and Parquet. What cannot be read costs its own row, and says why.
 
 A CSV or TSV file is read by its physical lines, each of which is one row, an empty line, or a part of a quoted value
-that spans lines. A quotation mark that is not closed as it should be therefore never swallows the rows behind it.
+that spans lines. A quotation mark that is not closed as it should be therefore never swallows the rows behind it. In a
+JSONL file each line is an object. Files of text may be compressed with gzip.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import json
 import re
-from collections import Counter, deque
+import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pyarrow.types as t
-
+from pipeline.data.source.columns import IMAGES, LIMIT, Flaw, columns_of, text_of
+from pipeline.data.source.parquet import parquet_rows
 from pipeline.errors import UserError
 from pipeline.local import open_local
 from pipeline.progress import counted
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-LIMIT = 1 << 20  # characters of a row of a CSV or TSV file, of a value in Parquet, of a file of captions
-BATCH_ROWS = 10_000  # read from a Parquet file at once, at most
-BATCH_BYTES = 64 << 20  # of the columns that are used, about
 _HEAD = 1 << 20  # bytes by which the encoding of a file is judged
+HEAD_LINES = 100  # of a JSONL file, which say what columns it has
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
 
 csv.field_size_limit(LIMIT)
 
 
-@dataclass(frozen=True)
-class Flaw:
-    """Says why a row cannot be read: a reason of pipeline.ledger, and for a message what is wrong, and where."""
-
-    reason: str
-    what: str
+def table_kind(name: str) -> str | None:
+    """Returns which of SUFFIXES a name ends with, without ``.gz``, or None for what is not a table."""
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
+    return suffix and suffix.removesuffix(".gz")
 
 
 def table_rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[list[Any] | Flaw]:
@@ -47,44 +45,48 @@ def table_rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> It
     A value is text, a list of texts and Nones, or None where it is empty or its column is absent.
 
     Args:
-        path: Of a CSV, TSV or Parquet file.
-        needed: The columns of the references of images and of the captions.
+        path: Of a CSV, TSV, JSONL or Parquet file.
+        needed: The columns of the references of images and of the captions. Where one has the name that it has by
+            default and is absent, the one column of a name in KNOWN is taken.
         optional: Other columns.
 
     Raises:
         UserError: for a file that cannot be read, is not UTF-8, lacks a column, or has one twice or of another type.
     """
-    rows = _parquet_rows if path.suffix.lower() == ".parquet" else _text_rows
+    rows = parquet_rows if table_kind(path.name) == ".parquet" else _text_rows
     return rows(path, [*needed, *optional], len(needed))
 
 
-def _places(path: Path, names: Sequence[str], wanted: Sequence[str], needed: int) -> list[int | None]:
-    """Returns where the wanted columns are among the columns of a file."""
-    counts = Counter(names)
-    for column in wanted[:needed]:
-        if not counts[column]:
-            raise UserError(
-                f"source {path}: no column {column}; it has {', '.join(names)}. "
-                "Set source.image_column or source.caption_column"
-            )
-    for column in wanted:
-        if counts[column] > 1:
-            raise UserError(f"source {path}: {counts[column]} columns are called {column}; rename all but one")
-    return [names.index(column) if counts[column] else None for column in wanted]
-
-
-# --- CSV and TSV ------------------------------------------------------------------------------------------------------
+# --- CSV, TSV and JSONL -----------------------------------------------------------------------------------------------
 
 
 def _text_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
-    with open_local(path) as file:
+    kind = table_kind(path.name)
+    with _unpacked(path) as file:
         head = file.read(_HEAD)
         _check_encoding(path, head)
         file.seek(0)
         # Bytes that are not UTF-8 become lone surrogates, which only their own row is asked for.
         end = "\n" if b"\n" in head else "\r"
         text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=end)
-        yield from _Lines(path, text, "\t" if path.suffix.lower() == ".tsv" else ",", end).rows(wanted, needed)
+        lines = _Lines(path, text, "\t" if kind == ".tsv" else ",", end)
+        yield from lines.objects(head, wanted, needed) if kind == ".jsonl" else lines.rows(wanted, needed)
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file of text, which gzip may have compressed."""
+    with open_local(path) as file:
+        if not path.name.lower().endswith(".gz"):
+            yield file
+            return
+        try:
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield unpacked  # type: ignore[misc]
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise UserError(
+                f"source {path}: cannot be unpacked ({e}); compress it again, or name it unpacked"
+            ) from None
 
 
 def _check_encoding(path: Path, head: bytes) -> None:
@@ -131,7 +133,8 @@ class _Lines:
         header = self._record(self._take())
         if header is None:
             raise UserError(f"source {self._path}: line 1, which names the columns, has a stray quotation mark")
-        places = _places(self._path, header, wanted, needed)
+        found = columns_of(self._path, header, wanted, needed)
+        places = [None if name is None else header.index(name) for name in found]
         self._columns, self._image = len(header), places[0] or 0
         while line := self._take():
             if not line.strip("\r\n"):
@@ -152,6 +155,24 @@ class _Lines:
             else:
                 values = ["" if place is None else cells[place] for place in places]
                 yield _lone_surrogate(wanted, values, number) or [value or None for value in values]
+
+    def objects(self, head: bytes, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
+        """Yields the rows of lines of which each is a JSON object. Those of ``head`` say which columns there are."""
+        first = [row for row in map(parsed_object, head.splitlines()[:HEAD_LINES]) if isinstance(row, dict)]
+        found = columns_of(self._path, list(dict.fromkeys(name for row in first for name in row)), wanted, needed)
+        while line := self._take():
+            if not line.strip():
+                continue
+            row = parsed_object(line) if len(line) <= LIMIT else f"has over {LIMIT:,} characters"
+            if isinstance(row, str):
+                yield Flaw("malformed_row", f"line {self._number} {row}")
+                continue
+            try:
+                yield [_member(row.get(name or ""), several=place == 1) for place, name in enumerate(found)]
+            except UnicodeEncodeError:
+                yield Flaw("not_utf8", f"line {self._number} holds a byte that is not UTF-8, or half a character")
+            except ValueError as e:
+                yield Flaw("malformed_row", f"line {self._number} {e}")
 
     def _take(self) -> str:
         """Returns the next line, "" at the end; of one that is too long no more than shows that it is."""
@@ -210,6 +231,26 @@ class _Lines:
         return "://" in reference or reference.startswith("/") or reference.lower().endswith(IMAGES)
 
 
+def parsed_object(line: str | bytes) -> dict[str, Any] | str:
+    """Returns the JSON object of a line, or what is wrong with it."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return "is not JSON"
+    return found if isinstance(found, dict) else "is not a JSON object"
+
+
+def _member(value: Any, several: bool) -> Any:
+    """Returns a value of a JSON object as text, or as a list of texts. Raises ValueError for any other."""
+    if isinstance(value, list) and several:
+        return [_member(each, several=False) for each in value]
+    if isinstance(value, list | dict):
+        raise ValueError("has a list or an object where a text belongs")
+    text = text_of(value) or None
+    (text or "").encode()
+    return text
+
+
 def _unquoted(cell: str) -> str:
     """Returns a cell of a TSV file, whose quotation marks stand for themselves unless both ends have one."""
     found = QUOTED.fullmatch(cell)
@@ -227,96 +268,3 @@ def _lone_surrogate(wanted: Sequence[str], values: Sequence[str], number: int) -
             byte = ord(value[e.start]) - 0xDC00
             return Flaw("not_utf8", f"line {number}, column {column} holds byte 0x{byte:02x}, which is not UTF-8")
     return None
-
-
-# --- Parquet ----------------------------------------------------------------------------------------------------------
-
-
-def _parquet_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
-    number = 0
-    try:
-        with open_local(path) as opened, pq.ParquetFile(opened, buffer_size=1 << 20) as file:
-            schema = file.schema_arrow
-            places = _places(path, schema.names, wanted, needed)
-            used = [column for column, place in zip(wanted, places, strict=True) if place is not None]
-            for i, column in enumerate(wanted):
-                if column in used:
-                    _check_type(path, column, schema.field(column).type, i)
-            for batch in _batches(file, used):
-                columns = [_values(batch[c]) if c in used else [None] * batch.num_rows for c in wanted]
-                for row in zip(*columns, strict=True):
-                    number += 1
-                    yield _texts(wanted, row, number)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        where = f" behind row {number:,}" if number else ""
-        raise UserError(f"source {path}: cannot be read{where} ({(str(e) or repr(e)).splitlines()[0]})") from None
-
-
-def _check_type(path: Path, column: str, kind: pa.DataType, place: int) -> None:
-    """Refuses a column of values that it cannot hold.
-
-    These are references in the first column, captions or lists of them in the second, and in any other what can be
-    written as text.
-    """
-    inner = kind.value_type if place == 1 and (t.is_list(kind) or t.is_large_list(kind)) else kind
-    plain = inner.value_type if t.is_dictionary(inner) else inner
-    text = (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary, t.is_null)
-    number = (t.is_integer, t.is_floating, t.is_boolean, t.is_decimal, t.is_temporal)
-    if not any(is_it(plain) for is_it in (text if place == 0 or inner is not kind else (*text, *number))):
-        wants = "references as text" if place == 0 else "text, or lists of text" if place == 1 else "text or numbers"
-        raise UserError(
-            f"source {path}: column {column} holds {kind}, not {wants}; write it so, or name another column"
-        )
-
-
-def _batches(file: pq.ParquetFile, used: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yields record batches of the used columns, with fewer rows at once where these are large."""
-    metadata = file.metadata
-    chunks = [
-        i for i in range(metadata.num_columns) if any(_belongs(metadata.schema.column(i).path, name) for name in used)
-    ]
-    for group in range(metadata.num_row_groups):
-        found = metadata.row_group(group)
-        size = sum(found.column(i).total_uncompressed_size for i in chunks)
-        rows = min(BATCH_ROWS, max(1, BATCH_BYTES * found.num_rows // max(1, size)))
-        yield from file.iter_batches(rows, row_groups=[group], columns=used)
-
-
-def _belongs(path: str, column: str) -> bool:
-    return path == column or path.startswith(f"{column}.")
-
-
-def _values(array: pa.Array) -> list[Any]:
-    """Returns the values of a column, with text that is not UTF-8 as bytes, and NaN as None."""
-    if t.is_dictionary(array.type):
-        values = _values(array.dictionary)
-        return [None if i is None else values[i] for i in array.indices.to_pylist()]
-    if t.is_floating(array.type):
-        return [None if value != value else value for value in array.to_pylist()]
-    try:
-        return list(array.to_pylist())
-    except UnicodeDecodeError:
-        many = t.is_list(array.type) or t.is_large_list(array.type)
-        return list(array.cast(pa.list_(pa.binary()) if many else pa.binary()).to_pylist())
-
-
-def _texts(wanted: Sequence[str], row: Sequence[Any], number: int) -> list[Any] | Flaw:
-    values: list[Any] = []
-    for column, value in zip(wanted, row, strict=True):
-        try:
-            values.append([_text(each) for each in value] if isinstance(value, list) else _text(value))
-        except UnicodeDecodeError as e:
-            byte = e.object[e.start]
-            return Flaw("not_utf8", f"row {number}, column {column} holds byte 0x{byte:02x}, which is not UTF-8")
-        except ValueError as e:
-            return Flaw("malformed_row", f"row {number}, column {column} {e}")
-    return values
-
-
-def _text(value: Any) -> str | None:
-    """Returns a value as text. Raises UnicodeDecodeError, and ValueError for one that is too long."""
-    if isinstance(value, str | bytes) and len(value) > LIMIT:
-        raise ValueError(f"has over {LIMIT:,} characters")
-    return (
-        value if value is None or isinstance(value, str) else value.decode() if isinstance(value, bytes) else str(value)
-    )

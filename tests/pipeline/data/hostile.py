@@ -101,8 +101,20 @@ def bombs() -> Iterator[File]:
 def other_types() -> Iterator[File]:
     """What is found behind links that end in .jpg."""
     image = sound()
-    for kind in ("GIF", "BMP", "TIFF", "ICO", "PPM", "TGA", "PCX", "DIB", "SGI", "JPEG2000"):
+    for kind in ("ICO", "PPM", "TGA", "PCX", "DIB", "SGI", "JPEG2000"):
         yield one(f"as-{kind}.jpg", encoded(image, kind), "not_an_image")
+    for kind in ("GIF", "BMP", "TIFF", "AVIF", "HEIF"):
+        data = encoded(image, kind)
+        yield one(f"as-{kind}.jpg", data, None)
+        for i in range(8):
+            cut = max(len(data) * i // 8, 16)
+            yield File(f"cut-{i}-{kind}.jpg", data[:cut], frozenset({"truncated", "decode_error"}))
+    for side in (5000, 65_535):
+        yield one(f"bomb-{side}.gif", b"GIF89a" + struct.pack("<HH", side, side) + bytes(100), "too_many_pixels")
+        yield one(f"bomb-{side}.bmp", encoded(image, "BMP")[:18] + struct.pack("<ii", side, side)
+                  + encoded(image, "BMP")[26:], "too_many_pixels")  # fmt: skip
+        tags = struct.pack("<HHHII", 2, 256, 4, 1, side) + struct.pack("<HHII", 257, 4, 1, side) + bytes(4)
+        yield one(f"bomb-{side}.tif", b"II*\0\x08\0\0\0" + tags, "too_many_pixels")
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as z:
         z.writestr("a.png", picture(1))
@@ -112,8 +124,7 @@ def other_types() -> Iterator[File]:
         "xml": b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>',
         "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(/etc/passwd) run", "pdf": b"%PDF-1.7\n",
         "zip": archive.getvalue(), "mp4": b"\0\0\0\x20ftypisom" + bytes(100),
-        "heic": b"\0\0\0\x18ftypheic" + bytes(100),
-        "avif": b"\0\0\0\x1cftypavif" + bytes(100), "elf": b"\x7fELF" + bytes(100), "wav": b"RIFF\x24\0\0\0WAVEfmt ",
+        "elf": b"\x7fELF" + bytes(100), "wav": b"RIFF\x24\0\0\0WAVEfmt ",
         "text": b"hello", "space": b" " * 5000, "zeros": bytes(5000), "ones": b"\xff" * 5000,
         "base64": b"data:image/png;base64,",
         "jp2": b"\0\0\0\x0cjP  \r\n\x87\n", "jxl": b"\xff\x0a" + bytes(100), "psd": b"8BPS\0\1" + bytes(100),
@@ -122,6 +133,8 @@ def other_types() -> Iterator[File]:
     }  # fmt: skip
     for name, data in texts.items():
         yield one(f"{name}.jpg", data, "not_an_image")
+    for brand in (b"heic", b"avif", b"mif1"):
+        yield one(f"{brand.decode()}.jpg", b"\0\0\0\x18ftyp" + brand + bytes(100), "decode_error")
 
 
 def polyglots() -> Iterator[File]:
@@ -132,7 +145,7 @@ def polyglots() -> Iterator[File]:
         for name, tail in tails.items():
             yield one(f"{kind}-and-{name}", data + tail, None)
             yield one(f"{name}-and-{kind}", tail + data, "not_an_image")
-    yield one("gif-and-script", b"GIF89a/*" + bytes(20) + b"*/=1;alert(1)", "not_an_image")
+    yield File("gif-and-script", b"GIF89a/*" + bytes(20) + b"*/=1;alert(1)", frozenset({"decode_error", "truncated"}))
     yield one("png-then-jpeg", b"\x89PNG\r\n\x1a\n" + encoded(sound(), "JPEG"), "decode_error")
     yield one("jpeg-then-png", b"\xff\xd8\xff" + picture(1), "decode_error")
     yield one("comment.jpg", encoded(sound(), "JPEG", comment=b"*/ <?php phpinfo(); ?>" * 500), None)

@@ -127,7 +127,7 @@ def headers(references: Sequence[str]) -> Iterator[List]:
     twin = b"".join(line + b",x\n" for line in rows.splitlines())
     yield List("twice.csv", b"url,caption,caption\n" + twin, refused="2 columns are called caption")
     yield List("delimiter-in-header.csv", b'url,caption,"a,b"\n' + twin, (None,) * 30)
-    yield List("other-columns.csv", b"URL,TEXT\n" + rows, refused="no column url; it has URL, TEXT")
+    yield List("other-columns.csv", b"link,TEXT\n" + rows, refused="no column url; it has link, TEXT")
     yield List("semicolons.csv", (b"url,caption\n" + rows).replace(b",", b";"), refused="no column url")
     yield List("open-header.csv", b'url,"caption\n' + rows, refused="line 1.*stray quotation mark")
     yield List("empty.csv", b"", refused="the file is empty")

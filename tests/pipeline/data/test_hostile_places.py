@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.source.peek import look
+from pipeline.data.pairs.peek import look
 from tests.pipeline.data.bench import Bench, picture, write_list, write_tar
 
 OUTSIDE = [

@@ -198,11 +198,11 @@ def test_rows_that_cannot_be_read_are_said_once_and_no_duplicates(
     ("name", "content", "message"),
     [
         ("none.csv", None, "no such file"),
-        ("a.csv", "url,text\nhttp://h/1,x\n", "no column caption; it has url, text"),
+        ("a.csv", "url,said\nhttp://h/1,x\n", "no column caption; it has url, said"),
         ("a.csv", "url,caption\n", "no rows"),
         ("a.parquet", "not parquet", "cannot be read"),
         ("a.tar", "not a tar", "not a readable tar"),
-        ("a.json", "{}", "not a .parquet, .csv, .tsv or .tar file"),
+        ("a.json", "{}", "not a .parquet, .csv, .tsv, .jsonl or .tar file"),
         ("a.csv", "url,caption,split\nhttp://h/1,x,dev\n", "split 'dev' is not train, validation or test"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.source import tables
+from pipeline.data.source import parquet
 from pipeline.data.source.lists import NO_VALUE, read_rows
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
@@ -205,12 +205,12 @@ def test_columns_that_are_not_used_are_not_read(tmp_path: Path) -> None:
 
 
 def test_large_values_are_read_few_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 1 << 20)
     path = tmp_path / "a.parquet"
     captions = [chr(97 + i % 26) * 100_000 + str(i) for i in range(40)]
     table = pa.table({"url": [f"http://h/{i}" for i in range(40)], "caption": captions, "unused": captions})
     pq.write_table(table, path, row_group_size=20, use_dictionary=False)
     with pq.ParquetFile(path) as file:
-        batches = list(tables._batches(file, ["url", "caption"]))
+        batches = list(parquet._batches(file, ["url", "caption"]))
     assert [batch.num_rows for batch in batches] == [10] * 4
     assert [captions for _, captions in rows_of(path)] == [(text,) for text in captions]

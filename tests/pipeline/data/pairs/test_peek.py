@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.source import peek
+from pipeline.data.pairs import peek
 from pipeline.data.source.emoji.listing import emoji_rows
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError

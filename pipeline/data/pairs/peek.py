@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import NamedTuple
 
-from PIL import Image
-
+from pipeline.data.fetch.references import shown
+from pipeline.data.pairs.decoding import shared_decoder
+from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS
 from pipeline.data.source.imported import SCHEME
-from pipeline.data.source.lists import ListRow, reach, read_rows, tar_place
+from pipeline.data.source.lists import reach, read_rows, unread
+from pipeline.data.source.rows import ListRow
 from pipeline.data.source.stage import SourceRecipe, hash_share
+from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError
-from pipeline.local import Reach, local_path, read_local
+from pipeline.local import Reach, local_path, read_local, reason_of
 
 MOST_ROWS = 10_000  # looked at, at most, so that a look at a list of millions takes seconds
 # Of the rows behind those: what a configuration says of more does not depend on their number.
 MOST_COUNTED = 1_000_000
 MEASURED = 100  # measured, at most
-MAX_BYTES = 32 << 20  # of one, as pairs.max_bytes by default
 
 FRAME_WORDS = 3  # at the beginning or the end of a caption, which has more
 COMMON = 0.1  # of the different captions have such words, and at least COMMON_LEAST captions
@@ -44,26 +45,28 @@ class Look:
         more: Whether the list has more rows.
         captions: The first caption of each row that has one.
         sides: Short sides, in pixels, of the first images that lie on this machine.
-        unopened: How many of these images could not be opened.
+        unopened: Those of these images that cannot be opened, each with the reason, of pipeline.ledger.
         splits: Rows whose split the list names, by split.
         shares: Hash shares of all other rows.
         forbidden: References that the list may not name; counted nowhere else.
         flaws: What is wrong with rows that cannot be read; counted nowhere else.
         framed: Rows of which every caption begins or ends as many captions do.
         behind: Rows with a reference behind those that were read, of at most ``MOST_COUNTED``.
+        unread: For each list that is a folder with files that are not read, how many, and of what kinds.
     """
 
     rows: int
     more: bool
     captions: tuple[str, ...]
     sides: tuple[int, ...]
-    unopened: int = 0
+    unopened: tuple[tuple[str, str], ...] = ()
     splits: Mapping[str, int] = field(default_factory=dict)
     shares: tuple[float, ...] = ()
     forbidden: tuple[str, ...] = ()
     flaws: tuple[str, ...] = ()
     framed: Framed = field(default_factory=Framed)
     behind: int = 0
+    unread: tuple[str, ...] = ()
 
     @property
     def pairs(self) -> int:
@@ -96,16 +99,18 @@ def look(recipe: SourceRecipe) -> Look:
     forbidden = tuple(row.url for row in found if row.reject and not row.flaw)
     found = [row for row in found if row.url and not row.reject]
     captions = tuple(row.captions[0] for row in found if row.captions)
-    sides = list(_sides(found, reach(recipe, *recipe.paths)))
+    measured = list(_measured(found, reach(recipe, *recipe.paths)))
     different = {
         row.url: row for row in reversed(found)
     }.values()  # the first of each reference: the others are rejected
     splits = Counter(row.split for row in different if row.split)
     shares = tuple(hash_share(row.group or row.url) for row in different if not row.split)
-    opened = tuple(side for side in sides if side)
+    opened = tuple(min(size) for _, size in measured if not isinstance(size, str))
+    unopened = tuple((shown(url), size) for url, size in measured if isinstance(size, str))
+    left = tuple(filter(None, (unread(path, recipe) for path in recipe.paths)))
     framed = framed_rows([row.captions for row in found])
     more = counted > 0
-    return Look(len(found), more, captions, opened, sides.count(0), splits, shares, forbidden, flaws, framed, behind)
+    return Look(len(found), more, captions, opened, unopened, splits, shares, forbidden, flaws, framed, behind, left)
 
 
 def framed_rows(rows: Sequence[Sequence[str]]) -> Framed:
@@ -133,14 +138,15 @@ def _frames(caption: str) -> list[tuple[bool, str]]:
     return [(True, " ".join(first[:-1])), (False, " ".join(last[1:]))]
 
 
-def _sides(rows: list[ListRow], may: Reach) -> Iterator[int]:
-    """Yields short sides of the first images that lie here, from their headers; 0 for one that cannot be opened."""
+def _measured(rows: list[ListRow], may: Reach) -> Iterator[tuple[str, tuple[int, int] | str]]:
+    """Yields references of the first images that lie here, each with width and height, or why it cannot be opened."""
     for row in islice((row for row in rows if not row.url.startswith(("http", "s3:", SCHEME))), MEASURED):
         try:
-            with Image.open(io.BytesIO(_read(row.url, may)), formats=("PNG", "JPEG", "WEBP")) as image:
-                yield min(image.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a run counts these with their reason
-            yield 0
+            yield row.url, shared_decoder().measure(_read(row.url, may), MAX_PIXELS)
+        except OSError as e:
+            yield row.url, reason_of(e)
+        except ValueError:  # not a URL, or a place in a tar that is none
+            yield row.url, "unsupported_reference"
 
 
 def _read(url: str, may: Reach) -> bytes:
@@ -149,4 +155,6 @@ def _read(url: str, may: Reach) -> bytes:
         if (place := tar_place(url)) is None:
             raise ValueError("not a member of a tar")
         return read_local(place["tar"], MAX_BYTES, may, place["offset"], place["size"])
-    return read_local(local_path(url) or "", MAX_BYTES, may)
+    if (path := local_path(url)) is None:
+        raise ValueError("not a file")
+    return read_local(path, MAX_BYTES, may)

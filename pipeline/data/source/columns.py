@@ -1,0 +1,78 @@
+"""Finds the columns of a table that say what a row needs, by their names and by those that other tools give them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.progress import say_once
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+LIMIT = 1 << 20  # characters of a row of a CSV or TSV file, of a value in Parquet, of a file of captions
+# What the two columns that every list needs are called elsewhere: img2dataset, LAION, clip-retrieval, diffusers.
+KNOWN = {
+    "url": (
+        "image_url",
+        "img_url",
+        "image_path",
+        "img_path",
+        "file_name",
+        "filename",
+        "file_path",
+        "filepath",
+        "path",
+        "image",
+    ),
+    "caption": ("text", "prompt", "description", "alt_text", "alt"),
+}
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """Says why a row cannot be read: a reason of pipeline.ledger, and for a message what is wrong, and where."""
+
+    reason: str
+    what: str
+
+
+def columns_of(path: Path, names: Sequence[str], wanted: Sequence[str], needed: int) -> list[str | None]:
+    """Returns what the wanted columns are called in a file, None for one that it lacks."""
+    counts = Counter(names)
+    found = [column if counts[column] else None for column in wanted]
+    for i, column in enumerate(wanted[:needed]):
+        found[i] = found[i] or _known(path, names, column)
+    for name in found:
+        if name is not None and counts[name] > 1:
+            raise UserError(f"source {path}: {counts[name]} columns are called {name}; rename all but one")
+    return found
+
+
+def _known(path: Path, names: Sequence[str], column: str) -> str:
+    """Returns the one column that means ``column`` by its name, and says so. Raises UserError without one."""
+    for known in ([column], KNOWN[column]) if column in KNOWN else ():
+        found = list(dict.fromkeys(name for name in names if name.lower() in known))
+        if len(found) == 1:
+            say_once(f"{path}: {found[0]} is taken for the column {column}")
+            return found[0]
+        if found:
+            break
+    else:
+        found = []
+    which = f"{' and '.join(found)} could be meant" if found else f"it has {', '.join(names)}"
+    heads = "; line 1 has to name the columns" if any("://" in name for name in names) else ""
+    raise UserError(
+        f"source {path}: no column {column}; {which}{heads}. Set source.image_column or source.caption_column"
+    )
+
+
+def text_of(value: Any) -> str | None:
+    """Returns a value as text. Raises UnicodeDecodeError, and ValueError for one that is too long."""
+    if isinstance(value, str | bytes) and len(value) > LIMIT:
+        raise ValueError(f"has over {LIMIT:,} characters")
+    return (
+        value if value is None or isinstance(value, str) else value.decode() if isinstance(value, bytes) else str(value)
+    )

@@ -1,0 +1,101 @@
+"""Reads Parquet tables, only the columns that are used, and few rows at once where these are large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as t
+
+from pipeline.data.source.columns import Flaw, columns_of, text_of
+from pipeline.errors import UserError
+from pipeline.local import open_local
+
+BATCH_ROWS = 10_000  # read at once, at most
+BATCH_BYTES = 64 << 20  # of the columns that are used, about
+
+
+def parquet_rows(path: Path, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
+    """Yields the rows of a Parquet file as ``table_rows`` does; the first ``needed`` columns have to be there."""
+    number = 0
+    try:
+        with open_local(path) as opened, pq.ParquetFile(opened, buffer_size=1 << 20) as file:
+            schema = file.schema_arrow
+            found = columns_of(path, schema.names, wanted, needed)
+            used = [name for name in found if name is not None]
+            for i, name in enumerate(found):
+                if name is not None:
+                    _check_type(path, name, schema.field(name).type, i)
+            for batch in _batches(file, used):
+                columns = [[None] * batch.num_rows if name is None else _values(batch[name]) for name in found]
+                for row in zip(*columns, strict=True):
+                    number += 1
+                    yield _texts(wanted, row, number)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        where = f" behind row {number:,}" if number else ""
+        raise UserError(f"source {path}: cannot be read{where} ({(str(e) or repr(e)).splitlines()[0]})") from None
+
+
+def _check_type(path: Path, column: str, kind: pa.DataType, place: int) -> None:
+    """Refuses a column of values that it cannot hold.
+
+    These are references in the first column, captions or lists of them in the second, and in any other what can be
+    written as text.
+    """
+    inner = kind.value_type if place == 1 and (t.is_list(kind) or t.is_large_list(kind)) else kind
+    plain = inner.value_type if t.is_dictionary(inner) else inner
+    text = (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary, t.is_null)
+    number = (t.is_integer, t.is_floating, t.is_boolean, t.is_decimal, t.is_temporal)
+    if not any(is_it(plain) for is_it in (text if place == 0 or inner is not kind else (*text, *number))):
+        wants = "references as text" if place == 0 else "text, or lists of text" if place == 1 else "text or numbers"
+        remedy = "write it so, or name another column"
+        if place == 0 and t.is_struct(inner):  # as Hugging Face's datasets holds images
+            remedy = f"images are not read out of a table: write them into files, and their names into {column}"
+        raise UserError(f"source {path}: column {column} holds {kind}, not {wants}; {remedy}")
+
+
+def _batches(file: pq.ParquetFile, used: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yields record batches of the used columns, with fewer rows at once where these are large."""
+    metadata = file.metadata
+    chunks = [
+        i for i in range(metadata.num_columns) if any(_belongs(metadata.schema.column(i).path, name) for name in used)
+    ]
+    for group in range(metadata.num_row_groups):
+        found = metadata.row_group(group)
+        size = sum(found.column(i).total_uncompressed_size for i in chunks)
+        rows = min(BATCH_ROWS, max(1, BATCH_BYTES * found.num_rows // max(1, size)))
+        yield from file.iter_batches(rows, row_groups=[group], columns=used)
+
+
+def _belongs(path: str, column: str) -> bool:
+    return path == column or path.startswith(f"{column}.")
+
+
+def _values(array: pa.Array) -> list[Any]:
+    """Returns the values of a column, with text that is not UTF-8 as bytes, and NaN as None."""
+    if t.is_dictionary(array.type):
+        values = _values(array.dictionary)
+        return [None if i is None else values[i] for i in array.indices.to_pylist()]
+    if t.is_floating(array.type):
+        return [None if value != value else value for value in array.to_pylist()]
+    try:
+        return list(array.to_pylist())
+    except UnicodeDecodeError:
+        many = t.is_list(array.type) or t.is_large_list(array.type)
+        return list(array.cast(pa.list_(pa.binary()) if many else pa.binary()).to_pylist())
+
+
+def _texts(wanted: Sequence[str], row: Sequence[Any], number: int) -> list[Any] | Flaw:
+    values: list[Any] = []
+    for column, value in zip(wanted, row, strict=True):
+        try:
+            values.append([text_of(each) for each in value] if isinstance(value, list) else text_of(value))
+        except UnicodeDecodeError as e:
+            byte = e.object[e.start]
+            return Flaw("not_utf8", f"row {number}, column {column} holds byte 0x{byte:02x}, which is not UTF-8")
+        except ValueError as e:
+            return Flaw("malformed_row", f"row {number}, column {column} {e}")
+    return values

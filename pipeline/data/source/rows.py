@@ -1,0 +1,98 @@
+"""The rows of a list, their captions, and files of rows as they were read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.source.columns import KNOWN, LIMIT
+from pipeline.data.source.tables import parsed_object
+
+SIDECARS = ("txt", "caption", "json")  # extensions of what holds the captions of an image, the first that is there
+CAPTIONS = ("caption", *KNOWN["caption"])  # where a sidecar in JSON has them, the first that is there
+ROWS_SUFFIX = ".rows"  # ends the name of a file of rows as they were read (see write_rows)
+
+
+@dataclass(frozen=True)
+class ListRow:
+    """Holds one row of a list.
+
+    Attributes:
+        url: An http(s), s3 or file reference, a member of a tar (see tar_reference), or an embedding (see
+            pipeline.data.source.imported).
+        reject: The reason if the list may not name it, or if the row cannot be read.
+        flaw: What is wrong with a row that cannot be read, and where.
+    """
+
+    url: str
+    captions: tuple[str, ...]
+    group: str = ""
+    split: str = ""
+    sha256: str = ""
+    license: str = ""
+    attribution: str = ""
+    reject: str | None = None
+    flaw: str = ""
+
+
+def spoken(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
+    """Returns a row with the captions of what lies beside its image.
+
+    Args:
+        url: Of the image.
+        sidecars: By extension the first bytes of each, one more than LIMIT at most, and its name. Of the first of
+            SIDECARS that is there each line is a caption, or of JSON the value of the first of CAPTIONS.
+    """
+    extension = next((extension for extension in SIDECARS if extension in sidecars), None)
+    if extension is None:
+        return ListRow(url, ())
+    data, where = sidecars[extension]
+    if len(data) > LIMIT:
+        return ListRow(url, (), reject="malformed_row", flaw=f"{where} has over {LIMIT:,} bytes")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        flaw = f"byte {e.start + 1} of {where} is 0x{data[e.start]:02x}, which is not UTF-8"
+        return ListRow(url, (), reject="not_utf8", flaw=flaw)
+    if extension != "json":
+        return ListRow(url, captions_of(text.splitlines()))
+    found = parsed_object(text)
+    if isinstance(found, str):
+        return ListRow(url, (), reject="malformed_row", flaw=f"{where} {found}")
+    said = next((value for name in CAPTIONS if (value := found.get(name))), "")
+    lines = said if isinstance(said, list) else [said]
+    try:
+        "".join(lines).encode()
+    except (TypeError, UnicodeEncodeError):
+        return ListRow(url, (), reject="malformed_row", flaw=f"{where} has a caption that is not text")
+    return ListRow(url, captions_of(lines))
+
+
+def captions_of(lines: Iterable[str | None]) -> tuple[str, ...]:
+    """Returns texts on one line each, without those that are empty."""
+    return tuple(text for line in lines if line and (text := " ".join(line.split())))
+
+
+def write_rows(file: IO[bytes], rows: Iterable[ListRow]) -> int:
+    """Writes rows as Parquet, so that they are read elsewhere as they were here. Returns their number."""
+    text, texts = pa.string(), pa.list_(pa.string())
+    schema = pa.schema([(field.name, texts if field.name == "captions" else text) for field in fields(ListRow)])
+    rest, count = iter(rows), 0
+    with pq.ParquetWriter(file, schema, compression="zstd", store_schema=False) as writer:
+        while block := list(islice(rest, 10_000)):
+            writer.write_table(pa.Table.from_pylist([vars(row) for row in block], schema))
+            count += len(block)
+    return count
+
+
+def written_rows(file: Path | pa.NativeFile) -> Iterator[ListRow]:
+    """Yields the rows that ``write_rows`` has written."""
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=10_000):
+        for row in batch.to_pylist():
+            yield ListRow(**{**row, "captions": tuple(row["captions"])})

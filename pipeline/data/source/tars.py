@@ -1,0 +1,96 @@
+"""Reads webdataset tars, whose images are used where they lie."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from pipeline.data.source.columns import IMAGES, LIMIT
+from pipeline.data.source.rows import SIDECARS, ListRow, spoken
+from pipeline.errors import UserError
+from pipeline.local import open_local
+
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def tar_reference(tar: str, member: str, offset: int, size: int) -> str:
+    """Returns the reference of a member of an existing tar, to be used where it lies."""
+    return f"tar://{quote(tar)}?offset={offset}&size={size}#{quote(member, errors='surrogateescape')}"
+
+
+def tar_place(reference: str) -> dict[str, Any] | None:
+    """Returns path, offset and size of a member of a tar (see tar_reference), or None if it does not say them."""
+    try:
+        parts = urlsplit(reference)
+        query = parse_qs(parts.query)
+        offset, size = int(query["offset"][0]), int(query["size"][0])
+    except (KeyError, ValueError):
+        return None
+    path = unquote(parts.path)
+    return {"tar": path, "offset": offset, "size": size} if path and offset >= 0 and size >= 0 else None
+
+
+def tar_rows(path: Path) -> Iterator[ListRow]:
+    """Yields the samples of a tar: members that share a name up to the first dot, as in webdataset."""
+    with open_local(path) as file:
+        head = file.read(6)
+        if packed := next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None):
+            raise UserError(
+                f"source {path}: compressed with {packed}; images are read where they lie, so unpack it first"
+            )
+        try:
+            yield from _members(path, file)
+        except (
+            tarfile.TarError,
+            ValueError,
+            OverflowError,
+            OSError,
+        ) as e:  # tarfile believes sizes, even negative ones
+            raise UserError(f"source {path}: not a readable tar ({e})") from None
+
+
+class _Tar:
+    """Reads a tar for tarfile, which otherwise takes as much memory as a header says that it is long."""
+
+    def __init__(self, file: BinaryIO):
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= 2 * LIMIT:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._read(size)
+
+
+def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
+    file.seek(0)
+    with tarfile.open(fileobj=_Tar(file), mode="r:") as tar:  # type: ignore[call-overload]
+        name, image = "", None
+        said: dict[str, tuple[bytes, str]] = {}
+        for member in tar:
+            if tar.offset <= member.offset:  # by a negative size, the next one would be this one, without end
+                raise tarfile.ReadError(f"the member {member.name!r} ends before it begins")
+            if not member.isfile():
+                continue
+            folder, _, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            if (sample := f"{folder}/{stem}") != name:
+                if image is not None:
+                    yield spoken(image, said)
+                name, image, said = sample, None, {}
+            if f".{extension.lower()}" in IMAGES:
+                image = tar_reference(str(path), member.name, member.offset_data, member.size)
+            elif extension in SIDECARS:
+                content = tar.extractfile(member)
+                said[extension] = (content.read(LIMIT + 1) if content else b"", f"{member.name!r} in {path}")
+        if image is not None:
+            yield spoken(image, said)
+        # Where a header is damaged, or another tar begins, tarfile ends as if there were no more members.
+        file.seek(tar.offset)
+        if file.read(LIMIT).strip(b"\0"):
+            raise UserError(
+                f"source {path}: damaged at byte {tar.offset:,}, or another tar follows there; write it again, "
+                "or join tars with: tar --concatenate"
+            )

@@ -1,0 +1,197 @@
+"""Lists as other tools write them: Hugging Face's imagefolder, img2dataset's output, JSON lines, parts of a table."""
+
+import gzip
+import json
+import logging
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.source.lists import read_rows, unread
+from pipeline.data.source.rows import ListRow
+from pipeline.data.source.stage import SourceRecipe
+from pipeline.errors import UserError
+from pipeline.local import local_path
+from tests.pipeline.data.bench import Bench, picture, write_tar
+
+
+def rows_of(path: Path, **recipe: Any) -> list[ListRow]:
+    return list(read_rows(str(path), SourceRecipe((str(path),), **recipe)))
+
+
+def pairs_of(path: Path) -> dict[str, tuple[str, ...]]:
+    """Captions by the path of the image below the folder."""
+    return {str(Path(local_path(row.url) or "").relative_to(path)): row.captions for row in rows_of(path)}
+
+
+def images(folder: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(i))
+    return folder
+
+
+def lines(*rows: dict[str, Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_an_imagefolder_has_the_captions_of_its_metadata(tmp_path: Path, kind: str) -> None:
+    """Hugging Face's own reader finds the same pairs."""
+    datasets = pytest.importorskip("datasets")
+    folder = images(tmp_path / "birds", "a.png", "inner/b.png")
+    table = {"file_name": ["a.png", "inner/b.png"], "text": ["a red bird", "a blue one"]}
+    file = folder / f"metadata.{kind}"
+    if kind == "jsonl":
+        file.write_text(lines(*({"file_name": n, "text": t} for n, t in zip(*table.values(), strict=True))))
+    elif kind == "csv":
+        file.write_text("file_name,text\na.png,a red bird\ninner/b.png,a blue one\n")
+    else:
+        pq.write_table(pa.table(table), file)
+    assert pairs_of(folder) == {"a.png": ("a red bird",), "inner/b.png": ("a blue one",)}
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "hf"))
+    assert sorted(theirs["text"]) == sorted(table["text"])
+
+
+def test_folders_of_an_imagefolder_are_splits(tmp_path: Path) -> None:
+    folder = images(tmp_path, "train/a.png", "test/b.png")
+    for split, name in (("train", "a.png"), ("test", "b.png")):
+        (folder / split / "metadata.jsonl").write_text(lines({"file_name": name, "text": name}))
+    assert [(row.captions, row.split) for row in rows_of(folder)] == [(("b.png",), "test"), (("a.png",), "")]
+    images(folder, "valid/c.png")
+    (folder / "valid/metadata.jsonl").write_text(lines({"file_name": "c.png", "text": "c"}))
+    assert [row.split for row in rows_of(folder)] == ["test", "train", "validation"]
+
+
+def test_metadata_may_name_only_what_lies_below_them(tmp_path: Path) -> None:
+    images(tmp_path, "secret.png", "own/a.png", "own/b.png", "plain/c.png", "plain/d.png")
+    rows = [{"file_name": name, "text": "a cat"} for name in ("a.png", "../secret.png", "gone.png")]
+    (tmp_path / "own/metadata.jsonl").write_text(lines(*rows))
+    assert [row.reject for row in rows_of(tmp_path / "own")] == [None, "forbidden_reference", None]
+    (tmp_path / "plain/c.txt").write_text("beside it")
+    (tmp_path / "plain/d.json").write_text(json.dumps({"caption": ["one", "two"]}))
+    found = pairs_of(tmp_path)
+    assert {name: found[name] for name in ("plain/c.png", "plain/d.png")} == {
+        "plain/c.png": ("beside it",),
+        "plain/d.png": ("one", "two"),
+    }
+    assert unread(str(tmp_path / "own"), SourceRecipe((".",))) == (
+        f"1 file in {tmp_path}/own is not read: 1 image that metadata.jsonl does not name (such as b.png)"
+    )
+
+
+def test_jsonl_rows_are_read_one_by_one(tmp_path: Path) -> None:
+    file = tmp_path / "list.jsonl"
+    good = [{"url": f"http://h/{i}.jpg", "caption": ["a", "b"] if i else "one", "id": i} for i in range(2)]
+    bad = [
+        '{"url": "x',
+        "[1]",
+        '{"url": ["http://h/9"], "caption": "x"}',
+        '{"url": "http://h/8", "caption": "\\ud800"}',
+    ]
+    bad.append('{"url": "http://h/7", "caption": {"en": "a cat"}}')
+    file.write_text(lines(good[0]) + "\n".join(bad) + "\n\n" + lines(good[1]) + '{"url": null, "caption": 7}')
+    found = rows_of(file)
+    assert [row.captions for row in found if not row.reject] == [("one",), ("a", "b"), ("7",)]
+    assert [row.reject for row in found if row.reject] == ["malformed_row"] * 3 + ["not_utf8", "malformed_row"]
+    assert found[1].flaw == "line 2 is not JSON"
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_gzipped_lists_are_read_and_cut_ones_refused(tmp_path: Path, kind: str) -> None:
+    rows = [{"url": f"http://h/{i}.jpg", "caption": f"cat {i}"} for i in range(500)]
+    end = "," if kind == "csv" else "\t"
+    text = lines(*rows) if kind == "jsonl" else "\n".join([f"url{end}caption", *(end.join(r.values()) for r in rows)])
+    file = tmp_path / f"list.{kind}.gz"
+    file.write_bytes(gzip.compress(text.encode()))
+    assert [row.url for row in rows_of(file)] == [row["url"] for row in rows]
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"list\.\w+\.gz: cannot be unpacked"):
+        rows_of(file)
+    file.write_bytes(b"url,caption\nhttp://h/a,b\n")
+    with pytest.raises(UserError, match="cannot be unpacked"):
+        rows_of(file)
+
+
+@pytest.mark.parametrize(
+    ("header", "taken"),
+    [
+        ("URL,TEXT", ("URL", "TEXT")),
+        ("image_path,caption,similarity", ("image_path", "caption")),
+        ("url,Caption,text", ("url", "Caption")),
+        ("file_name,prompt", ("file_name", "prompt")),
+        ("link,caption", None),
+        ("image_url,file_name,text", None),
+    ],
+)
+def test_columns_of_other_tools_are_known_where_only_one_can_be_meant(
+    tmp_path: Path, header: str, taken: tuple[str, str] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "unclip")
+    file = tmp_path / "a.csv"
+    file.write_text(f"{header}\nhttp://h/0,a cat,x\n" if header.count(",") == 2 else f"{header}\nhttp://h/0,a cat\n")
+    if taken is None:
+        with pytest.raises(UserError, match=r"no column url; .*(has link|image_url and file_name could be meant)"):
+            rows_of(file)
+        return
+    (row,) = rows_of(file)
+    assert (row.url, row.captions) == ("http://h/0", ("a cat",))
+    said = [f"{file}: {name} is taken for the column {c}" for name, c in zip(taken, ("url", "caption"), strict=True)]
+    assert caplog.messages == [text for text, name in zip(said, taken, strict=True) if name not in ("url", "caption")]
+
+
+def test_a_folder_of_tables_is_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for part in (1, 0):
+        table = {"URL": [f"http://h/{part}-{i}" for i in range(2)], "TEXT": ["a cat"] * 2, "LICENSE": ["?"] * 2}
+        pq.write_table(pa.table(table), tmp_path / f"part-0000{part}.parquet")
+    (tmp_path / "_SUCCESS").write_text("")
+    assert [row.url[9:] for row in rows_of(tmp_path)] == ["0-0", "0-1", "1-0", "1-1"]
+    assert unread(str(tmp_path), SourceRecipe((".",))).endswith("1 without a suffix (such as _SUCCESS)")
+
+
+def test_what_img2dataset_has_written_is_used_where_it_lies(tmp_path: Path) -> None:
+    """By its own writers, as a folder of shards and as one of files; the second image could not be fetched."""
+    from img2dataset.writer import FilesSampleWriter, WebDatasetSampleWriter
+
+    schema = pa.schema([("caption", pa.string()), ("key", pa.string()), ("status", pa.string())])
+    for writer, name in ((WebDatasetSampleWriter, "shards"), (FilesSampleWriter, "files")):
+        (tmp_path / name).mkdir()
+        for shard in range(2):
+            out = writer(shard, str(tmp_path / name), True, 5, schema, "jpg")
+            for i in range(3):
+                meta = {
+                    "caption": f"{shard}-{i}",
+                    "key": f"{shard:05}{i:04}",
+                    "status": "failed" if i == 1 else "success",
+                }
+                out.write(None if i == 1 else picture(i, kind="JPEG"), meta["key"], meta["caption"], meta)
+            out.close()
+        (tmp_path / name / "00000_stats.json").write_text("{}")
+    bench = Bench(tmp_path / "store", [str(tmp_path / "shards"), str(tmp_path / "files")])
+    bench.make("source", "captions", "pairs")
+    assert bench.made["pairs"].ledger.kept == 8
+    captions = [row.captions for path in bench.config.source.paths for row in rows_of(Path(path))]
+    assert captions == 2 * [("0-0",), ("0-2",), ("1-0",), ("1-2",)]
+    assert unread(str(tmp_path / "shards"), SourceRecipe((".",))) == ""
+
+
+def test_captions_in_json_members_of_a_tar_count_where_there_is_no_text(tmp_path: Path) -> None:
+    members = {"a.png": picture(0), "a.json": b'{"prompt": "a cat", "width": 3}', "b.json": b'{"caption": "json"}'}
+    members |= {"b.png": picture(1), "b.txt": b"text", "c.json": b"{", "c.png": picture(2)}
+    write_tar(tmp_path / "0.tar", members)
+    found = rows_of(tmp_path / "0.tar")
+    assert [(row.captions, row.reject) for row in found] == [
+        (("a cat",), None),
+        (("text",), None),
+        ((), "malformed_row"),
+    ]
+    (tmp_path / "1.tar.gz").write_bytes(b"")
+    assert rows_of(tmp_path) == found
+    assert unread(str(tmp_path), SourceRecipe((".",))).endswith("1 .gz (such as 1.tar.gz)")
+    with tarfile.open(tmp_path / "2.tar", "w"):
+        pass
+    assert rows_of(tmp_path) == found
