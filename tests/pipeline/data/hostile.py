@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from pipeline.data.pairs.image import heif_is_there
 from tests.pipeline.data.bench import picture
 from tests.pipeline.data.hostile_costs import stored_bombs, time_bombs
 from tests.pipeline.data.odd import chunk, encoded, png
@@ -101,6 +102,7 @@ def bombs() -> Iterator[File]:
 def other_types() -> Iterator[File]:
     """What is found behind links that end in .jpg."""
     image = sound()
+    assert heif_is_there()
     for kind in ("ICO", "PPM", "TGA", "PCX", "DIB", "SGI", "JPEG2000"):
         yield one(f"as-{kind}.jpg", encoded(image, kind), "not_an_image")
     for kind in ("GIF", "BMP", "TIFF", "AVIF", "HEIF"):
@@ -110,11 +112,17 @@ def other_types() -> Iterator[File]:
             cut = max(len(data) * i // 8, 16)
             yield File(f"cut-{i}-{kind}.jpg", data[:cut], frozenset({"truncated", "decode_error"}))
     for side in (5000, 65_535):
-        yield one(f"bomb-{side}.gif", b"GIF89a" + struct.pack("<HH", side, side) + bytes(100), "too_many_pixels")
+        frame = struct.pack("<HH3x", side, side) + b"," + struct.pack("<HHHH", 0, 0, side, side)
+        yield one(f"bomb-{side}.gif", b"GIF89a" + frame + b"\0\2" + bytes(100), "too_many_pixels")
         yield one(f"bomb-{side}.bmp", encoded(image, "BMP")[:18] + struct.pack("<ii", side, side)
                   + encoded(image, "BMP")[26:], "too_many_pixels")  # fmt: skip
-        tags = struct.pack("<HHHII", 2, 256, 4, 1, side) + struct.pack("<HHII", 257, 4, 1, side) + bytes(4)
-        yield one(f"bomb-{side}.tif", b"II*\0\x08\0\0\0" + tags, "too_many_pixels")
+        entries = {256: side, 257: side, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: side, 279: 100}
+        tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+        yield one(
+            f"bomb-{side}.tif",
+            b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + tags + bytes(4),
+            "too_many_pixels",
+        )
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as z:
         z.writestr("a.png", picture(1))
