@@ -17,7 +17,7 @@ from pipeline.data.fetch.references import without_password
 from pipeline.data.source.columns import IMAGES, LIMIT, Flaw
 from pipeline.data.source.folders import METADATA, folder_kind, folder_splits, is_image, read_files, unread_files, walk
 from pipeline.data.source.imported import embedding_reference, is_embeddings, metadata_parts
-from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, captions_of, spoken, written_rows
+from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_each, spoken, written_rows
 from pipeline.data.source.tables import SUFFIXES, table_kind, table_rows
 from pipeline.data.source.tars import tar_rows
 from pipeline.errors import UserError
@@ -80,7 +80,7 @@ def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[Li
         from pipeline.data.source.emoji.listing import emoji_rows
 
         for url, captions, group, split, *rights in flawed_rows() if where == "flawed" else emoji_rows(where):
-            yield ListRow(url, captions_of(captions), group, split, "", *rights)
+            yield ListRow(url, one_line_each(captions), group, split, "", *rights)
     elif kind == "folder":
         yield from _folder_rows(Path(where), recipe, reach(recipe, path))
     elif kind in ("tars", "tables"):
@@ -242,7 +242,7 @@ def _table_rows(path: Path, recipe: SourceRecipe, may: Reach | None = None) -> I
         if split not in ("", "train", "validation", "test"):
             raise UserError(f"source {path}: row {number:,}: split {split!r} is not train, validation or test")
         reference = without_password(url.strip())
-        captions = captions_of(text for text in texts if text not in NO_VALUE)
+        captions = one_line_each(text for text in texts if text not in NO_VALUE)
         if may is not None:
             reference = _beside(path.parent, reference)
         refusal = may.refusal(reference) if may else None

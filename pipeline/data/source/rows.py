@@ -61,7 +61,7 @@ def spoken(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
         flaw = f"byte {e.start + 1} of {where} is 0x{data[e.start]:02x}, which is not UTF-8"
         return ListRow(url, (), reject="not_utf8", flaw=flaw)
     if extension != "json":
-        return ListRow(url, captions_of(text.splitlines()))
+        return ListRow(url, one_line_each(text.splitlines()))
     found = parsed_object(text)
     if isinstance(found, str):
         return ListRow(url, (), reject="malformed_row", flaw=f"{where} {found}")
@@ -71,10 +71,10 @@ def spoken(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
         "".join(lines).encode()
     except (TypeError, UnicodeEncodeError):
         return ListRow(url, (), reject="malformed_row", flaw=f"{where} has a caption that is not text")
-    return ListRow(url, captions_of(lines))
+    return ListRow(url, one_line_each(lines))
 
 
-def captions_of(lines: Iterable[str | None]) -> tuple[str, ...]:
+def one_line_each(lines: Iterable[str | None]) -> tuple[str, ...]:
     """Returns texts on one line each, without those that are empty."""
     return tuple(text for line in lines if line and (text := " ".join(line.split())))
 
