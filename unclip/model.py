@@ -207,8 +207,10 @@ class Model:
         if progress is True:
             with watched(name, self.cascade, sampling, **steps) as watch:
                 yield watch
+        elif progress:
+            yield lambda *step: progress(*step[:3])  # where images are made, an estimate of them follows
         else:
-            yield progress or reverse.ignore
+            yield reverse.ignore
 
     def __repr__(self) -> str:
         parts = [(name, part) for name, part in vars(self.cascade).items() if isinstance(part, torch.nn.Module)]

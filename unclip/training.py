@@ -38,9 +38,10 @@ def train(
     clip: Clip | None = None,
     codec: Codec | None = None,
     task: Task | None = None,
+    progress: bool = True,
     **recipe: Any,
 ) -> Trained:
-    """Trains one model on data in memory, by the pipeline's own loop, and shows progress.
+    """Trains one model on data in memory, by the pipeline's own loop.
 
     Nothing is saved on the way: a training that takes days belongs into a project.
 
@@ -53,6 +54,7 @@ def train(
         clip: The CLIP whose text tower a model with ``text_encoder: frozen`` reads.
         codec: Of the AR prior.
         task: A task of your own in place of the stage's.
+        progress: Whether a line on stderr shows it.
         recipe: Fields of the stage's recipe, such as ``samples=20_000`` or ``model={"width": 128}``.
 
     Raises:
@@ -67,7 +69,7 @@ def train(
         given["tokens"] = tokenize(list(given.pop("captions")))
     task = task or _task(stage, chosen.model, given, clip, codec)
     columns = _columns(stage, task, given)
-    return Trained(*train_on(stage, task, columns, chosen, choose_device(device)))
+    return Trained(*train_on(stage, task, columns, chosen, choose_device(device), progress))
 
 
 def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, codec: Codec | None) -> Task:

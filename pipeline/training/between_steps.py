@@ -66,7 +66,7 @@ class BetweenSteps:
         state.seconds += now - self.ticked_at
         self.ticked_at = now
         if self.progress:
-            self.progress.advance(state.samples - self.progress.done, partial(_note, state))
+            self.progress.advance(state.samples - self.progress.done, partial(loss_note, state))
         self.saved = state.samples if self.saved is None else self.saved  # what was restored
         validate = validation_due(state.samples, self.recipe) and not was_validated(state)
         reached = [m for m in self.settings.milestones if m <= state.samples < m + self.recipe.batch]
@@ -155,7 +155,7 @@ def validation_due(samples: int, recipe: TrainingRecipe) -> bool:
     return samples == 0 or samples >= recipe.samples or (step >= FIRST_VALIDATION and power_of_four)
 
 
-def _note(state: TrainState) -> str:
+def loss_note(state: TrainState) -> str:
     """Returns what the progress line shows beside the count."""
     journal = state.journal
     return f"loss {float(journal.sums['loss']) / journal.steps:.4g}" if journal.steps else ""

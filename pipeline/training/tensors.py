@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from models.draw import derive_seed
 from pipeline.progress import Progress
 from pipeline.settings import TrainingSettings
+from pipeline.training.between_steps import loss_note
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import LocalBatch
 from pipeline.training.feed.order import Order
@@ -43,9 +46,9 @@ class TensorFeed:
 
 
 def train_on(
-    name: str, task: Task, columns: Batch, recipe: TrainingRecipe, device: torch.device
+    name: str, task: Task, columns: Batch, recipe: TrainingRecipe, device: torch.device, progress: bool = True
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Trains a task's model from random weights, and shows progress.
+    """Trains a task's model from random weights.
 
     Args:
         name: Of what is trained, for progress and messages.
@@ -53,6 +56,7 @@ def train_on(
         columns: What the task's columns name, with a row an example, on the CPU.
         recipe: Says how to train.
         device: To train on.
+        progress: Whether a line shows it.
 
     Returns:
         The averaged weights as a model in evaluation mode on ``device``, and the lines of the journal.
@@ -63,11 +67,11 @@ def train_on(
     """
     group, feed = ProcessGroup(device=device), TensorFeed(columns, recipe)
     state = begin(task, recipe, group)
-    with Progress(name, recipe.samples, "samples") as line:
+    with Progress(name, recipe.samples, "samples") if progress else nullcontext() as line:
 
         def between(state: TrainState) -> None:
-            loss = next((each["loss"] for each in reversed(state.journal.lines)), None)
-            line.advance(state.samples - line.done, "" if loss is None else f"loss {loss:.4g}")
+            if line:
+                line.advance(state.samples - line.done, partial(loss_note, state))
 
         fit(name, feed, recipe, TrainingSettings(), group, state, between)
     model = state.ema

@@ -4,11 +4,12 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import unclip
+from models.codec_fit import fit_codec
 from models.folder import load_model
 from tests.chain import ROOT
 from tests.faults import Undisturbed, copy
@@ -184,8 +186,8 @@ def test_artifacts_are_tables_files_and_models(project: unclip.Project, tmp_path
             call()
 
 
-def test_pairs_are_read_in_four_ways(project: unclip.Project) -> None:
-    """One by one, as a webdataset, by the workers of a DataLoader, and as tensors: the same pairs."""
+def test_pairs_are_read_in_many_ways(project: unclip.Project, tmp_path: Path) -> None:
+    """One by one, as a webdataset, by the workers of a DataLoader, by datasets, and as tensors: the same pairs."""
     pairs = project.pairs("train", embeddings=True)
     found = list(pairs)
     assert len(found) == len(pairs) == project.artifact("curation").record.ledger.kept > 20
@@ -206,6 +208,13 @@ def test_pairs_are_read_in_four_ways(project: unclip.Project) -> None:
     assert (image.size, text) == (found[0].image.size, found[0].caption)
     loaded = DataLoader(pairs.webdataset(), batch_size=None, num_workers=2)
     assert sorted(sample["__key__"] for sample in loaded) == sorted(pair.key for pair in found)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ({"image": pair.image, "caption": pair.caption} for pair in pairs)
+
+    theirs = datasets.Dataset.from_generator(rows, cache_dir=str(tmp_path))
+    assert theirs["caption"][:] == [pair.caption for pair in found]
+    assert theirs[0]["image"].size == found[0].image.size
 
     tensors = pairs.tensors(side=32)
     assert tensors["captions"] == [pair.caption for pair in found]
@@ -239,6 +248,27 @@ def test_a_model_trained_on_tensors_is_that_of_the_pipeline(undisturbed: Undistu
     assert [line["loss"] for line in trained.journal] == pytest.approx(
         [line["loss"] for line in artifact.table().to_pylist() if line.get("loss") is not None], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("stage", ["clip", "ar_prior", "upsampler_256"])
+def test_every_kind_of_model_is_trained_on_tensors(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The decoder is trained by examples/another_decoder.py, the diffusion prior above."""
+    rows = 24
+    image, text = torch.randn(2, rows, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    image, text = (torch.nn.functional.normalize(each, dim=1) for each in (image, text))
+    side = {"clip": 64, "upsampler_256": 256}.get(stage, 8)
+    data = {
+        "image": torch.randint(256, (rows, 3, side, side), dtype=torch.uint8),
+        "captions": [f"picture {i}" for i in range(rows)],
+        "image_embedding": image,
+        "text_embedding": text,
+    }
+    codec = fit_codec(image, (image * text).sum(1), components=8).codec
+    model, journal = unclip.train(stage, data, device="cpu", codec=codec, samples=16, batch=8, progress=False)
+    assert [line["samples"] for line in journal] == [8, 16]
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not model.training
+    assert capsys.readouterr().err == ""
 
 
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
