@@ -17,15 +17,15 @@ from PIL import Image
 from models.clip import Clip
 from pipeline.data.fetch.references import shown
 from pipeline.data.neighbours.search import FoundRow, embed_opened, look_up, read_clip
-from pipeline.data.pairs.decoding import OWN, shared_decoder
-from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, Storing
+from pipeline.data.pairs.decoding import shared_decoder
+from pipeline.data.pairs.image import MAX_PIXELS, Storing
 from pipeline.data.pairs.row_index import read_images
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Artifact, load_artifact
-from pipeline.ledger import REASONS
 from pipeline.store import Store, open_store
 from serve.bundle import Served
 from serve.errors import ApiError
+from serve.uploads import read_image
 
 MOST = 24  # rows of one answer
 THUMBNAIL = Storing(192, "jpg", 85)  # px of the short side, format and quality
@@ -44,7 +44,7 @@ async def neighbours(
         raise ApiError(
             404, "no_index", "There is no index of what this bundle was trained on: serve a run's own folder"
         )
-    found = await run_in_threadpool(training.nearest, await image.read(MAX_BYTES + 1), count)
+    found = await run_in_threadpool(training.nearest, await read_image(image, "image"), count)
     return {"object": "list", "data": found}
 
 
@@ -66,11 +66,8 @@ class TrainingSet:
         return read_clip(self.store, self.artifacts["clip"])
 
     def nearest(self, image: bytes, count: int) -> list[dict[str, Any]]:
-        """Returns the training rows nearest to an image, nearest first, as JSON. Raises ApiError for a broken image."""
-        found = shared_decoder().prepare(image, MAX_PIXELS, OWN) if len(image) <= MAX_BYTES else "too_large"
-        if isinstance(found, str):
-            raise ApiError(400, "invalid_image", f"image: cannot be taken ({found}: {REASONS[found]})", "image")
-        embedding = embed_opened(self.clip, Image.open(io.BytesIO(found.data)))
+        """Returns the training rows nearest to an image, a PNG as ``read_image`` gives it, nearest first, as JSON."""
+        embedding = embed_opened(self.clip, Image.open(io.BytesIO(image)))
         return [self._described(row) for row in look_up(self.store, self.artifacts, embedding, count, ("train",))]
 
     def _described(self, row: FoundRow) -> dict[str, Any]:

@@ -12,7 +12,7 @@ const ORDER = ["imagining it", "reading the picture", "drawing 64 px", "growing 
 const KINDS = { "images/generations": "drawn", "images/variations": "varied", "images/edits": "changed",
   "images/interpolations": "blended", own: "your own" };
 
-const runs = new Map(); // by id: {id, at, title, request: {path, fields, images}, items, seconds, problem}
+const runs = new Map(); // by id: {id, at, title, caption, request: {path, fields, images}, items, seconds, problem}
 const elements = new Map(); // the article of each run
 const urls = new WeakMap(); // the address of each image, as long as it is in use
 let model = { sides: [64, 256, 1024], priors: [], sampling: {} };
@@ -125,11 +125,11 @@ function emptiness() {
 
 // --- drawing --------------------------------------------------------------------------------------------------------
 
-async function draw(title, path, fields, images = {}) {
+async function draw(title, path, fields, images = {}, caption = fields.prompt) {
   const seed = fields.seed ?? Math.floor(Math.random() * SEEDS);
   const n = fields.n ?? 1;
   const request = { path, fields: { ...fields, n, seed }, images };
-  const run = { id: Date.now() + Math.random(), at: Date.now(), title, request, seconds: 0, problem: "",
+  const run = { id: Date.now() + Math.random(), at: Date.now(), title, caption, request, seconds: 0, problem: "",
     items: Array.from({ length: n }, () => ({ blob: null, side: 0 })) };
   const stop = new AbortController();
   const article = show(run, stop);
@@ -199,7 +199,7 @@ function show(run, stop) {
   $(".again", article).hidden ||= run.request.path === "own";
   $(".again", article).onclick = () => {
     const { path, fields, images } = run.request;
-    draw(run.title, path, { ...fields, seed: Math.floor(Math.random() * SEEDS) }, images);
+    draw(run.title, path, { ...fields, seed: Math.floor(Math.random() * SEEDS) }, images, run.caption);
   };
   $(".forget", article).onclick = () => { forget(run.id); $("#caption").focus(); };
   $(".problem", article).hidden = !run.problem;
@@ -247,7 +247,7 @@ function view(run, index) {
     $(button).disabled = !run.items[to]?.blob;
     $(button).onclick = () => view(run, to);
   }
-  const caption = run.request.fields.prompt ?? "";
+  const caption = run.caption ?? "";
   $("#tool-words [name=caption]").value = $("#tool-mask [name=prompt]").value = caption;
   $("#tool-words [name=prompt]").value = "";
   const others = [...runs.values()].reverse().flatMap((other) => other.items.map((one, at) => ({ other, one, at })))
@@ -277,7 +277,7 @@ function use(event) {
   const shown = settings();
   const common = { size: run.request.path === "own" ? shown.size : size, seed: shown.seed, ...(shown.steps && { steps: shown.steps }) };
   const text = (name) => String(form.elements[name].value).trim();
-  if (form.dataset.tool === "vary") draw(run.title, "images/variations", { ...common, n: given.n, eta: given.eta }, { image });
+  if (form.dataset.tool === "vary") draw(run.title, "images/variations", { ...common, n: given.n, eta: given.eta }, { image }, run.caption);
   if (form.dataset.tool === "words") {
     const fields = { ...common, n: given.n, prompt: text("prompt"), before: text("caption"), strength: given.strength };
     draw(text("prompt"), "images/edits", fields, { image });

@@ -40,7 +40,7 @@ def door(bench: Bench, settings: ServeSettings, store: str) -> Iterator[TestClie
 
     served = Served("bench", store=store, key=bench.made["bundle"].key)
     line = Line(draw, 1, 1, 1, 0.0, observe)
-    with TestClient(make_api(Door(served, settings, line, Results(0), ask, observe))) as client:
+    with TestClient(make_api(Door(served, settings, line, Results(0), ask, observe), {})) as client:
         yield client
 
 

@@ -19,6 +19,7 @@ from tests.serve.conftest import serving
 from tests.serve.trained import make_trained
 
 pytestmark = pytest.mark.browser
+expect.set_options(timeout=60_000)
 CAPTION = "a red fox's <b>tail</b>"
 
 
@@ -61,9 +62,11 @@ def draw(page: Page, caption: str = CAPTION) -> Locator:
     return done(page, caption)
 
 
-def done(page: Page, title: str) -> Locator:
+def done(page: Page, title: str, how: str = "drawn") -> Locator:
+    """Returns the newest run of a title, when all of it is there."""
     run = page.locator("article", has=page.get_by_role("heading", name=title, exact=True)).first
-    expect(run.get_by_role("button", name="Forget")).to_be_visible(timeout=120_000)
+    expect(run).to_contain_text(f"{how} · 64 px")
+    expect(run.get_by_role("button", name="Forget")).to_be_visible()
     expect(run.locator(".problem")).to_be_hidden()
     return run
 
@@ -123,6 +126,72 @@ def test_a_picture_is_taken_along_with_its_recipe(studio: Page, tmp_path: Path) 
         subprocess.run(words, cwd=to, env={**os.environ, "NO_PROXY": "*"}, check=True, timeout=100)
         [made] = to.iterdir()
         assert made.read_bytes() == drawn.read_bytes()
+
+
+def test_a_picture_is_varied_changed_by_words_and_blended_into_another(studio: Page) -> None:
+    draw(studio, "a blue house")
+    draw(studio).locator(".tile").first.click()
+    viewer = studio.locator("#viewer")
+    viewer.locator("#tool-vary summary").click()
+    viewer.get_by_role("button", name="Vary").click()
+    varied = done(studio, CAPTION, "varied")
+    assert varied.locator(".tile img").count() == 4
+
+    varied.locator(".tile").nth(2).click()
+    viewer.locator("#tool-words summary").click()
+    expect(viewer.get_by_label("It shows")).to_have_value(CAPTION)
+    viewer.locator("#tool-words").get_by_label("It should show").fill("a blue fox")
+    viewer.get_by_role("button", name="Change").click()
+    changed = done(studio, "a blue fox", "changed")
+    assert changed.locator(".tile img").count() == 4
+
+    changed.locator(".tile").first.click()
+    viewer.locator("#tool-between summary").click()
+    viewer.locator("#others").get_by_alt_text("a blue house, picture 1 of 4").click()
+    viewer.get_by_role("button", name="Blend").click()
+    blended = done(studio, "a blue fox → a blue house", "blended")
+    assert blended.locator(".tile img").count() == 5
+    assert "score" not in blended.inner_text()  # they have no caption
+
+
+def test_a_part_is_drawn_over_with_the_mouse_and_with_the_keyboard(studio: Page) -> None:
+    draw(studio).locator(".tile").first.click()
+    viewer, mask = studio.locator("#viewer"), studio.locator("#mask")
+    viewer.locator("#tool-mask summary").click()
+    over = viewer.get_by_role("button", name="Draw over")
+    over.click()
+    assert viewer.is_visible()  # nothing is painted yet
+    box = mask.bounding_box()
+    assert box
+    studio.mouse.move(box["x"] + 9, box["y"] + 9)
+    studio.mouse.down()
+    studio.mouse.move(box["x"] + box["width"] / 2, box["y"] + 9)
+    studio.mouse.up()
+    by_mouse = painted(mask)
+    mask.focus()
+    for key in ("ArrowDown", "Shift+ArrowDown", "Space", "Space"):
+        studio.keyboard.press(key)
+    assert 0 < by_mouse < painted(mask) < 0.5
+    over.click()
+    done(studio, CAPTION, "changed")
+    before, after = (pixels(studio.locator("article .tiles").nth(i).locator("img").first) for i in (1, 0))
+    half = len(before) // 2
+    assert before[:half] != after[:half]  # where it was painted
+    assert before[half:] == after[half:]
+
+
+def pixels(source: Locator) -> list[int]:
+    """The RGBA of a picture, or of what is painted over it, at 64 px."""
+    return source.evaluate(
+        "s => { const x = Object.assign(document.createElement('canvas'), {width: 64, height: 64})"
+        ".getContext('2d', {willReadFrequently: true});"
+        "x.drawImage(s, 0, 0, 64, 64); return [...x.getImageData(0, 0, 64, 64).data]; }"
+    )
+
+
+def painted(mask: Locator) -> float:
+    """The share of the picture that is painted."""
+    return sum(alpha > 127 for alpha in pixels(mask)[3::4]) / 64**2
 
 
 def test_the_nearest_training_pictures_are_named_with_their_rights(studio: Page) -> None:
