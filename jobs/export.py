@@ -8,10 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs.bundles import find_bundle
-from pipeline.errors import UserError
+from pipeline.errors import CorruptObject, UserError
 from pipeline.local import Reach, read_local
 from pipeline.progress import counted
 from pipeline.store import open_store
+from pipeline.store.records import materialise, read_blob
 
 CARD, CARD_BYTES = "README.md", 1 << 20
 INDEX = "model_index.json"
@@ -26,36 +27,46 @@ def main(arguments: argparse.Namespace) -> int:
     target = open_store(arguments.to)
     if next(target.list(""), None) is not None:
         raise UserError(f"{arguments.to} is not empty; name a new folder with --to")
-    with tempfile.TemporaryDirectory() as made:
-        if (Path(arguments.source) / INDEX).is_file() or arguments.format == "diffusers":
-            folder, move = _converted(arguments, Path(made)), True
-            names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
-        else:
-            bundle, move = find_bundle(arguments.source, arguments.overrides), False
-            folder, names = bundle.folder, list(bundle.blobs)
-        for name in names:
-            target.create(name, folder / name, move)
-    size = sum(entry.size for entry in target.list(""))
-    print(f"{arguments.to}: {counted(len(names), 'file')}, {size / 2**20:,.1f} MiB")
+    try:
+        with tempfile.TemporaryDirectory() as made:
+            if arguments.format == "diffusers" or (Path(arguments.source) / INDEX).is_file():
+                _convert(arguments, Path(made))
+                for file in sorted(path for path in Path(made).rglob("*") if path.is_file()):
+                    target.create(file.relative_to(made).as_posix(), file, move=True)
+            else:
+                bundle = find_bundle(arguments.source, arguments.overrides)
+                for name, blob in bundle.blobs.items():
+                    target.create(name, read_blob(bundle.store, blob) if bundle.store else bundle.folder / name)
+    except CorruptObject as e:
+        raise UserError(f"{e}; run the configuration again, which makes it again") from e
+    entries = list(target.list(""))
+    print(f"{arguments.to}: {counted(len(entries), 'file')}, {sum(e.size for e in entries) / 2**20:,.1f} MiB")
     print(f"next: {LOADING[arguments.format].format(to=arguments.to)}")
     return 0
 
 
-def _converted(arguments: argparse.Namespace, made: Path) -> Path:
+def _convert(arguments: argparse.Namespace, made: Path) -> None:
     """Writes the models that are named, of a bundle or in diffusers' layout, into ``made``, as is asked for.
 
-    Raises UserError for models that do not fit.
+    Raises UserError for models that do not fit, and CorruptObject.
     """
     from models.cascade import UnCLIP
     from models.interchange import export_unclip, import_unclip
 
     folder = Path(arguments.source)
     try:
-        if (folder / INDEX).is_file():
-            unclip = import_unclip(folder)
-        else:
-            folder = find_bundle(arguments.source, arguments.overrides).folder
-            unclip = UnCLIP.from_folder(folder)
+        with tempfile.TemporaryDirectory() as copy:
+            if (folder / INDEX).is_file():
+                unclip = import_unclip(folder)
+            else:
+                bundle = find_bundle(arguments.source, arguments.overrides)
+                folder = bundle.place or Path(copy)
+                if bundle.store:
+                    materialise(bundle.store, bundle.blobs, folder)
+                unclip = UnCLIP.from_folder(folder)
+            card = b""
+            with suppress(OSError):  # a folder need not have one
+                card = read_local(folder / CARD, CARD_BYTES, Reach((str(folder.absolute()),)))
     except (FileNotFoundError, ValueError) as e:
         raise UserError(str(e)) from e
     if arguments.format == "bundle":
@@ -63,6 +74,5 @@ def _converted(arguments: argparse.Namespace, made: Path) -> Path:
     else:
         native = export_unclip(unclip, made)
         print(f"in classes of diffusers: {', '.join(native) or 'none'}; all others are in ours/")
-    with suppress(OSError):  # a folder need not have a card
-        (made / CARD).write_bytes(read_local(folder / CARD, CARD_BYTES, Reach((str(folder.absolute()),))))
-    return made
+    if card:
+        (made / CARD).write_bytes(card)

@@ -159,7 +159,9 @@ def test_every_reason_is_explained() -> None:
 
 def commands(text: str) -> Iterator[str]:
     """Commands on indented lines and between backticks, without remarks; a continued line counts by its first."""
-    for line in re.findall(r"^    ((?:unclip|make|ray job submit|python examples/) ?.*)$", text, flags=re.MULTILINE):
+    for line in re.findall(
+        r"^    ((?:unclip|make|ray job submit|python examples/)(?!  ).*)$", text, flags=re.MULTILINE
+    ):
         yield re.sub(r"\s+#.*", "", line).strip()
     yield from re.findall(r"`((?:unclip|make) [^`]+)`", text)
 

@@ -14,7 +14,9 @@ from tests.jobs.test_mistakes import refused
 
 def test_a_bundle_travels(run: Path, draw: Draw, tmp_path: Path) -> None:  # noqa: F811
     before = draw("sample", "a red heart")[0].read_bytes()
+    shutil.rmtree(run / "bundle")
     said = done(here("export", run, "--to", tmp_path / "shared", cwd=tmp_path))
+    assert not (run / "bundle").exists()  # no copy is left behind
     assert 'next: unclip sample "a red heart" --from' in said
     bundle = find_bundle(str(run))
     assert find_bundle(str(tmp_path / "shared")).blobs == bundle.blobs
@@ -27,8 +29,8 @@ def test_a_bundle_travels(run: Path, draw: Draw, tmp_path: Path) -> None:  # noq
 
 def test_to_diffusers_and_back(run: Path, draw: Draw, tmp_path: Path) -> None:  # noqa: F811
     before = draw("sample", "a red heart")[0].read_bytes()
-    (find_bundle(str(run)).folder / "README.md").write_text("# a card\n")
-    said = done(here("export", run, "--to", "theirs", "--format", "diffusers", cwd=tmp_path))
+    (tmp_path / "a bundle/README.md").write_text("# a card\n")
+    said = done(here("export", tmp_path / "a bundle", "--to", "theirs", "--format", "diffusers", cwd=tmp_path))
     assert "in classes of diffusers: diffusion_prior; all others are in ours/" in said
     assert (tmp_path / "theirs/README.md").read_text() == "# a card\n"
     refused(
