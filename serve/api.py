@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,37 +28,24 @@ from serve.settings import MOST_IMAGES
 from serve.uploads import read_image, read_mask
 
 STUDIO = Path(__file__).parent / "studio"
-PAGE = {  # the page asks nobody but this server, and nobody may frame it
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 FORM = Form(media_type="multipart/form-data")
 router = APIRouter()
 log = logging.getLogger("unclip")
 
 
-def make_api(door: Door, tokens: Mapping[str, str]) -> FastAPI:
+def make_api(door: Door, tokens: Mapping[str, str], figures: Callable[[], bytes]) -> FastAPI:
     """Returns the application."""
     api = FastAPI(title="unclip serve", version="1", redoc_url=None)
-    api.state.door = door
+    api.state.door, api.state.figures = door, figures
     api.add_exception_handler(ApiError, _told)
     api.add_exception_handler(RequestValidationError, _told)
     api.add_exception_handler(HTTPException, _told)
     api.include_router(router)
     api.include_router(neighbours.router)
     api.mount("/", StaticFiles(directory=STUDIO, html=True, check_dir=False))
-    api.add_middleware(Guard, settings=door.settings, tokens=tokens)
+    api.add_middleware(Guard, settings=door.settings, tokens=tokens, observe=door.observe)
     if door.settings.origins:
         api.add_middleware(CORSMiddleware, allow_origins=door.settings.origins, allow_headers=["*"])
-
-    @api.middleware("http")
-    async def headers(request: Request, call_next: Any) -> Response:
-        response: Response = await call_next(request)
-        if request.url.path not in ("/docs", "/openapi.json"):  # that page loads its script from elsewhere
-            response.headers.update(PAGE)
-        return response
-
     return api
 
 
@@ -74,6 +61,7 @@ async def _told(request: Request, error: Exception) -> JSONResponse:
             error.status_code, "not_found" if error.status_code == 404 else "invalid_request", error.detail
         )
     assert isinstance(error, ApiError)
+    request.app.state.door.observe("refusals_total", code=error.code)
     return JSONResponse(error.body, error.status, headers=dict(error.headers))
 
 
@@ -83,6 +71,12 @@ async def health(request: Request) -> dict[str, Any]:
     door: Door = request.app.state.door
     about = await door.described()
     return {"status": "ok", "bundle": about["bundle"], "waiting": len(door.line.waiting)}
+
+
+@router.get("/metrics")
+def metrics(request: Request) -> Response:
+    """Returns the server's figures in Prometheus' text format."""
+    return Response(request.app.state.figures(), media_type="text/plain; version=0.0.4")
 
 
 @router.get("/v1/models")

@@ -19,6 +19,7 @@ from serve.api import make_api
 from serve.bundle import Served
 from serve.door import Door
 from serve.line import Died, Event, Line, Refused
+from serve.metrics import Metrics
 from serve.painter import Painter, Stopped, Work
 from serve.results import Results
 from serve.settings import ServeSettings
@@ -121,15 +122,13 @@ class DoorProcess:
         async def ask() -> dict[str, Any]:
             return await drawers.describe.remote()
 
-        def observe(name: str, value: float) -> None:
-            pass
-
-        line = Line(draw, settings.replicas, settings.batch, settings.queue, settings.wait_ms / 1000, observe)
+        self.metrics = Metrics()
+        line = Line(draw, settings.replicas, settings.batch, settings.queue, settings.wait_ms / 1000, self.metrics)
         self.tokens = tokens
-        self.door = Door(served, settings, line, Results(settings.results_mb << 20), ask, observe)
+        self.door = Door(served, settings, line, Results(settings.results_mb << 20), ask, self.metrics)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_api(self.door, self.tokens)
+        return make_api(self.door, self.tokens, self.metrics.text)
 
 
 def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> serve.Application:

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.store.records import digest
 from serve.bundle import Served
 from serve.errors import ApiError
-from serve.line import Event, Line, Refused
+from serve.line import Event, Line, Observe, Refused
 from serve.painter import Row, Work
 from serve.results import Result, Results
 from serve.settings import ServeSettings
@@ -36,7 +36,7 @@ class Door:
     line: Line
     results: Results
     ask: Callable[[], Awaitable[dict[str, Any]]]
-    observe: Callable[[str, float], None]
+    observe: Observe
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -80,6 +80,7 @@ class Door:
         if len(kept) < len(names) and work.kind not in ("generation", "inpainting"):
             kept = {}  # their images are made together
         for i, found in kept.items():
+            self.observe("cached_images_total")
             yield ("image", i, names[i], found)
         missing = [i for i in range(len(names)) if i not in kept]
         if not missing:

@@ -16,13 +16,21 @@ from pipeline.data.pairs.image import MAX_BYTES
 from pipeline.errors import UserError
 from pipeline.local import read_local
 from serve.errors import ApiError
+from serve.line import Observe
 from serve.settings import ServeSettings
 
 JSON_BYTES = 64 << 10  # of a body that holds no image
 FORM_BYTES = 2 * MAX_BYTES + JSON_BYTES  # of two images
 BODY_S = 30.0  # in which a body has to arrive
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+GUARDED = ("/v1/", "/metrics")
 OPEN = ("/v1/images/files/", "/v1/models")  # below /v1: an image's name is a secret, and the page asks for the model
+
+HEADERS = [  # the page asks nobody but this server, and nobody may frame it
+    (b"content-security-policy", b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
 
 
 def read_tokens(settings: ServeSettings) -> dict[str, str]:
@@ -74,8 +82,8 @@ class Allowance:
 class Guard:
     """Lets requests through to ``app`` that come from somebody who may ask, and whose body is small and arrives."""
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, tokens: Mapping[str, str]):
-        self.app, self.settings, self.tokens = app, settings, tokens
+    def __init__(self, app: ASGIApp, settings: ServeSettings, tokens: Mapping[str, str], observe: Observe):
+        self.app, self.settings, self.tokens, self.observe = app, settings, tokens, observe
         self.limits = {
             "requests": settings.requests_per_minute,
             "megapixels": settings.megapixels_per_minute,
@@ -85,17 +93,44 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, or hands on."""
-        if scope["type"] == "http":
-            try:
-                self._check_origin(scope)
-                if scope["path"].startswith("/v1/") and not scope["path"].startswith(OPEN):
-                    scope["allowance"] = allowance = self.allowances[self._name(scope)]
-                    allowance.spend("requests", 1)
-                    receive = await self._whole(scope, receive, allowance)
-            except ApiError as e:
-                await JSONResponse(e.body, e.status, headers={**e.headers, "Connection": "close"})(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 499  # nginx's for a client that has gone
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if scope["path"] not in ("/docs", "/openapi.json"):  # that page loads its script from elsewhere
+                    message["headers"] = [*message["headers"], *HEADERS]
+            await send(message)
+
+        try:
+            receive = await self._admit(scope, receive)
+        except ApiError as e:
+            self.observe("refusals_total", code=e.code)
+            app: ASGIApp = JSONResponse(e.body, e.status, headers={**e.headers, "Connection": "close"})
+        else:
+            app = self.app
+        try:
+            await app(scope, receive, sending)
+        finally:
+            if scope["path"].startswith("/v1/"):
+                endpoint = getattr(scope.get("route"), "path", "none")
+                self.observe("requests_total", endpoint=endpoint, status=str(status))
+                self.observe("e2e_request_latency_seconds", time.monotonic() - began, endpoint=endpoint)
+
+    async def _admit(self, scope: Scope, receive: Receive) -> Receive:
+        """Returns what the request is read from. Raises ApiError."""
+        self._check_origin(scope)
+        if not scope["path"].startswith(GUARDED) or scope["path"].startswith(OPEN):
+            return receive
+        scope["allowance"] = allowance = self.allowances[self._name(scope)]
+        if scope["path"] == "/metrics":
+            return receive
+        allowance.spend("requests", 1)
+        return await self._whole(scope, receive, allowance)
 
     def _check_origin(self, scope: Scope) -> None:
         """Raises ApiError for a page of another address, which could make a browser draw behind its user's back."""

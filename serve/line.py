@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -26,6 +27,12 @@ class Refused(Exception):
     """The bundle cannot draw that."""
 
 
+class Observe(Protocol):
+    """Notes a figure of the server, see FIGURES of ``serve.metrics``."""
+
+    def __call__(self, name: str, value: float = 1, **labels: str) -> None: ...
+
+
 class Draw(Protocol):
     """Draws a work in some process, and yields events. Raises Died, Refused, or what went wrong."""
 
@@ -39,6 +46,7 @@ class Job:
     work: Work
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     gone: bool = False
+    came: float = field(default_factory=time.monotonic)
     seen: set[tuple[Any, ...]] = field(default_factory=set)  # of the events that a second attempt repeats
 
     def tell(self, event: Event) -> None:
@@ -59,12 +67,10 @@ class Line:
         batch: Images of a batch; a request is never split.
         limit: Images that may wait.
         wait: Seconds that a batch waits for more of its kind.
-        observe: Called with the name of a figure and its value.
+        observe: Notes figures.
     """
 
-    def __init__(
-        self, draw: Draw, lanes: int, batch: int, limit: int, wait: float, observe: Callable[[str, float], None]
-    ):
+    def __init__(self, draw: Draw, lanes: int, batch: int, limit: int, wait: float, observe: Observe):
         self.draw, self.lanes, self.batch, self.limit, self.wait = draw, lanes, batch, limit, wait
         self.observe = observe
         self.waiting: deque[Job] = deque()
@@ -94,6 +100,7 @@ class Line:
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
         missing = len(work.rows)
+        self._count()
         try:
             while missing:
                 event = await job.events.get()
@@ -105,6 +112,11 @@ class Line:
             job.gone = True
             if job in self.waiting:
                 self.waiting.remove(job)
+            self._count()
+
+    def _count(self) -> None:
+        self.observe("num_queue_reqs", len(self.waiting))
+        self.observe("num_running_reqs", sum(map(len, self.running)))
 
     async def _lane(self) -> None:
         """Draws batches until nothing waits."""
@@ -116,6 +128,9 @@ class Line:
             if not jobs:
                 continue
             self.running.append(jobs)
+            self._count()
+            for job in jobs:
+                self.observe("queue_time_seconds", time.monotonic() - job.came)
             began = loop.time()
             try:
                 await self._draw(jobs)
@@ -125,6 +140,7 @@ class Line:
                     job.events.put_nowait(e)
             finally:
                 self.running.remove(jobs)
+                self._count()
             for place, job in enumerate(self.waiting):
                 job.tell(("place", place + len(self.running)))
 
@@ -156,14 +172,18 @@ class Line:
                     async for event in events:
                         if all(job.gone for job in jobs):
                             return  # which ends the drawing, too
-                        if event[0] in ("partial", "image"):
+                        if event[0] == "stage":
+                            self.observe("stage_latency_seconds", event[2], stage=event[1])
+                        elif event[0] in ("partial", "image"):
                             job, own = owners[event[1]]
                             job.tell((event[0], own, *event[2:]))
                         else:
                             for job in jobs:
                                 job.tell(event)
+                self.observe("images_total", len(rows), kind=work.kind)
                 return
             except Died as e:
                 if attempt == ATTEMPTS:
                     raise
+                self.observe("retries_total")
                 log.warning("a process that drew is gone (%s); its %d images are drawn again", e, len(rows))

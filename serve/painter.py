@@ -86,9 +86,9 @@ class Painter:
     def draw(self, work: Work, emit: Emit, stopped: Callable[[], bool]) -> None:
         """Draws the images of ``work``.
 
-        ``emit`` gets ("step", stage, done, steps), ("partial", row, side, PNG) if wanted, and ("image", row, PNG,
-        score) for every row, where the score is the cosine of image and caption by CLIP. Raises Stopped at the next
-        step after ``stopped`` says so, and ValueError for what this bundle cannot draw.
+        ``emit`` gets ("step", stage, done, steps), ("stage", stage, seconds), ("partial", row, side, PNG) if wanted,
+        and ("image", row, PNG, score) for every row, where the score is the cosine of image and caption by CLIP. Raises
+        Stopped at the next step after ``stopped`` says so, and ValueError for what this bundle cannot draw.
         """
         size = 64 * min(n for n in (1, 4, 16) if 64 * n >= work.side)
         options = {**work.options, "size": size}
@@ -147,6 +147,7 @@ class _Watch:
 
     def __init__(self, emit: Emit, stopped: Callable[[], bool], start: int, work: Work):
         self.emit, self.stopped, self.start, self.work, self.said = emit, stopped, start, work, 0.0
+        self.began = time.monotonic()
 
     def __call__(self, stage: str, done: int, steps: int, estimate: Tensor | None = None) -> None:
         if self.stopped():
@@ -155,6 +156,9 @@ class _Watch:
         if done == steps or now - self.said > STEP_S:
             self.said = now
             self.emit(("step", stage, done, steps))
+        if done == steps:
+            self.emit(("stage", stage, now - self.began))
+            self.began = now
         if self.work.partial and estimate is not None and done == steps and estimate.shape[-1] < self.work.side:
             pixels = to_uint8(estimate).permute(0, 2, 3, 1).cpu().numpy()
             for i, image in enumerate(pixels):

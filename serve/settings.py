@@ -30,7 +30,7 @@ class ServeSettings:
         follow_s: Seconds between two looks at the release, if one is served.
         log_prompts: Write the captions of requests into the log.
         licenses: Licences of the training images that the studio may show, as the list spells them; all if none.
-        tokens: A file of lines NAME TOKEN; whoever sends none of them is refused.
+        tokens: A file of lines NAME TOKEN; a request without one of these tokens is refused.
         origins: Web pages of other addresses that may call the API, such as https://example.org.
     """
 

@@ -15,6 +15,7 @@ RAY = {
     "pipeline/graph/workers.py",
     "pipeline/training/distributed/launch.py",
     "serve/app.py",
+    "serve/metrics.py",
     "unclip/pairs.py",
 }
 

@@ -1,0 +1,156 @@
+"""Clients of a server, honest and hostile, for the tests of load and faults."""
+
+import asyncio
+import base64
+import io
+import json
+import random
+import re
+import struct
+import time
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from PIL import Image
+
+RAW = ("huge body", "slow body", "goes", "nonsense")
+KINDS = ("prompt of 1 MB", "nested JSON", "path", "bomb", "cut image", *RAW)
+PATHS = ("/../../etc/passwd", "/v1/images/files/../../secrets.png", "/%2e%2e/%2e%2e/etc/passwd", "/v1/\0")
+NAMES = ("fox", "house", "sea", "tree", "heart", "cat")
+
+
+@dataclass
+class Seen:
+    """What the clients saw: how many answers of each status, the bundles that drew, and what was wrong."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    hostile: Counter[str] = field(default_factory=Counter)
+    bundles: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+
+
+def bomb() -> bytes:
+    """A PNG of a few kilobytes whose header says 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
+
+
+async def honest(url: str, seen: Seen, until: float, client: random.Random, steps: int = 8) -> None:
+    """Asks again and again, and checks that every image is the one that was asked for."""
+    async with httpx.AsyncClient(timeout=300) as http:
+        while time.monotonic() < until:
+            prompt, seed = f"a {client.choice(NAMES)} {client.random():.9f}", client.randrange(2**40)
+            asked = {"prompt": prompt, "seed": seed, "size": "64x64", "response_format": "b64_json", "steps": steps}
+            began = time.monotonic()
+            answer = await http.post(f"{url}/v1/images/generations", json=asked)
+            seen.statuses[answer.status_code] += 1
+            if answer.status_code in (429, 503):
+                await asyncio.sleep(min(2, int(answer.headers.get("retry-after", 1))))
+                continue
+            if answer.status_code != 200:
+                seen.wrong.append(f"{answer.status_code} {answer.text[:200]}")
+                continue
+            seen.slowest = max(seen.slowest, time.monotonic() - began)
+            info = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))).info
+            if (info["caption"], info["seed"]) != (prompt, str(seed)):
+                seen.wrong.append(f"asked for {prompt!r} {seed}, got {info['caption']!r} {info['seed']}")
+            seen.bundles.append(json.loads(info["made"])["bundle"])
+
+
+async def raw(host: str, port: int, data: bytes, kind: str) -> str:
+    """Sends bytes as they are, and returns the status of the answer."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(data)
+        await writer.drain()
+        if kind == "goes":
+            await asyncio.sleep(random.random())
+            return "gone"
+        found = re.match(rb"HTTP/1.1 (\d+)", await asyncio.wait_for(reader.read(64), 60))
+        return found[1].decode() if found else "closed"
+    finally:
+        writer.close()
+
+
+async def hostile(url: str, seen: Seen, until: float, client: random.Random) -> None:
+    """Sends what nobody should, and counts how it was answered; "closed" is no answer."""
+    host, port = urlsplit(url).hostname or "", urlsplit(url).port or 0
+    while time.monotonic() < until:
+        kind = client.choice(KINDS)
+        path, content, form, rest = "/v1/images/generations", b"{}", b"", b""
+        if kind == "prompt of 1 MB":
+            content = json.dumps({"prompt": "x" * 1_000_000}).encode()
+        elif kind == "nested JSON":
+            content = b'{"prompt": ' + b"[" * 30000
+        elif kind == "path":
+            path = client.choice(PATHS)
+        elif kind in ("bomb", "cut image"):
+            path, form = "/v1/images/variations", bomb()[: None if kind == "bomb" else 200]
+        elif kind == "goes":
+            rest = json.dumps({"prompt": f"a tree {client.random()}", "steps": 30, "stream": True}).encode()
+        length = {"huge body": 1 << 40, "slow body": 100}.get(kind, len(rest))
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        head = "\x00\x01 nonsense\r\n\r\n" if kind == "nonsense" else f"{head}Content-Length: {length}\r\n\r\n"
+        try:
+            if kind in RAW:
+                status = await raw(host, port, head.encode() + (bytes(1 << 20) if kind == "huge body" else rest), kind)
+            else:
+                async with httpx.AsyncClient(timeout=120) as http:
+                    headers = {"Content-Type": "application/json"}
+                    sent: dict[str, Any] = {"content": content, "headers": headers}
+                    answer = await http.post(url + path, **({"files": {"image": form}} if form else sent))
+                    status = str(answer.status_code)
+        except (OSError, httpx.HTTPError, httpx.InvalidURL, TimeoutError, asyncio.IncompleteReadError):
+            status = "closed"
+        seen.hostile[f"{kind}:{status}"] += 1
+        await asyncio.sleep(0.05)
+
+
+def load(url: str, seconds: float, clients: int, hostiles: int, steps: int = 8, seed: int = 0) -> Seen:
+    """Puts a server under load for some seconds and returns when every request is answered."""
+    seen, until = Seen(), time.monotonic() + seconds
+
+    async def run() -> None:
+        good = (honest(url, seen, until, random.Random(f"{seed} {i}"), steps) for i in range(clients))
+        bad = (hostile(url, seen, until, random.Random(f"{seed} bad {i}")) for i in range(hostiles))
+        await asyncio.gather(*good, *bad)
+
+    asyncio.run(run())
+    return seen
+
+
+def processes_below(pid: int) -> dict[int, str]:
+    """Returns the processes below one, with their command lines."""
+    parents, names = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            names[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+            parents[int(entry.name)] = int(fields[1])
+        except OSError:
+            continue
+
+    def below(one: int) -> bool:
+        while one > 1:
+            one = parents.get(one, 0)
+            if one == pid:
+                return True
+        return False
+
+    return {one: name for one, name in names.items() if below(one)}
+
+
+def memory(pids: dict[int, str], name: str) -> int:
+    """Returns the resident bytes of the process whose command line has a name."""
+    (pid,) = [pid for pid, command in pids.items() if name in command]
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096

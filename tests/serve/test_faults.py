@@ -1,0 +1,125 @@
+"""Load with hostile clients, killed processes, clients that go, a release that changes: on real processes."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import yaml
+
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.pointer import Move, move_release, read_releases
+from pipeline.ledger import Ledger
+from pipeline.store import Store
+from pipeline.store.records import put_blob
+from tests.faults import Running, start
+from tests.models.test_cascade import make
+from tests.pipeline.sampling.test_generation import publish_bundle
+from tests.serve.conftest import address
+from tests.serve.load import load, memory, processes_below
+
+pytestmark = pytest.mark.slow
+SECONDS = float(os.environ.get("UNCLIP_LOAD_SECONDS", 60))
+CLIENTS, HOSTILE = 45, 5
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    process: Running
+    store: Store
+
+    def promote(self, key: str) -> None:
+        move = Move("promote", key, "e" * 64, time.time())
+        move_release(self.store, "served", read_releases(self.store, "served"), move)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a release."""
+    folder = tmp_path_factory.mktemp("faults")
+    store, first = publish_bundle(folder)
+    config = {"project": "served", "preset": "nano", "store": store.url, "source": {"paths": [str(folder / "a.csv")]}}
+    (folder / "a.csv").write_text("url,caption\n")
+    (folder / "served.yaml").write_text(yaml.safe_dump(config))
+    standing = Server("", None, store)  # type: ignore[arg-type]
+    standing.promote(first.key)
+    words = ("port=0", "follow_s=1", "queue=200", "results_mb=8", "batch=8")
+    process = start("serve", f"release:{folder / 'served.yaml'}", *words)
+    try:
+        yield replace(standing, url=address(process), process=process)
+    finally:
+        process.terminate()
+        process.communicate(timeout=120)
+
+
+def second_bundle(store: Store, folder: Path) -> str:
+    torch.manual_seed(1)
+    replace(make(), ar_prior=None, codec=None).save(folder / "second")
+    files = [path for path in (folder / "second").rglob("*") if path.is_file()]
+    blobs = {str(path.relative_to(folder / "second")): put_blob(store, path) for path in files}
+    return publish_artifact(store, Artifact("bundle", "c" * 64, {}, {}, Ledger(), blobs), 0.0).key
+
+
+def later(seconds: float, do: object, *arguments: object) -> None:
+    threading.Timer(seconds, do, arguments).start()  # type: ignore[arg-type]
+
+
+def kill(server: Server, name: str) -> None:
+    for pid, command in processes_below(server.process.pid).items():
+        if name in command:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_client_that_goes_stops_its_drawing(server: Server) -> None:
+    asked = {"prompt": "a tree", "steps": 1000, "stream": True, "progress": True}
+    with httpx.stream("POST", f"{server.url}/v1/images/generations", json=asked, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if "image_generation.step" in line:
+                break
+    began = time.monotonic()
+    quick = {"prompt": "a tree", "steps": 2, "size": "64x64", "seed": 1}
+    assert httpx.post(f"{server.url}/v1/images/generations", json=quick, timeout=120).status_code == 200
+    figures = httpx.get(f"{server.url}/metrics").text
+    assert "unclip_num_running_reqs 0.0" in figures, time.monotonic() - began
+    assert 'unclip_images_total{kind="generation"} 1.0' in figures
+
+
+def test_a_killed_process_loses_no_request(server: Server) -> None:
+    later(3, kill, server, "ServeReplica:unclip:drawer")
+    seen = load(server.url, 10, 8, 0, steps=30)
+    assert not seen.wrong
+    assert set(seen.statuses) <= {200, 429}
+    assert "unclip_retries_total 0.0" not in httpx.get(f"{server.url}/metrics").text
+
+
+def test_a_release_changes_under_load_between_whole_requests(server: Server, tmp_path: Path) -> None:
+    key = second_bundle(server.store, tmp_path)
+    later(3, server.promote, key)
+    seen = load(server.url, 20, 4, 0)
+    assert not seen.wrong
+    assert set(seen.statuses) == {200}
+    assert set(seen.bundles) == {"b" * 64, key}
+    assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["unclip"]["bundle"] == key
+
+
+def test_load_with_hostile_clients_ends_in_no_error_and_no_leak(server: Server) -> None:
+    load(server.url, SECONDS / 4, CLIENTS, HOSTILE, seed=1)  # what is kept and what is cached fill up
+    before = processes_below(server.process.pid)
+    names = ("ServeReplica:unclip:door", "ServeReplica:unclip:drawer", "ProxyActor")
+    first = {name: memory(before, name) for name in names}
+    seen = load(server.url, SECONDS, CLIENTS, HOSTILE)
+    print(seen.statuses, seen.hostile, f"slowest {seen.slowest:.1f} s")
+    assert not seen.wrong
+    assert set(seen.statuses) <= {200, 429, 503}
+    assert not [status for status in seen.hostile if status.partition(":")[2].startswith("5") and "503" not in status]
+    after = processes_below(server.process.pid)
+    grown = {name: memory(after, name) / first[name] for name in names}
+    print(grown)
+    assert max(grown.values()) < 1.1, grown

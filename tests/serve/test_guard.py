@@ -1,0 +1,122 @@
+"""Who may ask, how much, and what a body may weigh: without Ray, for a request that is refused reaches no further."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+
+from pipeline.errors import UserError
+from serve import guard
+from serve.guard import Guard, read_tokens
+from serve.settings import ServeSettings
+
+TOKEN = "a-token-of-twenty-four-c"
+URL = "http://127.0.0.1:8000"
+Ask = Callable[..., httpx.Response]
+
+
+def asking(settings: ServeSettings, tokens: Mapping[str, str]) -> Ask:
+    """Asks a guarded application that says how many bytes reached it."""
+    app = FastAPI()
+
+    @app.api_route("/{path:path}", methods=["GET", "POST"])
+    async def size(request: Request) -> int:
+        return len(await request.body())
+
+    figures: list[Any] = []
+    guarded = Guard(app, settings, tokens, lambda *args, **labels: figures.append((args, labels)))
+
+    def ask(path: str = "/v1/images/generations", method: str = "POST", **more: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url=URL) as client:
+                return await client.request(method, path, **more)
+
+        return asyncio.run(send())
+
+    return ask
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def tokens_in(folder: Path, text: str) -> ServeSettings:
+    (folder / "tokens.txt").write_text(text)
+    return ServeSettings(host="0.0.0.0", tokens=str(folder / "tokens.txt"), requests_per_minute=2)
+
+
+def test_a_token_opens_the_api_and_each_has_limits_of_its_own(tmp_path: Path) -> None:
+    settings = tokens_in(tmp_path, f"ana {TOKEN}\nben {TOKEN}2\n")
+    ask = asking(settings, read_tokens(settings))
+    for headers in ({}, bearer("wrong"), {"Authorization": f"Basic {TOKEN}"}):
+        answer = ask(headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert ask("/metrics", "GET").status_code == 401
+    for path in ("/", "/v1/models", "/v1/images/files/abc.png", "/health"):
+        assert ask(path, "GET").status_code == 200
+    codes = [ask(headers=bearer(TOKEN)).status_code for _ in range(3)]
+    assert codes == [200, 200, 429]
+    refused = ask(headers=bearer(TOKEN))
+    assert 0 < int(refused.headers["Retry-After"]) <= 60
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert ask(headers=bearer(f"{TOKEN}2")).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["", "ana\n", "ana short\n", f"ana {TOKEN} more\n"])
+def test_a_file_without_tokens_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="does not hold lines NAME TOKEN"):
+        read_tokens(tokens_in(tmp_path, text))
+
+
+def test_others_are_let_in_with_tokens_only() -> None:
+    with pytest.raises(UserError, match=r"host=0\.0\.0\.0 lets others in"):
+        read_tokens(ServeSettings(host="0.0.0.0"))
+    assert read_tokens(ServeSettings()) == {}
+
+
+def test_pages_of_other_addresses_cannot_make_a_browser_draw() -> None:
+    ask = asking(ServeSettings(origins=("https://example.org",)), {})
+    for origin, status in ((URL, 200), ("https://example.org", 200), ("null", 403), ("http://evil.example", 403)):
+        assert ask(headers={"Origin": origin}).status_code == status
+    assert ask(headers={"Host": "evil.example"}).status_code == 403  # a name that its owner points to 127.0.0.1
+    assert ask("/", "GET", headers={"Host": "evil.example:8000"}).status_code == 403
+
+
+def test_a_body_that_is_too_large_or_too_slow_ends_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = asking(ServeSettings(), {})
+    assert ask(content=b"x" * guard.JSON_BYTES).json() == guard.JSON_BYTES
+    assert ask(content=b"x" * (guard.JSON_BYTES + 1)).status_code == 413
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert ask(content=b"x" * (guard.JSON_BYTES + 1), headers=form).json() > guard.JSON_BYTES
+
+    async def endless() -> AsyncGenerator[bytes]:
+        while True:
+            yield b"x" * 4096
+
+    assert ask(content=endless()).status_code == 413
+    monkeypatch.setattr(guard, "BODY_S", 0.05)
+
+    async def slow() -> AsyncGenerator[bytes]:
+        yield b"{"
+        await asyncio.sleep(5)
+
+    assert ask(content=slow()).status_code == 408
+
+
+def test_bytes_count_against_a_limit() -> None:
+    ask = asking(ServeSettings(megabytes_per_minute=0.01), {})
+    assert ask(content=b"x" * 9000).status_code == 200
+    answer = ask(content=b"x" * 9000)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+
+
+def test_the_page_may_load_nothing_from_elsewhere() -> None:
+    headers = asking(ServeSettings(), {})("/", "GET").headers
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in headers
