@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from jobs.output import print_json
 from jobs.project import Project, project_of
 from pipeline.build import build
 from pipeline.config import Config, load_config
@@ -30,11 +31,16 @@ from pipeline.store import Store, local_folder, open_store
 def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
-    levels: Counter[str] = Counter()
+    findings: list[Finding] = []
     for finding in examine(config):
-        print(finding, flush=True)
-        levels[finding.level] += 1
-    print(f"problems: {levels['problem']}, warnings: {levels['warning']}")
+        findings.append(finding)
+        if not arguments.json:
+            print(finding, flush=True)
+    levels = Counter(finding.level for finding in findings)
+    if arguments.json:
+        print_json({"findings": findings, "problems": levels["problem"], "warnings": levels["warning"]})
+    else:
+        print(f"problems: {levels['problem']}, warnings: {levels['warning']}")
     return 1 if levels["problem"] else 0
 
 

@@ -18,7 +18,7 @@ PROGRESS_S = 5.0  # between two events about what is under way
 
 
 def print_json(value: Any) -> None:
-    """Prints a value as one JSON object; dataclasses are objects, keys that are tuples are joined."""
+    """Prints a value as one JSON object; dataclasses are objects, and sets are sorted lists."""
     print(json.dumps(value, indent=2, default=_plain, ensure_ascii=False))
 
 

@@ -6,10 +6,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from jobs.bundles import remember_bundle
+from jobs.output import print_json
 from jobs.project import Project, open_project
 from models.sampling_config import MODELS
 from pipeline.config import Config, load_config
@@ -129,6 +130,10 @@ def _rollback(asked: Asked, arguments: argparse.Namespace) -> int:
 
 def _list(asked: Asked, arguments: argparse.Namespace) -> int:
     current = asked.releases.current
+    if arguments.json:
+        release = None if current is None else current.bundle
+        print_json({"project": asked.name, "release": release, "moves": asked.releases.moves})
+        return 0
     if current is None:
         print(f"{asked.name}: nothing has been released")
         return 0
@@ -143,19 +148,28 @@ def _list(asked: Asked, arguments: argparse.Namespace) -> int:
 
 def _diff(asked: Asked, arguments: argparse.Namespace) -> int:
     old, new = (_named(asked, name) for name in (arguments.first, arguments.second))
-    print(f"{old.key[:12]} -> {new.key[:12]}")
     then, now = stages_behind(asked.store, old), stages_behind(asked.store, new)
-    for title, lines in (("data", data_changes(then, now)), ("recipe", recipes_changed(then, now))):
-        print(title)
-        print("\n".join(f"  {line}" for line in lines or ["the same"]))
-    print("figures on the same held-out rows: the difference, with its 95% interval")
-    why = f"{new.key[:12]} has no evaluation in {asked.store.url}"
+    differs = {"data": data_changes(then, now), "recipe": recipes_changed(then, now)}
+    found, why = None, f"{new.key[:12]} has no evaluation in {asked.store.url}"
     for measure in evaluations(asked.store, new.key):
         before, why = _against(asked, old.key, measure)
         if before is not None:
-            _print_changes(changes(before, measure))
-            return 0
-    print(f"  not compared: {why}")
+            found = changes(before, measure)
+            break
+    if arguments.json:
+        figures = [asdict(change) | {"verdict": change.verdict} for change in found or ()]
+        reason = None if found is not None else why
+        print_json({"old": old.key, "new": new.key, **differs, "figures": figures, "not_compared": reason})
+        return 0
+    print(f"{old.key[:12]} -> {new.key[:12]}")
+    for title, lines in differs.items():
+        print(title)
+        print("\n".join(f"  {line}" for line in lines or ["the same"]))
+    print("figures on the same held-out rows: the difference, with its 95% interval")
+    if found is None:
+        print(f"  not compared: {why}")
+    else:
+        _print_changes(found)
     return 0
 
 

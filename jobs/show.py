@@ -6,11 +6,13 @@ import argparse
 import time
 from typing import Any, get_type_hints
 
+from jobs.output import print_json
 from pipeline.config import Config, load_config
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import StageKey
 from pipeline.graph.keys import defaults
 from pipeline.store import open_store
-from pipeline.upkeep.overview import find_artifact, lineage, overview
+from pipeline.upkeep.overview import Lineage, Overview, find_artifact, lineage, overview
 from pipeline.upkeep.show import show_lineage, show_overview
 
 
@@ -27,10 +29,50 @@ def main(arguments: argparse.Namespace) -> int:
     store = open_store(url)
     if key:
         behind = lineage(store, find_artifact(store, key))
-        print(show_lineage(behind, _defaults(behind.artifact.stage), time.time()))
+        if arguments.json:
+            print_json(_lineage_values(behind))
+        else:
+            print(show_lineage(behind, _defaults(behind.artifact.stage), time.time()))
+    elif arguments.json:
+        print_json(_overview_values(overview(store, project)))
     else:
         print(show_overview(overview(store, project), time.time()))
     return 0
+
+
+def _overview_values(seen: Overview) -> dict[str, Any]:
+    """Returns what is shown, for JSON; times are seconds since the epoch."""
+
+    def state(name: StageKey) -> str:
+        return "made" if name in seen.made else "being made" if name[1] in seen.leases else "not made"
+
+    return {
+        "store": seen.url,
+        "running": [{"key": key, **lease} for key, lease in seen.leases.items()],
+        "runs": [
+            {
+                "project": run.project,
+                "at": run.at,
+                "by": run.by,
+                "stages": {
+                    name: {"key": of["key"], "state": state((name, of["key"]))} for name, of in run.stages.items()
+                },
+            }
+            for run in seen.runs
+        ],
+        "pinned": seen.pinned,
+        "releases": seen.releases,
+    }
+
+
+def _lineage_values(found: Lineage) -> dict[str, Any]:
+    around = {
+        title: [
+            {"stage": stage, "key": key, "times": made.times if made else None} for (stage, key), made in those.items()
+        ]
+        for title, those in (("made_from", found.behind), ("used_by", found.users))
+    }
+    return {"artifact": found.artifact, "pinned": found.pinned, "release_of": found.released, **around}
 
 
 def _defaults(stage: str) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""What programs read: one JSON object on standard output, and a run's events as JSON lines."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs.doctor
+from jobs.output import events_to
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+from tests.chain import done, here, write_config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A project whose images cannot be reached, so that a run until pairs takes no time."""
+    rows = "".join(f"http://closed.test/{i}.png,a,{split}\n" for i, split in enumerate(("train", "test")))
+    (tmp_path / "list.csv").write_text("url,caption,split\n" + rows)
+    return write_config(tmp_path, str(tmp_path / "store"), "127.0.0.1:1", [tmp_path / "list.csv"])
+
+
+def read(*words: object, code: int = 0) -> Any:
+    process = here(*words, "--json")
+    assert process.returncode == code, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_a_plan(config: Path) -> None:
+    said = read("plan", config)
+    assert (said["project"], said["pairs"], said["shards"]) == ("micro", 2, 1)
+    assert [stage["state"] for stage in said["stages"]] == ["stale"] * 16
+    assert said["seconds"] == pytest.approx(sum(stage["cost"]["seconds"] for stage in said["stages"]))
+    assert "figure needs 8" in said["warnings"][0]
+    more = read("plan", config, "--pairs", "1M", "--gpus", "8xH100")
+    assert more["pairs"] == 1_000_000
+    assert all("state" not in stage and stage["cost"]["seconds"] >= 0 for stage in more["stages"])
+
+
+def test_a_run_and_what_is_shown_of_it(config: Path, tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    words = ("run", config, "run.pairs.retries=0", "--until", "pairs", "--events", events)
+    process = here(*words, "-q")
+    assert done(process) == ""
+    assert process.stderr == ""
+    told = [json.loads(line) for line in events.read_text().splitlines()]
+    assert [(one["event"], one.get("stage")) for one in told] == [
+        ("plan", None), ("stage", "source"), ("stage", "captions"), ("stage", "pairs"), ("done", None)
+    ]  # fmt: skip
+    assert told[0]["stale"] == ["source", "captions", "pairs"]
+    assert told[3]["key"] == told[0]["keys"]["pairs"]
+    assert told[3]["rows"]["deferred"] == {"unreachable": 2}
+    assert all(a["at"] <= b["at"] <= time.time() for a, b in zip(told, told[1:], strict=False))
+    here(*words)
+    assert [json.loads(line)["event"] for line in events.read_text().splitlines()[-2:]] == ["plan", "done"]
+
+    said = read("show", config)
+    stages = said["runs"][0]["stages"]
+    assert {name for name, of in stages.items() if of["state"] == "made"} == {"source", "captions", "pairs"}
+    one = read("show", config, stages["pairs"]["key"][:12])
+    assert one["artifact"]["stage"] == "pairs"
+    assert {made["stage"] for made in one["made_from"]} >= {"source"}
+    assert one["release_of"] == []
+
+
+def test_a_run_that_fails_says_so_in_its_events(config: Path, tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    process = here("run", config, "run.budget_hours=0.000001", "--events", events)
+    assert process.returncode == 2
+    (last,) = [json.loads(line) for line in events.read_text().splitlines()]
+    assert last["event"] == "failed"
+    assert process.stderr.strip() == f"error: {last['error']}"
+    with (
+        pytest.raises(UserError, match="--events .*nowhere/file: cannot be written"),
+        events_to(tmp_path / "nowhere/file"),
+    ):
+        pass
+
+
+def test_progress_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.output.PROGRESS_S", 0.01)
+    with events_to(tmp_path / "events") as _, Progress("decoder", 100, "samples") as progress:
+        progress.advance(30)
+        while not (tmp_path / "events").read_text().strip():
+            time.sleep(0.01)
+    told = json.loads((tmp_path / "events").read_text().splitlines()[0])
+    assert (told["event"], told["stage"], told["done"], told["total"], told["unit"]) == (
+        "progress", "decoder", 30, 100, "samples"
+    )  # fmt: skip
+
+
+def test_a_plan_and_the_dry_run_fit_a_screen(config: Path) -> None:
+    for words in (("plan", config), ("run", config, "-n")):
+        lines = done(here(*words)).splitlines()
+        assert sum(-(-len(line) // 80) for line in lines) <= 24
+        assert lines[-1].startswith("most of it: ")
+    assert len(done(here("plan", config, "-v")).splitlines()) > 40
+
+
+def test_doctor_and_releases(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.doctor, "check_nodes", lambda *_: ())
+    said = read("doctor", config)
+    assert said["problems"] == 0
+    assert said["warnings"] == sum(finding["level"] == "warning" for finding in said["findings"])
+    assert "list" in {finding["subject"] for finding in said["findings"]}
+    assert read("release", "list", config) == {"project": "micro", "release": None, "moves": []}
