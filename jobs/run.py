@@ -19,9 +19,11 @@ from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.execute import execute, make_context
 from pipeline.graph.runs import remember
+from pipeline.graph.stages import Context
 from pipeline.progress import Line, counted, duration
 from pipeline.store import check_conditions
 from pipeline.store.records import materialise
+from pipeline.training.trackers import tell_result
 
 PARAMETERS = 10  # named by a replay, at most
 HEALINGS = 5  # damaged objects that one run makes again before it gives up
@@ -86,6 +88,11 @@ def _execute(project: Project, wanted: set[str], events: Events) -> dict[str, Ar
             remember_bundle(output, project.store.url, made.key)
         if stage == "samples":
             materialise(project.store, made.blobs, output / "samples", replace=True)
+        node = project.graph[stage]
+        if node.kind == "result":
+            settings = getattr(project.config.run, stage, node.settings)
+            ctx = Context(project.store, stage, node.version, made.key, node.recipe, settings, {}, project.config)
+            tell_result(ctx, made)
 
     def report(running: Sequence[Artifact], artifacts: Mapping[str, Artifact]) -> None:
         from pipeline.report.page import write_report

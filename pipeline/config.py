@@ -69,8 +69,8 @@ class Run:
     Attributes:
         output: A local folder for the report and the images.
         budget_hours: Above this estimate a run stops without ``--yes``.
-        trackers: What receives the metrics of trainings: ``tensorboard``, or a function of yours as
-            ``module:function``.
+        trackers: What receives the metrics of trainings, previews, samples and figures: ``tensorboard``, ``wandb``,
+            ``mlflow``, or a function of yours as ``module:function``.
         lease_s: Seconds without progress after which another run may take over.
         ray: The local Ray.
         kubernetes: The pods of a RayJob.

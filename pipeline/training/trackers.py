@@ -1,4 +1,4 @@
-"""Sends a training's journal to trackers: TensorBoard, or a function of the user's.
+"""Sends a training's journal, and what is measured at the end, to trackers: TensorBoard, W&B, MLflow, or a function.
 
 The journal in the store comes first; a tracker gets the lines that it lacks. It runs beside the driver, so the number
 of workers does not matter, and an error of it is a warning and does not end the training.
@@ -7,9 +7,11 @@ of workers does not matter, and an error of it is a warning and does not end the
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import io
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +22,13 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, trajectory_key
 from pipeline.store.records import read_blob
 
 log = logging.getLogger("unclip")
+SHOWN = 16  # images of a result
 
 
 class Tracker(Protocol):
@@ -38,6 +41,9 @@ class Tracker(Protocol):
 
     def image(self, samples: int, png: bytes) -> None:
         """Takes a preview after ``samples`` samples, as a PNG file."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Takes a table; a tracker without this method gets none."""
 
     def close(self) -> None:
         """Ends: this process sends nothing more."""
@@ -67,35 +73,130 @@ class TensorBoard:
         with Image.open(io.BytesIO(png)) as image:
             self._writer.add_image("preview", np.asarray(image.convert("RGB")), samples, dataformats="HWC")
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        lines = [columns, ["---"] * len(columns), *rows]
+        self._writer.add_text(name, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+
     def close(self) -> None:
         self._writer.close()
 
 
+class WandB:
+    """Writes a run of Weights & Biases, offline into <output>/wandb where nobody is logged in and WANDB_MODE is unset.
+
+    Its project is WANDB_PROJECT, or the name of the output folder. What was sent stands in <output>/wandb/<id>.last, as
+    a run that is written offline cannot be asked.
+    """
+
+    def __init__(self, stage: str, key: str, recipe: Mapping[str, Any], output: Path):
+        import wandb
+
+        self._wandb, name = wandb, f"{stage}-{key[:12]}"
+        self._sent = output / "wandb" / f"{name}.last"
+        self._sent.parent.mkdir(parents=True, exist_ok=True)
+        here = os.environ.get("WANDB_MODE") is None and not wandb.login(prompt=False)
+        if here:
+            log.info("%s: nobody is logged in to wandb, so it is written offline; wandb sync sends it", stage)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or output.absolute().name,
+            id=name,
+            name=stage,
+            dir=output,
+            config=json.loads(json.dumps(recipe, default=str)),
+            mode="offline" if here else None,
+            resume="allow",
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        sent = int(self._sent.read_text()) if self._sent.exists() else -1
+        self.last = max(sent, int(self._run.summary.get("samples", -1)))
+        self._run.define_metric("samples")
+        self._run.define_metric("*", step_metric="samples")
+
+    def log(self, samples: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "samples": samples})
+        self._sent.write_text(str(samples))
+
+    def image(self, samples: int, png: bytes) -> None:
+        with Image.open(io.BytesIO(png)) as image:
+            self._run.log({"preview": self._wandb.Image(image.convert("RGB")), "samples": samples})
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """Writes a run of MLflow, to MLFLOW_TRACKING_URI or into <output>/mlruns.
+
+    Its experiment is MLFLOW_EXPERIMENT_NAME, or the name of the output folder.
+    """
+
+    def __init__(self, stage: str, key: str, recipe: Mapping[str, Any], output: Path):
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # of which MLflow warns, and which needs no server
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (output / "mlruns").absolute().as_uri())
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or output.absolute().name
+        experiment = self._client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        found = self._client.search_runs([number], f"tags.training = '{key}'")
+        run = found[0] if found else self._client.create_run(number, tags={"training": key}, run_name=stage)
+        self._id = run.info.run_id
+        self.last = int(run.data.metrics.get("samples", -1))
+        for field, value in recipe.items() if not found else ():
+            self._client.log_param(self._id, field, value)
+
+    def log(self, samples: int, values: Mapping[str, float]) -> None:
+        for name, value in {**values, "samples": samples}.items():
+            self._client.log_metric(self._id, name, value, step=samples)
+
+    def image(self, samples: int, png: bytes) -> None:
+        with Image.open(io.BytesIO(png)) as image:
+            self._client.log_image(self._id, image.convert("RGB"), key="preview", step=samples)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        by_column = {column: [str(row[i]) for row in rows] for i, column in enumerate(columns)}
+        self._client.log_table(self._id, by_column, f"{name}.json")
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+TRACKERS: Mapping[str, MakeTracker] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+
+
 def find_tracker(name: str) -> MakeTracker:
-    """Returns the tracker "tensorboard", or the function "module:function". Raises UserError where it is not found."""
-    if name == "tensorboard":
-        return TensorBoard
+    """Returns one of TRACKERS, or the function "module:function". Raises UserError where it is not there."""
+    if name in TRACKERS:
+        if name in PACKAGES and importlib.util.find_spec(name) is None:
+            raise UserError(f"run.trackers: {name} is not installed; pip install {PACKAGES[name]}, or leave it out")
+        return TRACKERS[name]
     module, colon, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function) if colon else None
     except (ImportError, AttributeError) as e:
         raise UserError(f"run.trackers: {name}: {e}; the module must be on PYTHONPATH") from e
     if not callable(found):
-        raise UserError(f"run.trackers: {name!r} is neither tensorboard nor module:function")
+        raise UserError(f"run.trackers: {name} is neither module:function nor known{did_you_mean(name, TRACKERS)}")
     return found
 
 
 class Trackers:
-    """Sends to the trackers of one training, by name. A tracker that fails gets nothing more."""
+    """Sends to the trackers of one training or result, by name. A tracker that fails gets nothing more."""
 
-    def __init__(self, ctx: Context):
+    def __init__(self, ctx: Context, key: str = ""):
         self._ctx = ctx
         self._open: dict[str, Tracker] = {}
         recipe, output = asdict(ctx.recipe), Path(ctx.config.run.output)
         for name in ctx.config.run.trackers:
             make = find_tracker(name)
             with self._warned(name):
-                self._open[name] = make(ctx.stage, trajectory_key(ctx), recipe, output)
+                self._open[name] = make(ctx.stage, key or trajectory_key(ctx), recipe, output)
 
     def tell(self, made: Artifact) -> None:
         """Sends every tracker the lines and previews of ``made``, a training so far, that it lacks."""
@@ -113,6 +214,16 @@ class Trackers:
             if "preview" in line:
                 tracker.image(line["samples"], read_blob(self._ctx.store, line["preview"]))
 
+    def show(self, images: Sequence[bytes], figures: Sequence[Mapping[str, Any]]) -> None:
+        """Sends every tracker images of a result, the first with step 0, and its figures as a table."""
+        columns = list(dict.fromkeys(name for figure in figures for name in figure))
+        for name, tracker in list(self._open.items()):
+            with self._warned(name):
+                for step, image in enumerate(images):
+                    tracker.image(step, image)
+                if figures and hasattr(tracker, "table"):
+                    tracker.table("figures", columns, [[str(one.get(c, "")) for c in columns] for one in figures])
+
     def close(self) -> None:
         for name, tracker in list(self._open.items()):
             with self._warned(name):
@@ -125,3 +236,11 @@ class Trackers:
         except Exception as e:  # a tracker is code of somebody else, and must not end a training
             log.warning("%s: the tracker %s failed and gets nothing more: %s", self._ctx.stage, name, e)
             self._open.pop(name, None)
+
+
+def tell_result(ctx: Context, made: Artifact) -> None:
+    """Sends images and figures of a stage that trains nothing, such as samples and evaluation, if it has some."""
+    names = sorted(name for name in made.blobs if name.endswith(".png"))[:SHOWN]
+    trackers = Trackers(ctx, made.key)
+    trackers.show([read_blob(ctx.store, made.blobs[name]) for name in names], made.metrics.get("figures", ()))
+    trackers.close()

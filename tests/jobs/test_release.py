@@ -130,6 +130,11 @@ def test_a_better_bundle_is_promoted_and_rolled_back(made_anywhere: Made) -> Non
     assert made.current == better
     assert [move.failed for move in made.releases.moves] == [(), ()]
 
+    found = json.loads(made.release("diff", "current", "previous", "--json"))
+    assert (found["old"], found["new"], found["not_compared"]) == (better, first, None)
+    assert found["recipe"] == ["decoder.samples 12288 -> 6144"]
+    assert {figure["verdict"] for figure in found["figures"]} >= {"worse"}
+
     assert f"p: {first[:12]} is the release again" in made.release("rollback", "--reason", "it drew cats")
     assert made.current == first
     assert "no release exists before this one" in made.release("rollback", code=2)

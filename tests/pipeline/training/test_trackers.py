@@ -1,12 +1,14 @@
-"""What TensorBoard and MLflow are told of a training, and that a tracker can hurt none."""
+"""What TensorBoard, MLflow and W&B are told of a training, and that a tracker can hurt none."""
 
+import importlib.util
+import json
 import logging
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,7 +18,7 @@ from pipeline.graph.stages import Context, trajectory_key
 from pipeline.store.records import read_blob
 from pipeline.training import stage
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
-from pipeline.training.trackers import TensorBoard, Trackers, find_tracker
+from pipeline.training.trackers import TRACKERS, TensorBoard, Trackers, find_tracker, tell_result
 from tests.chain import ROOT
 from tests.pipeline.training.conftest import World
 from tests.pipeline.training.trainings import DECODER, MODEL, lines
@@ -89,30 +91,111 @@ def records(file: Path) -> list[bytes]:
     return found
 
 
-def test_the_example_for_mlflow_works(shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As docs/trackers.md has it: told by two processes, MLflow has every line once."""
+class Recorded:
+    """A tracker of somebody else: what it hears stands in ``heard``, also when a process goes on."""
+
+    heard: ClassVar[list[tuple[int, dict[str, float]]]] = []
+
+    def __init__(self, *_: Any):
+        self.last = max((samples for samples, _ in self.heard), default=-1)
+
+    def log(self, samples: int, values: dict[str, float]) -> None:
+        self.heard.append((samples, values))
+
+    def image(self, samples: int, png: bytes) -> None:
+        raise AssertionError("a prior has no previews")
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_example_of_the_page_and_a_class_of_ones_own(
+    shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs/trackers.md").read_text(), re.DOTALL)
     assert code is not None
-    (tmp_path / "to_mlflow.py").write_text(code[1])
+    (tmp_path / "to_file.py").write_text(code[1])
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'mlruns'}")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    ctx = context(shared_world, tmp_path, "to_mlflow:ToMLflow")
+    ctx = context(shared_world, tmp_path, "to_file:ToFile", f"{__name__}:Recorded")
     made = stage.train(ctx)
     told(ctx, so_far(ctx, made, 32))
     told(ctx, so_far(ctx, made, 48), made)
+    journal = [(line.pop("samples"), line) for line in lines(shared_world, made)]
+    assert Recorded.heard == journal
+    (file,) = tmp_path.glob("*.tsv")
+    found = [line.split("\t") for line in file.read_text().splitlines()]
+    expected = [[str(n), name, str(value)] for n, values in journal for name, value in values.items()]
+    assert found == expected
+    sys.modules.pop("to_file")
+
+
+FIGURES = [{"model": "decoder", "says": "uses its caption", "value": 0.5, "holds": True}]
+
+
+def test_mlflow_has_every_line_image_and_figure_once(
+    shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by two processes, into a folder; the client reads it back."""
     from mlflow import MlflowClient
 
-    client = MlflowClient()
-    experiment = client.get_experiment_by_name("unclip")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    decoder = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
+    ctx = context(shared_world, tmp_path / "out", "mlflow", recipe=decoder, name="decoder")
+    made = stage.run_decoder(ctx)
+    told(ctx, so_far(ctx, made, 16))
+    told(ctx, so_far(ctx, made, 16), made)
+    tell_result(replace(ctx, stage="evaluation"), replace(made, blobs={}, metrics={"figures": FIGURES}))
+    client = MlflowClient((tmp_path / "out/mlruns").as_uri())
+    experiment = client.get_experiment_by_name("out")
     assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs.keys() == {"decoder", "evaluation"}
+    run = runs["decoder"]
     assert run.data.params["batch"] == "16"
     journal = lines(shared_world, made)
-    for name in ("loss", "validation_loss"):
-        found = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
-        assert found == [(line["samples"], line[name]) for line in journal if name in line]
-    sys.modules.pop("to_mlflow")
+    found = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
+    assert found == [(line["samples"], line["loss"]) for line in journal if "loss" in line]
+    previews = [line["samples"] for line in journal if "preview" in line]
+    images = [Path(file.path).name for file in client.list_artifacts(run.info.run_id, "images")]
+    assert sum(name.endswith(".png") for name in images) == len(previews) > 0
+    table = client.download_artifacts(runs["evaluation"].info.run_id, "figures.json")
+    assert "uses its caption" in Path(table).read_text()
+
+
+def test_wandb_offline_has_every_line_image_and_figure_once(
+    shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes write two files of one run, which wandb sync would send; the second goes on where the first ended."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    decoder = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
+    ctx = context(shared_world, tmp_path / "out", "wandb", recipe=decoder, name="decoder")
+    made = stage.run_decoder(ctx)
+    told(ctx, so_far(ctx, made, 16))
+    told(ctx, so_far(ctx, made, 16), made)
+    tell_result(replace(ctx, stage="evaluation"), replace(made, blobs={}, metrics={"figures": FIGURES}))
+    heard: list[tuple[int, float]] = []
+    projects, previews, tables = set(), 0, 0
+    for file in sorted((tmp_path / "out/wandb").glob("offline-run-*/run-*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(file))
+        while data := store.scan_data():
+            record = Record.FromString(data)
+            projects |= {record.run.project} - {""}
+            values = {
+                item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+            }
+            if "loss" in values:
+                heard.append((values["samples"], values["loss"]))
+            previews += values.get("preview", {}).get("_type") == "image-file"
+            tables += values.get("figures", {}).get("_type") == "table-file"
+    journal = lines(shared_world, made)
+    assert heard == [(line["samples"], line["loss"]) for line in journal if "loss" in line]
+    assert (projects, previews, tables) == ({"out"}, sum("preview" in line for line in journal), 1)
+    assert "uses its caption" in "".join(file.read_text() for file in tmp_path.rglob("*.table.json"))
 
 
 class Broken:
@@ -141,8 +224,14 @@ def test_a_tracker_that_fails_costs_a_warning(
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_names_are_checked() -> None:
+def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_tracker("tensorboard") is TensorBoard
+    assert TRACKERS.keys() == {"tensorboard", "wandb", "mlflow"}
+    with pytest.raises(UserError, match=r"wanbd is neither .*; did you mean wandb\?"):
+        find_tracker("wanbd")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="mlflow is not installed; pip install mlflow-skinny"):
+        find_tracker("mlflow")
     for name in ("tensorbord", "json:nothing", "no_such_module:f", "json:__name__"):
         with pytest.raises(UserError, match=rf"run\.trackers: .*{name.split(':')[0]}"):
             find_tracker(name)
