@@ -14,7 +14,7 @@ from pipeline.progress import read_count
 # A dotted name, or a plain one whose value has no space in it; "E=mc2 on a blackboard" is a caption.
 OVERRIDE = re.compile(r"[A-Za-z_]\w*((\.\w+)+=.*|=\S*)", re.DOTALL)
 _SAID = (
-    (r"the following arguments are required: (.*)", r"\1: missing"),
+    (r"the following arguments are required: (.*)", r"\1 is missing"),
     (r"unrecognized arguments: (.*)", r"\1: not understood here"),
     (r"one of the arguments (\S+) (\S+) is required", r"\1 or \2: one of them is needed"),
     (r"argument (\S+): not allowed with argument (\S+)", r"\1 and \2 exclude each other; leave one of them out"),
@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses words, the options among them first. Raises UserError for a mistake."""
         if self._subparsers:
+            self._takes_next(args[0] if args and args[0].startswith("-") else "--help")
             return super().parse_known_args(args, namespace)
         found, unknown = super().parse_known_args(self._options_first(args), namespace)
         if unknown:
@@ -64,14 +65,17 @@ class Parser(argparse.ArgumentParser):
             bare = word.lstrip("-")
             if "--set" in known and OVERRIDE.fullmatch(bare):
                 raise UserError(f"{word}: values are written without dashes: {bare}")
-            raise UserError(f"{self.prog}: unknown option {name}{did_you_mean(name, known)}")
+            said = did_you_mean(bare.partition("=")[0], {option.lstrip("-"): option for option in known})
+            raise UserError(f"{self.prog}: unknown option {name}{said}")
         return int(begun[0].nargs is None and not equals)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             what = f"{action.option_strings[-1]}:" if action.option_strings else f"{self.prog}:"
             kind = "command" if isinstance(action, argparse._SubParsersAction) else "value"
-            raise UserError(f"{what} unknown {kind} {value}{did_you_mean(value, action.choices)}")
+            words = action.choices if isinstance(value, str) else map(str, action.choices)
+            near = did_you_mean(value, words) if isinstance(value, str) else f"; known are {', '.join(words)}"
+            raise UserError(f"{what} unknown {kind} {value}{near}")
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with the message in plain words."""

@@ -101,7 +101,7 @@ def _init(parser: Parser) -> None:
         "a .csv, .tsv, .jsonl or .parquet of url and caption, a folder of a.jpg and a.txt or with metadata.jsonl, "
         "webdataset tars, or embeddings of clip-retrieval"
     )
-    parser.add_argument("sources", nargs="*", metavar="SOURCE", help=kinds)
+    parser.add_argument("sources", nargs="*", default=[], metavar="SOURCE", help=kinds)
     parser.add_argument("--image-column", default="url", metavar="COLUMN", help="of references (default url)")
     parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help="of captions (default caption)")
     text = f"fine-tune: go on from the bundle of {PLACES}"
@@ -273,7 +273,7 @@ def _data(parser: Parser) -> None:
     text = "such as timeout,http_4xx (all deferred)"
     retry.add_argument("--reason", default=",".join(sorted(DEFERRED)), metavar="REASONS", help=text)
     text = "row keys, references (URLs), or sha256 of stored images"
-    forget.add_argument("what", nargs="*", metavar="WHAT", help=text)
+    forget.add_argument("what", nargs="*", default=[], metavar="WHAT", help=text)
     forget.add_argument("--file", metavar="FILE", help="a text file with one of them a line; - for standard input")
     where = "a folder, or s3://BUCKET/PREFIX"
     export.add_argument("-o", "--to", required=True, metavar="FOLDER", help=where)

@@ -16,7 +16,7 @@ from pipeline.data.source.forget import Request, find, without
 from pipeline.data.source.journal import Forgotten, ListJournal, change_journal, read_journal, with_forgotten
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
-from pipeline.errors import CorruptObject, UserError
+from pipeline.errors import CorruptObject, UserError, did_you_mean
 from pipeline.ledger import REASONS
 from pipeline.local import read_local
 from pipeline.progress import counted, duration
@@ -67,7 +67,7 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
     reasons = [word for word in arguments.reason.replace(" ", "").split(",") if word]
     for reason in reasons:
         if reason not in REASONS:
-            raise UserError(f"--reason: unknown reason {reason}; docs/ledger.md lists them")
+            raise UserError(f"--reason: unknown reason {reason}{did_you_mean(reason, REASONS)}")
         if reason in FINAL:
             raise UserError(f"--reason: {reason} is final: {REASONS[reason]}")
     pairs = project.made("pairs")["pairs"]
@@ -154,6 +154,7 @@ def _lines(path: str | None) -> list[str]:
     try:
         return (sys.stdin.read() if path == "-" else read_local(path, FILE_BYTES).decode()).splitlines()
     except (OSError, UnicodeDecodeError) as e:
+        why = getattr(e, "strerror", None) or e
         raise UserError(
-            f"--file {path}: cannot be read ({e}); give a UTF-8 text file, or - for standard input"
+            f"--file {path}: cannot be read ({why}); give a UTF-8 text file, or - for standard input"
         ) from None

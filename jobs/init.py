@@ -22,6 +22,9 @@ ENOUGH = 1000  # pairs, below which models memorise images
 
 def main(arguments: argparse.Namespace) -> int:
     """Writes the configuration and says what to do next."""
+    arguments.name = arguments.name.removesuffix(".yaml")
+    if "/" in arguments.name:
+        raise UserError(f"unclip init NAME SOURCE: a name comes first; write unclip init my-project {arguments.name}")
     check_project(arguments.name)
     path = Path(f"{arguments.name}.yaml")
     if path.exists():

@@ -12,7 +12,7 @@ from pipeline.build import build
 from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
 from pipeline.data.source.stage import Scan, scan
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.plan import Verdict, plan
 from pipeline.graph.runs import last_run
@@ -76,7 +76,7 @@ class Project:
         """Returns the stages that ``--only`` or ``--until`` ask for. Raises UserError for an unknown one."""
         for name in (only, until):
             if name is not None and name not in self.graph:
-                raise UserError(f"unknown stage {name}; this configuration has {', '.join(self.graph)}")
+                raise UserError(f"unknown stage {name}{did_you_mean(name, self.graph)}")
         if only is None and until is None:
             return set(self.graph)
         wanted = {only or until}

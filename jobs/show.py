@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from jobs.output import print_json
@@ -19,13 +20,15 @@ from pipeline.upkeep.show import show_lineage, show_overview
 def main(arguments: argparse.Namespace) -> int:
     """Prints the last runs of a project, or the lineage of an artefact."""
     config, key = arguments.config, arguments.key
+    if arguments.store is None and (config is None or Path(config).is_dir()):
+        arguments.store, config, key = _store_below(config), key, None
     if arguments.store is None and config:
         found = load_config(config, arguments.overrides)
         project, url = found.project, found.store
     elif arguments.store is not None and not arguments.overrides and not (config and key):
         project, url, key = None, arguments.store, config
     else:
-        raise UserError("unclip show needs a configuration, or --store URL without values to override")
+        raise UserError("--store URL takes a KEY at most, neither a configuration nor values; leave one of them out")
     store = open_store(url)
     if key:
         behind = lineage(store, find_artifact(store, key))
@@ -38,6 +41,18 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         print(show_overview(overview(store, project), time.time()))
     return 0
+
+
+def _store_below(folder: str | None) -> str:
+    """Returns the one store in a folder, of a run's output for example, or below out/. Raises UserError."""
+    found = sorted({*Path("out").glob("*/store")} if folder is None else {Path(folder), Path(folder, "store")})
+    stores = [str(path) for path in found if (path / "runs").is_dir()]
+    if len(stores) != 1:
+        which = f"it may be {' or '.join(stores)}" if stores else "such as my-project.yaml"
+        raise UserError(
+            f"unclip show: no store in {folder or 'out/*'} to take; name a configuration, or --store URL: {which}"
+        )
+    return stores[0]
 
 
 def _overview_values(seen: Overview) -> dict[str, Any]:

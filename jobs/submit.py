@@ -40,6 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.stop:
         return _stop(load_config(arguments.config, arguments.overrides), arguments.to)
     project = open_project(arguments.config, arguments.overrides)
+    _check_place(project, arguments.to)
     only, until, yes = arguments.only, arguments.until, arguments.yes
     with (
         redirect_stdout(sys.stderr) if arguments.to == KUBERAY else nullcontext()
@@ -52,6 +53,14 @@ def main(arguments: argparse.Namespace) -> int:
         print(_rayjob(project, asked, job), end="")
         return 0
     return _run(project, asked, job, arguments.to)
+
+
+def _check_place(project: Project, to: str) -> None:
+    """Raises UserError for a word that is not an address, and for a store that no pod can reach."""
+    if to == KUBERAY and local_folder(project.store):
+        raise UserError(f"{project.store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
+    if to not in (LOCAL, KUBERAY) and not set(".:") & set(to):
+        raise UserError(f"--to {to}: write http://{to}:8265 if that is a cluster's head, or else local or kuberay")
 
 
 def _machine(to: str, config: Config, ray: RaySettings) -> Machine | None:
@@ -82,9 +91,7 @@ def _run(project: Project, asked: Agreed, job: Job, to: str) -> int:
 
 
 def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
-    """Returns the RayJob, after its package is stored. Raises UserError for a store that no pod can reach."""
-    if local_folder(project.store):
-        raise UserError(f"{project.store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
+    """Returns the RayJob, after its package is stored."""
     check_reach(project.store, job, KUBERAY)
     run = settled(project.config, asked.stale)  # pods come when a stage asks for them
     project = replace(project, config=replace(project.config, run=run))

@@ -157,13 +157,15 @@ def _read_values(path: str | Path) -> Mapping[str, Any]:
             f"{path}: no such configuration; unclip init writes one, the shipped ones are in configs/"
         ) from None
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read ({e})") from None
+        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', '') or e}); name a YAML file") from None
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of stages")
+    if not values:
+        raise UserError(f"{path} is empty; unclip init writes a configuration")
     return _from_its_folder(Path(path), values)
 
 

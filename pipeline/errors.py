@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
@@ -33,7 +33,10 @@ class Superseded(Exception):
 
 
 def did_you_mean(word: object, words: Iterable[object]) -> str:
-    """Returns the end of a message about an unknown word: the known word nearest to it, or else all of them."""
-    known = sorted(map(str, words))
+    """Returns the end of a message about an unknown word: the known word nearest to it, or else all of them.
+
+    Of a mapping the keys are compared and the values shown.
+    """
+    known = {str(w): str(words[w]) if isinstance(words, Mapping) else str(w) for w in words}
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean {known[close[0]]}?" if close else f"; known are {', '.join(sorted(known.values()))}"

@@ -84,7 +84,8 @@ def read_profile(path: Path, graph: Graph) -> Seen:
             for stage, one in measured.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"--profile {path}: not what make gpu-check writes ({e}); name its gpu-check.json") from e
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"--profile {path}: not what make gpu-check writes ({why}); name its gpu-check.json") from e
     recipes = {name: flatten(stage.recipe) for name, stage in graph.items()}
     found: Seen = {}
     for stage, (model, rate, utilisation) in rates.items():

@@ -194,6 +194,7 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
         recipe, output = asdict(ctx.recipe), Path(ctx.config.run.output)
         for name in ctx.config.run.trackers:
+            output.mkdir(parents=True, exist_ok=True)
             make = find_tracker(name)
             with self._warned(name):
                 self._open[name] = make(ctx.stage, key or trajectory_key(ctx), recipe, output)

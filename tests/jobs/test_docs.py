@@ -41,6 +41,7 @@ TESTED = {
     "unclip doctor my-project.yaml": "here",
     "unclip run my-project.yaml --until pairs": "here",
     "unclip run my-project.yaml": "here",
+    "unclip run my-project.yaml --events FILE": "tests/jobs/test_for_programs.py",
     "unclip data retry my-project.yaml": "here",
     "unclip data retry --reason timeout,http_5xx my-project.yaml": "here",
     "unclip data forget my-project.yaml 000000000003 http://example.org/a.jpg": "here",

@@ -43,6 +43,17 @@ def test_without_a_key_it_shows_runs_and_what_is_under_way(config: Path, capsys:
     assert capsys.readouterr().out.splitlines()[4:] == shown.splitlines()[4:]  # but for the seconds that it runs
 
 
+def test_a_folder_and_no_word_at_all_show_the_store_there(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (config.parent / "out/p").mkdir(parents=True)
+    (config.parent / "store").rename(config.parent / "out/p/store")
+    monkeypatch.chdir(config.parent)
+    for words in ([], ["out/p"], ["out/p/store"]):
+        assert main(["show", *words]) == 0
+        assert "1 of 16 stages made" in capsys.readouterr().out
+
+
 def test_with_a_key_it_shows_an_artefact(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = next(verdict.key for verdict in open_project(str(config), ()).plan() if verdict.stage == "source")
     for words in ([str(config), key[:12]], ["--store", str(config.parent / "store"), key]):
@@ -56,14 +67,17 @@ def test_with_a_key_it_shows_an_artefact(config: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "needs a configuration, or --store URL"),
-        (["--store", "store", "run.lease_s=3"], "without values to override"),
+        ([], "no store in out/* to take; name a configuration, or --store URL"),
+        (["--store", "store", "run.lease_s=3"], "neither a configuration nor values"),
         (["CONFIG", "abc", "def"], "def: not understood here"),
         (["CONFIG", "nosuchkey"], "no artefact in"),
         (["nowhere.yaml"], "no such configuration"),
     ],
 )
-def test_mistakes_are_one_line(words: list[str], says: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    words: list[str], says: str, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(config.parent)
     assert main(["show", *(str(config) if word == "CONFIG" else word for word in words)]) == 2
     said = capsys.readouterr().err
     assert says in said

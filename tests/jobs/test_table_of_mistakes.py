@@ -1,0 +1,144 @@
+"""Mistakes that people make: each is one line, exit code 2, and says what to type instead."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.chain import MICRO, here
+from tests.jobs.test_mistakes import refused
+
+HELP = " --help shows what it takes"
+TABLE = """
+rnu mine.yaml                                     | unknown command rnu; did you mean run?
+trian mine.yaml                                   | unclip: unknown command trian
+--verison                                         | unknown option --verison; did you mean --version?
+plan                                              | unclip plan: CONFIG is missing; unclip plan HELP
+plan nowhere.yaml                                 | nowhere.yaml: no such configuration; unclip init writes one
+plan none                                         | none: cannot be read (Is a directory); name a YAML file
+plan tab.yaml                                     | tab.yaml: not valid YAML: ~line 2, column 1
+plan empty.yaml                                   | empty.yaml is empty; unclip init writes a configuration
+plan list.yaml                                    | list.yaml: expected a mapping of stages
+run mine.yaml --unitl pairs                       | unclip run: unknown option --unitl; did you mean --until?
+run mine.yaml --until pair                        | unknown stage pair; did you mean pairs?
+run mine.yaml --only decoder                      | --only decoder needs source, ~use --until decoder
+run mine.yaml --only decoder --until pairs        | --only, --until and --replay exclude each other
+run mine.yaml -q -v                               | -v/--verbose ~exclude each other; leave one of them out
+run mine.yaml --decoder.samples=100               | values are written without dashes: decoder.samples=100
+run mine.yaml decoder.samples 100                 | decoder.samples 100: not understood here; ~values as KEY=VALUE
+plan mine.yaml decoder.samples=many               | decoder.samples: expected a whole number, got 'many'
+plan mine.yaml decoder.samles=100                 | decoder.samles: unknown key; did you mean samples?
+plan mine.yaml decodr.samples=100                 | decodr: unknown key; did you mean decoder?
+plan mine.yaml preset=hug                         | preset: 'hug' is not one of nano, tiny, small
+plan mine.yaml decoder.model.dropout=2            | dropout is 2.0: use a share from 0 up to but not including 1
+plan mine.yaml decoder.batch=0                    | decoder.batch: 0 is not above 0
+plan mine.yaml decoder=3                          | decoder: expected a mapping, got 3
+plan mine.yaml pairs.image_size=256               | too small for upsampler_1024, ~raise it or leave upsampler_1024 out
+plan mine.yaml scale=0                            | scale: 0 is not above 0
+plan mine.yaml project=../up                      | '../up' is not a plain name; use letters, digits
+plan mine.yaml store=gs://bucket                  | only s3://BUCKET/PREFIX or a folder
+plan mine.yaml store=http://host/bucket           | only s3://BUCKET/PREFIX or a folder
+plan mine.yaml store=s3://                        | no bucket; write s3://BUCKET/PREFIX
+plan mine.yaml store=list.csv                     | store list.csv: is a file; name a folder
+plan mine.yaml run.trackers=[wanbd]               | run.trackers: wanbd ~did you mean wandb?
+plan mine.yaml run.trackers=tensorboard           | run.trackers: expected a list, got 'tensorboard'
+plan mine.yaml source.paths=[gone.csv]            | gone.csv: no such file or folder in
+plan mine.yaml source.paths=list.csv              | source.paths: expected a list, got 'list.csv'
+plan mine.yaml source.paths=[semi.csv]            | semi.csv: no column ~it has url;caption
+plan mine.yaml source.paths=[bare.csv]            | bare.csv: no column caption; it has url
+plan mine.yaml source.paths=[blank.csv]           | no row has a caption, ~source.caption_column
+plan mine.yaml source.paths=[header.csv]          | header.csv: no rows
+plan mine.yaml source.paths=[latin.csv]           | not UTF-8: byte 19 of line 2 is 0xe9, ~iconv -f ENCODING
+plan mine.yaml source.image_column=link           | no column link; it has url, caption. Set source.image_column
+plan mine.yaml clip.weights=ViT-B-32              | use train, open_clip:NAME:TAG or local-dir:FOLDER
+run mine.yaml run.budget_hours=0.000001           | above run.budget_hours 1e-06; add --yes to go on
+run mine.yaml --events none/none/file             | --events none/none/file: cannot be written ~name a file in a folder
+run mine.yaml --replay pairs                      | --replay pairs: only a training has steps
+run mine.yaml --replay decoder                    | not made for the current list and recipes: ~unclip run makes them
+plan mine.yaml --pairs many                       | --pairs: 'many' is not a whole number, such as 100, 10k or 1e6
+plan mine.yaml --pairs 1M --gpus 64               | --gpus 64: not a number of GPUs; write it as 64xH100
+plan mine.yaml --gpus 8xT4                        | --gpus 8xT4: unknown kind T4; known are A100
+plan mine.yaml --utilisation 2                    | --utilisation 2: use a share above 0 and at most 1
+plan mine.yaml --profile gone.json                | not what make gpu-check writes (No such file or directory)
+submit mine.yaml                                  | unclip submit: --to is missing
+submit mine.yaml --to slurm                       | --to slurm: write http://slurm:8265 if that is a cluster's head
+submit mine.yaml --to kuberay                     | is a folder, which no pod can reach; use s3://BUCKET/PREFIX
+init                                              | unclip init: NAME is missing
+init ../photos                                    | a name comes first; write unclip init my-project ../photos
+init mine list.csv                                | mine.yaml is there already and stays as it is
+init my gone.csv                                  | gone.csv: no such file or folder in
+init my list.csv --from none                      | none: no finished bundle there; name a run's output folder
+sample                                            | unclip sample: CAPTION is missing
+sample cat                                        | no finished bundle under out/; run one first
+sample cat --from none                            | none: no finished bundle there; name a run's output folder
+sample cat --seed -1                              | --seed -1 is below 0
+sample cat --seed x                               | --seed: 'x' is not a number
+sample cat --device gpu                           | --device: unknown value gpu; did you mean cpu?
+sample cat --steps 5                              | unknown option --steps
+edit                                              | unclip edit: KIND is missing
+edit varation cat.gif                             | unknown command varation; did you mean variations?
+edit variations gone.png --from none              | gone.png: cannot be read (No such file or directory); name an image
+edit textdiff cat.gif a a --from none             | both captions are 'a'; let AFTER say
+edit variations cat.gif --count 0 --from none     | --count 0 is below 1
+edit variations cat.gif --size 100                | --size: unknown value 100; known are 64, 256, 1024
+show                                              | name a configuration, or --store URL
+show mine.yaml abc                                | no artefact in ~unclip show without a key lists
+show mine.yaml a b                                | unclip show: b: not understood here
+show none                                         | no store in none to take; name a configuration, or --store URL
+report mine.yaml                                  | nothing of it is made yet; unclip run makes it
+data                                              | unclip data: COMMAND is missing
+data serch mine.yaml                              | unknown command serch; did you mean search?
+data search mine.yaml                             | CAPTION or --image: one of them is needed
+data search mine.yaml cat                         | not made for the current list ~unclip run makes them, with --until index
+data search mine.yaml cat --count 0               | --count 0 is below 1
+data retry mine.yaml --reason timout              | unknown reason timout; did you mean timeout?
+data forget mine.yaml                             | nothing to forget: give keys, references or hashes, or --file
+data forget mine.yaml --file gone.txt             | --file gone.txt: cannot be read (No such file or directory)
+data gc mine.yaml --keep-days x                   | --keep-days: 'x' is not a number
+data export mine.yaml                             | unclip data export: -o/--to is missing
+release promte mine.yaml                          | unknown command promte; did you mean promote?
+release promote mine.yaml                         | not made for the current list ~with --until evaluation
+release promote mine.yaml --force ""              | --force needs a reason, which is recorded
+release diff mine.yaml                            | no current release exists yet; unclip release promote makes one
+release take mine.yaml                            | unclip release take: FOLDER is missing
+pin mine.yaml                                     | unclip pin: STAGE is missing
+pin mine.yaml decoder                             | decoder cannot be pinned; clip, codec can
+pin mine.yaml clip                                | unclip run with --until clip makes what the configuration asks for
+completion bsh                                    | unknown value bsh; did you mean bash?
+"""
+ROWS = [[part.strip() for part in line.split("|")] for line in TABLE.strip().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "none").mkdir()
+    row = "http://closed.test/a.png"
+    texts = {
+        "list.csv": f"url,caption\n{row},a\n",
+        "semi.csv": f"url;caption\n{row};a\n",
+        "bare.csv": f"url\n{row}\n",
+        "blank.csv": f"url,caption\n{row},\n",
+        "header.csv": "url,caption\n",
+        "latin.csv": "url,caption\nhttp://a/b.png,caf\xe9\n",
+        "tab.yaml": "project: p\n\tstore: s\n",
+        "empty.yaml": "",
+        "list.yaml": "- a\n",
+        "cat.gif": "GIF89a",
+    }
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode("latin-1"))
+    values = {**MICRO, "store": "store", "source": {"paths": ["list.csv"]}}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def test_there_are_75_and_all_differ() -> None:
+    assert len({words for words, _ in ROWS}) == len(ROWS) >= 75
+
+
+@pytest.mark.parametrize(("words", "says"), ROWS, ids=[words for words, _ in ROWS])
+def test_one_line_says_what_to_type(words: str, says: str, folder: Path) -> None:
+    parts = says.replace(" HELP", HELP).split("~")
+    refused(*shlex.split(words), says=parts, run=lambda *a, **k: here(*a, **k, cwd=folder))
