@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
             bare = word.lstrip("-")
             if "--set" in known and OVERRIDE.fullmatch(bare):
                 raise UserError(f"{word}: values are written without dashes: {bare}")
-            said = did_you_mean(bare.partition("=")[0], {option.lstrip("-"): option for option in known})
+            said = did_you_mean(name.lstrip("-"), [option[2:] for option in known if option.startswith("--")], "--")
             raise UserError(f"{self.prog}: unknown option {name}{said}")
         return int(begun[0].nargs is None and not equals)
 

@@ -147,7 +147,9 @@ def _submit(parser: Parser) -> None:
     )
     parser.add_argument("--to", metavar="WHERE", required=True, help=text)
     _stages(parser)
-    parser.add_argument("--stop", action="store_true", help="stop the jobs of this project there")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--stop", action="store_true", help="stop the jobs of this project there")
+    what.add_argument("-d", "--detach", action="store_true", help="do not follow the job once it is submitted")
 
 
 def _drawing(parser: Parser) -> None:

@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.to == KUBERAY:
         print(_rayjob(project, asked, job), end="")
         return 0
-    return _run(project, asked, job, arguments.to)
+    return _run(project, asked, job, arguments.to, arguments.detach)
 
 
 def _check_place(project: Project, to: str) -> None:
@@ -78,8 +78,8 @@ def _nothing(project: Project, asked: Agreed) -> int:
     return 0
 
 
-def _run(project: Project, asked: Agreed, job: Job, to: str) -> int:
-    """Attaches to the job or submits it, follows it to its end, and brings what it has made."""
+def _run(project: Project, asked: Agreed, job: Job, to: str, detach: bool) -> int:
+    """Attaches to the job or submits it, follows it to its end unless ``detach``, and brings what it has made."""
     here = to == LOCAL
     if not here:
         check_reach(project.store, job, to)
@@ -87,6 +87,9 @@ def _run(project: Project, asked: Agreed, job: Job, to: str) -> int:
     with running(to, _folder(project.config)) as found:
         cluster = found or started(_folder(project.config), project.config.run.ray)
         submission_id = attach_or_submit(cluster, project.store, job, package, _about(project.config))
+    if detach:
+        print(f"{submission_id} runs there: the same command without --detach follows it, --stop stops it")
+        return 0
     return _follow(project, asked, cluster, submission_id)
 
 

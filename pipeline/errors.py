@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -32,11 +32,11 @@ class Superseded(Exception):
     """A later attempt of a training has begun, in another process, and this one stops."""
 
 
-def did_you_mean(word: object, words: Iterable[object]) -> str:
+def did_you_mean(word: object, words: Iterable[object], mark: str = "") -> str:
     """Returns the end of a message about an unknown word: the known word nearest to it, or else all of them.
 
-    Of a mapping the keys are compared and the values shown.
+    ``mark`` stands before each known word, such as the dashes of options.
     """
-    known = {str(w): str(words[w]) if isinstance(words, Mapping) else str(w) for w in words}
+    known = sorted(map(str, words))
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"; did you mean {known[close[0]]}?" if close else f"; known are {', '.join(sorted(known.values()))}"
+    return f"; did you mean {mark}{close[0]}?" if close else f"; known are {', '.join(mark + w for w in known)}"

@@ -68,9 +68,11 @@ def _write(store: Store, project: str, stages: Mapping[str, Any], forgettings: i
 
 
 def _command() -> str:
-    """Returns the command line without overrides, whose values may be private; recipes are recorded anyway."""
-    words = [Path(sys.argv[0]).stem, *(word for word in sys.argv[1:] if "=" not in word)]
-    return shlex.join(words)
+    """Returns the command line without the values of overrides, which may be private; recipes are recorded anyway."""
+    words = [
+        word if "=" not in word else f"{word.removeprefix('--set=').partition('=')[0]}=..." for word in sys.argv[1:]
+    ]
+    return " ".join([Path(sys.argv[0]).stem, *map(shlex.quote, words)])
 
 
 def asked_at(path: str) -> float:

@@ -156,9 +156,11 @@ def validation_due(samples: int, recipe: TrainingRecipe) -> bool:
 
 
 def loss_note(state: TrainState) -> str:
-    """Returns what the progress line shows beside the count."""
+    """Returns what the progress line shows beside the count: the mean loss since the last line, or that of the line."""
     journal = state.journal
-    return f"loss {float(journal.sums['loss']) / journal.steps:.4g}" if journal.steps else ""
+    if journal.steps:
+        return f"loss {float(journal.sums['loss']) / journal.steps:.4g}"
+    return next((f"loss {line['loss']:.4g}" for line in reversed(journal.lines) if "loss" in line), "")
 
 
 def was_validated(state: TrainState) -> bool:

@@ -90,7 +90,7 @@ report mine.yaml                                  | nothing of it is made yet; u
 data                                              | unclip data: COMMAND is missing
 data serch mine.yaml                              | unknown command serch; did you mean search?
 data search mine.yaml                             | CAPTION or --image: one of them is needed
-data search mine.yaml cat                         | not made for the current list ~unclip run makes them, with --until index
+data search mine.yaml cat                         | not made for the current list ~with --until index
 data search mine.yaml cat --count 0               | --count 0 is below 1
 data retry mine.yaml --reason timout              | unknown reason timout; did you mean timeout?
 data forget mine.yaml                             | nothing to forget: give keys, references or hashes, or --file

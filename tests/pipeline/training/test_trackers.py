@@ -198,13 +198,11 @@ def test_wandb_offline_has_every_line_image_and_figure_once(
     for file in sorted((tmp_path / "out/wandb").glob("offline-run-*/run-*.wandb")):
         for record in map(Record.FromString, leveldb_log(file.read_bytes()[7:])):
             projects |= {record.run.project} - {""}
-            values = {
-                item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-            }
+            values = {".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             if "loss" in values:
                 heard.append((values["samples"], values["loss"]))
-            previews += values.get("preview", {}).get("_type") == "image-file"
-            tables += values.get("figures", {}).get("_type") == "table-file"
+            previews += values.get("preview._type") == "image-file"
+            tables += values.get("figures._type") == "table-file"
     journal = lines(shared_world, made)
     assert heard == [(line["samples"], line["loss"]) for line in journal if "loss" in line]
     assert (projects, previews, tables) == ({"out"}, sum("preview" in line for line in journal), 1)
