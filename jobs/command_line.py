@@ -96,14 +96,18 @@ def _stages(parser: Parser) -> None:
 
 
 def _init(parser: Parser) -> None:
-    parser.add_argument("name", metavar="NAME", help="of the project; NAME.yaml is written")
+    parser.add_argument("name", metavar="NAME", help="the project's name; NAME.yaml is written")
     kinds = (
         "a .csv, .tsv, .jsonl or .parquet of url and caption, a folder of a.jpg and a.txt or with metadata.jsonl, "
         "webdataset tars, or embeddings of clip-retrieval"
     )
     parser.add_argument("sources", nargs="*", default=[], metavar="SOURCE", help=kinds)
-    parser.add_argument("--image-column", default="url", metavar="COLUMN", help="of references (default url)")
-    parser.add_argument("--caption-column", default="caption", metavar="COLUMN", help="of captions (default caption)")
+    parser.add_argument(
+        "--image-column", default="url", metavar="COLUMN", help="column of image URLs or paths (default url)"
+    )
+    parser.add_argument(
+        "--caption-column", default="caption", metavar="COLUMN", help="column of captions (default caption)"
+    )
     text = f"fine-tune: go on from the bundle of {PLACES}"
     parser.add_argument("--from", dest="origin", metavar="WHERE", help=text)
 
@@ -131,7 +135,7 @@ def _plan(parser: Parser) -> None:
     parser.add_argument("--pairs", type=count, metavar="N", help=text)
     text = "plan trainings and embeddings on GPUs, such as 64xH100"
     parser.add_argument("--gpus", metavar="NxKIND", help=text)
-    text = "of a GPU's bf16 peak that trainings reach where no GPU was measured (0.3)"
+    text = "share of a GPU's bf16 peak that trainings reach, where none was measured (0.3)"
     parser.add_argument("--utilisation", type=float, metavar="SHARE", help=text)
     text = "take what make gpu-check measured of the same models"
     parser.add_argument("--profile", type=Path, metavar="FILE", help=text)
@@ -155,9 +159,9 @@ def _submit(parser: Parser) -> None:
 def _drawing(parser: Parser) -> None:
     text = f"the bundle: {PLACES}; by default the newest under out/"
     parser.add_argument("--from", dest="source", metavar="WHERE", help=text)
-    text = "of the first image; the next have the next (default 0)"
+    text = "seed of the first image; each next image adds one (default 0)"
     parser.add_argument("--seed", type=int, default=0, help=text)
-    text = "draws on it; auto is a GPU if there is one"
+    text = "where to draw; auto takes a GPU if there is one"
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
     _set(parser, "NAME=VALUE", OPTIONS)
 
@@ -181,13 +185,13 @@ def _sample(parser: Parser) -> None:
 def _generate(parser: Parser) -> None:
     kinds = "a .txt with a prompt a line, or a .csv, .tsv, .jsonl or .parquet with a column of them"
     parser.add_argument("prompts", type=Path, metavar="PROMPTS", help=kinds)
-    text = "of the prompts (prompt, caption, text: the first there is)"
+    text = "column that holds the prompts (the first of prompt, caption, text)"
     parser.add_argument("--column", metavar="COLUMN", help=text)
     _to(parser, "FOLDER", "where tars and tables are written (FOLDER/generated)")
     parser.add_argument("--batch", type=count, default=8, help="images that a worker samples at once (8)")
-    text = "processes; 0 works in this one (one for each GPU, or one for each core)"
+    text = "number of processes; 0 draws in this one (default: one per GPU, or one per core)"
     parser.add_argument("--workers", type=int, help=text)
-    text = "of each worker, in place of its core (1 if there is one, else 0)"
+    text = "GPUs of each worker (default: 1 if there are any, else 0)"
     parser.add_argument("--gpus", type=float, help=text)
     _drawing(parser)
 
@@ -199,7 +203,7 @@ def _edit(parser: Parser) -> None:
         kinds[name].add_argument("image", type=Path, metavar="IMAGE", help="an image file, such as PNG or JPEG")
     kind = kinds["variations"]
     kind.add_argument("--count", type=int, default=8, help="how many (8)")
-    kind.add_argument("--eta", type=float, default=1.0, help="how free they are, from 0 to 1 (1)")
+    kind.add_argument("--eta", type=float, default=1.0, help="how much they vary, from 0 to 1 (1)")
     kind = kinds["interpolate"]
     kind.add_argument("first", type=Path, metavar="A", help="an image file, such as PNG or JPEG")
     kind.add_argument("second", type=Path, metavar="B", help="another")
@@ -208,16 +212,18 @@ def _edit(parser: Parser) -> None:
     kind = kinds["textdiff"]
     kind.add_argument("before", metavar="BEFORE", help="a caption of the image as it is")
     kind.add_argument("after", metavar="AFTER", help="a caption of what it should become")
-    kind.add_argument("--most", type=float, default=0.5, help="share of the way to the difference, at the end (0.5)")
+    kind.add_argument(
+        "--most", type=float, default=0.5, help="how far the last image goes towards AFTER, from 0 to 1 (0.5)"
+    )
     kind.add_argument("--count", type=int, default=6, help="images, the first unchanged (6)")
     for name in ("variations", "reconstruct"):
-        kinds[name].add_argument("--caption", help="tells the decoder what is in the image")
+        kinds[name].add_argument("--caption", help="a caption of the image, for the decoder")
     kinds["components"].add_argument("--counts", help="such as 20,30,40; by default as in the paper's figure 7")
     kinds["priors"].add_argument("caption", metavar="CAPTION", help="what the image shows")
     kinds["priors"].add_argument("--image", type=Path, metavar="FILE", help="an image that the caption is true of")
     for kind in kinds.values():
         _to(kind, "FILE", "where the strip goes (edits/NAME in the run's output folder)")
-        kind.add_argument("--size", type=int, choices=(64, 256, 1024), help="of the images, in px (256)")
+        kind.add_argument("--size", type=int, choices=(64, 256, 1024), help="side of the images in px (256)")
         _drawing(kind)
 
 
@@ -231,7 +237,7 @@ def _export(parser: Parser) -> None:
 
 def _show(parser: Parser) -> None:
     _config(parser, "?")
-    text = "of an artefact of any stage, to show its lineage; its first 12 characters suffice"
+    text = "key of an artefact, whose lineage is shown; its first 12 characters are enough"
     parser.add_argument("key", nargs="?", metavar="KEY", help=text)
     text = "show all projects of this store, in place of a configuration"
     parser.add_argument("--store", metavar="URL", help=text)
@@ -301,14 +307,14 @@ def _release(parser: Parser) -> None:
             "weights": "print how a configuration begins with the release's weights",
         },
     )
-    text = "promote whatever the gates say, and record why"
+    text = "promote in spite of the gates, and record why"
     actions["promote"].add_argument("--force", metavar="REASON", help=text)
-    actions["rollback"].add_argument("--reason", default="", help="to be recorded")
+    actions["rollback"].add_argument("--reason", default="", help="why, for the record")
     named = "current, previous, own (this configuration's), or the beginning of a bundle's key"
     diff = actions["diff"]
     diff.add_argument("first", nargs="?", default="current", metavar="OLD", help=f"{named}; by default current")
     diff.add_argument("second", nargs="?", default="own", metavar="NEW", help="the same; by default own")
-    actions["take"].add_argument("folder", metavar="FOLDER", help="will hold the bundle")
+    actions["take"].add_argument("folder", metavar="FOLDER", help="an output folder that will name the bundle")
     for name in ("diff", "list"):
         _json(actions[name])
 
@@ -316,7 +322,7 @@ def _release(parser: Parser) -> None:
 def _unpin(parser: Parser) -> None:
     _config(parser)
     parser.add_argument("stage", metavar="STAGE", help="clip, codec or thresholds")
-    parser.add_argument("--dry-run", action="store_true", help="say what would follow, and move nothing")
+    parser.add_argument("--dry-run", action="store_true", help="say what would become stale, and change nothing")
 
 
 def _pin(parser: Parser) -> None:

@@ -65,7 +65,8 @@ def run(
     if asked.stale:
         check_ready(project.config, project.store, asked.stale)
         check_conditions(project.store)
-        remember(project.store, project.config.project, project.graph, asked.verdicts, forgettings=project.forgettings)
+        asked_for = project.store, project.config.project, project.graph, asked.verdicts
+        remember(*asked_for, forgettings=project.forgettings, wanted=asked.wanted)
         artifacts = _execute(project, asked.wanted, events)
         _summary(artifacts, asked.stale, time.monotonic() - began)
     else:

@@ -8,7 +8,7 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ def remember(
     verdicts: Sequence[Verdict],
     package: str | None = None,
     forgettings: int = 0,
+    wanted: Collection[str] | None = None,
 ) -> None:
     """Records what a run is asked to make, before it starts.
 
     ``package`` is the path of the code package that is to run it; ``forgettings`` counts those in the journal that the
-    verdicts were planned with (see pipeline.data.source.journal).
+    verdicts were planned with (see pipeline.data.source.journal). ``wanted``: the stages that it makes; all by default.
     """
     keys = {v.stage: v.key for v in verdicts}
     stages: dict[str, dict[str, Any]] = {}
@@ -49,7 +50,8 @@ def remember(
             stages[v.stage]["trajectory"] = trajectory(stage.name, stage.version, stage.recipe, inputs)
             trunk = dataclasses.replace(stage.recipe, decay=0)
             stages[v.stage]["trunk"] = trajectory(stage.name, stage.version, trunk, inputs)
-    _write(store, project, stages, forgettings, **({"package": package} if package else {}))
+    more = {"package": package} if package else {}
+    _write(store, project, stages, forgettings, wanted=sorted(stages if wanted is None else wanted), **more)
 
 
 def remember_stage(ctx: Context, project: str) -> None:
@@ -59,7 +61,7 @@ def remember_stage(ctx: Context, project: str) -> None:
     _write(ctx.store, project, {ctx.stage: asked}, 0)
 
 
-def _write(store: Store, project: str, stages: Mapping[str, Any], forgettings: int, **more: str) -> None:
+def _write(store: Store, project: str, stages: Mapping[str, Any], forgettings: int, **more: Any) -> None:
     now = time.time()
     stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}"
     path = f"runs/{project}/{stamp}-{secrets.token_hex(4)}.json"

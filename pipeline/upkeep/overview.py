@@ -6,7 +6,7 @@ Listings say what is made; of runs, leases and artefacts only those records are 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,14 @@ class PastRun:
         at: seconds since the epoch.
         by: user, host and command.
         stages: key, version, recipe and input keys of every stage.
+        wanted: the stages that it was to make.
     """
 
     project: str
     at: float
     by: Mapping[str, str]
     stages: Mapping[str, Mapping[str, Any]]
+    wanted: Collection[str]
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def _run_paths(store: Store, project: str | None = None) -> list[str]:
 def _runs(store: Store, paths: Sequence[str]) -> list[PastRun]:
     records = zip(paths, ordered_map(lambda path: peek_record(store, path), paths), strict=True)
     return [
-        PastRun(record["project"], asked_at(path), record["by"], record["stages"])
+        PastRun(
+            record["project"], asked_at(path), record["by"], record["stages"], record.get("wanted", record["stages"])
+        )
         for path, record in records
         if record is not None
     ]

@@ -31,8 +31,8 @@ def show_overview(found: Overview, now: float) -> str:
     lines += ["", "last runs" + (f" (and {earlier:,} before)" if earlier > 0 else "")]
     size = max(len(run.project) for run in found.runs)
     for run in found.runs:
-        made = sum((stage, of["key"]) in found.made for stage, of in run.stages.items())
-        what = f"{made} of {len(run.stages)} stages made"
+        made = sum((stage, run.stages[stage]["key"]) in found.made for stage in run.wanted)
+        what = f"{made} of {len(run.wanted)} stages made"
         lines.append(f"  {_date(run.at)}  {run.project:{size}}  {what}  {_asked_by(run)}".rstrip())
     for project in dict.fromkeys(run.project for run in found.runs):
         lines += ["", project, *_project(next(run for run in found.runs if run.project == project), found, now)]

@@ -56,6 +56,10 @@ def test_a_run_and_what_is_shown_of_it(config: Path, tmp_path: Path) -> None:
     here(*words)
     assert [json.loads(line)["event"] for line in events.read_text().splitlines()[-2:]] == ["plan", "done"]
 
+    shown = done(here("show", config))
+    assert "2 of 2 stages made" in shown  # of those that were asked for
+    assert str(tmp_path) in shown
+
     said = read("show", config)
     stages = said["runs"][0]["stages"]
     assert {name for name, of in stages.items() if of["state"] == "made"} == {"source", "pairs"}

@@ -20,7 +20,8 @@ def asked(*stages: str) -> dict[str, dict[str, object]]:
     }
 
 
-RUN = PastRun("emoji", NOW - 600, {**ANA, "command": "unclip run emoji.yaml"}, asked("source", "clip", "codec"))
+STAGES = asked("source", "clip", "codec")
+RUN = PastRun("emoji", NOW - 600, {**ANA, "command": "unclip run emoji.yaml"}, STAGES, STAGES.keys())
 LEASE = {
     **ANA,
     "pid": 42,
