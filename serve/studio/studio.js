@@ -37,6 +37,9 @@ async function call(path, { json, form, signal } = {}) {
   throw new Error(`${error?.message ?? `The server answered ${answer.status}.`}${wait ? ` Try again in ${wait} s.` : ""}`);
 }
 
+// A browser says of a server that is gone only that fetching failed, each in its own words.
+const explained = (error) => (error instanceof TypeError ? "The server does not answer: is it still running?" : error.message);
+
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = ""; ;) {
@@ -79,7 +82,7 @@ async function connectAtLast() {
     try {
       return await connect();
     } catch (error) {
-      $("#server").textContent = `Not ready: ${error.message}`;
+      $("#server").textContent = `Not ready. ${explained(error)}`;
       await new Promise((wake) => setTimeout(wake, 2000));
     }
   }
@@ -137,11 +140,14 @@ async function draw(title, path, fields, images = {}, caption = fields.prompt) {
   try {
     await receive(run, article, stop.signal);
   } catch (error) {
-    run.problem = stop.signal.aborted ? "Stopped." : error.message;
+    run.problem = stop.signal.aborted ? "Stopped." : explained(error);
   }
   run.seconds = (Date.now() - run.at) / 1000;
   run.items = run.items.filter((item) => item.blob);
-  elements.get(run.id).replaceWith(show(run));
+  const inside = article.contains(document.activeElement);
+  article.replaceWith(show(run));
+  if (inside) $(".tile, .forget", elements.get(run.id)).focus();
+  $("#said").textContent = run.problem || `${run.title}: ${run.items.length} drawn`;
   if (run.items.length) await keep(run);
 }
 
@@ -312,7 +318,7 @@ async function learnt() {
       make("p", {}, row.attribution ?? ""),
       row.url ? make("p", {}, make("a", { href: row.url, rel: "noreferrer", target: "_blank" }, "where it is from")) : "")));
   } catch (error) {
-    $("#learnt-says").textContent = error.message;
+    $("#learnt-says").textContent = explained(error);
   }
 }
 
@@ -370,8 +376,9 @@ function cut() {
 
 function exact() {
   const { path, fields } = viewed.run.request, item = viewed.run.items[viewed.index];
+  const seed = item.seed ?? fields.seed + viewed.index; // one that was stopped halfway has not been told
   const together = path === "images/interpolations" || fields.before !== undefined; // one seed, further and further
-  return together ? { path, ...fields } : { path, ...fields, n: 1, seed: item.seed };
+  return together ? { path, ...fields } : { path, ...fields, n: 1, seed };
 }
 
 function command() {

@@ -10,15 +10,10 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from jobs.serve import read_settings
-from serve.api import make_api
-from serve.bundle import Served
-from serve.door import Door
-from serve.line import Line
 from serve.neighbours import find_training_set
-from serve.results import Results
 from serve.settings import ServeSettings
 from tests.pipeline.data.bench import Bench, picture
-from tests.serve.trained import make_trained, publish
+from tests.serve.trained import api_of, make_trained, publish
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +22,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def door(bench: Bench, settings: ServeSettings, store: str) -> Iterator[TestClient]:
-    """The API of a server that need not draw."""
-
-    async def ask() -> dict[str, Any]:
-        return {"bundle": bench.made["bundle"].key}
-
-    def observe(name: str, value: float) -> None:
-        pass
-
-    def draw(work: Any) -> Any:
-        raise AssertionError
-
-    served = Served("bench", store=store, key=bench.made["bundle"].key)
-    line = Line(draw, 1, 1, 1, 0.0, observe)
-    with TestClient(make_api(Door(served, settings, line, Results(0), ask, observe), {})) as client:
+    with TestClient(api_of(bench, settings, store, {}), "http://127.0.0.1") as client:
         yield client
 
 

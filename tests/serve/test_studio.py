@@ -1,22 +1,28 @@
 """The studio by its buttons, in Chromium, on a real server: what it draws, keeps, says, and lets one take along."""
 
+import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 import pytest
+import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from serve.api import STUDIO
+from serve.settings import ServeSettings
 from tests.browser import Shown, chromium
-from tests.pipeline.data.bench import picture
+from tests.pipeline.data.bench import Bench, picture
 from tests.serve.conftest import serving
-from tests.serve.trained import make_trained
+from tests.serve.trained import api_of, make_trained
 
 pytestmark = pytest.mark.browser
 expect.set_options(timeout=60_000)
@@ -30,10 +36,18 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("studio")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Bench:
+    return make_trained(folder)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, trained: Bench) -> Iterator[str]:
     """The address of a server of a run's output folder, whose store has the rows that the bundle was trained on."""
-    folder = tmp_path_factory.mktemp("studio")
-    make_trained(folder)
     yield from serving(folder / "out")
 
 
@@ -212,6 +226,31 @@ def test_a_file_that_is_no_picture_is_named(studio: Page) -> None:
     expect(studio.get_by_role("alert")).to_have_text(
         "a.png is no picture that this browser can open: take a PNG, JPEG or WebP."
     )
+
+
+def test_a_token_is_asked_for_and_a_refusal_is_said(browser: Browser, trained: Bench) -> None:
+    tokens = {hashlib.sha256(b"a token of the server").hexdigest(): "somebody"}
+    api = api_of(trained, ServeSettings(), trained.store.url, tokens)
+    with closing(socket.create_server(("127.0.0.1", 0))) as port:
+        server = uvicorn.Server(uvicorn.Config(api, log_level="error"))
+        thread = Thread(target=server.run, kwargs={"sockets": [port]})
+        thread.start()
+        page = open_studio(browser, f"http://127.0.0.1:{port.getsockname()[1]}").page
+        page.get_by_label("What shall I draw?").fill(CAPTION)
+        page.keyboard.press("Enter")
+        for token in ("a wrong one", "a token of the server"):
+            expect(page.get_by_role("heading", name="A token, please")).to_be_visible()
+            page.get_by_label("Token", exact=True).fill(token)
+            page.keyboard.press("Enter")
+        expect(page.locator("article .problem")).to_have_text("nothing is drawn here, generation least of all")
+        page.reload()
+        page.get_by_label("What shall I draw?").fill(CAPTION)
+        page.keyboard.press("Enter")
+        expect(page.locator("article .problem")).to_be_visible()
+        server.should_exit = True
+        thread.join()
+        page.keyboard.press("Enter")
+        expect(page.locator("article .problem").first).to_have_text("The server does not answer: is it still running?")
 
 
 def test_the_keyboard_does_everything(studio: Page) -> None:

@@ -1,11 +1,22 @@
 """A store with a bundle of random weights, and the rows that it was trained on, as far as a server can tell."""
 
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
 
 from jobs.bundles import remember_bundle
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.ledger import Ledger
 from pipeline.store.records import digest, put_blob
+from serve.api import make_api
+from serve.bundle import Served
+from serve.door import Door
+from serve.line import Event, Line, Refused
+from serve.painter import Work
+from serve.results import Results
+from serve.settings import ServeSettings
 from tests.models.test_cascade import make
 from tests.pipeline.data.bench import Bench, picture
 
@@ -38,3 +49,19 @@ def publish(bench: Bench, stage: str, inputs: dict[str, str], blobs: dict[str, s
     artifact = Artifact(stage, digest(inputs), inputs, {}, Ledger(), blobs or {})
     bench.made[stage] = publish_artifact(bench.store, artifact, 0.0)
     return bench.made[stage]
+
+
+def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[str, str]) -> FastAPI:
+    """The API of a server that knows its bundle, and draws nothing."""
+
+    async def ask() -> dict[str, Any]:
+        about = {"priors": ["diffusion"], "sampling": {"prior": "diffusion"}, "device": "cpu"}
+        return {"bundle": bench.made["bundle"].key, "sides": [64, 256], **about}
+
+    async def draw(work: Work) -> AsyncGenerator[Event]:
+        raise Refused(f"nothing is drawn here, {work.kind} least of all")
+        yield
+
+    served = Served("bench", store=store, key=bench.made["bundle"].key)
+    line = Line(draw, 1, 1, 1, 0.0, observe=lambda *_: None)
+    return make_api(Door(served, settings, line, Results(0), ask, observe=lambda *_: None), tokens)
