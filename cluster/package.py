@@ -24,6 +24,7 @@ from models.clip_weights import ClipWeights
 from pipeline.config import Config
 from pipeline.data.source.journal import FORGOTTEN, ListJournal, reference_mark
 from pipeline.data.source.lists import read_rows
+from pipeline.data.source.remote import is_remote
 from pipeline.data.source.rows import ROWS_SUFFIX, ListRow, write_rows
 from pipeline.data.source.tables import table_kind
 from pipeline.errors import UserError
@@ -97,11 +98,10 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
     values = _plain(config, place)
     values["store"] = store_url
     values["run"]["output"] = output
-    may = Reach.of((), config.source.roots)
-    values["source"]["roots"] = [*may.roots, *(f"s3://{bucket}" for bucket in may.buckets)]
+    values["source"]["roots"] = Reach.of((), config.source.roots).named
     paths = values["source"]["paths"]
     for i, path in enumerate(paths):
-        if path.startswith("emoji:"):
+        if path.startswith("emoji:") or is_remote(path):
             continue
         file = Path(path).expanduser().absolute()
         if not here and _travels(path, config):

@@ -113,11 +113,12 @@ def _amounts(
     """Returns overrides that change how much is done and where it is kept, and nothing else."""
     config = project.config
     share = rows / max(1, sum(shard.ledger.rows for shard in project.scan.shards))
+    may = reach(config.source, *config.source.paths)
     own: dict[str, Any] = {
         "store": str(folder / f"store-{number}"),
         "source.paths": [str(folder / f"{number}.parquet")],
         "source.shard_rows": cut,
-        "source.roots": [*config.source.roots, *reach(config.source, *config.source.paths).own],
+        "source.roots": [*may.named, *may.own],
         "scale": 1,
         "run.output": str(folder / "out"),
         "run.trackers": [],

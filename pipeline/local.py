@@ -89,6 +89,11 @@ class Reach:
             raise Outside(errno.EACCES, "out of the list's own folder and of source.roots", str(path))
         return found
 
+    @property
+    def named(self) -> list[str]:
+        """Returns what lists may name besides files of their own, as ``source.roots`` would name it."""
+        return [*self.roots, *(f"s3://{bucket}" for bucket in self.buckets)]
+
     @cached_property
     def _rooted(self) -> tuple[str, ...]:
         return self.roots + tuple(map(os.path.realpath, self.roots))

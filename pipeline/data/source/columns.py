@@ -56,7 +56,7 @@ def _known(path: Path, names: Sequence[str], column: str) -> str:
     for known in ([column], KNOWN[column]) if column in KNOWN else ():
         found = list(dict.fromkeys(name for name in names if name.lower() in known))
         if len(found) == 1:
-            say_once(f"{path}: {found[0]} is taken for the column {column}")
+            say_once(f"{path.name}: {found[0]} is taken for the column {column}")
             return found[0]
         if found:
             break

@@ -17,6 +17,7 @@ from pipeline.data.fetch.references import without_password
 from pipeline.data.source.columns import IMAGES, LIMIT, Flaw
 from pipeline.data.source.folders import METADATA, folder_kind, folder_splits, is_image, read_files, unread_files, walk
 from pipeline.data.source.imported import embedding_reference, is_embeddings, metadata_parts
+from pipeline.data.source.remote import check_remote, fetched, is_remote, remote_beside, remote_version
 from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_each, spoken, written_rows
 from pipeline.data.source.tables import SUFFIXES, table_kind, table_rows
 from pipeline.data.source.tars import tar_rows
@@ -97,6 +98,12 @@ def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[Li
                 yield replace(row, reject=row.reject or may.refusal(row.url))
         except (pa.ArrowInvalid, TypeError, KeyError) as e:
             raise UserError(f"source {path}: not a file of rows as a package holds them ({e}); name the list") from None
+    elif kind == "remote":
+        copy = fetched(path)
+        try:
+            yield from _table_rows(copy, recipe, reach(recipe, path), path)
+        except UserError as e:
+            raise UserError(str(e).replace(str(copy), path)) from None
     else:
         yield from _table_rows(Path(where), recipe, reach(recipe, path))
 
@@ -104,29 +111,35 @@ def _rows(path: str, kind: str, where: str, recipe: SourceRecipe) -> Iterator[Li
 def reach(recipe: SourceRecipe, *paths: str) -> Reach:
     """Returns what these lists may name.
 
-    A table may name what lies below its folder, any other list its own files, and all of them what ``recipe.roots``
-    names. Raises UserError for a list that is missing.
+    A table may name what lies below its folder, on this machine or on S3, any other list its own files, and all of them
+    what ``recipe.roots`` names. Raises UserError for a list that is missing.
     """
     kinds = [_kind(path) for path in paths]
     own = [
         where if kind in (*FOLDERS, "tar", "embeddings") else os.path.dirname(where)
         for kind, where in kinds
-        if kind != "emoji"
+        if kind not in ("emoji", "remote")
     ]
-    return Reach.of(own, recipe.roots)
+    beside = [os.path.dirname(where) for kind, where in kinds if kind == "remote" and where.startswith("s3://")]
+    return Reach.of(own, [*recipe.roots, *beside])
 
 
-def _beside(folder: Path, reference: str) -> str:
-    """Returns an image's relative path as a reference to a file, counted from the folder of its list."""
+def _beside(place: Path | str, reference: str) -> str:
+    """Returns an image's relative path as a reference, counted from the folder of its list, or from a list's URL."""
     relative = not reference.startswith("/") and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", reference)
     if relative and reference.lower().endswith(IMAGES):
-        return f"file://{quote(os.fsencode(folder / reference))}"
+        if isinstance(place, str):
+            return remote_beside(place, reference)
+        return f"file://{quote(os.fsencode(place / reference))}"
     return reference
 
 
 def _kind(path: str) -> tuple[str, str]:
     if path.startswith("emoji:"):
         return "emoji", path.removeprefix("emoji:")
+    if is_remote(path):
+        check_remote(path)
+        return "remote", path
     file = Path(path).expanduser()
     if not file.exists():
         where = "" if file.is_absolute() else f" in {Path.cwd()}"
@@ -151,6 +164,8 @@ def fingerprint(path: str) -> Any:
         from pipeline.data.source.emoji import listing as emoji
 
         return ["emoji", where, emoji.emoji_fingerprint()]
+    if kind == "remote":
+        return [kind, path, remote_version(path)]
     try:
         if kind in (*FOLDERS, "embeddings"):
             files = sorted(Path(where).glob("*/*")) if kind == "embeddings" else read_files(Path(where), kind)
@@ -225,10 +240,13 @@ def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[
             yield replace(row, url=url, group=row.group or row.url, sha256="")
 
 
-def _table_rows(path: Path, recipe: SourceRecipe, may: Reach | None = None) -> Iterator[ListRow]:
+def _table_rows(
+    path: Path, recipe: SourceRecipe, may: Reach | None = None, remote: str | None = None
+) -> Iterator[ListRow]:
     """Yields the rows of a table.
 
-    With ``may``, what the table may name, relative paths of images count from its folder.
+    With ``may``, what the table may name, relative paths of images count from its folder, or from that of ``remote``
+    if it is a copy of that list.
     """
     optional = (recipe.split_column, recipe.hash_column, "license", "attribution", recipe.group_column)
     found = table_rows(path, (recipe.image_column, recipe.caption_column), optional)
@@ -244,7 +262,7 @@ def _table_rows(path: Path, recipe: SourceRecipe, may: Reach | None = None) -> I
         reference = without_password(url.strip())
         captions = one_line_each(text for text in texts if text not in NO_VALUE)
         if may is not None:
-            reference = _beside(path.parent, reference)
+            reference = _beside(remote or path.parent, reference)
         refusal = may.refusal(reference) if may else None
         # Images may be grouped by the column of their references, or by that of the pages that they stand in.
         grouped = without_password(group or "")

@@ -1,0 +1,80 @@
+"""Lists on S3 and on web servers: read as those on this machine, once, and again when they change."""
+
+import gzip
+import io
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.source import remote
+from pipeline.data.source.lists import reach, read_rows
+from pipeline.data.source.stage import SourceRecipe, scan
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import read_table
+from pipeline.store import open_store
+from tests.pipeline.data.bench import Page, Pages, serving
+from tests.seaweed import BUCKET, Server
+
+
+def of(path: str) -> SourceRecipe:
+    return SourceRecipe((path,))
+
+
+def test_a_list_on_a_web_server_is_fetched_once_and_again_when_it_has_changed(tmp_path: Path) -> None:
+    body = b"URL,text\nhttp://h/0.jpg,a cat\nsub dir/1.jpg,a dog\n"
+    pages = Pages({"/l/a.csv?v=1": Page(body, headers={"ETag": '"1"'})})
+    store = open_store(str(tmp_path / "store"))
+    with serving(pages) as address:
+        path = f"http://{address}/l/a.csv?v=1"
+        shards = scan(of(path), store, write=True).shards
+        assert len(pages.asked) <= 4  # three times what it is, and once itself
+        urls = read_table(store, shards[0].refs)["url"].to_pylist()
+        assert urls == ["http://h/0.jpg", f"http://{address}/l/sub%20dir/1.jpg"]
+        before = len(pages.asked)
+        assert scan(of(path), store, write=True).shards == shards
+        assert len(pages.asked) == before + 1
+        pages["/l/a.csv?v=1"] = Page(body + b"http://h/2.jpg,a fox\n", headers={"ETag": '"2"'})
+        assert scan(of(path), store, write=True).shards[0].ledger.rows == 3
+
+
+@pytest.mark.parametrize("header", [{}, {"Last-Modified": "Sat, 28 Nov 2026 00:00:00 GMT"}])
+def test_a_server_need_not_say_what_version_it_has(tmp_path: Path, header: dict[str, str]) -> None:
+    packed = gzip.compress(b'{"url": "http://h/0.jpg", "caption": "a cat"}\n')
+    with serving({"/a.jsonl.gz": Page(packed, headers=header)}) as address:
+        assert [row.captions for row in read_rows(f"http://{address}/a.jsonl.gz", of("."))] == [("a cat",)]
+
+
+def test_a_list_on_s3_names_objects_of_its_own_folder(s3: Server) -> None:
+    table = {
+        "url": ["images/0 a.png", f"s3://{BUCKET}/lists/1.png", f"s3://{BUCKET}/2.png", "/etc/passwd", "http://h/3"]
+    }
+    out = io.BytesIO()
+    pq.write_table(pa.table({**table, "caption": ["a cat"] * 5}), out)
+    open_store(f"s3://{BUCKET}/lists").create("mine.parquet", out.getvalue())
+    path = f"s3://{BUCKET}/lists/mine.parquet"
+    rows = list(read_rows(path, of(path)))
+    assert [row.url for row in rows[:2]] == [f"s3://{BUCKET}/lists/images/0 a.png", f"s3://{BUCKET}/lists/1.png"]
+    assert [row.reject for row in rows] == [None, None, "forbidden_reference", "forbidden_reference", None]
+    assert reach(of(path), path).named == [f"s3://{BUCKET}/lists"]
+    with pytest.raises(UserError, match=r"lists/gone\.csv: no such object on S3"):
+        scan(of(f"s3://{BUCKET}/lists/gone.csv"), open_store(f"{s3.url}/unused"), write=False)
+
+
+def test_mistakes_are_one_line_that_names_the_url() -> None:
+    with serving({"/a.csv": Page(b"link,caption\nhttp://h/0,x\n"), "/short.csv": Page(b"url")}) as address:
+        for path, says in {
+            f"http://{address}/gone.csv": "gone.csv: the server answers 404",
+            f"http://{address}/a.csv": f"source http://{address}/a.csv: no column url; it has link, caption",
+            f"http://{address}/00000.tar": "only .parquet, .csv, .tsv, .jsonl files",
+            f"http://{address}/a.csv?X-Amz-Signature=abc": "a URL with a secret in it",
+            "http://127.0.0.1:9/a.csv": "cannot be fetched",
+            "s3://nobody/folder/": "only .parquet, .csv, .tsv, .jsonl files",
+        }.items():
+            with pytest.raises(UserError, match=re.escape(says)) as error:
+                list(read_rows(path, of(path)))
+            assert len(str(error.value).splitlines()) == 1
+            assert "abc" not in str(error.value)
+            assert remote._folder().name not in str(error.value)
