@@ -250,6 +250,11 @@ def _report(parser: Parser) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help=text)
     text = "show only the images with this licence, as your list names it; may be given again"
     parser.add_argument("--license", metavar="NAME", action="append", help=text)
+    text = (
+        "compare with another bundle: of a project (b.yaml), of a run's output folder, of a release (release:b.yaml), "
+    )
+    text += "or current, previous or a key of this project's store"
+    parser.add_argument("--against", metavar="OTHER", help=text)
 
 
 def _actions(parser: Parser, texts: Mapping[str, str]) -> dict[str, Parser]:

@@ -6,9 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.project import open_project
+from jobs.bundles import find_bundle
+from jobs.project import Project, open_project
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import load_artifact
+from pipeline.graph.pointer import read_releases
+from pipeline.release.diff import find_bundle as find_in_store
 from pipeline.report.images import Album
+from pipeline.report.inputs import Other
 from pipeline.report.page import write_report
 
 
@@ -20,9 +25,24 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.config}: nothing of it is made yet; unclip run makes it")
     path = Path(arguments.output) if arguments.output else project.report
     album = Album(licenses=arguments.license)
-    write_report(project.store, project.config, project.graph, artifacts, path, album=album)
+    other = _other(project, arguments.against) if arguments.against else None
+    if other and other.bundle.key == project.made("bundle")["bundle"].key:
+        raise UserError(f"--against {other.name}: is the same bundle, {other.bundle.key[:12]}; name another one")
+    write_report(project.store, project.config, project.graph, artifacts, path, album=album, other=other)
     if unmet := sorted(set(arguments.license or ()) - album.met):
         known = f"its images have {', '.join(sorted(album.met))}" if album.met else "its images name none"
         print(f"no image of the report has the licence {', '.join(unmet)}; {known}", file=sys.stderr)
     print(f"report: {path}")
     return 0
+
+
+def _other(project: Project, name: str) -> Other:
+    """Returns the bundle that ``--against`` names. Raises UserError."""
+    if name.isalnum() and not Path(name).exists():
+        releases = read_releases(project.store, project.config.project)
+        return Other(name, project.store, find_in_store(project.store, releases, name))
+    found = find_bundle(name)
+    bundle = load_artifact(found.store, "bundle", found.key) if found.store else None
+    if found.store is None or bundle is None:
+        raise UserError(f"--against {name}: weights alone have neither samples nor figures; name their project")
+    return Other(name, found.store, bundle)

@@ -65,7 +65,8 @@ def shown_figure(figure: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a figure with its bar and three digits of its values, its model apart from what it says."""
     says = str(figure["says"]).removeprefix(f"{figure['model']}: ")
     value, baseline = (f"{figure[name]:.3g}" for name in ("value", "baseline"))
-    return {**figure, "says": says, "value": value, "baseline": baseline, "bar": bar_of(figure)}
+    state = {True: "holds", False: "does not hold"}.get(figure["holds"], "for information")
+    return {**figure, "says": says, "value": value, "baseline": baseline, "bar": bar_of(figure), "state": state}
 
 
 def numbers_of(figure: Mapping[str, Any]) -> dict[str, str]:

@@ -6,11 +6,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Graph
+from pipeline.report.against import compared_figures, differences, find_other
 from pipeline.report.evaluation import FIGURES
 from pipeline.report.inputs import ReportInput
 from pipeline.report.lineage import worker_hours
@@ -29,6 +31,7 @@ def document(given: ReportInput, config: Config, graph: Graph, running: Sequence
         ],
         "figures": lambda: _figures(given),
         "samples": lambda: _samples(given.artifacts.get("samples")),
+        "against": lambda: _against(given, config.project),
     }
     found: dict[str, Any] = {"format": FORMAT, "project": config.project}
     found["written"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -90,3 +93,15 @@ def _samples(made: Artifact | None) -> list[dict[str, Any]]:
         caption, seed = asked_for(made, name)
         found.append({"file": f"samples/{name}", "caption": caption, "seed": seed})
     return found
+
+
+def _against(given: ReportInput, project: str) -> dict[str, Any] | None:
+    """Returns how the bundle differs from another one, the release by default."""
+    other = find_other(given, project)
+    if other is None:
+        return None
+    found = compared_figures(given, other)
+    figures = [] if isinstance(found, str) else [{**asdict(change), "verdict": change.verdict} for change, _ in found]
+    data, recipes = differences(given, other)
+    why = {"not_compared": found} if isinstance(found, str) else {}
+    return {"name": other.name, "bundle": other.bundle.key, "figures": figures, **why, "data": data, "recipes": recipes}

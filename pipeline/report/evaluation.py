@@ -10,11 +10,9 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from pipeline.evaluate.figure import difference, measured, short
-from pipeline.graph.pointer import read_releases
-from pipeline.release import compare
+from pipeline.evaluate.figure import measured, short
 from pipeline.report.claims import CLAIMS, claims, numbers_of, shown_figure
-from pipeline.report.html import PARTS, attempt, note, number, template
+from pipeline.report.html import PARTS, attempt, note, template
 from pipeline.report.inputs import ReportInput
 
 FIGURES = "evaluation.json"
@@ -137,28 +135,3 @@ def strips(given: ReportInput, name: str, captions: Sequence[str], title: str, s
                 (given.album.image(strip.getvalue(), grid.height, f"{title}: {caption}", most=100_000), caption)
             )
     return PARTS.folded(title, EVALUATION.strips(said, cells), name.removesuffix(".png"), name in OPEN)
-
-
-def release_section(given: ReportInput, project: str) -> Markup:
-    """Compares this bundle with the project's release; empty without an evaluation, or without another release."""
-    if "evaluation" not in given.artifacts:
-        return Markup()
-    current = read_releases(given.store, project).current
-    if current is None or current.bundle == given.artifacts["evaluation"].inputs["bundle"]:
-        return Markup()
-    new = compare.load_measured(given.store, given.artifacts["evaluation"])
-    found = compare.evaluations(given.store, current.bundle)
-    if new is None or not found:
-        return EVALUATION.release([note(f"{current.bundle[:12]} has no evaluation here.")])
-    old = compare.find_comparable(found, new)
-    if old is None:
-        obstacles = ", ".join(compare.obstacles(found[0], new))
-        return EVALUATION.release([note(f"Not compared with {current.bundle[:12]}: {obstacles}.")])
-    rows = [_changed(change) for change in compare.changes(old, new)]
-    return EVALUATION.release([EVALUATION.changes(current.bundle[:12], new.bundle.key[:12], rows)])
-
-
-def _changed(change: compare.Change) -> tuple[str, ...]:
-    apart = difference({"difference": change.difference, "error": None, "interval": change.interval})
-    values = short(change.then), short(change.now), apart, number(change.rows)
-    return f"{change.model}: {change.name}", *values, change.verdict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,13 +15,35 @@ from pipeline.store.records import read_blob
 
 
 @dataclass(frozen=True)
+class Other:
+    """The bundle to compare with, what it is called, and the store that holds what it was made from."""
+
+    name: str
+    store: Store
+    bundle: Artifact
+
+
+@dataclass(frozen=True)
 class ReportInput:
-    """The artefacts that a report shows, their store, the images that may be shown, and the folder of the report."""
+    """The artefacts that a report shows, and what decides how.
+
+    Attributes:
+        store: Holds the artefacts.
+        artifacts: What is made, by stage.
+        album: Says which images may be shown.
+        folder: Where the report will stand, None where that is not known.
+        other: A bundle to compare with.
+    """
 
     store: Store
     artifacts: Mapping[str, Artifact]
     album: Album = field(default_factory=Album)
     folder: Path | None = None
+    other: Other | None = None
+
+    def of(self, store: Store) -> ReportInput:
+        """Returns the same with another store to read from."""
+        return replace(self, store=store)
 
     def read(self, blob: str) -> bytes:
         """Returns the bytes of a blob."""

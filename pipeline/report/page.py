@@ -16,12 +16,13 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Graph
+from pipeline.report.against import against_section
 from pipeline.report.data import data_section
 from pipeline.report.document import document
-from pipeline.report.evaluation import evaluation_section, measured_sections, release_section
+from pipeline.report.evaluation import evaluation_section, measured_sections
 from pipeline.report.html import ENVIRONMENT, PARTS, attempt, facts
 from pipeline.report.images import Album
-from pipeline.report.inputs import ReportInput
+from pipeline.report.inputs import Other, ReportInput
 from pipeline.report.lineage import lineage_section
 from pipeline.report.samples import samples_section
 from pipeline.report.summary import HEAD, head
@@ -42,6 +43,7 @@ def write_report(
     path: Path,
     running: Sequence[Artifact] = (),
     album: Album | None = None,
+    other: Other | None = None,
 ) -> None:
     """Writes the report of the artefacts that exist so far, and a .json of it for programs, each atomically.
 
@@ -55,11 +57,12 @@ def write_report(
         path: the file to write.
         running: what there is of trainings that are not done.
         album: says which of other people's images are shown; all of them without one.
+        other: the bundle to compare with; the project's release without one.
 
     Raises:
         UserError: the file cannot be written.
     """
-    given = ReportInput(store, artifacts, album or Album(), path.parent)
+    given = ReportInput(store, artifacts, album or Album(), path.parent, other)
     page = render(given, config, graph, running)
     twin = document(given, config, graph, running)
     _replace(path.with_suffix(".json"), twin)
@@ -87,11 +90,12 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
     in_order = [name for name in graph if name in artifacts]
     trained = [artifacts[name] for name in in_order if graph[name].kind == "training"]
     shown = attempt("The summary", head, config, graph, artifacts, running)
+    compared = attempt("The comparison with another bundle", against_section, given, config.project)
+    learns = attempt("The evaluation", evaluation_section, given)
     sections = Markup().join(
         (
             attempt("The samples", samples_section, given),
-            attempt("The evaluation", evaluation_section, given),
-            attempt("The comparison with the release", release_section, given, config.project),
+            *((compared, learns) if given.other else (learns, compared)),
             attempt("What else was measured", measured_sections, given),
             attempt("The data", data_section, given),
             attempt("The codec", codec_section, given),

@@ -76,6 +76,7 @@ TESTED = {
     "unclip export configs/nano.yaml --to for-diffusers --format diffusers": "here",
     "unclip export for-diffusers --to back": "here",
     "unclip report configs/nano.yaml --license CC-BY-4.0 --output to-show.html": "here",
+    "unclip report configs/nano.yaml decoder.model.dropout=0.1 --against configs/nano.yaml --output a-b.html": "here",
     "unclip release promote configs/nano.yaml": "here",
     "unclip release diff configs/nano.yaml --set decoder.model.dropout=0.1": "here",
     'unclip release promote configs/nano.yaml --set decoder.model.dropout=0.1 --force "better hearts"': "here",

@@ -18,7 +18,7 @@ from pipeline.graph.pointer import Move, Releases, move_release, read_releases, 
 from pipeline.graph.stages import Context
 from pipeline.held_out import too_few
 from pipeline.ledger import Ledger
-from pipeline.report.evaluation import release_section
+from pipeline.report.against import against_section
 from pipeline.report.inputs import ReportInput
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, put_blob
@@ -252,17 +252,17 @@ def test_diff_names_data_recipe_and_figures(made: Made) -> None:
 
 def test_the_report_shows_the_release_beside_the_bundle(made: Made) -> None:
     made.make(0.0)
-    assert release_section(ReportInput(made.store, made.artifacts()), "p") == ""
+    assert against_section(ReportInput(made.store, made.artifacts()), "p") == ""
     made.release("promote")
-    assert release_section(ReportInput(made.store, made.artifacts()), "p") == ""  # it is the release
+    assert against_section(ReportInput(made.store, made.artifacts()), "p") == ""  # it is the release
     made.make(0.1, OTHER)
-    shown = release_section(ReportInput(made.store, made.artifacts(OTHER)), "p")
-    (row,) = (row for row in shown.splitlines() if "decoder: background" in row)
-    assert "+0.1 (0.1 to 0.1)" in row
-    assert "<td>better</td>" in row
+    shown = against_section(ReportInput(made.store, made.artifacts(OTHER)), "p")
+    assert 'title="better">✓</span>\n<span><b>decoder</b> <bdi>background</bdi>' in shown
+    assert "<title>difference +0.1 (0.1 to 0.1)</title>" in shown
+    assert "<bdi>decoder.samples 6144 -&gt; 12288</bdi>" in shown
     made.make(0.1, OTHER, "evaluation.rows=9")
-    shown = release_section(ReportInput(made.store, made.artifacts(OTHER, "evaluation.rows=9")), "p")
-    assert "Not compared with" in shown
+    shown = against_section(ReportInput(made.store, made.artifacts(OTHER, "evaluation.rows=9")), "p")
+    assert "No figures are compared: not measured as the release was: " in shown
     assert "evaluation.rows 256 -&gt; 9" in shown
 
 

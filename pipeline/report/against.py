@@ -1,0 +1,127 @@
+"""Compares a bundle with another one, by default with the release: samples in pairs, figures, recipes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.pointer import read_releases
+from pipeline.release import compare
+from pipeline.release.diff import data_changes, recipes_changed, stages_behind
+from pipeline.report.claims import shown_figure
+from pipeline.report.html import attempt, note, template
+from pipeline.report.inputs import Other, ReportInput
+from pipeline.report.samples import asked_for, sample_image, sample_names
+from pipeline.store import Store
+
+PAIRS_SHOWN = 6
+LINES_SHOWN = 8
+ORDER = ("worse", "better", "changed", "")  # of what is compared, by its verdict
+KINDS = {"worse": False, "better": True}
+AGAINST = template("against.html")
+
+
+def against_section(given: ReportInput, project: str) -> Markup:
+    """Compares with ``given.other``, or else with the project's release; empty where there is nothing to compare."""
+    other = find_other(given, project)
+    if other is None:
+        return Markup()
+    parts = [
+        attempt("The samples of both", _samples, given, other),
+        attempt("The figures of both", _figures, given, other),
+        attempt("What differs in data and recipes", _differences, given, other),
+    ]
+    return AGAINST.against(other.name, other.bundle.key[:12], given.artifacts["bundle"].key[:12], parts)
+
+
+def find_other(given: ReportInput, project: str) -> Other | None:
+    """Returns the bundle to compare with; None without one, without an own bundle, or where both are the same."""
+    other = given.other or (_release(given.store, project) if "evaluation" in given.artifacts else None)
+    own = given.artifacts.get("bundle")
+    return other if other and own and other.bundle.key != own.key else None
+
+
+def _release(store: Store, project: str) -> Other | None:
+    current = read_releases(store, project).current
+    bundle = load_artifact(store, "bundle", current.bundle) if current else None
+    return None if bundle is None else Other("the release", store, bundle)
+
+
+def _samples(given: ReportInput, other: Other) -> Markup:
+    """Shows images of the same captions, the other bundle's to the left; equal seeds where both have them."""
+    theirs = _samples_of(other)
+    if theirs is None or "samples" not in given.artifacts:
+        return Markup()
+    ours = given.artifacts["samples"]
+    left: dict[Any, list[str]] = defaultdict(list)
+    for name in sample_names(theirs):
+        left[asked_for(theirs, name)[0]].append(name)
+    cells: list[tuple[str | None, list[Markup]]] = []
+    for name in sample_names(ours):
+        caption, seed = asked_for(ours, name)
+        candidates = sorted(left[caption], key=lambda each: asked_for(theirs, each)[1] != seed) if caption else []
+        if candidates and len(cells) < PAIRS_SHOWN:
+            left[caption].remove(candidates[0])
+            images = [
+                attempt(f"{what} for: {caption}", sample_image, side, blob, 320, f"{what} for: {caption}")
+                for what, side, blob in (
+                    (other.name, given.of(other.store), theirs.blobs[candidates[0]]),
+                    ("this bundle", given, ours.blobs[name]),
+                )
+            ]
+            cells.append((caption, images))
+    return AGAINST.pairs(cells) if cells else note("No caption was drawn with both.")
+
+
+def _samples_of(other: Other) -> Artifact | None:
+    """Returns the newest samples of a bundle. Reads the record of all samples in the store."""
+    keys = [entry.path.rpartition("/")[2].removesuffix(".json") for entry in other.store.list("artifacts/samples/")]
+    found = [made for key in keys if (made := load_artifact(other.store, "samples", key)) is not None]
+    of_bundle = [made for made in found if made.inputs["bundle"] == other.bundle.key]
+    return max(of_bundle, key=lambda made: made.times["finished"], default=None)
+
+
+def compared_figures(given: ReportInput, other: Other) -> list[tuple[compare.Change, Mapping[str, Any]]] | str:
+    """Returns the figures that both have on the same rows, what is worse first, each as measured now; or why none."""
+    evaluation = given.artifacts.get("evaluation")
+    new = compare.load_measured(given.store, evaluation) if evaluation else None
+    found = compare.evaluations(other.store, other.bundle.key)
+    if new is None or not found:
+        return f"{other.name if new else 'this bundle'} has no evaluation here"
+    old = compare.find_comparable(found, new)
+    if old is None:
+        return f"not measured as {other.name} was: {', '.join(compare.obstacles(found[0], new))}"
+    changes = sorted(compare.changes(old, new), key=lambda change: ORDER.index(change.verdict))
+    return [(change, new.figures[change.model, change.name]) for change in changes]
+
+
+def _figures(given: ReportInput, other: Other) -> Markup:
+    found = compared_figures(given, other)
+    if isinstance(found, str):
+        return note(f"No figures are compared: {found}.")
+    rows: dict[str, list[dict[str, Any]]] = {verdict: [] for verdict in ORDER}
+    for change, figure in found:
+        rows[change.verdict].append(_row(change, figure))
+    return AGAINST.figures([*rows["worse"], *rows["better"]], rows["changed"], rows[""])
+
+
+def _row(change: compare.Change, figure: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a change as a figure whose baseline is the other bundle."""
+    known: dict[str, Any] = {"model": change.model, "says": figure.get("says", change.name), "claim": change.claim}
+    known |= {"value": change.now, "baseline": change.then, "holds": KINDS.get(change.verdict)}
+    known |= {"difference": change.difference, "interval": change.interval, "error": None}
+    return shown_figure(known) | {"state": change.verdict or "no more than chance"}
+
+
+def _differences(given: ReportInput, other: Other) -> Markup:
+    return AGAINST.differences(*differences(given, other), LINES_SHOWN)
+
+
+def differences(given: ReportInput, other: Other) -> tuple[list[str], list[str]]:
+    """Returns a line for each difference of the data behind both bundles, and of their recipes."""
+    then, now = stages_behind(other.store, other.bundle), stages_behind(given.store, given.artifacts["bundle"])
+    return data_changes(then, now), recipes_changed(then, now)

@@ -1,0 +1,40 @@
+"""Tests ``unclip report --against``: what it takes, and what it says where there is nothing to compare."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.cli import main
+from pipeline.store import open_store
+from tests.jobs.test_release import OTHER, project_in
+
+
+def test_another_bundle_is_a_key_a_project_a_folder_or_a_release(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = project_in(open_store(str(tmp_path / "store")), tmp_path, capsys)
+    first, better = made.make(0.0), made.make(0.1, OTHER)
+    made.release("promote")
+    values = yaml.safe_load(made.path.read_text())
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/bundle.json").write_text(json.dumps({"store": made.store.url, "bundle": first}))
+    report = ["report", str(made.path), OTHER, "--output", str(tmp_path / "report.html"), "--against"]
+    for name in (
+        "current",
+        first[:10],
+        str(tmp_path / "b.yaml"),
+        str(tmp_path / "out"),
+        f"release:{tmp_path / 'b.yaml'}",
+    ):
+        assert main([*report, name]) == 0, capsys.readouterr()
+        found = json.loads((tmp_path / "report.json").read_text())["against"]
+        assert (found["name"], found["bundle"]) == (name, first)
+        assert found["recipes"] == ["decoder.samples 6144 -> 12288"]
+        assert [change["verdict"] for change in found["figures"]] == ["better"]
+    for name, why in ((better[:10], "is the same bundle"), ("feed", "no bundle in"), ("absent.yaml", "absent.yaml")):
+        capsys.readouterr()
+        assert main([*report, name]) == 2
+        assert why in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""Tests that two bundles stand side by side: samples in pairs, figures with intervals, recipes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.evaluate.figure import Figure
+from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.report.document import document
+from pipeline.report.inputs import Other, ReportInput
+from pipeline.report.page import render
+from pipeline.store import FolderStore, Store
+from pipeline.store.records import digest, put_blob
+from tests.pipeline.report.made_up import config, graph
+
+ROWS = 16
+
+
+def bundle_of(
+    store: Store, made: dict[str, Artifact], name: str, gain: float, claim: str | None
+) -> dict[str, Artifact]:
+    """Publishes a bundle, its samples and its evaluation, whose one figure with values is ``gain`` higher."""
+    decoder = publish_artifact(
+        store, replace(made["decoder"], key=digest(f"{name} decoder"), recipe={"gain": gain}), 1.0
+    )
+    publish_artifact(store, made["clip"], 1.0)
+    inputs = {"clip": made["clip"].key, "decoder": decoder.key}
+    bundle = publish_artifact(store, replace(made["bundle"], key=digest(name), inputs=inputs), 1.0)
+    values = tuple(np.random.default_rng(0).normal(0.5, 0.2, ROWS) + gain)
+    figure = Figure("d", "decoder", "background", "decoder: right background", claim=claim, values=values).as_json()
+    measured: dict[str, Any] = {"version": 1, "recipe": {}, "rows": {}, "figures": [figure]}
+    blobs = {**made["evaluation"].blobs, "evaluation.json": put_blob(store, json.dumps(measured).encode())}
+    of = {"bundle": bundle.key}
+    evaluation = replace(made["evaluation"], key=digest(f"{name} evaluation"), inputs=of, blobs=blobs)
+    samples = replace(made["samples"], key=digest(f"{name} samples"), inputs=of)
+    found = {"decoder": decoder, "bundle": bundle, "samples": publish_artifact(store, samples, 1.0)}
+    return made | found | {"evaluation": publish_artifact(store, evaluation, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("claim", "gain", "verdict"),
+    [
+        ("above", 0.1, "better"),
+        ("above", -0.1, "worse"),
+        ("below", 0.1, "worse"),
+        (None, 0.1, "changed"),
+        ("above", 0, ""),
+    ],
+)
+def test_figures_differ_to_the_better_or_the_worse(
+    store: FolderStore, made: dict[str, Artifact], tmp_path: Path, claim: str | None, gain: float, verdict: str
+) -> None:
+    elsewhere = FolderStore(str(tmp_path))
+    theirs = bundle_of(elsewhere, made, "old", 0.0, claim)
+    ours = bundle_of(store, made, f"new {claim} {gain}", gain, claim)
+    given = ReportInput(store, ours, other=Other("before.yaml", elsewhere, theirs["bundle"]))
+    page = render(given, config(), graph())
+    section = page.partition('<section id="against">')[2].partition("</section>")[0]
+    assert page.index('id="against"') < page.index('id="evaluation"')  # what was asked for comes first
+    mark = {"better": "✓", "worse": "✗"}.get(verdict, "·")
+    assert (
+        f'title="{verdict or "no more than chance"}">{mark}</span>\n<span><b>decoder</b> <bdi>right background'
+        in section
+    )
+    found = json.loads(document(given, config(), graph()))["against"]
+    assert [(change["name"], change["verdict"]) for change in found["figures"]] == [("background", verdict)]
+    assert found["figures"][0]["difference"] == pytest.approx(gain, abs=1e-6)
+    assert found["recipes"] == (["decoder.gain 0.0 -> " + str(gain)] if gain else [])
+
+
+def test_samples_of_the_same_captions_stand_in_pairs(
+    store: FolderStore, made: dict[str, Artifact], tmp_path: Path
+) -> None:
+    elsewhere = FolderStore(str(tmp_path))
+    theirs = bundle_of(elsewhere, made, "old", 0.0, "above")
+    samples = theirs["samples"]
+    captions = [*samples.metrics["captions"][:2], *(4 * ["another"])]
+    for name in samples.blobs:
+        put_blob(elsewhere, store.read(f"blobs/{samples.blobs[name][:2]}/{samples.blobs[name]}"))
+    changed = replace(samples, key=digest("later"), metrics={**samples.metrics, "captions": captions})
+    publish_artifact(elsewhere, changed, 1.0)  # the newest of the bundle counts
+    ours = bundle_of(store, made, "paired", 0.0, "above")
+    page = render(ReportInput(store, ours, other=Other("old", elsewhere, theirs["bundle"])), config(), graph())
+    pairs = page.partition('<div class="pairs">')[2].partition("<section")[0]
+    for caption in captions[:2]:
+        assert pairs.count(f'alt="old for: {caption}"') == pairs.count(f'alt="this bundle for: {caption}"') == 1
+    assert pairs.count("<img") == 4
+
+
+def test_what_cannot_be_compared_says_why(store: FolderStore, made: dict[str, Artifact], tmp_path: Path) -> None:
+    elsewhere = FolderStore(str(tmp_path))
+    bare = publish_artifact(elsewhere, replace(made["bundle"], key=digest("bare"), inputs={}), 1.0)
+    ours = bundle_of(store, made, "own", 0.0, "above")
+    page = render(ReportInput(store, ours, other=Other("bare", elsewhere, bare)), config(), graph())
+    assert "No figures are compared: bare has no evaluation here." in page
+    same = render(ReportInput(store, ours, other=Other("own", store, ours["bundle"])), config(), graph())
+    assert 'id="against"' not in same
