@@ -118,10 +118,10 @@ def _row(change: compare.Change, figure: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(given: ReportInput, other: Other) -> Markup:
-    return AGAINST.differences(*differences(given, other), LINES_SHOWN)
+    return AGAINST.differences(*changes_behind(given, other), LINES_SHOWN)
 
 
-def differences(given: ReportInput, other: Other) -> tuple[list[str], list[str]]:
+def changes_behind(given: ReportInput, other: Other) -> tuple[list[str], list[str]]:
     """Returns a line for each difference of the data behind both bundles, and of their recipes."""
     then, now = stages_behind(other.store, other.bundle), stages_behind(given.store, given.artifacts["bundle"])
     return data_changes(then, now), recipes_changed(then, now)

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Graph
-from pipeline.report.against import compared_figures, differences, find_other
+from pipeline.report.against import changes_behind, compared_figures, find_other
 from pipeline.report.evaluation import FIGURES
 from pipeline.report.inputs import ReportInput
 from pipeline.report.lineage import worker_hours
@@ -102,6 +102,6 @@ def _against(given: ReportInput, project: str) -> dict[str, Any] | None:
         return None
     found = compared_figures(given, other)
     figures = [] if isinstance(found, str) else [{**asdict(change), "verdict": change.verdict} for change, _ in found]
-    data, recipes = differences(given, other)
+    data, recipes = changes_behind(given, other)
     why = {"not_compared": found} if isinstance(found, str) else {}
     return {"name": other.name, "bundle": other.bundle.key, "figures": figures, **why, "data": data, "recipes": recipes}
