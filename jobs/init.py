@@ -14,7 +14,7 @@ from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.progress import counted
-from pipeline.starter import CLIP_PAIRS, existing_clip, starter
+from pipeline.starter import CLIP_PAIRS, embedded, existing_clip, starter
 
 NAMED = 3  # images that cannot be opened
 ENOUGH = 1000  # pairs, below which models memorise images
@@ -35,13 +35,18 @@ def main(arguments: argparse.Namespace) -> int:
     origin = find_bundle(arguments.origin).folder if arguments.origin else None
     gpu = _has_gpu()
     text = starter(arguments.name, gpu, source, seen, origin)
-    trains = origin is None and not existing_clip(gpu, seen)
+    trains, bare = origin is None and not existing_clip(gpu, source, seen), embedded(source)
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
     print(f"{path} written; open it to see what can be changed")
     for line in _remarks(seen) if seen else ["put your list under source.paths first"]:
         print(line)
-    if origin is None and not trains:
+    if bare:
+        print(
+            f"{bare[0]}: embeddings, without images: clip.weights in {path} has to name the CLIP that made them, and "
+            "only priors train on them; name images with captions as another source, and all models train"
+        )
+    elif origin is None and not trains:
         print(
             f"clip.weights takes a CLIP that exists, 0.6 GB to download: with fewer than {CLIP_PAIRS:,} pairs it knows "
             "more than one of your own"
@@ -57,7 +62,8 @@ def main(arguments: argparse.Namespace) -> int:
             f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the things; "
             "add the bare text as a second caption of each row: Captions that name a style in docs/your-data.md"
         )
-    print(f"next:\n    unclip doctor {path}\n    unclip run {path}")
+    until = " --until diffusion_prior" if bare and len(bare) == len(source.paths) else ""
+    print(f"next:\n    unclip doctor {path}\n    unclip run {path}{until}")
     return 0
 
 

@@ -14,6 +14,7 @@ import yaml
 from models.sampling_config import MODELS, PRIORS, largest_side
 from pipeline.config import Config, preset_config
 from pipeline.data.pairs.peek import Look
+from pipeline.data.source.imported import is_embeddings
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.held_out import FEWEST
@@ -112,7 +113,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
     models, size = _models(seen)
     recipes = preset_config(preset)
     scale = _scale(recipes, seen)
-    clip, dropout, tuned = _clip(gpu, seen), _dropout(recipes, seen), ""
+    clip, dropout, tuned = _clip(gpu, source, seen), _dropout(recipes, seen), ""
     if bundle is not None:
         clip = dropout = ""  # both are the bundle's
         values = _fine_tuning(bundle, preset)
@@ -183,16 +184,23 @@ def _values(folder: Path, recipe: Any) -> dict[str, Any]:
     return values | ({"model": other} if other else {})
 
 
-def existing_clip(gpu: bool, seen: Look | None) -> bool:
+def embedded(source: SourceRecipe) -> list[str]:
+    """Returns the paths of a source that are folders of embeddings, which have no images."""
+    return [path for path in source.paths if is_embeddings(Path(path).expanduser())]
+
+
+def existing_clip(gpu: bool, source: SourceRecipe, seen: Look | None) -> bool:
     """Returns whether the configuration takes a CLIP that exists, rather than training one on these pairs."""
-    return gpu and (seen is None or seen.pairs < CLIP_PAIRS)
+    return bool(embedded(source)) or (gpu and (seen is None or seen.pairs < CLIP_PAIRS))
 
 
-def _clip(gpu: bool, seen: Look | None) -> str:
+def _clip(gpu: bool, source: SourceRecipe, seen: Look | None) -> str:
     """Returns the lines of the CLIP: its weights, or a remark that names them."""
     says = f"# A CLIP that exists (0.6 GB to download) knows more than one of fewer than some {CLIP_PAIRS:,} pairs."
     line = f'clip: {{weights: "{CLIP_WEIGHTS}"}}'
-    if existing_clip(gpu, seen):
+    if embedded(source):
+        return f"# The CLIP that made the embeddings. This one is clip-retrieval's default.\n{line}\n\n"
+    if existing_clip(gpu, source, seen):
         return f"{says}\n{line} # train: one of your own\n\n"
     slow = "" if gpu else " It is slow\n# without a GPU: unclip plan estimates the time."
     return f"{says}{slow}\n# {line}\n\n"

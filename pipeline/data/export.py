@@ -109,7 +109,7 @@ def read_exported(store: Store, number: int, shards: Mapping[str, ShardRow], spl
 def _row(row: Mapping[str, Any], captions: Sequence[str], similarity: float) -> Row:
     """Returns a row by img2dataset's names, and further ones of ours."""
     return {
-        "url": shown(row["url"]),
+        "url": _reference(row["url"]),
         "caption": captions[0],
         "key": row["key"],
         "status": "success",
@@ -123,6 +123,11 @@ def _row(row: Mapping[str, Any], captions: Sequence[str], similarity: float) -> 
         "license": row["license"],
         "attribution": row["attribution"],
     }
+
+
+def _reference(url: str) -> str:
+    """Returns a reference of the web as it may be shown, and the name alone of a file of this machine."""
+    return shown(url) if url.startswith(("http://", "https://", "s3://")) else url.rpartition("/")[2]
 
 
 def write_webdataset(store: Store, target: Store, part: ExportedShard) -> None:

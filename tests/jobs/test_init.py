@@ -14,12 +14,14 @@ import yaml
 
 from jobs.cli import main
 from models.sampling_config import MODELS
+from pipeline.build import build
 from pipeline.config import Config, load_config, make_config, preset_config
 from pipeline.data.pairs.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.starter import CLIP_WEIGHTS, starter
 from pipeline.store import open_store
 from tests.pipeline.data.bench import picture
+from tests.pipeline.data.source.test_imported import write_parts
 
 Output = pytest.CaptureFixture[str]
 UNREAD = b'url,caption\na.png,a cat\nb.png,a cat\nc.png,"a dog\nd.png\n'
@@ -360,3 +362,17 @@ def test_captions_that_begin_alike_are_noticed_once_and_not_with_the_bare_text(c
         file.write_text(f"{file.read_text()}\n{file.read_text().removeprefix('an icon of ')}\n")
     made("other", "pictures")
     assert "many share" not in capsys.readouterr().out
+
+
+def test_embeddings_take_the_clip_that_made_them(here: Path, capsys: Output) -> None:
+    write_parts(here / "laion")
+    assert main(["init", "mine", "laion"]) == 0
+    said = capsys.readouterr().out
+    assert "laion: embeddings, without images: clip.weights in mine.yaml has to name the CLIP that made them" in said
+    assert "a CLIP trained on fewer" not in said
+    assert said.endswith("unclip run mine.yaml --until diffusion_prior\n")
+    config = load_config("mine.yaml", [])
+    assert config.clip.weights == CLIP_WEIGHTS
+    build(config)
+    assert main(["init", "both", "laion", folder()]) == 0
+    assert capsys.readouterr().out.endswith("unclip run both.yaml\n")
