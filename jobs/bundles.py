@@ -139,7 +139,8 @@ def _of_folder(folder: Path, output: Path) -> Bundle:
     """Returns the bundle in a folder that may come from anybody. Raises UserError for a link that leads out of it."""
     blobs, within = {}, Reach((str(folder.absolute()),))
     try:
-        for file in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        # A link to a folder is not followed, and not passed over either: opening it says what it is.
+        for file in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
             with open_local(file, within) as opened:
                 blobs[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as e:

@@ -84,6 +84,11 @@ def test_what_is_not_a_bundle_is_named(run: Path, tmp_path: Path) -> None:
     (tmp_path / "a bundle/README.md").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match=r"a bundle/README.md: cannot be read .*; copy the bundle with cp -rL"):
         find_bundle(str(tmp_path / "a bundle"))
+    (tmp_path / "a bundle/README.md").unlink()
+    (tmp_path / "a bundle/clip").rename(tmp_path / "elsewhere")
+    (tmp_path / "a bundle/clip").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"cannot be read .*; copy the bundle with cp -rL"):
+        find_bundle(str(tmp_path / "a bundle"))
     for key in ("../../../secret", 7):
         (run / "bundle.json").write_text(json.dumps({"store": "store", "bundle": key}))
         with pytest.raises(UserError, match="no finished bundle there"):
