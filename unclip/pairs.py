@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
 from pipeline.data.curation.reading import FACTS, VECTORS, Pair, PairReader
+from pipeline.data.export import SUFFIXES
 from pipeline.graph.ray import start_ray
 from pipeline.progress import counted
 from pipeline.settings import RaySettings
@@ -76,7 +75,7 @@ class Pairs:
                 for pair in pairs:
                     sample = {"__key__": pair.key, "__url__": f"shard {position}", "txt": pair.caption.encode()}
                     if pair.data is not None:
-                        sample[_suffix(pair.data)] = pair.data
+                        sample[SUFFIXES[pair.data[:2]]] = pair.data
                     facts = {name: getattr(pair, name) for name in (*FACTS, "captions")}
                     yield sample | {"json": json.dumps(facts).encode()}
 
@@ -108,8 +107,3 @@ class _Rows:
             for pairs in self.reader.read(position):
                 columns = {name: [getattr(pair, name) for pair in pairs] for name in schema.names}
                 yield pa.table(columns, schema)
-
-
-def _suffix(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
-        return "jpg" if image.format == "JPEG" else str(image.format).lower()

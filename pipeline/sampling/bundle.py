@@ -65,7 +65,7 @@ def _card(ctx: Context) -> str:
     lines = [
         f"# {ctx.config.project}",
         "",
-        "An unCLIP text-to-image model. `UnCLIP.from_folder(path)` loads it as a bundle, and in diffusers' layout",
+        "An unCLIP text-to-image model. `unclip.load(path)` opens it as a bundle, and in diffusers' layout",
         "`DiffusionPipeline.from_pretrained(path, trust_remote_code=True)` does.",
         "",
     ]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS, Place, read_images
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardList, read_table
@@ -28,7 +29,7 @@ class Pair:
 
     Attributes:
         key: Of the row: its shard and its place in it.
-        url: Of the image, as listed.
+        url: Of the image, as listed, without a password.
         width: Of the stored image, in pixels; None where embeddings were imported without an image.
         height: The same.
         split: "train", "validation" or "test".
@@ -120,7 +121,7 @@ class PairReader:
             places = [Place.of(row, blobs["pairs"].get("images")) for row in rows if row["size"] is not None]
             images = dict(zip((place.key for place in places), read_images(self.store, places), strict=True))
             for row, text in zip(rows, texts, strict=True):
-                row |= {"captions": text, "data": images.get(row["key"])}
+                row |= {"captions": text, "data": images.get(row["key"]), "url": shown(row["url"])}
             for name, column in vectors.items():
                 for row, value in zip(rows, column.slice(start, TOGETHER), strict=True):
                     row[name] = value.values.to_numpy(zero_copy_only=False)
