@@ -29,6 +29,8 @@ NCCL_MB = 1024  # beside it in /dev/shm for each GPU: NCCL has the buffers betwe
 HEAD_MB = 2048  # of the head's memory, for Ray's own processes there
 LONGEST_NAME = 47  # characters; KubeRay adds to it and has to stay below 63
 SECRETS = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY", re.IGNORECASE)
+# What Kueue admits has a fixed size from its start to its end. The first autoscaler knows no labels.
+GROWING = {"enableInTreeAutoscaling": True, "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_S}}
 QUEUE = "kueue.x-k8s.io/queue-name"
 # Labels, and often taints, of nodes that can be taken away: of EKS, Karpenter, GKE and AKS.
 SPOT = {
@@ -55,12 +57,10 @@ def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
     settings = run.kubernetes
     _check(job, package, settings)
     environment = {**settings.env, **job.environment}
-    # What Kueue admits has a fixed size from its start to its end. The first autoscaler knows no labels.
-    growing = {"enableInTreeAutoscaling": True, "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_S}}
     spec = {
         "jobId": job.id,
-        "entrypoint": _Block(shlex.join(job.command)),
-        "runtimeEnvYAML": _Block(
+        "entrypoint": Block(shlex.join(job.command)),
+        "runtimeEnvYAML": Block(
             yaml.safe_dump({"working_dir": package, "env_vars": dict(job.environment)}, sort_keys=False)
         ),
         "submissionMode": "K8sJobMode",  # kubectl logs job/NAME shows the driver
@@ -71,9 +71,9 @@ def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
         "rayClusterSpec": {
             "rayVersion": metadata.version("ray"),
             "authOptions": {"mode": "token"},  # KubeRay makes the token and its Secret
-            **({} if settings.queue else growing),
-            "headGroupSpec": _head(settings, environment),
-            "workerGroupSpecs": [_workers(group, settings, environment) for group in groups(run, stages)],
+            **({} if settings.queue else GROWING),
+            "headGroupSpec": head(settings, environment),
+            "workerGroupSpecs": [workers(group, settings, environment) for group in groups(run, stages)],
         },
     }
     labels = {
@@ -82,10 +82,7 @@ def render(job: Job, package: str, run: Run, stages: Collection[str]) -> str:
         **({QUEUE: settings.queue} if settings.queue else {}),
     }
     named = {"name": job.id, "namespace": settings.namespace, "labels": labels}
-    return yaml.dump(
-        {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": named, "spec": spec},
-        Dumper=_Dumper, sort_keys=False, width=120,
-    )  # fmt: skip
+    return dump({"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": named, "spec": spec})
 
 
 def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
@@ -107,7 +104,7 @@ def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
         )
 
 
-def _head(settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:
+def head(settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:
     """Returns the head group: Ray hands out none of its cores and GPUs, so no worker crowds the driver."""
     ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
     own = Group("head", 1, settings.head_cpus, settings.head_memory_gb, settings.head_gpus)
@@ -127,7 +124,8 @@ def _head(settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[
     }
 
 
-def _workers(group: Group, settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:
+def workers(group: Group, settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Returns a worker group, which has no pod while nobody asks for one unless a queue admits all at once."""
     template = _pod("ray-worker", group, settings, environment)
     template["spec"]["restartPolicy"] = "Never"  # else Kubernetes would start again what the autoscaler removes
     if settings.spot:
@@ -195,8 +193,13 @@ def _store(group: Group) -> dict[str, str]:
     return {"object-store-memory": str(object_store_mb(group.memory_gb, group.object_store) << 20)}
 
 
-class _Block(str):
+class Block(str):
     """Text that YAML writes as a block."""
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """Returns a resource of Kubernetes as YAML."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -206,4 +209,4 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_representer(_Block, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|"))
+_Dumper.add_representer(Block, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|"))

@@ -169,6 +169,8 @@ def _drawing(parser: Parser) -> None:
 def _serve(parser: Parser) -> None:
     text = f"{PLACES}; a release is followed; by default the newest under out/"
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help=text)
+    text = "kuberay prints a RayService for kubectl apply, of release:PROJECT.yaml"
+    parser.add_argument("--to", choices=("kuberay",), metavar="WHERE", help=text)
     _set(parser, "NAME=VALUE", "a setting, such as port=9000; docs/serve.md has them")
 
 

@@ -10,14 +10,17 @@ from threading import Event as Flag
 from threading import Thread
 from typing import Any
 
+import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from pipeline.graph.resources import cores
+from pipeline.parse import parse
 from serve.api import make_api
-from serve.bundle import Served
+from serve.bundle import Served, read_head
 from serve.door import Door
+from serve.guard import read_tokens
 from serve.line import Died, Event, Line, Refused
 from serve.metrics import Metrics
 from serve.painter import Painter, Stopped, Work
@@ -42,7 +45,16 @@ class Drawer:
             Thread(target=self._follow, daemon=True).start()
 
     def _open(self, key: str) -> Painter:
-        painter = Painter(key, self.served.open(key, self.settings.device), self.settings.batch)
+        unclip, settings = self.served.open(key, self.settings.device), self.settings
+        judges = {
+            what: (read_head(path, unclip.clip.embed_dim), most)
+            for what, path, most in (
+                ("prompt", settings.prompt_head, settings.most_prompt),
+                ("image", settings.image_head, settings.most_image),
+            )
+            if path
+        }
+        painter = Painter(key, unclip, settings.batch, judges)
         painter.warm_up()
         return painter
 
@@ -112,9 +124,7 @@ class DoorProcess:
                     if event[0] == "refused":
                         raise Refused(event[1])
                     yield event
-            except RayTaskError:
-                raise
-            except RayActorError as e:
+            except (RayActorError, TaskCancelledError) as e:
                 raise Died(type(e).__name__) from None
             finally:
                 response.cancel()
@@ -133,12 +143,13 @@ class DoorProcess:
 
 def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> serve.Application:
     """Returns the application of Ray Serve."""
-    gpu = settings.device != "cpu" and _gpus() > 0
+    has = ray.cluster_resources()
+    gpu = settings.device == "cuda" or (settings.device == "auto" and has.get("GPU", 0) > 0)
     drawers: Any = serve.deployment(
         Drawer,
         name="drawer",
         max_ongoing_requests=1,
-        ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": min(cores(), _cpus())},
+        ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": settings.cpus or min(cores(), has.get("CPU", 1))},
         autoscaling_config={
             "min_replicas": settings.idle_replicas,
             "initial_replicas": max(1, settings.idle_replicas),
@@ -154,16 +165,10 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
     return door.bind(drawers.bind(served, settings), served, settings, tokens)
 
 
-def _gpus() -> float:
-    import ray
-
-    return ray.cluster_resources().get("GPU", 0)
-
-
-def _cpus() -> float:
-    import ray
-
-    return ray.cluster_resources().get("CPU", 1)
+def application(arguments: Mapping[str, Any]) -> serve.Application:
+    """Returns the application where Ray Serve builds it from a file, as KubeRay's RayService does."""
+    settings = parse(ServeSettings, arguments["settings"], "serve")
+    return build(Served(**arguments["served"]), settings, read_tokens(settings))
 
 
 def start(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from models.cascade import UnCLIP
+from pipeline.data.embeddings.scores import Head, load_heads
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import load_artifact
 from pipeline.graph.pointer import read_releases
+from pipeline.parse import ContentFile
 from pipeline.sampling.drawing import open_bundle
 from pipeline.store import open_store
 from pipeline.store.records import materialise
@@ -54,6 +56,11 @@ class Served:
         with tempfile.TemporaryDirectory() as folder:
             materialise(store, artifact.blobs, folder)
             return open_bundle(folder, device)
+
+
+def read_head(path: str, embed_dim: int) -> Head:
+    """Returns the linear head in a file, for embeddings of ``embed_dim``. Raises UserError as ``load_heads`` does."""
+    return load_heads(open_store("."), {"serve": ContentFile.at(path, "serve")}, embed_dim)["serve"]
 
 
 def sides(unclip: UnCLIP) -> list[int]:

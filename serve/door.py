@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.store.records import digest
 from serve.bundle import Served
 from serve.errors import ApiError
-from serve.line import Event, Line, Observe, Refused
+from serve.line import Died, Event, Line, Observe, Refused
 from serve.painter import Row, Work
 from serve.results import Result, Results
 from serve.settings import ServeSettings
@@ -102,7 +102,9 @@ class Door:
                     else:
                         yield event
         except Refused as e:
-            raise ApiError(400, "invalid_request", str(e)) from None
+            raise ApiError(400, e.code, str(e)) from None
+        except Died:
+            raise ApiError(503, "unavailable", "No process could draw this: try again", retry_after=10) from None
 
     def _key(self, bundle: str, work: Work, row: Row) -> str:
         """Returns the key of one image: everything that it depends on."""

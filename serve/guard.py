@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -38,7 +39,8 @@ def read_tokens(settings: ServeSettings) -> dict[str, str]:
 
     Raises UserError for a file without tokens, and for an address that others reach if there are none.
     """
-    if not settings.tokens:
+    text = os.environ.get("UNCLIP_TOKENS", "")
+    if not settings.tokens and not text:
         if settings.host not in LOOPBACK:
             raise UserError(
                 f"serve: host={settings.host} lets others in, and anybody could draw; write lines NAME TOKEN into a "
@@ -46,13 +48,14 @@ def read_tokens(settings: ServeSettings) -> dict[str, str]:
             )
         return {}
     try:
-        lines = [line.split() for line in read_local(settings.tokens, 1 << 20).decode().splitlines() if line.strip()]
+        text = read_local(settings.tokens, 1 << 20).decode() if settings.tokens else text
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"serve.tokens: {settings.tokens} cannot be read ({e})") from None
+    lines = [line.split() for line in text.splitlines() if line.strip()]
     if not lines or any(len(words) != 2 or len(words[1]) < 16 for words in lines):
         raise UserError(
-            f"serve.tokens: {settings.tokens} does not hold lines NAME TOKEN, each token 16 characters or longer; "
-            "openssl rand -hex 24 makes one"
+            f"serve.tokens: {settings.tokens or 'UNCLIP_TOKENS'} does not hold lines NAME TOKEN, each token 16 "
+            "characters or longer; openssl rand -hex 24 makes one"
         )
     return {hashlib.sha256(token.encode()).hexdigest(): name for name, token in lines}
 

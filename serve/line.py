@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -24,7 +25,11 @@ class Died(Exception):
 
 
 class Refused(Exception):
-    """The bundle cannot draw that."""
+    """The bundle cannot draw that, or an image is withheld; ``code`` is for programs."""
+
+    def __init__(self, message: str, code: str = "invalid_request"):
+        super().__init__(message)
+        self.code = code
 
 
 class Observe(Protocol):
@@ -96,7 +101,8 @@ class Line:
         self.waiting.append(job)
         job.tell(("place", len(self.waiting) - 1 + len(self.running)))
         if len(self.tasks) < self.lanes:
-            task = asyncio.create_task(self._lane())
+            # In a context of its own: Ray Serve ends what a request has begun when its client goes.
+            task = asyncio.create_task(self._lane(), context=Context())
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
         missing = len(work.rows)
@@ -106,6 +112,8 @@ class Line:
                 event = await job.events.get()
                 if isinstance(event, Exception):
                     raise event
+                if event[0] == "withheld":
+                    raise Refused(event[2], "content_policy_violation")
                 missing -= event[0] == "image"
                 yield event
         finally:
@@ -135,9 +143,11 @@ class Line:
             try:
                 await self._draw(jobs)
                 self.seconds = 0.7 * self.seconds + 0.3 * (loop.time() - began)
-            except Exception as e:
+            except BaseException as e:
                 for job in jobs:
-                    job.events.put_nowait(e)
+                    job.events.put_nowait(e if isinstance(e, Exception) else Died("the server stops"))
+                if not isinstance(e, Exception):
+                    raise
             finally:
                 self.running.remove(jobs)
                 self._count()
@@ -174,7 +184,7 @@ class Line:
                             return  # which ends the drawing, too
                         if event[0] == "stage":
                             self.observe("stage_latency_seconds", event[2], stage=event[1])
-                        elif event[0] in ("partial", "image"):
+                        elif event[0] in ("partial", "image", "withheld"):
                             job, own = owners[event[1]]
                             job.tell((event[0], own, *event[2:]))
                         else:

@@ -7,7 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from models.comparison import priors_of
 from models.inpainting import Kept, inpaint
 from models.pixels import to_uint8
 from models.view import view
+from pipeline.data.embeddings.scores import Head
 from pipeline.sampling.drawing import png_with_text
 from serve.bundle import sides
 
@@ -63,10 +64,13 @@ class Work:
 
 
 class Painter:
-    """Draws with one bundle, ``batch`` images at once."""
+    """Draws with one bundle, ``batch`` images at once.
 
-    def __init__(self, key: str, unclip: UnCLIP, batch: int):
-        self.key, self.unclip, self.batch = key, unclip, batch
+    ``judges`` are heads for "prompt" and "image" with the highest score that each lets pass.
+    """
+
+    def __init__(self, key: str, unclip: UnCLIP, batch: int, judges: Mapping[str, tuple[Head, float]] | None = None):
+        self.key, self.unclip, self.batch, self.judges = key, unclip, batch, judges or {}
 
     def describe(self) -> dict[str, Any]:
         """Returns what clients may know of the bundle."""
@@ -87,8 +91,9 @@ class Painter:
         """Draws the images of ``work``.
 
         ``emit`` gets ("step", stage, done, steps), ("stage", stage, seconds), ("partial", row, side, PNG) if wanted,
-        and ("image", row, PNG, score) for every row, where the score is the cosine of image and caption by CLIP. Raises
-        Stopped at the next step after ``stopped`` says so, and ValueError for what this bundle cannot draw.
+        and for every row ("image", row, PNG, score), where the score is the cosine of image and caption by CLIP, or
+        ("withheld", row, why). Raises Stopped at the next step after ``stopped`` says so, and ValueError for what this
+        bundle cannot draw.
         """
         size = 64 * min(n for n in (1, 4, 16) if 64 * n >= work.side)
         options = {**work.options, "size": size}
@@ -98,10 +103,13 @@ class Painter:
         chunk = self.batch if plain else len(work.rows)  # the latents of an image are found once
         for start in range(0, len(work.rows), chunk):
             rows = work.rows[start : start + chunk]
-            watch = _Watch(emit, stopped, start, work)
+            watch = _Watch(emit, stopped, start, replace(work, partial=work.partial and not self.judges))
             made = self._make(work, rows, options, watch)
-            scores = self._scores(made, rows)
+            scores, withheld = self._judged(made, rows)
             for i, row in enumerate(rows):
+                if withheld[i]:
+                    emit(("withheld", start + i, f"the {withheld[i]} is refused by this server's rules"))
+                    continue
                 pixels = made.image[i].numpy()
                 if len(pixels) > work.side:
                     pixels = view(Image.fromarray(pixels), work.side)
@@ -130,16 +138,22 @@ class Painter:
         shares, before = [row.share for row in rows], work.more["before"]
         return unclip.text_difference(latents, before, caption or "", shares, seeds[0], watch, **options)
 
-    def _scores(self, made: Generation, rows: Sequence[Row]) -> list[float | None]:
-        """Returns the cosine of each image and its caption, None where there is no caption."""
+    def _judged(self, made: Generation, rows: Sequence[Row]) -> tuple[list[float | None], list[str | None]]:
+        """Returns the cosine of each image and its caption, None where it has none, and what of it is refused."""
         clip = self.unclip.clip
         device = clip.mean.device
         with torch.no_grad():
-            views = [torch.from_numpy(view(Image.fromarray(x.numpy()), clip.image_size)) for x in made.image]
+            views = [torch.tensor(view(Image.fromarray(x.numpy()), clip.image_size)) for x in made.image]
             images = clip.encode_image(torch.stack(views).permute(0, 3, 1, 2).to(device))
             texts = clip.encode_text(clip.tokenize([row.caption or "" for row in rows]).to(device))
         near = (images * texts).sum(-1).tolist()
-        return [None if row.caption is None else score for row, score in zip(rows, near, strict=True)]
+        withheld: list[str | None] = [None] * len(rows)
+        for what, embeddings in (("prompt", texts), ("image", images)):
+            if what in self.judges:
+                head, most = self.judges[what]
+                above = head(embeddings.cpu().numpy()) > most
+                withheld = [what if bad else before for bad, before in zip(above, withheld, strict=True)]
+        return [None if row.caption is None else score for row, score in zip(rows, near, strict=True)], withheld
 
 
 class _Watch:

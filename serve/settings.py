@@ -20,6 +20,7 @@ class ServeSettings:
         replicas: Processes that draw, at most; each holds the bundle.
         idle_replicas: Processes that stay when nobody draws; 0 frees the memory, and the next request waits for one.
         device: ``auto`` is a GPU if Ray has one.
+        cpus: Cores of a process that draws without a GPU; 0 takes all of this machine.
         batch: Images that are drawn at once, of requests with equal settings.
         wait_ms: Milliseconds that a request waits for others like it.
         queue: Images that may wait; a request beyond is told to come back.
@@ -29,8 +30,13 @@ class ServeSettings:
         megabytes_per_minute: Of a token, sent to the server; 0 sets no limit.
         follow_s: Seconds between two looks at the release, if one is served.
         log_prompts: Write the captions of requests into the log.
+        prompt_head: A linear head of CLIP's text embeddings (a safetensors file, as for ``embeddings.heads``).
+        most_prompt: Prompts with a score above it are refused.
+        image_head: A linear head of CLIP's image embeddings.
+        most_image: Images with a score above it are not handed out; with either head no smaller ones come first.
         licenses: Licences of the training images that the studio may show, as the list spells them; all if none.
-        tokens: A file of lines NAME TOKEN; a request without one of these tokens is refused.
+        tokens: A file of lines NAME TOKEN; by default the environment's UNCLIP_TOKENS. A request without one of these
+            tokens is refused.
         origins: Web pages of other addresses that may call the API, such as https://example.org.
     """
 
@@ -39,6 +45,7 @@ class ServeSettings:
     replicas: PositiveInt = 1
     idle_replicas: NonNegativeInt = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus: NonNegativeInt = 0
     batch: PositiveInt = 4
     wait_ms: NonNegativeFloat = 20.0
     queue: PositiveInt = 64
@@ -48,6 +55,10 @@ class ServeSettings:
     megabytes_per_minute: NonNegativeFloat = 0.0
     follow_s: PositiveFloat = 10.0
     log_prompts: bool = False
+    prompt_head: str = ""
+    most_prompt: float = 0.5
+    image_head: str = ""
+    most_image: float = 0.5
     licenses: tuple[str, ...] = ()
     tokens: str = ""
     origins: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The tables of docs/configuration.md and pipeline/schema.json: ``python -m tests.reference`` writes both.
+"""The tables of configuration.md and serve.md, and pipeline/schema.json: ``python -m tests.reference`` writes them.
 
 A table follows a remark such as ``<!-- fields of RaySettings -->``. After one of several classes it has a column of
 defaults for each, and the fields that all of them have.
@@ -14,8 +14,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pipeline.config import Config
 from pipeline.schema import FILE, dataclasses_in, descriptions, schema
 from pipeline.training.recipes import TrainingRecipe
+from serve.settings import ServeSettings
 
 PAGE = Path(__file__).parents[1] / "docs/configuration.md"
+PAGES = (PAGE, PAGE.with_name("serve.md"))
 TABLE = re.compile(r"^<!-- fields of ([\w, ]+) -->\n\n((?:\|.*\n)*)", re.MULTILINE)
 KINDS = {kind.__name__: kind for kind in dataclasses_in()}
 
@@ -36,7 +38,7 @@ def fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
 
 def table(names: list[str]) -> str:
     """Returns the table of one class, or of several that share fields."""
-    kinds = [KINDS[name] for name in names]
+    kinds = [(KINDS | {"ServeSettings": ServeSettings})[name] for name in names]
     shown, said = fields(kinds[0]), descriptions(kinds[0])
     columns = ["default"]
     if len(kinds) > 1:
@@ -73,8 +75,9 @@ def schema_text() -> str:
 
 
 def main() -> int:
-    """Writes both files."""
-    PAGE.write_text(page(PAGE.read_text()))
+    """Writes all of them."""
+    for file in PAGES:
+        file.write_text(page(file.read_text()))
     FILE.write_text(schema_text())
     return 0
 

@@ -22,7 +22,7 @@ from pipeline.schema import FILE
 from tests.chain import MICRO, ROOT, here, unclip
 from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.pipeline.data.source.test_imported import write_parts
-from tests.reference import KINDS, PAGE, TABLE, fields, page, schema_text
+from tests.reference import KINDS, PAGE, PAGES, TABLE, fields, page, schema_text
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EDITED = "tests/jobs/test_edit.py, as it stands, with models of random weights"
@@ -34,6 +34,7 @@ CHECKED = "tests/test_benchmarks.py, on a CPU; there is no GPU here"
 # Where each command of the documents is run. Those of "here" are run below, in this order, as they stand.
 TESTED = {
     "unclip serve out/nano": SERVED,
+    "unclip serve release:my-project.yaml --to kuberay replicas=4 > service.yaml": "tests/cluster/test_rayservice.py",
     "unclip serve out/emoji 'licenses=[CC-BY-4.0]'": "tests/serve/test_neighbours.py, that setting alone",
     "unclip init my-project pairs.csv": "here",
     "unclip init birds images": "here",
@@ -141,7 +142,8 @@ def tables(text: str) -> Iterator[dict[str, str]]:
 
 def test_tables_and_schema_of_the_configuration_are_those_of_the_code() -> None:
     text = PAGE.read_text()
-    assert text == page(text), "python -m tests.reference writes the tables anew"
+    for file in PAGES:
+        assert file.read_text() == page(file.read_text()), "python -m tests.reference writes the tables anew"
     assert FILE.read_text() == schema_text(), "python -m tests.reference writes the schema anew"
     shown = {name for names in TABLE.findall(text) for name in names[0].split(", ")}
     assert shown == KINDS.keys() - {"Config"}

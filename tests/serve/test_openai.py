@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
+
+from serve.metrics import FIGURES
+from tests.chain import ROOT
 
 SMALL: dict[str, Any] = {"size": "64x64", "response_format": "b64_json"}
 
@@ -82,6 +86,19 @@ def test_a_mistake_is_said_as_openai_says_it(
         client.images.generate(**asked)
     assert caught.value.status_code == status
     assert caught.value.body["type"] == "invalid_request_error"  # type: ignore[index]
+
+
+def test_the_figures_that_the_board_shows_are_there_without_captions(client: openai.OpenAI, served: str) -> None:
+    client.images.generate(prompt="a secret tree", **SMALL)
+    with urllib.request.urlopen(f"{served}/metrics") as answer:
+        figures = answer.read().decode()
+    assert "secret" not in figures
+    board = (ROOT / "docs/serve-grafana.json").read_text()
+    shown = set(re.findall(r"\$\{prefix\}(unclip_\w+?)(?:_bucket|_sum|_count)?\b", board))
+    assert shown == {f"unclip_{name}" for name in FIGURES}
+    for name in shown:
+        assert f"# TYPE {name.removesuffix('_total')}" in figures, name
+    assert 'unclip_images_total{kind="generation"}' in figures
 
 
 def test_the_model_is_listed_with_what_it_can_do(client: openai.OpenAI) -> None:

@@ -1,0 +1,61 @@
+"""Renders ``unclip serve`` as a RayService of KubeRay (ray.io/v1), in YAML. Pure; nothing is sent.
+
+KubeRay brings the cluster, keeps the application running, and replaces a cluster by a new one beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import yaml
+
+from cluster.pods import Group
+from cluster.rayjob import GROWING, LONGEST_NAME, Block, dump, head, workers
+from pipeline.errors import UserError
+from pipeline.settings import KubernetesSettings
+
+PORT = 8000
+BUILDER = "serve.app:application"  # in the image
+
+
+def render_service(project: str, arguments: Mapping[str, Any], replicas: int, settings: KubernetesSettings) -> str:
+    """Returns the YAML of the RayService of a project.
+
+    Args:
+        project: Names it.
+        arguments: What the application's builder takes.
+        replicas: Pods that draw, at most; the autoscaler adds and removes them.
+        settings: What pods have.
+
+    Raises:
+        UserError: Without an image, or without the Secret that holds the tokens.
+    """
+    if not settings.image:
+        raise UserError("run.kubernetes.image: missing; build cluster/Dockerfile, push it, and name it here")
+    if not settings.secret:
+        raise UserError(
+            "run.kubernetes.secret: missing; name a Secret whose entry UNCLIP_TOKENS holds lines NAME TOKEN, without "
+            "which anybody could draw"
+        )
+    name = f"unclip-{re.sub(r'[^a-z0-9]+', '-', project.lower()).strip('-')}"[:LONGEST_NAME].strip("-")
+    application = {"name": "unclip", "route_prefix": "/", "import_path": BUILDER, "args": dict(arguments)}
+    served = {"http_options": {"host": "0.0.0.0", "port": PORT}, "applications": [application]}
+    gpus = settings.gpus
+    shape = (settings.gpu_cpus, settings.gpu_memory_gb) if gpus else (settings.cpus, settings.memory_gb)
+    group = Group("drawers", replicas, *shape, min(gpus, 1))
+    spec = {
+        "serveConfigV2": Block(yaml.safe_dump(served, sort_keys=False)),
+        "rayClusterConfig": {
+            "rayVersion": metadata.version("ray"),
+            "authOptions": {"mode": "token"},
+            **GROWING,
+            "headGroupSpec": head(settings, settings.env),
+            "workerGroupSpecs": [workers(group, settings, settings.env)],
+        },
+    }
+    labels = {"app.kubernetes.io/name": "unclip", **settings.labels}
+    named = {"name": name, "namespace": settings.namespace, "labels": labels}
+    return dump({"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": named, "spec": spec})

@@ -1,0 +1,63 @@
+"""The RayService of a release: what KubeRay reads, and what Ray Serve builds from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.rayservice import BUILDER
+from jobs.cli import main
+from pipeline.parse import parse
+from serve.bundle import Served
+from serve.settings import ServeSettings
+
+KUBERNETES: dict[str, Any] = {"image": "registry.example.org/unclip:1", "secret": "unclip"}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    config = {"project": "Birds_2", "preset": "nano", "store": "s3://bucket/birds", "source": {"paths": ["a.csv"]}}
+    (tmp_path / "a.csv").write_text("url,caption\n")
+    (tmp_path / "birds.yaml").write_text(yaml.safe_dump({**config, "run": {"kubernetes": KUBERNETES}}))
+    return tmp_path / "birds.yaml"
+
+
+def test_a_release_is_rendered_as_a_service_that_ray_serve_takes(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", f"release:{project}", "--to", "kuberay", "replicas=3", "idle_replicas=0", "batch=16"]) == 0
+    service = yaml.safe_load(capsys.readouterr().out)
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    assert service["metadata"]["name"] == "unclip-birds-2"
+    served = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    assert served.http_options.host == "0.0.0.0"
+    (application,) = served.applications
+    assert application.import_path == BUILDER
+    assert Served(**application.args["served"]) == Served("Birds_2", "s3://bucket/birds", project="Birds_2")
+    settings = parse(ServeSettings, application.args["settings"], "serve")
+    assert (settings.replicas, settings.idle_replicas, settings.batch, settings.device) == (3, 0, 16, "cuda")
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert workers["maxReplicas"] == 3
+    (container,) = workers["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container["envFrom"] == [{"secretRef": {"name": "unclip"}}]
+    assert "UNCLIP_TOKENS" not in json.dumps(service)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"image": ""}, "run.kubernetes.image: missing"), ({"secret": ""}, "UNCLIP_TOKENS holds lines NAME TOKEN")],
+)
+def test_what_pods_need_is_asked_for(
+    project: Path, change: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load(project.read_text())
+    config["run"]["kubernetes"] |= change
+    project.write_text(yaml.safe_dump(config))
+    assert main(["serve", f"release:{project}", "--to", "kuberay"]) == 2
+    assert says in capsys.readouterr().err
+    assert main(["serve", "out/nano", "--to", "kuberay"]) == 2
+    assert "name release:PROJECT.yaml" in capsys.readouterr().err
