@@ -40,6 +40,13 @@ def __getattr__(name: str) -> Any:
         return version("unclip-ray")
     if name not in _PLACES:
         raise AttributeError(f"module 'unclip' has no attribute {name!r}")
+    try:
+        import_module("jobs").hidden  # noqa: B018 - it has looked for packages that hide those of this project
+    except (SystemExit, AttributeError):
+        raise ImportError(
+            "a package named models, pipeline or jobs in your folder hides the one that unclip needs; rename yours, or "
+            "put it into a package of your own"
+        ) from None
     return getattr(import_module(_PLACES[name]), name)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -57,6 +58,16 @@ def test_the_package_is_light_and_says_what_it_has() -> None:
     assert (ROOT / "unclip/py.typed").is_file()
     with pytest.raises(AttributeError, match="unclip"):
         unclip.generate  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["models", "pipeline", "jobs"])
+def test_a_package_that_hides_ours_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "program.py").write_text("import unclip\nunclip.train\n")
+    command = [sys.executable, str(tmp_path / "program.py")]
+    found = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert "hides the one that unclip needs; rename yours" in found.stderr
 
 
 def test_a_caption_becomes_an_image_and_a_list_becomes_a_list(model: unclip.Model) -> None:
