@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import Collection, Mapping
@@ -29,6 +30,7 @@ from serve.uploads import read_image
 
 MOST = 24  # rows of one answer
 THUMBNAIL = Storing(192, "jpg", 85)  # px of the short side, format and quality
+SEARCHES = asyncio.Semaphore(2)  # at once: each holds a block of the index in memory
 router = APIRouter()
 
 
@@ -40,11 +42,9 @@ async def neighbours(
     door = request.app.state.door
     bundle = (await door.described())["bundle"]
     training = await run_in_threadpool(training_set_of, door.served, bundle, door.settings.licenses)
-    if training is None:
-        raise ApiError(
-            404, "no_index", "There is no index of what this bundle was trained on: serve a run's own folder"
-        )
-    found = await run_in_threadpool(training.nearest, await read_image(image, "image"), count)
+    opened = await read_image(image, "image")
+    async with SEARCHES:
+        found = await run_in_threadpool(training.nearest, opened, count)
     return {"object": "list", "data": found}
 
 
@@ -118,10 +118,16 @@ def find_training_set(store: Store, bundle: Artifact, licenses: Collection[str] 
 
 
 @lru_cache(2)
-def training_set_of(served: Served, key: str, licenses: tuple[str, ...]) -> TrainingSet | None:
-    """Returns what the served bundle of a key was trained on; None for a folder that knows no store."""
-    if not served.store:
-        return None
-    store = open_store(served.store)
-    bundle = load_artifact(store, "bundle", key)
-    return None if bundle is None else find_training_set(store, bundle, licenses)
+def training_set_of(served: Served, key: str, licenses: tuple[str, ...]) -> TrainingSet:
+    """Returns what the served bundle of a key was trained on. Raises ApiError where there is no index of it."""
+    store = open_store(served.store) if served.store else None
+    bundle = load_artifact(store, "bundle", key) if store else None
+    found = find_training_set(store, bundle, licenses) if store and bundle else None
+    if found is None:
+        raise ApiError(
+            404,
+            "no_index",
+            "There is no index of what this bundle was trained on: unclip run CONFIG --until index makes it, and the "
+            "bundle has to be served from that project's store",
+        )
+    return found

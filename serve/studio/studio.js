@@ -114,6 +114,7 @@ async function keep(run) {
 }
 
 function forget(id) {
+  runs.get(id)?.items.forEach(release);
   runs.delete(id);
   elements.get(id)?.remove();
   elements.delete(id);
@@ -164,6 +165,7 @@ async function receive(run, article, signal) {
     else if (event.b64_json) {
       const side = parseInt(event.size);
       const item = { blob: png(event.b64_json), side, partial: kind !== "completed", seed: event.seed, score: event.score };
+      release(run.items[event.index ?? 0]);
       run.items[event.index ?? 0] = item;
       missing -= kind === "completed";
       fill(article, run);
@@ -183,6 +185,11 @@ function said(article, text, share = 0) {
 function address(blob) {
   if (!urls.has(blob)) urls.set(blob, URL.createObjectURL(blob));
   return urls.get(blob);
+}
+
+function release({ blob }) {
+  URL.revokeObjectURL(urls.get(blob));
+  urls.delete(blob);
 }
 
 function make(tag, properties = {}, ...children) {
