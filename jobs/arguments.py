@@ -83,8 +83,21 @@ class Parser(argparse.ArgumentParser):
             if re.fullmatch(pattern, message):
                 message = re.sub(pattern, words, message)
                 break
-        how = ", values as KEY=VALUE" if "--set" in self._option_string_actions else ""
-        raise UserError(f"{self.prog}: {message}; {self.prog} --help shows what it takes{how}")
+        raise UserError(f"{self.prog}: {message}; write {self._usage()}, or see {self.prog} --help")
+
+    def format_help(self) -> str:
+        """Returns the help, with a usage that names what is needed first."""
+        self.usage = self.usage or self._usage()
+        return super().format_help()
+
+    def _usage(self) -> str:
+        forms: dict[Any, str] = {None: "{}", "?": "[{}]", "*": "[{} ...]", "+": "{} ...", argparse.PARSER: "{} ..."}
+        places = [forms[action.nargs].format(action.metavar) for action in self._get_positional_actions()]
+        options = [action for action in self._get_optional_actions() if action.dest != "help"]
+        needed = [f"{action.option_strings[-1]} {action.metavar}" for action in options if action.required]
+        values = [f"[{action.metavar} ...]" for action in options if action.dest == "overrides"]
+        more = ["[OPTION ...]"] if len(options) > len(needed) + len(values) else []
+        return " ".join([self.prog, *places, *needed, *values, *more])
 
 
 def count(text: str) -> int:

@@ -82,17 +82,14 @@ def _json(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
 
 
-def _loudness(parser: Parser) -> None:
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("-v", "--verbose", action="store_true", help="print the whole plan, with what each stage takes")
-    how.add_argument("-q", "--quiet", action="store_true", help="print neither plan nor progress")
+def _verbose(parser: Any) -> None:
+    parser.add_argument("-v", "--verbose", action="store_true", help="print what each stage takes, and every change")
 
 
 def _stages(parser: Parser) -> None:
     parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
     parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
     parser.add_argument("--yes", action="store_true", help="go on above run.budget_hours, and without a GPU")
-    _loudness(parser)
 
 
 def _init(parser: Parser) -> None:
@@ -120,6 +117,9 @@ def _doctor(parser: Parser) -> None:
 def _run(parser: Parser) -> None:
     _config(parser)
     _stages(parser)
+    how = parser.add_mutually_exclusive_group()
+    _verbose(how)
+    how.add_argument("-q", "--quiet", action="store_true", help="print neither plan nor progress")
     parser.add_argument("-n", "--dry-run", action="store_true", help="print the plan and make nothing")
     text = "append what happens to this file, a JSON object a line"
     parser.add_argument("--events", type=Path, metavar="FILE", help=text)
@@ -139,7 +139,7 @@ def _plan(parser: Parser) -> None:
     parser.add_argument("--utilisation", type=float, metavar="SHARE", help=text)
     text = "take what make gpu-check measured of the same models"
     parser.add_argument("--profile", type=Path, metavar="FILE", help=text)
-    parser.add_argument("-v", "--verbose", action="store_true", help="print what each stage takes, and every change")
+    _verbose(parser)
     _json(parser)
 
 
@@ -151,6 +151,7 @@ def _submit(parser: Parser) -> None:
     )
     parser.add_argument("--to", metavar="WHERE", required=True, help=text)
     _stages(parser)
+    _verbose(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--stop", action="store_true", help="stop the jobs of this project there")
     what.add_argument("-d", "--detach", action="store_true", help="do not follow the job once it is submitted")

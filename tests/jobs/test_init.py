@@ -191,7 +191,7 @@ def test_other_columns(capsys: Output) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["a/b", "pairs.csv"], "project: 'a/b' is not a plain name"),
+        (["a/b", "pairs.csv"], "a name comes first; write unclip init my-project a/b"),
         (["", "pairs.csv"], "project: '' is not a plain name"),
         (["mine", "gone.csv"], "source gone.csv: no such file or folder"),
         (

@@ -76,7 +76,7 @@ def test_bad_yaml(tmp_path: Path) -> None:
         ("codec.buckets=512", ["codec.buckets: 512 is not ar_prior.model.buckets 1024"]),
         ("pairs.image_size=256", ["pairs.image_size: 256 is too small for upsampler_1024"]),
         ("preset=huge", ["preset: 'huge' is not one of nano, tiny"]),
-        ("decoder.model.dropout", ["decoder.model.dropout: not understood here", "values as KEY=VALUE"]),
+        ("decoder.model.dropout", ["decoder.model.dropout: not understood here", "[KEY=VALUE ...]"]),
         ("run.trackers=[mlfow:track]", ["run.trackers", "mlfow"]),
         ("store=gs://bucket", ["store gs://bucket: only s3://BUCKET/PREFIX or a folder"]),
     ],

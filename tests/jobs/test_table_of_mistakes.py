@@ -9,12 +9,11 @@ import yaml
 from tests.chain import MICRO, here
 from tests.jobs.test_mistakes import refused
 
-HELP = " --help shows what it takes"
 TABLE = """
 rnu mine.yaml                                     | unknown command rnu; did you mean run?
 trian mine.yaml                                   | unclip: unknown command trian
 --verison                                         | unknown option --verison; did you mean --version?
-plan                                              | unclip plan: CONFIG is missing; unclip plan HELP
+plan                                              | unclip plan: CONFIG is missing; write unclip plan CONFIG
 plan nowhere.yaml                                 | nowhere.yaml: no such configuration; unclip init writes one
 plan none                                         | none: cannot be read (Is a directory); name a YAML file
 plan tab.yaml                                     | tab.yaml: not valid YAML: ~line 2, column 1
@@ -26,7 +25,7 @@ run mine.yaml --only decoder                      | --only decoder needs source,
 run mine.yaml --only decoder --until pairs        | --only, --until and --replay exclude each other
 run mine.yaml -q -v                               | -v/--verbose ~exclude each other; leave one of them out
 run mine.yaml --decoder.samples=100               | values are written without dashes: decoder.samples=100
-run mine.yaml decoder.samples 100                 | decoder.samples 100: not understood here; ~values as KEY=VALUE
+run mine.yaml decoder.samples 100                 | decoder.samples 100: not understood here; ~[KEY=VALUE ...]
 plan mine.yaml decoder.samples=many               | decoder.samples: expected a whole number, got 'many'
 plan mine.yaml decoder.samles=100                 | decoder.samles: unknown key; did you mean samples?
 plan mine.yaml decodr.samples=100                 | decodr: unknown key; did you mean decoder?
@@ -140,5 +139,5 @@ def test_there_are_75_and_all_differ() -> None:
 
 @pytest.mark.parametrize(("words", "says"), ROWS, ids=[words for words, _ in ROWS])
 def test_one_line_says_what_to_type(words: str, says: str, folder: Path) -> None:
-    parts = says.replace(" HELP", HELP).split("~")
+    parts = says.split("~")
     refused(*shlex.split(words), says=parts, run=lambda *a, **k: here(*a, **k, cwd=folder))
