@@ -358,7 +358,7 @@ COMMANDS = {
     "report": ("write the report again, for example with images of some licences only", _report),
     "data": ("search and export images, retry failed rows, forget rows, collect garbage", _data),
     "release": ("promote a bundle that is not worse, roll back, compare", _release),
-    "pin": ("keep an artefact for later data too", _pin),
+    "pin": ("keep this CLIP, codec or thresholds when data is added", _pin),
     "unpin": ("lift a pin", _unpin),
     "completion": ("print the completion script of a shell", _completion),
 }

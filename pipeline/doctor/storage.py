@@ -23,7 +23,7 @@ def check_store(store: Store) -> Iterator[Finding]:
     except Exception as e:  # of a server or a file system that answers as none should
         yield Finding("problem", "store", f"{store.url}: {brief(e)}", "check its URL and the server's log")
     else:
-        yield Finding("ok", "store", f"{store.url} creates once, compares before it swaps, reads, lists and deletes")
+        yield Finding("ok", "store", f"{store.url} supports conditional writes, reads, lists and deletes")
 
 
 @contextmanager

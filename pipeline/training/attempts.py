@@ -73,7 +73,7 @@ def run_attempts(ctx: Context) -> Artifact:
             name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
             ray, most = ctx.config.run.ray, most_workers(ctx, task)
             workers = works_on_ray(ctx.settings, ray)
-            with following(ctx.stage, ctx.recipe.samples, newest) if workers else nullcontext():
+            with following(ctx.stage, ctx.recipe.whole_samples, newest) if workers else nullcontext():
                 launch(Training(ctx, own), ctx.stage, name, ctx.settings, ray, most)
             break
         except (WorkerLost, Unreachable) as e:

@@ -41,8 +41,8 @@ class TrainingRecipe:
             samples seen, so that nothing is left of the random start however short the training; ``nano`` and
             ``tiny`` have that tenth; 0 averages nothing.
         lanes: Parallel data streams, a bound on workers.
-        window: Rows that are shuffled with each other in a lane; of each lane five quarters of them, as encoded
-            images, are in a worker's memory.
+        window: Rows that are shuffled with each other in a lane; a worker holds 1.25 times as many encoded
+            images of each lane in memory.
         captions: Which of a row's captions a model reads: ``any`` draws one for each time that the row is seen,
             ``first`` takes the first.
         seed: Of weights, order and noise.
@@ -89,12 +89,17 @@ class TrainingRecipe:
         return False
 
     @property
+    def whole_samples(self) -> int:
+        """Returns ``samples``, rounded up to whole batches: where the training stops."""
+        return -(-self.samples // self.batch) * self.batch
+
+    @property
     def fork(self) -> int:
         """Returns the samples after which the learning rate falls, in whole batches; the stop if it never does.
 
         Up to there, trainings with other stops and decays are the same.
         """
-        return (-(-self.samples // self.batch) - -(-self.decay // self.batch)) * self.batch
+        return self.whole_samples - -(-self.decay // self.batch) * self.batch
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def train_on(
     """
     group, feed = ProcessGroup(device=device), TensorFeed(columns, recipe)
     state = begin(task, recipe, group)
-    with Progress(name, recipe.samples, "samples") if progress else nullcontext() as line:
+    with Progress(name, recipe.whole_samples, "samples") if progress else nullcontext() as line:
 
         def between(state: TrainState) -> None:
             if line:

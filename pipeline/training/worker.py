@@ -100,7 +100,9 @@ class Training:
         if not (group.is_rank_0 or group.sharded):
             train(lambda _: None)
             return
-        line = Progress(ctx.stage, ctx.recipe.samples, "samples", start=state.samples) if group.is_rank_0 else None
+        line = (
+            Progress(ctx.stage, ctx.recipe.whole_samples, "samples", start=state.samples) if group.is_rank_0 else None
+        )
         with line or nullcontext(), Saver(self.course, group, settings.checkpoint_every_s) as saver:
             train(BetweenSteps(task, feed, ctx.recipe, settings, group, saver, publish, line))
         crash_point("training.before_artifact")

@@ -74,3 +74,8 @@ def test_recipes_and_stages_import_neither_torch_nor_ray() -> None:
         "sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_training_stops_at_whole_batches() -> None:
+    recipe = ClipRecipe(samples=102, batch=32, decay=40)
+    assert (recipe.whole_samples, recipe.fork) == (128, 64)
