@@ -77,5 +77,5 @@ def test_recipes_and_stages_import_neither_torch_nor_ray() -> None:
 
 
 def test_a_training_stops_at_whole_batches() -> None:
-    recipe = ClipRecipe(samples=102, batch=32, decay=40)
+    recipe = ClipRecipe(samples=102, batch=32, decay=40, lanes=8)
     assert (recipe.whole_samples, recipe.fork) == (128, 64)
