@@ -314,7 +314,7 @@ def test_mistakes_are_told_in_a_line(
 
 
 def test_without_kind_or_with_a_wrong_one_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, says in (([], "KIND is missing"), (["vary", "cat.png"], "unknown command vary; did you mean variations?")):
+    for words, says in (([], "KIND is missing"), (["vary", "cat.png"], "unknown command vary; known are components")):
         assert main(["edit", *words]) == 2
         assert says in capsys.readouterr().err
 
