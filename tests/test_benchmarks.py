@@ -17,6 +17,7 @@ from benchmarks.timing import interleave, ratio
 from pipeline.build import build
 from pipeline.config import preset_config
 from pipeline.cost.observed import read_profile
+from tests.models.test_cascade import make
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
@@ -176,3 +177,14 @@ def test_memory_counts_what_is_freed_again_and_not_what_was_there() -> None:
     """In a fresh process, as benchmarks measure: an old one's allocator may have room that it gives back to nobody."""
     said = subprocess.run([sys.executable, "-c", FREED], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert 0.9 * 2**25 < int(said) < 1.6 * 2**25
+
+
+@pytest.mark.slow
+def test_serving_is_compared_with_the_bare_models(tmp_path: Path) -> None:
+    make().save(tmp_path / "tiny")
+    command = [sys.executable, "-m", "benchmarks.serving", "--quick", "--size", "64", "--from", str(tmp_path / "tiny")]
+    run = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert list(found.pop("first")) == ["16x16", "64x64", "256x256"]
+    assert found.keys() == {"bare", "one client", "eight clients"}
+    assert all(rate > 0 for rate in found.values())
