@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from cluster.rayservice import render_service
 from jobs.bundles import RELEASE, find_bundle
 from pipeline.config import load_config
@@ -64,10 +66,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 def read_settings(words: Sequence[str]) -> ServeSettings:
     """Returns settings from NAME=VALUE. Raises UserError."""
-    import yaml
-
-    pairs = (word.partition("=") for word in words)
-    return parse(ServeSettings, {name: yaml.safe_load(value) for name, _, value in pairs}, "serve")
+    values = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{word}: {value} is not a value; write a number or a word") from None
+    return parse(ServeSettings, values, "serve")
 
 
 def find_served(source: str | None) -> Served:

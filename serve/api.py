@@ -70,7 +70,7 @@ async def health(request: Request) -> dict[str, Any]:
     """Says that the server answers, and how many wait."""
     door: Door = request.app.state.door
     about = await door.described()
-    return {"status": "ok", "bundle": about["bundle"], "waiting": len(door.line.waiting)}
+    return {"status": "ok", "bundle": about["bundle"], "waiting": len(door.line.waiting), "warning": about["warning"]}
 
 
 @router.get("/metrics")

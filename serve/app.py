@@ -40,6 +40,7 @@ class Drawer:
         self.served, self.settings = served, settings
         self.painter = self._open(served.current())
         self.next: Painter | None = None
+        self.warning = ""
         self.thread = ThreadPoolExecutor(1)
         if not served.key:
             Thread(target=self._follow, daemon=True).start()
@@ -67,9 +68,10 @@ class Drawer:
                 key = self.served.current()
                 if key != seen:
                     seen = key
-                    self.next = self._open(key)
+                    self.next, self.warning = self._open(key), ""
                     log.info("bundle %s is served from the next request on", key[:12])
             except Exception as e:  # whatever is wrong with the new one, the old one goes on
+                self.warning = "the release could not be loaded, and the one before goes on: see the log"
                 log.warning("bundle %s goes on: the release could not be loaded (%s)", self.painter.key[:12], e)
 
     def _switch(self) -> None:
@@ -79,7 +81,7 @@ class Drawer:
     async def describe(self) -> dict[str, Any]:
         """Returns what this process draws with."""
         self._switch()
-        return self.painter.describe()
+        return self.painter.describe() | {"warning": self.warning}
 
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
         """Yields ("bundle", its description), then the events of ``Painter.draw``, or ("refused", why)."""
@@ -102,7 +104,7 @@ class Drawer:
 
         drawing = loop.run_in_executor(self.thread, run)
         try:
-            yield ("bundle", painter.describe())
+            yield ("bundle", painter.describe() | {"warning": self.warning})
             while (event := await events.get()) is not None:
                 yield event
             await drawing
@@ -182,5 +184,5 @@ def start(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
 
 
 def stop() -> None:
-    """Stops what ``start`` started; requests that were accepted are answered first."""
-    serve.shutdown()
+    """Stops what ``start`` started, and nothing else on its cluster; requests that were accepted are answered first."""
+    serve.delete(APP)

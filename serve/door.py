@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ class Door:
     ask: Callable[[], Awaitable[dict[str, Any]]]
     observe: Observe
     about: dict[str, Any] = field(default_factory=dict)
+    heard: float = 0.0  # time.monotonic() of that
 
     @property
     def name(self) -> str:
@@ -45,10 +47,17 @@ class Door:
         return self.served.name
 
     async def described(self) -> dict[str, Any]:
-        """Returns what the bundle is. Raises ApiError while no process has loaded it."""
-        if not self.about:
-            self.about = await self.ask()
+        """Returns what the bundle is, as a process that draws has said; of a release not longer than ``follow_s`` ago.
+
+        While images are drawn, they bring the answer along.
+        """
+        old = not self.served.key and time.monotonic() - self.heard > self.settings.follow_s
+        if not self.about or (old and self.settings.idle_replicas and not self.line.running):
+            self._hear(await self.ask())
         return self.about
+
+    def _hear(self, about: dict[str, Any]) -> None:
+        self.about, self.heard = about, time.monotonic()
 
     async def side(self, model: str | None, size: str) -> int:
         """Returns the side that a request asks for. Raises ApiError for a model or size that is not here."""
@@ -90,9 +99,8 @@ class Door:
             async with aclosing(self.line.run(replace(work, rows=rows))) as events:
                 async for event in events:
                     if event[0] == "bundle":
-                        if event[1]["bundle"] != about["bundle"]:
-                            self.about = about = event[1]
-                            names = [self.results.name(self._key(about["bundle"], work, row)) for row in work.rows]
+                        self._hear(event[1])
+                        names = [self.results.name(self._key(event[1]["bundle"], work, row)) for row in work.rows]
                     elif event[0] == "image":
                         i = missing[event[1]]
                         result = Result(event[2], work.rows[i].seed, event[3])
