@@ -9,6 +9,9 @@ falling variance (models/codec.py), so that bucket j means the same at every pos
 embedding and one output head therefore serve all positions, and position embeddings tell them apart. The text encoder
 is bidirectional: its first 63 outputs have seen the whole caption. With ``text_encoder: frozen`` it reads the token
 states of CLIP (models/frozen_text.py) in place of token embeddings.
+
+``smooth_buckets``, ``text_coordinates`` and ``text_noise`` are not the paper's. They are for few rows, which the
+paper's model memorises sooner than it predicts others (docs/recipes.md).
 """
 
 from collections.abc import Callable
@@ -46,16 +49,30 @@ class ARPrior(nn.Module):
         self.text_in = normal_linear(config.text_width, config.width)
         self.embedding_in = normal_linear(embed_dim, config.width)
         self.null_embedding = nn.Parameter(torch.empty(config.width))
-        self.dot = nn.Embedding(config.buckets, config.width)
-        self.code = nn.Embedding(config.buckets, config.width)
+        buckets, width, functions = config.buckets, config.width, config.smooth_buckets
+        smooth = functions > 0
+        self.dot = SmoothEmbedding(buckets, functions, width) if smooth else nn.Embedding(buckets, width)
+        self.code = SmoothEmbedding(buckets, functions, width) if smooth else nn.Embedding(buckets, width)
         self.position = nn.Parameter(torch.empty(config.prefix + 2 + codes, config.width))
         self.transformer = Transformer(config.width, config.depth, config.heads, causal=True, dropout=config.dropout)
-        self.head = normal_linear(config.width, config.buckets)
-        for table in (self.dot.weight, self.code.weight):
-            random_walk_(table, std=config.width**-0.5)
-        random_walk_(self.head.weight, std=0.3 * config.width**-0.5)  # logits of about 0.3 at the start
+        self.head = SmoothHead(width, buckets, functions) if smooth else normal_linear(width, buckets)
+        if not smooth:
+            for table in (self.dot.weight, self.code.weight):
+                random_walk_(table, std=width**-0.5)
+            random_walk_(self.head.weight, std=0.3 * width**-0.5)  # logits of about 0.3 at the start
         nn.init.normal_(self.null_embedding, std=0.02)
         nn.init.normal_(self.position, std=0.01)
+        if config.text_coordinates:
+            self.coordinates = nn.Linear(embed_dim, codes)
+            self.coordinate_in = nn.Parameter(torch.randn(width) * 0.1)
+
+    @torch.no_grad()
+    def start_from(self, codec: Codec) -> None:
+        """Makes the text coordinates those of the codec's components, of unit variance over images, to begin with."""
+        if self.config.text_coordinates:
+            scaled = codec.components / codec.variance.sqrt()[:, None]
+            self.coordinates.weight.copy_(scaled)
+            self.coordinates.bias.copy_(-scaled @ codec.mean)
 
     def prefix(self, tokens: Tensor, text_embedding: Tensor, dot_codes: Tensor, keep_text: Tensor) -> Tensor:
         """Returns what comes before the codes, [b, prefix + 2, width].
@@ -78,13 +95,61 @@ class ARPrior(nn.Module):
         """
         prefix = self.prefix(tokens, text_embedding, dot_codes, keep_text)
         sequence = torch.cat([prefix, self.code(codes[:, :-1])], dim=1)
+        if self.config.text_coordinates:
+            sequence = sequence + F.pad(self.at_codes(text_embedding, keep_text), (0, 0, prefix.shape[1] - 1, 0))
         out = self.transformer(sequence + self.position[: sequence.shape[1]])
         return self.logits(out[:, prefix.shape[1] - 1 :])
+
+    def at_codes(self, text_embedding: Tensor, keep_text: Tensor) -> Tensor:
+        """Returns what is added where each code is predicted, [b, codes, width]: the text's own coordinate."""
+        found = self.coordinates(text_embedding.to(self.coordinates.weight.dtype)) * keep_text[:, None]
+        return found[..., None] * self.coordinate_in
 
     def logits(self, out: Tensor) -> Tensor:
         """Returns the head, in full precision also under autocast."""
         with torch.autocast(out.device.type, enabled=False):
             return self.head(out.to(self.head.weight.dtype))
+
+
+class SmoothEmbedding(nn.Linear):
+    """Vectors of buckets, int64 [...] to [..., width], that are sums of smooth functions of a bucket's place."""
+
+    functions: Tensor
+
+    def __init__(self, buckets: int, functions: int, width: int):
+        super().__init__(functions, width, bias=False)
+        self.register_buffer("functions", smooth_functions(buckets, functions))
+        nn.init.normal_(self.weight, std=(functions * width) ** -0.5)
+
+    def forward(self, buckets: Tensor) -> Tensor:
+        return super().forward(self.functions[buckets])
+
+
+class SmoothHead(nn.Linear):
+    """Logits of buckets, [..., width] to [..., buckets], that are sums of smooth functions of a bucket's place."""
+
+    functions: Tensor
+
+    def __init__(self, width: int, buckets: int, functions: int):
+        super().__init__(width, functions)
+        self.register_buffer("functions", smooth_functions(buckets, functions))
+        nn.init.normal_(self.weight, std=0.3 * width**-0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.functions.T
+
+
+def smooth_functions(buckets: int, functions: int) -> Tensor:
+    """Returns functions of a bucket's place, fp32 [buckets, functions], each of mean square 1 or nearly.
+
+    The first two are a normal score and its square, with which logits make any normal density of a coordinate that is
+    normal itself; then come cosines of half a wave, a whole wave and so on.
+    """
+    place = (torch.arange(buckets, dtype=torch.float64) + 0.5) / buckets
+    score = torch.special.ndtri(place)
+    waves = torch.cos(torch.pi * place[:, None] * torch.arange(1, functions - 1)) * 2**0.5
+    return torch.cat([torch.stack([score, (score.square() - 1) / 2**0.5], dim=1), waves], dim=1).float()
 
 
 @torch.no_grad()
@@ -113,6 +178,7 @@ def log_likelihood(
 def ar_prior_loss(model: ARPrior, batch: dict[str, Tensor], draw: Draw, codec: Codec) -> Losses:
     """Returns the mean cross-entropy of a row's codes, in nats, [b].
 
+    In training mode a text embedding gets its ``text_noise``, and then the dot product is with what is left of it.
     ``batch`` has "tokens" int64 [b, 77], "text_embedding" and "image_embedding" [b, d] of unit norm. A uniform guess
     scores log(buckets). Text is hidden in training mode only: validation measures the model with it. Raises ValueError
     when ``codec`` is not the one the model was made for.
@@ -123,10 +189,19 @@ def ar_prior_loss(model: ARPrior, batch: dict[str, Tensor], draw: Draw, codec: C
             f"{model.config.buckets}: set the prior's buckets to the codec's and build it with the codec's codes"
         )
     image, text = batch["image_embedding"], batch["text_embedding"]
+    if model.training and model.config.text_noise:
+        text = text + noise_along(codec, draw, model.config.text_noise)
     codes = codec.encode(image)
     dot_codes = codec.encode_dot((image.double() * text.double()).sum(-1))
     keep = draw.keep("drop_text", model.config.drop_text if model.training else 0.0)
     return Losses(-log_likelihood(model, batch["tokens"], text, dot_codes, codes, keep).mean(-1), {})
+
+
+def noise_along(codec: Codec, draw: Draw, most: float) -> Tensor:
+    """Returns noise of the covariance of image embeddings, [b, d], times a level a row: ``most`` u^2, u uniform."""
+    level = most * draw.uniform("text_noise_level", 1).square()
+    noise = level * draw.normal("text_noise", codec.codes)
+    return (noise * codec.variance.sqrt().float()) @ codec.components.float()
 
 
 @torch.no_grad()
@@ -151,11 +226,15 @@ def sample(
     rows = len(tokens)
     keep = guidance_rows(rows, guidance, tokens.device)
     branches = len(keep) // rows
-    x = model.prefix(tokens.repeat(branches, 1), text_embedding.repeat(branches, 1), dot_codes.repeat(branches), keep)
+    text = text_embedding.repeat(branches, 1)
+    x = model.prefix(tokens.repeat(branches, 1), text, dot_codes.repeat(branches), keep)
+    at_codes = model.at_codes(text, keep) if model.config.text_coordinates else None
     cache = Cache(x.shape[1] + model.codes)
     uniform = draw.uniform("codes", model.codes)
     codes = []
     for i in range(model.codes):
+        if at_codes is not None:
+            x[:, -1] += at_codes[:, i]
         out = model.transformer(x + model.position[cache.length : cache.length + x.shape[1]], cache, last_only=True)
         logits = model.logits(out[:, -1])
         if guidance != 0:

@@ -119,6 +119,12 @@ class ARPriorConfig:
         drop_text: Share of training rows whose caption and text embedding are hidden, for guidance.
         text_encoder: What its text encoder reads: token vectors of its ``own``, or the token states of this run's
             CLIP, whose text tower is ``frozen`` in it.
+        smooth_buckets: For few rows: of how many smooth functions of its place a bucket's vectors and logit are made,
+            so that each row teaches the neighbours of its buckets too; 0 gives every bucket its own.
+        text_coordinates: For few rows: whether each code's position gets the text embedding's coordinate along the
+            component that the code is of.
+        text_noise: For few rows, whose text embeddings fit their images better than others will: the most noise that a
+            text embedding gets in training, in standard deviations of image embeddings.
     """
 
     text_context: int = 77
@@ -134,6 +140,9 @@ class ARPriorConfig:
     dropout: float = 0.0
     drop_text: float = 0.1
     text_encoder: Literal["own", "frozen"] = "own"
+    smooth_buckets: int = 0
+    text_coordinates: bool = False
+    text_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -145,6 +154,8 @@ class ARPriorConfig:
             f"prefix is {self.prefix}: use 1 to text_context, which is {self.text_context}",
         )
         check_least(self, 2, "buckets")
+        require(self.smooth_buckets != 1, "smooth_buckets is 1: use 0, or 2 or more")
+        check_least(self, 0, "smooth_buckets", "text_noise")
         check_shares(self, "dropout", "drop_text")
 
 

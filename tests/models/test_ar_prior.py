@@ -1,10 +1,19 @@
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from models.ar_prior import ARPrior, ar_prior_loss, invert_cdf, log_likelihood, sample
+from models.ar_prior import (
+    ARPrior,
+    ar_prior_loss,
+    invert_cdf,
+    log_likelihood,
+    noise_along,
+    sample,
+    smooth_functions,
+)
 from models.codec import Codec
 from models.codec_fit import fit_codec
 from models.draw import Draw
@@ -17,11 +26,12 @@ CONFIG = ARPriorConfig(
     buckets=8,
 )  # fmt: skip
 DIM, CODES = 12, 5
+FEW_ROWS = {"smooth_buckets": 4, "text_coordinates": True}
 
 
-def make() -> ARPrior:
+def make(**options: Any) -> ARPrior:
     torch.manual_seed(0)
-    model = ARPrior(CONFIG, DIM, CODES).double().eval()
+    model = ARPrior(dataclasses.replace(CONFIG, **options), DIM, CODES).double().eval()
     for parameter in model.parameters():  # larger than at the start of training, so that every input has weight
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -82,7 +92,7 @@ def test_hidden_text_hides_caption_and_text_embedding_but_not_the_dot_product() 
     assert (other[0, 0] - other[1, 0]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize(("guidance", "options"), [(0.0, {}), (1.5, {}), (1.5, FEW_ROWS)])
 @fails_under(
     (Cache.extend, "self.length : stop] = new", "self.length : stop] = -new"),
     (sample, "x + model.position", "x - model.position"),
@@ -90,8 +100,8 @@ def test_hidden_text_hides_caption_and_text_embedding_but_not_the_dot_product() 
     (sample, "logits / temperature", "logits"),
     (sample, "uniform[:, i]", "uniform[:, 0]"),
 )
-def test_sampling_with_a_cache_gives_the_codes_of_full_passes(guidance: float) -> None:
-    model = make()
+def test_sampling_with_a_cache_gives_the_codes_of_full_passes(guidance: float, options: dict[str, Any]) -> None:
+    model = make(**options)
     tokens, text, dots, _, keep = make_inputs(4)
     drawn = sample(model, tokens, text, dots, Draw([(7, 4)]), temperature=0.8, guidance=guidance)
     uniform = Draw([(7, 4)]).uniform("codes", CODES)
@@ -185,3 +195,45 @@ def test_tables_of_buckets_start_as_random_walks() -> None:
         far = torch.cosine_similarity(table[:-256], table[256:]).median()
         assert near > 0.95
         assert far < 0.3
+
+
+def test_smooth_buckets_have_logits_of_which_a_few_make_any_normal_density() -> None:
+    functions = smooth_functions(1024, 6).double()
+    torch.testing.assert_close(functions.square().mean(0), torch.ones(6).double(), rtol=0.02, atol=0)
+    score = torch.special.ndtri((torch.arange(1024).double() + 0.5) / 1024)
+    mean, std = 0.8, 0.4  # of a score, whose own density is standard normal
+    wanted = (-((score - mean) ** 2) / (2 * std**2) + score**2 / 2).log_softmax(0)
+    rest = torch.linalg.lstsq(torch.cat([functions[:, :2], torch.ones(1024, 1)], 1), wanted[:, None]).residuals
+    assert float(rest.sum()) < 1e-6
+    model = make(smooth_buckets=4)
+    assert (model.code.weight.shape, model.head.weight.shape) == ((CONFIG.width, 4), (4, CONFIG.width))
+    assert model(*make_inputs()).shape == (3, CODES, 8)
+
+
+def test_text_coordinates_begin_as_the_codecs_and_go_where_their_code_is_predicted() -> None:
+    batch, codec = make_batch(64)
+    model = make(text_coordinates=True).float()
+    model.start_from(codec)
+    text, keep = batch["text_embedding"], torch.arange(64) > 0
+    found = model.at_codes(text, keep)
+    coordinates = codec.project(text) / codec.variance.sqrt()
+    torch.testing.assert_close(found[1:], coordinates[1:, :, None].float() * model.coordinate_in, rtol=1e-4, atol=1e-4)
+    assert not found[0].any()
+    tokens, _, dots, codes, _ = (x[:1] for x in make_inputs())
+    base = model(tokens, text[1:2], dots, codes, keep[1:2])
+    with torch.no_grad():
+        model.coordinates.bias[2] += 1
+    change = (model(tokens, text[1:2], dots, codes, keep[1:2]) - base).abs().amax(-1)[0]
+    assert (change[:2] == 0).all()
+    assert (change[2:] > 1e-6).all()
+
+
+def test_a_text_embedding_has_noise_in_training_alone() -> None:
+    batch, codec = make_batch(4000)
+    noise = noise_along(codec, Draw([(0, 4000)]), 0.6)
+    spread = (noise.double() @ codec.components.T).square().mean(0) / codec.variance
+    torch.testing.assert_close(spread, torch.full((CODES,), 0.072).double(), rtol=0.1, atol=0)  # 0.6 squared, over 5
+    quiet, loud = make(drop_text=0).float(), make(drop_text=0, text_noise=0.6).float()
+    seen = ar_prior_loss(loud, batch, Draw([(0, 4000)]), codec).total
+    assert torch.equal(seen, ar_prior_loss(quiet.train(), batch, Draw([(0, 4000)]), codec).total)
+    assert (seen - ar_prior_loss(loud.train(), batch, Draw([(0, 4000)]), codec).total).abs().mean() > 1e-3

@@ -39,8 +39,12 @@ class ARPriorTask:
         self.config, self.embed_dim, self.codec, self.tower = config, embed_dim, codec, tower
 
     def model(self, seed: int) -> nn.Module:
-        sizes = self.tower and self.tower.sizes
-        return seeded(lambda: ARPrior(self.config, self.embed_dim, self.codec.codes, sizes), seed, self.tower)
+        return seeded(self._begun, seed, self.tower)
+
+    def _begun(self) -> ARPrior:
+        model = ARPrior(self.config, self.embed_dim, self.codec.codes, self.tower and self.tower.sizes)
+        model.start_from(self.codec)
+        return model
 
     def loss(self, model: ARPrior, batch: Batch, draw: Draw) -> Losses:
         device = batch["image_embedding"].device
