@@ -148,8 +148,9 @@ def smooth_functions(buckets: int, functions: int) -> Tensor:
     """
     place = (torch.arange(buckets, dtype=torch.float64) + 0.5) / buckets
     score = torch.special.ndtri(place)
-    waves = torch.cos(torch.pi * place[:, None] * torch.arange(1, functions - 1)) * 2**0.5
-    return torch.cat([torch.stack([score, (score.square() - 1) / 2**0.5], dim=1), waves], dim=1).float()
+    waves = torch.cos(torch.pi * place[:, None] * torch.arange(1, functions)) * 2**0.5
+    scores = torch.stack([score, (score.square() - 1) / 2**0.5], dim=1)
+    return torch.cat([scores, waves], dim=1)[:, :functions].float()
 
 
 @torch.no_grad()

@@ -154,7 +154,6 @@ class ARPriorConfig:
             f"prefix is {self.prefix}: use 1 to text_context, which is {self.text_context}",
         )
         check_least(self, 2, "buckets")
-        require(self.smooth_buckets != 1, "smooth_buckets is 1: use 0, or 2 or more")
         check_least(self, 0, "smooth_buckets", "text_noise")
         check_shares(self, "dropout", "drop_text")
 
