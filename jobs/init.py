@@ -63,7 +63,8 @@ def main(arguments: argparse.Namespace) -> int:
             "add the bare text as a second caption of each row: Captions that name a style in docs/your-data.md"
         )
     until = " --until diffusion_prior" if bare and len(bare) == len(source.paths) else ""
-    print(f"next:\n    unclip doctor {path}\n    unclip run {path}{until}")
+    first = "" if gpu or until else f"    unclip run {path} preset=nano    # a first look, in minutes\n"
+    print(f"next:\n    unclip doctor {path}\n{first}    unclip run {path}{until}")
     return 0
 
 

@@ -87,7 +87,9 @@ def test_each_kind_of_list_gives_a_configuration_that_plans(kind: str, capsys: O
     assert config.run.output == "out/my-project"
     output = capsys.readouterr().out
     assert "pairs found: 5\nwarning: fewer than 1,000 pairs" in output
-    assert output.endswith("next:\n    unclip doctor my-project.yaml\n    unclip run my-project.yaml\n")
+    assert output.endswith(
+        "    unclip run my-project.yaml preset=nano    # a first look, in minutes\n    unclip run my-project.yaml\n"
+    )
     assert main(["plan", "my-project.yaml"]) == 0
     assert "my-project: 5 pairs in 1 shard," in capsys.readouterr().out
     assert len(Path("my-project.yaml").read_text().splitlines()) <= 50
@@ -199,6 +201,8 @@ def test_other_columns(capsys: Output) -> None:
             "list.json: not a .parquet, .csv, .tsv, .jsonl or .tar file, nor a folder",
         ),
         (["mine", "empty"], "source empty: no rows"),
+        (["mine", "tars/{00..10}.tar"], "no such file or folder in "),
+        (["mine", "tars/{00..10}.tar"], "; patterns are not expanded: name the folder"),
         (["mine", "links.csv"], "has link, TEXT. Set source.image_column or source.caption_column, here with --image"),
         (["mine", "two.csv"], "no column caption; prompt and text could be meant"),
         (["mine", "bare.tsv"], "it has http://closed.test/a.png, a cat; line 1 has to name the columns"),

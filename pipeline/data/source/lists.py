@@ -143,7 +143,8 @@ def _kind(path: str) -> tuple[str, str]:
     file = Path(path).expanduser()
     if not file.exists():
         where = "" if file.is_absolute() else f" in {Path.cwd()}"
-        raise UserError(f"source {path}: no such file or folder{where}")
+        pattern = "; patterns are not expanded: name the folder" if set("*{") & set(path) else ""
+        raise UserError(f"source {path}: no such file or folder{where}{pattern}")
     if file.is_dir():
         return "embeddings" if is_embeddings(file) else folder_kind(file), str(file.absolute())
     if not file.is_file():
