@@ -184,6 +184,7 @@ def test_wandb_offline_has_every_line_image_and_figure_once(
     shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes write two files of one run, which wandb sync sends; the second goes on where the first ended."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -193,6 +194,7 @@ def test_wandb_offline_has_every_line_image_and_figure_once(
     told(ctx, so_far(ctx, made, 16))
     told(ctx, so_far(ctx, made, 16), made)
     tell_result(replace(ctx, stage="evaluation"), replace(made, blobs={}, metrics={"figures": FIGURES}))
+    wandb.teardown()  # as at the end of a process: what is still on its way is written
     heard: list[tuple[int, float]] = []
     projects, previews, tables = set(), 0, 0
     for file in sorted((tmp_path / "out/wandb").glob("offline-run-*/run-*.wandb")):
