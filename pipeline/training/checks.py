@@ -73,7 +73,10 @@ def _no_rows(ctx: Context, task: Task, rows: Artifact) -> str:
     ledger = rows.ledger
     reasons = [f"{count:,} {reason}" for reason, count in sorted({**ledger.rejected, **ledger.deferred}.items())]
     small = f", none of them a training row with a short side of {task.min_side} px" if ledger.kept else ""
+    remedy = "add pairs or loosen its thresholds"
+    if ledger.kept and task.min_side > 64:
+        remedy = f"leave {ctx.stage} out of bundle.models and set bundle.sampling.size={task.min_side // 4}"
     return (
         f"{ctx.stage}: no training rows; {rows.stage} kept {ledger.kept:,} of {ledger.rows:,} rows{small}"
-        f"{' (' + ', '.join(reasons) + ')' if reasons else ''}; add pairs or loosen its thresholds"
+        f"{' (' + ', '.join(reasons) + ')' if reasons else ''}; {remedy}"
     )

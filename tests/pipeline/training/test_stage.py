@@ -279,7 +279,9 @@ def test_a_clip_compares_its_whole_batch(shared_world: World, settings: Training
 
 def test_no_rows_are_explained(shared_world: World) -> None:
     recipe = UpsamplerRecipe(samples=64, batch=16, lanes=8)
-    with pytest.raises(UserError, match=r"upsampler_256: no training rows; curation kept .* short side of 256 px"):
+    with pytest.raises(
+        UserError, match=r"upsampler_256: no training rows; .*short side of 256 px.* bundle\.sampling\.size=64"
+    ):
         stage.train(shared_world.context("upsampler_256", recipe, inputs=("pairs", "curation")))
 
 
