@@ -35,10 +35,10 @@ else
 endif
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow and not browser" -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -m "not slow and not browser" -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-browser: .venv/ready
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -m browser -n 2 --dist loadfile
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from models.cascade import UnCLIP
+from models.sampling_config import UPSAMPLERS
 from pipeline.data.embeddings.scores import Head, load_heads
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import load_artifact
@@ -65,7 +66,7 @@ def read_head(path: str, embed_dim: int) -> Head:
 
 def sides(unclip: UnCLIP) -> list[int]:
     """Returns the sides of the images that a bundle makes, in pixels, the smallest first."""
-    models = (unclip.decoder, unclip.upsampler_256, unclip.upsampler_1024)
+    models = (unclip.decoder, *(getattr(unclip, name) for name in UPSAMPLERS))
     return [model.config.image_size for model in models if model is not None]
 
 

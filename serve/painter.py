@@ -18,6 +18,7 @@ from models.cascade import Generation, UnCLIP
 from models.comparison import priors_of
 from models.inpainting import Kept, inpaint
 from models.pixels import to_uint8
+from models.sampling_config import STEPS
 from models.view import view
 from pipeline.data.embeddings.scores import Head
 from pipeline.sampling.drawing import png_with_text
@@ -84,7 +85,7 @@ class Painter:
 
     def warm_up(self) -> None:
         """Draws one image of the largest side in as few steps as there may be, so that the first request is quick."""
-        least = {f"{name}_steps": 2 for name in ("prior", "decoder", "upsampler_256", "upsampler_1024")}
+        least = dict.fromkeys(STEPS.values(), 2)
         self.draw(Work("generation", least, max(sides(self.unclip)), (Row("", 0),)), lambda _: None, lambda: False)
 
     def draw(self, work: Work, emit: Emit, stopped: Callable[[], bool]) -> None:

@@ -46,7 +46,7 @@ def train(
     Nothing is saved on the way: a training that takes days belongs into a project.
 
     Args:
-        stage: Which model: "clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256" or "upsampler_1024".
+        stage: Which model, by the name of its section in a configuration, such as "decoder".
         data: A row an example: "image" uint8 [n, 3, s, s] of the model's side, "captions" (n strings) or "tokens"
             int64 [n, 77], "image_embedding" and "text_embedding" fp [n, d] of unit norm; those that the model reads.
         preset: Whose values hold for what ``recipe`` leaves out.
