@@ -92,16 +92,18 @@ class _Run:
                 if set(stage.inputs) <= self.artifacts.keys():
                     todo.remove(stage)
                     made = load_artifact(self._store, stage.name, self._verdicts[stage.name].key)
-                    if made is None:
-                        stale.append(stage)
-                    else:
+                    if made is not None:
                         self._keep(stage, made)
+                    elif refused := self._refused(stage):
+                        self._end(stage, refused)
+                    else:
+                        stale.append(stage)
+            if self.failures and not self._beside:
+                return
             begun = self._next(sorted(stale, key=stages.index))
             stale = [stage for stage in stale if stage not in begun]
             if begun and (len(begun) + len(self._beside) == 1 or not self._on_ray(begun[0])):
                 self._end(begun[0], self._made(begun[0]))
-                if self.failures and not self._beside:
-                    return
                 continue
             for stage in begun:
                 self._beside.add(stage.name)
@@ -114,6 +116,16 @@ class _Run:
                 continue
             self._beside.remove(stage.name)
             self._end(stage, made_or_failed)
+
+    def _refused(self, stage: Stage) -> Exception | None:
+        """Returns why a stage cannot be made of its inputs, before hours go into others; None if it can."""
+        try:
+            if stage.check is not None:
+                key = self._verdicts[stage.name].key
+                stage.check(make_context(stage, key, self.artifacts, self._store, self._config))
+        except Exception as e:
+            return e
+        return None
 
     def _next(self, stale: Sequence[Stage]) -> Sequence[Stage]:
         """Returns which of some stages, all of whose inputs are there, begin now: one, or trainings at once."""

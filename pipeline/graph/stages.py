@@ -72,6 +72,7 @@ class Stage:
         passes: It also makes shards that its artefact does not list, in passes before the last one.
         settings: Its run settings, where the configuration has none under its name.
         row_seconds: Seconds of one core that a row takes, for estimates before anything was measured.
+        check: Raises UserError, as soon as all inputs are there, for what the stage cannot be made of.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Stage:
     passes: bool = False
     settings: Any = None
     row_seconds: float = 0.0
+    check: Callable[[Context], None] | None = None
 
 
 Graph = Mapping[str, Stage]

@@ -18,7 +18,16 @@ def stage(
     pinned: bool = False,
 ) -> Stage:
     """Returns the stage of a graph that trains by ``recipe``; ``run`` is ``train`` by default."""
-    return Stage(name, recipe.version, recipe, inputs, run or train, kind="training", pinned=pinned)
+    checked = None if recipe.pretrained else check_first
+    return Stage(name, recipe.version, recipe, inputs, run or train, kind="training", pinned=pinned, check=checked)
+
+
+def check_first(ctx: Context) -> None:
+    """Raises UserError for settings and inputs with which the training would fail."""
+    from pipeline.training.checks import check
+    from pipeline.training.task import task_of
+
+    check(ctx, task_of(ctx))
 
 
 def run_clip(ctx: Context) -> Artifact:

@@ -49,6 +49,7 @@ class House:
     does: dict[str, Does] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
     looks: list[set[str]] = field(default_factory=list)  # what was shown of trainings that ran
+    checks: dict[str, Does] = field(default_factory=dict)
     here: set[str] = field(default_factory=set)  # what ran in the main thread
 
     def run(self, ctx: Context) -> Artifact:
@@ -60,7 +61,10 @@ class House:
 
     def graph(self) -> Graph:
         kinds: dict[str, Kind] = {"source": "source", **dict.fromkeys(TRAININGS, "training")}  # type: ignore[dict-item]
-        return {n: Stage(n, 1, Recipe(), i, self.run, kinds.get(n, "data")) for n, i in INPUTS.items()}
+        return {
+            n: Stage(n, 1, Recipe(), i, self.run, kinds.get(n, "data"), check=self.checks.get(n))
+            for n, i in INPUTS.items()
+        }
 
     def execute(self, workers: int = 1) -> dict[str, Artifact]:
         settings = {name: TrainingSettings(workers=workers) for name in TRAININGS}
@@ -134,6 +138,18 @@ def test_one_that_fails_does_not_stop_the_others(house: House, caplog: pytest.Lo
     house.does = {}
     assert list(house.execute()) == list(INPUTS)
     assert house.done == ["decoder", "bundle"]
+
+
+def test_one_that_cannot_be_made_ends_the_run_before_others_begin(house: House) -> None:
+    """Such as an upsampler without large images, which comes last and needs only what came first."""
+
+    def refuse(ctx: Context) -> None:
+        raise UserError(f"{ctx.stage}: none of {sorted(ctx.inputs)} is large enough")
+
+    house.checks["upsampler"] = refuse
+    with pytest.raises(UserError, match=r"upsampler: none of .'curation'. is large enough"):
+        house.execute(workers=0)
+    assert house.done == ["source", "curation"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
