@@ -91,7 +91,7 @@ def test_a_small_set_of_ones_own_is_told_why_nothing_was_measured_and_what_to_do
     why = r"[0-7] test pairs?, and a figure needs 8; set source\.test to 0\.2 or add pairs"
     assert re.fullmatch(rf"Does it learn\? Nothing was measured: {why}", *found)
     page = (tmp_path / "out/report.html").read_text()
-    assert re.search(rf'<p class="note">Nothing was measured: {why}\.</p>', page)
+    assert re.search(rf"<li>{why}: ", page)
     assert "validation from" not in page
     assert "and a figure needs 8; set source.validation to 0.2 or add pairs." in page
 

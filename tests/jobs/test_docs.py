@@ -36,6 +36,7 @@ TESTED = {
     "unclip serve out/nano": SERVED,
     "unclip serve release:my-project.yaml --to kuberay replicas=4 > service.yaml": "tests/cluster/test_rayservice.py",
     "unclip serve out/emoji 'licenses=[CC-BY-4.0]'": "tests/serve/test_neighbours.py, that setting alone",
+    "unclip init laion s3://BUCKET/part-0.parquet": "tests/pipeline/data/source/test_remote.py, from SeaweedFS",
     "unclip init my-project pairs.csv": "here",
     "unclip init birds images": "here",
     "unclip init scans 00000.tar 00001.tar": "here",

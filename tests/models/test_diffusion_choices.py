@@ -66,7 +66,7 @@ def test_every_sampler_is_an_option_and_each_makes_something_of_its_own(
     options = {"size": 64, f"{option}_steps": 6}
     made = [
         unclip.generate(
-            CAPTIONS[:1], [1], lambda *step: heard.append(step), **options, **{f"{option}_sampler": sampler}
+            CAPTIONS[:1], [1], lambda *step: heard.append(step[:3]), **options, **{f"{option}_sampler": sampler}
         )
         for sampler in samplers
     ]

@@ -15,12 +15,11 @@ from pipeline.graph.damage import read_record
 from pipeline.graph.stages import trajectory_key
 from pipeline.store.records import materialise, read_blob
 from pipeline.training import stage
-from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.task import Examples
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
-from pipeline.training.timing import Speed
-from pipeline.training.worker import Publisher
+from pipeline.training.worker import first_rows
 from tests.pipeline.training.conftest import EMBED_DIM, World
 from tests.pipeline.training.trainings import MODEL, SETTINGS
 
@@ -28,11 +27,10 @@ RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, precision="fp32", l
 KEEPING = replace(SETTINGS, keep_checkpoints=9, milestones=(32,))
 
 
-def publisher(shared: World, recipe: DiffusionPriorRecipe, workers: int = 1) -> Publisher:
-    task = DiffusionPriorTask(recipe.model, EMBED_DIM)
+def examples(shared: World, recipe: DiffusionPriorRecipe, rows: int) -> Examples:
     ctx = shared.context("diffusion_prior", recipe, KEEPING)
-    feed = Feed(ctx.store, ctx.inputs, task, recipe, 0, workers)
-    return Publisher(ctx, task, feed, ProcessGroup(size=workers), Speed(0.0, 1.0))
+    feed = Feed(ctx.store, ctx.inputs, DiffusionPriorTask(recipe.model, EMBED_DIM), recipe)
+    return first_rows(feed, recipe, rows, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def test_a_published_prior_has_the_gamma_of_its_averaged_weights(
 ) -> None:
     materialise(shared_world.store, trained.blobs, tmp_path)
     model = load_model(tmp_path)
-    rows = publisher(shared_world, RECIPE)._examples(DiffusionPriorTask.finish_rows)
+    rows = examples(shared_world, RECIPE, DiffusionPriorTask.finish_rows)
     # To rounding: where weights lie in memory decides in which order a matrix product adds.
     torch.testing.assert_close(model.gamma, diffusion_prior_gamma(model, rows), rtol=1e-5, atol=0)
 
@@ -66,7 +64,7 @@ def test_gamma_is_in_no_checkpoint_and_the_training_goes_on_after_a_milestone(
 @pytest.mark.parametrize("batch", [16, 24, 160])
 def test_it_is_measured_on_different_training_rows_from_all_lanes(shared_world: World, batch: int) -> None:
     """Whether the batch is smaller or larger than the number of rows."""
-    (rows, draw), *rest = publisher(shared_world, replace(RECIPE, batch=batch, samples=160))._examples(40)
+    (rows, draw), *rest = examples(shared_world, replace(RECIPE, batch=batch, samples=160), 40)
     assert not rest
     assert draw.rows == 40
     assert {name: len(column) for name, column in rows.items()} == dict.fromkeys(
@@ -79,11 +77,10 @@ def test_it_is_measured_on_different_training_rows_from_all_lanes(shared_world: 
     assert len({example.key[:8] for example in found}) == 4
 
 
-def test_workers_and_the_stop_do_not_change_what_it_is_measured_on(shared_world: World) -> None:
-    (rows, draw), *_ = publisher(shared_world, RECIPE)._examples(128)
-    for other in (publisher(shared_world, RECIPE, workers=2), publisher(shared_world, replace(RECIPE, samples=640))):
-        (again, again_draw), *_ = other._examples(128)
-        assert all(torch.equal(column, again[name]) for name, column in rows.items())
-        assert torch.equal(draw.normal("x", 3), again_draw.normal("x", 3))
-    (_, seeded), *_ = publisher(shared_world, replace(RECIPE, seed=1))._examples(128)
+def test_the_stop_does_not_change_what_it_is_measured_on(shared_world: World) -> None:
+    (rows, draw), *_ = examples(shared_world, RECIPE, 128)
+    (again, again_draw), *_ = examples(shared_world, replace(RECIPE, samples=640), 128)
+    assert all(torch.equal(column, again[name]) for name, column in rows.items())
+    assert torch.equal(draw.normal("x", 3), again_draw.normal("x", 3))
+    (_, seeded), *_ = examples(shared_world, replace(RECIPE, seed=1), 128)
     assert not torch.equal(draw.normal("x", 3), seeded.normal("x", 3))

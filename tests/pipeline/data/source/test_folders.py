@@ -140,7 +140,9 @@ def test_columns_of_other_tools_are_known_where_only_one_can_be_meant(
         return
     (row,) = rows_of(file)
     assert (row.url, row.captions) == ("http://h/0", ("a cat",))
-    said = [f"{file}: {name} is taken for the column {c}" for name, c in zip(taken, ("url", "caption"), strict=True)]
+    said = [
+        f"{file.name}: {name} is taken for the column {c}" for name, c in zip(taken, ("url", "caption"), strict=True)
+    ]
     assert caplog.messages == [text for text, name in zip(said, taken, strict=True) if name not in ("url", "caption")]
 
 
