@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.bundles import find_bundle
+from models.sampling_config import MODELS
 from pipeline.config import check_project
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.peek import MOST_COUNTED, Look, look
@@ -14,7 +15,7 @@ from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.progress import counted
-from pipeline.starter import CLIP_PAIRS, embedded, existing_clip, starter
+from pipeline.starter import CLIP_PAIRS, embedded, existing_clip, measured, models_for, starter
 
 NAMED = 3  # images that cannot be opened
 ENOUGH = 1000  # pairs, below which models memorise images
@@ -36,10 +37,13 @@ def main(arguments: argparse.Namespace) -> int:
     gpu = _has_gpu()
     text = starter(arguments.name, gpu, source, seen, origin)
     trains, bare = origin is None and not existing_clip(gpu, source, seen), embedded(source)
+    imageless = len(bare) == len(source.paths)
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
     print(f"{path} written; open it to see what can be changed")
     for line in _remarks(seen) if seen else ["put your list under source.paths first"]:
+        print(line)
+    if seen and not imageless and (line := _left_out(seen)):
         print(line)
     if bare:
         print(
@@ -60,9 +64,9 @@ def main(arguments: argparse.Namespace) -> int:
         print(
             f"warning: every caption of {seen.framed.rows:,} of {seen.rows:,} rows begins or ends with words that many "
             f"share, such as {seen.framed.words!r}, and a CLIP that trains on them learns those words, not the things; "
-            "add the bare text as a second caption of each row: Captions that name a style in docs/your-data.md"
+            "add the bare text as a second caption of each row: docs/captions.md, Captions that name a style"
         )
-    until = " --until diffusion_prior" if bare and len(bare) == len(source.paths) else ""
+    until = " --until diffusion_prior" if imageless else ""
     first = "" if gpu or until else f"    unclip run {path} preset=nano    # a first look, in minutes\n"
     print(f"next:\n    unclip doctor {path}\n{first}    unclip run {path}{until}")
     return 0
@@ -81,6 +85,18 @@ def _has_gpu() -> bool:
     from pipeline.training.device import choose_device
 
     return choose_device("auto").type == "cuda"
+
+
+def _left_out(seen: Look) -> str:
+    """Returns which models are left out for want of large images, or how to if that is not known; "" if none is."""
+    if not seen.sides and not seen.unopened:
+        return (
+            "images are measured once they are fetched; where few reach 1024 px, as on the web, set bundle.models="
+            f"[{','.join(MODELS[:-1])}] bundle.sampling.size=256"
+        )
+    models, size = models_for(seen)
+    left_out = " and ".join(MODELS[len(models) :])
+    return left_out and f"bundle.models leaves {left_out} out, and samples have {size} px: {measured(seen)}"
 
 
 def _remarks(seen: Look) -> Iterator[str]:

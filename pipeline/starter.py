@@ -48,7 +48,7 @@ EARLY = 4  # and the checkpoint that the evaluation compares with comes after su
 
 TEMPLATE = """\
 # yaml-language-server: $schema={schema}
-# For your own pairs, written by unclip init. docs/your-data.md: what to bring and what to do when it fails;
+# For your own pairs, written by unclip init. docs/your-data.md: what to bring; docs/failures.md: when it fails;
 # docs/configuration.md: every field and its default.
 project: {project}
 preset: {preset} # nano: a first look in minutes; tiny: CPU cores; small: one GPU; karlo, paper: clusters of them
@@ -110,7 +110,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
         UserError: The folder does not hold the models of a bundle.
     """
     preset = "small" if gpu else "tiny"
-    models, size = _models(seen)
+    models, size = models_for(seen)
     recipes = preset_config(preset)
     scale = _scale(recipes, seen)
     clip, dropout, tuned = _clip(gpu, source, seen), _dropout(recipes, seen), ""
@@ -137,7 +137,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
             paths=_indented(lists),
             image_column=_scalar(source.image_column),
             caption_column=_scalar(source.caption_column),
-            measured=_measured(seen),
+            measured=measured(seen),
             models=", ".join(models),
             size=size,
             captions=_indented([f"- {_scalar(caption)}" for caption in _captions(seen)]),
@@ -224,7 +224,7 @@ def _scale(recipes: Config, seen: Look | None) -> str:
     times = round(scale * longest / seen.pairs)
     return (
         f"scale: {scale} # of the preset's samples: the longest training sees each of {counted(seen.pairs, 'pair')} "
-        f"some {times:,} times; docs/your-data.md\n"
+        f"some {times:,} times; docs/captions.md\n"
     )
 
 
@@ -245,20 +245,24 @@ def _dropout(recipes: Config, seen: Look | None) -> str:
     )
 
 
-def _models(seen: Look | None) -> tuple[list[str], int]:
-    """Returns the models for which an image is large enough, all if none was measured, and the side they end at."""
+def models_for(seen: Look | None) -> tuple[list[str], int]:
+    """Returns the models for which one image in a hundred is large enough, and the side that they end at.
+
+    These are all models if no size is known.
+    """
     for size, left_out in ((1024, 0), (256, 1)):
-        if seen is None or not seen.sides or seen.reaching(size):
+        if seen is None or not seen.sides or 100 * seen.reaching(size) >= len(seen.sides):
             return list(MODELS[: len(MODELS) - left_out]), size
     return list(MODELS[:-2]), 64
 
 
-def _measured(seen: Look | None) -> str:
+def measured(seen: Look | None) -> str:
+    """Returns a sentence that says how large the images are."""
     if seen is None or not seen.sides:
         return "How large images on the web are is known once they are fetched: see the report of --until curation."
     return (
-        f"Of the first {len(seen.sides)} images {seen.reaching(1024)} have a short side of 1024 px or more, "
-        f"{seen.reaching(256)} of 256 px, {seen.reaching(64)} of 64 px."
+        f"Of the first {len(seen.sides):,} images {seen.reaching(1024):,} have a short side of 1024 px or more, "
+        f"{seen.reaching(256):,} of 256 px, {seen.reaching(64):,} of 64 px{', as the list says' * seen.stated}."
     )
 
 

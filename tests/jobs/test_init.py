@@ -96,20 +96,6 @@ def test_each_kind_of_list_gives_a_configuration_that_plans(kind: str, capsys: O
 
 
 @pytest.mark.parametrize(
-    ("side", "size", "models"), [(72, 64, MODELS[:3]), (300, 256, MODELS[:4]), (1024, 1024, MODELS)]
-)
-def test_models_that_no_picture_is_large_enough_for_are_left_out(side: int, size: int, models: tuple) -> None:
-    Path("pictures").mkdir()
-    for i, scale in enumerate((1, 2)):
-        Path(f"pictures/{i}.jpg").write_bytes(picture(i, 2 * side, side // scale, kind="JPEG"))
-        Path(f"pictures/{i}.txt").write_text("a cat")
-    config = made("mine", "pictures")
-    assert (config.bundle.models, config.bundle.sampling.size) == (models, size)
-    text = Path("mine.yaml").read_text()
-    assert f"first 2 images {int(side >= 1024)} have a short side of 1024 px or more" in text
-
-
-@pytest.mark.parametrize(
     ("files", "says", "models"),
     [
         (
@@ -346,7 +332,7 @@ THINGS = [f"{size} {thing}" for size in ("a tiny", "a huge", "an old") for thing
 FRAMED = (
     "warning: every caption of 12 of 12 rows begins or ends with words that many share, such as 'an icon of', and a "
     "CLIP that trains on them learns those words, not the things; add the bare text as a second caption of each row: "
-    "Captions that name a style in docs/your-data.md\n"
+    "docs/captions.md, Captions that name a style\n"
 )
 
 

@@ -12,7 +12,7 @@ from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS
 from pipeline.data.source.imported import SCHEME
-from pipeline.data.source.lists import reach, read_rows, unread
+from pipeline.data.source.lists import reach, read_rows, stated_sides, unread
 from pipeline.data.source.rows import ListRow
 from pipeline.data.source.stage import SourceRecipe, hash_share
 from pipeline.data.source.tars import tar_place
@@ -44,7 +44,7 @@ class Look:
         rows: Rows with a reference that were read.
         more: Whether the list has more rows.
         captions: The first caption of each row that has one.
-        sides: Short sides, in pixels, of the first images that lie on this machine.
+        sides: Short sides, in pixels, of the first images that lie on this machine, or else those that tables state.
         unopened: Those of these images that cannot be opened, each with the reason, of pipeline.ledger.
         splits: Rows whose split the list names, by split.
         shares: Hash shares of all other rows.
@@ -53,6 +53,7 @@ class Look:
         framed: Rows of which every caption begins or ends as many captions do.
         behind: Rows with a reference behind those that were read, of at most ``MOST_COUNTED``.
         unread: For each list that is a folder with files that are not read, how many, and of what kinds.
+        stated: Whether ``sides`` are what tables state.
     """
 
     rows: int
@@ -67,6 +68,7 @@ class Look:
     framed: Framed = field(default_factory=Framed)
     behind: int = 0
     unread: tuple[str, ...] = ()
+    stated: bool = False
 
     @property
     def pairs(self) -> int:
@@ -109,8 +111,12 @@ def look(recipe: SourceRecipe) -> Look:
     unopened = tuple((shown(url), size) for url, size in measured if isinstance(size, str))
     left = tuple(filter(None, (unread(path, recipe) for path in recipe.paths)))
     framed = framed_rows([row.captions for row in found])
-    more = counted > 0
-    return Look(len(found), more, captions, opened, unopened, splits, shares, forbidden, flaws, framed, behind, left)
+    listed = () if opened else chain.from_iterable(stated_sides(path, recipe) for path in recipe.paths)
+    sides = opened or tuple(islice(listed, MOST_ROWS))
+    more, stated = counted > 0, not opened
+    return Look(
+        len(found), more, captions, sides, unopened, splits, shares, forbidden, flaws, framed, behind, left, stated
+    )
 
 
 def framed_rows(rows: Sequence[Sequence[str]]) -> Framed:

@@ -29,6 +29,8 @@ KNOWN = {
     ),
     "caption": ("text", "prompt", "description", "alt_text", "alt"),
 }
+# Widths and heights in pixels, as img2dataset states them of what it fetched and of what it stored, and LAION.
+SIZES = ("original_width", "original_height", "width", "height", "WIDTH", "HEIGHT")
 
 
 @dataclass(frozen=True)

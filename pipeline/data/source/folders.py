@@ -46,8 +46,11 @@ def folder_kind(folder: Path) -> str:
 def read_files(folder: Path, kind: str) -> Iterator[Path]:
     """Yields the files of which the rows of a folder are made."""
     for file, metadata in walk(folder):
-        used = is_image(file) or file == metadata or file.suffix.lower()[1:] in SIDECARS
-        if used if kind == "folder" else file.suffix.lower() == ".tar" if kind == "tars" else table_kind(file.name):
+        if kind == "folder":
+            used = is_image(file) or file == metadata or file.suffix.lower()[1:] in SIDECARS
+        else:
+            used = file.suffix.lower() == ".tar" if kind == "tars" else table_kind(file.name) is not None
+        if used:
             yield file
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,11 @@ from urllib.parse import quote
 import pyarrow as pa
 
 from pipeline.data.fetch.references import without_password
-from pipeline.data.source.columns import IMAGES, LIMIT, Flaw
+from pipeline.data.source.columns import IMAGES, LIMIT, SIZES, Flaw
 from pipeline.data.source.folders import METADATA, folder_kind, folder_splits, is_image, read_files, unread_files, walk
 from pipeline.data.source.imported import embedding_reference, is_embeddings, metadata_parts
 from pipeline.data.source.remote import check_remote, fetched, is_remote, remote_beside, remote_version
-from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_each, spoken, written_rows
+from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_each, sidecar_row, written_rows
 from pipeline.data.source.tables import SUFFIXES, table_kind, table_rows
 from pipeline.data.source.tars import tar_rows
 from pipeline.errors import UserError
@@ -39,12 +40,12 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[ListRow]:
         UserError: as ``scan`` does, and behind the last row if none of them can be read, or none has a caption.
     """
     kind, where = _kind(path)
-    rows = unread = captioned = 0
+    rows = flawed = captioned = 0
     flaw = ""
     try:
         for row in _rows(path, kind, where, recipe):
             rows += 1
-            unread += bool(row.flaw)
+            flawed += bool(row.flaw)
             flaw = flaw or row.flaw
             captioned += bool(row.captions)
             yield row
@@ -53,7 +54,7 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[ListRow]:
     if rows and not captioned:
         if flaw:
             raise UserError(
-                f"source {path}: no row with a caption can be read, and {unread:,} of {rows:,} not at all: {flaw}"
+                f"source {path}: no row with a caption can be read, and {flawed:,} of {rows:,} not at all: {flaw}"
             )
         raise UserError(
             f"source {path}: no row has a caption, so nothing can be trained on it; {_looked_for(kind, where, recipe)}"
@@ -202,6 +203,30 @@ def unread(path: str, recipe: SourceRecipe) -> str:
     return unread_files(folder, kind, named)
 
 
+def stated_sides(path: str, recipe: SourceRecipe) -> Iterator[int]:
+    """Yields the short sides of images, in pixels, of the rows in which a table states width and height."""
+    kind, where = _kind(path)
+    if kind == "tables":
+        files = list(read_files(Path(where), kind))
+    elif kind == "remote":
+        files = [fetched(path)]
+    else:
+        files = [Path(where)] if f".{kind}" in SUFFIXES else []
+    for file in files:
+        with suppress(UserError):  # such columns of another type: only this asks for them
+            for row in table_rows(file, (recipe.image_column, recipe.caption_column), SIZES):
+                if not isinstance(row, Flaw) and (side := _short_side(row[2:])) > 0:
+                    yield side
+
+
+def _short_side(sizes: list[Any]) -> int:
+    """Returns the shorter side of the first of some widths and heights, 0 if there are none."""
+    for width, height in zip(sizes[::2], sizes[1::2], strict=True):
+        with suppress(TypeError, ValueError, OverflowError):
+            return int(min(float(width), float(height)))
+    return 0
+
+
 def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[ListRow]:
     """Yields the rows of metadata, as in an imagefolder, and those of images that no metadata speak for."""
     splits = folder_splits(folder)
@@ -213,7 +238,7 @@ def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Lis
         elif metadata is None and is_image(file):
             beside = ((extension, file.with_suffix(f".{extension}")) for extension in SIDECARS)
             sidecars = {extension: (data, str(text)) for extension, text in beside if (data := _bytes(text, may))}
-            yield spoken(f"file://{quote(os.fsencode(file))}", sidecars)
+            yield sidecar_row(f"file://{quote(os.fsencode(file))}", sidecars)
 
 
 def _metadata_rows(table: Path, recipe: SourceRecipe, may: Reach) -> Iterator[ListRow]:

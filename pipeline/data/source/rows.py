@@ -41,7 +41,7 @@ class ListRow:
     flaw: str = ""
 
 
-def spoken(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
+def sidecar_row(url: str, sidecars: Mapping[str, tuple[bytes, str]]) -> ListRow:
     """Returns a row with the captions of what lies beside its image.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from pipeline.data.source.columns import IMAGES, LIMIT
-from pipeline.data.source.rows import SIDECARS, ListRow, spoken
+from pipeline.data.source.rows import SIDECARS, ListRow, sidecar_row
 from pipeline.errors import UserError
 from pipeline.local import open_local
 
@@ -78,7 +78,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
             stem, _, extension = base.partition(".")
             if (sample := f"{folder}/{stem}") != name:
                 if image is not None:
-                    yield spoken(image, said)
+                    yield sidecar_row(image, said)
                 name, image, said = sample, None, {}
             if f".{extension.lower()}" in IMAGES:
                 image = tar_reference(str(path), member.name, member.offset_data, member.size)
@@ -86,7 +86,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
                 content = tar.extractfile(member)
                 said[extension] = (content.read(LIMIT + 1) if content else b"", f"{member.name!r} in {path}")
         if image is not None:
-            yield spoken(image, said)
+            yield sidecar_row(image, said)
         # Where a header is damaged, or another tar begins, tarfile ends as if there were no more members.
         file.seek(tar.offset)
         if file.read(LIMIT).strip(b"\0"):
