@@ -11,13 +11,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.data.pairs import decoding, packer
 from pipeline.data.pairs.decoding import BASE_BYTES, BYTES_PER_PIXEL, KEEP_MEMORY, ImageDecoder
-from pipeline.data.pairs.image import StoredImage, Storing, inspect, prepare
+from pipeline.data.pairs.image import StoredImage, Storing, heif_is_there, inspect, prepare
 from pipeline.data.pairs.sandbox import KEPT
 from pipeline.errors import UserError
+from pipeline.ledger import REASONS
 from tests.pipeline.data.bench import Bench, picture, write_listed, write_tar
+from tests.pipeline.data.odd import encoded
 
 LIMITS = (1_000_000, Storing(64, "jpg", 90))
 
@@ -203,6 +206,23 @@ def test_the_child_ends_with_its_parent() -> None:
     while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():  # not a zombie
         assert time.monotonic() < deadline, "the child outlived its parent"
         time.sleep(0.05)
+
+
+def test_without_the_extra_heic_is_counted_by_a_reason_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert heif_is_there()
+    heic = encoded(Image.new("RGB", (80, 72)), "HEIF")
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/pillow_heif.py").write_text("raise ImportError\n")
+    bench = Bench(tmp_path / "store", [write_listed(tmp_path, [picture(0), heic])])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
+    with closing(ImageDecoder()) as bare:
+        monkeypatch.setattr(packer, "shared_decoder", lambda: bare)
+        bench.make("source", "pairs")
+    assert [row["reason"] for row in bench.rows("pairs")] == [None, "needs_heif"]
+    assert bench.made["pairs"].ledger.deferred == {"needs_heif": 1}
+    assert "the extra heif" in REASONS["needs_heif"]
 
 
 def test_a_shard_with_such_pictures_is_made_and_every_row_counted(
