@@ -19,7 +19,7 @@ from pipeline.data.fetch.references import shown
 from pipeline.data.source.tables import SUFFIXES, table_kind
 from pipeline.errors import UserError
 from pipeline.progress import say_once
-from pipeline.store import open_store
+from pipeline.store import Entry, Store, open_store
 
 SCHEMES = ("s3://", "http://", "https://")
 PART_BYTES = 64 << 20
@@ -45,11 +45,7 @@ def check_remote(path: str) -> None:
 def remote_version(path: str) -> str:
     """Returns what changes whenever a list does. Raises UserError if it cannot be reached."""
     if path.startswith("s3://"):
-        folder, _, name = path.rpartition("/")
-        found = open_store(folder).stat(name)
-        if found is None:
-            raise UserError(f"source {path}: no such object on S3")
-        return found.version
+        return _object(path)[2].version
     with _asked(path) as answer:
         headers = answer.headers
     said = headers["ETag"] or f"{headers['Last-Modified'] or ''} {headers['Content-Length'] or ''}".strip()
@@ -73,6 +69,16 @@ def _plain(path: str) -> str:
     return path if path.startswith("s3://") else path.partition("?")[0].partition("#")[0]
 
 
+def _object(path: str) -> tuple[Store, str, Entry]:
+    """Returns where a list lies on S3, and what is there. Raises UserError if nothing is."""
+    folder, _, key = path.rpartition("/")
+    store = open_store(folder)
+    found = store.stat(key)
+    if found is None:
+        raise UserError(f"source {path}: no such object on S3")
+    return store, key, found
+
+
 @cache
 def _fetch(path: str, version: str) -> Path:
     say_once(f"fetching {path}")
@@ -81,11 +87,9 @@ def _fetch(path: str, version: str) -> Path:
     file.parent.mkdir(exist_ok=True)
     with open(file, "wb") as out:
         if path.startswith("s3://"):
-            folder, _, key = path.rpartition("/")
-            store = open_store(folder)
-            found = store.stat(key)
-            size = found.size if found else 0
-            for part in store.read_parts(key, [(at, min(at + PART_BYTES, size)) for at in range(0, size, PART_BYTES)]):
+            store, key, found = _object(path)
+            parts = [(at, min(at + PART_BYTES, found.size)) for at in range(0, found.size, PART_BYTES)]
+            for part in store.read_parts(key, parts):
                 out.write(part)
         else:
             with _asked(path) as answer:
