@@ -15,7 +15,7 @@ from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.progress import counted
-from pipeline.starter import CLIP_PAIRS, embedded, existing_clip, measured, models_for, starter
+from pipeline.starter import CLIP_PAIRS, embedded, existing_clip, models_for, sizes_seen, starter
 
 NAMED = 3  # images that cannot be opened
 ENOUGH = 1000  # pairs, below which models memorise images
@@ -96,7 +96,7 @@ def _left_out(seen: Look) -> str:
         )
     models, size = models_for(seen)
     left_out = " and ".join(MODELS[len(models) :])
-    return left_out and f"bundle.models leaves {left_out} out, and samples have {size} px: {measured(seen)}"
+    return left_out and f"bundle.models leaves {left_out} out, and samples have {size} px: {sizes_seen(seen)}"
 
 
 def _remarks(seen: Look) -> Iterator[str]:

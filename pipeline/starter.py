@@ -137,7 +137,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
             paths=_indented(lists),
             image_column=_scalar(source.image_column),
             caption_column=_scalar(source.caption_column),
-            measured=measured(seen),
+            measured=sizes_seen(seen),
             models=", ".join(models),
             size=size,
             captions=_indented([f"- {_scalar(caption)}" for caption in _captions(seen)]),
@@ -256,7 +256,7 @@ def models_for(seen: Look | None) -> tuple[list[str], int]:
     return list(MODELS[:-2]), 64
 
 
-def measured(seen: Look | None) -> str:
+def sizes_seen(seen: Look | None) -> str:
     """Returns a sentence that says how large the images are."""
     if seen is None or not seen.sides:
         return "How large images on the web are is known once they are fetched: see the report of --until curation."
