@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -17,6 +18,8 @@ from serve.painter import Row, Work
 from serve.results import Result, Results
 from serve.settings import ServeSettings
 
+EQUAL_S = 120.0  # that a request waits for an equal one, whose client may read slowly
+
 
 @dataclass
 class Door:
@@ -30,6 +33,7 @@ class Door:
         ask: Asks a process that draws what it draws with, as ``Painter.describe``.
         about: The last answer to that.
         observe: Notes a figure.
+        drawing: The images that requests draw now, by name, until these requests have ended.
     """
 
     served: Served
@@ -40,6 +44,7 @@ class Door:
     observe: Observe
     about: dict[str, Any] = field(default_factory=dict)
     heard: float = 0.0  # time.monotonic() of that
+    drawing: dict[str, asyncio.Future[None]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -53,7 +58,11 @@ class Door:
         """
         old = not self.served.key and time.monotonic() - self.heard > self.settings.follow_s
         if not self.about or (old and self.settings.idle_replicas and not self.line.running):
-            self._hear(await self.ask())
+            try:
+                self._hear(await self.ask())
+            except Died:
+                if not self.about:
+                    raise _nobody() from None
         return self.about
 
     def _hear(self, about: dict[str, Any]) -> None:
@@ -81,26 +90,33 @@ class Door:
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
         """Yields the events of drawing, with ("image", row, name, Result) for each image.
 
-        Raises ApiError for what this bundle cannot draw, and where the line is full.
+        What an equal request draws already is waited for. Raises ApiError for what this bundle cannot draw, and where
+        the line is full.
         """
-        about = await self.described()
-        names = [self.results.name(self._key(about["bundle"], work, row)) for row in work.rows]
+        names = self._names((await self.described())["bundle"], work)
+        if others := {self.drawing[name] for name in names if name in self.drawing}:
+            yield ("place", 1)
+            await asyncio.wait(others, timeout=EQUAL_S)
+            names = self._names((await self.described())["bundle"], work)
         kept = {i: found for i, name in enumerate(names) if (found := self.results.get(name))}
         if len(kept) < len(names) and work.kind not in ("generation", "inpainting"):
             kept = {}  # their images are made together
-        for i, found in kept.items():
-            self.observe("cached_images_total")
-            yield ("image", i, names[i], found)
         missing = [i for i in range(len(names)) if i not in kept]
-        if not missing:
-            return
-        rows = tuple(work.rows[i] for i in missing)
+        ended = asyncio.get_running_loop().create_future()
+        mine = {names[i]: ended for i in missing}
+        self.drawing |= mine
         try:
+            for i, found in kept.items():
+                self.observe("cached_images_total")
+                yield ("image", i, names[i], found)
+            if not missing:
+                return
+            rows = tuple(work.rows[i] for i in missing)
             async with aclosing(self.line.run(replace(work, rows=rows))) as events:
                 async for event in events:
                     if event[0] == "bundle":
                         self._hear(event[1])
-                        names = [self.results.name(self._key(event[1]["bundle"], work, row)) for row in work.rows]
+                        names = self._names(event[1]["bundle"], work)
                     elif event[0] == "image":
                         i = missing[event[1]]
                         result = Result(event[2], work.rows[i].seed, event[3])
@@ -112,7 +128,15 @@ class Door:
         except Refused as e:
             raise ApiError(400, e.code, str(e)) from None
         except Died:
-            raise ApiError(503, "unavailable", "No process could draw this: try again", retry_after=10) from None
+            raise _nobody() from None
+        finally:
+            ended.set_result(None)
+            for name in mine:
+                if self.drawing.get(name) is ended:
+                    del self.drawing[name]
+
+    def _names(self, bundle: str, work: Work) -> list[str]:
+        return [self.results.name(self._key(bundle, work, row)) for row in work.rows]
 
     def _key(self, bundle: str, work: Work, row: Row) -> str:
         """Returns the key of one image: everything that it depends on."""
@@ -130,3 +154,7 @@ class Door:
                 "more": work.more,
             }
         )
+
+
+def _nobody() -> ApiError:
+    return ApiError(503, "unavailable", "No process could draw this: try again", retry_after=10)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from serve.line import ATTEMPTS, Died, Event, Line, Refused
 from serve.painter import Row, Work
 
 A, B = {"decoder_steps": 2}, {"decoder_steps": 3}
+BEGUN: ContextVar[list[Any]] = ContextVar("begun")  # by a request, as Ray Serve keeps it
 
 
 class Drawer:
@@ -23,6 +25,8 @@ class Drawer:
 
     async def __call__(self, work: Work) -> AsyncGenerator[Event]:
         self.works.append(work)
+        if (begun := BEGUN.get(None)) is not None:
+            begun.append(asyncio.current_task())
         try:
             await self.go.wait()
             if self.error:
@@ -42,7 +46,7 @@ def work(*captions: str, options: Any = A, kind: str = "generation") -> Work:
 
 
 def line(drawer: Drawer, lanes: int = 1, batch: int = 4, limit: int = 8) -> Line:
-    return Line(drawer, lanes, batch, limit, 0.0, lambda *_: None)
+    return Line(drawer, lanes, batch, limit, 0.0, lambda *_, **__: None)
 
 
 async def images(line: Line, asked: Work) -> list[bytes]:
@@ -137,5 +141,29 @@ def test_a_client_that_goes_leaves_the_line_and_ends_its_drawing() -> None:
         assert await third == [b"c0"]
         assert [one.rows[0].caption for one in drawer.works] == ["a", "c"]
         assert drawer.closed == 2
+
+    run(test())
+
+
+def test_a_lane_outlives_the_client_that_began_it() -> None:
+    """Ray Serve cancels whatever a request has begun, by the request's context, when its client goes."""
+
+    async def client(drawn: Line, asked: Work, begun: list[Any]) -> list[bytes]:
+        BEGUN.set(begun)
+        return await images(drawn, asked)
+
+    async def test() -> None:
+        drawer = Drawer()
+        drawn = line(drawer)
+        begun: list[Any] = []
+        first = asyncio.create_task(client(drawn, work("a", "b"), begun))
+        await asyncio.sleep(0.01)
+        second = asyncio.create_task(client(drawn, work("c", options=B), []))
+        await asyncio.sleep(0.01)
+        for task in (first, *begun):
+            task.cancel()
+        await asyncio.sleep(0.01)
+        drawer.go.set()
+        assert await asyncio.wait_for(second, 5) == [b"c0"]
 
     run(test())

@@ -1,0 +1,74 @@
+"""The door: equal requests are drawn once, whatever becomes of the first."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from serve.bundle import Served
+from serve.door import Door
+from serve.errors import ApiError
+from serve.line import Died
+from serve.painter import Work
+from serve.results import Result, Results
+from serve.settings import ServeSettings
+from tests.serve.test_line import B, Drawer, line, run, work
+
+
+async def ask() -> dict[str, Any]:
+    return {"bundle": "b", "sides": [64]}
+
+
+def door(drawer: Drawer) -> Door:
+    return Door(Served("tiny", key="b"), ServeSettings(), line(drawer), Results(1 << 20), ask, lambda *_, **__: None)
+
+
+async def drawn(door: Door, asked: Work) -> list[Result]:
+    made = {event[1]: event[3] async for event in door.draw(asked) if event[0] == "image"}
+    return [made[i] for i in range(len(asked.rows))]
+
+
+def test_equal_requests_at_once_are_drawn_once() -> None:
+    async def test() -> None:
+        drawer = Drawer()
+        one = door(drawer)
+        asked = [work("a", "b"), work("a", "b"), work("a"), work("a", "b", "c"), work("a", options=B)]
+        tasks = [asyncio.create_task(drawn(one, each)) for each in asked]
+        await asyncio.sleep(0.01)
+        drawer.go.set()
+        first, second, part, more, other = await asyncio.gather(*tasks)
+        assert first == second == [*part, first[1]] == more[:2]
+        assert (more[2].png, other[0].png) == (b"c2", b"a0")
+        assert sorted(row.caption or "" for each in drawer.works for row in each.rows) == ["a", "a", "b", "c"]
+        assert not one.drawing
+
+    run(test())
+
+
+def test_a_request_draws_by_itself_where_the_equal_one_before_it_ends_without_images() -> None:
+    async def test() -> None:
+        drawer = Drawer()
+        one = door(drawer)
+        first, second = (asyncio.create_task(drawn(one, work("a"))) for _ in range(2))
+        await asyncio.sleep(0.01)
+        assert len(drawer.works) == 1
+        first.cancel()
+        drawer.go.set()
+        assert [result.png for result in await second] == [b"a0"]
+        assert not one.drawing
+
+    run(test())
+
+
+def test_a_server_whose_process_is_gone_says_to_come_back_until_it_has_heard_of_its_bundle() -> None:
+    async def gone() -> dict[str, Any]:
+        raise Died("killed")
+
+    async def test() -> None:
+        one = door(Drawer())
+        one.ask = gone
+        with pytest.raises(ApiError) as caught:
+            await one.described()
+        assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "10"})
+
+    run(test())
