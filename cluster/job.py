@@ -66,8 +66,12 @@ def make_job(
     """
     words = [f"--{name}={stage}" for name, stage in (("only", only), ("until", until)) if stage]
     command = ("python", "-m", "jobs.cli", "run", PROJECT_FILE, *words, *(["--yes"] if yes else []))
-    environment = {name: value for name, value in sorted(environ.items()) if PLAIN.fullmatch(name) and value}
-    return Job(job_id(config.project, store_url, keys), command, environment, DRIVER_CPUS, DRIVER_MB)
+    return Job(job_id(config.project, store_url, keys), command, plain(environ), DRIVER_CPUS, DRIVER_MB)
+
+
+def plain(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns what a job takes of its submitter's environment, none of it secret."""
+    return {name: value for name, value in sorted(environ.items()) if PLAIN.fullmatch(name) and value}
 
 
 def job_id(project: str, store_url: str, keys: Mapping[str, str]) -> str:

@@ -34,7 +34,7 @@ from pipeline.store import Store
 from pipeline.store.content import put_content
 
 ROOT = Path(__file__).parents[1]
-CODE = ("models", "pipeline", "jobs", "cluster")
+CODE = ("models", "pipeline", "jobs", "cluster", "serve")
 PACKAGES = "packages"  # their folder in a store
 LARGEST = 100 << 20  # bytes; as much as Ray keeps of a package, for which this is its own limit too
 NAMED = 5  # of the largest files, in a message
@@ -82,7 +82,7 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
 
     Raises UserError if it would be too large, or if something of it lies where no other machine can find it.
     """
-    files: dict[str, Path | bytes] = dict(_files(ROOT, CODE, "*"))  # presets and templates too
+    files: dict[str, Path | bytes] = code()
     notes: list[str] = []
     weights: list[ContentFile] = []
 
@@ -125,6 +125,11 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
     package = Package(files, tuple(weights), tuple(notes))
     check_size(package)
     return package
+
+
+def code() -> dict[str, Path | bytes]:
+    """Returns the files of the code, presets and templates too."""
+    return dict(_files(ROOT, CODE, "*"))
 
 
 def check_size(package: Package) -> None:

@@ -80,7 +80,7 @@ def attach_or_submit(cluster: Cluster, store: Store, job: Job, package: Package,
     if live := [seen for seen in attempts if seen.live]:
         print(f"{live[-1].id} runs already; what it said so far:", flush=True)
         if live[-1].metadata.get("package") != package.key:
-            print("its code or run settings differ from yours; unclip submit --stop ends it", file=sys.stderr)
+            print("its code or run settings differ from yours; --stop ends it", file=sys.stderr)
         return live[-1].id
     if attempts:
         last = attempts[-1]

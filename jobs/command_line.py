@@ -171,8 +171,12 @@ def _drawing(parser: Parser) -> None:
 def _serve(parser: Parser) -> None:
     text = f"{PLACES}; a release is followed; by default the newest under out/"
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help=text)
-    text = "kuberay prints a RayService for kubectl apply, of release:PROJECT.yaml"
-    parser.add_argument("--to", choices=("kuberay",), metavar="WHERE", help=text)
+    text = (
+        "the address of a cluster's dashboard, such as http://HOST:8265; or kuberay: print a RayService of "
+        "release:PROJECT.yaml for kubectl"
+    )
+    parser.add_argument("--to", metavar="WHERE", help=text)
+    parser.add_argument("--stop", action="store_true", help="end what serves at --to")
     _set(parser, "NAME=VALUE", "a setting, such as port=9000; docs/serve.md has them")
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import signal
-import socket
-import threading
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,17 +14,23 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from cluster.client import Cluster
+from cluster.job import DRIVER_CPUS, DRIVER_MB, Job, plain
+from cluster.package import Package, code
 from cluster.rayservice import render_service
+from cluster.submission import attach_or_submit, check_reach, stop
 from jobs.bundles import RELEASE, find_bundle
+from jobs.submit import follow
 from pipeline.config import load_config
 from pipeline.errors import UserError
-from pipeline.graph.ray import start_ray
 from pipeline.parse import parse
-from pipeline.settings import RaySettings
 from pipeline.store import local_folder, open_store
 from serve.settings import ServeSettings
 
 KUBERAY = "kuberay"
+JOB = "unclip-serve"  # one of a cluster
+ABOUT = {"serves": "unclip"}
+FILE = "served.json"
 
 if TYPE_CHECKING:
     from serve.bundle import Served
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip serve``."""
+    if arguments.stop:
+        return _stop(arguments.to)
     settings = read_settings(arguments.overrides)
     if find_spec("multipart") is None and find_spec("python_multipart") is None:
         raise UserError("unclip serve needs more packages; install them with pip install 'unclip-ray[serve]'")
@@ -43,24 +50,16 @@ def main(arguments: argparse.Namespace) -> int:
     heads = (settings.prompt_head, settings.image_head)
     prompt_head, image_head = (path and str(Path(path).absolute()) for path in heads)
     settings = replace(settings, prompt_head=prompt_head, image_head=image_head)
-    settings = replace(settings, port=settings.port or _free_port(settings.host))
 
-    from serve.app import start, stop
     from serve.guard import read_tokens
 
     tokens = read_tokens(settings)
+    if arguments.to:
+        return _submit(served, settings, tokens, arguments.to)
 
-    start_ray(RaySettings())
-    print(f"loading {served.name} ...", flush=True)
-    start(served, settings, tokens)
-    host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
-    print(f"the studio is at http://{host}:{settings.port}/, the API at http://{host}:{settings.port}/v1", flush=True)
-    ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    try:
-        ended.wait()
-    finally:
-        stop()
+    from serve.app import hold
+
+    hold(served, settings, tokens)
     return 0
 
 
@@ -106,6 +105,24 @@ def _rayservice(source: str | None, settings: ServeSettings) -> str:
     return render_service(config.project, arguments, settings.replicas, pods)
 
 
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as server:
-        return server.getsockname()[1]
+def _submit(served: Served, settings: ServeSettings, tokens: Mapping[str, str], to: str) -> int:
+    """Serves on a cluster by a job, follows it, and returns its exit code. Of tokens, their sha256 travels."""
+    heads = [path for path in (settings.prompt_head, settings.image_head) if path]
+    notes = tuple(f"{path} does not travel: every machine of the cluster must have it there" for path in heads)
+    about = {"served": dataclasses.asdict(served), "settings": dataclasses.asdict(settings), "tokens": dict(tokens)}
+    package = Package({**code(), FILE: json.dumps(about).encode()}, notes=notes)
+    job = Job(JOB, ("python", "-m", "serve", FILE), plain(os.environ), DRIVER_CPUS, DRIVER_MB)
+    store = open_store(served.store or served.folder)
+    check_reach(store, job, to)
+    cluster = Cluster(to)
+    return follow(cluster, attach_or_submit(cluster, store, job, package, ABOUT))
+
+
+def _stop(to: str | None) -> int:
+    if to in (None, KUBERAY):
+        raise UserError(
+            "--stop ends what --to http://HEAD:8265 began; kubectl delete rayservice NAME ends a RayService"
+        )
+    ended = stop(Cluster(to), ABOUT)
+    print("\n".join(f"{seen.id} was stopped" for seen in ended) or f"no unclip serve runs at {to}")
+    return 0

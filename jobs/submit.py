@@ -90,7 +90,10 @@ def _run(project: Project, asked: Agreed, job: Job, to: str, detach: bool) -> in
     if detach:
         print(f"{submission_id} runs there: the same command without --detach follows it, --stop stops it")
         return 0
-    return _follow(project, asked, cluster, submission_id)
+    if (code := follow(cluster, submission_id)) == 0:
+        _bring(project)
+        print_places(project, asked.wanted)
+    return code
 
 
 def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
@@ -104,15 +107,14 @@ def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     return render(job, f"{project.store.url}/{path}", run, asked.stale)
 
 
-def _follow(project: Project, asked: Agreed, cluster: Cluster, submission_id: str) -> int:
+def follow(cluster: Cluster, submission_id: str) -> int:
+    """Prints what a job says until it ends, and returns its exit code; Ctrl-C leaves it running."""
     try:
         end = cluster.follow(submission_id, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         print(f"\n{submission_id} goes on: the same command attaches to it, --stop stops it", file=sys.stderr)
         return INTERRUPTED
     if end.status == "SUCCEEDED":
-        _bring(project)
-        print_places(project, asked.wanted)
         return 0
     why = f"exit code {end.exit_code}" if end.code is not None else (end.message.splitlines() or ["no reason given"])[0]
     ended = "was stopped" if end.status == "STOPPED" else f"failed ({why})"

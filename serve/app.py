@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
+import socket
+import sys
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Event as Flag
 from threading import Thread
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, TaskCancelledError
+from ray.exceptions import ObjectLostError, RayActorError, TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from pipeline.graph.resources import cores
+from pipeline.errors import UserError
+from pipeline.graph.ray import start_ray
 from pipeline.parse import parse
+from pipeline.settings import RaySettings
 from serve.api import make_api
 from serve.bundle import Served, read_head
 from serve.door import Door
@@ -29,6 +36,8 @@ from serve.settings import ServeSettings
 
 APP = "unclip"
 CONNECTIONS = 1000  # requests that the door holds at once, waiting ones among them
+HEAD = {"node:__internal_head__": 0.001}  # where Serve's own processes are: the end of another node ends nobody's wait
+GONE = (RayActorError, ObjectLostError, TaskCancelledError)
 log = logging.getLogger("unclip")
 
 
@@ -126,13 +135,16 @@ class DoorProcess:
                     if event[0] == "refused":
                         raise Refused(event[1])
                     yield event
-            except (RayActorError, TaskCancelledError) as e:
+            except GONE as e:
                 raise Died(type(e).__name__) from None
             finally:
                 response.cancel()
 
         async def ask() -> dict[str, Any]:
-            return await drawers.describe.remote()
+            try:
+                return await drawers.describe.remote()
+            except GONE as e:
+                raise Died(type(e).__name__) from None
 
         self.metrics = Metrics()
         line = Line(draw, settings.replicas, settings.batch, settings.queue, settings.wait_ms / 1000, self.metrics)
@@ -145,13 +157,13 @@ class DoorProcess:
 
 def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> serve.Application:
     """Returns the application of Ray Serve."""
-    has = ray.cluster_resources()
-    gpu = settings.device == "cuda" or (settings.device == "auto" and has.get("GPU", 0) > 0)
+    gpu = settings.device == "cuda" or (settings.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     drawers: Any = serve.deployment(
         Drawer,
         name="drawer",
         max_ongoing_requests=1,
-        ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": settings.cpus or min(cores(), has.get("CPU", 1))},
+        ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": settings.cpus or largest or 1},
         autoscaling_config={
             "min_replicas": settings.idle_replicas,
             "initial_replicas": max(1, settings.idle_replicas),
@@ -162,7 +174,10 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
         graceful_shutdown_timeout_s=60,
     )
     door: Any = serve.deployment(
-        serve.ingress()(DoorProcess), name="door", max_ongoing_requests=CONNECTIONS, ray_actor_options={"num_cpus": 0}
+        serve.ingress()(DoorProcess),
+        name="door",
+        max_ongoing_requests=CONNECTIONS,
+        ray_actor_options={"num_cpus": 0, "resources": HEAD},
     )
     return door.bind(drawers.bind(served, settings), served, settings, tokens)
 
@@ -173,16 +188,41 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
     return build(Served(**arguments["served"]), settings, read_tokens(settings))
 
 
-def start(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> None:
-    """Serves on the cluster that this process has joined, and returns when the first image could be drawn."""
+def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> None:
+    """Serves until this process is told to end, and says where as soon as the first image could be drawn.
+
+    What it started ends with it, and nothing else on its cluster; requests that were accepted are answered first.
+    Raises UserError where the cluster serves at another address already.
+    """
+    settings = replace(settings, port=settings.port or _free_port(settings.host))
+    start_ray(RaySettings())
+    print(f"loading {served.name} ...", flush=True)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 65},
         logging_config={"log_level": "ERROR", "enable_access_log": False},
     )
-    serve.run(build(served, settings, tokens), name=APP, route_prefix="/")
+    client: Any = serve.context._get_global_client()
+    http = client.http_config
+    if (http.host, http.port) != (settings.host, settings.port):
+        raise UserError(
+            f"Ray Serve listens at {http.host}:{http.port} of this cluster already: ask for that by host= and port=, "
+            "or end it there with serve shutdown"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        serve.run(build(served, settings, tokens), name=APP, route_prefix="/")
+        host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
+        url = f"http://{host}:{settings.port}"
+        print(f"the studio is at {url}/, the API at {url}/v1", flush=True)
+        if "RAY_ADDRESS" in os.environ:
+            to_here = f"{settings.port}:{host}:{settings.port}"
+            print(f"on the cluster's head, that is: ssh -L {to_here} HEAD brings it here", flush=True)
+        Flag().wait()
+    finally:
+        serve.delete(APP)
 
 
-def stop() -> None:
-    """Stops what ``start`` started, and nothing else on its cluster; requests that were accepted are answered first."""
-    serve.delete(APP)
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as server:
+        return server.getsockname()[1]

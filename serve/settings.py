@@ -20,7 +20,7 @@ class ServeSettings:
         replicas: Processes that draw, at most; each holds the bundle.
         idle_replicas: Processes that stay when nobody draws; 0 frees the memory, and the next request waits for one.
         device: ``auto`` is a GPU if Ray has one.
-        cpus: Cores of a process that draws without a GPU; 0 takes all of this machine.
+        cpus: Cores of a process that draws without a GPU; 0 takes all of the largest machine.
         batch: Images that are drawn at once, of requests with equal settings.
         wait_ms: Milliseconds that a request waits for others like it.
         queue: Images that may wait; a request beyond is told to come back.

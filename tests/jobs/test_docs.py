@@ -35,6 +35,7 @@ CHECKED = "tests/test_benchmarks.py, on a CPU; there is no GPU here"
 TESTED = {
     "unclip serve out/nano": SERVED,
     "unclip serve release:my-project.yaml --to kuberay replicas=4 > service.yaml": "tests/cluster/test_rayservice.py",
+    "unclip serve release:my-project.yaml --to http://HEAD:8265 replicas=4": "tests/serve/test_clusters.py",
     "unclip serve out/emoji 'licenses=[CC-BY-4.0]'": "tests/serve/test_neighbours.py, that setting alone",
     "unclip init laion s3://BUCKET/part-0.parquet": "tests/pipeline/data/source/test_remote.py, from SeaweedFS",
     "unclip init my-project pairs.csv": "here",

@@ -1,6 +1,7 @@
 """Who may ask, how much, and what a body may weigh: without Ray, for a request that is refused reaches no further."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
+from cluster.package import Package
+from jobs.cli import main
 from pipeline.errors import UserError
+from pipeline.parse import parse
 from serve import guard
+from serve.bundle import Served
 from serve.guard import Guard, read_tokens
 from serve.settings import ServeSettings
 
@@ -120,3 +125,37 @@ def test_the_page_may_load_nothing_from_elsewhere() -> None:
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
     assert headers["x-content-type-options"] == "nosniff"
     assert "access-control-allow-origin" not in headers
+
+
+def test_only_hashes_of_tokens_travel_to_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[Package] = []
+    monkeypatch.setattr("jobs.serve.Cluster", str)
+    monkeypatch.setattr("jobs.serve.attach_or_submit", lambda *words: sent.append(words[3]))
+    monkeypatch.setattr("jobs.serve.follow", lambda *_: 0)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/sampling.json").write_text("{}")
+    settings = tokens_in(tmp_path, f"ana {TOKEN}\n")
+    words = (
+        "--to",
+        "http://127.0.0.1:8265",
+        "host=0.0.0.0",
+        f"tokens={settings.tokens}",
+        "image_head=head.safetensors",
+    )
+    assert main(["serve", str(tmp_path / "tiny"), *words]) == 0
+    [package] = sent
+    written = package.files["served.json"]
+    assert isinstance(written, bytes)
+    assert TOKEN not in written.decode()
+    values = json.loads(written)
+    assert values["tokens"] == read_tokens(settings)
+    assert parse(ServeSettings, values["settings"], "serve").host == "0.0.0.0"
+    assert Served(**values["served"]).folder == str(tmp_path / "tiny")
+    assert package.files.keys() >= {"serve/__main__.py", "serve/studio/index.html", "pipeline/errors.py"}
+    assert package.notes == (
+        f"{Path('head.safetensors').absolute()} does not travel: every machine of the cluster must have it there",
+    )
+    assert main(["serve", "--stop"]) == 2
+    assert "--stop ends what --to http://HEAD:8265 began" in capsys.readouterr().err

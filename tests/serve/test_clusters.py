@@ -1,0 +1,80 @@
+"""Serving on clusters of several nodes, by real processes on this machine."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.local import locked
+from cluster.local import start as start_cluster
+from pipeline.settings import RaySettings
+from tests.chain import done, unclip
+from tests.chaos.strikes import cluster
+from tests.faults import finish, start
+from tests.models.test_cascade import make
+from tests.serve.conftest import address
+from tests.serve.load import load
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ASKED = {"prompt": "a tree", "size": "64x64", "steps": 2, "seed": 1}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    make().save(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a cluster of two nodes, which wants a token."""
+    folder = tmp_path / "cluster"
+    with locked(folder):
+        to, token = start_cluster(folder, RaySettings(cpus=2))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    keeper = json.loads((folder / "state.json").read_text())["keeper"]
+    yield to
+    os.kill(keeper, signal.SIGTERM)
+
+
+def test_a_job_serves_on_a_cluster_without_its_submitter_until_it_is_stopped(bundle: Path, dashboard: str) -> None:
+    words = ("serve", bundle, "--to", dashboard, "port=0")
+    submitter = start(*words)
+    url = address(submitter)
+    submitter.kill()
+    submitter.communicate()
+    assert httpx.post(f"{url}/v1/images/generations", json=ASKED, timeout=120).status_code == 200
+    again = start(*words)
+    assert address(again) == url
+    again.send_signal(signal.SIGINT)
+    left = finish(again)
+    assert (left.returncode, "unclip-serve goes on" in left.stderr) == (130, True), left.stderr
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert "unclip-serve was stopped" in done(unclip("serve", "--to", dashboard, "--stop"))
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{url}/health").status_code == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert "no unclip serve runs" in done(unclip("serve", "--to", dashboard, "--stop"))
+
+
+def test_a_killed_node_loses_no_request(bundle: Path) -> None:
+    with cluster(2, cpus=1) as (environment, nodes):
+        server = start("serve", bundle, "port=0", "replicas=2", "idle_replicas=2", "batch=2", env=environment)
+        try:
+            url = address(server)
+            [raylet] = nodes[0].all_processes["raylet"]
+            threading.Timer(4, os.kill, (raylet.process.pid, signal.SIGKILL)).start()
+            seen = load(url, 20, 8, 0, steps=30)
+            assert not seen.wrong
+            assert set(seen.statuses) == {200}
+            assert "unclip_retries_total 0.0" not in httpx.get(f"{url}/metrics").text
+        finally:
+            server.terminate()
+            finish(server)
