@@ -39,6 +39,6 @@ def address(process: Running) -> str:
     assert process.stdout is not None
     for line in process.stdout:
         said.append(line)
-        if " at http://" in line:
+        if line.startswith("the studio is at http://"):
             return line.partition(" at ")[2].split("/,")[0]
     raise AssertionError(f"not ready: {said} {process.communicate(timeout=60)}")
