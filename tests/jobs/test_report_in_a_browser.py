@@ -129,7 +129,7 @@ def test_the_evaluation_has_all_lines_both_priors_and_the_nearest_images(shown: 
     assert {text[:3] for text in said} == {"(a)", "(b)", "(c)", "(d)", "(e)", "(f)", "(g)"}
     assert {text.split()[1].rstrip(":") for text in said} == {*MODELS} - {"clip", "upsampler_1024"}
     [box] = shown.texts("#evaluation .box")  # 3 images are large enough for the 1024 px upsampler
-    assert "upsampler_1024: " in box
+    assert "(e) upsampler_1024" in box
     marks = shown.page.locator(".claims li span:first-child").all_inner_texts()
     groups = [len(group.locator("li").all()) for group in shown.page.locator("#evaluation ul.claims").all()]
     assert marks.count("✓") + marks.count("✗") == sum(groups) >= 10
