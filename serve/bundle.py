@@ -28,7 +28,7 @@ class Served:
         store: The store's URL, or "" for a folder.
         key: The bundle's key, or what identifies the folder; "" for the release of ``project``.
         project: The project whose release is followed.
-        folder: The bundle's folder, where there is no store.
+        folder: The bundle's folder, if it is not in a store.
     """
 
     name: str

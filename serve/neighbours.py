@@ -119,7 +119,7 @@ def find_training_set(store: Store, bundle: Artifact, licenses: Collection[str] 
 
 @lru_cache(2)
 def training_set_of(served: Served, key: str, licenses: tuple[str, ...]) -> TrainingSet:
-    """Returns what the served bundle of a key was trained on. Raises ApiError where there is no index of it."""
+    """Returns what the served bundle of a key was trained on. Raises ApiError if its rows have no index."""
     store = open_store(served.store) if served.store else None
     bundle = load_artifact(store, "bundle", key) if store else None
     found = find_training_set(store, bundle, licenses) if store and bundle else None
@@ -127,7 +127,7 @@ def training_set_of(served: Served, key: str, licenses: tuple[str, ...]) -> Trai
         raise ApiError(
             404,
             "no_index",
-            "There is no index of what this bundle was trained on: unclip run CONFIG --until index makes it, and the "
+            "The rows that this bundle was trained on have no index: unclip run CONFIG --until index makes it, and the "
             "bundle has to be served from that project's store",
         )
     return found

@@ -37,7 +37,7 @@ def load(path: str | Path | None = None, device: str = "auto") -> Model:
         device: "cpu", "cuda", or "auto", which is a GPU where there is one.
 
     Raises:
-        UserError: There is no finished bundle, or no such device.
+        UserError: No bundle is finished, or the device does not exist.
         ValueError: The bundle is damaged.
     """
     return Model(open_bundle(find_bundle(None if path is None else str(path)).folder, device))

@@ -117,7 +117,7 @@ def import_unclip(folder: str | Path, clip: Clip | None = None, sampling: Sampli
         if name not in found and (ours / name).is_dir():
             found[name] = load_model(ours / name)
     if "decoder" not in found:
-        raise FileNotFoundError(f"there is no decoder in {folder}: name a folder in diffusers' layout")
+        raise FileNotFoundError(f"{folder} has no decoder: name a folder in diffusers' layout")
     for name in ("diffusion_prior", "decoder"):
         dim = found[name].embed_dim if name in found else clip.embed_dim
         if dim != clip.embed_dim:

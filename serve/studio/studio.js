@@ -479,7 +479,7 @@ async function takeIn(file) {
     await keep(run);
     view(run, 0);
   } catch {
-    $("#problem").textContent = `${file.name || "This"} is no picture that this browser can open: take a PNG, JPEG or WebP.`;
+    $("#problem").textContent = `${file.name || "This"} is not a picture that this browser can open: take a PNG, JPEG or WebP.`;
     $("#problem").hidden = false;
   }
 }

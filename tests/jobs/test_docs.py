@@ -145,7 +145,7 @@ def tables(text: str) -> Iterator[dict[str, str]]:
 def test_tables_and_schema_of_the_configuration_are_those_of_the_code() -> None:
     text = PAGE.read_text()
     for file in PAGES:
-        assert file.read_text() == page(file.read_text()), "python -m tests.reference writes the tables anew"
+        assert file.read_text() == page(file.read_text()), "python -m tests.reference writes the tables again"
     assert FILE.read_text() == schema_text(), "python -m tests.reference writes the schema anew"
     shown = {name for names in TABLE.findall(text) for name in names[0].split(", ")}
     assert shown == KINDS.keys() - {"Config"}

@@ -83,7 +83,7 @@ async def raw(host: str, port: int, data: bytes, kind: str) -> str:
 
 
 async def hostile(url: str, seen: Seen, until: float, client: random.Random) -> None:
-    """Sends what nobody should, and counts how it was answered; "closed" is no answer."""
+    """Sends what nobody should, and counts how it was answered; "closed" means that no answer came."""
     host, port = urlsplit(url).hostname or "", urlsplit(url).port or 0
     while time.monotonic() < until:
         kind = client.choice(KINDS)

@@ -224,7 +224,7 @@ def test_the_nearest_training_pictures_are_named_with_their_rights(studio: Page)
 def test_a_file_that_is_no_picture_is_named(studio: Page) -> None:
     studio.locator("#own").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
     expect(studio.get_by_role("alert")).to_have_text(
-        "a.png is no picture that this browser can open: take a PNG, JPEG or WebP."
+        "a.png is not a picture that this browser can open: take a PNG, JPEG or WebP."
     )
 
 
