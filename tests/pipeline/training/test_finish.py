@@ -15,11 +15,13 @@ from pipeline.graph.damage import read_record
 from pipeline.graph.stages import trajectory_key
 from pipeline.store.records import materialise, read_blob
 from pipeline.training import stage
+from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.task import Examples
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
-from pipeline.training.worker import first_rows
+from pipeline.training.timing import Speed
+from pipeline.training.worker import Publisher, first_rows
 from tests.pipeline.training.conftest import EMBED_DIM, World
 from tests.pipeline.training.trainings import MODEL, SETTINGS
 
@@ -77,10 +79,23 @@ def test_it_is_measured_on_different_training_rows_from_all_lanes(shared_world: 
     assert len({example.key[:8] for example in found}) == 4
 
 
-def test_the_stop_does_not_change_what_it_is_measured_on(shared_world: World) -> None:
-    (rows, draw), *_ = examples(shared_world, RECIPE, 128)
-    (again, again_draw), *_ = examples(shared_world, replace(RECIPE, samples=640), 128)
-    assert all(torch.equal(column, again[name]) for name, column in rows.items())
-    assert torch.equal(draw.normal("x", 3), again_draw.normal("x", 3))
-    (_, seeded), *_ = examples(shared_world, replace(RECIPE, seed=1), 128)
+def measured_by_publishing(shared: World, recipe: DiffusionPriorRecipe, folder: Path, workers: int = 1) -> Examples:
+    """The rows on which a worker of several measures a model that it publishes."""
+    seen: list[Examples] = []
+    task = DiffusionPriorTask(recipe.model, EMBED_DIM)
+    measure = task.finish
+    task.finish = lambda model, rows: seen.append(rows) or measure(model, rows)  # type: ignore[method-assign,func-returns-value]
+    ctx = shared.context("diffusion_prior", recipe, KEEPING)
+    feed = Feed(ctx.store, ctx.inputs, task, recipe, 0, workers)
+    Publisher(ctx, task, feed, ProcessGroup(size=workers), Speed(0.0, 1.0)).save(task.model(0), folder)
+    return seen[0]
+
+
+def test_workers_and_the_stop_do_not_change_what_it_is_measured_on(shared_world: World, tmp_path: Path) -> None:
+    (rows, draw), *_ = measured_by_publishing(shared_world, RECIPE, tmp_path)
+    for other, workers in ((RECIPE, 2), (replace(RECIPE, samples=640), 1)):
+        (again, again_draw), *_ = measured_by_publishing(shared_world, other, tmp_path, workers)
+        assert all(torch.equal(column, again[name]) for name, column in rows.items())
+        assert torch.equal(draw.normal("x", 3), again_draw.normal("x", 3))
+    (_, seeded), *_ = measured_by_publishing(shared_world, replace(RECIPE, seed=1), tmp_path)
     assert not torch.equal(draw.normal("x", 3), seeded.normal("x", 3))
