@@ -57,10 +57,7 @@ def check_reach(store: Store, job: Job, to: str) -> None:
 
 def put_package(store: Store, package: Package) -> str:
     """Stores what a job needs, for machines that read it there; returns the path of its zip."""
-    print_notes(package)
-    send_weights(store, package)
-    with tempfile.TemporaryDirectory() as folder:
-        file = write_zip(package, Path(folder) / "package.zip")
+    with _zipped(store, package) as file:
         path = package_path(file)
         store.create(path, file)
     return path
@@ -86,20 +83,21 @@ def attach_or_submit(cluster: Cluster, store: Store, job: Job, package: Package,
         last = attempts[-1]
         print(f"{last.id} has ended ({last.status.lower()}); what it has made stays made")
         job = job.again((number_of(job.id, last.id) or 1) + 1)
-    print_notes(package)
-    send_weights(store, package)
-    with tempfile.TemporaryDirectory() as folder:
-        file = write_zip(package, Path(folder) / "package.zip")
+    with _zipped(store, package) as file:
         size = f"{counted(len(package.files), 'file')}, {file.stat().st_size / 1e6:.1f} MB"
         cluster.submit(job, file, {**about, "package": package.key})
     print(f"{job.id} is submitted to {cluster.address}: {size}", flush=True)
     return job.id
 
 
-def print_notes(package: Package) -> None:
-    """Prints what does not travel."""
+@contextmanager
+def _zipped(store: Store, package: Package) -> Iterator[Path]:
+    """Prints what does not travel, stores weights that are too large for the package, and yields its zip."""
     for note in package.notes:
         print(f"note: {note}", file=sys.stderr)
+    send_weights(store, package)
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_zip(package, Path(folder) / "package.zip")
 
 
 def stop(cluster: Cluster, about: Mapping[str, str]) -> list[Seen]:

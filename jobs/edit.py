@@ -21,14 +21,8 @@ if TYPE_CHECKING:
     from pipeline.sampling.edits import Edit
 
 SIZE = 256  # px unless asked for otherwise: a strip of 1024 px images takes minutes on a CPU
-NOT_ITS_OWN = (
-    "command",
-    "source",
-    "to",
-    "seed",
-    "overrides",
-    "device",
-)  # arguments that all kinds have, and that others tell
+# Arguments that all kinds have, and that others tell.
+NOT_ITS_OWN = ("command", "source", "to", "seed", "overrides", "device")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -96,7 +90,8 @@ def _make(unclip: UnCLIP, a: argparse.Namespace, images: Sequence[Image], option
     if a.kind == "interpolate":
         return edits.interpolation(unclip, images[0], images[1], a.count, a.seed, options)
     if a.kind == "textdiff":
-        return edits.text_difference(unclip, images[0], a.before, a.after, a.most, a.count, a.seed, options)
+        shares = [a.most * i / (a.count - 1) for i in range(a.count)]
+        return edits.text_difference(unclip, images[0], a.before, a.after, shares, a.seed, options)
     if a.kind == "reconstruct":
         return edits.reconstruction(unclip, images[0], a.caption, a.seed, options)
     if a.kind == "components":

@@ -8,7 +8,7 @@ import json
 from jobs.plan import print_changes
 from jobs.project import open_project
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import load_artifact
+from pipeline.graph.artifacts import keys_of
 from pipeline.graph.plan import pin_path
 from pipeline.store import Store
 
@@ -40,8 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _key(store: Store, stage: str, key: str) -> str:
-    found = [key] if load_artifact(store, stage, key) else []
-    found = found or [e.path.rpartition("/")[2].removesuffix(".json") for e in store.list(f"artifacts/{stage}/{key}")]
+    found = keys_of(store, stage, key)
     if not found:
         raise UserError(
             f"{stage}: nothing in {store.url} has a key that begins with {key[:12]}; "

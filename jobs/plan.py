@@ -15,7 +15,6 @@ from textwrap import shorten
 from typing import Any
 
 from jobs.output import print_json
-from jobs.probe import probe
 from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import load_config
@@ -50,6 +49,8 @@ def main(arguments: argparse.Namespace) -> int:
         project.check_trackers()
         config, graph = project.config, project.graph
         if arguments.probe:
+            from jobs.probe import probe
+
             with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
                 seen = probe(project, arguments.config, arguments.overrides)
         else:

@@ -206,17 +206,12 @@ def _clip(gpu: bool, source: SourceRecipe, seen: Look | None) -> str:
     return f"{says}{slow}\n# {line}\n\n"
 
 
-def _longest(recipes: Config) -> int:
-    """Returns the samples of the longest training of a model."""
-    return max(getattr(recipes, name).samples for name in MODELS)
-
-
 def _scale(recipes: Config, seen: Look | None) -> str:
     """Returns the line that shortens the trainings where there are few pairs, or nothing.
 
     The longest sees each pair at most ``EPOCHS`` times, or ``LEAST_SAMPLES`` in all where that is more.
     """
-    longest = _longest(recipes)
+    longest = max(getattr(recipes, name).samples for name in MODELS)
     samples = longest if seen is None else max(LEAST_SAMPLES, EPOCHS * seen.pairs)
     if seen is None or samples >= longest:
         return ""

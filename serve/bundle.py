@@ -5,8 +5,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 
-import torch
-
 from models.cascade import UnCLIP
 from models.sampling_config import UPSAMPLERS
 from pipeline.data.embeddings.scores import Head, load_heads
@@ -68,8 +66,3 @@ def sides(unclip: UnCLIP) -> list[int]:
     """Returns the sides of the images that a bundle makes, in pixels, the smallest first."""
     models = (unclip.decoder, *(getattr(unclip, name) for name in UPSAMPLERS))
     return [model.config.image_size for model in models if model is not None]
-
-
-def device_of(unclip: UnCLIP) -> torch.device:
-    """Returns the device that a bundle draws on."""
-    return unclip.clip.mean.device

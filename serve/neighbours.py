@@ -8,7 +8,6 @@ import io
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request, UploadFile
@@ -22,7 +21,7 @@ from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_PIXELS, Storing
 from pipeline.data.pairs.row_index import read_images
 from pipeline.errors import CorruptObject
-from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.artifacts import Artifact, load_artifact, made_with
 from pipeline.store import Store, open_store
 from serve.bundle import Served
 from serve.errors import ApiError
@@ -103,10 +102,7 @@ def find_training_set(store: Store, bundle: Artifact, licenses: Collection[str] 
     decoder = load_artifact(store, "decoder", bundle.inputs["decoder"])
     if decoder is None:
         return None
-    for entry in store.list("artifacts/index/"):
-        index = load_artifact(store, "index", PurePosixPath(entry.path).stem)
-        if index is None or index.inputs.get("curation") != decoder.inputs["curation"]:
-            continue
+    for index in made_with(store, "index", "curation", decoder.inputs["curation"]):
         embeddings = load_artifact(store, "embeddings", index.inputs["embeddings"])
         if embeddings is None or embeddings.inputs.get("clip") != bundle.inputs["clip"]:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from fastapi import UploadFile
 
@@ -16,17 +17,16 @@ MAX_PIXELS = 16_000_000  # of an upload; one takes the decoder for a second at m
 
 async def read_image(file: UploadFile, field: str) -> bytes:
     """Returns an upload as a PNG, upright and with a short side of 1024 px at most. Raises ApiError."""
-    data = await file.read(MAX_BYTES + 1)
-    return _taken(await asyncio.to_thread(shared_decoder().prepare, data, MAX_PIXELS, OWN), field)
+    return await _opened(shared_decoder().prepare, file, field)
 
 
 async def read_mask(file: UploadFile, field: str) -> bytes:
     """Returns how opaque an upload is as a PNG of the same view, white where it is opaque. Raises ApiError."""
-    data = await file.read(MAX_BYTES + 1)
-    return _taken(await asyncio.to_thread(shared_decoder().opacity, data, MAX_PIXELS, OWN), field)
+    return await _opened(shared_decoder().opacity, file, field)
 
 
-def _taken(found: StoredImage | str, field: str) -> bytes:
+async def _opened(how: Callable[..., StoredImage | str], file: UploadFile, field: str) -> bytes:
+    found = await asyncio.to_thread(how, await file.read(MAX_BYTES + 1), MAX_PIXELS, OWN)
     if isinstance(found, str):
         raise ApiError(
             400,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, overload
@@ -11,21 +10,18 @@ from typing import Any, Self, overload
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from jobs.bundles import find_bundle
-from models import reverse
 from models.cascade import UnCLIP
 from models.sampling_config import SamplingConfig
 from pipeline.data.pairs.decoding import open_image
+from pipeline.sampling import edits
 from pipeline.sampling.drawing import open_bundle, prior_steps
-from pipeline.sampling.edits import watched
+from pipeline.sampling.edits import Watch, watched
 from pipeline.training.device import choose_device
 
 ImageLike = Image.Image | str | Path
 """An image, or the path of a file that holds one."""
-Watch = bool | Callable[[str, int, int], None]
-"""Whether a line of progress is shown; or what is called after every step with a model's name, steps done and steps."""
 
 
 def load(path: str | Path | None = None, device: str = "auto") -> Model:
@@ -129,10 +125,10 @@ class Model:
         starts = range(0, len(captions), batch)
         steps = len(starts) * prior_steps(self.cascade, asdict(sampling), sampling.prior)
         images: list[Image.Image] = []
-        with self._watched("drawing", progress, sampling, decodings=len(starts), more=steps) as watch:
+        with watched("drawing", self.cascade, sampling, progress, decodings=len(starts), more=steps) as watch:
             for start in starts:
                 part = slice(start, start + batch)
-                images += _pil(self.cascade.generate(captions[part], seeds[part], watch, **options).image)
+                images += _pil(self.cascade.generate(captions[part], seeds[part], watch, **options).image.numpy())
         return images[0] if single else images
 
     __call__ = generate
@@ -151,22 +147,15 @@ class Model:
 
         ``eta`` is from 0, the image reconstructed, to 1, the freest. A caption tells the decoder what is in the image.
         """
-        sampling = self.cascade.manipulation_sampling(dict(options))
-        captions = None if caption is None else [caption]
-        with self._watched("variations", progress, sampling, inversions=1) as watch:
-            latents = self.cascade.invert([_opened(image)], captions, watch, **options)
-            made = self.cascade.variations(latents, range(seed, seed + count), eta, watch, **options)
-        return _pil(made.image)
+        made = edits.variations(self.cascade, _opened(image), count, eta, caption, seed, options, progress)
+        return _pil(made.images[1:])
 
     def interpolate(
         self, first: ImageLike, second: ImageLike, count: int = 9, seed: int = 0, progress: Watch = True, **options: Any
     ) -> list[Image.Image]:
         """Returns ``count`` images from one image to another, both ends included and reconstructed (section 3.2)."""
-        sampling = self.cascade.manipulation_sampling(dict(options))
-        with self._watched("interpolation", progress, sampling, inversions=2) as watch:
-            a, b = (self.cascade.invert([_opened(image)], None, watch, **options) for image in (first, second))
-            made = self.cascade.interpolate(a, b, count, seed, watch, **options)
-        return _pil(made.image)
+        ends = _opened(first), _opened(second)
+        return _pil(edits.interpolation(self.cascade, *ends, count, seed, options, progress).images)
 
     def change(
         self,
@@ -179,11 +168,8 @@ class Model:
         **options: Any,
     ) -> list[Image.Image]:
         """Returns an image turned by each share towards what ``after`` says beyond ``before`` (section 3.3)."""
-        sampling = self.cascade.manipulation_sampling(dict(options))
-        with self._watched("text difference", progress, sampling, inversions=1) as watch:
-            latents = self.cascade.invert([_opened(image)], None, watch, **options)
-            made = self.cascade.text_difference(latents, before, after, shares, seed, watch, **options)
-        return _pil(made.image)
+        whole = _opened(image)
+        return _pil(edits.text_difference(self.cascade, whole, before, after, shares, seed, options, progress).images)
 
     def embed(self, what: str | Image.Image | Sequence[str] | Sequence[Image.Image]) -> np.ndarray:
         """Returns CLIP's embeddings of captions or images, unit norm: fp32 [d] of one, [n, d] of a list.
@@ -200,27 +186,15 @@ class Model:
         vectors = found.cpu().numpy()
         return vectors[0] if single else vectors
 
-    @contextmanager
-    def _watched(
-        self, name: str, progress: Watch, sampling: SamplingConfig, **steps: int
-    ) -> Iterator[reverse.Progress]:
-        if progress is True:
-            with watched(name, self.cascade, sampling, **steps) as watch:
-                yield watch
-        elif progress:
-            yield lambda *step: progress(*step[:3])  # where images are made, an estimate of them follows
-        else:
-            yield reverse.ignore
-
     def __repr__(self) -> str:
         parts = [(name, part) for name, part in vars(self.cascade).items() if isinstance(part, torch.nn.Module)]
         lines = [f"  {name:16}{sum(p.numel() for p in part.parameters()):>15,} parameters" for name, part in parts]
         return "\n".join([f"unclip.Model, draws {self.sampling.size} px on {self.device}", *lines])
 
 
-def _pil(images: Tensor) -> list[Image.Image]:
-    """Returns images uint8 [b, s, s, 3] as PIL's."""
-    return [Image.fromarray(image) for image in images.numpy()]
+def _pil(images: Iterable[np.ndarray]) -> list[Image.Image]:
+    """Returns images uint8 [s, s, 3] as PIL's."""
+    return [Image.fromarray(image) for image in images]
 
 
 def _opened(image: ImageLike) -> Image.Image:

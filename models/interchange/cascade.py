@@ -1,8 +1,8 @@
 """A whole generator as a folder in diffusers' layout, such as Karlo's, and back.
 
 An export has two additions to that layout. Models that no class of diffusers holds, CLIP and the sampling defaults lie
-in ``ours``, and a second upsampler in ``upsampler_1024``. Code lies beside the weights: the class of a pipeline, and a
-copy of ``models`` under another name. It is for diffusers; nothing here reads or runs it.
+in ``ours``, and a second upsampler in a folder of its name. Code lies beside the weights: the class of a pipeline, and
+a copy of ``models`` under another name. It is for diffusers; nothing here reads or runs it.
 """
 
 import re
@@ -19,7 +19,7 @@ from models.interchange.decoder import export_decoder, import_decoder
 from models.interchange.files import OURS, write_json
 from models.interchange.prior import export_prior, import_prior
 from models.interchange.upsampler import export_upsampler, import_upsampler
-from models.sampling_config import SAMPLING_FILE, SamplingConfig, read_sampling, write_sampling
+from models.sampling_config import SAMPLING_FILE, UPSAMPLERS, SamplingConfig, read_sampling, write_sampling
 
 KARLO_SAMPLING = SamplingConfig(
     candidates=1,
@@ -47,8 +47,9 @@ class Part(NamedTuple):
 PARTS = {
     "diffusion_prior": Part(".", "prior", export_prior, import_prior),
     "decoder": Part(".", "decoder", export_decoder, import_decoder),
-    "upsampler_256": Part(".", "super_res_first", export_upsampler, import_upsampler),
-    "upsampler_1024": Part("upsampler_1024", "super_res_first", export_upsampler, import_upsampler),
+} | {
+    name: Part("." if i == 0 else name, "super_res_first", export_upsampler, import_upsampler)
+    for i, name in enumerate(UPSAMPLERS)
 }
 PIPELINE = Path(__file__).with_name("pipeline.py")
 CODE = "unclip_models"

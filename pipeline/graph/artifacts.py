@@ -142,6 +142,19 @@ def load_artifact(store: Store, stage: str, key: str) -> Artifact | None:
     return None if record is None else artifact_of(record)
 
 
+def keys_of(store: Store, stage: str, start: str = "") -> list[str]:
+    """Returns the keys that begin so of all finished artefacts of a stage. Reads none of them."""
+    folder = f"artifacts/{stage}/"
+    return [entry.path.removeprefix(folder).removesuffix(".json") for entry in store.list(folder + start)]
+
+
+def made_with(store: Store, stage: str, name: str, key: str) -> list[Artifact]:
+    """Returns the finished artefacts of a stage whose input ``name`` has a key, newest first. Reads all its records."""
+    found = (load_artifact(store, stage, own) for own in keys_of(store, stage))
+    made = [artifact for artifact in found if artifact is not None and artifact.inputs.get(name) == key]
+    return sorted(made, key=lambda artifact: artifact.times["finished"], reverse=True)
+
+
 def ancestors(store: Store, artifact: Artifact) -> Iterator[Artifact]:
     """Yields an artefact and all that it was made from, each once, the nearest first, and skips what was deleted.
 

@@ -14,7 +14,7 @@ from math import inf
 from typing import Any
 
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact
+from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, made_with
 from pipeline.graph.damage import set_aside
 from pipeline.graph.keys import recipe_changes
 from pipeline.store import Store
@@ -113,11 +113,8 @@ def load_measured(store: Store, evaluation: Artifact) -> Measured | None:
 
 def evaluations(store: Store, bundle: str) -> list[Measured]:
     """Returns all evaluations of a bundle (its key), newest first. Reads each evaluation's record in the store."""
-    keys = [entry.path.rpartition("/")[2].removesuffix(".json") for entry in store.list("artifacts/evaluation/")]
-    artifacts = [artifact for key in keys if (artifact := load_artifact(store, "evaluation", key)) is not None]
-    of_bundle = [artifact for artifact in artifacts if artifact.inputs["bundle"] == bundle]
-    newest = sorted(of_bundle, key=lambda artifact: artifact.times["finished"], reverse=True)
-    return [found for artifact in newest if (found := load_measured(store, artifact)) is not None]
+    made = made_with(store, "evaluation", "bundle", bundle)
+    return [found for artifact in made if (found := load_measured(store, artifact)) is not None]
 
 
 def find_comparable(found: Iterable[Measured], new: Measured) -> Measured | None:

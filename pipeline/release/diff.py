@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, ancestors, load_artifact
+from pipeline.graph.artifacts import Artifact, ancestors, keys_of, load_artifact
 from pipeline.graph.keys import recipe_changes
 from pipeline.graph.pointer import Releases
 from pipeline.ledger import Ledger
@@ -20,8 +20,7 @@ def find_bundle(store: Store, releases: Releases, name: str) -> Artifact:
             raise UserError(f"no {name} release exists yet; unclip release promote makes one")
         name = move.bundle
     # A key is hexadecimal; anything else would be a path.
-    paths = [entry.path for entry in store.list(f"artifacts/bundle/{name}")] if name.isalnum() else []
-    keys = [path.rpartition("/")[2].removesuffix(".json") for path in paths]
+    keys = keys_of(store, "bundle", name) if name.isalnum() else []
     if len(keys) > 1:
         raise UserError(f"{name}: {len(keys)} bundles in {store.url} have a key that begins so; give more of it")
     found = load_artifact(store, "bundle", keys[0]) if keys else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.artifacts import load_artifact, made_with
 from pipeline.graph.pointer import read_releases
 from pipeline.release import compare
 from pipeline.release.diff import data_changes, recipes_changed, stages_behind
@@ -53,10 +53,10 @@ def _release(store: Store, project: str) -> Other | None:
 
 def _samples(given: ReportInput, other: Other) -> Markup:
     """Shows images of the same captions, the other bundle's to the left; equal seeds where both have them."""
-    theirs = _samples_of(other)
-    if theirs is None or "samples" not in given.artifacts:
+    drawn = made_with(other.store, "samples", "bundle", other.bundle.key)
+    if not drawn or "samples" not in given.artifacts:
         return Markup()
-    ours = given.artifacts["samples"]
+    theirs, ours = drawn[0], given.artifacts["samples"]
     left: dict[Any, list[str]] = defaultdict(list)
     for name in sample_names(theirs):
         left[asked_for(theirs, name)[0]].append(name)
@@ -75,14 +75,6 @@ def _samples(given: ReportInput, other: Other) -> Markup:
             ]
             cells.append((caption, images))
     return AGAINST.pairs(cells) if cells else note("No caption was drawn with both.")
-
-
-def _samples_of(other: Other) -> Artifact | None:
-    """Returns the newest samples of a bundle. Reads the record of all samples in the store."""
-    keys = [entry.path.rpartition("/")[2].removesuffix(".json") for entry in other.store.list("artifacts/samples/")]
-    found = [made for key in keys if (made := load_artifact(other.store, "samples", key)) is not None]
-    of_bundle = [made for made in found if made.inputs["bundle"] == other.bundle.key]
-    return max(of_bundle, key=lambda made: made.times["finished"], default=None)
 
 
 def compared_figures(given: ReportInput, other: Other) -> list[tuple[compare.Change, Mapping[str, Any]]] | str:

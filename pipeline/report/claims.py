@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -47,18 +47,18 @@ def claims(metrics: Mapping[str, Any]) -> Markup:
         else:
             groups.setdefault(figure["line"], []).append(shown_figure(figure))
     found = [
-        (line, LINES.get(line, line), sum(figure["holds"] for figure in of_line), failing_first(of_line))
+        (
+            line,
+            LINES.get(line, line),
+            sum(figure["holds"] for figure in of_line),
+            sorted(of_line, key=lambda figure: bool(figure["holds"])),
+        )
         for line, of_line in groups.items()
         if of_line
     ]
     found.sort(key=lambda group: group[2] == len(group[3]))
     numbers = [{**figure, **numbers_of(figure)} for figure in metrics["figures"] if figure["holds"] is not None]
     return CLAIMS.claims(found, unknown, numbers)
-
-
-def failing_first(figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the same figures, those that fail before those that hold."""
-    return sorted(figures, key=lambda figure: bool(figure["holds"]))
 
 
 def shown_figure(figure: Mapping[str, Any]) -> dict[str, Any]:

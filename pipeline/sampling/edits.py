@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
@@ -36,6 +36,8 @@ GAP = 4  # px of white between two tiles
 FRAME_MS, END_MS = 100, 600
 DESCRIPTION = 0x010E  # EXIF: ImageDescription
 Options = Mapping[str, Any]
+Watch = bool | Callable[[str, int, int], None]
+"""Whether a line of progress is shown; or what is called after every step with a model's name, steps done and steps."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,18 @@ class Edit:
 
 
 def variations(
-    unclip: UnCLIP, image: Image.Image, count: int, eta: float, caption: str | None, seed: int, options: Options
+    unclip: UnCLIP,
+    image: Image.Image,
+    count: int,
+    eta: float,
+    caption: str | None,
+    seed: int,
+    options: Options,
+    watch: Watch = True,
 ) -> Edit:
     """Follows section 3.1: the image, then ``count`` others of its embedding, with the seeds from ``seed`` on."""
     sampling, seeds = unclip.manipulation_sampling(dict(options)), range(seed, seed + count)
-    with watched("variations", unclip, sampling, inversions=1) as progress:
+    with watched("variations", unclip, sampling, watch, inversions=1) as progress:
         inversion = unclip.invert([image], _listed(caption), progress, **options)
         made = unclip.variations(inversion, seeds, eta, progress, **options)
     names = ("the image", *(f"seed {s}" for s in seeds))
@@ -60,23 +69,36 @@ def variations(
 
 
 def interpolation(
-    unclip: UnCLIP, first: Image.Image, second: Image.Image, count: int, seed: int, options: Options
+    unclip: UnCLIP,
+    first: Image.Image,
+    second: Image.Image,
+    count: int,
+    seed: int,
+    options: Options,
+    watch: Watch = True,
 ) -> Edit:
     """Follows section 3.2: ``count`` images from the first, reconstructed, to the second, reconstructed."""
     sampling = unclip.manipulation_sampling(dict(options))
-    with watched("interpolation", unclip, sampling, inversions=2) as progress:
+    with watched("interpolation", unclip, sampling, watch, inversions=2) as progress:
         a, b = (unclip.invert([image], None, progress, **options) for image in (first, second))
         made = unclip.interpolate(a, b, count, seed, progress, **options)
     return _edit(_images(made), [f"{i / (count - 1):.0%}" for i in range(count)], sampling)
 
 
 def text_difference(
-    unclip: UnCLIP, image: Image.Image, before: str, after: str, most: float, count: int, seed: int, options: Options
+    unclip: UnCLIP,
+    image: Image.Image,
+    before: str,
+    after: str,
+    shares: Sequence[float],
+    seed: int,
+    options: Options,
+    watch: Watch = True,
 ) -> Edit:
-    """Follows section 3.3: the image, reconstructed, then turned further and further, up to the share ``most``."""
-    sampling, shares = unclip.manipulation_sampling(dict(options)), [most * i / (count - 1) for i in range(count)]
+    """Follows section 3.3: the image, turned by each share towards what ``after`` says beyond ``before``."""
+    sampling = unclip.manipulation_sampling(dict(options))
     check_captions([before, after])
-    with watched("text difference", unclip, sampling, inversions=1) as progress:
+    with watched("text difference", unclip, sampling, watch, inversions=1) as progress:
         inversion = unclip.invert([image], None, progress, **options)
         made = unclip.text_difference(inversion, before, after, shares, seed, progress, **options)
     return _edit(_images(made), [f"turned by {share:.3g}" for share in shares], sampling)
@@ -129,9 +151,20 @@ def priors(unclip: UnCLIP, caption: str, image: Image.Image | None, seed: int, o
 
 @contextmanager
 def watched(
-    name: str, unclip: UnCLIP, sampling: SamplingConfig, inversions: int = 0, decodings: int = 1, more: int = 0
+    name: str,
+    unclip: UnCLIP,
+    sampling: SamplingConfig,
+    watch: Watch = True,
+    *,
+    inversions: int = 0,
+    decodings: int = 1,
+    more: int = 0,
 ) -> Iterator[reverse.Progress]:
-    """Shows progress over all steps of ``inversions`` and ``decodings``, and ``more`` steps."""
+    """Yields what shows progress as ``watch`` says, over all steps of ``inversions`` and ``decodings`` and ``more``."""
+    if watch is not True:
+        # Where images are made, an estimate of them follows.
+        yield (lambda *step: watch(*step[:3])) if watch else reverse.ignore
+        return
     steps = inversions * sampling.decoder_steps + decodings * decode_steps(unclip, dataclasses.asdict(sampling)) + more
     with Progress(name, steps, "steps") as line:
         yield lambda stage, *_: line.advance(1, stage)

@@ -136,9 +136,8 @@ def _jsonl(path: Path, column: str) -> Iterator[Row]:
 
 
 def _objects(path: Path) -> Iterator[Row]:
-    for line in _utf8(path):
-        if line is None or line.strip():
-            yield "not_utf8" if line is None else _object(line)
+    for row in _lines(path):
+        yield row if isinstance(row, str) else _object(row["prompt"])
 
 
 def _object(line: str) -> Row:

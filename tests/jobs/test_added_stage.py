@@ -1,6 +1,8 @@
-"""A stage is one module and one line of ``build``: every command finds it, and no other file has to name it."""
+"""A stage is one module and one line of ``build``: every command finds it, and no other file has to name it.
 
-import json
+The stage is that of ``examples/add_stage.py``.
+"""
+
 import os
 import re
 import shutil
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.graph.artifacts import load_artifact, read_shards
+from pipeline.graph.artifacts import load_artifact, read_shards, read_table
 from pipeline.store import open_store
 from pipeline.store.records import blob_path
 from tests.chain import ROOT, Finished, done, write_config, write_list
@@ -22,39 +24,38 @@ LINE = '        Stage("bundle", '
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the code with the module of the toy stage, and its line in ``build``."""
+    """A copy of the code with the module of the example's stage, and its line in ``build``."""
     folder = tmp_path_factory.mktemp("code")
     for name in ("unclip", "pipeline", "models", "jobs", "cluster", "serve"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "tests/toy.py", folder / "pipeline/data/toy.py")
+    shutil.copy(ROOT / "examples/add_stage.py", folder / "pipeline/data/brightness.py")
     build = folder / "pipeline/build.py"
     text = build.read_text()
     assert text.count(LINE) == 1
-    text = text.replace(LINE, f"        TOY,\n{LINE}")
-    build.write_text(
-        text.replace(
-            "from pipeline.data.source import", "from pipeline.data.toy import TOY\nfrom pipeline.data.source import", 1
-        )
-    )
+    text = text.replace(LINE, f"        BRIGHTNESS,\n{LINE}")
+    first = "from pipeline.data.source import"
+    build.write_text(text.replace(first, f"from pipeline.data.brightness import BRIGHTNESS\n{first}", 1))
     return folder
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Path:
     """A configuration of twenty rows, whose store is a folder."""
-    folder = tmp_path_factory.mktemp("toy")
+    folder = tmp_path_factory.mktemp("added")
     return write_config(folder, str(folder / "store"), pictures, [write_list(folder / "list.csv", 0, 20)])
 
 
 @pytest.mark.slow
 def test_it_is_probed_checked_and_goes_into_a_rayjob(code: Path, config: Path, s3: Server) -> None:
     probed = done(unclip(code, "plan", config, "--probe"))
-    assert re.search(r"^ +toy +stale .*, about [0-9.]+ m?s$", probed, re.MULTILINE), probed  # and not "(a guess)"
+    assert re.search(r"^ +brightness +stale .*, about [0-9.]+ m?s$", probed, re.MULTILINE), (
+        probed
+    )  # and not "(a guess)"
     assert "problems: 0" in unclip(code, "doctor", config).stdout
-    there = (f"store={s3.url}/toy", "run.kubernetes.image=image", "run.kubernetes.secret=keys")
+    there = (f"store={s3.url}/added", "run.kubernetes.image=image", "run.kubernetes.secret=keys")
     elsewhere = s3.endpoint.replace("127.0.0.1", "127.1")  # another name, for one that says loopback is refused
-    words = ("submit", config, *there, "--to", "kuberay", "--until", "toy")
-    assert "--until=toy" in done(unclip(code, *words, AWS_ENDPOINT_URL=elsewhere))
+    words = ("submit", config, *there, "--to", "kuberay", "--until", "brightness")
+    assert "--until=brightness" in done(unclip(code, *words, AWS_ENDPOINT_URL=elsewhere))
 
 
 def unclip(code: Path, *words: object, **changed: str) -> Finished:
@@ -65,25 +66,24 @@ def unclip(code: Path, *words: object, **changed: str) -> Finished:
 
 
 def test_every_command_finds_it(code: Path, config: Path) -> None:
-    until = ("--until", "toy")
-    assert "toy" in done(unclip(code, "plan", config))
+    until = ("--until", "brightness")
+    assert "brightness" in done(unclip(code, "plan", config))
     said = done(unclip(code, "run", config, *until))
-    assert "\ntoy " in said
+    assert "\nbrightness " in said
     values = yaml.safe_load(config.read_text())
     store = open_store(values["store"])
-    (record,) = store.list("artifacts/toy/")
+    (record,) = store.list("artifacts/brightness/")
     key = record.path.rpartition("/")[2].removesuffix(".json")
-    made = load_artifact(store, "toy", key)
+    made = load_artifact(store, "brightness", key)
     assert made is not None
     shards = list(read_shards(store, made))
-    lengths = [n for shard in shards for n in json.loads(store.read(blob_path(shard.blobs["lengths"])))]
-    assert made.ledger.kept == len(lengths) > 0
+    assert made.ledger.kept == sum(read_table(store, shard.blobs["brightness"]).num_rows for shard in shards) > 0
 
     assert "nothing to do" in done(unclip(code, "run", config, *until))
     assert key[:12] in done(unclip(code, "show", config, key[:12]))
-    assert "toy" in (Path(values["run"]["output"]) / "report.html").read_text()
+    assert "brightness" in (Path(values["run"]["output"]) / "report.html").read_text()
 
-    (Path(values["store"]) / blob_path(shards[0].blobs["lengths"])).unlink()
+    (Path(values["store"]) / blob_path(shards[0].blobs["brightness"])).unlink()
     store.delete([record.path])  # so that it is made from its shards again, and finds that one is gone
     healed = unclip(code, "run", config, *until)
-    assert "toy done" in done(healed)
+    assert "brightness done" in done(healed)
