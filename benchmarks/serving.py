@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=256, choices=(64, 256, 1024), help="of the throughput (256)")
     parser.add_argument("--quick", action="store_true", help="few images, to see that it runs")
     arguments = parser.parse_args()
-    side, batch, each = arguments.size, arguments.batch, 1 if arguments.quick else 4
+    side, batch, each = arguments.size, arguments.batch, 1 if arguments.quick else 10
     found: dict[str, object] = {"bare": bare(arguments.source, batch, batch * each, side)}
     words = [sys.executable, "-m", "jobs.cli", "serve", *([arguments.source] if arguments.source else []), "port=0"]
     server = subprocess.Popen([*words, f"batch={batch}"], stdout=subprocess.PIPE, text=True, env=os.environ)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ from serve.results import Results
 from serve.settings import ServeSettings
 
 APP = "unclip"
+UPSCALE_S = 5.0  # that a batch waits for a process before another one starts
 CONNECTIONS = 1000  # requests that the door holds at once, waiting ones among them
 HEAD = {"node:__internal_head__": 0.001}  # where Serve's own processes are: the end of another node ends nobody's wait
 GONE = (RayActorError, ObjectLostError, TaskCancelledError)
@@ -157,18 +159,25 @@ class DoorProcess:
 
 def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> serve.Application:
     """Returns the application of Ray Serve."""
-    gpu = settings.device == "cuda" or (settings.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = [int(machine.get("CPU", 0)) for machine in machines]
+    gpus = int(sum(machine.get("GPU", 0) for machine in machines))
+    gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
+    replicas = max(settings.replicas or (gpus if gpu else min(2, sum(cores))), 1, settings.idle_replicas)
+    settings = replace(settings, replicas=replicas)
+    share = max(1, max(cores) // math.ceil(replicas / len(machines)))
     drawers: Any = serve.deployment(
         Drawer,
         name="drawer",
         max_ongoing_requests=1,
-        ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": settings.cpus or largest or 1},
+        ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": settings.cpus or share},
         autoscaling_config={
             "min_replicas": settings.idle_replicas,
-            "initial_replicas": max(1, settings.idle_replicas),
-            "max_replicas": settings.replicas,
+            "initial_replicas": replicas,
+            "max_replicas": replicas,
             "target_ongoing_requests": 1,
+            "upscale_delay_s": UPSCALE_S,
+            "downscale_delay_s": settings.idle_s,
         },
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=60,

@@ -17,10 +17,11 @@ class ServeSettings:
     Attributes:
         host: The address to listen on; any but loopback needs tokens.
         port: The port to listen on; 0 takes a free one, which is printed.
-        replicas: Processes that draw, at most; each holds the bundle.
+        replicas: Processes that draw, at most; each holds the bundle. 0 is one a GPU, or two that share the cores.
         idle_replicas: Processes that stay when nobody draws; 0 frees the memory, and the next request waits for one.
+        idle_s: Seconds without work after which a process ends that need not stay.
         device: ``auto`` is a GPU if Ray has one.
-        cpus: Cores of a process that draws without a GPU; 0 takes all of the largest machine.
+        cpus: Cores of a process that draws without a GPU; 0 is its share of its machine.
         batch: Images that are drawn at once, of requests with equal settings.
         wait_ms: Milliseconds that a request waits for others like it.
         queue: Images that may wait; a request beyond is told to come back.
@@ -42,8 +43,9 @@ class ServeSettings:
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    replicas: PositiveInt = 1
+    replicas: NonNegativeInt = 0
     idle_replicas: NonNegativeInt = 1
+    idle_s: PositiveFloat = 600.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus: NonNegativeInt = 0
     batch: PositiveInt = 4
@@ -64,5 +66,5 @@ class ServeSettings:
     origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.idle_replicas > self.replicas:
+        if self.replicas and self.idle_replicas > self.replicas:
             raise ValueError(f"idle_replicas: {self.idle_replicas} are more than replicas, {self.replicas}")

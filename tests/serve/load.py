@@ -151,6 +151,6 @@ def processes_below(pid: int) -> dict[int, str]:
 
 
 def memory(pids: dict[int, str], name: str) -> int:
-    """Returns the resident bytes of the process whose command line has a name."""
-    (pid,) = [pid for pid, command in pids.items() if name in command]
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+    """Returns the resident bytes of the processes whose command lines have a name."""
+    found = [pid for pid, command in pids.items() if name in command]
+    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid in found)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -18,8 +19,8 @@ from tests.chain import done, unclip
 from tests.chaos.strikes import cluster
 from tests.faults import finish, start
 from tests.models.test_cascade import make
-from tests.serve.conftest import address
-from tests.serve.load import load
+from tests.serve.conftest import address, serving
+from tests.serve.load import load, processes_below
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ASKED = {"prompt": "a tree", "size": "64x64", "steps": 2, "seed": 1}
@@ -78,3 +79,20 @@ def test_a_killed_node_loses_no_request(bundle: Path) -> None:
         finally:
             server.terminate()
             finish(server)
+
+
+def test_processes_go_when_nobody_draws_and_come_back_for_a_request(bundle: Path) -> None:
+    with closing(serving(bundle, "replicas=2", "idle_replicas=0", "idle_s=1", "cpus=1")) as server:
+        url = next(server)
+        assert drawers() == 2
+        deadline = time.monotonic() + 120
+        while drawers():
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        again = httpx.post(f"{url}/v1/images/generations", json={**ASKED, "seed": 2}, timeout=120)
+        assert again.status_code == 200, again.text
+        assert drawers() == 1
+
+
+def drawers() -> int:
+    return sum("ServeReplica:unclip:drawer" in command for command in processes_below(os.getpid()).values())

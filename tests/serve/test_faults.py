@@ -109,6 +109,7 @@ def test_a_release_changes_under_load_between_whole_requests(server: Server, tmp
     assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["unclip"]["bundle"] == key
 
 
+@pytest.mark.timeout(300 + 2 * SECONDS)
 def test_load_with_hostile_clients_ends_in_no_error_and_no_leak(server: Server) -> None:
     load(server.url, SECONDS / 4, CLIENTS, HOSTILE, seed=1)  # what is kept and what is cached fill up
     before = processes_below(server.process.pid)

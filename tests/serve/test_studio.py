@@ -221,6 +221,36 @@ def test_the_nearest_training_pictures_are_named_with_their_rights(studio: Page)
     assert viewer.locator("#learnt img").evaluate_all("all => all.every(i => i.naturalWidth > 0)")
 
 
+def test_a_picture_is_dropped_or_pasted(studio: Page) -> None:
+    files = studio.evaluate_handle(
+        "bytes => { const all = new DataTransfer(); all.items.add(new File([new Uint8Array(bytes)], 'mine.png', "
+        "{type: 'image/png'})); return all; }",
+        list(picture(2)),
+    )
+    for event in (
+        "files => document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: files, bubbles: true}))",
+        "files => document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: files, bubbles: true}))",
+    ):
+        studio.evaluate(event, files)
+        expect(studio.locator("#viewer").get_by_role("heading", name="mine")).to_be_visible()
+        studio.keyboard.press("Escape")
+        studio.locator("article").get_by_role("button", name="Forget").click()
+
+
+def test_a_place_in_line_is_shown_and_what_is_stopped_makes_room(studio: Page) -> None:
+    studio.locator("[name=steps]").fill("100")
+    for caption in ("a first one", "a second one", "a third one"):
+        studio.get_by_label("What shall I draw?").fill(caption)
+        studio.keyboard.press("Enter")
+    waiting = studio.locator("article").first
+    expect(waiting).to_contain_text("before yours")
+    for _ in range(3):
+        studio.get_by_role("button", name="Stop").last.click()
+    expect(studio.locator("article .problem:visible")).to_have_text(["Stopped."] * 3)
+    studio.locator("[name=steps]").fill("2")
+    draw(studio)
+
+
 def test_a_file_that_is_no_picture_is_named(studio: Page) -> None:
     studio.locator("#own").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
     expect(studio.get_by_role("alert")).to_have_text(
