@@ -205,6 +205,11 @@ def _normal(address: str) -> str:
     return f"{parts.scheme}://{host}"
 
 
+def check_answers(address: str) -> None:
+    """Raises UserError unless a cluster answers at this address that takes our jobs."""
+    _meet(_normal(address), None)
+
+
 def _meet(address: str, token: str | None) -> str | None:
     """Returns the token that the cluster wants, after a look at its version; it is sent only when it is asked for.
 

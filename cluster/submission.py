@@ -42,13 +42,13 @@ def started(folder: Path, settings: RaySettings) -> Cluster:
     return Cluster(*start(folder, settings))
 
 
-def check_reach(store: Store, job: Job, to: str) -> None:
+def check_reach(store: Store, environment: Mapping[str, str], to: str) -> None:
     """Prints what another machine needs to reach the store. Raises UserError for an address of loopback."""
     if urlsplit(to if "://" in to else f"//{to}").hostname in LOOPBACK:
         return
     if local_folder(store):
         print(f"note: {store.url} is a folder: every machine of the cluster must mount it there", file=sys.stderr)
-    for name, url in job.environment.items():
+    for name, url in environment.items():
         if urlsplit(url).hostname in LOOPBACK:
             raise UserError(
                 f"{name} is {url}, which a machine of the cluster looks for in itself; name the server's host"

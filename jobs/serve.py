@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from cluster.client import Cluster
+from cluster.client import Cluster, check_answers
 from cluster.job import DRIVER_CPUS, DRIVER_MB, Job, plain
 from cluster.package import Package, code
 from cluster.rayservice import render_service
@@ -46,6 +46,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.to == KUBERAY:
         print(_rayservice(arguments.bundle, settings), end="")
         return 0
+    if arguments.to:
+        check_answers(arguments.to)
     served = find_served(arguments.bundle)
     heads = (settings.prompt_head, settings.image_head)
     prompt_head, image_head = (path and str(Path(path).absolute()) for path in heads)
@@ -114,7 +116,7 @@ def _submit(served: Served, settings: ServeSettings, tokens: Mapping[str, str], 
     package = Package({**code(), FILE: json.dumps(about).encode()}, notes=notes)
     job = Job(JOB, ("python", "-m", "serve", FILE), plain(os.environ), DRIVER_CPUS, DRIVER_MB)
     store = open_store(served.store or served.folder)
-    check_reach(store, job, to)
+    check_reach(store, job.environment, to)
     cluster = Cluster(to)
     return follow(cluster, attach_or_submit(cluster, store, job, package, ABOUT))
 

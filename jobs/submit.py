@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cluster.client import Cluster
-from cluster.job import Job, make_job
+from cluster.client import Cluster, check_answers
+from cluster.job import Job, make_job, plain
 from cluster.package import Package, make_package
 from cluster.pods import pod, settled
 from cluster.rayjob import render
@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
     with (
         redirect_stdout(sys.stderr) if arguments.to == KUBERAY else nullcontext()
     ):  # standard output holds the RayJob alone
-        asked = agree(project, only, until, yes, arguments.verbose, partial(_machine, arguments.to, project.config))
+        asked = agree(project, only, until, yes, arguments.verbose, partial(_machine, project, arguments.to))
         if not asked.stale:
             return _nothing(project, asked)
     job = make_job(project.config, project.store.url, asked.keys, os.environ, only, until, yes)
@@ -63,11 +63,18 @@ def _check_place(project: Project, to: str) -> None:
         raise UserError(f"--to {to}: write http://{to}:8265 if that is a cluster's head, or else local or kuberay")
 
 
-def _machine(to: str, config: Config, ray: RaySettings) -> Machine | None:
-    """Returns what the job runs on, as far as it is known before it begins."""
+def _machine(project: Project, to: str, ray: RaySettings) -> Machine | None:
+    """Returns what the job runs on, as far as it is known before it begins.
+
+    Comes before the plan is printed. Raises UserError if no cluster answers there, or it cannot reach the store.
+    """
+    if to == LOCAL:
+        return this_machine(ray)
+    check_reach(project.store, plain(os.environ), to)
     if to == KUBERAY:
-        return pod(config.run.kubernetes)
-    return this_machine(ray) if to == LOCAL else None  # the job says it
+        return pod(project.config.run.kubernetes)
+    check_answers(to)
+    return None  # the job says it
 
 
 def _nothing(project: Project, asked: Agreed) -> int:
@@ -81,8 +88,6 @@ def _nothing(project: Project, asked: Agreed) -> int:
 def _run(project: Project, asked: Agreed, job: Job, to: str, detach: bool) -> int:
     """Attaches to the job or submits it, follows it to its end unless ``detach``, and brings what it has made."""
     here = to == LOCAL
-    if not here:
-        check_reach(project.store, job, to)
     package = _package(project, here)
     with running(to, _folder(project.config)) as found:
         cluster = found or started(_folder(project.config), project.config.run.ray)
@@ -98,7 +103,6 @@ def _run(project: Project, asked: Agreed, job: Job, to: str, detach: bool) -> in
 
 def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     """Returns the RayJob, after its package is stored."""
-    check_reach(project.store, job, KUBERAY)
     run = settled(project.config, asked.stale)  # pods come when a stage asks for them
     project = replace(project, config=replace(project.config, run=run))
     render(job, "", run, asked.stale)  # raises for wrong settings before anything is sent

@@ -30,7 +30,7 @@ REASONS = {
     "too_large": "more bytes than the budget",
     # decode
     "zero_bytes": "an empty body",
-    "not_an_image": "the bytes are not an image of a kind that is read; in a tar: not a PNG, JPEG or WebP",
+    "not_an_image": "the bytes are not an image of a kind that is read",
     "needs_heif": "a HEIC image, which takes the extra heif: pip install 'pillow-heif>=1,<2'",
     "too_many_pixels": "more pixels than the budget, by the header",
     "truncated": "the image ends early",

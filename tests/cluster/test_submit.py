@@ -77,6 +77,7 @@ def test_run_settings_do_not_change_what_is_asked(project: Project) -> None:
 def _refused(config: Path, *words: str, env: Mapping[str, str] | None = None) -> str:
     process = unclip("submit", config, *words, env=env)
     assert process.returncode == 2, process.stdout + process.stderr
+    assert " stale " not in process.stdout  # no plan is made before
     (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     return line
 

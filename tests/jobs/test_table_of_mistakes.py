@@ -62,6 +62,8 @@ plan mine.yaml --utilisation 2                    | --utilisation 2: use a share
 plan mine.yaml --profile gone.json                | not what make gpu-check writes (No such file or directory)
 submit mine.yaml                                  | unclip submit: --to is missing
 submit mine.yaml --to slurm                       | --to slurm: write http://slurm:8265 if that is a cluster's head
+submit mine.yaml --to http://127.0.0.1:9          | no Ray cluster answers at http://127.0.0.1:9 ~start it, or correct
+serve --to http://127.0.0.1:9                     | no Ray cluster answers at http://127.0.0.1:9 ~start it, or correct
 submit mine.yaml --to kuberay                     | is a folder, which no pod can reach; use s3://BUCKET/PREFIX
 init                                              | unclip init: NAME is missing
 init ../photos                                    | a name comes first; write unclip init my-project ../photos

@@ -23,7 +23,7 @@ from models.view import upright_rgb
 
 MAX_BYTES, MAX_PIXELS = 32 << 20, 64_000_000  # of an image, unless a recipe says otherwise
 READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
-IN_PLACE = ("PNG", "JPEG", "WEBP")
+IN_PLACE = ("PNG", "JPEG", "WEBP")  # used where they lie in tars of the user's: trainings decode them again
 BEGINNINGS = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
@@ -149,10 +149,8 @@ def _opaque(image: Image.Image) -> Image.Image:
 def inspect(data: bytes, max_pixels: int, *, starts: Callable[[int], object] = int) -> tuple[int, int] | str:
     """Returns width and height, upright, of an image that can be used as it lies, or the reason why it cannot.
 
-    It is one that ``prepare`` would take but for its sides, and a PNG, JPEG or WebP: trainings decode it again.
+    It is one that ``prepare`` would take but for its sides.
     """
-    if kind_of(data) not in ("", *IN_PLACE):
-        return "not_an_image"
     upright = _decode(data, max_pixels, starts, upright_rgb)
     return upright if isinstance(upright, str) else upright.size
 

@@ -17,6 +17,7 @@ from pipeline.data.fetch.opener import Evidence
 from pipeline.data.fetch.rules import DenyLists, read_deny_lists
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.earlier import Known, take_over
+from pipeline.data.pairs.image import IN_PLACE, kind_of
 from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, opt_out_table
 from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.pairs.unfinished import Unfinished
@@ -70,19 +71,19 @@ class Packer:
         known: dict[int, Known] = {}
         if earlier := task.inputs.get("earlier pairs"):
             known = take_over(self.store, refs, task.inputs["earlier source"], earlier)
-        in_place = [i for i in wanted if refs[i]["url"].startswith("tar://")]
-        for i in in_place:
-            if i in known:
+        copied = set()  # members of tars whose kind is not read where they lie
+        for i in (i for i in wanted if refs[i]["url"].startswith("tar://")):
+            if i in known and known[i].image is None:
                 rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER}
-            else:
-                self._use_in_place(rows[i], refs[i])
+            elif i in known or not self._use_in_place(rows[i], refs[i]):
+                copied.add(i)
         imported = [i for i in wanted if refs[i]["url"].startswith(SCHEME)]
         for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported], self.reach), strict=True):
             if isinstance(found, str):
                 _reject(rows[i], found)
             else:  # no image, and so no size
                 rows[i]["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
-        own = [i for i in wanted if not refs[i]["url"].startswith(("tar://", SCHEME))]
+        own = [i for i in wanted if i in copied or not refs[i]["url"].startswith(("tar://", SCHEME))]
         with Unfinished(digest([self.store.url, task.key, repr(self.settings)])) as unfinished:
             ended = unfinished.ended
             left = [i for i in own if i not in known and rows[i]["key"] not in ended]
@@ -114,7 +115,10 @@ class Packer:
 
         ``wanted`` has rows with their references.
         """
-        answers = steps.each("fetch", self.fetcher.fetch([ref["url"] for _, ref in wanted]))
+        urls = [ref["url"] for _, ref in wanted]
+        fetched = self.fetcher.fetch([url for url in urls if not url.startswith("tar://")])
+        found = (self._member(tar_place(url)) if url.startswith("tar://") else next(fetched) for url in urls)
+        answers = steps.each("fetch", found)
         # Two, so that there is always one to be decoded next, while images are put into the tar and others come.
         return ordered_map(partial(self._judge, steps), zip(wanted, answers, strict=True), threads=2)
 
@@ -140,25 +144,39 @@ class Packer:
         }
         return image.data
 
-    def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any]) -> None:
-        """Indexes a member of an existing tar where it lies, after decoding it once."""
-        place = tar_place(ref["url"])
+    def _member(self, place: Mapping[str, Any] | None) -> Fetched:
+        """Reads a member of an existing tar."""
         if place is None:
-            return _reject(row, "unsupported_reference")
+            return Fetched(None, "unsupported_reference")
         try:
             data = read_local(place["tar"], self.recipe.max_bytes, self.reach, place["offset"], place["size"])
         except OSError as e:
-            return _reject(row, reason_of(e))
-        sha256 = hashlib.sha256(data).hexdigest()
+            return Fetched(None, reason_of(e))
+        return Fetched(data, None)
+
+    def _use_in_place(self, row: dict[str, Any], ref: Mapping[str, Any]) -> bool:
+        """Indexes a member of an existing tar where it lies, after decoding it once.
+
+        Returns False for an image of a kind that is to be stored as a fetched one is.
+        """
+        place = tar_place(ref["url"])
+        answer = self._member(place)
+        if place is None or answer.data is None:
+            _reject(row, answer.reason)
+            return True
+        if kind_of(answer.data) not in ("", *IN_PLACE):
+            return False
+        sha256 = hashlib.sha256(answer.data).hexdigest()
         if self._reject_hash(row, ref, sha256):
-            return None
-        found = self.decoder.inspect(data, self.recipe.max_pixels)
+            return True
+        found = self.decoder.inspect(answer.data, self.recipe.max_pixels)
         if isinstance(found, str):
-            return _reject(row, found)
-        if min(found) < self.recipe.min_image_size:
-            return _reject(row, "too_small")
-        row |= {**place, "sha256": sha256, "width": found[0], "height": found[1]}
-        return None
+            _reject(row, found)
+        elif min(found) < self.recipe.min_image_size:
+            _reject(row, "too_small")
+        else:
+            row |= {**place, "sha256": sha256, "width": found[0], "height": found[1]}
+        return True
 
     def _reject_hash(self, row: dict[str, Any], ref: Mapping[str, Any], sha256: str) -> bool:
         """Rejects bytes that the list's hash, or a deny list, does not allow; returns whether it did."""

@@ -34,7 +34,10 @@ def tar_place(reference: str) -> dict[str, Any] | None:
 
 
 def tar_rows(path: Path) -> Iterator[ListRow]:
-    """Yields the samples of a tar: members that share a name up to the first dot, as in webdataset."""
+    """Yields the samples of a tar: members that share a name up to the first dot, as in webdataset.
+
+    One that has no member with the name of an image is a row without a reference.
+    """
     with open_local(path) as file:
         head = file.read(6)
         if packed := next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None):
@@ -67,7 +70,7 @@ class _Tar:
 def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
     file.seek(0)
     with tarfile.open(fileobj=_Tar(file), mode="r:") as tar:  # type: ignore[call-overload]
-        name, image = "", None
+        name = image = ""
         said: dict[str, tuple[bytes, str]] = {}
         for member in tar:
             if tar.offset <= member.offset:  # by a negative size, the next one would be this one, without end
@@ -77,15 +80,15 @@ def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
             folder, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")
             if (sample := f"{folder}/{stem}") != name:
-                if image is not None:
+                if name:
                     yield sidecar_row(image, said)
-                name, image, said = sample, None, {}
+                name, image, said = sample, "", {}
             if f".{extension.lower()}" in IMAGES:
                 image = tar_reference(str(path), member.name, member.offset_data, member.size)
             elif extension in SIDECARS:
                 content = tar.extractfile(member)
                 said[extension] = (content.read(LIMIT + 1) if content else b"", f"{member.name!r} in {path}")
-        if image is not None:
+        if name:
             yield sidecar_row(image, said)
         # Where a header is damaged, or another tar begins, tarfile ends as if there were no more members.
         file.seek(tar.offset)

@@ -51,19 +51,21 @@ def so_far(ctx: Context, made: Artifact, samples: int) -> Artifact:
 
 def test_tensorboard_has_the_journal_once(shared_world: World, tmp_path: Path) -> None:
     """Every scalar and every preview, read back from the event files, after a second process as after the first."""
-    from tensorboardX.proto.event_pb2 import Event
-
     decoder = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
     ctx = context(shared_world, tmp_path, "tensorboard", recipe=decoder, name="decoder")
     made = stage.run_decoder(ctx)
     told(ctx, so_far(ctx, made, 16))
     told(ctx, so_far(ctx, made, 16), made)
-    (folder,) = (tmp_path / "tensorboard").iterdir()
-    assert folder.name == f"decoder-{trajectory_key(ctx)[:12]}"
+    tell_result(replace(ctx, stage="evaluation"), replace(made, blobs={}, metrics={"figures": FIGURES}))
+    folder = tmp_path / f"tensorboard/decoder-{trajectory_key(ctx)[:12]}"
+    (other,) = {*(tmp_path / "tensorboard").iterdir()} - {folder}
+    assert other.name == f"evaluation-{made.key[:12]}"
+    texts = {value.tag: value.tensor.string_val for event in events(other) for value in event.summary.value}
+    table = "| model | says | value | holds |\n| --- | --- | --- | --- |\n| decoder | uses its caption | 0.5 | True |"
+    assert texts["figures/text_summary"] == [table.encode()]
     scalars: dict[tuple[int, str], float] = {}
     previews = []
-    for data in (event for file in folder.iterdir() for event in records(file)):
-        event = Event.FromString(data)
+    for event in events(folder):
         for value in event.summary.value:
             if value.HasField("image"):
                 previews.append(event.step)
@@ -80,6 +82,13 @@ def test_tensorboard_has_the_journal_once(shared_world: World, tmp_path: Path) -
     assert scalars.keys() == expected.keys()
     assert all(scalars[place] == pytest.approx(value, rel=1e-6) for place, value in expected.items())
     assert sorted(previews) == [line["samples"] for line in journal if "preview" in line]
+
+
+def events(folder: Path) -> Iterator[Any]:
+    """What the event files of a folder hold."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    return (Event.FromString(data) for file in folder.iterdir() for data in records(file))
 
 
 def records(file: Path) -> list[bytes]:

@@ -11,6 +11,7 @@ from PIL import Image
 from models.view import open_view, upright_rgb, view
 from pipeline.data.neighbours.search import embed_image
 from pipeline.data.pairs.decoding import open_image, shared_decoder
+from pipeline.data.pairs.image import heif_is_there
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_shards
@@ -19,7 +20,10 @@ from tests.pipeline.data.bench import Bench, save_clip, write_list, write_tar
 from tests.pipeline.data.odd import ADOBE_RGB, SIDES, encoded, odd_images
 
 SIZE = 64  # of a nano CLIP's views; no image here is large enough to be decoded at a fraction
-IMAGES = odd_images()
+# Of the last kinds a tar's images are stored, as those of all kinds are that are fetched.
+COPIED = ("GIF", "BMP", "TIFF", "AVIF", "HEIF")
+assert heif_is_there()
+IMAGES = odd_images() | {f"whole.{kind.lower()}": encoded(Image.new("RGB", SIDES, "teal"), kind) for kind in COPIED}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,11 @@ def _clip(bench: Bench) -> object:
 
     model = read_clip(bench.store, bench.made["clip"])
     return lambda pixels: _numbers(model.encode_image, torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()))
+
+
+def test_of_a_tar_only_what_trainings_cannot_decode_is_copied(bench: Bench) -> None:
+    copied = [row["url"].rpartition("-")[2] for row in bench.rows("pairs")[len(IMAGES) :] if row["tar"] is None]
+    assert copied == [name for name in IMAGES if name.startswith("whole.")]
 
 
 def test_both_ways_know_the_same_width_and_height(bench: Bench) -> None:
