@@ -9,10 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 
 from jobs.command_line import command_line
 from jobs.interrupt import INTERRUPTED, ending_on_ctrl_c, say_interrupted
 from pipeline.errors import UserError
+from pipeline.progress import Line
 from pipeline.terminal import printable_streams
 
 
@@ -30,7 +32,9 @@ def _command(words: Sequence[str]) -> int:
         parser.print_help()
         return 2
     name = "pin" if arguments.command == "unpin" else arguments.command
-    return importlib.import_module(f"jobs.{name}").main(arguments)
+    Line.quiet = getattr(arguments, "quiet", False)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if Line.quiet else nullcontext():
+        return importlib.import_module(f"jobs.{name}").main(arguments)
 
 
 def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

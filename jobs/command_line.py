@@ -87,6 +87,10 @@ def _verbose(parser: Any) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="print what each stage takes, and every change")
 
 
+def _quiet(parser: Any) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but warnings and errors")
+
+
 def _stages(parser: Parser) -> None:
     parser.add_argument("--only", metavar="STAGE", help="make this stage only; its inputs must be there")
     parser.add_argument("--until", metavar="STAGE", help="make this stage and all that it needs")
@@ -120,7 +124,7 @@ def _run(parser: Parser) -> None:
     _stages(parser)
     how = parser.add_mutually_exclusive_group()
     _verbose(how)
-    how.add_argument("-q", "--quiet", action="store_true", help="print neither plan nor progress")
+    _quiet(how)
     parser.add_argument("-n", "--dry-run", action="store_true", help="print the plan and make nothing")
     text = "append what happens to this file, a JSON object a line"
     parser.add_argument("--events", type=Path, metavar="FILE", help=text)
@@ -201,6 +205,7 @@ def _generate(parser: Parser) -> None:
     parser.add_argument("--workers", type=int, help=text)
     text = "GPUs of each worker (default: 1 if there are any, else 0)"
     parser.add_argument("--gpus", type=float, help=text)
+    _quiet(parser)
     _drawing(parser)
 
 
@@ -240,6 +245,7 @@ def _export(parser: Parser) -> None:
     parser.add_argument("-o", "--to", required=True, metavar="FOLDER", help="a new folder, or s3://BUCKET/PREFIX")
     text = "bundle (default) is what every --from takes; diffusers is its layout, with the class of a pipeline"
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=text)
+    _quiet(parser)
     _set(parser, "KEY=VALUE", OVERRIDES)
 
 
@@ -300,11 +306,14 @@ def _data(parser: Parser) -> None:
     export.add_argument("-o", "--to", required=True, metavar="FOLDER", help=where)
     export.add_argument("--only", choices=EXPORTS, action="append", default=[], help="write this alone (all three)")
     export.add_argument("--split", choices=SPLITS, action="append", default=[], help="rows of this split only (all)")
+    _quiet(export)
     gc.add_argument("--yes", action="store_true", help="delete; without it, only say what would be")
     text = "keep all that a run of the last days needs (30)"
     gc.add_argument("--keep-days", type=float, default=30.0, metavar="DAYS", help=text)
     text = "from the first finding to the deletion (24)"
     gc.add_argument("--grace-hours", type=float, default=24.0, metavar="HOURS", help=text)
+    for one in (search, gc):
+        _json(one)
 
 
 def _release(parser: Parser) -> None:

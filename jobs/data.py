@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from jobs.output import print_json
 from jobs.plan import print_changes
 from jobs.project import Project, open_project
 from pipeline.data.export import STAGES, export_pairs
@@ -47,6 +48,9 @@ def _search(project: Project, arguments: argparse.Namespace) -> int:
     found = look_up(project.store, artifacts, query, arguments.count, splits)
     if not found:
         raise UserError(f"{arguments.config}: its index holds no row to be found; see the rejects in the report")
+    if arguments.json:
+        print_json({"rows": [replace(row, url=shown(row.url), place=None) for row in found]})
+        return 0
     for row in found:
         print(f"{row.similarity:.4f}\t{row.key}\t{row.split}\t{_words(shown(row.url))}\t{_words(row.caption)}")
     return 0
@@ -122,8 +126,14 @@ def _forgetting(project: Project, journal: ListJournal, found: Sequence[Forgotte
 
 
 def _collect(project: Project, arguments: argparse.Namespace) -> int:
+    for name, value in (("--keep-days", arguments.keep_days), ("--grace-hours", arguments.grace_hours)):
+        if not value >= 0:
+            raise UserError(f"{name} {value:g} is below 0")
     keep_s, grace_s = arguments.keep_days * 86_400, arguments.grace_hours * 3600
     found = collect(project.store, keep_s, grace_s, project.store.now(), arguments.yes)
+    if arguments.json:
+        print_json(vars(found))
+        return 0
     print(f"{'':12}{'needed':>16}{'garbage':>26}{'deleted':>26}")
     for kind in sorted(found.needed.keys() | found.garbage.keys()):
         tallies = (found.needed[kind], found.garbage[kind], found.deleted[kind])

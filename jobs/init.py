@@ -10,7 +10,7 @@ from jobs.bundles import find_bundle
 from models.sampling_config import MODELS
 from pipeline.config import check_project
 from pipeline.data.fetch.references import shown
-from pipeline.data.pairs.peek import MOST_COUNTED, Look, look
+from pipeline.data.pairs.peek import MOST_COUNTED, Look, behind_embeddings, look
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
@@ -24,7 +24,7 @@ ENOUGH = 1000  # pairs, below which models memorise images
 def main(arguments: argparse.Namespace) -> int:
     """Writes the configuration and says what to do next."""
     arguments.name = arguments.name.removesuffix(".yaml")
-    if "/" in arguments.name:
+    if "/" in arguments.name or (Path(arguments.name).exists() and not arguments.sources):
         raise UserError(f"unclip init NAME SOURCE: a name comes first; write unclip init my-project {arguments.name}")
     check_project(arguments.name)
     path = Path(f"{arguments.name}.yaml")
@@ -32,6 +32,10 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"{path} is there already and stays as it is; remove it, or choose another name")
     columns = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
     source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **columns)
+    lists = [behind_embeddings(Path(folder).expanduser(), source) for folder in embedded(source)]
+    fetched = all(metadata for metadata, _ in lists) and len(lists) == len(source.paths)
+    if fetched:
+        source = SourceRecipe(tuple(metadata for metadata, _ in lists), **columns)
     seen = _look(source) if arguments.sources else None
     origin = find_bundle(arguments.origin).folder if arguments.origin else None
     gpu = _has_gpu()
@@ -45,10 +49,17 @@ def main(arguments: argparse.Namespace) -> int:
         print(line)
     if seen and not imageless and (line := _left_out(seen)):
         print(line)
+    if fetched:
+        print(
+            f"{source.paths[0]}: the list of images from which the embeddings beside it were made; a run fetches them, "
+            "and all models train. For priors alone, on the embeddings, name their folder in source.paths and their "
+            "CLIP in clip.weights"
+        )
     if bare:
+        here = next((f" ({folder} has them)" for _, folder in lists if folder), "")
         print(
             f"{bare[0]}: embeddings, without images: clip.weights in {path} has to name the CLIP that made them, and "
-            "only priors train on them; name images with captions as another source, and all models train"
+            f"only priors train on them; name images with captions as another source{here}, and all models train"
         )
     elif origin is None and not trains:
         print(

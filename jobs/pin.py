@@ -26,6 +26,8 @@ def main(arguments: argparse.Namespace) -> int:
     key = None
     if arguments.command == "pin":
         key = _key(project.store, arguments.stage, arguments.key or verdict.key)
+    elif version is None:
+        print(f"{arguments.stage} is not pinned")
     if arguments.dry_run:
         print_changes(before, project.plan({verdict.lineage: key}))
         return 0

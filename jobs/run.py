@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from jobs.bundles import remember_bundle
@@ -20,7 +18,7 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.graph.execute import execute, make_context
 from pipeline.graph.runs import remember
 from pipeline.graph.stages import Context
-from pipeline.progress import Line, counted, duration
+from pipeline.progress import counted, duration
 from pipeline.store import check_conditions
 from pipeline.store.records import materialise
 from pipeline.training.trackers import tell_result
@@ -40,12 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         agree(*asked)
         return 0
-    Line.quiet = arguments.quiet
-    with (
-        events_to(arguments.events) as events,
-        open(os.devnull, "w") as nowhere,
-        redirect_stdout(nowhere) if arguments.quiet else nullcontext(),
-    ):
+    with events_to(arguments.events) as events:
         run(*asked, events)
     return 0
 

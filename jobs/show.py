@@ -12,7 +12,7 @@ from pipeline.config import Config, load_config
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import StageKey
 from pipeline.graph.keys import defaults
-from pipeline.store import open_store
+from pipeline.store import local_folder, open_store
 from pipeline.upkeep.overview import Lineage, Overview, find_artifact, lineage, overview
 from pipeline.upkeep.show import show_lineage, show_overview
 
@@ -27,6 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
         project, url = found.project, found.store
     elif arguments.store is not None and not arguments.overrides and not (config and key):
         project, url, key = None, arguments.store, config
+        if (folder := local_folder(open_store(url))) and not folder.is_dir():
+            raise UserError(f"--store {url}: no such folder; name a store, as the first line of unclip plan does")
     else:
         raise UserError("--store URL takes a KEY at most, neither a configuration nor values; leave one of them out")
     store = open_store(url)

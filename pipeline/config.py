@@ -153,9 +153,10 @@ def _read_values(path: str | Path) -> Mapping[str, Any]:
     try:
         text = read_local(path, CONFIG_BYTES).decode()
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such configuration; unclip init writes one, the shipped ones are in configs/"
-        ) from None
+        what = "unclip init writes one, the shipped ones are in configs/"
+        if Path(f"{path}.yaml").is_file():
+            what = f"did you mean {path}.yaml?"
+        raise UserError(f"{path}: no such configuration; {what}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', '') or e}); name a YAML file") from None
     try:
@@ -163,7 +164,9 @@ def _read_values(path: str | Path) -> Mapping[str, Any]:
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping of stages")
+        raise UserError(
+            f"{path}: expected a mapping of stages; if it is a list, unclip init my-project {path} writes one for it"
+        )
     if not values:
         raise UserError(f"{path} is empty; unclip init writes a configuration")
     return _from_its_folder(Path(path), values)

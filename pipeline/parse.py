@@ -158,6 +158,7 @@ def _message(kind: Any, error: ErrorDetails, where: str) -> str:
             said = f"has {context['actual_length']} entries; name {context['max_length']} at most"
         case known if known in _EXPECTED:
             said = f"expected {_EXPECTED[known]}, got {value!r}"
+            said += f"; write [{value}]" if known == "tuple_type" and isinstance(value, str) else ""
         case known if known in _BOUNDS:
             bound, relation = _BOUNDS[known]
             said = f"{value!r} {relation} {context[bound]:g}"

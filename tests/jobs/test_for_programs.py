@@ -67,6 +67,9 @@ def test_a_run_and_what_is_shown_of_it(config: Path, tmp_path: Path) -> None:
     assert one["artifact"]["stage"] == "pairs"
     assert {made["stage"] for made in one["made_from"]} >= {"source"}
     assert one["release_of"] == []
+    garbage = read("data", "gc", config)
+    assert garbage["needed"]["blobs"]["objects"] > 0
+    assert garbage["deleted"] == {}
 
 
 def test_a_run_that_fails_says_so_in_its_events(config: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pipeline.data.pairs.peek import look
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.starter import CLIP_WEIGHTS, starter
 from pipeline.store import open_store
-from tests.pipeline.data.bench import picture
+from tests.pipeline.data.bench import Bench, Page, picture, serving
 from tests.pipeline.data.source.test_imported import write_parts
 
 Output = pytest.CaptureFixture[str]
@@ -354,8 +354,32 @@ def test_captions_that_begin_alike_are_noticed_once_and_not_with_the_bare_text(c
     assert "many share" not in capsys.readouterr().out
 
 
+def metadata_of(folder: Path, column: str, form: str) -> None:
+    """Writes embeddings whose metadata have the column alone, beside captions, with each row's number in its form."""
+    write_parts(folder)
+    for file in (folder / "metadata").iterdir():
+        table = pq.read_table(file).select(["image_path", "caption"])
+        values = [form.format(int(path.as_py())) for path in table["image_path"]]
+        pq.write_table(table.set_column(0, column, pa.array(values)), file)
+
+
+def test_embeddings_whose_metadata_name_urls_are_a_list_of_images(here: Path, capsys: Output) -> None:
+    metadata_of(here / "laion", "url", "http://pictures.test/{}.jpg")
+    assert main(["init", "mine", "laion"]) == 0
+    said = capsys.readouterr().out
+    assert "laion/metadata: the list of images from which the embeddings beside it were made" in said
+    assert said.endswith("unclip run mine.yaml\n")
+    config = load_config("mine.yaml", [])
+    assert [Path(path).resolve() for path in config.source.paths] == [here / "laion/metadata"]
+    with serving({f"/{i}.jpg": Page(picture(i, kind="JPEG")) for i in range(5)}) as address:
+        own = {"pairs": {"hosts": {"pictures.test": address}, "retries": 0}}
+        bench = Bench(here / "store", list(config.source.paths), run=own)
+        bench.make("source", "captions", "pairs")
+    assert bench.made["pairs"].ledger.kept == 5
+
+
 def test_embeddings_take_the_clip_that_made_them(here: Path, capsys: Output) -> None:
-    write_parts(here / "laion")
+    metadata_of(here / "laion", "image_path", "pictures/{}.png")
     assert main(["init", "mine", "laion"]) == 0
     said = capsys.readouterr().out
     assert "laion: embeddings, without images: clip.weights in mine.yaml has to name the CLIP that made them" in said
@@ -365,4 +389,6 @@ def test_embeddings_take_the_clip_that_made_them(here: Path, capsys: Output) -> 
     assert config.clip.weights == CLIP_WEIGHTS
     build(config)
     assert main(["init", "both", "laion", folder()]) == 0
-    assert capsys.readouterr().out.endswith("unclip run both.yaml\n")
+    said = capsys.readouterr().out
+    assert "name images with captions as another source (pictures has them), and" in said
+    assert said.endswith("unclip run both.yaml\n")

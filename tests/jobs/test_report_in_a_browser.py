@@ -153,7 +153,9 @@ def test_it_can_be_read_without_script_on_a_narrow_screen_and_on_paper(browser: 
     narrow.page.emulate_media(media="print")
     assert not narrow.page.locator("nav, #environment, .samples a").filter(visible=True).count()
     folded = narrow.page.locator("details:not([open], .zoom) > summary").filter(visible=True)
-    assert folded.count() == narrow.page.locator("#training h3 + details").count() > 0  # nothing to click but those lines
+    assert (
+        folded.count() == narrow.page.locator("#training h3 + details").count() > 0
+    )  # nothing to click but those lines
 
 
 @pytest.mark.parametrize("width", [1280, 360])

@@ -16,6 +16,8 @@ trian mine.yaml                                   | unclip: unknown command tria
 plan                                              | unclip plan: CONFIG is missing; write unclip plan CONFIG
 plan nowhere.yaml                                 | nowhere.yaml: no such configuration; unclip init writes one
 plan none                                         | none: cannot be read (Is a directory); name a YAML file
+plan mine                                         | mine: no such configuration; did you mean mine.yaml?
+plan list.csv                                     | expected a mapping of stages; if it is a list, unclip init
 plan tab.yaml                                     | tab.yaml: not valid YAML: ~line 2, column 1
 plan empty.yaml                                   | empty.yaml is empty; unclip init writes a configuration
 plan list.yaml                                    | list.yaml: expected a mapping of stages
@@ -41,7 +43,7 @@ plan mine.yaml store=http://host/bucket           | only s3://BUCKET/PREFIX or a
 plan mine.yaml store=s3://                        | no bucket; write s3://BUCKET/PREFIX
 plan mine.yaml store=list.csv                     | store list.csv: is a file; name a folder
 plan mine.yaml run.trackers=[wanbd]               | run.trackers: wanbd ~did you mean wandb?
-plan mine.yaml run.trackers=tensorboard           | run.trackers: expected a list, got 'tensorboard'
+plan mine.yaml run.trackers=tensorboard           | run.trackers: expected a list, got ~; write [tensorboard]
 plan mine.yaml source.paths=[gone.csv]            | gone.csv: no such file or folder in
 plan mine.yaml source.paths=list.csv              | source.paths: expected a list, got 'list.csv'
 plan mine.yaml source.paths=[semi.csv]            | semi.csv: no column ~it has url;caption
@@ -67,6 +69,11 @@ serve --to http://127.0.0.1:9                     | no Ray cluster answers at ht
 submit mine.yaml --to kuberay                     | is a folder, which no pod can reach; use s3://BUCKET/PREFIX
 init                                              | unclip init: NAME is missing
 init ../photos                                    | a name comes first; write unclip init my-project ../photos
+init list.csv                                     | a name comes first; write unclip init my-project list.csv
+init my photos                                    | no rows; it has no image, tar or table: 1 file ~readme.md
+init my none                                      | source none: no rows; it has no image, tar or table
+init my array.jsonl                               | array.jsonl: line 1 ~write a JSON object a line
+init my book.xlsx                                 | book.xlsx: not a .parquet, .csv, ~save it as one of them
 init mine list.csv                                | mine.yaml is there already and stays as it is
 init my gone.csv                                  | gone.csv: no such file or folder in
 init my list.csv --from none                      | none: no finished bundle there; name a run's output folder
@@ -86,6 +93,7 @@ edit variations cat.gif --size 100                | --size: unknown value 100; k
 show                                              | name a configuration, or --store URL
 show mine.yaml abc                                | no artefact in ~unclip show without a key lists
 show mine.yaml a b                                | unclip show: b: not understood here
+show --store gone                                 | --store gone: no such folder; name a store
 show none                                         | no store in none to take; name a configuration, or --store URL
 report mine.yaml                                  | nothing of it is made yet; unclip run makes it
 data                                              | unclip data: COMMAND is missing
@@ -97,6 +105,8 @@ data retry mine.yaml --reason timout              | unknown reason timout; did y
 data forget mine.yaml                             | nothing to forget: give keys, references or hashes, or --file
 data forget mine.yaml --file gone.txt             | --file gone.txt: cannot be read (No such file or directory)
 data gc mine.yaml --keep-days x                   | --keep-days: 'x' is not a number
+data gc mine.yaml --keep-days -1                  | --keep-days -1 is below 0
+data gc mine.yaml --grace-hours -1 --yes          | --grace-hours -1 is below 0
 data export mine.yaml                             | unclip data export: -o/--to is missing
 release promte mine.yaml                          | unknown command promte; did you mean promote?
 release promote mine.yaml                         | not made for the current list ~with --until evaluation
@@ -114,7 +124,8 @@ ROWS = [[part.strip() for part in line.split("|")] for line in TABLE.strip().spl
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
-    (folder / "none").mkdir()
+    for name in ("none", "photos"):
+        (folder / name).mkdir()
     row = "http://closed.test/a.png"
     texts = {
         "list.csv": f"url,caption\n{row},a\n",
@@ -127,6 +138,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "empty.yaml": "",
         "list.yaml": "- a\n",
         "cat.gif": "GIF89a",
+        "array.jsonl": '[{"url": "a.png", "caption": "a"}]\n',
+        "book.xlsx": "PK\3\4",
+        "photos/readme.md": "nothing",
     }
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode("latin-1"))

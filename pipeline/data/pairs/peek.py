@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS
 from pipeline.data.source.imported import SCHEME
-from pipeline.data.source.lists import reach, read_rows, stated_sides, unread
+from pipeline.data.source.lists import no_rows, reach, read_rows, stated_sides, unread
 from pipeline.data.source.rows import ListRow
 from pipeline.data.source.stage import SourceRecipe, hash_share
 from pipeline.data.source.tars import tar_place
@@ -92,7 +94,7 @@ def look(recipe: SourceRecipe) -> Look:
         rows = read_rows(path, recipe)
         first = list(islice(rows, max(1, MOST_ROWS - len(found))))
         if not first:
-            raise UserError(f"source {path}: no rows")
+            raise no_rows(path, recipe)
         found += first
         for row in islice(rows, MOST_COUNTED - counted):
             counted += 1
@@ -117,6 +119,27 @@ def look(recipe: SourceRecipe) -> Look:
     return Look(
         len(found), more, captions, sides, unopened, splits, shares, forbidden, flaws, framed, behind, left, stated
     )
+
+
+def behind_embeddings(folder: Path, recipe: SourceRecipe) -> tuple[str, str]:
+    """Returns where the images lie of which a folder of embeddings was made, as far as its first metadata say it.
+
+    Returns:
+        The folder of metadata, a list, if they name URLs; else the folder of an image here. "" for what there is not.
+    """
+    metadata = os.path.abspath(folder / "metadata")
+    found = ""
+    try:
+        for row in islice(read_rows(metadata, recipe), MEASURED):
+            if row.url.startswith(("http://", "https://", "s3://")):
+                return str(folder / "metadata"), ""
+            path = local_path(row.url) or ""
+            # clip-retrieval writes paths as it was given them: relative ones count from where it ran.
+            here = next(filter(os.path.isfile, (path, path.removeprefix(f"{metadata}/"))), "")
+            found = found or os.path.dirname(here)
+    except (UserError, ValueError):  # metadata that cannot be read are named as those of embeddings
+        pass
+    return "", found
 
 
 def framed_rows(rows: Sequence[Sequence[str]]) -> Framed:

@@ -156,7 +156,9 @@ def _kind(path: str) -> tuple[str, str]:
         raise UserError(
             f"source {path}: of compressed files only .csv.gz, .tsv.gz and .jsonl.gz are read; unpack it first"
         )
-    raise UserError(f"source {path}: not a {', '.join(SUFFIXES[:4])} or .tar file, nor a folder")
+    raise UserError(
+        f"source {path}: not a {', '.join(SUFFIXES[:4])} or .tar file, nor a folder; save it as one of them"
+    )
 
 
 def fingerprint(path: str) -> Any:
@@ -201,6 +203,13 @@ def unread(path: str, recipe: SourceRecipe) -> str:
     tables = [file for file, metadata in walk(folder) if kind == "folder" and file == metadata]
     named = frozenset(local_path(row.url) or "" for table in tables for row in _metadata_rows(table, recipe, may))
     return unread_files(folder, kind, named)
+
+
+def no_rows(path: str, recipe: SourceRecipe) -> UserError:
+    """Returns the error for a list without a row, which says what a folder has instead."""
+    left = unread(path, recipe)
+    kinds = "; it has no image, tar or table" if Path(path).expanduser().is_dir() else ""
+    return UserError(f"source {path}: no rows{kinds}{left and f': {left}'}")
 
 
 def stated_sides(path: str, recipe: SourceRecipe) -> Iterator[int]:

@@ -25,7 +25,7 @@ from pydantic import Field, NonNegativeFloat
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_mark
-from pipeline.data.source.lists import fingerprint, read_rows, unread
+from pipeline.data.source.lists import fingerprint, no_rows, read_rows, unread
 from pipeline.data.source.rows import ListRow, written_rows
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import (
@@ -174,7 +174,7 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
             say_once(unread(path, recipe))
             segment = cutter.cut(name, index, f"source {path}", partial(read_rows, path, recipe), seen)
             if not segment.shards:
-                raise UserError(f"source {path}: no rows")
+                raise no_rows(path, recipe)
         else:
             unseen.append((name, path, segment))
         shards += segment.shards

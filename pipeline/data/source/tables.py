@@ -158,7 +158,10 @@ class _Lines:
 
     def objects(self, head: bytes, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
         """Yields the rows of lines of which each is a JSON object. Those of ``head`` say which columns there are."""
-        first = [row for row in map(parsed_object, head.splitlines()[:HEAD_LINES]) if isinstance(row, dict)]
+        read = [parsed_object(line) for line in head.splitlines()[:HEAD_LINES]]
+        first = [row for row in read if isinstance(row, dict)]
+        if not first:
+            raise UserError(f"source {self._path}: line 1 {read[0]}; write a JSON object a line")
         found = columns_of(self._path, list(dict.fromkeys(name for row in first for name in row)), wanted, needed)
         while line := self._take():
             if not line.strip():
