@@ -101,8 +101,8 @@ def _rayservice(source: str | None, settings: ServeSettings) -> str:
     store, pods = open_store(config.store), config.run.kubernetes
     if local_folder(store):
         raise UserError(f"{store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
-    device, pods_most = "cuda" if pods.gpus else "cpu", settings.replicas or max(1, settings.idle_replicas)
-    settings = replace(settings, device=device, cpus=settings.cpus or pods.cpus, replicas=pods_most)
+    most = settings.replicas or max(1, settings.idle_replicas)
+    settings = replace(settings, device="cuda" if pods.gpus else "cpu", cpus=settings.cpus or pods.cpus, replicas=most)
     served = {"name": config.project, "store": store.url, "project": config.project}
     arguments = {"served": served, "settings": dataclasses.asdict(settings)}
     return render_service(config.project, arguments, settings.replicas, pods)
