@@ -206,6 +206,7 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
     settings = replace(settings, port=settings.port or _free_port(settings.host))
     start_ray(RaySettings())
     print(f"loading {served.name} ...", flush=True)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 65},

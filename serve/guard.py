@@ -22,6 +22,7 @@ from serve.settings import ServeSettings
 
 JSON_BYTES = 64 << 10  # of a body that holds no image
 FORM_BYTES = 2 * MAX_BYTES + JSON_BYTES  # of two images
+ALL_BYTES = 1 << 30  # of all bodies that are held at once
 BODY_S = 30.0  # in which a body has to arrive
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GUARDED = ("/v1/", "/metrics")
@@ -93,6 +94,7 @@ class Guard:
             "megabytes": settings.megabytes_per_minute,
         }
         self.allowances = {name: Allowance(self.limits) for name in (*tokens.values(), "")}
+        self.held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, or hands on."""
@@ -110,15 +112,16 @@ class Guard:
             await send(message)
 
         try:
-            receive = await self._admit(scope, receive)
-        except ApiError as e:
-            self.observe("refusals_total", code=e.code)
-            app: ASGIApp = JSONResponse(e.body, e.status, headers={**e.headers, "Connection": "close"})
-        else:
-            app = self.app
-        try:
+            try:
+                receive = await self._admit(scope, receive)
+            except ApiError as e:
+                self.observe("refusals_total", code=e.code)
+                app: ASGIApp = JSONResponse(e.body, e.status, headers={**e.headers, "Connection": "close"})
+            else:
+                app = self.app
             await app(scope, receive, sending)
         finally:
+            self.held -= scope.get("held", 0)
             if scope["path"].startswith("/v1/"):
                 endpoint = getattr(scope.get("route"), "path", "none")
                 self.observe("requests_total", endpoint=endpoint, status=str(status))
@@ -154,7 +157,10 @@ class Guard:
         return name
 
     async def _whole(self, scope: Scope, receive: Receive, allowance: Allowance) -> Receive:
-        """Returns a body that has arrived whole. Raises ApiError for one that is too large or too slow."""
+        """Returns a body that has arrived whole.
+
+        Raises ApiError for one that is too large or too slow, and where too much is held already.
+        """
         form = _header(scope, b"content-type").startswith("multipart/form-data")
         most, body = FORM_BYTES if form else JSON_BYTES, bytearray()
         too_large = ApiError(413, "too_large", f"The body has more than {most >> 10} KiB: send less")
@@ -168,8 +174,12 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         break
                     body += message.get("body", b"")
+                    self.held += len(body) - scope.get("held", 0)
+                    scope["held"] = len(body)
                     if len(body) > most:
                         raise too_large
+                    if self.held > ALL_BYTES:
+                        raise ApiError(503, "unavailable", "Too many images are on their way here", retry_after=5)
                     if not message.get("more_body"):
                         break
         except TimeoutError:

@@ -112,6 +112,17 @@ def test_a_body_that_is_too_large_or_too_slow_ends_with_its_request(monkeypatch:
     assert ask(content=slow()).status_code == 408
 
 
+def test_all_bodies_together_have_a_limit_and_leave_room_when_they_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard, "ALL_BYTES", 9000)
+    ask = asking(ServeSettings(), {})
+    for _ in range(3):
+        assert ask(content=b"x" * 9000).status_code == 200
+        answer = ask(content=b"x" * 9001)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+
+
 def test_bytes_count_against_a_limit() -> None:
     ask = asking(ServeSettings(megabytes_per_minute=0.01), {})
     assert ask(content=b"x" * 9000).status_code == 200
@@ -131,6 +142,7 @@ def test_only_hashes_of_tokens_travel_to_a_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[Package] = []
+    monkeypatch.setattr("jobs.serve.check_answers", print)
     monkeypatch.setattr("jobs.serve.Cluster", str)
     monkeypatch.setattr("jobs.serve.attach_or_submit", lambda *words: sent.append(words[3]))
     monkeypatch.setattr("jobs.serve.follow", lambda *_: 0)
