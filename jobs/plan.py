@@ -131,7 +131,9 @@ def agree(
     ask = Ask(project.config, project.graph, project.rows, project.held_out, seen)
     ask = replace(ask, machine=machine) if machine else ask
     costs = _costs(verdicts, wanted, ask)
-    _print_plan(project, [v for v in verdicts if v.stage in wanted], costs, ask, verbose, told=machine is not None)
+    _print_plan(
+        project, [v for v in verdicts if v.stage in wanted], costs, ask, verbose, places_known=machine is not None
+    )
     seconds = sum(cost.seconds for cost in costs.values())
     if stale and seconds > project.config.run.budget_hours * 3600 and not yes:
         raise UserError(
@@ -157,9 +159,9 @@ def _print_plan(
     costs: Mapping[str, Cost],
     ask: Ask,
     verbose: bool,
-    told: bool = True,
+    places_known: bool = True,
 ) -> None:
-    """Prints one line a stage and the whole; in full if ``verbose``, and if it is ``told`` on what they run."""
+    """Prints a line for each stage, the sum, and, if ``places_known``, on what they run; all costs if ``verbose``."""
     print(f"{project.config.project}: {_size(ask.rows, len(project.scan.shards))}, store {project.store.url}")
     for verdict in verdicts:
         note = verdict.because if verbose else shorten(verdict.because, SHORT, placeholder=" ...")
@@ -171,7 +173,7 @@ def _print_plan(
     guessed = any(cost.basis == "guess" for cost in costs.values())
     total = duration(sum(cost.seconds for cost in costs.values()))
     print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
-    if told:
+    if places_known:
         print(places(costs, ask))
     if "evaluation" in costs:
         for line in short_splits(project.scan.held_out):

@@ -26,7 +26,7 @@ USAGE = {  # what OpenAI's clients require; nothing is counted in tokens here
 
 @dataclass
 class Answer:
-    """Draws ``work`` and tells it to the client that ``asked``.
+    """Draws ``work`` and sends it to the client that ``asked``.
 
     Attributes:
         door: Draws.

@@ -1,4 +1,4 @@
-"""From a request that was read to its images: what is known already, the line, what is kept."""
+"""Turns parsed requests into images: those that are kept, those that an equal request draws, and new ones."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Door:
         return self.served.name
 
     async def described(self) -> dict[str, Any]:
-        """Returns what the bundle is, as a process that draws has said; of a release not longer than ``follow_s`` ago.
+        """Returns the description of the bundle by a process that draws; that of a release is ``follow_s`` old at most.
 
-        While images are drawn, they bring the answer along.
+        While images are drawn, their events bring it.
         """
         old = not self.served.key and time.monotonic() - self.heard > self.settings.follow_s
         if not self.about or (old and self.settings.idle_replicas and not self.line.running):
@@ -90,8 +90,8 @@ class Door:
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
         """Yields the events of drawing, with ("image", row, name, Result) for each image.
 
-        What an equal request draws already is waited for. Raises ApiError for what this bundle cannot draw, and where
-        the line is full.
+        Waits for an equal request that draws the same already. Raises ApiError for what this bundle cannot draw, and
+        when the line is full.
         """
         names = self._names((await self.described())["bundle"], work)
         if others := {self.drawing[name] for name in names if name in self.drawing}:

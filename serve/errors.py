@@ -1,4 +1,4 @@
-"""What a client is told: OpenAI's errors, each with the status that its clients expect."""
+"""Errors for clients: OpenAI's, each with the status that its clients expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The line of requests: bounded, in order, drawn together where their settings are equal."""
+"""The line of requests: bounded and in order. Requests with equal settings are drawn together."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Job:
     seen: set[tuple[Any, ...]] = field(default_factory=set)  # of the events that a second attempt repeats
 
     def tell(self, event: Event) -> None:
-        """Hands on an event, but not twice."""
+        """Passes an event on, each image once."""
         if event[0] in ("partial", "image"):
             if event[:2] + event[2:3] * (event[0] == "partial") in self.seen:
                 return
@@ -81,7 +81,7 @@ class Line:
         self.waiting: deque[Job] = deque()
         self.running: list[list[Job]] = []
         self.tasks: set[asyncio.Task[None]] = set()
-        self.seconds = 5.0  # a batch takes, as the last ones did
+        self.seconds = 5.0  # of a batch, averaged over the last ones
 
     def images(self) -> int:
         """Returns how many images wait."""

@@ -52,7 +52,7 @@ class TrainingSet:
     """The rows that a bundle's decoder was trained on, and their index.
 
     ``artifacts`` are those that ``look_up`` takes, and the CLIP. ``licenses`` are those of the images that may be
-    shown, all if none is named; of other rows everything but the image is told.
+    shown, all if none is named; other rows are listed without their image.
     """
 
     store: Store
@@ -70,7 +70,7 @@ class TrainingSet:
         return [self._described(row) for row in look_up(self.store, self.artifacts, embedding, count, ("train",))]
 
     def _described(self, row: FoundRow) -> dict[str, Any]:
-        # A path of the machine is nobody's business, and a reference may hold what lets others use it.
+        # Paths of this machine stay private, and a URL may hold a password or a signature.
         url = shown(row.url) if row.url.startswith(("http://", "https://")) else None
         return {
             "object": "unclip.neighbour",

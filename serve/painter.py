@@ -1,4 +1,4 @@
-"""Draws what requests ask for with one bundle, and says of every image as it is made. Knows neither HTTP nor Ray."""
+"""Draws what requests ask for with one bundle, and reports each image as it is made. Knows neither HTTP nor Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Emit = Callable[[tuple[Any, ...]], None]
 
 
 class Stopped(Exception):
-    """Raised inside a drawing that nobody waits for any longer."""
+    """Raised inside a drawing that no client waits for any longer."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class Painter:
     def draw(self, work: Work, emit: Emit, stopped: Callable[[], bool]) -> None:
         """Draws the images of ``work``.
 
-        ``emit`` gets ("step", stage, done, steps), ("stage", stage, seconds), ("partial", row, side, PNG) if wanted,
-        and for every row ("image", row, PNG, score), where the score is the cosine of image and caption by CLIP, or
-        ("withheld", row, why). Raises Stopped at the next step after ``stopped`` says so, and ValueError for what this
-        bundle cannot draw.
+        ``emit`` gets ("step", stage, done, steps), ("stage", stage, seconds), and ("partial", row, side, PNG) if the
+        work asks for it. For every row it gets ("image", row, PNG, score) or ("withheld", row, why). The score is the
+        cosine of image and caption by CLIP. Raises Stopped at the first step after ``stopped`` returns True, and
+        ValueError for what this bundle cannot draw.
         """
         size = 64 * min(n for n in (1, 4, 16) if 64 * n >= work.side)
         options = {**work.options, "size": size}
@@ -129,8 +129,8 @@ class Painter:
             return unclip.generate([row.caption or "" for row in rows], seeds, watch, **options)
         if work.kind == "inpainting":
             return inpaint(unclip, Kept(*images), caption or "", seeds, watch, **options)
-        told = [caption] if caption and work.kind == "variation" else None
-        latents = unclip.invert(images[:1], told, watch, **options)
+        described = [caption] if caption and work.kind == "variation" else None
+        latents = unclip.invert(images[:1], described, watch, **options)
         if work.kind == "variation":
             return unclip.variations(latents, seeds, work.more["eta"], watch, **options)
         if work.kind == "interpolation":
@@ -158,7 +158,7 @@ class Painter:
 
 
 class _Watch:
-    """Turns the progress of models into events, and ends a drawing that nobody waits for."""
+    """Turns the progress of models into events, and ends a drawing that no client waits for."""
 
     def __init__(self, emit: Emit, stopped: Callable[[], bool], start: int, work: Work):
         self.emit, self.stopped, self.start, self.work, self.said = emit, stopped, start, work, 0.0

@@ -24,8 +24,8 @@ class Common(BaseModel):
         n: How many images.
         size: Width and height in pixels; ``auto`` is the largest that the bundle makes.
         response_format: ``url`` is valid as long as the server keeps the image.
-        user: Taken, and not used.
-        seed: Of the first image; the next have the next. Random if left out, and told in the answer.
+        user: Accepted and ignored.
+        seed: Of the first image; each next image adds one. Random if left out; the answer has it.
         steps: Steps of the decoder.
         guidance: The decoder's guidance, one less than the literature's scale.
         stream: Answer with server-sent events, each image as soon as it is made.
@@ -96,7 +96,7 @@ class Variation(Common):
 
 
 class Edit(Common):
-    """Asks for a part of an image to be drawn again, or for an image to be changed by words.
+    """Asks for a part of an image to be drawn again, or for an image changed by words.
 
     Attributes:
         image: A PNG, JPEG or WebP.

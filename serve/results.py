@@ -1,4 +1,4 @@
-"""Finished images, kept under the key of their recipe: the same request gets the same bytes, and costs nothing."""
+"""Keeps finished images under the keys of their recipes: the same request gets the same bytes without a drawing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Result:
 class Results:
     """Keeps the images that were asked for last, up to ``most`` bytes.
 
-    The name of an image in a URL cannot be guessed from its recipe: who has the URL may read it.
+    The name of an image in a URL cannot be guessed from its recipe: anyone who has the URL may read it.
     """
 
     def __init__(self, most: int):

@@ -1,4 +1,4 @@
-"""Images that clients send, opened in the one way that strangers' images are."""
+"""Opens images that clients send, in the way in which all images from outside are opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage of one's own is made of; examples/add_stage.py has a whole one."""
+"""The parts of a stage of your own; examples/add_stage.py is a whole one."""
 
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table

@@ -29,7 +29,6 @@ from tests.chain import DATA_STAGES, keys, open_at
 from tests.chaos import strikes
 from tests.chaos.strikes import Fault, Moment, Slice, cluster, ours, run_to_the_end
 from tests.faults import artifact, assert_sound, copy, forget, start
-from tests.pipeline.data.bench import picture, save_clip, write_list
 
 ROWS = 60
 STAGES = ("pairs", "embeddings", "thresholds", "curation", "index", "codec")  # each needs only stages before it
@@ -72,13 +71,8 @@ def run_reference(folder: Path) -> Reference:
     reference = Reference(folder)
     if not (folder / "made").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        (folder / "pictures").mkdir(parents=True)
-        for i in range(ROWS):
-            (folder / f"pictures/{i}.png").write_bytes(picture(i % 55))  # the last five are there twice
         splits = ["test" if i % 10 == 3 else "validation" if i % 10 == 7 else "train" for i in range(ROWS)]
-        rows = [(f"file://{folder}/pictures/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)]
-        write_list(folder / "list.csv", rows)
-        save_clip(folder / "clip")
+        strikes.write_pairs(folder, [i % 55 for i in range(ROWS)], splits)  # the last five are there twice
         for until in ENDS:
             run_to_the_end(reference.config(folder, None), until)
         (folder / "made").touch()

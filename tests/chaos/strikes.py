@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import Running, finish, start
+from tests.pipeline.data.bench import picture, save_clip, write_list
 
 LIMIT_S = 600.0  # of one command
 
@@ -29,6 +30,16 @@ def run_to_the_end(config: Path, until: str) -> None:
     result = finish(start("run", config, "--until", until), LIMIT_S)
     if result.returncode:
         raise AssertionError(f"exit {result.returncode} of a run that nothing disturbs\n{result.stderr[-2000:]}")
+
+
+def write_pairs(folder: Path, pictures: Sequence[int], splits: Sequence[str]) -> None:
+    """Writes a list of pairs, its pictures by their numbers, and a CLIP."""
+    (folder / "pictures").mkdir(parents=True)
+    for i, number in enumerate(pictures):
+        (folder / f"pictures/{i}.png").write_bytes(picture(number))
+    rows = [(f"file://{folder}/pictures/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)]
+    write_list(folder / "list.csv", rows)
+    save_clip(folder / "clip")
 
 
 def ours(name: str) -> list[int]:

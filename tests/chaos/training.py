@@ -28,7 +28,6 @@ from tests.chaos import strikes
 from tests.chaos.strikes import Fault, Moment, Slice, cluster, ours, run_to_the_end
 from tests.fault_proxy import FaultProxy, always, at_random, failing, never
 from tests.faults import artifact, assert_sound, start
-from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.seaweed import serving
 
 ROWS, STAGE = 60, "diffusion_prior"
@@ -74,13 +73,7 @@ def run_reference(folder: Path) -> Reference:
     reference = Reference(folder)
     if not (folder / "made").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        (folder / "pictures").mkdir(parents=True)
-        for i in range(ROWS):
-            (folder / f"pictures/{i}.png").write_bytes(picture(i))
-        splits = ["validation" if i % 10 == 7 else "train" for i in range(ROWS)]
-        rows = [(f"file://{folder}/pictures/{i}.png", f"picture {i}", split) for i, split in enumerate(splits)]
-        write_list(folder / "list.csv", rows)
-        save_clip(folder / "clip")
+        strikes.write_pairs(folder, range(ROWS), ["validation" if i % 10 == 7 else "train" for i in range(ROWS)])
         run_to_the_end(reference.config(folder, str(folder / "data")), "curation")
         shutil.copytree(folder / "data", folder / "store")
         run_to_the_end(reference.config(folder, str(folder / "store")), STAGE)

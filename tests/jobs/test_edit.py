@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from jobs.bundles import remember_bundle
 from jobs.cli import main
 from jobs.command_line import EDITS
 from models.cascade import UnCLIP
-from models.codec_fit import fit_codec
 from models.pixels import from_uint8
 from models.tokens import tokenize
 from models.view import view
@@ -29,7 +27,7 @@ from pipeline.sampling import edits
 from pipeline.sampling.edits import END_MS, FRAME_MS, GAP
 from tests.chain import ROOT
 from tests.jobs.test_docs import commands
-from tests.models.test_cascade import DIM, make
+from tests.models.test_cascade import DIM, make, make_codec
 from tests.models.test_manipulations import IMAGES
 from tests.pipeline.sampling.test_generation import publish_bundle
 
@@ -209,14 +207,8 @@ def test_the_error_of_a_reconstruction_is_that_of_its_pixels(edit: Edit) -> None
     assert " dB at 16 px" in said
 
 
-def whole_codec() -> Any:
-    """With as many codes as embeddings have dimensions, so that nothing is lost."""
-    z = F.normalize(torch.randn(50, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
-    return fit_codec(z, (z * z.flip(0)).sum(-1), DIM, 8).codec
-
-
 def test_all_components_are_the_whole_embedding() -> None:
-    unclip = replace(make(), ar_prior=None, codec=whole_codec())
+    unclip = replace(make(), ar_prior=None, codec=make_codec(DIM))  # so that nothing is lost
     swept = edits.components(unclip, IMAGES[0], None, 4, OPTIONS)
     *parts, whole, picture = swept.images
     assert len(parts) >= 6  # the paper's 8, in proportion to 16 components, some of which fall together

@@ -44,9 +44,9 @@ SAMPLING = SamplingConfig(
 CAPTIONS = ["a red fox", "a blue house", ""]
 
 
-def make_codec() -> Codec:
+def make_codec(codes: int = CODES) -> Codec:
     z = F.normalize(torch.randn(50, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
-    return fit_codec(z, (z * z.flip(0)).sum(-1), CODES, 8).codec
+    return fit_codec(z, (z * z.flip(0)).sum(-1), codes, 8).codec
 
 
 def make() -> Any:

@@ -76,28 +76,26 @@ def test_every_row_and_timestep_has_its_own_noise_and_rows_do_not_depend_on_the_
     torch.testing.assert_close(together[1:], alone, atol=1e-12, rtol=0)
 
 
+def missed(data: Gaussian, grid: Tensor, variance: str | Tensor) -> float:
+    """Returns the share of the data's variance that samples lack or have too much."""
+    sampler = lambda data, x, grid, draw: ancestral(data, x, grid, SCHEDULE, draw, variance)  # noqa: E731
+    return abs(moments(data, grid, sampler)[1].trace().item() / data.covariance.trace().item() - 1)
+
+
 @pytest.mark.parametrize("count", [5, 10, 20])
 def test_samples_of_few_steps_have_nearly_the_variance_of_the_data(count: int) -> None:
     """Of isotropic data all of it, which the posterior's variance misses by far."""
     data = replace(anisotropic(SCHEDULE), covariance=0.09 * torch.eye(3, dtype=torch.float64))
     grid = strided_grid(1000, count)
-
-    def miss(variance: str | Tensor) -> float:
-        sampler = lambda data, x, grid, draw: ancestral(data, x, grid, SCHEDULE, draw, variance)  # noqa: E731
-        return abs(moments(data, grid, sampler)[1].trace().item() / data.covariance.trace().item() - 1)
-
-    assert miss(analytic_variance(data.gamma(), SCHEDULE, grid)) < 1e-3  # of x at timestep 0, to which nothing is added
-    assert miss("small") > 30 * miss(analytic_variance(data.gamma(), SCHEDULE, grid))
+    analytic = missed(data, grid, analytic_variance(data.gamma(), SCHEDULE, grid))
+    assert analytic < 1e-3  # of x at timestep 0, to which nothing is added
+    assert missed(data, grid, "small") > 30 * analytic
 
 
 def test_anisotropic_samples_of_few_steps_have_more_of_the_variance_too() -> None:
     data, grid = anisotropic(SCHEDULE), strided_grid(1000, 10)
-
-    def miss(variance: str | Tensor) -> float:
-        sampler = lambda data, x, grid, draw: ancestral(data, x, grid, SCHEDULE, draw, variance)  # noqa: E731
-        return abs(moments(data, grid, sampler)[1].trace().item() / data.covariance.trace().item() - 1)
-
-    assert miss(analytic_variance(data.gamma(), SCHEDULE, grid)) < miss("small") / 2
+    analytic = missed(data, grid, analytic_variance(data.gamma(), SCHEDULE, grid))
+    assert analytic < missed(data, grid, "small") / 2
 
 
 @pytest.mark.parametrize("grid", [strided_grid(1000, 64), fast27_grid(1000)], ids=len)
