@@ -45,6 +45,7 @@ class OrAuto:
 
 Auto = Literal["auto"]
 Workers = Annotated[int | Auto, OrAuto(NonNegativeInt)]
+Compile = Annotated[bool | Auto, OrAuto(bool)]
 Gpus = Annotated[float | Auto, OrAuto(Annotated[float, AfterValidator(_check_gpus)])]  # that Ray gives to one process
 PodMemory = Annotated[int, Field(ge=4)]  # GiB
 
@@ -162,6 +163,8 @@ class TrainingSettings:
         offload: With ``sharded``: they lie in the memory of the CPU.
         recompute: Keeps only each layer's input for the backward pass, which takes the time of another forward
             pass.
+        compile: Compiles each layer of the network (torch.compile), which takes minutes before the first step and a
+            C compiler. ``auto`` does so on GPUs for a training of a quarter of an hour or more.
     """
 
     workers: Workers = "auto"
@@ -179,6 +182,7 @@ class TrainingSettings:
     sharded: bool = False
     offload: bool = False
     recompute: bool = False
+    compile: Compile = "auto"
 
     def __post_init__(self) -> None:
         if self.nodes and self.min_workers:  # Ray Train would count room on all nodes, and wait for what is not there

@@ -14,6 +14,7 @@ from models.draw import Draw
 from models.reverse import Reverse, ignore
 from models.upsampler import corrupted_low
 from pipeline.config import Config, preset_config
+from pipeline.training.compiling import compile_layers
 from pipeline.training.device import autocast
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.task import Batch, Task
@@ -77,7 +78,7 @@ def _compare(bench: Bench, outcome: Outcome, name: str, config: Config, recipe: 
     network.to(memory_format=torch.channels_last)
     found["channels_last"] = distance(run(task, network, batch, bench.device, "fp32")[0], other)
     if bench.compile:
-        network.compile()
+        compile_layers(network)
         found["compiled"] = distance(run(task, network, batch, bench.device, "bf16")[0], other)
     bounds = {
         "loss": LOSS,

@@ -23,6 +23,7 @@ from pipeline.store.crash import crash_point
 from pipeline.store.records import put_blob
 from pipeline.training.between_steps import BetweenSteps, averaged
 from pipeline.training.checkpoints import Course
+from pipeline.training.compiling import compile_layers, compiles
 from pipeline.training.device import computes_in
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Batches, Feed
@@ -96,6 +97,8 @@ class Training:
         if task.splittable and not settings.micro_batch and refuses(group.device) and not group.sharded:
             rows = ctx.recipe.batch // ctx.recipe.lanes * -(-ctx.recipe.lanes // group.size)  # of the largest share
             settings = replace(settings, micro_batch=fitting_rows(ctx.stage, feed, ctx.recipe, rows, group, state))
+        if compiles(ctx.stage, settings.compile, publish.speed, ctx.recipe.samples - state.samples, group):
+            compile_layers(state.model)
         train = partial(fit, ctx.stage, feed, ctx.recipe, settings, group, state)
         if not (group.is_rank_0 or group.sharded):
             train(lambda _: None)

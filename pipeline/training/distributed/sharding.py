@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the units of FSDP and of activation checkpointing: the members of the outermost ModuleLists."""
+    """Yields the units of FSDP, checkpointing and compiling: the members of the outermost ModuleLists."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from child

@@ -1,0 +1,94 @@
+"""A training whose layers are compiled is the same training, on any kind of workers."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from pipeline.errors import UserError
+from pipeline.graph.artifacts import load_artifact
+from pipeline.training import compiling, stage
+from pipeline.training.compiling import compiles
+from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.recipes import DiffusionPriorRecipe
+from pipeline.training.timing import Speed
+from tests.pipeline.training.conftest import World, make_world
+from tests.pipeline.training.trainings import MODEL, SETTINGS, assert_equal_trainings, train_together
+
+RECIPE = DiffusionPriorRecipe(
+    samples=48, batch=16, lanes=4, precision="fp32", learning_rate=1e-3, ema_half_life=64, clip_norm=1.0, model=MODEL
+)
+COMPILED = replace(SETTINGS, compile=True, micro_batch=3)  # the last of a share has another number of rows
+CUDA = ProcessGroup(device=torch.device("cuda"))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fx.GraphModule]]:
+    """The graphs that the compiler is given. They run as they are: what a compiler makes of them is its own affair."""
+    given: list[fx.GraphModule] = []
+
+    def note(graph: fx.GraphModule, _: Any) -> Any:
+        given.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "BACKEND", note)
+    yield given
+    torch._dynamo.reset()
+
+
+def test_it_goes_on_from_a_checkpoint_that_was_not_compiled_and_leaves_one_to_it(
+    world: World, tmp_path: Path, graphs: list[fx.GraphModule]
+) -> None:
+    stage.train(world.context("diffusion_prior", replace(RECIPE, samples=16), SETTINGS))
+    assert not graphs
+    stage.train(world.context("diffusion_prior", replace(RECIPE, samples=32), COMPILED))
+    assert len(graphs) == MODEL.depth * 2  # of three rows and of one
+    made = stage.train(world.context("diffusion_prior", RECIPE, SETTINGS))
+    assert len(graphs) == MODEL.depth * 2
+    straight = make_world(tmp_path / "straight")
+    expected = stage.train(straight.context("diffusion_prior", RECIPE, SETTINGS))
+    assert_equal_trainings((world, made), (straight, expected))
+
+
+def by_aot_autograd(rank: int) -> None:
+    """Compiles as on a GPU, up to the making of kernels."""
+    compiling.BACKEND = "aot_eager"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [{}, {"sharded": True, "recompute": True}, {"recompute": True}])
+def test_so_do_two_workers(kind: dict[str, bool], world: World, tmp_path: Path) -> None:
+    ctx = world.context("diffusion_prior", RECIPE, replace(COMPILED, workers=2, **kind))
+    train_together(ctx, tmp_path, by_aot_autograd)
+    made = load_artifact(world.store, "diffusion_prior", ctx.key)
+    assert made is not None
+    straight = make_world(tmp_path / "straight")
+    expected = stage.train(straight.context("diffusion_prior", RECIPE, SETTINGS))
+    assert_equal_trainings((world, made), (straight, expected))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "group", "seconds", "expected"),
+    [
+        ("auto", CUDA, 3600, True),
+        ("auto", CUDA, 60, False),
+        ("auto", ProcessGroup(), 3600, False),
+        (True, ProcessGroup(), 0, True),
+        (False, CUDA, 3600, False),
+    ],
+)
+def test_long_trainings_on_gpus_are_compiled(wanted: Any, group: ProcessGroup, seconds: int, expected: bool) -> None:
+    speed = Speed(model_flops=compiling.UTILISATION, matmul_flops=1)  # a second a sample
+    assert compiles("decoder", wanted, speed, seconds, group) == expected
+
+
+def test_without_a_c_compiler_only_who_asks_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not compiles("decoder", "auto", Speed(1, 1), 10000, CUDA)
+    with pytest.raises(UserError, match=r"^run\.decoder\.compile: gcc, which .* install it, or set false$"):
+        compiles("decoder", True, Speed(1, 1), 0, CUDA)
