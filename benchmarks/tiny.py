@@ -25,10 +25,10 @@ from models.clip import Clip
 from models.decoder import Decoder, decoder_loss
 from models.diffusion_prior import DiffusionPrior
 from models.draw import Draw
+from models.precision import autocast, computes_in
 from models.upsampler import Upsampler
 from pipeline.config import preset_config
 from pipeline.cost.flops import text_tower
-from pipeline.training.device import autocast, computes_in
 from pipeline.training.recipes import DecoderRecipe
 from pipeline.training.state import ema_half_life, make_optimizer, update_ema
 

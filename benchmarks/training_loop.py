@@ -25,12 +25,12 @@ from torch import nn
 from benchmarks.images import publish
 from benchmarks.timing import Seconds, begin, finish, parser, show
 from models.draw import Draw
+from models.precision import autocast
 from pipeline.config import preset_config
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.store import open_store
 from pipeline.training.checkpoints import course
-from pipeline.training.device import autocast
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import fit

@@ -29,6 +29,7 @@ from models.folder import load_codec, load_model, save_codec, save_model
 from models.inpainting import Kept
 from models.manipulation import Inversion, check_embedding, first_components, slerp, text_difference
 from models.pixels import from_uint8, to_uint8
+from models.precision import autocast
 from models.reverse import Progress, Reverse, ignore
 from models.sampling_config import (
     MODELS,
@@ -164,7 +165,8 @@ class UnCLIP:
         streams = [(derive_seed(seed, "prior", i), 1) for i in range(repeats) for seed in seeds]
         draw = Draw(streams, text.device)
         draw_samples = self._draw_diffusion if sampling.prior == "diffusion" else self._draw_ar
-        samples = draw_samples(tokens.repeat(repeats, 1), text.repeat(repeats, 1), draw, sampling, progress)
+        with autocast(text.device, sampling.precision):
+            samples = draw_samples(tokens.repeat(repeats, 1), text.repeat(repeats, 1), draw, sampling, progress)
         return best_of(samples.unflatten(0, (repeats, len(seeds))), text)
 
     def _draw_diffusion(
@@ -223,7 +225,8 @@ class UnCLIP:
         noise = draw.normal("x_T", 3, config.image_size, config.image_size) if noise is None else noise
         sampler = sampling.decoder_sampler
         run = Reverse("decoder", sampler, "learned", sampling.decoder_steps, progress, eta, inverted, kept)
-        image = run(self.decoder, denoise, noise, draw)
+        with autocast(embedding.device, sampling.precision):
+            image = run(self.decoder, denoise, noise, draw)
         images = {config.image_size: image}
         for name in UPSAMPLERS:
             model = getattr(self, name)
@@ -233,7 +236,8 @@ class UnCLIP:
             low = sampling_low(model.config, image.clamp(-1, 1), draw)
             noise = draw.normal("x_T", 3, model.config.image_size, model.config.image_size)
             run = Reverse(name, "ddim", "small", getattr(sampling, f"{name}_steps"), progress, kept=kept)
-            image = run(model, upsampler_denoise(model, low, sampling.tile), noise, draw)
+            with autocast(embedding.device, sampling.precision):
+                image = run(model, upsampler_denoise(model, low, sampling.tile), noise, draw)
             images[model.config.image_size] = image
         return Generation(embedding, {side: to_uint8(x).permute(0, 2, 3, 1).cpu() for side, x in images.items()})
 
@@ -269,7 +273,9 @@ class UnCLIP:
             progress("inversion", done, steps)
 
         grid = strided_grid(schedule.steps, steps)
-        return Inversion(embedding, ddim_inversion(denoise, from_uint8(x0), grid, schedule, report), tokens)
+        with autocast(embedding.device, sampling.precision):
+            noise = ddim_inversion(denoise, from_uint8(x0), grid, schedule, report)
+        return Inversion(embedding, noise, tokens)
 
     def reconstruct(
         self, inversion: Inversion, seed: int = 0, progress: Progress = ignore, **options: object

@@ -50,6 +50,7 @@ class SamplingConfig:
         size: Side of the largest image to make, pixels.
         tile: Side of the overlapping tiles in which the upsamplers work, in pixels, where memory is short; 0 takes
             images whole.
+        precision: ``fp32``, or ``bf16``: networks compute in it where the device does, which changes an image a little.
     """
 
     prior: str = "diffusion"
@@ -68,6 +69,7 @@ class SamplingConfig:
     upsampler_1024_steps: int = 15
     size: Literal[64, 256, 1024] = 1024
     tile: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         require(self.prior in PRIORS, f"prior is {self.prior!r}: use {' or '.join(map(repr, PRIORS))}")

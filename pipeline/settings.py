@@ -112,13 +112,14 @@ class EmbeddingsSettings(ShardSettings):
     Attributes:
         batch: Rows encoded at once; batches are padded to it.
         decoders: Processes, one core each, that decode images for one worker; 0 decodes on a thread of the worker,
-            beside the encoding.
-        decoder_nodes: Labels of the nodes where decoders may run.
+            beside the encoding. ``auto`` shares the cores that are there, up to 12 for a worker with a GPU, and is 0
+            without GPUs and where an autoscaler adds nodes.
+        decoder_nodes: Labels of the nodes where decoders may run, if their number is given.
         gpus: GPUs of a worker, or a share of one; 0 encodes on the worker's core. ``auto`` is 1 where Ray has any.
     """
 
     batch: PositiveInt = 64
-    decoders: NonNegativeInt = 0
+    decoders: Workers = "auto"
     decoder_nodes: dict[str, str] = field(default_factory=dict)
     gpus: Gpus = "auto"
 
@@ -159,7 +160,8 @@ class TrainingSettings:
         cpus: Cores that Ray sets aside for a worker, as for other stages.
         memory_mb: MiB that Ray sets aside for a worker, as for other stages.
         sharded: For a model too large for one device: weights, averages and moments are sharded over the workers
-            (FSDP2), which must divide the recipe's lanes. Not for CLIP.
+            (FSDP2), which must divide the recipe's lanes; where half of a node's memory holds all of it, over the
+            workers of each node. Not for CLIP.
         offload: With ``sharded``: they lie in the memory of the CPU.
         recompute: Keeps only each layer's input for the backward pass, which takes the time of another forward
             pass.

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from benchmarks.gpu.bench import Bench, Outcome
 from benchmarks.timing import cpu
+from models.precision import has_bfloat16
 from pipeline.cost.estimate import DEVICES
 from pipeline.graph.resources import cores
-from pipeline.training.device import has_bfloat16
 
 QUERIES = ("clocks.max.sm", "power.limit", "ecc.mode.current", "driver_version")  # of nvidia-smi
 CONVOLUTIONS = ((320, 32, 16), (512, 64, 8), (1280, 8, 64))  # channels, side, rows

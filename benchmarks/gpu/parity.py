@@ -11,11 +11,11 @@ from benchmarks.gpu.bench import Bench, Outcome, distance, fill_zeros, make_rows
 from models.cascade import Decoder
 from models.decoder import decoder_denoise
 from models.draw import Draw
+from models.precision import autocast
 from models.reverse import Reverse, ignore
 from models.upsampler import corrupted_low
 from pipeline.config import Config, preset_config
 from pipeline.training.compiling import compile_layers
-from pipeline.training.device import autocast
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.task import Batch, Task
 from pipeline.training.tasks.ar_prior import ARPriorTask
@@ -139,21 +139,38 @@ def _samplers(bench: Bench, outcome: Outcome) -> float:
     network = task.model(0).eval()
     assert isinstance(network, Decoder)
     fill_zeros(network)
-    batch, side = make_rows(task, ROWS, task.embed_dim), task.image_size
+    batch = make_rows(task, ROWS, task.embed_dim)
     worst = 0.0
     for sampler in ("ddpm", "ddim", "dpm"):
-        drawn = []
-        for device in (CPU, bench.device):
-            network.to(device)
-            rows, draw = on(device, batch), Draw([(row, 1) for row in range(ROWS)], device)
-            with torch.no_grad():
-                denoise = decoder_denoise(network, rows["image_embedding"], rows["tokens"], 1.0)
-                noise = draw.normal("x_T", 3, side, side)
-                drawn.append(Reverse("decoder", sampler, "small", 4, ignore)(network, denoise, noise, draw))
+        drawn = [draw_with(network, batch, device, sampler, "fp32") for device in (CPU, bench.device)]
         error = distance(drawn[1], drawn[0])
         outcome.expect(error <= SAMPLE, f"4 steps of {sampler} differ by {error:.1e}, at most {SAMPLE:g}")
         worst = max(worst, error)
+        cpu = apart_on_average(draw_with(network, batch, CPU, sampler, "bf16"), drawn[0])
+        half = {"bf16": draw_with(network, batch, bench.device, sampler, "bf16")}
+        if bench.compile and sampler == "dpm":  # the last
+            compile_layers(network)
+            half["bf16, compiled"] = draw_with(network, batch, bench.device, sampler, "bf16")
+        for how, image in half.items():
+            gap = apart_on_average(image, drawn[0])
+            says = f"4 steps of {sampler} in {how} differ by {gap:.1e} from fp32, at most twice the CPU's {cpu:.1e}"
+            outcome.expect(gap <= 2 * cpu, says)
     return worst
+
+
+def apart_on_average(found: Tensor, expected: Tensor) -> float:
+    """Returns the mean difference of values from -1 to 1."""
+    return float((found - expected).abs().mean())
+
+
+def draw_with(network: Decoder, batch: Batch, device: torch.device, sampler: str, precision: str) -> Tensor:
+    """Returns images, on the CPU, that four steps of a sampler draw from noise that is the same on every device."""
+    rows, draw = on(device, batch), Draw([(row, 1) for row in range(ROWS)], device)
+    network.to(device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        denoise = decoder_denoise(network, rows["image_embedding"], rows["tokens"], 1.0)
+        noise = draw.normal("x_T", 3, network.config.image_size, network.config.image_size)
+        return Reverse("decoder", sampler, "small", 4, ignore)(network, denoise, noise, draw).cpu()
 
 
 def _damage(bench: Bench, outcome: Outcome) -> float:

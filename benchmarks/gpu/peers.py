@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu.bench import Bench, Outcome, Skipped, on
 from models.draw import Draw
-from pipeline.training.device import autocast
+from models.precision import autocast
 
 ROWS = 32
 Found = tuple[float, int]  # seconds, and bytes at the highest

@@ -18,13 +18,13 @@ from benchmarks.gpu.bench import Bench, Outcome, Repeated, Skipped, make_rows, m
 from benchmarks.gpu.machine import sheet_peak
 from models.clip import Clip, config_named
 from models.image_configs import DecoderConfig, UpsamplerConfig
+from models.precision import autocast, has_bfloat16
 from models.prior_configs import ClipConfig
 from models.tokens import tokenize
 from pipeline.cost.flops import count_model
 from pipeline.graph.keys import flatten
 from pipeline.settings import TrainingSettings
 from pipeline.training.compiling import compile_layers
-from pipeline.training.device import autocast, has_bfloat16
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.loop import fit
 from pipeline.training.memory import OutOfMemory

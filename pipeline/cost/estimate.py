@@ -199,7 +199,8 @@ def resources(stage: str, ask: Ask) -> tuple[int, float, float]:
     if kind != "data" or settings is None:  # in the driver
         return 1, 1, 0
     if fleet and ask.encodes(stage):
-        return fleet.count, fleet.count * (settings.decoders or max(1, round(cores_a_gpu(ask)))), fleet.count
+        each = settings.decoders if settings.decoders not in (0, "auto") else max(1, round(cores_a_gpu(ask)))
+        return fleet.count, fleet.count * each, fleet.count
     team = team_of(settings, ask.machine, ask.shards)
     workers = max(1, team.count)
     return workers, workers * ((not team.worker.gpus) + team.helpers), workers * team.worker.gpus

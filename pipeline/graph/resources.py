@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings, TrainingSettings
 
 Settings = ShardSettings | TrainingSettings
+DECODERS = 12  # at most: a core decodes some 250 images a second, and an H100 embeds 2,500 by CLIP's ViT-B-32
 WORKER_BYTES = 2 << 30  # of Python, torch and a CLIP, where the number of workers is "auto"
 
 
@@ -115,8 +116,17 @@ def team_of(settings: Settings, machine: Machine, most: int = sys.maxsize) -> Te
     count = settings.workers if isinstance(settings.workers, int) else _as_many_as_fit(share, machine)
     team = Team(min(count, most), 1, share)
     if isinstance(settings, EmbeddingsSettings):
-        return replace(team, helpers=settings.decoders, helper=Share(labels=settings.decoder_nodes))
+        helpers = _decoders(team, machine) if settings.decoders == "auto" else settings.decoders
+        return replace(team, helpers=helpers, helper=Share(labels=settings.decoder_nodes))
     return team
+
+
+def _decoders(team: Team, machine: Machine) -> int:
+    """Returns how many cores are there for each worker with a GPU; 0 where it would be one, as the worker is itself."""
+    if not team.worker.gpus or not team.count or machine.grows:
+        return 0
+    each = min(DECODERS, int(machine.cpus / team.count - team.worker.cpus))
+    return each if each > 1 else 0
 
 
 def _as_many_as_fit(share: Share, machine: Machine) -> int:

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.draw import Draw, Undropped
+from models.precision import autocast
 from pipeline.held_out import FEWEST
 from pipeline.progress import Progress
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import put_blob
-from pipeline.training.device import autocast
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import CHECK_EVERY

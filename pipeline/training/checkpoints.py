@@ -28,7 +28,7 @@ from pipeline.graph.stages import Context, trajectory_key, trunk_key
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.store.records import blob_path, open_record, peek_record, put_blob, read_blob
-from pipeline.training.distributed.sharding import first_row, is_sharded, local, rows_of
+from pipeline.training.distributed.sharding import first_row, is_saved, is_sharded, local, rows_of
 from pipeline.training.state import MetricsJournal, TrainState, forms, parts, put_back
 
 READERS = 16  # of a blob at once
@@ -60,12 +60,14 @@ def snapshot(state: TrainState, first: bool = True) -> Snapshot:
     """Copies what a checkpoint holds of this worker, so that later steps do not change it.
 
     A GPU copies to pinned memory, between the steps before and after, and nobody waits for it. Rank 0 (``first``) also
-    copies what every worker has.
+    copies what every worker has. Of several copies of a model only the first is saved.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     starts: dict[str, dict[str, int]] = {}
     for part, values in parts(state).items():
-        own = {name: tensor.detach() for name, tensor in values.items() if first or is_sharded(tensor)}
+        own = {name: tensor.detach() for name, tensor in values.items() if first or is_saved(tensor)}
+        if not own and not first:  # another worker saves the same rows
+            continue
         tensors[part] = {name: _copied(local(tensor)) for name, tensor in own.items()}
         starts[part] = {name: first_row(tensor) for name, tensor in own.items() if is_sharded(tensor)}
     journal = deepcopy(state.journal.as_json())
@@ -104,7 +106,7 @@ class Checkpoints:
         """
         taken.wait()
         names = [part if rank == 0 else f"{part}.{rank:05d}" for part in taken.tensors]
-        with ThreadPoolExecutor(len(names)) as pool:
+        with ThreadPoolExecutor(len(names) or 1) as pool:
             stored = list(pool.map(self._put, taken.tensors.values(), taken.starts.values()))
         blobs = dict(collect(list(zip(names, stored, strict=True))))
         if rank > 0:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from models.draw import derive_seed
+from models.precision import autocast
 from pipeline.errors import UserError
 from pipeline.settings import TrainingSettings
-from pipeline.training.device import autocast
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import full_tensor
 from pipeline.training.feed.feed import Batches, LocalBatch

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from models.draw import Draw
-from pipeline.training.device import autocast
+from models.precision import autocast
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.recipes import TrainingRecipe

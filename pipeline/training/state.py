@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from models.draw import derive_seed
-from pipeline.training.device import computes_in
+from models.precision import computes_in
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import local, recompute
 from pipeline.training.recipes import TrainingRecipe

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from models.draw import Draw, Undropped
-from pipeline.training.device import computes_in
+from models.precision import computes_in
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.state import TrainState

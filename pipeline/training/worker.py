@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from models.draw import Draw, derive_seed
+from models.precision import computes_in
 from pipeline.graph.artifacts import load_artifact, publish_artifact
 from pipeline.graph.keys import artifact_key
 from pipeline.graph.stages import Context
@@ -24,7 +25,6 @@ from pipeline.store.records import put_blob
 from pipeline.training.between_steps import BetweenSteps, averaged
 from pipeline.training.checkpoints import Course
 from pipeline.training.compiling import compile_layers, compiles
-from pipeline.training.device import computes_in
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Batches, Feed
 from pipeline.training.loop import NonFinite, fit

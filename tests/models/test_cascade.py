@@ -117,6 +117,17 @@ def test_an_interval_of_guidance_that_is_none_is_named(interval: tuple[float, fl
         SamplingConfig(decoder_guidance_from=first, decoder_guidance_to=last)
 
 
+def test_in_bf16_an_image_is_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.precision.has_bfloat16", lambda device: True)
+    unclip, given = make(), {"candidates": 1, "decoder_guidance": 0.0}
+    whole, half = (unclip.generate(["a cat"], [0], precision=kind, **given).images for kind in ("fp32", "bf16"))
+    for side, image in whole.items():
+        apart = (half[side].float() - image.float()).abs().mean()
+        assert 0 < apart < 1, side
+    monkeypatch.setattr("models.precision.has_bfloat16", lambda device: False)
+    assert torch.equal(unclip.generate(["a cat"], [0], precision="bf16", **given).image, max(whole.items())[1])
+
+
 def test_guidance_temperature_and_candidates_are_used() -> None:
     unclip = make()
     base = unclip.generate(CAPTIONS, [1, 2, 3], size=64)

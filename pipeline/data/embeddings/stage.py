@@ -88,7 +88,7 @@ def run_embeddings(ctx: Context) -> Artifact:
 
 def _check(settings: EmbeddingsSettings) -> None:
     """Raises UserError for settings that exclude each other."""
-    if settings.decoders and settings.workers == 0:
+    if settings.decoders not in (0, "auto") and settings.workers == 0:
         raise UserError(
             f"run.embeddings.decoders: {settings.decoders} decode for each Ray worker, and workers is 0; raise it"
         )
@@ -97,8 +97,10 @@ def _check(settings: EmbeddingsSettings) -> None:
 
         if not torch.cuda.is_available():
             raise UserError("run.embeddings.gpus: torch finds no GPU on this machine; leave it at 0")
-    if settings.decoder_nodes and not settings.decoders:
-        raise UserError("run.embeddings.decoder_nodes: names nodes for decoders, and decoders is 0; raise it")
+    if settings.decoder_nodes and settings.decoders in (0, "auto"):
+        raise UserError(
+            f"run.embeddings.decoder_nodes: names nodes for decoders, and decoders is {settings.decoders}; say how many"
+        )
 
 
 @dataclass(frozen=True)

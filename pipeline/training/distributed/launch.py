@@ -121,7 +121,8 @@ def _worker(config: Mapping[str, Any]) -> None:
         watcher = Watcher(size, device)
         sharing = {"sharded": settings.sharded, "offload": settings.offload}
         rank = context.get_world_rank()
-        config["work"](ProcessGroup(rank, size, device, watcher.report, lambda: watcher.leaving, **sharing))
+        node = context.get_node_rank()
+        config["work"](ProcessGroup(rank, size, device, node, watcher.report, lambda: watcher.leaving, **sharing))
     except CorruptObject as e:
         raise Relayed("CorruptObject", e.path, e.why) from None
     except OutOfMemory as e:

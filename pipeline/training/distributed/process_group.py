@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.training.distributed.sharding import full_tensor, shard_module, sync_gradients
 
 T = TypeVar("T")
+STATE_BYTES = 20  # of a weight, its average, its gradient and its moments, in fp32
+
+
+def node_memory(device: torch.device, workers: int, offload: bool) -> int:
+    """Returns the bytes of the GPUs of a node's ``workers``, or those of the node where weights lie there."""
+    if device.type == "cuda" and not offload:
+        return torch.cuda.get_device_properties(device).total_memory * workers
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class ProcessGroup:
         rank: Counts from 0. Rank 0 writes what is written once.
         size: The number of workers.
         device: Of this worker.
+        node: Counts the machines of the workers from 0.
         report: Called with the progress of this worker.
         leaving: Returns whether the machine of one of the workers is to be taken away soon.
         sharded: Whether models are sharded over the workers (FSDP). All workers then act on a model together.
@@ -35,6 +45,7 @@ class ProcessGroup:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    node: int = 0
     report: Callable[[Mapping[str, Any]], None] = lambda metrics: None
     leaving: Callable[[], bool] = lambda: False
     sharded: bool = False
@@ -49,9 +60,23 @@ class ProcessGroup:
         """Moves a new module to where it is used: to the device, or sharded over the workers (see shard_module)."""
         if self.sharded:
             # Autocast computes norms in fp32 on a GPU; on the CPU they take no weights in bf16.
-            shard_module(module, self.device, self.size, self.offload, bf16 and self.device.type == "cuda")
+            halves = bf16 and self.device.type == "cuda"
+            shard_module(module, self.device, self.size, self.offload, halves, self.copies(module))
         else:
             module.to(self.device)
+
+    def copies(self, module: nn.Module) -> int:
+        """Returns how often the workers hold a sharded module: once on each node, where half of its memory is enough.
+
+        Nodes then send each other gradients and no weights. Where nodes hold unequal numbers of workers it is once.
+        """
+        nodes = self.collect([self.node])
+        count = len(set(nodes))
+        if count == 1 or self.size % count or nodes != [rank * count // self.size for rank in range(self.size)]:
+            return 1
+        needed = STATE_BYTES * sum(parameter.numel() for parameter in module.parameters())
+        room = node_memory(self.device, self.size // count, self.offload)
+        return count if all(self.collect([2 * needed <= room])) else 1
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Returns a placed module whose backward pass averages gradients over the workers."""

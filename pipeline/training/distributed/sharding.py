@@ -26,14 +26,20 @@ def layers(model: nn.Module) -> Iterator[nn.Module]:
             yield from layers(child)
 
 
-def shard_module(module: nn.Module, device: torch.device, workers: int, offload: bool, bf16: bool) -> None:
+def shard_module(
+    module: nn.Module, device: torch.device, workers: int, offload: bool, bf16: bool, copies: int = 1
+) -> None:
     """Keeps this worker's rows of every weight of ``module``, on ``device`` or, with ``offload``, on the CPU.
+
+    With several ``copies`` as many groups of workers, by rank, each hold all of it: within one weights are gathered,
+    and between them only gradients are added up.
 
     With ``bf16`` the weights of layers are gathered in bf16, which is half of the traffic and of the memory; workers
     keep their rows and add up gradients in fp32. Inputs stay as they are, because autocast decides what computes in
     bf16, and so do weights outside of layers, some of which compute in fp32 under autocast, too.
     """
-    mesh = init_device_mesh(device.type, (workers,))
+    shape, names = ((copies, workers // copies), ("replicate", "shard")) if copies > 1 else ((workers,), ("shard",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else whole
@@ -61,6 +67,12 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """Returns this worker's rows of a sharded tensor, which share its memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_saved(tensor: Tensor) -> bool:
+    """Returns whether a sharded tensor is of the first copy of its model, which checkpoints hold."""
+    mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+    return mesh is not None and (mesh.ndim == 1 or mesh.get_local_rank(0) == 0)
 
 
 def first_row(tensor: Tensor) -> int:

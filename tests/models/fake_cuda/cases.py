@@ -21,11 +21,11 @@ from models.diffusion.schedules import Schedule, make_schedule
 from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise, diffusion_prior_loss
 from models.draw import Draw, Part
 from models.losses import Losses
+from models.precision import autocast
 from models.reverse import Progress, Reverse
 from models.upsampler import Upsampler, sampling_low, upsampler_denoise, upsampler_loss
 from pipeline.config import preset_config
 from pipeline.settings import TrainingSettings
-from pipeline.training.device import autocast
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import LocalBatch
 from pipeline.training.loop import fit

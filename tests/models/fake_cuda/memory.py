@@ -29,8 +29,8 @@ from models.decoder import Decoder, decoder_loss
 from models.diffusion.schedules import make_schedule
 from models.diffusion_prior import DiffusionPrior, diffusion_prior_loss
 from models.draw import Draw
+from models.precision import autocast
 from pipeline.config import preset_config
-from pipeline.training.device import autocast
 from pipeline.training.distributed import sharding
 from pipeline.training.state import make_optimizer
 from tests.models.fake_cuda.build import CUDA, batch, build, codec

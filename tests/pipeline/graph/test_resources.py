@@ -29,6 +29,23 @@ def test_a_worker_takes_a_core_or_its_gpu_unless_it_is_told() -> None:
 
 
 @pytest.mark.parametrize(
+    ("machine", "workers", "each"),
+    [
+        (BOX, 8, 8),
+        (replace(BOX, cpus=200), 8, 12),
+        (Machine(8, 8), 8, 0),  # the worker's own thread does as much
+        (LAPTOP, 8, 0),
+        (replace(CLUSTER, grows=True), 32, 0),
+        (CLUSTER, 32, 8),
+    ],
+)
+def test_decoders_take_the_cores_beside_gpus(machine: Machine, workers: int, each: int) -> None:
+    team = team_of(EmbeddingsSettings(memory_mb=1), machine)
+    assert (team.count, team.helpers) == (workers, each)
+    assert team_of(EmbeddingsSettings(decoders=3), machine).helpers == 3
+
+
+@pytest.mark.parametrize(
     ("changes", "least", "on_one_machine"),
     [({}, 4, 1), ({"min_workers": 2}, 2, 2), ({"sharded": True}, 4, 4)],
 )

@@ -62,7 +62,7 @@ def by_aot_autograd(rank: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [{}, {"sharded": True, "recompute": True}, {"recompute": True}])
-def test_so_do_two_workers(kind: dict[str, bool], world: World, tmp_path: Path) -> None:
+def test_so_do_two_workers(kind: Any, world: World, tmp_path: Path) -> None:
     ctx = world.context("diffusion_prior", RECIPE, replace(COMPILED, workers=2, **kind))
     train_together(ctx, tmp_path, by_aot_autograd)
     made = load_artifact(world.store, "diffusion_prior", ctx.key)

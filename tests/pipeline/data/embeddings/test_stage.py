@@ -292,7 +292,7 @@ def test_decoding_and_encoding_on_nodes_of_their_own_survive_a_kill_of_each(
     ("settings", "said"),
     [
         ({"decoders": 2}, r"^run\.embeddings\.decoders: 2 decode for each Ray worker, and workers is 0; raise it$"),
-        ({"decoder_nodes": {"a": "b"}}, r"^run\.embeddings\.decoder_nodes: .* decoders is 0; raise it$"),
+        ({"decoder_nodes": {"a": "b"}}, r"^run\.embeddings\.decoder_nodes: .* decoders is auto; say how many$"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(

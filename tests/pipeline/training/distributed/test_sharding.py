@@ -1,6 +1,6 @@
 """A sharded model trains what one device trains; any number of workers reads the checkpoints of any other."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import replace
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, load_artifact
@@ -21,8 +22,17 @@ from pipeline.graph.damage import read_record
 from pipeline.graph.stages import Context
 from pipeline.settings import TrainingSettings
 from pipeline.training import stage
+from pipeline.training.distributed import process_group
 from pipeline.training.distributed.process_group import ProcessGroup
-from pipeline.training.distributed.sharding import full_tensor, layers, rows_of, shard_module
+from pipeline.training.distributed.sharding import (
+    first_row,
+    full_tensor,
+    is_saved,
+    layers,
+    local,
+    rows_of,
+    shard_module,
+)
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
@@ -55,12 +65,15 @@ def settings(workers: int, **changes: Any) -> TrainingSettings:
     return replace(SETTINGS, **(values | shared | changes))
 
 
-def trained(world: World, name: str, recipe: Any, runs: list[Run], folder: Path) -> Artifact:
+def trained(
+    world: World, name: str, recipe: Any, runs: list[Run], folder: Path, around: Callable[..., None] | None = None
+) -> Artifact:
     """What a training of one stage leaves that was stopped and went on with other workers."""
     for samples, workers in runs:
         ctx: Context = world.context(name, replace(recipe, samples=samples), settings(workers))
         if workers:
-            train_together(ctx, folder, partial(noting, folder))
+            before = partial(noting, folder)
+            train_together(ctx, folder, partial(around, before) if around and workers == 4 else before)
         else:
             stage.train(ctx)
     artifact = load_artifact(world.store, name, ctx.key)
@@ -95,6 +108,54 @@ def test_four_workers_leave_to_two_and_to_one_what_they_know(
 ) -> None:
     runs = [(2 * recipe.batch, 4), (4 * recipe.batch, 2), (6 * recipe.batch, 1), (8 * recipe.batch, 4)]
     check_equal(world, name, recipe, runs, tmp_path)
+
+
+def two_nodes(before: Callable[[int], None], rank: int) -> None:
+    """Two workers on each of two machines."""
+    nodes = [0, 0, 1, 1]
+    place = ProcessGroup.place
+
+    def placed(group: ProcessGroup, *given: Any) -> None:
+        place(replace(group, node=nodes[rank]), *given)
+
+    ProcessGroup.place = placed  # type: ignore[method-assign, assignment]
+    before(rank)
+
+
+@pytest.mark.slow
+def test_two_nodes_that_each_hold_the_model_train_it_and_save_one_copy(world: World, tmp_path: Path) -> None:
+    """To a checkpoint of two nodes, from it, and from one of two workers."""
+    made = trained(world, "diffusion_prior", PRIOR, [(16, 4), (32, 2), (48, 4)], tmp_path, two_nodes)
+    straight = make_world(tmp_path / "straight")
+    expected = trained(straight, "diffusion_prior", PRIOR, [(48, 0)], tmp_path)
+    assert_equal_trainings((world, made), (straight, expected))
+    records = [read_record(world.store, entry.path) for entry in world.store.list("checkpoints/")]
+    blobs = [len(record["blobs"]) for record in records if record and record.get("blobs")]
+    assert set(blobs) == {6}  # three parts of two workers
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize(("nodes", "room", "rows"), [([0] * 4, 1e9, 2), ([0, 0, 1, 1], 1e9, 4), ([0, 0, 1, 1], 1e3, 2),
+                                                    ([0, 1, 1, 1], 1e9, 2), ([0, 1, 0, 1], 1e9, 2)])  # fmt: skip
+def test_each_node_holds_the_model_where_it_has_room(
+    nodes: list[int], room: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ProcessGroup, "collect", lambda self, items: nodes if items == [1] else items)
+    monkeypatch.setattr(process_group, "node_memory", lambda *given: room)
+    group = ProcessGroup(rank=3, size=4, node=1, sharded=True)
+    layer = nn.Linear(8, 8, bias=False)
+    group.place(layer)
+    assert local(layer.weight).shape == (rows, 8)
+    assert first_row(layer.weight) == (6 if rows == 2 else 4)
+    assert is_saved(layer.weight) == (rows == 2)
+
+
+@pytest.fixture
+def four() -> Iterator[None]:
+    """The last of four workers, without the others."""
+    dist.init_process_group("fake", rank=3, world_size=4, store=FakeStore())
+    yield
+    dist.destroy_process_group()
 
 
 @given(rows=st.integers(1, 50), workers=st.integers(1, 12))
