@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jobs.arguments import Parser, count
-from pipeline.ledger import DEFERRED
 
 OVERRIDES = "a value in place of the file's, such as decoder.samples=100k or preset=small"
 OPTIONS = "a sampling option, such as size=64 or decoder_steps=50"
@@ -298,7 +297,7 @@ def _data(parser: Parser) -> None:
     search.add_argument("--count", type=count, default=10, help="number of results (10)")
     search.add_argument("--split", choices=SPLITS, help="search this split only (all)")
     text = "such as timeout,http_4xx (all deferred)"
-    retry.add_argument("--reason", default=",".join(sorted(DEFERRED)), metavar="REASONS", help=text)
+    retry.add_argument("--reason", metavar="REASONS", help=text)
     text = "row keys, references (URLs), or sha256 of stored images"
     forget.add_argument("what", nargs="*", default=[], metavar="WHAT", help=text)
     forget.add_argument("--file", metavar="FILE", help="a text file with one of them a line; - for standard input")

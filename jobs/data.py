@@ -18,7 +18,7 @@ from pipeline.data.source.journal import Forgotten, ListJournal, change_journal,
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import CorruptObject, UserError, did_you_mean
-from pipeline.ledger import REASONS
+from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import read_local
 from pipeline.progress import counted, duration
 from pipeline.store import open_store
@@ -68,7 +68,7 @@ def _export(project: Project, arguments: argparse.Namespace) -> int:
 
 
 def _retry(project: Project, arguments: argparse.Namespace) -> int:
-    reasons = [word for word in arguments.reason.replace(" ", "").split(",") if word]
+    reasons = [word for word in (arguments.reason or ",".join(DEFERRED)).replace(" ", "").split(",") if word]
     for reason in reasons:
         if reason not in REASONS:
             raise UserError(f"--reason: unknown reason {reason}{did_you_mean(reason, REASONS)}")

@@ -43,7 +43,7 @@ def test_options_and_values_stand_anywhere(words: list[str], values: dict[str, o
 
 
 def test_help_version_and_completion_import_nothing_heavy() -> None:
-    heavy = {"pydantic", "pyarrow", "yaml", "numpy", "torch", "ray"}
+    heavy = {"pydantic", "dataclasses", "pyarrow", "yaml", "numpy", "torch", "ray"}
     code = "import sys; from jobs.cli import main\ntry: main(sys.argv[1:])\nfinally: assert not HEAVY & {*sys.modules}"
     code = code.replace("HEAVY", str(heavy))
     for words in (["--help"], ["help", "plan"], ["edit", "priors", "-h"], ["-V"], ["completion", "bash"], ["rnu"]):

@@ -1,6 +1,7 @@
 """The documents hold what the code holds, and the commands in them run."""
 
 import dataclasses
+import json
 import re
 import runpy
 import shlex
@@ -273,6 +274,8 @@ def test_commands_run_as_they_stand(folder: Path, command: str) -> None:
         found = [line.split("\t") for line in process.stdout.splitlines()]
         assert len(found) == (5 if "--count" in command else 10)
         assert all(len(fields) == 5 and "picture " in fields[4] for fields in found)
+        told = json.loads(run(*words, "--json", cwd=folder).stdout)["rows"]
+        assert [(row["key"], row["split"], row["url"]) for row in told] == [tuple(fields[1:4]) for fields in found]
         if "--image" in command:  # it is in the list itself, so it is the nearest
             assert found[0][3].endswith("/images/3.png")
             assert {fields[2] for fields in found} == {"train"}
