@@ -266,7 +266,7 @@ def find_team(ray: Any, stage: str, own: Settings, settings: RaySettings, most: 
     Ray of this machine has too little room.
     """
     team = team_of(own, _machine(ray, settings), most)
-    if not _local() and (_grows(settings) or not team.helpers):
+    if not _local() and (_grows(settings) or not (team.helpers and team.firm)):
         return team
     found = team.room(ray.cluster_resources())
     if _local() and found < team.least:
@@ -297,8 +297,9 @@ def _refusal(ray: Any, stage: str, team: Team) -> UserError:
 
 def place(ray: Any, team: Team) -> bool:
     """Returns whether Ray can reserve now what the workers need, all of those with helpers; gives it back at once."""
-    workers = team.count if team.helpers else team.least
-    return _reserve([team.worker] * workers + [team.helper] * (workers * team.helpers), PLACING_S)
+    helpers = team.helpers if team.firm else 0
+    workers = team.count if helpers else team.least
+    return _reserve([team.worker] * workers + [team.helper] * (workers * helpers), PLACING_S)
 
 
 def _reserve(shares: Sequence[Share], seconds: float) -> bool:

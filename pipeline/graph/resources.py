@@ -54,13 +54,17 @@ class Share:
 
 @dataclass(frozen=True)
 class Team:
-    """A stage's workers. Each has ``helpers`` helper processes; the stage needs at least ``least`` workers."""
+    """A stage's workers. Each has ``helpers`` helper processes; the stage needs at least ``least`` workers.
+
+    Of helpers that are not ``firm`` it takes those that Ray has room for.
+    """
 
     count: int
     least: int
     worker: Share
     helpers: int = 0
     helper: Share = field(default_factory=Share)
+    firm: bool = True
 
     def room(self, machine: Mapping[str, float]) -> int:
         """Returns how many of the workers, each with its helpers, one machine with these resources holds."""
@@ -69,7 +73,8 @@ class Team:
 
     def __str__(self) -> str:
         count = f"at least {self.least}" if 1 < self.least < self.count else f"{self.count}"
-        helpers = f" and {amount_of(self.helpers, 'decoder')} of {self.helper}" if self.helpers else ""
+        most = "" if self.firm else "up to "
+        helpers = f" and {most}{amount_of(self.helpers, 'decoder')} of {self.helper}" if self.helpers else ""
         plural = count != "1"
         return f"{count} worker{'s' * plural} with {self.worker}{helpers}{' each' * plural}"
 
@@ -116,14 +121,15 @@ def team_of(settings: Settings, machine: Machine, most: int = sys.maxsize) -> Te
     count = settings.workers if isinstance(settings.workers, int) else _as_many_as_fit(share, machine)
     team = Team(min(count, most), 1, share)
     if isinstance(settings, EmbeddingsSettings):
-        helpers = _decoders(team, machine) if settings.decoders == "auto" else settings.decoders
-        return replace(team, helpers=helpers, helper=Share(labels=settings.decoder_nodes))
+        if settings.decoders == "auto":
+            return replace(team, helpers=_decoders(team, machine), firm=False)
+        return replace(team, helpers=settings.decoders, helper=Share(labels=settings.decoder_nodes))
     return team
 
 
 def _decoders(team: Team, machine: Machine) -> int:
     """Returns how many cores are there for each worker with a GPU; 0 where it would be one, as the worker is itself."""
-    if not team.worker.gpus or not team.count or machine.grows:
+    if not team.worker.gpus or not team.count or machine.gpus < 1 or machine.grows:
         return 0
     each = min(DECODERS, int(machine.cpus / team.count - team.worker.cpus))
     return each if each > 1 else 0

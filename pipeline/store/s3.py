@@ -35,7 +35,7 @@ from pipeline.store.names import check_path
 TRIES = 6  # with boto3's waits about a minute at most
 TIMEOUT_S = 60.0  # without a byte
 LEAST_RATE = 16 << 10  # bytes a second that a body must bring from then on
-PART_BYTES = 64 << 20  # a larger file is uploaded in parts; S3 takes at most 10,000 of at least 5 MiB
+PART_BYTES = 16 << 20  # a larger file is uploaded in parts, ten at once; S3 takes at most 10,000 of at least 5 MiB
 CONNECTIONS = 32  # of as many threads at once; more wait for one
 BATCH = 1000  # objects that one request may delete
 

@@ -28,16 +28,18 @@ class StepTimer:
     """Adds the seconds of steps to ``seconds``, by phase.
 
     On a CPU every step is timed. Other devices compute asynchronously and have to be waited for, so only one step of
-    SAMPLED is timed there.
+    SAMPLED is timed there, and not the first, in which layers are compiled and memory is taken.
     """
 
     def __init__(self, seconds: dict[str, float], device: torch.device):
         self.seconds, self.device = seconds, device
         self.last: float | None = None
+        self.begun = False
 
     def start(self, step: int) -> None:
         """Begins a step."""
-        timed = self.device.type == "cpu" or step % SAMPLED == 0
+        timed = self.device.type == "cpu" or (self.begun and step % SAMPLED == 0)
+        self.begun = True
         self.last = self._now() if timed else None
 
     def __call__(self, phase: str) -> None:

@@ -41,8 +41,9 @@ def test_a_worker_takes_a_core_or_its_gpu_unless_it_is_told() -> None:
 )
 def test_decoders_take_the_cores_beside_gpus(machine: Machine, workers: int, each: int) -> None:
     team = team_of(EmbeddingsSettings(memory_mb=1), machine)
-    assert (team.count, team.helpers) == (workers, each)
-    assert team_of(EmbeddingsSettings(decoders=3), machine).helpers == 3
+    assert (team.count, team.helpers, team.firm) == (workers, each, False)
+    named = team_of(EmbeddingsSettings(decoders=3), machine)
+    assert (named.helpers, named.firm) == (3, True)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,7 @@ def test_room(team: Team, holds: int) -> None:
         (Team(2, 1, Share(1, labels={"pool": "gpu"})), "2 workers with 1 core on nodes with pool=gpu each"),
         (Team(14, 12, Share(1)), "at least 12 workers with 1 core each"),
         (Team(2, 1, Share(1), 10), "2 workers with 1 core and 10 decoders of 1 core each"),
+        (Team(1, 1, Share(0, 1), 4, firm=False), "1 worker with 1 GPU and up to 4 decoders of 1 core"),
     ],
 )
 def test_what_is_asked_for_is_said(team: Team, said: str) -> None:

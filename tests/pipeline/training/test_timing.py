@@ -28,6 +28,16 @@ def test_a_step_is_cut_into_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timer.seconds == {"wait": 6.0, "forward": 2.0}
 
 
+def test_on_a_gpu_the_first_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    timer, timed = StepTimer({}, torch.device("cuda")), []
+    for step in range(15, 50):
+        timer.start(step)
+        timer("forward")
+        timed += [step] * (timer.last is not None)
+    assert timed == [30, 45]
+
+
 def test_shares_add_up_to_the_whole_time() -> None:
     seconds = {"wait": 1.0, "forward": 3.0, "backward": 4.0, "pause": 5.0}
     shares = shares_of(seconds, 20.0)
