@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -33,8 +34,14 @@ def _command(words: Sequence[str]) -> int:
         return 2
     name = "pin" if arguments.command == "unpin" else arguments.command
     Line.quiet = getattr(arguments, "quiet", False)
+    # What modules make stays: to search all of it for garbage takes a sixth of a run that has nothing to do.
+    gc.disable()
+    command = importlib.import_module(f"jobs.{name}")
+    if not gc.get_freeze_count():
+        gc.freeze()
+    gc.enable()
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if Line.quiet else nullcontext():
-        return importlib.import_module(f"jobs.{name}").main(arguments)
+        return command.main(arguments)
 
 
 def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from pipeline.build import build
 from pipeline.config import Config, load_config
 from pipeline.cost.estimate import Ask, estimate
 from pipeline.cost.observed import observe
-from pipeline.cost.places import places, too_slow
+from pipeline.cost.table import places, too_slow
 from pipeline.doctor.clip_weights import check_clips
 from pipeline.doctor.finding import Finding
 from pipeline.doctor.machine import check_disks, check_machine, check_memory, check_shared_memory

@@ -20,8 +20,7 @@ from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate, parse_fleet
 from pipeline.cost.observed import Seen, observe, read_profile
-from pipeline.cost.places import places, too_slow
-from pipeline.cost.table import cost_table, remarks, size
+from pipeline.cost.table import cost_table, places, remarks, size, too_slow
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
 from pipeline.graph.ray import find_machine

@@ -1,4 +1,4 @@
-"""Writes the costs of a plan as a table, with money, and what they rest on as sentences."""
+"""Writes a plan's costs as a table, with money, and says on what stages run and what the costs rest on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from pipeline.cost.estimate import (
     rate,
     save,
 )
+from pipeline.graph.resources import amount_of
 from pipeline.progress import duration
 from pipeline.settings import Prices
 
 HEAD = ("stage", "time", "start-up", "GPU hours", "core hours", "disk")
 ROOM = 0.8  # of a GPU's memory for what a training holds besides activations
 KEPT_BYTES = 20  # a parameter: a checkpoint's, and the gradient
+LONGEST_S = 86_400.0  # that a CPU may take for what a GPU does in minutes, unless the user wants it
 BASES = {"measured": "measured and scaled", "counted": "counted from arithmetic", "guess": "guessed"}
 
 
@@ -119,3 +121,25 @@ def _too_large(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
                     f"{stage}: weights, average, gradient and moments take {size(held)}, more than {ROOM:.0%} of one "
                     f"GPU's memory; set run.{stage}.sharded"
                 )
+
+
+def places(costs: Mapping[str, Cost], ask: Ask) -> str:
+    """Returns for example "runs on 8 H100 (embeddings, decoder), 2 cores (source, pairs)"."""
+    found: dict[str, list[str]] = {}
+    for stage, cost in costs.items():
+        found.setdefault(_place(cost, ask), []).append(stage)
+    return "runs on " + ", ".join(f"{where} ({', '.join(stages)})" for where, stages in found.items())
+
+
+def _place(cost: Cost, ask: Ask) -> str:
+    """Returns the GPUs of a stage, or its cores."""
+    if not cost.gpus:
+        return amount_of(cost.cores, "core")
+    return f"{cost.gpus:g} {ask.gpu}" if ask.gpu else amount_of(cost.gpus, "GPU")
+
+
+def too_slow(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
+    """Yields a line for each stage that a GPU could work on and that takes a CPU more than a day."""
+    for stage, cost in costs.items():
+        if ask.computes(stage) and not cost.gpus and cost.seconds > LONGEST_S:
+            yield f"{stage} would take {_place(cost, ask)} about {duration(cost.seconds)}"

@@ -122,18 +122,18 @@ def clip_score(images: Tensor, texts: Tensor) -> Tensor:
     return 100 * cosine(images, texts).clamp(min=0)
 
 
-def covered(points: Tensor, of: Tensor, k: int = NEIGHBOURS) -> Tensor:
+def covered(points: Tensor, of: Tensor) -> Tensor:
     """Returns whether each of ``points`` [n, d] lies within some ball around a row of ``of`` [m, d], bool [n].
 
-    A row's ball reaches to the k-th nearest of the others (to the farthest, where there are fewer). So precision is the
-    share of drawn rows that are covered by real ones, and recall the share of real ones that are covered by drawn ones
-    (Kynkäänniemi et al. 2019). Raises ValueError for fewer than two rows.
+    A row's ball reaches to the NEIGHBOURS-th nearest of the others (to the farthest, where there are fewer). So
+    precision is the share of drawn rows that are covered by real ones, and recall the share of real ones that are
+    covered by drawn ones (Kynkäänniemi et al. 2019). Raises ValueError for fewer than two rows.
     """
     if len(of) < 2:
         raise ValueError(f"{len(of)} rows have no neighbours")
     points, of = points.double(), of.double()
     own = torch.cdist(of, of).fill_diagonal_(torch.inf)
-    reach = own.kthvalue(min(k, len(of) - 1), dim=1).values
+    reach = own.kthvalue(min(NEIGHBOURS, len(of) - 1), dim=1).values
     return (torch.cdist(points, of) <= reach).any(1)
 
 

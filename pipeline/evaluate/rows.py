@@ -107,11 +107,16 @@ def _caption(row: JoinedRow) -> str:
     return (row.captions or [""])[0]
 
 
+def _unit(rows: list[JoinedRow], name: str) -> Tensor:
+    """Returns embeddings of unit norm, fp32 [n, d]."""
+    return F.normalize(torch.from_numpy(np.stack([getattr(row, name) for row in rows])), dim=-1)
+
+
 def _join(store: Store, split: str, rows: list[JoinedRow], side: int) -> HeldOut:
     captions = [_caption(row) for row in rows]
     batch: Batch = {"tokens": tokenize(captions)}
     for name in ("image_embedding", "text_embedding"):
-        batch[name] = F.normalize(torch.from_numpy(np.stack([getattr(row, name) for row in rows])), dim=-1)
+        batch[name] = _unit(rows, name)
     if side:
         batch["image"] = read_views(store, [row.place for row in rows if row.place], side)
     return HeldOut(
@@ -148,9 +153,6 @@ def training_rows(store: Store, inputs: Mapping[str, Artifact]) -> TrainingRows:
     """Returns kept training rows, which held-out rows are compared with."""
     first = Tables(store, inputs, COLUMNS, "train", 0).first(TRAINING_ROWS)
     rows = [row for row in first if row.place]
-    image, text = (
-        F.normalize(torch.from_numpy(np.stack([getattr(row, name) for row in rows])), dim=-1)
-        for name in ("image_embedding", "text_embedding")
-    )
+    image, text = (_unit(rows, name) for name in ("image_embedding", "text_embedding"))
     places, captions = [row.place for row in rows if row.place], [_caption(row) for row in rows]
     return TrainingRows(places, captions, [row.license for row in rows], image, text)

@@ -70,6 +70,9 @@ def run_shards(
 ) -> tuple[list[Shard], int]:
     """Makes every shard without a record. With ``ctx.settings.workers`` 0 the worker runs in this process, without Ray.
 
+    A listing decides what is made first. Existing records are read last; a corrupt one is made again. What the workers
+    took is added to ``ctx.work``: summed over the passes of a stage, with the most workers and rows of a pass.
+
     Args:
         ctx: Of the stage.
         tasks: One for each shard.
@@ -81,33 +84,17 @@ def run_shards(
     Returns:
         All shards by rising number, and how many were made now.
     """
-    found = list(_each_shard(ctx, tasks, make_worker, unit, amount, title or ctx.stage))
-    return sorted((shard for shard, _ in found), key=lambda shard: shard.number), sum(new for _, new in found)
-
-
-def _each_shard(
-    ctx: Context,
-    tasks: Sequence[ShardTask],
-    make_worker: Callable[[], ShardWorker],
-    unit: str,
-    amount: int,
-    title: str,
-) -> Iterator[tuple[Shard, bool]]:
-    """Yields every shard, in no order, and whether it was made now.
-
-    A listing decides what is made first. Existing records are read last; a corrupt one is made again. What the workers
-    took is added to ``ctx.work``: summed over the passes of a stage, with the most workers and rows of a pass.
-    """
     work = WorkTimes()
     paths = {shard_path(ctx.stage, task.key) for task in tasks}
     there = {entry.path for entry in ctx.store.list(f"shards/{ctx.stage}/") if entry.path in paths}
     todo = [task for task in tasks if shard_path(ctx.stage, task.key) not in there]
     done = [task for task in tasks if shard_path(ctx.stage, task.key) in there]
     guess = amount * len(done) // max(1, len(tasks))
-    with Progress(title, amount, unit, start=guess) as progress:
+    made: list[Shard] = []
+    with Progress(title or ctx.stage, amount, unit, start=guess) as progress:
         failed = Counter[str]()
 
-        def make(todo: Sequence[ShardTask]) -> Iterator[tuple[Shard, bool]]:
+        def make(todo: Sequence[ShardTask]) -> None:
             team = _team(ctx, len(todo))
             work["workers"] = max(work.get("workers", 1), team.count if team else 1)
             for shard, took in _run(ctx, todo, make_worker, team):
@@ -115,23 +102,19 @@ def _each_shard(
                 work["made_seconds"] = progress.seconds
                 failed.update({**shard.ledger.rejected, **shard.ledger.deferred})
                 progress.advance(shard.ledger.rows, partial(_note, work, failed))
-                yield shard, True
+                made.append(shard)
 
-        yield from make(todo)
-        lost, rows = [], 0
-        found = ordered_map(lambda task: read_shard(ctx.store, ctx.stage, task.key), done)
-        for task, read in zip(done, found, strict=True):
-            if read is None:
-                lost.append(task)
-            else:
-                rows += read.ledger.rows
-                yield read, False
+        make(todo)
+        read = list(ordered_map(lambda task: read_shard(ctx.store, ctx.stage, task.key), done))
+        found = [shard for shard in read if shard is not None]
+        rows = sum(shard.ledger.rows for shard in found)
         progress.first += rows - guess
         progress.done += rows - guess
-        yield from make(lost)
+        make([task for task, shard in zip(done, read, strict=True) if shard is None])
     most = {name: max(work.get(name, 0), ctx.work.get(name, 0)) for name in ("workers", "made_rows")}
     add(ctx.work, work)
     ctx.work.update(most)
+    return sorted([*made, *found], key=lambda shard: shard.number), len(made)
 
 
 def _note(work: WorkTimes, lost: Counter[str]) -> str:

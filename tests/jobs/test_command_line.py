@@ -1,5 +1,6 @@
 """The words of the commands: options and values anywhere, help and completion without anything heavy."""
 
+import gc
 import subprocess
 import sys
 from importlib import import_module
@@ -71,6 +72,7 @@ def test_words_that_stand_here_are_those_of_the_code() -> None:
 @pytest.mark.parametrize("shell", SHELLS)
 def test_completion_knows_commands_options_and_files(shell: str, tmp_path: Path) -> None:
     script = done(here("completion", shell))
+    assert gc.isenabled()  # it is off while a command is imported
     assert "variations" in script
     assert "--until" in script or "until" in script
     if shell == "bash":

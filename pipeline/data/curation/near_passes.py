@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from pipeline.data.curation.stage import Rejected, rejected_table
-from pipeline.data.neighbours.blocks import candidates, input_name, is_a
+from pipeline.data.neighbours.blocks import candidates, input_name, is_a, read_samples
 from pipeline.data.neighbours.cells import NONE, PROBES, Cells, Rows, compare, fit_cells
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
 from pipeline.errors import CorruptObject
@@ -35,9 +35,7 @@ class FitCells:
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        samples = [part for name, part in sorted(task.inputs.items()) if name != "plan"]
-        sample = np.concatenate([load(read_blob(self.store, part.blobs["sample"]))["sample"] for part in samples])
-        cells = fit_cells(sample, task.inputs["plan"].counts["cells"])
+        cells = fit_cells(read_samples(self.store, task), task.inputs["plan"].counts["cells"])
         blob = save({"centres": cells.centres, "groups": cells.groups})
         return ShardOutput(Ledger(kept=1), {"cells": blob})
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.graph.artifacts import Shard, ShardRow, read_table
@@ -20,7 +20,7 @@ from pipeline.graph.stages import Context, shard_key
 from pipeline.graph.workers import ShardOutput, ShardTask, ShardWorker
 from pipeline.ledger import Ledger
 from pipeline.store import Store
-from pipeline.store.records import digest
+from pipeline.store.records import digest, read_blob
 
 
 @dataclass(frozen=True)
@@ -144,3 +144,9 @@ class SampleVectors:
         sample = np.concatenate(training)[:: task.inputs["plan"].counts["stride"]]
         blob = save({"sample": np.ascontiguousarray(sample[np.isfinite(sample).all(1)])})
         return ShardOutput(Ledger(kept=seen), {"sample": blob})
+
+
+def read_samples(store: Store, task: ShardTask) -> np.ndarray:
+    """Returns the samples of all blocks among a task's inputs, float16 [n, d]."""
+    parts = (part for _, part in sorted(task.inputs.items()) if "sample" in part.blobs)
+    return np.concatenate([load(read_blob(store, part.blobs["sample"]))["sample"] for part in parts])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import faiss
 import numpy as np
-from safetensors.numpy import load
 
 from pipeline.data.neighbours.blocks import (
     OneThread,
@@ -17,6 +16,7 @@ from pipeline.data.neighbours.blocks import (
     constants,
     cut_blocks,
     pass_task,
+    read_samples,
     run_pass,
 )
 from pipeline.data.pairs.row_index import SPLITS
@@ -78,8 +78,7 @@ class TrainIndex:
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        samples = [part for _, part in sorted(task.inputs.items())]
-        sample = np.concatenate([load(read_blob(self.store, part.blobs["sample"]))["sample"] for part in samples])
+        sample = read_samples(self.store, task)
         width = sample.shape[1]
         lists = max(1, min(LISTS, len(sample) // LIST_SAMPLES))
         length = max(n for n in range(1, max(1, width // CODE_COMPONENTS) + 1) if width % n == 0)
