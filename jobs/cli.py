@@ -34,6 +34,8 @@ def _command(words: Sequence[str]) -> int:
         return 2
     name = "pin" if arguments.command == "unpin" else arguments.command
     Line.quiet = getattr(arguments, "quiet", False)
+    if Line.quiet:
+        logging.getLogger("unclip").setLevel(logging.WARNING)
     # What modules make stays: to search all of it for garbage takes a sixth of a run that has nothing to do.
     gc.disable()
     command = importlib.import_module(f"jobs.{name}")

@@ -36,7 +36,7 @@ def test_to_diffusers_and_back(run: Path, draw: Draw, tmp_path: Path) -> None:  
     refused(
         "sample", "a cat", "--from", tmp_path / "theirs", says=["diffusers' layout", "--to NEW makes a bundle of it"]
     )
-    done(here("export", "theirs", "--to", "back", cwd=tmp_path))
+    assert done(here("export", "theirs", "--to", "back", "-q", cwd=tmp_path)) == ""
     (after,) = draw("sample", "a red heart", "--from", "back")
     assert after.read_bytes() == before
     refused("export", run, "--to", tmp_path / "back", says=["is not empty; name a new folder with --to"])
