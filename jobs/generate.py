@@ -9,6 +9,7 @@ from dataclasses import replace
 from jobs.bundles import find_bundle
 from jobs.sample import check_seed, sampling_option
 from pipeline.errors import CorruptObject, UserError
+from pipeline.graph.execute import heal
 from pipeline.graph.ray import find_machine, this_machine
 from pipeline.graph.resources import team_of
 from pipeline.parse import parse
@@ -29,7 +30,6 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"prompts: column {column} of {arguments.prompts}")
     store, bundle = found.stored()
 
-    from pipeline.graph.execute import heal
     from pipeline.sampling.generation import ROWS, STAGE, GenerationRecipe, export, generate
 
     options = dict(sampling_option(text) for text in arguments.overrides)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from models.view import view
 from pipeline.data.curation.reading import FACTS, VECTORS, Pair, PairReader
 from pipeline.data.export import SUFFIXES
 from pipeline.graph.ray import start_ray
@@ -45,8 +46,6 @@ class Pairs:
         ``side`` "image", the square centre of each, uint8 [n, 3, side, side].
         """
         import torch
-
-        from models.view import view
 
         columns: dict[str, list[Any]] = defaultdict(list)
         for pair in self:

@@ -14,6 +14,7 @@ from jobs.command_line import COMMANDS
 from models.sampling_config import SamplingConfig
 from tests.chain import ROOT
 from tests.jobs.test_docs import TESTED, check_links, commands
+from tests.jobs.test_python import near
 from tests.pipeline.sampling.test_generation import publish_bundle
 
 NOTEBOOK = ROOT / "docs/notebook.ipynb"
@@ -101,15 +102,10 @@ def test_pictures_are_those_that_it_tells_of(values: dict[str, Any]) -> None:
     images, others, between, changed = (names[name] for name in ("images", "others", "between", "changed"))
     assert len({image.tobytes() for image in (*images, *others)}) == 7
     own, cat = (names["model"].vary(image, count=1, eta=0.0, size=64)[0] for image in (images[0], names["cat"]))
-    assert close(between[0], own)
-    assert close(between[-1], cat)
-    assert close(changed[0], own)
-    assert not close(changed[-1], changed[0])
-
-
-def close(a: Image.Image, b: Image.Image) -> bool:
-    """Equal but for rounding."""
-    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) <= 1
+    assert near(between[0], own)
+    assert near(between[-1], cat)
+    assert near(changed[0], own)
+    assert not near(changed[-1], changed[0])
 
 
 def test_the_chart_shows_both_lines(values: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from models.view import open_view, upright_rgb, view
 from tests.models.mutations import fails_under
+from tests.pipeline.data.odd import encoded
 
 SIZE = 24
 
@@ -17,12 +18,6 @@ def picture(mode: str) -> Image.Image:
     if mode in ("RGBA", "LA"):
         image.putalpha(Image.fromarray(pixels[..., 3]))
     return image.convert(mode)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def expected(data: bytes) -> np.ndarray:

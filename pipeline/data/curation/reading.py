@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from models.view import upright_rgb
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS, Place, read_images
 from pipeline.errors import UserError
@@ -61,8 +62,6 @@ class Pair:
     @cached_property
     def image(self) -> Image.Image:
         """Returns the image, upright RGB. Raises UserError where embeddings were imported without it."""
-        from models.view import upright_rgb
-
         if self.data is None:
             raise UserError(f"row {self.key} has imported embeddings and no image; read its embeddings instead")
         return upright_rgb(Image.open(io.BytesIO(self.data)))
