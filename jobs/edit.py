@@ -85,18 +85,19 @@ def _named(arguments: argparse.Namespace) -> list[Path]:
 def _make(unclip: UnCLIP, a: argparse.Namespace, images: Sequence[Image], options: Mapping[str, Any]) -> Edit:
     from pipeline.sampling import edits
 
+    how = edits.How(a.seed, options)
     if a.kind == "variations":
-        return edits.variations(unclip, images[0], a.count, a.eta, a.caption, a.seed, options)
+        return edits.variations(unclip, images[0], a.count, a.eta, a.caption, how)
     if a.kind == "interpolate":
-        return edits.interpolation(unclip, images[0], images[1], a.count, a.seed, options)
+        return edits.interpolation(unclip, images[0], images[1], a.count, how)
     if a.kind == "textdiff":
         shares = [a.most * i / (a.count - 1) for i in range(a.count)]
-        return edits.text_difference(unclip, images[0], a.before, a.after, shares, a.seed, options)
+        return edits.text_difference(unclip, images[0], a.before, a.after, shares, how)
     if a.kind == "reconstruct":
-        return edits.reconstruction(unclip, images[0], a.caption, a.seed, options)
+        return edits.reconstruction(unclip, images[0], a.caption, how)
     if a.kind == "components":
-        return edits.components(unclip, images[0], _counts(a.counts) if a.counts else None, a.seed, options)
-    return edits.priors(unclip, a.caption, images[0] if images else None, a.seed, options)
+        return edits.components(unclip, images[0], _counts(a.counts) if a.counts else None, how)
+    return edits.priors(unclip, a.caption, images[0] if images else None, how)
 
 
 def _write(path: Path, edit: Edit, arguments: argparse.Namespace) -> None:

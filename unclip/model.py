@@ -147,7 +147,7 @@ class Model:
 
         ``eta`` is from 0, the image reconstructed, to 1, the freest. A caption tells the decoder what is in the image.
         """
-        made = edits.variations(self.cascade, _opened(image), count, eta, caption, seed, options, progress)
+        made = edits.variations(self.cascade, _opened(image), count, eta, caption, edits.How(seed, options, progress))
         return _pil(made.images[1:])
 
     def interpolate(
@@ -155,7 +155,7 @@ class Model:
     ) -> list[Image.Image]:
         """Returns ``count`` images from one image to another, both ends included and reconstructed (section 3.2)."""
         ends = _opened(first), _opened(second)
-        return _pil(edits.interpolation(self.cascade, *ends, count, seed, options, progress).images)
+        return _pil(edits.interpolation(self.cascade, *ends, count, edits.How(seed, options, progress)).images)
 
     def change(
         self,
@@ -169,7 +169,9 @@ class Model:
     ) -> list[Image.Image]:
         """Returns an image turned by each share towards what ``after`` says beyond ``before`` (section 3.3)."""
         whole = _opened(image)
-        return _pil(edits.text_difference(self.cascade, whole, before, after, shares, seed, options, progress).images)
+        return _pil(
+            edits.text_difference(self.cascade, whole, before, after, shares, edits.How(seed, options, progress)).images
+        )
 
     def embed(self, what: str | Image.Image | Sequence[str] | Sequence[Image.Image]) -> np.ndarray:
         """Returns CLIP's embeddings of captions or images, unit norm: fp32 [d] of one, [n, d] of a list.

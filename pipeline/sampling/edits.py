@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,14 @@ Watch = bool | Callable[[str, int, int], None]
 """Whether a line of progress is shown; or what is called after every step with a model's name, steps done and steps."""
 
 
+class How(NamedTuple):
+    """Says with which seed and which sampling options images are changed, and how progress is shown."""
+
+    seed: int
+    options: Options
+    watch: Watch = True
+
+
 @dataclass(frozen=True)
 class Edit:
     """Images, uint8 [s, s, 3], what each of them is, and how they were sampled."""
@@ -49,95 +57,72 @@ class Edit:
     settings: Mapping[str, Any]
 
 
-def variations(
-    unclip: UnCLIP,
-    image: Image.Image,
-    count: int,
-    eta: float,
-    caption: str | None,
-    seed: int,
-    options: Options,
-    watch: Watch = True,
-) -> Edit:
-    """Follows section 3.1: the image, then ``count`` others of its embedding, with the seeds from ``seed`` on."""
-    sampling, seeds = unclip.manipulation_sampling(dict(options)), range(seed, seed + count)
-    with watched("variations", unclip, sampling, watch, inversions=1) as progress:
-        inversion = unclip.invert([image], _listed(caption), progress, **options)
-        made = unclip.variations(inversion, seeds, eta, progress, **options)
+def variations(unclip: UnCLIP, image: Image.Image, count: int, eta: float, caption: str | None, how: How) -> Edit:
+    """Follows section 3.1: the image, then ``count`` others of its embedding, with consecutive seeds."""
+    sampling, seeds = unclip.manipulation_sampling(dict(how.options)), range(how.seed, how.seed + count)
+    with watched("variations", unclip, sampling, how.watch, inversions=1) as progress:
+        inversion = unclip.invert([image], _listed(caption), progress, **how.options)
+        made = unclip.variations(inversion, seeds, eta, progress, **how.options)
     names = ("the image", *(f"seed {s}" for s in seeds))
     return _edit([_like(image, made), *_images(made)], names, sampling)
 
 
-def interpolation(
-    unclip: UnCLIP,
-    first: Image.Image,
-    second: Image.Image,
-    count: int,
-    seed: int,
-    options: Options,
-    watch: Watch = True,
-) -> Edit:
+def interpolation(unclip: UnCLIP, first: Image.Image, second: Image.Image, count: int, how: How) -> Edit:
     """Follows section 3.2: ``count`` images from the first, reconstructed, to the second, reconstructed."""
-    sampling = unclip.manipulation_sampling(dict(options))
-    with watched("interpolation", unclip, sampling, watch, inversions=2) as progress:
-        a, b = (unclip.invert([image], None, progress, **options) for image in (first, second))
-        made = unclip.interpolate(a, b, count, seed, progress, **options)
+    sampling = unclip.manipulation_sampling(dict(how.options))
+    with watched("interpolation", unclip, sampling, how.watch, inversions=2) as progress:
+        a, b = (unclip.invert([image], None, progress, **how.options) for image in (first, second))
+        made = unclip.interpolate(a, b, count, how.seed, progress, **how.options)
     return _edit(_images(made), [f"{i / (count - 1):.0%}" for i in range(count)], sampling)
 
 
 def text_difference(
-    unclip: UnCLIP,
-    image: Image.Image,
-    before: str,
-    after: str,
-    shares: Sequence[float],
-    seed: int,
-    options: Options,
-    watch: Watch = True,
+    unclip: UnCLIP, image: Image.Image, before: str, after: str, shares: Sequence[float], how: How
 ) -> Edit:
     """Follows section 3.3: the image, turned by each share towards what ``after`` says beyond ``before``."""
-    sampling = unclip.manipulation_sampling(dict(options))
+    sampling = unclip.manipulation_sampling(dict(how.options))
     check_captions([before, after])
-    with watched("text difference", unclip, sampling, watch, inversions=1) as progress:
-        inversion = unclip.invert([image], None, progress, **options)
-        made = unclip.text_difference(inversion, before, after, shares, seed, progress, **options)
+    with watched("text difference", unclip, sampling, how.watch, inversions=1) as progress:
+        inversion = unclip.invert([image], None, progress, **how.options)
+        made = unclip.text_difference(inversion, before, after, shares, how.seed, progress, **how.options)
     return _edit(_images(made), [f"turned by {share:.3g}" for share in shares], sampling)
 
 
-def reconstruction(unclip: UnCLIP, image: Image.Image, caption: str | None, seed: int, options: Options) -> Edit:
+def reconstruction(unclip: UnCLIP, image: Image.Image, caption: str | None, how: How) -> Edit:
     """Follows section 3: the image, and what its two latents become; how near it is, at every size that is made."""
-    sampling = unclip.manipulation_sampling(dict(options))
-    with watched("reconstruction", unclip, sampling, inversions=1) as progress:
-        inversion = unclip.invert([image], _listed(caption), progress, **options)
-        made = unclip.reconstruct(inversion, seed, progress, **options)
+    sampling = unclip.manipulation_sampling(dict(how.options))
+    with watched("reconstruction", unclip, sampling, how.watch, inversions=1) as progress:
+        inversion = unclip.invert([image], _listed(caption), progress, **how.options)
+        made = unclip.reconstruct(inversion, how.seed, progress, **how.options)
     near = [f"{_psnr(made.images[side], image):.1f} dB at {side} px" for side in made.images]
     names = ("the image", f"its reconstruction, PSNR {', '.join(near)}")
     return _edit([_like(image, made), *_images(made)], names, sampling)
 
 
-def components(unclip: UnCLIP, image: Image.Image, counts: Sequence[int] | None, seed: int, options: Options) -> Edit:
+def components(unclip: UnCLIP, image: Image.Image, counts: Sequence[int] | None, how: How) -> Edit:
     """Follows section 4, figure 7: embeddings of the first principal components, the whole embedding, the image.
 
     All are drawn from one noise. ``counts`` None takes the paper's, in proportion to the components there are.
     """
-    sampling, codes = unclip.manipulation_sampling(dict(options)), unclip.codec.codes if unclip.codec else PAPER_CODES
+    sampling = unclip.manipulation_sampling(dict(how.options))
+    codes = unclip.codec.codes if unclip.codec else PAPER_CODES
     counts = counts or sorted({max(1, round(n * codes / PAPER_CODES)) for n in PAPER_COUNTS})
     embedding = unclip.embed([image])
-    with watched("components", unclip, sampling, decodings=2) as progress:
-        made = unclip.principal_components(embedding, counts, seed, progress, **options)
-        whole = unclip.decode(embedding, None, [seed], sampling, progress)
+    with watched("components", unclip, sampling, how.watch, decodings=2) as progress:
+        made = unclip.principal_components(embedding, counts, how.seed, progress, **how.options)
+        whole = unclip.decode(embedding, None, [how.seed], sampling, progress)
     near = cosine_similarity(made.embedding, embedding)
     names = [f"{n} of {codes} components, cosine {c:.3f}" for n, c in zip(counts, near.tolist(), strict=True)]
     images = [*_images(made), *_images(whole), _like(image, made)]
     return _edit(images, [*names, "the whole embedding", "the image"], sampling)
 
 
-def priors(unclip: UnCLIP, caption: str, image: Image.Image | None, seed: int, options: Options) -> Edit:
+def priors(unclip: UnCLIP, caption: str, image: Image.Image | None, how: How) -> Edit:
     """Follows section 5.1, figure 8: a caption decoded from each prior's embedding, its text's and the image's."""
-    sampling = unclip.sampling_with(dict(options))
+    sampling = unclip.sampling_with(dict(how.options))
     drawn = sum(prior_steps(unclip, dataclasses.asdict(sampling), option) for _, option in priors_of(unclip))
-    with watched("priors", unclip, sampling, more=drawn) as progress:
-        compared = compare_priors(unclip, caption, seed, image, progress, **options)
+    with watched("priors", unclip, sampling, how.watch, more=drawn) as progress:
+        compared = compare_priors(unclip, caption, how.seed, image, progress, **how.options)
     made = compared.generation
     near = {"caption": cosine_similarity(made.embedding, compared.text).tolist()}
     if image is not None:  # its embedding is the last
@@ -154,7 +139,7 @@ def watched(
     name: str,
     unclip: UnCLIP,
     sampling: SamplingConfig,
-    watch: Watch = True,
+    watch: Watch,
     *,
     inversions: int = 0,
     decodings: int = 1,

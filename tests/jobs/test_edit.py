@@ -209,7 +209,7 @@ def test_the_error_of_a_reconstruction_is_that_of_its_pixels(edit: Edit) -> None
 
 def test_all_components_are_the_whole_embedding() -> None:
     unclip = replace(make(), ar_prior=None, codec=make_codec(DIM))  # so that nothing is lost
-    swept = edits.components(unclip, IMAGES[0], None, 4, OPTIONS)
+    swept = edits.components(unclip, IMAGES[0], None, edits.How(4, OPTIONS))
     *parts, whole, picture = swept.images
     assert len(parts) >= 6  # the paper's 8, in proportion to 16 components, some of which fall together
     cosines = [float(name.rpartition(" ")[2]) for name in swept.names[:-2]]
