@@ -242,7 +242,7 @@ def test_priors_differ_by_their_embedding_alone(edit: Edit, unclip: UnCLIP) -> N
 
 def test_a_bundle_of_one_prior_compares_what_it_has(unclip: UnCLIP) -> None:
     one = replace(unclip, ar_prior=None, codec=None)
-    found = edits.priors(one, "a cat", None, 0, OPTIONS)
+    found = edits.priors(one, "a cat", None, edits.How(0, OPTIONS))
     assert [name.partition(",")[0] for name in found.names] == ["diffusion prior", "text embedding"]
 
 
