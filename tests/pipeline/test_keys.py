@@ -95,6 +95,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "bundle.sampling.decoder_sampler": {"decoder_sampler": "ddpm"},
     "bundle.sampling.decoder_guidance_to": {"decoder_guidance_to": 0.5},
     "bundle.sampling.size": {"size": 256},
+    "bundle.sampling.precision": {"precision": "bf16"},
     "evaluation.judge": {"judge": "local-dir:clip"},
     "evaluation.phrases.backgrounds": {"backgrounds": {"on red": (200, 0, 0)}},
 }
