@@ -17,6 +17,7 @@ from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.replay import replay
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
+from pipeline.training.timing import NOT_MEASURED
 from tests.pipeline.training.conftest import EMBED_DIM, World, rewritten
 from tests.pipeline.training.trainings import MODEL, SETTINGS
 
@@ -103,7 +104,7 @@ def test_too_little_memory_halves_the_micro_batch(
 def test_memory_for_less_than_a_step_or_for_one_row_is_a_mistake(
     world: World, monkeypatch: pytest.MonkeyPatch, hungry: str, words: str
 ) -> None:
-    monkeypatch.setattr("pipeline.training.worker.measure_speed", lambda *_: None)
+    monkeypatch.setattr("pipeline.training.worker.measure_speed", lambda *_: NOT_MEASURED)
     monkeypatch.setattr("pipeline.training.between_steps.BetweenSteps.validate", lambda *_: None)
     monkeypatch.setattr(hungry, lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
     with pytest.raises(UserError, match=f"{words}.* did not fit into memory; take a smaller model"):
