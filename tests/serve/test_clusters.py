@@ -84,7 +84,6 @@ def test_a_killed_node_loses_no_request(bundle: Path) -> None:
 def test_processes_go_when_nobody_draws_and_come_back_for_a_request(bundle: Path) -> None:
     with closing(serving(bundle, "replicas=2", "idle_replicas=0", "idle_s=1", "cpus=1")) as server:
         url = next(server)
-        assert drawers() == 2
         deadline = time.monotonic() + 120
         while drawers():
             assert time.monotonic() < deadline
