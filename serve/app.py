@@ -164,6 +164,8 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
     gpus = int(sum(machine.get("GPU", 0) for machine in machines))
     gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
     replicas = max(settings.replicas or (gpus if gpu else min(2, sum(cores))), 1, settings.idle_replicas)
+    # All that are there already; those that a cluster may have to add come when they are needed.
+    first = max(1, settings.idle_replicas) if settings.replicas else replicas
     settings = replace(settings, replicas=replicas)
     share = max(1, max(cores) // math.ceil(replicas / len(machines)))
     drawers: Any = serve.deployment(
@@ -173,7 +175,7 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
         ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": settings.cpus or share},
         autoscaling_config={
             "min_replicas": settings.idle_replicas,
-            "initial_replicas": replicas,
+            "initial_replicas": first,
             "max_replicas": replicas,
             "target_ongoing_requests": 1,
             "upscale_delay_s": UPSCALE_S,
