@@ -29,8 +29,9 @@ from models.precision import autocast, computes_in
 from models.upsampler import Upsampler
 from pipeline.config import preset_config
 from pipeline.cost.flops import text_tower
+from pipeline.training.optimizer import make_optimizer
 from pipeline.training.recipes import DecoderRecipe
-from pipeline.training.state import ema_half_life, make_optimizer, update_ema
+from pipeline.training.state import ema_half_life, update_ema
 
 IMAGES_PER_SECOND, UPSAMPLING_SECONDS, CAPTION_SECONDS = 150, 15, 25
 FAMILIES = {

@@ -46,6 +46,35 @@ class Condition(NamedTuple):
         return Condition(*(None if part is None else part[:rows] for part in self))  # type: ignore[arg-type]
 
 
+class Whitening(nn.Module):
+    """Centres image embeddings [b, d] and brings their directions to nearly one variance; the identity until ``fit``.
+
+    Of the demo's CLIP 16 of 512 directions hold 99% of the variance, and what else an embedding says would be learned
+    late: gradients of small inputs are small.
+    """
+
+    FLOOR = 0.05  # of the mean variance; directions with less are noise, and stay small
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(embed_dim))
+        self.register_buffer("matrix", torch.eye(embed_dim))
+
+    def fit(self, embeddings: Tensor) -> None:
+        """Measures mean and covariance of [n, d]. The matrix is symmetric, so no choice of eigenvectors is in it."""
+        z = embeddings.double()
+        variances, directions = torch.linalg.eigh(torch.cov(z.T))
+        scales = (variances.clamp(min=0) + self.FLOOR * variances.mean()).rsqrt()
+        self.mean.copy_(z.mean(0))
+        self.matrix.copy_((directions * scales) @ directions.T)
+
+    def forward(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            return (z.float() - self.mean) @ self.matrix
+
+
 class Layout(nn.Module):
     """Projects an image embedding [b, d] to features [b, width, side, side], which start at zero.
 
@@ -83,8 +112,8 @@ class Decoder(nn.Module):
     """Predicts noise (or v) and variance of a noised image.
 
     The image embedding z has unit norm, as CLIP gives it, and is multiplied by ``scale``, by default sqrt(d) for unit
-    variance. W z joins the timestep embedding, and W' z makes ``clip_tokens`` tokens before the outputs of the
-    decoder's own text encoder, whose vector for the caption joins the timestep embedding as well (GLIDE); with
+    variance, or whitened. W z joins the timestep embedding, and W' z makes ``clip_tokens`` tokens before the outputs of
+    the decoder's own text encoder, whose vector for the caption joins the timestep embedding as well (GLIDE); with
     ``text_encoder: frozen`` it is a copy of CLIP's, of the sizes ``text_tower``. Dropout uses PyTorch's global
     generator.
     """
@@ -95,6 +124,7 @@ class Decoder(nn.Module):
         self.embed_dim = embed_dim
         self.text_tower = text_tower
         self.scale = config.embedding_norm or embed_dim**0.5
+        self.whitening = Whitening(embed_dim) if config.whiten else None
         sides = config.feature_sides()
         clip = config.text_encoder != "glide"
         context_width = config.context_width or config.text_width
@@ -134,7 +164,8 @@ class Decoder(nn.Module):
 
         It does not depend on the timestep, so a sampler calls it once.
         """
-        z = torch.where(keep_image[:, None], image_embedding * self.scale, self.null_image)
+        z = image_embedding * self.scale if self.whitening is None else self.whitening(image_embedding)
+        z = torch.where(keep_image[:, None], z, self.null_image)
         text = self.text(tokens, keep_text)
         clip_tokens = self.image_to_tokens(z).unflatten(1, (self.config.clip_tokens, -1))
         shown = None if text.shown is None else F.pad(text.shown, (self.config.clip_tokens, 0), value=True)

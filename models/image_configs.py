@@ -72,6 +72,8 @@ class DecoderConfig:
             ``text_width``.
         embedding_norm: Length given to image embeddings; 0 is the square root of their dimension, for unit
             variance.
+        whiten: Whether image embeddings are centred, and all their directions brought to nearly one variance, before
+            the network reads them: a CLIP of few images spreads them over few directions.
         layout_channels: Channels that the image embedding is projected to at every position of the lowest resolution,
             to say what is where; 0 is none.
         pixel_channels: Of two 3x3 convolutions at full resolution that correct the network's output, given x_t, across
@@ -103,6 +105,7 @@ class DecoderConfig:
     text_encoder: Literal["glide", "clip", "frozen"] = "glide"
     context_width: int = 0
     embedding_norm: float = 0.0
+    whiten: bool = False
     layout_channels: int = 0
     pixel_channels: int = 0
     max_snr: float | None = None
@@ -127,6 +130,7 @@ class DecoderConfig:
                     self.head_channels >= 1 and width % self.head_channels == 0,
                     f"head_channels is {self.head_channels}: use a divisor of the {width} channels at {side} px",
                 )
+        require(not (self.whiten and self.embedding_norm), "whiten and embedding_norm both scale embeddings: use one")
         for name in ("drop_image", "drop_text"):
             share = getattr(self, name)
             require(0 <= share <= 1, f"{name} is {share}: use a share from 0 to 1")

@@ -13,8 +13,9 @@ from models.draw import Draw
 from models.precision import autocast
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
+from pipeline.training.optimizer import kinds
 from pipeline.training.recipes import TrainingRecipe
-from pipeline.training.state import MOMENTS, TrainState
+from pipeline.training.state import TrainState
 from pipeline.training.task import Batch
 
 # Of PyTorch on a CPU, and of CUDA, cuBLAS, cuDNN and NCCL.
@@ -77,7 +78,7 @@ def _fits(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, st
 def _try(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> None:
     device = group.device
     new = [p for p in state.model.parameters() if p.requires_grad and p not in state.optimizer.state]
-    moments = [torch.empty_like(p) for p in new for _ in MOMENTS]
+    moments = [torch.empty_like(p) for p in new for kind in kinds(state.optimizer, p) if kind != "step"]
     batch = {name: column.to(device).repeat(rows, *[1] * (column.ndim - 1)) for name, column in row.items()}
     with autocast(device, recipe.precision):
         losses = state.objective(batch, Draw([(0, rows)], device))

@@ -29,6 +29,7 @@ class TrainingRecipe:
     Attributes:
         samples: Where it stops, in samples seen, rounded up to whole batches; raising it later goes on from there.
         batch: Rows a step, over all workers; a multiple of ``lanes``.
+        optimizer: ``adamw``, or ``muon`` for the matrices and kernels of hidden layers and AdamW for the rest.
         learning_rate: After the warmup.
         beta2: Of Adam; beta1 is 0.9.
         eps: Of Adam.
@@ -58,6 +59,7 @@ class TrainingRecipe:
     samples: PositiveInt
     batch: PositiveInt
     learning_rate: PositiveFloat
+    optimizer: Literal["adamw", "muon"] = "adamw"
     beta2: Decay = 0.999
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0

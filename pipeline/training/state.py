@@ -16,12 +16,10 @@ from models.draw import derive_seed
 from models.precision import computes_in
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import local, recompute
+from pipeline.training.optimizer import kinds, make_optimizer
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.task import Objective, Task
 
-NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
-VECTORS = ("position", "positional_embedding", "padding")
-"""Names of parameters that hold a vector for each place of a sequence, in our networks and in open_clip's."""
 MEMORY = 0.1
 """The half-life of the averaged weights is at most this part of the samples seen."""
 
@@ -124,25 +122,11 @@ def begin(
     if recomputing:
         recompute(model)
     objective = Objective(task, model)
-    group.place(objective, computes_in(group.device, recipe.precision) == "bf16")
+    half = computes_in(group.device, recipe.precision) == "bf16"
+    group.place(objective, half)
     group.place(ema)
-    optimizer = make_optimizer(model, recipe)
+    optimizer = make_optimizer(model, recipe, half)
     return TrainState(objective, ema, optimizer, failed=torch.zeros((), device=next(model.parameters()).device))
-
-
-def make_optimizer(model: nn.Module, recipe: TrainingRecipe) -> AdamW:
-    """Returns Adam with decoupled weight decay on matrices and kernels.
-
-    Norms, biases, embeddings, positions and other vectors, such as those that stand for "no text", do not decay.
-    """
-    spared = {id(p) for m in model.modules() if isinstance(m, (*NORMALISATIONS, nn.Embedding)) for p in m.parameters()}
-    spared |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] in VECTORS}
-    learned = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in learned if p.ndim > 1 and id(p) not in spared]
-    chosen = {id(p) for p in decayed}
-    rest = [p for p in learned if id(p) not in chosen]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps, fused=True)
 
 
 def learning_rate(recipe: TrainingRecipe, samples: int) -> float:
@@ -182,9 +166,6 @@ def update_ema(ema: nn.Module, model: nn.Module, samples: int, half_life: float)
         average.copy_(value)
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its "step"
-
-
 def parts(state: TrainState) -> dict[str, dict[str, Tensor]]:
     """Returns the tensors of a state by part and name; those of the optimiser by the parameter's name and the kind."""
     optimizer = {
@@ -199,7 +180,10 @@ def forms(state: TrainState) -> dict[str, dict[str, Tensor]]:
     """Returns tensors of the shape and the place of ``parts``, those of the optimiser also before its first step."""
     optimizer: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
-        optimizer |= {f"{name}:{kind}": parameter for kind in MOMENTS} | {f"{name}:step": torch.zeros(())}
+        optimizer |= {
+            f"{name}:{kind}": torch.zeros(()) if kind == "step" else parameter
+            for kind in kinds(state.optimizer, parameter)
+        }
     return parts(state) | {"optimizer": optimizer}
 
 
@@ -211,13 +195,17 @@ def put_back(state: TrainState, saved: Mapping[str, Mapping[str, Tensor]]) -> No
             local(tensor).copy_(saved[part][name])
     state.optimizer.state.clear()
     for name, parameter in state.model.named_parameters():
-        if f"{name}:step" not in saved["optimizer"]:
+        kept = kinds(state.optimizer, parameter)
+        if f"{name}:{kept[0]}" not in saved["optimizer"]:
             continue
-        moments = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS}
-        for kind, tensor in moments.items():
-            local(tensor).copy_(saved["optimizer"][f"{name}:{kind}"])
-        step = saved["optimizer"][f"{name}:step"].to(parameter.device)
-        state.optimizer.state[parameter] = {"step": step, **moments}
+        for kind in kept:
+            tensor = saved["optimizer"][f"{name}:{kind}"]
+            if kind == "step":
+                moment = tensor.to(parameter.device)
+            else:
+                moment = torch.zeros_like(parameter, requires_grad=False)
+                local(moment).copy_(tensor)
+            state.optimizer.state[parameter][kind] = moment
 
 
 def share(state: TrainState, group: ProcessGroup) -> None:

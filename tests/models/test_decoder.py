@@ -153,6 +153,29 @@ def test_image_embeddings_get_the_length_that_is_configured() -> None:
     torch.testing.assert_close(condition.added, expected.added)
 
 
+def test_whitened_embeddings_are_centred_and_spread_alike_in_all_directions_but_the_least() -> None:
+    """A variance of v becomes v / (v + a twentieth of the mean); once fitted it comes back with the weights."""
+    g, batch, keep = torch.Generator().manual_seed(0), make_batch(2), torch.ones(2, dtype=torch.bool)
+    basis = torch.linalg.qr(torch.randn(DIM, DIM, generator=g)).Q
+    spread = torch.logspace(0, -4, DIM)
+    z = torch.randn(20_000, DIM, generator=g) * spread @ basis.T + 1.0
+    model, plain = make(whiten=True), make()
+    assert model.whitening is not None
+    identity = model.condition(batch["image_embedding"], batch["tokens"], keep, keep)
+    torch.testing.assert_close(
+        identity.added, plain.condition(batch["image_embedding"] / DIM**0.5, batch["tokens"], keep, keep).added
+    )
+    model.whitening.fit(z)
+    white = model.whitening(z)
+    assert white.mean(0).abs().max() < 1e-4
+    variances = (white @ basis).var(0)
+    floor = 0.05 * (spread**2).mean()
+    torch.testing.assert_close(variances, spread**2 / (spread**2 + floor), rtol=0.05, atol=1e-6)
+    other = make(1, whiten=True)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(forward(other, batch), forward(model, batch))
+
+
 def kept(model: Decoder, rows: int) -> Tensor:
     """bool [rows, 2]: which rows keep image and text in one loss."""
     seen = []

@@ -70,6 +70,7 @@ def test_patches_shrink_the_feature_maps() -> None:
             "context_width is 24: use 0, or a positive width with text_encoder 'clip' or 'frozen'",
         ),
         (DecoderConfig, {"text_encoder": "clip", "context_width": -1}, "context_width is -1"),
+        (DecoderConfig, {"whiten": True, "embedding_norm": 3.0}, "whiten and embedding_norm both scale embeddings"),
         (DecoderConfig, {"embedding_norm": -1.0}, "embedding_norm is -1.0: use 0 or more"),
         (DecoderConfig, {"layout_channels": -1}, "layout_channels is -1: use 0 or more"),
         (DecoderConfig, {"pixel_channels": -1}, "pixel_channels is -1: use 0 or more"),

@@ -103,7 +103,7 @@ for _stage in ("clip", "ar_prior", "diffusion_prior", "decoder", "upsampler_256"
     CHOSEN |= {f"{_stage}.{name}": {name: 2 * getattr(getattr(CONFIG, _stage), name)} for name in ("batch", "samples")}
     CHOSEN |= {f"{_stage}.lanes": {"lanes": 4}, f"{_stage}.precision": {"precision": "bf16"}}
     CHOSEN |= {f"{_stage}.captions": {"captions": "first"}}
-    CHOSEN |= {f"{_stage}.beta2": {"beta2": 0.5}}
+    CHOSEN |= {f"{_stage}.beta2": {"beta2": 0.5}, f"{_stage}.optimizer": {"optimizer": "muon"}}
     CHOSEN |= {f"{_stage}.model.drop_text": {"drop_text": 0.2}, f"{_stage}.model.dropout": {"dropout": 0.2}}
 for _stage in ("diffusion_prior", "decoder", "upsampler_256", "upsampler_1024"):
     _schedule = "linear" if getattr(CONFIG, _stage).model.schedule == "cosine" else "cosine"

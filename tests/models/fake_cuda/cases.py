@@ -29,7 +29,8 @@ from pipeline.settings import TrainingSettings
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import LocalBatch
 from pipeline.training.loop import fit
-from pipeline.training.state import TrainState, make_optimizer
+from pipeline.training.optimizer import make_optimizer
+from pipeline.training.state import TrainState
 from pipeline.training.task import Objective
 from tests.models.fake_cuda.build import (
     CODES,
@@ -212,10 +213,11 @@ class Finished(Exception):
 def fitting(watch: Watch) -> None:
     """A step of two micro-batches after another, between two lines of the journal, from batches on the CPU."""
     chosen = preset_config("nano").decoder
-    recipe = replace(chosen, precision="bf16", lanes=2, window=1, batch=ROWS, samples=ROWS * 10_000)
+    recipe = replace(chosen, precision="bf16", optimizer="muon", lanes=2, window=1, batch=ROWS, samples=ROWS * 10_000)
     model, ema = decoder(text_encoder="glide", context_width=0), decoder(text_encoder="glide", context_width=0)
     task: Any = SimpleNamespace(loss=decoder_loss)
-    state = TrainState(Objective(task, model), ema.requires_grad_(False), make_optimizer(model, recipe), failed=zeros())
+    optimizer = make_optimizer(model, recipe, half=True)
+    state = TrainState(Objective(task, model), ema.requires_grad_(False), optimizer, failed=zeros())
     first = 513  # the journal has a line every eighth step there, and none of the next is timed
     state.samples = first * ROWS
     host = {name: column.cpu() for name, column in batch(64).items()}

@@ -32,7 +32,7 @@ from models.draw import Draw
 from models.precision import autocast
 from pipeline.config import preset_config
 from pipeline.training.distributed import sharding
-from pipeline.training.state import make_optimizer
+from pipeline.training.optimizer import make_optimizer
 from tests.models.fake_cuda.build import CUDA, batch, build, codec
 from tests.models.fake_cuda.watch import pretend
 

@@ -18,7 +18,9 @@ from pipeline.training.state import TrainState, begin, parts
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.flips import flip_first_reads
 
-RECIPE = DiffusionPriorRecipe(samples=64, batch=16, lanes=8, model=DiffusionPriorConfig(width=8, depth=1, heads=1))
+RECIPE = DiffusionPriorRecipe(
+    samples=64, batch=16, lanes=8, optimizer="muon", model=DiffusionPriorConfig(width=8, depth=1, heads=1)
+)
 
 
 def make_state(steps: int = 0, seed: int = 0) -> TrainState:

@@ -27,8 +27,9 @@ from pipeline.training.loop import (
     line_due,
 )
 from pipeline.training.memory import OutOfMemory, fitting_rows, memory_for
+from pipeline.training.optimizer import make_optimizer
 from pipeline.training.recipes import DiffusionPriorRecipe
-from pipeline.training.state import TrainState, begin, ema_half_life, learning_rate, make_optimizer, update_ema
+from pipeline.training.state import TrainState, begin, ema_half_life, learning_rate, update_ema
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.timing import StepTimer
 from tests.models.mutations import fails_under

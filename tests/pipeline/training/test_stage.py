@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from models.clip import Clip
 from models.folder import load_model
@@ -25,6 +26,7 @@ from pipeline.store.records import materialise, read_blob
 from pipeline.training import stage
 from pipeline.training.checkpoints import Checkpoints, course, last_attempt, take_attempt
 from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.feed.tables import Tables
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
 from pipeline.training.state import begin
 from pipeline.training.task import task_of
@@ -55,6 +57,21 @@ def test_a_training_leaves_a_model_and_its_metrics(shared_world: World, tmp_path
     assert artifact.metrics["validation_condition_gap"] > 3 * artifact.metrics["validation_condition_gap_error"]
     assert artifact.times["samples_per_second"] > 0
     assert artifact.environment["device"] == "cpu"
+
+
+def test_a_decoder_measures_its_whitening_on_kept_training_rows(tmp_path: Path) -> None:
+    """One that goes on keeps what it measured, and the model that is published has it."""
+    world = make_world(tmp_path)
+    recipe = DecoderRecipe(samples=16, batch=8, lanes=4, precision="fp32", model=replace(DECODER, whiten=True))
+    for samples in (16, 32):
+        made = stage.run_decoder(world.context("decoder", replace(recipe, samples=samples)))
+    tables = Tables(world.store, world.inputs, ("image_embedding",), "train", 0)
+    rows = tables.first(1000)
+    mean = sum(torch.from_numpy(row.image_embedding) for row in rows) / len(rows)
+    found = weights(world, made)
+    torch.testing.assert_close(found["whitening.mean"], mean, atol=1e-6, rtol=0)
+    assert {world.examples[row.key].split for row in rows} == {"train"}
+    assert not torch.equal(found["whitening.matrix"], torch.eye(len(mean)))
 
 
 def test_the_decoder_draws_previews(shared_world: World) -> None:

@@ -44,7 +44,15 @@ from tests.pipeline.training.distributed.test_workers import lines, noting
 from tests.pipeline.training.trainings import DECODER, MODEL, SETTINGS, assert_equal_trainings, train_together
 
 PRIOR = DiffusionPriorRecipe(
-    samples=64, batch=16, lanes=4, precision="fp32", learning_rate=1e-3, ema_half_life=64, clip_norm=1.0, model=MODEL
+    samples=64,
+    batch=16,
+    lanes=4,
+    precision="fp32",
+    learning_rate=1e-3,
+    optimizer="muon",  # and AdamW for what it does not take
+    ema_half_life=64,
+    clip_norm=1.0,
+    model=MODEL,
 )
 PICTURES = DecoderRecipe(
     samples=32,

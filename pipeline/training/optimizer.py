@@ -1,0 +1,144 @@
+"""The optimisers: AdamW, and Muon for the matrices and kernels of hidden layers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from pipeline.training.distributed.sharding import first_row, full_tensor, local
+from pipeline.training.recipes import TrainingRecipe
+
+NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+VECTORS = ("position", "positional_embedding", "padding")
+"""Names of parameters that hold a vector for each place of a sequence, in our networks and in open_clip's."""
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its "step"; Muon has the first alone
+
+MOMENTUM = 0.95
+ITERATIONS = 5
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: singular values from 0 to 1 go to about 0.7 to 1.2
+RMS = 0.2  # of an update at a learning rate of 1, as AdamW's often is (Liu et al. 2025, section 2.2)
+
+
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024) for some matrices and kernels, and AdamW for all other parameters.
+
+    A matrix moves along its momentum with all singular values made equal, so that no few directions of the gradient
+    outshout the others; a kernel counts as a matrix of its outputs by all else. The step is as long as AdamW's usually
+    is (Liu et al. 2025), so both take one learning rate. Sharded matrices are gathered for it.
+
+    Args:
+        groups: Parameters for AdamW, with their weight decay.
+        matrices: Parameters for Muon.
+        weight_decay: Of ``matrices``, decoupled.
+        dtype: Of the iteration that makes singular values equal.
+        adam: AdamW's options.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        matrices: Iterable[nn.Parameter],
+        weight_decay: float,
+        dtype: torch.dtype,
+        **adam: Any,
+    ):
+        super().__init__(groups, **adam)
+        self.dtype = dtype
+        self.add_param_group({"params": list(matrices), "weight_decay": weight_decay})
+        self.matrices = {id(matrix) for matrix in self.param_groups[-1]["params"]}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Takes a step; nothing changes once ``found_inf``, a tensor that AdamW reads on the device, is 1."""
+        *others, ours = groups = self.param_groups
+        self.param_groups = others
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        failed: Tensor = self.found_inf  # type: ignore[attr-defined]
+        rate = ours["lr"] * (1.0 - failed)
+        alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for matrix in ours["params"]:
+            alike[matrix.shape].append(matrix)
+        for matrices in alike.values():
+            directions = [self._direction(matrix, matrix.grad, failed) for matrix in matrices]  # type: ignore[arg-type]
+            updates = torch.stack([full_tensor(direction).flatten(1) for direction in directions])
+            updates = orthogonalized(updates, self.dtype).float() * (-RMS * max(updates.shape[1:]) ** 0.5 * rate)
+            for matrix, update in zip(matrices, updates, strict=True):
+                rows = local(matrix)
+                first = first_row(matrix)
+                rows.mul_(1.0 - rate * ours["weight_decay"])
+                rows.add_(update[first : first + len(rows)].view(rows.shape))
+
+    def _direction(self, matrix: Tensor, gradient: Tensor, failed: Tensor) -> Tensor:
+        """Returns Nesterov's momentum after this step's gradient."""
+        state = self.state[matrix]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(matrix, requires_grad=False)
+        momentum = state["exp_avg"]
+        gradient = torch.where(failed.bool(), momentum, gradient)
+        momentum.lerp_(gradient, 1.0 - MOMENTUM)
+        return gradient.lerp(momentum, MOMENTUM)
+
+
+def kinds(optimizer: AdamW, parameter: Tensor) -> tuple[str, ...]:
+    """Returns the names of what the optimiser keeps of a parameter."""
+    if isinstance(optimizer, Muon) and id(parameter) in optimizer.matrices:
+        return MOMENTS[:1]
+    return (*MOMENTS, "step")
+
+
+def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns matrices [n, a, b] with the same singular vectors and singular values of about 1, in ``dtype``.
+
+    Newton and Schulz's iteration (Jordan et al. 2024): matrix products alone, so it is as fast as they are.
+    """
+    x = matrices.to(dtype)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = QUINTIC
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def make_optimizer(model: nn.Module, recipe: TrainingRecipe, half: bool = False) -> AdamW:
+    """Returns the optimiser of a recipe; weight decay is decoupled, and on matrices and kernels.
+
+    Norms, biases, embeddings, positions and other vectors, such as those that stand for "no text", do not decay.
+    Muon takes what decays in hidden layers, which are those in lists and sequences; first and last ones are AdamW's.
+
+    Args:
+        model: What is trained.
+        recipe: Says how.
+        half: Whether Muon may compute in bf16.
+    """
+    spared = {id(p) for m in model.modules() if isinstance(m, (*NORMALISATIONS, nn.Embedding)) for p in m.parameters()}
+    spared |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] in VECTORS}
+    learned = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in learned if p.ndim > 1 and id(p) not in spared]
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    hidden = {id(p) for stack in stacks for p in stack.parameters()} if recipe.optimizer == "muon" else set()
+    matrices = [p for p in decayed if id(p) in hidden]
+    decayed = [p for p in decayed if id(p) not in hidden]
+    chosen = {id(p) for p in (*decayed, *matrices)}
+    rest = [p for p in learned if id(p) not in chosen]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    options: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": (0.9, recipe.beta2),
+        "eps": recipe.eps,
+        "fused": True,
+    }
+    if recipe.optimizer == "adamw":
+        return AdamW(groups, **options)
+    return Muon(groups, matrices, recipe.weight_decay, torch.bfloat16 if half else torch.float32, **options)
