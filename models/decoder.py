@@ -49,7 +49,7 @@ class Condition(NamedTuple):
 class Whitening(nn.Module):
     """Centres image embeddings [b, d] and brings their directions to nearly one variance; the identity until ``fit``.
 
-    Of the demo's CLIP 16 of 512 directions hold 99% of the variance, and what else an embedding says would be learned
+    Of the demo's CLIP 16 of 512 directions hold 99% of the variance, and what else an embedding says would be learnt
     late: gradients of small inputs are small.
     """
 
@@ -65,8 +65,8 @@ class Whitening(nn.Module):
     def fit(self, embeddings: Tensor) -> None:
         """Measures mean and covariance of [n, d]. The matrix is symmetric, so no choice of eigenvectors is in it."""
         z = embeddings.double()
-        variances, directions = torch.linalg.eigh(torch.cov(z.T))
-        scales = (variances.clamp(min=0) + self.FLOOR * variances.mean()).rsqrt()
+        variances, directions = torch.linalg.eigh(torch.cov(z.T, correction=0))
+        scales = (variances + self.FLOOR * variances.mean()).clamp(min=1e-12).rsqrt()
         self.mean.copy_(z.mean(0))
         self.matrix.copy_((directions * scales) @ directions.T)
 

@@ -171,6 +171,9 @@ def test_whitened_embeddings_are_centred_and_spread_alike_in_all_directions_but_
     variances = (white @ basis).var(0)
     floor = 0.05 * (spread**2).mean()
     torch.testing.assert_close(variances, spread**2 / (spread**2 + floor), rtol=0.05, atol=1e-6)
+    alone = make(whiten=True)
+    alone.whitening.fit(z[:1])  # no variance at all
+    assert torch.equal(alone.whitening(z[:1]), torch.zeros(1, DIM))
     other = make(1, whiten=True)
     other.load_state_dict(model.state_dict())
     assert torch.equal(forward(other, batch), forward(model, batch))
