@@ -1,4 +1,4 @@
-"""Ends a command at Ctrl-C: in order if that is quick, and in any case.
+"""Ends a command at Ctrl-C or SIGTERM: in order if that is quick, and in any case.
 
 Python turns Ctrl-C into an exception that may come between the taking of a lock and the block that would release it,
 and then everything that waits for that lock waits for ever, a thread pool's end for example. So the process is ended
@@ -16,6 +16,7 @@ from functools import cache
 from types import FrameType
 
 GRACE_S = 10.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130  # 128 and the signal's number, as shells have it
 
 
@@ -23,28 +24,29 @@ INTERRUPTED = 130  # 128 and the signal's number, as shells have it
 def ending_on_ctrl_c() -> Iterator[None]:
     """Lets the first Ctrl-C raise KeyboardInterrupt here, whatever errors it causes on its way, and sets the limit.
 
-    The limit holds beyond this block to the end of the process. Does nothing where Ctrl-C is ignored, as under nohup.
+    SIGTERM, by which schedulers and containers end a process, does the same. The limit holds beyond this block to the
+    end of the process. Leaves a signal alone that is ignored, as Ctrl-C is under nohup, or that somebody else handles.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
+    free = [s for s in SIGNALS if signal.getsignal(s) in (signal.default_int_handler, signal.SIG_DFL)]
 
     def first(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, _end)
+        for each in free:
+            signal.signal(each, _end)
         signal.signal(signal.SIGALRM, _end)
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, first)
+    before = {each: signal.signal(each, first) for each in free}
     try:
         yield
     except Exception as e:
-        if signal.getsignal(signal.SIGINT) is first:
+        if all(signal.getsignal(each) is not _end for each in free):
             raise
         raise KeyboardInterrupt from e
     finally:
-        if signal.getsignal(signal.SIGINT) is first:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in free:
+            if signal.getsignal(each) is first:
+                signal.signal(each, before[each])
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

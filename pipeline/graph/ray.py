@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,6 +61,7 @@ def start_ray(settings: RaySettings) -> Any:
 
     if ray.is_initialized():
         return ray
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -90,6 +93,8 @@ def start_ray(settings: RaySettings) -> Any:
                 "the folder of temporary files (TMPDIR) has too long a name for Ray, whose sockets lie there under "
                 f"names of at most 107 bytes; set RAY_TMPDIR=/tmp ({e})"
             ) from e
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, at_sigterm)  # Ray ends the process there; its core prints its stack
     return ray
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command, also one whose clearing up never ends or fails."""
+"""Ctrl-C and SIGTERM end a command, also one whose clearing up never ends or fails."""
 
 import signal
 import subprocess
@@ -44,6 +44,19 @@ def erroneous(words):
 
 sys.exit(guard(erroneous, []))
 """
+WITH_RAY = """
+import sys, time
+from jobs.cli import guard
+from pipeline.graph.ray import start_ray
+from pipeline.settings import RaySettings
+
+def working(words):
+    start_ray(RaySettings(cpus=1))
+    print("ready", flush=True)
+    time.sleep(60)
+
+sys.exit(guard(working, []))
+"""
 LAST = "interrupted; what is done is kept: run the same command again to go on\n"
 
 
@@ -56,17 +69,26 @@ def _ready(program: str, *words: str) -> Running:
     return process
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("grace_s", "presses"), [(0.5, 1), (600.0, 2)])
-def test_ctrl_c_ends_what_is_stuck(grace_s: float, presses: int) -> None:
+def test_ctrl_c_ends_what_is_stuck(grace_s: float, presses: int, sent: signal.Signals) -> None:
     with _ready(STUCK, str(grace_s)) as process:
         assert process.stderr is not None
         for _ in range(presses - 1):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
             assert process.stderr.readline() == "clearing up\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         result = finish(process, timeout=30)
     assert (result.returncode, result.stdout) == (130, "clearing up\n")
     assert result.stderr.replace("clearing up\n", "") == LAST
+
+
+def test_sigterm_ends_a_command_that_has_started_ray_with_the_same_line() -> None:
+    """Ray's core would print its own stack, and abort."""
+    with _ready(WITH_RAY) as process:
+        process.send_signal(signal.SIGTERM)
+        result = finish(process, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", LAST)
 
 
 def test_an_error_that_ctrl_c_causes_is_not_shown() -> None:
