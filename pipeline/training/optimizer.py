@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its "step"; Muon has the 
 MOMENTUM = 0.95
 ITERATIONS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: singular values from 0 to 1 go to about 0.7 to 1.2
+TOGETHER = 1 << 24  # weights whose singular values are made equal at once; more are no faster, and take memory
 RMS = 0.2  # of an update at a learning rate of 1, as AdamW's often is (Liu et al. 2025, section 2.2)
 
 
@@ -66,7 +67,7 @@ class Muon(AdamW):
         alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for matrix in ours["params"]:
             alike[matrix.shape].append(matrix)
-        for matrices in alike.values():
+        for matrices in (part for same in alike.values() for part in cut(same)):
             directions = [self._direction(matrix, matrix.grad, failed) for matrix in matrices]  # type: ignore[arg-type]
             updates = torch.stack([full_tensor(direction).flatten(1) for direction in directions])
             updates = orthogonalized(updates, self.dtype).float() * (-RMS * max(updates.shape[1:]) ** 0.5 * rate)
@@ -85,6 +86,13 @@ class Muon(AdamW):
         gradient = torch.where(failed.bool(), momentum, gradient)
         momentum.lerp_(gradient, 1.0 - MOMENTUM)
         return gradient.lerp(momentum, MOMENTUM)
+
+
+def cut(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields matrices of one shape in parts of at most TOGETHER weights, or one by one."""
+    size = max(1, TOGETHER // matrices[0].numel())
+    for start in range(0, len(matrices), size):
+        yield matrices[start : start + size]
 
 
 def kinds(optimizer: AdamW, parameter: Tensor) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.prior_configs import DiffusionPriorConfig
+from pipeline.training import optimizer as optimizer_module
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.optimizer import Muon, make_optimizer, orthogonalized
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
@@ -34,8 +35,10 @@ def step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], gradi
     optimizer.step()
 
 
-def test_it_takes_the_steps_of_the_library() -> None:
+@pytest.mark.parametrize("together", [1, 1 << 24])
+def test_it_takes_the_steps_of_the_library(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.optim.Muon computes in bf16, so does ours here; wide, tall and square ones, some of one shape."""
+    monkeypatch.setattr(optimizer_module, "TOGETHER", together)
     g = torch.Generator().manual_seed(0)
     shapes = [(16, 48), (16, 48), (48, 16), (24, 24)]
     start = [torch.randn(shape, generator=g) for shape in shapes]
