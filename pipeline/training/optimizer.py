@@ -21,7 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its "step"; Muon has the 
 MOMENTUM = 0.95
 ITERATIONS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: singular values from 0 to 1 go to about 0.7 to 1.2
-TOGETHER = 1 << 24  # weights whose singular values are made equal at once; more are no faster, and take memory
+TOGETHER = 1 << 24  # weights that are orthogonalized at once, which bounds the memory
 RMS = 0.2  # of an update at a learning rate of 1, as AdamW's often is (Liu et al. 2025, section 2.2)
 
 
