@@ -67,7 +67,7 @@ class Muon(AdamW):
         alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for matrix in ours["params"]:
             alike[matrix.shape].append(matrix)
-        for matrices in (part for same in alike.values() for part in cut(same)):
+        for matrices in (part for same in alike.values() for part in batched(same)):
             directions = [self._direction(matrix, matrix.grad, failed) for matrix in matrices]  # type: ignore[arg-type]
             updates = torch.stack([full_tensor(direction).flatten(1) for direction in directions])
             updates = orthogonalized(updates, self.dtype).float() * (-RMS * max(updates.shape[1:]) ** 0.5 * rate)
@@ -88,7 +88,7 @@ class Muon(AdamW):
         return gradient.lerp(momentum, MOMENTUM)
 
 
-def cut(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+def batched(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
     """Yields matrices of one shape in parts of at most TOGETHER weights, or one by one."""
     size = max(1, TOGETHER // matrices[0].numel())
     for start in range(0, len(matrices), size):
