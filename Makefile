@@ -80,7 +80,7 @@ format: .venv/ready
 peek: .venv/ready
 	$(BIN)/unclip run configs/nano.yaml
 
-# At 50, which is scale 1, demo takes about that long on two cores. Trainings see that much more or less.
+# At 60, which is scale 1, demo takes about that long on two cores. Trainings see that much more or less.
 MINUTES ?= 60
 
 demo: .venv/ready

@@ -49,7 +49,7 @@ class Condition(NamedTuple):
 class Whitening(nn.Module):
     """Centres image embeddings [b, d] and brings their directions to nearly one variance; the identity until ``fit``.
 
-    Of the demo's CLIP 16 of 512 directions hold 99% of the variance, and what else an embedding says would be learnt
+    Of the demo's CLIP 17 of 512 directions hold 99% of the variance, and what else an embedding says would be learnt
     late: gradients of small inputs are small.
     """
 

@@ -116,8 +116,8 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
 
     Where the decoder works on patches, its U-Net takes and gives ``pixel_unshuffle(x, patch)``. A layout is its
     ``mid_block_additional_residual``, beside zeros for the down blocks, and a correction of pixels comes after it:
-    both are in ours/. ``text_proj`` takes image embeddings of length ``decoder.scale``, not 1,
-    or whitened ones. Raises ValueError, before anything is written, on a decoder that diffusers' classes cannot hold.
+    both are in ours/. ``text_proj`` takes image embeddings of length ``decoder.scale``, not 1, or
+    whitened ones. Raises ValueError, before anything is written, on a decoder that diffusers' classes cannot hold.
     """
     folder, config = Path(folder), decoder.config
     parts = parts_of(config, decoder.embed_dim, decoder.text_tower)
