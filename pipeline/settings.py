@@ -147,7 +147,8 @@ class TrainingSettings:
         micro_batch: Rows a worker computes at once; 0 is its whole share, or on GPUs as many of it as a trial before
             the first step finds room for. Where they do not fit later, half as many are taken from the last
             checkpoint on.
-        threads: Of a worker; 0 is every core.
+        threads: Of a worker; 0 is every core. A Ray worker without a GPU takes as many cores, so that trainings with
+            few threads run side by side on one machine.
         checkpoint_every_s: Seconds between checkpoints, at least; where it takes longer to write one, 30 times as
             long as that. 0 saves after every step.
         keep_checkpoints: How many stay.
@@ -157,7 +158,7 @@ class TrainingSettings:
         cache_mb: MiB of decoded images that a worker keeps; 0 decodes each again.
         nodes: Labels of the nodes where Ray workers may run, as for other stages; not with ``min_workers``, for
             which Ray counts the room of all nodes.
-        cpus: Cores that Ray sets aside for a worker, as for other stages.
+        cpus: Cores that Ray sets aside for a worker, as for other stages; 0 is one for each of its ``threads``.
         memory_mb: MiB that Ray sets aside for a worker, as for other stages.
         sharded: For a model too large for one device: weights, averages and moments are sharded over the workers
             (FSDP2), which must divide the recipe's lanes; where half of a node's memory holds all of it, over the

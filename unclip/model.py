@@ -16,7 +16,7 @@ from models.cascade import UnCLIP
 from models.sampling_config import SamplingConfig
 from pipeline.data.pairs.decoding import open_image
 from pipeline.sampling import edits
-from pipeline.sampling.drawing import open_bundle, prior_steps
+from pipeline.sampling.drawing import prior_steps
 from pipeline.sampling.edits import Watch, watched
 from pipeline.training.device import choose_device
 
@@ -25,7 +25,7 @@ ImageLike = Image.Image | str | Path
 
 
 def load(path: str | Path | None = None, device: str = "auto") -> Model:
-    """Opens trained models to draw with.
+    """Opens trained models to draw with, on as many threads as torch has in this process.
 
     Args:
         path: A run's output folder, a project's YAML file, its release ("release:FILE"), or a bundle's folder; by
@@ -36,7 +36,8 @@ def load(path: str | Path | None = None, device: str = "auto") -> Model:
         UserError: No bundle is finished, or the device does not exist.
         ValueError: The bundle is damaged.
     """
-    return Model(open_bundle(find_bundle(None if path is None else str(path)).folder, device))
+    folder = find_bundle(None if path is None else str(path)).folder
+    return Model(UnCLIP.from_folder(folder, choose_device(device)))
 
 
 class Model:

@@ -20,7 +20,7 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.graph.resources import Machine, Settings, Share, Team, amount_of, cores_of, team_of
 from pipeline.graph.stages import Context
 from pipeline.progress import say_once
-from pipeline.settings import RaySettings
+from pipeline.settings import RaySettings, TrainingSettings
 
 log = logging.getLogger("unclip")
 PLACING_S = 30.0  # for Ray to place workers on nodes that may be busy
@@ -242,19 +242,19 @@ def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings, mo
     return team
 
 
-def room_beside(stages: Mapping[str, tuple[Settings, int]], settings: RaySettings) -> list[str]:
+def room_beside(stages: Mapping[str, tuple[TrainingSettings, int]], settings: RaySettings) -> list[str]:
     """Returns those of some stages whose workers Ray has room for at once, beside all that it runs now.
 
-    A stage that works in this process is none of them. On the Ray of this machine these are only stages on GPUs: on
-    its cores they would take turns. Where an autoscaler adds nodes, every stage has room. ``stages`` have settings, and
-    how many workers each can use at most.
+    A stage that works in this process is none of them, nor is one that takes every core of this machine, where such
+    stages would take turns. Where an autoscaler adds nodes, every stage has room. ``stages`` have settings, and how
+    many workers each can use at most.
     """
     ray = start_ray(settings)
     reserved: list[Share] = []
     found = []
     for stage, (own, most) in stages.items():
         team = find_team(ray, stage, own, settings, most)
-        if team.count == 0 or (_local() and not team.worker.gpus):
+        if team.count == 0 or (_local() and not team.worker.gpus and not own.threads):
             continue
         more = [*reserved, *[team.worker] * team.count]
         if _grows(settings) or _reserve(more, BESIDE_S):

@@ -154,12 +154,13 @@ def _training_team(settings: TrainingSettings, machine: Machine, most: int) -> T
         least = min(1, count)
     enough = machine.gpus >= (1 if machine.grows else least)
     on_gpus = settings.device.startswith("cuda") or (settings.device == "auto" and enough)
-    return Team(count, least, _worker_share(settings, float(on_gpus)))
+    threads = min(float(settings.threads), machine.cpus)
+    return Team(count, least, _worker_share(settings, float(on_gpus), threads))
 
 
-def _worker_share(settings: Settings, gpus: float) -> Share:
-    """Returns what one worker with this many ``gpus`` takes under these settings."""
-    cpus = settings.cpus or (0.0 if gpus else 1.0)
+def _worker_share(settings: Settings, gpus: float, threads: float = 0.0) -> Share:
+    """Returns what one worker with this many ``gpus`` takes under these settings; without, a core for each thread."""
+    cpus = settings.cpus or (0.0 if gpus else threads or 1.0)
     return Share(cpus, gpus, settings.memory_mb << 20, settings.nodes)
 
 

@@ -45,6 +45,17 @@ def project(tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed) 
     return unclip.open(undisturbed.config(folder))
 
 
+def test_opening_a_model_leaves_the_number_of_threads_alone(model: unclip.Model, tmp_path: Path) -> None:
+    model.cascade.save(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        unclip.load(tmp_path, device="cpu")
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_package_is_light_and_says_what_it_has() -> None:
     code = (
         "import sys, unclip; heavy = {'torch', 'ray', 'numpy', 'pyarrow', 'yaml', 'pydantic'} & set(sys.modules);"

@@ -97,7 +97,9 @@ def test_workers_that_would_take_the_cores_of_their_helpers_are_lowered() -> Non
         assert find_team(ray_of(4), "pairs", ShardSettings(9), settings).count == 9
 
 
-def test_on_this_machine_trainings_run_side_by_side_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_this_machine_trainings_of_all_threads_run_side_by_side_on_gpus_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     two, all_that_it_can_use = (TrainingSettings(workers=2), 8), (TrainingSettings(), 2)
     trainings = {"clip": two, "decoder": all_that_it_can_use, "ar_prior": two}
@@ -106,6 +108,17 @@ def test_on_this_machine_trainings_run_side_by_side_on_gpus_alone(monkeypatch: p
         monkeypatch.setattr(launch, "start_ray", lambda _, here=here: here)
         monkeypatch.setattr(launch, "_reserve", lambda shares, _, gpus=gpus: sum(s.gpus for s in shares) <= gpus)
         assert room_beside(trainings, FIXED) == names
+
+
+def test_on_the_cores_of_this_machine_trainings_with_a_number_of_threads_run_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(launch, "start_ray", lambda _: ray_of(4))
+    monkeypatch.setattr(launch, "_reserve", lambda shares, _: sum(share.cpus for share in shares) <= 4)
+    threads = {"ar_prior": 0, "diffusion_prior": 1, "decoder": 2, "upsampler_256": 2, "upsampler_1024": 1}
+    trainings = {name: (TrainingSettings(workers=1, threads=number), 8) for name, number in threads.items()}
+    assert room_beside(trainings, FIXED) == ["diffusion_prior", "decoder", "upsampler_1024"]
 
 
 @pytest.mark.usefixtures("on_a_cluster")

@@ -25,6 +25,9 @@ def test_a_worker_takes_a_core_or_its_gpu_unless_it_is_told() -> None:
     assert team_of(replace(settings, cpus=4), LAPTOP).worker == Share(4, 0.5, 100 << 20)
     training = TrainingSettings(workers=2, nodes={"a": "b"})
     assert team_of(training, Machine(8, local=False)) == Team(2, 2, Share(1, labels={"a": "b"}))
+    threads = [TrainingSettings(workers=1, threads=threads) for threads in (0, 1, 2, 16)]
+    assert [team_of(each, LAPTOP).worker for each in threads] == [Share(1), Share(1), Share(2), Share(8)]
+    assert team_of(threads[2], BOX).worker == Share(0, 1)
     assert Share(0, 0.5, 100 << 20).resources == {"GPU": 0.5, "memory": 100 << 20}
 
 
