@@ -124,7 +124,8 @@ def main() -> None:
         trained: dict[str, list[float]] = {"alone": [], "saving": []}
         for number in range(max(1, options.rounds // 2)):
             trained["alone"].append(steps(options.seconds, small, None))
-            course = Course(*[Checkpoints(store, f"course-{number}", 1)] * 2, fork=0)
+            own = Checkpoints(store, f"course-{number}", 1)
+            course = Course(own, own, fork=0)
             with Saver(course, ProcessGroup(0, 1, torch.device("cpu")), INTERVAL_S) as saver:
                 trained["saving"].append(steps(options.seconds, small, saver))
         show(trained, 1, "steps/s")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 
 import numpy as np
@@ -67,7 +68,7 @@ def main() -> None:
         np.save(out, np.stack([made["image_embs"], made["text_embs"]]))
         return f"{version('clip-retrieval')}, open_clip {version('open-clip-torch')}, torch {torch.__version__}"
 
-    tasks = {"infer": infer, "read": read, "compare": compare}
+    tasks: dict[str, Callable[..., str]] = {"infer": infer, "read": read, "compare": compare}
     for line in sys.stdin:
         task, *arguments = json.loads(line)
         print(tasks[task](*arguments), file=pipe, flush=True)

@@ -46,8 +46,8 @@ class Shards:
 
     def __init__(self, store: Store, unclip: UnCLIP, prompts: Prompts, side: int):
         keys = [f"{i:010d}" for i in range(len(prompts))]
-        table = write_table({"key": keys, "prompt": prompts, "seed": list(range(len(prompts)))})
-        blob = put_blob(store, table)
+        rows = {"key": keys, "prompt": prompts, "seed": list(range(len(prompts))), "reject": [None] * len(prompts)}
+        blob = put_blob(store, write_table(rows))
         self.store, self.made = store, 0
         self.inputs = {"prompts": ShardRow(0, blob, len(prompts), 0, {"prompts": blob}, {})}
         self.worker = Generator(store, unclip, GenerationRecipe({"size": side}, BATCH))

@@ -104,7 +104,7 @@ def publish(store: Store, vectors: np.ndarray) -> dict[str, Artifact]:
 def curate(store: Store, inputs: dict[str, Artifact], bound: float | None) -> tuple[float, set[int]]:
     """Returns the seconds of curation, and the rows that it rejects."""
     recipe = CurationRecipe(near_duplicate=bound, near_held_out=None)
-    ctx = Context(store, "curation", 1, f"bound {bound}", recipe, ShardSettings(0), inputs, SimpleNamespace())
+    ctx = Context(store, "curation", 1, f"bound-{bound}", recipe, ShardSettings(0), inputs, SimpleNamespace())
     start = perf_counter()
     made = run_curation(ctx)
     seconds = perf_counter() - start

@@ -47,8 +47,9 @@ class PeerUNet(nn.Module):
         added: Tensor | None = None,
         context: Tensor | None = None,
         shown: Tensor | None = None,
+        layout: None = None,
     ) -> Tensor:
-        """Does the same as ``UNet.forward``."""
+        """Does the same as ``UNet.forward``; it has no layout."""
         if context is None:
             return self.network(x, t).sample
         return self.network(x, t, encoder_hidden_states=context, class_labels=added, attention_mask=shown).sample

@@ -80,7 +80,8 @@ def fetch(store: Store, inputs: Inputs) -> None:
         for position in range(EPOCHS * feed.order.lane_rows):
             for lane in feed.lanes:
                 window = windows.at(lane, position)
-                window.pictures.pop(window.rows[position - window.start].place, None)
+                if place := window.rows[position - window.start].place:
+                    window.images.pop(place, None)
 
 
 @dataclass

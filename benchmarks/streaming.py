@@ -7,10 +7,12 @@ measured is Ray's stream.
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import Any
 
 from benchmarks.timing import begin, finish, parser
 from pipeline.graph.shards import map_shards
@@ -53,7 +55,7 @@ class Sleeper:
             file.write(f"{time.time()}\n")
         return len(views), {"encode": self.encode_s}
 
-    def join(self, task: ShardTask, made: list[int]) -> ShardOutput:
+    def join(self, task: ShardTask, made: Sequence[int]) -> ShardOutput:
         """Makes a shard that says how many bytes there were."""
         return ShardOutput(Ledger(kept=sum(made)), {"data": b"x"})
 
@@ -68,7 +70,7 @@ def measure(options: argparse.Namespace, folder: str) -> float:
     settings = EmbeddingsSettings(
         workers=1, gpus=1, nodes={"part": "encode"}, decoders=decoders, decoder_nodes={"part": "decode"}
     )
-    node = {"object_store_memory": MEMORY}
+    node: dict[str, Any] = {"object_store_memory": MEMORY}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0, "include_dashboard": False})
     try:
         for _ in range(NODES):

@@ -124,7 +124,7 @@ class Bench:
 def trainings(config: Config) -> dict[str, TrainingRecipe]:
     """Returns the recipes of all trainings, by stage."""
     stages = build(config).values()
-    return {s.name: s.recipe for s in stages if s.kind == "training" and not s.recipe.pretrained}  # type: ignore[attr-defined]
+    return {s.name: s.recipe for s in stages if s.kind == "training" and not s.recipe.pretrained}
 
 
 def make_task(config: Config, recipe: TrainingRecipe) -> Task:

@@ -75,7 +75,7 @@ def _compare(bench: Bench, outcome: Outcome, name: str, config: Config, recipe: 
     if task.splittable:
         _, cuts = run(task, network, batch, bench.device, "fp32", micro_batch=ROWS // 2)
         found["micro_batch"] = apart(cuts, others)
-    network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     found["channels_last"] = distance(run(task, network, batch, bench.device, "fp32")[0], other)
     if bench.compile:
         compile_layers(network)

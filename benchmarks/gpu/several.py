@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -77,7 +77,7 @@ def worker(rank: int, size: int, kind: str, preset: str, quick: bool, folder: st
         Path(folder, "found.json").write_text(json.dumps(found))
 
 
-def _train(bench: Bench, group: ProcessGroup, rank: int, size: int, precision: str) -> list[float]:
+def _train(bench: Bench, group: ProcessGroup, rank: int, size: int, precision: Literal["bf16", "fp32"]) -> list[float]:
     """Returns the losses of a few steps of one batch, of which each worker of the group has its share."""
     recipe = of_rows(replace(bench.config.decoder, precision=precision), 2 * size, STEPS)
     task = make_task(bench.config, recipe)

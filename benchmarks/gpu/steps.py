@@ -211,7 +211,7 @@ def _lacks_memory(bench: Bench, trainer: Trainer, outcome: Outcome, stage: str) 
 
 def _faster(bench: Bench, trainer: Trainer, rows: int) -> dict[str, float]:
     """Returns the rows a second in channels-last layout and, where it is asked for, of compiled networks."""
-    network = trainer.state.model.to(memory_format=torch.channels_last)
+    network = trainer.state.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     found = {"channels_last_rows_per_second": rows * TIMED / trainer.run(rows, WARM, TIMED)}
     if bench.compile:
         compile_layers(network)
@@ -230,7 +230,7 @@ def _embeddings(bench: Bench, outcome: Outcome) -> None:
         clip.eval().to(bench.device)
         images = torch.zeros(rows, 3, clip.image_size, clip.image_size, dtype=torch.uint8, device=bench.device)
         tokens = tokenize(["a red dog under an old tree"] * rows).to(bench.device)
-        values = {}
+        values: dict[str, float] = {}
         for precision in ("fp32", "bf16"):
             with torch.no_grad(), autocast(bench.device, precision):
                 image = bench.seconds(partial(clip.encode_image, images))

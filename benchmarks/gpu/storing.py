@@ -13,10 +13,10 @@ from benchmarks.gpu.bench import Bench, Outcome, make_task, of_rows, trainings
 from benchmarks.gpu.steps import Trainer
 from benchmarks.images import publish
 from models.decoder import Decoder
-from models.image_configs import DecoderConfig, UpsamplerConfig
 from pipeline.store import open_store
 from pipeline.training.checkpoints import Checkpoints, snapshot
 from pipeline.training.feed.feed import Feed, LocalBatch
+from pipeline.training.recipes import DecoderRecipe, UpsamplerRecipe
 from pipeline.training.task import Task
 
 SHARDS = 4
@@ -25,9 +25,8 @@ SHARDS = 4
 def feed(bench: Bench) -> Outcome:
     """Measures rows a second of the feeds of image models, from JPEGs in a folder, and the cores that they take."""
     outcome = Outcome("")
-    wanted = {
-        stage: r for stage, r in trainings(bench.config).items() if isinstance(r.model, DecoderConfig | UpsamplerConfig)
-    }  # type: ignore[attr-defined]
+    kinds = DecoderRecipe | UpsamplerRecipe
+    wanted = {stage: recipe for stage, recipe in trainings(bench.config).items() if isinstance(recipe, kinds)}
     for stage, recipe in wanted.items():
         task = make_task(bench.config, recipe)
         side = max(256, task.image_size)
@@ -61,7 +60,7 @@ def _learn(source: Feed, task: Task, local: LocalBatch) -> None:
     """Lets the loss draw once, so that the feed knows what to make ahead. The network is none."""
     model = task.model(0)
     parts = 2 if isinstance(model, Decoder) else 1  # the decoder's output has its variance, too
-    model.forward = lambda x_t, *_: torch.cat([torch.zeros_like(x_t)] * parts, dim=1)  # type: ignore[method-assign]
+    model.forward = lambda x_t, *_: torch.cat([torch.zeros_like(x_t)] * parts, dim=1)
     task.loss(model, local.batch, local.draw(torch.device("cpu"), 0, len(local.keys)))
 
 

@@ -206,6 +206,7 @@ class _Measured:
         batch = self.rows.batch
         if stage == "ar_prior":
             assert self.codec is not None
+            assert self.prior is not None
             dot = self.codec.encode_dot((batch["image_embedding"].double() * batch["text_embedding"].double()).sum(-1))
             coded = batch | {"codes": self.codec.encode(batch["image_embedding"]), "dot": dot}
             return {"nats": mean(nats_per_code(self.prior, coded).mean(1))}
@@ -231,7 +232,8 @@ class _Measured:
         sampling, batch = self._sampling(), rows.batch
         drawn = self.unclip.draw_embedding(batch["tokens"], batch["text_embedding"], seeds, sampling)
         ratio, interval = variance_ratio(drawn[None], batch["image_embedding"], SEED)
-        more = [row.image_embedding for row in listed(self.ctx, "train", COLUMNS, SIDE)[: GALLERY - len(rows)]]
+        others = listed(self.ctx, "train", COLUMNS, SIDE)[: GALLERY - len(rows)]
+        more = [row.image_embedding for row in others if row.image_embedding is not None]
         filled = torch.from_numpy(np.stack(more)) if more else batch["image_embedding"][:0]
         places = ranks(drawn, torch.cat([batch["image_embedding"], filled]), torch.arange(len(rows)))
         return {

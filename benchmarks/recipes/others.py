@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import closing
 from random import Random
+from typing import Any
 
 import torch
-from torch import nn
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from models.draw import Draw, derive_seed
@@ -29,7 +29,7 @@ class Cropped(ClipTask):
         super().__init__(config)
         self.crop = RandomResizedCrop(config.image_size, scale=(least, 1.0), antialias=True)
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Losses:
+    def loss(self, model: Any, batch: Batch, draw: Draw) -> Losses:
         """Returns the contrastive loss of each row; the loop seeds PyTorch's generator, which the crops use."""
         images = torch.stack([self.crop(image) for image in batch["image"]])
         return super().loss(model, batch | {"image": images}, draw)

@@ -125,9 +125,8 @@ def test_killed_ray_workers_are_replaced(stage: str, undisturbed: Undisturbed, t
     assert data_blobs(store) == data_blobs(undisturbed.data)
 
 
-@pytest.mark.parametrize(
-    ("points", "reached"), [(IN_TRAIN_WORKERS[:3], 8), pytest.param(IN_TRAIN_WORKERS[3:], 48, marks=SLOW)]
-)
+@pytest.mark.slow  # of the worker that dies after a checkpoint, see training/distributed/test_launch
+@pytest.mark.parametrize(("points", "reached"), [(IN_TRAIN_WORKERS[:3], 8), (IN_TRAIN_WORKERS[3:], 48)])
 def test_a_killed_ray_trainer_goes_on(
     points: tuple[str, ...], reached: int, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
