@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 
 from jobs.command_line import command_line
-from jobs.interrupt import INTERRUPTED, ending_on_ctrl_c, say_interrupted
+from jobs.interrupt import INTERRUPTED, ending_on_signals, say_interrupted
 from pipeline.errors import UserError
 from pipeline.progress import Line
 from pipeline.terminal import printable_streams
@@ -63,7 +63,7 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("unclip").setLevel(logging.INFO)
     try:
-        with ending_on_ctrl_c():
+        with ending_on_signals():
             return command(argv)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -21,7 +21,7 @@ INTERRUPTED = 130  # 128 and the signal's number, as shells have it
 
 
 @contextlib.contextmanager
-def ending_on_ctrl_c() -> Iterator[None]:
+def ending_on_signals() -> Iterator[None]:
     """Lets the first Ctrl-C raise KeyboardInterrupt here, whatever errors it causes on its way, and sets the limit.
 
     SIGTERM, by which schedulers and containers end a process, does the same. The limit holds beyond this block to the

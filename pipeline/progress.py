@@ -163,7 +163,7 @@ class Progress(Line):
         super().__init__(stream=stream)
         self.name, self.total, self.unit = name, total, unit
         self.done = self.first = start
-        self.began = self.shown
+        self.began = self.moved = self.shown
 
     def __enter__(self) -> Self:
         _under_way[self.name] = self
@@ -175,7 +175,9 @@ class Progress(Line):
 
     def advance(self, amount: int, note: str | Callable[[], str] = "") -> None:
         """Advances the count. An expensive ``note`` is a function, which is called when a line is shown."""
-        self.done += amount
+        if amount:
+            self.done += amount
+            self.moved = time.monotonic()
         self.show(lambda: self._text(note if isinstance(note, str) else note()))
 
     def _text(self, note: str) -> str:
@@ -187,7 +189,7 @@ class Progress(Line):
 
     def line(self) -> str:
         """Returns a text such as '1,200 of 7,213 rows, 143/s, 42 s left'."""
-        rate = (self.done - self.first) / self.seconds
+        rate = (self.done - self.first) / max(self.moved - self.began, 1e-9)  # does not fall between two counts
         text = f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s"
         if rate < 10:
             text = f"{self.done:,} of {self.total:,} {self.unit}, {rate:.2g}/s"

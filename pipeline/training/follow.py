@@ -27,7 +27,8 @@ def following(stage: str, total: int, newest: Callable[[], int], every_s: float 
     def follow(stop: threading.Event) -> None:
         with Progress(stage, total, "samples", start=newest()) as progress:
             while not stop.wait(every_s):
-                progress.advance(newest() - progress.done)
+                if (now := newest()) != progress.done:
+                    progress.advance(now - progress.done)
             progress.advance(newest() - progress.done)
 
     with _meanwhile(follow, f"{stage}: its progress cannot be shown any more"):

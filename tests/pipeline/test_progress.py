@@ -45,17 +45,27 @@ def test_counts_are_read_as_people_write_them() -> None:
 def test_the_line_says_rate_and_time_left(clock: Clock) -> None:
     bar = Progress("pairs", 7213, "rows", stream=io.StringIO())
     clock.now += 10
-    bar.done = 1200
+    bar.advance(1200)
     assert bar.line() == "1,200 of 7,213 rows, 120/s, 50 s left"
-    bar.done = 7213
+    bar.advance(6013)
     assert bar.line() == "7,213 of 7,213 rows, 721/s, 10 s"
 
 
 def test_what_was_there_counts_as_done_but_not_as_speed(clock: Clock) -> None:
     bar = Progress("pairs", 100, "rows", start=60, stream=io.StringIO())
     clock.now += 10
-    bar.done += 20
+    bar.advance(20)
     assert bar.line() == "80 of 100 rows, 2/s, 10 s left"
+
+
+def test_between_two_counts_the_rate_does_not_fall(clock: Clock) -> None:
+    """Workers of Ray are counted when they have saved a checkpoint, once a minute."""
+    bar = Progress("decoder", 65_536, "samples", stream=io.StringIO())
+    clock.now += 60
+    bar.advance(3600)
+    clock.now += 59
+    bar.advance(0)
+    assert bar.line() == "3,600 of 65,536 samples, 60/s, 17 min 12 s left"
 
 
 def test_nothing_done_yet_promises_nothing(clock: Clock) -> None:
@@ -118,7 +128,7 @@ def test_lines_of_a_terminal_stand_below_each_other(clock: Clock, monkeypatch: p
                 terminal.write("codec done\n")
             assert [row.split(":")[0] for row in screen()] == ["codec done", "  decoder", "  ar_prior"]
         assert [row.split(":")[0] for row in screen()] == ["codec done", "  ar_prior", "  decoder"]
-        assert screen()[1] == "  ar_prior: 10 of 50 samples, 0.33/s, 2 min 00 s left"
+        assert screen()[1] == "  ar_prior: 10 of 50 samples, 0.5/s, 1 min 20 s left"
 
 
 def test_a_stage_with_nothing_to_do_says_nothing(clock: Clock) -> None:
