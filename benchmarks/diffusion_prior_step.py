@@ -52,7 +52,7 @@ def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], No
 
 
 @contextmanager
-def dalle2_step(python: str, config: DiffusionPriorConfig, embed_dim: int, rows: int) -> Iterator[Callable[[], object]]:
+def dalle2_step(python: str, config: DiffusionPriorConfig, rows: int) -> Iterator[Callable[[], object]]:
     """Returns the same step in another interpreter, which waits for a line before each and answers with one."""
     sizes = {"width": config.width, "depth": config.depth, "heads": config.heads, "vocabulary": config.vocabulary}
     sizes |= {"rows": rows, "context": config.text_context, "threads": torch.get_num_threads()}
@@ -108,7 +108,7 @@ def main() -> None:
             "diffusers": training_step(theirs, batch),
         }
         if options.dalle2_python:
-            cases["dalle2-pytorch"] = stack.enter_context(dalle2_step(options.dalle2_python, config, embed_dim, rows))
+            cases["dalle2-pytorch"] = stack.enter_context(dalle2_step(options.dalle2_python, config, rows))
         seconds = interleave(cases, options.rounds, warmup=2)
     show(seconds)
     finish({f"ours_over_{peer.partition('-')[0]}": ratio(seconds, "ours", peer) for peer in list(cases)[1:]})

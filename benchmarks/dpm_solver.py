@@ -29,11 +29,11 @@ STRAY = 0.3
 """The distance from which a sample counts as another one."""
 
 
-def mixture(schedule: Schedule, components: int, dimension: int) -> Denoise:
-    """Returns the best prediction for equally many data around each of some points, with deviations of 0.05 to 0.3."""
+def mixture(schedule: Schedule) -> Denoise:
+    """Returns the best prediction for equally many data around each of eight points, with deviations of 0.05 to 0.3."""
     g = torch.Generator().manual_seed(0)
-    means = torch.randn(components, dimension, generator=g, dtype=torch.float64)
-    stds = torch.linspace(0.05, 0.3, components, dtype=torch.float64)[:, None]
+    means = torch.randn(8, 16, generator=g, dtype=torch.float64)
+    stds = torch.linspace(0.05, 0.3, 8, dtype=torch.float64)[:, None]
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
         level = schedule.at(t)
@@ -126,7 +126,7 @@ def main() -> None:
     for name in ("cosine", "linear"):
         schedule = make_schedule(name, STEPS)
         noise = torch.randn(32 * rows, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        ratios[f"mixture_{name}"] = compare(f"mixture, {name}", mixture(schedule, 8, 16), noise, schedule, counts)
+        ratios[f"mixture_{name}"] = compare(f"mixture, {name}", mixture(schedule), noise, schedule, counts)
     model, embed = trained_decoder(batches)
     schedule, side = make_schedule(model.config.schedule, STEPS), model.config.image_size
     _, facts = faces(rows, torch.Generator().manual_seed(3), side)

@@ -89,11 +89,6 @@ def memory_of(step: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
-def peak_memory() -> int:
-    """Returns the most bytes that have been resident in this process so far. Linux only."""
-    return _status("VmHWM")
-
-
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

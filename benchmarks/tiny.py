@@ -49,8 +49,8 @@ CPU = torch.device("cpu")
 class Training:
     """The decoder's training loop without data: random images, captions of 12 tokens, a draw for every step."""
 
-    def __init__(self, recipe: DecoderRecipe, embed_dim: int, seed: int = 0):
-        torch.manual_seed(seed)
+    def __init__(self, recipe: DecoderRecipe, embed_dim: int):
+        torch.manual_seed(0)
         self.recipe = recipe
         self.model = Decoder(recipe.model, embed_dim)
         self.ema = deepcopy(self.model).requires_grad_(False)

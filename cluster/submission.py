@@ -18,7 +18,7 @@ from pipeline.progress import counted
 from pipeline.settings import RaySettings
 from pipeline.store import Store, local_folder
 
-LOCAL = "local"
+LOCAL, KUBERAY = "local", "kuberay"  # of --to; all else is an address
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 

@@ -7,12 +7,10 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-import yaml
-
 from jobs.bundles import find_bundle
 from models.sampling_config import SamplingConfig
 from pipeline.errors import UserError
-from pipeline.parse import parse
+from pipeline.parse import parse, read_value
 from pipeline.store.records import digest
 
 SLUG_BYTES = 80  # UTF-8; with kind, hash, seed and suffix a name stays below the 143 bytes of encrypted folders
@@ -56,10 +54,7 @@ def sampling_option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text}: write NAME=VALUE")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: {value} is not a value; write a number or a word") from None
+    parsed = read_value(value, f"--set {text}")
     kind = get_type_hints(SamplingConfig).get(name)  # ``sampling_with`` names the known options
     return name, parsed if kind is None else parse(kind, parsed, f"--set {name}")
 

@@ -12,22 +12,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from cluster.client import Cluster, check_answers
 from cluster.job import DRIVER_CPUS, DRIVER_MB, Job, plain
 from cluster.package import Package, code
 from cluster.rayservice import render_service
-from cluster.submission import attach_or_submit, check_reach, stop
+from cluster.submission import KUBERAY, attach_or_submit, check_reach, stop
 from jobs.bundles import RELEASE, find_bundle
 from jobs.submit import follow
 from pipeline.config import load_config
 from pipeline.errors import UserError
-from pipeline.parse import parse
+from pipeline.parse import parse, read_value
 from pipeline.store import local_folder, open_store
 from serve.settings import ServeSettings
 
-KUBERAY = "kuberay"
 JOB = "unclip-serve"  # one of a cluster
 ABOUT = {"serves": "unclip"}
 FILE = "served.json"
@@ -70,10 +67,7 @@ def read_settings(words: Sequence[str]) -> ServeSettings:
     values = {}
     for word in words:
         name, _, value = word.partition("=")
-        try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"{word}: {value} is not a value; write a number or a word") from None
+        values[name] = read_value(value, word)
     return parse(ServeSettings, values, "serve")
 
 

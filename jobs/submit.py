@@ -15,7 +15,7 @@ from cluster.job import Job, make_job, plain
 from cluster.package import Package, make_package
 from cluster.pods import pod, settled
 from cluster.rayjob import render
-from cluster.submission import LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
+from cluster.submission import KUBERAY, LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
 from jobs.bundles import remember_bundle
 from jobs.interrupt import INTERRUPTED
 from jobs.plan import Agreed, agree
@@ -31,7 +31,6 @@ from pipeline.settings import RaySettings
 from pipeline.store import local_folder, open_store
 from pipeline.store.records import materialise
 
-KUBERAY = "kuberay"
 THERE = "out"  # where a driver on another machine writes its report, which is written here from the store
 
 

@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.stage import EvaluationRecipe
 from pipeline.local import read_local
-from pipeline.parse import overlay, parse
+from pipeline.parse import overlay, parse, read_value
 from pipeline.progress import read_count
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
@@ -205,10 +205,7 @@ def _override(text: str) -> dict[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UserError(f"{text}: an override is written key.key=value")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"{text}: the value is not valid YAML") from None
+    nested = read_value(value, text)
     for part in reversed(name.split(".")):
         nested = {part: nested}
     return nested

@@ -17,6 +17,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
@@ -95,6 +96,14 @@ def parse(kind: Any, value: Any, where: str = "") -> Any:
         errors = e.errors(include_url=False)
         unknown = (error for error in errors if error["type"] == "unexpected_keyword_argument")
         raise UserError(_message(kind, next(unknown, errors[0]), where)) from None
+
+
+def read_value(text: str, where: str) -> Any:
+    """Returns the value after the = of a word, as YAML has it. Raises UserError that names ``where`` for another."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{where}: {text} is not a value; write a number or a word") from None
 
 
 def _validate(kind: Any, given: list[Any]) -> Any:

@@ -118,7 +118,7 @@ async def edits(request: Request, asked: Annotated[Edit, FORM]) -> Response:
     images = [await read_image(asked.image, "image")]
     if asked.mask is None:
         return await _answer(request, asked, "difference", "image_edit", images, before=asked.before)
-    images.append(await read_mask(asked.mask, "mask"))
+    images.append(await read_mask(asked.mask))
     return await _answer(request, asked, "inpainting", "image_edit", images)
 
 

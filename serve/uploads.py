@@ -20,9 +20,9 @@ async def read_image(file: UploadFile, field: str) -> bytes:
     return await _opened(shared_decoder().prepare, file, field)
 
 
-async def read_mask(file: UploadFile, field: str) -> bytes:
+async def read_mask(file: UploadFile) -> bytes:
     """Returns how opaque an upload is as a PNG of the same view, white where it is opaque. Raises ApiError."""
-    return await _opened(shared_decoder().opacity, file, field)
+    return await _opened(shared_decoder().opacity, file, "mask")
 
 
 async def _opened(how: Callable[..., StoredImage | str], file: UploadFile, field: str) -> bytes:

@@ -91,11 +91,11 @@ class Bench:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
-    def seconds(self, call: Callable[[], object], budget: float = 0.5, least: int = 3) -> float:
+    def seconds(self, call: Callable[[], object], budget: float = 0.5) -> float:
         """Returns the least time of a call, device and all, of those that fit into ``budget`` seconds, after two."""
         times: list[float] = []
         spent = 0.0
-        while spent < (0.0 if self.quick else budget) or len(times) < least + 2:
+        while spent < (0.0 if self.quick else budget) or len(times) < 5:
             start = perf_counter()
             call()
             self.wait()

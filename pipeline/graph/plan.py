@@ -68,12 +68,12 @@ def plan(
         if load_artifact(store, stage.name, keys[stage.name]) is not None:
             state, because = ("pinned", "stands for the data it was made from") if pin and pin != own else ("fresh", "")
         else:
-            state, because = "stale", _because(stage, keys, previous.get(stage.name), verdicts)
+            state, because = "stale", _because(stage, keys, previous.get(stage.name))
         verdicts.append(Verdict(stage.name, keys[stage.name], state, because, lineage if stage.pinned else None))
     return verdicts
 
 
-def _because(stage: Stage, keys: Mapping[str, str], before: Mapping[str, Any] | None, verdicts: list[Verdict]) -> str:
+def _because(stage: Stage, keys: Mapping[str, str], before: Mapping[str, Any] | None) -> str:
     """Returns why a stage is stale, in the words of the user's configuration."""
     if before is None:
         return "not made yet"

@@ -224,7 +224,7 @@ def check_room(ray: Any, stages: Mapping[str, Settings], settings: RaySettings) 
     if not _grows(settings):
         for stage, own in stages.items():
             team = find_team(ray, stage, own, settings)
-            if not place(ray, team):
+            if not place(team):
                 raise _refusal(ray, stage, team)
 
 
@@ -235,7 +235,7 @@ def wait_for_room(ray: Any, stage: str, own: Settings, settings: RaySettings, mo
     where the Ray of this machine cannot place them.
     """
     team = find_team(ray, stage, own, settings, most)
-    if not place(ray, team):
+    if not place(team):
         if _local():
             raise _refusal(ray, stage, team)
         log.warning("%s; waiting for nodes that have it", _lacking(ray, stage, team))
@@ -300,7 +300,7 @@ def _refusal(ray: Any, stage: str, team: Team) -> UserError:
     return UserError(f"{_lacking(ray, stage, team)}; {advice}")
 
 
-def place(ray: Any, team: Team) -> bool:
+def place(team: Team) -> bool:
     """Returns whether Ray can reserve now what the workers need, all of those with helpers; gives it back at once."""
     helpers = team.helpers if team.firm else 0
     workers = team.count if helpers else team.least

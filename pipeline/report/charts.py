@@ -24,6 +24,7 @@ MOST_POINTS = 300
 MARKED = 40  # a series of at most this many points shows each of them
 SMOOTH = 60  # points of a longer one's line: means, above all of its points in a faint colour
 HOVERED = 32  # places at most where a chart says its values under a pointer
+TICKS = 5  # of a linear axis, about
 LOG_RATIO = 20  # positive values that span more than this factor are drawn on a logarithmic axis
 
 Point = tuple[float, float]
@@ -157,22 +158,22 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return [points[0], *means, points[-1]]
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Returns about ``count`` round numbers (1, 2 or 5 times a power of ten apart) inside [low, high]."""
-    power = 10.0 ** math.floor(math.log10((high - low) / count))
-    step = next(m * power for m in (1, 2, 5, 10) if (high - low) / (m * power) <= count)
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Returns about TICKS round numbers (1, 2 or 5 times a power of ten apart) inside [low, high]."""
+    power = 10.0 ** math.floor(math.log10((high - low) / TICKS))
+    step = next(m * power for m in (1, 2, 5, 10) if (high - low) / (m * power) <= TICKS)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Returns at most ``most`` powers of ten inside [low, high]; with their doubles and fives if they are few."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """Returns at most six powers of ten inside [low, high]; with their doubles and fives if they are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for factors in ((1,), (1, 2, 5)):
         ticks = [t for e in range(first, last + 1) for f in factors if low <= (t := f * 10.0**e) <= high]
         if len(ticks) >= 3:
             break
-    return ticks[:: math.ceil(len(ticks) / most)]
+    return ticks[:: math.ceil(len(ticks) / 6)]
 
 
 def tick_label(value: float) -> str:

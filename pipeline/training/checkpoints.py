@@ -96,9 +96,7 @@ class Checkpoints:
     def folder(self) -> str:
         return f"checkpoints/{self.trajectory}/"
 
-    def publish(
-        self, taken: Snapshot, rank: int = 0, collect: Callable[[list[PartBlob]], list[PartBlob]] = list
-    ) -> None:
+    def publish(self, taken: Snapshot, rank: int = 0, collect: Collect = list) -> None:
         """Publishes a snapshot. Raises Superseded if a later attempt has begun.
 
         All parts are stored at once. Where the state is sharded, each worker stores its blobs, ``collect`` gathers

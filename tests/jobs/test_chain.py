@@ -187,15 +187,6 @@ def test_appending_fetches_and_embeds_only_the_new_rows(chain: Chain, tmp_path: 
     assert table == {"pairs": "66", "embeddings": "66"}
 
 
-def test_rows_added_to_the_list_redo_at_most_its_last_shard(chain: Chain, tmp_path: Path) -> None:
-    longer = write_list(tmp_path / "list.csv", 0, 66)
-    config = write_config(tmp_path, str(chain.store), chain.pictures, [longer])
-    store = open_at(chain.store)
-    before = shard_paths(store, "pairs")
-    done(unclip("run", config, "--until", "pairs"))
-    assert len(shard_paths(store, "pairs") - before) == 1
-
-
 def test_a_decoder_value_makes_the_decoder_and_what_follows_stale(chain: Chain) -> None:
     output = done(here("plan", chain.config, "decoder.model.dropout=0.1"))
     assert _stale(output) == {"decoder", "bundle", "samples", "evaluation"}
@@ -215,14 +206,6 @@ def test_a_decoder_value_makes_the_decoder_and_what_follows_stale(chain: Chain) 
 )
 def test_a_run_setting_moves_no_key(chain: Chain, setting: str) -> None:
     assert _stale(done(here("plan", chain.config, setting))) == set()
-
-
-def test_more_samples_continue_a_training(chain: Chain) -> None:
-    finished = unclip("run", chain.config, "decoder.samples=48", "--until", "decoder")
-    assert "decoder: 48 of 48 samples" in finished.stderr + done(finished)
-    assert "resuming decoder at sample 32" in finished.stderr
-    store = open_at(chain.store)
-    assert len(keys(store)["decoder"]) == 3  # and the early one that the evaluation compares with
 
 
 def test_only_and_until(chain: Chain, tmp_path: Path) -> None:

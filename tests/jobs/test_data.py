@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import pytest
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.pairs.row_index import Place, read_images
@@ -47,12 +46,8 @@ def _holding(store: Store, *needles: bytes) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", [pytest.param("folder", marks=pytest.mark.slow), "s3"])
-def test_what_is_forgotten_is_nowhere_any_more(
-    kind: str, tmp_path: Path, pictures: str, request: pytest.FixtureRequest
-) -> None:
-    s3: Server | None = request.getfixturevalue("s3") if kind == "s3" else None
-    url = f"{s3.url}/forget-{tmp_path.name}" if s3 else str(tmp_path / "store")
+def test_what_is_forgotten_is_nowhere_any_more(tmp_path: Path, pictures: str, s3: Server) -> None:
+    url = f"{s3.url}/forget-{tmp_path.name}"
     store = open_store(url)
     write_list(tmp_path / "list.csv", 0, 50)
     config = write_config(tmp_path, url, pictures, [tmp_path / "list.csv"])

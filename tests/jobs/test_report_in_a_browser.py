@@ -1,14 +1,13 @@
 """Tests the quick start's own path at nano length, and every element of its report as a browser shows it."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser
 
-from tests.browser import Shown, chromium
+from tests.browser import Shown
 from tests.chain import done, unclip
 
 pytestmark = pytest.mark.browser
@@ -20,12 +19,6 @@ WITH_TIMESTEPS = (
 )  # and the 1024 px upsampler, which has too few rows here
 SAMPLES = 4  # captions in the configuration
 PREVIEWS = 3 + 2 + 2  # of the decoder and the upsamplers: at the start, at the end, and the decoder's after 64 steps
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def test_a_preset_fills_every_model(preset: str) -> None:
         assert {name: getattr(recipe, name) for name in fields} == fields
         inner = getattr(recipe, "sampling" if stage == "bundle" else "model", None)
         assert {name: json.loads(json.dumps(getattr(inner, name))) for name in model} == model
-    assert config.evaluation.early == pytest.approx(config.decoder.samples / 4)
+    assert config.decoder.samples / 8 <= config.evaluation.early <= config.decoder.samples / 4
 
 
 def test_without_a_preset_it_is_the_papers() -> None:
@@ -203,7 +203,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
     [
         ("decoder", "decoder: an override is written key.key=value"),
         ("=3", "=3: an override is written key.key=value"),
-        ("decoder.samples=[1", "decoder.samples=[1: the value is not valid YAML"),
+        ("decoder.samples=[1", "decoder.samples=[1: [1 is not a value; write a number or a word"),
         ("decodr.samples=1", "decodr: unknown key; did you mean decoder?"),
         ("decoder.model.guidence=1", "decoder.model.guidence: unknown key"),
         ("run.pairs.retrys=1", "run.pairs.retrys: unknown key; did you mean retries?"),

@@ -1,6 +1,7 @@
 import subprocess
 from collections.abc import Iterator
 
+import openai
 import pytest
 
 from tests.faults import Running, start
@@ -17,6 +18,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with_port = serving(folder)
     yield next(with_port)
     next(with_port, None)
+
+
+@pytest.fixture(scope="module")
+def client(served: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's client, of that server."""
+    with openai.OpenAI(base_url=f"{served}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def serving(*words: object) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -16,12 +15,6 @@ from models.view import view
 from tests.serve.test_openai import SMALL, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore:deprecated")  # OpenAI has given up variations; we have not
-
-
-@pytest.fixture(scope="module")
-def client(served: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def png(image: Image.Image) -> bytes:

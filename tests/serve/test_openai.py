@@ -5,7 +5,6 @@ import io
 import json
 import re
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -16,12 +15,6 @@ from serve.metrics import FIGURES
 from tests.chain import ROOT
 
 SMALL: dict[str, Any] = {"size": "64x64", "response_format": "b64_json"}
-
-
-@pytest.fixture(scope="module")
-def client(served: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def opened(data: Any) -> Any:

@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from serve.api import STUDIO
 from serve.settings import ServeSettings
-from tests.browser import Shown, chromium
+from tests.browser import Shown
 from tests.pipeline.data.bench import Bench, picture
 from tests.serve.conftest import serving
 from tests.serve.trained import api_of, make_trained
@@ -27,12 +27,6 @@ from tests.serve.trained import api_of, make_trained
 pytestmark = pytest.mark.browser
 expect.set_options(timeout=60_000)
 CAPTION = "a red fox's <b>tail</b>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

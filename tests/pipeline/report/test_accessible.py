@@ -1,7 +1,6 @@
 """Tests that axe-core finds nothing in the page, in either colour scheme, on a wide screen and on a narrow one."""
 
 import gzip
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -10,16 +9,10 @@ from playwright.sync_api import Browser
 
 from pipeline.report.page import write_report
 from pipeline.store import FolderStore
-from tests.browser import Shown, chromium
+from tests.browser import Shown
 from tests.pipeline.report.made_up import ROOT, alike, chain, config, culled, graph
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
