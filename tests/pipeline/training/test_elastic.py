@@ -59,7 +59,7 @@ def test_four_workers_become_two_and_then_three(
 ) -> None:
     """A machine with two of four is killed; later one with one core comes, and a worker dies."""
     nodes = [cluster.add_node(num_cpus=2, object_store_memory=MEMORY) for _ in range(2)]
-    settings = TrainingSettings(workers=4, min_workers=1, threads=1, device="cpu", checkpoint_every_s=0.0)
+    settings = TrainingSettings(workers=4, min_workers=1, threads=1, device="cpu", checkpoint_every_s=0.2)
     inputs = ("pairs", "captions")
     ctx = world.context("clip", RECIPE, settings, inputs)
     with (
