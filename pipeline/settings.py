@@ -148,7 +148,7 @@ class TrainingSettings:
             the first step finds room for. Where they do not fit later, half as many are taken from the last
             checkpoint on.
         threads: Of a worker; 0 is every core. A Ray worker without a GPU takes as many cores, so that trainings with
-            few threads run side by side on one machine.
+            a number of threads run side by side on one machine.
         checkpoint_every_s: Seconds between checkpoints, at least; where it takes longer to write one, 30 times as
             long as that. 0 saves after every step.
         keep_checkpoints: How many stay.

@@ -131,7 +131,8 @@ def test_a_preset_fills_every_model(preset: str) -> None:
         assert {name: getattr(recipe, name) for name in fields} == fields
         inner = getattr(recipe, "sampling" if stage == "bundle" else "model", None)
         assert {name: json.loads(json.dumps(getattr(inner, name))) for name in model} == model
-    assert config.decoder.samples / 8 <= config.evaluation.early <= config.decoder.samples / 4
+    early = {"tiny": 1 / 8}.get(preset, 1 / 4)
+    assert config.evaluation.early == pytest.approx(early * config.decoder.samples)
 
 
 def test_without_a_preset_it_is_the_papers() -> None:
