@@ -17,6 +17,7 @@ from models.draw import Draw
 from models.frozen_text import FrozenText, required
 from models.image_configs import DecoderConfig
 from models.losses import Losses
+from models.nn.pixel_correction import PixelCorrection
 from models.nn.text_encoder import ClipTextEncoder, TextEncoder
 from models.nn.unet import UNet, zeroed
 from models.pixels import from_uint8
@@ -91,23 +92,6 @@ class Layout(nn.Module):
         return self.out(F.silu(self.positions(z).unflatten(1, self.shape)))
 
 
-class PixelCorrection(nn.Module):
-    """Corrects an output [b, c, s, s] pixel by pixel, given x_t; the correction starts at zero.
-
-    With ``patch`` above 1 all pixels of a patch come from one position of the U-Net, and those of two patches from two:
-    errors that these do not share show as a grid. Two 3x3 convolutions see across its borders.
-    """
-
-    def __init__(self, channels_in: int, channels: int, channels_out: int):
-        super().__init__()
-        self.conv_in = nn.Conv2d(channels_in + channels_out, channels, 3, padding=1)
-        self.conv_out = zeroed(nn.Conv2d(channels, channels_out, 3, padding=1))
-
-    def forward(self, x_t: Tensor, output: Tensor) -> Tensor:
-        hidden = F.silu(self.conv_in(torch.cat([x_t, output], dim=1)))
-        return output + self.conv_out(hidden).float()
-
-
 class Decoder(nn.Module):
     """Predicts noise (or v) and variance of a noised image.
 
@@ -157,7 +141,9 @@ class Decoder(nn.Module):
         self.null_image = nn.Parameter(torch.zeros(embed_dim), requires_grad=config.null_image == "learned")
         lowest = config.channels * config.multipliers[-1]
         self.layout = Layout(embed_dim, config.layout_channels, sides[-1], lowest) if config.layout_channels else None
-        self.pixels = PixelCorrection(3, config.pixel_channels, 6) if config.pixel_channels else None
+        self.pixels = (
+            PixelCorrection(3, config.pixel_channels, 6, self.unet.embedding_width) if config.pixel_channels else None
+        )
 
     def condition(self, image_embedding: Tensor, tokens: Tensor, keep_image: Tensor, keep_text: Tensor) -> Condition:
         """Encodes embeddings [b, d] and BPE tokens [b, 77], 0 after the end token; ``keep_...`` bool [b], False drops.
@@ -180,7 +166,7 @@ class Decoder(nn.Module):
         """Returns prediction and variance interpolation (-1 to 1), fp32 [b, 6, s, s], at timesteps [b]."""
         patches = F.pixel_unshuffle(x_t, self.config.patch)
         output = F.pixel_shuffle(self.unet(patches, t, *condition), self.config.patch)
-        return output if self.pixels is None else self.pixels(x_t, output)
+        return output if self.pixels is None else self.pixels(output, x_t, self.unet.timestep(t))
 
     def forward(
         self, x_t: Tensor, t: Tensor, image_embedding: Tensor, tokens: Tensor, keep_image: Tensor, keep_text: Tensor

@@ -19,6 +19,7 @@ def check_image_model(config: DecoderConfig | UpsamplerConfig, size: int) -> Non
     channels, multipliers, patch, max_snr = config.channels, config.multipliers, config.patch, config.max_snr
     require(channels >= 2 and channels % 2 == 0, f"channels is {channels}: use an even number, 2 or more")
     check_least(config, 1, "depth", "patch")
+    check_least(config, 0, "pixel_channels")
     require(
         len(multipliers) >= 1 and min(multipliers) >= 1,
         f"multipliers is {multipliers}: use one whole number, 1 or more, for each resolution",
@@ -76,8 +77,8 @@ class DecoderConfig:
             the network reads them: a CLIP of few images spreads them over few directions.
         layout_channels: Channels that the image embedding is projected to at every position of the lowest resolution,
             to say what is where; 0 is none.
-        pixel_channels: Of two 3x3 convolutions at full resolution that correct the network's output, given x_t, across
-            the borders of ``patch``; 0 is none.
+        pixel_channels: Between three 3x3 convolutions at full resolution that correct the network's output, given what
+            it saw and the timestep, across the borders of ``patch``; 0 is none.
         max_snr: Bound on the signal-to-noise ratio that weighs the squared error; ``null`` is 5 for ``x0`` and none for
             ``eps`` and ``v``, whose error then counts as it is (docs/how/diffusion.md).
     """
@@ -112,7 +113,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_image_model(self, self.image_size)
-        check_least(self, 0, "layout_channels", "pixel_channels", "embedding_norm")
+        check_least(self, 0, "layout_channels", "embedding_norm")
         check_least(self, 1, "clip_tokens")
         check_least(self, 2, "text_context", "vocabulary")
         check_transformer(self, "text_")
@@ -164,6 +165,8 @@ class UpsamplerConfig:
             too small to carry noise through.
         patch: Squares of that many pixels become channels before the U-Net and pixels again after it; above 1 for
             small machines.
+        pixel_channels: Between three 3x3 convolutions at full resolution that correct the network's output, given what
+            it saw and the timestep, across the borders of ``patch``; 0 is none.
         corrupt_at_inference: Whether sampling corrupts the small image mildly, too.
         scale_shift: Whether the timestep scales and shifts, as in ADM; false adds it, as Karlo does.
         last_unet: Whether a second U-Net of the same shape takes the last step of sampling, as Karlo's does.
@@ -183,6 +186,7 @@ class UpsamplerConfig:
     steps: int = 1000
     prediction: Prediction = "eps"
     patch: int = 1
+    pixel_channels: int = 0
     corrupt_at_inference: bool = True
     scale_shift: bool = True
     last_unet: bool = False

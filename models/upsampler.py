@@ -16,6 +16,7 @@ from models.diffusion.schedules import make_schedule
 from models.draw import Draw
 from models.image_configs import UpsamplerConfig
 from models.losses import Losses
+from models.nn.pixel_correction import PixelCorrection
 from models.nn.unet import UNet
 from models.pixels import from_uint8, resize
 from models.tiling import in_tiles
@@ -46,6 +47,8 @@ class Upsampler(nn.Module):
 
         self.unet = unet()
         self.last_unet = unet() if config.last_unet else None
+        width = self.unet.embedding_width
+        self.pixels = PixelCorrection(6, config.pixel_channels, 3, width) if config.pixel_channels else None
 
     def forward(self, x_t: Tensor, t: Tensor, low: Tensor) -> Tensor:
         """Turns x_t [b, 3, h, w] at timesteps [b], given the small image ``low`` in [-1, 1], to fp32 [b, 3, h, w].
@@ -53,13 +56,16 @@ class Upsampler(nn.Module):
         ``low`` is resized to h x w (antialiased bicubic), if need be, and put beside x_t as three more channels.
         """
         enlarged = resize(low, (x_t.shape[2], x_t.shape[3]))
-        patches = F.pixel_unshuffle(torch.cat([x_t, enlarged], dim=1), self.config.patch)
+        seen = torch.cat([x_t, enlarged], dim=1)
+        patches = F.pixel_unshuffle(seen, self.config.patch)
         output = self.unet(patches, t)
         # Training takes every parameter to every step, as training on several workers demands.
         if self.last_unet is not None and (self.training or (t == 0).any()):
             output = torch.where((t == 0).view(-1, 1, 1, 1), self.last_unet(patches, t), output)
         output = F.pixel_shuffle(output, self.config.patch)
-        return enlarged + output if self.config.prediction == "x0" else output
+        if self.config.prediction == "x0":
+            output = enlarged + output
+        return output if self.pixels is None else self.pixels(output, seen, self.unet.timestep(t))
 
 
 def random_crop(image: Tensor, size: int, multiple: int, draw: Draw) -> Tensor:

@@ -50,7 +50,8 @@ def export_upsampler(upsampler: Upsampler, folder: str | Path) -> None:
     """Writes super_res_first, super_res_last, super_res_scheduler and ours/upsampler.
 
     Without a second U-Net both hold the same one. Where the upsampler works on patches, they take and give
-    ``pixel_unshuffle(x, patch)``, noise and condition one after the other. Raises ValueError, before anything is
+    ``pixel_unshuffle(x, patch)``, noise and condition one after the other. A correction of pixels comes after them and
+    is in ours/. Raises ValueError, before anything is
     written, on an upsampler that diffusers' classes cannot hold.
     """
     folder, config = Path(folder), upsampler.config
@@ -61,7 +62,8 @@ def export_upsampler(upsampler: Upsampler, folder: str | Path) -> None:
     for name, prefix in (("super_res_first", "unet."), ("super_res_last", last)):
         write_part(folder / name, theirs, to_theirs(under(prefix, weights), unet_table(shape)))
     write_scheduler(folder / "super_res_scheduler", process_of(config), "fixed_small_log", clip=1.0)
-    write_ours(folder, "upsampler", config, {}, {})
+    rest = {name: tensor for name, tensor in weights.items() if name.startswith("pixels.")}
+    write_ours(folder, "upsampler", config, {}, rest)
 
 
 def import_upsampler(folder: str | Path) -> Upsampler:
@@ -80,7 +82,7 @@ def import_upsampler(folder: str | Path) -> Upsampler:
     check_process(folder / "super_res_scheduler", process, process_of(config))
     shape = shape_of(config)
     expected = unet_config(shape, config.image_size // config.patch, config.dropout)
-    weights: Weights = {}
+    weights: Weights = {} if ours is None else ours.weights
     for name, prefix in (("super_res_first", "unet."), ("super_res_last", "last_unet.")):
         if prefix == "unet." or config.last_unet:
             path = folder / name / CONFIG_FILE

@@ -5,6 +5,7 @@ fp32. Of the kernels of a training step more than a third were such casts. Here 
 end to end, norms too, whose kernels sum up in fp32 whatever they are given, and its weights are cast together.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,3 +48,8 @@ def run(module: nn.Module, x: Tensor, *rest: Tensor | None) -> Tensor:
     if not x.is_cuda or next(module.parameters()).dtype == x.dtype:
         return module(x, *rest)
     return call_in(x.dtype, module, x, *rest)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Turns autocast off where ``x`` is; the meta device, where a network is only measured, knows none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

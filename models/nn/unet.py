@@ -1,15 +1,14 @@
 """The U-Net of ADM (Dhariwal & Nichol 2021), with GLIDE's way of attending to a context."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.nn.attention import attend
-from models.nn.casting import half_precision, run
+from models.nn.casting import half_precision, no_autocast, run
 from models.nn.embedding import timestep_embedding
 
 
@@ -198,17 +197,17 @@ class UNet(nn.Module):
             raise ValueError(
                 f"this U-Net takes multiples of {self.multiple} pixels a side, got {x.shape[2]} x {x.shape[3]}"
             )
-        embedding = self.time(timestep_embedding(t, self.channels))
+        embedding = self.timestep(t)
         if added is not None:
             embedding = embedding + added
-        with _no_autocast(x):
+        with no_autocast(x):
             x = self.conv_in(x.float())
         half = half_precision(x)
         if half is not None:
             x, embedding = x.to(half), embedding.to(half)
             context = None if context is None else context.to(half)
             layout = None if layout is None else layout.to(half)
-        with nullcontext() if half is None else _no_autocast(x):
+        with nullcontext() if half is None else no_autocast(x):
             skips = [x]
             for stage in self.down:
                 x = stage(x, embedding, context, shown)
@@ -221,10 +220,9 @@ class UNet(nn.Module):
                 if stage.resblock.resize == "":
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = stage(x, embedding, context, shown)
-        with _no_autocast(x):
+        with no_autocast(x):
             return self.conv_out(F.silu(self.norm_out(x.float())))
 
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Turns autocast off where ``x`` is; the meta device, where a network is only measured, knows none."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    def timestep(self, t: Tensor) -> Tensor:
+        """Returns the embedding of timesteps [b], [b, embedding_width]."""
+        return self.time(timestep_embedding(t, self.channels))

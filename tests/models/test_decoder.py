@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.decoder import Decoder, PixelCorrection, decoder_denoise, decoder_loss
+from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.diffusion.process import error_weight
 from models.diffusion.schedules import make_schedule
 from models.draw import Draw
@@ -301,23 +301,6 @@ def test_a_layout_says_what_is_where() -> None:
     out = model.layout.out
     expected = torch.einsum("bchw,oc->bohw", hidden, out.weight[:, :, 0, 0]) + out.bias.view(-1, 1, 1)
     torch.testing.assert_close(layout, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_a_correction_of_pixels_crosses_the_borders_of_patches() -> None:
-    corrected, plain = (
-        make(patch=4, multipliers=(1,), attention_resolutions=(2,), pixel_channels=5),
-        PixelCorrection(3, 5, 6),
-    )
-    torch.nn.init.normal_(plain.conv_out.weight)
-    x_t, output = torch.randn(1, 3, 8, 8), torch.randn(1, 6, 8, 8)
-    changed = output.clone()
-    changed[..., 4] += 1  # of the patch to the right
-    moved = (plain(x_t, output) != plain(x_t, changed)).any(dim=(0, 1, 2))
-    assert moved.tolist() == [False, False, True, True, True, True, True, False]
-    batch = make_batch(1)
-    loss = decoder_loss(corrected, batch, Draw([(0, 1)])).total.sum()
-    loss.backward()
-    assert corrected.pixels.conv_in.weight.grad.any()
 
 
 def test_the_paper_s_decoder_has_3_5_billion_parameters_and_runs_on_the_meta_device() -> None:

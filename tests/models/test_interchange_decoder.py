@@ -223,7 +223,7 @@ def test_ours_opens_in_diffusers_and_comes_back_to_the_bit(changes: dict, tmp_pa
             **layout,
         ).sample
         output = F.pixel_shuffle(output, config.patch)
-        output = output if decoder.pixels is None else decoder.pixels(x, output)
+        output = output if decoder.pixels is None else decoder.pixels(output, x, decoder.unet.timestep(t))
         expected = decoder(x, t, image, tokens, kept, kept)
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
     back = import_decoder(tmp_path)

@@ -104,6 +104,7 @@ def test_theirs_to_ours_to_theirs_is_the_same_to_the_bit(folder: Path, tmp_path:
         {"scale_shift": True, "last_unet": False},  # the paper's
         {"corruption": "bsr", "schedule": "linear", "prediction": "v", "multipliers": (1, 1, 3), "depth": 1},
         {"scale_shift": True, "last_unet": False, "patch": 2, "low_size": 8, "image_size": 32, "crop": 0.5},
+        {"patch": 2, "low_size": 8, "image_size": 32, "crop": 0.5, "pixel_channels": 5},
     ],
 )
 def test_ours_opens_in_diffusers_and_comes_back_to_the_bit(changes: dict, tmp_path: Path) -> None:
@@ -112,9 +113,12 @@ def test_ours_opens_in_diffusers_and_comes_back_to_the_bit(changes: dict, tmp_pa
     export_upsampler(upsampler, tmp_path)
     x, t = normal(3, 3, 16, 24), torch.tensor([0, 421, 999])
     with torch.no_grad():
-        patches = F.pixel_unshuffle(torch.cat([x, enlarged()], dim=1), config.patch)
+        seen = torch.cat([x, enlarged()], dim=1)
+        patches = F.pixel_unshuffle(seen, config.patch)
         first, last = (UNet2DModel.from_pretrained(tmp_path / name).eval()(patches, t).sample for name in NAMES)
         theirs = F.pixel_shuffle(torch.cat([last[:1], first[1:]]), config.patch)
+        if upsampler.pixels is not None:
+            theirs = upsampler.pixels(theirs, seen, upsampler.unet.timestep(t))
         torch.testing.assert_close(theirs, upsampler(x, t, low()), atol=1e-4, rtol=0)
     kind = DDPMScheduler if config.schedule == "linear" else UnCLIPScheduler
     kind.from_pretrained(tmp_path / "super_res_scheduler")

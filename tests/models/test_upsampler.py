@@ -95,9 +95,9 @@ def test_an_upsampler_that_predicts_the_image_begins_with_the_enlarged_one() -> 
         torch.testing.assert_close(model(noise, t, low), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("patch", [1, 2])
-def test_it_learns_on_crops_and_runs_at_any_full_size(patch: int) -> None:
-    model = Upsampler(dataclasses.replace(CONFIG, patch=patch))
+@pytest.mark.parametrize("changes", [{}, {"patch": 2}, {"patch": 2, "pixel_channels": 5}])
+def test_it_learns_on_crops_and_runs_at_any_full_size(changes: dict[str, int]) -> None:
+    model = Upsampler(dataclasses.replace(CONFIG, **changes))
     losses = upsampler_loss(model, {"image": stripes(3)}, Draw([(0, 3)]))
     assert losses.total.shape == (3,)
     for height, width in ((16, 16), (64, 64), (64, 96)):
@@ -122,7 +122,7 @@ def test_max_snr_weighs_the_squared_error() -> None:
 def test_far_pixels_do_not_matter_so_a_crop_is_as_good_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only group normalisation, which averages over the image, sees further than the convolutions do."""
     torch.manual_seed(0)
-    model = Upsampler(CONFIG)
+    model = Upsampler(dataclasses.replace(CONFIG, pixel_channels=5))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     monkeypatch.setattr(F, "group_norm", lambda x, groups, weight, bias, eps: x)
@@ -131,6 +131,21 @@ def test_far_pixels_do_not_matter_so_a_crop_is_as_good_as_the_whole(monkeypatch:
         whole = model(x_t, t, low)
         part = model(x_t[:, :, :96, :96], t, low[:, :, :24, :24])
     torch.testing.assert_close(part[:, :, :48, :48], whole[:, :, :48, :48], atol=1e-4, rtol=1e-4)
+
+
+def test_a_correction_of_pixels_starts_as_nothing_and_learns() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, patch=2, pixel_channels=5)
+    model, batch = Upsampler(config), {"image": stripes(2)}
+    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
+    plain = Upsampler(dataclasses.replace(config, pixel_channels=0))
+    plain.unet.load_state_dict(model.unet.state_dict())
+    draw = Draw([(0, 2)])
+    loss = upsampler_loss(model, batch, draw).total
+    assert torch.equal(loss, upsampler_loss(plain, batch, draw).total)
+    loss.sum().backward()
+    assert model.pixels is not None
+    assert model.pixels.conv_out.weight.grad.any()
 
 
 def test_a_row_s_loss_does_not_depend_on_the_other_rows() -> None:

@@ -75,9 +75,9 @@ def training(
     return step
 
 
-def upsampler_training(stage: str) -> Step:
+def upsampler_training(stage: str, **changes: Any) -> Step:
     """With crops and small images, as the feed makes them; the damage of BSR, whose sizes are drawn, is for the CPU."""
-    sizes = config("nano", stage)
+    sizes = replace(config("nano", stage), **changes)
     crop, low = (zeros(ROWS, 3, side, side) for side in (sizes.crop_size, sizes.crop_size // sizes.scale))
     made = {"crop": crop.to(torch.uint8), "low": low}
     columns = batch(sizes.image_size) if sizes.corruption == "blur" else made
@@ -105,6 +105,7 @@ LOSSES: dict[str, Callable[[], Step]] = {
         prior("ar_prior", ARPrior, CODES), lambda model, b, draw: ar_prior_loss(model, b, draw, codec()), batch(64)
     ),
     "upsampler_256": lambda: upsampler_training("upsampler_256"),
+    "upsampler_256, pixels": lambda: upsampler_training("upsampler_256", pixel_channels=8),
     "upsampler_1024": lambda: upsampler_training("upsampler_1024"),
 }
 

@@ -1,0 +1,29 @@
+import torch
+
+from models.nn.pixel_correction import PixelCorrection
+
+
+def test_it_crosses_the_borders_of_patches() -> None:
+    torch.manual_seed(0)
+    correction = PixelCorrection(3, 5, 6, 7)
+    torch.nn.init.normal_(correction.conv_out.weight)
+    seen, output, embedding = torch.randn(1, 3, 8, 8), torch.randn(1, 6, 8, 8), torch.randn(1, 7)
+    changed = output.clone()
+    changed[..., 4] += 1  # of the patch to the right
+    moved = (correction(output, seen, embedding) != correction(changed, seen, embedding)).any(dim=(0, 1, 2))
+    assert moved.tolist() == [False] + 7 * [True]
+
+
+def test_it_can_keep_x_t_near_the_data_alone() -> None:
+    """Convolutions without the timestep cannot keep x_t in one row and the output in another: 0.5 would be the best."""
+    torch.manual_seed(0)
+    correction = PixelCorrection(3, 8, 3, 2)
+    optimizer = torch.optim.Adam(correction.parameters(), 0.02)
+    for _ in range(300):
+        x_t, output = torch.randn(2, 2, 3, 8, 8)
+        wanted = torch.stack([x_t[0], output[1]])
+        loss = ((correction(output, x_t, torch.eye(2)) - wanted) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
