@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 
 from jobs.command_line import command_line
-from jobs.interrupt import INTERRUPTED, ending_on_signals, say_interrupted
+from jobs.interrupt import ending_on_signals, exit_code, say_interrupted
 from pipeline.errors import UserError
 from pipeline.progress import Line
 from pipeline.terminal import printable_streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the console script. Returns the exit code: 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
+    """Runs the console script. Returns the exit code: 0 done, 1 failed, 2 a mistake of the user's, or a signal's."""
     return guard(_command, list(sys.argv[1:] if argv is None else argv))
 
 
@@ -68,9 +68,9 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         say_interrupted()
-        return INTERRUPTED
+        return exit_code(e)
     except (
         BrokenPipeError
     ):  # the reader of the output, such as head, has closed it; nothing may be flushed to it at exit

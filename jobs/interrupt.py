@@ -12,48 +12,55 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from types import FrameType
 
 GRACE_S = 10.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED = 130  # 128 and the signal's number, as shells have it
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """Returns 128 and the number of the signal that has caused this, as shells do."""
+    return int(interrupt.args[0]) if interrupt.args else 128 + signal.SIGINT
 
 
 @contextlib.contextmanager
 def ending_on_signals() -> Iterator[None]:
     """Lets the first Ctrl-C raise KeyboardInterrupt here, whatever errors it causes on its way, and sets the limit.
 
-    SIGTERM, by which schedulers and containers end a process, does the same. The limit holds beyond this block to the
-    end of the process. Leaves a signal alone that is ignored, as Ctrl-C is under nohup, or that somebody else handles.
+    SIGTERM, by which schedulers and containers end a process, does the same, with another exit code. The limit holds
+    beyond this block to the end of the process. Leaves a signal alone that is ignored, as Ctrl-C is under nohup, or
+    that somebody else handles.
     """
     free = [s for s in SIGNALS if signal.getsignal(s) in (signal.default_int_handler, signal.SIG_DFL)]
+    code = 0
 
     def first(signum: int, frame: FrameType | None) -> None:
-        for each in free:
-            signal.signal(each, _end)
-        signal.signal(signal.SIGALRM, _end)
+        nonlocal code
+        code = 128 + signum
+        for each in (*free, signal.SIGALRM):
+            signal.signal(each, partial(_end, code))
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(code)
 
     before = {each: signal.signal(each, first) for each in free}
     try:
         yield
     except Exception as e:
-        if all(signal.getsignal(each) is not _end for each in free):
+        if not code:
             raise
-        raise KeyboardInterrupt from e
+        raise KeyboardInterrupt(code) from e
     finally:
         for each in free:
             if signal.getsignal(each) is first:
                 signal.signal(each, before[each])
 
 
-def _end(signum: int, frame: FrameType | None) -> None:
+def _end(code: int, *_: object) -> None:
     with contextlib.suppress(Exception):  # it may be in the middle of a write
         sys.stdout.flush()
     say_interrupted()
-    os._exit(INTERRUPTED)
+    os._exit(code)
 
 
 @cache

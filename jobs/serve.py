@@ -93,6 +93,8 @@ def _rayservice(source: str | None, settings: ServeSettings) -> str:
         raise UserError("a RayService serves what pods can reach and follow; name release:PROJECT.yaml")
     config = load_config(source.removeprefix(RELEASE), [])
     store, pods = open_store(config.store), config.run.kubernetes
+    if settings.tokens:
+        raise UserError(f"{settings.tokens} does not travel to pods; put its lines into UNCLIP_TOKENS of a Secret")
     if local_folder(store):
         raise UserError(f"{store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
     most = settings.replicas or max(1, settings.idle_replicas)

@@ -17,7 +17,7 @@ from cluster.pods import pod, settled
 from cluster.rayjob import render
 from cluster.submission import KUBERAY, LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
 from jobs.bundles import remember_bundle
-from jobs.interrupt import INTERRUPTED
+from jobs.interrupt import exit_code
 from jobs.plan import Agreed, agree
 from jobs.project import Project, open_project
 from jobs.run import print_places
@@ -114,9 +114,9 @@ def follow(cluster: Cluster, submission_id: str) -> int:
     """Prints what a job says until it ends, and returns its exit code; Ctrl-C leaves it running."""
     try:
         end = cluster.follow(submission_id, lambda text: print(text, end="", flush=True))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print(f"\n{submission_id} goes on: the same command attaches to it, --stop stops it", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code(e)
     if end.status == "SUCCEEDED":
         return 0
     why = f"exit code {end.exit_code}" if end.code is not None else (end.message.splitlines() or ["no reason given"])[0]

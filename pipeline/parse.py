@@ -103,7 +103,7 @@ def read_value(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"{where}: {text} is not a value; write a number or a word") from None
+        raise UserError(f"{where}: {text} is not YAML; write a number, a word, or a list such as [a, b]") from None
 
 
 def _validate(kind: Any, given: list[Any]) -> Any:

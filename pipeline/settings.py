@@ -25,6 +25,7 @@ def _check_gpus(gpus: float) -> float:
     return gpus
 
 
+STATE_BYTES = 20  # a parameter of a training: weight, average, gradient and two moments, in fp32
 SPARED = 30  # times as long as it took to write a checkpoint, until the next one
 
 
@@ -152,7 +153,8 @@ class TrainingSettings:
         checkpoint_every_s: Seconds between checkpoints, at least; where it takes longer to write one, 30 times as
             long as that. 0 saves after every step.
         keep_checkpoints: How many stay.
-        milestones: Numbers of samples that become artefacts, too; the decoder has ``evaluation.early`` besides.
+        milestones: Numbers of samples that become artefacts, too, each from one batch up to where ``decay`` begins;
+            the decoder has ``evaluation.early`` besides.
         device: ``auto``, ``cpu``, ``cuda``, or ``cuda:1``; each Ray worker takes one GPU with ``cuda``, and with
             ``auto`` if there are enough of them when it begins.
         cache_mb: MiB of decoded images that a worker keeps; 0 decodes each again.

@@ -17,7 +17,7 @@ from pipeline.training.device import choose_device
 from pipeline.training.task import Batch, Task
 from pipeline.training.tasks.ar_prior import ARPriorTask
 from pipeline.training.tasks.clip import ClipTask
-from pipeline.training.tasks.decoder import DecoderTask
+from pipeline.training.tasks.decoder import WHITENED, DecoderTask
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.tasks.upsampler import UpsamplerTask
 from pipeline.training.tensors import train_on
@@ -82,12 +82,15 @@ def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, co
         if clip is None:
             raise UserError(f"{stage} of this preset reads CLIP's text tower: pass clip=, such as model.cascade.clip")
         tower = FrozenTower.of(clip.model_config, clip.model.state_dict())
-    dim = torch.as_tensor(data.get("image_embedding", torch.zeros(0, 0))).shape[-1]
+    embeddings = torch.as_tensor(data.get("image_embedding", torch.zeros(0, 0))).float()
+    dim = embeddings.shape[-1]
     if stage == "ar_prior":
         if codec is None:
             raise UserError("ar_prior predicts a codec's codes: pass codec=, such as project.artifact('codec').model()")
         return ARPriorTask(model, dim, codec, tower)
-    return (DecoderTask if stage == "decoder" else DiffusionPriorTask)(model, dim, tower)
+    if stage == "decoder":
+        return DecoderTask(model, dim, tower, embeddings[:WHITENED])
+    return DiffusionPriorTask(model, dim, tower)
 
 
 def _columns(stage: str, task: Task, data: Mapping[str, Any]) -> Batch:

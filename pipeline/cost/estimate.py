@@ -29,7 +29,7 @@ CORE_FLOPS = 50e9  # a second, that networks reach on one core
 UTILISATION = 0.3  # of a GPU's bf16 peak
 FP32_UTILISATION = 0.5  # of its fp32 peak, which is much lower
 MATMUL_SHARE = 0.75  # of the bf16 peak that large matrix products reach: what a measured utilisation is a share of
-CELLED_ROWS = 8e6  # up to which near rows are looked for in clusters of one size (docs/near-duplicates.md)
+CLUSTERED_ROWS = 8e6  # up to which near rows are looked for in clusters of one size (docs/near-duplicates.md)
 DECODE_SECONDS = 0.004  # of one core, to read a stored image and shrink it to CLIP's view
 START_SECONDS = {"data": 6.0, "training": 5.0, "gpus": 60.0}
 FETCH_WEIGHTS_SECONDS = 60.0
@@ -37,7 +37,7 @@ BYTES_A_PIXEL = 0.25  # of a stored image, as wide as it is high
 REFERENCE_BYTES = 300  # of a row in each data stage, besides what it makes
 SAVED_BYTES = 1e9  # of a checkpoint that a worker writes in a second
 COPIED_BYTES = 20e9  # that a GPU copies in a second, while it does nothing else
-STATE_BYTES, MODEL_BYTES = 16, 4  # a parameter: weights, average and two moments of a checkpoint; of an artefact
+SAVED_STATE, MODEL_BYTES = 16, 4  # bytes a parameter: weight, average and two moments of a checkpoint; of an artefact
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _rows_counted(stage: str, rows: float, ask: Ask) -> float:
     """Returns rows, each as often as its cluster of near rows is larger than clusters are while their number grows."""
     recipe = ask.graph[stage].recipe
     near = getattr(recipe, "near_duplicate", None) is not None or getattr(recipe, "near_held_out", None) is not None
-    return rows * max(1.0, rows / CELLED_ROWS) if near else rows
+    return rows * max(1.0, rows / CLUSTERED_ROWS) if near else rows
 
 
 def _amount_seen(stage: str, one: Observation, ask: Ask) -> float:
@@ -282,7 +282,7 @@ def rate(ask: Ask, precision: str, stage: str = "") -> float:
 def save(stage: str, ask: Ask, workers: int) -> tuple[float, float]:
     """Returns the bytes that a worker writes of a training's checkpoint, and the seconds between two of them."""
     settings = getattr(ask.config.run, stage)
-    size = STATE_BYTES * model_size(ask.config, stage).parameters / (workers if settings.sharded else 1)
+    size = SAVED_STATE * model_size(ask.config, stage).parameters / (workers if settings.sharded else 1)
     return size, max(settings.checkpoint_every_s, SPARED * size / SAVED_BYTES)
 
 
@@ -315,7 +315,7 @@ def _disk(stage: str, ask: Ask) -> float:
     kind = ask.graph[stage].kind
     if kind == "training":
         kept = 0 if ask.fetches(stage) else getattr(ask.config.run, stage).keep_checkpoints
-        return (MODEL_BYTES + kept * STATE_BYTES) * model_size(ask.config, stage).parameters
+        return (MODEL_BYTES + kept * SAVED_STATE) * model_size(ask.config, stage).parameters
     if kind not in ("source", "data"):
         return 0.0
     if seen := [one for one in ask.observations(stage) if one.disk]:

@@ -19,11 +19,10 @@ from pipeline.cost.estimate import (
 )
 from pipeline.graph.resources import amount_of
 from pipeline.progress import duration
-from pipeline.settings import Prices
+from pipeline.settings import STATE_BYTES, Prices
 
 HEAD = ("stage", "time", "start-up", "GPU hours", "core hours", "disk")
 ROOM = 0.8  # of a GPU's memory for what a training holds besides activations
-KEPT_BYTES = 20  # a parameter: a checkpoint's, and the gradient
 LONGEST_S = 86_400.0  # that a CPU may take for what a GPU does in minutes, unless the user wants it
 BASES = {"measured": "measured and scaled", "counted": "counted from arithmetic", "guess": "guessed"}
 
@@ -115,7 +114,7 @@ def _too_large(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
     memory = ask.device.memory * ROOM
     for stage, cost in costs.items():
         if cost.gpus and ask.graph[stage].kind == "training" and not getattr(ask.config.run, stage).sharded:
-            held = KEPT_BYTES * model_size(ask.config, stage).parameters
+            held = STATE_BYTES * model_size(ask.config, stage).parameters
             if held > memory:
                 yield (
                     f"{stage}: weights, average, gradient and moments take {size(held)}, more than {ROOM:.0%} of one "

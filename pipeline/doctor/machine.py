@@ -8,17 +8,16 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.build import build
 from pipeline.config import Config
 from pipeline.doctor.finding import Finding, gigabytes
+from pipeline.errors import UserError
 from pipeline.graph.ray import this_machine
 from pipeline.graph.resources import cores, team_of
-from pipeline.settings import RaySettings
+from pipeline.settings import STATE_BYTES, RaySettings
 
 PROCESS = 1 << 30  # bytes that Python, torch and Ray take in a process before any model
-PARAMETER = 20  # bytes: weight, gradient, Adam's two moments and the average, fp32
 LITTLE_DISK, NO_DISK = 10e9, 1e9
 SHARED = Path("/dev/shm")
 
@@ -45,7 +44,11 @@ def check_memory(config: Config | None) -> Iterator[Finding]:
     here = this_machine(run.ray)
     workers = max((team_of(each, here).count for each in settings if each is not None), default=0)
     processes = PROCESS * (1 + workers) + (run.ray.object_store_mb << 20)
-    name, model = largest_training(config)
+    try:
+        name, model = largest_training(config)
+    except UserError:  # check_clips says so
+        yield Finding("ok", "memory", f"{gigabytes(free)} free; all processes need {gigabytes(processes)}")
+        return
     on_gpu = torch.cuda.is_available() and getattr(run, name).device != "cpu"
     need = f"{name}, the largest training, needs at least {gigabytes(model)}"
     yield _enough("memory", free, processes + (0 if on_gpu else model), f"{need}, all processes {gigabytes(processes)}")
@@ -61,26 +64,16 @@ def _enough(subject: str, free: int, needed: int, need: str) -> Finding:
 
 
 def largest_training(config: Config) -> tuple[str, int]:
-    """Returns the training with the most parameters, and the bytes of its state."""
-    import torch
+    """Returns the training with the most parameters, and the bytes of its state.
 
-    from models.clip import Clip
-    from models.folder import KINDS
-    from pipeline.cost.flops import text_tower
+    Raises UserError for a CLIP that open_clip does not know.
+    """
+    from pipeline.cost.flops import count_model
 
-    known: dict[str, Any] = {"embed_dim": config.clip.model.embed_dim, "codes": config.codec.components}
-    bytes_of: dict[str, int] = {}
-    with torch.device("meta"):  # so that no weights take memory
-        for stage in build(config).values():
-            if stage.kind != "training" or stage.recipe.pretrained:
-                continue
-            kind = next((kind for kind in KINDS.values() if isinstance(stage.recipe.model, kind.config)), None)
-            if kind is None:
-                model: torch.nn.Module = Clip.build(stage.recipe.model, 0)
-            else:
-                known["text_tower"] = text_tower(stage.recipe.model, config.clip)
-                model = kind.model(stage.recipe.model, **{name: known[name] for name in kind.sizes})
-            bytes_of[stage.name] = PARAMETER * sum(parameter.numel() for parameter in model.parameters())
+    trained = (
+        name for name, stage in build(config).items() if stage.kind == "training" and not stage.recipe.pretrained
+    )
+    bytes_of = {name: STATE_BYTES * count_model(config, name).parameters for name in trained}
     return max(bytes_of.items(), key=lambda item: item[1])
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -16,6 +18,7 @@ from pipeline.store import Store
 from pipeline.store.crash import crash_point
 from pipeline.upkeep.live import Live, find_live, mark_blobs
 
+log = logging.getLogger("unclip")
 TOMBSTONES = "locks/tombstones.json.gz"
 RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before what they name
 NAMED = ("packages/", "blobs/", "damaged/")
@@ -59,7 +62,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
         UserError: another collection runs.
     """
     standing = store.stat(TOMBSTONES)
-    earlier = json.loads(gzip.decompress(store.read(TOMBSTONES))) if standing else {}
+    earlier = _marked(store.read(TOMBSTONES)) if standing else {}
     known, live = _find_live(store, keep_s, now)
     found = Collection()
     tombstones: dict[str, float] = {}
@@ -95,6 +98,15 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
         found.deleted[path.partition("/")[0]].add(sizes[path])
     found.abandoned = store.clear_abandoned(now - grace_s)
     return found
+
+
+def _marked(packed: bytes) -> dict[str, float]:
+    """Returns since when objects have been marked; none, with a warning, where that is damaged."""
+    try:
+        return dict(json.loads(gzip.decompress(packed)))
+    except (OSError, EOFError, zlib.error, ValueError, TypeError):
+        log.warning("%s is damaged: all garbage is marked from now on, and deleted after the grace period", TOMBSTONES)
+        return {}
 
 
 def _find_live(store: Store, keep_s: float, now: float) -> tuple[set[tuple[str, str]], Live]:

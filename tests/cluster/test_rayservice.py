@@ -61,3 +61,8 @@ def test_what_pods_need_is_asked_for(
     assert says in capsys.readouterr().err
     assert main(["serve", "out/nano", "--to", "kuberay"]) == 2
     assert "name release:PROJECT.yaml" in capsys.readouterr().err
+
+
+def test_a_file_of_tokens_does_not_travel_to_pods(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", f"release:{project}", "--to", "kuberay", "tokens=mine.txt"]) == 2
+    assert "mine.txt does not travel to pods; put its lines into UNCLIP_TOKENS" in capsys.readouterr().err

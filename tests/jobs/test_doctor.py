@@ -229,10 +229,12 @@ def test_a_list_that_is_missing(capsys: Output) -> None:
     ],
 )
 def test_a_clip_that_is_nowhere(override: str, says: str, capsys: Output) -> None:
-    code, lines = doctor(capsys, "store", override)
+    """Also where a model reads the text tower of that CLIP, which counting its weights needs."""
+    code, lines = doctor(capsys, "store", override, "decoder.model.text_encoder=frozen")
     assert code == 1
     (line,) = [line for line in lines if line.split()[1] == "clip"]
     assert line.startswith(f"problem  clip      {says}")
+    assert level(lines, "memory") == ["ok"]
 
 
 @pytest.mark.usefixtures("no_ray", "plenty")

@@ -79,7 +79,7 @@ def test_ctrl_c_ends_what_is_stuck(grace_s: float, presses: int, sent: signal.Si
             assert process.stderr.readline() == "clearing up\n"
         process.send_signal(sent)
         result = finish(process, timeout=30)
-    assert (result.returncode, result.stdout) == (130, "clearing up\n")
+    assert (result.returncode, result.stdout) == (128 + sent, "clearing up\n")
     assert result.stderr.replace("clearing up\n", "") == LAST
 
 
@@ -88,7 +88,7 @@ def test_sigterm_ends_a_command_that_has_started_ray_with_the_same_line() -> Non
     with _ready(WITH_RAY) as process:
         process.send_signal(signal.SIGTERM)
         result = finish(process, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", LAST)
+    assert (result.returncode, result.stdout, result.stderr) == (143, "", LAST)
 
 
 def test_an_error_that_ctrl_c_causes_is_not_shown() -> None:

@@ -293,6 +293,17 @@ def test_every_kind_of_model_is_trained_on_tensors(stage: str, capsys: pytest.Ca
     assert capsys.readouterr().err == ""
 
 
+def test_a_decoder_that_whitens_measures_the_rows_that_it_is_given() -> None:
+    image = torch.nn.functional.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    data = {
+        "image": torch.zeros(8, 3, 64, 64, dtype=torch.uint8),
+        "captions": ["a picture"] * 8,
+        "image_embedding": image,
+    }
+    model, _ = unclip.train("decoder", data, device="cpu", samples=8, batch=8, progress=False, model={"whiten": True})
+    torch.testing.assert_close(model.whitening.mean, image.mean(0))
+
+
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "unknown": (lambda: unclip.train("decodr", {}), "unknown model decodr"),
     "recipe": (lambda: unclip.train("decoder", {}, sample=3), "did you mean samples"),

@@ -204,7 +204,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
     [
         ("decoder", "decoder: an override is written key.key=value"),
         ("=3", "=3: an override is written key.key=value"),
-        ("decoder.samples=[1", "decoder.samples=[1: [1 is not a value; write a number or a word"),
+        ("decoder.samples=[1", "decoder.samples=[1: [1 is not YAML; write a number, a word, or a list such as [a, b]"),
         ("decodr.samples=1", "decodr: unknown key; did you mean decoder?"),
         ("decoder.model.guidence=1", "decoder.model.guidence: unknown key"),
         ("run.pairs.retrys=1", "run.pairs.retrys: unknown key; did you mean retries?"),

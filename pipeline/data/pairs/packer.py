@@ -37,6 +37,11 @@ from pipeline.store.records import digest
 TAKEN_OVER = ("status", "reason", "width", "height", "sha256", "tar", "offset", "size")  # of an earlier index
 
 
+def _taken_over(known: Known) -> dict[str, Any]:
+    """Returns what a row has of the earlier index, and the evidence of an opt-out."""
+    return {name: known.row[name] for name in TAKEN_OVER} | {"evidence": known.evidence}
+
+
 class Packer:
     """Makes the tar and the index of one shard."""
 
@@ -74,7 +79,7 @@ class Packer:
         copied = set()  # members of tars whose kind is not read where they lie
         for i in (i for i in wanted if refs[i]["url"].startswith("tar://")):
             if i in known and known[i].image is None:
-                rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER}
+                rows[i] |= _taken_over(known[i])
             elif i in known or not self._use_in_place(rows[i], refs[i]):
                 copied.add(i)
         imported = [i for i in wanted if refs[i]["url"].startswith(SCHEME)]
@@ -96,7 +101,7 @@ class Packer:
                     continue
                 if i in known:
                     image = known[i].image
-                    rows[i] |= {k: known[i].row[k] for k in TAKEN_OVER} | {"evidence": known[i].evidence}
+                    rows[i] |= _taken_over(known[i])
                 else:
                     image = next(new)
                 unfinished.add(rows[i], image, self.recipe.encode_format)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.settings import STATE_BYTES
 from pipeline.training.distributed.sharding import full_tensor, shard_module, sync_gradients
 
 T = TypeVar("T")
-STATE_BYTES = 20  # of a weight, its average, its gradient and its moments, in fp32
 
 
 def node_memory(device: torch.device, workers: int, offload: bool) -> int:

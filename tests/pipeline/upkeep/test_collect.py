@@ -1,5 +1,6 @@
 """Garbage collection keeps what is needed, does not disturb readers and writers meanwhile, and deletes the rest."""
 
+import gzip
 import json
 import os
 import time
@@ -379,6 +380,24 @@ def test_two_collections_at_once_are_one_too_many(store: Store, monkeypatch: pyt
     monkeypatch.setattr(module, "find_live", meanwhile)
     with pytest.raises(UserError, match="another collection"):
         collect(store, 30 * DAY, DAY, NOW, delete=True)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"no gzip", gzip.compress(b"[1"), gzip.compress(b"1"), gzip.compress(b"{}")[:9]]
+)
+def test_with_damaged_marks_the_grace_period_begins_again(
+    store: Store, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    blob = put_blob(store, b"garbage")
+    collect(store, 30 * DAY, DAY, NOW, delete=True)
+    marked = store.stat(TOMBSTONES)
+    assert marked is not None
+    assert store.swap(TOMBSTONES, marked.version, damage)
+    collect(store, 30 * DAY, DAY, NOW + 2 * DAY, delete=True)
+    assert "tombstones.json.gz is damaged" in caplog.text
+    assert read_blob(store, blob) == b"garbage"
+    collect(store, 30 * DAY, DAY, NOW + 4 * DAY, delete=True)
+    assert store.stat(blob_path(blob)) is None
 
 
 def test_half_written_files_of_killed_writers_go(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """A shard that changed in part asks nobody for what an earlier run has."""
 
+import hashlib
+import io
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,17 @@ def _run(folder: Path, paths: list[str], pages: Mapping[str, Page], **pairs: Any
     return bench
 
 
+def write_tar(path: Path, images: Mapping[str, bytes]) -> Path:
+    """A webdataset tar of images, each with a caption."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in images.items():
+            for member, content in ((name, data), (name.replace(".png", ".txt"), b"a picture")):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
 def _list(folder: Path, *names: int | str) -> list[str]:
     return [write_list(folder / "a.csv", [(f"http://h/{name}.png", f"picture {name}", "train") for name in names])]
 
@@ -50,6 +64,16 @@ def test_rows_that_moved_or_have_another_hash_are_asked_for(tmp_path: Path) -> N
     rows = [(f"http://h/{i}.png", f"picture {i}", "train", "0" * 64 if i == 3 else "") for i in (1, 0, 2, 3)]
     hashed = _run(tmp_path / "a", [write_list(tmp_path / "a.csv", rows)], GOOD)
     assert [row["reason"] for row in hashed.rows("pairs")] == ["http_4xx", None, "opted_out", "hash_mismatch"]
+
+
+def test_a_denied_member_of_a_tar_keeps_its_evidence(tmp_path: Path) -> None:
+    tars = [str(write_tar(tmp_path / "a.tar", {f"{i}.png": picture(i) for i in (1, 2)}))]
+    (tmp_path / "deny").write_text(hashlib.sha256(picture(2)).hexdigest())
+    for paths in (tars, [*tars, *_list(tmp_path, 3)]):
+        made = _run(tmp_path / "a", paths, GOOD, deny_sha256=str(tmp_path / "deny"))
+        (evidence,) = read_opt_outs(made.store, read_shards(made.store, made.made["pairs"]))
+        assert evidence["evidence"].startswith("deny_sha256: ")
+    assert [row["reason"] for row in made.rows("pairs")] == [None, "denied", None]
 
 
 @pytest.mark.parametrize("change", ["recipe", "damage"])
