@@ -8,7 +8,7 @@ BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs em
 .PHONY: help test test-browser test-slow chaos check bench gpu-check lock format peek demo studio clean
 
 help:
-	@echo "make peek    the whole chain at nano size: pictures over HTTP to a 1024 px image, in minutes"
+	@echo "make peek    the whole chain at nano size: images over HTTP to a 1024 px image, in minutes"
 	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 80 trains less or more than 40"
 	@echo "make studio  a page to draw on with the demo's bundle, or with peek's where there is none"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
@@ -38,7 +38,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow and not browser" -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-browser: .venv/ready
-	$(BIN)/python -m pytest -m browser -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m browser -n 2 --dist loadfile $(shell grep -lr "^pytestmark = pytest.mark.browser" tests)
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow

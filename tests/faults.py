@@ -56,13 +56,12 @@ class Undisturbed:
         return self.folder / "list.csv"
 
 
-def run_undisturbed(folder: Path, pictures: str) -> Undisturbed:
+def run_undisturbed(folder: Path, pictures: str) -> None:
     reference = Undisturbed(folder, pictures)
     write_list(reference.list, 30, 60)
     done(unclip("run", reference.config(folder, str(folder / "data")), "--until", "codec"))
     shutil.copytree(folder / "data", folder / "trained")
     done(unclip("run", reference.config(folder, str(folder / "trained")), "--until", "decoder"))
-    return reference
 
 
 def copy(store: Store, folder: Path) -> Store:

@@ -67,7 +67,7 @@ KEYS = {
 }
 
 
-SLOW = KEYS.keys() - {"ar_sampling", "house"}  # up to half a minute each
+SLOW = KEYS.keys() - {"house"}  # up to half a minute each
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in KEYS])

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -79,11 +80,17 @@ def _is_there(module: str, name: str) -> bool:
     if (path / f"{name}.py").is_file() or (path / name).is_dir():
         return True
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    tree = ast.parse(file.read_text()) if file.is_file() else ast.Module([], [])
+    return file.is_file() and name in _named(file)
+
+
+@cache
+def _named(file: Path) -> set[str]:
+    """Returns the names at the top level of a file, and some that are not."""
+    tree = ast.parse(file.read_text())
     named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             named.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             named |= {alias.asname or alias.name for alias in node.names}
-    return name in named
+    return named

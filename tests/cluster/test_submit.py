@@ -13,7 +13,7 @@ from cluster.package import Package
 from cluster.submission import attach_or_submit
 from jobs.plan import agree
 from jobs.project import Project, open_project
-from tests.chain import done, unclip, write_config, write_list
+from tests.chain import done, here, write_config, write_list
 from tests.seaweed import Server
 
 
@@ -75,7 +75,7 @@ def test_run_settings_do_not_change_what_is_asked(project: Project) -> None:
 
 
 def _refused(config: Path, *words: str, env: Mapping[str, str] | None = None) -> str:
-    process = unclip("submit", config, *words, env=env)
+    process = here("submit", config, *words, env=env)
     assert process.returncode == 2, process.stdout + process.stderr
     assert " stale " not in process.stdout  # no plan is made before
     (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
@@ -99,11 +99,11 @@ def test_mistakes_cost_one_line_and_leave_nothing(tmp_path: Path, s3: Server) ->
 def test_what_is_fresh_is_not_submitted(tmp_path: Path) -> None:
     rows = write_list(tmp_path / "list.csv", 0, 3)
     config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:9", [rows])
-    done(unclip("run", config, "--until", "captions"))
-    submitted = done(unclip("submit", config, "--to", "http://127.0.0.1:9", "--until", "captions"))
+    done(here("run", config, "--until", "captions"))
+    submitted = done(here("submit", config, "--to", "http://127.0.0.1:9", "--until", "captions"))
     assert "nothing to do" in submitted
 
 
 def test_stop_where_nothing_runs(tmp_path: Path) -> None:
     config = write_config(tmp_path, str(tmp_path / "store"), "http://127.0.0.1:9", [tmp_path / "no-list.csv"])
-    assert "nothing of micro runs there" in done(unclip("submit", config, "--to", "local", "--stop"))
+    assert "nothing of micro runs there" in done(here("submit", config, "--to", "local", "--stop"))

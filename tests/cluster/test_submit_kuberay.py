@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs.cli import main
-from tests.chain import done, open_at, unclip, write_config, write_list
+from tests.chain import done, here, open_at, unclip, write_config, write_list
 from tests.cluster.kuberay import parse
 from tests.seaweed import Server
 
@@ -38,9 +38,9 @@ def test_the_rayjob_is_all_there_is_on_standard_output(s3: Server, tmp_path: Pat
     with zipfile.ZipFile(io.BytesIO(body)) as package:
         assert yaml.safe_load(package.read("project.yaml"))["run"]["ray"]["autoscaler"] is True
     assert "pairs" in process.stderr  # the plan
-    again = unclip(*words, env=elsewhere)
+    again = here(*words, env=elsewhere)
     assert again.stdout == process.stdout
-    done(unclip("data", "gc", words[1], "--yes", "--grace-hours", 0))  # what was asked for is needed
+    done(here("data", "gc", words[1], "--yes", "--grace-hours", 0))  # what was asked for is needed
     assert [f"{store}/{entry.path}" for entry in open_at(store).list("packages/")] == [found.package]
 
 

@@ -1,3 +1,5 @@
+import fcntl
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,5 +17,17 @@ def pictures() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Undisturbed:
-    """Runs that nothing disturbed, for the tests of crashes, races and damage to compare with."""
-    return run_undisturbed(tmp_path_factory.mktemp("undisturbed"), pictures)
+    """Runs that nothing disturbed, for the tests of crashes, races and damage to compare with.
+
+    The first process to come by makes them for all of pytest's; nobody writes to them.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "undisturbed"
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            made = own / "undisturbed-made"
+            made.mkdir()
+            run_undisturbed(made, pictures)
+            made.rename(folder)
+    return Undisturbed(folder, pictures)

@@ -13,7 +13,7 @@ from safetensors.torch import load
 from pipeline.graph.artifacts import shard_path
 from pipeline.store import Store
 from pipeline.store.records import read_blob
-from tests.chain import ROOT, data_blobs, done, keys, unclip
+from tests.chain import ROOT, data_blobs, done, here, keys, unclip
 from tests.faults import (
     Running,
     Undisturbed,
@@ -92,6 +92,7 @@ def test_killed_in_the_data_stages(undisturbed: Undisturbed, tmp_path: Path) -> 
     assert (tmp_path / "out/report.html").exists()
 
 
+@pytest.mark.slow  # the same without a run around it: tests/pipeline/training/test_stage.py
 def test_killed_in_a_training(undisturbed: Undisturbed, tmp_path: Path) -> None:
     store = copy(undisturbed.data, tmp_path)
     said = Kills(tmp_path, IN_TRAINING).run(store, undisturbed.config(tmp_path), "--until", "decoder")
@@ -163,7 +164,7 @@ def test_ctrl_c_during_pairs(undisturbed: Undisturbed, tmp_path: Path) -> None:
         silent.accept()
         _interrupt(process)
     assert_sound(store)
-    done(unclip("run", config, "--until", "pairs"))
+    done(here("run", config, "--until", "pairs"))
     assert_each_shard_once(store, undisturbed.data)
     assert data_blobs(store) == data_blobs(undisturbed.data)
     assert Path(store.url, first).stat().st_ino == kept.st_ino  # the shard that was done is not done again

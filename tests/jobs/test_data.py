@@ -49,7 +49,7 @@ def _holding(store: Store, *needles: bytes) -> list[str]:
 def test_what_is_forgotten_is_nowhere_any_more(tmp_path: Path, pictures: str, s3: Server) -> None:
     url = f"{s3.url}/forget-{tmp_path.name}"
     store = open_store(url)
-    write_list(tmp_path / "list.csv", 0, 50)
+    write_list(tmp_path / "list.csv", 100, 150)
     config = write_config(tmp_path, url, pictures, [tmp_path / "list.csv"])
     done(here("run", config, "--until", "curation"))
     before = _rows(store, config, "pairs")
@@ -80,7 +80,7 @@ def test_what_is_forgotten_is_nowhere_any_more(tmp_path: Path, pictures: str, s3
 
 def test_what_is_forgotten_is_not_kept_by_a_retry(tmp_path: Path, pictures: str) -> None:
     """Rows that failed, were appended to be tried again, and are forgotten then."""
-    write_list(tmp_path / "list.csv", 0, 20)
+    write_list(tmp_path / "list.csv", 100, 120)
     store = open_store(str(tmp_path / "store"))
     config = write_config(tmp_path, store.url, pictures, [tmp_path / "list.csv"])
     nobody = ("run.pairs.hosts={emoji.test: '127.0.0.1:1'}", "run.pairs.retries=0", "--until", "pairs")
@@ -103,7 +103,7 @@ def _others(rows: list[dict[str, Any]], but: dict[str, Any]) -> list[dict[str, A
 
 
 def test_mistakes(tmp_path: Path, pictures: str) -> None:
-    write_list(tmp_path / "list.csv", 0, 20)
+    write_list(tmp_path / "list.csv", 100, 120)
     config = write_config(tmp_path, str(tmp_path / "store"), pictures, [tmp_path / "list.csv"])
     refused(
         "data",

@@ -114,7 +114,7 @@ def make_passes(url: str, inputs: dict[str, Artifact], seen: str) -> None:
     for module, name, value in (
         (near_rows, "FIRST_ROWS", 150),
         (near_rows, "BLOCK_ROWS", 120),
-        (near_rows, "CELL_ROWS", 25),
+        (near_rows, "CLUSTER_ROWS", 25),
         (near_rows, "GROUP_ROWS", 100),
         (indices, "CODED_BLOCK_ROWS", 250),
         (codec_fit, "BLOCK_ROWS", 200),

@@ -17,6 +17,7 @@ WITH_TIMESTEPS = (
     "decoder",
     "upsampler_256",
 )  # and the 1024 px upsampler, which has too few rows here
+WITHOUT_RAY = ("pairs", "embeddings", "curation", "upsampler_256", "upsampler_1024")
 SAMPLES = 4  # captions in the configuration
 PREVIEWS = 3 + 2 + 2  # of the decoder and the upsamplers: at the start, at the end, and the decoder's after 64 steps
 
@@ -25,10 +26,13 @@ PREVIEWS = 3 + 2 + 2  # of the decoder and the upsamplers: at the start, at the 
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Returns the quick start's configuration with nano models, fewer rows and a quarter of the samples.
 
+    Diffusion prior and decoder train side by side on Ray, as in the quick start; the rest is quicker without.
+
     Not as few as emoji:nano has: none of those for validation is large enough for the 1024 px upsampler's preview.
     """
     folder = tmp_path_factory.mktemp("demo")
     smaller = ["preset=nano", "scale=0.25", 'source.paths=["emoji:tiny", "emoji:flawed"]', "source.shard_rows=400"]
+    smaller += [f"run.{stage}.workers=0" for stage in WITHOUT_RAY]
     return ["configs/emoji.yaml", *smaller, f"store={folder}/store", f"run.output={folder}/out"]
 
 

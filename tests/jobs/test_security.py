@@ -19,7 +19,7 @@ from pipeline.store import Store, check_conditions, open_store
 from pipeline.store import s3 as store_s3
 from pipeline.store.records import peek_record
 from pipeline.upkeep.collect import collect
-from tests.chain import MICRO, ROOT, Finished, done, keys, unclip, write_config, write_list
+from tests.chain import MICRO, ROOT, Finished, done, here, keys, unclip, write_config, write_list
 from tests.pipeline.data.bench import picture
 from tests.seaweed import BUCKET, Identity, Server, serving
 from tests.secrets import leaks, objects
@@ -48,16 +48,18 @@ class Team:
         run = {**MICRO["run"], "pairs": pairs, "clip": {"workers": 1}}  # type: ignore[dict-item]
         paths = [write_list(folder / "list.csv", 0, 60), _foreign(folder / "foreign")]
         self.config = write_config(folder, self.url, pictures, paths, run=run)
-        self.made = self.unclip("writer", "run", self.config)
+        self.made = unclip("run", self.config, env=self.environment("writer"), timeout=400)
 
-    def unclip(self, who: str, *words: object) -> Finished:
-        """Run a command as one of them."""
-        here = {
+    def environment(self, who: str) -> dict[str, str]:
+        return self.server.environment_of(who, SECRETS[who]) | {
             "RAY_TMPDIR": str(self.ray),
             "RAY_AUTH_TOKEN": SECRETS["token"],
             "IMAGES_HEADERS": f"X-Key: {SECRETS['header']}",
         }
-        return unclip(*words, env=self.server.environment_of(who, SECRETS[who]) | here, timeout=400)
+
+    def unclip(self, who: str, *words: object) -> Finished:
+        """Run a command as one of them."""
+        return here(*words, env=self.environment(who))
 
     def refused(self, who: str, *words: object) -> str:
         """Run a command that must end with one line, which is returned, and leave the store as it was."""

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def source_digests(root: Path = ROOT) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Sources:
-    """The modules under ``root``, by dotted name."""
+    """The texts of modules under ``root``, by dotted name."""
 
     root: Path
 
@@ -140,9 +141,9 @@ class Sources:
                 below = (f"{node.module}.{alias.name}" for alias in node.names)
                 yield from (name for name in below if self.file(name))
 
-    def closure(self, modules: Sequence[str]) -> dict[str, ast.AST]:
+    def closure(self, modules: Sequence[str]) -> dict[str, str]:
         """These modules and all that they import, without PLUMBING."""
-        found: dict[str, ast.AST] = {}
+        found: dict[str, str] = {}
         waiting = list(modules)
         while waiting:
             name = waiting.pop()
@@ -150,14 +151,25 @@ class Sources:
             if file is None:
                 raise ValueError(f"{name}: no such module; correct MODULES in tests/pipeline/golden.py")
             if name not in found and not any(name == p or name.startswith(f"{p}.") for p in PLUMBING):
-                found[name] = ast.parse(file.read_text())
-                waiting += self.imports(found[name])
+                found[name] = file.read_text()
+                waiting += self.imports(parsed(found[name]))
         return found
 
 
 def _digest(sources: Sources, modules: Sequence[str]) -> str:
-    trees = sorted(sources.closure(modules).items())
-    return hashlib.sha256(json.dumps([[name, _plain(tree)] for name, tree in trees]).encode()).hexdigest()
+    texts = sorted(sources.closure(modules).items())
+    return hashlib.sha256(json.dumps([[name, _code(text)] for name, text in texts]).encode()).hexdigest()
+
+
+@cache
+def parsed(text: str) -> ast.Module:
+    """The syntax tree of a module, which nobody changes."""
+    return ast.parse(text)
+
+
+@cache
+def _code(text: str) -> Any:
+    return _plain(parsed(text))
 
 
 def _plain(node: Any) -> Any:

@@ -206,7 +206,7 @@ def test_the_nearest_training_pictures_are_named_with_their_rights(studio: Page)
     studio.locator("#own").set_input_files({"name": "mine.png", "mimeType": "image/png", "buffer": picture(2)})
     viewer = studio.locator("#viewer")
     expect(viewer.get_by_role("heading", name="mine")).to_be_visible()
-    viewer.get_by_text("Learnt from", exact=True).click()
+    viewer.get_by_text("Trained on", exact=True).click()
     first = viewer.locator("#learnt li").first
     expect(first).to_contain_text("image 2")
     expect(first).to_contain_text("alike · CC-BY 4.0")

@@ -5,7 +5,7 @@ import os
 import pickle
 import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,6 +27,7 @@ from pipeline.graph.artifacts import (
     shard_path,
     write_shard_table,
 )
+from pipeline.graph.ray import start_ray
 from pipeline.graph.shards import _note, map_shards, run_shards
 from pipeline.graph.stages import Context
 from pipeline.graph.workers import Part, ShardOutput, ShardTask, Streamed, Timed, publisher, read_answer
@@ -304,30 +305,34 @@ def _join(task: ShardTask, made: Sequence[str]) -> ShardOutput:
 STREAM = Streamed(_count, _prepare, Worked, _join)
 
 
+@pytest.fixture(scope="module")
+def two_cores() -> Iterator[None]:
+    """A Ray of two cores."""
+    ray = start_ray(RaySettings(cpus=2))
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("two_cores")
 def test_a_stream_makes_what_one_worker_makes(tmp_path: Path) -> None:
     """Shards of one to three parts, in two operators; damage that a worker finds comes through."""
-    import ray
-
     shards, took = [], []
-    try:
-        for settings in (EmbeddingsSettings(workers=0), EmbeddingsSettings(workers=1, decoders=1)):
-            store = open_store(str(tmp_path / f"{settings.decoders}"))
-            ctx = replace(_context(store), settings=settings)
-            artifact = map_shards(ctx, _tasks(*range(7)), STREAM)
-            shards.append([(shard.key, dict(shard.blobs)) for shard in read_shards(store, artifact)])
-            took.append({name: artifact.times[f"{name}_seconds"] for name in ("read", "encode", "pack")})
-            assert read_blob(store, read_shards(store, artifact)[2].blobs["data"]) == b"<2.0><2.1><2.2>"
-            with pytest.raises(CorruptObject, match="blobs/13: is missing"):
-                map_shards(replace(ctx, key="other"), _tasks(12, 13), STREAM)
-    finally:
-        ray.shutdown()
+    for settings in (EmbeddingsSettings(workers=0), EmbeddingsSettings(workers=1, decoders=1)):
+        store = open_store(str(tmp_path / f"{settings.decoders}"))
+        ctx = replace(_context(store), settings=settings)
+        artifact = map_shards(ctx, _tasks(*range(7)), STREAM)
+        shards.append([(shard.key, dict(shard.blobs)) for shard in read_shards(store, artifact)])
+        took.append({name: artifact.times[f"{name}_seconds"] for name in ("read", "encode", "pack")})
+        assert read_blob(store, read_shards(store, artifact)[2].blobs["data"]) == b"<2.0><2.1><2.2>"
+        with pytest.raises(CorruptObject, match="blobs/13: is missing"):
+            map_shards(replace(ctx, key="other"), _tasks(12, 13), STREAM)
     assert shards[0] == shards[1]
     assert took[0] == took[1] == {"read": 13.0, "encode": 26.0, "pack": 28.0}
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_workers_that_have_no_room_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """On a Ray of two cores: of four workers, two; of two with a decoder each, one."""
-    import ray.data
 
     store = open_store(str(tmp_path))
     settings = ShardSettings(workers=4)
@@ -350,7 +355,6 @@ def test_workers_that_have_no_room_are_left_out(tmp_path: Path, caplog: pytest.L
             map_shards(replace(_context(store), settings=ShardSettings(cpus=3)), _tasks(7, 8), Worker)
     finally:
         logging.getLogger("ray.data").removeHandler(caplog.handler)
-        ray.shutdown()
 
 
 @dataclass
@@ -367,21 +371,17 @@ class Deadly(Worker):
         return super().__call__(task)
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_a_shard_that_kills_every_worker_ends_with_one_line(tmp_path: Path) -> None:
     """Which names it and its rows; the others are made, and the same command goes on with them."""
-    import ray
-
     store = open_store(str(tmp_path / "store"))
     tasks = [ShardTask(n, f"key-{n}", {"source": ShardRow(n, f"source-{n}", 240, 10, {}, {})}) for n in (0, 1, 2)]
     ctx = replace(_context(store), settings=ShardSettings(workers=1))
-    try:
-        with pytest.raises(UserError) as caught:
-            map_shards(ctx, tasks, partial(Deadly, log=tmp_path / "log"))
-        said = str(caught.value)
-        assert said.startswith("pairs: shard 1 (250 rows, whose keys begin with 00000001) killed 3 workers;")
-        assert "\n" not in said
-        assert (tmp_path / "log").read_text() == "dead\n" * 3
-        artifact = map_shards(ctx, tasks, Worker)
-        assert artifact.ledger.rows == 10 + 11 + 12
-    finally:
-        ray.shutdown()
+    with pytest.raises(UserError) as caught:
+        map_shards(ctx, tasks, partial(Deadly, log=tmp_path / "log"))
+    said = str(caught.value)
+    assert said.startswith("pairs: shard 1 (250 rows, whose keys begin with 00000001) killed 3 workers;")
+    assert "\n" not in said
+    assert (tmp_path / "log").read_text() == "dead\n" * 3
+    artifact = map_shards(ctx, tasks, Worker)
+    assert artifact.ledger.rows == 10 + 11 + 12

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.damage import create_record, read_record
-from pipeline.ledger import Ledger, total
+from pipeline.ledger import Ledger
 from pipeline.store import Store
 from pipeline.store.records import FORMAT, blob_path, canonical, put_blob, read_blob
 
@@ -65,7 +65,7 @@ def test_ledger_balances() -> None:
     a = Ledger.count([None, "timeout", None, "http_4xx", "timeout"])
     assert a == Ledger(2, {"http_4xx": 1}, {"timeout": 2})
     assert a.rows == 5
-    b = total([a, Ledger(3, {"timeout": 1}, {"unreachable": 4})])
+    b = a + Ledger(3, {"timeout": 1}, {"unreachable": 4})
     assert b.rows == 13
     assert Ledger.from_json(b.as_json()) == b
     with pytest.raises(ValueError, match="balance"):

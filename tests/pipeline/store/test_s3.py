@@ -284,16 +284,16 @@ def test_more_objects_than_one_answer_names(store: S3Store, proxy: FaultProxy) -
     def pages(word: str) -> int:
         return sum(word in request.path for request in proxy.requests)
 
-    paths = [f"shards/pairs/{hashlib.sha256(b'%d' % i).hexdigest()}.json" for i in range(2100)]
+    paths = [f"shards/pairs/{hashlib.sha256(b'%d' % i).hexdigest()}.json" for i in range(1100)]
     others = ["shards/pairs-b/x", "shards/paint/x", "shards/a"]
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda path: store.create(path, path.encode()), paths + others))
     assert [entry.path for entry in store.list("shards/pairs/")] == sorted(paths)
-    assert pages("list-type=2") == 3
+    assert pages("list-type=2") == 2
     assert {entry.path for entry in store.list("shards/pairs")} == {*paths, "shards/pairs-b/x"}
     assert [entry.path for entry in store.list("shards/pairs/00")] == sorted(p for p in paths if "/00" in p)
     store.delete(iter(paths))
-    assert pages("?delete") == 3
+    assert pages("?delete") == 2
     assert {entry.path for entry in store.list("")} == set(others)
 
 

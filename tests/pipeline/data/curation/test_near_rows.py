@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.data.curation import near_passes, near_rows
 from pipeline.data.curation.stage import Rejected, run_curation
-from pipeline.data.neighbours import cells as neighbours
+from pipeline.data.neighbours import clusters as neighbours
 from pipeline.data.pairs.row_index import index_counts
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import Artifact, Shard, artifact_path, read_shards, read_table
@@ -26,8 +26,8 @@ ROWS = 600
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stretches, blocks, cells and groups as of a large list, in a short one."""
-    for name, value in {"FIRST_ROWS": 100, "BLOCK_ROWS": 60, "CELL_ROWS": 25, "GROUP_ROWS": 50}.items():
+    """Stretches, blocks, clusters and groups as of a large list, in a short one."""
+    for name, value in {"FIRST_ROWS": 100, "BLOCK_ROWS": 60, "CLUSTER_ROWS": 25, "GROUP_ROWS": 50}.items():
         monkeypatch.setattr(near_rows, name, value)
 
 
@@ -88,18 +88,18 @@ def test_a_short_list_is_curated_exactly(store: Store) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_long_list_is_curated_by_cells(store: Store) -> None:
+def test_a_long_list_is_curated_by_clusters(store: Store) -> None:
     rows = listed()
     found, expected = rejected(store, run(store, rows)), all_pairs(rows)
     assert len(list(store.list("shards/curation/"))) > 100  # it did take many tasks
     assert {row.key for row in found} <= expected.keys()
-    assert len(found) >= 0.95 * len(expected)  # of up to 16 cells rows look in 8
+    assert len(found) >= 0.95 * len(expected)  # of up to 16 clusters rows look in 8
     assert sum(expected[row.key] == row for row in found) >= 0.95 * len(found)
 
 
 @pytest.mark.usefixtures("small")
 def test_rows_that_are_appended_take_nothing_away_but_leaks(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In cells that miss many pairs, so that a pair which is found only later would show."""
+    """In clusters that miss many pairs, so that a pair which is found only later would show."""
     monkeypatch.setattr(near_passes, "PROBES", 1)
     rows = listed(4)
     keys = rows.row_keys
@@ -158,7 +158,7 @@ def test_what_a_pass_has_left_and_is_lost_is_made_again(store: Store) -> None:
     expected = curate(store, inputs, **bounds)
     records = {entry.path: json.loads(store.read(entry.path))["blobs"] for entry in store.list("shards/curation/")}
     found = {name: blob for blobs in records.values() for name, blob in blobs.items()}
-    for name in ("sample", "cells", "rows", "block 00000001", "shard 00000000"):
+    for name in ("sample", "clusters", "rows", "block 00000001", "shard 00000000"):
         needed = [path for path, blobs in records.items() if name not in blobs]  # so all that needs it is made again
         store.delete([blob_path(found[name]), artifact_path("curation", expected.key), *needed])
         with pytest.raises(CorruptObject, match="is missing") as damage:
@@ -186,7 +186,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_the_driver_names_no_pair_of_a_block_and_a_group(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it holds grows with the blocks and with the groups of cells, not with their product."""
+    """What it holds grows with the blocks and with the groups of clusters, not with their product."""
     held: dict[str, tuple[int, int]] = {}
     original = near_rows.run_pass
 
@@ -202,7 +202,7 @@ def test_the_driver_names_no_pair_of_a_block_and_a_group(store: Store, monkeypat
 
 
 def test_a_million_equal_pictures_would_be_compared_once(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
-    """A cell of one picture: pairs that are held grow with distinct vectors, not with rows."""
+    """A cluster of one picture: pairs that are held grow with distinct vectors, not with rows."""
     vectors = np.repeat(unit(np.random.default_rng(0).standard_normal((2, 16))), 150, axis=0)
     monkeypatch.setattr(neighbours, "PAIRS", 4)  # 300 queries among 300 places would be 300 searches
     searches = []
@@ -246,7 +246,7 @@ def test_rules_one_by_one(store: Store) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_no_held_out_row_teaches_the_cells(tmp_path: Path) -> None:
+def test_no_held_out_row_teaches_the_clusters(tmp_path: Path) -> None:
     rows = listed(8, 400)
     poisoned = rows.vectors.copy()
     poisoned[[split != "train" for split in rows.splits]] = np.nan
@@ -255,6 +255,6 @@ def test_no_held_out_row_teaches_the_cells(tmp_path: Path) -> None:
         own = open_store(str(tmp_path / str(len(made))))
         run(own, Listed(vectors, rows.splits, rows.sides))
         records = [json.loads(own.read(entry.path))["blobs"] for entry in own.list("shards/curation/")]
-        made.append(sorted(blobs["cells"] for blobs in records if "cells" in blobs))
+        made.append(sorted(blobs["clusters"] for blobs in records if "clusters" in blobs))
     assert len(made[0]) == 2
     assert made[0] == made[1]

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.neighbours import cells as neighbours
-from pipeline.data.neighbours.cells import NONE, Cells, Rows, compare, fit_cells
+from pipeline.data.neighbours import clusters as neighbours
+from pipeline.data.neighbours.clusters import NONE, Clusters, Rows, compare, fit_clusters
 from tests.pipeline.data.vectors import planted, unit
 
 
@@ -29,7 +29,7 @@ def exact(rows: Rows, duplicate: float | None, held_out: float | None) -> tuple[
     return found
 
 
-def in_one_cell(vectors: np.ndarray, splits: np.ndarray, sizes: np.ndarray) -> Rows:
+def in_one_cluster(vectors: np.ndarray, splits: np.ndarray, sizes: np.ndarray) -> Rows:
     n = len(vectors)
     keys = 10 + 3 * np.arange(n, dtype=np.int64)
     return Rows(
@@ -39,13 +39,13 @@ def in_one_cell(vectors: np.ndarray, splits: np.ndarray, sizes: np.ndarray) -> R
 
 @settings(deadline=None, max_examples=80)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 0.9, None]), st.sampled_from([0.7, 0.95, None]))
-def test_one_cell_is_exact(seed: int, duplicate: float | None, held_out: float | None) -> None:
+def test_one_cluster_is_exact(seed: int, duplicate: float | None, held_out: float | None) -> None:
     g = np.random.default_rng(seed)
     n = int(g.integers(1, 40))
     if duplicate is None and held_out is None:
         duplicate = 1.0
     pool = unit(g.standard_normal((int(g.integers(1, 20)), 4)))  # of few dimensions and some equal: many are near
-    rows = in_one_cell(pool[g.integers(0, len(pool), n)], g.integers(0, 3, n), g.integers(0, 4, n))
+    rows = in_one_cluster(pool[g.integers(0, len(pool), n)], g.integers(0, 3, n), g.integers(0, 4, n))
     found = compare(rows, duplicate, held_out)
     assert tuple(column.tolist() for column in found) == exact(rows, duplicate, held_out)
 
@@ -53,7 +53,7 @@ def test_one_cell_is_exact(seed: int, duplicate: float | None, held_out: float |
 @pytest.mark.parametrize("pairs", [1, 7, 50])
 def test_the_verdict_is_the_same_however_much_is_held_in_memory(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
     g = np.random.default_rng(1)
-    rows = in_one_cell(unit(g.standard_normal((60, 3))), g.integers(0, 3, 60), g.integers(0, 4, 60))
+    rows = in_one_cluster(unit(g.standard_normal((60, 3))), g.integers(0, 3, 60), g.integers(0, 4, 60))
     whole = compare(rows, 0.8, 0.9)
     monkeypatch.setattr(neighbours, "PAIRS", pairs)
     np.testing.assert_array_equal(compare(rows, 0.8, 0.9), whole)
@@ -64,14 +64,14 @@ def test_the_bound_is_met_to_the_last_bit(seed: int) -> None:
     """With hundreds of dimensions fp32 sums are wrong by more than that, and by more or less among other rows."""
     vectors, [later], [earlier] = planted(40, 512, 1, seed, 0.9)
     cosine = float(vectors[later].astype(np.float64) @ vectors[earlier].astype(np.float64))
-    rows = in_one_cell(vectors, np.zeros(40), np.zeros(40))
+    rows = in_one_cluster(vectors, np.zeros(40), np.zeros(40))
     assert compare(rows, cosine, None)[0][later] == rows.keys[earlier]
     assert (compare(rows, float(np.nextafter(cosine, 2)), None)[0] == NONE).all()
 
 
 def test_rows_that_only_others_look_for_are_found_and_find_nothing() -> None:
     vectors = unit(np.random.default_rng(0).standard_normal((1, 8)))[[0, 0, 0, 0]]
-    rows = in_one_cell(vectors, np.array([0, 0, 0, 1]), np.zeros(4))
+    rows = in_one_cluster(vectors, np.array([0, 0, 0, 1]), np.zeros(4))
     rows.probes[:2] = -1
     duplicate, held_out = compare(rows, 0.9, 0.9)
     assert duplicate.tolist() == [NONE, NONE, 10, NONE]
@@ -81,23 +81,23 @@ def test_rows_that_only_others_look_for_are_found_and_find_nothing() -> None:
 def test_what_is_no_number_is_near_nothing() -> None:
     vectors = unit(np.random.default_rng(0).standard_normal((1, 8)))[[0, 0, 0]]
     vectors[1] = np.nan
-    rows = in_one_cell(vectors, np.zeros(3), np.zeros(3))
+    rows = in_one_cluster(vectors, np.zeros(3), np.zeros(3))
     assert compare(rows, 0.9, 0.9)[0].tolist() == [NONE, NONE, 10]
 
 
-def in_cells(vectors: np.ndarray, cells: Cells) -> Rows:
+def in_clusters(vectors: np.ndarray, clusters: Clusters) -> Rows:
     n = len(vectors)
-    nearest = cells.nearest(vectors, neighbours.PROBES)
+    nearest = clusters.nearest(vectors, neighbours.PROBES)
     zeros = np.zeros(n, np.int8)
     return Rows(np.arange(n, dtype=np.int64), zeros, zeros, vectors, nearest[:, 0], nearest)
 
 
 @pytest.mark.parametrize("flat", [0, 4096])
 def test_recall_and_precision_against_all_pairs(monkeypatch: pytest.MonkeyPatch, flat: int) -> None:
-    """On evenly spread vectors, which no cells suit."""
-    monkeypatch.setattr(neighbours, "FLAT_CELLS", flat)
+    """On evenly spread vectors, which have no clusters."""
+    monkeypatch.setattr(neighbours, "FLAT_CLUSTERS", flat)
     vectors, *_ = planted(12_000, 128, 1500, 3, 0.96)
-    rows = in_cells(vectors, fit_cells(vectors[:6000:4], 60))
+    rows = in_clusters(vectors, fit_clusters(vectors[:6000:4], 60))
     found = compare(rows, 0.96, None)[0]
     everything = vectors.astype(np.float64)
     true = np.full(len(vectors), NONE)
@@ -110,20 +110,20 @@ def test_recall_and_precision_against_all_pairs(monkeypatch: pytest.MonkeyPatch,
     assert (found[found != NONE] == true[found != NONE]).mean() > 0.98
 
 
-def test_cells_are_about_as_many_as_asked_for_and_of_like_sizes() -> None:
+def test_clusters_are_about_as_many_as_asked_for_and_of_like_sizes() -> None:
     vectors, *_ = planted(8000, 32, 1, 5, 0.9)
-    cells = fit_cells(vectors, 50)
-    assert 45 <= len(cells.centres) <= 55
-    np.testing.assert_allclose(np.linalg.norm(cells.centres, axis=1), 1, rtol=1e-5)
-    sizes = np.bincount(cells.nearest(vectors, 1)[:, 0], minlength=len(cells.centres))
+    clusters = fit_clusters(vectors, 50)
+    assert 45 <= len(clusters.centres) <= 55
+    np.testing.assert_allclose(np.linalg.norm(clusters.centres, axis=1), 1, rtol=1e-5)
+    sizes = np.bincount(clusters.nearest(vectors, 1)[:, 0], minlength=len(clusters.centres))
     assert sizes.max() < 3 * sizes.mean()
-    again = fit_cells(vectors, 50)
-    assert again.centres.tobytes() == cells.centres.tobytes()
+    again = fit_clusters(vectors, 50)
+    assert again.centres.tobytes() == clusters.centres.tobytes()
 
 
 @pytest.mark.parametrize("sample", [0, 1, 3])
-def test_samples_that_are_smaller_than_the_number_of_cells(sample: int) -> None:
+def test_samples_that_are_smaller_than_the_number_of_clusters(sample: int) -> None:
     vectors = unit(np.random.default_rng(2).standard_normal((20, 8)))
-    cells = fit_cells(vectors[:sample], 10)
-    assert 1 <= len(cells.centres) <= max(sample, 1)
-    assert set(cells.nearest(vectors, 2)[:, 0]) <= set(range(len(cells.centres)))
+    clusters = fit_clusters(vectors[:sample], 10)
+    assert 1 <= len(clusters.centres) <= max(sample, 1)
+    assert set(clusters.nearest(vectors, 2)[:, 0]) <= set(range(len(clusters.centres)))

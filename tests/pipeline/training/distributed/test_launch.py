@@ -38,10 +38,10 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """0, 1 and 2 workers, the two with one and two lanes, and one killed."""
+    """None, and one that is killed; two workers are below."""
     recipe = replace(RECIPE, precision="fp32", samples=90, batch=15, lanes=3, learning_rate=1e-3)
     made = []
-    for workers in (0, 1, 2):
+    for workers in (0, 1):
         settings = replace(SETTINGS, workers=workers)
         # Keys of their own, but one trajectory, whose checkpoints must not be shared here.
         ctx = world.context("diffusion_prior", replace(recipe, samples=90 - workers), settings)
@@ -52,8 +52,7 @@ def test_ray_workers_train_what_this_process_trains(ray: Any, world: World, capl
         made.append((world, artifact))
     assert "a worker died or could not start; starting again" in caplog.text
     assert "resuming diffusion_prior at sample 15" in caplog.text
-    for other in made[1:]:
-        assert_equal_trainings(other, made[0])
+    assert_equal_trainings(made[1], made[0])
 
 
 CLIP = ClipRecipe(samples=60, batch=12, lanes=3, precision="fp32", warmup=24, learning_rate=1e-3, model=CLIP_MODEL)
