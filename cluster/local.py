@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.client import LIVE
 from pipeline.errors import UserError
 from pipeline.graph.resources import cores_of
 from pipeline.settings import RaySettings
@@ -51,7 +52,6 @@ MARK = "UNCLIP_CLUSTER"  # in the environment of every process of a cluster
 AGENT_PORTS = (  # a node whose agents find their usual ports taken by another one starts, and never takes a job
     "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
 )  # fmt: skip
-LIVE = ("PENDING", "RUNNING")
 SCRATCH_ROOT = "/tmp"  # Ray's sockets need a short path
 log = logging.getLogger("unclip")
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is behind no proxy

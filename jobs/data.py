@@ -77,8 +77,7 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
     pairs = project.made("pairs")["pairs"]
     blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons))
     if blob is None:
-        lost = {**pairs.ledger.rejected, **pairs.ledger.deferred}
-        ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(lost.items()))
+        ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.lost.items()))
         print(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}")
         return 0
     journal = read_journal(project.store, project.config.project)

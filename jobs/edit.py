@@ -101,7 +101,7 @@ def _make(unclip: UnCLIP, a: argparse.Namespace, images: Sequence[Image], option
 
 
 def _write(path: Path, edit: Edit, arguments: argparse.Namespace) -> None:
-    """Returns the strip or the animation, with all that it came from in text chunks."""
+    """Writes the strip or the animation, with all that it came from in text chunks."""
     from pipeline.sampling.drawing import png_with_text
     from pipeline.sampling.edits import animation, strip
 

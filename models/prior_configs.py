@@ -208,7 +208,8 @@ class ClipConfig:
     Attributes:
         embed_dim: Of the embeddings.
         image_size: Side of its images, pixels.
-        tower: ``vit``, or ``resnet``, CLIP's modified ResNet, which halves the image five times.
+        tower: ``vit``, or ``resnet``, CLIP's modified ResNet, which halves the image five times
+            and trains on one worker.
         layers: One number for a vit, four for a resnet.
         width: Of the image tower.
         patch: Pixels a side; of a vit.

@@ -44,6 +44,7 @@ from pipeline.settings import (
     ShardSettings,
     TrainingSettings,
 )
+from pipeline.store.names import is_part
 from pipeline.training.recipes import (
     ARPriorRecipe,
     ClipRecipe,
@@ -280,7 +281,7 @@ def _read_preset(name: str) -> Mapping[str, Any]:
 
 def check_project(name: str) -> None:
     """Raises UserError for a name that cannot be part of paths in the store."""
-    if not re.fullmatch(r"\w[\w.-]*", name):
+    if not is_part(name):
         raise UserError(f"project: {name!r} is not a plain name; use letters, digits, '.', '-' and '_'")
 
 

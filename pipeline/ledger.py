@@ -106,6 +106,11 @@ class Ledger:
             raise ValueError(f"ledger does not balance: {ledger.rows} rows counted, {data['rows']} recorded")
         return ledger
 
+    @property
+    def lost(self) -> dict[str, int]:
+        """Rows that were not kept, by reason."""
+        return {**self.rejected, **self.deferred}
+
     @staticmethod
     def count(statuses: Iterable[str | None]) -> Ledger:
         """Returns the ledger of one value a row: None for kept, else a reason."""
@@ -113,11 +118,3 @@ class Ledger:
         for reason, count in Counter(statuses).items():
             ended[status_of(reason)][str(reason)] = count
         return Ledger(sum(ended["kept"].values()), ended["rejected"], ended["deferred"])
-
-
-def total(ledgers: Iterable[Ledger]) -> Ledger:
-    """Returns the sum of ledgers."""
-    result = Ledger()
-    for ledger in ledgers:
-        result += ledger
-    return result

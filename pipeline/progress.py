@@ -180,6 +180,11 @@ class Progress(Line):
             self.moved = time.monotonic()
         self.show(lambda: self._text(note if isinstance(note, str) else note()))
 
+    def correct(self, amount: int) -> None:
+        """Adds to what was there before, which was guessed."""
+        self.first += amount
+        self.done += amount
+
     def _text(self, note: str) -> str:
         return f"{self.name}: {self.line()}{'  ' + note if note else ''}"
 

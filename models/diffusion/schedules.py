@@ -55,13 +55,17 @@ def make_schedule(name: str, steps: int) -> Schedule:
     return Schedule(torch.cumprod(1 - beta.clamp(max=0.999), dim=0))
 
 
+def _check_count(count: int, steps: int) -> None:
+    if not 2 <= count <= steps:
+        raise ValueError(f"cannot take {count} sampling steps out of {steps}: use 2 to {steps}")
+
+
 def strided_grid(steps: int, count: int) -> Tensor:
     """Returns ``count`` of T = ``steps`` timesteps, evenly spread from T - 1 down to 0, rounded to the nearest.
 
     Raises ValueError unless 2 <= count <= steps.
     """
-    if not 2 <= count <= steps:
-        raise ValueError(f"cannot take {count} sampling steps out of {steps}: use 2 to {steps}")
+    _check_count(count, steps)
     ascending = torch.arange(count, dtype=torch.float64) * ((steps - 1) / (count - 1))
     return ascending.round().long().flip(0)
 
@@ -73,8 +77,7 @@ def trailing_grid(steps: int, count: int) -> Tensor:
     (Lin et al. 2023, "Common diffusion noise schedules and sample steps are flawed", section 3.3). Raises ValueError
     unless 2 <= count <= steps.
     """
-    if not 2 <= count <= steps:
-        raise ValueError(f"cannot take {count} sampling steps out of {steps}: use 2 to {steps}")
+    _check_count(count, steps)
     return (steps - torch.arange(count, dtype=torch.float64) * (steps / count)).round().long() - 1
 
 
@@ -87,8 +90,7 @@ def log_snr_grid(schedule: Schedule, count: int) -> Tensor:
     Raises ValueError unless 2 <= count <= T.
     """
     steps = schedule.steps
-    if not 2 <= count <= steps:
-        raise ValueError(f"cannot take {count} sampling steps out of {steps}: use 2 to {steps}")
+    _check_count(count, steps)
     half_log_snr = torch.logit(schedule.alpha_bar) / 2
     start, end = half_log_snr[0], half_log_snr[-1].clamp(min=NOISIEST)
     even = start + (end - start) * torch.arange(count - 1, dtype=torch.float64) / max(1, count - 2)

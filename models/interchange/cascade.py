@@ -67,9 +67,11 @@ def export_unclip(unclip: UnCLIP, folder: str | Path) -> list[str]:
         if (model := getattr(unclip, name)) is None:
             continue
         try:
+            if name not in PARTS:
+                raise ValueError(name)
             PARTS[name].write(model, folder / PARTS[name].folder)
             native.append(name)
-        except (KeyError, ValueError):  # before anything is written: diffusers has no class for it
+        except ValueError:  # before anything is written: diffusers has no class for it
             save_model(folder / OURS / name, model)
     unclip.clip.save(folder / OURS / "clip")
     if unclip.codec is not None:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import Place, read_images
+from pipeline.data.source.rows import read_captions
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.progress import Progress
@@ -97,7 +98,7 @@ def read_exported(store: Store, number: int, shards: Mapping[str, ShardRow], spl
     """Returns the curated rows of a shard that are of ``splits``, or of any if it is empty. Raises CorruptObject."""
     index = read_table(store, shards["curation"].blobs["index"]).to_pylist()
     index = [row for row in index if not splits or row["split"] in splits]
-    captions = dict(zip(*read_table(store, shards["captions"].blobs["captions"]).to_pydict().values(), strict=True))
+    captions = read_captions(store, shards["captions"])
     scored = read_table(store, shards["embeddings"].blobs["embeddings"], ["key", "similarity"]).to_pydict()
     similarity = dict(zip(scored["key"], scored["similarity"], strict=True))
     rows = [_row(row, captions[row["key"]], similarity[row["key"]]) for row in index]

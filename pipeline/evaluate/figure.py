@@ -47,12 +47,15 @@ class Figure:
 
     def as_json(self) -> dict[str, Any]:
         """Returns plain values; numbers that are not finite become None."""
-        return {name: _finite(value) for name, value in asdict(self).items()}
+        return finite(asdict(self))
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_finite(v) for v in value]
+def finite(value: Any) -> Any:
+    """Returns a JSON value with null in place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(name): finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -130,22 +130,6 @@ def _reach(address: str) -> None:
         ) from e
 
 
-def living_nodes(ray: Any) -> list[tuple[str, ClusterNode]]:
-    """Returns the nodes of the cluster, each after its id."""
-    return [
-        (
-            node["NodeID"],
-            ClusterNode(
-                f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
-                node["Resources"].get("CPU", 0),
-                node["Resources"].get("GPU", 0),
-            ),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-
-
 def find_machine(settings: RaySettings) -> Machine:
     """Returns what there is to run on: this machine, or the cluster that RAY_ADDRESS names, which it joins."""
     return this_machine(settings) if _local() else _machine(start_ray(settings), settings)
@@ -196,10 +180,12 @@ def ask_every_node(ray: Any, question: Callable[[], Any], timeout_s: float) -> l
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ask = ray.remote(num_cpus=0, max_retries=0)(lambda: question())
-    asked = [
-        (node, ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)).remote())
-        for name, node in living_nodes(ray)
-    ]
+    asked = []
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        name, has = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", node["Resources"]
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        answer = ask.options(scheduling_strategy=there).remote()
+        asked.append((ClusterNode(name, has.get("CPU", 0), has.get("GPU", 0)), answer))
     ray.wait([answer for _, answer in asked], num_returns=len(asked), timeout=timeout_s)
     return [(node, _answer(ray, answer)) for node, answer in asked]
 

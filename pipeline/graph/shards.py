@@ -100,7 +100,7 @@ def run_shards(
             for shard, took in _run(ctx, todo, make_worker, team):
                 add(work, {**took, "made_rows": shard.ledger.rows})
                 work["made_seconds"] = progress.seconds
-                failed.update({**shard.ledger.rejected, **shard.ledger.deferred})
+                failed.update(shard.ledger.lost)
                 progress.advance(shard.ledger.rows, partial(_note, work, failed))
                 made.append(shard)
 
@@ -108,8 +108,7 @@ def run_shards(
         read = list(ordered_map(lambda task: read_shard(ctx.store, ctx.stage, task.key), done))
         found = [shard for shard in read if shard is not None]
         rows = sum(shard.ledger.rows for shard in found)
-        progress.first += rows - guess
-        progress.done += rows - guess
+        progress.correct(rows - guess)
         make([task for task, shard in zip(done, read, strict=True) if shard is None])
     most = {name: max(work.get(name, 0), ctx.work.get(name, 0)) for name in ("workers", "made_rows")}
     add(ctx.work, work)

@@ -26,7 +26,7 @@ class Context:
         settings: The stage's run settings.
         inputs: The artefacts that it is made from, by stage.
         config: The whole Config, for Ray's settings and the user's list.
-        work: What workers took for it until now (see pipeline.graph.shards.Work).
+        work: What workers took for it until now (see pipeline.graph.workers.WorkTimes).
         began: Its beginning in seconds since 1970, on which machines that share a stage roughly agree.
         show: Called from another thread, while a training runs, with what it would be if it ended now.
     """

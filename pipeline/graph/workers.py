@@ -257,7 +257,7 @@ def _counters(stage: str) -> Callable[[Shard, WorkTimes], None]:
     written = metrics.Counter("unclip_written_bytes", "Bytes of blobs published.", ("stage",))
 
     def count(shard: Shard, work: WorkTimes) -> None:
-        ends = {"kept": shard.ledger.kept, **shard.ledger.rejected, **shard.ledger.deferred}
+        ends = {"kept": shard.ledger.kept, **shard.ledger.lost}
         for end, number in ends.items():
             if number:  # a counter takes no zero
                 rows.inc(number, {"stage": stage, "end": end})

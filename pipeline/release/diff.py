@@ -6,7 +6,6 @@ from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ancestors, keys_of, load_artifact
 from pipeline.graph.keys import recipe_changes
 from pipeline.graph.pointer import Releases
-from pipeline.ledger import Ledger
 from pipeline.store import Store
 
 Stages = dict[str, Artifact]
@@ -51,13 +50,9 @@ def data_changes(then: Stages, now: Stages) -> list[str]:
         if name in then and then[name].key != now[name].key and now[name].shard_table:
             before, after = then[name].ledger, now[name].ledger
             kept = f"kept {before.kept:,} of {before.rows:,} -> {after.kept:,} of {after.rows:,}"
-            lost = recipe_changes(_lost(before), _lost(after))
+            lost = recipe_changes(before.lost, after.lost)
             lines.append(f"{name}: {'; '.join([kept, *lost])}")
     return lines
-
-
-def _lost(ledger: Ledger) -> dict[str, int]:
-    return {**ledger.rejected, **ledger.deferred}
 
 
 def recipes_changed(then: Stages, now: Stages) -> list[str]:

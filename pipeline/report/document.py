@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.evaluate.figure import finite, without_values
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Graph
 from pipeline.report.against import changes_behind, compared_figures, find_other
@@ -44,15 +44,6 @@ def document(given: ReportInput, config: Config, graph: Graph, running: Sequence
     return json.dumps(finite(found), indent=1, ensure_ascii=False) + "\n"
 
 
-def finite(value: Any) -> Any:
-    """Returns a JSON value with null in place of numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(name): finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _stage(name: str, made: Artifact | None) -> dict[str, Any]:
     if made is None:
         return {"stage": name, "made": False}
@@ -82,7 +73,7 @@ def _figures(given: ReportInput) -> list[dict[str, Any]]:
     figures = (
         json.loads(given.read(made.blobs[FIGURES]))["figures"] if FIGURES in made.blobs else made.metrics["figures"]
     )
-    return [{name: value for name, value in figure.items() if name != "values"} for figure in figures]
+    return without_values(figures)
 
 
 def _samples(made: Artifact | None) -> list[dict[str, Any]]:

@@ -108,7 +108,6 @@ class MakeGenerator:
     device: str
 
     def __call__(self) -> Generator:
-
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             materialise(self.store, self.bundle, folder)
@@ -123,7 +122,6 @@ class Generator:
         self.store, self.unclip, self.recipe = store, unclip, recipe
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-
         steps = Steps()
         rows = read_table(self.store, task.inputs["prompts"].blobs["prompts"]).to_pylist()
         reasons = [row["reject"] or (None if self._short(row["prompt"]) else "prompt_too_long") for row in rows]
@@ -150,7 +148,6 @@ class Generator:
         return ShardOutput(Ledger.count(reasons), blobs, seconds=steps.seconds)
 
     def _short(self, prompt: str) -> bool:
-
         try:
             check_captions([prompt])
         except ValueError:
@@ -192,7 +189,6 @@ def _packed(row: Mapping[str, Any], image: np.ndarray, score: float) -> dict[str
 
 
 def _typed(columns: Mapping[str, list[Any]]) -> Any:
-
     types = {"seed": pa.int64(), "similarity": pa.float32()}
     return pa.table({name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()})
 

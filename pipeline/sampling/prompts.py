@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.source.columns import Flaw
-from pipeline.data.source.tables import table_rows
+from pipeline.data.source.tables import parsed_object, table_rows
 from pipeline.errors import UserError
 from pipeline.local import open_local
 
@@ -137,15 +136,8 @@ def _jsonl(path: Path, column: str) -> Iterator[Row]:
 
 def _objects(path: Path) -> Iterator[Row]:
     for row in _lines(path):
-        yield row if isinstance(row, str) else _object(row["prompt"])
-
-
-def _object(line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return "malformed_row"
-    return row if isinstance(row, dict) else "malformed_row"
+        found = row if isinstance(row, str) else parsed_object(row["prompt"])
+        yield row if isinstance(row, str) else "malformed_row" if isinstance(found, str) else found
 
 
 def _delimited(path: Path, column: str) -> Iterator[Row]:

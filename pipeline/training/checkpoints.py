@@ -161,7 +161,7 @@ class Checkpoints:
                 continue
             put_back(state, saved)
             state.samples, state.seconds = record["samples"], record["seconds"]
-            state.phase_seconds = record.get("laps", {})  # older checkpoints have none
+            state.phase_seconds = record["laps"]
             state.journal = MetricsJournal(**record["journal"])
             return True
         return False
@@ -197,7 +197,7 @@ class Checkpoints:
             if saver and not any(_shares_rows(tensor, saver, len(names)) for tensor in like.values()):
                 continue  # the first holds what is not sharded, too
             data = read_blob(self.store, blobs[name], READERS)
-            starts = _about(data).get("starts", {})
+            starts = _about(data)["starts"]
             for tensor, piece in load(data).items():
                 if tensor not in like or piece.shape[1:] != like[tensor].shape[1:]:
                     raise ValueError(f"checkpoint of another model: {part} {tensor} {list(piece.shape)}")
@@ -235,9 +235,9 @@ class Checkpoints:
 
 
 def _about(data: bytes) -> dict[str, Any]:
-    """Returns what the header of a file of tensors says about it; {} for older files."""
+    """Returns what the header of a file of tensors says about it."""
     size = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"].get("about", "{}"))
+    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["about"])
 
 
 def _shares_rows(tensor: Tensor, saver: int, savers: int) -> bool:

@@ -71,7 +71,7 @@ def _check_sharded(ctx: Context, task: Task, workers: int) -> None:
 
 def _no_rows(ctx: Context, task: Task, rows: Artifact) -> str:
     ledger = rows.ledger
-    reasons = [f"{count:,} {reason}" for reason, count in sorted({**ledger.rejected, **ledger.deferred}.items())]
+    reasons = [f"{count:,} {reason}" for reason, count in sorted(ledger.lost.items())]
     small = f", none of them a training row with a short side of {task.min_side} px" if ledger.kept else ""
     remedy = "add pairs or loosen its thresholds"
     if ledger.kept and task.min_side > 64:

@@ -81,7 +81,7 @@ def find_live(store: Store, keep_s: float, now: float) -> Live:
             if "trajectory" in asked:
                 trainings.add(_training(name, asked["recipe"], asked["inputs"]))
                 live.prefixes.add(f"checkpoints/{asked['trajectory']}/")
-                live.prefixes.add(f"checkpoints/{asked.get('trunk', asked['trajectory'])}/")
+                live.prefixes.add(f"checkpoints/{asked['trunk']}/")
     made: dict[str, set[str]] = defaultdict(set)
     for entry in store.list("artifacts/"):
         _, stage, file = entry.path.split("/")

@@ -1,6 +1,6 @@
 """The workers of the passes over all shards that find near rows (see ``near_rows``).
 
-Each makes the input of the next, and holds a block of rows or a group of cells, never all rows.
+Each makes the input of the next, and holds a block of rows or a group of clusters, never all rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 from pipeline.data.curation.stage import Rejected, rejected_table
 from pipeline.data.neighbours.blocks import candidates, input_name, is_a, read_samples
-from pipeline.data.neighbours.cells import NONE, PROBES, Cells, Rows, compare, fit_cells
+from pipeline.data.neighbours.clusters import NONE, PROBES, Clusters, Rows, compare, fit_clusters
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import read_table
@@ -29,20 +29,20 @@ from pipeline.store.records import blob_path, read_blob, read_twice
 
 
 @dataclass(frozen=True)
-class FitCells:
-    """Fits the "cells" of a stretch to samples of all blocks before it: the second pass."""
+class FitClusters:
+    """Fits the "clusters" of a stretch to samples of all blocks before it: the second pass."""
 
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        cells = fit_cells(read_samples(self.store, task), task.inputs["plan"].counts["cells"])
-        blob = save({"centres": cells.centres, "groups": cells.groups})
-        return ShardOutput(Ledger(kept=1), {"cells": blob})
+        clusters = fit_clusters(read_samples(self.store, task), task.inputs["plan"].counts["clusters"])
+        blob = save({"centres": clusters.centres, "groups": clusters.groups})
+        return ShardOutput(Ledger(kept=1), {"clusters": blob})
 
 
 @dataclass(frozen=True)
 class ScatterRows:
-    """Cuts the "rows" of a block into a piece for each group of cells: the third pass.
+    """Cuts the "rows" of a block into a piece for each group of clusters: the third pass.
 
     The number ``looks`` says whether its rows look for others, or can only be found.
     """
@@ -54,9 +54,9 @@ class ScatterRows:
         parts = list(candidates(self.store, task))
         rows = [row for part, _, _ in parts for row in part]
         vectors = np.concatenate([vectors for _, vectors, _ in parts])
-        if "cells" in task.inputs:
-            cells = Cells(**load(read_blob(self.store, task.inputs["cells"].blobs["cells"])))
-            nearest, count = cells.nearest(vectors, PROBES), len(cells.centres)
+        if "clusters" in task.inputs:
+            clusters = Clusters(**load(read_blob(self.store, task.inputs["clusters"].blobs["clusters"])))
+            nearest, count = clusters.nearest(vectors, PROBES), len(clusters.centres)
         else:
             nearest, count = np.zeros((len(rows), 1), np.int32), 1
         sides = [min(row["width"], row["height"]) for row in rows]
@@ -74,7 +74,7 @@ class ScatterRows:
 
 
 def _within(rows: Rows, low: int, high: int) -> bytes:
-    """Returns the rows that are in cells [low, high) or look there; no bytes where there are none."""
+    """Returns the rows that are in clusters [low, high) or look there; no bytes where there are none."""
     home = np.where((rows.home >= low) & (rows.home < high), rows.home, -1)
     probes = np.where((rows.probes >= low) & (rows.probes < high), rows.probes, -1)
     mine = (home >= 0) | (probes >= 0).any(1)
@@ -84,7 +84,7 @@ def _within(rows: Rows, low: int, high: int) -> bytes:
 
 @dataclass(frozen=True)
 class CompareRows:
-    """Compares the rows in a group of cells, from all "blocks" (a table of shards): the fourth pass.
+    """Compares the rows in a group of clusters, from all "blocks" (a table of shards): the fourth pass.
 
     Finds for rows of each block "keys", "near_duplicate" and "near_held_out", int64 [n], as ``compare`` does.
     """

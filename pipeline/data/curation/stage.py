@@ -17,6 +17,7 @@ from pydantic import Field
 from pipeline.data.embeddings.scores import score_column
 from pipeline.data.neighbours.blocks import OneThread, as_input
 from pipeline.data.pairs.row_index import index_counts, index_table
+from pipeline.data.source.rows import read_captions
 from pipeline.graph.artifacts import Artifact, Shard, ShardRow, read_shards, read_table, write_table
 from pipeline.graph.shards import map_shards, run_shards
 from pipeline.graph.stages import Context, shard_key
@@ -87,9 +88,7 @@ class Judge:
 
     def __call__(self, task: ShardTask) -> ShardOutput:
         table = read_table(self.store, task.inputs["pairs"].blobs["index"]).to_pylist()
-        texts = dict(
-            zip(*read_table(self.store, task.inputs["captions"].blobs["captions"]).to_pydict().values(), strict=True)
-        )
+        texts = read_captions(self.store, task.inputs["captions"])
         named = {score_column(name) for name in (*self.recipe.min_score, *self.recipe.max_score)}
         columns = ["key", "similarity", *sorted(named)]
         scored = read_table(self.store, task.inputs["embeddings"].blobs["embeddings"], columns).to_pylist()

@@ -22,6 +22,7 @@ from models.view import open_view
 from pipeline.data.embeddings.scores import Head, load_heads, score_column
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.imported import SCHEME, read_imported
+from pipeline.data.source.rows import read_captions
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, read_shards, read_table, write_table
 from pipeline.graph.shards import map_shards
@@ -218,8 +219,7 @@ def kept_rows(store: Store, task: ShardTask) -> list[IndexRow]:
 
 def captions_of(store: Store, task: ShardTask, rows: Sequence[IndexRow]) -> list[list[str]]:
     """Returns the captions of rows that are embedded, one or more each; one where embeddings are imported."""
-    table = read_table(store, task.inputs["captions"].blobs["captions"])
-    texts = dict(zip(*table.to_pydict().values(), strict=True))
+    texts = read_captions(store, task.inputs["captions"])
     return [texts[row["key"]][: 1 if _is_imported(row) else EMBEDDED_CAPTIONS] or [""] for row in rows]
 
 

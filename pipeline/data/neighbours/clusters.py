@@ -1,10 +1,10 @@
-"""Finds near neighbours among many unit vectors: k-means cells (IVF lists), and an exact test of each pair in a cell.
+"""Finds near neighbours among many unit vectors: k-means clusters (IVF lists), an exact test of each pair in a cluster.
 
 Embeddings are float16 and about 1 long, so the dot product of two is a sum of multiples of 2**-48 that float64 holds
-without rounding: whether a pair is near does not depend on the rows that it is compared among. Cells only decide which
-pairs are compared. OpenAI removed near-duplicates from the data of DALL-E 2 in this way, with clusters and several
-probes an image ("DALL-E 2 pre-training mitigations", 2022). SemDeDup (Abbas et al., 2023) calls a row a duplicate if
-any earlier row is near, kept or not. So does this module: a row's verdict depends on its own pairs alone.
+without rounding: whether a pair is near does not depend on the rows that it is compared among. Clusters only decide
+which pairs are compared. OpenAI removed near-duplicates from the data of DALL-E 2 in this way, with clusters and
+several probes an image ("DALL-E 2 pre-training mitigations", 2022). SemDeDup (Abbas et al., 2023) calls a row a
+duplicate if any earlier row is near, kept or not. So does this module: a row's verdict depends on its own pairs alone.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ import numpy as np
 from pipeline.data.pairs.row_index import SPLITS, STAGE_SIDES
 
 NONE = np.iinfo(np.int64).max  # stands for no row: after every key
-PROBES = 8  # cells in which a row is searched
-FLAT_CELLS = 4096  # up to which a search for the nearest cells is exact
-TOP_PROBES = 16  # groups of cells that are searched where there are more cells
+PROBES = 8  # clusters in which a row is searched
+FLAT_CLUSTERS = 4096  # up to which a search for the nearest clusters is exact
+TOP_PROBES = 16  # groups of clusters that are searched where there are more clusters
 MARGIN = 1e-3  # of the fp32 search around the exact verdict
 PAIRS = 1 << 22  # at most, in memory at once
 ROUNDS = 6  # of k-means
 
 
 @dataclass(frozen=True)
-class Cells:
-    """Centres of cells fp32 [k, d], and of groups of neighbouring cells fp32 [g, d], all of unit norm."""
+class Clusters:
+    """Centres of clusters fp32 [k, d], and of groups of neighbouring clusters fp32 [g, d], all of unit norm."""
 
     centres: np.ndarray
     groups: np.ndarray
 
     def nearest(self, vectors: np.ndarray, probes: int) -> np.ndarray:
-        """Returns the nearest cells of vectors [n, d], nearest first: int32 [n, probes], -1 where there are fewer."""
+        """Returns the nearest clusters of vectors [n, d], in order: int32 [n, probes], -1 where there are fewer."""
         width = self.centres.shape[1]
         index: faiss.Index = faiss.IndexFlatIP(width)
-        if len(self.centres) > FLAT_CELLS:
+        if len(self.centres) > FLAT_CLUSTERS:
             index.add(self.groups)
             index = faiss.IndexIVFFlat(index, width, len(self.groups), faiss.METRIC_INNER_PRODUCT)
             index.is_trained = True
@@ -47,23 +47,23 @@ class Cells:
         return index.search(np.ascontiguousarray(vectors, np.float32), probes)[1].astype(np.int32)
 
 
-def fit_cells(sample: np.ndarray, cells: int) -> Cells:
-    """Fits about ``cells`` cells to a sample [n, d], by spherical k-means in two levels: groups, then cells in groups.
+def fit_clusters(sample: np.ndarray, clusters: int) -> Clusters:
+    """Fits about ``clusters`` clusters to a sample [n, d], by spherical k-means in two levels: groups, and in them.
 
-    A row costs about the square root of the number of cells. The same sample gives the same bits on one thread of
-    one machine. An empty sample makes one cell.
+    A row costs about the square root of the number of clusters. The same sample gives the same bits on one thread of
+    one machine. An empty sample makes one cluster.
     """
     vectors = np.ascontiguousarray(sample, np.float32)
     if not len(vectors):
         axis = np.eye(1, vectors.shape[1], dtype=np.float32)
-        return Cells(axis, axis)
-    groups = _kmeans(vectors, isqrt(cells))
+        return Clusters(axis, axis)
+    groups = _kmeans(vectors, isqrt(clusters))
     mine = _nearest(groups, vectors)
     centres = []
     for group in range(len(groups)):
         if len(inside := vectors[mine == group]):
-            centres.append(_kmeans(inside, max(1, round(cells * len(inside) / len(vectors)))))
-    return Cells(np.concatenate(centres), groups)
+            centres.append(_kmeans(inside, max(1, round(clusters * len(inside) / len(vectors)))))
+    return Clusters(np.concatenate(centres), groups)
 
 
 def _kmeans(vectors: np.ndarray, count: int) -> np.ndarray:
@@ -97,9 +97,9 @@ class Rows:
         splits: int8 [n], places in SPLITS.
         sizes: int8 [n], places in STAGE_SIDES of the size that the image reaches.
         vectors: float16 [n, d].
-        home: int32 [n], the cell in which others find the row.
-        probes: int32 [n, p], the cells in which it looks for others. -1 stands for none: a row that can only be found
-            has no probes.
+        home: int32 [n], the cluster in which others find the row.
+        probes: int32 [n, p], the clusters in which it looks for others. -1 is none: a row that can only be found has
+            no probes.
     """
 
     keys: np.ndarray
@@ -116,7 +116,7 @@ def compare(rows: Rows, duplicate: float | None, held_out: float | None) -> tupl
     Equal vectors are always near.
 
     Args:
-        rows: the rows, with their cells.
+        rows: the rows, with their clusters.
         duplicate: the least dot product of a near-duplicate with an earlier row of its split whose image reaches at
             least the same stage size; None looks for none.
         held_out: the least dot product of a training row with a row of another split, earlier or later; None looks for
@@ -128,25 +128,25 @@ def compare(rows: Rows, duplicate: float | None, held_out: float | None) -> tupl
     bounds = (duplicate, held_out)
     found = np.full((2, len(rows.keys)), NONE)
     looking = dict(_members(rows.probes.reshape(-1), np.repeat(np.arange(len(rows.keys)), rows.probes.shape[1])))
-    for cell, there in _members(rows.home, np.arange(len(rows.keys))):
-        seekers = looking.get(cell)
+    for cluster, there in _members(rows.home, np.arange(len(rows.keys))):
+        seekers = looking.get(cluster)
         if seekers is not None:
-            _compare_in_cell(rows, there, seekers, bounds, found)
+            _compare_in_cluster(rows, there, seekers, bounds, found)
     return found[0], found[1]
 
 
-def _members(cells: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields each cell with its rows, in order."""
-    rows, cells = rows[cells >= 0], cells[cells >= 0]
-    order = np.argsort(cells, kind="stable")
-    names, starts = np.unique(cells[order], return_index=True)
+def _members(clusters: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields each cluster with its rows, in order."""
+    rows, clusters = rows[clusters >= 0], clusters[clusters >= 0]
+    order = np.argsort(clusters, kind="stable")
+    names, starts = np.unique(clusters[order], return_index=True)
     yield from zip(names.tolist(), np.split(rows[order], starts[1:]), strict=True) if len(names) else ()
 
 
-def _compare_in_cell(
+def _compare_in_cluster(
     rows: Rows, there: np.ndarray, seekers: np.ndarray, bounds: tuple[float | None, ...], found: np.ndarray
 ) -> None:
-    """Lowers ``found`` by the pairs of one cell.
+    """Lowers ``found`` by the pairs of one cluster.
 
     Equal vectors are compared once, so a million copies of an image cost what one costs. A pair is found by the probes
     of its later row, or by those of its earlier row if that has any: so no later row can change a verdict on
@@ -162,7 +162,7 @@ def _compare_in_cell(
     earliest_there, earliest_seeker = (
         _earliest(rows, inside[mask], same[mask], len(vectors)) for mask in (resident, seeking)
     )
-    sought = [np.full_like(earliest_there, NONE) for _ in bounds]  # what a seeker finds in this cell
+    sought = [np.full_like(earliest_there, NONE) for _ in bounds]  # what a seeker finds in this cluster
     seen = [np.full_like(earliest_there, NONE) for _ in bounds]  # by whom a resident is found
     places, queries = np.unique(same[resident]), np.unique(same[seeking])
     for a, b, near in _near_pairs(vectors, queries, places, bounds):

@@ -109,7 +109,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def _asked(path: str) -> Iterator[http.client.HTTPResponse]:
     """Asks a web server, by the proxies of the environment; the user has named it, so it may be a private one."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(path), timeout=TIMEOUT_S) as answer:
+        with urllib.request.urlopen(path, timeout=TIMEOUT_S) as answer:
             yield answer
     except urllib.error.HTTPError as e:
         raise UserError(f"source {path}: the server answers {e.code} {e.reason}; check the URL in a browser") from None

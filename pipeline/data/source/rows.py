@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 
 from pipeline.data.source.columns import KNOWN, LIMIT
 from pipeline.data.source.tables import parsed_object
+from pipeline.graph.artifacts import ShardRow, read_table
+from pipeline.store import Store
 
 SIDECARS = ("txt", "caption", "json")  # extensions of what holds the captions of an image, the first that is there
 CAPTIONS = ("caption", *KNOWN["caption"])  # where a sidecar in JSON has them, the first that is there
@@ -96,3 +98,8 @@ def written_rows(file: Path | pa.NativeFile) -> Iterator[ListRow]:
     for batch in pq.ParquetFile(file).iter_batches(batch_size=10_000):
         for row in batch.to_pylist():
             yield ListRow(**{**row, "captions": tuple(row["captions"])})
+
+
+def read_captions(store: Store, shard: ShardRow) -> dict[str, list[str]]:
+    """Returns the captions of a shard's rows, by key."""
+    return dict(zip(*read_table(store, shard.blobs["captions"]).to_pydict().values(), strict=True))

@@ -1,7 +1,7 @@
 """Lists real images with real captions from the package index: emoji, drawn on demand.
 
 The list is a pure function of four pinned packages (the ``demo`` extra): CLDR names, two sets of drawings (Twemoji,
-CC-BY 4.0, and OpenMoji, CC BY-SA 4.0) and a renderer. A URL says all that is needed to draw_emoji its image:
+CC-BY 4.0, and OpenMoji, CC BY-SA 4.0) and a renderer. A URL says all that is needed to draw its image:
 ``http://emoji.test/<size>/<style>/<background>/<code points>.png``. Every choice (background, size, split, subset) is
 a hash of the drawing or its concept, so none of them moves when the list grows.
 """
