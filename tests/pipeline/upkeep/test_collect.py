@@ -382,9 +382,16 @@ def test_two_collections_at_once_are_one_too_many(store: Store, monkeypatch: pyt
         collect(store, 30 * DAY, DAY, NOW, delete=True)
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", b"no gzip", gzip.compress(b"[1"), gzip.compress(b"1"), gzip.compress(b"{}")[:9]]
-)
+DAMAGE = {
+    "empty": b"",
+    "plain": b"no gzip",
+    "half": gzip.compress(b"{}")[:9],
+    "no JSON": gzip.compress(b"[1"),
+    "number": gzip.compress(b"1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_with_damaged_marks_the_grace_period_begins_again(
     store: Store, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
