@@ -1,5 +1,6 @@
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -25,9 +26,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Undi
     folder = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "undisturbed"
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            made = own / "undisturbed-made"
-            made.mkdir()
-            run_undisturbed(made, pictures)
-            made.rename(folder)
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+            folder.mkdir()
+            run_undisturbed(folder, pictures)
+            (folder / "made").touch()
     return Undisturbed(folder, pictures)

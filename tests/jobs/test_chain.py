@@ -169,7 +169,7 @@ def test_on_s3_the_keys_and_data_blobs_are_the_same(chain: Chain, s3: Server, tm
         )
     )
     assert keys(open_at(url)) == {stage: chain.keys[stage] for stage in DATA_STAGES}
-    assert {verdict.stage: {verdict.key} for verdict in open_project(str(config), ()).plan()} == chain.keys
+    assert all(verdict.key in chain.keys[verdict.stage] for verdict in open_project(str(config), ()).plan())
     assert data_blobs(open_at(url)) == chain.blobs
 
 

@@ -276,7 +276,7 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
         (["variations", "cat.png", "--eta", "1.5"], "--eta 1.5 is outside 0 to 1"),
         (["variations", "cat.png", "--seed", "-1"], "--seed -1 is below 0"),
         (["variations", "cat.png", "--set", "sise=64"], "unknown sampling options ['sise']"),
-        (["variations", "cat.png", "--set", "size=["], "--set size=[: [ is not a value"),
+        (["variations", "cat.png", "--set", "size=["], "--set size=[: [ is not YAML"),
         (
             ["variations", "cat.png", "--set", "decoder_steps=many"],
             "decoder_steps: expected a whole number, got 'many'",
