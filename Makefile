@@ -35,7 +35,7 @@ else
 endif
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow and not browser" -n 3 --dist loadfile --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -m "not slow and not browser" -n 4 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-browser: .venv/ready
 	$(BIN)/python -m pytest -m browser -n 2 --dist loadfile $(shell grep -lr "^pytestmark = pytest.mark.browser" tests)
