@@ -65,6 +65,12 @@ def test_a_public_name_of_the_pipeline_means_one_thing() -> None:
     assert several.keys() <= {"main", "make"}, several  # of processes of their own; of the task that a recipe names
 
 
+def test_files_with_tests_in_a_browser_say_so_in_the_line_that_make_looks_for() -> None:
+    texts = {file: file.read_text() for file in _files("tests") if file != Path(__file__)}
+    marked = {file for file, text in texts.items() if "pytest.mark.browser" in text}
+    assert marked == {file for file, text in texts.items() if "\npytestmark = pytest.mark.browser\n" in text}
+
+
 def test_tests_and_benchmarks_import_what_is_there() -> None:
     """Checks names that mypy does not see, and benchmarks that only slow tests run."""
     for file in _files("tests", "benchmarks"):

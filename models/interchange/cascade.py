@@ -8,6 +8,7 @@ a copy of ``models`` under another name. It is for diffusers; nothing here reads
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,13 +67,13 @@ def export_unclip(unclip: UnCLIP, folder: str | Path) -> list[str]:
     for name in ("ar_prior", *PARTS):
         if (model := getattr(unclip, name)) is None:
             continue
-        try:
-            if name not in PARTS:
-                raise ValueError(name)
-            PARTS[name].write(model, folder / PARTS[name].folder)
-            native.append(name)
-        except ValueError:  # before anything is written: diffusers has no class for it
-            save_model(folder / OURS / name, model)
+        part = PARTS.get(name)
+        with suppress(ValueError):  # raised before anything is written: diffusers has no class for it
+            if part is not None:
+                part.write(model, folder / part.folder)
+                native.append(name)
+                continue
+        save_model(folder / OURS / name, model)
     unclip.clip.save(folder / OURS / "clip")
     if unclip.codec is not None:
         save_codec(folder / OURS / "codec", unclip.codec)
