@@ -42,7 +42,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(tmp_path_factory: pytest.TempPathFactory, pictures: str) -> Path:
     """A configuration of twenty rows, whose store is a folder."""
     folder = tmp_path_factory.mktemp("added")
-    return write_config(folder, str(folder / "store"), pictures, [write_list(folder / "list.csv", 100, 120)])
+    return write_config(folder, str(folder / "store"), pictures, [write_list(folder / "list.csv", 0, 20)])
 
 
 @pytest.mark.slow
