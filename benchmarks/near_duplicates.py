@@ -1,6 +1,6 @@
 """Plants near-duplicates among random embeddings; measures how many curation finds and how its time grows.
 
-Vectors of 512 components are spread evenly, which have no clusters. A tenth of the rows are planted: each has a cosine,
+Vectors of 512 components are spread evenly: they have no clusters. A tenth of the rows are planted: each has a cosine,
 spread evenly from the bound to 1, with a row of the first half. Shards of 1,000 rows are curated by the stage itself,
 in this process, from and to a store in a temporary folder; exact search is faiss's flat index, with verdicts in fp64.
 """

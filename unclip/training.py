@@ -82,14 +82,14 @@ def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, co
         if clip is None:
             raise UserError(f"{stage} of this preset reads CLIP's text tower: pass clip=, such as model.cascade.clip")
         tower = FrozenTower.of(clip.model_config, clip.model.state_dict())
-    embeddings = torch.as_tensor(data.get("image_embedding", torch.zeros(0, 0))).float()
+    embeddings = torch.as_tensor(data.get("image_embedding", torch.zeros(0, 0)))
     dim = embeddings.shape[-1]
     if stage == "ar_prior":
         if codec is None:
             raise UserError("ar_prior predicts a codec's codes: pass codec=, such as project.artifact('codec').model()")
         return ARPriorTask(model, dim, codec, tower)
     if stage == "decoder":
-        return DecoderTask(model, dim, tower, embeddings[:WHITENED])
+        return DecoderTask(model, dim, tower, embeddings[:WHITENED].float())
     return DiffusionPriorTask(model, dim, tower)
 
 

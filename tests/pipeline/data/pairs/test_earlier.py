@@ -1,8 +1,6 @@
 """A shard that changed in part asks nobody for what an earlier run has."""
 
 import hashlib
-import io
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from pipeline.graph.plan import plan
 from pipeline.graph.runs import remember
 from pipeline.ledger import Ledger
 from pipeline.store.records import blob_path
-from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
+from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list, write_tar
 
 GOOD = {f"/{i}.png": Page(picture(i)) for i in range(9)}
 OPTED_OUT = {"/2.png": Page(picture(2), headers={"X-Robots-Tag": "noai"})}
@@ -28,17 +26,6 @@ def _run(folder: Path, paths: list[str], pages: Mapping[str, Page], **pairs: Any
         remember(bench.store, "bench", bench.graph, plan(bench.graph, bench.source_keys, "bench", bench.store, {}))
         bench.make("source", "captions", "pairs")
     return bench
-
-
-def write_tar(path: Path, images: Mapping[str, bytes]) -> Path:
-    """A webdataset tar of images, each with a caption."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in images.items():
-            for member, content in ((name, data), (name.replace(".png", ".txt"), b"a picture")):
-                info = tarfile.TarInfo(member)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def _list(folder: Path, *names: int | str) -> list[str]:
@@ -69,7 +56,8 @@ def test_rows_that_moved_or_have_another_hash_are_asked_for(tmp_path: Path) -> N
 def test_a_denied_member_of_a_tar_keeps_its_evidence(tmp_path: Path) -> None:
     (tmp_path / "deny").write_text(hashlib.sha256(picture(2)).hexdigest())
     for numbers in ((1, 2), (1, 2, 3)):
-        tar = write_tar(tmp_path / "a.tar", {f"{i}.png": picture(i) for i in numbers})
+        members = {f"{i}.{kind}": data for i in numbers for kind, data in (("png", picture(i)), ("txt", b"a picture"))}
+        tar = write_tar(tmp_path / "a.tar", members)
         made = _run(tmp_path / "a", [str(tar)], {}, deny_sha256=str(tmp_path / "deny"))
         (evidence,) = read_opt_outs(made.store, read_shards(made.store, made.made["pairs"]))
         assert evidence["evidence"].startswith("deny_sha256: ")
