@@ -18,7 +18,7 @@ from jobs.output import print_json
 from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import load_config
-from pipeline.cost.estimate import UTILISATION, Ask, Cost, estimate, parse_fleet
+from pipeline.cost.estimate import UTILISATION, Ask, Cost, elapsed, estimate, parse_fleet
 from pipeline.cost.observed import Seen, observe, read_profile
 from pipeline.cost.table import cost_table, places, remarks, size, too_slow
 from pipeline.errors import UserError
@@ -133,7 +133,7 @@ def agree(
     _print_plan(
         project, [v for v in verdicts if v.stage in wanted], costs, ask, verbose, places_known=machine is not None
     )
-    seconds = sum(cost.seconds for cost in costs.values())
+    seconds = elapsed(costs, ask)
     if stale and seconds > project.config.run.budget_hours * 3600 and not yes:
         raise UserError(
             f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
@@ -170,7 +170,7 @@ def _print_plan(
     if not costs:
         return
     guessed = any(cost.basis == "guess" for cost in costs.values())
-    total = duration(sum(cost.seconds for cost in costs.values()))
+    total = duration(elapsed(costs, ask))
     print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
     if places_known:
         print(places(costs, ask))
@@ -187,7 +187,7 @@ def _print_plan(
 
 
 def _print_costs(costs: Mapping[str, Cost], ask: Ask) -> None:
-    for line in (*cost_table(costs, ask.config.run.prices), *remarks(costs, ask)):
+    for line in (*cost_table(costs, elapsed(costs, ask), ask.config.run.prices), *remarks(costs, ask)):
         print(line)
 
 
@@ -205,7 +205,7 @@ def _as_values(
         "store": project.store.url if project else None,
         "pairs": ask.rows,
         "shards": len(project.scan.shards) if project else ask.shards,
-        "seconds": sum(cost.seconds for cost in costs.values()),
+        "seconds": elapsed(costs, ask),
         "warnings": list(short_splits(project.scan.held_out)) if project and "evaluation" in costs else [],
         "stages": [
             {"stage": stage, **said.get(stage, {}), "cost": costs.get(stage)}

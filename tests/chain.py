@@ -72,7 +72,7 @@ def write_config(folder: Path, store: str, pictures: str, lists: Sequence[Path],
     return path
 
 
-def unclip(*words: object, env: Mapping[str, str] | None = None, timeout: float = 240, cwd: Path = ROOT) -> Finished:
+def unclip(*words: object, env: Mapping[str, str] | None = None, timeout: float = 600, cwd: Path = ROOT) -> Finished:
     """Run a command as a user does, in a process of its own."""
     command = [sys.executable, "-m", "jobs.cli", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(env or {})
@@ -80,9 +80,14 @@ def unclip(*words: object, env: Mapping[str, str] | None = None, timeout: float 
 
 
 def here(*words: object, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Finished:
-    """Run a command in this process, which takes no second to start; logged lines are not in what it returns."""
+    """Run a command in this process, which takes no second to start; logged lines are not in what it returns.
+
+    A Ray that it starts ends with it, as it would with its process; its token stays, as a process can have but one.
+    """
     out, err = io.StringIO(), io.StringIO()
     with ExitStack() as stack:
+        if not _ray_runs():
+            stack.callback(_end_ray)
         stack.enter_context(chdir(cwd))
         stack.enter_context(mock.patch.dict(os.environ, env or {}))
         stack.enter_context(redirect_stdout(out))
@@ -91,7 +96,19 @@ def here(*words: object, env: Mapping[str, str] | None = None, cwd: Path = ROOT)
             code = main([*map(str, words)])
         except SystemExit as e:  # of argparse
             code = int(e.code or 0)
+        token = os.environ.get("RAY_AUTH_TOKEN")
+    if token:
+        os.environ["RAY_AUTH_TOKEN"] = token
     return subprocess.CompletedProcess([*map(str, words)], code, out.getvalue(), err.getvalue())
+
+
+def _ray_runs() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def _end_ray() -> None:
+    if _ray_runs():
+        sys.modules["ray"].shutdown()
 
 
 def done(process: Finished) -> str:

@@ -8,8 +8,8 @@ below.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.cost.observed import Observation, Seen, pace, passes_of, shape
 from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
-from pipeline.graph.resources import Machine, cores, team_of
+from pipeline.graph.resources import Machine, Share, Team, cores, team_of
 from pipeline.graph.stages import Graph
 from pipeline.settings import SPARED
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
@@ -181,19 +181,62 @@ def estimate(stage: str, ask: Ask) -> Cost:
     return Cost(seconds, startup, basis, held, gpus, _disk(stage, ask))
 
 
+def elapsed(costs: Mapping[str, Cost], ask: Ask) -> float:
+    """Returns the seconds until all these stages are made, in the order of pipeline.graph.execute.
+
+    Trainings whose inputs are there run side by side where there is room; of all other stages one runs at a time, and
+    nothing begins beside it.
+    """
+    teams = {stage: _training_team(stage, ask) for stage in costs}
+    now, made, todo, running = 0.0, set[str](), [stage for stage in ask.graph if stage in costs], dict[str, float]()
+    while todo or running:
+        ready = [stage for stage in todo if costs.keys() & set(ask.graph[stage].inputs) <= made]
+        alone = [stage for stage in ready if not teams[stage]]
+        if all(teams[stage] for stage in running):
+            for stage in alone[:1] or ready:
+                beside = [team for name in (*running, stage) if (team := teams[name])]
+                if alone or not running or _room(beside, ask):
+                    todo.remove(stage)
+                    running[stage] = now + costs[stage].seconds
+        ended = min(running, key=running.__getitem__)
+        now = running.pop(ended)
+        made.add(ended)
+    return now
+
+
+def _room(teams: Sequence[Team], ask: Ask) -> bool:
+    """Returns whether trainings have room at once."""
+    cpus, gpus = (sum(getattr(team.worker, what) * team.count for team in teams) for what in ("cpus", "gpus"))
+    there = replace(ask.machine, gpus=ask.fleet.count, grows=False) if ask.fleet else ask.machine
+    return there.grows or (cpus <= there.cpus and gpus <= there.gpus)
+
+
+def _training_team(stage: str, ask: Ask) -> Team | None:
+    """Returns the workers of a training; None for another stage, and where this process trains."""
+    if ask.graph[stage].kind != "training" or ask.fetches(stage):
+        return None
+    lanes = ask.graph[stage].recipe.lanes  # which no workers share
+    if ask.fleet:
+        count = min(ask.fleet.count, lanes)
+        return Team(count, count, Share(0.0, 1.0))
+    settings = getattr(ask.config.run, stage)
+    team = team_of(settings, ask.machine, lanes)
+    if not team.count:
+        return None
+    if ask.machine.local and not team.worker.gpus and not settings.threads:  # every core
+        return replace(team, worker=replace(team.worker, cpus=max(1.0, ask.machine.cpus / team.count)))
+    return team
+
+
 def resources(stage: str, ask: Ask) -> tuple[int, float, float]:
     """Returns the workers of a stage, all of their cores, and all of their GPUs."""
     kind, settings, fleet = ask.graph[stage].kind, getattr(ask.config.run, stage, None), ask.fleet
     there = fleet.count if fleet else ask.machine.gpus
     if kind == "training" and not ask.fetches(stage):
-        lanes = ask.graph[stage].recipe.lanes  # which no workers share
-        if fleet:
-            return min(fleet.count, lanes), 0, min(fleet.count, lanes)
-        team = team_of(settings, ask.machine, lanes)  # type: ignore[arg-type]
-        if not team.count:  # in the driver
-            on_gpu = there and ask.machine.local and settings.device != "cpu"  # type: ignore[union-attr]
-            return 1, cores(), int(bool(on_gpu))
-        return team.count, max(team.count, cores()), team.count * team.worker.gpus
+        if team := _training_team(stage, ask):
+            return team.count, team.count * team.worker.cpus, team.count * team.worker.gpus
+        on_gpu = there and ask.machine.local and settings.device != "cpu"  # type: ignore[union-attr]
+        return 1, cores(), int(bool(on_gpu))
     if kind == "result":
         return (1, 0, 1) if there else (1, cores(), 0)
     if kind != "data" or settings is None:  # in the driver
@@ -257,7 +300,7 @@ def _counted(stage: str, ask: Ask, workers: int, on_gpus: bool) -> tuple[float, 
             size, every = save(stage, ask, workers)
             # The last checkpoint is waited for, the others only copied.
             return START_SECONDS["gpus"] + size / SAVED_BYTES, seconds * (1 + size / COPIED_BYTES / every)
-        return START_SECONDS["training"], work / (cores() * CORE_FLOPS)
+        return START_SECONDS["training"], work / (resources(stage, ask)[1] * CORE_FLOPS)
     if node.kind == "result":
         return 0.0, amount(stage, ask) / (rate(ask, "bf16") if on_gpus else cores() * CORE_FLOPS)
     if on_gpus:

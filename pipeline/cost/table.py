@@ -32,8 +32,8 @@ def money(gpu_hours: float, core_hours: float, prices: Prices) -> float:
     return core_hours * prices.core_hour + gpu_hours * prices.gpu_hour
 
 
-def cost_table(costs: Mapping[str, Cost], prices: Prices) -> Iterator[str]:
-    """Yields one line a stage, and their sum. Money is a column where there are prices."""
+def cost_table(costs: Mapping[str, Cost], seconds: float, prices: Prices) -> Iterator[str]:
+    """Yields one line a stage, and their sum, which takes ``seconds``. Money is a column where there are prices."""
     priced = replace(Prices(), currency=prices.currency) != prices
     rows: list[tuple[str, ...]] = [(*HEAD, prices.currency)]
     total = [0.0] * 5
@@ -42,7 +42,7 @@ def cost_table(costs: Mapping[str, Cost], prices: Prices) -> Iterator[str]:
         values = [one.seconds, one.startup, hours * one.gpus, hours * one.cores, one.disk]
         total = [a + b for a, b in zip(total, values, strict=True)]
         rows.append(_row(name, values, prices))
-    rows.append(_row("all", total, prices))
+    rows.append(_row("all", [seconds, *total[1:]], prices))
     shown = [row if priced else row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:

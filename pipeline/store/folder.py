@@ -132,13 +132,16 @@ class FolderStore:
     def swap(self, path: str, old: str | None, new: bytes) -> bool:
         file = self._file(path)
         with _explained(self.url):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._file(lock_path(path)), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if (_content_version(file.read_bytes()) if file.exists() else None) != old:
-                    return False
-                os.replace(self._write_temporary(file, new), file)
-                _sync_folder(file.parent)
+            temporary = self._write_temporary(file, new)  # outside the lock, which a process that stops here would keep
+            try:
+                with open(self._file(lock_path(path)), "w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    if (_content_version(file.read_bytes()) if file.exists() else None) != old:
+                        return False
+                    os.replace(temporary, file)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_folder(file.parent)
         return True
 
     def delete(self, paths: Iterable[str]) -> None:

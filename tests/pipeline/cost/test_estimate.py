@@ -20,6 +20,7 @@ from pipeline.cost.estimate import (
     amount,
     clip_size,
     cores_a_gpu,
+    elapsed,
     estimate,
     model_size,
     parse_fleet,
@@ -28,7 +29,7 @@ from pipeline.cost.estimate import (
 from pipeline.cost.observed import Observation, shape
 from pipeline.cost.table import cost_table, remarks, size
 from pipeline.errors import UserError
-from pipeline.graph.resources import Machine
+from pipeline.graph.resources import Machine, cores
 from pipeline.settings import Prices
 
 ROOT = Path(__file__).parents[3]
@@ -171,6 +172,39 @@ def test_what_a_cpu_took_says_nothing_of_a_gpu() -> None:
     ]
 
 
+def test_what_runs_side_by_side_is_not_added_up() -> None:
+    """EMOJI's last four trainings have a thread each, of which NANO's have none."""
+    emoji = load_config(ROOT / "configs/emoji.yaml")
+    costs = {stage: Cost(100.0) for stage in build(NANO)}
+    apart = {stage: replace(cost, seconds=600.0 if stage == "decoder" else 100.0) for stage, cost in costs.items()}
+
+    def hundreds(machine: Machine, config: Config = emoji, fleet: Fleet | None = None) -> float:
+        return elapsed(apart, replace(asked(config, fleet=fleet), machine=machine)) / 100
+
+    one_after_another = 5 + len(costs)
+    for machine, config, fleet in (
+        (Machine(1), emoji, None),
+        (Machine(2), NANO, None),
+        (Machine(2), emoji, Fleet(8, "H100")),  # each training has 8 lanes
+    ):
+        assert hundreds(machine, config, fleet) == one_after_another
+    assert hundreds(Machine(2)) == one_after_another - 3  # three of the four beside the decoder
+    assert hundreds(Machine(4)) == one_after_another - 3
+    workers = {stage: replace(getattr(PAPER.run, stage), workers=2, device="cpu") for stage in TRAININGS}
+    cluster = replace(PAPER, run=replace(PAPER.run, **workers))
+    assert hundreds(Machine(4, local=False), cluster) == one_after_another - 3
+    assert hundreds(Machine(2, local=False, grows=True), cluster) == one_after_another - 4
+    assert elapsed({}, asked()) == 0
+
+
+def test_the_cores_of_a_training_are_its_threads() -> None:
+    emoji = load_config(ROOT / "configs/emoji.yaml")
+    machine = Machine(4)
+    one, all_four = (estimate("decoder", replace(asked(c), machine=machine)) for c in (emoji, NANO))
+    assert one.cores == 1
+    assert all_four.cores == cores()
+
+
 def test_data_stages_grow_with_pairs_and_trainings_do_not() -> None:
     small, large = ({s: estimate(s, asked(PAPER, n, H100S)) for s in build(PAPER)} for n in (10**7, 10**9))
     for stage in ("source", "pairs", "embeddings", "curation", "index", "codec"):
@@ -196,11 +230,12 @@ def test_bytes_that_were_seen_scale_with_rows() -> None:
 
 def test_the_table_has_money_where_there_are_prices() -> None:
     costs = {"pairs": Cost(3600.0, 60.0, "guess", cores=2, disk=2e12), "decoder": Cost(1800.0, gpus=1)}
-    free = list(cost_table(costs, Prices()))
+    free = list(cost_table(costs, 4000.0, Prices()))
     assert [line.split()[0] for line in free] == ["stage", "pairs", "decoder", "all"]
     assert free[1].split()[1:7] == ["1", "h", "00", "min", "1", "min"]
+    assert free[3].split()[1:7] == ["1", "h", "06", "min", "1", "min"]
     assert "USD" not in free[0]
-    paid = list(cost_table(costs, Prices("EUR", core_hour=1.0, gpu_hour=2.0, storage_tb_month=20.0)))
+    paid = list(cost_table(costs, 4000.0, Prices("EUR", core_hour=1.0, gpu_hour=2.0, storage_tb_month=20.0)))
     assert paid[0].split()[-1] == "EUR"
     assert [line.split()[-1] for line in paid[1:4]] == ["2.00", "1.00", "3.00"]
     assert paid[4] == "storage: 40.00 EUR a month"

@@ -3,6 +3,7 @@ import pickle
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 from hypothesis import given
@@ -139,6 +140,29 @@ def test_racing_swaps_have_one_winner(store: Store) -> None:
         won = list(pool.map(lambda i: store.swap("leases/race", version, str(i).encode()), range(8)))
     assert sum(won) == 1
     assert store.read("leases/race") == str(won.index(True)).encode()
+
+
+def test_one_that_stops_in_a_swap_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may stand still where its disk does; a lease that it keeps from all others would be of no use."""
+    store, fsync, stopped, go_on = open_store(str(tmp_path)), os.fsync, Event(), Event()
+
+    def stop_the_first(file: int) -> None:
+        if not stopped.is_set():
+            stopped.set()
+            assert go_on.wait(60)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", stop_the_first)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(store.swap, "leases/a", None, b"1")
+        assert stopped.wait(60)
+        try:
+            assert pool.submit(store.swap, "leases/a", None, b"2").result(30)
+        finally:
+            go_on.set()
+        assert not first.result()
+    assert store.read("leases/a") == b"2"
+    assert sorted(file.name for file in (tmp_path / "leases").iterdir()) == [".a.lock", "a"]
 
 
 def test_delete(store: Store) -> None:
