@@ -40,8 +40,9 @@ class Unfinished:
             _clear(everything)
             self._folder = everything / name
             self._rows = _locked(self._folder)
-        except OSError:
-            self._folder = Path(tempfile.mkdtemp(prefix="unclip-pairs-"))
+        except OSError as e:
+            inside = everything if isinstance(e, BlockingIOError) else None  # locked by another, and cleared some day
+            self._folder = Path(tempfile.mkdtemp(prefix="unclip-pairs-", dir=inside))
             self._rows = _opened(self._folder / "rows")
         self.path = self._folder / "images.tar"
         self._file = _opened(self.path)

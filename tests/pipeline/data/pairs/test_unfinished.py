@@ -116,11 +116,12 @@ def test_what_is_damaged_is_made_again(damage: str) -> None:
 def test_two_at_once_have_places_of_their_own_and_what_is_old_goes(own_temporary_folder: Path) -> None:
     with Unfinished("a") as one, Unfinished("a") as other:
         assert one.path != other.path
-    other.remove()
-    old = one.path.with_name("rows")
-    os.utime(old, (0, old.stat().st_mtime - KEEP_S - 60))
+    for each in (one, other):  # neither was removed, as if their workers had been killed
+        old = each.path.with_name("rows")
+        os.utime(old, (0, old.stat().st_mtime - KEEP_S - 60))
     with Unfinished("b") as third:
         assert not one.path.parent.exists()
+        assert not other.path.parent.exists()
         assert third.path.parent.parent == one.path.parent.parent
 
 
