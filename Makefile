@@ -34,8 +34,9 @@ else
 	@touch .venv/ready
 endif
 
+# A process that crashes ends the tests: the rest of its files would be waited for without end.
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow and not browser" -n 4 --dist loadfile --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -m "not slow and not browser" -n 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-browser: .venv/ready
 	$(BIN)/python -m pytest -m browser -n 2 --dist loadfile $(shell grep -lr "^pytestmark = pytest.mark.browser" tests)

@@ -106,7 +106,7 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
         file = Path(path).expanduser().absolute()
         if not here and _travels(path, config):
             paths[i] = f"lists/{i}/{file.stem}{ROWS_SUFFIX}"
-            files[paths[i]] = _as_read(path, config, journal.marks)
+            files[paths[i]] = _as_read(path, config, journal.forgotten)
             continue
         paths[i] = str(file)
         if not here:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 from jobs.output import print_json
@@ -14,7 +14,7 @@ from pipeline.data.export import STAGES, export_pairs
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.data.source.forget import Request, find, without
-from pipeline.data.source.journal import Forgotten, ListJournal, change_journal, read_journal, with_forgotten
+from pipeline.data.source.journal import ListJournal, change_journal, read_journal, with_forgotten
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import CorruptObject, UserError, did_you_mean
@@ -74,18 +74,21 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
             raise UserError(f"--reason: unknown reason {reason}{did_you_mean(reason, REASONS)}")
         if reason in FINAL:
             raise UserError(f"--reason: {reason} is final: {REASONS[reason]}")
-    pairs = project.made("pairs")["pairs"]
+    pairs, journal = project.made("pairs")["pairs"], read_journal(project.store, project.config.project)
     blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons))
     if blob is None:
         ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.lost.items()))
         print(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}")
         return 0
-    journal = read_journal(project.store, project.config.project)
     if FIRST_RETRY + len(journal.retries) > LAST_SEGMENT:
         raise UserError(f"{len(journal.retries)} retries are as many as one list can hold; write a new list")
-    change_journal(
-        project.store, project.config.project, lambda j: replace(j, retries=tuple(dict.fromkeys((*j.retries, blob))))
-    )
+
+    def appended(now: ListJournal) -> ListJournal:
+        if now.retries != journal.retries:
+            raise UserError("somebody else has changed the rows to be tried again; nothing is appended: try again")
+        return replace(now, retries=(*now.retries, blob))
+
+    change_journal(project.store, project.config.project, appended)
     print(f"{rows:,} rows are appended to the list, to be fetched by the next run")
     return 0
 
@@ -102,7 +105,7 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
         )
     pairs = project.made("pairs")["pairs"] if request.hashes else None
     found = find(project.store, _listed(project), pairs, request)
-    change_journal(project.store, project.config.project, lambda j: _forgetting(project, j, found.forgotten))
+    change_journal(project.store, project.config.project, lambda j: _forgetting(project, j, found.marks))
     print(f"{found.rows:,} rows are forgotten")
     for key, reference in found.named:
         print(f"  {key} {_words(shown(reference))}")
@@ -119,9 +122,9 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _forgetting(project: Project, journal: ListJournal, found: Sequence[Forgotten]) -> ListJournal:
-    changed = with_forgotten(journal, found)
-    return replace(changed, retries=tuple(without(project.store, blob, changed.marks) for blob in changed.retries))
+def _forgetting(project: Project, journal: ListJournal, marks: Iterable[str]) -> ListJournal:
+    changed = with_forgotten(journal, marks)
+    return replace(changed, retries=tuple(without(project.store, blob, changed.forgotten) for blob in changed.retries))
 
 
 def _collect(project: Project, arguments: argparse.Namespace) -> int:

@@ -44,6 +44,14 @@ def _as_at_the_start() -> None:
         AuthenticationTokenLoader.instance().reset_cache()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _ray_ends_with_its_module() -> Iterator[None]:
+    """Ends a Ray that a test has left: tests of another file would take it for theirs, with another token."""
+    yield
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The S3 server, and the environment that reaches it for as long as the session lasts."""

@@ -72,18 +72,25 @@ class Store(Protocol):
 
 
 def open_store(url: str) -> Store:
-    """Returns the store at ``url``: s3://bucket/prefix, or a folder. Raises UserError for any other scheme."""
-    parts = urlsplit(url)
-    if parts.scheme == "s3":
-        if not parts.netloc:
+    """Returns the store at ``url``: s3://bucket/prefix, or a folder. Raises UserError for any other scheme.
+
+    What follows the scheme is a name as it stands, with any # or ? in it.
+    """
+    scheme = urlsplit(url).scheme
+    name = url[len(scheme) + 1 :].removeprefix("//") if scheme else url
+    if scheme == "s3":
+        bucket, _, prefix = name.partition("/")
+        if not bucket or not url.lower().startswith("s3://"):
             raise UserError(f"store {url}: no bucket; write s3://BUCKET/PREFIX")
-        if "@" in parts.netloc:  # and is not repeated here
+        if "@" in bucket:  # and is not repeated here
             raise UserError("store: no keys in its URL, which many can read; set AWS_ACCESS_KEY_ID, or use a profile")
         from pipeline.store.s3 import S3Store  # loads boto3
 
-        return S3Store(url.rstrip("/"), parts.netloc, parts.path.strip("/"))
-    if parts.scheme in ("", "file"):
-        folder = Path(parts.path).expanduser().absolute()
+        return S3Store(url.rstrip("/"), bucket, prefix.strip("/"))
+    if scheme == "file" and not name.startswith("/"):
+        raise UserError(f"store {url}: not an absolute path; write file:///FOLDER, or the folder alone")
+    if scheme in ("", "file"):
+        folder = Path(name).expanduser().absolute()
         if folder.exists() and not folder.is_dir():
             raise UserError(f"store {url}: is a file; name a folder")
         return FolderStore(str(folder))

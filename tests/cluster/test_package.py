@@ -103,7 +103,7 @@ def test_a_list_travels_as_it_is_read_masked_and_without_what_was_forgotten(stor
         {"project": "p", "store": store.url, "preset": "nano", "source": {"paths": [str(table)], **columns}}
     )
     found = find(store, scan(config.source, store, write=True).shards, None, Request.read(["http://H.test/23.png"]))
-    journal = change_journal(store, "p", lambda j: with_forgotten(j, found.forgotten))
+    journal = change_journal(store, "p", lambda j: with_forgotten(j, found.marks))
     there = tmp_path / "there"
     assert not [name for name in make_package(config, URL, "out", journal, here=True).files if name.startswith("lists")]
 

@@ -59,7 +59,7 @@ class ScatterRows:
             nearest, count = clusters.nearest(vectors, PROBES), len(clusters.centres)
         else:
             nearest, count = np.zeros((len(rows), 1), np.int32), 1
-        sides = [min(row["width"], row["height"]) for row in rows]
+        sides = [min(row["width"] or 0, row["height"] or 0) for row in rows]  # null of embeddings without images
         table = Rows(
             keys=np.array([int(row["key"]) for row in rows], np.int64),
             splits=np.array([SPLITS.index(row["split"]) for row in rows], np.int8),

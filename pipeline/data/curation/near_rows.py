@@ -73,6 +73,8 @@ def cut_stretches(judged: Sequence[ShardRow], embeddings: Mapping[int, ShardRow]
 def find_near_rows(ctx: Context, judged: Sequence[ShardRow], embeddings: Mapping[int, ShardRow]) -> dict[int, str]:
     """Returns, by the number of each shard with candidates, the blob of its rows that are too near to others."""
     stretches = cut_stretches(judged, embeddings)
+    if not stretches:  # no row is left
+        return {}
     blocks = [block for stretch in stretches for block in stretch.blocks]
     compared = _compare(ctx, stretches, blocks, _fit_clusters(ctx, stretches, blocks))
     said: dict[str, list[ShardRow]] = defaultdict(list)  # a group of clusters finds nothing in most blocks

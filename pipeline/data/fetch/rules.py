@@ -80,8 +80,8 @@ def _entries(store: Store, file: ContentFile | None, normal: Callable[[str], str
     if file is None:
         return
     for number, line in enumerate(read_blob(store, file).decode("utf-8", "replace").splitlines(), start=1):
-        text = line.strip().removeprefix("\ufeff")
-        if text and not text.startswith("#"):
+        text = re.sub(r"(^|\s)#.*", "", line.removeprefix("\ufeff")).strip()
+        if text:
             try:
                 yield normal(text)
             except Refused:

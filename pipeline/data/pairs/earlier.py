@@ -34,15 +34,22 @@ class Known:
 
 
 def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
-    """Returns, by number, the shards of source and pairs that the last run with the same recipe made."""
+    """Returns, by number, the shards of source and pairs that the last run with the same recipe made.
+
+    Returns none if their table is gone or damaged.
+    """
     made = last_made(ctx, ("source",))
     if made is None:
         return {}
-    source = {shard.number: shard for shard in read_shards(ctx.store, made["source"])}
-    return {
-        pairs.number: {"earlier source": source[pairs.number], "earlier pairs": pairs}
-        for pairs in read_shards(ctx.store, made[ctx.stage])
-    }
+    try:
+        source = {shard.number: shard for shard in read_shards(ctx.store, made["source"])}
+        return {
+            pairs.number: {"earlier source": source[pairs.number], "earlier pairs": pairs}
+            for pairs in read_shards(ctx.store, made[ctx.stage])
+        }
+    except CorruptObject as e:
+        log.warning("everything is fetched from scratch: of an earlier run, %s", e)
+        return {}
 
 
 def take_over(store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow, pairs: ShardRow) -> dict[int, Known]:

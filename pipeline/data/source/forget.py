@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.data.source.journal import Forgotten, reference_mark
-from pipeline.data.source.stage import SourceShard, row_key, segment_of
+from pipeline.data.source.journal import reference_mark
+from pipeline.data.source.stage import SourceShard, row_key
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
 from pipeline.store import Store
@@ -45,13 +45,13 @@ class Matches:
     """Holds what a request is about.
 
     Attributes:
-        forgotten: The references to forget, with the segments that hold them.
+        marks: Of the references to forget.
         rows: How many rows have them.
         named: Keys and references of the first MOST_NAMED of these rows.
         unseen: References of the request that no row has yet.
     """
 
-    forgotten: list[Forgotten]
+    marks: set[str]
     rows: int
     named: list[tuple[str, str]]
     unseen: list[str]
@@ -75,17 +75,15 @@ def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, re
     marks |= _of_keys(store, source, request.keys)
     if request.hashes:
         marks |= _of_hashes(store, read_shards(store, pairs) if pairs else [], request.hashes)
-    held: dict[str, set[int]] = {mark: set() for mark in marks}
+    held: set[str] = set()
     rows = 0
     named: list[tuple[str, str]] = []
     for shard, found in zip(source, ordered_map(lambda shard: _rows_in(store, shard, marks), source), strict=True):
-        for _, url in found:
-            held[reference_mark(url)].add(segment_of(shard.number))
+        held |= {reference_mark(url) for _, url in found}
         rows += len(found)
         named += [(row_key(shard.number, place), url) for place, url in found][: MOST_NAMED - len(named)]
-    forgotten = [Forgotten(mark, tuple(sorted(segments))) for mark, segments in sorted(held.items())]
-    unseen = sorted(url for url in request.references if not held[reference_mark(url)])
-    return Matches(forgotten, rows, named, unseen)
+    unseen = sorted(url for url in request.references if reference_mark(url) not in held)
+    return Matches(marks, rows, named, unseen)
 
 
 def without(store: Store, blob: str, marks: frozenset[str]) -> str:

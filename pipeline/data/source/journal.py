@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.data.fetch.references import comparable
@@ -21,39 +21,18 @@ FORGOTTEN = "forgotten:"
 
 
 @dataclass(frozen=True)
-class Forgotten:
-    """Names a reference to be forgotten, by ``reference_mark``, and the segments that held it then."""
-
-    mark: str
-    segments: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class ListJournal:
     """Holds the decisions about one list.
 
     Attributes:
         retries: Parquet blobs of rows to be tried again, each a segment of its own.
-        forgotten: References to be forgotten.
+        forgotten: Marks of references that no segment may hold from now on, by ``reference_mark``.
         forgettings: How often something was forgotten, which tells earlier runs from later ones whatever clocks say.
     """
 
     retries: tuple[str, ...] = ()
-    forgotten: tuple[Forgotten, ...] = ()
+    forgotten: frozenset[str] = frozenset()
     forgettings: int = 0
-
-    @property
-    def marks(self) -> frozenset[str]:
-        """Returns the marks of references that no segment may hold from now on."""
-        return frozenset(row.mark for row in self.forgotten)
-
-    def hits(self, segment: int) -> list[list[str]]:
-        """Returns the marks forgotten of one segment after it had been cut, in a list, or no list if there are none.
-
-        It names the segment, which so has to be cut again.
-        """
-        marks = sorted(row.mark for row in self.forgotten if segment in row.segments)
-        return [marks] if marks else []
 
 
 EMPTY = ListJournal()
@@ -90,12 +69,9 @@ def change_journal(store: Store, project: str, change: Callable[[ListJournal], L
     raise UserError(f"the list of {project} is being changed by somebody else all the time; try again")
 
 
-def with_forgotten(journal: ListJournal, found: Iterable[Forgotten]) -> ListJournal:
-    """Returns the journal with these references forgotten too, each with all segments that ever held it."""
-    segments = {row.mark: set(row.segments) for row in journal.forgotten}
-    for row in found:
-        segments.setdefault(row.mark, set()).update(row.segments)
-    forgotten = tuple(Forgotten(mark, tuple(sorted(held))) for mark, held in sorted(segments.items()))
+def with_forgotten(journal: ListJournal, marks: Iterable[str]) -> ListJournal:
+    """Returns the journal with these references forgotten too."""
+    forgotten = journal.forgotten.union(marks)
     if forgotten == journal.forgotten:
         return journal
     return replace(journal, forgotten=forgotten, forgettings=journal.forgettings + 1)
@@ -108,8 +84,7 @@ def _read(store: Store, project: str) -> tuple[str | None, ListJournal]:
         return None, EMPTY
     try:
         data: dict[str, Any] = json.loads(store.read(path))
-        forgotten = tuple(Forgotten(mark, tuple(segments)) for mark, segments in data["forgotten"])
-        return standing.version, ListJournal(tuple(data["retries"]), forgotten, data["forgettings"])
+        return standing.version, ListJournal(tuple(data["retries"]), frozenset(data["forgotten"]), data["forgettings"])
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{store.url}/{path} is damaged, or an older version of this software wrote it: restore it, or name "
@@ -118,5 +93,4 @@ def _read(store: Store, project: str) -> tuple[str | None, ListJournal]:
 
 
 def _as_json(journal: ListJournal) -> bytes:
-    forgotten = [[row.mark, row.segments] for row in journal.forgotten]
-    return json.dumps({"retries": journal.retries, "forgotten": forgotten, "forgettings": journal.forgettings}).encode()
+    return json.dumps(asdict(journal) | {"forgotten": sorted(journal.forgotten)}).encode()

@@ -201,7 +201,7 @@ def unread(path: str, recipe: SourceRecipe) -> str:
         return ""
     folder, may = Path(where), reach(recipe, path)
     tables = [file for file, metadata in walk(folder) if kind == "folder" and file == metadata]
-    named = frozenset(local_path(row.url) or "" for table in tables for row in _metadata_rows(table, recipe, may))
+    named = frozenset(_named_file(row) for table in tables for row in _metadata_rows(table, recipe, may))
     return unread_files(folder, kind, named)
 
 
@@ -242,7 +242,7 @@ def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Lis
     for file, metadata in walk(folder):
         if file == metadata:
             for row in _metadata_rows(file, recipe, may):
-                place = os.path.relpath(local_path(row.url) or folder, folder).split(os.sep)[0]
+                place = os.path.relpath(_named_file(row) or folder, folder).split(os.sep)[0]
                 yield replace(row, split=row.split or splits.get(place, ""))
         elif metadata is None and is_image(file):
             beside = ((extension, file.with_suffix(f".{extension}")) for extension in SIDECARS)
@@ -253,6 +253,14 @@ def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Lis
 def _metadata_rows(table: Path, recipe: SourceRecipe, may: Reach) -> Iterator[ListRow]:
     column = "file_name" if recipe.image_column == "url" else recipe.image_column
     return _table_rows(table, replace(recipe, image_column=column), may)
+
+
+def _named_file(row: ListRow) -> str:
+    """Returns the file that a row names; "" where it names none, or nothing that can be read as a reference."""
+    try:
+        return local_path(row.url) or ""
+    except ValueError:
+        return ""
 
 
 def _bytes(text: Path, may: Reach) -> bytes:

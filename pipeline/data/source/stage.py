@@ -151,21 +151,21 @@ class Segment:
 def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal = EMPTY) -> Scan:
     """Reads the list and cuts it into shards, which ``write`` stores.
 
-    A segment that is stored is not read again. Of its references the hashes are read, once there is a new segment to be
-    compared with them.
+    A segment that was cut with the same rows forgotten is not read again. Of its references the hashes are read, once
+    there is a new segment to be compared with them.
 
     Raises:
         UserError: for a list that is missing, unreadable or empty, or lacks a column.
     """
     shards: list[SourceShard] = []
     columns = [recipe.image_column, recipe.caption_column, recipe.group_column, recipe.split_column, recipe.hash_column]
-    cut = [recipe.shard_rows, recipe.validation, recipe.test, list(recipe.roots)]
+    cut = [recipe.shard_rows, recipe.validation, recipe.test, recipe.roots, digest(sorted(journal.forgotten))]
     name = ""
-    cutter = _Cutter(recipe, journal.marks, store, write)
+    cutter = _Cutter(recipe, journal.forgotten, store, write)
     seen = SeenReferences()
     unseen: list[tuple[str, str, Segment]] = []
     for index, path in enumerate(recipe.paths):
-        name = digest(["segment", LAYOUT, name, fingerprint(path), columns, *cut, *journal.hits(index)])
+        name = digest(["segment", LAYOUT, name, fingerprint(path), columns, *cut])
         segment = _stored(store, name)
         if segment is None:
             for earlier in unseen:
@@ -179,7 +179,7 @@ def scan(recipe: SourceRecipe, store: Store, write: bool, journal: ListJournal =
             unseen.append((name, path, segment))
         shards += segment.shards
     for index, blob in enumerate(journal.retries, FIRST_RETRY):
-        name = digest(["retry", LAYOUT, index, blob, *cut, *journal.hits(index)])
+        name = digest(["retry", LAYOUT, index, blob, *cut])
         segment = _stored(store, name)
         if segment is None:
             retried = partial(written_rows, pa.BufferReader(read_blob(store, blob)))

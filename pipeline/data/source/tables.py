@@ -26,7 +26,7 @@ from pipeline.local import open_local
 from pipeline.progress import counted
 
 _HEAD = 1 << 20  # bytes by which the encoding of a file is judged
-HEAD_LINES = 100  # of a JSONL file, which say what columns it has
+HEAD_LINES = 100  # of a JSONL file, which say what its columns of references and captions are called
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
 
@@ -157,12 +157,13 @@ class _Lines:
                 yield _lone_surrogate(wanted, values, number) or [value or None for value in values]
 
     def objects(self, head: bytes, wanted: Sequence[str], needed: int) -> Iterator[list[Any] | Flaw]:
-        """Yields the rows of lines of which each is a JSON object. Those of ``head`` say which columns there are."""
+        """Yields the rows of lines that are JSON objects. Those of ``head`` say what the needed columns are called."""
         read = [parsed_object(line) for line in head.splitlines()[:HEAD_LINES]]
         first = [row for row in read if isinstance(row, dict)]
         if not first:
             raise UserError(f"source {self._path}: line 1 {read[0]}; write a JSON object a line")
-        found = columns_of(self._path, list(dict.fromkeys(name for row in first for name in row)), wanted, needed)
+        names = list(dict.fromkeys(name for row in first for name in row))
+        found = [*columns_of(self._path, names, wanted[:needed], needed), *wanted[needed:]]
         while line := self._take():
             if not line.strip():
                 continue

@@ -29,11 +29,11 @@ SHARD_ROWS = 25
 
 @dataclass(frozen=True)
 class Listed:
-    """Rows in order: vectors float16 [n, d], splits, and the sides of their square pictures."""
+    """Rows in order: vectors float16 [n, d], splits, and the sides of their square pictures, None without a picture."""
 
     vectors: np.ndarray
     splits: Sequence[str]
-    sides: Sequence[int]
+    sides: Sequence[int | None]
 
     def first(self, rows: int) -> "Listed":
         return Listed(self.vectors[:rows], self.splits[:rows], self.sides[:rows])

@@ -223,7 +223,18 @@ def test_no_such_bucket(s3: object) -> None:
         open_store("s3://no-such-bucket/x").read("a")
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/x", "s3:///x"])
+def test_a_name_is_taken_as_it_stands(tmp_path: Path) -> None:
+    folders = [str(tmp_path / name) for name in ("run#1", "run#2", "what?", "100%25")]
+    for url, folder in [*zip(folders, folders, strict=True), (f"file://{tmp_path}/a#b", str(tmp_path / "a#b"))]:
+        assert open_store(url).url == folder
+    for prefix in ("run#1", "what?/x"):
+        store = open_store(f"s3://bucket/{prefix}/")
+        assert (store.bucket, store.prefix) == ("bucket", prefix)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="write file:///FOLDER"):
+        open_store("file://server/folder")
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3:///x", "s3:bucket/x"])
 def test_unknown_stores_are_refused(url: str) -> None:
     with pytest.raises(UserError, match="s3://BUCKET/PREFIX"):
         open_store(url)

@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from pipeline.data.pairs.stage import PairsRecipe
-from pipeline.data.source.journal import Forgotten, ListJournal, change_journal, with_forgotten
+from pipeline.data.source.journal import ListJournal, change_journal, with_forgotten
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import (
     Artifact,
@@ -210,7 +210,7 @@ def test_what_was_forgotten_is_not_kept_by_the_runs_of_before(store: Store) -> N
 
 
 def _forget(store: Store, project: str) -> None:
-    change_journal(store, project, lambda j: with_forgotten(j, [Forgotten(f"mark {j.forgettings}", ())]))
+    change_journal(store, project, lambda j: with_forgotten(j, [f"mark {j.forgettings}"]))
 
 
 def test_before_and_after_a_forgetting_is_what_a_run_was_planned_with_whatever_clocks_say(store: Store) -> None:

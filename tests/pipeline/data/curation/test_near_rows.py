@@ -1,6 +1,7 @@
 """Near-duplicates and leaks over shards: against all pairs, and whatever the order of work, kills and appended rows."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline.graph.artifacts import Artifact, Shard, artifact_path, read_shards
 from pipeline.graph.execute import heal
 from pipeline.graph.stages import Context, Stage
 from pipeline.graph.workers import ShardTask
+from pipeline.ledger import Ledger
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path
 from tests.pipeline.data.vectors import SHARD_ROWS, Listed, curate, planted, publish, rejected, unit
@@ -70,6 +72,18 @@ def run(store: Store, rows: Listed, workers: int = 0) -> Artifact:
 
 def blobs(store: Store, artifact: Artifact) -> list[dict[str, str]]:
     return [dict(shard.blobs) for shard in read_shards(store, artifact)]
+
+
+def test_embeddings_without_pictures_are_curated_as_pictures_of_one_size(store: Store, tmp_path: Path) -> None:
+    rows = listed()
+    same = run(open_store(str(tmp_path / "same")), replace(rows, sides=[64] * ROWS))
+    found = run(store, replace(rows, sides=[None] * ROWS))
+    assert rejected(store, found) == rejected(open_store(str(tmp_path / "same")), same) != []
+
+
+def test_a_list_of_which_no_row_is_left_has_no_near_rows(store: Store) -> None:
+    rows = replace(listed(rows=60), sides=[16] * 60)
+    assert run(store, rows).ledger == Ledger(rejected={"too_small": 60})
 
 
 def test_a_short_list_is_curated_exactly(store: Store) -> None:

@@ -39,8 +39,8 @@ def lists(folder: Path, **texts: str) -> DenyLists:
 def test_a_host_stands_for_all_below_it_and_a_url_for_every_spelling(tmp_path: Path) -> None:
     deny = lists(
         tmp_path,
-        hosts="\ufeffExample.org\n\n# a remark\n*.wild.test\n.dot.test.\nпример.рф\n",
-        urls="http://a.test/x y.png?q=é#part\nhttps://a.test:443/tls\nhttp://b.test/~u/%e2%82%ac/x.png\n",
+        hosts="\ufeffExample.org\n\n# a remark\n  # another\n*.wild.test # of May\n.dot.test.\nпример.рф\n",
+        urls="http://a.test/x y.png?q=é#part\nhttps://a.test:443/tls\t# asked us on 2 May\nhttp://b.test/~u/%e2%82%ac/x.png\n",
     )
     hosts = ["example.org", "www.EXAMPLE.org", "a.b.example.org", "wild.test", "x.wild.test", "dot.test", "пример.рф"]
     assert all(deny.url(normal_url(f"https://{host}:8443/a.png")) for host in hosts)

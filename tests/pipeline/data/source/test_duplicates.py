@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source import stage as source
-from pipeline.data.source.journal import Forgotten, ListJournal, reference_mark
+from pipeline.data.source.journal import ListJournal, reference_mark
 from pipeline.data.source.lists import read_rows
 from pipeline.data.source.stage import Scan, SeenReferences, SourceRecipe, hashes_of, scan
 from pipeline.errors import UserError
@@ -88,7 +88,7 @@ def _by_a_set(lists: list[list[str]], forgotten: set[str]) -> list[str | None]:
 @given(LISTS.map(lambda lists: [urls for urls in lists if urls]).filter(bool), st.sets(st.integers(0, 11), max_size=2))
 def test_lists_at_once_or_one_by_one_are_cut_as_by_a_set(lists: list[list[str]], forgotten: set[int]) -> None:
     urls = {f"http://h/{i}" for i in forgotten}
-    journal = ListJournal(forgotten=tuple(Forgotten(reference_mark(url), ()) for url in urls))
+    journal = ListJournal(forgotten=frozenset(map(reference_mark, urls)))
     with tempfile.TemporaryDirectory() as folder:
         paths = _write(Path(folder), lists)
         recipe = SourceRecipe(tuple(paths), shard_rows=3)
@@ -170,7 +170,7 @@ def test_damaged_hashes_are_made_again(
 def test_what_is_forgotten_leaves_no_hash(appended: tuple[Store, SourceRecipe, SourceRecipe]) -> None:
     store, recipe, _ = appended
     before = {entry.path for entry in store.list("")}
-    journal = ListJournal(forgotten=(Forgotten(reference_mark("http://h/7"), (0, 1)),))
+    journal = ListJournal(forgotten=frozenset({reference_mark("http://h/7")}))
     scan(recipe, store, write=True, journal=journal)
     for url, there in (("http://h/7", False), ("http://h/8", True)):
         new = [store.read(entry.path) for entry in store.list("blobs/") if entry.path not in before]

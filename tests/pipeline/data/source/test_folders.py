@@ -13,9 +13,10 @@ import pytest
 
 from pipeline.data.source.lists import read_rows, unread
 from pipeline.data.source.rows import ListRow
-from pipeline.data.source.stage import SourceRecipe
+from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
 from pipeline.local import local_path
+from pipeline.store import open_store
 from tests.pipeline.data.bench import Bench, picture, write_tar
 
 
@@ -82,6 +83,23 @@ def test_metadata_may_name_only_what_lies_below_them(tmp_path: Path) -> None:
     assert unread(str(tmp_path / "own"), SourceRecipe((".",))) == (
         f"1 file in {tmp_path}/own is not read: 1 image that metadata.jsonl does not name (such as b.png)"
     )
+
+
+def test_a_row_of_metadata_that_is_no_reference_costs_itself_alone(tmp_path: Path) -> None:
+    folder = images(tmp_path / "own", "a.png")
+    names = ["a.png", "b\0.png", "http://[x/a.jpg", "https://ex\u2100mple.org/a.jpg"]
+    (folder / "metadata.jsonl").write_text(lines(*({"file_name": name, "text": "a cat"} for name in names)))
+    assert [row.captions for row in rows_of(folder)] == [("a cat",)] * 4
+    scan(SourceRecipe((str(folder),)), open_store(str(tmp_path / "store")), write=True)
+    assert unread(str(folder), SourceRecipe((".",))) == ""
+
+
+def test_a_column_of_jsonl_may_come_late(tmp_path: Path) -> None:
+    file = tmp_path / "list.jsonl"
+    rows = [{"url": f"http://h/{i}.jpg", "caption": "a cat"} for i in range(150)]
+    late = {"split": "test", "license": "CC0"}
+    file.write_text(lines(*rows, {"url": "http://h/late.jpg", "caption": "a cat", **late}))
+    assert [(row.split, row.license) for row in rows_of(file)] == [("", "")] * 150 + [("test", "CC0")]
 
 
 def test_jsonl_rows_are_read_one_by_one(tmp_path: Path) -> None:

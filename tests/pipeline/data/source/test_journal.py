@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pipeline.data.source.forget import Request, find
 from pipeline.data.source.journal import (
     EMPTY,
-    Forgotten,
     ListJournal,
     change_journal,
     journal_path,
@@ -42,7 +41,7 @@ def _recipe(tmp_path: Path, *names: str, rows: int = 10) -> SourceRecipe:
 def test_what_is_forgotten_leaves_an_empty_place_and_moves_one_shard(tmp_path: Path, store: Store) -> None:
     recipe = _recipe(tmp_path, "a", "b")
     before = scan(recipe, store, write=True).shards
-    journal = ListJournal(forgotten=(Forgotten(reference_mark(" http://h/a5.png"), (0,)),))
+    journal = ListJournal(forgotten=frozenset({reference_mark(" http://h/a5.png")}))
     after = scan(recipe, store, write=True, journal=journal).shards
     changed = [a.number for a, b in zip(after, before, strict=True) if a != b]
     assert changed == [1]
@@ -63,13 +62,13 @@ def test_what_is_forgotten_goes_by_any_spelling_of_its_url(tmp_path: Path, store
     named = ["https://example.test:443/A.jpg", "http://example.test/Bé.jpg"]  # as a browser shows them
     found = find(store, scan(recipe, store, write=True).shards, None, Request.read(named))
     assert (found.rows, found.unseen) == (2, [])
-    journal = ListJournal(forgotten=tuple(found.forgotten))
+    journal = ListJournal(forgotten=frozenset(found.marks))
     (shard,) = scan(recipe, store, write=True, journal=journal).shards
     assert [row["url"] for row in read_table(store, shard.refs).to_pylist()] == ["", "", listed[2]]
 
 
 def test_what_is_forgotten_stays_so_in_lists_to_come(tmp_path: Path, store: Store) -> None:
-    journal = ListJournal(forgotten=(Forgotten(reference_mark("http://h/b2.png"), ()),))
+    journal = ListJournal(forgotten=frozenset({reference_mark("http://h/b2.png")}))
     first = scan(_recipe(tmp_path, "a"), store, write=True, journal=journal)
     assert first == scan(_recipe(tmp_path, "a"), store, write=True)
     grown = scan(_recipe(tmp_path, "a", "b"), store, write=True, journal=journal)
@@ -95,18 +94,26 @@ def test_rows_tried_again_are_a_segment_that_later_lists_do_not_move(tmp_path: P
     assert grown.shards[-1] == again.shards[-1]
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 3))), max_size=6), st.randoms())
-def test_the_order_of_forgetting_does_not_matter(rows: list[tuple[str, list[int]]], random: Random) -> None:
-    found = [Forgotten(mark, tuple(segments)) for mark, segments in rows]
-    once = with_forgotten(EMPTY, found)
-    shuffled = random.sample(found, len(found))
+def test_what_is_forgotten_stays_so_wherever_it_was_cut_before(tmp_path: Path, store: Store) -> None:
+    """While its list is out of the configuration, and for a project that has forgotten nothing."""
+    journal = ListJournal(forgotten=frozenset({reference_mark("http://h/b2.png")}))
+    grown = _recipe(tmp_path, "a", "b")
+    before = scan(grown, store, write=True)
+    again = scan(grown, store, write=True, journal=journal)
+    assert again != before
+    assert sum(shard.ledger.rejected.get("forgotten", 0) for shard in again.shards) == 1
+    assert scan(grown, store, write=True) == before
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=6), st.randoms())
+def test_the_order_of_forgetting_does_not_matter(marks: list[str], random: Random) -> None:
+    once = with_forgotten(EMPTY, marks)
     one_by_one = EMPTY
-    for row in shuffled:
-        one_by_one = with_forgotten(one_by_one, [row])
-    assert once.forgotten == one_by_one.forgotten
-    assert once.forgettings == bool(found) <= one_by_one.forgettings
-    assert with_forgotten(once, found) == once
-    assert once.marks == {mark for mark, _ in rows}
+    for mark in random.sample(marks, len(marks)):
+        one_by_one = with_forgotten(one_by_one, [mark])
+    assert once.forgotten == one_by_one.forgotten == set(marks)
+    assert once.forgettings == bool(marks) <= one_by_one.forgettings
+    assert with_forgotten(once, marks) == once
 
 
 def test_entries_of_many_writers_are_all_kept(store: Store) -> None:
@@ -173,17 +180,17 @@ def test_rows_are_found_by_key_by_reference_and_by_hash(tmp_path: Path) -> None:
     bench = _fetch(tmp_path / "store", paths, pages)
     sha256 = next(row["sha256"] for row in bench.rows("pairs") if row["url"].endswith("/3.png"))
 
-    def found(*words: str) -> tuple[set[tuple[str, tuple[int, ...]]], int]:
+    def found(*words: str) -> tuple[set[str], int]:
         found = find(bench.store, _listed(bench), bench.made["pairs"], Request.read(words))
-        return {(row.mark, row.segments) for row in found.forgotten}, found.rows
+        return found.marks, found.rows
 
-    def mark(name: str, *segments: int) -> tuple[str, tuple[int, ...]]:
-        return reference_mark(f"http://h/{name}.png"), segments
+    def marks(*names: str) -> set[str]:
+        return {reference_mark(f"http://h/{name}.png") for name in names}
 
-    assert found("000000010001") == ({mark("5", 0)}, 1)
-    assert found("http://h/5.png", "", "# a comment") == ({mark("5", 0)}, 1)
-    assert found(sha256.upper()) == ({mark("3", 0), mark("x", 1)}, 2)
-    assert found("http://h/9.png", "http://h/none.png") == ({mark("9", 0), mark("none")}, 1)
+    assert found("000000010001") == (marks("5"), 1)
+    assert found("http://h/5.png", "", "# a comment") == (marks("5"), 1)
+    assert found(sha256.upper()) == (marks("3", "x"), 2)
+    assert found("http://h/9.png", "http://h/none.png") == (marks("9", "none"), 1)
     request = Request.read(["000000010001", "http://h/none.png"])
     told = find(bench.store, _listed(bench), bench.made["pairs"], request)
     assert told.named == [("000000010001", "http://h/5.png")]
@@ -194,7 +201,15 @@ def test_rows_are_found_by_key_by_reference_and_by_hash(tmp_path: Path) -> None:
         found("0" * 64)
 
 
-@pytest.mark.parametrize("text", [b"{", b"[]", b'{"forgotten": [], "retries": [], "forgotten_at": 0.0}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{",
+        b"[]",
+        b'{"forgotten": [], "retries": [], "forgotten_at": 0.0}',
+        b'{"forgotten": [["mark", [0]]], "retries": [], "forgettings": 1}',
+    ],
+)
 def test_a_journal_of_another_version_is_one_line(store: Store, text: bytes) -> None:
     assert store.swap(journal_path("p"), None, text)
     with pytest.raises(UserError, match="name another store"):
