@@ -65,7 +65,7 @@ def run_attempts(ctx: Context) -> Artifact:
     while True:
         try:
             own = course(ctx, begin=True)
-            newest = partial(own.newest, ctx.recipe.samples)
+            newest = partial(own.newest, ctx.recipe.whole_samples)
             if newest() > reached:
                 reached, lost = newest(), 0
             if reached:

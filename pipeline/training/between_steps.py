@@ -57,7 +57,7 @@ class BetweenSteps:
         self.owed = self.left = False  # a validation pass that is not saved yet; a machine that is to be taken away
 
     def __call__(self, state: TrainState) -> None:
-        """Validates if a validation pass is due, and publishes milestones.
+        """Validates if a validation pass is due, as it is at a milestone, and publishes milestones.
 
         Saves after a validation pass, every ``checkpoint_every_s`` seconds or more, before a machine is taken away, and
         at the end. Only for the last two it waits for a checkpoint that is still being written.
@@ -68,8 +68,8 @@ class BetweenSteps:
         if self.progress:
             self.progress.advance(state.samples - self.progress.done, partial(loss_note, state))
         self.saved = state.samples if self.saved is None else self.saved  # what was restored
-        validate = validation_due(state.samples, self.recipe) and not was_validated(state)
         reached = [m for m in self.settings.milestones if m <= state.samples < m + self.recipe.batch]
+        validate = (bool(reached) or validation_due(state.samples, self.recipe)) and not was_validated(state)
         leaving = self.group.leaving() and not self.left
         new = state.samples > self.saved
         self.owed = new and (self.owed or validate)

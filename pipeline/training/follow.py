@@ -56,7 +56,7 @@ def so_far(ctx: Context) -> Artifact | None:
 
     It is not in the store. None before the first checkpoint. Metrics have "samples_seen".
     """
-    found = course(ctx, begin=False).journal(ctx.recipe.samples)
+    found = course(ctx, begin=False).journal(ctx.recipe.whole_samples)
     if found is None:
         return None
     samples, journal = found

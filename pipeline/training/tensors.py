@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.draw import derive_seed
+from pipeline.local import open_local
 from pipeline.progress import Progress
 from pipeline.settings import TrainingSettings
 from pipeline.training.between_steps import loss_note
@@ -21,6 +22,7 @@ from pipeline.training.loop import fit
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState, begin
 from pipeline.training.task import Batch, Finishes, Task
+from pipeline.training.warm_start import load_weights
 from pipeline.training.worker import first_rows
 
 
@@ -48,7 +50,7 @@ class TensorFeed:
 def train_on(
     name: str, task: Task, columns: Batch, recipe: TrainingRecipe, device: torch.device, progress: bool = True
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Trains a task's model from random weights.
+    """Trains a task's model, from random weights or those of the recipe's ``init_from``.
 
     Args:
         name: Of what is trained, for progress and messages.
@@ -64,9 +66,14 @@ def train_on(
     Raises:
         NonFinite: The training diverged.
         OutOfMemory: A step does not fit.
+        UserError: ``init_from`` has weights of another model.
     """
     group, feed = ProcessGroup(device=device), TensorFeed(columns, recipe)
-    state = begin(task, recipe, group)
+    warm = None
+    if (file := recipe.init_from) is not None:
+        with open_local(file.path) as opened:
+            warm = partial(load_weights, name, file, opened.read(), task)
+    state = begin(task, recipe, group, warm)
     with Progress(name, recipe.whole_samples, "samples") if progress else nullcontext() as line:
 
         def between(state: TrainState) -> None:

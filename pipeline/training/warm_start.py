@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.parse import ContentFile
-from pipeline.store import Store
-from pipeline.store.records import read_blob
+from pipeline.training.task import Finishes, Task
 
 SHOWN_NAMES = 3  # of a kind, in a message
 
 
-def load_weights(store: Store, stage: str, file: ContentFile, measured: Collection[str], model: nn.Module) -> None:
-    """Gives ``model`` the weights of a file, except those that are ``measured`` when it is finished, and frozen ones.
+def load_weights(stage: str, file: ContentFile, data: bytes, task: Task, model: nn.Module) -> None:
+    """Gives ``model`` the weights of a file, except those that its task measures when it is finished, and frozen ones.
 
-    What is frozen in a model is of this run's CLIP, which need not be the file's.
-    Raises UserError if names or shapes are not those of the model, CorruptObject if the blob is damaged.
+    What is frozen in a model is of this run's CLIP, which need not be the file's. ``data`` are the file's bytes.
+    Raises UserError if names or shapes are not those of the model.
     """
-    data = read_blob(store, file)
     where = f"{stage}.init_from: {file.path or file[:12]}"
+    measured = task.measured if isinstance(task, Finishes) else ()
     try:
         tensors = {name: tensor for name, tensor in load(data).items() if name not in measured}
     except SafetensorError as e:

@@ -21,12 +21,13 @@ from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.store.crash import crash_point
-from pipeline.store.records import put_blob
+from pipeline.store.records import put_blob, read_blob
 from pipeline.training.between_steps import BetweenSteps, averaged
 from pipeline.training.checkpoints import Course
 from pipeline.training.compiling import compile_layers, compiles
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Batches, Feed
+from pipeline.training.feed.order import lanes_of
 from pipeline.training.loop import NonFinite, fit
 from pipeline.training.memory import fitting_rows, memory_for, refuses
 from pipeline.training.recipes import TrainingRecipe
@@ -61,7 +62,9 @@ class Training:
         # Before the workers wait for each other, because rank 0 measures alone.
         speed = self._speed(task, feed, state, group) if group.is_rank_0 else NOT_MEASURED
         if isinstance(task, Contrastive):
-            task.gather = group.gather
+            share = ctx.recipe.batch // ctx.recipe.lanes
+            lengths = [share * len(lanes_of(rank, group.size, ctx.recipe.lanes)) for rank in range(group.size)]
+            task.gather = partial(group.gather, lengths)
         try:
             self._train(Publisher(ctx, task, feed, group, speed), state)
         except NonFinite as e:
@@ -78,7 +81,7 @@ class Training:
 
     def _state(self, task: Task, group: ProcessGroup) -> TrainState:
         """Returns the state of the newest checkpoint that every worker can read, else that before the first sample."""
-        newest = self.ctx.recipe.samples
+        newest = self.ctx.recipe.whole_samples
         while True:
             state = begin(task, self.ctx.recipe, group, warm_start(self.ctx, task), self.ctx.settings.recompute)
             if group.is_rank_0 or group.sharded:
@@ -174,10 +177,9 @@ def first_rows(feed: Batches, recipe: TrainingRecipe, rows: int, device: torch.d
 
 def warm_start(ctx: Context, task: Task) -> Callable[[nn.Module], None] | None:
     """Returns what gives a new model the weights that its recipe names; None if it names none."""
-    if ctx.recipe.init_from is None:
+    if (file := ctx.recipe.init_from) is None:
         return None
-    measured = task.measured if isinstance(task, Finishes) else ()
-    return partial(load_weights, ctx.store, ctx.stage, ctx.recipe.init_from, measured)
+    return lambda model: load_weights(ctx.stage, file, read_blob(ctx.store, file), task, model)
 
 
 def at_stop(ctx: Context, samples: int) -> Context:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import unclip
 from models.codec_fit import fit_codec
-from models.folder import load_model
+from models.folder import load_model, save_model
 from tests.chain import ROOT
 from tests.faults import Undisturbed, copy
 from tests.models.test_cascade import make
@@ -304,7 +304,26 @@ def test_a_decoder_that_whitens_measures_the_rows_that_it_is_given() -> None:
     torch.testing.assert_close(model.whitening.mean, image.mean(0))
 
 
+def test_weights_to_begin_with_are_taken(tmp_path: Path) -> None:
+    image, text = torch.nn.functional.normalize(
+        torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)), dim=2
+    )
+    data = {"captions": ["a picture"] * 8, "image_embedding": image, "text_embedding": text}
+    few: dict[str, Any] = {"device": "cpu", "samples": 8, "batch": 8, "progress": False, "warmup": 0}
+    first, _ = unclip.train("diffusion_prior", data, **few)
+    save_model(tmp_path, first)
+    still = {"learning_rate": 1e-30, "weight_decay": 0.0, "seed": 5, "init_from": str(tmp_path / "model.safetensors")}
+    again, _ = unclip.train("diffusion_prior", data, **few, **still)
+    for name, value in first.state_dict().items():
+        if name != "gamma":  # which is measured
+            torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-20)
+    with pytest.raises(unclip.UserError, match=r"init_from: .* does not fit"):
+        unclip.train("diffusion_prior", data, **few, **still, model={"width": 32})
+
+
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
+    "fetched": (lambda: unclip.train("clip", {}, weights="open_clip:ViT-B-32:laion2b_s34b_b79k"), "leave weights out"),
+    "blob": (lambda: unclip.train("clip", {}, init_from="0" * 64), "name a file"),
     "unknown": (lambda: unclip.train("decodr", {}), "unknown model decodr"),
     "recipe": (lambda: unclip.train("decoder", {}, sample=3), "did you mean samples"),
     "missing": (lambda: unclip.train("diffusion_prior", {"captions": ["a"]}), "data has no image_embedding"),

@@ -157,6 +157,14 @@ def test_augmentation_crops_and_brightens_but_never_flips() -> None:
     assert 0.97 < share.max() <= 1.001
 
 
+def test_under_autocast_crops_lie_where_they_lie_without() -> None:
+    """A coordinate in bf16 would be off by up to half a pixel."""
+    waves = (127 + 127 * torch.sin(torch.arange(224) / 3)).to(torch.uint8).expand(4, 3, 224, 224)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = augment(waves, Draw([(0, 4)]))
+    torch.testing.assert_close(found, augment(waves, Draw([(0, 4)])), rtol=0, atol=1e-6)
+
+
 def test_it_learns_to_match_eight_pairs() -> None:
     clip = Clip.build(VIT, seed=0)
     colours = torch.tensor([[r, g, b] for r in (0, 220) for g in (0, 220) for b in (0, 220)], dtype=torch.uint8)

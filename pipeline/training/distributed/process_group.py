@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -113,16 +113,13 @@ class ProcessGroup:
             dist.all_reduce(values)
         return values
 
-    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+    def gather(self, lengths: Sequence[int], rows: Tensor) -> tuple[Tensor, int]:
         """Returns the rows of all workers, [n, ...], by rising rank, and the place of this worker's first row.
 
-        Their gradient is the sum over all workers. Workers may have unequal numbers of rows.
+        Their gradient is the sum over all workers, of which each has its number of rows in ``lengths``.
         """
         if self.size == 1:
             return rows, 0
-        counts = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
-        counts[self.rank] = len(rows)
-        lengths = self.sum(counts).tolist()
         padding = rows.new_zeros(max(lengths) - len(rows), *rows.shape[1:])
         parts = all_gather(torch.cat([rows, padding]))
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]), sum(lengths[: self.rank])

@@ -45,7 +45,8 @@ class ClipTask:
         image = torch.cat([model.encode_image(batch["image"]) for batch, _ in examples])
         text = torch.cat([model.encode_text(batch["tokens"]) for batch, _ in examples])
         labels = torch.arange(len(image), device=image.device)
-        logits = model.model.logit_scale.exp().clamp(max=100).float() * image @ text.T
+        with torch.autocast(image.device.type, enabled=False):  # in bf16 many cosines are equal
+            logits = model.model.logit_scale.exp().clamp(max=100).float() * image.float() @ text.float().T
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         return {"loss": float(loss), "recall_at_1": float((logits.argmax(1) == labels).float().mean())}
 

@@ -39,12 +39,15 @@ def conditional_figures(
 ) -> dict[str, float]:
     """Returns the mean "loss", also by timestep where a model has ``steps``, and how the conditions lower it.
 
-    "condition_gap" is the mean rise of the loss when every row has its neighbour's ``conditions``, with the same noise
-    and timesteps; "condition_gap_error" is its standard error. A model that ignores its conditions has a gap of 0.
+    "condition_gap" is the mean rise of the loss when every row has the ``conditions`` of the row before it, the first
+    those of the last, with the same noise and timesteps; "condition_gap_error" is its standard error. A model that
+    ignores its conditions has a gap of 0.
     """
     true, wrong = [], []
+    before = examples[-1][0]
     for batch, draw in examples:
-        shifted = batch | {name: batch[name].roll(1, 0) for name in conditions}
+        shifted = batch | {name: torch.cat([before[name][-1:], batch[name][:-1]]) for name in conditions}
+        before = batch
         true.append(loss(batch, draw).total)
         wrong.append(loss(shifted, draw).total)
     rise = torch.cat(wrong) - torch.cat(true)

@@ -1,13 +1,18 @@
 """Figures of validation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.draw import Draw
+from models.losses import Losses
 from models.prior_configs import DiffusionPriorConfig
+from pipeline.training.task import Batch
+from pipeline.training.tasks.clip import ClipTask
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
-from pipeline.training.tasks.figures import by_timestep
+from pipeline.training.tasks.figures import by_timestep, conditional_figures
 
 
 def test_losses_are_told_apart_by_timestep() -> None:
@@ -40,3 +45,32 @@ def test_a_prior_that_repeats_the_caption_is_as_near_as_the_caption(monkeypatch:
         figures = task.validate(model, [(batch, Draw([(1, 6)]))])
         assert figures["cosine_of_mean"] == pytest.approx(cosine, abs=1e-5)
         assert figures["cosine_of_text"] == pytest.approx(nearness, abs=1e-5)
+
+
+def test_every_row_gets_the_condition_of_another() -> None:
+    """Also one that is alone in the last batch."""
+    rows = torch.arange(5.0)
+    examples = [({"own": part, "condition": part}, Draw([(i, len(part))])) for i, part in enumerate(rows.split(2))]
+
+    def loss(batch: Batch, draw: Draw) -> Losses:
+        return Losses((batch["condition"] - batch["own"]).abs(), {})
+
+    figures = conditional_figures(loss, examples, ["condition"])
+    assert figures["loss"] == 0
+    assert figures["condition_gap"] == pytest.approx((4 + 1 * 4) / 5)
+
+
+def test_clip_is_validated_in_fp32_under_autocast() -> None:
+    """In bf16 captions that are nearly as good as the right one would be as good."""
+    image = F.normalize(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    batch = {"image": image, "tokens": image + 0.3 * torch.randn(64, 16, generator=torch.Generator().manual_seed(1))}
+    model = SimpleNamespace(
+        encode_image=lambda x: x,
+        encode_text=lambda x: F.normalize(x.float(), dim=1),
+        model=SimpleNamespace(logit_scale=torch.tensor(4.6)),
+    )
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append(ClipTask.validate(ClipTask.__new__(ClipTask), model, [(batch, Draw([(0, 64)]))]))  # type: ignore[arg-type]
+    assert found[0] == pytest.approx(found[1], abs=1e-6)

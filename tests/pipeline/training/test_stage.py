@@ -30,7 +30,7 @@ from pipeline.training.feed.tables import Tables
 from pipeline.training.recipes import ARPriorRecipe, ClipRecipe, DecoderRecipe, DiffusionPriorRecipe, UpsamplerRecipe
 from pipeline.training.state import begin
 from pipeline.training.task import task_of
-from pipeline.training.worker import Training
+from pipeline.training.worker import Publisher, Training
 from tests.pipeline.training.conftest import World, make_world, with_codec
 from tests.pipeline.training.trainings import CLIP_MODEL, DECODER, MODEL, SETTINGS, assert_close, lines, weights
 
@@ -77,7 +77,7 @@ def test_a_decoder_measures_its_whitening_on_kept_training_rows(tmp_path: Path) 
 def test_the_decoder_draws_previews(shared_world: World) -> None:
     recipe = DecoderRecipe(samples=32, batch=16, lanes=8, precision="fp32", model=DECODER)
     artifact = stage.run_decoder(shared_world.context("decoder", recipe))
-    previews = {"preview.png", "previews/000000000000.png", "previews/000000000032.png"}
+    previews = {"preview.png", *(f"previews/{samples:012d}.png" for samples in (0, 16, 32))}
     assert previews | {"config.json", "model.safetensors", "metrics.jsonl"} == set(artifact.blobs)
     assert artifact.blobs["preview.png"] == artifact.blobs["previews/000000000032.png"]
     assert read_blob(shared_world.store, artifact.blobs["preview.png"]).startswith(b"\x89PNG")
@@ -197,7 +197,8 @@ def test_raising_samples_goes_on(world: World, undisturbed: dict[str, bytes], ca
     assert read_blob(world.store, second.blobs["model.safetensors"]) == undisturbed["192 model.safetensors"]
 
 
-def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World) -> None:
+def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World, tmp_path: Path) -> None:
+    fresh = make_world(tmp_path / "fresh")
     settings = replace(SETTINGS, milestones=(64, 90))
     stage.train(world.context("diffusion_prior", RECIPE, settings))
     for milestone, seen in ((64, 64), (90, 96)):
@@ -206,6 +207,28 @@ def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World) -> None
         assert made is not None
         assert made.recipe["samples"] == milestone
         assert made.metrics["samples_seen"] == seen
+        own = stage.train(fresh.context("diffusion_prior", replace(RECIPE, samples=milestone), SETTINGS))
+        assert made.blobs["model.safetensors"] == own.blobs["model.safetensors"]
+        validated = [{n: v for n, v in one.metrics.items() if n.startswith("validation_")} for one in (made, own)]
+        assert validated[0] == validated[1] != {}
+
+
+def test_an_end_within_a_batch_is_found_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """90 samples in batches of 16 end at 96; killed there, a training goes on there, though it keeps no other."""
+    ctx = world.context("diffusion_prior", replace(RECIPE, samples=90), replace(SETTINGS, keep_checkpoints=1))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Publisher, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage.train(ctx)
+    with caplog.at_level(logging.INFO):
+        assert stage.train(ctx).metrics["samples_seen"] == 96
+    assert "resuming diffusion_prior at sample 96" in caplog.text
 
 
 def test_a_second_start_takes_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
