@@ -198,10 +198,14 @@ def _seen(found: Any) -> Seen:
 
 def _normal(address: str) -> str:
     """Returns http://HOST:PORT. Raises UserError for an address of another kind."""
-    parts = urlsplit(address if "://" in address else f"http://{address}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+        named = parts.scheme in ("http", "https") and bool(parts.hostname)
+        host = parts.netloc if parts.port or parts.scheme == "https" else f"{parts.netloc}:{PORT}"
+    except ValueError:  # a bracket without an end, or a port above 65,535
+        named = False
+    if not named:
         raise UserError(f"{address} is not the address of a dashboard; write http://HOST:{PORT}, local or kuberay")
-    host = parts.netloc if parts.port or parts.scheme == "https" else f"{parts.netloc}:{PORT}"
     return f"{parts.scheme}://{host}"
 
 

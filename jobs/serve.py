@@ -98,7 +98,9 @@ def _rayservice(source: str | None, settings: ServeSettings) -> str:
     if local_folder(store):
         raise UserError(f"{store.url} is a folder, which no pod can reach; use s3://BUCKET/PREFIX")
     most = settings.replicas or max(1, settings.idle_replicas)
-    settings = replace(settings, device="cuda" if pods.gpus else "cpu", cpus=settings.cpus or pods.cpus, replicas=most)
+    # Pods listen for others, so that a Secret without UNCLIP_TOKENS is refused.
+    settings = replace(settings, host="0.0.0.0", replicas=most)
+    settings = replace(settings, device="cuda" if pods.gpus else "cpu", cpus=settings.cpus or pods.cpus)
     served = {"name": config.project, "store": store.url, "project": config.project}
     arguments = {"served": served, "settings": dataclasses.asdict(settings)}
     return render_service(config.project, arguments, settings.replicas, pods)

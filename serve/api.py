@@ -22,7 +22,7 @@ from serve.answer import Answer
 from serve.door import Door
 from serve.errors import ApiError
 from serve.guard import Guard
-from serve.painter import Work
+from serve.painter import Work, drawn_side
 from serve.requests import LARGEST_SEED, Common, Edit, Generation, Interpolation, Variation
 from serve.settings import MOST_IMAGES
 from serve.uploads import read_image, read_mask
@@ -45,7 +45,9 @@ def make_api(door: Door, tokens: Mapping[str, str], figures: Callable[[], bytes]
     api.mount("/", StaticFiles(directory=STUDIO, html=True, check_dir=False))
     api.add_middleware(Guard, settings=door.settings, tokens=tokens, observe=door.observe)
     if door.settings.origins:
-        api.add_middleware(CORSMiddleware, allow_origins=door.settings.origins, allow_headers=["*"])
+        api.add_middleware(
+            CORSMiddleware, allow_origins=door.settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     return api
 
 
@@ -139,7 +141,7 @@ async def _answer(
         check_captions([caption for caption in (asked.prompt, more.get("before")) if caption is not None])
     except ValueError as e:
         raise ApiError(400, "prompt_too_long", f"prompt: {e}", "prompt") from None
-    request.scope["allowance"].spend("megapixels", asked.n * side**2 / 1e6)
+    request.scope["allowance"].spend("megapixels", asked.n * drawn_side(side) ** 2 / 1e6)
     if door.settings.log_prompts:
         log.info("%s: %r", kind, asked.prompt)
     seed = random.SystemRandom().randrange(LARGEST_SEED - MOST_IMAGES) if asked.seed is None else asked.seed

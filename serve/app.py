@@ -36,6 +36,7 @@ from serve.results import Results
 from serve.settings import ServeSettings
 
 APP = "unclip"
+SELDOM_S = 600.0  # between two looks at a release that cannot be loaded
 UPSCALE_S = 5.0  # that a batch waits for a process before another one starts
 CONNECTIONS = 1000  # requests that the door holds at once, waiting ones among them
 HEAD = {"node:__internal_head__": 0.001}  # where Serve's own processes are: the end of another node ends nobody's wait
@@ -71,17 +72,21 @@ class Drawer:
         return painter
 
     def _follow(self) -> None:
-        """Loads every new release, for the next batch to be drawn with; one that cannot be loaded changes nothing."""
-        seen = self.painter.key
+        """Loads every new release, for the next batch to be drawn with.
+
+        One that cannot be loaded changes nothing, and is tried again, ever more seldom.
+        """
+        seen, pause = self.painter.key, self.settings.follow_s
         while True:
-            Flag().wait(self.settings.follow_s)
+            Flag().wait(pause)
             try:
                 key = self.served.current()
                 if key != seen:
-                    seen = key
-                    self.next, self.warning = self._open(key), ""
+                    self.next, seen = self._open(key), key
                     log.info("bundle %s is served from the next request on", key[:12])
+                self.warning, pause = "", self.settings.follow_s
             except Exception as e:  # whatever is wrong with the new one, the old one goes on
+                pause = min(2 * pause, max(SELDOM_S, pause))
                 self.warning = "the release could not be loaded, and the one before goes on: see the log"
                 log.warning("bundle %s goes on: the release could not be loaded (%s)", self.painter.key[:12], e)
 
@@ -163,6 +168,8 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
     cores = [int(machine.get("CPU", 0)) for machine in machines]
     gpus = int(sum(machine.get("GPU", 0) for machine in machines))
     gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
+    if gpu and not gpus and "RAY_ADDRESS" not in os.environ:  # and a cluster may add nodes
+        raise UserError("serve: device=cuda, but Ray finds no GPU on this machine; leave device out")
     replicas = max(settings.replicas or (gpus if gpu else min(2, sum(cores))), 1, settings.idle_replicas)
     # All that are there already; those that a cluster may have to add come when they are needed.
     first = max(1, settings.idle_replicas) if settings.replicas else replicas
@@ -205,7 +212,8 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
     What it started ends with it, and nothing else on its cluster; requests that were accepted are answered first.
     Raises UserError where the cluster serves at another address already.
     """
-    settings = replace(settings, port=settings.port or _free_port(settings.host))
+    if not settings.port or "RAY_ADDRESS" not in os.environ:
+        settings = replace(settings, port=_free_port(settings))
     start_ray(RaySettings())
     print(f"loading {served.name} ...", flush=True)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -235,6 +243,13 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
         serve.delete(APP)
 
 
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as server:
-        return server.getsockname()[1]
+def _free_port(settings: ServeSettings) -> int:
+    """Returns the port, or any that is free for 0. Raises UserError if it is taken: Ray Serve would share it."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        with socket.create_server((settings.host, settings.port), family=family) as server:
+            return server.getsockname()[1]
+    except OSError as e:
+        raise UserError(
+            f"serve: {settings.host}:{settings.port} cannot be listened at ({e.strerror}); name another by port="
+        ) from None

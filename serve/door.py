@@ -94,9 +94,10 @@ class Door:
         when the line is full.
         """
         names = self._names((await self.described())["bundle"], work)
-        if others := {self.drawing[name] for name in names if name in self.drawing}:
+        until = time.monotonic() + EQUAL_S
+        while (others := {self.drawing[n] for n in names if n in self.drawing}) and time.monotonic() < until:
             yield ("place", 1)
-            await asyncio.wait(others, timeout=EQUAL_S)
+            await asyncio.wait(others, timeout=until - time.monotonic())
             names = self._names((await self.described())["bundle"], work)
         kept = {i: found for i, name in enumerate(names) if (found := self.results.get(name))}
         if len(kept) < len(names) and work.kind not in ("generation", "inpainting"):

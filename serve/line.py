@@ -104,7 +104,6 @@ class Line:
             # In a context of its own: Ray Serve ends what a request has begun when its client goes.
             task = asyncio.create_task(self._lane(), context=Context())
             self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
         missing = len(work.rows)
         self._count()
         try:
@@ -128,6 +127,12 @@ class Line:
 
     async def _lane(self) -> None:
         """Draws batches until nothing waits."""
+        try:
+            await self._batches()
+        finally:  # at once: a request that comes before a callback would wait for this lane
+            self.tasks.discard(asyncio.current_task())
+
+    async def _batches(self) -> None:
         loop = asyncio.get_running_loop()
         while self.waiting:
             if self.wait and self.images() < self.batch:

@@ -64,6 +64,11 @@ class Work:
     partial: bool = False
 
 
+def drawn_side(side: int) -> int:
+    """Returns the side of the smallest of the cascade's images that is not below ``side``."""
+    return min(drawn for drawn in (64, 256, 1024) if drawn >= side)
+
+
 class Painter:
     """Draws with one bundle, ``batch`` images at once.
 
@@ -96,8 +101,7 @@ class Painter:
         cosine of image and caption by CLIP. Raises Stopped at the first step after ``stopped`` returns True, and
         ValueError for what this bundle cannot draw.
         """
-        size = 64 * min(n for n in (1, 4, 16) if 64 * n >= work.side)
-        options = {**work.options, "size": size}
+        options = {**work.options, "size": drawn_side(work.side)}
         plain = work.kind in ("generation", "inpainting")
         sampling = self.unclip.sampling_with(options) if plain else self.unclip.manipulation_sampling(options)
         settings = dataclasses.asdict(sampling)

@@ -23,7 +23,7 @@ def samples_section(given: ReportInput) -> Markup:
     artifact = given.artifacts["samples"]
     names = sample_names(artifact)
     cells = [attempt(f"Sample {name}", _sample, given, artifact, name) for name in names[:SHOWN]]
-    settings = attempt("The settings of the samples", _settings, artifact, names[:SHOWN])
+    settings = attempt("The settings of the samples", _settings, given, artifact, names[:SHOWN])
     return SAMPLES.samples([SAMPLES.grid(cells, len(names) - SHOWN), settings])
 
 
@@ -58,12 +58,14 @@ def sample_image(given: ReportInput, blob: str, side: int, alt: str) -> Markup:
     return given.album.image(given.read(blob), side, alt, most=110_000)
 
 
-def _settings(artifact: Artifact, names: Sequence[str]) -> Markup:
+def _settings(given: ReportInput, artifact: Artifact, names: Sequence[str]) -> Markup:
     """Shows the commands that draw the same again, of captions that fit into a line, and the settings."""
     commands = []
+    own = given.folder is not None and (given.folder / "bundle.json").exists()
+    source = f" --from {shlex.quote(str(given.folder))}" if own else ""
     for name in names:
         caption, seed = asked_for(artifact, name)
         if isinstance(caption, str) and isinstance(seed, int) and text(caption) == caption:
-            commands.append(f"unclip sample {shlex.quote(caption)} --seed {seed}")
+            commands.append(f"unclip sample{source} --seed {seed} -- {shlex.quote(caption)}")
     settings = artifact.metrics.get("settings")
     return SAMPLES.settings(commands, facts(settings) if settings else "") if commands or settings else Markup()

@@ -407,7 +407,7 @@ function python() {
   const files = images.map((name) => `"${name}": open("${name}.png", "rb")`).join(", ");
   if (!method) {
     const all = Object.entries(fields).map(([k, v]) => `"${k}": ${text(v)}`).join(", ");
-    return `import httpx\n\nmade = httpx.post(\n    "${ROOT}v1/${path}",\n    data={${all}},\n    files={${files}},\n    timeout=600,\n).json()\n`
+    return `import os\n\nimport httpx\n\nmade = httpx.post(\n    "${ROOT}v1/${path}",\n    data={${all}},\n    files={${files}},\n    headers={"Authorization": "Bearer " + os.environ.get("UNCLIP_TOKEN", "none")},\n    timeout=600,\n).json()\n`
       + `for i, image in enumerate(made["data"]):\n    with open(f"drawn-{i}.png", "wb") as file:\n        file.write(httpx.get(image["url"]).content)\n`;
   }
   const words = [...images.map((name) => `${name}=open("${name}.png", "rb")`),

@@ -70,7 +70,7 @@ def test_somebody_else_answers() -> None:
         assert "no Ray cluster answers" in _refusal(address)
 
 
-@pytest.mark.parametrize("address", ["ray://host:10001", "auto://", "ftp://host"])
+@pytest.mark.parametrize("address", ["ray://host:10001", "auto://", "ftp://host", "http://a:999999", "http://["])
 def test_an_address_of_another_kind(address: str) -> None:
     assert "write http://HOST:8265" in _refusal(address)
 

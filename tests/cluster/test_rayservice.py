@@ -10,8 +10,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.rayservice import BUILDER
 from jobs.cli import main
+from pipeline.errors import UserError
 from pipeline.parse import parse
 from serve.bundle import Served
+from serve.guard import read_tokens
 from serve.settings import ServeSettings
 
 KUBERNETES: dict[str, Any] = {"image": "registry.example.org/unclip:1", "secret": "unclip"}
@@ -39,6 +41,8 @@ def test_a_release_is_rendered_as_a_service_that_ray_serve_takes(
     assert Served(**application.args["served"]) == Served("Birds_2", "s3://bucket/birds", project="Birds_2")
     settings = parse(ServeSettings, application.args["settings"], "serve")
     assert (settings.replicas, settings.idle_replicas, settings.batch, settings.device) == (3, 0, 16, "cuda")
+    with pytest.raises(UserError, match="lets others in"):  # as a pod does whose Secret has no UNCLIP_TOKENS
+        read_tokens(settings)
     (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert workers["maxReplicas"] == 3
     (container,) = workers["template"]["spec"]["containers"]

@@ -60,6 +60,23 @@ def test_a_request_draws_by_itself_where_the_equal_one_before_it_ends_without_im
     run(test())
 
 
+def test_when_the_first_of_equal_requests_goes_one_of_the_others_is_drawn() -> None:
+    async def test() -> None:
+        drawer = Drawer()
+        one = door(drawer)
+        tasks = [asyncio.create_task(drawn(one, work("a"))) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        tasks[0].cancel()
+        await asyncio.sleep(0.01)
+        drawer.go.set()
+        first, *others = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+        assert isinstance(first, asyncio.CancelledError)
+        assert all(each == others[0] for each in others)
+        assert len(drawer.works) == 2  # what went, and one
+
+    run(test())
+
+
 def test_a_server_whose_process_is_gone_says_to_come_back_until_it_has_heard_of_its_bundle() -> None:
     async def gone() -> dict[str, Any]:
         raise Died("killed")

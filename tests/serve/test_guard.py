@@ -4,17 +4,20 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
 
 from cluster.package import Package
 from jobs.cli import main
 from pipeline.errors import UserError
 from pipeline.parse import parse
 from serve import guard
+from serve.api import make_api
 from serve.bundle import Served
 from serve.guard import Guard, read_tokens
 from serve.settings import ServeSettings
@@ -89,6 +92,41 @@ def test_pages_of_other_addresses_cannot_make_a_browser_draw() -> None:
         assert ask(headers={"Origin": origin}).status_code == status
     assert ask(headers={"Host": "evil.example"}).status_code == 403  # a name that its owner points to 127.0.0.1
     assert ask("/", "GET", headers={"Host": "evil.example:8000"}).status_code == 403
+
+
+@pytest.mark.parametrize("host", ["[", "[::1", "a]b"])
+def test_a_host_that_is_none_is_refused(host: str) -> None:
+    assert asking(ServeSettings(), {})(headers={"Host": host}).status_code == 403
+
+
+def api(settings: ServeSettings, tokens: Mapping[str, str]) -> TestClient:
+    """The whole application before a door that draws nothing."""
+
+    async def side(model: str | None, size: str) -> int:
+        return int(size.partition("x")[0])
+
+    door: Any = SimpleNamespace(settings=settings, observe=lambda *_, **__: None, side=side)
+    return TestClient(make_api(door, tokens, lambda: b""), base_url=URL)
+
+
+def test_a_page_of_another_address_that_may_call_may_draw() -> None:
+    """A browser asks first, by a request without the token."""
+    origin = "https://example.org"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    client = api(ServeSettings(origins=(origin,)), {"0" * 64: "ana"})
+    answer = client.options("/v1/images/generations", headers={"Origin": origin, **asked})
+    assert answer.status_code == 200
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    other = client.options("/v1/images/generations", headers={"Origin": "http://evil.example", **asked})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_megapixels_are_those_that_are_drawn() -> None:
+    """An image of 512 px is one of 1024 px, made smaller."""
+    client = api(ServeSettings(megapixels_per_minute=1.0), {})
+    answer = client.post("/v1/images/generations", json={"prompt": "a", "size": "512x512"})
+    assert answer.status_code == 429
+    assert "megapixels" in answer.text
 
 
 def test_a_body_that_is_too_large_or_too_slow_ends_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:

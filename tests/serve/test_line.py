@@ -167,3 +167,25 @@ def test_a_lane_outlives_the_client_that_began_it() -> None:
         assert await asyncio.wait_for(second, 5) == [b"c0"]
 
     run(test())
+
+
+def test_a_request_that_comes_as_the_last_lane_ends_gets_its_own() -> None:
+    """Its turn of the event loop is the one in which the lane has found the line empty."""
+
+    async def test() -> None:
+        came: list[asyncio.Task[list[bytes]]] = []
+
+        async def draw(work: Work) -> AsyncGenerator[Event]:
+            yield ("image", 0, (work.rows[0].caption or "").encode(), 0.5)
+            if not came:
+                came.append(asyncio.create_task(images(drawn, another)))
+
+        another = work("b")
+        drawn = Line(draw, 1, 4, 8, 0.0, lambda *_, **__: None)
+        assert await images(drawn, work("a")) == [b"a"]
+        while not came:
+            await asyncio.sleep(0)
+        assert await asyncio.wait_for(came[0], 5) == [b"b"]
+        assert not drawn.tasks
+
+    run(test())

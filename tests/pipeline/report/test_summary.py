@@ -116,6 +116,9 @@ def test_commands_draw_the_samples_again_and_full_size_is_linked_where_it_is(
 ) -> None:
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/0001.png").touch()
+    words = "--seed 1 -- &#39;a coral square on white&#39;</code>"
+    assert f"unclip sample {words}" in render(ReportInput(store, made, folder=tmp_path), config(), graph())
+    (tmp_path / "bundle.json").touch()
     page = render(ReportInput(store, made, folder=tmp_path), config(), graph())
-    assert "unclip sample &#39;a coral square on white&#39; --seed 1</code>" in page
+    assert f"unclip sample --from {tmp_path} {words}" in page
     assert page.count('href="samples/') == page.count('href="samples/0001.png"') == 1
