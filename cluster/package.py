@@ -22,7 +22,7 @@ import yaml
 from cluster.job import PROJECT_FILE
 from models.clip_weights import ClipWeights
 from pipeline.config import Config
-from pipeline.data.source.journal import FORGOTTEN, ListJournal, reference_mark
+from pipeline.data.source.journal import FORGOTTEN, ListJournal, reference_marks
 from pipeline.data.source.lists import read_rows
 from pipeline.data.source.remote import is_remote
 from pipeline.data.source.rows import ROWS_SUFFIX, ListRow, write_rows
@@ -202,7 +202,8 @@ def _as_read(path: str, config: Config, forgotten: frozenset[str]) -> bytes:
         for row in read_rows(path, config.source):
             if out.tell() > LARGEST:
                 return
-            yield row if (mark := reference_mark(row.url)) not in forgotten else ListRow(FORGOTTEN + mark, ())
+            hit = forgotten & reference_marks(row.url)
+            yield ListRow(FORGOTTEN + min(hit), ()) if hit else row
 
     write_rows(out, rows())
     return out.getvalue()

@@ -164,7 +164,8 @@ def _lines(path: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        return (sys.stdin.read() if path == "-" else read_local(path, FILE_BYTES).decode()).splitlines()
+        text = sys.stdin.read() if path == "-" else read_local(path, FILE_BYTES).decode()
+        return text.removeprefix("\ufeff").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         why = getattr(e, "strerror", None) or e
         raise UserError(

@@ -266,7 +266,8 @@ class UnCLIP:
         config = self.decoder.config
         embedding, x0 = self.embed(images), self._views(images, config.image_size)
         interval = sampling.decoder_guidance_interval
-        denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance, interval)
+        threshold = sampling.decoder_threshold
+        denoise = decoder_denoise(self.decoder, embedding, tokens, sampling.decoder_guidance, interval, threshold)
         schedule, steps = make_schedule(config.schedule, config.steps), sampling.decoder_steps
 
         def report(done: int, _: Tensor) -> None:

@@ -102,7 +102,8 @@ def largest_side(models: Collection[str]) -> int:
 def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
     """Raises ValueError for options that one of the models, configurations by name, would refuse at sampling.
 
-    That is more steps than it has timesteps, and tiles that its network cannot halve often enough.
+    That is more steps than it has timesteps, and tiles that its network cannot halve often enough, or that would not
+    overlap.
     """
     for name, model in models.items():
         if name in STEPS:
@@ -120,8 +121,8 @@ def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
         if name in UPSAMPLERS:
             multiple = model.patch * 2 ** (len(model.multipliers) - 1)
             require(
-                sampling.tile % multiple == 0,
-                f"tile is {sampling.tile}: {name} takes multiples of {multiple} px",
+                sampling.tile % multiple == 0 and sampling.tile != multiple,
+                f"tile is {sampling.tile}: {name} takes multiples of {multiple} px, from {2 * multiple} on",
             )
 
 

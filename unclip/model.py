@@ -115,6 +115,8 @@ class Model:
         Returns:
             An image for one caption with one seed, else a list.
         """
+        if isinstance(seeds, np.ndarray | torch.Tensor):
+            seeds = seeds.tolist()
         single = isinstance(captions, str) and not isinstance(seeds, Sequence)
         if isinstance(captions, str):
             captions = [captions] * (len(seeds) if isinstance(seeds, Sequence) else 1)

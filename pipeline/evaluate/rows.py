@@ -78,7 +78,7 @@ def held_out(
     for split in HELD_OUT_SPLITS:
         tables = tables.of(split)
         if sum(tables.counts) >= FEWEST:
-            found = tables.first(LOOKED if prefer else rows)
+            found = tables.first(max(LOOKED, rows) if prefer else rows)
             if prefer:
                 found = sorted(found, key=lambda row: not prefer(_caption(row)))[:rows]
             return _join(store, split, found, side)
@@ -88,19 +88,20 @@ def held_out(
 def named_rows(
     store: Store, inputs: Mapping[str, Artifact], phrases: Phrases, split: str, rows: int, side: int
 ) -> tuple[HeldOut, int] | int:
-    """Returns at most GALLERY rows of a split with images of ``side``, and how many of the first are to be drawn.
+    """Returns rows of a split with images of ``side``, and how many of the first are to be drawn.
 
     These are at most ``rows``, whose captions differ in the name alone (see ``Phrases.in_frames``), of the first LOOKED
-    rows. The others, in order, stand beside them when images are searched for; captions with words of
-    ``phrases.variants`` are left out. Where fewer than FEWEST are to be drawn, it returns how many.
+    rows or more. In all there are at most GALLERY, or those that are drawn: the others, in order, stand beside them
+    when images are searched for. Captions with words of ``phrases.variants`` are left out. Where fewer than FEWEST are
+    to be drawn, it returns how many.
     """
-    found = Tables(store, inputs, COLUMNS, split, side).first(LOOKED)
+    found = Tables(store, inputs, COLUMNS, split, side).first(max(LOOKED, rows))
     found = [row for row in found if not phrases.is_variant(_caption(row))]
     chosen = phrases.in_frames([_caption(row) for row in found], rows)
     if len(chosen) < FEWEST:
         return len(chosen)
     ordered = [found[i] for i in chosen] + [row for i, row in enumerate(found) if i not in set(chosen)]
-    return _join(store, split, ordered[:GALLERY], side), len(chosen)
+    return _join(store, split, ordered[: max(GALLERY, len(chosen))], side), len(chosen)
 
 
 def _caption(row: JoinedRow) -> str:

@@ -85,7 +85,8 @@ def bar_of(figure: Mapping[str, Any]) -> Bar | None:
     thin = (middle - MANY * error, middle + MANY * error)
     band = VARIANCE_BAND if VARIANCE in says else 0.0
     unit = HALF / (max(map(abs, (*thick, *thin, 1.2 * band))) or 1.0)
-    better = -unit if figure["claim"] == "below" or ", below " in says else unit
+    falls = figure["claim"] == "below" or ", below " in says or figure.get("name") == "share_nearer"
+    better = -unit if falls else unit
     ends = [(min(a * better, b * better), max(a * better, b * better)) for a, b in (thick, thin)]
     said = f"difference {difference(figure)}"
     kind = {True: "good", False: "bad"}.get(figure["holds"], "rest")

@@ -142,8 +142,9 @@ def _who(held: Mapping[str, Any]) -> str:
 
 
 def _leader(held: Mapping[str, Any]) -> str:
-    since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(held["since"]))
-    return f"{_who(held)}, which works on this already, since {since} UTC"
+    began = held.get("since")  # of a lease that is damaged nothing may be there
+    since = f", since {time.strftime('%Y-%m-%d %H:%M', time.gmtime(began))} UTC" if began else ""
+    return f"{_who(held)}, which works on this already{since}"
 
 
 def _follow(stage: str, held: Mapping[str, Any]) -> str:
@@ -161,8 +162,11 @@ def _read(store: Store, path: str) -> tuple[str | None, dict[str, Any]]:
     if standing is None:
         return None, {}
     try:
-        return standing.version, json.loads(store.read(path))
-    except (FileNotFoundError, ValueError):
+        found = json.loads(store.read(path))
+        return standing.version, found if isinstance(found, dict) else {}
+    except FileNotFoundError:
+        return None, {}
+    except ValueError:
         return standing.version, {}
 
 

@@ -23,7 +23,7 @@ TOMBSTONES = "locks/tombstones.json.gz"
 RECORDS = ("runs/", "leases/", "artifacts/", "shards/", "checkpoints/")  # before what they name
 NAMED = ("packages/", "blobs/", "damaged/")
 NAMING_BLOBS = ("shards/", "checkpoints/")
-DECIDING = ("releases/", "runs/", "artifacts/")
+DECIDING = ("releases/", "runs/", "artifacts/", "locks/")  # locks: pins, and what is decided about lists
 
 
 @dataclass
@@ -83,7 +83,7 @@ def collect(store: Store, keep_s: float, grace_s: float, now: float, delete: boo
                 tombstones[entry.path] = since
     if not delete:
         return found
-    if _names(store, DECIDING) - known:  # a run has begun or finished something meanwhile
+    if _names(store, DECIDING) - known:  # a run has begun or finished something meanwhile, or somebody pinned
         _, live = _find_live(store, keep_s, now)
     for path, _ in sorted(_names(store, NAMING_BLOBS) - known):
         live.paths.add(path)

@@ -122,6 +122,8 @@ def test_mistakes(tmp_path: Path, pictures: str) -> None:
     refused("data", "retry", config, *other, says=["not made for the current list and recipes: pairs"])
     refused("data", "retry", config, "--set", "pairs.quality=90", says=["pairs.quality: unknown key"])
     refused("data", "forget", config, says=["nothing to forget"])
+    (tmp_path / "windows.txt").write_text("\ufeff000000000998\n", encoding="utf-8")  # a key, behind a byte order mark
+    refused("data", "forget", config, "--file", tmp_path / "windows.txt", says=["000000000998: no row"])
     refused("data", "forget", config, "--file", tmp_path / "none.txt", says=["none.txt: cannot be read"])
     refused("data", "forget", config, "000000000999", says=["000000000999: no row", "nothing is forgotten"])
     refused("data", "forget", config, "0" * 64, says=["no stored image"])

@@ -89,6 +89,7 @@ def test_a_caption_becomes_an_image_and_a_list_becomes_a_list(model: unclip.Mode
     assert not near(several[2], heart)
     assert near(model("a red heart", seeds=6, **FEW), several[2])
     assert [near(*pair) for pair in zip(model.generate("a cat", seeds=[4, 5], **FEW), several, strict=False)] == [0, 1]
+    assert near(model.generate("a cat", seeds=np.array([5]), **FEW)[0], several[1])
     second = model.generate(["a cat", "a red heart"], seeds=5, **FEW)[1]
     assert near(second, several[2])
 

@@ -139,6 +139,16 @@ def test_how_long_other_captions_of_a_batch_are_does_not_matter(tower: FrozenTow
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
+def test_to_the_bit_an_image_has_the_same_caption_beside_a_longer_one(tower: FrozenTower) -> None:
+    """In sampling; a training may leave out what no caption of its batch needs."""
+    caption = FrozenCaption(tower.sizes, DIM, 20, 24).eval()
+    tower.put_into(caption)
+    keep = torch.ones(2, dtype=torch.bool)
+    with torch.no_grad():
+        short, long = (caption(tokenize(["a cat", other]), keep)[0] for other in ("an owl", "an owl on a red roof"))
+    assert torch.equal(short, long)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_gradient_reaches_the_tower_and_everything_else_learns(kind: str, tower: FrozenTower) -> None:
     model = make(kind, tower).train()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from models import cascade
 from models.cascade import UnCLIP
 from models.decoder import Decoder
 from models.manipulation import Inversion, first_components
@@ -74,6 +75,13 @@ def test_images_are_changed_without_guidance_and_thresholding_unless_asked(uncli
     assert guided.manipulation_sampling({"decoder_threshold": 0.9}).decoder_threshold == 0.9
     one = guided.invert(IMAGES[:1])
     assert torch.equal(guided.reconstruct(one).images[16], unclip.reconstruct(one).images[16])
+
+
+def test_an_inversion_has_the_threshold_that_it_is_drawn_with(unclip: UnCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    thresholds, denoise = [], cascade.decoder_denoise
+    monkeypatch.setattr(cascade, "decoder_denoise", lambda *a: thresholds.append(a[5]) or denoise(*a))
+    unclip.reconstruct(unclip.invert(IMAGES[:1], decoder_threshold=0.9), decoder_threshold=0.9, size=64)
+    assert thresholds == [0.9, 0.9]
 
 
 def test_variations_keep_the_embedding_and_differ_by_seed_and_eta(unclip: UnCLIP) -> None:

@@ -102,6 +102,7 @@ def test_scale_stretches_the_rise_and_the_fall_of_the_learning_rate(scale: float
             "bundle.sampling: decoder_threshold is 99.5: use a share from 0 to 1, such as 0.995",
         ),
         ({"tile": 100}, "bundle.sampling.tile is 100: upsampler_256 takes multiples of 8 px"),
+        ({"tile": 8}, "bundle.sampling.tile is 8: upsampler_256 takes multiples of 8 px, from 16 on"),
     ],
 )
 def test_steps_and_tiles_that_sampling_would_refuse_are_refused_here(sampling: dict[str, int], said: str) -> None:

@@ -147,6 +147,8 @@ class Fetcher:
             Visit(self._access, self._settings.timeout_s, ROBOTS_BYTES, self._check_denied, image=False)
         ) as visit:
             fetched = self._tries(visit, lambda: _once(visit, url, ROBOTS_BYTES))
+            if fetched.reason == "truncated":  # of which the rules may have been in the rest
+                return "unreachable"
             return fetched.reason or fetched.data or b""
 
     def _tries(self, limit: Visit | _Limit, once: Callable[[], Fetched]) -> Fetched:

@@ -231,7 +231,10 @@ class _Response(http.client.HTTPResponse):
 
     def read(self, amt: int | None = None) -> bytes:
         if amt is not None:
-            return super().read(amt)
+            body = super().read(amt)
+            if self.length and len(body) < amt:
+                raise Refused("truncated")
+            return body
         if self.length is not None and self.length > self._max_bytes:
             raise Refused("too_large")
         with failures_as_reasons():

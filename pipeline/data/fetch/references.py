@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from pipeline.data.fetch.opener import Refused, normal_url
+from pipeline.local import local_path
 
 # Most references are in the form to compare already; no dot segments, no escapes, nothing that a parser has to split.
 _PLAIN = re.compile(
@@ -26,7 +28,8 @@ def comparable(reference: str) -> str:
     """Returns the form by which deny lists, forgetting and the search for duplicates know a reference.
 
     Of http and https alike: what a server sees of the URL, without the scheme, in one spelling of the host (lower case,
-    IDNA, no usual port), of dots in the path, and of escapes (RFC 3986, 6.2.2). Other references are as they stand.
+    IDNA, no usual port), of dots in the path, and of escapes (RFC 3986, 6.2.2). Of a file its path as file://. Other
+    references are as they stand.
     """
     text = without_password(reference.strip())
     if plain := _PLAIN.fullmatch(text):
@@ -34,9 +37,18 @@ def comparable(reference: str) -> str:
     try:
         parts = urlsplit(normal_url(text))
     except Refused:
-        return text
+        return _file(text)
     query = f"?{_normal_path(parts.query)}" if parts.query else ""
     return f"{parts.netloc}{_normal_path(parts.path)}{query}"
+
+
+def _file(text: str) -> str:
+    """Returns the one spelling of a reference to a file, any other text as it stands."""
+    try:
+        path = local_path(text)
+    except ValueError:
+        return text
+    return text if path is None else f"file://{quote(os.fsencode(os.path.normpath(path)))}"
 
 
 def shown(reference: str) -> str:

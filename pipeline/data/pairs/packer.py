@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.fetch.fetcher import Fetched, Fetcher
-from pipeline.data.fetch.opener import Evidence
+from pipeline.data.fetch.opener import Evidence, Refused, normal_url
 from pipeline.data.fetch.rules import DenyLists, read_deny_lists
 from pipeline.data.pairs.decoding import shared_decoder
 from pipeline.data.pairs.earlier import Known, take_over
@@ -21,7 +22,7 @@ from pipeline.data.pairs.image import IN_PLACE, kind_of
 from pipeline.data.pairs.row_index import OPT_OUTS, index_counts, index_table, opt_out_table
 from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.pairs.unfinished import Unfinished
-from pipeline.data.source.imported import SCHEME, read_imported
+from pipeline.data.source.imported import SCHEME, imported_url, read_imported
 from pipeline.data.source.stage import row_key
 from pipeline.data.source.tars import tar_place
 from pipeline.graph.artifacts import read_table, write_table
@@ -86,6 +87,8 @@ class Packer:
         for i, found in zip(imported, read_imported([refs[i]["url"] for i in imported], self.reach), strict=True):
             if isinstance(found, str):
                 _reject(rows[i], found)
+            elif entry := self._denied(imported_url(refs[i]["url"])):
+                _reject(rows[i], "denied", Evidence(entry, time.time()))
             else:  # no image, and so no size
                 rows[i]["sha256"] = hashlib.sha256(found.tobytes()).hexdigest()
         own = [i for i in wanted if i in copied or not refs[i]["url"].startswith(("tar://", SCHEME))]
@@ -190,6 +193,12 @@ class Packer:
         else:
             self._reject_denied(row, sha256)
         return row["status"] != "kept"
+
+    def _denied(self, url: str) -> str | None:
+        """Returns the entry of a deny list for the URL that an imported embedding is of."""
+        with suppress(Refused):
+            return self.deny.url(normal_url(url)) if url else None
+        return None
 
     def _reject_denied(self, row: dict[str, Any], sha256: str) -> None:
         if entry := self.deny.hash(sha256):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from pipeline.data.fetch.references import shown
+from pipeline.data.source.tars import is_tar
 from pipeline.errors import CorruptObject
 from pipeline.graph.artifacts import NOTE, ShardRow, read_shard, read_table, write_table
 from pipeline.local import open_local
@@ -121,7 +122,7 @@ def _read(store: Store, group: Sequence[Place]) -> Iterator[bytes]:
     images, tar = group[0].images, group[0].tar
     parts = [(place.offset, place.offset + place.size) for place in group]
     if tar is not None:
-        if os.path.splitext(tar)[1] != ".tar":  # as every list of that kind; an index may come from anybody
+        if not is_tar(tar):  # as every list of that kind; an index may come from anybody
             raise CorruptObject(tar, "is named by an index, and is not a tar")
         try:
             with open_local(tar) as file:

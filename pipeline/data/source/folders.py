@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.data.source.columns import IMAGES
 from pipeline.data.source.rows import SIDECARS
 from pipeline.data.source.tables import table_kind
+from pipeline.data.source.tars import is_tar
 from pipeline.progress import counted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of a Hugging Face imagefolder
@@ -39,7 +40,7 @@ def folder_kind(folder: Path) -> str:
     for file, _ in walk(folder):
         if is_image(file):
             return "folder"
-        kinds.add("tars" if file.suffix.lower() == ".tar" else "tables" if table_kind(file.name) else "")
+        kinds.add("tars" if is_tar(file.name) else "tables" if table_kind(file.name) else "")
     return next((kind for kind in ("tars", "tables") if kind in kinds), "folder")
 
 
@@ -49,7 +50,7 @@ def read_files(folder: Path, kind: str) -> Iterator[Path]:
         if kind == "folder":
             used = is_image(file) or file == metadata or file.suffix.lower()[1:] in SIDECARS
         else:
-            used = file.suffix.lower() == ".tar" if kind == "tars" else table_kind(file.name) is not None
+            used = is_tar(file.name) if kind == "tars" else table_kind(file.name) is not None
         if used:
             yield file
 
@@ -65,7 +66,9 @@ def folder_splits(folder: Path) -> dict[str, str]:
 
 
 def unread_files(folder: Path, kind: str, named: frozenset[str]) -> str:
-    """Returns how many files of a folder are not read, by kind and with one of each; "" if there are none.
+    """Returns how many files of a folder, and folders that are links, are not read, by kind and with one of each.
+
+    Returns "" if there are none.
 
     Args:
         folder: Of a list.
@@ -74,8 +77,11 @@ def unread_files(folder: Path, kind: str, named: frozenset[str]) -> str:
     """
     files = list(walk(folder))
     images = {file.with_suffix("") for file, _ in files if is_image(file)}
-    tars = tuple(str(file.with_suffix("")) for file, _ in files if kind == "tars" and file.suffix.lower() == ".tar")
+    tars = tuple(str(file.with_suffix("")) for file, _ in files if kind == "tars" and is_tar(file.name))
     found: dict[str, list[Path]] = {}
+    for root, folders, _ in os.walk(folder):
+        if links := [Path(root, name) for name in sorted(folders) if Path(root, name).is_symlink()]:
+            found.setdefault("folder that is a link", []).extend(links)
     for file, metadata in files:
         suffix = file.suffix.lower()
         if kind == "folder" and is_image(file):
@@ -85,7 +91,7 @@ def unread_files(folder: Path, kind: str, named: frozenset[str]) -> str:
         elif kind == "folder":
             what = "" if file == metadata else suffix or "without a suffix"
         elif kind == "tars":  # img2dataset writes 00000.parquet and 00000_stats.json beside 00000.tar
-            what = "" if suffix == ".tar" or str(file).startswith(tars) else suffix or "without a suffix"
+            what = "" if is_tar(file.name) or str(file).startswith(tars) else suffix or "without a suffix"
         else:
             what = "" if table_kind(file.name) else suffix or "without a suffix"
         if what:

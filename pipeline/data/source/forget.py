@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.data.source.journal import reference_mark
+from pipeline.data.source.journal import reference_mark, reference_marks
 from pipeline.data.source.stage import SourceShard, row_key
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
@@ -79,7 +79,7 @@ def find(store: Store, source: Sequence[SourceShard], pairs: Artifact | None, re
     rows = 0
     named: list[tuple[str, str]] = []
     for shard, found in zip(source, ordered_map(lambda shard: _rows_in(store, shard, marks), source), strict=True):
-        held |= {reference_mark(url) for _, url in found}
+        held |= {mark for _, url in found for mark in reference_marks(url)}
         rows += len(found)
         named += [(row_key(shard.number, place), url) for place, url in found][: MOST_NAMED - len(named)]
     unseen = sorted(url for url in request.references if reference_mark(url) not in held)
@@ -94,7 +94,7 @@ def without(store: Store, blob: str, marks: frozenset[str]) -> str:
     table = read_table(store, blob)
     rows = table.to_pylist()
     blank = {column.name: [] if column.name == "captions" else "" for column in table.schema}
-    hit = [reference_mark(row["url"]) in marks for row in rows]
+    hit = [not marks.isdisjoint(reference_marks(row["url"])) for row in rows]
     if not any(hit):
         return blob
     kept = [blank if gone else row for row, gone in zip(rows, hit, strict=True)]
@@ -104,7 +104,7 @@ def without(store: Store, blob: str, marks: frozenset[str]) -> str:
 def _rows_in(store: Store, shard: SourceShard, marks: set[str]) -> list[tuple[int, str]]:
     """Returns places in the shard, and references."""
     urls = read_table(store, shard.refs, ["url"])["url"].to_pylist()
-    return [(place, url) for place, url in enumerate(urls) if reference_mark(url) in marks]
+    return [(place, url) for place, url in enumerate(urls) if not marks.isdisjoint(reference_marks(url))]
 
 
 def _of_keys(store: Store, source: Sequence[SourceShard], keys: frozenset[str]) -> set[str]:
@@ -116,7 +116,7 @@ def _of_keys(store: Store, source: Sequence[SourceShard], keys: frozenset[str]) 
         found = {key: url for i, url in enumerate(urls) if (key := row_key(number, i)) in wanted and url}
         if missing := sorted(wanted - found.keys()):
             raise UserError(f"{missing[0]}: no row of the list has this key; nothing is forgotten")
-        marks |= {reference_mark(url) for url in found.values()}
+        marks |= {mark for url in found.values() for mark in reference_marks(url)}
     return marks
 
 

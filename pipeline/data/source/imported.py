@@ -61,9 +61,14 @@ def metadata_parts(folder: Path, reach: Reach) -> list[tuple[str, Path]]:
     return found
 
 
-def embedding_reference(folder: Path, part: str, row: int) -> str:
-    """Returns a row of a part as an image reference."""
-    return f"{SCHEME}{quote(str(folder))}?part={part}&row={row}"
+def embedding_reference(folder: Path, part: str, row: int, url: str) -> str:
+    """Returns a row of a part as an image reference; ``url`` is the image's, "" where its metadata name none."""
+    return f"{SCHEME}{quote(str(folder))}?part={part}&row={row}" + (f"#{quote(url, safe='')}" if url else "")
+
+
+def imported_url(reference: str) -> str:
+    """Returns the URL of the image of which an embedding was made, "" of other references."""
+    return unquote(reference.partition("#")[2]) if reference.startswith(SCHEME) else ""
 
 
 def read_imported(references: Sequence[str], within: Reach | None = None) -> list[np.ndarray | str]:

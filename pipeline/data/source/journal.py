@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.data.fetch.references import comparable
+from pipeline.data.source.imported import imported_url
 from pipeline.errors import UserError
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
@@ -46,6 +47,12 @@ def reference_mark(url: str) -> str:
     if url.startswith(FORGOTTEN):
         return url.removeprefix(FORGOTTEN)
     return hashlib.sha256(comparable(url).encode()).hexdigest()
+
+
+def reference_marks(url: str) -> frozenset[str]:
+    """Returns the mark of a reference, and of an imported embedding that of its image's URL too."""
+    own = imported_url(url)
+    return frozenset((reference_mark(url), reference_mark(own)) if own else (reference_mark(url),))
 
 
 def journal_path(project: str) -> str:

@@ -279,7 +279,7 @@ def _embedding_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[
     """Yields a row for each embedding, split as its image would be; the list's hash is that image's."""
     for part, metadata in metadata_parts(folder, may):
         for i, row in enumerate(_table_rows(metadata, recipe)):
-            url = "" if row.reject else embedding_reference(folder, part, i)
+            url = "" if row.reject else embedding_reference(folder, part, i, row.url)
             yield replace(row, url=url, group=row.group or row.url, sha256="")
 
 

@@ -86,6 +86,16 @@ def _values(array: pa.Array) -> list[Any]:
     except UnicodeDecodeError:
         many = t.is_list(array.type) or t.is_large_list(array.type)
         return list(array.cast(pa.list_(pa.binary()) if many else pa.binary()).to_pylist())
+    except (OverflowError, ValueError, KeyError):  # a time that Python has not, or a zone that it does not know
+        return list(map(_time, array))
+
+
+def _time(value: pa.Scalar) -> Any:
+    """Returns a time, or as a number one that cannot be had."""
+    try:
+        return value.as_py()
+    except (OverflowError, ValueError, KeyError):
+        return value.value
 
 
 def _texts(wanted: Sequence[str], row: Sequence[Any], number: int) -> list[Any] | Flaw:

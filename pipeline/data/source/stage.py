@@ -24,7 +24,7 @@ import pyarrow as pa
 from pydantic import Field, NonNegativeFloat
 
 from pipeline.data.fetch.references import comparable
-from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_mark
+from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_marks
 from pipeline.data.source.lists import fingerprint, no_rows, read_rows, unread
 from pipeline.data.source.rows import ListRow, written_rows
 from pipeline.errors import CorruptObject, UserError
@@ -45,7 +45,7 @@ from pipeline.store import Store
 from pipeline.store.records import digest, put_blob, read_blob
 
 VERSION = 1
-LAYOUT = 4  # of the records of segments, which no key counts
+LAYOUT = 5  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
 HASHES_A_BLOB = 1 << 20
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
@@ -261,7 +261,7 @@ class _Cutter:
         return ("" if row.reject or self._is_forgotten(row.url) else comparable(row.url) for row in rows)
 
     def _is_forgotten(self, url: str) -> bool:
-        return bool(self.forgotten) and reference_mark(url) in self.forgotten
+        return bool(self.forgotten) and not self.forgotten.isdisjoint(reference_marks(url))
 
     def _shard(self, number: int, rows: list[ListRow], duplicate: Sequence[bool]) -> SourceShard:
         refs, captions, rejects, held_out = [], [], [], Counter[str]()

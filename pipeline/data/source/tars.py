@@ -16,6 +16,11 @@ from pipeline.local import open_local
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
+def is_tar(path: str) -> bool:
+    """Returns whether a path ends as the lists do that are read as tars."""
+    return path.lower().endswith(".tar")
+
+
 def tar_reference(tar: str, member: str, offset: int, size: int) -> str:
     """Returns the reference of a member of an existing tar, to be used where it lies."""
     return f"tar://{quote(tar)}?offset={offset}&size={size}#{quote(member, errors='surrogateescape')}"
@@ -30,11 +35,11 @@ def tar_place(reference: str) -> dict[str, Any] | None:
     except (KeyError, ValueError):
         return None
     path = unquote(parts.path)
-    return {"tar": path, "offset": offset, "size": size} if path and offset >= 0 and size >= 0 else None
+    return {"tar": path, "offset": offset, "size": size} if is_tar(path) and offset >= 0 and size >= 0 else None
 
 
 def tar_rows(path: Path) -> Iterator[ListRow]:
-    """Yields the samples of a tar: members that share a name up to the first dot, as in webdataset.
+    """Yields the samples of a tar: members that share a name up to the first dot, as in webdataset; no hidden ones.
 
     One that has no member with the name of an image is a row without a reference.
     """
@@ -75,10 +80,10 @@ def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
         for member in tar:
             if tar.offset <= member.offset:  # by a negative size, the next one would be this one, without end
                 raise tarfile.ReadError(f"the member {member.name!r} ends before it begins")
-            if not member.isfile():
-                continue
             folder, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")
+            if not member.isfile() or not stem:  # of hidden files macOS adds one to each
+                continue
             if (sample := f"{folder}/{stem}") != name:
                 if name:
                     yield sidecar_row(image, said)

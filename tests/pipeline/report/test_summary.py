@@ -64,6 +64,7 @@ def test_a_bar_is_right_of_the_baseline_where_it_is_better() -> None:
     assert below.thick == pytest.approx((-HALF, -HALF / 4))
     assert below.kind == "bad"
     assert bar(holds=False, difference=0.2, error=0.1, says="m: MMD, below z").middle < 0
+    assert bar(holds=None, difference=0.5, error=0.1, name="share_nearer").middle < 0  # 1 would be copies alone
     erring = bar(holds=False, difference=0.2, error=0.1)
     assert erring.thin[0] < 0 < erring.thick[0]  # 95% clear the baseline, three standard errors do not
     assert bar(holds=True, difference=0.0, interval=(0.0, 0.0)).thick == (0.0, 0.0)

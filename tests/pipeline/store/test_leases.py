@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -178,6 +179,17 @@ def test_a_process_whose_user_has_no_name_is_named_by_its_host(monkeypatch: pyte
     monkeypatch.setattr("getpass.getuser", nobody)
     assert who(whoami()) == whoami()["host"] != ""
     assert who({}) == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"nonce": "a"}'])
+def test_a_damaged_lease_is_taken_over_after_its_time(content: bytes, store: Store) -> None:
+    store.swap(lease_path("k"), None, content)
+    led = lead_or_wait(store, "k", 0.2, lambda: False, lambda: "", poll_s=0.05)
+    assert led is not None
+    with led:
+        held = read_lease(store, lease_path("k"))
+        assert held is not None
+        assert held["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("pid", ["../../x", "self", 1.5, None, [1]])

@@ -126,6 +126,16 @@ def test_what_recent_runs_made_stays(store: Store) -> None:
     assert _paths(store) == before
 
 
+def test_what_is_pinned_while_gc_looks_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = _run(store, 0, age_s=42 * DAY)
+    _run(store, 1)
+    collect(store, 30 * DAY, DAY, NOW, delete=True)
+    pin = json.dumps({"key": old["clip"]}).encode()
+    _collect_while(store, monkeypatch, lambda: store.swap(pin_path("lineage"), None, pin))
+    assert load_artifact(store, "clip", old["clip"]) is not None
+    assert load_artifact(store, "pairs", old["pairs"]) is None
+
+
 def test_of_an_old_run_stays_what_the_last_one_shares_or_a_pin_names(store: Store) -> None:
     old, pinned, last = (_run(store, seed, age_s=(42 - seed) * DAY) for seed in (0, 1, 2))
     store.swap(pin_path("lineage"), None, json.dumps({"key": pinned["clip"]}).encode())

@@ -41,10 +41,25 @@ def test_other_urls_do_not(other: str) -> None:
 
 @pytest.mark.parametrize(
     "reference",
-    ["", "s3://bucket/a%2f/../b", "/data/a.jpg", "tar:///t?offset=1&size=2#a", "http://", "http://***@h.test/a"],
+    [
+        "",
+        "s3://bucket/a%2f/../b",
+        "file://server/a.jpg",
+        "tar:///t?offset=1&size=2#a",
+        "http://",
+        "http://***@h.test/a",
+    ],
 )
 def test_what_is_no_url_is_as_it_stands(reference: str) -> None:
     assert comparable(f" {reference}\n") == reference
+
+
+@pytest.mark.parametrize(
+    "spelled", ["/data/Ann Lee.jpg", "file:///data/Ann Lee.jpg", "file://localhost/data/x/..//Ann%20Lee.jpg"]
+)
+def test_a_file_is_one_reference_however_it_is_spelled(spelled: str) -> None:
+    assert comparable(spelled) == "file:///data/Ann%20Lee.jpg"
+    assert comparable(spelled.replace("L", "l")) != comparable(spelled)
 
 
 def test_a_password_makes_no_other_reference() -> None:

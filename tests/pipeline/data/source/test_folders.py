@@ -199,6 +199,39 @@ def test_what_img2dataset_has_written_is_used_where_it_lies(tmp_path: Path) -> N
     assert unread(str(tmp_path / "shards"), SourceRecipe((".",))) == ""
 
 
+def test_hidden_members_of_a_tar_do_not_count_and_its_name_may_be_in_capitals(tmp_path: Path) -> None:
+    """As macOS writes them: one beside each file."""
+    members = {}
+    for i in range(2):
+        for name, data in ((f"{i}.png", picture(i)), (f"{i}.txt", f"picture {i}".encode())):
+            members |= {f"./._{name}": b"\0\5\x16\7", f"./{name}": data}
+    write_tar(tmp_path / "MAC.TAR", members)
+    assert [row.captions for row in rows_of(tmp_path / "MAC.TAR")] == [("picture 0",), ("picture 1",)]
+    bench = Bench(tmp_path / "store", [str(tmp_path / "MAC.TAR")])
+    bench.make("source", "captions", "pairs", "clip", "embeddings")
+    assert bench.made["embeddings"].ledger.kept == 2
+
+
+def test_folders_that_are_links_are_told(tmp_path: Path) -> None:
+    images(tmp_path / "own", "a.png")
+    (tmp_path / "own/a.txt").write_text("a bird")
+    images(tmp_path / "other", "b.png")
+    (tmp_path / "own/birds").symlink_to(tmp_path / "other")
+    assert len(rows_of(tmp_path / "own")) == 1
+    said = unread(str(tmp_path / "own"), SourceRecipe((".",)))
+    assert said.endswith("is not read: 1 folder that is a link (such as birds)")
+
+
+def test_a_time_that_python_has_not_is_read_as_a_number(tmp_path: Path) -> None:
+    group = pa.array([1 << 30, 0], pa.int32()).cast(pa.date32())
+    table = pa.table({"url": ["http://h/a.jpg", "http://h/b.jpg"], "caption": ["a", "b"], "group": group})
+    pq.write_table(table, tmp_path / "list.parquet")
+    assert [row.group for row in rows_of(tmp_path / "list.parquet", group_column="group")] == [
+        str(1 << 30),
+        "1970-01-01",
+    ]
+
+
 def test_captions_in_json_members_of_a_tar_count_where_there_is_no_text(tmp_path: Path) -> None:
     members = {"a.png": picture(0), "a.json": b'{"prompt": "a cat", "width": 3}', "b.json": b'{"caption": "json"}'}
     members |= {"b.png": picture(1), "b.txt": b"text", "c.json": b"{", "c.png": picture(2)}

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.embeddings.stage import read_embeddings
-from pipeline.data.source.stage import SourceRecipe, read_rows, split_by_hash
+from pipeline.data.source.forget import Request, find
+from pipeline.data.source.journal import ListJournal
+from pipeline.data.source.stage import SourceRecipe, read_rows, scan, split_by_hash
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.rows import training_rows
 from pipeline.training.feed.tables import Tables, embedding_dim
@@ -70,6 +72,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     bench = make_bench(folder.parent / "store", [str(folder)], save_clip(folder.parent / "clip"))
     bench.make("source", "captions", "pairs", "clip", "embeddings", "curation")
     return Made(bench, folder, image, text)
+
+
+def test_a_url_that_is_forgotten_or_denied_takes_its_embedding_along(made: Made, tmp_path: Path) -> None:
+    source = made.bench.config.source
+    found = find(made.bench.store, scan(source, made.bench.store, write=True).shards, None, Request.read([url(1)]))
+    assert (found.rows, found.unseen) == (1, [])
+    assert "&row=1#" in found.named[0][1]
+    journal = ListJournal(forgotten=frozenset(found.marks))
+    shards = scan(source, made.bench.store, write=True, journal=journal).shards
+    assert sum(shard.ledger.rejected.get("forgotten", 0) for shard in shards) == 1
+    (tmp_path / "deny").write_text(url(2))
+    bench = make_bench(
+        tmp_path / "store",
+        [str(made.folder)],
+        save_clip(tmp_path / "clip"),
+        pairs={"deny_urls": str(tmp_path / "deny")},
+    )
+    bench.make("source", "pairs")
+    assert bench.made["pairs"].ledger.rejected == {"denied": 1, "not_an_embedding": 2}
+    assert bench.rows("pairs")[2]["reason"] == "denied"
 
 
 def test_every_row_arrives_or_is_counted(made: Made) -> None:
