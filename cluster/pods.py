@@ -55,7 +55,8 @@ def settled(config: Config, stages: Collection[str]) -> Run:
             recipe = getattr(config, stage)
             team = team_of(settings, pod(config.run.kubernetes), getattr(recipe, "lanes", sys.maxsize))
             numbers: dict[str, Any] = {"workers": 0 if getattr(recipe, "pretrained", False) else team.count}
-            if not team.worker.gpus:
+            in_driver_on_gpu = not numbers["workers"] and config.run.kubernetes.head_gpus
+            if not team.worker.gpus and not in_driver_on_gpu:
                 numbers |= {name: of for name, of in (("gpus", 0.0), ("device", "cpu")) if hasattr(settings, name)}
             changed[stage] = replace(settings, **numbers)
     # Of a queue come all pods at once, else pods come when a stage asks for them.
@@ -79,6 +80,7 @@ def groups(run: Run, stages: Collection[str]) -> list[Group]:
         UserError: A worker fits into no pod, or a training in the driver wants a GPU that its pod lacks.
     """
     settings, found, homes = run.kubernetes, list[Group](), list[int]()
+    refused: list[list[Mapping[str, str]]] = []  # the selectors of each group's stages
     asked = list(demands(run, stages))
     for stage, _, share in asked:
         labels = _labels(share.labels)
@@ -86,13 +88,20 @@ def groups(run: Run, stages: Collection[str]) -> list[Group]:
         if share.gpus:
             kind, shape = "gpu", (settings.gpu_cpus, settings.gpu_memory_gb, settings.gpus)
         alike = [i for i, group in enumerate(found) if group.name.startswith(kind)]
-        fitting = (i for i in alike if all(found[i].labels.get(name, value) == value for name, value in labels.items()))
+        fitting = (
+            i
+            for i in alike
+            if all(found[i].labels.get(name, value) == value for name, value in labels.items())
+            and not any(_refuses(selector, {**found[i].labels, **labels}) for selector in (share.labels, *refused[i]))
+        )
         home = next(fitting, len(found))
         if home == len(found):
+            refused.append([])
             found.append(Group(f"{kind}-{len(alike) + 1}" if alike else kind, 0, *shape))
         store = OF_IMAGES if isinstance(getattr(run, stage), EmbeddingsSettings) else OF_TASKS
         group = found[home]
         found[home] = replace(group, labels={**group.labels, **labels}, object_store=max(group.object_store, store))
+        refused[home].append(share.labels)
         homes.append(home)
     for (stage, workers, share), home in zip(asked, homes, strict=True):
         pods = math.ceil(workers / _workers_of_a_pod(stage, share, found[home]))
@@ -127,6 +136,15 @@ def _labels(selector: Mapping[str, str]) -> dict[str, str]:
     """Returns labels that satisfy a label selector of Ray's; "!a" is satisfied where the label is missing."""
     values = {name: re.sub(r"^in\(([^,)]*).*\)$", r"\1", value).strip() for name, value in selector.items()}
     return {name: value for name, value in values.items() if not value.startswith("!")}
+
+
+def _refuses(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Returns whether a label selector of Ray's says "not" to one of these labels."""
+    return any(
+        labels[name] in re.sub(r"^in\((.*)\)$", r"\1", value[1:]).replace(" ", "").split(",")
+        for name, value in selector.items()
+        if value.startswith("!") and name in labels
+    )
 
 
 def _workers_of_a_pod(stage: str, share: Share, group: Group) -> int:

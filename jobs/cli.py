@@ -14,7 +14,7 @@ from contextlib import nullcontext, redirect_stdout
 
 from jobs.command_line import command_line
 from jobs.interrupt import ending_on_signals, exit_code, say_interrupted
-from pipeline.errors import UserError
+from pipeline.errors import CorruptObject, UserError
 from pipeline.progress import Line
 from pipeline.terminal import printable_streams
 
@@ -67,6 +67,9 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
             return command(argv)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except CorruptObject as e:
+        print(f"error: {e}; unclip run with its project makes it again", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         say_interrupted()

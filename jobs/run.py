@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jobs.bundles import remember_bundle
 from jobs.output import NO_EVENTS, Events, events_to
-from jobs.plan import agree
+from jobs.plan import Agreed, agree
 from jobs.project import Project, open_project
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
@@ -61,13 +62,13 @@ def run(
         asked_for = project.store, project.config.project, project.graph, asked.verdicts
         remember(*asked_for, forgettings=project.forgettings, wanted=asked.wanted)
         artifacts = _execute(project, asked.wanted, events)
+        for stage in artifacts.keys() - set(asked.stale):  # what stands here may be another configuration's
+            _place(project, stage, artifacts[stage])
         _summary(artifacts, asked.stale, time.monotonic() - began)
     else:
         print("nothing to do")
-        if not project.report.exists():  # deleted, or run.output is another folder now
-            from pipeline.report.page import write_report
-
-            write_report(project.store, project.config, project.graph, project.finished(), project.report)
+        if not shows(project, asked):
+            bring(project)
     print_places(project, asked.wanted)
 
 
@@ -77,11 +78,7 @@ def _execute(project: Project, wanted: set[str], events: Events) -> dict[str, Ar
         counts = [f"{counted(sum(reasons.values()), 'row')} {end}" for end, reasons in lost.items() if reasons]
         print(f"{stage} done: {made.key[:12]}" + "".join(f", {count}" for count in counts), flush=True)
         events.tell("stage", stage=stage, key=made.key, rows=made.ledger, seconds=made.times["seconds"])
-        output = Path(project.config.run.output)
-        if stage == "bundle":
-            remember_bundle(output, project.store.url, made.key)
-        if stage == "samples":
-            materialise(project.store, made.blobs, output / "samples", replace=True)
+        _place(project, stage, made)
         node = project.graph[stage]
         if node.kind == "result":
             settings = getattr(project.config.run, stage, node.settings)
@@ -99,6 +96,42 @@ def _execute(project: Project, wanted: set[str], events: Events) -> dict[str, Ar
         except CorruptObject as e:  # it is set aside already
             damage = e
     raise UserError(f"{damage}, after {HEALINGS} others in this run; check the disk or the bucket, then run again")
+
+
+def _place(project: Project, stage: str, made: Artifact) -> None:
+    """Writes images, or where the bundle is, into the run's output folder."""
+    output = Path(project.config.run.output)
+    if stage == "bundle":
+        remember_bundle(output, project.store.url, made.key)
+    if stage == "samples":
+        materialise(project.store, made.blobs, output / "samples", replace=True)
+
+
+def bring(project: Project) -> None:
+    """Writes report, images and where the bundle is, from the store."""
+    from pipeline.report.page import write_report
+
+    made = project.finished()
+    write_report(project.store, project.config, project.graph, made, project.report)
+    for stage, artifact in made.items():
+        _place(project, stage, artifact)
+
+
+def shows(project: Project, asked: Agreed) -> bool:
+    """Returns whether the output folder has what a plan without a stale stage says: not another configuration's."""
+    made = {verdict.stage: verdict.key for verdict in asked.verdicts if verdict.state == "fresh"}
+    try:
+        told = json.loads(project.report.with_suffix(".json").read_text())["stages"]
+        bundle = json.loads((project.report.parent / "bundle.json").read_text())["bundle"] if "bundle" in made else None
+        samples = "samples" not in made or (project.report.parent / "samples").is_dir()
+        return (
+            project.report.exists()
+            and samples
+            and bundle == made.get("bundle")
+            and {stage["stage"]: stage["key"] for stage in told if stage["made"]} == made
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: float) -> None:

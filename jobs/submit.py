@@ -16,11 +16,10 @@ from cluster.package import Package, make_package
 from cluster.pods import pod, settled
 from cluster.rayjob import render
 from cluster.submission import KUBERAY, LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
-from jobs.bundles import remember_bundle
 from jobs.interrupt import exit_code
 from jobs.plan import Agreed, agree
 from jobs.project import Project, open_project
-from jobs.run import print_places
+from jobs.run import bring, print_places, shows
 from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
 from pipeline.errors import UserError
@@ -29,7 +28,6 @@ from pipeline.graph.resources import Machine
 from pipeline.graph.runs import remember
 from pipeline.settings import RaySettings
 from pipeline.store import local_folder, open_store
-from pipeline.store.records import materialise
 
 THERE = "out"  # where a driver on another machine writes its report, which is written here from the store
 
@@ -78,8 +76,8 @@ def _machine(project: Project, to: str, ray: RaySettings) -> Machine | None:
 
 def _nothing(project: Project, asked: Agreed) -> int:
     print("nothing to do")
-    if not project.report.exists():
-        _bring(project)
+    if not shows(project, asked):
+        bring(project)
     print_places(project, asked.wanted)
     return 0
 
@@ -95,7 +93,7 @@ def _run(project: Project, asked: Agreed, job: Job, to: str, detach: bool) -> in
         print(f"{submission_id} runs there: the same command without --detach follows it, --stop stops it")
         return 0
     if (code := follow(cluster, submission_id)) == 0:
-        _bring(project)
+        bring(project)
         print_places(project, asked.wanted)
     return code
 
@@ -123,18 +121,6 @@ def follow(cluster: Cluster, submission_id: str) -> int:
     ended = "was stopped" if end.status == "STOPPED" else f"failed ({why})"
     print(f"{submission_id} {ended}; submit it again to go on where it was", file=sys.stderr)
     return end.exit_code
-
-
-def _bring(project: Project) -> None:
-    """Writes report and images here, from the store."""
-    from pipeline.report.page import write_report
-
-    made, output = project.finished(), Path(project.config.run.output)
-    write_report(project.store, project.config, project.graph, made, project.report)
-    if "bundle" in made:
-        remember_bundle(output, project.store.url, made["bundle"].key)
-    if "samples" in made:
-        materialise(project.store, made["samples"].blobs, output / "samples", replace=True)
 
 
 def _package(project: Project, here: bool = False) -> Package:

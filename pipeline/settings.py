@@ -179,7 +179,7 @@ class TrainingSettings:
     checkpoint_every_s: NonNegativeFloat = 60.0
     keep_checkpoints: PositiveInt = 2
     milestones: tuple[PositiveInt, ...] = ()
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     cache_mb: NonNegativeInt = 512
     nodes: dict[str, str] = field(default_factory=dict)
     cpus: NonNegativeFloat = 0.0

@@ -62,6 +62,19 @@ APART = {"workers": 8, "gpus": 1, "decoders": 3, "nodes": {"pool": "gpu"}, "deco
             "pairs curation",
             {"cpu": (1, {"pool": "near"}), "cpu-2": (1, {"pool": "far"})},
         ),
+        (
+            {
+                "pairs": {"workers": 8, "nodes": {"pool": "a"}},
+                "curation": {"workers": 8, "nodes": {"pool": "!in(a, b)"}},
+            },
+            "pairs curation",
+            {"cpu": (1, {"pool": "a"}), "cpu-2": (1, {})},
+        ),
+        (
+            {"pairs": {"workers": 8, "nodes": {"pool": "!a"}}, "curation": {"workers": 8, "nodes": {"pool": "a"}}},
+            "pairs curation",
+            {"cpu": (1, {}), "cpu-2": (1, {"pool": "a"})},
+        ),
     ],
 )
 def test_groups_of_the_stages(stages: dict[str, Any], made: str, found: dict[str, Any]) -> None:
@@ -108,3 +121,5 @@ def test_a_job_takes_numbers_along_for_a_cluster_that_is_not_there_yet() -> None
     assert (run.pairs.workers, run.ray.autoscaler) == ("auto", True)  # which is made already
     none = settled(configured(kubernetes=SHAPE | {"gpus": 0}, clip={"workers": 2}), ["clip", "embeddings", "decoder"])
     assert (none.embeddings.workers, none.embeddings.gpus, none.decoder.workers, none.clip.device) == (8, 0, 0, "cpu")
+    head = settled(configured(kubernetes=SHAPE | {"gpus": 0, "head_gpus": 1}), ["decoder"])
+    assert (head.decoder.workers, head.decoder.device) == (0, "auto")  # which the driver finds

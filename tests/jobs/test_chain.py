@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,6 +213,23 @@ def test_a_decoder_value_makes_the_decoder_and_what_follows_stale(chain: Chain) 
 )
 def test_a_run_setting_moves_no_key(chain: Chain, setting: str) -> None:
     assert _stale(done(here("plan", chain.config, setting))) == set()
+
+
+def test_what_another_configuration_has_left_in_the_folder_is_replaced(chain: Chain) -> None:
+    """Where nothing is to do, and where only the evaluation is."""
+    output = chain.folder / "out"
+    bundle, page = (output / "bundle.json").read_text(), (output / "report.json").read_text()
+    for words in ((), ("evaluation.rows=9",)):
+        (output / "bundle.json").write_text(json.dumps(json.loads(bundle) | {"bundle": "0" * 64}))
+        shutil.rmtree(output / "samples")
+        assert ("nothing to do" in done(here("run", chain.config, *words))) == (not words)
+        assert (output / "bundle.json").read_text() == bundle
+        assert (output / "samples/0000.png").exists()
+    done(here("run", chain.config))  # the report of the other evaluation stands there
+    keys = [
+        [stage["key"] for stage in json.loads(text)["stages"]] for text in (page, (output / "report.json").read_text())
+    ]
+    assert keys[0] == keys[1]
 
 
 def test_only_and_until(chain: Chain, tmp_path: Path) -> None:

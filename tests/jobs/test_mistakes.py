@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from jobs.cli import guard
+from pipeline.errors import CorruptObject
 from tests.chain import MICRO, Finished, here, unclip
 from tests.seaweed import Server
 
@@ -180,3 +181,11 @@ def test_sample_without_a_bundle(tmp_path: Path) -> None:
     refused("sample", "a cat", "--from", tmp_path, "--set", "steps", says=["steps: write NAME=VALUE"])
     (tmp_path / "bundle.json").write_text(f'{{"store": "{tmp_path}", "bundle": "0123456789abcdef"}}')
     refused("sample", "a cat", "--from", tmp_path, says=["its bundle is not in", "run its configuration again"])
+
+
+def test_a_damaged_blob_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def damaged(_: object) -> int:
+        raise CorruptObject("blobs/ab/abc", "is missing")
+
+    assert guard(damaged, []) == 2
+    assert capsys.readouterr().err == "error: blobs/ab/abc: is missing; unclip run with its project makes it again\n"
