@@ -69,7 +69,7 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
         print(f"error: {e}", file=sys.stderr)
         return 2
     except CorruptObject as e:
-        print(f"error: {e}; unclip run with its project makes it again", file=sys.stderr)
+        print(f"error: {e}; check the disk or the bucket", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         say_interrupted()

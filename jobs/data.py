@@ -74,7 +74,7 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
             raise UserError(f"--reason: unknown reason {reason}{did_you_mean(reason, REASONS)}")
         if reason in FINAL:
             raise UserError(f"--reason: {reason} is final: {REASONS[reason]}")
-    pairs, journal = project.made("pairs")["pairs"], read_journal(project.store, project.config.project)
+    pairs, journal = project.made("pairs")["pairs"], project.journal
     blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons))
     if blob is None:
         ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.lost.items()))

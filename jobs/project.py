@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.build import build
 from pipeline.config import Config, load_config
-from pipeline.data.source.journal import read_journal
+from pipeline.data.source.journal import ListJournal, read_journal
 from pipeline.data.source.stage import Scan, scan
 from pipeline.errors import UserError, did_you_mean
 from pipeline.graph.artifacts import Artifact, load_artifact
@@ -23,13 +23,13 @@ from pipeline.training.trackers import find_tracker
 
 @dataclass(frozen=True)
 class Project:
-    """Everything known before anything has run. ``forgettings``: of the journal that the list was read with."""
+    """Everything known before anything has run. ``journal``: with which the list was read."""
 
     config: Config
     store: Store
     graph: Graph
     scan: Scan
-    forgettings: int
+    journal: ListJournal
 
     @property
     def report(self) -> Path:
@@ -96,4 +96,4 @@ def project_of(config: Config, store: Store) -> Project:
     """Returns the project of a configuration, its list read. Raises UserError."""
     journal = read_journal(store, config.project)
     found = scan(config.source, store, write=False, journal=journal)
-    return Project(config, store, build(config), found, journal.forgettings)
+    return Project(config, store, build(config), found, journal)

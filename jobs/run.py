@@ -16,7 +16,7 @@ from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.execute import execute, make_context
+from pipeline.graph.execute import execute, heal, make_context
 from pipeline.graph.runs import remember
 from pipeline.graph.stages import Context
 from pipeline.progress import counted, duration
@@ -60,10 +60,9 @@ def run(
         check_ready(project.config, project.store, asked.stale)
         check_conditions(project.store)
         asked_for = project.store, project.config.project, project.graph, asked.verdicts
-        remember(*asked_for, forgettings=project.forgettings, wanted=asked.wanted)
+        remember(*asked_for, forgettings=project.journal.forgettings, wanted=asked.wanted)
+        place_made(project)
         artifacts = _execute(project, asked.wanted, events)
-        for stage in artifacts.keys() - set(asked.stale):  # what stands here may be another configuration's
-            _place(project, stage, artifacts[stage])
         _summary(artifacts, asked.stale, time.monotonic() - began)
     else:
         print("nothing to do")
@@ -107,19 +106,31 @@ def _place(project: Project, stage: str, made: Artifact) -> None:
         materialise(project.store, made.blobs, output / "samples", replace=True)
 
 
+def place_made(project: Project) -> None:
+    """Writes images and where the bundle is, as far as they are made: there may be those of another configuration.
+
+    Raises UserError for an image that is damaged, after it is set aside.
+    """
+    made = project.finished()
+    try:
+        for stage, artifact in made.items():
+            _place(project, stage, artifact)
+    except CorruptObject as e:
+        heal(project.store, e, made, project.graph)
+        raise UserError(f"{e}; it is set aside: run the same command again, which makes it again") from None
+
+
 def bring(project: Project) -> None:
-    """Writes report, images and where the bundle is, from the store."""
+    """Writes images, where the bundle is, and then the report, which names them. Raises as ``place_made``."""
     from pipeline.report.page import write_report
 
-    made = project.finished()
-    write_report(project.store, project.config, project.graph, made, project.report)
-    for stage, artifact in made.items():
-        _place(project, stage, artifact)
+    place_made(project)
+    write_report(project.store, project.config, project.graph, project.finished(), project.report)
 
 
 def shows(project: Project, asked: Agreed) -> bool:
     """Returns whether the output folder has what a plan without a stale stage says: not another configuration's."""
-    made = {verdict.stage: verdict.key for verdict in asked.verdicts if verdict.state == "fresh"}
+    made = {verdict.stage: verdict.key for verdict in asked.verdicts if verdict.state != "stale"}
     try:
         told = json.loads(project.report.with_suffix(".json").read_text())["stages"]
         bundle = json.loads((project.report.parent / "bundle.json").read_text())["bundle"] if "bundle" in made else None

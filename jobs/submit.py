@@ -104,7 +104,7 @@ def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     project = replace(project, config=replace(project.config, run=run))
     render(job, "", run, asked.stale)  # raises for wrong settings before anything is sent
     path = put_package(project.store, _package(project))
-    remember(project.store, project.config.project, project.graph, asked.verdicts, path, project.forgettings)
+    remember(project.store, project.config.project, project.graph, asked.verdicts, path, project.journal.forgettings)
     return render(job, f"{project.store.url}/{path}", run, asked.stale)
 
 

@@ -45,7 +45,7 @@ def read_tokens(settings: ServeSettings) -> dict[str, str]:
         if settings.host not in LOOPBACK:
             raise UserError(
                 f"serve: host={settings.host} lets others in, and anybody could draw; write lines NAME TOKEN into a "
-                "file, and name it with tokens=FILE"
+                "file and name it with tokens=FILE, or into UNCLIP_TOKENS"
             )
         return {}
     try:

@@ -104,6 +104,7 @@ class Line:
             # In a context of its own: Ray Serve ends what a request has begun when its client goes.
             task = asyncio.create_task(self._lane(), context=Context())
             self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)  # of one that has not even begun
         missing = len(work.rows)
         self._count()
         try:

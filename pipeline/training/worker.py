@@ -62,8 +62,8 @@ class Training:
         # Before the workers wait for each other, because rank 0 measures alone.
         speed = self._speed(task, feed, state, group) if group.is_rank_0 else NOT_MEASURED
         if isinstance(task, Contrastive):
-            share = ctx.recipe.batch // ctx.recipe.lanes
-            lengths = [share * len(lanes_of(rank, group.size, ctx.recipe.lanes)) for rank in range(group.size)]
+            of_a_lane = ctx.recipe.batch // ctx.recipe.lanes
+            lengths = [of_a_lane * len(lanes_of(rank, group.size, ctx.recipe.lanes)) for rank in range(group.size)]
             task.gather = partial(group.gather, lengths)
         try:
             self._train(Publisher(ctx, task, feed, group, speed), state)

@@ -192,6 +192,11 @@ def test_appending_fetches_and_embeds_only_the_new_rows(chain: Chain, tmp_path: 
         line.split()[0]: line.split()[1] for line in output.splitlines() if line.startswith(("pairs ", "embeddings "))
     }
     assert table == {"pairs": "66", "embeddings": "66"}
+    # The report shows what is pinned, too, and then nothing is written again.
+    assert "nothing to do" in done(here("run", config, "--until", "codec"))
+    written = (tmp_path / "out/report.html").stat().st_mtime_ns
+    assert "nothing to do" in done(here("run", config, "--until", "codec"))
+    assert (tmp_path / "out/report.html").stat().st_mtime_ns == written
 
 
 def test_a_decoder_value_makes_the_decoder_and_what_follows_stale(chain: Chain) -> None:
@@ -225,7 +230,13 @@ def test_what_another_configuration_has_left_in_the_folder_is_replaced(chain: Ch
         assert ("nothing to do" in done(here("run", chain.config, *words))) == (not words)
         assert (output / "bundle.json").read_text() == bundle
         assert (output / "samples/0000.png").exists()
+        report = (output / "report.html").read_text()
+        assert 'href="samples/0000.png"' in report
+        assert f"unclip sample --from {output} " in report
     done(here("run", chain.config))  # the report of the other evaluation stands there
+    written = (output / "report.html").stat().st_mtime_ns
+    done(here("run", chain.config))
+    assert (output / "report.html").stat().st_mtime_ns == written  # it shows what it should
     keys = [
         [stage["key"] for stage in json.loads(text)["stages"]] for text in (page, (output / "report.json").read_text())
     ]

@@ -188,4 +188,4 @@ def test_a_damaged_blob_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         raise CorruptObject("blobs/ab/abc", "is missing")
 
     assert guard(damaged, []) == 2
-    assert capsys.readouterr().err == "error: blobs/ab/abc: is missing; unclip run with its project makes it again\n"
+    assert capsys.readouterr().err == "error: blobs/ab/abc: is missing; check the disk or the bucket\n"

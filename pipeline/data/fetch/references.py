@@ -56,6 +56,9 @@ def shown(reference: str) -> str:
 
     That is what stands before an @, and the values of parameters that sign a URL or say who asks.
     """
+    if reference.startswith("embedding://"):  # behind the # stands the image's URL, escaped
+        place, behind, url = reference.partition("#")
+        return place + behind + shown(unquote(url))
     return _PARAMETER.sub(_masked, without_password(reference))
 
 

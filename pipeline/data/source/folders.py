@@ -66,7 +66,7 @@ def folder_splits(folder: Path) -> dict[str, str]:
 
 
 def unread_files(folder: Path, kind: str, named: frozenset[str]) -> str:
-    """Returns how many files of a folder, and folders that are links, are not read, by kind and with one of each.
+    """Returns how many files of a folder, and links to folders, are not read, by kind and with one of each.
 
     Returns "" if there are none.
 
@@ -80,8 +80,9 @@ def unread_files(folder: Path, kind: str, named: frozenset[str]) -> str:
     tars = tuple(str(file.with_suffix("")) for file, _ in files if kind == "tars" and is_tar(file.name))
     found: dict[str, list[Path]] = {}
     for root, folders, _ in os.walk(folder):
-        if links := [Path(root, name) for name in sorted(folders) if Path(root, name).is_symlink()]:
-            found.setdefault("folder that is a link", []).extend(links)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if links := [Path(root, name) for name in folders if Path(root, name).is_symlink()]:
+            found.setdefault("link to a folder", []).extend(links)
     for file, metadata in files:
         suffix = file.suffix.lower()
         if kind == "folder" and is_image(file):

@@ -95,7 +95,7 @@ def _time(value: pa.Scalar) -> Any:
     try:
         return value.as_py()
     except (OverflowError, ValueError, KeyError):
-        return value.value
+        return getattr(value, "value", None)
 
 
 def _texts(wanted: Sequence[str], row: Sequence[Any], number: int) -> list[Any] | Flaw:

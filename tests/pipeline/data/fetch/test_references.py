@@ -1,6 +1,7 @@
 """References: one form to compare, in which spellings of one URL are equal, and one to show, which lets nobody in."""
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.fetch import references
 from pipeline.data.fetch.references import comparable, shown
+from pipeline.data.source.imported import embedding_reference
 
 SPELLINGS = [
     "http://bücher.example.test/A~b/c.jpg?q=%C3%A9&x=1",
@@ -60,6 +62,13 @@ def test_what_is_no_url_is_as_it_stands(reference: str) -> None:
 def test_a_file_is_one_reference_however_it_is_spelled(spelled: str) -> None:
     assert comparable(spelled) == "file:///data/Ann%20Lee.jpg"
     assert comparable(spelled.replace("L", "l")) != comparable(spelled)
+
+
+def test_a_signature_is_masked_behind_an_embedding_too() -> None:
+    url = "https://h.test/a.jpg?X-Amz-Signature=abc&n=1"
+    assert shown(embedding_reference(Path("/lists/a b"), "0", 3, url)) == (
+        "embedding:///lists/a%20b?part=0&row=3#https://h.test/a.jpg?X-Amz-Signature=***&n=1"
+    )
 
 
 def test_a_password_makes_no_other_reference() -> None:

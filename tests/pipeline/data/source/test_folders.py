@@ -217,9 +217,10 @@ def test_folders_that_are_links_are_told(tmp_path: Path) -> None:
     (tmp_path / "own/a.txt").write_text("a bird")
     images(tmp_path / "other", "b.png")
     (tmp_path / "own/birds").symlink_to(tmp_path / "other")
+    (tmp_path / "own/.cache").symlink_to(tmp_path / "other")
     assert len(rows_of(tmp_path / "own")) == 1
     said = unread(str(tmp_path / "own"), SourceRecipe((".",)))
-    assert said.endswith("is not read: 1 folder that is a link (such as birds)")
+    assert said.endswith("is not read: 1 link to a folder (such as birds)")
 
 
 def test_a_time_that_python_has_not_is_read_as_a_number(tmp_path: Path) -> None:
