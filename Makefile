@@ -39,7 +39,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow and not browser" -n 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-browser: .venv/ready
-	$(BIN)/python -m pytest -m browser -n 2 --dist loadfile $(shell grep -lr "^pytestmark = pytest.mark.browser" tests)
+	$(BIN)/python -m pytest -m browser -n 2 --dist loadfile $(shell grep -lr --include="*.py" "^pytestmark = pytest.mark.browser" tests)
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
