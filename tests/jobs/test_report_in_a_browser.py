@@ -19,7 +19,8 @@ WITH_TIMESTEPS = (
 )  # and the 1024 px upsampler, which has too few rows here
 WITHOUT_RAY = ("pairs", "embeddings", "curation", "upsampler_256", "upsampler_1024")
 SAMPLES = 4  # captions in the configuration
-PREVIEWS = 3 + 2 + 2  # of the decoder and the upsamplers: at the start, at the end, and the decoder's after 64 steps
+# Of the decoder and the upsamplers: at the start, at the end, and the decoder's after 64 steps and at its milestone.
+PREVIEWS = 4 + 2 + 2
 
 
 @pytest.fixture(scope="module")
