@@ -67,9 +67,10 @@ class Project:
             )
         return {stage: artifact for stage, artifact in found.items() if artifact is not None}
 
-    def finished(self) -> dict[str, Artifact]:
-        """Returns the artefacts of all stages that are made, as planned."""
-        found = {verdict.stage: load_artifact(self.store, verdict.stage, verdict.key) for verdict in self.plan()}
+    def finished(self, verdicts: Sequence[Verdict] | None = None) -> dict[str, Artifact]:
+        """Returns the artefacts of all stages that are made, as planned; it plans if it is given no plan."""
+        plan = self.plan() if verdicts is None else verdicts
+        found = {verdict.stage: load_artifact(self.store, verdict.stage, verdict.key) for verdict in plan}
         return {stage: artifact for stage, artifact in found.items() if artifact is not None}
 
     def wanted(self, only: str | None, until: str | None) -> set[str]:

@@ -61,7 +61,7 @@ def run(
         check_conditions(project.store)
         asked_for = project.store, project.config.project, project.graph, asked.verdicts
         remember(*asked_for, forgettings=project.journal.forgettings, wanted=asked.wanted)
-        place_made(project)
+        _place_made(project, project.finished(asked.verdicts))
         artifacts = _execute(project, asked.wanted, events)
         _summary(artifacts, asked.stale, time.monotonic() - began)
     else:
@@ -106,12 +106,11 @@ def _place(project: Project, stage: str, made: Artifact) -> None:
         materialise(project.store, made.blobs, output / "samples", replace=True)
 
 
-def place_made(project: Project) -> None:
+def _place_made(project: Project, made: Mapping[str, Artifact]) -> None:
     """Writes images and where the bundle is, as far as they are made: there may be those of another configuration.
 
     Raises UserError for an image that is damaged, after it is set aside.
     """
-    made = project.finished()
     try:
         for stage, artifact in made.items():
             _place(project, stage, artifact)
@@ -121,11 +120,15 @@ def place_made(project: Project) -> None:
 
 
 def bring(project: Project) -> None:
-    """Writes images, where the bundle is, and then the report, which names them. Raises as ``place_made``."""
+    """Writes images, where the bundle is, and then the report, which names them.
+
+    Raises UserError for an image that is damaged, after it is set aside.
+    """
     from pipeline.report.page import write_report
 
-    place_made(project)
-    write_report(project.store, project.config, project.graph, project.finished(), project.report)
+    made = project.finished()
+    _place_made(project, made)
+    write_report(project.store, project.config, project.graph, made, project.report)
 
 
 def shows(project: Project, asked: Agreed) -> bool:

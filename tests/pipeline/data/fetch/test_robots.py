@@ -307,8 +307,7 @@ def test_robots_txt_is_followed_over_five_redirects_and_to_no_forbidden_address(
 @pytest.mark.parametrize(
     ("page", "reason"),
     [(Page(status=404), None), (Page(status=403), None), (Page(status=500), "http_5xx"), (Page(status=503), "http_5xx"),
-     (Page(b"User-agent: *\n", headers={"Content-Length": "40"}), "unreachable"),
-     (Page(b"\xff\xfe\0" * 50), None),
+     (Page(b"User-agent: *\n", headers={"Content-Length": "40"}), "unreachable"), (Page(b"\xff\xfe\0" * 50), None),
      (Page(b"User-agent: *\nDisallow: /", headers={"Content-Type": "text/html"}), "opted_out"),
      (Page(b"User-agent: *\nDisallow: /\n" + b"#" * (1 << 20)), "opted_out")],
 )  # fmt: skip
