@@ -139,11 +139,12 @@ class Cluster:
                     new = text[max(0, written - passed) :]
                     passed += len(text)
                     written = max(written, passed)
+                    heard = time.monotonic()
                     write(new)
+                heard = time.monotonic()  # also of a job that is silent
                 seen = self.job(submission_id)
                 if not seen.live:
                     return seen
-                heard = time.monotonic()
             except BrokenPipeError:  # the reader of what is written has gone
                 raise
             except (UserError, ConnectionError) as e:

@@ -84,7 +84,15 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
             where = e.filename or "of temporary files, TMPDIR, or where this command's output goes"
             print(f"error: the disk is full ({where}); free space and run the same command again", file=sys.stderr)
             return 1
-        if e.errno in (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS):
+        if e.errno in (
+            errno.EEXIST,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.ENAMETOOLONG,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+        ):
             print(f"error: {e.filename}: {e.strerror}; name a place that can be read and written", file=sys.stderr)
             return 2
         raise

@@ -33,7 +33,8 @@ def main(arguments: argparse.Namespace) -> int:
         options["size"] = arguments.size
     images = [open_image(path) for path in _named(arguments)]
     bundle = find_bundle(arguments.source)
-    folder = bundle.folder
+    folder, to = bundle.folder, arguments.to or bundle.output / "edits"
+    (to.parent if arguments.to else to).mkdir(parents=True, exist_ok=True)
 
     from pipeline.sampling.drawing import open_bundle
 
@@ -42,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
         edit = _make(unclip, arguments, images, {"size": min(SIZE, unclip.sampling.size)} | options)
     except ValueError as e:
         raise UserError(str(e)) from e
-    path = arguments.to or bundle.output / "edits" / _name(arguments, images, edit, bundle.name)
+    path = arguments.to or to / _name(arguments, images, edit, bundle.name)
     _write(path, edit, arguments)
     print(path)
     for i, name in enumerate(edit.names, 1):
@@ -113,7 +114,6 @@ def _write(path: Path, edit: Edit, arguments: argparse.Namespace) -> None:
     }
     animated = _suffix(arguments) == ".webp"
     data = animation(edit.images, text) if animated else png_with_text(strip(edit.images), text)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from jobs.bundles import remember_bundle
@@ -17,7 +18,7 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.execute import execute, heal, make_context
-from pipeline.graph.runs import remember
+from pipeline.graph.runs import remember, remember_again
 from pipeline.graph.stages import Context
 from pipeline.progress import counted, duration
 from pipeline.store import check_conditions
@@ -65,9 +66,7 @@ def run(
         artifacts = _execute(project, asked.wanted, events)
         _summary(artifacts, asked.stale, time.monotonic() - began)
     else:
-        print("nothing to do")
-        if not shows(project, asked):
-            bring(project)
+        confirm(project, asked)
     print_places(project, asked.wanted)
 
 
@@ -131,7 +130,23 @@ def bring(project: Project) -> None:
     write_report(project.store, project.config, project.graph, made, project.report)
 
 
-def shows(project: Project, asked: Agreed) -> bool:
+def confirm(project: Project, asked: Agreed) -> None:
+    """Says that nothing is stale, records that it is still asked for, and brings what the output folder has not."""
+    print("nothing to do")
+    with suppress(UserError):  # somebody who may only read
+        remember_again(
+            project.store,
+            project.config.project,
+            project.graph,
+            asked.verdicts,
+            project.journal.forgettings,
+            asked.wanted,
+        )
+    if not _shows(project, asked):
+        bring(project)
+
+
+def _shows(project: Project, asked: Agreed) -> bool:
     """Returns whether the output folder has what a plan without a stale stage says: not another configuration's."""
     made = {verdict.stage: verdict.key for verdict in asked.verdicts if verdict.state != "stale"}
     try:

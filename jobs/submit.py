@@ -19,7 +19,7 @@ from cluster.submission import KUBERAY, LOCAL, attach_or_submit, check_reach, pu
 from jobs.interrupt import exit_code
 from jobs.plan import Agreed, agree
 from jobs.project import Project, open_project
-from jobs.run import bring, print_places, shows
+from jobs.run import bring, confirm, print_places
 from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
 from pipeline.errors import UserError
@@ -44,7 +44,9 @@ def main(arguments: argparse.Namespace) -> int:
     ):  # standard output holds the RayJob alone
         asked = agree(project, only, until, yes, arguments.verbose, partial(_machine, project, arguments.to))
         if not asked.stale:
-            return _nothing(project, asked)
+            confirm(project, asked)
+            print_places(project, asked.wanted)
+            return 0
     job = make_job(project.config, project.store.url, asked.keys, os.environ, only, until, yes)
     if arguments.to == KUBERAY:
         print(_rayjob(project, asked, job), end="")
@@ -74,14 +76,6 @@ def _machine(project: Project, to: str, ray: RaySettings) -> Machine | None:
     return None  # the job says it
 
 
-def _nothing(project: Project, asked: Agreed) -> int:
-    print("nothing to do")
-    if not shows(project, asked):
-        bring(project)
-    print_places(project, asked.wanted)
-    return 0
-
-
 def _run(project: Project, asked: Agreed, job: Job, to: str, detach: bool) -> int:
     """Attaches to the job or submits it, follows it to its end unless ``detach``, and brings what it has made."""
     here = to == LOCAL
@@ -104,7 +98,8 @@ def _rayjob(project: Project, asked: Agreed, job: Job) -> str:
     project = replace(project, config=replace(project.config, run=run))
     render(job, "", run, asked.stale)  # raises for wrong settings before anything is sent
     path = put_package(project.store, _package(project))
-    remember(project.store, project.config.project, project.graph, asked.verdicts, path, project.journal.forgettings)
+    asked_for = project.store, project.config.project, project.graph, asked.verdicts
+    remember(*asked_for, path, project.journal.forgettings, asked.wanted)
     return render(job, f"{project.store.url}/{path}", run, asked.stale)
 
 

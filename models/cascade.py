@@ -306,22 +306,19 @@ class UnCLIP:
         self,
         first: Inversion,
         second: Inversion,
-        count: int,
+        shares: Sequence[float],
         seed: int = 0,
         progress: Progress = ignore,
         **options: object,
     ) -> Generation:
-        """Follows section 3.2: ``count`` images from one to the other, both latents turned by spherical interpolation.
+        """Follows section 3.2: images at these shares of the way, both latents turned by spherical interpolation.
 
-        Captions are left out. Raises ValueError on a count below 2.
+        A share of 0 is the first image, reconstructed, and 1 the second. Captions are left out.
         """
-        if count < 2:
-            raise ValueError(f"an interpolation takes 2 or more images, got {count}")
-        share = torch.linspace(0, 1, count, device=first.embedding.device)
-        a, b = first.repeated(count), second.repeated(count)
-        noise = slerp(a.noise, b.noise, share)
-        between = Inversion(slerp(a.embedding, b.embedding, share), noise)
-        return self.variations(between, [seed] * count, 0.0, progress, **options)
+        a, b = first.repeated(len(shares)), second.repeated(len(shares))
+        share = torch.tensor(list(shares), device=a.embedding.device)
+        between = Inversion(slerp(a.embedding, b.embedding, share), slerp(a.noise, b.noise, share))
+        return self.variations(between, [seed] * len(shares), 0.0, progress, **options)
 
     def text_difference(
         self,

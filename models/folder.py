@@ -123,6 +123,8 @@ def read(folder: Path, device: torch.device | str) -> tuple[dict, dict[str, Tens
         raise ValueError(f"{folder} is damaged ({error}): fetch or train it again") from error
     if not {"format", "kind"} <= document.keys():
         raise ValueError(f"{folder}/{CONFIG_FILE} says neither format nor kind: name a folder that a training wrote")
+    if type(document["format"]) is not int:
+        raise ValueError(f"{folder}/{CONFIG_FILE} has format {document['format']!r}: fetch or train it again")
     if document["format"] > FORMAT:
         raise ValueError(f"{folder} has format {document['format']}, newer than {FORMAT}: update this software")
     return document, tensors

@@ -1,10 +1,11 @@
 """How a bundle turns captions into images by default. No torch here, as in the other configurations."""
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from models.prior_configs import check_choices, check_least, require
 
@@ -132,6 +133,12 @@ def change_sampling(sampling: SamplingConfig, options: dict[str, object]) -> Sam
     unknown = options.keys() - set(known)
     if unknown:
         raise ValueError(f"unknown sampling options {sorted(unknown)}: the known ones are {', '.join(known)}")
+    for name, value in options.items():
+        kind = type(getattr(sampling, name))
+        number = kind is float and type(value) is int
+        if not (type(value) is kind or number) or (kind is float and not math.isfinite(cast(float, value))):
+            needed = {int: "a whole number", float: "a number", str: "a word"}[kind]
+            raise ValueError(f"{name} is {value!r}: use {needed}")
     return replace(sampling, **options)  # type: ignore[arg-type]
 
 

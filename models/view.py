@@ -32,7 +32,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     16 bits become 8, and an embedded ICC profile is applied unless it is broken or is for another kind of image. What
     is given is not changed, and comes back itself if there is nothing to do. Raises OSError or ValueError for pixels
-    that cannot be decoded.
+    that cannot be decoded, or have no range (32 bits, floating point).
     """
     image.load()  # a PNG may say only behind its pixels how it was held
     profile = image.info.get("icc_profile")
@@ -41,6 +41,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16-bit grey at 255
         levels = np.asarray(image)
         image = Image.fromarray(np.where(levels == image.info.get("transparency"), 255, levels >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} (32 bits, or floating point) do not say which is white")
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.stage import EvaluationRecipe
 from pipeline.local import read_local
-from pipeline.parse import overlay, parse, read_value
+from pipeline.parse import load_yaml, overlay, parse, read_value
 from pipeline.progress import read_count
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
@@ -161,9 +161,9 @@ def _read_values(path: str | Path) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', '') or e}); name a YAML file") from None
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+        values = load_yaml(text) or {}
+    except ValueError as e:
+        raise UserError(f"{path}: not valid YAML: {e}") from None
     if not isinstance(values, dict):
         raise UserError(
             f"{path}: expected a mapping of stages; if it is a list, unclip init my-project {path} writes one for it"
@@ -193,7 +193,8 @@ def _from_its_folder(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         near = os.path.relpath(place)
         return place if near.startswith("..") else near
 
-    store, moved = values.get("store"), found(overlay({"run": {"output": Run.output}}, values))
+    given = {name: value for name, value in values.items() if value is not None}  # a heading may have nothing below it
+    store, moved = values.get("store"), found(overlay({"run": {"output": Run.output}}, given))
     if isinstance(store, str) and RELATIVE.match(store) and Path(store).is_dir() and not Path(moved["store"]).exists():
         raise UserError(
             f"{path}: store {store} counts from the folder of this file, {folder}, where there is none, and there is "
@@ -236,7 +237,7 @@ def preset_config(name: str) -> Config:
 
 def _decay(preset: Mapping[str, Any], samples: Any) -> dict[str, int]:
     """Returns the decay of a training that takes other ``samples`` than its preset: the same share of them."""
-    samples = read_count(samples) if isinstance(samples, str) else samples
+    samples = read_count(str(samples)) if isinstance(samples, str | float) else samples
     if "decay" not in preset or not isinstance(samples, int) or samples < 1:
         return {}
     return {"decay": round(preset["decay"] * samples / preset["samples"])}

@@ -51,7 +51,7 @@ REASONS = {
     "near_duplicate": "an earlier row of its split has nearly the same image, as large for every model",
     "near_held_out": "a training row whose image is nearly a held-out one",
     # generation
-    "prompt_too_long": "more tokens than the text models read",
+    "prompt_too_long": "more than the 75 tokens that CLIP reads",
 }
 
 # These rows are deferred: the server may answer later, the package may be installed. All other reasons reject a row.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 IN_PLACE = ("tar://", "embedding://")  # members of tars and rows of embeddings, used where they lie
 
@@ -71,7 +71,7 @@ class Reach:
         except ValueError:  # the fetch counts it
             return None
         if reference.startswith(IN_PLACE):
-            named = _is_below(unquote(parts.path), self._rooted)
+            named = _is_below(os.fsdecode(unquote_to_bytes(parts.path)), self._rooted)
         elif path is not None:
             named = _is_below(path, self._everything)
         elif parts.scheme == "s3":

@@ -98,11 +98,33 @@ def parse(kind: Any, value: Any, where: str = "") -> Any:
         raise UserError(_message(kind, next(unknown, errors[0]), where)) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping with two values for one key, of which PyYAML drops the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"{key.value} stands twice; make one of it", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """Returns the value of a YAML document. Raises ValueError, in one line, where it is none."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as e:  # a ValueError for a date or a number that is none
+        raise ValueError(" ".join(str(e).split())) from e
+
+
 def read_value(text: str, where: str) -> Any:
     """Returns the value after the = of a word, as YAML has it. Raises UserError that names ``where`` for another."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return load_yaml(text)
+    except ValueError:
         raise UserError(f"{where}: {text} is not YAML; write a number, a word, or a list such as [a, b]") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from serve.guard import Guard
 from serve.painter import Work, drawn_side
 from serve.requests import LARGEST_SEED, Common, Edit, Generation, Interpolation, Variation
 from serve.settings import MOST_IMAGES
-from serve.uploads import read_image, read_mask
+from serve.uploads import check_mask, read_image, read_mask
 
 STUDIO = Path(__file__).parent / "studio"
 FORM = Form(media_type="multipart/form-data")
@@ -121,6 +122,7 @@ async def edits(request: Request, asked: Annotated[Edit, FORM]) -> Response:
     if asked.mask is None:
         return await _answer(request, asked, "difference", "image_edit", images, before=asked.before)
     images.append(await read_mask(asked.mask))
+    await asyncio.to_thread(check_mask, *images)
     return await _answer(request, asked, "inpainting", "image_edit", images)
 
 
@@ -138,7 +140,8 @@ async def _answer(
     door: Door = request.app.state.door
     side = await door.side(asked.model, asked.size)
     try:
-        check_captions([caption for caption in (asked.prompt, more.get("before")) if caption is not None])
+        captions = [caption for caption in (asked.prompt, more.get("before")) if caption is not None]
+        await asyncio.to_thread(check_captions, captions)  # one word of thousands of letters takes most of a second
     except ValueError as e:
         raise ApiError(400, "prompt_too_long", f"prompt: {e}", "prompt") from None
     request.scope["allowance"].spend("megapixels", asked.n * drawn_side(side) ** 2 / 1e6)

@@ -168,7 +168,7 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
     cores = [int(machine.get("CPU", 0)) for machine in machines]
     gpus = int(sum(machine.get("GPU", 0) for machine in machines))
     gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
-    if gpu and not gpus and "RAY_ADDRESS" not in os.environ:  # and a cluster may add nodes
+    if gpu and not gpus and not os.environ.get("RAY_ADDRESS"):  # and a cluster may add nodes
         raise UserError("serve: device=cuda, but Ray finds no GPU on this machine; leave device out")
     replicas = max(settings.replicas or (gpus if gpu else min(2, sum(cores))), 1, settings.idle_replicas)
     # All that are there already; those that a cluster may have to add come when they are needed.
@@ -212,7 +212,7 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
     What it started ends with it, and nothing else on its cluster; requests that were accepted are answered first.
     Raises UserError where the cluster serves at another address already.
     """
-    if not settings.port or "RAY_ADDRESS" not in os.environ:
+    if not settings.port or not os.environ.get("RAY_ADDRESS"):
         settings = replace(settings, port=_free_port(settings))
     start_ray(RaySettings())
     print(f"loading {served.name} ...", flush=True)
@@ -235,7 +235,7 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
         host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
         url = f"http://{host}:{settings.port}"
         print(f"the studio is at {url}/, the API at {url}/v1", flush=True)
-        if "RAY_ADDRESS" in os.environ:
+        if os.environ.get("RAY_ADDRESS"):
             to_here = f"{settings.port}:{host}:{settings.port}"
             print(f"on the cluster's head, that is: ssh -L {to_here} HEAD brings it here", flush=True)
         Flag().wait()

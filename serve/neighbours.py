@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -30,6 +31,8 @@ from serve.uploads import read_image
 MOST = 24  # rows of one answer
 THUMBNAIL = Storing(192, "jpg", 85)  # px of the short side, format and quality
 SEARCHES = asyncio.Semaphore(2)  # at once: each holds a block of the index in memory
+MAKE = "unclip run CONFIG --until index makes it, and the bundle has to be served from that project's store"
+log = logging.getLogger("unclip")
 router = APIRouter()
 
 
@@ -42,8 +45,15 @@ async def neighbours(
     bundle = (await door.described())["bundle"]
     training = await run_in_threadpool(training_set_of, door.served, bundle, door.settings.licenses)
     opened = await read_image(image, "image")
-    async with SEARCHES:
-        found = await run_in_threadpool(training.nearest, opened, count)
+    try:
+        async with SEARCHES:
+            found = await run_in_threadpool(training.nearest, opened, count)
+    except CorruptObject as e:  # since it was looked up, such as by data forget and data gc
+        training_set_of.cache_clear()
+        log.warning("neighbours: %s", e)
+        raise ApiError(
+            404, "no_index", f"The rows that this bundle was trained on have no index any more: {MAKE}"
+        ) from e
     return {"object": "list", "data": found}
 
 
@@ -123,7 +133,6 @@ def training_set_of(served: Served, key: str, licenses: tuple[str, ...]) -> Trai
         raise ApiError(
             404,
             "no_index",
-            "The rows that this bundle was trained on have no index: unclip run CONFIG --until index makes it, and the "
-            "bundle has to be served from that project's store",
+            f"The rows that this bundle was trained on have no index: {MAKE}",
         )
     return found

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.cascade import Generation, UnCLIP
+from models.cascade import Generation, Inversion, UnCLIP
 from models.comparison import priors_of
 from models.inpainting import Kept, inpaint
 from models.pixels import to_uint8
@@ -105,11 +105,14 @@ class Painter:
         plain = work.kind in ("generation", "inpainting")
         sampling = self.unclip.sampling_with(options) if plain else self.unclip.manipulation_sampling(options)
         settings = dataclasses.asdict(sampling)
-        chunk = self.batch if plain else len(work.rows)  # the latents of an image are found once
-        for start in range(0, len(work.rows), chunk):
-            rows = work.rows[start : start + chunk]
+        latents: list[Inversion] = []
+        for start in range(0, len(work.rows), self.batch):
+            rows = work.rows[start : start + self.batch]
             watch = _Watch(emit, stopped, start, replace(work, partial=work.partial and not self.judges))
-            made = self._make(work, rows, options, watch)
+            if not plain and not latents:  # those of an image are found once
+                described = [rows[0].caption] if rows[0].caption and work.kind == "variation" else None
+                latents = [self.unclip.invert([opened(png)], described, watch, **options) for png in work.images]
+            made = self._make(work, rows, latents, options, watch)
             scores, withheld = self._judged(made, rows)
             for i, row in enumerate(rows):
                 if withheld[i]:
@@ -126,22 +129,27 @@ class Painter:
                 }
                 emit(("image", start + i, png_with_text(pixels, text), scores[i]))
 
-    def _make(self, work: Work, rows: Sequence[Row], options: dict[str, Any], watch: Callable[..., None]) -> Generation:
-        unclip, images, caption = self.unclip, [opened(png) for png in work.images], rows[0].caption
-        seeds = [row.seed for row in rows]
+    def _make(
+        self,
+        work: Work,
+        rows: Sequence[Row],
+        latents: Sequence[Inversion],
+        options: dict[str, Any],
+        watch: Callable[..., None],
+    ) -> Generation:
+        unclip, caption = self.unclip, rows[0].caption
+        seeds, shares = [row.seed for row in rows], [row.share for row in rows]
         if work.kind == "generation":
             return unclip.generate([row.caption or "" for row in rows], seeds, watch, **options)
         if work.kind == "inpainting":
-            return inpaint(unclip, Kept(*images), caption or "", seeds, watch, **options)
-        described = [caption] if caption and work.kind == "variation" else None
-        latents = unclip.invert(images[:1], described, watch, **options)
+            images = Kept(*[opened(png) for png in work.images])
+            return inpaint(unclip, images, caption or "", seeds, watch, **options)
         if work.kind == "variation":
-            return unclip.variations(latents, seeds, work.more["eta"], watch, **options)
+            return unclip.variations(latents[0], seeds, work.more["eta"], watch, **options)
         if work.kind == "interpolation":
-            second = unclip.invert(images[1:], None, watch, **options)
-            return unclip.interpolate(latents, second, len(rows), seeds[0], watch, **options)
-        shares, before = [row.share for row in rows], work.more["before"]
-        return unclip.text_difference(latents, before, caption or "", shares, seeds[0], watch, **options)
+            return unclip.interpolate(latents[0], latents[1], shares, seeds[0], watch, **options)
+        before = work.more["before"]
+        return unclip.text_difference(latents[0], before, caption or "", shares, seeds[0], watch, **options)
 
     def _judged(self, made: Generation, rows: Sequence[Row]) -> tuple[list[float | None], list[str | None]]:
         """Returns the cosine of each image and its caption, None where it has none, and what of it is refused."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Callable
 
 from fastapi import UploadFile
+from PIL import Image
 
+from models.inpainting import OPAQUE
 from pipeline.data.pairs.decoding import OWN, shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, StoredImage
 from pipeline.ledger import REASONS
 from serve.errors import ApiError
 
 MAX_PIXELS = 16_000_000  # of an upload; one takes the decoder for a second at most
+SKEW = 0.02  # by which the shapes of image and mask may differ, since their sides are rounded
 
 
 async def read_image(file: UploadFile, field: str) -> bytes:
@@ -23,6 +27,18 @@ async def read_image(file: UploadFile, field: str) -> bytes:
 async def read_mask(file: UploadFile) -> bytes:
     """Returns how opaque an upload is as a PNG of the same view, white where it is opaque. Raises ApiError."""
     return await _opened(shared_decoder().opacity, file, "mask")
+
+
+def check_mask(image: bytes, mask: bytes) -> None:
+    """Raises ApiError for a mask of another shape than its image, and for one that leaves nothing to draw."""
+    (width, height), shown = Image.open(io.BytesIO(image)).size, Image.open(io.BytesIO(mask))
+    why = ""
+    if abs(width * shown.height - height * shown.width) > SKEW * width * shown.height:
+        why = f"is {shown.width} x {shown.height} and the image {width} x {height}: give both the same shape"
+    elif min(shown.convert("L").tobytes()) >= OPAQUE:
+        why = "is opaque all over, so nothing would be drawn: make transparent what is to be drawn again"
+    if why:
+        raise ApiError(400, "invalid_image", f"mask: {why}", "mask")
 
 
 async def _opened(how: Callable[..., StoredImage | str], file: UploadFile, field: str) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from models.clip import Clip
 from models.codec import Codec
@@ -70,13 +71,27 @@ def train(
         raise UserError("init_from: a sha256 names a file of a store, and this training has none; name a file")
     given = dict(data)
     if "captions" in given:
-        given["tokens"] = tokenize(list(given.pop("captions")))
+        captions = given.pop("captions")
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise UserError("captions: give a list of strings, one an example")
+        given["tokens"] = tokenize(list(captions))
+    given = {name: _tensor(name, column) for name, column in given.items()}
     task = task or _task(stage, chosen.model, given, clip, codec)
     columns = _columns(stage, task, given)
     return Trained(*train_on(stage, task, columns, chosen, choose_device(device), progress))
 
 
-def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, codec: Codec | None) -> Task:
+def _tensor(name: str, column: Any) -> Tensor:
+    try:
+        found = torch.as_tensor(column)
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise UserError(f"{name}: not numbers, or not in rows of one length ({e})") from None
+    if not found.ndim:
+        raise UserError(f"{name} is one number; give a row an example")
+    return found
+
+
+def _task(stage: str, model: Any, data: Mapping[str, Tensor], clip: Clip | None, codec: Codec | None) -> Task:
     if stage == "clip":
         return ClipTask(model)
     if stage.startswith("upsampler"):
@@ -86,7 +101,7 @@ def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, co
         if clip is None:
             raise UserError(f"{stage} of this preset reads CLIP's text tower: pass clip=, such as model.cascade.clip")
         tower = FrozenTower.of(clip.model_config, clip.model.state_dict())
-    embeddings = torch.as_tensor(data.get("image_embedding", torch.zeros(0, 0)))
+    embeddings = data.get("image_embedding", torch.zeros(0, 0))
     dim = embeddings.shape[-1]
     if stage == "ar_prior":
         if codec is None:
@@ -97,7 +112,7 @@ def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, co
     return DiffusionPriorTask(model, dim, tower)
 
 
-def _columns(stage: str, task: Task, data: Mapping[str, Any]) -> Batch:
+def _columns(stage: str, task: Task, data: Mapping[str, Tensor]) -> Batch:
     """Returns the task's columns. Raises UserError for those that are missing or of another shape."""
     if missing := set(task.columns) - data.keys():
         raise UserError(f"{stage} reads {', '.join(task.columns)}; data has no {', '.join(sorted(missing))}")
@@ -105,14 +120,18 @@ def _columns(stage: str, task: Task, data: Mapping[str, Any]) -> Batch:
     shapes = {"image": (3, side, side), "tokens": (77,)}
     found: Batch = {}
     for name in task.columns:
-        column = torch.as_tensor(data[name])
-        column = column.float() if name.endswith("_embedding") else column
-        shape = shapes.get(name, column.shape[1:2])
+        column = data[name].float() if name.endswith("_embedding") else data[name]
+        shape = shapes.get(name, tuple(column.shape[1:2]) or ("d",))
         if tuple(column.shape[1:]) != tuple(shape) or not len(column):
             raise UserError(f"{name} has shape {list(column.shape)}; {stage} reads [n, {', '.join(map(str, shape))}]")
         if name == "image" and column.dtype != torch.uint8:
             raise UserError(f"image is {column.dtype}; give uint8 from 0 to 255")
+        if name == "tokens" and column.is_floating_point():
+            raise UserError(f"tokens are {column.dtype}; give whole numbers, such as models.tokens.tokenize makes")
         found[name] = column
+    dims = {name: column.shape[1] for name, column in found.items() if name.endswith("_embedding")}
+    if len(set(dims.values())) > 1:
+        raise UserError(f"embeddings of one CLIP have one length: {dims}")
     if len({len(column) for column in found.values()}) > 1:
         sizes = ", ".join(f"{name} {len(column):,}" for name, column in found.items())
         raise UserError(f"columns have different numbers of rows: {sizes}")

@@ -29,7 +29,7 @@ def check_ready(config: Config, store: Store, stages: Collection[str]) -> None:
         return
     ray = start_ray(config.run.ray)
     check_room(ray, wanted, config.run.ray)
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         problems: dict[str, list[str]] = {}
         for found in judge(ask_nodes(ray, store), versions(), store):
             if found.level == "problem":

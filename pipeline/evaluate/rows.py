@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.sampling_config import BASE
 from models.tokens import tokenize
 from pipeline.data.pairs.row_index import Place
 from pipeline.evaluate.captions import Phrases
@@ -151,9 +152,10 @@ class TrainingRows:
 
 
 def training_rows(store: Store, inputs: Mapping[str, Artifact]) -> TrainingRows:
-    """Returns kept training rows, which held-out rows are compared with."""
-    first = Tables(store, inputs, COLUMNS, "train", 0).first(TRAINING_ROWS)
-    rows = [row for row in first if row.place]
+    """Returns kept training rows of which decoders learn, which held-out rows are compared with."""
+    rows = Tables(store, inputs, COLUMNS, "train", BASE).first(
+        TRAINING_ROWS
+    )  # those that import embeddings have no side
     image, text = (_unit(rows, name) for name in ("image_embedding", "text_embedding"))
     places, captions = [row.place for row in rows if row.place], [_caption(row) for row in rows]
     return TrainingRows(places, captions, [row.license for row in rows], image, text)

@@ -97,7 +97,7 @@ def early_decoder(ctx: Context, device: torch.device) -> Decoder | str:
     early, recipe = ctx.recipe.early, ctx.config.decoder
     if early == 0:
         return "evaluation.early is 0"
-    if not recipe.batch <= early <= recipe.fork or early == recipe.samples:
+    if not recipe.batch <= early <= recipe.fork or early >= recipe.samples:
         end = f"samples {recipe.samples:,}" + (f" less decay {recipe.decay:,}" if recipe.decay else "")
         return f"evaluation.early {early:,} is not between decoder.batch {recipe.batch:,} and {end}"
     inputs = {name: artifact for name, artifact in ctx.inputs.items() if name in (*LEARN, "clip")}

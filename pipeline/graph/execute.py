@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from queue import Empty, Queue
@@ -22,7 +23,7 @@ from pipeline.graph.stages import Context, Graph, Stage, ordered, stage_key, tra
 from pipeline.progress import above_lines, under_way
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
-from pipeline.store.leases import lead_or_wait
+from pipeline.store.leases import Lease, lead_or_wait
 from pipeline.store.names import is_digest
 from pipeline.store.records import blob_path
 
@@ -214,19 +215,28 @@ def _run_stage(
         if stage.kind != "training":
             return ""
         folders = [f"checkpoints/{key}/" for key in (trunk_key(ctx), trajectory_key(ctx))]
-        return max((entry.path for folder in folders for entry in store.list(folder)), default="")
+        saved = [[e.path for e in store.list(f) if e.path.count("/") == f.count("/")] for f in folders]
+        return str([max(paths, default="") for paths in saved])  # without attempts and failures, which lie below
 
-    def run() -> Artifact:
-        # It begins now, not when it began to wait for the lease.
-        return stage.run(replace(ctx, began=time.time(), show=show))
+    def lead(key: str) -> Lease | None:
+        progress = partial(under_way, stage.name)
+        return lead_or_wait(store, key, config.run.lease_s, finished, newest, stage=stage.name, progress=progress)
+
+    def run() -> Artifact | None:
+        # Trainings that differ in their length alone share checkpoints: one leads, and the others go on from its last.
+        trunk = lead(f"checkpoints/{trunk_key(ctx)}") if stage.kind == "training" else nullcontext()
+        if trunk is None:
+            return None
+        with trunk:  # it begins now, not when it began to wait for a lease
+            return stage.run(replace(ctx, began=time.time(), show=show))
 
     while True:
-        progress = partial(under_way, stage.name)
-        lease = lead_or_wait(store, key, config.run.lease_s, finished, newest, stage=stage.name, progress=progress)
+        lease = lead(key)
         if lease is not None:
             with lease:
                 try:
-                    return load_artifact(store, stage.name, key) or run()
+                    if made := load_artifact(store, stage.name, key) or run():
+                        return made
                 except Superseded:
                     log.warning("%s: another run has taken over; waiting for its result", stage.name)
         made = load_artifact(store, stage.name, key)

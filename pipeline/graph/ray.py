@@ -52,7 +52,7 @@ def start_ray(settings: RaySettings) -> Any:
     # Ray's core warns on the console about the actors of Ray Data, where the user can do nothing.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    if "RAY_ADDRESS" not in os.environ:
+    if _local():
         # As on macOS and Windows, a Ray of one machine then listens on loopback only.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # Only its processes know it; Ray's own token stands in a file that every user of the machine can read.
@@ -272,7 +272,7 @@ def find_team(ray: Any, stage: str, own: Settings, settings: RaySettings, most: 
 
 
 def _local() -> bool:
-    return "RAY_ADDRESS" not in os.environ
+    return not os.environ.get("RAY_ADDRESS")
 
 
 def _grows(settings: RaySettings) -> bool:

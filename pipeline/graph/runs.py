@@ -20,6 +20,8 @@ from pipeline.graph.stages import Context, Graph
 from pipeline.store import Store
 from pipeline.store.records import whoami
 
+AGAIN_S = 86_400  # after which a run that finds everything made is recorded again
+
 
 def remember(
     store: Store,
@@ -52,6 +54,25 @@ def remember(
             stages[v.stage]["trunk"] = trajectory(stage.name, stage.version, trunk, inputs)
     more = {"package": package} if package else {}
     _write(store, project, stages, forgettings, wanted=sorted(stages if wanted is None else wanted), **more)
+
+
+def remember_again(
+    store: Store, project: str, graph: Graph, verdicts: Sequence[Verdict], forgettings: int, wanted: Collection[str]
+) -> None:
+    """Records a run that finds everything made, unless the last record asks for the same and is younger than a day.
+
+    Without it, what is in use would become what no recent run has asked for.
+    """
+    newest = max((entry.path for entry in store.list(f"runs/{project}/")), default=None)
+    record = (read_record(store, newest) if newest else None) or {}
+    asked = {"stages": {v.stage: v.key for v in verdicts}, "forgettings": forgettings, "wanted": sorted(wanted)}
+    told = {
+        "stages": {stage: each["key"] for stage, each in record.get("stages", {}).items()},
+        "forgettings": record.get("forgettings"),
+        "wanted": record.get("wanted"),
+    }
+    if newest is None or asked != told or time.time() - asked_at(newest) > AGAIN_S:
+        remember(store, project, graph, verdicts, forgettings=forgettings, wanted=wanted)
 
 
 def remember_stage(ctx: Context, project: str) -> None:

@@ -68,12 +68,18 @@ def variations(unclip: UnCLIP, image: Image.Image, count: int, eta: float, capti
 
 
 def interpolation(unclip: UnCLIP, first: Image.Image, second: Image.Image, count: int, how: How) -> Edit:
-    """Follows section 3.2: ``count`` images from the first, reconstructed, to the second, reconstructed."""
+    """Follows section 3.2: ``count`` images from the first, reconstructed, to the second, reconstructed.
+
+    Raises ValueError on a count below 2.
+    """
+    if count < 2:
+        raise ValueError(f"an interpolation takes 2 or more images, got {count}")
+    shares = [i / (count - 1) for i in range(count)]
     sampling = unclip.manipulation_sampling(dict(how.options))
     with watched("interpolation", unclip, sampling, how.watch, inversions=2) as progress:
         a, b = (unclip.invert([image], None, progress, **how.options) for image in (first, second))
-        made = unclip.interpolate(a, b, count, how.seed, progress, **how.options)
-    return _edit(_images(made), [f"{i / (count - 1):.0%}" for i in range(count)], sampling)
+        made = unclip.interpolate(a, b, shares, how.seed, progress, **how.options)
+    return _edit(_images(made), [f"{share:.0%}" for share in shares], sampling)
 
 
 def text_difference(

@@ -26,15 +26,18 @@ def _explained(url: str) -> Iterator[None]:
     """Turns what a user can mend on a disk into one line."""
     try:
         yield
-    except PermissionError as e:
-        raise UserError(
-            f"store {url}: no permission to write {e.filename or ''}; choose another folder or chmod it"
-        ) from e
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"store {url}: the disk is full; free space and run the same command again") from e
-        if e.errno in (errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
-            raise UserError(f"store {url}: cannot be written ({e.strerror}); choose another folder") from e
+        why = None
+        if e.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK) or (e.errno == errno.EPERM and e.filename2):
+            why = f"its file system has no hard links or no locks ({e.strerror}); choose a local disk, NFS or S3"
+        elif isinstance(e, PermissionError):
+            why = f"no permission to write {e.filename or ''}; choose another folder or chmod it"
+        elif e.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = "the disk is full; free space and run the same command again"
+        elif e.errno in (errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
+            why = f"cannot be written ({e.strerror}); choose another folder"
+        if why:
+            raise UserError(f"store {url}: {why}") from e
         raise
 
 

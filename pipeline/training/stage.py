@@ -42,7 +42,7 @@ def run_clip(ctx: Context) -> Artifact:
 def run_decoder(ctx: Context) -> Artifact:
     """Trains the 64 px decoder, and publishes the early model that the evaluation compares it with."""
     early, milestones = ctx.config.evaluation.early, ctx.settings.milestones
-    if ctx.recipe.batch <= early <= ctx.recipe.fork and early not in (*milestones, ctx.recipe.samples):
+    if ctx.recipe.batch <= early <= ctx.recipe.fork and early < ctx.recipe.samples and early not in milestones:
         ctx = replace(ctx, settings=replace(ctx.settings, milestones=(*milestones, early)))
     return train(ctx)
 

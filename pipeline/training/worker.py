@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -36,6 +37,8 @@ from pipeline.training.state import TrainState, begin, share
 from pipeline.training.task import Contrastive, Examples, Finishes, Task, task_of
 from pipeline.training.timing import NOT_MEASURED, Speed, measure_speed
 from pipeline.training.warm_start import load_weights
+
+log = logging.getLogger("unclip")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Training:
             if group.is_rank_0:
                 self.course.branch.save_failure(weights, e.samples, e.keys)
             group.wait()  # a worker that ended now would end the others
-            raise
+            again = f"unclip run CONFIG --replay {self.ctx.stage} does that step again and looks for the cause"
+            raise NonFinite(f"{e}. {again}", e.samples, e.keys) from e
 
     def _speed(self, task: Task, feed: Feed, state: TrainState, group: ProcessGroup) -> Speed:
         # A sharded model computes only with all workers.
@@ -106,6 +110,13 @@ class Training:
         if not (group.is_rank_0 or group.sharded):
             train(lambda _: None)
             return
+        for milestone in settings.milestones:
+            gone = milestone + ctx.recipe.batch <= state.samples
+            if gone and load_artifact(ctx.store, ctx.stage, at_stop(ctx, milestone).key) is None:
+                text = (
+                    "%s: the milestone at %s samples lies before the checkpoint that is gone on from, and is not made"
+                )
+                log.warning(text, ctx.stage, f"{milestone:,}")
         line = (
             Progress(ctx.stage, ctx.recipe.whole_samples, "samples", start=state.samples) if group.is_rank_0 else None
         )

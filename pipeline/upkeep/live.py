@@ -181,6 +181,7 @@ def _needed_runs(
     Records of runs that made a released bundle stay too, which say what of it is clean.
     """
     held = {entry.path for entry in store.list("leases/") if read_lease(store, entry.path) is not None}
+    live.paths.update(path for path in held if path.count("/") > 1)  # of checkpoints, which no run names
     runs = []
     for project in projects.values():
         last = max(project.runs, key=lambda path: (project.runs[path]["forgettings"], path), default=None)

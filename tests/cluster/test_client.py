@@ -153,6 +153,25 @@ def test_a_cluster_that_is_lost_is_given_up(cluster: Cluster, monkeypatch: pytes
         cluster.follow("job", lambda _: None)
 
 
+def test_a_connection_that_breaks_off_after_hours_is_made_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("cluster.client.time", SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda _: None))
+
+    def write(text: str) -> None:  # the first word comes hours after the job began
+        clock[0] += 1.0
+
+    tail = cluster._tail
+
+    def late(submission_id: str) -> Iterator[str]:
+        clock[0] += 9_999.0
+        yield from tail(submission_id)
+
+    monkeypatch.setattr(cluster, "_tail", late)
+    assert cluster.follow("job", write).exit_code == 0
+
+
 def test_ctrl_c_while_the_event_loop_is_built_leaves_no_traceback(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -282,6 +282,7 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
             "decoder_steps: expected a whole number, got 'many'",
         ),
         (["variations", "cat.png", "--to", "cat.jpg"], "--to cat.jpg: what is made is a .png file"),
+        (["reconstruct", "cat.png", "--to", "cat.png/x.png"], "cat.png: File exists; name a place"),
         (["variations", "cat.png", "--from", "nowhere"], "nowhere: no finished bundle there"),
         (["interpolate", "cat.png", "house.png", "--count", "1"], "--count 1 is below 2"),
         (["textdiff", "cat.png", "a cat", "a cat"], "both captions are 'a cat'"),

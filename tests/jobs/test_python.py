@@ -322,10 +322,34 @@ def test_weights_to_begin_with_are_taken(tmp_path: Path) -> None:
         unclip.train("diffusion_prior", data, **few, **still, model={"width": 32})
 
 
+EMBEDDINGS = {"image_embedding": torch.zeros(2, 16), "text_embedding": torch.zeros(2, 16)}
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "fetched": (lambda: unclip.train("clip", {}, weights="open_clip:ViT-B-32:laion2b_s34b_b79k"), "leave weights out"),
     "blob": (lambda: unclip.train("clip", {}, init_from="0" * 64), "name a file"),
     "unknown": (lambda: unclip.train("decodr", {}), "unknown model decodr"),
+    "one string": (lambda: unclip.train("diffusion_prior", {"captions": "ab", **EMBEDDINGS}), "give a list of strings"),
+    "no string": (
+        lambda: unclip.train("diffusion_prior", {"captions": [None], **EMBEDDINGS}),
+        "give a list of strings",
+    ),
+    "words": (
+        lambda: unclip.train("diffusion_prior", {"captions": ["a"], "image_embedding": ["b"]}),
+        "image_embedding: not numbers",
+    ),
+    "lengths": (
+        lambda: unclip.train(
+            "diffusion_prior", {"captions": ["a"] * 2, **EMBEDDINGS, "text_embedding": torch.zeros(2, 12)}
+        ),
+        "embeddings of one CLIP have one length",
+    ),
+    "flat": (
+        lambda: unclip.train("diffusion_prior", {"captions": ["a"], **EMBEDDINGS, "text_embedding": torch.zeros(2)}),
+        r"text_embedding has shape \[2\]",
+    ),
+    "floats": (
+        lambda: unclip.train("diffusion_prior", {"tokens": torch.zeros(2, 77), **EMBEDDINGS}),
+        "give whole numbers",
+    ),
     "recipe": (lambda: unclip.train("decoder", {}, sample=3), "did you mean samples"),
     "missing": (lambda: unclip.train("diffusion_prior", {"captions": ["a"]}), "data has no image_embedding"),
     "codec": (lambda: unclip.train("ar_prior", {}), "pass codec="),

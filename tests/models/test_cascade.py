@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from models.draw import Draw, derive_seed
 from models.folder import load_codec, load_model, save_codec, save_model
 from models.image_configs import DecoderConfig, UpsamplerConfig
 from models.prior_configs import ARPriorConfig, ClipConfig, DiffusionPriorConfig
-from models.sampling_config import SamplingConfig
+from models.sampling_config import SamplingConfig, change_sampling
 from models.tokens import cut_tokens, tokenize
 from models.upsampler import Upsampler
 from pipeline.config import PRESETS, preset_config
@@ -268,6 +269,24 @@ def test_a_model_folder_keeps_weights_configuration_and_sizes(tmp_path: Path) ->
     assert all(parameter.requires_grad for parameter in again.parameters())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_steps": "50"}, "decoder_steps is '50': use a whole number"),
+        ({"decoder_steps": 25.5}, "decoder_steps is 25.5: use a whole number"),
+        ({"candidates": True}, "candidates is True: use a whole number"),
+        ({"temperature": None}, "temperature is None: use a number"),
+        ({"decoder_guidance": math.nan}, "decoder_guidance is nan: use a number"),
+        ({"prior": ["ar"]}, r"prior is \['ar'\]: use a word"),
+    ],
+)
+def test_sampling_options_of_another_type_are_refused(options: dict[str, Any], message: str) -> None:
+    """They may stand in a bundle of somebody else's."""
+    with pytest.raises(ValueError, match=message):
+        change_sampling(SamplingConfig(), options)
+    assert change_sampling(SamplingConfig(), {"decoder_guidance": 1}).decoder_guidance == 1
+
+
 def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path, make().diffusion_prior)
     document = json.loads((tmp_path / "config.json").read_text())
@@ -279,6 +298,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
             load_model(tmp_path)
 
     check("format 2, newer than 1: update", format=2)
+    check("has format '2': fetch or train it again", format="2")
     check("holds a codec: expected one of ar_prior", kind="codec")
     check(r"unknown fields \['layers'\]", config=document["config"] | {"layers": 3})
     check("does not fit config.json", sizes={"embed_dim": 8})

@@ -105,7 +105,7 @@ def test_variations_keep_the_embedding_and_differ_by_seed_and_eta(unclip: UnCLIP
 
 def test_an_interpolation_begins_at_one_image_and_ends_at_the_other(unclip: UnCLIP) -> None:
     a, b = (unclip.invert([p]) for p in IMAGES)
-    strip = unclip.interpolate(a, b, 5, seed=3, size=64)
+    strip = unclip.interpolate(a, b, [0, 0.25, 0.5, 0.75, 1], seed=3, size=64)
     assert len(strip.images[16]) == len(strip.embedding) == 5
     for end, latents in ((0, a), (4, b)):
         torch.testing.assert_close(strip.embedding[end], latents.embedding[0])
@@ -114,8 +114,6 @@ def test_an_interpolation_begins_at_one_image_and_ends_at_the_other(unclip: UnCL
     torch.testing.assert_close(strip.embedding.norm(dim=1), torch.ones(5))
     along = strip.embedding @ b.embedding[0]
     assert (along.diff() > 0).all()
-    with pytest.raises(ValueError, match="an interpolation takes 2 or more images, got 1"):
-        unclip.interpolate(a, b, 1)
 
 
 def test_a_text_difference_turns_the_embedding_towards_the_new_caption(unclip: UnCLIP) -> None:

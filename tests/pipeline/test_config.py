@@ -177,8 +177,9 @@ def test_relative_paths_count_from_the_folder_of_the_file(tmp_path: Path, monkey
 
 
 def test_a_count_in_words_is_the_count(least: Path) -> None:
-    one, other = (load_config(least, [f"decoder.samples={count}"]) for count in ("100000", "100k"))
-    assert one == other
+    counts = ("100000", "100k", "1e5", "1.0e+5", "100000.0")
+    one, *others = (load_config(least, ["preset=tiny", f"decoder.samples={count}"]) for count in counts)
+    assert others == [one] * 4
     assert one.decoder.decay < 100_000  # its share of the preset's
 
 
@@ -206,6 +207,9 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
         ("decoder", "decoder: an override is written key.key=value"),
         ("=3", "=3: an override is written key.key=value"),
         ("decoder.samples=[1", "decoder.samples=[1: [1 is not YAML; write a number, a word, or a list such as [a, b]"),
+        ("project=2024-02-30", "project=2024-02-30: 2024-02-30 is not YAML"),  # reads as a day that there is not
+        ("decoder.samples=0x_", "decoder.samples=0x_: 0x_ is not YAML"),
+        ("decoder={batch: 8, batch: 9}", "decoder={batch: 8, batch: 9}: {batch: 8, batch: 9} is not YAML"),
         ("decodr.samples=1", "decodr: unknown key; did you mean decoder?"),
         ("decoder.model.guidence=1", "decoder.model.guidence: unknown key"),
         ("run.pairs.retrys=1", "run.pairs.retrys: unknown key; did you mean retries?"),
@@ -338,9 +342,27 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
     with pytest.raises(UserError, match=r"broken\.yaml: not valid YAML: .*line 2"):
         load_config(tmp_path / "broken.yaml")
+    (tmp_path / "day.yaml").write_text("samples: {captions: [2021-02-30]}")
+    with pytest.raises(UserError, match=r"day\.yaml: not valid YAML: day is out of range for month"):
+        load_config(tmp_path / "day.yaml")
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(UserError, match="expected a mapping of stages"):
         load_config(tmp_path / "list.yaml")
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(UserError, match=r"empty\.yaml is empty; unclip init writes a configuration"):
         load_config(tmp_path / "empty.yaml")
+
+
+def test_a_key_that_stands_twice_is_refused_and_values_that_are_merged_are_not(least: Path) -> None:
+    text = least.read_text()
+    least.write_text(f"{text}run: {{budget_hours: 1}}\nsamples: {{seed: 1}}\nrun: {{lease_s: 9}}\n")
+    with pytest.raises(UserError, match=r"least\.yaml: not valid YAML: run stands twice; make one of it .*line 6"):
+        load_config(least)
+    least.write_text(f"{text}clip: &own {{eps: 0.1}}\ndecoder: &more {{<<: *own, eps: 0.2}}\nar_prior: {{<<: *more}}\n")
+    config = load_config(least)
+    assert (config.clip.eps, config.decoder.eps, config.ar_prior.eps) == (0.1, 0.2, 0.2)
+
+
+def test_a_heading_without_values_leaves_the_output_beside_the_file(least: Path) -> None:
+    least.write_text(f"{least.read_text()}run:\n  # budget_hours: 1\n")
+    assert Path(load_config(least).run.output) == least.parent / "out"

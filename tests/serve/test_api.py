@@ -169,6 +169,12 @@ def test_a_mask_keeps_what_is_opaque(client: openai.OpenAI) -> None:
     assert (drawn[:, 36:] != truth[:, 36:]).mean() > 0.9
     stream: Any = client.images.edit(**asked, stream=True, partial_images=1)
     assert [event.type for event in stream] == ["image_edit.partial_image", "image_edit.completed"]
+    for other, says in (
+        (Image.new("L", (64, 64)), "is opaque all over"),
+        (mask.crop((0, 0, 64, 32)), "the same shape"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says):
+            client.images.edit(**asked | {"mask": png(other)})
 
 
 def test_words_change_an_image_by_their_difference(client: openai.OpenAI) -> None:

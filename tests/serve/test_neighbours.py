@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from jobs.serve import read_settings
+from pipeline.graph.artifacts import read_shards
+from pipeline.store.records import blob_path
 from serve.neighbours import find_training_set
 from serve.settings import ServeSettings
 from tests.pipeline.data.bench import Bench, picture
@@ -68,6 +71,17 @@ def test_what_cannot_be_looked_for(client: TestClient, image: bytes, count: int,
 
 def test_a_folder_of_a_bundle_alone_says_so(bench: Bench) -> None:
     for client in door(bench, ServeSettings(), ""):
+        answer = ask(client, picture(0))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_index")
+
+
+def test_an_index_that_is_gone_since_says_so(tmp_path: Path) -> None:
+    """As after ``data forget`` and ``data gc``, while the server runs."""
+    own = make_trained(tmp_path)
+    for client in door(own, ServeSettings(), own.store.url):
+        assert ask(client, picture(0)).status_code == 200
+        shards = [blob for shard in read_shards(own.store, own.made["curation"]) for blob in shard.blobs.values()]
+        own.store.delete(map(blob_path, [*own.made["index"].blobs.values(), *shards]))
         answer = ask(client, picture(0))
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_index")
 

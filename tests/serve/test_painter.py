@@ -1,13 +1,17 @@
 """What is drawn and what is withheld, without HTTP or Ray."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
+from models.cascade import UnCLIP
 from pipeline.errors import UserError
+from pipeline.sampling.drawing import png_with_text
 from serve.bundle import read_head
 from serve.painter import Painter, Row, Stopped, Work
 from tests.models.test_cascade import DIM, make
@@ -51,6 +55,37 @@ def test_smaller_images_come_first_and_stages_are_timed() -> None:
         ("partial", 0), ("partial", 1), ("image", 0), ("image", 1), ("partial", 2), ("image", 2)
     ]  # fmt: skip
     assert [event[1] for event in events if event[0] == "stage"] == ["diffusion_prior", "decoder", "upsampler_256"] * 2
+
+
+@pytest.mark.parametrize("kind", ["variation", "difference", "interpolation"])
+def test_edits_are_drawn_as_many_at_once_as_the_batch_says(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are the same images, of latents that are found once."""
+    unclip = make()
+    made: list[int] = []
+    inverted: list[int] = []
+    decode, invert = UnCLIP.decode, UnCLIP.invert
+
+    def decoding(self: UnCLIP, embedding: Any, *words: Any, **options: Any) -> Any:
+        made.append(len(embedding))
+        return decode(self, embedding, *words, **options)
+
+    def inverting(self: UnCLIP, images: Any, *words: Any, **options: Any) -> Any:
+        inverted.append(len(images))
+        return invert(self, images, *words, **options)
+
+    monkeypatch.setattr(UnCLIP, "decode", decoding)
+    monkeypatch.setattr(UnCLIP, "invert", inverting)
+    png = png_with_text(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), {})
+    rows = tuple(
+        Row(None if kind == "interpolation" else "a fox", seed, share) for seed, share in ((1, 0.0), (1, 0.5), (1, 1.0))
+    )
+    more = {"variation": {"eta": 1.0}, "difference": {"before": "the sea"}, "interpolation": {}}[kind]
+    work = Work(kind, {"decoder_steps": 2}, 64, rows, (png,) * (2 if kind == "interpolation" else 1), more)
+    alone, together = ([e[2] for e in drawn(Painter("k", unclip, batch), work) if e[0] == "image"] for batch in (1, 3))
+    assert (made, sum(inverted)) == ([1, 1, 1, 3], 2 * len(work.images))
+    for a, b in zip(alone, together, strict=True):
+        pixels = [np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (a, b)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 4  # rounding; other images differ by 100
 
 
 def test_a_drawing_that_nobody_waits_for_stops_at_the_next_step() -> None:

@@ -233,15 +233,17 @@ def test_a_picture_is_dropped_or_pasted(studio: Page) -> None:
 
 def test_a_place_in_line_is_shown_and_what_is_stopped_makes_room(studio: Page) -> None:
     studio.locator("[name=steps]").fill("100")
+    studio.locator("#sizes").get_by_text("256 px").click()  # long enough to be stopped, on any machine
     for caption in ("a first one", "a second one", "a third one"):
         studio.get_by_label("What shall I draw?").fill(caption)
         studio.keyboard.press("Enter")
     waiting = studio.locator("article").first
     expect(waiting).to_contain_text("before yours")
     for _ in range(3):
-        studio.get_by_role("button", name="Stop").last.click()
+        studio.get_by_role("button", name="Stop").first.click()  # of the newest: the one that is drawn comes last
     expect(studio.locator("article .problem:visible")).to_have_text(["Stopped."] * 3)
     studio.locator("[name=steps]").fill("2")
+    studio.locator("#sizes").get_by_text("64 px").click()
     draw(studio)
 
 

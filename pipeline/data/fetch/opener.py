@@ -121,13 +121,14 @@ def normal_url(reference: str) -> str:
     """
     try:
         parts = urlsplit(reference)
-        host, port = (parts.hostname or "").removesuffix("."), parts.port
+        host, port = parts.hostname or "", parts.port
         if len(host) > _LONGEST_HOST:
             raise Refused("unsupported_reference")
-        name = f"[{host}]" if ":" in host else host.encode("idna").decode("ascii").lower()
+        # Dots are taken off behind IDNA, which has four characters for them.
+        name = f"[{host}]" if ":" in host else host.encode("idna").decode("ascii").lower().rstrip(".")
     except ValueError:  # UnicodeError is one
         raise Refused("unsupported_reference") from None
-    if parts.scheme not in ("http", "https") or not host or any(mark in parts.netloc for mark in "@%\\ "):
+    if parts.scheme not in ("http", "https") or not name or any(mark in parts.netloc for mark in "@%\\ "):
         raise Refused("unsupported_reference")
     usual = {"http": http.client.HTTP_PORT, "https": http.client.HTTPS_PORT}[parts.scheme]
     place = name if port in (None, usual) else f"{name}:{port}"

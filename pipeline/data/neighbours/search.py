@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from models.clip import Clip
-from models.tokens import check_captions, tokenize
+from models.tokens import check_captions
 from models.view import view
 from pipeline.data.neighbours.indices import search
 from pipeline.data.pairs.decoding import open_image
@@ -45,12 +45,13 @@ def embed_caption(store: Store, clip: Artifact, caption: str) -> np.ndarray:
     """Returns the text embedding of a caption, fp32 [1, d]. Raises UserError if it is empty or too long."""
     if not caption.strip():
         raise UserError("the caption is empty; say what the images should show")
-    try:
-        check_captions([caption])
-    except ValueError as e:
-        raise UserError(str(e)) from None
     model = read_clip(store, clip)
-    return _numbers(model.encode_text, tokenize([caption]))
+    if model.own_tokenizer is None:
+        try:
+            check_captions([caption])
+        except ValueError as e:
+            raise UserError(str(e)) from None
+    return _numbers(model.encode_text, model.tokenize([caption]))
 
 
 def embed_image(store: Store, clip: Artifact, path: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from pipeline.data.source.columns import IMAGES
 from pipeline.data.source.rows import SIDECARS
 from pipeline.data.source.tables import table_kind
 from pipeline.data.source.tars import is_tar
+from pipeline.errors import UserError
 from pipeline.progress import counted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of a Hugging Face imagefolder
@@ -19,14 +20,23 @@ SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "vali
 def walk(folder: Path) -> Iterator[tuple[Path, Path | None]]:
     """Yields the files below a folder in order, hidden ones left out, each with the metadata that speaks for it.
 
-    That is the METADATA of its own folder, or else of the nearest one above it.
+    That is the METADATA of its own folder, or else of the nearest one above it. What lies in a folder without
+    permission is left out (see unread_files). Raises UserError for one that cannot be listed for another reason.
     """
     nearest: dict[str, Path | None] = {}
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=_check_listed):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         own = next((Path(root, name) for name in METADATA if name in names), nearest.get(os.path.dirname(root)))
         nearest[root] = own
         yield from ((Path(root, name), own) for name in sorted(names) if not name.startswith("."))
+
+
+def _check_listed(error: OSError) -> None:
+    if not isinstance(error, PermissionError):
+        raise UserError(
+            f"source {error.filename}: cannot be listed ({error.strerror}); look at its disk or its server, then run "
+            "the same command again"
+        ) from error
 
 
 def is_image(file: Path) -> bool:
@@ -79,7 +89,11 @@ def unread_files(folder: Path, kind: str, named: frozenset[str]) -> str:
     images = {file.with_suffix("") for file, _ in files if is_image(file)}
     tars = tuple(str(file.with_suffix("")) for file, _ in files if kind == "tars" and is_tar(file.name))
     found: dict[str, list[Path]] = {}
-    for root, folders, _ in os.walk(folder):
+
+    def closed(error: OSError) -> None:
+        found.setdefault("folder without permission", []).append(Path(error.filename))
+
+    for root, folders, _ in os.walk(folder, onerror=closed):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if links := [Path(root, name) for name in folders if Path(root, name).is_symlink()]:
             found.setdefault("link to a folder", []).extend(links)

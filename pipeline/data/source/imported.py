@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +63,7 @@ def metadata_parts(folder: Path, reach: Reach) -> list[tuple[str, Path]]:
 
 def embedding_reference(folder: Path, part: str, row: int, url: str) -> str:
     """Returns a row of a part as an image reference; ``url`` is the image's, "" where its metadata name none."""
-    return f"{SCHEME}{quote(str(folder))}?part={part}&row={row}" + (f"#{quote(url, safe='')}" if url else "")
+    return f"{SCHEME}{quote(os.fsencode(folder))}?part={part}&row={row}" + (f"#{quote(url, safe='')}" if url else "")
 
 
 def imported_url(reference: str) -> str:
@@ -108,7 +108,7 @@ def _place(reference: str) -> tuple[str, str, int] | None:
         part, row = query["part"][0], int(query["row"][0])
     except (KeyError, ValueError):
         return None
-    return (unquote(parts.path), part, row) if part.isdecimal() and row >= 0 else None
+    return (os.fsdecode(unquote_to_bytes(parts.path)), part, row) if part.isdecimal() and row >= 0 else None
 
 
 def _file(folder: Path, name: str, part: str) -> Path:

@@ -23,7 +23,7 @@ from pipeline.data.source.rows import ROWS_SUFFIX, SIDECARS, ListRow, one_line_e
 from pipeline.data.source.tables import SUFFIXES, table_kind, table_rows
 from pipeline.data.source.tars import tar_rows
 from pipeline.errors import UserError
-from pipeline.local import Reach, local_path, open_local
+from pipeline.local import Reach, local_path, open_local, reason_of
 
 if TYPE_CHECKING:
     from pipeline.data.source.stage import SourceRecipe
@@ -201,7 +201,7 @@ def unread(path: str, recipe: SourceRecipe) -> str:
         return ""
     folder, may = Path(where), reach(recipe, path)
     tables = [file for file, metadata in walk(folder) if kind == "folder" and file == metadata]
-    named = frozenset(_named_file(row) for table in tables for row in _metadata_rows(table, recipe, may))
+    named = frozenset(_named_file(row.url) for table in tables for row in _metadata_rows(table, recipe, may))
     return unread_files(folder, kind, named)
 
 
@@ -242,12 +242,14 @@ def _folder_rows(folder: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Lis
     for file, metadata in walk(folder):
         if file == metadata:
             for row in _metadata_rows(file, recipe, may):
-                place = os.path.relpath(_named_file(row) or folder, folder).split(os.sep)[0]
+                place = os.path.relpath(_named_file(row.url) or folder, folder).split(os.sep)[0]
                 yield replace(row, split=row.split or splits.get(place, ""))
         elif metadata is None and is_image(file):
-            beside = ((extension, file.with_suffix(f".{extension}")) for extension in SIDECARS)
+            names = [(extension, case) for case in (str.upper, str.lower) for extension in SIDECARS]
+            beside = ((extension, file.with_suffix(f".{case(extension)}")) for extension, case in names)
             sidecars = {extension: (data, str(text)) for extension, text in beside if (data := _bytes(text, may))}
-            yield sidecar_row(f"file://{quote(os.fsencode(file))}", sidecars)
+            row = sidecar_row(f"file://{quote(os.fsencode(file))}", sidecars)
+            yield replace(row, reject=row.reject or _link_refusal(str(file), may))
 
 
 def _metadata_rows(table: Path, recipe: SourceRecipe, may: Reach) -> Iterator[ListRow]:
@@ -255,12 +257,22 @@ def _metadata_rows(table: Path, recipe: SourceRecipe, may: Reach) -> Iterator[Li
     return _table_rows(table, replace(recipe, image_column=column), may)
 
 
-def _named_file(row: ListRow) -> str:
+def _named_file(reference: str) -> str:
     """Returns the file that a row names; "" where it names none, or nothing that can be read as a reference."""
     try:
-        return local_path(row.url) or ""
+        return local_path(reference) or ""
     except ValueError:
         return ""
+
+
+def _link_refusal(file: str, may: Reach) -> str | None:
+    """Returns why a link to a file is refused. The fetch would refuse it, too, but keys count what is read here."""
+    try:
+        if os.path.islink(file):
+            may.resolve(file)
+    except OSError as e:
+        return reason_of(e)
+    return None
 
 
 def _bytes(text: Path, may: Reach) -> bytes:
@@ -306,7 +318,7 @@ def _table_rows(
         captions = one_line_each(text for text in texts if text not in NO_VALUE)
         if may is not None:
             reference = _beside(remote or path.parent, reference)
-        refusal = may.refusal(reference) if may else None
+        refusal = (may.refusal(reference) or _link_refusal(_named_file(reference), may)) if may else None
         # Images may be grouped by the column of their references, or by that of the pages that they stand in.
         grouped = without_password(group or "")
         yield ListRow(reference, captions, grouped, split, sha256, license, attribution, refusal)

@@ -21,7 +21,6 @@ FINAL = frozenset(
         "no_reference",
         "duplicate_url",
         "forgotten",
-        "forbidden_address",
         "opted_out",
         "denied",
     )

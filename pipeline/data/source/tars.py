@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote_to_bytes, urlsplit
 
 from pipeline.data.source.columns import IMAGES, LIMIT
 from pipeline.data.source.rows import SIDECARS, ListRow, sidecar_row
@@ -23,7 +24,7 @@ def is_tar(path: str) -> bool:
 
 def tar_reference(tar: str, member: str, offset: int, size: int) -> str:
     """Returns the reference of a member of an existing tar, to be used where it lies."""
-    return f"tar://{quote(tar)}?offset={offset}&size={size}#{quote(member, errors='surrogateescape')}"
+    return f"tar://{quote(os.fsencode(tar))}?offset={offset}&size={size}#{quote(member, errors='surrogateescape')}"
 
 
 def tar_place(reference: str) -> dict[str, Any] | None:
@@ -34,7 +35,7 @@ def tar_place(reference: str) -> dict[str, Any] | None:
         offset, size = int(query["offset"][0]), int(query["size"][0])
     except (KeyError, ValueError):
         return None
-    path = unquote(parts.path)
+    path = os.fsdecode(unquote_to_bytes(parts.path))
     return {"tar": path, "offset": offset, "size": size} if is_tar(path) and offset >= 0 and size >= 0 else None
 
 
@@ -88,7 +89,8 @@ def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
                 if name:
                     yield sidecar_row(image, said)
                 name, image, said = sample, "", {}
-            if f".{extension.lower()}" in IMAGES:
+            extension = extension.lower()
+            if f".{extension}" in IMAGES:
                 image = tar_reference(str(path), member.name, member.offset_data, member.size)
             elif extension in SIDECARS:
                 content = tar.extractfile(member)

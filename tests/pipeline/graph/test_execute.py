@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import Barrier, Event, current_thread, main_thread
+from itertools import pairwise
+from threading import Barrier, Event, Thread, current_thread, main_thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.graph import execute as execution
 from pipeline.graph.artifacts import Artifact, artifact_path, publish_artifact
 from pipeline.graph.execute import execute
 from pipeline.graph.plan import plan
-from pipeline.graph.stages import Context, Graph, Kind, Stage
+from pipeline.graph.stages import Context, Graph, Kind, Stage, stage_key, trunk_key
 from pipeline.ledger import Ledger
 from pipeline.settings import RaySettings, ShardSettings, TrainingSettings
 from pipeline.store import Store, open_store
@@ -202,3 +203,58 @@ def test_all_trainings_that_run_are_shown_together(house: House) -> None:
     house.execute()
     assert set(TRAININGS) in house.looks
     assert house.looks[-1] == set()
+
+
+def test_trainings_that_differ_in_length_alone_take_turns(tmp_path: Any) -> None:
+    """They share checkpoints, of which each attempt fences the one before: at once, neither would ever save one."""
+    store = open_store(str(tmp_path / "store"))
+    house, inside, most = House(store), [0], [0]
+    beginning = Barrier(2)
+
+    def run(ctx: Context) -> Artifact:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        Event().wait(0.5)  # time for the other to begin, if it could
+        inside[0] -= 1
+        return house.run(ctx)
+
+    def make(samples: int) -> None:
+        stage = Stage("decoder", 1, Recipe(samples), ("curation",), run, "training")
+        beginning.wait(WAIT_S)
+        made[samples] = execution._run_stage(stage, stage_key(stage, keys), inputs, store, config, lambda _: None)
+
+    inputs = {"curation": Artifact("curation", "c" * 64, {}, {}, Ledger())}
+    keys = {name: artifact.key for name, artifact in inputs.items()}
+    config: Any = SimpleNamespace(run=SimpleNamespace(lease_s=60.0, decoder=TrainingSettings()))
+    made: dict[int, Artifact] = {}
+    threads = [Thread(target=make, args=(samples,)) for samples in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert made.keys() == {1, 2}
+    assert most == [1]
+
+
+def test_a_new_checkpoint_is_a_sign_of_life_and_an_attempt_is_none(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    seen: list[str] = []
+
+    def lead_or_wait(*words: Any, **named: Any) -> None:
+        key, activity = words[1], words[4]
+        for name in ("attempts/0001", "000000000016-0001", "failures/000000000016-0001", "000000000032-0001"):
+            seen.append(activity())
+            store.create(f"checkpoints/{trunk}/{name}.json", b"{}")
+        seen.append(activity())
+        stage.run(execution.make_context(stage, key, inputs, store, config))
+
+    monkeypatch.setattr(execution, "lead_or_wait", lead_or_wait)
+    stage = Stage("decoder", 1, Recipe(decay=1), ("curation",), House(store).run, "training")
+    inputs = {"curation": Artifact("curation", "c" * 64, {}, {}, Ledger())}
+    config: Any = SimpleNamespace(run=SimpleNamespace(lease_s=60.0, decoder=TrainingSettings()))
+    key = stage_key(stage, {"curation": "c" * 64})
+    trunk = trunk_key(execution.make_context(stage, key, inputs, store, config))
+    execution._run_stage(stage, key, inputs, store, config, lambda _: None)
+    assert [a == b for a, b in pairwise(seen)] == [True, False, True, False]

@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import tempfile
@@ -194,6 +195,18 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.undo()
     assert list(store.list("")) == []
     assert store.create("blobs/a", b"1")
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM])
+def test_a_file_system_without_hard_links_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def link(file: Path, name: Path) -> None:
+        raise OSError(code, os.strerror(code), str(file), None, str(name))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(UserError, match=r"no hard links or no locks .*choose a local disk, NFS or S3"):
+        check_conditions(open_store(str(tmp_path / "store")))
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,16 @@ def test_a_milestone_is_the_artefact_of_the_shorter_recipe(world: World, tmp_pat
         assert validated[0] == validated[1] != {}
 
 
+def test_a_milestone_before_the_checkpoint_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    stage.train(world.context("diffusion_prior", replace(RECIPE, samples=96), SETTINGS))
+    with caplog.at_level(logging.WARNING):
+        stage.train(world.context("diffusion_prior", RECIPE, replace(SETTINGS, milestones=(64, 128))))
+    told = [record.getMessage() for record in caplog.records if "milestone" in record.getMessage()]
+    assert told == [
+        "diffusion_prior: the milestone at 64 samples lies before the checkpoint that is gone on from, and is not made"
+    ]
+
+
 def test_an_end_within_a_batch_is_found_again(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.config import Config, make_config
-from pipeline.data.fetch.opener import normal_url
+from pipeline.data.fetch.opener import Refused, normal_url
 from pipeline.data.fetch.rules import DenyLists, read_deny_lists
 from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.errors import CorruptObject, UserError
@@ -44,6 +44,10 @@ def test_a_host_stands_for_all_below_it_and_a_url_for_every_spelling(tmp_path: P
     )
     hosts = ["example.org", "www.EXAMPLE.org", "a.b.example.org", "wild.test", "x.wild.test", "dot.test", "пример.рф"]
     assert all(deny.url(normal_url(f"https://{host}:8443/a.png")) for host in hosts)
+    assert all(deny.url(normal_url(f"https://example.org{dot}/a.png")) for dot in (".", "\u3002", "\uff0e", "\uff61"))
+    for dots in ("..", ".\u3002"):
+        with pytest.raises(Refused):
+            normal_url(f"https://example.org{dots}/a.png")
     assert not any(
         deny.url(normal_url(f"http://{host}/a.png")) for host in ("badexample.org", "org", "example.org.test")
     )

@@ -17,6 +17,7 @@ SPELLINGS = [
     " http://BÜCHER.EXAMPLE.test/A~b/c.jpg?q=%C3%A9&x=1 ",
     "HTTP://xn--bcher-kva.example.test:80/A~b/c.jpg?q=%C3%A9&x=1",
     "https://xn--bcher-kva.example.test.:443/A%7Eb/c.jpg?q=%c3%a9&x=1#part",
+    "http://bücher.example.test\u3002/A~b/c.jpg?q=é&x=1",
     "http://bücher.example.test/A%7eb/./c.jpg?q=é&x=1",
     "http://bücher.example.test/x/../A~b/y/%2E%2e/c.jpg?q=é&x=1#",
 ]

@@ -1,12 +1,16 @@
 import hashlib
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from jobs.cli import main
+from models.clip import Clip
+from models.tokens import cut_tokens, tokenize
 from pipeline.data.embeddings.stage import read_embeddings
-from pipeline.data.neighbours.search import embed_caption, embed_image, look_up
+from pipeline.data.neighbours.search import embed_caption, embed_image, look_up, read_clip
 from pipeline.data.pairs.row_index import SPLITS, read_images
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_shards
@@ -40,6 +44,19 @@ def stored(bench: Bench) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         keys, image, text, _ = read_embeddings(bench.store, shard.blobs["embeddings"])
         found |= {key: (image[i], text[i]) for i, key in enumerate(keys)}
     return found
+
+
+def test_a_caption_is_read_by_the_tokenizer_of_its_clip(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SigLIP has one of its own, and may read other lengths."""
+    clip = read_clip(bench.store, bench.made["clip"])
+
+    def backwards(captions: list[str]) -> torch.Tensor:
+        return cut_tokens(tokenize([caption[::-1] for caption in captions]), clip.model.context_length)
+
+    own = Clip(clip.model, clip.model_config, cast(Any, backwards))
+    monkeypatch.setattr("pipeline.data.neighbours.search.read_clip", lambda *_: own)
+    found = embed_caption(bench.store, bench.made["clip"], "a cat")
+    np.testing.assert_allclose(found, clip.encode_text(clip.tokenize(["tac a"])).detach().numpy(), atol=1e-6)
 
 
 def test_a_query_is_embedded_as_the_rows_were(bench: Bench) -> None:

@@ -107,6 +107,12 @@ def test_every_kind_of_pixel_becomes_rgb_on_white() -> None:
     assert corner(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "JPEG", quality=95) == [0, 0, 0]
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.int16, np.float32])
+def test_pixels_that_do_not_say_which_is_white_are_refused(kind: type) -> None:
+    """Pillow would clip them at 255: a scan or a micrograph would be white all over, or black."""
+    assert small(encoded(np.linspace(0, 4000, 64).reshape(8, 8).astype(kind), "TIFF")) == "decode_error"
+
+
 def test_exif_orientation_turns_the_pixels() -> None:
     image = Image.fromarray(smooth(24, 8))
     exif = image.getexif()

@@ -1,8 +1,10 @@
 """Lists as other tools write them: Hugging Face's imagefolder, img2dataset's output, JSON lines, parts of a table."""
 
+import errno
 import gzip
 import json
 import logging
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pytest
 from pipeline.data.source.lists import read_rows, unread
 from pipeline.data.source.rows import ListRow
 from pipeline.data.source.stage import SourceRecipe, scan
+from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError
-from pipeline.local import local_path
+from pipeline.local import local_path, read_local
 from pipeline.store import open_store
 from tests.pipeline.data.bench import Bench, picture, write_tar
 
@@ -221,6 +224,62 @@ def test_folders_that_are_links_are_told(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path / "own")) == 1
     said = unread(str(tmp_path / "own"), SourceRecipe((".",)))
     assert said.endswith("is not read: 1 link to a folder (such as birds)")
+
+
+def test_links_to_images_count_where_the_list_may_name_what_they_lead_to(tmp_path: Path) -> None:
+    """As in a cache of Hugging Face. Naming the place afterwards changes keys, so the rows are fetched then."""
+    images(tmp_path / "blobs", "a.png", "b.png")
+    for name in ("a.png", "b.png"):
+        (tmp_path / "list/inner").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "list/inner" / name).symlink_to(tmp_path / "blobs" / name)
+    (tmp_path / "list/inner/a.txt").write_text("a bird")
+    (tmp_path / "list/b.jsonl").write_text(lines({"url": "inner/b.png", "caption": "a bird"}))
+    keys = []
+    for roots, refusal in (((), "forbidden_reference"), ((str(tmp_path / "blobs"),), None)):
+        paths = [str(tmp_path / "list"), str(tmp_path / "list/b.jsonl")]
+        bench = Bench(tmp_path / "store", paths, source={"paths": paths, "roots": list(roots)})
+        keys.append(bench.source_keys["source"])
+        assert {row.reject for row in rows_of(tmp_path / "list", roots=roots)} == {refusal}
+        assert {row.reject for row in rows_of(tmp_path / "list/b.jsonl", roots=roots)} == {refusal}
+    assert keys[0] != keys[1]
+
+
+def test_a_folder_that_cannot_be_listed_is_told_or_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images(tmp_path, "2023/a.png", "2024/b.png")
+    scan_folder = os.scandir
+    code = errno.EACCES
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("2024"):
+            raise OSError(code, os.strerror(code), path)
+        return scan_folder(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    (tmp_path / "2023/a.txt").write_text("a bird")
+    assert len(rows_of(tmp_path)) == 1
+    assert unread(str(tmp_path), SourceRecipe((".",))).endswith("1 folder without permission (such as 2024)")
+    code = errno.ESTALE
+    with pytest.raises(UserError, match=r"2024: cannot be listed \(Stale file handle\); look at its disk"):
+        rows_of(tmp_path)
+
+
+def test_what_lies_beside_an_image_may_be_in_capitals(tmp_path: Path) -> None:
+    images(tmp_path / "folder", "IMG_1.JPG")
+    (tmp_path / "folder/IMG_1.TXT").write_text("a bird")
+    write_tar(tmp_path / "a.tar", {"IMG_1.JPG": picture(0), "IMG_1.TXT": b"a bird"})
+    assert rows_of(tmp_path / "folder")[0].captions == rows_of(tmp_path / "a.tar")[0].captions == ("a bird",)
+
+
+def test_a_tar_in_a_folder_whose_name_is_not_utf8_is_used_where_it_lies(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
+    folder.mkdir()
+    write_tar(folder / "a.tar", {"0.png": picture(0), "0.txt": b"a bird"})
+    (row,) = rows_of(folder / "a.tar")
+    assert row.reject is None
+    place = tar_place(row.url)
+    assert place
+    assert place["tar"] == str(folder / "a.tar")
+    assert read_local(place["tar"], 1 << 20, None, place["offset"], place["size"]) == picture(0)
 
 
 def test_a_time_that_python_has_not_is_read_as_a_number(tmp_path: Path) -> None:
