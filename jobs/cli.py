@@ -18,6 +18,9 @@ from pipeline.errors import CorruptObject, UserError
 from pipeline.progress import Line
 from pipeline.terminal import printable_streams
 
+# Of a place that cannot be read or written.
+UNFIT = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console script. Returns the exit code: 0 done, 1 failed, 2 a mistake of the user's, or a signal's."""
@@ -84,15 +87,7 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
             where = e.filename or "of temporary files, TMPDIR, or where this command's output goes"
             print(f"error: the disk is full ({where}); free space and run the same command again", file=sys.stderr)
             return 1
-        if e.errno in (
-            errno.EEXIST,
-            errno.ENOTDIR,
-            errno.EISDIR,
-            errno.ENAMETOOLONG,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-        ):
+        if e.errno in UNFIT:
             print(f"error: {e.filename}: {e.strerror}; name a place that can be read and written", file=sys.stderr)
             return 2
         raise

@@ -33,8 +33,8 @@ def main(arguments: argparse.Namespace) -> int:
         options["size"] = arguments.size
     images = [open_image(path) for path in _named(arguments)]
     bundle = find_bundle(arguments.source)
-    folder, to = bundle.folder, arguments.to or bundle.output / "edits"
-    (to.parent if arguments.to else to).mkdir(parents=True, exist_ok=True)
+    folder, where = bundle.folder, arguments.to.parent if arguments.to else bundle.output / "edits"
+    where.mkdir(parents=True, exist_ok=True)  # before minutes of drawing
 
     from pipeline.sampling.drawing import open_bundle
 
@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
         edit = _make(unclip, arguments, images, {"size": min(SIZE, unclip.sampling.size)} | options)
     except ValueError as e:
         raise UserError(str(e)) from e
-    path = arguments.to or to / _name(arguments, images, edit, bundle.name)
+    path = arguments.to or where / _name(arguments, images, edit, bundle.name)
     _write(path, edit, arguments)
     print(path)
     for i, name in enumerate(edit.names, 1):

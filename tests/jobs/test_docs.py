@@ -23,6 +23,7 @@ from pipeline.schema import FILE
 from tests.chain import MICRO, ROOT, here, unclip
 from tests.pipeline.data.bench import picture, save_clip, write_list
 from tests.pipeline.data.source.test_imported import write_parts
+from tests.pipeline.golden import golden_keys
 from tests.reference import KINDS, PAGE, PAGES, TABLE, fields, page, schema_text
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -160,6 +161,13 @@ def test_tables_and_schema_of_the_configuration_are_those_of_the_code() -> None:
         assert field.name in top or f"\n## {field.name}" in text or f"`{field.name}`" in text, field.name
     for field in dataclasses.fields(Run):
         assert field.name in fields(Run) or f"run.{field.name}" in text, field.name
+
+
+def test_the_keys_of_the_first_half_hour_are_those_that_one_sees() -> None:
+    keys = golden_keys()["nano.yaml"]
+    shown = re.findall(r"^    +(\w+) .*\b([0-9a-f]{12})\b", (ROOT / "docs/start.md").read_text(), re.M)
+    assert {stage for stage, _ in shown} == keys.keys()
+    assert [(stage, key) for stage, key in shown if not keys[stage].startswith(key)] == []
 
 
 def test_every_reason_is_explained() -> None:

@@ -318,7 +318,9 @@ def _table_rows(
         captions = one_line_each(text for text in texts if text not in NO_VALUE)
         if may is not None:
             reference = _beside(remote or path.parent, reference)
-        refusal = (may.refusal(reference) or _link_refusal(_named_file(reference), may)) if may else None
+        refusal = may.refusal(reference) if may else None
+        if may and refusal is None and reference.startswith(("/", "file:")):
+            refusal = _link_refusal(_named_file(reference), may)
         # Images may be grouped by the column of their references, or by that of the pages that they stand in.
         grouped = without_password(group or "")
         yield ListRow(reference, captions, grouped, split, sha256, license, attribution, refusal)
