@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -90,9 +90,7 @@ def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
         raise UserError("run.kubernetes.image: missing; build cluster/Dockerfile, push it, and name it here")
     if len(job.id) > LONGEST_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job.id):
         raise UserError(f"{job.id}: not a name for a RayJob, which has up to {LONGEST_NAME} of a-z, 0-9 and -")
-    for name in (*job.environment, *settings.env):
-        if SECRETS.search(name):
-            raise UserError(f"{name}: no secret is written into YAML; put it into a Secret, run.kubernetes.secret")
+    check_no_secret((*job.environment, *settings.env))
     for name, value in {"package": package, **job.environment}.items():
         if re.search(r"[$`]", value):  # KubeRay hands it to a shell between double quotes
             raise UserError(f"{name}: {value!r} holds $ or `, which would not reach the cluster as it is")
@@ -102,6 +100,13 @@ def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
             f"run.kubernetes.head_cpus, head_memory_gb: the driver takes {job.cpus:g} cores and {job.memory_mb} MiB, "
             f"but the head has {settings.head_cpus} and, beside Ray's own, {room_mb}; raise them"
         )
+
+
+def check_no_secret(names: Iterable[str]) -> None:
+    """Raises UserError for a variable of the environment that is called like a secret."""
+    for name in names:
+        if SECRETS.search(name):
+            raise UserError(f"{name}: no secret is written into YAML; put it into a Secret, run.kubernetes.secret")
 
 
 def head(settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:

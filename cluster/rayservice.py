@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from cluster.pods import Group
-from cluster.rayjob import GROWING, LONGEST_NAME, Block, dump, head, workers
+from cluster.rayjob import GROWING, LONGEST_NAME, Block, check_no_secret, dump, head, workers
 from pipeline.errors import UserError
 from pipeline.settings import KubernetesSettings
 
@@ -21,7 +21,13 @@ PORT = 8000
 BUILDER = "serve.app:application"  # in the image
 
 
-def render_service(project: str, arguments: Mapping[str, Any], replicas: int, settings: KubernetesSettings) -> str:
+def render_service(
+    project: str,
+    arguments: Mapping[str, Any],
+    replicas: int,
+    settings: KubernetesSettings,
+    environment: Mapping[str, str],
+) -> str:
     """Returns the YAML of the RayService of a project.
 
     Args:
@@ -29,9 +35,10 @@ def render_service(project: str, arguments: Mapping[str, Any], replicas: int, se
         arguments: What the application's builder takes.
         replicas: Pods that draw, at most; the autoscaler adds and removes them.
         settings: What pods have.
+        environment: Of the submitter, which pods get besides that of the settings.
 
     Raises:
-        UserError: Without an image, or without the Secret that holds the tokens.
+        UserError: Without an image or the Secret that holds the tokens, and for a secret among the environment.
     """
     if not settings.image:
         raise UserError("run.kubernetes.image: missing; build cluster/Dockerfile, push it, and name it here")
@@ -40,11 +47,15 @@ def render_service(project: str, arguments: Mapping[str, Any], replicas: int, se
             "run.kubernetes.secret: missing; name a Secret whose entry UNCLIP_TOKENS holds lines NAME TOKEN, without "
             "which anybody could draw"
         )
+    environment = {**environment, **settings.env}
+    check_no_secret(environment)
     name = f"unclip-{re.sub(r'[^a-z0-9]+', '-', project.lower()).strip('-')}"[:LONGEST_NAME].strip("-")
     application = {"name": "unclip", "route_prefix": "/", "import_path": BUILDER, "args": dict(arguments)}
     served = {"http_options": {"host": "0.0.0.0", "port": PORT}, "applications": [application]}
     gpus = settings.gpus
-    shape = (settings.gpu_cpus, settings.gpu_memory_gb) if gpus else (settings.cpus, settings.memory_gb)
+    # A pod draws on one GPU, so it takes that GPU's share of a node.
+    shape = (max(1, settings.gpu_cpus // gpus), max(1, settings.gpu_memory_gb // gpus)) if gpus else ()
+    shape = shape or (settings.cpus, settings.memory_gb)
     group = Group("drawers", replicas, *shape, min(gpus, 1))
     spec = {
         "serveConfigV2": Block(yaml.safe_dump(served, sort_keys=False)),
@@ -52,8 +63,8 @@ def render_service(project: str, arguments: Mapping[str, Any], replicas: int, se
             "rayVersion": metadata.version("ray"),
             "authOptions": {"mode": "token"},
             **GROWING,
-            "headGroupSpec": head(settings, settings.env),
-            "workerGroupSpecs": [workers(group, settings, settings.env)],
+            "headGroupSpec": head(settings, environment),
+            "workerGroupSpecs": [workers(group, settings, environment)],
         },
     }
     labels = {"app.kubernetes.io/name": "unclip", **settings.labels}

@@ -15,6 +15,7 @@ from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.data.source.forget import Request, find, without
 from pipeline.data.source.journal import ListJournal, change_journal, read_journal, with_forgotten
+from pipeline.data.source.lists import reach
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
 from pipeline.errors import CorruptObject, UserError, did_you_mean
@@ -75,7 +76,8 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
         if reason in FINAL:
             raise UserError(f"--reason: {reason} is final: {REASONS[reason]}")
     pairs, journal = project.made("pairs")["pairs"], project.journal
-    blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons))
+    may = reach(project.config.source, *project.config.source.paths)
+    blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons), may)
     if blob is None:
         ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.lost.items()))
         print(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}")

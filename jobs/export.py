@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ CARD, CARD_BYTES = "README.md", 1 << 20
 INDEX = "model_index.json"
 LOADING = {
     "bundle": 'unclip sample "a red heart" --from {to}',
-    "diffusers": 'DiffusionPipeline.from_pretrained("{to}", trust_remote_code=True), with the code in that folder',
+    "diffusers": "DiffusionPipeline.from_pretrained({to}, trust_remote_code=True), with the code in that folder",
 }
 
 
@@ -41,7 +43,9 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"{e}; run the configuration again, which makes it again") from e
     entries = list(target.list(""))
     print(f"{arguments.to}: {counted(len(entries), 'file')}, {sum(e.size for e in entries) / 2**20:,.1f} MiB")
-    print(f"next: {LOADING[arguments.format].format(to=arguments.to)}")
+    quote = shlex.quote if arguments.format == "bundle" else json.dumps
+    copied = "copy it to a folder, then " if "://" in arguments.to else ""
+    print(f"next: {copied}{LOADING[arguments.format].format(to=quote('FOLDER' if copied else arguments.to))}")
     return 0
 
 

@@ -72,7 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
     verdicts = project.plan()
     ask = Ask(config, graph, project.rows, project.held_out, seen, fleet, utilisation)
     if any(verdict.state == "stale" for verdict in verdicts):
-        ask = replace(ask, machine=find_machine(config.run.ray))
+        ask = replace(ask, machine=find_machine(config.run.ray), looked=True)
     costs = _costs(verdicts, set(graph), ask)
     if arguments.json:
         print_json(_as_values(config.project, ask, costs, project, verdicts))
@@ -128,7 +128,7 @@ def agree(
     # Where there is nothing to do, nothing is read.
     seen = observe(project.store, project.config.project, project.graph, project.held_out) if stale else {}
     ask = Ask(project.config, project.graph, project.rows, project.held_out, seen)
-    ask = replace(ask, machine=machine) if machine else ask
+    ask = replace(ask, machine=machine, looked=True) if machine else ask
     costs = _costs(verdicts, wanted, ask)
     _print_plan(
         project, [v for v in verdicts if v.stage in wanted], costs, ask, verbose, places_known=machine is not None

@@ -26,6 +26,7 @@ from jobs.project import Project
 from pipeline.config import Config
 from pipeline.cost.observed import Seen, observe
 from pipeline.data.source.emoji.server import serving
+from pipeline.data.source.journal import reference_marks
 from pipeline.data.source.lists import reach, read_rows
 from pipeline.data.source.rows import ListRow
 from pipeline.evaluate.stage import ROWS
@@ -82,7 +83,11 @@ def _write_list(project: Project, file: Path, shards: int) -> tuple[int, int]:
     wanted = min(total, shards * cut)
     everything = chain.from_iterable(read_rows(path, source) for path in source.paths)
     # In the scratch list each row may name what any of the lists may; so those that theirs refuses name nothing there.
-    rows = [replace(row, url="") if row.reject else row for row in _spread(everything, wanted, total)]
+    forgotten = project.journal.forgotten
+    rows = [
+        replace(row, url="", captions=()) if row.reject or forgotten & reference_marks(row.url) else row
+        for row in _spread(everything, wanted, total)
+    ]
     columns = {source.image_column: "url", source.caption_column: "captions", source.group_column: "group"}
     columns |= {source.split_column: "split", source.hash_column: "sha256"}
     columns |= {name: name for name in ("license", "attribution")}

@@ -103,7 +103,7 @@ def _rayservice(source: str | None, settings: ServeSettings) -> str:
     settings = replace(settings, device="cuda" if pods.gpus else "cpu", cpus=settings.cpus or pods.cpus)
     served = {"name": config.project, "store": store.url, "project": config.project}
     arguments = {"served": served, "settings": dataclasses.asdict(settings)}
-    return render_service(config.project, arguments, settings.replicas, pods)
+    return render_service(config.project, arguments, settings.replicas, pods, plain(os.environ))
 
 
 def _submit(served: Served, settings: ServeSettings, tokens: Mapping[str, str], to: str) -> int:

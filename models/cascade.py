@@ -295,9 +295,9 @@ class UnCLIP:
         """Follows section 3.1: other images of the same embedding, from the same x_T, by DDIM with ``eta`` above 0.
 
         One image becomes as many as there are seeds; several take a seed each. With eta 0 nothing changes, with 1
-        most does. Raises ValueError on an eta below 0.
+        most does. Raises ValueError on an eta below 0 or above 1.
         """
-        if eta < 0:
+        if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}: use 0 for the image itself, up to 1 for variations")
         many, sampling = inversion.repeated(len(seeds)), self.manipulation_sampling(options)
         return self.decode(many.embedding, many.tokens, seeds, sampling, progress, many.noise, eta)

@@ -150,6 +150,10 @@ class Decoder(nn.Module):
 
         It does not depend on the timestep, so a sampler calls it once.
         """
+        if self.config.drop_image == 1:  # what was never shown to it in training says nothing
+            keep_image = torch.zeros_like(keep_image)
+        if self.config.drop_text == 1:
+            keep_text = torch.zeros_like(keep_text)
         z = image_embedding * self.scale if self.whitening is None else self.whitening(image_embedding)
         z = torch.where(keep_image[:, None], z, self.null_image)
         text = self.text(tokens, keep_text)

@@ -4,8 +4,9 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from models.prior_configs import check_choices, check_least, require
 
@@ -119,6 +120,11 @@ def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
                 f"{STEPS[name]} is {UNEVEN}, which takes {UNEVEN_OF} or more timesteps, and {name} has "
                 f"{model.steps}: use another number",
             )
+        if name == "decoder" and sampling.decoder_guidance:
+            share = min(model.drop_image, model.drop_text)
+            _check_guided(f"decoder_guidance is {sampling.decoder_guidance}", share, "drop_image and drop_text")
+        if name == PRIORS[sampling.prior] and sampling.prior_guidance:
+            _check_guided(f"prior_guidance is {sampling.prior_guidance}", model.drop_text, "drop_text")
         if name in UPSAMPLERS:
             multiple = model.patch * 2 ** (len(model.multipliers) - 1)
             require(
@@ -127,19 +133,31 @@ def check_sampling(sampling: SamplingConfig, models: Mapping[str, Any]) -> None:
             )
 
 
+def _check_guided(what: str, share: float, names: str) -> None:
+    """Raises ValueError for guidance of a model that has never seen a row without its condition."""
+    require(share > 0, f"{what}, and the model was trained without {names}: use 0, or train with shares above 0")
+
+
 def change_sampling(sampling: SamplingConfig, options: dict[str, object]) -> SamplingConfig:
     """Returns ``sampling`` with some fields replaced. Raises ValueError on an unknown one or a value out of range."""
     known = [known.name for known in fields(SamplingConfig)]
     unknown = options.keys() - set(known)
     if unknown:
         raise ValueError(f"unknown sampling options {sorted(unknown)}: the known ones are {', '.join(known)}")
-    for name, value in options.items():
-        kind = type(getattr(sampling, name))
-        number = kind is float and type(value) is int
-        if not (type(value) is kind or number) or (kind is float and not math.isfinite(cast(float, value))):
-            needed = {int: "a whole number", float: "a number", str: "a word"}[kind]
-            raise ValueError(f"{name} is {value!r}: use {needed}")
-    return replace(sampling, **options)  # type: ignore[arg-type]
+    return replace(sampling, **{name: _typed(name, value) for name, value in options.items()})
+
+
+def _typed(name: str, value: object) -> Any:
+    """Returns a value of an option as its type, numpy's numbers too. Raises ValueError for one of another type."""
+    kind = type(getattr(SamplingConfig, name))
+    allowed, needed = {
+        int: (Integral, "a whole number"),
+        float: (Real, "a number"),
+        str: (str, "a word"),
+    }[kind]
+    if not isinstance(value, allowed) or isinstance(value, bool) or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{name} is {value!r}: use {needed}")
+    return kind(value)
 
 
 def read_sampling(folder: Path) -> SamplingConfig:

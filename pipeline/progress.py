@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate
 from shutil import get_terminal_size
 from threading import Lock, RLock
 from typing import Self, TextIO, TypeVar
+from unicodedata import east_asian_width
 
 from pipeline.terminal import printable
 
@@ -136,10 +138,15 @@ def _erase(stream: TextIO) -> None:
 
 
 def _draw(stream: TextIO) -> None:
-    texts = [line.text for line in _shown if line.stream is stream]
-    if len(texts) > 1:  # one that wraps would take two rows
-        texts = [text[: get_terminal_size().columns - 3] for text in texts]
+    width = get_terminal_size().columns - 3  # one that wraps would take two rows, of which one alone is erased
+    texts = [_cut(line.text, width) for line in _shown if line.stream is stream]
     stream.write("\n".join(f"  {text}" for text in texts))
+
+
+def _cut(text: str, width: int) -> str:
+    """Returns as much of a text as fits into some cells of a terminal, of which CJK and emoji take two."""
+    ends = accumulate(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
+    return "".join(letter for letter, end in zip(text, ends, strict=True) if end <= width)
 
 
 @contextmanager

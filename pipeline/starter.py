@@ -18,6 +18,7 @@ from pipeline.data.source.imported import is_embeddings
 from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.held_out import FEWEST
+from pipeline.parse import load_yaml
 from pipeline.progress import counted
 from pipeline.schema import FILE
 
@@ -213,7 +214,7 @@ def _scale(recipes: Config, seen: Look | None) -> str:
     """
     longest = max(getattr(recipes, name).samples for name in MODELS)
     samples = longest if seen is None else max(LEAST_SAMPLES, EPOCHS * seen.pairs)
-    if seen is None or samples >= longest:
+    if seen is None or not seen.pairs or samples >= longest:
         return ""
     scale = float(f"{samples / longest:.2g}")
     times = round(scale * longest / seen.pairs)
@@ -313,7 +314,7 @@ def _indented(lines: Sequence[str]) -> str:
 def _scalar(text: str) -> str:
     """Returns a text as YAML reads it back: as it stands where that works, else in quotes."""
     try:
-        plain = yaml.safe_load(f"- {text} # remark") == [text]
-    except yaml.YAMLError:
+        plain = load_yaml(f"- {text} # remark") == [text]
+    except ValueError:
         plain = False
     return text if plain else yaml.safe_dump(text, default_style='"', width=float("inf"), allow_unicode=True).strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -12,12 +13,13 @@ from typing import Any
 
 from pipeline.store.records import digest
 from serve.bundle import Served
-from serve.errors import ApiError
+from serve.errors import ApiError, broken
 from serve.line import Died, Event, Line, Observe, Refused
 from serve.painter import Row, Work
 from serve.results import Result, Results
 from serve.settings import ServeSettings
 
+log = logging.getLogger("unclip")
 EQUAL_S = 120.0  # that a request waits for an equal one, whose client may read slowly
 
 
@@ -130,6 +132,11 @@ class Door:
             raise ApiError(400, e.code, str(e)) from None
         except Died:
             raise _nobody() from None
+        except ApiError:
+            raise
+        except Exception:  # such as too little memory in a process that draws
+            log.exception("%s could not be drawn", work.kind)
+            raise broken() from None
         finally:
             ended.set_result(None)
             for name in mine:

@@ -33,3 +33,8 @@ class ApiError(Exception):
     def headers(self) -> Mapping[str, str]:
         """Returns the headers of the answer."""
         return {"Retry-After": str(max(1, round(self.retry_after)))} if self.retry_after else {}
+
+
+def broken() -> ApiError:
+    """Returns the error for a fault of the server's own, which its log has."""
+    return ApiError(500, "server_error", "This could not be done, by a fault that the server's log has: try another")

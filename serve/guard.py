@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import time
 from collections import deque
@@ -16,18 +17,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipeline.data.pairs.image import MAX_BYTES
 from pipeline.errors import UserError
 from pipeline.local import read_local
-from serve.errors import ApiError
+from serve.errors import ApiError, broken
 from serve.line import Observe
 from serve.settings import ServeSettings
 
 JSON_BYTES = 64 << 10  # of a body that holds no image
 FORM_BYTES = 2 * MAX_BYTES + JSON_BYTES  # of two images
 ALL_BYTES = 1 << 30  # of all bodies that are held at once
+NO_ANSWER = 499  # nginx's status for a client that has gone
 BODY_S = 30.0  # in which a body has to arrive
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GUARDED = ("/v1/", "/metrics")
 OPEN = ("/v1/images/files/", "/v1/models")  # below /v1: an image's name is a secret, and the page asks for the model
 
+log = logging.getLogger("unclip")
 HEADERS = [  # the page asks nobody but this server, and nobody may frame it
     (b"content-security-policy", b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -101,7 +104,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 499  # nginx's for a client that has gone
+        began, status = time.monotonic(), NO_ANSWER
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -119,7 +122,14 @@ class Guard:
                 app: ASGIApp = JSONResponse(e.body, e.status, headers={**e.headers, "Connection": "close"})
             else:
                 app = self.app
-            await app(scope, receive, sending)
+            try:
+                await app(scope, receive, sending)
+            except Exception:
+                if status != NO_ANSWER:  # the answer has begun
+                    raise
+                log.exception("%s could not be answered", scope["path"])
+                error = broken()
+                await JSONResponse(error.body, error.status)(scope, receive, sending)
         finally:
             self.held -= scope.get("held", 0)
             if scope["path"].startswith("/v1/"):

@@ -48,6 +48,12 @@ class Common(BaseModel):
     partial_images: int = Field(0, ge=0, le=3)
     progress: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """Leaves out what is null, which OpenAI's types allow for fields that have a default here."""
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
     def rows(self, seed: int) -> tuple[Row, ...]:
         """Returns the images to draw, the first with ``seed``."""
         return tuple(Row(self.prompt, seed + i) for i in range(self.n))
@@ -62,8 +68,8 @@ class Common(BaseModel):
         return {name: value for name, value in options.items() if value is not None}
 
 
-class Generation(Common):
-    """Asks for images of a caption.
+class Captioned(Common):
+    """Asks for images of a caption, by OpenAI's fields for them.
 
     Attributes:
         prompt: The caption.
@@ -82,6 +88,10 @@ class Generation(Common):
     output_format: Literal["png"] | None = None
 
 
+class Generation(Captioned):
+    """Asks for images of a caption."""
+
+
 class Variation(Common):
     """Asks for other images with the meaning of one (section 3.1 of the paper).
 
@@ -95,7 +105,7 @@ class Variation(Common):
     eta: Share = 1.0
 
 
-class Edit(Common):
+class Edit(Captioned):
     """Asks for a part of an image to be drawn again, or for an image changed by words.
 
     Attributes:
@@ -108,11 +118,9 @@ class Edit(Common):
     """
 
     image: UploadFile
-    prompt: str = Field(max_length=PROMPT)
     mask: UploadFile | None = None
     before: str | None = Field(None, max_length=PROMPT)
     strength: Share = 0.4
-    prior: Literal["ar", "diffusion"] | None = None
 
     def rows(self, seed: int) -> tuple[Row, ...]:
         """Returns the images to draw: with a mask of the next seeds, else of one seed, turned further and further."""

@@ -10,6 +10,8 @@ from fastapi import UploadFile
 from PIL import Image
 
 from models.inpainting import OPAQUE
+from models.sampling_config import BASE
+from models.view import view
 from pipeline.data.pairs.decoding import OWN, shared_decoder
 from pipeline.data.pairs.image import MAX_BYTES, StoredImage
 from pipeline.ledger import REASONS
@@ -35,8 +37,8 @@ def check_mask(image: bytes, mask: bytes) -> None:
     why = ""
     if abs(width * shown.height - height * shown.width) > SKEW * width * shown.height:
         why = f"is {shown.width} x {shown.height} and the image {width} x {height}: give both the same shape"
-    elif min(shown.convert("L").tobytes()) >= OPAQUE:
-        why = "is opaque all over, so nothing would be drawn: make transparent what is to be drawn again"
+    elif view(shown, BASE).min() >= OPAQUE:
+        why = "is opaque in all of the square that is drawn: make transparent what is to be drawn again"
     if why:
         raise ApiError(400, "invalid_image", f"mask: {why}", "mask")
 

@@ -75,9 +75,10 @@ class Model:
     def replace(self, **parts: Any) -> Model:
         """Returns a model with other networks or sampling defaults, such as ``diffusion_prior=mine``.
 
-        Raises ValueError for networks that do not belong together.
+        Networks are moved to its device, in place. Raises ValueError for those that do not belong together.
         """
-        return Model(replace(self.cascade, **parts))
+        there = {name: part.to(self.device) if hasattr(part, "to") else part for name, part in parts.items()}
+        return Model(replace(self.cascade, **there))
 
     def save(self, folder: str | Path) -> None:
         """Writes a bundle that ``load`` opens. Raises FileExistsError for a folder that is not empty."""

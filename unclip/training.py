@@ -71,11 +71,10 @@ def train(
         raise UserError("init_from: a sha256 names a file of a store, and this training has none; name a file")
     given = dict(data)
     if "captions" in given:
-        captions = given.pop("captions")
-        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+        captions = list(given["captions"])
+        if isinstance(given.pop("captions"), str) or not all(isinstance(caption, str) for caption in captions):
             raise UserError("captions: give a list of strings, one an example")
-        given["tokens"] = tokenize(list(captions))
-    given = {name: _tensor(name, column) for name, column in given.items()}
+        given["tokens"] = tokenize(captions)
     task = task or _task(stage, chosen.model, given, clip, codec)
     columns = _columns(stage, task, given)
     return Trained(*train_on(stage, task, columns, chosen, choose_device(device), progress))
@@ -91,7 +90,7 @@ def _tensor(name: str, column: Any) -> Tensor:
     return found
 
 
-def _task(stage: str, model: Any, data: Mapping[str, Tensor], clip: Clip | None, codec: Codec | None) -> Task:
+def _task(stage: str, model: Any, data: Mapping[str, Any], clip: Clip | None, codec: Codec | None) -> Task:
     if stage == "clip":
         return ClipTask(model)
     if stage.startswith("upsampler"):
@@ -101,7 +100,7 @@ def _task(stage: str, model: Any, data: Mapping[str, Tensor], clip: Clip | None,
         if clip is None:
             raise UserError(f"{stage} of this preset reads CLIP's text tower: pass clip=, such as model.cascade.clip")
         tower = FrozenTower.of(clip.model_config, clip.model.state_dict())
-    embeddings = data.get("image_embedding", torch.zeros(0, 0))
+    embeddings = _tensor("image_embedding", data.get("image_embedding", torch.zeros(0, 0)))
     dim = embeddings.shape[-1]
     if stage == "ar_prior":
         if codec is None:
@@ -112,7 +111,7 @@ def _task(stage: str, model: Any, data: Mapping[str, Tensor], clip: Clip | None,
     return DiffusionPriorTask(model, dim, tower)
 
 
-def _columns(stage: str, task: Task, data: Mapping[str, Tensor]) -> Batch:
+def _columns(stage: str, task: Task, data: Mapping[str, Any]) -> Batch:
     """Returns the task's columns. Raises UserError for those that are missing or of another shape."""
     if missing := set(task.columns) - data.keys():
         raise UserError(f"{stage} reads {', '.join(task.columns)}; data has no {', '.join(sorted(missing))}")
@@ -120,7 +119,8 @@ def _columns(stage: str, task: Task, data: Mapping[str, Tensor]) -> Batch:
     shapes = {"image": (3, side, side), "tokens": (77,)}
     found: Batch = {}
     for name in task.columns:
-        column = data[name].float() if name.endswith("_embedding") else data[name]
+        column = _tensor(name, data[name])
+        column = column.float() if name.endswith("_embedding") else column
         shape = shapes.get(name, tuple(column.shape[1:2]) or ("d",))
         if tuple(column.shape[1:]) != tuple(shape) or not len(column):
             raise UserError(f"{name} has shape {list(column.shape)}; {stage} reads [n, {', '.join(map(str, shape))}]")

@@ -76,7 +76,8 @@ class UnCLIPRayPipeline(DiffusionPipeline):
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
         captions = [caption for caption in captions for _ in range(num_images_per_prompt)]
         if seeds is None:
-            seeds = torch.randint(MOST, (len(captions),), generator=generator).tolist()
+            device = None if generator is None else generator.device
+            seeds = torch.randint(MOST, (len(captions),), generator=generator, device=device).tolist()
         steps = self.progress_bar(total=1)
 
         def advance(stage: str, done: int, total: int, *_: object) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.nn.transformer import CaptionEmbedding, Transformer, cut_captions, is_padding, quick_gelu
+from models.tokens import cut_tokens
 
 
 class EncodedText(NamedTuple):
@@ -67,11 +68,11 @@ class ClipTextEncoder(nn.Module):
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, tokens: Tensor, keep: Tensor) -> EncodedText:
-        """Works as ``TextEncoder``; the vector of a caption whose end is cut is its highest token's, as in CLIP.
+        """Works as ``TextEncoder``; a caption that is cut gets an end, whose token has its vector.
 
         Raises ValueError on fewer tokens than ``context``.
         """
-        tokens = cut_captions(tokens, self.context)
+        tokens = cut_tokens(cut_captions(tokens, self.context), self.context, self.end)
         place = torch.arange(self.context, device=tokens.device)
         empty = self.start * (place == 0) + self.end * (place == 1)
         return self.read(torch.where(keep[:, None], tokens, empty))

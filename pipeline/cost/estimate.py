@@ -91,6 +91,7 @@ class Ask:
         seen: What was observed.
         fleet: GPUs to plan for, in place of the machine's.
         machine: What there is to run on.
+        looked: Whether the machine was looked at, and not only guessed.
         utilisation: The share of a GPU's peak that trainings reach where none was observed.
     """
 
@@ -102,6 +103,7 @@ class Ask:
     fleet: Fleet | None = None
     utilisation: float = UTILISATION
     machine: Machine = field(default_factory=lambda: Machine(cores()))
+    looked: bool = False
 
     @property
     def gpu(self) -> str:
@@ -169,8 +171,8 @@ def estimate(stage: str, ask: Ask) -> Cost:
     """Returns what making a stage again costs. Raises UserError for a CLIP that open_clip does not know."""
     workers, held, gpus = resources(stage, ask)
     seen = [] if ask.fleet and gpus else ask.observations(stage)
-    if gpus and ask.graph[stage].kind == "training":
-        seen = [one for one in seen if one.device == "cuda"]
+    if ask.graph[stage].kind in ("training", "result") and (gpus or ask.looked):
+        seen = [one for one in seen if (one.device == "cuda") == bool(gpus)]
     if seen:
         startup, seconds = pace([(_amount_seen(stage, one, ask), one) for one in seen], amount(stage, ask), workers)
         gpus, basis = gpus or (workers if seen[-1].device == "cuda" else 0), "measured"

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import Place, read_images
+from pipeline.data.source.imported import imported_url
 from pipeline.data.source.rows import read_captions
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
@@ -127,7 +128,11 @@ def _row(row: Mapping[str, Any], captions: Sequence[str], similarity: float) -> 
 
 
 def _reference(url: str) -> str:
-    """Returns a reference of the web as it may be shown, and the name alone of a file of this machine."""
+    """Returns a reference of the web as it may be shown, and the name alone of a file of this machine.
+
+    Of an imported embedding it is that of its image.
+    """
+    url = imported_url(url) or url
     return shown(url) if url.startswith(("http://", "https://", "s3://")) else url.rpartition("/")[2]
 
 

@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.doctor.finding import Finding, gigabytes
 from pipeline.errors import UserError
 from pipeline.graph.ray import this_machine
-from pipeline.graph.resources import cores, team_of
+from pipeline.graph.resources import CGROUP, container_memory, cores, team_of
 from pipeline.settings import STATE_BYTES, RaySettings
 
 PROCESS = 1 << 30  # bytes that Python, torch and Ray take in a process before any model
@@ -84,12 +84,14 @@ def available_memory() -> int:
         free = int(lines["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError):  # not Linux: all there is, used or not
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:
+    if (limit := container_memory()) is None:
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    try:
+        used = int((CGROUP / "memory.current").read_text())
+        told = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    return min(free, limit - used + int(told.get("inactive_file", 0)))  # the page cache is given back when it is needed
 
 
 def check_disks(folders: Mapping[str, Path]) -> Iterator[Finding]:

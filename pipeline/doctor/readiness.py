@@ -24,6 +24,13 @@ def check_ready(config: Config, store: Store, stages: Collection[str]) -> None:
     """
     for setting, weights in named_weights(config, stages):
         find_weights(setting, weights)
+    if "samples" in stages:
+        from models.tokens import check_captions
+
+        try:
+            check_captions(config.samples.captions)
+        except ValueError as e:
+            raise UserError(f"samples.captions: {e}") from None
     wanted = on_ray(config, stages)
     if not wanted:
         return

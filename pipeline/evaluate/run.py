@@ -87,7 +87,7 @@ def evaluate(ctx: Context) -> Artifact:
         "licenses": evaluation.licenses,
     }
     rows = 0 if isinstance(evaluation.rows, str) else len(evaluation.rows)
-    environment = package_versions() if inception else {}
+    environment = {"device": str(device), **(package_versions() if inception else {})}
     artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=rows), metrics=metrics, environment=environment)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.resources import Machine, Settings, Share, Team, amount_of, cores_of, team_of
+from pipeline.graph.resources import Machine, Settings, Share, Team, amount_of, container_memory, cores_of, team_of
 from pipeline.graph.stages import Context
 from pipeline.progress import say_once
 from pipeline.settings import RaySettings, TrainingSettings
@@ -147,7 +147,7 @@ def this_machine(settings: RaySettings) -> Machine:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     name = torch.cuda.get_device_name(0) if gpus else ""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(cores_of(settings), gpus, name, memory)
+    return Machine(cores_of(settings), gpus, name, min(memory, container_memory() or memory))
 
 
 def _machine(ray: Any, settings: RaySettings) -> Machine:

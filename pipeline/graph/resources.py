@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings, TrainingSettings
 
 Settings = ShardSettings | TrainingSettings
+CGROUP = Path("/sys/fs/cgroup")
 DECODERS = 12  # at most: a core decodes some 250 images a second, and an H100 embeds 2,500 by CLIP's ViT-B-32
 WORKER_BYTES = 2 << 30  # of Python, torch and a CLIP, where the number of workers is "auto"
 
@@ -167,6 +169,14 @@ def _worker_share(settings: Settings, gpus: float, threads: float = 0.0) -> Shar
 def cores_of(settings: RaySettings) -> int:
     """Returns the number of cores that a Ray on this machine may use."""
     return cores() if settings.cpus == "auto" else settings.cpus
+
+
+def container_memory() -> int | None:
+    """Returns the bytes that this process's container may take, None without a limit (of version 2 of cgroups)."""
+    try:
+        return int((CGROUP / "memory.max").read_text())
+    except (OSError, ValueError):  # "max", or not Linux
+        return None
 
 
 def amount_of(count: float, what: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
+import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,6 +163,24 @@ class Part:
     work: WorkTimes = field(default_factory=dict)
 
 
+def _expected(stage: str, error: Exception) -> UserError | CorruptObject:
+    """Returns what of an error is told in one line at the driver. Raises the error where it is not expected."""
+    if isinstance(error, UserError | CorruptObject):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f"{tempfile.gettempdir()} of {socket.gethostname()}"
+        return UserError(f"{stage}: the disk of {place} is full (TMPDIR); free space and run the same command again")
+    raise error
+
+
+def _opened(stage: str, open_it: Callable[[], Any]) -> tuple[Any, UserError | CorruptObject | None]:
+    """Returns what a worker works with, or why it cannot: Ray would report an error here as a process that died."""
+    try:
+        return open_it(), None
+    except Exception as e:
+        return None, _expected(stage, e)
+
+
 def step(
     stage: str, parts: Callable[[ShardTask], int], open_work: Callable[[], Callable[..., Timed]], of_workers: bool
 ) -> type:
@@ -170,17 +191,18 @@ def step(
 
     class Step:
         def __init__(self) -> None:
-            self.work = open_work()
+            self.work, self.failure = _opened(stage, open_work)
             self.free = time.monotonic()
 
         def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
             [data] = batch["part"]
             part: Part = pickle.loads(data)
+            part.failure = part.failure or self.failure
             if part.failure is None and part.number < parts(part.task):
                 try:
                     self.put_through(part)
-                except (UserError, CorruptObject) as e:
-                    part.failure = e
+                except Exception as e:
+                    part.failure = _expected(stage, e)
             return {"part": [pickle.dumps(part)]}
 
         def put_through(self, part: Part) -> None:
@@ -207,24 +229,24 @@ def publisher(
 
     class Publisher:
         def __init__(self) -> None:
-            self.join = open_join()
+            self.join, self.failure = _opened(stage, open_join)
             self.count = _counters(stage)
             self.free = time.monotonic()
 
         def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 made: Any = self.publish([pickle.loads(data) for data in batch["part"]])
-            except (UserError, CorruptObject) as e:
-                made = e
+            except Exception as e:
+                made = _expected(stage, e)
             return {"answer": [pickle.dumps(made)]}
 
         def publish(self, parts: Sequence[Part]) -> tuple[Shard, WorkTimes]:
             task = parts[0].task
             if [(part.task.key, part.number) for part in parts] != [(task.key, i) for i in range(len(parts))]:
                 raise RuntimeError(f"{stage}: Ray Data mixed the parts of shard {task.number} with others")
-            for part in parts:
-                if part.failure is not None:
-                    raise part.failure
+            for failure in (self.failure, *(part.failure for part in parts)):
+                if failure is not None:
+                    raise failure
             made = [part.made for part in parts if part.made is not None]
             shard, work = make_shard(
                 store, stage, lambda task: self.join(task, made), task, self.free, partial(_counting_deaths, stage)

@@ -121,5 +121,6 @@ def publish_samples(ctx: Context) -> Artifact:
         "seeds": [s.seed for s in samples],
         "settings": samples[0].settings,
     }
-    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=len(samples)), metrics=metrics)
+    environment = {"device": str(unclip.clip.mean.device)}
+    artifact = ctx.publishable(blobs=blobs, ledger=Ledger(kept=len(samples)), metrics=metrics, environment=environment)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)

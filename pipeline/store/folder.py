@@ -28,7 +28,8 @@ def _explained(url: str) -> Iterator[None]:
         yield
     except OSError as e:
         why = None
-        if e.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK) or (e.errno == errno.EPERM and e.filename2):
+        unlinked = e.errno == errno.EPERM and e.filename2 and not os.path.exists(e.filename2)  # or it would be replaced
+        if unlinked or e.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK):
             why = f"its file system has no hard links or no locks ({e.strerror}); choose a local disk, NFS or S3"
         elif isinstance(e, PermissionError):
             why = f"no permission to write {e.filename or ''}; choose another folder or chmod it"

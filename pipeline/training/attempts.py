@@ -26,7 +26,7 @@ from pipeline.training.follow import following, showing
 from pipeline.training.memory import OutOfMemory
 from pipeline.training.task import Task, task_of
 from pipeline.training.trackers import Trackers
-from pipeline.training.worker import Training
+from pipeline.training.worker import Training, at_stop
 
 RESTARTS = 3  # in a row, after workers or the store were lost before a new checkpoint
 PATIENCE_S = 10.0  # before the first start after the store was lost, twice as long before the second, and so on
@@ -70,6 +70,7 @@ def run_attempts(ctx: Context) -> Artifact:
                 reached, lost = newest(), 0
             if reached:
                 log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
+                _tell_of_milestones(ctx, reached)
             name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"
             ray, most = ctx.config.run.ray, most_workers(ctx, task)
             workers = works_on_ray(ctx.settings, ray)
@@ -89,6 +90,15 @@ def run_attempts(ctx: Context) -> Artifact:
     if artifact is None:
         raise UserError(f"{ctx.stage}: its record vanished as soon as it was written; check the store")
     return artifact
+
+
+def _tell_of_milestones(ctx: Context, reached: int) -> None:
+    """Says which milestones lie before the checkpoint that a training goes on from, and are not there."""
+    text = "%s: the milestone at %s samples lies before the checkpoint that is gone on from, and is not made"
+    for milestone in ctx.settings.milestones:
+        gone = milestone + ctx.recipe.batch <= reached
+        if gone and load_artifact(ctx.store, ctx.stage, at_stop(ctx, milestone).key) is None:
+            log.warning(text, ctx.stage, f"{milestone:,}")
 
 
 def gave_up(ctx: Context, e: Exception, lost: int) -> UserError:

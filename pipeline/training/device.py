@@ -10,9 +10,13 @@ from pipeline.errors import UserError
 def choose_device(name: str) -> torch.device:
     """Returns the device of a name as torch writes it; "auto" is the first GPU, or the CPU where torch can use none.
 
+    Convolutions in fp32 are fp32 in this process from then on, not TF32 as a GPU's are by default: those at full
+    resolution are there to keep the least noise of x_t.
+
     Raises UserError for a name that torch does not know, and for a GPU that it cannot use.
     """
     there = torch.cuda.is_available()
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if there else "cpu")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -37,8 +36,6 @@ from pipeline.training.state import TrainState, begin, share
 from pipeline.training.task import Contrastive, Examples, Finishes, Task, task_of
 from pipeline.training.timing import NOT_MEASURED, Speed, measure_speed
 from pipeline.training.warm_start import load_weights
-
-log = logging.getLogger("unclip")
 
 
 @dataclass(frozen=True)
@@ -110,13 +107,6 @@ class Training:
         if not (group.is_rank_0 or group.sharded):
             train(lambda _: None)
             return
-        for milestone in settings.milestones:
-            gone = milestone + ctx.recipe.batch <= state.samples
-            if gone and load_artifact(ctx.store, ctx.stage, at_stop(ctx, milestone).key) is None:
-                text = (
-                    "%s: the milestone at %s samples lies before the checkpoint that is gone on from, and is not made"
-                )
-                log.warning(text, ctx.stage, f"{milestone:,}")
         line = (
             Progress(ctx.stage, ctx.recipe.whole_samples, "samples", start=state.samples) if group.is_rank_0 else None
         )

@@ -15,8 +15,10 @@ const KINDS = { "images/generations": "drawn", "images/variations": "varied", "i
 const runs = new Map(); // by id: {id, at, title, caption, request: {path, fields, images}, items, seconds, problem}
 const elements = new Map(); // the article of each run
 const urls = new WeakMap(); // the address of each image, as long as it is in use
+const stops = new Map(); // of each run that is drawn, what stops it
 let model = { sides: [64, 256, 1024], priors: [], sampling: {} };
 let viewed = null; // {run, index} in the viewer
+let standard = {}; // where the model's own settings put the sliders
 
 // --- the server -----------------------------------------------------------------------------------------------------
 
@@ -27,8 +29,12 @@ async function call(path, { json, form, signal } = {}) {
   const body = json ? JSON.stringify(json) : form;
   const answer = await fetch(`${ROOT}${path}`, { method: body ? "POST" : "GET", headers, body, signal });
   if (answer.status === 401) {
-    await new Promise((entered) => { $("#door").addEventListener("close", entered, { once: true }); $("#door").showModal(); });
-    sessionStorage.setItem("token", $("#token").value.trim());
+    const door = $("#door");
+    $("#refused").hidden = !token;
+    $("#token").value = door.returnValue = "";
+    await new Promise((entered) => { door.addEventListener("close", entered, { once: true }); door.showModal(); });
+    if (door.returnValue !== "enter") throw new Error("This server wants a token.");
+    sessionStorage.setItem("token", $("#token").value.replace(/[^\x20-\x7e]/g, "").trim()); // what a header can hold
     return call(path, { json, form, signal });
   }
   if (answer.ok) return answer;
@@ -136,12 +142,18 @@ async function draw(title, path, fields, images = {}, caption = fields.prompt) {
   const run = { id: Date.now() + Math.random(), at: Date.now(), title, caption, request, seconds: 0, problem: "",
     items: Array.from({ length: n }, () => ({ blob: null, side: 0 })) };
   const stop = new AbortController();
+  stops.set(run.id, stop);
   const article = show(run, stop);
   article.scrollIntoView({ behavior: "smooth", block: "nearest" });
   try {
     await receive(run, article, stop.signal);
   } catch (error) {
     run.problem = stop.signal.aborted ? "Stopped." : explained(error);
+  }
+  stops.delete(run.id);
+  if (!elements.has(run.id)) { // it was forgotten meanwhile
+    run.items.forEach(release);
+    return;
   }
   run.seconds = (Date.now() - run.at) / 1000;
   run.items = run.items.filter((item) => item.blob);
@@ -169,6 +181,7 @@ async function receive(run, article, signal) {
       run.items[event.index ?? 0] = item;
       missing -= kind === "completed";
       fill(article, run);
+      if ($("#viewer").open && viewed.run === run && viewed.index === (event.index ?? 0)) portray();
     }
   }
   if (missing) throw new Error("The server went away before all was drawn. Draw the same again: what is done is kept.");
@@ -253,9 +266,7 @@ function view(run, index) {
   if (!item?.blob) return;
   viewed = { run, index };
   $("#viewed").textContent = run.title;
-  Object.assign($("#large"), { src: address(item.blob), alt: described(run, index), className: item.side < 200 ? "small" : "" });
-  const facts = [`${item.side} px`, item.seed != null && `seed ${item.seed}`, item.score != null && `score ${item.score.toFixed(3)}: how near it is to the caption`];
-  $("#about").textContent = facts.filter(Boolean).join(" · ");
+  portray();
   for (const [button, to] of [["#previous", index - 1], ["#next", index + 1]]) {
     $(button).disabled = !run.items[to]?.blob;
     $(button).onclick = () => view(run, to);
@@ -270,8 +281,6 @@ function view(run, index) {
     make("img", { src: address(one.blob), alt: described(other, at) }))));
   if (!others.length) $("#others").append(make("p", {}, "Draw or drop another picture first."));
   $("#tool-between button").disabled = !others.length;
-  $("#download").href = address(item.blob);
-  $("#download").download = `${(run.title.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["picture"]).join("-").slice(0, 60)}-${item.seed ?? index}.png`;
   $("#recipe").textContent = run.request.path === "own" ? "A picture of your own." : JSON.stringify(exact(), null, 1);
   for (const button of document.querySelectorAll("[data-copy]")) button.hidden = run.request.path === "own";
   $("#copied").textContent = "";
@@ -279,6 +288,15 @@ function view(run, index) {
   $("#learnt").replaceChildren();
   if ($("#tool-learnt").open) learnt();
   if (!$("#viewer").open) $("#viewer").showModal();
+}
+
+function portray() { // shows the picture that is viewed, which may grow
+  const { run, index } = viewed, item = run.items[index];
+  Object.assign($("#large"), { src: address(item.blob), alt: described(run, index), className: item.side < 200 ? "small" : "" });
+  const facts = [`${item.side} px${item.partial ? " so far" : ""}`, item.seed != null && `seed ${item.seed}`, item.score != null && `score ${item.score.toFixed(3)}: how near it is to the caption`];
+  $("#about").textContent = facts.filter(Boolean).join(" · ");
+  $("#download").href = address(item.blob);
+  $("#download").download = `${(run.title.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["picture"]).join("-").slice(0, 60)}-${item.seed ?? index}.png`;
 }
 
 function use(event) {
@@ -304,7 +322,9 @@ function use(event) {
     const problem = painted ? "" : "Paint over a part of the picture first.";
     form.elements.prompt.setCustomValidity(problem);
     if (problem) { form.elements.prompt.reportValidity(); form.elements.prompt.setCustomValidity(""); return; }
-    cut().then((mask) => draw(text("prompt"), "images/edits", { ...common, n: given.n, prompt: text("prompt") }, { image, mask }));
+    const { guidance, prior } = shown;
+    const fields = { ...common, ...(guidance !== undefined && { guidance }), ...(prior && { prior }), n: given.n, prompt: text("prompt") };
+    cut().then((mask) => draw(text("prompt"), "images/edits", fields, { image, mask }));
   }
   $("#viewer").close();
 }
@@ -439,16 +459,19 @@ function settings() {
   const form = $("#compose").elements, { sampling } = model;
   if ($("#fresh").checked) $("#seed").value = Math.floor(Math.random() * SEEDS);
   const fields = { n: Number(form.n.value), size: form.size.value, seed: Number(form.seed.value) };
-  if (Number(form.steps.value) !== sampling.decoder_steps) fields.steps = Number(form.steps.value);
-  if (Number(form.guidance.value) !== sampling.decoder_guidance) fields.guidance = Number(form.guidance.value);
+  for (const name of ["steps", "guidance"]) if (form[name].value !== standard[name]) fields[name] = Number(form[name].value);
   if (form.prior?.value && form.prior.value !== sampling.prior) fields.prior = form.prior.value;
   return fields;
 }
 
 function toDefaults() {
   const form = $("#compose").elements, { sampling } = model;
-  form.steps.value = sampling.decoder_steps;
-  form.guidance.value = sampling.decoder_guidance;
+  for (const name of ["steps", "guidance"]) {
+    const own = sampling[`decoder_${name}`];
+    form[name].max = Math.max(form[name].max, Math.ceil(own));
+    form[name].value = own;
+    standard[name] = form[name].value; // which a slider rounds
+  }
   form.n.value = 4;
   for (const radio of document.querySelectorAll("[name=prior]")) radio.checked = radio.value === sampling.prior;
   outputs();
@@ -507,9 +530,14 @@ for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", f
     if (name === "drop") [...event.dataTransfer.files].forEach(takeIn);
   });
 }
-$("#clear").addEventListener("click", () => { if (confirm("Forget all pictures that this browser keeps?")) [...elements.keys()].forEach(forget); });
+$("#clear").addEventListener("click", () => { 
+  if (!confirm("Forget all pictures that this browser keeps?")) return;
+  for (const stop of stops.values()) stop.abort();
+  [...elements.keys()].forEach(forget);
+  history("readwrite", (table) => table.clear()); // also what another tab has drawn since
+});
 $("#close").addEventListener("click", () => $("#viewer").close());
-$("#viewer").addEventListener("click", (event) => { if (event.target === $("#viewer")) $("#viewer").close(); });
+$("#viewer").addEventListener("pointerdown", (event) => { if (event.target === $("#viewer")) $("#viewer").close(); });
 $("#viewer").addEventListener("keydown", (event) => {
   const button = { ArrowLeft: "#previous", ArrowRight: "#next" }[event.key];
   if (button && !["INPUT", "CANVAS", "PRE"].includes(event.target.tagName)) $(button).click();

@@ -51,6 +51,30 @@ def test_a_release_is_rendered_as_a_service_that_ray_serve_takes(
     assert "UNCLIP_TOKENS" not in json.dumps(service)
 
 
+def test_pods_reach_the_store_of_the_submitter_and_take_one_gpus_share_of_a_node(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    config = yaml.safe_load(project.read_text())
+    config["run"]["kubernetes"] |= {"gpus": 4, "gpu_cpus": 48, "gpu_memory_gb": 180, "env": {"LOG": "1"}}
+    project.write_text(yaml.safe_dump(config))
+    assert main(["serve", f"release:{project}", "--to", "kuberay"]) == 0
+    said = capsys.readouterr().out
+    assert "hush" not in said
+    cluster = yaml.safe_load(said)["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        told = {one["name"]: one.get("value") for one in container["env"]}
+        assert (told["AWS_ENDPOINT_URL"], told["LOG"]) == ("http://minio:9000", "1")
+    limits = container["resources"]["limits"]
+    assert (limits["cpu"], limits["memory"], limits["nvidia.com/gpu"]) == ("12", "45Gi", "1")
+    config["run"]["kubernetes"]["env"] = {"AWS_SECRET_ACCESS_KEY": "hush"}
+    project.write_text(yaml.safe_dump(config))
+    assert main(["serve", f"release:{project}", "--to", "kuberay"]) == 2
+    assert "no secret is written into YAML" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"image": ""}, "run.kubernetes.image: missing"), ({"secret": ""}, "UNCLIP_TOKENS holds lines NAME TOKEN")],

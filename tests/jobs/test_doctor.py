@@ -17,7 +17,9 @@ from pipeline.config import load_config, make_config
 from pipeline.doctor import machine, packages
 from pipeline.doctor.finding import Finding, brief
 from pipeline.doctor.nodes import Answer, judge, versions
-from pipeline.graph.ray import ClusterNode
+from pipeline.graph import resources
+from pipeline.graph.ray import ClusterNode, this_machine
+from pipeline.settings import RaySettings
 from pipeline.store import Entry, Store, open_store
 from tests.chain import ROOT
 from tests.seaweed import Server
@@ -306,6 +308,21 @@ def test_memory_is_held_against_the_largest_training(monkeypatch: pytest.MonkeyP
     assert "decoder, the largest training, needs at least 71" in findings[0].text
     monkeypatch.setattr(machine, "available_memory", lambda: 10**9)
     assert next(finding.level for finding in machine.check_memory(small)) == "warning"
+
+
+def test_a_container_has_its_limit_and_gives_its_page_cache_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (machine, resources):
+        monkeypatch.setattr(module, "CGROUP", tmp_path)
+    assert resources.container_memory() is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert resources.container_memory() is None
+    (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
+    (tmp_path / "memory.current").write_text(f"{(1 << 30) - 4096}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {512 << 20}\n")
+    assert machine.available_memory() == (512 << 20) + 4096
+    assert this_machine(RaySettings()).memory == 1 << 30
 
 
 def test_free_memory_is_less_than_all() -> None:

@@ -15,6 +15,8 @@ from tests.jobs.test_mistakes import refused
 def test_a_bundle_travels(run: Path, draw: Draw, tmp_path: Path) -> None:  # noqa: F811
     before = draw("sample", "a red heart")[0].read_bytes()
     shutil.rmtree(run / "bundle")
+    said = done(here("export", run, "--to", tmp_path / "a folder", cwd=tmp_path))
+    assert f"next: unclip sample \"a red heart\" --from '{tmp_path / 'a folder'}'" in said
     said = done(here("export", run, "--to", tmp_path / "shared", cwd=tmp_path))
     assert not (run / "bundle").exists()  # no copy is left behind
     assert 'next: unclip sample "a red heart" --from' in said

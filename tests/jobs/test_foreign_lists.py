@@ -19,6 +19,7 @@ from jobs.bundles import find_bundle
 from jobs.cli import main
 from pipeline.config import load_config
 from pipeline.data.pairs.decoding import open_image
+from pipeline.data.source.lists import reach
 from pipeline.data.source.retry import gather
 from pipeline.data.source.stage import SourceRecipe, scan
 from pipeline.errors import UserError
@@ -161,8 +162,14 @@ def test_refused_rows_are_not_tried_again_by_no_list(here: Path) -> None:
     ]  # fmt: skip
     shards = scan(bench.config.source, bench.store, write=True).shards
     reasons = frozenset({"forbidden_reference", "missing_file"})
-    _, count = gather(bench.store, shards, bench.made["pairs"], reasons)
-    assert count == 1  # what the list refuses, the link too, it refuses until source.roots names the place
+    may = reach(bench.config.source, path)
+    blob, count = gather(bench.store, shards, bench.made["pairs"], reasons, may)
+    assert count == 2  # the link, which may lead elsewhere by now, is judged by the fetch
+    assert blob is not None
+    assert {row["url"].rpartition("/")[2] for row in read_table(bench.store, blob).to_pylist()} == {
+        "none.png",
+        "out.png",
+    }
 
 
 def foreign_folder(here: Path) -> Counter[str | None]:

@@ -318,6 +318,14 @@ def test_on_a_gpu_few_pairs_are_seen_a_hundred_times_and_need_a_clip_that_exists
     assert config.evaluation.early == round(scale * whole.evaluation.early)
 
 
+def test_on_a_gpu_a_list_of_which_no_row_is_taken_is_no_crash() -> None:
+    """Such as one that names a bucket which is not among source.roots: ``init`` says so."""
+    source = SourceRecipe((table("csv"),))
+    seen = replace(look(source), rows=0, behind=0)
+    assert seen.pairs == 0
+    assert "scale:" not in starter("mine", True, source, seen)
+
+
 @pytest.mark.parametrize(("pairs", "dropout"), [(5, 0.1), (3_200, 0.1), (3_300, 0.0), (10_000, 0.0)])
 def test_without_a_gpu_pairs_that_are_seen_often_get_dropout(pairs: int, dropout: float) -> None:
     source = SourceRecipe((table("csv"),))

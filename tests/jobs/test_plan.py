@@ -4,9 +4,14 @@ import re
 import shlex
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
+from jobs.probe import _write_list
+from jobs.project import open_project
+from pipeline.data.source.journal import change_journal, reference_mark, with_forgotten
+from pipeline.data.source.lists import read_rows
 from tests.chain import ROOT, done, unclip, write_config, write_list
 from tests.jobs.test_mistakes import refused
 
@@ -67,6 +72,18 @@ def test_what_a_gpu_does_in_minutes_is_not_left_to_a_cpu_in_silence(
     assert "1 H100 (embeddings, samples, evaluation)" in said
     assert "clip" not in re.findall(r"H100 \((.*?)\)", said)
     assert "assumed: one H100 reaches" in said
+
+
+def test_a_probe_fetches_nothing_that_was_forgotten(tmp_path: Path, pictures: str) -> None:
+    config = write_config(tmp_path, str(tmp_path / "store"), pictures, [write_list(tmp_path / "list.csv", 0, 6)])
+    urls = [row.url for row in read_rows(str(tmp_path / "list.csv"), open_project(config).config.source)]
+    marks = {reference_mark(url) for url in urls[:2]}
+    change_journal(open_project(config).store, open_project(config).config.project, lambda j: with_forgotten(j, marks))
+    _write_list(open_project(config), tmp_path / "rows.parquet", 9)
+    written = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert [row["url"] for row in written] == ["", "", *urls[2:]]
+    assert written[0]["caption"] == []
+    assert written[2]["caption"]
 
 
 @pytest.mark.slow

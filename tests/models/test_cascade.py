@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -284,7 +285,10 @@ def test_sampling_options_of_another_type_are_refused(options: dict[str, Any], m
     """They may stand in a bundle of somebody else's."""
     with pytest.raises(ValueError, match=message):
         change_sampling(SamplingConfig(), options)
-    assert change_sampling(SamplingConfig(), {"decoder_guidance": 1}).decoder_guidance == 1
+    whole = change_sampling(SamplingConfig(), {"decoder_guidance": 1})
+    assert type(whole.decoder_guidance) is float
+    more = change_sampling(whole, {"decoder_guidance": np.float64(0.5), "candidates": np.int64(3)})
+    assert (more.decoder_guidance, more.candidates) == (0.5, 3)
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:

@@ -136,6 +136,23 @@ def test_with_clips_text_encoder_padding_is_hidden_and_a_dropped_caption_is_an_e
         forward(model, batch | {"tokens": batch["tokens"][:, :4]})
 
 
+def test_a_caption_that_is_cut_has_a_vector_of_its_own() -> None:
+    model = make(**CLIP_TEXT)
+    endless = torch.randint(1, 48, (2, 77), generator=torch.Generator().manual_seed(0))
+    endless[:, 0] = 48  # the start
+    pooled = model.text(endless, torch.ones(2, dtype=torch.bool)).pooled
+    assert (pooled[0] - pooled[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("share", "other"), [("drop_text", "tokens"), ("drop_image", "image_embedding")])
+def test_what_every_row_of_a_training_dropped_says_nothing_in_drawing(share: str, other: str) -> None:
+    """Else untrained weights would speak."""
+    model, batch = make(**{share: 1.0}), make_batch(4)
+    changed = batch | {other: batch[other].flip(0)}
+    assert torch.equal(forward(model, batch), forward(model, changed))
+    assert not torch.allclose(forward(make(), batch), forward(make(), changed), atol=1e-4)
+
+
 def test_with_clips_text_encoder_every_parameter_learns() -> None:
     model, batch = make(**CLIP_TEXT, null_image="learned", drop_image=0.5), make_batch(4)
     decoder_loss(model, batch, Draw([(0, 4)])).total.sum().backward()

@@ -116,6 +116,23 @@ def test_steps_and_tiles_that_sampling_would_refuse_are_refused_here(sampling: d
         make_config({**LEAST, "upsampler_256": {"model": {"steps": 40}}})
 
 
+@pytest.mark.parametrize(
+    ("model", "dropped", "sampling"),
+    [
+        ("decoder", "drop_text", {"decoder_guidance": 1.0}),
+        ("decoder", "drop_image", {"decoder_guidance": 1.0}),
+        ("diffusion_prior", "drop_text", {"prior_guidance": 1.0, "prior": "diffusion"}),
+    ],
+)
+def test_what_was_never_trained_without_its_condition_is_not_guided(
+    model: str, dropped: str, sampling: dict[str, Any]
+) -> None:
+    values = {**LEAST, model: {"model": {dropped: 0}}, "bundle": {"sampling": sampling}}
+    with pytest.raises(UserError, match=r"guidance is 1\.0, and the model was trained without .*drop_"):
+        make_config(values)
+    make_config({**values, "bundle": {"sampling": {**sampling, f"{model.removeprefix('diffusion_')}_guidance": 0}}})
+
+
 @pytest.mark.parametrize("scale", [0, -1, True, "half", float("inf"), float("nan"), None])
 def test_a_scale_that_is_not_a_number_above_0_is_refused(scale: object) -> None:
     with pytest.raises(UserError, match=r"^scale: (expected a (finite )?number, got|-?[01] is not above 0)"):

@@ -98,6 +98,19 @@ def test_a_terminal_has_one_line_rewritten(clock: Clock) -> None:
     assert stream.getvalue().count("\r\033[K") == 11
 
 
+def test_a_line_fits_a_narrow_terminal(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that wrapped would leave a row behind each time it is rewritten; letters of CJK take two cells."""
+    monkeypatch.setenv("COLUMNS", "40")
+    for note, kept in (("a note that is longer than the terminal is wide", 37), ("猫" * 30, 33)):
+        stream = Terminal()
+        with Progress("pairs", 10, "rows", stream=stream) as bar:
+            clock.now += 10
+            bar.advance(5, note)
+            shown = stream.getvalue().rpartition("\033[K")[2]
+        assert kept <= len(shown) < 40
+        assert sum(2 if letter == "猫" else 1 for letter in shown) < 40
+
+
 def test_lines_of_a_terminal_stand_below_each_other(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A screen that knows the control sequences shows each stage on a row of its own, and what is said above them."""
     monkeypatch.setenv("COLUMNS", "40")

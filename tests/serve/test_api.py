@@ -63,6 +63,17 @@ def test_the_same_request_gets_the_same_images_with_their_recipe(client: openai.
         assert -1 <= one.score <= 1  # type: ignore[attr-defined]
 
 
+def test_nulls_and_openais_own_fields_are_taken_everywhere(client: openai.OpenAI, served: str) -> None:
+    asked = {"prompt": "a red fox", "size": "64x64", "n": None, "response_format": None, "stream": None, "seed": 3}
+    answer = httpx.post(f"{served}/v1/images/generations", json={**asked, "partial_images": None}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    words: dict[str, Any] = {"before": "a cat", "steps": 8, "output_format": "png"}
+    made = client.images.edit(
+        image=png(noise()), prompt="a dog", quality="auto", background="opaque", **SMALL, extra_body=words
+    )
+    assert len(made.data or []) == 1
+
+
 def test_a_url_holds_the_image_that_base64_would(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"prompt": "the sea", "size": "64x64", "model": "dall-e-2", "extra_body": {"seed": 1}}
     (by_url,) = client.images.generate(**asked).data or []
@@ -170,7 +181,7 @@ def test_a_mask_keeps_what_is_opaque(client: openai.OpenAI) -> None:
     stream: Any = client.images.edit(**asked, stream=True, partial_images=1)
     assert [event.type for event in stream] == ["image_edit.partial_image", "image_edit.completed"]
     for other, says in (
-        (Image.new("L", (64, 64)), "is opaque all over"),
+        (Image.new("L", (64, 64)), "is opaque in all of the square"),
         (mask.crop((0, 0, 64, 32)), "the same shape"),
     ):
         with pytest.raises(openai.BadRequestError, match=says):

@@ -77,6 +77,19 @@ def test_when_the_first_of_equal_requests_goes_one_of_the_others_is_drawn() -> N
     run(test())
 
 
+def test_a_drawing_that_breaks_is_an_error_of_the_servers() -> None:
+    async def test() -> None:
+        drawer = Drawer(error=MemoryError("CUDA out of memory"))
+        one = door(drawer)
+        drawer.go.set()
+        with pytest.raises(ApiError) as raised:
+            await drawn(one, work("a"))
+        assert (raised.value.status, raised.value.body["error"]["type"]) == (500, "server_error")
+        assert not one.drawing
+
+    run(test())
+
+
 def test_a_server_whose_process_is_gone_says_to_come_back_until_it_has_heard_of_its_bundle() -> None:
     async def gone() -> dict[str, Any]:
         raise Died("killed")

@@ -129,6 +129,19 @@ def test_megapixels_are_those_that_are_drawn() -> None:
     assert "megapixels" in answer.text
 
 
+def test_a_fault_of_the_servers_own_is_openais_error() -> None:
+    async def described() -> None:
+        raise OSError("the store does not answer")
+
+    figures: list[Any] = []
+    observe = lambda name, *_, **labels: figures.append((name, labels.get("status")))  # noqa: E731
+    door = SimpleNamespace(settings=ServeSettings(), observe=observe, described=described, name="tiny")
+    with TestClient(make_api(door, {}, lambda: b""), URL, raise_server_exceptions=False) as client:
+        answer = client.get("/v1/models")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "server_error")
+    assert ("requests_total", "500") in figures
+
+
 def test_a_body_that_is_too_large_or_too_slow_ends_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     ask = asking(ServeSettings(), {})
     assert ask(content=b"x" * guard.JSON_BYTES).json() == guard.JSON_BYTES

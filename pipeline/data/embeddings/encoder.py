@@ -129,10 +129,10 @@ def cosine_error(ctx: Context, opened: OpenEncoder, parts: ImageParts, made: Seq
     pairs = {shard.number: shard for shard in read_shards(ctx.store, ctx.inputs["pairs"])}
     inputs: dict[str, ShardRow] = {}
     rows = 0
-    for shard in made:
+    for shard in (shard for shard in made if shard.counts.get("bf16")):
         if rows >= CHECKED:
             break
-        rows += shard.ledger.kept
+        rows += shard.counts["bf16"]
         embeddings = ShardRow(shard.number, shard.key, shard.ledger.kept, 0, shard.blobs, {})
         inputs |= {f"pairs {shard.number:08d}": pairs[shard.number], f"embeddings {shard.number:08d}": embeddings}
     task = ShardTask(0, shard_key(ctx, {"pass": "fp32"} | {name: shard.key for name, shard in inputs.items()}), inputs)

@@ -175,7 +175,8 @@ class ImageParts:
         columns |= {score_column(name): pa.array(head(image)) for name, head in self.heads.items()}
         with steps("pack"):
             data = write_table(columns, dictionary=False)
-        counts = {"bf16": len(rows)} if made[0]["bf16"] else {}
+        encoded = int((~came).sum())
+        counts = {"bf16": encoded} if made[0]["bf16"] and encoded else {}
         return ShardOutput(Ledger(kept=len(rows)), {"embeddings": data}, counts, steps.seconds)
 
     def _imported(self, rows: Sequence[IndexRow]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """The index: finds the curated images nearest to an embedding, for audits and for search by caption.
 
 Every block of shards has its own faiss indices, one for each split. Making and searching them takes the memory of one
-block, and appended rows leave the blocks before them as they are. A small set keeps its vectors unchanged, and answers
-are exact; a large set keeps codes in inverted files (IVF-PQ; Jégou et al., 2011).
+block. A small set keeps its vectors unchanged, answers are exact, and appended rows leave the blocks before them as
+they are. A large set keeps codes in inverted files (IVF-PQ; Jégou et al., 2011), made again when rows are appended.
 """
 
 from __future__ import annotations

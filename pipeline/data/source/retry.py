@@ -10,6 +10,7 @@ from pipeline.data.source.journal import reference_mark
 from pipeline.data.source.rows import ListRow, write_rows
 from pipeline.data.source.stage import FIRST_RETRY, SourceShard, segment_of
 from pipeline.graph.artifacts import Artifact, read_shards, read_table
+from pipeline.local import Reach
 from pipeline.store import Store
 from pipeline.store.records import put_blob
 
@@ -28,7 +29,7 @@ FINAL = frozenset(
 
 
 def gather(
-    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str]
+    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str], may: Reach
 ) -> tuple[str | None, int]:
     """Stores the rows whose last try ended with one of ``reasons``, as the Parquet blob of a segment.
 
@@ -39,25 +40,32 @@ def gather(
         source: The stored shards of the list that ``pairs`` was made from.
         pairs: Says how rows ended.
         reasons: Why they are tried again.
+        may: What the list may name.
 
     Returns:
         The blob, None without a row, and the number of rows.
     """
     with tempfile.NamedTemporaryFile() as file:
-        count = write_rows(file, _failed(store, source, pairs, reasons))
+        count = write_rows(file, _failed(store, source, pairs, reasons, may))
         file.flush()
         return (put_blob(store, Path(file.name)) if count else None), count
 
 
-def _failed(store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str]) -> Iterator[ListRow]:
+def _failed(
+    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str], may: Reach
+) -> Iterator[ListRow]:
     tried = _tried(store, source)
     for listed, shard in zip(source, read_shards(store, pairs), strict=True):
         if not shard.lost:
             continue
         ended = read_table(store, shard.blobs["index"], ["reason"])["reason"].to_pylist()
         table = read_table(store, listed.refs)
-        # What a list may not name stays refused: as rows to be tried again they would be judged by no list.
-        refused = table["reject"].to_pylist()
+        # What a list may not name stays refused: as rows to be tried again they would be judged by no list. A link may
+        # lead elsewhere by now, and the fetch judges it.
+        refused = [
+            why is not None and (why != "forbidden_reference" or may.refusal(url) is not None)
+            for why, url in zip(table["reject"].to_pylist(), table["url"].to_pylist(), strict=True)
+        ]
         places = [i for i, reason in enumerate(ended) if reason in reasons and not refused[i]]
         if not places:
             continue

@@ -17,8 +17,9 @@ from embedding_reader import EmbeddingReader
 from PIL import Image
 
 from pipeline.data.embeddings.stage import read_embeddings
-from pipeline.data.export import export_pairs
+from pipeline.data.export import _reference, export_pairs
 from pipeline.data.pairs.row_index import Place, read_images
+from pipeline.data.source.imported import embedding_reference
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_shards
 from pipeline.store import Store, open_store
@@ -142,3 +143,11 @@ def test_what_came_out_goes_in(made: Made, tmp_path: Path) -> None:
     keys, images, _, _ = read_embeddings(imported.store, shard.blobs["embeddings"])
     expected = np.float32([row["vectors"][0] for row in rows[: len(keys)]])
     assert np.abs(images - expected).max() < 1e-3
+
+
+def test_an_imported_embedding_leaves_with_the_url_of_its_image() -> None:
+    """By which deny lists and ``forget`` find it when it is read again; what signs a URL stays here."""
+    plain, signed = "https://host.test/1.jpg", "https://host.test/1.jpg?X-Amz-Signature=abcdef"
+    assert _reference(embedding_reference(Path("/data/laion"), "2", 1, plain)) == plain
+    assert "abcdef" not in _reference(embedding_reference(Path("/data/laion"), "2", 1, signed))
+    assert _reference("file:///home/ana/1.jpg") == "1.jpg"

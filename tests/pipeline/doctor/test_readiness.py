@@ -54,6 +54,13 @@ def test_faults_are_one_line_that_names_some_of_the_nodes(monkeypatch: pytest.Mo
     readiness.check_ready(here, open_store("s3://bucket/a"), ["source", "decoder", "samples"])
 
 
+def test_a_caption_that_cannot_be_drawn_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    values = {"project": "p", "store": str(tmp_path), "source": {"paths": ["a.csv"]}}
+    config = make_config({**values, "samples": {"captions": ["a cat", "cat " * 80]}})
+    with pytest.raises(UserError, match=r"samples\.captions: caption 2 has 80 tokens and CLIP reads 75: shorten it"):
+        readiness.check_ready(config, open_store(str(tmp_path)), ["source", "samples"])
+
+
 # --- a cluster of two nodes -------------------------------------------------------------------------------------------
 
 

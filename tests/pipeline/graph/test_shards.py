@@ -1,5 +1,6 @@
 """map_shards in this process: what is there is not made again, counts balance, and damage and mistakes come through."""
 
+import errno
 import logging
 import os
 import pickle
@@ -30,7 +31,7 @@ from pipeline.graph.artifacts import (
 from pipeline.graph.ray import start_ray
 from pipeline.graph.shards import _note, map_shards, run_shards
 from pipeline.graph.stages import Context
-from pipeline.graph.workers import Part, ShardOutput, ShardTask, Streamed, Timed, publisher, read_answer
+from pipeline.graph.workers import Part, ShardOutput, ShardTask, Streamed, Timed, publisher, read_answer, step
 from pipeline.ledger import Ledger
 from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings
 from pipeline.store import Store, open_store
@@ -220,6 +221,23 @@ def test_failures_travel_from_a_ray_worker_as_values(monkeypatch: pytest.MonkeyP
     assert caught.value.path == "blobs/ab/abc"
     with pytest.raises(ZeroDivisionError):
         answer(ZeroDivisionError())
+    with pytest.raises(UserError, match=r"^pairs: the disk of /.* is full \(TMPDIR\); free space and run"):
+        read_answer(answer(OSError(errno.ENOSPC, "No space left on device")))
+
+
+def test_what_a_worker_cannot_open_is_its_answer_to_every_shard() -> None:
+    """Such as a damaged CLIP: Ray would say that its process died."""
+
+    def open_it() -> Any:
+        raise CorruptObject("blobs/ab/abc", "is damaged")
+
+    part = Part(ShardTask(0, "key-0", {}))
+    store = open_store("never-written")
+    [data] = publisher(store, "pairs", open_it, alone=True)()({"part": [pickle.dumps(part)]})["answer"]
+    with pytest.raises(CorruptObject, match="is damaged"):
+        read_answer(data)
+    [data] = step("pairs", lambda _: 1, open_it, True)()({"part": [pickle.dumps(part)]})["part"]
+    assert isinstance(pickle.loads(data).failure, CorruptObject)
 
 
 def test_nothing_to_map_is_an_empty_artefact(store: Store) -> None:
