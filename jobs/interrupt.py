@@ -7,6 +7,7 @@ after some seconds of clearing up, or at the next Ctrl-C. Nothing is lost by it 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -35,6 +36,12 @@ def ending_on_signals() -> Iterator[None]:
     free = [s for s in SIGNALS if signal.getsignal(s) in (signal.default_int_handler, signal.SIG_DFL)]
     code = 0
 
+    def leave() -> (
+        None
+    ):  # after all that a command registers for its exit; what the interpreter takes apart may be slow
+        if code:
+            _end(code)
+
     def first(signum: int, frame: FrameType | None) -> None:
         nonlocal code
         code = 128 + signum
@@ -44,6 +51,7 @@ def ending_on_signals() -> Iterator[None]:
         raise KeyboardInterrupt(code)
 
     before = {each: signal.signal(each, first) for each in free}
+    atexit.register(leave)
     try:
         yield
     except Exception as e:
@@ -51,6 +59,8 @@ def ending_on_signals() -> Iterator[None]:
             raise
         raise KeyboardInterrupt(code) from e
     finally:
+        if not code:
+            atexit.unregister(leave)
         for each in free:
             if signal.getsignal(each) is first:
                 signal.signal(each, before[each])

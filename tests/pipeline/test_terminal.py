@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 from pipeline.progress import Line
 from pipeline.terminal import Printable, printable
 from tests.chain import ROOT
@@ -80,7 +82,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_line_that_is_rewritten_in_place_still_is() -> None:
+def test_a_line_that_is_rewritten_in_place_still_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     terminal = Terminal()
     with Line(stream=Printable(terminal)) as line:  # type: ignore[arg-type]
         line.shown -= 10

@@ -29,15 +29,17 @@ def test_steps_go_on_while_the_store_takes_its_time(world: World, monkeypatch: p
     """The first checkpoint is written when the 70th step has been taken. What was due meanwhile is left out; only the
     validation pass of the 64th step is saved then, and the end."""
     recipe = DiffusionPriorRecipe(samples=16 * 80, batch=16, lanes=8, model=MODEL)
-    taken, publish, rate = threading.Event(), Checkpoints.publish, learning_rate
+    taken, written, publish, rate = threading.Event(), threading.Event(), Checkpoints.publish, learning_rate
 
     def slow(self: Checkpoints, *given: Any) -> None:
         assert taken.wait(60)
         publish(self, *given)
+        written.set()
 
     def noted(recipe: Any, samples: int) -> float:
         if samples == 16 * 70:
             taken.set()
+            assert written.wait(60)  # so that some of the steps that are left find the saver free
         return rate(recipe, samples)
 
     monkeypatch.setattr(Checkpoints, "publish", slow)

@@ -20,6 +20,7 @@ from pipeline.data.source.journal import (
     reference_mark,
     with_forgotten,
 )
+from pipeline.data.source.lists import reach
 from pipeline.data.source.retry import gather
 from pipeline.data.source.stage import FIRST_RETRY, SEGMENT_SHARDS, SourceRecipe, SourceShard, scan
 from pipeline.errors import UserError
@@ -140,7 +141,8 @@ def _listed(bench: Bench) -> list[SourceShard]:
 
 
 def _try_again(bench: Bench, reason: str) -> int:
-    blob, rows = gather(bench.store, _listed(bench), bench.made["pairs"], frozenset({reason}))
+    may = reach(bench.config.source, *bench.config.source.paths)
+    blob, rows = gather(bench.store, _listed(bench), bench.made["pairs"], frozenset({reason}), may)
     if blob is not None:
         change_journal(bench.store, bench.config.project, lambda j: replace(j, retries=(*j.retries, blob)))
     return rows
