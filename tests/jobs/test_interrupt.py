@@ -44,6 +44,22 @@ def erroneous(words):
 
 sys.exit(guard(erroneous, []))
 """
+SLOW = """
+import sys, time
+import jobs.interrupt
+from jobs.cli import guard
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(30)
+
+def kept(words, slow=Slow()):  # until the interpreter is taken apart
+    print("ready", flush=True)
+    time.sleep(60)
+
+jobs.interrupt.GRACE_S = 1.0
+sys.exit(guard(kept, []))
+"""
 WITH_RAY = """
 import sys, time
 from jobs.cli import guard
@@ -89,6 +105,14 @@ def test_sigterm_ends_a_command_that_has_started_ray_with_the_same_line() -> Non
         process.send_signal(signal.SIGTERM)
         result = finish(process, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (143, "", LAST)
+
+
+def test_ctrl_c_has_its_exit_code_where_the_interpreter_is_slow_to_go() -> None:
+    """At that time Python has given signals back to the system, whose alarm would end it with another code."""
+    with _ready(SLOW) as process:
+        process.send_signal(signal.SIGINT)
+        result = finish(process, timeout=30)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", LAST)
 
 
 def test_an_error_that_ctrl_c_causes_is_not_shown() -> None:
