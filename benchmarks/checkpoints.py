@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,7 +115,11 @@ def measure_saves(options: argparse.Namespace, server: Server) -> dict[str, list
         ours.publish(snapshot(state))
 
     saves = interleave({"save, ours": save_ours, "save, in turn": in_turn.save}, options.rounds)
-    restore = partial(ours.restore, other, state.samples)
+
+    def restore() -> None:
+        if not ours.restore(other, state.samples):
+            raise RuntimeError("no checkpoint was found")
+
     return saves | interleave({"restore, ours": restore, "restore, in turn": in_turn.restore}, options.rounds)
 
 

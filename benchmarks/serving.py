@@ -43,11 +43,14 @@ async def ask(url: str, seed: int, side: int) -> dict[str, float]:
         httpx.AsyncClient(timeout=600) as http,
         http.stream("POST", f"{url}/v1/images/generations", json=asked) as answer,
     ):
+        answer.raise_for_status()
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
                 event = json.loads(line.removeprefix("data: "))
                 if "b64_json" in event:
                     came[event["size"]] = time.monotonic() - began
+    if asked["size"] not in came:
+        raise RuntimeError(f"{url} drew no image of seed {seed}")
     return came
 
 

@@ -63,10 +63,16 @@ def render_service(
             "rayVersion": metadata.version("ray"),
             "authOptions": {"mode": "token"},
             **GROWING,
-            "headGroupSpec": head(settings, environment),
+            "headGroupSpec": _serving(head(settings, environment)),
             "workerGroupSpecs": [workers(group, settings, environment)],
         },
     }
     labels = {"app.kubernetes.io/name": "unclip", **settings.labels}
     named = {"name": name, "namespace": settings.namespace, "labels": labels}
     return dump({"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": named, "spec": spec})
+
+
+def _serving(group: dict[str, Any]) -> dict[str, Any]:
+    """Returns the head's group with the port for which older KubeRay makes the Service of the API."""
+    group["template"]["spec"]["containers"][0]["ports"].append({"name": "serve", "containerPort": PORT})
+    return group

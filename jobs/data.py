@@ -76,8 +76,8 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
         if reason in FINAL:
             raise UserError(f"--reason: {reason} is final: {REASONS[reason]}")
     pairs, journal = project.made("pairs")["pairs"], project.journal
-    may = reach(project.config.source, *project.config.source.paths)
-    blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons), may)
+    reaches = [reach(project.config.source, path) for path in project.config.source.paths]
+    blob, rows = gather(project.store, _listed(project), pairs, frozenset(reasons), reaches)
     if blob is None:
         ended = ", ".join(f"{n:,} {reason}" for reason, n in sorted(pairs.ledger.lost.items()))
         print(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}")

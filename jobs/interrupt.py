@@ -36,11 +36,12 @@ def ending_on_signals() -> Iterator[None]:
     free = [s for s in SIGNALS if signal.getsignal(s) in (signal.default_int_handler, signal.SIG_DFL)]
     code = 0
 
-    def leave() -> (
-        None
-    ):  # after all that a command registers for its exit; what the interpreter takes apart may be slow
+    def leave() -> None:
+        """Ends it after all that a command registers for its exit: what the interpreter takes apart may be slow."""
         if code:
-            _end(code)
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+            os._exit(code)
 
     def first(signum: int, frame: FrameType | None) -> None:
         nonlocal code

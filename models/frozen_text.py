@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.nn.text_encoder import ClipTextEncoder, EncodedText
 from models.nn.transformer import normal_linear, quick_gelu
 from models.prior_configs import TextTower
-from models.tokens import cut_tokens, text_ends
+from models.tokens import text_ends
 
 OPEN_CLIPS = {
     "ln_1": "norm_attention",
@@ -90,7 +90,6 @@ class FrozenText(ClipTextEncoder):
 
         In training on a CPU what follows a batch's longest caption has states of zeros, and is not computed.
         """
-        tokens = cut_tokens(tokens, self.context, self.end)
         length = self.context
         # No caption sees what comes after it, and is shown none; but a longer neighbour would change its rounding, and
         # so an image. Asking a GPU would make it wait, and a tensor that has a shape alone has no answer. On two cores

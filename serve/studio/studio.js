@@ -465,6 +465,7 @@ function settings() {
 }
 
 function toDefaults() {
+  if (!model.id) return; // not known yet
   const form = $("#compose").elements, { sampling } = model;
   for (const name of ["steps", "guidance"]) {
     const own = sampling[`decoder_${name}`];
@@ -537,7 +538,9 @@ $("#clear").addEventListener("click", () => {
   history("readwrite", (table) => table.clear()); // also what another tab has drawn since
 });
 $("#close").addEventListener("click", () => $("#viewer").close());
-$("#viewer").addEventListener("pointerdown", (event) => { if (event.target === $("#viewer")) $("#viewer").close(); });
+let pressed = null; // where a click in the viewer began: text may be selected beyond its edge
+$("#viewer").addEventListener("pointerdown", (event) => { pressed = event.target; });
+$("#viewer").addEventListener("click", (event) => { if (event.target === $("#viewer") && pressed === event.target) $("#viewer").close(); });
 $("#viewer").addEventListener("keydown", (event) => {
   const button = { ArrowLeft: "#previous", ArrowRight: "#next" }[event.key];
   if (button && !["INPUT", "CANVAS", "PRE"].includes(event.target.tagName)) $(button).click();

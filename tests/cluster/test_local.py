@@ -131,7 +131,7 @@ def test_it_survives_its_submitter_and_the_keys_are_the_laptops(
             submitter.send_signal(signal.SIGINT)
             assert submitter.wait(WAIT_S) == 130
             assert "-2 goes on: the same command attaches to it, --stop stops it" in log.read_text()
-            assert "Traceback" not in log.read_text()
+            assert not [word for word in ("Traceback", "interrupted") if word in log.read_text()]
             submitter = _start(log, config, other[0], hosts, *to, "--until", "pairs")
             _wait("attaching", lambda: "-2 runs already" in log.read_text() or submitter.poll() is not None)
             stopped = done(unclip("submit", config, *to, "--stop"))

@@ -43,6 +43,8 @@ def test_a_release_is_rendered_as_a_service_that_ray_serve_takes(
     assert (settings.replicas, settings.idle_replicas, settings.batch, settings.device) == (3, 0, 16, "cuda")
     with pytest.raises(UserError, match="lets others in"):  # as a pod does whose Secret has no UNCLIP_TOKENS
         read_tokens(settings)
+    (container,) = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "serve", "containerPort": 8000} in container["ports"]  # or older KubeRay makes no Service for it
     (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert workers["maxReplicas"] == 3
     (container,) = workers["template"]["spec"]["containers"]

@@ -162,14 +162,16 @@ def test_refused_rows_are_not_tried_again_by_no_list(here: Path) -> None:
     ]  # fmt: skip
     shards = scan(bench.config.source, bench.store, write=True).shards
     reasons = frozenset({"forbidden_reference", "missing_file"})
-    may = reach(bench.config.source, path)
-    blob, count = gather(bench.store, shards, bench.made["pairs"], reasons, may)
+    reaches = [reach(bench.config.source, path)]
+    blob, count = gather(bench.store, shards, bench.made["pairs"], reasons, reaches)
     assert count == 2  # the link, which may lead elsewhere by now, is judged by the fetch
     assert blob is not None
-    assert {row["url"].rpartition("/")[2] for row in read_table(bench.store, blob).to_pylist()} == {
-        "none.png",
-        "out.png",
-    }
+    tried = {row["url"].rpartition("/")[2] for row in read_table(bench.store, blob).to_pylist()}
+    assert tried == {"none.png", "out.png"}
+    # A folder of another list is no place that this list may name, also when its rows are tried again.
+    (here / "elsewhere").mkdir()
+    two = [*reaches, reach(bench.config.source, write_list(here / "elsewhere/list.csv", [("a.png", "theirs")]))]
+    assert gather(bench.store, shards, bench.made["pairs"], frozenset({"forbidden_reference"}), two)[1] == 0
 
 
 def foreign_folder(here: Path) -> Counter[str | None]:

@@ -29,7 +29,7 @@ FINAL = frozenset(
 
 
 def gather(
-    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str], may: Reach
+    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str], reaches: Sequence[Reach]
 ) -> tuple[str | None, int]:
     """Stores the rows whose last try ended with one of ``reasons``, as the Parquet blob of a segment.
 
@@ -40,19 +40,19 @@ def gather(
         source: The stored shards of the list that ``pairs`` was made from.
         pairs: Says how rows ended.
         reasons: Why they are tried again.
-        may: What the list may name.
+        reaches: What each of the lists may name.
 
     Returns:
         The blob, None without a row, and the number of rows.
     """
     with tempfile.NamedTemporaryFile() as file:
-        count = write_rows(file, _failed(store, source, pairs, reasons, may))
+        count = write_rows(file, _failed(store, source, pairs, reasons, reaches))
         file.flush()
         return (put_blob(store, Path(file.name)) if count else None), count
 
 
 def _failed(
-    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str], may: Reach
+    store: Store, source: Sequence[SourceShard], pairs: Artifact, reasons: frozenset[str], reaches: Sequence[Reach]
 ) -> Iterator[ListRow]:
     tried = _tried(store, source)
     for listed, shard in zip(source, read_shards(store, pairs), strict=True):
@@ -60,10 +60,10 @@ def _failed(
             continue
         ended = read_table(store, shard.blobs["index"], ["reason"])["reason"].to_pylist()
         table = read_table(store, listed.refs)
-        # What a list may not name stays refused: as rows to be tried again they would be judged by no list. A link may
-        # lead elsewhere by now, and the fetch judges it.
+        # What a list may not name stays refused, unless all lists may: as rows to be tried again they would be judged
+        # by what any list may name. A link may lead elsewhere by now, and the fetch judges it.
         refused = [
-            why is not None and (why != "forbidden_reference" or may.refusal(url) is not None)
+            why is not None and (why != "forbidden_reference" or any(may.refusal(url) for may in reaches))
             for why, url in zip(table["reject"].to_pylist(), table["url"].to_pylist(), strict=True)
         ]
         places = [i for i, reason in enumerate(ended) if reason in reasons and not refused[i]]

@@ -117,6 +117,7 @@ def _worker(config: Mapping[str, Any]) -> None:
     os.environ.setdefault("NCCL_DEBUG", "WARN")  # else it says of an error that it was one
     size = context.get_world_size()
     device = ray.train.torch.get_device()
+    torch.backends.cudnn.allow_tf32 = False  # as choose_device does
     try:
         watcher = Watcher(size, device)
         sharing = {"sharded": settings.sharded, "offload": settings.offload}

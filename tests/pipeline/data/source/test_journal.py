@@ -141,8 +141,8 @@ def _listed(bench: Bench) -> list[SourceShard]:
 
 
 def _try_again(bench: Bench, reason: str) -> int:
-    may = reach(bench.config.source, *bench.config.source.paths)
-    blob, rows = gather(bench.store, _listed(bench), bench.made["pairs"], frozenset({reason}), may)
+    reaches = [reach(bench.config.source, path) for path in bench.config.source.paths]
+    blob, rows = gather(bench.store, _listed(bench), bench.made["pairs"], frozenset({reason}), reaches)
     if blob is not None:
         change_journal(bench.store, bench.config.project, lambda j: replace(j, retries=(*j.retries, blob)))
     return rows
