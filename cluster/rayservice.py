@@ -53,9 +53,9 @@ def render_service(
     application = {"name": "unclip", "route_prefix": "/", "import_path": BUILDER, "args": dict(arguments)}
     served = {"http_options": {"host": "0.0.0.0", "port": PORT}, "applications": [application]}
     gpus = settings.gpus
-    # A pod draws on one GPU, so it takes that GPU's share of a node.
-    shape = (max(1, settings.gpu_cpus // gpus), max(1, settings.gpu_memory_gb // gpus)) if gpus else ()
-    shape = shape or (settings.cpus, settings.memory_gb)
+    shape = settings.cpus, settings.memory_gb
+    if gpus:  # a pod draws on one GPU, so it takes that GPU's share of a node
+        shape = max(1, settings.gpu_cpus // gpus), max(1, settings.gpu_memory_gb // gpus)
     group = Group("drawers", replicas, *shape, min(gpus, 1))
     spec = {
         "serveConfigV2": Block(yaml.safe_dump(served, sort_keys=False)),

@@ -92,9 +92,8 @@ def overview(store: Store, project: str | None = None) -> Overview:
     runs = _runs(store, paths[:SHOWN_RUNS])
     made = _made(store)
     keys = {key for _, key in made}
-    begun = [
-        entry.path for entry in store.list("leases/") if entry.path.count("/") == 1
-    ]  # without those of checkpoints
+    # Those of checkpoints lie below.
+    begun = [entry.path for entry in store.list("leases/") if entry.path.count("/") == 1]
     unfinished = [path for path in begun if _key(path) not in keys][:MOST]
     held = zip(unfinished, ordered_map(lambda path: read_lease(store, path), unfinished), strict=True)
     leases = {_key(path): lease for path, lease in held if lease is not None}

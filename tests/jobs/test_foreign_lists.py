@@ -168,7 +168,7 @@ def test_refused_rows_are_not_tried_again_by_no_list(here: Path) -> None:
     assert blob is not None
     tried = {row["url"].rpartition("/")[2] for row in read_table(bench.store, blob).to_pylist()}
     assert tried == {"none.png", "out.png"}
-    # A folder of another list is no place that this list may name, also when its rows are tried again.
+    # This list may not name the folder of another list, also when its rows are tried again.
     (here / "elsewhere").mkdir()
     two = [*reaches, reach(bench.config.source, write_list(here / "elsewhere/list.csv", [("a.png", "theirs")]))]
     assert gather(bench.store, shards, bench.made["pairs"], frozenset({"forbidden_reference"}), two)[1] == 0
