@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from threading import Event as Flag
 from threading import Thread
@@ -18,7 +19,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, TaskCancelledError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from pipeline.errors import UserError
@@ -212,16 +213,22 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
     What it started ends with it, and nothing else on its cluster; requests that were accepted are answered first.
     Raises UserError where the cluster serves at another address already.
     """
-    if not settings.port or not os.environ.get("RAY_ADDRESS"):
-        settings = replace(settings, port=_free_port(settings))
-    start_ray(RaySettings())
-    print(f"loading {served.name} ...", flush=True)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 65},
-        logging_config={"log_level": "ERROR", "enable_access_log": False},
-    )
+    with ExitStack() as until_serve_listens:
+        if not settings.port or not os.environ.get("RAY_ADDRESS"):
+            held = until_serve_listens.enter_context(_hold_port(settings))
+            settings = replace(settings, port=held.getsockname()[1])
+        start_ray(RaySettings())
+        print(f"loading {served.name} ...", flush=True)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 65},
+                logging_config={"log_level": "ERROR", "enable_access_log": False},
+            )
+        except RayTaskError as e:
+            serve.shutdown()
+            raise UserError(f"serve: {str(e.cause).rstrip('.')}; name another by port=") from None
     client: Any = serve.context._get_global_client()
     http = client.http_config
     if (http.host, http.port) != (settings.host, settings.port):
@@ -243,13 +250,21 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
         serve.delete(APP)
 
 
-def _free_port(settings: ServeSettings) -> int:
-    """Returns the port, or any that is free for 0. Raises UserError if it is taken: Ray Serve would share it."""
+def _hold_port(settings: ServeSettings) -> socket.socket:
+    """Returns a socket that holds the port, or any that is free for 0, and lets Ray Serve listen there beside it.
+
+    Raises UserError if the port is taken: Ray Serve would share it.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    held = socket.socket(family)
     try:
-        with socket.create_server((settings.host, settings.port), family=family) as server:
-            return server.getsockname()[1]
+        with socket.create_server((settings.host, settings.port), family=family) as alone:
+            address = alone.getsockname()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(address)
     except OSError as e:
+        held.close()
         raise UserError(
             f"serve: {settings.host}:{settings.port} cannot be listened at ({e.strerror}); name another by port="
         ) from None
+    return held

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from serve.app import Drawer, _free_port
+from serve.app import Drawer, _hold_port
 from serve.settings import ServeSettings
 
 
@@ -21,8 +21,28 @@ def test_a_port_that_another_server_listens_at_is_refused(host: str) -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"{port} cannot be listened at .* port="):
-            _free_port(ServeSettings(host=host, port=port))
-        assert _free_port(ServeSettings(host=host, port=0)) not in (0, port)
+            _hold_port(ServeSettings(host=host, port=port))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_free_port_is_held_until_ray_serve_listens_there(host: str) -> None:
+    """Nobody else gets it meanwhile, and connections go to Ray Serve, not to the socket that holds it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with _hold_port(ServeSettings(host=host, port=0)) as held:
+        address = held.getsockname()
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(address[:2], family=family)
+        with socket.socket(family) as proxy:
+            for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # both, as Ray Serve does
+                proxy.setsockopt(socket.SOL_SOCKET, option, 1)
+            proxy.bind(address)
+            proxy.listen()
+            for _ in range(20):
+                with socket.create_connection(address[:2], timeout=10), proxy.accept()[0]:
+                    pass
+            held.close()
+            with socket.create_connection(address[:2], timeout=10), proxy.accept()[0]:
+                pass
 
 
 class Releases:

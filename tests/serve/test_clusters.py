@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -46,6 +47,11 @@ def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_job_serves_on_a_cluster_without_its_submitter_until_it_is_stopped(bundle: Path, dashboard: str) -> None:
     words = ("serve", bundle, "--to", dashboard, "port=0")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = finish(start(*words[:-1], f"port={other.getsockname()[1]}"))
+    assert taken.returncode == 1
+    assert "Failed to bind to address" in taken.stderr + taken.stdout
+    assert "name another by port=" in taken.stderr + taken.stdout
     submitter = start(*words)
     url = address(submitter)
     submitter.kill()
@@ -55,9 +61,9 @@ def test_a_job_serves_on_a_cluster_without_its_submitter_until_it_is_stopped(bun
     assert address(again) == url
     again.send_signal(signal.SIGINT)
     left = finish(again)
-    assert (left.returncode, "unclip-serve goes on" in left.stderr) == (130, True), left.stderr
+    assert (left.returncode, "unclip-serve-2 goes on" in left.stderr) == (130, True), left.stderr
     assert httpx.get(f"{url}/health").status_code == 200
-    assert "unclip-serve was stopped" in done(unclip("serve", "--to", dashboard, "--stop"))
+    assert "unclip-serve-2 was stopped" in done(unclip("serve", "--to", dashboard, "--stop"))
     deadline = time.monotonic() + 60
     while httpx.get(f"{url}/health").status_code == 200:
         assert time.monotonic() < deadline
