@@ -34,7 +34,6 @@ from models.reverse import Progress, Reverse, ignore
 from models.sampling_config import (
     MODELS,
     PRIORS,
-    STEPS,
     UPSAMPLERS,
     SamplingConfig,
     change_sampling,
@@ -377,7 +376,7 @@ class UnCLIP:
         anything is drawn.
         """
         sampling = change_sampling(self.sampling, options)
-        models = {name: getattr(self, name) for name in STEPS}
+        models = {name: getattr(self, name) for name in MODELS}
         check_sampling(sampling, {name: model.config for name, model in models.items() if model is not None})
         return sampling
 

@@ -280,7 +280,7 @@ def _check_tokenizer_files(folder: Path) -> None:
     """Raises ValueError where a folder's tokenizer names code, or files by a path: transformers would open them."""
     for path in (folder / name for name in TOKENIZER_FILES if (folder / name).is_file()):
         for field, value in read_config(path).items():
-            # Nobody opens the map, which is often left over from where a tokenizer was saved; the other is true or false.
+            # Nobody opens the map, often left over from where a tokenizer was saved; the other is true or false.
             if "_file" in field and field not in ("special_tokens_map_file", "local_files_only") and value:
                 raise ValueError(f"{path} names a file of this machine ({field}), which is never opened: take it out")
 

@@ -1,6 +1,6 @@
 """What a prior is worth: one caption decoded from several embeddings (Ramesh et al. 2022, section 5.1, figure 8)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -51,7 +51,7 @@ def compare_priors(
     tokens = tokenize([caption]).to(device)
     text = unclip.clip.encode_text(unclip.clip.tokenize([caption]).to(device))
     embeddings = {
-        name: unclip.draw_embedding(tokens, text, [seed], replace(sampling, prior=option), progress)
+        name: unclip.draw_embedding(tokens, text, [seed], unclip.sampling_with(options | {"prior": option}), progress)
         for name, option in priors_of(unclip)
     }
     embeddings[TEXT] = text

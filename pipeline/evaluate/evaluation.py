@@ -189,7 +189,9 @@ class Evaluation:
             figures.append(images.background_figure(model, source, made, chosen, phrases, seed))
         figures += images.ranking_figures(self.unclip.clip, rows, drawn["decoder"], early, seed)
         figures += self._looked_at(rows, drawn, early, tick)
-        self._guide(rows.first(len(self.captions)), tick)
+        config = self.unclip.decoder.config
+        if min(config.drop_image, config.drop_text):  # else guidance is refused: it never saw a row without them
+            self._guide(rows.first(len(self.captions)), tick)
         return figures
 
     def names(self, tick: Tick) -> list[Figure]:

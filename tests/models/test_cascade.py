@@ -15,6 +15,7 @@ from models.cascade import UnCLIP
 from models.clip import Clip
 from models.codec import Codec
 from models.codec_fit import fit_codec
+from models.comparison import compare_priors
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.draw import Draw, derive_seed
@@ -89,6 +90,12 @@ def test_a_image_depends_on_its_caption_and_seed_alone(prior: str) -> None:
             assert (difference > 0).float().mean() < 0.01
     other = unclip.generate(CAPTIONS[:1], [9], prior=prior)
     assert not torch.equal(other.images[16][0], together.images[16][0])
+
+
+def test_priors_are_compared_with_guidance_that_each_of_them_can_take() -> None:
+    unclip = dataclasses.replace(make(), ar_prior=ARPrior(dataclasses.replace(AR_PRIOR, drop_text=0.0), DIM, CODES))
+    with pytest.raises(ValueError, match=r"prior_guidance is 3\.0, and the model was trained without drop_text"):
+        compare_priors(unclip, "a red fox", prior_guidance=3.0, size=64)
 
 
 def test_a_clip_with_its_own_tokenizer_reads_its_own_tokens() -> None:

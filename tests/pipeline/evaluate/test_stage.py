@@ -72,7 +72,7 @@ def awake(model: Decoder) -> Decoder:
     return model
 
 
-def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
+def unclip(priors: tuple[str, ...] = ("ar", "diffusion"), decoder: DecoderConfig = DECODER) -> UnCLIP:
     z = F.normalize(torch.randn(60, EMBED_DIM, generator=torch.Generator().manual_seed(0)), dim=1)
     codec = fit_codec(z, z[:, 0].double(), 4, 8).codec
     ar = ARPriorConfig(**TEXT, prefix=4, width=16, depth=1, heads=1, buckets=8)
@@ -82,12 +82,12 @@ def unclip(priors: tuple[str, ...] = ("ar", "diffusion")) -> UnCLIP:
     def build() -> UnCLIP:
         return UnCLIP(
             clip=Clip.build(CLIP, 0),
-            decoder=awake(Decoder(DECODER, EMBED_DIM)),
+            decoder=awake(Decoder(decoder, EMBED_DIM)),
             diffusion_prior=DiffusionPrior(diffusion, EMBED_DIM) if "diffusion" in priors else None,
             ar_prior=ARPrior(ar, EMBED_DIM, 4) if "ar" in priors else None,
             codec=codec,
             upsampler_256=Upsampler(upsampler),
-            sampling=replace(SAMPLING, prior=priors[-1]),
+            sampling=replace(SAMPLING, prior=priors[-1], decoder_guidance=0.25 if decoder.drop_text else 0.0),
         )
 
     return seeded(build, 0)  # type: ignore[type-var,arg-type]
@@ -118,9 +118,10 @@ class Case:
         return key
 
 
-def make_case(folder: Path, shards: int, rows: int, side: int, priors: tuple[str, ...] = ("ar", "diffusion")) -> Case:
+def make_case(folder: Path, shards: int, rows: int, side: int, *models: Any) -> Case:
+    """Returns a world whose bundle has what ``unclip`` takes for ``models``."""
     world = make_world(folder / "store", [rows + number for number in range(shards)], side)
-    unclip(priors).save(folder / "bundle")
+    unclip(*models).save(folder / "bundle")
     files = [file for file in sorted((folder / "bundle").rglob("*")) if file.is_file()]
     blobs = {str(file.relative_to(folder / "bundle")): put_blob(world.store, file) for file in files}
     return Case(world, publish_artifact(world.store, Artifact("bundle", "b" * 64, {}, {}, Ledger(), blobs), 0.0))
@@ -200,9 +201,11 @@ def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: P
     assert load_artifact(case.world.store, "decoder", key) is None
 
 
-def test_a_bundle_with_one_prior_and_no_early_checkpoint(tmp_path: Path) -> None:
-    case = make_case(tmp_path, 4, 20, 72, ("diffusion",))
-    figures = run_evaluation(case.context()).metrics["figures"]
+def test_a_bundle_with_one_prior_no_early_checkpoint_and_a_decoder_that_cannot_be_guided(tmp_path: Path) -> None:
+    case = make_case(tmp_path, 4, 20, 72, ("diffusion",), replace(DECODER, drop_text=0.0))
+    first = run_evaluation(case.context())
+    assert set(first.blobs) == {"evaluation.json", "comparison.png", "nearest.png", "names.png"}
+    figures = first.metrics["figures"]
     assert not [f for f in figures if f["model"] == "ar_prior"]
     notes = {(f["line"], f["model"]): f["note"] for f in figures if f["note"]}
     why = "0 test pairs with an image of 256 px, and a figure needs 8; set source.test to 0.2 or add pairs"
