@@ -9,6 +9,7 @@ A CLIP is numbers: no folder, and no tokenizer of the hub, brings code that is r
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
@@ -277,12 +278,32 @@ def _check_towers(name: str, model_config: dict) -> None:
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Raises ValueError where a folder's tokenizer names code, or files by a path: transformers would open them."""
+    """Raises ValueError where a folder's tokenizer names code, or files elsewhere: transformers would open them.
+
+    Links may lead into the hub's cache, whose folders are made of them.
+    """
+    inside = folder.resolve()
+    cache = inside.parent.parent / "blobs"
+    for path in folder.rglob("*"):
+        within = any(path.resolve().is_relative_to(known) for known in (inside, cache))
+        if path.is_symlink() and not within and path.name not in (CONFIG_FILE, WEIGHTS_FILE):
+            raise ValueError(f"{path} is a link that leads out of the folder: copy the folder with cp -rL first")
     for path in (folder / name for name in TOKENIZER_FILES if (folder / name).is_file()):
-        for field, value in read_config(path).items():
-            # Nobody opens the map, often left over from where a tokenizer was saved; the other is true or false.
-            if "_file" in field and field not in ("special_tokens_map_file", "local_files_only") and value:
+        found: list[tuple[str, object]] = [("", read_config(path))]
+        for field, value in found:
+            if isinstance(value, dict):
+                found += value.items()
+            elif isinstance(value, list):
+                found += [(field, one) for one in value]
+            elif value and _names_a_file(field, value):
                 raise ValueError(f"{path} names a file of this machine ({field}), which is never opened: take it out")
+
+
+def _names_a_file(field: str, value: object) -> bool:
+    """Returns whether a field of a tokenizer is for a path, or its value is the path of something that is there."""
+    if field in ("special_tokens_map_file", "local_files_only"):
+        return False  # nobody opens the map, often left over from a saved tokenizer; the other is true or false
+    return "_file" in field or (isinstance(value, str) and os.path.lexists(value) and not os.path.isdir(value))
 
 
 def _own_tokenizer(name: str, model_config: dict) -> HFTokenizer | None:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.parse import parse
+from pipeline.terminal import printable_streams
 from serve.app import hold
 from serve.bundle import Served
 from serve.settings import ServeSettings
 
 if __name__ == "__main__":
     values = json.loads(Path(sys.argv[1]).read_text())
-    try:
-        hold(Served(**values["served"]), parse(ServeSettings, values["settings"], "serve"), values["tokens"])
-    except UserError as e:
-        sys.exit(f"unclip: {e}")
+    with printable_streams():
+        try:
+            hold(Served(**values["served"]), parse(ServeSettings, values["settings"], "serve"), values["tokens"])
+        except UserError as e:
+            print(f"unclip: {e}", file=sys.stderr)
+            sys.exit(1)

@@ -36,6 +36,7 @@ class Door:
         about: The last answer to that.
         observe: Notes a figure.
         drawing: The images that requests draw now, by name, until these requests have ended.
+        behind: How many requests wait for an equal one, outside the line.
     """
 
     served: Served
@@ -47,6 +48,7 @@ class Door:
     about: dict[str, Any] = field(default_factory=dict)
     heard: float = 0.0  # time.monotonic() of that
     drawing: dict[str, asyncio.Future[None]] = field(default_factory=dict)
+    behind: int = 0
 
     @property
     def name(self) -> str:
@@ -98,8 +100,19 @@ class Door:
         names = self._names((await self.described())["bundle"], work)
         until = time.monotonic() + EQUAL_S
         while (others := {self.drawing[n] for n in names if n in self.drawing}) and time.monotonic() < until:
+            if self.behind >= self.settings.queue:
+                raise ApiError(
+                    429,
+                    "queue_full",
+                    f"{self.behind} requests wait for equal ones already; try again later",
+                    retry_after=self.line.seconds,
+                )
             yield ("place", 1)
-            await asyncio.wait(others, timeout=until - time.monotonic())
+            self.behind += 1
+            try:
+                await asyncio.wait(others, timeout=until - time.monotonic())
+            finally:
+                self.behind -= 1
             names = self._names((await self.described())["bundle"], work)
         kept = {i: found for i, name in enumerate(names) if (found := self.results.get(name))}
         if len(kept) < len(names) and work.kind not in ("generation", "inpainting"):

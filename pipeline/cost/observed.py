@@ -16,6 +16,7 @@ from pipeline.graph.keys import flatten
 from pipeline.graph.runs import last_run
 from pipeline.graph.stages import Graph
 from pipeline.held_out import FEWEST
+from pipeline.local import open_local
 from pipeline.store import Store
 
 SHAPING = re.compile(r"model\.(?!.*drop).+|weights|image_size|encode_format")  # fields on which a stage's speed depends
@@ -77,7 +78,8 @@ def read_profile(path: Path, graph: Graph) -> Seen:
     Raises UserError for a file that it did not write, and where no training has the same model.
     """
     try:
-        document = json.loads(path.read_text())
+        with open_local(path) as file:
+            document = json.load(file)
         kind, preset, measured = (document[name] for name in ("kind", "preset", "profile"))
         rates = {
             stage: (_shaping(one["recipe"]), float(one["rows_per_second"]), float(one["utilisation"]))

@@ -22,8 +22,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from models.tensors import save_tensors
-from pipeline.errors import CorruptObject, Superseded
-from pipeline.graph.damage import create_record
+from pipeline.errors import CorruptObject, Superseded, UserError
+from pipeline.graph.damage import create_record, stands_on
 from pipeline.graph.stages import Context, trajectory_key, trunk_key
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
@@ -225,8 +225,13 @@ class Checkpoints:
         old, kept = own[: -self.keep], [path for path in paths if path not in own[: -self.keep]]
         gone, needed = self._blobs(old), self._blobs(kept)
         self.store.delete(old)
-        if None not in needed:  # what a damaged record names is not known
-            self.store.delete(blob_path(blob) for blob in sorted(filter(None, gone - needed)))
+        if None in needed:  # what a damaged record names is not known
+            return
+        try:
+            named = stands_on(self.store)  # who can write here may have written a record that names a release's blobs
+        except UserError:  # what a damaged pin names is not known
+            return
+        self.store.delete(path for path in map(blob_path, sorted(filter(None, gone - needed))) if path not in named)
 
     def _blobs(self, paths: list[str]) -> set[str | None]:
         """Returns the blobs that records name, and None if one of the records cannot be read."""

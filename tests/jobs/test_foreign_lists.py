@@ -254,6 +254,8 @@ def test_commands_wait_for_no_pipe(here: Path, capsys: pytest.CaptureFixture[str
         ["plan", "zero"],
         ["plan", "deny.yaml"],
         ["plan", "heads.yaml"],
+        ["plan", "p.yaml", "--profile", "pipe"],
+        ["plan", "p.yaml", "--profile", "zero"],
         ["data", "forget", "p.yaml", "--file", "pipe"],
         ["data", "forget", "p.yaml", "--file", "zero"],
     ):

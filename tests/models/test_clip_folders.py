@@ -270,3 +270,54 @@ def test_named_weights(tmp_path: Path) -> None:
         Clip.pretrained("test-tiny-vit", "laion9b")
     with pytest.raises(ValueError, match="open_clip has no model 'ViT-Z'"):
         Clip.pretrained("ViT-Z", "openai")
+
+
+@pytest.mark.parametrize(
+    "said", [{"vocab": "PATH"}, {"sp_model_kwargs": {"model_file": "PATH"}}, {"a": [{"b": "PATH"}]}]
+)
+def test_a_tokenizer_names_no_file_by_any_field(said: dict, siglip: Path, tmp_path: Path) -> None:
+    (tmp_path / "credentials").write_text("secret")
+    said = json.loads(json.dumps(said).replace("PATH", str(tmp_path / "credentials")))
+    for name in ("tokenizer_config.json", "config.json"):
+        (siglip / name).write_text(json.dumps({"eos_token": "</s>", "unk_token": "."} | said))
+        with pytest.raises(ValueError, match=rf"{name} names a file of this machine \((vocab|model_file|b)\)"):
+            Clip.from_folder(siglip)
+        (siglip / name).unlink()
+
+
+def test_a_link_in_a_clip_folder_leads_nowhere_but_into_the_cache_of_the_hub(siglip: Path, tmp_path: Path) -> None:
+    (tmp_path / "credentials").write_text("secret")
+    for at, target in (("chat_template.jinja", tmp_path / "credentials"), ("additional_chat_templates", tmp_path)):
+        (siglip / at).symlink_to(target)
+        with pytest.raises(ValueError, match=f"{at} is a link that leads out of the folder"):
+            Clip.from_folder(siglip)
+        (siglip / at).unlink()
+    cached = tmp_path / "hub" / "snapshots" / "commit"
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    cached.mkdir(parents=True)
+    for file in siglip.iterdir():
+        (tmp_path / "hub" / "blobs" / f"{file.name}.sha256").write_bytes(file.read_bytes())
+        (cached / file.name).symlink_to(f"../../blobs/{file.name}.sha256")
+    Clip.from_folder(cached)
+
+
+class Evil:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.folder / "ran",))
+
+
+def test_a_pickle_beside_the_weights_is_not_read_and_none_in_their_place(tmp_path: Path) -> None:
+    Clip.build(VIT, seed=0).save(tmp_path)
+    for name in ("open_clip_pytorch_model.bin", "open_clip_model.pth", "pytorch_model.bin", "model.pt"):
+        (tmp_path / name).write_bytes(pickle.dumps(Evil(tmp_path)))
+    Clip.from_folder(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").write_bytes(pickle.dumps(Evil(tmp_path)))
+    with pytest.raises(ValueError, match="holds no CLIP that open_clip can load"):
+        Clip.from_folder(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no open_clip_model.safetensors"):
+        Clip.from_folder(tmp_path)
+    assert not (tmp_path / "ran").exists()

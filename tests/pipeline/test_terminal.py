@@ -70,11 +70,16 @@ def _check(done: subprocess.CompletedProcess[bytes], code: int, words: tuple[str
 def test_nothing_writes_around_the_gate() -> None:
     """Words of ours at Ctrl-C, and what Ray's core of this machine says as it starts, are all that does."""
     around = re.compile(r"os\.write\([12]\b|sys\.__std|\.buffer\.write|std(out|err)\.unfiltered")
-    files = [file for folder in ("jobs", "pipeline", "cluster") for file in (ROOT / folder).rglob("*.py")]
+    files = [
+        file
+        for folder in ("jobs", "pipeline", "cluster", "serve", "models", "unclip")
+        for file in (ROOT / folder).rglob("*.py")
+    ]
     found = {file.relative_to(ROOT).as_posix() for file in files if around.search(file.read_text())}
     assert found == {"jobs/interrupt.py", "pipeline/graph/ray.py"}
     commands = [file for file in (ROOT / "jobs").glob("*.py") if "__main__" in file.read_text()]
     assert all("guard(" in file.read_text() or file.name == "cli.py" for file in commands)
+    assert "with printable_streams():" in (ROOT / "serve" / "__main__.py").read_text()
 
 
 class Terminal(io.StringIO):

@@ -1,6 +1,7 @@
 """The door: equal requests are drawn once, whatever becomes of the first."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,44 @@ def test_when_the_first_of_equal_requests_goes_one_of_the_others_is_drawn() -> N
         assert len(drawer.works) == 2  # what went, and one
 
     run(test())
+
+
+def test_the_line_of_those_that_wait_for_an_equal_request_has_an_end() -> None:
+    async def test() -> None:
+        drawer = Drawer()
+        one = door(drawer)
+        tasks = [asyncio.create_task(drawn(one, work("a"))) for _ in range(one.settings.queue + 3)]
+        await asyncio.sleep(0.01)
+        drawer.go.set()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        first, *refused = [end for end in ends if not isinstance(end, list)]
+        assert [(end.status, end.code, end.retry_after > 0) for end in (first, *refused)] == [
+            (429, "queue_full", True)
+        ] * 2
+        assert (one.behind, len(drawer.works)) == (0, 1)
+
+    run(test())
+
+
+def test_an_image_is_named_by_its_whole_recipe_with_a_key_that_nobody_has() -> None:
+    one, other = door(Drawer()), door(Drawer())
+    base = work("a")
+    (row,) = base.rows
+    recipes = [
+        base, replace(base, kind="inpainting"), replace(base, side=256), replace(base, options=B),
+        *(replace(base, rows=(replace(row, **each),)) for each in ({"seed": 7}, {"caption": "b"}, {"share": 0.5})),
+        replace(base, images=(b"1",)), replace(base, images=(b"2",)), replace(base, more={"eta": 1.0}),
+    ]  # fmt: skip
+    names = [one._names(bundle, each)[0] for bundle in ("b", "c") for each in recipes]
+    assert len(set(names)) == len(names) == len({*names, other._names("b", base)[0]}) - 1
+
+
+def test_images_that_were_asked_for_last_are_kept_up_to_a_number_of_bytes() -> None:
+    kept = Results(10)
+    for name in "abc":
+        kept.keep(name, Result(b"6bytes", 0, None))
+    assert list(kept.kept) == ["c"]
+    assert kept.bytes <= 10
 
 
 def test_a_drawing_that_breaks_is_an_error_of_the_servers() -> None:

@@ -20,6 +20,9 @@ _SECRET = re.compile(
     r"|exp|s[eprtv]|sid|h[dm].*|oh|oe|q-.*|ticket|code",
     re.IGNORECASE | re.DOTALL,
 )
+_USER = re.compile(
+    r"^(\s*[A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*|(?!\[)[^/?#@:]*:(?!\d*(?:[/?#]|$)).*)@", re.DOTALL
+)  # the second form has a password that should have been escaped, where a colon would come before a port
 _UNRESERVED = frozenset((string.ascii_letters + string.digits + "-._~").encode())
 _RANDOM = re.compile(r"[A-Za-z0-9+/=_.~%-]{32,}")  # long and without words: what signs something, under any name
 
@@ -67,7 +70,7 @@ def without_password(reference: str) -> str:
 
     It is not fetched: see pipeline.data.fetch.opener.normal_url.
     """
-    return re.sub(r"^(\s*[A-Za-z][A-Za-z0-9+.-]*://)[^/?#]*@", r"\1***@", reference)
+    return _USER.sub(r"\1***@", reference)
 
 
 def _masked(parameter: re.Match[str]) -> str:

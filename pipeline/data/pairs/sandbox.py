@@ -35,9 +35,10 @@ def give_up_rights() -> None:
     A namespace of its own has no network, and a process in it cannot read the environment of those outside. In it the
     process would be its own root, which reaches more of the kernel; so all capabilities are dropped.
     """
-    for what in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-        _limit(what, 0)
-    _limit(resource.RLIMIT_NOFILE, OPEN_FILES)
+    for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, OPEN_FILES)):
+        _limit(what, most)
+        with suppress(OSError, ValueError):  # for good: code in this process could raise it again
+            resource.setrlimit(what, (resource.getrlimit(what)[0],) * 2)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)

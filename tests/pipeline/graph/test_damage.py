@@ -192,7 +192,7 @@ def _model(store: Store, stage: str, **inputs: str) -> Artifact:
     return publish_artifact(store, Artifact(stage, f"{stage}-key", inputs, {}, Ledger(), blobs), 1.0)
 
 
-def _released(store: Store) -> dict[str, Artifact]:
+def released(store: Store) -> dict[str, Artifact]:
     """A bundle of a model, which is the release, with the data that the model was trained on."""
     shard = put_blob(store, b"pictures")
     table, ledger = write_shard_table(store, [])
@@ -217,7 +217,7 @@ BEHIND = {
 @pytest.mark.parametrize("way", ["spoil", "delete"])
 @pytest.mark.parametrize("victim", list(BEHIND))
 def test_a_blob_behind_a_release_stays(victim: str, way: str, store: Store) -> None:
-    made = _released(store)
+    made = released(store)
     path = BEHIND[victim](made)
     if way == "spoil":
         spoil(store, path)
@@ -236,7 +236,7 @@ def test_a_blob_behind_a_release_stays(victim: str, way: str, store: Store) -> N
 
 @pytest.mark.parametrize("stage", ["decoder", "bundle", "evaluation"])
 def test_a_record_behind_a_release_stays(stage: str, store: Store) -> None:
-    made = _released(store)
+    made = released(store)
     spoil(store, artifact_path(stage, made[stage].key))
     before = contents(store)
     with pytest.raises(UserError, match=f"{made[stage].key}.json is damaged.*{RELEASED}delete it, and run again"):
@@ -245,7 +245,7 @@ def test_a_record_behind_a_release_stays(stage: str, store: Store) -> None:
 
 
 def test_data_behind_a_release_are_made_again(store: Store) -> None:
-    made = _released(store)
+    made = released(store)
     path = blob_path(made["pairs"].blobs["a"])
     spoil(store, path)
     heal(store, CorruptObject(path, "has other bytes"), {"pairs": made["pairs"]}, GRAPH)
@@ -254,7 +254,7 @@ def test_data_behind_a_release_are_made_again(store: Store) -> None:
 
 
 def test_what_was_rolled_back_is_nobodys_release(store: Store) -> None:
-    made = _released(store)
+    made = released(store)
     assert artifact_path("bundle", "bundle-key") in stands_on(store)
     move = Move("rollback", "bundle-key", "evaluation-key", NOW, "it drew cats")
     move_release(store, "p", read_releases(store, "p"), move)

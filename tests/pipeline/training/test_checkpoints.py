@@ -17,6 +17,8 @@ from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, parts
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from tests.flips import flip_first_reads
+from tests.pipeline.graph.test_damage import released
+from tests.pipeline.store.test_names import CHECKPOINT, forge
 
 RECIPE = DiffusionPriorRecipe(
     samples=64, batch=16, lanes=8, optimizer="muon", model=DiffusionPriorConfig(width=8, depth=1, heads=1)
@@ -192,3 +194,21 @@ def test_an_overtaken_attempt_deletes_nothing_of_its_successor(store: Store) -> 
     old._prune(100)
     assert new.newest(100) == 32
     assert new.restore(make_state(), at_most=100)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_forged_record_deletes_nothing_of_a_release(pinned: bool, store: Store) -> None:
+    """Nor anything at all, where a pin that cannot be read may name it."""
+    blobs = released(store)["decoder"].blobs
+    forge(store, "checkpoints/t/000000000000-0001.json", CHECKPOINT | {"blobs": blobs})
+    if pinned:
+        store.create("locks/damaged.json", b"{")
+    checkpoints = Checkpoints(store, "t", 1, keep=1)
+    save(checkpoints, make_state(1))
+    record = read_record(store, "checkpoints/t/000000000016-0001.json")
+    assert record
+    save(checkpoints, make_state(2))
+    assert [entry.path for entry in store.list("checkpoints/t/0")] == ["checkpoints/t/000000000032-0001.json"]
+    kept = {entry.path for entry in store.list("blobs/")}
+    assert kept >= {blob_path(blob) for blob in blobs.values()}
+    assert ({blob_path(blob) for blob in record["blobs"].values()} <= kept) == pinned

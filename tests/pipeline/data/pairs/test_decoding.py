@@ -144,11 +144,14 @@ def test_the_child_has_no_secrets_no_rights_and_limits(monkeypatch: pytest.Monke
         status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
         assert status["NoNewPrivs"] == "1"
         assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
-        limits = {line[:26].strip(): line[26:].split()[0] for line in (proc / "limits").read_text().splitlines()}
+        lines = [(line[:26].strip(), line[26:].split()) for line in (proc / "limits").read_text().splitlines()]
+        limits = {name: soft for name, (soft, *_) in lines}
         if namespaces() and os.geteuid() == 0:  # of the child itself, after all that it imports; others may not look
             assert os.readlink(proc / "ns/net") != os.readlink("/proc/self/ns/net")
         assert limits["Max core file size"] == limits["Max file size"] == "0"
         assert limits["Max open files"] == "64"
+        hard = {name: values[1] for name, values in lines}  # which nothing in it can raise
+        assert (hard["Max core file size"], hard["Max file size"], hard["Max open files"]) == ("0", "0", "64")
         assert int(limits["Max cpu time"]) < 60
         mapped = 1024 * int(status["VmSize"].split()[0])
         assert 0 < int(limits["Max address space"]) - mapped <= BASE_BYTES + BYTES_PER_PIXEL * 1_000_000
