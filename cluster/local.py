@@ -30,7 +30,8 @@ from typing import Any
 
 from cluster.client import LIVE
 from pipeline.errors import UserError
-from pipeline.graph.resources import cores_of
+from pipeline.graph.ray import this_machine
+from pipeline.graph.resources import object_store_mb
 from pipeline.settings import RaySettings
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +103,9 @@ def start(folder: Path, settings: RaySettings) -> tuple[str, str]:
     with open(os.open(folder / "token", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from cluster.local import keep; keep(*sys.argv[1:])"
-    words = [sys.executable, "-c", code, str(folder), str(cores_of(settings)), str(settings.object_store_mb)]
+    words = [sys.executable, "-c", code, str(folder)]
+    machine = this_machine(settings)
+    words += [str(int(number)) for number in (machine.cpus, machine.gpus, object_store_mb(settings, machine))]
     with open(folder / "keeper.log", "wb") as output:
         keeper = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     deadline = time.monotonic() + START_S
@@ -126,18 +129,18 @@ def clear(folder: Path) -> None:
 # --- the keeper -------------------------------------------------------------------------------------------------------
 
 
-def keep(folder: str, cpus: str, object_store_mb: str) -> None:
+def keep(folder: str, cpus: str, gpus: str, store_mb: str) -> None:
     """Runs the keeper until no job is left; the main function of its process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    _Keeper(Path(folder), int(cpus), int(object_store_mb)).live()
+    _Keeper(Path(folder), int(cpus), int(gpus), int(store_mb)).live()
 
 
 class _Keeper:
-    def __init__(self, folder: Path, cpus: int, object_store_mb: int):
-        self.folder = folder
+    def __init__(self, folder: Path, cpus: int, gpus: int, store_mb: int):
+        self.folder, self.gpus = folder, gpus
         self.head_cpus = max(1, cpus // 2)
         self.worker_cpus = max(1, cpus - self.head_cpus)
-        self.memory = max(object_store_mb // 2, LEAST_STORE_MB) << 20
+        self.memory = max(store_mb // 2, LEAST_STORE_MB) << 20
         self.scratch = Path(tempfile.mkdtemp(prefix=_scratch(folder), dir=SCRATCH_ROOT))
         self.token = (folder / "token").read_text()
         self.nodes: list[subprocess.Popen[bytes]] = []
@@ -180,6 +183,7 @@ class _Keeper:
         words = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host}",
             f"--temp-dir={self.scratch / name}", f"--num-cpus={cpus}", f"--labels={labels}",
+            f"--num-gpus={self.gpus if name == 'worker' else 0}",  # else Ray gives those of the machine to both
             f"--object-store-memory={self.memory}", "--min-worker-port=0", "--max-worker-port=0",
             *(f"--{name}={port}" for name, port in free_ports(*AGENT_PORTS).items()), *more,
         ]  # fmt: skip

@@ -37,6 +37,7 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 TOKENIZER_FILES = ("tokenizer_config.json", "config.json")
 """Where transformers looks for code and for the names of further files."""
+NEEDS_TRANSFORMERS = "has a tokenizer of its own: pip install 'unclip-ray[siglip]' on every node"
 TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language"}
 """What a folder may say of its tokenizer: open_clip passes all else on to transformers, code included."""
 
@@ -312,13 +313,20 @@ def _own_tokenizer(name: str, model_config: dict) -> HFTokenizer | None:
         return None
     try:
         # By default transformers asks at the terminal whether to run the code that a tokenizer of the hub brings.
-        return open_clip.get_tokenizer(name, trust_remote_code=False)
+        own = open_clip.get_tokenizer(name, trust_remote_code=False)
     except ImportError as error:
+        raise ValueError(f"{name} {NEEDS_TRANSFORMERS}") from error
+    except Exception as error:  # files that hold anything else fail in many ways
+        said = " ".join(str(error).split())
+        raise ValueError(f"{name}: its tokenizer cannot be loaded ({said}): fetch it again") from error
+    # Where a tokenizer's vocabulary is not found, transformers makes one of a few special tokens.
+    known, expected = len(own.tokenizer), model_config["text_cfg"].get("vocab_size", VOCABULARY)
+    if 2 * known < expected:
         raise ValueError(
-            f"{name} has a tokenizer of its own: pip install 'unclip-ray[siglip]' on every node"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: its tokenizer cannot be loaded ({error}): fetch it again") from error
+            f"{name}: its tokenizer knows {known:,} tokens, and its text tower {expected:,}: its vocabulary, such as "
+            "tokenizer.json, is missing; fetch it again"
+        )
+    return own
 
 
 Gather = Callable[[Tensor], tuple[Tensor, int]]

@@ -200,13 +200,14 @@ class RaySettings:
 
     Attributes:
         cpus: Cores that it may use; ``auto`` is all of this machine's.
-        object_store_mb: MiB of its object store.
+        object_store_mb: MiB of its object store; ``auto`` is 500, and with a GPU, for which parts of shards wait in it,
+            30% of the memory as far as /dev/shm has room.
         autoscaler: Whether the cluster of `RAY_ADDRESS` adds nodes when they are asked for. Nothing is refused at the
             start then, and a training on device ``auto`` asks for GPUs.
     """
 
     cpus: Annotated[int | Auto, OrAuto(PositiveInt)] = "auto"
-    object_store_mb: Annotated[int, Field(ge=100)] = 500
+    object_store_mb: Annotated[int | Auto, OrAuto(Annotated[int, Field(ge=100)])] = "auto"
     autoscaler: bool = False
 
 

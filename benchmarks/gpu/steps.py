@@ -108,7 +108,7 @@ def waits(bench: Bench) -> Outcome:
         places = Counter(
             "/".join(Path(each.filename).parts[-2:]) + f":{each.lineno}"
             for each in caught
-            if "synchronizing" in str(each.message)
+            if "called a synchronizing" in str(each.message)  # and not that the mode itself is a prototype
         )
         outcome.values[stage] = {place: count / 3 for place, count in places.items()}
         total = sum(places.values()) / 3
@@ -128,7 +128,7 @@ def speed(bench: Bench) -> Outcome:
         rows = trainer.most_rows()
         warm, steps = (1, 2) if bench.quick else (WARM, TIMED)
         bench.free()
-        values: dict[str, Any] = {"rows": rows, "seconds": trainer.run(rows, warm, steps) / steps}
+        values: dict[str, Any] = {"rows": rows, "seconds": trainer.run(rows, warm, steps, QUIET) / steps}
         values["rows_per_second"] = rows / values["seconds"]
         flops = count_model(bench.config, stage).training
         values["utilisation"] = values["rows_per_second"] * flops / best
@@ -156,14 +156,14 @@ def speed(bench: Bench) -> Outcome:
         outcome.expect(
             values["overfit"] < left, f"{stage}: {steps} steps on one batch leave {values['overfit']:.0%} of the loss"
         )
-        if bench.cuda and not bench.quick:
-            values |= _faster(bench, trainer, rows)
         outcome.values[stage] = values
         bench.profile[stage] = {
             "recipe": flatten(recipe),
             "rows_per_second": values["rows_per_second"],
             "utilisation": values["utilisation"],
         }
+        if bench.cuda and not bench.quick:
+            values |= _faster(bench, trainer, rows)
         del trainer
         bench.free()
     _embeddings(bench, outcome)
@@ -211,11 +211,13 @@ def _lacks_memory(bench: Bench, trainer: Trainer, outcome: Outcome, stage: str) 
 
 def _faster(bench: Bench, trainer: Trainer, rows: int) -> dict[str, float]:
     """Returns the rows a second in channels-last layout and, where it is asked for, of compiled networks."""
-    network = trainer.state.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    found = {"channels_last_rows_per_second": rows * TIMED / trainer.run(rows, WARM, TIMED)}
+    state = trainer.state
+    network = state.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state.optimizer.state.clear()  # moments of the other layout: a fused step wants those of the parameters
+    found = {"channels_last_rows_per_second": rows * TIMED / trainer.run(rows, WARM, TIMED, QUIET)}
     if bench.compile:
         compile_layers(network)
-        found["compiled_rows_per_second"] = rows * TIMED / trainer.run(rows, WARM, TIMED)
+        found["compiled_rows_per_second"] = rows * TIMED / trainer.run(rows, WARM, TIMED, QUIET)
     return found
 
 

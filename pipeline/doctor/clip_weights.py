@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ def find_weights(setting: str, weights: str) -> str:
     Raises UserError that begins with ``setting`` for a name, a tag or a folder that does not exist or cannot be used,
     and for weights that are not in the cache while their server does not answer.
     """
-    from models.clip import config_of
+    from models.clip import NEEDS_TRANSFORMERS, config_of
 
     named = ClipWeights.parse(weights)
     try:
-        config_of(weights)
+        if config_of(weights)["text_cfg"].get("hf_tokenizer_name") and find_spec("transformers") is None:
+            raise UserError(f"{setting}: {weights} {NEEDS_TRANSFORMERS}")
         return f"in the folder {named.folder}" if named.folder else _find_open_clip(setting, named.network, named.tag)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(f"{setting}: {e}") from e

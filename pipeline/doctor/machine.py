@@ -14,12 +14,11 @@ from pipeline.config import Config
 from pipeline.doctor.finding import Finding, gigabytes
 from pipeline.errors import UserError
 from pipeline.graph.ray import this_machine
-from pipeline.graph.resources import CGROUP, container_memory, cores, team_of
+from pipeline.graph.resources import CGROUP, SHARED, container_memory, cores, object_store_mb, team_of
 from pipeline.settings import STATE_BYTES, RaySettings
 
 PROCESS = 1 << 30  # bytes that Python, torch and Ray take in a process before any model
 LITTLE_DISK, NO_DISK = 10e9, 1e9
-SHARED = Path("/dev/shm")
 
 
 def check_machine() -> Iterator[Finding]:
@@ -43,7 +42,7 @@ def check_memory(config: Config | None) -> Iterator[Finding]:
     settings = (getattr(run, name, None) for name, stage in build(config).items() if stage.kind == "data")
     here = this_machine(run.ray)
     workers = max((team_of(each, here).count for each in settings if each is not None), default=0)
-    processes = PROCESS * (1 + workers) + (run.ray.object_store_mb << 20)
+    processes = PROCESS * (1 + workers) + (object_store_mb(run.ray, here) << 20)
     try:
         name, model = largest_training(config)
     except UserError:  # check_clips says so
@@ -111,7 +110,7 @@ def check_shared_memory(settings: RaySettings) -> Iterator[Finding]:
     """Yields whether there is room for the object store of a Ray that is started here."""
     if not SHARED.exists() or os.environ.get("RAY_ADDRESS"):
         return
-    free, wanted = shutil.disk_usage(SHARED).free, settings.object_store_mb << 20
+    free, wanted = shutil.disk_usage(SHARED).free, object_store_mb(settings, this_machine(settings)) << 20
     text = f"{gigabytes(free)} free in {SHARED} for Ray's object store of {gigabytes(wanted)}"
     if free >= wanted:
         yield Finding("ok", "shm", text)

@@ -17,7 +17,17 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.resources import Machine, Settings, Share, Team, amount_of, container_memory, cores_of, team_of
+from pipeline.graph.resources import (
+    Machine,
+    Settings,
+    Share,
+    Team,
+    amount_of,
+    container_memory,
+    cores_of,
+    object_store_mb,
+    team_of,
+)
 from pipeline.graph.stages import Context
 from pipeline.progress import say_once
 from pipeline.settings import RaySettings, TrainingSettings
@@ -78,11 +88,13 @@ def start_ray(settings: RaySettings) -> Any:
             raise UserError(f"the Ray cluster at {address} is another version; install the same here: {told}") from e
     else:
         try:
+            machine = this_machine(settings)
             with _without_log_lines():
                 ray.init(
                     address="local",
-                    num_cpus=cores_of(settings),
-                    object_store_memory=settings.object_store_mb << 20,
+                    num_cpus=int(machine.cpus),
+                    num_gpus=int(machine.gpus),  # Ray by itself counts GPUs, too, that torch cannot use
+                    object_store_memory=object_store_mb(settings, machine) << 20,
                     include_dashboard=False,
                     **quiet,
                 )

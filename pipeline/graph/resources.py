@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,8 @@ from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings, Tr
 
 Settings = ShardSettings | TrainingSettings
 CGROUP = Path("/sys/fs/cgroup")
+SHARED = Path("/dev/shm")  # where Ray's object store lies
+STORE_MB, STORE_SHARE = 500, 0.3  # of that store, and of the memory where there is a GPU
 DECODERS = 12  # at most: a core decodes some 250 images a second, and an H100 embeds 2,500 by CLIP's ViT-B-32
 WORKER_BYTES = 2 << 30  # of Python, torch and a CLIP, where the number of workers is "auto"
 
@@ -169,6 +172,16 @@ def _worker_share(settings: Settings, gpus: float, threads: float = 0.0) -> Shar
 def cores_of(settings: RaySettings) -> int:
     """Returns the number of cores that a Ray on this machine may use."""
     return cores() if settings.cpus == "auto" else settings.cpus
+
+
+def object_store_mb(settings: RaySettings, machine: Machine) -> int:
+    """Returns the MiB of the object store of a Ray on this machine."""
+    if settings.object_store_mb != "auto":
+        return settings.object_store_mb
+    if not machine.gpus:
+        return STORE_MB
+    free = shutil.disk_usage(SHARED).free if SHARED.exists() else machine.memory
+    return max(STORE_MB, int(min(STORE_SHARE * machine.memory, free)) >> 20)
 
 
 def container_memory() -> int | None:

@@ -55,6 +55,7 @@ HINTS = {
     "AccessDenied": DENIED,
     "403": DENIED,
     "ExpiredToken": "the credentials have expired; renew them and run the same command again",
+    "InvalidToken": "AWS_SESSION_TOKEN belongs to other keys, or is from an earlier session; renew the credentials",
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
 }
 _making = threading.Lock()  # a session may not be shared while a client is made
@@ -75,7 +76,8 @@ class S3Store:
 
     @cached_property
     def _session(self) -> Any:
-        return boto3.session.Session()  # the default one would keep the credentials it first saw
+        with self._explained(""):
+            return boto3.session.Session()  # the default one would keep the credentials it first saw
 
     @cached_property
     def _client(self) -> Any:
@@ -103,6 +105,11 @@ class S3Store:
             yield
         except exceptions.ClientError as e:
             code, status = e.response["Error"]["Code"], _status(e)
+            if e.operation_name not in self._client.meta.service_model.operation_names:
+                raise UserError(
+                    f"store {self.url}: no credentials: {e.operation_name} was answered {code}; check the role and who "
+                    f"may take it, {again}"
+                ) from e
             if code in HINTS:
                 raise UserError(f"store {self.url}: {code}: {_hint(code, e.operation_name, path)}") from e
             if status >= 500 or status in (409, 429) or code == "RequestTimeout":
@@ -123,6 +130,10 @@ class S3Store:
             raise Unreachable(
                 f"store {self.url}: the connection broke off or stood still {TRIES} times; check the network and the "
                 f"server, {again} ({' '.join(str(e).split())})"
+            ) from e
+        except exceptions.BotoCoreError as e:  # of a profile, a role or a login
+            raise UserError(
+                f"store {self.url}: {' '.join(str(e).split())}; check AWS_PROFILE, or log in again, {again}"
             ) from e
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -196,7 +207,7 @@ class S3Store:
             except ClientError as e:
                 if _status(e) == 404:
                     return None
-                if _status(e) == 403:
+                if _status(e) in (400, 403):
                     # The answer to a HEAD has no body that says why; that of a GET does.
                     self.read(path, 0, 1)
                 raise

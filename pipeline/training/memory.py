@@ -18,8 +18,11 @@ from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState
 from pipeline.training.task import Batch
 
-# Of PyTorch on a CPU, and of CUDA, cuBLAS, cuDNN and NCCL.
-LACKING = re.compile(r"can't allocate memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
+# Of PyTorch on a CPU, and of CUDA, cuBLAS, cuDNN and NCCL. cuDNN without room for any of its ways finds no "engine".
+LACKING = re.compile(
+    r"can't allocate memory|out of memory|ALLOC_FAILED|unable to find an engine|CU(BLAS|DNN)_STATUS_NOT_INITIALIZED",
+    re.IGNORECASE,
+)
 log = logging.getLogger("unclip")
 
 
@@ -59,9 +62,14 @@ def fitting_rows(
                 raise OutOfMemory("one row", 1)
             rows = -(-rows // 2)
             log.info("%s: computes %d rows at once, because more do not fit into memory", stage, rows)
-            if group.device.type == "cuda":
-                torch.cuda.empty_cache()
+            _empty_cache(group.device)
+        _empty_cache(group.device)  # NCCL allocates beside PyTorch
     return rows
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _fits(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> bool:
@@ -79,8 +87,12 @@ def _try(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, sta
     device = group.device
     new = [p for p in state.model.parameters() if p.requires_grad and p not in state.optimizer.state]
     moments = [torch.empty_like(p) for p in new for kind in kinds(state.optimizer, p) if kind != "step"]
+    # With several workers gradients lie in buckets, which are there before the forward pass (see ProcessGroup.wrap).
+    ahead = group.size > 1 and not group.sharded
+    buckets = [torch.empty_like(p) for p in state.model.parameters() if ahead and p.requires_grad]
     batch = {name: column.to(device).repeat(rows, *[1] * (column.ndim - 1)) for name, column in row.items()}
     with autocast(device, recipe.precision):
         losses = state.objective(batch, Draw([(0, rows)], device))
+    del buckets
     losses.total.sum().backward()
     del moments  # held until here

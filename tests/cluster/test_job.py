@@ -54,12 +54,14 @@ def test_a_job_tells_where_the_store_is_and_no_secret() -> None:
         "FI_PROVIDER": "efa",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "NCCL_SOCKET_IFNAME": "",
+        "GLOO_SOCKET_IFNAME": "eth0",
     }
     job = make_job(config, "s3://b/p", KEYS, environ, until="pairs", yes=True)
     assert job.environment == {
         "AWS_ENDPOINT_URL": "http://store:8333",
         "AWS_REGION": "eu-central-1",
         "FI_PROVIDER": "efa",
+        "GLOO_SOCKET_IFNAME": "eth0",
         "NCCL_DEBUG": "INFO",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }

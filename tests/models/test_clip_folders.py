@@ -65,7 +65,7 @@ SIGLIP = {  # as ViT-B-16-SigLIP, but tiny
         "timm_proj": "linear",
     },
     "text_cfg": {
-        "context_length": 8, "vocab_size": 50_000, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
+        "context_length": 8, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
         "tokenizer_kwargs": {"clean": "canonicalize"}, "width": 16, "heads": 2, "layers": 1, "no_causal_mask": True,
         "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6},
     },
@@ -85,6 +85,9 @@ class AutoTokenizer:
     ) -> "AutoTokenizer":
         assert trust_remote_code is False, "transformers would ask, or do as the folder says"
         return cls((name / "tokenizer.json").read_text())
+
+    def __len__(self) -> int:
+        return 50_000 if self.letters == LETTERS else len(self.letters)
 
     def save_pretrained(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text(self.letters)
@@ -106,11 +109,12 @@ def siglip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def save_siglip(folder: Path) -> Path:
+def save_siglip(folder: Path, tokens: int = 50_000) -> Path:
     """Writes a folder as open_clip's hub has one for a SigLIP, with random weights and without a tokenizer's files."""
     folder.mkdir()
     preprocess = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-    document = {"model_cfg": SIGLIP, "preprocess_cfg": preprocess}
+    text = SIGLIP["text_cfg"] | {"vocab_size": tokens}
+    document = {"model_cfg": SIGLIP | {"text_cfg": text}, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(document))
     torch.manual_seed(0)
     model = open_clip.create_model(f"local-dir:{folder}")
@@ -270,6 +274,13 @@ def test_named_weights(tmp_path: Path) -> None:
         Clip.pretrained("test-tiny-vit", "laion9b")
     with pytest.raises(ValueError, match="open_clip has no model 'ViT-Z'"):
         Clip.pretrained("ViT-Z", "openai")
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(siglip: Path) -> None:
+    """Transformers makes one of its special tokens then, and every word is unknown to it."""
+    (siglip / "tokenizer.json").write_text("abc")
+    with pytest.raises(ValueError, match="knows 3 tokens, and its text tower 50,000: its vocabulary"):
+        Clip.from_folder(siglip)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def siglip(extra: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.setattr(sys, "path", [*sys.path, str(extra)])
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    folder = save_siglip(tmp_path / "siglip")
+    folder = save_siglip(tmp_path / "siglip", 40)
     tokenizer = Tokenizer(models.Unigram([*PIECES, *((letter, -6.0) for letter in LETTERS)], unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -63,6 +63,18 @@ def test_captions_are_read_as_the_tokenizer_itself_reads_them(siglip: Path, tmp_
         assert read[2].tolist() == [1] * 8
         text = model.encode_text(tokens, normalize=True)
         torch.testing.assert_close(one.encode_text(read), text, rtol=0, atol=1e-6)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(siglip: Path) -> None:
+    (siglip / "tokenizer.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"knows \d tokens, and its text tower 40: its vocabulary, such as tokenizer.json"
+    ):
+        Clip.from_folder(siglip)
+    (siglip / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded") as refused:
+        Clip.from_folder(siglip)
+    assert "\n" not in str(refused.value)
 
 
 def test_the_gate_lets_no_code_past_transformers_itself(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch.nn.functional import normalize
 from models.clip import Clip
 from models.tokens import text_ends
 from pipeline.data.embeddings.stage import ImageParts, captions_to_encode, read_embeddings
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Shard, ShardRow, read_shards
 from pipeline.graph.shards import run_shards
 from pipeline.graph.stages import Context, shard_key
@@ -46,7 +48,10 @@ class OpenEncoder:
             torch.backends.cudnn.allow_tf32 = False
         with tempfile.TemporaryDirectory() as folder:
             materialise(self.store, self.clip, folder)
-            clip = Clip.from_folder(folder).eval()
+            try:
+                clip = Clip.from_folder(folder).eval()
+            except ValueError as e:
+                raise UserError(f"embeddings: the CLIP cannot be opened on {socket.gethostname()}: {e}") from e
         bf16 = self.bf16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         return Encoder(self.store, clip.to("cuda" if on_gpu else "cpu"), self.batch, bf16)
 

@@ -22,7 +22,18 @@ from pipeline.errors import UserError
 
 CHUNK = 1 << 16
 # Of these no row is to blame: they would end every row of the list.
-CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed"}
+NOT_LOGGED_IN = (
+    exceptions.NoCredentialsError,
+    exceptions.PartialCredentialsError,
+    exceptions.CredentialRetrievalError,
+    exceptions.MetadataRetrievalError,
+    exceptions.ProfileNotFound,
+    exceptions.NoAuthTokenError,
+    exceptions.TokenRetrievalError,
+    exceptions.SSOError,
+    exceptions.LoginError,
+)
 
 
 class S3Reader:
@@ -80,16 +91,18 @@ def _failures_as_reasons() -> Iterator[None]:
         yield
     except exceptions.ClientError as e:
         code, status = e.response["Error"]["Code"], e.response["ResponseMetadata"].get("HTTPStatusCode", 0)
-        if code in CREDENTIALS:
+        if code in CREDENTIALS or e.operation_name != "GetObject":  # else a service that gives credentials refuses
             raise UserError(
-                f"source: images on S3: {code}: check AWS_ACCESS_KEY_ID and the secret, or the profile"
+                f"source: images on S3: {e.operation_name} was answered {code}: check the credentials, role or profile "
+                "of the workers, and their clocks"
             ) from e
         if status == 404:
             raise Refused("missing_file") from None
         raise Refused({4: "http_4xx", 5: "http_5xx"}.get(status // 100, "unreachable")) from None
-    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as e:
+    except NOT_LOGGED_IN as e:
         raise UserError(
-            f"source: images on S3: {e}; every worker needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+            f"source: images on S3: {' '.join(str(e).split())}; every worker needs AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or a profile"
         ) from e
     except exceptions.NoRegionError as e:
         raise UserError("source: images on S3: no AWS region; set AWS_REGION on every worker") from e

@@ -14,7 +14,11 @@ from pipeline.errors import UserError
 from pipeline.progress import counted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of a Hugging Face imagefolder
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLITS = {  # the words that Hugging Face's datasets know
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, Path | None]]:

@@ -58,6 +58,13 @@ def serving(pages: Mapping[str, Page] | Pages, tls: SSLContext | None = None) ->
     """Serve ``pages`` by path, 404 for any other; yields "127.0.0.1:PORT"."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.do_GET()
+
         def do_GET(self) -> None:
             page = pages.get(self.path, Page(status=404))
             self.send_response(page.status)
@@ -65,6 +72,8 @@ def serving(pages: Mapping[str, Page] | Pages, tls: SSLContext | None = None) ->
                 if value:
                     self.send_header(name, value)
             self.end_headers()
+            if self.command == "HEAD":
+                return
             with suppress(OSError):  # the caller gave up first
                 if not page.drip_s:
                     self.wfile.write(page.body)

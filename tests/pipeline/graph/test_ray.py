@@ -220,6 +220,19 @@ def test_a_cluster_that_grows_may_have_a_gpu(on_a_cluster: None) -> None:
     ]
 
 
+@pytest.mark.parametrize("found", [0, 8])
+def test_a_ray_of_this_machine_has_the_gpus_that_torch_can_use(found: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray by itself takes those of NVIDIA's driver, and one on every Apple silicon, whatever torch was built for."""
+    import ray
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **how: given.update(how))
+    monkeypatch.setattr(launch, "this_machine", lambda settings: Machine(4, found, memory=64 << 30))
+    start_ray(RaySettings(object_store_mb=200))
+    assert (given["num_cpus"], given["num_gpus"], given["object_store_memory"]) == (4, found, 200 << 20)
+
+
 def test_this_machine_has_the_gpus_that_torch_finds(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     found = find_machine(RaySettings(cpus=3))

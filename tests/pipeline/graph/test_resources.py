@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.config import load_config, make_config
 from pipeline.doctor.readiness import on_ray
-from pipeline.graph.resources import WORKER_BYTES, Machine, Settings, Share, Team, team_of
-from pipeline.settings import EmbeddingsSettings, GenerationSettings, ShardSettings, TrainingSettings
+from pipeline.graph import resources
+from pipeline.graph.resources import WORKER_BYTES, Machine, Settings, Share, Team, object_store_mb, team_of
+from pipeline.settings import EmbeddingsSettings, GenerationSettings, RaySettings, ShardSettings, TrainingSettings
 
 ROOT = Path(__file__).parents[3]
 LEAST: dict[str, Any] = {"project": "p", "store": "s", "source": {"paths": ["a.csv"]}}
@@ -137,6 +139,18 @@ def test_what_is_there_is_used_where_nothing_is_said(
 )
 def test_room(team: Team, holds: int) -> None:
     assert team.room(MACHINE) == holds
+
+
+def test_the_object_store_has_room_for_what_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    box = replace(BOX, memory=1000 << 30)
+    assert object_store_mb(RaySettings(), LAPTOP) == 500
+    assert object_store_mb(RaySettings(object_store_mb=200), box) == 200
+    monkeypatch.setattr(resources, "SHARED", tmp_path / "none")
+    assert object_store_mb(RaySettings(), box) == 300 << 10
+    monkeypatch.setattr(resources, "SHARED", tmp_path)
+    for free, holds in ((4 << 30, 4096), (64 << 20, 500)):
+        monkeypatch.setattr(resources.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        assert object_store_mb(RaySettings(), box) == holds
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.store import Store, check_conditions, open_store
 from pipeline.store.base import cut
+from tests.aws import NEEDS, lacking
+from tests.pipeline.data.bench import Page, serving
 
 
 def test_create_read_and_never_overwrite(store: Store) -> None:
@@ -229,6 +231,31 @@ def test_s3_mistakes_are_one_clear_line(s3: object, monkeypatch: pytest.MonkeyPa
         store.create("a", b"1")
     with pytest.raises(UserError, match=words):
         store.stat("a")
+
+
+@pytest.mark.parametrize("what", NEEDS)
+def test_credentials_that_cannot_be_had_are_one_clear_line(what: str, s3: object, tmp_path: Path) -> None:
+    with lacking(what, tmp_path):
+        for act in (
+            lambda store: store.stat("a"),
+            lambda store: store.create("a", b"1"),
+            lambda store: store.fresh().read("a"),
+        ):
+            with pytest.raises(UserError, match=f"store s3://unclip/mistakes: .*{NEEDS[what]}") as told:
+                act(open_store("s3://unclip/mistakes"))
+            assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("code", "words"), [("ExpiredToken", "have expired"), ("InvalidToken", "AWS_SESSION_TOKEN")])
+def test_a_token_that_is_not_valid_any_more_is_one_clear_line(
+    code: str, words: str, s3: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the answer, to a HEAD, has no body that says so."""
+    page = Page(f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode(), 400)
+    with serving({"/unclip/x/a": page}) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        with pytest.raises(UserError, match=f"{code}: .*{words}"):
+            open_store("s3://unclip/x").stat("a")
 
 
 def test_no_such_bucket(s3: object) -> None:

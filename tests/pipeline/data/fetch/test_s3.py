@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.local import Reach
 from pipeline.settings import PairsSettings
+from tests.aws import NEEDS, lacking
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 from tests.seaweed import BUCKET, Server
 
@@ -90,7 +91,7 @@ def test_a_reference_without_a_bucket_and_a_key_is_none(pictures: str, reference
 
 def test_refused_credentials_are_no_rows_fault(pictures: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(UserError, match="SignatureDoesNotMatch: check AWS_ACCESS_KEY_ID"):
+    with pytest.raises(UserError, match="SignatureDoesNotMatch: check the credentials"):
         fetch(f"{pictures}/a.png")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -113,6 +114,7 @@ PAGES = {
     "/b/drip.png": Page(bytes(60), drip_s=0.1),
     "/b/endless.png": Page(bytes(MAX_BYTES), drip_s=0.1),  # the first 64 KiB take two hours
     "/b/expired.png": _error(400, "ExpiredToken"),
+    "/b/late.png": _error(403, "RequestTimeTooSkewed"),
 }
 
 
@@ -134,8 +136,16 @@ def test_refusals_have_their_reasons(refusing: None) -> None:
     found = fetch(*(f"s3://b/{name}.png" for name in reasons))
     assert {name: each.reason for name, each in zip(reasons, found, strict=True)} == reasons
     assert set(reasons.values()) - {None} <= REASONS.keys()
-    with pytest.raises(UserError, match="ExpiredToken"):
-        fetch("s3://b/expired.png")
+    for name, code in (("expired", "ExpiredToken"), ("late", "RequestTimeTooSkewed")):
+        with pytest.raises(UserError, match=code):
+            fetch(f"s3://b/{name}.png")
+
+
+@pytest.mark.parametrize("what", NEEDS)
+def test_credentials_that_cannot_be_had_end_the_run_and_no_row(what: str, refusing: None, tmp_path: Path) -> None:
+    with lacking(what, tmp_path), pytest.raises(UserError, match=NEEDS[what]) as told:
+        fetch("s3://b/a.png")
+    assert "\n" not in str(told.value)
 
 
 def test_the_deadline_holds_and_no_server_is_unreachable(refusing: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import data_files
 
+from pipeline.data.source.folders import SPLITS
 from pipeline.data.source.lists import read_rows, unread
 from pipeline.data.source.rows import ListRow
 from pipeline.data.source.stage import SourceRecipe, scan
@@ -46,7 +48,8 @@ def lines(*rows: dict[str, Any]) -> str:
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_an_imagefolder_has_the_captions_of_its_metadata(tmp_path: Path, kind: str) -> None:
     """Hugging Face's own reader finds the same pairs."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     folder = images(tmp_path / "birds", "a.png", "inner/b.png")
     table = {"file_name": ["a.png", "inner/b.png"], "text": ["a red bird", "a blue one"]}
     file = folder / f"metadata.{kind}"
@@ -69,6 +72,7 @@ def test_folders_of_an_imagefolder_are_splits(tmp_path: Path) -> None:
     images(folder, "valid/c.png")
     (folder / "valid/metadata.jsonl").write_text(lines({"file_name": "c.png", "text": "c"}))
     assert [row.split for row in rows_of(folder)] == ["test", "train", "validation"]
+    assert {word for words in data_files.SPLIT_KEYWORDS.values() for word in words} == SPLITS.keys()
 
 
 def test_metadata_may_name_only_what_lies_below_them(tmp_path: Path) -> None:
