@@ -90,7 +90,7 @@ class Core:
         clip = self.encoder.clip
         for views in self._views(task):
             for start in range(0, len(views), self.batch):
-                batch = torch.from_numpy(views[start : start + self.batch]).permute(0, 3, 1, 2)
+                batch = torch.from_numpy(views[start : start + self.batch]).permute(0, 3, 1, 2).contiguous()
                 _ = (batch / 255 - clip.mean) / clip.std
 
     def _views(self, task: ShardTask) -> Iterator[np.ndarray]:
@@ -247,11 +247,11 @@ def measure(options: argparse.Namespace, folder: Path, stack: ExitStack) -> dict
     bound = [sum(parts) for parts in zip(seconds["encode"], seconds["read"], strict=True)]
     ratios = {
         "stage_rate_over_bound": ratio(seconds | {"bound": bound}, "bound", "stage"),
-        "transform_over_read": ratio(reads, "transform", "normalise"),
+        "transform_over_normalise": ratio(reads, "transform", "normalise"),
     }
     if options.clip_retrieval_python:
         ratios["clip_retrieval_over_stage"] = ratio(seconds, "clip-retrieval infer", "stage")
-        ratios["clip_retrieval_over_read"] = ratio(reads, "clip-retrieval read", "normalise")
+        ratios["clip_retrieval_over_normalise"] = ratio(reads, "clip-retrieval read", "normalise")
     return ratios
 
 

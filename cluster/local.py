@@ -30,7 +30,6 @@ from typing import Any
 
 from cluster.client import LIVE
 from pipeline.errors import UserError
-from pipeline.graph.ray import this_machine
 from pipeline.graph.resources import object_store_mb
 from pipeline.settings import RaySettings
 
@@ -98,6 +97,8 @@ def start(folder: Path, settings: RaySettings) -> tuple[str, str]:
 
     Raises UserError if it does not come up.
     """
+    from pipeline.graph.ray import this_machine
+
     clear(folder)
     (folder / "token").unlink(missing_ok=True)
     with open(os.open(folder / "token", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:

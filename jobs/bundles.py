@@ -93,7 +93,10 @@ def find_bundle(source: str | None, overrides: Sequence[str] = ()) -> Bundle:
     if (folder / "sampling.json").is_file():
         return _of_folder(folder, Path("out") / folder.resolve().name)
     if (folder / "model_index.json").is_file():
-        raise UserError(f"{source}: is in diffusers' layout; unclip export {source} --to NEW makes a bundle of it")
+        raise UserError(
+            f"{source}: is in diffusers' layout; unclip export {source} --to NEW makes a bundle of what unclip export "
+            "wrote; for others docs/interchange.md has the lines"
+        )
     return _of_output(folder)
 
 

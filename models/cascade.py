@@ -369,6 +369,11 @@ class UnCLIP:
         plain: dict[str, object] = {"decoder_guidance": 0.0, "decoder_threshold": 0.0}
         return replace(self.sampling_with(plain | options), decoder_sampler="ddim")
 
+    def sampling_through(self, prior: str) -> SamplingConfig:
+        """Returns ``sampling`` with another prior, which is not guided where it never saw a row without its caption."""
+        guided = getattr(self, PRIORS[prior]).config.drop_text > 0
+        return replace(self.sampling, prior=prior, prior_guidance=self.sampling.prior_guidance if guided else 0.0)
+
     def sampling_with(self, options: dict[str, object]) -> SamplingConfig:
         """Returns ``sampling`` with some fields replaced.
 

@@ -35,7 +35,7 @@ from models.tokens import CONTEXT, VOCABULARY, cut_tokens, shortened, tokenize
 SHORTER = (16, 32)  # tokens that most captions fit into
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
-TOKENIZER_FILES = ("tokenizer_config.json", "config.json")
+TOKENIZER_FILES = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
 """Where transformers looks for code and for the names of further files."""
 NEEDS_TRANSFORMERS = "has a tokenizer of its own: pip install 'unclip-ray[siglip]' on every node"
 TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language"}
@@ -227,6 +227,8 @@ def config_in(folder: str | Path) -> dict:
     except (KeyError, TypeError, AttributeError) as error:
         raise _unusable(folder, error) from error
     _check_tokenizer_files(Path(folder))
+    if model_config["text_cfg"].get("hf_tokenizer_name"):
+        _check_links(Path(folder))
     return model_config
 
 
@@ -278,17 +280,22 @@ def _check_towers(name: str, model_config: dict) -> None:
         )
 
 
-def _check_tokenizer_files(folder: Path) -> None:
-    """Raises ValueError where a folder's tokenizer names code, or files elsewhere: transformers would open them.
+def _check_links(folder: Path) -> None:
+    """Raises ValueError for a link out of a folder: transformers would open it, and the tokenizer be saved with it.
 
-    Links may lead into the hub's cache, whose folders are made of them.
+    The cache of Hugging Face's hub has folders of links to its blobs.
     """
-    inside = folder.resolve()
-    cache = inside.parent.parent / "blobs"
+    inside = os.path.realpath(folder)
+    known = (inside, os.path.realpath(Path(inside).parent.parent / "blobs"))
     for path in folder.rglob("*"):
-        within = any(path.resolve().is_relative_to(known) for known in (inside, cache))
-        if path.is_symlink() and not within and path.name not in (CONFIG_FILE, WEIGHTS_FILE):
-            raise ValueError(f"{path} is a link that leads out of the folder: copy the folder with cp -rL first")
+        if path.is_symlink() and path.name not in (CONFIG_FILE, WEIGHTS_FILE):
+            target = Path(os.path.realpath(path))
+            if not any(target.is_relative_to(place) for place in known):
+                raise ValueError(f"{path} is a link that leads out of the folder: copy the folder with cp -rL first")
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raises ValueError where a folder's tokenizer names code, or files elsewhere: transformers would open them."""
     for path in (folder / name for name in TOKENIZER_FILES if (folder / name).is_file()):
         found: list[tuple[str, object]] = [("", read_config(path))]
         for field, value in found:

@@ -7,7 +7,7 @@ import contextlib
 import io
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms
 
 
 def open_view(data: bytes, size: int) -> np.ndarray:
@@ -27,6 +27,27 @@ def view(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
+_TURNS = {  # by EXIF's orientation, of which 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turned(image: Image.Image) -> Image.Image:
+    """Returns an image turned as its EXIF orientation says; itself, where there is none or its EXIF cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises SyntaxError, struct.error and others
+        return image
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Returns an image of any kind as RGB: turned as its EXIF orientation says, over white, and in sRGB.
 
@@ -36,8 +57,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     image.load()  # a PNG may say only behind its pixels how it was held
     profile = image.info.get("icc_profile")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = turned(image)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16-bit grey at 255
         levels = np.asarray(image)
         image = Image.fromarray(np.where(levels == image.info.get("transparency"), 255, levels >> 8).astype(np.uint8))

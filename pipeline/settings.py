@@ -201,7 +201,7 @@ class RaySettings:
     Attributes:
         cpus: Cores that it may use; ``auto`` is all of this machine's.
         object_store_mb: MiB of its object store; ``auto`` is 500, and with a GPU, for which parts of shards wait in it,
-            30% of the memory as far as /dev/shm has room.
+            30% of the free memory as far as /dev/shm has room.
         autoscaler: Whether the cluster of `RAY_ADDRESS` adds nodes when they are asked for. Nothing is refused at the
             start then, and a training on device ``auto`` asks for GPUs.
     """

@@ -11,7 +11,6 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from threading import Event as Flag
 from threading import Thread
@@ -40,6 +39,7 @@ APP = "unclip"
 SELDOM_S = 600.0  # between two looks at a release that cannot be loaded
 UPSCALE_S = 5.0  # that a batch waits for a process before another one starts
 CONNECTIONS = 1000  # requests that the door holds at once, waiting ones among them
+PORTS = 3  # free ones that are tried
 HEAD = {"node:__internal_head__": 0.001}  # where Serve's own processes are: the end of another node ends nobody's wait
 GONE = (RayActorError, ObjectLostError, TaskCancelledError)
 log = logging.getLogger("unclip")
@@ -213,22 +213,12 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
     What it started ends with it, and nothing else on its cluster; requests that were accepted are answered first.
     Raises UserError where the cluster serves at another address already.
     """
-    with ExitStack() as until_serve_listens:
-        if not settings.port or not os.environ.get("RAY_ADDRESS"):
-            held = until_serve_listens.enter_context(_hold_port(settings))
-            settings = replace(settings, port=held.getsockname()[1])
-        start_ray(RaySettings())
-        print(f"loading {served.name} ...", flush=True)
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        try:
-            serve.start(
-                proxy_location="HeadOnly",
-                http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 65},
-                logging_config={"log_level": "ERROR", "enable_access_log": False},
-            )
-        except RayTaskError as e:
-            serve.shutdown()
-            raise UserError(f"serve: {str(e.cause).rstrip('.')}; name another by port=") from None
+    if settings.port and not os.environ.get("RAY_ADDRESS"):
+        settings = _with_port(settings)
+    start_ray(RaySettings())
+    print(f"loading {served.name} ...", flush=True)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    settings = _start_serve(settings)
     client: Any = serve.context._get_global_client()
     http = client.http_config
     if (http.host, http.port) != (settings.host, settings.port):
@@ -250,21 +240,42 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
         serve.delete(APP)
 
 
-def _hold_port(settings: ServeSettings) -> socket.socket:
-    """Returns a socket that holds the port, or any that is free for 0, and lets Ray Serve listen there beside it.
+def _start_serve(settings: ServeSettings) -> ServeSettings:
+    """Starts Ray Serve, unless its cluster has it already, and returns the settings with the port that it listens at.
 
-    Raises UserError if the port is taken: Ray Serve would share it.
+    Another process may take a port that was free a moment ago, so for port 0 another one is tried. Raises UserError.
+    """
+    there = serve.context._get_global_client(raise_if_no_controller_running=False)
+    for _ in range(PORTS):
+        tried = settings if settings.port else _with_port(settings)
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": tried.host, "port": tried.port, "keep_alive_timeout_s": 65},
+                logging_config={"log_level": "ERROR", "enable_access_log": False},
+            )
+            return tried
+        except RayTaskError as e:
+            if there is None:  # else it is somebody else's
+                serve.shutdown()
+            said = str(e.cause).rstrip(".")
+            if "Failed to bind" not in said:
+                raise
+            if settings.port:
+                break
+    raise UserError(f"serve: {said}; name another by port=")
+
+
+def _with_port(settings: ServeSettings) -> ServeSettings:
+    """Returns the settings with their port, or any that is free for 0.
+
+    Raises UserError if it is taken: Ray Serve would share it.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    held = socket.socket(family)
     try:
-        with socket.create_server((settings.host, settings.port), family=family) as alone:
-            address = alone.getsockname()
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(address)
+        with socket.create_server((settings.host, settings.port), family=family) as server:
+            return replace(settings, port=server.getsockname()[1])
     except OSError as e:
-        held.close()
         raise UserError(
             f"serve: {settings.host}:{settings.port} cannot be listened at ({e.strerror}); name another by port="
         ) from None
-    return held

@@ -20,6 +20,7 @@ from serve.results import Result, Results
 from serve.settings import ServeSettings
 
 log = logging.getLogger("unclip")
+BEHIND_BYTES = 1 << 29  # of images that requests hold while they wait for an equal one
 EQUAL_S = 120.0  # that a request waits for an equal one, whose client may read slowly
 
 
@@ -36,7 +37,7 @@ class Door:
         about: The last answer to that.
         observe: Notes a figure.
         drawing: The images that requests draw now, by name, until these requests have ended.
-        behind: How many requests wait for an equal one, outside the line.
+        behind: Bytes of the images of requests that wait for an equal one, outside the line.
     """
 
     served: Served
@@ -100,19 +101,20 @@ class Door:
         names = self._names((await self.described())["bundle"], work)
         until = time.monotonic() + EQUAL_S
         while (others := {self.drawing[n] for n in names if n in self.drawing}) and time.monotonic() < until:
-            if self.behind >= self.settings.queue:
+            held = sum(map(len, work.images))
+            if held and self.behind + held > BEHIND_BYTES:
                 raise ApiError(
                     429,
                     "queue_full",
-                    f"{self.behind} requests wait for equal ones already; try again later",
+                    "too many requests with images wait for equal ones; try again later",
                     retry_after=self.line.seconds,
                 )
             yield ("place", 1)
-            self.behind += 1
+            self.behind += held
             try:
                 await asyncio.wait(others, timeout=until - time.monotonic())
             finally:
-                self.behind -= 1
+                self.behind -= held
             names = self._names((await self.described())["bundle"], work)
         kept = {i: found for i, name in enumerate(names) if (found := self.results.get(name))}
         if len(kept) < len(names) and work.kind not in ("generation", "inpainting"):

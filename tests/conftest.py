@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -17,6 +18,9 @@ from pipeline.progress import say_once
 from pipeline.store import Store, open_store
 from tests.seaweed import Server, serving
 
+# The same examples every time, and no clock: a busy machine fails no test.
+hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("seeded")
 # What starts the tests in the background may ignore Ctrl-C, and then so would every command that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # One place for what the libraries read at import; nothing in a test may look for an account or a cluster outside it.

@@ -32,7 +32,7 @@ KEYS = {
     "bsr": {"bsrgan_over_ours"},
     "dpm_solver": {"mixture_cosine", "mixture_linear", "decoder_guidance_0", "decoder_guidance_1"},
     "pairs": {"ours_over_img2dataset", "four_workers_over_one"},
-    "embeddings": {"stage_rate_over_bound", "transform_over_read"},
+    "embeddings": {"stage_rate_over_bound", "transform_over_normalise"},
     "streaming": {"encoder_busy"},
     "near_duplicates": {"least_recall", "growth_exponent", "time_over_judging"},
     "house": {

@@ -34,7 +34,18 @@ class Generator(ModelMixin):
     def from_pretrained(cls, path: str, **_: object) -> "Generator":
         """Opens the export whose part ``path`` is, with the code that lies in it."""
         sys.path.append(str(path))
-        return cls(importlib.import_module("unclip_models.interchange").import_unclip(Path(path).parent))
+        made = cls(importlib.import_module("unclip_models.interchange").import_unclip(Path(path).parent))
+        made.folder = Path(path).parent
+        return made
+
+    def to(self, *args: Any, **kwargs: Any) -> "Generator":
+        """Moves the models. They stay in fp32: the option ``precision="bf16"`` of a call computes in bf16."""
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device)
+
+    def save_pretrained(self, path: str, **_: object) -> None:
+        """Raises ValueError: the code that reads an export belongs to it."""
+        raise ValueError(f"{self.folder} cannot be saved again: copy or upload the folder")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Generator":
         """Moves the codec, too, which is not a module."""

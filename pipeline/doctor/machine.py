@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.doctor.finding import Finding, gigabytes
 from pipeline.errors import UserError
 from pipeline.graph.ray import this_machine
-from pipeline.graph.resources import CGROUP, SHARED, container_memory, cores, object_store_mb, team_of
+from pipeline.graph.resources import SHARED, STORE_SHARE, available_memory, cores, object_store_mb, team_of
 from pipeline.settings import STATE_BYTES, RaySettings
 
 PROCESS = 1 << 30  # bytes that Python, torch and Ray take in a process before any model
@@ -76,23 +76,6 @@ def largest_training(config: Config) -> tuple[str, int]:
     return max(bytes_of.items(), key=lambda item: item[1])
 
 
-def available_memory() -> int:
-    """Returns the bytes that new processes may take: of the machine, or of the container if that has less."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError):  # not Linux: all there is, used or not
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if (limit := container_memory()) is None:
-        return free
-    try:
-        used = int((CGROUP / "memory.current").read_text())
-        told = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return free
-    return min(free, limit - used + int(told.get("inactive_file", 0)))  # the page cache is given back when it is needed
-
-
 def check_disks(folders: Mapping[str, Path]) -> Iterator[Finding]:
     """Yields the free space where the folders are, or will be."""
     for name, folder in folders.items():
@@ -110,7 +93,10 @@ def check_shared_memory(settings: RaySettings) -> Iterator[Finding]:
     """Yields whether there is room for the object store of a Ray that is started here."""
     if not SHARED.exists() or os.environ.get("RAY_ADDRESS"):
         return
-    free, wanted = shutil.disk_usage(SHARED).free, object_store_mb(settings, this_machine(settings)) << 20
+    free, here = shutil.disk_usage(SHARED).free, this_machine(settings)
+    wanted = object_store_mb(settings, here) << 20
+    if here.gpus and settings.object_store_mb == "auto":  # it takes what there is
+        wanted = int(STORE_SHARE * available_memory())
     text = f"{gigabytes(free)} free in {SHARED} for Ray's object store of {gigabytes(wanted)}"
     if free >= wanted:
         yield Finding("ok", "shm", text)

@@ -43,7 +43,7 @@ def draw_images(unclip: UnCLIP, rows: HeldOut, embeddings: Tensor | None, prior:
     It is drawn of ``embeddings`` [n, d] and the caption or, for None, of the caption alone through ``prior``, "ar" or
     "diffusion".
     """
-    sampling = replace(unclip.sampling, size=64, prior=prior)
+    sampling = replace(unclip.sampling_through(prior), size=64)
     seeds = [derive_seed(seed, "image", i) for i in range(len(rows))]
     images = []
     for start in range(0, len(rows), IMAGES):

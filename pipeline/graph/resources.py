@@ -15,7 +15,8 @@ from pipeline.settings import EmbeddingsSettings, RaySettings, ShardSettings, Tr
 Settings = ShardSettings | TrainingSettings
 CGROUP = Path("/sys/fs/cgroup")
 SHARED = Path("/dev/shm")  # where Ray's object store lies
-STORE_MB, STORE_SHARE = 500, 0.3  # of that store, and of the memory where there is a GPU
+STORE_MB, STORE_SHARE = 500, 0.3  # of that store, and of the free memory where there is a GPU
+ROOM = 0.8  # of /dev/shm, where NCCL has buffers, too
 DECODERS = 12  # at most: a core decodes some 250 images a second, and an H100 embeds 2,500 by CLIP's ViT-B-32
 WORKER_BYTES = 2 << 30  # of Python, torch and a CLIP, where the number of workers is "auto"
 
@@ -180,8 +181,26 @@ def object_store_mb(settings: RaySettings, machine: Machine) -> int:
         return settings.object_store_mb
     if not machine.gpus:
         return STORE_MB
-    free = shutil.disk_usage(SHARED).free if SHARED.exists() else machine.memory
-    return max(STORE_MB, int(min(STORE_SHARE * machine.memory, free)) >> 20)
+    free = available_memory()
+    room = shutil.disk_usage(SHARED).free if SHARED.exists() else free
+    return max(STORE_MB, int(min(STORE_SHARE * free, ROOM * room)) >> 20)
+
+
+def available_memory() -> int:
+    """Returns the bytes that new processes may take: of the machine, or of the container if that has less."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError):  # not Linux: all there is, used or not
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (limit := container_memory()) is None:
+        return free
+    try:
+        used = int((CGROUP / "memory.current").read_text())
+        told = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    return min(free, limit - used + int(told.get("inactive_file", 0)))  # the page cache is given back when it is needed
 
 
 def container_memory() -> int | None:

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property
@@ -58,6 +58,7 @@ HINTS = {
     "InvalidToken": "AWS_SESSION_TOKEN belongs to other keys, or is from an earlier session; renew the credentials",
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
 }
+PASSING = {"RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "IDPCommunicationError"}
 _making = threading.Lock()  # a session may not be shared while a client is made
 
 
@@ -105,14 +106,15 @@ class S3Store:
             yield
         except exceptions.ClientError as e:
             code, status = e.response["Error"]["Code"], _status(e)
-            if e.operation_name not in self._client.meta.service_model.operation_names:
+            own = e.operation_name in self._client.meta.service_model.operation_names  # else of what gives credentials
+            if own and code in HINTS:
+                raise UserError(f"store {self.url}: {code}: {_hint(code, e.operation_name, path)}") from e
+            if not own and code not in PASSING and status < 500:
                 raise UserError(
                     f"store {self.url}: no credentials: {e.operation_name} was answered {code}; check the role and who "
                     f"may take it, {again}"
                 ) from e
-            if code in HINTS:
-                raise UserError(f"store {self.url}: {code}: {_hint(code, e.operation_name, path)}") from e
-            if status >= 500 or status in (409, 429) or code == "RequestTimeout":
+            if status >= 500 or status in (409, 429) or code in PASSING:
                 raise Unreachable(
                     f"store {self.url}: {e.operation_name} was answered {code} {TRIES} times; the server is overloaded "
                     f"or ill: wait, or use fewer workers, {again}"
@@ -124,16 +126,17 @@ class S3Store:
             ) from e
         except exceptions.NoRegionError as e:
             raise UserError(f"store {self.url}: no AWS region; set AWS_REGION") from e
-        except (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError) as e:
-            raise Unreachable(f"store {self.url}: cannot reach the server; check AWS_ENDPOINT_URL ({e})") from e
+        except exceptions.ConnectionError as e:  # a certificate and a proxy, too
+            said = " ".join(str(e).split())
+            raise Unreachable(f"store {self.url}: cannot reach the server; check AWS_ENDPOINT_URL ({said})") from e
         except (exceptions.HTTPClientError, HTTPError) as e:
             raise Unreachable(
                 f"store {self.url}: the connection broke off or stood still {TRIES} times; check the network and the "
                 f"server, {again} ({' '.join(str(e).split())})"
             ) from e
-        except exceptions.BotoCoreError as e:  # of a profile, a role or a login
+        except exceptions.BotoCoreError as e:  # of a profile, a role, a login, or a name that S3 does not take
             raise UserError(
-                f"store {self.url}: {' '.join(str(e).split())}; check AWS_PROFILE, or log in again, {again}"
+                f"store {self.url}: {' '.join(str(e).split())}; correct it, or log in again, {again}"
             ) from e
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -209,7 +212,8 @@ class S3Store:
                     return None
                 if _status(e) in (400, 403):
                     # The answer to a HEAD has no body that says why; that of a GET does.
-                    self.read(path, 0, 1)
+                    with suppress(FileNotFoundError):
+                        self.read(path, 0, 1)
                 raise
         return Entry(path, found["ContentLength"], found["ETag"])
 

@@ -22,8 +22,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from models.tensors import save_tensors
-from pipeline.errors import CorruptObject, Superseded, UserError
-from pipeline.graph.damage import create_record, stands_on
+from pipeline.errors import CorruptObject, Superseded
+from pipeline.graph.damage import create_record
 from pipeline.graph.stages import Context, trajectory_key, trunk_key
 from pipeline.store import Store
 from pipeline.store.crash import crash_point
@@ -34,6 +34,7 @@ from pipeline.training.state import MetricsJournal, TrainState, forms, parts, pu
 READERS = 16  # of a blob at once
 PartBlob = tuple[str, str]  # a part and its blob
 Collect = Callable[[list[PartBlob]], list[PartBlob]]
+MOST_HEADER = 100_000_000  # bytes, of a file of safetensors
 log = logging.getLogger("unclip")
 
 
@@ -225,13 +226,17 @@ class Checkpoints:
         old, kept = own[: -self.keep], [path for path in paths if path not in own[: -self.keep]]
         gone, needed = self._blobs(old), self._blobs(kept)
         self.store.delete(old)
-        if None in needed:  # what a damaged record names is not known
-            return
+        if None not in needed:  # what a damaged record names is not known
+            self.store.delete(blob_path(blob) for blob in sorted(filter(None, gone - needed)) if self._is_own(blob))
+
+    def _is_own(self, blob: str) -> bool:
+        """Returns whether a blob is of a checkpoint of this trajectory: a record that was forged may name another."""
+        path = blob_path(blob)
         try:
-            named = stands_on(self.store)  # who can write here may have written a record that names a release's blobs
-        except UserError:  # what a damaged pin names is not known
-            return
-        self.store.delete(path for path in map(blob_path, sorted(filter(None, gone - needed))) if path not in named)
+            size = int.from_bytes(self.store.read(path, 0, 8), "little")
+            return _about(self.store.read(path, 0, 8 + min(size, MOST_HEADER)))["trajectory"] == self.trajectory
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
 
     def _blobs(self, paths: list[str]) -> set[str | None]:
         """Returns the blobs that records name, and None if one of the records cannot be read."""

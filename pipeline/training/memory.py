@@ -57,8 +57,9 @@ def fitting_rows(
     """
     for row in feed.validation(1, 1):
         one = feed.prepare(row.batch, Draw(row.streams)) if feed.prepare else row.batch
-        while not all(group.collect([_fits(one, rows, recipe, group, state)])):
+        while lacking := next(filter(None, group.collect([_lack(one, rows, recipe, group, state)])), ""):
             if rows == 1:
+                log.warning("%s: one row: %s", stage, lacking)
                 raise OutOfMemory("one row", 1)
             rows = -(-rows // 2)
             log.info("%s: computes %d rows at once, because more do not fit into memory", stage, rows)
@@ -72,13 +73,14 @@ def _empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _fits(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> bool:
+def _lack(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, state: TrainState) -> str:
+    """Returns the words by which a trial was said to lack memory, "" if it fits."""
     try:
         with memory_for("a trial"):
             _try(row, rows, recipe, group, state)
-        return True
-    except OutOfMemory:
-        return False
+        return ""
+    except OutOfMemory as e:
+        return " ".join(str(e.__cause__).split()) or "out of memory"
     finally:
         state.optimizer.zero_grad()
 
@@ -87,12 +89,12 @@ def _try(row: Batch, rows: int, recipe: TrainingRecipe, group: ProcessGroup, sta
     device = group.device
     new = [p for p in state.model.parameters() if p.requires_grad and p not in state.optimizer.state]
     moments = [torch.empty_like(p) for p in new for kind in kinds(state.optimizer, p) if kind != "step"]
-    # With several workers gradients lie in buckets, which are there before the forward pass (see ProcessGroup.wrap).
-    ahead = group.size > 1 and not group.sharded
-    buckets = [torch.empty_like(p) for p in state.model.parameters() if ahead and p.requires_grad]
+    if group.size > 1 and not group.sharded:
+        # Gradients lie in buckets, which are there before the forward pass (see ProcessGroup.wrap).
+        for parameter in state.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     batch = {name: column.to(device).repeat(rows, *[1] * (column.ndim - 1)) for name, column in row.items()}
     with autocast(device, recipe.precision):
         losses = state.objective(batch, Draw([(0, rows)], device))
-    del buckets
     losses.total.sum().backward()
     del moments  # held until here

@@ -189,7 +189,7 @@ def test_names_that_kubernetes_refuses_are_refused(name: str) -> None:
         rendered(dataclasses.replace(JOB, id=name))
 
 
-@settings(max_examples=25, deadline=None)  # each writes and reads YAML
+@settings(max_examples=25)  # each writes and reads YAML
 @given(st.text(min_size=1))
 def test_ids_of_jobs_are_names(project: str) -> None:
     job = dataclasses.replace(JOB, id=job_id(project, "s3://b", {"pairs": "k"})).again(999)
@@ -270,7 +270,7 @@ PLAIN = st.text(
 )
 
 
-@settings(max_examples=12, deadline=None)  # each is a shell
+@settings(max_examples=12)  # each is a shell
 @given(st.lists(SHELL, min_size=1), PLAIN)
 def test_words_and_environment_pass_the_shell_of_kuberays_submitter(words: list[str], value: str) -> None:
     job = dataclasses.replace(JOB, command=("python", *words), environment={"AWS_ENDPOINT_URL": value})

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.pairs.row_index import Place, read_images
-from pipeline.data.source.stage import hashes_of
+from pipeline.data.source.duplicates import hashes_of
 from pipeline.graph.artifacts import load_artifact, read_shards, read_table
 from pipeline.store import Store, open_store
 from tests.chain import done, here, shard_paths, write_config, write_list

@@ -313,8 +313,7 @@ def test_memory_is_held_against_the_largest_training(monkeypatch: pytest.MonkeyP
 def test_a_container_has_its_limit_and_gives_its_page_cache_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (machine, resources):
-        monkeypatch.setattr(module, "CGROUP", tmp_path)
+    monkeypatch.setattr(resources, "CGROUP", tmp_path)
     assert resources.container_memory() is None
     (tmp_path / "memory.max").write_text("max\n")
     assert resources.container_memory() is None

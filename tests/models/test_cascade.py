@@ -96,6 +96,8 @@ def test_priors_are_compared_with_guidance_that_each_of_them_can_take() -> None:
     unclip = dataclasses.replace(make(), ar_prior=ARPrior(dataclasses.replace(AR_PRIOR, drop_text=0.0), DIM, CODES))
     with pytest.raises(ValueError, match=r"prior_guidance is 3\.0, and the model was trained without drop_text"):
         compare_priors(unclip, "a red fox", prior_guidance=3.0, size=64)
+    guided = dataclasses.replace(unclip, sampling=dataclasses.replace(SAMPLING, prior_guidance=3.0))
+    assert [guided.sampling_through(prior).prior_guidance for prior in ("ar", "diffusion")] == [0.0, 3.0]
 
 
 def test_a_clip_with_its_own_tokenizer_reads_its_own_tokens() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.clip import Clip
+from models.clip import TOKENIZER_FILES, Clip
 from models.view import view
+from pipeline.data.embeddings.encoder import OpenEncoder
+from pipeline.doctor import clip_weights
+from pipeline.errors import UserError
+from pipeline.store import open_store
+from pipeline.store.records import put_blob
 from tests.models.mutations import fails_under
 from tests.models.test_clip import VIT, views
 
@@ -276,6 +282,20 @@ def test_named_weights(tmp_path: Path) -> None:
         Clip.pretrained("ViT-Z", "openai")
 
 
+def test_doctor_and_the_workers_of_embeddings_say_what_is_lacking(
+    siglip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    blobs = {file.name: put_blob(store, file) for file in siglip.iterdir()}
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(clip_weights, "find_spec", lambda name: None)
+    lacks = r"has a tokenizer of its own: pip install 'unclip-ray\[siglip\]' on every node"
+    with pytest.raises(UserError, match=rf"clip\.weights: local-dir:{siglip} {lacks}"):
+        clip_weights.find_weights("clip.weights", f"local-dir:{siglip}")
+    with pytest.raises(UserError, match=f"embeddings: the CLIP cannot be opened on {socket.gethostname()}: .*{lacks}"):
+        OpenEncoder(store, blobs, 4, 0, False)()
+
+
 def test_a_tokenizer_without_its_vocabulary_is_refused(siglip: Path) -> None:
     """Transformers makes one of its special tokens then, and every word is unknown to it."""
     (siglip / "tokenizer.json").write_text("abc")
@@ -289,7 +309,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(siglip: Path) -> None:
 def test_a_tokenizer_names_no_file_by_any_field(said: dict, siglip: Path, tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text("secret")
     said = json.loads(json.dumps(said).replace("PATH", str(tmp_path / "credentials")))
-    for name in ("tokenizer_config.json", "config.json"):
+    for name in TOKENIZER_FILES:
         (siglip / name).write_text(json.dumps({"eos_token": "</s>", "unk_token": "."} | said))
         with pytest.raises(ValueError, match=rf"{name} names a file of this machine \((vocab|model_file|b)\)"):
             Clip.from_folder(siglip)
@@ -298,7 +318,11 @@ def test_a_tokenizer_names_no_file_by_any_field(said: dict, siglip: Path, tmp_pa
 
 def test_a_link_in_a_clip_folder_leads_nowhere_but_into_the_cache_of_the_hub(siglip: Path, tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text("secret")
-    for at, target in (("chat_template.jinja", tmp_path / "credentials"), ("additional_chat_templates", tmp_path)):
+    for at, target in (
+        ("chat_template.jinja", tmp_path / "credentials"),
+        ("additional_chat_templates", tmp_path),
+        ("gone.json", tmp_path / "gone"),
+    ):
         (siglip / at).symlink_to(target)
         with pytest.raises(ValueError, match=f"{at} is a link that leads out of the folder"):
             Clip.from_folder(siglip)

@@ -98,6 +98,13 @@ draw = lambda: pipe("a red fox", num_images_per_prompt=2, generator=torch.Genera
 first, second = draw(), draw()
 assert len(first) == 2 and first[0].size == (64, 64) and first[0].tobytes() == second[0].tobytes()
 assert first[0].tobytes() != first[1].tobytes()
+assert pipe.to(torch.bfloat16) is pipe and draw()[0].tobytes() == first[0].tobytes()
+try:
+    pipe.save_pretrained("anew")
+except ValueError as e:
+    assert f"{folder} cannot be saved again: copy or upload the folder" in str(e)
+else:
+    raise AssertionError("saved")
 assert "models" not in sys.modules and "unclip_models" in sys.modules
 """
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,7 +14,6 @@ from models.upsampler import Upsampler, upsampler_denoise
 
 
 @given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 40))
-@settings(deadline=None)
 def test_tiles_cover_everything_and_overlap(multiple: int, tiles: int, more: int) -> None:
     tile, size = tiles * multiple, (tiles + more) * multiple
     starts = tile_starts(size, tile, multiple)

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from models.view import open_view, upright_rgb, view
+from models.view import open_view, turned, upright_rgb, view
 from tests.models.mutations import fails_under
 from tests.pipeline.data.odd import encoded
 
@@ -34,7 +34,7 @@ MODES = [("RGB", "PNG"), ("L", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("P", "PN
 @fails_under(
     (upright_rgb, 'mode == "RGB" else', "mode else"),
     (upright_rgb, '"white"', '"black"'),
-    (upright_rgb, "!= 1", "== 6"),
+    (turned, "if turn is None", "if orientation != 6"),
 )
 def test_views_are_pillows() -> None:
     files = [encoded(picture(mode), kind) for mode, kind in MODES]

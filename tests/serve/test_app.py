@@ -2,13 +2,18 @@
 
 import socket
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import serve
 
 from pipeline.errors import UserError
-from serve.app import Drawer, _hold_port
+from pipeline.graph.ray import start_ray
+from pipeline.settings import RaySettings
+from serve import app
+from serve.app import Drawer
 from serve.settings import ServeSettings
 
 
@@ -21,28 +26,36 @@ def test_a_port_that_another_server_listens_at_is_refused(host: str) -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"{port} cannot be listened at .* port="):
-            _hold_port(ServeSettings(host=host, port=port))
+            app._with_port(ServeSettings(host=host, port=port))
+        assert app._with_port(ServeSettings(host=host, port=0)).port not in (0, port)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_a_free_port_is_held_until_ray_serve_listens_there(host: str) -> None:
-    """Nobody else gets it meanwhile, and connections go to Ray Serve, not to the socket that holds it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with _hold_port(ServeSettings(host=host, port=0)) as held:
-        address = held.getsockname()
-        with pytest.raises(OSError, match="in use"):
-            socket.create_server(address[:2], family=family)
-        with socket.socket(family) as proxy:
-            for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # both, as Ray Serve does
-                proxy.setsockopt(socket.SOL_SOCKET, option, 1)
-            proxy.bind(address)
-            proxy.listen()
-            for _ in range(20):
-                with socket.create_connection(address[:2], timeout=10), proxy.accept()[0]:
-                    pass
-            held.close()
-            with socket.create_connection(address[:2], timeout=10), proxy.accept()[0]:
-                pass
+def test_a_free_port_that_another_process_takes_meanwhile_is_not_the_last_one_tried(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By a Ray Serve of its own."""
+    ray = start_ray(RaySettings(cpus=1, object_store_mb=100))
+    free, tried = app._with_port, []
+
+    def late(settings: ServeSettings) -> ServeSettings:
+        tried.append(taken if not tried else free(settings).port)
+        return replace(settings, port=tried[-1])
+
+    monkeypatch.setattr(app, "_with_port", late)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            taken = other.getsockname()[1]
+            with pytest.raises(
+                UserError, match=f"Failed to bind to address '127.0.0.1:{taken}'; name another by port="
+            ):
+                app._start_serve(ServeSettings(port=taken))
+            started = app._start_serve(ServeSettings(port=0))
+        assert [taken, started.port] == tried
+        with socket.create_connection((started.host, started.port), timeout=10):
+            pass
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 class Releases:

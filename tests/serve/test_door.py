@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import serve.door
 from serve.bundle import Served
 from serve.door import Door
 from serve.errors import ApiError
@@ -78,19 +79,20 @@ def test_when_the_first_of_equal_requests_goes_one_of_the_others_is_drawn() -> N
     run(test())
 
 
-def test_the_line_of_those_that_wait_for_an_equal_request_has_an_end() -> None:
+def test_requests_that_wait_for_an_equal_one_hold_so_many_bytes_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.door, "BEHIND_BYTES", 10)
+
     async def test() -> None:
         drawer = Drawer()
         one = door(drawer)
-        tasks = [asyncio.create_task(drawn(one, work("a"))) for _ in range(one.settings.queue + 3)]
+        with_images = replace(work("a", kind="variation"), images=(b"3by", b"2b"))
+        tasks = [asyncio.create_task(drawn(one, each)) for each in [with_images] * 4 + [work("a")] * 20]
         await asyncio.sleep(0.01)
         drawer.go.set()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
-        first, *refused = [end for end in ends if not isinstance(end, list)]
-        assert [(end.status, end.code, end.retry_after > 0) for end in (first, *refused)] == [
-            (429, "queue_full", True)
-        ] * 2
-        assert (one.behind, len(drawer.works)) == (0, 1)
+        (refused,) = [end for end in ends if not isinstance(end, list)]  # two of them wait behind the first
+        assert (refused.status, refused.code, refused.retry_after > 0) == (429, "queue_full", True)
+        assert (one.behind, len(drawer.works)) == (0, 2)
 
     run(test())
 

@@ -23,7 +23,7 @@ from urllib3.util import Retry
 
 from pipeline.data.fetch.opener import Evidence, Guard, Refused, ask, failures_as_reasons, normal_url
 from pipeline.data.fetch.references import shown
-from pipeline.data.fetch.rules import NOTHING_DENIED, ROBOTS_BYTES, DenyLists, Robots, opting_out
+from pipeline.data.fetch.rules import NOTHING_DENIED, ROBOTS_BYTES, DenyLists, Robots, opting_out, unpacked, user_agent
 from pipeline.data.fetch.s3 import S3Reader
 from pipeline.errors import UserError
 from pipeline.ledger import DEFERRED
@@ -149,7 +149,7 @@ class Fetcher:
             fetched = self._tries(visit, lambda: _once(visit, url, ROBOTS_BYTES))
             if fetched.reason == "truncated":  # of which the rules may have been in the rest
                 return "unreachable"
-            return fetched.reason or fetched.data or b""
+            return fetched.reason or unpacked(fetched.data or b"")
 
     def _tries(self, limit: Visit | _Limit, once: Callable[[], Fetched]) -> Fetched:
         """Calls ``once`` until it succeeds, fails for good, or tries or time are used up."""
@@ -339,11 +339,6 @@ class Visit:
         if self._image and (headers["Content-Type"] or "").strip().lower().startswith(_OTHER_MEDIA):
             raise Refused("not_an_image")
         return None
-
-
-def user_agent(contact: str) -> str:
-    """Returns who asks: this software, and where to complain."""
-    return f"unclip-ray (img2dataset; +{contact or 'https://github.com/rom1504/img2dataset'})"
 
 
 def private_headers(names: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, dict[str, str]]:

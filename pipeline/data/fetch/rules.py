@@ -9,8 +9,11 @@ both names are in the user agent.
 
 from __future__ import annotations
 
+import gzip
+import io
 import re
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -106,6 +109,22 @@ def _sha256(text: str) -> str:
 
 
 # --- robots.txt and X-Robots-Tag --------------------------------------------------------------------------------------
+
+
+def user_agent(contact: str) -> str:
+    """Returns who asks: this software, and where to complain."""
+    return f"unclip-ray (img2dataset; +{contact or 'https://github.com/rom1504/img2dataset'})"
+
+
+def unpacked(robots: bytes) -> bytes | str:
+    """Returns a robots.txt as it was before a server compressed it, unasked; "unreachable" if that cannot be read."""
+    if not robots.startswith(b"\x1f\x8b"):
+        return robots
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(robots)) as file:
+            return file.read(ROBOTS_BYTES)
+    except (OSError, EOFError, zlib.error):
+        return "unreachable"
 
 
 def parse_robots(body: bytes) -> Protego:

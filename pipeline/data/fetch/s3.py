@@ -26,8 +26,6 @@ CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "I
 NOT_LOGGED_IN = (
     exceptions.NoCredentialsError,
     exceptions.PartialCredentialsError,
-    exceptions.CredentialRetrievalError,
-    exceptions.MetadataRetrievalError,
     exceptions.ProfileNotFound,
     exceptions.NoAuthTokenError,
     exceptions.TokenRetrievalError,
@@ -91,7 +89,9 @@ def _failures_as_reasons() -> Iterator[None]:
         yield
     except exceptions.ClientError as e:
         code, status = e.response["Error"]["Code"], e.response["ResponseMetadata"].get("HTTPStatusCode", 0)
-        if code in CREDENTIALS or e.operation_name != "GetObject":  # else a service that gives credentials refuses
+        # By the service that gives credentials, and not because it is busy.
+        refused = e.operation_name.startswith("AssumeRole") and status < 500 and not code.startswith("Throttl")
+        if code in CREDENTIALS or refused:
             raise UserError(
                 f"source: images on S3: {e.operation_name} was answered {code}: check the credentials, role or profile "
                 "of the workers, and their clocks"

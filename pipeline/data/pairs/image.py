@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from models.view import upright_rgb
+from models.view import turned, upright_rgb
 
 MAX_BYTES, MAX_PIXELS = 32 << 20, 64_000_000  # of an image, unless a recipe says otherwise
 READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
@@ -142,7 +142,7 @@ def opacity(
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    alpha = turned(image).convert("RGBA").getchannel("A")
     return Image.merge("RGB", [alpha] * 3)
 
 

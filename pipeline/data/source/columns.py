@@ -11,7 +11,8 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.progress import say_once
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+SEPARATORS = (";", "\t", "|")  # of other programs' CSV
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 LIMIT = 1 << 20  # characters of a row of a CSV or TSV file, of a value in Parquet, of a file of captions
 # What the two columns that every list needs are called elsewhere: img2dataset, LAION, clip-retrieval, diffusers.
 KNOWN = {
@@ -66,6 +67,11 @@ def _known(path: Path, names: Sequence[str], column: str) -> str:
         found = []
     which = f"{' and '.join(found)} could be meant" if found else f"it has {', '.join(names)}"
     heads = "; line 1 has to name the columns" if any("://" in name for name in names) else ""
+    if len(names) == 1 and (mark := next((mark for mark in SEPARATORS if mark in names[0]), "")):
+        raise UserError(
+            f"source {path}: its columns are separated by {mark!r} and not by commas; save it with commas, or as .tsv "
+            "with tabs"
+        )
     raise UserError(
         f"source {path}: no column {column}; {which}{heads}. Set source.image_column or source.caption_column"
     )

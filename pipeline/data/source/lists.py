@@ -56,8 +56,10 @@ def read_rows(path: str, recipe: SourceRecipe) -> Iterator[ListRow]:
             raise UserError(
                 f"source {path}: no row with a caption can be read, and {flawed:,} of {rows:,} not at all: {flaw}"
             )
+        left = unread(path, recipe)
         raise UserError(
             f"source {path}: no row has a caption, so nothing can be trained on it; {_looked_for(kind, where, recipe)}"
+            + (f"; and {left}" if left else "")
         )
 
 

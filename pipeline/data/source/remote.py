@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from pipeline.data.fetch.references import shown
+from pipeline.data.fetch.rules import user_agent
 from pipeline.data.source.tables import SUFFIXES, table_kind
 from pipeline.errors import UserError
 from pipeline.progress import say_once
@@ -109,7 +110,8 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def _asked(path: str) -> Iterator[http.client.HTTPResponse]:
     """Asks a web server, by the proxies of the environment; the user has named it, so it may be a private one."""
     try:
-        with urllib.request.urlopen(path, timeout=TIMEOUT_S) as answer:
+        asked = urllib.request.Request(path, headers={"User-Agent": user_agent("")})  # some refuse Python's own
+        with urllib.request.urlopen(asked, timeout=TIMEOUT_S) as answer:
             yield answer
     except urllib.error.HTTPError as e:
         raise UserError(f"source {path}: the server answers {e.code} {e.reason}; check the URL in a browser") from None

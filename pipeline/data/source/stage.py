@@ -13,17 +13,18 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Annotated, TypeAlias
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, NonNegativeFloat
 
 from pipeline.data.fetch.references import comparable
+from pipeline.data.source.duplicates import HASH, SeenReferences, warn_of_captions
 from pipeline.data.source.journal import EMPTY, ListJournal, read_journal, reference_marks
 from pipeline.data.source.lists import fingerprint, no_rows, read_rows, unread
 from pipeline.data.source.rows import ListRow, written_rows
@@ -51,9 +52,6 @@ HASHES_A_BLOB = 1 << 20
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
 FIRST_RETRY = 500  # the segment of the first rows that are tried again; those before are the list's own
 LAST_SEGMENT = 999  # a shard's number has eight digits
-HASH = np.dtype("<u8")  # of a reference
-_NO_HASH = 0  # of an empty reference
-Hashes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 log = logging.getLogger("unclip")
 
 
@@ -228,7 +226,7 @@ class _Cutter:
         judged = seen.judge(self.references(rows()))
         shards: list[SourceShard] = []
         rest, place = rows(), 0
-        unread, flaw = 0, ""
+        again, unread, flaw = 0, 0, ""
         while block := list(islice(rest, self.recipe.shard_rows)):
             if len(shards) == SEGMENT_SHARDS:
                 raise UserError(f"source: over {SEGMENT_SHARDS:,} shards in one segment; raise source.shard_rows")
@@ -237,12 +235,14 @@ class _Cutter:
                 break
             shards.append(self._shard(segment * SEGMENT_SHARDS + len(shards), block, flags))
             place += len(block)
+            again += sum(flag and has_caption(row.captions) for flag, row in zip(flags, block, strict=True))
             unread += sum(bool(row.flaw) for row in block)
             flaw = flaw or next((row.flaw for row in block if row.flaw), "")
         if block or place < len(judged.duplicate):
             raise UserError(f"{what}: changed while it was read; run again")
         if unread:
             log.warning("%s: %s cannot be read and will be left out; the first: %s", what, counted(unread, "row"), flaw)
+        warn_of_captions(what, again, place)
         hashes = []
         if self.write and shards:
             if segment < FIRST_RETRY:
@@ -320,59 +320,6 @@ def split_by_hash(value: str, validation: float, test: float) -> str:
     """Returns 'test', 'validation' or 'train', by the value alone: a split never moves."""
     share = hash_share(value)
     return "test" if share < test else "validation" if share < test + validation else "train"
-
-
-# --- duplicates -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Says for each row whether an earlier one has its reference, and has the new hashes, sorted."""
-
-    duplicate: np.ndarray[tuple[int], np.dtype[np.bool_]]
-    fresh: Hashes
-
-
-class SeenReferences:
-    """Keeps the hashes of all references so far, 64 bits each, and finds what an earlier row has, too.
-
-    Cutting a list takes some 40 bytes a row, and each row of the lists before it 8. Among a billion rows two references
-    share a hash with a chance of 3 percent, which would cost the later one.
-    """
-
-    def __init__(self) -> None:
-        self._parts: list[Hashes] = []
-
-    def add(self, hashes: Hashes) -> None:
-        """Counts hashes as seen."""
-        self._parts.append(hashes)
-
-    def judge(self, references: Iterable[str]) -> Judged:
-        """Looks for the references of further rows, which are seen from then on.
-
-        An empty one is not a reference: never a duplicate, never seen.
-        """
-        hashes = hashes_of(references)
-        distinct, first = np.unique(hashes, return_index=True)
-        known = distinct == _NO_HASH
-        for earlier in self._parts if len(distinct) else ():
-            place = np.minimum(np.searchsorted(distinct, earlier), len(distinct) - 1)
-            known[place[distinct[place] == earlier]] = True
-        duplicate = hashes != _NO_HASH
-        duplicate[first[~known]] = False
-        fresh = distinct[~known]
-        self.add(fresh)
-        return Judged(duplicate, fresh)
-
-
-def hashes_of(references: Iterable[str]) -> Hashes:
-    """Returns the hashes of references, _NO_HASH for an empty one."""
-    return np.fromiter(map(_hash, references), HASH)
-
-
-def _hash(reference: str) -> int:
-    hashed = hashlib.blake2b(reference.encode(), digest_size=8).digest()
-    return int.from_bytes(hashed, "little") if reference else _NO_HASH
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -183,9 +183,25 @@ def pixels() -> Iterator[File]:
         for kind in ("JPEG", "PNG", "WEBP"):
             yield one(f"turned-{orientation}.{kind}", encoded(image, kind, exif=exif), None, size)
     yield one("broken-exif.jpg", encoded(image, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), None)
+    for kind in (
+        "JPEG",
+        "PNG",
+        "WEBP",
+    ):  # as some user interfaces of Stable Diffusion write it; with dpi Pillow reads it late
+        no_tiff = encoded(image, kind, exif=b"Exif\0\0b'Exif\\x00", dpi=(72, 72))
+        yield one(f"no-tiff-exif.{kind}", no_tiff, None, SIDES)
+        yield one(f"odd-place.{kind}", encoded(image, kind, exif=odd_place()), None, SIDES[::-1])
     yield one("one-pixel.png", encoded(Image.new("RGB", (1, 1)), "PNG"), None, (1, 1))
     yield one("line.png", encoded(Image.new("RGB", (5000, 1)), "PNG"), None, (5000, 1))
     yield one("no-width.png", png(0, 8), "decode_error")
+
+
+def odd_place() -> bytes:
+    """EXIF that turns by 90 degrees, with a latitude in letters, which Pillow reads and cannot write again."""
+    entries = [(0x0112, 3, 1, struct.pack(">HH", 6, 0)), (0x8825, 4, 1, struct.pack(">I", 38))]
+    main = struct.pack(">H", len(entries)) + b"".join(struct.pack(">HHI", *e[:3]) + e[3] for e in entries)
+    place = struct.pack(">H", 1) + struct.pack(">HHI", 2, 2, 4) + b"52N\0" + bytes(4)
+    return b"Exif\0\0" + b"MM\0*" + struct.pack(">I", 8) + main + bytes(4) + place
 
 
 def damaged() -> Iterator[File]:

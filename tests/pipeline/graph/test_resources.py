@@ -142,15 +142,15 @@ def test_room(team: Team, holds: int) -> None:
 
 
 def test_the_object_store_has_room_for_what_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    box = replace(BOX, memory=1000 << 30)
     assert object_store_mb(RaySettings(), LAPTOP) == 500
-    assert object_store_mb(RaySettings(object_store_mb=200), box) == 200
+    assert object_store_mb(RaySettings(object_store_mb=200), BOX) == 200
+    monkeypatch.setattr(resources, "available_memory", lambda: 1000 << 30)
     monkeypatch.setattr(resources, "SHARED", tmp_path / "none")
-    assert object_store_mb(RaySettings(), box) == 300 << 10
+    assert object_store_mb(RaySettings(), BOX) == 300 << 10
     monkeypatch.setattr(resources, "SHARED", tmp_path)
-    for free, holds in ((4 << 30, 4096), (64 << 20, 500)):
+    for free, holds in ((10 << 30, 8 << 10), (1 << 40, 300 << 10), (64 << 20, 500)):
         monkeypatch.setattr(resources.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        assert object_store_mb(RaySettings(), box) == holds
+        assert object_store_mb(RaySettings(), BOX) == holds
 
 
 @pytest.mark.parametrize(

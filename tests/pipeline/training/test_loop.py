@@ -290,12 +290,29 @@ def test_as_many_rows_are_computed_at_once_as_fit(share: LocalBatch, caplog: pyt
     assert caught.value.args == ("5 rows at once", 5)
 
 
+class Starved(Hungry):
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], draw: Draw) -> Losses:
+        raise RuntimeError("unable to find an engine")
+
+
+def test_where_not_even_one_row_fits_the_words_for_it_are_kept(
+    share: LocalBatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They may be those of something else than a lack of memory."""
+    starved: Any = Starved(share, None)
+    with pytest.raises(OutOfMemory):
+        fitting_rows("decoder", starved, RECIPE, 4, ProcessGroup(), begin(starved, RECIPE, ProcessGroup()))
+    assert "decoder: one row: unable to find an engine" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("said", "lacking"),
     [
         ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("GET was unable to find an engine to execute this computation", True),
         ("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'", True),
         ("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False),
     ],

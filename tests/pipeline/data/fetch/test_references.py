@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.fetch import references
@@ -77,7 +77,6 @@ def test_a_password_makes_no_other_reference() -> None:
     assert comparable("http://ana:hunter2@h.test/a") == comparable("http://***@h.test/a")
 
 
-@settings(deadline=None)
 @given(
     st.builds(
         "{}://{}/{}{}".format,

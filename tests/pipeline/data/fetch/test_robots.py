@@ -1,6 +1,7 @@
 """robots.txt and X-Robots-Tag: the examples of RFC 9309, an independent matcher, and what a real server is asked."""
 
 import gc
+import gzip
 import re
 import textwrap
 import threading
@@ -274,6 +275,14 @@ def test_a_forbidden_picture_is_never_asked_for() -> None:
         "opted_out",
     ]
     assert sorted(pages.asked) == ["/robots.txt", "/yes"]
+
+
+@pytest.mark.parametrize(("cut", "expected"), [(None, "opted_out"), (20, "unreachable")])
+def test_a_robots_txt_that_a_server_compressed_unasked_counts(cut: int | None, expected: str) -> None:
+    packed = gzip.compress(b"User-agent: *\nDisallow: /no" + b"\n# and more of it" * 100)[:cut]
+    pages = Pages({"/robots.txt": Page(packed, headers={"Content-Encoding": "gzip"}), "/no": Page(b"x")})
+    assert reasons(pages, "http://a.test/no") == [expected]
+    assert pages.asked == ["/robots.txt"]
 
 
 def test_an_opt_out_by_header_is_not_asked_for_again() -> None:

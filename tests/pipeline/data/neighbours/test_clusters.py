@@ -37,7 +37,7 @@ def in_one_cluster(vectors: np.ndarray, splits: np.ndarray, sizes: np.ndarray) -
     )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 0.9, None]), st.sampled_from([0.7, 0.95, None]))
 def test_one_cluster_is_exact(seed: int, duplicate: float | None, held_out: float | None) -> None:
     g = np.random.default_rng(seed)

@@ -47,7 +47,7 @@ def small(data: bytes, image_size: int = 16, kind: str = "png", quality: int = 3
     return prepare(data, 1_000_000, Storing(image_size, kind, quality))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     image_size=st.integers(12, 64),  # no side here is 8 times as long

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from pipeline.data.fetch.references import comparable
 from pipeline.data.source import stage as source
+from pipeline.data.source.duplicates import SeenReferences, hashes_of
 from pipeline.data.source.journal import ListJournal, reference_mark
 from pipeline.data.source.lists import read_rows
-from pipeline.data.source.stage import Scan, SeenReferences, SourceRecipe, hashes_of, scan
+from pipeline.data.source.stage import Scan, SourceRecipe, scan
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.store import Store, open_store
@@ -37,7 +38,6 @@ def plainly(lists: list[list[str]]) -> list[list[bool]]:
     return verdicts
 
 
-@settings(deadline=None)
 @given(LISTS)
 def test_verdicts_are_those_of_a_set(lists: list[list[str]]) -> None:
     seen = SeenReferences()
@@ -84,7 +84,7 @@ def _by_a_set(lists: list[list[str]], forgotten: set[str]) -> list[str | None]:
     ]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(LISTS.map(lambda lists: [urls for urls in lists if urls]).filter(bool), st.sets(st.integers(0, 11), max_size=2))
 def test_lists_at_once_or_one_by_one_are_cut_as_by_a_set(lists: list[list[str]], forgotten: set[int]) -> None:
     urls = {f"http://h/{i}" for i in forgotten}

@@ -199,6 +199,8 @@ def test_rows_that_cannot_be_read_are_said_once_and_no_duplicates(
     [
         ("none.csv", None, "no such file"),
         ("a.csv", "url,said\nhttp://h/1,x\n", "no column caption; it has url, said"),
+        ("a.csv", "url;caption\nhttp://h/1;x\n", "columns are separated by ';' and not by commas"),
+        ("a.csv", "url\tcaption\nhttp://h/1\tx\n", "save it with commas, or as .tsv with tabs"),
         ("a.csv", "url,caption\n", "no rows"),
         ("a.parquet", "not parquet", "cannot be read"),
         ("a.tar", "not a tar", "not a readable tar"),
@@ -214,6 +216,17 @@ def test_bad_lists_are_one_clear_line(
     with pytest.raises(UserError, match=message):
         scan(SourceRecipe((str(tmp_path / name),)), folder_store, write=True)
     assert list(folder_store.list("")) == []
+
+
+@pytest.mark.parametrize(("images", "warned"), [(209, False), (208, True)])
+def test_captions_of_rows_that_name_an_image_again_are_missed(
+    images: int, warned: bool, tmp_path: Path, folder_store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a list with a row for each caption of COCO."""
+    path = _csv(tmp_path / "list.csv", [*_rows(images), *_rows(11)])
+    scan(SourceRecipe((path,)), folder_store, write=True)
+    said = f"source {path}: 11 rows with an image that an earlier row names, whose captions are left out"
+    assert (said in caplog.text) == warned
 
 
 def test_a_relative_path_counts_from_the_folder_of_its_list(tmp_path: Path, folder_store: Store) -> None:

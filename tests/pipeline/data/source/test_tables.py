@@ -22,7 +22,7 @@ from tests.pipeline.data.hostile_lists import List, csv_text, hostile_lists
 
 REFERENCES = [f"http://h/{i}.jpg" for i in range(30)]
 LISTS = {each.name: each for each in hostile_lists(REFERENCES)}
-QUIET = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ SHAPES = st.tuples(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SHAPES, st.integers(0, 3))
 def test_an_epoch_gives_every_row_once_and_the_wrapped_ones_once_more(
     shape: tuple[list[int], int, int, int], epoch: int
@@ -31,7 +31,7 @@ def test_an_epoch_gives_every_row_once_and_the_wrapped_ones_once_more(
     assert max(seen.values()) - min(seen.values()) <= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SHAPES, st.integers(0, 40), st.integers(0, 20), st.integers(0, 20))
 def test_rows_can_be_read_in_any_pieces(
     shape: tuple[list[int], int, int, int], start: int, first: int, second: int

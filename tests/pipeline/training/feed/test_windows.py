@@ -15,7 +15,7 @@ from pipeline.training.feed.views import at_once
 
 
 @given(lanes=st.integers(1, 9), length=st.integers(1, 20), first=st.integers(0, 40))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_windows_are_read_in_turn_before_they_are_needed(lanes: int, length: int, first: int) -> None:
     """Every window once; what lanes have read and not used is at most five quarters of a window each, and one."""
     read: list[tuple[int, int]] = []
