@@ -45,7 +45,12 @@ def turned(image: Image.Image) -> Image.Image:
     except Exception:  # Pillow raises SyntaxError, struct.error and others
         return image
     turn = _TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    for said in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # or it would be turned a second time
+        upright.info.pop(said, None)
+    return upright
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

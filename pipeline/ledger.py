@@ -13,7 +13,7 @@ REASONS = {
     "not_utf8": "a value of the list, or a file of captions, that is not UTF-8",
     "no_reference": "the row names no image",
     "no_caption": "no caption, or only white space",
-    "duplicate_url": "an earlier row of the list names the same image",
+    "duplicate_url": "an earlier row of the list names the same image; the captions of this one are not used",
     "forgotten": "the row is to be forgotten (unclip data forget)",
     # fetch
     "unsupported_reference": "not an http, https, s3, file or tar reference",

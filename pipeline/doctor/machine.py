@@ -94,14 +94,15 @@ def check_shared_memory(settings: RaySettings) -> Iterator[Finding]:
     if not SHARED.exists() or os.environ.get("RAY_ADDRESS"):
         return
     free, here = shutil.disk_usage(SHARED).free, this_machine(settings)
-    wanted = object_store_mb(settings, here) << 20
-    if here.gpus and settings.object_store_mb == "auto":  # it takes what there is
-        wanted = int(STORE_SHARE * available_memory())
+    taken = wanted = object_store_mb(settings, here) << 20
+    if here.gpus and settings.object_store_mb == "auto":
+        wanted = max(taken, int(STORE_SHARE * available_memory()))
     text = f"{gigabytes(free)} free in {SHARED} for Ray's object store of {gigabytes(wanted)}"
+    larger = "start the container with a larger --shm-size"
     if free >= wanted:
         yield Finding("ok", "shm", text)
+    elif taken < wanted:
+        yield Finding("warning", "shm", f"{text}, of which it takes {gigabytes(taken)}: GPUs may wait for rows", larger)
     else:
-        yield Finding(
-            "warning", "shm", f"{text}, which Ray will put on the disk, slowly",
-            "start the container with a larger --shm-size, or lower run.ray.object_store_mb",
-        )  # fmt: skip
+        advice = f"{larger}, or lower run.ray.object_store_mb"
+        yield Finding("warning", "shm", f"{text}, which Ray will put on the disk, slowly", advice)

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property
@@ -212,8 +212,10 @@ class S3Store:
                     return None
                 if _status(e) in (400, 403):
                     # The answer to a HEAD has no body that says why; that of a GET does.
-                    with suppress(FileNotFoundError):
+                    try:
                         self.read(path, 0, 1)
+                    except FileNotFoundError:
+                        return None
                 raise
         return Entry(path, found["ContentLength"], found["ETag"])
 

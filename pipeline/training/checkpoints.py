@@ -235,7 +235,7 @@ class Checkpoints:
         try:
             size = int.from_bytes(self.store.read(path, 0, 8), "little")
             return _about(self.store.read(path, 0, 8 + min(size, MOST_HEADER)))["trajectory"] == self.trajectory
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def _blobs(self, paths: list[str]) -> set[str | None]:

@@ -36,7 +36,11 @@ def test_to_diffusers_and_back(run: Path, draw: Draw, tmp_path: Path) -> None:  
     assert "in classes of diffusers: diffusion_prior; all others are in ours/" in said
     assert (tmp_path / "theirs/README.md").read_text() == "# a card\n"
     refused(
-        "sample", "a cat", "--from", tmp_path / "theirs", says=["diffusers' layout", "--to NEW makes a bundle of it"]
+        "sample",
+        "a cat",
+        "--from",
+        tmp_path / "theirs",
+        says=["diffusers' layout", "--to NEW makes a bundle of what unclip export wrote"],
     )
     assert done(here("export", "theirs", "--to", "back", "-q", cwd=tmp_path)) == ""
     (after,) = draw("sample", "a red heart", "--from", "back")

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from models.view import open_view, turned, upright_rgb, view
@@ -51,3 +52,16 @@ def test_what_is_viewed_stays_as_it_is() -> None:
     before = image.copy()
     view(image, SIZE)
     assert image == before
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_image_is_turned_once(kind: str) -> None:
+    """However often it is asked to be upright, as a view of a pair's image is."""
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        xmp = f"<x:xmpmeta><tiff:Orientation>{orientation}</tiff:Orientation></x:xmpmeta>".encode()
+        data = encoded(picture("RGB"), kind, exif=exif, xmp=xmp)
+        once = upright_rgb(Image.open(io.BytesIO(data)))
+        assert upright_rgb(once).tobytes() == once.tobytes()
+        assert upright_rgb(once).size == once.size

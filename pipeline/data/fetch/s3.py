@@ -19,6 +19,7 @@ from urllib3 import exceptions as transfer
 
 from pipeline.data.fetch.opener import Refused
 from pipeline.errors import UserError
+from pipeline.store.s3 import PASSING
 
 CHUNK = 1 << 16
 # Of these no row is to blame: they would end every row of the list.
@@ -89,8 +90,9 @@ def _failures_as_reasons() -> Iterator[None]:
         yield
     except exceptions.ClientError as e:
         code, status = e.response["Error"]["Code"], e.response["ResponseMetadata"].get("HTTPStatusCode", 0)
-        # By the service that gives credentials, and not because it is busy.
-        refused = e.operation_name.startswith("AssumeRole") and status < 500 and not code.startswith("Throttl")
+        # By a service that gives credentials, and not because it is busy.
+        busy = status >= 500 or status == 429 or code in PASSING
+        refused = e.operation_name not in ("GetObject", "CreateSession") and not busy
         if code in CREDENTIALS or refused:
             raise UserError(
                 f"source: images on S3: {e.operation_name} was answered {code}: check the credentials, role or profile "
@@ -104,6 +106,10 @@ def _failures_as_reasons() -> Iterator[None]:
             f"source: images on S3: {' '.join(str(e).split())}; every worker needs AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or a profile"
         ) from e
+    except exceptions.CredentialRetrievalError as e:
+        if e.kwargs.get("provider") != "custom-process":  # a service of the machine may answer at the next try
+            raise Refused("unreachable") from None
+        raise UserError(f"source: images on S3: {' '.join(str(e).split())}; mend credential_process") from e
     except exceptions.NoRegionError as e:
         raise UserError("source: images on S3: no AWS region; set AWS_REGION on every worker") from e
     except exceptions.ParamValidationError:  # no name that a bucket may have

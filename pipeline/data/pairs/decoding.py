@@ -246,7 +246,6 @@ def main() -> None:
     heif_is_there()
     with contextlib.suppress(OSError):  # Linux: if memory ends, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")
-    Image.MAX_IMAGE_PIXELS = None  # max_pixels is asked before anything is decoded
     warnings.simplefilter("ignore")  # of odd metadata and large images, which are judged here
     parent = os.getppid()
     pipe = os.fdopen(os.dup(1), "wb")

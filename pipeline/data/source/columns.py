@@ -67,7 +67,8 @@ def _known(path: Path, names: Sequence[str], column: str) -> str:
         found = []
     which = f"{' and '.join(found)} could be meant" if found else f"it has {', '.join(names)}"
     heads = "; line 1 has to name the columns" if any("://" in name for name in names) else ""
-    if len(names) == 1 and (mark := next((mark for mark in SEPARATORS if mark in names[0]), "")):
+    alone = names[0] if len(names) == 1 and ".csv" in path.name.lower() else ""
+    if mark := next((mark for mark in SEPARATORS if mark in alone), ""):
         raise UserError(
             f"source {path}: its columns are separated by {mark!r} and not by commas; save it with commas, or as .tsv "
             "with tabs"
