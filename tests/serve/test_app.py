@@ -1,4 +1,4 @@
-"""What a server does before it listens, and how a process that draws follows a release: without Ray."""
+"""What a server does until it listens, and how a process that draws follows a release."""
 
 import socket
 import time
