@@ -14,8 +14,7 @@ from pipeline.store.records import digest
 
 PROJECT_FILE = "project.yaml"  # in the package
 LONGEST = 17  # characters of the project's name in an id, which has at most 45 with a number of up to three digits
-# What travels of the submitter's environment: where the store is, and what NCCL, gloo, libfabric and torch's allocator
-# read.
+# What travels of the submitter's environment: the store's place, and what NCCL, gloo, libfabric and PyTorch read.
 PLAIN = re.compile(r"AWS_(ENDPOINT_URL(_S3)?|(DEFAULT_)?REGION)|((TORCH_)?NCCL|GLOO|FI)_\w+|PYTORCH_(CUDA_)?ALLOC_CONF")
 DRIVER_CPUS, DRIVER_MB = 1.0, 4096  # of Python, torch and Ray; a training without workers takes its model's, too
 

@@ -109,12 +109,13 @@ class S3Store:
             own = e.operation_name in self._client.meta.service_model.operation_names  # else of what gives credentials
             if own and code in HINTS:
                 raise UserError(f"store {self.url}: {code}: {_hint(code, e.operation_name, path)}") from e
-            if not own and code not in PASSING and status < 500:
+            passing = status >= 500 or status in (409, 429) or code in PASSING
+            if not own and not passing:
                 raise UserError(
                     f"store {self.url}: no credentials: {e.operation_name} was answered {code}; check the role and who "
                     f"may take it, {again}"
                 ) from e
-            if status >= 500 or status in (409, 429) or code in PASSING:
+            if passing:
                 raise Unreachable(
                     f"store {self.url}: {e.operation_name} was answered {code} {TRIES} times; the server is overloaded "
                     f"or ill: wait, or use fewer workers, {again}"

@@ -100,7 +100,7 @@ assert len(first) == 2 and first[0].size == (64, 64) and first[0].tobytes() == s
 assert first[0].tobytes() != first[1].tobytes()
 assert pipe.to(torch.bfloat16) is pipe and draw()[0].tobytes() == first[0].tobytes()
 try:
-    pipe.save_pretrained("anew")
+    pipe.save_pretrained("saved")
 except ValueError as e:
     assert f"{folder} cannot be saved again: copy or upload the folder" in str(e)
 else:
