@@ -40,6 +40,7 @@ SELDOM_S = 600.0  # between two looks at a release that cannot be loaded
 UPSCALE_S = 5.0  # that a batch waits for a process before another one starts
 CONNECTIONS = 1000  # requests that the door holds at once, waiting ones among them
 PORTS = 3  # free ones that are tried
+PROXY = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20"}  # a third of what a proxy has to start in, before it is killed
 HEAD = {"node:__internal_head__": 0.001}  # where Serve's own processes are: the end of another node ends nobody's wait
 GONE = (RayActorError, ObjectLostError, TaskCancelledError)
 log = logging.getLogger("unclip")
@@ -253,8 +254,15 @@ def _start_serve(settings: ServeSettings) -> ServeSettings:
                 proxy_location="HeadOnly",
                 http_options={"host": tried.host, "port": tried.port, "keep_alive_timeout_s": 65},
                 logging_config={"log_level": "ERROR", "enable_access_log": False},
+                controller_options={"runtime_env": {"env_vars": PROXY}},
             )
             return tried
+        except (RayActorError, TimeoutError) as e:
+            if there is None:
+                serve.shutdown()
+            raise UserError(
+                f"serve: Ray Serve did not listen within a minute; is this machine, or the cluster's head, busy? ({e})"
+            ) from e
         except RayTaskError as e:
             if there is None:  # else it is somebody else's
                 serve.shutdown()

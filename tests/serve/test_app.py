@@ -58,6 +58,25 @@ def test_a_free_port_that_another_process_takes_meanwhile_is_not_the_last_one_tr
         ray.shutdown()
 
 
+def test_a_proxy_that_starts_slowly_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slowly for the time that Ray Serve gives it, which is made short here."""
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "0.0001")
+    ray = start_ray(RaySettings(cpus=1, object_store_mb=100))
+    try:
+        app._start_serve(ServeSettings(port=0))
+        deadline = time.monotonic() + 60
+        while (proxies := list(serve.status().proxies.values())) != ["HEALTHY"]:
+            assert time.monotonic() < deadline, proxies
+            time.sleep(0.1)
+        serve.shutdown()
+        monkeypatch.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", 0.01)
+        with pytest.raises(UserError, match="did not listen within a minute; is this machine"):
+            app._start_serve(ServeSettings(port=0))
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
 class Releases:
     """A store whose release, and whether it can be looked up and opened, are as they are set."""
 
