@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -76,6 +76,15 @@ def check(bench: Bench, number: int, name: str, part: Callable[[Bench], Outcome]
     return {"part": name, "result": result, "seconds": seconds, **asdict(outcome)}
 
 
+def summary(found: Sequence[Mapping[str, object]]) -> str:
+    """Returns how many parts passed, and which failed and were skipped: a skipped part has not passed."""
+    named = {result: [str(each["part"]) for each in found if each["result"] == result] for result in ("FAIL", "SKIP")}
+    line = f"{len(found) - len(named['FAIL']) - len(named['SKIP'])} of {len(found)} passed"
+    for result, said in (("FAIL", "failed"), ("SKIP", "skipped")):
+        line += f"; {said}: {', '.join(named[result])}" if named[result] else ""
+    return line
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the parts; returns 1 if one fails."""
     options = arguments(argv)
@@ -87,7 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(device, "nano" if options.quick else options.preset, options.quick, options.compile, options.gpus)
     chosen = [(n, *part) for n, part in enumerate(PARTS, 1) if not options.part or n in options.part]
     found = [check(bench, *part) for part in chosen]
-    failed = [str(each["part"]) for each in found if each["result"] == "FAIL"]
     document = {
         "device": device_name(bench),
         "kind": device.type,
@@ -102,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(document, indent=2) + "\n")
         if bench.png:
             options.json.with_suffix(".png").write_bytes(bench.png)
-    print(f"{len(found) - len(failed)} of {len(found)} passed" + (f"; failed: {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
+    print(summary(found))
+    return 1 if any(each["result"] == "FAIL" for each in found) else 0
 
 
 if __name__ == "__main__":

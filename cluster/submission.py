@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.client import Cluster, Seen
+from cluster.client import Cluster, Seen, check_answers
 from cluster.job import Job, number_of
 from cluster.local import find, locked, start
 from cluster.package import Package, package_path, send_weights, write_zip
@@ -43,16 +43,20 @@ def started(folder: Path, settings: RaySettings) -> Cluster:
 
 
 def check_reach(store: Store, environment: Mapping[str, str], to: str) -> None:
-    """Prints what another machine needs to reach the store. Raises UserError for an address of loopback."""
-    if urlsplit(to if "://" in to else f"//{to}").hostname in LOOPBACK:
-        return
+    """Raises UserError where another machine would look for the store in itself, and where no cluster answers.
+
+    Prints what a store in a folder needs, also for an address of loopback, which a tunnel may have.
+    """
+    if urlsplit(to if "://" in to else f"//{to}").hostname not in LOOPBACK:
+        for name, url in environment.items():
+            if urlsplit(url).hostname in LOOPBACK:
+                raise UserError(
+                    f"{name} is {url}, which a machine of the cluster looks for in itself; name the server's host"
+                )
+    if to != KUBERAY:
+        check_answers(to)
     if local_folder(store):
         print(f"note: {store.url} is a folder: every machine of the cluster must mount it there", file=sys.stderr)
-    for name, url in environment.items():
-        if urlsplit(url).hostname in LOOPBACK:
-            raise UserError(
-                f"{name} is {url}, which a machine of the cluster looks for in itself; name the server's host"
-            )
 
 
 def put_package(store: Store, package: Package) -> str:

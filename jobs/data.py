@@ -14,7 +14,7 @@ from pipeline.data.export import STAGES, export_pairs
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
 from pipeline.data.source.forget import Request, find, without
-from pipeline.data.source.journal import ListJournal, change_journal, read_journal, with_forgotten
+from pipeline.data.source.journal import ListJournal, change_journal, with_forgotten
 from pipeline.data.source.lists import reach
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
@@ -88,7 +88,7 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
     def appended(now: ListJournal) -> ListJournal:
         if now.retries != journal.retries:
             raise UserError("somebody else has changed the rows to be tried again; nothing is appended: try again")
-        return replace(now, retries=(*now.retries, blob))
+        return replace(now, retries=(*now.retries, without(project.store, blob, now.forgotten)))
 
     change_journal(project.store, project.config.project, appended)
     print(f"{rows:,} rows are appended to the list, to be fetched by the next run")
@@ -152,9 +152,11 @@ def _collect(project: Project, arguments: argparse.Namespace) -> int:
 
 
 def _listed(project: Project) -> list[SourceShard]:
-    """Stores the list, and returns its shards."""
-    journal = read_journal(project.store, project.config.project)
-    return scan(project.config.source, project.store, write=True, journal=journal).shards
+    """Stores the list, and returns its shards. Raises UserError if it has changed since it was opened."""
+    found = scan(project.config.source, project.store, write=True, journal=project.journal)
+    if found.keys != project.scan.keys:
+        raise UserError("the list has changed meanwhile; nothing is written: run the command again")
+    return found.shards
 
 
 def _words(text: str) -> str:

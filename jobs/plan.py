@@ -112,7 +112,8 @@ def agree(
         until: The last stage to make.
         yes: Go on whatever it costs.
         verbose: Print what each stage takes, and every change.
-        machine_of: Finds what there is to run on; None where that is not known here.
+        machine_of: Finds what there is to run on; None where that is not known here: then nothing is reckoned, and what
+            runs there, which knows it, plans again.
 
     Raises:
         UserError: ``only`` lacks an input. Without ``yes``: it costs more than the budget, or a CPU would take more
@@ -129,17 +130,17 @@ def agree(
     seen = observe(project.store, project.config.project, project.graph, project.held_out) if stale else {}
     ask = Ask(project.config, project.graph, project.rows, project.held_out, seen)
     ask = replace(ask, machine=machine, looked=True) if machine else ask
-    costs = _costs(verdicts, wanted, ask)
-    _print_plan(
-        project, [v for v in verdicts if v.stage in wanted], costs, ask, verbose, places_known=machine is not None
-    )
+    costs = _costs(verdicts, wanted, ask) if machine else {}
+    _print_plan(project, [v for v in verdicts if v.stage in wanted], costs, ask, verbose)
+    if stale and not machine:
+        print("the job says how long that takes on its cluster, and ends at once if it is above the budget")
     seconds = elapsed(costs, ask)
-    if stale and seconds > project.config.run.budget_hours * 3600 and not yes:
+    if seconds > project.config.run.budget_hours * 3600 and not yes:
         raise UserError(
             f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
             "add --yes to go on, or raise the budget"
         )
-    if machine and not yes and (slow := list(too_slow(costs, ask))):
+    if not yes and (slow := list(too_slow(costs, ask))):
         raise UserError(
             f"{'; '.join(slow)}, for want of a GPU: run it where there are GPUs, or take a smaller preset; add --yes "
             "to go on all the same"
@@ -158,9 +159,8 @@ def _print_plan(
     costs: Mapping[str, Cost],
     ask: Ask,
     verbose: bool,
-    places_known: bool = True,
 ) -> None:
-    """Prints a line for each stage, the sum, and, if ``places_known``, on what they run; all costs if ``verbose``."""
+    """Prints a line for each stage, the sum, and on what they run; all costs if ``verbose``."""
     print(f"{project.config.project}: {_size(ask.rows, len(project.scan.shards))}, store {project.store.url}")
     for verdict in verdicts:
         note = verdict.because if verbose else shorten(verdict.because, SHORT, placeholder=" ...")
@@ -172,8 +172,7 @@ def _print_plan(
     guessed = any(cost.basis == "guess" for cost in costs.values())
     total = duration(elapsed(costs, ask))
     print(f"about {total} in all{', guessed from sizes where nothing was measured yet' if guessed else ''}")
-    if places_known:
-        print(places(costs, ask))
+    print(places(costs, ask))
     if "evaluation" in costs:
         for line in short_splits(project.scan.held_out):
             print(f"warning: {line}")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cluster.client import Cluster, check_answers
+from cluster.client import Cluster
 from cluster.job import Job, make_job, plain
 from cluster.package import Package, make_package
 from cluster.pods import pod, settled
@@ -70,10 +70,7 @@ def _machine(project: Project, to: str, ray: RaySettings) -> Machine | None:
     if to == LOCAL:
         return this_machine(ray)
     check_reach(project.store, plain(os.environ), to)
-    if to == KUBERAY:
-        return pod(project.config.run.kubernetes)
-    check_answers(to)
-    return None  # the job says it
+    return pod(project.config.run.kubernetes) if to == KUBERAY else None  # else the job says it
 
 
 def _run(project: Project, asked: Agreed, job: Job, to: str, detach: bool) -> int:

@@ -225,7 +225,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
         own = {name: value for name, value in given.items() if name != "preset"}
         preset = _preset(given.get("preset", common)).get(stage, {})
         values[stage] = overlay(preset | _decay(preset, own.get("samples")), own)
-    config = _named(_scaled(parse(Config, values), scale))
+    config = _named(_with_clip_as_it_is(_scaled(parse(Config, values), scale)))
     _check(config)
     return config
 
@@ -258,6 +258,12 @@ def _scaled(config: Config, scale: Any) -> Config:
     early = config.evaluation.early
     early = max(config.decoder.batch, round(early * scale)) if early else 0
     return dataclasses.replace(config, **longer, evaluation=dataclasses.replace(config.evaluation, early=early))
+
+
+def _with_clip_as_it_is(config: Config) -> Config:
+    """Returns ``config`` without the training of a CLIP that exists: it happens nowhere, and must not count in keys."""
+    clip = config.clip
+    return dataclasses.replace(config, clip=ClipRecipe(weights=clip.weights)) if clip.pretrained else config
 
 
 def _named(config: Config) -> Config:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -192,6 +193,7 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
         },
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=60,
+        max_constructor_retry_count=1,
     )
     door: Any = serve.deployment(
         serve.ingress()(DoorProcess),
@@ -229,7 +231,14 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        serve.run(build(served, settings, tokens), name=APP, route_prefix="/")
+        try:
+            serve.run(build(served, settings, tokens), name=APP, route_prefix="/")
+        except RuntimeError as e:
+            said = "\n".join(each.message for each in serve.status().applications[APP].deployments.values())
+            if mistake := re.search(r"\b(?:UserError|CorruptObject): (.*)", said):
+                raise UserError(mistake[1]) from e
+            log.error("%s", said)
+            raise
         host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
         url = f"http://{host}:{settings.port}"
         print(f"the studio is at {url}/, the API at {url}/v1", flush=True)
@@ -260,8 +269,9 @@ def _start_serve(settings: ServeSettings) -> ServeSettings:
         except (RayActorError, TimeoutError) as e:
             if there is None:
                 serve.shutdown()
+            why = (str(e).splitlines() or ["no answer"])[0]
             raise UserError(
-                f"serve: Ray Serve did not listen within a minute; is this machine, or the cluster's head, busy? ({e})"
+                f"serve: Ray Serve did not listen within a minute; is the machine, or the head, busy? ({why})"
             ) from e
         except RayTaskError as e:
             if there is None:  # else it is somebody else's

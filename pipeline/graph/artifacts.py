@@ -78,6 +78,11 @@ def artifact_path(stage: str, key: str) -> str:
     return f"artifacts/{stage}/{key}.json"
 
 
+def is_preview(name: str) -> bool:
+    """Returns whether a file of a model's artefact shows validation images: what a training draws while it runs."""
+    return name == "preview.png" or name.startswith("previews/")
+
+
 def publish_shard(
     store: Store,
     stage: str,

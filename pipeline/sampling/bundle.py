@@ -9,12 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from models.sampling_config import MODELS, PRIORS, UPSAMPLERS, SamplingConfig, largest_side
-from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.artifacts import Artifact, is_preview, publish_artifact
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.store.records import put_blob
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,16 @@ class BundleRecipe:
 
 
 def run_bundle(ctx: Context) -> Artifact:
-    """Gathers the models' files under one folder each. Copies nothing: a bundle names the blobs of its parts."""
-    blobs = {f"{stage}/{name}": blob for stage, part in ctx.inputs.items() for name, blob in part.blobs.items()}
+    """Gathers the models' files under one folder each. Copies nothing: a bundle names the blobs of its parts.
+
+    Their previews, which show other people's images, stay behind: a bundle travels.
+    """
+    blobs = {
+        f"{stage}/{name}": blob
+        for stage, part in ctx.inputs.items()
+        for name, blob in part.blobs.items()
+        if not is_preview(name)
+    }
     sampling = json.dumps(dataclasses.asdict(ctx.recipe.sampling), indent=2)
     blobs["sampling.json"] = put_blob(ctx.store, sampling.encode())
     blobs["README.md"] = put_blob(ctx.store, _card(ctx).encode())

@@ -265,11 +265,18 @@ class S3Store:
             for page in pages:
                 for upload in page.get("Uploads", ()):
                     if upload["Initiated"].timestamp() <= before:
-                        self._client.abort_multipart_upload(
-                            Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                        )
-                        count += 1
+                        count += self._abort(upload["Key"], upload["UploadId"])
         return count
+
+    def _abort(self, key: str, upload: str) -> bool:
+        """Aborts an upload. Returns whether it was still there: a writer, or a rule of the bucket, may end it."""
+        try:
+            self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+        except ClientError as e:
+            if e.response["Error"]["Code"] != "NoSuchUpload":
+                raise
+            return False
+        return True
 
     def _put(self, path: str, data: bytes, **condition: str) -> bool:
         """Writes an object with one conditional request. Returns whether the condition held."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.graph.artifacts import (
     StageKey,
     ancestors,
     artifact_path,
+    is_preview,
     load_artifact,
     read_shards,
     shard_path,
@@ -77,7 +79,7 @@ def find_live(store: Store, keep_s: float, now: float) -> Live:
         for name, asked in stages.items():
             wanted[name].add(asked["key"])
             # Files that a recipe names count by content there; workers may still read their blobs.
-            live.paths.update(blob_path(v) for v in asked["recipe"].values() if re.fullmatch(r"[0-9a-f]{64}", str(v)))
+            live.paths.update(map(blob_path, re.findall(r"\b[0-9a-f]{64}\b", str(asked["recipe"]))))
             if "trajectory" in asked:
                 trainings.add(_training(name, asked["recipe"], asked["inputs"]))
                 live.prefixes.add(f"checkpoints/{asked['trajectory']}/")
@@ -112,7 +114,8 @@ def _pinned(store: Store, live: Live) -> set[str]:
             journal = read_journal(store, name.removeprefix("list-").removesuffix(".json"))
             live.paths.update(blob_path(blob) for blob in journal.retries)
         elif name.endswith(".json"):
-            keys.add(pinned_key(store, entry.path))
+            with suppress(FileNotFoundError):  # the pin is lifted meanwhile
+                keys.add(pinned_key(store, entry.path))
     return keys
 
 
@@ -146,17 +149,19 @@ def _behind(store: Store, released: Mapping[str, Clean], live: Live) -> set[Stag
     """Returns stage and key of all that released bundles were made from.
 
     Models are kept. Of data from before a forgetting only the records are kept, which say what a bundle came from,
-    without the blobs that they list: forgotten rows must go.
+    without the blobs that they list, and models of then lose their previews: forgotten rows must go.
     """
     found = set()
     for key, clean in released.items():
         bundle = load_artifact(store, "bundle", key)
         for artifact in ancestors(store, bundle) if bundle is not None else ():
             name = (artifact.stage, artifact.key)
-            if artifact.shard_table is None or clean is None or name in clean:
+            if clean is None or name in clean:
                 found.add(name)
-            else:
-                live.paths.add(artifact_path(*name))
+                continue
+            live.paths.add(artifact_path(*name))
+            if artifact.shard_table is None:
+                live.paths.update(blob_path(blob) for file, blob in artifact.blobs.items() if not is_preview(file))
     return found
 
 
@@ -259,3 +264,5 @@ def mark_blobs(store: Store, path: str, live: Live) -> None:
         _mark_segment(record, live)
     else:
         live.paths.update(map(blob_path, record["blobs"].values()))
+        lines = record.get("journal", {}).get("lines", ())  # of a checkpoint
+        live.paths.update(blob_path(line["preview"]) for line in lines if "preview" in line)

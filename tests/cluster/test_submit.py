@@ -13,6 +13,7 @@ from cluster.package import Package
 from cluster.submission import attach_or_submit
 from jobs.plan import agree
 from jobs.project import Project, open_project
+from pipeline.errors import UserError
 from tests.chain import done, here, write_config, write_list
 from tests.seaweed import Server
 
@@ -65,6 +66,20 @@ def test_twice_is_once_until_it_has_ended(project: Project, capsys: pytest.Captu
         ids.append(_submit(cluster, project, package))
         assert f"has ended ({status.lower()})" in capsys.readouterr().out
     assert ids == [f"{first}-2", f"{first}-3", f"{first}-4"]
+
+
+def test_a_budget_is_not_judged_by_a_machine_that_is_not_the_clusters(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poor = dataclasses.replace(project.config, run=dataclasses.replace(project.config.run, budget_hours=1e-9))
+    project = dataclasses.replace(project, config=poor)
+    with pytest.raises(UserError, match=r"above run\.budget_hours"):
+        agree(project, None, "pairs", yes=False)
+    assert "in all" in capsys.readouterr().out
+    assert "pairs" in agree(project, None, "pairs", yes=False, machine_of=lambda _: None).stale
+    said = capsys.readouterr().out
+    assert "in all" not in said
+    assert "the job says how long that takes on its cluster" in said
 
 
 def test_run_settings_do_not_change_what_is_asked(project: Project) -> None:

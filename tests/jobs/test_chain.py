@@ -129,9 +129,11 @@ def test_same_seed_same_picture(chain: Chain) -> None:
 def test_fine_tuning_goes_on_from_a_bundle(chain: Chain, tmp_path: Path) -> None:
     """As init writes it, for all models but the AR prior. With a rate of nearly nothing they stay what they were."""
     pairs = write_list(tmp_path / "flags.csv", 60, 84)
-    done(here("init", "my-flags", pairs, "--from", chain.folder / "out", cwd=tmp_path))
+    done(here("init", "my-flags", pairs, "--from", os.path.relpath(chain.folder / "out", tmp_path), cwd=tmp_path))
     config = load_config(tmp_path / "my-flags.yaml")
     (bundle,) = (chain.folder / "out/bundle").iterdir()
+    assert config.clip.weights == f"local-dir:{bundle / 'clip'}"  # found from everywhere
+    assert not list(bundle.rglob("preview*"))  # which show validation images
     assert config.bundle.models == MODELS[1:]
     for name in MODELS[1:]:
         recipe, weights = getattr(config, name), bundle / name / "model.safetensors"

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
+import yaml
 
+import jobs.data
 from pipeline.data.fetch.references import comparable
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.duplicates import hashes_of
+from pipeline.data.source.journal import read_journal
 from pipeline.graph.artifacts import load_artifact, read_shards, read_table
 from pipeline.store import Store, open_store
 from tests.chain import done, here, shard_paths, write_config, write_list
@@ -96,6 +100,40 @@ def test_what_is_forgotten_is_not_kept_by_a_retry(tmp_path: Path, pictures: str)
     done(here("data", "gc", config, "--yes", "--grace-hours", "0"))
     assert not _holding(store, victim["url"].encode(), victim["caption"].encode())
     assert "nothing to do" in done(here("run", config, "--until", "curation"))
+
+
+@pytest.mark.parametrize("other", ["forget", "retry", "list"])
+def test_a_retry_beside_another_command(
+    tmp_path: Path, pictures: str, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """While rows are gathered one of them is forgotten; or, before, the list becomes another one."""
+    write_list(tmp_path / "list.csv", 100, 120)
+    store = open_store(str(tmp_path / "store"))
+    config = write_config(tmp_path, store.url, pictures, [tmp_path / "list.csv"])
+    nobody = ("run.pairs.hosts={emoji.test: '127.0.0.1:1'}", "run.pairs.retries=0", "--until", "pairs")
+    done(here("run", config, *nobody))
+    victim = list(csv.DictReader((tmp_path / "list.csv").open()))[7]
+    scan, gather = jobs.data.scan, jobs.data.gather
+
+    def meanwhile(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.undo()
+        if other == "list":
+            write_list(tmp_path / "list.csv", 100, 121)
+        else:
+            done(here("data", other, config, *([victim["url"]] if other == "forget" else [])))
+        return (gather if other == "forget" else scan)(*arguments, **named)
+
+    monkeypatch.setattr(jobs.data, "gather" if other == "forget" else "scan", meanwhile)
+    if other == "list":
+        refused("data", "retry", config, says=["the list has changed meanwhile"])
+    elif other == "retry":
+        refused("data", "retry", config, says=["somebody else has changed the rows to be tried again"])
+    else:
+        assert done(here("data", "retry", config)).startswith("20 rows are appended")
+        (retried,) = read_journal(store, yaml.safe_load(config.read_text())["project"]).retries
+        references = [row["url"] for row in read_table(store, retried).to_pylist()]
+        assert references[7] == ""
+        assert victim["url"] not in references
 
 
 def _others(rows: list[dict[str, Any]], but: dict[str, Any]) -> list[dict[str, Any]]:

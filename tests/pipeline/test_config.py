@@ -66,6 +66,14 @@ def test_scale_changes_how_long_every_model_trains_and_nothing_else() -> None:
     assert make_config({**LEAST, "evaluation": {"early": 0}, "scale": 0.5}).evaluation.early == 0
 
 
+def test_a_clip_that_exists_is_the_same_whatever_trainings_are() -> None:
+    """So nothing that is made with it becomes stale."""
+    clip = {"clip": {"weights": "open_clip:ViT-B-32:openai"}}
+    found = [make_config({**LEAST, **clip, **other}).clip for other in ({}, {"scale": 0.5}, {"preset": "small"})]
+    assert found[0] == found[1] == found[2]
+    assert make_config({**LEAST, "clip": {**clip["clip"], "seed": 7}}).clip == found[0]
+
+
 def test_other_samples_than_a_preset_s_keep_the_share_over_which_its_rate_falls() -> None:
     plain = make_config({**LEAST, "preset": "tiny"}).decoder
     for samples in (64, 1000, 10 * plain.samples):

@@ -1,8 +1,10 @@
 """What a server does until it listens, and how a process that draws follows a release."""
 
+import re
 import socket
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,8 @@ from pipeline.settings import RaySettings
 from serve import app
 from serve.app import Drawer
 from serve.settings import ServeSettings
+from tests.faults import start
+from tests.pipeline.sampling.test_generation import publish_bundle
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -70,11 +74,21 @@ def test_a_proxy_that_starts_slowly_is_not_killed(monkeypatch: pytest.MonkeyPatc
             time.sleep(0.1)
         serve.shutdown()
         monkeypatch.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", 0.01)
-        with pytest.raises(UserError, match="did not listen within a minute; is this machine"):
+        with pytest.raises(UserError, match=r"did not listen within a minute; is the machine.*\)$"):
             app._start_serve(ServeSettings(port=0))
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def test_what_a_process_cannot_load_is_one_line(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    head = f"prompt_head={tmp_path / 'typo.safetensors'}"
+    process = start("serve", tmp_path / "bundle", "port=0", "replicas=1", head)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 2, said + errors
+    assert "Traceback" not in said + errors
+    assert re.search("^error: .*typo.safetensors.*$", errors, flags=re.MULTILINE)
 
 
 class Releases:

@@ -193,7 +193,8 @@ def test_only_hashes_of_tokens_travel_to_a_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[Package] = []
-    monkeypatch.setattr("jobs.serve.check_answers", print)
+    for asked in ("jobs.serve", "cluster.submission"):
+        monkeypatch.setattr(f"{asked}.check_answers", print)
     monkeypatch.setattr("jobs.serve.Cluster", str)
     monkeypatch.setattr("jobs.serve.attach_or_submit", lambda *words: sent.append(words[3]))
     monkeypatch.setattr("jobs.serve.follow", lambda *_: 0)

@@ -16,7 +16,14 @@ from pipeline.data.curation.near_passes import pack, read_piece
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.journal import change_journal, journal_path
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact, write_shard_table
+from pipeline.graph.artifacts import (
+    SEGMENTS,
+    Artifact,
+    artifact_path,
+    load_artifact,
+    publish_artifact,
+    write_shard_table,
+)
 from pipeline.graph.damage import create_record, read_record, set_aside, stands_on
 from pipeline.graph.execute import heal
 from pipeline.graph.plan import pin_path, read_pin
@@ -27,6 +34,7 @@ from pipeline.store.records import FORMAT, blob_path, peek_record, put_blob, rea
 from pipeline.upkeep.collect import collect
 from tests.chain import ROOT
 from tests.flips import flip_first_reads
+from tests.pipeline.upkeep.test_collect import lift_when_listed
 
 GRAPH = build(load_config(ROOT / "configs/nano.yaml"))
 
@@ -287,6 +295,16 @@ def test_what_a_pin_names_stays(victim: str, store: Store) -> None:
     store.delete([pin_path("lineage")])
     _meet(store, path, clip)
     assert load_artifact(store, "clip", clip.key) is None
+
+
+def test_what_another_run_deletes_while_one_heals_is_passed_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pin, and a record that names the damaged blob."""
+    blob = put_blob(store, b"rows")
+    create_record(store, f"{SEGMENTS}one.json", {"shards": [], "hashes": [blob]})
+    store.swap(pin_path("lineage"), None, json.dumps({"key": "k"}).encode())
+    lift_when_listed(monkeypatch, store, SEGMENTS, "locks/")
+    heal(store, CorruptObject(blob_path(blob), "has other bytes"), {}, GRAPH)
+    assert not [path for path in contents(store) if not path.startswith("damaged/")]
 
 
 def test_rows_that_a_list_tries_again_stay(store: Store) -> None:

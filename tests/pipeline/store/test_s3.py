@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from botocore.exceptions import ClientError
 
 from pipeline.errors import UserError
 from pipeline.store import Store, open_store
@@ -268,6 +269,23 @@ def test_racing_uploads_leave_a_whole_object(store: S3Store, proxy: FaultProxy, 
         assert any(pool.map(lambda _: store.create("blobs/race", big), range(4)))
     assert store.read("blobs/race") == big.read_bytes()
     assert _uploads(store) == []
+
+
+def test_an_upload_that_ends_before_it_is_aborted_is_no_error(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 answers NoSuchUpload then, the server of the tests does not."""
+    store._client.create_multipart_upload(**store._where("blobs/big"))
+    code = "NoSuchUpload"
+
+    def abort(**where: str) -> None:
+        raise ClientError(
+            {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 404}}, "AbortMultipartUpload"
+        )
+
+    monkeypatch.setattr(store._client, "abort_multipart_upload", abort)
+    assert store.clear_abandoned(time.time() + 5) == 0
+    code = "NoSuchBucket"
+    with pytest.raises((ClientError, UserError)):
+        store.clear_abandoned(time.time() + 5)
 
 
 def test_abandoned_uploads_are_aborted_when_they_are_old(store: S3Store) -> None:

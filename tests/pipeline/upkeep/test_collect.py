@@ -10,6 +10,7 @@ from typing import Literal
 
 import pytest
 
+from pipeline.data.embeddings.stage import EmbeddingsRecipe
 from pipeline.data.pairs.stage import PairsRecipe
 from pipeline.data.source.journal import ListJournal, change_journal, with_forgotten
 from pipeline.errors import UserError
@@ -34,6 +35,7 @@ from pipeline.store.leases import lead_or_wait
 from pipeline.store.records import blob_path, put_blob, read_blob
 from pipeline.training.recipes import ClipRecipe
 from pipeline.upkeep.collect import TOMBSTONES, collect
+from pipeline.upkeep.live import find_live
 
 DAY = 86_400.0
 NOW = time.time()
@@ -80,7 +82,9 @@ def _run(
         publish_artifact(store, Artifact("pairs", keys["pairs"], {"source": "s"}, {}, ledger, shard_table=table), 1.0)
     folder = trajectory("clip", graph["clip"].version, graph["clip"].recipe, {"pairs": keys["pairs"]})
     blob = put_blob(store, f"state {seed}".encode())
-    create_record(store, f"checkpoints/{folder}/{64:012d}-0001.json", {"blobs": {"model": blob}})
+    lines = [{"samples": 64, "preview": put_blob(store, f"preview {seed}".encode())}]
+    body = {"blobs": {"model": blob}, "journal": {"lines": lines}}
+    create_record(store, f"checkpoints/{folder}/{64:012d}-0001.json", body)
     if "clip" in made:
         _publish_clip(store, seed, keys, 64)
     return keys
@@ -89,6 +93,7 @@ def _run(
 def _publish_clip(store: Store, seed: int, keys: dict[str, str], samples: int, key: str = "") -> None:
     recipe = flatten(_graph(seed)["clip"].recipe) | {"samples": samples}
     blobs = {"model": put_blob(store, f"model {seed} {samples}".encode())}
+    blobs["preview.png"] = put_blob(store, f"preview {seed}".encode())
     inputs = {"pairs": keys["pairs"]}
     publish_artifact(store, Artifact("clip", key or keys["clip"], inputs, recipe, Ledger(), blobs), 1.0)
 
@@ -118,6 +123,18 @@ def _collect_while(store: Store, monkeypatch: pytest.MonkeyPatch, act: Callable[
     assert seen
 
 
+def lift_when_listed(monkeypatch: pytest.MonkeyPatch, store: Store, *prefixes: str) -> None:
+    """Deletes what is listed with one of the prefixes, after it is listed, as another process may."""
+    original = type(store).list
+
+    def list_and_delete(self: Store, prefix: str) -> object:
+        entries = list(original(self, prefix))
+        self.delete([entry.path for entry in entries if prefix in prefixes])
+        return iter(entries)
+
+    monkeypatch.setattr(type(store), "list", list_and_delete)
+
+
 def test_what_recent_runs_made_stays(store: Store) -> None:
     for seed in (0, 1):
         _run(store, seed)
@@ -134,6 +151,12 @@ def test_what_is_pinned_while_gc_looks_stays(store: Store, monkeypatch: pytest.M
     _collect_while(store, monkeypatch, lambda: store.swap(pin_path("lineage"), None, pin))
     assert load_artifact(store, "clip", old["clip"]) is not None
     assert load_artifact(store, "pairs", old["pairs"]) is None
+
+
+def test_a_pin_that_is_lifted_while_gc_looks_protects_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.swap(pin_path("lineage"), None, json.dumps({"key": "k"}).encode())
+    lift_when_listed(monkeypatch, store, "locks/")
+    assert not find_live(store, 30 * DAY, NOW).paths
 
 
 def test_of_an_old_run_stays_what_the_last_one_shares_or_a_pin_names(store: Store) -> None:
@@ -153,7 +176,7 @@ def test_of_an_old_run_stays_what_the_last_one_shares_or_a_pin_names(store: Stor
     pairs = load_artifact(store, "pairs", last["pairs"])
     assert pairs is not None
     assert [read_blob(store, s.blobs["index"]) for s in read_shards(store, pairs)] == [b"2 0", b"2 1"]
-    assert sum(path.startswith("blobs/") for path in after) == 1 + 2 + 1 + 1 + 1  # pinned; shards, table, model, state
+    assert sum(path.startswith("blobs/") for path in after) == 2 + 2 + 1 + 2 + 1  # pinned; shards, table, model, state
     assert not dry.deleted
 
 
@@ -305,7 +328,7 @@ def test_of_a_release_what_was_forgotten_goes_and_models_and_figures_stay(store:
     _forget(store, "p")
     _run(store, 1, forgettings=1)
     _sweep(store, NOW + 2 * DAY)
-    assert not (blobs | {pictures}) & _paths(store)
+    assert not (blobs | {pictures, blob_path(clip.blobs["preview.png"])}) & _paths(store)
     assert read_blob(store, clip.blobs["model"])
     assert load_artifact(store, "pairs", old["pairs"]) == pairs
     assert figures in _paths(store)
@@ -369,13 +392,17 @@ def test_the_grace_goes_by_the_stores_clock_not_by_this_machines(
 
 
 def test_files_that_a_recipe_names_stay(store: Store, tmp_path: Path) -> None:
-    (tmp_path / "hosts.txt").write_text("example.org")
-    recipe = PairsRecipe(deny_hosts=ContentFile.at(str(tmp_path / "hosts.txt"), "deny_hosts"))
-    graph = {"pairs": Stage("pairs", 1, recipe, (), never)}
+    hosts, head = tmp_path / "hosts.txt", tmp_path / "head.safetensors"
+    hosts.write_text("example.org")
+    head.write_text("weights")
+    pairs = PairsRecipe(deny_hosts=ContentFile.at(str(hosts), "deny_hosts"))
+    embeddings = EmbeddingsRecipe(heads={"aesthetic": ContentFile.at(str(head), "heads")})
+    recipes = {"pairs": pairs, "embeddings": embeddings}
+    graph = {name: Stage(name, 1, recipe, (), never) for name, recipe in recipes.items()}
     remember(store, "p", graph, plan(graph, {}, "p", store, {}))
-    blob = put_blob(store, tmp_path / "hosts.txt")
+    blobs = [put_blob(store, file) for file in (hosts, head)]
     _sweep(store)
-    assert read_blob(store, blob) == b"example.org"
+    assert [read_blob(store, blob) for blob in blobs] == [b"example.org", b"weights"]
 
 
 def test_two_collections_at_once_are_one_too_many(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
