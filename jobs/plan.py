@@ -133,7 +133,8 @@ def agree(
     costs = _costs(verdicts, wanted, ask) if machine else {}
     _print_plan(project, [v for v in verdicts if v.stage in wanted], costs, ask, verbose)
     if stale and not machine:
-        print("the job says how long that takes on its cluster, and ends at once if it is above the budget")
+        end = "" if yes else ", and ends at once if it is above the budget"
+        print(f"the job says how long that takes on its cluster{end}")
     seconds = elapsed(costs, ask)
     if seconds > project.config.run.budget_hours * 3600 and not yes:
         raise UserError(

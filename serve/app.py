@@ -193,7 +193,6 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
         },
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=60,
-        max_constructor_retry_count=1,
     )
     door: Any = serve.deployment(
         serve.ingress()(DoorProcess),
@@ -234,9 +233,11 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
         try:
             serve.run(build(served, settings, tokens), name=APP, route_prefix="/")
         except RuntimeError as e:
-            said = "\n".join(each.message for each in serve.status().applications[APP].deployments.values())
-            if mistake := re.search(r"\b(?:UserError|CorruptObject): (.*)", said):
-                raise UserError(mistake[1]) from e
+            application = serve.status().applications.get(APP)
+            said = "\n".join(each.message for each in application.deployments.values()) if application else ""
+            if mistake := re.search(r"\bpipeline\.errors\.(\w+): (.*)", said):
+                advice = "; check the disk or the bucket" if mistake[1] == "CorruptObject" else ""
+                raise UserError(f"{mistake[2]}{advice}") from e
             log.error("%s", said)
             raise
         host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host

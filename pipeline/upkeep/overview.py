@@ -176,7 +176,14 @@ def _runs(store: Store, paths: Sequence[str]) -> list[PastRun]:
 
 def _pinned(store: Store) -> frozenset[str]:
     paths = [entry.path for entry in store.list("locks/") if re.fullmatch(r"locks/[0-9a-f]{64}\.json", entry.path)]
-    return frozenset(ordered_map(lambda path: pinned_key(store, path), paths[:MOST]))
+
+    def pinned(path: str) -> str:
+        try:
+            return pinned_key(store, path)
+        except FileNotFoundError:  # the pin is lifted meanwhile
+            return ""
+
+    return frozenset(ordered_map(pinned, paths[:MOST])) - {""}
 
 
 def _released(store: Store, name: StageKey) -> list[str]:

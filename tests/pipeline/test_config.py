@@ -157,7 +157,7 @@ def test_a_preset_fills_every_model(preset: str) -> None:
         assert {name: getattr(recipe, name) for name in fields} == fields
         inner = getattr(recipe, "sampling" if stage == "bundle" else "model", None)
         assert {name: json.loads(json.dumps(getattr(inner, name))) for name in model} == model
-    early = {"tiny": 1 / 8}.get(preset, 1 / 4)
+    early = {"tiny": 1 / 10}.get(preset, 1 / 4)
     assert config.evaluation.early == pytest.approx(early * config.decoder.samples)
 
 

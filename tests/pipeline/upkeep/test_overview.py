@@ -21,6 +21,7 @@ from pipeline.store import Store, open_store
 from pipeline.store.leases import lead_or_wait, lease_path
 from pipeline.upkeep.overview import find_artifact, lineage, overview
 from tests.counted import Counted
+from tests.pipeline.upkeep.test_collect import lift_when_listed
 
 CONFIG = load_config("configs/nano.yaml")
 GRAPH = build(CONFIG)
@@ -77,6 +78,12 @@ def test_only_what_is_not_made_and_not_released_runs(store: Store) -> None:
     found = overview(store, "p").leases
     assert found.keys() == {keys["captions"]}
     assert found[keys["captions"]]["stage"] == "captions"
+
+
+def test_a_pin_that_is_lifted_meanwhile_pins_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.swap(pin_path("a" * 64), None, b'{"key": "k"}')
+    lift_when_listed(monkeypatch, store, "locks/")
+    assert not overview(store).pinned
 
 
 def test_more_data_cost_no_more_requests(make_store: Callable[[], Store]) -> None:
