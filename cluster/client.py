@@ -250,7 +250,9 @@ def _own_token() -> str | None:
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
     try:
-        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser().read_text().strip()
+        return (
+            Path(os.path.expanduser(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token")).read_text().strip()
+        )
     except OSError:
         return None
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import os
 import sysconfig
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,7 +104,7 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
     for i, path in enumerate(paths):
         if path.startswith("emoji:") or is_remote(path):
             continue
-        file = Path(path).expanduser().absolute()
+        file = Path(os.path.expanduser(path)).absolute()
         if not here and _travels(path, config):
             paths[i] = f"lists/{i}/{file.stem}{ROWS_SUFFIX}"
             files[paths[i]] = _as_read(path, config, journal.forgotten)
@@ -189,7 +190,7 @@ def _module(name: str) -> dict[str, Path | bytes]:
 
 def _travels(path: str, config: Config) -> bool:
     """Says whether a list can travel: it is a file, and its images are not files beside it."""
-    if table_kind(path) is None or not Path(path).expanduser().is_file():
+    if table_kind(path) is None or not Path(os.path.expanduser(path)).is_file():
         return False
     return not any(row.url.startswith(ELSEWHERE) and not row.reject for row in read_rows(path, config.source))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"{path} is there already and stays as it is; remove it, or choose another name")
     columns = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
     source = SourceRecipe(tuple(arguments.sources or ["pairs.csv"]), **columns)
-    lists = [behind_embeddings(Path(folder).expanduser(), source) for folder in embedded(source)]
+    lists = [behind_embeddings(Path(os.path.expanduser(folder)), source) for folder in embedded(source)]
     fetched = all(metadata for metadata, _ in lists) and len(lists) == len(source.paths)
     if fetched:
         source = SourceRecipe(tuple(metadata for metadata, _ in lists), **columns)

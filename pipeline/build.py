@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pipeline.config import Config
@@ -27,7 +28,7 @@ def build(config: Config) -> Graph:
     """
     if not config.clip.pretrained:
         for path in config.source.paths:
-            if imported.is_embeddings(Path(path).expanduser()):
+            if imported.is_embeddings(Path(os.path.expanduser(path))):
                 raise UserError(
                     f"source {path}: imported embeddings teach no CLIP; name in clip.weights what made them"
                 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -59,7 +60,7 @@ class ContentFile(str):
             named = cls(path)
             named.path = ""
             return named
-        place = Path(path).expanduser().absolute()
+        place = Path(os.path.expanduser(path)).absolute()
         try:
             with open_local(place) as f:
                 file = cls(hashlib.file_digest(f, "sha256").hexdigest())

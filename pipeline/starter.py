@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -187,7 +188,7 @@ def _values(folder: Path, recipe: Any) -> dict[str, Any]:
 
 def embedded(source: SourceRecipe) -> list[str]:
     """Returns the paths of a source that are folders of embeddings, which have no images."""
-    return [path for path in source.paths if is_embeddings(Path(path).expanduser())]
+    return [path for path in source.paths if is_embeddings(Path(os.path.expanduser(path)))]
 
 
 def existing_clip(gpu: bool, source: SourceRecipe, seen: Look | None) -> bool:

@@ -118,7 +118,7 @@ def _row(row: Mapping[str, Any], captions: Sequence[str], similarity: float) -> 
         "error_message": None,
         "width": row["width"],
         "height": row["height"],
-        "sha256": row["sha256"],
+        "stored_sha256": row["sha256"],  # not of what its URL gives, which a list's "sha256" is
         "captions": captions,
         "split": row["split"],
         "similarity": similarity,

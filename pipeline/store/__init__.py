@@ -6,6 +6,7 @@ object or none.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ def open_store(url: str) -> Store:
     if scheme == "file" and not name.startswith("/"):
         raise UserError(f"store {url}: not an absolute path; write file:///FOLDER, or the folder alone")
     if scheme in ("", "file"):
-        folder = Path(name).expanduser().absolute()
+        folder = Path(os.path.expanduser(name)).absolute()
         if folder.exists() and not folder.is_dir():
             raise UserError(f"store {url}: is a file; name a folder")
         return FolderStore(str(folder))

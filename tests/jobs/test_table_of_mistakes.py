@@ -77,6 +77,7 @@ init my array.jsonl                               | array.jsonl: line 1 ~write a
 init my book.xlsx                                 | book.xlsx: not a .parquet, .csv, ~save it as one of them
 init mine list.csv                                | mine.yaml is there already and stays as it is
 init my gone.csv                                  | gone.csv: no such file or folder in
+init my ~gone.csv                                 | ~gone.csv: no such file or folder in
 init my list.csv --from none                      | none: no finished bundle there; name a run's output folder
 sample                                            | unclip sample: CAPTION is missing
 sample cat                                        | no finished bundle under out/; run one first

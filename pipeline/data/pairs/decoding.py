@@ -136,6 +136,8 @@ class ImageDecoder:
 
     def _ask(self, name: str, data: bytes, max_pixels: int, arguments: list[Any]) -> tuple[Any, bytes]:
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:  # it had nothing to do, and has ended
+                self.close()
             for _ in range(2):
                 self._wait_until_ready()
                 assert self._process is not None

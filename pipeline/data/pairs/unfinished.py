@@ -37,6 +37,7 @@ class Unfinished:
     def __init__(self, name: str):
         everything = Path(tempfile.gettempdir(), f"unclip-pairs-{os.getuid()}")
         try:
+            _check_own(everything)
             _clear(everything)
             self._folder = everything / name
             self._rows = _locked(self._folder)
@@ -103,12 +104,16 @@ def _opened(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
 
 
-def _locked(folder: Path) -> BinaryIO:
-    """Opens the file of rows for this process alone. Raises OSError where that cannot be, or others may write."""
-    folder.parent.mkdir(mode=0o700, exist_ok=True)
-    found = folder.parent.lstat()
+def _check_own(everything: Path) -> None:
+    """Makes the folder. Raises OSError where others may write into it, or have put a link in its place."""
+    everything.mkdir(mode=0o700, exist_ok=True)
+    found = everything.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{folder.parent} is not this user's alone")
+        raise PermissionError(f"{everything} is not this user's alone")
+
+
+def _locked(folder: Path) -> BinaryIO:
+    """Opens the file of rows for this process alone. Raises OSError where that cannot be."""
     folder.mkdir(mode=0o700, exist_ok=True)
     rows = _opened(folder / "rows")
     try:

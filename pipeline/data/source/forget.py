@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
 
 from pipeline.data.source.journal import reference_mark, reference_marks
+from pipeline.data.source.rows import ListRow, write_rows, written_rows
 from pipeline.data.source.stage import SourceShard, row_key
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table, write_table
+from pipeline.graph.artifacts import Artifact, ShardRow, read_shards, read_table
 from pipeline.store import Store
 from pipeline.store.parallel import ordered_map
-from pipeline.store.records import put_blob
+from pipeline.store.records import put_blob, read_blob
 
 MOST_NAMED = 20  # rows, at most, that are told one by one
 
@@ -91,14 +96,20 @@ def without(store: Store, blob: str, marks: frozenset[str]) -> str:
 
     Each row stays in its place (see pipeline.data.source.retry).
     """
-    table = read_table(store, blob)
-    rows = table.to_pylist()
-    blank = {column.name: [] if column.name == "captions" else "" for column in table.schema}
-    hit = [not marks.isdisjoint(reference_marks(row["url"])) for row in rows]
-    if not any(hit):
+    if not marks:
         return blob
-    kept = [blank if gone else row for row, gone in zip(rows, hit, strict=True)]
-    return put_blob(store, write_table(type(table).from_pylist(kept, table.schema)))
+    data = read_blob(store, blob)
+
+    def rows() -> Iterator[tuple[ListRow, bool]]:
+        for row in written_rows(pa.BufferReader(data)):
+            yield row, not marks.isdisjoint(reference_marks(row.url))
+
+    if not any(hit for _, hit in rows()):
+        return blob
+    with tempfile.NamedTemporaryFile() as file:
+        write_rows(file, (ListRow("", ()) if hit else row for row, hit in rows()))
+        file.flush()
+        return put_blob(store, Path(file.name))
 
 
 def _rows_in(store: Store, shard: SourceShard, marks: set[str]) -> list[tuple[int, str]]:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
@@ -121,7 +122,10 @@ def _open(path: Path, within: Reach | None) -> np.memmap:
         # Not np.load, which opens a path itself, and whatever that has become.
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError(f"{path.name} is not as np.save writes a matrix")
-        shape, fortran, kind = np.lib.format.read_array_header_1_0(file)
+        try:
+            shape, fortran, kind = np.lib.format.read_array_header_1_0(file)
+        except (SyntaxError, TypeError, TokenError, RecursionError, MemoryError):  # numpy parses it as Python
+            raise ValueError(f"{path.name} has a damaged header") from None
         if kind not in (np.float16, np.float32):
             raise ValueError(f"{path.name} holds {kind}, not float16 or float32")
         if (

@@ -143,7 +143,7 @@ def _kind(path: str) -> tuple[str, str]:
     if is_remote(path):
         check_remote(path)
         return "remote", path
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not file.exists():
         where = "" if file.is_absolute() else f" in {Path.cwd()}"
         pattern = "; patterns are not expanded: name the folder" if set("*{") & set(path) else ""
@@ -210,7 +210,7 @@ def unread(path: str, recipe: SourceRecipe) -> str:
 def no_rows(path: str, recipe: SourceRecipe) -> UserError:
     """Returns the error for a list without a row, which says what a folder has instead."""
     left = unread(path, recipe)
-    kinds = "; it has no image, tar or table" if Path(path).expanduser().is_dir() else ""
+    kinds = "; it has no image, tar or table" if Path(os.path.expanduser(path)).is_dir() else ""
     return UserError(f"source {path}: no rows{kinds}{left and f': {left}'}")
 
 

@@ -33,7 +33,8 @@ def gather(
 ) -> tuple[str | None, int]:
     """Stores the rows whose last try ended with one of ``reasons``, as the Parquet blob of a segment.
 
-    Their splits go along, so that none moves. One shard is in memory at a time.
+    A split goes along if the list names it; else it is drawn again, by the same group or URL, whatever the shares are
+    by then, so that a group stays on one side. One shard is in memory at a time.
 
     Args:
         store: Where the list is stored.
@@ -69,11 +70,13 @@ def _failed(
         places = [i for i, reason in enumerate(ended) if reason in reasons and not refused[i]]
         if not places:
             continue
-        references = table.drop_columns(["reject"]).take(places).to_pylist()
+        references = table.drop_columns(["reject", "named"]).take(places).to_pylist()
+        named = table["named"].take(places).to_pylist()
         spoken = read_table(store, listed.captions, ["captions"])["captions"].take(places).to_pylist()
-        for reference, captions in zip(references, spoken, strict=True):
+        for reference, kept, captions in zip(references, named, spoken, strict=True):
             if tried.get(reference_mark(reference["url"]), 0) <= segment_of(shard.number):
-                yield ListRow(**reference, captions=tuple(captions))
+                split = reference["split"] if kept else ""
+                yield ListRow(**reference | {"split": split}, captions=tuple(captions))
 
 
 def _tried(store: Store, source: Sequence[SourceShard]) -> dict[str, int]:

@@ -46,7 +46,7 @@ from pipeline.store import Store
 from pipeline.store.records import digest, put_blob, read_blob
 
 VERSION = 1
-LAYOUT = 6  # of the records of segments, which no key counts
+LAYOUT = 7  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
 HASHES_A_BLOB = 1 << 20
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
@@ -264,7 +264,7 @@ class _Cutter:
         return bool(self.forgotten) and not self.forgotten.isdisjoint(reference_marks(url))
 
     def _shard(self, number: int, rows: list[ListRow], duplicate: Sequence[bool]) -> SourceShard:
-        refs, captions, rejects, held_out = [], [], [], Counter[str]()
+        refs, captions, rejects, named, held_out = [], [], [], [], Counter[str]()
         for row, again in zip(rows, duplicate, strict=True):
             reject = row.reject or ("no_reference" if not row.url else "duplicate_url" if again else None)
             # Of rows that are tried again, only those have no reference that were blanked.
@@ -272,10 +272,11 @@ class _Cutter:
                 row, reject = ListRow("", ()), "forgotten"
             rejects.append(reject)
             captions.append(row.captions)
+            named.append(bool(row.split))
             split = row.split or split_by_hash(row.group or row.url, self.recipe.validation, self.recipe.test)
             held_out[split] += reject is None and split != "train"
             refs.append((row.url, row.group, split, row.sha256, row.license, row.attribution, reject))
-        blobs = self._put(number, refs, captions) if self.write else {}
+        blobs = self._put(number, refs, named, captions) if self.write else {}
         return SourceShard(
             number,
             digest(["refs", VERSION, number, refs]),
@@ -287,10 +288,15 @@ class _Cutter:
         )
 
     def _put(
-        self, number: int, refs: Sequence[tuple[str | None, ...]], captions: Sequence[tuple[str, ...]]
+        self,
+        number: int,
+        refs: Sequence[tuple[str | None, ...]],
+        named: Sequence[bool],
+        captions: Sequence[tuple[str, ...]],
     ) -> dict[str, str]:
         columns = ("url", "group", "split", "sha256", "license", "attribution", "reject")
         table = {name: pa.array([ref[i] for ref in refs], pa.string()) for i, name in enumerate(columns)}
+        table["named"] = pa.array(named)  # whether the list names the split
         keys = pa.array([row_key(number, i) for i in range(len(refs))], pa.string())
         said = {"key": keys, "captions": pa.array(captions, pa.list_(pa.string()))}
         return {"refs": put_blob(self.store, write_table(table)), "captions": put_blob(self.store, write_table(said))}

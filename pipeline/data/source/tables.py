@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections import deque
@@ -250,6 +251,8 @@ def _member(value: Any, several: bool) -> Any:
         return [_member(each, several=False) for each in value]
     if isinstance(value, list | dict):
         raise ValueError("has a list or an object where a text belongs")
+    if isinstance(value, float) and math.isnan(value):  # as pandas writes what is missing
+        return None
     text = text_of(value) or None
     (text or "").encode()
     return text

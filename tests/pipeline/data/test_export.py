@@ -20,6 +20,7 @@ from pipeline.data.embeddings.stage import read_embeddings
 from pipeline.data.export import _reference, export_pairs
 from pipeline.data.pairs.row_index import Place, read_images
 from pipeline.data.source.imported import embedding_reference
+from pipeline.data.source.stage import SourceRecipe
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_shards
 from pipeline.store import Store, open_store
@@ -71,7 +72,7 @@ def test_webdataset_and_img2datasets_files(made: Made) -> None:
     for sample, row in zip(samples, made.rows(), strict=True):
         assert (sample["__key__"], sample["jpg"]) == (row["key"], row["image"])
         about = json.loads(sample["json"])
-        assert (about["caption"], about["split"], about["sha256"]) == (
+        assert (about["caption"], about["split"], about["stored_sha256"]) == (
             sample["txt"].decode(),
             row["split"],
             row["sha256"],
@@ -127,6 +128,12 @@ def test_a_split_and_a_kind_alone_anywhere(made: Made, make_store: Callable[[], 
     target = make_store()
     assert export_pairs(made.bench.store, made.bench.made, target, ["embeddings"], ["test"]) == {"embeddings": 1}
     assert [entry.path for entry in target.list("")] == ["embeddings/00000.parquet", "export.json"]
+
+
+def test_its_tables_are_lists(made: Made) -> None:
+    """The hash of what is stored does not stand where a list has that of what its URLs give."""
+    for table in ("pairs/00000.parquet", "clip-retrieval/metadata/metadata_00000.parquet"):
+        assert SourceRecipe(("a",)).hash_column not in pq.read_schema(made.folder / table).names
 
 
 def test_what_came_out_goes_in(made: Made, tmp_path: Path) -> None:

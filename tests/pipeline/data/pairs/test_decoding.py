@@ -192,6 +192,8 @@ def test_an_idle_child_ends_and_the_next_picture_starts_another(tmp_path: Path) 
         assert decoder._process is not None
         decoder._process.wait(30)
         assert decoder.inspect(picture(1), 1_000_000) == first == (80, 72)
+        decoder._process.wait(30)
+        assert decoder.inspect(with_word("ONCE"), 1_000_000) == (80, 72)  # which has its two tries all the same
 
 
 def test_a_decoder_that_cannot_start_is_said_and_rejects_nothing() -> None:

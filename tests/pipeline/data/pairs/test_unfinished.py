@@ -125,6 +125,16 @@ def test_two_at_once_have_places_of_their_own_and_what_is_old_goes(own_temporary
         assert third.path.parent.parent == one.path.parent.parent
 
 
+def test_a_link_in_the_place_of_the_folder_deletes_nothing(own_temporary_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine/old").mkdir(parents=True)
+    rows = tmp_path / "mine/old/rows"
+    rows.write_text("of another program")
+    os.utime(rows, (0, rows.stat().st_mtime - KEEP_S - 60))
+    (own_temporary_folder / f"unclip-pairs-{os.getuid()}").symlink_to(tmp_path / "mine")
+    with Unfinished("a"):
+        assert rows.exists()
+
+
 def test_a_folder_that_others_may_write_to_is_not_used(own_temporary_folder: Path) -> None:
     shared = own_temporary_folder / f"unclip-pairs-{os.getuid()}"
     shared.mkdir()

@@ -207,6 +207,7 @@ def test_another_clip_is_a_mistake(made: Made, tmp_path: Path) -> None:
         ("metadata/metadata_2.parquet", "metadata_2.parquet: no such file; every part needs"),
         ("shorter", r"part 2 has image embeddings \(13, 64\), text embeddings \(14, 64\) and 14 rows"),
         ("pickled", "part 2 cannot be read"),
+        ("header", "part 2 cannot be read .img_emb_2.npy has a damaged header"),
         ("integers", "holds int64, not float16 or float32"),
         ("bare", "no column caption; it has url"),
     ],
@@ -218,6 +219,9 @@ def test_parts_that_do_not_belong_together_are_one_line(tmp_path: Path, damage: 
         np.save(file, image[:13])
     elif damage == "pickled":
         np.save(file, np.array([{"a": 1}] * 14, dtype=object), allow_pickle=True)
+    elif damage == "header":
+        data = file.read_bytes()
+        file.write_bytes(data.replace(b"), }", b"    "))
     elif damage == "integers":
         np.save(file, np.ones((14, DIM), np.int64))
     elif damage == "bare":

@@ -175,6 +175,25 @@ def test_failed_rows_are_fetched_again_and_nothing_else_is(tmp_path: Path) -> No
     assert _try_again(third, "http_5xx") == 0
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_row_that_is_tried_again_stays_with_its_group(tmp_path: Path, named: bool) -> None:
+    """Also when other shares are held out later, unless the list names its split."""
+    path = tmp_path / "a.csv"
+    split = "train" if named else ""
+    path.write_text("url,caption,group,split\n" + "".join(f"http://h/{i}.png,c,g{i % 4},{split}\n" for i in range(16)))
+    bench = _fetch(tmp_path / "store", [str(path)], {f"/{i}.png": Page(picture(i)) for i in range(8)})
+    assert _try_again(bench, "http_4xx") == 8
+    for test in (0.02, 0.5, 0.98):
+        recipe = replace(bench.config.source, validation=0.01, test=test)
+        found = scan(recipe, bench.store, write=True, journal=read_journal(bench.store, bench.config.project))
+        rows = [row for shard in found.shards for row in read_table(bench.store, shard.refs).to_pylist()]
+        assert len(rows) == 24
+        sides = [{row["split"] for row in rows if row["group"] == f"g{i}"} for i in range(4)]
+        assert all(len(side) == 1 for side in sides)
+        assert not named or sides == [{"train"}] * 4
+    assert named or {"test"} in sides
+
+
 def test_rows_are_found_by_key_by_reference_and_by_hash(tmp_path: Path) -> None:
     rows = [(f"http://h/{i}.png", f"picture {i}") for i in range(10)]
     paths = [write_list(tmp_path / "a.csv", rows), write_list(tmp_path / "b.csv", [("http://h/x.png", "the same")])]

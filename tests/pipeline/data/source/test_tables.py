@@ -1,6 +1,7 @@
 """CSV, TSV and Parquet: what cannot be read costs its own row with a reason, and nothing is mangled or swallowed."""
 
 import csv
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,11 @@ def test_a_group_may_be_nought(tmp_path: Path, folder_store: Store, values: list
     n = len(values)
     pq.write_table(pa.table({"url": REFERENCES[:n], "caption": ["a"] * n, "group": values}), path)
     assert [row["group"] for row in refs_of(path, folder_store)] == texts
+    if not any(isinstance(value, bytes) for value in values):
+        path = tmp_path / "a.jsonl"  # NaN as pandas and Python write it
+        rows = zip(REFERENCES[:n], values, strict=True)
+        path.write_text("".join(json.dumps({"url": u, "caption": "a", "group": v}) + "\n" for u, v in rows))
+        assert [row["group"] for row in refs_of(path, folder_store)] == texts
 
 
 def test_a_group_of_nought_is_on_one_side_of_the_split(tmp_path: Path, folder_store: Store) -> None:
