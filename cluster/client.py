@@ -72,7 +72,7 @@ class Cluster:
     """
 
     def __init__(self, address: str, token: str | None = None):
-        self.address = _normal(address)
+        self.address = normal(address)
         token = _meet(self.address, token)
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # or the SDK would take RAY_ADDRESS in place of ours
         from ray.job_submission import JobSubmissionClient
@@ -197,7 +197,7 @@ def _seen(found: Any) -> Seen:
     return Seen(found.submission_id, status, found.message or "", found.driver_exit_code, found.metadata or {})
 
 
-def _normal(address: str) -> str:
+def normal(address: str) -> str:
     """Returns http://HOST:PORT. Raises UserError for an address of another kind."""
     try:
         parts = urlsplit(address if "://" in address else f"http://{address}")
@@ -212,7 +212,7 @@ def _normal(address: str) -> str:
 
 def check_answers(address: str) -> None:
     """Raises UserError unless a cluster answers at this address that takes our jobs."""
-    _meet(_normal(address), None)
+    _meet(normal(address), None)
 
 
 def _meet(address: str, token: str | None) -> str | None:

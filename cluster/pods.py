@@ -54,9 +54,10 @@ def settled(config: Config, stages: Collection[str]) -> Run:
         if stage in stages and isinstance(settings, TrainingSettings | ShardSettings):
             recipe = getattr(config, stage)
             team = team_of(settings, pod(config.run.kubernetes), getattr(recipe, "lanes", sys.maxsize))
-            numbers: dict[str, Any] = {"workers": 0 if getattr(recipe, "pretrained", False) else team.count}
+            taken = getattr(recipe, "pretrained", False)  # by the driver, which copies weights
+            numbers: dict[str, Any] = {"workers": 0 if taken else team.count}
             in_driver_on_gpu = not numbers["workers"] and config.run.kubernetes.head_gpus
-            if not team.worker.gpus and not in_driver_on_gpu:
+            if taken or (not team.worker.gpus and not in_driver_on_gpu):
                 numbers |= {name: of for name, of in (("gpus", 0.0), ("device", "cpu")) if hasattr(settings, name)}
             changed[stage] = replace(settings, **numbers)
     # Of a queue come all pods at once, else pods come when a stage asks for them.
@@ -162,6 +163,8 @@ def _workers_of_a_pod(stage: str, share: Share, group: Group) -> int:
                 f"run.{stage}.{name}: {takes:g} a worker are more than the {has} of a pod; "
                 f"raise run.kubernetes.{field_name} or lower it"
             )
+        if name == "gpus" and 0 < takes < 1:  # Ray puts a share on one GPU, as Share.places says
+            has, takes = math.floor(has), 1 / math.floor(1 / takes + 1e-9)
         if takes:
             fitting = min(fitting, has / takes + 1e-9)  # a share of a GPU is rarely a binary fraction
     return int(fitting)

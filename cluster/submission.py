@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.client import Cluster, Seen, check_answers
+from cluster.client import Cluster, Seen, check_answers, normal
 from cluster.job import Job, number_of
 from cluster.local import find, locked, start
 from cluster.package import Package, package_path, send_weights, write_zip
@@ -47,7 +47,7 @@ def check_reach(store: Store, environment: Mapping[str, str], to: str) -> None:
 
     Prints what a store in a folder needs, also for an address of loopback, which a tunnel may have.
     """
-    if urlsplit(to if "://" in to else f"//{to}").hostname not in LOOPBACK:
+    if to == KUBERAY or urlsplit(normal(to)).hostname not in LOOPBACK:
         for name, url in environment.items():
             if urlsplit(url).hostname in LOOPBACK:
                 raise UserError(

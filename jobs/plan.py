@@ -116,9 +116,11 @@ def agree(
             runs there, which knows it, plans again.
 
     Raises:
-        UserError: ``only`` lacks an input. Without ``yes``: it costs more than the budget, or a CPU would take more
-            than a day for what a GPU can do.
+        UserError: ``until`` is given beside ``only``, or this lacks an input. Without ``yes``: it costs more than the
+            budget, or a CPU would take more than a day for what a GPU can do.
     """
+    if only and until:
+        raise UserError("--only and --until exclude each other; leave one of them out")
     project.check_trackers()
     wanted = project.wanted(only, until)
     verdicts = project.plan()

@@ -199,12 +199,12 @@ def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
     stage = project.graph["evaluation"]
     stage = replace(stage, recipe=replace(stage.recipe, early=0))
     inputs = project.made("clip", *(name for name in stage.inputs if name != "bundle"))
-    if inputs.pop("clip").key != bundle.inputs.get("clip"):
+    if inputs["clip"].key != bundle.inputs.get("clip"):
         raise UserError(
             f"{asked.name}: the release has another CLIP than {asked.path}; figures of one say nothing here"
         )
-    inputs["bundle"] = bundle
-    key = stage_key(stage, {name: inputs[name].key for name in stage.inputs})
+    inputs = {name: bundle if name == "bundle" else inputs[name] for name in stage.inputs}
+    key = stage_key(stage, {name: made.key for name, made in inputs.items()})
     if load_artifact(asked.store, stage.name, key) is None:
         stage.run(make_context(stage, key, inputs, asked.store, asked.config))
     print(f"{asked.name}: the release {bundle.key[:12]} is measured on the rows of {asked.path}")

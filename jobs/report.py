@@ -24,6 +24,8 @@ def main(arguments: argparse.Namespace) -> int:
     if not artifacts:
         raise UserError(f"{arguments.config}: nothing of it is made yet; unclip run makes it")
     path = Path(arguments.output) if arguments.output else project.report
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}")
     album = Album(licenses=arguments.license)
     other = _other(project, arguments.against) if arguments.against else None
     if other and other.bundle.key == project.made("bundle")["bundle"].key:

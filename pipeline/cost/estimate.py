@@ -171,7 +171,7 @@ def estimate(stage: str, ask: Ask) -> Cost:
     """Returns what making a stage again costs. Raises UserError for a CLIP that open_clip does not know."""
     workers, held, gpus = resources(stage, ask)
     seen = [] if ask.fleet and gpus else ask.observations(stage)
-    if ask.graph[stage].kind in ("training", "result") and (gpus or (ask.looked and ask.machine.local)):
+    if ask.computes(stage) and (gpus or (ask.looked and ask.machine.local)):
         seen = [one for one in seen if (one.device == "cuda") == bool(gpus)]
     if seen:
         startup, seconds = pace([(_amount_seen(stage, one, ask), one) for one in seen], amount(stage, ask), workers)

@@ -95,8 +95,12 @@ def choices(eye: Eye, captions: Sequence[str], more: Sequence[str], phrases: Phr
         found.append(Choice("name_alone", f"{says} alone", eye.read(names), own, chosen))
         frames = {(part.style, part.background): part for part in taken.values()}
         texts = {frame: eye.read([part.called(name) for name in names]) for frame, part in frames.items()}
-        own_texts = torch.stack([texts[part.style, part.background] for part in taken.values()])
-        found.append(Choice("within_style", f"{says} in the style and on the background", own_texts, own, chosen))
+        # Of each row only the names that it is compared with, its own first: all of them would fill the memory.
+        compared = (own[:, None] + torch.arange(min(AMONG, len(names)))) % len(names)
+        parts = zip(taken.values(), compared, strict=True)
+        own_texts = torch.stack([texts[part.style, part.background][columns] for part, columns in parts])
+        says += " in the style and on the background"
+        found.append(Choice("within_style", says, own_texts, torch.zeros_like(own), chosen))
     return found
 
 

@@ -56,7 +56,8 @@ def map_shards(
     shards, made = run_shards(ctx, tasks, make_worker, unit, rows)
     blob, ledger = write_shard_table(ctx.store, shards)
     metrics, times = {"shards": len(tasks), **measure(shards)}, {"shards_made": made}
-    artifact = ctx.publishable(shard_table=blob, ledger=ledger, metrics=metrics, times=times)
+    environment = {"device": "cuda"} if ctx.work.get("gpus") else {}
+    artifact = ctx.publishable(shard_table=blob, ledger=ledger, metrics=metrics, times=times, environment=environment)
     return publish_artifact(ctx.store, artifact, time.monotonic() - began)
 
 
@@ -97,6 +98,7 @@ def run_shards(
         def make(todo: Sequence[ShardTask]) -> None:
             team = _team(ctx, len(todo))
             work["workers"] = max(work.get("workers", 1), team.count if team else 1)
+            work["gpus"] = max(work.get("gpus", 0), _gpus_each(ctx, team))
             for shard, took in _run(ctx, todo, make_worker, team):
                 add(work, {**took, "made_rows": shard.ledger.rows})
                 work["made_seconds"] = progress.seconds
@@ -110,7 +112,7 @@ def run_shards(
         rows = sum(shard.ledger.rows for shard in found)
         progress.correct(rows - guess)
         make([task for task, shard in zip(done, read, strict=True) if shard is None])
-    most = {name: max(work.get(name, 0), ctx.work.get(name, 0)) for name in ("workers", "made_rows")}
+    most = {name: max(work.get(name, 0), ctx.work.get(name, 0)) for name in ("workers", "gpus", "made_rows")}
     add(ctx.work, work)
     ctx.work.update(most)
     return sorted([*made, *found], key=lambda shard: shard.number), len(made)
@@ -132,6 +134,12 @@ def _team(ctx: Context, tasks: int) -> Team | None:
         return None
     settings = ctx.config.run.ray
     return wait_for_room(start_ray(settings), ctx.stage, ctx.settings, settings, tasks)
+
+
+def _gpus_each(ctx: Context, team: Team | None) -> float:
+    """Returns how many GPUs each worker takes; without a team, this process."""
+    asked = team.worker.gpus if team else getattr(ctx.settings, "gpus", 0)
+    return asked if isinstance(asked, int | float) else 0
 
 
 def _run(

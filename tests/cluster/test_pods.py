@@ -1,5 +1,6 @@
 """Pods: the configuration's workers fit into them, and more are never asked for than there are workers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ APART = {"workers": 8, "gpus": 1, "decoders": 3, "nodes": {"pool": "gpu"}, "deco
         ({"pairs": {"workers": 10, "cpus": 3}}, "pairs", {"cpu": (5, {})}),
         ({"pairs": {"workers": 10, "cpus": 0.1, "memory_mb": 10_000}}, "pairs", {"cpu": (4, {})}),
         ({"embeddings": {"workers": 9, "gpus": 0.1}}, "embeddings", {"gpu": (1, {})}),
+        ({"embeddings": {"workers": 9, "gpus": 0.6}}, "embeddings", {"gpu": (3, {})}),  # one on each of four
         # branches may run side by side, so a group has room for all
         (
             {"pairs": {"workers": 33}, "curation": {"workers": 9}, "clip": {"workers": 5}, "decoder": {"workers": 8}},
@@ -123,3 +125,6 @@ def test_a_job_takes_numbers_along_for_a_cluster_that_is_not_there_yet() -> None
     assert (none.embeddings.workers, none.embeddings.gpus, none.decoder.workers, none.clip.device) == (8, 0, 0, "cpu")
     head = settled(configured(kubernetes=SHAPE | {"gpus": 0, "head_gpus": 1}), ["decoder"])
     assert (head.decoder.workers, head.decoder.device) == (0, "auto")  # which the driver finds
+    config = configured(clip={"workers": 4, "device": "cuda"})
+    config = replace(config, clip=replace(config.clip, weights="open_clip:ViT-B-32:openai"))
+    assert list(demands(settled(config, ["clip"]), ["clip"])) == []  # nothing trains

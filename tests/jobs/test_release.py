@@ -208,7 +208,7 @@ def test_other_measurements_are_refused_and_the_release_is_measured_again(
 
     def run(ctx: Context) -> Artifact:
         asked.append((ctx.inputs["bundle"].key, ctx.recipe.rows, ctx.recipe.early))
-        (own,) = (m for m in jobs.release.evaluations(made.store, first))
+        own = next(iter(jobs.release.evaluations(made.store, first)))
         document = {**own.document, "recipe": flatten(ctx.recipe)}
         blobs = {"evaluation.json": put_blob(made.store, json.dumps(document).encode())}
         return publish_artifact(made.store, ctx.publishable(blobs=blobs, ledger=Ledger()), 0.0)
@@ -219,6 +219,10 @@ def test_other_measurements_are_refused_and_the_release_is_measured_again(
     assert asked == [(first, 9, 0)]
     made.release("promote", *changed)
     assert made.current != first
+    # A decoder that reads captions through CLIP makes CLIP an input of the evaluation.
+    frozen = ("--set", "decoder.model.text_encoder=frozen", "--set", "evaluation.rows=9")
+    assert "is measured on the rows of" in made.release("evaluate", *frozen)
+    assert len(asked) == 2
 
 
 def test_another_clip_cannot_be_compared(made: Made) -> None:

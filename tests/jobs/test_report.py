@@ -38,3 +38,5 @@ def test_another_bundle_is_a_key_a_project_a_folder_or_a_release(
         capsys.readouterr()
         assert main([*report, name]) == 2
         assert why in capsys.readouterr().err
+    assert main(["report", str(made.path), OTHER, "--output", str(tmp_path)]) == 2
+    assert "is a folder; name a file, such as" in capsys.readouterr().err

@@ -25,6 +25,8 @@ run mine.yaml --unitl pairs                       | unclip run: unknown option -
 run mine.yaml --until pair                        | unknown stage pair; did you mean pairs?
 run mine.yaml --only decoder                      | --only decoder needs source, ~use --until decoder
 run mine.yaml --only decoder --until pairs        | --only, --until and --replay exclude each other
+submit mine.yaml --to local --only codec --until pairs | --only and --until exclude each other
+submit mine.yaml --to http://[::1:8265            | http://[::1:8265 is not the address of a dashboard
 run mine.yaml -q -v                               | -v/--verbose ~exclude each other; leave one of them out
 run mine.yaml --decoder.samples=100               | values are written without dashes: decoder.samples=100
 run mine.yaml decoder.samples 100                 | decoder.samples 100: not understood here; ~[KEY=VALUE ...]

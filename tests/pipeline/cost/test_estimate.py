@@ -140,8 +140,8 @@ def test_a_utilisation_that_was_measured_on_a_gpu_goes_before_the_assumed_one() 
 def test_what_a_gpu_took_says_nothing_of_a_machine_without_one() -> None:
     """Else days on a CPU would be planned as minutes on a GPU that is not there, and not be refused."""
     one = Observation(100, 10.0, 10.0, 1, {}, device="cuda")
-    ask = measured(decoder=one, samples=replace(one, passes={"decoder": 250.0}))
-    for stage in ("decoder", "samples"):
+    ask = measured(decoder=one, embeddings=one, samples=replace(one, passes={"decoder": 250.0}))
+    for stage in ("decoder", "embeddings", "samples"):
         assert estimate(stage, ask).basis == "measured"  # of a cluster that was not looked at
         here = estimate(stage, replace(ask, looked=True))
         assert (here.basis, here.gpus) == ("guess", 0)

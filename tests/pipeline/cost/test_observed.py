@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.sampling_config import MODELS
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.cost.observed import Observation, Recipes, observe, pace, passes_of, read_profile, shape
@@ -100,6 +101,21 @@ def test_an_evaluation_tells_of_the_rows_that_there_were(store: Store) -> None:
     (one,) = observe(store, "nano", GRAPH, 0.1)["evaluation"]
     assert one.passes["upsampler_1024"] == 10 * 8 * 4  # rows, samples, steps
     assert "evaluation" not in observe(store, "nano", GRAPH, 0.07)  # of 7 rows there are no figures
+
+
+@pytest.mark.parametrize("left_out", ["upsampler_1024", "diffusion_prior"])
+def test_a_model_that_is_left_out_now_was_part_of_what_was_measured(store: Store, left_out: str) -> None:
+    models = [name for name in MODELS if name != left_out]
+    sampling = "bundle.sampling={size: 256, prior: ar, decoder_steps: 16, prior_steps: 16}"
+    graph = build(load_config(NANO, [f"bundle.models={models}", sampling]))
+    for stage in ("pairs", "samples", "evaluation"):
+        publish(store, stage, {})
+    found = observe(store, "nano", graph, 0.1)
+    assert left_out in found["evaluation"][0].passes
+
+
+def test_a_result_of_somebodys_own_has_no_passes() -> None:
+    assert passes_of("gallery", recipes() | {"gallery": {"columns": 4}}, 100) == {}
 
 
 def test_passes_of_a_caption() -> None:
