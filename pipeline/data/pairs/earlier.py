@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from pipeline.data.fetch.opener import Evidence
 from pipeline.data.pairs.row_index import Place, read_images, read_opt_outs
@@ -15,7 +15,21 @@ from pipeline.graph.runs import last_made
 from pipeline.graph.stages import Context
 from pipeline.store import Store
 
+READ = 64  # images in memory at once
 log = logging.getLogger("unclip")
+
+
+class Spooled(NamedTuple):
+    """An image in a temporary file."""
+
+    file: IO[bytes]
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """Returns its bytes."""
+        self.file.seek(self.start)
+        return self.file.read(self.size)
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ class Known:
     """
 
     row: Mapping[str, Any]
-    image: bytes | None
+    image: Spooled | None
     evidence: Evidence | None
 
 
@@ -52,10 +66,13 @@ def earlier_shards(ctx: Context) -> dict[int, dict[str, ShardRow]]:
         return {}
 
 
-def take_over(store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow, pairs: ShardRow) -> dict[int, Known]:
+def take_over(
+    store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow, pairs: ShardRow, spool: IO[bytes]
+) -> dict[int, Known]:
     """Returns, by place, the rows of ``refs`` that stood there in the earlier shard too, with the same hash.
 
-    Returns none if what the earlier run made is gone or damaged.
+    Their images are written to ``spool``, since memory does not hold those of a large shard. Returns none if what the
+    earlier run made is gone or damaged.
     """
     try:
         before = read_table(store, source.blobs["refs"]).to_pylist()
@@ -66,8 +83,13 @@ def take_over(store: Store, refs: Sequence[Mapping[str, Any]], source: ShardRow,
             if not now["reject"] and not then["reject"] and all(now[k] == then[k] for k in ("url", "sha256"))
         ]
         own = [i for i in same if index[i]["tar"] is None and index[i]["size"] is not None]
-        places = [Place.of(index[i], pairs.blobs.get("images")) for i in own]
-        images = dict(zip(own, read_images(store, places), strict=True))
+        images = {}
+        for start in range(0, len(own), READ):
+            part = own[start : start + READ]
+            places = [Place.of(index[i], pairs.blobs.get("images")) for i in part]
+            for i, image in zip(part, read_images(store, places), strict=True):
+                images[i] = Spooled(spool, spool.tell(), len(image))
+                spool.write(image)
         said = {row["key"]: Evidence(row["evidence"], row["seen"].timestamp()) for row in read_opt_outs(store, [pairs])}
     except CorruptObject as e:
         log.warning("shard %08d is fetched from scratch: of an earlier run, %s", pairs.number, e)

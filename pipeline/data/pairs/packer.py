@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from pipeline.data.fetch.fetcher import Fetched, Fetcher
 from pipeline.data.fetch.opener import Evidence, Refused, normal_url
@@ -61,6 +62,10 @@ class Packer:
         return Fetcher(self.settings, self.recipe.max_bytes, self.deny, self.reach)
 
     def __call__(self, task: ShardTask) -> ShardOutput:
+        with TemporaryFile() as spool:
+            return self._pack(task, spool)
+
+    def _pack(self, task: ShardTask, spool: IO[bytes]) -> ShardOutput:
         steps = Steps()
         refs = read_table(self.store, task.inputs["source"].blobs["refs"]).to_pylist()
         rows = [
@@ -76,7 +81,7 @@ class Packer:
         wanted = [i for i, row in enumerate(rows) if row["status"] == "kept"]
         known: dict[int, Known] = {}
         if earlier := task.inputs.get("earlier pairs"):
-            known = take_over(self.store, refs, task.inputs["earlier source"], earlier)
+            known = take_over(self.store, refs, task.inputs["earlier source"], earlier, spool)
         copied = set()  # members of tars whose kind is not read where they lie
         for i in (i for i in wanted if refs[i]["url"].startswith("tar://")):
             if i in known and known[i].image is None:
@@ -103,7 +108,7 @@ class Packer:
                         rows[i]["evidence"] = Evidence(*evidence)
                     continue
                 if i in known:
-                    image = known[i].image
+                    image = spooled.read() if (spooled := known[i].image) else None
                     rows[i] |= _taken_over(known[i])
                 else:
                     image = next(new)
