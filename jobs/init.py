@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
     if fetched:
         source = SourceRecipe(tuple(metadata for metadata, _ in lists), **columns)
     seen = _look(source) if arguments.sources else None
-    origin = find_bundle(arguments.origin).folder.absolute() if arguments.origin else None
+    origin = Path(os.path.abspath(find_bundle(arguments.origin).folder)) if arguments.origin else None
     gpu = _has_gpu()
     text = starter(arguments.name, gpu, source, seen, origin)
     trains, bare = origin is None and not existing_clip(gpu, source, seen), embedded(source)
