@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from jobs.bundles import find_bundle, remember_bundle
+from pipeline.config import load_config
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import artifact_path
+from pipeline.graph.artifacts import Artifact, artifact_path
+from pipeline.graph.stages import Context
+from pipeline.ledger import Ledger
+from pipeline.sampling.bundle import VERSION, run_bundle
 from pipeline.store import Store, open_store
 from pipeline.store.records import blob_path, materialise, put_blob
+from tests.chain import ROOT
 from tests.pipeline.store.test_names import ARTIFACT, AWAY, forge
 
 Write = Callable[[Store, dict[str, str], Path], None]
@@ -75,6 +80,18 @@ def test_images_replace_earlier_ones_and_other_files_are_not_read_again(place: P
     assert {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == {
         "0000.png": b"two", "b": b"ab",
     }  # fmt: skip
+
+
+def test_previews_stay_behind(place: Path) -> None:
+    """They show validation images, and a bundle travels."""
+    store, config = open_store(str(place / "store")), load_config(ROOT / "configs/nano.yaml")
+    names = ("model.safetensors", "config.json", "metrics.jsonl", "preview.png", "previews/000000000640.png")
+    blobs = {name: put_blob(store, name.encode()) for name in names}
+    inputs = {name: Artifact(name, f"{name}-key", {}, {}, Ledger(), blobs) for name in config.bundle.inputs}
+    ctx = Context(store, "bundle", VERSION, "k", config.bundle, None, inputs, config)
+    made = run_bundle(ctx).blobs
+    kept = {f"{part}/{name}" for part in inputs for name in names[:3]}
+    assert made.keys() == kept | {"sampling.json", "README.md"}
 
 
 def test_a_folder_behind_a_link_of_the_users_is_written(place: Path) -> None:
