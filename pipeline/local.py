@@ -56,7 +56,7 @@ class Reach:
             if separator:
                 buckets.append(bucket)
             else:
-                paths.append(os.path.abspath(Path(os.path.expanduser(root))))
+                paths.append(os.path.abspath(os.path.expanduser(root)))
         return cls(tuple(own), tuple(paths), tuple(buckets))
 
     def refusal(self, reference: str) -> str | None:

@@ -235,9 +235,9 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
         except RuntimeError as e:
             application = serve.status().applications.get(APP)
             said = "\n".join(each.message for each in application.deployments.values()) if application else ""
-            if mistake := re.search(r"\bpipeline\.errors\.(\w+): (.*)", said):
-                advice = "; check the disk or the bucket" if mistake[1] == "CorruptObject" else ""
-                raise UserError(f"{mistake[2]}{advice}") from e
+            if mistakes := re.findall(r"\bpipeline\.errors\.(\w+): (.*)", said):
+                kind, why = mistakes[-1]  # those before it are its causes
+                raise UserError(f"{why}; check the disk or the bucket" if kind == "CorruptObject" else why) from e
             log.error("%s", said)
             raise
         host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
