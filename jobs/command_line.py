@@ -235,7 +235,6 @@ def _edit(parser: Parser) -> None:
     kinds["priors"].add_argument("--image", type=Path, metavar="FILE", help="an image that the caption is true of")
     for kind in kinds.values():
         _to(kind, "FILE", "where the strip goes (edits/NAME in the run's output folder)")
-        kind.add_argument("--size", type=int, choices=(64, 256, 1024), help="side of the images in px (256)")
         _drawing(kind)
 
 

@@ -29,20 +29,16 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip edit``."""
     _check(arguments)
     options = dict(sampling_option(text) for text in arguments.overrides)
-    if arguments.size:
-        options["size"] = arguments.size
     images = [open_image(path) for path in _named(arguments)]
     bundle = find_bundle(arguments.source)
     folder, where = bundle.folder, arguments.to.parent if arguments.to else bundle.output / "edits"
     where.mkdir(parents=True, exist_ok=True)  # before minutes of drawing
 
-    from pipeline.sampling.drawing import open_bundle
+    from pipeline.sampling.drawing import open_bundle, refusals
 
-    try:
+    with refusals():
         unclip = open_bundle(folder, arguments.device)
         edit = _make(unclip, arguments, images, {"size": min(SIZE, unclip.sampling.size)} | options)
-    except ValueError as e:
-        raise UserError(str(e)) from e
     path = arguments.to or where / _name(arguments, images, edit, bundle.name)
     _write(path, edit, arguments)
     print(path)

@@ -61,6 +61,8 @@ def _workers(arguments: argparse.Namespace) -> tuple[GenerationSettings, RaySett
     gpus, asked, ray = arguments.gpus, arguments.device, RaySettings()
     if asked == "cpu" and gpus:
         raise UserError(f"--gpus {gpus:g} and --device cpu exclude each other; leave one of them out")
+    if asked == "cuda" and gpus == 0:
+        raise UserError("--gpus 0 and --device cuda exclude each other; leave one of them out")
     given = {"workers": arguments.workers, "gpus": 0 if asked == "cpu" else gpus}
     settings = parse(GenerationSettings, {name: value for name, value in given.items() if value is not None}, "--")
     machine = this_machine(ray) if settings.workers == 0 else find_machine(ray)

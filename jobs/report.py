@@ -26,6 +26,8 @@ def main(arguments: argparse.Namespace) -> int:
     path = Path(arguments.output) if arguments.output else project.report
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}")
+    if path.suffix == ".json":
+        raise UserError(f"--output {path} ends with .json, where the figures go; name an .html file")
     album = Album(licenses=arguments.license)
     other = _other(project, arguments.against) if arguments.against else None
     if other and other.bundle.key == project.made("bundle")["bundle"].key:

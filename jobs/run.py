@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -102,6 +103,9 @@ def _place(project: Project, stage: str, made: Artifact) -> None:
     if stage == "bundle":
         remember_bundle(output, project.store.url, made.key)
     if stage == "samples":
+        for path in output.glob("samples/*.png"):  # of a bundle before; those of unclip sample have other names
+            if re.fullmatch(r"\d{4}(-64)?\.png", path.name) and path.name not in made.blobs:
+                path.unlink()
         materialise(project.store, made.blobs, output / "samples", replace=True)
 
 
@@ -166,7 +170,7 @@ def _shows(project: Project, asked: Agreed) -> bool:
 def _summary(artifacts: Mapping[str, Artifact], made: Sequence[str], seconds: float) -> None:
     print(f"\n{'stage':16}{'rows or samples':>18}{'rejected':>10}{'seconds':>9}  key")
     for name, artifact in artifacts.items():
-        amount = artifact.recipe.get("samples", artifact.ledger.kept) if name != "samples" else artifact.ledger.kept
+        amount = artifact.metrics.get("samples_seen", artifact.ledger.kept)
         rejected = sum(artifact.ledger.rejected.values())
         took = f"{artifact.times['seconds']:.1f}" if name in made else "-"
         print(f"{name:16}{amount:>18,}{rejected:>10,}{took:>9}  {artifact.key[:12]}")

@@ -27,9 +27,9 @@ def main(arguments: argparse.Namespace) -> int:
     to.mkdir(parents=True, exist_ok=True)
 
     from models.tokens import check_captions
-    from pipeline.sampling.drawing import make_sample, open_bundle
+    from pipeline.sampling.drawing import make_sample, open_bundle, refusals
 
-    try:
+    with refusals():
         check_captions(arguments.captions)
         unclip = open_bundle(folder, arguments.device)
         for i, caption in enumerate(arguments.captions):
@@ -38,8 +38,6 @@ def main(arguments: argparse.Namespace) -> int:
             path = to / f"{file_name(caption, request, sample.seed)}.png"
             path.write_bytes(sample.image)
             print(path)
-    except ValueError as e:
-        raise UserError(str(e)) from e
     return 0
 
 

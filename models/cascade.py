@@ -362,26 +362,27 @@ class UnCLIP:
     def manipulation_sampling(self, options: dict[str, object]) -> SamplingConfig:
         """Returns how images are changed: DDIM without guidance, which alone is invertible, unless ``options`` set it.
 
-        Nor is an image shrunk into the range (``decoder_threshold``), unless ``options`` say so.
-
-        Raises ValueError as ``change_sampling`` does.
+        Nor is an image shrunk into the range (``decoder_threshold``). Raises ValueError as ``sampling_with`` does, and
+        for another sampler of the decoder.
         """
-        plain: dict[str, object] = {"decoder_guidance": 0.0, "decoder_threshold": 0.0}
-        return replace(self.sampling_with(plain | options), decoder_sampler="ddim")
-
-    def sampling_through(self, prior: str) -> SamplingConfig:
-        """Returns ``sampling`` with another prior, which is not guided where it never saw a row without its caption."""
-        guided = getattr(self, PRIORS[prior]).config.drop_text > 0
-        return replace(self.sampling, prior=prior, prior_guidance=self.sampling.prior_guidance if guided else 0.0)
+        plain: dict[str, object] = {"decoder_guidance": 0.0, "decoder_threshold": 0.0, "decoder_sampler": "ddim"}
+        sampling = self.sampling_with(plain | options)
+        if sampling.decoder_sampler != "ddim":
+            raise ValueError(f"decoder_sampler is {sampling.decoder_sampler!r}: images are changed by 'ddim' alone")
+        return sampling
 
     def sampling_with(self, options: dict[str, object]) -> SamplingConfig:
         """Returns ``sampling`` with some fields replaced.
 
-        Raises ValueError on an unknown field, a value out of range and one that these models cannot take, before
-        anything is drawn.
+        Another prior is guided as the default one, but for one that never saw a row without its caption. Raises
+        ValueError on an unknown field, a value out of range and one that these models cannot take, before anything is
+        drawn.
         """
         sampling = change_sampling(self.sampling, options)
         models = {name: getattr(self, name) for name in MODELS}
+        prior = models[PRIORS[sampling.prior]]
+        if prior is not None and prior.config.drop_text == 0 and "prior_guidance" not in options:
+            sampling = replace(sampling, prior_guidance=0.0)
         check_sampling(sampling, {name: model.config for name, model in models.items() if model is not None})
         return sampling
 

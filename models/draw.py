@@ -61,14 +61,6 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-class Undropped(Draw):
-    """A draw that drops no condition: validation asks how good the conditional model is."""
-
-    def keep(self, purpose: str, drop: float) -> Tensor:
-        """Booleans, [rows]: all True."""
-        return super().keep(purpose, 0.0)
-
-
 class Part(Draw):
     """Rows [start, stop) of another draw: a micro-batch gets the numbers that it has in the whole batch."""
 

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
-from models.prior_configs import Schedule, check_choices, check_least, check_shares, check_transformer, require
+from models.prior_configs import (
+    VOCABULARY,
+    Schedule,
+    check_choices,
+    check_least,
+    check_shares,
+    check_transformer,
+    require,
+)
 
 Prediction = Literal["eps", "v", "x0"]
 
@@ -94,7 +102,7 @@ class DecoderConfig:
     text_width: int = 2048
     text_depth: int = 24
     text_heads: int = 32
-    vocabulary: int = 49408
+    vocabulary: int = VOCABULARY
     clip_tokens: int = 4
     drop_image: float = 0.1
     drop_text: float = 0.5

@@ -43,7 +43,7 @@ def check_embedding(embedding: Tensor, embed_dim: int) -> None:
         raise ValueError(f"embeddings have shape {tuple(embedding.shape)}, this bundle's CLIP makes [b, {embed_dim}]")
     norm = embedding.norm(dim=1)
     if not norm.isfinite().all():
-        raise ValueError("embeddings hold NaN or Inf: leave those rows out")
+        raise ValueError("embeddings hold NaN or Inf: draw with another seed or bundle, or leave those rows out")
     if ((norm - 1).abs() > 0.01).any():
         raise ValueError(f"embeddings have norms from {norm.min():.3g} to {norm.max():.3g}: normalise them to 1")
 

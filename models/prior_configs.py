@@ -6,6 +6,8 @@ A prior has no field for the dimension of embeddings or the number of codes: CLI
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+VOCABULARY = 49408
+"""The tokens of CLIP's BPE."""
 ASKED = 3
 """Positions of the diffusion prior after a caption and its embedding: timestep, noised image embedding, query."""
 
@@ -72,7 +74,7 @@ class TextTower:
     depth: int
     heads: int
     context: int = 77
-    vocabulary: int = 49408
+    vocabulary: int = VOCABULARY
     quick_gelu: bool = False
 
     @classmethod
@@ -91,7 +93,7 @@ class TextTower:
             depth=text.get("layers", 12),
             heads=text.get("heads", 8),
             context=text.get("context_length", 77),
-            vocabulary=text.get("vocab_size", 49408),
+            vocabulary=text.get("vocab_size", VOCABULARY),
             quick_gelu=bool(model_config.get("quick_gelu")),
         )
 
@@ -135,7 +137,7 @@ class ARPriorConfig:
     width: int = 1664
     depth: int = 24
     heads: int = 26
-    vocabulary: int = 49408
+    vocabulary: int = VOCABULARY
     buckets: int = 1024
     dropout: float = 0.0
     drop_text: float = 0.1
@@ -184,7 +186,7 @@ class DiffusionPriorConfig:
     width: int = 2048
     depth: int = 24
     heads: int = 32
-    vocabulary: int = 49408
+    vocabulary: int = VOCABULARY
     schedule: Schedule = "cosine"
     steps: int = 1000
     drop_text: float = 0.1
@@ -263,7 +265,7 @@ class ClipConfig:
             vision |= {"layers": list(self.layers), "head_width": min(64, 32 * self.width)}
         text = {
             "context_length": self.text_context,
-            "vocab_size": 49408,
+            "vocab_size": VOCABULARY,
             "width": self.text_width,
             "heads": self.text_heads,
             "layers": self.text_layers,

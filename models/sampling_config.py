@@ -163,7 +163,7 @@ def _typed(name: str, value: object) -> Any:
 def read_sampling(folder: Path) -> SamplingConfig:
     """Returns the sampling defaults in a bundle's folder, or the class's own where it has none.
 
-    Raises ValueError as ``change_sampling`` does, and for a file that is not JSON.
+    Raises ValueError, which names the file, as ``change_sampling`` does, and for a file that is not JSON.
     """
     path = folder / SAMPLING_FILE
     if not path.is_file():
@@ -174,7 +174,10 @@ def read_sampling(folder: Path) -> SamplingConfig:
         raise ValueError(f"{path} is not JSON ({error}): mend or delete it") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} holds no sampling options but {options!r}: mend or delete it")
-    return change_sampling(SamplingConfig(), options)
+    try:
+        return change_sampling(SamplingConfig(), options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; if another version wrote it, take that version") from error
 
 
 def write_sampling(folder: Path, sampling: SamplingConfig) -> None:

@@ -8,8 +8,9 @@ import open_clip
 import torch
 from torch import Tensor
 
+from models.prior_configs import VOCABULARY
+
 CONTEXT = 77  # tokens made for every model, start and end included
-VOCABULARY = 49408
 START, END = VOCABULARY - 2, VOCABULARY - 1
 # 26 characters a token: nothing 77 tokens can hold is cut, and a hostile megabyte costs no minutes of merging pairs.
 CAPTION_CHARACTERS = 2000

@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, PositiveFloat
 
-from models.sampling_config import check_sampling
+from models.prior_configs import VOCABULARY
+from models.sampling_config import PRIORS, check_sampling
 from pipeline.data.codec.stage import CodecRecipe
 from pipeline.data.curation.stage import CurationRecipe
 from pipeline.data.curation.thresholds import ThresholdsRecipe
@@ -305,6 +306,9 @@ def _check(config: Config) -> None:
         check_sampling(config.bundle.sampling, models)
     except ValueError as e:
         raise UserError(f"bundle.sampling.{e}") from e
+    for name in (*PRIORS.values(), "decoder"):
+        if (words := getattr(config, name).model.vocabulary) != VOCABULARY:
+            raise UserError(f"{name}.model.vocabulary: {words}; CLIP's tokens are {VOCABULARY}, so leave it out")
     if "ar_prior" in config.bundle.models and config.ar_prior.model.buckets != config.codec.buckets:
         raise UserError(
             f"codec.buckets: {config.codec.buckets} is not ar_prior.model.buckets {config.ar_prior.model.buckets}"

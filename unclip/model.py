@@ -16,7 +16,7 @@ from models.cascade import UnCLIP
 from models.sampling_config import SamplingConfig
 from pipeline.data.pairs.decoding import open_image
 from pipeline.sampling import edits
-from pipeline.sampling.drawing import prior_steps
+from pipeline.sampling.drawing import prior_steps, read_bundle
 from pipeline.sampling.edits import Watch, watched
 from pipeline.training.device import choose_device
 
@@ -33,11 +33,10 @@ def load(path: str | Path | None = None, device: str = "auto") -> Model:
         device: "cpu", "cuda", or "auto", which is a GPU where there is one.
 
     Raises:
-        UserError: No bundle is finished, or the device does not exist.
-        ValueError: The bundle is damaged.
+        UserError: No bundle is finished, it is damaged, or the device does not exist.
     """
     folder = find_bundle(None if path is None else str(path)).folder
-    return Model(UnCLIP.from_folder(folder, choose_device(device)))
+    return Model(read_bundle(folder, choose_device(device)))
 
 
 class Model:

@@ -25,9 +25,9 @@ from pipeline.cost.flops import count_model
 from pipeline.graph.keys import flatten
 from pipeline.settings import TrainingSettings
 from pipeline.training.compiling import compile_layers
+from pipeline.training.device import OutOfMemory
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.loop import fit
-from pipeline.training.memory import OutOfMemory
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import MetricsJournal, TrainState, begin
 from pipeline.training.timing import PHASES, matmul_peak

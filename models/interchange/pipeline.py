@@ -89,10 +89,12 @@ class UnCLIPRayPipeline(DiffusionPipeline):
         if seeds is None:
             device = None if generator is None else generator.device
             seeds = torch.randint(MOST, (len(captions),), generator=generator, device=device).tolist()
-        steps = self.progress_bar(total=1)
+        steps, shown = self.progress_bar(total=1), ""
 
         def advance(stage: str, done: int, total: int, *_: object) -> None:
-            if steps.desc != f"{stage}: ":
+            nonlocal shown
+            if stage != shown:
+                shown = stage
                 steps.set_description(stage, refresh=False)
                 steps.reset(total)
             steps.update(done - steps.n)

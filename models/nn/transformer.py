@@ -141,10 +141,11 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, cache: Cache | None = None, shown: Tensor | None = None, last_only: bool = False
     ) -> Tensor:
-        """Returns ``shown`` bool [b, n]: False hides a position from all others; position 0 must be shown.
+        """Turns x [b, n, width] to the same shape, normed.
 
-        With a cache ``shown`` comes with the first call and holds for the later ones, whose own positions are shown.
-        With ``last_only`` the result is the last position's, [b, 1, width], and the last layer computes no other.
+        ``shown`` bool [b, n]: False hides a position from all others; position 0 must be shown. With a cache it comes
+        with the first call and holds for the later ones, whose own positions are shown. With ``last_only`` the result
+        is the last position's, [b, 1, width], and the last layer computes no other.
         """
         positions, last = x.shape[1], len(self.blocks) - 1
         if cache is not None and cache.length == 0:

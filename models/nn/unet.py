@@ -80,7 +80,10 @@ class Attention(nn.Module):
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor, shown: Tensor | None = None) -> Tensor:
-        """Returns ``shown`` bool [b, n]: False hides a token of ``context`` [b, n, context_width]."""
+        """Adds to x [b, c, h, w] what its pixels attend to: all pixels, and ``context`` [b, n, context_width].
+
+        ``shown`` bool [b, n]: False hides a token of ``context``.
+        """
         pixels = self.norm(x).flatten(2).transpose(1, 2)
         queries, keys, values = (self._heads(part) for part in self.qkv(pixels).chunk(3, dim=-1))
         context_keys, context_values = (self._heads(part) for part in self.context_kv(context).chunk(2, dim=-1))

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.cascade import UnCLIP
 from models.clip import Clip
 from models.decoder import Decoder
-from models.sampling_config import PRIORS, UPSAMPLERS
+from models.sampling_config import BASE, PRIORS, UPSAMPLERS
 from pipeline.evaluate import images, memorisation, names, priors, quality, retrieval, upsamplers
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.inception import Inception, fid_figures
@@ -27,7 +27,6 @@ from pipeline.store.records import digest
 
 SHOWN = 8  # captions in the images of the report
 GUIDANCES = (0.0, 1.0, 3.0)  # of the decoder, in those that show what it does
-BASE = 64  # pixels
 Part = Callable[[Tick], list[Figure]]
 
 
@@ -292,10 +291,10 @@ class Evaluation:
         rows = self._held_out(name, getattr(recipe, f"{name}_rows"), model.config.image_size)
         if isinstance(rows, str):
             return absent("ae", name, rows)
-        steps = getattr(self.unclip.sampling, f"{name}_steps")
+        sampling, count = self.unclip.sampling, recipe.upsampler_samples
         return [
             upsamplers.upsampler_gap(name, model, rows, recipe.seed),
-            *upsamplers.upsampler_figures(name, model, rows, steps, recipe.upsampler_samples, recipe.seed, tick),
+            *upsamplers.upsampler_figures(name, model, rows, sampling, count, recipe.seed, tick),
         ]
 
 

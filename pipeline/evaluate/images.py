@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -43,7 +42,7 @@ def draw_images(unclip: UnCLIP, rows: HeldOut, embeddings: Tensor | None, prior:
     It is drawn of ``embeddings`` [n, d] and the caption or, for None, of the caption alone through ``prior``, "ar" or
     "diffusion".
     """
-    sampling = replace(unclip.sampling_through(prior), size=64)
+    sampling = unclip.sampling_with({"prior": prior, "size": 64})
     seeds = [derive_seed(seed, "image", i) for i in range(len(rows))]
     images = []
     for start in range(0, len(rows), IMAGES):

@@ -91,7 +91,7 @@ def sample_embeddings(unclip: UnCLIP, prior: str, rows: HeldOut, count: int, see
 
     As the bundle samples, but without keeping the best. ``prior`` is "ar" or "diffusion".
     """
-    sampling = replace(unclip.sampling_through(prior), candidates=1)
+    sampling = replace(unclip.sampling_with({"prior": prior}), candidates=1)
     tokens, text = (rows.batch[name].repeat(count, 1) for name in CAPTION)
     seeds = [derive_seed(seed, prior, i, row) for i in range(count) for row in range(len(rows))]
     parts = []

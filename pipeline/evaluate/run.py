@@ -40,6 +40,7 @@ from pipeline.progress import Progress
 from pipeline.sampling.drawing import drawing_device
 from pipeline.store.records import materialise, put_blob
 from pipeline.training.between_steps import preview_png
+from pipeline.training.device import OutOfMemory, memory_for
 from pipeline.training.worker import at_stop
 
 LEARN = ("pairs", "captions", "embeddings", "curation")  # the decoder's inputs, and clip where it reads it frozen
@@ -63,7 +64,11 @@ def evaluate(ctx: Context) -> Artifact:
     parts = evaluation.parts()
     with torch.no_grad(), Progress("evaluation", len(parts), "parts") as progress:
         for title, measure in parts.items():
-            found = measure(lambda note, title=title: progress.advance(0, f"{title}: {note}"))  # type: ignore[misc]
+            try:
+                with memory_for(title):
+                    found = measure(lambda note, title=title: progress.advance(0, f"{title}: {note}"))  # type: ignore[misc]
+            except OutOfMemory as e:
+                raise UserError(f"evaluation: {title} did not fit into memory; lower its rows in evaluation") from e
             figures += [figure.as_json() for figure in found]
             progress.advance(1, title)
     document = {

@@ -11,7 +11,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from models.draw import Draw, derive_seed
 from models.pixels import from_uint8, resize
+from models.precision import autocast
 from models.reverse import Reverse, ignore
+from models.sampling_config import SamplingConfig
 from models.upsampler import (
     Upsampler,
     sampling_low,
@@ -21,6 +23,7 @@ from models.upsampler import (
 )
 from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.gap import gap_figure, rise
+from pipeline.evaluate.images import IMAGES
 from pipeline.evaluate.paired import paired
 from pipeline.evaluate.rows import HeldOut, Tick
 from pipeline.training.task import Batch
@@ -99,28 +102,44 @@ class Upsampled(NamedTuple):
 
 
 def upsample(
-    name: str, model: Upsampler, original: Tensor, steps: int, count: int, seed: int, tick: Tick, damaged: bool
+    name: str,
+    model: Upsampler,
+    original: Tensor,
+    sampling: SamplingConfig,
+    count: int,
+    seed: int,
+    tick: Tick,
+    damaged: bool,
 ) -> Upsampled:
     """Draws ``count`` samples of each image of ``original`` [n, 3, c, c], from its small image, ``damaged`` or not.
 
-    DDIM in ``steps`` steps, as the bundle samples; the same noise for the same row, either way.
+    DDIM as the bundle samples, IMAGES at once; the same noise for the same row, either way.
     """
-    side = (original.shape[2], original.shape[3])
-    clean = resize(original, (side[0] // model.config.scale, side[1] // model.config.scale))
-    draw = Draw([(derive_seed(seed, "low", i), 1) for i in range(len(original))], original.device)
-    low = sampling_low(replace(model.config, corrupt_at_inference=damaged), clean, draw)
-    denoise = upsampler_denoise(model, low)
-    run = Reverse(name, "ddim", "small", steps, ignore)
-    samples = []
-    for i in range(count):
-        draw = Draw([(derive_seed(seed, name, i, row), 1) for row in range(len(original))], low.device)
-        samples.append(run(model, denoise, draw.normal("x_T", *original.shape[1:]), draw).clamp(-1, 1))
-        tick(f"{name} {i + 1} of {count} samples" + ("" if damaged == model.config.corrupt_at_inference else ", too"))
-    return Upsampled(original, clean, low, resize(low, side), torch.stack(samples))
+    made = []
+    run = Reverse(name, "ddim", "small", getattr(sampling, f"{name}_steps"), ignore)
+    for start in range(0, len(original), IMAGES):
+        part = original[start : start + IMAGES]
+        rows = range(start, start + len(part))
+        side = (part.shape[2], part.shape[3])
+        clean = resize(part, (side[0] // model.config.scale, side[1] // model.config.scale))
+        draw = Draw([(derive_seed(seed, "low", row), 1) for row in rows], part.device)
+        low = sampling_low(replace(model.config, corrupt_at_inference=damaged), clean, draw)
+        denoise = upsampler_denoise(model, low)
+        samples = []
+        for i in range(count):
+            draw = Draw([(derive_seed(seed, name, i, row), 1) for row in rows], low.device)
+            with autocast(low.device, sampling.precision):
+                drawn = run(model, denoise, draw.normal("x_T", *part.shape[1:]), draw)
+            samples.append(drawn.float().clamp(-1, 1))
+            also = "" if damaged == model.config.corrupt_at_inference else ", too"
+            tick(f"{name} sample {i + 1} of {count} of {rows.stop} of {len(original)} images{also}")
+        made.append(Upsampled(part, clean, low, resize(low, side), torch.stack(samples, dim=1)))
+    whole = Upsampled(*(torch.cat(column) for column in zip(*made, strict=True)))
+    return whole._replace(samples=whole.samples.transpose(0, 1))
 
 
 def upsampler_figures(
-    name: str, model: Upsampler, rows: HeldOut, steps: int, count: int, seed: int, tick: Tick
+    name: str, model: Upsampler, rows: HeldOut, sampling: SamplingConfig, count: int, seed: int, tick: Tick
 ) -> list[Figure]:
     """Returns line (e): PSNR of the mean of ``count`` samples to the original, above that of bicubic interpolation.
 
@@ -129,11 +148,12 @@ def upsampler_figures(
 
     Each image's busiest crop of the side that training sees; all begin with the same small image.
     """
-    original = from_uint8(busiest_crop(rows.batch["image"], model.config.crop_size))
+    crops = [busiest_crop(part, model.config.crop_size) for part in rows.batch["image"].split(IMAGES)]
+    original = from_uint8(torch.cat(crops))
     damaged = model.config.corrupt_at_inference
-    made = upsample(name, model, original, steps, count, seed, tick, damaged)
+    made = upsample(name, model, original, sampling, count, seed, tick, damaged)
     few = rows.first(min(OTHER_ROWS, len(rows)))
-    other = upsample(name, model, original[: len(few)], steps, 1, seed, tick, not damaged)
+    other = upsample(name, model, original[: len(few)], sampling, 1, seed, tick, not damaged)
     return [
         *likeness_figures(name, made, rows, seed),
         consistency_figure(name, made, rows, seed),

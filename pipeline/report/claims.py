@@ -64,7 +64,9 @@ def claims(metrics: Mapping[str, Any]) -> Markup:
 def shown_figure(figure: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a figure with its bar and three digits of its values, its model apart from what it says."""
     says = str(figure["says"]).removeprefix(f"{figure['model']}: ")
-    value, baseline = (f"{figure[name]:.3g}" for name in ("value", "baseline"))
+    value, baseline = (
+        f"{number:.3g}" if (number := figure[name]) is not None else "" for name in ("value", "baseline")
+    )
     state = {True: "holds", False: "does not hold"}.get(figure["holds"], "for information")
     return {**figure, "says": says, "value": value, "baseline": baseline, "bar": bar_of(figure), "state": state}
 

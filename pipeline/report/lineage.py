@@ -93,7 +93,7 @@ def _stages(artifacts: Mapping[str, Artifact]) -> Markup:
     rows, total = [], 0.0
     for name, artifact in artifacts.items():
         took, hours = artifact.times, ""
-        amount = artifact.ledger.kept if name == "samples" else artifact.recipe.get("samples", artifact.ledger.kept)
+        amount = artifact.metrics.get("samples_seen", artifact.ledger.kept)
         if "seconds" in took:
             total += worker_hours(artifact)
             hours = f"{worker_hours(artifact):.2f}"

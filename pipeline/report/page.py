@@ -88,7 +88,7 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
     """Returns the page as text, under 5 MiB, without script or any outside resource."""
     artifacts = given.artifacts
     in_order = [name for name in graph if name in artifacts]
-    trained = [artifacts[name] for name in in_order if graph[name].kind == "training"]
+    trained = [artifacts[name] for name in in_order if "samples_seen" in artifacts[name].metrics]
     shown = attempt("The summary", head, config, graph, artifacts, running)
     compared = attempt("The comparison with another bundle", against_section, given, config.project)
     learns = attempt("The evaluation", evaluation_section, given)

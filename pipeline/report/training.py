@@ -112,7 +112,7 @@ def _numbers(artifact: Artifact) -> Markup:
 def _summary(artifact: Artifact) -> Markup:
     """Says in one line how many samples took how long, as far as it was recorded."""
     times = artifact.times
-    said = [f"{number(artifact.recipe['samples'])} samples"] if "samples" in artifact.recipe else []
+    said = [f"{number(artifact.metrics['samples_seen'])} samples"]
     if "seconds" in times:
         said.append(duration(times["seconds"]))
     if "samples_per_second" in times:

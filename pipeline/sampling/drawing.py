@@ -8,7 +8,8 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from models.cascade import UnCLIP
 from models.sampling_config import UPSAMPLERS
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.graph.resources import cores
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, counted
 from pipeline.store.records import materialise, put_blob
-from pipeline.training.device import choose_device
+from pipeline.training.device import OutOfMemory, choose_device, memory_for
 
 log = logging.getLogger("unclip")
 
@@ -88,9 +90,32 @@ def png_with_text(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
 def open_bundle(folder: str | Path, device: str = "auto") -> UnCLIP:
     """Loads a bundle to draw with in this process, and says on which device.
 
-    Raises UserError for a device that is not there, and as ``UnCLIP.from_folder`` does.
+    Raises UserError for a device that is not there, and for a bundle that is damaged.
     """
-    return UnCLIP.from_folder(folder, drawing_device(device))
+    return read_bundle(folder, drawing_device(device))
+
+
+def read_bundle(folder: str | Path, device: torch.device) -> UnCLIP:
+    """Loads a bundle onto a device. Raises UserError where it is damaged or a part of it is missing."""
+    try:
+        return UnCLIP.from_folder(folder, device)
+    except (FileNotFoundError, ValueError) as e:
+        raise UserError(str(e)) from e
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raises UserError for what drawing refuses, such as an option out of range, and where it lacks memory."""
+    try:
+        with memory_for("drawing"):
+            yield
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    except OutOfMemory as e:
+        raise UserError(
+            "what is drawn at once does not fit into memory; ask for fewer images at once, a smaller size, or "
+            "tile=256, which takes large images in parts"
+        ) from e
 
 
 def drawing_device(name: str = "auto") -> torch.device:

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from webdataset.writer import TarWriter
 
 from models.cascade import UnCLIP
@@ -36,6 +36,7 @@ from pipeline.graph.stages import Context, shard_key
 from pipeline.graph.workers import ShardOutput, ShardTask
 from pipeline.ledger import Ledger
 from pipeline.progress import Steps, counted
+from pipeline.sampling.drawing import read_bundle, refusals
 from pipeline.settings import GenerationSettings, RaySettings
 from pipeline.store import Store
 from pipeline.store.records import digest, materialise, put_blob
@@ -53,7 +54,7 @@ class GenerationRecipe:
     """``options`` replace the bundle's sampling defaults; ``batch`` prompts are sampled at once."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    batch: PositiveInt = 8
+    batch: Annotated[PositiveInt, Field(le=ROWS)] = 8
 
 
 def generate(
@@ -111,7 +112,7 @@ class MakeGenerator:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             materialise(self.store, self.bundle, folder)
-            unclip = UnCLIP.from_folder(folder, choose_device(self.device))
+            unclip = read_bundle(folder, choose_device(self.device))
         return Generator(self.store, unclip, self.recipe)
 
 
@@ -159,10 +160,8 @@ class Generator:
         empty = self.recipe.batch - len(rows)
         prompts = [row["prompt"] for row in rows] + [""] * empty
         seeds = [row["seed"] for row in rows] + [0] * empty
-        try:
+        with refusals():
             made = self.unclip.generate(prompts, seeds, **self.recipe.options)
-        except ValueError as e:  # prompts and seeds were looked at, so it is an option
-            raise UserError(str(e)) from e
         return made.image[: len(rows)].numpy()
 
     def _score(self, images: np.ndarray, prompts: Sequence[str]) -> list[float]:

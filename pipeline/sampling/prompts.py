@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import types as t
 
 from pipeline.data.source.columns import Flaw
 from pipeline.data.source.tables import parsed_object, table_rows
@@ -23,6 +24,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLES = (*DELIMITERS, ".jsonl", ".parquet")
 KINDS = f".txt with a prompt a line, or a {', '.join(TABLES[:-1])} or {TABLES[-1]} with a column of them"
 SEED = "seed"
+TEXT = (t.is_string, t.is_large_string, t.is_string_view)
 LARGEST_SEED = 2**63 - 1
 Row = Mapping[str, Any] | str  # the reason of one that cannot be read
 
@@ -124,7 +126,7 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
     wanted = [name for name in dict.fromkeys((column, SEED)) if name in file.schema_arrow.names]
     for batch in file.iter_batches(columns=wanted, batch_size=1024):
         # As bytes: a single value that is not UTF-8 would end the list.
-        columns = [c.cast(pa.large_binary()) if pa.types.is_string(c.type) else c for c in batch.columns]
+        columns = [c.cast(pa.large_binary()) if any(is_it(c.type) for is_it in TEXT) else c for c in batch.columns]
         for row in pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist():
             yield {"prompt": row[column], SEED: row.get(SEED)}
 

@@ -17,13 +17,12 @@ from pipeline.graph.ray import works_on_ray
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.settings import TrainingSettings
-from pipeline.store.content import put_content
 from pipeline.store.records import put_blob
 from pipeline.training.checkpoints import course
 from pipeline.training.checks import check, most_workers
+from pipeline.training.device import OutOfMemory
 from pipeline.training.distributed.launch import WorkerLost, launch
 from pipeline.training.follow import following, showing
-from pipeline.training.memory import OutOfMemory
 from pipeline.training.task import Task, task_of
 from pipeline.training.trackers import Trackers
 from pipeline.training.worker import Training, at_stop
@@ -59,8 +58,6 @@ def run_attempts(ctx: Context) -> Artifact:
     """
     task = task_of(ctx)
     check(ctx, task)
-    if ctx.recipe.init_from is not None:
-        put_content(ctx.store, ctx.recipe.init_from, f"{ctx.stage}.init_from")
     reached, lost = -1, 0
     while True:
         try:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.draw import Draw, Undropped
+from models.draw import Draw
 from models.precision import autocast
 from pipeline.held_out import FEWEST
 from pipeline.progress import Progress
@@ -122,7 +122,7 @@ class BetweenSteps:
             return
         device = self.group.device
         with torch.no_grad(), autocast(device, self.recipe.precision):
-            pairs = [(batch, Undropped(streams, device)) for batch, streams in examples]
+            pairs = [(batch, Draw(streams, device)) for batch, streams in examples]
             rows = sum(len(local.keys) for local in self.held_out)
             figures = self.task.validate(model, pairs) if rows >= FEWEST else {}
             line: dict[str, Any] = {f"validation_{name}": value for name, value in figures.items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import Artifact, read_shards
+from pipeline.graph.artifacts import Artifact, ShardList
 from pipeline.graph.stages import Context
+from pipeline.store.content import put_content
 from pipeline.training.task import Contrastive, Task
 
 
@@ -36,22 +37,22 @@ def check(ctx: Context, task: Task) -> None:
         _check_sharded(ctx, task, workers)
     if not task.splittable and settings.micro_batch:
         raise UserError(f"{where}.micro_batch: this loss compares every row with its whole batch; use 0")
-    if settings.keep_checkpoints < 1:
-        raise UserError(f"{where}.keep_checkpoints: {settings.keep_checkpoints}; keep at least 1")
     for milestone in settings.milestones:
-        if milestone > recipe.fork:
-            raise UserError(
-                f"{where}.milestones: {milestone:,} is where the learning rate falls already, after {recipe.fork:,} "
-                "samples, so it would not equal a training of that length; lower it"
-            )
         if not recipe.batch <= milestone < recipe.samples:
             raise UserError(
                 f"{where}.milestones: {milestone:,} is not between one batch ({recipe.batch:,}) and the recipe's "
                 f"samples ({recipe.samples:,})"
             )
+        if milestone > recipe.fork:
+            raise UserError(
+                f"{where}.milestones: {milestone:,} is where the learning rate falls already, after {recipe.fork:,} "
+                "samples, so it would not equal a training of that length; lower it"
+            )
     rows = ctx.inputs["curation" if "curation" in ctx.inputs else "pairs"]
-    if not sum(shard.counts.get(f"train/{task.min_side}", 0) for shard in read_shards(ctx.store, rows)):
+    if not ShardList(ctx.store, rows).counts(f"train/{task.min_side}").any():
         raise UserError(_no_rows(ctx, task, rows))
+    if recipe.init_from is not None:  # into the store, where every worker can read it
+        put_content(ctx.store, recipe.init_from, f"{ctx.stage}.init_from")
 
 
 def _check_sharded(ctx: Context, task: Task, workers: int) -> None:

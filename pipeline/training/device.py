@@ -1,10 +1,20 @@
-"""The device that a process computes on."""
+"""The device that a process computes on, and what is said where its memory is short."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from pipeline.errors import UserError
+
+# Of PyTorch on a CPU, and of CUDA, cuBLAS, cuDNN and NCCL. cuDNN without room for any of its ways finds no "engine".
+LACKING = re.compile(
+    r"can't allocate memory|out of memory|ALLOC_FAILED|unable to find an engine|CU(BLAS|DNN)_STATUS_NOT_INITIALIZED",
+    re.IGNORECASE,
+)
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,4 +37,21 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             f"device {name}: torch finds no GPU here; use auto or cpu, or install a driver and torch for CUDA"
         )
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"device {name}: GPUs are counted from 0, and torch finds {count} here; name another")
     return device
+
+
+class OutOfMemory(Exception):
+    """Says that something did not fit into memory: its name, and the number of its rows if fewer might."""
+
+
+@contextmanager
+def memory_for(what: str, rows: int = 0) -> Iterator[None]:
+    """Raises OutOfMemory for each error by which PyTorch reports a lack of memory."""
+    try:
+        yield
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or LACKING.search(str(e)):
+            raise OutOfMemory(what, rows) from e
+        raise

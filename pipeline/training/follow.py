@@ -41,13 +41,20 @@ def showing(ctx: Context, show: Callable[[Artifact], None], every_s: float = 5.0
 
     def follow(stop: threading.Event) -> None:
         shown: Mapping[str, str] = {}
+        failed = False
         while not stop.wait(every_s):
-            running = so_far(ctx)
-            if running is not None and running.blobs != shown:
-                show(running)
-                shown = running.blobs
+            try:
+                running = so_far(ctx)
+                if running is not None and running.blobs != shown:
+                    show(running)
+                    shown = running.blobs
+                failed = False
+            except Exception as e:  # such as a store that is away for a minute, which the training outlives
+                if not failed:
+                    log.warning("%s: report and trackers do not show it for now: %s", ctx.stage, e)
+                failed = True
 
-    with _meanwhile(follow, f"{ctx.stage}: the report does not show it any more while it runs"):
+    with _meanwhile(follow, f"{ctx.stage}: report and trackers do not show it any more while it runs"):
         yield
 
 

@@ -14,10 +14,10 @@ from models.draw import derive_seed
 from models.precision import autocast
 from pipeline.errors import UserError
 from pipeline.settings import TrainingSettings
+from pipeline.training.device import memory_for
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.distributed.sharding import full_tensor
 from pipeline.training.feed.feed import Batches, LocalBatch
-from pipeline.training.memory import memory_for
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState, ema_half_life, learning_rate, update_ema
 from pipeline.training.timing import StepTimer

@@ -1,16 +1,14 @@
-"""What fits into the memory of a device: how many rows at once, and what to do where something does not."""
+"""How many rows fit into the memory of a device at once."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from models.draw import Draw
 from models.precision import autocast
+from pipeline.training.device import OutOfMemory, memory_for
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.optimizer import kinds
@@ -18,27 +16,7 @@ from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState
 from pipeline.training.task import Batch
 
-# Of PyTorch on a CPU, and of CUDA, cuBLAS, cuDNN and NCCL. cuDNN without room for any of its ways finds no "engine".
-LACKING = re.compile(
-    r"can't allocate memory|out of memory|ALLOC_FAILED|unable to find an engine|CU(BLAS|DNN)_STATUS_NOT_INITIALIZED",
-    re.IGNORECASE,
-)
 log = logging.getLogger("unclip")
-
-
-class OutOfMemory(Exception):
-    """Says that something did not fit into memory: its name, and the number of its rows if fewer might."""
-
-
-@contextmanager
-def memory_for(what: str, rows: int = 0) -> Iterator[None]:
-    """Raises OutOfMemory for each error by which PyTorch reports a lack of memory."""
-    try:
-        yield
-    except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or LACKING.search(str(e)):
-            raise OutOfMemory(what, rows) from e
-        raise
 
 
 def refuses(device: torch.device) -> bool:

@@ -1,7 +1,8 @@
 """The recipes of trainings. No torch and no Ray here.
 
 Everything is counted in samples, the rows that a model has seen. Run settings (workers, micro-batch, checkpoints) are
-elsewhere, in pipeline.settings, because they do not change a result but for rounding, and a micro-batch for dropout.
+elsewhere, in pipeline.settings, because they do not change a result but for rounding, and micro-batch and workers for
+dropout.
 """
 
 from __future__ import annotations

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.graph.resources import cores
 from pipeline.graph.stages import Context, trajectory_key
 from pipeline.training.checkpoints import Checkpoints
-from pipeline.training.device import choose_device
+from pipeline.training.device import OutOfMemory, choose_device, memory_for
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
 from pipeline.training.loop import backward
+from pipeline.training.memory import fitting_rows, refuses
 from pipeline.training.state import begin
 from pipeline.training.task import task_of
 from pipeline.training.timing import StepTimer
@@ -47,7 +49,7 @@ class Replay:
 def replay(ctx: Context) -> Replay | None:
     """Repeats the last step of a training that failed, with all of its batch in this process; None if none failed.
 
-    Changes nothing in the store. Raises CorruptObject.
+    Changes nothing in the store. Raises CorruptObject, and UserError where its rows do not fit into memory.
     """
     found = Checkpoints(ctx.store, trajectory_key(ctx), attempt=0).last_failure()
     if found is None:
@@ -56,15 +58,20 @@ def replay(ctx: Context) -> Replay | None:
     torch.set_num_threads(ctx.settings.threads or cores())
     group = ProcessGroup(device=choose_device(ctx.settings.device))
     task = task_of(ctx)
-    objective = begin(task, ctx.recipe, group).objective
-    model = objective.model.train()
+    feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe)
+    state = begin(task, ctx.recipe, group, recomputing=ctx.settings.recompute)
+    objective, model = state.objective, state.objective.model.train()
     model.load_state_dict(weights)
-    result = Replay(samples)
-    with closing(Feed(ctx.store, ctx.inputs, task, ctx.recipe).batches(samples)) as batches, _watching(model, result):
-        local = next(batches)
-        timer = StepTimer({}, group.device)
-        rows = ctx.settings.micro_batch or len(local.keys)
-        losses, _ = backward(objective, local, ctx.recipe, rows, group, timer)
+    result, rows = Replay(samples), ctx.settings.micro_batch or ctx.recipe.batch
+    try:
+        if task.splittable and not ctx.settings.micro_batch and refuses(group.device):
+            rows = fitting_rows(ctx.stage, feed, ctx.recipe, rows, group, state)
+        with closing(feed.batches(samples)) as batches, _watching(model, result), memory_for(f"{rows} rows at once"):
+            local = next(batches)
+            losses, _ = backward(objective, local, ctx.recipe, rows, group, StepTimer({}, group.device))
+    except OutOfMemory as e:
+        where = f"run.{ctx.stage}.micro_batch"
+        raise UserError(f"{ctx.stage}: {e.args[0]} did not fit into the memory of this machine; lower {where}") from e
     spoilt = [(key, loss) for key, loss in zip(local.keys, losses.tolist(), strict=True) if not _finite(loss)]
     result.rows = spoilt
     result.parameters = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]

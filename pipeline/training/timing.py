@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from models.draw import Draw, Undropped
+from models.draw import Draw
 from models.precision import computes_in
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed
@@ -88,7 +88,7 @@ def measure_speed(task: Task, model: nn.Module, feed: Feed, precision: str, grou
     flops, device = 0, next(model.parameters()).device
     for local in feed.validation(1, 1):
         batch = {name: column.to(device) for name, column in local.batch.items()}
-        flops = forward_flops(task, model, batch, Undropped(local.streams, device))
+        flops = forward_flops(task, model, batch, Draw(local.streams, device))
     dtype = torch.bfloat16 if computes_in(group.device, precision) == "bf16" else torch.float32
     return Speed(3.0 * flops, group.size * matmul_peak(group.device, dtype, torch.get_num_threads()))
 

@@ -241,7 +241,9 @@ class Trackers:
 
 def tell_result(ctx: Context, made: Artifact) -> None:
     """Sends images and figures of a stage that trains nothing, such as samples and evaluation, if it has some."""
-    names = sorted(name for name in made.blobs if name.endswith(".png"))[:SHOWN]
+    if not ctx.config.run.trackers:
+        return
+    names = sorted(name for name in made.blobs if name.endswith(".png") and not name.endswith("-64.png"))[:SHOWN]
     trackers = Trackers(ctx, made.key)
     trackers.show([read_blob(ctx.store, made.blobs[name]) for name in names], made.metrics.get("figures", ()))
     trackers.close()

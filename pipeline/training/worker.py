@@ -25,11 +25,12 @@ from pipeline.store.records import put_blob, read_blob
 from pipeline.training.between_steps import BetweenSteps, averaged
 from pipeline.training.checkpoints import Course
 from pipeline.training.compiling import compile_layers, compiles
+from pipeline.training.device import memory_for
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Batches, Feed
 from pipeline.training.feed.order import lanes_of
 from pipeline.training.loop import NonFinite, fit
-from pipeline.training.memory import fitting_rows, memory_for, refuses
+from pipeline.training.memory import fitting_rows, refuses
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState, begin, share

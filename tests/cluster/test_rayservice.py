@@ -93,6 +93,16 @@ def test_what_pods_need_is_asked_for(
     assert "name release:PROJECT.yaml" in capsys.readouterr().err
 
 
-def test_a_file_of_tokens_does_not_travel_to_pods(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", f"release:{project}", "--to", "kuberay", "tokens=mine.txt"]) == 2
-    assert "mine.txt does not travel to pods; put its lines into UNCLIP_TOKENS" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("tokens=mine.txt", "mine.txt does not travel to pods; put its lines into UNCLIP_TOKENS"),
+        ("prompt_head=head.safetensors", "head.safetensors does not travel to pods; name its absolute path"),
+        ("port=9000", "port=9000: a RayService listens at 8000"),
+    ],
+)
+def test_what_pods_cannot_follow_is_refused(
+    project: Path, capsys: pytest.CaptureFixture[str], setting: str, says: str
+) -> None:
+    assert main(["serve", f"release:{project}", "--to", "kuberay", setting]) == 2
+    assert says in capsys.readouterr().err

@@ -228,7 +228,12 @@ def test_what_another_configuration_has_left_in_the_folder_is_replaced(chain: Ch
     for words in ((), ("evaluation.rows=9",)):
         (output / "bundle.json").write_text(json.dumps(json.loads(bundle) | {"bundle": "0" * 64}))
         shutil.rmtree(output / "samples")
+        (output / "samples").mkdir()
+        for name in ("0007.png", "0007-64.png", "a-red-heart-0123456789-0.png"):
+            (output / "samples" / name).touch()
         assert ("nothing to do" in done(here("run", chain.config, *words))) == (not words)
+        assert not list((output / "samples").glob("0007*"))
+        assert (output / "samples/a-red-heart-0123456789-0.png").exists()
         assert (output / "bundle.json").read_text() == bundle
         assert (output / "samples/0000.png").exists()
         report = (output / "report.html").read_text()

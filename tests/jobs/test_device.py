@@ -163,3 +163,11 @@ def test_a_device_that_torch_does_not_know_is_a_line() -> None:
     with pytest.raises(UserError, match="device gpu: unknown; use auto, cpu or cuda"):
         choose_device("gpu")
     assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_a_gpu_beyond_the_last_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="device cuda:2: GPUs are counted from 0, and torch finds 2 here"):
+        choose_device("cuda:2")

@@ -32,7 +32,7 @@ from tests.models.test_manipulations import IMAGES
 from tests.pipeline.sampling.test_generation import publish_bundle
 
 OPTIONS: Any = {"decoder_steps": 3, "upsampler_256_steps": 2, "size": 64}
-FEW = ("--size", 64, "--set", "decoder_steps=3", "--set", "upsampler_256_steps=2")
+FEW = ("--set", "size=64", "--set", "decoder_steps=3", "--set", "upsampler_256_steps=2")
 Edit = Callable[..., list[str]]
 
 
@@ -276,6 +276,7 @@ def test_progress_counts_every_step(edit: Edit, capsys: pytest.CaptureFixture[st
         (["variations", "cat.png", "--eta", "1.5"], "--eta 1.5 is outside 0 to 1"),
         (["variations", "cat.png", "--seed", "-1"], "--seed -1 is below 0"),
         (["variations", "cat.png", "--set", "sise=64"], "unknown sampling options ['sise']"),
+        (["variations", "cat.png", "--set", "decoder_sampler=dpm"], "decoder_sampler is 'dpm': images are changed by"),
         (["variations", "cat.png", "--set", "size=["], "--set size=[: [ is not YAML"),
         (
             ["variations", "cat.png", "--set", "decoder_steps=many"],

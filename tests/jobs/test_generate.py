@@ -79,6 +79,16 @@ def test_a_folder_of_other_images_is_refused_before_drawing(
     assert {path.name: path.read_bytes() for path in Path("made").iterdir()} == before
 
 
+def test_a_batch_is_within_a_shard_and_a_gpu_is_not_none(drawn: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in (
+        (["--batch", "65"], "--batch: 65 is above 64"),
+        (["--device", "cuda", "--gpus", "0"], "--gpus 0 and --device cuda exclude each other"),
+    ):
+        assert main(["generate", "list.csv", *FEW, "-o", "made", *words]) == 2
+        assert says in capsys.readouterr().err
+    assert not drawn
+
+
 def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red fox\n")
     below = here("generate", tmp_path / "prompts.txt", "--from", tmp_path, "--seed", "-1")

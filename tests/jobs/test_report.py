@@ -40,3 +40,5 @@ def test_another_bundle_is_a_key_a_project_a_folder_or_a_release(
         assert why in capsys.readouterr().err
     assert main(["report", str(made.path), OTHER, "--output", str(tmp_path)]) == 2
     assert "is a folder; name a file, such as" in capsys.readouterr().err
+    assert main(["report", str(made.path), OTHER, "--output", str(tmp_path / "report.json")]) == 2
+    assert "ends with .json, where the figures go" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+import unclip
 from jobs.bundles import remember_bundle
 from jobs.cli import main
 from jobs.sample import SLUG_BYTES, file_name, slug
+from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact, publish_artifact
 from pipeline.ledger import Ledger
 from pipeline.store import open_store
@@ -82,6 +85,40 @@ def test_captions_and_seeds_are_checked_before_any_is_drawn(sample: Sample, caps
         assert main(["sample", *words, *FEW]) == 2
         assert says in capsys.readouterr().err
     assert not list(Path("out/nano/samples").glob("*"))
+
+
+@pytest.mark.parametrize("part", ["clip", "decoder/model.safetensors", "decoder/config.json"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_bundle_that_misses_a_part_is_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, damaged: bool
+) -> None:
+    make().save(tmp_path / "shared")
+    place = tmp_path / "shared" / part
+    if damaged and place.is_file():  # as a file that only git-lfs would fetch
+        place.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink()
+    (tmp_path / "list.txt").write_text("a red fox\n")
+    for words in (["sample", "a red fox"], ["generate", str(tmp_path / "list.txt"), "--workers", "0"]):
+        where = ["--from", str(tmp_path / "shared"), "-o", str(tmp_path / "made")]
+        assert main([*words, *where, *FEW]) == 2, capsys.readouterr().err
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert part.split("/")[0] in line
+    with pytest.raises(UserError, match=part.split("/")[0]):
+        unclip.load(tmp_path / "shared")
+
+
+def test_too_little_memory_is_told_in_a_line(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(*_: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr("models.cascade.UnCLIP.decode", lacking)
+    assert main(["sample", "a red heart", *FEW]) == 2
+    assert "does not fit into memory; ask for fewer images at once, a smaller size" in capsys.readouterr().err
 
 
 HOSTILE = ["../../etc/passwd", "CON", "a/b\\c:d*e?f", "‮evil‬", "\0", "é" * 200, "e\u0301" * 200, "\u0301", "İ", "ﬁ", "ẞ"]

@@ -97,7 +97,8 @@ def test_priors_are_compared_with_guidance_that_each_of_them_can_take() -> None:
     with pytest.raises(ValueError, match=r"prior_guidance is 3\.0, and the model was trained without drop_text"):
         compare_priors(unclip, "a red fox", prior_guidance=3.0, size=64)
     guided = dataclasses.replace(unclip, sampling=dataclasses.replace(SAMPLING, prior_guidance=3.0))
-    assert [guided.sampling_through(prior).prior_guidance for prior in ("ar", "diffusion")] == [0.0, 3.0]
+    assert [guided.sampling_with({"prior": prior}).prior_guidance for prior in ("ar", "diffusion")] == [0.0, 3.0]
+    assert len(compare_priors(guided, "a red fox", size=64).names) == 3
 
 
 def test_a_clip_with_its_own_tokenizer_reads_its_own_tokens() -> None:

@@ -105,6 +105,8 @@ except ValueError as e:
     assert f"{folder} cannot be saved again: copy or upload the folder" in str(e)
 else:
     raise AssertionError("saved")
+pipe.set_progress_bar_config(disable=True)
+assert draw()[0].tobytes() == first[0].tobytes()
 assert "models" not in sys.modules and "unclip_models" in sys.modules
 """
 

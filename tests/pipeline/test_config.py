@@ -299,6 +299,7 @@ def test_mistakes_are_one_line(least: Path, override: str, message: str) -> None
     [
         ({"codec": {"buckets": 512}}, "codec.buckets: 512 is not ar_prior.model.buckets 1024"),
         ({"pairs": {"image_size": 512}}, "pairs.image_size: 512 is too small for upsampler_1024"),
+        ({"decoder": {"model": {"vocabulary": 50000}}}, "decoder.model.vocabulary: 50000; CLIP's tokens are 49408"),
         (
             {"decoder": {"model": {"image_size": 128, "patch": 8}}},
             "decoder.model.image_size: 128; the cascade begins at 64",

@@ -23,10 +23,9 @@ from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
 from pipeline.graph.ray import start_ray, wait_for_room, works_on_ray
 from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
-from pipeline.training.device import choose_device
+from pipeline.training.device import OutOfMemory, choose_device
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.loop import NonFinite
-from pipeline.training.memory import OutOfMemory
 
 REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
 LISTEN_EVERY_S = 5.0  # all workers wait for each other when they ask whether a machine is to be taken away

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.codec import Codec
-from models.draw import Draw, Undropped
+from models.draw import Draw
 from models.upsampler import training_low
 from pipeline.config import Config, load_config
 from pipeline.cost.flops import count_clip, count_model
@@ -49,7 +49,7 @@ def test_a_training_counts_the_same(stage: str) -> None:
         "image_embedding": torch.ones(1, dim),
         "text_embedding": torch.ones(1, dim),
     }
-    draw: Draw = Undropped([(0, 1)])
+    draw = Draw([(0, 1)])
     given = {name: batch[name] for name in task.columns}
     if isinstance(task, UpsamplerTask):  # degrading an image is not the model's work, and depends on the draw
         given["low"] = training_low(task.config, given, draw)

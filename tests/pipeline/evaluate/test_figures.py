@@ -15,6 +15,7 @@ from models.clip import Clip
 from models.codec_fit import fit_codec
 from models.diffusion.schedules import make_schedule
 from models.image_configs import UpsamplerConfig
+from models.sampling_config import SamplingConfig
 from models.upsampler import Upsampler
 from pipeline.data.source.emoji.listing import BACKGROUNDS
 from pipeline.evaluate import figure, images, priors, upsamplers
@@ -253,6 +254,23 @@ class Knows:
         return level.sqrt() * eps - (1 - level).sqrt() * x0
 
 
+FIVE = SamplingConfig(upsampler_256_steps=5)
+
+
+def test_images_are_upsampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, original = Upsampler(SMALL).eval(), normal(5, 3, SMALL.crop_size, SMALL.crop_size).clamp(-1, 1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    whole, parts = [], []
+    for at_once, made in ((5, whole), (2, parts)):
+        monkeypatch.setattr(upsamplers, "IMAGES", at_once)
+        with torch.no_grad():
+            made += upsamplers.upsample("upsampler_256", model, original, FIVE, 3, 0, lambda _: None, True)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 def test_an_upsampler_must_beat_bicubic_interpolation() -> None:
     image = (normal(4, 3, 64, 64) * 60 + 128).clamp(0, 255).to(torch.uint8)
     chosen = rows(4, image=image)
@@ -260,7 +278,7 @@ def test_an_upsampler_must_beat_bicubic_interpolation() -> None:
     figures = {}
     for name, answer in (("bicubic", None), ("oracle", original)):
         model = cast(Upsampler, Knows(answer))
-        figures[name] = upsamplers.upsampler_figures("upsampler_256", model, chosen, 5, 3, 0, lambda _: None)
+        figures[name] = upsamplers.upsampler_figures("upsampler_256", model, chosen, FIVE, 3, 0, lambda _: None)
     mean, _, ssim_of_mean, _, consistency, undamaged, against_bicubic = figures["bicubic"]
     assert mean.difference == pytest.approx(0, abs=1e-3)
     assert mean.holds is False or mean.difference > 0  # equal but for rounding

@@ -88,6 +88,11 @@ def test_claims_that_fail_come_first_and_what_was_not_measured_is_one_box() -> N
     assert 'id="claims-g"' not in page
 
 
+def test_a_number_that_is_not_finite_leaves_the_other_claims() -> None:
+    found = figure(False, line="c", says="decoder: MMD") | {"value": None, "difference": None}
+    assert "<bdi>MMD</bdi>" in claims({"figures": [found, figure(True, line="a", says="decoder: one")]})
+
+
 def test_the_twin_for_programs_says_what_the_page_says(store: FolderStore, made: dict[str, Artifact]) -> None:
     found = json.loads(document(ReportInput(store, made), config(), graph()))
     assert found["verdict"] == verdict(graph(), made)

@@ -91,7 +91,9 @@ def test_a_bad_row_of_a_jsonl_costs_itself(tmp_path: Path, bad: bytes) -> None:
 
 def test_a_value_of_a_parquet_that_is_not_text_costs_its_row(tmp_path: Path) -> None:
     values = pa.array([b"a", b"caf\xe9", b"c"], pa.binary())
-    for name, column in (("binary", values), ("text", values.view(pa.string()))):
+    text = values.view(pa.string())
+    kinds = {"binary": values, "text": text, "large": text.cast(pa.large_binary()).view(pa.large_string())}
+    for name, column in kinds.items():
         pq.write_table(pa.table({"caption": column}), tmp_path / f"{name}.parquet")
         assert read(tmp_path / f"{name}.parquet") == [("a", 0, None), ("", 1, "not_utf8"), ("c", 2, None)]
 

@@ -69,6 +69,17 @@ def test_a_step_that_failed_can_be_done_again(world: World, workers: int) -> Non
     assert f"/{found.samples:012d}-" in failure
 
 
+def test_a_replay_that_lacks_memory_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned = next(key for key, e in world.examples.items() if e.split == "train" and key.endswith("0007"))
+    ctx = with_a_nan(world, poisoned).context("diffusion_prior", RECIPE, SETTINGS)
+    with pytest.raises(NonFinite):
+        stage.train(ctx)
+    hungry = "pipeline.training.tasks.diffusion_prior.DiffusionPriorTask.loss"
+    monkeypatch.setattr(hungry, lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"16 rows at once did not fit .*; lower run\.diffusion_prior\.micro_batch"):
+        replay(ctx)
+
+
 def test_too_little_memory_halves_the_micro_batch(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from models.clip import Clip
-from models.draw import Draw, Part, Undropped
+from models.draw import Draw, Part
 from models.folder import KINDS
 from models.losses import Losses
 from pipeline.config import preset_config
 from pipeline.cost.flops import text_tower
 from pipeline.settings import TrainingSettings
+from pipeline.training.device import OutOfMemory, memory_for
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.feed.feed import Feed, LocalBatch
 from pipeline.training.loop import (
@@ -26,7 +27,7 @@ from pipeline.training.loop import (
     fit,
     line_due,
 )
-from pipeline.training.memory import OutOfMemory, fitting_rows, memory_for
+from pipeline.training.memory import fitting_rows
 from pipeline.training.optimizer import make_optimizer
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.state import TrainState, begin, ema_half_life, learning_rate, update_ema
@@ -85,10 +86,6 @@ def test_a_part_of_a_draw_has_the_numbers_of_the_whole() -> None:
             assert torch.equal(part.uniform("b"), draw.uniform("b")[start:stop])
             assert torch.equal(part.integers("c", 9, 2), draw.integers("c", 9, 2)[start:stop])
             assert torch.equal(part.keep("d", 0.5), draw.keep("d", 0.5)[start:stop])
-
-
-def test_validation_drops_no_condition() -> None:
-    assert bool(Undropped([(1, 100)]).keep("drop", 0.9).all())
 
 
 def test_ema_without_half_life_is_the_model_and_statistics_are_copied() -> None:

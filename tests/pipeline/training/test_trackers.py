@@ -16,7 +16,8 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
 from pipeline.graph.stages import Context, trajectory_key
-from pipeline.store.records import read_blob
+from pipeline.ledger import Ledger
+from pipeline.store.records import put_blob, read_blob
 from pipeline.training import stage
 from pipeline.training.recipes import DecoderRecipe, DiffusionPriorRecipe
 from pipeline.training.trackers import TRACKERS, TensorBoard, Trackers, find_tracker, tell_result
@@ -42,8 +43,6 @@ def told(ctx: Context, *made: Artifact) -> None:
 
 def so_far(ctx: Context, made: Artifact, samples: int) -> Artifact:
     """What the artefact would be if the training had come so far only."""
-    from pipeline.store.records import put_blob
-
     text = read_blob(ctx.store, made.blobs["metrics.jsonl"]).splitlines(keepends=True)
     kept = b"".join(line for line in text if int(re.findall(rb'"samples": (\d+)', line)[0]) <= samples)
     return replace(made, blobs={"metrics.jsonl": put_blob(ctx.store, kept)}, metrics={"samples_seen": samples})
@@ -233,6 +232,23 @@ class Broken:
 
     def close(self) -> None:
         raise AssertionError("it was told more")
+
+
+class Pictures(Recorded):
+    """Hears images alone."""
+
+    shown: ClassVar[list[tuple[int, bytes]]] = []
+
+    def image(self, samples: int, png: bytes) -> None:
+        self.shown.append((samples, png))
+
+
+def test_of_samples_the_finished_images_are_shown(shared_world: World, tmp_path: Path) -> None:
+    names = {f"{i:04d}{small}.png" for i in range(12) for small in ("", "-64")}
+    blobs = {name: put_blob(shared_world.store, name.encode()) for name in names}
+    made = Artifact("samples", "b" * 64, {}, {}, Ledger(), blobs)
+    tell_result(context(shared_world, tmp_path, f"{__name__}:Pictures"), made)
+    assert Pictures.shown == [(i, f"{i:04d}.png".encode()) for i in range(12)]
 
 
 def test_a_tracker_that_fails_costs_a_warning(
