@@ -6,7 +6,7 @@ al. 2022.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -381,8 +381,8 @@ class UnCLIP:
         sampling = change_sampling(self.sampling, options)
         models = {name: getattr(self, name) for name in MODELS}
         prior = models[PRIORS[sampling.prior]]
-        if prior is not None and prior.config.drop_text == 0 and "prior_guidance" not in options:
-            sampling = replace(sampling, prior_guidance=0.0)
+        if sampling.prior != self.sampling.prior and prior is not None and prior.config.drop_text == 0:
+            sampling = change_sampling(self.sampling, {"prior_guidance": 0.0} | options)
         check_sampling(sampling, {name: model.config for name, model in models.items() if model is not None})
         return sampling
 

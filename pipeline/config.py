@@ -148,7 +148,11 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     values = source if isinstance(source, Mapping) else _read_values(source)
     for override in overrides:
         values = overlay(values, _override(override))
-    return make_config(values)
+    config = make_config(values)
+    for name in (*PRIORS.values(), "decoder"):
+        if (words := getattr(config, name).model.vocabulary) != VOCABULARY:
+            raise UserError(f"{name}.model.vocabulary: {words}; CLIP's tokens are {VOCABULARY}, so leave it out")
+    return config
 
 
 def _read_values(path: str | Path) -> Mapping[str, Any]:
@@ -306,9 +310,6 @@ def _check(config: Config) -> None:
         check_sampling(config.bundle.sampling, models)
     except ValueError as e:
         raise UserError(f"bundle.sampling.{e}") from e
-    for name in (*PRIORS.values(), "decoder"):
-        if (words := getattr(config, name).model.vocabulary) != VOCABULARY:
-            raise UserError(f"{name}.model.vocabulary: {words}; CLIP's tokens are {VOCABULARY}, so leave it out")
     if "ar_prior" in config.bundle.models and config.ar_prior.model.buckets != config.codec.buckets:
         raise UserError(
             f"codec.buckets: {config.codec.buckets} is not ar_prior.model.buckets {config.ar_prior.model.buckets}"

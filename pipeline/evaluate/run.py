@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from models.cascade import UnCLIP
 from models.decoder import Decoder
 from models.folder import load_model
 from pipeline.errors import CorruptObject, UserError
@@ -37,7 +36,7 @@ from pipeline.graph.keys import flatten
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
-from pipeline.sampling.drawing import drawing_device
+from pipeline.sampling.drawing import drawing_device, read_bundle
 from pipeline.store.records import materialise, put_blob
 from pipeline.training.between_steps import preview_png
 from pipeline.training.device import OutOfMemory, memory_for
@@ -58,7 +57,7 @@ def evaluate(ctx: Context) -> Artifact:
     inception = load_inception(ctx.store, ctx.recipe.inception, device)
     with tempfile.TemporaryDirectory() as folder:
         materialise(ctx.store, ctx.inputs["bundle"].blobs, folder)
-        unclip = UnCLIP.from_folder(folder, device)
+        unclip = read_bundle(folder, device)
     evaluation = Evaluation(ctx.store, ctx.inputs, unclip, ctx.recipe, early_decoder(ctx, device), judge, inception)
     figures: list[dict[str, Any]] = []
     parts = evaluation.parts()

@@ -59,19 +59,25 @@ def replay(ctx: Context) -> Replay | None:
     group = ProcessGroup(device=choose_device(ctx.settings.device))
     task = task_of(ctx)
     feed = Feed(ctx.store, ctx.inputs, task, ctx.recipe)
-    state = begin(task, ctx.recipe, group, recomputing=ctx.settings.recompute)
-    objective, model = state.objective, state.objective.model.train()
-    model.load_state_dict(weights)
     result, rows = Replay(samples), ctx.settings.micro_batch or ctx.recipe.batch
     try:
+        with memory_for("the model"):
+            state = begin(task, ctx.recipe, group, recomputing=ctx.settings.recompute)
+            objective, model = state.objective, state.objective.model.train()
+            model.load_state_dict(weights)
         if task.splittable and not ctx.settings.micro_batch and refuses(group.device):
             rows = fitting_rows(ctx.stage, feed, ctx.recipe, rows, group, state)
-        with closing(feed.batches(samples)) as batches, _watching(model, result), memory_for(f"{rows} rows at once"):
+        with (
+            closing(feed.batches(samples)) as batches,
+            _watching(model, result),
+            memory_for(f"{rows} rows at once", rows),
+        ):
             local = next(batches)
             losses, _ = backward(objective, local, ctx.recipe, rows, group, StepTimer({}, group.device))
     except OutOfMemory as e:
-        where = f"run.{ctx.stage}.micro_batch"
-        raise UserError(f"{ctx.stage}: {e.args[0]} did not fit into the memory of this machine; lower {where}") from e
+        what, fewer = e.args
+        remedy = f"lower run.{ctx.stage}.micro_batch" if fewer > 1 and task.splittable else "take a larger machine"
+        raise UserError(f"{ctx.stage}: {what} did not fit into the memory of this machine; {remedy}") from e
     spoilt = [(key, loss) for key, loss in zip(local.keys, losses.tolist(), strict=True) if not _finite(loss)]
     result.rows = spoilt
     result.parameters = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]

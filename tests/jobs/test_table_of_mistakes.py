@@ -93,7 +93,7 @@ edit varation cat.gif                             | unknown command varation; di
 edit variations gone.png --from none              | gone.png: cannot be read (No such file or directory); name an image
 edit textdiff cat.gif a a --from none             | both captions are 'a'; let AFTER say
 edit variations cat.gif --count 0 --from none     | --count 0 is below 1
-edit variations cat.gif --size 100                | --size: unknown value 100; known are 64, 256, 1024
+edit variations cat.gif --size 100                | unknown option --size
 show                                              | name a configuration, or --store URL
 show mine.yaml abc                                | no artefact in ~unclip show without a key lists
 show mine.yaml a b                                | unclip show: b: not understood here
