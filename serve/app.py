@@ -25,6 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from pipeline.errors import UserError
 from pipeline.graph.ray import start_ray
 from pipeline.parse import parse
+from pipeline.sampling.drawing import refusals
 from pipeline.settings import RaySettings
 from serve.api import make_api
 from serve.bundle import Served, read_head
@@ -113,10 +114,12 @@ class Drawer:
 
         def run() -> None:
             try:
-                painter.draw(work, emit, stop.is_set)
+                with refusals():
+                    painter.draw(work, emit, stop.is_set)
             except Stopped:
                 pass
-            except ValueError as e:
+            except UserError as e:
+                log.warning("%s was refused: %s", work.kind, e)
                 emit(("refused", str(e)))
             finally:
                 emit(None)

@@ -1,5 +1,6 @@
 """What a server does until it listens, and how a process that draws follows a release."""
 
+import asyncio
 import re
 import socket
 import time
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ray import serve
 
 from pipeline.errors import UserError
@@ -16,6 +18,7 @@ from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings
 from serve import app
 from serve.app import Drawer
+from serve.painter import Row, Work
 from serve.settings import ServeSettings
 from tests.faults import start
 from tests.pipeline.sampling.test_generation import publish_bundle
@@ -129,3 +132,28 @@ def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
     until(("a", True))
     releases.broken = False
     until(("b", False))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), "does not fit into memory"),
+        (ValueError("steps must be positive"), "steps must be positive"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def draw(*_: Any) -> None:
+        raise error
+
+    async def events() -> list[Any]:
+        drawer = Drawer(releases, ServeSettings())
+        return [event async for event in drawer.draw(Work("generation", {}, 64, (Row("a cat", 0),)))]
+
+    releases: Any = Releases()
+    releases.key = "a"
+    monkeypatch.setattr(Drawer, "_open", lambda *_: SimpleNamespace(key="a", describe=dict, draw=draw))
+    _, (kind, why) = asyncio.run(events())
+    assert kind == "refused"
+    assert said in why
