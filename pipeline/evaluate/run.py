@@ -42,7 +42,6 @@ from pipeline.training.between_steps import preview_png
 from pipeline.training.device import OutOfMemory, memory_for
 from pipeline.training.worker import at_stop
 
-LEARN = ("pairs", "captions", "embeddings", "curation")  # the decoder's inputs, and clip where it reads it frozen
 log = logging.getLogger("unclip")
 
 
@@ -104,7 +103,7 @@ def early_decoder(ctx: Context, device: torch.device) -> Decoder | str:
     if not recipe.batch <= early <= recipe.fork or early >= recipe.samples:
         end = f"samples {recipe.samples:,}" + (f" less decay {recipe.decay:,}" if recipe.decay else "")
         return f"evaluation.early {early:,} is not between decoder.batch {recipe.batch:,} and {end}"
-    inputs = {name: artifact for name, artifact in ctx.inputs.items() if name in (*LEARN, "clip")}
+    inputs = {name: artifact for name, artifact in ctx.inputs.items() if name != "bundle"}  # what is left is its own
     decoder = replace(ctx, stage="decoder", version=recipe.version, recipe=recipe, inputs=inputs)
     key = at_stop(decoder, early).key
     artifact = load_artifact(ctx.store, "decoder", key)

@@ -18,7 +18,15 @@ from pipeline.report.charts import bars, histogram
 from pipeline.report.duplicates import duplicates
 from pipeline.report.html import PARTS, attempt, note, number, template
 from pipeline.report.inputs import ReportInput
-from pipeline.report.rows import SHARDS_READ, PairsShard, lost_rows, read_first_shards, read_worst_shards, thumbnail
+from pipeline.report.rows import (
+    LISTED,
+    SHARDS_READ,
+    PairsShard,
+    lost_rows,
+    read_first_shards,
+    read_worst_shards,
+    thumbnail,
+)
 
 THUMBNAILS = 24
 REJECTS_SHOWN = 12
@@ -29,7 +37,7 @@ DATA = template("data.html")
 
 def data_section(given: ReportInput) -> Markup:
     """Follows the rows from the list to the training set; empty before there is a list."""
-    if not {"source", "pairs", "curation"} & given.artifacts.keys():
+    if given.artifacts.keys().isdisjoint(LISTED):
         return Markup()
     funnel = attempt("The number of rows by stage", _funnel, given)
     parts = [DATA.rows(funnel, attempt("The reasons of rejects", _reasons, given))]
@@ -49,7 +57,7 @@ def _funnel(given: ReportInput) -> Markup:
     steps: list[tuple[str, float]] = []
     if "source" in given.artifacts:
         steps.append(("rows in the list", given.artifacts["source"].ledger.rows))
-    kept = [stage for stage in ("source", "pairs", "curation") if stage in given.artifacts]
+    kept = [stage for stage in LISTED if stage in given.artifacts]
     steps += [(stage, given.artifacts[stage].ledger.kept) for stage in kept]
     chart = bars("Rows that each stage keeps", steps)
     return PARTS.figure(chart, "Rows that each stage keeps, and their share of the first number.", "rows")

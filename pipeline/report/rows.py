@@ -14,6 +14,7 @@ from pipeline.graph.artifacts import Artifact, ShardRow
 from pipeline.report.html import attempt
 from pipeline.report.inputs import ReportInput
 
+LISTED = ("source", "pairs", "curation")  # stages that all rows of the list pass, in order
 SHARDS_READ = 3
 
 

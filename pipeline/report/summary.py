@@ -17,10 +17,9 @@ from pipeline.graph.stages import Graph
 from pipeline.progress import counted, duration
 from pipeline.report.html import template
 from pipeline.report.lineage import worker_hours
-from pipeline.report.rows import lost_rows
+from pipeline.report.rows import LISTED, lost_rows
 from pipeline.report.training import training_so_far
 
-LISTED = ("source", "pairs", "curation")  # stages that all rows of the list pass, in order
 HEAD = template("head.html")
 
 

@@ -30,7 +30,6 @@ from pipeline.evaluate.captions import Phrases
 from pipeline.evaluate.evaluation import GUIDANCES
 from pipeline.evaluate.figure import as_text
 from pipeline.evaluate.rows import HeldOut, held_out, training_rows
-from pipeline.evaluate.run import LEARN
 from pipeline.evaluate.stage import EvaluationRecipe, run_evaluation
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.graph.stages import Context, Stage, stage_key
@@ -61,6 +60,7 @@ RECIPE = EvaluationRecipe(
     upsampler_samples=2,
     early=32,
 )
+READS = ("pairs", "captions", "embeddings", "curation")  # the inputs of a decoder with a text encoder of its own
 SAMPLING = SamplingConfig(prior_steps=2, decoder_steps=2, decoder_sampler="ddim", upsampler_256_steps=2, size=256)
 
 
@@ -101,7 +101,7 @@ class Case:
     bundle: Artifact
 
     def context(self, recipe: EvaluationRecipe = RECIPE) -> Context:
-        inputs = {name: self.world.inputs[name] for name in LEARN} | {"bundle": self.bundle}
+        inputs = {name: self.world.inputs[name] for name in READS} | {"bundle": self.bundle}
         stage = Stage("evaluation", 1, recipe, tuple(inputs), run_evaluation)
         key = stage_key(stage, {name: artifact.key for name, artifact in inputs.items()})
         config = SimpleNamespace(decoder=DecoderRecipe(samples=64, batch=16, lanes=8, model=DECODER))
@@ -110,8 +110,8 @@ class Case:
     def publish_early(self, folder: Path) -> str:
         """What the decoder's training leaves at the recipe's early samples; returns its key."""
         recipe = replace(self.context().config.decoder, samples=RECIPE.early)
-        node = Stage("decoder", recipe.version, recipe, LEARN, run_evaluation)
-        key = stage_key(node, {name: self.world.inputs[name].key for name in LEARN})
+        node = Stage("decoder", recipe.version, recipe, READS, run_evaluation)
+        key = stage_key(node, {name: self.world.inputs[name].key for name in READS})
         save_model(folder, seeded(lambda: Decoder(DECODER, EMBED_DIM), 7))
         blobs = {file.name: put_blob(self.world.store, file) for file in folder.iterdir()}
         publish_artifact(self.world.store, Artifact("decoder", key, {}, {}, Ledger(), blobs), 0.0)
