@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from ipaddress import ip_address
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -220,6 +221,7 @@ def _meet(address: str, token: str | None) -> str | None:
 
     This comes before the import of Ray, which waits for minutes for a host that is silent. Raises UserError.
     """
+    _no_proxy(urlsplit(address).hostname or "")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         with urllib.request.urlopen(
@@ -243,6 +245,14 @@ def _meet(address: str, token: str | None) -> str | None:
             f"install ray=={ours} on the cluster, or submit from a machine that has ray=={theirs}"
         )
     return token
+
+
+def _no_proxy(host: str) -> None:
+    """Keeps this process's requests to a host of loopback from its HTTP proxy, which would have the token, too."""
+    with suppress(ValueError):  # of other names
+        if host == "localhost" or ip_address(host).is_loopback:
+            for name in ("no_proxy", "NO_PROXY"):
+                os.environ[name] = ",".join(dict.fromkeys([*filter(None, [os.environ.get(name)]), host]))
 
 
 def _own_token() -> str | None:

@@ -28,6 +28,7 @@ from pipeline.data.source.lists import read_rows
 from pipeline.data.source.remote import is_remote
 from pipeline.data.source.rows import ROWS_SUFFIX, ListRow, write_rows
 from pipeline.data.source.tables import table_kind
+from pipeline.doctor.clip_weights import named_weights
 from pipeline.errors import UserError
 from pipeline.local import Reach
 from pipeline.parse import ContentFile
@@ -115,11 +116,15 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
                 f"{path} does not travel: every machine must find it, and the files that it names, at {file}; "
                 "images on S3 or the web need no such place"
             )
-    folder = ClipWeights.parse(config.clip.weights).folder
-    if folder and not here:
-        if not Path(folder).is_absolute():
-            raise UserError(f"clip.weights: {folder} is found on this machine only; write a path that the cluster has")
-        notes.append(f"{folder} (clip.weights) does not travel: the cluster's head must have it there")
+    for setting, value in named_weights(config, ("clip", "evaluation")):
+        named = ClipWeights.parse(value)
+        lies = named.folder or (named.tag if Path(named.tag).is_file() else "")
+        if lies and not Path(lies).is_absolute():
+            where = "its whole path, as the job runs in another folder" if here else "a path that the cluster has"
+            raise UserError(f"{setting}: {lies} is found from this folder only; write {where}")
+        if lies and not here:
+            machines = "the cluster's head" + " and its GPU nodes" * (setting == "evaluation.judge")
+            notes.append(f"{lies} ({setting}) does not travel: {machines} must have it there")
     for tracker in config.run.trackers:
         files |= _module(tracker.partition(":")[0])
     files[PROJECT_FILE] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()

@@ -175,8 +175,9 @@ def _identity() -> dict[str, Any]:
 
 
 def _boot() -> str:
+    """Returns this boot of the machine, and whose process ids are seen here: another container has its own."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 
@@ -194,7 +195,7 @@ def _started(pid: int) -> str:
 
 
 def _is_dead(held: Mapping[str, Any]) -> bool:
-    """Returns whether the holder was a process of this very boot of this host, and has ended."""
+    """Returns whether the holder was a process of this very boot of this host and of this container, and has ended."""
     here = _boot() and held.get("boot") == _boot() and held.get("host") == socket.gethostname()
     pid = held.get("pid")  # which becomes a path
     return bool(here) and isinstance(pid, int) and _started(pid) != held.get("started")

@@ -58,14 +58,15 @@ def run_attempts(ctx: Context) -> Artifact:
     """
     task = task_of(ctx)
     check(ctx, task)
-    reached, lost = -1, 0
+    known: set[str] = set()
+    lost = 0
     while True:
         try:
             own = course(ctx, begin=True)
             newest = partial(own.newest, ctx.recipe.whole_samples)
-            if newest() > reached:
-                reached, lost = newest(), 0
-            if reached:
+            if (records := own.records()) - known:  # below one that is damaged, too
+                known, lost = records, 0
+            if reached := newest():
                 log.info("resuming %s at sample %s", ctx.stage, f"{reached:,}")
                 _tell_of_milestones(ctx, reached)
             name = f"{own.branch.trajectory[:16]}-{own.branch.attempt:04d}"

@@ -16,6 +16,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors.torch import load
@@ -119,7 +120,7 @@ class Checkpoints:
 
     def save_failure(self, weights: Mapping[str, Tensor], samples: int, keys: Sequence[str]) -> None:
         """Saves the weights before the step after ``samples`` samples, which failed, and the keys of its bad rows."""
-        body = {"samples": samples, "keys": list(keys), "blobs": {"model": self._put(weights, {})}}
+        body = {"samples": samples, "keys": list(keys), "blobs": {"model": self._put(weights, {}, failed=True)}}
         create_record(self.store, f"{self.folder}failures/{samples:012d}-{self.attempt:04d}.json", body)
 
     def last_failure(self) -> tuple[int, dict[str, Tensor]] | None:
@@ -134,11 +135,11 @@ class Checkpoints:
 
     def newest(self, at_most: int) -> int:
         """Returns the samples of the newest checkpoint up to ``at_most``, readable or not; 0 without a checkpoint."""
-        return max((n for n in map(_samples, self._paths()) if n <= at_most), default=0)
+        return max((n for n in map(_samples, self.records()) if n <= at_most), default=0)
 
     def journal(self, at_most: int) -> tuple[int, MetricsJournal] | None:
         """Returns samples and journal of the newest checkpoint up to ``at_most``; None without a checkpoint."""
-        for path in reversed(self._paths()):
+        for path in reversed(self.records()):
             if _samples(path) <= at_most and (record := peek_record(self.store, path)):
                 return record["samples"], MetricsJournal(**record["journal"])
         return None
@@ -149,7 +150,7 @@ class Checkpoints:
         A checkpoint that cannot be read is skipped with a warning for the one before it. It stays as it is, because
         another machine may be able to read it.
         """
-        for path in reversed(self._paths()):
+        for path in reversed(self.records()):
             if _samples(path) > at_most:
                 continue
             try:
@@ -173,16 +174,16 @@ class Checkpoints:
         if newest > self.attempt:
             raise Superseded(f"attempt {self.attempt} of this training stops: attempt {newest} has begun")
 
-    def _put(self, tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> str:
+    def _put(self, tensors: Mapping[str, Tensor], starts: Mapping[str, int], **more: bool) -> str:
         """Stores a blob that no other trajectory, artefact or earlier attempt shares, because its header names them.
 
-        So where a damaged blob was skipped, the same state gets a sound one.
+        So where a damaged blob was skipped, the same state gets a sound one. The header holds ``more``, too.
         """
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        about = json.dumps({"trajectory": self.trajectory, "attempt": self.attempt, "starts": starts}, sort_keys=True)
+        about = {"trajectory": self.trajectory, "attempt": self.attempt, "starts": starts, **more}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "tensors")
-            save_tensors(plain, file, {"about": about})
+            save_tensors(plain, file, {"about": json.dumps(about, sort_keys=True)})
             return put_blob(self.store, file, move=True)
 
     def _read(self, blobs: Mapping[str, str], part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -211,7 +212,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint of another model: {part} has not all of its tensors")
         return found
 
-    def _paths(self) -> list[str]:
+    def records(self) -> list[str]:
         """Returns the paths of records, the oldest first."""
         paths = (entry.path for entry in self.store.list(self.folder))
         return sorted(path for path in paths if path.removeprefix(self.folder)[0].isdigit())
@@ -221,7 +222,7 @@ class Checkpoints:
 
         Records of more samples were skipped as damaged, or belong to a longer training.
         """
-        paths = self._paths()
+        paths = self.records()
         own = [path for path in paths if _attempt(path) <= self.attempt and _samples(path) <= samples]
         old, kept = own[: -self.keep], [path for path in paths if path not in own[: -self.keep]]
         gone, needed = self._blobs(old), self._blobs(kept)
@@ -293,7 +294,10 @@ def take_attempt(store: Store, trajectory: str) -> int:
     """Returns the number of a new attempt, which no other process has."""
     while True:
         number = last_attempt(store, trajectory) + 1
-        if store.create(f"checkpoints/{trajectory}/attempts/{number:04d}.json", b"{}"):
+        # Bytes of its own: where an answer is lost, a store looks whether the object is the one that was sent.
+        if store.create(
+            f"checkpoints/{trajectory}/attempts/{number:04d}.json", json.dumps({"by": uuid4().hex}).encode()
+        ):
             return number
 
 
@@ -311,6 +315,10 @@ class Course:
     def at(self, samples: int) -> Checkpoints:
         """Returns where a checkpoint after ``samples`` samples belongs."""
         return self.trunk if samples <= self.fork else self.branch
+
+    def records(self) -> set[str]:
+        """Returns the paths of all records, readable or not."""
+        return {*self.trunk.records(), *self.branch.records()}
 
     def newest(self, at_most: int) -> int:
         """Returns what Checkpoints.newest returns."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import threading
@@ -44,6 +45,8 @@ def _head(answer: Callable[[str], tuple[int, bytes]]) -> Iterator[str]:
 def _no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("no_proxy", "NO_PROXY"):  # which a Cluster changes
+        monkeypatch.setenv(name, "")
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
@@ -99,6 +102,18 @@ def test_a_token_is_sent_when_it_is_asked_for_and_otherwise_not(monkeypatch: pyt
     with _head(lambda authorization: (heard.append(authorization) or 200, b'{"ray_version": "1.0.0"}')) as address:
         assert "runs Ray 1.0.0" in _refusal(address)
     assert heard == [""]
+
+
+def test_a_cluster_on_this_machine_is_behind_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy would have the token, too."""
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "example.org")
+    ours = json.dumps({"ray_version": version("ray")}).encode()
+    with _head(lambda _: (200, ours)) as address:
+        Cluster(address, "a token")
+    assert os.environ["no_proxy"] == "example.org,127.0.0.1"
 
 
 @pytest.mark.parametrize(

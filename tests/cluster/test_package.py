@@ -16,7 +16,7 @@ import yaml
 from safetensors.numpy import save_file
 
 import cluster.package
-from cluster.package import check_size, make_package, package_path, send_weights, write_zip
+from cluster.package import Package, check_size, make_package, package_path, send_weights, write_zip
 from cluster.submission import put_package
 from pipeline.config import Config, load_config, make_config
 from pipeline.data.source.forget import Request, find
@@ -217,13 +217,28 @@ def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path, mon
     assert "lists/5/" not in str(refused.value)
 
 
-def test_a_clip_in_a_folder_needs_a_path_that_the_cluster_has(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"clip\.weights: my-clip is found on this machine only"):
-        make_package(_config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:my-clip"}), URL, "out", EMPTY)
-    package = make_package(
-        _config(tmp_path, ["emoji:nano"], clip={"weights": "local-dir:/models/clip"}), URL, "out", EMPTY
-    )
-    assert package.notes == ("/models/clip (clip.weights) does not travel: the cluster's head must have it there",)
+@pytest.mark.parametrize(
+    ("setting", "machines"), [("clip.weights", "head"), ("evaluation.judge", "head and its GPU nodes")]
+)
+@pytest.mark.parametrize("kind", ["local-dir:", "open_clip:ViT-B-32:"])
+def test_a_clip_in_a_folder_or_a_file_needs_a_path_that_the_job_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, machines: str, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my-clip").touch()  # a folder is not looked for
+    stage, name = setting.split(".")
+
+    def package(place: object, here: bool) -> Package:
+        config = _config(tmp_path, ["emoji:nano"], **{stage: {name: f"{kind}{place}"}})
+        return make_package(config, URL, "out", EMPTY, here)
+
+    for here, wanted in ((False, "a path that the cluster has"), (True, "its whole path")):
+        with pytest.raises(UserError, match=rf"^{setting}: my-clip is found from this folder only; write {wanted}"):
+            package("my-clip", here)
+    place = tmp_path / "my-clip"
+    assert package(place, here=True).notes == ()
+    note = f"{place} ({setting}) does not travel: the cluster's {machines} must have it there"
+    assert package(place, here=False).notes == (note,)
 
 
 def test_a_tracker_of_the_users_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,17 @@ def test_a_damaged_lease_is_taken_over_after_its_time(content: bytes, store: Sto
         assert held["pid"] == os.getpid()
 
 
+def test_a_process_of_another_container_counts_as_held(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process id, which is of this boot and this host, is nobody's here, or somebody else's."""
+    with monkeypatch.context() as there:
+        there.setattr(leases.os, "readlink", lambda _: "pid:[4026532000]")
+        held = leases._identity() | {"started": "1"}
+    store.swap(lease_path("k"), None, json.dumps(held).encode())
+    assert read_lease(store, lease_path("k")) == held
+    _change(store, boot=leases._identity()["boot"])
+    assert read_lease(store, lease_path("k")) is None
+
+
 @pytest.mark.parametrize("pid", ["../../x", "self", 1.5, None, [1]])
 def test_what_a_lease_calls_a_process_becomes_no_path(pid: object, store: Store) -> None:
     """Such a lease counts as held, until it has stood still for its time."""

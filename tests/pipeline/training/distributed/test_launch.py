@@ -180,3 +180,24 @@ def test_a_training_goes_on_after_lost_workers_and_stores(
     monkeypatch.setattr("pipeline.training.attempts.launch", hopeless)
     with pytest.raises(UserError, match=f"{error} 4 times without a new checkpoint.*{advice}"):
         stage.train(world.context("diffusion_prior", replace(RECIPE, samples=48, seed=1)))
+
+
+def test_a_training_that_comes_further_below_a_damaged_checkpoint_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it loses its workers; records that are empty stand for checkpoints here."""
+    calls: list[str] = []
+
+    def fragile(work: Any, stage: str, name: str, *others: Any) -> None:
+        calls.append(name)
+        if len(calls) == 7:
+            launch(work, stage, name, *others)
+            return
+        samples = 32 if len(calls) == 1 else len(calls)
+        world.store.create(f"{work.course.trunk.folder}{samples:012d}-{len(calls):04d}.json", b"{}")
+        raise WorkerLost("a worker died")
+
+    monkeypatch.setattr("pipeline.training.attempts.launch", fragile)
+    ctx = world.context("diffusion_prior", replace(RECIPE, samples=32))
+    assert stage.train(ctx).key == ctx.key
+    assert len(calls) == 7
