@@ -14,7 +14,8 @@ from jobs.command_line import PLACES
 from jobs.project import open_project
 from pipeline.config import load_config
 from pipeline.errors import CorruptObject, UserError
-from pipeline.graph.artifacts import Artifact, load_artifact
+from pipeline.graph.artifacts import Artifact, ancestors, load_artifact
+from pipeline.graph.execute import heal
 from pipeline.graph.pointer import read_releases
 from pipeline.ledger import Ledger
 from pipeline.local import Reach, open_local, read_local
@@ -56,11 +57,21 @@ class Bundle:
             assert self.place is not None
             return self.place
         folder = self.output / "bundle" / self.name
+        self.copy(folder)
+        return folder
+
+    def copy(self, folder: Path) -> None:
+        """Writes its files from the store into a folder.
+
+        Raises UserError for one that is damaged, after it and the records that name it are set aside.
+        """
+        assert self.store is not None
         try:
             materialise(self.store, self.blobs, folder)
         except CorruptObject as e:
-            raise UserError(f"{e}; run the configuration again, which makes it again") from e
-        return folder
+            if (made := load_artifact(self.store, "bundle", self.key)) is not None:
+                heal(self.store, e, {str(i): behind for i, behind in enumerate(ancestors(self.store, made))})
+            raise UserError(f"{e}; run its configuration again, which makes it again") from e
 
     def stored(self) -> tuple[Store, Artifact]:
         """Returns the store that holds it and its artefact; a bundle of a folder is put into a store of the output."""

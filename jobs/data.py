@@ -18,7 +18,7 @@ from pipeline.data.source.journal import ListJournal, change_journal, with_forgo
 from pipeline.data.source.lists import reach
 from pipeline.data.source.retry import FINAL, gather
 from pipeline.data.source.stage import FIRST_RETRY, LAST_SEGMENT, SourceShard, scan
-from pipeline.errors import CorruptObject, UserError, did_you_mean
+from pipeline.errors import UserError, did_you_mean
 from pipeline.ledger import DEFERRED, REASONS
 from pipeline.local import read_local
 from pipeline.progress import counted, duration
@@ -31,7 +31,9 @@ FILE_BYTES = 256 << 20  # of a list of what to forget
 def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     runs = {"search": _search, "retry": _retry, "forget": _forget, "gc": _collect, "export": _export}
-    return runs[arguments.action](open_project(arguments.config, arguments.overrides), arguments)
+    project = open_project(arguments.config, arguments.overrides)
+    with project.healing():
+        return runs[arguments.action](project, arguments)
 
 
 def _search(project: Project, arguments: argparse.Namespace) -> int:
@@ -59,10 +61,7 @@ def _search(project: Project, arguments: argparse.Namespace) -> int:
 
 def _export(project: Project, arguments: argparse.Namespace) -> int:
     made, target = project.made(*STAGES), open_store(arguments.to)
-    try:
-        counts = export_pairs(project.store, made, target, arguments.only, arguments.split)
-    except CorruptObject as e:
-        raise UserError(f"{e}; unclip run {arguments.config} makes it again") from None
+    counts = export_pairs(project.store, made, target, arguments.only, arguments.split)
     for kind, count in counts.items():
         print(f"{target.url}/{kind}: {counted(count, 'row')}")
     return 0

@@ -10,11 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs.bundles import find_bundle
-from pipeline.errors import CorruptObject, UserError
+from pipeline.errors import UserError
 from pipeline.local import Reach, read_local
 from pipeline.progress import counted
 from pipeline.store import open_store
-from pipeline.store.records import materialise, read_blob
 
 CARD, CARD_BYTES = "README.md", 1 << 20
 INDEX = "model_index.json"
@@ -29,18 +28,18 @@ def main(arguments: argparse.Namespace) -> int:
     target = open_store(arguments.to)
     if next(target.list(""), None) is not None:
         raise UserError(f"{arguments.to} is not empty; name a new folder with --to")
-    try:
-        with tempfile.TemporaryDirectory() as made:
-            if arguments.format == "diffusers" or (Path(arguments.source) / INDEX).is_file():
-                _convert(arguments, Path(made))
-                for file in sorted(path for path in Path(made).rglob("*") if path.is_file()):
-                    target.create(file.relative_to(made).as_posix(), file, move=True)
+    with tempfile.TemporaryDirectory() as made:
+        if arguments.format == "diffusers" or (Path(arguments.source) / INDEX).is_file():
+            _convert(arguments, Path(made))
+        else:
+            bundle = find_bundle(arguments.source, arguments.overrides)
+            if bundle.store:
+                bundle.copy(Path(made))
             else:
-                bundle = find_bundle(arguments.source, arguments.overrides)
-                for name, blob in bundle.blobs.items():
-                    target.create(name, read_blob(bundle.store, blob) if bundle.store else bundle.folder / name)
-    except CorruptObject as e:
-        raise UserError(f"{e}; run the configuration again, which makes it again") from e
+                for name in bundle.blobs:
+                    target.create(name, bundle.folder / name)
+        for file in sorted(path for path in Path(made).rglob("*") if path.is_file()):
+            target.create(file.relative_to(made).as_posix(), file, move=True)
     entries = list(target.list(""))
     print(f"{arguments.to}: {counted(len(entries), 'file')}, {sum(e.size for e in entries) / 2**20:,.1f} MiB")
     quote = shlex.quote if arguments.format == "bundle" else json.dumps
@@ -52,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace, made: Path) -> None:
     """Writes the models that are named, of a bundle or in diffusers' layout, into ``made``, as is asked for.
 
-    Raises UserError for models that do not fit, and CorruptObject.
+    Raises UserError for models that do not fit or are damaged.
     """
     from models.cascade import UnCLIP
     from models.interchange import export_unclip, import_unclip
@@ -66,7 +65,7 @@ def _convert(arguments: argparse.Namespace, made: Path) -> None:
                 bundle = find_bundle(arguments.source, arguments.overrides)
                 folder = bundle.place or Path(copy)
                 if bundle.store:
-                    materialise(bundle.store, bundle.blobs, folder)
+                    bundle.copy(folder)
                 unclip = UnCLIP.from_folder(folder)
             card = b""
             with suppress(OSError):  # a folder need not have one

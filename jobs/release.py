@@ -206,7 +206,8 @@ def _evaluate(asked: Asked, arguments: argparse.Namespace) -> int:
     inputs = {name: bundle if name == "bundle" else inputs[name] for name in stage.inputs}
     key = stage_key(stage, {name: made.key for name, made in inputs.items()})
     if load_artifact(asked.store, stage.name, key) is None:
-        stage.run(make_context(stage, key, inputs, asked.store, asked.config))
+        with project.healing({"bundle": bundle}):
+            stage.run(make_context(stage, key, inputs, asked.store, asked.config))
     print(f"{asked.name}: the release {bundle.key[:12]} is measured on the rows of {asked.path}")
     return 0
 

@@ -18,7 +18,7 @@ from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
 from pipeline.graph.artifacts import Artifact
-from pipeline.graph.execute import execute, heal, make_context
+from pipeline.graph.execute import execute, make_context
 from pipeline.graph.runs import remember, remember_again
 from pipeline.graph.stages import Context
 from pipeline.progress import counted, duration
@@ -114,12 +114,9 @@ def _place_made(project: Project, made: Mapping[str, Artifact]) -> None:
 
     Raises UserError for an image that is damaged, after it is set aside.
     """
-    try:
+    with project.healing(made):
         for stage, artifact in made.items():
             _place(project, stage, artifact)
-    except CorruptObject as e:
-        heal(project.store, e, made, project.graph)
-        raise UserError(f"{e}; it is set aside: run the same command again, which makes it again") from None
 
 
 def bring(project: Project) -> None:

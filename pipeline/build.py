@@ -49,6 +49,7 @@ def build(config: Config) -> Graph:
             config.embeddings,
             ("pairs", "captions", "clip"),
             embeddings.run_embeddings,
+            passes=True,
         ),
         Stage(
             "thresholds",

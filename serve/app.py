@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Event as Flag
@@ -18,6 +17,7 @@ from threading import Thread
 from typing import Any
 
 import ray
+import torch
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.handle import DeploymentHandle
@@ -71,6 +71,8 @@ class Drawer:
             )
             if path
         }
+        if unclip.clip.mean.device.type == "cpu":
+            torch.set_num_threads(settings.cpus)  # other processes draw on the other cores
         painter = Painter(key, unclip, settings.batch, judges)
         painter.warm_up()
         return painter
@@ -176,20 +178,18 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
     gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
     if gpu and not gpus and not os.environ.get("RAY_ADDRESS"):  # and a cluster may add nodes
         raise UserError("serve: device=cuda, but Ray finds no GPU on this machine; leave device out")
-    replicas = max(settings.replicas or (gpus if gpu else min(2, sum(cores))), 1, settings.idle_replicas)
+    asked, settings = settings.replicas, sized(settings, cores, gpus if gpu else 0)
     # All that are there already; those that a cluster may have to add come when they are needed.
-    first = max(1, settings.idle_replicas) if settings.replicas else replicas
-    settings = replace(settings, replicas=replicas)
-    share = max(1, max(cores) // math.ceil(replicas / len(machines)))
+    first = max(1, settings.idle_replicas) if asked else settings.replicas
     drawers: Any = serve.deployment(
         Drawer,
         name="drawer",
         max_ongoing_requests=1,
-        ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": settings.cpus or share},
+        ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": settings.cpus},
         autoscaling_config={
             "min_replicas": settings.idle_replicas,
             "initial_replicas": first,
-            "max_replicas": replicas,
+            "max_replicas": settings.replicas,
             "target_ongoing_requests": 1,
             "upscale_delay_s": UPSCALE_S,
             "downscale_delay_s": settings.idle_s,
@@ -204,6 +204,20 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
         ray_actor_options={"num_cpus": 0, "resources": HEAD},
     )
     return door.bind(drawers.bind(served, settings), served, settings, tokens)
+
+
+def sized(settings: ServeSettings, cores: Sequence[int], gpus: int) -> ServeSettings:
+    """Returns the settings with the number of processes, and of cores for each, as many as leave room for all.
+
+    Args:
+        settings: What is asked for; 0 leaves it to this.
+        cores: Of each machine.
+        gpus: Of all machines; 0 draws on cores.
+    """
+    fitting = gpus or min(2, sum(each // (settings.cpus or 1) for each in cores))
+    replicas = max(settings.replicas or fitting, 1, settings.idle_replicas)
+    shares = (n for n in range(max(cores), 1, -1) if sum(each // n for each in cores) >= replicas)
+    return replace(settings, replicas=replicas, cpus=settings.cpus or next(shares, 1))
 
 
 def application(arguments: Mapping[str, Any]) -> serve.Application:
@@ -243,7 +257,7 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
                 raise UserError(f"{why}; check the disk or the bucket" if kind == "CorruptObject" else why) from e
             log.error("%s", said)
             raise
-        host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
+        host = named(settings.host)
         url = f"http://{host}:{settings.port}"
         print(f"the studio is at {url}/, the API at {url}/v1", flush=True)
         if os.environ.get("RAY_ADDRESS"):
@@ -252,6 +266,12 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
         Flag().wait()
     finally:
         serve.delete(APP)
+
+
+def named(host: str) -> str:
+    """Returns how an address is told from this machine that listens at ``host``, as a URL has it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _start_serve(settings: ServeSettings) -> ServeSettings:

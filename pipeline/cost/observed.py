@@ -108,9 +108,9 @@ def _observed(artifact: Artifact, graph: Graph, recipes: Recipes, rows: int, hel
     seconds = max(times.get("whole_seconds", 0.0), times["seconds"])
     workers = max(1, int(times.get("workers", artifact.environment.get("workers", 1))))
     amount, work, passes = float(rows), seconds * workers, {}
-    if "busy_seconds" in times:
+    if "made_rows" in times:
         amount = rows * min(1.0, times["made_rows"] / max(1, artifact.ledger.rows))
-        work = min(times["busy_seconds"], work)
+        work = min(times.get("busy_seconds", 0.0), work)  # none where nothing was left to make
     elif "samples_per_second" in times:
         amount = artifact.metrics["samples_seen"]
         work = times["seconds"] * (1 - times.get("share_pause", 0.0)) * workers

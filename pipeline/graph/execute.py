@@ -87,7 +87,7 @@ class _Run:
 
     def make(self, stages: Sequence[Stage]) -> None:
         """Makes stages, given in order, until all are there or those left need one that failed."""
-        todo, stale = list(stages), list[Stage]()
+        todo, stale, together = list(stages), list[Stage](), False
         while True:
             for stage in list(todo):
                 if set(stage.inputs) <= self.artifacts.keys():
@@ -99,13 +99,14 @@ class _Run:
                         self._end(stage, refused)
                     else:
                         stale.append(stage)
-            if self.failures and not self._beside:
+            if self.failures and not self._beside and not (together and any(map(self._on_ray, stale))):
                 return
             begun = self._next(sorted(stale, key=stages.index))
             stale = [stage for stage in stale if stage not in begun]
             if begun and (len(begun) + len(self._beside) == 1 or not self._on_ray(begun[0])):
                 self._end(begun[0], self._made(begun[0]))
                 continue
+            together |= bool(begun)
             for stage in begun:
                 self._beside.add(stage.name)
                 Thread(target=self._work_beside, args=(stage,), daemon=True, name=stage.name).start()

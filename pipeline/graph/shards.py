@@ -137,8 +137,12 @@ def _team(ctx: Context, tasks: int) -> Team | None:
 
 
 def _gpus_each(ctx: Context, team: Team | None) -> float:
-    """Returns how many GPUs each worker takes; without a team, this process."""
+    """Returns how many GPUs each worker takes; without a team, this process, which takes one by itself."""
     asked = team.worker.gpus if team else getattr(ctx.settings, "gpus", 0)
+    if asked == "auto":
+        import torch
+
+        return float(torch.cuda.is_available())
     return asked if isinstance(asked, int | float) else 0
 
 

@@ -30,6 +30,7 @@ from pipeline.store.leases import read_lease
 from pipeline.store.parallel import ordered_map
 from pipeline.store.records import blob_path, digest
 
+SILENT_S = 3 * 86_400.0  # without a sign of life of a lease's holder, after which it is dead, wherever it was
 Clean = frozenset[StageKey] | None  # artefacts without forgotten rows; None where no row was forgotten
 
 
@@ -75,9 +76,12 @@ def find_live(store: Store, keep_s: float, now: float) -> Live:
     runs = _needed_runs(store, projects, released, keep_s, now, live)
     wanted: dict[str, set[str]] = defaultdict(set)
     trainings = set()
-    for stages in runs:
-        for name, asked in stages.items():
+    begun: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        for name, asked in run["stages"].items():
             wanted[name].add(asked["key"])
+            if name in run.get("wanted", run["stages"]):
+                begun[name].add(asked["key"])
             # Files that a recipe names count by content there; workers may still read their blobs.
             live.paths.update(map(blob_path, re.findall(r"\b[0-9a-f]{64}\b", str(asked["recipe"]))))
             if "trajectory" in asked:
@@ -98,7 +102,7 @@ def find_live(store: Store, keep_s: float, now: float) -> Live:
         if key in wanted[stage] or key in pinned or milestone or (stage, key) in behind:
             made[stage].add(key)
             _mark_artifact(store, artifact, live)
-    for stage, keys in wanted.items():
+    for stage, keys in begun.items():
         if keys - made[stage]:  # under way, or interrupted: its finished shards are needed too
             live.prefixes.add(f"shards/{stage}/")
     _mark_segments(store, live)
@@ -181,11 +185,12 @@ def _needed_runs(
     now: float,
     live: Live,
 ) -> list[Mapping[str, Any]]:
-    """Returns the stages of needed runs.
+    """Returns the records of needed runs.
 
     Records of runs that made a released bundle stay too, which say what of it is clean.
     """
-    held = {entry.path for entry in store.list("leases/") if read_lease(store, entry.path) is not None}
+    leases = {entry.path: read_lease(store, entry.path) for entry in store.list("leases/")}
+    held = {path for path, lease in leases.items() if lease is not None and now - _heard(lease) < SILENT_S}
     live.paths.update(path for path in held if path.count("/") > 1)  # of checkpoints, which no run names
     runs = []
     for project in projects.values():
@@ -200,8 +205,14 @@ def _needed_runs(
                 live.paths.add(path)
                 live.paths.update([record["package"]] if "package" in record else [])
                 live.paths.update(f"leases/{asked['key']}.json" for asked in stages.values())
-                runs.append(stages)
+                runs.append(record)
     return runs
+
+
+def _heard(lease: Mapping[str, Any]) -> float:
+    """Returns when the holder of a lease gave its last sign of life; 0 where a damaged one does not say."""
+    told = (lease.get("at"), lease.get("since"))
+    return max((at for at in told if isinstance(at, float | int)), default=0.0)
 
 
 def _training(stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

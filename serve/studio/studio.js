@@ -241,7 +241,8 @@ function fill(article, run) {
   const { path, fields } = run.request;
   const when = new Date(run.at).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
   const took = run.seconds ? `in ${run.seconds.toFixed(1)} s` : "";
-  const facts = [KINDS[path], fields.size?.split("x")[0].concat(" px"), took, when];
+  const side = fields.size === "auto" ? run.items[0]?.side : fields.size?.split("x")[0];
+  const facts = [KINDS[path], side && `${side} px`, took, when];
   $("header p", article).textContent = facts.filter(Boolean).join(" · ");
   const best = Math.max(...run.items.map((item) => item.score ?? -1));
   const tiles = run.items.map((item, index) => {
@@ -458,7 +459,8 @@ async function copy(what) {
 function settings() {
   const form = $("#compose").elements, { sampling } = model;
   if ($("#fresh").checked) $("#seed").value = Math.floor(Math.random() * SEEDS);
-  const fields = { n: Number(form.n.value), size: form.size.value, seed: Number(form.seed.value) };
+  const fields = { n: Number(form.n.value), size: form.size?.value ?? "auto", seed: Number(form.seed.value) };
+  if (!model.id) return fields; // not known yet: it draws as it does by itself
   for (const name of ["steps", "guidance"]) if (form[name].value !== standard[name]) fields[name] = Number(form[name].value);
   if (form.prior?.value && form.prior.value !== sampling.prior) fields.prior = form.prior.value;
   return fields;

@@ -12,6 +12,8 @@ from PIL import Image
 from jobs.bundles import find_bundle, remember_bundle
 from jobs.cli import main
 from pipeline.errors import UserError
+from pipeline.graph.artifacts import load_artifact
+from pipeline.store.records import blob_path
 from tests.jobs.test_release import LATER, OTHER, Made, made  # noqa: F401
 from tests.pipeline.sampling.test_generation import publish_bundle
 
@@ -93,3 +95,18 @@ def test_what_is_not_a_bundle_is_named(run: Path, tmp_path: Path) -> None:
         (run / "bundle.json").write_text(json.dumps({"store": "store", "bundle": key}))
         with pytest.raises(UserError, match="no finished bundle there"):
             find_bundle(str(run))
+
+
+@pytest.mark.parametrize("words", [("sample", "a red heart", "--from"), ("export", "--to", "shared")])
+def test_what_of_a_bundle_is_damaged_is_set_aside_so_that_a_run_makes_it_again(
+    words: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    bundle = find_bundle(str(run))
+    store = bundle.store
+    assert store is not None
+    Path(store.url, blob_path(bundle.blobs["decoder/model.safetensors"])).write_bytes(b"rot")
+    assert main([*words, str(run)]) == 2
+    assert "makes it again" in capsys.readouterr().err
+    assert load_artifact(store, "bundle", bundle.key) is None
+    assert not Path("shared").exists()

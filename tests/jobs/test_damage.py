@@ -316,3 +316,21 @@ def test_a_step_that_failed_is_done_again(
     assert "no step of it has failed" in capsys.readouterr().err
     assert main(["run", config, "--replay", "pairs"]) == 2
     assert "only a training has steps" in capsys.readouterr().err
+
+
+def test_damaged_pictures_are_found_by_an_export(
+    undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And made again by the next run, to which everything is fresh otherwise."""
+    store, config = copy(undisturbed.data, tmp_path), str(undisturbed.config(tmp_path))
+    path = _blob(store, "pairs", "images")
+    _damage(store, path, "overwrite")
+    assert main(["data", "export", config, "--to", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("error: ")
+    assert path in line
+    assert line.endswith("it is set aside: unclip run, with its configuration, makes it again")
+    assert main(["run", config, "--until", "codec"]) == 0
+    assert_sound(store)
+    assert data_blobs(store) == data_blobs(undisturbed.data)
+    assert main(["data", "export", config, "--to", str(tmp_path / "again")]) == 0

@@ -16,8 +16,8 @@ from ray import serve
 from pipeline.errors import UserError
 from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings
-from serve import app
-from serve.app import Drawer
+from serve import app, bundle
+from serve.app import Drawer, named, sized
 from serve.painter import Row, Work
 from serve.settings import ServeSettings
 from tests.faults import start
@@ -132,6 +132,42 @@ def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
     until(("a", True))
     releases.broken = False
     until(("b", False))
+
+
+@pytest.mark.parametrize(
+    ("cores", "asked", "processes", "share"),
+    [
+        ([2], {}, 2, 1),
+        ([8], {}, 2, 4),
+        ([0, 8], {}, 2, 4),  # a head without work
+        ([4, 32], {}, 2, 16),
+        ([1, 2], {}, 2, 1),
+        ([8, 8], {}, 2, 8),
+        ([8], {"cpus": 8}, 1, 8),
+        ([2], {"replicas": 4}, 4, 1),  # which a cluster adds
+        ([1], {"idle_replicas": 2}, 2, 1),
+    ],
+)
+def test_processes_have_room_beside_each_other(cores: list[int], asked: Any, processes: int, share: int) -> None:
+    found = sized(ServeSettings(**asked), cores, gpus=0)
+    assert (found.replicas, found.cpus) == (processes, share)
+
+
+@pytest.mark.parametrize(
+    ("host", "told"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("::", "[::1]"), ("gpu-7", "gpu-7")]
+)
+def test_an_address_is_told_as_a_url_has_it(host: str, told: str) -> None:
+    assert named(host) == told
+
+
+def test_a_process_draws_on_its_own_cores(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    before = torch.get_num_threads()
+    try:
+        Drawer(bundle.Served("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings(cpus=1))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

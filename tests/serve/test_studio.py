@@ -100,6 +100,20 @@ def test_four_candidates_come_smallest_first_with_their_scores(studio: Page) -> 
     assert {"imagining it", "drawing 64 px"} <= set(seen)
 
 
+def test_it_draws_before_it_knows_the_model(browser: Browser, server: str) -> None:
+    """Which a process that starts tells late."""
+    shown = Shown(browser, "about:blank")
+    page = shown.page
+    page.route("**/v1/models", lambda _: None)
+    page.goto(f"{server}/")
+    page.get_by_label("What shall I draw?").fill(CAPTION)
+    page.keyboard.press("Enter")
+    run = page.locator("article", has=page.get_by_role("heading", name=CAPTION, exact=True))
+    expect(run).to_contain_text("drawn · 256 px")
+    assert shown.complaints == []
+    page.context.close()
+
+
 def test_what_was_drawn_outlives_the_page_until_it_is_forgotten(studio: Page) -> None:
     draw(studio)
     studio.reload()

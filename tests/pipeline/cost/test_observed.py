@@ -82,7 +82,7 @@ def test_a_data_stage_tells_what_its_workers_did(store: Store) -> None:
 
 def test_a_stage_that_was_made_in_part_tells_of_that_part(store: Store) -> None:
     publish(store, "pairs", {"busy_seconds": 3.0, "made_rows": 25, "workers": 1})
-    publish(store, "curation", {"busy_seconds": 0.0, "made_rows": 0, "workers": 1})
+    publish(store, "curation", {"made_rows": 0, "workers": 1, "gpus": 0})
     found = observe(store, "nano", GRAPH, 0.1)
     assert found["pairs"][0].amount == 25
     assert "curation" not in found

@@ -141,6 +141,23 @@ def test_one_that_fails_does_not_stop_the_others(house: House, caplog: pytest.Lo
     assert house.done == ["decoder", "bundle"]
 
 
+def test_one_that_waits_for_room_is_made_after_another_has_failed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = iter([["ar_prior", "decoder"], []])
+    monkeypatch.setattr(execution, "room_beside", lambda *_: next(room))
+    failed = Event()
+
+    def fail(_: Context) -> None:
+        failed.set()
+        raise UserError("decoder: mend this")
+
+    house.does = {"decoder": fail, "ar_prior": lambda _: failed.wait(WAIT_S) or pytest.fail("never failed")}
+    with pytest.raises(UserError, match=r"^decoder: mend this$"):
+        house.execute()
+    assert set(house.done) == {"source", "curation", "codec", "ar_prior", "upsampler"}
+
+
 def test_one_that_cannot_be_made_ends_the_run_before_others_begin(house: House) -> None:
     """Such as an upsampler without large images, which comes last and needs only what came first."""
 

@@ -219,6 +219,30 @@ def test_a_long_training_is_needed_however_old_its_run(store: Store) -> None:
     assert load_artifact(store, "pairs", long["pairs"]) is None
 
 
+def test_who_was_not_heard_of_for_days_keeps_nothing(store: Store) -> None:
+    """Such as a driver of another machine, of which nobody here can know that it was killed."""
+    long = _run(store, 0, made=("pairs",), age_s=40 * DAY)
+    _run(store, 1)
+    with lead_or_wait(store, long["clip"], 60.0, lambda: False, lambda: "") or pytest.fail("no lease"):
+        _sweep(store, NOW + 4 * DAY)
+    assert load_artifact(store, "pairs", long["pairs"]) is None
+
+
+def test_a_run_that_makes_a_few_stages_keeps_no_old_shards_of_the_others(store: Store) -> None:
+    """What was forgotten is in them, too."""
+    _run(store, 0, age_s=DAY)
+    _forget(store, "p")
+    graph = _graph(1)
+    verdicts = plan(graph, {}, "p", store, {})
+    remember(store, "p", graph, verdicts, forgettings=1, wanted=["source"])
+    _sweep(store)
+    assert list(store.list("shards/pairs/")) == []
+    remember(store, "p", graph, verdicts, forgettings=1)
+    publish_shard(store, "pairs", 0, "under-way", Ledger(kept=1), {"index": b"index"}, {})
+    _sweep(store)
+    assert len(list(store.list("shards/pairs/"))) == 1
+
+
 def test_what_comes_while_it_looks_is_spared(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The garbage of an old run becomes the data of a new one between the look and the deletion."""
     _run(store, 0, age_s=40 * DAY)
