@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 FEW = 15
-"""Fewer steps than this end before timestep 0; from here on it makes no difference (docs/how/decoder.md)."""
+"""Fewer steps than this end before timestep 0; from here on it makes no difference to networks that predict noise."""
 NOISIEST = -3.0
 """Half the log signal-to-noise ratio below which a prediction hardly changes: the signal has 5% of the amplitude."""
 

@@ -11,7 +11,7 @@ from pipeline.graph.artifacts import Artifact
 from pipeline.graph.ray import on_a_gpu
 from pipeline.graph.stages import Context
 
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
