@@ -29,17 +29,17 @@ def ignore(stage: str, step: int, steps: int, estimate: Tensor | None = None) ->
 def sampling_grid(stage: str, model: DiffusionPrior | Decoder | Upsampler, steps: int) -> Tensor:
     """Returns the timesteps, int64 [steps] and falling, that a model visits unless its sampler has a grid of its own.
 
-    The first upsampler's 27 are GLIDE's. Fewer than ``FEW``, and all of a network that predicts the image, stop before
-    timestep 0, where next to nothing is left to do, and where such a network draws once more what is finished, only
-    worse (docs/recipes.md); but not of a network with another one for that very timestep. Raises ValueError on a number
-    of steps that the model's schedule does not have.
+    The first upsampler's 27 are GLIDE's. Fewer than ``FEW`` stop before timestep 0, where next to nothing is left to
+    do, but for a network with another one for that very timestep. So do all of a decoder that predicts the image, which
+    there draws once more what is finished, only worse (docs/recipes.md). Raises ValueError on a number of steps that
+    the model's schedule does not have.
     """
     timesteps = model.config.steps
-    redraws = not isinstance(model, DiffusionPrior) and model.config.prediction == "x0"
-    if stage == UNEVEN_MODEL and steps == UNEVEN and not redraws:
+    if stage == UNEVEN_MODEL and steps == UNEVEN:
         return fast27_grid(timesteps)
     needs_last = isinstance(model, Upsampler) and model.last_unet is not None
-    ends_early = (redraws or steps < FEW) and not needs_last
+    redraws = isinstance(model, Decoder) and model.config.prediction == "x0"
+    ends_early = redraws or (steps < FEW and not needs_last)
     return trailing_grid(timesteps, steps) if ends_early else strided_grid(timesteps, steps)
 
 

@@ -39,7 +39,7 @@ class SamplingConfig:
         prior_guidance: The w of (1 + w) conditional - w unconditional.
         temperature: Of the AR prior.
         decoder_steps: Of the decoder; all steps are 2 to the model's ``steps``. Fewer than 15, and
-            all of a network that predicts the image, end before timestep 0 ("trailing"), where there is still noise to
+            all of a decoder that predicts the image, end before timestep 0 ("trailing"), where there is still noise to
             take away.
         decoder_sampler: ``ddpm``, ``ddim`` or ``dpm``.
         decoder_guidance: The same w, one less than the literature's scale: 0.25 is the paper's 1.25.
