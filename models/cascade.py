@@ -22,7 +22,7 @@ from models.clip import Clip
 from models.codec import Codec
 from models.decoder import Decoder, decoder_denoise
 from models.diffusion.samplers import ddim_inversion
-from models.diffusion.schedules import make_schedule, strided_grid
+from models.diffusion.schedules import make_schedule
 from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise
 from models.draw import Draw, derive_seed
 from models.folder import load_codec, load_model, save_codec, save_model
@@ -30,7 +30,7 @@ from models.inpainting import Kept
 from models.manipulation import Inversion, check_embedding, first_components, slerp, text_difference
 from models.pixels import from_uint8, to_uint8
 from models.precision import autocast
-from models.reverse import Progress, Reverse, ignore
+from models.reverse import Progress, Reverse, ignore, sampling_grid
 from models.sampling_config import (
     MODELS,
     PRIORS,
@@ -272,7 +272,7 @@ class UnCLIP:
         def report(done: int, _: Tensor) -> None:
             progress("inversion", done, steps)
 
-        grid = strided_grid(schedule.steps, steps)
+        grid = sampling_grid("decoder", self.decoder, steps, inverted=True)
         with autocast(embedding.device, sampling.precision):
             noise = ddim_inversion(denoise, from_uint8(x0), grid, schedule, report)
         return Inversion(embedding, noise, tokens)

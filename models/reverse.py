@@ -26,20 +26,23 @@ def ignore(stage: str, step: int, steps: int, estimate: Tensor | None = None) ->
     """Progress that nobody watches."""
 
 
-def sampling_grid(stage: str, model: DiffusionPrior | Decoder | Upsampler, steps: int) -> Tensor:
+def sampling_grid(
+    stage: str, model: DiffusionPrior | Decoder | Upsampler, steps: int, inverted: bool = False
+) -> Tensor:
     """Returns the timesteps, int64 [steps] and falling, that a model visits unless its sampler has a grid of its own.
 
     The first upsampler's 27 are GLIDE's. Fewer than ``FEW`` stop before timestep 0, where next to nothing is left to
     do, but for a network with another one for that very timestep. So do all of a decoder that predicts the image, which
-    there draws once more what is finished, only worse (docs/recipes.md). Raises ValueError on a number of steps that
-    the model's schedule does not have.
+    there draws once more what is finished, only worse (docs/recipes.md). An ``inverted`` one, from the noise of an
+    image, ends next to the data otherwise, however few its steps. Raises ValueError on a number of steps that the
+    model's schedule does not have.
     """
     timesteps = model.config.steps
     if stage == UNEVEN_MODEL and steps == UNEVEN:
         return fast27_grid(timesteps)
     needs_last = isinstance(model, Upsampler) and model.last_unet is not None
     redraws = isinstance(model, Decoder) and model.config.prediction == "x0"
-    ends_early = redraws or (steps < FEW and not needs_last)
+    ends_early = redraws or (steps < FEW and not needs_last and not inverted)
     return trailing_grid(timesteps, steps) if ends_early else strided_grid(timesteps, steps)
 
 
@@ -49,8 +52,7 @@ class Reverse:
 
     ``sampler``: "ddpm", with the ``variance`` "small" or "learned"; "analytic", the same with the diffusion prior's
     optimal variance; "ddim" with ``eta``; or "dpm", DPM-Solver++ on a grid of its own. ``inverted``: the noise is from
-    an inversion, whose grid ends at timestep 0, next to the data, however few its steps. ``kept``: the part of an image
-    that stays, whatever the sampler.
+    an inversion, whose grid it takes. ``kept``: the part of an image that stays, whatever the sampler.
     """
 
     stage: str
@@ -67,8 +69,7 @@ class Reverse:
     ) -> Tensor:
         """Goes from ``noise`` [b, ...] to a sample of the same shape."""
         schedule = make_schedule(model.config.schedule, model.config.steps)
-        steps = self.steps
-        grid = strided_grid(schedule.steps, steps) if self.inverted else sampling_grid(self.stage, model, steps)
+        grid = sampling_grid(self.stage, model, self.steps, self.inverted)
 
         def report(done: int, estimate: Tensor) -> None:
             shown = () if isinstance(model, DiffusionPrior) else (estimate,)

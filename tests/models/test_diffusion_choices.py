@@ -137,6 +137,7 @@ def test_the_cascade_visits_the_timesteps_of_its_grid(
     (sampling_grid, "stage == UNEVEN_MODEL and", ""),
     (sampling_grid, "steps < FEW and ", ""),
     (sampling_grid, " and not needs_last", ""),
+    (sampling_grid, " and not inverted", ""),
     (sampling_grid, "redraws or ", ""),
     (sampling_grid, "isinstance(model, Decoder) and ", ""),
 )
@@ -151,6 +152,8 @@ def test_few_steps_end_early_but_for_a_network_of_the_last_timestep() -> None:
     assert torch.equal(sampling_grid("upsampler_256", images, 26), strided_grid(1000, 26))
     of_images = Decoder(replace(made.decoder.config, prediction="x0"), made.decoder.embed_dim, made.decoder.text_tower)
     assert torch.equal(sampling_grid("decoder", of_images, 27), trailing_grid(1000, 27))
+    assert torch.equal(sampling_grid("decoder", of_images, 27, inverted=True), trailing_grid(1000, 27))
+    assert torch.equal(sampling_grid("decoder", made.decoder, 7, inverted=True), strided_grid(1000, 7))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

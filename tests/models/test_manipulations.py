@@ -11,6 +11,7 @@ from PIL import Image
 from models import cascade
 from models.cascade import UnCLIP
 from models.decoder import Decoder
+from models.diffusion.schedules import trailing_grid
 from models.manipulation import Inversion, first_components
 from models.pixels import from_uint8
 from models.tokens import tokenize
@@ -54,6 +55,27 @@ def test_a_image_becomes_its_latents_and_they_the_image(unclip: UnCLIP) -> None:
     assert error[500] < 0.01
     pixels = torch.from_numpy(np.stack([view(p, 32) for p in IMAGES])).permute(0, 3, 1, 2)
     torch.testing.assert_close(inversion.embedding, unclip.clip.encode_image(pixels))
+
+
+def test_a_decoder_that_predicts_the_image_is_inverted_on_the_grid_that_it_draws_on(
+    unclip: UnCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which ends before timestep 0: what the network draws there leads to noise that is of no image."""
+    visited: list[int] = []
+    original = cascade.decoder_denoise
+
+    def recording(*words: Any) -> Any:
+        denoise = original(*words)
+        return lambda x, t: (visited.append(int(t[0])), denoise(x, t))[1]
+
+    monkeypatch.setattr(cascade, "decoder_denoise", recording)
+    of_images = replace(unclip, decoder=Decoder(replace(DECODER, prediction="x0"), DIM).eval())
+    grid = trailing_grid(DECODER.steps, 20).tolist()
+    inversion = of_images.invert(IMAGES, decoder_steps=20)
+    assert visited == [grid[-1], *reversed(grid[1:])]
+    visited.clear()
+    of_images.reconstruct(inversion, decoder_steps=20, size=64)
+    assert visited == grid
 
 
 def test_the_caption_of_an_inversion_is_the_one_it_is_drawn_with(unclip: UnCLIP) -> None:
