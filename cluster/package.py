@@ -118,13 +118,13 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
             )
     for setting, value in named_weights(config, ("clip", "evaluation")):
         named = ClipWeights.parse(value)
-        lies = named.folder or (named.tag if Path(named.tag).is_file() else "")
-        if lies and not Path(lies).is_absolute():
+        local = named.folder or (named.tag if Path(named.tag).is_file() else "")
+        if local and not Path(local).is_absolute():
             where = "its whole path, as the job runs in another folder" if here else "a path that the cluster has"
-            raise UserError(f"{setting}: {lies} is found from this folder only; write {where}")
-        if lies and not here:
+            raise UserError(f"{setting}: {local} is found from this folder only; write {where}")
+        if local and not here:
             machines = "the cluster's head" + " and its GPU nodes" * (setting == "evaluation.judge")
-            notes.append(f"{lies} ({setting}) does not travel: {machines} must have it there")
+            notes.append(f"{local} ({setting}) does not travel: {machines} must have it there")
     for tracker in config.run.trackers:
         files |= _module(tracker.partition(":")[0])
     files[PROJECT_FILE] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()

@@ -178,7 +178,7 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
     gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
     if gpu and not gpus and not os.environ.get("RAY_ADDRESS"):  # and a cluster may add nodes
         raise UserError("serve: device=cuda, but Ray finds no GPU on this machine; leave device out")
-    asked, settings = settings.replicas, sized(settings, cores, gpus if gpu else 0)
+    asked, settings = settings.replicas, sized(settings, cores, gpus if gpu else None)
     # All that are there already; those that a cluster may have to add come when they are needed.
     first = max(1, settings.idle_replicas) if asked else settings.replicas
     drawers: Any = serve.deployment(
@@ -206,15 +206,15 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
     return door.bind(drawers.bind(served, settings), served, settings, tokens)
 
 
-def sized(settings: ServeSettings, cores: Sequence[int], gpus: int) -> ServeSettings:
+def sized(settings: ServeSettings, cores: Sequence[int], gpus: int | None) -> ServeSettings:
     """Returns the settings with the number of processes, and of cores for each, as many as leave room for all.
 
     Args:
         settings: What is asked for; 0 leaves it to this.
         cores: Of each machine.
-        gpus: Of all machines; 0 draws on cores.
+        gpus: Of all machines; None draws on cores.
     """
-    fitting = gpus or min(2, sum(each // (settings.cpus or 1) for each in cores))
+    fitting = min(2, sum(each // (settings.cpus or 1) for each in cores)) if gpus is None else gpus
     replicas = max(settings.replicas or fitting, 1, settings.idle_replicas)
     shares = (n for n in range(max(cores), 1, -1) if sum(each // n for each in cores) >= replicas)
     return replace(settings, replicas=replicas, cpus=settings.cpus or next(shares, 1))

@@ -149,8 +149,13 @@ def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_processes_have_room_beside_each_other(cores: list[int], asked: Any, processes: int, share: int) -> None:
-    found = sized(ServeSettings(**asked), cores, gpus=0)
+    found = sized(ServeSettings(**asked), cores, gpus=None)
     assert (found.replicas, found.cpus) == (processes, share)
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(0, 1), (1, 1), (4, 4)])
+def test_there_is_one_process_a_gpu_and_one_where_a_cluster_has_to_add_it(gpus: int, processes: int) -> None:
+    assert sized(ServeSettings(device="cuda"), [8, 8], gpus).replicas == processes
 
 
 @pytest.mark.parametrize(
