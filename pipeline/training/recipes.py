@@ -184,7 +184,7 @@ class DecoderRecipe(TrainingRecipe):
     """Trains the 64 px decoder as Table 3's third column says."""
 
     task: ClassVar[str] = "decoder"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     samples: PositiveInt = 800_000 * 2048
     batch: PositiveInt = 2048

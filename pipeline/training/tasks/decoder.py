@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.decoder import Decoder, decoder_denoise, decoder_loss
 from models.diffusion.samplers import ddim
-from models.diffusion.schedules import make_schedule, strided_grid
+from models.diffusion.schedules import make_schedule, trailing_grid
 from models.draw import Draw
 from models.folder import save_model
 from models.frozen_text import FrozenTower
@@ -69,13 +69,12 @@ class DecoderTask:
 
     def preview(self, model: Decoder, batch: Batch, draw: Draw) -> Tensor:
         """Returns the images, and below them what their embeddings and captions become, without guidance."""
-        size, steps = self.config.image_size, self.config.steps
+        config = self.config
         denoise = decoder_denoise(model, batch["image_embedding"], batch["tokens"], guidance=0.0)
-        schedule = make_schedule(self.config.schedule, steps)
-        noise = draw.normal("preview", 3, size, size)
-        return grid(
-            batch["image"], to_uint8(ddim(denoise, noise, strided_grid(steps, min(steps, _PREVIEW_STEPS)), schedule))
-        )
+        noise = draw.normal("preview", 3, config.image_size, config.image_size)
+        timesteps = trailing_grid(config.steps, min(config.steps, _PREVIEW_STEPS))
+        drawn = ddim(denoise, noise, timesteps, make_schedule(config.schedule, config.steps))
+        return grid(batch["image"], to_uint8(drawn))
 
     def save(self, model: Decoder, folder: Path) -> None:
         save_model(folder, model)

@@ -1,18 +1,25 @@
-"""Figures of validation."""
+"""Figures of validation, and previews."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from models.decoder import decoder_denoise
+from models.diffusion.samplers import ddim
+from models.diffusion.schedules import make_schedule, trailing_grid
 from models.draw import Draw
 from models.losses import Losses
+from models.pixels import to_uint8
 from models.prior_configs import DiffusionPriorConfig
 from pipeline.training.task import Batch
 from pipeline.training.tasks.clip import ClipTask
+from pipeline.training.tasks.decoder import DecoderTask
 from pipeline.training.tasks.diffusion_prior import DiffusionPriorTask
 from pipeline.training.tasks.figures import by_timestep, conditional_figures
+from tests.pipeline.training.trainings import DECODER
 
 
 def test_losses_are_told_apart_by_timestep() -> None:
@@ -74,3 +81,22 @@ def test_clip_is_validated_in_fp32_under_autocast() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             found.append(ClipTask.validate(ClipTask.__new__(ClipTask), model, [(batch, Draw([(0, 64)]))]))  # type: ignore[arg-type]
     assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_previews_end_before_timestep_0() -> None:
+    """There a decoder that predicts the image draws worse what is finished."""
+    config = replace(DECODER, prediction="x0", steps=1000)
+    task = DecoderTask(config, 16)
+    model = task.model(0).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    images = torch.randint(256, (2, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=generator)
+    z = F.normalize(torch.randn(2, 16, generator=generator), dim=-1)
+    batch = {"image": images, "image_embedding": z, "tokens": torch.zeros(2, 77, dtype=torch.int64)}
+    with torch.no_grad():
+        preview = task.preview(model, batch, Draw([(1, 2)]))
+        denoise = decoder_denoise(model, z, batch["tokens"], guidance=0.0)
+        noise = Draw([(1, 2)]).normal("preview", 3, config.image_size, config.image_size)
+        drawn = to_uint8(ddim(denoise, noise, trailing_grid(1000, 25), make_schedule(config.schedule, 1000)))
+    assert torch.equal(preview, torch.cat([torch.cat(list(images), 2), torch.cat(list(drawn), 2)], 1))
