@@ -22,8 +22,13 @@ WORKER_BYTES = 2 << 30  # of Python, torch and a CLIP, where the number of worke
 
 
 def cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Returns the number of cores that this process may use, of a container's limit the whole ones."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, (CGROUP / "cpu.max").read_text().split())
+    except (OSError, ValueError):  # "max", version 1 of cgroups, or not Linux
+        return there
+    return max(1, min(there, quota // period))
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,21 @@ def test_a_training_takes_gpus_that_are_there_or_that_it_must_have(
     assert (share.gpus, share.cpus) == (gpus, 0 if gpus else 1)
 
 
+@pytest.mark.parametrize(
+    ("told", "count"),
+    [("max 100000", 64), ("1600000 100000", 16), ("150000 100000", 1), ("50000 100000", 1), ("9000000 100000", 64)],
+)
+def test_the_cores_are_those_that_the_container_may_use(
+    told: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More threads than that would be stopped in turn, and wait for each other."""
+    monkeypatch.setattr(resources, "CGROUP", tmp_path)
+    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: range(64))
+    assert resources.cores() == 64
+    (tmp_path / "cpu.max").write_text(told + "\n")
+    assert resources.cores() == count
+
+
 def test_on_one_machine_one_gpu_is_taken_before_many_cores() -> None:
     assert team_of(TrainingSettings(workers=4), Machine(8, 1)).worker.gpus == 1
 
