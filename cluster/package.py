@@ -186,6 +186,9 @@ def _module(name: str) -> dict[str, Path | bytes]:
     spec = importlib.util.find_spec(name.partition(".")[0])
     origin = Path(spec.origin) if spec and spec.origin else None
     installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
+    if spec and origin is None and spec.submodule_search_locations:  # a folder without __init__.py
+        folder = Path(next(iter(spec.submodule_search_locations)))
+        return {} if installed & set(folder.parents) else dict(_files(folder.parent, [folder.name], "*.py"))
     if origin is None or not origin.is_file() or installed & set(origin.parents):
         return {}
     if origin.name == "__init__.py":

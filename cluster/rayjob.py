@@ -20,7 +20,7 @@ from cluster.job import Job
 from cluster.pods import OF_TASKS, Group, groups, object_store_mb
 from pipeline.config import Run
 from pipeline.errors import UserError
-from pipeline.settings import KubernetesSettings
+from pipeline.settings import NO_SECRET, SECRETS, KubernetesSettings
 
 RETRIES = 2  # new clusters after one that failed; a mistake that only a cluster notices costs as many starts
 IDLE_S = 60  # after which an idle worker pod is removed
@@ -28,7 +28,6 @@ KEPT_S = 300  # a finished cluster stays, for its dashboard
 NCCL_MB = 1024  # beside it in /dev/shm for each GPU: NCCL has the buffers between GPUs of a pod there
 HEAD_MB = 2048  # of the head's memory, for Ray's own processes there
 LONGEST_NAME = 47  # characters; KubeRay adds to it and has to stay below 63
-SECRETS = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY", re.IGNORECASE)
 # What Kueue admits has a fixed size from its start to its end. The first autoscaler knows no labels.
 GROWING = {"enableInTreeAutoscaling": True, "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_S}}
 QUEUE = "kueue.x-k8s.io/queue-name"
@@ -90,7 +89,7 @@ def _check(job: Job, package: str, settings: KubernetesSettings) -> None:
         raise UserError("run.kubernetes.image: missing; build cluster/Dockerfile, push it, and name it here")
     if len(job.id) > LONGEST_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job.id):
         raise UserError(f"{job.id}: not a name for a RayJob, which has up to {LONGEST_NAME} of a-z, 0-9 and -")
-    check_no_secret((*job.environment, *settings.env))
+    check_no_secret(job.environment)
     for name, value in {"package": package, **job.environment}.items():
         if re.search(r"[$`]", value):  # KubeRay hands it to a shell between double quotes
             raise UserError(f"{name}: {value!r} holds $ or `, which would not reach the cluster as it is")
@@ -106,7 +105,7 @@ def check_no_secret(names: Iterable[str]) -> None:
     """Raises UserError for a variable of the environment that is called like a secret."""
     for name in names:
         if SECRETS.search(name):
-            raise UserError(f"{name}: no secret is written into YAML; put it into a Secret, run.kubernetes.secret")
+            raise UserError(f"{name}: {NO_SECRET}")
 
 
 def head(settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def render_service(
             "run.kubernetes.secret: missing; name a Secret whose entry UNCLIP_TOKENS holds lines NAME TOKEN, without "
             "which anybody could draw"
         )
-    environment = {**environment, **settings.env}
     check_no_secret(environment)
+    environment = {**environment, **settings.env}
     name = f"unclip-{re.sub(r'[^a-z0-9]+', '-', project.lower()).strip('-')}"[:LONGEST_NAME].strip("-")
     application = {"name": "unclip", "route_prefix": "/", "import_path": BUILDER, "args": dict(arguments)}
     served = {"http_options": {"host": "0.0.0.0", "port": PORT}, "applications": [application]}

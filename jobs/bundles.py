@@ -120,7 +120,8 @@ def remember_bundle(output: Path, store: str, key: str) -> None:
 
 
 def _newest_output() -> Path:
-    found = sorted(Path("out").glob("*/bundle.json"), key=lambda file: file.stat().st_mtime)
+    files = [*Path("out").glob("bundle.json"), *Path("out").glob("*/bundle.json")]
+    found = sorted(files, key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(f"no finished bundle under out/; run one first (make peek), or name with --from {PLACES}")
     return found[-1].parent

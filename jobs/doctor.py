@@ -88,7 +88,7 @@ def _check_places(project: Project, stale: Collection[str]) -> Iterator[Finding]
     seen = observe(project.store, project.config.project, project.graph, project.held_out)
     try:
         machine = find_machine(project.config.run.ray)
-        ask = Ask(project.config, project.graph, project.rows, project.held_out, seen, machine=machine)
+        ask = Ask(project.config, project.graph, project.rows, project.held_out, seen, machine=machine, looked=True)
         costs = {stage: estimate(stage, ask) for stage in project.graph if stage in stale}
     except UserError:  # of a cluster that does not answer, or a CLIP that is nowhere: other checks say so
         return

@@ -79,7 +79,7 @@ def main(arguments: argparse.Namespace) -> int:
             "add the bare text as a second caption of each row: docs/captions.md, Captions that name a style"
         )
     until = " --until diffusion_prior" if imageless else ""
-    first = "" if gpu or until else f"    unclip run {path} preset=nano    # a first look, in minutes\n"
+    first = "" if gpu or until or origin else f"    unclip run {path} preset=nano    # a first look, in minutes\n"
     print(f"next:\n    unclip doctor {path}\n{first}    unclip run {path}{until}")
     return 0
 

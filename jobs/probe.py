@@ -147,7 +147,7 @@ def _run(path: str, overrides: Sequence[str]) -> str:
     """Runs as a user would, in a process of its own; returns the last line of an error, or ""."""
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    command = [sys.executable, "-m", "jobs.cli", "run", path, *overrides, "--yes"]
+    command = [sys.executable, "-P", "-m", "jobs.cli", "run", path, *(f"--set={word}" for word in overrides), "--yes"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = done.stderr.strip().splitlines()
     return "" if not done.returncode else (lines[-1].removeprefix("error: ") if lines else f"exit {done.returncode}")

@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
         check_answers(arguments.to)
     served = find_served(arguments.bundle)
     heads = (settings.prompt_head, settings.image_head)
-    prompt_head, image_head = (path and str(Path(path).absolute()) for path in heads)
+    prompt_head, image_head = (path and str(Path(path).expanduser().absolute()) for path in heads)
     settings = replace(settings, prompt_head=prompt_head, image_head=image_head)
 
     from serve.guard import read_tokens
@@ -107,7 +107,10 @@ def _rayservice(source: str | None, settings: ServeSettings) -> str:
     settings = replace(settings, device="cuda" if pods.gpus else "cpu", cpus=settings.cpus or pods.cpus)
     served = {"name": config.project, "store": store.url, "project": config.project}
     arguments = {"served": served, "settings": dataclasses.asdict(settings)}
-    return render_service(config.project, arguments, settings.replicas, pods, plain(os.environ))
+    environment = plain(os.environ)
+    service = render_service(config.project, arguments, settings.replicas, pods, environment)
+    check_reach(store, {**environment, **pods.env}, KUBERAY)
+    return service
 
 
 def _submit(served: Served, settings: ServeSettings, tokens: Mapping[str, str], to: str) -> int:

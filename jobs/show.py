@@ -47,7 +47,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _store_below(folder: str | None) -> str:
     """Returns the one store in a folder, of a run's output for example, or below out/. Raises UserError."""
-    found = sorted({*Path("out").glob("*/store")} if folder is None else {Path(folder), Path(folder, "store")})
+    found = sorted(
+        {*Path("out").glob("store"), *Path("out").glob("*/store")}
+        if folder is None
+        else {Path(folder), Path(folder, "store")}
+    )
     stores = [str(path) for path in found if (path / "runs").is_dir()]
     if len(stores) != 1:
         which = f"it may be {' or '.join(stores)}" if stores else "such as my-project.yaml"

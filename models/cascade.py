@@ -319,6 +319,7 @@ class UnCLIP:
         between = Inversion(slerp(a.embedding, b.embedding, share), slerp(a.noise, b.noise, share))
         return self.variations(between, [seed] * len(shares), 0.0, progress, **options)
 
+    @torch.no_grad()
     def text_difference(
         self,
         inversion: Inversion,
@@ -339,8 +340,7 @@ class UnCLIP:
         towards = text_difference(text[:1], text[1:]).expand(len(shares), -1)
         many = inversion.repeated(len(shares))
         turned = slerp(many.embedding, towards, torch.tensor(list(shares), device=towards.device))
-        changed = Inversion(turned, many.noise)
-        return self.variations(changed, [seed] * len(shares), 0.0, progress, **options)
+        return self.variations(Inversion(turned, many.noise), [seed] * len(shares), 0.0, progress, **options)
 
     def principal_components(
         self,

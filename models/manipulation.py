@@ -28,7 +28,9 @@ class Inversion:
         return len(self.embedding)
 
     def repeated(self, count: int) -> "Inversion":
-        """Its only image ``count`` times. Raises ValueError if there are several, unless they are ``count``."""
+        """Its only image ``count`` times. Raises ValueError for none, and for several that are not ``count``."""
+        if count < 1:
+            raise ValueError(f"got {count} seeds or shares: give one or more")
         if len(self) == count:
             return self
         if len(self) != 1:

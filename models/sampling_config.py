@@ -40,7 +40,7 @@ class SamplingConfig:
         temperature: Of the AR prior.
         decoder_steps: Of the decoder; all steps are 2 to the model's ``steps``. Fewer than 15, and
             all of a decoder that predicts the image, end before timestep 0 ("trailing"), where there is still noise to
-            take away.
+            take away; those of ``dpm`` end at timestep 0.
         decoder_sampler: ``ddpm``, ``ddim`` or ``dpm``.
         decoder_guidance: The same w, one less than the literature's scale: 0.25 is the paper's 1.25.
         decoder_guidance_from: The share of the timesteps below which the decoder is not guided: with next to no noise

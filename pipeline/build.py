@@ -39,8 +39,22 @@ def build(config: Config) -> Graph:
     )
     thresholded = ("thresholds",) if config.thresholds.similarity else ()
     stages = (
-        Stage("source", source.VERSION, config.source, (), source.run_source, kind="source", row_seconds=32e-6),
-        Stage("captions", source.VERSION, config.source, (), source.run_captions, kind="source", row_seconds=1e-6),
+        *(
+            Stage(
+                name,
+                source.VERSION,
+                config.source,
+                (),
+                run,
+                kind="source",
+                splitting=config.source.splitting,
+                row_seconds=seconds,
+            )
+            for name, run, seconds in (
+                ("source", source.run_source, 32e-6),
+                ("captions", source.run_captions, 1e-6),
+            )
+        ),
         Stage("pairs", pairs.VERSION, config.pairs, ("source",), pairs.run_pairs, row_seconds=0.02),
         training.stage("clip", config.clip, ("pairs", "captions"), training.run_clip, pinned=True),
         Stage(

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -147,8 +147,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """
     values = source if isinstance(source, Mapping) else _read_values(source)
     for override in overrides:
-        values = overlay(values, _override(override))
+        values = overlay(values, _override(override), emptying=True)
     config = make_config(values)
+    config = replace(config, run=replace(config.run, output=os.path.expanduser(config.run.output)))
     for name in (*PRIORS.values(), "decoder"):
         if (words := getattr(config, name).model.vocabulary) != VOCABULARY:
             raise UserError(f"{name}.model.vocabulary: {words}; CLIP's tokens are {VOCABULARY}, so leave it out")

@@ -199,12 +199,13 @@ def _message(kind: Any, error: ErrorDetails, where: str) -> str:
     return f"{name}: {said}" if name else said
 
 
-def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``over`` laid upon ``base``, mapping by mapping."""
+def overlay(base: Mapping[str, Any], over: Mapping[str, Any], emptying: bool = False) -> dict[str, Any]:
+    """Returns ``over`` laid upon ``base``, mapping by mapping; with ``emptying`` an empty one empties another."""
     result = dict(base)
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = overlay(result[key], value)
+        laid = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        if laid and (value or not emptying):
+            result[key] = overlay(result[key], value, emptying)
         else:
             result[key] = value
     return result

@@ -26,6 +26,9 @@ def _check_gpus(gpus: float) -> float:
 
 
 STATE_BYTES = 20  # a parameter of a training: weight, average, gradient and two moments, in fp32
+# Names of variables that hold secrets.
+SECRETS = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|(ACCESS|API|PRIVATE|STORAGE|ACCOUNT)_?KEY", re.IGNORECASE)
+NO_SECRET = "no secret is written into YAML; put it into a Secret, run.kubernetes.secret"
 SPARED = 30  # times as long as it took to write a checkpoint, until the next one
 
 
@@ -265,6 +268,11 @@ class KubernetesSettings:
     gpu_nodes: dict[str, str] = field(default_factory=dict)
     gpu_resources: dict[str, str] = field(default_factory=dict)
     deadline_hours: PositiveFloat = 24.0
+
+    def __post_init__(self) -> None:
+        # Reports and packages hold it, too.
+        if secret := next(filter(SECRETS.search, self.env), None):
+            raise ValueError(f"env: {secret}: {NO_SECRET}")
 
 
 @dataclass(frozen=True)

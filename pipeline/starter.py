@@ -97,6 +97,8 @@ FINE_TUNING = """
 # Goes on from the models of {bundle}: their CLIP stays, and each
 # learns for a quarter of the preset's samples, times scale, with a tenth of its learning rate. The AR prior is left
 # out: it speaks the codes of a codec that was fitted to other pairs.
+# Pairs that the bundle was trained on are not held out here, even where they fall into the test split: where these
+# lists share pairs with its own, say in their split column which ones it has not seen, or figures are too good.
 {values}"""
 
 
@@ -116,7 +118,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
     preset = "small" if gpu else "tiny"
     models, size = models_for(seen)
     recipes = preset_config(preset)
-    scale = _scale(recipes, seen)
+    longest = max(getattr(recipes, name).samples for name in MODELS)
     clip, dropout, tuned = _clip(gpu, source, seen), _dropout(recipes, seen), ""
     if bundle is not None:
         clip = dropout = ""  # both are the bundle's
@@ -124,6 +126,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
         models = [name for name in models if name in values]
         size = largest_side(models)
         values = {name: fields for name, fields in values.items() if name in ("clip", "evaluation", *models)}
+        longest = max(values[name]["samples"] for name in models)
         tuned = FINE_TUNING.format(bundle=bundle, values=yaml.safe_dump(values, sort_keys=False))
     lists = [f"- {_scalar(path)}" for path in source.paths]
     if seen is None:
@@ -145,7 +148,7 @@ def starter(project: str, gpu: bool, source: SourceRecipe, seen: Look | None, bu
             models=", ".join(models),
             size=size,
             captions=_indented([f"- {_scalar(caption)}" for caption in _captions(seen)]),
-            scale=scale,
+            scale=_scale(longest, seen),
             clip=clip,
             dropout=dropout,
             **_splits(seen),
@@ -210,19 +213,19 @@ def _clip(gpu: bool, source: SourceRecipe, seen: Look | None) -> str:
     return f"{says}{slow}\n# {line}\n\n"
 
 
-def _scale(recipes: Config, seen: Look | None) -> str:
+def _scale(longest: int, seen: Look | None) -> str:
     """Returns the line that shortens the trainings where there are few pairs, or nothing.
 
-    The longest sees each pair at most ``EPOCHS`` times, or ``LEAST_SAMPLES`` in all where that is more.
+    The longest has ``longest`` samples. It sees each pair at most ``EPOCHS`` times, or ``LEAST_SAMPLES`` in all where
+    that is more.
     """
-    longest = max(getattr(recipes, name).samples for name in MODELS)
     samples = longest if seen is None else max(LEAST_SAMPLES, EPOCHS * seen.pairs)
     if seen is None or not seen.pairs or samples >= longest:
         return ""
     scale = float(f"{samples / longest:.2g}")
     times = round(scale * longest / seen.pairs)
     return (
-        f"scale: {scale} # of the preset's samples: the longest training sees each of {counted(seen.pairs, 'pair')} "
+        f"scale: {scale} # of all samples: the longest training sees each of {counted(seen.pairs, 'pair')} "
         f"some {times:,} times; docs/captions.md\n"
     )
 

@@ -245,6 +245,8 @@ def hold(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) -> 
             f"Ray Serve listens at {http.host}:{http.port} of this cluster already: ask for that by host= and port=, "
             "or end it there with serve shutdown"
         )
+    if APP in serve.status().applications:
+        raise UserError("this cluster serves a bundle already: end that first, or serve from another cluster")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         try:

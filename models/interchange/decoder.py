@@ -151,14 +151,14 @@ def import_decoder(folder: str | Path, embedding_norm: float | None = None) -> D
     process = read_scheduler(folder / "decoder_scheduler")
     ours = read_ours(folder, "decoder", DecoderConfig)
     if ours is not None:
-        config, embed_dim, weights = ours.config, ours.sizes["embed_dim"], ours.weights
+        config, embed_dim, weights = ours.config, derive(folder, lambda: ours.sizes["embed_dim"]), ours.weights
         tower = ours.sizes.get("text_tower")
     else:
         text_proj = read_json(folder / "text_proj" / CONFIG_FILE)
         text = read_text_config(folder / "text_encoder")
         norm = prior_norm(folder) if embedding_norm is None else embedding_norm
         config = derive(folder, lambda: config_of(found, text_proj, text, process, norm))
-        embed_dim, weights, tower = text_proj["clip_embeddings_dim"], {}, None
+        embed_dim, weights, tower = derive(folder, lambda: int(text_proj["clip_embeddings_dim"])), {}, None
     shape, parts = shape_of(config), parts_of(config, embed_dim, tower)
     check_process(folder / "decoder_scheduler", process, process_of(config))
     check_config(folder / "decoder" / CONFIG_FILE, found, parts.unet, idle_fields(shape))

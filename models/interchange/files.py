@@ -86,10 +86,12 @@ def read_ours(folder: Path, name: str, *kinds: type) -> Ours | None:
     if not (folder / OURS / name).is_dir():
         return None
     document, weights = read(folder / OURS / name, "cpu")
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in document["config"].items()}
+    path = folder / OURS / name
+    values, sizes = derive(path, lambda: (dict(document["config"]), sizes_from_json(document["sizes"])))
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     for kind in kinds:
         if kind.__name__ == document["kind"] and values.keys() <= {field.name for field in fields(kind)}:
-            return Ours(kind(**values), sizes_from_json(document["sizes"]), weights)
+            return Ours(kind(**values), sizes, weights)
     raise ValueError(
         f"{folder / OURS / name} holds a {document['kind']} of {sorted(values)}, which is not known here: export it "
         "again, or update this software"
@@ -100,7 +102,7 @@ def derive(path: Path, build: Callable[[], Any]) -> Any:
     """Returns ``build``, which reads configurations in ``path``; what does not fit there is one ValueError."""
     try:
         return build()
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} has no configuration that is known here: {error!r} is missing or odd") from error
     except ValueError as error:
         raise ValueError(f"{path} does not fit: {error}") from error

@@ -33,8 +33,17 @@ class Generator(ModelMixin):
     @classmethod
     def from_pretrained(cls, path: str, **_: object) -> "Generator":
         """Opens the export whose part ``path`` is, with the code that lies in it."""
-        sys.path.append(str(path))
-        made = cls(importlib.import_module("unclip_models.interchange").import_unclip(Path(path).parent))
+        # Its convolutions are to compute in fp32, too.
+        torch.backends.cudnn.allow_tf32 = False
+        code = sys.modules.get("unclip_models")
+        if code is not None and Path(path).resolve() not in Path(code.__path__[0]).resolve().parents:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "unclip_models"]:
+                del sys.modules[name]  # of another export, which keeps what it has
+        sys.path.insert(0, str(path))
+        try:
+            made = cls(importlib.import_module("unclip_models.interchange").import_unclip(Path(path).parent))
+        finally:
+            sys.path.remove(str(path))
         made.folder = Path(path).parent
         return made
 

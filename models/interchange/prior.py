@@ -168,7 +168,7 @@ def import_prior(folder: str | Path) -> DiffusionPrior:
     found, process = read_json(path), read_scheduler(folder / "prior_scheduler")
     ours = read_ours(folder, "prior", DiffusionPriorConfig, ClipPriorConfig)
     if ours is not None:
-        config, embed_dim, weights = ours.config, ours.sizes["embed_dim"], ours.weights
+        config, embed_dim, weights = ours.config, derive(folder, lambda: ours.sizes["embed_dim"]), ours.weights
         tower = ours.sizes.get("text_tower")
     else:
         text = read_text_config(folder / "text_encoder")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.image_configs import Prediction
-from models.interchange.files import check_config, read_json, write_json
+from models.interchange.files import check_config, derive, read_json, write_json
 from models.prior_configs import Schedule
 
 FILE = "scheduler_config.json"
@@ -70,9 +70,11 @@ def read_scheduler(folder: Path) -> Process:
     betas = {theirs: ours for ours, theirs in BETAS.items()}
     predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     beta, prediction = found.get("beta_schedule", "squaredcos_cap_v2"), found.get("prediction_type", "epsilon")
-    if beta not in betas or prediction not in predictions:
+    if str(beta) not in betas or str(prediction) not in predictions:
         raise ValueError(f"{path} does not fit: beta_schedule {beta!r} with prediction_type {prediction!r} is unknown")
-    process = Process(betas[beta], int(found.get("num_train_timesteps", 1000)), predictions[prediction])
+    process = derive(
+        path, lambda: Process(betas[beta], int(found.get("num_train_timesteps", 1000)), predictions[prediction])
+    )
     idle = IDLE if process.schedule == "linear" else IDLE | {"beta_start", "beta_end"}
     check_config(path, found, scheduler_config(process, "", None), idle)
     return process

@@ -84,7 +84,7 @@ def write_text(folder: Path, config: dict[str, Any], weights: Weights) -> None:
     theirs = {POSITION: weights.pop("position")} | to_theirs(weights, text_table(config["num_hidden_layers"]))
     if (folder / WEIGHTS_FILE).is_file():
         there = read_weights(folder / WEIGHTS_FILE)
-        if there.keys() != theirs.keys() or not all(torch.equal(there[name], theirs[name]) for name in theirs):
+        if there.keys() != theirs.keys() or not all(torch.equal(there[name], theirs[name].cpu()) for name in theirs):
             raise ValueError(f"{folder} holds another text encoder: export this model into a folder of its own")
         return
     write_part(folder, config, theirs, WEIGHTS_FILE)

@@ -47,8 +47,10 @@ def unet_config(shape: Shape, sample_size: int, dropout: float) -> dict[str, Any
     """Returns config.json of the same network in diffusers.
 
     Raises ValueError if the width is not a multiple of 32: diffusers normalises 32 groups everywhere, ours the most
-    that fit.
+    that fit; and if the first resolution is wider, by which diffusers makes its timestep embedding wider, too.
     """
+    if shape.multipliers[0] != 1:
+        raise ValueError(f"multipliers begin with {shape.multipliers[0]}: only 1 can be exported to diffusers' layout")
     if shape.channels % 32:
         raise ValueError(f"channels is {shape.channels}: only multiples of 32 can be exported to diffusers' layout")
     levels = range(len(shape.multipliers))

@@ -304,7 +304,8 @@ def _counted(stage: str, ask: Ask, workers: int, on_gpus: bool) -> tuple[float, 
             return START_SECONDS["gpus"] + size / SAVED_BYTES, seconds * (1 + size / COPIED_BYTES / every)
         return START_SECONDS["training"], work / (resources(stage, ask)[1] * CORE_FLOPS)
     if node.kind == "result":
-        return 0.0, amount(stage, ask) / (rate(ask, "bf16") if on_gpus else cores() * CORE_FLOPS)
+        precision = ask.config.bundle.sampling.precision
+        return 0.0, amount(stage, ask) / (rate(ask, precision) if on_gpus else cores() * CORE_FLOPS)
     if on_gpus:
         decoders = resources(stage, ask)[1] or workers  # a worker without helpers decodes on a thread of its own
         each = max(encode_seconds(ask), decode_seconds(ask) * workers / decoders)

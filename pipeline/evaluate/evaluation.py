@@ -237,6 +237,7 @@ class Evaluation:
             embedding, prior = rows.batch["image_embedding"], unclip.sampling.prior
             lines.append(images.draw_images(unclip, rows, embedding, prior, self.recipe.seed, tick))
         self.shown["guidance.png"] = images.beside(*lines)
+        self.licenses["guidance.png"] = list(rows.licenses)  # drawn from other people's images, and near to them
 
     def _looked_at(self, rows: HeldOut, drawn: dict[str, Tensor], early: Tensor | str, tick: Tick) -> list[Figure]:
         """Measures the drawn images by CLIP, the judge and Inception, and keeps those to be shown."""

@@ -13,6 +13,7 @@ from pipeline.evaluate.figure import Figure
 from pipeline.evaluate.metrics import Interval, percentiles, resample
 from pipeline.evaluate.paired import paired, whole
 from pipeline.evaluate.rows import HeldOut
+from pipeline.evaluate.statistics import BLOCK
 
 LINE = "m"  # no claim of the table
 
@@ -36,10 +37,13 @@ def share_nearer(drawn: Tensor, real: Tensor, seed: int) -> tuple[float, Interva
 
     All pairs count, ties by half (the area under the ROC curve): 0.5 for equal distributions, 1 where all is copied.
     """
-    below = (drawn[:, None] < real).double() + (drawn[:, None] == real).double() / 2
-    weights = resample(len(drawn), seed)
-    resampled = ((weights @ below) * weights).sum(1) / len(drawn) ** 2
-    return float(below.mean()), percentiles(resampled)
+    weights, pairs = resample(len(drawn), seed), len(drawn) ** 2
+    total, resampled = 0.0, torch.zeros(len(weights), dtype=torch.float64)
+    for part, counted in zip(real.split(BLOCK), weights.split(BLOCK, 1), strict=True):
+        below = (drawn[:, None] < part).double() + (drawn[:, None] == part).double() / 2
+        total += float(below.sum())
+        resampled += ((weights @ below) * counted).sum(1)
+    return total / pairs, percentiles(resampled / pairs)
 
 
 def closest(distance: Tensor, count: int) -> list[int]:

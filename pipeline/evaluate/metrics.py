@@ -29,11 +29,15 @@ def derangement(labels: Sequence[Hashable]) -> Tensor:
     if n < 2:
         raise ValueError(f"{n} rows have no other row among them")
 
-    def shared(shift: int) -> int:
-        return sum(label == labels[(i + shift) % n] for i, label in enumerate(labels))
-
-    shift = min(range(1, n), key=lambda k: (shared(k), abs(k - n // 2)))
-    return (torch.arange(n) + shift) % n
+    numbers: dict[Hashable, int] = {}
+    numbered = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
+    least, best = n + 1, 0
+    for shift in sorted(range(1, n), key=lambda k: abs(k - n // 2)):
+        if (shared := int((numbered == numbered.roll(-shift)).sum())) < least:
+            least, best = shared, shift
+        if not least:
+            break
+    return (torch.arange(n) + best) % n
 
 
 def standard_error(x: Tensor) -> float:

@@ -17,7 +17,7 @@ from pipeline.evaluate.metrics import cosine
 from pipeline.evaluate.paired import paired, whole
 from pipeline.evaluate.retrieval import AMONG, told_apart
 from pipeline.evaluate.rows import HeldOut
-from pipeline.evaluate.statistics import cmmd, frechet_distance
+from pipeline.evaluate.statistics import BLOCK, cmmd, frechet_distance
 from pipeline.held_out import FEWEST
 
 BATCH = 128  # captions
@@ -136,9 +136,13 @@ def covered(points: Tensor, of: Tensor) -> Tensor:
     if len(of) < 2:
         raise ValueError(f"{len(of)} rows have no neighbours")
     points, of = points.double(), of.double()
-    own = torch.cdist(of, of).fill_diagonal_(torch.inf)
-    reach = own.kthvalue(min(NEIGHBOURS, len(of) - 1), dim=1).values
-    return (torch.cdist(points, of) <= reach).any(1)
+    reach = []
+    for start in range(0, len(of), BLOCK):
+        own = torch.cdist(of[start : start + BLOCK], of)
+        own.diagonal(start).fill_(torch.inf)
+        reach.append(own.kthvalue(min(NEIGHBOURS, len(of) - 1), dim=1).values)
+    reaches = torch.cat(reach)
+    return torch.cat([(torch.cdist(part, of) <= reaches).any(1) for part in points.split(BLOCK)])
 
 
 def distribution_figures(

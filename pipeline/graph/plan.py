@@ -54,11 +54,12 @@ def plan(
     store, None for no pin.
     """
     keys: dict[str, str] = {}
-    lineages: dict[str, str] = {}  # keys computed with the project's name in place of the source
+    lineages: dict[str, str] = {}  # keys computed with the project's name, and the splits, in place of the source
     verdicts: list[Verdict] = []
     for stage in ordered(graph):
         own = source_keys[stage.name] if stage.kind == "source" else stage_key(stage, keys)
-        lineage = stage_key(stage, lineages) if stage.kind != "source" else digest([project, stage.name])
+        of_source = digest([project, stage.name, *stage.splitting])
+        lineage = of_source if stage.kind == "source" else stage_key(stage, lineages)
         pin = None
         if stage.pinned:
             pin = supposed[lineage] if lineage in supposed else read_pin(store, lineage)

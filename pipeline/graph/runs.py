@@ -20,6 +20,7 @@ from pipeline.graph.stages import Context, Graph
 from pipeline.store import Store
 from pipeline.store.records import whoami
 
+OURS = ("unclip", "cli")  # programs whose words are recorded
 AGAIN_S = 86_400  # after which a run that finds everything made is recorded again
 
 
@@ -92,10 +93,13 @@ def _write(store: Store, project: str, stages: Mapping[str, Any], forgettings: i
 
 def _command() -> str:
     """Returns the command line without the values of overrides, which may be private; recipes are recorded anyway."""
+    program = Path(sys.argv[0]).stem
+    if program not in OURS:  # a program that uses the package: its words are its own
+        return program
     words = [
         word if "=" not in word else f"{word.removeprefix('--set=').partition('=')[0]}=..." for word in sys.argv[1:]
     ]
-    return " ".join([Path(sys.argv[0]).stem, *map(shlex.quote, words)])
+    return " ".join([program, *map(shlex.quote, words)])
 
 
 def asked_at(path: str) -> float:

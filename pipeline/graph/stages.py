@@ -69,6 +69,8 @@ class Stage:
             trains a model from a trajectory's checkpoints, with a ``TrainingRecipe``. "bundle": gathers models.
             "result": is drawn from a bundle.
         pinned: The first artefact made stays in use when rows are appended.
+        splitting: Of a source: what decides which rows are held out. With other values nothing made before stays
+            pinned, since it may have learned from rows that are held out now.
         passes: It also makes shards that its artefact does not list, in passes before the last one.
         settings: Its run settings, where the configuration has none under its name.
         row_seconds: Seconds of one core that a row takes, for estimates before anything was measured.
@@ -82,6 +84,7 @@ class Stage:
     run: Callable[[Context], Artifact]
     kind: Kind = "data"
     pinned: bool = False
+    splitting: tuple[Any, ...] = ()
     passes: bool = False
     settings: Any = None
     row_seconds: float = 0.0

@@ -106,7 +106,7 @@ def render(given: ReportInput, config: Config, graph: Graph, running: Sequence[A
     )
     refresh = REFRESH_S if any(s.kind == "result" and s.name not in artifacts for s in graph.values()) else None
     page = ENVIRONMENT.get_template("page.html")
-    contents = SECTION.findall(sections)
+    contents = [(section, Markup(title)) for section, title in SECTION.findall(sections)]  # escaped already
     return page.render(project=config.project, refresh=refresh, head=shown, sections=sections, contents=contents)
 
 

@@ -62,6 +62,16 @@ PASSING = {"RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitE
 _making = threading.Lock()  # a session may not be shared while a client is made
 
 
+def s3_client(session: boto3.session.Session, config: Config, what: str) -> Any:
+    """Returns a client. Raises UserError, which begins with ``what``, for an endpoint that is not a URL."""
+    try:
+        return session.client("s3", config=config)
+    except ValueError as e:
+        if "endpoint" not in str(e):
+            raise
+        raise UserError(f"{what}: {e}; AWS_ENDPOINT_URL has to begin with http:// or https://") from e
+
+
 @dataclass(frozen=True)
 class S3Store:
     """Holds objects in a bucket. Endpoint, region and credentials come from the standard AWS settings."""
@@ -89,7 +99,7 @@ class S3Store:
             max_pool_connections=CONNECTIONS,
         )
         with _making:
-            return self._session.client("s3", config=config)
+            return s3_client(self._session, config, f"store {self.url}")
 
     def __getstate__(self) -> dict[str, Any]:  # clients cannot travel between processes
         return {name: self.__dict__[name] for name in ("url", "bucket", "prefix")}
@@ -157,6 +167,8 @@ class S3Store:
 
     def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         given = 0
+        if not parts:
+            return
         with self._explained(path):
             for last in _tries():
                 left = parts[given:]

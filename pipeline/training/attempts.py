@@ -59,9 +59,12 @@ def run_attempts(ctx: Context) -> Artifact:
     task = task_of(ctx)
     check(ctx, task)
     known: set[str] = set()
-    lost = 0
+    lost, own = 0, None
     while True:
         try:
+            if own is not None:  # who has taken over meanwhile leads, and is not to be fenced
+                own.trunk.check()
+                own.branch.check()
             own = course(ctx, begin=True)
             newest = partial(own.newest, ctx.recipe.whole_samples)
             if (records := own.records()) - known:  # below one that is damaged, too
@@ -116,7 +119,10 @@ def halved(ctx: Context, task: Task, what: str, rows: int) -> TrainingSettings:
     """
     if rows <= 1 or not task.splittable:
         what = "one row" if rows == 1 else f"{rows} rows, which this loss needs together," if rows else what
-        raise UserError(f"{ctx.stage}: {what} did not fit into memory; take a smaller model or a larger machine")
+        advice = "take a smaller model or a larger machine"
+        if rows > 1 and ctx.settings.min_workers:
+            advice += f", or raise run.{ctx.stage}.min_workers: fewer workers have more rows each"
+        raise UserError(f"{ctx.stage}: {what} did not fit into memory; {advice}")
     half = -(-rows // 2)
     log.warning(
         "%s: %d rows at once did not fit into memory; going on from the last checkpoint with %d. "

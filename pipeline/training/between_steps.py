@@ -19,9 +19,8 @@ from pipeline.held_out import FEWEST
 from pipeline.progress import Progress
 from pipeline.settings import TrainingSettings
 from pipeline.store.records import put_blob
-from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
 from pipeline.training.feed.feed import Feed
-from pipeline.training.loop import CHECK_EVERY
 from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.saver import Saver
 from pipeline.training.state import TrainState
@@ -91,7 +90,7 @@ class BetweenSteps:
     def _due(self, state: TrainState, validate: bool) -> bool:
         """Returns whether to save now; after every step with an interval of 0, else not while one is written."""
         due = self.saver.every_s == 0 or (self.saver.free() and (self.owed or self.saver.late()))
-        if self.group.sharded:  # rank 0's clock counts, and asking it costs a collective
+        if self.group.sharded and self.saver.every_s:  # rank 0's clock counts, and asking it costs a collective
             asked = validate or state.samples // self.recipe.batch % CHECK_EVERY == 0
             return asked and self.group.collect([due])[0]
         return due

@@ -22,8 +22,6 @@ from pipeline.training.recipes import TrainingRecipe
 from pipeline.training.state import TrainState, ema_half_life, learning_rate, update_ema
 from pipeline.training.timing import StepTimer
 
-CHECK_EVERY = 16  # steps, at most, until a loss that is NaN or Inf is noticed
-
 
 class NonFinite(UserError):
     """Says that a loss or a gradient is NaN or Inf: the training diverged, and stopped before that step changed it.
@@ -65,9 +63,9 @@ def fit(
 ) -> TrainState:
     """Trains ``state`` until it has seen ``recipe.samples``.
 
-    Steps do not wait for the device. Losses and gradients are checked at every line of the journal, and after
-    CHECK_EVERY steps; until then ``state.failed`` keeps a step that is not finite, and all after it, from changing
-    anything.
+    Steps do not wait for the device. Losses and gradients are checked at every line of the journal, and after as many
+    steps as ``group.report_steps`` says; until then ``state.failed`` keeps a step that is not finite, and all after it,
+    from changing anything.
 
     Args:
         stage: Named in messages.
@@ -109,13 +107,14 @@ def fit(
                 for parameters in state.optimizer.param_groups:
                     parameters["lr"] = learning_rate(recipe, state.samples)
                 state.optimizer.step()
-                state.optimizer.zero_grad()
+                # DDP's gradients are parts of what is sent: new ones would lie in memory beside it.
+                state.optimizer.zero_grad(set_to_none=group.sharded or group.size == 1)
                 timer("optimiser")
                 update_ema(state.ema, state.model, recipe.batch, ema_half_life(recipe, state.samples))
                 timer("ema")
             state.journal.add(values | {"gradient_norm": norm.double()})
             line = line_due(state.samples // recipe.batch)
-            if line or state.samples >= recipe.samples or len(unchecked) == CHECK_EVERY:
+            if line or state.samples >= recipe.samples or len(unchecked) >= group.report_steps():
                 check_finite(stage, unchecked, group)
                 unchecked.clear()
                 group.report({"samples": state.samples, "loss": float(values["loss"])})

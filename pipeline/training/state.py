@@ -122,7 +122,8 @@ def begin(
     if recomputing:
         recompute(model)
     objective = Objective(task, model)
-    half = computes_in(group.device, recipe.precision) == "bf16"
+    # Alike on all workers: of unlike machines each would go another way.
+    half = all(group.collect([computes_in(group.device, recipe.precision) == "bf16"]))
     group.place(objective, half)
     group.place(ema)
     optimizer = make_optimizer(model, recipe, half)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -28,8 +29,9 @@ from pipeline.graph.runs import asked_at
 from pipeline.store import Store
 from pipeline.store.leases import read_lease
 from pipeline.store.parallel import ordered_map
-from pipeline.store.records import blob_path, digest
+from pipeline.store.records import blob_path, digest, open_record
 
+log = logging.getLogger("unclip")
 SILENT_S = 3 * 86_400.0  # without a sign of life of a lease's holder, after which it is dead, wherever it was
 Clean = frozenset[StageKey] | None  # artefacts without forgotten rows; None where no row was forgotten
 
@@ -40,9 +42,11 @@ class Live:
 
     paths: set[str] = field(default_factory=set)
     prefixes: set[str] = field(default_factory=set)
+    unreadable: set[str] = field(default_factory=set)  # checkpoints, of whose blobs nothing is known
 
     def __contains__(self, path: str) -> bool:
-        return path in self.paths or path.startswith(tuple(self.prefixes))
+        unknown = bool(self.unreadable) and path.startswith("blobs/")
+        return unknown or path in self.paths or path.startswith(tuple(self.prefixes))
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,14 @@ def _mark_named(store: Store, live: Live) -> None:
 
 def mark_blobs(store: Store, path: str, live: Live) -> None:
     """Marks the blobs that the record of a shard, a checkpoint or a segment of the list names."""
-    record = None if "/attempts/" in path else read_record(store, path)
+    if "/attempts/" in path:
+        return
+    try:
+        record = (open_record if path.startswith("checkpoints/") else read_record)(store, path)
+    except CorruptObject as e:  # it stays where it is: another machine may be able to read it
+        live.unreadable.add(path)
+        log.warning("%s; no blob is collected as long as it is there, since it may name any of them", e)
+        return
     if record is None:
         return
     if path.startswith(SEGMENTS):

@@ -249,6 +249,11 @@ def test_a_tracker_of_the_users_travels(tmp_path: Path, monkeypatch: pytest.Monk
     assert package.files["mytracker.py"] == tmp_path / "mytracker.py"
     assert not [name for name in package.files if name.startswith(("json", "tensorboard"))]
     sys.modules.pop("mytracker", None)
+    (tmp_path / "mine").mkdir()  # a package without __init__.py
+    (tmp_path / "mine/tracker.py").write_text("def make(*_): ...\n")
+    run = dataclasses.replace(config.run, trackers=("mine.tracker:make",))
+    package = make_package(dataclasses.replace(config, run=run), URL, "out", EMPTY)
+    assert package.files["mine/tracker.py"] == tmp_path / "mine/tracker.py"
 
 
 def test_a_package_in_the_store_stays_as_long_as_the_run_that_asked_for_it(store: Store, tmp_path: Path) -> None:

@@ -177,8 +177,9 @@ def test_no_secret_is_in_it() -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "MY_PASSWORD"):
         with pytest.raises(UserError, match=f"{name}: no secret is written into YAML"):
             rendered(dataclasses.replace(JOB, environment={**JOB.environment, name: "hush"}))
-    with pytest.raises(UserError, match="MY_TOKEN: no secret is written into YAML"):
-        rendered(env={"MY_TOKEN": "hush"})
+    for name in ("MY_TOKEN", "WANDB_API_KEY", "AZURE_STORAGE_KEY", "DB_PASSWD"):
+        with pytest.raises(UserError, match=f"{name}: no secret is written into YAML"):
+            rendered(env={name: "hush"})
     words = " ".join(texts(rendered(secret="")))
     assert not re.search(r"AWS_SECRET|AWS_ACCESS|AUTH_TOKEN|secretRef", words)
 

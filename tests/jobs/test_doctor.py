@@ -14,11 +14,14 @@ import pytest
 import jobs.doctor
 from jobs.cli import main
 from pipeline.config import load_config, make_config
+from pipeline.cost.observed import Observation, Seen, shape
 from pipeline.doctor import machine, packages
 from pipeline.doctor.finding import Finding, brief
 from pipeline.doctor.nodes import Answer, judge, versions
 from pipeline.graph import resources
+from pipeline.graph.keys import flatten
 from pipeline.graph.ray import ClusterNode, this_machine
+from pipeline.graph.stages import Graph
 from pipeline.settings import RaySettings
 from pipeline.store import Entry, Store, open_store
 from tests.chain import ROOT
@@ -167,7 +170,11 @@ def test_a_store_that_ignores_conditions(
     ("name", "value", "says"),
     [
         ("AWS_ACCESS_KEY_ID", "nobody", "InvalidAccessKeyId: the access key is unknown"),
-        ("AWS_ENDPOINT_URL", "nonsense", "ValueError: Invalid endpoint: nonsense; check its URL"),
+        (
+            "AWS_ENDPOINT_URL",
+            "nonsense",
+            "Invalid endpoint: nonsense; AWS_ENDPOINT_URL has to begin with http:// or https://",
+        ),
     ],
 )
 def test_mistakes_about_s3(
@@ -282,6 +289,21 @@ def test_it_says_on_what_each_stage_will_run(capsys: Output, request: pytest.Fix
     assert said.startswith("ok       stages    runs on ")
     assert "8 H100 (clip, ar_prior, " in said
     assert "1 H100 (embeddings, samples, evaluation)" in said  # of one shard
+
+
+@pytest.mark.usefixtures("no_ray", "plenty")
+def test_a_run_on_another_machines_gpu_makes_this_machine_no_faster(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(store: object, project: str, graph: Graph, held_out: float) -> Seen:
+        recipes = {name: flatten(stage.recipe) for name, stage in graph.items()}
+        one = Observation(100, 10.0, 10.0, 1, shape("decoder", graph, recipes), device="cuda")
+        return {"decoder": [one]}
+
+    monkeypatch.setattr(jobs.doctor, "observe", seen)
+    _, lines = doctor(capsys, "store", "preset=paper")
+    assert any(line.startswith("warning  stages    decoder would take") for line in lines)
+    assert not any("GPU (" in line for line in lines)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

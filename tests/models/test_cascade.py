@@ -186,6 +186,9 @@ def test_ar_embeddings_are_decoded_codes_of_the_upper_half_of_dot_products() -> 
     assert dots.min() >= 4
     codes = sample(unclip.ar_prior, tokens, text, dots, draw)
     torch.testing.assert_close(embedding, F.normalize(unclip.codec.decode(codes), dim=-1), rtol=0, atol=1e-6)
+    assert torch.equal(unclip.draw_embedding(tokens, text, list(torch.tensor([1, 2, 3])), sampling), embedding)
+    with pytest.raises(TypeError, match="float"):
+        unclip.draw_embedding(tokens, text, [1.0, 2.0, 3.0], sampling)
 
 
 def test_progress_hears_every_step() -> None:

@@ -159,6 +159,10 @@ CONFIGS = [
     ("decoder_scheduler", {"beta_schedule": "scaled_linear"}, "beta_schedule 'scaled_linear' with"),
     ("prior_scheduler", {"prediction_type": "epsilon"}, "prediction='eps'.*trained for .*prediction='x0'"),
     ("super_res_scheduler", {"thresholding": True}, "thresholding is True, expected None"),
+    ("decoder_scheduler", {"num_train_timesteps": None}, "decoder_scheduler.* is missing or odd"),
+    ("decoder_scheduler", {"beta_schedule": []}, r"beta_schedule \[\] .*is unknown"),
+    ("decoder", {"block_out_channels": []}, "is missing or odd"),
+    ("text_proj", {"clip_embeddings_dim": None}, "is missing or odd|does not fit"),
 ]
 
 
@@ -259,7 +263,23 @@ def test_a_model_that_diffusers_cannot_hold_is_refused_before_anything_is_writte
         )
     with pytest.raises(ValueError, match="text_width is 24 and CLIP's embeddings have 20 dimensions"):
         export_decoder(Decoder(DECODER, 20), tmp_path)
+    for write, model in (
+        (export_decoder, Decoder(dataclasses.replace(DECODER, multipliers=(2, 4)), DIM)),
+        (export_upsampler, Upsampler(dataclasses.replace(UPSAMPLER, multipliers=(2, 4)))),
+    ):
+        with pytest.raises(ValueError, match="multipliers begin with 2: only 1 can be exported"):
+            write(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_ours_without_what_it_has_to_have_is_one_clear_error(tmp_path: Path) -> None:
+    export_upsampler(Upsampler(UPSAMPLER), tmp_path)
+    file = tmp_path / "ours/upsampler/config.json"
+    document = json.loads(file.read_text())
+    for name in ("config", "sizes"):
+        file.write_text(json.dumps({key: value for key, value in document.items() if key != name}))
+        with pytest.raises(ValueError, match=f"upsampler.*'{name}'.* is missing or odd"):
+            import_upsampler(tmp_path)
 
 
 def test_ours_of_another_version_is_refused(tmp_path: Path) -> None:

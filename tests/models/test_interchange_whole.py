@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,7 @@ SCRIPT = """
 import sys
 import numpy as np, torch
 from diffusers import DiffusionPipeline
-folder, out = sys.argv[1:]
+folder, out, other = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).to("cpu")
 options = {"size": 64, "decoder_steps": 2, "prior_steps": 2}
 np.save(out, pipe(["a red fox", "a blue house", ""], seeds=[3, 4, 5], output_type="np", **options).images)
@@ -107,7 +108,11 @@ else:
     raise AssertionError("saved")
 pipe.set_progress_bar_config(disable=True)
 assert draw()[0].tobytes() == first[0].tobytes()
-assert "models" not in sys.modules and "unclip_models" in sys.modules
+assert "models" not in sys.modules and not hasattr(sys.modules["unclip_models"], "ANOTHER")
+assert not torch.backends.cudnn.allow_tf32
+DiffusionPipeline.from_pretrained(other, trust_remote_code=True)
+assert sys.modules["unclip_models"].ANOTHER  # with its own code
+assert draw()[0].tobytes() == first[0].tobytes()
 """
 
 
@@ -115,7 +120,10 @@ def test_diffusers_draws_what_we_draw_without_a_package_of_ours(tmp_path: Path) 
     unclip = wide()
     export_unclip(unclip, tmp_path / "exported")
     environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    words = [sys.executable, "-c", SCRIPT, str(tmp_path / "exported"), str(tmp_path / "images.npy")]
+    shutil.copytree(tmp_path / "exported", tmp_path / "other")
+    (code,) = (tmp_path / "other").rglob("unclip_models/__init__.py")
+    code.write_text(f"{code.read_text()}\nANOTHER = True\n")
+    words = [sys.executable, "-c", SCRIPT, *(str(tmp_path / name) for name in ("exported", "images.npy", "other"))]
     ended = subprocess.run(
         words, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, timeout=240
     )

@@ -147,6 +147,9 @@ def test_a_text_difference_turns_the_embedding_towards_the_new_caption(unclip: U
     along = strip.embedding @ (after - before)
     assert (along.diff() > 0).all()
     assert len(strip.images[64]) == 3
+    assert not strip.embedding.requires_grad
+    with pytest.raises(ValueError, match="got 0 seeds or shares"):
+        unclip.text_difference(one, "a cat", "a dog", [])
     with pytest.raises(ValueError, match="both captions have the same embedding"):
         unclip.text_difference(one, "a cat", "a cat", [0.5])
 

@@ -226,6 +226,18 @@ def test_overrides_are_yaml_and_the_last_one_wins(least: Path) -> None:
     assert config.samples.captions == ("a = b",)
 
 
+def test_an_empty_override_empties(least: Path) -> None:
+    values = yaml.safe_load(least.read_text()) | {"run": {"decoder": {"nodes": {"pool": "gpu"}}}}
+    assert load_config(values, ["run.decoder.nodes={zone: b}"]).run.decoder.nodes == {"pool": "gpu", "zone": "b"}
+    assert load_config(values, ["run.decoder.nodes={}"]).run.decoder.nodes == {}
+    assert load_config(values, ["preset=tiny", "decoder={}"]).decoder == load_config(least, ["preset=tiny"]).decoder
+
+
+def test_the_output_may_lie_at_home(least: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config(least, ["run.output=~/out"]).run.output == "/home/me/out"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -76,6 +76,8 @@ def test_a_killed_node_loses_no_request(bundle: Path) -> None:
         server = start("serve", bundle, "port=0", "replicas=2", "idle_replicas=2", "batch=2", env=environment)
         try:
             url = address(server)
+            second = finish(start("serve", bundle, f"port={url.rpartition(':')[2]}", env=environment))
+            assert (second.returncode, "this cluster serves a bundle already" in second.stderr) == (2, True)
             [raylet] = nodes[0].all_processes["raylet"]
             threading.Timer(4, os.kill, (raylet.process.pid, signal.SIGKILL)).start()
             seen = load(url, 20, 8, 0, steps=30)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from pipeline.store.records import read_blob
 VERSION = 5
 EMBEDDED_CAPTIONS = 16  # the first ones of a row, so that a text file of 10,000 lines is not a trap
 PART_BYTES = 64 << 20  # of the views of a part: it lies in Ray's object store
+READ_BYTES = 64 << 20  # of images as they are stored, in memory at once
 IndexRow = Mapping[str, Any]
 """A row of a shard's index (see pipeline.data.pairs.row_index)."""
 
@@ -104,6 +105,20 @@ def _check(settings: EmbeddingsSettings) -> None:
         )
 
 
+def _together(places: Sequence[Place]) -> Iterator[Sequence[Place]]:
+    """Cuts places, in their order, into pieces of at most READ_BYTES, or of one image."""
+    piece: list[Place] = []
+    size = 0
+    for place in places:
+        if piece and size + place.size > READ_BYTES:
+            yield piece
+            piece, size = [], 0
+        piece.append(place)
+        size += place.size
+    if piece:
+        yield piece
+
+
 @dataclass(frozen=True)
 class ImageParts:
     """Cuts shards into parts of ``rows`` images, decodes them, and joins what CLIP makes of them.
@@ -138,11 +153,16 @@ class ImageParts:
             pictured = [row for row in kept_rows(self.store, task) if not _is_imported(row)]
             rows = pictured[part * self.rows : (part + 1) * self.rows]
             images = task.inputs["pairs"].blobs.get("images")
-            found = read_images(self.store, [Place.of(row, images) for row in rows])
-        with steps("decode"):
             views = np.zeros((len(rows), self.size, self.size, 3), np.uint8)
-            for i, data in enumerate(found):
-                views[i] = open_view(data, self.size)
+        done = 0
+        for places in _together([Place.of(row, images) for row in rows]):
+            with steps("read"):
+                found = read_images(self.store, places)
+            with steps("decode"):
+                for i, data in enumerate(found, done):
+                    views[i] = open_view(data, self.size)
+            done += len(places)
+            del found, data  # else they lie in memory beside the next ones
         return rows, views, steps.seconds
 
     def join(self, task: ShardTask, made: Sequence[Mapping[str, Any]]) -> ShardOutput:

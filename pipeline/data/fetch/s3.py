@@ -19,7 +19,7 @@ from urllib3 import exceptions as transfer
 
 from pipeline.data.fetch.opener import Refused
 from pipeline.errors import UserError
-from pipeline.store.s3 import PASSING
+from pipeline.store.s3 import PASSING, s3_client
 
 CHUNK = 1 << 16
 # Of these no row is to blame: they would end every row of the list.
@@ -80,7 +80,7 @@ class S3Reader:
                     read_timeout=self._timeout_s,
                     max_pool_connections=self._threads,
                 )
-                self._made = boto3.session.Session().client("s3", config=config)
+                self._made = s3_client(boto3.session.Session(), config, "source: images on S3")
             return self._made
 
 
@@ -100,6 +100,8 @@ def _failures_as_reasons() -> Iterator[None]:
             ) from e
         if status == 404:
             raise Refused("missing_file") from None
+        if busy and status < 500:
+            raise Refused("timeout" if code == "RequestTimeout" else "rate_limited") from None
         raise Refused({4: "http_4xx", 5: "http_5xx"}.get(status // 100, "unreachable")) from None
     except NOT_LOGGED_IN as e:
         raise UserError(

@@ -51,7 +51,7 @@ BASE_S, S_PER_PIXEL = 30.0, 1e-6  # what an image may take; a hundred times what
 BASE_BYTES, BYTES_PER_PIXEL = 256 << 20, 20  # what the child may map for it
 MOST_TEXT, MOST_BYTES = 1000, 1 << 30  # of a message
 MODULE = "pipeline.data.pairs.decoding"
-COMMAND = (sys.executable, "-m", MODULE)
+COMMAND = (sys.executable, "-P", "-m", MODULE)  # -P: the current folder may be a stranger's, and have a json.py
 # glibc gives the pixels of every image back to the system and faults them in again for the next one, a third of the
 # child's time. These keep 128 MiB instead, in blocks of up to 32.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}

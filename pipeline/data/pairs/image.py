@@ -22,6 +22,7 @@ from PIL import Image
 from models.view import turned, upright_rgb
 
 MAX_BYTES, MAX_PIXELS = 32 << 20, 64_000_000  # of an image, unless a recipe says otherwise
+MOST_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS, above which Pillow opens nothing
 READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
 IN_PLACE = ("PNG", "JPEG", "WEBP")  # used where they lie in tars of the user's: trainings decode them again
 BEGINNINGS = {

@@ -14,7 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.data.fetch.rules import read_deny_lists
 from pipeline.data.pairs.earlier import earlier_shards
-from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, Storing
+from pipeline.data.pairs.image import MAX_BYTES, MAX_PIXELS, MOST_PIXELS, Storing
 from pipeline.data.source.lists import reach
 from pipeline.graph.artifacts import Artifact, read_shards
 from pipeline.graph.shards import map_shards
@@ -38,7 +38,7 @@ class PairsRecipe:
         encode_format: Of the stored images.
         encode_quality: 0 to 100; for png the compression, 0 to 9.
         max_bytes: Limit for one image, as fetched.
-        max_pixels: Limit for one image by its header, before anything is decoded.
+        max_pixels: Limit for one image by its header, before anything is decoded; Pillow opens none above 178,956,970.
         deny_hosts: A text file of hosts that are never asked, each with all its subdomains.
         deny_urls: A text file of URLs that are never fetched.
         deny_sha256: A text file of sha256 of images that are never kept.
@@ -50,7 +50,7 @@ class PairsRecipe:
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
     encode_quality: int = 95
     max_bytes: PositiveInt = MAX_BYTES
-    max_pixels: PositiveInt = MAX_PIXELS
+    max_pixels: Annotated[int, Field(gt=0, le=MOST_PIXELS)] = MAX_PIXELS
     deny_hosts: ContentFile | None = None
     deny_urls: ContentFile | None = None
     deny_sha256: ContentFile | None = None

@@ -46,7 +46,7 @@ from pipeline.store import Store
 from pipeline.store.records import digest, put_blob, read_blob
 
 VERSION = 1
-LAYOUT = 7  # of the records of segments, which no key counts
+LAYOUT = 8  # of the records of segments, which no key counts
 SEGMENT_SHARDS = 100_000  # shard numbers a segment may use: number = segment * SEGMENT_SHARDS + place
 HASHES_A_BLOB = 1 << 20
 CAPTIONED = "captioned"  # how a shard of captions counts its rows that have one
@@ -66,7 +66,7 @@ class SourceRecipe:
             (320), ``emoji:flawed`` (nine rows that are all rejected, each for another reason).
         image_column: The image's reference: http(s), s3 or file.
         caption_column: Text, or a list of texts.
-        group_column: Rows of a group share a split; optional in the list.
+        group_column: Rows of a group share a split, but for those whose split the list names; optional in the list.
         split_column: ``train``, ``validation`` or ``test``; optional in the list.
         hash_column: The sha256 that the fetched bytes must have; optional in the list.
         shard_rows: Rows a shard: what one worker does at a time, and what an interruption may cost.
@@ -94,6 +94,11 @@ class SourceRecipe:
         if self.validation + self.test >= 1:
             raise ValueError("validation and test: these shares leave no rows to train on; lower one of them")
         Reach.of((), self.roots)
+
+    @property
+    def splitting(self) -> tuple[float | str, ...]:
+        """Returns what decides which rows are held out, beside the list itself."""
+        return self.validation, self.test, self.image_column, self.group_column, self.split_column
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from posixpath import normpath
 from typing import Any, BinaryIO
 from urllib.parse import parse_qs, quote, unquote_to_bytes, urlsplit
 
@@ -14,6 +15,7 @@ from pipeline.data.source.rows import SIDECARS, ListRow, sidecar_row
 from pipeline.errors import UserError
 from pipeline.local import open_local
 
+HEADER = 64 << 10  # bytes, at most: names, and what tar keeps of a file beside it
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -57,18 +59,20 @@ def tar_rows(path: Path) -> Iterator[ListRow]:
             ValueError,
             OverflowError,
             OSError,
-        ) as e:  # tarfile believes sizes, even negative ones
+            IndexError,
+            RecursionError,
+        ) as e:  # tarfile believes sizes, even negative ones, and follows headers of headers
             raise UserError(f"source {path}: not a readable tar ({e})") from None
 
 
 class _Tar:
-    """Reads a tar for tarfile, which otherwise takes as much memory as a header says that it is long."""
+    """Reads headers for tarfile, which otherwise takes as much memory as one says that it is long, and more time."""
 
     def __init__(self, file: BinaryIO):
         self.seek, self.tell, self._read = file.seek, file.tell, file.read
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= 2 * LIMIT:
+        if not 0 <= size <= HEADER:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return self._read(size)
 
@@ -76,25 +80,34 @@ class _Tar:
 def _members(path: Path, file: BinaryIO) -> Iterator[ListRow]:
     file.seek(0)
     with tarfile.open(fileobj=_Tar(file), mode="r:") as tar:  # type: ignore[call-overload]
+        files: dict[str, tarfile.TarInfo] = {}
         name = image = ""
         said: dict[str, tuple[bytes, str]] = {}
         for member in tar:
-            if tar.offset <= member.offset:  # by a negative size, the next one would be this one, without end
+            if member.size < 0 or tar.offset <= member.offset:  # the next one would be this one, without end
                 raise tarfile.ReadError(f"the member {member.name!r} ends before it begins")
             folder, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")
-            if not member.isfile() or not stem:  # of hidden files macOS adds one to each
+            if member.isfile():
+                files[normpath(member.name)] = member
+            elif not member.islnk() and not member.issym():
+                continue
+            if not stem:  # of hidden files macOS adds one to each
                 continue
             if (sample := f"{folder}/{stem}") != name:
                 if name:
                     yield sidecar_row(image, said)
                 name, image, said = sample, "", {}
             extension = extension.lower()
+            # A hard link is a file by another name, which came before. What another link names is not followed.
+            whole = files.get(normpath(member.linkname)) if member.islnk() else None if member.issym() else member
+            if whole is None or whole.issparse():  # whose bytes do not lie in one piece
+                continue
             if f".{extension}" in IMAGES:
-                image = tar_reference(str(path), member.name, member.offset_data, member.size)
+                image = tar_reference(str(path), member.name, whole.offset_data, whole.size)
             elif extension in SIDECARS:
-                content = tar.extractfile(member)
-                said[extension] = (content.read(LIMIT + 1) if content else b"", f"{member.name!r} in {path}")
+                file.seek(whole.offset_data)
+                said[extension] = (file.read(min(whole.size, LIMIT + 1)), f"{member.name!r} in {path}")
         if name:
             yield sidecar_row(image, said)
         # Where a header is damaged, or another tar begins, tarfile ends as if there were no more members.

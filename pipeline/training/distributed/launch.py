@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipeline.graph.ray import start_ray, wait_for_room, works_on_ray
 from pipeline.graph.resources import cores
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training.device import OutOfMemory, choose_device
-from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
 from pipeline.training.loop import NonFinite
 
 REPORT_EVERY_S = 30.0  # a report waits up to two seconds for the controller's next poll
@@ -119,10 +120,10 @@ def _worker(config: Mapping[str, Any]) -> None:
     torch.backends.cudnn.allow_tf32 = False  # as choose_device does
     try:
         watcher = Watcher(size, device)
-        sharing = {"sharded": settings.sharded, "offload": settings.offload}
         rank = context.get_world_rank()
         node = context.get_node_rank()
-        config["work"](ProcessGroup(rank, size, device, node, watcher.report, lambda: watcher.leaving, **sharing))
+        group = ProcessGroup(rank, size, device, node, watcher.report, lambda: watcher.leaving, lambda: watcher.steps)
+        config["work"](replace(group, sharded=settings.sharded, offload=settings.offload))
     except CorruptObject as e:
         raise Relayed("CorruptObject", e.path, e.why) from None
     except OutOfMemory as e:
@@ -187,24 +188,31 @@ def _hung_up(failure: Exception) -> bool:
 class Watcher:
     """Reports a worker's progress to Ray Train, and asks it whether a machine is to be taken away (``leaving``).
 
-    All workers must do so equally often, so the clock of rank 0 decides when.
+    All workers must do so equally often, so the clock of rank 0 decides when. Where steps are slow, the next report is
+    due after fewer of them (``steps``).
     """
 
     def __init__(self, size: int, device: Any):
         self.size, self.device = size, device
-        self.reported = self.listened = time.monotonic()
-        self.leaving = False
+        self.reported = self.listened = self.called = time.monotonic()
+        self.leaving, self.steps = False, CHECK_EVERY
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Reports and asks where it is time to; all workers call it after the same steps."""
         import ray.train
 
         now = time.monotonic()
-        overdue = [now - self.reported > REPORT_EVERY_S, now - self.listened > LISTEN_EVERY_S]
+        took, self.called = now - self.called, now
+        steps = self.steps
+        if took > LISTEN_EVERY_S:
+            steps = max(1, steps // 2)
+        elif took < LISTEN_EVERY_S / 4:
+            steps = min(CHECK_EVERY, 2 * steps)
+        overdue = [now - self.reported > REPORT_EVERY_S, now - self.listened > LISTEN_EVERY_S, steps]
         due = torch.tensor(overdue, dtype=torch.uint8, device=self.device)
         if self.size > 1:
             torch.distributed.broadcast(due, src=0)
-        report, listen = due.tolist()
+        report, listen, self.steps = due.tolist()
         if report:
             self.reported = now
             ray.train.report(dict(metrics))

@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.graph.resources import container_memory
 from pipeline.settings import STATE_BYTES
 from pipeline.training.distributed.sharding import full_tensor, shard_module, sync_gradients
 
 T = TypeVar("T")
+CHECK_EVERY = 16  # steps, at most, until workers report, and a loss that is NaN or Inf is noticed
 
 
 def node_memory(device: torch.device, workers: int, offload: bool) -> int:
     """Returns the bytes of the GPUs of a node's ``workers``, or those of the node where weights lie there."""
     if device.type == "cuda" and not offload:
         return torch.cuda.get_device_properties(device).total_memory * workers
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(there, container_memory() or there)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class ProcessGroup:
         node: Counts the machines of the workers from 0.
         report: Called with the progress of this worker.
         leaving: Returns whether the machine of one of the workers is to be taken away soon.
+        report_steps: Returns after how many steps ``report`` is to be called again, at most.
         sharded: Whether models are sharded over the workers (FSDP). All workers then act on a model together.
         offload: Whether sharded weights lie in the memory of the CPU.
     """
@@ -48,6 +52,7 @@ class ProcessGroup:
     node: int = 0
     report: Callable[[Mapping[str, Any]], None] = lambda metrics: None
     leaving: Callable[[], bool] = lambda: False
+    report_steps: Callable[[], int] = lambda: CHECK_EVERY
     sharded: bool = False
     offload: bool = False
 

@@ -54,9 +54,12 @@ def recompute(model: nn.Module) -> None:
 
 
 def sync_gradients(module: nn.Module, now: bool) -> None:
-    """Sets whether the next backward passes of a sharded module reduce gradients over the workers, or add them up."""
+    """Sets whether the next backward passes of a sharded module share gradients between its copies, or add them up.
+
+    Each pass reduces them over the workers of a copy: gradients of the whole model would fill every GPU otherwise.
+    """
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(now)
+        module.set_requires_all_reduce(now)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -299,6 +299,20 @@ def test_other_words_are_refused(parse: Callable[[str], object], texts: tuple[st
         assert "\n" not in str(e.value)
 
 
+def test_what_is_drawn_on_gpus_is_counted_in_the_precision_that_draws() -> None:
+    took = {
+        precision: estimate(
+            "evaluation",
+            asked(load_config(ROOT / "configs/paper.yaml", [f"bundle.sampling.precision={precision}"]), fleet=H100S),
+        ).seconds
+        for precision in ("fp32", "bf16")
+    }
+    h100 = DEVICES["H100"]
+    ratio = h100.peak * asked().utilisation / (h100.fp32 * FP32_UTILISATION)
+    assert took["fp32"] / took["bf16"] == pytest.approx(ratio)
+    assert estimate("evaluation", asked(PAPER, fleet=H100S)).seconds == took["fp32"]
+
+
 def test_newer_gpus_are_not_slower_and_fp32_is_much_slower_than_bf16() -> None:
     devices = list(DEVICES.values())
     assert [d.peak for d in devices] == sorted(d.peak for d in devices)

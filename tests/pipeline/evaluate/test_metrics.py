@@ -1,6 +1,7 @@
 """The arithmetic against loops, numpy and known cases."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -19,6 +20,19 @@ def test_a_derangement_moves_every_row_by_half(n: int) -> None:
     other = metrics.derangement(list(range(n)))
     assert sorted(other.tolist()) == list(range(n))
     assert ((other - torch.arange(n)) % n).tolist() == [n // 2] * n
+
+
+def test_of_equal_derangements_the_nearest_to_half_is_taken() -> None:
+    """As by counting all of them."""
+    generator = random.Random(0)
+    for n in range(2, 30):
+        labels = [generator.randrange(4) for _ in range(n)]
+
+        def shared(shift: int, labels: list[int] = labels) -> int:
+            return sum(label == labels[(i + shift) % len(labels)] for i, label in enumerate(labels))
+
+        best = min(range(1, n), key=lambda k: (shared(k), abs(k - n // 2)))
+        assert metrics.derangement(labels).tolist() == [(i + best) % n for i in range(n)]
 
 
 def test_a_derangement_avoids_equal_labels() -> None:

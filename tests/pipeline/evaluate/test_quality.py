@@ -13,7 +13,7 @@ from torch import Tensor
 from models.clip import Clip
 from pipeline.data.source.emoji import listing as emoji
 from pipeline.errors import UserError
-from pipeline.evaluate import memorisation, quality
+from pipeline.evaluate import memorisation, metrics, quality
 from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.metrics import derangement
 from pipeline.evaluate.quality import Choice, Eye, choices, covered, load_judge, right
@@ -124,7 +124,9 @@ def test_the_baselines_of_a_prior_are_what_they_say() -> None:
 # --- precision and recall ---------------------------------------------------------------------------------------------
 
 
-def test_coverage_is_the_loop() -> None:
+@pytest.mark.parametrize("block", [4, 1024])
+def test_coverage_is_the_loop(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "BLOCK", block)
     points, of = normal(15, 3, seed=6), normal(12, 3, seed=7)
 
     def distance(a: Tensor, b: Tensor) -> float:
@@ -256,12 +258,17 @@ def test_the_nearest_and_the_closest() -> None:
     assert memorisation.closest(found.distance, 9) == [1, 3, 2, 0]
 
 
-def test_the_share_nearer_counts_pairs() -> None:
+@pytest.mark.parametrize("block", [2, 1024])
+def test_the_share_nearer_counts_pairs(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memorisation, "BLOCK", block)
     drawn, real = torch.tensor([0.1, 0.4, 0.3]), torch.tensor([0.2, 0.4, 0.5])
     expected = sum(0.5 if a == b else float(a < b) for a in drawn for b in real) / 9
     share, interval = memorisation.share_nearer(drawn, real, 0)
     assert share == pytest.approx(expected)
     assert interval.low <= share <= interval.high
+    weights = metrics.resample(3, 0)
+    below = (drawn[:, None] < real).double() + (drawn[:, None] == real).double() / 2
+    assert interval == pytest.approx(metrics.percentiles(((weights @ below) * weights).sum(1) / 9))
 
 
 def test_the_clip_score_has_torchmetrics_scale() -> None:

@@ -127,6 +127,19 @@ def test_new_data_keeps_the_pinned_clip_and_codec(store: Store) -> None:
     assert _stale(more) == {"source", "captions", "pairs", "embeddings", "decoder", "ar_prior"}
 
 
+def test_what_learned_from_rows_that_are_held_out_now_stays_pinned_no_longer(store: Store) -> None:
+    def split(share: float) -> dict[str, Stage]:
+        return {
+            name: replace(stage, splitting=(share,)) if stage.kind == "source" else stage
+            for name, stage in _graph().items()
+        }
+
+    _make(store, plan(split(0.02), SOURCE, "p", store, {}))
+    more = {"source": "s2", "captions": "c2"}
+    assert _states(plan(split(0.02), more, "p", store, {}))["clip"] == "pinned"
+    assert {"clip", "codec"} <= _stale(plan(split(0.2), more, "p", store, {}))
+
+
 def test_a_changed_clip_is_stale_in_spite_of_its_pin_and_takes_the_codec_along(store: Store) -> None:
     _make(store, plan(_graph(), SOURCE, "p", store, {}))
     verdicts = plan(_graph(clip=Recipe(samples=200)), SOURCE, "p", store, {})

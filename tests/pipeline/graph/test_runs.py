@@ -10,6 +10,7 @@ from jobs.run import run
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.graph.artifacts import Artifact, publish_artifact
+from pipeline.graph.damage import read_record
 from pipeline.graph.keys import flatten
 from pipeline.graph.plan import plan
 from pipeline.graph.runs import AGAIN_S, asked_at, remember, remember_again
@@ -20,6 +21,26 @@ from pipeline.upkeep.collect import collect
 
 DAY_S = 86_400.0
 GRAPH = build(load_config("configs/nano.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "recorded"),
+    [
+        (["/bin/unclip", "run", "a.yaml", "--set=store=s3://a", "x.y=1"], "unclip run a.yaml store=... x.y=..."),
+        (["jobs/cli.py", "run", "a b.yaml"], "cli run 'a b.yaml'"),
+        (["monthly.py", "--token", "hf_abc"], "monthly"),
+    ],
+)
+def test_the_words_of_ones_own_program_are_not_recorded(
+    words: list[str], recorded: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", words)
+    verdicts = plan(GRAPH, {"source": "s", "captions": "c"}, "p", store, {})
+    remember(store, "p", GRAPH, verdicts)
+    (entry,) = store.list("runs/p/")
+    record = read_record(store, entry.path)
+    assert record
+    assert record["by"]["command"] == recorded
 
 
 def test_a_run_that_finds_everything_made_is_recorded_where_no_record_of_today_says_so(

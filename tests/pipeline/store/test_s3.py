@@ -81,6 +81,7 @@ def _everything(store: Store, big: Path) -> list[object]:
         [*store.read_parts("blobs/a", PARTS)] == [data[start:stop] for start, stop in PARTS],
         store.create("blobs/empty", b""),
         store.read("blobs/empty"),
+        [*store.read_parts("blobs/empty", [])],
         store.create("blobs/big", big),
         store.create("blobs/big", big),
         hashlib.sha256(store.read("blobs/big")).hexdigest(),

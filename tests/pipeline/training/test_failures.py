@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.store.records import read_blob
 from pipeline.training import stage
+from pipeline.training.attempts import halved
 from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import DiffusionPriorRecipe
 from pipeline.training.replay import replay
@@ -102,6 +104,12 @@ def test_too_little_memory_halves_the_micro_batch(
     assert "run.diffusion_prior.micro_batch=4 begins so" in caplog.text
     assert made.metrics["samples_seen"] == 96
     assert len(read_blob(world.store, made.blobs["model.safetensors"])) > 0
+
+
+def test_a_loss_that_needs_its_rows_together_is_told_of_fewer_workers(world: World) -> None:
+    ctx = world.context("clip", RECIPE, replace(SETTINGS, workers=8, min_workers=2))
+    with pytest.raises(UserError, match=r"or raise run\.clip\.min_workers: fewer workers have more"):
+        halved(ctx, SimpleNamespace(splittable=False), "64 rows at once", 64)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

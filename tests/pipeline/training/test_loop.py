@@ -18,15 +18,9 @@ from pipeline.config import preset_config
 from pipeline.cost.flops import text_tower
 from pipeline.settings import TrainingSettings
 from pipeline.training.device import OutOfMemory, memory_for
-from pipeline.training.distributed.process_group import ProcessGroup
+from pipeline.training.distributed.process_group import CHECK_EVERY, ProcessGroup
 from pipeline.training.feed.feed import Feed, LocalBatch
-from pipeline.training.loop import (
-    CHECK_EVERY,
-    NonFinite,
-    backward,
-    fit,
-    line_due,
-)
+from pipeline.training.loop import NonFinite, backward, fit, line_due
 from pipeline.training.memory import fitting_rows
 from pipeline.training.optimizer import make_optimizer
 from pipeline.training.recipes import DiffusionPriorRecipe

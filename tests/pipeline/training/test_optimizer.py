@@ -121,3 +121,14 @@ def test_it_takes_the_matrices_of_hidden_layers_alone(kind: str) -> None:
 
 def test_without_it_there_is_adamw() -> None:
     assert type(make_optimizer(nn.Linear(2, 2), PRIOR)) is torch.optim.AdamW
+
+
+def test_workers_of_unlike_machines_take_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 only where all of them compute so."""
+    monkeypatch.setattr("pipeline.training.state.computes_in", lambda device, precision: "bf16")
+    recipe = replace(PRIOR, optimizer="muon", precision="bf16")
+    for all_of_them, dtype in (([True, True], torch.bfloat16), ([True, False], torch.float32)):
+        monkeypatch.setattr(ProcessGroup, "collect", lambda self, items, found=all_of_them: found)
+        optimizer = begin(DiffusionPriorTask(recipe.model, 4), recipe, ProcessGroup()).optimizer
+        assert isinstance(optimizer, Muon)
+        assert optimizer.dtype == dtype

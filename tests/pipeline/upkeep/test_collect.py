@@ -482,3 +482,16 @@ def test_half_written_files_of_killed_writers_go(tmp_path: Path) -> None:
     assert not half.exists()
     assert young.exists()
     assert locks <= set(tmp_path.rglob(".*.lock"))
+
+
+def test_a_damaged_checkpoint_stays_where_it_is(store: Store) -> None:
+    """Another machine may be able to read it."""
+    _run(store)
+    (path,) = (entry.path for entry in store.list("checkpoints/"))
+    store.delete([path])
+    store.create(path, b"{")
+    blobs = set(store.list("blobs/"))
+    _sweep(store)
+    assert store.read(path) == b"{"
+    assert not list(store.list("damaged/"))
+    assert set(store.list("blobs/")) == blobs  # any of them may be the checkpoint's

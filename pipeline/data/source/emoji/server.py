@@ -41,7 +41,7 @@ def serving() -> Iterator[str]:
     emoji.emoji_fingerprint()  # names a missing package here, where it is one line
     root = str(Path(__file__).parents[4])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pipeline.data.source.emoji.server"]
+    command = [sys.executable, "-P", "-m", "pipeline.data.source.emoji.server"]
     environment = {**os.environ, "PYTHONPATH": path}
     pipe = subprocess.PIPE
     # In a group of its own: a terminal's Ctrl-C is for this process, and may come before the server is ready.

@@ -341,6 +341,13 @@ def test_another_batch_changes_no_more_than_rounding(bench: Bench, listed: tuple
         np.testing.assert_allclose(ours, theirs, rtol=2**-10, atol=2e-6)
 
 
+def test_few_large_images_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "READ_BYTES", 100)
+    places = [Place(str(i), None, "a.tar", 0, size, "") for i, size in enumerate([60, 40, 1, 500, 99, 1])]
+    pieces = [[place.size for place in piece] for piece in stage._together(places)]
+    assert pieces == [[60, 40], [1], [500], [99, 1]]
+
+
 def test_shards_without_a_kept_row_are_empty(tmp_path: Path, listed: tuple[str, str]) -> None:
     table = pa.table({"url": ["file:///nowhere/a.png", "file:///nowhere/b.png"], "caption": ["a", "b"]})
     pq.write_table(table, tmp_path / "lost.parquet")

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.local import Reach
 from pipeline.settings import PairsSettings
+from pipeline.store import open_store
 from tests.aws import NEEDS, lacking
 from tests.pipeline.data.bench import Bench, Page, picture, serving, write_list
 from tests.seaweed import BUCKET, Server
@@ -115,6 +116,8 @@ PAGES = {
     "/b/endless.png": Page(bytes(MAX_BYTES), drip_s=0.1),  # the first 64 KiB take two hours
     "/b/expired.png": _error(400, "ExpiredToken"),
     "/b/late.png": _error(403, "RequestTimeTooSkewed"),
+    "/b/many.png": _error(429, "TooManyRequests"),
+    "/b/throttled.png": _error(400, "Throttling"),
 }
 
 
@@ -132,6 +135,7 @@ def test_refusals_have_their_reasons(refusing: None) -> None:
     reasons = {
         "a": None, "denied": "http_4xx", "archived": "http_4xx", "gone": "missing_file", "absent": "missing_file",
         "busy": "http_5xx", "broken": "http_5xx", "cut": "truncated",
+        "many": "rate_limited", "throttled": "rate_limited",
     }  # fmt: skip
     found = fetch(*(f"s3://b/{name}.png" for name in reasons))
     assert {name: each.reason for name, each in zip(reasons, found, strict=True)} == reasons
@@ -146,6 +150,17 @@ def test_credentials_that_cannot_be_had_end_the_run_and_no_row(what: str, refusi
     with lacking(what, tmp_path), pytest.raises(UserError, match=NEEDS[what]) as told:
         fetch("s3://b/a.png")
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:8333", "//"])
+def test_an_endpoint_that_is_no_url_is_said_and_rejects_nothing(
+    endpoint: str, refusing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(UserError, match=r"AWS_ENDPOINT_URL has to begin with http:// or https://"):
+        fetch("s3://b/a.png")
+    with pytest.raises(UserError, match=r"store s3://b/c: .*AWS_ENDPOINT_URL has to begin with"):
+        list(open_store("s3://b/c").list(""))
 
 
 def test_the_deadline_holds_and_no_server_is_unreachable(refusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,5 +179,6 @@ def test_only_passing_troubles_are_tried_again(refusing: None, monkeypatch: pyte
         return original(self, reference, deadline)
 
     monkeypatch.setattr(S3Reader, "read", counting)
-    fetch("s3://b/busy.png", "s3://b/cut.png", "s3://b/denied.png", "s3://b/gone.png", retries=1)
-    assert hits == {"s3://b/busy.png": 2, "s3://b/cut.png": 2, "s3://b/denied.png": 1, "s3://b/gone.png": 1}
+    again, once = ("busy", "cut", "throttled"), ("denied", "gone")
+    fetch(*(f"s3://b/{name}.png" for name in again + once), retries=1)
+    assert hits == {f"s3://b/{name}.png": 1 + (name in again) for name in again + once}

@@ -202,6 +202,17 @@ def test_a_decoder_that_cannot_start_is_said_and_rejects_nothing() -> None:
         decoder.inspect(picture(1), 1_000_000)
 
 
+def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a stranger's data set, or a user's project with a package of the same name."""
+    for name in ("models", "pipeline", "numpy", "PIL"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "json.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with closing(ImageDecoder()) as decoder:
+        assert decoder.inspect(picture(2), 1_000_000) == (80, 72)
+
+
 def test_the_child_ends_with_its_parent() -> None:
     code = """
     import time

@@ -59,6 +59,9 @@ def test_a_list_on_s3_names_objects_of_its_own_folder(s3: Server) -> None:
     assert [row.url for row in rows[:2]] == [f"s3://{BUCKET}/lists/images/0 a.png", f"s3://{BUCKET}/lists/1.png"]
     assert [row.reject for row in rows] == [None, None, "forbidden_reference", "forbidden_reference", None]
     assert reach(of(path), path).named == [f"s3://{BUCKET}/lists"]
+    open_store(f"s3://{BUCKET}/lists").create("empty.csv", b"")
+    with pytest.raises(UserError, match=r"lists/empty\.csv: the file is empty"):
+        list(read_rows(f"s3://{BUCKET}/lists/empty.csv", of(path)))
     with pytest.raises(UserError, match=r"lists/gone\.csv: no such object on S3"):
         scan(of(f"s3://{BUCKET}/lists/gone.csv"), open_store(f"{s3.url}/unused"), write=False)
 

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.data.fetch.opener import Refused, normal_url
 from pipeline.data.source.stage import SourceRecipe, scan, split_by_hash
+from pipeline.data.source.tars import tar_place
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import read_table
 from pipeline.store import Store, open_store
@@ -125,6 +126,48 @@ def test_a_tar_is_used_in_place(tmp_path: Path, folder_store: Store) -> None:
     assert read_table(folder_store, shard.captions).to_pylist()[0]["captions"] == ["caption one"]
     offset = int(refs[0]["url"].partition("offset=")[2].partition("&")[0])
     assert path.read_bytes()[offset : offset + 3] == b"one"
+
+
+def test_hard_links_in_a_tar_are_files_and_others_cost_their_row(tmp_path: Path, folder_store: Store) -> None:
+    path = tmp_path / "00000.tar"
+    links = {"y/1.jpg": (tarfile.LNKTYPE, "x/1.jpg"), "y/1.txt": (tarfile.LNKTYPE, "x/1.txt")}
+    links |= {"y/2.jpg": (tarfile.SYMTYPE, "../x/1.jpg"), "y/3.jpg": (tarfile.LNKTYPE, "x/none.jpg")}
+    with tarfile.open(path, "w") as tar:
+        for name, data in {"x/1.jpg": b"one", "x/1.txt": b"caption one"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for name, (kind, target) in links.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    shard = scan(SourceRecipe((str(path),)), folder_store, write=True).shards[0]
+    refs = read_table(folder_store, shard.refs).to_pylist()
+    assert [ref["reject"] for ref in refs] == [None, None, "no_reference", "no_reference"]
+    captions = read_table(folder_store, shard.captions)["captions"].to_pylist()
+    assert captions[:2] == [["caption one"]] * 2
+    for ref in refs[:2]:
+        place = tar_place(ref["url"])
+        assert place
+        assert path.read_bytes()[place["offset"] :][: place["size"]] == b"one"
+
+
+def test_headers_that_lead_tarfile_astray_are_no_readable_tar(tmp_path: Path, folder_store: Store) -> None:
+    path = tmp_path / "00000.tar"
+    endless, sparse, slow = tarfile.TarInfo("././@LongLink"), tarfile.TarInfo("a.jpg"), tarfile.TarInfo("a")
+    endless.type, sparse.type, slow.type = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE
+    slow.size = 1 << 20
+    extended = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    extended[482] = 1
+    extended[148:156] = b"%06o\0 " % (sum(extended[:148]) + 8 * 32 + sum(extended[156:]))
+    for damaged in (
+        endless.tobuf(tarfile.GNU_FORMAT) * 2000,
+        bytes(extended),
+        slow.tobuf(tarfile.PAX_FORMAT) + b"1" * slow.size,  # whose digits are counted from each of them
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="not a readable tar"):
+            scan(SourceRecipe((str(path),)), folder_store, write=False)
 
 
 def _tar(path: Path, mode: str, names: list[str]) -> bytes:

@@ -17,7 +17,8 @@ from pipeline.errors import CorruptObject, Superseded, Unreachable, UserError
 from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings, TrainingSettings
 from pipeline.training import stage
-from pipeline.training.distributed.launch import Relayed, WorkerLost, _cause, launch
+from pipeline.training.checkpoints import course
+from pipeline.training.distributed.launch import Relayed, Watcher, WorkerLost, _cause, launch
 from pipeline.training.distributed.process_group import ProcessGroup
 from pipeline.training.loop import NonFinite
 from pipeline.training.recipes import ClipRecipe
@@ -180,6 +181,38 @@ def test_a_training_goes_on_after_lost_workers_and_stores(
     monkeypatch.setattr("pipeline.training.attempts.launch", hopeless)
     with pytest.raises(UserError, match=f"{error} 4 times without a new checkpoint.*{advice}"):
         stage.train(world.context("diffusion_prior", replace(RECIPE, samples=48, seed=1)))
+
+
+def test_a_driver_that_was_overtaken_begins_no_attempt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fence the one that leads now, whose next would fence its own."""
+    calls: list[str] = []
+    ctx = world.context("diffusion_prior", replace(RECIPE, samples=32))
+
+    def overtaken(work: Any, stage: str, name: str, *others: Any) -> None:
+        calls.append(name)
+        course(ctx, begin=True)  # another driver's
+        raise Unreachable("gone")
+
+    monkeypatch.setattr("pipeline.training.attempts.time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr("pipeline.training.attempts.launch", overtaken)
+    with pytest.raises(Superseded, match="attempt 1 of this training stops: attempt 2 has begun"):
+        stage.train(ctx)
+    assert len(calls) == 1
+
+
+def test_where_steps_are_slow_workers_report_after_fewer_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a notice that a machine goes is heard within seconds, or a step."""
+    now, asked = [0.0], []
+    monkeypatch.setattr("pipeline.training.distributed.launch.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("ray.train.report", lambda metrics: None)
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: asked.append(now[0]))
+    watcher, steps = Watcher(1, "cpu"), []
+    for seconds in [2.0] * 5 + [20.0] * 2 + [0.01] * 5:
+        now[0] += seconds * watcher.steps
+        watcher.report({})
+        steps.append(watcher.steps)
+    assert steps == [8, 4, 2, 2, 2, 1, 1, 2, 4, 8, 16, 16]
+    assert asked == [32, 48, 56, 64, 104, 124]
 
 
 def test_a_training_that_comes_further_below_a_damaged_checkpoint_goes_on(

@@ -158,6 +158,12 @@ def test_each_node_holds_the_model_where_it_has_room(
     assert is_saved(layer.weight) == (rows == 2)
 
 
+def test_a_node_has_the_memory_of_its_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = process_group.node_memory(torch.device("cpu"), 2, offload=True)
+    monkeypatch.setattr(process_group, "container_memory", lambda: 1000)
+    assert process_group.node_memory(torch.device("cpu"), 2, offload=True) == 1000 < whole
+
+
 @pytest.fixture
 def four() -> Iterator[None]:
     """The last of four workers, without the others."""
