@@ -166,7 +166,9 @@ def test_it_measures_every_model_and_repeats_to_the_byte(case: Case, tmp_path: P
     closest = artifact.metrics["closest"]
     assert [pair["distance"] for pair in closest] == sorted(pair["distance"] for pair in closest)
     assert {pair["caption"] for pair in closest} <= set(artifact.metrics["captions"])
-    assert len(closest) == len(artifact.metrics["licenses"]["nearest.png"]) == 8
+    licenses = artifact.metrics["licenses"]  # of images, and of what is drawn from their embeddings
+    assert len(closest) == len(licenses["nearest.png"]) == 8
+    assert licenses["guidance.png"] == licenses["comparison.png"]
     assert set(artifact.blobs) == {
         "evaluation.json", "comparison.png", "nearest.png", "guidance.png", "names.png",
     }  # fmt: skip

@@ -57,8 +57,10 @@ def test_figures_differ_to_the_better_or_the_worse(
     elsewhere = FolderStore(str(tmp_path))
     theirs = bundle_of(elsewhere, made, "old", 0.0, claim)
     ours = bundle_of(store, made, f"new {claim} {gain}", gain, claim)
-    given = ReportInput(store, ours, other=Other("before.yaml", elsewhere, theirs["bundle"]))
+    given = ReportInput(store, ours, other=Other("tom's & co.yaml", elsewhere, theirs["bundle"]))
     page = render(given, config(), graph())
+    title = "Against tom&#39;s &amp; co.yaml"
+    assert page.count(title) == 2 > page.count("&amp;amp;")  # in the contents, too
     section = page.partition('<section id="against">')[2].partition("</section>")[0]
     assert page.index('id="against"') < page.index('id="evaluation"')  # what was asked for comes first
     mark = {"better": "✓", "worse": "✗"}.get(verdict, "·")
