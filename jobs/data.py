@@ -82,7 +82,7 @@ def _retry(project: Project, arguments: argparse.Namespace) -> int:
         print(f"no row to retry; rows of pairs that were not kept: {ended or 'none'}")
         return 0
     if FIRST_RETRY + len(journal.retries) > LAST_SEGMENT:
-        raise UserError(f"{len(journal.retries)} retries are as many as one list can hold; write a new list")
+        raise UserError(f"{len(journal.retries)} retries are as many as one project can hold; name another project")
 
     def appended(now: ListJournal) -> ListJournal:
         if now.retries != journal.retries:

@@ -68,6 +68,7 @@ class Answer:
         except ApiError as e:
             if not begun:
                 raise
+            self.door.observe("refusals_total", code=e.code)
             yield _sse("error", e.body)
         yield b"data: [DONE]\n\n"
 

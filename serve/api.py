@@ -36,7 +36,7 @@ log = logging.getLogger("unclip")
 
 def make_api(door: Door, tokens: Mapping[str, str], figures: Callable[[], bytes]) -> FastAPI:
     """Returns the application."""
-    api = FastAPI(title="unclip serve", version="1", redoc_url=None)
+    api = FastAPI(title="unclip serve", version="1", docs_url=None, redoc_url=None)  # their pages load foreign scripts
     api.state.door, api.state.figures = door, figures
     api.add_exception_handler(ApiError, _told)
     api.add_exception_handler(RequestValidationError, _told)
@@ -144,7 +144,7 @@ async def _answer(
         await asyncio.to_thread(check_captions, captions)  # one word of thousands of letters takes most of a second
     except ValueError as e:
         raise ApiError(400, "prompt_too_long", f"prompt: {e}", "prompt") from None
-    request.scope["allowance"].spend("megapixels", asked.n * drawn_side(side) ** 2 / 1e6)
+    spent = request.scope["allowance"].spend("megapixels", asked.n * drawn_side(side) ** 2 / 1e6)
     if door.settings.log_prompts:
         log.info("%s: %r", kind, asked.prompt)
     seed = random.SystemRandom().randrange(LARGEST_SEED - MOST_IMAGES) if asked.seed is None else asked.seed
@@ -152,10 +152,14 @@ async def _answer(
     partial = min(asked.partial_images, smaller) if asked.stream else 0
     work = Work(kind, asked.options(), side, asked.rows(seed), tuple(images), more, partial > 0)
     answer = Answer(door, asked, work, event, partial, str(request.base_url))
-    if not asked.stream:
-        return JSONResponse(await answer.whole())
-    events = answer.events()
-    first = await anext(events)  # a line that is full is said by the status
+    try:
+        if not asked.stream:
+            return JSONResponse(await answer.whole())
+        events = answer.events()
+        first = await anext(events)  # a line that is full is said by the status
+    except ApiError:
+        request.scope["allowance"].give_back("megapixels", spent)
+        raise
     return StreamingResponse(_chained(first, events), 200, {"X-Accel-Buffering": "no"}, "text/event-stream")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -163,7 +162,6 @@ class Door:
 
     def _key(self, bundle: str, work: Work, row: Row) -> str:
         """Returns the key of one image: everything that it depends on."""
-        images = [hashlib.sha256(image).hexdigest() for image in work.images]
         return digest(
             {
                 "bundle": bundle,
@@ -173,7 +171,7 @@ class Door:
                 "caption": row.caption,
                 "seed": row.seed,
                 "share": row.share,
-                "images": images,
+                "images": work.digests,
                 "more": work.more,
             }
         )

@@ -9,6 +9,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
@@ -71,8 +72,8 @@ class Allowance:
         self.limits = limits
         self.spent: dict[str, deque[tuple[float, float]]] = {kind: deque() for kind in limits}
 
-    def spend(self, kind: str, amount: float) -> None:
-        """Takes an amount. Raises ApiError if the last minute has no room for it."""
+    def spend(self, kind: str, amount: float) -> tuple[float, float]:
+        """Takes an amount, and returns when, with it. Raises ApiError if the last minute has no room for it."""
         limit, spent, now = self.limits[kind], self.spent[kind], time.monotonic()
         while spent and spent[0][0] < now - 60:
             spent.popleft()
@@ -84,6 +85,12 @@ class Allowance:
                 retry_after=60 - (now - spent[0][0]) if spent else 60,
             )
         spent.append((now, amount))
+        return spent[-1]
+
+    def give_back(self, kind: str, spent: tuple[float, float]) -> None:
+        """Takes back what ``spend`` returned."""
+        with suppress(ValueError):  # a minute ago
+            self.spent[kind].remove(spent)
 
 
 class Guard:
@@ -110,8 +117,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if scope["path"] not in ("/docs", "/openapi.json"):  # that page loads its script from elsewhere
-                    message["headers"] = [*message["headers"], *HEADERS]
+                message["headers"] = [*message["headers"], *HEADERS]
             await send(message)
 
         try:
@@ -202,7 +208,10 @@ class Guard:
             if sent:
                 return await receive()
             sent = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            whole = bytes(body)
+            body.clear()
+            self.held -= scope.pop("held", 0)  # a form that is read lies on the disk
+            return {"type": "http.request", "body": whole, "more_body": False}
 
         return replay
 

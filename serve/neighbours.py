@@ -7,6 +7,7 @@ import base64
 import io
 import logging
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ from serve.uploads import read_image
 
 MOST = 24  # rows of one answer
 THUMBNAIL = Storing(192, "jpg", 85)  # px of the short side, format and quality
-SEARCHES = asyncio.Semaphore(2)  # at once: each holds a block of the index in memory
+SEARCHING = ThreadPoolExecutor(2)  # each holds a block of the index in memory, also for a client that has gone
 MAKE = "unclip run CONFIG --until index makes it, and the bundle has to be served from that project's store"
 log = logging.getLogger("unclip")
 router = APIRouter()
@@ -46,8 +47,7 @@ async def neighbours(
     training = await run_in_threadpool(training_set_of, door.served, bundle, door.settings.licenses)
     opened = await read_image(image, "image")
     try:
-        async with SEARCHES:
-            found = await run_in_threadpool(training.nearest, opened, count)
+        found = await asyncio.get_running_loop().run_in_executor(SEARCHING, training.nearest, opened, count)
     except CorruptObject as e:  # since it was looked up, such as by data forget and data gc
         training_set_of.cache_clear()
         log.warning("neighbours: %s", e)

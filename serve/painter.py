@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +64,11 @@ class Work:
     images: tuple[bytes, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
     partial: bool = False
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """Returns the sha256 of each of ``images``, which may be large."""
+        return [hashlib.sha256(image).hexdigest() for image in self.images]
 
 
 def drawn_side(side: int) -> int:

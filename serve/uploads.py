@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import UploadFile
 from PIL import Image
@@ -17,7 +18,8 @@ from pipeline.data.pairs.image import MAX_BYTES, StoredImage
 from pipeline.ledger import REASONS
 from serve.errors import ApiError
 
-MAX_PIXELS = 16_000_000  # of an upload; one takes the decoder for a second at most
+MAX_PIXELS = 16_000_000  # of an upload; an honest one takes the decoder for a second at most
+DECODING = ThreadPoolExecutor(1)  # there is one decoder: who waits for it keeps no captions waiting
 SKEW = 0.02  # by which the shapes of image and mask may differ, since their sides are rounded
 
 
@@ -44,7 +46,8 @@ def check_mask(image: bytes, mask: bytes) -> None:
 
 
 async def _opened(how: Callable[..., StoredImage | str], file: UploadFile, field: str) -> bytes:
-    found = await asyncio.to_thread(how, await file.read(MAX_BYTES + 1), MAX_PIXELS, OWN)
+    data = await file.read(MAX_BYTES + 1)
+    found = await asyncio.get_running_loop().run_in_executor(DECODING, how, data, MAX_PIXELS, OWN)
     if isinstance(found, str):
         raise ApiError(
             400,

@@ -181,7 +181,7 @@ async function receive(run, article, signal) {
       run.items[event.index ?? 0] = item;
       missing -= kind === "completed";
       fill(article, run);
-      if ($("#viewer").open && viewed.run === run && viewed.index === (event.index ?? 0)) portray();
+      if ($("#viewer").open && viewed.run === run) viewed.index === (event.index ?? 0) ? portray() : around();
     }
   }
   if (missing) throw new Error("The server went away before all was drawn. Draw the same again: what is done is kept.");
@@ -268,10 +268,7 @@ function view(run, index) {
   viewed = { run, index };
   $("#viewed").textContent = run.title;
   portray();
-  for (const [button, to] of [["#previous", index - 1], ["#next", index + 1]]) {
-    $(button).disabled = !run.items[to]?.blob;
-    $(button).onclick = () => view(run, to);
-  }
+  around();
   const caption = run.caption ?? "";
   $("#tool-words [name=caption]").value = $("#tool-mask [name=prompt]").value = caption;
   $("#tool-words [name=prompt]").value = "";
@@ -289,6 +286,16 @@ function view(run, index) {
   $("#learnt").replaceChildren();
   if ($("#tool-learnt").open) learnt();
   if (!$("#viewer").open) $("#viewer").showModal();
+}
+
+function around() { // offers the pictures before and after the one that is viewed, as far as they are drawn
+  const { run, index } = viewed;
+  for (const [button, to] of [["#previous", index - 1], ["#next", index + 1]]) {
+    const there = Boolean(run.items[to]?.blob);
+    if (!there && document.activeElement === $(button)) $("#close").focus(); // else no key is heard any more
+    $(button).disabled = !there;
+    $(button).onclick = () => view(run, to);
+  }
 }
 
 function portray() { // shows the picture that is viewed, which may grow
@@ -543,7 +550,8 @@ $("#close").addEventListener("click", () => $("#viewer").close());
 let pressed = null; // where a click in the viewer began: text may be selected beyond its edge
 $("#viewer").addEventListener("pointerdown", (event) => { pressed = event.target; });
 $("#viewer").addEventListener("click", (event) => { if (event.target === $("#viewer") && pressed === event.target) $("#viewer").close(); });
-$("#viewer").addEventListener("keydown", (event) => {
+document.addEventListener("keydown", (event) => {
+  if (!$("#viewer").open) return;
   const button = { ArrowLeft: "#previous", ArrowRight: "#next" }[event.key];
   if (button && !["INPUT", "CANVAS", "PRE"].includes(event.target.tagName)) $(button).click();
 });

@@ -28,8 +28,8 @@ class CodecRecipe:
             16, because the AR prior's time grows with them.
         variance_target: A share: as many components as hold it, in place of ``components``.
         buckets: Quantile buckets a component; equal to ``ar_prior.model.buckets``.
-        sample_rows: Training rows that it is fitted to, at most: they lie in one worker's memory, 8 bytes for each
-            number of an embedding (6 GB for a million of 768).
+        sample_rows: Training rows that it is fitted to, at most: they lie in one worker's memory, 12 bytes for each
+            number of an embedding (9 GB for a million of 768).
         seed: Of the sample.
     """
 

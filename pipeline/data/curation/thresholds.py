@@ -32,7 +32,8 @@ class ThresholdsRecipe:
 
     Attributes:
         similarity: Share of the training rows that curation rejects: those whose image and text embeddings are
-            furthest apart. Held-out rows are judged by the same threshold.
+            furthest apart. Rows that are rejected for another reason, such as no caption, count among them. Held-out
+            rows are judged by the same threshold.
     """
 
     similarity: Annotated[float, Field(ge=0, lt=1)] = 0.0

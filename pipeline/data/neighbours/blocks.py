@@ -137,11 +137,13 @@ class SampleVectors:
     store: Store
 
     def __call__(self, task: ShardTask) -> ShardOutput:
-        training, seen = [], 0
+        taken, trained, seen, stride = [], 0, 0, task.inputs["plan"].counts["stride"]
         for rows, vectors, _ in candidates(self.store, task):
-            training.append(vectors[[row["split"] == "train" for row in rows]])
+            training = vectors[[row["split"] == "train" for row in rows]]
+            taken.append(training[-trained % stride :: stride].copy())  # of a block of a million rows no more stays
+            trained += len(training)
             seen += len(rows)
-        sample = np.concatenate(training)[:: task.inputs["plan"].counts["stride"]]
+        sample = np.concatenate(taken)
         blob = save({"sample": np.ascontiguousarray(sample[np.isfinite(sample).all(1)])})
         return ShardOutput(Ledger(kept=seen), {"sample": blob})
 
