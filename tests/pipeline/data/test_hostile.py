@@ -314,7 +314,7 @@ def test_odd_tar_members_cost_nothing_and_leave_nothing_behind(tmp_path: Path) -
     bench = Bench(tmp_path / "store", [str(path)], pairs={"max_pixels": MAX_PIXELS})
     bench.make("source", "captions", "pairs")
     reasons = (
-        [None] * 2 + ["no_reference"] + [None] * 3 + ["not_utf8", None, None, "truncated", "zero_bytes", "decode_error"]
+        [None] * 2 + ["no_reference"] + [None] * 4 + ["not_utf8", None, None, "truncated", "zero_bytes", "decode_error"]
     )
     assert [row["reason"] for row in bench.rows("pairs")] == reasons
     after = [p for p in sorted(tmp_path.rglob("*")) if p != path and not p.is_relative_to(tmp_path / "store")]
