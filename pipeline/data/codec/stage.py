@@ -25,7 +25,7 @@ class CodecRecipe:
 
     Attributes:
         components: Of the PCA; more than the data's rank is lowered with a warning. ``nano`` keeps 32 and ``tiny``
-            16, because the AR prior's time grows with them.
+            18, because the AR prior's time grows with them.
         variance_target: A share: as many components as hold it, in place of ``components``.
         buckets: Quantile buckets a component; equal to ``ar_prior.model.buckets``.
         sample_rows: Training rows that it is fitted to, at most: they lie in one worker's memory, 12 bytes for each
