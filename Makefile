@@ -81,7 +81,7 @@ format: .venv/ready
 peek: .venv/ready
 	$(BIN)/unclip run configs/nano.yaml
 
-# At 40, which is scale 1, demo takes at most that long on two cores. Trainings see that much more or less.
+# At 40, which is scale 1, demo takes about that long on two cores. Trainings see that much more or less.
 MINUTES ?= 40
 
 demo: .venv/ready
