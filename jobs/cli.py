@@ -24,20 +24,7 @@ UNFIT = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EA
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console script. Returns the exit code: 0 done, 1 failed, 2 a mistake of the user's, or a signal's."""
-    if argv is None:
-        _take_huge_pages()
     return guard(_command, list(sys.argv[1:] if argv is None else argv))
-
-
-def _take_huge_pages() -> None:
-    """Starts this process once more, if need be, with memory in pages of 2 MiB, which glibc takes from its start only.
-
-    The Ray of this machine inherits it. Trainings on cores are faster by it: docs/benchmarks.md.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _command(words: Sequence[str]) -> int:

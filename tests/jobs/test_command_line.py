@@ -1,7 +1,6 @@
 """The words of the commands: options and values anywhere, help and completion without anything heavy."""
 
 import gc
-import os
 import subprocess
 import sys
 from importlib import import_module
@@ -90,36 +89,3 @@ def test_completion_knows_commands_options_and_files(shell: str, tmp_path: Path)
 def test_a_module_and_an_unknown_command_are_told_apart() -> None:
     with pytest.raises(UserError, match="unknown command command_line"):
         command_line().parse_args(["command_line"])
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("", "glibc.malloc.hugetlb=1"),
-        ("glibc.malloc.arena_max=4", "glibc.malloc.arena_max=4:glibc.malloc.hugetlb=1"),
-        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
-    ],
-)
-def test_the_command_takes_huge_pages_unless_told_otherwise(before: str, after: str) -> None:
-    """The process starts once more as it was started, so the words before the command are printed twice."""
-    code = """
-import atexit, os, sys
-print("here", flush=True)
-atexit.register(lambda: print("end", os.environ["GLIBC_TUNABLES"]))
-sys.argv = ["unclip", "help"]
-from jobs.cli import main
-sys.exit(main())
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"GLIBC_TUNABLES": before},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines.count("here") == (1 if before == after else 2)
-    assert [line for line in lines if line.startswith("end")] == [f"end {after}"]
-    assert sum(line.startswith("usage:") for line in lines) == 1
