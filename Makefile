@@ -9,7 +9,7 @@ BENCHMARKS := ar_sampling diffusion_prior_step unet_step bsr dpm_solver pairs em
 
 help:
 	@echo "make peek    the whole chain at nano size: images over HTTP to a 1024 px image, in minutes"
-	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 80 trains less or more than 40"
+	@echo "make demo    the emoji set at tiny size; MINUTES=10 or 60 trains less or more than 30"
 	@echo "make studio  a page to draw on with the demo's bundle, or with peek's where there is none"
 	@echo "make test    the tests      make test-slow    the slow ones      make check    format, lint, types"
 	@echo "make test-browser    the report in Chromium, which has to be on PATH (Debian: apt-get install chromium)"
@@ -81,11 +81,11 @@ format: .venv/ready
 peek: .venv/ready
 	$(BIN)/unclip run configs/nano.yaml
 
-# At 40, which is scale 1, demo takes about that long on two cores. Trainings see that much more or less.
-MINUTES ?= 40
+# At 30, which is scale 1, demo takes about that long on two cores. Trainings see that much more or less.
+MINUTES ?= 30
 
 demo: .venv/ready
-	$(BIN)/unclip run configs/emoji.yaml scale=$(shell awk "BEGIN { print $(MINUTES) / 40 }")
+	$(BIN)/unclip run configs/emoji.yaml scale=$(shell awk "BEGIN { print $(MINUTES) / 30 }")
 
 # Without make demo, the models of make peek draw: they are made in minutes, if need be, and draw blots.
 studio: .venv/ready
