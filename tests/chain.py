@@ -72,7 +72,7 @@ def write_config(folder: Path, store: str, pictures: str, lists: Sequence[Path],
     return path
 
 
-def unclip(*words: object, env: Mapping[str, str] | None = None, timeout: float = 600, cwd: Path = ROOT) -> Finished:
+def unclip(*words: object, env: Mapping[str, str] | None = None, timeout: float = 900, cwd: Path = ROOT) -> Finished:
     """Run a command as a user does, in a process of its own."""
     command = [sys.executable, "-m", "jobs.cli", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(env or {})

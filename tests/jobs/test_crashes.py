@@ -112,7 +112,7 @@ def test_killed_ray_workers_are_replaced(undisturbed: Undisturbed, tmp_path: Pat
     forget(store, "pairs")
     kills = Kills(tmp_path, IN_SHARD_WORKERS)
     config = undisturbed.config(tmp_path, pairs={"workers": 1})
-    done(unclip("run", config, "--until", "codec", env=kills.environment, timeout=400))
+    done(unclip("run", config, "--until", "codec", env=kills.environment))
     assert kills.all_happened()
     assert_sound(store)
     assert_each_shard_once(store, undisturbed.data)
@@ -128,7 +128,7 @@ def test_a_killed_ray_trainer_goes_on(
     kills = Kills(tmp_path, points)
     settings = {"workers": 1, "threads": 1, "checkpoint_every_s": 0}
     config = undisturbed.config(tmp_path, decoder=settings)
-    run = unclip("run", config, "--until", "decoder", env=kills.environment, timeout=500)
+    run = unclip("run", config, "--until", "decoder", env=kills.environment)
     assert "decoder done" in done(run)
     assert kills.all_happened()
     assert f"resuming decoder at sample {reached}\n" in run.stderr

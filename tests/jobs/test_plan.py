@@ -21,7 +21,7 @@ PAPER = ROOT / "configs/paper.yaml"
 def test_the_table_of_the_documents_is_what_the_command_prints() -> None:
     page = (ROOT / "docs/scale.md").read_text().replace("\\\n", "")
     (command,) = re.findall(r"^    (unclip plan .*--pairs .*)$", page, flags=re.MULTILINE)
-    printed = done(unclip(*shlex.split(command)[1:], timeout=600)).splitlines()
+    printed = done(unclip(*shlex.split(command)[1:])).splitlines()
     shown = [line.removeprefix("    ") for line in page.splitlines() if line.startswith("    ")]
     start = shown.index(printed[0])
     assert shown[start : start + len(printed)] == printed
@@ -90,7 +90,7 @@ def test_a_probe_fetches_nothing_that_was_forgotten(tmp_path: Path, pictures: st
 def test_a_probe_measures_every_stage_and_writes_nothing(tmp_path: Path, pictures: str) -> None:
     rows = write_list(tmp_path / "list.csv", 0, 60)
     config = write_config(tmp_path, str(tmp_path / "store"), pictures, [rows])
-    said = done(unclip("plan", config, "--probe", timeout=600))
+    said = done(unclip("plan", config, "--probe"))
     assert "it ended early" not in said
     assert "(a guess)" not in said
     assert not (tmp_path / "store").exists()  # only the scratch stores were written

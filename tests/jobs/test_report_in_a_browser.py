@@ -40,7 +40,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(words: list[str]) -> Path:
     """Returns the folder where the finished run has left its report."""
-    output = done(unclip("run", *words, timeout=500))
+    output = done(unclip("run", *words))
     assert "Does it learn? " in output
     return Path(words[-1].partition("=")[2])
 

@@ -48,7 +48,7 @@ class Team:
         run = {**MICRO["run"], "pairs": pairs, "clip": {"workers": 1}}  # type: ignore[dict-item]
         paths = [write_list(folder / "list.csv", 0, 60), _foreign(folder / "foreign")]
         self.config = write_config(folder, self.url, pictures, paths, run=run)
-        self.made = unclip("run", self.config, env=self.environment("writer"), timeout=400)
+        self.made = unclip("run", self.config, env=self.environment("writer"))
 
     def environment(self, who: str) -> dict[str, str]:
         return self.server.environment_of(who, SECRETS[who]) | {

@@ -242,6 +242,7 @@ class Watched:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow  # of workers on one node: tests/jobs/test_crashes.py
 def test_decoding_and_encoding_on_nodes_of_their_own_survive_a_kill_of_each(
     bench: Bench, listed: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
