@@ -29,7 +29,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 # Ray gives its workers a nice value of 15: beside other tests they would get a thirtieth of a core.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so
 for name in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_URL", "UNCLIP_CRASH"):
     os.environ.pop(name, None)
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
