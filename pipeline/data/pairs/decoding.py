@@ -1,9 +1,8 @@
 """Decodes in a child process, so that an image that kills its decoder costs one row and never a worker.
 
 Decoders are C that reads what strangers made. The child has neither network nor credentials
-(pipeline.data.pairs.sandbox), and memory and time for one image of the budget. It does one at a time, so the image that
+(pipeline.sandbox), and memory and time for one image of the budget. It does one at a time, so the image that
 killed it is known; it is tried once more in a new child, for a process may also be killed for what others do.
-Messages on the pipes are a line of JSON and bytes, nothing that could be executed.
 """
 
 from __future__ import annotations
@@ -41,15 +40,22 @@ from pipeline.data.pairs.image import (
     opacity,
     prepare,
 )
-from pipeline.data.pairs.sandbox import bare_environment, give_up_rights, limit_memory, limit_time, memory_mapped
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from pipeline.local import TooLarge, read_local
+from pipeline.sandbox import (
+    bare_environment,
+    give_up_rights,
+    limit_memory,
+    limit_time,
+    memory_mapped,
+    receive,
+    send,
+)
 
 IDLE_S = 60  # after which a child ends; the next request starts another
 BASE_S, S_PER_PIXEL = 30.0, 1e-6  # what an image may take; a hundred times what an honest one does
 BASE_BYTES, BYTES_PER_PIXEL = 256 << 20, 20  # what the child may map for it
-MOST_TEXT, MOST_BYTES = 1000, 1 << 30  # of a message
 MODULE = "pipeline.data.pairs.decoding"
 COMMAND = (sys.executable, "-P", "-m", MODULE)  # -P: the current folder may be a stranger's, and have a json.py
 # glibc gives the pixels of every image back to the system and faults them in again for the next one, a third of the
@@ -156,7 +162,7 @@ class ImageDecoder:
             assert self._process is not None
             assert self._process.stdout is not None
             try:
-                self._ready = _receive(self._process.stdout)[0] == _READY
+                self._ready = receive(self._process.stdout)[0] == _READY
             except (OSError, EOFError, ValueError):
                 self.close()
                 raise UserError(f"the decoder did not start; run python -m {MODULE} to see why") from None
@@ -194,31 +200,11 @@ def _exchange(process: subprocess.Popen[bytes], request: Any, data: bytes) -> tu
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        _send(process.stdin, request, data)
-        said, body = _receive(process.stdout)
+        send(process.stdin, request, data)
+        said, body = receive(process.stdout)
     except (OSError, EOFError, ValueError):
         return None
     return None if isinstance(said, str) and said not in REASONS else (said, body)
-
-
-def _send(pipe: BinaryIO | Any, message: Any, data: bytes) -> None:
-    pipe.write(json.dumps([message, len(data)]).encode() + b"\n")
-    pipe.write(data)
-    pipe.flush()
-
-
-def _receive(pipe: BinaryIO | Any) -> tuple[Any, bytes]:
-    """Returns a message. Raises EOFError if the other end is gone, ValueError for anything but a message."""
-    line = pipe.readline(MOST_TEXT)
-    if not line.endswith(b"\n"):
-        raise EOFError
-    message, size = json.loads(line)
-    if size > MOST_BYTES:
-        raise ValueError(f"a message of {size} bytes")
-    data = pipe.read(size)
-    if len(data) < size:
-        raise EOFError
-    return message, data
 
 
 # --- in the child -----------------------------------------------------------------------------------------------------
@@ -255,15 +241,15 @@ def main() -> None:
     requests = os.fdopen(os.dup(0), "rb")
     give_up_rights()
     mapped = memory_mapped()
-    _send(pipe, _READY, b"")
+    send(pipe, _READY, b"")
     while _request_comes(requests, parent):
         try:
-            (name, arguments, max_pixels), data = _receive(requests)
+            (name, arguments, max_pixels), data = receive(requests)
         except EOFError:
             return
         limit_memory(mapped + BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
         _limit_to(0)
-        _send(pipe, *_answer(name, arguments, data))
+        send(pipe, *_answer(name, arguments, data))
 
 
 def _request_comes(requests: BinaryIO, parent: int) -> bool:

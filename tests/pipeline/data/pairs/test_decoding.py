@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.data.pairs import decoding, packer
 from pipeline.data.pairs.decoding import BASE_BYTES, BYTES_PER_PIXEL, KEEP_MEMORY, ImageDecoder
 from pipeline.data.pairs.image import StoredImage, Storing, heif_is_there, inspect, prepare
-from pipeline.data.pairs.sandbox import KEPT
+from pipeline.sandbox import KEPT
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
 from tests.pipeline.data.bench import Bench, picture, write_listed, write_tar
@@ -166,7 +166,7 @@ def test_the_child_has_no_network_and_writes_no_files(tmp_path: Path) -> None:
     """Where the machine allows namespaces; elsewhere the rest still holds."""
     code = """
     import os, socket, sys
-    from pipeline.data.pairs.sandbox import give_up_rights
+    from pipeline.sandbox import give_up_rights
     home = os.readlink("/proc/self/ns/net")
     give_up_rights()
     try:

@@ -1,20 +1,24 @@
 """Gives up what a process does not need to read strangers' files, on Linux: network, rights, files, memory and time.
 
 Each part is given up where the machine lets it: a container may forbid namespaces, and then the rest still holds.
+Messages on the pipes are a line of JSON and bytes, nothing that could be executed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import resource
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "TMPDIR")  # of the environment
 OPEN_FILES = 64
+MOST_TEXT, MOST_BYTES = 1000, 1 << 30  # of a message
 _NEW_USER, _NEW_NET = 0x10000000, 0x40000000  # of <linux/sched.h>
 _NO_NEW_PRIVS = 38  # of <linux/prctl.h>
 _CAPABILITIES_3 = 0x20080522  # of <linux/capability.h>
@@ -68,3 +72,24 @@ def _limit(what: int, value: int) -> None:
     _, hard = resource.getrlimit(what)
     with suppress(OSError, ValueError):
         resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def send(pipe: BinaryIO | Any, message: Any, data: bytes) -> None:
+    """Writes a message, which JSON can hold, and bytes."""
+    pipe.write(json.dumps([message, len(data)]).encode() + b"\n")
+    pipe.write(data)
+    pipe.flush()
+
+
+def receive(pipe: BinaryIO | Any) -> tuple[Any, bytes]:
+    """Returns a message. Raises EOFError if the other end is gone, ValueError for anything but a message."""
+    line = pipe.readline(MOST_TEXT)
+    if not line.endswith(b"\n"):
+        raise EOFError
+    message, size = json.loads(line)
+    if size > MOST_BYTES:
+        raise ValueError(f"a message of {size} bytes")
+    data = pipe.read(size)
+    if len(data) < size:
+        raise EOFError
+    return message, data
