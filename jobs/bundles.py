@@ -11,8 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from jobs.command_line import PLACES
-from jobs.project import open_project
-from pipeline.config import load_config
+from jobs.project import load_as_run, open_as_run
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Artifact, ancestors, load_artifact
 from pipeline.graph.execute import heal
@@ -90,14 +89,14 @@ def find_bundle(source: str | None, overrides: Sequence[str] = ()) -> Bundle:
     if source is None:
         return _of_output(_newest_output())
     if source.startswith(RELEASE):
-        config = load_config(source.removeprefix(RELEASE), overrides)
+        config = load_as_run(source.removeprefix(RELEASE), overrides)
         store = open_store(config.store)
         return _stored(
             Path(config.run.output), store, find_in_store(store, read_releases(store, config.project), "current")
         )
     folder = Path(source)
     if folder.suffix in (".yaml", ".yml"):
-        project = open_project(source, overrides)
+        project = open_as_run(source, overrides)
         return _stored(Path(project.config.run.output), project.store, project.made("bundle")["bundle"])
     if overrides:
         raise UserError(f"{overrides[0]}: {source} is not a project, which alone takes KEY=VALUE; leave it out")

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from jobs.output import print_json
 from jobs.plan import print_changes
-from jobs.project import Project, open_project
+from jobs.project import Project, open_as_run
 from pipeline.data.export import STAGES, export_pairs
 from pipeline.data.fetch.references import shown
 from pipeline.data.pairs.row_index import SPLITS
@@ -31,7 +31,7 @@ FILE_BYTES = 256 << 20  # of a list of what to forget
 def main(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     runs = {"search": _search, "retry": _retry, "forget": _forget, "gc": _collect, "export": _export}
-    project = open_project(arguments.config, arguments.overrides)
+    project = open_as_run(arguments.config, arguments.overrides)
     with project.healing():
         return runs[arguments.action](project, arguments)
 
@@ -114,7 +114,7 @@ def _forget(project: Project, arguments: argparse.Namespace) -> int:
         print(f"  and {found.rows - len(found.named):,} more")
     if found.unseen:
         print(f"{len(found.unseen):,} references are not in the list yet, such as {shown(found.unseen[0])}")
-    after = open_project(config, arguments.overrides)
+    after = open_as_run(config, arguments.overrides)
     print_changes(before, after.plan())
     print(
         f"unclip run {config} makes what is stale again; then unclip data gc {config} --yes deletes what was made with "

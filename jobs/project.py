@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import yaml
+
 from pipeline.build import build
-from pipeline.config import Config, load_config
+from pipeline.config import RECIPES, Config, load_config, resolved_values
 from pipeline.data.source.journal import ListJournal, read_journal
 from pipeline.data.source.stage import Scan, scan
 from pipeline.errors import CorruptObject, UserError, did_you_mean
 from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.execute import heal
+from pipeline.graph.keys import flatten
 from pipeline.graph.plan import Verdict, plan
 from pipeline.graph.runs import last_run
 from pipeline.graph.stages import Graph, ordered
+from pipeline.progress import say_once
 from pipeline.store import Store, open_store
 from pipeline.training.trackers import find_tracker
+
+RUN_FILE = "run.yaml"  # in the output folder: the configuration of the last run, resolved
+SETTINGS = ("run.", "release.")  # begin the names of values that change nothing that is made
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,48 @@ class Project:
             if stage.name in wanted:
                 wanted |= set(stage.inputs)
         return {str(name) for name in wanted}
+
+
+def remember_config(config: Config) -> None:
+    """Writes the resolved configuration into its output folder, where ``load_as_run`` finds it."""
+    output = Path(config.run.output)
+    output.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(resolved_values(config), sort_keys=False, allow_unicode=True)
+    (output / RUN_FILE).write_text(f"# The list and the recipes of the last run, resolved\n{text}", encoding="utf-8")
+
+
+def load_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Returns a configuration with the list and the recipes of its last run, which may have had other overrides.
+
+    So what follows a run speaks of that run, whatever its command line was and whatever was edited since. Before the
+    first run, and where ``overrides`` name a recipe, it is as ``load_config`` returns it. Raises UserError.
+    """
+    config = load_config(source, overrides)
+    file = Path(config.run.output) / RUN_FILE
+    if any(not word.startswith(SETTINGS) for word in overrides) or not file.is_file():
+        return config
+    ran = load_config(file)
+    if (ran.project, open_store(ran.store).url) != (config.project, open_store(config.store).url):
+        return config
+    stages = ("source", *RECIPES)
+    differs = [
+        f"{stage}.{name}"
+        for stage in stages
+        for name, value in flatten(getattr(ran, stage)).items()
+        if flatten(getattr(config, stage)).get(name) != value
+    ]
+    if differs:
+        many = f" and {len(differs) - 1} more" if len(differs) > 1 else ""
+        say_once(
+            f"{source} as it was last run, by {file}; it differs in {differs[0]}{many}: KEY=VALUE asks for other values"
+        )
+    return replace(config, **{stage: getattr(ran, stage) for stage in stages})
+
+
+def open_as_run(source: str | Path, overrides: Sequence[str] = ()) -> Project:
+    """Returns the project of ``load_as_run``, its list read. Raises UserError."""
+    config = load_as_run(source, overrides)
+    return project_of(config, open_store(config.store))
 
 
 def open_project(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Project:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from jobs.bundles import remember_bundle
 from jobs.output import print_json
-from jobs.project import Project, open_project
+from jobs.project import Project, load_as_run, project_of
 from models.sampling_config import MODELS
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluate.figure import difference, short
 from pipeline.graph.artifacts import Artifact, load_artifact
@@ -40,13 +40,12 @@ class Asked:
     """What the command line names; the list of the project is read only by commands that need it."""
 
     path: str
-    overrides: Sequence[str]
     config: Config
     store: Store
     releases: Releases
 
     def project(self) -> Project:
-        return open_project(self.path, self.overrides)
+        return project_of(self.config, self.store)
 
     @property
     def name(self) -> str:
@@ -55,9 +54,9 @@ class Asked:
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs one of the commands."""
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_as_run(arguments.config, arguments.overrides)
     store = open_store(config.store)
-    asked = Asked(arguments.config, arguments.overrides, config, store, read_releases(store, config.project))
+    asked = Asked(arguments.config, config, store, read_releases(store, config.project))
     return RUNS[arguments.action](asked, arguments)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.bundles import find_bundle
-from jobs.project import Project, open_project
+from jobs.project import Project, open_as_run
 from pipeline.errors import UserError
-from pipeline.graph.artifacts import load_artifact
+from pipeline.graph.artifacts import Artifact, load_artifact
 from pipeline.graph.pointer import read_releases
 from pipeline.release.diff import find_bundle as find_in_store
 from pipeline.report.images import Album
@@ -19,7 +21,7 @@ from pipeline.report.page import write_report
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    project = open_project(arguments.config, arguments.overrides)
+    project = open_as_run(arguments.config, arguments.overrides)
     artifacts = project.finished()
     if not artifacts:
         raise UserError(f"{arguments.config}: nothing of it is made yet; unclip run makes it")
@@ -28,6 +30,8 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}")
     if path.suffix == ".json":
         raise UserError(f"--output {path} ends with .json, where the figures go; name an .html file")
+    if not arguments.output:
+        _check_fuller(path, artifacts)
     album = Album(licenses=arguments.license)
     other = _other(project, arguments.against) if arguments.against else None
     if other and other.bundle.key == project.made("bundle")["bundle"].key:
@@ -38,6 +42,20 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"no image of the report has the licence {', '.join(unmet)}; {known}", file=sys.stderr)
     print(f"report: {path}")
     return 0
+
+
+def _check_fuller(path: Path, artifacts: Mapping[str, Artifact]) -> None:
+    """Raises UserError where the report that is there shows more stages than these artefacts."""
+    try:
+        told = json.loads(path.with_suffix(".json").read_text())["stages"]
+        shown = sum(bool(stage["made"]) for stage in told)
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or one that shows nothing
+        return
+    if shown > len(artifacts):
+        raise UserError(
+            f"{path} shows {shown} stages that are made, and with these values {len(artifacts)} are: name another "
+            "file with --output, or unclip run makes the rest"
+        )
 
 
 def _other(project: Project, name: str) -> Other:

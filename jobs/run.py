@@ -13,7 +13,7 @@ from pathlib import Path
 from jobs.bundles import remember_bundle
 from jobs.output import NO_EVENTS, Events, events_to
 from jobs.plan import Agreed, agree
-from jobs.project import Project, open_project
+from jobs.project import Project, open_project, remember_config
 from pipeline.doctor.readiness import check_ready
 from pipeline.errors import CorruptObject, UserError
 from pipeline.evaluate.figure import as_text
@@ -63,6 +63,7 @@ def run(
         check_conditions(project.store)
         asked_for = project.store, project.config.project, project.graph, asked.verdicts
         remember(*asked_for, forgettings=project.journal.forgettings, wanted=asked.wanted)
+        remember_config(project.config)
         _place_made(project, project.finished(asked.verdicts))
         artifacts = _execute(project, asked.wanted, events)
         _summary(artifacts, asked.stale, time.monotonic() - began)
@@ -134,6 +135,7 @@ def bring(project: Project) -> None:
 def confirm(project: Project, asked: Agreed) -> None:
     """Says that nothing is stale, records that it is still asked for, and brings what the output folder has not."""
     print("nothing to do")
+    remember_config(project.config)
     with suppress(UserError):  # somebody who may only read
         remember_again(
             project.store,

@@ -18,7 +18,7 @@ from cluster.rayjob import render
 from cluster.submission import KUBERAY, LOCAL, attach_or_submit, check_reach, put_package, running, started, stop
 from jobs.interrupt import exit_code
 from jobs.plan import Agreed, agree
-from jobs.project import Project, open_project
+from jobs.project import Project, open_project, remember_config
 from jobs.run import bring, confirm, print_places
 from pipeline.config import Config, load_config
 from pipeline.data.source.journal import read_journal
@@ -47,6 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
             confirm(project, asked)
             print_places(project, asked.wanted)
             return 0
+    remember_config(project.config)
     job = make_job(project.config, project.store.url, asked.keys, os.environ, only, until, yes)
     if arguments.to == KUBERAY:
         print(_rayjob(project, asked, job), end="")

@@ -31,7 +31,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.captions import EMOJI, Phrases
 from pipeline.evaluate.stage import EvaluationRecipe
 from pipeline.local import read_local
-from pipeline.parse import load_yaml, overlay, parse, read_value
+from pipeline.parse import ContentFile, load_yaml, overlay, parse, read_value
 from pipeline.progress import read_count
 from pipeline.sampling.bundle import BundleRecipe
 from pipeline.sampling.samples import SamplesRecipe
@@ -207,6 +207,27 @@ def _from_its_folder(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
             f"one at {Path(store).absolute()}; move it, or write store: {os.path.relpath(store, folder)}"
         )
     return moved
+
+
+def resolved_values(config: Config) -> dict[str, Any]:
+    """Returns plain values from which ``make_config`` makes the same list, store and recipes, wherever it is called.
+
+    Presets, ``scale`` and overrides are resolved, and local paths are absolute. ``release`` and ``run`` are left out.
+    """
+
+    def plain(value: Any, name: str = "") -> Any:
+        if dataclasses.is_dataclass(value):
+            value = {field.name: getattr(value, field.name) for field in fields(value)}
+        if isinstance(value, Mapping):
+            return {str(key): plain(below, f"{name}.{key}".lstrip(".")) for key, below in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(each, name) for each in value]
+        if isinstance(value, ContentFile):
+            return value.path or str(value)
+        is_local = isinstance(value, str) and PATHS.fullmatch(name) and RELATIVE.match(value)
+        return os.path.abspath(value) if is_local else value
+
+    return {name: plain(getattr(config, name), name) for name in ("project", "store", "source", *RECIPES)}
 
 
 def _override(text: str) -> dict[str, Any]:

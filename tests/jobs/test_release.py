@@ -10,7 +10,7 @@ import yaml
 
 import jobs.release
 from jobs.cli import main
-from jobs.project import open_project
+from jobs.project import open_project, project_of
 from models.sampling_config import MODELS
 from pipeline.graph.artifacts import Artifact, artifact_path, load_artifact, publish_artifact
 from pipeline.graph.keys import flatten
@@ -291,14 +291,14 @@ def test_who_loses_a_race_is_told_who_won(made_anywhere: Made, monkeypatch: pyte
 
     def open_late(*words: object) -> object:
         move_release(made.store, "p", made.releases, rival)
-        return open_project(*words)  # type: ignore[arg-type]
+        return project_of(*words)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(jobs.release, "open_project", open_late)
+    monkeypatch.setattr(jobs.release, "project_of", open_late)
     said = made.release("promote", *LATER, code=2)
     assert f"somebody else has moved the release meanwhile (a promote to bundle {rival.bundle[:12]})" in said
     assert made.releases.moves[-1] == rival
     assert len(made.releases.moves) == 2
-    monkeypatch.setattr(jobs.release, "open_project", open_project)
+    monkeypatch.setattr(jobs.release, "project_of", project_of)
     assert f"is the release, which was {rival.bundle[:12]}" in made.release("promote", *LATER)
     assert made.current == better
 

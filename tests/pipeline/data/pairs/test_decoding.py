@@ -17,9 +17,9 @@ from PIL import Image
 from pipeline.data.pairs import decoding, packer
 from pipeline.data.pairs.decoding import BASE_BYTES, BYTES_PER_PIXEL, KEEP_MEMORY, ImageDecoder
 from pipeline.data.pairs.image import StoredImage, Storing, heif_is_there, inspect, prepare
-from pipeline.sandbox import KEPT
 from pipeline.errors import UserError
 from pipeline.ledger import REASONS
+from pipeline.sandbox import KEPT
 from tests.pipeline.data.bench import Bench, picture, write_listed, write_tar
 from tests.pipeline.data.odd import encoded
 

@@ -1,0 +1,80 @@
+"""What follows a run speaks of that run, whatever its command line was and whatever was edited since."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import main
+from pipeline.config import load_config, make_config, resolved_values
+from tests.chain import ROOT, write_config, write_list
+
+SMALLER = "pairs.encode_quality=90"
+
+
+@pytest.fixture
+def config(tmp_path: Path, pictures: str) -> Path:
+    """A configuration of which the pairs are stored at another quality than it says."""
+    lists = [write_list(tmp_path / "list.csv", 0, 6)]
+    path = write_config(tmp_path, str(tmp_path / "store"), pictures, lists)
+    assert main(["run", str(path), "--until", "pairs", SMALLER]) == 0
+    return path
+
+
+def _made(config: Path) -> dict[str, str]:
+    told = json.loads((config.parent / "out/report.json").read_text())["stages"]
+    return {stage["stage"]: stage["key"] for stage in told if stage["made"]}
+
+
+def test_a_report_after_a_run_with_overrides_is_that_runs(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = _made(config)
+    assert made.keys() == {"source", "pairs"}
+    with caplog.at_level("INFO", "unclip"):
+        assert main(["report", str(config)]) == 0
+    assert _made(config) == made
+    assert "as it was last run" in caplog.text
+    assert "it differs in pairs.encode_quality" in caplog.text
+
+
+def test_other_commands_find_what_the_run_made(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "retry", str(config), "--reason", "timeout"]) == 0
+    assert "no row to retry" in capsys.readouterr().out
+    assert main(["data", "retry", str(config), "--reason", "timeout", "pairs.encode_quality=80"]) == 2
+    assert "not made for the current list and recipes: pairs" in capsys.readouterr().err
+
+
+def test_an_edit_counts_once_it_is_run(config: Path) -> None:
+    made = _made(config)
+    edited = re.sub(r"^pairs: .*\n|^project:", "pairs: {encode_quality: 70}\nproject:", config.read_text(), flags=re.M)
+    config.write_text(edited)
+    assert main(["report", str(config)]) == 0
+    assert _made(config) == made
+    assert main(["run", str(config), "--until", "pairs"]) == 0
+    assert _made(config)["pairs"] != made["pairs"]
+
+
+def test_a_report_of_less_does_not_replace_one_of_more(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (config.parent / "out/report.html").read_bytes()
+    assert main(["report", str(config), "pairs.encode_quality=80"]) == 2
+    assert "shows 2 stages that are made, and with these values 1 are" in capsys.readouterr().err
+    assert (config.parent / "out/report.html").read_bytes() == page
+    assert main(["report", str(config), "pairs.encode_quality=80", "--output", str(config.parent / "two.html")]) == 0
+
+
+def test_the_configuration_beside_the_output_is_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(config.parent / "out/run.yaml")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^  pairs +fresh", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("overrides", [[], ["preset=nano"], ["scale=0.1"]], ids=["", "nano", "scaled"])
+def test_resolved_values_make_the_same_recipes(
+    path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(path, overrides)
+    values = resolved_values(config)
+    assert resolved_values(make_config(values)) == values
+    assert make_config(values).decoder == config.decoder
