@@ -10,11 +10,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.door import Door
 from serve.errors import ApiError
-from serve.painter import Work
+from serve.gateway import Gateway
 from serve.requests import Common
 from serve.results import Result
+from serve.work import Work
 
 USAGE = {  # what OpenAI's clients require; nothing is counted in tokens here
     "input_tokens": 0,
@@ -37,7 +37,7 @@ class Answer:
         base: The server's address, for URLs.
     """
 
-    door: Door
+    door: Gateway
     asked: Common
     work: Work
     event: str

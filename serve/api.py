@@ -20,13 +20,13 @@ from starlette.middleware.cors import CORSMiddleware
 from models.tokens import check_captions
 from serve import neighbours
 from serve.answer import Answer
-from serve.door import Door
 from serve.errors import ApiError
+from serve.gateway import Gateway
 from serve.guard import Guard
-from serve.painter import Work, drawn_side
 from serve.requests import LARGEST_SEED, Common, Edit, Generation, Interpolation, Variation
 from serve.settings import MOST_IMAGES
 from serve.uploads import check_mask, read_image, read_mask
+from serve.work import Work, drawn_side
 
 STUDIO = Path(__file__).parent / "studio"
 FORM = Form(media_type="multipart/form-data")
@@ -34,7 +34,7 @@ router = APIRouter()
 log = logging.getLogger("unclip")
 
 
-def make_api(door: Door, tokens: Mapping[str, str], figures: Callable[[], bytes]) -> FastAPI:
+def make_api(door: Gateway, tokens: Mapping[str, str], figures: Callable[[], bytes]) -> FastAPI:
     """Returns the application."""
     api = FastAPI(title="unclip serve", version="1", docs_url=None, redoc_url=None)  # their pages load foreign scripts
     api.state.door, api.state.figures = door, figures
@@ -71,7 +71,7 @@ async def _told(request: Request, error: Exception) -> JSONResponse:
 @router.get("/health")
 async def health(request: Request) -> dict[str, Any]:
     """Says that the server answers, and how many wait."""
-    door: Door = request.app.state.door
+    door: Gateway = request.app.state.door
     about = await door.described()
     return {"status": "ok", "bundle": about["bundle"], "waiting": len(door.line.waiting), "warning": about["warning"]}
 
@@ -85,7 +85,7 @@ def metrics(request: Request) -> Response:
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """Lists the model, with its sizes, its priors and its sampling defaults."""
-    door: Door = request.app.state.door
+    door: Gateway = request.app.state.door
     about = {**await door.described(), "most_images": MOST_IMAGES}
     return {
         "object": "list",
@@ -137,7 +137,7 @@ async def _answer(
     request: Request, asked: Common, kind: str, event: str, images: Sequence[bytes] = (), **more: Any
 ) -> Response:
     """Draws, and answers with all images at once or with each as it is made."""
-    door: Door = request.app.state.door
+    door: Gateway = request.app.state.door
     side = await door.side(asked.model, asked.size)
     try:
         captions = [caption for caption in (asked.prompt, more.get("before")) if caption is not None]

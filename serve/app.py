@@ -29,13 +29,14 @@ from pipeline.sampling.drawing import refusals
 from pipeline.settings import RaySettings
 from serve.api import make_api
 from serve.bundle import Served, read_head
-from serve.door import Door
+from serve.gateway import Gateway
 from serve.guard import read_tokens
-from serve.line import Died, Event, Line, Refused
 from serve.metrics import Metrics
-from serve.painter import Painter, Stopped, Work
+from serve.model_runner import ModelRunner, Stopped
+from serve.queue import Died, Event, Refused, RequestQueue
 from serve.results import Results
 from serve.settings import ServeSettings
+from serve.work import Work
 
 APP = "unclip"
 SELDOM_S = 600.0  # between two looks at a release that cannot be loaded
@@ -48,20 +49,20 @@ GONE = (RayActorError, ObjectLostError, TaskCancelledError)
 log = logging.getLogger("unclip")
 
 
-class Drawer:
+class Replica:
     """A process that holds the bundle and draws one batch at a time. A new release is loaded beside the old one."""
 
     def __init__(self, served: Served, settings: ServeSettings):
         logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
         self.served, self.settings = served, settings
         self.painter = self._open(served.current())
-        self.next: Painter | None = None
+        self.next: ModelRunner | None = None
         self.warning = ""
         self.thread = ThreadPoolExecutor(1)
         if not served.key:
             Thread(target=self._follow, daemon=True).start()
 
-    def _open(self, key: str) -> Painter:
+    def _open(self, key: str) -> ModelRunner:
         unclip, settings = self.served.open(key, self.settings.device), self.settings
         judges = {
             what: (read_head(path, unclip.clip.embed_dim), most)
@@ -73,7 +74,7 @@ class Drawer:
         }
         if unclip.clip.mean.device.type == "cpu":
             torch.set_num_threads(settings.cpus)  # other processes draw on the other cores
-        painter = Painter(key, unclip, settings.batch, judges)
+        painter = ModelRunner(key, unclip, settings.batch, judges)
         painter.warm_up()
         return painter
 
@@ -106,7 +107,7 @@ class Drawer:
         return self.painter.describe() | {"warning": self.warning}
 
     async def draw(self, work: Work) -> AsyncGenerator[Event]:
-        """Yields ("bundle", its description), then the events of ``Painter.draw``, or ("refused", why)."""
+        """Yields ("bundle", its description), then the events of ``ModelRunner.draw``, or ("refused", why)."""
         self._switch()
         painter, loop, stop = self.painter, asyncio.get_running_loop(), Flag()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -162,9 +163,11 @@ class DoorProcess:
                 raise Died(type(e).__name__) from None
 
         self.metrics = Metrics()
-        line = Line(draw, settings.replicas, settings.batch, settings.queue, settings.wait_ms / 1000, self.metrics)
+        line = RequestQueue(
+            draw, settings.replicas, settings.batch, settings.queue, settings.wait_ms / 1000, self.metrics
+        )
         self.tokens = tokens
-        self.door = Door(served, settings, line, Results(settings.results_mb << 20), ask, self.metrics)
+        self.door = Gateway(served, settings, line, Results(settings.results_mb << 20), ask, self.metrics)
 
     def __serve_build_asgi_app__(self) -> Any:
         return make_api(self.door, self.tokens, self.metrics.text)
@@ -182,7 +185,7 @@ def build(served: Served, settings: ServeSettings, tokens: Mapping[str, str]) ->
     # All that are there already; those that a cluster may have to add come when they are needed.
     first = max(1, settings.idle_replicas) if asked else settings.replicas
     drawers: Any = serve.deployment(
-        Drawer,
+        Replica,
         name="drawer",
         max_ongoing_requests=1,
         ray_actor_options={"num_gpus": 1} if gpu else {"num_cpus": settings.cpus},

@@ -19,7 +19,7 @@ from pipeline.data.pairs.image import MAX_BYTES
 from pipeline.errors import UserError
 from pipeline.local import read_local
 from serve.errors import ApiError, broken
-from serve.line import Observe
+from serve.queue import Observe
 from serve.settings import ServeSettings
 
 JSON_BYTES = 64 << 10  # of a body that holds no image
@@ -65,7 +65,7 @@ def read_tokens(settings: ServeSettings) -> dict[str, str]:
     return {hashlib.sha256(token.encode()).hexdigest(): name for name, token in lines}
 
 
-class Allowance:
+class RateLimit:
     """What one token may spend in a minute, of requests, megapixels and megabytes; 0 sets no limit."""
 
     def __init__(self, limits: Mapping[str, float]):
@@ -103,7 +103,7 @@ class Guard:
             "megapixels": settings.megapixels_per_minute,
             "megabytes": settings.megabytes_per_minute,
         }
-        self.allowances = {name: Allowance(self.limits) for name in (*tokens.values(), "")}
+        self.allowances = {name: RateLimit(self.limits) for name in (*tokens.values(), "")}
         self.held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -172,7 +172,7 @@ class Guard:
             raise ApiError(401, "invalid_api_key", "Send one of the server's tokens: Authorization: Bearer TOKEN")
         return name
 
-    async def _whole(self, scope: Scope, receive: Receive, allowance: Allowance) -> Receive:
+    async def _whole(self, scope: Scope, receive: Receive, allowance: RateLimit) -> Receive:
         """Returns a body that has arrived whole.
 
         Raises ApiError for one that is too large or too slow, and where too much is held already.

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve.painter import Row
 from serve.settings import MOST_IMAGES
+from serve.work import Row
 
 LARGEST_SEED = 2**53  # what JavaScript counts to exactly
 PROMPT = 4000  # characters; the tokenizer's own limit is lower and is said in tokens

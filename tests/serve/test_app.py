@@ -17,9 +17,9 @@ from pipeline.errors import UserError
 from pipeline.graph.ray import start_ray
 from pipeline.settings import RaySettings
 from serve import app, bundle
-from serve.app import Drawer, named, sized
-from serve.painter import Row, Work
+from serve.app import Replica, named, sized
 from serve.settings import ServeSettings
+from serve.work import Row, Work
 from tests.faults import start
 from tests.pipeline.sampling.test_generation import publish_bundle
 
@@ -111,7 +111,7 @@ class Releases:
 def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     releases: Any = Releases()
 
-    def opened(_: Drawer, key: str) -> Any:
+    def opened(_: Replica, key: str) -> Any:
         if releases.broken:
             raise OSError("connection reset")
         return SimpleNamespace(key=key, describe=lambda: {"bundle": key})
@@ -122,8 +122,8 @@ def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
             assert time.monotonic() < deadline, found
             time.sleep(0.01)
 
-    monkeypatch.setattr(Drawer, "_open", opened)
-    drawer = Drawer(releases, ServeSettings(follow_s=0.02))
+    monkeypatch.setattr(Replica, "_open", opened)
+    drawer = Replica(releases, ServeSettings(follow_s=0.02))
     releases.silent = True
     until(("a", True))
     releases.silent = False
@@ -169,7 +169,7 @@ def test_a_process_draws_on_its_own_cores(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
     before = torch.get_num_threads()
     try:
-        Drawer(bundle.Served("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings(cpus=1))
+        Replica(bundle.Served("b", key="b", folder=str(tmp_path / "bundle")), ServeSettings(cpus=1))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -189,12 +189,12 @@ def test_what_cannot_be_drawn_is_refused_with_its_reason(
         raise error
 
     async def events() -> list[Any]:
-        drawer = Drawer(releases, ServeSettings())
+        drawer = Replica(releases, ServeSettings())
         return [event async for event in drawer.draw(Work("generation", {}, 64, (Row("a cat", 0),)))]
 
     releases: Any = Releases()
     releases.key = "a"
-    monkeypatch.setattr(Drawer, "_open", lambda *_: SimpleNamespace(key="a", describe=dict, draw=draw))
+    monkeypatch.setattr(Replica, "_open", lambda *_: SimpleNamespace(key="a", describe=dict, draw=draw))
     _, (kind, why) = asyncio.run(events())
     assert kind == "refused"
     assert said in why

@@ -12,11 +12,11 @@ from pipeline.ledger import Ledger
 from pipeline.store.records import digest, put_blob
 from serve.api import make_api
 from serve.bundle import Served
-from serve.door import Door
-from serve.line import Event, Line, Refused
-from serve.painter import Work
+from serve.gateway import Gateway
+from serve.queue import Event, Refused, RequestQueue
 from serve.results import Results
 from serve.settings import ServeSettings
+from serve.work import Work
 from tests.models.test_cascade import make
 from tests.pipeline.data.bench import Bench, picture
 
@@ -66,5 +66,5 @@ def api_of(bench: Bench, settings: ServeSettings, store: str, tokens: Mapping[st
         pass
 
     served = Served("bench", store=store, key=bench.made["bundle"].key)
-    line = Line(draw, 1, 1, 1, 0.0, observe)
-    return make_api(Door(served, settings, line, Results(0), ask, observe), tokens, bytes)
+    line = RequestQueue(draw, 1, 1, 1, 0.0, observe)
+    return make_api(Gateway(served, settings, line, Results(0), ask, observe), tokens, bytes)

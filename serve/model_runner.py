@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from models.view import view
 from pipeline.data.embeddings.scores import Head
 from pipeline.sampling.drawing import png_with_text
 from serve.bundle import sides
+from serve.work import Row, Work, drawn_side
 
 STEP_S = 0.2  # between two reports of steps
 Emit = Callable[[tuple[Any, ...]], None]
@@ -34,49 +33,7 @@ class Stopped(Exception):
     """Raised inside a drawing that no client waits for any longer."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One image to draw; ``share`` is how far it is turned, where a kind turns images."""
-
-    caption: str | None
-    seed: int
-    share: float = 0.0
-
-
-@dataclass(frozen=True)
-class Work:
-    """Images of one kind with equal settings.
-
-    Attributes:
-        kind: generation, inpainting, variation, difference or interpolation.
-        options: Sampling options that differ from the bundle's.
-        side: Of the images to hand out, pixels; smaller than what is drawn for 512.
-        rows: The images.
-        images: PNG files as ``decoding.prepare`` makes them, and of the mask.
-        more: What the kind needs besides: eta of a variation, the caption before a difference.
-        partial: Whether the smaller images are handed out, too.
-    """
-
-    kind: str
-    options: Mapping[str, Any]
-    side: int
-    rows: tuple[Row, ...]
-    images: tuple[bytes, ...] = ()
-    more: Mapping[str, Any] = field(default_factory=dict)
-    partial: bool = False
-
-    @cached_property
-    def digests(self) -> list[str]:
-        """Returns the sha256 of each of ``images``, which may be large."""
-        return [hashlib.sha256(image).hexdigest() for image in self.images]
-
-
-def drawn_side(side: int) -> int:
-    """Returns the side of the smallest of the cascade's images that is not below ``side``."""
-    return min(drawn for drawn in (64, 256, 1024) if drawn >= side)
-
-
-class Painter:
+class ModelRunner:
     """Draws with one bundle, ``batch`` images at once.
 
     ``judges`` are heads for "prompt" and "image" with the highest score that each lets pass.

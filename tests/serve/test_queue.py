@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from serve.errors import ApiError
-from serve.line import ATTEMPTS, Died, Event, Line, Refused
-from serve.painter import Row, Work
+from serve.queue import ATTEMPTS, Died, Event, Refused, RequestQueue
+from serve.work import Row, Work
 
 A, B = {"decoder_steps": 2}, {"decoder_steps": 3}
 BEGUN: ContextVar[list[Any]] = ContextVar("begun")  # by a request, as Ray Serve keeps it
 
 
-class Drawer:
+class Replica:
     """Draws at once when it is let, and notes what; ``deaths`` of its processes come in the middle of a batch."""
 
     def __init__(self, deaths: int = 0, error: Exception | None = None):
@@ -45,11 +45,11 @@ def work(*captions: str, options: Any = A, kind: str = "generation") -> Work:
     return Work(kind, options, 64, tuple(Row(caption, i) for i, caption in enumerate(captions)))
 
 
-def line(drawer: Drawer, lanes: int = 1, batch: int = 4, limit: int = 8) -> Line:
-    return Line(drawer, lanes, batch, limit, 0.0, lambda *_, **__: None)
+def line(drawer: Replica, lanes: int = 1, batch: int = 4, limit: int = 8) -> RequestQueue:
+    return RequestQueue(drawer, lanes, batch, limit, 0.0, lambda *_, **__: None)
 
 
-async def images(line: Line, asked: Work) -> list[bytes]:
+async def images(line: RequestQueue, asked: Work) -> list[bytes]:
     made: dict[int, bytes] = {}
     async for event in line.run(asked):
         if event[0] == "image":
@@ -64,7 +64,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 def test_requests_of_equal_settings_are_drawn_together_in_order_and_get_their_own() -> None:
     async def test() -> None:
-        drawer = Drawer()
+        drawer = Replica()
         drawn = line(drawer)
         asked = [work("z"), work("a", "b"), work("c", options=B), work("d"), work("e", "f"), work("g", kind="edit")]
         tasks = [asyncio.create_task(images(drawn, one)) for one in asked]
@@ -81,7 +81,7 @@ def test_requests_of_equal_settings_are_drawn_together_in_order_and_get_their_ow
 
 def test_a_full_line_says_when_to_come_back_and_places_count_down() -> None:
     async def test() -> None:
-        drawer = Drawer()
+        drawer = Replica()
         drawn = line(drawer, limit=2)
         tasks = []
         for steps, caption in enumerate("abc"):
@@ -109,15 +109,15 @@ def test_a_full_line_says_when_to_come_back_and_places_count_down() -> None:
 
 def test_a_batch_whose_process_dies_is_drawn_again_and_each_image_comes_once() -> None:
     async def test() -> None:
-        drawer = Drawer(deaths=2)
+        drawer = Replica(deaths=2)
         drawer.go.set()
         assert await images(line(drawer), work("a", "b")) == [b"a0", b"b1"]
         assert len(drawer.works) == 3
-        drawer = Drawer(deaths=ATTEMPTS)
+        drawer = Replica(deaths=ATTEMPTS)
         drawer.go.set()
         with pytest.raises(Died):
             await images(line(drawer), work("a", "b"))
-        drawer = Drawer(error=Refused("too many steps"))
+        drawer = Replica(error=Refused("too many steps"))
         drawer.go.set()
         with pytest.raises(Refused, match="too many steps"):
             await images(line(drawer), work("a"))
@@ -127,7 +127,7 @@ def test_a_batch_whose_process_dies_is_drawn_again_and_each_image_comes_once() -
 
 def test_a_client_that_goes_leaves_the_line_and_ends_its_drawing() -> None:
     async def test() -> None:
-        drawer = Drawer()
+        drawer = Replica()
         drawn = line(drawer)
         first, second, third = (
             asyncio.create_task(images(drawn, work(c, options={"decoder_steps": i}))) for i, c in enumerate("abc")
@@ -148,12 +148,12 @@ def test_a_client_that_goes_leaves_the_line_and_ends_its_drawing() -> None:
 def test_a_lane_outlives_the_client_that_began_it() -> None:
     """Ray Serve cancels whatever a request has begun, by the request's context, when its client goes."""
 
-    async def client(drawn: Line, asked: Work, begun: list[Any]) -> list[bytes]:
+    async def client(drawn: RequestQueue, asked: Work, begun: list[Any]) -> list[bytes]:
         BEGUN.set(begun)
         return await images(drawn, asked)
 
     async def test() -> None:
-        drawer = Drawer()
+        drawer = Replica()
         drawn = line(drawer)
         begun: list[Any] = []
         first = asyncio.create_task(client(drawn, work("a", "b"), begun))
@@ -181,7 +181,7 @@ def test_a_request_that_comes_as_the_last_lane_ends_gets_its_own() -> None:
                 came.append(asyncio.create_task(images(drawn, another)))
 
         another = work("b")
-        drawn = Line(draw, 1, 4, 8, 0.0, lambda *_, **__: None)
+        drawn = RequestQueue(draw, 1, 4, 8, 0.0, lambda *_, **__: None)
         assert await images(drawn, work("a")) == [b"a"]
         while not came:
             await asyncio.sleep(0)

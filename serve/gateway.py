@@ -13,10 +13,10 @@ from typing import Any
 from pipeline.store.records import digest
 from serve.bundle import Served
 from serve.errors import ApiError, broken
-from serve.line import Died, Event, Line, Observe, Refused
-from serve.painter import Row, Work
+from serve.queue import Died, Event, Observe, Refused, RequestQueue
 from serve.results import Result, Results
 from serve.settings import ServeSettings
+from serve.work import Row, Work
 
 log = logging.getLogger("unclip")
 BEHIND_BYTES = 1 << 29  # of images that requests hold while they wait for an equal one
@@ -24,7 +24,7 @@ EQUAL_S = 120.0  # that a request waits for an equal one, whose client may read 
 
 
 @dataclass
-class Door:
+class Gateway:
     """What the endpoints share.
 
     Attributes:
@@ -32,7 +32,7 @@ class Door:
         settings: How it is served.
         line: The line of requests.
         results: Finished images.
-        ask: Asks a process that draws what it draws with, as ``Painter.describe``.
+        ask: Asks a process that draws what it draws with, as ``ModelRunner.describe``.
         about: The last answer to that.
         observe: Notes a figure.
         drawing: The images that requests draw now, by name, until these requests have ended.
@@ -41,7 +41,7 @@ class Door:
 
     served: Served
     settings: ServeSettings
-    line: Line
+    line: RequestQueue
     results: Results
     ask: Callable[[], Awaitable[dict[str, Any]]]
     observe: Observe

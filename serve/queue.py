@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from serve.errors import ApiError
-from serve.painter import Row, Work
+from serve.work import Row, Work
 
 ATTEMPTS = 5  # at a batch whose process dies
 log = logging.getLogger("unclip")
@@ -63,7 +63,7 @@ class Job:
         self.events.put_nowait(event)
 
 
-class Line:
+class RequestQueue:
     """Draws jobs in the order in which they came, ``lanes`` batches of up to ``batch`` images at once.
 
     Args:

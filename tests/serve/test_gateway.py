@@ -6,33 +6,33 @@ from typing import Any
 
 import pytest
 
-import serve.door
+import serve.gateway
 from serve.bundle import Served
-from serve.door import Door
 from serve.errors import ApiError
-from serve.line import Died
-from serve.painter import Work
+from serve.gateway import Gateway
+from serve.queue import Died
 from serve.results import Result, Results
 from serve.settings import ServeSettings
-from tests.serve.test_line import B, Drawer, line, run, work
+from serve.work import Work
+from tests.serve.test_queue import B, Replica, line, run, work
 
 
 async def ask() -> dict[str, Any]:
     return {"bundle": "b", "sides": [64]}
 
 
-def door(drawer: Drawer) -> Door:
-    return Door(Served("tiny", key="b"), ServeSettings(), line(drawer), Results(1 << 20), ask, lambda *_, **__: None)
+def door(drawer: Replica) -> Gateway:
+    return Gateway(Served("tiny", key="b"), ServeSettings(), line(drawer), Results(1 << 20), ask, lambda *_, **__: None)
 
 
-async def drawn(door: Door, asked: Work) -> list[Result]:
+async def drawn(door: Gateway, asked: Work) -> list[Result]:
     made = {event[1]: event[3] async for event in door.draw(asked) if event[0] == "image"}
     return [made[i] for i in range(len(asked.rows))]
 
 
 def test_equal_requests_at_once_are_drawn_once() -> None:
     async def test() -> None:
-        drawer = Drawer()
+        drawer = Replica()
         one = door(drawer)
         asked = [work("a", "b"), work("a", "b"), work("a"), work("a", "b", "c"), work("a", options=B)]
         tasks = [asyncio.create_task(drawn(one, each)) for each in asked]
@@ -49,7 +49,7 @@ def test_equal_requests_at_once_are_drawn_once() -> None:
 
 def test_a_request_draws_by_itself_where_the_equal_one_before_it_ends_without_images() -> None:
     async def test() -> None:
-        drawer = Drawer()
+        drawer = Replica()
         one = door(drawer)
         first, second = (asyncio.create_task(drawn(one, work("a"))) for _ in range(2))
         await asyncio.sleep(0.01)
@@ -64,7 +64,7 @@ def test_a_request_draws_by_itself_where_the_equal_one_before_it_ends_without_im
 
 def test_when_the_first_of_equal_requests_goes_one_of_the_others_is_drawn() -> None:
     async def test() -> None:
-        drawer = Drawer()
+        drawer = Replica()
         one = door(drawer)
         tasks = [asyncio.create_task(drawn(one, work("a"))) for _ in range(5)]
         await asyncio.sleep(0.01)
@@ -80,10 +80,10 @@ def test_when_the_first_of_equal_requests_goes_one_of_the_others_is_drawn() -> N
 
 
 def test_requests_that_wait_for_an_equal_one_hold_so_many_bytes_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve.door, "BEHIND_BYTES", 10)
+    monkeypatch.setattr(serve.gateway, "BEHIND_BYTES", 10)
 
     async def test() -> None:
-        drawer = Drawer()
+        drawer = Replica()
         one = door(drawer)
         with_images = replace(work("a", kind="variation"), images=(b"3by", b"2b"))
         tasks = [asyncio.create_task(drawn(one, each)) for each in [with_images] * 4 + [work("a")] * 20]
@@ -98,7 +98,7 @@ def test_requests_that_wait_for_an_equal_one_hold_so_many_bytes_of_images(monkey
 
 
 def test_an_image_is_named_by_its_whole_recipe_with_a_key_that_nobody_has() -> None:
-    one, other = door(Drawer()), door(Drawer())
+    one, other = door(Replica()), door(Replica())
     base = work("a")
     (row,) = base.rows
     recipes = [
@@ -120,7 +120,7 @@ def test_images_that_were_asked_for_last_are_kept_up_to_a_number_of_bytes() -> N
 
 def test_a_drawing_that_breaks_is_an_error_of_the_servers() -> None:
     async def test() -> None:
-        drawer = Drawer(error=MemoryError("CUDA out of memory"))
+        drawer = Replica(error=MemoryError("CUDA out of memory"))
         one = door(drawer)
         drawer.go.set()
         with pytest.raises(ApiError) as raised:
@@ -136,7 +136,7 @@ def test_a_server_whose_process_is_gone_says_to_come_back_until_it_has_heard_of_
         raise Died("killed")
 
     async def test() -> None:
-        one = door(Drawer())
+        one = door(Replica())
         one.ask = gone
         with pytest.raises(ApiError) as caught:
             await one.described()

@@ -13,7 +13,8 @@ from models.cascade import UnCLIP
 from pipeline.errors import UserError
 from pipeline.sampling.drawing import png_with_text
 from serve.bundle import read_head
-from serve.painter import Painter, Row, Stopped, Work
+from serve.model_runner import ModelRunner, Stopped
+from serve.work import Row, Work
 from tests.models.test_cascade import DIM, make
 
 WORK = Work(
@@ -21,7 +22,7 @@ WORK = Work(
 )
 
 
-def drawn(painter: Painter, work: Work = WORK) -> list[tuple[Any, ...]]:
+def drawn(painter: ModelRunner, work: Work = WORK) -> list[tuple[Any, ...]]:
     events: list[tuple[Any, ...]] = []
     painter.draw(work, events.append, lambda: False)
     return events
@@ -36,11 +37,11 @@ def head(folder: Path, bias: float, dim: int = DIM) -> str:
 @pytest.mark.parametrize("what", ["prompt", "image"])
 def test_what_a_head_scores_too_high_is_withheld_in_every_size(tmp_path: Path, what: str) -> None:
     judge = read_head(head(tmp_path, 0.7), DIM)
-    events = drawn(Painter("k", make(), 2, {what: (judge, 0.5)}))
+    events = drawn(ModelRunner("k", make(), 2, {what: (judge, 0.5)}))
     assert [event[1] for event in events if event[0] == "withheld"] == [0, 1, 2]
     assert {event[2] for event in events if event[0] == "withheld"} == {f"the {what} is refused by this server's rules"}
     assert not [event for event in events if event[0] in ("image", "partial")]
-    passed = drawn(Painter("k", make(), 2, {what: (judge, 0.9)}))
+    passed = drawn(ModelRunner("k", make(), 2, {what: (judge, 0.9)}))
     assert [event[1] for event in passed if event[0] == "image"] == [0, 1, 2]
 
 
@@ -50,7 +51,7 @@ def test_a_head_of_other_embeddings_is_refused(tmp_path: Path) -> None:
 
 
 def test_smaller_images_come_first_and_stages_are_timed() -> None:
-    events = drawn(Painter("k", make(), 2))
+    events = drawn(ModelRunner("k", make(), 2))
     assert [(e[0], e[1]) for e in events if e[0] in ("partial", "image")] == [
         ("partial", 0), ("partial", 1), ("image", 0), ("image", 1), ("partial", 2), ("image", 2)
     ]  # fmt: skip
@@ -81,7 +82,9 @@ def test_edits_are_drawn_as_many_at_once_as_the_batch_says(kind: str, monkeypatc
     )
     more = {"variation": {"eta": 1.0}, "difference": {"before": "the sea"}, "interpolation": {}}[kind]
     work = Work(kind, {"decoder_steps": 2}, 64, rows, (png,) * (2 if kind == "interpolation" else 1), more)
-    alone, together = ([e[2] for e in drawn(Painter("k", unclip, batch), work) if e[0] == "image"] for batch in (1, 3))
+    alone, together = (
+        [e[2] for e in drawn(ModelRunner("k", unclip, batch), work) if e[0] == "image"] for batch in (1, 3)
+    )
     assert (made, sum(inverted)) == ([1, 1, 1, 3], 2 * len(work.images))
     for a, b in zip(alone, together, strict=True):
         pixels = [np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (a, b)]
@@ -91,5 +94,5 @@ def test_edits_are_drawn_as_many_at_once_as_the_batch_says(kind: str, monkeypatc
 def test_a_drawing_that_nobody_waits_for_stops_at_the_next_step() -> None:
     events: list[tuple[Any, ...]] = []
     with pytest.raises(Stopped):
-        Painter("k", make(), 2).draw(WORK, events.append, lambda: len(events) > 3)
+        ModelRunner("k", make(), 2).draw(WORK, events.append, lambda: len(events) > 3)
     assert not [event for event in events if event[0] == "image"]
