@@ -14,9 +14,10 @@ REASONS = {
     "no_reference": "the row names no image",
     "no_caption": "no caption, or only white space",
     "duplicate_url": "an earlier row of the list names the same image; the captions of this one are not used",
+    "budget_spent": "a list or a host has cost more time or bytes than its budget; what is behind is left out",
     "forgotten": "the row is to be forgotten (unclip data forget)",
     # fetch
-    "unsupported_reference": "not an http, https, s3, file or tar reference",
+    "unsupported_reference": "not an http, https, s3, file or tar reference, or one over 8 KiB",
     "forbidden_reference": "a file or bucket that the list may not name (source.roots)",
     "missing_file": "no such file, or no such object on S3",
     "http_4xx": "the server answered with a 4xx status",

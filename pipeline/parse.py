@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, reduce
+from itertools import chain
 from operator import getitem
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -25,6 +26,8 @@ from pydantic_core import CoreSchema, ErrorDetails, core_schema
 from pipeline.errors import UserError, did_you_mean
 from pipeline.local import open_local
 from pipeline.progress import read_count
+
+MAX_ALIASED = 10_000  # values that all aliases of a document stand for together; nested ones multiply
 
 _EXPECTED = {
     "dataclass_type": "a mapping",
@@ -100,7 +103,32 @@ def parse(kind: Any, value: Any, where: str = "") -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping with two values for one key, of which PyYAML drops the first."""
+    """Refuses a mapping with two values for one key, of which PyYAML drops the first, and aliases that multiply."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._sizes: dict[
+            int, int
+        ] = {}  # nodes by their id, each with the values below it; those in progress have none
+        self._aliased = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        node = super().compose_node(parent, index)
+        if node is None:
+            return node
+        if isinstance(event, yaml.AliasEvent):
+            size = self._sizes.get(id(node))
+            self._aliased += size or MAX_ALIASED
+            if size is None or self._aliased > MAX_ALIASED:
+                said = f"*{event.anchor} repeats over {MAX_ALIASED:,} values, or itself; write them out"
+                raise yaml.MarkedYAMLError(None, None, said, node.start_mark)
+        elif isinstance(node, yaml.CollectionNode):
+            below = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(each)] for each in below)
+        else:
+            self._sizes[id(node)] = 1
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -117,6 +145,8 @@ def load_yaml(text: str) -> Any:
     """Returns the value of a YAML document. Raises ValueError, in one line, where it is none."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError:
+        raise ValueError("lists or mappings are nested too deeply") from None
     except (yaml.YAMLError, ValueError) as e:  # a ValueError for a date or a number that is none
         raise ValueError(" ".join(str(e).split())) from e
 

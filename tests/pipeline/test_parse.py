@@ -5,7 +5,7 @@ import pytest
 from pydantic import NonNegativeFloat
 
 from pipeline.errors import UserError
-from pipeline.parse import overlay, parse
+from pipeline.parse import MAX_ALIASED, load_yaml, overlay, parse
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,36 @@ def test_a_single_value_is_read_by_the_type_of_its_field() -> None:
         parse(float, "x", "--set scale")
     with pytest.raises(UserError, match=r"^--guidance: -1 is below 0$"):
         parse(Inner, {"guidance": -1}, "--")
+
+
+def laughs(level: str, last: str) -> str:
+    """556 bytes that stand for 9^9 values."""
+    return f"a0: &a0 {last}\n" + "".join(
+        f"a{i}: &a{i} {level.format(','.join([f'*a{i - 1}'] * 9))}\n" for i in range(1, 9)
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        laughs("[{}]", "[x,x,x,x,x,x,x,x,x]"),
+        laughs("{{<<: [{}]}}", "{x: 1}"),
+        "a: &a [*a]",
+        "a: &a {b: [c, *a]}",
+        "[" * 100_000,
+    ],
+)
+def test_a_document_that_multiplies_itself_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ValueError, match=r"write them out|nested too deeply") as refused:
+        load_yaml(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_aliases_in_measure_are_read() -> None:
+    assert load_yaml("a: &b {c: 1}\nd: *b\ne: {<<: *b, f: [*b, *b]}") == {
+        "a": {"c": 1},
+        "d": {"c": 1},
+        "e": {"c": 1, "f": [{"c": 1}, {"c": 1}]},
+    }
+    most = MAX_ALIASED // 1000 - 1
+    assert len(load_yaml(f"a: &a [{','.join('x' * 999)}]\nb: [{','.join(['*a'] * most)}]")["b"]) == most

@@ -26,6 +26,7 @@ from pipeline.data.fetch.addresses import is_public
 from pipeline.errors import UserError
 
 _SAFE = "!#$%&'()*+,/:;=?@[]~"  # what a browser leaves as it is in a path or a query
+MAX_URL = 8 << 10  # characters of a reference; no server takes more, and each rule of a site is compared with it
 _LONGEST_HOST = 253  # characters of a name that DNS can hold; older Pythons take quadratic time for the IDNA of more
 _SHARES = 4  # of the time that is left an address of a name may take one, if others wait behind it
 
@@ -116,9 +117,11 @@ def normal_url(reference: str) -> str:
     """Returns an http(s) URL in one spelling, that the guard, the server, robots.txt and deny lists all see.
 
     Host in lower case and ASCII (IDNA), spaces and letters outside ASCII escaped as a browser does, no fragment, no
-    ``.`` or ``..`` in the path. Raises Refused for anything else, and for user names and escapes in the host, which
-    parsers read differently.
+    ``.`` or ``..`` in the path. Raises Refused for anything else, for one over MAX_URL, and for user names and escapes
+    in the host, which parsers read differently.
     """
+    if len(reference) > MAX_URL:
+        raise Refused("unsupported_reference")
     try:
         parts = urlsplit(reference)
         host, port = parts.hostname or "", parts.port

@@ -31,10 +31,11 @@ from pipeline.store.records import read_blob
 
 AGENTS = frozenset({"unclip-ray", "img2dataset"})
 ROBOTS_BYTES = 500 << 10  # of a robots.txt are read (RFC 9309, 2.5)
-MAX_LINES = 20_000  # of a robots.txt are read; a URL is compared with every rule
+MAX_RULES = 2_000  # for us in a robots.txt; a URL is compared with every one, and each may hold many wildcards
 
 _OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # none is noindex, nofollow
 _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+_AGENT, _OTHERS = "User-agent: ", "another"  # as _for_us writes them
 _AGENT_LINE = re.compile(r"user(?:-|\s*)agent(?:\s*:|\s)\s*([^\s/]*).*", re.IGNORECASE)
 
 
@@ -130,10 +131,23 @@ def unpacked(robots: bytes) -> bytes | str:
 def parse_robots(body: bytes) -> Protego:
     """Returns the rules of a robots.txt; any bytes can be read.
 
-    Groups that name us, by either name, are one group; only without such a group that for ``*`` counts.
+    Groups that name us, by either name, are one group; only without such a group that for ``*`` counts. A site with
+    over MAX_RULES rules for us is left alone: its wishes are not known unless all of them are compared.
     """
     text = body[:ROBOTS_BYTES].removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    return Protego.parse("\n".join(map(_for_us, text.splitlines()[:MAX_LINES])))
+    kept: list[str] = []
+    rules, heading, ours = 0, False, False
+    for line in filter(None, map(_for_us, text.splitlines())):
+        if line.startswith(_AGENT):  # several such lines begin one group
+            ours = (heading and ours) or line != _AGENT + _OTHERS
+            heading = True
+        else:
+            heading = False
+            if not ours:
+                continue
+            rules += 1
+        kept.append(line)
+    return Protego.parse(f"{_AGENT}*\nDisallow: /" if rules > MAX_RULES else "\n".join(kept))
 
 
 def allows(rules: Protego, url: str) -> bool:
@@ -148,7 +162,7 @@ def _for_us(line: str) -> str:
     if not (found := _AGENT_LINE.fullmatch(text)):
         return text
     name = found[1].lower()
-    return f"User-agent: {'unclip-ray' if name in AGENTS else name if name == '*' else 'another'}"
+    return _AGENT + ("unclip-ray" if name in AGENTS else name if name == "*" else _OTHERS)
 
 
 def opting_out(tags: Iterable[str]) -> str | None:
@@ -220,7 +234,7 @@ class Robots:
         failed = isinstance(found, str) and found != "http_4xx"
         site.answer = parse_robots(found) if isinstance(found, bytes) else found if failed else ""
         # What protego takes for them at most, measured: a rule is three objects and its text.
-        size = 24 * len(found) + 1000 * min(found.count(b"\n"), MAX_LINES) if isinstance(found, bytes) else 0
+        size = 24 * len(found) + 1000 * min(len(found.splitlines()), MAX_RULES) if isinstance(found, bytes) else 0
         site.until = time.monotonic() + (self.FAILURE_S if failed else self.DAY_S)
         with self._lock:
             if self._sites.get(origin) is site:  # else it was forgotten meanwhile

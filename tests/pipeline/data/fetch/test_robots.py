@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from pipeline.config import make_config
 from pipeline.data.fetch.fetcher import Fetcher, private_headers
-from pipeline.data.fetch.opener import Refused
+from pipeline.data.fetch.opener import Refused, normal_url
 from pipeline.data.fetch.references import shown
-from pipeline.data.fetch.rules import MAX_LINES, ROBOTS_BYTES, Robots, allows, opting_out, parse_robots
+from pipeline.data.fetch.rules import MAX_RULES, ROBOTS_BYTES, Robots, allows, opting_out, parse_robots
 from pipeline.data.pairs.row_index import read_opt_outs
 from pipeline.graph.artifacts import read_shards
 from pipeline.settings import PairsSettings
@@ -223,9 +223,8 @@ def test_threads_share_one_request_and_memory_is_bounded(monkeypatch: pytest.Mon
 )
 def test_rules_count_as_the_memory_they_take(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A robots.txt of short lines takes eighty times its bytes once it is parsed."""
-    monkeypatch.setattr("pipeline.data.fetch.rules.MAX_LINES", 2000)  # a tenth, to be quick
     monkeypatch.setattr(Robots, "MAX_BYTES", 7 << 20)
-    rules = "\n".join(rule.format(i, i) for i in range(6_000))
+    rules = "\n".join(rule.format(i, i) for i in range(MAX_RULES))
     largest = f"user-agent:*\nuser-agent:unclip-ray\nuser-agent:x\n{rules}".encode()
     robots = Robots(lambda url: largest)
     tracemalloc.start()
@@ -239,9 +238,8 @@ def test_rules_count_as_the_memory_they_take(rule: str, monkeypatch: pytest.Monk
     assert len(robots._sites) >= 1
 
 
-def test_names_times_rules_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_times_rules_take_no_memory() -> None:
     """Protego keeps a copy of a group's rules for each of its names, however the names are spelled."""
-    monkeypatch.setattr("pipeline.data.fetch.rules.MAX_LINES", 2000)
     for spelled in ("user-agent:{}", "User-Agent {}", "useragent: {}", "user  agent {}", "user agent:{}*"):
         names = "\n".join(spelled.format(f"a{i}") for i in range(1000))
         tracemalloc.start()
@@ -251,10 +249,23 @@ def test_names_times_rules_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> No
         assert most < 3 << 20
 
 
-def test_only_the_first_lines_are_read() -> None:
-    crowd = "User-Agent: *\n" + "Allow: /x\n" * (MAX_LINES - 3)
-    assert not allowed(crowd + "User-Agent: img2dataset\nDisallow: /\n", "/a.png")
-    assert allowed(crowd + "Allow: /x\nUser-Agent: img2dataset\nDisallow: /\n", "/a.png")
+def test_a_site_of_too_many_rules_for_us_is_left_alone() -> None:
+    crowd = "User-Agent: *\n" + "Allow: /x\n" * MAX_RULES
+    assert allowed(crowd, "/a.png")
+    assert not allowed(crowd + "Disallow: /x\n", "/a.png")
+    # Rules for others cost nothing.
+    assert allowed("User-Agent: someone\nUser-Agent: else\n" + "Disallow: /\n" * 20_000 + crowd, "/a.png")
+    assert not allowed("User-Agent: someone\nUser-Agent: *\n" + "Disallow: /x\n" * 20_000, "/a.png")
+
+
+def test_comparing_a_url_with_the_rules_of_a_site_takes_no_time() -> None:
+    """A rule of wildcards, compared with a megabyte, took the interpreter for seconds, outside of every deadline."""
+    rules = parse_robots(b"User-agent: *\n" + b"Disallow: /*a*b*c*d*e$\n" * MAX_RULES)
+    start = time.process_time()
+    with pytest.raises(Refused, match="unsupported_reference"):
+        allows(rules, normal_url("http://a.test/" + "ab" * 500_000))
+    assert allows(rules, normal_url("http://a.test/" + "ab" * 4_000))
+    assert time.process_time() - start < 2
 
 
 # --- against a server -------------------------------------------------------------------------------------------------
