@@ -84,9 +84,7 @@ def check_nodes(settings: RaySettings, store: Store | None) -> Iterator[Finding]
     except UserError as e:
         yield Finding("problem", "ray", str(e))
     except Exception as e:  # Ray's own, of many types
-        yield Finding(
-            "problem", "ray", f"does not start ({brief(e)})", "see the logs under /tmp/ray/session_latest/logs"
-        )
+        yield Finding("problem", "ray", f"does not answer ({brief(e)})", "run doctor again, or look at ray status")
     else:
         cpus, gpus = (sum(getattr(node, kind) for node, _ in answers) for kind in ("cpus", "gpus"))
         count = f"{len(answers)} node{'s' if len(answers) > 1 else ''}, {cpus:g} CPUs, {gpus:g} GPUs"

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.graph.artifacts import Artifact
+from pipeline.graph.local_ray import start_local_ray
 from pipeline.graph.resources import (
     Machine,
     Settings,
@@ -49,14 +50,15 @@ class ClusterNode:
 def start_ray(settings: RaySettings) -> Any:
     """Joins the cluster that RAY_ADDRESS names, or starts one on this machine that ends with this process.
 
-    The latter has no dashboard, listens on loopback, and asks for a token that only its processes have.
+    The latter has no dashboard, listens on loopback, asks for a token that only its processes have, and keeps its files
+    where no other user may enter.
 
     Returns:
         The ``ray`` module.
 
     Raises:
-        UserError: The named cluster does not answer, or has another version of Ray or Python, or the folder of
-            temporary files has too long a name for Ray.
+        UserError: The named cluster does not answer, or has another version of Ray or Python, or the Ray of this
+            machine does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's core warns on the console about the actors of Ray Data, where the user can do nothing.
@@ -87,24 +89,16 @@ def start_ray(settings: RaySettings) -> Any:
             told = " ".join(str(e).split()).removeprefix("Version mismatch: ")
             raise UserError(f"the Ray cluster at {address} is another version; install the same here: {told}") from e
     else:
-        try:
-            machine = this_machine(settings)
-            with _without_log_lines():
-                ray.init(
-                    address="local",
-                    num_cpus=int(machine.cpus),
-                    num_gpus=int(machine.gpus),  # Ray by itself counts GPUs, too, that torch cannot use
-                    object_store_memory=object_store_mb(settings, machine) << 20,
-                    include_dashboard=False,
-                    **quiet,
-                )
-        except OSError as e:
-            if "AF_UNIX" not in str(e):
-                raise
-            raise UserError(
-                "the folder of temporary files (TMPDIR) has too long a name for Ray, whose sockets lie there under "
-                f"names of at most 107 bytes; set RAY_TMPDIR=/tmp ({e})"
-            ) from e
+        machine = this_machine(settings)
+        with _without_log_lines():
+            start_local_ray(
+                ray,
+                num_cpus=int(machine.cpus),
+                num_gpus=int(machine.gpus),  # Ray by itself counts GPUs, too, that torch cannot use
+                object_store_memory=object_store_mb(settings, machine) << 20,
+                include_dashboard=False,
+                **quiet,
+            )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, at_sigterm)  # Ray ends the process there; its core prints its stack
     return ray

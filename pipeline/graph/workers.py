@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import CorruptObject, UserError
 from pipeline.graph.artifacts import Shard, ShardRow, publish_shard, read_shard
+from pipeline.graph.local_ray import ray_logs
 from pipeline.ledger import Ledger
 from pipeline.progress import Steps, add
 from pipeline.store import Store
@@ -266,6 +267,7 @@ def read_answer(data: bytes) -> tuple[Shard, WorkTimes]:
     """Returns the shard that an operator's answer holds, and what it took, or raises what was in its way."""
     answer = pickle.loads(data)
     if isinstance(answer, Exception):
+        ray_logs()  # stay, since it may speak of them
         raise answer
     return answer
 

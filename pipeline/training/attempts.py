@@ -13,6 +13,7 @@ from pathlib import Path
 from models.clip import Clip
 from pipeline.errors import Unreachable, UserError
 from pipeline.graph.artifacts import Artifact, load_artifact, publish_artifact
+from pipeline.graph.local_ray import ray_logs
 from pipeline.graph.ray import works_on_ray
 from pipeline.graph.stages import Context
 from pipeline.ledger import Ledger
@@ -108,7 +109,7 @@ def gave_up(ctx: Context, e: Exception, lost: int) -> UserError:
     if isinstance(e, UserError):
         return UserError(what)
     return UserError(
-        f"{what}; look for the cause in Ray's logs (often too little memory: set micro_batch), then run again"
+        f"{what}; look for the cause in {ray_logs()} (often too little memory: set micro_batch), then run again"
     )
 
 

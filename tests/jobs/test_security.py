@@ -5,6 +5,8 @@ import os
 import re
 import secrets as random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,6 +39,15 @@ IDENTITIES = {
 }
 
 
+KEEPING = """
+import sys
+from jobs.cli import main
+from pipeline.graph.local_ray import PrivateFolder
+PrivateFolder._remove = lambda folder: None
+sys.exit(main())
+"""
+
+
 class Team:
     """A micro chain on S3 that the writer has made, with a private source and workers of Ray; and others beside."""
 
@@ -48,7 +59,13 @@ class Team:
         run = {**MICRO["run"], "pairs": pairs, "clip": {"workers": 1}}  # type: ignore[dict-item]
         paths = [write_list(folder / "list.csv", 0, 60), _foreign(folder / "foreign")]
         self.config = write_config(folder, self.url, pictures, paths, run=run)
-        self.made = unclip("run", self.config, env=self.environment("writer"))
+        self.made = self._run_and_keep_logs()
+
+    def _run_and_keep_logs(self) -> Finished:
+        """Run everything as the writer; Ray's logs, which go with their process, stay to be searched."""
+        command = [sys.executable, "-c", KEEPING, "run", str(self.config)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | self.environment("writer")
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
     def environment(self, who: str) -> dict[str, str]:
         return self.server.environment_of(who, SECRETS[who]) | {

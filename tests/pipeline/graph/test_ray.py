@@ -227,7 +227,7 @@ def test_a_ray_of_this_machine_has_the_gpus_that_torch_can_use(found: int, monke
 
     given: dict[str, Any] = {}
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **how: given.update(how))
+    monkeypatch.setattr(launch, "start_local_ray", lambda _, **how: given.update(how))
     monkeypatch.setattr(launch, "this_machine", lambda settings: Machine(4, found, memory=64 << 30))
     start_ray(RaySettings(object_store_mb=200))
     assert (given["num_cpus"], given["num_gpus"], given["object_store_memory"]) == (4, found, 200 << 20)

@@ -1,0 +1,143 @@
+"""Starts the Ray of this machine in a folder that no other user may enter, and notices when a process of it ends."""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+PREFIX = "unclip-ray-"
+WATCHED = {
+    "gcs_server": "head process (gcs_server)",
+    "raylet": "node process (raylet)",
+}  # Ray does nothing without them
+log = logging.getLogger("unclip")
+
+
+class PrivateFolder:
+    """A new folder below ``base`` that no other user may enter; it is removed when this process ends.
+
+    Ray's own folders, which it makes for everybody (mode 777), lie in it. It is locked while its process lives, so that
+    the next process of this user removes what one has left that was killed.
+
+    Attributes:
+        path: The folder.
+        keep: Whether it stays until the next process comes, because an error names a log in it.
+    """
+
+    def __init__(self, base: str):
+        self.keep, self._process = False, os.getpid()
+        for other in Path(base).glob(PREFIX + "*"):
+            with suppress(OSError):  # it belongs to another user, or its process is at work
+                handle = _lock(other)
+                shutil.rmtree(other, ignore_errors=True)
+                os.close(handle)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+            with suppress(OSError):  # another process has taken it for one that was left, before it was locked
+                self._lock = _lock(self.path)
+                break
+        atexit.register(self._remove)
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "ray/session_latest/logs"
+
+    def _remove(self) -> None:
+        if os.getpid() != self._process:  # this is a fork
+            return
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+        if not self.keep:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int:
+    """Locks a folder of this user. Raises OSError where that is not possible at once, and if the folder is gone."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(handle).st_uid != os.getuid():
+            raise PermissionError
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(folder)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+_folders: dict[str, PrivateFolder] = {}  # of this process, by what they are below; the next Ray starts in the same one
+
+
+def start_local_ray(ray: Any, **options: Any) -> None:
+    """Starts a Ray that ends with this process, with the options of ``ray.init``.
+
+    Where a process of it dies on which everything waits, this process logs an error that says so and ends with code 1:
+    Ray's own core would end it after 15 to 61 seconds, from within and without a word. Nothing is lost by it that is
+    not lost by a kill.
+
+    Raises:
+        UserError: It does not come up, or the folder of temporary files has too long a name for it.
+    """
+    base = os.environ.get("RAY_TMPDIR") or (tempfile.gettempdir() if sys.platform == "linux" else "/tmp")
+    try:
+        folder = _folders[base] = _folders.get(base) or PrivateFolder(base)
+    except OSError as e:
+        raise UserError(
+            f"Ray's files cannot be written below {base} (RAY_TMPDIR, else TMPDIR): {e.strerror}; name another folder"
+        ) from e
+    try:
+        ray.init(address="local", _temp_dir=str(folder.path / "ray"), **options)
+    except (TypeError, ValueError):  # of the options
+        raise
+    except Exception as e:  # of many types, Exception itself among them
+        if "AF_UNIX" in str(e):
+            raise UserError(
+                "the folder of temporary files (TMPDIR) has too long a name for Ray, whose sockets lie there under "
+                f"names of at most 107 bytes; set RAY_TMPDIR=/tmp ({e})"
+            ) from e
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0].partition(". ")[0]
+        raise UserError(
+            f"Ray did not start ({why}), most often because this machine is too busy: run the same command again, or "
+            f"give Ray fewer cores by run.ray.cpus; {ray_logs()} say more"
+        ) from e
+    node = ray._private.worker._global_node
+    for name, what in WATCHED.items():
+        for started in node.all_processes.get(name, ()):
+            watch = (ray, node, started.process, what)
+            threading.Thread(target=_watch, args=watch, name=f"watch {name}", daemon=True).start()
+
+
+def ray_logs() -> str:
+    """Returns how an error names Ray's logs; those of this machine stay until another process starts a Ray."""
+    for folder in _folders.values():
+        folder.keep = True
+    return "Ray's logs" + "".join(f" in {folder.logs}" for folder in _folders.values())
+
+
+def _watch(ray: Any, node: Any, process: subprocess.Popen[bytes], what: str) -> None:
+    """Waits for the end of a process of Ray, and ends this process unless Ray was told to shut down."""
+    code = process.wait()
+    if not ray.is_initialized() or ray._private.worker._global_node is not node:
+        return
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    log.error(
+        "the %s of Ray on this machine %s, and this command ends with it; %s may say why, or the kernel's log where "
+        "memory was short; run the same command again: what is done is kept",
+        *(what, how, ray_logs()),
+    )
+    with suppress(Exception):  # somebody may be in the middle of a write
+        sys.stdout.flush()
+    os._exit(1)

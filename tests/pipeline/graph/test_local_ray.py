@@ -1,0 +1,156 @@
+"""The Ray of this machine: its folder is for its user alone, what is left of it goes, its end is told in a line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.graph import local_ray
+from pipeline.graph.local_ray import PREFIX, PrivateFolder, start_local_ray
+from tests.chain import ROOT
+
+NOBODY = 65534
+START = """
+import json, os, sys, time
+from pipeline.graph.ray import start_ray
+from pipeline.settings import RaySettings
+ray = start_ray(RaySettings(cpus=1, object_store_mb=100))
+node = ray._private.worker._global_node
+print(json.dumps({"logs": node.get_logs_dir_path(), "processes":
+    {name: [each.process.pid for each in started] for name, started in node.all_processes.items()}}), flush=True)
+"""
+# What another user could do with Ray's socket and its logs, if the folders were open.
+INTRUDE = """
+import os, sys
+from pathlib import Path
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+entered = []
+for root in map(Path, sys.argv[1:]):
+    for attempt in (
+        lambda: os.listdir(root),
+        lambda: os.chdir(root),
+        lambda: os.stat(root / "ray"),
+        lambda: os.listdir(root / "ray"),
+        lambda: os.rename(root / "ray/session_latest", root / "ray/mine"),
+        lambda: (root / "ray/mine").touch(),
+        lambda: root.chmod(0o777),
+        lambda: root.rename(root.with_name("mine")),
+    ):
+        try:
+            attempt()
+            entered.append(str(root))
+        except PermissionError:
+            pass
+print(entered)
+"""
+
+
+@contextmanager
+def running(base: Path, then: str, *, start: str = START) -> Iterator[tuple["subprocess.Popen[str]", dict]]:
+    """A process that has started a Ray below a folder, and goes on; and what it said of it."""
+    environment = os.environ | {"RAY_TMPDIR": str(base), "PYTHONPATH": str(ROOT), "HOME": str(base)}
+    command = [sys.executable, "-c", start + then]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            yield process, json.loads(line)
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def base() -> Iterator[Path]:
+    """A folder with a short name, as sockets need it, in which every user may write, as in /tmp."""
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    folder.chmod(0o1777)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.timeout(300)
+def test_another_user_enters_none_of_rays_folders_and_nothing_is_left_of_them(base: Path) -> None:
+    with running(base, "sys.stdin.read()\n") as (process, told):
+        (folder,) = base.glob(PREFIX + "*")
+        assert Path(told["logs"]).is_relative_to(folder)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert (folder / "ray/session_latest/sockets/raylet").is_socket()
+        if os.getuid() == 0:
+            intruder = subprocess.run([sys.executable, "-c", INTRUDE, str(folder)], capture_output=True, text=True)
+            assert intruder.stdout == "[]\n", intruder.stdout + intruder.stderr
+        process.stdin.close()
+        assert process.wait(60) == 0, process.stderr.read()
+    assert list(base.iterdir()) == []
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("name", "waits"), [("gcs_server", "time.sleep(600)"), ("raylet", "ray.get(ray.remote(f).remote())")]
+)
+def test_a_process_of_ray_that_is_killed_ends_the_command_with_one_line(base: Path, name: str, waits: str) -> None:
+    then = f"import logging; logging.basicConfig(format='%(message)s')\nf = lambda: time.sleep(600)\n{waits}\n"
+    with running(base, then) as (process, told):
+        (pid,) = told["processes"][name]
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) == 1
+        (line,) = process.stderr.read().splitlines()
+        assert process.stdout.read() == ""
+    assert name in line
+    assert "SIGKILL" in line
+    assert "run the same command again" in line
+    logs = next(base.glob(PREFIX + "*")) / "ray/session_latest/logs"
+    assert str(logs) in line
+    assert (logs / "raylet.err").exists()
+    PrivateFolder(str(base))  # of the next process: what the other one has left goes
+    assert not logs.exists()
+
+
+def test_only_what_a_process_has_left_is_removed(base: Path) -> None:
+    """Neither what a process holds that is at work, nor what another user has made under such a name."""
+    at_work, foreign = PrivateFolder(str(base)), base / f"{PREFIX}foreign"
+    left = base / f"{PREFIX}left"
+    for folder in (left, foreign):
+        (folder / "ray").mkdir(parents=True)
+    link = base / f"{PREFIX}link"
+    link.symlink_to(base)
+    if os.getuid() == 0:
+        os.chown(foreign, NOBODY, NOBODY)
+    made = PrivateFolder(str(base))
+    kept = {at_work.path, made.path, link} | ({foreign} if os.getuid() == 0 else set())
+    assert set(base.iterdir()) == kept
+
+
+@pytest.mark.timeout(300)
+def test_a_ray_that_does_not_come_up_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that is so busy that its raylet does not answer within Ray's half minute."""
+    import ray
+
+    monkeypatch.setenv("RAY_TMPDIR", str(base))
+    monkeypatch.setattr(ray._private.services, "RAYLET_EXECUTABLE", "/bin/true")
+    with pytest.raises(UserError) as refused:
+        start_local_ray(ray, num_cpus=1, object_store_memory=100 << 20, include_dashboard=False)
+    said = str(refused.value)
+    assert "\n" not in said
+    assert said.startswith("Ray did not start (The current node timed out during startup), ")
+    assert "run the same command again" in said
+    assert str(local_ray._folders[str(base)].logs) in said
+    assert not ray.is_initialized()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"nothing \(RAY_TMPDIR, else TMPDIR\): No such file or directory; "):
+        start_local_ray(ray)
