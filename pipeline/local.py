@@ -4,6 +4,9 @@ A list often comes from strangers, so what its rows name is confined. A table ma
 folder of images holds its own files, and ``source.roots`` adds folders, tars and buckets. Only the configuration adds
 them: a list cannot. A link counts as the file it leads to: one that stays inside these places is followed, one that
 leads out of them never. A file that the configuration or a command names may lie anywhere and be a link.
+
+Other users may write in such places. What is inside is therefore opened part by part from the place itself, so that
+nobody leads a reader out by a link that takes a folder's place after it was looked at.
 """
 
 from __future__ import annotations
@@ -12,13 +15,15 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 IN_PLACE = ("tar://", "embedding://")  # members of tars and rows of embeddings, used where they lie
 
 
@@ -82,12 +87,18 @@ class Reach:
             named = True
         return None if named else "forbidden_reference"
 
-    def resolve(self, path: str | Path) -> str:
-        """Returns what a path leads to, after all links. Raises Outside if that is out of reach."""
+    def resolve(self, path: str | Path) -> tuple[str, list[str]]:
+        """Returns what a path leads to, after all links: a folder that is in reach, and the parts of the path below it.
+
+        Raises Outside if that is out of reach.
+        """
         found = os.path.realpath(path)
-        if not _is_below(found, self._everything):
-            raise Outside(errno.EACCES, "out of the list's own folder and of source.roots", str(path))
-        return found
+        for place in self._everything:
+            if found == place:  # the place is a file
+                return os.path.dirname(place), [os.path.basename(place)]
+            if _is_below(found, (place,)):
+                return place, found[len(place.rstrip("/")) + 1 :].split("/")
+        raise Outside(errno.EACCES, "out of the list's own folder and of source.roots", str(path))
 
     @property
     def named(self) -> list[str]:
@@ -127,35 +138,91 @@ def local_path(reference: str) -> str | None:
     return path
 
 
-def open_local(path: str | Path, within: Reach | None = None) -> BufferedReader:
-    """Opens a regular file for reading and never waits for it.
+def open_folder(place: str | Path, parts: Iterable[str] = (), make: bool = False) -> int:
+    """Opens a folder below ``place``, part by part, and returns its handle.
 
-    Neither a device nor a pipe is opened, not even for a moment: some devices act on that. With ``within``, links are
-    followed first, and what they lead to must lie within; the last part of that is not a link. Someone who may write
-    there and exchanges folders meanwhile is not kept out.
+    ``place`` may be a link, and what is below it may not: so nobody who exchanges a folder for a link meanwhile leads
+    out of it. With ``make`` a folder that is missing is made.
 
     Raises:
-        OSError: as ``open`` does, for what is not a regular file, and for a name with a NUL.
-        Outside: of the OSErrors, where it leads out of ``within``.
+        OSError: as ``open`` does; ELOOP where a part is a link.
     """
-    if "\0" in str(path):
-        raise OSError(errno.EINVAL, "a path has no NUL", repr(path))
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    if within is not None:
-        path, flags = within.resolve(path), flags | os.O_NOFOLLOW
-    _check_regular(os.stat(path), path)
-    handle = os.open(path, flags)
+    if make:
+        os.makedirs(place, exist_ok=True)
+    folder = os.open(place, FOLDER)
+    try:
+        for part in parts:
+            inner = _open_inner(folder, part, make)
+            os.close(folder)
+            folder = inner
+    except BaseException:
+        os.close(folder)
+        raise
+    return folder
+
+
+def _open_inner(folder: int, name: str, make: bool) -> int:
+    try:
+        return os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+    except FileNotFoundError:
+        if not make:
+            raise
+        with suppress(FileExistsError):
+            os.mkdir(name, dir_fd=folder)
+            os.fsync(folder)
+        return os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+    except NotADirectoryError as e:  # as Linux calls a link here
+        if stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name) from e
+        raise
+
+
+def open_file(path: str | Path, folder: int | None = None) -> int:
+    """Opens a regular file for reading, without ever waiting for it, and returns its handle.
+
+    Neither a device nor a pipe is opened, not even for a moment: some devices act on that. With the handle of a
+    ``folder``, ``path`` is a name in it, and may not be a link.
+
+    Raises:
+        OSError: as ``open`` does, and for what is not a regular file.
+    """
+    alone = {} if folder is None else {"dir_fd": folder, "follow_symlinks": False}
+    _check_regular(os.stat(path, **alone), path)  # type: ignore[arg-type]
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if folder is None else os.O_NOFOLLOW)
+    handle = os.open(path, flags, dir_fd=folder)
     try:
         _check_regular(os.fstat(handle), path)
-        return os.fdopen(handle, "rb")
+        return handle
     except BaseException:
         os.close(handle)
         raise
 
 
+def open_local(path: str | Path, within: Reach | None = None) -> BufferedReader:
+    """Opens a regular file for reading and never waits for it.
+
+    With ``within``, links are followed first, and what they lead to must lie within.
+
+    Raises:
+        OSError: as ``open_file`` does, and for a name with a NUL.
+        Outside: of the OSErrors, where it leads out of ``within``.
+    """
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "a path has no NUL", repr(path))
+    if within is None:
+        return os.fdopen(open_file(path), "rb")
+    place, parts = within.resolve(path)
+    folder = open_folder(place, parts[:-1])
+    try:
+        return os.fdopen(open_file(parts[-1], folder), "rb")
+    finally:
+        os.close(folder)
+
+
 def _check_regular(found: os.stat_result, path: str | Path) -> None:
-    if stat.S_ISDIR(found.st_mode):
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    for kind, code in ((stat.S_ISDIR, errno.EISDIR), (stat.S_ISLNK, errno.ELOOP)):
+        if kind(found.st_mode):
+            raise OSError(code, os.strerror(code), str(path))
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,3 @@ def cut(chunks: Iterable[bytes], start: int, parts: Iterable[tuple[int, int]]) -
             chunk = memoryview(more)
             pieces.append(chunk[max(0, first - begin) : last - begin])
         yield b"".join(pieces)
-
-
-def read_file(file: str | Path, parts: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """Yields bytes [start, stop) of each of ``parts``, fewer where the file ends. Raises OSError."""
-    with open(file, "rb", buffering=0) as f:
-        for start, stop in parts:
-            yield os.pread(f.fileno(), stop - start, start)

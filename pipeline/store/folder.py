@@ -1,4 +1,8 @@
-"""Keeps a store in a local or shared folder."""
+"""Keeps a store in a local or shared folder.
+
+The folder may be a link to another place. Inside it no link is followed, and every object is opened part by part from
+there (pipeline.local.open_folder): whoever may write in a shared folder leads nobody out of it.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,19 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.store.base import Entry, read_file
+from pipeline.local import open_file, open_folder
+from pipeline.store.base import Entry
 from pipeline.store.names import check_path
+
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}")
+COPIED = 1 << 20  # bytes at once
 
 
 @contextmanager
@@ -28,8 +35,7 @@ def _explained(url: str) -> Iterator[None]:
         yield
     except OSError as e:
         why = None
-        unlinked = e.errno == errno.EPERM and e.filename2 and not os.path.exists(e.filename2)  # or it would be replaced
-        if unlinked or e.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK):
+        if e.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK):
             why = f"its file system has no hard links or no locks ({e.strerror}); choose a local disk, NFS or S3"
         elif isinstance(e, PermissionError):
             why = f"no permission to write {e.filename or ''}; choose another folder or chmod it"
@@ -55,38 +61,55 @@ class FolderStore:
     def fresh(self) -> FolderStore:
         return replace(self, cached=False)
 
-    @cached_property
-    def _root(self) -> str:
-        return os.path.join(os.path.realpath(self.url), "")
+    @contextmanager
+    def _folder(self, path: str, make: bool = False) -> Iterator[tuple[int, str]]:
+        """Opens the folder that an object lies in; yields its handle and the object's name in it.
 
-    def __getstate__(self) -> dict[str, Any]:  # on another machine the folder may be a link to another place
-        return {name: self.__dict__[name] for name in ("url", "cached")}
-
-    def _file(self, path: str) -> Path:
-        """Returns where an object lies. Raises UserError for a path, or a link in the store, that leads out of it."""
+        Raises UserError for a path that leads out of the store, and where a link is in its way.
+        """
         check_path(path)
-        file = os.path.join(self.url, path)
-        if not os.path.join(os.path.realpath(file), "").startswith(self._root):
-            raise UserError(
-                f"store {self.url}: {path} is a link, or lies behind one, that leads out of the store; delete the link"
-            )
-        return Path(file)
+        folder, _, name = path.rpartition("/")
+        with self._without_links(path):
+            handle = open_folder(self.url, filter(None, folder.split("/")), make)
+        try:
+            with self._without_links(path):
+                yield handle, name
+        finally:
+            os.close(handle)
 
-    def _readable(self, path: str) -> Path:
-        """Returns where an object lies, dropped from the page cache first where that does not count."""
-        file = self._file(path)
-        if not self.cached and hasattr(os, "posix_fadvise"):  # macOS has none
-            with open(file, "rb") as f:
-                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return file
+    @contextmanager
+    def _without_links(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            if e.errno != errno.ELOOP:
+                raise
+            raise UserError(
+                f"store {self.url}: {path} is a link, or lies behind one, and no link in a store is followed; delete "
+                "the link"
+            ) from e
+
+    @contextmanager
+    def _opened(self, path: str) -> Iterator[int]:
+        """Opens an object, dropped from the page cache first where that does not count."""
+        with self._folder(path) as (folder, name):
+            handle = open_file(name, folder)
+            try:
+                if not self.cached and hasattr(os, "posix_fadvise"):  # macOS has none
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+                yield handle
+            finally:
+                os.close(handle)
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        with open(self._readable(path), "rb") as f:
-            f.seek(start)
-            return f.read() if stop is None else f.read(stop - start)
+        with self._opened(path) as handle, open(handle, "rb", closefd=False) as file:
+            file.seek(start)
+            return file.read() if stop is None else file.read(stop - start)
 
     def read_parts(self, path: str, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        yield from read_file(self._readable(path), parts)
+        with self._opened(path) as handle:
+            for start, stop in parts:
+                yield os.pread(handle, stop - start, start)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         check_path(prefix)
@@ -95,104 +118,142 @@ class FolderStore:
     def _walk(self, folder: str, prefix: str) -> Iterator[Entry]:
         """Yields what begins with ``prefix`` in a folder whose path is empty or ends with a slash."""
         try:
-            with os.scandir(self._file(folder)) as children:
-                # With their slashes folders sort among files as the paths in them do.
-                found = sorted((child.name + "/" if child.is_dir() else child.name, child) for child in children)
+            with self._folder(folder) as (handle, _):
+                with os.scandir(handle) as children:
+                    # With their slashes folders sort among files as the paths in them do.
+                    found = sorted(child.name + "/" if _is_folder(child) else child.name for child in children)
+                for name in found:
+                    path = folder + name
+                    if name.endswith("/"):
+                        if path.startswith(prefix) or prefix.startswith(path):
+                            yield from self._walk(path, prefix)
+                    elif path.startswith(prefix) and not name.startswith("."):
+                        with suppress(FileNotFoundError):  # deleted since the folder was read
+                            yield self._entry(path, handle, name)
         except (FileNotFoundError, NotADirectoryError):
             return
-        for name, child in found:
-            path = folder + name
-            if child.is_symlink():
-                self._file(path)  # is refused where it leads out
-            if name.endswith("/"):
-                if path.startswith(prefix) or prefix.startswith(path):
-                    yield from self._walk(path, prefix)
-            elif path.startswith(prefix) and not name.startswith("."):
-                with suppress(FileNotFoundError):  # deleted since the folder was read
-                    yield Entry(path, child.stat().st_size, _version(Path(child.path), path))
 
     def stat(self, path: str) -> Entry | None:
-        file = self._file(path)
         try:
-            return Entry(path, file.stat().st_size, _version(file, path)) if file.is_file() else None
-        except FileNotFoundError:  # deleted meanwhile
+            with self._folder(path) as (folder, name):
+                return self._entry(path, folder, name)
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def _entry(self, path: str, folder: int, name: str) -> Entry:
+        """Returns the entry of a file. Its version is the content's hash where that may be swapped, else its path."""
+        found = _stat(name, folder)
+        if found is None or not stat.S_ISREG(found.st_mode):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        swapped = path.startswith(("locks/", "leases/", "releases/"))
+        return Entry(path, found.st_size, _content_version(folder, name) if swapped else path)
+
     def create(self, path: str, data: bytes | Path, move: bool = False) -> bool:
-        file = self._file(path)
-        if file.exists():
-            return False
-        with _explained(self.url):
-            temporary = self._write_temporary(file, data, move)
+        with _explained(self.url), self._folder(path, make=True) as (folder, name):
+            if _stat(name, folder) is not None:
+                return False
+            temporary = _write_temporary(folder, name, data, move)
             try:
-                os.link(temporary, file)  # unlike a rename, fails if the name is taken
+                # Unlike a rename, it fails if the name is taken.
+                os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
             except FileExistsError:
                 return False
+            except PermissionError as e:  # Linux's word for a file system without links
+                raise OSError(errno.EOPNOTSUPP, e.strerror, path) from e
             finally:
-                os.unlink(temporary)
-            _sync_folder(file.parent)
+                os.unlink(temporary, dir_fd=folder)
+            os.fsync(folder)
         return True
 
     def swap(self, path: str, old: str | None, new: bytes) -> bool:
-        file = self._file(path)
-        with _explained(self.url):
-            temporary = self._write_temporary(file, new)  # outside the lock, which a process that stops here would keep
+        with _explained(self.url), self._folder(path, make=True) as (folder, name):
+            temporary = _write_temporary(folder, name, new)  # outside the lock, which a process that stops would keep
             try:
-                with open(self._file(lock_path(path)), "w") as lock:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                with open(os.open(lock_path(name), flags, 0o666, dir_fd=folder), "w") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                    if (_content_version(file.read_bytes()) if file.exists() else None) != old:
+                    if (None if _stat(name, folder) is None else _content_version(folder, name)) != old:
                         return False
-                    os.replace(temporary, file)
+                    os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
             finally:
-                temporary.unlink(missing_ok=True)
-            _sync_folder(file.parent)
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=folder)
+            os.fsync(folder)
         return True
 
     def delete(self, paths: Iterable[str]) -> None:
         with _explained(self.url):
             for path in paths:
-                self._file(path).unlink(missing_ok=True)
+                with suppress(FileNotFoundError), self._folder(path) as (folder, name):
+                    if _stat(name, folder) is not None:
+                        os.unlink(name, dir_fd=folder)
 
     def now(self) -> float:
         """Returns the time that the file system gives a new file: of a shared folder, its server's."""
-        with _explained(self.url):
-            file = self._write_temporary(self._file("clock"), b"")
+        with _explained(self.url), self._folder("clock", make=True) as (folder, name):
+            temporary = _write_temporary(folder, name, b"")
             try:
-                return file.stat().st_mtime
+                return os.stat(temporary, dir_fd=folder).st_mtime
             finally:
-                file.unlink()
+                os.unlink(temporary, dir_fd=folder)
 
     def clear_abandoned(self, before: float) -> int:
         count = 0
-        for root, _, files in os.walk(self.url):
-            for name in files:
-                file = Path(root, name)
-                with suppress(FileNotFoundError):
-                    if re.fullmatch(r"\..*\.[0-9a-f]{12}", name) and file.stat().st_mtime <= before:
-                        file.unlink()
-                        count += 1
+        with suppress(FileNotFoundError), self._folder("") as (root, _):
+            for _, _, names, folder in os.fwalk(".", dir_fd=root):
+                for name in filter(TEMPORARY.fullmatch, names):
+                    with suppress(FileNotFoundError):
+                        if os.stat(name, dir_fd=folder).st_mtime <= before:
+                            os.unlink(name, dir_fd=folder)
+                            count += 1
         return count
 
-    def _write_temporary(self, file: Path, data: bytes | Path, move: bool = False) -> Path:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
+
+def _is_folder(child: os.DirEntry[str]) -> bool:
+    if child.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), child.name)
+    return child.is_dir(follow_symlinks=False)
+
+
+def _stat(name: str, folder: int) -> os.stat_result | None:
+    """Returns what a folder has under a name, None for nothing. Raises OSError for a link."""
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(found.st_mode):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
+    return found
+
+
+def _write_temporary(folder: int, name: str, data: bytes | Path, move: bool = False) -> str:
+    """Writes a new hidden file into a folder, to the disk itself, and returns its name. With ``move`` it is a link."""
+    temporary = f".{name}.{secrets.token_hex(6)}"
+    try:
+        if not (move and isinstance(data, Path) and _linked(data, folder, temporary)):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(temporary, flags, 0o666, dir_fd=folder), "wb") as file:
+                if isinstance(data, bytes):
+                    file.write(data)
+                else:
+                    with open(data, "rb") as source:
+                        shutil.copyfileobj(source, file, COPIED)
+        handle = open_file(temporary, folder)
         try:
-            if isinstance(data, bytes):
-                temporary.write_bytes(data)
-            elif not (move and _linked(data, temporary)):
-                shutil.copyfile(data, temporary)  # inside the kernel where it can
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return temporary
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
+        raise
+    return temporary
 
 
-def _linked(file: Path, name: Path) -> bool:
+def _linked(file: Path, folder: int, name: str) -> bool:
     """Gives a file another name. Returns False on another file system, or one without links."""
     try:
-        os.link(file, name)
+        os.link(file, name, dst_dir_fd=folder)
     except OSError:
         return False
     return True
@@ -204,18 +265,6 @@ def lock_path(path: str) -> str:
     return f"{folder}{slash}.{name}.lock"
 
 
-def _content_version(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _version(file: Path, path: str) -> str:
-    """Returns the content's hash for small objects that may be swapped, the name of others, which never change."""
-    return _content_version(file.read_bytes()) if path.startswith(("locks/", "leases/", "releases/")) else path
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _content_version(folder: int, name: str) -> str:
+    with open(open_file(name, folder), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,9 @@
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -55,13 +57,44 @@ def test_a_pipe_with_a_writer_is_not_read_either(folder: Path) -> None:
 def test_a_file_that_becomes_a_pipe_meanwhile_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(folder / "pipe")
     sound = os.stat(folder / "file")
-    monkeypatch.setattr("pipeline.local.os.stat", lambda path: sound)
+    monkeypatch.setattr("pipeline.local.os.stat", lambda path, **_: sound)
     with pytest.raises(OSError, match="not a regular file"):
         open_local(folder / "pipe")
-    (folder / "link").symlink_to(folder / "file")
-    monkeypatch.setattr(Reach, "resolve", lambda reach, path: str(path))
-    with pytest.raises(OSError, match="Too many levels of symbolic links"):
-        open_local(folder / "link", Reach(own=(str(folder),)))
+
+
+def test_who_exchanges_folders_for_links_leads_no_reader_out(folder: Path) -> None:
+    reach = Reach(own=(str(folder),))
+    outside, inner, aside, link = folder.parent / "outside", folder / "inner", folder / "aside", folder / "link"
+    outside.mkdir()
+    (outside / "a").write_bytes(b"a secret")
+    inner.mkdir(exist_ok=True)
+    (inner / "a").write_bytes(b"ours")
+    link.symlink_to(outside)
+    stop, exchanges = Event(), 0
+
+    def exchange() -> None:
+        nonlocal exchanges
+        while not stop.is_set():
+            inner.rename(aside)
+            link.rename(inner)
+            inner.rename(link)
+            aside.rename(inner)
+            exchanges += 1
+
+    refused = 0
+    with ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(exchange)
+        try:
+            for _ in range(5000):
+                try:
+                    assert read_local(inner / "a", 100, reach) == b"ours"
+                except OSError:
+                    refused += 1
+        finally:
+            stop.set()
+        thread.result()
+    assert exchanges > 100
+    assert refused > 10
 
 
 def test_bytes_are_limited(folder: Path) -> None:

@@ -1,7 +1,9 @@
 import errno
+import itertools
 import os
 import pickle
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -203,8 +205,8 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_file_system_without_hard_links_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def link(file: Path, name: Path) -> None:
-        raise OSError(code, os.strerror(code), str(file), None, str(name))
+    def link(file: str, name: str, **_: object) -> None:
+        raise OSError(code, os.strerror(code), file, None, name)
 
     monkeypatch.setattr(os, "link", link)
     with pytest.raises(UserError, match=r"no hard links or no locks .*choose a local disk, NFS or S3"):
@@ -319,22 +321,85 @@ def test_no_link_leads_out_of_a_folder(tmp_path: Path) -> None:
             lambda name=name: list(store.list(f"blobs/{name}")),
         )
         for act in acts:
-            with pytest.raises(UserError, match="leads out of the store; delete the link"):
+            with pytest.raises(UserError, match=r"is a link, or lies behind one, .*; delete the link"):
                 act()
         link.unlink()
     assert [entry.path for entry in store.list("")] == ["blobs/aa/a"]
     assert [(file.name, file.read_text()) for file in outside.iterdir()] == [("x", "precious")]
 
 
-def test_links_within_a_folder_and_to_it_are_followed(tmp_path: Path) -> None:
+def test_a_link_to_a_folder_is_followed_and_none_inside_it(tmp_path: Path) -> None:
     open_store(str(tmp_path / "real")).create("blobs/aa/a", b"1")
     (tmp_path / "store").symlink_to(tmp_path / "real")
-    (tmp_path / "real/blobs/bb").symlink_to("aa")
     store = open_store(str(tmp_path / "store"))
-    assert store.read("blobs/bb/a") == b"1"
-    assert [entry.path for entry in store.list("")] == ["blobs/aa/a", "blobs/bb/a"]
-    assert store.create("blobs/bb/b", b"2")
-    assert store.read("blobs/aa/b") == b"2"
+    assert store.read("blobs/aa/a") == b"1"
+    assert store.create("blobs/aa/b", b"2")
+    (tmp_path / "real/blobs/bb").symlink_to("aa")
+    for act in (lambda: store.read("blobs/bb/a"), lambda: store.create("blobs/bb/c", b"2"), lambda: [*store.list("")]):
+        with pytest.raises(UserError, match="no link in a store is followed; delete the link"):
+            act()
+    assert sorted(file.name for file in (tmp_path / "real/blobs/aa").iterdir()) == ["a", "b"]
+
+
+def test_who_exchanges_folders_for_links_leads_nobody_out_of_a_store(tmp_path: Path) -> None:
+    """A writer of a shared folder puts a link in the place of a folder, and back, as fast as renames go."""
+    outside, inside, aside = tmp_path / "outside", tmp_path / "store/blobs/aa", tmp_path / "store/blobs/aside"
+    store = open_store(str(tmp_path / "store"))
+    store.create("blobs/aa/a", b"ours")
+    outside.mkdir()
+    (outside / "a").write_bytes(b"a secret")
+    link, stop, exchanges, numbers = tmp_path / "store/blobs/link", Event(), 0, itertools.count()
+
+    def move(source: Path, target: Path) -> None:
+        while True:
+            try:
+                source.rename(target)
+                return
+            except OSError:  # a create has made the folder meanwhile
+                target.rename(tmp_path / f"made meanwhile {next(numbers)}")
+
+    def exchange() -> None:
+        nonlocal exchanges
+        link.symlink_to(outside)
+        while not stop.is_set():
+            inside.rename(aside)
+            move(link, inside)
+            inside.rename(link)
+            move(aside, inside)
+            exchanges += 1
+
+    def attempt(act: Callable[[], object]) -> object:
+        try:
+            return act()
+        except (UserError, OSError):
+            return None
+
+    refused = 0
+    with ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(exchange)
+        try:
+            for i in range(300):
+                read = attempt(lambda: store.read("blobs/aa/a"))
+                refused += read is None
+                assert read in (b"ours", None)
+                assert attempt(lambda: [*store.read_parts("blobs/aa/a", [(0, 4)])]) in ([b"ours"], None)
+                entry = attempt(lambda: store.stat("blobs/aa/a"))
+                assert entry is None or entry.size == 4  # type: ignore[attr-defined]
+                attempt(lambda i=i: store.create(f"blobs/aa/{i}", b"1"))
+                attempt(lambda i=i: store.swap(f"blobs/aa/{i}", None, b"1"))
+                attempt(lambda i=i: store.delete([f"blobs/aa/{i}"]))
+                if i % 10 == 0:
+                    found = attempt(lambda: [(entry.path, entry.size) for entry in store.list("blobs/aa/")])
+                    assert ("blobs/aa/a", 8) not in (found or ())  # type: ignore[operator]
+                    attempt(lambda: store.delete(["blobs/aa/none"]))
+                    attempt(lambda: store.clear_abandoned(0.0))
+                assert [file.name for file in outside.iterdir()] == ["a"]
+        finally:
+            stop.set()
+        thread.result()
+    assert exchanges > 100
+    assert refused > 10
+    assert (outside / "a").read_bytes() == b"a secret"
 
 
 def test_a_folder_that_is_elsewhere_on_another_machine_is_found_there(tmp_path: Path) -> None:
