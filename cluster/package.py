@@ -37,6 +37,12 @@ from pipeline.store.content import put_content
 
 ROOT = Path(__file__).parents[1]
 CODE = ("models", "pipeline", "jobs", "cluster", "serve")
+# What code reads besides; nothing else that lies in these folders travels, as it may be somebody's secret.
+DATA = {
+    "pipeline/presets": (".yaml",),
+    "pipeline/report/templates": (".html", ".css", ".svg"),
+    "serve/studio": (".html", ".css", ".js"),
+}
 PACKAGES = "packages"  # their folder in a store
 LARGEST = 100 << 20  # bytes; as much as Ray keeps of a package, for which this is its own limit too
 NAMED = 5  # of the largest files, in a message
@@ -134,8 +140,11 @@ def make_package(config: Config, store_url: str, output: str, journal: ListJourn
 
 
 def code() -> dict[str, Path | bytes]:
-    """Returns the files of the code, presets and templates too."""
-    return dict(_files(ROOT, CODE, "*"))
+    """Returns the files of the code, and the presets, templates and pages that it reads."""
+    files: dict[str, Path | bytes] = dict(_files(ROOT, CODE, "*.py"))
+    for folder, suffixes in DATA.items():
+        files |= {name: file for name, file in _files(ROOT, [folder], "*") if file.suffix in suffixes}
+    return files
 
 
 def check_size(package: Package) -> None:
@@ -177,8 +186,9 @@ def send_weights(store: Store, package: Package) -> None:
 def _files(root: Path, folders: Sequence[str], pattern: str) -> Iterator[tuple[str, Path]]:
     for folder in folders:
         for file in sorted((root / folder).rglob(pattern)):
-            if file.is_file() and "__pycache__" not in file.parts:
-                yield file.relative_to(root).as_posix(), file
+            name = file.relative_to(root)
+            if file.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in name.parts):
+                yield name.as_posix(), file
 
 
 def _module(name: str) -> dict[str, Path | bytes]:

@@ -160,11 +160,11 @@ def _expression(name: str, operator: str) -> dict[str, Any]:
 def _pod(name: str, group: Group, settings: KubernetesSettings, environment: Mapping[str, str]) -> dict[str, Any]:
     """Returns a pod template with one container. Requests equal limits, so no pod dies of what another one uses."""
     resources: dict[str, Any] = {"cpu": str(group.cpus), "memory": f"{group.memory_gb}Gi"}
-    security: dict[str, Any] = {"allowPrivilegeEscalation": False}
+    capabilities = {"drop": ["ALL"]}
     if group.gpus:
         resources |= {"nvidia.com/gpu": str(group.gpus), **settings.gpu_resources}
     if group.gpus and settings.gpu_resources:  # network adapters read and write memory that is locked
-        security["capabilities"] = {"add": ["IPC_LOCK"]}
+        capabilities["add"] = ["IPC_LOCK"]
     container = {
         "name": name,
         "image": settings.image,
@@ -172,12 +172,14 @@ def _pod(name: str, group: Group, settings: KubernetesSettings, environment: Map
         "env": [{"name": key, "value": value} for key, value in environment.items()],
         **({"envFrom": [{"secretRef": {"name": settings.secret}}]} if settings.secret else {}),
         "resources": {"requests": resources, "limits": dict(resources)},
-        "securityContext": security,
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": capabilities},
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
     size = f"{object_store_mb(group.memory_gb, group.object_store) + NCCL_MB * max(1, group.gpus)}Mi"
     spec: dict[str, Any] = {
         "serviceAccountName": settings.service_account,
+        # Without seccompProfile: RuntimeDefault forbids the namespace, without network and credentials, in which
+        # strangers' images are decoded (pipeline/sandbox.py). It would cost more than it gains.
         "securityContext": {"runAsNonRoot": True},
         "containers": [container],
         "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": size}}],

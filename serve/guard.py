@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import shlex
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -42,7 +43,8 @@ HEADERS = [  # the page asks nobody but this server, and nobody may frame it
 def read_tokens(settings: ServeSettings) -> dict[str, str]:
     """Returns the names of tokens by their sha256, from a file of lines "NAME TOKEN".
 
-    Raises UserError for a file without tokens, and for an address that others reach if there are none.
+    Raises UserError for a file without tokens or that other users of this machine may read or write, as ssh does for a
+    key; and for an address that others reach if there are none.
     """
     text = os.environ.get("UNCLIP_TOKENS", "")
     if not settings.tokens and not text:
@@ -54,6 +56,11 @@ def read_tokens(settings: ServeSettings) -> dict[str, str]:
         return {}
     try:
         text = read_local(settings.tokens, 1 << 20).decode() if settings.tokens else text
+        if settings.tokens and os.stat(settings.tokens).st_mode & 0o077:
+            raise UserError(
+                f"serve.tokens: other users of this machine may read or write {settings.tokens}; put its lines into "
+                f"UNCLIP_TOKENS, or type chmod 600 {shlex.quote(settings.tokens)}"
+            )
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"serve.tokens: {settings.tokens} cannot be read ({e})") from None
     lines = [line.split() for line in text.splitlines() if line.strip()]

@@ -64,9 +64,33 @@ def test_the_unpacked_package_is_the_whole_code(tmp_path: Path) -> None:
     package = make_package(_config(tmp_path, ["emoji:nano"]), URL, "out", EMPTY)
     found = [f for folder in cluster.package.CODE for f in (ROOT / folder).rglob("*") if f.is_file()]
     code = {f.relative_to(ROOT).as_posix() for f in found if "__pycache__" not in f.parts}
-    assert {"pipeline/presets/nano.yaml", "pipeline/report/templates/page.html"} <= code
-    assert set(package.files) == code | {"project.yaml"}
+    read_by_nothing_there = {
+        name
+        for name in code
+        if (name.startswith("cluster/") and not name.endswith(".py")) or name == "pipeline/schema.json"
+    }
+    assert {"pipeline/presets/nano.yaml", "pipeline/report/templates/page.html", "serve/studio/studio.js"} <= code
+    assert set(package.files) == code - read_by_nothing_there | {"project.yaml"}
     assert sum(package.sizes.values()) < 3 << 20
+
+
+def test_what_else_lies_in_the_folders_of_the_code_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = (
+        "jobs/run.py",
+        "pipeline/presets/nano.yaml",
+        "pipeline/report/templates/page.html",
+        "serve/studio/studio.js",
+    )
+    left = (
+        "jobs/.env", "cluster/.netrc", "jobs/.run.py.swp", "jobs/.git/config.py", "jobs/notes.txt", "serve/tokens",
+        "pipeline/presets/.nano.yaml", "pipeline/presets/nano.yaml~", "pipeline/report/templates/.page.html.swp",
+        "serve/studio/key.pem", "models/__pycache__/run.py", "models/weights.safetensors", "jobs/id.json",
+    )  # fmt: skip
+    for name in (*kept, *left):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    monkeypatch.setattr(cluster.package, "ROOT", tmp_path)
+    assert set(cluster.package.code()) == set(kept)
 
 
 def test_same_files_same_bytes(tmp_path: Path) -> None:

@@ -225,8 +225,8 @@ def test_what_the_settings_pass_through_reaches_every_pod() -> None:
         limits = container["resources"]["limits"]
         has_gpu = "nvidia.com/gpu" in limits
         assert (EVERYTHING["gpu_resources"].items() <= limits.items()) == has_gpu
-        locks = container["securityContext"].get("capabilities") == {"add": ["IPC_LOCK"]}
-        assert locks == has_gpu
+        capabilities = {"drop": ["ALL"], "add": ["IPC_LOCK"]} if has_gpu else {"drop": ["ALL"]}
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": capabilities}
     assert yaml.safe_load(rayjob["spec"]["runtimeEnvYAML"])["env_vars"] == JOB.environment
 
 

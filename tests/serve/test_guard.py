@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import subprocess
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,7 @@ def bearer(token: str) -> dict[str, str]:
 
 def tokens_in(folder: Path, text: str) -> ServeSettings:
     (folder / "tokens.txt").write_text(text)
+    (folder / "tokens.txt").chmod(0o600)
     return ServeSettings(host="0.0.0.0", tokens=str(folder / "tokens.txt"), requests_per_minute=2)
 
 
@@ -78,6 +80,18 @@ def test_a_token_opens_the_api_and_each_has_limits_of_its_own(tmp_path: Path) ->
 def test_a_file_without_tokens_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match="does not hold lines NAME TOKEN"):
         read_tokens(tokens_in(tmp_path, text))
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
+def test_a_file_of_tokens_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+    settings = tokens_in(tmp_path, f"ana {TOKEN}\n")
+    Path(settings.tokens).chmod(mode)
+    with pytest.raises(UserError) as refused:
+        read_tokens(settings)
+    command = f"chmod 600 {settings.tokens}"
+    assert str(refused.value).endswith(f"type {command}")
+    subprocess.run(command, shell=True, check=True)
+    assert list(read_tokens(settings).values()) == ["ana"]
 
 
 def test_others_are_let_in_with_tokens_only() -> None:
