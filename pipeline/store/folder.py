@@ -1,7 +1,7 @@
 """Keeps a store in a local or shared folder.
 
 The folder may be a link to another place. Inside it no link is followed, and every object is opened part by part from
-there (pipeline.local.open_folder): whoever may write in a shared folder leads nobody out of it.
+there (pipeline.local.open_folder), so that a folder that another user exchanges for a link does not lead out of it.
 """
 
 from __future__ import annotations
