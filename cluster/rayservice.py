@@ -51,12 +51,14 @@ def render_service(
     environment = {**environment, **settings.env}
     name = f"unclip-{re.sub(r'[^a-z0-9]+', '-', project.lower()).strip('-')}"[:LONGEST_NAME].strip("-")
     application = {"name": "unclip", "route_prefix": "/", "import_path": BUILDER, "args": dict(arguments)}
-    served = {"http_options": {"host": "0.0.0.0", "port": PORT}, "applications": [application]}
+    # Load balancers keep connections for 60 s, and must be the ones to close them.
+    http = {"host": "0.0.0.0", "port": PORT, "keep_alive_timeout_s": 65}
+    served = {"http_options": http, "applications": [application]}
     gpus = settings.gpus
     shape = settings.cpus, settings.memory_gb
     if gpus:  # a pod draws on one GPU, so it takes that GPU's share of a node
         shape = max(1, settings.gpu_cpus // gpus), max(1, settings.gpu_memory_gb // gpus)
-    group = Group("drawers", replicas, *shape, min(gpus, 1))
+    group = Group("replicas", replicas, *shape, min(gpus, 1))
     spec = {
         "serveConfigV2": Block(yaml.safe_dump(served, sort_keys=False)),
         "rayClusterConfig": {

@@ -180,6 +180,8 @@ def _serve(parser: Parser) -> None:
     )
     parser.add_argument("--to", metavar="WHERE", help=text)
     parser.add_argument("--stop", action="store_true", help="end what serves at --to")
+    parser.add_argument("--host", metavar="HOST", help="the address to listen on, as host=HOST")
+    parser.add_argument("--port", metavar="PORT", help="the port to listen on, as port=PORT")
     _set(parser, "NAME=VALUE", "a setting, such as port=9000; docs/serve.md has them")
 
 

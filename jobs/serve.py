@@ -37,7 +37,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``unclip serve``."""
     if arguments.stop:
         return _stop(arguments.to)
-    settings = read_settings(arguments.overrides)
+    words = [f"{name}={value}" for name in ("host", "port") if (value := getattr(arguments, name)) is not None]
+    settings = read_settings([*arguments.overrides, *words])
     if find_spec("multipart") is None and find_spec("python_multipart") is None:
         raise UserError("unclip serve needs more packages; install them with pip install 'unclip-ray[serve]'")
     if arguments.to == KUBERAY:
@@ -45,6 +46,10 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.to:
         check_answers(arguments.to)
+    else:
+        from serve.listening import listen
+
+        listening = listen(settings)  # before torch is loaded, which takes seconds
     served = find_served(arguments.bundle)
     heads = (settings.prompt_head, settings.image_head)
     prompt_head, image_head = (path and str(Path(path).expanduser().absolute()) for path in heads)
@@ -58,7 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     from serve.app import hold
 
-    hold(served, settings, tokens)
+    hold(served, settings, tokens, listening)
     return 0
 
 
@@ -67,6 +72,8 @@ def read_settings(words: Sequence[str]) -> ServeSettings:
     values = {}
     for word in words:
         name, _, value = word.partition("=")
+        if name in values:
+            raise UserError(f"{word}: {name} is given twice; leave one of them out")
         values[name] = read_value(value, word)
     return parse(ServeSettings, values, "serve")
 

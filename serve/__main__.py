@@ -1,6 +1,7 @@
 """``python -m serve FILE``: what a job of ``unclip serve --to`` runs on its cluster."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -9,13 +10,17 @@ from pipeline.parse import parse
 from pipeline.terminal import printable_streams
 from serve.app import hold
 from serve.bundle import Served
+from serve.listening import listen
 from serve.settings import ServeSettings
 
 if __name__ == "__main__":
     values = json.loads(Path(sys.argv[1]).read_text())
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("unclip").setLevel(logging.INFO)
     with printable_streams():
         try:
-            hold(Served(**values["served"]), parse(ServeSettings, values["settings"], "serve"), values["tokens"])
+            settings = parse(ServeSettings, values["settings"], "serve")
+            hold(Served(**values["served"]), settings, values["tokens"], listen(settings))
         except UserError as e:
             print(f"unclip: {e}", file=sys.stderr)
             sys.exit(1)

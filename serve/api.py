@@ -44,7 +44,7 @@ def make_api(door: Gateway, tokens: Mapping[str, str], figures: Callable[[], byt
     api.include_router(router)
     api.include_router(neighbours.router)
     api.mount("/", StaticFiles(directory=STUDIO, html=True, check_dir=False))
-    api.add_middleware(Guard, settings=door.settings, tokens=tokens, observe=door.observe)
+    api.add_middleware(Guard, settings=door.settings, tokens=tokens, observe=door.observe, traffic=door.traffic)
     if door.settings.origins:
         api.add_middleware(
             CORSMiddleware, allow_origins=door.settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -70,10 +70,19 @@ async def _told(request: Request, error: Exception) -> JSONResponse:
 
 @router.get("/health")
 async def health(request: Request) -> dict[str, Any]:
-    """Says that the server answers, and how many wait."""
+    """Says that the server is alive, and how many wait."""
     door: Gateway = request.app.state.door
     about = await door.described()
     return {"status": "ok", "bundle": about["bundle"], "waiting": len(door.line.waiting), "warning": about["warning"]}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> dict[str, Any]:
+    """Says that a request would be drawn: something that draws gave a sign of life, and the server is not ending."""
+    door: Gateway = request.app.state.door
+    if door.traffic.draining or not door.ready():
+        raise ApiError(503, "unavailable", "Nothing can be drawn now", retry_after=5)
+    return {"status": "ready"}
 
 
 @router.get("/metrics")
@@ -145,6 +154,7 @@ async def _answer(
     except ValueError as e:
         raise ApiError(400, "prompt_too_long", f"prompt: {e}", "prompt") from None
     spent = request.scope["allowance"].spend("megapixels", asked.n * drawn_side(side) ** 2 / 1e6)
+    request.scope["drawing"] = asked.n, side
     if door.settings.log_prompts:
         log.info("%s: %r", kind, asked.prompt)
     seed = random.SystemRandom().randrange(LARGEST_SEED - MOST_IMAGES) if asked.seed is None else asked.seed

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.store.records import digest
 from serve.bundle import Served
 from serve.errors import ApiError, broken
+from serve.guard import Traffic
 from serve.queue import Died, Event, Observe, Refused, RequestQueue
 from serve.results import Result, Results
 from serve.settings import ServeSettings
@@ -30,13 +31,14 @@ class Gateway:
     Attributes:
         served: Which bundle is served.
         settings: How it is served.
-        line: The line of requests.
+        line: The queue of requests.
         results: Finished images.
-        ask: Asks a process that draws what it draws with, as ``ModelRunner.describe``.
-        about: The last answer to that.
+        ask: Returns what the replicas draw with, as ``Replica.describe``. Raises Died where nobody can tell.
         observe: Notes a figure.
+        ready: Returns whether a request would be drawn.
+        traffic: The requests that are being answered.
         drawing: The images that requests draw now, by name, until these requests have ended.
-        behind: Bytes of the images of requests that wait for an equal one, outside the line.
+        behind: Bytes of the images of requests that wait for an equal one, outside the queue.
     """
 
     served: Served
@@ -45,8 +47,8 @@ class Gateway:
     results: Results
     ask: Callable[[], Awaitable[dict[str, Any]]]
     observe: Observe
-    about: dict[str, Any] = field(default_factory=dict)
-    heard: float = 0.0  # time.monotonic() of that
+    ready: Callable[[], bool] = lambda: True
+    traffic: Traffic = field(default_factory=Traffic)
     drawing: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     behind: int = 0
 
@@ -56,21 +58,11 @@ class Gateway:
         return self.served.name
 
     async def described(self) -> dict[str, Any]:
-        """Returns the description of the bundle by a process that draws; that of a release is ``follow_s`` old at most.
-
-        While images are drawn, their events bring it.
-        """
-        old = not self.served.key and time.monotonic() - self.heard > self.settings.follow_s
-        if not self.about or (old and self.settings.idle_replicas and not self.line.running):
-            try:
-                self._hear(await self.ask())
-            except Died:
-                if not self.about:
-                    raise _nobody() from None
-        return self.about
-
-    def _hear(self, about: dict[str, Any]) -> None:
-        self.about, self.heard = about, time.monotonic()
+        """Returns the description of the bundle that is drawn with. Raises ApiError where nobody can tell."""
+        try:
+            return await self.ask()
+        except Died:
+            raise _nobody() from None
 
     async def side(self, model: str | None, size: str) -> int:
         """Returns the side that a request asks for. Raises ApiError for a model or size that is not here."""
@@ -132,7 +124,6 @@ class Gateway:
             async with aclosing(self.line.run(replace(work, rows=rows))) as events:
                 async for event in events:
                     if event[0] == "bundle":
-                        self._hear(event[1])
                         names = self._names(event[1]["bundle"], work)
                     elif event[0] == "image":
                         i = missing[event[1]]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
+import secrets
 import shlex
 import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from tempfile import SpooledTemporaryFile
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
@@ -20,19 +24,22 @@ from pipeline.data.pairs.image import MAX_BYTES
 from pipeline.errors import UserError
 from pipeline.local import read_local
 from serve.errors import ApiError, broken
-from serve.queue import Observe
-from serve.settings import ServeSettings
+from serve.queue import Observe, stopping
+from serve.settings import LOOPBACK, ServeSettings
 
 JSON_BYTES = 64 << 10  # of a body that holds no image
 FORM_BYTES = 2 * MAX_BYTES + JSON_BYTES  # of two images
-ALL_BYTES = 1 << 30  # of all bodies that are held at once
+ALL_BYTES = 1 << 30  # of all bodies whose requests are not answered yet; large ones lie on the disk
+IN_MEMORY = 1 << 20  # of one body
+CHUNK = 64 << 10
 NO_ANSWER = 499  # nginx's status for a client that has gone
 BODY_S = 30.0  # in which a body has to arrive
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CONNECTIONS = 1000  # requests that are answered at once, waiting ones among them
 GUARDED = ("/v1/", "/metrics")
 OPEN = ("/v1/images/files/", "/v1/models")  # below /v1: an image's name is a secret, and the page asks for the model
 
 log = logging.getLogger("unclip")
+requests_log = logging.getLogger("unclip.requests")  # a JSON object a request; never a caption
 HEADERS = [  # the page asks nobody but this server, and nobody may frame it
     (b"content-security-policy", b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -100,16 +107,31 @@ class RateLimit:
             self.spent[kind].remove(spent)
 
 
+@dataclass
+class Traffic:
+    """Counts the requests that are being answered.
+
+    Attributes:
+        open: Requests that were accepted and are not answered yet.
+        draining: Whether new ones are refused.
+    """
+
+    open: int = 0
+    draining: bool = False
+
+    def drain(self) -> None:
+        """Begins to refuse new requests."""
+        self.draining = True
+
+
 class Guard:
     """Lets requests through to ``app`` that come from somebody who may ask, and whose body is small and arrives."""
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, tokens: Mapping[str, str], observe: Observe):
-        self.app, self.settings, self.tokens, self.observe = app, settings, tokens, observe
-        self.limits = {
-            "requests": settings.requests_per_minute,
-            "megapixels": settings.megapixels_per_minute,
-            "megabytes": settings.megabytes_per_minute,
-        }
+    def __init__(
+        self, app: ASGIApp, settings: ServeSettings, tokens: Mapping[str, str], observe: Observe, traffic: Traffic
+    ):
+        self.app, self.settings, self.tokens, self.observe, self.traffic = app, settings, tokens, observe, traffic
+        self.limits = settings.limits()
         self.allowances = {name: RateLimit(self.limits) for name in (*tokens.values(), "")}
         self.held = 0  # bytes of bodies
 
@@ -118,13 +140,13 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), NO_ANSWER
+        began, status, number = time.monotonic(), NO_ANSWER, f"req_{secrets.token_hex(12)}"
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *HEADERS]
+                message["headers"] = [*message["headers"], *HEADERS, (b"x-request-id", number.encode())]
             await send(message)
 
         try:
@@ -145,19 +167,40 @@ class Guard:
                 await JSONResponse(error.body, error.status)(scope, receive, sending)
         finally:
             self.held -= scope.get("held", 0)
+            self.traffic.open -= scope.get("accepted", False)
             if scope["path"].startswith("/v1/"):
-                endpoint = getattr(scope.get("route"), "path", "none")
-                self.observe("requests_total", endpoint=endpoint, status=str(status))
-                self.observe("e2e_request_latency_seconds", time.monotonic() - began, endpoint=endpoint)
+                self._note(scope, number, status, time.monotonic() - began)
+
+    def _note(self, scope: Scope, number: str, status: int, seconds: float) -> None:
+        endpoint = getattr(scope.get("route"), "path", "none")
+        self.observe("requests_total", endpoint=endpoint, status=str(status))
+        self.observe("e2e_request_latency_seconds", seconds, endpoint=endpoint)
+        images, side = scope.get("drawing", (0, 0))
+        about = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "id": number,
+            "token": scope.get("token", ""),
+            "endpoint": endpoint,
+            "status": status,
+            "ms": round(1000 * seconds),
+        }
+        requests_log.info("%s", json.dumps(about | ({"images": images, "size": f"{side}x{side}"} if images else {})))
 
     async def _admit(self, scope: Scope, receive: Receive) -> Receive:
         """Returns what the request is read from. Raises ApiError."""
         self._check_origin(scope)
         if not scope["path"].startswith(GUARDED) or scope["path"].startswith(OPEN):
             return receive
-        scope["allowance"] = allowance = self.allowances[self._name(scope)]
+        scope["token"] = self._name(scope)
+        scope["allowance"] = allowance = self.allowances[scope["token"]]
         if scope["path"] == "/metrics":
             return receive
+        if self.traffic.draining:
+            raise stopping()
+        if self.traffic.open >= CONNECTIONS:
+            raise ApiError(503, "unavailable", "Too many requests are being answered: try again later", retry_after=5)
+        self.traffic.open += 1
+        scope["accepted"] = True
         allowance.spend("requests", 1)
         return await self._whole(scope, receive, allowance)
 
@@ -185,21 +228,23 @@ class Guard:
         Raises ApiError for one that is too large or too slow, and where too much is held already.
         """
         form = _header(scope, b"content-type").startswith("multipart/form-data")
-        most, body = FORM_BYTES if form else JSON_BYTES, bytearray()
+        most, size = FORM_BYTES if form else JSON_BYTES, 0
         too_large = ApiError(413, "too_large", f"The body has more than {most >> 10} KiB: send less")
         length = _header(scope, b"content-length")
         if length.isdigit() and int(length) > most:
             raise too_large
+        body = SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 - it lives as long as what is returned
         try:
             async with asyncio.timeout(BODY_S):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         break
-                    body += message.get("body", b"")
-                    self.held += len(body) - scope.get("held", 0)
-                    scope["held"] = len(body)
-                    if len(body) > most:
+                    body.write(chunk := message.get("body", b""))
+                    size += len(chunk)
+                    self.held += len(chunk)
+                    scope["held"] = size
+                    if size > most:
                         raise too_large
                     if self.held > ALL_BYTES:
                         raise ApiError(503, "unavailable", "Too many images are on their way here", retry_after=5)
@@ -207,18 +252,17 @@ class Guard:
                         break
         except TimeoutError:
             raise ApiError(408, "timeout", f"The body took more than {BODY_S:g} seconds: try again") from None
-        allowance.spend("megabytes", len(body) / 1e6)
-        sent = False
+        allowance.spend("megabytes", size / 1e6)
+        body.seek(0)
 
         async def replay() -> Message:
-            nonlocal sent
-            if sent:
+            if body.closed:
                 return await receive()
-            sent = True
-            whole = bytes(body)
-            body.clear()
-            self.held -= scope.pop("held", 0)  # a form that is read lies on the disk
-            return {"type": "http.request", "body": whole, "more_body": False}
+            chunk = body.read(CHUNK)
+            more = body.tell() < size
+            if not more:
+                body.close()
+            return {"type": "http.request", "body": chunk, "more_body": more}
 
         return replay
 

@@ -1,17 +1,17 @@
-"""Figures of the server: as Prometheus reads them at ``/metrics``, and through Ray's own exporter. No captions."""
+"""Figures of the server, as Prometheus reads them at ``/metrics``. No captions."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from ray.util import metrics as ray_metrics
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 FIGURES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "num_queue_reqs": ("gauge", "Requests that wait.", ()),
     "num_running_reqs": ("gauge", "Requests that are being drawn.", ()),
+    "num_replicas": ("gauge", "Replicas that are alive.", ()),
     "requests_total": ("counter", "Requests answered.", ("endpoint", "status")),
     "images_total": ("counter", "Images drawn.", ("kind",)),
     "cached_images_total": ("counter", "Images that were kept from an earlier request.", ()),
@@ -29,32 +29,23 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.figures: dict[str, tuple[Any, Any]] = {}
+        self.figures: dict[str, Any] = {}
         for name, (kind, about, labels) in FIGURES.items():
             full, bounds = f"unclip_{name}", SIZES if name == "batch_size" else SECONDS
             more = {"buckets": bounds} if kind == "histogram" else {}
             made = {"gauge": Gauge, "counter": Counter, "histogram": Histogram}[kind]
-            ours = made(full, about, labels, registry=self.registry, **more)
-            if kind == "histogram":
-                theirs: Any = ray_metrics.Histogram(full, about, list(bounds), labels)
-            else:
-                theirs = (ray_metrics.Gauge if kind == "gauge" else ray_metrics.Counter)(full, about, labels)
-            self.figures[name] = ours, theirs
+            self.figures[name] = made(full, about, labels, registry=self.registry, **more)
 
     def __call__(self, name: str, value: float = 1, **labels: str) -> None:
         """Sets a gauge, adds to a counter, or adds an observation to a histogram."""
         kind = FIGURES[name][0]
-        ours, theirs = self.figures[name]
-        ours = ours.labels(**labels) if labels else ours
+        figure = self.figures[name].labels(**labels) if labels else self.figures[name]
         if kind == "gauge":
-            ours.set(value)
-            theirs.set(value, labels)
+            figure.set(value)
         elif kind == "counter":
-            ours.inc(value)
-            theirs.inc(value, labels)
+            figure.inc(value)
         else:
-            ours.observe(value)
-            theirs.observe(value, labels)
+            figure.observe(value)
 
     def text(self) -> bytes:
         """Returns all figures in Prometheus' text format."""

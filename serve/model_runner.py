@@ -8,8 +8,11 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -26,7 +29,9 @@ from serve.bundle import sides
 from serve.work import Row, Work, drawn_side
 
 STEP_S = 0.2  # between two reports of steps
+PNG_LEVEL = 1  # of zlib: a fifth of the default's time for files that are a tenth larger
 Emit = Callable[[tuple[Any, ...]], None]
+Encode = Callable[[Callable[[], None]], Any]
 
 
 class Stopped(Exception):
@@ -36,8 +41,11 @@ class Stopped(Exception):
 class ModelRunner:
     """Draws with one bundle, ``batch`` images at once.
 
-    ``judges`` are heads for "prompt" and "image" with the highest score that each lets pass.
+    ``judges`` are heads for "prompt" and "image" with the highest score that each lets pass. ``slowest`` is the longest
+    time between two events of ``warm_up``, in seconds.
     """
+
+    slowest = 0.0
 
     def __init__(self, key: str, unclip: UnCLIP, batch: int, judges: Mapping[str, tuple[Head, float]] | None = None):
         self.key, self.unclip, self.batch, self.judges = key, unclip, batch, judges or {}
@@ -55,10 +63,13 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Draws one image of the largest side in as few steps as there may be, so that the first request is quick."""
         least = dict.fromkeys(STEPS.values(), 2)
-        self.draw(Work("generation", least, max(sides(self.unclip)), (Row("", 0),)), lambda _: None, lambda: False)
+        times = [time.monotonic()]
+        work = Work("generation", least, max(sides(self.unclip)), (Row("", 0),))
+        self.draw(work, lambda _: times.append(time.monotonic()), lambda: False)
+        self.slowest = max(after - before for before, after in pairwise(times))
 
-    def draw(self, work: Work, emit: Emit, stopped: Callable[[], bool]) -> None:
-        """Draws the images of ``work``.
+    def draw(self, work: Work, emit: Emit, stopped: Callable[[], bool], encode: Encode = lambda task: task()) -> None:
+        """Draws the images of ``work``. ``encode`` runs what makes a PNG file and emits it, in order, now or later.
 
         ``emit`` gets ("step", stage, done, steps), ("stage", stage, seconds), and ("partial", row, side, PNG) if the
         work asks for it. For every row it gets ("image", row, PNG, score) or ("withheld", row, why). The score is the
@@ -72,7 +83,7 @@ class ModelRunner:
         latents: list[Inversion] = []
         for start in range(0, len(work.rows), self.batch):
             rows = work.rows[start : start + self.batch]
-            watch = _Watch(emit, stopped, start, replace(work, partial=work.partial and not self.judges))
+            watch = _Watch(emit, stopped, encode, start, replace(work, partial=work.partial and not self.judges))
             if not plain and not latents:  # those of an image are found once
                 described = [rows[0].caption] if rows[0].caption and work.kind == "variation" else None
                 latents = [self.unclip.invert([opened(png)], described, watch, **options) for png in work.images]
@@ -82,16 +93,13 @@ class ModelRunner:
                 if withheld[i]:
                     emit(("withheld", start + i, f"the {withheld[i]} is refused by this server's rules"))
                     continue
-                pixels = made.image[i].numpy()
-                if len(pixels) > work.side:
-                    pixels = view(Image.fromarray(pixels), work.side)
                 text = {
                     "caption": row.caption or "",
                     "seed": str(row.seed),
                     "settings": json.dumps(settings, sort_keys=True),
                     "made": json.dumps({"kind": work.kind, "bundle": self.key, **work.more}, sort_keys=True),
                 }
-                emit(("image", start + i, png_with_text(pixels, text), scores[i]))
+                encode(partial(_emit_image, emit, start + i, made.image[i].numpy(), work.side, text, scores[i]))
 
     def _make(
         self,
@@ -136,8 +144,9 @@ class ModelRunner:
 class _Watch:
     """Turns the progress of models into events, and ends a drawing that no client waits for."""
 
-    def __init__(self, emit: Emit, stopped: Callable[[], bool], start: int, work: Work):
-        self.emit, self.stopped, self.start, self.work, self.said = emit, stopped, start, work, 0.0
+    def __init__(self, emit: Emit, stopped: Callable[[], bool], encode: Encode, start: int, work: Work):
+        self.emit, self.stopped, self.encode, self.start, self.work = emit, stopped, encode, start, work
+        self.said = 0.0
         self.began = time.monotonic()
 
     def __call__(self, stage: str, done: int, steps: int, estimate: Tensor | None = None) -> None:
@@ -153,7 +162,19 @@ class _Watch:
         if self.work.partial and estimate is not None and done == steps and estimate.shape[-1] < self.work.side:
             pixels = to_uint8(estimate).permute(0, 2, 3, 1).cpu().numpy()
             for i, image in enumerate(pixels):
-                self.emit(("partial", self.start + i, len(image), png_with_text(image, {})))
+                self.encode(partial(_emit_partial, self.emit, self.start + i, image))
+
+
+def _emit_image(
+    emit: Emit, row: int, pixels: np.ndarray, side: int, text: Mapping[str, str], score: float | None
+) -> None:
+    if len(pixels) > side:
+        pixels = view(Image.fromarray(pixels), side)
+    emit(("image", row, png_with_text(pixels, text, PNG_LEVEL), score))
+
+
+def _emit_partial(emit: Emit, row: int, pixels: np.ndarray) -> None:
+    emit(("partial", row, len(pixels), png_with_text(pixels, {}, PNG_LEVEL)))
 
 
 def opened(png: bytes) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The line of requests: bounded and in order. Requests with equal settings are drawn together."""
+"""The queue of requests: bounded and in order. Requests with equal settings are drawn together."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any, Protocol
 from serve.errors import ApiError
 from serve.work import Row, Work
 
-ATTEMPTS = 5  # at a batch whose process dies
+ATTEMPTS = 3  # at a batch whose replica dies: it may be the batch that kills it
 log = logging.getLogger("unclip")
 Event = tuple[Any, ...]
 
 
 class Died(Exception):
-    """The process that drew is gone; another one can draw the same."""
+    """The replica that drew is gone, or does not answer; another one can draw the same."""
 
 
 class Refused(Exception):
@@ -39,9 +39,17 @@ class Observe(Protocol):
 
 
 class Draw(Protocol):
-    """Draws a work in some process, and yields events. Raises Died, Refused, or what went wrong."""
+    """Draws a work with some replica, and yields events. Raises Died, Refused, ApiError, or what went wrong.
+
+    ("drawn",) says that the next work can begin; images may follow it.
+    """
 
     def __call__(self, work: Work) -> AsyncGenerator[Event]: ...
+
+
+def stopping() -> ApiError:
+    """Returns the error for requests that this server does not answer any more."""
+    return ApiError(503, "unavailable", "The server is stopping: try again", retry_after=5)
 
 
 @dataclass(eq=False)
@@ -72,15 +80,18 @@ class RequestQueue:
         batch: Images of a batch; a request is never split.
         limit: Images that may wait.
         wait: Seconds that a batch waits for more of its kind.
+        deadline: Seconds after which a request that is not drawn is answered with an error.
         observe: Notes figures.
     """
 
-    def __init__(self, draw: Draw, lanes: int, batch: int, limit: int, wait: float, observe: Observe):
+    def __init__(self, draw: Draw, lanes: int, batch: int, limit: int, wait: float, deadline: float, observe: Observe):
         self.draw, self.lanes, self.batch, self.limit, self.wait = draw, lanes, batch, limit, wait
+        self.deadline = deadline
         self.observe = observe
         self.waiting: deque[Job] = deque()
-        self.running: list[list[Job]] = []
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.running: list[list[Job]] = []  # batches
+        self.tasks: set[asyncio.Task[None]] = set()  # lanes
+        self.batches: set[asyncio.Task[None]] = set()
         self.seconds = 5.0  # of a batch, averaged over the last ones
 
     def images(self) -> int:
@@ -109,7 +120,16 @@ class RequestQueue:
         self._count()
         try:
             while missing:
-                event = await job.events.get()
+                try:
+                    left = job.came + self.deadline - time.monotonic()
+                    event = await asyncio.wait_for(job.events.get(), max(0, left))
+                except TimeoutError:
+                    raise ApiError(
+                        503,
+                        "deadline_exceeded",
+                        f"This was not drawn within {self.deadline:g} seconds: ask for fewer or smaller images",
+                        retry_after=self.seconds,
+                    ) from None
                 if isinstance(event, Exception):
                     raise event
                 if event[0] == "withheld":
@@ -134,31 +154,43 @@ class RequestQueue:
             self.tasks.discard(asyncio.current_task())
 
     async def _batches(self) -> None:
-        loop = asyncio.get_running_loop()
         while self.waiting:
             if self.wait and self.images() < self.batch:
                 await asyncio.sleep(self.wait)
             jobs = self._take()
             if not jobs:
                 continue
-            self.running.append(jobs)
-            self._count()
-            for job in jobs:
-                self.observe("queue_time_seconds", time.monotonic() - job.came)
-            began = loop.time()
-            try:
-                await self._draw(jobs)
-                self.seconds = 0.7 * self.seconds + 0.3 * (loop.time() - began)
-            except BaseException as e:
-                for job in jobs:
-                    job.events.put_nowait(e if isinstance(e, Exception) else Died("the server stops"))
-                if not isinstance(e, Exception):
-                    raise
-            finally:
-                self.running.remove(jobs)
-                self._count()
+            drawing = asyncio.create_task(self._run(jobs, drawn := asyncio.Event()))
+            self.batches.add(drawing)
+            drawing.add_done_callback(self.batches.discard)
+            await drawn.wait()  # its images may still be on their way
             for place, job in enumerate(self.waiting):
                 job.tell(("place", place + len(self.running)))
+
+    async def _run(self, jobs: list[Job], drawn: asyncio.Event) -> None:
+        """Draws a batch, and tells its jobs what becomes of it. Sets ``drawn`` where the next one can begin."""
+        self.running.append(jobs)
+        self._count()
+        for job in jobs:
+            self.observe("queue_time_seconds", time.monotonic() - job.came)
+        began = time.monotonic()
+        try:
+            await self._draw(jobs, drawn)
+            self.seconds = 0.7 * self.seconds + 0.3 * (time.monotonic() - began)
+        except BaseException as e:
+            for job in jobs:
+                job.events.put_nowait(e if isinstance(e, Exception) else stopping())
+            if not isinstance(e, Exception):
+                raise
+        finally:
+            drawn.set()
+            self.running.remove(jobs)
+            self._count()
+
+    def cut(self) -> None:
+        """Ends all that is drawn and waits, with an error that says to come back."""
+        for job in (*self.waiting, *(job for jobs in self.running for job in jobs)):
+            job.events.put_nowait(stopping())
 
     def _take(self) -> list[Job]:
         """Returns the first job with those behind it that have equal settings, as long as the batch has room."""
@@ -174,7 +206,7 @@ class RequestQueue:
                 self.waiting.remove(job)
         return taken
 
-    async def _draw(self, jobs: list[Job]) -> None:
+    async def _draw(self, jobs: list[Job], drawn: asyncio.Event) -> None:
         rows: list[Row] = []
         owners: list[tuple[Job, int]] = []
         for job in jobs:
@@ -188,7 +220,9 @@ class RequestQueue:
                     async for event in events:
                         if all(job.gone for job in jobs):
                             return  # which ends the drawing, too
-                        if event[0] == "stage":
+                        if event[0] == "drawn":
+                            drawn.set()
+                        elif event[0] == "stage":
                             self.observe("stage_latency_seconds", event[2], stage=event[1])
                         elif event[0] in ("partial", "image", "withheld"):
                             job, own = owners[event[1]]
@@ -202,4 +236,4 @@ class RequestQueue:
                 if attempt == ATTEMPTS:
                     raise
                 self.observe("retries_total")
-                log.warning("a process that drew is gone (%s); its %d images are drawn again", e, len(rows))
+                log.warning("a replica that drew is gone (%s); its %d images are drawn again", e, len(rows))

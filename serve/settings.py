@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 MOST_IMAGES = 10  # of a request, as OpenAI has it
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LIMITS = {"requests": 60.0, "megapixels": 120.0, "megabytes": 600.0}  # of a token in a minute, where others are let in
 
 
 @dataclass(frozen=True)
@@ -17,18 +19,23 @@ class ServeSettings:
     Attributes:
         host: The address to listen on; any but loopback needs tokens.
         port: The port to listen on; 0 takes a free one, which is printed.
-        replicas: Processes that draw, at most; each holds the bundle. 0 is one a GPU, or two that share the cores.
-        idle_replicas: Processes that stay when nobody draws; 0 frees the memory, and the next request waits for one.
-        idle_s: Seconds without work after which a process ends that need not stay.
-        device: ``auto`` is a GPU if Ray has one.
-        cpus: Cores of a process that draws without a GPU; 0 is its share of its machine.
+        replicas: Copies of the bundle that draw at once, at most; 0 is one a GPU, or one. One is a thread of this
+            process, more are processes of Ray.
+        idle_replicas: Replicas that stay when nobody draws; 0 frees the memory, and the next request waits for one.
+        idle_s: Seconds without work after which a replica ends that need not stay.
+        device: ``auto`` is a GPU if there is one.
+        cpus: Cores of a replica that draws without a GPU; 0 is its share of its machine.
         batch: Images that are drawn at once, of requests with equal settings.
         wait_ms: Milliseconds that a request waits for others like it.
         queue: Images that may wait; a request beyond is told to come back.
+        deadline_s: Seconds after which a request that is not drawn is answered with an error.
+        watchdog_s: Seconds without a step after which drawing is taken for stuck, and its replica is replaced; at least
+            ten times the slowest step of the warm-up, for each image of a batch.
+        drain_s: Seconds that accepted requests have to be answered in after SIGTERM.
         results_mb: Megabytes of finished images kept for the same request, and under their URLs.
-        requests_per_minute: Of a token; 0 sets no limit.
-        megapixels_per_minute: Of a token, drawn; 0 sets no limit.
-        megabytes_per_minute: Of a token, sent to the server; 0 sets no limit.
+        requests_per_minute: Requests of a token; 0 sets no limit. By default 60 where ``host`` lets others in, else 0.
+        megapixels_per_minute: Megapixels drawn for a token; by default 120 or 0.
+        megabytes_per_minute: Megabytes that a token sends; by default 600 or 0.
         follow_s: Seconds between two looks at the release, if one is served.
         log_prompts: Write the captions of requests into the log.
         prompt_head: A linear head of CLIP's text embeddings (a safetensors file, as for ``embeddings.heads``).
@@ -51,10 +58,13 @@ class ServeSettings:
     batch: PositiveInt = 4
     wait_ms: NonNegativeFloat = 20.0
     queue: PositiveInt = 64
+    deadline_s: PositiveFloat = 600.0
+    watchdog_s: PositiveFloat = 60.0
+    drain_s: PositiveFloat = 60.0
     results_mb: PositiveInt = 256
-    requests_per_minute: NonNegativeInt = 0
-    megapixels_per_minute: NonNegativeFloat = 0.0
-    megabytes_per_minute: NonNegativeFloat = 0.0
+    requests_per_minute: NonNegativeInt | None = None
+    megapixels_per_minute: NonNegativeFloat | None = None
+    megabytes_per_minute: NonNegativeFloat | None = None
     follow_s: PositiveFloat = 10.0
     log_prompts: bool = False
     prompt_head: str = ""
@@ -64,6 +74,20 @@ class ServeSettings:
     licenses: tuple[str, ...] = ()
     tokens: str = ""
     origins: tuple[str, ...] = ()
+
+    @property
+    def local(self) -> bool:
+        """Returns whether only this machine reaches the server."""
+        return self.host in LOOPBACK
+
+    def limits(self) -> dict[str, float]:
+        """Returns what a token may use in a minute, by what; 0 sets no limit."""
+        asked = {
+            "requests": self.requests_per_minute,
+            "megapixels": self.megapixels_per_minute,
+            "megabytes": self.megabytes_per_minute,
+        }
+        return {name: (0 if self.local else LIMITS[name]) if most is None else most for name, most in asked.items()}
 
     def __post_init__(self) -> None:
         if self.replicas and self.idle_replicas > self.replicas:

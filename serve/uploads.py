@@ -46,8 +46,11 @@ def check_mask(image: bytes, mask: bytes) -> None:
 
 
 async def _opened(how: Callable[..., StoredImage | str], file: UploadFile, field: str) -> bytes:
-    data = await file.read(MAX_BYTES + 1)
-    found = await asyncio.get_running_loop().run_in_executor(DECODING, how, data, MAX_PIXELS, OWN)
+    def opened() -> StoredImage | str:
+        # Read here, in its turn: until then an upload lies on the disk.
+        return how(file.file.read(MAX_BYTES + 1), MAX_PIXELS, OWN)
+
+    found = await asyncio.get_running_loop().run_in_executor(DECODING, opened)
     if isinstance(found, str):
         raise ApiError(
             400,

@@ -17,7 +17,7 @@ RAY = {
     "pipeline/graph/workers.py",
     "pipeline/training/distributed/launch.py",
     "serve/app.py",
-    "serve/metrics.py",
+    "serve/processes.py",
     "unclip/pairs.py",
 }
 

@@ -77,13 +77,13 @@ def decode_steps(unclip: UnCLIP, settings: Mapping[str, Any]) -> int:
     return steps
 
 
-def png_with_text(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
-    """Returns uint8 [h, w, 3] as a PNG file with text chunks."""
+def png_with_text(pixels: np.ndarray, text: Mapping[str, str], level: int = 6) -> bytes:
+    """Returns uint8 [h, w, 3] as a PNG file with text chunks, compressed with a level of zlib."""
     info = PngInfo()
     for name, value in text.items():
         info.add_itxt(name, value)
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG", pnginfo=info)
+    Image.fromarray(pixels).save(out, "PNG", pnginfo=info, compress_level=level)
     return out.getvalue()
 
 

@@ -3,91 +3,68 @@
 import asyncio
 import re
 import socket
+import subprocess
+import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from ray import serve
 
+from jobs.serve import read_settings
 from pipeline.errors import UserError
-from pipeline.graph.ray import start_ray
-from pipeline.settings import RaySettings
-from serve import app, bundle
-from serve.app import Replica, named, sized
+from serve import bundle
+from serve.listening import listen, named
+from serve.processes import sized
+from serve.replica import Replica
 from serve.settings import ServeSettings
 from serve.work import Row, Work
+from tests.chain import ROOT
 from tests.faults import start
 from tests.pipeline.sampling.test_generation import publish_bundle
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_port_that_another_server_listens_at_is_refused(host: str) -> None:
-    """Also one that would share it, as Ray Serve does."""
+    """Also one that would share it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind((host, 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"{port} cannot be listened at .* port="):
-            app._with_port(ServeSettings(host=host, port=port))
-        assert app._with_port(ServeSettings(host=host, port=0)).port not in (0, port)
+            listen(ServeSettings(host=host, port=port))
+    with listen(ServeSettings(host=host, port=0)) as bound:
+        assert bound.getsockname()[1] not in (0, port)
+        with pytest.raises(UserError, match="cannot be listened at"):
+            listen(ServeSettings(host=host, port=bound.getsockname()[1]))
 
 
-def test_a_free_port_that_another_process_takes_meanwhile_is_not_the_last_one_tried(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """By a Ray Serve of its own."""
-    ray = start_ray(RaySettings(cpus=1, object_store_mb=100))
-    free, tried = app._with_port, []
-
-    def late(settings: ServeSettings) -> ServeSettings:
-        tried.append(taken if not tried else free(settings).port)
-        return replace(settings, port=tried[-1])
-
-    monkeypatch.setattr(app, "_with_port", late)
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            taken = other.getsockname()[1]
-            with pytest.raises(
-                UserError, match=f"Failed to bind to address '127.0.0.1:{taken}'; name another by port="
-            ):
-                app._start_serve(ServeSettings(port=taken))
-            started = app._start_serve(ServeSettings(port=0))
-        assert (tried[0], tried[-1]) == (taken, started.port)
-        with socket.create_connection((started.host, started.port), timeout=10):
-            pass
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+def test_a_port_in_use_is_said_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "sampling.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        script = (
+            "import sys; from jobs.cli import main; "
+            f"code = main(['serve', {str(tmp_path)!r}, '--port', '{other.getsockname()[1]}']); "
+            "print(code, sorted({'torch', 'ray', 'fastapi'} & sys.modules.keys()))"
+        )
+        ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "2 []\n", ended.stderr
+    assert re.fullmatch("error: .* cannot be listened at .*; name another by port=\n", ended.stderr)
 
 
-def test_a_proxy_that_starts_slowly_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slowly for the time that Ray Serve gives it, which is made short here."""
-    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "0.0001")
-    ray = start_ray(RaySettings(cpus=1, object_store_mb=100))
-    try:
-        app._start_serve(ServeSettings(port=0))
-        deadline = time.monotonic() + 60
-        while (proxies := list(serve.status().proxies.values())) != ["HEALTHY"]:
-            assert time.monotonic() < deadline, proxies
-            time.sleep(0.1)
-        serve.shutdown()
-        monkeypatch.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", 0.01)
-        with pytest.raises(UserError, match=r"did not listen within a minute; is the machine.*\)$"):
-            app._start_serve(ServeSettings(port=0))
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+def test_a_setting_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="port=10: port is given twice"):
+        read_settings(["port=9", "port=10"])
 
 
-def test_what_a_process_cannot_load_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_what_a_process_cannot_load_is_one_line(tmp_path: Path, replicas: int) -> None:
     publish_bundle(tmp_path)
     head = f"prompt_head={tmp_path / 'typo.safetensors'}"
-    process = start("serve", tmp_path / "bundle", "port=0", "replicas=1", head)
+    process = start("serve", tmp_path / "bundle", "--port", "0", f"replicas={replicas}", head)
     said, errors = process.communicate(timeout=300)
     assert process.returncode == 2, said + errors
     assert "Traceback" not in said + errors
@@ -118,7 +95,7 @@ def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
 
     def until(wanted: Any) -> None:
         deadline = time.monotonic() + 30
-        while (found := (drawer.next or drawer.painter).key, bool(drawer.warning)) != wanted:
+        while (found := (drawer.next or drawer.runner).key, bool(drawer.warning)) != wanted:
             assert time.monotonic() < deadline, found
             time.sleep(0.01)
 
@@ -137,12 +114,12 @@ def test_a_release_is_followed_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("cores", "asked", "processes", "share"),
     [
-        ([2], {}, 2, 1),
-        ([8], {}, 2, 4),
-        ([0, 8], {}, 2, 4),  # a head without work
-        ([4, 32], {}, 2, 16),
-        ([1, 2], {}, 2, 1),
-        ([8, 8], {}, 2, 8),
+        ([2], {}, 1, 2),
+        ([8], {"replicas": 2}, 2, 4),
+        ([0, 8], {"replicas": 2}, 2, 4),  # a head without work
+        ([4, 32], {"replicas": 2}, 2, 16),
+        ([1, 2], {"replicas": 2}, 2, 1),
+        ([8, 8], {"replicas": 2}, 2, 8),
         ([8], {"cpus": 8}, 1, 8),
         ([2], {"replicas": 4}, 4, 1),  # which a cluster adds
         ([1], {"idle_replicas": 2}, 2, 1),
@@ -194,7 +171,7 @@ def test_what_cannot_be_drawn_is_refused_with_its_reason(
 
     releases: Any = Releases()
     releases.key = "a"
-    monkeypatch.setattr(Replica, "_open", lambda *_: SimpleNamespace(key="a", describe=dict, draw=draw))
+    monkeypatch.setattr(Replica, "_open", lambda *_: SimpleNamespace(key="a", describe=dict, draw=draw, slowest=0.0))
     _, (kind, why) = asyncio.run(events())
     assert kind == "refused"
     assert said in why

@@ -20,7 +20,7 @@ from pipeline.parse import parse
 from serve import guard
 from serve.api import make_api
 from serve.bundle import Served
-from serve.guard import Guard, read_tokens
+from serve.guard import Guard, Traffic, read_tokens
 from serve.settings import ServeSettings
 
 TOKEN = "a-token-of-twenty-four-c"
@@ -28,7 +28,7 @@ URL = "http://127.0.0.1:8000"
 Ask = Callable[..., httpx.Response]
 
 
-def asking(settings: ServeSettings, tokens: Mapping[str, str]) -> Ask:
+def asking(settings: ServeSettings, tokens: Mapping[str, str], traffic: Traffic | None = None) -> Ask:
     """Asks a guarded application that says how many bytes reached it."""
     app = FastAPI()
 
@@ -37,7 +37,7 @@ def asking(settings: ServeSettings, tokens: Mapping[str, str]) -> Ask:
         return len(await request.body())
 
     figures: list[Any] = []
-    guarded = Guard(app, settings, tokens, lambda *args, **labels: figures.append((args, labels)))
+    guarded = Guard(app, settings, tokens, lambda *args, **labels: figures.append((args, labels)), traffic or Traffic())
 
     def ask(path: str = "/v1/images/generations", method: str = "POST", **more: Any) -> httpx.Response:
         async def send() -> httpx.Response:
@@ -119,7 +119,7 @@ def api(settings: ServeSettings, tokens: Mapping[str, str]) -> TestClient:
     async def side(model: str | None, size: str) -> int:
         return int(size.partition("x")[0])
 
-    door: Any = SimpleNamespace(settings=settings, observe=lambda *_, **__: None, side=side)
+    door: Any = SimpleNamespace(settings=settings, observe=lambda *_, **__: None, side=side, traffic=Traffic())
     return TestClient(make_api(door, tokens, lambda: b""), base_url=URL)
 
 
@@ -149,7 +149,9 @@ def test_a_fault_of_the_servers_own_is_openais_error() -> None:
 
     figures: list[Any] = []
     observe = lambda name, *_, **labels: figures.append((name, labels.get("status")))  # noqa: E731
-    door = SimpleNamespace(settings=ServeSettings(), observe=observe, described=described, name="tiny")
+    door = SimpleNamespace(
+        settings=ServeSettings(), observe=observe, described=described, name="tiny", traffic=Traffic()
+    )
     with TestClient(make_api(door, {}, lambda: b""), URL, raise_server_exceptions=False) as client:
         answer = client.get("/v1/models")
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "server_error")

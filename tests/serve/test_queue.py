@@ -46,7 +46,7 @@ def work(*captions: str, options: Any = A, kind: str = "generation") -> Work:
 
 
 def line(drawer: Replica, lanes: int = 1, batch: int = 4, limit: int = 8) -> RequestQueue:
-    return RequestQueue(drawer, lanes, batch, limit, 0.0, lambda *_, **__: None)
+    return RequestQueue(drawer, lanes, batch, limit, 0.0, 60.0, lambda *_, **__: None)
 
 
 async def images(line: RequestQueue, asked: Work) -> list[bytes]:
@@ -181,11 +181,62 @@ def test_a_request_that_comes_as_the_last_lane_ends_gets_its_own() -> None:
                 came.append(asyncio.create_task(images(drawn, another)))
 
         another = work("b")
-        drawn = RequestQueue(draw, 1, 4, 8, 0.0, lambda *_, **__: None)
+        drawn = RequestQueue(draw, 1, 4, 8, 0.0, 60.0, lambda *_, **__: None)
         assert await images(drawn, work("a")) == [b"a"]
         while not came:
             await asyncio.sleep(0)
         assert await asyncio.wait_for(came[0], 5) == [b"b"]
         assert not drawn.tasks
+
+    run(test())
+
+
+def test_a_request_that_is_not_drawn_in_its_time_is_told_to_come_back() -> None:
+    async def test() -> None:
+        drawer = Replica()
+        drawn = line(drawer)
+        drawn.deadline = 0.05
+        for asked in (work("a"), work("b", options=B)):  # one is drawn, the other waits behind it
+            with pytest.raises(ApiError) as caught:
+                await images(drawn, asked)
+            assert (caught.value.status, caught.value.code) == (503, "deadline_exceeded")
+            assert int(caught.value.headers["Retry-After"]) >= 1
+
+    run(test())
+
+
+def test_what_is_cut_is_told_to_come_back() -> None:
+    async def test() -> None:
+        drawer = Replica()
+        drawn = line(drawer)
+        tasks = [asyncio.create_task(images(drawn, each)) for each in (work("a"), work("b", options=B))]
+        await asyncio.sleep(0.01)
+        drawn.cut()
+        for task in tasks:
+            with pytest.raises(ApiError, match="stopping"):
+                await task
+        assert not drawn.waiting
+
+    run(test())
+
+
+def test_the_next_batch_begins_while_images_of_the_one_before_are_still_encoded() -> None:
+    async def test() -> None:
+        encoded, begun = asyncio.Event(), []
+
+        async def draw(work: Work) -> AsyncGenerator[Event]:
+            begun.append(work.rows[0].caption)
+            yield ("drawn",)
+            if work.rows[0].caption == "a":
+                await encoded.wait()
+            yield ("image", 0, b"", 0.5)
+
+        drawn = RequestQueue(draw, 1, 1, 8, 0.0, 60.0, lambda *_, **__: None)
+        first = asyncio.create_task(images(drawn, work("a")))
+        await asyncio.sleep(0)
+        await images(drawn, work("b"))
+        assert (begun, first.done()) == (["a", "b"], False)
+        encoded.set()
+        await first
 
     run(test())

@@ -1,0 +1,244 @@
+"""The replicas of a server: started when they are needed, watched while they live, and replaced when they hang."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from serve.errors import ApiError
+from serve.queue import Died, Event, Observe
+from serve.settings import ServeSettings
+from serve.work import Work
+
+PING_S = 1.0
+# Pings without any sign of life after which a replica is taken for hung. They are counted and not timed: where the
+# whole machine is busy or was asleep, the gateway's own pings are late, too.
+MISSED = 4
+UPSCALE_S = 5.0  # that a batch waits for a replica before another one is started
+# A step of a busy machine may take this many times the slowest one of the warm-up, which drew one image.
+SLACK = 10.0
+AGAIN_S = 5.0  # between two starts of which the first has failed
+log = logging.getLogger("unclip")
+
+
+class Handle(Protocol):
+    """A replica as the gateway reaches it, in this process or in another one."""
+
+    def draw(self, work: Work) -> AsyncGenerator[Event]:
+        """Yields the events of ``Replica.draw``. Raises Died, Refused, or what went wrong."""
+
+    async def describe(self) -> dict[str, Any]:
+        """Returns what the replica draws with, at once, also while it draws. Raises Died."""
+
+    async def close(self) -> None:
+        """Ends a replica that draws nothing."""
+
+    async def kill(self) -> None:
+        """Ends a replica that does not answer."""
+
+
+@dataclass(eq=False)
+class Member:
+    """A replica with what is known of it.
+
+    Attributes:
+        handle: How it is reached.
+        about: What it draws with.
+        busy: Whether it has a batch.
+        missed: Pings since its last sign of life.
+        since: time.monotonic() of the end of its last batch.
+        lost: Set when it is given up.
+        ping: The ping that is on its way.
+    """
+
+    handle: Handle
+    about: dict[str, Any]
+    busy: bool = False
+    missed: int = 0
+    since: float = field(default_factory=time.monotonic)
+    lost: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    ping: asyncio.Task[None] | None = None
+
+
+class ReplicaPool:
+    """Draws with up to ``settings.replicas`` replicas, each with one batch at a time.
+
+    Args:
+        start: Starts one. Raises UserError where the bundle cannot be loaded.
+        settings: How many there are, and how long they may be silent.
+        observe: Notes figures.
+    """
+
+    def __init__(self, start: Callable[[], Awaitable[Handle]], settings: ServeSettings, observe: Observe):
+        self.start, self.settings, self.observe = start, settings, observe
+        self.members: list[Member] = []
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.starting = 0
+        self.failed = False  # whether the last replica was lost, and none could be started since
+        self.tried = 0.0  # time.monotonic() of the last start that failed
+        self.load_s = AGAIN_S  # of the last start
+        self.about: dict[str, Any] = {}
+        self.changed = asyncio.Event()
+
+    async def open(self, first: int) -> None:
+        """Starts ``first`` replicas and waits for one of them. Raises what went wrong with it."""
+        for _ in range(first - 1):
+            self._spawn(self._start())
+        await self._start(first=True)
+        self._spawn(self._watch())
+
+    async def close(self) -> None:
+        """Ends all of them."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*(member.handle.close() for member in self.members), return_exceptions=True)
+        self.members.clear()
+
+    def ready(self) -> bool:
+        """Returns whether a replica gave a sign of life in the last seconds, or none is needed before a request."""
+        alive = any(member.missed <= 1 for member in self.members)
+        return alive or (not self.members and not self.failed and not self.settings.idle_replicas)
+
+    async def describe(self) -> dict[str, Any]:
+        """Returns what the replicas draw with, as the last ping had it. Raises Died where that is not known yet."""
+        if not self.about:
+            raise Died("no replica has answered yet")
+        return self.about
+
+    async def draw(self, work: Work) -> AsyncGenerator[Event]:
+        """Yields the events of a replica's ``draw``.
+
+        Raises Died where the replica ends or hangs, ApiError where there is none any more, and what ``Handle.draw``
+        raises.
+        """
+        member = await self._acquire()
+        waiting: asyncio.Task[Event] | None = None
+        try:
+            async with aclosing(member.handle.draw(work)) as events:
+                while True:
+                    patience = self._patience(member)
+                    waiting = asyncio.ensure_future(anext(events))
+                    await asyncio.wait((waiting, member.lost), timeout=patience, return_when="FIRST_COMPLETED")
+                    if not waiting.done() and not member.lost.done():
+                        self._lose(member, f"made no step for {patience:.0f} s")
+                    if not waiting.done():
+                        raise Died("it does not answer")
+                    try:
+                        event = waiting.result()
+                    except StopAsyncIteration:
+                        return
+                    member.missed = 0
+                    if event[0] == "bundle":
+                        self.about = member.about = event[1]
+                    elif event[0] == "drawn":
+                        self._release(member)
+                    yield event
+        except Died:
+            self._lose(member, "is gone")
+            raise
+        finally:
+            if waiting is not None and not waiting.done():
+                waiting.cancel()
+                with suppress(BaseException):
+                    await waiting
+            self._release(member)
+
+    def _patience(self, member: Member) -> float:
+        """Returns the seconds without an event after which a drawing is taken for stuck."""
+        return max(self.settings.watchdog_s, SLACK * self.settings.batch * member.about["slowest_s"])
+
+    def _release(self, member: Member) -> None:
+        member.busy, member.since = False, time.monotonic()
+        self._changed()
+
+    def _changed(self) -> None:
+        self.observe("num_replicas", len(self.members))
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    async def _acquire(self) -> Member:
+        began = time.monotonic()
+        while True:
+            if free := next((member for member in self.members if not member.busy and not member.missed > 1), None):
+                free.busy = True
+                return free
+            if self.failed:
+                raise ApiError(
+                    503, "unavailable", "No process can draw this now: try again later", retry_after=self.load_s
+                )
+            waited = time.monotonic() - began
+            room = len(self.members) + self.starting < self.settings.replicas
+            if room and (not self.members or waited > UPSCALE_S) and not self.starting:
+                self._spawn(self._start())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), PING_S)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _start(self, first: bool = False) -> None:
+        began = time.monotonic()
+        self.starting += 1
+        try:
+            handle = await self.start()
+            about = await handle.describe()
+        except Exception as e:
+            if first:
+                raise
+            log.warning("a replica could not be started (%s); it is tried again", e)
+            self.failed, self.tried = not self.members, time.monotonic()
+        else:
+            self.members.append(Member(handle, about))
+            self.failed, self.about, self.load_s = False, about, time.monotonic() - began
+        finally:
+            self.starting -= 1
+            self._changed()
+
+    def _lose(self, member: Member, why: str) -> None:
+        """Gives up a replica, and starts another one in its place."""
+        if member not in self.members:
+            return
+        log.warning("a replica %s, and is replaced", why)
+        self.members.remove(member)
+        member.lost.set_result(None)
+        self.failed = not self.members
+        self._spawn(member.handle.kill())
+        self._spawn(self._start())
+        self._changed()
+
+    async def _watch(self) -> None:
+        """Pings all replicas, gives up those that are silent, and ends those that have been idle."""
+        while True:
+            await asyncio.sleep(PING_S)
+            now = time.monotonic()
+            for member in list(self.members):
+                if member.missed >= MISSED:
+                    self._lose(member, f"gave no sign of life for {MISSED} pings")
+                    continue
+                member.missed += 1
+                if member.ping is None or member.ping.done():
+                    member.ping = asyncio.create_task(self._ping(member))
+            idle = [m for m in self.members if not m.busy and now - m.since > self.settings.idle_s]
+            for member in idle[: max(0, len(self.members) - self.settings.idle_replicas)]:
+                self.members.remove(member)
+                self._spawn(member.handle.close())
+                self._changed()
+            least = max(self.settings.idle_replicas, int(self.failed))
+            if len(self.members) + self.starting < least and now - self.tried > AGAIN_S:
+                self._spawn(self._start())
+
+    async def _ping(self, member: Member) -> None:
+        try:
+            about = await member.handle.describe()
+        except Exception:  # of a process that has gone
+            self._lose(member, "is gone")
+            return
+        self.about = member.about = about
+        member.missed = 0

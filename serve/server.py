@@ -1,0 +1,137 @@
+"""The HTTP server: uvicorn, with limits for headers, and an end at which every accepted request is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEADERS_S = 10.0  # in which the header of a request has to arrive
+HEADER_BYTES = 32 << 10
+UNFINISHED = 256  # connections whose header is still to come: a quarter of the usual limit of open files
+KEEP_ALIVE_S = 65  # longer than the 60 s of usual load balancers, which must be the ones to close
+CLOSING_S = 2.0  # for the last bytes of answers
+log = logging.getLogger("unclip")
+
+
+class BoundedHeaders(H11Protocol):
+    """Closes a connection whose header does not arrive in time, and the oldest of too many such connections."""
+
+    unfinished: ClassVar[OrderedDict[BoundedHeaders, asyncio.TimerHandle]] = OrderedDict()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts the time of the first header."""
+        super().connection_made(transport)
+        self._expect_header()
+
+    def data_received(self, data: bytes) -> None:
+        """Starts the time of a later header, and ends it where the header is whole."""
+        if self.conn.their_state is h11.IDLE and self not in self.unfinished:
+            self._expect_header()
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._end_time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends the time."""
+        self._end_time()
+        super().connection_lost(exc)
+
+    def _expect_header(self) -> None:
+        self.unfinished[self] = self.loop.call_later(HEADERS_S, self._close)
+        if len(self.unfinished) > UNFINISHED:
+            next(iter(self.unfinished))._close()
+
+    def _end_time(self) -> None:
+        if timer := self.unfinished.pop(self, None):
+            timer.cancel()
+
+    def _close(self) -> None:
+        self._end_time()
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Serves an application until SIGTERM or Ctrl-C, at which requests that were accepted are answered first.
+
+    Args:
+        app: The application.
+        drain: Begins to refuse new requests.
+        busy: Returns how many accepted requests are still to be answered.
+        cut: Ends what is still drawn when the time is over, so that its requests are answered with an error.
+        drain_s: Seconds that accepted requests have.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        drain: Callable[[], None],
+        busy: Callable[[], int],
+        cut: Callable[[], None],
+        drain_s: float,
+    ):
+        config: Any = uvicorn.Config(
+            app,
+            http=BoundedHeaders,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(CLOSING_S),
+            h11_max_incomplete_event_size=HEADER_BYTES,
+        )
+        super().__init__(config)
+        self.drain, self.busy, self.cut, self.drain_s = drain, busy, cut, drain_s
+        self.ending: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ends in order at the first signal, and at once at the second."""
+        loop = asyncio.get_running_loop()
+        mine = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+        before = {each: signal.getsignal(each) for each in mine}
+        for each in mine:
+            loop.add_signal_handler(each, self.end)
+        try:
+            yield
+        finally:
+            for each in mine:
+                loop.remove_signal_handler(each)
+                signal.signal(each, before[each])
+
+    def end(self) -> None:
+        """Begins to end; called again, it waits for nothing more."""
+        if self.ending is not None:
+            self.cut()
+            self.should_exit = self.force_exit = True
+            return
+        self.drain()
+        if waiting := self.busy():
+            log.warning("answering %d requests first; Ctrl-C again ends at once", waiting)
+        self.ending = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        if not await self._answered(self.drain_s):
+            log.warning("%d requests are not answered after %g s and are ended", self.busy(), self.drain_s)
+            self.cut()
+            await self._answered(CLOSING_S)
+        self.should_exit = True
+
+    async def _answered(self, seconds: float) -> bool:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while self.busy() and loop.time() < until:
+            await asyncio.sleep(0.05)
+        return not self.busy()
