@@ -86,7 +86,7 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             where = e.filename or "of temporary files, TMPDIR, or where this command's output goes"
             print(f"error: the disk is full ({where}); free space and run the same command again", file=sys.stderr)
-            return 1
+            return 2
         if e.errno in UNFIT:
             print(f"error: {e.filename}: {e.strerror}; name a place that can be read and written", file=sys.stderr)
             return 2

@@ -12,8 +12,9 @@ from jobs.project import Project, project_of
 from pipeline.build import build
 from pipeline.config import Config, load_config
 from pipeline.cost.estimate import Ask, estimate
+from pipeline.cost.limits import lacking
 from pipeline.cost.observed import observe
-from pipeline.cost.table import places, too_slow
+from pipeline.cost.table import places
 from pipeline.doctor.clip_weights import check_clips
 from pipeline.doctor.finding import Finding
 from pipeline.doctor.machine import check_disks, check_machine, check_memory, check_shared_memory
@@ -84,7 +85,7 @@ def _check_project(config: Config, store: Store | None) -> Iterator[Finding]:
 
 
 def _check_places(project: Project, stale: Collection[str]) -> Iterator[Finding]:
-    """Yields on what the stages will run, and a warning for each that would take a CPU too long."""
+    """Yields on what the stages will run, and a warning for what this machine lacks for them."""
     seen = observe(project.store, project.config.project, project.graph, project.held_out)
     try:
         machine = find_machine(project.config.run.ray)
@@ -93,5 +94,5 @@ def _check_places(project: Project, stale: Collection[str]) -> Iterator[Finding]
     except UserError:  # of a cluster that does not answer, or a CLIP that is nowhere: other checks say so
         return
     yield Finding("ok", "stages", places(costs, ask))
-    for line in too_slow(costs, ask):
-        yield Finding("warning", "stages", line, "run where there are GPUs, or take a smaller preset")
+    for lack in lacking(costs, ask, project.store):
+        yield Finding("warning", "stages", lack.what, lack.advice)

@@ -19,8 +19,9 @@ from jobs.project import Project, open_project
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.cost.estimate import UTILISATION, Ask, Cost, elapsed, estimate, parse_fleet
+from pipeline.cost.limits import lacking
 from pipeline.cost.observed import Seen, observe, read_profile
-from pipeline.cost.table import cost_table, places, remarks, size, too_slow
+from pipeline.cost.table import cost_table, places, remarks, size
 from pipeline.errors import UserError
 from pipeline.graph.plan import Verdict
 from pipeline.graph.ray import find_machine
@@ -79,6 +80,8 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     verbose = arguments.verbose or any((arguments.probe, arguments.gpus, arguments.profile))
     _print_plan(project, verdicts, costs, ask, verbose)
+    for lack in lacking(costs, ask, project.store):
+        print(f"warning: {lack}")
     return 0
 
 
@@ -117,7 +120,7 @@ def agree(
 
     Raises:
         UserError: ``until`` is given beside ``only``, or this lacks an input. Without ``yes``: it costs more than the
-            budget, or a CPU would take more than a day for what a GPU can do.
+            budget, a CPU would take more than a day for what a GPU can do, or a disk has too little room.
     """
     if only and until:
         raise UserError("--only and --until exclude each other; leave one of them out")
@@ -137,16 +140,13 @@ def agree(
     if stale and not machine:
         end = "" if yes else ", and ends at once if it is above the budget"
         print(f"the job says how long that takes on its cluster{end}")
+    if not yes and (lack := next(lacking(costs, ask, project.store), None)):
+        raise UserError(f"{lack}; add --yes to go on all the same")
     seconds = elapsed(costs, ask)
     if seconds > project.config.run.budget_hours * 3600 and not yes:
         raise UserError(
             f"about {duration(seconds)} is above run.budget_hours {project.config.run.budget_hours:g}; "
             "add --yes to go on, or raise the budget"
-        )
-    if not yes and (slow := list(too_slow(costs, ask))):
-        raise UserError(
-            f"{'; '.join(slow)}, for want of a GPU: run it where there are GPUs, or take a smaller preset; add --yes "
-            "to go on all the same"
         )
     return Agreed(wanted, verdicts, stale)
 
@@ -201,6 +201,7 @@ def _as_values(
     verdicts: Sequence[Verdict] = (),
 ) -> dict[str, Any]:
     """Returns what a plan says, for JSON. Times are in seconds, ``disk`` in bytes."""
+    short = short_splits(project.scan.held_out) if project and "evaluation" in costs else ()
     said = {v.stage: {"state": v.state, "key": v.key, "because": v.because} for v in verdicts}
     return {
         "project": name,
@@ -208,7 +209,7 @@ def _as_values(
         "pairs": ask.rows,
         "shards": len(project.scan.shards) if project else ask.shards,
         "seconds": elapsed(costs, ask),
-        "warnings": list(short_splits(project.scan.held_out)) if project and "evaluation" in costs else [],
+        "warnings": [*(map(str, lacking(costs, ask, project.store)) if project else ()), *short],
         "stages": [
             {"stage": stage, **said.get(stage, {}), "cost": costs.get(stage)}
             for stage in ask.graph

@@ -24,7 +24,7 @@ from models.decoder import Decoder, decoder_denoise
 from models.diffusion.samplers import ddim_inversion
 from models.diffusion.schedules import make_schedule
 from models.diffusion_prior import DiffusionPrior, best_of, diffusion_prior_denoise
-from models.draw import Draw, derive_seed
+from models.draw import Draw, check_seeds, derive_seed
 from models.folder import load_codec, load_model, save_codec, save_model
 from models.inpainting import Kept
 from models.manipulation import Inversion, check_embedding, first_components, slerp, text_difference
@@ -144,7 +144,7 @@ class UnCLIP:
 
         ``options`` replace single fields of ``sampling``. An image depends on its caption, its seed and the options,
         and not on the rest of the batch beyond rounding. Stops at the last upsampler there is. Raises ValueError on
-        captions and seeds of different number, a caption that is too long, and an option out of range.
+        captions and seeds of different number, a caption that is too long, a seed below 0, and an option out of range.
         """
         if len(captions) != len(seeds) or not captions:
             raise ValueError(f"got {len(captions)} captions and {len(seeds)} seeds: give one seed for each caption")
@@ -213,17 +213,17 @@ class UnCLIP:
 
         ``seeds`` are as many as embeddings. ``noise`` [b, 3, s, s] is the decoder's x_T in place of their own; ``eta``
         belongs to its "ddim" sampler. ``kept`` is the part of an image that stays. Raises ValueError on embeddings that
-        do not fit.
+        do not fit, and on a seed below 0.
         """
         check_embedding(embedding, self.clip.embed_dim)
+        check_seeds(seeds)
         draw = Draw([(derive_seed(seed, "decoder"), 1) for seed in seeds], embedding.device)
-        config = self.decoder.config
+        config, inverted = self.decoder.config, noise is not None
         guided = (sampling.decoder_guidance, sampling.decoder_guidance_interval, sampling.decoder_threshold)
         denoise = decoder_denoise(self.decoder, embedding, tokens, *guided)
-        inverted = noise is not None
         noise = draw.normal("x_T", 3, config.image_size, config.image_size) if noise is None else noise
-        sampler = sampling.decoder_sampler
-        run = Reverse("decoder", sampler, "learned", sampling.decoder_steps, progress, eta, inverted, kept)
+        steps = sampling.decoder_steps
+        run = Reverse("decoder", sampling.decoder_sampler, "learned", steps, progress, eta, inverted, kept)
         with autocast(embedding.device, sampling.precision):
             image = run(self.decoder, denoise, noise, draw)
         images = {config.image_size: image}

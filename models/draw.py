@@ -20,6 +20,17 @@ def derive_seed(*parts: str | SupportsIndex) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def check_seeds(seeds: Sequence[SupportsIndex]) -> None:
+    """Raises TypeError for a seed that is not a whole number, ValueError for one below 0."""
+    for seed in seeds:
+        try:
+            number = index(seed)
+        except TypeError:
+            raise TypeError(f"a seed is {seed!r}: use a whole number, 0 or more") from None
+        if number < 0:
+            raise ValueError(f"a seed is {number}: use a whole number, 0 or more")
+
+
 class Draw:
     """Random numbers for one batch, row block by row block.
 

@@ -23,13 +23,15 @@ UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
 def duration(seconds: float) -> str:
-    """Returns a text such as '7 s', '3 min 20 s' or '2 h 05 min'."""
+    """Returns a text such as '7 s', '3 min 20 s', '2 h 05 min' or, from 1,000 hours on, '42 days'."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole < 3_600_000:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{round(whole / 86_400):,} days"
 
 
 def counted(count: int, noun: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from jobs.bundles import find_bundle
 from models.cascade import UnCLIP
+from models.draw import check_seeds
 from models.sampling_config import SamplingConfig
 from pipeline.data.pairs.decoding import open_image
 from pipeline.sampling import edits
@@ -20,8 +22,8 @@ from pipeline.sampling.drawing import prior_steps, read_bundle
 from pipeline.sampling.edits import Watch, watched
 from pipeline.training.device import choose_device
 
-ImageLike = Image.Image | str | Path
-"""An image, or the path of a file that holds one."""
+ImageLike = Image.Image | np.ndarray | str | Path
+"""An image: PIL's, an array uint8 [height, width, 3], or the path of a file that holds one."""
 
 
 def load(path: str | Path | None = None, device: str = "auto") -> Model:
@@ -44,7 +46,8 @@ class Model:
 
     Methods that draw take sampling options by name, for that call alone, such as ``size=256`` or ``decoder_steps=50``;
     ``sampling`` has all of them with their defaults. They raise ValueError for an unknown option, one that is out of
-    range, and a caption that is too long. Images are given as PIL images or as paths. ``progress`` is True for a line
+    range, a seed below 0 and a caption that is too long, TypeError for what is neither caption nor image. Images are
+    given as PIL images, as arrays uint8 [height, width, 3] or as paths. ``progress`` is True for a line
     on stderr, False for nothing, or a function that is called with a model's name, the steps done and their number.
 
     Attributes:
@@ -120,8 +123,12 @@ class Model:
         single = isinstance(captions, str) and not isinstance(seeds, Sequence)
         if isinstance(captions, str):
             captions = [captions] * (len(seeds) if isinstance(seeds, Sequence) else 1)
+        elif not isinstance(captions, Sequence) or not all(isinstance(each, str) for each in captions):
+            raise TypeError(f"captions are {_kind(captions)}: give a text, or a list of texts")
         if not isinstance(seeds, Sequence):
+            check_seeds([seeds or 0])
             seeds = range(seeds or 0, (seeds or 0) + len(captions))
+        check_seeds(seeds)
         if len(seeds) != len(captions):
             raise ValueError(f"got {len(captions)} captions and {len(seeds)} seeds: give one seed for each")
         sampling = self.cascade.sampling_with(dict(options))
@@ -176,18 +183,30 @@ class Model:
             edits.text_difference(self.cascade, whole, before, after, shares, edits.How(seed, options, progress)).images
         )
 
-    def embed(self, what: str | Image.Image | Sequence[str] | Sequence[Image.Image]) -> np.ndarray:
+    def embed(self, what: ImageLike | Sequence[str] | Sequence[ImageLike]) -> np.ndarray:
         """Returns CLIP's embeddings of captions or images, unit norm: fp32 [d] of one, [n, d] of a list.
 
-        ``a @ b.T`` are their cosines. A string is a caption; open an image of a path with PIL.
+        ``a @ b.T`` are their cosines. A str is a caption, so an image file is given as a Path. Raises ValueError for a
+        str that names an image file, and for captions and images in one list.
         """
-        single = isinstance(what, str | Image.Image)
+        single = isinstance(what, str | Path | Image.Image) or (isinstance(what, np.ndarray) and what.ndim < 4)
+        if not single and not isinstance(what, Sequence | np.ndarray):
+            raise TypeError(f"embed takes captions or images, or a list of either, not {_kind(what)}")
         several: list[Any] = [what] if single else list(what)  # type: ignore[arg-type]
+        captions = [each for each in several if isinstance(each, str)]
+        if captions and len(captions) < len(several):
+            raise ValueError("this list has captions and images: call embed once for each kind")
+        for caption in captions:
+            if Path(caption).suffix.lower() in Image.registered_extensions() or os.path.isfile(caption):
+                raise ValueError(
+                    f"{caption!r} looks like a file, and a str is a caption: embed(Path({caption!r})) embeds the "
+                    "image; for the words, end them with a full stop"
+                )
         with torch.no_grad():
-            if all(isinstance(each, str) for each in several):
+            if len(captions) == len(several):
                 found = self.cascade.clip.encode_text(self.cascade.clip.tokenize(several).to(self.device))
             else:
-                found = self.cascade.embed(several)
+                found = self.cascade.embed([_opened(each) for each in several])
         vectors = found.cpu().numpy()
         return vectors[0] if single else vectors
 
@@ -203,4 +222,22 @@ def _pil(images: Iterable[np.ndarray]) -> list[Image.Image]:
 
 
 def _opened(image: ImageLike) -> Image.Image:
-    return image if isinstance(image, Image.Image) else open_image(Path(image))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return Image.fromarray(image)
+    if isinstance(image, str | Path):
+        return open_image(Path(image))
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"an image is {_kind(image)}: give PIL's, a path, or an array uint8 [height, width, 3], which a tensor "
+            "[3, height, width] from 0 to 1 becomes by (255 * tensor).round().byte().permute(1, 2, 0).cpu().numpy()"
+        )
+    return image
+
+
+def _kind(value: object) -> str:
+    """Returns how an error names a value: its type, and what else of an array matters."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of {', '.join(sorted({type(each).__name__ for each in value}))}"
+    return "None" if value is None else f"{type(value).__name__} {value!r}"

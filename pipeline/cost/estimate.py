@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.cost.observed import Observation, Seen, pace, passes_of, shape
 from pipeline.errors import UserError
 from pipeline.graph.keys import flatten
-from pipeline.graph.resources import Machine, Share, Team, cores, team_of
+from pipeline.graph.resources import DECODERS, Machine, Share, Team, cores, team_of
 from pipeline.graph.stages import Graph
 from pipeline.settings import SPARED
 from pipeline.training.recipes import ClipRecipe, TrainingRecipe
@@ -49,16 +49,22 @@ class Device:
     memory: float
 
 
-# NVIDIA's data sheets, SXM modules, without sparsity; of B200 a HGX board's figure over its eight GPUs.
+# NVIDIA's data sheets and white papers, without sparsity: of A100 to H200 the SXM modules, of B200 a HGX board's figure
+# over its eight GPUs, of GeForce bf16 with sums in fp32, at which they are half as fast.
 DEVICES = {
     "A100": Device(312e12, 19.5e12, 80e9),
     "H100": Device(989e12, 67e12, 80e9),
     "H200": Device(989e12, 67e12, 141e9),
     "B200": Device(2250e12, 75e12, 180e9),
+    "L4": Device(121e12, 30.3e12, 24e9),
+    "L40S": Device(362e12, 91.6e12, 48e9),
+    "RTX 3060": Device(25.5e12, 12.7e12, 12e9),
+    "RTX 3090": Device(71e12, 35.6e12, 24e9),
+    "RTX 4090": Device(165e12, 82.6e12, 24e9),
+    "RTX 5090": Device(209e12, 104.8e12, 32e9),
 }
-
-
-UNKNOWN = Device(121e12, 30e12, 24e9)  # any other GPU counts as an L4
+UNKNOWN = DEVICES["L4"]  # stands for any other GPU
+APPLE = re.compile(r"(APPLE|MPS|MAC|M[1-9])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,24 @@ class Fleet:
 
 
 def parse_fleet(text: str) -> Fleet:
-    """Reads 64xH100 as 64 GPUs of that kind. Raises UserError."""
-    found = re.fullmatch(r"(\d+)x(\w+)", text)
+    """Reads 64xH100, 1xRTX4090 or "1x RTX 4090" as that many GPUs of that kind. Raises UserError."""
+    found = re.fullmatch(r"(\d+)\s*x\s*(\S.*)", text)
     if not found or int(found[1]) < 1:
         raise UserError(f"--gpus {text}: not a number of GPUs; write it as 64xH100")
-    if found[2] not in DEVICES:
-        raise UserError(f"--gpus {text}: unknown kind {found[2]}; known are {', '.join(DEVICES)}")
-    return Fleet(int(found[1]), found[2])
+    if APPLE.match(found[2]):
+        raise UserError(f"--gpus {text}: nothing runs on Apple's GPUs; leave it out to plan for this machine's cores")
+    wanted = _plain_kind(found[2])
+    kind = next((name for name in DEVICES if _plain_kind(name) == wanted), None)
+    if kind is None:
+        raise UserError(
+            f"--gpus {text}: unknown kind {found[2]}; name the known one that is nearest to it: {', '.join(DEVICES)}"
+        )
+    return Fleet(int(found[1]), kind)
+
+
+def _plain_kind(name: str) -> str:
+    """Returns 4090 for "RTX 4090", "rtx-4090" and "GeForce RTX 4090"; H100 for "NVIDIA H100"."""
+    return re.sub(r"NVIDIA|GEFORCE|RTX|\W|_", "", name.upper())
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,7 @@ class Ask:
         """Returns the kind of the GPUs, "" where it is not known."""
         if self.fleet:
             return self.fleet.name
-        return next((name for name in DEVICES if name in self.machine.gpu), "")
+        return next((name for name in DEVICES if re.search(rf"\b{name}\b", self.machine.gpu)), "")
 
     @property
     def device(self) -> Device:
@@ -244,8 +261,9 @@ def resources(stage: str, ask: Ask) -> tuple[int, float, float]:
     if kind != "data" or settings is None:  # in the driver
         return 1, 1, 0
     if fleet and ask.encodes(stage):
-        each = settings.decoders if settings.decoders not in (0, "auto") else max(1, round(cores_a_gpu(ask)))
-        return fleet.count, fleet.count * each, fleet.count
+        count = min(fleet.count, max(1, ask.shards))
+        each = settings.decoders if settings.decoders not in (0, "auto") else decoders_a_gpu(ask)
+        return count, count * each, count
     team = team_of(settings, ask.machine, ask.shards)
     workers = max(1, team.count)
     return workers, workers * ((not team.worker.gpus) + team.helpers), workers * team.worker.gpus
@@ -348,6 +366,11 @@ def encode_seconds(ask: Ask) -> float:
 def cores_a_gpu(ask: Ask) -> float:
     """Returns how many cores have to decode for one encoder, so that it never waits."""
     return decode_seconds(ask) / encode_seconds(ask)
+
+
+def decoders_a_gpu(ask: Ask) -> int:
+    """Returns how many cores ``decoders: auto`` has for one encoder: no more than it needs, or than there are rows."""
+    return max(1, min(round(cores_a_gpu(ask)), DECODERS, ask.rows))
 
 
 def image_bytes(ask: Ask) -> float:

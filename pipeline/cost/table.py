@@ -11,6 +11,7 @@ from pipeline.cost.estimate import (
     Cost,
     cores_a_gpu,
     decode_seconds,
+    decoders_a_gpu,
     encode_seconds,
     image_bytes,
     model_size,
@@ -18,12 +19,11 @@ from pipeline.cost.estimate import (
     save,
 )
 from pipeline.graph.resources import amount_of
-from pipeline.progress import duration
+from pipeline.progress import counted, duration
 from pipeline.settings import STATE_BYTES, Prices
 
 HEAD = ("stage", "time", "start-up", "GPU hours", "core hours", "disk")
 ROOM = 0.8  # of a GPU's memory for what a training holds besides activations
-LONGEST_S = 86_400.0  # that a CPU may take for what a GPU does in minutes, unless the user wants it
 BASES = {"measured": "measured and scaled", "counted": "counted from arithmetic", "guess": "guessed"}
 
 
@@ -79,9 +79,13 @@ def remarks(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
     yield "; ".join(f"{BASES[basis]}: {', '.join(stages)}" for basis, stages in by_basis.items())
     if "embeddings" in costs:
         who = f"one {ask.gpu or 'GPU'}" if costs["embeddings"].gpus else "one core"
+        needed, taken = round(cores_a_gpu(ask), 1), decoders_a_gpu(ask)
+        said = f"{needed:g} decoding cores for each encoder"
+        if costs["embeddings"].gpus and needed > taken + 0.5:
+            said = f"{counted(taken, 'decoding core')} for each encoder, which waits for them"
         yield (
             f"embeddings: {who} encodes {1 / encode_seconds(ask):,.0f} pairs/s, one core decodes "
-            f"{1 / decode_seconds(ask):,.0f} images/s: {round(cores_a_gpu(ask), 1):g} decoding cores for each encoder"
+            f"{1 / decode_seconds(ask):,.0f} images/s: {said}"
         )
     if any(cost.gpus and cost.basis == "counted" for cost in costs.values()):
         yield from _too_large(costs, ask)
@@ -126,19 +130,12 @@ def places(costs: Mapping[str, Cost], ask: Ask) -> str:
     """Returns for example "runs on 8 H100 (embeddings, decoder), 2 cores (source, pairs)"."""
     found: dict[str, list[str]] = {}
     for stage, cost in costs.items():
-        found.setdefault(_place(cost, ask), []).append(stage)
+        found.setdefault(place(cost, ask), []).append(stage)
     return "runs on " + ", ".join(f"{where} ({', '.join(stages)})" for where, stages in found.items())
 
 
-def _place(cost: Cost, ask: Ask) -> str:
-    """Returns the GPUs of a stage, or its cores."""
+def place(cost: Cost, ask: Ask) -> str:
+    """Returns the GPUs of a stage, or its cores, such as "8 H100"."""
     if not cost.gpus:
         return amount_of(cost.cores, "core")
     return f"{cost.gpus:g} {ask.gpu}" if ask.gpu else amount_of(cost.gpus, "GPU")
-
-
-def too_slow(costs: Mapping[str, Cost], ask: Ask) -> Iterator[str]:
-    """Yields a line for each stage that a GPU could work on and that takes a CPU more than a day."""
-    for stage, cost in costs.items():
-        if ask.computes(stage) and not cost.gpus and cost.seconds > LONGEST_S:
-            yield f"{stage} would take {_place(cost, ask)} about {duration(cost.seconds)}"

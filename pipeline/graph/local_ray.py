@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ WATCHED = {
     "gcs_server": "head process (gcs_server)",
     "raylet": "node process (raylet)",
 }  # Ray does nothing without them
+REMOVALS = 20  # attempts
 log = logging.getLogger("unclip")
 
 
@@ -60,8 +62,11 @@ class PrivateFolder:
             return
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
-        if not self.keep:
+        for _ in range(0 if self.keep else REMOVALS):
             shutil.rmtree(self.path, ignore_errors=True)
+            if not self.path.exists():
+                break
+            time.sleep(0.1)  # a worker that is about to end has written a file meanwhile
 
 
 def _lock(folder: Path) -> int:

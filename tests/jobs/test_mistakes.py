@@ -149,7 +149,7 @@ def test_a_disk_that_is_full(file: str | None, says: str, capsys: pytest.Capture
     def fill(_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
 
-    assert guard(fill, []) == 1
+    assert guard(fill, []) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: the disk is full (")
     assert says in told

@@ -38,7 +38,9 @@ def test_the_table_of_the_documents_is_what_the_command_prints() -> None:
         (["--pairs", "many"], ["--pairs: 'many' is not a whole number, such as 100, 10k or 1e6"]),
         (["--pairs", "0"], ["--pairs 0: plan for 1 pair or more"]),
         (["--pairs", "1M", "--gpus", "64"], ["--gpus 64: not a number of GPUs"]),
-        (["--pairs", "1M", "--gpus", "8xT4"], ["unknown kind T4; known are A100"]),
+        (["--pairs", "1M", "--gpus", "8xT4"], ["unknown kind T4; name the known one that is nearest to it: A100"]),
+        (["--pairs", "1M", "--gpus", "1xM3"], ["--gpus 1xM3: nothing runs on Apple's GPUs; leave it out"]),
+        (["--pairs", "1M", "--gpus", "1xApple M3 Max"], ["nothing runs on Apple's GPUs; leave it out"]),
         (["--pairs", "1M", "--utilisation", "1.5"], ["--utilisation 1.5"]),
         (["--pairs", "1M", "--profile", "none.json"], ["--profile none.json: not what make gpu-check writes"]),
         (["--pairs", "1M", "run.prices.gpu_hour=-1"], ["run.prices.gpu_hour: -1 is below 0"]),
@@ -55,14 +57,16 @@ def test_what_a_gpu_does_in_minutes_is_not_left_to_a_cpu_in_silence(
     config = str(tmp_path / "mine.yaml")
     said = f"project: p\npreset: nano\nstore: {tmp_path}/store\nsource: {{paths: [{tmp_path}/list.csv], test: 0.2}}\n"
     Path(config).write_text(said + "decoder: {preset: small}\n")
-    assert main(["run", config, "--until", "decoder", "run.budget_hours=.inf"]) == 2
+    assert main(["run", config, "--until", "decoder"]) == 2
     shown = capsys.readouterr()
     assert re.search(r"^runs on 1 core \(source, .*decoder\)$", shown.out, re.MULTILINE)
     assert re.fullmatch(
-        r"error: decoder would take \d+ cores? about .*, for want of a GPU: run it where there are GPUs, or take a "
-        r"smaller preset; add --yes to go on all the same\n",
+        r"error: decoder needs a GPU: \d+ cores? would take about .* for decoder; run it where there is one, or take "
+        r"preset=tiny, or scale=0\.1; add --yes to go on all the same\n",
         shown.err,
     )
+    assert main(["plan", config]) == 0
+    assert re.search(r"^warning: decoder needs a GPU: .*preset=tiny", capsys.readouterr().out, re.MULTILINE)
     assert not (tmp_path / "store/runs").exists()
     request.getfixturevalue("gpus")
     assert main(["plan", config, "-v", "run.clip.device=cpu", "run.ar_prior.workers=2"]) == 0
@@ -97,3 +101,21 @@ def test_a_probe_measures_every_stage_and_writes_nothing(tmp_path: Path, picture
     line = next(line for line in said.splitlines() if line.startswith("measured and scaled: "))
     measured = {"source", "pairs", "clip", "embeddings", "codec", "decoder", "samples", "evaluation"}
     assert measured <= {word.strip(",;") for word in line.split()}
+
+
+def test_a_disk_that_is_too_small_is_told_of_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"http://closed.test/{i},a\n" for i in range(60)))
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        f"project: p\npreset: nano\nstore: {tmp_path}/store\nsource: {{paths: [{tmp_path}/list.csv], test: 0.2}}\n"
+    )
+    many = "run.decoder.keep_checkpoints=1000000000000"
+    says = rf"the disk of .*the store {tmp_path}/store is too small: about .* PB will be needed, and .* are free; "
+    assert main(["run", str(config), many]) == 2
+    assert re.fullmatch(rf"error: {says}.*; add --yes to go on all the same\n", capsys.readouterr().err)
+    assert not (tmp_path / "store").exists()
+    assert main(["plan", str(config), many]) == 0
+    assert re.search(rf"^warning: {says}", capsys.readouterr().out, re.MULTILINE)
+    assert main(["run", str(config), many, "--yes", "-n"]) == 0

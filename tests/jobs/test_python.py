@@ -119,6 +119,55 @@ def test_images_are_varied_interpolated_changed_and_embedded(model: unclip.Model
     np.testing.assert_allclose(model.embed(heart), images[0], atol=1e-6)
 
 
+def test_an_image_is_given_as_pils_as_an_array_or_as_a_path(model: unclip.Model, tmp_path: Path) -> None:
+    heart = model.generate("a red heart", **FEW)
+    heart.save(tmp_path / "heart.png")
+    pixels = np.asarray(heart)
+    one = model.embed(heart)
+    for same in (tmp_path / "heart.png", pixels):
+        np.testing.assert_allclose(model.embed(same), one, atol=1e-6)
+    several = model.embed([heart, tmp_path / "heart.png", pixels])
+    np.testing.assert_allclose(several, [one] * 3, atol=1e-6)
+    np.testing.assert_allclose(model.embed(np.stack([pixels] * 2)), [one] * 2, atol=1e-6)
+    for given in (str(tmp_path / "heart.png"), tmp_path / "heart.png", pixels):
+        [alike] = model.vary(given, count=1, eta=0.0, **FEW)
+        assert near(alike, model.vary(heart, count=1, eta=0.0, **FEW)[0])
+
+
+def test_what_is_neither_caption_nor_image_is_named_in_a_line(model: unclip.Model, tmp_path: Path) -> None:
+    """Above all a str that names an image: its text would be embedded without a word."""
+    heart = Image.new("RGB", (32, 32), "red")
+    heart.save(tmp_path / "heart", "PNG")
+    tensor = torch.zeros(3, 32, 32)
+    calls: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: model.embed("heart.png"), ValueError, r"embed\(Path\('heart.png'\)\) embeds the image"),
+        (lambda: model.embed("my heart.JPG"), ValueError, "looks like a file"),
+        (lambda: model.embed(["a cat", str(tmp_path / "heart")]), ValueError, "looks like a file"),
+        (lambda: model.embed(["a cat", heart]), ValueError, "call embed once for each kind"),
+        (lambda: model.embed(tensor), TypeError, r"not Tensor float32 \[3, 32, 32\]"),
+        (lambda: model.embed([tensor]), TypeError, r"permute\(1, 2, 0\)"),
+        (lambda: model.embed(7), TypeError, "not int 7"),
+        (lambda: model.embed(None), TypeError, "not None"),
+        (lambda: model.vary(np.zeros((32, 32, 3))), TypeError, r"an image is ndarray float64 \[32, 32, 3\]"),
+        (lambda: model.vary(tensor), TypeError, r"permute\(1, 2, 0\)"),
+        (lambda: model.vary(None), TypeError, "an image is None"),
+        (lambda: model.interpolate(heart, 7), TypeError, "an image is int 7"),
+        (lambda: model.generate(7), TypeError, "captions are int 7: give a text, or a list of texts"),
+        (lambda: model.generate(None), TypeError, "captions are None"),
+        (lambda: model.generate(["a cat", 7]), TypeError, "captions are list of int, str"),
+        (lambda: model.generate("a cat", seeds=-1), ValueError, "a seed is -1: use a whole number, 0 or more"),
+        (lambda: model.generate(["a cat", "a dog"], seeds=[1, -2]), ValueError, "a seed is -2"),
+        (lambda: model.generate("a cat", seeds=1.5), TypeError, r"a seed is 1\.5"),
+        (lambda: model.vary(heart, count=1, seed=-1, **FEW), ValueError, "a seed is -1"),
+        (lambda: model.cascade.generate(["a cat"], [-1]), ValueError, "a seed is -1"),
+    ]
+    for call, kind, words in calls:
+        with pytest.raises(kind, match=words) as refused:
+            call()
+        assert "\n" not in str(refused.value)
+    assert model.embed("a cat with a heart.").shape == model.embed(heart).shape
+
+
 def test_progress_is_shown_left_out_or_passed_on(model: unclip.Model, capsys: pytest.CaptureFixture[str]) -> None:
     steps: list[tuple[str, int, int]] = []
     model.generate("a cat", **FEW | {"progress": lambda *step: steps.append(step)})

@@ -16,6 +16,7 @@ from pipeline.cost.estimate import (
     UNKNOWN,
     Ask,
     Cost,
+    Device,
     Fleet,
     amount,
     clip_size,
@@ -26,11 +27,13 @@ from pipeline.cost.estimate import (
     parse_fleet,
     save,
 )
+from pipeline.cost.limits import lacking
 from pipeline.cost.observed import Observation, shape
 from pipeline.cost.table import cost_table, remarks, size
 from pipeline.errors import UserError
-from pipeline.graph.resources import Machine, cores
+from pipeline.graph.resources import DECODERS, Machine, cores
 from pipeline.settings import Prices
+from pipeline.store import open_store
 
 ROOT = Path(__file__).parents[3]
 NANO = load_config(ROOT / "configs/nano.yaml")
@@ -171,7 +174,36 @@ def test_gpus_that_are_there_are_counted_as_those_that_are_asked_for() -> None:
     assert gpus == {"pairs": 0, "embeddings": 8, "samples": 1, "evaluation": 1}
     plain = again(box, load_config(ROOT / "configs/paper.yaml", ["run.decoder.device=cpu", "run.embeddings.gpus=0"]))
     assert [estimate(stage, plain).gpus for stage in ("decoder", "embeddings")] == [0, 0]
-    assert replace(box, machine=Machine(8, 1, "NVIDIA GeForce RTX 4090")).device == UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("kind", "device"),
+    [
+        ("NVIDIA GeForce RTX 4090", DEVICES["RTX 4090"]), ("NVIDIA GeForce RTX 3060 Ti", DEVICES["RTX 3060"]),
+        ("NVIDIA L4", DEVICES["L4"]), ("NVIDIA L40S", DEVICES["L40S"]), ("NVIDIA A100-SXM4-80GB", DEVICES["A100"]),
+        ("Tesla T4", UNKNOWN), ("NVIDIA L40", UNKNOWN),
+    ],
+)  # fmt: skip
+def test_the_gpu_of_a_machine_is_known_by_its_name(kind: str, device: Device) -> None:
+    assert replace(asked(PAPER, 10), machine=Machine(8, 1, kind)).device == device
+
+
+@pytest.mark.parametrize("text", ["2xRTX 4090", "2xRTX4090", "2xrtx-4090", "2x4090", "2x NVIDIA GeForce RTX 4090"])
+def test_a_kind_of_gpu_is_named_as_people_name_it(text: str) -> None:
+    assert parse_fleet(text) == Fleet(2, "RTX 4090")
+
+
+def test_no_more_cores_decode_than_a_stage_takes_or_has_rows_for() -> None:
+    """Of a small list, of which one core of a busy machine was seen to decode 2 images a second."""
+    slow = Observation(258, 200.0, 200.0, 1, {}, decode_seconds=129.0)
+    for rows, taken in ((258, DECODERS), (5, 5), (0, 1)):
+        ask = replace(measured(PAPER, pairs=slow), fleet=Fleet(8, "H100"), rows=rows)
+        assert cores_a_gpu(ask) > 300
+        cost = estimate("embeddings", ask)
+        assert (cost.gpus, cost.cores) == (1, taken)  # one shard, and so one worker
+        assert cost.seconds - cost.startup == pytest.approx(rows * 0.5 / taken)
+        (said,) = [line for line in remarks({"embeddings": cost}, ask) if line.startswith("embeddings: ")]
+        assert f" {taken} decoding core{'' if taken == 1 else 's'} for each encoder, which waits for them" in said
 
 
 def test_what_a_cpu_took_says_nothing_of_a_gpu() -> None:
@@ -236,6 +268,23 @@ def test_a_training_stores_its_model_and_the_checkpoints_that_stay() -> None:
 def test_bytes_that_were_seen_scale_with_rows() -> None:
     ask = measured(pairs=Observation(80, 5.0, 5.0, 1, {}, disk=900.0))
     assert estimate("pairs", replace(ask, rows=800)).disk == pytest.approx(9000)
+
+
+def test_a_disk_that_is_too_small_is_told_of_before_anything_is_made(tmp_path: Path) -> None:
+    """Of the store and of temporary files, which are one where they lie on one disk."""
+    here, costs = asked(), {"source": Cost(1.0, disk=10.0), "pairs": Cost(1.0, disk=1e18), "bundle": Cost(1.0)}
+    store, s3 = open_store(str(tmp_path / "not/there/yet")), open_store("s3://bucket/prefix")
+    assert list(lacking({"source": costs["source"]}, here, store)) == []
+    [lack] = {lack.what for lack in lacking(costs, here, store) if store.url in lack.what}
+    assert re.search(
+        rf"the store {store.url} is too small: about [\d,.]+ PB will be needed, and \S+ .B are free$", lack
+    )
+    [lack] = {lack.what for lack in lacking(costs, here, s3)}
+    assert re.match(r"the disk of temporary files \(TMPDIR\) is too small: about [\d,.]+ PB", lack)
+    elsewhere = replace(here, machine=Machine(4, local=False))
+    assert [lack.what.startswith("the disk of the store") for lack in lacking(costs, elsewhere, store)] == [True]
+    assert list(lacking(costs, elsewhere, s3)) == []
+    assert list(lacking(costs, asked(fleet=H100S), store)) == []
 
 
 def test_the_table_has_money_where_there_are_prices() -> None:

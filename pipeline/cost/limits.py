@@ -1,0 +1,71 @@
+"""Says in one line what a machine lacks for what is planned: a GPU, or room on a disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cost.estimate import SAVED_STATE, Ask, Cost, model_size, resources
+from pipeline.cost.table import place, size
+from pipeline.progress import duration
+from pipeline.store import Store, local_folder
+
+LONGEST_S = 86_400.0  # that a CPU may take for what a GPU does in minutes, unless the user wants it
+
+
+@dataclass(frozen=True)
+class Lack:
+    """What a machine lacks for a plan, and what to do about it."""
+
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.advice}"
+
+
+def lacking(costs: Mapping[str, Cost], ask: Ask, store: Store) -> Iterator[Lack]:
+    """Yields what is lacking for stages that will be made: room on a disk, a GPU where a CPU would take over a day."""
+    yield from _disks(costs, ask, store)
+    if slow := [s for s, cost in costs.items() if ask.computes(s) and not cost.gpus and cost.seconds > LONGEST_S]:
+        longest = max(slow, key=lambda stage: costs[stage].seconds)
+        takes = f"{place(costs[longest], ask)} would take about {duration(costs[longest].seconds)} for {longest}"
+        yield Lack(
+            f"{', '.join(slow)} need{'s' if len(slow) == 1 else ''} a GPU: {takes}",
+            "run it where there is one, or take preset=tiny, or scale=0.1",
+        )
+
+
+def _disks(costs: Mapping[str, Cost], ask: Ask, store: Store) -> Iterator[Lack]:
+    """Yields each disk of this machine that is too small for the store, or for temporary files; S3 has always room."""
+    if ask.fleet:  # of other machines
+        return
+    needs: list[tuple[Path, str, float]] = []
+    if ask.machine.local:
+        scratch = max((_scratch(stage, cost, ask) for stage, cost in costs.items()), default=0.0)
+        needs.append((Path(tempfile.gettempdir()), "temporary files (TMPDIR)", scratch))
+    if folder := local_folder(store):
+        needs.append((folder, f"the store {store.url}", sum(cost.disk for cost in costs.values())))
+    disks: dict[int, list[tuple[Path, str, float]]] = {}
+    for where, what, need in needs:
+        there = next(path for path in (where, *where.absolute().parents) if path.exists())
+        disks.setdefault(there.stat().st_dev, []).append((there, what, need))
+    for uses in disks.values():
+        need, free = sum(use[2] for use in uses), shutil.disk_usage(uses[0][0]).free
+        if need > free:
+            what = " and ".join(use[1] for use in uses)
+            room = f"about {size(need)} will be needed, and {size(free)} are free"
+            yield Lack(f"the disk of {what} is too small: {room}", "free space, or name another place")
+
+
+def _scratch(stage: str, cost: Cost, ask: Ask) -> float:
+    """Returns the bytes of a stage's temporary files: the shards that workers make, or a training's checkpoint."""
+    if ask.graph[stage].kind == "data":
+        shards = max(1, ask.shards)
+        return cost.disk * min(1.0, resources(stage, ask)[0] / shards)
+    if ask.graph[stage].kind == "training" and not ask.fetches(stage):
+        return SAVED_STATE * model_size(ask.config, stage).parameters
+    return 0.0
