@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cost.estimate import SAVED_STATE, Ask, Cost, model_size, resources
-from pipeline.cost.table import place, size
+from pipeline.cost.table import devices_of, size
 from pipeline.progress import duration
 from pipeline.store import Store, local_folder
 
@@ -32,7 +32,7 @@ def lacking(costs: Mapping[str, Cost], ask: Ask, store: Store) -> Iterator[Lack]
     yield from _disks(costs, ask, store)
     if slow := [s for s, cost in costs.items() if ask.computes(s) and not cost.gpus and cost.seconds > LONGEST_S]:
         longest = max(slow, key=lambda stage: costs[stage].seconds)
-        takes = f"{place(costs[longest], ask)} would take about {duration(costs[longest].seconds)} for {longest}"
+        takes = f"{devices_of(costs[longest], ask)} would take about {duration(costs[longest].seconds)} for {longest}"
         yield Lack(
             f"{', '.join(slow)} need{'s' if len(slow) == 1 else ''} a GPU: {takes}",
             "run it where there is one, or take preset=tiny, or scale=0.1",

@@ -130,11 +130,11 @@ def places(costs: Mapping[str, Cost], ask: Ask) -> str:
     """Returns for example "runs on 8 H100 (embeddings, decoder), 2 cores (source, pairs)"."""
     found: dict[str, list[str]] = {}
     for stage, cost in costs.items():
-        found.setdefault(place(cost, ask), []).append(stage)
+        found.setdefault(devices_of(cost, ask), []).append(stage)
     return "runs on " + ", ".join(f"{where} ({', '.join(stages)})" for where, stages in found.items())
 
 
-def place(cost: Cost, ask: Ask) -> str:
+def devices_of(cost: Cost, ask: Ask) -> str:
     """Returns the GPUs of a stage, or its cores, such as "8 H100"."""
     if not cost.gpus:
         return amount_of(cost.cores, "core")
